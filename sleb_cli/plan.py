@@ -9,15 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from sleb_cli.records import (
-    ModelRecord,
-    Perplexity,
-    Proof,
-    Record,
-    UnreadableRecord,
-    VersionedRecord,
-    without_folders,
-)
+from sleb_cli.records import ModelRecord, Perplexity, Proof, Record, UnreadableRecord, VersionedRecord, without_folders
 from sleb_cli.requests import Chat, LoadIn, StrategyName, TargetName, WorkloadName
 from sleb_cli.units import parse_ratio
 from sleb_plugins.errors import PlanError

@@ -467,9 +467,7 @@ class ApplyRequest(OneSizeRequest, CalibrationRequest):
     )
     seed: int | None = option("Seed for sampling and generating text.", _RECOVERY, default=0, most=_MOST_SEED)
     chat: Chat | None = option(
-        "Read conversations, as for `sleb search`.",
-        _RECOVERY,
-        default="all, in conversations that the model writes",
+        "Read conversations, as for `sleb search`.", _RECOVERY, default="all, in conversations that the model writes"
     )
     device: str | None = option("Device to recover on: cpu, cuda, cuda:1, mps, xpu, npu.", _RECOVERY, default=AUTO)
     stream: bool | None = _stream()

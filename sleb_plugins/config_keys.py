@@ -142,10 +142,7 @@ KEY_PRUNERS: Mapping[str, KeyPruner] = {
 }  # fmt: skip
 """The keys of transformers' configs that describe single blocks; a family's own `config_keys` take precedence."""
 
-SLICED: Mapping[str, int] = {
-    "embed_tokens_per_layer.weight": 1,
-    "per_layer_model_projection.weight": 0,
-}
+SLICED: Mapping[str, int] = {"embed_tokens_per_layer.weight": 1, "per_layer_model_projection.weight": 0}
 """Suffixes of tensors outside the blocks that hold one slice per block, with the axis of the slices."""
 
 

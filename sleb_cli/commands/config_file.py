@@ -140,6 +140,5 @@ ConfigOption = Annotated[
     ),
 ]
 SaveConfigOption = Annotated[
-    Path | None,
-    typer.Option("--save-config", help="Write the given options to this YAML file, for --config."),
+    Path | None, typer.Option("--save-config", help="Write the given options to this YAML file, for --config.")
 ]

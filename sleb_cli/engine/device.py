@@ -42,11 +42,7 @@ def own_free_bytes(device: torch.device) -> int:
     return free_bytes(device) // (local_count() if device.type in ("cpu", "mps") else 1)
 
 
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
 

@@ -234,11 +234,7 @@ def _seconds_of_texts(
 
 
 def dry_bench(
-    subject: Subject,
-    request: BenchRequest,
-    files: Sequence[Path],
-    engine: Engine | None,
-    notify: Notify,
+    subject: Subject, request: BenchRequest, files: Sequence[Path], engine: Engine | None, notify: Notify
 ) -> DryRunResult:
     """Say what a benchmark would time; raises as it would."""
     architecture = subject.architecture

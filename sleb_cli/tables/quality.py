@@ -7,13 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from sleb_cli.plan import public_name
-from sleb_cli.results import (
-    DivergenceRecord,
-    Interval,
-    PrunedTextScores,
-    TaskResult,
-    TextResult,
-)
+from sleb_cli.results import DivergenceRecord, Interval, PrunedTextScores, TaskResult, TextResult
 from sleb_cli.tables.table import Columns, Scored, Table, between, tabulate
 from sleb_cli.units import format_change, format_perplexity, format_probability, format_share
 

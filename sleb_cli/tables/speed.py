@@ -9,13 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb_cli.requests import TRANSFORMERS
-from sleb_cli.results import (
-    BenchResult,
-    EstimateResult,
-    PrunedTiming,
-    Timing,
-    WorkloadResult,
-)
+from sleb_cli.results import BenchResult, EstimateResult, PrunedTiming, Timing, WorkloadResult
 from sleb_cli.tables.table import Columns, Scored, Table, between, model_name, tabulate
 from sleb_cli.units import format_bytes, format_count, format_milliseconds, three_digits
 

@@ -54,11 +54,7 @@ class Table:
 
 
 def tabulate(
-    title: str,
-    columns: Columns,
-    rows: Iterable[Sequence[Any]],
-    notes: Sequence[str] = (),
-    optional: Sequence[str] = (),
+    title: str, columns: Columns, rows: Iterable[Sequence[Any]], notes: Sequence[str] = (), optional: Sequence[str] = ()
 ) -> Table:
     """Return a table of values, each in the form of its column and None as nothing, without empty columns.
 

@@ -29,11 +29,7 @@ def launch(processes: int, *arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, *launcher, "-m", "sleb_cli", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [str(part) for part in command],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        [str(part) for part in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 

@@ -236,8 +236,7 @@ def test_a_recovered_file_that_fails_its_proof_is_kept(recovered, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("type_", "packed", "options"),
-    [(Type.F32, "F32", []), (Type.Q4_1, "Q8_0", ["--heal", "--heal-tokens", 512])],
+    ("type_", "packed", "options"), [(Type.F32, "F32", []), (Type.Q4_1, "Q8_0", ["--heal", "--heal-tokens", 512])]
 )
 def test_a_recovered_file_keeps_bytes_and_packs_new_values(recovered, tmp_path, source, type_, packed, options):
     write_llama_gguf(source, 6, type_)

@@ -11,12 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from test_apply import applied
-from transformers import (
-    AutoModelForCausalLM,
-    BertConfig,
-    T5Config,
-    ViTConfig,
-)
+from transformers import AutoModelForCausalLM, BertConfig, T5Config, ViTConfig
 
 from conftest import gpt2_config, llama_config, save_model
 from gguf_models import write_gguf, write_llama_gguf

@@ -225,8 +225,7 @@ def test_random_depends_on_the_seed_and_the_number_alone(found):
 
 
 @pytest.mark.parametrize(
-    ("text", "engine"),
-    [("nll+0.5*kl", "fork"), ("2*cosine+angular", "fork"), ("taylor+1e-3*magnitude", "weights")],
+    ("text", "engine"), [("nll+0.5*kl", "fork"), ("2*cosine+angular", "fork"), ("taylor+1e-3*magnitude", "weights")]
 )
 def test_a_sum_is_the_sum_of_its_metrics(found, text, engine):
     plan, terms = found(text, "--remove", 1), parse_terms(text)

@@ -7,12 +7,7 @@ from itertools import product
 import pytest
 
 from conftest import calibration, evaluation
-from faults.arrangements import (
-    cleaning_up_for_long,
-    into_a_full_disk,
-    stopping_at,
-    without_readers,
-)  # fmt: skip
+from faults.arrangements import cleaning_up_for_long, into_a_full_disk, stopping_at, without_readers  # fmt: skip
 from faults.conftest import often
 from faults.program import STOP, Calls, Fault, require
 

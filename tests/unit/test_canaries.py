@@ -38,8 +38,7 @@ class Oracle(LM):
 
 
 @pytest.mark.parametrize(
-    ("answer", "score"),
-    [(" {}\n\nand more", 1), ("", 0), ("nonsense", 0), ("0 0 0 0 0 0 0 0 0 0", 0)],
+    ("answer", "score"), [(" {}\n\nand more", 1), ("", 0), ("nonsense", 0), ("0 0 0 0 0 0 0 0 0 0", 0)]
 )
 def test_a_perfect_answer_scores_one_and_a_wrong_one_zero(loaded, answer, score):
     for task in loaded["tasks"].values():

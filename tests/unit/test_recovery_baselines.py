@@ -4,16 +4,7 @@ import pytest
 import torch
 
 from conftest import llama_config, random_model
-from recovery_baselines import (
-    FittingText,
-    Patch,
-    final_states,
-    fit_gaps,
-    ghosted,
-    hadamard,
-    linear_patch,
-    replace_me,
-)
+from recovery_baselines import FittingText, Patch, final_states, fit_gaps, ghosted, hadamard, linear_patch, replace_me
 from sleb_cli.engine.forward.skipping import SkippableModel
 
 IDS = torch.randint(2, 300, (20, 16), generator=torch.Generator().manual_seed(0))

@@ -16,13 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import WORDS, write_task
 from sleb_cli.engine.quality.lm_eval_files import write_lm_eval_results
 from sleb_cli.engine.quality.lm_eval_tasks import task_manager
-from sleb_cli.engine.quality.tasks import (
-    PRESETS,
-    compare_task,
-    fitting,
-    load_requested,
-    versions_behind_lm_eval,
-)
+from sleb_cli.engine.quality.tasks import PRESETS, compare_task, fitting, load_requested, versions_behind_lm_eval
 from sleb_cli.engine.statistics import (
     items_needed,
     mcnemar,

@@ -11,15 +11,7 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-from sleb_cli.atomic import (
-    held,
-    new_file,
-    publish,
-    remove_leftovers,
-    remove_leftovers_of,
-    scratch_folder,
-    writing,
-)
+from sleb_cli.atomic import held, new_file, publish, remove_leftovers, remove_leftovers_of, scratch_folder, writing
 from sleb_cli.engine.files.copying import local_path
 from sleb_cli.events import Notice, Notify
 from sleb_plugins import OutputError, UsageError

@@ -438,8 +438,7 @@ def prepare_passes(
             min_batches=min_batches,
         )
         reason = in_smaller_pieces(
-            lambda size: why_not_fork(skippable, sequences[:size, :checked]),
-            min(CHECKED_SEQUENCES, budget.sequences),
+            lambda size: why_not_fork(skippable, sequences[:size, :checked]), min(CHECKED_SEQUENCES, budget.sequences)
         )
     if reason and batch_size is None:  # all logits of a batch exist together
         fitting = available // 4 // (sequences.shape[1] * footprint.logits)

@@ -155,11 +155,7 @@ class StreamedBlocks(BlockWeights):
     resident = False
 
     def __init__(
-        self,
-        architecture: Architecture,
-        dtype: torch.dtype,
-        device: torch.device,
-        rounded: torch.dtype | None = None,
+        self, architecture: Architecture, dtype: torch.dtype, device: torch.device, rounded: torch.dtype | None = None
     ) -> None:
         self._architecture, self._device, self._rounded = architecture, device, rounded
         self._stream = torch.get_device_module(device).Stream(device) if device.type in WITH_STREAMS else None

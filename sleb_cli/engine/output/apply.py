@@ -20,13 +20,7 @@ from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.card import CARD, fill_in_results, model_card
 from sleb_cli.engine.output.delivery import Delivery
 from sleb_cli.engine.output.measured import measured_of_plan
-from sleb_cli.engine.output.proof import (
-    Planned,
-    ProofSettings,
-    Reference,
-    choose_proof_settings,
-    prove,
-)
+from sleb_cli.engine.output.proof import Planned, ProofSettings, Reference, choose_proof_settings, prove
 from sleb_cli.engine.output.push import PushRequest, push
 from sleb_cli.engine.surgery.quantization import QUANTIZATION_FILES, prune_module_names
 from sleb_cli.engine.surgery.subject import Subject

@@ -430,10 +430,7 @@ def _block_states(model: SkippableModel, ids: Tensor, removed: Collection[int] =
 
 
 def _first_difference(
-    surgery: Surgery,
-    found: Sequence[tuple[Tensor, Tensor]],
-    expected: Sequence[tuple[Tensor, Tensor]],
-    allowed: float,
+    surgery: Surgery, found: Sequence[tuple[Tensor, Tensor]], expected: Sequence[tuple[Tensor, Tensor]], allowed: float
 ) -> str:
     """Return a clause on the first block whose output differs by more than rounding, or else at all."""
     if _relative_difference(found[0][0], expected[0][0]):

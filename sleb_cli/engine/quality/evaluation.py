@@ -130,14 +130,7 @@ def read_evaluation_text(
                     f"{option} does not apply to conversations, as in {name}.", hint=f"Leave out {option}."
                 )
         return cut_answers(tokenizer, text, length, request.max_windows)
-    return cut_for_evaluation(
-        tokenizer,
-        text,
-        length,
-        bos=request.bos,
-        stride=request.stride,
-        most=request.max_windows,
-    )
+    return cut_for_evaluation(tokenizer, text, length, bos=request.bos, stride=request.stride, most=request.max_windows)
 
 
 def _run_tasks(tasks: Sequence[LoadedTask], models: Models, tokenizer: Any) -> LmEvalResults:

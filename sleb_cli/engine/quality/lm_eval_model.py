@@ -285,10 +285,7 @@ class SlebLM(HFLM):  # type: ignore[misc]
         else:
             loaded = load_dense(whole, chosen, where, _tell)
         super().__init__(
-            pretrained=loaded,
-            tokenizer=load_tokenizer(whole.source),
-            trust_remote_code=trust_remote_code,
-            **options,
+            pretrained=loaded, tokenizer=load_tokenizer(whole.source), trust_remote_code=trust_remote_code, **options
         )
 
 

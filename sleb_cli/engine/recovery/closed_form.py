@@ -464,8 +464,7 @@ class _Recovery:
 
 
 def fit_block(
-    projections: Sequence[ResidualProjection],
-    fit: Callable[[Sequence[ResidualProjection], Mapping[str, Tensor]], Fit],
+    projections: Sequence[ResidualProjection], fit: Callable[[Sequence[ResidualProjection], Mapping[str, Tensor]], Fit]
 ) -> Fit:
     """Fit all projections of a block; `fit` fits some of them at once, given the values found so far.
 

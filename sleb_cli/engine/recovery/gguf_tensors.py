@@ -75,11 +75,7 @@ Places = dict[str, list[_Place]]
 
 
 def find_places(
-    file: GgufFile,
-    skippable: SkippableModel,
-    blocks_path: str,
-    names: Iterable[str],
-    dtype: torch.dtype | None = None,
+    file: GgufFile, skippable: SkippableModel, blocks_path: str, names: Iterable[str], dtype: torch.dtype | None = None
 ) -> Places:
     """Find the tensors of the file that hold these parameters of the dense model, which has its own values.
 

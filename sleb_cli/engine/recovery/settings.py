@@ -134,11 +134,7 @@ def _splits(text: CalibrationSettings) -> list[CalibrationSettings]:
 
 
 def _needed_bytes(
-    architecture: Architecture,
-    kept: Sequence[nn.Module],
-    placement: Placement,
-    *,
-    heal: bool,
+    architecture: Architecture, kept: Sequence[nn.Module], placement: Placement, *, heal: bool
 ) -> dict[str, int]:
     """Return the memory that weights take, by what for; of a model that a device map spreads out, only the rest."""
     size, needed = placement.dtype.itemsize, dict[str, int]()

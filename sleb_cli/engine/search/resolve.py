@@ -18,13 +18,7 @@ from sleb_cli.engine.search.choices import Protection
 from sleb_cli.engine.search.journal import journal_of, recorded
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.strategies import STRATEGIES, Strategy, free_spans, strategy_name
-from sleb_cli.engine.search.targets import (
-    SizeTarget,
-    Target,
-    chosen_target,
-    option_of,
-    resolve_target,
-)
+from sleb_cli.engine.search.targets import SizeTarget, Target, chosen_target, option_of, resolve_target
 from sleb_cli.engine.surgery.fewer_bits import require_fewer_bits
 from sleb_cli.engine.surgery.loading import quiet_libraries
 from sleb_cli.engine.surgery.subject import require_same_code, require_same_model

@@ -38,16 +38,7 @@ from sleb_cli.engine.search.targets import LossTarget, SizeTarget, Target, TaskT
 from sleb_cli.engine.search.task_drop import TaskDrop
 from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.text.calibration import Calibration, calibrate
-from sleb_cli.events import (
-    SEARCH_TASK,
-    BlockRemoved,
-    BlocksSwapped,
-    Notice,
-    Notify,
-    SearchStarted,
-    TaskFinished,
-    task,
-)
+from sleb_cli.events import SEARCH_TASK, BlockRemoved, BlocksSwapped, Notice, Notify, SearchStarted, TaskFinished, task
 from sleb_cli.plan import (
     DenseRecord,
     HeldOutRecord,
@@ -62,15 +53,7 @@ from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import differences
 from sleb_cli.requests import SearchRequest
 from sleb_cli.version import __version__
-from sleb_plugins import (
-    HiddenStateMetric,
-    LogitMetric,
-    ModelError,
-    ModelMetric,
-    PlanError,
-    UsageError,
-    WeightMetric,
-)
+from sleb_plugins import HiddenStateMetric, LogitMetric, ModelError, ModelMetric, PlanError, UsageError, WeightMetric
 
 LARGEST_LOSS = math.log(sys.float_info.max)
 """In nats per token; the perplexity of a larger one is no finite number."""

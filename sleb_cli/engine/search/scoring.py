@@ -86,11 +86,7 @@ class Scoring:
         return sum(len(batch) for batch in self.passes.batches)
 
     def losses(
-        self,
-        removed: Sequence[int],
-        *,
-        held_out: bool = False,
-        advance: Callable[[int], object] = lambda done: None,
+        self, removed: Sequence[int], *, held_out: bool = False, advance: Callable[[int], object] = lambda done: None
     ) -> list[float]:
         """Return the negative log-likelihood of each sequence without these blocks, in nats per token.
 

@@ -30,10 +30,7 @@ from sleb_plugins import Engine, UnsupportedModelError
 
 
 def benchmark(
-    subject: Subject,
-    request: BenchRequest,
-    notify: Notify,
-    engine: tuple[Engine, WriteFiles] | None = None,
+    subject: Subject, request: BenchRequest, notify: Notify, engine: tuple[Engine, WriteFiles] | None = None
 ) -> BenchResult:
     """Time each workload on the dense model and on each size of the pruned one, with transformers or an `engine`.
 

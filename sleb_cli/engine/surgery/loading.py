@@ -170,11 +170,7 @@ def prune_device_map(surgery: Surgery, device_map: DeviceMap | None) -> DeviceMa
 
 
 def _with_tensors(
-    surgery: Surgery,
-    tensors: dict[str, Tensor],
-    dtype: torch.dtype,
-    device: torch.device,
-    device_map: DeviceMap | None,
+    surgery: Surgery, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device, device_map: DeviceMap | None
 ) -> Any:
     """Build the pruned model from these tensors by their names in it; those already on the device are not copied."""
     architecture = surgery.architecture

@@ -169,8 +169,7 @@ def first_removals(removals: tuple[int, ...], count: int | None, where: str) -> 
         return removals
     if not 1 <= count <= len(removals):
         raise UsageError(
-            f"Cannot remove {count} blocks: {where} names {len(removals)}.",
-            hint=f"Use --remove 1 to {len(removals)}.",
+            f"Cannot remove {count} blocks: {where} names {len(removals)}.", hint=f"Use --remove 1 to {len(removals)}."
         )
     return removals[:count]
 

@@ -92,13 +92,7 @@ class EvaluationWindows:
 
 
 def cut_for_evaluation(
-    tokenizer: Any,
-    text: Text,
-    length: int,
-    *,
-    bos: bool = False,
-    stride: int | None = None,
-    most: int | None = None,
+    tokenizer: Any, text: Text, length: int, *, bos: bool = False, stride: int | None = None, most: int | None = None
 ) -> EvaluationWindows:
     """Cut a text into windows as the literature does, one after another, or with a `stride` so that they overlap.
 

@@ -65,10 +65,7 @@ class Writing:
 
 
 def write_or_find(
-    model: Any,
-    writing: Writing,
-    write: Callable[[Continue, int], Any],
-    notify: Notify,
+    model: Any, writing: Writing, write: Callable[[Continue, int], Any], notify: Notify
 ) -> tuple[Any, bool]:
     """Return what `write` makes, plain JSON, or what it made before; and whether that was found in the cache.
 
