@@ -75,6 +75,8 @@ class ProcessGroup:
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Return the mean of all processes' tensors."""
+        if self.size == 1:
+            return tensor
         total = tensor.clone()
         self._exchange(dist.all_reduce, total)
         return total / self.size

@@ -228,8 +228,9 @@ def test_what_nobody_continued_is_cleared_later(run_sleb, tiny_llama, tmp_path):
     for name, file in kept.items():
         folder = tmp_path / f".{name}.recovery" / "fits-0123456789abcdef"
         folder.mkdir(parents=True)
+        (folder / ".block-2.safetensors.partial").mkdir()  # as a process leaves it that is killed while it saves
         (folder / file).touch()
-        for path in [] if name == "fresh" else [folder / file, folder]:
+        for path in [] if name == "fresh" else [*folder.iterdir(), folder]:
             os.utime(path, (0, 0))
     assert run_sleb("apply", tiny_llama, "--blocks", "2", "-o", "out").exit_code == 0
     assert {path.name for path in tmp_path.glob(".*")} == {".fresh.recovery", ".not ours.recovery"}
@@ -269,8 +270,11 @@ def test_without_the_memory_for_the_model_it_is_refused(recover, llama_plan, fit
     assert re.search(needed, recover(llama_plan, code=7).stderr)
 
 
-@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("planned", ["", "{}", "{}:1"])
 def test_the_default_text_is_the_plans_or_the_models_own(run_sleb, llama_plan, tiny_llama, text_file, fit, planned):
+    plan = json.loads(llama_plan.read_text())
+    plan["calibration"]["source"] = planned.format(text_file)
+    llama_plan.write_text(json.dumps(plan))
     subject = [llama_plan] if planned else [tiny_llama, "--blocks", "3"]
     options = ["--recover", "--samples", 10, "--sequence-length", 32, "--no-verify", "--json"]
     source = json.loads(applied(run_sleb, *subject, *options).stdout)["recovery"]["text"]["source"]

@@ -1,6 +1,7 @@
 """Recovery in closed form, each part against a direct computation on real, tiny models."""
 
-from itertools import pairwise
+import math
+from itertools import chain, pairwise, repeat
 
 import pytest
 import torch
@@ -196,9 +197,14 @@ def test_sums_that_do_not_fit_are_named_and_nothing_is_retried(monkeypatch):
     assert not [event for event in told if hasattr(event, "text")]
 
 
-def test_a_fit_that_does_not_lower_the_divergence_is_not_kept(monkeypatch):
-    skippable = skippable_model("llama")
-    monkeypatch.setattr(closed_form._States, "divergence", lambda self, block, values: 1.0)
+@pytest.mark.parametrize("later", [1.0, math.nan], ids=["no lower", "an overflow"])
+def test_a_fit_that_does_not_lower_the_divergence_is_not_kept(monkeypatch, later):
+    skippable, found = skippable_model("llama"), chain([1.0], repeat(later))
+    monkeypatch.setattr(closed_form._States, "divergence", lambda self, block, values: next(found))
+    shapes, head = [], skippable.model.lm_head
+    head.register_forward_hook(lambda module, entering, logits: shapes.append(logits.shape))
     values, record = recovered(skippable, {3}, own_text(skippable.model, 24), 20)
     assert (values, [fit for fit in record.fits if fit.kept]) == ({}, [])
-    assert record.fits
+    assert bool(record.fits) == (later == 1.0)
+    # No logits of a whole batch are made to find the last norm.
+    assert max(shape[0] * shape[1] for shape in shapes if len(shape) == 3) <= 256

@@ -175,6 +175,14 @@ def test_a_template_that_hides_answers_is_refused_before_anything_is_written():
         wrote("{{ messages | length }}" + TURNS, iter(()), answers=True)
 
 
+def test_learned_positions_end_with_the_sequence():
+    model, length = random_model(tiny_config("gpt2")), 128
+    assert model.config.max_position_embeddings == length
+    written = settings("self-chat", length=length)
+    (found,) = calibrate_splits([written], tokenizer_with(TURNS), lambda: model, ignore)
+    assert found.sequences.shape == (4, length)
+
+
 def test_sequences_begin_conversations_and_are_cached_and_split(model):
     tokenizer, events = tokenizer_with(TURNS), []
     splits = [settings("self-chat", count, chat="answers", writer="m") for count in (4, 2)]

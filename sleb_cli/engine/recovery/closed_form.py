@@ -13,6 +13,7 @@ is reported on a third text.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -226,13 +227,13 @@ class _States:
                 states[at] = next(left)
         self.dense, self.pruned = both
 
-    def require_finite(self) -> None:
-        """Make sure that hidden states so far are finite numbers.
+    def require_finite(self, tensors: Iterable[Tensor]) -> None:
+        """Make sure that hidden states, or the sums over them, are finite numbers.
 
         Raises:
             ModelError: some are not.
         """
-        if not all(bool(states.isfinite().all()) for states in (*self.dense, *self.pruned)):
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
             raise ModelError(
                 "On the text to recover on, the model computes hidden states that are not finite numbers.",
                 hint="Use other text, or a data type with a wider range: --dtype bfloat16 or float32.",
@@ -347,7 +348,7 @@ class _Recovery:
         Return whether that gained something.
         """
         before = self.divergence
-        self.states.require_finite()
+        self.states.require_finite((*self.states.dense, *self.states.pruned))
         if not self._restore(block):
             projections = self.group.from_main(lambda: self._find(block))
             if projections:
@@ -397,6 +398,7 @@ class _Recovery:
         every = GAINS_SHARE if has_gains else 1
         train = self.states.sums(rows, [at[::every] for at in self.states.train], empty)
         deciding = self.states.sums(rows, self.states.deciding, empty)
+        self.states.require_finite((*train.tensors, *deciding.tensors))
         prefix, new = f"{self.names[root]}." if self.names[root] else "", dict[str, Tensor]()
 
         def value_of(name: str) -> Tensor:
@@ -426,6 +428,8 @@ class _Recovery:
     def _keep_if_better(self, block: int | None, gap: int, projections: Sequence[ResidualProjection], fit: Fit) -> None:
         values = self.values | fit.values
         divergence = self.states.divergence(self.states.count if block is None else block, values)
+        if not math.isfinite(divergence):  # float16 overflows with these values
+            return
         kept = divergence < self.divergence
         if kept:
             self.values, self.divergence = values, divergence

@@ -221,7 +221,7 @@ class Healing:
             gradient = self.group.mean(self.trained.take_gradient())
             is_finite = bool(gradient.isfinite().all())
             if is_finite or not self.is_scaled or self.progress.scale <= LOWEST:
-                gradient = gradient / self.progress.scale
+                gradient.div_(self.progress.scale)
                 self.progress.scale = self.progress.scale if is_finite else before  # no scale helps on this text
                 return gradient
             self.progress.scale *= BACKOFF

@@ -28,6 +28,8 @@ NEAR = 3.0
 """The same if the rest of the block reads the module's output; other modules are far beyond."""
 # The noise relative to the hidden states: as little as rounding allows, since the response should be linear.
 NOISE = 0.25
+# Enough to tell what enters a norm.
+FEW_POSITIONS = 16
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ def _behind_norms(
 
 def final_norm(skippable: SkippableModel, hidden: Tensor, ids: Tensor) -> ResidualProjection | None:
     """Return the norm whose input is what leaves the last block, [batch, positions, hidden size], or None."""
+    hidden, ids = hidden[:1, :FEW_POSITIONS], ids[:1, :FEW_POSITIONS]  # the logits of a batch may take gigabytes
     norms = [each for each in possible_projections(skippable.model, hidden.shape[-1]) if each.kind == "gain"]
     with passing(skippable.model, [norm.name for norm in norms]) as (entering, _):
         skippable.head(hidden, ids)

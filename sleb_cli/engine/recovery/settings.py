@@ -50,8 +50,9 @@ DECIDING_TOKENS, REPORTED_TOKENS = 8192, 8192
 
 HIDDEN_STATES = "hidden states"
 
-TRAINING_BYTES = 20
-"""Bytes per trained number, besides the models, in float32: its value, best value, gradient and two moments."""
+TRAINING_BYTES = 32
+"""Bytes per trained number, besides the models, in float32: its value, best value and two moments, and in a step
+three of its gradient and what AdamW computes."""
 
 
 def resolve_recovery(
@@ -194,10 +195,11 @@ def _default_source(subject: Subject, *, stream: bool) -> str:
     source, searched = subject.architecture.source, subject.plan.calibration if subject.plan else None
     is_chat = not stream and has_tokenizer(source) and bool(load_tokenizer(source).chat_template)
     alone = DEFAULT_CALIBRATION if stream else f"{SELF}:0.5,{SELF_CHAT}:0.5" if is_chat else SELF
-    if searched is None or searched.chat or is_written(searched.source):
+    shares = parse_mixture(searched.source) if searched else {}
+    if searched is None or searched.chat or [*map(is_written, shares)] == [True]:
         return alone
-    text = searched.source.removesuffix("-sleb")
-    shares = parse_mixture(text)
+    is_mixed = len(shares) > 1 or "," in searched.source  # a name that cannot be in a mixture stays alone
+    text = searched.source if is_mixed else next(iter(shares)).removesuffix("-sleb")
     if stream:
         return alone if any(map(is_written, shares)) else text
-    return text if len(shares) > 1 else f"{text}:0.75,{SELF_CHAT if is_chat else SELF}:0.25"
+    return text if is_mixed else f"{text}:0.75,{SELF_CHAT if is_chat else SELF}:0.25"

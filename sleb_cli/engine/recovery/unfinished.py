@@ -35,7 +35,7 @@ SUFFIX = ".recovery"
 """How the names of the hidden folders end."""
 DAYS_KEPT = 30
 """After this many days without a change, a later recovery in the same place removes the folder."""
-_OURS = re.compile(r"healing\.safetensors|fits-[0-9a-f]{16}|(norm|block-\d+)\.safetensors")
+_OURS = re.compile(r"fits-[0-9a-f]{16}|(healing|norm|block-\d+)\.safetensors|\.\S+\.safetensors\.partial")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ class Saved:
         found = self.tensor(name, shape, torch.int64)
         if tokens_sha256(found) != record.tokens_sha256:
             raise _broken(self.file)
-        return found, self.tensor(f"{name}.mask", shape, torch.bool) if record.chat == "answers" else None
+        mask = f"{name}.mask"  # a part of a mixture may hold no conversation
+        return found, self.tensor(mask, shape, torch.bool) if mask in self.tensors else None
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return a tensor of this shape and data type, whose numbers are finite.

@@ -340,7 +340,8 @@ def limit_to_texts(settings: CalibrationSettings, found: Mapping[str, int], noti
     wanted, had = settings.samples, [source for source, count in settings.counts.items() if count]
     while any(settings.counts[source] > count for source, count in found.items()):
         settings = replace(settings, samples=settings.samples - 1)
-    _require_mixable(settings, had)
+    if not settings.split.begin:  # what decides and what is reported may lack a source
+        _require_mixable(settings, had)
     if settings.samples < wanted:
         scarce = min(found, key=lambda source: found[source] / settings.shares[source])
         notify(

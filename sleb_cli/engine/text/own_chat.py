@@ -161,6 +161,9 @@ class _Writer:
         first = self.tokenizer(endings[0], add_special_tokens=False).input_ids[:1]
         ends = self.ends | (set(first) & self.special)
         begun, new = [*compress(prompts, fits)], max(1, room // 2) if asks else max(1, room) + SPARE_TOKENS
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit and begun:  # learned positions end there
+            new = max(1, min(new, limit - max(map(len, begun))))
         written = iter(more(begun, new, forbidden=self.special - ends, ends=ends) if begun else [])
         return [
             self._with(role, conversation, self._text(next(written), ends, ending)) if fit else None
