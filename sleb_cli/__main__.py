@@ -23,6 +23,15 @@ INTERRUPTED = 128 + 2
 BROKEN_PIPE = 128 + 13
 TERMINATED = 128 + 15
 LONGEST_NAME_SHOWN = 60
+UNREACHABLE = {
+    errno.ENAMETOOLONG: ("the name is too long for a file", "Use a shorter one."),
+    errno.EACCES: ("you have no access to its folder", "Check the folder's permissions."),
+    errno.EPERM: ("you have no access to its folder", "Check the folder's permissions."),
+    errno.EIO: ("the disk fails", "Check the disk."),
+    errno.ESTALE: ("the disk is gone", "Mount it again."),
+    errno.ENOTCONN: ("the disk is gone", "Mount it again."),
+}
+"""Why a file cannot even be looked for, and what to do."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,10 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # All processes read the same command line, and a launcher would end the main one before it has spoken.
         return UsageError.exit_code if is_main_process() else 0
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG or error.filename is None:
+        if error.filename is None or error.errno not in UNREACHABLE:
             raise
+        why, hint = UNREACHABLE[error.errno]
         name = elide(str(error.filename), LONGEST_NAME_SHOWN)
-        console.print_error(UsageError(f"The name {name} is too long for a file.", hint="Use a shorter one."))
+        console.print_error(UsageError(f"{name} cannot be used: {why}.", hint=hint))
         return UsageError.exit_code
     except WorkerFinished as finished:
         return finished.exit_code

@@ -250,6 +250,9 @@ def _flush(path: Path) -> None:
         file = os.open(path, os.O_RDONLY if is_posix else os.O_RDWR)
         try:
             os.fsync(file)
+        except OSError as error:  # some network file systems flush no folders
+            if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP) or not path.is_dir():
+                raise
         finally:
             os.close(file)
 

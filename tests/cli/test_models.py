@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import zipfile
 from functools import partial
 from unittest.mock import Mock
@@ -9,7 +10,7 @@ from unittest.mock import Mock
 import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from test_apply import applied
 from transformers import AutoModelForCausalLM, BertConfig, T5Config, ViTConfig
 
@@ -40,6 +41,9 @@ def test_no_such_folder_or_file(run_sleb):
         (GatedRepoError, "is gated"),
         (RepositoryNotFoundError, "nor a model on the Hub"),
         (RevisionNotFoundError, "no revision 'v9'"),
+        (HfHubHTTPError.__bases__[0], "could not be downloaded"),
+        (RuntimeError, "could not be downloaded"),
+        (OSError, "could not be downloaded"),
     ],
 )
 def test_no_such_hub_model(run_sleb, monkeypatch, error, message):
@@ -67,10 +71,12 @@ def test_a_download_shows_its_bytes_and_draws_no_bar_of_its_own(tiny_llama, monk
 def test_a_hub_model_of_pickles_only_is_asked_for_again_with_them(monkeypatch, tmp_path):
     asked = []
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "pytorch_model.bin").touch()
+    (tmp_path / "adapter_model.safetensors").touch()
 
     def download(model, *, ignore_patterns, **options):
         asked.append("*.bin" in ignore_patterns)
+        if not asked[-1]:
+            (tmp_path / "pytorch_model.bin").touch()
         return str(tmp_path)
 
     monkeypatch.setattr(source, "snapshot_download", download)
@@ -92,6 +98,8 @@ def test_a_hub_model_in_the_cache(run_sleb, search, tiny_llama, tmp_path, monkey
     card = ModelCard((tmp_path / "tiny-sleb-5-blocks" / "README.md").read_text()).data
     assert (card.base_model, card.base_model_relation) == ("org/tiny", "finetune")
     assert f"org/tiny@{commit}" in run_sleb("export", "--to", "mergekit").stdout
+    shutil.copytree(tiny_llama, tmp_path / "org" / "tiny")  # as `hf download --local-dir` may do later
+    assert run_sleb("apply", "--force").exit_code == 0
 
 
 def settings(name, **changes):

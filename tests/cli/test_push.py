@@ -192,9 +192,11 @@ def test_only_force_writes_into_a_repository_and_keeps_its_visibility(push, refu
     assert weight_bytes_of(tmp_path / "out").keys() <= hub.files.keys()
 
 
-@pytest.mark.parametrize("step", ["repos/create", "/store/", "/commit/"])
-def test_a_failed_upload_loses_nothing(push, tmp_path, hub, step):
-    hub.refuses[step] = 403
+@pytest.mark.parametrize(
+    ("step", "status"), [("repos/create", 403), ("/store/", 403), ("/commit/", 403), ("validate-yaml", 400)]
+)
+def test_a_failed_upload_loses_nothing(push, tmp_path, hub, step, status):
+    hub.refuses[step] = status
     result = push(code=8, says="out is complete, but was not uploaded to acme/small")
     assert "`hf upload acme/small out --private`" in result.stderr
     assert weights_of(tmp_path / "out")

@@ -70,6 +70,10 @@ def entry(**changes):
     return weights(lambda header: header | {"model.norm.weight": header["model.norm.weight"] | changes})
 
 
+def numbered(header):
+    return header | {f"model.layers.{'9' * 5000}.weight": header.pop("model.norm.weight")}
+
+
 def renamed(header):
     return header | {"model.layers.\x1b[2J\u202e\n.weight": header.pop("model.norm.weight")}
 
@@ -77,6 +81,13 @@ def renamed(header):
 OUTSIDE = ("config.json", "tokenizer.json", "model.safetensors")
 MODELS = {
     "end tokens that are lists": (SEARCH, put("model/generation_config.json", b'{"eos_token_id": [[]]}'), (0,), ""),
+    "settings in settings": (
+        APPLY,
+        put("model/processor_config.json", b'{"a":' * 600 + b"1" + b"}" * 600),
+        MODEL,
+        "processor_config.json",
+    ),
+    "a block of 5000 digits": (APPLY, weights(numbered), (0, *MODEL), ""),
     "no blocks": (CUT, config(num_hidden_layers=0), MODEL, "llama"),
     "a billion blocks": (CUT, config(num_hidden_layers=10**9), MODEL, "num_hidden_layers"),
     "a billion labels": (CUT, config(num_labels=10**9), MODEL, "num_labels"),

@@ -138,6 +138,29 @@ def test_a_long_name_is_refused_before_any_work(run_sleb, model, search, length)
     assert os.listdir() == ["model"]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("apply", "model", "--blocks", 1, "-o", "closed/out"),
+        ("apply", "closed/model", "--blocks", 1),
+        ("export", "closed/plan.json", "--to", "summary"),
+        ("search", "model", "--remove", 1, "--calibration", "closed/text.txt"),
+    ],
+)
+def test_what_is_in_a_closed_folder_is_refused(run_sleb, model, monkeypatch, words):
+    stat = Path.stat
+
+    def refusing(path, **how):
+        if "closed" in path.parts:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", refusing)
+    result = run_sleb(*words)
+    assert result.exit_code in (2, 3, 4, 5, 8)
+    assert "hint:" in result.stderr
+
+
 WAYS = [("model", "."), ("model", "../model"), ("model/sub", ".."), (".", "model/"), (".", "./model//"), (".", "link"),
         (".", "link/../model"), (".", "~/model")]  # fmt: skip
 

@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import random
+import stat
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -118,7 +120,7 @@ def test_links_and_folders_of_other_programs_are_never_emptied(tmp_path):
 DECIDING = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "qwen.tiktoken", "bpe.codes", "chat_template.jinja",
-    "additional_chat_templates/tool.jinja", "adapter_config.json", "model.py", "sub/more.py",
+    "additional_chat_templates/tool.jinja", "adapter_config.json", "tekken.json", "model.py", "sub/more.py",
 )  # fmt: skip
 BESIDE = (
     "README.md", "log.txt", "plan.json", "plan.eval.json", "sleb_eval.json", "trainer_state.json", "a.png", "t.py.old",
@@ -238,3 +240,20 @@ def test_an_error_of_the_disk_is_found_behind_a_verdict():
             raise ProofError("It does not run.", hint="") from OSError(number, os.strerror(number))
     with pytest.raises(OutputError, match=r"Cannot write a: No space left \(os error 28\)\."), saving(Path("a")):
         raise SafetensorError("No space left (os error 28)")
+
+
+@pytest.mark.parametrize(("code", "is_written"), [(errno.EINVAL, True), (errno.EIO, False)])
+def test_a_file_system_that_cannot_flush_folders_is_no_obstacle(tmp_path, monkeypatch, code, is_written):
+    flush = os.fsync
+
+    def refusing(file):
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(code, os.strerror(code))
+        flush(file)
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    with nullcontext() if is_written else pytest.raises(OutputError):
+        write_text(tmp_path / "a.txt", "words")
+        with new_folder(tmp_path / "folder") as aside:
+            (aside / "b.txt").write_text("more")
+        assert (tmp_path / "folder" / "b.txt").read_text() == "more"

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _LONGEST_JSON = 100_000_000
 # Lists and objects, of which a header of a million tensors has three each; each takes some 100 bytes of memory.
 _MOST_PARTS = 4_000_000
+_DEEPEST = 100
 _LARGEST_NUMBER = 2**63 - 1
 _MOST_DIMENSIONS = 64
 
@@ -54,7 +55,16 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path} is not readable JSON.", hint="Copy or download the model again.") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} is not a JSON object.", hint="Copy or download the model again.")
+    level: list[Any] = [value]
+    for _ in range(_DEEPEST):
+        level = [inner for part in level for inner in _parts(part)]
+    if level:
+        raise ModelError(f"{path} is nested too deeply.", hint="Copy or download the model again.")
     return value
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _parse_json(raw: bytes) -> Any:

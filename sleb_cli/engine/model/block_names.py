@@ -59,7 +59,7 @@ class BlockNames:
     def _of_block(self) -> re.Pattern[str]:
         """Splits a name around its block's number, after a prefix of the files or of the model, as settings have it."""
         prefixes = map(re.escape, [self.numbering.prefix, *path_suffixes(self.blocks_path)])
-        return re.compile(rf"({'|'.join(prefixes)})(\d+)((?:\..*)?)", re.DOTALL)
+        return re.compile(rf"({'|'.join(prefixes)})(\d{{1,9}})((?:\..*)?)", re.DOTALL)
 
 
 def find_block_numbering(names: Iterable[str], path: str, count: int) -> BlockNumbering | None:
@@ -70,7 +70,7 @@ def find_block_numbering(names: Iterable[str], path: str, count: int) -> BlockNu
     """
     lists: dict[str, list[int]] = defaultdict(list)
     for name in names:
-        for match in re.finditer(r"\.(\d+)(?=\.)", f".{name}"):
+        for match in re.finditer(r"\.(\d{1,9})(?=\.)", f".{name}"):
             lists[f".{name}"[1 : match.start() + 1]].append(int(match[1]))
     whole = {prefix: numbers for prefix, numbers in lists.items() if set(numbers) >= set(range(count))}
     found = [prefix for prefix in path_suffixes(path) if prefix in whole] or _by_likeness(

@@ -36,6 +36,9 @@ from sleb_plugins import ModelError, UsageError
 
 DEMO = "demo"
 
+# A download that breaks off, of the Hub's HTTP library or of its faster transfers (hf_xet), and a full disk.
+_FAILURES: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, OSError, RuntimeError, ValueError)
+
 _CHAT_TEMPLATES = "additional_chat_templates"
 
 # What a model is read from: by sleb, and by transformers, whose tokenizers each have names of their own.
@@ -44,7 +47,7 @@ _READ = re.compile(r".*\.(json|jinja|txt|model|tiktoken|py|bin|safetensors)|" + 
 # lie there as well, such as results, logs and plans, has other names.
 _DECIDES = re.compile(
     r"(generation_config|adapter_config|special_tokens_map|added_tokens|emoji|normalizer|byte_maps|word_\w+)\.json"
-    r"|.*(tokenizer|vocab|merges|chat_template|processor).*|dict\.txt|.*\.(jinja|model|tiktoken|codes)"
+    r"|.*(tokenizer|vocab|merges|chat_template|processor|tekken).*|dict\.txt|.*\.(jinja|model|tiktoken|codes)"
 )
 # "runs" holds TensorBoard logs.
 _NOT_DOWNLOADED = [
@@ -227,7 +230,7 @@ def _download(model: str, revision: str | None, notify: Notify, *, config_only: 
             if config_only:
                 return Path(snapshot_download(model, allow_patterns=["config.json", "*.py"], **options))
             folder = Path(snapshot_download(model, ignore_patterns=[*_NOT_DOWNLOADED, "*.bin"], **options))
-            if any(folder.glob("*.safetensors")):
+            if has_weights(folder):
                 return folder
             return Path(snapshot_download(model, ignore_patterns=_NOT_DOWNLOADED, **options))
     except GatedRepoError as error:
@@ -248,6 +251,11 @@ def _download(model: str, revision: str | None, notify: Notify, *, config_only: 
         raise ModelError(
             f"{model} is neither a local folder nor in the cache, and {unreachable or first_line(error)}.",
             hint="Check the name and the network, or name a local folder.",
+        ) from error
+    except _FAILURES as error:
+        raise ModelError(
+            f"{model} could not be downloaded: {first_line(error)}.",
+            hint="Check the network and the disk, then run the command again.",
         ) from error
 
 

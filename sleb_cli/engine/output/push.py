@@ -22,8 +22,8 @@ from sleb_cli.events import Notice, Notify, task
 from sleb_plugins import ModelError, OutputError, UsageError
 
 # What the Hub's client raises. Its HTTP library, which depends on the version, has one base class for bad responses and
-# for missing ones; HfHubHTTPError derives from it.
-_FAILURES: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, ConnectionError)
+# for missing ones; HfHubHTTPError derives from it. A rejected card and an answer that is not JSON are ValueErrors.
+_FAILURES: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, ConnectionError, ValueError)
 # The faster transfers (hf_xet) raise RuntimeError.
 _UPLOAD_FAILURES: tuple[type[BaseException], ...] = (*_FAILURES, RuntimeError)
 # Files of a training run that are named like weights, but are none.

@@ -30,7 +30,8 @@ DeviceMap = str | Mapping[str, int | str]
 """Where the weights of each module are: the number of an accelerator, "cpu" or "disk"; or how to choose that."""
 
 _TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+    "tekken.json",
 )  # fmt: skip
 
 

@@ -122,7 +122,7 @@ class _Renaming:
         if renamed != name or name in self._modules:
             return renamed
         # A block of the language model by its name in a larger model: "language_model." + "model.layers.3".
-        found = re.search(rf"\.{re.escape(self._path)}\.(\d+)(?=\.|$)", name)
+        found = re.search(rf"\.{re.escape(self._path)}\.(\d{{1,9}})(?=\.|$)", name)
         if found is None:
             return name
         number = self.names.kept.new_number.get(int(found[1]))

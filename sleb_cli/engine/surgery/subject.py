@@ -112,7 +112,7 @@ def place_of_model(path: Path, plan: Plan, named: str | None, revision: str | No
         raise PlanError(
             f"{path} was made for {of.id}, and does not say where that is.", hint="Name its folder with --model."
         )
-    return of.id, revision or of.revision
+    return of.id, revision or (None if Path(of.id).exists() else of.revision)
 
 
 def with_recovered(subject: Subject, registry: Registry, notify: Notify) -> Subject:
