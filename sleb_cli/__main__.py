@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -48,8 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except SlebError as error:
         if isinstance(error, OutputError) and error.unsaved is not None:
-            console.print_json(error.unsaved)
-            console.print_warning("The result could not be saved; it was printed on stdout as JSON.")
+            with suppress(OutputError):  # stdout may be on the same full disk
+                console.print_json(error.unsaved)
+                sys.stdout.flush()
+                console.print_warning("The result could not be saved; it was printed on stdout as JSON.")
         console.print_error(error)
         return error.exit_code
     except typer.TyperException as error:

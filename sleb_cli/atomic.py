@@ -160,7 +160,7 @@ def held(path: Path, *, patience: float | None = None) -> Iterator[Path]:
     from filelock import FileLock, Timeout  # takes 50 ms
 
     target = _named(path)
-    folder = target.with_name(f".{target.name}{SUFFIX}")
+    folder = target.parent / f".{target.name}{SUFFIX}"
     timeout = PATIENCE if patience is None else patience
     lock = FileLock(_lock_file(folder), timeout, thread_local=False)
     while not lock.is_locked:

@@ -180,7 +180,7 @@ def load_plugins(found: Iterable[EntryPoint] | None = None) -> Registry:
         plugin = _plugin(entry_point)
         try:
             offers += _offers(plugin, entry_point.load)
-        except Exception as error:  # a plugin can raise anything on import
+        except (Exception, SystemExit) as error:  # a plugin can raise anything on import
             failures.append(Failure(plugin, f"{type(error).__name__}: {error}"))
     return Registry(tuple(offers), tuple(failures))
 

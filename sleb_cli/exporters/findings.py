@@ -25,7 +25,7 @@ from sleb_cli.results import (
     WorkloadResult,
     main_metric,
 )
-from sleb_cli.tables.quality import task_name, text_names
+from sleb_cli.tables.quality import task_names, text_names
 from sleb_cli.tables.speed import workload_name
 from sleb_cli.tables.table import Scored, by_model
 from sleb_plugins.errors import UsageError
@@ -118,7 +118,7 @@ class Findings:
     @property
     def scored_tasks(self) -> list[Scored]:
         """Each metric of each task on each model."""
-        return by_model(self.tasks, map(task_name, self.tasks))
+        return by_model(self.tasks, task_names(self.tasks))
 
     @property
     def timed(self) -> list[Scored]:
@@ -198,9 +198,10 @@ class Findings:
     def missing(self) -> list[tuple[str, str]]:
         """What was not measured, and the commands that do."""
         name, model = self.plan_argument, shlex.quote(self.plan.model.id)
+        sizes = "" if self.plan.recovery else " --every 2"  # recovered weights are those of one size
         gaps = [
-            (self.own_texts, "perplexity and divergence on text", f"sleb eval {name} --every 2"),
-            (self.main_tasks, "accuracy on tasks", f"sleb eval {name} --every 2 --tasks piqa,arc_easy"),
+            (self.own_texts, "perplexity and divergence on text", f"sleb eval {name}{sizes}"),
+            (self.main_tasks, "accuracy on tasks", f"sleb eval {name}{sizes} --tasks piqa,arc_easy"),
             (self.main_workloads, "speed and memory", f"sleb bench {name} --every 2"),
             (self.plan.dense.held_out, "loss on held-out text", f"sleb search {model} --holdout 0.2 …"),
             (self.plan.sample_generation, "what both models say", f"sleb search {model} …"),

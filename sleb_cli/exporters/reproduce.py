@@ -57,7 +57,7 @@ def on_lines(command: str, width: int = 76) -> str:
     """Break a command of a shell between its options, where it is too long for a line."""
     options: list[str] = []
     for word in shlex.split(command):  # a quoted word may hold what looks like options
-        quoted = shlex.quote(word)
+        quoted = word if word == "…" else shlex.quote(word)
         if options and not re.match(r"--?[a-z]", word):
             options[-1] += f" {quoted}"
         else:

@@ -9,7 +9,7 @@ from functools import partial
 from sleb_cli.plan import public_name
 from sleb_cli.results import DivergenceRecord, Interval, PrunedTextScores, TaskResult, TextResult
 from sleb_cli.tables.table import Columns, Scored, Table, between, tabulate
-from sleb_cli.units import format_change, format_perplexity, format_probability, format_share
+from sleb_cli.units import format_change, format_perplexity, format_probability, format_share, plural
 
 _BOS = {"none": "no BOS", "text": "BOS before the text", "windows": "BOS in each"}
 
@@ -38,13 +38,13 @@ def text_names(
         )
         for text in texts
     ]  # fmt: skip
-    names = []
-    for text, own in zip(texts, tells, strict=True):
-        alike = [tell for other, tell in zip(texts, tells, strict=True) if other.text == text.text]
+    names, public = list[str](), [public_name(text.text) for text in texts]
+    for text, name, own in zip(texts, public, tells, strict=True):
+        alike = [tell for other, tell in zip(public, tells, strict=True) if other == name]
         differing = [len(set(column)) > 1 for column in zip(*alike, strict=True)]
         remarks = ["answers"] * (text.clustered_by == "conversations")
         remarks += [tell for tell, differs in zip(own, differing, strict=True) if tell and differs] + remarks_on(text)
-        names.append(public_name(text.text) + (f" ({', '.join(remarks)})" if remarks else ""))
+        names.append(name + (f" ({', '.join(remarks)})" if remarks else ""))
     return names
 
 
@@ -62,6 +62,15 @@ def task_name(task: TaskResult) -> str:
         "" if task.higher_is_better else "lower is better",
     ]
     return ", ".join([task.task, *filter(None, details)])
+
+
+def task_names(tasks: Sequence[TaskResult]) -> list[str]:
+    """Return the name of each task, with its number of items if it was run on several sets of them."""
+    names = list(map(task_name, tasks))
+    return [
+        f"{name}, {plural(len(task.doc_ids), 'item')}" if names.count(name) > 1 else name
+        for name, task in zip(names, tasks, strict=True)
+    ]
 
 
 def perplexities(scored: Iterable[Scored], title: str = "Perplexity") -> Table:

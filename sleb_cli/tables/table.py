@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def to_markdown(table: Table) -> list[str]:
 
 
 def to_text(table: Table, width: int) -> list[str]:
-    """Return the lines of a table in plain text; where they are too long, names in the first column are shortened."""
+    """Return the lines of a table in plain text; where they are too long, names in the first column are wrapped."""
     for variant in table.variants():
         rows = [variant.columns, *variant.rows]
         first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
@@ -109,12 +110,15 @@ def to_text(table: Table, width: int) -> list[str]:
         if room >= min(first, _LEAST_NAME):
             break
     first = min(first, max(8, room))
-    lines = []
-    for row in rows:
-        name = row[0] if len(row[0]) <= first else f"{row[0][: first - 1]}…"
+    lines, rest = list[str](), list[str]()
+    for before, row in zip([None, *rows], rows, strict=False):
+        if before is None or row[0] != before[0]:
+            lines += rest
+            rest = wrap(row[0], first)
+        name = rest.pop(0) if rest else ""
         cells = [
             cell.ljust(size) if variant.is_words(number) else cell.rjust(size)
             for number, (cell, size) in enumerate(zip(row[1:], others, strict=True), start=1)
         ]
         lines.append("  ".join([name.ljust(first), *cells]).rstrip())
-    return lines
+    return lines + rest

@@ -94,7 +94,10 @@ def inert_text(text: str) -> str:
 
 # A name, or what a library says of it, may be as long as a file.
 _LONGEST = 2000
-_IN_ASCII = {"…": "...", "·": ".", "×": "x", "█": "#", "○": "o", "●": "*", "→": "->", "±": "+-", "≤": "<=", "≥": ">="}
+_IN_ASCII = {
+    "…": "...", "·": ".", "×": "x", "█": "#", "○": "o", "●": "*", "→": "->", "±": "+-", "≤": "<=", "≥": ">=", "✓": "v",
+    "Δ": "d", **dict.fromkeys("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "*"),
+}  # fmt: skip
 
 
 def _in_ascii(error: UnicodeError) -> tuple[str, int]:

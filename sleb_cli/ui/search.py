@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,8 @@ def show_plan(plan: Plan, output: Path) -> None:
             print_line(f"  {name:6} ({repeated}): {line}")
         for warning in tables.collapse(sample):
             print_prose(console, f"[yellow]{warning}[/]")
-    print_to_copy(f"wrote {output}; next: sleb apply {output}")
+    name = f"./{output}" if str(output).startswith("-") else str(output)
+    print_to_copy(f"wrote {output}; next: sleb apply {shlex.quote(name)}")
 
 
 def perplexity_chart(plan: Plan, width: int) -> Text:

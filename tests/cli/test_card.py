@@ -12,9 +12,10 @@ from test_apply import applied
 
 from conftest import llama_config, save_model
 from gguf_models import write_llama_gguf
-from measured_plans import make_benchmark, make_evaluation
+from measured_plans import make_benchmark, make_evaluation, make_plan
 from sleb_cli.engine.output.card import BEGIN, END, update_card
 from sleb_cli.engine.output.card_metadata import with_results
+from sleb_cli.engine.output.card_results import Row, results_section
 from sleb_cli.kept_results import beside_plan
 from sleb_cli.plan import read_plan
 from sleb_cli.results import EvalResult
@@ -165,6 +166,16 @@ def test_commands_and_names_of_tasks_in_the_chat_template(out, measured):
     out.row("piqa, acc, chat, bfloat16 on cpu", "this model")
     assert "--limit 400 --apply_chat_template --tasks piqa\n" in out.results
     assert "--limit 400 --apply-chat-template --tasks sleb_instructions\n" in out.results
+
+
+@pytest.mark.parametrize("removed", [2, 4])
+def test_speeds_of_the_checkpoint_alone_are_beside_those_of_its_plan(removed):
+    plan = make_plan(8, removed)
+    found = make_benchmark(plan)
+    workload = found.workloads[0]
+    alone = found.model_copy(update={"model": found.model.model_copy(update={"blocks": 8 - removed})})
+    rows = [Row(found, workload, workload.dense, workload.pruned[-1]), Row(alone, workload, None, workload.dense)]
+    assert f"| {8 / (8 - removed):.2f}x |" in "\n".join(results_section(rows))
 
 
 def test_a_recovered_checkpoint_claims_no_earlier_number(out, measured, tmp_path):

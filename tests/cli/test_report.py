@@ -20,6 +20,7 @@ from sleb_cli import exporters
 from sleb_cli.__main__ import main
 from sleb_cli.exporters.draft import best_draft
 from sleb_cli.plan import ClosedFormRecord, LossesRecord, RecoveryRecord
+from sleb_cli.tables.quality import task_names, text_names
 from sleb_cli.units import format_perplexity
 
 FIGURES = {
@@ -208,11 +209,26 @@ def recovery_of(plan):
     )
 
 
+def test_names_tell_apart_what_was_measured_twice():
+    plan = make_plan(8, 2)
+    all_items = make_evaluation(plan, items=400, texts=("a/test.txt", "b/test.txt"))
+    some = make_evaluation(plan, items=100, texts=())
+    both = all_items.model_copy(update={"tasks": (*all_items.tasks, *some.tasks)})
+    (_, other), first = both.texts, both.texts[0]
+    assert text_names((first, other.model_copy(update={"tokens_sha256": "1" * 64}))) == [
+        "test.txt (tokens 00000000)", "test.txt (tokens 11111111)",
+    ]  # fmt: skip
+    names = task_names(both.tasks)
+    assert len(set(names)) == len(names)
+    assert any(name.endswith(", 400 items") for name in names)
+
+
 def test_a_recovered_plan_says_what_came_back(report):
     plan = make_plan(8, 2)
     recovery = recovery_of(plan)
     text = report(plan.model_copy(update={"recovery": recovery})).text
     assert recovery.summary in text
+    assert "sleb eval plan.json --tasks" in text  # recovered weights have one size
     assert "the others were given new weights" in text
     drawn = f"--samples {3 * plan.calibration.sequences}"
     assert f"sleb apply plan.json --recover --calibration wikitext2 {drawn} \\ --sequence-length 2048" in text

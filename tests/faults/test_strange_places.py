@@ -71,6 +71,7 @@ def test_every_command_works_at_a_strange_place(sleb, strange):
     found = sleb("search", f"./{name}", *calibration(text), *QUICK, "-o", plan)
     assert read_plan(Path(plan)).model.id == str(place / name)
     assert f"wrote {name}.json" in found.stdout
+    assert Path(shlex.split(found.stdout.partition("next: ")[2])[2]).samefile(plan)
     sleb("apply", plan, "-o", f"./{name} out")
     _, front, card = (place / f"{name} out" / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "transformers"
@@ -159,6 +160,20 @@ def test_what_is_in_a_closed_folder_is_refused(run_sleb, model, monkeypatch, wor
     result = run_sleb(*words)
     assert result.exit_code in (2, 3, 4, 5, 8)
     assert "hint:" in result.stderr
+
+
+@pytest.mark.parametrize("output", ["", ".", "/"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("search", "model", "--remove", "1"), ("search", "model", "--remove", "1", "--compare", "nll,cosine"), ("rerun", "plan.json"),
+        ("export", "plan.json", "--to", "report"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_folder_is_no_output(run_sleb, model, search, words, output):
+    search("model")
+    assert run_sleb(*words, "-o", output).exit_code == 8
 
 
 WAYS = [("model", "."), ("model", "../model"), ("model/sub", ".."), (".", "model/"), (".", "./model//"), (".", "link"),

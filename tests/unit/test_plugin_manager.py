@@ -24,6 +24,7 @@ METRIC = (
 BROKEN = {
     "import_error": ("import nothing_of_that_name", "ModuleNotFoundError"),
     "syntax_error": ("def", "SyntaxError"),
+    "leaves": ("import sys\nsys.exit('no licence')", "no licence"),
     "exits": ("raise RuntimeError('not today')", "not today"),
     "wrong_type": (hook("metrics", "return ['nll']"), "'nll', which is not a named"),
     "not_a_list": (hook("metrics", "return 3"), "TypeError"),

@@ -92,6 +92,14 @@ def test_what_several_rows_are_about_stands_in_the_first():
     ]  # fmt: skip
 
 
+def test_long_names_are_wrapped_in_text():
+    names = [f"instructions, {metric}, chat" for metric in ("followed", "ended")]
+    rows = [[name, model, "1"] for name in names for model in ("dense", "-4")]
+    lines = to_text(Table("", ["task", "model", "score"], rows, words={"task", "model"}), 32)
+    assert max(map(len, lines)) <= 32
+    assert [line.split()[0] for line in lines] == ["task", "instructions,", "followed,", "instructions,", "ended,"]
+
+
 def test_markdown_shows_names_as_they_are():
     table = Table("", ["text", "perplexity"], [["a|b*[c]\n`d`", "1.5"]])
     assert to_markdown(table) == ["| text | perplexity |", "| --- | ---: |", r"| a\|b\*\[c\] 'd' | 1.5 |"]

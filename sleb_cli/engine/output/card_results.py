@@ -153,7 +153,7 @@ def results_section(rows: Sequence[Row]) -> list[str]:
     texts = _by_model(_of(rows, TextResult), lambda text: f"{public_name(text.text)}, {quality.windows_of(text)}")
     tasks = _by_model(_of(rows, TaskResult), quality.task_name)
     timed = _by_model(_of(rows, WorkloadResult), speed.workload_name)
-    blocks = rows[-1].result.model.blocks
+    blocks = max(row.result.model.blocks for row in rows)  # of the dense model, not of the checkpoint
     tables = [quality.perplexities(texts), quality.tasks(tasks), speed.speeds(timed, blocks)]
     made = dict.fromkeys(
         tuple(map(in_markdown, (made.sleb_version, made.torch, made.transformers, made.processor)))

@@ -90,6 +90,7 @@ def _pruning_of_plan(request: ExportRequest, to: str, notify: Notify) -> Pruning
         dtype=plan.model.dtype or plan.search.dtype,
         blocks=plan.model.blocks,
         removals=plan.removals,
+        source_file=request.source,
         **_measured(file, plan, notify),
     )
 

@@ -47,7 +47,7 @@ Name = tuple[tuple[int, ...], int | None, int | None]
 
 def journal_of(plan: Path) -> Path:
     """Return the path of the journal of this plan."""
-    return plan.with_name(plan.name + ".journal")
+    return plan.parent / f"{plan.name}.journal"  # `with_name` refuses "."
 
 
 def recorded(journal: Path, name: str, kind: type[T]) -> T | None:
