@@ -22,7 +22,7 @@ from conftest import (
     weights_of,
 )
 from gguf_models import write_llama_gguf
-from sleb_cli.engine.forward import placement, streaming
+from sleb_cli.engine.forward import placement
 from sleb_cli.engine.output import proof
 from sleb_cli.engine.search import journal as journals
 from sleb_cli.plan import read_plan
@@ -115,8 +115,7 @@ def test_without_memory_for_float32_it_says_that_it_is_slow(run, model, processo
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     processor()
     free = [size * 3 // 2]
-    for module in (placement, streaming):
-        monkeypatch.setattr(module, "own_free_bytes", lambda device: free[0])
+    monkeypatch.setattr(placement, "own_free_bytes", lambda device: free[0])
     told = run("eval", folder, *evaluation(text_file))
     assert "This will be slow: the processor has no bfloat16 arithmetic, and float32 needs" in told.stderr
     assert "bfloat16 on cpu" in told.stdout

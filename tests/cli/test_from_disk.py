@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from conftest import calibration, evaluation, save_model, slow, weight_bytes_of
 from families import tiny_config
 from sleb_cli.engine.files.cache import cache_root
-from sleb_cli.engine.forward import streaming
+from sleb_cli.engine.forward import placement
 from sleb_cli.engine.output import proof
 from sleb_cli.engine.quality import texts
 from sleb_cli.engine.recovery import closed_form, settings
@@ -64,7 +64,7 @@ def test_plan_checkpoint_and_measurements_are_the_same(sleb, text_file, tmp_path
     for way in ("in memory", other):
         where = [*WAYS[way], "--force"]
         if way == "large":
-            monkeypatch.setattr(streaming, "own_free_bytes", lambda device: 100_000)
+            monkeypatch.setattr(placement, "own_free_bytes", lambda device: 100_000)
             monkeypatch.setattr(proof, "free_bytes", lambda device: 100_000)
         searched = sleb("search", model, "--remove", 2, "--metric", metric, *calibration(text_file), *where)
         applied = sleb("apply", "--recover", *calibration(text_file, samples=20), *where, "-o", "out")

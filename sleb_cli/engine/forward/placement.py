@@ -14,11 +14,11 @@ from sleb_cli.engine.device import choose_device, cpu_dtypes, dtype_name, own_fr
 from sleb_cli.engine.forward.block_weights import BlockWeights
 from sleb_cli.engine.forward.offload import Offloaded, offloaded_values
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.forward.streaming import choose_to_stream, stream_dense, streamed_bytes, weight_bytes
+from sleb_cli.engine.forward.streaming import StreamedBlocks, require_streamable, streamed_bytes, weight_bytes
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.surgery.fewer_bits import report_unpacked
-from sleb_cli.engine.surgery.loading import DeviceMap, load_dense
-from sleb_cli.events import Notice, Notify
+from sleb_cli.engine.surgery.loading import DeviceMap, fits, load_dense
+from sleb_cli.events import Notice, Notify, task
 from sleb_cli.requests import AUTO, ApplyRequest, EvalRequest, SearchRequest
 from sleb_cli.units import format_bytes
 from sleb_plugins import MachineError, UnsupportedModelError, UsageError
@@ -91,7 +91,18 @@ def place_model(
         return (streamed_bytes if stream or does_not_fit else weight_bytes)(architecture, wide) + beside
 
     chosen = choose_dtype(architecture, dtype, device, needed, own_free_bytes, notify, cast)
-    streams = choose_to_stream(architecture, chosen, device, stream, notify, beside=beside)
+    if stream:
+        require_streamable(architecture)
+    streams = bool(stream)
+    if stream is None and not architecture.is_quantized:
+        size, free = weight_bytes(architecture, chosen) + beside, own_free_bytes(device)
+        if streams := size > free:
+            notify(
+                Notice(
+                    f"{architecture.source.id} needs {format_bytes(size)} of memory in {dtype_name(chosen)}, but only "
+                    f"{format_bytes(free)} is free on {device}. Streaming its blocks from disk (--stream)."
+                )
+            )
     return Placement(device, chosen, streams, rounded=None if cast is chosen else cast)
 
 
@@ -136,7 +147,11 @@ def open_dense(architecture: Architecture, placement: Placement, notify: Notify)
         UnsupportedModelError: accelerate spreads a block over several devices.
     """
     if placement.stream:
-        return stream_dense(architecture, placement.dtype, placement.device, notify, rounded=placement.rounded)
+        dtype, device = placement.dtype, placement.device
+        loading = f"Loading {architecture.source.id} without its blocks"
+        with task(notify, loading), fits(architecture.source, dtype, device):
+            streamed = StreamedBlocks(architecture, dtype, device, placement.rounded)
+        return SkippableModel(streamed.model, streamed.modules, device=device, weights=streamed)
     model = load_dense(
         architecture,
         placement.dtype,

@@ -24,17 +24,14 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from sleb_cli.engine.device import CPU, dtype_name, own_free_bytes, synchronize
+from sleb_cli.engine.device import CPU, synchronize
 from sleb_cli.engine.files.copying import reading
 from sleb_cli.engine.files.weights import TORCH_DTYPES, StoredTensor, load_pickle
 from sleb_cli.engine.forward.block_weights import BlockWeights
-from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.sizes import count_parameters
-from sleb_cli.engine.surgery.loading import fits, loading_problem
+from sleb_cli.engine.surgery.loading import loading_problem
 from sleb_cli.engine.third_party import translate_transformers_errors
-from sleb_cli.events import Notice, Notify, task
-from sleb_cli.units import format_bytes
 from sleb_plugins import ModelError, UnsupportedModelError
 from sleb_plugins.config_keys import kept_blocks
 
@@ -43,38 +40,6 @@ PAGE = 4096
 
 WITH_STREAMS = ("cuda", "xpu")
 """Devices to which a thread copies from pinned memory while others compute."""
-
-
-def choose_to_stream(
-    architecture: Architecture,
-    dtype: torch.dtype,
-    device: torch.device,
-    asked: bool | None,
-    notify: Notify,
-    *,
-    beside: int = 0,
-) -> bool:
-    """Return whether to stream a model: as the user asked, or else if it does not fit into free memory.
-
-    `beside` is what must fit with its weights, in bytes.
-
-    Raises:
-        UnsupportedModelError: the user asked, but the weights are quantized.
-    """
-    if asked:
-        require_streamable(architecture)
-    if architecture.is_quantized:
-        return False
-    needed, free = weight_bytes(architecture, dtype) + beside, own_free_bytes(device)
-    if asked is None and needed > free:
-        notify(
-            Notice(
-                f"{architecture.source.id} needs {format_bytes(needed)} of memory in {dtype_name(dtype)}, but only "
-                f"{format_bytes(free)} is free on {device}. Streaming its blocks from disk (--stream)."
-            )
-        )
-        return True
-    return bool(asked)
 
 
 def require_streamable(architecture: Architecture) -> None:
@@ -121,27 +86,6 @@ def _bytes_as(dtype: torch.dtype, tensor: StoredTensor) -> int:
     own = TORCH_DTYPES.get(tensor.dtype)
     plain = own is not None and own.is_floating_point and own.itemsize > 1
     return math.prod(tensor.shape) * dtype.itemsize if plain else tensor.size
-
-
-def stream_dense(
-    architecture: Architecture,
-    dtype: torch.dtype,
-    device: torch.device,
-    notify: Notify,
-    rounded: torch.dtype | None = None,
-) -> SkippableModel:
-    """Load all but the blocks of the dense model, and return it, ready to be entered as a context.
-
-    If weights are `rounded`, it is to this data type, before they take the one that is computed in.
-
-    Raises:
-        ModelError: the weights do not fit the config, or cannot be read.
-        OutOfMemory: what is outside the blocks does not fit into the device's memory.
-    """
-    source = architecture.source
-    with task(notify, f"Loading {source.id} without its blocks"), fits(source, dtype, device):
-        blocks = StreamedBlocks(architecture, dtype, device, rounded)
-    return SkippableModel(blocks.model, blocks.modules, device=device, weights=blocks)
 
 
 class StreamedBlocks(BlockWeights):
