@@ -65,12 +65,10 @@ def task_name(task: TaskResult) -> str:
 
 
 def task_names(tasks: Sequence[TaskResult]) -> list[str]:
-    """Return the name of each task, with its number of items if it was run on several sets of them."""
+    """Return the name of each task, with what tells its items from others if it was run on several sets of them."""
     names = list(map(task_name, tasks))
-    return [
-        f"{name}, {plural(len(task.doc_ids), 'item')}" if names.count(name) > 1 else name
-        for name, task in zip(names, tasks, strict=True)
-    ]
+    tells = [plural(len(task.doc_ids), "item") if task.doc_ids else f"items {task.items_sha256}"[:14] for task in tasks]
+    return [f"{name}, {tell}" if names.count(name) > 1 else name for name, tell in zip(names, tells, strict=True)]
 
 
 def perplexities(scored: Iterable[Scored], title: str = "Perplexity") -> Table:

@@ -114,7 +114,7 @@ def to_text(table: Table, width: int) -> list[str]:
     for before, row in zip([None, *rows], rows, strict=False):
         if before is None or row[0] != before[0]:
             lines += rest
-            rest = wrap(row[0], first)
+            rest = wrap(row[0], max(1, first))
         name = rest.pop(0) if rest else ""
         cells = [
             cell.ljust(size) if variant.is_words(number) else cell.rjust(size)

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
@@ -18,9 +18,6 @@ from rich.segment import Segment
 
 from sleb_cli.processes import is_main_process
 from sleb_plugins import OutputError, SlebError
-
-if TYPE_CHECKING:
-    pass
 
 
 class Outlet:

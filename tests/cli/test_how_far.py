@@ -152,9 +152,6 @@ def test_as_many_items_as_decide(search, known):
 
 
 def test_what_is_not_one_task_is_refused_before_the_search(search, known):
-    second = write_task(known.parent, "second", [{"q": "a", "choices": ["b", "c"], "gold": 0}])
-    both = known.parent / "both.yaml"
-    both.write_text(f"group: both\ntask:\n- {known}\n- {second}\n")
     for asked, message in (
         (f"{known}:00:0.1", "is not TASK[:ITEMS]:DROP"),
         ("sleb_canaries:0.1", "needs one task, and sleb_canaries has several"),

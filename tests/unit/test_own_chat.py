@@ -181,6 +181,11 @@ def test_learned_positions_end_with_the_sequence():
     written = settings("self-chat", length=length)
     (found,) = calibrate_splits([written], tokenizer_with(TURNS), lambda: model, ignore)
     assert found.sequences.shape == (4, length)
+    # An answer that positions end within its sequence is no answer; that of the longest prompt of a batch is.
+    prompts = [[{"role": "user", "content": words}] for words in ("town", "fish " * 15)]
+    says = " ".join(f"snow{number}" for number in range(99))
+    found, _, dropped = wrote(TURNS, cycle(prompts), says, count=1, length=length, size=2)
+    assert ([conversation[0][1] for conversation in found], dropped) == ([prompts[1][0]["content"]], 1)
 
 
 def test_sequences_begin_conversations_and_are_cached_and_split(model):

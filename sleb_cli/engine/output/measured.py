@@ -10,6 +10,7 @@ from sleb_cli.events import Notify, Warned
 from sleb_cli.kept_results import beside_plan, read_kept
 from sleb_cli.plan import Plan, public_name
 from sleb_cli.records import without_folders
+from sleb_cli.requests import TRANSFORMERS
 from sleb_cli.results import BenchResult, EvalResult
 from sleb_cli.units import plural
 
@@ -26,6 +27,9 @@ def measured_of_plan(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R
     result = read_kept(kind, file, notify)
     if result is None:
         return None
+    if isinstance(result, BenchResult):  # `-o` may have put those of another engine there
+        own = tuple(each for each in result.workloads if each.workload.engine == TRANSFORMERS)
+        result = result.model_copy(update={"workloads": own})
     if result.model.fingerprint != plan.model.fingerprint:
         notify(Warned(f"Ignoring {file}: it was measured on a different model than {path}."))
         return None

@@ -61,7 +61,9 @@ class LoadedTask:
                 each.set_config(key="num_fewshot", value=request.num_fewshot or 0)
             if request.num_fewshot and each.get_config("num_fewshot"):
                 with quiet(), _loading_data(name):
-                    there = len(list(each.fewshot_docs()))
+                    split = getattr(getattr(each, "fewshot_cfg", None), "split", None)
+                    of_items = split is not None and split == each.get_config("test_split")
+                    there = len(list(each.fewshot_docs())) - of_items  # an item is no example of itself
                 if request.num_fewshot > there:
                     raise UsageError(
                         f"{name} has {plural(there, 'example')}, not {request.num_fewshot}.",

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
 
-from sleb_cli.engine.device import choose_device, free_memory
+from sleb_cli.engine.device import choose_device, free_bytes, free_memory
 from sleb_cli.engine.environment import cpu_governor, processor_name
-from sleb_cli.engine.forward.placement import Placement, place_model
+from sleb_cli.engine.forward.placement import Placement, choose_dtype
+from sleb_cli.engine.forward.streaming import weight_bytes
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.speed.energy import find_meter
 from sleb_cli.engine.speed.peak_memory import measure_alone
@@ -107,7 +109,9 @@ def resolve_benchmark(
         gguf = ["dtype"] if engine.reads == "gguf" else []
         request.refuse(["device", "compile", "static_cache", *gguf], f"does not apply to --engine {engine.name}")
     device = choose_device(request.device)
-    place = place_model(subject.architecture, device, request.dtype or AUTO, notify, stream=False)
+    architecture, dtype = subject.architecture, request.dtype or AUTO
+    needed = partial(weight_bytes, architecture)
+    place = Placement(device, choose_dtype(architecture, dtype, device, needed, free_bytes, notify))  # it runs alone
     least = engine.least_new_tokens if engine else 0
     return place, resolve_workloads(request, subject, device, notify, least), subject.sizes(request)
 

@@ -165,10 +165,12 @@ class _Writer:
         if limit and begun:  # learned positions end there
             new = max(1, min(new, limit - max(map(len, begun))))
         written = iter(more(begun, new, forbidden=self.special - ends, ends=ends) if begun else [])
-        return [
-            self._with(role, conversation, self._text(next(written), ends, ending)) if fit else None
-            for conversation, ending, fit in zip(conversations, endings, fits, strict=True)
-        ]
+        found = list[Conversation | None]()
+        for prompt, conversation, ending, fit in zip(prompts, conversations, endings, fits, strict=True):
+            text = self._text(next(written), ends, ending) if fit else ("", False)
+            is_whole = asks or text[1] or len(prompt) + new >= self.length  # no limit cut it within its sequence
+            found.append(self._with(role, conversation, text) if is_whole else None)
+        return found
 
     def _text(self, tokens: list[int], ends: set[int], ending: str) -> tuple[str, bool]:
         """Return the text of what was written, and whether it ended, by a token or by what a template puts there."""
