@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from sleb_cli.records import Record
 
 R = TypeVar("R", bound="Record")
-Q = TypeVar("Q")
 
 app = typer.Typer(
     name="sleb",
@@ -53,9 +52,21 @@ def sleb(
 
 
 def _run(
-    call: Callable[[Q, Notify], R], request: Q, table: Callable[[R], None], *, json: bool, quiet: bool = False
+    call: Callable[[Any, Notify], R],
+    request: Any,
+    table: Callable[[R], None],
+    *,
+    json: bool,
+    quiet: bool = False,
+    dry_run: bool = False,
 ) -> None:
-    """Call the engine under a progress display, and print the result on stdout: as JSON, or as its command's table."""
+    """Call the engine under a progress display, and print the result on stdout: as JSON, or as its command's table.
+
+    With `dry_run`, it is what the call would do.
+    """
+    if dry_run:
+        _run(api.dry_run, request, results.show_dry_run, json=json, quiet=quiet)
+        return
     with show_progress(quiet=quiet) as notify:
         result = call(request, notify)
     if json:
@@ -70,12 +81,11 @@ def search(
     request: SearchRequest, dry_run: DryRunOption = False, json: JsonOption = False, quiet: QuietOption = False
 ) -> None:
     """Find the blocks that MODEL needs least, and write them to a plan."""
-    if dry_run:
-        _run(api.dry_run, request, results.show_dry_run, json=json, quiet=quiet)
-    elif request.compare:
-        _run(api.compare, request, lambda found: show_comparison(found, request.plan_file), json=json, quiet=quiet)
+    how = {"json": json, "quiet": quiet, "dry_run": dry_run}
+    if request.compare:
+        _run(api.compare, request, lambda found: show_comparison(found, request.plan_file), **how)
     else:
-        _run(api.search, request, lambda plan: show_plan(plan, request.plan_file), json=json, quiet=quiet)
+        _run(api.search, request, lambda plan: show_plan(plan, request.plan_file), **how)
 
 
 @app.command()
@@ -84,10 +94,7 @@ def apply(
     request: ApplyRequest, dry_run: DryRunOption = False, json: JsonOption = False, quiet: QuietOption = False
 ) -> None:
     """Write the pruned checkpoint or GGUF file, and prove that it computes what the search measured."""
-    if dry_run:
-        _run(api.dry_run, request, results.show_dry_run, json=json, quiet=quiet)
-    else:
-        _run(api.apply, request, results.show_applied, json=json, quiet=quiet)
+    _run(api.apply, request, results.show_applied, json=json, quiet=quiet, dry_run=dry_run)
 
 
 @app.command("eval")
@@ -96,12 +103,8 @@ def eval_(
     request: EvalRequest, dry_run: DryRunOption = False, json: JsonOption = False, quiet: QuietOption = False
 ) -> None:
     """Compare the quality of the dense and the pruned model: perplexity and lm-eval tasks."""
-    if dry_run:
-        _run(api.dry_run, request, results.show_dry_run, json=json, quiet=quiet)
-    else:
-        _run(
-            api.evaluate, request, lambda found: results.show_evaluation(found, request.output), json=json, quiet=quiet
-        )
+    how = {"json": json, "quiet": quiet, "dry_run": dry_run}
+    _run(api.evaluate, request, lambda found: results.show_evaluation(found, request.output), **how)
 
 
 MarkdownOption = Annotated[bool, typer.Option("--markdown", help="Print only a Markdown table like llama-bench's.")]
@@ -122,14 +125,13 @@ def bench(
             raise UsageError(f"--markdown does not apply to {option}.", hint="Leave out one of them.")
     if dry_run and request.estimate:
         raise UsageError("--dry-run does not apply to --estimate, which runs no model.", hint="Leave out one of them.")
-    if dry_run:
-        _run(api.dry_run, request, results.show_dry_run, json=json, quiet=quiet)
-    elif request.estimate:
-        _run(api.estimate, request, lambda found: results.show_estimate(found, request.output), json=json, quiet=quiet)
+    how = {"json": json, "quiet": quiet, "dry_run": dry_run}
+    if request.estimate:
+        _run(api.estimate, request, lambda found: results.show_estimate(found, request.output), **how)
     elif markdown:
-        _run(api.bench, request, results.show_markdown, json=json, quiet=quiet)
+        _run(api.bench, request, results.show_markdown, **how)
     else:
-        _run(api.bench, request, lambda found: results.show_benchmark(found, request.output), json=json, quiet=quiet)
+        _run(api.bench, request, lambda found: results.show_benchmark(found, request.output), **how)
 
 
 @app.command()

@@ -178,11 +178,11 @@ def held(path: Path, *, patience: float | None = None) -> Iterator[Path]:
                 f"Another sleb process is writing {target}.", hint="Wait for it, or choose another name with -o."
             ) from error
     try:
-        _clear(folder)
+        clear(folder)
         yield folder
     finally:
         with suppress(OSError):
-            _clear(folder)
+            clear(folder)
             _lock_file(folder).unlink()  # last, so that what is left is known to be ours
             folder.rmdir()
         lock.release()
@@ -232,7 +232,7 @@ def _old(folder: Path) -> Path:
     return folder / f"{folder.name}.old"
 
 
-def _clear(folder: Path) -> None:
+def clear(folder: Path) -> None:
     """Empty a hidden folder but for its lock, and put back what was about to be replaced."""
     if os.path.lexists(_old(folder)) and not os.path.lexists(_target(folder)):
         _old(folder).rename(_target(folder))

@@ -10,9 +10,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from sleb_cli.exporters.findings import Findings, read_findings
 from sleb_cli.results import Interval
-from sleb_cli.tables.quality import task_settings
+from sleb_cli.tables.quality import items_of, task_settings
 from sleb_cli.tables.speed import workload_name
-from sleb_cli.units import plural
 from sleb_plugins.exporter import Exporter, Pruning
 
 _SCORES = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "calibration_error")
@@ -92,7 +91,7 @@ def _tasks(findings: Findings) -> Iterator[Row]:
     for task in findings.tasks:
         metric = task.metric if task.filter in ("", "none") else f"{task.metric} ({task.filter})"
         runs = {each.items_sha256 for each in findings.tasks if each.task == task.task}
-        items = [plural(len(task.doc_ids), "item")] if len(runs) > 1 else []
+        items = [items_of(task)] if len(runs) > 1 else []
         name = ", ".join([task.task, *task_settings(task), *items])
         for removals, scores in _models(task):
             yield _row("task", name, removals, metric, scores.value, scores.interval)

@@ -49,7 +49,7 @@ def stopping_at(moment, ignored):
 
 def cleaning_up_for_long():
     """Say when the program cleans up, and then take some time."""
-    clear = atomic._clear
+    clear = atomic.clear
 
     def slowly(folder):
         if list(folder.glob("new/*")):
@@ -58,7 +58,7 @@ def cleaning_up_for_long():
                 signal.pause()
         clear(folder)
 
-    atomic._clear = slowly
+    atomic.clear = slowly
 
 
 def without_readers(*streams):

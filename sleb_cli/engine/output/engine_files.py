@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import gettempdir
 
-from sleb_cli.atomic import scratch_folder
+from sleb_cli.atomic import clear, scratch_folder
 from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.model.demo import demo_gguf
 from sleb_cli.engine.model.source import DEMO
@@ -39,8 +38,7 @@ def engine_files(
         def write(surgery: Surgery) -> Path:
             if not surgery.removals:
                 return own
-            for last in folder.glob("*-blocks-fewer*"):  # which has been timed, since pruned models take turns
-                shutil.rmtree(last) if last.is_dir() else last.unlink()
+            clear(folder)  # the last one has been timed, since pruned models take turns
             name = f"{len(surgery.removals)}-blocks-fewer"
             to = Delivery(folder / (name if is_checkpoint else f"{name}.gguf"), verify=False)
             if is_checkpoint:

@@ -195,8 +195,10 @@ def _default_source(subject: Subject, *, stream: bool) -> str:
     source, searched = subject.architecture.source, subject.plan.calibration if subject.plan else None
     is_chat = not stream and has_tokenizer(source) and bool(load_tokenizer(source).chat_template)
     alone = DEFAULT_CALIBRATION if stream else f"{SELF}:0.5,{SELF_CHAT}:0.5" if is_chat else SELF
-    shares = parse_mixture(searched.source) if searched and not searched.chat else {}
-    if searched is None or searched.chat or [*map(is_written, shares)] == [True]:
+    if searched is None or searched.chat:
+        return alone
+    shares = parse_mixture(searched.source)
+    if [*map(is_written, shares)] == [True]:
         return alone
     is_mixed = len(shares) > 1 or "," in searched.source  # a name that cannot be in a mixture stays alone
     text = searched.source if is_mixed else next(iter(shares)).removesuffix("-sleb")

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, BinaryIO, TypeVar
+from typing import Annotated, Any, BinaryIO
 
 from pydantic import Field, ValidationError
 from pydantic_core import from_json
@@ -40,7 +40,6 @@ FORMAT = 1
 # No batch has enough sequences for its scores to take more.
 LONGEST_LINE = 16 << 20
 
-T = TypeVar("T")
 Name = tuple[tuple[int, ...], int | None, int | None]
 """What was measured: the removed blocks, the candidate, and the batch."""
 
@@ -50,16 +49,16 @@ def journal_of(plan: Path) -> Path:
     return plan.parent / f"{plan.name}.journal"  # `with_name` refuses "."
 
 
-def recorded(journal: Path, name: str, kind: type[T]) -> T | None:
-    """Return a setting of an unfinished search; None if there is no search that can be read."""
+def recorded(journal: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
+    """Return settings of these kinds of an unfinished search; none if there is no search that can be read."""
     if journal.is_symlink() or not journal.is_file():  # but a pipe, perhaps
-        return None
+        return {}
     try:
         with journal.open("rb") as file:
-            found = from_json(_content(file.readline(LONGEST_LINE)) or b"")["search"][name]
+            search = from_json(_content(file.readline(LONGEST_LINE)) or b"")["search"]
+            return {name: search[name] for name, kind in kinds.items() if isinstance(search[name], kind)}
     except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return found if isinstance(found, kind) else None
+        return {}
 
 
 def saved_walk_of(plan: Path, search: Mapping[str, Any], rank: int) -> SavedWalk:

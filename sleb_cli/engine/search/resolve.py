@@ -359,15 +359,15 @@ def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
     Raises:
         PlanError: the plan names a task file to be loaded, which can name Python code, which would run.
     """
-    journal = journal_of(request.plan_file)
+    # What free memory decides stays as it was.
+    before = recorded(journal_of(request.plan_file), {"dtype": str, "batch_size": int}) if request.resume else {}
     values: dict[str, Any] = {
         "metric": DEFAULT_METRIC,
         "strategy": DEFAULT_STRATEGY,
         "protect_first": DEFAULT_PROTECTED,
         "protect_last": DEFAULT_PROTECTED,
-        # What free memory decides stays as it was.
-        "dtype": (recorded(journal, "dtype", str) if request.resume else None) or AUTO,
-        "batch_size": recorded(journal, "batch_size", int) if request.resume else None,
+        "dtype": before.get("dtype") or AUTO,
+        "batch_size": before.get("batch_size"),
         "holdout": 0.0,
         "seed": 0,
     }
