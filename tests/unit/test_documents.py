@@ -68,6 +68,8 @@ def wrong_arguments(arguments, *, complete):
         message = error.format_message()
         is_open = message.startswith("Missing") or message.endswith("requires an argument.")
         return [message] if complete or not is_open else []
+    except SlebError:  # the file behind --config is only an example
+        return []
     return []
 
 
