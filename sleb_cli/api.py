@@ -13,7 +13,7 @@ from sleb_cli.atomic import require_new_file
 from sleb_cli.events import Notice, Notify, Warned, ignore
 from sleb_cli.plugin_manager import Registry, load_plugins, named_before_loading
 from sleb_cli.processes import WorkerFinished, is_main_process
-from sleb_cli.requests import TRANSFORMERS, ApplyRequest, BenchRequest, EvalRequest, SearchRequest
+from sleb_cli.requests import TRANSFORMERS, BenchRequest, EvalRequest
 from sleb_plugins import OutputError, UsageError
 from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
@@ -23,12 +23,11 @@ if TYPE_CHECKING:
     from sleb_cli.engine.surgery.subject import Subject
     from sleb_cli.plan import Plan
     from sleb_cli.records import Record
-    from sleb_cli.requests import ExportRequest, RerunRequest
+    from sleb_cli.requests import ApplyRequest, ExportRequest, RerunRequest, SearchRequest
     from sleb_cli.results import (
         ApplyResult,
         BenchResult,
         CompareResult,
-        DryRunResult,
         EnvResult,
         EstimateResult,
         EvalResult,
@@ -242,35 +241,6 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
 
     _leave_to_main()
     return export_request(request, _registry(notify), notify)
-
-
-def dry_run(
-    request: SearchRequest | ApplyRequest | EvalRequest | BenchRequest, notify: Notify = ignore
-) -> DryRunResult:
-    """Say what a request would do and which files it would write; no weights are loaded, and nothing is written.
-
-    Raises:
-        SlebError: the request would fail before its work; its class tells what.
-    """
-    from sleb_cli.engine import dry_run as dry
-    from sleb_cli.engine.surgery.subject import resolve_subject, with_recovered
-
-    _leave_to_main()
-    if isinstance(request, SearchRequest):
-        return dry.dry_search(request, _registry(notify), notify)
-    if isinstance(request, ApplyRequest):
-        return dry.dry_apply(request, _registry(notify), notify)
-    output = [request.output] if request.output else []
-    if isinstance(request, EvalRequest):
-        _require_result_file(request)
-        registry = _registry(notify)
-        subject = with_recovered(resolve_subject(request, registry, notify, dry=True), registry, notify)
-        kept = _kept_place(subject, "eval")
-        return dry.dry_eval(subject, request, [*output, *([kept] if kept else [])], notify)
-    registry, engine = _bench_engine(request, notify)
-    subject = resolve_subject(request, registry, notify, dry=True)
-    kept = _kept_place(subject, "bench")
-    return dry.dry_bench(subject, request, [*output, *([_of_engine(kept, engine)] if kept else [])], engine, notify)
 
 
 def env(notify: Notify = ignore) -> EnvResult:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from sleb_cli import api
-from sleb_cli.commands.options import DryRunOption, JsonOption, QuietOption, takes
+from sleb_cli.commands.options import JsonOption, QuietOption, takes
 from sleb_cli.plugin_manager import load_plugins, named_before_loading
 from sleb_cli.requests import ApplyRequest, BenchRequest, EvalRequest, ExportRequest, RerunRequest, SearchRequest
 from sleb_cli.ui import results
@@ -52,21 +52,9 @@ def sleb(
 
 
 def _run(
-    call: Callable[[Any, Notify], R],
-    request: Any,
-    table: Callable[[R], None],
-    *,
-    json: bool,
-    quiet: bool = False,
-    dry_run: bool = False,
+    call: Callable[[Any, Notify], R], request: Any, table: Callable[[R], None], *, json: bool, quiet: bool = False
 ) -> None:
-    """Call the engine under a progress display, and print the result on stdout: as JSON, or as its command's table.
-
-    With `dry_run`, it is what the call would do.
-    """
-    if dry_run:
-        _run(api.dry_run, request, results.show_dry_run, json=json, quiet=quiet)
-        return
+    """Call the engine under a progress display, and print the result on stdout: as JSON, or as its command's table."""
     with show_progress(quiet=quiet) as notify:
         result = call(request, notify)
     if json:
@@ -77,11 +65,9 @@ def _run(
 
 @app.command()
 @takes(SearchRequest)
-def search(
-    request: SearchRequest, dry_run: DryRunOption = False, json: JsonOption = False, quiet: QuietOption = False
-) -> None:
+def search(request: SearchRequest, json: JsonOption = False, quiet: QuietOption = False) -> None:
     """Find the blocks that MODEL needs least, and write them to a plan."""
-    how = {"json": json, "quiet": quiet, "dry_run": dry_run}
+    how = {"json": json, "quiet": quiet}
     if request.compare:
         _run(api.compare, request, lambda found: show_comparison(found, request.plan_file), **how)
     else:
@@ -90,20 +76,16 @@ def search(
 
 @app.command()
 @takes(ApplyRequest)
-def apply(
-    request: ApplyRequest, dry_run: DryRunOption = False, json: JsonOption = False, quiet: QuietOption = False
-) -> None:
+def apply(request: ApplyRequest, json: JsonOption = False, quiet: QuietOption = False) -> None:
     """Write the pruned checkpoint or GGUF file, and prove that it computes what the search measured."""
-    _run(api.apply, request, results.show_applied, json=json, quiet=quiet, dry_run=dry_run)
+    _run(api.apply, request, results.show_applied, json=json, quiet=quiet)
 
 
 @app.command("eval")
 @takes(EvalRequest)
-def eval_(
-    request: EvalRequest, dry_run: DryRunOption = False, json: JsonOption = False, quiet: QuietOption = False
-) -> None:
+def eval_(request: EvalRequest, json: JsonOption = False, quiet: QuietOption = False) -> None:
     """Compare the quality of the dense and the pruned model: perplexity and lm-eval tasks."""
-    how = {"json": json, "quiet": quiet, "dry_run": dry_run}
+    how = {"json": json, "quiet": quiet}
     _run(api.evaluate, request, lambda found: results.show_evaluation(found, request.output), **how)
 
 
@@ -113,19 +95,13 @@ MarkdownOption = Annotated[bool, typer.Option("--markdown", help="Print only a M
 @app.command()
 @takes(BenchRequest)
 def bench(
-    request: BenchRequest,
-    markdown: MarkdownOption = False,
-    dry_run: DryRunOption = False,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
+    request: BenchRequest, markdown: MarkdownOption = False, json: JsonOption = False, quiet: QuietOption = False
 ) -> None:
     """Measure the speed, memory and energy of the dense and the pruned model, or predict speed and memory."""
-    for option, given in (("--json", json), ("--estimate", request.estimate), ("--dry-run", dry_run)):
+    for option, given in (("--json", json), ("--estimate", request.estimate)):
         if markdown and given:
             raise UsageError(f"--markdown does not apply to {option}.", hint="Leave out one of them.")
-    if dry_run and request.estimate:
-        raise UsageError("--dry-run does not apply to --estimate, which runs no model.", hint="Leave out one of them.")
-    how = {"json": json, "quiet": quiet, "dry_run": dry_run}
+    how = {"json": json, "quiet": quiet}
     if request.estimate:
         _run(api.estimate, request, lambda found: results.show_estimate(found, request.output), **how)
     elif markdown:

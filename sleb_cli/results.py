@@ -656,28 +656,3 @@ class EnvResult(VersionedRecord):
     plugins: dict[str, str]
     failed: tuple[str, ...]
     problems: tuple[str, ...]
-
-
-class DryRunResult(VersionedRecord):
-    """What a command would do on a model, in this data type on this device, and which files it would write.
-
-    `removed` is how many blocks would go, at most; null if the model must be timed first. `sizes` are those to be
-    measured besides the dense model, by their number of removals. `work` describes texts, tasks and workloads.
-    `memory_bytes` is what the weights take, and `written_bytes` the size of the new weights. `seconds` is null if it
-    cannot be told without running the model. Of a GGUF file that is pruned as it is, nothing is computed.
-    """
-
-    kind: Literal["dry-run"]
-    command: Literal["search", "apply", "eval", "bench"]
-    model: str
-    blocks: int
-    removed: int | None
-    sizes: tuple[int, ...] = ()
-    work: tuple[str, ...] = ()
-    dtype: str | None = None
-    device: str | None = None
-    memory_bytes: int | None = None
-    free_bytes: int | None = None
-    written_bytes: int | None = None
-    seconds: float | None = None
-    files: tuple[str, ...]

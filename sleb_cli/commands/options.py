@@ -16,9 +16,6 @@ from sleb_plugins import UsageError
 from sleb_plugins.errors import did_you_mean
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print only the result, as JSON.")]
-DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Check everything and show what would be done and written, but do nothing.")
-]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Hide progress and notes.")]
 
 

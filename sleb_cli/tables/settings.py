@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sleb_cli.plan import Plan
-from sleb_cli.results import BenchResult, DryRunResult, EvalResult
+from sleb_cli.results import BenchResult, EvalResult
 from sleb_cli.tables.speed import workload_name
 from sleb_cli.tables.table import Table, tabulate
-from sleb_cli.units import format_bytes, format_seconds, format_share, plural, spans
+from sleb_cli.units import format_seconds, format_share, spans
 
 
 def search_settings(plan: Plan) -> Table:
@@ -66,27 +66,6 @@ def result_settings(result: EvalResult | BenchResult) -> Table:
         ]
         rows.append((workload_name(measured), ", ".join(filter(None, details))))
     return _pairs("Benchmark", rows)
-
-
-def dry_run(result: DryRunResult) -> Table:
-    """Return what a command would do."""
-    removed = "as many as needed" if result.removed is None else str(result.removed)
-    rows: list[tuple[str, str | None]] = [
-        ("model", result.model),
-        ("removed", f"{removed} of {plural(result.blocks, 'block')}" if result.removed != 0 else None),
-        ("measured sizes", ", ".join(f"-{size}" for size in result.sizes)),
-        *(("work", each) for each in result.work),
-        ("data type and device", f"{result.dtype} on {result.device}" if result.dtype else None),
-    ]
-    if result.memory_bytes is not None and result.free_bytes is not None:
-        rows.append(
-            ("memory", f"{format_bytes(result.memory_bytes)} of weights, {format_bytes(result.free_bytes)} free")
-        )
-    if result.written_bytes is not None:
-        rows.append(("weights to write", format_bytes(result.written_bytes)))
-    if result.seconds is not None:
-        rows.append(("time", f"about {format_seconds(result.seconds)}"))
-    return _pairs(f"sleb {result.command}, not run", rows)
 
 
 def _pairs(title: str, rows: Sequence[tuple[str, str | None]]) -> Table:

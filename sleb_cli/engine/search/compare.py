@@ -81,16 +81,14 @@ def resolve_compared(
     registry: Registry,
     notify: Notify,
     group: ProcessGroup,
-    *,
-    dry: bool = False,
 ) -> list[ResolvedSearch]:
-    """Check the search of each entry; with `dry`, no model is downloaded or converted for it."""
+    """Check the search of each entry."""
     requests = [_request_for(request, metric, strategy, registry) for metric, strategy in entries]
     if group.is_main:
         # An unfinished comparison was allowed to write the plan, and may have been killed just after it did.
         replaces = request.resume and any(journal_of(each.plan_file).exists() for each in requests)
         require_new_file(request.plan_file, force=request.force or replaces)
-    return [resolve_search(each, registry, notify, group, dry=dry) for each in requests]
+    return [resolve_search(each, registry, notify, group) for each in requests]
 
 
 def parse_entries(request: SearchRequest) -> list[tuple[str, StrategyName]]:

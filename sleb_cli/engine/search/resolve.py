@@ -100,22 +100,18 @@ class ResolvedSearch:
         return usual if self.request.sample_tokens is None else self.request.sample_tokens
 
 
-def resolve_search(
-    request: SearchRequest, registry: Registry, notify: Notify, group: ProcessGroup, *, dry: bool = False
-) -> ResolvedSearch:
+def resolve_search(request: SearchRequest, registry: Registry, notify: Notify, group: ProcessGroup) -> ResolvedSearch:
     """Check everything that needs no weights, in each process; all place the model as the main one does.
-
-    With `dry`, no model is downloaded or converted for it.
 
     Raises:
         SlebError: a subclass that fits, if the request is impossible.
     """
-    resolved = group.one_first(lambda: _resolve(request, registry, notify, dry=dry))
+    resolved = group.one_first(lambda: _resolve(request, registry, notify))
     placement = group.from_main(lambda: resolved.placement)
     return replace(resolved, placement=replace(placement, device=resolved.placement.device))
 
 
-def _resolve(request: SearchRequest, registry: Registry, notify: Notify, *, dry: bool) -> ResolvedSearch:
+def _resolve(request: SearchRequest, registry: Registry, notify: Notify) -> ResolvedSearch:
     """Check the request alone first."""
     quiet_libraries()
     chosen_target(request)
@@ -129,7 +125,7 @@ def _resolve(request: SearchRequest, registry: Registry, notify: Notify, *, dry:
     if is_main_process():
         _require_place(request)
     choose_device(request.device)  # a device that is not there is reported before the model is looked for
-    architecture = _read_architecture(request, extended, registry, notify, dry=dry)
+    architecture = _read_architecture(request, extended, registry, notify)
     protection = Protection(request.protect_first or 0, request.protect_last or 0, _protected(request, architecture))
     placement = _place(request, metric, architecture, notify)
     # A template's tokens cost most of the loss, and the model never writes them.
@@ -156,7 +152,7 @@ def _resolve(request: SearchRequest, registry: Registry, notify: Notify, *, dry:
 
 
 def _read_architecture(
-    request: SearchRequest, extended: Plan | None, registry: Registry, notify: Notify, *, dry: bool
+    request: SearchRequest, extended: Plan | None, registry: Registry, notify: Notify
 ) -> Architecture:
     """Read the model's architecture.
 
@@ -164,9 +160,7 @@ def _read_architecture(
         PlanError: the extended plan was made for another model.
         UnsupportedModelError: the model has too few blocks.
     """
-    source = locate_model(
-        request.model, notify, revision=request.revision, trust_remote_code=request.trust_remote_code, dry=dry
-    )
+    source = locate_model(request.model, notify, revision=request.revision, trust_remote_code=request.trust_remote_code)
     if extended is not None and request.extend is not None:
         require_same_code(request.extend, extended, source)
     architecture = read_architecture(source, registry, notify)

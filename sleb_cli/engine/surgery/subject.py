@@ -66,7 +66,6 @@ def resolve_subject(
     *,
     needs_removals: bool = False,
     config_only: bool = False,
-    dry: bool = False,
 ) -> Subject:
     """Read the plan, find its model, and check that the plan was made for it; with `config_only`, by the config alone.
 
@@ -88,7 +87,7 @@ def resolve_subject(
     elif needs_removals or (request.most_removals is not None and not config_only):
         raise UsageError(f"No blocks given for {model}.", hint="Name a plan, or use --blocks 5,4,9.")
     source = locate_model(
-        model, notify, revision=revision, trust_remote_code=request.trust_remote_code, config_only=config_only, dry=dry
+        model, notify, revision=revision, trust_remote_code=request.trust_remote_code, config_only=config_only
     )
     if plan and not request.any_model:
         require_same_code(path, plan, source)  # before any of it runs
