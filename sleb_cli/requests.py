@@ -472,8 +472,6 @@ class ApplyRequest(OneSizeRequest, CalibrationRequest):
     device: str | None = option("Device to recover on: cpu, cuda, cuda:1, mps, xpu, npu.", _RECOVERY, default=AUTO)
     stream: bool | None = _stream()
     device_map: str | None = _device_map()
-    push: str | None = option("Upload the checkpoint to a private repository on the Hub.", _OUTPUT, metavar="ORG/NAME")
-    public: bool = option("With --push: make it public.", _OUTPUT, unset=False)
     output: Path | None = option(
         "Write this folder, or this file if it ends in .gguf.", _OUTPUT, default="named after the model", short="-o"
     )

@@ -22,7 +22,7 @@ class ResultRecord(VersionedRecord):
 class ApplyResult(ResultRecord):
     """A written checkpoint. `proof`, in this dtype on this device, is null if it was skipped.
 
-    `recovery` tells how its blocks were recovered, if they were; `pushed` is its address on the Hub, if uploaded.
+    `recovery` tells how its blocks were recovered, if they were.
     """
 
     kind: Literal["apply"]
@@ -32,7 +32,6 @@ class ApplyResult(ResultRecord):
     weights_bytes: int
     recovery: RecoveryRecord | None
     proof: Proof | None
-    pushed: str | None
 
 
 class RepackedTensors(Record):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -117,15 +118,15 @@ def show_applied(result: ApplyResult | GgufResult) -> None:
     print_to_copy(f"wrote {path}: {result.blocks} blocks, {format_bytes(size)}")
     if result.recovery:
         show_table(recovery(result.recovery), title=False)
-    if result.kind == "apply" and result.pushed:
-        print_to_copy(f"pushed to {result.pushed}")
-    if not is_verified:
+    if is_verified:
+        missing = proof.partial if proof else f"logits not compared: {unproven}"
+        how = "[yellow]partially proven[/]" if missing else "[green]proven[/]"
+        where = f" in {proof.dtype} on {proof.device}" if proof else ""
+        print_prose(stdout(), f"{how}{where}: {escape('; '.join([*said, *([missing] if missing else [])]))}")
+    else:
         print_line("not verified (--no-verify)")
-        return
-    missing = proof.partial if proof else f"logits not compared: {unproven}"
-    how = "[yellow]partially proven[/]" if missing else "[green]proven[/]"
-    where = f" in {proof.dtype} on {proof.device}" if proof else ""
-    print_prose(stdout(), f"{how}{where}: {escape('; '.join([*said, *([missing] if missing else [])]))}")
+    if result.kind == "apply":
+        print_to_copy(f"to publish it: hf upload ORG/NAME {shlex.quote(result.folder)} --private")
 
 
 def _copied(result: GgufResult) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 
@@ -10,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 from test_apply import applied
 
-from conftest import llama_config, save_model
+from conftest import calibration, llama_config, save_model
 from gguf_models import write_llama_gguf
 from measured_plans import make_benchmark, make_evaluation, make_plan
 from sleb_cli.engine.output.card import BEGIN, END, update_card
@@ -267,3 +268,29 @@ def test_a_card_that_cannot_be_updated_costs_no_result(out, llama_plan, change, 
     out.readme.unlink()
     update_card(out.folder)
     assert not out.readme.exists()
+
+
+def test_no_file_names_a_folder_of_this_machine(out, run_sleb, search, tmp_path, text_file):
+    folder = save_model(tmp_path / "own" / "model", llama_config(4))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"_name_or_path": str(tmp_path / "base"), "vision_config": {"_name_or_path": "org/eyes"}}
+    (folder / "config.json").write_text(json.dumps(config | {"text": {"_name_or_path": f"{tmp_path}/base/"}}))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"name_or_path": str(tmp_path / "base")}))
+    (folder / "plan.eval.json.old").write_text(json.dumps({"sleb_version": "1", "model": str(folder)}))
+    (folder / "adapter_config.json").write_text("{}")
+    search("--remove", 1, model=folder, text=f"{text_file}:2/3,self:1/3", samples=6)
+    out.apply("plan.json", "--recover", *calibration(text_file, samples=10))
+    files = {path.name: path.read_bytes() for path in out.folder.iterdir()}
+    assert "adapter_config.json" not in files
+    places = [str(place).encode() for place in (tmp_path.parent, text_file.parent, os.environ["SLEB_CACHE"])]
+    assert [name for name, content in files.items() if any(place in content for place in places)] == []
+    written = json.loads(files["config.json"])
+    assert (written["_name_or_path"], written["text"]["_name_or_path"]) == ("base", "base")
+    assert written["vision_config"]["_name_or_path"] == "org/eyes"
+    assert json.loads(files["tokenizer_config.json"]) == tokenizer | {"name_or_path": "base"}
+    plan = read_plan(out.folder / "sleb_plan.json")
+    assert (plan.model.id, plan.calibration.source) == ("model", "prose.txt:2/3,self:1/3")
+    # It is still a plan for that model, wherever that is, and nobody looks for "model" on the Hub.
+    result = run_sleb("apply", "out/sleb_plan.json", "-o", "again")
+    assert (result.exit_code, "was made for model, and does not say where that is" in result.stderr) == (3, True)

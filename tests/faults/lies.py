@@ -27,7 +27,7 @@ WORDS = [
     "\x1b[31mred\x1b]0;title\x07\x9b2J", "é" * 50, "[red]x[/red]", "[/]", "%s%n", "{x}", "../x", "~", "/", ".", "..",
     "../outside/model.safetensors", "../outside/config.json", PLACE + "/outside/model.safetensors", "/proc/self/mem",
     "/dev/zero", "model.layers.1", "a\nb", "\r", "con", "__import__('os').abort()", "file:///etc/passwd", "x/y/z",
-    "-o", "--push", "demo", "org/name", "$(touch outside/x)", "<script>alert(1)</script>", "[link=file:///x]x[/link]",
+    "-o", "demo", "org/name", "$(touch outside/x)", "<script>alert(1)</script>", "[link=file:///x]x[/link]",
 ]  # fmt: skip
 RAW = {
     "%deep list%": "[" * 100_000 + "]" * 100_000, "%deep object%": '{"a":' * 100_000 + "1" + "}" * 100_000,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import calibration, llama_config, prose, save_model
-from faults.arrangements import saving_always, with_a_hub
+from faults.arrangements import saving_always
 from faults.program import Call, Fault, Finished, Program, Running, require
 from gguf_models import convert_llama
 
@@ -77,7 +77,6 @@ COMMANDS = {
     "apply --recover": Command(RECOVER, "old"),
     "apply --heal": HEALED,
     "apply --heal, saved": replace(HEALED, before=(saving_always,)),
-    "apply --push": Command((*APPLY, "--push", "acme/small"), "small", before=(with_a_hub,)),
     "eval": Command(evaluate("-o", "scores.json"), "scores.json"),
     "export": Command(("export", "plan.json", "--to", "mergekit", "-o", "merge.yaml", "--force"), "merge.yaml"),
     "report": Command(("export", "plan.json", "--to", "report", "-o", "report.html"), "report.html"),

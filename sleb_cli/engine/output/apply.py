@@ -21,7 +21,6 @@ from sleb_cli.engine.output.card import CARD, fill_in_results, model_card
 from sleb_cli.engine.output.delivery import Delivery
 from sleb_cli.engine.output.measured import measured_of_plan
 from sleb_cli.engine.output.proof import Planned, ProofSettings, Reference, choose_proof_settings, prove
-from sleb_cli.engine.output.push import PushRequest, push
 from sleb_cli.engine.surgery.quantization import QUANTIZATION_FILES, prune_module_names
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
@@ -87,7 +86,6 @@ def apply_removals(
     shard_bytes: int | None = None,
     settings: ProofSettings | None = None,
     check: Callable[[Path], None] | None = None,
-    push_to: PushRequest | None = None,
 ) -> ApplyResult:
     """Write the pruned checkpoint, complete and proven, or write nothing.
 
@@ -99,11 +97,10 @@ def apply_removals(
         shard_bytes: the largest weight file.
         settings: where the proof runs; None chooses.
         check: called with the finished folder; if it raises, nothing is written.
-        push_to: the repository to upload it to.
 
     Raises:
         ProofError: the checkpoint does not compute the same as the model in memory.
-        OutputError: the folder exists or cannot be written, or the Hub rejects it.
+        OutputError: the folder exists or cannot be written.
     """
     surgery, source = subject.surgery, subject.architecture.source
     settings = settings or choose_proof_settings(subject.architecture, dtype)
@@ -129,7 +126,6 @@ def apply_removals(
         _describe(subject, aside, record, proof, notify)
         if check:
             check(aside)
-        names = [path.relative_to(aside).as_posix() for path in aside.rglob("*") if path.is_file()]
     if left_out:
         notify(Notice(f"Did not copy files with weights in other formats or of an adapter: {', '.join(left_out)}."))
     if outside:
@@ -147,7 +143,6 @@ def apply_removals(
         weights_bytes=sum(shard.size for shard in weights.values()),
         recovery=record,
         proof=proof,
-        pushed=push(to.place, names, push_to, notify) if push_to else None,
     )
 
 

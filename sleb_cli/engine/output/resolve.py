@@ -15,7 +15,6 @@ from sleb_cli.engine.output.apply import apply_removals, default_folder, require
 from sleb_cli.engine.output.apply_gguf import are_the_same, default_place, prune_gguf, require_same_kind_of_model
 from sleb_cli.engine.output.delivery import Delivery
 from sleb_cli.engine.output.proof import ProofSettings, choose_proof_settings
-from sleb_cli.engine.output.push import PushRequest, require_pushable
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.unfinished import Unfinished, clear_old
 from sleb_cli.engine.surgery.loading import DeviceMap, quiet_libraries
@@ -39,7 +38,6 @@ class ToCheckpoint:
     dtype: torch.dtype | None
     shard_bytes: int
     settings: ProofSettings
-    push_to: PushRequest | None
 
 
 @dataclass(frozen=True)
@@ -63,13 +61,7 @@ def apply_request(
     if isinstance(asked, ToGguf):
         return prune_gguf(asked.file, asked.removals, asked.to, registry, notify)
     return apply_removals(
-        asked.subject,
-        asked.to,
-        notify,
-        dtype=asked.dtype,
-        shard_bytes=asked.shard_bytes,
-        settings=asked.settings,
-        push_to=asked.push_to,
+        asked.subject, asked.to, notify, dtype=asked.dtype, shard_bytes=asked.shard_bytes, settings=asked.settings
     )
 
 
@@ -113,13 +105,9 @@ def _to_checkpoint(subject: Subject, request: ApplyRequest, group: ProcessGroup,
     settings = choose_proof_settings(architecture, dtype, device_map, request.stream)
     to = _delivery(request, default_folder(subject))
     require_new_folder(to.place, architecture.source, force=to.replace)
-    push_to = None
-    if request.push is not None:
-        push_to = PushRequest(request.push, private=not request.public, force=request.force)
-        require_pushable(push_to)
     if request.recover or request.heal:
         to = _recovering(to, subject, request, dtype, device_map, group, notify)
-    return ToCheckpoint(subject, to, dtype, shard_bytes, settings, push_to)
+    return ToCheckpoint(subject, to, dtype, shard_bytes, settings)
 
 
 def _delivery(request: ApplyRequest, default: Path) -> Delivery:
@@ -159,7 +147,6 @@ def _recovering(
 
 
 _NEEDS = {
-    ("public",): ("push",),
     ("heal_minutes", "heal_tokens", "resume"): ("heal",),
     ("calibration", "samples", "sequence_length", "seed", "chat", "device"): ("recover", "heal"),
 }
@@ -191,7 +178,7 @@ def _gguf_source(request: ApplyRequest) -> Path | None:
         UsageError: the output, the source and the other options contradict each other.
     """
     output, source = request.output, request.source
-    for_checkpoints = _first_given(request, ("device_map", "stream", "dtype", "push", "max_shard_size"))
+    for_checkpoints = _first_given(request, ("device_map", "stream", "dtype", "max_shard_size"))
     named_file = output is not None and output.suffix == ".gguf"
     if source is None and not named_file:
         return None if output is not None or for_checkpoints else _gguf_model(request)
