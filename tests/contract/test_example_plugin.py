@@ -1,4 +1,4 @@
-"""The example plugin of the README, as pip installs it."""
+"""The example plugin of docs/reference/plugins.md, as pip installs it."""
 
 import json
 import subprocess
