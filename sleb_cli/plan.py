@@ -109,11 +109,10 @@ def names_task_file(named: str) -> bool:
 
 
 class ServingRecord(Record):
-    """How the model will be served, for a memory target; the KV cache holds `batch` x `length` tokens."""
+    """How the model will be served, for a memory target; the KV cache holds one sequence of `length` tokens."""
 
     dtype: str
     length: int
-    batch: int
 
 
 class TargetRecord(Record):
@@ -156,7 +155,6 @@ class SearchRecord(Record):
     """
 
     strategy: StrategyName
-    beam_width: int | None = None
     metric: str
     metrics: dict[str, MetricRecord] = Field(default_factory=dict)
     remove: int
@@ -182,10 +180,7 @@ class SearchRecord(Record):
             # A plan that was cut to fewer removals still names the ratio of the whole.
             exact = self.ratio and math.ceil(parse_ratio(self.ratio) * blocks) == self.remove
             return {"ratio": self.ratio} if exact else {"remove": self.remove}
-        values: dict[str, Any] = {target.name: target.asked, "target_workload": target.workload}
-        if serving := target.serving:
-            values |= {f"serve_{name}": value for name, value in serving.to_data().items()}
-        return values
+        return {target.name: target.asked, "serve_length": target.serving.length if target.serving else None}
 
 
 class HeldOutRecord(Record):
@@ -486,7 +481,6 @@ class Plan(VersionedRecord):
             **search.asked_target(self.model.blocks),
             "metric": search.metric,
             "strategy": search.strategy,
-            "beam_width": search.beam_width,
             "calibration": text.source,
             "samples": None if presets else text.drawn,
             "sequence_length": None if presets else text.sequence_length,
@@ -504,7 +498,6 @@ class Plan(VersionedRecord):
             "batch_size": search.batch_size,
             "revision": None if self.model.id == "demo" else self.model.revision,
             "fast": search.fast,
-            "skip_bad_sequences": True if text.skipped else None,
         }
 
     def first(self, count: int) -> Plan:

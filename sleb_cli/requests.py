@@ -33,34 +33,19 @@ Chat = Literal["all", "answers"]
 LoadIn = Literal["8bit", "4bit"]
 """In how few bits weights are held during a search."""
 
-StrategyName = Literal["greedy", "refine", "beam", "oneshot", "contiguous", "last"]
+StrategyName = Literal["greedy", "refine", "oneshot", "contiguous"]
 """How a search chooses blocks: see `engine/search/strategies.py`."""
 
-TargetName = Literal[
-    "ratio",
-    "remove",
-    "target_params",
-    "target_memory",
-    "target_speedup",
-    "max_loss_increase",
-    "max_perplexity_ratio",
-    "max_task_drop",
-]
+TargetName = Literal["ratio", "remove", "target_params", "target_memory", "target_speedup", "max_perplexity_ratio"]
 """The fields that say how far a search goes."""
 
 TARGET_NAMES: tuple[TargetName, ...] = get_args(TargetName)
-REFINES: Mapping[str, TargetName] = {
-    "serve_dtype": "target_memory",
-    "serve_length": "target_memory",
-    "serve_batch": "target_memory",
-    "target_workload": "target_speedup",
-}
+REFINES: Mapping[str, TargetName] = {"serve_length": "target_memory"}
 """Options that refine one target, and that target."""
 
 DEFAULT_PLAN = Path("plan.json")
 DEFAULT_METRIC = "nll"
 DEFAULT_STRATEGY: StrategyName = "greedy"
-DEFAULT_BEAM_WIDTH = 4
 DEFAULT_PROTECTED = 1
 DEFAULT_CALIBRATION = "wikitext2"
 DEMO_CALIBRATION = "self"
@@ -70,7 +55,6 @@ DEFAULT_LENGTH = 2048
 DEMO_LENGTH = 64
 DEFAULT_SAMPLE_TOKENS = 48
 DEFAULT_SERVE_LENGTH = 4096
-DEFAULT_SERVE_BATCH = 1
 DEFAULT_WORKLOAD: WorkloadName = "generation"
 DEFAULT_TEXT = "wikitext2"
 DEFAULT_SHARD_SIZE = "5GB"
@@ -218,32 +202,14 @@ class TargetRequest(Request):
     target_speedup: str | float | None = option(
         "Remove blocks until the model runs this many times as fast, timed on this machine: 1.25.", _TARGET
     )
-    max_loss_increase: str | float | None = option(
-        "Remove blocks while the loss rises by at most this many nats per token: 0.1.", _TARGET
-    )
     max_perplexity_ratio: str | float | None = option(
         "Remove blocks while perplexity stays within this multiple of the dense model's: 1.2.", _TARGET
-    )
-    max_task_drop: str | None = option(
-        "Remove blocks while an lm-eval task drops by at most this, with 95% confidence: piqa:0.02, or piqa:1000:0.02 "
-        "for its first 1,000 items.",
-        _TARGET,
-        metavar="TASK[:ITEMS]:DROP",
-    )
-    serve_dtype: str | None = option(
-        "With --target-memory: data type in which the model will be served.", _SERVING, default="--dtype"
     )
     serve_length: int | None = option(
         "With --target-memory: tokens per sequence in the KV cache.",
         _SERVING,
         default=f"{DEFAULT_SERVE_LENGTH}, or the model's limit",
         least=2,
-    )
-    serve_batch: int | None = option(
-        "With --target-memory: sequences in the KV cache.", _SERVING, default=DEFAULT_SERVE_BATCH, least=1
-    )
-    target_workload: WorkloadName | None = option(
-        "With --target-speedup: what to time.", _SERVING, default=DEFAULT_WORKLOAD
     )
 
 
@@ -290,12 +256,11 @@ class SearchRequest(CalibrationRequest, TargetRequest):
         default=DEFAULT_METRIC,
     )
     strategy: StrategyName | None = option(
-        "greedy; refine (greedy, then swaps); beam; oneshot (score every block once); contiguous (best span); or last.",
+        "greedy; refine (greedy, then swaps); oneshot (score every block once); or contiguous (best span).",
         _SCORING,
         default=DEFAULT_STRATEGY,
         metavar="NAME",
     )
-    beam_width: int | None = option("Sets of blocks that a beam keeps.", _SCORING, default=DEFAULT_BEAM_WIDTH, least=1)
     compare: tuple[str, ...] = option(
         "Search once per METRIC or METRIC@STRATEGY and write the best plan: nll,cosine,angular@contiguous.",
         _SCORING,
@@ -310,9 +275,6 @@ class SearchRequest(CalibrationRequest, TargetRequest):
     )
     holdout: float | None = option(
         "Hold out this share of the sequences to detect overfitting: 0.2.", _CALIBRATION, default=0
-    )
-    skip_bad_sequences: bool = option(
-        "Skip sequences on which the dense model computes NaN or infinity.", _CALIBRATION, unset=False
     )
     sample_tokens: int | None = option(
         "Tokens that both models generate at the end, to reveal a collapse; 0 for none.",

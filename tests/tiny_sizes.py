@@ -57,7 +57,6 @@ TINY: Mapping[str, Mapping[str, Any]] = {
     "sleb_cli.engine.recovery.low_rank": {"ROWS_AT_ONCE": 7},
     "sleb_cli.engine.recovery.variant": {"POSITIONS": 24},
     # What is saved after a while is saved at once.
-    "sleb_cli.engine.forward.saved_walk": {"FEWEST_SECONDS": 0.0, "SHARE": 1e9},
     "sleb_cli.engine.search.journal": {"SECONDS_BETWEEN_SYNCS": 0.0},
 }  # fmt: skip
 """The tiny values by module and name; a mapping changes fields of a dataclass."""

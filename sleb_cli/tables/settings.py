@@ -23,7 +23,7 @@ def search_settings(plan: Plan) -> Table:
         ("family", f"{model.family} ({model.model_type}), {model.blocks} blocks"),
         ("removed, in order", ", ".join(map(str, plan.removals))),
         ("metric", search.metric),
-        ("strategy", search.strategy + (f", width {search.beam_width}" if search.beam_width else "")),
+        ("strategy", search.strategy),
         ("candidates raced", "yes" if search.fast else "no"),
         ("protected blocks", protected + (f", and {spans(search.protect)}" if search.protect else "")),
         ("calibration", f"{text}{held_out}"),

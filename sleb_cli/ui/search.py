@@ -114,19 +114,13 @@ def target_summary(target: TargetRecord, plan: Plan) -> str:
         case "target_memory":
             serving = target.serving
             assert serving is not None
-            cache = f"a KV cache in {serving.dtype} for {serving.batch} x {serving.length} tokens"
+            cache = f"a KV cache in {serving.dtype} for {serving.length} tokens"
             needs = f"weights and {cache} take {format_bytes(target.reached)}, not {format_bytes(target.dense)}"
             return f"target: {target.asked}; {needs}; {cost}"
         case "target_speedup":
             missed = "" if target.reached >= target.limit else ", below the target: remove more with --extend"
             measured = f"{target.reached:.2f}x measured ({target.predicted:.2f}x predicted){missed}"
             return f"target: {target.limit:g}x at {target.workload}; {measured}; {cost}"
-        case "max_task_drop":
-            unit = f" lost on {target.asked.partition(':')[0]}"
-        case "max_perplexity_ratio":
-            unit = "x the dense perplexity"
-        case _:
-            unit = " nats per token"
     more = f"one more removal: {target.next:.4f}" if target.next is not None else "no other block can be removed"
     reached = f"{target.reached:.4f} with {len(plan.removals)} of {plan.model.blocks} blocks removed"
-    return f"target: at most {target.limit:g}{unit}; {reached}; {more}"
+    return f"target: at most {target.limit:g}x the dense perplexity; {reached}; {more}"

@@ -37,11 +37,11 @@ def test_each_is_a_search_of_its_own_and_the_best_is_written(compare, found, tmp
 
 
 def test_only_those_race_that_can(compare, tmp_path):
-    shown = compare("cosine,nll@last", "--fast", "--holdout", 0.5).stdout
+    shown = compare("cosine,nll@oneshot", "--fast", "--holdout", 0.5).stdout
     assert read_plan(tmp_path / "plan.json").search.fast is False
     assert "wrote plan.json: the plan of " in shown
     assert "best on the held-out sequences" in shown
-    compare("nll,nll@last", "--fast", "--force")
+    compare("nll,nll@oneshot", "--fast", "--force")
     assert read_plan(tmp_path / "plan.json").search.fast is True
 
 

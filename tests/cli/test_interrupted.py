@@ -44,7 +44,6 @@ SEARCHES = {
     "exact": (),
     "refine": ("--strategy", "refine", "--protect-last", "0"),
     "refine-fast": ("--strategy", "refine", "--fast"),
-    "beam": ("--strategy", "beam", "--beam-width", "2"),
     "contiguous": ("--strategy", "contiguous"),
     "contiguous-cosine": ("--strategy", "contiguous", "--metric", "cosine"),
     "oneshot": ("--strategy", "oneshot"),

@@ -15,9 +15,9 @@ from sleb_cli.plan import read_plan
         ("--remove", 2),
         ("--ratio", "2/5", "--fast", "--seed", 3),
         ("--remove", 2, "--strategy", "refine", "--metric", "nll+0.5*kl", "--protect", "2,4"),
-        ("--remove", 2, "--strategy", "beam", "--beam-width", 2, "--holdout", 0.25, "--protect-first", 0),
-        ("--max-loss-increase", 0.3, "--batch-size", 2),
-        ("--target-memory", "200KiB", "--serve-length", 16, "--serve-dtype", "float32"),
+        ("--remove", 2, "--strategy", "refine", "--holdout", 0.25, "--protect-first", 0),
+        ("--max-perplexity-ratio", 1.3, "--batch-size", 2),
+        ("--target-memory", "200KiB", "--serve-length", 16),
     ],
 )
 def test_a_search_is_repeated_to_the_last_digit(search, sleb, tmp_path, options):

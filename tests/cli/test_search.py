@@ -144,21 +144,12 @@ REFUSED = [
     ((*TWO, "--strategy", "gredy"), 2, "Did you mean 'greedy'?"),
     ((*TWO, "--strategy", "oneshot", "--fast"), 2, "--fast does not apply to --strategy oneshot"),
     ((*TWO, "--strategy", "refine", "--metric", "cosine"), 2, "cosine scores single blocks"),
-    ((*TWO, "--strategy", "refine", "--beam-width", 3), 2, "--beam-width does not apply to --strategy refine"),
     ((*TWO, "--strategy", "contiguous", "--protect", "2,3"), 2, "No 2 consecutive blocks can be removed"),
     # Targets.
     (("--target-memory", "1MB", "--serve-length", 4096), 2, "Use --serve-length 128 or less"),
     ((*TWO, "--serve-length", 128), 2, "--serve-length requires --target-memory"),
-    ((*TWO, "--target-workload", "prompt"), 2, "--target-workload requires --target-speedup"),
     (("--target-speedup", "1"), 2, "--target-speedup 1 is not a number of 1.01 or more"),
-    (("--max-loss-increase", "-1"), 2, "--max-loss-increase -1 is not a number of 0 or more"),
     (("--max-perplexity-ratio", "0.9"), 2, "not a number of 1 or more"),
-    (("--max-task-drop", "piqa"), 2, "--max-task-drop piqa is not TASK[:ITEMS]:DROP"),
-    (("--max-task-drop", "piqa:0:0.1"), 2, "--max-task-drop piqa:0:0.1 is not TASK[:ITEMS]:DROP"),
-    (("--max-task-drop", "piqa:-0.1"), 2, "--max-task-drop -0.1 is not a number of 0 or more"),
-    (("--max-task-drop", "nowhere.yaml:0.1"), 5, "The task file nowhere.yaml cannot be read"),
-    (("--max-task-drop", "piqa:0.1", "--strategy", "refine"), 2, "so it may miss --max-task-drop"),
-    (("--max-task-drop", "piqa:0.1", "--stream"), 2, "--max-task-drop runs the whole model, but the model is streamed"),
     # Held-out sequences.
     ((*ONE, "--holdout", "1"), 2, "--holdout must be at least 0 and below 1, not 1"),
     ((*ONE, "--holdout", "0.2", "--samples", 1), 2, "A single calibration sequence cannot be split"),
@@ -167,7 +158,6 @@ REFUSED = [
     ((*TWO, "--compare", "nll,nll@greedy"), 2, "names an entry twice"),
     ((*TWO, "--compare", "nll,cosine@best"), 2, "Unknown strategy 'best'"),
     ((*TWO, "--compare", "nll,cosine", "--metric", "nll"), 2, "so --metric does not apply"),
-    (("--max-loss-increase", 1, "--compare", "nll,cosine"), 2, "at the same size"),
 ]
 
 

@@ -38,7 +38,6 @@ def lines(result):
         ((), "Search: 2 of 6 blocks, 28 evaluations of 32 tokens in float32"),
         (("--fast",), "Search: 2 of 6 blocks, at most 28 evaluations"),
         (("--strategy", "refine"), "Search: 2 of 6 blocks, at most"),
-        (("--strategy", "last"), "Search: 2 of 6 blocks, 8 evaluations"),
         (("--strategy", "oneshot"), "Search: 2 of 6 blocks, 16 evaluations"),
         (("--metric", "cosine"), "Search: 2 of 6 blocks, 28 evaluations"),
         (("--metric", "taylor"), "Search: 2 of 6 blocks, 28 evaluations"),

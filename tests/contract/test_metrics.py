@@ -14,11 +14,6 @@ import sleb_plugins as sleb
 from conftest import WORDS, calibration, calibration_sequences, save_model, write_task
 from families import tiny_config
 from reference import log_likelihood
-from sleb_cli.engine.forward import gradients
-from sleb_cli.engine.forward.gradients import blocks_with_gradients
-from sleb_cli.engine.forward.memory_budget import MemoryBudget
-from sleb_cli.engine.forward.passes import Passes
-from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.plan import read_plan
 from sleb_plugins import UsageError, metrics
 from sleb_plugins.metrics.magnitude import Magnitude
@@ -137,65 +132,6 @@ def test_metrics_of_states_are_what_they_say_at_each_step(found, model, sequence
         }
         expected = {n: float(of_cosine(cosine).mean()) for n, cosine in cosines.items()}
         assert step.scores == pytest.approx(expected, abs=1e-5)
-
-
-def test_taylor_is_what_one_backward_pass_gives(found, model, sequences):
-    plan = found("taylor", "--batch-size", 3)
-    assert plan.search.engine == "weights"
-    for step in plan.steps:
-        model.zero_grad()
-        loss_of(model(sequences, use_cache=False).logits, sequences).backward()
-        parameters = {n: list(model.model.layers[n].parameters()) for n in step.scores}
-        expected = {n: sum((p * p.grad).abs().sum().item() for p in of_block) for n, of_block in parameters.items()}
-        assert step.scores == pytest.approx(expected, rel=1e-4)
-        skip(model, step.block)
-
-
-def test_gradients_take_smaller_batches_if_memory_is_short(found, monkeypatch):
-    expected, refused, backpropagate = found("taylor"), [], gradients._backpropagate
-
-    def short_of_memory(skippable, call, hidden, *rest):
-        if len(hidden) > 1:
-            refused.append((call.block, len(hidden)))
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return backpropagate(skippable, call, hidden, *rest)
-
-    monkeypatch.setattr(gradients, "_backpropagate", short_of_memory)
-    for ours, theirs in zip(found("taylor").steps, expected.steps, strict=True):
-        assert ours.scores == pytest.approx(theirs.scores, rel=1e-4)
-    assert refused[:2] == [(5, 4), (5, 2)]
-
-
-@pytest.mark.parametrize("engine", ["fork", "plain"])
-def test_gradients_are_those_of_the_masked_loss(model, sequences, engine):
-    loss_mask = torch.rand(sequences.shape, generator=torch.Generator().manual_seed(0)) < 0.7
-    blocks, found = dict(enumerate(model.model.layers)), {}
-    with SkippableModel(model, model.model.layers) as skippable:
-        budget = MemoryBudget(sequences=2, positions=16, branches=1, kept=0)
-        passes = Passes(skippable, sequences.split(2), budget, lambda event: None, engine, loss_mask=loss_mask.split(2))
-        for block in blocks_with_gradients(passes, (2,), [1, 3, 4]):
-            having = {n for n, of_model in blocks.items() for p in of_model.parameters() if p.grad is not None}
-            assert engine == "plain" or having == {block}  # with the fork, only one block's exist at a time
-            found[block] = {name: p.grad.clone() for name, p in blocks[block].named_parameters()}
-    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
-    model.requires_grad_(True)
-    skip(model, 2)
-    logits = model(sequences, use_cache=False).logits[:, :-1]
-    losses = nn.functional.cross_entropy(logits.transpose(1, 2), sequences[:, 1:], reduction="none")
-    targets = loss_mask[:, 1:]
-    ((losses * targets).sum(1) / targets.sum(1)).mean().backward()
-    assert sorted(found) == [1, 3, 4]
-    for block, of_block in found.items():
-        for name, parameter in blocks[block].named_parameters():
-            torch.testing.assert_close(of_block[name], parameter.grad, rtol=1e-3, atol=1e-7)
-
-
-def test_gradients_with_less_memory_are_the_same(search, found):
-    """States of fewer depths are kept, and those between are computed again; too few are refused."""
-    many = ["taylor", "--samples", 40, "--batch-size", 1]
-    assert found(*many, "--memory", "1MB").steps == found(*many).steps
-    refused = search(*many, "--memory", "900kB", code=7)
-    assert "Gradients need 983 kB in addition to the model, but only 900 kB" in refused.stderr
 
 
 def test_angular_sees_small_angles_and_opposite_directions():

@@ -15,7 +15,6 @@ SEARCHES = {
     "taylor": ("--metric", "taylor"),
     "magnitude": ("--metric", "magnitude"),
     "a task": ("--metric", "task:tales.yaml:2"),
-    "beam": ("--strategy", "beam", "--beam-width", 2),
     "held out, fast": ("--holdout", 0.25, "--fast", "--batch-size", 1),
     "own text": ("--calibration", "self:0.5,prose.txt:0.5"),
     "a sample": ("--sample-tokens", 6),

@@ -14,14 +14,12 @@ from pathlib import Path
 import huggingface_hub
 
 from sleb_cli import api, atomic
-from sleb_cli.engine.forward import saved_walk
 from sleb_cli.engine.recovery import heal
 
 
 def saving_always():
     """Save unfinished healings and walks whenever that is possible."""
     heal.SECONDS_BETWEEN_SAVES, heal.MAX_SAVING_SHARE = 0.0, 1e9
-    saved_walk.FEWEST_SECONDS, saved_walk.SHARE = 0.0, 1e9
 
 
 def with_a_hub():

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from conftest import calibration, calibration_sequences, llama_config, prose, save_model
 from faults.conftest import often
-from faults.program import KILL, Calls, Fault, require
+from faults.program import KILL, Calls, Fault
 from sleb_cli.engine.text.windows import tokens_sha256
 from sleb_cli.plan import read_plan
 
@@ -27,12 +27,11 @@ WAYS = {
     "exact": (), "held out": ("--holdout", 0.3), "fast": ("--fast",), "streamed": ("--stream",),
     "cosine": ("--metric", "cosine"), "spans": ("--metric", "angular", "--strategy", "contiguous"),
     "kl": ("--metric", "kl"), "weights": ("--metric", "magnitude"), "gradients": ("--metric", "taylor"),
-    "beam": ("--strategy", "beam"), "refine": ("--strategy", "refine"), "batches of three": ("--batch-size", 3),
+    "refine": ("--strategy", "refine"), "batches of three": ("--batch-size", 3),
     "one by one": ("--batch-size", 1),
 }  # fmt: skip
 USUAL = ("exact", "held out", "fast", "streamed")
-STRATEGIES = [("--strategy", name) for name in ("beam", "refine", "oneshot", "contiguous")]
-SKIP = "--skip-bad-sequences"
+STRATEGIES = [("--strategy", name) for name in ("refine", "oneshot", "contiguous")]
 OVERFLOW = ("--dtype", "float16", "--remove", 1)
 
 
@@ -143,27 +142,18 @@ def test_a_bad_sequence_is_named_with_its_text_and_the_block(search, tmp_path, t
     model = make(tmp_path / "model")
     bad, _ = bad_sequences(model, text)
     said = search(model, text, "--dtype", dtype, code=4).stderr
-    for part in (dtype, place, f"sequence {bad[0]} of {SAMPLES}", str(text), f"{len(bad) - 1} more", SKIP):
+    for part in (dtype, place, f"sequence {bad[0]} of {SAMPLES}", str(text), f"{len(bad) - 1} more"):
         assert part in said
     assert ("bfloat16" in said) == (dtype != "float32")
     assert set(os.listdir()) == {"model"}, "what was measured on bad sequences is of no use, and was kept"
     if kind == "block":
         search(model, text, "--dtype", "bfloat16", "-o", "better.json")
-    search(model, text, "--dtype", dtype, SKIP, "--batch-size", 5)
-    assert [(each.sequence, each.first) for each in plan_at().calibration.skipped] == [(each, place) for each in bad]
 
 
 @pytest.mark.parametrize("kind", often(WAYS, USUAL))
-def test_bad_sequences_are_refused_or_left_out_in_every_way(search, models, text, kind):
+def test_bad_sequences_are_refused_in_every_way(search, models, text, kind):
     model, options = models["broken"], WAYS[kind]
     assert "in the embeddings" in search(model, text, *options, code=4).stderr
-    bad, used = bad_sequences(model, text)
-    result = search(model, text, SKIP, *options)
-    found = plan_at().calibration
-    assert [(each.sequence, each.first) for each in found.skipped] == [(each, "the embeddings") for each in bad]
-    assert (found.sequences, found.tokens_sha256) == (SAMPLES - len(bad), used)
-    assert f"{bad[0]} (first in the embeddings)" in result.stderr
-    assert f"{len(bad)} skipped" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -182,59 +172,16 @@ def test_recovery_on_text_of_which_a_part_overflows(sleb, tmp_path, models, opti
     assert (tmp_path / "out").exists() is (code == 0)
 
 
-def test_where_no_sequence_is_bad_the_option_changes_nothing(search, tiny_llama, text):
-    search(tiny_llama, text)
-    search(tiny_llama, text, SKIP, "-o", "skip.json")
-    assert plan_of() == plan_of("skip.json")
-
-
-@pytest.mark.parametrize(("good", "options", "code"), [(0, (), 5), (1, (), 0), (1, ("--holdout", "0.5"), 5)])
-def test_too_few_sequences_that_are_left_are_an_error(search, tmp_path, models, good, options, code):
-    tokenizer, path = AutoTokenizer.from_pretrained(models["broken"]), tmp_path / "bad.txt"
-    (token,) = tokenizer(RARE).input_ids
-    (good_tokens,) = tokenizer([prose(10)]).input_ids
-    windows = [[token] * LENGTH] * 4 + [good_tokens[: LENGTH + 4]] * good
-    path.write_text(tokenizer.decode([token for window in windows for token in window]))
-    said = search(models["broken"], path, "--samples", len(windows), SKIP, *options, code=code).stderr
-    assert not code or f"{good or 'none'} of the {len(windows)}" in said
-    assert code or len(plan_at().calibration.skipped) == len(windows) - 1
-
-
-@pytest.mark.parametrize(("name", "options"), [("broken", (SKIP, "--batch-size", 4)), ("needed", OVERFLOW)])
-def test_after_a_kill_such_a_search_goes_on(program, search, tmp_path, models, text, name, options):
+def test_after_a_kill_such_a_search_goes_on(program, search, tmp_path, models, text):
+    name, options = "needed", OVERFLOW
     search(models[name], text, *options, "-o", "whole.json")
     killed = Fault(tmp_path, 1, KILL, Calls.RENAME)  # as the plan was about to take its name
     program.run(*words_of(models[name], text, *options), cwd=tmp_path, fault=killed, codes=[-9])
     journal = (tmp_path / "plan.json.journal").read_text()
-    assert (re.search(r'"scores":\[.*null', journal) is not None) == (name == "needed")
+    assert re.search(r'"scores":\[.*null', journal)
     assert not re.search("NaN|Infinity", journal)
     search(models[name], text, *options, "--resume")
     assert plan_of() == plan_of("whole.json")
-
-
-def test_a_plan_without_bad_sequences_is_extended_and_applied(sleb, search, models, text):
-    search(models["broken"], text, SKIP, "-o", "two.json")
-    search(models["broken"], text, SKIP, "-o", "one.json", "--remove", 1)
-    sleb("search", models["broken"], "--extend", "one.json", "--remove", 2, "--sample-tokens", 0)
-    ours, other = plan_at("one.json"), plan_at("two.json")
-    assert (ours.calibration, ours.steps) == (other.calibration, other.steps)
-    sleb("apply", "one.json", "-o", "small", "--no-verify")
-    assert plan_at("small/sleb_plan.json").calibration.skipped == ours.calibration.skipped
-
-
-HELD_OUT = ("--fast", "--holdout", 0.2)
-
-
-@pytest.mark.parametrize("options", often([(), ("--stream",), HELD_OUT], [HELD_OUT]), ids=str)
-def test_processes_leave_out_the_same_sequences(program, search, tmp_path, models, text, options):
-    search(models["broken"], text, *options, SKIP, "-o", "alone.json")
-    words = words_of(models["broken"], text, *options)
-    for each in program.launch(2, *words, SKIP, "-o", "both.json", cwd=tmp_path):
-        require(each.wait())
-    assert plan_of("both.json") == plan_of("alone.json")
-    refused = [each.wait() for each in program.launch(2, *words, "-o", "neither.json", cwd=tmp_path)]
-    assert "in the embeddings" in require(refused[0], (4,)).stderr
-    assert not (tmp_path / "neither.json").exists()
 
 
 OVERFLOWING = [(), ("--fast",), ("--stream",), ("--batch-size", 5), *STRATEGIES]

@@ -17,11 +17,10 @@ from sleb_cli import requests
 NEVER = ("nan", "inf", "-inf", "-1", "9" * (sys.int_info.default_max_str_digits + 1))
 PERHAPS = ("0", str(10**30))
 NEEDED = {
-    "beam_width": "--strategy beam", "serve_length": "--target-memory 100kB", "serve_batch": "--target-memory 100kB",
+    "serve_length": "--target-memory 100kB",
     "heal_minutes": "--heal", "heal_tokens": "--heal", "limit": "--tasks sleb_repetition",
     "num_fewshot": "--tasks sleb_repetition", "show_flips": "--tasks sleb_repetition",
     "device_flops": "--estimate --device-bandwidth 1e9", "device_bandwidth": "--estimate --device-flops 1e9",
-    "target_speedup": "--target-workload prompt",
 }  # fmt: skip
 """What an option does nothing without."""
 

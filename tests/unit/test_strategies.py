@@ -83,16 +83,6 @@ def test_greedy_removes_the_cheapest_that_is_not_protected(costs, protected, rem
 
 
 @SEEDS
-def test_one_beam_is_greedy_and_many_find_the_best_of_each_size(seed):
-    costs = Costs(9, seed)
-    greedy = costs.search("greedy", 4)
-    assert [c.removals for c in costs.search("beam", 4, width=1)] == [c.removals for c in greedy]
-    assert costs.search("beam", 2, width=4)[1].score <= greedy[1].score
-    for size, choice in enumerate(costs.search("beam", 3, width=100), start=1):
-        assert sorted(choice.removals) == list(costs.best(size))
-
-
-@SEEDS
 def test_swaps_lead_from_greedy_to_where_none_is_better(seed):
     told, costs = [], Costs(10, seed)
     greedy, refined = costs.search("greedy", 4), costs.search("refine", 4, swapped=told.append)
@@ -135,14 +125,13 @@ def test_contiguous_finds_the_best_span_of_what_may_go(seed):
         assert len(choice.outcome.scores) == len(spans)
 
 
-@pytest.mark.parametrize("strategy", ["beam", "contiguous"])
-def test_sets_after_which_nothing_may_go_are_passed_over(strategy):
+def test_sets_after_which_nothing_may_go_are_passed_over():
     def rule(removed):
         if 3 in removed:
             raise NoBlockLeft("No block is left.", hint="")
         return candidates(8)(removed)
 
-    assert 3 not in search(strategy, Costs(8, 1).score, rule, 3)[-1].removals[:-1]
+    assert 3 not in search("contiguous", Costs(8, 1).score, rule, 3)[-1].removals[:-1]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -153,10 +142,6 @@ def test_what_makes_a_score_not_finite_is_never_removed(strategy, bad):
     def score(removed, blocks):
         return Outcome({block: bad if 3 in {*removed, block} else 10.0 - block for block in blocks})
 
-    if strategy == "last":
-        with pytest.raises(ModelError, match="Without block 3 \\(with 5, 4 already removed\\)"):
-            search(strategy, score, candidates(7), 3)
-        return
     choices = search(strategy, score, candidates(7), 2)
     assert set(choices[-1].removals) == {4, 5}
     assert all(math.isfinite(choice.score) for choice in choices)
@@ -172,11 +157,11 @@ def test_nothing_is_chosen_if_no_score_is_finite(strategy):
 @EACH
 def test_ties_go_to_the_lowest_blocks(strategy):
     choices = search(strategy, lambda removed, blocks: Outcome(dict.fromkeys(blocks, 1.0)), candidates(8), 3)
-    assert choices[-1].removals == ((6, 5, 4)[:3] if strategy == "last" else (1, 2, 3))
+    assert choices[-1].removals == (1, 2, 3)
 
 
 @pytest.mark.parametrize("strategy", sorted(set(STRATEGIES) - {"refine"}))
 def test_as_many_sets_are_scored_as_progress_expects(strategy):
     costs = Costs(12, 0)
-    costs.search(strategy, 4, width=3)
-    assert len(costs.asked) == sum(STRATEGIES[strategy].evaluations(10, 4, 3 if strategy == "beam" else 1))
+    costs.search(strategy, 4)
+    assert len(costs.asked) == sum(STRATEGIES[strategy].evaluations(10, 4))

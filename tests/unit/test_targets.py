@@ -14,7 +14,7 @@ from families import tiny_config
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.sizes import Sizes, cache_bytes, count_parameters, stored_bytes
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.search.targets import LossTarget, SizeTarget, resolve_target
+from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, resolve_target
 from sleb_cli.events import ignore
 from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.requests import TargetRequest
@@ -55,7 +55,7 @@ def test_a_size_is_met_by_the_blocks_that_went():
 
 
 def test_the_ratio_of_a_huge_loss_is_a_number():
-    found = LossTarget("max_perplexity_ratio", "1.2", 1.2).record(math.log(1.1), 900)
+    found = PerplexityTarget("1.2", 1.2).record(math.log(1.1), 900)
     assert (found.limit, found.reached, found.next) == pytest.approx((1.2, 1.1, math.exp(700)))
 
 
@@ -118,16 +118,13 @@ def test_a_family_whose_cache_cannot_be_told_is_refused(tmp_path):
         caches(folder, 16)
 
 
-def test_a_quantized_checkpoint_counts_as_packed_or_as_served(tmp_path):
+def test_a_quantized_checkpoint_counts_as_packed(tmp_path):
     folder = save_model(tmp_path / "m", llama_config(4, dtype="bfloat16"))
     config = json.loads((folder / "config.json").read_text())
     packed = {"quant_method": "gptq", "bits": 4, "group_size": 128}
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": packed}))
     model, notes = architecture(folder), []
     a_cache = 2 * 2 * 8 * 10 * 4 * 4
-    weights = {None: stored_bytes(model).without(()), "float32": 4 * count_parameters(model).without(())}
-    for dtype, words in ((None, "weights packed as in the checkpoint"), ("float32", "weights in float32")):
-        request = TargetRequest(target_memory="1kB", serve_length=10, serve_dtype=dtype)
-        target = resolve_target(request, model, "float32", notes.append)
-        assert target.sizes.without(()) == weights[dtype] + a_cache
-        assert words in notes[-1].text
+    target = resolve_target(TargetRequest(target_memory="1kB", serve_length=10), model, "float32", notes.append)
+    assert target.sizes.without(()) == stored_bytes(model).without(()) + a_cache
+    assert "weights packed as in the checkpoint" in notes[-1].text

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from sleb_cli.engine.device import CPU, free_memory, in_smaller_pieces
 from sleb_cli.engine.forward.fork import Walk, walk_together
 from sleb_cli.engine.forward.fork_check import CHECKED_SEQUENCES, why_not_fork
-from sleb_cli.engine.forward.holding import Hold, SharedInputs, as_computed, on_host, spilled
+from sleb_cli.engine.forward.holding import Hold, SharedInputs, as_computed, on_host
 from sleb_cli.engine.forward.logits import score_logits
 from sleb_cli.engine.forward.memory_budget import (
     COPIES_OF_LOGITS,
@@ -28,12 +27,11 @@ from sleb_cli.engine.forward.memory_budget import (
     working_bytes,
 )
 from sleb_cli.engine.forward.predictions import Predictions
-from sleb_cli.engine.forward.saved_walk import SavedWalk
 from sleb_cli.engine.forward.skipping import SkippableModel, sequences_fit
 from sleb_cli.engine.forward.states import BASE, States, depths_to_keep
 from sleb_cli.events import Notice, Notify, SearchAdvanced
 from sleb_cli.units import format_bytes
-from sleb_plugins import LogitMetric, Metric, OutputError, UnsupportedModelError
+from sleb_plugins import LogitMetric, MachineError, Metric, UnsupportedModelError
 from sleb_plugins.errors import OutOfMemory
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
@@ -100,8 +98,6 @@ class Passes:
     """The bytes that may be used in addition to the model."""
     hold: Hold = as_computed
     """Where the hidden states of walks wait."""
-    saved_walk: SavedWalk | None = None
-    """Where a streamed walk is saved, and continues if the search before was interrupted."""
 
     _removed: tuple[int, ...] = field(default=(), init=False)
     _ranking: Sequence[int] = field(default=(), init=False)
@@ -115,13 +111,7 @@ class Passes:
             batches=torch.split(sequences, size),
             loss_mask=None if loss_mask is None else torch.split(loss_mask, size),
             budget=replace(self.budget, kept=0),
-            saved_walk=None,
         )
-
-    def in_batches_of(self, size: int) -> Passes:
-        """Return passes over the same sequences, this many in a batch, that keep no states."""
-        loss_mask = torch.cat(list(self.loss_mask)) if self.loss_mask else None
-        return replace(self, budget=replace(self.budget, sequences=size)).over(torch.cat(list(self.batches)), loss_mask)
 
     def score(
         self, metric: LogitMetric, removed: Sequence[int], jobs: Sequence[Job], ranking: Sequence[int] = ()
@@ -217,9 +207,6 @@ class Passes:
         self, parts: Sequence[_Part], removed: Sequence[int], group: Mapping[int, Sequence[int]], *, with_dense: bool
     ) -> dict[tuple[int, int], Walk]:
         """Run the walks of these parts to their ends, and the dense model with them where its states are not known."""
-        streamed = not self.skippable.weights.resident
-        if streamed:
-            self._resume_walks(removed, parts)
         shared = SharedInputs(self.skippable, self.hold)
         walks: dict[tuple[int, int], Walk] = {}
         dense: list[tuple[_Part, Walk]] = []
@@ -234,8 +221,6 @@ class Passes:
             for part in parts:
                 share = walks[part.key].ran(block) / max(1, walks[part.key].block_branches)
                 self._tell_progress(part, share * len(group[part.batch]), group)
-            if streamed:
-                self._save_walks(block + 1, removed, walks)
         for part, walk in dense:
             part.dense = walk.branches.pop(BASE)
         return walks
@@ -254,25 +239,6 @@ class Passes:
         part.states.shrink(self.budget.kept - (part.dense is not None), list(self._depths(part, blocks)))
         if not self.budget.kept:
             part.dense = None
-
-    def _resume_walks(self, removed: Sequence[int], parts: Sequence[_Part]) -> None:
-        """Add what a saved walk had reached to what a walk starts from."""
-        model, by_key = self.skippable.model, {part.key: part for part in parts}
-        width = model.config.get_text_config().hidden_size
-        for key, depth, branch, hidden in self.saved_walk.restore(removed) if self.saved_walk else ():
-            part = by_key.get(key)
-            known = hidden.dtype in (model.dtype, torch.float32)
-            if part is not None and known and hidden.shape == (*part.ids.shape, width):
-                part.states.at[depth][branch] = hidden
-
-    def _save_walks(self, depth: int, removed: Sequence[int], walks: Mapping[tuple[int, int], Walk]) -> None:
-        """Save the walks between two blocks; if the disk is full, the search continues without saving."""
-        try:
-            if self.saved_walk is not None:
-                self.saved_walk.save(depth, removed, walks)
-        except OutputError as error:
-            self.notify(Notice(f"{error.message} If this step is interrupted, it starts again from its first block."))
-            self.saved_walk = None
 
     def _score_final(self, metric: LogitMetric, part: _Part, hidden: Tensor) -> list[float]:
         """Return each sequence's score from what leaves the last block."""
@@ -405,7 +371,7 @@ def prepare_passes(
     batch_size: int | None = None,
     min_batches: int = 1,
     checked: int | None = None,
-    spill_to: Path | None = None,
+    walks_together: bool = False,
 ) -> tuple[Passes, str | None]:
     """Fit the passes over these sequences into memory; also return why candidates cannot share a walk, if so.
 
@@ -418,8 +384,7 @@ def prepare_passes(
         batch_size: sequences in a batch; None chooses it by the device.
         min_batches: how many batches to make at least, if there are enough sequences.
         checked: on how many tokens of a sequence the fork is checked; None for all.
-        spill_to: the folder of a file for hidden states that do not fit into memory, while blocks are streamed; None
-            if states of few sequences exist at a time.
+        walks_together: whether all sequences go through each streamed block together, so that all their states exist.
 
     Raises:
         MachineError: not even one candidate on one sequence fits.
@@ -459,14 +424,16 @@ def prepare_passes(
         raise UnsupportedModelError(
             f"{skippable.model.config.model_type} cannot be streamed: {reason}.", hint="Use a machine with more memory."
         )
-    return passes if spill_to is None else _hold_all(passes, footprint, memory, spill_to), reason
+    return _hold_all(passes, footprint, memory) if walks_together else passes, reason
 
 
-def _hold_all(passes: Passes, footprint: Footprint, memory: Callable[[torch.device], int], spill_to: Path) -> Passes:
+def _hold_all(passes: Passes, footprint: Footprint, memory: Callable[[torch.device], int]) -> Passes:
     """Choose where the hidden states of all sequences and branches wait, and how many are kept between steps.
 
-    If those of all candidates do not fit into memory, a step either goes through the model with a group of them at a
-    time, or spills them to a file, whichever moves fewer bytes.
+    If those of all candidates do not fit into memory, a step goes through the model with a group of them at a time.
+
+    Raises:
+        MachineError: not even those of one candidate fit.
     """
     device, skippable = passes.skippable.device, passes.skippable
     count = len(skippable.switches)
@@ -476,21 +443,15 @@ def _hold_all(passes: Passes, footprint: Footprint, memory: Callable[[torch.devi
     hold = on_host if device != CPU and room < (count + OTHER_BRANCHES) * of_branch else as_computed
     if hold is on_host:
         room = memory(CPU)
-    branches = max(0, room // of_branch - OTHER_BRANCHES)
-    kept = 1 + (branches - count) // 2 if branches >= count else 0
-    weights = sum(weight.nbytes for switch in skippable.switches for weight in switch.block.parameters())
-    # A group goes through half of the blocks on average; a spilled branch is read and written at each of half of them.
-    if branches >= count or (branches and count / branches * weights / 2 < count**2 * of_branch):
-        budget = replace(passes.budget, branches=min(branches, count), kept=kept)
-        return replace(passes, hold=hold, budget=budget)
-    budget = replace(passes.budget, branches=count, kept=0)
-    states = format_bytes((count + OTHER_BRANCHES) * of_branch)
-    passes.notify(
-        Notice(
-            f"Hidden states need up to {states}, more than fits in memory, so sleb keeps them in a file in {spill_to}."
+    branches = room // of_branch - OTHER_BRANCHES
+    if branches < 1:
+        needed = format_bytes((1 + OTHER_BRANCHES) * of_branch)
+        raise MachineError(
+            f"The hidden states of all sequences need {needed}, but only {format_bytes(max(0, room))} may be used.",
+            hint="Use fewer --samples, a smaller --sequence-length, or a larger --memory.",
         )
-    )
-    return replace(passes, hold=partial(spilled, folder=spill_to), budget=budget)
+    kept = 1 + (branches - count) // 2 if branches >= count else 0
+    return replace(passes, hold=hold, budget=replace(passes.budget, branches=min(branches, count), kept=kept))
 
 
 def _width(module: nn.Module) -> int:

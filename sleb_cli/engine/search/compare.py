@@ -127,7 +127,6 @@ def _request_for(request: SearchRequest, metric: str, strategy: StrategyName, re
         request,
         metric=metric,
         strategy=strategy,
-        beam_width=request.beam_width if strategy == "beam" else None,
         fast=request.fast if can_race(registry.metric(metric), strategy) else False,
         output=_plan_path(request.plan_file, metric, strategy),
         compare=(),

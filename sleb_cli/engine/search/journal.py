@@ -8,7 +8,6 @@ readable; an incomplete last line is ignored.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -24,7 +23,6 @@ from pydantic import Field, ValidationError
 from pydantic_core import from_json
 
 from sleb_cli.atomic import writing
-from sleb_cli.engine.forward.saved_walk import SavedWalk
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.choices import comparable
 from sleb_cli.events import Notice, Notify, Warned, ignore
@@ -61,20 +59,9 @@ def recorded(journal: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
         return {}
 
 
-def saved_walk_of(plan: Path, search: Mapping[str, Any], rank: int) -> SavedWalk:
-    """Return where a process saves its walks through a streamed model, beside the journal of this search."""
-    identity = hashlib.sha256(json.dumps(search, sort_keys=True).encode()).hexdigest()
-    return SavedWalk(_walk_path(journal_of(plan), rank), identity)
-
-
-def _walk_path(journal: Path, rank: int = 0) -> Path:
-    return journal.with_name(f"{journal.name}.walk.{rank}")
-
-
 def delete_journal(path: Path, notify: Notify) -> None:
-    """Delete a journal, and the walks beside it, once the plan is written; the listener is told if that fails."""
+    """Delete a journal once the plan is written; the listener is told if that fails."""
     try:
-        SavedWalk(_walk_path(path)).delete()
         path.unlink(missing_ok=True)
     except OSError as error:
         notify(Warned(f"{path} is no longer needed, but cannot be deleted: {error.strerror}."))
@@ -201,8 +188,6 @@ class Journal:
                 file.truncate(whole)
             on_error.pop_all()
         self._file = file
-        if not resume:
-            SavedWalk(_walk_path(path)).delete()
         if not whole:
             self._append(search)
             self.sync()

@@ -52,14 +52,12 @@ class Race:
     Attributes:
         candidates: all of them, in the order of the blocks.
         sequences: how many sequences there are.
-        winners: how many winners the step needs.
         before: scores of candidates in the step before, by sequence in the same order, as far as they were scored.
         dropped: the candidates that dropped out.
     """
 
     candidates: Sequence[int]
     sequences: int
-    winners: int = 1
     before: Mapping[int, Sequence[float]] = field(default_factory=dict)
     dropped: dict[int, DropRecord] = field(default_factory=dict)
     _looked: int = field(default=0, init=False)
@@ -79,14 +77,14 @@ class Race:
         return self.dropped[block].sequences if block in self.dropped else self.sequences
 
     def drop_beaten(self, scores: Mapping[int, Sequence[float]]) -> None:
-        """Drop each contender behind as many others as there are winners, by more than chance explains.
+        """Drop each contender that is behind another by more than chance explains.
 
         `scores` holds those of each contender so far, one per sequence and in the same order.
         """
         blocks = [block for block in self.contenders if fmean(scores[block]) < math.inf]  # differences must be numbers
         if not blocks:
             return
-        seen, rivals = len(scores[blocks[0]]), len(blocks) - self.winners
+        seen, rivals = len(scores[blocks[0]]), len(blocks) - 1
         looks = look_schedule(self.sequences)
         due = [look for look in looks if self._looked < look <= seen]
         if not due or rivals < 1 or seen >= LAST_LOOK * self.sequences:
@@ -94,12 +92,12 @@ class Race:
         self._looked = seen
         behind, errors = self._compare(blocks, np.array([scores[block] for block in blocks]))
         freedom = seen - 1 + min(POOLED_FREEDOM, math.comb(len(blocks), 2) - 1)
-        limit = student_quantile(ERROR * len(due) / len(looks) / (self.winners * rivals), freedom)
+        limit = student_quantile(ERROR * len(due) / len(looks) / rivals, freedom)
         for block, leads, distances in zip(blocks, behind, errors, strict=True):
-            last = np.argsort(-distances)[self.winners - 1]
-            if distances[last] > limit:
-                distance = min(float(distances[last]), 1e9)
-                self.dropped[block] = DropRecord(sequences=seen, behind=float(leads[last]), errors=distance)
+            rival = np.argmax(distances)
+            if distances[rival] > limit:
+                distance = min(float(distances[rival]), 1e9)
+                self.dropped[block] = DropRecord(sequences=seen, behind=float(leads[rival]), errors=distance)
 
     def _compare(self, blocks: Sequence[int], scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return how far each row of scores is behind each other one, also in standard errors."""

@@ -34,7 +34,6 @@ from sleb_cli.plugin_manager import Registry
 from sleb_cli.processes import is_main_process
 from sleb_cli.requests import (
     AUTO,
-    DEFAULT_BEAM_WIDTH,
     DEFAULT_METRIC,
     DEFAULT_PROTECTED,
     DEFAULT_SAMPLE_TOKENS,
@@ -87,11 +86,6 @@ class ResolvedSearch:
     def strategy(self) -> Strategy:
         """The search strategy."""
         return STRATEGIES[self.strategy_name]
-
-    @property
-    def beam_width(self) -> int:
-        """How many sets of blocks a beam keeps at each size; 1 for other strategies."""
-        return (self.request.beam_width or DEFAULT_BEAM_WIDTH) if self.strategy_name == "beam" else 1
 
     @property
     def sample_tokens(self) -> int:
@@ -212,7 +206,8 @@ def with_target(resolved: ResolvedSearch, target: Target, notify: Notify) -> Res
     if resolved.strategy_name == "contiguous":
         candidates = longest_run(resolved.removable.candidates(()))
     most = min(len({*candidates, *gone}), blocks - 1)
-    notify(Notice(f"The search removes up to {most} blocks, and stops before {target.beyond}."))
+    limit = f"{target.limit:g}x the dense model's"
+    notify(Notice(f"The search removes up to {most} blocks, and stops before perplexity is over {limit}."))
     return replace(resolved, target=target, remove=most)
 
 
@@ -245,14 +240,9 @@ def _place(request: SearchRequest, metric: Metric, architecture: Architecture, n
     error, hint = UsageError if request.stream else MachineError, "Use a machine with more memory, or --device-map."
     if isinstance(metric, ModelMetric):
         raise error(f"{metric.name} runs the whole model, but the model is streamed block by block.", hint=hint)
-    if isinstance(metric, WeightMetric) and metric.needs_gradients:
-        raise error(
-            f"{metric.name} needs gradients of the whole model, but the model is streamed block by block.", hint=hint
-        )
-    for option, does in (("target_speedup", "times"), ("max_task_drop", "runs")):
-        if getattr(request, option) is not None:
-            words = f"{option_of(option)} {does} the whole model, but the model is streamed block by block."
-            raise error(words, hint="Use --ratio.")
+    if request.target_speedup is not None:
+        words = "--target-speedup times the whole model, but the model is streamed block by block."
+        raise error(words, hint="Use --ratio.")
     return placement
 
 
@@ -285,13 +275,6 @@ def _require_fitting(request: SearchRequest, metric: Metric, strategy: StrategyN
             f"--strategy {strategy} compares sets of blocks, but {metric.name} scores single blocks.",
             hint="Use a metric of the whole model, such as nll, or --strategy greedy.",
         )
-    if request.max_task_drop is not None and strategy == "refine":
-        raise UsageError(
-            "--strategy refine swaps blocks after the last one is chosen, so it may miss --max-task-drop.",
-            hint="Use --strategy greedy, or --remove.",
-        )
-    if request.beam_width is not None and strategy != "beam":
-        raise UsageError(f"--beam-width does not apply to --strategy {strategy}.", hint="Leave it out.")
     if request.extend is not None and strategy != "greedy":
         raise UsageError(
             f"--extend works with --strategy greedy only, not with {strategy}.",
@@ -378,6 +361,4 @@ def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
         values["calibration"] = text.source
         if text.source not in REFERENCE_PRESETS:  # their samples count rows of text, not sequences
             values["samples"] = text.drawn
-        if text.skipped:
-            request = replace(request, skip_bad_sequences=True)
     return replace(request, **{name: value for name, value in values.items() if getattr(request, name) is None})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -25,17 +25,16 @@ from sleb_cli.engine.forward.placement import open_dense
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.sample_generation import generate_sample
-from sleb_cli.engine.search.bad_sequences import find_bad, leave_out, unsound
+from sleb_cli.engine.search.bad_sequences import find_bad, unsound
 from sleb_cli.engine.search.choices import Choice, NoBlockLeft
 from sleb_cli.engine.search.held_out import ERROR, compare_growth, hold_out, overfitting_note
-from sleb_cli.engine.search.journal import journal_of, open_journal, saved_walk_of
+from sleb_cli.engine.search.journal import journal_of, open_journal
 from sleb_cli.engine.search.race import LOOKS
 from sleb_cli.engine.search.resolve import ResolvedSearch, resolve_search, with_target
 from sleb_cli.engine.search.scoring import Scoring, engine_of
 from sleb_cli.engine.search.speedup import SpeedupTimer
 from sleb_cli.engine.search.strategies import Problem
-from sleb_cli.engine.search.targets import LossTarget, SizeTarget, Target, TaskTarget, option_of
-from sleb_cli.engine.search.task_drop import TaskDrop
+from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Target, perplexity_ratio
 from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.text.calibration import Calibration, calibrate
 from sleb_cli.events import SEARCH_TASK, BlockRemoved, BlocksSwapped, Notice, Notify, SearchStarted, TaskFinished, task
@@ -53,7 +52,7 @@ from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import differences
 from sleb_cli.requests import SearchRequest
 from sleb_cli.version import __version__
-from sleb_plugins import HiddenStateMetric, LogitMetric, ModelError, ModelMetric, PlanError, UsageError, WeightMetric
+from sleb_plugins import HiddenStateMetric, LogitMetric, ModelError, ModelMetric, PlanError, UsageError
 
 LARGEST_LOSS = math.log(sys.float_info.max)
 """In nats per token; the perplexity of a larger one is no finite number."""
@@ -89,19 +88,11 @@ def load_inputs(resolved: ResolvedSearch, group: ProcessGroup, notify: Notify) -
     Raises:
         SlebError: a subclass that fits, for problems that only show once they are read.
     """
-    request = resolved.request
     tokenizer = load_tokenizer(resolved.architecture.source)
     # Loaded at first use, so that a missing text is reported before gigabytes are read.
     model = cache(partial(open_dense, resolved.architecture, resolved.placement, notify))
     calibration = group.from_main(lambda: calibrate(resolved.calibration, tokenizer, lambda: model().model, notify))
 
-    def find() -> Any:
-        alone = SearchInputs(tokenizer, model(), calibration, ProcessGroup(), notify)
-        with alone.model as skippable, task(notify, "Looking for bad sequences"):
-            return find_bad(_prepare(alone, calibration.to(skippable.device), request)[0])
-
-    if request.skip_bad_sequences:
-        calibration = leave_out(calibration, group.from_main(find), 2 if request.holdout else 1, notify)
     _require_continuation(resolved, calibration)
     return SearchInputs(tokenizer, model(), calibration, group, notify)
 
@@ -193,7 +184,7 @@ def _prepare(inputs: SearchInputs, calibration: Calibration, request: SearchRequ
         memory=memory,
         batch_size=request.batch_size,
         min_batches=LOOKS if request.fast else 1,
-        spill_to=request.plan_file.absolute().parent,
+        walks_together=True,
     )
 
 
@@ -204,7 +195,6 @@ def _search_record(
     protection = resolved.removable.protection
     return SearchRecord(
         strategy=resolved.strategy_name,
-        beam_width=resolved.beam_width if resolved.strategy_name == "beam" else None,
         metric=metric.name,
         metrics=resolved.metrics,
         remove=resolved.remove,
@@ -260,12 +250,11 @@ def _scoring(
 
         yield Scoring(
             resolved.metric,
-            replace(passes, saved_walk=saved_walk_of(request.plan_file, identity, group.rank)),
+            passes,
             journal,
             inputs.tokenizer,
             inputs.notify,
             fast=bool(request.fast),
-            winners=resolved.beam_width,
             held_out=held_out,
             group=group,
             require_sound=require_sound,
@@ -290,8 +279,8 @@ def _measure_dense(resolved: ResolvedSearch, scoring: Scoring) -> DenseRecord:
 class SearchTrace:
     """The course of a search: its steps, the blocks removed in the end, and the cost of the removal not made.
 
-    The costs are what a `LossTarget` or a `TaskTarget` limits: nats per token, or a share of items. `next_cost` is None
-    if no removal was ruled out.
+    The costs are increases of the loss over the dense model's, in nats per token. `next_cost` is None if no removal was
+    ruled out.
     """
 
     steps: list[Step]
@@ -307,39 +296,28 @@ def _search_to_target(resolved: ResolvedSearch, dense: DenseRecord, scoring: Sco
         UsageError: not even one removal is within the target.
     """
     target = resolved.target
-    if resolved.strategy_name == "refine" and isinstance(target, LossTarget):
+    if resolved.strategy_name == "refine" and isinstance(target, PerplexityTarget):
         # It swaps only at its last size, which a greedy search finds; those measurements are not repeated.
         greedy = _search_to_target(replace(resolved, strategy_name="greedy"), dense, scoring)
         refined = _run_steps(replace(resolved, remove=len(greedy.removals)), dense, scoring)
         # A swap lowers the score, which may be another than the limited loss.
         if refined.next_cost is None:
             return replace(refined, next_cost=greedy.next_cost)
-        scoring.notify(Notice(f"The swaps are undone, because with them {target.beyond}."))
+        scoring.notify(Notice(f"Kept the greedy result: after swapping, perplexity is over {target.limit:g}x."))
         return greedy
     trace = _run_steps(resolved, dense, scoring)
-    if not isinstance(target, SizeTarget | None) and len(trace.removals) == len(resolved.gone):
+    if isinstance(target, PerplexityTarget) and len(trace.removals) == len(resolved.gone):
         assert trace.next_cost is not None
         raise UsageError(
-            f"The {'next' if resolved.gone else 'first'} removal would {target.describe(trace.next_cost)}.",
-            hint=f"Increase {option_of(target.name)}. With --resume, no block is scored again.",
+            f"The {'next' if resolved.gone else 'first'} removal would raise perplexity to "
+            f"{perplexity_ratio(trace.next_cost):.4g} times the dense model's; the limit is {target.limit:g}.",
+            hint="Increase --max-perplexity-ratio. With --resume, no block is scored again.",
         )
     return trace
 
 
-def _limit(
-    target: Target | None, dense: DenseRecord, scoring: Scoring
-) -> Callable[[Choice, float], tuple[float, bool]]:
-    """Return what tells the cost of a removal, given its loss, and whether the target allows it."""
-    if isinstance(target, TaskTarget):
-        drop = TaskDrop(target, scoring)
-        return lambda choice, loss: drop.measure(choice.removals)
-    loss_target = target if isinstance(target, LossTarget) else None
-    return lambda choice, loss: (loss - dense.loss, not loss_target or loss - dense.loss <= loss_target.most)
-
-
 def _run_steps(resolved: ResolvedSearch, dense: DenseRecord, scoring: Scoring) -> SearchTrace:
-    target, remove, width, notify = resolved.target, resolved.remove, resolved.beam_width, scoring.notify
-    measure = _limit(target, dense, scoring)
+    target, remove, notify = resolved.target, resolved.remove, scoring.notify
     trace = SearchTrace(list(resolved.extended.steps) if resolved.extended else [], resolved.gone)
     sets = sets_by_size(resolved)
     evaluations = tuple(count * scoring.sequences for count in sets)
@@ -351,14 +329,13 @@ def _run_steps(resolved: ResolvedSearch, dense: DenseRecord, scoring: Scoring) -
         remove,
         removed=resolved.gone,
         score_spans=partial(scoring.score_spans, longest=remove),
-        width=width,
         swapped=lambda swap: notify(BlocksSwapped(**dict(swap))),
     )
     try:
         for choice in resolved.strategy.search(problem):
             loss = fmean(scoring.losses(choice.removals))
-            cost, allowed = measure(choice, loss)
-            if not allowed:
+            cost = loss - dense.loss
+            if isinstance(target, PerplexityTarget) and not target.allows(cost):
                 trace.next_cost = cost
                 break
             trace.cost = cost
@@ -380,7 +357,7 @@ def _run_steps(resolved: ResolvedSearch, dense: DenseRecord, scoring: Scoring) -
 def sets_by_size(resolved: ResolvedSearch) -> Sequence[int]:
     """Return how many sets of blocks are scored at each size, or an upper bound."""
     candidates, more = len(resolved.removable.candidates(resolved.gone)), resolved.remove - len(resolved.gone)
-    return resolved.strategy.evaluations(candidates, more, resolved.beam_width)
+    return resolved.strategy.evaluations(candidates, more)
 
 
 def is_exact(resolved: ResolvedSearch) -> bool:
@@ -422,7 +399,7 @@ def search_loads(resolved: ResolvedSearch, passes: Passes, holds_out: bool) -> I
         blocks,
         candidates,
         len(sets),
-        together=passes.forks and resolved.strategy_name not in ("contiguous", "last"),
+        together=passes.forks and resolved.strategy_name != "contiguous",
         keeps=passes.budget.kept > 0 and resolved.strategy_name in ("greedy", "refine"),
     )
     for size, (scored, each) in enumerate(zip(sets, by_size, strict=False)):
@@ -432,8 +409,6 @@ def search_loads(resolved: ResolvedSearch, passes: Passes, holds_out: bool) -> I
             yield Load(evaluated * each, evaluated, here * rounds)
         elif isinstance(metric, HiddenStateMetric):
             yield Load(here * tokens, 0, here)
-        elif isinstance(metric, WeightMetric) and metric.needs_gradients:
-            yield Load(3 * here * tokens, 3 * tokens)  # backwards takes twice as long
         if metric.name != "nll" or holds_out:
             yield Load(here * tokens, tokens, here)  # the loss
 
@@ -496,7 +471,7 @@ def _sample(resolved: ResolvedSearch, scoring: Scoring, removals: tuple[int, ...
 
 def _target_record(target: Target | None, trace: SearchTrace, timer: SpeedupTimer) -> TargetRecord | None:
     """Return the target and what was reached; time a speedup again, without the removed blocks."""
-    if isinstance(target, LossTarget | TaskTarget):
+    if isinstance(target, PerplexityTarget):
         return target.record(trace.cost, trace.next_cost)
     if target is None or target.name in ("ratio", "remove"):
         return None

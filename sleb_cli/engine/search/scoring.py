@@ -16,8 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.device import as_float64, in_smaller_pieces
-from sleb_cli.engine.forward.gradients import blocks_with_gradients
+from sleb_cli.engine.device import as_float64
 from sleb_cli.engine.forward.passes import Job, Listener, Passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup, Turn, deal
@@ -55,7 +54,6 @@ class Scoring:
         tokenizer: the model's, for metrics that run the whole model.
         notify: the listener for events.
         fast: whether candidates race.
-        winners: how many winners a race has.
         held_out: passes over sequences that the search never scores.
         group: the processes that share the work.
         require_sound: raises an error if the dense model itself computes numbers that are not finite.
@@ -67,7 +65,6 @@ class Scoring:
     tokenizer: Any
     notify: Notify
     fast: bool = False
-    winners: int = 1
     held_out: Passes | None = None
     group: ProcessGroup = field(default_factory=ProcessGroup)
     require_sound: Callable[[], None] = lambda: None
@@ -204,7 +201,7 @@ class Scoring:
     def _score_logits(self, metric: LogitMetric, removed: tuple[int, ...], candidates: Sequence[int]) -> Outcome:
         """Score the candidates batch by batch; in a race, the beaten drop out on the way."""
         before, sizes = self._raced.get(removed[:-1], {}), [len(batch) for batch in self.passes.batches]
-        race = Race(candidates, self.sequences, self.winners, before if removed else {})
+        race = Race(candidates, self.sequences, before if removed else {})
         few = not self.skippable.weights.resident
         for batches in rounds(sizes, few=few) if self.fast else [range(len(sizes))]:
             self._score_tokens(self.passes, metric, removed, race.contenders, batches, self._tell)
@@ -296,29 +293,16 @@ class Scoring:
     def _score_weights(
         self, metric: WeightMetric, removed: Sequence[int], candidates: Sequence[int]
     ) -> Mapping[int, float]:
-        """Score each block's parameters, and their gradients if the metric needs them, in batches that fit.
-
-        Gradients are sums over all batches, whose order changes the last bits, so the main process computes them.
-        """
-        scores: dict[int, float] = {}
-
-        def score(size: int) -> None:
-            left = [block for block in candidates if block not in scores]
-            visited = (
-                blocks_with_gradients(self.passes.in_batches_of(size), removed, left)
-                if metric.needs_gradients
-                else self.skippable.weights.visit(left)
-            )
-            for block in visited:
-                scores[block] = require_number(
-                    metric.name, metric.score_block(self.skippable.switches[block].block, block)
-                )
-                self.notify(CandidateScored(len(removed) + 1, block, scores[block]))
-                self.notify(SearchAdvanced(self.sequences))
+        """Score the parameters of each block, in the main process."""
 
         def compute() -> Mapping[int, float]:
-            in_smaller_pieces(score, self.passes.budget.sequences if metric.needs_gradients else 1)
-            return {block: scores[block] for block in candidates}
+            scores: dict[int, float] = {}
+            for block in self.skippable.weights.visit(candidates):
+                found = metric.score_block(self.skippable.switches[block].block, block)
+                scores[block] = require_number(metric.name, found)
+                self.notify(CandidateScored(len(removed) + 1, block, scores[block]))
+                self.notify(SearchAdvanced(self.sequences))
+            return scores
 
         return self.group.from_main(compute)
 

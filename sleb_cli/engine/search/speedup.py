@@ -38,8 +38,7 @@ class SpeedupTimer:
     def workload(self) -> Workload:
         """The timed workload; generation by default."""
         dense = Subject(Surgery(self.resolved.architecture, ()), None)
-        name = self.resolved.request.target_workload or DEFAULT_WORKLOAD
-        return resolve_workload(name, BenchRequest(), dense, self.resolved.placement.device, self.notify)
+        return resolve_workload(DEFAULT_WORKLOAD, BenchRequest(), dense, self.resolved.placement.device, self.notify)
 
     def share(self, removals: Sequence[int]) -> float:
         """Return the time of the model without these blocks, as a share of the dense model's, in the main process."""

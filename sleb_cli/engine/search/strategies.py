@@ -6,7 +6,6 @@ the candidates before it scores them; the order of removed blocks has no meaning
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -14,7 +13,7 @@ from types import MappingProxyType
 
 from sleb_cli.engine.search.choices import Candidates, Choice, NoBlockLeft, Outcome, Score, ranking, require_best
 from sleb_cli.plan import SwapRecord
-from sleb_cli.requests import DEFAULT_BEAM_WIDTH, StrategyName
+from sleb_cli.requests import StrategyName
 from sleb_plugins import UsageError
 from sleb_plugins.errors import did_you_mean
 
@@ -35,7 +34,6 @@ class Problem:
         remove: the number of blocks to remove.
         removed: the blocks removed before the search; only `greedy` can start with any.
         score_spans: scores the model without each span; only `contiguous` needs it.
-        width: how many sets of blocks a beam keeps.
         swapped: called with each swap as it is made.
     """
 
@@ -44,7 +42,6 @@ class Problem:
     remove: int
     removed: tuple[int, ...] = ()
     score_spans: ScoreSpans | None = None
-    width: int = DEFAULT_BEAM_WIDTH
     swapped: Callable[[SwapRecord], None] = lambda swap: None
 
 
@@ -94,33 +91,6 @@ def contiguous(problem: Problem) -> Iterator[Choice]:
         outcome = problem.score_spans(spans)
         end = require_best(outcome, ())
         yield Choice(tuple(range(end - size + 1, end + 1)), outcome)
-
-
-def last(problem: Problem) -> Iterator[Choice]:
-    """Repeatedly remove the last candidate, whatever its score. A baseline."""
-    gone: tuple[int, ...] = ()
-    while len(gone) < problem.remove:
-        outcome = problem.score(gone, problem.candidates(gone)[-1:])
-        gone = (*gone, require_best(outcome, gone))
-        yield Choice(gone, outcome)
-
-
-def beam(problem: Problem) -> Iterator[Choice]:
-    """For each size, keep the `width` sets of blocks with the lowest scores and extend them all; yield the lowest."""
-    kept: list[tuple[int, ...]] = [()]
-    for _ in range(problem.remove):
-        found: dict[frozenset[int], tuple[float, tuple[int, ...], Outcome]] = {}
-        for removed in kept:
-            outcome = _score_next(problem, removed)
-            for block, score in outcome.scores.items():
-                found.setdefault(frozenset({*removed, block}), (score, (*removed, block), outcome))
-        ranked = sorted(found.values(), key=lambda entry: (entry[0], sorted(entry[1])))[: problem.width]
-        if not ranked:
-            problem.candidates(kept[0])  # raises an error that says why
-        _, best, outcome = ranked[0]
-        require_best(outcome, best[:-1])
-        kept = [removals for score, removals, _ in ranked if score < math.inf]
-        yield Choice(best, outcome)
 
 
 def refine(problem: Problem) -> Iterator[Choice]:
@@ -210,13 +180,13 @@ def _score_next(problem: Problem, removed: tuple[int, ...], among: Container[int
     return problem.score(tuple(sorted(removed)), candidates) if candidates else Outcome({})
 
 
-def _each_size(candidates: int, remove: int, width: int) -> list[int]:
-    return [max(0, candidates - gone) * (width if gone else 1) for gone in range(remove)]
+def _each_size(candidates: int, remove: int) -> list[int]:
+    return [max(0, candidates - gone) for gone in range(remove)]
 
 
-def _with_swaps(candidates: int, remove: int, width: int) -> list[int]:
+def _with_swaps(candidates: int, remove: int) -> list[int]:
     """Count two rounds of single swaps and one of pairs."""
-    *steps, end = _each_size(candidates, remove, 1)
+    *steps, end = _each_size(candidates, remove)
     one = remove * (candidates - remove)
     two = remove * (remove - 1) // 2 * min(NEAR_MISSES, candidates - remove) * (NEAR_MISSES - 1) // 2
     return [*steps, end + 2 * one + two]
@@ -228,14 +198,14 @@ class Strategy:
 
     Attributes:
         search: yields one size after another.
-        evaluations: takes the number of candidates of the dense model, of removals, and the beam's width (1 without a
-            beam); returns the number of sets scored for each size, or an upper bound.
+        evaluations: returns how many sets are scored at each size, or an upper bound, given the number of candidates
+            at first, and of blocks to remove.
         races: whether the scores of the surviving candidates of a race suffice.
         needs_sets: whether it compares sets of blocks, which a metric of single blocks cannot score.
     """
 
     search: Callable[[Problem], Iterator[Choice]]
-    evaluations: Callable[[int, int, int], Sequence[int]] = _each_size
+    evaluations: Callable[[int, int], Sequence[int]] = _each_size
     races: bool = False
     needs_sets: bool = False
 
@@ -243,11 +213,9 @@ class Strategy:
 STRATEGIES: Mapping[StrategyName, Strategy] = MappingProxyType(
     {
         "greedy": Strategy(greedy, races=True),
-        "oneshot": Strategy(oneshot, lambda candidates, remove, width: [candidates] + [0] * (remove - 1)),
+        "oneshot": Strategy(oneshot, lambda candidates, remove: [candidates] + [0] * (remove - 1)),
         "contiguous": Strategy(contiguous),
-        "last": Strategy(last, lambda candidates, remove, width: [1] * remove),
         "refine": Strategy(refine, _with_swaps, races=True, needs_sets=True),
-        "beam": Strategy(beam, races=True, needs_sets=True),
     }
 )
 

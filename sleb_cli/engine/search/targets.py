@@ -7,37 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 
 from sleb_cli.engine.device import dtype_name, parse_dtype
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.sizes import Sizes, cache_bytes, count_parameters, stored_bytes
-from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask
-from sleb_cli.engine.quality.task_metric import load_task
 from sleb_cli.engine.text.windows import choose_length
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import ServingRecord, TargetRecord
-from sleb_cli.requests import (
-    DEFAULT_SERVE_BATCH,
-    DEFAULT_SERVE_LENGTH,
-    REFINES,
-    TARGET_NAMES,
-    TargetName,
-    TargetRequest,
-)
+from sleb_cli.requests import DEFAULT_SERVE_LENGTH, REFINES, TARGET_NAMES, TargetName, TargetRequest
 from sleb_cli.units import format_bytes, format_count, parse_bytes, parse_count, parse_ratio, plural
 from sleb_plugins import UsageError
 
-FIRST_ITEMS = 100
-"""On so many items a task is run first; they double until they decide, or until there are no more."""
-
-_LEAST: Mapping[TargetName, float] = {
-    "target_speedup": 1.01,
-    "max_loss_increase": 0,
-    "max_perplexity_ratio": 1,
-    "max_task_drop": 0,
-}
+_LEAST: Mapping[TargetName, float] = {"target_speedup": 1.01, "max_perplexity_ratio": 1}
 """The smallest numbers that make sense."""
 
 
@@ -128,108 +111,43 @@ class SizeTarget:
 
 
 @dataclass(frozen=True)
-class LossTarget:
-    """Stop before the removal that would raise the calibration loss too far.
+class PerplexityTarget:
+    """Stop before the removal that would raise the perplexity of the calibration text too far.
 
     Attributes:
-        name: the field of the request.
         asked: what the user wrote.
-        limit: the number: nats per token above the dense model, or a multiple of its perplexity.
+        limit: the largest allowed multiple of the dense model's perplexity.
     """
 
-    name: TargetName
     asked: str
     limit: float
+    name: TargetName = "max_perplexity_ratio"
 
-    @property
-    def most(self) -> float:
-        """The largest allowed increase of the loss over the dense model's, in nats per token."""
-        return math.log(self.limit) if self._is_ratio else self.limit
-
-    @property
-    def beyond(self) -> str:
-        """What the search stops before."""
-        if self._is_ratio:
-            return f"perplexity is more than {self.limit:g} times the dense model's"
-        return f"the loss is more than {self.limit:g} nats per token above the dense model's"
-
-    def describe(self, increase: float) -> str:
-        """Say what a removal would do, and what the limit is."""
-        if self._is_ratio:
-            ratio = self._in_unit(increase)
-            return f"raise perplexity to {ratio:.4g} times the dense model's; the limit is {self.limit:g}"
-        return f"raise the loss {increase:.4f} nats per token above the dense model's; the limit is {self.limit:g}"
-
-    @property
-    def _is_ratio(self) -> bool:
-        return self.name == "max_perplexity_ratio"
-
-    def _in_unit(self, nats: float) -> float:
-        return math.exp(min(nats, 700)) if self._is_ratio else nats
+    def allows(self, increase: float) -> bool:
+        """Whether the loss may rise by this much above the dense model's, in nats per token."""
+        return increase <= math.log(self.limit)
 
     def record(self, increase: float, next_increase: float | None) -> TargetRecord:
-        """Return what was reached, in the unit of the target: nats per token, or a ratio of perplexities."""
+        """Return what was reached, and with one more removal, from increases of the loss in nats per token."""
+        following = None if next_increase is None else perplexity_ratio(next_increase)
+        reached = perplexity_ratio(increase)
         return TargetRecord(
-            name=self.name,
-            asked=self.asked,
-            limit=self.limit,
-            dense=self._in_unit(0.0),
-            reached=self._in_unit(increase),
-            next=None if next_increase is None else self._in_unit(next_increase),
+            name=self.name, asked=self.asked, limit=self.limit, dense=1.0, reached=reached, next=following
         )
 
 
-@dataclass(frozen=True)
-class TaskTarget:
-    """Stop before the removal without which a task may lose too much.
-
-    Attributes:
-        name: the field of the request.
-        asked: what the user wrote.
-        task: the task's name, or its YAML file.
-        items: the most items to measure; None for all.
-        most: the largest drop, a share of the items.
-    """
-
-    name: TargetName
-    asked: str
-    task: str
-    items: int | None
-    most: float
-    _loaded: dict[int, LoadedTask] = field(default_factory=dict, compare=False)
-
-    @property
-    def first_items(self) -> int:
-        """On how many items the task is run first."""
-        return min(FIRST_ITEMS, self.items or FIRST_ITEMS)
-
-    def load(self, items: int) -> LoadedTask:
-        """Return the task's first items, loaded once; raises like `load_task`."""
-        if items not in self._loaded:
-            self._loaded[items] = load_task(self.task, items)
-        return self._loaded[items]
-
-    @property
-    def beyond(self) -> str:
-        """What the search stops before."""
-        return f"{self.task} may lose more than {self.most:g}"
-
-    def describe(self, drop: float) -> str:
-        """Say what a removal would do, and what the limit is."""
-        return f"cost {drop:.4f} of {self.task}, with a 95% interval that reaches past the limit of {self.most:g}"
-
-    def record(self, drop: float, next_drop: float | None) -> TargetRecord:
-        """Return what was reached."""
-        return TargetRecord(name=self.name, asked=self.asked, limit=self.most, dense=0.0, reached=drop, next=next_drop)
+def perplexity_ratio(increase: float) -> float:
+    """Return how many times as high perplexity is if the loss rises by `increase` nats per token."""
+    return math.exp(min(increase, 700))
 
 
-Target = SizeTarget | LossTarget | TaskTarget
+Target = SizeTarget | PerplexityTarget
 
 
 def resolve_target(request: TargetRequest, architecture: Architecture, dtype: str, notify: Notify) -> Target | None:
     """Return the target, or None for --target-speedup, which must be timed first.
 
-    `dtype` is the data type in which the model will be served, unless the request says another.
+    `dtype` is the data type in which the model will be served.
 
     Raises:
         UsageError: there is not exactly one target, or it is not a number.
@@ -248,45 +166,27 @@ def resolve_target(request: TargetRequest, architecture: Architecture, dtype: st
         return SizeTarget(name, asked, sizes, most, lambda n: f"{format_count(n)} parameters")
     if name == "target_memory":
         return _memory_target(request, architecture, dtype, notify)
-    if name == "max_task_drop":
-        return _task_target(asked)
     number = parse_number(asked, name)
-    return None if name == "target_speedup" else LossTarget(name, asked, number)
+    return None if name == "target_speedup" else PerplexityTarget(asked, number)
 
 
 def _memory_target(request: TargetRequest, architecture: Architecture, dtype: str, notify: Notify) -> SizeTarget:
     """Count the weights and the KV cache as served: by default, one sequence of up to 4,096 tokens."""
-    most, named = parse_bytes(str(request.target_memory), "--target-memory"), request.serve_dtype
-    served = parse_dtype(named or dtype, architecture.dtype)
+    most = parse_bytes(str(request.target_memory), "--target-memory")
+    served = parse_dtype(dtype, architecture.dtype)
     length = choose_length(request.serve_length, architecture, DEFAULT_SERVE_LENGTH, "--serve-length")
-    serving = ServingRecord(dtype=dtype_name(served), length=length, batch=request.serve_batch or DEFAULT_SERVE_BATCH)
-    packed = architecture.is_quantized and named is None
+    serving = ServingRecord(dtype=dtype_name(served), length=length)
+    packed = architecture.is_quantized
     weights = stored_bytes(architecture) if packed else count_parameters(architecture) * served.itemsize
-    cache = cache_bytes(architecture, served, length=length, batch=serving.batch)
+    cache = cache_bytes(architecture, served, length=length, batch=1)
     form = "packed as in the checkpoint" if packed else f"in {serving.dtype}"
     notify(
         Notice(
             f"Memory counts the weights {form} ({format_bytes(weights.without(()))}) and a KV cache in "
-            f"{serving.dtype} for {serving.batch} x {length} tokens ({format_bytes(cache.without(()))})."
+            f"{serving.dtype} for {length} tokens ({format_bytes(cache.without(()))})."
         )
     )
     return SizeTarget("target_memory", str(request.target_memory), weights + cache, most, format_bytes, serving)
-
-
-def _task_target(asked: str) -> TaskTarget:
-    task, _, drop = asked.rpartition(":")
-    named, _, items = task.rpartition(":")
-    if not items.isdecimal():
-        named, items = task, ""
-    if not named or (items and not int(items)):
-        raise UsageError(
-            f"--max-task-drop {asked} is not TASK[:ITEMS]:DROP.", hint="For example: --max-task-drop piqa:0.02."
-        )
-    most = parse_number(drop, "max_task_drop")
-    target = TaskTarget("max_task_drop", asked, named, int(items) if items else None, most)
-    if len(target.load(target.first_items).tasks) > 1:  # it is refused before the search, and so is an unknown one
-        raise UsageError(f"--max-task-drop needs one task, and {named} has several.", hint="Name a task such as piqa.")
-    return target
 
 
 def parse_number(text: str, name: TargetName) -> float:
