@@ -144,7 +144,6 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
     """
     from sleb_cli.engine.process_group import join_processes
     from sleb_cli.engine.quality.evaluation import evaluate_subject
-    from sleb_cli.engine.quality.lm_eval_files import write_by_lm_eval
     from sleb_cli.engine.surgery.subject import resolve_subject, with_recovered
 
     with join_processes() as group:
@@ -152,19 +151,10 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
             _require_result_file(request)
         registry = _registry(notify)
         subject = group.one_first(lambda: with_recovered(resolve_subject(request, registry, notify), registry, notify))
-        result, by_lm_eval = evaluate_subject(subject, request, notify, group)
+        result = evaluate_subject(subject, request, notify, group)
         _leave_to_main()
-    place = _kept_place(subject, "eval")
-    if any(by_lm_eval.values()) and (beside := request.output or place):
-        with _printed_if_unsaved(result):
-            try:
-                result = result.model_copy(update={"lm_eval": write_by_lm_eval(beside, by_lm_eval, subject)})
-            except OutputError as error:
-                if request.output is not None:
-                    raise
-                notify(Notice(f"{error.message} They are not kept."))
     _save(result, request.output)
-    if place:
+    if place := _kept_place(subject, "eval"):
         _keep(result, place, notify)
     return result
 
@@ -309,15 +299,8 @@ def _save(record: Record, path: Path | None) -> None:
         OutputError: the file cannot be written; the error carries the result, so that nothing is lost.
     """
     if path is not None:
-        with _printed_if_unsaved(record):
+        try:
             record.write(path)
-
-
-@contextmanager
-def _printed_if_unsaved(record: Record) -> Iterator[None]:
-    """Have the error carry the result if a file cannot be written, so that nothing is lost."""
-    try:
-        yield
-    except OutputError as error:
-        error.unsaved = record.to_data()
-        raise
+        except OutputError as error:
+            error.unsaved = record.to_data()
+            raise

@@ -296,7 +296,6 @@ class EvalResult(ResultRecord):
 
     `behavior` is a hash over all of the model's files that decide a number: weights, config, trusted code, tokenizer
     and generation settings; `recovered` is that of the pruned checkpoint, if its weights are not the dense model's.
-    `lm_eval` names the files in the format of lm-eval's own command, if any were written.
     """
 
     kind: Literal["eval"]
@@ -308,7 +307,6 @@ class EvalResult(ResultRecord):
     processor: str
     texts: tuple[TextResult, ...]
     tasks: tuple[TaskResult, ...]
-    lm_eval: tuple[str, ...] = ()
 
     @property
     def setting(self) -> tuple[object, ...]:
@@ -329,7 +327,6 @@ class EvalResult(ResultRecord):
                 "sizes": tuple(sorted(sizes.values(), key=len)),
                 "texts": _merged(previous.texts, self.texts),
                 "tasks": _merged(previous.tasks, self.tasks),
-                "lm_eval": tuple(dict.fromkeys((*previous.lm_eval, *self.lm_eval))),
             }
         )
 

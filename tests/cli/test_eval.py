@@ -19,12 +19,11 @@ from reference import log_likelihood, plain_loss
 from sleb_cli.canaries.items import instructions
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.quality import lm_eval_files, texts
+from sleb_cli.engine.quality import texts
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.text.sources import evaluation_text
 from sleb_cli.kept_results import beside_plan
 from sleb_cli.results import EvalResult
-from sleb_plugins import OutputError
 
 SHORT = ["--sequence-length", 64]
 
@@ -282,21 +281,9 @@ def test_results_of_runs_are_kept_beside_the_plan(evaluate, llama_plan, test_tex
     assert [text.text for text in kept.texts] == [str(test_text), str(text_file)]
     assert [[len(size.removals) for size in text.pruned] for text in kept.texts] == [[1, 2], [1, 2]]
     assert [task.task for task in kept.tasks] == ["own_weather"]
-    assert len(kept.lm_eval) == 4
-    assert all((plan.parent / name).is_file() for name in kept.lm_eval)
     before, other = file.read_text(), save_model(plan.parent / "other", llama_config(), seed=1)
     evaluate(plan, "--model", other, "--any-model", "--perplexity", test_text, *short)
     assert file.read_text() == before  # of another model, nothing is kept
-
-
-def test_files_of_lm_eval_that_cannot_be_kept_cost_nothing_else(evaluate, llama_plan, own_task, monkeypatch):
-    def fail(*of):
-        raise OutputError("lm-eval's results cannot be written to here.", hint="")
-
-    monkeypatch.setattr(lm_eval_files, "write_by_lm_eval", fail)
-    found, said = evaluate(llama_plan, *own_task)
-    assert "written to here. They are not kept." in said
-    assert found["tasks"]
 
 
 def test_an_applied_checkpoint_keeps_its_own_results(run_sleb, evaluate, llama_plan, test_text, tmp_path):

@@ -3,7 +3,6 @@
 Most are forked from the test, as a launcher would start them: what a test changes, they have changed.
 """
 
-import json
 import multiprocessing
 import os
 import signal
@@ -218,15 +217,7 @@ def test_tasks_are_measured_alike_by_three_processes(run_sleb, tmp_path):
     command += ["--limit", 13, "--batch-size", 2]
     assert run_sleb(*command, "-o", "one.json").exit_code == 0
     all_well(together(3, *command, "-o", "three.json"))
-    one, three = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "three.json"))
-    assert len(one["lm_eval"]) == len(three["lm_eval"]) > 1
-    assert one | {"lm_eval": ()} == three | {"lm_eval": ()}
-    assert merged_samples(tmp_path / "one.lm-eval") == merged_samples(tmp_path / "three.lm-eval")
-
-
-def merged_samples(folder):
-    """Return what lm-eval wrote of each item, which holds every likelihood and every generated text."""
-    return {(file.parent.name, file.name.rpartition("_")[0]): file.read_text() for file in folder.rglob("*.jsonl")}
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "three.json").read_bytes()
 
 
 @pytest.mark.slow

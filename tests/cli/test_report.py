@@ -340,7 +340,6 @@ def test_local_folders_stay_private(exported, tmp_path):
     search = plan.search.model_copy(update={"metric": "task:/home/jane/tasks/own.yaml:50"})
     plan = plan.model_copy(update={"search": search})
     evaluation = make_evaluation(plan, items=40, texts=("/home/jane/texts/other.txt",))
-    evaluation = evaluation.model_copy(update={"lm_eval": ("/home/jane/plan.lm-eval/results.json",)})
     write_measured(tmp_path, plan, evaluation=evaluation)
     for name in ("report", "summary"):
         exported(name, "-o", name)

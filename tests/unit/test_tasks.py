@@ -1,12 +1,10 @@
 """Tasks of lm-eval on dense and pruned models: on results made by hand, and on tiny models."""
 
 import importlib.metadata
-import json
 import random
 import shutil
 from pathlib import Path
 from statistics import stdev
-from unittest.mock import Mock
 
 import lm_eval
 import pytest
@@ -14,7 +12,6 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import WORDS, write_task
-from sleb_cli.engine.quality.lm_eval_files import write_lm_eval_results
 from sleb_cli.engine.quality.lm_eval_tasks import task_manager
 from sleb_cli.engine.quality.tasks import PRESETS, compare_task, fitting, load_requested, versions_behind_lm_eval
 from sleb_cli.engine.statistics import (
@@ -26,7 +23,7 @@ from sleb_cli.engine.statistics import (
 )
 from sleb_cli.events import Notice, TaskAdvanced, TaskStarted, ignore
 from sleb_cli.requests import EvalRequest
-from sleb_plugins import DataError, ModelError, OutputError, UsageError
+from sleb_plugins import DataError, ModelError, UsageError
 
 
 def sample(number, score, *, metric="acc", filtered="none", **changes):
@@ -332,25 +329,3 @@ def test_a_task_that_cannot_run_is_refused(folder, loaded, old, new, error, mess
     (folder / "own_written.yaml").write_text((folder / "own_written.yaml").read_text().replace(old, new))
     with pytest.raises(error, match=message):
         task_of(folder, "own_written").run(*loaded)
-
-
-def test_the_files_are_those_of_lm_eval(folder, loaded, tmp_path, monkeypatch):
-    names = ("own_chosen", "own_written")
-    results = [task_of(folder, name, limit=4).run(*loaded) for name in names]
-    files = write_lm_eval_results(tmp_path / "out", results, {"model": "tiny", "blocks": "2+3"})
-    date = files[0].name.removeprefix("results_").removesuffix(".json")
-    assert [file.name for file in files[1:]] == [f"samples_{name}_{date}.jsonl" for name in names]
-    written = json.loads(files[0].read_text())
-    assert written["config"]["model_args"] == {"model": "tiny", "blocks": "2+3"}
-    assert set(written["task_hashes"]) == set(written["results"]) == set(names)
-    (chosen,) = compare_task(results[0], [])
-    assert written["task_hashes"]["own_chosen"] == chosen.items_sha256
-    lines = [json.loads(line) for line in files[1].read_text().splitlines()]
-    assert tuple(line["acc"] for line in lines) == chosen.dense.items
-
-    # lm-eval tells nobody that the disk was full.
-    full = Mock(side_effect=OSError(28, "No space left on device"))
-    monkeypatch.setattr("lm_eval.loggers.evaluation_tracker.open", full, raising=False)
-    with pytest.raises(OutputError, match=r"lm-eval's results cannot be written to .*cut"):
-        write_lm_eval_results(tmp_path / "cut", results, {"model": "tiny"})
-    assert list((tmp_path / "cut").iterdir()) == []

@@ -266,7 +266,7 @@ def _find_other_files(source: ModelSource, written: set[str]) -> tuple[dict[str,
             outside.append(inside)
         elif path.is_dir():
             left_out += [f"{inside}/"] if path.parent == folder else []
-        elif path.is_file() and not _is_ours(path, folder):
+        elif path.is_file() and not _is_ours(path):
             if inside != _ADAPTER and not other_formats.is_weights(path.name) and inside not in in_other_formats:
                 copies[inside] = path
             elif inside not in weight_files:
@@ -274,14 +274,13 @@ def _find_other_files(source: ModelSource, written: set[str]) -> tuple[dict[str,
     return copies, left_out, outside
 
 
-def _is_ours(path: Path, folder: Path) -> bool:
+def _is_ours(path: Path) -> bool:
     """Whether a file is a plan, a result or a journal, which name local folders and do not describe the checkpoint."""
     if path.name.endswith((".json", ".json.old")):
         with reading(path), path.open("rb") as file:
             if b'"sleb_version"' in file.read(_START_BYTES):
                 return True
-    of_lm_eval = any(part.endswith(".lm-eval") for part in path.relative_to(folder).parts)
-    return of_lm_eval or path.suffix == ".journal" or ".journal.walk." in path.name
+    return path.suffix == ".journal" or ".journal.walk." in path.name
 
 
 def _bytes_of(files: Iterable[Path]) -> int:

@@ -72,5 +72,4 @@ def without_local_folders(result: R) -> R:
     if isinstance(result, BenchResult):
         return result.model_copy(update={"model": model})
     texts = tuple(text.model_copy(update={"text": public_name(text.text)}) for text in result.texts)
-    files = tuple(without_folders(f"./{name}") for name in result.lm_eval)
-    return result.model_copy(update={"model": model, "texts": texts, "lm_eval": files})
+    return result.model_copy(update={"model": model, "texts": texts})

@@ -19,7 +19,6 @@ from sleb_cli.engine.forward.streaming import weight_bytes
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.generation import as_transformers_loads
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.quality.lm_eval_files import LmEvalResults
 from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.quality.tasks import compare_task, fitting, load_requested, versions_behind_lm_eval
@@ -39,9 +38,7 @@ from sleb_cli.version import __version__
 from sleb_plugins import PlanError, UsageError
 
 
-def evaluate_subject(
-    subject: Subject, request: EvalRequest, notify: Notify, group: ProcessGroup
-) -> tuple[EvalResult, LmEvalResults]:
+def evaluate_subject(subject: Subject, request: EvalRequest, notify: Notify, group: ProcessGroup) -> EvalResult:
     """Measure the dense model and each size of the pruned one, on the same data.
 
     Raises:
@@ -69,7 +66,7 @@ def evaluate_subject(
         for dense, *pruned in zip(*found.values(), strict=True)
         for result in compare_task(dense, list(zip(models.sizes[1:], pruned, strict=True)), request.show_flips or 0)
     ]
-    result = EvalResult(
+    return EvalResult(
         schema_version=1,
         sleb_version=__version__,
         kind="eval",
@@ -85,7 +82,6 @@ def evaluate_subject(
         texts=measured,
         tasks=tuple(compared),
     )
-    return result, found
 
 
 def place_evaluation(subject: Subject, request: EvalRequest, notify: Notify, group: ProcessGroup) -> Placement:
@@ -133,11 +129,13 @@ def read_evaluation_text(
     return cut_for_evaluation(tokenizer, text, length, bos=request.bos, stride=request.stride, most=request.max_windows)
 
 
-def _run_tasks(tasks: Sequence[LoadedTask], models: Models, tokenizer: Any) -> LmEvalResults:
+def _run_tasks(
+    tasks: Sequence[LoadedTask], models: Models, tokenizer: Any
+) -> dict[tuple[int, ...], list[dict[str, Any]]]:
     """Run each task on each size, one size after another, unless the results are in the cache."""
     versions = versions_behind_lm_eval() if tasks else ""
     fingerprints = {task.name: f"{task.fingerprint()}, packages {versions}" for task in tasks}
-    found: LmEvalResults = {removals: [] for removals in models.sizes}
+    found: dict[tuple[int, ...], list[dict[str, Any]]] = {removals: [] for removals in models.sizes}
     cached = dict.fromkeys(fingerprints)
     for number, removals in enumerate(models.sizes):
         what = "dense" if not removals else f"{len(removals)} removed"

@@ -1,11 +1,7 @@
-"""Models of lm-eval: one in memory for `sleb eval`, and a plan's for lm-eval's own command.
-
-lm-eval run --model sleb --model_args plan=plan.json --tasks piqa
-"""
+"""A model in memory, as lm-eval asks it."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -13,28 +9,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from sleb_cli.engine.device import choose_device, dtype_name, input_device
+from sleb_cli.engine.device import dtype_name, input_device
 from sleb_cli.engine.forecast import announce, is_short, padded_tokens
 from sleb_cli.engine.forward.pace import seconds_of, seconds_per_token
-from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.model.generation import continue_each, end_tokens
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.surgery.loading import load_dense, load_pruned, load_tokenizer
-from sleb_cli.engine.surgery.subject import resolve_subject, with_recovered
-from sleb_cli.events import Event, Notice, Notify, Warned, task
-from sleb_cli.plugin_manager import load_plugins, named_before_loading
-from sleb_cli.requests import AUTO, OneSizeRequest
+from sleb_cli.events import Notify, task
 from sleb_cli.units import plural
 from sleb_plugins import UsageError
 from sleb_plugins.errors import is_out_of_memory
-
-_log = logging.getLogger("lm_eval.sleb")
 
 AUTO_BATCH = 16
 """How many requests a batch is taken to have where lm-eval looks for the most that fit."""
@@ -230,74 +218,3 @@ class LoadedModel(HFLM):  # type: ignore[misc]
 
 def _is_computed(answer: Any) -> bool:
     return answer != "" or answer.ended if isinstance(answer, Answer) else not math.isnan(answer[0])
-
-
-@register_model("sleb")
-class SlebLM(HFLM):  # type: ignore[misc]
-    """The pruned model of a plan, or of a model and blocks, in memory: the one that `sleb apply` writes.
-
-    Args:
-        plan: a plan's file.
-        model: a model, dense without `blocks`; with `plan`, where its model is now.
-        blocks: the blocks to remove from `model`, joined by `+` because lm-eval splits at commas: 5+4+9.
-        remove: how many of the plan's removals to apply.
-        revision: a branch, tag or commit of a model on the Hub.
-        dtype: float32, bfloat16, float16, or auto.
-        device: as for `sleb eval`; lm-eval's default, cuda, falls back to what this machine has.
-        trust_remote_code: run Python code that comes with the model.
-        options: those of lm-eval's model type `hf` that have nothing to do with loading: `batch_size`, `max_length`.
-
-    Raises:
-        SlebError: the plan or the model cannot be read, or does not fit into memory.
-    """
-
-    def __init__(
-        self,
-        plan: str | None = None,
-        model: str | None = None,
-        blocks: str | int | None = None,
-        remove: int | None = None,
-        revision: str | None = None,
-        dtype: str = AUTO,
-        device: str | None = None,
-        trust_remote_code: bool = False,
-        **options: Any,
-    ) -> None:
-        request = OneSizeRequest(
-            model if plan is None else plan,
-            model=None if plan is None else model,
-            blocks=_blocks(blocks),
-            remove=remove,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
-        if others := named_before_loading():
-            _tell(Notice(others))
-        registry = load_plugins()
-        subject = with_recovered(resolve_subject(request, registry, _tell), registry, _tell)
-        surgery, whole = subject.surgery, subject.recovered or subject.architecture
-        if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
-            device = AUTO
-        where = choose_device(device)
-        chosen = place_model(whole, where, dtype, _tell, stream=False).dtype
-        if surgery.removals and not subject.recovered:
-            loaded = load_pruned(surgery, chosen, where, _tell)
-        else:
-            loaded = load_dense(whole, chosen, where, _tell)
-        super().__init__(
-            pretrained=loaded, tokenizer=load_tokenizer(whole.source), trust_remote_code=trust_remote_code, **options
-        )
-
-
-def _blocks(named: str | int | None) -> tuple[int, ...] | None:
-    if named is None:
-        return None
-    try:
-        return tuple(int(block) for block in str(named).split("+"))
-    except ValueError as error:
-        raise UsageError(f"blocks={named} is not a list of numbers.", hint="Write it like blocks=5+4+9.") from error
-
-
-def _tell(event: Event) -> None:
-    if isinstance(event, Notice | Warned):
-        _log.warning(event.text)
