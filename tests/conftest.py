@@ -20,7 +20,8 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,6 @@ from transformers import (
 from transformers.utils import logging
 
 import simulated_device
-import tiny_sizes  # before what it changes
 from sleb_cli import plugin_manager
 from sleb_cli.__main__ import main
 from sleb_cli.engine import device as engine_device
@@ -53,15 +53,13 @@ from sleb_cli.engine.speed import benchmark
 from sleb_cli.engine.text.calibration import draw
 from sleb_cli.engine.text.windows import cut_windows, tokens_sha256
 from sleb_cli.plan import Plan, read_plan
+from tiny_sizes import TINY
 
 logging.disable_progress_bar()
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 # A shell has what it starts in the background ignore it, and what that starts, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-# Real sizes are crossed as they are, and millions of tiny pieces take too long.
-collect_ignore = ["cli/test_real_sizes.py"] if tiny_sizes.ARE_TINY else []
 
 WORDS = (
     "river mountain snow water stone bridge town mill fish field winter spring road horse letter king garden tower "
@@ -80,15 +78,6 @@ class Result:
     exit_code: int
     stdout: str
     stderr: str
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _tiny_sizes_in_children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Let processes that a test starts have the sizes that this one has."""
-    with pytest.MonkeyPatch.context() as patch:
-        if tiny_sizes.ARE_TINY:
-            tiny_sizes.for_children(tmp_path_factory.mktemp("tiny"), patch)
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -369,6 +358,16 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 def without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the processes that measure the memory, most of the time of a tiny benchmark."""
     monkeypatch.setattr(benchmark, "measure_alone", lambda *given: (None, [None] * 99))
+
+
+@pytest.fixture
+def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the tiny sizes of tiny_sizes.py instead of the usual ones."""
+    for name, sizes in TINY.items():
+        module = import_module(f"sleb_cli.engine.{name}")
+        for size, value in sizes.items():
+            usual = getattr(module, size)
+            monkeypatch.setattr(module, size, replace(usual, **value) if isinstance(value, dict) else value)
 
 
 @pytest.fixture
