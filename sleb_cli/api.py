@@ -28,7 +28,6 @@ if TYPE_CHECKING:
         ApplyResult,
         BenchResult,
         CompareResult,
-        EnvResult,
         EstimateResult,
         EvalResult,
         ExportResult,
@@ -231,14 +230,6 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
 
     _leave_to_main()
     return export_request(request, _registry(notify), notify)
-
-
-def env(notify: Notify = ignore) -> EnvResult:
-    """Describe the machine and the installation, for a report of a bug; it never fails, and holds no secrets."""
-    from sleb_cli.engine.bug_report import describe_environment
-    from sleb_cli.engine.files.cache import cache_root
-
-    return describe_environment(lambda: _registry(notify), cache_root)
 
 
 def _kept_place(subject: Subject, kind: Literal["eval", "bench"]) -> Path | None:

@@ -16,7 +16,7 @@ from sleb_cli.ui.console import print_json, print_note
 from sleb_cli.ui.plugins import show_plugins
 from sleb_cli.ui.progress import show_progress
 from sleb_cli.ui.search import show_comparison, show_plan
-from sleb_cli.version import __version__
+from sleb_cli.ui.tables import print_to_copy
 from sleb_plugins import UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +35,10 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"sleb {__version__}")
+        from sleb_cli.engine.versions import describe_installation
+
+        for line in describe_installation():
+            print_to_copy(line)
         raise typer.Exit
 
 
@@ -43,7 +46,13 @@ def _show_version(wanted: bool) -> None:
 def sleb(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version",
+            help="Show versions, the processor and devices, for a bug report.",
+            callback=_show_version,
+            is_eager=True,
+        ),
     ] = False,
 ) -> None:
     """Make large language models faster by removing whole transformer blocks, without training."""
@@ -130,9 +139,3 @@ def plugins(json: JsonOption = False) -> None:
     if others := named_before_loading():
         print_note(others)
     show_plugins(load_plugins(), as_json=json)
-
-
-@app.command()
-def env(json: JsonOption = False) -> None:
-    """Show what a bug report needs: versions, processor, memory, devices, cache and plugins."""
-    _run(lambda _, notify: api.env(notify), None, results.show_environment, json=json)

@@ -616,39 +616,3 @@ class EstimateResult(ResultRecord):
     workloads: tuple[EstimatedWorkload, ...]
     dense: EstimatedSize
     pruned: tuple[EstimatedSize, ...]
-
-
-class AcceleratorRecord(Record):
-    """An accelerator and its memory."""
-
-    device: str
-    name: str
-    memory_bytes: int
-    free_bytes: int
-
-
-class EnvResult(VersionedRecord):
-    """The machine and the installation, for a report of a bug; what could not be read is null, and in `problems`.
-
-    `instructions` are those that torch's CPU kernels use: "AVX2". `auto` says in which data type `--dtype auto`
-    computes, by that of the checkpoint. `plugins` are versions of other packages, and `failed` says what is wrong with
-    plugins.
-    """
-
-    kind: Literal["env"]
-    python: str
-    packages: dict[str, str | None]
-    platform: str
-    processor: str
-    instructions: str | None
-    auto: dict[str, str]
-    cores: int
-    threads: int | None
-    accelerators: tuple[AcceleratorRecord, ...]
-    memory_bytes: int | None
-    free_bytes: int | None
-    cache: str | None
-    cache_bytes: int | None
-    plugins: dict[str, str]
-    failed: tuple[str, ...]
-    problems: tuple[str, ...]

@@ -120,17 +120,26 @@ def as_float64(tensor: Tensor) -> Tensor:
     return (tensor if _has_float64(tensor.device.type) else tensor.cpu()).double()
 
 
+_UNITS = {torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"},
+          torch.float16: {"avx512_fp16", "amx_fp16", "fp16_arith"}}  # fmt: skip
+"""The names of a processor's units for each data type."""
+
+
 @cache
-def cpu_dtypes() -> frozenset[torch.dtype]:
-    """Return the data types that this processor computes in; torch emulates others, several times slower."""
+def cpu_units() -> frozenset[str]:
+    """Return the units of this processor for bfloat16 and float16."""
     if hasattr(torch.cpu, "get_capabilities"):
         has = {name for name, there in torch.cpu.get_capabilities().items() if there is True}
     else:  # torch 2.10
         checks = {"avx512_bf16": "avx512_bf16", "amx_bf16": "amx_tile", "amx_fp16": "amx_fp16"}
         has = {name for name, check in checks.items() if getattr(torch.cpu, f"_is_{check}_supported")()}
-    units = {torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"},
-             torch.float16: {"avx512_fp16", "amx_fp16", "fp16_arith"}}  # fmt: skip
-    return frozenset({torch.float32, torch.float64, *(dtype for dtype, any_of in units.items() if has & any_of)})
+    return frozenset(has & set().union(*_UNITS.values()))
+
+
+def cpu_dtypes() -> frozenset[torch.dtype]:
+    """Return the data types that this processor computes in; torch emulates others, several times slower."""
+    native = (dtype for dtype, any_of in _UNITS.items() if cpu_units() & any_of)
+    return frozenset({torch.float32, torch.float64, *native})
 
 
 def parse_dtype(name: str, own: torch.dtype | None) -> torch.dtype:
