@@ -1,6 +1,6 @@
 """The `sleb` program, and its verbs for Python.
 
-They are `search`, `compare`, `apply`, `evaluate`, `bench`, `estimate`, `export` and `rerun`;
+They are `search`, `compare`, `apply`, `evaluate`, `bench`, `export` and `rerun`;
 `show_progress` gives them a listener.
 """
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sleb_cli.version import __version__
 
 if TYPE_CHECKING:
-    from sleb_cli.api import apply, bench, compare, estimate, evaluate, export, rerun, search
+    from sleb_cli.api import apply, bench, compare, evaluate, export, rerun, search
     from sleb_cli.requests import ApplyRequest, BenchRequest, EvalRequest, ExportRequest, RerunRequest, SearchRequest
     from sleb_cli.ui.progress import show_progress
 
@@ -24,7 +24,6 @@ __all__ = [
     "apply",
     "bench",
     "compare",
-    "estimate",
     "evaluate",
     "export",
     "rerun",

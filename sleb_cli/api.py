@@ -28,7 +28,6 @@ if TYPE_CHECKING:
         ApplyResult,
         BenchResult,
         CompareResult,
-        EstimateResult,
         EvalResult,
         ExportResult,
         GgufResult,
@@ -160,7 +159,7 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
 
 @_names_memory(_BENCH)
 def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
-    """Measure speed, memory and energy of a model, dense and pruned in turn.
+    """Measure the speed and memory of a model, dense and pruned in turn.
 
     Raises:
         SlebError: something failed; its class tells what.
@@ -185,9 +184,6 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
 
 def _bench_engine(request: BenchRequest, notify: Notify) -> tuple[Registry, Engine | None]:
     """Check the options of a benchmark, and return the plugins and its engine; None is transformers."""
-    if request.estimate:
-        raise UsageError("`bench` does not predict.", hint="Call `estimate` with this request.")
-    request.refuse(("device_flops", "device_bandwidth"), "requires --estimate")
     _require_result_file(request)
     registry = _registry(notify)
     engine: Engine | None = None if request.engine == TRANSFORMERS else registry.choose("engine", request.engine).value
@@ -200,23 +196,6 @@ def _bench_engine(request: BenchRequest, notify: Notify) -> tuple[Registry, Engi
 
 def _of_engine(place: Path, engine: Engine | None) -> Path:
     return place.with_suffix(f".{engine.name}.json") if engine else place
-
-
-def estimate(request: BenchRequest, notify: Notify = ignore) -> EstimateResult:
-    """Predict the speed and memory of a model, dense and pruned, from its config.
-
-    Raises:
-        SlebError: something failed; its class tells what.
-    """
-    from sleb_cli.engine.speed.estimate import estimate_speed
-    from sleb_cli.engine.surgery.subject import resolve_subject
-
-    _leave_to_main()
-    _require_result_file(request)
-    subject = resolve_subject(request, _registry(notify), notify, config_only=True)
-    result = estimate_speed(subject, request, notify)
-    _save(result, request.output)
-    return result
 
 
 @_names_memory(_EXPORT)

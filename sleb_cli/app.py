@@ -17,7 +17,6 @@ from sleb_cli.ui.plugins import show_plugins
 from sleb_cli.ui.progress import show_progress
 from sleb_cli.ui.search import show_comparison, show_plan
 from sleb_cli.ui.tables import print_to_copy
-from sleb_plugins import UsageError
 
 if TYPE_CHECKING:
     from sleb_cli.events import Notify
@@ -98,25 +97,11 @@ def eval_(request: EvalRequest, json: JsonOption = False, quiet: QuietOption = F
     _run(api.evaluate, request, lambda found: results.show_evaluation(found, request.output), **how)
 
 
-MarkdownOption = Annotated[bool, typer.Option("--markdown", help="Print only a Markdown table like llama-bench's.")]
-
-
 @app.command()
 @takes(BenchRequest)
-def bench(
-    request: BenchRequest, markdown: MarkdownOption = False, json: JsonOption = False, quiet: QuietOption = False
-) -> None:
-    """Measure the speed, memory and energy of the dense and the pruned model, or predict speed and memory."""
-    for option, given in (("--json", json), ("--estimate", request.estimate)):
-        if markdown and given:
-            raise UsageError(f"--markdown does not apply to {option}.", hint="Leave out one of them.")
-    how = {"json": json, "quiet": quiet}
-    if request.estimate:
-        _run(api.estimate, request, lambda found: results.show_estimate(found, request.output), **how)
-    elif markdown:
-        _run(api.bench, request, results.show_markdown, **how)
-    else:
-        _run(api.bench, request, lambda found: results.show_benchmark(found, request.output), **how)
+def bench(request: BenchRequest, json: JsonOption = False, quiet: QuietOption = False) -> None:
+    """Measure the speed and memory of the dense and the pruned model."""
+    _run(api.bench, request, lambda found: results.show_benchmark(found, request.output), json=json, quiet=quiet)
 
 
 @app.command()

@@ -68,8 +68,6 @@ RECOVERY_LENGTH = 256
 
 _MOST_SEED = 2**63 - 1
 _MOST_THREADS = 4096
-_MOST_PER_SECOND = 10**21
-"""Operations and bytes per second: far more than any device has."""
 
 AUTO = "auto"
 TRANSFORMERS = "transformers"
@@ -88,7 +86,6 @@ _RECOVERY = "Recovery"
 _QUALITY = "Texts and tasks"
 _WORKLOAD = "Workload"
 _TIMING = "Timing"
-_ESTIMATE = "Prediction without weights"
 
 
 def require_text(name: str) -> str:
@@ -521,7 +518,7 @@ class EvalRequest(SizesRequest):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRequest(SizesRequest):
-    """What to time, or to predict."""
+    """What to time."""
 
     prompt: bool = option("Time prompt processing (prefill).", _WORKLOAD, unset=False)
     generation: bool = option("Time generation (prefill and decode).", _WORKLOAD, default="both", unset=False)
@@ -539,9 +536,7 @@ class BenchRequest(SizesRequest):
     )
     iterations: int | None = option("Timed runs of each model.", _TIMING, default="by workload and device", least=1)
     warmup: int | None = option("Untimed runs of each model before timing.", _TIMING, default="until times are stable")
-    cooldown: float = option("Seconds to pause before each run.", _TIMING, default=0, most=24 * 3600, unset=0.0)
     compile: bool = option("Run the models through torch.compile.", _MACHINE, unset=False)
-    static_cache: bool = option("Generate with a KV cache of fixed size; --compile always does.", _MACHINE, unset=False)
     threads: int | None = option("CPU threads.", _MACHINE, default="torch's choice", least=1, most=_MOST_THREADS)
     dtype: str | None = _dtype()
     device: str = _device()
@@ -551,25 +546,6 @@ class BenchRequest(SizesRequest):
         "transformers, llama.cpp, vllm, or a plugin's engine: see `sleb plugins`.", _MACHINE, unset=TRANSFORMERS
     )
     source: Path | None = option("A GGUF file of the model, for engines that read GGUF.", _MACHINE, metavar="GGUF")
-    estimate: bool = option(
-        "Predict speed and memory from the model's config, without weights.", _ESTIMATE, unset=False
-    )
-    device_flops: float | None = option(
-        "With --estimate: operations per second of the device to predict for, such as 989e12.",
-        _ESTIMATE,
-        default="measured here",
-        metavar="NUMBER",
-        least=1,
-        most=_MOST_PER_SECOND,
-    )
-    device_bandwidth: float | None = option(
-        "With --estimate: bytes per second of its memory, such as 3.35e12.",
-        _ESTIMATE,
-        default="measured here",
-        metavar="NUMBER",
-        least=1,
-        most=_MOST_PER_SECOND,
-    )
 
     def refuse(self, names: Iterable[str], why: str) -> None:
         """Check that these fields have their defaults.

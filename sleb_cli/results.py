@@ -348,8 +348,8 @@ def _merged(old: tuple[_R, ...], new: tuple[_R, ...]) -> tuple[_R, ...]:
 class Workload(Record):
     """A timed workload. If `new_tokens` is 0, only the prompt is processed, without a KV cache.
 
-    Every iteration has prompts of its own, drawn from `seed`. `warmup` is null if it lasted until times were stable,
-    and `cooldown` is the pause before each run, in seconds. `engine` runs the model: transformers, or a plugin's.
+    Every iteration has prompts of its own, drawn from `seed`. `warmup` is null if it lasted until times were stable.
+    `engine` runs the model: transformers, or a plugin's. If `compiled`, the KV cache has a fixed size.
     """
 
     name: WorkloadName
@@ -359,10 +359,8 @@ class Workload(Record):
     new_tokens: int
     iterations: int
     warmup: int | None
-    cooldown: float
     seed: int
     compiled: bool
-    static_cache: bool
 
     @property
     def label(self) -> str:
@@ -373,10 +371,7 @@ class Workload(Record):
     @property
     def identity(self) -> tuple[object, ...]:
         """What identifies the workload, however often it is run."""
-        return (
-            self.name, self.engine, self.batch_size, self.prompt_length, self.new_tokens, self.compiled,
-            self.static_cache,
-        )  # fmt: skip
+        return (self.name, self.engine, self.batch_size, self.prompt_length, self.new_tokens, self.compiled)
 
     def __str__(self) -> str:
         new = f", {self.new_tokens} new tokens each" if self.new_tokens else ""
@@ -404,33 +399,6 @@ class MemoryRecord(Record):
     weights_bytes: int
     kv_cache_bytes: int
     rest_bytes: int
-
-
-EnergySource = Literal["NVML", "RAPL"]
-
-
-class EnergyRecord(Record):
-    """The energy of each iteration, and its means; `source` measures the whole GPU or processor package.
-
-    A token is a generated one, or one of the prompt if none is generated.
-    """
-
-    source: EnergySource
-    joules: tuple[float, ...]
-    joules_per_iteration: float
-    joules_per_token: float
-
-
-class WorkRecord(Record):
-    """The work of one iteration: floating-point operations, and bytes of weights and KV cache that are read.
-
-    The first new token belongs to `prefill`, the others to `decode`.
-    """
-
-    prefill_flops: float
-    prefill_bytes: float
-    decode_flops: float
-    decode_bytes: float
 
 
 class Timing(Record):
@@ -478,22 +446,17 @@ class Timing(Record):
     e2els: tuple[float, ...]
     outliers: int
     memory: MemoryRecord | None
-    energy: EnergyRecord | None
-    work: WorkRecord | None
 
 
 class PrunedTiming(Timing):
     """The timing without `removals`; `speedup` is dense over pruned, of the medians from end to end.
 
-    `interval` is its 95 % bootstrap interval over rounds; null if there are too few for one. `bound` is the speedup
-    that the work of the two models allows; null if the work is unknown. If starting operations takes longer than
-    the work itself, the ratio of the blocks is the bound instead.
+    `interval` is its 95 % bootstrap interval over rounds; null if there are too few for one.
     """
 
     removals: tuple[int, ...]
     speedup: Annotated[float, Field(gt=0)]
     interval: Interval | None
-    bound: float | None
 
 
 class WorkloadResult(Record):
@@ -566,53 +529,3 @@ class BenchResult(ResultRecord):
         sizes = {size.removals: size for size in (*previous.pruned, *self.pruned) if size.removals in used}
         ordered = tuple(sorted(sizes.values(), key=lambda size: len(size.removals)))
         return self.model_copy(update={"pruned": ordered, "workloads": tuple(found.values())})
-
-
-class EstimatedTiming(Record):
-    """The predicted `seconds` of one iteration; `speedup` is dense over pruned, and `bound` is as in a benchmark."""
-
-    work: WorkRecord
-    seconds: float
-    speedup: float
-    bound: float
-
-
-class EstimatedSize(Record):
-    """A model without `removed` blocks: `removals`, or average ones if these are null.
-
-    `kv_cache_bytes` is the cache at its largest in the last workload that has one; null if none has. `timings` are by
-    workload.
-    """
-
-    removed: int
-    removals: tuple[int, ...] | None
-    blocks: int
-    parameters: int
-    weights_bytes: int
-    kv_cache_bytes: int | None
-    timings: tuple[EstimatedTiming, ...]
-
-
-class EstimatedWorkload(Record):
-    """A workload whose speed is predicted; without new tokens, only the prompt is processed."""
-
-    name: WorkloadName
-    batch_size: int
-    prompt_length: int
-    new_tokens: int
-
-
-class EstimateResult(ResultRecord):
-    """The size of a model and its predicted speed, from its config: of the dense one, and of sizes of the pruned one.
-
-    Speed follows from the operations and bytes per second of the device, measured on this one or given by the user, in
-    which case `device` is "described". The fingerprint is that of the config alone.
-    """
-
-    kind: Literal["estimate"]
-    processor: str | None
-    flops_per_second: float
-    bytes_per_second: float
-    workloads: tuple[EstimatedWorkload, ...]
-    dense: EstimatedSize
-    pruned: tuple[EstimatedSize, ...]

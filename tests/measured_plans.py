@@ -8,9 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from sleb_cli.engine.model.sizes import Sizes
 from sleb_cli.engine.speed.timing import Measured, model_name, workload_result
-from sleb_cli.engine.speed.work import Work
 from sleb_cli.kept_results import beside_plan
 from sleb_cli.plan import (
     CalibrationRecord,
@@ -217,11 +215,11 @@ def _workload(
     rng = random.Random(f"{name}{batch}x{prompt}")
     blocks, models = plan.model.blocks, ((), *sizes)
 
-    def run(removals: tuple[int, ...]) -> tuple[TimedRun, float]:
+    def run(removals: tuple[int, ...]) -> TimedRun:
         base = (0.2 + 0.02 * batch) * (1 - 0.88 * len(removals) / blocks)
         times = [base * rng.lognormvariate(0, 0.015), *(base / 8 * rng.lognormvariate(0, 0.03) for _ in range(new - 1))]
         arrivals = tuple(accumulate(times))
-        return TimedRun(arrivals[-1], arrivals if new else ()), 40.0
+        return TimedRun(arrivals[-1], arrivals if new else ())
 
     def memory(removals: tuple[int, ...]) -> MemoryRecord:
         kept, rest = blocks - len(removals), 250_000_000
@@ -231,15 +229,13 @@ def _workload(
 
     workload = Workload(
         name=name, engine="transformers", batch_size=batch, prompt_length=prompt, new_tokens=new,
-        iterations=iterations, warmup=None, cooldown=0.0, seed=0, compiled=False, static_cache=False,
+        iterations=iterations, warmup=None, seed=0, compiled=False,
     )  # fmt: skip
     rounds = [{model_name(removals): run(removals) for removals in models} for _ in range(iterations)]
     measured = Measured(WarmupRecord(runs=4, deviation=0.012, stable=True), rounds)
-    work = Work(*(Sizes(0.0, (amount,) * blocks) for amount in (1e11, 2e8, 1e9, 3e9)))
     return workload_result(
-        workload, [measured], sizes, memory={removals: memory(removals) for removals in models}, work=work,
-        energy="RAPL", attention="sdpa",
-    )  # fmt: skip
+        workload, [measured], sizes, memory={removals: memory(removals) for removals in models}, attention="sdpa"
+    )
 
 
 def write_measured(

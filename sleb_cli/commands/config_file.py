@@ -16,7 +16,7 @@ from sleb_cli.requests import REFINES, TARGET_NAMES
 from sleb_plugins import OutputError, SlebError, UsageError
 from sleb_plugins.errors import did_you_mean
 
-_OF_A_RUN = {"config", "save_config", "json", "quiet", "help", "markdown", "force", "resume"}
+_OF_A_RUN = {"config", "save_config", "json", "quiet", "help", "force", "resume"}
 """Options that say how a command is run this time, and not what it does."""
 _ONE_OF = (TARGET_NAMES, ("heal_minutes", "heal_tokens"), ("every", "remove"))
 """Options of which one is given."""

@@ -62,7 +62,6 @@ def result_settings(result: EvalResult | BenchResult) -> Table:
             f"{workload.iterations} runs of each after {warmup.runs} to warm up{deviation}{unstable}",
             f"{workload.engine} {measured.engine_version or ''}".strip(),
             f"{measured.attention} attention" if measured.attention else "",
-            f"{workload.cooldown:g} s pause" if workload.cooldown else "",
         ]
         rows.append((workload_name(measured), ", ".join(filter(None, details))))
     return _pairs("Benchmark", rows)

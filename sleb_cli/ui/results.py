@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from sleb_cli.tables.table import by_model, to_markdown
+from sleb_cli.tables.table import by_model
 from sleb_cli.ui.console import inert_text, print_prose, stdout
 from sleb_cli.ui.names import short_name
 from sleb_cli.ui.tables import print_line, print_title, print_to_copy, print_written, show_table
-from sleb_cli.units import format_bytes, plural, spans, three_digits
+from sleb_cli.units import format_bytes, plural, spans
 
 if TYPE_CHECKING:
     from sleb_cli.results import (
         ApplyResult,
         BenchResult,
-        EstimateResult,
         EvalResult,
         ExportResult,
         GgufResult,
@@ -62,7 +61,7 @@ def _show_flips(task: TaskResult, size: PrunedTaskScores) -> None:
 
 
 def show_benchmark(result: BenchResult, output: Path | None) -> None:
-    """Show the size, speed, memory and energy of each model."""
+    """Show the size, speed and memory of each model."""
     from sleb_cli.tables import settings, speed
 
     print_title(short_name(result.model.id))
@@ -72,32 +71,6 @@ def show_benchmark(result: BenchResult, output: Path | None) -> None:
     tables = [speed.sizes(result), speed.speeds(timed, result.model.blocks), speed.latencies(timed)]
     for table in (*tables, speed.memory(timed), settings.result_settings(result)):
         show_table(table)
-    print_written(output)
-
-
-def show_markdown(result: BenchResult) -> None:
-    """Print the result as llama-bench does."""
-    from sleb_cli.tables.speed import llama_bench
-
-    for line in to_markdown(llama_bench(result)):
-        print_to_copy(line)
-
-
-def show_estimate(result: EstimateResult, output: Path | None) -> None:
-    """Show the predicted sizes and speeds, and what they are predicted from."""
-    from sleb_cli.tables import speed
-
-    print_title(short_name(result.model.id))
-    show_table(speed.sizes(result))
-    show_table(speed.estimated_speeds(result))
-    flops, read = result.flops_per_second, result.bytes_per_second
-    if result.device == "described":
-        print_line(f"predicted for {result.dtype} on a device of {flops / 1e12:.4g} TFLOP/s and {read / 1e12:.4g} TB/s")
-    else:
-        print_line(f"predicted for {result.model.computed_in(result.dtype)} on {result.device}, {result.processor}")
-        print_line(f"measured here: {three_digits(flops / 1e9)} GFLOP/s and {three_digits(read / 1e9)} GB/s")
-    if any(size.removals is None for size in result.pruned):
-        print_line("Assumes that the removed blocks are of average size.")
     print_written(output)
 
 

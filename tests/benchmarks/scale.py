@@ -48,7 +48,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from sleb_cli.engine.speed.work import count_work
 from sleb_cli.units import parse_bytes
 
 GOAL = 1.3
@@ -305,10 +304,16 @@ class Benchmark:
         else:  # by hidden states: the model once, and the loss of the result
             passes = [2 * (block not in removed) for block in range(count)]
             heads = 1
-        flops = count_work(
-            self.architecture, self.options.samples, self.options.length, 0, torch.bfloat16
-        ).prefill_flops
-        return sum(each * one for each, one in zip(passes, flops.blocks, strict=True)) + heads * flops.outside
+        block, head = self.flops(self.options.samples, self.options.length)
+        return sum(passes) * block + heads * head
+
+    def flops(self, batch: int, length: int) -> tuple[float, float]:
+        """Return the operations of one block, and of the head, on `batch` texts of this length."""
+        config, tokens = self.architecture.text_config, batch * length
+        blocks = self.architecture.skeleton.model.layers[0].parameters()
+        weights = sum(weight.numel() for weight in blocks if weight.dim() > 1)
+        attention = 4 * tokens * length * config.hidden_size
+        return 2 * tokens * weights + attention, 2 * tokens * config.hidden_size * config.vocab_size
 
     def compare(self, name: str, seconds: float, files: float, computing: float) -> None:
         """Hold a time against those for its files and for its arithmetic alone."""
@@ -325,8 +330,8 @@ class Benchmark:
         proof = json.loads(found.output)["proof"]
         print(f"proof: {', '.join(proof['checks'])}; {proof['partial'] or 'complete'}")
         first = next(second for line, second in found.marks if line.endswith("…"))  # after all imports
-        flops = count_work(self.architecture, 1, PROOF_TOKENS, 0, torch.bfloat16).prefill_flops
-        computing = 2 * (sum(flops.blocks) + flops.outside) / self.rate(PROOF_TOKENS)
+        flops, head = self.flops(1, PROOF_TOKENS)
+        computing = 2 * (self.architecture.block_count * flops + head) / self.rate(PROOF_TOKENS)
         self.compare("apply", found.seconds - first, self.writing(output), computing)
 
     def writing(self, output: Path) -> float:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from sleb_cli.engine.speed.timing import Measured
 from sleb_cli.results import WarmupRecord
 from sleb_plugins.engine import TimedRun
 
-RATES = ("--device-flops", "1e12", "--device-bandwidth", "1e12")
 QUICK = ["--iterations", 5, "--warmup", 1, "--batch-size", 2, "--prompt-length", 8]
 
 
@@ -53,12 +51,11 @@ def test_both_workloads_on_each_size(bench, llama_plan, tmp_path, without_memory
             check_timing(pruned, new)
             assert pruned["removals"] == size["removals"]
             assert pruned["interval"]["low"] <= pruned["speedup"] <= pruned["interval"]["high"]
-            assert 1 < pruned["bound"] < 6 / size["blocks"]
     lines = result.stdout.splitlines()
     assert all(len(line) <= 80 for line in lines if line[:1] in "┏┃┡│└├")
     for model in ("dense", "-1", "-2"):
         assert sum(f" {model} " in line for line in lines) >= 3
-    for words in ("generation 2x8+4", "speedup", "95%", "bound"):
+    for words in ("generation 2x8+4", "speedup", "95%", "blocks"):
         assert words in result.stdout
     assert "…" not in result.stdout
     assert "less than the paper's setting" not in result.stderr
@@ -74,11 +71,9 @@ def check_timing(timing, new):
     for first, steps, last in zip(timing["ttfts"], timing["itls"], timing["e2els"], strict=bool(new)):
         assert len(steps) == new - 1
         assert 0 < first <= first + sum(steps) <= last
-    assert timing["work"]["prefill_flops"] > 2 * 16 * timing["work"]["prefill_bytes"] / 4 / 2
-    assert bool(timing["work"]["decode_bytes"]) == bool(new)
 
 
-@pytest.mark.parametrize("more", [(), slow(("--blocks", "1,2")), slow(("--generation", "--static-cache"))])
+@pytest.mark.parametrize("more", [(), slow(("--blocks", "1,2"))])
 def test_the_memory_is_that_of_a_process_of_its_own(bench, tiny_llama, more):
     before = torch.get_num_threads()
     options = [*QUICK, "--new-tokens", 4, "--threads", before + 1, "--json", "-q"]
@@ -89,28 +84,15 @@ def test_the_memory_is_that_of_a_process_of_its_own(bench, tiny_llama, more):
     sizes = (data["dense"], *data["pruned"])
     assert all(size["load_seconds"] > 0 for size in sizes)
     for measured in data["workloads"]:
-        new, static = (measured["workload"][name] for name in ("new_tokens", "static_cache"))
+        new = measured["workload"]["new_tokens"]
         for size, timing in zip(sizes, (measured["dense"], *measured["pruned"]), strict=True):
             memory = timing["memory"]
             assert memory["peak_bytes"] > 10**6 + memory["weights_bytes"]
             assert memory["weights_bytes"] == size["weights_bytes"]
             # Two sequences of 8 + 3 tokens, keys and values of 16 float32 numbers each, in every block.
             cache = 2 * 11 * 2 * 16 * 4 * size["blocks"] if new else 0
-            assert memory["kv_cache_bytes"] == cache or (static and memory["kv_cache_bytes"] > cache)
+            assert memory["kv_cache_bytes"] == cache
             assert sum(memory[f"{part}_bytes"] for part in ("weights", "kv_cache", "rest")) == memory["peak_bytes"]
-
-
-def test_a_table_in_the_shape_of_llama_bench(bench, tiny_llama, without_memory):
-    options = ["--blocks", "3", *QUICK, "--new-tokens", 4, "--threads", 1, "--markdown", "-q"]
-    table = bench(tiny_llama, *options).stdout
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    assert rows[0] == ["model", "size", "params", "backend", "threads", "batch", "test", "t/s"]
-    assert all(re.fullmatch("-+:?", cell) for cell in rows[1])
-    name = "tiny-llama float32", "0.29 MiB", "0.08 M", "CPU", "1", "2"
-    assert [tuple(row[:6]) for row in rows[2::2]] == [name] * 2
-    assert rows[3][:3] == ["tiny-llama -1 blocks float32", "0.26 MiB", "0.07 M"]
-    assert [row[6] for row in rows[2:]] == ["pp8", "pp8", "tg4 @ d8", "tg4 @ d8"]
-    assert all(re.fullmatch(r"\d+\.\d\d ± \d+\.\d\d", row[7]) for row in rows[2:])
 
 
 @pytest.mark.parametrize("workload", ["--prompt", "--generation"])
@@ -142,7 +124,7 @@ def test_packed_models_run_in_pairs_and_count_as_unpacked(bench, tmp_path, monke
     def instantly(models, *given):
         together.append(list(models))
         warmup = WarmupRecord(runs=0, deviation=None, stable=None)
-        return Measured(warmup, [dict.fromkeys(models, (TimedRun(1.0), 0.0))])
+        return Measured(warmup, [dict.fromkeys(models, TimedRun(1.0))])
 
     load_dense, load_pruned = runners.load_dense, runners.load_pruned
     monkeypatch.setattr(Architecture, "is_quantized", True)
@@ -175,13 +157,6 @@ def test_packed_models_run_in_pairs_and_count_as_unpacked(bench, tmp_path, monke
         (("--sweep", "batch=1", "--batch-size", 2), "--sweep sets batch and so does --batch-size"),
         (("--sweep", "batch=1", "--sweep", "batch=2"), "--sweep sets batch twice"),
         (("--sweep", "prompt=8,2048"), "A prompt of 2048 tokens exceeds the 128 positions"),
-        (("--markdown", "--json"), "--markdown does not apply to --json"),
-        (("--engine", "vllm", "--estimate"), "--engine does not apply to --estimate"),
-        (("--device-flops", "1e12", "--estimate"), "--device-bandwidth is missing"),
-        (("--device-bandwidth", "1e12", "--estimate"), "--device-flops is missing"),
-        (RATES, "--device-flops requires --estimate"),
-        (("--estimate", *RATES, "--threads", 2), "--threads does not apply to --device-flops"),
-        (("--estimate", "--remove", "6"), "Cannot remove 6 of 6 blocks"),
         (("--engine", "lama.cpp"), "Did you mean 'llama.cpp'?"),
         (("--source", "x.gguf"), "--source requires --engine"),
         (("--engine", "steady", "--source", "x.gguf"), "--source does not apply to --engine steady"),

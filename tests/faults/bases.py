@@ -22,7 +22,6 @@ APPLY = CUT[:-1]
 SEARCH = ("search", "model", "--remove", "1", *TEXT, "-o", "out.json")
 CHAT = (*SEARCH, "--calibration", "chat.jsonl", "--chat", "all", "--sequence-length", "128")
 EVAL = ("eval", "model", "--perplexity", "text.txt", "--sequence-length", "8", "--max-windows", "2", "-o", "out.json")
-ESTIMATE = ("bench", "model", "--estimate", "--new-tokens", "8", "--device-flops", "1e12", "--device-bandwidth", "1e11")
 SUMMARY = ("export", "plan.json", "--to", "summary")
 RESUME = (*SEARCH, "--resume")
 STREAM = (*RESUME, "--stream")
@@ -30,7 +29,7 @@ HEAL = (*CUT, "--heal", "--heal-tokens", "64", *TEXT[:-2], "--samples", "8")
 CUT_GGUF = ("apply", "whole.gguf", "--blocks", "1", "-o", "out.gguf", "--no-verify")
 PLANNED = (
     ("apply", "plan.json", "-o", "out", "--no-verify"), ("export", "plan.json", "--to", "indices"),
-    ("eval", "plan.json", *EVAL[2:]), ("bench", "plan.json", *ESTIMATE[2:]),
+    ("eval", "plan.json", *EVAL[2:]),
     ("search", "model", "--extend", "plan.json", "--remove", "2", "-o", "out.json", "--sample-tokens", "0"),
 )  # fmt: skip
 CODE = b"raise SystemExit('code was run')\n"

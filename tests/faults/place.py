@@ -42,7 +42,6 @@ class Command:
 
 
 TEXT = calibration(Path("../text.txt"))
-RATES = ("--device-flops", "1e12", "--device-bandwidth", "1e11", "--prompt-length", 8, "--new-tokens", 8)
 APPLY = ("apply", "plan.json", "-o", "small")
 APPLY_GGUF = ("apply", "../tiny.gguf", "--blocks", "1,2", "-o", "small.gguf")
 OVER_OLD = ("apply", "plan.json", "-o", "old", "--force", *TEXT, "--samples", 8)
@@ -71,7 +70,6 @@ COMMANDS = {
     "search --stream, saved": replace(STREAMED, before=(saving_always,)),
     "search gguf": replace(STREAMED, words=search(model="../tiny.gguf"), output="new.json"),
     "search, two processes": searching("--device", "cpu", processes=2),
-    "bench --estimate": Command(("bench", "plan.json", "--estimate", *RATES, "-o", "speed.json"), "speed.json"),
     "apply": Command((*APPLY, "--max-shard-size", "100kB"), "small"),
     "apply gguf": Command(APPLY_GGUF, "small.gguf"),
     "apply --recover": Command(RECOVER, "old"),

@@ -37,7 +37,7 @@ OF_READS = {
 }  # fmt: skip
 """The exit codes for what cannot be read there; all else is of the output."""
 ON_A_DISK = (
-    "search", "search --stream", "search gguf", "bench --estimate", "apply", "apply gguf", "apply --recover",
+    "search", "search --stream", "search gguf", "apply", "apply gguf", "apply --recover",
     "apply --heal", "eval", "export", "report",
 )  # fmt: skip
 

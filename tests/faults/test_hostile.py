@@ -16,7 +16,6 @@ from faults.bases import (
     CODE,
     CUT,
     CUT_GGUF,
-    ESTIMATE,
     EVAL,
     HEAL,
     PLANNED,
@@ -124,11 +123,10 @@ def configs(draw, bases):
         # What the defaults of another type make may honestly be a huge model, and is not measured.
         text = to_text(config | draw(more) | {"model_type": draw(st.sampled_from(sorted(CONFIG_MAPPING_NAMES)))})
     else:
-        # A hundred blocks are no lie, and an honest estimate of them may take longer than a case has.
         counts = st.sampled_from([0, -1, 1, 2, 4, 5, 30, 10**4, 10**9, 3.0, "3", True, None, [3], 2**64])
         count = st.fixed_dictionaries({"n_layer" if base.name == "gpt2" else "num_hidden_layers": counts})
         changed = (more | count).map(lambda changes: to_text(config | changes))
-        text, commands = draw(changed | documents(config, values=values, keys=names)), [*commands, ESTIMATE]
+        text = draw(changed | documents(config, values=values, keys=names))
     command = draw(st.sampled_from(commands))
     return Case(command, {"model/config.json": text, "model/code.py": CODE}, base)
 

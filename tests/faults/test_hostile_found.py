@@ -14,7 +14,6 @@ from faults.bases import (
     CHAT,
     CUT,
     CUT_GGUF,
-    ESTIMATE,
     EVAL,
     HEAL,
     PLANNED,
@@ -91,7 +90,6 @@ MODELS = {
     "no blocks": (CUT, config(num_hidden_layers=0), MODEL, "llama"),
     "a billion blocks": (CUT, config(num_hidden_layers=10**9), MODEL, "num_hidden_layers"),
     "a billion labels": (CUT, config(num_labels=10**9), MODEL, "num_labels"),
-    "a billion blocks, no weights": (ESTIMATE, config(num_hidden_layers=10**9), MODEL, "num_hidden_layers"),
     "more blocks than a float can hold": (CUT, config(n_layers=DIGITS), MODEL, "n_layers"),
     "a number of 4000 digits": (CUT, config(hidden_size=[DIGITS]), MODEL, "config"),
     "a long name of a type": (CUT, config(model_type="x" * 10**6), MODEL, "xxx"),
@@ -191,7 +189,7 @@ def made(make):
 
 
 def harmless():
-    for base, words in product(("llama", "shards", "gpt2", "pickle"), (CUT, ESTIMATE, APPLY, SEARCH, EVAL)):
+    for base, words in product(("llama", "shards", "gpt2", "pickle"), (CUT, APPLY, SEARCH, EVAL)):
         said = "pytorch_model.bin" if base == "pickle" and words == CUT else ""
         yield f"an honest {base}, {words[0]} {words[-1]}", base, words, None, (0,), said
     others = {"chat": CHAT, "files": CUT_GGUF, "journal": RESUME, "walk": STREAM, "healing": (*HEAL, "--resume")}

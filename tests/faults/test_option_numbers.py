@@ -20,7 +20,6 @@ NEEDED = {
     "serve_length": "--target-memory 100kB",
     "heal_minutes": "--heal", "heal_tokens": "--heal", "limit": "--tasks sleb_repetition",
     "num_fewshot": "--tasks sleb_repetition", "show_flips": "--tasks sleb_repetition",
-    "device_flops": "--estimate --device-bandwidth 1e9", "device_bandwidth": "--estimate --device-flops 1e9",
 }  # fmt: skip
 """What an option does nothing without."""
 

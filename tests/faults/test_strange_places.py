@@ -79,7 +79,6 @@ def test_every_command_works_at_a_strange_place(sleb, strange):
     assert heading.endswith("without 2 of its 6 blocks")
     assert not re.search(r"(?<!\\)<img", re.sub("`[^`]*`", "", card)), "a name put a tag into the card"
     assert json.loads(sleb("eval", plan, *evaluation(text), "--json").stdout)["texts"][0]["text"] == str(text)
-    sleb("bench", plan, "--estimate", "--device-flops", "1e12", "--device-bandwidth", "1e11", *SHAPE)
     recipe = yaml.safe_load(sleb("export", plan, "--to", "mergekit").stdout)
     assert {source["model"] for each in recipe["slices"] for source in each["sources"]} == {str(place / name)}
     command = shlex.split(sleb("export", plan, "--to", "llama-quantize").stdout)

@@ -128,7 +128,7 @@ def test_recovered_and_healed_it_comes_nearer_to_the_dense_model(run, card, show
 
 
 @pytest.mark.slow
-def test_the_speedup_is_measured_beside_its_bounds(run, card, show):
+def test_the_speedup_is_measured_beside_the_ratio_of_the_blocks(run, card, show):
     few = [] if card.is_real else ["--batch-size", 1, "--prompt-length", 8, "--new-tokens", 2, "--iterations", 1]
     data, _ = run("bench", "--blocks", "2,3", *few, *([] if card.is_real else ["--warmup", 0, "--prompt"]))
     blocks = data["dense"]["blocks"] / data["pruned"][0]["blocks"]
@@ -136,8 +136,7 @@ def test_the_speedup_is_measured_beside_its_bounds(run, card, show):
         (pruned,) = measured["pruned"]
         interval, label = pruned["interval"], measured["workload"]["name"]
         between = f" ({interval['low']:.3f} to {interval['high']:.3f})" if interval else ""
-        allowed = f"at most {pruned['bound']:.3f} by FLOPs and bytes, {blocks:.3f} by blocks"
-        show(f"{label}: {pruned['speedup']:.3f} times as fast{between}; {allowed}")
+        show(f"{label}: {pruned['speedup']:.3f} times as fast{between}; {blocks:.3f} by blocks")
         assert pruned["speedup"] > 0
 
 

@@ -87,9 +87,7 @@ def test_fewer_iterations_do_not_replace_more(tmp_path):
     assert len(heard) == 1
 
 
-@pytest.mark.parametrize(
-    "changes", [{"new_tokens": 4}, {"engine": "vllm"}, {"compiled": True}, {"static_cache": True}, {"batch_size": 2}]
-)
+@pytest.mark.parametrize("changes", [{"new_tokens": 4}, {"engine": "vllm"}, {"compiled": True}, {"batch_size": 2}])
 def test_other_settings_are_another_workload(changes):
     result = benchmark((1, 8))
     (one,) = result.workloads

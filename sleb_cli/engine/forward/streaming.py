@@ -29,7 +29,6 @@ from sleb_cli.engine.files.copying import reading
 from sleb_cli.engine.files.weights import TORCH_DTYPES, StoredTensor, load_pickle
 from sleb_cli.engine.forward.block_weights import BlockWeights
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.model.sizes import count_parameters
 from sleb_cli.engine.surgery.loading import loading_problem
 from sleb_cli.engine.third_party import translate_transformers_errors
 from sleb_plugins import ModelError, UnsupportedModelError
@@ -57,16 +56,11 @@ def require_streamable(architecture: Architecture) -> None:
 
 def weight_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
     """Return how much memory the weights take in this data type; packed ones take what they take in the files."""
-    if architecture.source.config_only:
-        return round(count_parameters(architecture).without(()) * dtype.itemsize)
     return sum(_bytes_as(dtype, tensor) for tensor in architecture.source.weights.stored)
 
 
 def streamed_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
     """Return how much memory the weights take if they are streamed: two blocks, and what is outside of them."""
-    if architecture.source.config_only:
-        parameters = count_parameters(architecture)
-        return round((parameters.outside + 2 * max(parameters.blocks)) * dtype.itemsize)
     by_block, outside = _divide(architecture)
     taken_as_is = not converted_bytes(architecture, dtype) and all(
         TORCH_DTYPES.get(tensor.dtype) is dtype for block in by_block for tensor in block

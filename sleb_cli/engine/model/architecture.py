@@ -143,13 +143,12 @@ class Architecture:
 
     @cached_property
     def numbering(self) -> BlockNumbering:
-        """How the weight files, if any, number the blocks, which may differ from the model in memory.
+        """How the weight files number the blocks, which may differ from the model in memory.
 
         Raises:
             UnsupportedModelError: they do not number each block.
         """
-        source = self.source
-        names = list(self.skeleton.state_dict()) if source.config_only else source.weights.tensor_names()
+        names = self.source.weights.tensor_names()
         numbering = find_block_numbering(names, self.adapter.blocks_path, self.block_count)
         predicted = [getattr(self.text_config, key, None) for key in PREDICTION_BLOCKS]
         if numbering is None or (numbering.extra and numbering.extra not in predicted):
@@ -172,7 +171,7 @@ class Architecture:
     def dtype(self) -> torch.dtype | None:
         """The model's own data type: the config's, or else that of the files, as transformers loads them."""
         named: torch.dtype | None = self.config.dtype
-        return named if named or self.source.config_only else next(iter(self.source.weights.float_dtypes), None)
+        return named or next(iter(self.source.weights.float_dtypes), None)
 
     @property
     def is_quantized(self) -> bool:

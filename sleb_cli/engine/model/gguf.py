@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sleb_cli.engine.device import CPU, free_bytes
-from sleb_cli.engine.files.cache import cache_root, cached_folder
+from sleb_cli.engine.files.cache import cached_folder
 from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files
 from sleb_cli.engine.gguf.file import ARRAY, GgufFile, read_gguf, with_items, write_gguf
 from sleb_cli.engine.gguf.llama_cpp import plain_name
@@ -39,24 +39,20 @@ _UNQUANTIZED: dict[int, torch.dtype] = {
 }
 
 
-def gguf_folder(path: Path, notify: Notify, *, config_only: bool = False) -> Path:
+def gguf_folder(path: Path, notify: Notify) -> Path:
     """Return the Hugging Face folder of a GGUF file, converted on first use and kept in the cache.
-
-    With `config_only`, the folder may lack the weights.
 
     Raises:
         ModelError: the file is truncated or not a GGUF file, or transformers cannot read its architecture.
     """
     watch = Watch()
     watch.add(path)
-    name = f"gguf-{_conversion(path)[:16]}"
-    without_weights = config_only and not (cache_root() / name).is_dir()
 
     def fill(folder: Path) -> None:
         with watch.unchanged():
-            (_convert_config if without_weights else convert_gguf)(path, folder, notify)
+            convert_gguf(path, folder, notify)
 
-    return cached_folder(f"{name}-config" if without_weights else name, fill)
+    return cached_folder(f"gguf-{_conversion(path)[:16]}", fill)
 
 
 def _conversion(path: Path) -> str:
@@ -89,15 +85,6 @@ def convert_gguf(path: Path, folder: Path, notify: Notify, dtype: torch.dtype | 
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         _write_card(file, folder)
-
-
-def _convert_config(path: Path, folder: Path, notify: Notify) -> None:
-    """Write what comes without the weights to `folder`."""
-    with task(notify, f"Reading the config in {path.name}"):
-        config = _read_config(file := read_gguf(path), path)
-        config.dtype = _require_convertible(file)
-        config.save_pretrained(folder)
-        _read_tokenizer(path).save_pretrained(folder)
 
 
 def _read_tokenizer(path: Path) -> Any:

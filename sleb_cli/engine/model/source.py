@@ -58,16 +58,12 @@ _NOT_DOWNLOADED = [
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model in a local folder; `id` is a Hub id, "demo", or an absolute path.
-
-    With `config_only`, the folder may lack the weights, and nothing looks for them.
-    """
+    """A model in a local folder; `id` is a Hub id, "demo", or an absolute path."""
 
     id: str
     folder: Path
     revision: str | None = None
     trust_remote_code: bool = False
-    config_only: bool = False
     watch: Watch = field(default_factory=Watch, compare=False, repr=False)
     """The files that were read so far, which must not change meanwhile."""
 
@@ -84,8 +80,8 @@ class ModelSource:
 
     @cached_property
     def weights(self) -> WeightFiles:
-        """The weight files that transformers would load; none with `config_only`."""
-        weights = WeightFiles(self.folder, ()) if self.config_only else find_weights(self.folder)
+        """The weight files that transformers would load."""
+        weights = find_weights(self.folder)
         self.watch.add(*weights.paths)
         return weights
 
@@ -135,14 +131,9 @@ class ModelSource:
 
 
 def locate_model(
-    model: str,
-    notify: Notify,
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    config_only: bool = False,
+    model: str, notify: Notify, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> ModelSource:
-    """Find the model, and download it if it is not on this machine: all of it, or its config alone.
+    """Find the model, and download it if it is not on this machine.
 
     Raises:
         UsageError: `revision` is set for a model that is not from the Hub.
@@ -162,16 +153,16 @@ def locate_model(
     elif is_gguf:
         from sleb_cli.engine.model.gguf import gguf_folder
 
-        name, folder = str(path.absolute()), gguf_folder(path, notify, config_only=config_only)
+        name, folder = str(path.absolute()), gguf_folder(path, notify)
     elif path.is_dir():
         folder = path.resolve()
         name = require_text(str(folder))
     elif path.exists():
         raise ModelError(f"{model} is a file, not a model.", hint="Name a folder, a .gguf file or a Hub id.")
     else:
-        folder = _download(model, revision, notify, config_only=config_only)
+        folder = _download(model, revision, notify)
         name, revision = model, folder.name
-    source = ModelSource(name, folder, revision, trust_remote_code, config_only)
+    source = ModelSource(name, folder, revision, trust_remote_code)
     _require_own_files(source.folder)
     _require_whole_model(source)
     # Read both now, to report missing files before any long work.
@@ -217,14 +208,12 @@ def _require_whole_model(source: ModelSource) -> None:
         )
 
 
-def _download(model: str, revision: str | None, notify: Notify, *, config_only: bool) -> Path:
-    """Download a Hub model with its safetensors, or with its pickles if it has none; or only its config and code."""
+def _download(model: str, revision: str | None, notify: Notify) -> Path:
+    """Download a Hub model with its safetensors, or with its pickles if it has none."""
     try:
         validate_repo_id(model)  # before anything is asked of the network
         with task(notify, f"Looking for {model} on the Hub") as advance, offline_if_unreachable() as unreachable:
             options: dict[str, Any] = {"revision": revision, "tqdm_class": _silent_bar(advance)}
-            if config_only:
-                return Path(snapshot_download(model, allow_patterns=["config.json", "*.py"], **options))
             folder = Path(snapshot_download(model, ignore_patterns=[*_NOT_DOWNLOADED, "*.bin"], **options))
             if has_weights(folder):
                 return folder

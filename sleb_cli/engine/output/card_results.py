@@ -225,6 +225,5 @@ def _command(row: Row) -> list[str]:
     workload = row.measured.workload
     sizes = ["--batch-size", str(workload.batch_size), "--prompt-length", str(workload.prompt_length)]
     sizes += ["--new-tokens", str(workload.new_tokens)] if workload.new_tokens else []
-    flags = {"--compile": workload.compiled, "--static-cache": workload.static_cache}
-    given = (flag for flag, is_set in flags.items() if is_set)
+    given = ["--compile"] if workload.compiled else []
     return ["sleb", "bench", HERE, f"--{workload.name}", *sizes, *given, *options, ""]

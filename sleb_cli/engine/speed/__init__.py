@@ -1,1 +1,1 @@
-"""Measure what a removal gains: speed, memory and energy."""
+"""Measure what a removal gains: speed and memory."""

@@ -1,4 +1,4 @@
-"""`sleb bench`: measured speed, memory and energy, the dense model and the pruned ones in turn on the same machine."""
+"""`sleb bench`: measured speed and memory, the dense model and the pruned ones in turn on the same machine."""
 
 from __future__ import annotations
 
@@ -14,21 +14,18 @@ from sleb_cli.engine.device import choose_device, free_bytes, free_memory
 from sleb_cli.engine.environment import cpu_governor, processor_name
 from sleb_cli.engine.forward.placement import Placement, choose_dtype
 from sleb_cli.engine.forward.streaming import weight_bytes
-from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.speed.energy import find_meter
 from sleb_cli.engine.speed.peak_memory import measure_alone
 from sleb_cli.engine.speed.runners import Load, Loaded, WriteFiles, engine_settings, load_into, load_with_transformers
 from sleb_cli.engine.speed.timing import Measured, Removals, Run, measure, model_name, workload_result
 from sleb_cli.engine.speed.transformers_model import prepared
-from sleb_cli.engine.speed.work import Work, count_work
 from sleb_cli.engine.speed.workloads import resolve_workloads
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
-from sleb_cli.events import Notice, Notify, task
+from sleb_cli.events import Notify
 from sleb_cli.requests import AUTO, BenchRequest
 from sleb_cli.results import BenchResult, ModelSize, Workload
 from sleb_cli.version import __version__
-from sleb_plugins import Engine, UnsupportedModelError
+from sleb_plugins import Engine
 
 
 def benchmark(
@@ -47,13 +44,13 @@ def benchmark(
         if engine:
             settings = engine_settings(workloads, dtype, models=2 if subject.surgery.removals else 1, least_new=least)
             load, version = load_into(*engine, settings, notify), engine[0].version() or None
-            meter, in_pairs = None, True
+            in_pairs = True
         else:
             load, version = load_with_transformers(dtype, device, notify), transformers.__version__
-            meter, in_pairs = find_meter(device, notify), architecture.is_quantized
+            in_pairs = architecture.is_quantized
 
         def timed(runs: Mapping[str, Run], workload: Workload) -> Measured:
-            return measure(runs, workload, architecture.text_config.vocab_size, notify, meter)
+            return measure(runs, workload, architecture.text_config.vocab_size, notify)
 
         measured: dict[Workload, list[Measured]] = {workload: [] for workload in workloads}
         sizes: dict[Removals, ModelSize] = {}
@@ -69,9 +66,6 @@ def benchmark(
         for surgery in [] if engine else [Surgery(architecture, ()), *surgeries]:
             seconds, memory[surgery.removals] = measure_alone(surgery, dtype, device, workloads, notify)
             sizes[surgery.removals] = sizes[surgery.removals].model_copy(update={"load_seconds": seconds})
-        # A GGUF file has its own data types, so the bytes of the checkpoint are not those that are read.
-        reads_gguf = engine is not None and engine[0].reads == "gguf"
-        works = {} if reads_gguf else _works(architecture, workloads, dtype, notify, least_new=least)
         return BenchResult(
             schema_version=1,
             sleb_version=__version__,
@@ -91,8 +85,6 @@ def benchmark(
                     measured[workload],
                     [surgery.removals for surgery in surgeries],
                     memory={removals: found[number] for removals, found in memory.items()},
-                    work=works.get(workload),
-                    energy=meter.source if meter else None,
                     engine_version=version,
                     attention=attention,
                 )
@@ -107,7 +99,7 @@ def resolve_benchmark(
     """Return where the models are, what is timed, and on which sizes; raises like `benchmark`."""
     if engine:
         gguf = ["dtype"] if engine.reads == "gguf" else []
-        request.refuse(["device", "compile", "static_cache", *gguf], f"does not apply to --engine {engine.name}")
+        request.refuse(["device", "compile", *gguf], f"does not apply to --engine {engine.name}")
     device = choose_device(request.device)
     architecture, dtype = subject.architecture, request.dtype or AUTO
     needed = partial(weight_bytes, architecture)
@@ -133,7 +125,7 @@ def time_in_turn(workload: Workload, models: Mapping[str, Any], notify: Notify) 
     with ExitStack() as stack:
         runs = {name: stack.enter_context(prepared(model, workload)).run for name, model in models.items()}
         rounds = measure(runs, workload, vocabulary, notify).rounds
-    return {name: [done[name][0].seconds for done in rounds] for name in models}
+    return {name: [done[name].seconds for done in rounds] for name in models}
 
 
 def _time_together(
@@ -154,18 +146,3 @@ def _time_together(
                 }
                 found.append(timed(runs, workload))
     return {model.size.removals: model.size for model in models}
-
-
-def _works(
-    architecture: Architecture, workloads: Sequence[Workload], dtype: torch.dtype, notify: Notify, *, least_new: int
-) -> dict[Workload, Work]:
-    """Return the work of each workload on the dense model, where known; at least `least_new` tokens are written."""
-    found = {}
-    with task(notify, "Counting operations and bytes"):
-        for workload in workloads:
-            shape = workload.batch_size, workload.prompt_length, max(workload.new_tokens, least_new)
-            try:
-                found[workload] = count_work(architecture, *shape, dtype)
-            except UnsupportedModelError as error:
-                notify(Notice(f"{workload.label}: the bound on the speedup is unknown. {error.message}"))
-    return found

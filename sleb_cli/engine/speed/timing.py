@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,30 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from sleb_cli.engine.speed.energy import Meter
-from sleb_cli.engine.speed.work import Work
 from sleb_cli.engine.statistics import count_outliers, median_ratio_interval, relative_deviation
 from sleb_cli.events import Advance, Notice, Notify, task
-from sleb_cli.results import (
-    EnergyRecord,
-    EnergySource,
-    MemoryRecord,
-    PrunedTiming,
-    Timing,
-    WarmupRecord,
-    Workload,
-    WorkloadResult,
-)
+from sleb_cli.results import MemoryRecord, PrunedTiming, Timing, WarmupRecord, Workload, WorkloadResult
 from sleb_plugins.engine import TimedRun
 
 Removals = tuple[int, ...]
 Run = Callable[[Sequence[Sequence[int]], int], TimedRun]
 """Process the prompts together, and generate this many new tokens for each."""
 
-Metered = tuple[TimedRun, float]
-"""A run and its joules, 0 without a meter."""
-
-Round = Mapping[str, Metered]
+Round = Mapping[str, TimedRun]
 
 WARMUP_LIMIT = 10
 """The most untimed runs of each model, unless the user asks for a number."""
@@ -53,15 +38,13 @@ def model_name(removals: Removals) -> str:
 
 @dataclass(frozen=True)
 class Measured:
-    """Rounds in which models were timed together, after warming up: the run of each by its name, and its joules."""
+    """Rounds in which models were timed together, after warming up: the run of each by its name."""
 
     warmup: WarmupRecord
     rounds: Sequence[Round]
 
 
-def measure(
-    models: Mapping[str, Run], workload: Workload, vocabulary: int, notify: Notify, meter: Meter | None = None
-) -> Measured:
+def measure(models: Mapping[str, Run], workload: Workload, vocabulary: int, notify: Notify) -> Measured:
     """Time the models in turn, after warming up until times are stable.
 
     Every other round runs them in reverse order (ABBA), so a machine that slows down affects all alike. All models get
@@ -70,7 +53,7 @@ def measure(
     limit = WARMUP_LIMIT if workload.warmup is None else workload.warmup
     total = (limit + workload.iterations) * len(models)
     with task(notify, f"Timing {workload.label}", total, "runs") as advance, _without_garbage_collection():
-        rounds = _rounds(models, workload, vocabulary, meter, advance)
+        rounds = _rounds(models, workload, vocabulary, advance)
         warmup = _warm_up(rounds, limit, asked=workload.warmup is not None)
         advance(done=(limit - warmup.runs) * len(models))
         timed = list(islice(rounds, workload.iterations))
@@ -84,20 +67,13 @@ def measure(
     return Measured(warmup, timed)
 
 
-def _rounds(
-    models: Mapping[str, Run], workload: Workload, vocabulary: int, meter: Meter | None, advance: Advance
-) -> Iterator[Round]:
-    joules = meter.joules if meter else lambda: 0.0
+def _rounds(models: Mapping[str, Run], workload: Workload, vocabulary: int, advance: Advance) -> Iterator[Round]:
     for number in count():
         prompts, names = draw_prompts(workload, vocabulary, number), list(models)
-        done: dict[str, Metered] = {}
+        done: dict[str, TimedRun] = {}
         for name in names[::-1] if number % 2 else names:
-            if workload.cooldown:
-                time.sleep(workload.cooldown)
-            before = joules()
-            run = models[name](prompts, workload.new_tokens)
-            done[name] = run, joules() - before
-            advance(note=f"{name}: {run.seconds:.3f} s")
+            done[name] = models[name](prompts, workload.new_tokens)
+            advance(note=f"{name}: {done[name].seconds:.3f} s")
         yield done
 
 
@@ -118,7 +94,7 @@ def _warm_up(rounds: Iterator[Round], limit: int, *, asked: bool) -> WarmupRecor
         done.append(next(rounds))
         last = done[-STABLE_RUNS:]
         if len(last) == STABLE_RUNS:
-            deviation = max(relative_deviation([one[name][0].seconds for one in last]) for name in done[0])
+            deviation = max(relative_deviation([one[name].seconds for one in last]) for name in done[0])
     stable = None if asked or deviation is None else deviation < STABLE_DEVIATION
     return WarmupRecord(runs=len(done), deviation=deviation, stable=stable)
 
@@ -141,8 +117,6 @@ def workload_result(
     sizes: Sequence[Removals],
     *,
     memory: Mapping[Removals, MemoryRecord | None] | None = None,
-    work: Work | None = None,
-    energy: EnergySource | None = None,
     engine_version: str | None = None,
     attention: str | None = None,
 ) -> WorkloadResult:
@@ -153,23 +127,17 @@ def workload_result(
     rounds = [done for one in measured for done in one.rounds]
 
     def timing(removals: Removals) -> dict[str, Any]:
-        metered = [done[model_name(removals)] for done in rounds if model_name(removals) in done]
-        return {
-            **latency_statistics(workload, [run for run, _ in metered]),
-            "memory": memory.get(removals) if memory else None,
-            "energy": _energy(workload, energy, [joules for _, joules in metered]) if energy else None,
-            "work": work.record(removals) if work else None,
-        }
+        runs = [done[model_name(removals)] for done in rounds if model_name(removals) in done]
+        return {**latency_statistics(workload, runs), "memory": memory.get(removals) if memory else None}
 
     def pruned(removals: Removals) -> PrunedTiming:
         name, found = model_name(removals), timing(removals)
-        dense, own = [done[model_name(())][0].seconds for done in rounds if name in done], found["e2els"]
+        dense, own = [done[model_name(())].seconds for done in rounds if name in done], found["e2els"]
         return PrunedTiming(
             **found,
             removals=removals,
             speedup=statistics.median(dense) / statistics.median(own),
             interval=median_ratio_interval(dense, own),
-            bound=work.bound(removals) if work else None,
         )
 
     return WorkloadResult(
@@ -190,12 +158,6 @@ def _worst(warmups: Sequence[WarmupRecord]) -> WarmupRecord:
         deviation=max(deviations, default=None),
         stable=all(stable) if stable else None,
     )
-
-
-def _energy(workload: Workload, source: EnergySource, joules: Sequence[float]) -> EnergyRecord:
-    mean = sum(joules) / len(joules)
-    tokens = workload.batch_size * (workload.new_tokens or workload.prompt_length)
-    return EnergyRecord(source=source, joules=tuple(joules), joules_per_iteration=mean, joules_per_token=mean / tokens)
 
 
 def latency_statistics(workload: Workload, runs: Sequence[TimedRun]) -> dict[str, Any]:

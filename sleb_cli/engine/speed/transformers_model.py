@@ -74,7 +74,7 @@ class TransformersModel:
         settings = GenerationConfig(
             do_sample=False, use_cache=True, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
             pad_token_id=0, eos_token_id=None, disable_compile=not compiled,
-            cache_implementation="static" if self._workload.static_cache else None,
+            cache_implementation="static" if compiled else None,
             compile_config=_compile_everywhere() if compiled else None,
         )  # fmt: skip
         return generate(self._model, ids, settings, _not_compiled if compiled else self._not_generating, **options)

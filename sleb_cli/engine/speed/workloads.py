@@ -96,15 +96,7 @@ def resolve_workload(
     if limit and request.prompt_length is None:
         chosen["prompt_length"] = max(1, min(chosen["prompt_length"], limit - new_tokens))
     workload = Workload(
-        name=name,
-        engine=request.engine,
-        **chosen,
-        warmup=request.warmup,
-        cooldown=request.cooldown,
-        seed=SEED,
-        compiled=request.compile,
-        # transformers compiles the decoding only with such a cache.
-        static_cache=name == "generation" and (request.static_cache or request.compile),
+        name=name, engine=request.engine, **chosen, warmup=request.warmup, seed=SEED, compiled=request.compile
     )
     if limit and workload.prompt_length + new_tokens > limit:
         new = f" and {plural(new_tokens, 'new one')}" if new_tokens else ""

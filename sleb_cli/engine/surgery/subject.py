@@ -60,14 +60,9 @@ class Subject:
 
 
 def resolve_subject(
-    request: OneSizeRequest | SizesRequest,
-    registry: Registry,
-    notify: Notify,
-    *,
-    needs_removals: bool = False,
-    config_only: bool = False,
+    request: OneSizeRequest | SizesRequest, registry: Registry, notify: Notify, *, needs_removals: bool = False
 ) -> Subject:
-    """Read the plan, find its model, and check that the plan was made for it; with `config_only`, by the config alone.
+    """Read the plan, find its model, and check that the plan was made for it.
 
     Raises:
         PlanError: the plan is unreadable, or was made for another model.
@@ -84,11 +79,9 @@ def resolve_subject(
         raise UsageError(f"--model applies to a plan, but {model} is a model.", hint="Leave out --model.")
     elif removals is not None:
         removals = first_removals(removals, request.most_removals, "--blocks")
-    elif needs_removals or (request.most_removals is not None and not config_only):
+    elif needs_removals or request.most_removals is not None:
         raise UsageError(f"No blocks given for {model}.", hint="Name a plan, or use --blocks 5,4,9.")
-    source = locate_model(
-        model, notify, revision=revision, trust_remote_code=request.trust_remote_code, config_only=config_only
-    )
+    source = locate_model(model, notify, revision=revision, trust_remote_code=request.trust_remote_code)
     if plan and not request.any_model:
         require_same_code(path, plan, source)  # before any of it runs
     architecture = read_architecture(source, registry, notify)
@@ -204,8 +197,6 @@ def require_same_model(path: Path, plan: Plan, architecture: Architecture) -> No
         PlanError: it was made for another model; the message names the differences.
     """
     planned, found = plan.model, architecture.record
-    if architecture.source.config_only:  # its fingerprint is that of the config
-        found = found.model_copy(update={"fingerprint": planned.fingerprint})
 
     def identity(model: ModelRecord) -> dict[str, Any]:
         return {"model_type": model.model_type, "blocks": model.blocks, "fingerprint": model.fingerprint[:12]}

@@ -1,4 +1,4 @@
-"""Pictures of what a removal gains: speed beside its bound, the raw latencies, and memory."""
+"""Pictures of what a removal gains: speed, the raw latencies, and memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from sleb_cli.exporters.report.drawing import (
     ORANGE,
     PRUNED,
     PURPLE,
-    SERIES,
     Plot,
     draw_series,
     whole_ticks,
@@ -77,12 +76,9 @@ def _draw_speedups(results: list[WorkloadResult], blocks: int, figure: Figure) -
         counts = [0, *(len(timing.removals) for timing in result.pruned)]
         measured = [(1.0, None), *((timing.speedup, timing.interval) for timing in result.pruned)]
         draw_series(axis, number, speed.workload_name(result), counts, measured, 1)
-        bounds = {0: 1.0} | {len(timing.removals): timing.bound for timing in result.pruned if timing.bound}
-        axis.plot(*zip(*bounds.items(), strict=True), ":", color=SERIES[number], linewidth=1.4)
     sizes = range(max(len(timing.removals) for result in results for timing in result.pruned) + 1)
     ratios = [blocks / (blocks - size) for size in sizes]
     axis.plot(sizes, ratios, "--", color=MUTED, linewidth=1, label="ratio of the blocks")
-    axis.plot([], [], ":", color=INK, linewidth=1.4, label="bound by work")
     axis.set(xlabel="blocks removed", ylabel="times as fast")
     whole_ticks(axis, sizes)
     axis.grid()
