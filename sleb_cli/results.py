@@ -34,20 +34,10 @@ class ApplyResult(ResultRecord):
     proof: Proof | None
 
 
-class RepackedTensors(Record):
-    """How many tensors of a GGUF file were of one type (`before`), and hold new values in another or the same."""
-
-    before: str
-    type: str
-    tensors: int
-    bytes: int
-
-
 class GgufResult(VersionedRecord):
-    """A pruned GGUF file; if `verified`, its tensors were compared byte for byte with the source, or with new values.
+    """A pruned GGUF file; if `verified`, its tensors were compared byte for byte with the source.
 
-    `recovery` is null unless requested; `repacked` then lists the tensors with new values, by their types. `proof` is
-    by transformers; if it is null, `unproven` says why.
+    `proof` is by transformers; if it is null, `unproven` says why.
     """
 
     kind: Literal["gguf"]
@@ -57,8 +47,6 @@ class GgufResult(VersionedRecord):
     file: str
     blocks: int
     file_bytes: int
-    recovery: RecoveryRecord | None = None
-    repacked: tuple[RepackedTensors, ...] = ()
     verified: bool
     proof: Proof | None
     unproven: str | None

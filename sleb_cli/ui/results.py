@@ -85,9 +85,9 @@ def show_applied(result: ApplyResult | GgufResult) -> None:
         unproven = None
     else:
         path, size, is_verified = result.file, result.file_bytes, result.verified
-        said, unproven = [_copied(result), *said], result.unproven
+        said, unproven = ["every tensor is a byte-for-byte copy from the source", *said], result.unproven
     print_to_copy(f"wrote {path}: {result.blocks} blocks, {format_bytes(size)}")
-    if result.recovery:
+    if result.kind == "apply" and result.recovery:
         show_table(recovery(result.recovery), title=False)
     if is_verified:
         missing = proof.partial if proof else f"logits not compared: {unproven}"
@@ -98,16 +98,6 @@ def show_applied(result: ApplyResult | GgufResult) -> None:
         print_line("not verified (--no-verify)")
     if result.kind == "apply":
         print_to_copy(f"to publish it: hf upload ORG/NAME {shlex.quote(result.folder)} --private")
-
-
-def _copied(result: GgufResult) -> str:
-    if not result.repacked:
-        return "every tensor is a byte-for-byte copy from the source"
-    kinds = [
-        f"{each.tensors} {each.type}" + (f" (were {each.before})" if each.before != each.type else "")
-        for each in result.repacked
-    ]
-    return f"tensors with new values: {', '.join(kinds)}; every other one is a byte-for-byte copy from the source"
 
 
 def show_exported(exported: ExportResult, output: Path | None) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,10 +10,10 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from test_apply import applied
-from test_recover import failing, plain_losses
+from test_recover import plain_losses
 from transformers import AutoModelForCausalLM
 
-from conftest import calibration, interrupt_healing, reported_tokens, slow
+from conftest import calibration, reported_tokens, slow
 from gguf_models import metadata_of, tensors_of, write_gguf, write_llama_gguf
 from sleb_cli import atomic
 from sleb_cli.engine.files import fingerprint
@@ -22,9 +21,7 @@ from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.gguf.file import write_gguf as write_gguf_again
 from sleb_cli.engine.model import gguf
-from sleb_cli.engine.output import apply_gguf
 from sleb_cli.events import ignore
-from sleb_plugins import ProofError
 
 
 @pytest.fixture
@@ -184,8 +181,7 @@ def test_what_cannot_be_is_refused_and_nothing_is_left(apply, tmp_path, source, 
         (3, "holds another model", tiny_opt, "--blocks", "1"),
         (2, "--blocks applies to a model", "plan.json", "--blocks", "1"),
         (2, "--dtype does not apply to a GGUF file", "--blocks", "1", "--dtype", "float16"),
-        (2, "--recover writes new values into the GGUF file of the model", "--blocks", "1", "--recover"),
-        (2, "--heal writes new values into the GGUF file of the model", "--blocks", "1", "--heal"),
+        (2, "which are written to a checkpoint", "--blocks", "1", "--recover"),
         (2, "--model does not apply with --source", "--blocks", "1", "--model", tiny_opt),
         (3, "no plan plan.json"),
         (8, "tiny.gguf is the source file itself", "--blocks", "1", "-o", "tiny.gguf", "--force"),
@@ -210,72 +206,19 @@ def test_no_room_is_said_before_anything_is_written(apply, monkeypatch, source):
     apply("--blocks", "1", "--source", source, code=8, says="has only 1 kB free")
 
 
-@pytest.fixture
-def recovered(run_sleb, tmp_path, source, text_file):
-    """Recover the tiny GGUF file without two blocks into `small.gguf`."""
-
-    def run(*options, code=0):
-        words = [source, "--blocks", "3,1", *calibration(text_file, samples=10), *options]
-        result = applied(run_sleb, *words, output="small.gguf", code=code)
-        assert sorted(tmp_path.glob(".small*")) == ([] if not code else [tmp_path / ".small.gguf.recovery"])
-        return result
-
-    return run
-
-
-def test_a_recovered_file_that_fails_its_proof_is_kept(recovered, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        failing(apply_gguf, "prove", ProofError("It failed.", hint="Try again."))(patch)
-        result = recovered("--recover", "--keep-failed", "kept", code=9)
-    assert "The fits so far are saved in" in result.stderr
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["small.gguf"]
-    again = recovered("--recover")
-    assert "fits of an interrupted run" in again.stderr
-    told = " ".join(again.stdout.split())
-    assert re.search("tensors with new values: \\d+ Q8_0.*; every other one is a byte-for-byte copy", told)
-
-
-@pytest.mark.parametrize(
-    ("type_", "packed", "options"), [(Type.F32, "F32", []), (Type.Q4_1, "Q8_0", ["--heal", "--heal-tokens", 512])]
-)
-def test_a_recovered_file_keeps_bytes_and_packs_new_values(recovered, tmp_path, source, type_, packed, options):
-    write_llama_gguf(source, 6, type_)
-    run = recovered("--recover", *options, "--json")
-    result = json.loads(run.stdout)
-    assert ("shrinks it" in run.stderr) == ((tmp_path / "small.gguf").stat().st_size >= source.stat().st_size)
-    assert result["recovery"]["pruned"]["divergence"] > 0
-    assert (result["proof"]["reference"], result["proof"]["logits_difference"]) == ("recovered", 0)
-    before, after = tensors_of(source), tensors_of(tmp_path / "small.gguf")
-    was = {name: re.sub(r"(?<=blk\.)\d+", lambda found: "0245"[int(found[0])], name) for name in after}
-    new = [name for name in after if after[name] != before[was[name]]]
-    assert 0 < len(new) <= sum(kind["tensors"] for kind in result["repacked"])
-    kinds = {(kind["before"], kind["type"]) for kind in result["repacked"]}
-    assert {(before[was[name]][0].name, after[name][0].name) for name in new} <= kinds
-    assert kinds <= {(type_.name, packed), ("F32", "F32")}
-    assert after["token_embd.weight"] == before["token_embd.weight"]
-
-
-def test_losses_are_those_of_what_the_file_gives_back(recovered, source, text_file, tmp_path):
-    write_llama_gguf(source, 6, Type.Q4_0)
-    record = json.loads(recovered("--recover", "--json").stdout)["recovery"]
-    reported = reported_tokens(tmp_path / "origin", text_file, record)
-    dense, ours = (
-        AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=name, dtype=torch.bfloat16)
-        for name in (source.name, "small.gguf")
+def test_a_gguf_model_is_recovered_into_a_checkpoint(run_sleb, tmp_path, source, text_file):
+    words = [source, "--blocks", "3,1", "--recover", *calibration(text_file, samples=10)]
+    assert "convert it with llama.cpp" in applied(run_sleb, *words, output="small.gguf", code=2).stderr
+    result = json.loads(applied(run_sleb, *words, "--json").stdout)
+    assert (result["kind"], result["proof"]["reference"], result["proof"]["logits_difference"]) == (
+        "apply",
+        "recovered",
+        0,
     )
+    record = result["recovery"]
+    reported = reported_tokens(tmp_path / "origin", text_file, record)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=source.name, dtype=torch.bfloat16)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     loss, divergence = plain_losses(dense, ours, reported)
     assert record["closed_form_losses"]["loss"] == pytest.approx(loss, rel=1e-3)
     assert record["closed_form_losses"]["divergence"] == pytest.approx(divergence, rel=2e-2)
-
-
-def test_an_interrupted_healing_goes_on_to_the_same_bytes(recovered, tmp_path, monkeypatch):
-    heal, small = ("--heal", "--heal-tokens", 2048), tmp_path / "small.gguf"
-    recovered(*heal)
-    whole = small.read_bytes()
-    small.unlink()
-    with monkeypatch.context() as patches:
-        interrupt_healing(patches, 2)
-        recovered(*heal, code=130)
-    assert not small.exists()
-    recovered(*heal, "--resume", "--source", tmp_path / "tiny.gguf")
-    assert small.read_bytes() == whole

@@ -1,4 +1,4 @@
-"""The GGUF format: header values are kept byte for byte, and tensors are copied unchanged or given new values.
+"""The GGUF format: header values are kept byte for byte, and tensors are copied unchanged.
 
 `gguf.GGUFReader` keeps an array for each item of an array. So it takes half a minute and 600 MB for a vocabulary like
 Llama 3's, and fills the memory if a file lies about its counts. Here, it takes a second.
@@ -50,17 +50,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor, with the offset of its values in the file, and their size in bytes.
-
-    A tensor with `values` is written with these instead of those in the file.
-    """
+    """One tensor, with the offset of its values in the file, and their size in bytes."""
 
     name: str
     shape: tuple[int, ...]
     type: int
     start: int
     size: int
-    values: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -256,11 +252,7 @@ def write_gguf(file: GgufFile, output: Path, report: ReportBytes) -> None:
     with source, output.open("wb", buffering=0) as target:
         write_all(target, _header(file))
         for tensor in file.tensors:
-            if tensor.values is None:
-                copy_range(source, tensor.start, tensor.size, target, report)
-            else:
-                write_all(target, tensor.values)
-                report(tensor.size)
+            copy_range(source, tensor.start, tensor.size, target, report)
             write_all(target, bytes(file.padding(tensor.size)))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -36,16 +36,12 @@ class GgufSurgery:
         """The kept blocks, including those for multi-token prediction, which come last."""
         return kept_blocks(stored_block_count(self.file), self.removals)
 
-    def pruned(self, repacked: Mapping[str, GgufTensor] | None = None) -> GgufFile:
-        """Return the header of the pruned file; the offsets of its tensors are those in `file`.
-
-        `repacked` are tensors with new values, by their names in `file`.
-        """
-        repacked = repacked or {}
-        if not (self.removals or repacked):
+    def pruned(self) -> GgufFile:
+        """Return the header of the pruned file; the offsets of its tensors are those in `file`."""
+        if not self.removals:
             return self.file
         tensors: list[GgufTensor] = []
-        for tensor in (repacked.get(tensor.name, tensor) for tensor in self.file.tensors):
+        for tensor in self.file.tensors:
             place = _BLOCK.fullmatch(tensor.name)
             if place is None:
                 tensors.append(tensor)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
@@ -13,7 +12,7 @@ import numpy as np
 from sleb_cli.atomic import free_space, new_file, require_new_file, require_space
 from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.files.fingerprint import Watch
-from sleb_cli.engine.gguf.file import GgufFile, GgufTensor, gguf_size, read_gguf, write_gguf
+from sleb_cli.engine.gguf.file import GgufFile, gguf_size, read_gguf, write_gguf
 from sleb_cli.engine.gguf.llama_cpp import holds_model_type
 from sleb_cli.engine.gguf.surgery import GgufSurgery, block_count, plan_gguf_surgery
 from sleb_cli.engine.model.architecture import read_architecture
@@ -27,13 +26,10 @@ from sleb_cli.engine.third_party import disk_error, no_verdict_by_the_disk, tran
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import ModelRecord, Proof
-from sleb_cli.results import GgufResult, RepackedTensors
+from sleb_cli.results import GgufResult
 from sleb_cli.units import format_bytes
 from sleb_cli.version import __version__
 from sleb_plugins import MachineError, ModelError, OutputError, PlanError, ProofError, UsageError
-
-if TYPE_CHECKING:
-    from sleb_cli.engine.recovery.run import Recovered
 
 KIND = "GGUF file"
 """What a failed proof calls it."""
@@ -67,18 +63,13 @@ def prune_gguf(
         if read_gguf(file.path) != file:
             raise ModelError(f"{file.path} changed while it was read.", hint="Run the command again.")
         require_space(to.place, gguf_size(pruned))
-        recovered = to.recovery.run() if to.recovery else None
-        if recovered:
-            pruned = surgery.pruned(recovered.packed)
-            require_space(to.place, gguf_size(pruned))
-            _warn_of_size(gguf_size(pruned), gguf_size(file), notify)
         _write(pruned, aside, notify)
         proof: Proof | None = None
         unproven: str | None = "--no-verify"
         if to.verify:
             with to.kept_if_it_fails(aside), no_verdict_by_the_disk(ProofError):
                 _require_as_planned(pruned, aside)
-                proof, unproven = _prove_with_transformers(surgery, aside, recovered, registry, notify)
+                proof, unproven = _prove_with_transformers(surgery, aside, registry, notify)
     return GgufResult(
         schema_version=1,
         sleb_version=__version__,
@@ -89,8 +80,6 @@ def prune_gguf(
         file=str(to.place),
         blocks=block_count(file) - len(removals),
         file_bytes=gguf_size(pruned),
-        recovery=recovered.record if recovered else None,
-        repacked=_repacked(file, recovered.packed.values()) if recovered else (),
         verified=to.verify,
         proof=proof,
         unproven=unproven,
@@ -104,33 +93,6 @@ def plan_gguf(file: GgufFile, removals: tuple[int, ...], to: Delivery) -> GgufSu
         raise OutputError(f"{to.place} is the source file itself.", hint="Choose another name with -o.")
     require_new_file(to.place, force=to.replace)
     return surgery
-
-
-def _repacked(file: GgufFile, packed: Iterable[GgufTensor]) -> tuple[RepackedTensors, ...]:
-    """Return how many tensors with new values there are, and their bytes, for each type before and now."""
-    before = {tensor.name: tensor.type for tensor in file.tensors}
-    sizes: dict[tuple[int, int], list[int]] = {}
-    for tensor in packed:
-        sizes.setdefault((before[tensor.name], tensor.type), []).append(tensor.size)
-    return tuple(
-        RepackedTensors(before=_type_name(was), type=_type_name(now), tensors=len(of_type), bytes=sum(of_type))
-        for (was, now), of_type in sizes.items()
-    )
-
-
-def _warn_of_size(now: int, before: int, notify: Notify) -> None:
-    if now >= before:
-        notify(
-            Notice(
-                f"The file takes {format_bytes(now)}, the original {format_bytes(before)}: new values are stored in "
-                "Q8_0, which is larger and slower. `llama-quantize --allow-requantize` shrinks it, at the cost of part "
-                "of the recovery."
-            )
-        )
-
-
-def _type_name(type_: int) -> str:
-    return str(gguf.GGMLQuantizationType(type_).name)
 
 
 def require_same_kind_of_model(model: ModelRecord, file: GgufFile, notify: Notify) -> None:
@@ -162,7 +124,7 @@ def _write(pruned: GgufFile, aside: Path, notify: Notify) -> None:
 
 
 def _require_as_planned(pruned: GgufFile, aside: Path) -> None:
-    """Compare the file's metadata and every byte of every tensor with the source, or with the new values.
+    """Compare the file's metadata and every byte of every tensor with the source.
 
     The gguf package reads the tensors of both files, so by none of the code that wrote.
 
@@ -180,11 +142,10 @@ def _require_as_planned(pruned: GgufFile, aside: Path) -> None:
     there = {(tensor.data_offset, tensor.n_bytes): tensor for tensor in source}
     for tensor, expected in zip(found, pruned.tensors, strict=True):
         original = there.get((expected.start, expected.size))
-        values = _bytes_of(original) if original is not None and expected.values is None else expected.values
         is_planned = (tensor.name, tensor.tensor_type, tuple(tensor.shape)) == (
             expected.name, expected.type, expected.shape
         )  # fmt: skip
-        if not is_planned or values is None or _bytes_of(tensor) != values:
+        if not is_planned or original is None or _bytes_of(tensor) != _bytes_of(original):
             raise failed(f"the tensor {tensor.name} differs from the expected {expected.name}", KIND)
     if (size := aside.stat().st_size) != gguf_size(pruned):
         raise failed(f"it has {size} bytes, not {gguf_size(pruned)}", KIND)
@@ -208,11 +169,9 @@ def _bytes_of(tensor: gguf.ReaderTensor) -> memoryview:
 
 
 def _prove_with_transformers(
-    surgery: GgufSurgery, aside: Path, recovered: Recovered | None, registry: Registry, notify: Notify
+    surgery: GgufSurgery, aside: Path, registry: Registry, notify: Notify
 ) -> tuple[Proof | None, str | None]:
     """Compare the pruned file with the source without these blocks, both as transformers reads them.
-
-    A recovered file is compared with the recovered model in memory.
 
     Returns:
         the proof, or why there is none.
@@ -232,9 +191,9 @@ def _prove_with_transformers(
     folder = aside.with_name(f"{aside.name}.checkpoint")
     with refuted(KIND):
         convert_gguf(aside, folder, notify, architecture.dtype)
-    planned = Planned(kept_tensors(hf_surgery, recovered=recovered))
+    planned = Planned(kept_tensors(hf_surgery))
     settings = choose_proof_settings(architecture, None)
-    return prove(Reference(hf_surgery, recovered), folder, planned, settings, notify), None
+    return prove(Reference(hf_surgery, None), folder, planned, settings, notify), None
 
 
 def _why_transformers_cannot(file: GgufFile, aside: Path) -> str | None:

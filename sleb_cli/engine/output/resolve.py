@@ -80,15 +80,11 @@ def resolve_apply(
     quiet_libraries()
     source = _gguf_source(request)
     file = read_gguf(source) if source else None
-    if file and not (request.recover or request.heal):
+    if file:
         removals = _removals(request, file, registry, notify)
         return ToGguf(file, removals, _delivery(request, default_place(file, removals)))
     subject = group.one_first(lambda: resolve_subject(request, registry, notify, needs_removals=True))
-    if file is None:
-        return _to_checkpoint(subject, request, group, notify)
-    removals = subject.surgery.removals
-    to = _delivery(request, default_place(file, removals))
-    return ToGguf(file, removals, _recovering(to, subject, request, None, None, group, notify, gguf=file))
+    return _to_checkpoint(subject, request, group, notify)
 
 
 def _to_checkpoint(subject: Subject, request: ApplyRequest, group: ProcessGroup, notify: Notify) -> ToCheckpoint:
@@ -128,7 +124,6 @@ def _recovering(
     device_map: DeviceMap | None,
     group: ProcessGroup,
     notify: Notify,
-    gguf: GgufFile | None = None,
 ) -> Delivery:
     """Return a delivery that recovers; all but the main process only do that.
 
@@ -139,7 +134,7 @@ def _recovering(
 
     state = Unfinished(to.place)
     state.require(resume=request.resume, force=request.force)
-    recovery = resolve_recovery(subject, request, dtype, device_map, state, gguf, group, notify)
+    recovery = resolve_recovery(subject, request, dtype, device_map, state, group, notify)
     if not group.is_main:
         recovery.run()
         raise WorkerFinished
@@ -178,33 +173,31 @@ def _gguf_source(request: ApplyRequest) -> Path | None:
         UsageError: the output, the source and the other options contradict each other.
     """
     output, source = request.output, request.source
+    recovery = _first_given(request, ("recover", "heal"))
     for_checkpoints = _first_given(request, ("device_map", "stream", "dtype", "max_shard_size"))
     named_file = output is not None and output.suffix == ".gguf"
     if source is None and not named_file:
-        return None if output is not None or for_checkpoints else _gguf_model(request)
+        return None if output is not None or for_checkpoints or recovery else _gguf_model(request)
+    if recovery:
+        raise UsageError(
+            f"{recovery} gives weights new values, which are written to a checkpoint, not to a GGUF file.",
+            hint="Choose a folder with -o, without --source, and convert it with llama.cpp's convert_hf_to_gguf.py.",
+        )
     if for_checkpoints:
         raise UsageError(
             f"{for_checkpoints} does not apply to a GGUF file, whose tensors are copied as they are.",
             hint="Write a checkpoint of the model instead: choose a folder with -o, without --source.",
         )
-    recovery = _first_given(request, ("recover", "heal"))
-    own = _gguf_model(request) if recovery or source is None else None
-    if recovery and source is not None and not (own and are_the_same(own, source)):
-        raise UsageError(
-            f"{recovery} writes new values into the GGUF file of the model that it recovers, but --source names one "
-            "of another model.",
-            hint=f"Leave out --source, and name that file as the model: `sleb apply {source} --blocks … {recovery}`.",
-        )
     if output is not None and not named_file:
         raise UsageError(
             f"--source writes a GGUF file, but {output} does not end in .gguf.", hint="Add .gguf to the name."
         )
-    if source is None and own is None:
+    if source is None and (source := _gguf_model(request)) is None:
         raise UsageError(
             f"{output} can only be made from a GGUF file of the model.",
-            hint=f"Name that file {'as the model' if recovery else 'with --source'}, or choose a folder with -o.",
+            hint="Name that file with --source, or choose a folder with -o.",
         )
-    return source or own
+    return source
 
 
 def _gguf_model(request: ApplyRequest) -> Path | None:

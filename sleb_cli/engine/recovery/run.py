@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -20,11 +20,9 @@ from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files.cache import existing_cache
 from sleb_cli.engine.forward.placement import Placement, open_dense
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.gguf.file import GgufFile, GgufTensor
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
 from sleb_cli.engine.recovery.file_tensors import block_number, file_tensors
-from sleb_cli.engine.recovery.gguf_tensors import Places, find_places, pack
 from sleb_cli.engine.recovery.heal import LEARNING_RATE, HealBudget, Healing, Progress
 from sleb_cli.engine.recovery.low_rank import RANK, rank_of
 from sleb_cli.engine.recovery.unfinished import FORMAT, Saved, Unfinished, fit_file
@@ -61,13 +59,11 @@ class Recovered:
         parameters: the values by the dense model's parameter names.
         tensors: the values by the names in the pruned checkpoint's files.
         record: the text and the losses.
-        packed: the tensors of a GGUF file with these values, by their names in the dense one; none for a checkpoint.
     """
 
     parameters: Mapping[str, Tensor]
     tensors: Mapping[str, Tensor]
     record: RecoveryRecord
-    packed: Mapping[str, GgufTensor]
 
 
 _Start = tuple[dict[str, Tensor], RecoveryRecord, dict[str, Calibration]]
@@ -88,7 +84,6 @@ class Recovery:
         in_host_memory: whether hidden states wait there, because the device has too little.
         splits: the text to fit to, the text that decides and the text that is reported on.
         state: where what is found is kept until the output is written.
-        gguf: the file that the model was read from, if the values are to be packed as there; None for a checkpoint.
         group: the processes that recover together.
         notify: the listener for events.
     """
@@ -102,7 +97,6 @@ class Recovery:
     in_host_memory: bool
     splits: Sequence[CalibrationSettings]
     state: Unfinished
-    gguf: GgufFile | None
     group: ProcessGroup
     notify: Notify
 
@@ -125,36 +119,11 @@ class Recovery:
             identity = saved.record("identity", dict[str, Any])
             require_same_work(self.state.folder, "healing", identity, self.identity, "plan, text and budget")
         with open_dense(self.architecture, self.placement, self.notify) as self.dense:
-            self.packed: dict[str, GgufTensor] = {}
-            self.places = self._find_places(self._changeable()) if self.gguf else {}
             start = self._resumed(saved) if saved else self._closed_form()
             values, record = self._heal(self.budget, start, saved) if self.budget else start[:2]
             tensors = file_tensors(self.dense, self.surgery, values, self.placement.rounded)
         del self.dense  # the proof needs the memory
-        return Recovered(values, tensors, record, self.packed)
-
-    def _changeable(self) -> list[str]:
-        """Return the names of the parameters that may get new values."""
-        blocks = self.architecture.blocks_of(self.architecture.skeleton)
-        return [
-            f"{self.path}.{block}.{name}"
-            for block in self.surgery.kept.blocks
-            for name, parameter in blocks[block].named_parameters()
-            # The closed form fits nothing of more than two dimensions.
-            if len(parameter.shape) <= 2 or (self.budget and rank_of(parameter.shape))
-        ]
-
-    def _find_places(self, names: Iterable[str]) -> Places:
-        assert self.gguf is not None
-        return find_places(self.gguf, self.dense, self.path, names, self.architecture.dtype)
-
-    def _as_written(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the values that the written file gives back."""
-        if self.gguf:
-            outside = values.keys() - self.places.keys()  # of the blocks
-            self.places |= self._find_places(outside)
-            self.packed, values = pack(self.gguf, self.places, values)
-        return values
+        return Recovered(values, tensors, record)
 
     @property
     def _computation(self) -> dict[str, Any]:
@@ -232,8 +201,6 @@ class Recovery:
                 saved=saved,
                 loss_mask=deciding.loss_mask,
             )
-            if not self.budget:
-                values = self._as_written(values)
             after, of_own = self._measure("recovered", texts, values)
             record = record.model_copy(update={"closed_form": closed_form, "closed_form_losses": after})
             record = _with_conversations(record, closed_form=of_own)
@@ -310,7 +277,7 @@ class Recovery:
                 deciding.loss_mask,
             )
             stopped = healing.run(saved)
-        values = self._as_written(values | {name: weight.detach() for name, weight in weights.items()})
+        values = values | {name: weight.detach() for name, weight in weights.items()}
         progress = healing.progress
         after, of_own = self._measure("healed", texts, values)
         heal = HealRecord(

@@ -12,7 +12,6 @@ from torch import nn
 from sleb_cli.engine.device import CPU, dtype_name, own_free_bytes
 from sleb_cli.engine.forward.placement import Placement, device_of, place_model
 from sleb_cli.engine.forward.streaming import streamed_bytes
-from sleb_cli.engine.gguf.file import GgufFile
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.closed_form import fitting_bytes
@@ -61,7 +60,6 @@ def resolve_recovery(
     dtype: torch.dtype | None,
     device_map: DeviceMap | None,
     state: Unfinished,
-    gguf: GgufFile | None,
     group: ProcessGroup,
     notify: Notify,
 ) -> Recovery:
@@ -122,7 +120,7 @@ def resolve_recovery(
     stored = min([*written, own], key=lambda each: each.itemsize)
     splits = _splits(text)
     return Recovery(
-        subject, request.recover, budget, request.resume, placement, stored, on_host, splits, state, gguf, group, notify
+        subject, request.recover, budget, request.resume, placement, stored, on_host, splits, state, group, notify
     )
 
 
