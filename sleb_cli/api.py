@@ -140,9 +140,9 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
         WorkerFinished: this process only helped; the main one writes the result.
         SlebError: something failed; its class tells what.
     """
+    from sleb_cli.engine.door.subject import resolve_subject, with_recovered
     from sleb_cli.engine.process_group import join_processes
     from sleb_cli.engine.quality.evaluation import evaluate_subject
-    from sleb_cli.engine.surgery.subject import resolve_subject, with_recovered
 
     with join_processes() as group:
         if group.is_main:
@@ -164,9 +164,9 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     Raises:
         SlebError: something failed; its class tells what.
     """
+    from sleb_cli.engine.door.subject import resolve_subject
     from sleb_cli.engine.output.engine_files import engine_files
     from sleb_cli.engine.speed.benchmark import benchmark
-    from sleb_cli.engine.surgery.subject import resolve_subject
 
     _leave_to_main()
     registry, engine = _bench_engine(request, notify)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from sleb_cli.records import ModelRecord, Perplexity, Proof, Record, UnreadableRecord, VersionedRecord, without_folders
-from sleb_cli.requests import Chat, LoadIn, StrategyName, TargetName, WorkloadName
+from sleb_cli.requests import Chat, StrategyName, TargetName, WorkloadName
 from sleb_cli.units import parse_ratio
 from sleb_plugins.errors import PlanError
 
@@ -150,8 +150,8 @@ class MetricRecord(Record):
 class SearchRecord(Record):
     """How the search was run; `engine` is how candidates were scored, with a reason if it is not the default.
 
-    `metrics` are the terms of `metric`, by name. `load_in` says in how few bits weights were held, if fewer than in
-    `dtype`. `held_out` is the number of calibration sequences never searched on, and `holdout` their requested share.
+    `metrics` are the terms of `metric`, by name. `held_out` is the number of calibration sequences never searched on,
+    and `holdout` their requested share.
     """
 
     strategy: StrategyName
@@ -165,7 +165,6 @@ class SearchRecord(Record):
     protect: tuple[Block, ...] = ()
     dtype: str
     device: str
-    load_in: LoadIn | None = None
     batch_size: int
     fast: bool = False
     holdout: float = 0.0
@@ -458,9 +457,8 @@ class Plan(VersionedRecord):
 
     @property
     def precision(self) -> str:
-        """The data type that was computed in, that of the weights if it is another, and in how few bits they were."""
-        packed = "" if self.search.load_in is None else f", weights in {self.search.load_in},"
-        return self.model.computed_in(self.search.dtype) + packed
+        """The data type that was computed in, and that of the weights if it is another."""
+        return self.model.computed_in(self.search.dtype)
 
     @property
     def nested(self) -> bool:
@@ -494,7 +492,6 @@ class Plan(VersionedRecord):
             # The machine decides these, and they decide the last digits.
             "dtype": search.dtype,
             "device": search.device,
-            "load_in": search.load_in,
             "batch_size": search.batch_size,
             "revision": None if self.model.id == "demo" else self.model.revision,
             "fast": search.fast,

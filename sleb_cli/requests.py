@@ -30,8 +30,8 @@ WorkloadName = Literal["prompt", "generation"]
 Chat = Literal["all", "answers"]
 """Which tokens of conversations count: all, or those that the assistant writes."""
 
-LoadIn = Literal["8bit", "4bit"]
-"""In how few bits weights are held during a search."""
+DeviceMap = Literal["auto", "balanced", "sequential"]
+"""How accelerate chooses the places of a model's modules."""
 
 StrategyName = Literal["greedy", "refine", "oneshot", "contiguous"]
 """How a search chooses blocks: see `engine/search/strategies.py`."""
@@ -153,13 +153,7 @@ _stream = partial(
     default="if it does not fit",
     flag="--stream/--no-stream",
 )
-_device_map = partial(
-    option,
-    "Spread the model over several devices, and over CPU memory and disk: auto, balanced, sequential, or a JSON "
-    "file from module names to devices.",
-    _MACHINE,
-    metavar="MAP",
-)
+_device_map = partial(option, "Let accelerate spread the model over several devices, CPU memory and disk.", _MACHINE)
 _revision = partial(option, "Branch, tag or commit of a model on the Hub.", _MACHINE)
 _trust_remote_code = partial(option, "Run Python code that comes with the model.", _MACHINE, unset=False)
 _force = partial(option, "Overwrite existing output.", _OUTPUT, unset=False)
@@ -296,8 +290,7 @@ class SearchRequest(CalibrationRequest, TargetRequest):
     )
     batch_size: int | None = option("Sequences per forward pass.", _MACHINE, default="by device", least=1)
     stream: bool | None = _stream()
-    device_map: str | None = _device_map()
-    load_in: LoadIn | None = option("Hold the weights in 8 or 4 bits during the search.", _MACHINE, metavar="8bit|4bit")
+    device_map: DeviceMap | None = _device_map()
     revision: str | None = _revision()
     trust_remote_code: bool = _trust_remote_code()
     extend: Path | None = option("Continue from a finished plan, with its settings and text.", _OUTPUT, metavar="PLAN")
@@ -430,7 +423,7 @@ class ApplyRequest(OneSizeRequest, CalibrationRequest):
     )
     device: str | None = option("Device to recover on: cpu, cuda, cuda:1, mps, xpu, npu.", _RECOVERY, default=AUTO)
     stream: bool | None = _stream()
-    device_map: str | None = _device_map()
+    device_map: DeviceMap | None = _device_map()
     output: Path | None = option(
         "Write this folder, or this file if it ends in .gguf.", _OUTPUT, default="named after the model", short="-o"
     )
@@ -492,7 +485,7 @@ class EvalRequest(SizesRequest):
     dtype: str | None = _dtype()
     device: str = _device()
     stream: bool | None = _stream()
-    device_map: str | None = _device_map()
+    device_map: DeviceMap | None = _device_map()
     output: Path | None = _result_file()
     force: bool = _force()
 

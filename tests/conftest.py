@@ -39,6 +39,7 @@ from transformers import (
     OPTConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations import accelerate
 from transformers.utils import logging
 
 import simulated_device
@@ -163,17 +164,15 @@ def simulate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
     engine_device._has_float64.cache_clear()
 
 
-SPREAD = {"": 0, "{blocks}.1": 1, "{blocks}.2": 1, "{blocks}.3": "cpu", "{blocks}.4": "disk"}
-
-
 @pytest.fixture
-def spread(tmp_path: Path) -> Callable[..., list[object]]:
-    """Return options that spread a model over two devices, CPU memory and disk."""
+def spread(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[object]]:
+    """Return options that spread a model over so many devices, CPU memory and disk."""
 
-    def options(blocks: str = "model.layers", **others: int) -> list[object]:
-        places = {name.format(blocks=blocks): place for name, place in SPREAD.items()} | others
-        (tmp_path / "places.json").write_text(json.dumps(places))
-        return ["--device-map", tmp_path / "places.json"]
+    def options(model: Path, devices: int = 2) -> list[object]:
+        size = 4 * sum(tensor.numel() for file in model.glob("*.safetensors") for tensor in load_file(file).values())
+        room = dict.fromkeys([*range(devices), "cpu"], size // 2)
+        monkeypatch.setattr(accelerate, "accelerate_max_memory", lambda asked=None: dict(room))
+        return ["--device-map", "sequential"]
 
     return options
 

@@ -26,7 +26,6 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.surgery.loading import quiet_libraries
 from sleb_cli.engine.text.calibration import CalibrationSettings, calibrate, resolve_calibration
 from sleb_cli.events import ignore
-from sleb_cli.requests import CalibrationRequest
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 BATCH = 8
@@ -56,9 +55,8 @@ class CalibrationBench(Bench):
             "all three": f"{wiki}:1/3,{halves[0]}:1/3,self:1/3",
         }
         tests = {"encyclopaedia": text / "enwiki_test.txt", "C4": halves[1], "self": "self"}
-        sizes = {"samples": self.options.tests, "sequence_length": self.options.length, "seed": 1}
-        requests = {name: CalibrationRequest(calibration=str(source), **sizes) for name, source in tests.items()}
-        return searches, {name: resolve_calibration(request, self.architecture) for name, request in requests.items()}
+        size = (self.options.tests, self.options.length, 1)
+        return searches, {n: resolve_calibration(self.architecture, str(text), *size) for n, text in tests.items()}
 
     def search(self, name: str, text: str) -> tuple[int, ...]:
         """Return the blocks that a search on this text removes; search only if there is no plan yet."""

@@ -51,7 +51,6 @@ from sleb_cli.engine.recovery.variant import Variant, summed_losses
 from sleb_cli.engine.text.calibration import calibrate_splits, resolve_calibration
 from sleb_cli.engine.text.sources import TextSplit
 from sleb_cli.events import ignore
-from sleb_cli.requests import CalibrationRequest
 
 FITTED_PART, DECIDING_PART = TextSplit(0, 0.7), TextSplit(0.7, 1)
 RESAMPLES = 2000
@@ -79,8 +78,8 @@ class RecoveryBench(Bench):
     @cached_property
     def text(self) -> FittingText:
         options = self.options
-        request = CalibrationRequest(calibration=str(self.source / TRAIN), sequence_length=options.length)
-        settings = resolve_calibration(request, self.architecture)
+        text = str(self.source / TRAIN)
+        settings = resolve_calibration(self.architecture, text, sequence_length=options.length)
         parts = ((options.samples, FITTED_PART), (options.deciding, DECIDING_PART))
         splits = [replace(settings, samples=samples, split=part) for samples, part in parts]
         train, deciding = (

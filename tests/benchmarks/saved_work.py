@@ -38,7 +38,6 @@ from sleb_cli.engine.text.windows import adds_bos, cut_windows
 from sleb_cli.events import ignore
 from sleb_cli.plan import Plan, read_plan
 from sleb_cli.plugin_manager import load_plugins
-from sleb_cli.requests import CalibrationRequest
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 TRAIN = "text/enwiki_train.txt"
@@ -175,11 +174,9 @@ def calibrated(options: argparse.Namespace, text: str, dtype: str) -> tuple[Any,
     architecture, device = architecture_of(options.model), torch.device("cpu")
     computed = place_model(architecture, device, dtype, ignore, stream=False).dtype
     model = load_dense(architecture, computed, device, ignore)
-    request = CalibrationRequest(
-        calibration=text, samples=options.samples, sequence_length=options.length, seed=options.seed
-    )
+    settings = resolve_calibration(architecture, text, options.samples, options.length, options.seed)
     tokenizer = load_tokenizer(architecture.source)
-    calibration = calibrate(resolve_calibration(request, architecture), tokenizer, lambda: model, ignore)
+    calibration = calibrate(settings, tokenizer, lambda: model, ignore)
     return model, architecture.blocks_of(model), calibration
 
 

@@ -1,4 +1,4 @@
-"""The same plan from one process, from two and three, from blocks on disk by a device map, and from streamed ones."""
+"""The same plan from one process, from two and three, and from streamed blocks."""
 
 import json
 import os
@@ -14,10 +14,8 @@ from families import tiny_config
 WAYS = {
     "two processes": (2, []),
     "three processes": (3, []),
-    "on disk": (1, ["--device-map", "map.json"]),
     "streamed": (1, ["--stream"]),
     "streamed by two": (2, ["--stream"]),
-    "on disk for two": (2, ["--device-map", "map.json"]),
 }
 SEARCHES = {"exact": [], "race": ["--fast"]}
 FAMILIES = ["smollm2", "gemma3_text", "mixtral", "opt"]
@@ -44,13 +42,6 @@ def search(model: Path, name: str, processes: int, *options: object) -> dict[str
     return plan
 
 
-def blocks_on_disk(model: Path) -> None:
-    """Write a device map with all blocks on disk."""
-    names = json.loads((model / "config.json").read_text())
-    path = "model.decoder.layers" if names["model_type"] == "opt" else "model.layers"
-    Path("map.json").write_text(json.dumps({"": "cpu", path: "disk"}))
-
-
 @pytest.fixture(params=FAMILIES)
 def model(request, tmp_path):
     """A model of each family; the first is the trained one."""
@@ -62,7 +53,6 @@ def model(request, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("way", SEARCHES)
 def test_the_plan_is_the_same_from_any_machine(model, text_file, way):
-    blocks_on_disk(model)
     options = [*calibration(text_file, samples=7, length=24), "--batch-size", 1, *SEARCHES[way]]
     expected = search(model, "alone", 1, *options)
     for name, (processes, more) in WAYS.items():

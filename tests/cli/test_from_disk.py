@@ -2,11 +2,9 @@
 
 import gc
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from transformers.integrations import accelerate as placing
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from conftest import calibration, evaluation, save_model, slow, weight_bytes_of
@@ -18,13 +16,7 @@ from sleb_cli.engine.quality import texts
 from sleb_cli.engine.recovery import closed_form, settings
 
 COMPLETE = ["complete", "same bytes", "loads", "same logits", "generates", "saves again"]
-ON_DISK = {"": "cpu", "model.layers.1": "disk", "model.layers.2": "disk", "model.layers.5": "disk"}
-WAYS = {"in memory": ["--no-stream"], "streamed": ["--stream"], "placed": ["--device-map", "places.json"], "large": []}
-
-
-def write(places):
-    Path("places.json").write_text(json.dumps(places))
-    return "places.json"
+WAYS = {"in memory": ["--no-stream"], "streamed": ["--stream"], "large": []}
 
 
 @pytest.fixture
@@ -55,14 +47,13 @@ def written(folder):
     ],
     ids=" ".join,
 )
-def test_plan_checkpoint_and_measurements_are_the_same(sleb, text_file, tmp_path, monkeypatch, case):
+def test_plan_checkpoint_and_measurements_are_the_same(sleb, text_file, tmp_path, spread, monkeypatch, case):
     other, family, metric = case
     model = save_model(tmp_path / "model", tiny_config(family, dtype=torch.bfloat16))
-    write(ON_DISK)
     too_large = "of memory in bfloat16, but only 100 kB is free on cpu. Streaming its blocks from disk (--stream)"
     found = []
     for way in ("in memory", other):
-        where = [*WAYS[way], "--force"]
+        where = [*(spread(model, 0) if way == "placed" else WAYS[way]), "--force"]
         if way == "large":
             monkeypatch.setattr(placement, "own_free_bytes", lambda device: 100_000)
             monkeypatch.setattr(proof, "free_bytes", lambda device: 100_000)
@@ -131,34 +122,16 @@ def test_a_streamed_model_neither_trains_nor_writes_its_own_text(sleb, llama_pla
     assert plan["recovery"]["text"]["source"] == text_file.name
 
 
-def test_a_model_that_is_all_on_disk_writes_its_own_text(plan_of, text_file):
+def test_a_model_that_is_partly_on_disk_writes_its_own_text(plan_of, tiny_llama, text_file, spread):
     text = f"self:0.5,{text_file}:0.5"
-    assert plan_of("--device-map", write({"": "disk"}), text=text) == plan_of(text=text)
+    assert plan_of(text=text) == plan_of(*spread(tiny_llama, 0), text=text)
 
 
 @pytest.mark.parametrize("how", ["auto", slow("balanced"), slow("sequential")])
-def test_accelerate_chooses_the_places_and_may_split_no_block(plan_of, search, monkeypatch, how):
+def test_accelerate_chooses_the_places_and_may_split_no_block(plan_of, search, tiny_llama, spread, monkeypatch, how):
     expected = plan_of()
-    room = {"cpu": 200_000}  # of 310 kB
-    monkeypatch.setattr(placing, "accelerate_max_memory", lambda asked=None: dict(room))
+    spread(tiny_llama, 0)
     assert plan_of("--device-map", how) == expected
     monkeypatch.setattr(LlamaPreTrainedModel, "_no_split_modules", None)
     said = search("--remove", 2, "--device-map", how, "--force", code=4).stderr
     assert "accelerate would split a block across devices: it puts model.layers." in said
-
-
-@pytest.mark.parametrize(
-    ("places", "code", "sentence"),
-    [
-        ({"": 0}, 7, "puts '' on accelerator 0, but this machine has none"),
-        ({"": "gpu"}, 2, "puts '' on 'gpu', which is not a device"),
-        ({"": "cpu", "model.layer.1": "disk"}, 2, "Did you mean 'model.layers.1'?"),
-        ({"": "cpu", "model.layers.1.mlp": "disk"}, 2, "a block cannot be split"),
-        ({"model": "cpu"}, 2, "names no device for lm_head"),
-        ({}, 2, "must be an object that maps modules to devices"),
-        ({"": "cpu", "lm_head": "disk"}, 2, "share a weight"),
-    ],
-)
-def test_a_map_that_does_not_fit_is_refused(search, tiny_llama, tmp_path, places, code, sentence):
-    model = save_model(tmp_path / "tied", tiny_config("gemma3_text")) if "lm_head" in places else tiny_llama
-    assert sentence in search("--remove", 2, "--device-map", write(places), model=model, code=code).stderr

@@ -36,7 +36,7 @@ SEARCHES = {
     "weights": ("--metric", "magnitude"),
     "comparison": ("--compare", "nll,cosine@contiguous"),
     "streamed": ("--stream",),
-    "on disk": ("--device", "auto", "--device-map", "map.json"),
+    "on disk": ("--device", "auto", "--device-map", "sequential"),
 }
 
 
@@ -95,8 +95,9 @@ def all_well(ended):
 
 @pytest.mark.parametrize("count", [3, slow(2), slow(8)])
 @pytest.mark.parametrize("options", ["fast", "holdout", *map(slow, [*SEARCHES][2:])])
-def test_any_number_of_processes_finds_the_same_plan(search, whole, tmp_path, options, count):
-    (tmp_path / "map.json").write_text('{"": "cpu", "model.layers": "disk"}')
+def test_any_number_of_processes_finds_the_same_plan(search, whole, tmp_path, tiny_llama, spread, options, count):
+    if options == "on disk":
+        spread(tiny_llama, 0)
     expected = whole(*SEARCHES[options])
     main = all_well(together(count, *search, *SEARCHES[options], "-o", "plan.json"))
     assert plan_bytes(tmp_path / "plan.json") == expected

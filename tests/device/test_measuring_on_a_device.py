@@ -31,7 +31,7 @@ def test_perplexities_are_the_cpus(evaluate, simulate, tmp_path, spread, family)
     for float64 in (False, True):
         simulate(float64=float64)
         assert evaluate(model, "--device", "sim:1") == expected
-    assert evaluate(model, *spread()) == expected
+    assert evaluate(model, *spread(model)) == expected
 
 
 def run_bench(run_sleb, model, *options):

@@ -50,7 +50,7 @@ def test_the_checkpoint_is_the_cpus(apply, simulate, tiny_llama, tmp_path, famil
 def test_so_it_is_if_the_model_is_spread_out(apply, simulate, tiny_llama, spread):
     expected = apply(tiny_llama, "--recover", "--device", "cpu")
     simulate()
-    assert_same(apply(tiny_llama, "--recover", *spread()), expected)
+    assert_same(apply(tiny_llama, "--recover", *spread(tiny_llama)), expected)
 
 
 def test_bytes_are_copied_whatever_the_device(apply, simulate, tiny_llama):

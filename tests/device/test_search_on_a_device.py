@@ -56,7 +56,7 @@ def test_the_plan_is_the_cpus(plan_of, simulate, tiny_llama, tmp_path, spread, f
     if (family, name) in EVERYWHERE:
         simulate(float64=True)
         assert plan_of(model, *options, *ON_ONE) == expected
-        assert plan_of(model, *options, *spread()) == expected
+        assert plan_of(model, *options, *spread(model)) == expected
 
 
 def test_auto_chooses_the_device(run_sleb, simulate, tiny_llama, text_file, tmp_path):

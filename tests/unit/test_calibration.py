@@ -18,7 +18,6 @@ from sleb_cli.engine.text.sources import calibration_text, evaluation_text, refe
 from sleb_cli.engine.text.windows import cut_running_text, tokens_sha256
 from sleb_cli.events import Notice
 from sleb_cli.plugin_manager import load_plugins
-from sleb_cli.requests import CalibrationRequest
 from sleb_plugins import DataError, UsageError
 
 
@@ -94,8 +93,7 @@ def calibrated(tiny_llama, tokenizers):
     architecture = read_architecture(locate_model(str(tiny_llama), print), load_plugins(), print)
 
     def calibrated(source, samples=None, length=64, *, bos=False, notify=print):
-        request = CalibrationRequest(calibration=source, samples=samples, sequence_length=length, seed=0)
-        settings = resolve_calibration(request, architecture)
+        settings = resolve_calibration(architecture, source, samples, length)
         return calibrate(settings, tokenizers[bos], pytest.fail, notify)
 
     return calibrated

@@ -1,7 +1,6 @@
 """Conversations as calibration sequences: written by the chat template, and which of their tokens count."""
 
 import json
-from dataclasses import replace
 
 import datasets
 import pytest
@@ -13,7 +12,6 @@ from sleb_cli.engine.text.calibration import calibrate, resolve_calibration
 from sleb_cli.engine.text.chat import cut_conversations
 from sleb_cli.engine.text.sources import calibration_conversations
 from sleb_cli.plugin_manager import load_plugins
-from sleb_cli.requests import CalibrationRequest
 from sleb_plugins import DataError, UsageError
 
 TEMPLATE = (
@@ -103,7 +101,7 @@ def test_plain_text_is_no_conversation(tiny_llama):
     architecture = read_architecture(locate_model(str(tiny_llama), print), load_plugins(), print)
     for source in ("self", "c4", "wikitext2", "wikitext2-sleb", "notes.txt", "self:0.5,c4:0.5"):
         with pytest.raises(UsageError, match=f"{source} is plain text"):
-            resolve_calibration(CalibrationRequest(calibration=source, chat="all"), architecture)
+            resolve_calibration(architecture, source, chat="all")
 
 
 @pytest.mark.parametrize(
@@ -134,8 +132,7 @@ def test_the_mask_stays_with_its_sequences(tiny_llama, tmp_path):
         turns = [[{"role": "user", "content": "mill " * (number % 5)}, answer] for number in range(40)]
         (tmp_path / name).write_text("\n".join(json.dumps({"messages": turn}) for turn in turns))
     architecture = read_architecture(locate_model(str(tiny_llama), print), load_plugins(), print)
-    request = CalibrationRequest(calibration="a.jsonl:0.5,b.jsonl:0.5", samples=6, sequence_length=48, seed=0)
-    settings = resolve_calibration(replace(request, chat="answers"), architecture)
+    settings = resolve_calibration(architecture, "a.jsonl:0.5,b.jsonl:0.5", 6, 48, chat="answers")
     calibration = calibrate(settings, tokenizer, pytest.fail, lambda event: None)
     assert (calibration.record.bos, calibration.record.chat) == (True, "answers")
     pairs = list(zip(calibration.sequences, calibration.loss_mask, strict=True))

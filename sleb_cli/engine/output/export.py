@@ -9,13 +9,14 @@ from typing import Any
 
 from sleb_cli.atomic import new_file, new_folder, require_new_file, write_text
 from sleb_cli.engine.device import dtype_name
+from sleb_cli.engine.door.subject import is_plan, read_named_plan, resolve_subject
 from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.model.source import DEMO
 from sleb_cli.engine.output.apply import apply_removals, default_folder, require_new_folder
 from sleb_cli.engine.output.apply_gguf import default_place, prune_gguf, require_same_kind_of_model
 from sleb_cli.engine.output.delivery import Delivery
 from sleb_cli.engine.output.measured import measured_of_plan
-from sleb_cli.engine.surgery.subject import Subject, is_plan, read_named_plan, resolve_subject
+from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.events import Notify
 from sleb_cli.plan import CHECKPOINT_PLAN, Plan
 from sleb_cli.plugin_manager import Registry

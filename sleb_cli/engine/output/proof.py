@@ -33,14 +33,7 @@ from sleb_cli.engine.files.copying import reading
 from sleb_cli.engine.files.shards import INDEX, NewTensor, Shard, index_of
 from sleb_cli.engine.files.weights import find_weights, read_tensors
 from sleb_cli.engine.forward.offload import align
-from sleb_cli.engine.forward.placement import (
-    Placement,
-    blocks_on_disk,
-    choose_dtype,
-    device_of,
-    open_dense,
-    place_model,
-)
+from sleb_cli.engine.forward.placement import Placement, blocks_on_disk, choose_dtype, open_dense, place_model
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.streaming import converted_bytes, require_streamable, streamed_bytes, weight_bytes
 from sleb_cli.engine.model.architecture import Architecture
@@ -129,7 +122,7 @@ def choose_proof_settings(
     if stream:
         require_streamable(architecture)
     if device_map is not None:
-        device = device_of(device_map, None)
+        device = choose_device(AUTO)
         return ProofSettings(place_model(architecture, device, AUTO, ignore, device_map=device_map, cast=cast))
     ways = [True] if stream else [False] if architecture.is_quantized or stream is False else [False, True]
     for streamed in ways:

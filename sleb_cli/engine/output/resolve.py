@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from sleb_cli.engine.device import parse_dtype
-from sleb_cli.engine.forward.placement import resolve_device_map
+from sleb_cli.engine.door.machine import require_one_placement
+from sleb_cli.engine.door.subject import first_of_plan, first_removals, is_plan, resolve_subject
 from sleb_cli.engine.gguf.file import GgufFile, read_gguf
 from sleb_cli.engine.output.apply import apply_removals, default_folder, require_new_folder
 from sleb_cli.engine.output.apply_gguf import are_the_same, default_place, prune_gguf, require_same_kind_of_model
@@ -17,13 +18,13 @@ from sleb_cli.engine.output.delivery import Delivery
 from sleb_cli.engine.output.proof import ProofSettings, choose_proof_settings
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.unfinished import Unfinished, clear_old
-from sleb_cli.engine.surgery.loading import DeviceMap, quiet_libraries
-from sleb_cli.engine.surgery.subject import Subject, first_of_plan, first_removals, is_plan, resolve_subject
+from sleb_cli.engine.surgery.loading import quiet_libraries
+from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.events import Notify
 from sleb_cli.plan import read_plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.processes import WorkerFinished
-from sleb_cli.requests import DEFAULT_PLAN, DEFAULT_SHARD_SIZE, ApplyRequest
+from sleb_cli.requests import DEFAULT_PLAN, DEFAULT_SHARD_SIZE, ApplyRequest, DeviceMap
 from sleb_cli.results import ApplyResult, GgufResult
 from sleb_cli.units import parse_bytes
 from sleb_plugins import OutputError, UnsupportedModelError, UsageError
@@ -97,12 +98,11 @@ def _to_checkpoint(subject: Subject, request: ApplyRequest, group: ProcessGroup,
             hint="Leave out --dtype to keep them as they are.",
         )
     dtype = parse_dtype(request.dtype, architecture.dtype) if request.dtype else None
-    device_map = resolve_device_map(request, architecture)
-    settings = choose_proof_settings(architecture, dtype, device_map, request.stream)
+    settings = choose_proof_settings(architecture, dtype, request.device_map, request.stream)
     to = _delivery(request, default_folder(subject))
     require_new_folder(to.place, architecture.source, force=to.replace)
     if request.recover or request.heal:
-        to = _recovering(to, subject, request, dtype, device_map, group, notify)
+        to = _recovering(to, subject, request, dtype, request.device_map, group, notify)
     return ToCheckpoint(subject, to, dtype, shard_bytes, settings)
 
 
@@ -149,6 +149,13 @@ _NEEDS = {
 
 
 def _require_coherent(request: ApplyRequest) -> None:
+    require_one_placement(request)
+    if request.device_map is not None and request.heal:
+        raise UsageError(
+            "--heal trains, so it needs all weights on its device, but --device-map spreads them out.",
+            hint="Leave out --device-map and heal on a device with enough memory, or recover without training: "
+            "--recover.",
+        )
     if request.keep_failed is not None and request.no_verify:
         raise UsageError("--keep-failed requires the proof that --no-verify skips.", hint="Use one of them.")
     for names, needed in _NEEDS.items():

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import transformers
 
-from sleb_cli.engine.device import dtype_name, parse_dtype
+from sleb_cli.engine.device import choose_device, dtype_name, parse_dtype
+from sleb_cli.engine.door.machine import require_one_placement
 from sleb_cli.engine.environment import processor_name
-from sleb_cli.engine.forward.placement import Placement, device_of, place_model, resolve_device_map
+from sleb_cli.engine.forward.placement import Placement, place_model
 from sleb_cli.engine.forward.streaming import weight_bytes
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.generation import as_transformers_loads
@@ -92,8 +93,8 @@ def place_evaluation(subject: Subject, request: EvalRequest, notify: Notify, gro
             hint="Leave out --stream, or measure --perplexity alone. --device-map auto runs tasks, slowly.",
         )
     architecture = subject.architecture
-    device_map = resolve_device_map(request, architecture)
-    device = device_of(device_map, request.device)
+    require_one_placement(request)
+    device, device_map = choose_device(request.device or AUTO), request.device_map
     asked, dtype = False if request.tasks else request.stream, request.dtype or AUTO
     beside = weight_bytes(subject.recovered, parse_dtype(dtype, architecture.dtype)) if subject.recovered else 0
     placement = group.from_main(

@@ -10,6 +10,7 @@ import transformers
 from safetensors import SafetensorError
 
 from sleb_cli.engine.device import dtype_name, free_memory
+from sleb_cli.engine.door.subject import sizes
 from sleb_cli.engine.environment import chip_name
 from sleb_cli.engine.files.cache import KeptFiles
 from sleb_cli.engine.forward.placement import Placement, open_dense
@@ -40,7 +41,7 @@ class Models:
     ) -> None:
         self.architecture, self.recovered = subject.architecture, subject.recovered
         self.placement, self.group, self.notify = placement, group, notify
-        self._surgeries = {surgery.removals: surgery for surgery in subject.sizes(request)}
+        self._surgeries = {surgery.removals: surgery for surgery in sizes(subject, request)}
         self.sizes: list[tuple[int, ...]] = [(), *self._surgeries]
         """The removals of each model; the dense one is first, and has none."""
         self.is_single = self.architecture.is_quantized or placement.device_map is not None or placement.stream

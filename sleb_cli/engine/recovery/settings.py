@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from sleb_cli.engine.device import CPU, dtype_name, own_free_bytes
-from sleb_cli.engine.forward.placement import Placement, device_of, place_model
+from sleb_cli.engine.device import CPU, choose_device, dtype_name, own_free_bytes
+from sleb_cli.engine.forward.placement import Placement, place_model
 from sleb_cli.engine.forward.streaming import streamed_bytes
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.process_group import ProcessGroup
@@ -19,7 +19,7 @@ from sleb_cli.engine.recovery.heal import choose_budget
 from sleb_cli.engine.recovery.low_rank import trained_numbers
 from sleb_cli.engine.recovery.run import Recovery
 from sleb_cli.engine.recovery.unfinished import Unfinished
-from sleb_cli.engine.surgery.loading import DeviceMap, has_tokenizer, load_tokenizer
+from sleb_cli.engine.surgery.loading import has_tokenizer, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.calibration import (
     REFERENCE_PRESETS,
@@ -37,6 +37,7 @@ from sleb_cli.requests import (
     RECOVERY_SELF_TOKENS,
     RECOVERY_TOKENS,
     ApplyRequest,
+    DeviceMap,
 )
 from sleb_cli.units import format_bytes, plural
 from sleb_plugins import DataError, MachineError, UnsupportedModelError, UsageError
@@ -78,7 +79,7 @@ def resolve_recovery(
             f"{architecture.source.id} is quantized, so its blocks cannot be recovered.",
             hint="Recover the model it was quantized from, and quantize the result.",
         )
-    device = device_of(device_map, request.device)
+    device = choose_device(request.device or AUTO)
     own = dtype or architecture.dtype or torch.float32
     # Values are rounded to what every file can hold, which may be narrower than what the config says.
     written = [dtype] if dtype else architecture.source.weights.float_dtypes
@@ -171,7 +172,7 @@ def _resolve_text(request: ApplyRequest, subject: Subject, *, stream: bool) -> C
     architecture = subject.architecture
     length = request.sequence_length or min(RECOVERY_LENGTH, architecture.longest_sequence or RECOVERY_LENGTH)
     source = request.calibration or _default_source(subject, stream=stream)
-    text = resolve_calibration(replace(request, calibration=source, sequence_length=length), architecture)
+    text = resolve_calibration(architecture, source, request.samples, length, request.seed, request.chat)
     if stream:
         require_given_text(text)
     if not (text.samples_given or text.source in REFERENCE_PRESETS):

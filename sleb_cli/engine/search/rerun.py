@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import zip_longest
 
-from sleb_cli.engine.surgery.subject import place_of_model
+from sleb_cli.engine.door.subject import place_of_model
 from sleb_cli.plan import Plan, names_task_file
 from sleb_cli.records import differences
 from sleb_cli.requests import RerunRequest, SearchRequest

@@ -6,11 +6,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, get_args
+from typing import Any
 
 from sleb_cli.atomic import require_new_file
-from sleb_cli.engine.device import choose_device, parse_dtype
-from sleb_cli.engine.forward.placement import Placement, device_of, place_model, resolve_device_map
+from sleb_cli.engine.device import choose_device
+from sleb_cli.engine.door.machine import require_one_placement
+from sleb_cli.engine.forward.placement import Placement, place_model
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.source import DEMO, locate_model
 from sleb_cli.engine.process_group import ProcessGroup
@@ -19,7 +20,6 @@ from sleb_cli.engine.search.journal import journal_of, recorded
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.strategies import STRATEGIES, Strategy, free_spans, strategy_name
 from sleb_cli.engine.search.targets import SizeTarget, Target, chosen_target, option_of, resolve_target
-from sleb_cli.engine.surgery.fewer_bits import require_fewer_bits
 from sleb_cli.engine.surgery.loading import quiet_libraries
 from sleb_cli.engine.surgery.subject import require_same_code, require_same_model
 from sleb_cli.engine.text.calibration import (
@@ -38,7 +38,6 @@ from sleb_cli.requests import (
     DEFAULT_PROTECTED,
     DEFAULT_SAMPLE_TOKENS,
     DEFAULT_STRATEGY,
-    LoadIn,
     SearchRequest,
     StrategyName,
 )
@@ -52,7 +51,6 @@ from sleb_plugins import (
     PlanError,
     UnsupportedModelError,
     UsageError,
-    WeightMetric,
 )
 from sleb_plugins.errors import did_you_mean
 
@@ -123,7 +121,7 @@ def _resolve(request: SearchRequest, registry: Registry, notify: Notify) -> Reso
     protection = Protection(request.protect_first or 0, request.protect_last or 0, _protected(request, architecture))
     placement = _place(request, metric, architecture, notify)
     # A template's tokens cost most of the loss, and the model never writes them.
-    calibration = replace(resolve_calibration(request, architecture), own_answers=True)
+    calibration = replace(_resolve_text(request, architecture), own_answers=True)
     if placement.stream:
         require_given_text(calibration)
     target = resolve_target(request, architecture, str(request.dtype), notify)
@@ -223,18 +221,10 @@ def _place(request: SearchRequest, metric: Metric, architecture: Architecture, n
 
     Raises:
         UsageError: options contradict each other, or the metric needs more than one block at a time.
-        MachineError: the model is streamed because there is too little memory, and the metric needs more; or a package
-            is missing.
-        UnsupportedModelError: the weights are packed already.
+        MachineError: the model is streamed because there is too little memory, and the metric needs more.
     """
-    device_map = resolve_device_map(request, architecture)
-    device = device_of(device_map, request.device)
-    dtype = str(request.dtype)
-    if request.load_in is not None:
-        require_fewer_bits(architecture)
-        bits = int(request.load_in.removesuffix("bit"))
-        return Placement(device, parse_dtype(dtype, architecture.dtype), device_map=device_map, load_in=bits)
-    placement = place_model(architecture, device, dtype, notify, device_map=device_map, stream=request.stream)
+    device, dtype = choose_device(request.device), str(request.dtype)
+    placement = place_model(architecture, device, dtype, notify, device_map=request.device_map, stream=request.stream)
     if not placement.stream:
         return placement
     error, hint = UsageError if request.stream else MachineError, "Use a machine with more memory, or --device-map."
@@ -244,6 +234,12 @@ def _place(request: SearchRequest, metric: Metric, architecture: Architecture, n
         words = "--target-speedup times the whole model, but the model is streamed block by block."
         raise error(words, hint="Use --ratio.")
     return placement
+
+
+def _resolve_text(request: SearchRequest, architecture: Architecture) -> CalibrationSettings:
+    return resolve_calibration(
+        architecture, request.calibration, request.samples, request.sequence_length, request.seed, request.chat
+    )
 
 
 def can_race(metric: Metric, strategy: StrategyName) -> bool:
@@ -280,26 +276,10 @@ def _require_fitting(request: SearchRequest, metric: Metric, strategy: StrategyN
             f"--extend works with --strategy greedy only, not with {strategy}.",
             hint="Search again for the number of blocks you want.",
         )
-    if request.load_in is not None:
-        _require_packable(request, metric)
-
-
-def _require_packable(request: SearchRequest, metric: Metric) -> None:
-    if request.load_in not in get_args(LoadIn):
-        raise UsageError(f"--load-in {request.load_in} is unknown.", hint=f"Use {' or '.join(get_args(LoadIn))}.")
-    if request.stream:
+    require_one_placement(request)
+    if request.device_map is not None and request.target_speedup is not None:
         raise UsageError(
-            "--load-in and --stream cannot be combined: each runs a model that does not fit.",
-            hint="Use one of them: --stream keeps the weights as they are.",
-        )
-    if isinstance(metric, WeightMetric):
-        raise UsageError(
-            f"{metric.name} reads the weights, but --load-in packs them.",
-            hint="Leave out --load-in, or use a metric of what the model computes, such as nll.",
-        )
-    if request.target_speedup is not None:
-        raise UsageError(
-            "--target-speedup times the model as it will run, but --load-in packs its weights.",
+            "--target-speedup times the whole model on one device, but --device-map spreads it out.",
             hint="Use another target, such as --ratio.",
         )
 
@@ -355,7 +335,7 @@ def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
                 f"The plan's metric is {search.metric}, and a task file may run code.",
                 hint=f"If you trust that file, name it yourself: --metric {shlex.quote(search.metric)}.",
             )
-        of_search = {*values, "fast", "protect", "load_in"} - {"seed"}
+        of_search = {*values, "fast", "protect"} - {"seed"}
         values = {name: getattr(search, name) for name in of_search}
         values |= {name: getattr(text, name) for name in ("chat", "seed", "sequence_length")}
         values["calibration"] = text.source

@@ -106,7 +106,7 @@ def _require_continuation(resolved: ResolvedSearch, calibration: Calibration) ->
     plan, request = resolved.extended, resolved.request
     if plan is None:
         return
-    names = ("metric", "strategy", "protect_first", "protect_last", "fast", "holdout", "load_in")
+    names = ("metric", "strategy", "protect_first", "protect_last", "fast", "holdout")
     found: dict[str, Any] = {name: getattr(request, name) for name in names}
     found |= {"dtype": dtype_name(resolved.placement.dtype), "protect": resolved.removable.protection.blocks}
     expected = {name: getattr(plan.search, name) for name in found}
@@ -204,7 +204,6 @@ def _search_record(
         protect=protection.blocks,
         dtype=dtype_name(placement.dtype),
         device=placement.device.type,
-        load_in=request.load_in,
         batch_size=passes.budget.sequences,
         fast=bool(request.fast),
         holdout=request.holdout or 0.0,

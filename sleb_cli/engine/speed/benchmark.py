@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from sleb_cli.engine.device import choose_device, free_bytes, free_memory
+from sleb_cli.engine.door.subject import sizes
 from sleb_cli.engine.environment import cpu_governor, processor_name
 from sleb_cli.engine.forward.placement import Placement, choose_dtype
 from sleb_cli.engine.forward.streaming import weight_bytes
@@ -105,7 +106,7 @@ def resolve_benchmark(
     needed = partial(weight_bytes, architecture)
     place = Placement(device, choose_dtype(architecture, dtype, device, needed, free_bytes, notify))  # it runs alone
     least = engine.least_new_tokens if engine else 0
-    return place, resolve_workloads(request, subject, device, notify, least), subject.sizes(request)
+    return place, resolve_workloads(request, subject, device, notify, least), sizes(subject, request)
 
 
 @contextmanager

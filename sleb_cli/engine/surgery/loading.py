@@ -19,7 +19,6 @@ from sleb_cli.engine.device import dtype_name, translate_out_of_memory
 from sleb_cli.engine.files.cache import scratch_in_cache
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.source import ModelSource
-from sleb_cli.engine.surgery.fewer_bits import fewer_bits
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.third_party import translate_transformers_errors
 from sleb_cli.events import Notify, task
@@ -69,11 +68,8 @@ def load_dense(
     notify: Notify,
     *,
     device_map: DeviceMap | None = None,
-    load_in: int | None = None,
 ) -> Any:
     """Load the dense model, its weights straight to the device, or to the places that a device map names.
-
-    With `load_in`, they are quantized to that number of bits.
 
     Raises:
         ModelError: the weights do not fit the config, or cannot be read.
@@ -91,7 +87,6 @@ def load_dense(
             dtype=dtype,
             trust_remote_code=source.trust_remote_code,
             ignore_mismatched_sizes=True,
-            **({} if load_in is None else {"quantization_config": fewer_bits(load_in, dtype)}),
         )
         return _ready(model, info, architecture, device)
 

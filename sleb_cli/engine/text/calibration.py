@@ -50,7 +50,6 @@ from sleb_cli.requests import (
     DEMO_CALIBRATION,
     DEMO_LENGTH,
     DEMO_SAMPLES,
-    CalibrationRequest,
     Chat,
 )
 from sleb_plugins import UsageError
@@ -147,8 +146,15 @@ Rows = tuple[Tensor, Tensor | None]
 """Sequences of one source, and their loss mask (None: all tokens count)."""
 
 
-def resolve_calibration(request: CalibrationRequest, architecture: Architecture) -> CalibrationSettings:
-    """Fill unset options with the defaults.
+def resolve_calibration(
+    architecture: Architecture,
+    source: str | None = None,
+    samples: int | None = None,
+    sequence_length: int | None = None,
+    seed: int | None = None,
+    chat: Chat | None = None,
+) -> CalibrationSettings:
+    """Return the settings with these values, or with the defaults where they are None.
 
     Raises:
         DataError: prompts that the model is to answer are missing.
@@ -156,8 +162,8 @@ def resolve_calibration(request: CalibrationRequest, architecture: Architecture)
             holds conversations although some are to count.
     """
     is_demo = architecture.source.id == DEMO
-    source = request.calibration or (DEMO_CALIBRATION if is_demo else DEFAULT_CALIBRATION)
-    shares, chat = parse_mixture(source), request.chat
+    source = source or (DEMO_CALIBRATION if is_demo else DEFAULT_CALIBRATION)
+    shares = parse_mixture(source)
     if chat is not None and not any(map(holds_conversations, shares)):
         raise UsageError(
             f"{source} is plain text, but --chat needs conversations.",
@@ -173,13 +179,11 @@ def resolve_calibration(request: CalibrationRequest, architecture: Architecture)
     settings = CalibrationSettings(
         source=source,
         shares=shares,
-        samples=request.samples or default,
-        sequence_length=choose_length(
-            request.sequence_length, architecture, DEMO_LENGTH if is_demo else DEFAULT_LENGTH
-        ),
-        seed=request.seed or 0,
+        samples=samples or default,
+        sequence_length=choose_length(sequence_length, architecture, DEMO_LENGTH if is_demo else DEFAULT_LENGTH),
+        seed=seed or 0,
         chat=chat,
-        samples_given=request.samples is not None,
+        samples_given=samples is not None,
         writer=architecture.source.behavior,
     )
     if len(shares) > 1:
