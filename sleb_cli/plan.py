@@ -103,11 +103,6 @@ def public_name(source: str) -> str:
     return without_folders(place) + colon + rest
 
 
-def names_task_file(named: str) -> bool:
-    """Whether a metric or a target names a task file, which can name Python code."""
-    return re.search(r"\.ya?ml(?=[:+]|$)", named) is not None
-
-
 class ServingRecord(Record):
     """How the model will be served, for a memory target; the KV cache holds one sequence of `length` tokens."""
 
@@ -507,21 +502,9 @@ class Plan(VersionedRecord):
     def published(self) -> Plan:
         """Return the plan as a checkpoint holds it: with the names of local models and texts, but not their folders."""
         model = self.model.model_copy(update={"id": without_folders(self.model.id)})
-        terms = {_metric_without_folders(name): record for name, record in self.search.metrics.items()}
-        target = self.search.target
-        target = target and target.model_copy(update={"asked": target.asked.rpartition("/")[2]})  # it may name a file
-        search = self.search.model_copy(
-            update={"metric": _metric_without_folders(self.search.metric), "metrics": terms, "target": target}
-        )
         calibration = _without_folders(self.calibration)
         recovery = self.recovery and self.recovery.published()
-        named = {"model": model, "search": search, "calibration": calibration, "recovery": recovery}
-        return self.model_copy(update=named)
-
-
-def _metric_without_folders(name: str) -> str:
-    """Return a metric's name in which a task of the user's own is its file alone: not task:/home/jane/my.yaml:500."""
-    return re.sub(r"(?<=:)[^:]*/", "", name)
+        return self.model_copy(update={"model": model, "calibration": calibration, "recovery": recovery})
 
 
 def _without_folders(text: CalibrationRecord) -> CalibrationRecord:

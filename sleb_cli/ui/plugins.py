@@ -41,7 +41,7 @@ def _offers(registry: Registry) -> list[dict[str, str]]:
 
 
 def _usage(offer: dict[str, str]) -> str:
-    """Return the name with its argument, if it takes one: random[:SEED], task:TASK."""
+    """Return the name with its argument, if it takes one: random[:SEED]."""
     name, argument = offer["name"], offer["argument"]
     if argument.startswith("["):
         return f"{name}[:{argument[1:]}"

@@ -337,8 +337,6 @@ def test_what_a_text_says_is_never_markup(report):
 
 def test_local_folders_stay_private(exported, tmp_path):
     plan = make_plan(8, 2, name="/home/jane/models/mine", text="/home/jane/texts/diary.txt")
-    search = plan.search.model_copy(update={"metric": "task:/home/jane/tasks/own.yaml:50"})
-    plan = plan.model_copy(update={"search": search})
     evaluation = make_evaluation(plan, items=40, texts=("/home/jane/texts/other.txt",))
     write_measured(tmp_path, plan, evaluation=evaluation)
     for name in ("report", "summary"):

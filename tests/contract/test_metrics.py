@@ -1,19 +1,15 @@
 """All four kinds of metric, in a real search, against arithmetic of our own."""
 
 import math
-import random
-from pathlib import Path
 
-import lm_eval
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import sleb_plugins as sleb
-from conftest import WORDS, calibration, calibration_sequences, save_model, write_task
+from conftest import calibration, calibration_sequences, save_model
 from families import tiny_config
-from reference import log_likelihood
 from sleb_cli.plan import read_plan
 from sleb_plugins import UsageError, metrics
 from sleb_plugins.metrics.magnitude import Magnitude
@@ -190,57 +186,15 @@ def test_a_sum_of_logit_metrics_races(found):
         ("nll+kll", 2, "Unknown metric 'kll'"),
         ("nll:3", 2, "'nll' takes no argument, but '3' was given"),
         ("random:x", 2, "The seed of random:x is not a whole number"),
-        ("task", 2, "The metric 'task' needs an argument"),
-        ("task:piqa:0", 2, "asks for '0' items"),
-        ("task:piqqa", 5, "lm-eval has no task 'piqqa'"),
-        ("task:gone.yaml", 5, "The task file gone.yaml cannot be read"),
-        ("task:items.yaml", 5, "names no task"),
         ("nothing", 6, "'nothing' returned None"),
         ("one-for-all", 6, "'one-for-all' returned scores of shape"),
     ],
 )
 def test_a_metric_that_cannot_be_is_refused_in_time(search, tmp_path, monkeypatch, text, code, message):
-    # To say that it has no such task, lm-eval reads all of them, which takes ten seconds.
-    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(Path(lm_eval.__file__).parent / "tasks/piqa/none"))
-    (tmp_path / "items.yaml").write_text("dataset_path: json\n")
     result = search(text, code=code)
     assert message in result.stderr
     assert ("tiny-llama …" in result.stderr) == (code == 6)  # only what a metric returns takes a model
     assert not (tmp_path / "plan.json").exists()
-
-
-class TestTask:
-    @pytest.fixture(autouse=True)
-    def _task(self, tmp_path):
-        """Twelve items, of two answers each, of which the longer is right."""
-        rng, answers = random.Random(0), ["mill", "river bridge"]
-        self.items = [{"q": " ".join(rng.choices(WORDS, k=4)), "choices": answers, "gold": 1} for _ in range(12)]
-        write_task(tmp_path, "mine", self.items, metric_list=[{"metric": "acc"}, {"metric": "acc_norm"}])
-
-    def test_it_is_the_share_of_items_that_are_wrong(self, search, model, tiny_llama, tmp_path):
-        result, plan = search("task:mine.yaml:9", "--remove", 1), read_plan(tmp_path / "plan.json")
-        assert (plan.search.metric, plan.search.engine) == ("task:mine.yaml:9", "model")
-        assert "%|" not in result.stderr
-        assert set(plan.steps[0].scores) == {1, 2, 3, 4}
-        tokenizer, layers = AutoTokenizer.from_pretrained(tiny_llama), list(model.model.layers)
-        for block, score in plan.steps[0].scores.items():
-            model.model.layers = nn.ModuleList(layers[:block] + layers[block + 1 :])
-            likelihoods = [
-                [log_likelihood(model, tokenizer, item["q"], f" {answer}") / len(answer) for answer in item["choices"]]
-                for item in self.items[:9]
-            ]
-            assert score == pytest.approx(sum(right <= wrong for wrong, right in likelihoods) / 9)
-
-    def test_a_search_on_other_items_is_not_resumed(self, search, tmp_path, monkeypatch):
-        monkeypatch.setattr("sleb_cli.engine.search.journal.delete_journal", lambda *of: None)
-        search("task:mine.yaml:3", "--remove", 1)
-        items = (tmp_path / "mine.jsonl").read_text().splitlines()
-        # An item that is not run may change.
-        for number, code, said in ((0, 3, "task:mine.yaml:3.fingerprint: "), (-1, 0, "Continuing with")):
-            changed = [*items]
-            changed[number] = items[number].replace('"gold": 1', '"gold": 0')
-            (tmp_path / "mine.jsonl").write_text("\n".join(changed) + "\n")
-            assert said in search("task:mine.yaml:3", "--remove", 1, "--resume", code=code).stderr
 
 
 def test_a_bug_of_a_metric_is_not_blamed_on_the_model(run_sleb, tmp_path, text_file):

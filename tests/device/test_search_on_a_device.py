@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from conftest import calibration, save_model, write_task
+from conftest import calibration, save_model
 from families import tiny_config
 from sleb_cli.engine.forward import passes
 
@@ -14,7 +14,6 @@ SEARCHES = {
     "cosine": ("--metric", "cosine"),
     "taylor": ("--metric", "taylor"),
     "magnitude": ("--metric", "magnitude"),
-    "a task": ("--metric", "task:tales.yaml:2"),
     "held out, fast": ("--holdout", 0.25, "--fast", "--batch-size", 1),
     "own text": ("--calibration", "self:0.5,prose.txt:0.5"),
     "a sample": ("--sample-tokens", 6),
@@ -28,8 +27,6 @@ SEARCHES = {
 def plan_of(search, tmp_path, text_file):
     """Search with nothing on stderr, and return the plan."""
     (tmp_path / "prose.txt").symlink_to(text_file)
-    rows = [{"q": f"the river {i}", "choices": [" stone bridge", " town"], "gold": i % 2} for i in range(8)]
-    write_task(tmp_path, "tales", rows)
 
     def run_search(*options):
         result, plan = search(*options, "-q")

@@ -151,7 +151,7 @@ def elsewhere(plan):
     return {
         "sleb_version": f"{place}/version",
         "calibration": plan["calibration"] | {"source": f"{place}/text.txt"},
-        "search": plan["search"] | {"metric": f"task:{place}/task.yaml", "device": place},
+        "search": plan["search"] | {"device": place},
         "environment": plan["environment"] | {"plugins": {f"{place}/plugin.py": place}},
         "model": plan["model"] | {"family": f"{place}/family.py", "revision": None},
     }

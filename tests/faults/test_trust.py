@@ -156,16 +156,6 @@ def test_a_config_names_no_compiled_code(sleb, tmp_path, key):
             assert "evil/kernel" in sleb("apply", folder, "--blocks", 1, code=4).stderr
 
 
-@pytest.mark.parametrize("metric", ["task:task.yaml", "task:{}/task.yaml:5", "0.5*task:task.yml:5+nll"])
-def test_a_plan_names_no_code(sleb, tiny_llama, llama_plan, tmp_path, metric):
-    (tmp_path / "task.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\ndef f(doc):\n    return ''\n")
-    (tmp_path / "task.yaml").write_text("task: mine\ndataset_path: json\ndoc_to_text: !function task.f\n")
-    search = json.loads(llama_plan.read_text())["search"]
-    edit_json(llama_plan, search=search | {"metric": metric.format(tmp_path), "metrics": {}})
-    assert "task" in sleb("search", tiny_llama, "--extend", llama_plan, "--remove", 3, code=3).stderr
-    assert not (tmp_path / "canary").exists()
-
-
 @pytest.mark.parametrize("revision", ["main", "../../../x", "a" * 39, "refs/pr/1", "A" * 40, "a" * 40 + "\n"])
 def test_a_plan_names_a_commit(sleb, llama_plan, revision):
     edit_json(llama_plan, model=json.loads(llama_plan.read_text())["model"] | {"revision": revision})

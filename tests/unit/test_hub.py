@@ -84,10 +84,6 @@ def test_a_data_set_in_the_cache_needs_no_hub(why, tmp_path, monkeypatch):
     [
         (("org/name",), 4, "org/name is neither a local folder nor in the cache, and"),
         (("MODEL", "--calibration", "c4"), 5, "cannot be loaded: not in the cache, and"),
-        pytest.param(
-            ("MODEL", "--metric", "task:piqa"), 5, "The data of piqa cannot be loaded: not in the cache, and",
-            marks=pytest.mark.slow,
-        ),
     ],
 )  # fmt: skip
 def test_one_sentence_and_no_retries(why, run_sleb, tiny_llama, text_file, options, code, message):

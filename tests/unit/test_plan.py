@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from sleb_cli.plan import LossesRecord, RecoveryRecord, TargetRecord, read_plan
+from sleb_cli.plan import LossesRecord, RecoveryRecord, read_plan
 from sleb_plugins import PlanError
 
 
@@ -46,19 +46,6 @@ def test_a_title_has_no_folder_of_this_machine(llama_plan, source, title):
     assert {text.title, *(each.source for each in texts)} == {title}
     assert published.model.id == "tiny-llama"
     assert published.calibration.title == title
-
-
-def test_a_published_metric_and_target_have_no_folder_of_this_machine(llama_plan):
-    plan, metric = read_plan(llama_plan), "nll+0.5*task:/a/b.yaml+task:../c/d.yaml:9"
-    target = TargetRecord(name="max_perplexity_ratio", asked="1.1", limit=1.1, dense=0, reached=0)
-    of_terms = {
-        "target": target,
-        "metric": metric,
-        "metrics": dict.fromkeys(metric.split("+"), plan.search.metrics["nll"]),
-    }
-    published = plan.model_copy(update={"search": plan.search.model_copy(update=of_terms)}).published()
-    assert published.search.metric == "nll+0.5*task:b.yaml+task:d.yaml:9"
-    assert list(published.search.metrics) == published.search.metric.split("+")
 
 
 INVALID = {

@@ -135,7 +135,7 @@ def _request_for(request: SearchRequest, metric: str, strategy: StrategyName, re
 
 def _plan_path(output: Path, metric: str, strategy: str) -> Path:
     """Return the plan path that names the journal of one search; no plan is written there."""
-    name = re.sub(r"[^\w.+@-]", "-", f"{metric}@{strategy}")  # task:piqa
+    name = re.sub(r"[^\w.+@-]", "-", f"{metric}@{strategy}")
     return output.parent / f"{output.name}.{name}"
 
 

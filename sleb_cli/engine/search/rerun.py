@@ -6,26 +6,19 @@ from collections.abc import Iterator
 from itertools import zip_longest
 
 from sleb_cli.engine.door.subject import place_of_model
-from sleb_cli.plan import Plan, names_task_file
+from sleb_cli.plan import Plan
 from sleb_cli.records import differences
 from sleb_cli.requests import RerunRequest, SearchRequest
 from sleb_cli.results import RerunResult
 from sleb_cli.version import __version__
-from sleb_plugins import PlanError
 
 
 def request_of(plan: Plan, request: RerunRequest) -> SearchRequest:
     """Return the request of a plan's search.
 
     Raises:
-        PlanError: it does not say where its model is, or its metric or target names a task file, which may run code.
+        PlanError: it does not say where its model is.
     """
-    target = plan.search.target
-    if named := [name for name in (plan.search.metric, target.asked if target else "") if names_task_file(name)]:
-        raise PlanError(
-            f"{request.plan} was searched with {named[0]}, and a task file may run code.",
-            hint="If you trust that file, search again with it; `sleb export --to summary` prints the other options.",
-        )
     model, revision = place_of_model(request.plan, plan, request.model, None)
     values = {name: value for name, value in plan.asked.items() if value is not None} | {"revision": revision}
     return SearchRequest(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -29,7 +28,7 @@ from sleb_cli.engine.text.calibration import (
     resolve_calibration,
 )
 from sleb_cli.events import Notice, Notify
-from sleb_cli.plan import MetricRecord, Plan, names_task_file, read_plan
+from sleb_cli.plan import MetricRecord, Plan, read_plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.processes import is_main_process
 from sleb_cli.requests import (
@@ -42,16 +41,7 @@ from sleb_cli.requests import (
     StrategyName,
 )
 from sleb_cli.units import parse_bytes, plural
-from sleb_plugins import (
-    LogitMetric,
-    MachineError,
-    Metric,
-    ModelMetric,
-    OutputError,
-    PlanError,
-    UnsupportedModelError,
-    UsageError,
-)
+from sleb_plugins import LogitMetric, MachineError, Metric, ModelMetric, OutputError, UnsupportedModelError, UsageError
 from sleb_plugins.errors import did_you_mean
 
 
@@ -311,11 +301,7 @@ def _protected(request: SearchRequest, architecture: Architecture) -> tuple[int,
 
 
 def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
-    """Fill unset options from the extended plan, or from the defaults.
-
-    Raises:
-        PlanError: the plan names a task file to be loaded, which can name Python code, which would run.
-    """
+    """Fill unset options from the extended plan, or from the defaults."""
     # What free memory decides stays as it was.
     before = recorded(journal_of(request.plan_file), {"dtype": str, "batch_size": int}) if request.resume else {}
     values: dict[str, Any] = {
@@ -330,11 +316,6 @@ def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
     }
     if extended is not None:
         search, text = extended.search, extended.calibration
-        if request.metric is None and names_task_file(search.metric):
-            raise PlanError(
-                f"The plan's metric is {search.metric}, and a task file may run code.",
-                hint=f"If you trust that file, name it yourself: --metric {shlex.quote(search.metric)}.",
-            )
         of_search = {*values, "fast", "protect"} - {"seed"}
         values = {name: getattr(search, name) for name in of_search}
         values |= {name: getattr(text, name) for name in ("chat", "seed", "sequence_length")}
