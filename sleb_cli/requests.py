@@ -472,11 +472,6 @@ class EvalRequest(SizesRequest):
         default="all, or the text's protocol",
         least=1,
     )
-    stride: int | None = option(
-        "Tokens between the starts of perplexity windows; overlapping windows give more context.",
-        _QUALITY,
-        default="the window's length",
-    )
     bos: bool = option("Begin every perplexity window with the BOS token.", _QUALITY, unset=False)
     batch_size: str | int = option(
         "Text windows or task requests per forward pass; auto suits the device.", _QUALITY, unset=AUTO

@@ -122,17 +122,9 @@ Bos = Literal["none", "text", "windows"]
 
 
 class TextScores(Record):
-    """How well a model predicts a text; `losses` has the mean of each window, in nats per token.
-
-    `word_perplexity` and `byte_perplexity` are null if the counted tokens hold no word or byte. `calibration_error` is
-    the expected calibration error of its first choices, from 0 to 1.
-    """
+    """How well a model predicts a text; `losses` has the mean of each window, in nats per token."""
 
     perplexity: Perplexity
-    word_perplexity: float | None
-    byte_perplexity: float | None
-    bits_per_byte: float | None
-    calibration_error: float
     losses: tuple[float, ...]
 
 
@@ -173,20 +165,17 @@ ClusteredBy = Literal["documents", "windows", "conversations"]
 
 
 class TextResult(Record):
-    """One text on the dense and each pruned model. Windows overlap if `stride` is set, and each token counts once.
+    """One text on the dense and each pruned model.
 
-    `tokens`, `words` and `bytes` count what is predicted. `clusters` counts the observations behind each standard
-    error, which are `clustered_by` documents or windows, or by conversations, of which only the answers are predicted.
+    `tokens` counts what is predicted, and `clusters` the observations behind each standard error, which are
+    `clustered_by` documents or windows, or by conversations, of which only the answers are predicted.
     """
 
     text: str
     windows: int
     sequence_length: int
-    stride: int | None
     bos: Bos
     tokens: int
-    words: int
-    bytes: int
     clusters: int
     clustered_by: ClusteredBy
     tokens_sha256: str
@@ -196,7 +185,7 @@ class TextResult(Record):
     @property
     def key(self) -> tuple[Any, ...]:
         """What makes two results of a text comparable."""
-        return (self.text, self.sequence_length, self.stride, self.bos, self.tokens_sha256)
+        return (self.text, self.sequence_length, self.bos, self.tokens_sha256)
 
 
 class TaskScores(Record):

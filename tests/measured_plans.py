@@ -128,12 +128,7 @@ def _text(name: str, sizes: tuple[tuple[int, ...], ...], seed: int) -> TextResul
     windows = [2.7 + rng.uniform(0, 0.6) + rng.gauss(0, 0.3) for _ in range(24)]
 
     def scores(losses: list[float]) -> dict[str, object]:
-        mean = statistics.fmean(losses)
-        return {
-            "perplexity": math.exp(mean), "word_perplexity": math.exp(mean * 1.3),
-            "byte_perplexity": math.exp(mean / 4), "bits_per_byte": mean / 4 / math.log(2),
-            "calibration_error": 0.01 + mean / 100, "losses": tuple(losses),
-        }  # fmt: skip
+        return {"perplexity": math.exp(statistics.fmean(losses)), "losses": tuple(losses)}
 
     def pruned(removals: tuple[int, ...]) -> PrunedTextScores:
         rise = 0.035 * len(removals) ** 1.25
@@ -148,8 +143,8 @@ def _text(name: str, sizes: tuple[tuple[int, ...], ...], seed: int) -> TextResul
         )  # fmt: skip
 
     return TextResult(
-        text=name, windows=24, sequence_length=2048, stride=None, bos="none", tokens=24 * 2047, words=38000,
-        bytes=195000, clusters=24, clustered_by="windows", tokens_sha256=SHA, dense=TextScores(**scores(windows)),
+        text=name, windows=24, sequence_length=2048, bos="none", tokens=24 * 2047,
+        clusters=24, clustered_by="windows", tokens_sha256=SHA, dense=TextScores(**scores(windows)),
         pruned=tuple(map(pruned, sizes)),
     )  # fmt: skip
 

@@ -14,7 +14,6 @@ from sleb_cli.tables.quality import items_of, task_settings
 from sleb_cli.tables.speed import workload_name
 from sleb_plugins.exporter import Exporter, Pruning
 
-_SCORES = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "calibration_error")
 _DIVERGENCES = ("mean", "median", "p90", "p99", "maximum", "same_top", "accepted")
 _TIMES = ("output_throughput", "total_token_throughput", "median_ttft_ms", "median_tpot_ms", "median_e2el_ms")
 _SIZES = ("blocks", "parameters", "weights_bytes", "load_seconds")
@@ -81,7 +80,7 @@ def _rows(findings: Findings) -> Iterator[Row]:
 def _texts(findings: Findings) -> Iterator[Row]:
     for name, text in zip(findings.text_names, findings.texts, strict=True):
         for removals, scores in _models(text):
-            yield from _figures("text", name, removals, scores, _SCORES)
+            yield from _figures("text", name, removals, scores, ["perplexity"])
             if removals:
                 yield _row("text", name, removals, "log_ratio", scores.log_ratio, scores.interval)
                 yield from _figures("text", name, removals, scores.divergence, _DIVERGENCES, "divergence_")

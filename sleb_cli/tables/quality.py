@@ -22,9 +22,8 @@ def perplexity_change(scores: PrunedTextScores) -> tuple[float, Interval | None]
 
 
 def windows_of(text: TextResult) -> str:
-    """Return how a text was cut: 24 windows of 2048 tokens, stride 512."""
-    stride = f", stride {text.stride}" if text.stride else ""
-    return f"{text.windows} windows of {text.sequence_length} tokens{stride}"
+    """Return how a text was cut: 24 windows of 2048 tokens."""
+    return f"{text.windows} windows of {text.sequence_length} tokens"
 
 
 def text_names(
@@ -33,8 +32,8 @@ def text_names(
     """Return the name of each text, with what tells it from others of the same name, and further remarks."""
     tells = [
         (
-            f"windows of {text.sequence_length:,}", f"stride {text.stride:,}" if text.stride else "", _BOS[text.bos],
-            f"{text.windows:,} of them", f"tokens {text.tokens_sha256[:8]}",
+            f"windows of {text.sequence_length:,}", _BOS[text.bos], f"{text.windows:,} of them",
+            f"tokens {text.tokens_sha256[:8]}",
         )
         for text in texts
     ]  # fmt: skip
@@ -81,18 +80,15 @@ def perplexities(scored: Iterable[Scored], title: str = "Perplexity") -> Table:
     """Return the perplexity of each text on each model."""
     columns: Columns = [
         ("text", str), ("model", str), ("perplexity", format_perplexity), ("change", format_change),
-        ("95%", partial(between, form=format_change)), ("per word", format_perplexity),
-        ("bits/byte", "{:.3f}".format), ("ECE", "{:.3f}".format),
+        ("95%", partial(between, form=format_change)),
     ]  # fmt: skip
     rows = []
     for _, name, model, scores in scored:
         change = perplexity_change(scores) if isinstance(scores, PrunedTextScores) else (None, None)
-        others = scores.word_perplexity, scores.bits_per_byte, scores.calibration_error
-        rows.append([name, model, scores.perplexity, *change, *others])
-    notes = ["ECE: expected calibration error."]
-    if any(row[3] is not None for row in rows):
-        notes = [f"95%: interval of the change; both models read the same tokens. {notes[0]}"]
-    return tabulate(title, columns, rows, notes, ["per word", "ECE", "bits/byte"])
+        rows.append([name, model, scores.perplexity, *change])
+    compared = any(row[3] is not None for row in rows)
+    notes = ["95%: interval of the change; both models read the same tokens."] * compared
+    return tabulate(title, columns, rows, notes)
 
 
 def divergences(scored: Iterable[Scored]) -> Table:

@@ -154,8 +154,7 @@ def test_perplexity_of_conversations_is_that_of_their_answers(sleb, chatty, tmp_
         losses = -model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     assert text["dense"]["perplexity"] == pytest.approx(losses[mask[:, 1:]].mean().exp().item(), rel=1e-4)
     assert (text["tokens"], text["clustered_by"]) == (int(mask[:, 1:].sum()), "conversations")
-    for words in (["--stride", 8], ["--bos"]):
-        assert f"{words[0]} does not apply to conversations" in sleb(*evaluate, *words, code=2).stderr
+    assert "--bos does not apply to conversations" in sleb(*evaluate, "--bos", code=2).stderr
     data_set = tmp_path / "org" / "talks"
     data_set.mkdir(parents=True)
     shutil.copy("talks.jsonl", data_set / "test.jsonl")

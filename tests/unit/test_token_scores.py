@@ -9,12 +9,7 @@ from torch.nn.functional import kl_div, nll_loss
 from conftest import llama_config, random_model
 from sleb_cli.engine.forward.predictions import predict
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.quality.token_scores import (
-    divergence_record,
-    expected_calibration_error,
-    score_tokens,
-    window_losses,
-)
+from sleb_cli.engine.quality.token_scores import divergence_record, score_tokens, window_losses
 
 IDS = torch.randint(320, (3, 20), generator=torch.Generator().manual_seed(0))
 
@@ -33,8 +28,6 @@ def test_each_score_is_that_of_whole_logits(scored):
     (p, q), *scores = scored
     for log_p, found in zip((p, q), scores, strict=True):
         torch.testing.assert_close(found["nll"], -log_p.gather(-1, IDS[:, 1:, None])[..., 0])
-        torch.testing.assert_close(found["confidence"], log_p.exp().amax(-1))
-        assert torch.equal(found["right"], log_p.argmax(-1) == IDS[:, 1:])
     torch.testing.assert_close(scores[1]["divergence"], kl_div(q, p, log_target=True, reduction="none").sum(-1))
     assert torch.equal(scores[1]["same_top"], p.argmax(-1) == q.argmax(-1))
     # Half of what two distributions differ by is what neither has of the other.
@@ -68,17 +61,3 @@ def test_the_divergence_is_summarized_over_the_counted_tokens(scored):
     # Three observations of equal size: the ordinary standard error of three means.
     means = pruned["divergence"].double().mean(1)
     assert found.standard_error == pytest.approx(float(means.std() / math.sqrt(3)))
-
-
-def test_calibration_error_of_known_confidences():
-    def scores(confidence, right):
-        return {"confidence": torch.tensor([confidence]), "right": torch.tensor([right])}
-
-    everything = torch.ones(1, 4, dtype=torch.bool)
-    assert expected_calibration_error(scores([0.5] * 4, [True, False] * 2), everything) == 0
-    assert expected_calibration_error(scores([1.0] * 4, [False] * 4), everything) == 1
-    # Two bins: off by 0.1 and by 0.3, half of the tokens each.
-    mixed = scores([0.9, 0.9, 0.2, 0.2], [True, True, True, False])
-    assert expected_calibration_error(mixed, everything) == pytest.approx(0.5 * 0.1 + 0.5 * 0.3)
-    half = torch.tensor([[True, True, False, False]])
-    assert expected_calibration_error(mixed, half) == pytest.approx(0.1)

@@ -209,7 +209,6 @@ def _command(row: Row) -> list[str]:
     match row.measured:
         case TextResult() as text:
             cut = ["--sequence-length", str(text.sequence_length), "--max-windows", str(text.windows)]
-            cut += ["--stride", str(text.stride)] if text.stride else []
             cut += ["--bos"] if text.bos == "windows" else []
             return ["sleb", "eval", HERE, *cut, *options, "--perplexity", public_name(text.text)]
         case TaskResult() as task:

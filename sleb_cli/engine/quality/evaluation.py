@@ -121,13 +121,10 @@ def read_evaluation_text(
     text = evaluation_text(name, length)
     if text.conversations:
         require_template(tokenizer, name)
-        for option, value in (("--stride", request.stride), ("--bos", request.bos)):
-            if value:
-                raise UsageError(
-                    f"{option} does not apply to conversations, as in {name}.", hint=f"Leave out {option}."
-                )
+        if request.bos:
+            raise UsageError(f"--bos does not apply to conversations, as in {name}.", hint="Leave out --bos.")
         return cut_answers(tokenizer, text, length, request.max_windows)
-    return cut_for_evaluation(tokenizer, text, length, bos=request.bos, stride=request.stride, most=request.max_windows)
+    return cut_for_evaluation(tokenizer, text, length, bos=request.bos, most=request.max_windows)
 
 
 def _run_tasks(

@@ -20,15 +20,7 @@ from sleb_cli.engine.forward.predictions import Logits, Predictions, predict, pr
 from sleb_cli.engine.forward.skipping import SkippableModel, sequences_fit
 from sleb_cli.engine.process_group import deal
 from sleb_cli.engine.quality.models import Models
-from sleb_cli.engine.quality.token_scores import (
-    FORMAT,
-    Scores,
-    divergence_record,
-    expected_calibration_error,
-    joined,
-    score_tokens,
-    window_losses,
-)
+from sleb_cli.engine.quality.token_scores import FORMAT, Scores, divergence_record, joined, score_tokens, window_losses
 from sleb_cli.engine.statistics import clustered_mean
 from sleb_cli.engine.text.windows import EvaluationWindows, tokens_sha256
 from sleb_cli.events import Notice, task
@@ -71,11 +63,8 @@ def measure_text(windows: EvaluationWindows, models: Models, batch_size: int | N
         text=windows.text.source,
         windows=len(windows.ids),
         sequence_length=windows.ids.shape[1],
-        stride=windows.stride,
         bos=windows.bos,
         tokens=int(counted.sum()),
-        words=windows.words,
-        bytes=windows.bytes,
         clusters=len(set(clusters[counted].tolist())),
         clustered_by=windows.clustered_by,
         tokens_sha256=tokens_sha256(windows.ids),
@@ -90,19 +79,7 @@ def _summary(scores: Scores, windows: EvaluationWindows, removals: tuple[int, ..
     if not math.isfinite(loss) or loss > math.log(1e300):
         what = "dense model" if not removals else f"model without blocks {', '.join(map(str, removals))}"
         raise ModelError(f"The loss of the {what} on {windows.text.source} is {loss}.", hint="Try --dtype float32.")
-    total = loss * int(counted.sum())
-
-    def perplexity_per(units: int) -> float | None:
-        return math.exp(total / units) if units and total / units < math.log(1e300) else None
-
-    return {
-        "perplexity": math.exp(loss),
-        "word_perplexity": perplexity_per(windows.words),
-        "byte_perplexity": perplexity_per(windows.bytes),
-        "bits_per_byte": total / windows.bytes / math.log(2) if windows.bytes else None,
-        "calibration_error": expected_calibration_error(scores, counted),
-        "losses": window_losses(scores, counted),
-    }
+    return {"perplexity": math.exp(loss), "losses": window_losses(scores, counted)}
 
 
 _Found = dict[tuple[int, ...], Scores | None]

@@ -14,7 +14,6 @@ from sleb_cli.engine.forward.predictions import Logits
 from sleb_cli.engine.statistics import clustered_mean
 from sleb_cli.results import DivergenceRecord
 
-CALIBRATION_BINS = 15
 LEAST_LOG_PROBABILITY = -1e4
 
 FORMAT = 2
@@ -24,8 +23,6 @@ Scores = Mapping[str, Tensor]
 """One value for each prediction, by name; all tensors are [windows, positions] on the CPU.
 
 - `nll`: the negative log-likelihood of the right token, in nats.
-- `confidence`: the probability of the first choice.
-- `right`: whether the first choice is the right token.
 - `divergence`: KL(dense || this model), in nats; not of the dense model.
 - `same_top`: whether the first choice is the dense model's; not of the dense model.
 - `accepted`: the probability that the dense model keeps a token that this one drafts; not of the dense model.
@@ -58,17 +55,19 @@ def _score_rows(logits: Sequence[Tensor], targets: Tensor) -> Iterator[Scores]:
     """Score logits, [rows, vocabulary], of the dense model and the others; yield them in that order."""
     log_p = _log_probabilities(logits[0])
     dense_best = log_p.argmax(-1)
-    yield _scores(log_p, dense_best, targets)
+    yield {"nll": _losses(log_p, targets)}
     if len(logits) > 1:
         p = log_p.exp()
         own = torch.linalg.vecdot(p, log_p)
         for model in logits[1:]:
             log_q = _log_probabilities(model)
-            best = log_q.argmax(-1)
-            # Rounding may leave a little less than zero.
-            divergence = (own - torch.linalg.vecdot(p, log_q)).clamp_(min=0)
-            compared = {"divergence": divergence, "same_top": best == dense_best}
-            yield {**_scores(log_q, best, targets), **compared, "accepted": torch.minimum(p, log_q.exp()).sum(-1)}
+            yield {
+                "nll": _losses(log_q, targets),
+                # Rounding may leave a little less than zero.
+                "divergence": (own - torch.linalg.vecdot(p, log_q)).clamp_(min=0),
+                "same_top": log_q.argmax(-1) == dense_best,
+                "accepted": torch.minimum(p, log_q.exp()).sum(-1),
+            }
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:
@@ -76,23 +75,8 @@ def _log_probabilities(logits: Tensor) -> Tensor:
     return logits.float().log_softmax(-1).clamp_(min=LEAST_LOG_PROBABILITY)
 
 
-def _scores(log_q: Tensor, best: Tensor, targets: Tensor) -> Scores:
-    return {
-        "nll": -log_q.gather(-1, targets[:, None])[:, 0],
-        "confidence": log_q.gather(-1, best[:, None])[:, 0].exp(),
-        "right": best == targets,
-    }
-
-
-def expected_calibration_error(scores: Scores, counted: Tensor) -> float:
-    """Return the mean distance between confidence and accuracy of first choices, over 15 bins of confidence, 0 to 1.
-
-    Source: Guo et al., ICML 2017, arXiv 1706.04599, equation 3.
-    """
-    confidence, right = scores["confidence"][counted].double(), scores["right"][counted].double()
-    bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
-    # What a bin adds is the size of its sum of differences.
-    return float(torch.zeros(CALIBRATION_BINS).double().index_add(0, bins, confidence - right).abs().sum() / len(bins))
+def _losses(log_q: Tensor, targets: Tensor) -> Tensor:
+    return -log_q.gather(-1, targets[:, None])[:, 0]
 
 
 def window_losses(scores: Scores, counted: Tensor) -> tuple[float, ...]:

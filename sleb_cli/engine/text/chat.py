@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.text.sources import Conversation, Text
-from sleb_cli.engine.text.windows import EvaluationWindows, begin_with_bos, count_decoded, require_enough
+from sleb_cli.engine.text.windows import EvaluationWindows, begin_with_bos, require_enough
 from sleb_cli.engine.third_party import translate_errors
 from sleb_plugins import DataError, UsageError
 
@@ -93,8 +93,6 @@ def cut_answers(tokenizer: Any, text: Text, length: int, most: int | None) -> Ev
     if not len(found):
         raise _too_few(text.source, rendered, length, answers=True)
     ids, counted = found[..., 0].contiguous(), found[:, 1:, 1].bool()
-    predicted = torch.nn.functional.pad(counted, (1, 0)).flatten()
-    words, size = count_decoded(tokenizer, ids.flatten(), predicted)
     return EvaluationWindows(
         text=text,
         ids=ids,
@@ -102,9 +100,6 @@ def cut_answers(tokenizer: Any, text: Text, length: int, most: int | None) -> Ev
         clusters=found[:, 1:, 2],
         clustered_by="conversations",
         bos="windows" if begin_with_bos(tokenizer, ids) else "none",
-        stride=None,
-        words=words,
-        bytes=size,
     )
 
 

@@ -6,7 +6,6 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,9 +14,6 @@ from sleb_cli.engine.text.sources import Text
 from sleb_cli.requests import DEFAULT_LENGTH
 from sleb_cli.results import Bos, ClusteredBy
 from sleb_plugins import DataError, UsageError
-
-# A tokenizer may drop a space, or the rest of a character, at the start of what it decodes.
-CONTEXT_TOKENS = 8
 
 
 def choose_length(
@@ -75,9 +71,6 @@ class EvaluationWindows:
         clusters: which document, or else which window, each predicted token belongs to; int64, of the same shape.
         clustered_by: what the clusters are.
         bos: what begins with the BOS token.
-        stride: how many tokens further each window begins; None if windows do not overlap.
-        words: how many words begin in the counted tokens.
-        bytes: how many bytes of UTF-8 the counted tokens stand for.
     """
 
     text: Text
@@ -86,120 +79,44 @@ class EvaluationWindows:
     clusters: Tensor
     clustered_by: ClusteredBy
     bos: Bos
-    stride: int | None
-    words: int
-    bytes: int
 
 
 def cut_for_evaluation(
-    tokenizer: Any, text: Text, length: int, *, bos: bool = False, stride: int | None = None, most: int | None = None
+    tokenizer: Any, text: Text, length: int, *, bos: bool = False, most: int | None = None
 ) -> EvaluationWindows:
-    """Cut a text into windows as the literature does, one after another, or with a `stride` so that they overlap.
-
-    Overlapping windows count only the tokens that no earlier window had, so each is predicted after at least
-    `length - stride` others (Press et al., arXiv 2012.15832, section 2, "sliding window").
+    """Cut a text into windows, one after another, as the literature does.
 
     Raises:
         DataError: the text is too short.
-        UsageError: the tokenizer has no BOS token, or the stride does not fit the windows.
+        UsageError: the tokenizer has no BOS token.
     """
     if bos and tokenizer.bos_token_id is None:
         raise UsageError("--bos needs a BOS token, but the tokenizer has none.", hint="Leave out --bos.")
-    own = length - bos
-    if stride is not None and not 1 <= stride <= own:
-        raise UsageError(f"--stride {stride} does not fit windows of {own} tokens.", hint=f"Use 1 to {own}.")
-    ids, offsets = _tokens(tokenizer, text, special=not bos)
-    step = stride or own
-    most_tokens = text.limit * own if text.limit else len(ids)
-    stream = torch.tensor(ids[:most_tokens], dtype=torch.int64)
-    starts = torch.tensor(range(0, len(stream) - own + 1, step)[:most], dtype=torch.int64)
-    places = starts.unsqueeze(1) + torch.arange(own)
-    rows = require_windows(stream[places], text, tokenizer, length)
-    counted = torch.ones(rows.shape, dtype=torch.bool)
-    counted[1:, : own - step] = False
-    # The first token is predicted only after a BOS.
-    first = 0 if bos else 1
-    counted[:, :first] = False
-    clusters = torch.arange(len(rows)).unsqueeze(1).expand_as(rows)
-    by_document = False
-    if text.documents and offsets is not None:
-        documents = _documents(text, offsets)[places]
-        by_document = len(set(documents[counted].tolist())) > 1
+    own, start = (length - 1, [tokenizer.bos_token_id]) if bos else (length, [])
+    # Only fast tokenizers tell where tokens are.
+    by_document = bool(text.documents) and getattr(tokenizer, "is_fast", False)
+    tokens = tokenizer(text.content, add_special_tokens=not bos, return_offsets_mapping=by_document)
+    most = min(filter(None, (most, text.limit)), default=None)
+    ids = require_windows(_rows(tokens.input_ids, own, start)[:most], text, tokenizer, length)
+    clusters = torch.arange(len(ids)).unsqueeze(1).expand(-1, length - 1)
+    if by_document:
+        documents = _documents(text, tokens.offset_mapping)[: len(ids) * own].view(-1, own)[:, 1 - length :]
+        by_document = bool((documents != documents[0, 0]).any())
         clusters = documents if by_document else clusters
-    predicted = torch.zeros(len(stream), dtype=torch.bool)
-    predicted[places[counted]] = True
-    words, size = (
-        count_decoded(tokenizer, stream, predicted)
-        if offsets is None
-        else _count(text.content, offsets[: len(stream), 1], predicted)
-    )
-    start = torch.full((len(rows), int(bos)), tokenizer.bos_token_id if bos else 0)
     return EvaluationWindows(
         text=text,
-        ids=torch.cat([start, rows], dim=1),
-        counted=counted[:, first:],
-        clusters=clusters[:, first:],
+        ids=ids,
+        counted=torch.ones_like(clusters, dtype=torch.bool),
+        clusters=clusters,
         clustered_by="documents" if by_document else "windows",
         bos="windows" if bos else "text" if adds_bos(tokenizer) else "none",
-        stride=stride,
-        words=words,
-        bytes=size,
     )
 
 
-def _tokens(tokenizer: Any, text: Text, *, special: bool) -> tuple[list[int], Tensor | None]:
-    """Tokenize a text as a whole; return the tokens, and where each begins and ends in it, if the tokenizer says.
-
-    A token that stands for no text, such as a BOS, begins and ends where the one before it ends.
-    """
-    if not getattr(tokenizer, "is_fast", False):
-        return tokenizer(text.content, add_special_tokens=special).input_ids, None
-    found = tokenizer(text.content, add_special_tokens=special, return_offsets_mapping=True)
-    offsets = torch.tensor(found.offset_mapping, dtype=torch.int64).reshape(-1, 2)
-    return found.input_ids, offsets.cummax(0).values
-
-
-def _documents(text: Text, offsets: Tensor) -> Tensor:
-    """Return which document each token is from."""
-    starts = offsets[:, 0].contiguous()
+def _documents(text: Text, offsets: list[tuple[int, int]]) -> Tensor:
+    """Return which document each token is from; one that stands for no text, such as a BOS, is from the one before."""
+    starts = torch.tensor([start for start, _ in offsets], dtype=torch.int64).cummax(0).values
     return (torch.searchsorted(torch.tensor(text.documents), starts, right=True) - 1).clamp(min=0)
-
-
-def _count(content: str, ends: Tensor, counted: Tensor) -> tuple[int, int]:
-    """Return how many words begin in the counted tokens, and how many bytes of UTF-8 they stand for.
-
-    A token stands for the characters from the end of the token before it, so each belongs to one token.
-    """
-    characters = np.frombuffer(content.encode("utf-32-le"), dtype="<u4")
-    spaces = np.isin(characters, [point for point in np.unique(characters) if chr(point).isspace()])
-    begins = ~spaces & np.concatenate([[True], spaces])[:-1]
-    widths = 1 + np.digitize(characters, [0x80, 0x800, 0x10000])
-    of_counted = np.repeat(counted.numpy(), np.diff(ends.numpy(), prepend=0))
-    read = slice(len(of_counted))
-    return int(begins[read][of_counted].sum()), int(widths[read][of_counted].sum())
-
-
-def count_decoded(tokenizer: Any, ids: Tensor, counted: Tensor) -> tuple[int, int]:
-    """Count words and bytes by what a tokenizer without offsets makes of the tokens.
-
-    Each run of counted tokens is decoded after some of those before it, so that it begins in the middle of a text.
-    """
-    edges = torch.diff(
-        counted.int(), prepend=torch.zeros(1, dtype=torch.int32), append=torch.zeros(1, dtype=torch.int32)
-    )
-    words = size = 0
-    for first, last in zip((edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist(), strict=True):
-        begin = max(0, first - CONTEXT_TOKENS)
-        before, whole = (_decoded(tokenizer, ids[begin:end].tolist()) for end in (first, last))
-        words += len(whole.split()) - len(before.split())
-        size += len(whole.encode()) - len(before.encode())
-    return words, size
-
-
-def _decoded(tokenizer: Any, ids: list[int]) -> str:
-    """Return the text of tokens; a character of which some bytes are missing at the end belongs to the next token."""
-    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text.rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 def _rows(ids: list[int], length: int, start: list[int]) -> Tensor:
