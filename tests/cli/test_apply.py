@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from conftest import beside_weights, llama_config, save_model, weights_of
 from sleb_cli import atomic
-from sleb_cli.engine.files import copying, shards
+from sleb_cli.engine.files import shards
 from sleb_cli.engine.output import apply as engine
 from sleb_cli.engine.output import proof
 from sleb_cli.plan import read_plan
@@ -183,27 +183,6 @@ def test_a_config_names_one_data_type_in_one_spelling(apply, model, tmp_path, be
         assert found == [inner or ({"dtype": dtype} if options else {}), inner, inner]
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == getattr(torch, dtype)
         assert {tensor.dtype for tensor in weights_of(tmp_path / "out").values()} == {getattr(torch, dtype)}
-
-
-def test_unchanged_weight_files_are_hard_links(apply, tmp_path, monkeypatch):
-    """In a snapshot of a hub cache, too, whose files are links."""
-    monkeypatch.setattr(copying, "_reflink", lambda *arguments: False)  # as where the file system has none
-    blobs, folder = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
-    blobs.mkdir()
-    folder.mkdir(parents=True)
-    for path in save_model(tmp_path / "sharded", llama_config(), max_shard_size="60KB").iterdir():
-        path.rename(blobs / f"hash-{path.name}")
-        (folder / path.name).symlink_to(f"../../blobs/hash-{path.name}")
-    kept = {path.name: path.read_bytes() for path in blobs.iterdir()}
-    result = apply(folder, "--blocks", "4,5", "--max-shard-size", "60KB")
-    before, after = shards_of(folder), shards_of(tmp_path / "out")
-    unchanged = {path.read_bytes() for path in before} & {path.read_bytes() for path in after}
-    assert len(before) > len(after) > len(unchanged) > 1
-    links = [path for path in after if path.stat().st_nlink == 2]
-    assert len(links) == len(unchanged)
-    assert f"{len(links)} of {len(after)} weight files are unchanged and are hard links" in result.stderr
-    assert {path.name: path.read_bytes() for path in blobs.iterdir()} == kept
-    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 
 def test_a_quantized_checkpoint_keeps_its_packed_tensors(apply, tmp_path):

@@ -6,7 +6,6 @@ from dataclasses import replace
 from itertools import cycle
 
 import pytest
-import torch
 
 import sleb_cli.engine.text.writing as text_writing
 from conftest import llama_config, random_model, train_tokenizer
@@ -17,8 +16,7 @@ from sleb_cli.engine.text.mixture import parse_mixture
 from sleb_cli.engine.text.own_chat import _Writer
 from sleb_cli.engine.text.portions import Portions
 from sleb_cli.engine.text.sources import TextSplit, read_prompts
-from sleb_cli.engine.text.writing import Writing
-from sleb_cli.events import Notice, TaskAdvanced, ignore
+from sleb_cli.events import Notice, ignore
 from sleb_plugins import DataError, UnsupportedModelError, UsageError
 
 TURNS = (
@@ -73,17 +71,16 @@ def test_texts_that_have_ended_leave_the_others_as_they_are(monkeypatch, model_t
     model, ends, calls = random_model(tiny_config(model_type)), {*range(0, 320, 8)}, []
     noise = torch.randn(320, 320, generator=torch.Generator().manual_seed(0))
     # The next token depends on the model and on the last one, and on no other text.
-    monkeypatch.setattr(text_writing, "Sampler", lambda forbidden: lambda ids, scores: scores + noise[ids[:, -1]])
+    monkeypatch.setattr(text_writing, "draw_tokens", lambda ids, scores, forbidden: scores + noise[ids[:, -1]])
 
     def watched(model, ids, *given, **options):
         calls.append((len(ids), bool(options.keys() & {"cache", "past_key_values"})))
         return generate(model, ids, *given, **options)
 
     monkeypatch.setattr(text_writing, "generate", watched)
-    writing = Writing("Writing", "a text", 8, 24, 0, None, {})
 
     def written(some):
-        return text_writing._continuing(model, writing, 8, lambda *_: None, ignore)(some, 24, ends=ends)
+        return text_writing._continuing(model, lambda *_: None)(some, 24, ends=ends)
 
     draws = random.Random(0)
     prompts = [draws.choices(range(320), k=length) for length in (3, 9, 4, 4, 7, 2, 8, 5)]
@@ -201,8 +198,6 @@ def test_sequences_begin_conversations_and_are_cached_and_split(model):
     told = [event.text for event in events if isinstance(event, Notice)]
     assert told[0].startswith("self-chat: the model wrote ")
     assert told[1].endswith("that the model wrote before, from the cache.")
-    notes = [event.note for event in events if isinstance(event, TaskAdvanced)]
-    assert any(note.endswith(" tokens per second") for note in notes)
 
 
 def test_only_conversations_have_tokens_that_do_not_count(model, tmp_path):

@@ -1,24 +1,17 @@
-"""Copy bytes between files: share or copy them in the kernel if possible, else through a buffer."""
+"""Paths that a user names, files of a model's folder, and bytes copied between files."""
 
 from __future__ import annotations
 
-import errno
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 from sleb_plugins import ModelError
 
 BUFFER_BYTES = 1 << 20
-"""How many bytes are read at a time if the kernel cannot copy them."""
-
-_CHUNK_BYTES = 16 << 20
-_FICLONE = 0x40049409
-# Errors of the target, which every other way of copying would meet too.
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""How many bytes are read at a time."""
 
 ReportBytes = Callable[[int], object]
 """Called with the number of bytes copied since the last call."""
@@ -55,39 +48,6 @@ def leads_out(path: Path, folder: Path) -> bool:
     return not any(real.is_relative_to(place) for place in (own, blobs))
 
 
-def clone_or_link(source: Path, target: Path) -> Literal["reflink", "hard link"] | None:
-    """Create `target` with the content of `source` without copying; return None if the file system cannot.
-
-    A reflink behaves like a copy: writing to one file leaves the other unchanged. A hard link is a second name of the
-    same file, so it is the second choice, and the user must be told: an edit in place changes both. (Programs that save
-    models write a new file, which leaves the other name unchanged.)
-    """
-    real = source.resolve()  # in a hub cache, `source` is a symlink to the file itself
-    if _reflink(real, target):
-        return "reflink"
-    try:
-        os.link(real, target)
-    except OSError:  # another file system, one without links, or another user's file
-        return None
-    return "hard link"
-
-
-def _reflink(source: Path, target: Path) -> bool:
-    if sys.platform != "linux":
-        return False
-    import fcntl
-
-    with reading(source):
-        original = source.open("rb")
-    with original, target.open("xb") as clone:
-        try:
-            fcntl.ioctl(clone.fileno(), _FICLONE, original.fileno())
-        except OSError:
-            target.unlink()
-            return False
-    return True
-
-
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file's content.
 
@@ -106,19 +66,7 @@ def copy_range(source: BinaryIO, start: int, count: int, target: BinaryIO, repor
     Raises:
         ModelError: the bytes cannot be read, or the file has become shorter.
     """
-    end = start + count
-    while start < end and hasattr(os, "copy_file_range"):
-        try:
-            done = os.copy_file_range(source.fileno(), target.fileno(), min(_CHUNK_BYTES, end - start), start)
-        except OSError as error:
-            if error.errno in _NO_ROOM:
-                raise
-            break  # unsupported here or between these two files, or a fault that the buffer will report
-        if not done:
-            break
-        start += done
-        report(done)
-    for part in read_range(source, start, end - start):
+    for part in read_range(source, start, count):
         write_all(target, part)
         report(len(part))
 

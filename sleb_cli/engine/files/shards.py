@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,18 +17,17 @@ from typing import BinaryIO
 import torch
 
 from sleb_cli.atomic import require_space, to_json
-from sleb_cli.engine.files.copying import ReportBytes, clone_or_link, copy_range, reading, write_all
+from sleb_cli.engine.files.copying import ReportBytes, copy_range, reading, write_all
 from sleb_cli.engine.files.slices import Cut
 from sleb_cli.engine.files.weights import (
     DTYPE_NAMES,
     SAFETENSORS,
     TORCH_DTYPES,
-    Header,
     StoredTensor,
     WeightFiles,
     read_tensors,
 )
-from sleb_cli.events import Notice, Notify, task
+from sleb_cli.events import Notify, task
 
 INDEX = f"{SAFETENSORS}.index.json"
 """The file that says which weight file holds which tensor, if there are several."""
@@ -83,11 +82,10 @@ class NewTensor:
 
 @dataclass(frozen=True)
 class Shard:
-    """A weight file to write; `same_as` is an existing file with the same content."""
+    """A weight file to write."""
 
     tensors: tuple[NewTensor, ...]
     metadata: dict[str, str]
-    same_as: Path | None = None
 
     @property
     def size(self) -> int:
@@ -109,44 +107,28 @@ def new_tensor(
 
 
 def plan_shards(weights: WeightFiles, tensors: Iterable[NewTensor], max_bytes: int) -> dict[str, Shard]:
-    """Divide the tensors into files of at most `max_bytes`, following the source's files; return them by name.
+    """Leave the tensors in files as the source has them, split where one exceeds `max_bytes`; return them by name.
 
-    A file that keeps all its tensors is used unchanged. The rest of another one is merged with its neighbour if both
-    together are no larger than the source's largest file. A tensor larger than `max_bytes` gets a file of its own.
+    A tensor larger than `max_bytes` gets a file of its own.
     """
     remaining: dict[Path, list[NewTensor]] = {header.path: [] for header in weights.headers}
     for tensor in tensors:
         remaining[tensor.stored.path].append(tensor)
-    largest = max(sum(tensor.size for tensor in header.tensors) for header in weights.headers)
     shards: list[Shard] = []
     for header in weights.headers:
-        for shard in _shards_of(header, remaining[header.path], max_bytes):
-            last = shards[-1] if shards else shard
-            rewritten = not last.same_as and not shard.same_as
-            if shards and rewritten and last.size + shard.size <= min(max_bytes, largest):
-                shards[-1] = Shard(last.tensors + shard.tensors, shard.metadata | last.metadata)
-            else:
-                shards.append(shard)
+        packed: list[NewTensor] = []
+        size = 0
+        for tensor in remaining[header.path]:
+            if packed and size + tensor.size > max_bytes:
+                shards.append(Shard(tuple(packed), {"format": "pt"} | header.metadata))
+                packed, size = [], 0
+            packed.append(tensor)
+            size += tensor.size
+        if packed:
+            shards.append(Shard(tuple(packed), {"format": "pt"} | header.metadata))
     if len(shards) == 1:
         return {SAFETENSORS: shards[0]}
     return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
-
-
-def _shards_of(header: Header, tensors: Sequence[NewTensor], max_bytes: int) -> Iterator[Shard]:
-    """Yield the shards for the remaining tensors of one file."""
-    as_before = [tensor.stored for tensor in tensors if tensor.is_copy and tensor.name == tensor.stored.name]
-    if tensors and as_before == list(header.tensors) and sum(stored.size for stored in as_before) <= max_bytes:
-        yield Shard(tuple(tensors), header.metadata, same_as=header.path)
-        return
-    packed: list[NewTensor] = []
-    size = 0
-    for tensor in [*tensors, None]:
-        if packed and (tensor is None or size + tensor.size > max_bytes):
-            yield Shard(tuple(packed), {"format": "pt"} | header.metadata)
-            packed, size = [], 0
-        if tensor:
-            packed.append(tensor)
-            size += tensor.size
 
 
 def write_weights(folder: Path, shards: Mapping[str, Shard], other_bytes: int, notify: Notify) -> None:
@@ -160,22 +142,11 @@ def write_weights(folder: Path, shards: Mapping[str, Shard], other_bytes: int, n
     """
     total = sum(shard.size for shard in shards.values())
     with task(notify, "Writing weights", total, "B") as advance:
-        shared = {name: clone_or_link(shard.same_as, folder / name) for name, shard in shards.items() if shard.same_as}
-        to_write = {name: shard for name, shard in shards.items() if not shared.get(name)}
-        bytes_to_write = sum(shard.size for shard in to_write.values())
-        require_space(folder, bytes_to_write + other_bytes)
-        advance(total - bytes_to_write)
-        for name, shard in to_write.items():
+        require_space(folder, total + other_bytes)
+        for name, shard in shards.items():
             _write_shard(folder / name, shard, advance)
         if len(shards) > 1:
             (folder / INDEX).write_text(index_of(shards), encoding="utf-8", newline="\n")
-    if links := list(shared.values()).count("hard link"):
-        notify(
-            Notice(
-                f"{links} of {len(shards)} weight files are unchanged and are hard links to the model's own: "
-                "do not edit them in place."
-            )
-        )
 
 
 def index_of(shards: Mapping[str, Shard]) -> str:

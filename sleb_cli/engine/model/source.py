@@ -27,7 +27,6 @@ from sleb_cli.engine.files import other_formats
 from sleb_cli.engine.files.copying import leads_out, local_path, reading
 from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files, hash_files
 from sleb_cli.engine.files.weights import WeightFiles, find_weights, has_weights, read_json
-from sleb_cli.engine.hub import offline_if_unreachable
 from sleb_cli.engine.third_party import first_line
 from sleb_cli.events import Advance, Notice, Notify, task
 from sleb_cli.requests import require_text
@@ -212,7 +211,7 @@ def _download(model: str, revision: str | None, notify: Notify) -> Path:
     """Download a Hub model with its safetensors, or with its pickles if it has none."""
     try:
         validate_repo_id(model)  # before anything is asked of the network
-        with task(notify, f"Looking for {model} on the Hub") as advance, offline_if_unreachable() as unreachable:
+        with task(notify, f"Looking for {model} on the Hub") as advance:
             options: dict[str, Any] = {"revision": revision, "tqdm_class": _silent_bar(advance)}
             folder = Path(snapshot_download(model, ignore_patterns=[*_NOT_DOWNLOADED, "*.bin"], **options))
             if has_weights(folder):
@@ -234,7 +233,7 @@ def _download(model: str, revision: str | None, notify: Notify) -> Path:
         raise ModelError(f"The Hub refused {model}: {first_line(error)}.", hint="Try again later.") from error
     except (LocalEntryNotFoundError, ConnectionError) as error:
         raise ModelError(
-            f"{model} is neither a local folder nor in the cache, and {unreachable or first_line(error)}.",
+            f"{model} is neither a local folder nor in the cache, and the Hub cannot be reached: {first_line(error)}.",
             hint="Check the name and the network, or name a local folder.",
         ) from error
     except _FAILURES as error:

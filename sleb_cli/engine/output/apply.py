@@ -158,9 +158,7 @@ def plan_files(
     weights = plan_shards(source.weights, tensors, shard_bytes)
     texts = {name: json.dumps(found, indent=2) + "\n" for name, found in _settings(surgery, dtype).items()}
     copies, left_out, outside = _find_other_files(source, set(texts))
-    require_space(
-        place, _bytes_of(copies.values()) + sum(shard.size for shard in weights.values() if not shard.same_as)
-    )
+    require_space(place, _bytes_of(copies.values()) + sum(shard.size for shard in weights.values()))
     return Planned(tensors, weights, texts, copies), left_out, outside
 
 

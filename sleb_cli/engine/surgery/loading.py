@@ -35,10 +35,11 @@ _TOKENIZER_FILES = (
 
 
 def quiet_libraries() -> None:
-    """Turn off the progress bars and warnings of transformers, which would disturb ours."""
+    """Turn off the progress bars and warnings of libraries, which would disturb ours."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for library in ("accelerate", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def load_tokenizer(source: ModelSource) -> Any:

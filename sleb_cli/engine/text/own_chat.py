@@ -40,8 +40,6 @@ FEWEST_AT_ONCE = 8
 """The fewest that are begun at once, as few take nearly as long as these."""
 MOST_FRUITLESS = 64
 """After so many conversations in a row of which none can be used, the model is taken to write none."""
-ROUNDS_OF_ANSWERS, ROUNDS_OF_BOTH = 1.75, 2.5
-"""About how long all rounds take, as a multiple of an answer as long as a sequence to each of those begun at first."""
 FEWEST_TOKENS = 32
 """The least room for a turn."""
 SPARE_TOKENS = 8
@@ -74,9 +72,7 @@ def write_conversations(
 
     key = {"source": source, "drawn": drawn, "prompts": given, "template": tokenizer.chat_template, "answers": answers}
     seed = int.from_bytes(hashlib.sha256(drawn.encode()).digest()[:7])
-    size = f"{plural(count, 'sequence')} of {length:,} tokens"
-    rounds = ROUNDS_OF_ANSWERS if given else ROUNDS_OF_BOTH
-    writing = Writing("Writing conversations", size, SPARE * count, length, seed, settings.writer, key, rounds)
+    writing = Writing("Writing conversations", SPARE * count, length, seed, settings.writer, key)
     found, was_kept = write_or_find(model, writing, write, notify)
     if was_kept:
         notify(Notice(f"Using {plural(len(found), 'conversation')} that the model wrote before, from the cache."))

@@ -40,8 +40,7 @@ def generate_own_text(model: Any, tokenizer: Any, settings: CalibrationSettings,
         return [begin + row for batch in batches for row in more([[start]] * batch, new, forbidden)]
 
     key = {"start": start, "bos": bool(begin), "forbidden": forbidden}
-    size = f"{plural(count, 'sequence')} of {settings.sequence_length:,} tokens"
-    writing = Writing("Generating calibration text", size, count, new, settings.seed, settings.writer, key)
+    writing = Writing("Generating calibration text", count, new, settings.seed, settings.writer, key)
     written, was_kept = write_or_find(model, writing, write, notify)
     if was_kept:
         notify(Notice(f"Using {plural(count, 'sequence')} that the model wrote before, from the cache."))

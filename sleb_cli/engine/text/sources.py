@@ -14,7 +14,6 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.files.copying import local_path
-from sleb_cli.engine.hub import offline_if_unreachable
 from sleb_cli.engine.third_party import first_line
 from sleb_cli.plan import ANSWERS
 from sleb_cli.records import first_fault, why_not_read
@@ -491,17 +490,14 @@ def _loading(dataset: Dataset) -> AbstractContextManager[None]:
 def loading_data(what: str, hint: str, *others: type[Exception]) -> Iterator[None]:
     """Turn errors of the library `datasets`, and these others, into a `DataError` that names what cannot be loaded."""
     import datasets
-    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+    from datasets.exceptions import DatasetsError
 
     datasets.disable_progress_bars()
     expected: tuple[type[Exception], ...] = (ConnectionError, FileNotFoundError, DatasetsError, *others)
     try:
-        with offline_if_unreachable() as unreachable:
-            yield
+        yield
     except expected as error:
-        is_offline = unreachable and isinstance(error, ConnectionError | DatasetNotFoundError)
-        reason = f"not in the cache, and {unreachable}" if is_offline else first_line(error)
-        raise DataError(f"The {what} cannot be loaded: {reason}.", hint=hint) from error
+        raise DataError(f"The {what} cannot be loaded: {first_line(error)}.", hint=hint) from error
 
 
 def _enough(documents: Iterable[T], characters: int, size: Callable[[T], int] = len) -> Iterator[T]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +14,9 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
-from sleb_cli.engine.device import dtype_name, in_smaller_pieces, input_device
+from sleb_cli.engine.device import as_float64, in_smaller_pieces, input_device
 from sleb_cli.engine.files.cache import KeptFiles
-from sleb_cli.engine.forecast import announce
 from sleb_cli.engine.model.generation import continue_each, generate
-from sleb_cli.engine.model.sampling import Sampler
 from sleb_cli.engine.third_party import our_code
 from sleb_cli.events import Advance, Notice, Notify, task
 from sleb_cli.version import __version__
@@ -28,9 +26,6 @@ GIVE_TEXT = "Calibrate on a file or a data set: --calibration FILE."
 
 # A larger batch is faster, since it reads the weights once for all its sequences; the KV cache limits it.
 _MIN_BATCH, _MAX_BATCH, _TOKENS_PER_BATCH = 16, 64, 16384
-
-TIMED_TOKENS = 8
-"""Tokens of each sequence after which it is told how long all will take, and over which the speed is measured."""
 
 Continue = Callable[..., list[list[int]]]
 """Continues prompts of any lengths, `(prompts, new tokens at most, forbidden=(), ends=())`, and returns what it adds.
@@ -45,23 +40,19 @@ class Writing:
 
     Attributes:
         what: the work in words, for the screen.
-        size: how much it is, in words.
         count: about how many sequences are written.
         new: about how many tokens of each.
         seed: decides what is drawn, together with how many are written at once.
         model: identifies the model, under which the text is cached; None caches none.
         key: all else that the text depends on.
-        rounds: how many times as long all takes as to write so many tokens of each once.
     """
 
     what: str
-    size: str
     count: int
     new: int
     seed: int
     model: str | None
     key: Mapping[str, Any]
-    rounds: float = 1.0
 
 
 def write_or_find(
@@ -101,7 +92,7 @@ def write_or_find(
             torch.inference_mode(),
         ):
             torch.manual_seed(writing.seed)
-            return write(_continuing(model, writing, size, advance, notify), size)
+            return write(_continuing(model, advance), size)
 
     def reduced(size: int) -> None:
         notify(Notice(f"Out of memory on {device}; generating {size} sequences at a time."))
@@ -111,9 +102,8 @@ def write_or_find(
     return found, False
 
 
-def _continuing(model: Any, writing: Writing, size: int, advance: Advance, notify: Notify) -> Continue:
-    """Return the function that continues prompts; after the first tokens, it tells how long all will take."""
-    device, times = input_device(model), list[float]()
+def _continuing(model: Any, advance: Advance) -> Continue:
+    device = input_device(model)
 
     def refused(words: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{model.config.model_type} cannot generate text: {words}.", hint=GIVE_TEXT)
@@ -130,26 +120,36 @@ def _continuing(model: Any, writing: Writing, size: int, advance: Advance, notif
         def have_ended(added: Tensor) -> Tensor:
             """Report each token as it is generated."""
             with our_code():
-                times.append(time.perf_counter())
-                note = ""
-                if len(times) >= TIMED_TOKENS:
-                    pace = (times[-1] - times[-TIMED_TOKENS]) / (TIMED_TOKENS - 1)
-                    note = f"{len(added) / pace:,.0f} tokens per second"
-                if len(times) == TIMED_TOKENS:
-                    seconds = pace * writing.rounds * writing.new * -(-writing.count // size)
-                    announce(notify, f"{writing.what}: {writing.size} in {dtype_name(model.dtype)}", seconds, device)
-                advance(len(added), note)
+                advance(len(added))
             return torch.isin(added, endings).any(1)
 
         def run(ids: Tensor, settings: dict[str, Any], **options: Any) -> Any:
             greedy = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=sorted(ends) or None, **settings)
-            sampler = LogitsProcessorList([Sampler(forbidden)])
-            return generate(model, ids, greedy, refused, logits_processor=sampler, **options)
+            drawing = LogitsProcessorList([partial(draw_tokens, forbidden=forbidden)])
+            return generate(model, ids, greedy, refused, logits_processor=drawing, **options)
 
         written = continue_each(run, ids, attended, new, lambda rows: have_ended)
         return [_until(tokens.tolist(), ends) for tokens in written]
 
     return more
+
+
+def draw_tokens(input_ids: Tensor, scores: Tensor, *, forbidden: Collection[int]) -> Tensor:
+    """Return the scores [batch, vocabulary] with only a token of each row left, drawn among all but the forbidden.
+
+    `torch.multinomial` would take a random number for each token of the vocabulary; this takes one for each row.
+
+    Raises:
+        ValueError: they are no logits of a distribution.
+    """
+    # A tokenizer may have more tokens than the model.
+    scores[:, [token for token in forbidden if token < scores.shape[-1]]] = -torch.inf
+    ends = as_float64(scores.softmax(-1, dtype=torch.float32)).cumsum(-1)  # or the rarest tokens would not count
+    if not ends.isfinite().all():
+        raise ValueError("its logits are not finite")
+    share = torch.rand(len(ends), 1, dtype=torch.float64, device=ends.device)
+    tokens = torch.searchsorted(ends, share * ends[:, -1:], right=True).clamp(max=scores.shape[-1] - 1)
+    return torch.full_like(scores, -torch.inf).scatter_(-1, tokens.to(scores.device), 0.0)
 
 
 def _until(tokens: list[int], ends: Collection[int]) -> list[int]:
