@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import cycle
 
 import pytest
+import torch
 
 import sleb_cli.engine.text.writing as text_writing
 from conftest import llama_config, random_model, train_tokenizer
