@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,22 @@ from faults.program import Call, Fault, Finished, Program, Running, require
 from gguf_models import convert_llama
 
 TIMES = re.compile(rb'"(started|measured_at|prepared_in|[a-z_]*seconds[a-z_]*)": ?("[^"]*"|[-0-9.e]+)')
-
 PROGRESS = ("work/*.journal*", "work/.old.recovery/*")
 """What a run that fails may leave for the next one."""
 SPARE = ("cache/evaluations/*", "work/plan.eval.json")
 """What only saves time, or keeps a result once more."""
+TEXT = calibration(Path("../text.txt"))
+APPLY = ("apply", "plan.json", "-o", "small")
+APPLY_GGUF = ("apply", "../tiny.gguf", "--blocks", "1,2", "-o", "small.gguf")
+OVER_OLD = ("apply", "plan.json", "-o", "old", "--force", *TEXT, "--samples", 8)
+HEAL = (*OVER_OLD, "--heal", "--heal-tokens", 512)
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command in a folder `work`, and what becomes of its files there.
+    """A command in a folder `work` that delivers `output`, what a second try adds, and in how many processes it runs.
 
-    Attributes:
-        words: the command; `..` holds the model, the GGUF file and the text.
-        output: what it delivers.
-        again: what a second try adds.
-        before: what is done in its process before.
-        processes: how many run it together.
+    In the folder above lie the model, the GGUF file and the text; `before` is done in its process first.
     """
 
     words: tuple[Any, ...]
@@ -39,13 +38,6 @@ class Command:
     again: tuple[str, ...] = ("--force",)
     before: tuple[Any, ...] | None = None
     processes: int = 1
-
-
-TEXT = calibration(Path("../text.txt"))
-APPLY = ("apply", "plan.json", "-o", "small")
-APPLY_GGUF = ("apply", "../tiny.gguf", "--blocks", "1,2", "-o", "small.gguf")
-OVER_OLD = ("apply", "plan.json", "-o", "old", "--force", *TEXT, "--samples", 8)
-RECOVER, HEAL = (*OVER_OLD, "--recover"), (*OVER_OLD, "--heal", "--heal-tokens", 512)
 
 
 def search(*more: Any, model: str = "../model", output: str = "new.json") -> tuple[Any, ...]:
@@ -56,29 +48,25 @@ def evaluate(*more: Any, text: str = "text") -> tuple[Any, ...]:
     return ("eval", "plan.json", "--perplexity", f"../{text}.txt", "--sequence-length", 32, "--max-windows", 4, *more)
 
 
-def searching(*words: Any, output: str = "new.json", **changes: Any) -> Command:
-    return Command(search(*words, output=output), output, ("--resume", "--force"), **changes)
+def searching(*more: Any, again: tuple[str, ...] = ("--resume", "--force"), **options: Any) -> Command:
+    output = options.setdefault("output", "new.json")
+    processes = options.pop("processes", 1)
+    return Command(search(*more, **options), output, again, processes=processes)
 
 
-STREAMED = searching("--stream", "--force", output="plan.json")
-HEALED = Command(HEAL, "old", again=("--resume",))
 COMMANDS = {
     "search": searching("--remove", 2),
     "search --fast": searching("--fast", "--samples", 8),
-    "search --holdout": searching("--holdout", "0.4"),
-    "search --stream": STREAMED,
-    "search --stream, saved": replace(STREAMED, before=(saving_always,)),
-    "search gguf": replace(STREAMED, words=search(model="../tiny.gguf"), output="new.json"),
+    "search --stream": searching("--stream", "--force", output="plan.json"),
+    "search gguf": searching("--holdout", "0.4", model="../tiny.gguf"),
     "search, two processes": searching("--device", "cpu", processes=2),
     "apply": Command((*APPLY, "--max-shard-size", "100kB"), "small"),
     "apply gguf": Command(APPLY_GGUF, "small.gguf"),
-    "apply --recover": Command(RECOVER, "old"),
-    "apply --heal": HEALED,
-    "apply --heal, saved": replace(HEALED, before=(saving_always,)),
+    "apply --recover": Command((*OVER_OLD, "--recover"), "old"),
+    "apply --heal": Command(HEAL, "old", again=("--resume",), before=(saving_always,)),
     "eval": Command(evaluate("-o", "scores.json"), "scores.json"),
     "export": Command(("export", "plan.json", "--to", "mergekit", "-o", "merge.yaml", "--force"), "merge.yaml"),
-    "report": Command(("export", "plan.json", "--to", "report", "-o", "report.html"), "report.html"),
-}  # fmt: skip
+}
 
 
 class Place:
@@ -86,13 +74,13 @@ class Place:
 
     def __init__(self, program: Program, folder: Path) -> None:
         self.program, self.folder, self.work = program, folder, folder / "work"
-        self.environment = {"SLEB_CACHE": str(folder / "cache"), "TMPDIR": str(folder / "tmp")}
+        self.here = {"cwd": self.work, "environment": {"SLEB_CACHE": folder / "cache", "TMPDIR": folder / "tmp"}}
         self._undisturbed: dict[str, tuple[tuple[Call, ...], dict[str, bytes]]] = {}
         given, begin = folder / "given", folder / "begin"
         save_model(given / "model", llama_config(4))
         convert_llama(given / "model", given / "tiny.gguf")
-        (given / "text.txt").write_text(prose(120))
-        (given / "other.txt").write_text(prose(120, seed=1))
+        for seed, name in enumerate(("text.txt", "other.txt")):
+            (given / name).write_text(prose(120, seed=seed))
         begin.mkdir()
         self.reset()
         self.run(*search("--remove", 2, output="plan.json"))
@@ -111,12 +99,12 @@ class Place:
 
     def launch(self, command: Command, *more: Any, **options: Any) -> list[Running]:
         """Start a command."""
-        options = {"cwd": self.work, "environment": self.environment, "before": command.before} | options
+        options = {**self.here, "before": command.before, **options}
         return self.program.launch(command.processes, *command.words, *more, **options)
 
     def run(self, *words: Any, **options: Any) -> Finished:
         """Run any words to their end."""
-        return self.program.run(*words, **{"cwd": self.work, "environment": self.environment} | options)
+        return self.program.run(*words, **self.here, **options)
 
     def files(self) -> dict[str, bytes]:
         """Return what lies there beside what was given, without the time that it took."""
@@ -127,12 +115,11 @@ class Place:
             if path.is_file()
         }
 
-    def undisturbed(self, name: str, **options: Any) -> tuple[tuple[Call, ...], dict[str, bytes]]:
+    def undisturbed(self, name: str) -> tuple[tuple[Call, ...], dict[str, bytes]]:
         """Return the calls of a run of this command that nothing disturbs, and the files that it leaves."""
         if name not in self._undisturbed:
             self.reset()
-            runs = self.launch(COMMANDS[name], fault=Fault(self.folder), **options)
-            found = [require(each.wait()) for each in runs]
+            found = [require(each.wait()) for each in self.launch(COMMANDS[name], fault=Fault(self.folder))]
             self._undisturbed[name] = found[0].calls, self.files()
             assert not list(filter(is_leftover, self.files()))
         return self._undisturbed[name]
@@ -148,10 +135,10 @@ class Place:
             if not known and not (may_leave and is_leftover(file)) and not any(fnmatch(file, each) for each in more):
                 yield file
 
-    def again(self, name: str, case: object, **options: Any) -> None:
+    def again(self, name: str, case: object) -> None:
         """Run a command that began once more, after which all is as if it had never been disturbed."""
         if self.files() != self.start:
-            for running in self.launch(COMMANDS[name], *COMMANDS[name].again, **options):
+            for running in self.launch(COMMANDS[name], *COMMANDS[name].again):
                 require(running.wait())
             wrong = list(self.wrong(name, done=True, may_leave=True))
             assert not wrong, (case, wrong)

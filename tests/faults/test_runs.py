@@ -1,0 +1,236 @@
+"""Runs that are killed, whose disk fails, whose model changes, or that are two: a result is whole or absent.
+
+The table says what is injected into which command. A run that nothing disturbs is traced first, so that each of its
+calls to the file system can be the one at which it happens.
+"""
+
+import errno
+import json
+import os
+import random
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from faults.conftest import often
+from faults.place import APPLY, APPLY_GGUF, COMMANDS, HEAL, delivered, evaluate, search
+from faults.program import KILL, SHORT, STOP, Calls, Fault, require
+
+PLAN, MODEL, DATA, OUTPUT, PROOF = 3, 4, 5, 8, 9
+FULL, DEAD = "full from then on", "dead from then on"
+LASTING = {FULL: (errno.ENOSPC, Calls.CHANGES & ~Calls.REMOVE), DEAD: (errno.EIO, Calls.ALL)}
+ERRORS = {
+    Calls.OPEN_READ: ["EIO", "EACCES", DEAD],
+    Calls.READ: ["EIO", "SHORT", "ESTALE", DEAD],
+    Calls.OPEN_WRITE: ["ENOSPC", "EDQUOT", "EIO", "EROFS", "EACCES", FULL, DEAD],
+    Calls.WRITE: ["ENOSPC", "SHORT", "EIO", "EDQUOT", FULL, DEAD],
+    Calls.SYNC: ["EIO", "ENOSPC", "EDQUOT", DEAD],
+    Calls.RENAME: ["ENOSPC", "EIO", "EDQUOT", "EROFS", DEAD],
+    Calls.MAKE: ["ENOSPC", "EDQUOT", "EIO", "EROFS", "EACCES", FULL, DEAD],
+    Calls.REMOVE: ["EIO", "EROFS", "EACCES", DEAD],
+}
+"""The errors that each sort of call can meet."""
+OF_READS = {
+    r"/work/plan\.json($|\.journal)|.*\.recovery": {PLAN}, "/text.txt": {DATA}, "/model|/tiny.gguf": {MODEL},
+    "/cache": {MODEL, OUTPUT}, r"/work/\..*\.partial/": {OUTPUT, PROOF},
+}  # fmt: skip
+"""The exit codes for what cannot be read there; all else is of the output. Torch has words of its own for a proof."""
+
+
+def kill(place, name, number, rng):
+    """Kill a command at a call or at a time; what is there is whole, and given again it ends as if undisturbed."""
+    calls = place.undisturbed(name)[0]
+    place.reset()
+    if number % 2:
+        running = place.launch(COMMANDS[name])
+        running[0].ends_within(rng.uniform(0, 0.5))
+        for each in rng.choice([running, *([each] for each in running)]):
+            each.send(signal.SIGKILL)
+        for each in running:
+            if not each.ends_within(1):
+                each.send(signal.SIGTERM)  # as a launcher does
+    else:
+        running = place.launch(COMMANDS[name], fault=Fault(place.folder, rng.randint(1, len(calls)), KILL))
+    ended = [each.wait() for each in running]
+    wrong = list(place.wrong(name, done=False, may_leave=True))
+    assert not wrong, (wrong, [each.stderr for each in ended])
+    if any(each.exit_code for each in ended):
+        place.again(name, number)
+
+
+def fail(place, name, number, rng):
+    """Let a call fail, at first the one that names the output: a whole result, or one sentence and none."""
+    command, calls = COMMANDS[name], place.undisturbed(name)[0]
+    named = [call.sort is Calls.RENAME and call.path.endswith(command.output) for call in calls]
+    at = rng.randrange(len(calls)) if number else named.index(True)
+    call = calls[at]
+    error = rng.choice(ERRORS[call.sort])
+    what, sorts = LASTING.get(error, (SHORT if error == "SHORT" else getattr(errno, error, 0), call.sort))
+    nth = sum(bool(other.sort & sorts) for other in calls[: at + 1])
+    place.reset()
+    (running,) = place.launch(command, fault=Fault(place.folder, nth, what, sorts, lasting=error in LASTING))
+    finished = running.wait()
+    undeletable = error == DEAD or call.sort is Calls.REMOVE
+    case = (call, error, finished.stderr)
+    wrong = list(place.wrong(name, done=finished.exit_code == 0, may_leave=undeletable))
+    assert not wrong, (case, wrong)
+    if finished.exit_code:
+        require_a_fitting_error(command, call, error, finished)
+    if place.files() != place.undisturbed(name)[1]:
+        place.again(name, case)
+
+
+def require_a_fitting_error(command, call, error, finished):
+    """Require the exit code and the name of what failed, and a result on stdout where it cannot be saved."""
+    path = os.path.normpath(call.path)
+    reads = [codes for pattern, codes in OF_READS.items() if call.sort in Calls.READS and re.match(pattern, path)]
+    # Of a dead disk, anything may be asked next.
+    require(finished, {PLAN, MODEL, DATA, OUTPUT, PROOF} if error == DEAD else reads[0] if reads else {OUTPUT})
+    said = (call, error, finished.stderr)
+    assert error != "SHORT", said
+    if error not in LASTING:
+        (sentence,) = re.findall(r"^error: .*", finished.stderr, re.MULTILINE)
+        # The names of the file or its folder, as the user knows them.
+        parts = {re.sub(r"^\.(.*?)(\.\w{8})?(\.partial|\.replaced)?$", r"\1", part) for part in Path(call.path).parts}
+        converted = {"tiny.gguf", "cache"} if call.path.startswith("/cache") else set()
+        names = parts - {"/", "work", "cache"} | converted or {"cache", "work", command.output}
+        assert any(name in sentence for name in names), said
+    # The place is claimed once before all work, too.
+    is_saving = "Loading" in finished.stderr and f"/.{command.output}" in call.path
+    if command.words[0] in ("search", "eval") and is_saving and finished.exit_code == OUTPUT:
+        json.loads(finished.stdout)
+
+
+def edit(path):
+    """Change a quarter of the bytes in place, without a change of size."""
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(size * 2 // 3)
+        file.write(bytes(size // 4))
+
+
+def replace(path):
+    """Put another file in its place, as programs do that save models."""
+    aside = path.with_name("aside")
+    shutil.copy(path, aside)
+    edit(aside)
+    aside.replace(path)
+
+
+def other_config(path):
+    config = json.loads((path.parent / "config.json").read_text())
+    (path.parent / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.01}))
+
+
+CHANGES = {
+    "edit": edit, "replace": replace, "append": lambda path: path.write_bytes(path.read_bytes() + b"\x00" * 100),
+    "truncate": lambda path: os.truncate(path, path.stat().st_size // 2), "remove": Path.unlink,
+    "other config": other_config,
+}  # fmt: skip
+
+
+def change(place, name, number, rng):
+    """Change the model while it is read: that is named and nothing delivered, or it came too late to matter."""
+    command, (calls, whole) = COMMANDS[name], place.undisturbed(name)
+    source = place.folder / ("tiny.gguf" if "gguf" in name else "model/model.safetensors")
+    kind = rng.choice([each for each in CHANGES if "gguf" not in name or each != "other config"])
+    reads = [at for at, call in enumerate(calls, start=1) if f"/{source.name}" in call.path]
+    # Most changes come just before the file is read once more, after its fingerprint was taken.
+    at = rng.randint(reads[0], len(calls)) if number % 3 == 2 else rng.choice(reads[len(reads) // 2 :])
+    place.reset()
+    (running,) = place.launch(command, fault=Fault(place.folder, at, STOP))
+    finished = running.when_stopped(lambda: CHANGES[kind](source))
+    found, case = delivered(command, place.files()), (kind, calls[at - 1], finished.stderr)
+    if finished.exit_code:
+        assert found == delivered(command, place.start), case
+        if kind != "truncate" or finished.exit_code != -signal.SIGBUS:  # a mapped file, of which a part is gone
+            require(finished, (3, 4))
+    elif found != delivered(command, whole):  # it only began to read when the file had changed
+        shutil.rmtree(place.work)
+        shutil.copytree(place.folder / "begin", place.work)
+        place.run(*command.words)
+        assert found == delivered(command, place.files()), case
+
+
+ON_A_DISK = [name for name in COMMANDS if "processes" not in name]
+READING = ("apply", "apply gguf", "search", "search --stream", "search gguf", "eval")
+INJECTED = {
+    # What is injected, into which commands, and how often: in every run, and with `-m faults`.
+    kill: (list(COMMANDS), 2, 100),
+    fail: (ON_A_DISK, 2, 400),
+    change: (READING, 1, 40),
+}
+CASES = [
+    pytest.param(inject, name, count, id=f"{inject.__name__} {name} {count}", marks=marks)
+    for inject, (names, *counts) in INJECTED.items()
+    for name in names
+    for count, marks in zip(counts, ((), pytest.mark.faults), strict=True)
+]
+
+
+@pytest.mark.parametrize(("inject", "name", "count"), CASES)
+def test_a_result_is_whole_or_absent_whatever_happens(place, tried, inject, name, count):
+    for number in range(count):
+        inject(place, name, number, random.Random(f"{name} {number}"))
+    tried(inject.__name__, count)
+
+
+@pytest.mark.parametrize("name", often(ON_A_DISK, ["search", "apply", "apply gguf"]))
+def test_what_is_given_its_name_is_on_the_disk(place, name):
+    """Whatever was written is flushed before the file or folder that it is in is renamed, and the new name after it."""
+    calls = [(call.sort, Path(call.path)) for call in place.undisturbed(name)[0]]
+    named = [(at, path) for at, (sort, path) in enumerate(calls) if sort is Calls.RENAME and "/." not in str(path)]
+    assert any(path.name == COMMANDS[name].output for _, path in named)
+    for at, path in named:
+        beside = re.compile(re.escape(f"{path.parent}/.{path.name}.".replace("//", "/")))
+        written = {
+            file: place
+            for place, (sort, file) in enumerate(calls[:at])
+            if sort is Calls.WRITE and beside.match(str(file)) and is_part(file)
+        }
+        assert written, path
+        for file, last in written.items():
+            assert (Calls.SYNC, file) in calls[last:at], f"{file} is not flushed before {path} has its name"
+        assert (Calls.SYNC, path.parent) in calls[at:], f"the name {path} is not flushed"
+
+
+def is_part(file):
+    """Whether a file that is written aside is part of what gets a name: not what a proof writes and deletes."""
+    return not any(part.startswith((".again", ".tmp")) or part.endswith(".checkpoint") for part in file.parts)
+
+
+# What both runs do, or what each does, and then both must end well.
+PAIRS = {
+    "apply": [APPLY], "apply --force": [(*APPLY, "--force")], "apply --heal": [HEAL], "apply gguf": [APPLY_GGUF],
+    "search": [search()], "search --force": [search("--force")], "search --resume": [search("--resume")],
+    "one cache": [search(model="../tiny.gguf", output=f"{name}.json") for name in "ab"],
+    "one result": [evaluate("-o", "scores.json")], "results of one plan": [evaluate(), evaluate(text="other")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("count", often([1, 20], [1]))
+@pytest.mark.parametrize("name", often(PAIRS, ["apply", "search", "one cache", "results of one plan"]))
+def test_two_runs_never_spoil_what_one_of_them_makes(place, name, count):
+    words = PAIRS[name]
+    place.reset()
+    for each in words:
+        place.run(*each)
+    whole = place.files()
+    for seed in range(count):
+        place.reset()
+        rng = random.Random(seed)
+        one = place.program.start(*words[0], **place.here)
+        one.ends_within(rng.choice([0, rng.uniform(0, 0.5)]))
+        two = place.program.start(*words[-1], **place.here)
+        codes = [require(run.wait(), (0,) if len(words) > 1 else (0, OUTPUT)).exit_code for run in (one, two)]
+        assert 0 in codes, seed
+        found = place.files()
+        assert found.keys() == whole.keys(), seed
+        different = [path for path in whole if found[path] != whole[path] and not path.endswith(".eval.json")]
+        assert not different, seed
+        if name == "results of one plan":
+            texts = json.loads((place.work / "plan.eval.json").read_text())["texts"]
+            assert {text["text"] for text in texts} == {"../text.txt", "../other.txt"}
