@@ -1,7 +1,7 @@
 """Our own lm-eval tasks for what depth pruning breaks first; `--tasks canaries` runs them.
 
-A model without some of its blocks may no longer add, close brackets, copy or write at length. Perplexity and multiple
-choice hide that: Shrestha et al., arXiv:2602.01997; ShortOPD, arXiv:2607.13124. lm-eval's own command runs them, too:
+A model without some of its blocks may no longer add, copy or do as it is told. Perplexity and multiple choice hide
+that: Shrestha et al., arXiv:2602.01997; ShortOPD, arXiv:2607.13124. lm-eval's own command runs them, too:
 `lm-eval run --include_path FOLDER --tasks sleb_canaries`.
 """
 
@@ -10,18 +10,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 """Where the task files are."""
 
-CANARIES = (
-    "sleb_sums",
-    "sleb_sums_sampled",
-    "sleb_brackets",
-    "sleb_brackets_sampled",
-    "sleb_lists",
-    "sleb_counting",
-    "sleb_repeat_64",
-    "sleb_repeat_256",
-    "sleb_repeat_1024",
-    "sleb_repetition",
-)
+CANARIES = ("sleb_sums", "sleb_lists", "sleb_repeat_64")
 """The names of the tasks of the group."""
 
 INSTRUCTIONS = "sleb_instructions"

@@ -17,8 +17,6 @@ Item = dict[str, str]
 SEED = 2402_09025
 EXAMPLES = 8
 
-BRACKETS = {"(": ")", "[": "]", "{": "}"}
-
 NOUNS = (
     "apple, basket, bottle, bridge, button, candle, chair, cloud, drum, engine, feather, garden, glass, hammer, "
     "jacket, kettle, ladder, lamp, lemon, letter, mirror, mountain, needle, orange, pencil, pillow, pocket, rabbit, "
@@ -41,33 +39,7 @@ BETWEEN = (
     "made of sand. Plants need light and air. Iron rusts when it is wet. Children learn to read at school."
 )
 """Twenty sentences of about eight tokens."""
-
-STARTS = (
-    "The old lighthouse keeper climbed the stairs every evening. One night, when the storm was at its worst,",
-    "The history of the bicycle began in the nineteenth century, when",
-    "Photosynthesis is the process by which plants",
-    "To make a good vegetable soup, first",
-    "Dear Sir or Madam,\n\nI am writing to you because",
-    "In economics, inflation means that",
-    "The city lies on two rivers. Its oldest quarter",
-    "When Anna opened the letter that had come with the morning post, she",
-    "A computer program is a list of instructions. Before it can run,",
-    "The whale is the largest animal that",
-    "There are three reasons why people should learn a second language. First,",
-    "Early in the morning the fishermen pushed their boats into the water and",
-    "The Roman Empire reached its greatest extent under",
-    "Question: How does a vaccine work?\nAnswer:",
-    "The committee met on Tuesday to discuss the new library. The first speaker",
-    "Mountains are formed when",
-    "My grandmother used to tell us that",
-    "The first railway in the country was opened in",
-    "Scientists have found that sleep",
-    "On the island there was only one shop, and",
-    "A good teacher knows that",
-    "The recipe for this bread is simple. Mix",
-    "It was raining when the bus arrived, so",
-    "The river begins high in the hills and",
-)
+SENTENCES_BETWEEN = 10
 
 TOPICS = (
     "apples, autumn, bees, bicycles, books, bread, bridges, buses, butter, candles, cats, chess, chocolate, clocks, "
@@ -90,17 +62,6 @@ def sums(items: int, **_: Any) -> dict[str, Any]:
     return _splits("sums", draw, items)
 
 
-def brackets(items: int, **_: Any) -> dict[str, Any]:
-    """Return two to five open brackets of three kinds, to be closed."""
-
-    def draw(rng: random.Random) -> Item:
-        opened = rng.choices([*BRACKETS], k=rng.randint(2, 5))
-        closed = [BRACKETS[bracket] for bracket in reversed(opened)]
-        return {"question": f"Open: {' '.join(opened)}", "prefix": "Close:", "answer": " ".join(closed)}
-
-    return _splits("brackets", draw, items)
-
-
 def lists(items: int, **_: Any) -> dict[str, Any]:
     """Return lists of eight words, to be copied."""
 
@@ -111,39 +72,17 @@ def lists(items: int, **_: Any) -> dict[str, Any]:
     return _splits("lists", draw, items)
 
 
-def counting(items: int, **_: Any) -> dict[str, Any]:
-    """Return a first and a last number with two digits, to be counted from one to the other."""
-
-    def draw(rng: random.Random) -> Item:
-        start = rng.randint(10, 90)
-        numbers = [str(start + step) for step in range(10)]
-        return {"question": f"From {numbers[0]} to {numbers[-1]}:", "prefix": "", "answer": ", ".join(numbers)}
-
-    return _splits("counting", draw, items)
-
-
-def repeating(items: int, sentences: int, **_: Any) -> dict[str, Any]:
+def repeating(items: int, **_: Any) -> dict[str, Any]:
     """Return a sentence, others after it, and its beginning again, to be completed."""
-    others = BETWEEN.split(". ")
+    others = BETWEEN.rstrip(".").split(". ")
 
     def draw(rng: random.Random) -> Item:
         words = [rng.choice(part.split(", ")) for part in (ADJECTIVES, PEOPLE, VERBS, THINGS, PLACES)]
         begin, end = "The {} {}".format(*words), "{2} the {3} near the {4}.".format(*words)
-        between = [sentence.rstrip(".") for _ in range(0, sentences, len(others)) for sentence in shuffled(rng)]
-        text = ". ".join(between[:sentences]) + "."
+        text = ". ".join(rng.sample(others, len(others))[:SENTENCES_BETWEEN]) + "."
         return {"question": f"Say: {begin} {end}\n\n{text}", "prefix": f"Again: {begin}", "answer": end}
 
-    def shuffled(rng: random.Random) -> list[str]:
-        return rng.sample(others, len(others))
-
-    return _splits(f"repeating {sentences}", draw, items)
-
-
-def writing(**_: Any) -> dict[str, Any]:
-    """Return beginnings of texts, to be continued; no answer is right."""
-    from datasets import Dataset
-
-    return {"test": Dataset.from_list([{"question": start, "prefix": "", "answer": ""} for start in STARTS])}
+    return _splits(f"repeating {SENTENCES_BETWEEN}", draw, items)
 
 
 def instructions(items: int, **_: Any) -> dict[str, Any]:
@@ -173,13 +112,7 @@ def _splits(name: str, draw: Callable[[random.Random], Item], items: int) -> dic
 
 def grade(doc: Item, results: Sequence[Any]) -> dict[str, float]:
     """Return 1 for the right answer."""
-    return {"exact_match": float(_is_right(doc, results[0]))}
-
-
-def grade_samples(doc: Item, results: Sequence[Any]) -> dict[str, float]:
-    """Return the share of eight answers that are right, and 1 if any is."""
-    right = [_is_right(doc, answer) for answer in results[0]]
-    return {"pass@1": sum(right) / len(right), "pass@8": float(any(right))}
+    return {"exact_match": float(_line(results[0]) == doc["answer"])}
 
 
 def grade_words(doc: Item, results: Sequence[Any]) -> dict[str, float]:
@@ -189,18 +122,14 @@ def grade_words(doc: Item, results: Sequence[Any]) -> dict[str, float]:
     return {"right_words": sum(found[place : place + 1] == [expected[place]] for place in places) / len(places)}
 
 
-def grade_repetition(doc: Item, results: Sequence[Any]) -> dict[str, float]:
-    """Return the share of runs of four words and signs that occurred before in the text."""
-    found = re.findall(r"\w+|[^\w\s]|\n", results[0])
-    return {"repetition": repetition(found) if found else 1.0}  # no text is no better than one that repeats itself
-
-
 def grade_instructions(doc: Item, results: Sequence[Any]) -> dict[str, float]:
     """Return 1 if the answer is as asked; and how it is written, and whether it ended by itself if the model tells."""
     answer = results[0]
     followed = INSTRUCTIONS[doc["kind"]].is_followed(doc["answer"], answer.strip())
     ended = {"ended": float(answer.ended)} if hasattr(answer, "ended") else {}
-    return {"followed": float(followed), **ended, **grade_repetition(doc, results), "words": len(answer.split())}
+    signs = re.findall(r"\w+|[^\w\s]|\n", answer)
+    repeated = repetition(signs) if signs else 1.0  # no text is no better than one that repeats itself
+    return {"followed": float(followed), **ended, "repetition": repeated, "words": len(answer.split())}
 
 
 def _has_lines(asked: str, answer: str) -> bool:
@@ -256,10 +185,6 @@ INSTRUCTIONS = {
         _is_json,
     ),
 }
-
-
-def _is_right(doc: Item, answer: str) -> bool:
-    return _line(answer) == doc["answer"]
 
 
 def _line(answer: str) -> str:

@@ -1,6 +1,6 @@
 """How much faster `sleb eval` is where the model writes answers than lm-eval, which runs a batch until all have ended.
 
-    python tests/benchmarks/written_tasks.py MODEL [--tasks sleb_counting,sleb_instructions] [--limit 64]
+    python tests/benchmarks/written_tasks.py MODEL [--tasks sleb_lists,sleb_instructions] [--limit 64]
         [--include-path FOLDER] [--apply-chat-template] [--run-code]
 
 Both take the same batches on the same model, lm-eval first and last. Prints a row for each task.
@@ -45,7 +45,7 @@ def timed(task: LoadedTask, model: Any, tokenizer: Any, *, ours: bool) -> tuple[
 
 def main() -> None:
     flags = {"apply_chat_template": False, "run_code": False, "include_path": Path}
-    options = parser(__doc__, "model", tasks=["sleb_counting", "sleb_instructions"], limit=64, **flags).parse_args()
+    options = parser(__doc__, "model", tasks=["sleb_lists", "sleb_instructions"], limit=64, **flags).parse_args()
     quiet_libraries()
     architecture = architecture_of(options.model)
     dtype = place_model(architecture, CPU, AUTO, ignore, stream=False).dtype

@@ -187,7 +187,7 @@ def test_results_may_lack_whatever_is_optional(report, exported):
         data["tasks"][0] |= {"doc_ids": []}
         data["tasks"][1] |= {"higher_is_better": False, "metric": "repetition", "items_sha256": "0" * 64}
 
-    evaluation = make_evaluation(plan, items=40, every=1, tasks=("group", "sleb_repetition"))
+    evaluation = make_evaluation(plan, items=40, every=1, tasks=("group", "sleb_lists"))
     benchmark = bare(make_benchmark(plan, every=1, batches=()))
     page = report(plan, evaluation=changed(bare(evaluation), of_odd_tasks), benchmark=benchmark)
     assert page.figures == FIGURES - {"search", "inter-token-latency", "memory", "quality-and-speed-generation"}

@@ -48,6 +48,6 @@ def test_tasks_that_write_need_a_token_that_ends_a_text(run_sleb, tmp_path):
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
     letters = CTRLTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
     folder = with_tokenizer(save_model(tmp_path / "letters", llama_config(3)), letters)
-    result = run_sleb("eval", folder, "--tasks", "sleb_brackets", "--limit", 2)
+    result = run_sleb("eval", folder, "--tasks", "sleb_sums", "--limit", 2)
     assert result.exit_code == 2
-    assert "sleb_brackets has the model write text, but the tokenizer has no EOS token" in result.stderr
+    assert "sleb_sums has the model write text, but the tokenizer has no EOS token" in result.stderr

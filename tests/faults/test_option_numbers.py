@@ -18,8 +18,8 @@ NEVER = ("nan", "inf", "-inf", "-1", "9" * (sys.int_info.default_max_str_digits 
 PERHAPS = ("0", str(10**30))
 NEEDED = {
     "serve_length": "--target-memory 100kB",
-    "heal_minutes": "--heal", "heal_tokens": "--heal", "limit": "--tasks sleb_repetition",
-    "num_fewshot": "--tasks sleb_repetition", "show_flips": "--tasks sleb_repetition",
+    "heal_minutes": "--heal", "heal_tokens": "--heal", "limit": "--tasks sleb_sums",
+    "num_fewshot": "--tasks sleb_sums", "show_flips": "--tasks sleb_sums",
 }  # fmt: skip
 """What an option does nothing without."""
 

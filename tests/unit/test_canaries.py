@@ -10,8 +10,6 @@ from transformers import AutoTokenizer
 
 from sleb_cli.canaries import CANARIES, FOLDER, INSTRUCTIONS, items
 
-GRADED = [name for name in CANARIES if name != "sleb_repetition"]
-
 
 @pytest.fixture(scope="module")
 def manager():
@@ -45,30 +43,33 @@ def test_a_perfect_answer_scores_one_and_a_wrong_one_zero(loaded, answer, score)
         task.set_fewshot_seed(seed=0)
     oracle = Oracle(lambda doc: answer.format(doc["answer"]))
     results = evaluate(lm=oracle, task_dict=loaded, bootstrap_iters=0, log_samples=True)["results"]
-    for name in GRADED:
+    for name in CANARIES:
         found = {value for key, value in results[name].items() if "," in key and "_stderr" not in key}
         assert found == {score}, name
 
 
 @pytest.mark.parametrize(
-    ("grade", "answer", "expected"),
+    ("answer", "expected"),
     [
-        (items.grade_samples, [" 4", *["5"] * 7], {"pass@1": 1 / 8, "pass@8": 1}),
-        (items.grade_samples, ["44", "4 4", " 4."] * 2 + ["", "four"], {"pass@1": 0, "pass@8": 0}),
-        (items.grade_words, "sold the lamp near the mill.", {"right_words": 2 / 3}),
-        (items.grade_words, "sold a lamp near a river", {"right_words": 1.0}),
-        (items.grade_words, "found the lamp near the river. sold the lamp near the river.", {"right_words": 2 / 3}),
-        (items.grade_words, "the lamp near the river.", {"right_words": 0.0}),
-        (items.grade_words, "sold", {"right_words": 1 / 3}),
-        (items.grade_repetition, "a b c", {"repetition": 0}),
-        (items.grade_repetition, "a b c d a b c d", {"repetition": 1 / 5}),
-        (items.grade_repetition, "a b c d i a b c d", {"repetition": 1 / 6}),
-        (items.grade_repetition, "x y " * 50, {"repetition": 95 / 97}),
+        ("sold the lamp near the mill.", 2 / 3),
+        ("sold a lamp near a river", 1.0),
+        ("found the lamp near the river. sold the lamp near the river.", 2 / 3),
+        ("the lamp near the river.", 0.0),
+        ("sold", 1 / 3),
     ],
 )
-def test_answers_are_graded_in_part(grade, answer, expected):
-    doc = {"question": "", "answer": "4" if grade is items.grade_samples else "sold the lamp near the river."}
-    assert grade(doc, [answer]) == pytest.approx(expected)
+def test_answers_are_graded_in_part(answer, expected):
+    graded = items.grade_words({"answer": "sold the lamp near the river."}, [answer])
+    assert graded == {"right_words": pytest.approx(expected)}
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("a b c", 0), ("a b c d a b c d", 1 / 5), ("a b c d i a b c d", 1 / 6), ("x y " * 50, 95 / 97), ("", 1)],
+)
+def test_the_repetition_of_an_answer(answer, expected):
+    graded = items.grade_instructions({"kind": "lower case", "answer": ""}, [answer])
+    assert graded["repetition"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -127,9 +128,8 @@ def test_items_are_always_the_same_and_all_different(loaded, manager):
     for name, task in loaded["tasks"].items():
         rows = list(task.eval_docs)
         assert rows == list(again[name].eval_docs)
-        if name in GRADED:
-            questions = [row["question"] for row in [*rows, *task.fewshot_docs()]]
-            assert len(set(questions)) == len(questions)
+        questions = [row["question"] for row in [*rows, *task.fewshot_docs()]]
+        assert len(set(questions)) == len(questions)
 
 
 def test_the_answers_follow_from_the_questions(loaded):
@@ -137,17 +137,10 @@ def test_the_answers_follow_from_the_questions(loaded):
     for row in tasks["sleb_sums"]:
         first, second = row["question"].removeprefix("Q: What is ").removesuffix("?").split(" + ")
         assert int(first) + int(second) == int(row["answer"])
-    for row in tasks["sleb_brackets"]:
-        text = row["question"].removeprefix("Open: ") + row["answer"]
-        text = text.replace(" ", "")
-        while (shorter := text.replace("()", "").replace("[]", "").replace("{}", "")) != text:
-            text = shorter
-        assert text == ""
-    for length in (64, 256, 1024):
-        for row in tasks[f"sleb_repeat_{length}"]:
-            said, between = row["question"].split("\n\n")
-            assert said.removeprefix("Say: ") == f"{row['prefix'].removeprefix('Again: ')} {row['answer']}"
-            assert 0.6 * length <= len(between.split()) <= length
+    for row in tasks["sleb_repeat_64"]:
+        said, between = row["question"].split("\n\n")
+        assert said.removeprefix("Say: ") == f"{row['prefix'].removeprefix('Again: ')} {row['answer']}"
+        assert 0.6 * 64 <= len(between.split()) <= 64
 
 
 @pytest.mark.parametrize(
@@ -159,17 +152,10 @@ def test_the_answers_follow_from_the_questions(loaded):
             ["Q: ", "A: "] * 8 + ["Q: ", "A:"],
         ),
         (
-            "sleb_brackets",
-            "Open: [ {\nClose: } ]\n\nOpen: ( (\nClose: ) )\n\n",
-            ["Open: ", "Close: "] * 5 + ["Open: ", "Close:"],
-        ),
-        ("sleb_counting", "From 84 to 93: 84, 85", ["From ", "84, 85", "From ", "76, 77", "From ", "70, 71", "From "]),
-        (
             "sleb_repeat_64",
             " in January.\n\nAgain: The brave sailor",
             ["Say: The brave sailor broke ", "Again: The brave sailor"],
         ),
-        ("sleb_repetition", "The old lighthouse", ["The old lighthouse"]),
     ],
 )
 def test_a_chat_has_a_turn_for_each_question_and_the_model_goes_on_with_its_own(loaded, name, text, turns):
@@ -190,7 +176,7 @@ def test_a_chat_has_a_turn_for_each_question_and_the_model_goes_on_with_its_own(
 
 def test_every_answer_fits_what_the_model_may_write(loaded, smollm2):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    for name in GRADED:
+    for name in CANARIES:
         task = loaded["tasks"][name]
         longest = max(len(tokenizer(f" {row['answer']}").input_ids) for row in task.eval_docs)
         assert longest <= task.config.generation_kwargs["max_gen_toks"], name

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import WORDS, write_task
 from sleb_cli.engine.quality.lm_eval_tasks import task_manager
-from sleb_cli.engine.quality.tasks import PRESETS, compare_task, fitting, load_requested, versions_behind_lm_eval
+from sleb_cli.engine.quality.tasks import PRESETS, compare_task, load_requested, versions_behind_lm_eval
 from sleb_cli.engine.statistics import (
     items_needed,
     mcnemar,
@@ -21,7 +21,7 @@ from sleb_cli.engine.statistics import (
     paired_proportions_interval,
     wilson_interval,
 )
-from sleb_cli.events import Notice, TaskAdvanced, TaskStarted, ignore
+from sleb_cli.events import TaskAdvanced, TaskStarted
 from sleb_cli.requests import EvalRequest
 from sleb_plugins import DataError, ModelError, UsageError
 
@@ -304,18 +304,6 @@ def test_tasks_of_lm_eval_are_found_without_an_index_of_all():
     assert manager.task_index["piqa"].yaml_path == tasks / "piqa/piqa.yaml"
     for preset, file in {"leaderboard-v1": "benchmarks/openllm", "leaderboard-v2": "leaderboard/leaderboard"}.items():
         assert (tasks / f"{file}.yaml").read_text().startswith(f"group: {PRESETS[preset][0]}\n")
-
-
-def test_canaries_that_do_not_fit_the_model_are_left_out(loaded):
-    # A preset stands for its tasks once.
-    tasks, events = load_requested(EvalRequest(None, tasks=("canaries", "sleb_sums"))), []
-    assert tuple(task.name for task in tasks) == PRESETS["canaries"]
-    group = load_requested(EvalRequest(None, tasks=("sleb_canaries",)))
-    assert fitting((*tasks[:1], *group), loaded[1], 512, ignore) == tasks[:1]
-    names = {task.name for task in fitting(tasks, loaded[1], 512, events.append)}
-    left = [event.text for event in events if isinstance(event, Notice)]
-    assert names | {text.split()[1].rstrip(":") for text in left} == set(PRESETS["canaries"])
-    assert any("Skipping sleb_repeat_1024: " in text and "the model has only 512." in text for text in left)
 
 
 @pytest.mark.parametrize(

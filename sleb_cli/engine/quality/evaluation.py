@@ -22,7 +22,7 @@ from sleb_cli.engine.model.generation import as_transformers_loads
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask
 from sleb_cli.engine.quality.models import Models
-from sleb_cli.engine.quality.tasks import compare_task, fitting, load_requested, versions_behind_lm_eval
+from sleb_cli.engine.quality.tasks import compare_task, load_requested, versions_behind_lm_eval
 from sleb_cli.engine.quality.texts import measure_text
 from sleb_cli.engine.quality.written_code import unconfined
 from sleb_cli.engine.surgery.loading import load_tokenizer
@@ -54,7 +54,6 @@ def evaluate_subject(subject: Subject, request: EvalRequest, notify: Notify, gro
     tokenizer = load_tokenizer(architecture.source)
     if any(task.runs_code for task in tasks) and (free := unconfined()):
         notify(Warned(f"On this system, sleb cannot keep programs that the model writes away from {free}."))
-    tasks = fitting(tasks, tokenizer, architecture.longest_sequence, notify) if tasks else ()
     names = texts_of(request)
     texts = group.one_first(lambda: [read_evaluation_text(name, request, tokenizer, architecture) for name in names])
     for sentence in _remarks(texts, subject):

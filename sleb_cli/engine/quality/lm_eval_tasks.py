@@ -90,19 +90,6 @@ class LoadedTask:
         """Whether it runs programs that the model writes."""
         return any(map(_runs_code, self.tasks.values()))
 
-    def longest_request(self, tokenizer: Any) -> int:
-        """Return the tokens of the longest prompt and what is written after it; 0 if nothing is written."""
-        from lm_eval.defaults import DEFAULT_OTHER_SEED
-
-        longest = 0
-        for each in self.tasks.values():
-            with quiet():
-                each.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-                each.build_all_requests(limit=self._request.limit)
-            prompts = (len(tokenizer(request.args[0]).input_ids) for request in each.instances)
-            longest = max(longest, _new_tokens(each) + max(prompts))
-        return longest
-
     def run(
         self,
         model: Any,

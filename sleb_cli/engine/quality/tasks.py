@@ -24,7 +24,6 @@ from sleb_cli.engine.statistics import (
     paired_proportions_interval,
     wilson_interval,
 )
-from sleb_cli.events import Notice, Notify
 from sleb_cli.requests import EvalRequest
 from sleb_cli.results import FlipRecord, PrunedTaskScores, TaskResult, TaskScores
 from sleb_plugins import DataError, ModelError
@@ -63,26 +62,6 @@ def names_of(request: EvalRequest) -> list[str]:
     if request.include_path is not None and not request.include_path.is_dir():
         raise DataError(f"There is no folder {request.include_path}.", hint="Check --include-path.")
     return list(dict.fromkeys(name for named in request.tasks for name in PRESETS.get(named, (named,))))
-
-
-def fitting(
-    tasks: Sequence[LoadedTask], tokenizer: Any, positions: int | None, notify: Notify
-) -> tuple[LoadedTask, ...]:
-    """Leave out the canaries that need more positions than the model has, with a notice for each.
-
-    Raises:
-        DataError: no task is left.
-    """
-    left = []
-    for task in tasks:
-        length = task.longest_request(tokenizer) if positions and {*task.tasks} <= {*CANARIES} else 0
-        if positions and length > positions:
-            notify(Notice(f"Skipping {task.name}: it takes {length:,} tokens, but the model has only {positions:,}."))
-        else:
-            left.append(task)
-    if not left:
-        raise DataError(f"No task fits the model's {positions:,} positions.", hint="Name tasks with shorter prompts.")
-    return tuple(left)
 
 
 def versions_behind_lm_eval() -> str:
