@@ -1,6 +1,6 @@
 """The `sleb` program, and its verbs for Python.
 
-They are `search`, `compare`, `apply`, `evaluate`, `bench`, `export` and `rerun`;
+They are `search`, `compare`, `apply`, `evaluate`, `bench` and `export`;
 `show_progress` gives them a listener.
 """
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from sleb_cli.version import __version__
 
 if TYPE_CHECKING:
-    from sleb_cli.api import apply, bench, compare, evaluate, export, rerun, search
-    from sleb_cli.requests import ApplyRequest, BenchRequest, EvalRequest, ExportRequest, RerunRequest, SearchRequest
+    from sleb_cli.api import apply, bench, compare, evaluate, export, search
+    from sleb_cli.requests import ApplyRequest, BenchRequest, EvalRequest, ExportRequest, SearchRequest
     from sleb_cli.ui.progress import show_progress
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "BenchRequest",
     "EvalRequest",
     "ExportRequest",
-    "RerunRequest",
     "SearchRequest",
     "__version__",
     "apply",
@@ -26,7 +25,6 @@ __all__ = [
     "compare",
     "evaluate",
     "export",
-    "rerun",
     "search",
     "show_progress",
 ]

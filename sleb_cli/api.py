@@ -23,16 +23,8 @@ if TYPE_CHECKING:
     from sleb_cli.engine.surgery.subject import Subject
     from sleb_cli.plan import Plan
     from sleb_cli.records import Record
-    from sleb_cli.requests import ApplyRequest, ExportRequest, RerunRequest, SearchRequest
-    from sleb_cli.results import (
-        ApplyResult,
-        BenchResult,
-        CompareResult,
-        EvalResult,
-        ExportResult,
-        GgufResult,
-        RerunResult,
-    )
+    from sleb_cli.requests import ApplyRequest, ExportRequest, SearchRequest
+    from sleb_cli.results import ApplyResult, BenchResult, CompareResult, EvalResult, ExportResult, GgufResult
     from sleb_plugins import Engine
 
 
@@ -99,20 +91,6 @@ def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
     _save(plan, request.plan_file)
     delete_journals(result, request.plan_file, notify)
     return result
-
-
-def rerun(request: RerunRequest, notify: Notify = ignore) -> RerunResult:
-    """Repeat the search of a plan, write the new plan, and tell whether it is the same.
-
-    Raises:
-        WorkerFinished: this process only helped; the main one writes the plan.
-        SlebError: something failed; its class tells what.
-    """
-    from sleb_cli.engine.search.rerun import compare, request_of
-    from sleb_cli.plan import read_plan
-
-    plan = read_plan(request.plan)
-    return compare(plan, search(request_of(plan, request), notify), request)
 
 
 @_names_memory(_APPLY)

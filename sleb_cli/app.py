@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from sleb_cli import api
-from sleb_cli.commands.options import JsonOption, QuietOption, takes
+from sleb_cli.commands.options import How, JsonOption, options_from
+from sleb_cli.events import Notice
 from sleb_cli.plugin_manager import load_plugins, named_before_loading
-from sleb_cli.requests import ApplyRequest, BenchRequest, EvalRequest, ExportRequest, RerunRequest, SearchRequest
+from sleb_cli.requests import ApplyRequest, BenchRequest, EvalRequest, ExportRequest, SearchRequest
 from sleb_cli.ui import results
 from sleb_cli.ui.console import print_json, print_note
 from sleb_cli.ui.plugins import show_plugins
@@ -19,7 +20,10 @@ from sleb_cli.ui.search import show_comparison, show_plan
 from sleb_cli.ui.tables import print_to_copy
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sleb_cli.events import Notify
+    from sleb_cli.plan import Plan
     from sleb_cli.records import Record
 
 R = TypeVar("R", bound="Record")
@@ -59,63 +63,67 @@ def sleb(
         typer.echo(context.get_help())
 
 
-def _run(
-    call: Callable[[Any, Notify], R], request: Any, table: Callable[[R], None], *, json: bool, quiet: bool = False
-) -> None:
+def _run(call: Callable[[Any, Notify], R], request: Any, table: Callable[[R], None], how: How) -> None:
     """Call the engine under a progress display, and print the result on stdout: as JSON, or as its command's table."""
-    with show_progress(quiet=quiet) as notify:
+    with show_progress(quiet=how.quiet) as notify:
         result = call(request, notify)
-    if json:
+    if how.json:
         print_json(result.to_data())
     else:
         table(result)
 
 
+def _searching(config: Path | None) -> Callable[[SearchRequest, Notify], Plan]:
+    """Return the search; with the options of a plan, it also says whether it found the same."""
+    from sleb_cli.plan import compare_plans, read_plan
+
+    before = read_plan(config) if config and config.suffix == ".json" else None
+
+    def search(request: SearchRequest, notify: Notify) -> Plan:
+        plan = api.search(request, notify)
+        if before:
+            notify(Notice(compare_plans(before, plan)))
+        return plan
+
+    return search
+
+
 @app.command()
-@takes(SearchRequest)
-def search(request: SearchRequest, json: JsonOption = False, quiet: QuietOption = False) -> None:
+@options_from(SearchRequest)
+def search(request: SearchRequest, how: How) -> None:
     """Find the blocks that MODEL needs least, and write them to a plan."""
-    how = {"json": json, "quiet": quiet}
     if request.compare:
-        _run(api.compare, request, lambda found: show_comparison(found, request.plan_file), **how)
+        _run(api.compare, request, lambda found: show_comparison(found, request.plan_file), how)
     else:
-        _run(api.search, request, lambda plan: show_plan(plan, request.plan_file), **how)
+        _run(_searching(how.config), request, lambda plan: show_plan(plan, request.plan_file), how)
 
 
 @app.command()
-@takes(ApplyRequest)
-def apply(request: ApplyRequest, json: JsonOption = False, quiet: QuietOption = False) -> None:
+@options_from(ApplyRequest)
+def apply(request: ApplyRequest, how: How) -> None:
     """Write the pruned checkpoint or GGUF file, and prove that it computes what the search measured."""
-    _run(api.apply, request, results.show_applied, json=json, quiet=quiet)
+    _run(api.apply, request, results.show_applied, how)
 
 
 @app.command("eval")
-@takes(EvalRequest)
-def eval_(request: EvalRequest, json: JsonOption = False, quiet: QuietOption = False) -> None:
+@options_from(EvalRequest)
+def eval_(request: EvalRequest, how: How) -> None:
     """Compare the quality of the dense and the pruned model: perplexity and lm-eval tasks."""
-    how = {"json": json, "quiet": quiet}
-    _run(api.evaluate, request, lambda found: results.show_evaluation(found, request.output), **how)
+    _run(api.evaluate, request, lambda found: results.show_evaluation(found, request.output), how)
 
 
 @app.command()
-@takes(BenchRequest)
-def bench(request: BenchRequest, json: JsonOption = False, quiet: QuietOption = False) -> None:
+@options_from(BenchRequest)
+def bench(request: BenchRequest, how: How) -> None:
     """Measure the speed and memory of the dense and the pruned model."""
-    _run(api.bench, request, lambda found: results.show_benchmark(found, request.output), json=json, quiet=quiet)
+    _run(api.bench, request, lambda found: results.show_benchmark(found, request.output), how)
 
 
 @app.command()
-@takes(ExportRequest)
-def export(request: ExportRequest, json: JsonOption = False, quiet: QuietOption = False) -> None:
+@options_from(ExportRequest)
+def export(request: ExportRequest, how: How) -> None:
     """Export a report, or the pruned model for another tool, as files or text."""
-    _run(api.export, request, lambda made: results.show_exported(made, request.output), json=json, quiet=quiet)
-
-
-@app.command()
-@takes(RerunRequest)
-def rerun(request: RerunRequest, json: JsonOption = False, quiet: QuietOption = False) -> None:
-    """Repeat the search of PLAN from what it recorded, and report whether it finds the same blocks."""
-    _run(api.rerun, request, results.show_rerun, json=json, quiet=quiet)
+    _run(api.export, request, lambda made: results.show_exported(made, request.output), how)
 
 
 @app.command()

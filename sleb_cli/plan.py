@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import re
+from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from sleb_cli.records import ModelRecord, Perplexity, Proof, Record, UnreadableRecord, VersionedRecord, without_folders
-from sleb_cli.requests import Chat, StrategyName, TargetName, WorkloadName
-from sleb_cli.units import parse_ratio
+from sleb_cli.records import (
+    ModelRecord,
+    Perplexity,
+    Proof,
+    Record,
+    UnreadableRecord,
+    VersionedRecord,
+    differences,
+    without_folders,
+)
+from sleb_cli.requests import REPEATED_OPTIONS, TARGET_NAMES, Chat, StrategyName, TargetName, WorkloadName
 from sleb_plugins.errors import PlanError
 
 CHECKPOINT_PLAN = "sleb_plan.json"
@@ -33,23 +42,11 @@ _SHARE = r":[\d.]+(?:e-?\d+)?(?:/\d+)?"
 _MIXTURE = re.compile(rf"[^,]+{_SHARE}(?:,[^,]+{_SHARE})*")
 
 
-class SkippedRecord(Record):
-    """A sequence left out because the dense model computes no finite numbers on it.
-
-    `sequence` counts those that were drawn, from 1. `first` is where in the model they first appear: "block 3", "the
-    embeddings" or "the head".
-    """
-
-    sequence: Annotated[int, Field(ge=1)]
-    first: str
-
-
 class CalibrationRecord(Record):
     """The calibration tokens; `tokens_sha256` hashes the ids as little-endian int64.
 
     `bos` says whether every sequence starts with the BOS token; `chat`, which tokens count if they are conversations;
-    if it is null, a search counts the answers of those that the model wrote. `skipped` lists the drawn sequences that
-    were left out; everything else describes those that were used.
+    if it is null, a search counts the answers of those that the model wrote.
     """
 
     source: str
@@ -59,12 +56,6 @@ class CalibrationRecord(Record):
     bos: bool
     chat: Chat | None = None
     tokens_sha256: str
-    skipped: tuple[SkippedRecord, ...] | None = None
-
-    @property
-    def drawn(self) -> int:
-        """How many sequences were drawn, used or not."""
-        return self.sequences + len(self.skipped or ())
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -86,8 +77,7 @@ class CalibrationRecord(Record):
 
     def __str__(self) -> str:
         counts = {None: "", "all": ", conversations", "answers": ", the answers of conversations"}[self.chat]
-        left_out = f", {len(self.skipped)} skipped" if self.skipped else ""
-        return f"{self.title}: {self.sequences} x {self.sequence_length} tokens{left_out}{counts}"
+        return f"{self.title}: {self.sequences} x {self.sequence_length} tokens{counts}"
 
 
 def checkpoint_name(base: str, blocks: int) -> str:
@@ -115,7 +105,7 @@ class TargetRecord(Record):
 
     The unit of `limit`, `dense` and `reached` follows from `name`: parameters, bytes, speedup, nats per token above
     the dense model, or a multiple of its perplexity. `asked` is what the user wrote. For a speedup, `predicted` was
-    estimated before the search and `reached` timed after it; for a loss or a task, `next` is the value after one more
+    estimated before the search and `reached` timed after it; for a perplexity, `next` is the value after one more
     removal.
     """
 
@@ -153,7 +143,6 @@ class SearchRecord(Record):
     metric: str
     metrics: dict[str, MetricRecord] = Field(default_factory=dict)
     remove: int
-    ratio: str | None
     target: TargetRecord | None = None
     protect_first: int
     protect_last: int
@@ -166,15 +155,6 @@ class SearchRecord(Record):
     held_out: int = 0
     engine: Engine
     engine_reason: str | None
-
-    def asked_target(self, blocks: int) -> dict[str, Any]:
-        """Return the fields of a request that say how far to go, in a model of so many blocks."""
-        target = self.target
-        if target is None:
-            # A plan that was cut to fewer removals still names the ratio of the whole.
-            exact = self.ratio and math.ceil(parse_ratio(self.ratio) * blocks) == self.remove
-            return {"ratio": self.ratio} if exact else {"remove": self.remove}
-        return {target.name: target.asked, "serve_length": target.serving.length if target.serving else None}
 
 
 class HeldOutRecord(Record):
@@ -408,12 +388,14 @@ class RecoveryRecord(Record):
 class Plan(VersionedRecord):
     """A finished search. Blocks are numbered from 0 as in the original model, everywhere.
 
-    `removals` are the blocks of the last step; `first` returns the plan for fewer.
+    `removals` are the blocks of the last step; `first` returns the plan for fewer. `request` has the resolved options,
+    with which `sleb search --config plan.json` repeats the search.
 
     In the copy inside a checkpoint, `recovery` tells how its blocks were recovered, and `proof` what was checked. That
     copy may be published, so it names local models and texts without their folders.
     """
 
+    request: dict[str, str | int | float | bool | tuple[int | str, ...]]
     model: ModelRecord
     calibration: CalibrationRecord
     search: SearchRecord
@@ -427,6 +409,8 @@ class Plan(VersionedRecord):
 
     @model_validator(mode="after")
     def _agree(self) -> Plan:
+        if others := self.request.keys() - REPEATED_OPTIONS:
+            raise ValueError(f"request has {min(others)!r}, which is not an option that repeats a search")
         if len(self.steps) > self.model.blocks:
             raise ValueError(f"{len(self.steps)} steps are more than the {self.model.blocks} blocks of the model")
         if any((step.held_out is None) != (self.dense.held_out is None) for step in self.steps):
@@ -465,46 +449,27 @@ class Plan(VersionedRecord):
         checkpoints = {"recovery": self.recovery, "proof": self.proof}
         return {key: value for key, value in super().to_data().items() if checkpoints.get(key, True) is not None}
 
-    @property
-    def asked(self) -> dict[str, Any]:
-        """The fields of the request that repeats the search, besides model and files; None for those left out."""
-        search, text, sample = self.search, self.calibration, self.sample_generation
-        presets = text.source.endswith("-sleb")  # their samples count rows of text, not the sequences recorded
-        return {
-            **search.asked_target(self.model.blocks),
-            "metric": search.metric,
-            "strategy": search.strategy,
-            "calibration": text.source,
-            "samples": None if presets else text.drawn,
-            "sequence_length": None if presets else text.sequence_length,
-            "seed": text.seed,
-            "chat": text.chat,
-            "holdout": search.holdout or None,
-            "sample_tokens": sample.new_tokens if sample else None,
-            "protect_first": search.protect_first,
-            "protect_last": search.protect_last,
-            "protect": search.protect or None,
-            # The machine decides these, and they decide the last digits.
-            "dtype": search.dtype,
-            "device": search.device,
-            "batch_size": search.batch_size,
-            "revision": None if self.model.id == "demo" else self.model.revision,
-            "fast": search.fast,
-        }
-
     def first(self, count: int) -> Plan:
         """Return the plan of a search stopped after `count` removals; the sample generation is kept only for all."""
-        target = self.search.target if count == len(self.steps) else None
-        search = self.search.model_copy(update={"remove": count, "target": target})
-        cut = {"removals": ((), *self.by_size)[count], "steps": self.steps[:count], "search": search}
-        return self.model_copy(update=cut if count == len(self.removals) else cut | {"sample_generation": None})
+        if count == len(self.removals):
+            return self
+        targets = {*TARGET_NAMES, "serve_length"}
+        request = {name: value for name, value in self.request.items() if name not in targets} | {"remove": count}
+        search = self.search.model_copy(update={"remove": count, "target": None})
+        removals, steps = ((), *self.by_size)[count], self.steps[:count]
+        cut = {"request": request, "removals": removals, "steps": steps, "search": search, "sample_generation": None}
+        return self.model_copy(update=cut)
 
     def published(self) -> Plan:
         """Return the plan as a checkpoint holds it: with the names of local models and texts, but not their folders."""
         model = self.model.model_copy(update={"id": without_folders(self.model.id)})
         calibration = _without_folders(self.calibration)
+        request = self.request | {"calibration": calibration.source}
+        if model.id != self.model.id:
+            request.pop("model", None)  # the name of a folder must not lead to the Hub
         recovery = self.recovery and self.recovery.published()
-        return self.model_copy(update={"model": model, "calibration": calibration, "recovery": recovery})
+        named = {"request": request, "model": model, "calibration": calibration, "recovery": recovery}
+        return self.model_copy(update=named)
 
 
 def _without_folders(text: CalibrationRecord) -> CalibrationRecord:
@@ -526,3 +491,37 @@ def read_plan(path: Path) -> Plan:
             f"Cannot read the plan {path}: {error}.",
             hint="If a newer sleb wrote it, upgrade. If it was edited or cut off, restore it; otherwise search again.",
         ) from error
+
+
+def compare_plans(before: Plan, after: Plan) -> str:
+    """Say whether a repeated search found what `before` holds, and what else differs."""
+    sizes = enumerate(zip_longest(before.by_size, after.by_size), start=1)
+    other = next((size for size, (old, new) in sizes if old != new), None)
+    blocks = "the same blocks, in the same order" if other is None else f"other blocks from step {other} on"
+    change = max(_changes(before, after))
+    scores = f"scores differ by at most {change:.2g}" if change else "all scores are identical"
+    differing = differences(_circumstances(after), _circumstances(before))
+    return f"The search found {blocks}; {scores}." + (f" Also different: {differing}." if differing else "")
+
+
+def _changes(before: Plan, after: Plan) -> Iterator[float]:
+    """Yield how far the scores of the same candidates differ, as long as the same blocks are gone."""
+    yield abs(before.dense.loss - after.dense.loss)
+    for old, new, gone, gone_now in zip(before.steps, after.steps, before.by_size, after.by_size, strict=False):
+        for block, score in old.scores.items():
+            again = new.scores.get(block)
+            if score is not None and again is not None:
+                yield abs(score - again)
+        if gone != gone_now:
+            return
+
+
+def _circumstances(plan: Plan) -> dict[str, Any]:
+    """Return what may make a repeated search find something else."""
+    return {
+        "options": plan.request,
+        "weights": plan.model.fingerprint[:12],
+        "tokens": plan.calibration.tokens_sha256[:12],
+        "sleb": plan.sleb_version,
+        **plan.environment.model_dump(exclude={"started", "seconds"}),
+    }

@@ -305,26 +305,17 @@ class SearchRequest(CalibrationRequest, TargetRequest):
         """Where the plan is written; an extended plan may replace the old one, which it contains."""
         return self.output or self.extend or DEFAULT_PLAN
 
-
-@dataclass(frozen=True, kw_only=True)
-class RerunRequest(Request):
-    """A plan whose search is repeated."""
-
-    plan: Path = field(
-        default=DEFAULT_PLAN,
-        kw_only=False,
-        metadata={"doc": Doc(f"A plan (default: ./{DEFAULT_PLAN}).", metavar="PLAN", argument=True)},
-    )
-    model: str | None = option("Where the plan's model is now, if it moved.")
-    trust_remote_code: bool = option("Run Python code that comes with the model.", unset=False)
-    resume: bool = option("Continue an interrupted search.", unset=False)
-    output: Path | None = option("Write the new plan here.", default="PLAN.rerun.json", short="-o")
-    force: bool = option("Overwrite existing output.", unset=False)
-
     @property
-    def new_plan(self) -> Path:
-        """Where the new plan is written."""
-        return self.output or beside(self.plan, ".rerun.json")
+    def options(self) -> dict[str, Any]:
+        """The options that repeat the search, where they are set."""
+        given = ((each.name, getattr(self, each.name), each.default) for each in fields(self))
+        return {name: value for name, value, unset in given if name in REPEATED_OPTIONS and value != unset}
+
+
+REPEATED_OPTIONS = {each.name for each in fields(SearchRequest)} - {
+    "compare", "extend", "resume", "output", "force", "trust_remote_code"
+}  # fmt: skip
+"""The options of a search that its plan holds. A plan, which may be anyone's, grants no trust and names no output."""
 
 
 @dataclass(frozen=True, kw_only=True)

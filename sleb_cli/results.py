@@ -92,24 +92,6 @@ class CompareResult(VersionedRecord):
     best: str
 
 
-class RerunResult(VersionedRecord):
-    """Whether the search of a plan, repeated, found the same; `output` is the new plan.
-
-    `first_other_step` is the first step that removes other blocks; null if none does. `largest_change` is the largest
-    difference between the scores of the same candidate, or the losses of the dense model, up to there. `environment`
-    names what else differs: versions, processor, plugins.
-    """
-
-    kind: Literal["rerun"]
-    model: ModelRecord
-    output: str
-    removals: tuple[int, ...]
-    same_tokens: bool
-    first_other_step: int | None
-    largest_change: float
-    environment: str
-
-
 class Interval(Record):
     """A 95 % confidence interval."""
 

@@ -75,6 +75,7 @@ def make_plan(
     return Plan(
         schema_version=1,
         sleb_version="0.1.0",
+        request={"model": name, "calibration": text, "remove": remove, "fast": raced},
         model=ModelRecord(
             id=name, revision="3f1c2d" + "0" * 34, fingerprint=SHA, model_type="llama", family="llama", blocks=blocks
         ),
@@ -82,7 +83,7 @@ def make_plan(
             source=text, seed=0, sequences=16, sequence_length=2048, bos=False, tokens_sha256=SHA
         ),
         search=SearchRecord(
-            strategy="greedy", metric="nll", remove=remove, ratio=None, protect_first=1, protect_last=1,
+            strategy="greedy", metric="nll", remove=remove, protect_first=1, protect_last=1,
             dtype="bfloat16", device="cpu", batch_size=1, fast=raced, holdout=0.25, held_out=4, engine="fork",
             engine_reason=None,
         ),

@@ -4,44 +4,46 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from sleb_cli.commands.config_file import ConfigOption, SaveConfigOption, drop_outdone, saved_typed
+from sleb_cli.commands.config_file import ConfigOption, drop_overridden
 from sleb_cli.requests import Doc
 from sleb_plugins import UsageError
 from sleb_plugins.errors import did_you_mean
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print only the result, as JSON.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Hide progress and notes.")]
 
 
-def takes(request_type: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+@dataclass(frozen=True)
+class How:
+    """What every command with a request can be told about this run."""
+
+    json: JsonOption = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Hide progress and notes.")] = False
+    config: ConfigOption = None
+
+
+def options_from(request_type: type[Any]) -> Callable[[Callable[[Any, How], None]], Callable[..., None]]:
     """Let a command take the fields of `request_type` as arguments and options, and hand it the request."""
 
-    def decorate(run: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(run, eval_str=True)
-        own = [p.replace(kind=p.KEYWORD_ONLY) for name, p in signature.parameters.items() if name != "request"]
-        kinds = get_type_hints(request_type)
+    def decorate(run: Callable[[Any, How], None]) -> Callable[..., None]:
+        kinds, of_run = get_type_hints(request_type), get_type_hints(How, include_extras=True)
         options = {each.name: _Option(each, kinds[each.name]) for each in fields(request_type)}
 
         def command(context: typer.Context, **values: Any) -> None:
-            drop_outdone(context, values)
-            typed = dict(values)
+            drop_overridden(context, values)
             given = {name: option.read(values.pop(name)) for name, option in options.items()}
-            request = request_type(**given)
-            del values["config"], values["save_config"]
-            with saved_typed(context, typed):
-                run(request, **values)
+            run(request_type(**given), How(**values))
 
         arguments_first = sorted(options.values(), key=lambda option: not option.doc.argument)
-        files = [_keyword("config", ConfigOption), _keyword("save_config", SaveConfigOption)]
-        parameters = [*(option.parameter for option in arguments_first), *own, *files]
+        parameters = [_keyword("context", typer.Context, inspect.Parameter.empty)]
+        parameters += [option.parameter for option in arguments_first]
+        parameters += [_keyword(each.name, of_run[each.name], each.default) for each in fields(How)]
         command.__name__, command.__doc__ = run.__name__, run.__doc__
-        parameters.insert(0, inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return command
@@ -49,8 +51,8 @@ def takes(request_type: type[Any]) -> Callable[[Callable[..., None]], Callable[.
     return decorate
 
 
-def _keyword(name: str, annotation: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 class _Option:

@@ -16,9 +16,7 @@ def commands(findings: Findings) -> list[str]:
 
 
 def _search(findings: Findings) -> str:
-    output = "" if findings.plan_argument == "plan.json" else f" -o {findings.plan_argument}"
-    words = ["sleb", "search", findings.plan.model.id, *_options(findings.plan.asked)]
-    return shlex.join(words) + output
+    return f"sleb search --config {findings.plan_argument}"
 
 
 def _apply(findings: Findings) -> str:

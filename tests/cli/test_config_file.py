@@ -1,6 +1,6 @@
-"""`--config` and `--save-config`: every option of every command, from a file."""
+"""`--config`: every option of every command from a file, and a search from its plan."""
 
-import os
+import json
 from dataclasses import fields
 from pathlib import Path
 from types import UnionType
@@ -9,8 +9,10 @@ from typing import Literal, Union, get_args, get_origin, get_type_hints
 import pytest
 import yaml
 
+from conftest import llama_config, prose, save_model
 from sleb_cli import api
 from sleb_cli.__main__ import main
+from sleb_cli.plan import read_plan
 from sleb_cli.requests import ApplyRequest, BenchRequest, EvalRequest, ExportRequest, SearchRequest
 
 COMMANDS = {
@@ -18,7 +20,7 @@ COMMANDS = {
     "apply": (ApplyRequest, {}),
     "eval": (EvalRequest, {}),
     "bench": (BenchRequest, {}),
-    "export": (ExportRequest, {"to": ["--to", "summary"]}),
+    "export": (ExportRequest, {"to": ["--to", "csv"]}),
 }
 """The request of each command, and the words that it cannot do without."""
 
@@ -75,12 +77,15 @@ def test_every_option_may_stand_in_a_file(asked, command, tmp_path):
     for name, words in words_for(request_type):
         if name in ("force", "resume"):  # for one run
             continue
-        others = [word for other, more in needed.items() if other != name for word in more]
-        file = tmp_path / f"{name}.yaml"
-        typed = asked(command, *others, *words, "--save-config", file)
-        assert getattr(typed, name) != defaults[name]
-        assert len(yaml.safe_load(file.read_text())) == 1 + bool(others)
-        assert asked(command, "--config", file) == typed
+        others = {other: more for other, more in needed.items() if other != name}
+        typed = asked(command, *(word for more in others.values() for word in more), *words)
+        value = getattr(typed, name)
+        assert value != defaults[name]
+        value = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        (tmp_path / "run.yaml").write_text(
+            yaml.safe_dump({other: more[-1] for other, more in others.items()} | {name: value})
+        )
+        assert asked(command, "--config", "run.yaml") == typed
 
 
 def test_what_is_typed_wins_and_lists_may_be_lists(asked, tmp_path):
@@ -89,9 +94,8 @@ def test_what_is_typed_wins_and_lists_may_be_lists(asked, tmp_path):
     request = asked("search", "--config", file, "--samples", 5)
     assert (request.model, request.samples, request.remove, request.protect) == ("demo", 5, 3, (5, 11))
     assert (request.protect_kinds, request.fast, request.chat) == (("linear",), False, None)
-    other = asked("search", "--config", file, "--ratio", 0.2, "--save-config", "other.yaml")
+    other = asked("search", "--config", file, "--ratio", 0.2)
     assert (other.ratio, other.remove) == ("0.2", None)
-    assert "remove" not in yaml.safe_load((tmp_path / "other.yaml").read_text())
 
 
 @pytest.mark.parametrize(
@@ -115,23 +119,62 @@ def test_what_is_typed_wins_and_lists_may_be_lists(asked, tmp_path):
 def test_a_wrong_file_is_refused(run_sleb, tmp_path, text, message):
     if text is not None:
         (tmp_path / "run.yaml").write_bytes(text.encode("latin-1"))
-    result = run_sleb("search", "demo", "--config", "run.yaml", "--save-config", "saved.yaml")
+    result = run_sleb("search", "demo", "--config", "run.yaml")
     assert result.exit_code == 2
     assert message in result.stderr
-    assert not (tmp_path / "saved.yaml").exists()
 
 
-def test_a_command_that_fails_saves_no_options(run_sleb, tmp_path):
-    assert run_sleb("search", "nowhere/at/all", "--remove", 2, "--save-config", "run.yaml").exit_code == 4
-    assert not (tmp_path / "run.yaml").exists()
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--remove", 2),
+        ("--ratio", "2/5", "--fast", "--seed", 3),
+        ("--remove", 2, "--strategy", "refine", "--metric", "kl", "--protect", "2,4"),
+        ("--remove", 2, "--strategy", "refine", "--holdout", 0.25, "--protect-first", 0),
+        ("--max-perplexity-ratio", 1.3, "--batch-size", 2),
+        ("--target-memory", "200KiB", "--serve-length", 16),
+    ],
+)
+def test_a_plan_repeats_its_search_to_the_last_digit(search, sleb, tmp_path, options):
+    search(*options)
+    said = sleb("search", "--config", "plan.json", "-o", "again.json").stderr
+    assert "The search found the same blocks, in the same order; all scores are identical.\n" in said
+    plan, again = (read_plan(tmp_path / name) for name in ("plan.json", "again.json"))
+    assert plan.model_copy(update={"environment": again.environment}).to_data() == again.to_data()
 
 
-def test_a_saved_file_is_not_overwritten(asked, run_sleb, tmp_path):
-    asked("search", "demo", "--save-config", "run.yaml")
-    assert run_sleb("search", "demo", "--save-config", "run.yaml").exit_code == 8
-    asked("search", "demo", "--remove", 2, "--save-config", "run.yaml", "--force")
-    os.mkfifo("pipe")
-    assert run_sleb("search", "demo", "--save-config", "pipe", "--force").exit_code == 8
-    assert Path("pipe").is_fifo()
-    saved = (tmp_path / "run.yaml").read_text()
-    assert saved == "# sleb search --config run.yaml\nmodel: demo\nremove: 2\n"
+def test_a_repeated_search_says_what_differs(search, sleb, tmp_path, tiny_llama):
+    text, other = tmp_path / "own.txt", save_model(tmp_path / "other", llama_config(), seed=1)
+    text.write_text(prose(200))
+    search("--remove", 3, text=text)
+    plan = read_plan(tmp_path / "plan.json")
+    environment = plan.environment.model_copy(update={"torch": "1.0"})
+    plan.model_copy(update={"environment": environment}).write(tmp_path / "older.json")
+    assert "Also different: torch: " in sleb("search", "--config", "older.json", "-o", "1.json", "--json").stderr
+    text.write_text(prose(200, seed=9))
+    said = sleb("search", other, "--config", "plan.json", "--remove", 2, "-o", "2.json").stderr
+    assert "other blocks from step " in said
+    assert "scores differ by at most " in said
+    assert all(f"{name}: " in said for name in ("tokens", "weights", "options.remove"))
+    assert read_plan(tmp_path / "2.json").request["model"] == str(other)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "code", "message"),
+    [
+        ({}, (), 8, "already exists"),
+        ({"trust_remote_code": True}, ("-o", "new.json"), 3, "has 'trust_remote_code', which is not an option that"),
+        ({"output": "other.json"}, ("-o", "new.json"), 3, "has 'output'"),
+        ({"samples": "many"}, ("-o", "new.json"), 2, "Invalid value for '--samples'"),
+        ({"model": "/moved"}, ("-o", "new.json"), 4, "/moved"),
+        (None, (), 3, "There is no plan nowhere.json"),
+    ],
+)
+def test_a_plan_that_cannot_be_repeated_is_refused(search, run_sleb, tmp_path, change, options, code, message):
+    search("--remove", 1)
+    data = json.loads((tmp_path / "plan.json").read_text())
+    data["request"] |= change or {}
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    result = run_sleb("search", "--config", "plan.json" if change is not None else "nowhere.json", *options)
+    assert result.exit_code == code, result.stderr
+    assert message in result.stderr

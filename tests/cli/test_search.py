@@ -14,7 +14,7 @@ from sleb_cli.units import format_perplexity
 def test_a_search_writes_a_plan_and_shows_it(search, tiny_llama, tmp_path):
     result, plan = search("--ratio", "0.3"), read_plan(tmp_path / "plan.json")
     assert len(plan.removals) == 2
-    assert (plan.model.id, plan.model.family, plan.search.ratio) == (str(tiny_llama), "llama", "0.3")
+    assert (plan.model.id, plan.model.family, plan.request["ratio"]) == (str(tiny_llama), "llama", "0.3")
     assert [step.scores[step.block] for step in plan.steps] == [step.score for step in plan.steps]
     for block in plan.removals:
         assert re.search(rf"│\s+{block}\s+│", result.stdout)

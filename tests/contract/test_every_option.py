@@ -63,7 +63,7 @@ ELSEWHERE = {
 }  # fmt: skip
 GOING = set(
     "--max-loss-increase --max-task-drop --serve-dtype --serve-batch --target-workload --beam-width --stride --fresh "
-    "--skip-bad-sequences --load-in --save-config".split()
+    "--skip-bad-sequences --load-in".split()
 )
 """Options that are being removed; delete each with its feature, and then this."""
 

@@ -166,7 +166,7 @@ def test_what_is_in_a_closed_folder_is_refused(run_sleb, model, monkeypatch, wor
     "words",
     [
         ("search", "model", "--remove", "1"), ("search", "model", "--remove", "1", "--compare", "nll,cosine"),
-        ("rerun", "plan.json"), ("export", "plan.json", "--to", "report"),
+        ("export", "plan.json", "--to", "report"),
     ],
     ids=" ".join,
 )  # fmt: skip

@@ -16,7 +16,7 @@ def test_a_plan_survives_a_round_trip(llama_plan, tmp_path):
     plan.write(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == llama_plan.read_bytes()
     assert list(json.loads(llama_plan.read_text())) == [
-        "schema_version", "sleb_version", "model", "calibration", "search", "dense", "removals", "steps",
+        "schema_version", "sleb_version", "request", "model", "calibration", "search", "dense", "removals", "steps",
         "sample_generation", "environment",
     ]  # fmt: skip
 
@@ -45,6 +45,7 @@ def test_a_title_has_no_folder_of_this_machine(llama_plan, source, title):
     texts = (published.calibration, found.text, found.deciding_text, found.report_text)
     assert {text.title, *(each.source for each in texts)} == {title}
     assert published.model.id == "tiny-llama"
+    assert (published.request["calibration"], "model" in published.request) == (title, False)
     assert published.calibration.title == title
 
 

@@ -321,5 +321,5 @@ def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
         values |= {name: getattr(text, name) for name in ("chat", "seed", "sequence_length")}
         values["calibration"] = text.source
         if text.source not in REFERENCE_PRESETS:  # their samples count rows of text, not sequences
-            values["samples"] = text.drawn
+            values["samples"] = text.sequences
     return replace(request, **{name: value for name, value in values.items() if getattr(request, name) is None})

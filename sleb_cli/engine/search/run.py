@@ -23,6 +23,7 @@ from sleb_cli.engine.forward.pace import announce_passes
 from sleb_cli.engine.forward.passes import Passes, prepare_passes
 from sleb_cli.engine.forward.placement import open_dense
 from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.model.source import DEMO
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.sample_generation import generate_sample
 from sleb_cli.engine.search.bad_sequences import find_bad, unsound
@@ -36,9 +37,10 @@ from sleb_cli.engine.search.speedup import SpeedupTimer
 from sleb_cli.engine.search.strategies import Problem
 from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Target, perplexity_ratio
 from sleb_cli.engine.surgery.loading import load_tokenizer
-from sleb_cli.engine.text.calibration import Calibration, calibrate
+from sleb_cli.engine.text.calibration import REFERENCE_PRESETS, Calibration, calibrate
 from sleb_cli.events import SEARCH_TASK, BlockRemoved, BlocksSwapped, Notice, Notify, SearchStarted, TaskFinished, task
 from sleb_cli.plan import (
+    CalibrationRecord,
     DenseRecord,
     HeldOutRecord,
     MetricRecord,
@@ -158,6 +160,7 @@ def run_search(resolved: ResolvedSearch, inputs: SearchInputs, started: float) -
     return Plan(
         schema_version=1,
         sleb_version=__version__,
+        request=_options(resolved, record, inputs.calibration.record),
         model=resolved.architecture.record,
         calibration=inputs.calibration.record,
         search=record.model_copy(update={"remove": len(trace.removals), "target": target}),
@@ -198,7 +201,6 @@ def _search_record(
         metric=metric.name,
         metrics=resolved.metrics,
         remove=resolved.remove,
-        ratio=None if request.ratio is None else str(request.ratio),
         protect_first=protection.first,
         protect_last=protection.last,
         protect=protection.blocks,
@@ -211,6 +213,24 @@ def _search_record(
         engine=engine_of(metric, passes),
         engine_reason=reason if isinstance(metric, LogitMetric | HiddenStateMetric) else None,
     )
+
+
+def _options(resolved: ResolvedSearch, search: SearchRecord, text: CalibrationRecord) -> dict[str, Any]:
+    """Return the options that repeat this search, with those that the machine decided: they decide the last digits."""
+    model, presets = resolved.architecture.record, text.source in REFERENCE_PRESETS
+    chosen = replace(
+        resolved.request,
+        model=model.id,
+        revision=None if model.id == DEMO else model.revision,
+        calibration=text.source,
+        samples=None if presets else text.sequences,  # those of presets count rows of text
+        sequence_length=None if presets else text.sequence_length,
+        sample_tokens=resolved.sample_tokens,
+        dtype=search.dtype,
+        device=search.device,
+        batch_size=search.batch_size,
+    )
+    return chosen.options
 
 
 @contextmanager
@@ -227,7 +247,7 @@ def _scoring(
         "model": resolved.architecture.record.model_dump(mode="json", exclude={"id", "revision"}),
         "behavior": source.behavior,
         "calibration": inputs.calibration.record.to_data(),
-        "search": record.model_dump(mode="json", exclude={"remove", "ratio", "target"}),
+        "search": record.model_dump(mode="json", exclude={"remove", "target"}),
     }
     with open_journal(
         journal_of(request.plan_file),

@@ -42,7 +42,7 @@ from sleb_cli.engine.text.windows import (
     whole_mask,
 )
 from sleb_cli.events import Notice, Notify, ignore, task
-from sleb_cli.plan import ANSWERS, CalibrationRecord, SkippedRecord
+from sleb_cli.plan import ANSWERS, CalibrationRecord
 from sleb_cli.requests import (
     DEFAULT_CALIBRATION,
     DEFAULT_LENGTH,
@@ -123,13 +123,6 @@ class Calibration:
         """Return the sequences of a source, and their loss mask."""
         rows = [row for row, origin in enumerate(self.origins) if origin == source]
         return take_rows((self.sequences, self.loss_mask), rows)
-
-    def without(self, skipped: Sequence[SkippedRecord]) -> Calibration:
-        """Return the sequences but these, and the record of those that are left."""
-        gone = {each.sequence - 1 for each in skipped}
-        kept = self.part([row for row in range(len(self.sequences)) if row not in gone])
-        left = {"sequences": len(kept.sequences), "tokens_sha256": tokens_sha256(kept.sequences)}
-        return replace(kept, record=self.record.model_copy(update={**left, "skipped": tuple(skipped)}))
 
     def shuffled(self) -> Calibration:
         """Return the sequences in an order drawn by the seed, as candidates race over them in order."""
