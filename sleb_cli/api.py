@@ -5,7 +5,7 @@ The commands call these, so Python and the command line do the same. What a requ
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -13,7 +13,7 @@ from sleb_cli.atomic import require_new_file
 from sleb_cli.events import Notice, Notify, Warned, ignore
 from sleb_cli.plugin_manager import Registry, load_plugins, named_before_loading
 from sleb_cli.processes import WorkerFinished, is_main_process
-from sleb_cli.requests import TRANSFORMERS, BenchRequest, EvalRequest
+from sleb_cli.requests import BenchRequest, EvalRequest
 from sleb_plugins import OutputError, UsageError
 from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from sleb_cli.records import Record
     from sleb_cli.requests import ApplyRequest, ExportRequest, SearchRequest
     from sleb_cli.results import ApplyResult, BenchResult, CompareResult, EvalResult, ExportResult, GgufResult
-    from sleb_plugins import Engine
 
 
 R = TypeVar("R", "EvalResult", "BenchResult")
@@ -142,38 +141,25 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     Raises:
         SlebError: something failed; its class tells what.
     """
-    from sleb_cli.engine.door.subject import resolve_subject
+    from sleb_cli.engine.door.bench import resolve_bench
     from sleb_cli.engine.output.engine_files import engine_files
     from sleb_cli.engine.speed.benchmark import benchmark
 
     _leave_to_main()
-    registry, engine = _bench_engine(request, notify)
-    subject = resolve_subject(request, registry, notify)
-    with ExitStack() as stack:
-        stack.enter_context(subject.architecture.source.watch.unchanged())
-        files = stack.enter_context(engine_files(subject, engine, request, registry, notify)) if engine else None
-        result = benchmark(subject, request, notify, (engine, files) if engine and files else None)
+    registry = _registry(notify)
+    asked = resolve_bench(request, registry, notify)
+    subject, own = asked.subject, asked.engine_source
+    with (
+        subject.architecture.source.watch.unchanged(),
+        engine_files(own, registry, notify) if own else nullcontext() as write_files,
+    ):
+        result = benchmark(asked.benchmark, notify, write_files)
     _save(result, request.output)
     if place := _kept_place(subject, "bench"):
         # Weights and data types may differ between engines, so each has its own file.
-        _keep(result, _of_engine(place, engine), notify)
+        engine = asked.benchmark.engine
+        _keep(result, place.with_suffix(f".{engine.name}.json") if engine else place, notify)
     return result
-
-
-def _bench_engine(request: BenchRequest, notify: Notify) -> tuple[Registry, Engine | None]:
-    """Check the options of a benchmark, and return the plugins and its engine; None is transformers."""
-    _require_result_file(request)
-    registry = _registry(notify)
-    engine: Engine | None = None if request.engine == TRANSFORMERS else registry.choose("engine", request.engine).value
-    if engine:
-        engine.version()  # before the model is looked for, so that a missing engine is named at once
-    else:
-        request.refuse(["source"], "requires --engine")
-    return registry, engine
-
-
-def _of_engine(place: Path, engine: Engine | None) -> Path:
-    return place.with_suffix(f".{engine.name}.json") if engine else place
 
 
 @_names_memory(_EXPORT)
@@ -235,7 +221,7 @@ def _registry(notify: Notify) -> Registry:
     return registry
 
 
-def _require_result_file(request: EvalRequest | BenchRequest) -> None:
+def _require_result_file(request: EvalRequest) -> None:
     if request.output is not None:
         require_new_file(request.output, force=request.force)
 

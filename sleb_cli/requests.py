@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -525,18 +525,6 @@ class BenchRequest(SizesRequest):
         "transformers, llama.cpp, vllm, or a plugin's engine: see `sleb plugins`.", _MACHINE, unset=TRANSFORMERS
     )
     source: Path | None = option("A GGUF file of the model, for engines that read GGUF.", _MACHINE, metavar="GGUF")
-
-    def refuse(self, names: Iterable[str], why: str) -> None:
-        """Check that these fields have their defaults.
-
-        Raises:
-            UsageError: one does not; `why` ends the message: "requires --engine".
-        """
-        unset = BenchRequest()
-        for name in names:
-            if getattr(self, name) != getattr(unset, name):
-                flag = f"--{name.replace('_', '-')}"
-                raise UsageError(f"{flag} {why}.", hint=f"Leave out {flag}.")
 
 
 @dataclass(frozen=True, kw_only=True)

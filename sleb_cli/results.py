@@ -307,7 +307,7 @@ def _merged(old: tuple[_R, ...], new: tuple[_R, ...]) -> tuple[_R, ...]:
 class Workload(Record):
     """A timed workload. If `new_tokens` is 0, only the prompt is processed, without a KV cache.
 
-    Every iteration has prompts of its own, drawn from `seed`. `warmup` is null if it lasted until times were stable.
+    Every iteration has random prompts of its own. `warmup` is null if it lasted until times were stable.
     `engine` runs the model: transformers, or a plugin's. If `compiled`, the KV cache has a fixed size.
     """
 
@@ -318,7 +318,6 @@ class Workload(Record):
     new_tokens: int
     iterations: int
     warmup: int | None
-    seed: int
     compiled: bool
 
     @property
@@ -360,46 +359,30 @@ class MemoryRecord(Record):
     rest_bytes: int
 
 
+class Distribution(Record):
+    """The mean and percentiles of a sample of times, in milliseconds."""
+
+    mean: float
+    median: float
+    p90: float
+    p99: float
+
+
 class Timing(Record):
-    """One workload on one model, in the names of `vllm bench serve`: milliseconds, and tokens per second.
+    """One workload on one model, in the terms of `vllm bench serve`.
 
     TTFT is the time to first token, ITL the latency between tokens, TPOT the time per token after the first, E2EL that
     from end to end; all prompts of a batch share them. `ttfts`, `itls` and `e2els` are the samples, in seconds, by
-    iteration; without new tokens there are no `itls`, and the first token is the end. `duration` is the sum of
-    `e2els`, and `completed` counts prompts. `outliers` is the number of `e2els` beyond Tukey's fences, which are kept.
+    iteration; without new tokens there are no `itls`, and the first token is the end. `tokens_per_second` counts the
+    new tokens of all prompts, or the tokens of the prompts if there are none. `outliers` is the number of `e2els`
+    beyond Tukey's fences, which are kept.
     """
 
-    duration: float
-    completed: int
-    total_input_tokens: int
-    total_output_tokens: int
-    request_throughput: float
-    output_throughput: float
-    total_token_throughput: float
-    mean_ttft_ms: float
-    median_ttft_ms: float
-    std_ttft_ms: float
-    p50_ttft_ms: float
-    p90_ttft_ms: float
-    p99_ttft_ms: float
-    mean_tpot_ms: float | None
-    median_tpot_ms: float | None
-    std_tpot_ms: float | None
-    p50_tpot_ms: float | None
-    p90_tpot_ms: float | None
-    p99_tpot_ms: float | None
-    mean_itl_ms: float | None
-    median_itl_ms: float | None
-    std_itl_ms: float | None
-    p50_itl_ms: float | None
-    p90_itl_ms: float | None
-    p99_itl_ms: float | None
-    mean_e2el_ms: float
-    median_e2el_ms: float
-    std_e2el_ms: float
-    p50_e2el_ms: float
-    p90_e2el_ms: float
-    p99_e2el_ms: float
+    tokens_per_second: float
+    ttft_ms: Distribution
+    tpot_ms: Distribution | None
+    itl_ms: Distribution | None
+    e2el_ms: Distribution
     ttfts: tuple[float, ...]
     itls: tuple[tuple[float, ...], ...]
     e2els: tuple[float, ...]

@@ -8,7 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from sleb_cli.engine.speed.timing import Measured, model_name, workload_result
+from sleb_cli.engine.speed.timing import Measured, workload_result
 from sleb_cli.kept_results import beside_plan
 from sleb_cli.plan import (
     CalibrationRecord,
@@ -225,13 +225,12 @@ def _workload(
 
     workload = Workload(
         name=name, engine="transformers", batch_size=batch, prompt_length=prompt, new_tokens=new,
-        iterations=iterations, warmup=None, seed=0, compiled=False,
+        iterations=iterations, warmup=None, compiled=False,
     )  # fmt: skip
-    rounds = [{model_name(removals): run(removals) for removals in models} for _ in range(iterations)]
+    rounds = [{removals: run(removals) for removals in models} for _ in range(iterations)]
     measured = Measured(WarmupRecord(runs=4, deviation=0.012, stable=True), rounds)
-    return workload_result(
-        workload, [measured], sizes, memory={removals: memory(removals) for removals in models}, attention="sdpa"
-    )
+    memories = {removals: memory(removals) for removals in models}
+    return workload_result(workload, [measured], memories, engine_version=None, attention="sdpa")
 
 
 def write_measured(

@@ -82,9 +82,9 @@ def _accepted(findings: Findings) -> tuple[str | None, float | None]:
 def _cost(findings: Findings) -> float | None:
     """Return the time of a token of the pruned model in that of the dense one, with the smallest batch."""
     timed = [
-        (result.workload.batch_size, own.median_tpot_ms / result.dense.median_tpot_ms)
+        (result.workload.batch_size, own.tpot_ms.median / result.dense.tpot_ms.median)
         for result in findings.workloads
-        if (own := findings.own(result.pruned)) and own.median_tpot_ms and result.dense.median_tpot_ms
+        if (own := findings.own(result.pruned)) and own.tpot_ms and result.dense.tpot_ms
     ]
     return min(timed)[1] if timed else None
 

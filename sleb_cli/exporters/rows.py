@@ -15,7 +15,7 @@ from sleb_cli.tables.speed import workload_name
 from sleb_plugins.exporter import Exporter, Pruning
 
 _DIVERGENCES = ("mean", "median", "p90", "p99", "maximum", "same_top", "accepted")
-_TIMES = ("output_throughput", "total_token_throughput", "median_ttft_ms", "median_tpot_ms", "median_e2el_ms")
+_TIMES = ("ttft_ms", "tpot_ms", "e2el_ms")
 _SIZES = ("blocks", "parameters", "weights_bytes", "load_seconds")
 
 
@@ -103,7 +103,10 @@ def _speeds(findings: Findings) -> Iterator[Row]:
     for result in findings.workloads:
         name = workload_name(result)
         for removals, timing in _models(result):
-            yield from _figures("workload", name, removals, timing, _TIMES)
+            yield _row("workload", name, removals, "tokens_per_second", timing.tokens_per_second)
+            for time in _TIMES:
+                if taken := getattr(timing, time):
+                    yield _row("workload", name, removals, f"median_{time}", taken.median)
             if removals:
                 yield _row("workload", name, removals, "speedup", timing.speedup, timing.interval)
     if benchmark := findings.benchmark:

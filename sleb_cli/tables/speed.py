@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from sleb_cli.requests import TRANSFORMERS
-from sleb_cli.results import BenchResult, PrunedTiming, Timing, WorkloadResult
+from sleb_cli.results import BenchResult, PrunedTiming, WorkloadResult
 from sleb_cli.tables.table import Columns, Scored, Table, between, model_name, tabulate
 from sleb_cli.units import format_bytes, format_count, format_milliseconds
 
@@ -19,11 +19,6 @@ def workload_name(result: WorkloadResult) -> str:
     workload = result.workload
     engine = [] if workload.engine == TRANSFORMERS else [workload.engine]
     return ", ".join([workload.label, *engine, *(["compiled"] if workload.compiled else [])])
-
-
-def tokens_per_second(timing: Timing) -> float:
-    """Return generated tokens per second, or those of the prompt if none are generated."""
-    return timing.output_throughput or timing.total_token_throughput
 
 
 def speeds(timed: Iterable[Scored], blocks: int) -> Table:
@@ -38,7 +33,7 @@ def speeds(timed: Iterable[Scored], blocks: int) -> Table:
         speedups: list[Any] = [None] * 3
         if isinstance(timing, PrunedTiming):
             speedups = [timing.speedup, timing.interval, blocks / (blocks - len(timing.removals))]
-        row = [workload, model, timing.median_e2el_ms, tokens_per_second(timing)]
+        row = [workload, model, timing.e2el_ms.median, timing.tokens_per_second]
         rows.append([*row, *speedups, timing.outliers])
     notes = [
         "Workloads: batch x prompt tokens + new tokens. blocks: dense over remaining blocks, about the speedup "
@@ -50,11 +45,11 @@ def speeds(timed: Iterable[Scored], blocks: int) -> Table:
 def latencies(timed: Iterable[Scored]) -> Table:
     """Return when tokens arrive, of what generates more than one."""
     names = ("TTFT", "90%", "99%", "ITL", "90%", "99%", "TPOT")
-    values = ("median_ttft", "p90_ttft", "p99_ttft", "median_itl", "p90_itl", "p99_itl", "mean_tpot")
     rows = [
-        [workload, model, *(getattr(timing, f"{value}_ms") for value in values)]
+        [workload, model, ttft.median, ttft.p90, ttft.p99, itl.median, itl.p90, itl.p99, tpot.mean]
         for _, workload, model, timing in timed
-        if timing.itls and timing.itls[0]
+        for ttft, itl, tpot in [(timing.ttft_ms, timing.itl_ms, timing.tpot_ms)]
+        if itl and tpot
     ]
     columns: Columns = [("workload", str), ("model", str), *((name, format_milliseconds) for name in names)]
     notes = ["TTFT: time to first token; ITL: between tokens; TPOT: mean time per token after the first."]

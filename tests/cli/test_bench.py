@@ -11,7 +11,7 @@ import torch
 
 from conftest import llama_config, save_model, slow
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.speed import benchmark, peak_memory, runners
+from sleb_cli.engine.speed import benchmark, loaders, peak_memory
 from sleb_cli.engine.speed.timing import Measured
 from sleb_cli.results import WarmupRecord
 from sleb_plugins.engine import TimedRun
@@ -67,7 +67,7 @@ def test_both_workloads_on_each_size(bench, llama_plan, tmp_path, without_memory
 
 def check_timing(timing, new):
     assert len(timing["e2els"]) == len(timing["ttfts"]) == 5
-    assert timing["output_throughput"] == pytest.approx(2 * 5 * new / sum(timing["e2els"]))
+    assert timing["tokens_per_second"] == pytest.approx(2 * 5 * (new or 8) / sum(timing["e2els"]))
     for first, steps, last in zip(timing["ttfts"], timing["itls"], timing["e2els"], strict=bool(new)):
         assert len(steps) == new - 1
         assert 0 < first <= first + sum(steps) <= last
@@ -126,13 +126,13 @@ def test_packed_models_run_in_pairs_and_count_as_unpacked(bench, tmp_path, monke
         warmup = WarmupRecord(runs=0, deviation=None, stable=None)
         return Measured(warmup, [dict.fromkeys(models, TimedRun(1.0))])
 
-    load_dense, load_pruned = runners.load_dense, runners.load_pruned
+    load_dense, load_pruned = loaders.load_dense, loaders.load_pruned
     monkeypatch.setattr(Architecture, "is_quantized", True)
-    monkeypatch.setattr(runners, "load_dense", lambda *given: pack(load_dense(*given)))
-    monkeypatch.setattr(runners, "load_pruned", lambda *given, dense: pack(load_pruned(*given)))
+    monkeypatch.setattr(loaders, "load_dense", lambda *given: pack(load_dense(*given)))
+    monkeypatch.setattr(loaders, "load_pruned", lambda *given, dense: pack(load_pruned(*given)))
     monkeypatch.setattr(benchmark, "measure", instantly)
     result = bench(folder, "--blocks", "1,2", "--remove", "1,2", "--prompt", *QUICK, "--json")
-    assert together == [["dense", "1 blocks fewer"], ["dense", "2 blocks fewer"]]
+    assert together == [[(), (1,)], [(), (1, 2)]]
     data = json.loads(result.stdout)
     (measured,) = data["workloads"]
     assert len(measured["dense"]["e2els"]) == 2
@@ -149,14 +149,14 @@ def test_packed_models_run_in_pairs_and_count_as_unpacked(bench, tmp_path, monke
     ("options", "message"),
     [
         (("--generation", "--new-tokens", 0), "--new-tokens 0"),
-        (("--generation", "--prompt-length", 100, "--new-tokens", 100), "128 positions"),
+        (("--generation", "--prompt-length", 100, "--new-tokens", 100), "the model's 128 positions"),
         (("--compile", "--warmup", 0), "--warmup 0 is too small"),
         (("--sweep", "batch=1,2 prompts=8"), "--sweep cannot vary 'prompts'"),
         (("--sweep", "batch=one"), "'batch=one' is not a name and a list of numbers"),
         (("--sweep", "batch=0"), "--batch-size 0 is too small"),
         (("--sweep", "batch=1", "--batch-size", 2), "--sweep sets batch and so does --batch-size"),
         (("--sweep", "batch=1", "--sweep", "batch=2"), "--sweep sets batch twice"),
-        (("--sweep", "prompt=8,2048"), "A prompt of 2048 tokens exceeds the 128 positions"),
+        (("--sweep", "prompt=8,2048"), "A prompt of 2048 tokens exceeds the model's 128 positions"),
         (("--engine", "lama.cpp"), "Did you mean 'llama.cpp'?"),
         (("--source", "x.gguf"), "--source requires --engine"),
         (("--engine", "steady", "--source", "x.gguf"), "--source does not apply to --engine steady"),
@@ -211,4 +211,4 @@ def test_times_are_kept_if_the_process_for_memory_ends(bench, tiny_llama, monkey
     timing = json.loads(result.stdout)["workloads"][0]["dense"]
     assert timing["memory"] is None
     assert len(timing["e2els"]) == 5
-    assert "in prompt 2x8 is unknown: its process ran out of memory" in result.stderr
+    assert "of the dense model is unknown: its process ran out of memory" in result.stderr

@@ -124,7 +124,7 @@ def test_the_card_shows_what_was_measured_of_this_size(out, measured, size):
     row = out.row("piqa, acc, bfloat16 on cpu", "this model", f"{value.value:.4f}")
     assert f"| {value.difference:+.4f} |" in row
     row = out.row("generation 1x64+32, bfloat16 on cpu", "this model")
-    assert f"| {timing.output_throughput:,.1f} | {timing.speedup:.2f}x |" in row
+    assert f"| {timing.tokens_per_second:,.1f} | {timing.speedup:.2f}x |" in row
     values = [(entry.metric_type, entry.metric_value) for entry in out.data.eval_results]
     assert values == [
         *(("perplexity", round(text.pruned[size - 1].perplexity, 4)) for text in evaluation.texts),

@@ -501,7 +501,7 @@ def test_a_draft_pays_if_more_is_kept_than_its_tokens_cost(exported, tmp_path):
     write_measured(tmp_path, plan, evaluation=evaluation, benchmark=benchmark)
     found = json.loads(exported("draft", "--json").stdout)["document"]
     generation = next(each for each in benchmark.workloads if each.workload.new_tokens)
-    cost = generation.pruned[-1].median_tpot_ms / generation.dense.median_tpot_ms
+    cost = generation.pruned[-1].tpot_ms.median / generation.dense.tpot_ms.median
     assert (found["accepted"], found["cost"]) == (evaluation.texts[0].pruned[-1].divergence.accepted, cost)
     accepted, tokens = found["accepted"], found["tokens"]
     assert found["speedup"] == pytest.approx((1 - accepted ** (tokens + 1)) / (1 - accepted) / (tokens * cost + 1))

@@ -6,14 +6,7 @@ import numpy as np
 import pytest
 
 from sleb_cli.engine import statistics
-from sleb_cli.engine.speed.timing import (
-    WARMUP_LIMIT,
-    Measured,
-    draw_prompts,
-    latency_statistics,
-    measure,
-    workload_result,
-)
+from sleb_cli.engine.speed.timing import WARMUP_LIMIT, Measured, draw_prompts, latencies, measure, workload_result
 from sleb_cli.engine.statistics import FEWEST_ROUNDS, count_outliers, median_ratio_interval
 from sleb_cli.events import Notice
 from sleb_cli.results import WarmupRecord, Workload
@@ -23,7 +16,7 @@ from sleb_plugins.engine import TimedRun
 def workload(**changes):
     given = {
         "name": "generation", "engine": "transformers", "batch_size": 2, "prompt_length": 8, "new_tokens": 4,
-        "iterations": 4, "warmup": 0, "seed": 0, "compiled": False,
+        "iterations": 4, "warmup": 0, "compiled": False,
     }  # fmt: skip
     return Workload(**(given | changes))
 
@@ -56,7 +49,7 @@ def test_every_other_round_is_reversed_and_has_its_own_prompts():
     assert len({str(of_round) for of_round in first}) == 3
     assert [len(prompts) for prompts in first[0]] == [8, 8]
     assert all(0 <= token < 1000 for of_round in first for prompt in of_round for token in prompt)
-    assert draw_prompts(workload(seed=1), 1000, 0) != first[0] == draw_prompts(workload(), 1000, 0)
+    assert draw_prompts(workload(), 1000, 1) != first[0] == draw_prompts(workload(), 1000, 0)
 
 
 @pytest.mark.parametrize(
@@ -81,22 +74,21 @@ def test_it_warms_up_until_times_are_stable_or_as_often_as_asked(seconds, asked,
 
 def test_the_statistics_have_known_answers():
     runs = [TimedRun(1.0, (0.4, 0.5, 0.7, 0.9)), TimedRun(2.0, (0.8, 1.0, 1.4, 1.8))]
-    found = latency_statistics(workload(), runs)
-    expected = {
-        "duration": 3, "completed": 4, "total_input_tokens": 32, "total_output_tokens": 16,
-        "request_throughput": 4 / 3, "output_throughput": 16 / 3, "total_token_throughput": 48 / 3,
-        "ttfts": (0.4, 0.8), "mean_ttft_ms": 600, "median_ttft_ms": 600, "p50_ttft_ms": 600, "std_ttft_ms": 200,
-        "mean_tpot_ms": 250, "median_itl_ms": 200, "p90_itl_ms": 400, "p99_e2el_ms": 1990,
-    }  # fmt: skip
-    assert {name: found[name] for name in expected} == {name: pytest.approx(value) for name, value in expected.items()}
+    found = latencies(workload(), runs)
+    assert found["tokens_per_second"] == pytest.approx(16 / 3)
+    assert found["ttfts"] == (0.4, 0.8)
     assert found["itls"] == (pytest.approx((0.1, 0.2, 0.2)), pytest.approx((0.2, 0.4, 0.4)))
+    assert (found["ttft_ms"].mean, found["ttft_ms"].median) == (pytest.approx(600), pytest.approx(600))
+    assert found["tpot_ms"].mean == pytest.approx(250)
+    assert (found["itl_ms"].median, found["itl_ms"].p90) == (pytest.approx(200), pytest.approx(400))
+    assert found["e2el_ms"].p99 == pytest.approx(1990)
 
 
 def test_the_first_token_of_a_prompt_is_its_end():
-    found = latency_statistics(workload(name="prompt", new_tokens=0), [TimedRun(1.0), TimedRun(3.0)])
+    found = latencies(workload(name="prompt", new_tokens=0), [TimedRun(1.0), TimedRun(3.0)])
     assert found["ttfts"] == found["e2els"] == (1.0, 3.0)
-    assert found["mean_itl_ms"] is found["p99_tpot_ms"] is None
-    assert (found["output_throughput"], found["total_token_throughput"]) == (0, 2 * 2 * 8 / 4)
+    assert found["itl_ms"] is found["tpot_ms"] is None
+    assert found["tokens_per_second"] == 2 * 2 * 8 / 4
 
 
 @pytest.mark.parametrize(
@@ -153,11 +145,12 @@ def test_an_interval_is_reproducible_and_needs_enough_rounds():
 
 def test_a_speedup_is_over_the_dense_runs_of_the_same_rounds():
     def measured(warmup, seconds):
-        done = {name: TimedRun(value) for name, value in seconds.items()}
+        done = {removals: TimedRun(value) for removals, value in seconds.items()}
         return Measured(WarmupRecord(runs=warmup, deviation=warmup / 100, stable=warmup < 5), [done] * 2)
 
-    pairs = [measured(3, {"dense": 2, "1 blocks fewer": 1}), measured(9, {"dense": 6, "2 blocks fewer": 2})]
-    found = workload_result(workload(name="prompt", new_tokens=0), pairs, [(3,), (3, 4)])
+    pairs = [measured(3, {(): 2, (3,): 1}), measured(9, {(): 6, (3, 4): 2})]
+    one = workload(name="prompt", new_tokens=0)
+    found = workload_result(one, pairs, {}, engine_version=None, attention=None)
     assert found.dense.e2els == (2, 2, 6, 6)
     assert [(timing.removals, timing.speedup) for timing in found.pruned] == [((3,), 2), ((3, 4), 3)]
     assert (found.warmup.runs, found.warmup.deviation, found.warmup.stable) == (9, 0.09, False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import median
 from typing import Any
 
 from sleb_cli.engine.device import free_memory
@@ -13,14 +12,13 @@ from sleb_cli.engine.model.sizes import Sizes
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.resolve import ResolvedSearch
 from sleb_cli.engine.search.targets import SizeTarget, parse_number
-from sleb_cli.engine.speed.benchmark import time_in_turn
-from sleb_cli.engine.speed.workloads import resolve_workload
+from sleb_cli.engine.speed.benchmark import share_of_time
+from sleb_cli.engine.speed.workloads import make_workload
 from sleb_cli.engine.surgery.loading import load_pruned
-from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import TargetRecord
-from sleb_cli.requests import DEFAULT_WORKLOAD, BenchRequest
+from sleb_cli.requests import DEFAULT_WORKLOAD
 from sleb_cli.results import Workload
 from sleb_plugins import UnsupportedModelError, UsageError
 
@@ -36,9 +34,9 @@ class SpeedupTimer:
 
     @cached_property
     def workload(self) -> Workload:
-        """The timed workload; generation by default."""
-        dense = Subject(Surgery(self.resolved.architecture, ()), None)
-        return resolve_workload(DEFAULT_WORKLOAD, BenchRequest(), dense, self.resolved.placement.device, self.notify)
+        """The timed workload: generation, as `bench` times it by default."""
+        positions = self.resolved.architecture.longest_sequence
+        return make_workload(DEFAULT_WORKLOAD, self.resolved.placement.device, positions)
 
     def share(self, removals: Sequence[int]) -> float:
         """Return the time of the model without these blocks, as a share of the dense model's, in the main process."""
@@ -46,10 +44,10 @@ class SpeedupTimer:
         def measure() -> float:
             surgery, place = Surgery(self.resolved.architecture, tuple(removals)), self.resolved.placement
             pruned = load_pruned(surgery, place.dtype, place.device, self.notify, dense=self.model)
-            seconds = time_in_turn(self.workload, {"dense": self.model, "pruned": pruned}, self.notify)
+            share = share_of_time(self.workload, self.model, pruned, surgery.removals, self.notify)
             del pruned
             free_memory()
-            return median(seconds["pruned"]) / median(seconds["dense"])
+            return share
 
         return self.group.from_main(measure)
 

@@ -20,7 +20,7 @@ import torch
 from sleb_cli.engine.device import free_memory, synchronize
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import ModelSource
-from sleb_cli.engine.speed.timing import draw_prompts
+from sleb_cli.engine.speed.timing import Removals, draw_prompts
 from sleb_cli.engine.speed.transformers_model import prepared, weights_bytes
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned, quiet_libraries
 from sleb_cli.engine.surgery.surgery import Surgery, plan_surgery
@@ -37,31 +37,22 @@ def measure_alone(
 ) -> tuple[float | None, list[MemoryRecord | None]]:
     """Load a model in a process of its own and run each workload once; return the seconds and the memory of each.
 
-    If the process runs out of memory, or is killed for it, the remaining workloads run in a new one. A memory is None
-    if it could not be measured, as on an accelerator that does not report its peak (MPS).
+    Both are None if the process runs out of memory or is killed for it; a memory also is None on an accelerator that
+    does not report its peak (MPS).
     """
     source, removals = surgery.architecture.source, surgery.removals
     which = f"without {len(removals)} blocks" if removals else "of the dense model"
-    load_seconds: float | None = None
-    memory: list[MemoryRecord | None] = []
-    with task(notify, f"Peak memory {which}", len(workloads), "workloads") as advance:
-        while len(memory) < len(workloads):
+    with task(notify, f"Peak memory {which}"):
+        try:
             with _process() as process:
-                try:
-                    load_seconds = process.submit(
-                        _load, source, removals, dtype, device, torch.get_num_threads()
-                    ).result()
-                    for workload in workloads[len(memory) :]:
-                        memory.append(process.submit(_measure, workload).result())
-                        advance()
-                except (RuntimeError, MemoryError, OutOfMemory) as error:
-                    if not (isinstance(error, BrokenProcessPool) or is_out_of_memory(error)):
-                        raise
-                    lost = workloads[len(memory)].label
-                    notify(Notice(f"The peak memory {which} in {lost} is unknown: its process ran out of memory."))
-                    memory.append(None)
-                    advance()
-    return load_seconds, memory
+                return process.submit(
+                    _measure, source, removals, dtype, device, workloads, torch.get_num_threads()
+                ).result()
+        except (RuntimeError, MemoryError, OutOfMemory) as error:
+            if not (isinstance(error, BrokenProcessPool) or is_out_of_memory(error)):
+                raise
+            notify(Notice(f"The peak memory {which} is unknown: its process ran out of memory."))
+    return None, [None] * len(workloads)
 
 
 @contextmanager
@@ -81,15 +72,15 @@ def _process() -> Iterator[ProcessPoolExecutor]:
             raise
 
 
-_loaded: tuple[Any, torch.device] | None = None
-"""The model in this process, if `measure_alone` started it."""
-
-
-def _load(
-    source: ModelSource, removals: tuple[int, ...], dtype: torch.dtype, device: torch.device, threads: int
-) -> float:
-    """Load the model, and return how many seconds its weights took."""
-    global _loaded
+def _measure(
+    source: ModelSource,
+    removals: Removals,
+    dtype: torch.dtype,
+    device: torch.device,
+    workloads: Sequence[Workload],
+    threads: int,
+) -> tuple[float, list[MemoryRecord | None]]:
+    """Load the model in this process; return how many seconds its weights took, and the memory of each workload."""
     quiet_libraries()
     torch.set_num_threads(threads)
     surgery = plan_surgery(read_architecture(source, load_plugins(), ignore), removals)
@@ -97,14 +88,12 @@ def _load(
     start = time.perf_counter()
     model = load_pruned(surgery, *target) if removals else load_dense(surgery.architecture, *target)
     synchronize(device)
-    _loaded = model, device
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    return seconds, [_memory(model, device, workload) for workload in workloads]
 
 
-def _measure(workload: Workload) -> MemoryRecord | None:
-    """Return the memory of one run of the loaded model."""
-    assert _loaded is not None
-    model, device = _loaded
+def _memory(model: Any, device: torch.device, workload: Workload) -> MemoryRecord | None:
+    """Return the memory of one run."""
     prompts = draw_prompts(workload, model.config.get_text_config().vocab_size, 0)
     with prepared(model, workload) as ready:
         if workload.compiled:

@@ -1,4 +1,4 @@
-"""Time models in turn, whatever runs them, and report the times as `vllm bench serve` does."""
+"""Time models in turn, whatever runs them, and report the times in the terms of `vllm bench serve`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ import numpy as np
 
 from sleb_cli.engine.statistics import count_outliers, median_ratio_interval, relative_deviation
 from sleb_cli.events import Advance, Notice, Notify, task
-from sleb_cli.results import MemoryRecord, PrunedTiming, Timing, WarmupRecord, Workload, WorkloadResult
+from sleb_cli.results import Distribution, MemoryRecord, PrunedTiming, Timing, WarmupRecord, Workload, WorkloadResult
 from sleb_plugins.engine import TimedRun
 
 Removals = tuple[int, ...]
+"""Names a model among those timed together; the dense one has none."""
+
 Run = Callable[[Sequence[Sequence[int]], int], TimedRun]
 """Process the prompts together, and generate this many new tokens for each."""
 
-Round = Mapping[str, TimedRun]
+Round = Mapping[Removals, TimedRun]
 
 WARMUP_LIMIT = 10
 """The most untimed runs of each model, unless the user asks for a number."""
@@ -31,20 +33,15 @@ STABLE_RUNS = 3
 """Times are stable once the relative standard deviation of the last three is below 2 %."""
 
 
-def model_name(removals: Removals) -> str:
-    """Return the name of a model among those timed together."""
-    return f"{len(removals)} blocks fewer" if removals else "dense"
-
-
 @dataclass(frozen=True)
 class Measured:
-    """Rounds in which models were timed together, after warming up: the run of each by its name."""
+    """Rounds in which models were timed together, after warming up."""
 
     warmup: WarmupRecord
     rounds: Sequence[Round]
 
 
-def measure(models: Mapping[str, Run], workload: Workload, vocabulary: int, notify: Notify) -> Measured:
+def measure(models: Mapping[Removals, Run], workload: Workload, vocabulary: int, notify: Notify) -> Measured:
     """Time the models in turn, after warming up until times are stable.
 
     Every other round runs them in reverse order (ABBA), so a machine that slows down affects all alike. All models get
@@ -67,19 +64,20 @@ def measure(models: Mapping[str, Run], workload: Workload, vocabulary: int, noti
     return Measured(warmup, timed)
 
 
-def _rounds(models: Mapping[str, Run], workload: Workload, vocabulary: int, advance: Advance) -> Iterator[Round]:
+def _rounds(models: Mapping[Removals, Run], workload: Workload, vocabulary: int, advance: Advance) -> Iterator[Round]:
     for number in count():
-        prompts, names = draw_prompts(workload, vocabulary, number), list(models)
-        done: dict[str, TimedRun] = {}
-        for name in names[::-1] if number % 2 else names:
-            done[name] = models[name](prompts, workload.new_tokens)
-            advance(note=f"{name}: {done[name].seconds:.3f} s")
+        prompts, order = draw_prompts(workload, vocabulary, number), list(models)
+        done: dict[Removals, TimedRun] = {}
+        for removals in order[::-1] if number % 2 else order:
+            done[removals] = models[removals](prompts, workload.new_tokens)
+            name = f"{len(removals)} blocks fewer" if removals else "dense"
+            advance(note=f"{name}: {done[removals].seconds:.3f} s")
         yield done
 
 
 def draw_prompts(workload: Workload, vocabulary: int, number: int) -> list[list[int]]:
     """Return the prompts of a round: random tokens."""
-    generator = np.random.default_rng([workload.seed, number])
+    generator = np.random.default_rng([0, number])
     prompts: list[list[int]] = generator.integers(
         vocabulary, size=(workload.batch_size, workload.prompt_length)
     ).tolist()
@@ -94,7 +92,7 @@ def _warm_up(rounds: Iterator[Round], limit: int, *, asked: bool) -> WarmupRecor
         done.append(next(rounds))
         last = done[-STABLE_RUNS:]
         if len(last) == STABLE_RUNS:
-            deviation = max(relative_deviation([one[name].seconds for one in last]) for name in done[0])
+            deviation = max(relative_deviation([one[model].seconds for one in last]) for model in done[0])
     stable = None if asked or deviation is None else deviation < STABLE_DEVIATION
     return WarmupRecord(runs=len(done), deviation=deviation, stable=stable)
 
@@ -112,27 +110,21 @@ def _without_garbage_collection() -> Iterator[None]:
 
 
 def workload_result(
-    workload: Workload,
-    measured: Sequence[Measured],
-    sizes: Sequence[Removals],
-    *,
-    memory: Mapping[Removals, MemoryRecord | None] | None = None,
-    engine_version: str | None = None,
-    attention: str | None = None,
+    workload: Workload, measured: Sequence[Measured], memory: Mapping[Removals, MemoryRecord | None], **about: Any
 ) -> WorkloadResult:
     """Return the result for models timed together, or each size in turn with the dense model.
 
-    A speedup compares a size with the dense model's runs in the same rounds.
+    A speedup compares a size with the dense model's runs in the same rounds. `about` are further fields of the result.
     """
     rounds = [done for one in measured for done in one.rounds]
 
     def timing(removals: Removals) -> dict[str, Any]:
-        runs = [done[model_name(removals)] for done in rounds if model_name(removals) in done]
-        return {**latency_statistics(workload, runs), "memory": memory.get(removals) if memory else None}
+        runs = [done[removals] for done in rounds if removals in done]
+        return {**latencies(workload, runs), "memory": memory.get(removals)}
 
     def pruned(removals: Removals) -> PrunedTiming:
-        name, found = model_name(removals), timing(removals)
-        dense, own = [done[model_name(())].seconds for done in rounds if name in done], found["e2els"]
+        found = timing(removals)
+        dense, own = [done[()].seconds for done in rounds if removals in done], found["e2els"]
         return PrunedTiming(
             **found,
             removals=removals,
@@ -140,13 +132,13 @@ def workload_result(
             interval=median_ratio_interval(dense, own),
         )
 
+    sizes = sorted({removals for done in rounds for removals in done if removals}, key=len)
     return WorkloadResult(
         workload=workload,
-        engine_version=engine_version,
-        attention=attention,
         warmup=_worst([one.warmup for one in measured]),
         dense=Timing(**timing(())),
         pruned=tuple(map(pruned, sizes)),
+        **about,
     )
 
 
@@ -160,26 +152,18 @@ def _worst(warmups: Sequence[WarmupRecord]) -> WarmupRecord:
     )
 
 
-def latency_statistics(workload: Workload, runs: Sequence[TimedRun]) -> dict[str, Any]:
+def latencies(workload: Workload, runs: Sequence[TimedRun]) -> dict[str, Any]:
     """Return the fields of a `Timing` that follow from its runs."""
     e2els = [run.seconds for run in runs]
     ttfts = [run.token_seconds[0] if run.token_seconds else run.seconds for run in runs]
     itls = [tuple(np.diff(run.token_seconds).tolist()) for run in runs if len(run.token_seconds) > 1]
-    tpots = [sum(steps) / len(steps) for steps in itls]
-    prompts, duration = workload.batch_size * len(runs), sum(e2els)
-    read, written = prompts * workload.prompt_length, prompts * workload.new_tokens
+    tokens = workload.batch_size * (workload.new_tokens or workload.prompt_length) * len(runs)
     return {
-        "duration": duration,
-        "completed": prompts,
-        "total_input_tokens": read,
-        "total_output_tokens": written,
-        "request_throughput": prompts / duration,
-        "output_throughput": written / duration,
-        "total_token_throughput": (read + written) / duration,
-        **_milliseconds("ttft", ttfts),
-        **_milliseconds("tpot", tpots),
-        **_milliseconds("itl", [seconds for steps in itls for seconds in steps]),
-        **_milliseconds("e2el", e2els),
+        "tokens_per_second": tokens / sum(e2els),
+        "ttft_ms": _distribution(ttfts),
+        "tpot_ms": _distribution([statistics.fmean(steps) for steps in itls]),
+        "itl_ms": _distribution([seconds for steps in itls for seconds in steps]),
+        "e2el_ms": _distribution(e2els),
         "ttfts": tuple(ttfts),
         "itls": tuple(itls),
         "e2els": tuple(e2els),
@@ -187,11 +171,8 @@ def latency_statistics(workload: Workload, runs: Sequence[TimedRun]) -> dict[str
     }
 
 
-def _milliseconds(name: str, seconds: Sequence[float]) -> dict[str, float | None]:
-    """Return mean, median, standard deviation and percentiles; all None without samples."""
-    names = ("mean", "median", "std", "p50", "p90", "p99")
+def _distribution(seconds: Sequence[float]) -> Distribution | None:
     if not seconds:
-        return {f"{statistic}_{name}_ms": None for statistic in names}
-    sample = np.asarray(seconds) * 1000
-    values = (sample.mean(), np.median(sample), sample.std(), *np.percentile(sample, (50, 90, 99)))
-    return {f"{statistic}_{name}_ms": float(value) for statistic, value in zip(names, values, strict=True)}
+        return None
+    mean, (median, p90, p99) = statistics.fmean(seconds), np.percentile(seconds, (50, 90, 99)).tolist()
+    return Distribution(mean=1000 * mean, median=1000 * median, p90=1000 * p90, p99=1000 * p99)

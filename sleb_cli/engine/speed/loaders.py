@@ -1,10 +1,10 @@
-"""What runs the models of a benchmark: transformers, or another inference engine."""
+"""Load the models of a benchmark with transformers, or into another inference engine."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -29,8 +29,8 @@ WriteFiles = Callable[[Surgery], Path]
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model in transformers or an engine, and `prepare`, which makes it ready to run a workload.
+class TimedModel:
+    """A loaded model, and `prepare`, which makes it ready to run a workload.
 
     `attention` is the implementation of attention, if known.
     """
@@ -43,68 +43,56 @@ class Loaded:
     attention: str | None = None
 
 
-Load = Callable[[Surgery, Loaded | None], AbstractContextManager[Loaded]]
+ModelLoader = Callable[[Surgery, TimedModel | None], AbstractContextManager[TimedModel]]
 """Load the model after a surgery, and free it at the end; the dense one first, which is then given for the others."""
 
 
-def load_with_transformers(dtype: torch.dtype, device: torch.device, notify: Notify) -> Load:
+def load_with_transformers(dtype: torch.dtype, device: torch.device, notify: Notify) -> ModelLoader:
     """Return what loads models; the pruned ones share the dense one's weights, unless they are quantized."""
 
     @contextmanager
-    def load(surgery: Surgery, dense: Loaded | None) -> Iterator[Loaded]:
+    def load(surgery: Surgery, dense: TimedModel | None) -> Iterator[TimedModel]:
         if dense:
             model = load_pruned(surgery, dtype, device, notify, dense=dense.model)
         else:
             model = load_dense(surgery.architecture, dtype, device, notify)
-
         attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
         size = _size(surgery, weights_bytes(model))
-        yield Loaded(model, size, dtype_name(dtype), device.type, partial(prepared, model), attention)
+        yield TimedModel(model, size, dtype_name(dtype), device.type, partial(prepared, model), attention)
 
     return load
 
 
-def load_into(engine: Engine, write_files: WriteFiles, settings: EngineSettings, notify: Notify) -> Load:
+def load_into(engine: Engine, write_files: WriteFiles, settings: EngineSettings, notify: Notify) -> ModelLoader:
     """Return what loads models from files into an engine."""
 
     @contextmanager
-    def load(surgery: Surgery, dense: Loaded | None) -> Iterator[Loaded]:
+    def load(surgery: Surgery, dense: TimedModel | None) -> Iterator[TimedModel]:
         files = write_files(surgery)
         without = f" without {len(surgery.removals)} blocks" if surgery.removals else ""
         with task(notify, f"Loading {surgery.architecture.source.id}{without} into {engine.name}"):
             start = time.perf_counter()
             model = engine.load(files, settings)
             seconds = time.perf_counter() - start
-        tensors = find_weights(files).stored if files.is_dir() else read_gguf(files).tensors
-        size = _size(surgery, sum(tensor.size for tensor in tensors), seconds)
-        dtype = settings.dtype if files.is_dir() else _gguf_dtype(files)
         try:
-            yield Loaded(model, size, dtype, model.device, lambda workload: nullcontext(model))
+            if files.is_dir():
+                dtype, stored = settings.dtype, sum(tensor.size for tensor in find_weights(files).stored)
+            else:
+                dtype, stored = _gguf_dtype_and_bytes(files)
+            size = _size(surgery, stored, seconds)
+            yield TimedModel(model, size, dtype, model.device, lambda workload: nullcontext(model))
         finally:
             model.close()
 
     return load
 
 
-def engine_settings(
-    workloads: Sequence[Workload], dtype: torch.dtype, *, models: int, least_new: int
-) -> EngineSettings:
-    """Return how an engine loads models for these workloads."""
-    return EngineSettings(
-        dtype=dtype_name(dtype),
-        threads=torch.get_num_threads(),
-        batch_size=max(workload.batch_size for workload in workloads),
-        sequence_length=max(workload.prompt_length + max(least_new, workload.new_tokens) for workload in workloads),
-        models=models,
-    )
-
-
-def _gguf_dtype(file: Path) -> str:
-    """Return the data type of most weights: "Q4_1"."""
+def _gguf_dtype_and_bytes(file: Path) -> tuple[str, int]:
+    """Return the data type of most weights, such as "Q4_1", and the bytes of all."""
     by_type: Counter[str] = Counter()
     for tensor in read_gguf(file).tensors:
         by_type[gguf.GGMLQuantizationType(tensor.type).name] += tensor.size
-    return by_type.most_common(1)[0][0]
+    return by_type.most_common(1)[0][0], by_type.total()
 
 
 def _size(surgery: Surgery, stored: int, load_seconds: float | None = None) -> ModelSize:
