@@ -100,13 +100,29 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
         WorkerFinished: this process only helped to recover; the main one writes the checkpoint.
         SlebError: something failed; its class tells what.
     """
-    from sleb_cli.engine.output.resolve import apply_request
+    from sleb_cli.engine.door.apply import resolve_apply
+    from sleb_cli.engine.gguf.surgery import GgufSurgery
+    from sleb_cli.engine.output.apply import apply_removals, claimed, write_checkpoint
+    from sleb_cli.engine.output.apply_gguf import prune_gguf
     from sleb_cli.engine.process_group import join_processes
 
     if not (request.recover or request.heal):
         _leave_to_main()
     with join_processes() as group:
-        return apply_request(request, _registry(notify), notify, group)
+        registry = _registry(notify)
+        subject, output, recovery = resolve_apply(request, registry, notify, group)
+        if isinstance(subject, GgufSurgery):
+            return prune_gguf(subject, output, registry, notify)
+        if recovery is None:
+            return apply_removals(subject, output, notify)
+        if not group.is_main:
+            recovery.run()
+            raise WorkerFinished
+        # The place is claimed before hours of recovery, so that nobody else writes or heals there.
+        with recovery.state.explain_resume_on_failure(notify), claimed(subject, output) as aside:
+            result = write_checkpoint(subject, aside, output, notify, recovery.run())
+        recovery.state.delete()
+        return result
 
 
 @_names_memory(_EVALUATE)

@@ -19,13 +19,14 @@ class ResultRecord(VersionedRecord):
     device: str
 
 
-class ApplyResult(ResultRecord):
-    """A written checkpoint. `proof`, in this dtype on this device, is null if it was skipped.
+class ApplyResult(VersionedRecord):
+    """A written checkpoint. `proof` is null if it was skipped.
 
     `recovery` tells how its blocks were recovered, if they were.
     """
 
     kind: Literal["apply"]
+    model: ModelRecord
     folder: str
     removals: tuple[int, ...]
     blocks: int

@@ -152,7 +152,7 @@ def test_a_tied_head_stays_tied_in_another_data_type(apply, tmp_path, stored, ca
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         result = apply(folder, "--blocks", "1", "--dtype", cast, "--json", output=f"out{number}")
         found = json.loads(result.stdout)
-        assert (found["dtype"], found["proof"]["logits_difference"]) == (cast, 0)
+        assert (found["proof"]["dtype"], found["proof"]["logits_difference"]) == (cast, 0)
         model = AutoModelForCausalLM.from_pretrained(tmp_path / f"out{number}", dtype="auto")
         assert model.lm_head.weight is model.model.embed_tokens.weight
         assert torch.equal(model.lm_head.weight, embeddings.to(getattr(torch, cast)))

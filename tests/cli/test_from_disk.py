@@ -9,11 +9,12 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from conftest import calibration, evaluation, save_model, slow, weight_bytes_of
 from families import tiny_config
+from sleb_cli.engine.door import recovery as door
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.forward import placement
 from sleb_cli.engine.output import proof
 from sleb_cli.engine.quality import texts
-from sleb_cli.engine.recovery import closed_form, settings
+from sleb_cli.engine.recovery import closed_form
 
 COMPLETE = ["complete", "same bytes", "loads", "same logits", "generates", "saves again"]
 WAYS = {"in memory": ["--no-stream"], "streamed": ["--stream"], "large": []}
@@ -104,7 +105,7 @@ def test_hidden_states_wait_in_host_memory(sleb, llama_plan, text_file, tmp_path
     command = ["apply", llama_plan, "--recover", *calibration(text_file, samples=20), "--device", "sim", "--stream"]
     sleb(*command, "--no-verify", "-o", "device")
     of_device = iter((0, 2**31))  # for all, and without hidden states
-    monkeypatch.setattr(settings, "own_free_bytes", lambda device: next(of_device) if device.type == "sim" else 2**31)
+    monkeypatch.setattr(door, "own_free_bytes", lambda device: next(of_device) if device.type == "sim" else 2**31)
     held = []
     monkeypatch.setattr(closed_form._States, "held", lambda self, tensor: held.append(self.on_host) or tensor.cpu())
     sleb(*command, "--no-verify", "-o", "host")

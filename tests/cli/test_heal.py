@@ -19,11 +19,11 @@ from conftest import (
     weight_bytes_of,
     weights_of,
 )
+from sleb_cli.engine.door import recovery as door
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.output import apply
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery import heal as healing
-from sleb_cli.engine.recovery import settings
 from sleb_cli.engine.recovery.variant import Variant
 from sleb_cli.events import ignore
 from sleb_cli.plan import read_plan
@@ -172,7 +172,7 @@ def test_it_starts_from_the_closed_form(healed, monkeypatch):
 
 
 def test_without_the_memory_it_is_refused(healed, monkeypatch):
-    monkeypatch.setattr(settings, "own_free_bytes", lambda device: 500_000)
+    monkeypatch.setattr(door, "own_free_bytes", lambda device: 500_000)
     needed = r"Healing needs \S+ MB of memory on cpu \(.* trained weights, \S+ kB for the state of training"
     assert re.search(needed, healed(*TOKENS, code=7).stderr)
 

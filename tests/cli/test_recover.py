@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from conftest import calibration, evaluation, llama_config, save_model, weights_of
 from families import tiny_config
+from sleb_cli.engine.door import recovery as door
 from sleb_cli.engine.files.weights import find_weights
 from sleb_cli.engine.output import apply
 from sleb_cli.engine.output.card import update_card
-from sleb_cli.engine.recovery import closed_form, run, settings
+from sleb_cli.engine.recovery import closed_form, run
 from sleb_cli.plan import ClosedFormRecord, read_plan
 from sleb_cli.units import format_perplexity
 from sleb_plugins import ProofError
@@ -265,7 +266,7 @@ def test_what_cannot_be_is_refused(run_sleb, llama_plan, text_file, fit, options
 
 
 def test_without_the_memory_for_the_model_it_is_refused(recover, llama_plan, fit, monkeypatch):
-    monkeypatch.setattr(settings, "own_free_bytes", lambda device: 1000)
+    monkeypatch.setattr(door, "own_free_bytes", lambda device: 1000)
     needed = r"Recovery needs \S+ [kM]B of memory on cpu \(\S+ kB for the model, .* for regression sums\)"
     assert re.search(needed, recover(llama_plan, code=7).stderr)
 

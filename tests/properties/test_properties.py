@@ -15,8 +15,7 @@ from families import tiny_config
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.output.apply import apply_removals
-from sleb_cli.engine.output.delivery import Delivery
+from sleb_cli.engine.output.apply import Output, apply_removals
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import plan_surgery
@@ -42,7 +41,7 @@ def test_skipped_shared_written_and_loaded_are_one_model(model_type, dtype, gone
         AutoModelForCausalLM.from_pretrained(folder).to(dtype).save_pretrained(folder)
         architecture = read_architecture(locate_model(str(folder), ignore), load_plugins(), ignore)
         surgery = plan_surgery(architecture, gone)
-        apply_removals(Subject(surgery, None), Delivery(output, verify=False), ignore)
+        apply_removals(Subject(surgery, None), Output(output, verify=False), ignore)
         dense = load_dense(architecture, dtype, cpu, ignore)
         with SkippableModel(dense, architecture.blocks_of(dense)) as skippable:
             skipped = skippable.logits(ids, gone)

@@ -10,8 +10,8 @@ import torch
 from datasets.exceptions import DatasetGenerationError
 
 from conftest import llama_config, prose, random_model, train_tokenizer
+from sleb_cli.engine.door.recovery import DECIDING, FITTED, REPORTED
 from sleb_cli.engine.files.cache import cache_root
-from sleb_cli.engine.recovery.settings import DECIDING, FITTED, REPORTED
 from sleb_cli.engine.text import calibration, writing
 from sleb_cli.engine.text.calibration import CalibrationSettings, calibrate_splits, texts_sha256
 from sleb_cli.engine.text.mixture import parse_mixture

@@ -42,9 +42,14 @@ def sizes(subject: Subject, request: SizesRequest) -> tuple[Surgery, ...]:
 
 
 def resolve_subject(
-    request: OneSizeRequest | SizesRequest, registry: Registry, notify: Notify, *, needs_removals: bool = False
+    request: OneSizeRequest | SizesRequest,
+    registry: Registry,
+    notify: Notify,
+    *,
+    plan: Plan | None = None,
+    needs_removals: bool = False,
 ) -> Subject:
-    """Read the plan, find its model, and check that the plan was made for it.
+    """Read the plan (unless it is given), find its model, and check that the plan was made for it.
 
     Raises:
         PlanError: the plan is unreadable, or was made for another model.
@@ -53,7 +58,8 @@ def resolve_subject(
     quiet_libraries()
     model, revision, removals = request.subject or str(DEFAULT_PLAN), request.revision, request.blocks
     path = Path(model)
-    plan = read_named_plan(path, request) if is_plan(model) else None
+    if plan is None and is_plan(model):
+        plan = read_named_plan(path, request)
     if plan:
         removals = plan.removals
         model, revision = place_of_model(path, plan, request.model, revision)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
-from sleb_cli.atomic import new_folder, remove_leftovers_of, require_space, to_json
+from sleb_cli.atomic import new_folder, remove_leftovers_of, require_space, to_json, writing
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files import other_formats
 from sleb_cli.engine.files.copying import copy_file, leads_out, reading
@@ -18,9 +21,8 @@ from sleb_cli.engine.files.shards import NewTensor, new_tensor, plan_shards, wri
 from sleb_cli.engine.files.weights import read_json
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.card import CARD, fill_in_results, model_card
-from sleb_cli.engine.output.delivery import Delivery
 from sleb_cli.engine.output.measured import measured_of_plan
-from sleb_cli.engine.output.proof import Planned, ProofSettings, Reference, choose_proof_settings, prove
+from sleb_cli.engine.output.proof import Planned, ProofPlacement, place_proof, prove
 from sleb_cli.engine.surgery.quantization import QUANTIZATION_FILES, prune_module_names
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
@@ -32,7 +34,7 @@ from sleb_cli.requests import DEFAULT_SHARD_SIZE
 from sleb_cli.results import ApplyResult, BenchResult, EvalResult
 from sleb_cli.units import parse_bytes
 from sleb_cli.version import __version__
-from sleb_plugins import OutputError
+from sleb_plugins import OutputError, ProofError
 
 if TYPE_CHECKING:
     from sleb_cli.engine.recovery.run import Recovered
@@ -47,6 +49,29 @@ _START_BYTES = 200
 """Each record of ours says in its first bytes which version of sleb wrote it."""
 # transformers would look for the adapter's weights, which are not copied.
 _ADAPTER = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a checkpoint or GGUF file goes, and how it is written and proven.
+
+    Attributes:
+        place: the folder or file.
+        replace: whether it may replace another one.
+        verify: whether it is proven.
+        keep_failed: where to keep it if its proof fails; None for nowhere.
+        dtype: the data type that a checkpoint is cast to; None for none.
+        shard_bytes: the largest weight file of a checkpoint; None for the default.
+        proof: where the models of a checkpoint's proof run; None chooses.
+    """
+
+    place: Path
+    replace: bool = False
+    verify: bool = True
+    keep_failed: Path | None = None
+    dtype: torch.dtype | None = None
+    shard_bytes: int | None = None
+    proof: ProofPlacement | None = None
 
 
 def default_folder(subject: Subject) -> Path:
@@ -77,89 +102,102 @@ def require_new_folder(folder: Path, source: ModelSource, *, force: bool) -> Non
         )
 
 
-def apply_removals(
-    subject: Subject,
-    to: Delivery,
-    notify: Notify,
-    *,
-    dtype: torch.dtype | None = None,
-    shard_bytes: int | None = None,
-    settings: ProofSettings | None = None,
-    check: Callable[[Path], None] | None = None,
-) -> ApplyResult:
-    """Write the pruned checkpoint, complete and proven, or write nothing.
+def apply_removals(subject: Subject, output: Output, notify: Notify) -> ApplyResult:
+    """Write the pruned checkpoint, complete and proven, or write nothing; raises like `write_checkpoint`."""
+    with claimed(subject, output) as aside:
+        return write_checkpoint(subject, aside, output, notify)
 
-    Args:
-        subject: the model and the removed blocks.
-        to: where it goes.
-        notify: the listener for events.
-        dtype: the data type to cast to; None for none.
-        shard_bytes: the largest weight file.
-        settings: where the proof runs; None chooses.
-        check: called with the finished folder; if it raises, nothing is written.
+
+@contextmanager
+def claimed(subject: Subject, output: Output) -> Iterator[Path]:
+    """Yield a folder aside that becomes the checkpoint at the end, if the dense model has not changed meanwhile.
+
+    Nobody else writes to the checkpoint's place until then.
+
+    Raises:
+        OutputError: the place is not free, or the checkpoint does not fit on the disk.
+        ModelError: the dense model's files changed.
+    """
+    with new_folder(output.place, replace=output.replace) as aside, subject.architecture.source.watch.unchanged():
+        planned = plan_files(subject.surgery, output)
+        weights_bytes = sum(shard.size for shard in planned.weights.values())
+        require_space(output.place, _bytes_of(planned.copies.values()) + weights_bytes)
+        yield aside
+
+
+def write_checkpoint(
+    subject: Subject, aside: Path, output: Output, notify: Notify, recovered: Recovered | None = None
+) -> ApplyResult:
+    """Fill a `claimed` folder with the pruned checkpoint, and prove it.
 
     Raises:
         ProofError: the checkpoint does not compute the same as the model in memory.
-        OutputError: the folder exists or cannot be written.
+        OutputError: it cannot be written.
     """
-    surgery, source = subject.surgery, subject.architecture.source
-    settings = settings or choose_proof_settings(subject.architecture, dtype)
-    shard_bytes = shard_bytes or parse_bytes(DEFAULT_SHARD_SIZE, "--max-shard-size")
-    with to.claimed(new_folder(to.place, replace=to.replace), source.watch, notify) as aside:
-        planned, left_out, outside = plan_files(surgery, to.place, dtype, shard_bytes)
-        recovered = to.recovery.run() if to.recovery else None
-        if recovered:
-            tensors = kept_tensors(surgery, dtype, recovered)
-            planned = replace(planned, tensors=tensors, weights=plan_shards(source.weights, tensors, shard_bytes))
-        weights = planned.weights or {}
-        write_weights(aside, weights, _bytes_of(planned.copies.values()), notify)
-        for name, text in planned.texts.items():
-            (aside / name).write_text(text, encoding="utf-8", newline="\n")
-        for name, file in planned.copies.items():
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            copy_file(file, aside / name)
-        proof = None
-        if to.verify:
-            with to.kept_if_it_fails(aside):
-                proof = prove(Reference(surgery, recovered), aside, planned, settings, notify)
-        record = recovered.record if recovered else None
-        _describe(subject, aside, record, proof, notify)
-        if check:
-            check(aside)
-    if left_out:
-        notify(Notice(f"Did not copy files with weights in other formats or of an adapter: {', '.join(left_out)}."))
-    if outside:
-        notify(Warned(f"Did not copy links that lead outside the model's folder: {', '.join(outside)}."))
+    surgery = subject.surgery
+    planned = plan_files(surgery, output, recovered.tensors if recovered else {})
+    write_weights(aside, planned.weights, _bytes_of(planned.copies.values()), notify)
+    for name, text in planned.texts.items():
+        (aside / name).write_text(text, encoding="utf-8", newline="\n")
+    for name, file in planned.copies.items():
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(file, aside / name)
+    proof = None
+    if output.verify:
+        placement = output.proof or place_proof(subject.architecture, output.dtype)
+        with move_if_it_fails(aside, output.keep_failed):
+            proof = prove(surgery, aside, planned, placement, notify, recovered.parameters if recovered else None)
+    record = recovered.record if recovered else None
+    _describe(subject, aside, record, proof, notify)
+    if planned.left_out:
+        names = ", ".join(planned.left_out)
+        notify(Notice(f"Did not copy files with weights in other formats or of an adapter: {names}."))
+    if planned.outside:
+        notify(Warned(f"Did not copy links that lead outside the model's folder: {', '.join(planned.outside)}."))
     return ApplyResult(
         schema_version=1,
         sleb_version=__version__,
         kind="apply",
         model=subject.architecture.record,
         removals=surgery.removals,
-        dtype=dtype_name(settings.placement.dtype),
-        device=settings.placement.device.type,
-        folder=str(to.place),
+        folder=str(output.place),
         blocks=len(surgery.kept.blocks),
-        weights_bytes=sum(shard.size for shard in weights.values()),
+        weights_bytes=sum(shard.size for shard in planned.weights.values()),
         recovery=record,
         proof=proof,
     )
 
 
-def plan_files(
-    surgery: Surgery, place: Path, dtype: torch.dtype | None, shard_bytes: int
-) -> tuple[Planned, list[str], list[str]]:
-    """Decide what the checkpoint will hold; also return the names of what stays behind, as `_find_other_files` does.
+def plan_files(surgery: Surgery, output: Output, new_values: Mapping[str, Tensor] | None = None) -> Planned:
+    """Decide what the checkpoint will hold; new values are by the names of tensors in it."""
+    source, tensors = surgery.architecture.source, kept_tensors(surgery, output.dtype, new_values)
+    shard_bytes = output.shard_bytes or parse_bytes(DEFAULT_SHARD_SIZE, "--max-shard-size")
+    texts = {name: json.dumps(found, indent=2) + "\n" for name, found in _settings(surgery, output.dtype).items()}
+    weights = plan_shards(source.weights, tensors, shard_bytes)
+    return Planned(tensors, weights, texts, *_find_other_files(source, set(texts)))
+
+
+@contextmanager
+def move_if_it_fails(written: Path, place: Path | None) -> Iterator[None]:
+    """Move what was written to `place`, if that is given and the proof in this context fails.
 
     Raises:
-        OutputError: it does not fit on the disk.
+        ProofError: the proof failed; the hint says where the evidence is.
+        OutputError: it cannot be moved.
     """
-    source, tensors = surgery.architecture.source, kept_tensors(surgery, dtype)
-    weights = plan_shards(source.weights, tensors, shard_bytes)
-    texts = {name: json.dumps(found, indent=2) + "\n" for name, found in _settings(surgery, dtype).items()}
-    copies, left_out, outside = _find_other_files(source, set(texts))
-    require_space(place, _bytes_of(copies.values()) + sum(shard.size for shard in weights.values()))
-    return Planned(tensors, weights, texts, copies), left_out, outside
+    try:
+        yield
+    except ProofError as error:
+        if place is None:
+            raise
+        with writing(place, hint=f"The proof failed: {error.message} Choose another place with --keep-failed."):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if written.is_file():
+                place.mkdir()
+            shutil.move(written, place)
+        raise ProofError(
+            error.message, hint=f"What was written is in {place}. Do not use it; please report the model."
+        ) from error
 
 
 def _measured(subject: Subject, notify: Notify, recovers: bool) -> dict[Literal["eval", "bench"], Any]:
@@ -185,18 +223,16 @@ def _describe(
         path.write_text(to_json(described.published().to_data()), encoding="utf-8")
         if measured := _measured(subject, notify, recovery is not None):
             for kind, result in measured.items():
-                # Files of lm-eval are not copied.
-                alone = result.model_copy(update={"lm_eval": ()}) if kind == "eval" else result
-                alone.write(beside_plan(path, kind))
+                result.write(beside_plan(path, kind))
             fill_in_results(folder, notify)
 
 
 def kept_tensors(
-    surgery: Surgery, dtype: torch.dtype | None = None, recovered: Recovered | None = None
+    surgery: Surgery, dtype: torch.dtype | None = None, new_values: Mapping[str, Tensor] | None = None
 ) -> list[NewTensor]:
     """Return the tensors of the pruned checkpoint, from the headers of the dense one's files, and new values."""
     stored = ((tensor.name, tensor) for tensor in surgery.architecture.source.weights.stored)
-    values = recovered.tensors if recovered else {}
+    values = new_values or {}
     return [
         new_tensor(name, tensor, dtype, surgery.cut(name), values.get(name))
         for name, tensor in surgery.names.prune(stored)
@@ -278,7 +314,7 @@ def _is_ours(path: Path) -> bool:
         with reading(path), path.open("rb") as file:
             if b'"sleb_version"' in file.read(_START_BYTES):
                 return True
-    return path.suffix == ".journal" or ".journal.walk." in path.name
+    return path.suffix == ".journal"
 
 
 def _bytes_of(files: Iterable[Path]) -> int:

@@ -14,13 +14,12 @@ from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.files.fingerprint import Watch
 from sleb_cli.engine.gguf.file import GgufFile, gguf_size, read_gguf, write_gguf
 from sleb_cli.engine.gguf.llama_cpp import holds_model_type
-from sleb_cli.engine.gguf.surgery import GgufSurgery, block_count, plan_gguf_surgery
+from sleb_cli.engine.gguf.surgery import GgufSurgery, block_count
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.gguf import convert_gguf, transformers_knows
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.output.apply import kept_tensors
-from sleb_cli.engine.output.delivery import Delivery
-from sleb_cli.engine.output.proof import Planned, Reference, choose_proof_settings, failed, prove, refuted
+from sleb_cli.engine.output.apply import Output, kept_tensors, move_if_it_fails
+from sleb_cli.engine.output.proof import Planned, model_errors_fail_proof, place_proof, proof_error, prove
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.engine.third_party import disk_error, no_verdict_by_the_disk, translate_errors
 from sleb_cli.events import Notice, Notify, task
@@ -45,29 +44,25 @@ def default_place(file: GgufFile, removals: Sequence[int]) -> Path:
     return Path(f"{file.path.stem}-sleb-{block_count(file) - len(removals)}-blocks.gguf")
 
 
-def prune_gguf(
-    file: GgufFile, removals: tuple[int, ...], to: Delivery, registry: Registry, notify: Notify
-) -> GgufResult:
+def prune_gguf(surgery: GgufSurgery, output: Output, registry: Registry, notify: Notify) -> GgufResult:
     """Write the pruned file, complete and checked, or write nothing.
 
     Raises:
-        UnsupportedModelError: these blocks cannot be removed from this architecture.
         ProofError: the file does not compute the same as the source with these blocks skipped.
-        OutputError: the file exists, cannot be written, or is the source itself.
+        OutputError: the file exists, or cannot be written.
     """
-    surgery = plan_gguf(file, removals, to)
-    pruned = surgery.pruned()
+    file, pruned = surgery.file, surgery.pruned()
     watch = Watch()
     watch.add(file.path)
-    with to.claimed(new_file(to.place, replace=to.replace), watch, notify) as aside:
+    with new_file(output.place, replace=output.replace) as aside, watch.unchanged():
         if read_gguf(file.path) != file:
             raise ModelError(f"{file.path} changed while it was read.", hint="Run the command again.")
-        require_space(to.place, gguf_size(pruned))
+        require_space(output.place, gguf_size(pruned))
         _write(pruned, aside, notify)
         proof: Proof | None = None
         unproven: str | None = "--no-verify"
-        if to.verify:
-            with to.kept_if_it_fails(aside), no_verdict_by_the_disk(ProofError):
+        if output.verify:
+            with move_if_it_fails(aside, output.keep_failed), no_verdict_by_the_disk(ProofError):
                 _require_as_planned(pruned, aside)
                 proof, unproven = _prove_with_transformers(surgery, aside, registry, notify)
     return GgufResult(
@@ -76,23 +71,25 @@ def prune_gguf(
         kind="gguf",
         source=str(file.path.absolute()),
         architecture=file.architecture,
-        removals=removals,
-        file=str(to.place),
-        blocks=block_count(file) - len(removals),
+        removals=surgery.removals,
+        file=str(output.place),
+        blocks=block_count(file) - len(surgery.removals),
         file_bytes=gguf_size(pruned),
-        verified=to.verify,
+        verified=output.verify,
         proof=proof,
         unproven=unproven,
     )
 
 
-def plan_gguf(file: GgufFile, removals: tuple[int, ...], to: Delivery) -> GgufSurgery:
-    """Check that these blocks can be removed from a file, and that its place is free; raises like `prune_gguf`."""
-    surgery = plan_gguf_surgery(file, removals)
-    if are_the_same(to.place, file.path):
-        raise OutputError(f"{to.place} is the source file itself.", hint="Choose another name with -o.")
-    require_new_file(to.place, force=to.replace)
-    return surgery
+def require_new_gguf(output: Output, source: Path) -> None:
+    """Check that the place of a GGUF file is free.
+
+    Raises:
+        OutputError: it exists, cannot be written, or is the source itself.
+    """
+    if are_the_same(output.place, source):
+        raise OutputError(f"{output.place} is the source file itself.", hint="Choose another name with -o.")
+    require_new_file(output.place, force=output.replace)
 
 
 def require_same_kind_of_model(model: ModelRecord, file: GgufFile, notify: Notify) -> None:
@@ -131,14 +128,14 @@ def _require_as_planned(pruned: GgufFile, aside: Path) -> None:
     Raises:
         ProofError: anything differs.
     """
-    with translate_errors(lambda words: failed(f"the gguf package cannot read it: {words}", KIND)):
+    with translate_errors(lambda words: proof_error(f"the gguf package cannot read it: {words}", KIND)):
         found, source = gguf.GGUFReader(aside).tensors, gguf.GGUFReader(pruned.path).tensors
-    with refuted(KIND):
+    with model_errors_fail_proof(KIND):
         written = read_gguf(aside)
     if (what := _differing_entry(written, pruned)) is not None:
-        raise failed(f"its metadata differs from what is expected: {what}", KIND)
+        raise proof_error(f"its metadata differs from what is expected: {what}", KIND)
     if len(found) != len(pruned.tensors):
-        raise failed(f"it holds {len(found)} tensors, not {len(pruned.tensors)}", KIND)
+        raise proof_error(f"it holds {len(found)} tensors, not {len(pruned.tensors)}", KIND)
     there = {(tensor.data_offset, tensor.n_bytes): tensor for tensor in source}
     for tensor, expected in zip(found, pruned.tensors, strict=True):
         original = there.get((expected.start, expected.size))
@@ -146,9 +143,9 @@ def _require_as_planned(pruned: GgufFile, aside: Path) -> None:
             expected.name, expected.type, expected.shape
         )  # fmt: skip
         if not is_planned or original is None or _bytes_of(tensor) != _bytes_of(original):
-            raise failed(f"the tensor {tensor.name} differs from the expected {expected.name}", KIND)
+            raise proof_error(f"the tensor {tensor.name} differs from the expected {expected.name}", KIND)
     if (size := aside.stat().st_size) != gguf_size(pruned):
-        raise failed(f"it has {size} bytes, not {gguf_size(pruned)}", KIND)
+        raise proof_error(f"it has {size} bytes, not {gguf_size(pruned)}", KIND)
 
 
 def _differing_entry(found: GgufFile, expected: GgufFile) -> str | None:
@@ -189,11 +186,10 @@ def _prove_with_transformers(
     if architecture.block_count != block_count(file):
         return None, f"transformers reads {architecture.block_count} blocks in it, not {block_count(file)}"
     folder = aside.with_name(f"{aside.name}.checkpoint")
-    with refuted(KIND):
+    with model_errors_fail_proof(KIND):
         convert_gguf(aside, folder, notify, architecture.dtype)
     planned = Planned(kept_tensors(hf_surgery))
-    settings = choose_proof_settings(architecture, None)
-    return prove(Reference(hf_surgery, None), folder, planned, settings, notify), None
+    return prove(hf_surgery, folder, planned, place_proof(architecture, None), notify), None
 
 
 def _why_transformers_cannot(file: GgufFile, aside: Path) -> str | None:

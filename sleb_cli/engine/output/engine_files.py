@@ -9,9 +9,9 @@ from tempfile import gettempdir
 
 from sleb_cli.atomic import clear, scratch_folder
 from sleb_cli.engine.gguf.file import read_gguf
-from sleb_cli.engine.output.apply import apply_removals
+from sleb_cli.engine.gguf.surgery import plan_gguf_surgery
+from sleb_cli.engine.output.apply import Output, apply_removals
 from sleb_cli.engine.output.apply_gguf import prune_gguf
-from sleb_cli.engine.output.delivery import Delivery
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify
@@ -28,11 +28,11 @@ def engine_files(own: Path, registry: Registry, notify: Notify) -> Iterator[Call
                 return own
             clear(folder)  # the last one has been timed, since pruned models take turns
             name = f"{len(surgery.removals)}-blocks-fewer"
-            to = Delivery(folder / (name if own.is_dir() else f"{name}.gguf"), verify=False)
+            to = Output(folder / (name if own.is_dir() else f"{name}.gguf"), verify=False)
             if own.is_dir():
                 apply_removals(Subject(surgery, None), to, notify)
             else:
-                prune_gguf(read_gguf(own), surgery.removals, to, registry, notify)
+                prune_gguf(plan_gguf_surgery(read_gguf(own), surgery.removals), to, registry, notify)
             return to.place
 
         yield write

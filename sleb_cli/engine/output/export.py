@@ -11,10 +11,10 @@ from sleb_cli.atomic import new_file, new_folder, require_new_file, write_text
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.door.subject import is_plan, read_named_plan, resolve_subject
 from sleb_cli.engine.gguf.file import read_gguf
+from sleb_cli.engine.gguf.surgery import plan_gguf_surgery
 from sleb_cli.engine.model.source import DEMO
-from sleb_cli.engine.output.apply import apply_removals, default_folder, require_new_folder
-from sleb_cli.engine.output.apply_gguf import default_place, prune_gguf, require_same_kind_of_model
-from sleb_cli.engine.output.delivery import Delivery
+from sleb_cli.engine.output.apply import Output, claimed, default_folder, require_new_folder, write_checkpoint
+from sleb_cli.engine.output.apply_gguf import default_place, prune_gguf, require_new_gguf, require_same_kind_of_model
 from sleb_cli.engine.output.measured import measured_of_plan
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.events import Notify
@@ -133,7 +133,11 @@ class _EngineWriter:
     def write_checkpoint(self, output: Path | None, check: Callable[[Path], None] | None = None) -> Path:
         folder, force = output or default_folder(self._subject), self.request.force
         require_new_folder(folder, self._subject.architecture.source, force=force)
-        result = apply_removals(self._subject, Delivery(folder, force), self.notify, check=check)
+        to = Output(folder, force)
+        with claimed(self._subject, to) as aside:
+            result = write_checkpoint(self._subject, aside, to, self.notify)
+            if check:
+                check(aside)
         self.written.append(result)
         return Path(result.folder)
 
@@ -142,8 +146,9 @@ class _EngineWriter:
         if not self.request.any_model:
             require_same_kind_of_model(self._subject.architecture.record, file, self.notify)
         removals = self._subject.surgery.removals
-        to = Delivery(output or default_place(file, removals), self.request.force)
-        result = prune_gguf(file, removals, to, self.registry, self.notify)
+        to = Output(output or default_place(file, removals), self.request.force)
+        require_new_gguf(to, source)
+        result = prune_gguf(plan_gguf_surgery(file, removals), to, self.registry, self.notify)
         self.written.append(result)
         return Path(result.file)
 

@@ -16,11 +16,11 @@ import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,9 +56,6 @@ from sleb_cli.tables.proof import checked
 from sleb_cli.units import format_bytes
 from sleb_plugins import ModelError, ProofError
 
-if TYPE_CHECKING:
-    from sleb_cli.engine.recovery.run import Recovered
-
 PROMPT = (
     "A river begins as snow on a mountain. In spring the water runs down over the rocks, gathers in "
     "streams, and reaches the plain, where people built mills and towns along its banks. They asked "
@@ -89,22 +86,21 @@ NEW_STREAMED_TOKENS = 2
 
 
 @dataclass(frozen=True)
-class ProofSettings:
+class ProofPlacement(Placement):
     """Where and in which data type the two models of a proof compute; `too_large` says why they cannot, if so.
 
     If the dense model is streamed, the blocks of the checkpoint stay on the disk, too, by accelerate's means.
     """
 
-    placement: Placement
     too_large: str | None = None
 
 
-def choose_proof_settings(
+def place_proof(
     architecture: Architecture,
     cast: torch.dtype | None,
     device_map: DeviceMap | None = None,
     stream: bool | None = None,
-) -> ProofSettings:
+) -> ProofPlacement:
     """Choose the fastest device with enough memory for the dense model, or else for two of its blocks.
 
     If a device map says where it is, that is the choice; `stream` says whether the user wants it to be streamed.
@@ -113,33 +109,34 @@ def choose_proof_settings(
         UnsupportedModelError: the user wants it to be streamed, but the weights are quantized.
     """
 
-    def placement(device: torch.device, *, streamed: bool) -> Placement:
+    def place(device: torch.device, *, streamed: bool) -> ProofPlacement:
         needed = partial(_needed, architecture, stream=streamed)
         name = "float16" if cast is torch.float16 else AUTO  # no other shows what exceeds its narrow range
         chosen = choose_dtype(architecture, name, device, needed, free_bytes, ignore, cast)
-        return Placement(device, chosen, streamed, rounded=None if cast is chosen else cast)
+        obstacle = _obstacle(architecture, chosen, device, streamed=streamed)
+        return ProofPlacement(device, chosen, streamed, rounded=None if cast is chosen else cast, too_large=obstacle)
 
     if stream:
         require_streamable(architecture)
     if device_map is not None:
-        device = choose_device(AUTO)
-        return ProofSettings(place_model(architecture, device, AUTO, ignore, device_map=device_map, cast=cast))
+        mapped = place_model(architecture, choose_device(AUTO), AUTO, ignore, device_map=device_map, cast=cast)
+        return ProofPlacement(**vars(mapped))
     ways = [True] if stream else [False] if architecture.is_quantized or stream is False else [False, True]
     for streamed in ways:
-        for device in dict.fromkeys([choose_device("auto"), CPU]):
-            settings = ProofSettings(place := placement(device, streamed=streamed), _obstacle(architecture, place))
-            if settings.too_large is None:
-                return settings
-    return settings
+        for device in dict.fromkeys([choose_device(AUTO), CPU]):
+            found = place(device, streamed=streamed)
+            if found.too_large is None:
+                return found
+    return found
 
 
-def _obstacle(architecture: Architecture, place: Placement) -> str | None:
+def _obstacle(architecture: Architecture, dtype: torch.dtype, device: torch.device, *, streamed: bool) -> str | None:
     """Return why the two models of a proof cannot run one after the other, or None if they can."""
-    needed, free = _needed(architecture, place.dtype, stream=place.stream), free_bytes(place.device)
+    needed, free = _needed(architecture, dtype, stream=streamed), free_bytes(device)
     if needed > free:
-        what = "two of its blocks at a time need" if place.stream else "the model needs"
+        what = "two of its blocks at a time need" if streamed else "the model needs"
         return f"{what} {format_bytes(needed)} of memory, but only {format_bytes(free)} is free"
-    written = converted_bytes(architecture, place.dtype) if place.stream else 0
+    written = converted_bytes(architecture, dtype) if streamed else 0
     if written and written > (left := free_space(cache_root())):
         return (
             f"transformers would write {format_bytes(written)} of converted weights to the disk, but only "
@@ -153,74 +150,65 @@ def _needed(architecture: Architecture, dtype: torch.dtype, *, stream: bool) -> 
 
 
 @dataclass(frozen=True)
-class Reference:
-    """The model in memory that a checkpoint is compared with: the dense one with these blocks skipped.
-
-    Attributes:
-        surgery: the removal.
-        recovered: the new values of the other blocks, if they were recovered.
-    """
-
-    surgery: Surgery
-    recovered: Recovered | None
-
-    @property
-    def name(self) -> str:
-        """Its name in messages."""
-        return "the recovered model in memory" if self.recovered else "the dense model with these blocks skipped"
-
-    @contextmanager
-    def opened(self, settings: ProofSettings, notify: Notify) -> Iterator[SkippableModel]:
-        """Load it, with its new values in place."""
-        with (
-            open_dense(self.surgery.architecture, settings.placement, notify) as skippable,
-            skippable.replaced(self.recovered.parameters if self.recovered else {}),
-        ):
-            skippable.align()
-            yield skippable
-
-
-@dataclass(frozen=True)
 class Planned:
-    """What a checkpoint must hold.
+    """What a checkpoint must hold, and what it does not take over.
 
     Attributes:
         tensors: exactly these tensors.
-        weights: the weight files by name; None if another program wrote the folder, with whatever files.
+        weights: the weight files by name; empty if another program wrote the folder, with whatever files.
         texts: the contents of the files with settings, by name.
         copies: the dense model's files that are copied unchanged, by their relative paths.
+        left_out: the names of the dense model's files in other formats.
+        outside: the names of links that lead out of its folder.
     """
 
     tensors: Sequence[NewTensor]
-    weights: Mapping[str, Shard] | None = None
+    weights: Mapping[str, Shard] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
     copies: Mapping[str, Path] = field(default_factory=dict)
+    left_out: Sequence[str] = ()
+    outside: Sequence[str] = ()
 
 
-def prove(reference: Reference, folder: Path, planned: Planned, settings: ProofSettings, notify: Notify) -> Proof:
+def prove(
+    surgery: Surgery,
+    folder: Path,
+    planned: Planned,
+    placement: ProofPlacement,
+    notify: Notify,
+    new_values: Mapping[str, Tensor] | None = None,
+) -> Proof:
     """Check the checkpoint in `folder`, which must hold what was planned, and report each check that passes.
+
+    Args:
+        surgery: the removal.
+        folder: the checkpoint.
+        planned: what it must hold.
+        placement: where the two models run.
+        notify: the listener for events.
+        new_values: the values of recovered blocks, by the dense model's parameter names; None if none were recovered.
 
     Raises:
         ProofError: a check failed.
         OSError: the disk failed, which is no verdict about the checkpoint.
     """
-    source = reference.surgery.architecture.source
     proof = Proof(
         checks=(),
-        reference="recovered" if reference.recovered else "dense",
-        partial=settings.too_large,
-        dtype=dtype_name(settings.placement.dtype),
-        device=settings.placement.device.type,
+        reference="dense" if new_values is None else "recovered",
+        partial=placement.too_large,
+        dtype=dtype_name(placement.dtype),
+        device=placement.device.type,
     )
+    source = surgery.architecture.source
     with no_verdict_by_the_disk(ProofError):
         tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
-        if settings.too_large:
-            reason = f"{settings.too_large}. Names, shapes and bytes are checked, but no logits"
+        if placement.too_large:
+            reason = f"{placement.too_large}. Names, shapes and bytes are checked, but no logits"
             notify(Notice(f"The proof is partial: {reason}."))
-        elif settings.placement.stream:
+        elif placement.stream:
             notify(Notice("The proof leaves the blocks on disk, so it reads all weights about eight times."))
-        runs = _runs(reference, folder, tokenizer, settings, notify)
-        for check, values in chain(_as_planned(source, folder, tokenizer, planned, notify), runs):
+        models = _Models(surgery, folder, placement, new_values, tokenizer, notify)
+        for check, values in chain(_as_planned(source, folder, tokenizer, planned, notify), models.checks()):
             proof = proof.model_copy(update={"checks": (*proof.checks, *([check] if check else [])), **values})
             notify(CheckPassed(checked(proof)[-1]) if check else Notice(f"The proof is partial: {proof.partial}."))
     return proof
@@ -230,8 +218,8 @@ def _as_planned(
     source: ModelSource, folder: Path, tokenizer: Any, planned: Planned, notify: Notify
 ) -> Iterator[CheckResult]:
     """Check that the folder holds what was planned, byte for byte: whatever a model computes, or never reads."""
-    if planned.weights is not None:
-        _require_files(folder, planned, planned.weights)
+    if planned.weights:
+        _require_files(folder, planned)
     _require_tensors(folder, planned)
     yield "complete", {}
     if tokenizer is not None:
@@ -240,23 +228,23 @@ def _as_planned(
     yield "same bytes", {}
 
 
-def _require_files(folder: Path, planned: Planned, weights: Mapping[str, Shard]) -> None:
+def _require_files(folder: Path, planned: Planned) -> None:
     """Check that each file is there, and no other, and that all but the weights have the planned contents."""
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
-    texts = {**planned.texts, **({INDEX: index_of(weights)} if len(weights) > 1 else {})}
-    expected = {*weights, *texts, *planned.copies}
+    texts = {**planned.texts, **({INDEX: index_of(planned.weights)} if len(planned.weights) > 1 else {})}
+    expected = {*planned.weights, *texts, *planned.copies}
     if missing := sorted(expected - found):
-        raise failed(f"{_listed(missing)} missing")
+        raise proof_error(f"{_listed(missing)} missing")
     if extra := sorted(found - expected):
-        raise failed(f"{_listed(extra)} there, which belong to no pruned checkpoint of this model")
+        raise proof_error(f"{_listed(extra)} there, which belong to no pruned checkpoint of this model")
     for name, text in texts.items():
         if (content := (folder / name).read_bytes()) != text.encode():
-            raise failed(f"{name} is not what was written{_difference(content, text)}")
+            raise proof_error(f"{name} is not what was written{_difference(content, text)}")
     for name, original in planned.copies.items():
         with reading(original):
             digest = _digest(original)
         if _digest(folder / name) != digest:
-            raise failed(f"{name} is not the dense model's")
+            raise proof_error(f"{name} is not the dense model's")
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -280,7 +268,7 @@ def _digest(path: Path) -> bytes:
 
 def _require_tensors(folder: Path, planned: Planned) -> None:
     """Check that every tensor is in the planned file, in its shape and data type, and that no file is truncated."""
-    with refuted():
+    with model_errors_fail_proof():
         weights = find_weights(folder)
         found = {tensor.name: (tensor.dtype, tensor.shape) for tensor in weights.stored}
     expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in planned.tensors}
@@ -291,22 +279,22 @@ def _require_tensors(folder: Path, planned: Planned) -> None:
         "are unexpected": found.keys() - both,
     }.items():
         if names:
-            raise failed(f"{len(names)} tensors {what}, such as {min(names)}")
-    if planned.weights is not None:
+            raise proof_error(f"{len(names)} tensors {what}, such as {min(names)}")
+    if planned.weights:
         for header in weights.headers:
             shard = planned.weights[header.path.name]
             if {tensor.name for tensor in header.tensors} != {tensor.name for tensor in shard.tensors}:
-                raise failed(f"{header.path.name} holds other tensors than the index says")
+                raise proof_error(f"{header.path.name} holds other tensors than the index says")
             if header.metadata != shard.metadata:
-                raise failed(f"the metadata of {header.path.name} are {header.metadata}, not {shard.metadata}")
+                raise proof_error(f"the metadata of {header.path.name} are {header.metadata}, not {shard.metadata}")
 
 
 def _require_same_tokens(source: ModelSource, folder: Path, theirs: Any) -> None:
     """Check that the checkpoint's tokenizer and chat template are there and the dense model's, whatever was planned."""
-    with translate_errors(lambda words: failed(f"its tokenizer cannot be loaded: {words}")):
+    with translate_errors(lambda words: proof_error(f"its tokenizer cannot be loaded: {words}")):
         ours = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     if ours(PROMPT).input_ids != theirs(PROMPT).input_ids or ours.chat_template != theirs.chat_template:
-        raise failed("its tokenizer is not the dense model's")
+        raise proof_error("its tokenizer is not the dense model's")
 
 
 def _require_same_bytes(folder: Path, planned: Sequence[NewTensor], notify: Notify) -> None:
@@ -330,7 +318,7 @@ def _require_same_bytes(folder: Path, planned: Sequence[NewTensor], notify: Noti
     if different:
         first, others = different[0], f" ({len(different)} of {len(planned)} tensors differ)"
         whose = f"those of {first.stored.name} in the dense model" if first.value is None else "its new values"
-        raise failed(f"the bytes of {first.name} are not {whose}{others if len(different) > 1 else ''}")
+        raise proof_error(f"the bytes of {first.name} are not {whose}{others if len(different) > 1 else ''}")
 
 
 def _bits_of(tensor: Tensor) -> Tensor:
@@ -338,81 +326,155 @@ def _bits_of(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-@torch.no_grad()  # not inference mode, in which tensors made outside of it cannot take the place of others
-def _runs(
-    reference: Reference, folder: Path, tokenizer: Any, settings: ProofSettings, notify: Notify
-) -> Iterator[CheckResult]:
-    """Check that the checkpoint computes what the model in memory computes, generates, and can be saved again.
+@dataclass(frozen=True)
+class _Models:
+    """The checkpoint as transformers loads it, and its reference: the dense model with the removed blocks skipped.
 
-    If that is too large, check that stock transformers, on the meta device, finds each weight in the files.
+    For the fields, see `prove`.
     """
-    surgery, place = reference.surgery, settings.placement
-    if settings.too_large:
-        _load(folder, surgery, None)
-        yield "loads", {}
-        return
-    allowed, cache_allowed = TOLERANCES.get(place.dtype, (0.0, 0.0))
-    limit = surgery.architecture.longest_sequence or PROMPT_TOKENS + NEW_TOKENS
-    new_tokens = min(NEW_STREAMED_TOKENS if place.stream else NEW_TOKENS, max(1, limit // 2))
-    room = max(1, min(PROMPT_TOKENS, limit - new_tokens))
-    if tokenizer is None:
-        vocabulary = surgery.architecture.config.get_text_config().vocab_size
-        ids = torch.randint(vocabulary, (1, room), generator=torch.Generator().manual_seed(0)).to(place.device)
-    else:
-        ids = torch.tensor([tokenizer(PROMPT).input_ids[:room]], device=place.device)
-    with reference.opened(settings, notify) as skippable:
-        expected = skippable.logits(ids, surgery.removed)
-    del skippable
-    if not bool(expected.isfinite().all()):
-        raise ModelError(
-            f"{reference.name.capitalize()} computes NaN or infinity in {dtype_name(place.dtype)}.",
-            hint="Choose another data type with --dtype: float16 overflows above 65,504; bfloat16 and float32 do not."
-            if place.dtype == torch.float16
-            else "Check the model's weights.",
-        )
-    free_memory()
-    with task(notify, "Proving the checkpoint"):
-        model = _load(folder, surgery, settings).eval()
-        align(model)
-        yield "loads", {}
-        with translate_errors(lambda words: failed(f"it does not run: {words}")):
-            found = model(input_ids=ids, use_cache=False).logits
-        difference = _relative_difference(found, expected)
-        if not difference <= allowed:
-            with SkippableModel(model, surgery.architecture.blocks_of(model)) as whole:
-                states = _block_states(whole, ids)
-            del whole, model
-            free_memory()
-            with reference.opened(settings, notify) as skippable:
-                where = _first_difference(surgery, states, _block_states(skippable, ids, surgery.removed), allowed)
-            raise failed(
-                f"its logits differ from those of {reference.name} by {difference:.2g} of the largest "
-                f"({dtype_name(place.dtype)} allows {allowed:.2g}); {where}"
-            )
-        yield "same logits", {
-            "prompt": "random tokens" if tokenizer is None else "text", "prompt_tokens": ids.shape[1],
-            "logits_difference": difference, "logits_tolerance": allowed,
-        }  # fmt: skip
-        difference = _decode(model, ids, new_tokens, cache_allowed)
-        yield "generates", {
-            "new_tokens": new_tokens, "cache_difference": difference, "cache_tolerance": cache_allowed
-        }  # fmt: skip
-        stored = place.rounded or surgery.architecture.dtype or place.dtype
-        if stored.itemsize < place.dtype.itemsize and not hasattr(model, "_hf_hook"):
-            model.to(stored)  # half of what is written and read again, where only names and shapes count
-        needed, free = sum(tensor.nbytes for tensor in model.state_dict().values()), free_space(folder)
-        if needed > free:
-            reason = f"saving it again needs {format_bytes(needed)} on the disk, but only {format_bytes(free)} is free"
-            yield None, {"partial": reason}
+
+    surgery: Surgery
+    folder: Path
+    placement: ProofPlacement
+    new_values: Mapping[str, Tensor] | None
+    tokenizer: Any
+    notify: Notify
+
+    @property
+    def reference(self) -> str:
+        """What the checkpoint is compared with, in messages."""
+        recovered = self.new_values is not None
+        return "the recovered model in memory" if recovered else "the dense model with these blocks skipped"
+
+    @torch.no_grad()  # not inference mode, in which tensors made outside of it cannot take the place of others
+    def checks(self) -> Iterator[CheckResult]:
+        """Check that the checkpoint computes what its reference computes, generates, and can be saved again.
+
+        If that is too large, check that stock transformers, on the meta device, finds each weight in the files.
+        """
+        if self.placement.too_large:
+            self._load_names()
+            yield "loads", {}
             return
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".again-") as again:
-            before = _save(model, Path(again))
-            del model  # before it is loaded again: both may not fit in memory
-            free_memory()
-            after = _shapes(_load(Path(again), surgery, settings))
-        if different := sorted(name for name, _ in before ^ after):
-            raise failed(f"saved again, it has other weights, such as {different[0]}")
-        yield "saves again", {}
+        dtype, stored = self.placement.dtype, self.placement.rounded or self.surgery.architecture.dtype
+        allowed, cache_allowed = TOLERANCES.get(dtype, (0.0, 0.0))
+        ids, new_tokens = self._prompt()
+        expected = self._expected_logits(ids)
+        free_memory()
+        with task(self.notify, "Proving the checkpoint"):
+            model = self._load()
+            yield "loads", {}
+            with translate_errors(lambda words: proof_error(f"it does not run: {words}")):
+                found = model(input_ids=ids, use_cache=False).logits
+            difference = _relative_difference(found, expected)
+            if not difference <= allowed:
+                with SkippableModel(model, self.surgery.architecture.blocks_of(model)) as whole:
+                    states = _block_states(whole, ids)
+                del whole, model
+                free_memory()
+                raise proof_error(
+                    f"its logits differ from those of {self.reference} by {difference:.2g} of the largest "
+                    f"({dtype_name(dtype)} allows {allowed:.2g}); {self._first_difference(ids, states, allowed)}"
+                )
+            yield "same logits", {
+                "prompt": "random tokens" if self.tokenizer is None else "text", "prompt_tokens": ids.shape[1],
+                "logits_difference": difference, "logits_tolerance": allowed,
+            }  # fmt: skip
+            difference = _decode(model, ids, new_tokens, cache_allowed)
+            yield "generates", {
+                "new_tokens": new_tokens, "cache_difference": difference, "cache_tolerance": cache_allowed
+            }  # fmt: skip
+            if (stored or dtype).itemsize < dtype.itemsize and not hasattr(model, "_hf_hook"):
+                model.to(stored)  # half of what is written and read again, where only names and shapes count
+            needed, free = sum(tensor.nbytes for tensor in model.state_dict().values()), free_space(self.folder)
+            if needed > free:
+                reason = (
+                    f"saving it again needs {format_bytes(needed)} on the disk, but only {format_bytes(free)} is free"
+                )
+                yield None, {"partial": reason}
+                return
+            with tempfile.TemporaryDirectory(dir=self.folder, prefix=".again-") as again:
+                before = _save(model, Path(again))
+                del model  # before it is loaded again: both may not fit in memory
+                free_memory()
+                after = _shapes(replace(self, folder=Path(again))._load())
+            if different := sorted(name for name, _ in before ^ after):
+                raise proof_error(f"saved again, it has other weights, such as {different[0]}")
+            yield "saves again", {}
+
+    def _prompt(self) -> tuple[Tensor, int]:
+        """Return the tokens of the prompt, [1, positions], and how many new ones are generated."""
+        limit = self.surgery.architecture.longest_sequence or PROMPT_TOKENS + NEW_TOKENS
+        new_tokens = min(NEW_STREAMED_TOKENS if self.placement.stream else NEW_TOKENS, max(1, limit // 2))
+        room, device = max(1, min(PROMPT_TOKENS, limit - new_tokens)), self.placement.device
+        if self.tokenizer is not None:
+            return torch.tensor([self.tokenizer(PROMPT).input_ids[:room]], device=device), new_tokens
+        vocabulary = self.surgery.architecture.config.get_text_config().vocab_size
+        ids = torch.randint(vocabulary, (1, room), generator=torch.Generator().manual_seed(0))
+        return ids.to(device), new_tokens
+
+    @contextmanager
+    def _opened_reference(self) -> Iterator[SkippableModel]:
+        """Load the dense model, with the new values in place."""
+        with (
+            open_dense(self.surgery.architecture, self.placement, self.notify) as skippable,
+            skippable.replaced(self.new_values or {}),
+        ):
+            skippable.align()
+            yield skippable
+
+    def _expected_logits(self, ids: Tensor) -> Tensor:
+        with self._opened_reference() as skippable:
+            expected = skippable.logits(ids, self.surgery.removed)
+        if not bool(expected.isfinite().all()):
+            dtype = self.placement.dtype
+            raise ModelError(
+                f"{self.reference.capitalize()} computes NaN or infinity in {dtype_name(dtype)}.",
+                hint="Choose another data type with --dtype: float16 overflows above 65,504; bfloat16 and float32 do "
+                "not."
+                if dtype == torch.float16
+                else "Check the model's weights.",
+            )
+        return expected
+
+    def _load(self) -> Any:
+        """Load the checkpoint as transformers does, where the dense model was."""
+        architecture, place = self.surgery.architecture, self.placement
+        on_disk = blocks_on_disk(architecture, place.device) if place.stream else place.device_map
+        device_map = prune_device_map(self.surgery, on_disk)
+        model = self._loaded(place.device, device_map, dtype=place.dtype).eval()
+        align(model)
+        return model
+
+    def _load_names(self) -> None:
+        """Load only the names and shapes of the checkpoint's weights."""
+        self._loaded(torch.device("meta"), None)
+
+    def _loaded(self, device: torch.device, device_map: DeviceMap | None, **options: Any) -> Any:
+        architecture = self.surgery.architecture
+        options["trust_remote_code"] = architecture.source.trust_remote_code
+        with model_errors_fail_proof():
+            model, info = load_pretrained(architecture.auto_class, self.folder, "it", device, device_map, **options)
+        if problem := loading_problem(info, "missing", "unexpected", "mismatched"):
+            raise proof_error(problem)
+        return model
+
+    def _first_difference(self, ids: Tensor, found: Sequence[tuple[Tensor, Tensor]], allowed: float) -> str:
+        """Return a clause on the first block whose output differs by more than rounding, or else at all."""
+        with self._opened_reference() as skippable:
+            expected = _block_states(skippable, ids, self.surgery.removed)
+        if _relative_difference(found[0][0], expected[0][0]):
+            return "the input of the first block already differs"
+        both = zip(found, expected, strict=False)  # a wrong checkpoint may have another number of blocks
+        differences = [_relative_difference(ours[1], theirs[1]) for ours, theirs in both]
+        for most in (allowed, 0.0):
+            for block, difference in enumerate(differences):
+                if not difference <= most:
+                    return (
+                        f"its block {block}, which is block {self.surgery.kept.blocks[block]} of the dense model, is "
+                        f"the first whose output differs, by {difference:.2g}"
+                    )
+        return "every block's output is the same, so the final norm or the head differs"
 
 
 def _block_states(model: SkippableModel, ids: Tensor, removed: Collection[int] = ()) -> list[tuple[Tensor, Tensor]]:
@@ -422,30 +484,12 @@ def _block_states(model: SkippableModel, ids: Tensor, removed: Collection[int] =
     return found
 
 
-def _first_difference(
-    surgery: Surgery, found: Sequence[tuple[Tensor, Tensor]], expected: Sequence[tuple[Tensor, Tensor]], allowed: float
-) -> str:
-    """Return a clause on the first block whose output differs by more than rounding, or else at all."""
-    if _relative_difference(found[0][0], expected[0][0]):
-        return "the input of the first block already differs"
-    both = zip(found, expected, strict=False)  # a wrong checkpoint may have another number of blocks
-    differences = [_relative_difference(ours[1], theirs[1]) for ours, theirs in both]
-    for most in (allowed, 0.0):
-        for block, difference in enumerate(differences):
-            if not difference <= most:
-                return (
-                    f"its block {block}, which is block {surgery.kept.blocks[block]} of the dense model, is the first "
-                    f"whose output differs, by {difference:.2g}"
-                )
-    return "every block's output is the same, so the final norm or the head differs"
-
-
 def _save(model: Any, folder: Path) -> set[tuple[str, tuple[int, ...]]]:
     """Save the model as stock transformers does, and return the names and shapes of its weights."""
     # A generation config that contradicts itself cannot be saved, which would be the dense model's fault.
     model.generation_config = GenerationConfig()
     with (
-        translate_errors(lambda words: failed(f"transformers does not save it again: {words}")),
+        translate_errors(lambda words: proof_error(f"transformers does not save it again: {words}")),
         saving(folder),
         warnings.catch_warnings(action="ignore"),  # transformers warns of what a shard takes in memory
     ):
@@ -456,22 +500,6 @@ def _save(model: Any, folder: Path) -> set[tuple[str, tuple[int, ...]]]:
 
 def _shapes(model: Any) -> set[tuple[str, tuple[int, ...]]]:
     return {(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
-
-
-def _load(folder: Path, surgery: Surgery, settings: ProofSettings | None) -> Any:
-    """Load the checkpoint as the settings say; without them, only its names and shapes."""
-    architecture, device, device_map = surgery.architecture, torch.device("meta"), None
-    options: dict[str, Any] = {"trust_remote_code": architecture.source.trust_remote_code}
-    if settings:
-        place = settings.placement
-        device, options["dtype"] = place.device, place.dtype
-        on_disk = blocks_on_disk(architecture, device) if place.stream else place.device_map
-        device_map = prune_device_map(surgery, on_disk)
-    with refuted():
-        model, info = load_pretrained(architecture.auto_class, folder, "it", device, device_map, **options)
-    if problem := loading_problem(info, "missing", "unexpected", "mismatched"):
-        raise failed(problem)
-    return model
 
 
 def _decode(model: Any, ids: Tensor, new_tokens: int, allowed: float) -> float:
@@ -485,7 +513,7 @@ def _decode(model: Any, ids: Tensor, new_tokens: int, allowed: float) -> float:
     alike = int((cached.argmax(-1) == whole.argmax(-1)).cumprod(0).sum())
     difference = _relative_difference(cached[: alike + 1], whole[: alike + 1])
     if not difference <= allowed:
-        raise failed(f"with the KV cache its logits differ by {difference:.2g} of the largest from those without")
+        raise proof_error(f"with the KV cache its logits differ by {difference:.2g} of the largest from those without")
     return difference
 
 
@@ -494,9 +522,9 @@ def _generate(model: Any, ids: Tensor, new_tokens: int, how: str, *, use_cache: 
         do_sample=False, use_cache=use_cache, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
         output_logits=True, return_dict_in_generate=True, pad_token_id=0, eos_token_id=None,
     )  # fmt: skip
-    generated = generate(model, ids, settings, lambda words: failed(f"it does not generate {how}: {words}"))
+    generated = generate(model, ids, settings, lambda words: proof_error(f"it does not generate {how}: {words}"))
     if len(generated.logits) != new_tokens:
-        raise failed(f"it generated {len(generated.logits)} tokens {how}, not {new_tokens}")
+        raise proof_error(f"it generated {len(generated.logits)} tokens {how}, not {new_tokens}")
     return torch.cat(generated.logits)
 
 
@@ -508,7 +536,7 @@ def _relative_difference(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected.float()).abs().max() / scale)
 
 
-def failed(what: str, kind: str = "checkpoint") -> ProofError:
+def proof_error(what: str, kind: str = "checkpoint") -> ProofError:
     """Return the error for a checkpoint or GGUF file that is not what it should be."""
     return ProofError(
         f"The pruned {kind} failed its proof: {what}.",
@@ -518,9 +546,9 @@ def failed(what: str, kind: str = "checkpoint") -> ProofError:
 
 
 @contextmanager
-def refuted(kind: str = "checkpoint") -> Iterator[None]:
-    """Turn a `ModelError` of what was written into a failed proof."""
+def model_errors_fail_proof(kind: str = "checkpoint") -> Iterator[None]:
+    """Turn a `ModelError` about what was written into a failed proof."""
     try:
         yield
     except ModelError as error:
-        raise failed(error.message.rstrip("."), kind) from error
+        raise proof_error(error.message.rstrip("."), kind) from error

@@ -23,7 +23,7 @@ from sleb_cli.engine.text.portions import Portion
 from sleb_cli.engine.text.windows import whole_mask
 from sleb_cli.events import HEAL_TASK, Advance, HealChecked, Notice, Notify, task
 from sleb_cli.requests import DEFAULT_HEAL_MINUTES
-from sleb_plugins import ModelError, UsageError
+from sleb_plugins import ModelError
 
 LEARNING_RATE = 1.5e-3
 """The highest; steps are relative to the size of each weight (`low_rank.py`)."""
@@ -77,15 +77,7 @@ class HealBudget:
 
 
 def choose_budget(minutes: float | None, tokens: int | None) -> HealBudget:
-    """Return the budget, by default one of time.
-
-    Raises:
-        UsageError: both are given, or one is not above 0.
-    """
-    if minutes is not None and tokens is not None:
-        raise UsageError("--heal-minutes and --heal-tokens cannot be combined.", hint="Use one of them.")
-    if minutes is not None and minutes <= 0:
-        raise UsageError(f"--heal-minutes must be above 0, not {minutes:g}.", hint="Use a larger number.")
+    """Return the budget, by default one of time."""
     return HealBudget(DEFAULT_HEAL_MINUTES if minutes is None and tokens is None else minutes, tokens)
 
 

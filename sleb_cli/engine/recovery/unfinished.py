@@ -132,7 +132,7 @@ class Unfinished:
         return found if isinstance(found, str) else None
 
     @contextmanager
-    def told_on_failure(self, notify: Notify) -> Iterator[None]:
+    def explain_resume_on_failure(self, notify: Notify) -> Iterator[None]:
         """Say what is kept if something fails or is interrupted meanwhile."""
         try:
             yield

@@ -1,4 +1,4 @@
-"""What a recovery needs: its text, where the model is, and memory; all decided and checked before the work."""
+"""The door of `sleb apply --recover` and `--heal`: text, placement and memory are decided before the work."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sleb_cli.engine.device import CPU, choose_device, dtype_name, own_free_byte
 from sleb_cli.engine.forward.placement import Placement, place_model
 from sleb_cli.engine.forward.streaming import streamed_bytes
 from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.output.apply import Output
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.closed_form import fitting_bytes
 from sleb_cli.engine.recovery.heal import choose_budget
@@ -37,10 +38,9 @@ from sleb_cli.requests import (
     RECOVERY_SELF_TOKENS,
     RECOVERY_TOKENS,
     ApplyRequest,
-    DeviceMap,
 )
 from sleb_cli.units import format_bytes, plural
-from sleb_plugins import DataError, MachineError, UnsupportedModelError, UsageError
+from sleb_plugins import DataError, MachineError, UnsupportedModelError
 
 FITTED, DECIDING, REPORTED = TextSplit(0, 0.7), TextSplit(0.7, 0.9), TextSplit(0.9, 1)
 """The parts of a text that values are fitted to, that chooses among them, and that the recovery is measured on."""
@@ -56,23 +56,20 @@ three of its gradient and what AdamW computes."""
 
 
 def resolve_recovery(
-    subject: Subject,
-    request: ApplyRequest,
-    dtype: torch.dtype | None,
-    device_map: DeviceMap | None,
-    state: Unfinished,
-    group: ProcessGroup,
-    notify: Notify,
+    subject: Subject, request: ApplyRequest, output: Output, group: ProcessGroup, notify: Notify
 ) -> Recovery:
-    """Decide how to recover a model; `dtype` is that of the checkpoint, None for the model's own.
+    """Decide how to recover a model into a checkpoint.
 
     Raises:
         UnsupportedModelError: the model is quantized.
         MachineError: it does not fit into memory.
         DataError: the text is too short.
-        UsageError: options contradict each other.
+        UsageError: a streamed model is to write the text.
+        OutputError: an unfinished healing would be overwritten.
     """
-    architecture, surgery = subject.architecture, subject.surgery
+    architecture, surgery, dtype = subject.architecture, subject.surgery, output.dtype
+    state = Unfinished(output.place)
+    state.require(resume=request.resume, force=request.force)
     budget = choose_budget(request.heal_minutes, request.heal_tokens) if request.heal else None
     if architecture.is_quantized:
         raise UnsupportedModelError(
@@ -83,11 +80,6 @@ def resolve_recovery(
     own = dtype or architecture.dtype or torch.float32
     # Values are rounded to what every file can hold, which may be narrower than what the config says.
     written = [dtype] if dtype else architecture.source.weights.float_dtypes
-    if budget and request.stream:
-        raise UsageError(
-            "--heal trains the model, so all of it must be in memory, but --stream reads it block by block.",
-            hint="Leave out --stream, or recover without training: --recover --stream.",
-        )
     asked = False if budget else request.stream
     blocks = architecture.blocks_of(architecture.skeleton)
     kept = [blocks[block] for block in surgery.kept.blocks]
@@ -98,7 +90,7 @@ def resolve_recovery(
         """Return where the model is if it computes in this data type, the text, and the memory that it takes."""
         found = group.from_main(
             lambda: place_model(
-                architecture, device, name, notify, device_map=device_map, stream=asked, beside=sums, cast=dtype
+                architecture, device, name, notify, device_map=request.device_map, stream=asked, beside=sums, cast=dtype
             )
         )
         text = _resolve_text(request, subject, stream=found.stream)

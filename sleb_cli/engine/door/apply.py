@@ -1,0 +1,191 @@
+"""The door of `sleb apply`: the request is checked and completed here, before the work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from sleb_cli.engine.device import parse_dtype
+from sleb_cli.engine.door.machine import require_one_placement
+from sleb_cli.engine.door.recovery import resolve_recovery
+from sleb_cli.engine.door.subject import first_removals, is_plan, read_named_plan, resolve_subject
+from sleb_cli.engine.gguf.file import GgufFile, read_gguf
+from sleb_cli.engine.gguf.surgery import GgufSurgery, plan_gguf_surgery
+from sleb_cli.engine.output.apply import Output, default_folder, require_new_folder
+from sleb_cli.engine.output.apply_gguf import are_the_same, default_place, require_new_gguf, require_same_kind_of_model
+from sleb_cli.engine.output.proof import place_proof
+from sleb_cli.engine.process_group import ProcessGroup
+from sleb_cli.engine.recovery.run import Recovery
+from sleb_cli.engine.recovery.unfinished import Unfinished, clear_old
+from sleb_cli.engine.surgery.loading import quiet_libraries
+from sleb_cli.engine.surgery.subject import Subject
+from sleb_cli.events import Notify
+from sleb_cli.plan import Plan
+from sleb_cli.plugin_manager import Registry
+from sleb_cli.requests import DEFAULT_PLAN, DEFAULT_SHARD_SIZE, ApplyRequest
+from sleb_cli.units import parse_bytes
+from sleb_plugins import OutputError, UnsupportedModelError, UsageError
+
+
+def resolve_apply(
+    request: ApplyRequest, registry: Registry, notify: Notify, group: ProcessGroup
+) -> tuple[Subject | GgufSurgery, Output, Recovery | None]:
+    """Check and complete a request.
+
+    Returns:
+        what is written, a checkpoint or (`GgufSurgery`) a GGUF file; where; and how its blocks are recovered, if so.
+
+    Raises:
+        UsageError: options contradict each other, or the blocks or their number do not fit.
+        PlanError: the plan is unreadable, or was made for another model.
+        OutputError: the output exists, or cannot be written.
+    """
+    _require_coherent(request)
+    quiet_libraries()
+    named = request.subject or str(DEFAULT_PLAN)
+    only_cuts_source = request.source is not None and request.blocks is not None and request.subject is None
+    plan = read_named_plan(Path(named), request) if is_plan(named) and not only_cuts_source else None
+    model = Path((request.model or plan.model.id) if plan else named)
+    own_gguf = model if model.suffix == ".gguf" and not model.is_dir() else None
+    if source := _gguf_to_cut(request, own_gguf):
+        file = read_gguf(source)
+        removals = _removals_from_gguf(request, plan, file, registry, notify)
+        output = _output(request, default_place(file, removals))
+        surgery = plan_gguf_surgery(file, removals)
+        require_new_gguf(output, source)
+        return surgery, output, None
+    subject = group.one_first(lambda: resolve_subject(request, registry, notify, plan=plan, needs_removals=True))
+    architecture = subject.architecture
+    if request.dtype and architecture.is_quantized:
+        raise UnsupportedModelError(
+            f"{architecture.source.id} is quantized, so its weights cannot be cast to {request.dtype}.",
+            hint="Leave out --dtype to keep them as they are.",
+        )
+    output = _output(request, default_folder(subject), subject)
+    require_new_folder(output.place, architecture.source, force=output.replace)
+    recovers = request.recover or request.heal
+    return subject, output, resolve_recovery(subject, request, output, group, notify) if recovers else None
+
+
+def _output(request: ApplyRequest, default: Path, subject: Subject | None = None) -> Output:
+    """Return where the output goes; a checkpoint of `subject` is also cast, divided and proven as requested."""
+    place, kept = request.output or default, request.keep_failed
+    clear_old(place.absolute().parent)
+    if kept is not None and kept.exists():
+        raise OutputError(f"{kept} already exists.", hint="Choose another folder with --keep-failed.")
+    # What is healed may have been killed just after it wrote its output.
+    may_replace = request.force or (request.resume and Unfinished(place).healing.exists())
+    output = Output(place, may_replace, verify=not request.no_verify, keep_failed=kept)
+    if subject is None:
+        return output
+    dtype = parse_dtype(request.dtype, subject.architecture.dtype) if request.dtype else None
+    return replace(
+        output,
+        dtype=dtype,
+        shard_bytes=parse_bytes(str(request.max_shard_size or DEFAULT_SHARD_SIZE), "--max-shard-size"),
+        proof=place_proof(subject.architecture, dtype, request.device_map, request.stream),
+    )
+
+
+_NEEDS = {
+    ("heal_minutes", "heal_tokens", "resume"): ("heal",),
+    ("calibration", "samples", "sequence_length", "seed", "chat", "device"): ("recover", "heal"),
+}
+"""Options that do nothing without one of others."""
+
+
+def _require_coherent(request: ApplyRequest) -> None:
+    """Check the options that contradict each other, whatever the model.
+
+    Raises:
+        UsageError: some do.
+    """
+    require_one_placement(request)
+    if request.heal and request.device_map is not None:
+        raise UsageError(
+            "--heal trains, so it needs all weights on its device, but --device-map spreads them out.",
+            hint="Leave out --device-map and heal on a device with enough memory, or recover without training: "
+            "--recover.",
+        )
+    if request.heal and request.stream:
+        raise UsageError(
+            "--heal trains the model, so all of it must be in memory, but --stream reads it block by block.",
+            hint="Leave out --stream, or recover without training: --recover --stream.",
+        )
+    if request.heal_minutes is not None and request.heal_tokens is not None:
+        raise UsageError("--heal-minutes and --heal-tokens cannot be combined.", hint="Use one of them.")
+    if request.heal_minutes is not None and request.heal_minutes <= 0:
+        raise UsageError(
+            f"--heal-minutes must be above 0, not {request.heal_minutes:g}.", hint="For example: --heal-minutes 30."
+        )
+    if request.keep_failed is not None and request.no_verify:
+        raise UsageError("--keep-failed requires the proof that --no-verify skips.", hint="Use one of them.")
+    for names, needed in _NEEDS.items():
+        if (given := _first_given(request, names)) and not _first_given(request, needed):
+            options = " or ".join(f"--{name}" for name in needed)
+            raise UsageError(f"{given} requires {options}.", hint=f"Use both, or leave out {given}.")
+
+
+def _first_given(request: ApplyRequest, names: Sequence[str]) -> str | None:
+    """Return the first of these options that the user gave."""
+    unset = ApplyRequest()
+    given = (name for name in names if getattr(request, name) != getattr(unset, name))
+    return next((f"--{name.replace('_', '-')}" for name in given), None)
+
+
+def _gguf_to_cut(request: ApplyRequest, own: Path | None) -> Path | None:
+    """Return the GGUF file to remove blocks from; None if a checkpoint is to be written.
+
+    A GGUF file is written from --source or a GGUF model (`own`), unless the output or another option asks for a
+    checkpoint.
+
+    Raises:
+        UsageError: the output, the source and the other options contradict each other.
+    """
+    output, source = request.output, request.source
+    recovery = _first_given(request, ("recover", "heal"))
+    for_checkpoints = _first_given(request, ("device_map", "stream", "dtype", "max_shard_size"))
+    named_file = output is not None and output.suffix == ".gguf"
+    if source is None and not named_file:
+        return None if output is not None or for_checkpoints or recovery else own
+    if recovery:
+        raise UsageError(
+            f"{recovery} gives weights new values, which are written to a checkpoint, not to a GGUF file.",
+            hint="Choose a folder with -o, without --source, and convert it with llama.cpp's convert_hf_to_gguf.py.",
+        )
+    if for_checkpoints:
+        raise UsageError(
+            f"{for_checkpoints} does not apply to a GGUF file, whose tensors are copied as they are.",
+            hint="Write a checkpoint of the model instead: choose a folder with -o, without --source.",
+        )
+    if output is not None and not named_file:
+        raise UsageError(
+            f"--source writes a GGUF file, but {output} does not end in .gguf.", hint="Add .gguf to the name."
+        )
+    if source is not None and request.model is not None:
+        raise UsageError(
+            "--model does not apply with --source: only the plan and the GGUF file are read.", hint="Leave it out."
+        )
+    if source is None and own is None:
+        raise UsageError(
+            f"{output} can only be made from a GGUF file of the model.",
+            hint="Name that file with --source, or choose a folder with -o.",
+        )
+    return source or own
+
+
+def _removals_from_gguf(
+    request: ApplyRequest, plan: Plan | None, file: GgufFile, registry: Registry, notify: Notify
+) -> tuple[int, ...]:
+    """Return the blocks to remove, after checking that they belong to this file's model."""
+    if request.source is None or (plan is None and request.blocks is None):
+        return resolve_subject(request, registry, notify, plan=plan, needs_removals=True).surgery.removals
+    removals, model = (plan.removals, plan.model) if plan else ((), None)
+    if request.blocks is not None:
+        removals = first_removals(request.blocks, request.remove, "--blocks")
+        if request.subject and not are_the_same(file.path, Path(request.subject)) and not request.any_model:
+            model = resolve_subject(request, registry, notify).architecture.record
+    if model and not request.any_model:
+        require_same_kind_of_model(model, file, notify)
+    return removals
