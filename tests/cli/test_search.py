@@ -122,7 +122,6 @@ REFUSED = [
     ((*ONE, "--sequence-length", "129"), 2, "128 positions"),
     ((*ONE, "--memory", "lots"), 2, "--memory lots is not a size"),
     ((*ONE, "--memory", "1kB"), 7, ""),
-    ((*ONE, "--stream", "--metric", "taylor"), 2, "gradients"),
     ((*ONE, "--stream", "--calibration", "self"), 2, "write its own text"),
     (("--target-speedup", 1.2, "--stream"), 2, "times the whole model"),
     (("--target-speedup", 1.2, "--device-map", "auto"), 2, "times the whole model on one device"),

@@ -40,7 +40,6 @@ def lines(result):
         (("--strategy", "refine"), "Search: 2 of 6 blocks, at most"),
         (("--strategy", "oneshot"), "Search: 2 of 6 blocks, 16 evaluations"),
         (("--metric", "cosine"), "Search: 2 of 6 blocks, 28 evaluations"),
-        (("--metric", "taylor"), "Search: 2 of 6 blocks, 28 evaluations"),
         (("--metric", "kl", "--holdout", "0.25"), "Search: 2 of 6 blocks, 21 evaluations"),
         (("--stream",), "Search: 2 of 6 blocks, 28 evaluations"),
     ],

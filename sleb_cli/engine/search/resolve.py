@@ -53,7 +53,7 @@ class ResolvedSearch:
     extended: Plan | None
     architecture: Architecture
     metric: Metric
-    metrics: dict[str, MetricRecord]
+    implementation: MetricRecord
     strategy_name: StrategyName
     calibration: CalibrationSettings
     placement: Placement
@@ -120,7 +120,7 @@ def _resolve(request: SearchRequest, registry: Registry, notify: Notify) -> Reso
         extended=extended,
         architecture=architecture,
         metric=metric,
-        metrics=registry.metric_records(str(request.metric), metric),
+        implementation=registry.metric_record(metric),
         strategy_name=strategy,
         calibration=calibration,
         placement=placement,

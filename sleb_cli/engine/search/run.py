@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -112,7 +112,8 @@ def _require_continuation(resolved: ResolvedSearch, calibration: Calibration) ->
     found: dict[str, Any] = {name: getattr(request, name) for name in names}
     found |= {"dtype": dtype_name(resolved.placement.dtype), "protect": resolved.removable.protection.blocks}
     expected = {name: getattr(plan.search, name) for name in found}
-    found["metrics"], expected["metrics"] = _across_versions(resolved.metrics), _across_versions(plan.search.metrics)
+    for search, implementation in ((found, resolved.implementation), (expected, plan.search.implementation)):
+        search["implementation"] = implementation and _across_versions(implementation)
     differing = differences(
         {"search": found, "calibration": calibration.record.to_data()},
         {"search": expected, "calibration": plan.calibration.to_data()},
@@ -125,12 +126,9 @@ def _require_continuation(resolved: ResolvedSearch, calibration: Calibration) ->
         )
 
 
-def _across_versions(metrics: Mapping[str, MetricRecord]) -> dict[str, Any]:
-    """Return the records of metrics as another version of sleb can extend them: without the code of its own ones."""
-    return {
-        name: record.model_dump(exclude={"version", "code"} if record.package == "sleb" else None)
-        for name, record in metrics.items()
-    }
+def _across_versions(metric: MetricRecord) -> dict[str, Any]:
+    """Return the record of a metric as another version of sleb can extend it: without the code of its own ones."""
+    return metric.model_dump(exclude={"version", "code"} if metric.package == "sleb" else None)
 
 
 def run_search(resolved: ResolvedSearch, inputs: SearchInputs, started: float) -> Plan:
@@ -199,7 +197,7 @@ def _search_record(
     return SearchRecord(
         strategy=resolved.strategy_name,
         metric=metric.name,
-        metrics=resolved.metrics,
+        implementation=resolved.implementation,
         remove=resolved.remove,
         protect_first=protection.first,
         protect_last=protection.last,
