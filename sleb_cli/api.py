@@ -59,6 +59,7 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
         WorkerFinished: this process only helped; the main one writes the plan.
         SlebError: something failed. A journal next to the plan keeps what was measured, for `resume`.
     """
+    from sleb_cli.engine.door.search import open_search
     from sleb_cli.engine.process_group import join_processes
     from sleb_cli.engine.search.journal import delete_journal, journal_of
     from sleb_cli.engine.search.run import find_removals
@@ -66,7 +67,8 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
     if request.compare:
         raise UsageError("`search` does not compare.", hint="Call `compare` with this request.")
     with join_processes() as group:
-        plan = find_removals(request, _registry(notify), notify, group)
+        settings = open_search(request, _registry(notify), notify, group)
+        plan = find_removals(settings, group, notify)
         _leave_to_main()
     _save(plan, request.plan_file)
     delete_journal(journal_of(request.plan_file), notify)
@@ -81,14 +83,16 @@ def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
         WorkerFinished: this process only helped; the main one writes the plan.
         SlebError: something failed; its class tells what.
     """
+    from sleb_cli.engine.door.search import open_comparison
     from sleb_cli.engine.process_group import join_processes
     from sleb_cli.engine.search.compare import compare_removals, delete_journals
 
     with join_processes() as group:
-        result, plan = compare_removals(request, _registry(notify), notify, group)
+        searches = open_comparison(request, _registry(notify), notify, group)
+        result, plan = compare_removals(searches, group, notify)
         _leave_to_main()
     _save(plan, request.plan_file)
-    delete_journals(result, request.plan_file, notify)
+    delete_journals(searches, notify)
     return result
 
 

@@ -7,6 +7,7 @@ from typing import Protocol
 
 # Tasks that a screen shows in their own way.
 SEARCH_TASK = "Search"
+SCORING_TASK = "Scoring candidates"
 HEAL_TASK = "Healing"
 
 
@@ -46,10 +47,10 @@ class TaskStarted(Event):
 
 @dataclass(frozen=True)
 class TaskAdvanced(Event):
-    """`done` more units of the task are finished; `note` is an intermediate result, if any."""
+    """`done` more units of the task are finished, or parts of one; `note` is an intermediate result, if any."""
 
     task: str
-    done: int = 1
+    done: float = 1
     note: str = ""
 
 
@@ -71,45 +72,11 @@ class HealChecked(Event):
 
 @dataclass(frozen=True)
 class SearchStarted(Event):
-    """A search starts after `done` steps; `evaluations` counts candidate x sequence for each remaining step."""
+    """A search of up to `remove` of the model's `blocks` starts, with `done` of them already removed."""
 
     blocks: int
     remove: int
     done: int
-    evaluations: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class SearchAdvanced(Event):
-    """More evaluations (candidate x sequence), possibly fractions of one, are done or were found in the journal."""
-
-    evaluations: float
-    from_journal: bool = False
-
-
-@dataclass(frozen=True)
-class LaterStepsForecast(Event):
-    """An evaluation in later steps is expected to take this share of the time of one in the first step."""
-
-    share: float
-
-
-@dataclass(frozen=True)
-class CandidateScored(Event):
-    """`block` was scored on more sequences; `score` is its mean so far in this step."""
-
-    step: int
-    block: int
-    score: float
-
-
-@dataclass(frozen=True)
-class RaceNarrowed(Event):
-    """`contenders` candidates are still in the race; `skipped_evaluations` are no longer needed."""
-
-    step: int
-    contenders: int
-    skipped_evaluations: int
 
 
 @dataclass(frozen=True)
@@ -139,8 +106,12 @@ Notify = Callable[[Event], None]
 class Advance(Protocol):
     """The function that `task` yields."""
 
-    def __call__(self, done: int = 1, note: str = "") -> None:
+    def __call__(self, done: float = 1, note: str = "") -> object:
         """Report that `done` more units are finished; `note` is an intermediate result."""
+
+
+def no_progress(done: float = 1, note: str = "") -> None:
+    """Report progress to nobody."""
 
 
 @contextmanager
@@ -151,7 +122,7 @@ def task(notify: Notify, name: str, total: int | None = None, unit: str = "") ->
     """
     notify(TaskStarted(name, total, unit))
 
-    def advance(done: int = 1, note: str = "") -> None:
+    def advance(done: float = 1, note: str = "") -> None:
         notify(TaskAdvanced(name, done, note))
 
     yield advance

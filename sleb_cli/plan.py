@@ -135,13 +135,13 @@ class MetricRecord(Record):
 class SearchRecord(Record):
     """How the search was run; `engine` is how candidates were scored, with a reason if it is not the default.
 
-    `implementation` is that of `metric`. `held_out` is the number of calibration sequences never searched on,
+    `metrics` are the terms of `metric`, by name. `held_out` is the number of calibration sequences never searched on,
     and `holdout` their requested share.
     """
 
     strategy: StrategyName
     metric: str
-    implementation: MetricRecord | None = None
+    metrics: dict[str, MetricRecord] = Field(default_factory=dict)
     remove: int
     target: TargetRecord | None = None
     protect_first: int

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console, RenderableType
@@ -26,18 +25,15 @@ from rich.text import Text
 
 from sleb_cli.events import (
     HEAL_TASK,
+    SCORING_TASK,
     SEARCH_TASK,
     BlockRemoved,
     BlocksSwapped,
-    CandidateScored,
     CheckPassed,
     Event,
     HealChecked,
-    LaterStepsForecast,
     Notice,
     Notify,
-    RaceNarrowed,
-    SearchAdvanced,
     SearchStarted,
     TaskAdvanced,
     TaskFinished,
@@ -73,7 +69,7 @@ def _progress(console: Console) -> Progress:
         BarColumn(_bar_width(console), table_column=Column(no_wrap=True)),
         _Done(),
         TimeElapsedColumn(table_column=Column(no_wrap=True)),
-        _Remaining(compact=True, table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
         console=console,
     )
 
@@ -113,106 +109,15 @@ class _Done(ProgressColumn):
         return (self._bytes if task.fields["unit"] == "B" else self._count).render(task)
 
 
-class _Remaining(TimeRemainingColumn):
-    """The remaining time: the task's own forecast, or an estimate from its recent speed."""
-
-    def render(self, task: Task) -> Text:
-        if task.finished:
-            return Text("")
-        forecast: Callable[[], float | None] | None = task.fields["forecast"]
-        seconds = forecast() if forecast is not None else None
-        if seconds is None:
-            return super().render(task)
-        minutes, seconds = divmod(round(seconds), 60)
-        hours, minutes = divmod(minutes, 60)
-        return Text(f"{hours:d}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}", "cyan")
-
-
-class _SearchProgress:
-    """The progress of a search, in evaluations of one candidate on one sequence."""
-
-    def __init__(self, search: SearchStarted) -> None:
-        self._search = search
-        self._number = search.done + 1
-        self._steps = [*search.evaluations]
-        self._leader: tuple[int, float] | None = None
-        self._racing: int | None = None
-        # The part of a step that candidates which dropped out leave, and what they spared the current one.
-        self._share, self._skipped = 1.0, 0
-        # Evaluations in earlier steps, in the current step, and in the interval that determines the pace.
-        self._done_before = self._done_in_step = self._timed = 0.0
-        self._timed_since = time.monotonic()
-        self._later_share = 1.0
-
-    def update(self, event: Event) -> None:
-        """Take in what happened."""
-        is_first = self._number == self._search.done + 1
-        match event:
-            case SearchAdvanced(evaluations, from_journal):
-                self._done_in_step += evaluations
-                self._timed += 0 if from_journal else evaluations
-            case LaterStepsForecast(share) if is_first:
-                self._later_share = share
-            case CandidateScored(_, block, score):
-                if self._leader is None or block == self._leader[0] or score < self._leader[1]:
-                    self._leader = block, score
-            case RaceNarrowed(_, contenders, skipped):
-                # This step is shorter, and later ones in proportion.
-                self._racing = contenders
-                self._skipped += skipped
-                self._share = min(self._share, 1 - self._skipped / self._steps[0])
-            case BlockRemoved():
-                if is_first:  # its pace does not apply to later steps
-                    self._timed, self._timed_since, self._later_share = 0.0, time.monotonic(), 1.0
-                if self._racing is not None:
-                    self._share = 1 - self._skipped / self._steps[0]
-                self._done_before += self._steps.pop(0) * self._share
-                self._done_in_step = self._skipped = 0
-                self._number += 1
-                self._leader = self._racing = None
-
-    @property
-    def steps_left(self) -> int:
-        """The number of undecided steps."""
-        return len(self._steps)
-
-    @property
-    def done(self) -> float:
-        """The number of evaluations done."""
-        return self._done_before + self._done_in_step
-
-    @property
-    def expected(self) -> float:
-        """The expected total number of evaluations."""
-        here, *later = self._steps or [0]
-        return self._done_before + max(here * self._share, self._done_in_step) + sum(later) * self._share
-
-    def remaining(self) -> float | None:
-        """Return the remaining seconds at the pace so far; None if there is none yet."""
-        if not self._timed or not self._steps:
-            return None
-        pace = (time.monotonic() - self._timed_since) / self._timed
-        here, *later = self._steps
-        left = max(0.0, here * self._share - self._done_in_step)
-        return pace * (left + sum(later) * self._share * self._later_share)
-
-    def note(self) -> str:
-        """Return a short status line."""
-        best = f", best so far: block {self._leader[0]} ({self._leader[1]:.4f})" if self._leader else ""
-        racing = f", {self._racing} still racing" if self._racing else ""
-        return f"step {self._number} of {self._search.remove}{best}{racing}"
-
-
 class _Listener:
-    """One bar per task, and one for the whole search."""
+    """A bar for each task, and one for the steps of a search; that of a step goes when the step is decided."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         # Shown while the libraries are imported, until the first real task starts.
-        self._first: TaskID | None = progress.add_task("Starting", total=None, unit="", note="", forecast=None)
+        self._first: TaskID | None = progress.add_task("Starting", total=None, unit="", note="")
         self._tasks: dict[str, TaskID] = {}
         self._totals: dict[str, int | None] = {}
-        self._search: _SearchProgress | None = None
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -222,34 +127,28 @@ class _Listener:
                 self._progress.update(self._tasks[task], advance=done)
                 if note:
                     self._progress.update(self._tasks[task], note=note)
+            case TaskFinished(task) if task == SCORING_TASK:
+                self._progress.remove_task(self._tasks.pop(task))
             case TaskFinished(task):
                 self._finish(task)
             case HealChecked(_, divergence, deciding):
                 note = f"KL {divergence:.3f}, on deciding text {deciding:.3f}"
                 self._progress.update(self._tasks[HEAL_TASK], note=note)
-            case SearchStarted():
-                self._search = _SearchProgress(event)
-                self._add(SEARCH_TASK, sum(event.evaluations), "evaluations", self._search.remaining)
+            case SearchStarted(_, remove, done):
+                self._add(SEARCH_TASK, remove, "blocks")
+                self._progress.update(self._tasks[SEARCH_TASK], completed=done)
+            case BlockRemoved(step):
+                self._progress.update(self._tasks[SEARCH_TASK], completed=step)
             case _:
                 _say(event, self._progress.console)
-                if self._search is not None:
-                    self._update_search(event, self._search)
 
-    def _update_search(self, event: Event, search: _SearchProgress) -> None:
-        search.update(event)
-        self._progress.update(
-            self._tasks[SEARCH_TASK], completed=search.done, total=search.expected, note=search.note()
-        )
-        if not search.steps_left:
-            self._finish(SEARCH_TASK)
-
-    def _add(self, task: str, total: int | None, unit: str, forecast: Callable[[], float | None] | None = None) -> None:
+    def _add(self, task: str, total: int | None, unit: str) -> None:
         if self._first is not None:
             self._progress.remove_task(self._first)
             self._first = None
         self._totals[task] = total
         description = _description(task, self._progress.console)
-        self._tasks[task] = self._progress.add_task(description, total=total, unit=unit, note="", forecast=forecast)
+        self._tasks[task] = self._progress.add_task(description, total=total, unit=unit, note="")
 
     def _finish(self, task: str) -> None:
         total = self._totals[task] or 1
@@ -279,16 +178,16 @@ class _Log:
 
     def __call__(self, event: Event) -> None:
         match event:
-            case TaskStarted(task):
+            case TaskStarted(task) if task != SCORING_TASK:
                 self._line(f"{task} …")
             case HealChecked(share, divergence, deciding):
                 self._line(
                     f"healing, {share:.0%}: KL to the dense model {divergence:.4f}, on deciding text {deciding:.4f}"
                 )
-            case SearchStarted(blocks, remove, done, evaluations):
-                self._remove, count = remove, sum(evaluations)
+            case SearchStarted(blocks, remove, done):
+                self._remove = remove
                 after = f", {done} of them already removed" if done else ""
-                self._line(f"Search: {remove} of {blocks} blocks{after}, {count} candidate x sequence evaluations …")
+                self._line(f"Search: {remove} of {blocks} blocks{after} …")
             case BlockRemoved(step, block, score, perplexity, removals):
                 what = f"block {block}" if removals is None else f"blocks {', '.join(map(str, removals))}"
                 self._line(

@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from conftest import llama_config, save_model
 from families import tiny_config
+from sleb_cli.engine.door.search import chosen_target, parse_target
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.sizes import Sizes, cache_bytes, count_parameters, stored_bytes
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, resolve_target
+from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget
 from sleb_cli.events import ignore
 from sleb_cli.plugin_manager import load_plugins
-from sleb_cli.requests import TargetRequest
+from sleb_cli.requests import SearchRequest
 from sleb_plugins import UnsupportedModelError, UsageError
 
 EQUAL, UNEQUAL = (10.0,) * 10, (10.0, 1.0, 20.0, 2.0, 10.0)
@@ -55,19 +56,20 @@ def test_a_size_is_met_by_the_blocks_that_went():
 
 
 def test_the_ratio_of_a_huge_loss_is_a_number():
-    found = PerplexityTarget("1.2", 1.2).record(math.log(1.1), 900)
+    found = PerplexityTarget("1.2", 1.2).record((), math.log(1.1), 900)
     assert (found.limit, found.reached, found.next) == pytest.approx((1.2, 1.1, math.exp(700)))
 
 
-def target_of(blocks=6, **asked):
-    return resolve_target(TargetRequest(**asked), SimpleNamespace(block_count=blocks), "float32", ignore)
+def target_of(architecture=None, blocks=6, notify=ignore, **asked):
+    request = SearchRequest("a model", dtype="float32", **asked)
+    return parse_target(request, chosen_target(request), architecture or SimpleNamespace(block_count=blocks), notify)
 
 
 @pytest.mark.parametrize(
     ("ratio", "blocks", "count"), [("0.2", 35, 7), ("0.07", 100, 7), ("0.21", 30, 7), ("1/3", 30, 10)]
 )
 def test_the_ratio_is_exact(ratio, blocks, count):
-    assert target_of(blocks, ratio=ratio).removals(range(blocks)) == count
+    assert target_of(blocks=blocks, ratio=ratio).removals(range(blocks)) == count
 
 
 def test_what_is_no_ratio():
@@ -125,6 +127,6 @@ def test_a_quantized_checkpoint_counts_as_packed(tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": packed}))
     model, notes = architecture(folder), []
     a_cache = 2 * 2 * 8 * 10 * 4 * 4
-    target = resolve_target(TargetRequest(target_memory="1kB", serve_length=10), model, "float32", notes.append)
+    target = target_of(model, notify=notes.append, target_memory="1kB", serve_length=10)
     assert target.sizes.without(()) == stored_bytes(model).without(()) + a_cache
     assert "weights packed as in the checkpoint" in notes[-1].text

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from sleb_cli.engine.device import own_free_bytes
-from sleb_cli.units import format_bytes, parse_bytes
+from sleb_cli.units import format_bytes
 from sleb_plugins import MachineError
 
 
@@ -140,12 +140,6 @@ def working_bytes(footprint: Footprint, settings: DeviceSettings, tokens: int, p
     return tokens * (3 * footprint.branch + footprint.block) + positions * footprint.logits + scored
 
 
-def available_memory(device: torch.device, asked: str | None = None) -> int:
-    """Return the bytes that a search may use in addition to the model: `asked`, or else a share of what is free.
-
-    Raises:
-        UsageError: `asked` is not an amount of memory.
-    """
-    if asked is not None:
-        return parse_bytes(asked, "--memory")
+def available_memory(device: torch.device) -> int:
+    """Return the bytes that may be used in addition to the model: a share of what is free."""
     return int(own_free_bytes(device) * settings_for(device).share)

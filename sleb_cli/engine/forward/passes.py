@@ -29,11 +29,10 @@ from sleb_cli.engine.forward.memory_budget import (
 from sleb_cli.engine.forward.predictions import Predictions
 from sleb_cli.engine.forward.skipping import SkippableModel, sequences_fit
 from sleb_cli.engine.forward.states import BASE, States, depths_to_keep
-from sleb_cli.events import Notice, Notify, SearchAdvanced
+from sleb_cli.events import Advance, Notice, Notify, no_progress
 from sleb_cli.units import format_bytes
-from sleb_plugins import LogitMetric, MachineError, Metric, UnsupportedModelError
+from sleb_plugins import LogitMetric, MachineError, UnsupportedModelError
 from sleb_plugins.errors import OutOfMemory
-from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 # At the depths of how many of a step's best candidates branches are kept.
 KEPT_DEPTHS = 4
@@ -100,7 +99,6 @@ class Passes:
     """Where the hidden states of walks wait."""
 
     _removed: tuple[int, ...] = field(default=(), init=False)
-    _ranking: Sequence[int] = field(default=(), init=False)
     _parts: dict[int, list[_Part]] = field(default_factory=dict, init=False)
 
     def over(self, sequences: Tensor, loss_mask: Tensor | None) -> Passes:
@@ -114,25 +112,34 @@ class Passes:
         )
 
     def score(
-        self, metric: LogitMetric, removed: Sequence[int], jobs: Sequence[Job], ranking: Sequence[int] = ()
+        self,
+        metric: LogitMetric,
+        removed: Sequence[int],
+        jobs: Sequence[Job],
+        ranking: Sequence[int] = (),
+        advance: Advance = no_progress,
     ) -> Iterator[tuple[int, int, list[float]]]:
         """Score batches without each of their candidates; yield batch, candidate (BASE without any), and scores.
 
-        `ranking` has the best candidates so far, the best first: the next step probably starts at one of them.
+        `ranking` has the best candidates so far, the best first: the next step probably starts at one of them. Progress
+        is told in sequences of a candidate, and parts of one.
         If memory runs out, continue in smaller pieces; nothing is scored twice.
 
         Raises:
             OutOfMemory: the pieces are as small as they can be.
         """
         self._drop_outdated(tuple(removed))
-        self._ranking = tuple(ranking)
         left = {batch: list(candidates) or [BASE] for batch, candidates in jobs}
 
         def run() -> Iterator[tuple[int, int, list[float]]]:
             group = {batch: tuple(blocks) for batch, blocks in left.items() if blocks}
-            score = self._score_by_fork if self.forks else self._score_one_by_one
             found: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
-            for part, block, scores in score(metric, removed, group):
+            scored = (
+                self._score_by_fork(metric, removed, group, ranking, advance)
+                if self.forks
+                else self._score_one_by_one(metric, removed, group, advance)
+            )
+            for part, block, scores in scored:
                 found[part.batch, block] += scores
                 if part.is_last:
                     left[part.batch].remove(block)
@@ -184,27 +191,45 @@ class Passes:
         return self._parts[batch]
 
     def _score_by_fork(
-        self, metric: LogitMetric, removed: Sequence[int], group: Mapping[int, Sequence[int]]
+        self,
+        metric: LogitMetric,
+        removed: Sequence[int],
+        group: Mapping[int, Sequence[int]],
+        ranking: Sequence[int],
+        advance: Advance,
     ) -> Iterator[tuple[_Part, int, list[float]]]:
         """Score the parts of batches without each of their candidates, in walks of as many as fit into memory."""
+
+        def depths(part: _Part, blocks: Sequence[int]) -> dict[int, int]:
+            kept = self.budget.kept - (part.dense is not None)
+            return depths_to_keep(ranking, [block for block in blocks if block != BASE], kept, KEPT_DEPTHS)
+
         for together in self._together(group):
             most = self.budget.branches
             for first in range(0, max(len(group[part.batch]) for part in together), most):
                 chunk = {part.batch: group[part.batch][first : first + most] for part in together}
                 here = [part for part in together if chunk[part.batch]]
-                walks = self._walk(here, removed, chunk, with_dense=metric.needs_dense_logits)
+                keep = {part.key: depths(part, chunk[part.batch]) for part in here}
+                walks = self._walk(here, removed, chunk, keep, advance, with_dense=metric.needs_dense_logits)
                 for part in here:
                     for block in chunk[part.batch]:
                         scores = self._score_final(metric, part, walks[part.key].branches.pop(block))
                         if not walks[part.key].block_branches:
-                            self._tell_progress(part, 1, chunk)
+                            advance(len(part.ids))
                         yield part, block, scores
                 del walks  # before the next ones are made
             for part in together:
-                self._shrink(part, group[part.batch])
+                self._shrink(part, list(depths(part, group[part.batch])))
 
     def _walk(
-        self, parts: Sequence[_Part], removed: Sequence[int], group: Mapping[int, Sequence[int]], *, with_dense: bool
+        self,
+        parts: Sequence[_Part],
+        removed: Sequence[int],
+        group: Mapping[int, Sequence[int]],
+        keep: Mapping[tuple[int, int], Mapping[int, int]],
+        advance: Advance,
+        *,
+        with_dense: bool,
     ) -> dict[tuple[int, int], Walk]:
         """Run the walks of these parts to their ends, and the dense model with them where its states are not known."""
         shared = SharedInputs(self.skippable, self.hold)
@@ -213,30 +238,22 @@ class Passes:
         for part in parts:
             calls = shared.calls(part.ids)
             candidates = [block for block in group[part.batch] if block != BASE]
-            keep = self._depths(part, candidates)
-            walks[part.key] = Walk(self.skippable, calls, part.states, removed, candidates, keep=keep, hold=self.hold)
+            walks[part.key] = Walk(
+                self.skippable, calls, part.states, removed, candidates, keep=keep[part.key], hold=self.hold
+            )
             if with_dense and part.dense is None:
                 dense.append((part, Walk(self.skippable, calls, States(), (), (), hold=self.hold)))
         for block in walk_together(self.skippable, [*walks.values(), *(walk for _, walk in dense)]):
             for part in parts:
                 share = walks[part.key].ran(block) / max(1, walks[part.key].block_branches)
-                self._tell_progress(part, share * len(group[part.batch]), group)
+                advance(share * len(group[part.batch]) * len(part.ids))
         for part, walk in dense:
             part.dense = walk.branches.pop(BASE)
         return walks
 
-    def _tell_progress(self, part: _Part, share: float, group: Mapping[int, Sequence[int]]) -> None:
-        """Tell what share of a candidate's evaluation on this part is done; there is none of the model as it stands."""
-        if BASE not in group[part.batch]:
-            self.notify(SearchAdvanced(share * len(part.ids)))
-
-    def _depths(self, part: _Part, blocks: Sequence[int]) -> dict[int, int]:
-        kept = self.budget.kept - (part.dense is not None)
-        return depths_to_keep(self._ranking, [block for block in blocks if block != BASE], kept, KEPT_DEPTHS)
-
-    def _shrink(self, part: _Part, blocks: Sequence[int]) -> None:
+    def _shrink(self, part: _Part, depths: Sequence[int]) -> None:
         """Forget what the next step does not need of a part, or has no memory for."""
-        part.states.shrink(self.budget.kept - (part.dense is not None), list(self._depths(part, blocks)))
+        part.states.shrink(self.budget.kept - (part.dense is not None), depths)
         if not self.budget.kept:
             part.dense = None
 
@@ -253,19 +270,8 @@ class Passes:
         )
         return scores.tolist()
 
-    def scoring(self, metric: Metric) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return what scores what leaves the last block by a metric, or by the loss if it is no metric of logits."""
-        of_logits = metric if isinstance(metric, LogitMetric) else NegativeLogLikelihood()
-
-        def score(hidden: Tensor, ids: Tensor) -> Tensor:
-            predicted = Predictions(self.skippable, ids, hidden)
-            dense = predicted if of_logits.needs_dense_logits else None
-            return score_logits(of_logits, predicted, ids, dense, positions=self.budget.positions)
-
-        return score
-
     def _score_one_by_one(
-        self, metric: LogitMetric, removed: Sequence[int], group: Mapping[int, Sequence[int]]
+        self, metric: LogitMetric, removed: Sequence[int], group: Mapping[int, Sequence[int]], advance: Advance
     ) -> Iterator[tuple[_Part, int, list[float]]]:
         """Score the parts of batches without each of their candidates, by passes of the whole model."""
         for part in (part for batch in group for part in self._parts_of(batch)):
@@ -273,7 +279,7 @@ class Passes:
             for block in group[part.batch]:
                 logits = self.skippable.logits(part.ids, {*removed, block})
                 scores = score_logits(metric, logits, part.ids, dense, loss_mask=part.loss_mask)
-                self._tell_progress(part, 1, group)
+                advance(len(part.ids))
                 yield part, block, scores.tolist()
 
     def _drop_outdated(self, removed: tuple[int, ...]) -> None:
@@ -285,19 +291,6 @@ class Passes:
             for block in removed[known:]:
                 part.states.after_removal(block)
         self._removed = removed
-
-    def share_of_later_steps(self, candidates: Sequence[int], ranking: Sequence[int]) -> float:
-        """Forecast the time of an evaluation in the next step, as a share of one that starts at the first block.
-
-        The next step starts at the block that leads now, or before any does, at the middle candidate. The head counts
-        as the number of blocks that have as many weights.
-        """
-        if not self.forks or not self.budget.kept:
-            return 1.0
-        last, leader = len(self.skippable.switches), (ranking or candidates[len(candidates) // 2 :])[0]
-        whole = sum(last - candidate for candidate in candidates) + last
-        spared = sum(leader - candidate for candidate in candidates if candidate < leader) + leader
-        return 1 - spared / (whole + self.skippable.head_blocks * len(candidates))
 
     def score_states(
         self,

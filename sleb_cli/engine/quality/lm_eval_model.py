@@ -14,13 +14,10 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from sleb_cli.engine.device import dtype_name, input_device
-from sleb_cli.engine.forecast import announce, is_short, padded_tokens
-from sleb_cli.engine.forward.pace import seconds_of, seconds_per_token
+from sleb_cli.engine.device import input_device
 from sleb_cli.engine.model.generation import continue_each, end_tokens
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.events import Notify, task
-from sleb_cli.units import plural
 from sleb_plugins import UsageError
 from sleb_plugins.errors import is_out_of_memory
 
@@ -73,16 +70,10 @@ class LoadedModel(HFLM):  # type: ignore[misc]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> Any:
         """Return the likelihood of each text."""
-        if self._models:
-            texts, most = [self.tok_encode(request.args[0]) for request in requests], self.max_length
-            self._announce([tuple(text[at : at + most]) for text in texts for at in range(0, len(text), most)])
         return self._reported(super().loglikelihood_rolling, requests)
 
     def generate_until(self, requests: Sequence[Any]) -> Any:
         """Return what the model writes after each prompt, each an `Answer`."""
-        if self._models:
-            new = max((int(request.args[1].get("max_gen_toks", self.max_gen_toks)) for request in requests), default=0)
-            self._announce([tuple(self.tok_encode(request.args[0])) for request in requests], new)
         return self._reported(lambda asked: self._together(lambda: self._written(asked)), requests)
 
     def _written(self, requests: Sequence[Any]) -> list[Any]:
@@ -113,36 +104,7 @@ class LoadedModel(HFLM):  # type: ignore[misc]
                 f"{self.max_length} positions.",
                 hint="Leave the task out.",
             )
-        if self._models and options.get("override_bs") is None:
-            self._announce([(*context, *answer)[:-1][-self.max_length :] for _, context, answer in requests])
         return self._together(lambda: rate(requests, **options))
-
-    def _announce(self, requests: Sequence[tuple[int, ...]], new_tokens: int = 0) -> None:
-        """Tell how long it takes to rate requests, given by their tokens, or to write so many tokens after each."""
-        run = requests if new_tokens else list(set(requests))  # equal ones are rated once
-        batch = self.batch_size if isinstance(self.batch_size, int) else AUTO_BATCH
-        lengths, elements = sorted(map(len, run)), sum(weight.numel() for weight in self.model.parameters())
-        tokens = padded_tokens(lengths, batch)
-        if is_short(2 * elements * (tokens + len(run) * new_tokens) * self._models):
-            return
-        call, middle = super()._model_call, lengths[len(lengths) // 2]
-        ids = torch.tensor(max(run, key=len)[:middle], device=self.device).expand(min(batch, len(run)), -1)
-
-        def timed(piece: Tensor) -> float:
-            return seconds_of(lambda: call(piece).log_softmax(-1), piece.device)
-
-        seconds = seconds_per_token(timed, ids) * tokens
-        if new_tokens:  # all sequences of a batch get one at once
-            seconds += seconds_per_token(timed, ids[:, :1]) * len(ids) * new_tokens * -(-len(run) // batch)
-        writes = f" and up to {new_tokens:,} new ones each" if new_tokens else ""
-        announce(
-            self._notify,
-            f"{self._named[0]}: {len(requests):,} requests of about {sum(lengths) // len(lengths):,} tokens{writes}, "
-            f"{plural(self._models, 'model')} in {dtype_name(self.model.dtype)}",
-            seconds * self._models / self._group.size,
-            ids.device,
-            may_end_early=bool(new_tokens),
-        )
 
     def _together(self, answer: Callable[[], list[Any]]) -> list[Any]:
         """Return all answers, each from the process that computed it.

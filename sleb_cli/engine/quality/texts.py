@@ -11,12 +11,10 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from sleb_cli.engine.device import CPU, dtype_name, in_smaller_pieces
-from sleb_cli.engine.forecast import Load
+from sleb_cli.engine.device import CPU, in_smaller_pieces
 from sleb_cli.engine.forward.memory_budget import available_memory
-from sleb_cli.engine.forward.pace import announce_passes
 from sleb_cli.engine.forward.passes import prepare_passes
-from sleb_cli.engine.forward.predictions import Logits, Predictions, predict, predict_together
+from sleb_cli.engine.forward.predictions import Logits, predict, predict_together
 from sleb_cli.engine.forward.skipping import SkippableModel, sequences_fit
 from sleb_cli.engine.process_group import deal
 from sleb_cli.engine.quality.models import Models
@@ -25,7 +23,6 @@ from sleb_cli.engine.statistics import clustered_mean
 from sleb_cli.engine.text.windows import EvaluationWindows, tokens_sha256
 from sleb_cli.events import Notice, task
 from sleb_cli.results import PrunedTextScores, TextResult, TextScores
-from sleb_cli.units import plural
 from sleb_plugins import ModelError
 
 # On how many tokens of a window it is checked that the model may be run block by block.
@@ -116,8 +113,6 @@ class _Scorer:
                 if not sizes:
                     advance(len(ids), _note(known))
             together = self._prepare(stretches[missing[0]], gaps[missing[0]]) if missing else 1
-            if missing:
-                self._announce(what, [(stretches[number], gaps[number]) for number in missing], together)
             runs = [missing[first : first + together] for first in range(0, len(missing), together)]
             for turn in deal(runs, group.size):
                 mine = (scored for run in turn[group.rank] for scored in self._measured(stretches, gaps, run))
@@ -151,27 +146,6 @@ class _Scorer:
         width: int = self.models.architecture.text_config.hidden_size
         needed = ids.numel() * width * self.models.placement.dtype.itemsize * (len(self.models.sizes) + 1)
         return max(1, self._memory(CPU) // needed)
-
-    def _announce(self, what: str, todo: Sequence[tuple[Tensor, Sequence[tuple[int, ...]]]], together: int) -> None:
-        """Tell how long it will take to score these stretches, each with the sizes that are missing."""
-        (dense, _), (first, _) = self._model(()), todo[0]
-        each = min(2, len(self.models.sizes))  # models that are scored together have more to compare than one
-        loads = []
-        for ids, missing in todo:
-            kept = [len(dense.switches) - len(removals) for removals in ((), *filter(None, missing))]
-            loads.append(Load(sum(kept) * ids.numel(), len(kept) / each * ids.numel(), kept[0] / together))
-        windows, models = sum(len(ids) for ids, _ in todo), plural(len(self.models.sizes), "model")
-        dtype = dtype_name(self.models.placement.dtype)
-        announce_passes(
-            self.models.notify,
-            f"{what}: {windows:,} windows of {first.shape[1]:,} tokens, {models} in {dtype}",
-            dense,
-            loads,
-            first[: self.size].to(dense.device),
-            lambda hidden, ids: score_tokens(ids, [Predictions(dense, ids, hidden)] * each, self.positions),
-            forks=self.forks,
-            processes=self.models.group.size,
-        )
 
     def _memory(self, device: torch.device) -> int:
         """Return how much memory may be used: the same in all processes, so that they have the same batches."""

@@ -24,21 +24,19 @@ import torch
 from torch import Tensor, nn
 
 from sleb_cli.engine.device import CPU, as_float64, dtype_name, in_smaller_pieces, translate_out_of_memory
-from sleb_cli.engine.forecast import Load
+from sleb_cli.engine.forward.forecast import announce, block_operations
 from sleb_cli.engine.forward.fork_check import CHECKED_SEQUENCES, why_not_fork
 from sleb_cli.engine.forward.holding import SharedInputs, spilled
 from sleb_cli.engine.forward.offload import loaded
-from sleb_cli.engine.forward.pace import announce_passes
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.recovery.least_squares import Gains, Ridge, best_ridge, ridge_bytes, seconds_of_ridge
+from sleb_cli.engine.recovery.least_squares import Gains, Ridge, best_ridge, ridge_bytes
 from sleb_cli.engine.recovery.residual_projections import (
     ResidualProjection,
     final_norm,
     find_residual_projections,
     passing,
     possible_projections,
-    runs_to_find,
 )
 from sleb_cli.engine.recovery.unfinished import Saved, fit_file
 from sleb_cli.engine.recovery.variant import Variant, summed_losses
@@ -546,34 +544,20 @@ def _announce(
     inputs = [sum(each.inputs for each in fitted) for fitted in rounds if fitted[0].kind != "gain"]
     gains = sum(each.kind == "gain" or each.norm is not None for fitted in rounds for each in fitted)
     tokens = len(inputs) * both + gains * (train.numel() / GAINS_SHARE + deciding.numel())
-    # The dense and the recovered states of each depth, and what leaves the dense model.
-    loads = [Load((count + len(kept)) * both + count * deciding.numel(), 0, 3 * count)]
-    compared = len(deciding) * len(_compared_positions(deciding))
-    runs = runs_to_find(skippable.switches[first].block, call.entering.shape[-1])
-    tried = runs * min(BATCH_TOKENS, train.numel())
+    # The dense and the recovered states of each depth, what leaves the dense model, and what each fit runs.
+    through_blocks: float = (count + len(kept)) * both + count * deciding.numel()
     for block in refitted:
-        behind = sum(other > block for other in kept)
-        loads.append(Load(tokens + tried + behind * deciding.numel(), compared, behind + 2))
-    model = Variant(skippable)
-
-    def score(hidden: Tensor, ids: Tensor) -> object:
-        return summed_losses(model, model, hidden, hidden, ids, torch.arange(ids.shape[1] - 1, device=device))
-
-    def sums() -> float:
-        timed = [seconds_of_ridge(count, call.entering.shape[-1], device) for count in inputs]
-        return len(refitted) * sum(both * adding + solving for adding, solving in timed)
-
-    announce_passes(
+        through_blocks += tokens + sum(other > block for other in kept) * deciding.numel()
+    sums = len(refitted) * sum(both * 2 * features**2 for features in inputs)
+    announce(
         notify,
         f"Recovery: up to {plural(len(refitted), 'block')} fitted to {train.numel():,} tokens in "
         f"{dtype_name(skippable.model.dtype)}",
+        through_blocks * block_operations(skippable) + sums,
         skippable,
-        loads,
         train[: max(1, BATCH_TOKENS // train.shape[1])].to(device),
-        score,
+        at_most=True,
         processes=processes,
-        besides=sums,
-        may_end_early=True,
     )
 
 

@@ -6,11 +6,6 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import CPU, as_float64
-from sleb_cli.engine.forward.pace import seconds_of
-
-TIMED_ROWS, TIMED_FEATURES = 2048, 2048
-RIDGES_TRIED = 3
-"""How many ridges are usually tried."""
 
 PANEL_COLUMNS = 512
 """Columns of X'X that are computed at once: enough to fill matrix units."""
@@ -102,26 +97,6 @@ class Gains(Ridge):
 
     def _times(self, coefficients: Tensor) -> Tensor:
         return self.xx * coefficients
-
-
-def seconds_of_ridge(features: int, outputs: int, device: torch.device) -> tuple[float, float]:
-    """Measure how long a row takes to be added to a regression of this size, and how long all of its ridges take.
-
-    A large one is solved on fewer features: the factor takes the cube of them, and all else, for each output, their
-    square.
-    """
-    rows, solved = torch.ones(TIMED_ROWS, features, device=device), min(features, TIMED_FEATURES)
-    targets, weights = torch.ones(TIMED_ROWS, outputs, device=device), torch.ones(TIMED_ROWS, device=device)
-
-    def solving(outputs: int) -> float:
-        part = Ridge(solved, outputs, device)
-        part.add(rows[:, :solved], targets[:, :outputs], weights)
-        return seconds_of(lambda: part.error(part.solve(1.0)), device)
-
-    whole, times = Ridge(features, outputs, device), features / solved
-    adding = seconds_of(lambda: whole.add(rows, targets, weights), device) / TIMED_ROWS
-    both, factor = solving(outputs), solving(1)
-    return adding, RIDGES_TRIED * (factor * times**3 + max(0.0, both - factor) * times**2)
 
 
 def best_ridge(train: Ridge, deciding: Ridge, ridges: tuple[float, ...]) -> tuple[float, float, Tensor]:

@@ -1,11 +1,11 @@
-"""`sleb search`: from a model to a plan."""
+"""`sleb search`: load a model and its text, remove block after block, and record what was found."""
 
 from __future__ import annotations
 
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -17,9 +17,8 @@ import transformers
 
 from sleb_cli.engine.device import dtype_name, wider_range
 from sleb_cli.engine.environment import environment_record
-from sleb_cli.engine.forecast import RACE_SEQUENCES, STREAMED_ROUNDS, Load, passes_by_size
+from sleb_cli.engine.forward.forecast import announce, block_operations
 from sleb_cli.engine.forward.memory_budget import available_memory
-from sleb_cli.engine.forward.pace import announce_passes
 from sleb_cli.engine.forward.passes import Passes, prepare_passes
 from sleb_cli.engine.forward.placement import open_dense
 from sleb_cli.engine.forward.skipping import SkippableModel
@@ -29,13 +28,13 @@ from sleb_cli.engine.quality.sample_generation import generate_sample
 from sleb_cli.engine.search.bad_sequences import find_bad, unsound
 from sleb_cli.engine.search.choices import Choice, NoBlockLeft
 from sleb_cli.engine.search.held_out import ERROR, compare_growth, hold_out, overfitting_note
-from sleb_cli.engine.search.journal import journal_of, open_journal
+from sleb_cli.engine.search.journal import Journal, journal_of, open_journal
 from sleb_cli.engine.search.race import LOOKS
-from sleb_cli.engine.search.resolve import ResolvedSearch, resolve_search, with_target
 from sleb_cli.engine.search.scoring import Scoring, engine_of
-from sleb_cli.engine.search.speedup import SpeedupTimer
+from sleb_cli.engine.search.settings import SearchSettings
+from sleb_cli.engine.search.speedup import time_target
 from sleb_cli.engine.search.strategies import Problem
-from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Target, perplexity_ratio
+from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, count_removals, perplexity_ratio
 from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.text.calibration import REFERENCE_PRESETS, Calibration, calibrate
 from sleb_cli.events import SEARCH_TASK, BlockRemoved, BlocksSwapped, Notice, Notify, SearchStarted, TaskFinished, task
@@ -48,16 +47,16 @@ from sleb_cli.plan import (
     SampleGeneration,
     SearchRecord,
     Step,
-    TargetRecord,
 )
-from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import differences
-from sleb_cli.requests import SearchRequest
 from sleb_cli.version import __version__
 from sleb_plugins import HiddenStateMetric, LogitMetric, ModelError, ModelMetric, PlanError, UsageError
 
 LARGEST_LOSS = math.log(sys.float_info.max)
 """In nats per token; the perplexity of a larger one is no finite number."""
+
+RACED = 12
+"""On about how many sequences a race scores a candidate, on average."""
 
 
 @dataclass(frozen=True)
@@ -71,111 +70,221 @@ class SearchInputs:
     notify: Notify
 
 
-def find_removals(request: SearchRequest, registry: Registry, notify: Notify, group: ProcessGroup) -> Plan:
+def find_removals(settings: SearchSettings, group: ProcessGroup, notify: Notify) -> Plan:
     """Search for the blocks that the model can best do without, alone or together with other processes.
 
-    Measurements are kept in a journal next to `request.plan_file`; delete it once the plan is written.
+    Measurements are kept in a journal next to the plan's file; delete it once the plan is written.
 
     Raises:
-        SlebError: a subclass that fits, if the request is impossible.
+        SlebError: a subclass that fits, for problems that only show once the model is loaded.
     """
-    resolved = resolve_search(request, registry, notify, group)
     started = time.monotonic()
-    return run_search(resolved, load_inputs(resolved, group, notify), started)
+    return run_search(settings, load_inputs(settings, group, notify), started)
 
 
-def load_inputs(resolved: ResolvedSearch, group: ProcessGroup, notify: Notify) -> SearchInputs:
+def load_inputs(settings: SearchSettings, group: ProcessGroup, notify: Notify) -> SearchInputs:
     """Load the tokenizer, the text and the model.
 
     Raises:
         SlebError: a subclass that fits, for problems that only show once they are read.
     """
-    tokenizer = load_tokenizer(resolved.architecture.source)
+    tokenizer = load_tokenizer(settings.architecture.source)
     # Loaded at first use, so that a missing text is reported before gigabytes are read.
-    model = cache(partial(open_dense, resolved.architecture, resolved.placement, notify))
-    calibration = group.from_main(lambda: calibrate(resolved.calibration, tokenizer, lambda: model().model, notify))
-
-    _require_continuation(resolved, calibration)
+    model = cache(partial(open_dense, settings.architecture, settings.placement, notify))
+    calibration = group.from_main(lambda: calibrate(settings.text, tokenizer, lambda: model().model, notify))
+    if settings.extended:
+        _require_continuation(settings, settings.extended, calibration)
     return SearchInputs(tokenizer, model(), calibration, group, notify)
 
 
-def _require_continuation(resolved: ResolvedSearch, calibration: Calibration) -> None:
+def _require_continuation(settings: SearchSettings, plan: Plan, calibration: Calibration) -> None:
     """Check that the extended plan was searched on the same tokens, with the same settings.
 
     Raises:
         PlanError: it was not; the message names the differences.
     """
-    plan, request = resolved.extended, resolved.request
-    if plan is None:
-        return
     names = ("metric", "strategy", "protect_first", "protect_last", "fast", "holdout")
-    found: dict[str, Any] = {name: getattr(request, name) for name in names}
-    found |= {"dtype": dtype_name(resolved.placement.dtype), "protect": resolved.removable.protection.blocks}
+    found: dict[str, Any] = {name: settings.options.get(name) for name in names}
+    found |= {"dtype": dtype_name(settings.placement.dtype), "protect": settings.removable.protection.blocks}
     expected = {name: getattr(plan.search, name) for name in found}
-    for search, implementation in ((found, resolved.implementation), (expected, plan.search.implementation)):
-        search["implementation"] = implementation and _across_versions(implementation)
+    found["metrics"], expected["metrics"] = _across_versions(settings.metrics), _across_versions(plan.search.metrics)
     differing = differences(
         {"search": found, "calibration": calibration.record.to_data()},
         {"search": expected, "calibration": plan.calibration.to_data()},
     )
     if differing:
         raise PlanError(
-            f"This search cannot continue from {request.extend} ({differing}).",
+            f"This search cannot continue the plan ({differing}).",
             hint="Leave out these options so that the plan sets them. Use the text it was calibrated on, and the same "
             "version of the metric.",
         )
 
 
-def _across_versions(metric: MetricRecord) -> dict[str, Any]:
-    """Return the record of a metric as another version of sleb can extend it: without the code of its own ones."""
-    return metric.model_dump(exclude={"version", "code"} if metric.package == "sleb" else None)
+def _across_versions(metrics: Mapping[str, MetricRecord]) -> dict[str, Any]:
+    """Return the records of metrics as another version of sleb can extend them: without the code of its own ones."""
+    return {
+        name: record.model_dump(exclude={"version", "code"} if record.package == "sleb" else None)
+        for name, record in metrics.items()
+    }
 
 
-def run_search(resolved: ResolvedSearch, inputs: SearchInputs, started: float) -> Plan:
-    """Run a resolved search that began at `started`, on inputs that it may share with others.
+def run_search(settings: SearchSettings, inputs: SearchInputs, started: float) -> Plan:
+    """Run a search that began at `started`, on inputs that it may share with others.
 
     Raises:
         SlebError: a subclass that fits, for problems that only show once the model runs.
     """
-    request, model, notify = resolved.request, inputs.model, inputs.notify
-    timer = SpeedupTimer(resolved, model.model, inputs.group, notify)
-    if resolved.target is None:
-        resolved = with_target(resolved, timer.target(), notify)
-    unchanged = resolved.architecture.source.watch.unchanged
-    searched, kept = hold_out(inputs.calibration.to(model.device), request.holdout or 0)
+    model, group, notify = inputs.model, inputs.group, inputs.notify
+    if settings.target is None:
+        target = time_target(settings, model.model, group, notify)
+        most = count_removals(target, settings.removable, settings.strategy_name, settings.gone, notify)
+        settings = replace(settings, target=target, remove=most)
+    unchanged = settings.architecture.source.watch.unchanged
+    searched, held = hold_out(inputs.calibration.to(model.device), settings.holdout)
     with unchanged(), model, task(notify, "Checking the engine"):
-        passes, reason = _prepare(inputs, searched.shuffled() if request.fast else searched, request)
-    held_out = passes.over(kept.sequences, kept.loss_mask) if kept else None
-    record = _search_record(resolved, passes, held_out, reason)
-    with _scoring(resolved, inputs, passes, held_out, record) as scoring, unchanged():
+        passes, reason = _prepare(settings, inputs, searched.shuffled() if settings.fast else searched)
+    held_out = passes.over(held.sequences, held.loss_mask) if held else None
+    record = _search_record(settings, passes, held_out, reason)
+    with _open_journal(settings, inputs, record) as journal, unchanged():
         with model:
-            dense = resolved.extended.dense if resolved.extended else _measure_dense(resolved, scoring)
-            trace = _search_to_target(resolved, dense, scoring)
+            scoring = _scoring(settings, inputs, passes, held_out, journal)
+            dense = settings.extended.dense if settings.extended else _measure_dense(settings, scoring)
+            trace = _search_to_target(settings, dense, scoring)
             if warning := overfitting_note(trace.steps):
                 notify(Notice(warning))
-            sample = _sample(resolved, scoring, trace.removals)
-        target = _target_record(resolved.target, trace, timer)
+            sample = _sample(settings, inputs, trace.removals)
+        assert settings.target is not None
+        target_record = settings.target.record(trace.removals, trace.increase, trace.next_increase)
     return Plan(
         schema_version=1,
         sleb_version=__version__,
-        request=_options(resolved, record, inputs.calibration.record),
-        model=resolved.architecture.record,
+        request=_options(settings, record, inputs.calibration.record),
+        model=settings.architecture.record,
         calibration=inputs.calibration.record,
-        search=record.model_copy(update={"remove": len(trace.removals), "target": target}),
+        search=record.model_copy(update={"remove": len(trace.removals), "target": target_record}),
         dense=dense,
         removals=trace.removals,
         steps=tuple(trace.steps),
         sample_generation=sample,
-        environment=environment_record(dict(resolved.plugins), resolved.placement.device, time.monotonic() - started),
+        environment=environment_record(dict(settings.plugins), settings.placement.device, time.monotonic() - started),
     )
 
 
-def _prepare(inputs: SearchInputs, calibration: Calibration, request: SearchRequest) -> tuple[Passes, str | None]:
-    asked = None if request.memory is None else str(request.memory)
+@dataclass
+class Trace:
+    """The course of a search: its steps, the blocks removed in the end, and the cost of the removal not made.
 
+    The costs are increases of the loss over the dense model's, in nats per token. `next_increase` is None if no removal
+    was ruled out.
+    """
+
+    steps: list[Step]
+    removals: tuple[int, ...]
+    increase: float = 0.0
+    next_increase: float | None = None
+
+
+def _search_to_target(settings: SearchSettings, dense: DenseRecord, scoring: Scoring) -> Trace:
+    """Search until the target is met, or until the next removal would exceed it.
+
+    Raises:
+        UsageError: not even one removal is within the target.
+    """
+    target = settings.target
+    if settings.strategy_name == "refine" and isinstance(target, PerplexityTarget):
+        # It swaps only at its last size, which a greedy search finds; those measurements are not repeated.
+        greedy = _search_to_target(replace(settings, strategy_name="greedy"), dense, scoring)
+        refined = _remove_blocks(replace(settings, remove=len(greedy.removals)), dense, scoring)
+        # A swap lowers the score, which may be another than the limited loss.
+        if refined.next_increase is None:
+            return replace(refined, next_increase=greedy.next_increase)
+        scoring.notify(Notice(f"Kept the greedy result: after swapping, perplexity is over {target.limit:g}x."))
+        return greedy
+    trace = _remove_blocks(settings, dense, scoring)
+    if isinstance(target, PerplexityTarget) and len(trace.removals) == len(settings.gone):
+        assert trace.next_increase is not None
+        raise UsageError(
+            f"The {'next' if settings.gone else 'first'} removal would raise perplexity to "
+            f"{perplexity_ratio(trace.next_increase):.4g} times the dense model's; the limit is {target.limit:g}.",
+            hint="Increase --max-perplexity-ratio. With --resume, no block is scored again.",
+        )
+    return trace
+
+
+def _remove_blocks(settings: SearchSettings, dense: DenseRecord, scoring: Scoring) -> Trace:
+    """Remove one block after the other, as the strategy chooses, until the target is met or would be exceeded."""
+    target, notify = settings.target, scoring.notify
+    assert target is not None
+    trace = Trace(list(settings.extended.steps) if settings.extended else [], settings.gone)
+    _announce(settings, scoring)
+    notify(SearchStarted(settings.architecture.block_count, settings.remove, len(trace.steps)))
+    try:
+        for choice in settings.strategy.search(_problem(settings, scoring)):
+            loss = fmean(scoring.losses(choice.removals))
+            increase = loss - dense.loss
+            if not target.allows(increase):
+                trace.next_increase = increase
+                break
+            step = _step(choice, trace.removals, loss, settings, scoring)
+            trace.steps.append(step)
+            trace.removals, trace.increase = choice.removals, increase
+            scoring.journal.sync()
+            notify(BlockRemoved(len(trace.steps), step.block, step.score, step.perplexity, step.removals))
+            if target.met(trace.removals):
+                break
+    except NoBlockLeft as error:
+        if isinstance(target, SizeTarget):
+            raise
+        notify(Notice(f"The search stops here: {error.message}"))
+    notify(TaskFinished(SEARCH_TASK))
+    return trace
+
+
+def _problem(settings: SearchSettings, scoring: Scoring) -> Problem:
+    return Problem(
+        scoring.score,
+        settings.removable.candidates,
+        settings.remove,
+        removed=settings.gone,
+        score_spans=partial(scoring.score_spans, longest=settings.remove),
+        swapped=lambda swap: scoring.notify(BlocksSwapped(**dict(swap))),
+    )
+
+
+def _announce(settings: SearchSettings, scoring: Scoring) -> None:
+    """Tell how long the search will take: a walk through the model and the head for each size, for all candidates."""
+    passes, metric, done = scoring.passes, scoring.metric, scoring.journal.evaluations
+    count, gone = settings.architecture.block_count, len(settings.gone)
+    candidates = len(settings.removable.candidates(settings.gone))
+    sets = settings.strategy.evaluations(candidates, settings.remove - gone)
+    total = sum(sets) * scoring.sequences
+    if not isinstance(metric, LogitMetric | HiddenStateMetric) or done >= total:
+        return  # a metric of weights is fast, and how long one of the whole model takes is not known
+    ids = passes.batches[0]
+    share = min(1.0, RACED / scoring.sequences) if settings.fast else 1.0
+    blocks = 0.0
+    for size, scored in enumerate(sets):
+        here = count - gone - size
+        # A candidate runs the blocks above it, and its share of the base; later sizes begin where the last one ended.
+        each = here / 2 if passes.forks else here
+        blocks += here if isinstance(metric, HiddenStateMetric) else scored * share * (each + scoring.head_blocks)
+    tokens = ids.shape[1] * scoring.sequences * (1 - done / total)
+    at_most = "at most " if settings.fast or settings.strategy_name == "refine" else ""
+    announce(
+        scoring.notify,
+        f"Search: {settings.remove} of {count} blocks, {at_most}{total - done:,} evaluations of "
+        f"{ids.shape[1]:,} tokens in {dtype_name(settings.placement.dtype)}",
+        tokens * blocks * block_operations(scoring.skippable),
+        scoring.skippable,
+        ids,
+        processes=scoring.group.size,
+    )
+
+
+def _prepare(settings: SearchSettings, inputs: SearchInputs, calibration: Calibration) -> tuple[Passes, str | None]:
     def memory(device: torch.device) -> int:
         """The same in all processes, so that they have the same batches."""
-        return min(inputs.group.gather(available_memory(device, asked)))
+        return min(inputs.group.gather(settings.memory or available_memory(device)))
 
     return prepare_passes(
         inputs.model,
@@ -183,281 +292,144 @@ def _prepare(inputs: SearchInputs, calibration: Calibration, request: SearchRequ
         inputs.notify,
         loss_mask=calibration.loss_mask,
         memory=memory,
-        batch_size=request.batch_size,
-        min_batches=LOOKS if request.fast else 1,
+        batch_size=settings.batch_size,
+        min_batches=LOOKS if settings.fast else 1,
         walks_together=True,
     )
 
 
 def _search_record(
-    resolved: ResolvedSearch, passes: Passes, held_out: Passes | None, reason: str | None
+    settings: SearchSettings, passes: Passes, held_out: Passes | None, reason: str | None
 ) -> SearchRecord:
-    request, metric, placement = resolved.request, resolved.metric, resolved.placement
-    protection = resolved.removable.protection
+    metric, placement, protection = settings.metric, settings.placement, settings.removable.protection
     return SearchRecord(
-        strategy=resolved.strategy_name,
+        strategy=settings.strategy_name,
         metric=metric.name,
-        implementation=resolved.implementation,
-        remove=resolved.remove,
+        metrics=settings.metrics,
+        remove=settings.remove,
         protect_first=protection.first,
         protect_last=protection.last,
         protect=protection.blocks,
         dtype=dtype_name(placement.dtype),
         device=placement.device.type,
         batch_size=passes.budget.sequences,
-        fast=bool(request.fast),
-        holdout=request.holdout or 0.0,
+        fast=settings.fast,
+        holdout=settings.holdout,
         held_out=sum(map(len, held_out.batches)) if held_out else 0,
         engine=engine_of(metric, passes),
         engine_reason=reason if isinstance(metric, LogitMetric | HiddenStateMetric) else None,
     )
 
 
-def _options(resolved: ResolvedSearch, search: SearchRecord, text: CalibrationRecord) -> dict[str, Any]:
+def _options(settings: SearchSettings, search: SearchRecord, text: CalibrationRecord) -> dict[str, Any]:
     """Return the options that repeat this search, with those that the machine decided: they decide the last digits."""
-    model, presets = resolved.architecture.record, text.source in REFERENCE_PRESETS
-    chosen = replace(
-        resolved.request,
-        model=model.id,
-        revision=None if model.id == DEMO else model.revision,
-        calibration=text.source,
-        samples=None if presets else text.sequences,  # those of presets count rows of text
-        sequence_length=None if presets else text.sequence_length,
-        sample_tokens=resolved.sample_tokens,
-        dtype=search.dtype,
-        device=search.device,
-        batch_size=search.batch_size,
-    )
-    return chosen.options
+    model, presets = settings.architecture.record, text.source in REFERENCE_PRESETS
+    decided = {
+        "model": model.id,
+        "revision": None if model.id == DEMO else model.revision,
+        "calibration": text.source,
+        "samples": None if presets else text.sequences,  # those of presets count rows of text
+        "sequence_length": None if presets else text.sequence_length,
+        "sample_tokens": settings.sample_tokens,
+        "dtype": search.dtype,
+        "device": search.device,
+        "batch_size": search.batch_size,
+    }
+    return {name: value for name, value in {**settings.options, **decided}.items() if value is not None}
 
 
 @contextmanager
-def _scoring(
-    resolved: ResolvedSearch, inputs: SearchInputs, passes: Passes, held_out: Passes | None, record: SearchRecord
-) -> Iterator[Scoring]:
-    """Open the journal of this search, and yield what scores its candidates."""
-    request, source, group = resolved.request, resolved.architecture.source, inputs.group
-    # All that measurements depend on; the number of removals is not part of it.
+def _open_journal(settings: SearchSettings, inputs: SearchInputs, record: SearchRecord) -> Iterator[Journal]:
+    """Open the journal of this search, named by all that measurements depend on; the number of removals is not."""
+    source = settings.architecture.source
     identity = {
         "sleb": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "model": resolved.architecture.record.model_dump(mode="json", exclude={"id", "revision"}),
+        "model": settings.architecture.record.model_dump(mode="json", exclude={"id", "revision"}),
         "behavior": source.behavior,
         "calibration": inputs.calibration.record.to_data(),
         "search": record.model_dump(mode="json", exclude={"remove", "target"}),
     }
     with open_journal(
-        journal_of(request.plan_file),
+        journal_of(settings.plan_file),
         identity,
         inputs.notify,
-        resume=request.resume,
-        group=group,
-        whole_models=isinstance(resolved.metric, LogitMetric | ModelMetric),
+        resume=settings.resume,
+        group=inputs.group,
+        whole_models=isinstance(settings.metric, LogitMetric | ModelMetric),
         require_valid=source.watch.require_unchanged,
     ) as journal:
-
-        @cache
-        def require_sound() -> None:
-            whole = inputs.calibration.to(inputs.model.device)
-            bad = group.from_main(lambda: find_bad(passes.over(whole.sequences, whole.loss_mask)))
-            if bad:
-                journal.forget()
-                raise unsound(source.id, resolved.placement.dtype, inputs.calibration, inputs.tokenizer, bad)
-
-        yield Scoring(
-            resolved.metric,
-            passes,
-            journal,
-            inputs.tokenizer,
-            inputs.notify,
-            fast=bool(request.fast),
-            held_out=held_out,
-            group=group,
-            require_sound=require_sound,
-        )
+        yield journal
 
 
-def _measure_dense(resolved: ResolvedSearch, scoring: Scoring) -> DenseRecord:
+def _scoring(
+    settings: SearchSettings, inputs: SearchInputs, passes: Passes, held_out: Passes | None, journal: Journal
+) -> Scoring:
+    @cache
+    def require_sound() -> None:
+        whole = inputs.calibration.to(inputs.model.device)
+        bad = inputs.group.from_main(lambda: find_bad(passes.over(whole.sequences, whole.loss_mask)))
+        if bad:
+            journal.forget()
+            name, dtype = settings.architecture.source.id, settings.placement.dtype
+            raise unsound(name, dtype, inputs.calibration, inputs.tokenizer, bad)
+
+    return Scoring(
+        settings.metric,
+        passes,
+        journal,
+        inputs.tokenizer,
+        inputs.notify,
+        fast=settings.fast,
+        held_out=held_out,
+        group=inputs.group,
+        require_sound=require_sound,
+    )
+
+
+def _measure_dense(settings: SearchSettings, scoring: Scoring) -> DenseRecord:
     with task(scoring.notify, "Measuring the dense model", scoring.sequences, "sequences") as advance:
         losses = scoring.losses((), advance=advance)
     held_out = scoring.losses((), held_out=True) if scoring.held_out else []
     if not all(map(math.isfinite, (*losses, *held_out))):
         scoring.require_sound()
-    what, loss = f"In {resolved.architecture.source.id}", fmean(losses)
+    what, loss = f"In {settings.architecture.source.id}", fmean(losses)
     return DenseRecord(
         loss=loss,
-        perplexity=_perplexity(loss, what, resolved.placement.dtype),
-        held_out=_held_out(resolved, scoring, (), what),
+        perplexity=_perplexity(loss, what, settings.placement.dtype),
+        held_out=_held_out(settings, scoring, (), what),
     )
 
 
-@dataclass
-class SearchTrace:
-    """The course of a search: its steps, the blocks removed in the end, and the cost of the removal not made.
-
-    The costs are increases of the loss over the dense model's, in nats per token. `next_cost` is None if no removal was
-    ruled out.
-    """
-
-    steps: list[Step]
-    removals: tuple[int, ...]
-    cost: float = 0.0
-    next_cost: float | None = None
-
-
-def _search_to_target(resolved: ResolvedSearch, dense: DenseRecord, scoring: Scoring) -> SearchTrace:
-    """Search until the target is met, or until the next removal would exceed it.
-
-    Raises:
-        UsageError: not even one removal is within the target.
-    """
-    target = resolved.target
-    if resolved.strategy_name == "refine" and isinstance(target, PerplexityTarget):
-        # It swaps only at its last size, which a greedy search finds; those measurements are not repeated.
-        greedy = _search_to_target(replace(resolved, strategy_name="greedy"), dense, scoring)
-        refined = _run_steps(replace(resolved, remove=len(greedy.removals)), dense, scoring)
-        # A swap lowers the score, which may be another than the limited loss.
-        if refined.next_cost is None:
-            return replace(refined, next_cost=greedy.next_cost)
-        scoring.notify(Notice(f"Kept the greedy result: after swapping, perplexity is over {target.limit:g}x."))
-        return greedy
-    trace = _run_steps(resolved, dense, scoring)
-    if isinstance(target, PerplexityTarget) and len(trace.removals) == len(resolved.gone):
-        assert trace.next_cost is not None
-        raise UsageError(
-            f"The {'next' if resolved.gone else 'first'} removal would raise perplexity to "
-            f"{perplexity_ratio(trace.next_cost):.4g} times the dense model's; the limit is {target.limit:g}.",
-            hint="Increase --max-perplexity-ratio. With --resume, no block is scored again.",
-        )
-    return trace
-
-
-def _run_steps(resolved: ResolvedSearch, dense: DenseRecord, scoring: Scoring) -> SearchTrace:
-    target, remove, notify = resolved.target, resolved.remove, scoring.notify
-    trace = SearchTrace(list(resolved.extended.steps) if resolved.extended else [], resolved.gone)
-    sets = sets_by_size(resolved)
-    evaluations = tuple(count * scoring.sequences for count in sets)
-    _announce(resolved, scoring, sets)
-    notify(SearchStarted(resolved.architecture.block_count, remove, len(trace.steps), evaluations))
-    problem = Problem(
-        scoring.score,
-        resolved.removable.candidates,
-        remove,
-        removed=resolved.gone,
-        score_spans=partial(scoring.score_spans, longest=remove),
-        swapped=lambda swap: notify(BlocksSwapped(**dict(swap))),
-    )
-    try:
-        for choice in resolved.strategy.search(problem):
-            loss = fmean(scoring.losses(choice.removals))
-            cost = loss - dense.loss
-            if isinstance(target, PerplexityTarget) and not target.allows(cost):
-                trace.next_cost = cost
-                break
-            trace.cost = cost
-            step = _step(choice, trace.removals, loss, resolved, scoring)
-            trace.steps.append(step)
-            trace.removals = choice.removals
-            scoring.journal.sync()
-            notify(BlockRemoved(len(trace.steps), step.block, step.score, step.perplexity, step.removals))
-            if isinstance(target, SizeTarget) and target.met(trace.removals):
-                break
-    except NoBlockLeft as error:
-        if isinstance(target, SizeTarget | None):
-            raise
-        notify(Notice(f"The search stops here: {error.message}"))
-    notify(TaskFinished(SEARCH_TASK))
-    return trace
-
-
-def sets_by_size(resolved: ResolvedSearch) -> Sequence[int]:
-    """Return how many sets of blocks are scored at each size, or an upper bound."""
-    candidates, more = len(resolved.removable.candidates(resolved.gone)), resolved.remove - len(resolved.gone)
-    return resolved.strategy.evaluations(candidates, more)
-
-
-def is_exact(resolved: ResolvedSearch) -> bool:
-    """Whether it is known beforehand how many sets of blocks are scored."""
-    chosen = resolved.strategy_name != "refine" and isinstance(resolved.target, SizeTarget)
-    return chosen and not resolved.request.fast
-
-
-def _announce(resolved: ResolvedSearch, scoring: Scoring, sets: Sequence[int]) -> None:
-    """Tell how long the search will take; `sets` counts the sets of blocks that are scored at each size."""
-    passes, metric, done = scoring.passes, scoring.metric, scoring.journal.evaluations
-    total = sum(sets) * scoring.sequences
-    if isinstance(metric, ModelMetric) or done >= total:
-        return  # how long another metric takes on a whole model is not known
-    left = 1 - done / total
-    count, length = resolved.architecture.block_count, passes.batches[0].shape[1]
-    at_most = "" if is_exact(resolved) else "at most "
-    announce_passes(
-        scoring.notify,
-        f"Search: {resolved.remove} of {count} blocks, {at_most}{total - done:,} evaluations of "
-        f"{length:,} tokens in {dtype_name(resolved.placement.dtype)}",
-        scoring.skippable,
-        [load.times(left) for load in search_loads(resolved, passes, scoring.held_out is not None)],
-        passes.batches[0],
-        passes.scoring(metric),
-        forks=passes.forks,
-        processes=scoring.group.size,
-    )
-
-
-def search_loads(resolved: ResolvedSearch, passes: Passes, holds_out: bool) -> Iterator[Load]:
-    """Yield the work of each size of a search."""
-    metric, gone, sets = resolved.metric, resolved.gone, sets_by_size(resolved)
-    tokens, sequences = sum(batch.numel() for batch in passes.batches), sum(map(len, passes.batches))
-    share, rounds = (min(1.0, RACE_SEQUENCES / sequences), STREAMED_ROUNDS) if resolved.request.fast else (1.0, 1)
-    blocks = [block for block in range(resolved.architecture.block_count) if block not in gone]
-    candidates = resolved.removable.candidates(gone)
-    by_size = passes_by_size(
-        blocks,
-        candidates,
-        len(sets),
-        together=passes.forks and resolved.strategy_name != "contiguous",
-        keeps=passes.budget.kept > 0 and resolved.strategy_name in ("greedy", "refine"),
-    )
-    for size, (scored, each) in enumerate(zip(sets, by_size, strict=False)):
-        here = len(blocks) - size
-        if isinstance(metric, LogitMetric):
-            evaluated = scored * share * tokens
-            yield Load(evaluated * each, evaluated, here * rounds)
-        elif isinstance(metric, HiddenStateMetric):
-            yield Load(here * tokens, 0, here)
-        if metric.name != "nll" or holds_out:
-            yield Load(here * tokens, tokens, here)  # the loss
-
-
-def _step(choice: Choice, before: tuple[int, ...], loss: float, resolved: ResolvedSearch, scoring: Scoring) -> Step:
+def _step(choice: Choice, before: tuple[int, ...], loss: float, settings: SearchSettings, scoring: Scoring) -> Step:
     """Return the record of a choice, `before` being the blocks removed at the previous size."""
     what = f"Without block {choice.block}"
     return Step(
         block=choice.block,
-        kind=resolved.architecture.kinds[choice.block],
+        kind=settings.architecture.kinds[choice.block],
         score=choice.score,
-        perplexity=_perplexity(loss, what, resolved.placement.dtype),
+        perplexity=_perplexity(loss, what, settings.placement.dtype),
         scores={block: score if score < math.inf else None for block, score in choice.outcome.scores.items()},
         race=choice.outcome.race,
-        held_out=_held_out(resolved, scoring, choice.removals, what),
+        held_out=_held_out(settings, scoring, choice.removals, what),
         removals=None if choice.removals == (*before, choice.block) else choice.removals,
         swaps=choice.swaps,
     )
 
 
-def _held_out(resolved: ResolvedSearch, scoring: Scoring, removed: tuple[int, ...], what: str) -> HeldOutRecord | None:
+def _held_out(settings: SearchSettings, scoring: Scoring, removed: tuple[int, ...], what: str) -> HeldOutRecord | None:
     if scoring.held_out is None:
         return None
     loss = fmean(scoring.losses(removed, held_out=True))
-    record = HeldOutRecord(loss=loss, perplexity=_perplexity(loss, what, resolved.placement.dtype))
+    record = HeldOutRecord(loss=loss, perplexity=_perplexity(loss, what, settings.placement.dtype))
     if not removed:
         return record
     searched, held_out = (
         [new - old for old, new in zip(losses(()), losses(removed), strict=True)]
         for losses in (scoring.losses, partial(scoring.losses, held_out=True))
     )
-    gap, error, overfits = compare_growth(searched, held_out, ERROR / resolved.remove)
+    gap, error, overfits = compare_growth(searched, held_out, ERROR / settings.remove)
     return record.model_copy(update={"generalization_gap": gap, "standard_error": error, "overfits": overfits})
 
 
@@ -471,25 +443,12 @@ def _perplexity(loss: float, what: str, dtype: torch.dtype) -> float:
     return math.exp(loss)
 
 
-def _sample(resolved: ResolvedSearch, scoring: Scoring, removals: tuple[int, ...]) -> SampleGeneration | None:
-    if not resolved.sample_tokens:
+def _sample(settings: SearchSettings, inputs: SearchInputs, removals: tuple[int, ...]) -> SampleGeneration | None:
+    if not settings.sample_tokens:
         return None
-    return scoring.group.from_main(
+    longest = settings.architecture.longest_sequence
+    return inputs.group.from_main(
         lambda: generate_sample(
-            scoring.skippable,
-            scoring.tokenizer,
-            removals,
-            resolved.sample_tokens,
-            resolved.architecture.longest_sequence,
-            scoring.notify,
+            inputs.model, inputs.tokenizer, removals, settings.sample_tokens, longest, inputs.notify
         )
     )
-
-
-def _target_record(target: Target | None, trace: SearchTrace, timer: SpeedupTimer) -> TargetRecord | None:
-    """Return the target and what was reached; time a speedup again, without the removed blocks."""
-    if isinstance(target, PerplexityTarget):
-        return target.record(trace.cost, trace.next_cost)
-    if target is None or target.name in ("ratio", "remove"):
-        return None
-    return timer.record(target, trace.removals) if target.name == "target_speedup" else target.record(trace.removals)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import as_float64
-from sleb_cli.engine.forward.logits import require_shape
 from sleb_cli.engine.forward.passes import Job, Listener, Passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup, Turn, deal
@@ -25,10 +24,12 @@ from sleb_cli.engine.search.choices import Outcome, ranking
 from sleb_cli.engine.search.journal import Journal, Name
 from sleb_cli.engine.search.race import Race, rounds
 from sleb_cli.engine.search.shares import at_once, deal_jobs
-from sleb_cli.events import CandidateScored, LaterStepsForecast, Notice, Notify, RaceNarrowed, SearchAdvanced
+from sleb_cli.events import SCORING_TASK, Advance, Notice, Notify, no_progress, task
 from sleb_cli.plan import Engine
-from sleb_plugins import HiddenStateMetric, LogitMetric, Metric, ModelMetric, PluginError, WeightMetric
+from sleb_cli.units import plural
+from sleb_plugins import HiddenStateMetric, LogitMetric, Metric, ModelMetric, WeightMetric
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
+from sleb_plugins.metrics.weighted import require_number, require_shape
 
 T = TypeVar("T")
 
@@ -69,8 +70,8 @@ class Scoring:
     group: ProcessGroup = field(default_factory=ProcessGroup)
     require_sound: Callable[[], None] = lambda: None
     _of_weights: dict[int, float] = field(default_factory=dict, init=False)
-    _ranking: list[int] = field(default_factory=list, init=False)
-    _raced: dict[tuple[int, ...], dict[int, list[float]]] = field(default_factory=dict, init=False)
+    _raced: dict[tuple[int, ...], dict[int, int]] = field(default_factory=dict, init=False)
+    """On how many sequences each candidate counted in a race, by the blocks that were gone."""
 
     @property
     def skippable(self) -> SkippableModel:
@@ -78,13 +79,16 @@ class Scoring:
         return self.passes.skippable
 
     @property
+    def head_blocks(self) -> float:
+        """How many blocks have as many weights as the head."""
+        return self.skippable.head_blocks
+
+    @property
     def sequences(self) -> int:
         """The number of calibration sequences."""
         return sum(len(batch) for batch in self.passes.batches)
 
-    def losses(
-        self, removed: Sequence[int], *, held_out: bool = False, advance: Callable[[int], object] = lambda done: None
-    ) -> list[float]:
+    def losses(self, removed: Sequence[int], *, held_out: bool = False, advance: Advance = no_progress) -> list[float]:
         """Return the negative log-likelihood of each sequence without these blocks, in nats per token.
 
         If the metric is that, the scores of the last removed block are taken. In the journal, the batches of held-out
@@ -99,12 +103,8 @@ class Scoring:
         if held_out:
             assert self.held_out is not None
             passes, first = self.held_out, len(self.passes.batches)
-
-        def tell(name: Name, losses: Sequence[float], **how: bool) -> None:
-            advance(len(losses))
-
         batches = range(first, first + len(passes.batches))
-        self._score_tokens(passes, NegativeLogLikelihood(), removed, (), batches, tell, first)
+        self._score_tokens(passes, NegativeLogLikelihood(), removed, (), batches, advance, first)
         return self.journal.scores(removed, None, batches)
 
     def _measure(
@@ -112,19 +112,17 @@ class Scoring:
         wanted: Sequence[Name],
         share_out: Callable[[list[Name]], Iterable[Turn[T]]],
         measure: Callable[[Sequence[T]], Iterable[Scores]],
-        tell: Callable[..., None],
+        advance: Advance,
+        *,
+        tells_own: bool = False,
     ) -> None:
         """Measure what is wanted and not in the journal; afterwards the journals of all processes have it.
 
-        `share_out` divides what is missing among the processes, in turns; `measure` takes the share of one.
+        `share_out` divides what is missing among the processes, in turns; `measure` takes the share of one, and if it
+        `tells_own`, it advances by that itself.
         """
-        missing = []
-        for name in wanted:
-            found = self.journal.find(*name)
-            if found is None:
-                missing.append(name)
-            else:
-                tell(name, found, from_journal=True)
+        missing = [name for name in wanted if self.journal.find(*name) is None]
+        advance(sum(map(self._evaluations, wanted)) - sum(map(self._evaluations, missing)))
         turns = share_out(missing)
         if not self.skippable.weights.resident:
             turns = at_once(turns)  # each process reads the weights once for all that it measures
@@ -132,8 +130,16 @@ class Scoring:
         for turn in turns:
             for rank, (name, scores) in self.group.in_turn(measure(turn[self.group.rank])):
                 self.journal.add(scores, *name)
-                if name in fresh:
-                    tell(name, scores, own=rank == self.group.rank)
+                if name in fresh and not (tells_own and rank == self.group.rank):
+                    advance(self._evaluations(name))
+
+    def _evaluations(self, name: Name) -> int:
+        """Return on how many sequences a candidate is evaluated for this measurement."""
+        batch = name[2]
+        if batch is None:
+            return self.sequences
+        of_all = [*self.passes.batches, *(self.held_out.batches if self.held_out else ())]
+        return len(of_all[batch])
 
     @property
     def _batches(self) -> Sequence[int | None]:
@@ -145,15 +151,6 @@ class Scoring:
         found = {block: self.journal.scores(removed, block, self._batches) for block in blocks}
         return {block: fmean(scores) for block, scores in found.items() if scores}
 
-    def _tell(self, name: Name, scores: Sequence[float], *, from_journal: bool = False, own: bool = False) -> None:
-        """Tell of a candidate's scores; while a process scores tokens, its passes tell how far its own have come."""
-        removed, block, batch = name
-        assert block is not None
-        if not (own and isinstance(self.metric, LogitMetric)):
-            evaluations = self.sequences if batch is None else len(scores)
-            self.notify(SearchAdvanced(evaluations, from_journal=from_journal))
-        self.notify(CandidateScored(len(removed) + 1, block, self._means(removed, [block])[block]))
-
     def score(self, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
         """Return the score of each candidate after these removals, or after a race, of each survivor.
 
@@ -161,15 +158,16 @@ class Scoring:
             ModelError: the dense model computes numbers that are not finite.
         """
         removed, metric = tuple(removed), self.metric
-        if isinstance(metric, LogitMetric):
-            outcome = self._score_logits(metric, removed, candidates)
-        elif isinstance(metric, HiddenStateMetric):
-            outcome = self._score_states(metric, removed, [(block,) for block in candidates], 1)
-        elif isinstance(metric, WeightMetric):
-            outcome = Outcome(self._score_weights(metric, removed, candidates))
-        else:
-            assert isinstance(metric, ModelMetric)
-            outcome = self._score_models(metric, removed, candidates)
+        with task(self.notify, SCORING_TASK, len(candidates) * self.sequences, "evaluations") as advance:
+            if isinstance(metric, LogitMetric):
+                outcome = self._score_logits(metric, removed, candidates, advance)
+            elif isinstance(metric, HiddenStateMetric):
+                outcome = self._score_states(metric, removed, [(block,) for block in candidates], 1, advance)
+            elif isinstance(metric, WeightMetric):
+                outcome = Outcome(self._score_weights(metric, candidates, advance))
+            else:
+                assert isinstance(metric, ModelMetric)
+                outcome = self._score_models(metric, removed, candidates, advance)
         return self._judged(outcome, removed)
 
     def score_spans(self, spans: Sequence[tuple[int, ...]], longest: int) -> Outcome:
@@ -178,15 +176,16 @@ class Scoring:
         A metric of hidden states scores what enters and leaves a span; the scores of weights are added up.
         """
         metric = self.metric
-        if isinstance(metric, HiddenStateMetric):
-            outcome = self._score_states(metric, (), spans, longest)
-        elif isinstance(metric, WeightMetric):
-            if new := sorted({block for span in spans for block in span} - self._of_weights.keys()):
-                self._of_weights.update(Outcome(self._score_weights(metric, (), new)).scores)
-            outcome = Outcome({span[-1]: math.fsum(self._of_weights[block] for block in span) for span in spans})
-        else:
+        if not isinstance(metric, HiddenStateMetric | WeightMetric):
             return Outcome({span[-1]: self.score(span[:-1], span[-1:]).scores[span[-1]] for span in spans})
-        return self._judged(outcome, ())
+        with task(self.notify, SCORING_TASK, len(spans) * self.sequences, "evaluations") as advance:
+            if isinstance(metric, HiddenStateMetric):
+                return self._judged(self._score_states(metric, (), spans, longest, advance), ())
+            if new := sorted({block for span in spans for block in span} - self._of_weights.keys()):
+                self._of_weights.update(Outcome(self._score_weights(metric, new, advance)).scores)
+        return self._judged(
+            Outcome({span[-1]: math.fsum(self._of_weights[block] for block in span) for span in spans}), ()
+        )
 
     def _judged(self, outcome: Outcome, removed: Sequence[int]) -> Outcome:
         """Let a score that is not finite count as the worst, if it is the removal that makes it so."""
@@ -194,28 +193,33 @@ class Scoring:
             self.require_sound()
             after = f" (with {', '.join(map(str, removed))} removed)" if removed else ""
             which = f"block {worst[0]}" if len(worst) == 1 else f"any of the blocks {', '.join(map(str, worst))}"
-            self.notify(Notice(f"Without {which}{after}, scores are not finite, so they rank last."))
+            self.notify(Notice(f"Without {which}{after}, scores are NaN or infinite, so they rank last."))
         return outcome
 
     @torch.inference_mode()
-    def _score_logits(self, metric: LogitMetric, removed: tuple[int, ...], candidates: Sequence[int]) -> Outcome:
+    def _score_logits(
+        self, metric: LogitMetric, removed: tuple[int, ...], candidates: Sequence[int], advance: Advance
+    ) -> Outcome:
         """Score the candidates batch by batch; in a race, the beaten drop out on the way."""
-        before, sizes = self._raced.get(removed[:-1], {}), [len(batch) for batch in self.passes.batches]
-        race = Race(candidates, self.sequences, before if removed else {})
-        few = not self.skippable.weights.resident
-        for batches in rounds(sizes, few=few) if self.fast else [range(len(sizes))]:
-            self._score_tokens(self.passes, metric, removed, race.contenders, batches, self._tell)
-            for batch in batches if self.fast else ():
+        if not self.fast:
+            self._score_tokens(self.passes, metric, removed, candidates, self._batches, advance)
+            return Outcome(self._means(removed, candidates))
+        race = Race(candidates, self.sequences, self._raced_before(removed))
+        sizes = [len(batch) for batch in self.passes.batches]
+        for batches in rounds(sizes, few=not self.skippable.weights.resident):
+            self._score_tokens(self.passes, metric, removed, race.contenders, batches, advance)
+            for batch in batches:
                 expected, seen = race.evaluations, range(batch + 1)
                 race.drop_beaten({block: self.journal.scores(removed, block, seen) for block in race.contenders})
-                self.notify(RaceNarrowed(len(removed) + 1, len(race.contenders), expected - race.evaluations))
-        if self.fast:
-            self._raced[removed] = {
-                block: self.journal.scores(removed, block, self._batches)[: race.scored(block)] for block in candidates
-            }
-        means = self._means(removed, race.contenders)
-        self._ranking[:] = ranking(means)
-        return race.outcome(means) if self.fast else Outcome(means)
+                advance(expected - race.evaluations, f"{plural(len(race.contenders), 'candidate')} still racing")
+        self._raced[removed] = {block: race.scored(block) for block in candidates}
+        return race.outcome(self._means(removed, race.contenders))
+
+    def _raced_before(self, removed: tuple[int, ...]) -> dict[int, list[float]]:
+        """Return the scores that counted in the race of the step before, in the order of the sequences."""
+        *earlier, last = removed or (None,)
+        counted = {} if last is None else self._raced.get(tuple(earlier), {})
+        return {block: self.journal.scores(earlier, block, self._batches)[:count] for block, count in counted.items()}
 
     @torch.inference_mode()
     def _score_tokens(
@@ -224,8 +228,8 @@ class Scoring:
         metric: LogitMetric,
         removed: tuple[int, ...],
         candidates: Sequence[int],
-        batches: Iterable[int],
-        tell: Callable[..., None],
+        batches: Iterable[int | None],
+        advance: Advance,
         first: int = 0,
     ) -> None:
         """Score the model without each candidate, or without candidates, as it stands.
@@ -243,19 +247,29 @@ class Scoring:
             return deal_jobs(jobs, self.group.size, lambda block: depth - block if passes.forks else 1.0)
 
         def measure(mine: Sequence[Job]) -> Iterator[Scores]:
-            if candidates:
-                self._ranking[:] = ranking(self._means(removed, candidates)) or self._ranking
-                self.notify(LaterStepsForecast(passes.share_of_later_steps(candidates, self._ranking)))
-            for batch, block, scores in passes.score(metric, removed, mine, self._ranking):
+            # The next step probably starts at one of the best so far, or else of those in the step before.
+            best = ranking(self._means(removed, candidates) or self._means(removed[:-1], candidates))
+            for batch, block, scores in passes.score(metric, removed, mine, best, advance):
                 yield (removed, block if candidates else None, first + batch), scores
+                if candidates and block == candidates[-1] and len(mine) > 1:
+                    advance(0, self._leader(removed, candidates))
 
         blocks: Sequence[int | None] = candidates or [None]
         wanted = [(removed, block, batch) for batch in batches for block in blocks]
-        self._measure(wanted, share_out, measure, tell)
+        self._measure(wanted, share_out, measure, advance, tells_own=True)
+
+    def _leader(self, removed: Sequence[int], candidates: Sequence[int]) -> str:
+        means = self._means(removed, candidates)
+        return f"best so far: block {(best := ranking(means)[0])} ({means[best]:.4f})" if means else ""
 
     @torch.inference_mode()
     def _score_states(
-        self, metric: HiddenStateMetric, removed: tuple[int, ...], spans: Sequence[tuple[int, ...]], longest: int
+        self,
+        metric: HiddenStateMetric,
+        removed: tuple[int, ...],
+        spans: Sequence[tuple[int, ...]],
+        longest: int,
+        advance: Advance,
     ) -> Outcome:
         """Score spans by what enters their first block and leaves their last, in one run of the model as it stands.
 
@@ -287,27 +301,26 @@ class Scoring:
 
         gone = {span[-1]: (*removed, *span[:-1]) for span in spans}
         wanted = [(gone[last], last, batch) for batch in self._batches for last in gone]
-        self._measure(wanted, share_out, measure, self._tell)
+        self._measure(wanted, share_out, measure, advance)
         return Outcome({last: self._means(gone[last], [last])[last] for last in gone})
 
-    def _score_weights(
-        self, metric: WeightMetric, removed: Sequence[int], candidates: Sequence[int]
-    ) -> Mapping[int, float]:
+    def _score_weights(self, metric: WeightMetric, candidates: Sequence[int], advance: Advance) -> Mapping[int, float]:
         """Score the parameters of each block, in the main process."""
 
         def compute() -> Mapping[int, float]:
             scores: dict[int, float] = {}
             for block in self.skippable.weights.visit(candidates):
                 found = metric.score_block(self.skippable.switches[block].block, block)
-                scores[block] = _require_number(metric.name, found)
-                self.notify(CandidateScored(len(removed) + 1, block, scores[block]))
-                self.notify(SearchAdvanced(self.sequences))
+                scores[block] = require_number(metric.name, found)
+                advance(self.sequences)
             return scores
 
         return self.group.from_main(compute)
 
     @torch.inference_mode()
-    def _score_models(self, metric: ModelMetric, removed: tuple[int, ...], candidates: Sequence[int]) -> Outcome:
+    def _score_models(
+        self, metric: ModelMetric, removed: tuple[int, ...], candidates: Sequence[int], advance: Advance
+    ) -> Outcome:
         """Score the model once for each candidate, with it skipped."""
         sequences = torch.cat(tuple(self.passes.batches))
 
@@ -317,11 +330,11 @@ class Scoring:
                 self.skippable.skip({*gone, block})
                 yield (
                     (gone, block, batch),
-                    [_require_number(metric.name, metric.score_model(self.skippable.model, self.tokenizer, sequences))],
+                    [require_number(metric.name, metric.score_model(self.skippable.model, self.tokenizer, sequences))],
                 )
 
         wanted = [(removed, block, None) for block in candidates]
-        self._measure(wanted, lambda missing: deal(missing, self.group.size), measure, self._tell)
+        self._measure(wanted, lambda missing: deal(missing, self.group.size), measure, advance)
         return Outcome(self._means(removed, candidates))
 
 
@@ -330,17 +343,3 @@ def _mean_over_tokens(metric: HiddenStateMetric, entering: Tensor, leaving: Tens
     require_shape(metric.name, scores, entering.shape[:-1])
     means: list[float] = as_float64(scores).mean(-1).tolist()
     return means
-
-
-def _require_number(name: str, score: Any) -> float:
-    """Return what a metric returned as a float.
-
-    Raises:
-        PluginError: it is not a number.
-    """
-    if not isinstance(score, int | float):
-        raise PluginError(
-            f"The metric {name!r} returned {score!r}, which is not a number.",
-            hint="Report it to the author of the metric.",
-        )
-    return float(score)

@@ -1,17 +1,17 @@
-"""`--target-speedup`: time pruned models to turn a speedup into a target, and to measure the one reached."""
+"""`--target-speedup`: time pruned models to turn a speed-up into a target, and to measure the one reached."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from sleb_cli.engine.device import free_memory
 from sleb_cli.engine.model.sizes import Sizes
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.search.resolve import ResolvedSearch
-from sleb_cli.engine.search.targets import SizeTarget, parse_number
+from sleb_cli.engine.search.removable import Removable
+from sleb_cli.engine.search.settings import SearchSettings
+from sleb_cli.engine.search.targets import SizeTarget
 from sleb_cli.engine.speed.benchmark import share_of_time
 from sleb_cli.engine.speed.workloads import make_workload
 from sleb_cli.engine.surgery.loading import load_pruned
@@ -19,87 +19,83 @@ from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import TargetRecord
 from sleb_cli.requests import DEFAULT_WORKLOAD
-from sleb_cli.results import Workload
 from sleb_plugins import UnsupportedModelError, UsageError
+
+Share = Callable[[Collection[int]], float]
+"""Takes removed blocks; returns the time of the model without them, as a share of the dense model's."""
 
 
 @dataclass(frozen=True)
-class SpeedupTimer:
-    """Time pruned models in alternation with the dense one, as `bench` does."""
+class SpeedTarget(SizeTarget):
+    """Stop once the model is predicted to be fast enough; its size is a share of the dense model's time."""
 
-    resolved: ResolvedSearch
-    model: Any
-    group: ProcessGroup
-    notify: Notify
+    share: Share | None = None
 
-    @cached_property
-    def workload(self) -> Workload:
-        """The timed workload: generation, as `bench` times it by default."""
-        positions = self.resolved.architecture.longest_sequence
-        return make_workload(DEFAULT_WORKLOAD, self.resolved.placement.device, positions)
+    def record(self, removed: Collection[int], increase: float, following: float | None) -> TargetRecord:
+        """Return the speed-up reached, timed again without the removed blocks."""
+        assert self.share is not None
+        return TargetRecord(
+            name=self.name,
+            asked=self.asked,
+            limit=1 / self.most,
+            dense=1,
+            reached=1 / self.share(removed),
+            predicted=1 / self.sizes.without(removed),
+            workload=DEFAULT_WORKLOAD,
+        )
 
-    def share(self, removals: Sequence[int]) -> float:
-        """Return the time of the model without these blocks, as a share of the dense model's, in the main process."""
 
+def time_target(settings: SearchSettings, dense: Any, group: ProcessGroup, notify: Notify) -> SpeedTarget:
+    """Time the model at two depths in turn with the dense one, as `bench` does, and estimate the time per block.
+
+    Raises:
+        UsageError: the model does not get faster with fewer blocks.
+    """
+    architecture, place = settings.architecture, settings.placement
+    workload = make_workload(DEFAULT_WORKLOAD, place.device, architecture.longest_sequence)
+
+    def share(removals: Collection[int]) -> float:
         def measure() -> float:
-            surgery, place = Surgery(self.resolved.architecture, tuple(removals)), self.resolved.placement
-            pruned = load_pruned(surgery, place.dtype, place.device, self.notify, dense=self.model)
-            share = share_of_time(self.workload, self.model, pruned, surgery.removals, self.notify)
+            surgery = Surgery(architecture, tuple(removals))
+            pruned = load_pruned(surgery, place.dtype, place.device, notify, dense=dense)
+            share = share_of_time(workload, dense, pruned, surgery.removals, notify)
             del pruned
             free_memory()
             return share
 
-        return self.group.from_main(measure)
+        return group.from_main(measure)
 
-    def record(self, target: SizeTarget, removals: Sequence[int]) -> TargetRecord:
-        """Return the speedup reached, timed again without the blocks that the search removed."""
-        predicted, measured = 1 / target.sizes.without(removals), 1 / self.share(removals)
-        return TargetRecord(
-            name="target_speedup",
-            asked=target.asked,
-            limit=1 / target.most,
-            dense=1,
-            reached=measured,
-            predicted=predicted,
-            workload=self.workload.name,
+    gone = _removable_sample(settings.removable)
+    depths = sorted({max(1, len(gone) // 2), len(gone)})
+    shares = [share(gone[:depth]) for depth in depths]
+    slope = fit_slope(depths, shares)
+    timed = ", ".join(f"{share:.0%} ({n} fewer)" for n, share in zip(depths, shares, strict=True))
+    notify(
+        Notice(f"With fewer blocks, {workload.name} takes {timed} of the dense model's time: {slope:.1%} per block.")
+    )
+    if slope <= 0:
+        raise UsageError(
+            f"On this machine, {workload.name} does not get faster with fewer blocks.",
+            hint="Try again when nothing else is running, or use --ratio and measure with `sleb bench`.",
         )
+    assert settings.speedup is not None
+    blocks, asked = architecture.block_count, str(settings.options["target_speedup"])
+    seconds, most = Sizes(1 - slope * blocks, (slope,) * blocks), 1 / settings.speedup
+    return SpeedTarget("target_speedup", asked, seconds, most, lambda left: f"{1 / left:.2f}x the speed", share=share)
 
-    def target(self) -> SizeTarget:
-        """Time the model at two depths, and estimate the time per block.
 
-        Raises:
-            UsageError: the model does not get faster with fewer blocks.
-        """
-        gone = self._removable_sample()
-        depths = sorted({max(1, len(gone) // 2), len(gone)})
-        shares = [self.share(gone[:depth]) for depth in depths]
-        slope = fit_slope(depths, shares)
-        blocks, workload = self.resolved.architecture.block_count, self.workload.name
-        timed = ", ".join(f"{share:.0%} ({n} fewer)" for n, share in zip(depths, shares, strict=True))
-        self.notify(
-            Notice(f"With fewer blocks, {workload} takes {timed} of the dense model's time: {slope:.1%} per block.")
-        )
-        if slope <= 0:
-            raise UsageError(
-                f"On this machine, {workload} does not get faster with fewer blocks.",
-                hint="Try again when nothing else is running, or use --ratio and measure with `sleb bench`.",
-            )
-        asked = str(self.resolved.request.target_speedup)
-        seconds, most = Sizes(1 - slope * blocks, (slope,) * blocks), 1 / parse_number(asked, "target_speedup")
-        return SizeTarget("target_speedup", asked, seconds, most, lambda share: f"{1 / share:.2f}x the speed")
-
-    def _removable_sample(self) -> list[int]:
-        """Return two thirds of the candidates, or as many as can go together; each is the middle one of those left."""
-        candidates, gone = self.resolved.removable.candidates, list[int]()
-        free = candidates(())
-        most = max(1, len(free) * 2 // 3)
-        while len(gone) < most:
-            gone.append(free[len(free) // 2])
-            try:
-                free = candidates(gone)
-            except UnsupportedModelError:
-                break
-        return gone
+def _removable_sample(removable: Removable) -> list[int]:
+    """Return two thirds of the candidates, or as many as can go together; each is the middle one of those left."""
+    gone = list[int]()
+    free = removable.candidates(())
+    most = max(1, len(free) * 2 // 3)
+    while len(gone) < most:
+        gone.append(free[len(free) // 2])
+        try:
+            free = removable.candidates(gone)
+        except UnsupportedModelError:
+            break
+    return gone
 
 
 def fit_slope(removed: Sequence[int], share: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""When a search stops: at a number of blocks, once the model is small or fast enough, or before it loses too much.
+"""When a search stops: once the model is small or fast enough, or before its perplexity rises too far.
 
 How much each block takes (`Sizes`), in parameters, bytes or seconds, is measured elsewhere.
 """
@@ -6,43 +6,18 @@ How much each block takes (`Sizes`), in parameters, bytes or seconds, is measure
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 
-from sleb_cli.engine.device import dtype_name, parse_dtype
-from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.model.sizes import Sizes, cache_bytes, count_parameters, stored_bytes
-from sleb_cli.engine.text.windows import choose_length
+from sleb_cli.engine.model.sizes import Sizes
+from sleb_cli.engine.search.removable import Removable
+from sleb_cli.engine.search.strategies import free_spans
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import ServingRecord, TargetRecord
-from sleb_cli.requests import DEFAULT_SERVE_LENGTH, REFINES, TARGET_NAMES, TargetName, TargetRequest
-from sleb_cli.units import format_bytes, format_count, parse_bytes, parse_count, parse_ratio, plural
+from sleb_cli.requests import StrategyName, TargetName
+from sleb_cli.units import plural
 from sleb_plugins import UsageError
-
-_LEAST: Mapping[TargetName, float] = {"target_speedup": 1.01, "max_perplexity_ratio": 1}
-"""The smallest numbers that make sense."""
-
-
-def chosen_target(request: TargetRequest) -> TargetName:
-    """Return the one field of `TARGET_NAMES` that is given.
-
-    Raises:
-        UsageError: none is given, or several are, or a field that belongs to another target.
-    """
-    given = [name for name in TARGET_NAMES if getattr(request, name) is not None]
-    if not given:
-        raise UsageError(
-            f"No target given: one of {', '.join(map(option_of, TARGET_NAMES))} is needed.",
-            hint="For example: --ratio 0.2.",
-        )
-    if len(given) > 1:
-        options = " and ".join(map(option_of, given))
-        raise UsageError(f"{options} cannot be combined.", hint="Use one of them.")
-    for name, target in REFINES.items():
-        if getattr(request, name) is not None and given[0] != target:
-            raise UsageError(f"{option_of(name)} requires {option_of(target)}.", hint=f"Leave out {option_of(name)}.")
-    return given[0]
 
 
 def option_of(name: str) -> str:
@@ -69,6 +44,10 @@ class SizeTarget:
     most: float
     describe: Callable[[float], str]
     serving: ServingRecord | None = None
+
+    def allows(self, increase: float) -> bool:
+        """Whether the loss may rise by this much: a size does not limit it."""
+        return True
 
     def met(self, removed: Collection[int]) -> bool:
         """Whether the model is small enough without these blocks."""
@@ -99,8 +78,10 @@ class SizeTarget:
             )
         return len(removed) + next(count for count, rest in enumerate(left) if self._fits(rest))
 
-    def record(self, removed: Collection[int]) -> TargetRecord:
-        """Return what was reached without these blocks."""
+    def record(self, removed: Collection[int], increase: float, following: float | None) -> TargetRecord | None:
+        """Return what was reached without these blocks; nothing of a number of blocks."""
+        if self.name in ("ratio", "remove"):
+            return None
         dense, reached = self.sizes.without(()), self.sizes.without(removed)
         return TargetRecord(
             name=self.name, asked=self.asked, limit=self.most, dense=dense, reached=reached, serving=self.serving
@@ -127,13 +108,17 @@ class PerplexityTarget:
         """Whether the loss may rise by this much above the dense model's, in nats per token."""
         return increase <= math.log(self.limit)
 
-    def record(self, increase: float, next_increase: float | None) -> TargetRecord:
-        """Return what was reached, and with one more removal, from increases of the loss in nats per token."""
-        following = None if next_increase is None else perplexity_ratio(next_increase)
-        reached = perplexity_ratio(increase)
-        return TargetRecord(
-            name=self.name, asked=self.asked, limit=self.limit, dense=1.0, reached=reached, next=following
-        )
+    def met(self, removed: Collection[int]) -> bool:
+        """Whether enough is removed: never, as long as the loss allows more."""
+        return False
+
+    def record(self, removed: Collection[int], increase: float, following: float | None) -> TargetRecord:
+        """Return what was reached, and would be with the following removal, from increases of the loss in nats."""
+        beyond, reached = None if following is None else perplexity_ratio(following), perplexity_ratio(increase)
+        return TargetRecord(name=self.name, asked=self.asked, limit=self.limit, dense=1.0, reached=reached, next=beyond)
+
+
+Target = SizeTarget | PerplexityTarget
 
 
 def perplexity_ratio(increase: float) -> float:
@@ -141,67 +126,37 @@ def perplexity_ratio(increase: float) -> float:
     return math.exp(min(increase, 700))
 
 
-Target = SizeTarget | PerplexityTarget
-
-
-def resolve_target(request: TargetRequest, architecture: Architecture, dtype: str, notify: Notify) -> Target | None:
-    """Return the target, or None for --target-speedup, which must be timed first.
-
-    `dtype` is the data type in which the model will be served.
+def count_removals(
+    target: Target, removable: Removable, strategy: StrategyName, gone: Sequence[int], notify: Notify
+) -> int:
+    """Return the largest number of removals for a target, with the blocks that are `gone` already.
 
     Raises:
-        UsageError: there is not exactly one target, or it is not a number.
-        UnsupportedModelError: the size of the KV cache is unknown.
+        UsageError: the target is already met, cannot be met, or does not fit the strategy.
     """
-    name = chosen_target(request)
-    asked = str(getattr(request, name))
-    if name in ("ratio", "remove"):
-        blocks = architecture.block_count
-        remove = math.ceil(parse_ratio(asked) * blocks) if name == "ratio" else int(asked)
-        count = Sizes(0, (1,) * blocks)
-        return SizeTarget(name, asked, count, max(0, blocks - remove), lambda n: f"{n:g} of {blocks} blocks")
-    if name == "target_params":
-        most = parse_count(asked, option_of(name))
-        sizes = count_parameters(architecture)
-        return SizeTarget(name, asked, sizes, most, lambda n: f"{format_count(n)} parameters")
-    if name == "target_memory":
-        return _memory_target(request, architecture, dtype, notify)
-    number = parse_number(asked, name)
-    return None if name == "target_speedup" else PerplexityTarget(asked, number)
+    blocks = removable.architecture.block_count
+    candidates = removable.protection.candidates(blocks, ())
+    if isinstance(target, SizeTarget):
+        if strategy == "refine" and len(set(target.sizes.blocks)) > 1:
+            raise UsageError(
+                f"--strategy refine swaps blocks, and those of this model differ in size, so it may miss "
+                f"{option_of(target.name)}.",
+                hint="Use --strategy greedy, or --remove.",
+            )
+        remove = target.removals(candidates, gone)
+        if strategy == "contiguous":
+            free_spans(removable.candidates, remove)
+        return remove
+    if strategy == "contiguous":
+        candidates = longest_run(removable.candidates(()))
+    most = min(len({*candidates, *gone}), blocks - 1)
+    limit = f"{target.limit:g}x the dense model's"
+    notify(Notice(f"The search removes up to {most} blocks, and stops before perplexity is over {limit}."))
+    return most
 
 
-def _memory_target(request: TargetRequest, architecture: Architecture, dtype: str, notify: Notify) -> SizeTarget:
-    """Count the weights and the KV cache as served: by default, one sequence of up to 4,096 tokens."""
-    most = parse_bytes(str(request.target_memory), "--target-memory")
-    served = parse_dtype(dtype, architecture.dtype)
-    length = choose_length(request.serve_length, architecture, DEFAULT_SERVE_LENGTH, "--serve-length")
-    serving = ServingRecord(dtype=dtype_name(served), length=length)
-    packed = architecture.is_quantized
-    weights = stored_bytes(architecture) if packed else count_parameters(architecture) * served.itemsize
-    cache = cache_bytes(architecture, served, length=length, batch=1)
-    form = "packed as in the checkpoint" if packed else f"in {serving.dtype}"
-    notify(
-        Notice(
-            f"Memory counts the weights {form} ({format_bytes(weights.without(()))}) and a KV cache in "
-            f"{serving.dtype} for {length} tokens ({format_bytes(cache.without(()))})."
-        )
-    )
-    return SizeTarget("target_memory", str(request.target_memory), weights + cache, most, format_bytes, serving)
-
-
-def parse_number(text: str, name: TargetName) -> float:
-    """Read the number of a target; "1.25x" is 1.25.
-
-    Raises:
-        UsageError: the text is not a number, or is below the least that makes sense.
-    """
-    try:
-        number = float(text.lower().removesuffix("x"))
-    except ValueError:
-        number = math.nan
-    least = _LEAST[name]
-    if not (least <= number < math.inf):
-        raise UsageError(
-            f"{option_of(name)} {text} is not a number of {least:g} or more.", hint=f"For example: {least + 0.25:g}."
-        )
-    return number
+def longest_run(blocks: Sequence[int]) -> list[int]:
+    """Return the longest run of consecutive blocks; the first one if several are equally long."""
+    # As long as blocks are consecutive, they are as far ahead of their place in the list.
+    runs = [[block for _, block in run] for _, run in groupby(enumerate(blocks), lambda pair: pair[1] - pair[0])]
+    return max(runs, key=len, default=[])
