@@ -14,7 +14,7 @@ def log(event: events.Event) -> None:
         case events.BlockRemoved():
             trackio.log({"removed": event.step, "score": event.score, "perplexity": event.perplexity})
         case events.HealChecked():
-            trackio.log({"share": event.share, "KL of a step": event.divergence, "KL": event.deciding})
+            trackio.log({"share": event.share, "KL of a step": event.divergence, "KL": event.validation})
         case events.Notice() | events.Warned():
             print(event.text, file=sys.stderr)
 

@@ -63,11 +63,11 @@ class TaskFinished(Event):
 
 @dataclass(frozen=True)
 class HealChecked(Event):
-    """The divergence from the dense model in the last step and on deciding text; `share` of the budget is used."""
+    """The divergence from the dense model in the last step and on validation text; `share` of the budget is used."""
 
     share: float
     divergence: float
-    deciding: float
+    validation: float
 
 
 @dataclass(frozen=True)

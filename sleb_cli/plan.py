@@ -272,7 +272,7 @@ class FitRecord(Record):
 
     The removed blocks follow the block, or precede it if no block before them stays. `weights` are the fitted modules,
     none if nothing could be fitted; `exact` says whether the block's output changes by exactly what they add.
-    `error_left` is the share of the squared error left on the deciding text, with the `ridge` that leaves the least.
+    `error_left` is the share of the squared error left on the validation text, with the `ridge` that leaves the least.
     `divergence` is that from the dense model there, in nats per token, with these values, which stay only if `kept`. If
     `block` is null, the norm after the last block was fitted.
     """
@@ -333,14 +333,14 @@ class ConversationsRecord(Record):
 class RecoveryRecord(Record):
     """How the kept blocks were recovered, on which text, and the losses on held-out text.
 
-    Values were fitted to `text`; `deciding_text` chose ridges, fits and the point that is kept; `dense`, `pruned`,
-    `closed_form_losses` and `heal.losses` are measured on `report_text`. No document is in two of them. Stages that
-    were not requested are null. `conversations` are measured besides, if it is a chat model.
+    Values were fitted to `train_text`; `validation_text` chose ridges, fits and the point that is kept; `dense`,
+    `pruned`, `closed_form_losses` and `heal.losses` are measured on `test_text`. No document is in two of them. Stages
+    that were not requested are null. `conversations` are measured besides, if it is a chat model.
     """
 
-    text: CalibrationRecord
-    deciding_text: CalibrationRecord
-    report_text: CalibrationRecord
+    train_text: CalibrationRecord
+    validation_text: CalibrationRecord
+    test_text: CalibrationRecord
     dense: LossesRecord
     pruned: LossesRecord
     closed_form: ClosedFormRecord | None = None
@@ -350,8 +350,8 @@ class RecoveryRecord(Record):
 
     def published(self) -> RecoveryRecord:
         """Return the record with the names of local texts, but not their folders."""
-        texts = {"text": self.text, "deciding_text": self.deciding_text, "report_text": self.report_text}
-        return self.model_copy(update={name: _without_folders(text) for name, text in texts.items()})
+        names = ("train_text", "validation_text", "test_text")
+        return self.model_copy(update={name: _without_folders(getattr(self, name)) for name in names})
 
     @property
     def recovered(self) -> LossesRecord:

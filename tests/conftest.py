@@ -466,11 +466,11 @@ def interrupt_healing(monkeypatch, step):
     return steps
 
 
-def reported_tokens(model, text, record):
+def tokens_of_test_text(model, text, record):
     """Return the tokens of the last tenth of the text that the record is about, cut the slow way."""
     content = text.read_text()
     start = content.index("\n", round(0.9 * len(content))) + 1
     windows = cut_windows(AutoTokenizer.from_pretrained(model), content[start:], 32, bos=False)
-    drawn = windows[draw(len(windows), record["report_text"]["sequences"], 0)]
-    assert tokens_sha256(drawn) == record["report_text"]["tokens_sha256"]
+    drawn = windows[draw(len(windows), record["test_text"]["sequences"], 0)]
+    assert tokens_sha256(drawn) == record["test_text"]["tokens_sha256"]
     return drawn

@@ -85,11 +85,11 @@ def observe(skippable: SkippableModel, call: Call, states: Tensor, source: Sourc
 class FittingText:
     """The text to fit on and the text that decides, in batches, and the dense states that enter each depth."""
 
-    def __init__(self, skippable: SkippableModel, train: Tensor, deciding: Tensor, batch: int) -> None:
-        self.skippable, self.train_ids, self.deciding_ids = skippable, train, deciding
-        ids = [*torch.split(train, batch), *torch.split(deciding, batch)]
+    def __init__(self, skippable: SkippableModel, train: Tensor, validation: Tensor, batch: int) -> None:
+        self.skippable, self.train_ids, self.validation_ids = skippable, train, validation
+        ids = [*torch.split(train, batch), *torch.split(validation, batch)]
         fitted = -(-len(train) // batch)
-        self.train, self.deciding = range(fitted), range(fitted, len(ids))
+        self.train, self.validation = range(fitted), range(fitted, len(ids))
         start = time.monotonic()
         self.calls = [skippable.calls(each) for each in ids]
         self.dense = [[calls[0].entering for calls in self.calls]]
@@ -118,19 +118,19 @@ class Site:
     def least_squares(self, source: Source, *, published: bool = False) -> Tensor:
         """Return the coefficients, float64, with which the source comes closest to what is missing.
 
-        Positions count by the size of their states, and the ridge is the best on the deciding text: that is ours. In
+        Positions count by the size of their states, and the ridge is the best on the validation text: that is ours. In
         what others published, all positions count alike, and there is no ridge.
         """
         found: list[Ridge] = []
-        for batches in (self.text.train, self.text.deciding):
+        for batches in (self.text.train, self.text.validation):
             sums = None
             for leaving, wanted, features in self.rows(batches, source):
                 sums = sums or Ridge(features.shape[-1], wanted.shape[-1], wanted.device)
                 size = torch.ones_like(wanted[..., 0]) if published else wanted.square().mean(-1).clamp_min(1e-12)
                 sums.add(features.flatten(0, 1), (wanted - leaving).flatten(0, 1), 1 / size.flatten())
             found += [sums] if sums else []
-        train, deciding = found
-        return train.solve(0.0) if published else min(map(train.solve, RIDGES), key=deciding.error)
+        train, validation = found
+        return train.solve(0.0) if published else min(map(train.solve, RIDGES), key=validation.error)
 
     @property
     def module(self) -> nn.Module:

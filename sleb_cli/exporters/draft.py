@@ -72,7 +72,7 @@ def _accepted(findings: Findings) -> tuple[str | None, float | None]:
     if recovery := findings.plan.recovery:
         if talks := recovery.conversations:
             return "answers in its own conversations", (talks.healed or talks.closed_form or talks.pruned).accepted
-        return str(recovery.report_text), recovery.recovered.accepted
+        return str(recovery.test_text), recovery.recovered.accepted
     if not findings.own_texts:
         return None, None
     name, _, scores = max(findings.own_texts, key=lambda found: found[1].tokens)

@@ -99,7 +99,7 @@ class Findings:
     def made_on(self, text: TextResult) -> list[str]:
         """Return what was done on this text besides measuring."""
         recovery = self.plan.recovery
-        used = {"searched on": self.plan.calibration} | ({"recovered on": recovery.text} if recovery else {})
+        used = {"searched on": self.plan.calibration} | ({"recovered on": recovery.train_text} if recovery else {})
         if text.text in _PRESETS:  # of which calibration reads the training split, and evaluation another
             return []
         return [what for what, record in used.items() if _split_of(text.text) in map(_split_of, record.sources)]

@@ -22,12 +22,12 @@ def _search(findings: Findings) -> str:
 def _apply(findings: Findings) -> str:
     values: dict[str, Any] = {}
     if recovery := findings.plan.recovery:
-        text, heal = recovery.text, recovery.heal
+        text, heal = recovery.train_text, recovery.heal
         values = {"recover": True if recovery.closed_form else None}
         if heal:
             minutes = None if heal.minutes is None else f"{heal.minutes:g}"
             values |= {"heal": True, "heal_tokens": heal.token_budget, "heal_minutes": minutes}
-        drawn = sum(part.sequences for part in (text, recovery.deciding_text, recovery.report_text))
+        drawn = sum(part.sequences for part in (text, recovery.validation_text, recovery.test_text))
         values |= {
             "calibration": text.source,
             "samples": None if text.source.endswith("-sleb") else drawn,

@@ -89,7 +89,7 @@ def recovery(record: RecoveryRecord) -> Table:
         ("model", str), ("perplexity", format_perplexity), ("loss, nats", "{:.4f}".format),
         ("KL, nats", "{:.4f}".format), ("KL, answers", "{:.4f}".format),
     ]  # fmt: skip
-    notes = [f"{record.summary}, measured on {record.report_text}, held out"]
+    notes = [f"{record.summary}, measured on {record.test_text}, held out"]
     if talks:
         notes.append(f"on answers in its own conversations, {talks.divergence_left:.0%} of the divergence is left")
     return tabulate("Recovery", columns, rows, notes, optional=["KL, answers"])

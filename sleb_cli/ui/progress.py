@@ -131,8 +131,8 @@ class _Listener:
                 self._progress.remove_task(self._tasks.pop(task))
             case TaskFinished(task):
                 self._finish(task)
-            case HealChecked(_, divergence, deciding):
-                note = f"KL {divergence:.3f}, on deciding text {deciding:.3f}"
+            case HealChecked(_, divergence, validation):
+                note = f"KL {divergence:.3f}, on validation text {validation:.3f}"
                 self._progress.update(self._tasks[HEAL_TASK], note=note)
             case SearchStarted(_, remove, done):
                 self._add(SEARCH_TASK, remove, "blocks")
@@ -180,9 +180,9 @@ class _Log:
         match event:
             case TaskStarted(task) if task != SCORING_TASK:
                 self._line(f"{task} …")
-            case HealChecked(share, divergence, deciding):
+            case HealChecked(share, divergence, validation):
                 self._line(
-                    f"healing, {share:.0%}: KL to the dense model {divergence:.4f}, on deciding text {deciding:.4f}"
+                    f"healing, {share:.0%}: KL to the dense model {divergence:.4f}, on validation text {validation:.4f}"
                 )
             case SearchStarted(blocks, remove, done):
                 self._remove = remove

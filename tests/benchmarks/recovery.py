@@ -3,8 +3,8 @@
     python tests/benchmarks/recovery.py MODEL DATA --without 5,20,21 --without 9,10,11 [--heal-minutes 0,10]
 
 DATA is a folder with text/enwiki_train.txt, text/enwiki_test.txt and text/c4_50.jsonl. All methods
-(`tests/recovery_baselines.py`) fit --samples sequences of the first, let --deciding others decide, are measured on the
-other two, and lack the same blocks, such as those of a search: one table for each --without. With --heal-minutes,
+(`tests/recovery_baselines.py`) fit --samples sequences of the first, let --validation others decide, are measured on
+the other two, and lack the same blocks, such as those of a search: one table for each --without. With --heal-minutes,
 `sleb apply --recover --heal` runs too, on three quarters of that text and a quarter of the model's own; 0 minutes are
 `--recover` alone.
 
@@ -52,7 +52,7 @@ from sleb_cli.engine.text.calibration import calibrate_splits, resolve_calibrati
 from sleb_cli.engine.text.sources import TextSplit
 from sleb_cli.events import ignore
 
-FITTED_PART, DECIDING_PART = TextSplit(0, 0.7), TextSplit(0.7, 1)
+TRAIN_PART, VALIDATION_PART = TextSplit(0, 0.7), TextSplit(0.7, 1)
 RESAMPLES = 2000
 DENSE, PRUNED, OURS = "dense", "pruned", "**`--recover`**"
 AT_GAPS: dict[str, Fit] = {
@@ -65,7 +65,7 @@ AT_GAPS: dict[str, Fit] = {
 
 class RecoveryBench(Bench):
     name = "recovery"
-    setting = ("samples", "deciding", "length", "windows", "window_length", "dtype")
+    setting = ("samples", "validation", "length", "windows", "window_length", "dtype")
 
     @cached_property
     def skippable(self) -> SkippableModel:
@@ -80,14 +80,14 @@ class RecoveryBench(Bench):
         options = self.options
         text = str(self.source / TRAIN)
         settings = resolve_calibration(self.architecture, text, sequence_length=options.length)
-        parts = ((options.samples, FITTED_PART), (options.deciding, DECIDING_PART))
+        parts = ((options.samples, TRAIN_PART), (options.validation, VALIDATION_PART))
         splits = [replace(settings, samples=samples, split=part) for samples, part in parts]
-        train, deciding = (
+        train, validation = (
             drawn.sequences.to(self.skippable.device)
             for drawn in calibrate_splits(splits, self.tokenizer, lambda: self.skippable.model, ignore)
         )
-        say(f"the dense states on {len(train)} + {len(deciding)} x {options.length} tokens")
-        return FittingText(self.skippable, train, deciding, options.batch)
+        say(f"the dense states on {len(train)} + {len(validation)} x {options.length} tokens")
+        return FittingText(self.skippable, train, validation, options.batch)
 
     @cached_property
     def dense_final(self) -> dict[str, list[Tensor]]:
@@ -124,7 +124,7 @@ class RecoveryBench(Bench):
         text, patch = self.text, Patch()
         start = time.monotonic()
         if method == OURS:
-            values, *_ = recover_in_closed_form(self.skippable, removed, text.train_ids, text.deciding_ids, ignore)
+            values, *_ = recover_in_closed_form(self.skippable, removed, text.train_ids, text.validation_ids, ignore)
             patch = Patch(values)
         elif method in AT_GAPS:
             start -= text.seconds
@@ -220,7 +220,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    sizes = {"samples": 96, "deciding": 24, "batch": 8}
+    sizes = {"samples": 96, "validation": 24, "batch": 8}
     found = parser(__doc__, "model", "data", work="recovery", **LONG, **sizes, heal_minutes=[])
     found.add_argument(
         "--without", type=separated(int), action="append", required=True, help="blocks to remove: 5,20,21"

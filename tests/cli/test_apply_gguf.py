@@ -13,7 +13,7 @@ from test_apply import applied
 from test_recover import plain_losses
 from transformers import AutoModelForCausalLM
 
-from conftest import calibration, reported_tokens, slow
+from conftest import calibration, slow, tokens_of_test_text
 from gguf_models import metadata_of, tensors_of, write_gguf, write_llama_gguf
 from sleb_cli import atomic
 from sleb_cli.engine.files import fingerprint
@@ -216,7 +216,7 @@ def test_a_gguf_model_is_recovered_into_a_checkpoint(run_sleb, tmp_path, source,
         0,
     )
     record = result["recovery"]
-    reported = reported_tokens(tmp_path / "origin", text_file, record)
+    reported = tokens_of_test_text(tmp_path / "origin", text_file, record)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=source.name, dtype=torch.bfloat16)
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     loss, divergence = plain_losses(dense, ours, reported)

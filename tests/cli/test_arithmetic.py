@@ -16,8 +16,8 @@ from conftest import (
     interrupt_healing,
     llama_config,
     prose,
-    reported_tokens,
     save_model,
+    tokens_of_test_text,
     weights_of,
 )
 from sleb_cli.engine.forward import placement
@@ -133,7 +133,7 @@ def test_a_cast_is_proven_and_recovered_as_it_is_read(run, model, processor, tex
     recover = ["--recover", *calibration(text_file, samples=10), "--dtype", cast, "-o", "out", "--json", *more]
     result = json.loads(run("apply", folder, "--blocks", 2, *recover).stdout)
     assert (result["proof"]["dtype"], result["proof"]["logits_difference"]) == (proven, 0)
-    reported = reported_tokens(folder, text_file, result["recovery"])
+    reported = tokens_of_test_text(folder, text_file, result["recovery"])
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     logits = written(reported).logits[:, :-1].log_softmax(-1)
     loss = -logits.gather(-1, reported[:, 1:, None]).mean().item()

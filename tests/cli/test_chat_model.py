@@ -56,10 +56,10 @@ def test_a_recovery_is_reported_on_answers_too(sleb, chatty, text_file, tmp_path
     assert "KL, answers" in shown.stdout
     assert re.search(r"on answers in its own conversations, \d+% of the divergence is left", shown.stdout)
     record = recovered(sleb(*recover, "--calibration", text_file, "--force", "--json"))
-    assert (record.text.chat, record.conversations.text.source) == (None, "self-chat")
+    assert (record.train_text.chat, record.conversations.text.source) == (None, "self-chat")
     # What decides and what is reported count only the answers, if they are asked for.
     record = recovered(sleb(*recover, "--calibration", "self-chat", "--chat", "answers", "--force", "--json"))
-    assert (record.text.chat, record.report_text.chat) == ("answers", "answers")
+    assert (record.train_text.chat, record.test_text.chat) == ("answers", "answers")
     assert record.closed_form_losses.divergence > 0
 
 
@@ -84,9 +84,9 @@ def test_the_losses_on_answers_are_those_of_a_plain_computation(sleb, chatty, te
 def test_a_quarter_of_the_default_text_is_conversations(sleb, chatty, text_file):
     sleb("search", chatty, "--remove", 1, "--calibration", text_file, *TEXT)
     record = recovered(sleb("apply", "plan.json", "--recover", *TEXT, "-o", "out", "--json"))
-    assert record.text.title == f"{text_file.name}:0.75,self-chat:0.25"
+    assert record.train_text.title == f"{text_file.name}:0.75,self-chat:0.25"
     record = recovered(sleb("apply", chatty, "--blocks", "2", "--recover", *TEXT, "-o", "out", "--force", "--json"))
-    assert record.text.title == "self:0.5,self-chat:0.5"
+    assert record.train_text.title == "self:0.5,self-chat:0.5"
 
 
 @pytest.mark.parametrize("source", ["self-chat", "answers:asked.txt:0.25,text.txt:0.75"])

@@ -120,7 +120,7 @@ def test_a_streamed_model_neither_trains_nor_writes_its_own_text(sleb, llama_pla
     assert "A streamed model cannot write its own text" in own_text
     sleb(*command, "--recover")  # by default, on the text of its plan
     (_, plan), _ = written(tmp_path / "out")
-    assert plan["recovery"]["text"]["source"] == text_file.name
+    assert plan["recovery"]["train_text"]["source"] == text_file.name
 
 
 def test_a_model_that_is_partly_on_disk_writes_its_own_text(plan_of, tiny_llama, text_file, spread):

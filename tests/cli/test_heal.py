@@ -57,7 +57,7 @@ def test_healing_comes_nearer_to_the_dense_model(healed, tiny_llama, tmp_path):
         r"dense .*\n.* pruned .*\n.* recovered .*\n.* healed .*\n(.*\n)?.*; \d+% of the divergence", result.stdout
     )
     assert "bitwise equal to those of the recovered model in memory" in result.stdout
-    told = re.findall(r"healing, (\d+)%: KL to the dense model (\S+), on deciding text (\S+)", result.stderr)
+    told = re.findall(r"healing, (\d+)%: KL to the dense model (\S+), on validation text (\S+)", result.stderr)
     assert len(told) >= 8
     assert int(told[-1][0]) >= 100
     assert float(told[-1][2]) < float(told[0][2])  # the other numbers are of other batches each time
@@ -140,7 +140,7 @@ def first_gradient(dtype):
         run = healing.Healing(
             Variant(dense), Variant(pruned), 0, {"down": (weight := student.model.layers[2].mlp.down_proj.weight)},
             [weight.detach().clone()], torch.float16,
-            portion=None, deciding=ids, budget=healing.HealBudget(None, 1), group=ProcessGroup(), save=None,
+            portion=None, validation=ids, budget=healing.HealBudget(None, 1), group=ProcessGroup(), save=None,
             notify=ignore,
         )  # fmt: skip
         began, wanted = run.progress.scale, Variant(dense).final_states(ids).detach()

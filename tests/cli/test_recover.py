@@ -34,8 +34,8 @@ def standing_in(monkeypatch, names):
     """Let something stand in for the closed form: a tenth more for the parameters that are named."""
     asked = SimpleNamespace(names=names, calls=[])
 
-    def recover_in_closed_form(skippable, removed, fit, deciding, notify, *, stored, **placed):
-        asked.calls.append((sorted(removed), fit, deciding))
+    def recover_in_closed_form(skippable, removed, fit, validation, notify, *, stored, **placed):
+        asked.calls.append((sorted(removed), fit, validation))
         own = dict(skippable.model.named_parameters())
         return {name: (own[name] * 1.1).detach().to(stored) for name in asked.names}, ClosedFormRecord(fits=())
 
@@ -66,9 +66,9 @@ def same_weights(one, two):
 def test_new_values_are_written_proven_and_recorded(recover, llama_plan, tiny_llama, text_file, fit, tmp_path):
     result, out = recover(llama_plan), tmp_path / "out"
     plan = read_plan(out / "sleb_plan.json")
-    (removed, fitted, deciding), record = fit.calls[0], plan.recovery
-    assert (removed, fitted.shape, deciding.shape) == (sorted(plan.removals), (7, 32), (2, 32))
-    texts = (record.text, record.deciding_text, record.report_text)
+    (removed, fitted, validation), record = fit.calls[0], plan.recovery
+    assert (removed, fitted.shape, validation.shape) == (sorted(plan.removals), (7, 32), (2, 32))
+    texts = (record.train_text, record.validation_text, record.test_text)
     assert [text.sequences for text in texts] == [7, 2, 1]
     assert len({text.tokens_sha256 for text in texts}) == 3
     assert (record.dense.divergence, plan.proof.reference) == (0.0, "recovered")
@@ -278,7 +278,7 @@ def test_the_default_text_is_the_plans_or_the_models_own(run_sleb, llama_plan, t
     llama_plan.write_text(json.dumps(plan))
     subject = [llama_plan] if planned else [tiny_llama, "--blocks", "3"]
     options = ["--recover", "--samples", 10, "--sequence-length", 32, "--no-verify", "--json"]
-    source = json.loads(applied(run_sleb, *subject, *options).stdout)["recovery"]["text"]["source"]
+    source = json.loads(applied(run_sleb, *subject, *options).stdout)["recovery"]["train_text"]["source"]
     assert source == (f"{text_file}:0.75,self:0.25" if planned else "self")
 
 

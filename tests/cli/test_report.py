@@ -202,7 +202,7 @@ def recovery_of(plan):
     """Return what `sleb apply --recover` could say of a plan."""
     figures = (2.0, 0.0, 1.0), (2.5, 0.4, 0.6), (2.2, 0.1, 0.9)
     losses = [LossesRecord(loss=loss, divergence=kl, accepted=kept) for loss, kl, kept in figures]
-    texts = dict.fromkeys(["text", "deciding_text", "report_text"], plan.calibration)
+    texts = dict.fromkeys(["train_text", "validation_text", "test_text"], plan.calibration)
     closed_form = ClosedFormRecord(fits=())
     return RecoveryRecord(
         **texts, dense=losses[0], pruned=losses[1], closed_form=closed_form, closed_form_losses=losses[2]

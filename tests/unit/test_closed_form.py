@@ -148,12 +148,12 @@ def test_the_fits_equal_a_direct_computation(monkeypatch):
 )
 def test_the_divergence_falls_wherever_blocks_are_removed(model_type, removed, gaps):
     skippable = skippable_model(model_type)
-    fitted, deciding, unseen = own_text(skippable.model, 60).split([40, 10, 10])
+    fitted, validation, unseen = own_text(skippable.model, 60).split([40, 10, 10])
     before = {name: parameter.clone() for name, parameter in skippable.model.named_parameters()}
-    values, record = recovered(skippable, removed, torch.cat([fitted, deciding]), 40)
+    values, record = recovered(skippable, removed, torch.cat([fitted, validation]), 40)
     assert sorted(fit.gap for fit in {fit.block: fit for fit in record.fits if fit.gap}.values()) == gaps
     told = min(fit.divergence for fit in record.fits if fit.kept)
-    assert divergence(skippable, removed, deciding, values) == pytest.approx(told, rel=1e-4)
+    assert divergence(skippable, removed, validation, values) == pytest.approx(told, rel=1e-4)
     assert divergence(skippable, removed, unseen, values) < 0.97 * divergence(skippable, removed, unseen)
     assert all(torch.equal(parameter, before[name]) for name, parameter in skippable.model.named_parameters())
     assert not any(f".{gone}." in name for gone in removed for name in values)

@@ -39,10 +39,10 @@ def test_a_title_has_no_folder_of_this_machine(llama_plan, source, title):
     plan = read_plan(llama_plan)
     text = plan.calibration.model_copy(update={"source": source})
     losses = LossesRecord(loss=1.0, divergence=0.0, accepted=1.0)
-    recovery = RecoveryRecord(text=text, deciding_text=text, report_text=text, dense=losses, pruned=losses)
+    recovery = RecoveryRecord(train_text=text, validation_text=text, test_text=text, dense=losses, pruned=losses)
     published = plan.model_copy(update={"calibration": text, "recovery": recovery}).published()
     found = published.recovery
-    texts = (published.calibration, found.text, found.deciding_text, found.report_text)
+    texts = (published.calibration, found.train_text, found.validation_text, found.test_text)
     assert {text.title, *(each.source for each in texts)} == {title}
     assert published.model.id == "tiny-llama"
     assert (published.request["calibration"], "model" in published.request) == (title, False)

@@ -10,7 +10,7 @@ import torch
 from datasets.exceptions import DatasetGenerationError
 
 from conftest import llama_config, prose, random_model, train_tokenizer
-from sleb_cli.engine.door.recovery import DECIDING, FITTED, REPORTED
+from sleb_cli.engine.door.recovery import TEST, TRAIN, VALIDATION
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.text import calibration, writing
 from sleb_cli.engine.text.calibration import CalibrationSettings, calibrate_splits, texts_sha256
@@ -20,7 +20,7 @@ from sleb_cli.engine.text.sources import WHOLE, calibration_conversations, calib
 from sleb_cli.events import Notice, ignore
 from sleb_plugins import DataError
 
-SPLITS = (FITTED, DECIDING, REPORTED)
+SPLITS = (TRAIN, VALIDATION, TEST)
 TOKENIZER, MODEL = train_tokenizer(bos=False), random_model(llama_config(2))
 
 
@@ -56,7 +56,7 @@ def test_no_seed_moves_a_document_to_another_part(monkeypatch):
     assert [len(found) for found in seen] == [140, 40, 20]
     assert set().union(*seen) == set(documents)
     assert seen[0] != set(documents[:140])  # not by their order
-    reported = reference_calibration_text("c4-sleb", rows=500, seed=3, split=REPORTED).content
+    reported = reference_calibration_text("c4-sleb", rows=500, seed=3, split=TEST).content
     assert set(reported.replace(" document", "\ndocument").split("\n")) == seen[2]
     # The lines of a running text stay in theirs.
     assert "\n\n".join(read("wikitext2", split) for split in SPLITS) == read("wikitext2", WHOLE)
@@ -73,7 +73,7 @@ def test_no_conversation_is_in_two_parts(tmp_path, monkeypatch, source):
     assert len({part[0]["content"] for found in parts for part in found}) == 40
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines[:9])))
     with pytest.raises(DataError, match=r"chat\.jsonl has 9 conversations, but at least 10 are needed"):
-        calibration_conversations("chat.jsonl", samples=1, length=100, seed=0, split=FITTED)
+        calibration_conversations("chat.jsonl", samples=1, length=100, seed=0, split=TRAIN)
 
 
 def test_a_preset_is_no_file_of_that_name_and_rows_without_text_are_left_out(tmp_path, monkeypatch):

@@ -42,11 +42,11 @@ from sleb_cli.requests import (
 from sleb_cli.units import format_bytes, plural
 from sleb_plugins import DataError, MachineError, UnsupportedModelError
 
-FITTED, DECIDING, REPORTED = TextSplit(0, 0.7), TextSplit(0.7, 0.9), TextSplit(0.9, 1)
-"""The parts of a text that values are fitted to, that chooses among them, and that the recovery is measured on."""
+TRAIN, VALIDATION, TEST = TextSplit(0, 0.7), TextSplit(0.7, 0.9), TextSplit(0.9, 1)
+"""The parts of a text that values are fitted to, that choose among them, and that the recovery is measured on."""
 FEWEST_SEQUENCES = 5
-DECIDING_TOKENS, REPORTED_TOKENS = 8192, 8192
-"""The most tokens that decide, since every fit runs the model on all of them, and that are reported on."""
+VALIDATION_TOKENS, TEST_TOKENS = 8192, 8192
+"""The most tokens of these parts: every fit runs the model on all of the validation text."""
 
 HIDDEN_STATES = "hidden states"
 
@@ -118,10 +118,10 @@ def resolve_recovery(
 
 
 def _splits(text: CalibrationSettings) -> list[CalibrationSettings]:
-    """Return the settings of the text to fit to, the text that decides and the text that is reported on."""
-    deciding = max(1, min(text.samples // 5, DECIDING_TOKENS // text.sequence_length))
-    reported = max(1, min(text.samples // 10, REPORTED_TOKENS // text.sequence_length))
-    counts = {FITTED: text.samples - deciding - reported, DECIDING: deciding, REPORTED: reported}
+    """Return the settings of the texts for training, validation and test."""
+    validation = max(1, min(text.samples // 5, VALIDATION_TOKENS // text.sequence_length))
+    test = max(1, min(text.samples // 10, TEST_TOKENS // text.sequence_length))
+    counts = {TRAIN: text.samples - validation - test, VALIDATION: validation, TEST: test}
     return [replace(text, samples=samples, split=split) for split, samples in counts.items()]
 
 
@@ -172,7 +172,7 @@ def _resolve_text(request: ApplyRequest, subject: Subject, *, stream: bool) -> C
         text = replace(text, samples=max(FEWEST_SEQUENCES, tokens // length))
     if text.samples < FEWEST_SEQUENCES:
         raise DataError(
-            f"{plural(text.samples, 'sequence')} cannot be divided into those to fit, to decide and to report on.",
+            f"{plural(text.samples, 'sequence')} cannot be divided into training, validation and test.",
             hint=f"Use --samples {FEWEST_SEQUENCES} or more.",
         )
     return text

@@ -118,8 +118,8 @@ def _recovery(recovery: RecoveryRecord | None) -> list[str]:
     published = recovery.published()
     return [
         "",
-        f"The remaining blocks were given new weights on {in_markdown(str(published.text))}, to bring the model closer "
-        "to the base model.",
+        f"The remaining blocks were given new weights on {in_markdown(str(published.train_text))}, to bring the model "
+        "closer to the base model.",
         *card_table(search.recovery(published)),
     ]
 

@@ -181,4 +181,4 @@ def _texts_used(subject: Subject) -> Iterator[tuple[str, CalibrationRecord]]:
     for plan in plans:
         yield "Blocks were chosen", plan.calibration
         if plan.recovery:
-            yield "The remaining blocks were recovered", plan.recovery.text
+            yield "The remaining blocks were recovered", plan.recovery.train_text

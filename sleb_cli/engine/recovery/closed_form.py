@@ -56,7 +56,7 @@ NEXT_TO_NOTHING = 0.01
 """A fit that lowers the divergence by less than this share of it is kept, but counts as no gain."""
 SILENT = 0.01
 """Channels that a norm multiplies by less than this share of the mean are not fitted."""
-DECIDING_POSITIONS = 2048
+VALIDATION_POSITIONS = 2048
 """About how many positions compare two fits."""
 PIECE_TOKENS = 64
 """Tokens on which it is found which weights of a block are fitted, to say how long that takes."""
@@ -69,7 +69,7 @@ Rows = Iterator[tuple[Tensor, Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Fit:
-    """New values by parameter name, and the weighted squares on the deciding text before and after."""
+    """New values by parameter name, and the weighted squares on the validation text before and after."""
 
     ridge: float
     values: dict[str, Tensor]
@@ -81,7 +81,7 @@ def recover_in_closed_form(
     skippable: SkippableModel,
     removed: Collection[int],
     train: Tensor,
-    deciding: Tensor,
+    validation: Tensor,
     notify: Notify,
     *,
     stored: torch.dtype | None = None,
@@ -100,15 +100,15 @@ def recover_in_closed_form(
         skippable: the dense model, as an entered context; its parameters end as they were.
         removed: the removed blocks.
         train: the tokens to fit on, [sequences, positions].
-        deciding: the tokens that decide, [sequences, positions].
+        validation: the tokens that decide, [sequences, positions].
         notify: the listener for events.
         stored: the data type to which values are rounded; None for the model's.
         in_host_memory: whether hidden states stay there until they are needed, because the device has too little.
         spill_to: the folder of files for new values, which may be too many for memory; None holds them there.
         group: the processes that share out the text; values do not depend on how many they are.
         saved: the folder where each fit is kept, and found if the run before was interrupted; None keeps none.
-        loss_mask: which tokens of `deciding` count, bool of its shape; None for all. All positions are fitted, as later
-            ones attend to them.
+        loss_mask: which tokens of `validation` count, bool of its shape; None for all. All positions are fitted, as
+            later ones attend to them.
 
     Returns:
         New values by the dense model's parameter names, and a record of every fit.
@@ -119,7 +119,7 @@ def recover_in_closed_form(
     """
     device, group = skippable.device, group or ProcessGroup()
     with torch.inference_mode():
-        if reason := why_not_fork(skippable, deciding[:CHECKED_SEQUENCES].to(device)):
+        if reason := why_not_fork(skippable, validation[:CHECKED_SEQUENCES].to(device)):
             raise UnsupportedModelError(
                 f"{skippable.model.config.model_type} cannot be recovered: {reason}.", hint="Leave out --recover."
             )
@@ -129,7 +129,7 @@ def recover_in_closed_form(
                 skippable,
                 frozenset(removed),
                 train,
-                deciding,
+                validation,
                 batch,
                 group,
                 on_host=in_host_memory,
@@ -138,8 +138,8 @@ def recover_in_closed_form(
             return _Recovery(states, stored or skippable.model.dtype, spill_to, saved, notify).run()
 
         fitted_before = len(list(saved.glob("*.safetensors"))) if saved else 0
-        _announce(notify, skippable, removed, train, deciding, group.size, fitted_before)
-        batch = max(1, BATCH_TOKENS // deciding.shape[1])
+        _announce(notify, skippable, removed, train, validation, group.size, fitted_before)
+        batch = max(1, BATCH_TOKENS // validation.shape[1])
         if group.size > 1:  # all have the same batches, so one cannot take smaller ones by itself
             return run(batch)
         return in_smaller_pieces(
@@ -147,10 +147,10 @@ def recover_in_closed_form(
         )
 
 
-def _compared_positions(deciding: Tensor) -> Tensor:
+def _compared_positions(validation: Tensor) -> Tensor:
     """Return the positions of each sequence that compare two fits."""
-    length = deciding.shape[1]
-    return torch.arange(0, length - 1, max(1, len(deciding) * (length - 1) // DECIDING_POSITIONS))
+    length = validation.shape[1]
+    return torch.arange(0, length - 1, max(1, len(validation) * (length - 1) // VALIDATION_POSITIONS))
 
 
 class _States:
@@ -161,7 +161,7 @@ class _States:
         skippable: SkippableModel,
         removed: frozenset[int],
         train: Tensor,
-        deciding: Tensor,
+        validation: Tensor,
         batch: int,
         group: ProcessGroup,
         *,
@@ -171,15 +171,15 @@ class _States:
         self.skippable, self.removed, self.group, self.on_host = skippable, removed, group, on_host
         self.count = len(skippable.switches)
         train_ids, self.train = self._take(train, batch)
-        deciding_ids, self.deciding = self._take(deciding, batch, len(train_ids))
-        self.ids, self.decides = train_ids + deciding_ids, slice(len(train_ids), None)
+        validation_ids, self.validation = self._take(validation, batch, len(train_ids))
+        self.ids, self.decides = train_ids + validation_ids, slice(len(train_ids), None)
         shared = SharedInputs(skippable, self.held)
         self.calls = [shared.calls(ids) for ids in self.ids]
         self.dense = [calls[0].entering for calls in self.calls]
         self.pruned = self.dense
         self.dense_final = self.leaving(self.calls[self.decides], self.dense[self.decides], range(self.count))
-        self.positions = _compared_positions(deciding).to(skippable.device)
-        counted = whole_mask(deciding, loss_mask)
+        self.positions = _compared_positions(validation).to(skippable.device)
+        counted = whole_mask(validation, loss_mask)
         self.masks, _ = self._take(counted, batch)
         self.compared = max(1, int(counted[:, self.positions.cpu() + 1].sum()))
 
@@ -238,7 +238,7 @@ class _States:
             )
 
     def divergence(self, block: int, values: Mapping[str, Tensor]) -> float:
-        """Return the divergence with these values on the deciding text, from the pruned states that enter `block`."""
+        """Return the divergence with these values on the validation text, from the pruned states that enter `block`."""
         dense, recovered = Variant(self.skippable), Variant(self.skippable, self.removed, values)
         blocks, here = range(block, self.count), self.decides
         with self.skippable.replaced(values):
@@ -247,7 +247,7 @@ class _States:
             summed_losses(recovered, dense, ours, theirs, ids, self.positions, mask).divergence
             for ours, theirs, ids, mask in zip(final, self.dense_final, self.ids[here], self.masks, strict=True)
         )
-        groups = {number: list(islice(mine, len(at))) for number, at in enumerate(self.deciding) if at}
+        groups = {number: list(islice(mine, len(at))) for number, at in enumerate(self.validation) if at}
         found = sorted(item for of_process in self.group.gather(groups) for item in of_process.items())
         return sum(total for _, totals in found for total in totals) / self.compared
 
@@ -376,7 +376,7 @@ class _Recovery:
     def _fit(self, block: int | None, projections: Sequence[ResidualProjection], found: Mapping[str, Tensor]) -> Fit:
         """Fit projections of a block at once, given the values that were `found` for it.
 
-        Of all ridges, the one that leaves the least error on the deciding text is taken.
+        Of all ridges, the one that leaves the least error on the validation text is taken.
         """
         values = self.values | dict(found)
         root: nn.Module = self.skippable.model if block is None else self.skippable.switches[block].block
@@ -395,8 +395,8 @@ class _Recovery:
 
         every = GAINS_SHARE if has_gains else 1
         train = self.states.sums(rows, [at[::every] for at in self.states.train], empty)
-        deciding = self.states.sums(rows, self.states.deciding, empty)
-        self.states.require_finite((*train.tensors, *deciding.tensors))
+        validation = self.states.sums(rows, self.states.validation, empty)
+        self.states.require_finite((*train.tensors, *validation.tensors))
         prefix, new = f"{self.names[root]}." if self.names[root] else "", dict[str, Tensor]()
 
         def value_of(name: str) -> Tensor:
@@ -410,14 +410,14 @@ class _Recovery:
             MachineError,
         ):
             is_main = self.group.is_main
-            solved = best_ridge(train, deciding, RIDGES) if is_main else (0.0, 0.0, torch.empty_like(train.xy))
+            solved = best_ridge(train, validation, RIDGES) if is_main else (0.0, 0.0, torch.empty_like(train.xy))
             ridge, after = self.group.from_main(lambda: solved[:2])
             fitted = self.group.broadcast(solved[2].contiguous())
             for name, change in _changes(projections, fitted, value_of):
                 changed = as_float64(value_of(name)).to(change.device) + change
                 place = root.get_parameter(name).device
                 new[prefix + name] = self._kept(changed.to(place, self.stored).contiguous())
-        return Fit(ridge, new, float(deciding.yy), after)
+        return Fit(ridge, new, float(validation.yy), after)
 
     def _kept(self, value: Tensor) -> Tensor:
         """Return a new value where it stays until the end."""
@@ -526,12 +526,12 @@ def _announce(
     skippable: SkippableModel,
     removed: Collection[int],
     train: Tensor,
-    deciding: Tensor,
+    validation: Tensor,
     processes: int,
     fitted_before: int,
 ) -> None:
     """Tell how long the fits take at most: they stop where nothing is gained. All are taken to be like the first."""
-    count, device, both = len(skippable.switches), skippable.device, train.numel() + deciding.numel()
+    count, device, both = len(skippable.switches), skippable.device, train.numel() + validation.numel()
     kept = [block for block in range(count) if block not in removed]
     first = max((block for block in kept if block < min(removed)), default=kept[0])
     refitted = [block for block in kept if block >= first][fitted_before:]
@@ -543,11 +543,11 @@ def _announce(
     rounds = fit_rounds(projections)
     inputs = [sum(each.inputs for each in fitted) for fitted in rounds if fitted[0].kind != "gain"]
     gains = sum(each.kind == "gain" or each.norm is not None for fitted in rounds for each in fitted)
-    tokens = len(inputs) * both + gains * (train.numel() / GAINS_SHARE + deciding.numel())
+    tokens = len(inputs) * both + gains * (train.numel() / GAINS_SHARE + validation.numel())
     # The dense and the recovered states of each depth, what leaves the dense model, and what each fit runs.
-    through_blocks: float = (count + len(kept)) * both + count * deciding.numel()
+    through_blocks: float = (count + len(kept)) * both + count * validation.numel()
     for block in refitted:
-        through_blocks += tokens + sum(other > block for other in kept) * deciding.numel()
+        through_blocks += tokens + sum(other > block for other in kept) * validation.numel()
     sums = len(refitted) * sum(both * 2 * features**2 for features in inputs)
     announce(
         notify,

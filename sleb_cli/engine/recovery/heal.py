@@ -37,7 +37,7 @@ portions begin small and double, and the last has as much as the rest of the bud
 """
 
 CHECKS = 10
-"""How many times the deciding text is measured over the whole budget."""
+"""How many times the validation text is measured over the whole budget."""
 PATIENCE = 3
 """Training stops after this many checks without a lower divergence, in the second half of the budget: in the first, the
 learning rate is too high to tell."""
@@ -117,12 +117,12 @@ class Healing:
         originals: what they were before, in the same order; where nothing was fitted, the dense model's own.
         stored: the data type of the checkpoint, to which weights are rounded.
         portion: returns the portion of text with this number, of so many sequences at most.
-        deciding: sequences that choose the point to keep, of text that is never trained on, [sequences, length].
+        validation: sequences that choose the point to keep, of text that is never trained on, [sequences, length].
         budget: when to stop.
         group: the processes that heal together.
         save: writes the progress and the tensors to disk; the main process calls it about every minute.
         notify: the listener for events.
-        loss_mask: which tokens of `deciding` count, bool of its shape; None for all.
+        loss_mask: which tokens of `validation` count, bool of its shape; None for all.
     """
 
     teacher: Variant
@@ -132,7 +132,7 @@ class Healing:
     originals: Sequence[Tensor]
     stored: torch.dtype
     portion: Callable[[int, Notify, int], Portion]
-    deciding: Tensor
+    validation: Tensor
     budget: HealBudget
     group: ProcessGroup
     save: Callable[[Progress, dict[str, Tensor]], None]
@@ -147,15 +147,15 @@ class Healing:
             if not torch.equal(original, weight.data):
                 original.copy_(weight.data)
         self.device, dtype = weights[0].device, weights[0].dtype
-        self.length = self.deciding.shape[1]
+        self.length = self.validation.shape[1]
         self.batch = self.micro_batch = max(1, BATCH_TOKENS // self.length)
         self.trained = LowRank(weights, self.originals, self.stored)
         self.best = self.trained.values.detach().clone()
         self.is_scaled = dtype is torch.float16
         self.progress = Progress(scale=starting_scale(dtype, self.batch * self.length * SCALE_HEADROOM))
-        checked = self.deciding[: max(1, CHECKED_TOKENS // self.length)].to(self.device)
+        checked = self.validation[: max(1, CHECKED_TOKENS // self.length)].to(self.device)
         self.checked = _TeacherStates(self, checked, range(len(checked)))
-        self.checked_mask = whole_mask(self.deciding, self.loss_mask)[: len(checked)].to(self.device)
+        self.checked_mask = whole_mask(self.validation, self.loss_mask)[: len(checked)].to(self.device)
         self.loss, self._left_out = 0.0, False
         self._advance: Advance
         self._reported = self._save_seconds = 0.0
@@ -238,11 +238,11 @@ class Healing:
         return in_smaller_pieces(run, self.micro_batch, fewer)
 
     def _check(self) -> None:
-        """Measure the deciding text, and keep the point if it is the best so far."""
+        """Measure the validation text, and keep the point if it is the best so far."""
         found = self.group.from_main(self._divergence)
         if not (self.progress.steps or math.isfinite(found)):
             raise ModelError(
-                f"On the deciding text, the divergence from the dense model is {found}.",
+                f"On the validation text, the divergence from the dense model is {found}.",
                 hint="Use other text, or a data type with a wider range: --dtype bfloat16 or float32.",
             )
         used = self._share()
@@ -257,7 +257,7 @@ class Healing:
 
     @torch.inference_mode()
     def _divergence(self) -> float:
-        """Return the divergence on the deciding text. The teacher reads that once."""
+        """Return the divergence on the validation text. The teacher reads that once."""
         rows, total = self.checked.rows, 0.0
         everywhere = torch.arange(self.length - 1, device=self.device)
         for chosen in self.checked.batches:

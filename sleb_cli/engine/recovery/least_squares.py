@@ -99,15 +99,15 @@ class Gains(Ridge):
         return self.xx * coefficients
 
 
-def best_ridge(train: Ridge, deciding: Ridge, ridges: tuple[float, ...]) -> tuple[float, float, Tensor]:
-    """Return the ridge that leaves the least error on the deciding text, that error, and the coefficients.
+def best_ridge(train: Ridge, validation: Ridge, ridges: tuple[float, ...]) -> tuple[float, float, Tensor]:
+    """Return the ridge that leaves the least error on the validation text, that error, and the coefficients.
 
     The error has one minimum, so ridges are tried from the middle on, towards less error.
     """
 
     def tried(ridge: float) -> tuple[float, float, Tensor]:
         fitted = train.solve(ridge)
-        return ridge, deciding.error(fitted), fitted
+        return ridge, validation.error(fitted), fitted
 
     middle = len(ridges) // 2
     best = tried(ridges[middle])

@@ -67,7 +67,7 @@ class Recovered:
 
 
 _Start = tuple[dict[str, Tensor], RecoveryRecord, dict[str, Calibration]]
-"""What healing starts from: fitted values, the record so far, and texts: the deciding and the reported ones."""
+"""What healing starts from: fitted values, the record so far, and texts: the validation and the reported ones."""
 
 
 @dataclass
@@ -162,24 +162,28 @@ class Recovery:
 
     def _fits(self, record: RecoveryRecord) -> Path:
         """Return the folder of the fits of this very recovery, on these tokens."""
-        on = {"fitted": record.text.tokens_sha256, "deciding": record.deciding_text.tokens_sha256}
-        on |= {"chat": record.text.chat} if record.text.chat else {}
+        on = {"train": record.train_text.tokens_sha256, "validation": record.validation_text.tokens_sha256}
+        on |= {"chat": record.train_text.chat} if record.train_text.chat else {}
         named = json.dumps(self._computation | {"removed": sorted(self.removed)} | on, sort_keys=True)
         return self.state.folder / f"fits-{hashlib.sha256(named.encode()).hexdigest()[:16]}"
 
     def _closed_form(self) -> _Start:
         """Draw the text, measure the cost of the removal, and fit in closed form if requested."""
-        fitted, deciding, reported = self.group.from_main(
+        fitted, validation, reported = self.group.from_main(
             lambda: calibrate_splits(self.splits, self.tokenizer, self._whole, self.notify)
         )
         self.fitted = fitted
-        texts = {"deciding": deciding, "reported": reported}
+        texts = {"validation": validation, "reported": reported}
         if talks := self.group.from_main(self._conversations):
             texts["conversations"] = talks
         values = dict[str, Tensor]()
         (dense, own_dense), (pruned, own_pruned) = self._measure("dense", texts), self._measure("pruned", texts, values)
         record = RecoveryRecord(
-            text=fitted.record, deciding_text=deciding.record, report_text=reported.record, dense=dense, pruned=pruned
+            train_text=fitted.record,
+            validation_text=validation.record,
+            test_text=reported.record,
+            dense=dense,
+            pruned=pruned,
         )
         if talks and own_dense and own_pruned:
             own = ConversationsRecord(text=talks.record, dense=own_dense, pruned=own_pruned)
@@ -192,14 +196,14 @@ class Recovery:
                 self.dense,
                 self.removed,
                 fitted.sequences,
-                deciding.sequences,
+                validation.sequences,
                 self.notify,
                 stored=self.stored,
                 in_host_memory=self.in_host_memory,
                 spill_to=existing_cache() if self.placement.stream else None,
                 group=self.group,
                 saved=saved,
-                loss_mask=deciding.loss_mask,
+                loss_mask=validation.loss_mask,
             )
             after, of_own = self._measure("recovered", texts, values)
             record = record.model_copy(update={"closed_form": closed_form, "closed_form_losses": after})
@@ -212,7 +216,7 @@ class Recovery:
         values: dict[str, Tensor] = {}
         for fit in record.closed_form.fits if record.closed_form else ():
             values |= Saved.read(fit_file(self._fits(record), fit.block)).tensors
-        texts = {"deciding": record.deciding_text, "reported": record.report_text}
+        texts = {"validation": record.validation_text, "reported": record.test_text}
         if record.conversations:
             texts["conversations"] = record.conversations.text
         found = {name: (text, saved.text(name, text)) for name, text in texts.items()}
@@ -221,7 +225,7 @@ class Recovery:
     def _heal(self, budget: HealBudget, start: _Start, saved: Saved | None) -> tuple[dict[str, Tensor], RecoveryRecord]:
         """Distill the dense model into the pruned one."""
         (values, record, texts), place = start, self.placement
-        deciding = texts["deciding"]
+        validation = texts["validation"]
         model = load_pruned(self.surgery, place.dtype, place.device, self.notify, dense=self.dense.model)
         path, blocks = self.path, self.architecture.blocks_of(model)
         parameters = {
@@ -250,7 +254,7 @@ class Recovery:
             # Training starts a few blocks below the first gap, or at the first fitted block if that is lower.
             fitted = [block for name in values if (block := block_number(path, name)) is not None]
             first = max(0, min([min(self.removed) - TRAINED_BELOW, *fitted]))
-            if first and not can_share(teacher, student, first, deciding.sequences[:1].to(place.device)):
+            if first and not can_share(teacher, student, first, validation.sequences[:1].to(place.device)):
                 first = 0
             weights = {
                 name: parameter
@@ -269,12 +273,12 @@ class Recovery:
                 originals,
                 self.stored,
                 portion,
-                deciding.sequences,
+                validation.sequences,
                 budget,
                 self.group,
                 save,
                 self.notify,
-                deciding.loss_mask,
+                validation.loss_mask,
             )
             stopped = healing.run(saved)
         values = values | {name: weight.detach() for name, weight in weights.items()}
