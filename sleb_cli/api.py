@@ -145,7 +145,7 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
         if group.is_main:
             _require_result_file(request)
         registry = _registry(notify)
-        subject = group.one_first(lambda: with_recovered(resolve_subject(request, registry, notify), registry, notify))
+        subject = group.main_first(lambda: with_recovered(resolve_subject(request, registry, notify), registry, notify))
         result = evaluate_subject(subject, request, notify, group)
         _leave_to_main()
     _save(result, request.output)

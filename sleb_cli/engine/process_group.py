@@ -1,4 +1,4 @@
-"""The processes that a launcher started together: what they tell each other, and how they end together.
+"""Communication and shutdown of the processes that a launcher started together.
 
 Objects and tensors go through `torch.distributed`. If a process ends, the exchanges of the others fail, and the
 launcher stops them. A process that fails leaves its error in the launcher's key-value store for the main one.
@@ -107,7 +107,7 @@ class ProcessGroup:
             if rank or not self.is_main:
                 yield from ((rank, item) for item in found)
 
-    def one_first(self, do: Callable[[], T]) -> T:
+    def main_first(self, do: Callable[[], T]) -> T:
         """Call `do` in one process of each machine before the others, which find its work in the cache."""
         found = [] if local_rank() else [do()]
         self.gather(None)

@@ -1,4 +1,4 @@
-"""Calls into other people's code on a user's files, whose exceptions tell the user something about those files."""
+"""Translate exceptions of libraries into errors about the user's files."""
 
 import errno
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ class _FromOurCode(BaseException):
 
 
 @contextmanager
-def our_code() -> Iterator[None]:
+def pass_errors_through() -> Iterator[None]:
     """Run our own or a plugin's code inside a third-party call: `translate_errors` raises its exceptions unchanged.
 
     Running out of memory is the exception, since the call around it is no less to blame.
@@ -38,7 +38,7 @@ def translate_errors(sentence: Callable[[str], SlebError]) -> Iterator[None]:
 
     Broken files and unusual families make libraries raise almost anything, so any exception counts but running out of
     memory, which says nothing about them and is raised unchanged. The body must hold nothing but the third-party call,
-    or a bug of ours would be blamed on the files; what has to run inside the call runs under `our_code`.
+    or a bug of ours would be blamed on the files; what has to run inside the call runs under `pass_errors_through`.
     """
     try:
         yield
@@ -74,7 +74,7 @@ def saving(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def no_verdict_by_the_disk(verdict: type[SlebError]) -> Iterator[None]:
+def prefer_disk_error(verdict: type[SlebError]) -> Iterator[None]:
     """Raise the error of the disk that led to a verdict on a model, instead of the verdict."""
     try:
         yield

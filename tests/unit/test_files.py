@@ -28,7 +28,7 @@ from sleb_cli.engine.files.copying import leads_out
 from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files
 from sleb_cli.engine.files.weights import find_weights
 from sleb_cli.engine.model.source import ModelSource
-from sleb_cli.engine.third_party import no_verdict_by_the_disk, saving
+from sleb_cli.engine.third_party import prefer_disk_error, saving
 from sleb_plugins import ModelError, OutputError, ProofError
 
 
@@ -139,7 +139,7 @@ def test_numbers_are_kept_under_all_files_that_decide_them(tmp_path, name, trust
         if content:
             (tmp_path / name).write_text(content)
         sources.append(ModelSource("m", tmp_path, trust_remote_code=trusted))
-        behaviors.append(sources[-1].behavior)
+        behaviors.append(sources[-1].content_hash)
         fingerprints.append(sources[-1].fingerprint)
     assert len(set(behaviors)) == (3 if decides else 1)
     assert len(set(fingerprints)) == 1, "a plan stays that of this model"
@@ -236,7 +236,7 @@ def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, change):
 
 def test_an_error_of_the_disk_is_found_behind_a_verdict():
     for number, raised in ((errno.EIO, OSError), (errno.ENOENT, ProofError)):
-        with pytest.raises(raised), no_verdict_by_the_disk(ProofError):
+        with pytest.raises(raised), prefer_disk_error(ProofError):
             raise ProofError("It does not run.", hint="") from OSError(number, os.strerror(number))
     with pytest.raises(OutputError, match=r"Cannot write a: No space left \(os error 28\)\."), saving(Path("a")):
         raise SafetensorError("No space left (os error 28)")

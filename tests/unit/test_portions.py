@@ -55,7 +55,7 @@ def test_what_the_model_writes_is_used_twice_far_apart(tmp_path):
     first, second = portion.order[:16], portion.order[16:]
     assert {row for row in first if row >= 24} == {row for row in second if row >= 24}
     # What it wrote for the fitted text is taken first.
-    known = calibrate(source, TOKENIZER, lambda: MODEL, ignore).rows_of("self")
+    known = calibrate(source, TOKENIZER, lambda: MODEL, ignore).sequences_of("self")
 
     def drawn(number, rows):
         return used(

@@ -13,7 +13,7 @@ from conftest import llama_config, save_model
 from families import tiny_config
 from sleb_cli.engine.door.search import chosen_target, parse_target
 from sleb_cli.engine.model.architecture import read_architecture
-from sleb_cli.engine.model.sizes import Sizes, cache_bytes, count_parameters, stored_bytes
+from sleb_cli.engine.model.sizes import PerBlock, cache_bytes, count_parameters, stored_bytes
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget
 from sleb_cli.events import ignore
@@ -25,7 +25,7 @@ EQUAL, UNEQUAL = (10.0,) * 10, (10.0, 1.0, 20.0, 2.0, 10.0)
 
 
 def at_most(most, blocks):
-    return SizeTarget("target_params", "as asked", Sizes(100, blocks), most, lambda amount: f"{amount:g} parameters")
+    return SizeTarget("target_params", "as asked", PerBlock(100, blocks), most, lambda amount: f"{amount:g} parameters")
 
 
 @pytest.mark.parametrize(

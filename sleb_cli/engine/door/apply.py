@@ -55,7 +55,7 @@ def resolve_apply(
         surgery = plan_gguf_surgery(file, removals)
         require_new_gguf(output, source)
         return surgery, output, None
-    subject = group.one_first(lambda: resolve_subject(request, registry, notify, plan=plan, needs_removals=True))
+    subject = group.main_first(lambda: resolve_subject(request, registry, notify, plan=plan, needs_removals=True))
     architecture = subject.architecture
     if request.dtype and architecture.is_quantized:
         raise UnsupportedModelError(

@@ -90,7 +90,14 @@ def resolve_recovery(
         """Return where the model is if it computes in this data type, the text, and the memory that it takes."""
         found = group.from_main(
             lambda: place_model(
-                architecture, device, name, notify, device_map=request.device_map, stream=asked, beside=sums, cast=dtype
+                architecture,
+                device,
+                name,
+                notify,
+                device_map=request.device_map,
+                stream=asked,
+                reserved=sums,
+                cast=dtype,
             )
         )
         text = _resolve_text(request, subject, stream=found.stream)

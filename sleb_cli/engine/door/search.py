@@ -13,7 +13,7 @@ from sleb_cli.engine.device import choose_device, dtype_name, parse_dtype
 from sleb_cli.engine.door.machine import require_one_placement
 from sleb_cli.engine.forward.placement import Placement, place_model
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
-from sleb_cli.engine.model.sizes import Sizes, cache_bytes, count_parameters, stored_bytes
+from sleb_cli.engine.model.sizes import PerBlock, cache_bytes, count_parameters, stored_bytes
 from sleb_cli.engine.model.source import DEMO, locate_model
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.choices import Protection
@@ -54,7 +54,7 @@ def open_search(request: SearchRequest, registry: Registry, notify: Notify, grou
     Raises:
         SlebError: a subclass that fits, if the request is impossible.
     """
-    settings = group.one_first(lambda: _open(request, registry, notify))
+    settings = group.main_first(lambda: _open(request, registry, notify))
     placement = group.from_main(lambda: settings.placement)
     return replace(settings, placement=replace(placement, device=settings.placement.device))
 
@@ -366,7 +366,7 @@ def parse_target(request: SearchRequest, name: TargetName, architecture: Archite
     if name in ("ratio", "remove"):
         blocks = architecture.block_count
         remove = math.ceil(parse_ratio(asked) * blocks) if name == "ratio" else int(asked)
-        count = Sizes(0, (1,) * blocks)
+        count = PerBlock(0, (1,) * blocks)
         return SizeTarget(name, asked, count, max(0, blocks - remove), lambda n: f"{n:g} of {blocks} blocks")
     if name == "target_params":
         most = parse_count(asked, option_of(name))

@@ -14,7 +14,7 @@ from sleb_cli.engine.forward.offload import Offloaded, offloaded_values
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.streaming import StreamedBlocks, require_streamable, streamed_bytes, weight_bytes
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.surgery.loading import DeviceMap, fits, load_dense
+from sleb_cli.engine.surgery.loading import DeviceMap, explain_oom, load_dense
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.requests import AUTO
 from sleb_cli.units import format_bytes
@@ -49,7 +49,7 @@ def place_model(
     *,
     device_map: DeviceMap | None = None,
     stream: bool | None = None,
-    beside: int = 0,
+    reserved: int = 0,
     cast: torch.dtype | None = None,
 ) -> Placement:
     """Choose the data type that a model computes in, and whether its blocks are streamed.
@@ -61,7 +61,7 @@ def place_model(
         notify: the listener for events.
         device_map: the places of its modules, if they are not all on the device.
         stream: whether the user wants its blocks to be streamed; None streams a model that does not fit into memory.
-        beside: the bytes that must fit besides its weights.
+        reserved: the bytes of memory that other things need.
         cast: the data type of the checkpoint to be written; None for the model's own.
 
     Raises:
@@ -76,15 +76,15 @@ def place_model(
         )
 
     def needed(wide: torch.dtype) -> int:
-        does_not_fit = stream is None and weight_bytes(architecture, own) + beside > own_free_bytes(device)
-        return (streamed_bytes if stream or does_not_fit else weight_bytes)(architecture, wide) + beside
+        does_not_fit = stream is None and weight_bytes(architecture, own) + reserved > own_free_bytes(device)
+        return (streamed_bytes if stream or does_not_fit else weight_bytes)(architecture, wide) + reserved
 
     chosen = choose_dtype(architecture, dtype, device, needed, own_free_bytes, notify, cast)
     if stream:
         require_streamable(architecture)
     streams = bool(stream)
     if stream is None and not architecture.is_quantized:
-        size, free = weight_bytes(architecture, chosen) + beside, own_free_bytes(device)
+        size, free = weight_bytes(architecture, chosen) + reserved, own_free_bytes(device)
         if streams := size > free:
             notify(
                 Notice(
@@ -138,7 +138,7 @@ def open_dense(architecture: Architecture, placement: Placement, notify: Notify)
     if placement.stream:
         dtype, device = placement.dtype, placement.device
         loading = f"Loading {architecture.source.id} without its blocks"
-        with task(notify, loading), fits(architecture.source, dtype, device):
+        with task(notify, loading), explain_oom(architecture.source, dtype, device):
             streamed = StreamedBlocks(architecture, dtype, device, placement.rounded)
         return SkippableModel(streamed.model, streamed.modules, device=device, weights=streamed)
     model = load_dense(architecture, placement.dtype, placement.device, notify, device_map=placement.device_map)

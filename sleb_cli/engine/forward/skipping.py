@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sleb_cli.engine.device import input_device, translate_out_of_memory
 from sleb_cli.engine.forward.block_weights import BlockWeights, align_parameters, execution_device
-from sleb_cli.engine.third_party import our_code, translate_errors
+from sleb_cli.engine.third_party import pass_errors_through, translate_errors
 from sleb_plugins import UnsupportedModelError
 
 
@@ -67,12 +67,12 @@ class BlockSwitch:
         entering: Tensor = args[0] if args else kwargs["hidden_states"]
         if self.pre_hook is not None:
             others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            with our_code():
+            with pass_errors_through():
                 self.pre_hook(entering, args[1:], others)
         kind = type(self.block)
         if not self.skip or kind not in self.wraps:
             if self.fetch is not None:
-                with our_code():
+                with pass_errors_through():
                     self.fetch()
             output = self._forward(*args, **kwargs)
             self.wraps[kind] = _wrapper_like(output)
@@ -80,7 +80,7 @@ class BlockSwitch:
             output = self.wraps[kind](entering if self.inject is None else self.inject)
         if self.hook is not None:
             leaving = _hidden_states(output)
-            with our_code():
+            with pass_errors_through():
                 self.hook(entering, leaving)
         return output
 

@@ -27,7 +27,7 @@ from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.model.block_names import BlockNames, BlockNumbering, find_block_numbering
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.model.structure import Structure, refine_kinds, shared_weights, structure_of
-from sleb_cli.engine.third_party import no_verdict_by_the_disk, translate_transformers_errors
+from sleb_cli.engine.third_party import prefer_disk_error, translate_transformers_errors
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import ModelRecord
@@ -118,8 +118,8 @@ class Architecture:
         temporary = Path(gettempdir())
         with writing(temporary, hint=_ELSEWHERE), scratch_folder(temporary, "sleb-config") as folder:
             (folder / "config.json").write_text(json.dumps(raw))
-            with no_verdict_by_the_disk(ModelError), translate_transformers_errors("the pruned config"):
-                config = type(self.config).from_pretrained(folder)
+            with prefer_disk_error(ModelError), translate_transformers_errors("the pruned config"):
+                config = type(self.config).from_pretrained(folder)  # `from_dict` would not decode infinities
         config.name_or_path = self.config.name_or_path
         return config
 

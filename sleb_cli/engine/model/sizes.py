@@ -18,7 +18,7 @@ from sleb_plugins.config_keys import kept_blocks, sliced_axis
 
 
 @dataclass(frozen=True)
-class Sizes:
+class PerBlock:
     """A quantity in each block of a model, and `outside` the blocks."""
 
     outside: float
@@ -28,26 +28,26 @@ class Sizes:
         """Return the quantity in the model without these blocks."""
         return self.outside + sum(size for block, size in enumerate(self.blocks) if block not in removed)
 
-    def __add__(self, other: Sizes) -> Sizes:
+    def __add__(self, other: PerBlock) -> PerBlock:
         pairs = zip(self.blocks, other.blocks, strict=True)
-        return Sizes(self.outside + other.outside, tuple(a + b for a, b in pairs))
+        return PerBlock(self.outside + other.outside, tuple(a + b for a, b in pairs))
 
-    def __mul__(self, factor: float) -> Sizes:
-        return Sizes(self.outside * factor, tuple(size * factor for size in self.blocks))
+    def __mul__(self, factor: float) -> PerBlock:
+        return PerBlock(self.outside * factor, tuple(size * factor for size in self.blocks))
 
 
-def count_parameters(architecture: Architecture) -> Sizes:
+def count_parameters(architecture: Architecture) -> PerBlock:
     """Count parameters as `bench` does: tied ones once, and quantized ones as if they were not."""
     parameters = architecture.skeleton.named_parameters()
     return _by_block(architecture, ((name, parameter.numel()) for name, parameter in parameters))
 
 
-def stored_bytes(architecture: Architecture) -> Sizes:
+def stored_bytes(architecture: Architecture) -> PerBlock:
     """Return the bytes of the tensors in the weight files."""
     return _by_block(architecture, ((tensor.name, tensor.size) for tensor in architecture.source.weights.stored))
 
 
-def _by_block(architecture: Architecture, sizes: Iterable[tuple[str, int]]) -> Sizes:
+def _by_block(architecture: Architecture, sizes: Iterable[tuple[str, int]]) -> PerBlock:
     count = architecture.block_count
     names = architecture.block_names(kept_blocks(count, ()))
     found: dict[int | None, float] = defaultdict(float)
@@ -59,10 +59,10 @@ def _by_block(architecture: Architecture, sizes: Iterable[tuple[str, int]]) -> S
         else:
             found[block] += size
     # Blocks numbered after the last one, for multi-token prediction, are dropped with any removal.
-    return Sizes(found[None], tuple(found[block] for block in range(count)))
+    return PerBlock(found[None], tuple(found[block] for block in range(count)))
 
 
-def cache_bytes(architecture: Architecture, dtype: torch.dtype, *, length: int, batch: int) -> Sizes:
+def cache_bytes(architecture: Architecture, dtype: torch.dtype, *, length: int, batch: int) -> PerBlock:
     """Return the bytes of the KV cache that transformers makes for `batch` sequences of `length` tokens.
 
     Measures the cache after the model, on the meta device, has read such a sequence. This accounts for windows, grouped
@@ -85,7 +85,7 @@ def cache_bytes(architecture: Architecture, dtype: torch.dtype, *, length: int, 
     def stored(tensor: Tensor) -> int:  # recurrent states are kept in float32 whatever the model computes in
         return tensor.numel() * (dtype if tensor.dtype is torch.bfloat16 else tensor.dtype).itemsize
 
-    return Sizes(0, tuple(float(batch * sum(map(stored, layer_tensors(layer)))) for layer in layers))
+    return PerBlock(0, tuple(float(batch * sum(map(stored, layer_tensors(layer)))) for layer in layers))
 
 
 def _unknown(architecture: Architecture, why: str) -> UnsupportedModelError:

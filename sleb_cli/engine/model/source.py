@@ -99,7 +99,7 @@ class ModelSource:
         return hash_files(self.folder, files) if files else None
 
     @cached_property
-    def behavior(self) -> str:
+    def content_hash(self) -> str:
         """A SHA-256 over all in the folder that decides a number: weights, config, trusted code, tokenizer, generation.
 
         The fingerprint says which model it is, and that is still the same one when its chat template changes. Numbers

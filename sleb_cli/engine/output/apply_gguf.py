@@ -21,7 +21,7 @@ from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.output.apply import Output, kept_tensors, move_if_it_fails
 from sleb_cli.engine.output.proof import Planned, model_errors_fail_proof, place_proof, proof_error, prove
 from sleb_cli.engine.surgery.surgery import plan_surgery
-from sleb_cli.engine.third_party import disk_error, no_verdict_by_the_disk, translate_errors
+from sleb_cli.engine.third_party import disk_error, prefer_disk_error, translate_errors
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import ModelRecord, Proof
@@ -62,7 +62,7 @@ def prune_gguf(surgery: GgufSurgery, output: Output, registry: Registry, notify:
         proof: Proof | None = None
         unproven: str | None = "--no-verify"
         if output.verify:
-            with move_if_it_fails(aside, output.keep_failed), no_verdict_by_the_disk(ProofError):
+            with move_if_it_fails(aside, output.keep_failed), prefer_disk_error(ProofError):
                 _require_as_planned(pruned, aside)
                 proof, unproven = _prove_with_transformers(surgery, aside, registry, notify)
     return GgufResult(

@@ -78,7 +78,7 @@ def measured_in(folder: Path, plan: Plan, notify: Notify) -> list[Row]:
 
 def _of_plan(kind: type[R], folder: Path, plan: Plan) -> Iterator[Row]:
     if result := measured_of_plan(kind, folder / CHECKPOINT_PLAN, plan, ignore):
-        if isinstance(result, EvalResult) and result.recovered not in (None, _here(folder, result).behavior):
+        if isinstance(result, EvalResult) and result.recovered not in (None, _here(folder, result).content_hash):
             return
         for each in parts_of(result):
             for pruned in each.pruned:
@@ -91,7 +91,7 @@ def _of_itself(kind: type[R], file: Path, notify: Notify) -> Iterator[Row]:
         now = _here(file.parent, result)
         behavior = result.behavior if isinstance(result, EvalResult) else None
         same = (result.model.fingerprint, result.model.code) == (now.fingerprint, now.code)
-        if same and behavior in (None, now.behavior):
+        if same and behavior in (None, now.content_hash):
             yield from (Row(result, each, None, each.dense) for each in parts_of(result))
 
 

@@ -48,7 +48,7 @@ from sleb_cli.engine.surgery.loading import (
     prune_device_map,
 )
 from sleb_cli.engine.surgery.surgery import Surgery
-from sleb_cli.engine.third_party import no_verdict_by_the_disk, saving, translate_errors
+from sleb_cli.engine.third_party import prefer_disk_error, saving, translate_errors
 from sleb_cli.events import CheckPassed, Notice, Notify, ignore, task
 from sleb_cli.records import Check, Proof, differences
 from sleb_cli.requests import AUTO
@@ -200,7 +200,7 @@ def prove(
         device=placement.device.type,
     )
     source = surgery.architecture.source
-    with no_verdict_by_the_disk(ProofError):
+    with prefer_disk_error(ProofError):
         tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
         if placement.too_large:
             reason = f"{placement.too_large}. Names, shapes and bytes are checked, but no logits"

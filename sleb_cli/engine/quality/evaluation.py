@@ -55,7 +55,7 @@ def evaluate_subject(subject: Subject, request: EvalRequest, notify: Notify, gro
     if any(task.runs_code for task in tasks) and (free := unconfined()):
         notify(Warned(f"On this system, sleb cannot keep programs that the model writes away from {free}."))
     names = texts_of(request)
-    texts = group.one_first(lambda: [read_evaluation_text(name, request, tokenizer, architecture) for name in names])
+    texts = group.main_first(lambda: [read_evaluation_text(name, request, tokenizer, architecture) for name in names])
     for sentence in _remarks(texts, subject):
         notify(Notice(sentence))
     batch_size = None if request.items_per_batch == AUTO else int(request.items_per_batch)
@@ -71,8 +71,8 @@ def evaluate_subject(subject: Subject, request: EvalRequest, notify: Notify, gro
         sleb_version=__version__,
         kind="eval",
         model=architecture.record,
-        behavior=architecture.source.behavior,
-        recovered=subject.recovered.source.behavior if subject.recovered else None,
+        behavior=architecture.source.content_hash,
+        recovered=subject.recovered.source.content_hash if subject.recovered else None,
         dtype=dtype_name(placement.dtype),
         device=placement.device.type,
         sizes=tuple(models.sizes[1:]),
@@ -95,9 +95,9 @@ def place_evaluation(subject: Subject, request: EvalRequest, notify: Notify, gro
     require_one_placement(request)
     device, device_map = choose_device(request.device or AUTO), request.device_map
     asked, dtype = False if request.tasks else request.stream, request.dtype or AUTO
-    beside = weight_bytes(subject.recovered, parse_dtype(dtype, architecture.dtype)) if subject.recovered else 0
+    reserved = weight_bytes(subject.recovered, parse_dtype(dtype, architecture.dtype)) if subject.recovered else 0
     placement = group.from_main(
-        lambda: place_model(architecture, device, dtype, notify, device_map=device_map, stream=asked, beside=beside)
+        lambda: place_model(architecture, device, dtype, notify, device_map=device_map, stream=asked, reserved=reserved)
     )
     if subject.recovered and (placement.stream or device_map is not None):
         raise UsageError(

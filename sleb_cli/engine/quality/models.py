@@ -52,7 +52,7 @@ class Models:
         self._common = {
             "version": VERSION,
             "sleb": __version__,
-            "model": self.architecture.source.behavior,
+            "model": self.architecture.source.content_hash,
             "dtype": dtype_name(placement.dtype),
             "device": placement.device.type,
             "chip": chip_name(placement.device),
@@ -106,5 +106,5 @@ class Models:
         # The order of removal does not matter.
         named = {"removals": ",".join(map(str, sorted(removals)))}
         if removals and self.recovered:
-            named["recovered"] = self.recovered.source.behavior
+            named["recovered"] = self.recovered.source.content_hash
         return self._common | named | dict(what)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
-from sleb_cli.engine.third_party import our_code
+from sleb_cli.engine.third_party import pass_errors_through
 
 EXACT = 0.02
 """How far what comes out may be from a constant times the noise, as a share of it: the rounding of bfloat16."""
@@ -110,7 +110,7 @@ def passing(root: nn.Module, names: Iterable[str]) -> Iterator[tuple[dict[str, T
     leaving: dict[str, Any] = {}
 
     def keep(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        with our_code():
+        with pass_errors_through():
             entering[name] = args[0] if args else next(iter(kwargs.values()))
             leaving[name] = output
 
@@ -177,7 +177,7 @@ def _candidates(skippable: SkippableModel, call: Call, hidden: Tensor) -> Iterat
 
         def add_noise(module: nn.Module, args: Any, output: Any, fits: list[bool] = fits) -> Any:
             # Some families flatten sequences before their MLP: [batch x positions, hidden size].
-            with our_code():
+            with pass_errors_through():
                 fits.append(isinstance(output, Tensor) and output.numel() == hidden.numel())
                 return output + noise.to(output.dtype).view_as(output) if fits[-1] else output
 

@@ -33,7 +33,7 @@ from sleb_cli.engine.text.calibration import (
     REFERENCE_PRESETS,
     Calibration,
     CalibrationSettings,
-    Rows,
+    Sequences,
     calibrate_splits,
     texts_sha256,
 )
@@ -130,7 +130,7 @@ class Recovery:
         """What decides the values that are found on the same text."""
         return {
             "format": FORMAT,
-            "model": self.architecture.source.behavior,
+            "model": self.architecture.source.content_hash,
             "sleb": __version__,
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
@@ -309,10 +309,10 @@ class Recovery:
         def uses(portion: int) -> int:
             return int(min(most, -(-budget.portion_tokens(portion) // fitted.sequence_length)))
 
-        def written(source: str) -> Rows:
+        def written(source: str) -> Sequences:
             if self.fitted is None:  # a healing that continues
                 self.fitted = calibrate_splits(self.splits, self.tokenizer, self._whole, self.notify)[0]
-            return self.fitted.rows_of(source)
+            return self.fitted.sequences_of(source)
 
         return Portions(fitted, uses, self.tokenizer, self._whole, self.group.size, written)
 

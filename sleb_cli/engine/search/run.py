@@ -347,7 +347,7 @@ def _open_journal(settings: SearchSettings, inputs: SearchInputs, record: Search
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "model": settings.architecture.record.model_dump(mode="json", exclude={"id", "revision"}),
-        "behavior": source.behavior,
+        "behavior": source.content_hash,
         "calibration": inputs.calibration.record.to_data(),
         "search": record.model_dump(mode="json", exclude={"remove", "target"}),
     }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sleb_cli.engine.device import free_memory
-from sleb_cli.engine.model.sizes import Sizes
+from sleb_cli.engine.model.sizes import PerBlock
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.settings import SearchSettings
@@ -80,7 +80,7 @@ def time_target(settings: SearchSettings, dense: Any, group: ProcessGroup, notif
         )
     assert settings.speedup is not None
     blocks, asked = architecture.block_count, str(settings.options["target_speedup"])
-    seconds, most = Sizes(1 - slope * blocks, (slope,) * blocks), 1 / settings.speedup
+    seconds, most = PerBlock(1 - slope * blocks, (slope,) * blocks), 1 / settings.speedup
     return SpeedTarget("target_speedup", asked, seconds, most, lambda left: f"{1 / left:.2f}x the speed", share=share)
 
 

@@ -1,6 +1,6 @@
 """When a search stops: once the model is small or fast enough, or before its perplexity rises too far.
 
-How much each block takes (`Sizes`), in parameters, bytes or seconds, is measured elsewhere.
+How much each block takes (`PerBlock`), in parameters, bytes or seconds, is measured elsewhere.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 
-from sleb_cli.engine.model.sizes import Sizes
+from sleb_cli.engine.model.sizes import PerBlock
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.strategies import free_spans
 from sleb_cli.events import Notice, Notify
@@ -40,7 +40,7 @@ class SizeTarget:
 
     name: TargetName
     asked: str
-    sizes: Sizes
+    sizes: PerBlock
     most: float
     describe: Callable[[float], str]
     serving: ServingRecord | None = None

@@ -77,7 +77,7 @@ def load_dense(
         OutOfMemory: they do not fit into the device's memory.
     """
     source = architecture.source
-    with task(notify, f"Loading {source.id}"), fits(source, dtype, device):
+    with task(notify, f"Loading {source.id}"), explain_oom(source, dtype, device):
         source.weights.tensor_names()  # its errors name the broken file
         model, info = load_pretrained(
             architecture.auto_class,
@@ -135,7 +135,7 @@ def load_pruned(
     source = surgery.architecture.source
     with (
         task(notify, f"Loading {source.id} without {plural(len(surgery.removals), 'block')}"),
-        fits(source, dtype, device),
+        explain_oom(source, dtype, device),
     ):
         # Packed weights are taken apart by the code that loads them.
         if dense is not None and not surgery.architecture.is_quantized:
@@ -190,7 +190,7 @@ def _with_tensors(
     return _ready(model, info, architecture, device)
 
 
-def fits(source: ModelSource, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
+def explain_oom(source: ModelSource, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
     """Say what did not fit if loading this model runs out of memory."""
     return translate_out_of_memory(
         f"{source.id} does not fit in the memory of {device} in {dtype_name(dtype)}.",

@@ -119,10 +119,10 @@ class Calibration:
         origins = tuple(self.origins[row] for row in order) if self.origins else ()
         return replace(self, sequences=self.sequences[rows], loss_mask=loss_mask, origins=origins)
 
-    def rows_of(self, source: str) -> Rows:
+    def sequences_of(self, source: str) -> Sequences:
         """Return the sequences of a source, and their loss mask."""
         rows = [row for row, origin in enumerate(self.origins) if origin == source]
-        return take_rows((self.sequences, self.loss_mask), rows)
+        return take_sequences((self.sequences, self.loss_mask), rows)
 
     def shuffled(self) -> Calibration:
         """Return the sequences in an order drawn by the seed, as candidates race over them in order."""
@@ -135,7 +135,7 @@ class Calibration:
         return replace(self, sequences=self.sequences.to(device), loss_mask=loss_mask)
 
 
-Rows = tuple[Tensor, Tensor | None]
+Sequences = tuple[Tensor, Tensor | None]
 """Sequences of one source, and their loss mask (None: all tokens count)."""
 
 
@@ -177,7 +177,7 @@ def resolve_calibration(
         seed=seed or 0,
         chat=chat,
         samples_given=samples is not None,
-        writer=architecture.source.behavior,
+        writer=architecture.source.content_hash,
     )
     if len(shares) > 1:
         _require_mixable(settings, shares)
@@ -217,7 +217,7 @@ def calibrate(
 def calibrate_splits(
     splits: Sequence[CalibrationSettings], tokenizer: Any, load_model: Callable[[], Any], notify: Notify
 ) -> list[Calibration]:
-    """Return the sequences for each of several splits of the same text; only the first needs some of every source.
+    """Return the sequences for each of several splits of the same text. Only the first must have some of every source.
 
     The model generates its text for all splits at once; each sequence is a document of its own. Raises what `calibrate`
     raises.
@@ -232,18 +232,18 @@ def calibrate_splits(
         if source.startswith(ANSWERS):  # prompts are divided like documents
             for (settings, rows), count in zip(drafts, counts, strict=True):
                 if count:
-                    rows[source] = write_rows(source, count, settings, load_model(), tokenizer, notify)
+                    rows[source] = write_sequences(source, count, settings, load_model(), tokenizer, notify)
         else:
-            sequences, mask = write_rows(source, sum(counts), first, load_model(), tokenizer, notify)
+            sequences, mask = write_sequences(source, sum(counts), first, load_model(), tokenizer, notify)
             masks: Sequence[Tensor | None] = [None] * len(counts) if mask is None else torch.split(mask, counts)
             for (_, rows), part, counted in zip(drafts, torch.split(sequences, counts), masks, strict=True):
                 rows[source] = part, counted
     return [_assemble(settings, rows, tokenizer) for settings, rows in drafts]
 
 
-def write_rows(
+def write_sequences(
     source: str, samples: int, settings: CalibrationSettings, model: Any, tokenizer: Any, notify: Notify
-) -> Rows:
+) -> Sequences:
     """Return sequences of a source that the model writes; raises what `calibrate` raises."""
     settings = replace(settings, samples=samples)
     if source == SELF:
@@ -254,13 +254,13 @@ def write_rows(
     return sequences[:samples], loss_mask[:samples] if answers else None
 
 
-def take_rows(rows: Rows, chosen: Sequence[int]) -> Rows:
+def take_sequences(rows: Sequences, chosen: Sequence[int]) -> Sequences:
     """Return the sequences of these numbers, in this order."""
     sequences, loss_mask = rows
     return sequences[chosen], None if loss_mask is None else loss_mask[chosen]
 
 
-def join_rows(rows: Sequence[Rows]) -> Rows:
+def join_sequences(rows: Sequence[Sequences]) -> Sequences:
     """Return the sequences of several sources, one after the other; all tokens count of those without a loss mask."""
     sequences = torch.cat([found for found, _ in rows])
     if all(mask is None for _, mask in rows):
@@ -277,12 +277,12 @@ def texts_sha256(splits: Sequence[CalibrationSettings], tokenizer: Any) -> str:
     return tokens_sha256(torch.cat([torch.zeros(0, dtype=torch.int64), *read]))
 
 
-def _assemble(settings: CalibrationSettings, rows: Mapping[str, Rows], tokenizer: Any) -> Calibration:
+def _assemble(settings: CalibrationSettings, rows: Mapping[str, Sequences], tokenizer: Any) -> Calibration:
     """Interleave the rows of each source."""
     sources = [source for source in settings.shares if source in rows]
     counts = [len(rows[source][0]) for source in sources]
     order = interleave(counts)
-    sequences, loss_mask = take_rows(join_rows([rows[source] for source in sources]), order)
+    sequences, loss_mask = take_sequences(join_sequences([rows[source] for source in sources]), order)
     record = CalibrationRecord(
         source=settings.source,
         seed=settings.seed,
@@ -298,12 +298,12 @@ def _assemble(settings: CalibrationSettings, rows: Mapping[str, Rows], tokenizer
 
 def _read_texts(
     settings: CalibrationSettings, tokenizer: Any, notify: Notify
-) -> tuple[CalibrationSettings, dict[str, Rows]]:
+) -> tuple[CalibrationSettings, dict[str, Sequences]]:
     """Read the sources that are texts, before any text is generated, since they may be missing or too short.
 
     Return the settings with as many samples as the texts provide, and the rows of each source.
     """
-    read, is_mixture = dict[str, Rows](), len(settings.shares) > 1
+    read, is_mixture = dict[str, Sequences](), len(settings.shares) > 1
     for source, count in settings.texts.items():
         if not count:
             continue
@@ -318,11 +318,11 @@ def _read_texts(
                 )
         # A reference preset counts rows of text, and all of their windows are used.
         drawn = len(windows) if settings.is_reference else count
-        read[source] = take_rows(found, draw(len(windows), drawn, settings.seed))
+        read[source] = take_sequences(found, draw(len(windows), drawn, settings.seed))
     if is_mixture:
         settings = limit_to_texts(settings, {source: len(rows) for source, (rows, _) in read.items()}, notify)
         read = {
-            source: take_rows(rows, draw(len(rows[0]), settings.counts[source], settings.seed))
+            source: take_sequences(rows, draw(len(rows[0]), settings.counts[source], settings.seed))
             for source, rows in read.items()
         }
     return settings, read
@@ -350,7 +350,7 @@ def limit_to_texts(settings: CalibrationSettings, found: Mapping[str, int], noti
     return settings
 
 
-def read_windows(source: str, samples: int, settings: CalibrationSettings, tokenizer: Any) -> Rows:
+def read_windows(source: str, samples: int, settings: CalibrationSettings, tokenizer: Any) -> Sequences:
     """Cut a text that has `samples` sequences, or all of a smaller one, into windows."""
     length, seed, split = settings.sequence_length, settings.seed, settings.split
     # What is asked for counts the whole text, of which a split has only about its share.

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from sleb_cli.engine.text.calibration import (
     CalibrationSettings,
-    Rows,
+    Sequences,
     draw,
-    join_rows,
+    join_sequences,
     limit_to_texts,
     read_windows,
-    take_rows,
-    write_rows,
+    take_sequences,
+    write_sequences,
 )
 from sleb_cli.engine.text.sources import is_read_whole, is_written
 from sleb_cli.events import Notify
@@ -65,12 +65,12 @@ class Portions:
         tokenizer: Any,
         load_model: Callable[[], Any],
         processes: int = 1,
-        written: Callable[[str], Rows | None] = lambda source: None,
+        written: Callable[[str], Sequences | None] = lambda source: None,
     ) -> None:
         self._fitted, self._uses, self._processes, self._written = fitted, uses, processes, written
         self._fewest = max(math.ceil(1 / share) for share in fitted.shares.values())  # with some of every source
         self._tokenizer, self._load_model = tokenizer, load_model
-        self._whole: dict[str, Rows] = {}
+        self._whole: dict[str, Sequences] = {}
 
     def draw(self, number: int, notify: Notify, most: int = 0) -> Portion:
         """Return the portion of this number, from 0; if `most` is given, about so many sequences of it.
@@ -94,16 +94,16 @@ class Portions:
             known = self._written(source) if number < self._processes else None
             own = range(number * samples, (number + 1) * samples)
             if known is not None and own.stop <= len(known[0]):
-                rows.append(take_rows(known, own))
+                rows.append(take_sequences(known, own))
             else:
-                rows.append(write_rows(source, samples, taken, self._load_model(), self._tokenizer, notify))
-        sequences, loss_mask = join_rows(rows)
+                rows.append(write_sequences(source, samples, taken, self._load_model(), self._tokenizer, notify))
+        sequences, loss_mask = join_sequences(rows)
         return Portion(sequences, _order(given, len(sequences), f"{self._fitted.seed}/{number}"), loss_mask)
 
     def _uses_of(self, number: int) -> int:
         return max(self._fewest, self._uses(number // self._processes))
 
-    def _windows(self, source: str, settings: CalibrationSettings) -> Rows:
+    def _windows(self, source: str, settings: CalibrationSettings) -> Sequences:
         """Return the windows of a source, those of one that is read whole in their order; it is read only once."""
         if source in self._whole:
             return self._whole[source]
@@ -113,22 +113,22 @@ class Portions:
             first = sorted(set(range(len(windows))) - set(last))
             shuffle = random.Random(self._fitted.seed)
             order = [*shuffle.sample(first, len(first)), *shuffle.sample(last, len(last))]
-            found = self._whole[source] = take_rows(found, order)
+            found = self._whole[source] = take_sequences(found, order)
         return found
 
-    def _taken(self, source: str, found: Rows, number: int, settings: CalibrationSettings, wanted: int) -> Rows:
+    def _taken(self, source: str, found: Sequences, number: int, settings: CalibrationSettings, most: int) -> Sequences:
         """Return what this portion takes of a source: the next windows, or of what was shuffled any."""
         windows, _ = found
-        wanted = min(wanted, len(windows))
+        wanted = min(most, len(windows))
 
         def count(uses: int) -> int:
             return min(replace(settings, samples=uses).counts[source], len(windows))
 
         if source not in self._whole:
-            return take_rows(found, draw(len(windows), wanted, settings.seed))
+            return take_sequences(found, draw(len(windows), wanted, settings.seed))
         before = map(self._uses_of, range(number))
         start = sum(count(min(uses, settings.samples)) for uses in before)  # a short text limits all portions alike
-        return take_rows(found, [(start + row) % len(windows) for row in range(wanted)])
+        return take_sequences(found, [(start + row) % len(windows) for row in range(wanted)])
 
 
 def _order(given: int, count: int, seed: str) -> list[int]:

@@ -147,10 +147,8 @@ def reference_calibration_text(source: str, *, rows: int, seed: int, split: Text
 def evaluation_text(source: str, length: int) -> Text:
     """Return the text or the conversations to measure perplexity on; for `wikitext2` and `c4`, that of the literature.
 
-    Of another data set, only as much is read as its windows of `length` tokens need.
-
-    Of another data set, it is the named split, or the one that models were least likely trained or calibrated on, and
-    the named column, or `text`, or else `messages`.
+    For other data sets, read the named split and column (default: the first of EVALUATION_SPLITS, and `text` or
+    `messages`), and no more of it than its windows of `length` tokens need.
 
     Raises:
         DataError: the source is missing, unreadable or empty.
@@ -458,7 +456,7 @@ def _documents(dataset: Dataset, split: TextSplit = WHOLE, *, shuffle_seed: int 
 def _values(rows: Any, dataset: Dataset, split: TextSplit = WHOLE, *, shuffle_seed: int | None = None) -> Iterator[Any]:
     """Return the values of the column, of this part of the rows of a data set.
 
-    Rows that are read in their order are divided in it, since neighbours may belong to one document.
+    Sequences that are read in their order are divided in it, since neighbours may belong to one document.
     """
     if dataset.column not in rows.column_names:
         raise DataError(

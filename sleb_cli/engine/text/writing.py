@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from sleb_cli.engine.device import as_float64, in_smaller_pieces, input_device
 from sleb_cli.engine.files.cache import KeptFiles
 from sleb_cli.engine.model.generation import continue_each, generate
-from sleb_cli.engine.third_party import our_code
+from sleb_cli.engine.third_party import pass_errors_through
 from sleb_cli.events import Advance, Notice, Notify, task
 from sleb_cli.version import __version__
 from sleb_plugins import UnsupportedModelError
@@ -119,7 +119,7 @@ def _continuing(model: Any, advance: Advance) -> Continue:
 
         def have_ended(added: Tensor) -> Tensor:
             """Report each token as it is generated."""
-            with our_code():
+            with pass_errors_through():
                 advance(len(added))
             return torch.isin(added, endings).any(1)
 
