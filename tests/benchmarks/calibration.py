@@ -24,7 +24,8 @@ from sleb_cli.atomic import write_text
 from sleb_cli.engine.forward.logits import score_logits
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.surgery.loading import quiet_libraries
-from sleb_cli.engine.text.calibration import CalibrationSettings, calibrate, resolve_calibration
+from sleb_cli.engine.text.calibration import calibrate
+from sleb_cli.engine.text.settings import CalibrationSettings, resolve_calibration
 from sleb_cli.events import ignore
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 

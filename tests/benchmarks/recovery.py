@@ -48,7 +48,8 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
 from sleb_cli.engine.recovery.variant import Variant, summed_losses
-from sleb_cli.engine.text.calibration import calibrate_splits, resolve_calibration
+from sleb_cli.engine.text.calibration import calibrate_splits
+from sleb_cli.engine.text.settings import resolve_calibration
 from sleb_cli.engine.text.sources import TextSplit
 from sleb_cli.events import ignore
 

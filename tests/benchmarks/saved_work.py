@@ -32,7 +32,8 @@ from sleb_cli.engine.search.journal import Journal
 from sleb_cli.engine.search.scoring import Scoring
 from sleb_cli.engine.search.strategies import Problem, greedy
 from sleb_cli.engine.surgery.loading import load_dense, load_tokenizer, quiet_libraries
-from sleb_cli.engine.text.calibration import Calibration, calibrate, draw, resolve_calibration
+from sleb_cli.engine.text.calibration import Calibration, calibrate, draw
+from sleb_cli.engine.text.settings import resolve_calibration
 from sleb_cli.engine.text.sources import evaluation_text
 from sleb_cli.engine.text.windows import adds_bos, cut_windows
 from sleb_cli.events import ignore

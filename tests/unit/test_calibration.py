@@ -12,8 +12,9 @@ import torch
 from conftest import prose, train_tokenizer
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.text.calibration import calibrate, draw, resolve_calibration
+from sleb_cli.engine.text.calibration import calibrate, draw
 from sleb_cli.engine.text.mixture import parse_mixture
+from sleb_cli.engine.text.settings import resolve_calibration
 from sleb_cli.engine.text.sources import calibration_text, evaluation_text, reference_calibration_text
 from sleb_cli.engine.text.windows import cut_running_text, tokens_sha256
 from sleb_cli.events import Notice

@@ -8,8 +8,9 @@ import pytest
 from conftest import train_tokenizer
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.text.calibration import calibrate, resolve_calibration
+from sleb_cli.engine.text.calibration import calibrate
 from sleb_cli.engine.text.chat import cut_conversations
+from sleb_cli.engine.text.settings import resolve_calibration
 from sleb_cli.engine.text.sources import calibration_conversations
 from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins import DataError, UsageError

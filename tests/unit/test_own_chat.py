@@ -12,10 +12,11 @@ import sleb_cli.engine.text.writing as text_writing
 from conftest import llama_config, random_model, train_tokenizer
 from families import tiny_config
 from sleb_cli.engine.model.generation import generate
-from sleb_cli.engine.text.calibration import CalibrationSettings, calibrate_splits, texts_sha256
+from sleb_cli.engine.text.calibration import calibrate_splits, texts_sha256
 from sleb_cli.engine.text.mixture import parse_mixture
 from sleb_cli.engine.text.own_chat import _Writer
 from sleb_cli.engine.text.portions import Portions
+from sleb_cli.engine.text.settings import CalibrationSettings
 from sleb_cli.engine.text.sources import TextSplit, read_prompts
 from sleb_cli.events import Notice, ignore
 from sleb_plugins import DataError, UnsupportedModelError, UsageError

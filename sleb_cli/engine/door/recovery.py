@@ -22,13 +22,13 @@ from sleb_cli.engine.recovery.run import Recovery
 from sleb_cli.engine.recovery.unfinished import Unfinished
 from sleb_cli.engine.surgery.loading import has_tokenizer, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
-from sleb_cli.engine.text.calibration import (
+from sleb_cli.engine.text.mixture import parse_mixture
+from sleb_cli.engine.text.settings import (
     REFERENCE_PRESETS,
     CalibrationSettings,
     require_given_text,
     resolve_calibration,
 )
-from sleb_cli.engine.text.mixture import parse_mixture
 from sleb_cli.engine.text.sources import SELF, SELF_CHAT, TextSplit, is_written
 from sleb_cli.events import Notify
 from sleb_cli.requests import (

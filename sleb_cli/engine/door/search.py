@@ -24,7 +24,7 @@ from sleb_cli.engine.search.strategies import STRATEGIES, strategy_name
 from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Target, count_removals, option_of
 from sleb_cli.engine.surgery.loading import quiet_libraries
 from sleb_cli.engine.surgery.subject import require_same_code, require_same_model
-from sleb_cli.engine.text.calibration import REFERENCE_PRESETS, require_given_text, resolve_calibration
+from sleb_cli.engine.text.settings import REFERENCE_PRESETS, require_given_text, resolve_calibration
 from sleb_cli.engine.text.windows import choose_length
 from sleb_cli.events import Event, Notice, Notify
 from sleb_cli.plan import Plan, ServingRecord, read_plan

@@ -29,15 +29,9 @@ from sleb_cli.engine.recovery.unfinished import FORMAT, Saved, Unfinished, fit_f
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_cli.engine.surgery.loading import load_pruned, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
-from sleb_cli.engine.text.calibration import (
-    REFERENCE_PRESETS,
-    Calibration,
-    CalibrationSettings,
-    Sequences,
-    calibrate_splits,
-    texts_sha256,
-)
+from sleb_cli.engine.text.calibration import Calibration, Sequences, calibrate_splits, texts_sha256
 from sleb_cli.engine.text.portions import Portions
+from sleb_cli.engine.text.settings import REFERENCE_PRESETS, CalibrationSettings
 from sleb_cli.engine.text.sources import SELF_CHAT
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plan import ConversationsRecord, HealRecord, LossesRecord, RecoveryRecord

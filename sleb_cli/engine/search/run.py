@@ -36,7 +36,8 @@ from sleb_cli.engine.search.speedup import time_target
 from sleb_cli.engine.search.strategies import Problem
 from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, count_removals, perplexity_ratio
 from sleb_cli.engine.surgery.loading import load_tokenizer
-from sleb_cli.engine.text.calibration import REFERENCE_PRESETS, Calibration, calibrate
+from sleb_cli.engine.text.calibration import Calibration, calibrate
+from sleb_cli.engine.text.settings import REFERENCE_PRESETS
 from sleb_cli.events import SEARCH_TASK, BlockRemoved, BlocksSwapped, Notice, Notify, SearchStarted, TaskFinished, task
 from sleb_cli.plan import (
     CalibrationRecord,

@@ -12,7 +12,7 @@ from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.strategies import STRATEGIES, Strategy
 from sleb_cli.engine.search.targets import Target
-from sleb_cli.engine.text.calibration import CalibrationSettings
+from sleb_cli.engine.text.settings import CalibrationSettings
 from sleb_cli.plan import MetricRecord, Plan
 from sleb_cli.requests import StrategyName
 from sleb_plugins import Metric

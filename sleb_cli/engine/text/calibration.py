@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.model.source import DEMO
 from sleb_cli.engine.text.chat import cut_conversations, require_template
-from sleb_cli.engine.text.mixture import divide, interleave, parse_mixture
+from sleb_cli.engine.text.mixture import interleave
 from sleb_cli.engine.text.own_chat import write_conversations
 from sleb_cli.engine.text.own_text import generate_own_text
+from sleb_cli.engine.text.settings import CalibrationSettings, require_mixable
 from sleb_cli.engine.text.sources import (
-    REFERENCE_ROWS,
     SELF,
     WHOLE,
-    TextSplit,
     calibration_conversations,
     calibration_text,
     holds_conversations,
@@ -34,7 +30,6 @@ from sleb_cli.engine.text.sources import (
 from sleb_cli.engine.text.windows import (
     adds_bos,
     begin_with_bos,
-    choose_length,
     cut_running_text,
     cut_windows,
     require_windows,
@@ -43,60 +38,6 @@ from sleb_cli.engine.text.windows import (
 )
 from sleb_cli.events import Notice, Notify, ignore, task
 from sleb_cli.plan import ANSWERS, CalibrationRecord
-from sleb_cli.requests import (
-    DEFAULT_CALIBRATION,
-    DEFAULT_LENGTH,
-    DEFAULT_SAMPLES,
-    DEMO_CALIBRATION,
-    DEMO_LENGTH,
-    DEMO_SAMPLES,
-    Chat,
-)
-from sleb_plugins import UsageError
-
-REFERENCE_PRESETS = frozenset({"wikitext2-sleb", "c4-sleb"})
-
-
-@dataclass(frozen=True)
-class CalibrationSettings:
-    """A calibration request with every option set.
-
-    `shares` are those of the sources in `source`. `samples` counts the sequences of all sources together; for a
-    reference preset, it counts rows of text. `split` is the part of each source that sequences are drawn from. `writer`
-    identifies the model, under which the text that it writes is cached; None caches none. With `own_answers` and no
-    `chat`, only the answers count of conversations that it writes.
-    """
-
-    source: str
-    shares: Mapping[str, Fraction]
-    samples: int
-    sequence_length: int
-    seed: int
-    chat: Chat | None
-    samples_given: bool
-    split: TextSplit = WHOLE
-    writer: str | None = None
-    own_answers: bool = False
-
-    @property
-    def counts_own_answers(self) -> bool:
-        """Whether only the answers count of conversations that the model writes."""
-        return self.chat == "answers" or (self.chat is None and self.own_answers)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """The number of samples of each source."""
-        return dict(zip(self.shares, divide(self.samples, list(self.shares.values())), strict=True))
-
-    @property
-    def texts(self) -> dict[str, int]:
-        """The same of the sources that are there already; the model writes the others, if any."""
-        return {source: count for source, count in self.counts.items() if not is_written(source)}
-
-    @property
-    def is_reference(self) -> bool:
-        """Whether the text is drawn as in the reference implementation."""
-        return bool(REFERENCE_PRESETS & self.shares.keys())
 
 
 @dataclass(frozen=True)
@@ -137,66 +78,6 @@ class Calibration:
 
 Sequences = tuple[Tensor, Tensor | None]
 """Sequences of one source, and their loss mask (None: all tokens count)."""
-
-
-def resolve_calibration(
-    architecture: Architecture,
-    source: str | None = None,
-    samples: int | None = None,
-    sequence_length: int | None = None,
-    seed: int | None = None,
-    chat: Chat | None = None,
-) -> CalibrationSettings:
-    """Return the settings with these values, or with the defaults where they are None.
-
-    Raises:
-        DataError: prompts that the model is to answer are missing.
-        UsageError: the number of samples or their length is out of range, or the mixture is invalid, or no source
-            holds conversations although some are to count.
-    """
-    is_demo = architecture.source.id == DEMO
-    source = source or (DEMO_CALIBRATION if is_demo else DEFAULT_CALIBRATION)
-    shares = parse_mixture(source)
-    if chat is not None and not any(map(holds_conversations, shares)):
-        raise UsageError(
-            f"{source} is plain text, but --chat needs conversations.",
-            hint='Leave out --chat, or name self-chat, or a .jsonl file or data set with "messages": lists of role and '
-            "content.",
-        )
-    for each in shares:
-        if each.startswith(ANSWERS):  # before any model is loaded
-            read_prompts(each)
-    default = DEMO_SAMPLES if is_demo else DEFAULT_SAMPLES
-    if REFERENCE_PRESETS & shares.keys():
-        default = REFERENCE_ROWS
-    settings = CalibrationSettings(
-        source=source,
-        shares=shares,
-        samples=samples or default,
-        sequence_length=choose_length(sequence_length, architecture, DEMO_LENGTH if is_demo else DEFAULT_LENGTH),
-        seed=seed or 0,
-        chat=chat,
-        samples_given=samples is not None,
-        writer=architecture.source.content_hash,
-    )
-    if len(shares) > 1:
-        _require_mixable(settings, shares)
-    return settings
-
-
-def _require_mixable(settings: CalibrationSettings, needed: Collection[str]) -> None:
-    """Check that sources can be mixed, and that each that is `needed` has a sequence."""
-    for source, count in settings.counts.items():
-        if source in REFERENCE_PRESETS:
-            raise UsageError(
-                f"{source} cannot be mixed: it is drawn as in the reference implementation.",
-                hint=f"Mix {source.removesuffix('-sleb')} instead, which is cut into windows.",
-            )
-        if source in needed and not count:
-            raise UsageError(
-                f"Too few sequences ({settings.samples}) for {settings.source!r}: none would be from {source}.",
-                hint="Increase --samples or the share.",
-            )
 
 
 def calibrate(
@@ -338,7 +219,7 @@ def limit_to_texts(settings: CalibrationSettings, found: Mapping[str, int], noti
     while any(settings.counts[source] > count for source, count in found.items()):
         settings = replace(settings, samples=settings.samples - 1)
     if not settings.split.begin:  # what decides and what is reported may lack a source
-        _require_mixable(settings, had)
+        require_mixable(settings, had)
     if settings.samples < wanted:
         scarce = min(found, key=lambda source: found[source] / settings.shares[source])
         notify(
@@ -371,16 +252,3 @@ def read_windows(source: str, samples: int, settings: CalibrationSettings, token
 def draw(found: int, count: int, seed: int) -> list[int]:
     """Draw `count` of `found` windows by the seed, in the order of the text; all if there are fewer."""
     return list(range(found)) if count >= found else sorted(random.Random(seed).sample(range(found), count))
-
-
-def require_given_text(settings: CalibrationSettings) -> None:
-    """Check that a streamed model does not have to write its text.
-
-    Raises:
-        UsageError: it has to.
-    """
-    if any(map(is_written, settings.shares)):
-        raise UsageError(
-            "A streamed model cannot write its own text: each token would read all of its weights.",
-            hint="Use --calibration wikitext2, or a file.",
-        )

@@ -12,19 +12,17 @@ import random
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import compress, cycle, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sleb_cli.canaries.repetition import repetition
 from sleb_cli.engine.model.generation import end_tokens
 from sleb_cli.engine.text.chat import Tokens, apply_template, pack, render
+from sleb_cli.engine.text.settings import CalibrationSettings
 from sleb_cli.engine.text.sources import SELF_CHAT, Conversation, read_prompts
 from sleb_cli.engine.text.writing import GIVE_TEXT, Continue, Writing, write_or_find
 from sleb_cli.events import Notice, Notify
 from sleb_cli.units import plural
 from sleb_plugins import DataError, UnsupportedModelError, UsageError
-
-if TYPE_CHECKING:
-    from sleb_cli.engine.text.calibration import CalibrationSettings
 
 MARK = "WORDS"
 """Stands for a message in a template, to find what is before and behind it."""

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sleb_cli.engine.text.settings import CalibrationSettings
 from sleb_cli.engine.text.windows import adds_bos
 from sleb_cli.engine.text.writing import GIVE_TEXT, Continue, Writing, write_or_find
 from sleb_cli.events import Notice, Notify
 from sleb_cli.units import plural
 from sleb_plugins import ModelError
-
-if TYPE_CHECKING:
-    from sleb_cli.engine.text.calibration import CalibrationSettings
 
 
 def generate_own_text(model: Any, tokenizer: Any, settings: CalibrationSettings, notify: Notify) -> Tensor:

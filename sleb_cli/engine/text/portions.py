@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from sleb_cli.engine.text.calibration import (
-    CalibrationSettings,
     Sequences,
     draw,
     join_sequences,
@@ -20,6 +19,7 @@ from sleb_cli.engine.text.calibration import (
     take_sequences,
     write_sequences,
 )
+from sleb_cli.engine.text.settings import CalibrationSettings
 from sleb_cli.engine.text.sources import is_read_whole, is_written
 from sleb_cli.events import Notify
 

@@ -1,0 +1,141 @@
+"""Which text to calibrate on, and how much of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.model.source import DEMO
+from sleb_cli.engine.text.mixture import divide, parse_mixture
+from sleb_cli.engine.text.sources import REFERENCE_ROWS, WHOLE, TextSplit, holds_conversations, is_written, read_prompts
+from sleb_cli.engine.text.windows import choose_length
+from sleb_cli.plan import ANSWERS
+from sleb_cli.requests import (
+    DEFAULT_CALIBRATION,
+    DEFAULT_LENGTH,
+    DEFAULT_SAMPLES,
+    DEMO_CALIBRATION,
+    DEMO_LENGTH,
+    DEMO_SAMPLES,
+    Chat,
+)
+from sleb_plugins import UsageError
+
+REFERENCE_PRESETS = frozenset({"wikitext2-sleb", "c4-sleb"})
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """A calibration request with every option set.
+
+    `shares` are those of the sources in `source`. `samples` counts the sequences of all sources together; for a
+    reference preset, it counts rows of text. `split` is the part of each source that sequences are drawn from. `writer`
+    identifies the model, under which the text that it writes is cached; None caches none. With `own_answers` and no
+    `chat`, only the answers count of conversations that it writes.
+    """
+
+    source: str
+    shares: Mapping[str, Fraction]
+    samples: int
+    sequence_length: int
+    seed: int
+    chat: Chat | None
+    samples_given: bool
+    split: TextSplit = WHOLE
+    writer: str | None = None
+    own_answers: bool = False
+
+    @property
+    def counts_own_answers(self) -> bool:
+        """Whether only the answers count of conversations that the model writes."""
+        return self.chat == "answers" or (self.chat is None and self.own_answers)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The number of samples of each source."""
+        return dict(zip(self.shares, divide(self.samples, list(self.shares.values())), strict=True))
+
+    @property
+    def texts(self) -> dict[str, int]:
+        """The same of the sources that are there already; the model writes the others, if any."""
+        return {source: count for source, count in self.counts.items() if not is_written(source)}
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the text is drawn as in the reference implementation."""
+        return bool(REFERENCE_PRESETS & self.shares.keys())
+
+
+def resolve_calibration(
+    architecture: Architecture,
+    source: str | None = None,
+    samples: int | None = None,
+    sequence_length: int | None = None,
+    seed: int | None = None,
+    chat: Chat | None = None,
+) -> CalibrationSettings:
+    """Return the settings with these values, or with the defaults where they are None.
+
+    Raises:
+        DataError: prompts that the model is to answer are missing.
+        UsageError: the number of samples or their length is out of range, or the mixture is invalid, or no source
+            holds conversations although some are to count.
+    """
+    is_demo = architecture.source.id == DEMO
+    source = source or (DEMO_CALIBRATION if is_demo else DEFAULT_CALIBRATION)
+    shares = parse_mixture(source)
+    if chat is not None and not any(map(holds_conversations, shares)):
+        raise UsageError(
+            f"{source} is plain text, but --chat needs conversations.",
+            hint='Leave out --chat, or name self-chat, or a .jsonl file or data set with "messages": lists of role and '
+            "content.",
+        )
+    for each in shares:
+        if each.startswith(ANSWERS):  # before any model is loaded
+            read_prompts(each)
+    default = DEMO_SAMPLES if is_demo else DEFAULT_SAMPLES
+    if REFERENCE_PRESETS & shares.keys():
+        default = REFERENCE_ROWS
+    settings = CalibrationSettings(
+        source=source,
+        shares=shares,
+        samples=samples or default,
+        sequence_length=choose_length(sequence_length, architecture, DEMO_LENGTH if is_demo else DEFAULT_LENGTH),
+        seed=seed or 0,
+        chat=chat,
+        samples_given=samples is not None,
+        writer=architecture.source.content_hash,
+    )
+    if len(shares) > 1:
+        require_mixable(settings, shares)
+    return settings
+
+
+def require_mixable(settings: CalibrationSettings, needed: Collection[str]) -> None:
+    """Check that sources can be mixed, and that each that is `needed` has a sequence."""
+    for source, count in settings.counts.items():
+        if source in REFERENCE_PRESETS:
+            raise UsageError(
+                f"{source} cannot be mixed: it is drawn as in the reference implementation.",
+                hint=f"Mix {source.removesuffix('-sleb')} instead, which is cut into windows.",
+            )
+        if source in needed and not count:
+            raise UsageError(
+                f"Too few sequences ({settings.samples}) for {settings.source!r}: none would be from {source}.",
+                hint="Increase --samples or the share.",
+            )
+
+
+def require_given_text(settings: CalibrationSettings) -> None:
+    """Check that a streamed model does not have to write its text.
+
+    Raises:
+        UsageError: it has to.
+    """
+    if any(map(is_written, settings.shares)):
+        raise UsageError(
+            "A streamed model cannot write its own text: each token would read all of its weights.",
+            hint="Use --calibration wikitext2, or a file.",
+        )
