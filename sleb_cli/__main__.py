@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -19,10 +19,8 @@ from sleb_cli.requests import require_text
 from sleb_plugins import OutputError, SlebError, UsageError
 from sleb_plugins.errors import without_secrets
 
-HUNG_UP = 128 + 1
-INTERRUPTED = 128 + 2
+INTERRUPTED = 128 + signal.SIGINT
 BROKEN_PIPE = 128 + 13
-TERMINATED = 128 + 15
 LONGEST_NAME_SHOWN = 60
 UNREACHABLE = {
     errno.ENAMETOOLONG: ("the name is too long for a file", "Use a shorter one."),
@@ -39,42 +37,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `sleb` and return its exit code; any error but a `SlebError` is a bug and keeps its traceback."""
     from sleb_cli.app import app
     from sleb_cli.ui import console
-    from sleb_cli.ui.names import elide
 
     console.speak_any_encoding()
     try:
         _require_names(sys.argv[1:] if arguments is None else arguments)
         code = app(args=arguments, prog_name="sleb", standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except SlebError as error:
-        if isinstance(error, OutputError) and error.unsaved is not None:
-            with suppress(OutputError):  # stdout may be on the same full disk
-                console.print_json(error.unsaved)
-                sys.stdout.flush()
-                console.print_warning("The result could not be saved; it was printed on stdout as JSON.")
-        console.print_error(error)
-        return error.exit_code
+        sys.stdout.flush()
+    except WorkerFinished as finished:
+        return finished.exit_code
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "sleb"
         console.print_error(UsageError(error.format_message(), hint=f"See `{command} --help`."))
         # All processes read the same command line, and a launcher would end the main one before it has spoken.
         return UsageError.exit_code if is_main_process() else 0
-    except OSError as error:
-        if error.filename is None or error.errno not in UNREACHABLE:
-            raise
-        why, hint = UNREACHABLE[error.errno]
-        name = elide(str(error.filename), LONGEST_NAME_SHOWN)
-        console.print_error(UsageError(f"{name} cannot be used: {why}.", hint=hint))
-        return UsageError.exit_code
-    except WorkerFinished as finished:
-        return finished.exit_code
+    except (SlebError, OSError) as error:
+        return _report(error)
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
     if code == INTERRUPTED:
         console.print_warning("Interrupted. No half-written files were left behind.")
     return code if isinstance(code, int) else 0
+
+
+def _report(error: SlebError | OSError) -> int:
+    """Print an error and return its exit code; raise it again if it is none of the user's files."""
+    from sleb_cli.ui import console
+    from sleb_cli.ui.names import elide
+
+    if isinstance(error, OSError):
+        if error.filename is None or error.errno not in UNREACHABLE:
+            raise error
+        why, hint = UNREACHABLE[error.errno]
+        error = UsageError(f"{elide(str(error.filename), LONGEST_NAME_SHOWN)} cannot be used: {why}.", hint=hint)
+    if isinstance(error, OutputError) and error.unsaved is not None:
+        with suppress(OutputError):  # stdout may be on the same full disk
+            console.print_json(error.unsaved)
+            sys.stdout.flush()
+            console.print_warning("The result could not be saved; it was printed on stdout as JSON.")
+    console.print_error(error)
+    return error.exit_code
 
 
 def _require_names(arguments: Sequence[str]) -> None:
@@ -115,35 +117,27 @@ def run() -> None:
 def _open_standard_streams() -> None:
     """Connect closed standard streams to nothing, so that no file we open takes their place."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:
-            place = os.open(os.devnull, os.O_RDWR)
-            if place != number:
-                os.dup2(place, number)
-                os.close(place)
-            setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+        if getattr(sys, name) is None:  # the lowest free number is then its own
+            stream = open(os.devnull, "w" if number else "r", encoding="utf-8")  # noqa: SIM115, PTH123
+            setattr(sys, name, stream)
 
 
 def _hear_signals() -> None:
-    """Clean up on a request to end; a second Ctrl-C ends at once, and the next run removes what it leaves."""
-    if process_count() > 1:  # both the terminal and the launcher send it
-        signal.signal(signal.SIGINT, _ending(KeyboardInterrupt()))
-    elif signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell leaves it for what runs in the background
-        signal.signal(signal.SIGINT, _ending(KeyboardInterrupt(), signal.SIG_DFL))
-    signal.signal(signal.SIGTERM, _ending(SystemExit(TERMINATED)))
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
-        signal.signal(signal.SIGHUP, _ending(SystemExit(HUNG_UP)))
+    """Clean up on a request to end, unless the shell ignores it, as for what runs in the background or under nohup."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and (process_count() > 1 or signal.getsignal(number) is not signal.SIG_IGN):
+            signal.signal(number, _end)
 
 
-def _ending(error: BaseException, again: signal.Handlers = signal.SIG_IGN) -> Callable[[int, Any], None]:
-    """Return a handler that raises `error`; after that, the signal does what `again` says."""
-
-    def handle(number: int, frame: Any) -> None:
-        signal.signal(number, again)
-        if again is signal.SIG_DFL and sys.stderr.isatty():
-            os.write(2, b"\x1b[?25h")  # the bars hide the cursor, and could not show it again
-        raise error
-
-    return handle
+def _end(number: int, frame: Any) -> None:
+    """End with a clean-up that no signal disturbs, but a second Ctrl-C; the next run removes what that leaves."""
+    # Of several processes, both the terminal and the launcher send it.
+    at_once = number == signal.SIGINT and process_count() == 1
+    signal.signal(number, signal.SIG_DFL if at_once else signal.SIG_IGN)
+    if at_once and sys.stderr.isatty():
+        os.write(2, b"\x1b[?25h")  # the bars hide the cursor, and could not show it again
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
 if __name__ == "__main__":
