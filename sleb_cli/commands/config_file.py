@@ -35,17 +35,28 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     values = _of_plan(path) if context.info_name == "search" and path.suffix == ".json" else _of_yaml(path)
-    known = _names(context)
-    for key in values:
-        if str(key).replace("_", "-") not in known:
+    options = _options(context)
+    context.default_map = {}
+    for key, value in values.items():
+        option = options.get(str(key).replace("_", "-"))
+        if option is None:
             raise UsageError(
                 f"{path} has {key!r}, which is not an option of `{context.command_path}`.",
-                hint=did_you_mean(str(key), list(known), otherwise=f"`{context.command_path} --help` lists them."),
+                hint=did_you_mean(str(key), list(options), otherwise=f"`{context.command_path} --help` lists them."),
             )
-    typed = {known[str(key).replace("_", "-")]: value for key, value in values.items() if value is not None}
-    lists = {name for name, parameter in _parameters(context).items() if parameter.multiple}
-    context.default_map = {name: _text(value, repeated=name in lists) for name, value in typed.items()}
+        if value is not None:
+            context.default_map[option.name] = _text(value, repeated=option.multiple)
     return path
+
+
+def _options(context: typer.Context) -> dict[str, Any]:
+    """Return the parameters that a file may hold, by the names of their fields and options without dashes."""
+    return {
+        name.lstrip("-").replace("_", "-"): parameter
+        for parameter in context.command.params
+        if parameter.name not in _OF_A_RUN
+        for name in (str(parameter.name), parameter.opts[0])
+    }
 
 
 def _of_plan(path: Path) -> dict[str, Any]:
@@ -71,25 +82,8 @@ def _of_yaml(path: Path) -> dict[Any, Any]:
 
 def _text(value: Any, *, repeated: bool) -> Any:
     """Return a value as it is typed: a list with commas, unless the option is repeated."""
-    if isinstance(value, list | tuple):
-        texts = [str(item) for item in value]
-        return texts if repeated else ",".join(texts)
-    text = value if isinstance(value, bool) else str(value)
-    return [text] if repeated else text
-
-
-def _parameters(context: typer.Context) -> dict[str, Any]:
-    return {str(parameter.name): parameter for parameter in context.command.params}
-
-
-def _names(context: typer.Context) -> dict[str, str]:
-    """Return the parameters that a file may hold, by the names of their options without dashes."""
-    names: dict[str, str] = {}
-    for name, parameter in _parameters(context).items():
-        if name not in _OF_A_RUN:
-            flags = [flag.removeprefix("--") for flag in parameter.opts if flag.startswith("--")]
-            names |= dict.fromkeys([*flags, name.replace("_", "-")], name)
-    return names
+    texts = list(map(str, value)) if isinstance(value, list | tuple) else [str(value)]
+    return texts if repeated else value if isinstance(value, bool) else ",".join(texts)
 
 
 def drop_overridden(context: typer.Context, values: dict[str, Any]) -> None:
