@@ -107,35 +107,6 @@ def test_a_healing_on_answers_goes_on_to_the_same_bytes(sleb, chatty, tmp_path, 
     assert record.conversations.healed.divergence < record.conversations.pruned.divergence
 
 
-@pytest.mark.parametrize(
-    ("source", "code", "message"),
-    [
-        ("answers:none.txt", 5, "There is no file none.txt"),
-        ("answers:.", 5, ". cannot be read: it is a folder"),
-        ("self-chat:0.5,c4:0.6", 2, "sum to 1.1"),
-    ],
-)
-def test_what_cannot_be_answered_is_refused(sleb, chatty, source, code, message):
-    search = ["search", chatty, "--remove", 1, "--calibration", source, *TEXT]
-    assert message in sleb(*search, code=code).stderr
-
-
-def test_a_base_model_writes_no_conversations(sleb, tiny_llama, tmp_path):
-    (tmp_path / "asked.txt").write_text("river")
-    for source in ("self-chat", "answers:asked.txt"):
-        refused = f"{source} needs a chat template, but the tokenizer has none"
-        assert refused in sleb("search", tiny_llama, "--remove", 1, "--calibration", source, *TEXT, code=2).stderr
-
-
-def test_a_streamed_model_writes_no_conversations(sleb, chatty, text_file):
-    shown = sleb(
-        "apply", chatty, "--blocks", "2", "--recover", "--stream", *TEXT, "--calibration", text_file, "-o", "out"
-    )
-    assert "KL, answers" not in shown.stdout
-    refused = sleb("search", chatty, "--remove", 1, "--stream", "--calibration", "self-chat", *TEXT, code=2)
-    assert "A streamed model cannot write its own text" in refused.stderr
-
-
 def test_perplexity_of_conversations_is_that_of_their_answers(sleb, chatty, tmp_path):
     talks = [
         [

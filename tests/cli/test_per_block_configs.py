@@ -177,9 +177,6 @@ SEEING = {
         text_config=tiny_config("gemma3_text"), vision_config=EYES, image_token_index=5, mm_tokens_per_image=4,
         boi_token_index=6, eoi_token_index=7,
     ),
-    "llava": lambda: LlavaConfig(
-        text_config=llama_config(), vision_config=CLIPVisionConfig(**EYES), image_token_index=5
-    ),
     "llava, tied": lambda: LlavaConfig(  # outside of the language model, too
         text_config=llama_config(tie_word_embeddings=True), vision_config=CLIPVisionConfig(**EYES),
         image_token_index=5, tie_word_embeddings=True,

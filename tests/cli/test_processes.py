@@ -32,7 +32,6 @@ SEARCHES = {
     "cosine": ("--metric", "cosine"),
     "refine": ("--strategy", "refine", "--batch-size", "3"),
     "spans": ("--strategy", "contiguous", "--metric", "angular"),
-    "gradients": ("--metric", "taylor"),
     "weights": ("--metric", "magnitude"),
     "comparison": ("--compare", "nll,cosine@contiguous"),
     "streamed": ("--stream",),

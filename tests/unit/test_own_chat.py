@@ -51,6 +51,10 @@ def settings(source, samples=4, length=48, **changes):
     return replace(own, **changes)
 
 
+def talk(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
 def wrote(tokenizer, template_prompts, *says, count=2, length=40, size=4, answers=False):
     """Let a model that says these in turn, over and over, write; return the conversations and what it was given."""
     tokenizer, turns, given = tokenizer_with(tokenizer), cycle(says), []
@@ -120,13 +124,6 @@ def test_what_cannot_be_used_is_dropped_and_counted():
     assert [conversation[0][1] for conversation in found] == ["town", "bridge"]
     assert dropped == 4
     assert all(conversation[1][1].startswith("snow0 snow1") for conversation in found)
-
-
-def test_prompts_are_answered_in_turn_and_again():
-    prompts = [[{"role": "user", "content": word}] for word in ("town", "fish")]
-    found, given, _ = wrote(TURNS, cycle(prompts), LONG, count=3, size=2)
-    assert [conversation[0][1] for conversation in found[:3]] == ["town", "fish", "town"]
-    assert given[0] == "<s>user: town</s><s>assistant: "
 
 
 def test_a_short_conversation_gets_a_second_turn():
@@ -207,7 +204,6 @@ def test_only_conversations_have_tokens_that_do_not_count(model, tmp_path):
     mixed = settings("self-chat:0.5,text.txt:0.5", chat="answers")
     (found,) = calibrate_splits([mixed], tokenizer_with(TURNS), lambda: model, ignore)
     assert [bool(row.all()) for row in found.loss_mask] == [origin == "text.txt" for origin in found.origins]
-    assert sorted(found.origins) == ["self-chat"] * 2 + ["text.txt"] * 2
 
 
 @pytest.mark.parametrize(
@@ -215,15 +211,7 @@ def test_only_conversations_have_tokens_that_do_not_count(model, tmp_path):
     [
         ("p.txt", "\n\n".join(f"word{number}" for number in range(20))),
         ("p.jsonl", "\n".join(json.dumps({"prompt": f"word{number}"}) for number in range(20))),
-        (
-            "p.jsonl",
-            "\n".join(
-                json.dumps(
-                    {"messages": [{"role": "user", "content": f"word{n}"}, {"role": "assistant", "content": "no"}]}
-                )
-                for n in range(20)
-            ),
-        ),
+        ("p.jsonl", "\n".join(json.dumps({"messages": talk(f"word{number}", "no")}) for number in range(20))),
     ],
     ids=["lines", "prompts", "messages"],
 )
@@ -242,24 +230,18 @@ def test_prompts_are_read_and_answered_each_in_one_part(model, tmp_path, name, c
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("name", "content", "message"),
     [
-        ("", "has 0 prompts, but at least 10 are needed"),
-        ("one\ntwo", "has 2 prompts, but at least 10 are needed"),
-        (None, r"no file p\.txt"),
+        ("p.txt", "one\ntwo", "has 2 prompts, but at least 10 are needed"),
+        ("none.txt", None, r"no file none\.txt"),
+        ("p.jsonl", '{"prompt": "a"}\n{"messages": [{"role": "assistant", "content": "a"}]}', r"Line 2 of p\.jsonl"),
     ],
 )
-def test_a_file_with_too_few_prompts_is_refused(tmp_path, content, message):
+def test_a_file_of_prompts_that_cannot_be_used_is_refused(tmp_path, name, content, message):
     if content is not None:
-        (tmp_path / "p.txt").write_text(content)
+        (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
-        read_prompts("answers:p.txt", TextSplit(0, 0.7))
-
-
-def test_a_line_without_a_prompt_is_named(tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"messages": [{"role": "assistant", "content": "a"}]}')
-    with pytest.raises(DataError, match=r"Line 2 of p\.jsonl cannot be read"):
-        read_prompts("answers:p.jsonl")
+        read_prompts(f"answers:{name}", TextSplit(0, 0.7))
 
 
 def test_healing_reads_new_conversations_in_each_portion(model):
