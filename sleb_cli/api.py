@@ -167,17 +167,16 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
 
     _leave_to_main()
     registry = _registry(notify)
-    asked = resolve_bench(request, registry, notify)
-    subject, own = asked.subject, asked.engine_source
+    wanted = resolve_bench(request, registry, notify)
+    subject, engine, own = wanted.subject, wanted.engine, wanted.engine_source
     with (
         subject.architecture.source.watch.unchanged(),
         engine_files(own, registry, notify) if own else nullcontext() as write_files,
     ):
-        result = benchmark(asked.benchmark, notify, write_files)
+        result = benchmark(wanted, notify, write_files)
     _save(result, request.output)
     if place := _kept_place(subject, "bench"):
         # Weights and data types may differ between engines, so each has its own file.
-        engine = asked.benchmark.engine
         _keep(result, place.with_suffix(f".{engine.name}.json") if engine else place, notify)
     return result
 

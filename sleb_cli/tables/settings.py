@@ -53,7 +53,7 @@ def result_settings(result: EvalResult | BenchResult) -> Table:
     ]
     if isinstance(result, EvalResult):
         return _pairs("Evaluation", rows)
-    rows += [("threads", str(result.threads)), ("clock governor", result.governor)]
+    rows.append(("clock governor", result.governor))
     for measured in result.workloads:
         workload, warmup = measured.workload, measured.warmup
         deviation = "" if warmup.deviation is None else f", last deviation {format_share(warmup.deviation)}"

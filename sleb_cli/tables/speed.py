@@ -67,7 +67,8 @@ def memory(timed: Iterable[Scored]) -> Table:
         for _, workload, model, timing in timed
         if (found := timing.memory)
     ]
-    return tabulate("Peak memory", columns, rows, optional=["rest", "KV cache"])
+    notes = ["rest: activations and, on a CPU, the program itself."]
+    return tabulate("Peak memory", columns, rows, notes, ["rest", "KV cache"])
 
 
 def _seconds(value: float) -> str:

@@ -53,16 +53,9 @@ def test_both_workloads_on_each_size(bench, llama_plan, tmp_path, without_memory
             assert pruned["interval"]["low"] <= pruned["speedup"] <= pruned["interval"]["high"]
     lines = result.stdout.splitlines()
     assert all(len(line) <= 80 for line in lines if line[:1] in "┏┃┡│└├")
-    for model in ("dense", "-1", "-2"):
-        assert sum(f" {model} " in line for line in lines) >= 3
-    for words in ("generation 2x8+4", "speedup", "95%", "blocks"):
-        assert words in result.stdout
+    assert all(sum(f" {model} " in line for line in lines) >= 3 for model in ("dense", "-1", "-2"))
+    assert all(words in result.stdout for words in ("generation 2x8+4", "speedup", "95%", "blocks"))
     assert "…" not in result.stdout
-    assert "less than the paper's setting" not in result.stderr
-    assert (
-        "less than the paper's setting because this is a CPU"
-        in bench("--prompt", "--iterations", 1, "--warmup", 0).stderr
-    )
 
 
 def check_timing(timing, new):
@@ -143,28 +136,6 @@ def test_packed_models_run_in_pairs_and_count_as_unpacked(bench, tmp_path, monke
         assert size["parameters"] == blocks * (projections + norms) + outside
         packed = projections // 8 * 4 + columns * 2 + norms * 4
         assert size["weights_bytes"] == blocks * packed + outside * 4
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--generation", "--new-tokens", 0), "--new-tokens 0"),
-        (("--generation", "--prompt-length", 100, "--new-tokens", 100), "the model's 128 positions"),
-        (("--compile", "--warmup", 0), "--warmup 0 is too small"),
-        (("--sweep", "batch=1,2 prompts=8"), "--sweep cannot vary 'prompts'"),
-        (("--sweep", "batch=one"), "'batch=one' is not a name and a list of numbers"),
-        (("--sweep", "batch=0"), "--batch-size 0 is too small"),
-        (("--sweep", "batch=1", "--batch-size", 2), "--sweep sets batch and so does --batch-size"),
-        (("--sweep", "batch=1", "--sweep", "batch=2"), "--sweep sets batch twice"),
-        (("--sweep", "prompt=8,2048"), "A prompt of 2048 tokens exceeds the model's 128 positions"),
-        (("--engine", "lama.cpp"), "Did you mean 'llama.cpp'?"),
-        (("--source", "x.gguf"), "--source requires --engine"),
-        (("--engine", "steady", "--source", "x.gguf"), "--source does not apply to --engine steady"),
-        (("--engine", "steady", "--device", "cpu"), "--device does not apply to --engine steady"),
-    ],
-)
-def test_what_cannot_be_is_refused(bench, steady, tiny_llama, options, message):
-    assert message in bench(tiny_llama, *options, code=2).stderr
 
 
 @pytest.mark.slow

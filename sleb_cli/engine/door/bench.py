@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -34,16 +34,7 @@ _SWEPT = {"batch": "batch_size", "prompt": "prompt_length", "new": "new_tokens"}
 """What a sweep can vary, and the option for one value of it."""
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What a request asks for; `engine_source` is the model's own file or folder that the engine reads."""
-
-    subject: Subject
-    benchmark: Benchmark
-    engine_source: Path | None
-
-
-def resolve_bench(request: BenchRequest, registry: Registry, notify: Notify) -> Bench:
+def resolve_bench(request: BenchRequest, registry: Registry, notify: Notify) -> Benchmark:
     """Check the options, and find the engine, the plan and the model.
 
     Raises:
@@ -69,8 +60,7 @@ def resolve_bench(request: BenchRequest, registry: Registry, notify: Notify) -> 
     needed = partial(weight_bytes, architecture)
     dtype = choose_dtype(architecture, request.dtype or AUTO, device, needed, free_bytes, notify)
     workloads = _workloads(request, device, architecture.longest_sequence, engine, notify)
-    wanted = Benchmark(architecture, sizes(subject, request), workloads, dtype, device, request.threads, engine)
-    return Bench(subject, wanted, source)
+    return Benchmark(subject, sizes(subject, request), workloads, dtype, device, request.threads, engine, source)
 
 
 def _refuse(request: BenchRequest, names: Sequence[str], why: str) -> None:

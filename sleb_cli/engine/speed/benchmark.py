@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -13,11 +14,11 @@ import transformers
 
 from sleb_cli.engine.device import dtype_name, free_memory
 from sleb_cli.engine.environment import cpu_governor, processor_name
-from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.speed.loaders import ModelLoader, TimedModel, WriteFiles, load_into, load_with_transformers
 from sleb_cli.engine.speed.peak_memory import measure_alone
 from sleb_cli.engine.speed.timing import Measured, Removals, measure, workload_result
 from sleb_cli.engine.speed.transformers_model import prepared
+from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify
 from sleb_cli.results import BenchResult, MemoryRecord, ModelSize, Workload
@@ -29,16 +30,18 @@ from sleb_plugins import Engine, EngineSettings
 class Benchmark:
     """What is timed, and where: each workload on the dense model and on each size of the pruned one.
 
-    `engine` is None for transformers, and `threads` for torch's own number.
+    An `engine` reads `engine_source`, the model's own file or folder; without one, transformers runs the models.
+    `threads` is None for torch's own number.
     """
 
-    architecture: Architecture
+    subject: Subject
     sizes: tuple[Surgery, ...]
     workloads: tuple[Workload, ...]
     dtype: torch.dtype
     device: torch.device
     threads: int | None = None
     engine: Engine | None = None
+    engine_source: Path | None = None
 
     @property
     def settings(self) -> EngineSettings:
@@ -60,7 +63,8 @@ def benchmark(wanted: Benchmark, notify: Notify, write_files: WriteFiles | None 
     Raises:
         MachineError: the engine does not run here, or the models cannot be compiled here.
     """
-    architecture, dense = wanted.architecture, Surgery(wanted.architecture, ())
+    architecture = wanted.subject.architecture
+    dense = Surgery(architecture, ())
     vocabulary = architecture.text_config.vocab_size
     with _threads(wanted.threads):
         if wanted.engine and write_files:

@@ -22,6 +22,7 @@ from sleb_cli.engine.surgery.loading import load_dense, load_pruned
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify, task
 from sleb_cli.results import ModelSize, Workload
+from sleb_cli.units import plural
 from sleb_plugins import Engine, EngineSettings, LoadedModel
 
 WriteFiles = Callable[[Surgery], Path]
@@ -69,7 +70,7 @@ def load_into(engine: Engine, write_files: WriteFiles, settings: EngineSettings,
     @contextmanager
     def load(surgery: Surgery, dense: TimedModel | None) -> Iterator[TimedModel]:
         files = write_files(surgery)
-        without = f" without {len(surgery.removals)} blocks" if surgery.removals else ""
+        without = f" without {plural(len(surgery.removals), 'block')}" if surgery.removals else ""
         with task(notify, f"Loading {surgery.architecture.source.id}{without} into {engine.name}"):
             start = time.perf_counter()
             model = engine.load(files, settings)

@@ -27,6 +27,7 @@ from sleb_cli.engine.surgery.surgery import Surgery, plan_surgery
 from sleb_cli.events import Notice, Notify, ignore, task
 from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.results import MemoryRecord, Workload
+from sleb_cli.units import plural
 from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
 SAMPLE_SECONDS = 0.002
@@ -41,7 +42,7 @@ def measure_alone(
     does not report its peak (MPS).
     """
     source, removals = surgery.architecture.source, surgery.removals
-    which = f"without {len(removals)} blocks" if removals else "of the dense model"
+    which = f"without {plural(len(removals), 'block')}" if removals else "of the dense model"
     with task(notify, f"Peak memory {which}"):
         try:
             with _process() as process:

@@ -15,6 +15,7 @@ import numpy as np
 from sleb_cli.engine.statistics import count_outliers, median_ratio_interval, relative_deviation
 from sleb_cli.events import Advance, Notice, Notify, task
 from sleb_cli.results import Distribution, MemoryRecord, PrunedTiming, Timing, WarmupRecord, Workload, WorkloadResult
+from sleb_cli.units import plural
 from sleb_plugins.engine import TimedRun
 
 Removals = tuple[int, ...]
@@ -70,7 +71,7 @@ def _rounds(models: Mapping[Removals, Run], workload: Workload, vocabulary: int,
         done: dict[Removals, TimedRun] = {}
         for removals in order[::-1] if number % 2 else order:
             done[removals] = models[removals](prompts, workload.new_tokens)
-            name = f"{len(removals)} blocks fewer" if removals else "dense"
+            name = f"{plural(len(removals), 'block')} fewer" if removals else "dense"
             advance(note=f"{name}: {done[removals].seconds:.3f} s")
         yield done
 
