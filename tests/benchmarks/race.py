@@ -19,7 +19,7 @@ from typing import Any
 from saved_work import calibrated, greedy_search, parser
 
 from sleb_cli.engine.forward.memory_budget import CPU_SETTINGS
-from sleb_cli.engine.forward.passes import prepare_passes
+from sleb_cli.engine.forward.prepare import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.search.journal import Journal
 from sleb_cli.engine.search.race import LOOKS, Race

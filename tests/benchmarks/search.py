@@ -37,7 +37,7 @@ from saved_work import calibrated, greedy_search, parser
 from reference import plain_search
 from sleb_cli.engine.device import CPU
 from sleb_cli.engine.forward.memory_budget import settings_for
-from sleb_cli.engine.forward.passes import prepare_passes
+from sleb_cli.engine.forward.prepare import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.search.race import LOOKS
 from sleb_cli.events import ignore

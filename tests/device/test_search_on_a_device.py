@@ -6,7 +6,7 @@ import pytest
 
 from conftest import calibration, save_model
 from families import tiny_config
-from sleb_cli.engine.forward import passes
+from sleb_cli.engine.forward import prepare
 
 SEARCHES = {
     "nll": (),
@@ -71,7 +71,7 @@ def test_hidden_states_wait_in_host_memory_if_need_be(plan_of, simulate, tiny_ll
     options = ("--stream", "--batch-size", 1, "--samples", 24)
     expected = plan_of(tiny_llama, *options, "--device", "cpu")
     held = []
-    monkeypatch.setattr(passes, "on_host", lambda hidden: held.append(hidden.device.type) or hidden.cpu())
+    monkeypatch.setattr(prepare, "to_cpu", lambda hidden: held.append(hidden.device.type) or hidden.cpu())
     simulate(memory=600_000)
     assert plan_of(tiny_llama, *options, "--device", "sim") == expected
     assert "sim" in held

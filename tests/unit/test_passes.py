@@ -10,7 +10,8 @@ from conftest import llama_config, random_model
 from families import tiny_config
 from reference import plain_loss
 from sleb_cli.engine.forward.memory_budget import MemoryBudget
-from sleb_cli.engine.forward.passes import Passes, prepare_passes
+from sleb_cli.engine.forward.passes import Passes
+from sleb_cli.engine.forward.prepare import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.states import BASE
 from sleb_cli.events import Notice, no_progress

@@ -125,7 +125,7 @@ def test_a_walk_does_half_of_the_work_and_drops_the_base(skippable, ids, ran, si
     count, states, told = len(skippable.switches), States(), 0
     candidates = list(range(1, count - 1))
     for first in range(0, len(candidates), size):
-        told += walk(skippable, ids, (), candidates[first : first + size], states).block_branches
+        told += walk(skippable, ids, (), candidates[first : first + size], states).block_runs
     # Above the last candidate only the candidates' branches continue; below it, so does the base.
     below = [block for block in range(count - 2) for _ in range(1 + sum(other < block for other in candidates))]
     above = [count - 2] * (len(candidates) - 1) + [count - 1] * len(candidates)
@@ -151,7 +151,7 @@ def test_what_a_step_keeps_saves_work_and_changes_no_bit(skippable, ids, ran, fi
     fresh = walk(skippable, ids, removed, candidates)
     ran.clear()
     found = walk(skippable, ids, removed, candidates, states)
-    assert len(ran) == found.block_branches <= fresh.block_branches
+    assert len(ran) == found.block_runs <= fresh.block_runs
     torch.testing.assert_close(found.branches, fresh.branches, rtol=0, atol=0)
     if counts:
         assert [ran.count(block) for block in range(4)] == counts

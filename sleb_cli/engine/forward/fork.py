@@ -21,7 +21,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from sleb_cli.engine.forward.holding import Hold, as_computed
+from sleb_cli.engine.forward.holding import Store, keep_on_device
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
 from sleb_cli.engine.forward.states import BASE, States
 
@@ -42,25 +42,25 @@ class Walk:
         candidates: Sequence[int],
         *,
         keep: Mapping[int, int] = MappingProxyType({}),
-        hold: Hold = as_computed,
+        store: Store = keep_on_device,
     ) -> None:
         self.skippable, self.calls, self.states, self.removed = skippable, calls, states, removed
-        self.keep, self.hold = keep, hold
+        self.keep, self.store = keep, store
         self.branches: dict[int, Tensor] = {}
         known = {branch: states.deepest(branch, len(calls)) for branch in candidates}
         self.forks = [branch for branch, depth in known.items() if depth is None]
-        self.enters = {branch: depth for branch, depth in known.items() if depth is not None}
+        self.entry_depth = {branch: depth for branch, depth in known.items() if depth is not None}
         if self.forks or not candidates:
             states.at[0].setdefault(BASE, calls[0].entering)
-            self.enters[BASE] = states.deepest(BASE, min(self.forks, default=len(calls))) or 0
-        self.start = min(self.enters.values())
+            self.entry_depth[BASE] = states.deepest(BASE, min(self.forks, default=len(calls))) or 0
+        self.start = min(self.entry_depth.values())
 
     @cached_property
-    def block_branches(self) -> int:
+    def block_runs(self) -> int:
         """How many times a branch goes through a block on the whole walk."""
         stays = [block for block in range(len(self.calls)) if block not in self.removed]
         ends = {BASE: self.forks[-1]} if self.forks else {}
-        begins = self.enters | {block: block + 1 for block in self.forks}
+        begins = self.entry_depth | {block: block + 1 for block in self.forks}
         return sum(begin <= block < ends.get(branch, block + 1) for branch, begin in begins.items() for block in stays)
 
     def advance(self, block: int) -> None:
@@ -78,19 +78,19 @@ class Walk:
                 self.states.at[block][BASE] = self.branches.pop(BASE)
         if block not in self.removed:
             for branch in [branch for branch in self.branches if branch != block]:
-                self.branches[branch] = self.hold(self.skippable.run_block(self.calls[block], self.branches[branch]))
+                self.branches[branch] = self.store(self.skippable.run_block(self.calls[block], self.branches[branch]))
 
     def enter(self, depth: int) -> None:
         """Take up the branches whose kept states enter the block at `depth`, or lie behind the last block."""
         self.branches |= {
-            branch: self.states.at[depth][branch] for branch, enters in self.enters.items() if enters == depth
+            branch: self.states.at[depth][branch] for branch, enters in self.entry_depth.items() if enters == depth
         }
 
     def progress(self, depth: int) -> Iterator[tuple[int, int, Tensor]]:
         """Yield the depth, the branch and the hidden states of all from which the walk can go on at `depth`."""
         for branch, hidden in self.branches.items():
             yield depth, branch, hidden
-        for branch, enters in self.enters.items():
+        for branch, enters in self.entry_depth.items():
             if enters >= depth:
                 yield enters, branch, self.states.at[enters][branch]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.forward.fork import fork
-from sleb_cli.engine.forward.skipping import SkippableModel, sequences_fit
+from sleb_cli.engine.forward.skipping import SkippableModel, explain_out_of_memory
 from sleb_plugins import UnsupportedModelError
 
 # How many candidates, sequences and positions of each are compared before a search.
@@ -28,7 +28,7 @@ def why_not_fork(skippable: SkippableModel, ids: Tensor) -> str | None:
     if not skippable.weights.resident:
         blocks = [count // 2]  # each whole pass reads all weights
     try:
-        with sequences_fit(ids.shape, ids.device):
+        with explain_out_of_memory(ids.shape, ids.device):
             return _difference(skippable, ids, blocks)
     except UnsupportedModelError as error:
         return error.message.rstrip(".")

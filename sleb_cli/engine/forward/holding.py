@@ -1,4 +1,4 @@
-"""Where hidden states wait for the next block: where they were computed, in host memory, or in a file.
+"""Where hidden states wait for the next block: where they were computed, or in host memory.
 
 If blocks are streamed, a step needs the hidden states of all calibration sequences and of all branches at once, since
 its weights are read once for all of them.
@@ -6,67 +6,45 @@ its weights are read once for all of them.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from sleb_cli.atomic import writing
 from sleb_cli.engine.device import CPU
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
 
-Hold = Callable[[Tensor], Tensor]
+Store = Callable[[Tensor], Tensor]
 """Takes hidden states, and returns them where they wait."""
 
 MOST_SHARED = 64
 """With more tensors than these, batches share too little for a search among them to pay."""
 
 
-def as_computed(hidden: Tensor) -> Tensor:
+def keep_on_device(hidden: Tensor) -> Tensor:
     """Let hidden states wait where they were computed."""
     return hidden
 
 
-def on_host(hidden: Tensor) -> Tensor:
+def to_cpu(hidden: Tensor) -> Tensor:
     """Let hidden states wait in the memory of the CPU."""
     return hidden.to(CPU)
-
-
-def spilled(value: Tensor, folder: Path) -> Tensor:
-    """Copy a tensor into a file that is mapped into memory: the system keeps what it can.
-
-    The file has no name, so its space is free when the tensor is gone, whatever ends the program.
-
-    Raises:
-        OutputError: the disk has no room for it.
-    """
-    room = writing(folder, hint="Free some space, raise --memory, or use fewer --samples.")
-    with room, tempfile.TemporaryFile(dir=folder) as file:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, value.nbytes)
-        else:  # macOS
-            file.truncate(value.nbytes)
-        held = torch.from_file(f"/dev/fd/{file.fileno()}", shared=True, size=value.numel(), dtype=value.dtype)
-    return held.view(value.shape).copy_(value)
 
 
 class SharedInputs:
     """What a model passes to its blocks with hidden states, held once where it is the same for several batches."""
 
-    def __init__(self, skippable: SkippableModel, hold: Hold = as_computed) -> None:
-        self._skippable, self._hold = skippable, hold
+    def __init__(self, skippable: SkippableModel, store: Store = keep_on_device) -> None:
+        self._skippable, self._store = skippable, store
         self._held: list[Tensor] = []
 
     def calls(self, ids: Tensor) -> list[Call]:
         """Record the calls of the blocks for these tokens, with tensors of earlier calls in place of equal ones."""
         calls, find = self._skippable.calls(ids), cache(self._find)
-        entering = self._hold(calls[0].entering)
+        entering = self._store(calls[0].entering)
         return [
             replace(
                 call,

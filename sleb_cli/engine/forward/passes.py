@@ -9,37 +9,22 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sleb_cli.engine.device import CPU, free_memory, in_smaller_pieces
+from sleb_cli.engine.device import free_memory
 from sleb_cli.engine.forward.fork import Walk, walk_together
-from sleb_cli.engine.forward.fork_check import CHECKED_SEQUENCES, why_not_fork
-from sleb_cli.engine.forward.holding import Hold, SharedInputs, as_computed, on_host
+from sleb_cli.engine.forward.holding import SharedInputs, Store, keep_on_device
 from sleb_cli.engine.forward.logits import score_logits
-from sleb_cli.engine.forward.memory_budget import (
-    COPIES_OF_LOGITS,
-    COPIES_WIDENED,
-    Footprint,
-    MemoryBudget,
-    available_memory,
-    resolve_memory_budget,
-    settings_for,
-    working_bytes,
-)
+from sleb_cli.engine.forward.memory_budget import MemoryBudget
 from sleb_cli.engine.forward.predictions import Predictions
-from sleb_cli.engine.forward.skipping import SkippableModel, sequences_fit
+from sleb_cli.engine.forward.skipping import SkippableModel, explain_out_of_memory
 from sleb_cli.engine.forward.states import BASE, States, depths_to_keep
 from sleb_cli.events import Advance, Notice, Notify, no_progress
-from sleb_cli.units import format_bytes
-from sleb_plugins import LogitMetric, MachineError, UnsupportedModelError
+from sleb_plugins import LogitMetric
 from sleb_plugins.errors import OutOfMemory
 
 # At the depths of how many of a step's best candidates branches are kept.
 KEPT_DEPTHS = 4
-
-# The hidden states that a streamed step holds in addition to the candidates': what enters the first block, the base
-# where the next group starts, the base, and the dense model's or one that is kept.
-OTHER_BRANCHES = 4
 
 
 K = TypeVar("K")
@@ -53,7 +38,7 @@ Listener = Callable[[int, Tensor, Tensor], Iterable[tuple[K, list[float]]]]
 
 
 @dataclass
-class _Part:
+class _MicroBatch:
     """Sequences of a batch that pass through the model together, and what is kept of them from step to step.
 
     Attributes:
@@ -95,11 +80,11 @@ class Passes:
     """For each batch, which of its tokens count as targets, bool [sequences, positions]; None for all."""
     available: int = 2**63
     """The bytes that may be used in addition to the model."""
-    hold: Hold = as_computed
+    store: Store = keep_on_device
     """Where the hidden states of walks wait."""
 
     _removed: tuple[int, ...] = field(default=(), init=False)
-    _parts: dict[int, list[_Part]] = field(default_factory=dict, init=False)
+    _parts: dict[int, list[_MicroBatch]] = field(default_factory=dict, init=False)
 
     def over(self, sequences: Tensor, loss_mask: Tensor | None) -> Passes:
         """Return passes over other sequences, in batches of the same size, that keep no states."""
@@ -156,7 +141,7 @@ class Passes:
         while True:
             shape = self.batches[0][: self.budget.sequences].shape
             try:
-                with sequences_fit(shape, self.skippable.device):
+                with explain_out_of_memory(shape, self.skippable.device):
                     yield from run()
                 return
             except OutOfMemory:
@@ -173,19 +158,19 @@ class Passes:
                 )
             )
 
-    def _together(self, batches: Iterable[int]) -> list[list[_Part]]:
+    def _together(self, batches: Iterable[int]) -> list[list[_MicroBatch]]:
         """Return the parts of these batches that walk together: all if blocks are streamed, or else each on its own."""
         parts = [part for batch in batches for part in self._parts_of(batch)]
         if self.skippable.weights.resident:
             return [[part] for part in parts]
         return [parts] if parts else []
 
-    def _parts_of(self, batch: int) -> list[_Part]:
+    def _parts_of(self, batch: int) -> list[_MicroBatch]:
         if batch not in self._parts:
             parts = torch.split(self.batches[batch], self.budget.sequences)
             masks = torch.split(self.loss_mask[batch], self.budget.sequences) if self.loss_mask else [None] * len(parts)
             self._parts[batch] = [
-                _Part((batch, number * self.budget.sequences), number == len(parts) - 1, ids, mask)
+                _MicroBatch((batch, number * self.budget.sequences), number == len(parts) - 1, ids, mask)
                 for number, (ids, mask) in enumerate(zip(parts, masks, strict=True))
             ]
         return self._parts[batch]
@@ -197,10 +182,10 @@ class Passes:
         group: Mapping[int, Sequence[int]],
         ranking: Sequence[int],
         advance: Advance,
-    ) -> Iterator[tuple[_Part, int, list[float]]]:
+    ) -> Iterator[tuple[_MicroBatch, int, list[float]]]:
         """Score the parts of batches without each of their candidates, in walks of as many as fit into memory."""
 
-        def depths(part: _Part, blocks: Sequence[int]) -> dict[int, int]:
+        def depths(part: _MicroBatch, blocks: Sequence[int]) -> dict[int, int]:
             kept = self.budget.kept - (part.dense is not None)
             return depths_to_keep(ranking, [block for block in blocks if block != BASE], kept, KEPT_DEPTHS)
 
@@ -214,7 +199,7 @@ class Passes:
                 for part in here:
                     for block in chunk[part.batch]:
                         scores = self._score_final(metric, part, walks[part.key].branches.pop(block))
-                        if not walks[part.key].block_branches:
+                        if not walks[part.key].block_runs:
                             advance(len(part.ids))
                         yield part, block, scores
                 del walks  # before the next ones are made
@@ -223,7 +208,7 @@ class Passes:
 
     def _walk(
         self,
-        parts: Sequence[_Part],
+        parts: Sequence[_MicroBatch],
         removed: Sequence[int],
         group: Mapping[int, Sequence[int]],
         keep: Mapping[tuple[int, int], Mapping[int, int]],
@@ -232,32 +217,32 @@ class Passes:
         with_dense: bool,
     ) -> dict[tuple[int, int], Walk]:
         """Run the walks of these parts to their ends, and the dense model with them where its states are not known."""
-        shared = SharedInputs(self.skippable, self.hold)
+        shared = SharedInputs(self.skippable, self.store)
         walks: dict[tuple[int, int], Walk] = {}
-        dense: list[tuple[_Part, Walk]] = []
+        dense: list[tuple[_MicroBatch, Walk]] = []
         for part in parts:
             calls = shared.calls(part.ids)
             candidates = [block for block in group[part.batch] if block != BASE]
             walks[part.key] = Walk(
-                self.skippable, calls, part.states, removed, candidates, keep=keep[part.key], hold=self.hold
+                self.skippable, calls, part.states, removed, candidates, keep=keep[part.key], store=self.store
             )
             if with_dense and part.dense is None:
-                dense.append((part, Walk(self.skippable, calls, States(), (), (), hold=self.hold)))
+                dense.append((part, Walk(self.skippable, calls, States(), (), (), store=self.store)))
         for block in walk_together(self.skippable, [*walks.values(), *(walk for _, walk in dense)]):
             for part in parts:
-                share = walks[part.key].ran(block) / max(1, walks[part.key].block_branches)
+                share = walks[part.key].ran(block) / max(1, walks[part.key].block_runs)
                 advance(share * len(group[part.batch]) * len(part.ids))
         for part, walk in dense:
             part.dense = walk.branches.pop(BASE)
         return walks
 
-    def _shrink(self, part: _Part, depths: Sequence[int]) -> None:
+    def _shrink(self, part: _MicroBatch, depths: Sequence[int]) -> None:
         """Forget what the next step does not need of a part, or has no memory for."""
         part.states.shrink(self.budget.kept - (part.dense is not None), depths)
         if not self.budget.kept:
             part.dense = None
 
-    def _score_final(self, metric: LogitMetric, part: _Part, hidden: Tensor) -> list[float]:
+    def _score_final(self, metric: LogitMetric, part: _MicroBatch, hidden: Tensor) -> list[float]:
         """Return each sequence's score from what leaves the last block."""
         dense = part.dense if metric.needs_dense_logits else None
         scores = score_logits(
@@ -272,7 +257,7 @@ class Passes:
 
     def _score_one_by_one(
         self, metric: LogitMetric, removed: Sequence[int], group: Mapping[int, Sequence[int]], advance: Advance
-    ) -> Iterator[tuple[_Part, int, list[float]]]:
+    ) -> Iterator[tuple[_MicroBatch, int, list[float]]]:
         """Score the parts of batches without each of their candidates, by passes of the whole model."""
         for part in (part for batch in group for part in self._parts_of(batch)):
             dense = self.skippable.logits(part.ids, ()) if metric.needs_dense_logits else None
@@ -314,7 +299,7 @@ class Passes:
             scores: defaultdict[int, defaultdict[K, list[float]]] = defaultdict(lambda: defaultdict(list))
             listeners: defaultdict[tuple[int, int], Listener[K]] = defaultdict(start)
 
-            def listen(part: _Part, block: int, entering: Tensor, leaving: Tensor) -> None:
+            def listen(part: _MicroBatch, block: int, entering: Tensor, leaving: Tensor) -> None:
                 if block in candidates:
                     for key, each in listeners[part.key](block, entering, leaving):
                         scores[part.batch][key] += each
@@ -331,10 +316,10 @@ class Passes:
 
     def _run_as_it_stands(
         self,
-        parts: Sequence[_Part],
+        parts: Sequence[_MicroBatch],
         removed: Sequence[int],
         last: int,
-        listen: Callable[[_Part, int, Tensor, Tensor], None],
+        listen: Callable[[_MicroBatch, int, Tensor, Tensor], None],
     ) -> None:
         """Run parts through the model up to a block, and tell of each block what enters and leaves it."""
         if not self.forks:
@@ -342,134 +327,14 @@ class Passes:
                 self.skippable.run_with_hook(part.ids, removed, partial(listen, part))
             return
         near = self.skippable.device if self.skippable.weights.resident else None
-        hold = self.hold if near is None else lambda hidden: hidden.to(near)
-        shared = SharedInputs(self.skippable, self.hold)
+        store = self.store if near is None else lambda hidden: hidden.to(near)
+        shared = SharedInputs(self.skippable, self.store)
         walks = [
-            Walk(self.skippable, shared.calls(part.ids)[: last + 1], States(), removed, (), hold=hold) for part in parts
+            Walk(self.skippable, shared.calls(part.ids)[: last + 1], States(), removed, (), store=store)
+            for part in parts
         ]
         entering = [walk.calls[0].entering for walk in walks]
         for block in walk_together(self.skippable, walks):
             for number, (part, walk) in enumerate(zip(parts, walks, strict=True)):
                 listen(part, block, entering[number], walk.branches[BASE])
                 entering[number] = walk.branches[BASE]
-
-
-def prepare_passes(
-    skippable: SkippableModel,
-    sequences: Tensor,
-    notify: Notify,
-    *,
-    loss_mask: Tensor | None = None,
-    memory: Callable[[torch.device], int] = available_memory,
-    batch_size: int | None = None,
-    min_batches: int = 1,
-    checked: int | None = None,
-    walks_together: bool = False,
-) -> tuple[Passes, str | None]:
-    """Fit the passes over these sequences into memory; also return why candidates cannot share a walk, if so.
-
-    Args:
-        skippable: the model.
-        sequences: tokens on its device, [sequences, positions].
-        notify: the listener for events.
-        loss_mask: which tokens count as targets, bool [sequences, positions]; None for all.
-        memory: how many bytes may be used on a device in addition to the model.
-        batch_size: sequences in a batch; None chooses it by the device.
-        min_batches: how many batches to make at least, if there are enough sequences.
-        checked: on how many tokens of a sequence the fork is checked; None for all.
-        walks_together: whether all sequences go through each streamed block together, so that all their states exist.
-
-    Raises:
-        MachineError: not even one candidate on one sequence fits.
-    """
-    with torch.inference_mode():
-        footprint = _footprint(skippable, sequences[:1, :2])
-        available = min(map(memory, skippable.devices))
-        budget = resolve_memory_budget(
-            available,
-            footprint,
-            settings_for(sequences.device),
-            candidates=len(skippable.switches),
-            sequences=len(sequences),
-            length=sequences.shape[1],
-            batch=batch_size,
-            min_batches=min_batches,
-        )
-        reason = in_smaller_pieces(
-            lambda size: why_not_fork(skippable, sequences[:size, :checked]), min(CHECKED_SEQUENCES, budget.sequences)
-        )
-    if reason and batch_size is None:  # all logits of a batch exist together
-        fitting = available // 4 // (sequences.shape[1] * footprint.logits)
-        budget = replace(budget, sequences=max(1, min(budget.sequences, fitting)))
-    masks = None if loss_mask is None else torch.split(loss_mask, budget.sequences)
-    passes = Passes(
-        skippable,
-        torch.split(sequences, budget.sequences),
-        budget,
-        notify,
-        forks=reason is None,
-        loss_mask=masks,
-        available=available,
-    )
-    if skippable.weights.resident:
-        return passes, reason
-    if reason:
-        raise UnsupportedModelError(
-            f"{skippable.model.config.model_type} cannot be streamed: {reason}.", hint="Use a machine with more memory."
-        )
-    return _hold_all(passes, footprint, memory) if walks_together else passes, reason
-
-
-def _hold_all(passes: Passes, footprint: Footprint, memory: Callable[[torch.device], int]) -> Passes:
-    """Choose where the hidden states of all sequences and branches wait, and how many are kept between steps.
-
-    If those of all candidates do not fit into memory, a step goes through the model with a group of them at a time.
-
-    Raises:
-        MachineError: not even those of one candidate fit.
-    """
-    device, skippable = passes.skippable.device, passes.skippable
-    count = len(skippable.switches)
-    of_branch = sum(batch.numel() for batch in passes.batches) * footprint.branch
-    largest = passes.batches[0].numel()
-    room = passes.available - working_bytes(footprint, settings_for(device), largest, passes.budget.positions)
-    hold = on_host if device != CPU and room < (count + OTHER_BRANCHES) * of_branch else as_computed
-    if hold is on_host:
-        room = memory(CPU)
-    branches = room // of_branch - OTHER_BRANCHES
-    if branches < 1:
-        needed = format_bytes((1 + OTHER_BRANCHES) * of_branch)
-        raise MachineError(
-            f"The hidden states of all sequences need {needed}, but only {format_bytes(max(0, room))} may be used.",
-            hint="Use fewer --samples, a smaller --sequence-length, or a larger --memory.",
-        )
-    kept = 1 + (branches - count) // 2 if branches >= count else 0
-    return replace(passes, hold=hold, budget=replace(passes.budget, branches=min(branches, count), kept=kept))
-
-
-def _width(module: nn.Module) -> int:
-    """Return the greatest number of values that a module makes of one; packed weights do not have the shape for it."""
-    sizes = [max(weight.shape, default=1) for weight in module.parameters(recurse=False)]
-    return max(getattr(module, "in_features", 0), getattr(module, "out_features", 0)) or max(sizes, default=1)
-
-
-def _footprint(skippable: SkippableModel, ids: Tensor) -> Footprint:
-    """Measure what a few tokens take; what a block itself needs is estimated from its widest weight."""
-    entering: list[Tensor] = []
-    others = range(1, len(skippable.switches))
-    skippable.run_with_hook(ids, others, lambda block, before, after: entering.append(before))
-    if not entering:
-        raise UnsupportedModelError(
-            f"{skippable.model.config.model_type} calls none of its blocks.",
-            hint="Open an issue that names this family.",
-        )
-    hidden = entering[0]
-    logits = skippable.logits(ids, range(len(skippable.switches)))
-    width = hidden.shape[-1]
-    widest = max([width, *(_width(part) for switch in skippable.switches for part in switch.block.modules())])
-    return Footprint(
-        branch=hidden.nbytes // ids.numel(),
-        block=4 * (8 * width + 4 * widest),
-        logits=COPIES_OF_LOGITS * logits.shape[-1] * logits.itemsize,
-        scored=COPIES_WIDENED * logits.shape[-1] * 4,
-    )

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from sleb_cli.engine.forward.fork import Walk, fork, walk_together
-from sleb_cli.engine.forward.holding import SharedInputs, on_host
+from sleb_cli.engine.forward.holding import SharedInputs, to_cpu
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.states import BASE, States
 
@@ -41,10 +41,10 @@ def predict_together(
 
     Its weights are read once for all of them, and the hidden states of all are in host memory meanwhile.
     """
-    shared, walks = SharedInputs(skippable, on_host), []
+    shared, walks = SharedInputs(skippable, to_cpu), []
     for ids in batches:
         calls = shared.calls(ids)
-        walks.append([Walk(skippable, calls, States(), removed, (), hold=on_host) for removed in sizes])
+        walks.append([Walk(skippable, calls, States(), removed, (), store=to_cpu) for removed in sizes])
     for _ in walk_together(skippable, [walk for of_batch in walks for walk in of_batch]):
         pass
     for ids, of_batch in zip(batches, walks, strict=True):

@@ -125,7 +125,7 @@ def _computed(output: Tensor, what: str) -> Tensor:
     return output
 
 
-def sequences_fit(shape: torch.Size, device: torch.device) -> AbstractContextManager[None]:
+def explain_out_of_memory(shape: torch.Size, device: torch.device) -> AbstractContextManager[None]:
     """Name what did not fit if a pass over tokens of this shape, [batch, positions], runs out of memory."""
     return translate_out_of_memory(
         f"{shape[0]} sequences of {shape[1]} tokens do not fit in the memory of {device}.",
@@ -338,7 +338,7 @@ class SkippableModel:
                 hint="If the whole model runs in transformers, report the family to us.",
             )
 
-        with translate_errors(does_not_run), sequences_fit(shape, self.device):
+        with translate_errors(does_not_run), explain_out_of_memory(shape, self.device):
             yield
 
     @property

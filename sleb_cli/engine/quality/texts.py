@@ -13,9 +13,9 @@ from torch import Tensor
 
 from sleb_cli.engine.device import CPU, in_smaller_pieces
 from sleb_cli.engine.forward.memory_budget import available_memory
-from sleb_cli.engine.forward.passes import prepare_passes
 from sleb_cli.engine.forward.predictions import Logits, predict, predict_together
-from sleb_cli.engine.forward.skipping import SkippableModel, sequences_fit
+from sleb_cli.engine.forward.prepare import prepare_passes
+from sleb_cli.engine.forward.skipping import SkippableModel, explain_out_of_memory
 from sleb_cli.engine.process_group import deal
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.quality.token_scores import FORMAT, Scores, divergence_record, joined, score_tokens, window_losses
@@ -171,7 +171,7 @@ class _Scorer:
                 predicted = predict_together(dense, batches, [removed for _, removed in models])
 
             def score_batch(batch: Tensor) -> list[Scores]:
-                with sequences_fit(batch.shape, batch.device):
+                with explain_out_of_memory(batch.shape, batch.device):
                     return score_tokens(batch, next(predicted), self.positions)
 
             return [[score_batch(batch) for batch in torch.split(ids, size)] for ids in windows]

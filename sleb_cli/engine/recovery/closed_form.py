@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from sleb_cli.engine.device import CPU, as_float64, dtype_name, in_smaller_pieces, translate_out_of_memory
 from sleb_cli.engine.forward.forecast import announce, block_operations
 from sleb_cli.engine.forward.fork_check import CHECKED_SEQUENCES, why_not_fork
-from sleb_cli.engine.forward.holding import SharedInputs, spilled
+from sleb_cli.engine.forward.holding import SharedInputs
 from sleb_cli.engine.forward.offload import loaded
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
@@ -86,7 +86,6 @@ def recover_in_closed_form(
     *,
     stored: torch.dtype | None = None,
     in_host_memory: bool = False,
-    spill_to: Path | None = None,
     group: ProcessGroup | None = None,
     saved: Path | None = None,
     loss_mask: Tensor | None = None,
@@ -104,7 +103,6 @@ def recover_in_closed_form(
         notify: the listener for events.
         stored: the data type to which values are rounded; None for the model's.
         in_host_memory: whether hidden states stay there until they are needed, because the device has too little.
-        spill_to: the folder of files for new values, which may be too many for memory; None holds them there.
         group: the processes that share out the text; values do not depend on how many they are.
         saved: the folder where each fit is kept, and found if the run before was interrupted; None keeps none.
         loss_mask: which tokens of `validation` count, bool of its shape; None for all. All positions are fitted, as
@@ -135,7 +133,7 @@ def recover_in_closed_form(
                 on_host=in_host_memory,
                 loss_mask=loss_mask,
             )
-            return _Recovery(states, stored or skippable.model.dtype, spill_to, saved, notify).run()
+            return _Recovery(states, stored or skippable.model.dtype, saved, notify).run()
 
         fitted_before = len(list(saved.glob("*.safetensors"))) if saved else 0
         _announce(notify, skippable, removed, train, validation, group.size, fitted_before)
@@ -303,7 +301,6 @@ class _States:
 class _Recovery:
     states: _States
     stored: torch.dtype
-    spill_to: Path | None
     saved: Path | None
     notify: Notify
 
@@ -421,7 +418,7 @@ class _Recovery:
 
     def _kept(self, value: Tensor) -> Tensor:
         """Return a new value where it stays until the end."""
-        return self.states.held(value) if self.spill_to is None else spilled(value, self.spill_to)
+        return self.states.held(value)
 
     def _keep_if_better(self, block: int | None, gap: int, projections: Sequence[ResidualProjection], fit: Fit) -> None:
         values = self.values | fit.values

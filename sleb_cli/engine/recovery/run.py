@@ -17,7 +17,6 @@ import transformers
 from torch import Tensor
 
 from sleb_cli.engine.device import dtype_name
-from sleb_cli.engine.files.cache import existing_cache
 from sleb_cli.engine.forward.placement import Placement, open_dense
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
@@ -194,7 +193,6 @@ class Recovery:
                 self.notify,
                 stored=self.stored,
                 in_host_memory=self.in_host_memory,
-                spill_to=existing_cache() if self.placement.stream else None,
                 group=self.group,
                 saved=saved,
                 loss_mask=validation.loss_mask,

@@ -19,8 +19,9 @@ from sleb_cli.engine.device import dtype_name, wider_range
 from sleb_cli.engine.environment import environment_record
 from sleb_cli.engine.forward.forecast import announce, block_operations
 from sleb_cli.engine.forward.memory_budget import available_memory
-from sleb_cli.engine.forward.passes import Passes, prepare_passes
+from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.placement import open_dense
+from sleb_cli.engine.forward.prepare import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.source import DEMO
 from sleb_cli.engine.process_group import ProcessGroup

@@ -1,0 +1,152 @@
+"""Fit the passes of a search or an evaluation into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from sleb_cli.engine.device import CPU, in_smaller_pieces
+from sleb_cli.engine.forward.fork_check import CHECKED_SEQUENCES, why_not_fork
+from sleb_cli.engine.forward.holding import keep_on_device, to_cpu
+from sleb_cli.engine.forward.memory_budget import (
+    COPIES_OF_LOGITS,
+    COPIES_WIDENED,
+    Footprint,
+    available_memory,
+    resolve_memory_budget,
+    settings_for,
+    working_bytes,
+)
+from sleb_cli.engine.forward.passes import Passes
+from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.events import Notify
+from sleb_cli.units import format_bytes
+from sleb_plugins import MachineError, UnsupportedModelError
+
+# The hidden states that a streamed step holds in addition to the candidates': what enters the first block, the base
+# where the next group starts, the base, and the dense model's or one that is kept.
+OTHER_BRANCHES = 4
+
+
+def prepare_passes(
+    skippable: SkippableModel,
+    sequences: Tensor,
+    notify: Notify,
+    *,
+    loss_mask: Tensor | None = None,
+    memory: Callable[[torch.device], int] = available_memory,
+    batch_size: int | None = None,
+    min_batches: int = 1,
+    checked: int | None = None,
+    walks_together: bool = False,
+) -> tuple[Passes, str | None]:
+    """Fit the passes over these sequences into memory; also return why candidates cannot share a walk, if so.
+
+    Args:
+        skippable: the model.
+        sequences: tokens on its device, [sequences, positions].
+        notify: the listener for events.
+        loss_mask: which tokens count as targets, bool [sequences, positions]; None for all.
+        memory: how many bytes may be used on a device in addition to the model.
+        batch_size: sequences in a batch; None chooses it by the device.
+        min_batches: how many batches to make at least, if there are enough sequences.
+        checked: on how many tokens of a sequence the fork is checked; None for all.
+        walks_together: whether all sequences go through each streamed block together, so that all their states exist.
+
+    Raises:
+        MachineError: not even one candidate on one sequence fits.
+    """
+    with torch.inference_mode():
+        footprint = _footprint(skippable, sequences[:1, :2])
+        available = min(map(memory, skippable.devices))
+        budget = resolve_memory_budget(
+            available,
+            footprint,
+            settings_for(sequences.device),
+            candidates=len(skippable.switches),
+            sequences=len(sequences),
+            length=sequences.shape[1],
+            batch=batch_size,
+            min_batches=min_batches,
+        )
+        reason = in_smaller_pieces(
+            lambda size: why_not_fork(skippable, sequences[:size, :checked]), min(CHECKED_SEQUENCES, budget.sequences)
+        )
+    if reason and batch_size is None:  # all logits of a batch exist together
+        fitting = available // 4 // (sequences.shape[1] * footprint.logits)
+        budget = replace(budget, sequences=max(1, min(budget.sequences, fitting)))
+    masks = None if loss_mask is None else torch.split(loss_mask, budget.sequences)
+    passes = Passes(
+        skippable,
+        torch.split(sequences, budget.sequences),
+        budget,
+        notify,
+        forks=reason is None,
+        loss_mask=masks,
+        available=available,
+    )
+    if skippable.weights.resident:
+        return passes, reason
+    if reason:
+        raise UnsupportedModelError(
+            f"{skippable.model.config.model_type} cannot be streamed: {reason}.", hint="Use a machine with more memory."
+        )
+    return _store_all(passes, footprint, memory) if walks_together else passes, reason
+
+
+def _store_all(passes: Passes, footprint: Footprint, memory: Callable[[torch.device], int]) -> Passes:
+    """Choose where the hidden states of all sequences and branches wait, and how many are kept between steps.
+
+    If those of all candidates do not fit into memory, a step goes through the model with a group of them at a time.
+
+    Raises:
+        MachineError: not even those of one candidate fit.
+    """
+    device, skippable = passes.skippable.device, passes.skippable
+    count = len(skippable.switches)
+    of_branch = sum(batch.numel() for batch in passes.batches) * footprint.branch
+    largest = passes.batches[0].numel()
+    room = passes.available - working_bytes(footprint, settings_for(device), largest, passes.budget.positions)
+    store = to_cpu if device != CPU and room < (count + OTHER_BRANCHES) * of_branch else keep_on_device
+    if store is to_cpu:
+        room = memory(CPU)
+    branches = room // of_branch - OTHER_BRANCHES
+    if branches < 1:
+        needed = format_bytes((1 + OTHER_BRANCHES) * of_branch)
+        raise MachineError(
+            f"The hidden states of all sequences need {needed}, but only {format_bytes(max(0, room))} may be used.",
+            hint="Use fewer --samples, a smaller --sequence-length, or a larger --memory.",
+        )
+    kept = 1 + (branches - count) // 2 if branches >= count else 0
+    return replace(passes, store=store, budget=replace(passes.budget, branches=min(branches, count), kept=kept))
+
+
+def _width(module: nn.Module) -> int:
+    """Return the greatest number of values that a module makes of one; packed weights do not have the shape for it."""
+    sizes = [max(weight.shape, default=1) for weight in module.parameters(recurse=False)]
+    return max(getattr(module, "in_features", 0), getattr(module, "out_features", 0)) or max(sizes, default=1)
+
+
+def _footprint(skippable: SkippableModel, ids: Tensor) -> Footprint:
+    """Measure what a few tokens take; what a block itself needs is estimated from its widest weight."""
+    entering: list[Tensor] = []
+    others = range(1, len(skippable.switches))
+    skippable.run_with_hook(ids, others, lambda block, before, after: entering.append(before))
+    if not entering:
+        raise UnsupportedModelError(
+            f"{skippable.model.config.model_type} calls none of its blocks.",
+            hint="Open an issue that names this family.",
+        )
+    hidden = entering[0]
+    logits = skippable.logits(ids, range(len(skippable.switches)))
+    width = hidden.shape[-1]
+    widest = max([width, *(_width(part) for switch in skippable.switches for part in switch.block.modules())])
+    return Footprint(
+        branch=hidden.nbytes // ids.numel(),
+        block=4 * (8 * width + 4 * widest),
+        logits=COPIES_OF_LOGITS * logits.shape[-1] * logits.itemsize,
+        scored=COPIES_WIDENED * logits.shape[-1] * 4,
+    )
