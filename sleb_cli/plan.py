@@ -135,13 +135,13 @@ class MetricRecord(Record):
 class SearchRecord(Record):
     """How the search was run; `engine` is how candidates were scored, with a reason if it is not the default.
 
-    `metrics` are the terms of `metric`, by name. `held_out` is the number of calibration sequences never searched on,
+    `implementation` is that of `metric`. `held_out` is the number of calibration sequences never searched on,
     and `holdout` their requested share.
     """
 
     strategy: StrategyName
     metric: str
-    metrics: dict[str, MetricRecord] = Field(default_factory=dict)
+    implementation: MetricRecord | None = None
     remove: int
     target: TargetRecord | None = None
     protect_first: int

@@ -30,7 +30,6 @@ from sleb_plugins import (
     hookspecs,
 )
 from sleb_plugins.errors import did_you_mean
-from sleb_plugins.metrics.weighted import Term, parse_terms, terms_of, weighted_sum
 
 if TYPE_CHECKING:
     from sleb_cli.plan import MetricRecord
@@ -86,33 +85,39 @@ class Registry:
     failures: tuple[Failure, ...]
 
     def metric(self, text: str) -> Metric:
-        """Return a metric by `NAME`, `NAME:ARGUMENT`, or a weighted sum of these: `nll+0.5*kl`.
+        """Return a metric by `NAME` or `NAME:ARGUMENT`.
 
         Raises:
-            UsageError: no plugin offers it, its argument is missing or invalid, or the sum mixes kinds of metrics.
+            UsageError: no plugin offers it, or its argument is missing or invalid.
             PluginError: two plugins offer it.
             DataError: its argument names something that does not exist.
         """
-        return weighted_sum([(term.weight, self._metric(term)) for term in parse_terms(text)])
-
-    def _metric(self, term: Term) -> Metric:
-        metric: Metric = self.choose("metric", term.name).value
-        if term.argument is not None:
-            return metric.with_argument(term.argument)
+        name, colon, argument = text.partition(":")
+        metric: Metric = self.choose("metric", name).value
+        if colon:
+            return metric.with_argument(argument)
         if metric.argument and not metric.argument.startswith("["):
-            raise UsageError(
-                f"The metric {term.name!r} needs an argument.", hint=f"Write {term.name}:{metric.argument}."
-            )
+            raise UsageError(f"The metric {name!r} needs an argument.", hint=f"Write {name}:{metric.argument}.")
         return metric
 
-    def metric_records(self, text: str, metric: Metric) -> dict[str, MetricRecord]:
-        """Return what the scores of each term of `metric`, written as `text`, depend on.
+    def metric_record(self, metric: Metric) -> MetricRecord:
+        """Return what the scores of a metric depend on.
 
         Raises:
-            PluginError: the fingerprint of a metric is not a text.
+            PluginError: its fingerprint is not a text.
         """
-        plugins = [self.choose("metric", term.name).plugin for term in parse_terms(text)]
-        return {term.name: _metric_record(term, plugin) for term, plugin in zip(terms_of(metric), plugins, strict=True)}
+        from sleb_cli.plan import MetricRecord  # as slow as all else that the first word on the screen needs
+
+        plugin = self.choose("metric", metric.name.partition(":")[0]).plugin
+        fingerprint: Any = metric.fingerprint()
+        if not isinstance(fingerprint, str):
+            raise PluginError(
+                f"The fingerprint of the metric {metric.name!r} is {fingerprint!r}, which is not a string.",
+                hint="Report it to the author of the metric.",
+            )
+        return MetricRecord(
+            package=plugin.package, version=plugin.version, code=_hash_of_code(type(metric)), fingerprint=fingerprint
+        )
 
     def choose(self, kind: Kind, name: str) -> Offer:
         """Return what a plugin offers by this name.
@@ -207,20 +212,6 @@ def _offers(plugin: Plugin, load: Callable[[], Any]) -> list[Offer]:
                 raise TypeError(f"{hook} offers {value!r}, which is not a named {expected}")
             offers.append(Offer(kind, name, value, plugin))
     return offers
-
-
-def _metric_record(metric: Metric, plugin: Plugin) -> MetricRecord:
-    from sleb_cli.plan import MetricRecord  # as slow as all else that the first word on the screen needs
-
-    fingerprint: Any = metric.fingerprint()
-    if not isinstance(fingerprint, str):
-        raise PluginError(
-            f"The fingerprint of the metric {metric.name!r} is {fingerprint!r}, which is not a string.",
-            hint="Report it to the author of the metric.",
-        )
-    return MetricRecord(
-        package=plugin.package, version=plugin.version, code=_hash_of_code(type(metric)), fingerprint=fingerprint
-    )
 
 
 def _hash_of_code(kind: type) -> str:

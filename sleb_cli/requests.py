@@ -242,9 +242,7 @@ class SearchRequest(CalibrationRequest, TargetRequest):
         metadata={"doc": Doc("A Hub id, a folder, a .gguf file, or demo.", metavar="MODEL", argument=True)},
     )
     metric: str | None = option(
-        "Score candidates by this metric or weighted sum, such as nll+0.5*kl; see `sleb plugins`.",
-        _SCORING,
-        default=DEFAULT_METRIC,
+        "Score candidates by this metric: see `sleb plugins`.", _SCORING, default=DEFAULT_METRIC
     )
     strategy: StrategyName | None = option(
         "greedy; refine (greedy, then swaps); oneshot (score every block once); or contiguous (best span).",

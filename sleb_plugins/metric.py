@@ -83,13 +83,6 @@ class HiddenStateMetric(Metric):
 class WeightMetric(Metric):
     """Scores a block by its parameters alone."""
 
-    needs_gradients: ClassVar[bool] = False
-    """Whether `score_block` needs each parameter's `.grad`, of the mean calibration loss in nats per token.
-
-    The block's parameters and their gradients are then float32, whatever the model's data type. If the family allows
-    it, only the gradients of one block exist at a time.
-    """
-
     @abstractmethod
     def score_block(self, block: nn.Module, number: int) -> float:
         """Score one block: low if it matters little. `number` is its number in the original model."""

@@ -8,18 +8,9 @@ from sleb_plugins.metrics.kl import KlDivergence
 from sleb_plugins.metrics.magnitude import Magnitude
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 from sleb_plugins.metrics.random import RandomScore
-from sleb_plugins.metrics.taylor import Taylor
 
 
 @hookimpl
 def sleb_metrics() -> list[Metric]:
     """Offer the metrics that ship with `sleb`."""
-    return [
-        NegativeLogLikelihood(),
-        KlDivergence(),
-        CosineDistance(),
-        AngularDistance(),
-        Taylor(),
-        Magnitude(),
-        RandomScore(),
-    ]
+    return [NegativeLogLikelihood(), KlDivergence(), CosineDistance(), AngularDistance(), Magnitude(), RandomScore()]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sleb_plugins.errors import UsageError
 from sleb_plugins.metric import WeightMetric
-from sleb_plugins.metrics.plain_weights import require_plain_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,5 +23,20 @@ class Magnitude(WeightMetric):
 
     def score_block(self, block: nn.Module, number: int) -> float:
         """Return the sum of |w|."""
-        require_plain_weights(self.name, block)
+        _require_plain_weights(self.name, block)
         return sum(weight.detach().float().abs().sum().item() for weight in block.parameters())
+
+
+def _require_plain_weights(metric: str, block: nn.Module) -> None:
+    """Check that no matrix of a block is packed.
+
+    Raises:
+        UsageError: one is, so what `metric` would compute means nothing.
+    """
+    for name, tensor in block.state_dict().items():
+        is_plain = tensor.is_floating_point() and tensor.dtype.itemsize > 1
+        if tensor.dim() > 1 and str(tensor.dtype) != "torch.bool" and not is_plain:
+            raise UsageError(
+                f"{metric} reads the weights, but {name} is packed ({tensor.dtype}).",
+                hint="Use a metric of what the model computes, such as nll, or search the model it was quantized from.",
+            )

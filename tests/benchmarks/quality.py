@@ -58,14 +58,11 @@ METHODS = {
     "cosine-oneshot": Method("one-shot, cosine (as ShortGPT)", "--metric cosine --strategy oneshot"),
     "cosine-greedy": Method("greedy, cosine", "--metric cosine"),
     "angular-contiguous": Method("contiguous, angular (as PruneMe)", "--metric angular --strategy contiguous"),
-    "taylor-oneshot": Method("one-shot, taylor", "--metric taylor --strategy oneshot"),
     "magnitude-oneshot": Method("one-shot, magnitude", "--metric magnitude --strategy oneshot"),
-    "last": Method("last", "--strategy last"),
     "random": Method("random, 5 seeds", "--metric random:{seed} --strategy oneshot", seeds=(0, 1, 2, 3, 4)),
-    "nll-beam": Method("beam, nll", "--metric nll --strategy beam"),
     "nll-refine": Method("refine, nll", "--metric nll --strategy refine", each_size=True),
 }
-RACING = ("nll-greedy", "kl-greedy", "nll-beam", "nll-refine")
+RACING = ("nll-greedy", "kl-greedy", "nll-refine")
 
 
 class QualityBench(Bench):

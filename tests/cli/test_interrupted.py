@@ -139,7 +139,7 @@ def test_a_changed_metric_neither_resumes_nor_extends(search, tmp_path, tmp_path
     leaving(search, *options)
     paths = (tmp_path / "plan.json", journal_of(tmp_path / "plan.json"))
     before = [path.read_bytes() for path in paths]
-    assert read_plan(paths[0]).search.metrics["acme"].package == "sleb-acme"
+    assert read_plan(paths[0]).search.implementation.package == "sleb-acme"
 
     def require_refusal(message):
         for command in ([*options, "--resume", "--force"], extend):
@@ -150,13 +150,13 @@ def test_a_changed_metric_neither_resumes_nor_extends(search, tmp_path, tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr(package, "version", "0.2")
-        require_refusal("search.metrics.acme.version: 0.2, not 0.1")
+        require_refusal("search.implementation.version: 0.2, not 0.1")
     with monkeypatch.context() as patch:
         patch.setattr(Acme, "data", "words 2")
-        require_refusal("search.metrics.acme.fingerprint: words 2, not words 1")
+        require_refusal("search.implementation.fingerprint: words 2, not words 1")
     code = base.read_text()
     base.write_text(f"{code}# changed\n")
-    require_refusal("search.metrics.acme.code: ")
+    require_refusal("search.implementation.code: ")
     base.write_text(code)
     leaving(search, *options, "--resume", "--force")
     leaving(search, *extend)

@@ -175,7 +175,7 @@ def bare(record):
 
 def test_results_may_lack_whatever_is_optional(report, exported):
     plan = bare(make_plan(12, 3))
-    # Each size on its own, as a beam finds them.
+    # Each size on its own, as a refinement may find them.
     sizes = [plan.removals[:1], (plan.removals[2], plan.removals[1]), (*plan.removals[1:], plan.removals[0])]
     steps = [
         step.model_copy(update={"scores": {}, "removals": removals, "block": removals[-1]})

@@ -26,7 +26,7 @@ RARE, LENGTH, SAMPLES = "~", 16, 24
 WAYS = {
     "exact": (), "held out": ("--holdout", 0.3), "fast": ("--fast",), "streamed": ("--stream",),
     "cosine": ("--metric", "cosine"), "spans": ("--metric", "angular", "--strategy", "contiguous"),
-    "kl": ("--metric", "kl"), "weights": ("--metric", "magnitude"), "gradients": ("--metric", "taylor"),
+    "kl": ("--metric", "kl"), "weights": ("--metric", "magnitude"),
     "refine": ("--strategy", "refine"), "batches of three": ("--batch-size", 3),
     "one by one": ("--batch-size", 1),
 }  # fmt: skip

@@ -38,7 +38,6 @@ def numbers(verb):
 OPTIONS = [
     *(option for verb in ("search", "apply", "eval", "bench", "export") for option in numbers(verb)),
     *(("bench", name, "--sweep", f"{name}={{}}") for name in ("batch", "prompt", "new")),
-    ("search", "metric", "--metric", "nll+{}*kl"),
 ]
 
 

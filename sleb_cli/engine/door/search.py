@@ -98,7 +98,7 @@ def _open(request: SearchRequest, registry: Registry, notify: Notify) -> SearchS
         # A template's tokens cost most of the loss, and the model never writes them.
         text=replace(text, own_answers=True),
         metric=metric,
-        metrics=registry.metric_records(str(request.metric), metric),
+        implementation=registry.metric_record(metric),
         strategy_name=strategy,
         removable=removable,
         target=target,

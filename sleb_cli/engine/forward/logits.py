@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +11,7 @@ from torch import Tensor
 from sleb_cli.engine.device import as_float64
 from sleb_cli.engine.forward.memory_budget import settings_for
 from sleb_cli.engine.forward.predictions import Logits
-from sleb_plugins import LogitMetric
-from sleb_plugins.metrics.weighted import require_shape
+from sleb_plugins import LogitMetric, PluginError
 
 
 def position_slices(ids: Tensor, positions: int) -> Iterator[slice]:
@@ -74,3 +74,17 @@ def score_positions(metric: LogitMetric, logits: Tensor, targets: Tensor, dense:
         scores.append(metric.score_tokens(flat[part].float(), flat_targets[part], widened))
         require_shape(metric.name, scores[-1], flat_targets[part].shape)
     return torch.cat(scores).view(targets.shape)
+
+
+def require_shape(name: str, scores: Any, shape: Any) -> None:
+    """Check that a metric returned one score for each position.
+
+    Raises:
+        PluginError: the shape of `scores` is not `shape`.
+    """
+    found = getattr(scores, "shape", None)
+    if found != shape:
+        raise PluginError(
+            f"The metric {name!r} returned scores of shape {found} instead of {list(shape)}, one for each position.",
+            hint="Report it to the author of the metric.",
+        )

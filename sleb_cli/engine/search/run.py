@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -109,7 +109,8 @@ def _require_continuation(settings: SearchSettings, plan: Plan, calibration: Cal
     found: dict[str, Any] = {name: settings.options.get(name) for name in names}
     found |= {"dtype": dtype_name(settings.placement.dtype), "protect": settings.removable.protection.blocks}
     expected = {name: getattr(plan.search, name) for name in found}
-    found["metrics"], expected["metrics"] = _across_versions(settings.metrics), _across_versions(plan.search.metrics)
+    for search, implementation in ((found, settings.implementation), (expected, plan.search.implementation)):
+        search["implementation"] = implementation and _across_versions(implementation)
     differing = differences(
         {"search": found, "calibration": calibration.record.to_data()},
         {"search": expected, "calibration": plan.calibration.to_data()},
@@ -122,12 +123,9 @@ def _require_continuation(settings: SearchSettings, plan: Plan, calibration: Cal
         )
 
 
-def _across_versions(metrics: Mapping[str, MetricRecord]) -> dict[str, Any]:
-    """Return the records of metrics as another version of sleb can extend them: without the code of its own ones."""
-    return {
-        name: record.model_dump(exclude={"version", "code"} if record.package == "sleb" else None)
-        for name, record in metrics.items()
-    }
+def _across_versions(metric: MetricRecord) -> dict[str, Any]:
+    """Return the record of a metric as another version of sleb can extend it: without the code of its own ones."""
+    return metric.model_dump(exclude={"version", "code"} if metric.package == "sleb" else None)
 
 
 def run_search(settings: SearchSettings, inputs: SearchInputs, started: float) -> Plan:
@@ -307,7 +305,7 @@ def _search_record(
     return SearchRecord(
         strategy=settings.strategy_name,
         metric=metric.name,
-        metrics=settings.metrics,
+        implementation=settings.implementation,
         remove=settings.remove,
         protect_first=protection.first,
         protect_last=protection.last,

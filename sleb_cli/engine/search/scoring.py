@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import as_float64
+from sleb_cli.engine.forward.logits import require_shape
 from sleb_cli.engine.forward.passes import Job, Listener, Passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup, Turn, deal
@@ -27,9 +28,8 @@ from sleb_cli.engine.search.shares import at_once, deal_jobs
 from sleb_cli.events import SCORING_TASK, Advance, Notice, Notify, no_progress, task
 from sleb_cli.plan import Engine
 from sleb_cli.units import plural
-from sleb_plugins import HiddenStateMetric, LogitMetric, Metric, ModelMetric, WeightMetric
+from sleb_plugins import HiddenStateMetric, LogitMetric, Metric, ModelMetric, PluginError, WeightMetric
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
-from sleb_plugins.metrics.weighted import require_number, require_shape
 
 T = TypeVar("T")
 
@@ -311,7 +311,7 @@ class Scoring:
             scores: dict[int, float] = {}
             for block in self.skippable.weights.visit(candidates):
                 found = metric.score_block(self.skippable.switches[block].block, block)
-                scores[block] = require_number(metric.name, found)
+                scores[block] = _require_number(metric.name, found)
                 advance(self.sequences)
             return scores
 
@@ -330,7 +330,7 @@ class Scoring:
                 self.skippable.skip({*gone, block})
                 yield (
                     (gone, block, batch),
-                    [require_number(metric.name, metric.score_model(self.skippable.model, self.tokenizer, sequences))],
+                    [_require_number(metric.name, metric.score_model(self.skippable.model, self.tokenizer, sequences))],
                 )
 
         wanted = [(removed, block, None) for block in candidates]
@@ -343,3 +343,17 @@ def _mean_over_tokens(metric: HiddenStateMetric, entering: Tensor, leaving: Tens
     require_shape(metric.name, scores, entering.shape[:-1])
     means: list[float] = as_float64(scores).mean(-1).tolist()
     return means
+
+
+def _require_number(name: str, score: Any) -> float:
+    """Return what a metric returned as a float.
+
+    Raises:
+        PluginError: it is not a number.
+    """
+    if not isinstance(score, int | float):
+        raise PluginError(
+            f"The metric {name!r} returned {score!r}, which is not a number.",
+            hint="Report it to the author of the metric.",
+        )
+    return float(score)

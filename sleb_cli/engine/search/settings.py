@@ -27,7 +27,7 @@ class SearchSettings:
         placement: where its weights are.
         text: the calibration text.
         metric: scores the candidates.
-        metrics: what its scores depend on besides the model and the text, by its name.
+        implementation: what its scores depend on besides the model and the text.
         strategy_name: how blocks are chosen.
         removable: which blocks may go.
         target: when to stop; None until the model is timed, for a speed-up.
@@ -49,7 +49,7 @@ class SearchSettings:
     placement: Placement
     text: CalibrationSettings
     metric: Metric
-    metrics: dict[str, MetricRecord]
+    implementation: MetricRecord
     strategy_name: StrategyName
     removable: Removable
     target: Target | None
