@@ -180,7 +180,7 @@ def test_a_bug_of_a_metric_is_not_blamed_on_the_model(run_sleb, tmp_path, text_f
 
 
 def test_a_score_that_is_nan_is_named_and_never_chosen(search, tmp_path):
-    assert "Without block 3, scores are not finite, so they rank last" in search("nan").stderr
+    assert "Without block 3, scores are NaN or infinite, so they rank last" in search("nan").stderr
     step = read_plan(tmp_path / "plan.json").steps[0]
     assert (step.block, step.scores) == (1, {1: 1.0, 2: 1.0, 3: None, 4: 1.0})
 
