@@ -9,7 +9,7 @@ from sleb_cli.atomic import new_file, to_json
 from sleb_cli.events import Notice, Notify, Warned
 from sleb_cli.plan import CHECKPOINT_PLAN
 from sleb_cli.records import UnreadableRecord
-from sleb_cli.requests import beside
+from sleb_cli.requests import sibling
 from sleb_cli.results import BenchResult, EvalResult
 from sleb_plugins import OutputError
 
@@ -21,7 +21,7 @@ IN_CHECKPOINT: dict[Literal["eval", "bench"], str] = {"eval": "sleb_eval.json", 
 
 def beside_plan(plan: Path, kind: Literal["eval", "bench"]) -> Path:
     """Return the file for results of a plan: plan.eval.json or plan.bench.json."""
-    return beside(plan, f".{kind}.json")
+    return sibling(plan, f".{kind}.json")
 
 
 def is_in_checkpoint(file: Path) -> bool:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,9 +18,9 @@ from typing import Any, Literal, get_args
 from sleb_plugins.errors import UsageError
 
 
-def beside(file: Path, ending: str) -> Path:
-    """Return the file of this ending beside a JSON file: plan.eval.json; a dot in another name ends nothing."""
-    return file.with_name(file.name.removesuffix(".json") + ending)
+def sibling(file: Path, suffix: str) -> Path:
+    """Return plan.eval.json for plan.json."""
+    return file.with_name(file.name.removesuffix(".json") + suffix)
 
 
 WorkloadName = Literal["prompt", "generation"]
@@ -40,8 +39,6 @@ TargetName = Literal["ratio", "remove", "target_params", "target_memory", "targe
 """The fields that say how far a search goes."""
 
 TARGET_NAMES: tuple[TargetName, ...] = get_args(TargetName)
-REFINES: Mapping[str, TargetName] = {"serve_length": "target_memory"}
-"""Options that refine one target, and that target."""
 
 DEFAULT_PLAN = Path("plan.json")
 DEFAULT_METRIC = "nll"
@@ -74,7 +71,6 @@ TRANSFORMERS = "transformers"
 """The engine that is built in."""
 
 _TARGET = "How far to go (choose one)"
-_SERVING = "Target details"
 _SCORING = "How blocks are chosen"
 _CALIBRATION = "Calibration text"
 _PROTECTION = "Protected blocks"
@@ -113,8 +109,6 @@ class Doc:
         help: one sentence.
         panel: the heading under which help lists it.
         default: what help names as the default where the field's own is None.
-        flag: the option, where it is not the field's name: "--protect-kind".
-        short: a one-letter option: "-o".
         metavar: what help calls the value, where the type says too little.
         argument: it is a positional argument.
         repeated: the option may be given more than once; other tuples are lists with commas.
@@ -125,8 +119,6 @@ class Doc:
     help: str
     panel: str | None = None
     default: object = None
-    flag: str | None = None
-    short: str | None = None
     metavar: str | None = None
     argument: bool = False
     repeated: bool = False
@@ -135,8 +127,9 @@ class Doc:
 
 
 def option(help: str, panel: str | None = None, *, unset: Any = None, **spelling: Any) -> Any:
-    """Return a field with this help, whose value is `unset` where none is given."""
-    return field(default=unset, metadata={"doc": Doc(help, panel, **spelling)})
+    """Return a field with this help, whose value is `unset` where none is given; an argument may stand alone."""
+    doc = Doc(help, panel, **spelling)
+    return field(default=unset, kw_only=not doc.argument, metadata={"doc": doc})
 
 
 _dtype = partial(
@@ -151,13 +144,12 @@ _stream = partial(
     "Read the weights from disk block by block, for a model larger than memory.",
     _MACHINE,
     default="if it does not fit",
-    flag="--stream/--no-stream",
 )
 _device_map = partial(option, "Let accelerate spread the model over several devices, CPU memory and disk.", _MACHINE)
 _revision = partial(option, "Branch, tag or commit of a model on the Hub.", _MACHINE)
 _trust_remote_code = partial(option, "Run Python code that comes with the model.", _MACHINE, unset=False)
 _force = partial(option, "Overwrite existing output.", _OUTPUT, unset=False)
-_result_file = partial(option, "Write the result to this JSON file.", _OUTPUT, short="-o")
+_result_file = partial(option, "Write the result to this JSON file.", _OUTPUT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,33 +173,46 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetRequest(Request):
-    """How far a search goes: one field of `TARGET_NAMES`, and what some of them need to know."""
+class SearchRequest(Request):
+    """Which blocks to search for: how many, by one field of `TARGET_NAMES`, how, and on which text."""
 
+    model: str = option("A Hub id, a folder, a .gguf file, or demo.", unset=MISSING, metavar="MODEL", argument=True)
     ratio: str | float | None = option("Remove this share of the blocks, rounded up: 0.2.", _TARGET)
     remove: int | None = option("Remove this number of blocks.", _TARGET)
     target_params: str | int | None = option("Remove blocks until at most this many parameters remain: 1.2B.", _TARGET)
     target_memory: str | int | None = option(
         "Remove blocks until weights and KV cache fit in this much memory: 6GiB.", _TARGET
     )
+    serve_length: int | None = option(
+        "With --target-memory: tokens in the KV cache.",
+        _TARGET,
+        default=f"{DEFAULT_SERVE_LENGTH}, or the model's limit",
+        least=2,
+    )
     target_speedup: str | float | None = option(
-        "Remove blocks until the model runs this many times as fast, timed on this machine: 1.25.", _TARGET
+        "Remove blocks until the model generates this many times as fast, timed on this machine: 1.25.", _TARGET
     )
     max_perplexity_ratio: str | float | None = option(
         "Remove blocks while perplexity stays within this multiple of the dense model's: 1.2.", _TARGET
     )
-    serve_length: int | None = option(
-        "With --target-memory: tokens per sequence in the KV cache.",
-        _SERVING,
-        default=f"{DEFAULT_SERVE_LENGTH}, or the model's limit",
-        least=2,
+    metric: str | None = option(
+        "Score candidates by this metric: see `sleb plugins`.", _SCORING, default=DEFAULT_METRIC
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationRequest(Request):
-    """Which text to calibrate on; a mixture names the share of each source."""
-
+    strategy: StrategyName | None = option(
+        "greedy; refine (greedy, then swaps); oneshot (score every block once); or contiguous (best span).",
+        _SCORING,
+        default=DEFAULT_STRATEGY,
+        metavar="NAME",
+    )
+    compare: tuple[str, ...] = option(
+        "Search once per METRIC or METRIC@STRATEGY and write the best plan: nll,cosine,angular@contiguous.",
+        _SCORING,
+        metavar="LIST",
+        unset=(),
+    )
+    fast: bool | None = option(
+        "Race the candidates: stop scoring one once it is clearly behind.", _SCORING, default="no; yes for demo"
+    )
     calibration: str | None = option(
         "wikitext2, c4, wikitext2-sleb, c4-sleb, a .txt or .jsonl file, org/name[:config][:split][:column]; self or "
         "self-chat (written by the model), answers:FILE (its answers to your prompts); or a mixture: self:0.5,c4:0.5.",
@@ -231,37 +236,6 @@ class CalibrationRequest(Request):
         _CALIBRATION,
         default="answers, in conversations that the model writes",
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchRequest(CalibrationRequest, TargetRequest):
-    """Which blocks to search for, and how."""
-
-    model: str = field(
-        kw_only=False,
-        metadata={"doc": Doc("A Hub id, a folder, a .gguf file, or demo.", metavar="MODEL", argument=True)},
-    )
-    metric: str | None = option(
-        "Score candidates by this metric: see `sleb plugins`.", _SCORING, default=DEFAULT_METRIC
-    )
-    strategy: StrategyName | None = option(
-        "greedy; refine (greedy, then swaps); oneshot (score every block once); or contiguous (best span).",
-        _SCORING,
-        default=DEFAULT_STRATEGY,
-        metavar="NAME",
-    )
-    compare: tuple[str, ...] = option(
-        "Search once per METRIC or METRIC@STRATEGY and write the best plan: nll,cosine,angular@contiguous.",
-        _SCORING,
-        metavar="LIST",
-        unset=(),
-    )
-    fast: bool | None = option(
-        "Race the candidates: stop scoring one once it is clearly behind.",
-        _SCORING,
-        default="no; yes for demo",
-        flag="--fast/--no-fast",
-    )
     holdout: float | None = option(
         "Hold out this share of the sequences to detect overfitting: 0.2.", _CALIBRATION, default=0
     )
@@ -273,10 +247,9 @@ class SearchRequest(CalibrationRequest, TargetRequest):
     protect_first: int | None = option("Protect this many blocks at the start.", _PROTECTION, default=DEFAULT_PROTECTED)
     protect_last: int | None = option("Protect this many blocks at the end.", _PROTECTION, default=DEFAULT_PROTECTED)
     protect: tuple[int, ...] | None = option("Also protect these blocks: 5,11.", _PROTECTION, metavar="LIST")
-    protect_kinds: tuple[str, ...] = option(
+    protect_kind: tuple[str, ...] = option(
         "Protect all blocks of this kind: full_attention. May be repeated.",
         _PROTECTION,
-        flag="--protect-kind",
         metavar="KIND",
         repeated=True,
         unset=(),
@@ -293,9 +266,7 @@ class SearchRequest(CalibrationRequest, TargetRequest):
     trust_remote_code: bool = _trust_remote_code()
     extend: Path | None = option("Continue from a finished plan, with its settings and text.", _OUTPUT, metavar="PLAN")
     resume: bool = option("Continue an interrupted search.", _OUTPUT, unset=False)
-    output: Path | None = option(
-        "Write the plan here.", _OUTPUT, default=f"{DEFAULT_PLAN}, or the extended plan", short="-o"
-    )
+    output: Path | None = option("Write the plan here.", _OUTPUT, default=f"{DEFAULT_PLAN}, or the extended plan")
     force: bool = _force()
 
     @property
@@ -320,14 +291,8 @@ REPEATED_OPTIONS = {each.name for each in fields(SearchRequest)} - {
 class SubjectRequest(Request):
     """A plan, or a model and the blocks to remove from it."""
 
-    subject: str | None = field(
-        default=None,
-        kw_only=False,
-        metadata={
-            "doc": Doc(
-                f"A plan (default: ./{DEFAULT_PLAN}), or a model with --blocks.", metavar="PLAN|MODEL", argument=True
-            )
-        },
+    subject: str | None = option(
+        f"A plan (default: ./{DEFAULT_PLAN}), or a model with --blocks.", metavar="PLAN|MODEL", argument=True
     )
     blocks: tuple[int, ...] | None = option(
         "Remove these blocks from MODEL, in this order: 5,4,9.", _SUBJECT, metavar="LIST"
@@ -362,7 +327,7 @@ class SizesRequest(SubjectRequest):
         metavar="LIST",
         unset=(),
     )
-    every: int | None = option("Measure every N-th size, and the smallest.", _SUBJECT, metavar="N", least=1)
+    every: int | None = option("Measure every N-th size, and always the most pruned.", _SUBJECT, metavar="N", least=1)
 
     @property
     def most_removals(self) -> int | None:
@@ -371,7 +336,7 @@ class SizesRequest(SubjectRequest):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ApplyRequest(OneSizeRequest, CalibrationRequest):
+class ApplyRequest(OneSizeRequest):
     """A checkpoint or GGUF file to be written, and how the blocks that stay are recovered."""
 
     source: Path | None = option(
@@ -390,7 +355,7 @@ class ApplyRequest(OneSizeRequest, CalibrationRequest):
     heal_minutes: float | None = option(
         "Stop healing after this many minutes.", _RECOVERY, default=f"{DEFAULT_HEAL_MINUTES:g}"
     )
-    heal_tokens: int | None = option("Stop healing after this many tokens instead; reproducible.", _RECOVERY, least=1)
+    heal_tokens: int | None = option("Heal for a fixed number of tokens, for reproducible results.", _RECOVERY, least=1)
     resume: bool = option("Continue an interrupted healing run.", _RECOVERY, unset=False)
     calibration: str | None = option(
         "Text to recover on, as for `sleb search`.",
@@ -414,7 +379,7 @@ class ApplyRequest(OneSizeRequest, CalibrationRequest):
     stream: bool | None = _stream()
     device_map: DeviceMap | None = _device_map()
     output: Path | None = option(
-        "Write this folder, or this file if it ends in .gguf.", _OUTPUT, default="named after the model", short="-o"
+        "Write this folder, or this file if it ends in .gguf.", _OUTPUT, default="named after the model"
     )
     force: bool = _force()
 
@@ -529,20 +494,17 @@ class BenchRequest(SizesRequest):
 class ExportRequest(OneSizeRequest):
     """A format that another tool reads."""
 
-    to: str = field(
-        metadata={
-            "doc": Doc(
-                "report, figures, summary, csv, jsonl; gguf, hf, vllm, ollama, draft, llama-quantize, mergekit, "
-                "indices; or a plugin's.",
-                metavar="FORMAT",
-                panel=_OUTPUT,
-            )
-        }
+    to: str = option(
+        "report, figures, summary, csv, jsonl; gguf, hf, vllm, ollama, draft, llama-quantize, mergekit, "
+        "indices; or a plugin's.",
+        _OUTPUT,
+        unset=MISSING,
+        metavar="FORMAT",
     )
     source: Path | None = option(
         "A GGUF file of the model, for gguf, ollama and llama-quantize.", _OUTPUT, metavar="GGUF"
     )
     output: Path | None = option(
-        "Write this file or folder.", _OUTPUT, default="text to stdout, files named after the plan or model", short="-o"
+        "Write this file or folder.", _OUTPUT, default="text to stdout, files named after the plan or model"
     )
     force: bool = _force()

@@ -101,6 +101,6 @@ ConfigOption = Annotated[
         "--config",
         callback=_read,
         is_eager=True,
-        help="Read options from this YAML file; command-line options take precedence.",
+        help="Read options from a YAML file, or from a plan to repeat its search. Typed options take precedence.",
     ),
 ]

@@ -66,7 +66,7 @@ class _Option:
         self.kind = str if str in kinds else kinds[0]
         self.item = get_args(self.kind)[0] if get_origin(self.kind) is tuple else None
         self.choices: tuple[str, ...] = get_args(self.kind) if get_origin(self.kind) is Literal else ()
-        self.flag = self.doc.flag or "--" + field.name.replace("_", "-")
+        self.flag = "--" + field.name.replace("_", "-")
 
     @property
     def parameter(self) -> inspect.Parameter:
@@ -87,8 +87,8 @@ class _Option:
         shown = self.field.default if self.doc.default is None else self.doc.default
         has_default = not any(shown is each for each in (MISSING, None, False, ()))
         return typer.Option(
-            self.flag,
-            *([self.doc.short] if self.doc.short else []),
+            f"{self.flag}/--no-{self.field.name}" if self.kind is bool and self.field.default is None else self.flag,
+            *(["-o"] if self.field.name == "output" else []),
             help=self.doc.help + (f" (default: {shown})" if has_default else ""),
             metavar=self.doc.metavar or "|".join(self.choices) or None,
             autocompletion=self._complete if self.choices else None,

@@ -32,11 +32,11 @@ def words_for(request_type):
         doc, kind = each.metadata["doc"], kinds[each.name]
         options = [one for one in (get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)) if one]
         one = str if str in options else options[0]
-        flag = doc.flag or f"--{each.name.replace('_', '-')}"
+        flag = f"--{each.name.replace('_', '-')}"
         if doc.argument:
             yield each.name, ["some/model"]
         elif one is bool:
-            yield each.name, [flag.partition("/")[0]]
+            yield each.name, [flag]
         elif doc.repeated:
             yield each.name, [flag, "a", flag, "b"]
         elif get_origin(one) is tuple:
@@ -93,7 +93,7 @@ def test_what_is_typed_wins_and_lists_may_be_lists(asked, tmp_path):
     file.write_text("model: demo\nsamples: 4\nremove: 3\nprotect: [5, 11]\nprotect_kind: linear\nfast: false\nchat:\n")
     request = asked("search", "--config", file, "--samples", 5)
     assert (request.model, request.samples, request.remove, request.protect) == ("demo", 5, 3, (5, 11))
-    assert (request.protect_kinds, request.fast, request.chat) == (("linear",), False, None)
+    assert (request.protect_kind, request.fast, request.chat) == (("linear",), False, None)
     other = asked("search", "--config", file, "--ratio", 0.2)
     assert (other.ratio, other.remove) == ("0.2", None)
 

@@ -29,10 +29,10 @@ def numbers(verb):
     request = getattr(requests, f"{verb.capitalize()}Request")
     hints = get_type_hints(request)
     for field in fields(request):
-        kind, doc = hints[field.name], field.metadata["doc"]
+        kind = hints[field.name]
         kinds = {part for each in (kind, *get_args(kind)) for part in (each, *get_args(each))}
         if kinds & {int, float} and field.default is not MISSING:
-            yield verb, field.name, doc.flag or f"--{field.name.replace('_', '-')}", "{}"
+            yield verb, field.name, f"--{field.name.replace('_', '-')}", "{}"
 
 
 OPTIONS = [

@@ -37,7 +37,6 @@ from sleb_cli.requests import (
     DEFAULT_SAMPLE_TOKENS,
     DEFAULT_SERVE_LENGTH,
     DEFAULT_STRATEGY,
-    REFINES,
     TARGET_NAMES,
     SearchRequest,
     StrategyName,
@@ -168,9 +167,8 @@ def chosen_target(request: SearchRequest) -> TargetName:
     if len(given) > 1:
         options = " and ".join(map(option_of, given))
         raise UsageError(f"{options} cannot be combined.", hint="Use one of them.")
-    for name, target in REFINES.items():
-        if getattr(request, name) is not None and given[0] != target:
-            raise UsageError(f"{option_of(name)} requires {option_of(target)}.", hint=f"Leave out {option_of(name)}.")
+    if request.serve_length is not None and given[0] != "target_memory":
+        raise UsageError("--serve-length requires --target-memory.", hint="Leave out --serve-length.")
     return given[0]
 
 
@@ -322,7 +320,7 @@ def _protected(request: SearchRequest, architecture: Architecture) -> tuple[int,
             hint="Blocks are numbered from 0.",
         )
     known = sorted({part for kind in kinds for part in (kind, *kind.split(", ")) if part})
-    unknown = [kind for kind in request.protect_kinds if kind not in known]
+    unknown = [kind for kind in request.protect_kind if kind not in known]
     if unknown:
         raise UsageError(
             f"{architecture.source.id} has no blocks of kind {unknown[0]!r}.",
@@ -330,7 +328,7 @@ def _protected(request: SearchRequest, architecture: Architecture) -> tuple[int,
                 unknown[0], known, None if known else "All its blocks are of one kind: use --protect 5,11."
             ),
         )
-    of_kind = [b for b, kind in enumerate(kinds) if {kind, *kind.split(", ")} & set(request.protect_kinds)]
+    of_kind = [b for b, kind in enumerate(kinds) if {kind, *kind.split(", ")} & set(request.protect_kind)]
     return tuple(sorted({*(request.protect or ()), *of_kind}))
 
 

@@ -20,7 +20,7 @@ from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.events import Notify
 from sleb_cli.plan import CHECKPOINT_PLAN, Plan
 from sleb_cli.plugin_manager import Registry
-from sleb_cli.requests import DEFAULT_PLAN, ExportRequest, beside
+from sleb_cli.requests import DEFAULT_PLAN, ExportRequest, sibling
 from sleb_cli.results import ApplyResult, BenchResult, EvalResult, ExportResult, GgufResult
 from sleb_cli.version import __version__
 from sleb_plugins import Exporter, FileExporter, OutputError, PluginError, Pruning, UsageError
@@ -177,5 +177,5 @@ class _EngineWriter:
     def _default(self, ending: str) -> Path:
         """Return a path named after the plan, next to it; without a plan, one named after the model."""
         if self.pruning.plan_file is not None:
-            return beside(self.pruning.plan_file, ending)
+            return sibling(self.pruning.plan_file, ending)
         return Path(Path(self.pruning.model).name + ending)
