@@ -13,7 +13,7 @@ from sleb_cli.atomic import require_new_file
 from sleb_cli.events import Notice, Notify, Warned, ignore
 from sleb_cli.plugin_manager import Registry, load_plugins, named_before_loading
 from sleb_cli.processes import WorkerFinished, is_main_process
-from sleb_cli.requests import BenchRequest, EvalRequest
+from sleb_cli.requests import GGUF, BenchRequest, EvalRequest
 from sleb_plugins import OutputError, UsageError
 from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
@@ -182,16 +182,22 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
 
 
 @_names_memory(_EXPORT)
-def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
-    """Export a report, or the pruned model for another tool, as files or text.
+def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult | GgufResult:
+    """Export a report, or the removals for another tool; the format `gguf` is a pruned GGUF file, as `apply` writes it.
 
     Raises:
         SlebError: something failed; its class tells what.
     """
-    from sleb_cli.engine.output.export import export_request
+    from sleb_cli.engine.door.export import resolve_export, resolve_gguf_export
+    from sleb_cli.engine.output.apply_gguf import prune_gguf
+    from sleb_cli.engine.output.export import export_text
 
     _leave_to_main()
-    return export_request(request, _registry(notify), notify)
+    registry = _registry(notify)
+    if request.to == GGUF:
+        return prune_gguf(*resolve_gguf_export(request, registry, notify), registry, notify)
+    asked = resolve_export(request, registry, notify)
+    return export_text(asked.exporter, asked.pruning, asked.output, replace=asked.replace)
 
 
 def _kept_place(subject: Subject, kind: Literal["eval", "bench"]) -> Path | None:

@@ -122,8 +122,8 @@ def bench(request: BenchRequest, how: How) -> None:
 @app.command()
 @options_from(ExportRequest)
 def export(request: ExportRequest, how: How) -> None:
-    """Export a report, or the pruned model for another tool, as files or text."""
-    _run(api.export, request, lambda made: results.show_exported(made, request.output), how)
+    """Export a report, or the removals for another tool."""
+    _run(api.export, request, results.show_exported, how)
 
 
 @app.command()

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pluggy
 
+from sleb_cli.requests import GGUF, TRANSFORMERS
 from sleb_plugins import (
     Engine,
     Exporter,
     FamilyAdapter,
-    FileExporter,
     HiddenStateMetric,
     LogitMetric,
     Metric,
@@ -41,7 +41,7 @@ Kind = Literal["family", "metric", "exporter", "engine"]
 _HOOKS: dict[str, tuple[Kind, tuple[type, ...]]] = {
     "sleb_families": ("family", (FamilyAdapter,)),
     "sleb_metrics": ("metric", (LogitMetric, HiddenStateMetric, WeightMetric, ModelMetric)),
-    "sleb_exporters": ("exporter", (Exporter, FileExporter)),
+    "sleb_exporters": ("exporter", (Exporter,)),
     "sleb_engines": ("engine", (Engine,)),
 }
 
@@ -128,7 +128,8 @@ class Registry:
         """
         if offer := self._claimant(kind, name):
             return offer
-        names = sorted(known for known_kind, known in self._claims if known_kind == kind)
+        built_in = {"engine": TRANSFORMERS, "exporter": GGUF}.get(kind)
+        names = sorted(filter(None, [built_in, *(known for known_kind, known in self._claims if known_kind == kind)]))
         raise UsageError(f"Unknown {kind} {name!r}.", hint=did_you_mean(name, names))
 
     def family(self, model_type: str) -> FamilyAdapter | None:

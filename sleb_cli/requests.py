@@ -69,6 +69,8 @@ _MOST_THREADS = 4096
 AUTO = "auto"
 TRANSFORMERS = "transformers"
 """The engine that is built in."""
+GGUF = "gguf"
+"""The export format that is built in: a GGUF file without the blocks."""
 
 _TARGET = "How far to go (choose one)"
 _SCORING = "How blocks are chosen"
@@ -495,8 +497,7 @@ class ExportRequest(OneSizeRequest):
     """A format that another tool reads."""
 
     to: str = option(
-        "report, figures, summary, csv, jsonl; gguf, hf, vllm, ollama, draft, llama-quantize, mergekit, "
-        "indices; or a plugin's.",
+        "report, csv, gguf, ollama, llama-quantize, mergekit, indices, or a plugin's format.",
         _OUTPUT,
         unset=MISSING,
         metavar="FORMAT",
@@ -504,7 +505,5 @@ class ExportRequest(OneSizeRequest):
     source: Path | None = option(
         "A GGUF file of the model, for gguf, ollama and llama-quantize.", _OUTPUT, metavar="GGUF"
     )
-    output: Path | None = option(
-        "Write this file or folder.", _OUTPUT, default="text to stdout, files named after the plan or model"
-    )
+    output: Path | None = option("Write this file.", _OUTPUT, default="text to stdout, or a file named after the plan")
     force: bool = _force()

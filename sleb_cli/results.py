@@ -54,18 +54,12 @@ class GgufResult(VersionedRecord):
 
 
 class ExportResult(VersionedRecord):
-    """The output of an exporter: a `text`, with the same data as `document`, or files.
-
-    `written` are the results for models, `files` are other files and folders, and `lines` tell how to use them.
-    """
+    """A `text` for another tool or a reader, or the `file` that it was written to."""
 
     kind: Literal["export"]
     exporter: str
-    written: tuple[ApplyResult | GgufResult, ...] = ()
-    files: tuple[str, ...] = ()
-    lines: tuple[str, ...] = ()
-    text: str | None = None
-    document: Any = None
+    text: str | None
+    file: str | None
 
 
 class ComparedRecord(Record):

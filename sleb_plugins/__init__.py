@@ -14,19 +14,17 @@ from sleb_plugins.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from sleb_plugins.exporter import ArtifactWriter, Exporter, FileExporter, Pruning
+from sleb_plugins.exporter import Exporter, Pruning
 from sleb_plugins.family import FamilyAdapter
 from sleb_plugins.hookspecs import hookimpl
 from sleb_plugins.metric import HiddenStateMetric, LogitMetric, Metric, ModelMetric, WeightMetric
 
 __all__ = [
-    "ArtifactWriter",
     "DataError",
     "Engine",
     "EngineSettings",
     "Exporter",
     "FamilyAdapter",
-    "FileExporter",
     "HiddenStateMetric",
     "LoadedModel",
     "LogitMetric",

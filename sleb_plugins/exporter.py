@@ -1,13 +1,13 @@
-"""Export formats: hand a removal of blocks to another tool, as text or as files."""
+"""Export formats: hand a removal of blocks to another tool, or to a reader."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -40,66 +40,28 @@ class Pruning:
 
     @property
     def kept_ranges(self) -> list[tuple[int, int]]:
-        """The kept blocks as half-open ranges, in order: blocks 0 to 4 and 6 to 9 are (0, 5), (6, 10)."""
+        """The remaining blocks as half-open ranges, in order: blocks 0 to 4 and 6 to 9 are (0, 5), (6, 10)."""
         cuts = [-1, *sorted(self.removals), self.blocks]
         return [(low + 1, high) for low, high in pairwise(cuts) if high > low + 1]
 
 
 class Exporter(ABC):
-    """A text format of `sleb export --to NAME`.
+    """A format of `sleb export --to NAME`.
 
     Attributes:
         name: its name on the command line.
         description: one line for `sleb plugins`.
+        ending: how its file is named after the plan without `-o`: ".report.html"; if empty, the text is printed.
         uses_source: whether it uses `source_file`; otherwise `--source` is refused.
         needs_model: whether it needs the model. Otherwise it describes a plan, from its JSON files alone.
     """
 
     name: ClassVar[str]
     description: ClassVar[str] = ""
+    ending: ClassVar[str] = ""
     uses_source: ClassVar[bool] = False
     needs_model: ClassVar[bool] = True
 
     @abstractmethod
-    def document(self, pruning: Pruning) -> Any:
-        """Return the removal as data for JSON (what `--json` prints)."""
-
-    @abstractmethod
-    def render(self, pruning: Pruning) -> str:
-        """Return the removal as the text that the other tool reads, ending in a newline."""
-
-
-class ArtifactWriter(Protocol):
-    """Writes files for exporters. Each result is complete and proven, or not written at all."""
-
-    def write_checkpoint(self, output: Path | None, check: Callable[[Path], None] | None = None) -> Path:
-        """Write the pruned checkpoint as `sleb apply` does, and return its folder; None names it after the model.
-
-        `check` is called with the complete folder; if it raises, nothing is written.
-        """
-
-    def write_gguf(self, source: Path, output: Path | None) -> Path:
-        """Remove the blocks from a GGUF file of the model as `sleb apply --source` does; return the new file."""
-
-    def write_file(self, content: bytes, output: Path | None, ending: str) -> Path:
-        """Write a file, and return its path; None names it after the plan, with this ending: ".report.html"."""
-
-    def write_folder(self, files: Mapping[str, bytes], output: Path | None, ending: str) -> Path:
-        """Write these files into a folder of their own, and return it; None names it after the plan: ".figures"."""
-
-
-class FileExporter(ABC):
-    """A format of `sleb export --to NAME` that is a file or a folder; its attributes are those of `Exporter`."""
-
-    name: ClassVar[str]
-    description: ClassVar[str] = ""
-    uses_source: ClassVar[bool] = False
-    needs_model: ClassVar[bool] = True
-
-    @abstractmethod
-    def export(self, pruning: Pruning, output: Path | None, writer: ArtifactWriter) -> Sequence[str]:
-        """Write to `output`, or to a path named after the model.
-
-        Returns:
-            Lines for the user, such as how to start the other tool. Files that `writer` writes are shown without them.
-        """
+    def export(self, pruning: Pruning) -> str:
+        """Return what the other tool or the reader gets, ending in a newline."""

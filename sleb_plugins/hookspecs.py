@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import pluggy
 
 from sleb_plugins.engine import Engine
-from sleb_plugins.exporter import Exporter, FileExporter
+from sleb_plugins.exporter import Exporter
 from sleb_plugins.family import FamilyAdapter
 from sleb_plugins.metric import Metric
 
@@ -24,7 +24,7 @@ def sleb_metrics() -> Iterable[Metric]:  # type: ignore[empty-body]
 
 
 @hookspec
-def sleb_exporters() -> Iterable[Exporter | FileExporter]:  # type: ignore[empty-body]
+def sleb_exporters() -> Iterable[Exporter]:  # type: ignore[empty-body]
     """Offer formats for `sleb export --to NAME`."""
 
 

@@ -62,14 +62,12 @@ class Findings:
 
     Attributes:
         file: the plan's file, as the user named it.
-        public: whether commands name the plan without its folder, because other people may read them.
     """
 
     plan: Plan
     file: Path
     evaluation: EvalResult | None
     benchmark: BenchResult | None
-    public: bool = True
 
     @property
     def short_model(self) -> str:
@@ -78,8 +76,8 @@ class Findings:
 
     @property
     def plan_argument(self) -> str:
-        """The plan as a shell takes it."""
-        name = self.file.name if self.public else str(self.file)
+        """The plan as a shell takes it, without its folder, because other people may read the command."""
+        name = self.file.name
         return shlex.quote(f"./{name}" if name.startswith("-") else name)
 
     def own(self, entries: Iterable[_S]) -> _S | None:
@@ -131,23 +129,17 @@ class Findings:
         return self.evaluation.tasks if self.evaluation else ()
 
     @cached_property
-    def main_tasks(self) -> list[tuple[TaskResult, PrunedTaskScores]]:
-        """One metric of each task with items, and its scores at the plan's size."""
-        measured = [(task, scores) for task in self.tasks if task.doc_ids and (scores := self.own(task.pruned))]
-        of_task: dict[str, list[TaskResult]] = {}
-        for task, _ in measured:
-            of_task.setdefault(task.task, []).append(task)
-        chosen = list(map(main_metric, of_task.values()))
-        return [(task, scores) for task, scores in measured if task in chosen]
-
-    @property
     def accuracy_tasks(self) -> list[tuple[TaskResult, PrunedTaskScores]]:
-        """The tasks that an average is taken over: each counts items that are right, and none is made to break."""
-        return [
-            (task, scores)
-            for task, scores in self.main_tasks
-            if scores.lost is not None and task.higher_is_better and not task.task.startswith(_OURS)
-        ]
+        """One metric of each task that an average is taken over, and its scores at the plan's size.
+
+        Each counts items that are right, and none is made to break.
+        """
+        of_task: dict[str, list[TaskResult]] = {}
+        for task in self.tasks:
+            if task.doc_ids and self.own(task.pruned) and not task.task.startswith(_OURS):
+                of_task.setdefault(task.task, []).append(task)
+        main = ((task, self.own(task.pruned)) for task in map(main_metric, of_task.values()))
+        return [(task, own) for task, own in main if own and own.lost is not None and task.higher_is_better]
 
     def retention(self, removals: Removals) -> Estimate | None:
         """Return the mean accuracy as a share of the dense model's; None if a task was not measured at this size.
@@ -201,7 +193,7 @@ class Findings:
         sizes = "" if self.plan.recovery else " --every 2"  # recovered weights are those of one size
         gaps = [
             (self.own_texts, "perplexity and divergence on text", f"sleb eval {name}{sizes}"),
-            (self.main_tasks, "accuracy on tasks", f"sleb eval {name}{sizes} --tasks piqa,arc_easy"),
+            (self.tasks, "accuracy on tasks", f"sleb eval {name}{sizes} --tasks piqa,arc_easy"),
             (self.main_workloads, "speed and memory", f"sleb bench {name} --every 2"),
             (self.plan.dense.held_out, "loss on held-out text", f"sleb search {model} --holdout 0.2 …"),
             (self.plan.sample_generation, "what both models say", f"sleb search {model} …"),
@@ -209,7 +201,7 @@ class Findings:
         return [(part, command) for found, part, command in gaps if not found]
 
 
-def read_findings(pruning: Pruning, *, public: bool = True) -> Findings:
+def read_findings(pruning: Pruning) -> Findings:
     """Return what the description of a plan for exporters holds, as records.
 
     Raises:
@@ -223,7 +215,6 @@ def read_findings(pruning: Pruning, *, public: bool = True) -> Findings:
         pruning.plan_file,
         EvalResult.model_validate_json(to_json(evaluation)) if evaluation else None,
         BenchResult.model_validate_json(to_json(benchmark)) if benchmark else None,
-        public,
     )
 
 
@@ -231,9 +222,3 @@ def _split_of(source: str) -> tuple[str, str, str]:
     """Return the place, config and split of a text; a file has the same ones wherever it is named."""
     place, config, split = [*source.split(":"), "", ""][:3]
     return place, config, split or "train"
-
-
-def gap_lines(pruning: Pruning) -> list[str]:
-    """Say what was not measured yet, and the commands that measure it, as the user types them here."""
-    missing = read_findings(pruning, public=False).missing
-    return [f"not measured yet: {part}; {command}" for part, command in missing]

@@ -2,7 +2,6 @@
 
 import shlex
 from pathlib import Path
-from typing import Any
 
 from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.gguf.surgery import PROVENANCE, plan_gguf_surgery
@@ -17,8 +16,8 @@ class LlamaQuantize(Exporter):
     description = "the llama.cpp command that removes the blocks, and can quantize"
     uses_source = True
 
-    def document(self, pruning: Pruning) -> dict[str, Any]:
-        """Return the arguments of the command.
+    def export(self, pruning: Pruning) -> str:
+        """Return the command, quoted for a shell.
 
         Raises:
             UnsupportedModelError: `llama-quantize` would leave some metadata of the source file wrong.
@@ -30,11 +29,8 @@ class LlamaQuantize(Exporter):
         kept = pruning.blocks - len(pruning.removals)
         command = ["llama-quantize", "--prune-layers", ",".join(map(str, pruning.removals))]
         files = (f"{stem}.gguf", f"{stem.name}-sleb-{kept}-blocks.gguf")
-        return {"command": [*command, *(f"./{name}" if name.startswith("-") else name for name in files), "COPY"]}
-
-    def render(self, pruning: Pruning) -> str:
-        """Return the command, quoted for a shell."""
-        return shlex.join(self.document(pruning)["command"]) + "\n"
+        command += [f"./{name}" if name.startswith("-") else name for name in files]
+        return shlex.join([*command, "COPY"]) + "\n"
 
 
 def _require_only_count_changes(source: Path, removals: tuple[int, ...]) -> None:

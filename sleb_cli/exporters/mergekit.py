@@ -1,7 +1,5 @@
 """Export a recipe for mergekit, whose merge method `passthrough` stacks ranges of blocks."""
 
-from typing import Any
-
 import yaml
 
 from sleb_plugins.exporter import Exporter, Pruning
@@ -13,12 +11,9 @@ class MergekitRecipe(Exporter):
     name = "mergekit"
     description = "a passthrough recipe for mergekit-yaml"
 
-    def document(self, pruning: Pruning) -> dict[str, Any]:
-        """Return a recipe with one slice for each run of kept blocks."""
+    def export(self, pruning: Pruning) -> str:
+        """Return the recipe as YAML, with a slice for each run of remaining blocks."""
         model = f"{pruning.model}@{pruning.revision}" if pruning.revision else pruning.model
         slices = [{"sources": [{"model": model, "layer_range": [low, high]}]} for low, high in pruning.kept_ranges]
-        return {"slices": slices, "merge_method": "passthrough", "dtype": pruning.dtype}
-
-    def render(self, pruning: Pruning) -> str:
-        """Return the recipe as YAML."""
-        return str(yaml.safe_dump(self.document(pruning), sort_keys=False, default_flow_style=None))
+        recipe = {"slices": slices, "merge_method": "passthrough", "dtype": pruning.dtype}
+        return str(yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None))

@@ -20,27 +20,21 @@ class Ollama(Exporter):
     description = "a Modelfile for Ollama, with the chat template of the original"
     uses_source = True
 
-    def document(self, pruning: Pruning) -> dict[str, Any]:
-        """Return what the Modelfile says; the template is null if there is none, or Ollama's language cannot say it."""
+    def export(self, pruning: Pruning) -> str:
+        """Return the Modelfile, without a template if there is none or Ollama's language cannot say it."""
         import transformers
 
         from sleb_cli.engine.third_party import translate_transformers_errors
 
         with translate_transformers_errors(f"the tokenizer of {pruning.model}"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(pruning.model, revision=pruning.revision)
-        return {"from": _place(pruning), **_chat(tokenizer)}
-
-    def render(self, pruning: Pruning) -> str:
-        """Return the Modelfile."""
-        document = self.document(pruning)
-        lines = ["# ollama create NAME -f THIS_FILE && ollama run NAME", f"FROM {document['from']}"]
-        if document["template"] is None:
-            lines += [
-                "# No TEMPLATE: the model has no chat template, or one that does more than put messages in place."
-            ]
+        template, stops = _chat(tokenizer)
+        lines = ["# ollama create NAME -f THIS_FILE && ollama run NAME", f"FROM {_place(pruning)}"]
+        if template:
+            lines.append(f'TEMPLATE """{template}"""')
         else:
-            lines += [f'TEMPLATE """{document["template"]}"""']
-        lines += [f'PARAMETER stop "{stop}"' for stop in document["stop"]]
+            lines.append("# No TEMPLATE: the chat template is missing, or does more than put messages in place.")
+        lines += [f'PARAMETER stop "{stop}"' for stop in stops]
         return "\n".join(lines) + "\n"
 
 
@@ -54,26 +48,25 @@ def _place(pruning: Pruning) -> str:
     return f"./{name}.gguf" if pruning.source_file else f"./{name}"
 
 
-def _chat(tokenizer: Any) -> dict[str, Any]:
-    """Return the template in Ollama's language, and what ends an answer.
+def _chat(tokenizer: Any) -> tuple[str, list[str]]:
+    """Return the template in Ollama's language, empty if it cannot say it, and what ends an answer.
 
     A conversation is the opening, with or without a system prompt, and then in turn the user's words, what opens an
     answer, the answer, and what follows it up to the next user's words.
     """
-    nothing: dict[str, Any] = {"template": None, "stop": []}
     user, answer, later = MARKS
     turns = [("user", user), ("assistant", answer), ("user", later)]
     alone, talk = _pieces(tokenizer, turns[:1]), _pieces(tokenizer, turns)
     if not alone or not talk:
-        return nothing
+        return "", []
     opening, opens_answer = alone
     # Some templates write a space before an answer that is there, and none where the model is to write one.
     if talk[0] != opening or talk[3] != opens_answer or not talk[1].startswith(opens_answer):
-        return nothing
+        return "", []
     space, after_answer = talk[1].removeprefix(opens_answer), talk[2]
     if led := _pieces(tokenizer, [("system", answer), *turns[:1]]):
         if led[2] != opens_answer:
-            return nothing
+            return "", []
         begin = f"{{{{ if .System }}}}{led[0]}{{{{ .System }}}}{led[1]}{{{{ else }}}}{opening}{{{{ end }}}}"
     else:  # as templates do that put it before the first user's words
         begin = f"{opening}{{{{ if .System }}}}{{{{ .System }}}}\n\n{{{{ end }}}}"
@@ -83,7 +76,7 @@ def _chat(tokenizer: Any) -> dict[str, Any]:
     )
     special = [token.content for token in tokenizer.added_tokens_decoder.values()]
     ends = [token for token in special if after_answer.lstrip().startswith(token)]
-    return {"template": begin + messages, "stop": ends}
+    return begin + messages, ends
 
 
 def _pieces(tokenizer: Any, messages: Sequence[tuple[str, str]]) -> list[str] | None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from io import StringIO
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from sleb_cli.exporters.findings import Findings, read_findings
 from sleb_cli.results import Interval
@@ -35,38 +34,20 @@ class Row(NamedTuple):
     high: float | None = None
 
 
-class _Rows(Exporter):
-    needs_model = False
-
-    def document(self, pruning: Pruning) -> list[dict[str, Any]]:
-        """Return the rows."""
-        return [row._asdict() for row in _rows(read_findings(pruning, public=False))]
-
-
-class Csv(_Rows):
+class Csv(Exporter):
     """A table with a header, as in RFC 4180 but with plain line ends."""
 
-    name: ClassVar[str] = "csv"
-    description: ClassVar[str] = "every step, score, evaluation and benchmark of a plan, one number per row"
+    name = "csv"
+    description = "every step, score, evaluation and benchmark of a plan, one number per row"
+    needs_model = False
 
-    def render(self, pruning: Pruning) -> str:
+    def export(self, pruning: Pruning) -> str:
         """Return the table."""
         table = StringIO()
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow(Row._fields)
-        writer.writerows(row.values() for row in self.document(pruning))
+        writer.writerows(_rows(read_findings(pruning)))
         return table.getvalue()
-
-
-class JsonLines(_Rows):
-    """An object per line."""
-
-    name: ClassVar[str] = "jsonl"
-    description: ClassVar[str] = "the rows of csv, one JSON object per line"
-
-    def render(self, pruning: Pruning) -> str:
-        """Return the lines."""
-        return "".join(json.dumps(row) + "\n" for row in self.document(pruning))
 
 
 def _rows(findings: Findings) -> Iterator[Row]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -49,12 +48,6 @@ def _how(plan: Plan) -> str:
     held_out = f" ({search.held_out} of them held out)" if search.held_out else ""
     calibrated = f"calibrated on {text}{held_out}, {plan.precision} on {search.device}, {seconds:.0f} s"
     return f"{search.strategy} search by {search.metric}{', raced' if search.fast else ''}; {calibrated}"
-
-
-def kinds(plan: Plan) -> Table:
-    """Return how many of the removed blocks are of each kind, if the model has several."""
-    removed = Counter(sorted(step.kind for step in plan.steps if step.kind))
-    return tabulate("Removed blocks by kind", [("kind", str), ("removed", "{}".format)], list(removed.items()))
 
 
 def comparison(result: CompareResult) -> Table:

@@ -99,16 +99,11 @@ def show_applied(result: ApplyResult | GgufResult) -> None:
         print_to_copy(f"to publish it: hf upload ORG/NAME {shlex.quote(result.folder)} --private")
 
 
-def show_exported(exported: ExportResult, output: Path | None) -> None:
+def show_exported(result: ExportResult | GgufResult) -> None:
     """Print a text, in which nothing is obeyed by a terminal, or show what was written and how far it is proven."""
-    if exported.text is not None:
-        if output is None:
-            print(inert_text(exported.text), end="")
-        else:
-            print_written(output)
-    for result in exported.written:
+    if result.kind == "gguf":
         show_applied(result)
-    for file in exported.files:
-        print_written(Path(file))
-    for line in exported.lines:
-        print_to_copy(line)
+    elif result.file is not None:
+        print_written(Path(result.file))
+    else:
+        print(inert_text(result.text or ""), end="")

@@ -129,7 +129,7 @@ def test_what_is_recovered_or_exported_is_whole(run_sleb, tmp_path):
     }
     assert refitted
     check_tensors(tmp_path / "out", model, torch.float32, refitted)
-    result = run_sleb("export", model, "--blocks", REMOVED, "--to", "hf", "-o", "exported")
+    result = run_sleb("apply", model, "--blocks", REMOVED, "-o", "exported")
     assert result.exit_code == 0, result.stderr
     check_tensors(tmp_path / "exported", model, torch.bfloat16)
 

@@ -38,7 +38,7 @@ def test_it_is_listed_with_its_package_and_version(sleb_with_plugin):
     ours = [(o["kind"], o["name"]) for o in data["offers"] if (o["package"], o["version"]) == ("sleb-example", "1.2.3")]
     expected = [("engine", "steady"), ("exporter", "slices"), ("family", "gpt2"), ("metric", "next-token-error")]
     assert sorted(ours) == expected
-    built_in = {"llama", "opt", "nll", "cosine", "mergekit", "gguf", "llama.cpp", "vllm"}
+    built_in = {"llama", "opt", "nll", "cosine", "mergekit", "llama.cpp", "vllm"}
     assert {o["name"] for o in data["offers"]} >= built_in
     assert data["failures"] == []
 
@@ -64,6 +64,6 @@ def test_its_export_format_writes(sleb_with_plugin, tiny_gpt2):
     result = sleb_with_plugin("export", *options, "-q")
     assert (result.exit_code, result.stdout) == (0, "blocks[0:1] + blocks[2:3] + blocks[4:5]\n"), result.stderr
     result = sleb_with_plugin("export", *options, "--json")
-    assert json.loads(result.stdout)["document"] == {"slices": [[0, 1], [2, 3], [4, 5]]}
+    assert json.loads(result.stdout)["text"] == "blocks[0:1] + blocks[2:3] + blocks[4:5]\n"
     result = sleb_with_plugin("export", *options, "--source", "x.gguf")
     assert (result.exit_code, "--source does not apply to --to slices" in result.stderr) == (2, True)

@@ -20,10 +20,7 @@ class SliceExpression(sleb.Exporter):
     name = "slices"
     description = "the kept blocks as a Python expression"
 
-    def document(self, pruning):
-        return {"slices": pruning.kept_ranges}
-
-    def render(self, pruning):
+    def export(self, pruning):
         return " + ".join(f"blocks[{low}:{high}]" for low, high in pruning.kept_ranges) + "\n"
 
 

@@ -20,9 +20,9 @@ from faults.bases import (
     HEAL,
     PLANNED,
     RESUME,
+    ROWS_OF_PLAN,
     SEARCH,
     STREAM,
-    SUMMARY,
 )  # fmt: skip
 from faults.conftest import counts
 from faults.hostile import FOLDER, PIPE, PLACE, Case, link, require_well, run_cases
@@ -241,10 +241,10 @@ HOSTILE = {
     "links, pipes and folders": (20, 400, 0.05, 0.3, links),
     "GGUF files": (60, 2500, 0.03, 0.3, gguf),
     "GGUF files of whole models": (8, 100, 0, 0.3, real_gguf),
-    "plans": (30, 1000, 0, 0.5, lies_in("files", "plan.json", record, SUMMARY)),
+    "plans": (30, 1000, 0, 0.5, lies_in("files", "plan.json", record, ROWS_OF_PLAN)),
     "plans of whole models": (8, 80, 0, 0.3, lies_in("planned", "plan.json", record, *PLANNED)),
-    "evaluations": (12, 400, 1, 0, lies_in("files", "plan.eval.json", record, SUMMARY)),
-    "benchmarks": (12, 400, 1, 0, lies_in("files", "plan.bench.json", record, SUMMARY)),
+    "evaluations": (12, 400, 1, 0, lies_in("files", "plan.eval.json", record, ROWS_OF_PLAN)),
+    "benchmarks": (12, 400, 1, 0, lies_in("files", "plan.bench.json", record, ROWS_OF_PLAN)),
     "journals": (15, 500, 0.06, 0.1, journals),
     "states of healing": (15, 500, 0, 0.5, lies_in("healing", HEALING, weight_files, (*HEAL, "--resume"))),
     # It only costs the time that it would have saved.

@@ -19,9 +19,9 @@ from faults.bases import (
     PLANNED,
     RESUME,
     ROWS,
+    ROWS_OF_PLAN,
     SEARCH,
     STREAM,
-    SUMMARY,
 )  # fmt: skip
 from faults.conftest import often
 from faults.hostile import FOLDER, PIPE, PLACE, Case, link, require_well, run_cases, sparse
@@ -193,7 +193,7 @@ def harmless():
         said = "pytorch_model.bin" if base == "pickle" and words == CUT else ""
         yield f"an honest {base}, {words[0]} {words[-1]}", base, words, None, (0,), said
     others = {"chat": CHAT, "files": CUT_GGUF, "journal": RESUME, "walk": STREAM, "healing": (*HEAL, "--resume")}
-    for base, words in (*others.items(), ("files", SUMMARY), *(("planned", words) for words in PLANNED)):
+    for base, words in (*others.items(), ("files", ROWS_OF_PLAN), *(("planned", words) for words in PLANNED)):
         yield f"an honest {base}, {words[:3]}", base, words, None, (0,), ""
 
 
@@ -219,15 +219,14 @@ def ggufs():
 
 def records():
     for name, content in (*PLANS.items(), *special("plan.json"), ("a terabyte", sparse(b"", 1 << 40))):
-        yield f"a plan: {name}", "files", SUMMARY, put("plan.json", content), PLAN, "plan.json"
+        yield f"a plan: {name}", "files", ROWS_OF_PLAN, put("plan.json", content), PLAN, "plan.json"
     for kind, (name, content) in product(("eval", "bench"), special("x")):  # beside a plan, they are left out
-        yield f"{kind}: {name}", "files", SUMMARY, put(f"plan.{kind}.json", content), (0,), ""
+        yield f"{kind}: {name}", "files", ROWS_OF_PLAN, put(f"plan.{kind}.json", content), (0,), ""
     for name, change in CHANGED_PLANS.items():
-        yield f"a plan: {name}", "files", SUMMARY, changed("plan.json", change), PLAN, "plan.json"
-    for (name, shown), command in product(SHOWN.items(), (("apply",), ("export", "--to", "indices"), SUMMARY)):
+        yield f"a plan: {name}", "files", ROWS_OF_PLAN, changed("plan.json", change), PLAN, "plan.json"
+    for (name, shown), command in product(SHOWN.items(), (("apply",), ("export", "--to", "indices"))):
         make = changed("plan.json", partial(called, f"/x/{name}"))
-        codes, said = ((0,), shown.rpartition("/")[2]) if command is SUMMARY else (MODEL, shown)
-        yield f"{command[-1]}: {shown} on the screen", "files", command, make, codes, re.escape(said)
+        yield f"{command[-1]}: {shown} on the screen", "files", command, make, MODEL, re.escape(shown)
     for words in PLANNED:  # whatever a plan names, what a command writes lies where it was started
         yield f"{words[0]}: a plan that names places", "planned", words, changed("plan.json", elsewhere), range(10), ""
     for target, more in product(("note.txt", "new"), ((), ("--resume",), ("--force",))):

@@ -1,5 +1,5 @@
-"""A report that a person can look at, and its pictures."""
+"""A report that a person can look at."""
 
-from sleb_cli.exporters.report.report import Figures, Report
+from sleb_cli.exporters.report.report import Report
 
-__all__ = ["Figures", "Report"]
+__all__ = ["Report"]

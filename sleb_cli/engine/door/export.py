@@ -1,0 +1,142 @@
+"""The door of `sleb export`: a request becomes a format, and what it describes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sleb_cli.atomic import require_new_file
+from sleb_cli.engine.device import dtype_name
+from sleb_cli.engine.door.subject import is_plan, read_named_plan, resolve_subject
+from sleb_cli.engine.gguf.file import read_gguf
+from sleb_cli.engine.gguf.surgery import GgufSurgery, plan_gguf_surgery
+from sleb_cli.engine.model.source import DEMO
+from sleb_cli.engine.output.apply import Output
+from sleb_cli.engine.output.apply_gguf import default_place, require_new_gguf, require_same_kind_of_model
+from sleb_cli.engine.output.measured import measured_of_plan
+from sleb_cli.engine.surgery.subject import Subject
+from sleb_cli.events import Notify
+from sleb_cli.plan import CHECKPOINT_PLAN, Plan
+from sleb_cli.plugin_manager import Registry
+from sleb_cli.requests import DEFAULT_PLAN, ExportRequest, sibling
+from sleb_cli.results import BenchResult, EvalResult
+from sleb_plugins import Exporter, Pruning, UsageError
+
+
+@dataclass(frozen=True)
+class Export:
+    """A text about a pruning, printed if `output` is None."""
+
+    exporter: Exporter
+    pruning: Pruning
+    output: Path | None
+    replace: bool
+
+
+def resolve_export(request: ExportRequest, registry: Registry, notify: Notify) -> Export:
+    """Find the format and what it describes: a model and its removals, or a plan alone.
+
+    Raises:
+        PlanError: the plan is unreadable, or was made for another model.
+        UsageError: no block is removed, the format does not use the given source file, or describes only plans.
+        OutputError: the output exists.
+    """
+    exporter: Exporter = registry.choose("exporter", request.to).value
+    if request.source is not None and not exporter.uses_source:
+        raise UsageError(f"--source does not apply to --to {exporter.name}.", hint="Leave out --source.")
+    if request.output is not None:
+        require_new_file(request.output, force=request.force)
+    if exporter.needs_model:
+        pruning = _pruning_of_model(resolve_subject(request, registry, notify, needs_removals=True), request, notify)
+    else:
+        pruning = _pruning_of_plan(request, notify)
+    _require_removals(pruning.removals)
+    output = request.output
+    if output is None and exporter.ending:
+        output = sibling(pruning.plan_file or Path(Path(pruning.model).name), exporter.ending)
+        require_new_file(output, force=request.force)
+    return Export(exporter, pruning, output, request.force)
+
+
+def resolve_gguf_export(request: ExportRequest, registry: Registry, notify: Notify) -> tuple[GgufSurgery, Output]:
+    """Find the GGUF file to remove the blocks from, and where the pruned one goes.
+
+    Raises:
+        PlanError: the plan is unreadable, or it or the file is of another model.
+        UsageError: no block is removed, or no GGUF file of the model was named.
+        UnsupportedModelError: these blocks cannot be removed from this file.
+        OutputError: the output exists, or is the source itself.
+    """
+    subject = resolve_subject(request, registry, notify, needs_removals=True)
+    removals, source = subject.surgery.removals, request.source or _own_file(subject)
+    _require_removals(removals)
+    if source is None:
+        raise UsageError(
+            f"No GGUF file given for {subject.architecture.source.id}.",
+            hint="Name one with --source; llama.cpp's convert_hf_to_gguf.py converts a checkpoint.",
+        )
+    file = read_gguf(source)
+    if not request.any_model:
+        require_same_kind_of_model(subject.architecture.record, file, notify)
+    to = Output(request.output or default_place(file, removals), request.force)
+    require_new_gguf(to, source)
+    return plan_gguf_surgery(file, removals), to
+
+
+def _require_removals(removals: tuple[int, ...]) -> None:
+    if not removals:
+        raise UsageError("Nothing to export: no block is removed.", hint="Name a plan, or use --blocks.")
+
+
+def _own_file(subject: Subject) -> Path | None:
+    """Return the model, if it is a GGUF file."""
+    model = subject.architecture.source.id
+    return Path(model) if model.endswith(".gguf") else None
+
+
+def _pruning_of_model(subject: Subject, request: ExportRequest, notify: Notify) -> Pruning:
+    architecture, own_file = subject.architecture, _own_file(subject)
+    source = architecture.source
+    return Pruning(
+        # Other tools cannot resolve "demo" or our cache of converted GGUF files, so they get the folder.
+        model=str(source.folder) if own_file or source.id == DEMO else source.id,
+        revision=source.revision,
+        dtype=dtype_name(architecture.dtype) if architecture.dtype else "float32",
+        blocks=architecture.block_count,
+        removals=subject.surgery.removals,
+        source_file=request.source or own_file,
+        **(_measured(subject.file, subject.plan, notify) if subject.file and subject.plan else {}),
+    )
+
+
+def _pruning_of_plan(request: ExportRequest, notify: Notify) -> Pruning:
+    """Describe a plan from its files alone: the model may be on another machine."""
+    named = Path(request.subject or DEFAULT_PLAN)
+    file = named / CHECKPOINT_PLAN if (named / CHECKPOINT_PLAN).is_file() else named
+    if not is_plan(str(file)):
+        raise UsageError(
+            f"--to {request.to} describes a plan, but {named} is a model.", hint="Name a plan of `sleb search`."
+        )
+    plan = read_named_plan(file, request)
+    return Pruning(
+        model=plan.model.id,
+        revision=plan.model.revision,
+        dtype=plan.model.dtype or plan.search.dtype,
+        blocks=plan.model.blocks,
+        removals=plan.removals,
+        source_file=request.source,
+        **_measured(file, plan, notify),
+    )
+
+
+def _measured(file: Path, plan: Plan, notify: Notify) -> dict[str, Any]:
+    """Return the fields for the plan and what was measured of it, all fit to be published."""
+    evaluation = measured_of_plan(EvalResult, file, plan, notify)
+    benchmark = measured_of_plan(BenchResult, file, plan, notify)
+    return {
+        "plan_file": file,
+        "plan": plan.published().to_data(),
+        "evaluation": evaluation and evaluation.to_data(),
+        "benchmark": benchmark and benchmark.to_data(),
+    }
