@@ -56,11 +56,12 @@ def resolve_bench(request: BenchRequest, registry: Registry, notify: Notify) -> 
     device = choose_device(request.device)
     subject = resolve_subject(request, registry, notify)
     architecture = subject.architecture
-    source = _engine_source(subject, engine, request, notify) if engine else None
+    workloads = _workloads(request, device, architecture.longest_sequence, engine, notify)
+    surgeries = sizes(subject, request)
     needed = partial(weight_bytes, architecture)
     dtype = choose_dtype(architecture, request.dtype or AUTO, device, needed, free_bytes, notify)
-    workloads = _workloads(request, device, architecture.longest_sequence, engine, notify)
-    return Benchmark(subject, sizes(subject, request), workloads, dtype, device, request.threads, engine, source)
+    source = _engine_source(subject, engine, request, notify) if engine else None
+    return Benchmark(subject, surgeries, workloads, dtype, device, request.threads, engine, source)
 
 
 def _refuse(request: BenchRequest, names: Sequence[str], why: str) -> None:
