@@ -9,11 +9,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from sleb_cli.atomic import require_new_file
 from sleb_cli.events import Notice, Notify, Warned, ignore
 from sleb_cli.plugin_manager import Registry, load_plugins, named_before_loading
 from sleb_cli.processes import WorkerFinished, is_main_process
-from sleb_cli.requests import GGUF, BenchRequest, EvalRequest
+from sleb_cli.requests import GGUF, BenchRequest, EvalRequest, sibling
 from sleb_plugins import OutputError, UsageError
 from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
@@ -135,22 +134,35 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
 
     Raises:
         WorkerFinished: this process only helped; the main one writes the result.
-        SlebError: something failed; its class tells what.
+        SlebError: something failed; its class tells what. A file keeps the texts and tasks that are finished: the one
+            next to the plan, or one next to `request.output`. The same request continues from there.
     """
-    from sleb_cli.engine.door.subject import resolve_subject, with_recovered
+    from sleb_cli.engine.door.evaluate import resolve_evaluation
     from sleb_cli.engine.process_group import join_processes
-    from sleb_cli.engine.quality.evaluation import evaluate_subject
+    from sleb_cli.engine.quality.evaluation import evaluate_models
+    from sleb_cli.kept_results import keep_result, read_kept
+    from sleb_cli.results import EvalResult
 
     with join_processes() as group:
-        if group.is_main:
-            _require_result_file(request)
-        registry = _registry(notify)
-        subject = group.main_first(lambda: with_recovered(resolve_subject(request, registry, notify), registry, notify))
-        result = evaluate_subject(subject, request, notify, group)
+        asked = resolve_evaluation(request, _registry(notify), notify, group)
+        place = _kept_place(asked.models.subject, "eval")
+        unfinished = sibling(request.output, ".unfinished.json") if request.output and not place else None
+        file = place or unfinished
+        known = group.from_main(lambda: read_kept(EvalResult, file, ignore) if file and not request.force else None)
+
+        def keep(part: EvalResult) -> None:
+            if not group.is_main:
+                return
+            if place:
+                _keep(part, place, notify)
+            elif unfinished:
+                keep_result(part, unfinished, notify)
+
+        result = evaluate_models(asked, known, keep)
         _leave_to_main()
     _save(result, request.output)
-    if place := _kept_place(subject, "eval"):
-        _keep(result, place, notify)
+    if unfinished:
+        unfinished.unlink(missing_ok=True)
     return result
 
 
@@ -244,11 +256,6 @@ def _registry(notify: Notify) -> Registry:
     for failure in registry.failures:
         notify(Warned(f"The plugin {failure.plugin} failed to load and is disabled: {failure.reason}."))
     return registry
-
-
-def _require_result_file(request: EvalRequest) -> None:
-    if request.output is not None:
-        require_new_file(request.output, force=request.force)
 
 
 def _save(record: Record, path: Path | None) -> None:

@@ -7,8 +7,6 @@ instant.
 
 from __future__ import annotations
 
-import os
-import re
 import sys
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
@@ -432,32 +430,12 @@ class EvalRequest(SizesRequest):
     batch_size: str | int = option(
         "Text windows or task requests per forward pass; auto suits the device.", _QUALITY, unset=AUTO
     )
-    fresh: bool = option("Measure again instead of reading the cache.", _QUALITY, unset=False)
     dtype: str | None = _dtype()
     device: str = _device()
     stream: bool | None = _stream()
     device_map: DeviceMap | None = _device_map()
     output: Path | None = _result_file()
-    force: bool = _force()
-
-    @property
-    def may_run_code(self) -> bool:
-        """Whether the user allows programs that the model writes, here or as for the evaluate library."""
-        return self.run_code or os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
-
-    @property
-    def items_per_batch(self) -> str | int:
-        """The requests of tasks per forward pass: a number, or `auto`.
-
-        Raises:
-            UsageError: it is neither.
-        """
-        if self.batch_size == AUTO:
-            return AUTO
-        size = str(self.batch_size)
-        if not re.fullmatch(r"[1-9]\d{,11}", size, re.ASCII):
-            raise UsageError(f"--batch-size {size} is not a number of 1 to 999,999,999,999.", hint="Use 8, or auto.")
-        return int(size)
+    force: bool = option("Overwrite existing output, and measure everything again.", _OUTPUT, unset=False)
 
 
 @dataclass(frozen=True, kw_only=True)

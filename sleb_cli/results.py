@@ -211,7 +211,8 @@ class TaskResult(Record):
     """One metric of one lm-eval task on the dense and each pruned model.
 
     Items are matched by `doc_ids`, and `items_sha256` is a hash over lm-eval's hashes of their documents, prompts and
-    targets. A group has no items of its own. `chat` tells whether prompts were in the chat template.
+    targets. A group has no items of its own. `chat` tells whether prompts were in the chat template. `fingerprint` is a
+    hash of what the scores depend on besides the model.
     """
 
     task: str
@@ -223,6 +224,7 @@ class TaskResult(Record):
     higher_is_better: bool
     doc_ids: tuple[int, ...]
     items_sha256: str | None
+    fingerprint: str | None = None
     dense: TaskScores
     pruned: tuple[PrunedTaskScores, ...]
 
@@ -279,8 +281,8 @@ class EvalResult(ResultRecord):
         return self.model_copy(
             update={
                 "sizes": tuple(sorted(sizes.values(), key=len)),
-                "texts": _merged(previous.texts, self.texts),
-                "tasks": _merged(previous.tasks, self.tasks),
+                "texts": merge_results(previous.texts, self.texts),
+                "tasks": merge_results(previous.tasks, self.tasks),
             }
         )
 
@@ -288,7 +290,7 @@ class EvalResult(ResultRecord):
 _R = TypeVar("_R", TextResult, TaskResult)
 
 
-def _merged(old: tuple[_R, ...], new: tuple[_R, ...]) -> tuple[_R, ...]:
+def merge_results(old: tuple[_R, ...], new: tuple[_R, ...]) -> tuple[_R, ...]:
     """Merge results of texts or tasks; of those that are in both, also their sizes."""
     found = {result.key: result for result in old}
     for result in new:

@@ -420,7 +420,7 @@ def calibration(text: object, samples: int = 4, length: int = 32) -> list[object
 
 def evaluation(text: Path) -> list[object]:
     """Return options for an evaluation that takes no time, and takes nothing from the cache."""
-    return ["--perplexity", text, "--sequence-length", 32, "--max-windows", 4, "--fresh", "--force"]
+    return ["--perplexity", text, "--sequence-length", 32, "--max-windows", 4, "--force"]
 
 
 def calibration_sequences(

@@ -26,9 +26,9 @@ import torch
 from saved_work import LONG, TEXTS, TRAIN, Bench, markdown, paired, parser, say
 
 from sleb_cli.engine.device import free_memory
+from sleb_cli.engine.door.evaluate import load_requested
 from sleb_cli.engine.forward.logits import score_logits
 from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask
-from sleb_cli.engine.quality.tasks import load_requested
 from sleb_cli.engine.surgery.loading import load_pruned
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.events import ignore

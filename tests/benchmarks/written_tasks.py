@@ -21,23 +21,24 @@ from saved_work import architecture_of, markdown, parser, say
 from torch import Tensor
 
 from sleb_cli.engine.device import CPU
+from sleb_cli.engine.door.evaluate import load_requested
 from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.quality.lm_eval_model import LoadedModel
 from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask
-from sleb_cli.engine.quality.tasks import load_requested
 from sleb_cli.engine.surgery.loading import load_dense, load_tokenizer, quiet_libraries
 from sleb_cli.events import ignore
 from sleb_cli.requests import AUTO, EvalRequest
 
 
-def plain(self: LoadedModel, ids: Tensor, max_length: int, stop: list[str], **options: Any) -> list[Tensor]:
+def plain(self: LoadedModel, ids: Tensor, max_length: int, stop: list[str], **options: Any) -> Any:
     """Write as lm-eval does."""
-    return list(HFLM._model_generate(self, ids, max_length, stop, **options)[:, ids.shape[1] :])
+    whole = HFLM._model_generate(self, ids, max_length, stop, **options)
+    return self._remember_ended(ids, list(whole[:, ids.shape[1] :]))
 
 
 def timed(task: LoadedTask, model: Any, tokenizer: Any, *, ours: bool) -> tuple[float, list[str]]:
     """Return how long a task takes, and the answers."""
-    with nullcontext() if ours else mock.patch.object(LoadedModel, "_continued", plain):
+    with nullcontext() if ours else mock.patch.object(LoadedModel, "_model_generate", plain):
         began = time.perf_counter()
         (samples,) = task.run(model, tokenizer)["samples"].values()
         return time.perf_counter() - began, [sample["resps"][0][0] for sample in samples]

@@ -17,9 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from conftest import WORDS, calibration, llama_config, prose, save_model, write_task
 from reference import log_likelihood, plain_loss
 from sleb_cli.canaries.items import instructions
-from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.quality import texts
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.text.sources import evaluation_text
 from sleb_cli.kept_results import beside_plan
@@ -196,32 +194,30 @@ def test_an_answer_longer_than_the_model_is_refused(run_sleb, tiny_llama, tmp_pa
     assert "but the model has only 128 positions" in refused.stderr
 
 
-def test_an_evaluation_runs_once(evaluate, tiny_llama, test_text, own_task, tmp_path, monkeypatch):
-    folder = shutil.copytree(tiny_llama, tmp_path / "model")
-    options = [folder, "--perplexity", test_text, *SHORT, *own_task, "--max-windows", 4, "--blocks", "3,1"]
+def test_what_was_measured_before_is_not_measured_again(evaluate, llama_plan, test_text, own_task, monkeypatch):
+    options = [llama_plan, "--perplexity", test_text, *SHORT, *own_task, "--max-windows", 4]
     first, _ = evaluate(*options, "--remove", 1)
     passes = count_passes(monkeypatch)
     again, said = evaluate(*options, "--remove", 1)
     assert (again, passes) == (first, [])
-    assert "own_weather: cached; --fresh measures again" in said
+    assert f"Measured before: perplexity on {test_text}, own_weather. --force measures again." in said
     assert "Loading" not in said
-    more, _ = evaluate(*options)
-    assert passes
-    assert more["texts"][0]["dense"] == first["texts"][0]["dense"]
-    assert evaluate(*options, "--remove", 1, "--dtype", "bfloat16")[0]["texts"] != first["texts"]
-    passes.clear()
-    assert evaluate(*options, "--remove", 1, "--fresh")[0] == first
-    assert passes
+    for more in (["--every", 1], ["--limit", 3], ["--dtype", "bfloat16"], ["--force"]):
+        found, _ = evaluate(*options, "--remove", 1, *more) if more[0] != "--every" else evaluate(*options, *more)
+        assert passes, more
+        assert found["texts"][0]["pruned"][0]["removals"] == first["texts"][0]["pruned"][0]["removals"]
+        passes.clear()
     # Tasks may have the model write, by its own settings.
-    passes.clear()
-    settings = json.loads((folder / "generation_config.json").read_text()) | {"repetition_penalty": 50.0}
-    (folder / "generation_config.json").write_text(json.dumps(settings))
+    settings = Path(json.loads(llama_plan.read_text())["model"]["id"]) / "generation_config.json"
+    before = settings.read_text()
+    settings.write_text(json.dumps(json.loads(before) | {"repetition_penalty": 50.0}))
     evaluate(*options, "--remove", 1)
+    settings.write_text(before)
     assert passes
 
 
 def test_packed_weights_need_no_second_copy(evaluate, tiny_llama, test_text, own_task, monkeypatch):
-    options = [tiny_llama, "--perplexity", test_text, *SHORT, "--max-windows", 4, *own_task, "--fresh"]
+    options = [tiny_llama, "--perplexity", test_text, *SHORT, "--max-windows", 4, *own_task]
     options += ["--blocks", "3,1", "--every", 1]
     expected, _ = evaluate(*options)
     monkeypatch.setattr(Architecture, "is_quantized", property(lambda self: True))
@@ -242,32 +238,22 @@ def test_packed_weights_need_no_second_copy(evaluate, tiny_llama, test_text, own
         assert ours["divergence"]["mean"] == pytest.approx(theirs["divergence"]["mean"], rel=1e-4)
 
 
-def test_an_interrupted_evaluation_keeps_its_finished_parts(run_sleb, evaluate, tiny_llama, test_text, monkeypatch):
-    monkeypatch.setattr(texts, "TOKENS_OF_A_PART", 128)
-    options = [tiny_llama, "--blocks", "3", "--perplexity", test_text, *SHORT, "--batch-size", 2]
+def test_an_interrupted_evaluation_keeps_its_finished_parts(
+    run_sleb, evaluate, tiny_llama, test_text, text_file, own_task, tmp_path, monkeypatch
+):
+    options = [tiny_llama, "--blocks", "3", "--perplexity", f"{test_text},{text_file}", *SHORT, *own_task]
     with monkeypatch.context() as patch:
         passes = count_passes(patch)
-        whole, _ = evaluate(*options, "--fresh")
-    shutil.rmtree(cache_root() / "evaluations")
+        whole, _ = evaluate(*options)
     with monkeypatch.context() as patch:
-        count_passes(patch, limit=len(passes) - 20)
-        assert run_sleb("eval", *options).exit_code == 130
+        count_passes(patch, limit=len(passes))
+        assert run_sleb("eval", *options, "-o", "r.json").exit_code == 130
+    unfinished = EvalResult.model_validate_json((tmp_path / "r.unfinished.json").read_text())
+    assert [text.text for text in unfinished.texts] == [str(test_text), str(text_file)]
     rest = count_passes(monkeypatch)
-    assert evaluate(*options)[0] == whole
+    assert evaluate(*options, "-o", "r.json")[0] == whole == json.loads((tmp_path / "r.json").read_text())
     assert 0 < len(rest) < len(passes) / 2
-
-
-def test_a_broken_or_read_only_cache_does_no_harm(evaluate, tiny_llama, test_text, tmp_path, monkeypatch):
-    options = [tiny_llama, "--perplexity", test_text, *SHORT]
-    first, _ = evaluate(*options)
-    for part in (cache_root() / "evaluations").iterdir():
-        part.write_bytes(b"broken")
-    assert evaluate(*options)[0] == first
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "file"))
-    found, said = evaluate(*options)
-    assert found == first
-    assert said.count("Results are not cached") == 1
+    assert not (tmp_path / "r.unfinished.json").exists()
 
 
 def test_results_of_runs_are_kept_beside_the_plan(evaluate, llama_plan, test_text, text_file, own_task):
@@ -336,7 +322,7 @@ def test_what_cannot_be_is_refused(run_sleb, tiny_llama, tmp_path, monkeypatch, 
 
 
 def test_out_of_memory_batches_are_smaller(evaluate, tiny_llama, own_task, text_file, monkeypatch):
-    options = [tiny_llama, *own_task, "--batch-size", 4, "--fresh", "--perplexity", text_file, *SHORT]
+    options = [tiny_llama, *own_task, "--batch-size", 4, "--perplexity", text_file, *SHORT]
     options += ["--max-windows", 8]
     expected, _ = evaluate(*options)
     forward, refused = LlamaForCausalLM.forward, []

@@ -93,7 +93,7 @@ def test_all_parts_and_sizes_of_texts_are_measured_in_one_read(sleb, tiny_llama,
     reads = []
     for blocks, windows in (("1,3", 12), ("1,3,2", 24)):
         visits.clear()
-        text = ["--perplexity", text_file, "--sequence-length", 32, "--max-windows", windows, "--fresh"]
+        text = ["--perplexity", text_file, "--sequence-length", 32, "--max-windows", windows]
         sleb("eval", tiny_llama, "--blocks", blocks, "--every", 1, *text, "--stream")
         assert visits[-1] == list(range(6))
         reads.append(len(visits))

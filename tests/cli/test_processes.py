@@ -203,9 +203,7 @@ def test_two_processes_heal_one_model(tiny_llama, text_file, tmp_path):
 def test_texts_are_measured_alike_by_three_processes(run_sleb, tiny_llama, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "TOKENS_OF_A_PART", 128)
     command = ["eval", tiny_llama, "--blocks", "1,2", "--perplexity", text_file, "--sequence-length", 64, "-q"]
-    assert run_sleb(*command, "--max-windows", 13, "--fresh", "-o", "one.json").exit_code == 0
-    # A part of them is in the cache.
-    assert run_sleb(*command, "--max-windows", 4).exit_code == 0
+    assert run_sleb(*command, "--max-windows", 13, "-o", "one.json").exit_code == 0
     all_well(together(3, *command, "--max-windows", 13, "-o", "three.json"))
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "three.json").read_bytes()
 
@@ -213,7 +211,7 @@ def test_texts_are_measured_alike_by_three_processes(run_sleb, tiny_llama, text_
 @pytest.mark.slow
 def test_tasks_are_measured_alike_by_three_processes(run_sleb, tmp_path):
     model = save_model(tmp_path / "long", llama_config(4, max_position_embeddings=512))
-    command = ["eval", model, "--blocks", "1,2", "--tasks", "sleb_lists,sleb_sums", "--fresh", "-q"]
+    command = ["eval", model, "--blocks", "1,2", "--tasks", "sleb_lists,sleb_sums", "-q"]
     command += ["--limit", 13, "--batch-size", 2]
     assert run_sleb(*command, "-o", "one.json").exit_code == 0
     all_well(together(3, *command, "-o", "three.json"))

@@ -143,7 +143,7 @@ def test_what_eval_says_of_it_is_what_transformers_computes(run_sleb, large, tmp
     expected = [plain_loss(model, model.model.layers, windows, skipped) for skipped in (set(), {REMOVED})]
     del model
     for how in ("--no-stream", "--stream"):
-        result = run_sleb("eval", large, "--blocks", REMOVED, *options, how, "--fresh")
+        result = run_sleb("eval", large, "--blocks", REMOVED, *options, how)
         assert result.exit_code == 0, result.stderr
         (text,) = json.loads(result.stdout)["texts"]
         found = [scores["perplexity"] for scores in (text["dense"], *text["pruned"])]

@@ -14,7 +14,7 @@ def evaluate(run_sleb, tmp_path):
 
     def run(model, *options):
         text = ["--perplexity", tmp_path / "test.txt", "--sequence-length", 32, "--batch-size", 3, "--max-windows", 5]
-        result = run_sleb("eval", model, "--blocks", "1,2", *text, *options, "--fresh", "--json", "-q")
+        result = run_sleb("eval", model, "--blocks", "1,2", *text, *options, "--json", "-q")
         assert (result.exit_code, result.stderr) == (0, "")
         data = json.loads(result.stdout)
         assert data.pop("device") == ("cpu" if "cpu" in options else "sim")

@@ -1,6 +1,5 @@
 """Tasks of lm-eval on dense and pruned models: on results made by hand, and on tiny models."""
 
-import importlib.metadata
 import random
 import shutil
 from pathlib import Path
@@ -12,8 +11,9 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import WORDS, write_task
+from sleb_cli.engine.door.evaluate import load_requested
 from sleb_cli.engine.quality.lm_eval_tasks import task_manager
-from sleb_cli.engine.quality.tasks import PRESETS, compare_task, load_requested, versions_behind_lm_eval
+from sleb_cli.engine.quality.tasks import PRESETS, compare_task
 from sleb_cli.engine.statistics import (
     items_needed,
     mcnemar,
@@ -70,10 +70,7 @@ def test_right_and_wrong_answers_are_compared_item_by_item():
     assert pruned.items_needed == items_needed(stdev([0, -1, -1, 1, 0, -1]))
 
 
-def test_other_items_and_infinite_values_are_refused():
-    for change in ({"doc_hash": "x"}, {"prompt_hash": "x"}, {"target_hash": "x"}, {"doc_id": 2}):
-        with pytest.raises(DataError, match="did not see the same items of weather"):
-            one_pruned(binary(1.0, 0.0), results_of([sample(0, 1.0), sample(1, 0.0, **change)]))
+def test_infinite_values_are_refused():
     with pytest.raises(ModelError, match="acc of weather is inf"):
         one_pruned(binary(1.0), results_of([sample(0, 1.0)], {"acc,none": float("inf")}))
 
@@ -272,29 +269,24 @@ def test_the_chat_template_and_examples_in_the_prompt(folder, loaded):
     assert examples["samples"]["own_chosen"][0]["arguments"][0][0].count("\n\n") == 2
 
 
-def test_a_fingerprint_changes_with_what_results_depend_on(folder, tmp_path, monkeypatch):
+def test_a_fingerprint_changes_with_what_results_depend_on(folder, tmp_path):
     def now(name="own_chosen", **options):
-        return task_of(folder, name, **options).fingerprint() + versions_behind_lm_eval()
+        return task_of(folder, name, **options).fingerprints()[name]
 
-    def edited(file, old, new, name):
-        before = now(name)
+    def edit(file, old, new):
         (folder / file).write_text((folder / file).read_text().replace(old, new))
-        return before, now(name)
 
-    found = [now(), *(now(**{name: 1}) for name in ("limit", "num_fewshot", "apply_chat_template", "batch_size"))]
-    for line in ("0", "len(os.environ.get('SCALE', ''))", "len(os.getenv( 'OTHER') or os.environ['SCALE'])"):
-        (folder / "graders.py").write_text(f"import os\n\ndef grade(doc, results):\n    return {{'length': {line}}}\n")
-        found.append(now())
-    for name, value in (("SCALE", "1"), ("SCALE", "2"), ("OTHER", "1")):
-        monkeypatch.setenv(name, value)
-        found.append(now())
-    found += edited("both.yaml", "weight_by_size: true", "weight_by_size: false", "own_both")
-    found += edited("own_chosen.jsonl", '"gold": 1', '"gold": 0', "own_chosen")[1:]
+    found = [now(), *(now(**{name: 1}) for name in ("limit", "num_fewshot", "apply_chat_template"))]
+    assert now(batch_size=1) == found[0]
+    edit("graders.py", "/ 10", "/ 20")
+    found += [now(), now("own_both")]
+    edit("both.yaml", "weight_by_size: true", "weight_by_size: false")
+    found.append(now("own_both"))
+    edit("own_chosen.jsonl", '"gold": 1', '"gold": 0')
+    found.append(now())
     folder = shutil.copytree(folder, tmp_path / "moved")
     assert now() == found[-1]
-    version = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "99" if name == "sacrebleu" else version(name))
-    assert len({*found, now()}) == len(found) + 1
+    assert len(set(found)) == len(found)
 
 
 def test_tasks_of_lm_eval_are_found_without_an_index_of_all():

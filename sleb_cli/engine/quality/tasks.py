@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from sleb_cli.canaries import CANARIES
-from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask, load_tasks
 from sleb_cli.engine.statistics import (
     Estimate,
     items_needed,
@@ -24,9 +20,8 @@ from sleb_cli.engine.statistics import (
     paired_proportions_interval,
     wilson_interval,
 )
-from sleb_cli.requests import EvalRequest
 from sleb_cli.results import FlipRecord, PrunedTaskScores, TaskResult, TaskScores
-from sleb_plugins import DataError, ModelError
+from sleb_plugins import ModelError
 
 Results = Mapping[str, Any]
 """The results of lm-eval in its `result_schema`, with the samples, as JSON holds them."""
@@ -43,37 +38,6 @@ PRESETS: dict[str, tuple[str, ...]] = {
 """Names for several tasks or groups."""
 
 
-def load_requested(request: EvalRequest) -> tuple[LoadedTask, ...]:
-    """Load the tasks that a request names, those of presets in their place.
-
-    Raises:
-        DataError: a task or the folder does not exist, or its file or data cannot be read.
-        UsageError: a number is out of range.
-    """
-    return load_tasks(names_of(request), request, also=PRESETS)
-
-
-def names_of(request: EvalRequest) -> list[str]:
-    """Return the names of the tasks that a request names, those of presets in their place.
-
-    Raises:
-        DataError: the folder does not exist.
-    """
-    if request.include_path is not None and not request.include_path.is_dir():
-        raise DataError(f"There is no folder {request.include_path}.", hint="Check --include-path.")
-    return list(dict.fromkeys(name for named in request.tasks for name in PRESETS.get(named, (named,))))
-
-
-def versions_behind_lm_eval() -> str:
-    """Hash the versions of lm-eval's dependencies, which compute metrics and extract answers for it."""
-    named = {re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in importlib.metadata.requires("lm_eval") or ()}
-    versions = {}
-    for package in sorted(named):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:12]
-
-
 def compare_task(
     dense: Results, pruned: Sequence[tuple[tuple[int, ...], Results]], show_flips: int = 0
 ) -> list[TaskResult]:
@@ -83,25 +47,9 @@ def compare_task(
     that only one model gets right are shown.
 
     Raises:
-        DataError: the models did not see the same items.
         ModelError: a metric is not finite.
     """
-    for _, results in pruned:
-        for name in dense["samples"]:
-            if _hashes(dense, name) != _hashes(results, name):
-                raise DataError(
-                    f"The dense and the pruned model did not see the same items of {name}.",
-                    hint="Run it again with --fresh.",
-                )
     return [_compare(measure, dense, pruned, show_flips) for measure in _measures(dense)]
-
-
-def _hashes(results: Results, task: str) -> dict[tuple[str, int], list[str]]:
-    """Return lm-eval's hashes of what a model saw, by filter and item."""
-    return {
-        (sample["filter"], sample["doc_id"]): [sample["doc_hash"], sample["prompt_hash"], sample["target_hash"]]
-        for sample in results["samples"].get(task, ())
-    }
 
 
 class _Measure(NamedTuple):

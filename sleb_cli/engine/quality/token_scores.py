@@ -16,9 +16,6 @@ from sleb_cli.results import DivergenceRecord
 
 LEAST_LOG_PROBABILITY = -1e4
 
-FORMAT = 2
-"""Raise it when scores are added: cached ones lack them."""
-
 Scores = Mapping[str, Tensor]
 """One value for each prediction, by name; all tensors are [windows, positions] on the CPU.
 
