@@ -39,7 +39,7 @@ _BENCH = "Use a smaller --batch-size or --prompt-length, a narrower --dtype, or 
 
 
 @contextmanager
-def _names_memory(hint: str) -> Iterator[None]:
+def _explain_out_of_memory(hint: str) -> Iterator[None]:
     """Turn an out-of-memory error that nothing below explains into one with a hint."""
     try:
         yield
@@ -50,7 +50,7 @@ def _names_memory(hint: str) -> Iterator[None]:
         raise OutOfMemory(f"Out of memory: {lines[0].rstrip('.')}.", hint=hint) from error
 
 
-@_names_memory(_SEARCH)
+@_explain_out_of_memory(_SEARCH)
 def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
     """Find the blocks that a model needs least, and write them to a plan.
 
@@ -68,13 +68,13 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
     with join_processes() as group:
         settings = open_search(request, _registry(notify), notify, group)
         plan = find_removals(settings, group, notify)
-        _leave_to_main()
+        _stop_unless_main_process()
     _save(plan, request.plan_file)
     delete_journal(journal_of(request.plan_file), notify)
     return plan
 
 
-@_names_memory(_SEARCH)
+@_explain_out_of_memory(_SEARCH)
 def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
     """Search once for each entry of `request.compare`, and write the best plan.
 
@@ -89,13 +89,13 @@ def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
     with join_processes() as group:
         searches = open_comparison(request, _registry(notify), notify, group)
         result, plan = compare_removals(searches, group, notify)
-        _leave_to_main()
+        _stop_unless_main_process()
     _save(plan, request.plan_file)
     delete_journals(searches, notify)
     return result
 
 
-@_names_memory(_APPLY)
+@_explain_out_of_memory(_APPLY)
 def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufResult:
     """Write the pruned checkpoint or GGUF file, and prove that it computes what the search measured.
 
@@ -110,7 +110,7 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
     from sleb_cli.engine.process_group import join_processes
 
     if not (request.recover or request.heal):
-        _leave_to_main()
+        _stop_unless_main_process()
     with join_processes() as group:
         registry = _registry(notify)
         subject, output, recovery = resolve_apply(request, registry, notify, group)
@@ -128,7 +128,7 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
         return result
 
 
-@_names_memory(_EVALUATE)
+@_explain_out_of_memory(_EVALUATE)
 def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
     """Measure the quality of a model, dense and pruned: perplexity and lm-eval tasks.
 
@@ -159,14 +159,14 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
                 keep_result(part, unfinished, notify)
 
         result = evaluate_models(asked, known, keep)
-        _leave_to_main()
+        _stop_unless_main_process()
     _save(result, request.output)
     if unfinished:
         unfinished.unlink(missing_ok=True)
     return result
 
 
-@_names_memory(_BENCH)
+@_explain_out_of_memory(_BENCH)
 def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     """Measure the speed and memory of a model, dense and pruned in turn.
 
@@ -177,7 +177,7 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     from sleb_cli.engine.output.engine_files import engine_files
     from sleb_cli.engine.speed.benchmark import benchmark
 
-    _leave_to_main()
+    _stop_unless_main_process()
     registry = _registry(notify)
     wanted = resolve_bench(request, registry, notify)
     subject, engine, own = wanted.subject, wanted.engine, wanted.engine_source
@@ -193,7 +193,7 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     return result
 
 
-@_names_memory(_EXPORT)
+@_explain_out_of_memory(_EXPORT)
 def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult | GgufResult:
     """Export a report, or the removals for another tool; the format `gguf` is a pruned GGUF file, as `apply` writes it.
 
@@ -204,7 +204,7 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult | Gg
     from sleb_cli.engine.output.apply_gguf import prune_gguf
     from sleb_cli.engine.output.export import export_text
 
-    _leave_to_main()
+    _stop_unless_main_process()
     registry = _registry(notify)
     if request.to == GGUF:
         return prune_gguf(*resolve_gguf_export(request, registry, notify), registry, notify)
@@ -238,7 +238,7 @@ def _keep(result: R, place: Path, notify: Notify) -> None:
         update_card(place.parent, notify)
 
 
-def _leave_to_main() -> None:
+def _stop_unless_main_process() -> None:
     """Let the main process continue alone.
 
     Raises:

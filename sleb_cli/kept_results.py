@@ -46,15 +46,15 @@ def keep_result(result: R, file: Path, notify: Notify) -> R:
                     notify(Notice(f"{file} holds results for a different model or setting."))
                 moved = file.with_name(f"{file.name}.old")
                 file.replace(moved)
-                notify(Notice(f"{file} is now {moved.name}."))
+                notify(Notice(f"Moved the old {file} to {moved.name}."))
             if isinstance(result, BenchResult) and isinstance(merged, BenchResult):
-                _name_outdone(result, merged, file, notify)
+                _warn_if_shorter_run(result, merged, file, notify)
     except OutputError as error:
         notify(Notice(f"The result is not kept for reports: {error.message}"))
     return merged
 
 
-def _name_outdone(result: BenchResult, merged: BenchResult, file: Path, notify: Notify) -> None:
+def _warn_if_shorter_run(result: BenchResult, merged: BenchResult, file: Path, notify: Notify) -> None:
     kept = {one.workload.identity: one.workload for one in merged.workloads}
     for new in (one.workload for one in result.workloads):
         runs, more = new.iterations, kept[new.identity].iterations

@@ -282,9 +282,12 @@ class SearchRequest(Request):
 
 
 REPEATED_OPTIONS = {each.name for each in fields(SearchRequest)} - {
-    "compare", "extend", "resume", "output", "force", "trust_remote_code"
+    "compare", "extend", "resume", "output", "force", "trust_remote_code", "memory", "stream", "device_map"
 }  # fmt: skip
-"""The options of a search that its plan holds. A plan, which may be anyone's, grants no trust and names no output."""
+"""The options of a search that its plan holds: those that decide what it finds.
+
+A plan, which may be anyone's, grants no trust and names no place to write.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ def search(run_sleb, text_file, tmp_path):
             return result, None
         plan = json.loads((tmp_path / "plan.json").read_text())
         assert plan["search"].pop("device") == ("cpu" if "cpu" in options else "sim")
-        del plan["environment"]
+        del plan["environment"], plan["request"]["device"]
         return result, plan
 
     return run

@@ -49,7 +49,7 @@ def test_results_in_another_setting_are_moved_aside(tmp_path, result, changes):
     keep_result(result, file, heard.append)
     assert keep_result(other, file, heard.append) == other
     assert "kept.json holds results for a different model or setting" in heard[0].text
-    assert "kept.json is now kept.json.old" in heard[1].text
+    assert "kept.json to kept.json.old" in heard[1].text
     assert read_kept(type(result), tmp_path / "kept.json.old", heard.append) == result
 
 
