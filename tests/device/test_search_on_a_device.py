@@ -17,7 +17,6 @@ SEARCHES = {
     "own text": ("--calibration", "self:0.5,prose.txt:0.5"),
     "a sample": ("--sample-tokens", 6),
     "streamed spans": ("--stream", "--metric", "angular", "--strategy", "contiguous"),
-    "streamed through a file": ("--stream", "--memory", "250kB", "--batch-size", 1, "--samples", 12),
     "bfloat16": ("--dtype", "bfloat16"),
 }
 
