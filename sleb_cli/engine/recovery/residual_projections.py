@@ -136,11 +136,6 @@ def find_residual_projections(skippable: SkippableModel, call: Call, hidden: Ten
     return matrices if any(projection.exact for projection in matrices) else [*matrices, *exact_gains[-1:]]
 
 
-def runs_to_find(block: nn.Module, width: int) -> int:
-    """Return how often `find_residual_projections` runs a block: with noise at each module, and without any."""
-    return 2 + len(list(possible_projections(block, width)))
-
-
 def _behind_norms(
     skippable: SkippableModel, call: Call, hidden: Tensor, norms: Sequence[ResidualProjection]
 ) -> Iterator[ResidualProjection]:
