@@ -359,7 +359,6 @@ class ApplyRequest(OneSizeRequest):
         "Stop healing after this many minutes.", _RECOVERY, default=f"{DEFAULT_HEAL_MINUTES:g}"
     )
     heal_tokens: int | None = option("Heal for a fixed number of tokens, for reproducible results.", _RECOVERY, least=1)
-    resume: bool = option("Continue an interrupted healing run.", _RECOVERY, unset=False)
     calibration: str | None = option(
         "Text to recover on, as for `sleb search`.",
         _RECOVERY,

@@ -158,7 +158,7 @@ def _end(error: BaseException, group: ProcessGroup, store: Any) -> BaseException
     if isinstance(error, PeerLost | SystemExit) and group.is_main:
         return MachineError(
             f"One of the {group.size} processes has died or was stopped.",
-            hint="Memory may have run out. Rerun a search or healing with --resume: nothing is measured again.",
+            hint="Memory may have run out. Run the command again (a search with --resume): nothing is measured again.",
         )
     return error if group.is_main or not isinstance(error, Exception) else WorkerFinished(1)
 

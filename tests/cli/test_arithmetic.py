@@ -104,7 +104,7 @@ def test_a_healing_goes_on_in_its_type(run, run_sleb, model, processor, tmp_path
         interrupt_healing(patch, 2)
         assert run_sleb(*command).exit_code == 130
     processor(BF16)
-    run(*command, "--resume")
+    assert "Continuing an interrupted healing" in run(*command).stderr
     assert weights_of(Path("out"))["model.norm.weight"].dtype is BF16
 
 

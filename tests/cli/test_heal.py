@@ -25,6 +25,7 @@ from sleb_cli.engine.output import apply
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery import heal as healing
 from sleb_cli.engine.recovery.variant import Variant
+from sleb_cli.engine.text.calibration import Calibration
 from sleb_cli.events import ignore
 from sleb_cli.plan import read_plan
 from sleb_plugins import ProofError
@@ -79,23 +80,20 @@ def test_an_interrupted_healing_goes_on_to_the_same_bytes(healed, tmp_path, monk
     with monkeypatch.context() as patches:
         interrupt_healing(patches, 6)
         stopped = healed(*command, code=130)
-    assert "Healing is saved in" in stopped.stderr
-    assert "rerun with --resume to continue" in stopped.stderr
+    assert re.search(r"What was found is saved in \S+: run the same command again to continue", stopped.stderr)
     assert sorted(name for name in os.listdir(tmp_path) if "out" in name) == [".out.recovery"]
-    assert "holds an unfinished healing" in healed(*command, code=8).stderr
-    other = healed(*command, "--resume", "--heal-tokens", 2048, code=3)
-    assert "belongs to another healing (heal_tokens: 2048, not 4096)" in other.stderr
-    (tmp_path / "text.txt").write_text(prose(400, seed=1))
-    assert "belongs to another healing (text: " in healed(*command, "--resume", code=3).stderr
-    (tmp_path / "text.txt").write_text(prose(400))
+    for change in (["--heal-tokens", 2048], ["--seed", 1]):  # another healing begins anew, and overwrites nothing
+        with monkeypatch.context() as patches:
+            interrupt_healing(patches, 1)
+            assert "Continuing an interrupted healing" not in healed(*command, *change, code=130).stderr
     with monkeypatch.context() as patches:
         steps = interrupt_healing(patches, 100)
         failing(apply, "prove", ProofError("It failed.", hint="Try again."))(patches)
-        assert "Healing is saved in" in healed(*command, "--resume", code=9).stderr
+        assert "Continuing an interrupted healing, after 2,560 tokens" in healed(*command, code=9).stderr
     assert len(steps) == 3
     with monkeypatch.context() as patches:
         steps = interrupt_healing(patches, 1)
-        healed(*command, "--resume")  # from its end
+        healed(*command)  # from its end
     assert not steps
     assert bool(weight_bytes_of(tmp_path / "whole") == weight_bytes_of(tmp_path / "out"))
     assert not list(tmp_path.glob(".*"))
@@ -138,10 +136,9 @@ def first_gradient(dtype):
         SkippableModel(student, student.model.layers) as pruned,
     ):
         run = healing.Healing(
-            Variant(dense), Variant(pruned), 0, {"down": (weight := student.model.layers[2].mlp.down_proj.weight)},
-            [weight.detach().clone()], torch.float16,
-            portion=None, validation=ids, budget=healing.HealBudget(None, 1), group=ProcessGroup(), save=None,
-            notify=ignore,
+            Variant(dense), Variant(pruned), 0, [weight := student.model.layers[2].mlp.down_proj.weight],
+            [weight.detach().clone()], torch.float16, portions=None, validation=Calibration(ids, None),
+            budget=healing.HealBudget(None, 1), file=None, watch=None, group=ProcessGroup(), notify=ignore,
         )  # fmt: skip
         began, wanted = run.progress.scale, Variant(dense).final_states(ids).detach()
         gradient = run._gradient(ids, torch.ones_like(ids, dtype=torch.bool), wanted, wanted)

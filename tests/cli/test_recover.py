@@ -213,7 +213,7 @@ def test_no_fit_is_lost_and_none_to_other_text_is_used(
         fail(patch)
         stopped = recover(*command, samples=20, code=code)
         assert "Continuing" not in recover(*command, "--seed", 1, samples=20, code=code).stderr
-    assert "The fits so far are saved in" in stopped.stderr
+    assert "What was found is saved in" in stopped.stderr
     fitted = fits[len(whole) :]
     result = recover(*command, samples=20)
     assert re.search(r"Continuing with \d+ fits of an interrupted run.", result.stderr)
@@ -227,7 +227,7 @@ def test_no_fit_is_lost_and_none_to_other_text_is_used(
 def test_what_nobody_continued_is_cleared_later(run_sleb, tiny_llama, tmp_path):
     kept = {"ours": "block-3.safetensors", "fresh": "block-3.safetensors", "not ours": "notes.txt"}
     for name, file in kept.items():
-        folder = tmp_path / f".{name}.recovery" / "fits-0123456789abcdef"
+        folder = tmp_path / f".{name}.recovery" / "float32-0123456789abcdef"
         folder.mkdir(parents=True)
         (folder / ".block-2.safetensors.partial").mkdir()  # as a process leaves it that is killed while it saves
         (folder / file).touch()

@@ -32,7 +32,7 @@ RUNS = {
         "PLAN --model MODEL --any-model --no-verify --stream -o new --trust-remote-code --quiet",
         "PLAN --recover TEXT --sequence-length 16 --seed 1 --device cpu --no-stream --force",
         "MODEL --blocks 1 --heal --heal-minutes 0.01 TEXT --sequence-length 16 -o healed",
-        "MODEL --blocks 1 --heal --heal-tokens 64 TEXT --sequence-length 16 --resume -o tokens",
+        "MODEL --blocks 1 --heal --heal-tokens 64 TEXT --sequence-length 16 -o tokens",
         "PLAN --source GGUF -o small.gguf",
     ],
     "eval": [
@@ -107,7 +107,6 @@ def test_options_are_accepted(run, command, words):
 
 
 CLASHES = [
-    ("apply", "PLAN --recover TEXT --resume", "--resume requires --heal"),
     ("apply", "PLAN --seed 1", "requires --recover or --heal"),
     ("apply", "PLAN --heal TEXT --stream", "--heal trains the model"),
     ("apply", "PLAN --heal TEXT --device-map auto", "--heal trains, so it needs all weights on its device"),

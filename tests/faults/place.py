@@ -63,7 +63,7 @@ COMMANDS = {
     "apply": Command((*APPLY, "--max-shard-size", "100kB"), "small"),
     "apply gguf": Command(APPLY_GGUF, "small.gguf"),
     "apply --recover": Command((*OVER_OLD, "--recover"), "old"),
-    "apply --heal": Command(HEAL, "old", again=("--resume",), before=(saving_always,)),
+    "apply --heal": Command(HEAL, "old", before=(saving_always,)),
     "eval": Command(evaluate("-o", "scores.json"), "scores.json"),
     "export": Command(("export", "plan.json", "--to", "mergekit", "-o", "merge.yaml", "--force"), "merge.yaml"),
 }

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sleb_cli.engine.device import parse_dtype
 from sleb_cli.engine.door.machine import require_one_placement
-from sleb_cli.engine.door.recovery import resolve_recovery
 from sleb_cli.engine.door.subject import first_removals, is_plan, read_named_plan, resolve_subject
 from sleb_cli.engine.gguf.file import GgufFile, read_gguf
 from sleb_cli.engine.gguf.surgery import GgufSurgery, plan_gguf_surgery
@@ -16,8 +16,7 @@ from sleb_cli.engine.output.apply import Output, default_folder, require_new_fol
 from sleb_cli.engine.output.apply_gguf import are_the_same, default_place, require_new_gguf, require_same_kind_of_model
 from sleb_cli.engine.output.proof import place_proof
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.recovery.run import Recovery
-from sleb_cli.engine.recovery.unfinished import Unfinished, clear_old
+from sleb_cli.engine.recovery.unfinished import clear_old
 from sleb_cli.engine.surgery.loading import quiet_libraries
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.events import Notify
@@ -26,6 +25,9 @@ from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import DEFAULT_PLAN, DEFAULT_SHARD_SIZE, ApplyRequest
 from sleb_cli.units import parse_bytes
 from sleb_plugins import OutputError, UnsupportedModelError, UsageError
+
+if TYPE_CHECKING:
+    from sleb_cli.engine.recovery.run import Recovery
 
 
 def resolve_apply(
@@ -64,8 +66,11 @@ def resolve_apply(
         )
     output = _output(request, default_folder(subject), subject)
     require_new_folder(output.place, architecture.source, force=output.replace)
-    recovers = request.recover or request.heal
-    return subject, output, resolve_recovery(subject, request, output, group, notify) if recovers else None
+    if not (request.recover or request.heal):
+        return subject, output, None
+    from sleb_cli.engine.door.recovery import resolve_recovery  # which imports datasets
+
+    return subject, output, resolve_recovery(subject, request, output, group, notify)
 
 
 def _output(request: ApplyRequest, default: Path, subject: Subject | None = None) -> Output:
@@ -74,9 +79,7 @@ def _output(request: ApplyRequest, default: Path, subject: Subject | None = None
     clear_old(place.absolute().parent)
     if kept is not None and kept.exists():
         raise OutputError(f"{kept} already exists.", hint="Choose another folder with --keep-failed.")
-    # What is healed may have been killed just after it wrote its output.
-    may_replace = request.force or (request.resume and Unfinished(place).healing.exists())
-    output = Output(place, may_replace, verify=not request.no_verify, keep_failed=kept)
+    output = Output(place, request.force, verify=not request.no_verify, keep_failed=kept)
     if subject is None:
         return output
     dtype = parse_dtype(request.dtype, subject.architecture.dtype) if request.dtype else None
@@ -89,7 +92,7 @@ def _output(request: ApplyRequest, default: Path, subject: Subject | None = None
 
 
 _NEEDS = {
-    ("heal_minutes", "heal_tokens", "resume"): ("heal",),
+    ("heal_minutes", "heal_tokens"): ("heal",),
     ("calibration", "samples", "sequence_length", "seed", "chat", "device"): ("recover", "heal"),
 }
 """Options that do nothing without one of others."""

@@ -65,11 +65,11 @@ def resolve_recovery(
         MachineError: it does not fit into memory.
         DataError: the text is too short.
         UsageError: a streamed model is to write the text.
-        OutputError: an unfinished healing would be overwritten.
+        OutputError: what is found would be saved elsewhere.
     """
     architecture, surgery, dtype = subject.architecture, subject.surgery, output.dtype
     state = Unfinished(output.place)
-    state.require(resume=request.resume, force=request.force)
+    state.require_no_links()
     budget = choose_budget(request.heal_minutes, request.heal_tokens) if request.heal else None
     if architecture.is_quantized:
         raise UnsupportedModelError(
@@ -109,7 +109,7 @@ def resolve_recovery(
             needed["regression sums"] = sums
         return replace(found, device=device), text, needed
 
-    placement, text, needed = place((state.dtype if request.resume else None) or AUTO)
+    placement, text, needed = place(state.dtype or AUTO)  # an unfinished healing goes on in its own
     narrower = placement.dtype is not own and not placement.stream
     if narrower and group.from_main(lambda: sum(needed.values()) > own_free_bytes(device)):
         placement, text, needed = place(dtype_name(own))  # which takes half of the memory
@@ -119,9 +119,7 @@ def resolve_recovery(
     _require_free(device, needed, heal=request.heal)
     stored = min([*written, own], key=lambda each: each.itemsize)
     splits = _splits(text)
-    return Recovery(
-        subject, request.recover, budget, request.resume, placement, stored, on_host, splits, state, group, notify
-    )
+    return Recovery(subject, request.recover, budget, placement, stored, on_host, splits, state, group, notify)
 
 
 def _splits(text: CalibrationSettings) -> list[CalibrationSettings]:

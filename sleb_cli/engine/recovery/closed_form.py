@@ -38,7 +38,7 @@ from sleb_cli.engine.recovery.residual_projections import (
     passing,
     possible_projections,
 )
-from sleb_cli.engine.recovery.unfinished import Saved, fit_file
+from sleb_cli.engine.recovery.unfinished import fit_file, fits_in, read_saved, write_saved
 from sleb_cli.engine.recovery.variant import Variant, summed_losses
 from sleb_cli.engine.text.windows import whole_mask
 from sleb_cli.events import Notice, Notify, task
@@ -135,7 +135,7 @@ def recover_in_closed_form(
             )
             return _Recovery(states, stored or skippable.model.dtype, saved, notify).run()
 
-        fitted_before = len(list(saved.glob("*.safetensors"))) if saved else 0
+        fitted_before = fits_in(saved) if saved else 0
         _announce(notify, skippable, removed, train, validation, group.size, fitted_before)
         batch = max(1, BATCH_TOKENS // validation.shape[1])
         if group.size > 1:  # all have the same batches, so one cannot take smaller ones by itself
@@ -413,12 +413,8 @@ class _Recovery:
             for name, change in _changes(projections, fitted, value_of):
                 changed = as_float64(value_of(name)).to(change.device) + change
                 place = root.get_parameter(name).device
-                new[prefix + name] = self._kept(changed.to(place, self.stored).contiguous())
+                new[prefix + name] = self.states.held(changed.to(place, self.stored).contiguous())
         return Fit(ridge, new, float(validation.yy), after)
-
-    def _kept(self, value: Tensor) -> Tensor:
-        """Return a new value where it stays until the end."""
-        return self.states.held(value)
 
     def _keep_if_better(self, block: int | None, gap: int, projections: Sequence[ResidualProjection], fit: Fit) -> None:
         values = self.values | fit.values
@@ -441,7 +437,7 @@ class _Recovery:
         self.fits.append(record)
         if self.saved and self.group.is_main:
             values = fit.values if kept else {}
-            Saved(fit_file(self.saved, block), {"record": record.model_dump_json()}, values).write()
+            write_saved(fit_file(self.saved, block), record, values)
 
     def _restore(self, block: int | None) -> bool:
         """Take over the fit of a block (None: of the final norm) from an interrupted run; return whether there is one.
@@ -449,13 +445,13 @@ class _Recovery:
         The values go where weights lie, since fast kernels may round differently at other addresses.
         """
         file = fit_file(self.saved, block) if self.saved else None
-        saved = self.group.from_main(lambda: Saved.read(file) if file and file.exists() else None)
-        if saved is None:
+        found = self.group.from_main(lambda: read_saved(file, FitRecord) if file and file.exists() else None)
+        if found is None:
             return False
-        record: FitRecord = saved.record("record", FitRecord)
+        record, tensors = found
         place = self.skippable.device if block is None else self.skippable.places[block]
         self.values = self.values | {
-            name: self._kept(value.to(place, copy=True)) for name, value in saved.tensors.items()
+            name: self.states.held(value.to(place, copy=True)) for name, value in tensors.items()
         }
         self.divergence = record.divergence if record.kept else self.divergence
         self.fits.append(record)

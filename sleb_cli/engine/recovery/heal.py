@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -13,13 +14,15 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from sleb_cli.engine.device import in_smaller_pieces
+from sleb_cli.engine.files.fingerprint import Watch
 from sleb_cli.engine.forward.loss_scale import BACKOFF, LOWEST, starting_scale
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.distillation import distill, learning_rate
 from sleb_cli.engine.recovery.low_rank import LowRank
-from sleb_cli.engine.recovery.unfinished import Saved
+from sleb_cli.engine.recovery.unfinished import read_saved, require_tensor, write_saved
 from sleb_cli.engine.recovery.variant import Variant, summed_losses
-from sleb_cli.engine.text.portions import Portion
+from sleb_cli.engine.text.calibration import Calibration
+from sleb_cli.engine.text.portions import Portions
 from sleb_cli.engine.text.windows import whole_mask
 from sleb_cli.events import HEAL_TASK, Advance, HealChecked, Notice, Notify, task
 from sleb_cli.requests import DEFAULT_HEAL_MINUTES
@@ -113,65 +116,61 @@ class Healing:
         teacher: the dense model.
         student: the pruned model, recovered in closed form if that was asked for.
         first: the first block to train; the blocks before it are the dense model's own in both.
-        weights: the matrices of the student's blocks from `first` on, by the dense model's names.
+        weights: the matrices of the student's blocks from `first` on.
         originals: what they were before, in the same order; where nothing was fitted, the dense model's own.
         stored: the data type of the checkpoint, to which weights are rounded.
-        portion: returns the portion of text with this number, of so many sequences at most.
-        validation: sequences that choose the point to keep, of text that is never trained on, [sequences, length].
+        portions: the text to train on.
+        validation: the text that chooses the point to keep, and is never trained on.
         budget: when to stop.
+        file: where the main process saves the training about every minute, and from where it continues.
+        watch: the dense model's files, which must be the same at each save.
         group: the processes that heal together.
-        save: writes the progress and the tensors to disk; the main process calls it about every minute.
         notify: the listener for events.
-        loss_mask: which tokens of `validation` count, bool of its shape; None for all.
     """
 
     teacher: Variant
     student: Variant
     first: int
-    weights: Mapping[str, nn.Parameter]
+    weights: Sequence[nn.Parameter]
     originals: Sequence[Tensor]
     stored: torch.dtype
-    portion: Callable[[int, Notify, int], Portion]
-    validation: Tensor
+    portions: Portions
+    validation: Calibration
     budget: HealBudget
+    file: Path
+    watch: Watch
     group: ProcessGroup
-    save: Callable[[Progress, dict[str, Tensor]], None]
     notify: Notify
-    loss_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
-        weights = list(self.weights.values())
-        for weight, original in zip(weights, self.originals, strict=True):
+        for weight, original in zip(self.weights, self.originals, strict=True):
             # Each process fitted its own weights, and rounding may differ between them.
             weight.data.copy_(self.group.broadcast(weight.data))
             if not torch.equal(original, weight.data):
                 original.copy_(weight.data)
-        self.device, dtype = weights[0].device, weights[0].dtype
-        self.length = self.validation.shape[1]
+        self.device, dtype = self.weights[0].device, self.weights[0].dtype
+        sequences = self.validation.sequences
+        self.length = sequences.shape[1]
         self.batch = self.micro_batch = max(1, BATCH_TOKENS // self.length)
-        self.trained = LowRank(weights, self.originals, self.stored)
+        self.trained = LowRank(self.weights, self.originals, self.stored)
         self.best = self.trained.values.detach().clone()
         self.is_scaled = dtype is torch.float16
         self.progress = Progress(scale=starting_scale(dtype, self.batch * self.length * SCALE_HEADROOM))
-        checked = self.validation[: max(1, CHECKED_TOKENS // self.length)].to(self.device)
+        checked = sequences[: max(1, CHECKED_TOKENS // self.length)].to(self.device)
         self.checked = _TeacherStates(self, checked, range(len(checked)))
-        self.checked_mask = whole_mask(self.validation, self.loss_mask)[: len(checked)].to(self.device)
+        self.checked_mask = whole_mask(sequences, self.validation.loss_mask)[: len(checked)].to(self.device)
         self.loss, self._left_out = 0.0, False
         self._advance: Advance
         self._reported = self._save_seconds = 0.0
 
-    def run(self, saved: Saved | None) -> Literal["budget", "patience"]:
-        """Train, give the weights the values that were best, and return why training stopped; `saved` is resumed."""
+    def run(self) -> Literal["budget", "patience"]:
+        """Train, give the weights the values that were best, and return why training stopped."""
         unit = "tokens" if self.budget.tokens is not None else "s"
         with task(self.notify, HEAL_TASK, self.budget.total, unit) as self._advance:
-            if saved:
-                self.progress = saved.record("progress", Progress)
-                for name, tensor in self._state.items():
-                    tensor.copy_(saved.tensor(name, tensor.shape, torch.float32))
-                self.trained.write_weights()
+            continues = self._continue()
             self._saved_at = time.monotonic()
             self._began = self._saved_at - self.progress.seconds
-            if not saved:
+            if not continues:
                 self._check()
             batches, used = self._batches(), self._share()
             while used < 1 and self.progress.stale < PATIENCE:
@@ -185,6 +184,18 @@ class Healing:
         self.trained.values.data.copy_(self.best)
         self.trained.write_weights()
         return "budget" if used >= 1 else "patience"
+
+    def _continue(self) -> bool:
+        """Take over what an interrupted run saved; return whether there is anything."""
+        if not self.group.from_main(self.file.exists):
+            return False
+        self.progress, tensors = read_saved(self.file, Progress)
+        for name, tensor in self._state.items():
+            tensor.copy_(require_tensor(self.file, tensors.get(name), tensor.shape))
+        self.trained.write_weights()
+        if self.group.is_main:
+            self.notify(Notice(f"Continuing an interrupted healing, after {self.progress.tokens:,} tokens."))
+        return True
 
     def _share(self) -> float:
         """Return the share of the budget that is used, the same in all processes."""
@@ -272,7 +283,7 @@ class Healing:
         while True:
             number = self.progress.portion * self.group.size + self.group.rank
             # Time passes while text is written.
-            portion = self.portion(number, lambda event: self._report(), self.progress.most)
+            portion = self.portions.draw(number, lambda event: self._report(), self.progress.most)
             targets = _TeacherStates(self, portion.sequences.to(self.device), portion.order)
             mask = whole_mask(portion.sequences, portion.loss_mask).to(self.device)
             while self.progress.position < len(portion.order):
@@ -307,7 +318,8 @@ class Healing:
 
     def _save(self) -> None:
         if self.group.is_main:
-            self.save(self.progress, self._state)
+            self.watch.require_unchanged()
+            write_saved(self.file, self.progress, self._state)
 
     @property
     def _state(self) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,6 @@ from sleb_cli.engine.text.sources import (
     calibration_text,
     holds_conversations,
     is_written,
-    read_prompts,
     reference_calibration_text,
     writes_conversations,
 )
@@ -147,15 +145,6 @@ def join_sequences(rows: Sequence[Sequences]) -> Sequences:
     if all(mask is None for _, mask in rows):
         return sequences, None
     return sequences, torch.cat([whole_mask(*each) for each in rows])
-
-
-def texts_sha256(splits: Sequence[CalibrationSettings], tokenizer: Any) -> str:
-    """Return a hash of what `calibrate_splits` reads for these splits, apart from what the model generates."""
-    drafts = [_read_texts(settings, tokenizer, ignore) for settings in splits]
-    read = [sequences.flatten() for _, rows in drafts for sequences, _ in rows.values()]
-    prompts = [read_prompts(source) for source in splits[0].shares if source.startswith(ANSWERS)]
-    read += [torch.tensor([*json.dumps(prompts).encode()])] * bool(prompts)
-    return tokens_sha256(torch.cat([torch.zeros(0, dtype=torch.int64), *read]))
 
 
 def _assemble(settings: CalibrationSettings, rows: Mapping[str, Sequences], tokenizer: Any) -> Calibration:
