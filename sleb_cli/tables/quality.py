@@ -92,13 +92,13 @@ def perplexities(scored: Iterable[Scored], title: str = "Perplexity") -> Table:
 
 
 def divergences(scored: Iterable[Scored]) -> Table:
-    """Return how far predictions are from the dense model's, with the figures of llama-perplexity."""
+    """Return how far predictions are from the dense model's."""
     precise = "{:.4f}".format
     columns: Columns = [
-        ("text", str), ("model", str), ("mean KL", _mean), ("median", precise), ("90%", precise), ("99%", precise),
-        ("max", precise), ("RMS Δp", format_share), ("same top", format_share), ("accepted", format_share),
+        ("text", str), ("model", str), ("mean KL", _mean), ("median", precise), ("99%", precise),
+        ("same top", format_share), ("accepted", format_share),
     ]  # fmt: skip
-    fields = ("median", "p90", "p99", "maximum", "probability_change_rms", "same_top", "accepted")
+    fields = ("median", "p99", "same_top", "accepted")
     rows = [
         [name, model, scores.divergence, *(getattr(scores.divergence, field) for field in fields)]
         for _, name, model, scores in scored
@@ -108,7 +108,7 @@ def divergences(scored: Iterable[Scored]) -> Table:
         "KL: from the dense model, in nats per token. same top: positions with the same first choice. accepted: "
         "sampled tokens that the dense model keeps if this one drafts for it."
     ]
-    return tabulate("Divergence from the dense model", columns, rows, notes, ["median", "90%", "max"])
+    return tabulate("Divergence from the dense model", columns, rows, notes)
 
 
 def _mean(kl: DivergenceRecord) -> str:
@@ -124,26 +124,20 @@ def text_settings(texts: Sequence[TextResult], names: Sequence[str]) -> Table:
         [name, windows_of(text), text.tokens, _BOS[text.bos], f"{text.clusters:,} {text.clustered_by}"]
         for name, text in zip(names, texts, strict=True)
     ]
-    optional = ["errors are by", "predicted tokens"]
-    return tabulate("How perplexity was measured", columns, rows, optional=optional)
+    return tabulate("How perplexity was measured", columns, rows)
 
 
 def tasks(scored: Iterable[Scored]) -> Table:
     """Return each metric of each task on each model, in lm-eval's numbers."""
-    score, difference, count = "{:.4f}".format, "{:+.4f}".format, "{:,}".format
+    score, change, count = "{:.4f}".format, "{:+.4f}".format, "{:,}".format
     columns: Columns = [
-        ("task", str), ("model", str), ("score", score), ("score 95%", partial(between, form=score)),
-        ("difference", difference), ("95%", partial(between, form=difference)), ("kept", format_share),
-        ("lost", count), ("gained", count), ("p", format_probability), ("items", count), ("for 1 pt", count),
+        ("task", str), ("model", str), ("score", score), ("change", change), ("95%", partial(between, form=change)),
+        ("lost", count), ("gained", count), ("p", format_probability),
     ]  # fmt: skip
-    compared = ("difference", "difference_interval", "retention", "lost", "gained", "mcnemar_p")
-    rows = []
-    for task, name, model, scores in scored:
-        # The dense model's scores lack these.
-        *differences, needed = (getattr(scores, field, None) for field in (*compared, "items_needed"))
-        rows.append([name, model, scores.value, scores.interval, *differences, len(task.doc_ids) or None, needed])
-    notes = [
-        "lost: items that went from right to wrong; gained: from wrong to right; p: exact McNemar test; "
-        "for 1 pt: items that would show a difference of one point."
+    compared = ("difference", "difference_interval", "lost", "gained", "mcnemar_p")
+    rows = [
+        [name, model, scores.value, *(getattr(scores, field, None) for field in compared)]
+        for _, name, model, scores in scored
     ]
-    return tabulate("Tasks", columns, rows, notes, ["for 1 pt", "items", "kept", "p", "score 95%"])
+    notes = ["lost: items that went from right to wrong; gained: from wrong to right; p: exact McNemar test."]
+    return tabulate("Tasks", columns, rows, notes)

@@ -31,9 +31,7 @@ def steps(plan: Plan) -> Table:
         removed = [step.block, step.kind] if nested else [spans(removals), None]
         changes = [*_change(step, dense), *_change(step.held_out, dense.held_out)]
         rows.append([str(number), *removed, step.score, *changes])
-    # The loss says the same as the perplexity.
-    optional = [*(["nll"] if metric == "nll" else []), "change", "kind"]
-    return tabulate("The steps of the search", columns, rows, [_how(plan)], optional)
+    return tabulate("The steps of the search", columns, rows, [_how(plan)])
 
 
 def _change(found: Any, dense: Any) -> tuple[float | None, float | None]:
@@ -61,7 +59,7 @@ def comparison(result: CompareResult) -> Table:
     for each in result.compared:
         numbers = [each.perplexity, each.perplexity / dense - 1, each.held_out_perplexity, each.seconds]
         rows.append([each.metric, each.strategy, spans(each.removals), *numbers])
-    return tabulate("The searches", columns, rows, optional=["seconds", "change"])
+    return tabulate("The searches", columns, rows)
 
 
 def recovery(record: RecoveryRecord) -> Table:
@@ -85,7 +83,7 @@ def recovery(record: RecoveryRecord) -> Table:
     notes = [f"{record.summary}, measured on {record.test_text}, held out"]
     if talks:
         notes.append(f"on answers in its own conversations, {talks.divergence_left:.0%} of the divergence is left")
-    return tabulate("Recovery", columns, rows, notes, optional=["KL, answers"])
+    return tabulate("Recovery", columns, rows, notes)
 
 
 def said(sample: SampleGeneration) -> list[tuple[str, str, str]]:

@@ -26,7 +26,6 @@ def speeds(timed: Iterable[Scored], blocks: int) -> Table:
     columns: Columns = [
         ("workload", str), ("model", str), ("median", format_milliseconds), ("tokens/s", "{:,.1f}".format),
         ("speedup", _TIMES), ("95%", partial(between, form="{:.2f}".format)), ("blocks", _TIMES),
-        ("outliers", _COUNT),
     ]  # fmt: skip
     rows = []
     for _, workload, model, timing in timed:
@@ -34,26 +33,26 @@ def speeds(timed: Iterable[Scored], blocks: int) -> Table:
         if isinstance(timing, PrunedTiming):
             speedups = [timing.speedup, timing.interval, blocks / (blocks - len(timing.removals))]
         row = [workload, model, timing.e2el_ms.median, timing.tokens_per_second]
-        rows.append([*row, *speedups, timing.outliers])
+        rows.append([*row, *speedups])
     notes = [
         "Workloads: batch x prompt tokens + new tokens. blocks: dense over remaining blocks, about the speedup "
-        "of a large model. Outliers are kept."
+        "of a large model."
     ]
-    return tabulate("Speed", columns, rows, notes, ["outliers", "blocks", "tokens/s"])
+    return tabulate("Speed", columns, rows, notes)
 
 
 def latencies(timed: Iterable[Scored]) -> Table:
     """Return when tokens arrive, of what generates more than one."""
-    names = ("TTFT", "90%", "99%", "ITL", "90%", "99%", "TPOT")
+    names = ("TTFT", "99%", "ITL", "99%", "TPOT")
     rows = [
-        [workload, model, ttft.median, ttft.p90, ttft.p99, itl.median, itl.p90, itl.p99, tpot.mean]
+        [workload, model, ttft.median, ttft.p99, itl.median, itl.p99, tpot.mean]
         for _, workload, model, timing in timed
         for ttft, itl, tpot in [(timing.ttft_ms, timing.itl_ms, timing.tpot_ms)]
         if itl and tpot
     ]
     columns: Columns = [("workload", str), ("model", str), *((name, format_milliseconds) for name in names)]
     notes = ["TTFT: time to first token; ITL: between tokens; TPOT: mean time per token after the first."]
-    return tabulate("Latency", columns, rows, notes, ["TPOT", "90%", "99%"])
+    return tabulate("Latency", columns, rows, notes)
 
 
 def memory(timed: Iterable[Scored]) -> Table:
@@ -68,7 +67,7 @@ def memory(timed: Iterable[Scored]) -> Table:
         if (found := timing.memory)
     ]
     notes = ["rest: activations and, on a CPU, the program itself."]
-    return tabulate("Peak memory", columns, rows, notes, ["rest", "KV cache"])
+    return tabulate("Peak memory", columns, rows, notes)
 
 
 def _seconds(value: float) -> str:

@@ -1,19 +1,14 @@
-"""One table, and how Markdown and plain text draw it; `ui/tables.py` and the report's page draw it, too."""
+"""One table, and how Markdown draws it; `ui/tables.py` and the report's page draw it, too."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from textwrap import wrap
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sleb_cli.results import Interval
-
-_LEAST_NAME = 20
-"""Characters of the first column, below which optional columns are left out instead."""
-
 
 Scored = tuple[Any, str, str, Any]
 """A result, what was measured and on which model, by their names, and the model's scores or times in the result."""
@@ -24,49 +19,29 @@ Columns = Sequence[tuple[str, Callable[[Any], str]]]
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a title.
-
-    Attributes:
-        words: the columns, besides the first, that hold words. All others hold numbers.
-        optional: the columns to leave out where space is short, from the first to the last.
-    """
+    """Rows of text under a title; `words` are the columns, besides the first, that hold words rather than numbers."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
     words: Collection[str] = ()
-    optional: Sequence[str] = ()
-
-    def variants(self) -> Iterator[Table]:
-        """Yield the table, and then the same without more and more of its optional columns."""
-        for count in range(len(self.optional) + 1):
-            left_out = self.optional[:count]
-            yield self.only([number for number, column in enumerate(self.columns) if column not in left_out])
-
-    def only(self, numbers: Sequence[int]) -> Table:
-        """Return the table with these columns."""
-        rows = [[row[number] for number in numbers] for row in self.rows]
-        return replace(self, columns=[self.columns[number] for number in numbers], rows=rows)
 
     def is_words(self, number: int) -> bool:
         """Whether a column holds words."""
         return number == 0 or self.columns[number] in self.words
 
 
-def tabulate(
-    title: str, columns: Columns, rows: Iterable[Sequence[Any]], notes: Sequence[str] = (), optional: Sequence[str] = ()
-) -> Table:
+def tabulate(title: str, columns: Columns, rows: Iterable[Sequence[Any]], notes: Sequence[str] = ()) -> Table:
     """Return a table of values, each in the form of its column and None as nothing, without empty columns.
 
     Columns whose form is `str` hold words.
     """
-    cells = [
-        ["" if value is None else form(value) for (_, form), value in zip(columns, row, strict=True)] for row in rows
-    ]
+    rows = list(rows)
+    used = [number for number in range(len(columns)) if any(row[number] not in (None, "") for row in rows)]
+    cells = [["" if row[number] is None else columns[number][1](row[number]) for number in used] for row in rows]
     words = {name for name, form in columns if form is str}
-    table = Table(title, [name for name, _ in columns], cells, notes, words, optional)
-    return table.only([number for number in range(len(columns)) if any(row[number] for row in cells)])
+    return Table(title, [columns[number][0] for number in used], cells, notes, words)
 
 
 def model_name(removals: Sequence[int]) -> str:
@@ -99,26 +74,3 @@ def to_markdown(table: Table) -> list[str]:
     rule = ["---" if table.is_words(number) else "---:" for number in range(len(table.columns))]
     rows = [[in_markdown(cell) for cell in row] for row in (table.columns, *table.rows)]
     return [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]
-
-
-def to_text(table: Table, width: int) -> list[str]:
-    """Return the lines of a table in plain text; where they are too long, names in the first column are wrapped."""
-    for variant in table.variants():
-        rows = [variant.columns, *variant.rows]
-        first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-        room = width - sum(others) - 2 * len(others)
-        if room >= min(first, _LEAST_NAME):
-            break
-    first = min(first, max(8, room))
-    lines, rest = list[str](), list[str]()
-    for before, row in zip([None, *rows], rows, strict=False):
-        if before is None or row[0] != before[0]:
-            lines += rest
-            rest = wrap(row[0], max(1, first))
-        name = rest.pop(0) if rest else ""
-        cells = [
-            cell.ljust(size) if variant.is_words(number) else cell.rjust(size)
-            for number, (cell, size) in enumerate(zip(row[1:], others, strict=True), start=1)
-        ]
-        lines.append("  ".join([name.ljust(first), *cells]).rstrip())
-    return lines + rest
