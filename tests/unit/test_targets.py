@@ -99,7 +99,7 @@ def test_parameters_and_bytes_are_those_of_the_pruned_model(tmp_path, config):
 
 
 def caches(folder, length):
-    return cache_bytes(architecture(folder), torch.bfloat16, length=length, batch=1)
+    return cache_bytes(architecture(folder), torch.bfloat16, length)
 
 
 def test_a_window_holds_no_more_than_the_window(tmp_path):

@@ -382,7 +382,7 @@ def _memory_target(asked: str, request: SearchRequest, architecture: Architectur
     serving = ServingRecord(dtype=dtype_name(served), length=length)
     packed = architecture.is_quantized
     weights = stored_bytes(architecture) if packed else count_parameters(architecture) * served.itemsize
-    cache = cache_bytes(architecture, served, length=length, batch=1)
+    cache = cache_bytes(architecture, served, length)
     form = "packed as in the checkpoint" if packed else f"in {serving.dtype}"
     notify(
         Notice(

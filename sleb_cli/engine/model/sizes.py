@@ -62,8 +62,8 @@ def _by_block(architecture: Architecture, sizes: Iterable[tuple[str, int]]) -> P
     return PerBlock(found[None], tuple(found[block] for block in range(count)))
 
 
-def cache_bytes(architecture: Architecture, dtype: torch.dtype, *, length: int, batch: int) -> PerBlock:
-    """Return the bytes of the KV cache that transformers makes for `batch` sequences of `length` tokens.
+def cache_bytes(architecture: Architecture, dtype: torch.dtype, length: int) -> PerBlock:
+    """Return the bytes of the KV cache that transformers makes for one sequence of `length` tokens.
 
     Measures the cache after the model, on the meta device, has read such a sequence. This accounts for windows, grouped
     heads, heads of different sizes, blocks that read another block's keys, and the states of linear attention and
@@ -85,13 +85,13 @@ def cache_bytes(architecture: Architecture, dtype: torch.dtype, *, length: int, 
     def stored(tensor: Tensor) -> int:  # recurrent states are kept in float32 whatever the model computes in
         return tensor.numel() * (dtype if tensor.dtype is torch.bfloat16 else tensor.dtype).itemsize
 
-    return PerBlock(0, tuple(float(batch * sum(map(stored, layer_tensors(layer)))) for layer in layers))
+    return PerBlock(0, tuple(float(sum(map(stored, layer_tensors(layer)))) for layer in layers))
 
 
 def _unknown(architecture: Architecture, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"The size of the KV cache of {architecture.config.model_type} is unknown: {why}.",
-        hint="Use another target, such as --ratio; with `bench`, time --prompt alone.",
+        hint="Use another target, such as --ratio.",
     )
 
 
