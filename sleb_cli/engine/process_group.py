@@ -164,15 +164,10 @@ def _end(error: BaseException, group: ProcessGroup, store: Any) -> BaseException
 
 
 def _sent(error: BaseException, group: ProcessGroup) -> BaseException:
-    """Return the error as the main process raises it, or one that says the same if it cannot be sent."""
-    if isinstance(error, SlebError):
-        error.message = f"In process {group.rank} of {group.size}: {error.message}"
-    else:
-        error.add_note("".join(traceback.format_exception(error)))
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
+    """Return the error as the main process raises it; of a bug, what it would print."""
+    if not isinstance(error, SlebError):
         return RuntimeError("".join(traceback.format_exception(error)))
+    error.message = f"In process {group.rank} of {group.size}: {error.message}"
     return error
 
 

@@ -66,17 +66,6 @@ def copy_range(source: BinaryIO, start: int, count: int, target: BinaryIO, repor
     Raises:
         ModelError: the bytes cannot be read, or the file has become shorter.
     """
-    for part in read_range(source, start, count):
-        write_all(target, part)
-        report(len(part))
-
-
-def read_range(source: BinaryIO, start: int, count: int) -> Iterator[bytes]:
-    """Yield `count` bytes from byte `start` of an unbuffered file, in parts that the caller may keep.
-
-    Raises:
-        ModelError: they cannot be read, or the file has become shorter.
-    """
     path = Path(source.name)
     with reading(path):
         source.seek(start)
@@ -87,7 +76,8 @@ def read_range(source: BinaryIO, start: int, count: int) -> Iterator[bytes]:
             raise ModelError(
                 f"{path} became shorter while it was read.", hint="Try again when no program writes to it."
             )
-        yield part
+        write_all(target, part)
+        report(len(part))
         count -= len(part)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,22 +161,17 @@ def _weights(model: Any, architecture: Architecture) -> BlockWeights | None:
     return None if values is None else Offloaded(values, list(architecture.blocks_of(model)))
 
 
-def blocks_on_disk(architecture: Architecture, device: torch.device) -> DeviceMap:
-    """Return a device map that leaves the blocks in their files, and puts everything else on a device."""
+def blocks_on_disk(architecture: Architecture, count: int, device: torch.device) -> DeviceMap:
+    """Return a device map of a model of `count` blocks that leaves them in their files, and all else on a device."""
     main = device.type if device.type in ("cpu", "mps") else device.index or 0
-    path = f"{architecture.adapter.blocks_path}."
-    return {name: "disk" if name.startswith(path) else main for name in _placed(architecture)}
-
-
-def _placed(architecture: Architecture) -> Iterator[str]:
-    """Yield what gets a place of its own: each block, and each module outside them that holds weights."""
     path = architecture.adapter.blocks_path
-    yield from (f"{path}.{block}" for block in range(architecture.block_count))
+    places: dict[str, int | str] = {f"{path}.{block}": "disk" for block in range(count)}
     for name, module in architecture.skeleton.named_modules():
         if name.startswith(f"{path}."):
             continue
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         if tensors and not any(module.children()):
-            yield name
-        else:  # its own weights, whose places may differ from those of its children
-            yield from (f"{name}.{tensor}" if name else tensor for tensor, _ in tensors)
+            places[name] = main
+        else:  # its own weights
+            places |= {f"{name}.{tensor}" if name else tensor: main for tensor, _ in tensors}
+    return places

@@ -39,14 +39,7 @@ from sleb_cli.engine.forward.streaming import converted_bytes, require_streamabl
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.model.source import ModelSource
-from sleb_cli.engine.surgery.loading import (
-    DeviceMap,
-    has_tokenizer,
-    load_pretrained,
-    load_tokenizer,
-    loading_problem,
-    prune_device_map,
-)
+from sleb_cli.engine.surgery.loading import DeviceMap, has_tokenizer, load_pretrained, load_tokenizer, loading_problem
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.third_party import prefer_disk_error, saving, translate_errors
 from sleb_cli.events import CheckPassed, Notice, Notify, ignore, task
@@ -440,8 +433,8 @@ class _Models:
     def _load(self) -> Any:
         """Load the checkpoint as transformers does, where the dense model was."""
         architecture, place = self.surgery.architecture, self.placement
-        on_disk = blocks_on_disk(architecture, place.device) if place.stream else place.device_map
-        device_map = prune_device_map(self.surgery, on_disk)
+        on_disk = blocks_on_disk(architecture, len(self.surgery.kept.blocks), place.device)
+        device_map = on_disk if place.stream else place.device_map
         model = self._loaded(place.device, device_map, dtype=place.dtype).eval()
         align(model)
         return model

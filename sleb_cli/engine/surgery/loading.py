@@ -157,15 +157,6 @@ def _prune(surgery: Surgery, tensors: Iterable[tuple[str, Tensor]]) -> dict[str,
     return {name: cut.of_tensor(tensor) if (cut := surgery.cut(name)) else tensor for name, tensor in pruned}
 
 
-def prune_device_map(surgery: Surgery, device_map: DeviceMap | None) -> DeviceMap | None:
-    """Return a device map whose blocks have their numbers in the pruned model."""
-    if device_map is None or isinstance(device_map, str):
-        return device_map
-    path = f"{surgery.architecture.adapter.blocks_path}."
-    outside = {name: place for name, place in device_map.items() if not name.startswith(path)}
-    return outside | {f"{path}{new}": device_map[f"{path}{old}"] for new, old in enumerate(surgery.kept.blocks)}
-
-
 def _with_tensors(
     surgery: Surgery, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device, device_map: DeviceMap | None
 ) -> Any:
@@ -177,7 +168,7 @@ def _with_tensors(
         None,
         f"{architecture.source.id} without blocks {sorted(surgery.removed)}",
         device,
-        prune_device_map(surgery, device_map),
+        device_map,
         config=config,
         state_dict=tensors,
         dtype=dtype,
