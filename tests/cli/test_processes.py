@@ -119,11 +119,11 @@ def at_job(rank, job, do):
     """Have a process do something when it is about to score its n-th job."""
     score, seen = Passes.score, []
 
-    def counted(self, metric, removed, jobs, ranking):
+    def counted(self, metric, removed, jobs, *rest):
         seen.extend(jobs)
         if process_rank() == rank and len(seen) >= job:
             do()
-        return score(self, metric, removed, jobs, ranking)
+        return score(self, metric, removed, jobs, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Passes, "score", counted)
