@@ -20,7 +20,7 @@ from sleb_cli.records import (
     differences,
     without_folders,
 )
-from sleb_cli.requests import REPEATED_OPTIONS, TARGET_NAMES, Chat, StrategyName, TargetName, WorkloadName
+from sleb_cli.requests import REPEATED_OPTIONS, TARGET_NAMES, Chat, StrategyName, TargetName
 from sleb_plugins.errors import PlanError
 
 CHECKPOINT_PLAN = "sleb_plan.json"
@@ -104,20 +104,18 @@ class TargetRecord(Record):
     """The target of the search, if it was not a number of blocks, and what was reached.
 
     The unit of `limit`, `dense` and `reached` follows from `name`: parameters, bytes, speedup, nats per token above
-    the dense model, or a multiple of its perplexity. `asked` is what the user wrote. For a speedup, `predicted` was
+    the dense model, or a multiple of its perplexity. For a speedup, `predicted` was
     estimated before the search and `reached` timed after it; for a perplexity, `next` is the value after one more
     removal.
     """
 
     name: TargetName
-    asked: str
     limit: float
     dense: float
     reached: float
     predicted: float | None = None
     next: float | None = None
     serving: ServingRecord | None = None
-    workload: WorkloadName | None = None
 
 
 class MetricRecord(Record):

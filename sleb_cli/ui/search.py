@@ -106,21 +106,22 @@ def show_comparison(result: CompareResult, output: Path) -> None:
 
 def target_summary(target: TargetRecord, plan: Plan) -> str:
     """Return the target, what was reached, and its cost."""
+    asked = plan.request.get(target.name)
     cost = f"it cost {math.log(plan.steps[-1].perplexity / plan.dense.perplexity):.4f} nats per token"
     match target.name:
         case "target_params":
             remain = f"{format_count(target.reached)} of {format_count(target.dense)} remain"
-            return f"target: {target.asked} parameters; {remain}; {cost}"
+            return f"target: {asked} parameters; {remain}; {cost}"
         case "target_memory":
             serving = target.serving
             assert serving is not None
             cache = f"a KV cache in {serving.dtype} for {serving.length} tokens"
             needs = f"weights and {cache} take {format_bytes(target.reached)}, not {format_bytes(target.dense)}"
-            return f"target: {target.asked}; {needs}; {cost}"
+            return f"target: {asked}; {needs}; {cost}"
         case "target_speedup":
             missed = "" if target.reached >= target.limit else ", below the target: remove more with --extend"
             measured = f"{target.reached:.2f}x measured ({target.predicted:.2f}x predicted){missed}"
-            return f"target: {target.limit:g}x at {target.workload}; {measured}; {cost}"
+            return f"target: {target.limit:g}x at generation; {measured}; {cost}"
     more = f"one more removal: {target.next:.4f}" if target.next is not None else "no other block can be removed"
     reached = f"{target.reached:.4f} with {len(plan.removals)} of {plan.model.blocks} blocks removed"
     return f"target: at most {target.limit:g}x the dense perplexity; {reached}; {more}"

@@ -142,6 +142,5 @@ def test_it_is_really_timed(found, tmp_path):
     # Wide enough that a third of the blocks take a third of the time, also on a busy machine.
     folder = save_model(tmp_path / "wide", llama_config(6, hidden_size=128, intermediate_size=1024))
     target = found("--target-speedup", 1.01, model=folder).search.target
-    assert (target.workload, target.asked) == ("generation", "1.01")
     assert target.predicted >= 1.01
     assert target.reached > 0

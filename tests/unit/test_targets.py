@@ -25,7 +25,7 @@ EQUAL, UNEQUAL = (10.0,) * 10, (10.0, 1.0, 20.0, 2.0, 10.0)
 
 
 def at_most(most, blocks):
-    return SizeTarget("target_params", "as asked", PerBlock(100, blocks), most, lambda amount: f"{amount:g} parameters")
+    return SizeTarget("target_params", PerBlock(100, blocks), most, lambda amount: f"{amount:g} parameters")
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_size_is_met_by_the_blocks_that_went():
 
 
 def test_the_ratio_of_a_huge_loss_is_a_number():
-    found = PerplexityTarget("1.2", 1.2).record((), math.log(1.1), 900)
+    found = PerplexityTarget(1.2).record((), math.log(1.1), 900)
     assert (found.limit, found.reached, found.next) == pytest.approx((1.2, 1.1, math.exp(700)))
 
 

@@ -365,14 +365,14 @@ def parse_target(request: SearchRequest, name: TargetName, architecture: Archite
         blocks = architecture.block_count
         remove = math.ceil(parse_ratio(asked) * blocks) if name == "ratio" else int(asked)
         count = PerBlock(0, (1,) * blocks)
-        return SizeTarget(name, asked, count, max(0, blocks - remove), lambda n: f"{n:g} of {blocks} blocks")
+        return SizeTarget(name, count, max(0, blocks - remove), lambda n: f"{n:g} of {blocks} blocks")
     if name == "target_params":
         most = parse_count(asked, option_of(name))
         sizes = count_parameters(architecture)
-        return SizeTarget(name, asked, sizes, most, lambda n: f"{format_count(n)} parameters")
+        return SizeTarget(name, sizes, most, lambda n: f"{format_count(n)} parameters")
     if name == "target_memory":
         return _memory_target(asked, request, architecture, notify)
-    return None if name == "target_speedup" else PerplexityTarget(asked, _number(request, name, least=1))
+    return None if name == "target_speedup" else PerplexityTarget(_number(request, name, least=1))
 
 
 def _memory_target(asked: str, request: SearchRequest, architecture: Architecture, notify: Notify) -> SizeTarget:
@@ -391,7 +391,7 @@ def _memory_target(asked: str, request: SearchRequest, architecture: Architectur
         )
     )
     most = parse_bytes(asked, "--target-memory")
-    return SizeTarget("target_memory", asked, weights + cache, most, format_bytes, serving)
+    return SizeTarget("target_memory", weights + cache, most, format_bytes, serving)
 
 
 def _number(request: SearchRequest, name: TargetName, least: float) -> float:

@@ -36,12 +36,10 @@ class SpeedTarget(SizeTarget):
         assert self.share is not None
         return TargetRecord(
             name=self.name,
-            asked=self.asked,
             limit=1 / self.most,
             dense=1,
             reached=1 / self.share(removed),
             predicted=1 / self.sizes.without(removed),
-            workload=DEFAULT_WORKLOAD,
         )
 
 
@@ -79,9 +77,9 @@ def time_target(settings: SearchSettings, dense: Any, group: ProcessGroup, notif
             hint="Try again when nothing else is running, or use --ratio and measure with `sleb bench`.",
         )
     assert settings.speedup is not None
-    blocks, asked = architecture.block_count, str(settings.options["target_speedup"])
+    blocks = architecture.block_count
     seconds, most = PerBlock(1 - slope * blocks, (slope,) * blocks), 1 / settings.speedup
-    return SpeedTarget("target_speedup", asked, seconds, most, lambda left: f"{1 / left:.2f}x the speed", share=share)
+    return SpeedTarget("target_speedup", seconds, most, lambda left: f"{1 / left:.2f}x the speed", share=share)
 
 
 def _removable_sample(removable: Removable) -> list[int]:

@@ -31,7 +31,6 @@ class SizeTarget:
 
     Attributes:
         name: the field of the request.
-        asked: what the user wrote.
         sizes: the size of each block, in the target's unit.
         most: the size that may remain.
         describe: formats a size: "1.19B parameters".
@@ -39,7 +38,6 @@ class SizeTarget:
     """
 
     name: TargetName
-    asked: str
     sizes: PerBlock
     most: float
     describe: Callable[[float], str]
@@ -83,9 +81,7 @@ class SizeTarget:
         if self.name in ("ratio", "remove"):
             return None
         dense, reached = self.sizes.without(()), self.sizes.without(removed)
-        return TargetRecord(
-            name=self.name, asked=self.asked, limit=self.most, dense=dense, reached=reached, serving=self.serving
-        )
+        return TargetRecord(name=self.name, limit=self.most, dense=dense, reached=reached, serving=self.serving)
 
     def _fits(self, amount: float) -> bool:
         return amount <= self.most * (1 + 1e-12)  # tolerates rounding
@@ -96,11 +92,9 @@ class PerplexityTarget:
     """Stop before the removal that would raise the perplexity of the calibration text too far.
 
     Attributes:
-        asked: what the user wrote.
         limit: the largest allowed multiple of the dense model's perplexity.
     """
 
-    asked: str
     limit: float
     name: TargetName = "max_perplexity_ratio"
 
@@ -115,7 +109,7 @@ class PerplexityTarget:
     def record(self, removed: Collection[int], increase: float, following: float | None) -> TargetRecord:
         """Return what was reached, and would be with the following removal, from increases of the loss in nats."""
         beyond, reached = None if following is None else perplexity_ratio(following), perplexity_ratio(increase)
-        return TargetRecord(name=self.name, asked=self.asked, limit=self.limit, dense=1.0, reached=reached, next=beyond)
+        return TargetRecord(name=self.name, limit=self.limit, dense=1.0, reached=reached, next=beyond)
 
 
 Target = SizeTarget | PerplexityTarget
