@@ -223,10 +223,10 @@ def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
     }
     if extended is not None:
         search, text = extended.search, extended.calibration
-        of_search = {*values, "fast", "protect"} - {"seed"}
+        of_search = {*values, "fast"} - {"seed"}
         values = {name: getattr(search, name) for name in of_search}
         values |= {name: getattr(text, name) for name in ("chat", "seed", "sequence_length")}
-        values["calibration"] = text.source
+        values |= {"calibration": text.source, "protect": search.protect or None}
         if text.source not in REFERENCE_PRESETS:  # their samples count rows of text, not sequences
             values["samples"] = text.sequences
     return replace(request, **{name: value for name, value in values.items() if getattr(request, name) is None})

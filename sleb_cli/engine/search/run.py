@@ -335,7 +335,7 @@ def _options(settings: SearchSettings, search: SearchRecord, text: CalibrationRe
         "device": search.device,
         "batch_size": search.batch_size,
     }
-    return {name: value for name, value in {**settings.options, **decided}.items() if value is not None}
+    return {name: value for name, value in sorted({**settings.options, **decided}.items()) if value is not None}
 
 
 @contextmanager
