@@ -188,7 +188,7 @@ def test_extending_goes_on_where_the_plan_ended(search, extend, tmp_path):
     assert plan_bytes(tmp_path / "more.json") == plan_bytes(tmp_path / "four.json")
     # The plan itself may grow, also one of another version of sleb; nothing is measured again.
     plan = json.loads((tmp_path / "two.json").read_text())
-    plan["search"]["metrics"]["nll"] |= {"version": "0.0.1", "code": "another"}
+    plan["search"]["implementation"] |= {"version": "0.0.1", "code": "another"}
     (tmp_path / "two.json").write_text(json.dumps(plan))
     leaving(extend, "--ratio", "0.5")
     assert read_plan(tmp_path / "two.json").steps == four.steps[:3]
