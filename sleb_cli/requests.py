@@ -240,7 +240,7 @@ class SearchRequest(Request):
         "Hold out this share of the sequences to detect overfitting: 0.2.", _CALIBRATION, default=0
     )
     sample_tokens: int | None = option(
-        "Tokens that both models generate at the end, to reveal a collapse; 0 for none.",
+        "Let both models generate this many tokens at the end, to reveal a collapse; 0 for none.",
         _CALIBRATION,
         default=DEFAULT_SAMPLE_TOKENS,
     )
@@ -264,7 +264,9 @@ class SearchRequest(Request):
     device_map: DeviceMap | None = _device_map()
     revision: str | None = _revision()
     trust_remote_code: bool = _trust_remote_code()
-    extend: Path | None = option("Continue from a finished plan, with its settings and text.", _OUTPUT, metavar="PLAN")
+    extend: Path | None = option(
+        "Remove more blocks than this plan, with its settings and text.", _OUTPUT, metavar="PLAN"
+    )
     resume: bool = option("Continue an interrupted search.", _OUTPUT, unset=False)
     output: Path | None = option("Write the plan here.", _OUTPUT, default=f"{DEFAULT_PLAN}, or the extended plan")
     force: bool = _force()
@@ -300,8 +302,8 @@ class SubjectRequest(Request):
     blocks: tuple[int, ...] | None = option(
         "Remove these blocks from MODEL, in this order: 5,4,9.", _SUBJECT, metavar="LIST"
     )
-    model: str | None = option("Where the plan's model is now, if it moved.", _SUBJECT)
-    any_model: bool = option("Use the plan on a model it was not made for.", _SUBJECT, unset=False)
+    model: str | None = option("The plan's model, if it has moved.", _SUBJECT)
+    any_model: bool = option("Allow a model that the plan was not made for.", _SUBJECT, unset=False)
     revision: str | None = _revision()
     trust_remote_code: bool = _trust_remote_code()
 
@@ -345,7 +347,7 @@ class ApplyRequest(OneSizeRequest):
     source: Path | None = option(
         "Remove the blocks from this GGUF file of the model, quantized or not.", _CHECKPOINT, metavar="GGUF"
     )
-    dtype: str | None = option("Cast the weights: float32, bfloat16, float16.", _CHECKPOINT)
+    dtype: str | None = option("Cast the weights to float32, bfloat16 or float16.", _CHECKPOINT)
     max_shard_size: str | int | None = option(
         "Largest weight file: 5GB, 512MiB.", _CHECKPOINT, default=DEFAULT_SHARD_SIZE
     )
@@ -365,7 +367,7 @@ class ApplyRequest(OneSizeRequest):
         default="the plan's text, with a quarter of self or self-chat",
     )
     samples: int | None = option(
-        "Number of sequences; up to a fifth choose among fits, and up to a tenth are for the report.",
+        "Number of sequences, up to a fifth of them for validation and up to a tenth for the test.",
         _RECOVERY,
         default=f"{RECOVERY_TOKENS:,} tokens, or {RECOVERY_SELF_TOKENS:,} if the model writes them all",
         least=1,
@@ -391,7 +393,7 @@ class EvalRequest(SizesRequest):
     """What to measure of a model's quality."""
 
     perplexity: tuple[str, ...] = option(
-        "Texts, separated by commas: wikitext2, c4, files, org/name[:config][:split][:column]. In conversations "
+        "Measure perplexity on these texts: wikitext2, c4, files, org/name[:config][:split][:column]. In conversations "
         "(`messages`), only the answers count.",
         _QUALITY,
         default=f"{DEFAULT_TEXT}, unless --tasks",
@@ -399,15 +401,14 @@ class EvalRequest(SizesRequest):
         unset=(),
     )
     tasks: tuple[str, ...] = option(
-        "lm-eval tasks and groups, or sleb, canaries, leaderboard-v1, leaderboard-v2, separated by commas: "
-        "piqa,canaries.",
+        "Run these lm-eval tasks and groups, or sleb, canaries, leaderboard-v1, leaderboard-v2: piqa,canaries.",
         _QUALITY,
         metavar="LIST",
         unset=(),
     )
     limit: int | None = option("Use only this many items from the start of each task.", _QUALITY, least=1)
     num_fewshot: int | None = option("Few-shot examples in the prompt.", _QUALITY, default="the task's own")
-    apply_chat_template: bool = option("Format tasks with the chat template.", _QUALITY, unset=False)
+    apply_chat_template: bool = option("Format prompts with the chat template.", _QUALITY, unset=False)
     include_path: Path | None = option("Folder with your own task files.", _QUALITY)
     run_code: bool = option(
         "Allow tasks that run programs written by the model, such as humaneval_instruct. Time and memory are limited; "

@@ -101,6 +101,6 @@ ConfigOption = Annotated[
         "--config",
         callback=_read,
         is_eager=True,
-        help="Read options from a YAML file, or from a plan to repeat its search. Typed options take precedence.",
+        help="Read options from a YAML file, or those of a search from its plan. Typed options take precedence.",
     ),
 ]
