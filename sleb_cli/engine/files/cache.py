@@ -11,10 +11,8 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-from sleb_cli.atomic import held, new_file, publish, remove_leftovers, remove_leftovers_of, scratch_folder, writing
+from sleb_cli.atomic import held, publish, remove_leftovers, remove_leftovers_of, scratch_folder, write_text, writing
 from sleb_cli.engine.files.copying import local_path
-from sleb_cli.events import Notice, Notify
-from sleb_plugins import OutputError
 
 _ELSEWHERE = "Set the environment variable SLEB_CACHE to another folder."
 
@@ -25,18 +23,6 @@ def cache_root() -> Path:
     return local_path(chosen).absolute() if chosen else user_cache_path("sleb")
 
 
-def existing_cache() -> Path:
-    """Return the cache folder; it is made if it is missing.
-
-    Raises:
-        OutputError: it cannot be made.
-    """
-    root = cache_root()
-    with writing(root, hint=_ELSEWHERE):
-        root.mkdir(parents=True, exist_ok=True)
-    return root
-
-
 @contextmanager
 def scratch_in_cache(name: str) -> Iterator[Path]:
     """Yield a hidden folder in the cache, for temporary files as large as models.
@@ -44,8 +30,10 @@ def scratch_in_cache(name: str) -> Iterator[Path]:
     Raises:
         OutputError: it cannot be made.
     """
+    root = cache_root()
     with ExitStack() as stack:
-        with writing(root := existing_cache(), hint=_ELSEWHERE):
+        with writing(root, hint=_ELSEWHERE):
+            root.mkdir(parents=True, exist_ok=True)
             folder = stack.enter_context(scratch_folder(root, name))
         yield folder
 
@@ -66,36 +54,19 @@ def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
     return folder
 
 
-class KeptFiles:
-    """Files in one folder of the cache, each under a hash of all that its content depends on. They only save time.
+def cached_file(folder: str, key: Mapping[str, Any]) -> Path:
+    """Return the file in a folder of the cache, there or not, that is named by all that its content depends on."""
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return cache_root() / folder / name
 
-    `what` names them in the sentence that says, once, that they cannot be written.
+
+def write_cached(path: Path, content: str) -> None:
+    """Write a file of the cache.
+
+    Raises:
+        OutputError: it cannot be written.
     """
-
-    def __init__(self, folder: str, what: str, notify: Notify, *, can_write: bool = True) -> None:
-        self._folder, self._what, self._notify, self._can_write = cache_root() / folder, what, notify, can_write
-        remove_leftovers(self._folder)
-
-    def read(self, key: Mapping[str, Any]) -> bytes | None:
-        """Return the content that is kept under this key, if any."""
-        try:
-            return self._path(key).read_bytes()
-        except OSError:
-            return None
-
-    def write(self, key: Mapping[str, Any], content: bytes) -> None:
-        """Keep the content under this key, if the cache can be written."""
-        if not self._can_write:
-            return
-        path = self._path(key)
-        try:
-            with writing(path, hint=_ELSEWHERE):
-                path.parent.mkdir(parents=True, exist_ok=True)
-            with new_file(path) as aside:
-                aside.write_bytes(content)
-        except OutputError as error:
-            self._can_write = False
-            self._notify(Notice(f"{self._what} not cached: {error.message}"))
-
-    def _path(self, key: Mapping[str, Any]) -> Path:
-        return self._folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    remove_leftovers(path.parent)
+    with writing(path, hint=_ELSEWHERE):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, content)

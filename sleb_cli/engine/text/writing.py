@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from sleb_cli.engine.device import as_float64, in_smaller_pieces, input_device
-from sleb_cli.engine.files.cache import KeptFiles
+from sleb_cli.engine.files.cache import cached_file, write_cached
 from sleb_cli.engine.model.generation import continue_each, generate
 from sleb_cli.engine.third_party import pass_errors_through
 from sleb_cli.events import Advance, Notice, Notify, task
 from sleb_cli.version import __version__
-from sleb_plugins import UnsupportedModelError
+from sleb_plugins import OutputError, UnsupportedModelError
 
 GIVE_TEXT = "Calibrate on a file or a data set: --calibration FILE."
 
@@ -78,10 +78,10 @@ def write_or_find(
         "device": device.type,
         "versions": [__version__, str(torch.__version__), transformers.__version__],
     }
-    kept = KeptFiles("texts", "The text that the model wrote is", notify, can_write=writing.model is not None)
-    with suppress(ValueError):  # a broken file
-        if content := kept.read(key):
-            return json.loads(content), True
+    file = cached_file("texts", key)
+    if writing.model is not None:
+        with suppress(OSError, ValueError):  # there is none, or a broken one
+            return json.loads(file.read_bytes()), True
     # MPS cannot tell the state of its random number generator by device.
     devices = [] if device.type in ("cpu", "mps") else [device]
 
@@ -98,7 +98,11 @@ def write_or_find(
         notify(Notice(f"Out of memory on {device}; generating {size} sequences at a time."))
 
     found = in_smaller_pieces(run, batch, reduced)
-    kept.write(key, json.dumps(found).encode())
+    try:
+        if writing.model is not None:
+            write_cached(file, json.dumps(found))
+    except OutputError as error:
+        notify(Notice(f"The text that the model wrote is not cached: {error.message}"))
     return found, False
 
 
