@@ -447,11 +447,13 @@ class BenchRequest(SizesRequest):
 
     prompt: bool = option("Time prompt processing (prefill).", _WORKLOAD, unset=False)
     generation: bool = option("Time generation (prefill and decode).", _WORKLOAD, default="both", unset=False)
-    batch_size: int | None = option("Prompts per batch.", _WORKLOAD, default="by workload and device", least=1)
-    prompt_length: int | None = option("Tokens per prompt.", _WORKLOAD, default="by workload and device", least=1)
-    new_tokens: int | None = option(
-        "Tokens to generate per prompt.", _WORKLOAD, default="by workload and device", least=1
+    batch_size: int | None = option(
+        "Prompts per batch.", _WORKLOAD, default="1; generation: 64, or 4 on a CPU", least=1
     )
+    prompt_length: int | None = option(
+        "Tokens per prompt.", _WORKLOAD, default="2048, or 512 on a CPU; generation: 64", least=1
+    )
+    new_tokens: int | None = option("Tokens to generate per prompt.", _WORKLOAD, default="128, or 32 on a CPU", least=1)
     sweep: tuple[str, ...] = option(
         'Time each combination: "batch=1,8,32 prompt=128,2048 new=64". May be repeated.',
         _WORKLOAD,
@@ -459,7 +461,9 @@ class BenchRequest(SizesRequest):
         repeated=True,
         unset=(),
     )
-    iterations: int | None = option("Timed runs of each model.", _TIMING, default="by workload and device", least=1)
+    iterations: int | None = option(
+        "Timed runs of each model.", _TIMING, default="50, or 10 on a CPU; generation: 10", least=1
+    )
     warmup: int | None = option("Untimed runs of each model before timing.", _TIMING, default="until times are stable")
     compile: bool = option("Run the models through torch.compile.", _MACHINE, unset=False)
     threads: int | None = option("CPU threads.", _MACHINE, default="torch's choice", least=1, most=_MOST_THREADS)

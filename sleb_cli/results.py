@@ -328,10 +328,6 @@ class Workload(Record):
         """What identifies the workload, however often it is run."""
         return (self.name, self.engine, self.batch_size, self.prompt_length, self.new_tokens, self.compiled)
 
-    def __str__(self) -> str:
-        new = f", {self.new_tokens} new tokens each" if self.new_tokens else ""
-        return f"{self.batch_size} x {self.prompt_length} prompt tokens{new}"
-
 
 class WarmupRecord(Record):
     """The untimed runs of each model; `deviation` is the largest relative standard deviation of the last few.

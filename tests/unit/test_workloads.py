@@ -28,7 +28,7 @@ def test_defaults_suit_the_device_and_the_model(tiny_llama):
     heard = []
     found = resolve(tiny_llama, heard.append).workloads
     assert [workload.label for workload in found] == ["prompt 1x128", "generation 4x64+32"]
-    assert heard[0] == Notice("prompt: 1 x 128 prompt tokens, less than the paper's setting because this is a CPU.")
+    assert heard[0] == Notice("prompt 1x128: less than the paper's setting, because this is a CPU.")
     heard.clear()
     (found,) = resolve(tiny_llama, heard.append, prompt=True, batch_size=3).workloads
     assert (found.label, heard) == ("prompt 3x128", [])

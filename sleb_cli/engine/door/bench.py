@@ -108,7 +108,7 @@ def _workloads(
             workload = make_workload(name, device, positions, least_new_tokens=least, **options)
             found[workload] = None
             if device.type == "cpu" and not request.sweep and not asked.keys() & _SWEPT.values():
-                notify(Notice(f"{name}: {workload}, less than the paper's setting because this is a CPU."))
+                notify(Notice(f"{workload.label}: less than the paper's setting, because this is a CPU."))
     return tuple(found)
 
 

@@ -82,7 +82,7 @@ def benchmark(wanted: Benchmark, notify: Notify, write_files: WriteFiles | None 
                 free_memory()
             where, attention = {"dtype": loaded.dtype, "device": loaded.device}, loaded.attention
         del loaded
-        free_memory()  # what runs alone needs it
+        free_memory()  # for the processes that measure memory
         memory: dict[Removals, list[MemoryRecord | None]] = {}
         for surgery in [] if wanted.engine else [dense, *wanted.sizes]:
             removals = surgery.removals
@@ -133,7 +133,7 @@ def _time_together(
     vocabulary: int,
     notify: Notify,
 ) -> dict[Removals, ModelSize]:
-    """Time the dense model with these sizes, add the rounds to those of each workload, and return the sizes."""
+    """Time the dense model with these sizes, add the rounds of each workload to `measured`, and return the sizes."""
     with ExitStack() as stack:
         models = [dense, *(stack.enter_context(load(surgery, dense)) for surgery in surgeries)]
         for workload, found in measured.items():

@@ -58,13 +58,13 @@ def measure_alone(
 
 @contextmanager
 def _process() -> Iterator[ProcessPoolExecutor]:
-    """Start a process for what is submitted, and kill it if anything is raised."""
+    """Start a process for the submitted calls, and kill it if anything is raised."""
     context, main = multiprocessing.get_context("spawn"), sys.modules["__main__"]
     # The process imports the main module; a script that calls sleb without a guard would run again.
-    alone = mock.patch.multiple(main, __file__=None, __spec__=None, create=True)
+    no_main = mock.patch.multiple(main, __file__=None, __spec__=None, create=True)
     # Ctrl-C reaches the child too, but the parent handles it.
     ignored = signal.SIGINT, signal.SIG_IGN
-    with alone, ProcessPoolExecutor(1, context, initializer=signal.signal, initargs=ignored) as pool:
+    with no_main, ProcessPoolExecutor(1, context, initializer=signal.signal, initargs=ignored) as pool:
         try:
             yield pool
         except BaseException:

@@ -1,4 +1,4 @@
-"""Time models in turn, whatever runs them, and report the times in the terms of `vllm bench serve`."""
+"""Time models in turn, and report the times in the terms of `vllm bench serve`."""
 
 from __future__ import annotations
 
