@@ -3,13 +3,11 @@
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conftest import Result
-from faults.bases import make_bases
 from faults.place import Place
 from faults.program import Program, require
 from hub import Hub
@@ -43,12 +41,6 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
 def place(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A folder in which commands run and are disturbed."""
     return Place(program, tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture(scope="session")
-def bases(program: Program, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Honest folders by name."""
-    return make_bases(program, tmp_path_factory.mktemp("bases"))
 
 
 @pytest.fixture

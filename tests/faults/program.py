@@ -149,14 +149,14 @@ class Program:
         compiler = os.environ.get("CC", "cc")
         subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, HERE / "faulty_io.c", "-ldl"], check=True)
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([__name__, "faults.arrangements", "faults.hostile"])
+        self._context.set_forkserver_preload([__name__, "faults.arrangements"])
         # The server of Python 3.11 does not set sys.path before it imports what is to be imported once.
         path = os.pathsep.join(filter(None, sys.path))
         ours = {"LD_PRELOAD": str(library), LIBRARY: str(library), "PYTHONPATH": path}
         with mock.patch.dict(os.environ, ours):
             multiprocessing.forkserver.ensure_running()
 
-    def start(self, *words, cwd, environment=None, fault=None, before=None, memory=None, seconds=120) -> Running:
+    def start(self, *words, cwd, environment=None, fault=None, before=None, memory=None, processor=None, seconds=120):
         """Start `sleb` with these words.
 
         Args:
@@ -166,12 +166,15 @@ class Program:
             fault: what a call to the file system meets.
             before: a function, and its arguments, that is called in the process before the program.
             memory: its limit in bytes, beyond what the program itself maps.
+            processor: its limit in seconds of a processor.
             seconds: its limit by the clock.
         """
         place = Path(tempfile.mkdtemp(dir=self._scratch))
         typed, given = tuple(str(word) for word in words), {**os.environ, **(environment or {})}
         variables = {name: str(value) for name, value in given.items() if value is not None}
-        process = self._context.Process(target=_run, args=(typed, place, cwd, variables, fault, before, memory))
+        process = self._context.Process(
+            target=_run, args=(typed, place, cwd, variables, fault, before, memory, processor)
+        )
         process.start()
         return Running(process, place, seconds)
 
@@ -193,7 +196,7 @@ class Program:
         return running
 
 
-def _run(words, place, cwd, variables, fault, before, memory) -> None:
+def _run(words, place, cwd, variables, fault, before, memory, processor) -> None:
     """Be the program, in a session of its own; never returns."""
     # The tests may run under nohup, or in the background.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -212,6 +215,8 @@ def _run(words, place, cwd, variables, fault, before, memory) -> None:
     if memory is not None:
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + memory,) * 2)
+    if processor is not None:
+        resource.setrlimit(resource.RLIMIT_CPU, (processor, processor))
     code: Any = 1
     try:
         if fault is not None:

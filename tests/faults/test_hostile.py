@@ -1,267 +1,281 @@
-"""Files that lie, drawn at random: each ends well, or with a sentence, and nothing outside is touched."""
+"""Files that lie, by name or at random: each ends well, or with a sentence, and nothing outside is touched.
 
-import io
+Most of those that have a name once ended in a traceback or a hang.
+"""
+
 import json
-import zlib
-from dataclasses import replace
+import re
+import shutil
+import struct
+from itertools import product
+from pathlib import Path
+from random import Random
 
 import pytest
 import torch
-from hypothesis import strategies as st
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from safetensors.torch import load_file, save_file
 
-from faults.bases import (
-    APPLY,
-    CHAT,
-    CODE,
-    CUT,
-    CUT_GGUF,
-    EVAL,
-    HEAL,
-    PLANNED,
-    RESUME,
-    ROWS_OF_PLAN,
-    SEARCH,
-    STREAM,
+from conftest import llama_config, prose, save_model
+from faults import lies
+from faults.arrangements import saving_always
+from faults.conftest import often
+from faults.hostile import FOLDER, PIPE, SECRET, link, run_case, sparse
+from faults.lies import ARRAY, GGUFS, STRING, gguf_of, parse, saved_as, to_text, weight_file
+from faults.program import KILL, Calls, Fault
+from gguf_models import write_gguf
+from measured_plans import make_benchmark, make_evaluation, make_plan
+from sleb_cli.atomic import to_json
+
+MODEL, DATA, PLAN, OUTPUT, ANY, FINE = (4,), (5,), (3,), (8,), range(10), (0,)
+TEXT = ("--calibration", "text.txt", "--samples", "2", "--sequence-length", "8", "--sample-tokens", "2")
+CUT = ("apply", "model", "--blocks", "1", "-o", "out", "--no-verify")
+APPLY = CUT[:-1]
+SEARCH = ("search", "model", "--remove", "1", *TEXT, "-o", "out.json")
+ROWS = (*SEARCH, "--calibration", "rows.jsonl")
+CHAT = (*SEARCH, "--calibration", "chat.jsonl", "--chat", "all", "--sequence-length", "128")
+EVAL = ("eval", "model", "--perplexity", "text.txt", "--sequence-length", "8", "--max-windows", "2", "-o", "out.json")
+CSV = ("export", "plan.json", "--to", "csv")
+RESUME = (*SEARCH, "--resume", "-o", "out.later.json")
+HEAL = (*CUT, "-o", "out.healed", "--heal", "--heal-tokens", "64", *TEXT[:-2], "--samples", "8", "--resume")
+SHARDS, PICKLE = (("apply", model, *CUT[2:]) for model in ("shards", "pickle"))
+CUT_GGUF = ("apply", "whole.gguf", "--blocks", "1", "-o", "out.gguf", "--no-verify")
+TASK = ("eval", "model", "--tasks", "x", "--include-path", "tasks", "--limit", "2", "-o", "out.json")
+OWN_PLAN = (
+    ("apply", "own.json", "-o", "out", "--no-verify"), ("export", "own.json", "--to", "indices"),
+    ("eval", "own.json", *EVAL[2:]),
+    ("search", "model", "--extend", "own.json", "--remove", "2", "-o", "out.json", "--sample-tokens", "0"),
 )  # fmt: skip
-from faults.conftest import counts
-from faults.hostile import FOLDER, PIPE, PLACE, Case, link, require_well, run_cases
-from faults.lies import (
-    WORDS,
-    Runs,
-    damaged,
-    documents,
-    drawn,
-    gguf_files,
-    gguf_of,
-    hostile,
-    lying,
-    rows,
-    saved_as,
-    texts,
-    to_text,
-    weight_files,
-    words,
-)  # fmt: skip
+JOURNAL, HEALING = "out.later.json.journal", ".out.healed.recovery/healing.safetensors"
+WEIGHTS, INDEX = "model/model.safetensors", "shards/model.safetensors.index.json"
+TEMPLATE = b"{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+LISTS = {"vocab_size": 4, "attention.head_count_kv": [1, 2, 2, 1]}
+LINES = [prose(3, seed) for seed in range(12)]
+CODE = b"raise SystemExit('code was run')\n"
 
 
-def replaced(base, file, contents, *commands):
-    """Draw cases in which this file of a base has these contents."""
-    return st.builds(lambda content, command: Case(command, {file: content}, base), contents, st.sampled_from(commands))
+@pytest.fixture(scope="session")
+def base(program, tmp_path_factory):
+    """An honest folder in which commands work, with files outside of the model that nothing may touch."""
+    top = tmp_path_factory.mktemp("hostile") / "bases" / "base"
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    for name, size in (("model", "5GB"), ("shards", "12KB")):
+        save_model(top / name, llama_config(3, **small), max_shard_size=size)
+    outside = shutil.copytree(top / "model", top / "outside")
+    for path in outside.glob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"_note": SECRET.decode()}))
+    save_file(load_file(outside / "model.safetensors"), outside / "model.safetensors", {"note": SECRET.decode()})
+    (outside / "note.txt").write_bytes(SECRET)
+    (outside / "code.py").write_bytes(CODE)
+    pickle = shutil.copytree(top / "model", top / "pickle")
+    (pickle / "model.safetensors").unlink()
+    torch.save(load_file(top / WEIGHTS), pickle / "pytorch_model.bin")
+    (top / "model" / "chat_template.jinja").write_bytes(TEMPLATE)
+    (top / "model" / "code.py").write_bytes(CODE)
+    (top / "text.txt").write_text(prose(60))
+    talk = [{"role": "user", "content": "river"}, {"role": "assistant", "content": prose(3)}]
+    (top / "chat.jsonl").write_bytes(b"\n".join([to_text({"messages": talk})] * 4))
+    (top / "rows.jsonl").write_bytes(b"\n".join(to_text({"text": line}) for line in LINES))
+    plan = make_plan(8, 3, kinds=True)
+    records = {"plan": plan, "plan.eval": make_evaluation(plan, items=20),
+               "plan.bench": make_benchmark(plan, iterations=3, batches=(1,))}  # fmt: skip
+    for name, record in records.items():
+        (top / f"{name}.json").write_text(to_json(record.to_data()))
+    write_gguf(top / "whole.gguf", "llama", 4, {**LISTS, "leading_dense_block_count": 1})
+    program.run(*SEARCH, "--protect-first", 0, "-o", "own.json", cwd=top)
+    # Killed as it gives something its name, a command leaves what it had saved.
+    for command, at in ((RESUME, 1), (HEAL, 3)):
+        program.run(
+            *command, cwd=top, fault=Fault(top, at, KILL, Calls.RENAME), before=(saving_always,), codes=[-9]
+        )  # fmt: skip
+    return top
 
 
-def lies_in(base, file, lies, *commands):
-    """Return a function that draws cases in which this file of a base lies, as `lies` draws it from its content."""
-    return lambda bases: replaced(bases[base], file, lies((bases[base] / file).read_bytes()), *commands)
+def changed(file, **changes):
+    """Return what changes a document of JSON."""
+    return lambda base: {file: to_text(json.loads((base / file).read_bytes()) | changes)}
 
 
-def weights(bases):
-    files = [(base, f"model/{path.name}") for base in ("llama", "llama", "shards", "gpt2")
-             for path in sorted((bases[base] / "model").glob("*.safetensors"))]  # fmt: skip
-    return st.one_of(lies_in(*file, weight_files, *[CUT] * 16, APPLY, EVAL)(bases) for file in files)
+def config(**changes):
+    return changed("model/config.json", **changes)
 
 
-INDEX = "model.safetensors.index.json"
-SHARDS = [
-    *WORDS, "../outside/../outside/model.safetensors", "sub/../../outside/model.safetensors", "/dev/stdin", "x" * 300,
-    "config.json", INDEX, "tokenizer.json", "none.safetensors", "x/" * 3000, "away", "away/model.safetensors", "C:\\x",
-    "link.safetensors", "loop.safetensors", "pipe.safetensors", "folder.safetensors", "pytorch_model.bin",
-    "./model-00001-of-00004.safetensors",
+def weights(change):
+    """Return what gives the weight file another header."""
+
+    def make(base):
+        header, body = parse((base / WEIGHTS).read_bytes())
+        return {WEIGHTS: weight_file(change(header), body)}
+
+    return make
+
+
+def entry(**changes):
+    return weights(lambda header: header | {"model.norm.weight": header["model.norm.weight"] | changes})
+
+
+def renamed(name):
+    return weights(lambda header: header | {name: header.pop("model.norm.weight")})
+
+
+def in_gguf(make):
+    return lambda base: {"whole.gguf": make(gguf_of(base / "whole.gguf")).to_bytes()}
+
+
+def named(plan, **model):
+    """Return what lets a plan say something else of its model."""
+    return lambda base: changed(plan, model=json.loads((base / plan).read_bytes())["model"] | model)(base)
+
+
+def special(file):
+    """Return what is no file, by its kind."""
+    return {"a pipe": PIPE, "a device": link("/dev/zero"), "a folder": FOLDER, "a loop": link(Path(file).name)}.items()
+
+
+DIGITS = int("9" * 4000)
+EMPTY = struct.pack("<4sIQQQI", b"GGUF", 3, 0, 1, 0, STRING)
+VERSIONED = b'{"schema_version": 1, '
+TEMPLATES = [
+    "{{ messages.__class__ }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% include '../x' %}", "{{ 1/0 }}",
+    "{{ cycler.__init__.__globals__.os.system('touch ../outside/x') }}", "{{", "x", "\0", "", "{{ messages[99].content }}",
+    "{% import 'os' as os %}{{ os.system('id') }}", "{{ ''|attr('__class__') }}", "{{ messages.append(1) }}",
+    "{{ raise_exception('\x1b[2Jno') }}", "{{" + "(" * 5000 + ")" * 5000 + "}}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
 ]  # fmt: skip
-BESIDE = {
-    "model/away": link("../outside"), "model/link.safetensors": link("../outside/model.safetensors"),
-    "model/loop.safetensors": link("loop.safetensors"), "model/pipe.safetensors": PIPE,
-    "model/folder.safetensors": FOLDER,
+SHOWN = {"\x1b[31mred\x1b]0;title\x07": r"\x1b[31mred\x1b]0;title", "\x9b2J": r"\x9b2J", "[bold red]x[/]": "[bold red]x[/]",
+         "\u202eevil": r"\u202eevil", "a\x00b": r"a\x00b"}  # fmt: skip
+BOMB = "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+TEXTS = {
+    "deep.jsonl": b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "list.jsonl": b"[1]", "number.jsonl": b"NaN",
+    "digits.jsonl": b'{"text": ' + b"9" * 5000 + b"}", "half.jsonl": b'{"text": "\\ud800"}', "blank.jsonl": b"\n \n\n",
+    "null.jsonl": b'{"text": null}', "empty.txt": b"", "spaces.txt": b" \n\t" * 10_000, "latin.txt": b"\xe9" * 100,
+    "utf-16.txt": prose(40).encode("utf-16"), "packed.jsonl": b"\x1f\x8b\x08\0" + b"\0" * 100,
+    **{f"{name[2:]}.txt": content for name, content in special("loop.txt")},
+    "gigabyte.txt": sparse(b"word " * 1000, 1 << 30), "gigabyte.jsonl": sparse(b'{"text": "', 1 << 30),
+}  # fmt: skip
+PLANS = {
+    "deep lists": b"[" * 1_000_000, "no object": b"[1]", "NaN": b"NaN", "nothing": b"", "spaces": b" " * 1_000_000,
+    "a deep version": b'{"schema_version": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "a version of 5000 digits": b'{"schema_version": ' + b"9" * 5000 + b"}",
+    "a version that is true": b'{"schema_version": true}', "half of a surrogate pair": VERSIONED + b'"\\ud800": 1}',
+    "5 million lists": b"[" + b"[]," * 5_000_000 + b"[]]",
+    "2 million words": VERSIONED + b'"removals": [' + b'"",' * 2_000_000 + b"1]}",
+    "500,000 unknown keys": VERSIONED + b",".join(b'"%x":1' % key for key in range(500_000)) + b"}",
+    "a key of 10 MB": VERSIONED + b'"' + b"k" * 10_000_000 + b'": 1}', "a terabyte": sparse(b"", 1 << 40),
+    **dict(special("plan.json")),
+}  # fmt: skip
+PLAN_KEYS = {"sleb_version": ["k" * 10_000_000], "steps": [{}] * 100_000, "dense": {"loss": 1.0, "perplexity": 0.0}}
+ELSEWHERE = {"id": "../outside", "family": "../outside/code.py", "revision": None}
+OUTSIDE = ("config.json", "tokenizer.json", "model.safetensors")
+# A name, a command, what makes the files, the exit codes, and what is said.
+NAMED = {
+    **{f"honest: {' '.join(words)}": (words, {}, FINE, "") for words in
+       (CUT, APPLY, SEARCH, ROWS, CHAT, EVAL, CSV, RESUME, HEAL, SHARDS, PICKLE, CUT_GGUF, *OWN_PLAN)},
+    "end tokens that are lists": (SEARCH, {"model/generation_config.json": b'{"eos_token_id": [[]]}'}, FINE, ""),
+    "settings in settings": (APPLY, {"model/processor_config.json": b'{"a":' * 600 + b"1" + b"}" * 600}, MODEL, "process"),
+    "a block of 5000 digits": (APPLY, renamed(f"model.layers.{'9' * 5000}.weight"), (0, 4), ""),
+    "no blocks": (CUT, config(num_hidden_layers=0), MODEL, "llama"),
+    "a billion blocks": (CUT, config(num_hidden_layers=10**9), MODEL, "num_hidden_layers"),
+    "a billion labels": (CUT, config(num_labels=10**9), MODEL, "num_labels"),
+    "more blocks than a float can hold": (CUT, config(n_layers=DIGITS), MODEL, "n_layers"),
+    "a number of 4000 digits": (CUT, config(hidden_size=[DIGITS]), MODEL, "config"),
+    "a long name of a type": (CUT, config(model_type="x" * 10**6), MODEL, "xxx"),
+    "a shape of texts": (CUT, entry(shape=["16"]), MODEL, "model.safetensors"),
+    "a shape of truths": (CUT, entry(shape=[True] * 4 + [16]), MODEL, "model.safetensors"),
+    "a shape whose product takes hours": (CUT, entry(dtype="X", shape=[2**62] * 400_000), MODEL, "model.safetensors"),
+    "commands for a terminal": (APPLY, renamed("model.layers.\x1b[2J\u202e\n.weight"), MODEL, "missing"),
+    **{f"{name} by a link": (CUT, {f"model/{name}": link(f"../outside/{name}")}, MODEL, "link") for name in OUTSIDE},
+    "templates by a link": (CHAT, {"model/additional_chat_templates": link("../outside")}, MODEL, "link"),
+    "a shard by a link": (SHARDS, {"shards/model-00001-of-00004.safetensors": link(f"../outside/{OUTSIDE[2]}")}, MODEL, ""),
+    "shards outside": (SHARDS, lambda base: {INDEX: to_text({"weight_map": dict.fromkeys(
+        json.loads((base / INDEX).read_text())["weight_map"], "../outside/model.safetensors")})}, MODEL, ""),
+    "a config that is a pipe": (CUT, {"model/config.json": PIPE}, MODEL, "config.json"),
+    "a config without end": (CUT, {"model/config.json": sparse(b"{", 2**40)}, MODEL, "config.json"),
+    "a config of lists": (CUT, {"model/config.json": b'{"a": [' + b"[]," * 5_000_000 + b"0]}"}, MODEL, "config.json"),
+    **{f"template {t[:40]!r}": (CHAT, {"model/chat_template.jinja": t.encode()}, ANY, "") for t in TEMPLATES},
+    **{f"GGUF: {name}": (CUT_GGUF, in_gguf(make), ANY, "") for name, make in GGUFS.items()},
+    **{f"GGUF: {data}": (CUT_GGUF, {"whole.gguf": data}, MODEL, "whole.gguf") for data in (b"", b"GGUF\3\0\0\0\1")},
+    **{f"GGUF: a terabyte {power}": (CUT_GGUF, {"whole.gguf": sparse(head, 1 << 41)}, MODEL, "whole.gguf")
+       for power, head in enumerate((struct.pack("<4sIQQ", b"GGUF", 3, 0, (1 << 64) - 1), EMPTY + struct.pack("<Q", 1 << 40),
+                                     struct.pack("<4sIQQ", b"GGUF", 3, (1 << 64) - 1, 0), EMPTY[:-4] +
+                                     struct.pack("<IIQ", ARRAY, STRING, 1 << 22)))},
+    **{f"GGUF: {name}, {words[0]}": (words, {"whole.gguf": content}, (2, 4), "")
+       for (name, content), words in product(special("whole.gguf"), (CUT_GGUF, ("eval", "whole.gguf")))},
+    **{f"plan: {name}": (CSV, {"plan.json": content}, PLAN, "plan.json") for name, content in PLANS.items()},
+    **{f"plan: {name}": (CSV, changed("plan.json", **{name: value}), PLAN, "plan.json") for name, value in PLAN_KEYS.items()},
+    "plan: 10^9 blocks": (CSV, named("plan.json", blocks=10**9), PLAN, "plan.json"),
+    # Beside a plan, they are left out.
+    **{f"{kind}: {name}": (CSV, {f"plan.{kind}.json": content}, FINE, "")
+       for kind, (name, content) in product(("eval", "bench"), special("x"))},
+    **{f"{words[0]}: {name!r} on the screen": (words, named("plan.json", id=f"/x/{name}", revision=None), MODEL, shown)
+       for (name, shown), words in product(SHOWN.items(), (("apply",), ("export", "--to", "indices")))},
+    # Whatever a plan names, what a command writes lies where it was started.
+    **{f"{words[0]}: a plan that names places": (words, named("own.json", **ELSEWHERE), ANY, "") for words in OWN_PLAN},
+    **{f"{file} leads to {target} {more}": ((*words, *more), {file: link(f"outside/{target}")}, OUTPUT, "")
+       for target, more, (file, words) in product(("note.txt", "new"), ((), ("--resume",), ("--force",)),
+       (("out.json.journal", SEARCH), (".out.recovery", (*HEAL[:-1], "-o", "out"))))},
+    "a journal of one line without end": (RESUME, {JOURNAL: sparse(b"00000000 ", 1 << 40)}, PLAN, JOURNAL),
+    **{f"text: {name}": ((*SEARCH, "--calibration", name), {name: data}, DATA, name) for name, data in TEXTS.items()},
+    **{f"eval: {name}": (("eval", "model", "--perplexity", name), {name: data}, DATA, name)
+       for name, data in TEXTS.items() if not isinstance(data, bytes)},
+    "what ends a line elsewhere ends none": (ROWS, {"rows.jsonl": b"\xef\xbb\xbf" + "\r\n".join(
+        json.dumps({"text": line.replace(" ", "\u2028", 3) + "\x85"}, ensure_ascii=False) for line in LINES).encode()}, FINE, ""),
+    "a task that explodes": (TASK, {"tasks/x.yaml": f"a: &a [x,x,x,x,x,x]\n{BOMB}task: x\n".encode()}, DATA, ""),
+    "a task that runs": (TASK, {"tasks/x.yaml": b"task: x\ndoc_to_text: !!python/object/apply:os.system ['id']\n"}, DATA, ""),
 }  # fmt: skip
 
 
-def indices(bases):
-    base, index = bases["shards"], json.loads((bases["shards"] / "model" / INDEX).read_text())
-    shards = sorted(set(index["weight_map"].values()))
-    places = st.sampled_from([*SHARDS, *shards])
-    contents = [None, b"", PIPE, FOLDER, link("../outside/model.safetensors"), link(shards[0]), link("..")]
-    everywhere = places.map(lambda place: to_text({"weight_map": dict.fromkeys(index["weight_map"], place)}))
-    lies = documents(index["weight_map"], values=places, keys=words).map(lambda text: b'{"weight_map": %s}' % text)
-    beside = replaced(base, f"model/{INDEX}", lies | everywhere | documents(index), *[CUT] * 10, APPLY, EVAL)
-    return beside.map(lambda case: replace(case, files=case.files | BESIDE)) | st.sampled_from(shards).flatmap(
-        lambda shard: replaced(base, f"model/{shard}", st.sampled_from(contents), CUT)
+@pytest.mark.parametrize("name", often(NAMED, list(NAMED)[::5]), ids=ascii)
+def test_each_lie_that_has_a_name_ends_well(program, base, name):
+    words, files, codes, says = NAMED[name]
+    ended = run_case(
+        program, base, words, files(base) if callable(files) else files, processor=60 if words == TASK else 10
     )
+    assert ended.exit_code in codes, ended.stderr
+    assert re.search(re.escape(says), ended.stderr + ended.stdout), ended.stderr
 
 
-CONFIG_KEYS = """rope_theta rope_scaling layer_types auto_map quantization_config _name_or_path text_config torch_dtype
-id2label num_labels pad_token_id sliding_window is_encoder_decoder is_decoder attn_implementation pruned_heads
-_attn_implementation _attn_implementation_internal adapter_path tokenizer_class chunk_size_feed_forward
-output_attentions return_dict problem_type base_model_tp_plan use_return_dict name_or_path attribute_map sub_configs
-to_dict vision_config torchscript label2id num_nextn_predict_layers per_layer_config _commit_hash no_split_modules
-keys_to_ignore gguf_file subfolder cache_dir revision code_revision trust_remote_code device_map state_dict from_tf
-force_download local_files_only token __class__ __init__ __dict__ self kwargs cls""".split()
-SETTINGS = [
-    {"quant_method": "gptq"}, {"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": "fp8"}, "gptq",
-    {"quant_method": "awq", "modules_to_not_convert": ["model.layers.1.x", ".*(a+)+$"]}, {"quant_method": ["x"]},
-    {"quant_method": "compressed-tensors", "config_groups": {"a": {"targets": ["re:(x+x+)+y"]}}}, {"bits": 4},
-    {"quant_method": "mxfp4"}, {"quant_method": "torchao"}, {"quant_method": "quanto"}, {"quant_method": "../x"},
-    {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}, {"AutoConfig": "../outside/code.C"}, "gelu", "silu",
-    {"AutoConfig": "org/repo--code.C"}, {"AutoTokenizer": ["code.T", None]}, {"rope_type": "yarn", "factor": 1e308},
-    {"AutoModelForCausalLM": "../outside/code--x.y"}, {"rope_type": "longrope", "long_factor": [1] * 10**4}, "eager",
-    {"rope_type": "dynamic", "factor": "2"}, {"rope_type": ["x"]}, {"rope_type": "linear", "factor": 0}, {"type": "x"},
-    {"full_attention": {"rope_type": "default"}}, {"0": [0, 1]}, ["full_attention"] * 3, ["full_attention"] * 10**5,
-    ["sliding_attention"] * 2 + ["x"], [["x"]] * 3, "full_attention", {"num_hidden_layers": 10**9}, "flex_attention",
-    {"model_type": "llama", "num_hidden_layers": 3}, {str(10**9): "x"}, "float8_e4m3fn", "complex64", "int8",
-    "torch.float32", "os.system", "flash_attention_2", "kernels-community/flash-attn", "org/repo@main:function",
-    "LlamaTokenizer", "ByT5Tokenizer", "float64",
-]  # fmt: skip
+def ggufs(data, rng):
+    """Return a GGUF file that lies in one way or two, of which perhaps some bytes are others."""
+    path = Path("whole.gguf")
+    path.write_bytes(data)
+    file = gguf_of(path)
+    for name in rng.sample(list(GGUFS), rng.randint(1, 2)):
+        file = GGUFS[name](file)
+    return file.to_bytes() if rng.random() < 0.6 else lies.damaged(data, rng)
 
 
-@st.composite
-def configs(draw, bases):
-    base = bases[draw(st.sampled_from(["llama", "llama", "gpt2", "shards"]))]
-    config = json.loads((base / "model" / "config.json").read_text())
-    names, values = st.sampled_from(CONFIG_KEYS + sorted(config)), hostile | st.sampled_from(SETTINGS)
-    more = st.dictionaries(names, values, max_size=2)
-    commands = [CUT] * 12 + [APPLY, SEARCH, EVAL]
-    if draw(st.integers(0, 5)) == 0:
-        # What the defaults of another type make may honestly be a huge model, and is not measured.
-        text = to_text(config | draw(more) | {"model_type": draw(st.sampled_from(sorted(CONFIG_MAPPING_NAMES)))})
-    else:
-        counts = st.sampled_from([0, -1, 1, 2, 4, 5, 30, 10**4, 10**9, 3.0, "3", True, None, [3], 2**64])
-        count = st.fixed_dictionaries({"n_layer" if base.name == "gpt2" else "num_hidden_layers": counts})
-        changed = (more | count).map(lambda changes: to_text(config | changes))
-        text = draw(changed | documents(config, values=values, keys=names))
-    command = draw(st.sampled_from(commands))
-    return Case(command, {"model/config.json": text, "model/code.py": CODE}, base)
+DRAWN = {
+    # The file, what makes it lie, and the commands that read it.
+    WEIGHTS: (lies.weights, CUT, APPLY, EVAL), INDEX: (lies.document, SHARDS), "whole.gguf": (ggufs, CUT_GGUF),
+    "model/config.json": (lies.document, CUT, CUT, APPLY, SEARCH, EVAL), "pickle/pytorch_model.bin": (lies.damaged, PICKLE),
+    "model/tokenizer.json": (lies.document, CUT, SEARCH), "model/tokenizer_config.json": (lies.document, SEARCH, EVAL),
+    "model/generation_config.json": (lies.document, APPLY, SEARCH), "model/special_tokens_map.json": (lies.damaged, SEARCH),
+    "model/chat_template.jinja": (lies.damaged, CHAT), "plan.json": (lies.document, CSV), "own.json": (lies.document, *OWN_PLAN),
+    "plan.eval.json": (lies.document, CSV), "plan.bench.json": (lies.document, CSV), JOURNAL: (lies.journal, RESUME),
+    HEALING: (lies.weights, HEAL), "text.txt": (lies.damaged, SEARCH, EVAL), "rows.jsonl": (lies.lines, ROWS),
+    "chat.jsonl": (lies.lines, CHAT),
+}  # fmt: skip
 
 
-OTHER_FILES = """special_tokens_map.json added_tokens.json tokenizer.model vocab.json merges.txt spiece.model vocab.txt
-chat_template.jinja chat_template.json processor_config.json adapter_config.json preprocessor_config.json tekken.json
-tiktoken.model additional_chat_templates/x.jinja""".split()
-GENERATION = """max_length eos_token_id temperature top_p top_k num_beams repetition_penalty cache_implementation
-bad_words_ids transformers_version stop_strings watermarking_config assistant_tokens custom_generate compile_config
-guidance_scale do_sample max_new_tokens forced_eos_token_id pad_token_id use_cache""".split()
-SPECIAL = [None, link("../outside/tokenizer.json"), link("loop"), link("/dev/zero"), PIPE, FOLDER]
-IDS = st.sampled_from([-1, 320, 10**6, 2**31, 2**32 - 1, 2**32, 2**63, 1.5, "1"])
-COMMANDS = (*[CUT] * 3, *[SEARCH] * 6, EVAL, APPLY)
+@pytest.mark.parametrize("count", often([2, 200], [2]))
+@pytest.mark.parametrize("file", DRAWN)
+def test_files_that_lie_at_random(program, base, tried, file, count):
+    lie, *commands = DRAWN[file]
+    honest = (base / file).read_bytes() if (base / file).exists() else b"{}"
+    for number in range(count):
+        rng = Random(f"{file} {number}")
+        run_case(program, base, rng.choice(commands), {file: lie(honest, rng)})
+    tried("hostile files", count)
 
 
-def tokenizers(bases):
-    base = bases["llama"]
-    files = {name: json.loads((base / "model" / name).read_text())
-             for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json")}  # fmt: skip
-    tokenizer = files["tokenizer.json"]
-    parts = [lying(tokenizer[part], values=IDS).map(lambda lie, part=part: to_text(tokenizer | {part: lie}))
-             for part in ("added_tokens", "model")]  # fmt: skip
-    settings = st.dictionaries(st.sampled_from(GENERATION), hostile, max_size=4)
-    others = st.one_of(st.binary(max_size=50), hostile.map(to_text), st.sampled_from(SPECIAL))
-    return st.one_of(
-        *(replaced(base, f"model/{name}", documents(data), *COMMANDS) for name, data in files.items()),
-        *(replaced(base, "model/tokenizer.json", part, *COMMANDS) for part in parts),
-        replaced(base, "model/generation_config.json", settings.map(to_text), APPLY, EVAL, SEARCH),
-        *(replaced(base, f"model/{name}", others, *COMMANDS) for name in OTHER_FILES),
-    )
+MORE = [5, torch.ones(4).to_sparse(), torch.empty(4, device="meta"), *(lies.Runs(*call) for call in (
+    (torch.zeros, 10**13), (bytearray, 10**11), (open, "../outside/note.txt"), (eval, "__import__('os').abort()")))]  # fmt: skip
 
 
-def pickles(bases):
-    """Draw pickles that hold more than tensors, or less; what would run code is in test_trust.py."""
-    honest = (bases["pickle"] / "model" / "pytorch_model.bin").read_bytes()
-    tensors = torch.load(io.BytesIO(honest), weights_only=True)
-    one = torch.ones(1)
-    more = [
-        5, {"b": one}, one.expand(10**12), torch.ones(4).to_sparse(), torch.ones(2, dtype=torch.complex128),
-        torch.empty(4, device="meta"), Runs(torch.Tensor, 10**13), Runs(torch.zeros, 10**13), Runs(bytearray, 10**11),
-        Runs(open, "../outside/note.txt"), Runs(eval, "__import__('os').abort()"),
-    ]  # fmt: skip
-    others = [
-        *(tensors | {"a": value} for value in more), list(tensors.values()), one, None, {}, {"state_dict": tensors},
-        tensors | {5: one}, tensors | {"../outside/x": one}, dict(list(tensors.items())[:3]),
-    ]  # fmt: skip
+@pytest.mark.parametrize("number", often(range(len(MORE) + 2), [4, 5]))
+def test_pickles_that_hold_more_than_tensors(program, base, number):
+    """What would run code otherwise is in test_trust.py."""
+    file = "pickle/pytorch_model.bin"
     deep = [b"\x80\x02]" + b"]" * 10**6, b"\x80\x02" + b"(" * 10**6 + b"."]
-    known = [*deep, b"R", b"\x80\x02}q", *map(saved_as, others)]
-    contents = st.sampled_from(known) | st.sampled_from([honest, *known]).flatmap(damaged)
-    return replaced(bases["pickle"], "model/pytorch_model.bin", contents, CUT, APPLY)
-
-
-READ = """config.json generation_config.json tokenizer.json tokenizer_config.json model.safetensors README.md LICENSE
-special_tokens_map.json chat_template.jinja added_tokens.json model.safetensors.index.json tokenizer.model code.py .x
-pytorch_model.bin quantize_config.json adapter_config.json additional_chat_templates processor_config.json sub
-""".split()
-LINKS = """../outside/{name} ../outside @PLACE@/outside/{name} .. . {name} loop/{name} /dev/zero /dev/stdin / none
-/proc/self/mem /proc/self/environ sub/../../outside/{name} away/{name} /proc/self/root@PLACE@/outside/{name}
-config.json""".split()
-
-
-@st.composite
-def links(draw, bases):
-    files = draw(st.sampled_from([{}, {"model/away": link("../outside"), "model/loop": link("loop")}]))
-    for name in draw(st.lists(st.sampled_from(READ), min_size=1, max_size=3, unique=True)):
-        target = link(draw(st.sampled_from(LINKS)).replace("{name}", name).replace("@PLACE@", PLACE))
-        files = files | {f"model/{name}": draw(st.sampled_from([target] * 6 + [PIPE, FOLDER, b"", None]))}
-    command = draw(st.sampled_from([CUT] * 6 + [APPLY, SEARCH, EVAL, CHAT]))
-    return Case(command, files, bases[draw(st.sampled_from(["llama", "shards"]))])
-
-
-def record(data):
-    return documents(json.loads(data))
-
-
-@st.composite
-def journals(draw, bases):
-    """Draw journals whose lines have the right checksums, and say what they like."""
-    said = [json.loads(line[9:]) for line in (bases["journal"] / "out.json.journal").read_bytes().splitlines()]
-    for _ in range(draw(st.integers(1, 2))):
-        place = draw(st.integers(0, len(said) - 1))
-        said[place] = draw(lying(said[place]) | hostile)
-    lines = [b"%08x %s\n" % (zlib.crc32(line), line) for line in map(to_text, said)]
-    data = b"".join(lines)
-    data = draw(damaged(data)) if draw(st.integers(0, 4)) == 0 else data
-    return Case(RESUME, {"out.json.journal": data}, bases["journal"])
-
-
-def gguf(bases):
-    path = bases["files"] / "whole.gguf"
-    return replaced(bases["files"], "whole.gguf", gguf_files(gguf_of(path)) | damaged(path.read_bytes()), CUT_GGUF)
-
-
-def real_gguf(bases):
-    """Draw GGUF files of a whole model; beside one that is read, nothing else of its folder is."""
-    settings = {"model/tokenizer_config.json": to_text({"auto_map": {"AutoTokenizer": ["code.T", None]}})}
-    commands = (("apply", "model/x.gguf", "--blocks", "1", "-o", "out.gguf"), ("eval", "model/x.gguf", *EVAL[2:]))
-    files = gguf_files(gguf_of(bases["files"] / "real.gguf"))
-    beside = settings | {"model/code.py": CODE}
-    found = replaced(bases["llama"], "model/x.gguf", files, *commands)
-    return found.map(lambda case: replace(case, files=case.files | beside))
-
-
-HEALING, WALK = ".out.recovery/healing.safetensors", "out.json.journal.walk.0"
-HOSTILE = {
-    # How many in every run and with `-m faults`, and which share of them must be taken and refused at least.
-    "weight files": (40, 1500, 0.02, 0.3, weights),
-    "indices": (25, 700, 0, 0.3, indices),
-    "configs": (40, 1500, 0.02, 0.2, configs),
-    "tokenizers and settings": (25, 1000, 0.04, 0.1, tokenizers),
-    "pickles": (15, 400, 0, 0.3, pickles),
-    "links, pipes and folders": (20, 400, 0.05, 0.3, links),
-    "GGUF files": (60, 2500, 0.03, 0.3, gguf),
-    "GGUF files of whole models": (8, 100, 0, 0.3, real_gguf),
-    "plans": (30, 1000, 0, 0.5, lies_in("files", "plan.json", record, ROWS_OF_PLAN)),
-    "plans of whole models": (8, 80, 0, 0.3, lies_in("planned", "plan.json", record, *PLANNED)),
-    "evaluations": (12, 400, 1, 0, lies_in("files", "plan.eval.json", record, ROWS_OF_PLAN)),
-    "benchmarks": (12, 400, 1, 0, lies_in("files", "plan.bench.json", record, ROWS_OF_PLAN)),
-    "journals": (15, 500, 0.06, 0.1, journals),
-    "states of healing": (15, 500, 0, 0.5, lies_in("healing", HEALING, weight_files, (*HEAL, "--resume"))),
-    # It only costs the time that it would have saved.
-    "saved walks": (8, 300, 1, 0, lies_in("walk", WALK, weight_files, STREAM)),
-    "texts": (20, 500, 0.02, 0.1, lies_in("llama", "text.txt", texts, SEARCH, EVAL)),
-    "rows": (20, 500, 0.02, 0.25, lies_in("files", "rows.jsonl", rows, (*SEARCH, "--calibration", "rows.jsonl"))),
-    "chats": (20, 500, 0.02, 0.25, lies_in("chat", "chat.jsonl", rows, CHAT)),
-}  # fmt: skip
-
-
-@counts(0, 1)
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_files_that_lie(program, bases, tmp_path, kind, count, tried):
-    *many, taken, refused, strategy = HOSTILE[kind]
-    cases = drawn(strategy(bases), many[count])
-    outcomes = run_cases(program, cases, tmp_path)
-    require_well(outcomes)
-    # Or nothing behind the first check was ever reached.
-    assert taken * len(cases) <= sum(outcome.code == 0 for outcome in outcomes) <= (1 - refused) * len(cases)
-    tried(f"hostile {kind}", len(cases))
+    held = torch.load(base / file, weights_only=True)
+    content = deep[number - len(MORE)] if number >= len(MORE) else saved_as(held | {"a": MORE[number]})
+    run_case(program, base, PICKLE, {file: content})
