@@ -19,7 +19,7 @@ import torch
 VALUES = [
     -1, 0, 1, 2, 7, 2**31, 2**32, 2**53, 2**63, 2**64, -(2**63), 10**9, 10**100, int("9" * 4000), 0.5, -0.0, 1e-320,
     1e308, math.nan, math.inf, -math.inf, None, True, False, [], {}, [[]], [{}], [None] * 3, [1] * 1000, [1, "x"], "",
-    "0", "-1", "1e9", "x" * 100_000, "a\0b", "\ud800", "\u202e\u2066", "\x1b[31mred\x1b]0;title\x07\x9b2J", "[red]x[/red]",
+    "0", "-1", "1e9", "x" * 100_000, "a\0b", "\ud800", "\u202e\u2066", "\x1b[31mred\x1b]0;t\x07\x9b2J", "[red]x[/red]",
     "[/]", "%s%n", "{x}", "~", "/", "..", "../outside/model.safetensors", "../outside/config.json", "/proc/self/mem",
     "/dev/zero", "model.layers.1", "a\nb", "__import__('os').abort()", "-o", "demo", "org/name", "$(touch outside/x)",
     "<script>alert(1)</script>", [2**62, 4], [0, 2**63], ["4"], [True] * 4, "F64", "BF16", {"quant_method": "gptq"},
