@@ -107,7 +107,7 @@ def test_hidden_states_wait_in_host_memory(sleb, llama_plan, text_file, tmp_path
     of_device = iter((0, 2**31))  # for all, and without hidden states
     monkeypatch.setattr(door, "own_free_bytes", lambda device: next(of_device) if device.type == "sim" else 2**31)
     held = []
-    monkeypatch.setattr(closed_form._States, "held", lambda self, tensor: held.append(self.on_host) or tensor.cpu())
+    monkeypatch.setattr(closed_form.States, "held", lambda self, tensor: held.append(self.on_host) or tensor.cpu())
     sleb(*command, "--no-verify", "-o", "host")
     assert set(held) == {True}
     assert written(tmp_path / "host") == written(tmp_path / "device")

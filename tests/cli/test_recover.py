@@ -35,7 +35,7 @@ def standing_in(monkeypatch, names):
     asked = SimpleNamespace(names=names, calls=[])
 
     def recover_in_closed_form(skippable, removed, fit, validation, notify, *, stored, **placed):
-        asked.calls.append((sorted(removed), fit, validation))
+        asked.calls.append((sorted(removed), fit, validation.sequences))
         own = dict(skippable.model.named_parameters())
         return {name: (own[name] * 1.1).detach().to(stored) for name in asked.names}, ClosedFormRecord(fits=())
 

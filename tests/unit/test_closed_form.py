@@ -14,6 +14,7 @@ from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
 from sleb_cli.engine.recovery.least_squares import Ridge
 from sleb_cli.engine.recovery.residual_projections import find_residual_projections, passing
 from sleb_cli.engine.recovery.variant import Variant, losses
+from sleb_cli.engine.text.calibration import Calibration
 from sleb_cli.events import ignore
 from sleb_plugins import MachineError, UnsupportedModelError
 
@@ -39,7 +40,7 @@ def own_text(model, sequences):
 def recovered(skippable, removed, text, fitted, notify=ignore):
     """Fit to the first sequences of a text, and let the rest decide."""
     with skippable:
-        return recover_in_closed_form(skippable, removed, text[:fitted], text[fitted:], notify)
+        return recover_in_closed_form(skippable, removed, text[:fitted], Calibration(text[fitted:], None), notify)
 
 
 def divergence(skippable, removed, text, values=()):
@@ -100,7 +101,7 @@ def test_the_fits_equal_a_direct_computation(monkeypatch):
     # One ridge, and whatever is fitted is taken for a gain.
     monkeypatch.setattr(closed_form, "RIDGES", (0.3,))
     falling = iter(range(100, 0, -1))
-    monkeypatch.setattr(closed_form._States, "divergence", lambda self, block, values: float(next(falling)))
+    monkeypatch.setattr(closed_form.States, "divergence", lambda self, block, values: float(next(falling)))
     skippable = skippable_model("llama")
     model, text = skippable.model, own_text(skippable.model, 30)
     block, norm = model.model.layers[2], model.model.norm
@@ -200,7 +201,7 @@ def test_sums_that_do_not_fit_are_named_and_nothing_is_retried(monkeypatch):
 @pytest.mark.parametrize("later", [1.0, math.nan], ids=["no lower", "an overflow"])
 def test_a_fit_that_does_not_lower_the_divergence_is_not_kept(monkeypatch, later):
     skippable, found = skippable_model("llama"), chain([1.0], repeat(later))
-    monkeypatch.setattr(closed_form._States, "divergence", lambda self, block, values: next(found))
+    monkeypatch.setattr(closed_form.States, "divergence", lambda self, block, values: next(found))
     shapes, head = [], skippable.model.lm_head
     head.register_forward_hook(lambda module, entering, logits: shapes.append(logits.shape))
     values, record = recovered(skippable, {3}, own_text(skippable.model, 24), 20)

@@ -14,57 +14,46 @@ is reported on a third text.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from sleb_cli.engine.device import CPU, as_float64, dtype_name, in_smaller_pieces, translate_out_of_memory
+from sleb_cli.engine.device import as_float64, dtype_name, in_smaller_pieces, translate_out_of_memory
 from sleb_cli.engine.forward.forecast import announce, block_operations
 from sleb_cli.engine.forward.fork_check import CHECKED_SEQUENCES, why_not_fork
-from sleb_cli.engine.forward.holding import SharedInputs
 from sleb_cli.engine.forward.offload import loaded
-from sleb_cli.engine.forward.skipping import Call, SkippableModel
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
+from sleb_cli.engine.recovery.depth import GAINS_SHARE, States
 from sleb_cli.engine.recovery.least_squares import Gains, Ridge, best_ridge, ridge_bytes
 from sleb_cli.engine.recovery.residual_projections import (
     ResidualProjection,
     final_norm,
     find_residual_projections,
-    passing,
     possible_projections,
 )
 from sleb_cli.engine.recovery.unfinished import fit_file, fits_in, read_saved, write_saved
-from sleb_cli.engine.recovery.variant import Variant, summed_losses
-from sleb_cli.engine.text.windows import whole_mask
+from sleb_cli.engine.text.calibration import Calibration
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plan import ClosedFormRecord, FitRecord
 from sleb_cli.units import format_bytes, plural
-from sleb_plugins import MachineError, ModelError, UnsupportedModelError
+from sleb_plugins import MachineError, UnsupportedModelError
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 BATCH_TOKENS = 4096
-GAINS_SHARE = 4
-"""Gains, one number for each channel, are fitted to every fourth batch."""
 PATIENCE = 3
 """After this many blocks that gain next to nothing, none is refitted until the next gap."""
 NEXT_TO_NOTHING = 0.01
 """A fit that lowers the divergence by less than this share of it is kept, but counts as no gain."""
 SILENT = 0.01
 """Channels that a norm multiplies by less than this share of the mean are not fitted."""
-VALIDATION_POSITIONS = 2048
-"""About how many positions compare two fits."""
-PIECE_TOKENS = 64
-"""Tokens on which it is found which weights of a block are fitted, to say how long that takes."""
-GROUPS = 8
-"""A text's batches are summed in this many groups, in order, so that sums do not depend on the number of processes."""
-
-Rows = Iterator[tuple[Tensor, Tensor, Tensor]]
-"""The features [rows, features], targets [rows, outputs] and weights [rows] of some positions, batch by batch."""
+ROUNDS = 2
+"""How often most blocks are fitted: all projections at once, then those that nothing else in the block reads."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +70,13 @@ def recover_in_closed_form(
     skippable: SkippableModel,
     removed: Collection[int],
     train: Tensor,
-    validation: Tensor,
+    validation: Calibration,
     notify: Notify,
     *,
     stored: torch.dtype | None = None,
-    in_host_memory: bool = False,
+    on_host: bool = False,
     group: ProcessGroup | None = None,
     saved: Path | None = None,
-    loss_mask: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], ClosedFormRecord]:
     """Fit the kept blocks to the dense model's hidden states.
 
@@ -98,15 +86,13 @@ def recover_in_closed_form(
     Args:
         skippable: the dense model, as an entered context; its parameters end as they were.
         removed: the removed blocks.
-        train: the tokens to fit on, [sequences, positions].
-        validation: the tokens that decide, [sequences, positions].
+        train: the tokens to fit on, [sequences, positions]; all count, as later ones attend to them.
+        validation: the text that decides.
         notify: the listener for events.
         stored: the data type to which values are rounded; None for the model's.
-        in_host_memory: whether hidden states stay there until they are needed, because the device has too little.
+        on_host: whether hidden states stay there until they are needed, because the device has too little.
         group: the processes that share out the text; values do not depend on how many they are.
         saved: the folder where each fit is kept, and found if the run before was interrupted; None keeps none.
-        loss_mask: which tokens of `validation` count, bool of its shape; None for all. All positions are fitted, as
-            later ones attend to them.
 
     Returns:
         New values by the dense model's parameter names, and a record of every fit.
@@ -117,189 +103,27 @@ def recover_in_closed_form(
     """
     device, group = skippable.device, group or ProcessGroup()
     with torch.inference_mode():
-        if reason := why_not_fork(skippable, validation[:CHECKED_SEQUENCES].to(device)):
+        if reason := why_not_fork(skippable, validation.sequences[:CHECKED_SEQUENCES].to(device)):
             raise UnsupportedModelError(
                 f"{skippable.model.config.model_type} cannot be recovered: {reason}.", hint="Leave out --recover."
             )
 
         def run(batch: int) -> tuple[dict[str, Tensor], ClosedFormRecord]:
-            states = _States(
-                skippable,
-                frozenset(removed),
-                train,
-                validation,
-                batch,
-                group,
-                on_host=in_host_memory,
-                loss_mask=loss_mask,
-            )
+            states = States(skippable, frozenset(removed), train, validation, batch, group, on_host=on_host)
             return _Recovery(states, stored or skippable.model.dtype, saved, notify).run()
 
-        fitted_before = fits_in(saved) if saved else 0
-        _announce(notify, skippable, removed, train, validation, group.size, fitted_before)
-        batch = max(1, BATCH_TOKENS // validation.shape[1])
-        if group.size > 1:  # all have the same batches, so one cannot take smaller ones by itself
-            return run(batch)
-        return in_smaller_pieces(
-            run, batch, lambda batch: notify(Notice(f"Out of memory on {device}; fitting {batch} sequences at a time."))
-        )
+        def fewer(batch: int) -> None:
+            notify(Notice(f"Out of memory on {device}; fitting {batch} sequences at a time."))
 
-
-def _compared_positions(validation: Tensor) -> Tensor:
-    """Return the positions of each sequence that compare two fits."""
-    length = validation.shape[1]
-    return torch.arange(0, length - 1, max(1, len(validation) * (length - 1) // VALIDATION_POSITIONS))
-
-
-class _States:
-    """The hidden states at one depth of the dense and of the recovered model, on this process's batches of the text."""
-
-    def __init__(
-        self,
-        skippable: SkippableModel,
-        removed: frozenset[int],
-        train: Tensor,
-        validation: Tensor,
-        batch: int,
-        group: ProcessGroup,
-        *,
-        on_host: bool,
-        loss_mask: Tensor | None,
-    ) -> None:
-        self.skippable, self.removed, self.group, self.on_host = skippable, removed, group, on_host
-        self.count = len(skippable.switches)
-        train_ids, self.train = self._take(train, batch)
-        validation_ids, self.validation = self._take(validation, batch, len(train_ids))
-        self.ids, self.decides = train_ids + validation_ids, slice(len(train_ids), None)
-        shared = SharedInputs(skippable, self.held)
-        self.calls = [shared.calls(ids) for ids in self.ids]
-        self.dense = [calls[0].entering for calls in self.calls]
-        self.pruned = self.dense
-        self.dense_final = self.leaving(self.calls[self.decides], self.dense[self.decides], range(self.count))
-        self.positions = _compared_positions(validation).to(skippable.device)
-        counted = whole_mask(validation, loss_mask)
-        self.masks, _ = self._take(counted, batch)
-        self.compared = max(1, int(counted[:, self.positions.cpu() + 1].sum()))
-
-    def _take(self, text: Tensor, batch: int, begin: int = 0) -> tuple[list[Tensor], list[range]]:
-        """Return this process's batches, the first number `begin`, and where each group's are: maybe nowhere."""
-        batches, mine, taken = torch.split(text, batch), list[Tensor](), list[range]()
-        bounds = [len(batches) * number // GROUPS for number in range(GROUPS + 1)]
-        for number, (first, last) in enumerate((a, b) for a, b in pairwise(bounds) if a < b):
-            start = begin + len(mine)
-            if number % self.group.size == self.group.rank:
-                mine += [part.to(self.skippable.device) for part in batches[first:last]]
-            taken.append(range(start, begin + len(mine)))
-        return mine, taken
-
-    def held(self, tensor: Tensor) -> Tensor:
-        """Return a tensor where it stays until it is needed."""
-        return tensor.to(CPU) if self.on_host else tensor
-
-    def leaving(
-        self, calls: Sequence[list[Call]], entering: Sequence[Tensor], blocks: range, removed: Collection[int] = ()
-    ) -> list[Tensor]:
-        """Return what leaves the last of these blocks, batch by batch; each block's weights are read once for all."""
-        states = list(entering)
-        if states:
-            for block in self.skippable.weights.visit(block for block in blocks if block not in removed):
-                for batch, of_batch in enumerate(calls):
-                    states[batch] = self.held(self.skippable.run_block(of_batch[block], states[batch]))
-        return states
-
-    @property
-    def read_for_gains(self) -> list[int]:
-        """The batches that the gains of the final norm are fitted to, and those that decide."""
-        fitted = {at for group in self.train for at in group[::GAINS_SHARE]}
-        return sorted(fitted | {*range(min(1, len(self.ids))), *range(self.decides.start, len(self.ids))})
-
-    def advance(self, blocks: range, batches: Sequence[int] | None = None) -> None:
-        """Let both models' states pass through these blocks, on all batches or only on some."""
-        chosen = range(len(self.calls)) if batches is None else batches
-        calls, both = [self.calls[at] for at in chosen], ([*self.dense], [*self.pruned])
-        left = iter(self.leaving(calls * 2, [states[at] for states in both for at in chosen], blocks))
-        for states in both:
-            for at in chosen:
-                states[at] = next(left)
-        self.dense, self.pruned = both
-
-    def require_finite(self, tensors: Iterable[Tensor]) -> None:
-        """Make sure that hidden states, or the sums over them, are finite numbers.
-
-        Raises:
-            ModelError: some are not.
-        """
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-            raise ModelError(
-                "On the text to recover on, the model computes hidden states that are not finite numbers.",
-                hint="Use other text, or a data type with a wider range: --dtype bfloat16 or float32.",
-            )
-
-    def divergence(self, block: int, values: Mapping[str, Tensor]) -> float:
-        """Return the divergence with these values on the validation text, from the pruned states that enter `block`."""
-        dense, recovered = Variant(self.skippable), Variant(self.skippable, self.removed, values)
-        blocks, here = range(block, self.count), self.decides
-        with self.skippable.replaced(values):
-            final = self.leaving(self.calls[here], self.pruned[here], blocks, self.removed)
-        mine = iter(
-            summed_losses(recovered, dense, ours, theirs, ids, self.positions, mask).divergence
-            for ours, theirs, ids, mask in zip(final, self.dense_final, self.ids[here], self.masks, strict=True)
-        )
-        groups = {number: list(islice(mine, len(at))) for number, at in enumerate(self.validation) if at}
-        found = sorted(item for of_process in self.group.gather(groups) for item in of_process.items())
-        return sum(total for _, totals in found for total in totals) / self.compared
-
-    def rows(
-        self,
-        batches: Iterable[int],
-        block: int,
-        projections: Sequence[ResidualProjection],
-        values: Mapping[str, Tensor],
-    ) -> Rows:
-        """Yield features, what is missing at the end of the gap, and weights, in float32.
-
-        Norms divide hidden states by their size before anything reads them, so an error is weighed relative to that
-        size: otherwise the few positions whose states are a thousand times larger, often the first, would decide.
-        """
-        module = self.skippable.switches[block].block
-        names = [name for projection in projections for name in projection.names]
-        scales = [projection.scale for projection in projections if projection.takes_bias]
-        for batch in batches:
-            with self.skippable.replaced(values), passing(module, names) as (entering, _):
-                found = self.skippable.run_block(self.calls[batch][block], self.pruned[batch]).float()
-                wanted = self.dense[batch].to(found.device).float()
-                missing = (wanted - found).flatten(0, -2)
-                parts = [projection.features(module, entering) for projection in projections]
-            ones = [missing.new_full((len(missing), 1), scale) for scale in scales[:1]]
-            weights = 1 / wanted.square().mean(-1).flatten().clamp_min(1e-12)
-            yield torch.cat([*parts, *ones], dim=1), missing, weights
-
-    def rows_of_norm(self, batches: Iterable[int], norm: ResidualProjection) -> Rows:
-        """Yield the same for the final norm, whose output is normalized already, so all positions weigh the same."""
-        model, here = self.skippable.model, self.skippable.device
-        module = model.get_submodule(norm.name)
-        for batch in batches:
-            dense, pruned = self.dense[batch].to(here), self.pruned[batch].to(here)
-            wanted, found = (module(states).float().flatten(0, -2).to(here) for states in (dense, pruned))
-            yield norm.normalized(model, pruned), wanted - found, torch.ones(len(found), device=here)
-
-    def sums(self, rows: Callable[[Iterable[int]], Rows], groups: Sequence[range], empty: Callable[[], Ridge]) -> Ridge:
-        """Return the sums over all batches of all processes."""
-        total, size, rank = empty(), self.group.size, self.group.rank
-        for first in range(0, len(groups), size):
-            turn, own = groups[first : first + size], empty()
-            for features, targets, weights in rows(turn[rank]) if rank < len(turn) else ():
-                own.add(features, targets, weights)
-            for source in range(len(turn)):
-                part = own if source == rank else empty()
-                for sum_, added in zip(total.tensors, part.tensors, strict=True):
-                    sum_ += self.group.broadcast(added, source)
-        return total
+        _announce(notify, skippable, removed, train, validation.sequences.numel(), group.size, fits_in(saved))
+        batch = max(1, BATCH_TOKENS // train.shape[1])
+        # Several processes have the same batches, so one cannot take smaller ones by itself.
+        return run(batch) if group.size > 1 else in_smaller_pieces(run, batch, fewer)
 
 
 @dataclass
 class _Recovery:
-    states: _States
+    states: States
     stored: torch.dtype
     saved: Path | None
     notify: Notify
@@ -377,24 +201,8 @@ class _Recovery:
         """
         values = self.values | dict(found)
         root: nn.Module = self.skippable.model if block is None else self.skippable.switches[block].block
-        if block is None:
-            rows = partial(self.states.rows_of_norm, norm=projections[0])
-        else:
-            rows = partial(self.states.rows, block=block, projections=projections, values=values)
-        outputs = self.skippable.model.config.get_text_config().hidden_size
-        inputs = sum(projection.inputs for projection in projections)
-        has_gains = projections[0].kind == "gain"
-        has_bias = any(projection.takes_bias for projection in projections)
-
-        def empty() -> Ridge:
-            device = self.skippable.device if block is None else self.skippable.places[block]
-            return Gains(inputs, device) if has_gains else Ridge(inputs + has_bias, outputs, device)
-
-        every = GAINS_SHARE if has_gains else 1
-        train = self.states.sums(rows, [at[::every] for at in self.states.train], empty)
-        validation = self.states.sums(rows, self.states.validation, empty)
-        self.states.require_finite((*train.tensors, *validation.tensors))
-        prefix, new = f"{self.names[root]}." if self.names[root] else "", dict[str, Tensor]()
+        prefix = f"{self.names[root]}." if self.names[root] else ""
+        train, validation = self._sums(block, projections, values)
 
         def value_of(name: str) -> Tensor:
             return values.get(prefix + name, root.get_parameter(name))
@@ -409,12 +217,35 @@ class _Recovery:
             is_main = self.group.is_main
             solved = best_ridge(train, validation, RIDGES) if is_main else (0.0, 0.0, torch.empty_like(train.xy))
             ridge, after = self.group.from_main(lambda: solved[:2])
-            fitted = self.group.broadcast(solved[2].contiguous())
+            fitted, new = self.group.broadcast(solved[2].contiguous()), dict[str, Tensor]()
             for name, change in _changes(projections, fitted, value_of):
                 changed = as_float64(value_of(name)).to(change.device) + change
                 place = root.get_parameter(name).device
                 new[prefix + name] = self.states.held(changed.to(place, self.stored).contiguous())
         return Fit(ridge, new, float(validation.yy), after)
+
+    def _sums(
+        self, block: int | None, projections: Sequence[ResidualProjection], values: Mapping[str, Tensor]
+    ) -> tuple[Ridge, Ridge]:
+        """Return the sums of the regression over the training and over the validation text."""
+        if block is None:
+            samples = partial(self.states.samples_of_norm, norm=projections[0])
+        else:
+            samples = partial(self.states.samples, block=block, projections=projections, values=values)
+        device = self.skippable.device if block is None else self.skippable.places[block]
+        inputs = sum(projection.inputs for projection in projections)
+        outputs = self.skippable.model.config.get_text_config().hidden_size
+        has_gains = projections[0].kind == "gain"
+        has_bias = any(projection.takes_bias for projection in projections)
+
+        def empty() -> Ridge:
+            return Gains(inputs, device) if has_gains else Ridge(inputs + has_bias, outputs, device)
+
+        every = GAINS_SHARE if has_gains else 1
+        train = self.states.sums(samples, [at[::every] for at in self.states.train], empty)
+        validation = self.states.sums(samples, self.states.validation, empty)
+        self.states.require_finite((*train.tensors, *validation.tensors))
+        return train, validation
 
     def _keep_if_better(self, block: int | None, gap: int, projections: Sequence[ResidualProjection], fit: Fit) -> None:
         values = self.values | fit.values
@@ -471,9 +302,14 @@ def fit_block(
     as long as s stays what it is. It does not, and what a fit makes smaller, the norm makes larger again: so the
     gains are fitted after W, which is exact, and then both again with the new s.
     """
+    exact = [projection for projection in projections if projection.exact]
+    near = [projection for projection in projections if not projection.exact]
+    together = [projection for projection in exact if projection.kind != "gain"] + near
+    behind_norms = any(projection.norm for projection in exact)
+    rounds = [together] * bool(near) + [exact] * bool(exact) + [exact] * behind_norms
     values: dict[str, Tensor] = {}
     fits: list[Fit] = []
-    for fitted in fit_rounds(projections):
+    for fitted in rounds:
         found = fit(fitted, values)
         values, after = values | found.values, found.after
         for norm in (projection.norm for projection in fitted if projection.norm):
@@ -483,17 +319,7 @@ def fit_block(
                 values = values | gains.values
         fits.append(Fit(found.ridge, values, fits[0].before if fits else found.before, after))
     # After the first of several rounds, how the rest of the block responds is not yet known.
-    both = len({projection.exact for projection in projections}) > 1
-    return min(fits[both:], key=lambda fit: fit.after)
-
-
-def fit_rounds(projections: Sequence[ResidualProjection]) -> list[list[ResidualProjection]]:
-    """Return which projections of a block are fitted at once, round by round."""
-    exact = [projection for projection in projections if projection.exact]
-    near = [projection for projection in projections if not projection.exact]
-    together = [projection for projection in exact if projection.kind != "gain"] + near
-    behind_norms = any(projection.norm for projection in exact)
-    return [together] * bool(near) + [exact] * bool(exact) + [exact] * behind_norms
+    return min(fits[bool(near and exact) :], key=lambda fit: fit.after)
 
 
 def _changes(
@@ -519,42 +345,39 @@ def _announce(
     skippable: SkippableModel,
     removed: Collection[int],
     train: Tensor,
-    validation: Tensor,
+    validation_tokens: int,
     processes: int,
     fitted_before: int,
 ) -> None:
     """Tell how long the fits take at most: they stop where nothing is gained. All are taken to be like the first."""
-    count, device, both = len(skippable.switches), skippable.device, train.numel() + validation.numel()
+    count, tokens = len(skippable.switches), train.numel() + validation_tokens
     kept = [block for block in range(count) if block not in removed]
     first = max((block for block in kept if block < min(removed)), default=kept[0])
     refitted = [block for block in kept if block >= first][fitted_before:]
-    call = skippable.calls(train[:1, :PIECE_TOKENS].to(device))[first]
-    with skippable.loaded(first):
-        projections = find_residual_projections(skippable, call, call.entering)
-    if not projections or not refitted:
+    if not refitted:
         return
-    rounds = fit_rounds(projections)
-    inputs = [sum(each.inputs for each in fitted) for fitted in rounds if fitted[0].kind != "gain"]
-    gains = sum(each.kind == "gain" or each.norm is not None for fitted in rounds for each in fitted)
-    tokens = len(inputs) * both + gains * (train.numel() / GAINS_SHARE + validation.numel())
     # The dense and the recovered states of each depth, what leaves the dense model, and what each fit runs.
-    through_blocks: float = (count + len(kept)) * both + count * validation.numel()
-    for block in refitted:
-        through_blocks += tokens + sum(other > block for other in kept) * validation.numel()
-    sums = len(refitted) * sum(both * 2 * features**2 for features in inputs)
+    through_blocks = (count + len(kept) + ROUNDS * len(refitted)) * tokens + count * validation_tokens
+    through_blocks += sum(other > block for block in refitted for other in kept) * validation_tokens
+    width = skippable.model.config.get_text_config().hidden_size
+    sums = len(refitted) * ROUNDS * tokens * 2 * _features(skippable.switches[first].block, width) ** 2
     announce(
         notify,
         f"Recovery: up to {plural(len(refitted), 'block')} fitted to {train.numel():,} tokens in "
         f"{dtype_name(skippable.model.dtype)}",
         through_blocks * block_operations(skippable) + sums,
         skippable,
-        train[: max(1, BATCH_TOKENS // train.shape[1])].to(device),
+        train[: max(1, BATCH_TOKENS // train.shape[1])].to(skippable.device),
         at_most=True,
         processes=processes,
     )
 
 
 def fitting_bytes(block: nn.Module, width: int) -> int:
-    """Return about how much memory the fits of a block need besides the model: attention's and the MLP's together."""
-    inputs = sorted(found.inputs for found in possible_projections(block, width) if found.kind != "gain")
-    return ridge_bytes(sum(inputs[-2:]), width)
+    """Return about how much memory the fits of a block need besides the model."""
+    return ridge_bytes(_features(block, width), width)
+
+
+def _features(block: nn.Module, width: int) -> int:
+    """Return how many inputs are fitted at once: attention's and the MLP's together."""
+    return sum(sorted(found.inputs for found in possible_projections(block, width) if found.kind != "gain")[-2:])

@@ -68,7 +68,7 @@ class Recovery:
         budget: when to stop healing; None heals nothing.
         placement: where the dense model is, and in which data type it computes.
         stored: the data type to which values are rounded.
-        in_host_memory: whether hidden states wait there, because the device has too little.
+        on_host: whether hidden states wait in the memory of the CPU, because the device has too little.
         splits: the texts for training, validation and test.
         state: where what is found is kept until the output is written.
         group: the processes that recover together.
@@ -80,7 +80,7 @@ class Recovery:
     budget: HealBudget | None
     placement: Placement
     stored: torch.dtype
-    in_host_memory: bool
+    on_host: bool
     splits: Sequence[CalibrationSettings]
     state: Unfinished
     group: ProcessGroup
@@ -177,13 +177,12 @@ class Recovery:
             self.dense,
             self.removed,
             self.train.sequences,
-            self.validation.sequences,
+            self.validation,
             self.notify,
             stored=self.stored,
-            in_host_memory=self.in_host_memory,
+            on_host=self.on_host,
             group=self.group,
             saved=saved,
-            loss_mask=self.validation.loss_mask,
         )
         if self.group.is_main:
             write_saved(whole, record, {})
