@@ -120,7 +120,7 @@ def _computed(output: Tensor, what: str) -> Tensor:
     if output.is_meta:
         raise UnsupportedModelError(
             f"{what.capitalize()} returns a shape without values: some of its weights stayed on the meta device.",
-            hint="Give it its own device in a JSON file, or leave out --device-map.",
+            hint="Leave out --device-map.",
         )
     return output
 
