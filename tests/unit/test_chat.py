@@ -87,7 +87,6 @@ def test_each_sequence_begins_a_conversation_and_has_an_answer():
     [
         (PLAIN, [LONG], 40, {"answers": True}, "too few for a sequence of 40 with an answer in it"),
         (PLAIN, [], 40, {}, r"chat\.jsonl have 0 tokens, too few for a sequence of 40 tokens"),
-        (PLAIN, [LONG], 4000, {}, r"chat\.jsonl have \d+ tokens, too few for a sequence of 4000 tokens"),
         (PLAIN, [LONG], 40, {"asked": 2}, "text for 1 sequences of 40 tokens, not for 2"),
         ("{{ raise_exception('no user') }}", [CONVERSATION], 40, {}, r"conversation of chat\.jsonl: no user"),
         ("{{ messages | length }}" + PLAIN, [CONVERSATION], 40, {"answers": True}, "so its answers cannot be found"),

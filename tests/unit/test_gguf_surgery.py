@@ -123,12 +123,10 @@ THIRDS = WINDOW | {"attention.sliding_window_pattern": 3}
     ("architecture", "blocks", "values", "removals", "message"),
     [
         # The file lists the kinds, or none changes.
-        ("gemma3", 8, {}, (1,), None),
         ("gemma3", 8, WINDOW | {"attention.sliding_window_pattern": [True] * 8}, (1,), None),
         ("gemma3", 8, THIRDS, (1, 2, 0), None),
         ("qwen3next", 8, {"attention.recurrent_layers": [True, True, True, False] * 2}, (1,), None),
         ("llama4", 8, {"interleave_moe_layer_step": 1}, (1, 2, 3, 4), None),
-        ("acme", 8, {"moe_every_n_layers": 2}, (3, 4), None),
         ("minicpm", 8, {"residual_scale": 0.2}, (1,), None),
         ("qwen3vl", 8, {"n_deepstack_layers": 3}, (3,), None),
         ("granite", 8, FED, (2,), None),
@@ -143,8 +141,6 @@ THIRDS = WINDOW | {"attention.sliding_window_pattern": 3}
         ("acme", 8, {"full_attention_interval": 4}, (7, 0), "one of every 4 blocks is of another kind"),
         ("deepseek2", 27, {}, (1, 2), "and 25 selects another than 27"),
         ("command-r", 64, {}, (1,), "and 63 selects another than 64"),
-        ("minicpm", 8, {}, (1,), "and 7 selects another"),
-        ("gemma3n", 8, {}, (1,), "share the keys and values"),
         ("gemma4", 8, {"attention.shared_kv_layers": 2}, (1,), "gemma4.attention.shared_kv_layers"),
         ("rwkv7", 8, {}, (0,), "the values of its block 0"),
         ("qwen3vl", 8, {"n_deepstack_layers": 3}, (2,), "additional inputs enter block 2"),

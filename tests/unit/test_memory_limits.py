@@ -16,7 +16,6 @@ JOB = {"slurm/job/step": ("max", "max", 700), "slurm/job": (2000, "max", 1900), 
     ("cgroup", "groups", "left"),
     [
         pytest.param("", {}, UNLIMITED, id="no groups"),
-        pytest.param("0::/job\n", {}, UNLIMITED, id="no files"),
         pytest.param("0::/job\n", {"job": ("max", "max", 700)}, UNLIMITED, id="no limit"),
         pytest.param("0::/\n", {"": (1000, "max", 700)}, 500, id="a container, whose page cache gives way"),
         pytest.param("0::/slurm/job/step\n", JOB, 300, id="the least of all groups above"),

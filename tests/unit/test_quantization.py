@@ -27,7 +27,6 @@ def surgery(tmp_path_factory):
         # names, as tensors are called
         ("lm_head", "lm_head"),
         ("self_attn.q_proj", "self_attn.q_proj"),
-        ("model.layers.2.mlp.gate_proj", "model.layers.2.mlp.gate_proj"),
         ("model.layers.3.mlp.gate_proj", None),
         ("model.layers.4", "model.layers.3"),
         ("language_model.model.layers.13.mlp", "language_model.model.layers.10.mlp"),
@@ -39,11 +38,8 @@ def surgery(tmp_path_factory):
         (r"re:model\.layers\.12\.mlp\..*", None),
         (r"re:^model[.]layers[.]13[.]mlp", r"re:^model[.]layers[.]10[.]mlp"),
         (r"re:.*layers\.(1[0-9])\..*", r"re:.*layers\.(?:8|9|10|11|12|13|14|15|16)\..*"),
-        (r"re:.*layers\.(?:3|7)\..*", None),
         (r"re:.*layers\.[0-9]+\.mlp.*", r"re:.*layers\.[0-9]+\.mlp.*"),
-        (r"re:.*layers\..*\.mlp.*", r"re:.*layers\..*\.mlp.*"),
         (r"re:.*layers\..*3\.mlp.*", r"re:.*layers\.(?:10|20)\.mlp.*"),
-        (r"re:.*\.layers\.(3|4|5)\..*", r"re:.*\.layers\.(?:3|4)\..*"),
         (r"re:(model\.layers\.3|model\.layers\.4)\.mlp.*", r"re:(model\.layers\.(?!)|model\.layers\.3)\.mlp.*"),
         (r"re:lm_head|model\.layers\.3\..*", r"re:lm_head|model\.layers\.(?!)\..*"),
         (r"re:.*vision.*layers\.13\..*", r"re:.*vision.*layers\.13\..*"),
@@ -51,12 +47,10 @@ def surgery(tmp_path_factory):
         # GPTQ
         (r"-:.*\.18\..*gate.*", r"-:.*\.15\..*gate.*"),
         (r"+:.*\.12\..*gate.*", None),
-        (r".*\.13\..*gate.*", r".*\.10\..*gate.*"),
         # globs
         ("*.lm_head", "*.lm_head"),
         ("model.layers.0*", "model.layers.0*"),
         ("model.layers.4.self_attn*", "model.layers.3.self_attn*"),
-        ("*.layers.12.mlp*", None),
         ("*layers.*.mlp", "*layers.*.mlp"),
     ],
 )

@@ -34,11 +34,9 @@ def test_tensors_are_dropped_and_renumbered(removals, before, after):
     ("stems", "path", "prefix"),
     [
         (["model.layers"], "model.layers", "model.layers."),
-        (["layers"], "model.layers", "layers."),
         (["decoder.layers"], "model.decoder.layers", "decoder.layers."),
         (["transformer.h"], "model.layers", "transformer.h."),
         (["vision.layers", "language_model.layers"], "model.language_model.layers", "language_model.layers."),
-        (["visual.blocks", "model.layers"], "model.language_model.layers", "model.layers."),
         (["model.layers.0.mlp.experts", "backbone.layers"], "model.layers", "backbone.layers."),
         (["something.else"], "model.layers", "something.else."),
     ],

@@ -136,7 +136,8 @@ def read_named_plan(path: Path, request: OneSizeRequest | SizesRequest) -> Plan:
         raise UsageError(
             f"--blocks applies to a model, but {path} is a plan with its own blocks.", hint="Leave out --blocks."
         )
-    return first_of_plan(read_plan(path), request.most_removals, path)
+    plan = read_plan(path)
+    return plan.first(len(first_removals(plan.removals, request.most_removals, str(path))))
 
 
 def first_removals(removals: tuple[int, ...], count: int | None, where: str) -> tuple[int, ...]:
@@ -152,8 +153,3 @@ def first_removals(removals: tuple[int, ...], count: int | None, where: str) -> 
             f"Cannot remove {count} blocks: {where} names {len(removals)}.", hint=f"Use --remove 1 to {len(removals)}."
         )
     return removals[:count]
-
-
-def first_of_plan(plan: Plan, count: int | None, path: Path) -> Plan:
-    """Return the plan for `count` removals; all of it by default. Raises like `first_removals`."""
-    return plan.first(len(first_removals(plan.removals, count, str(path))))
