@@ -66,7 +66,7 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
     if request.compare:
         raise UsageError("`search` does not compare.", hint="Call `compare` with this request.")
     with join_processes() as group:
-        settings = open_search(request, _registry(notify), notify, group)
+        settings = open_search(request, load_registry(notify), notify, group)
         plan = find_removals(settings, group, notify)
         _stop_unless_main_process()
     _save(plan, request.plan_file)
@@ -87,7 +87,7 @@ def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
     from sleb_cli.engine.search.compare import compare_removals, delete_journals
 
     with join_processes() as group:
-        searches = open_comparison(request, _registry(notify), notify, group)
+        searches = open_comparison(request, load_registry(notify), notify, group)
         result, plan = compare_removals(searches, group, notify)
         _stop_unless_main_process()
     _save(plan, request.plan_file)
@@ -112,7 +112,7 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
     if not (request.recover or request.heal):
         _stop_unless_main_process()
     with join_processes() as group:
-        registry = _registry(notify)
+        registry = load_registry(notify)
         subject, output, recovery = resolve_apply(request, registry, notify, group)
         if isinstance(subject, GgufSurgery):
             return prune_gguf(subject, output, registry, notify)
@@ -144,7 +144,7 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
     from sleb_cli.results import EvalResult
 
     with join_processes() as group:
-        asked = resolve_evaluation(request, _registry(notify), notify, group)
+        asked = resolve_evaluation(request, load_registry(notify), notify, group)
         place = _kept_place(asked.models.subject, "eval")
         unfinished = sibling(request.output, ".unfinished.json") if request.output and not place else None
         file = place or unfinished
@@ -178,7 +178,7 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     from sleb_cli.engine.speed.benchmark import benchmark
 
     _stop_unless_main_process()
-    registry = _registry(notify)
+    registry = load_registry(notify)
     wanted = resolve_bench(request, registry, notify)
     subject, engine, own = wanted.subject, wanted.engine, wanted.engine_source
     with (
@@ -205,7 +205,7 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult | Gg
     from sleb_cli.engine.output.export import export_text
 
     _stop_unless_main_process()
-    registry = _registry(notify)
+    registry = load_registry(notify)
     if request.to == GGUF:
         return prune_gguf(*resolve_gguf_export(request, registry, notify), registry, notify)
     asked = resolve_export(request, registry, notify)
@@ -248,7 +248,7 @@ def _stop_unless_main_process() -> None:
         raise WorkerFinished
 
 
-def _registry(notify: Notify) -> Registry:
+def load_registry(notify: Notify) -> Registry:
     """Load the plugins: name other packages before their code runs, and warn about each that fails."""
     if others := named_before_loading():
         notify(Notice(others))

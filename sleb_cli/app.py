@@ -10,10 +10,9 @@ import typer
 from sleb_cli import api
 from sleb_cli.commands.options import How, JsonOption, options_from
 from sleb_cli.events import Notice
-from sleb_cli.plugin_manager import load_plugins, named_before_loading
 from sleb_cli.requests import ApplyRequest, BenchRequest, EvalRequest, ExportRequest, SearchRequest
 from sleb_cli.ui import results
-from sleb_cli.ui.console import print_json, print_note
+from sleb_cli.ui.console import print_json
 from sleb_cli.ui.plugins import show_plugins
 from sleb_cli.ui.progress import show_progress
 from sleb_cli.ui.search import show_comparison, show_plan
@@ -129,6 +128,6 @@ def export(request: ExportRequest, how: How) -> None:
 @app.command()
 def plugins(json: JsonOption = False) -> None:
     """List the installed families, metrics, export formats and engines, and what failed to load."""
-    if others := named_before_loading():
-        print_note(others)
-    show_plugins(load_plugins(), as_json=json)
+    with show_progress() as notify:
+        registry = api.load_registry(notify)
+    show_plugins(registry, as_json=json)

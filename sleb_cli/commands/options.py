@@ -71,23 +71,20 @@ class _Option:
     @property
     def parameter(self) -> inspect.Parameter:
         """The parameter that Typer reads: a list is text with commas, or a repeated option."""
-        kind: Any = str if self.choices or self.item else self.kind
-        kind = list[str] if self.doc.repeated else kind
-        default = None if self.item else self.field.default
-        return inspect.Parameter(
-            self.field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if default is MISSING else default,
-            annotation=Annotated[kind | None if default is None else kind, self._typer_info()],
+        kind: Any = list[str] if self.doc.repeated else str if self.choices or self.item else self.kind
+        default = (
+            inspect.Parameter.empty if self.field.default is MISSING else None if self.item else self.field.default
         )
+        return _keyword(self.field.name, Annotated[kind | None if default is None else kind, self._info()], default)
 
-    def _typer_info(self) -> Any:
+    def _info(self) -> Any:
         if self.doc.argument:
             return typer.Argument(metavar=self.doc.metavar, help=self.doc.help, show_default=False)
         shown = self.field.default if self.doc.default is None else self.doc.default
         has_default = not any(shown is each for each in (MISSING, None, False, ()))
+        negative = f"/--no-{self.field.name}" if self.kind is bool and self.field.default is None else ""
         return typer.Option(
-            f"{self.flag}/--no-{self.field.name}" if self.kind is bool and self.field.default is None else self.flag,
+            self.flag + negative,
             *(["-o"] if self.field.name == "output" else []),
             help=self.doc.help + (f" (default: {shown})" if has_default else ""),
             metavar=self.doc.metavar or "|".join(self.choices) or None,

@@ -153,8 +153,3 @@ def print_error(error: SlebError) -> None:
 def print_warning(text: str, console: Console | None = None) -> None:
     """Print something the user should know though the command continues, on stderr or a console that draws there."""
     print_prose(console or stderr(), f"[bold yellow]warning:[/] {escape(text)}")
-
-
-def print_note(text: str) -> None:
-    """Print a plain sentence on stderr."""
-    stderr().print(escape(text), soft_wrap=True)

@@ -20,8 +20,6 @@ def show_plugins(registry: Registry, *, as_json: bool) -> None:
     rows = [[row["kind"], _usage(row), row["what"], row["package"], row["version"]] for row in _offers(registry)]
     columns: Columns = [(name, str) for name in ("kind", "name", "what", "package", "version")]
     show_table(tabulate("", columns, rows), title=False)
-    for failure in registry.failures:
-        print_warning(f"The plugin {failure.plugin} failed to load: {failure.reason}.")
     for collision in registry.collisions:
         print_warning(collision)
 

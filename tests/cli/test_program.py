@@ -86,13 +86,13 @@ def test_each_class_of_error_has_an_exit_code_of_its_own():
 
 
 def test_a_bug_keeps_its_traceback_and_ctrl_c_has_none(run_sleb, monkeypatch):
-    monkeypatch.setattr("sleb_cli.app.load_plugins", lambda: 1 / 0)
+    monkeypatch.setattr("sleb_cli.api.load_plugins", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         program.main(["plugins"])
 
     def interrupt():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sleb_cli.app.load_plugins", interrupt)
+    monkeypatch.setattr("sleb_cli.api.load_plugins", interrupt)
     result = run_sleb("plugins")
     assert (result.exit_code, "Interrupted" in result.stderr) == (130, True)
