@@ -181,8 +181,8 @@ def calibrated(options: argparse.Namespace, text: str, dtype: str) -> tuple[Any,
     return model, architecture.blocks_of(model), calibration
 
 
-def architecture_of(model: object, *, config_only: bool = False) -> Architecture:
-    return read_architecture(locate_model(str(model), ignore, config_only=config_only), load_plugins(), ignore)
+def architecture_of(model: object) -> Architecture:
+    return read_architecture(locate_model(str(model), ignore), load_plugins(), ignore)
 
 
 def run_sleb(*command: Any) -> None:

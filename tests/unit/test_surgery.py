@@ -4,6 +4,8 @@ import json
 from unittest.mock import Mock
 
 import pytest
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.block_names import BlockNames, BlockNumbering, find_block_numbering
@@ -92,7 +94,9 @@ NESTED = {
 )
 def test_a_model_that_sees_is_pruned_wherever_its_config_has_the_text(tmp_path, model_type, config, removed, obstacle):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "architectures": ["X"]} | config))
-    source = locate_model(str(tmp_path), ignore, config_only=True)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(tmp_path))
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors")
+    source = locate_model(str(tmp_path), ignore)
     surgery = Surgery(read_architecture(source, load_plugins(), ignore), (removed,))
     found = surgery.obstacle()
     assert found is None if obstacle is None else found.startswith(obstacle)
