@@ -27,7 +27,6 @@ from sleb_cli.engine.search.race import Race, rounds
 from sleb_cli.engine.search.shares import at_once, deal_jobs
 from sleb_cli.events import SCORING_TASK, Advance, Notice, Notify, no_progress, task
 from sleb_cli.plan import Engine
-from sleb_cli.units import plural
 from sleb_plugins import HiddenStateMetric, LogitMetric, Metric, ModelMetric, PluginError, WeightMetric
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
@@ -211,7 +210,8 @@ class Scoring:
             for batch in batches:
                 expected, seen = race.evaluations, range(batch + 1)
                 race.drop_beaten({block: self.journal.scores(removed, block, seen) for block in race.contenders})
-                advance(expected - race.evaluations, f"{plural(len(race.contenders), 'candidate')} still racing")
+                leader = self._leader(removed, race.contenders)
+                advance(expected - race.evaluations, f"{leader}, {len(race.contenders)} still racing")
         self._raced[removed] = {block: race.scored(block) for block in candidates}
         return race.outcome(self._means(removed, race.contenders))
 
@@ -251,7 +251,7 @@ class Scoring:
             best = ranking(self._means(removed, candidates) or self._means(removed[:-1], candidates))
             for batch, block, scores in passes.score(metric, removed, mine, best, advance):
                 yield (removed, block if candidates else None, first + batch), scores
-                if candidates and block == candidates[-1] and len(mine) > 1:
+                if candidates and block == candidates[-1]:
                     advance(0, self._leader(removed, candidates))
 
         blocks: Sequence[int | None] = candidates or [None]
