@@ -1,9 +1,6 @@
 """The data type that each command computes in, on processors that compute in few."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -152,27 +149,3 @@ def test_what_the_proof_saves_again_is_as_large_as_what_was_written(run, model, 
     processor()
     run("apply", model("bfloat16"), "--blocks", 2, "-o", "out")
     assert sizes == [sum(tensor.nbytes for tensor in weights_of(Path("out")).values())]
-
-
-@pytest.mark.slow
-def test_with_avx2_kernels_it_finds_the_same(run, smollm2, text_file):
-    few = calibration(text_file, samples=10)
-    commands = [
-        ["search", smollm2, "--remove", 2, *few, "-o", "{}.json"],
-        ["eval", "{}.json", *evaluation(text_file)],
-        ["apply", "{}.json", "--recover", *few, "-o", "{}"],
-    ]
-    avx2 = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    found = {}
-    for name in ("here", "avx2"):
-        for command in commands:
-            words = [str(word).format(name) for word in (*command, "--dtype", "float32")]
-            if name == "here":
-                run(*words)
-            else:
-                subprocess.run([sys.executable, "-m", "sleb_cli", *words], env=avx2, check=True)
-        plan, result = json.loads(Path(f"{name}.json").read_text()), json.loads(Path(f"{name}.eval.json").read_text())
-        recovered = read_plan(Path(name) / "sleb_plan.json").recovery.recovered.loss
-        found[name] = (plan["removals"], [plan["dense"]["loss"], result["texts"][0]["dense"]["perplexity"], recovered])
-    assert found["avx2"][0] == found["here"][0]
-    assert found["avx2"][1] == pytest.approx(found["here"][1], rel=1e-4)

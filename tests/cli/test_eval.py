@@ -287,40 +287,6 @@ def test_an_applied_checkpoint_keeps_its_own_results(run_sleb, evaluate, llama_p
     assert not file.exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "code", "message"),
-    [
-        (("--tasks", "canarys"), 5, "Did you mean 'canaries'?"),
-        (("--tasks", "piqa", "--include-path", "nowhere"), 5, "no folder nowhere"),
-        (("--perplexity", "nowhere.txt"), 5, "no file nowhere.txt"),
-        (("--perplexity", "t.txt", "--sequence-length", 999), 2, "128 positions"),
-        (("--perplexity", "t.txt", "--batch-size", "many"), 2, "--batch-size many"),
-        (("--perplexity", "t.txt", "--every", 2), 2, "--every 2 needs a plan or --blocks"),
-        (("--perplexity", "t.txt", "--blocks", "1,2,3", "--every", 2, "--remove", 1), 2, "cannot be combined"),
-        (("--perplexity", "t.txt", "--blocks", "1,2,3", "--remove", "2,4"), 2, "--remove 1 to 3"),
-        (("--perplexity", "short.txt"), 5, "less than one sequence of 128"),
-        (("--perplexity", "wikitext2"), 5, "Salesforce/wikitext"),
-        (("--perplexity", "org/none"), 5, "The data set org/none:train:text cannot be loaded"),
-        (("--perplexity", "self"), 5, "self is text to calibrate on"),
-        (("--tasks", "sleb_sums", "--num-fewshot", 9), 2, "sleb_sums has 8 examples, not 9"),
-        (("--tasks", "bad", "--include-path", "."), 5, "lm-eval cannot load bad"),
-        (("--remove", "1"), 2, "No blocks given"),
-        (("--tasks", "canaries", "--stream"), 2, "--tasks needs the whole model in memory"),
-    ],
-)
-def test_what_cannot_be_is_refused(run_sleb, tiny_llama, tmp_path, monkeypatch, options, code, message):
-    # To say that it has no such task, lm-eval reads all of them, which takes ten seconds.
-    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(Path(lm_eval.__file__).parent / "tasks/piqa/none"))
-    (tmp_path / "t.txt").write_text(prose(60))
-    (tmp_path / "short.txt").write_text("short")
-    (tmp_path / "bad.yaml").write_text("task: bad\n")
-    result = run_sleb("eval", tiny_llama, *options)
-    assert result.exit_code == code, result.stderr
-    assert message in result.stderr
-    assert "Loading" not in result.stderr
-    assert result.stdout == ""
-
-
 def test_out_of_memory_batches_are_smaller(evaluate, tiny_llama, own_task, text_file, monkeypatch):
     options = [tiny_llama, *own_task, "--batch-size", 4, "--perplexity", text_file, *SHORT]
     options += ["--max-windows", 8]

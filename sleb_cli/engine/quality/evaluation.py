@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -118,11 +118,8 @@ def _known_text(known: EvalResult, windows: EvaluationWindows) -> tuple[TextResu
 def _known_task(known: EvalResult, fingerprints: dict[str, str], show_flips: int) -> tuple[TaskResult, ...]:
     """Return what is known of a task or group, if it is complete."""
     found = [task for task in known.tasks if task.fingerprint and task.fingerprint == fingerprints.get(task.task)]
-    has_flips = all(
-        len(size.flips) >= min(show_flips, (size.lost or 0) + (size.gained or 0))
-        for task in found
-        for size in task.pruned
-    )
+    sizes = [size for task in found for size in task.pruned]
+    has_flips = all(len(size.flips) >= min(show_flips, (size.lost or 0) + (size.gained or 0)) for size in sizes)
     return tuple(found) if has_flips and {task.task for task in found} == {*fingerprints} else ()
 
 
@@ -134,15 +131,12 @@ def _missing_sizes(known: Sequence[R], sizes: Sequence[Removals]) -> tuple[Remov
     return tuple(size for size in sizes if frozenset(size) not in there) or None
 
 
-def _of_sizes(results: Sequence[R], sizes: Sequence[Removals]) -> list[R]:
-    """Return the results of these sizes alone."""
+def _of_sizes(results: Sequence[R], sizes: Sequence[Removals]) -> Iterator[R]:
+    """Yield the results of these sizes alone."""
     wanted = set(map(frozenset, sizes))
-    return [
-        result.model_copy(
-            update={"pruned": tuple(size for size in result.pruned if frozenset(size.removals) in wanted)}
-        )
-        for result in results
-    ]
+    for result in results:
+        pruned = tuple(size for size in result.pruned if frozenset(size.removals) in wanted)
+        yield result.model_copy(update={"pruned": pruned})
 
 
 def _run_task(
@@ -157,6 +151,6 @@ def _run_task(
         with as_transformers_loads([model]):
             return task.run(model, asked.tokenizer, what, models.notify, models.group)
 
-    dense, *pruned = map(run, ((), *sizes))
-    compared = compare_task(dense, list(zip(sizes, pruned, strict=True)), asked.show_flips)
+    found = {removals: run(removals) for removals in models.loaded_first([(), *sizes])}
+    compared = compare_task(found[()], [(removals, found[removals]) for removals in sizes], asked.show_flips)
     return tuple(result.model_copy(update={"fingerprint": fingerprints.get(result.task)}) for result in compared)

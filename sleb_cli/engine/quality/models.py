@@ -41,6 +41,10 @@ class Models:
             self._loaded[removals] = self._load(removals)
         return self._loaded[removals]
 
+    def loaded_first(self, sizes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Return these sizes in an order that loads as few models as possible."""
+        return sorted(sizes, key=lambda removals: removals not in self._loaded)
+
     def _load(self, removals: tuple[int, ...]) -> SkippableModel:
         if not removals:
             return open_dense(self.architecture, self.placement, self.notify)
