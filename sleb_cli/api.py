@@ -226,16 +226,12 @@ def _kept_place(subject: Subject, kind: Literal["eval", "bench"]) -> Path | None
 
 
 def _keep(result: R, place: Path, notify: Notify) -> None:
-    """Keep a result for reports, and in a checkpoint also for its model card."""
-    from sleb_cli.engine.output.card import update_card
+    """Keep a result for reports."""
     from sleb_cli.engine.output.measured import without_local_folders
     from sleb_cli.kept_results import is_in_checkpoint, keep_result
 
-    in_checkpoint = is_in_checkpoint(place)
     # A checkpoint may be published, so it holds no local folders.
-    keep_result(without_local_folders(result) if in_checkpoint else result, place, notify)
-    if in_checkpoint:
-        update_card(place.parent, notify)
+    keep_result(without_local_folders(result) if is_in_checkpoint(place) else result, place, notify)
 
 
 def _stop_unless_main_process() -> None:

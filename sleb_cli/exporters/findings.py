@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 from sleb_cli.atomic import to_json
+from sleb_cli.engine.output.measured import S, of_size
 from sleb_cli.plan import Plan
 from sleb_cli.results import (
     BenchResult,
@@ -43,19 +43,6 @@ _OURS = "sleb_"
 _PRESETS = ("wikitext2", "c4")
 
 
-class _OfASize(Protocol):
-    @property
-    def removals(self) -> Removals: ...
-
-
-_S = TypeVar("_S", bound=_OfASize)
-
-
-def of_size(entries: Iterable[_S], removals: Removals) -> _S | None:
-    """Return the entry for these removals, in whatever order it names them; None if there is none."""
-    return next((entry for entry in entries if set(entry.removals) == set(removals)), None)
-
-
 @dataclass(frozen=True)
 class Findings:
     """A plan and what was measured of its sizes.
@@ -80,7 +67,7 @@ class Findings:
         name = self.file.name
         return shlex.quote(f"./{name}" if name.startswith("-") else name)
 
-    def own(self, entries: Iterable[_S]) -> _S | None:
+    def own(self, entries: Iterable[S]) -> S | None:
         """Return the entry for the plan's removals, if there is one."""
         return of_size(entries, self.plan.removals)
 

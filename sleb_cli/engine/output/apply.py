@@ -20,7 +20,7 @@ from sleb_cli.engine.files.copying import copy_file, leads_out, reading
 from sleb_cli.engine.files.shards import NewTensor, new_tensor, plan_shards, write_weights
 from sleb_cli.engine.files.weights import read_json
 from sleb_cli.engine.model.source import ModelSource
-from sleb_cli.engine.output.card import CARD, fill_in_results, model_card
+from sleb_cli.engine.output.card import CARD, model_card
 from sleb_cli.engine.output.measured import measured_of_plan
 from sleb_cli.engine.output.proof import Planned, ProofPlacement, place_proof, prove
 from sleb_cli.engine.surgery.quantization import QUANTIZATION_FILES, prune_module_names
@@ -217,14 +217,14 @@ def _describe(
 ) -> None:
     """Add the model card, the plan, and what was measured of it, without local folders."""
     plan, path = subject.plan, folder / CHECKPOINT_PLAN
-    (folder / CARD).write_text(model_card(subject, recovery, proof), encoding="utf-8")
+    measured = _measured(subject, notify, recovery is not None)
+    card = model_card(subject, recovery, proof, measured.get("eval"), measured.get("bench"))
+    (folder / CARD).write_text(card, encoding="utf-8")
     if plan:
         described = plan.model_copy(update={"recovery": recovery, "proof": proof})
         path.write_text(to_json(described.published().to_data()), encoding="utf-8")
-        if measured := _measured(subject, notify, recovery is not None):
-            for kind, result in measured.items():
-                result.write(beside_plan(path, kind))
-            fill_in_results(folder, notify)
+        for kind, result in measured.items():
+            result.write(beside_plan(path, kind))
 
 
 def kept_tensors(

@@ -2,94 +2,184 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult as HubResult
+from huggingface_hub import ModelCardData
 
-from sleb_cli.atomic import write_text
-from sleb_cli.engine.output.card_metadata import front_matter, with_results
-from sleb_cli.engine.output.card_results import card_table, hub_results, measured_in, results_section
+from sleb_cli.engine.files.copying import leads_out
+from sleb_cli.engine.output.measured import of_size
 from sleb_cli.engine.surgery.subject import Subject
-from sleb_cli.events import Notify, Warned, ignore
-from sleb_cli.plan import CHECKPOINT_PLAN, Plan, RecoveryRecord, checkpoint_name, read_plan
-from sleb_cli.records import Proof, without_folders
+from sleb_cli.plan import CHECKPOINT_PLAN, Plan, RecoveryRecord, checkpoint_name, public_name
+from sleb_cli.records import Proof
+from sleb_cli.results import BenchResult, EvalResult
 from sleb_cli.tables import search
 from sleb_cli.tables.proof import checked
-from sleb_cli.tables.table import in_markdown
+from sleb_cli.tables.quality import perplexity_change, task_name, text_names
+from sleb_cli.tables.speed import workload_name
+from sleb_cli.tables.table import Table, in_markdown, to_markdown
+from sleb_cli.units import format_change, format_perplexity
 from sleb_cli.version import __version__
-from sleb_plugins import SlebError
 
 CARD = "README.md"
-# What is between these lines is written anew whenever something is measured; what people write around them stays.
-BEGIN = "<!-- results, kept up to date by sleb: begin -->"
-END = "<!-- results, kept up to date by sleb: end -->"
+
+_FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?\n)---\s*$", re.MULTILINE | re.DOTALL)
+_TAGS = ("sleb", "pruned")
+# What the Hub refuses in the name of a data set.
+_NO_NAME = re.compile(r"[^\w.-]+")
+
+Removals = tuple[int, ...]
 
 
-def update_card(folder: Path, notify: Notify = ignore) -> None:
-    """Update the results in a checkpoint's card, unless its author removed their place.
+def model_card(
+    subject: Subject,
+    recovery: RecoveryRecord | None,
+    proof: Proof | None,
+    evaluation: EvalResult | None,
+    benchmark: BenchResult | None,
+) -> str:
+    """Return the README: the base model, the removed blocks, how they were found, what was measured, and the proof.
 
-    A card that cannot be updated is a warning: the results are kept anyway.
+    It may be published, so it names no local folder.
     """
-    try:
-        fill_in_results(folder, notify)
-    except FileNotFoundError:
-        return
-    except (SlebError, OSError, ValueError, yaml.YAMLError) as error:
-        reason = error.message if isinstance(error, SlebError) else str(error).partition("\n")[0]
-        notify(Warned(f"Cannot update {folder / CARD}: {reason.rstrip('.')}."))
-
-
-def fill_in_results(folder: Path, notify: Notify) -> None:
-    """Write the results that a checkpoint holds into its card, between the two lines for them, if they are there.
-
-    Raises:
-        SlebError, OSError, ValueError, yaml.YAMLError: the card or the plan cannot be read, or the card not written.
-    """
-    path = folder / CARD
-    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if begin and end:
-        plan = read_plan(folder / CHECKPOINT_PLAN)
-        measured = measured_in(folder, plan, notify)
-        name = checkpoint_name(without_folders(plan.model.id), plan.model.blocks - len(plan.removals))
-        results = "\n".join([BEGIN, *results_section(measured), END])
-        write_text(path, with_results(f"{before}{results}{after}", name, hub_results(measured)))
-
-
-def model_card(subject: Subject, recovery: RecoveryRecord | None, proof: Proof | None) -> str:
-    """Return the README without results: the base model, the removed blocks, how they were found, and the proof."""
     source, removals = subject.architecture.source, subject.surgery.removals
+    blocks = subject.architecture.block_count
+    name = f"`{source.id}` at revision `{source.revision}`" if source.revision else in_markdown(source.name)
+    how = "no training" if recovery is None else "the others given new weights"
     lines = [
-        front_matter(source),
-        f"# {in_markdown(source.name)} without {len(removals)} of its {subject.architecture.block_count} blocks",
+        _front_matter(subject, evaluation),
+        f"# {in_markdown(source.name)} without {len(removals)} of its {blocks} blocks",
         "",
-        # The card may be published, so it does not show the path of a local folder.
-        "- Base model: "
-        + (f"`{source.id}` at revision `{source.revision}`" if source.revision else in_markdown(source.name)),
+        f"- Base model: {name}",
         f"- Blocks removed, in order, numbered from 0 in the base model: {', '.join(map(str, removals))}",
-        f"- Made by sleb {__version__} (SLEB, arXiv:2402.09025): whole transformer blocks removed, "
-        + ("no training" if recovery is None else "the others given new weights"),
-        *_search(subject),
+        f"- Made by sleb {__version__} (SLEB, arXiv:2402.09025): whole transformer blocks removed, {how}",
+        *_search(subject.plan),
+        *_results(subject, recovery, evaluation, benchmark),
         *_sample_generation(subject.plan),
         *_recovery(recovery),
         *_proof(proof),
-        "",
-        BEGIN,
-        END,
         "",
     ]
     return "\n".join(lines)
 
 
-def _search(subject: Subject) -> list[str]:
-    if subject.plan is None:
+def _front_matter(subject: Subject, evaluation: EvalResult | None) -> str:
+    """Return what the Hub reads; licence, languages and tags are those of the base model's own card."""
+    source, removals = subject.architecture.source, subject.surgery.removals
+    base = _of_base(source.folder)
+    results = [result for _, result in _evaluated(evaluation, removals)]
+    data = ModelCardData(
+        base_model=source.id if source.revision else None,
+        # The Hub knows adapter, merge, quantized and finetune: only the last is of the base model's own kind, changed.
+        base_model_relation="finetune" if source.revision else None,
+        library_name="transformers",
+        pipeline_tag=_word(base.get("pipeline_tag")) or "text-generation",
+        license=_words(base.get("license")) or None,
+        # A licence that the Hub does not know is "other", and these say which.
+        license_name=_word(base.get("license_name")),
+        license_link=_word(base.get("license_link")),
+        language=_words(base.get("language")) or None,
+        # Some programs write what they know of a base model as tags, which is not true of this one.
+        tags=[*_TAGS, *(tag for tag in _listed(base.get("tags")) if not tag.startswith("base_model:"))],
+        eval_results=results or None,
+        model_name=checkpoint_name(source.name, len(subject.surgery.kept.blocks)) if results else None,
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _of_base(folder: Path) -> dict[str, Any]:
+    """Return the front matter of the base model's card, or nothing if it has none that can be read."""
+    path = folder / CARD
+    if not path.is_file() or leads_out(path, folder):
+        return {}
+    try:
+        found = _FRONT_MATTER.search(path.read_text(encoding="utf-8"))
+        data = yaml.safe_load(found[1]) if found else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _word(value: Any) -> str | None:
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def _listed(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    # Norwegian is `no`, which YAML takes for false.
+    return [word for word in ("no" if each is False else _word(each) for each in values) if word]
+
+
+def _words(value: Any) -> Any:
+    """Return one word as it is, or several as a list."""
+    words = _listed(value)
+    return words if isinstance(value, list) else next(iter(words), None)
+
+
+def _search(plan: Plan | None) -> list[str]:
+    if plan is None:
         return ["- The blocks were chosen by hand."]
-    plan = subject.plan.published()
-    return [
-        f"- Found by {plan.search.strategy} search: metric {in_markdown(plan.search.metric)} (`{CHECKPOINT_PLAN}` has "
-        "every score)",
-        *card_table(search.steps(plan)),
-    ]
+    search = plan.published().search
+    metric = in_markdown(search.metric)
+    return [f"- Found by {search.strategy} search: metric {metric} (`{CHECKPOINT_PLAN}` has every score)"]
+
+
+def _results(
+    subject: Subject, recovery: RecoveryRecord | None, evaluation: EvalResult | None, benchmark: BenchResult | None
+) -> list[str]:
+    """Return the one table of what was measured of both models."""
+    removals, plan = subject.surgery.removals, subject.plan
+    rows, notes = list[list[str]](), dict[str, None]()
+    if plan and recovery is None:
+        dense, own = plan.dense.perplexity, plan.steps[-1].perplexity
+        text = f"perplexity, {plan.published().calibration.source} (searched on)"
+        rows.append([text, format_perplexity(dense), format_perplexity(own), format_change(own / dense - 1)])
+    rows += [row for row, _ in _evaluated(evaluation, removals)]
+    for result in benchmark.workloads if benchmark else ():
+        if timing := of_size(result.pruned, removals):
+            speeds = [f"{each.tokens_per_second:,.1f}" for each in (result.dense, timing)]
+            rows.append([f"{workload_name(result)}, tokens a second", *speeds, f"{timing.speedup:.2f}x"])
+    for made in (evaluation, benchmark):
+        if made:
+            notes[f"Measured with sleb {made.sleb_version} in {made.dtype} on {made.device} ({made.processor})."] = None
+    return _table(Table("Results", ["measured", "base model", "this model", "change"], rows, list(notes)))
+
+
+def _evaluated(evaluation: EvalResult | None, removals: Removals) -> Iterator[tuple[list[str], HubResult]]:
+    """Yield a row for each text and task, and the same for the Hub."""
+    if evaluation is None:
+        return
+    for name, text in zip(text_names(evaluation.texts), evaluation.texts, strict=True):
+        if own := of_size(text.pruned, removals):
+            perplexities = [format_perplexity(each.perplexity) for each in (text.dense, own)]
+            row = [f"perplexity, {name}", *perplexities, format_change(perplexity_change(own)[0])]
+            yield row, _hub_result(public_name(text.text), "perplexity", own.perplexity)
+    for task in evaluation.tasks:
+        if scores := of_size(task.pruned, removals):
+            values = f"{task.dense.value:.4f}", f"{scores.value:.4f}", f"{scores.difference:+.4f}"
+            yield [task_name(task), *values], _hub_result(task.task, task.metric, scores.value)
+
+
+def _hub_result(dataset: str, metric: str, value: float) -> HubResult:
+    return HubResult(
+        task_type="text-generation",
+        dataset_type=_NO_NAME.sub("-", dataset),
+        dataset_name=dataset,
+        metric_type=metric,
+        metric_value=round(value, 4),
+    )
+
+
+def _table(table: Table) -> list[str]:
+    """Return the lines of a table under its title, with its notes; nothing without rows."""
+    if not table.rows:
+        return []
+    notes = [line for note in table.notes for line in ("", in_markdown(note))]
+    return ["", f"**{table.title}**", "", *to_markdown(table), *notes]
 
 
 def _sample_generation(plan: Plan | None) -> list[str]:
@@ -116,12 +206,9 @@ def _recovery(recovery: RecoveryRecord | None) -> list[str]:
     if recovery is None:
         return []
     published = recovery.published()
-    return [
-        "",
-        f"The remaining blocks were given new weights on {in_markdown(str(published.train_text))}, to bring the model "
-        "closer to the base model.",
-        *card_table(search.recovery(published)),
-    ]
+    text = in_markdown(str(published.train_text))
+    about = f"The remaining blocks were given new weights on {text}, to bring the model closer to the base model."
+    return ["", about, *_table(search.recovery(published))]
 
 
 def _proof(proof: Proof | None) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from sleb_cli.events import Notify, Warned
 from sleb_cli.kept_results import beside_plan, read_kept
@@ -15,6 +15,16 @@ from sleb_cli.results import BenchResult, EvalResult
 from sleb_cli.units import plural
 
 R = TypeVar("R", EvalResult, BenchResult)
+
+_PARTS = ("texts", "tasks", "workloads")
+
+
+class _OfASize(Protocol):
+    @property
+    def removals(self) -> tuple[int, ...]: ...
+
+
+S = TypeVar("S", bound=_OfASize)
 
 
 def measured_of_plan(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R | None:
@@ -37,7 +47,8 @@ def measured_of_plan(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R
         notify(Warned(f"Ignoring {file}: it was measured before the blocks of {path} were recovered."))
         return None
     planned = {frozenset(removals) for removals in plan.by_size}
-    measured = {frozenset(entry.removals) for part in parts_of(result) for entry in part.pruned}
+    parts = [part for name in _PARTS for part in getattr(result, name, ())]
+    measured = {frozenset(entry.removals) for part in parts for entry in part.pruned}
     # A plan that was cut to fewer removals no longer tells its larger sizes from another plan's.
     strangers = {removals for removals in measured - planned if len(removals) <= len(plan.removals)}
     if strangers:
@@ -45,25 +56,27 @@ def measured_of_plan(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R
     return without_local_folders(_only_sizes(result, planned)) if measured & planned else None
 
 
-def parts_of(result: EvalResult | BenchResult) -> tuple[Any, ...]:
-    """Return the texts and tasks, or the workloads, each of which has its sizes in `pruned`."""
-    return (*result.texts, *result.tasks) if isinstance(result, EvalResult) else result.workloads
-
-
 def _only_sizes(result: R, wanted: Collection[frozenset[int]]) -> R:
     """Return a result without other sizes."""
 
-    def kept(entries: Iterable[Any]) -> tuple[Any, ...]:
-        found = (entry for entry in entries if frozenset(entry.removals) in wanted)
-        return tuple(sorted(found, key=lambda entry: len(entry.removals)))
+    def own(entries: Iterable[Any]) -> tuple[Any, ...]:
+        return tuple(entry for entry in entries if frozenset(entry.removals) in wanted)
 
-    def only(parts: Iterable[Any]) -> tuple[Any, ...]:
-        return tuple(part.model_copy(update={"pruned": kept(part.pruned)}) for part in parts)
-
+    changes: dict[str, Any] = {
+        name: tuple(part.model_copy(update={"pruned": own(part.pruned)}) for part in getattr(result, name))
+        for name in _PARTS
+        if hasattr(result, name)
+    }
     if isinstance(result, BenchResult):
-        return result.model_copy(update={"workloads": only(result.workloads), "pruned": kept(result.pruned)})
-    sizes = tuple(sorted((size for size in result.sizes if frozenset(size) in wanted), key=len))
-    return result.model_copy(update={"texts": only(result.texts), "tasks": only(result.tasks), "sizes": sizes})
+        changes["pruned"] = own(result.pruned)
+    else:
+        changes["sizes"] = tuple(size for size in result.sizes if frozenset(size) in wanted)
+    return result.model_copy(update=changes)
+
+
+def of_size(entries: Iterable[S], removals: tuple[int, ...]) -> S | None:
+    """Return the entry for these removals, in whatever order it names them; None if there is none."""
+    return next((entry for entry in entries if set(entry.removals) == set(removals)), None)
 
 
 def without_local_folders(result: R) -> R:
