@@ -1,4 +1,4 @@
-"""Quality of the pruned model by metric and strategy, on one model and calibration text, as a table and a plot.
+"""Quality of the pruned model by metric and strategy, on one model and calibration text, as a table.
 
     python tests/benchmarks/quality.py MODEL DATA [--sizes 3,6,9] [--methods nll-greedy,last] [--items 300]
 
@@ -6,7 +6,7 @@ DATA is a folder with text/enwiki_train.txt (calibration), text/enwiki_test.txt 
 tasks/{piqa,arc_easy,winogrande,socialiqa}.jsonl with make_tasks.py (zero-shot accuracy). Plans are kept in WORK, and
 each result in WORK/quality.json as soon as it is measured, by the blocks that the model lacks. Methods with the same
 removals are measured once, and the same command resumes a stopped run.
-Those of --task-methods (or all) also run the tasks, --items of each. --plot FILE draws the plot.
+Those of --task-methods (or all) also run the tasks, --items of each.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -202,37 +201,11 @@ def accuracies(models: Sequence[dict[str, Any]]) -> list[str]:
     return [*(f"{value:.3f}" for value in values), f"{statistics.fmean(values):.3f} ± {mean_error:.3f}"]
 
 
-def plot(bench: QualityBench, path: Path) -> None:
-    """Draw perplexity against the number of removed blocks, by method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(TEXTS), figsize=(12, 5), layout="constrained")
-    measured = {size: bench.measured(size) for size in bench.options.sizes}
-    for panel, text in zip(panels, TEXTS, strict=True):
-        for number, name in enumerate(bench.options.methods):
-            points = {0: perplexity(bench.of(())[text])}
-            for size, plans in measured.items():
-                if name in plans:
-                    points[size] = statistics.median(perplexity(bench.of(plan.removals)[text]) for plan in plans[name])
-            style = {"linestyle": ["-", "--", ":"][number // 10], "marker": ".", "color": f"C{number % 10}"}
-            panel.plot(points.keys(), points.values(), **style, label=METHODS[name].label)
-        panel.set(title=text, xlabel="blocks removed", ylabel="perplexity", yscale="log")
-        panel.grid(alpha=0.3, which="both")
-    panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
-    figure.savefig(path)
-
-
 def main() -> None:
     sizes = {"samples": 16, "batch": 4, "items": 300, "task_batch": 8}
-    chosen = {"sizes": [3, 6, 9], "methods": list(METHODS), "task_methods": [], "fast": False, "plot": Path}
+    chosen = {"sizes": [3, 6, 9], "methods": list(METHODS), "task_methods": [], "fast": False}
     options = parser(__doc__, "model", "data", work="quality", **LONG, **sizes, **chosen).parse_args()
-    bench = QualityBench(options)
-    bench.run()
-    if options.plot:
-        plot(bench, options.plot)
+    QualityBench(options).run()
 
 
 if __name__ == "__main__":

@@ -1,24 +1,16 @@
-"""What large models cost: time, memory and bytes read, against reading, copying and computing alone.
+"""What a large model costs: `sleb apply` against `cp -r`, and a search with `--stream` against the same one in memory.
 
-    python tests/benchmarks/scale.py [--parts search,apply] [--work FOLDER] [--gib 12] [--limit 4GiB]
+    python tests/benchmarks/scale.py [--parts copy,crossover] [--work FOLDER] [--gib 12]
 
-The parts, by default the first two:
+The parts:
 
-    search     two removals by nll, and two by cosine, which does little but read
-    apply      the checkpoint without two blocks, proven
     copy       the checkpoint without --blocks and not proven, and `cp -r` of the model, by turns --rounds times
     crossover  --model (default: demo) in memory and with --stream, by turns --rounds times, on
                --crossover-samples of --crossover-length: the plans must be equal
 
-The model is a Llama of random bfloat16 weights, of the sizes --hidden, --intermediate and --vocabulary, made under
---work once (default: a new folder, deleted afterwards; three times the size must be free). `search` and `apply` run
-under `ulimit -d`, which does not count the page cache, and nothing of the model is in the page cache at the start.
-
-Their time is held against the larger of two others, measured in the same run: that of their files, read in order and
-written, and that of their operations (`sleb_cli/engine/speed/work.py`) at the rate of such blocks in memory. A step
-reads the files once; by cosine twice, since the loss of the result is a pass of its own. A step after a removal starts
-at the removed block. `apply` writes what it writes, and reads both models once. `copy` times each process from its
-start until its output is on disk (`sync -f`), and both find the model in the page cache if that is large enough.
+The model of `copy` is a Llama of random bfloat16 weights, of the sizes --hidden, --intermediate and --vocabulary, made
+under --work once (default: a new folder, deleted afterwards; twice the size must be free). Each process is timed from
+its start until its output is on disk (`sync -f`), and both find the model in the page cache if that is large enough.
 """
 
 from __future__ import annotations
@@ -35,27 +27,20 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
-from saved_work import architecture_of, parser
+from saved_work import parser
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
-
-from sleb_cli.units import parse_bytes
 
 GOAL = 1.3
 CROSSOVER_GOAL = 1.1
 COPY_GOAL_BYTES = 500 * 2**20
 SHARD_BYTES = 2**30
-CHUNK = 16 << 20
-PROOF_TOKENS = 64
 SLEB = (sys.executable, "-m", "sleb_cli")
 IMPORTS = (sys.executable, "-c", "from transformers import LlamaForCausalLM")
 WORDS = "river mountain snow water stone bridge town mill fish field winter spring road horse letter king".split()
@@ -63,8 +48,8 @@ WORDS = "river mountain snow water stone bridge town mill fish field winter spri
 
 def main() -> None:
     options = parser(
-        __doc__, parts=["search", "apply"], work=Path, gib=12.0, hidden=4096, intermediate=11008, vocabulary=32000,
-        limit="4GiB", metrics=["nll", "cosine"], samples=4, length=64, blocks="5,20,21", rounds=2,
+        __doc__, parts=["copy", "crossover"], work=Path, gib=12.0, hidden=4096, intermediate=11008, vocabulary=32000,
+        blocks="5,20,21", rounds=2,
         model="demo", crossover_samples=4, crossover_length=256, option=[],
     ).parse_args()  # fmt: skip
     with tempfile.TemporaryDirectory(dir=options.work, prefix="sleb-scale-") as place:
@@ -145,53 +130,6 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-# The machine
-
-
-def flops_per_second(options: argparse.Namespace, tokens: int) -> float:
-    """Return the operations per second of blocks in memory, on so many tokens: what streaming can reach at best.
-
-    Three blocks take turns, so that no cache holds their weights, as in a walk.
-    """
-    config = llama_config(options)
-    config._attn_implementation = "sdpa"
-    blocks = [LlamaDecoderLayer(config, 0).bfloat16().eval() for _ in range(3)]
-    hidden = torch.randn(-(-tokens // options.length), options.length, options.hidden).bfloat16()
-    tables = LlamaRotaryEmbedding(config)(hidden, torch.arange(options.length)[None])
-    times = []
-    with torch.inference_mode():
-        for turn in range(15):
-            start = time.perf_counter()
-            blocks[turn % 3](hidden, position_embeddings=tables)
-            times.append(time.perf_counter() - start)
-    weights = sum(weight.numel() for weight in blocks[0].parameters())
-    found = 2 * hidden.shape[:2].numel() * weights / statistics.median(times[3:])
-    print(f"{tokens} tokens through a block: {found / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads", flush=True)
-    return found
-
-
-def seconds_to_read(folder: Path) -> float:
-    """Read all weight files, which are in no cache, one after the other."""
-    forget(folder)
-    buffer = bytearray(CHUNK)
-    start = time.perf_counter()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
-    seconds = time.perf_counter() - start
-    forget(folder)
-    return seconds
-
-
-def forget(folder: Path) -> None:
-    """Drop the files of a folder from the page cache."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 # A run
 
 
@@ -259,97 +197,6 @@ class Benchmark:
     def __init__(self, options: argparse.Namespace, place: Path) -> None:
         self.options, self.place = options, place
         self.folder = make_model(options.work or place, options)
-        self.size = size_of(self.folder)
-        self.architecture = architecture_of(self.folder)
-        self.readings = [seconds_to_read(self.folder)]
-        self.rate = cache(partial(flops_per_second, options))
-
-    def run(self, name: str, *arguments: object) -> Run:
-        """Run `sleb` under the limit; the disk is timed before and after, since others may use it, too."""
-        limit = f'ulimit -d {parse_bytes(self.options.limit, "--limit") // 1024} && exec "$0" "$@"'
-        found = run(["sh", "-c", limit, *SLEB, *arguments, "--json"])
-        forget(self.folder)
-        print(
-            f"\n{name}: {found.seconds:.1f} s; read {found.read / 1e9:.1f} GB from disk, {found.read / self.size:.2f} "
-            f"times the files\n  peak {found.resident / 2**30:.2f} GiB resident"
-        )
-        self.readings = [self.readings[-1], seconds_to_read(self.folder)]
-        print(f"this disk reads the files in {self.readings[0]:.1f} s before and {self.readings[1]:.1f} s after")
-        return found
-
-    def search(self) -> None:
-        options, text = self.options, self.folder / "text.txt"
-        for metric in options.metrics:
-            found = self.run(
-                f"search by {metric}", "search", self.folder, "--stream", "--metric", metric, "--remove", 2,
-                "--calibration", text, "--samples", options.samples, "--sequence-length", options.length,
-                "--sample-tokens", 0, "-o", self.place / f"{metric}.json", *options.option,
-            )  # fmt: skip
-            plan = json.loads(found.output)
-            print(f"removes {plan['removals']}, engine {plan['search']['engine']}")
-            for step, (first, last) in enumerate(pairwise(["Search:", "step 1 of 2", "step 2 of 2"])):
-                seconds = found.at(last) - found.at(first)
-                tokens = min(plan["search"]["batch_size"], options.samples) * options.length
-                computing = self.flops_of_step(plan, step, metric) / self.rate(tokens)
-                reading = statistics.mean(self.readings) * (1 if metric == "nll" else 2)
-                self.compare(f"step {step + 1}", seconds, reading, computing)
-
-    def flops_of_step(self, plan: dict[str, Any], step: int, metric: str) -> float:
-        """Return the operations of a step: of its block passes, and of a head for each candidate and the result."""
-        removed, count = plan["removals"][:step], self.architecture.block_count
-        candidates = [block for block in range(1, count - 1) if block not in removed]
-        if metric == "nll":
-            passes = walk(count, removed, candidates, start=removed[-1] if removed else 0)
-            heads = len(candidates)
-        else:  # by hidden states: the model once, and the loss of the result
-            passes = [2 * (block not in removed) for block in range(count)]
-            heads = 1
-        block, head = self.flops(self.options.samples, self.options.length)
-        return sum(passes) * block + heads * head
-
-    def flops(self, batch: int, length: int) -> tuple[float, float]:
-        """Return the operations of one block, and of the head, on `batch` texts of this length."""
-        config, tokens = self.architecture.text_config, batch * length
-        blocks = self.architecture.skeleton.model.layers[0].parameters()
-        weights = sum(weight.numel() for weight in blocks if weight.dim() > 1)
-        attention = 4 * tokens * length * config.hidden_size
-        return 2 * tokens * weights + attention, 2 * tokens * config.hidden_size * config.vocab_size
-
-    def compare(self, name: str, seconds: float, files: float, computing: float) -> None:
-        """Hold a time against those for its files and for its arithmetic alone."""
-        ratio = seconds / max(files, computing)
-        print(
-            f"{name}: {seconds:.1f} s; its files take {files:.1f} s, its arithmetic {computing:.1f} s: {ratio:.2f}x of "
-            f"the larger, {compared(ratio <= GOAL)} {GOAL}x",
-            flush=True,
-        )
-
-    def apply(self) -> None:
-        block, output = self.architecture.block_count * 2 // 3, self.place / "pruned"
-        found = self.run("apply", "apply", self.folder, "--blocks", f"{block},{block + 1}", "--stream", "-o", output)
-        proof = json.loads(found.output)["proof"]
-        print(f"proof: {', '.join(proof['checks'])}; {proof['partial'] or 'complete'}")
-        first = next(second for line, second in found.marks if line.endswith("…"))  # after all imports
-        flops, head = self.flops(1, PROOF_TOKENS)
-        computing = 2 * (self.architecture.block_count * flops + head) / self.rate(PROOF_TOKENS)
-        self.compare("apply", found.seconds - first, self.writing(output), computing)
-
-    def writing(self, output: Path) -> float:
-        """Return the seconds to copy what was written of a checkpoint, and to read it and the model; delete it."""
-        written = written_files(output)
-        size = sum(file.stat().st_size for file in written)
-        largest = max(written, key=lambda file: file.stat().st_size)
-        forget(output)
-        start = time.perf_counter()
-        shutil.copyfile(largest, self.place / "copy")
-        with (self.place / "copy").open("rb") as file:
-            os.fsync(file.fileno())
-        rate = largest.stat().st_size / (time.perf_counter() - start)
-        (self.place / "copy").unlink()
-        both = self.size + size_of(output)
-        shutil.rmtree(output)
-        print(f"{size / 1e9:.1f} GB were written; this disk copies {rate / 1e9:.2f} GB/s")
-        return size / rate + both / self.size * statistics.mean(self.readings)
 
     def copy(self) -> float:
         """Time `sleb apply` and `cp -r` by turns, and measure the memory of the former; return the ratio."""
@@ -375,16 +222,6 @@ class Benchmark:
             f"{floor.resident / 2**20:.0f} MiB of it are torch and transformers"
         )
         return ratio
-
-
-def walk(count: int, removed: Sequence[int], candidates: Sequence[int], start: int) -> list[int]:
-    """Return how many branches of a walk go through each block, if all of them are known where it starts."""
-    passes = [0] * count
-    for block in range(start, count):
-        if block not in removed:
-            base = any(candidate >= block for candidate in candidates) and block < candidates[-1]
-            passes[block] = base + sum(candidate < block for candidate in candidates)
-    return passes
 
 
 def crossover(options: argparse.Namespace, place: Path) -> float:
