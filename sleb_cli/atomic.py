@@ -189,28 +189,20 @@ def held(path: Path, *, patience: float | None = None) -> Iterator[Path]:
 
 
 def publish(aside: Path, path: Path) -> None:
-    """Flush a complete file or folder to the disk and rename it to `path`; what is there is replaced.
+    """Flush a complete file or folder in a `held` one to the disk and rename it to `path`; what is there is replaced.
 
     Raises:
-        OSError: it cannot be renamed; what was there still is.
+        OSError: it cannot be renamed; what was there still is, once the held folder is released.
     """
     for place, _, names in os.walk(aside, topdown=False):
         for name in (*names, ""):
             _flush(Path(place, name))
     if aside.is_file():
         _flush(aside)
-        aside.replace(path)
-    elif not os.path.lexists(path):
-        aside.rename(path)
-    else:
-        # For a moment, there is neither. If the process is killed just then, the next one puts the old one back.
-        old = _old(aside.parent)
-        path.rename(old)
-        try:
-            aside.rename(path)
-        except BaseException:
-            old.rename(path)
-            raise
+    elif os.path.lexists(path):
+        # For a moment, there is neither. `clear` puts the old one back, here or after a kill in the next process.
+        path.rename(_old(aside.parent))
+    aside.replace(path)
     _flush(path.parent)
 
 
