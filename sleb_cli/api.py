@@ -105,7 +105,7 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
     """
     from sleb_cli.engine.door.apply import resolve_apply
     from sleb_cli.engine.gguf.surgery import GgufSurgery
-    from sleb_cli.engine.output.apply import apply_removals, claimed, write_checkpoint
+    from sleb_cli.engine.output.apply import apply_removals, write_checkpoint, writing_to
     from sleb_cli.engine.output.apply_gguf import prune_gguf
     from sleb_cli.engine.process_group import join_processes
 
@@ -122,7 +122,7 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
             recovery.run()
             raise WorkerFinished
         # The place is claimed before hours of recovery, so that nobody else writes or heals there.
-        with recovery.state.explain_resume_on_failure(notify), claimed(subject, output) as aside:
+        with recovery.state.explain_resume_on_failure(notify), writing_to(subject, output) as aside:
             result = write_checkpoint(subject, aside, output, notify, recovery.run())
         recovery.state.delete()
         return result

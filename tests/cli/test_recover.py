@@ -228,7 +228,8 @@ def test_what_nobody_continued_is_cleared_later(run_sleb, tiny_llama, tmp_path):
         folder = tmp_path / f".{name}.recovery" / "float32-0123456789abcdef"
         folder.mkdir(parents=True)
         (folder / ".block-2.safetensors.partial").mkdir()  # as a process leaves it that is killed while it saves
-        (folder / file).touch()
+        for saved in (file, "closed-form.safetensors"):
+            (folder / saved).touch()
         for path in [] if name == "fresh" else [*folder.iterdir(), folder]:
             os.utime(path, (0, 0))
     assert run_sleb("apply", tiny_llama, "--blocks", "2", "-o", "out").exit_code == 0

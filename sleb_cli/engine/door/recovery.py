@@ -16,7 +16,7 @@ from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.output.apply import Output
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.closed_form import fitting_bytes
-from sleb_cli.engine.recovery.heal import choose_budget
+from sleb_cli.engine.recovery.heal import HealBudget
 from sleb_cli.engine.recovery.low_rank import trained_numbers
 from sleb_cli.engine.recovery.run import Recovery
 from sleb_cli.engine.recovery.unfinished import Unfinished
@@ -34,6 +34,7 @@ from sleb_cli.events import Notify
 from sleb_cli.requests import (
     AUTO,
     DEFAULT_CALIBRATION,
+    DEFAULT_HEAL_MINUTES,
     RECOVERY_LENGTH,
     RECOVERY_SELF_TOKENS,
     RECOVERY_TOKENS,
@@ -70,7 +71,8 @@ def resolve_recovery(
     architecture, surgery, dtype = subject.architecture, subject.surgery, output.dtype
     state = Unfinished(output.place)
     state.require_no_links()
-    budget = choose_budget(request.heal_minutes, request.heal_tokens) if request.heal else None
+    minutes = request.heal_minutes or (DEFAULT_HEAL_MINUTES if request.heal_tokens is None else None)
+    budget = HealBudget(minutes, request.heal_tokens) if request.heal else None
     if architecture.is_quantized:
         raise UnsupportedModelError(
             f"{architecture.source.id} is quantized, so its blocks cannot be recovered.",

@@ -104,12 +104,12 @@ def require_new_folder(folder: Path, source: ModelSource, *, force: bool) -> Non
 
 def apply_removals(subject: Subject, output: Output, notify: Notify) -> ApplyResult:
     """Write the pruned checkpoint, complete and proven, or write nothing; raises like `write_checkpoint`."""
-    with claimed(subject, output) as aside:
+    with writing_to(subject, output) as aside:
         return write_checkpoint(subject, aside, output, notify)
 
 
 @contextmanager
-def claimed(subject: Subject, output: Output) -> Iterator[Path]:
+def writing_to(subject: Subject, output: Output) -> Iterator[Path]:
     """Yield a folder aside that becomes the checkpoint at the end, if the dense model has not changed meanwhile.
 
     Nobody else writes to the checkpoint's place until then.
@@ -128,7 +128,7 @@ def claimed(subject: Subject, output: Output) -> Iterator[Path]:
 def write_checkpoint(
     subject: Subject, aside: Path, output: Output, notify: Notify, recovered: Recovered | None = None
 ) -> ApplyResult:
-    """Fill a `claimed` folder with the pruned checkpoint, and prove it.
+    """Fill a folder of `writing_to` with the pruned checkpoint, and prove it.
 
     Raises:
         ProofError: the checkpoint does not compute the same as the model in memory.
@@ -145,7 +145,7 @@ def write_checkpoint(
     proof = None
     if output.verify:
         placement = output.proof or place_proof(subject.architecture, output.dtype)
-        with move_if_it_fails(aside, output.keep_failed):
+        with move_if_proof_fails(aside, output.keep_failed):
             proof = prove(surgery, aside, planned, placement, notify, recovered.parameters if recovered else None)
     record = recovered.record if recovered else None
     _describe(subject, aside, record, proof, notify)
@@ -178,7 +178,7 @@ def plan_files(surgery: Surgery, output: Output, new_values: Mapping[str, Tensor
 
 
 @contextmanager
-def move_if_it_fails(written: Path, place: Path | None) -> Iterator[None]:
+def move_if_proof_fails(written: Path, place: Path | None) -> Iterator[None]:
     """Move what was written to `place`, if that is given and the proof in this context fails.
 
     Raises:

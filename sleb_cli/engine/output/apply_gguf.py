@@ -18,7 +18,7 @@ from sleb_cli.engine.gguf.surgery import GgufSurgery, block_count
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.gguf import convert_gguf, transformers_knows
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.output.apply import Output, kept_tensors, move_if_it_fails
+from sleb_cli.engine.output.apply import Output, kept_tensors, move_if_proof_fails
 from sleb_cli.engine.output.proof import Planned, model_errors_fail_proof, place_proof, proof_error, prove
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.engine.third_party import disk_error, prefer_disk_error, translate_errors
@@ -62,7 +62,7 @@ def prune_gguf(surgery: GgufSurgery, output: Output, registry: Registry, notify:
         proof: Proof | None = None
         unproven: str | None = "--no-verify"
         if output.verify:
-            with move_if_it_fails(aside, output.keep_failed), prefer_disk_error(ProofError):
+            with move_if_proof_fails(aside, output.keep_failed), prefer_disk_error(ProofError):
                 _require_as_planned(pruned, aside)
                 proof, unproven = _prove_with_transformers(surgery, aside, registry, notify)
     return GgufResult(

@@ -79,11 +79,6 @@ class HealBudget:
         return float(tokens) if self.tokens is not None else seconds
 
 
-def choose_budget(minutes: float | None, tokens: int | None) -> HealBudget:
-    """Return the budget, by default one of time."""
-    return HealBudget(DEFAULT_HEAL_MINUTES if minutes is None and tokens is None else minutes, tokens)
-
-
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 Number = Annotated[float, Field(ge=0, lt=2**62, allow_inf_nan=False)]
 

@@ -39,9 +39,6 @@ TRAINED_BELOW = 4
 """Training starts this many blocks below the first gap; the blocks before that keep the dense model's inputs."""
 SHARING_TOLERANCE = 1e-2
 
-Stage = str
-"""A form of the model that is measured: dense, pruned, closed_form or healed."""
-
 
 @dataclass(frozen=True)
 class Recovered:
@@ -278,7 +275,7 @@ class Recovery:
     def _record(
         self,
         tests: Sequence[Calibration],
-        measured: Mapping[Stage, Sequence[LossesRecord]],
+        measured: Mapping[str, Sequence[LossesRecord]],
         closed_form: ClosedFormRecord | None,
         heal: Mapping[str, Any],
     ) -> RecoveryRecord:

@@ -37,7 +37,9 @@ SUFFIX = ".recovery"
 DAYS_KEPT = 30
 """After this many days without a change, a later recovery in the same place removes the folder."""
 _OF_A_COMMAND = re.compile(r"(b?float(?:16|32|64))-[0-9a-f]{16}")
-_OURS = re.compile(rf"{_OF_A_COMMAND.pattern}|(healing-[0-9a-f]{{16}}|norm|block-\d+)\.safetensors|\.\S+\.partial")
+_OURS = re.compile(
+    rf"{_OF_A_COMMAND.pattern}|(healing-[0-9a-f]{{16}}|closed-form|norm|block-\d+)\.safetensors|\.\S+\.partial"
+)
 
 
 def read_saved(file: Path, kind: type[R]) -> tuple[R, dict[str, Tensor]]:
