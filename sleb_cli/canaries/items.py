@@ -132,18 +132,6 @@ def grade_instructions(doc: Item, results: Sequence[Any]) -> dict[str, float]:
     return {"followed": float(followed), **ended, "repetition": repeated, "words": len(answer.split())}
 
 
-def _has_lines(asked: str, answer: str) -> bool:
-    return sum(bool(line.strip()) for line in answer.splitlines()) == int(asked)
-
-
-def _is_lower(_: str, answer: str) -> bool:
-    return answer.islower()
-
-
-def _ends_with(asked: str, answer: str) -> bool:
-    return re.findall(r"\w+", answer.lower())[-1:] == [asked]
-
-
 def _is_list(asked: str, answer: str) -> bool:
     # Indented lines belong to the entry above.
     return len(re.findall(r"^(?:[-*] +|• *|\*{0,2}\d+[.)] +)\S", answer, re.MULTILINE)) == int(asked)
@@ -170,13 +158,15 @@ INSTRUCTIONS = {
     "lines": Instruction(
         "Write exactly {asked} sentences about {topic}, each on a line of its own.",
         lambda rng: str(rng.randint(2, 4)),
-        _has_lines,
+        lambda asked, answer: sum(bool(line.strip()) for line in answer.splitlines()) == int(asked),
     ),
-    "lower case": Instruction("Tell me about {topic}. Use only lower case letters.", lambda _: "", _is_lower),
+    "lower case": Instruction(
+        "Tell me about {topic}. Use only lower case letters.", lambda _: "", lambda _, answer: answer.islower()
+    ),
     "last word": Instruction(
         'Write a sentence about {topic} that ends with the word "{asked}".',
         lambda rng: rng.choice(NOUNS.split(", ")),
-        _ends_with,
+        lambda asked, answer: re.findall(r"\w+", answer.lower())[-1:] == [asked],
     ),
     "list": Instruction("List {asked} facts about {topic}.", lambda _: "5", _is_list),
     "json": Instruction(

@@ -300,7 +300,7 @@ def test_its_plan_in_a_recovered_checkpoint_stands_for_the_recovered_weights(
     (pruned,) = both["pruned"]
     assert pruned["losses"] == alone["dense"]["losses"]
     assert pruned["losses"] != removed["pruned"][0]["losses"]
-    # Neither takes the place of the other in the cache.
+    # Neither is taken for the other where it was measured before.
     again = [word for word in text if word != "--force"]
     for _ in range(2):
         assert evaluated(plan, "--model", tiny_llama, *again) == both
