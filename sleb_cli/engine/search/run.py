@@ -323,18 +323,18 @@ def _search_record(
 
 def _options(settings: SearchSettings, search: SearchRecord, text: CalibrationRecord) -> dict[str, Any]:
     """Return the options that repeat this search, with those that the machine decided: they decide the last digits."""
-    model, presets = settings.architecture.record, text.source in REFERENCE_PRESETS
+    model = settings.architecture.record
     decided = {
         "model": model.id,
         "revision": None if model.id == DEMO else model.revision,
         "calibration": text.source,
-        "samples": None if presets else text.sequences,  # those of presets count rows of text
-        "sequence_length": None if presets else text.sequence_length,
         "sample_tokens": settings.sample_tokens,
         "dtype": search.dtype,
         "device": search.device,
         "batch_size": search.batch_size,
     }
+    if text.source not in REFERENCE_PRESETS:  # whose samples count rows of text
+        decided |= {"samples": text.sequences, "sequence_length": text.sequence_length}
     return {name: value for name, value in sorted({**settings.options, **decided}.items()) if value is not None}
 
 
