@@ -255,14 +255,10 @@ class EnvironmentRecord(Record):
 
 
 class LossesRecord(Record):
-    """The loss on a text, and the KL divergence from the dense model to this one, both in nats per token.
-
-    `accepted` is the share of sampled tokens that the dense model keeps if this one drafts for it.
-    """
+    """The loss on a text, and the KL divergence from the dense model to this one, both in nats per token."""
 
     loss: float
     divergence: float
-    accepted: float
 
 
 class FitRecord(Record):

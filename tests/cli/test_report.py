@@ -153,8 +153,7 @@ def test_names_tell_apart_what_was_measured_twice():
 
 def test_a_recovered_plan_says_what_came_back(report):
     plan = make_plan(8, 2)
-    losses = [LossesRecord(loss=loss, divergence=kl, accepted=kept) for loss, kl, kept in
-              ((2.0, 0.0, 1.0), (2.5, 0.4, 0.6), (2.2, 0.1, 0.9))]  # fmt: skip
+    losses = [LossesRecord(loss=loss, divergence=kl) for loss, kl in ((2.0, 0.0), (2.5, 0.4), (2.2, 0.1))]
     texts = {name: plan.calibration for name in RecoveryRecord.model_fields if name.endswith("text")}
     recovery = RecoveryRecord(
         **texts, dense=losses[0], pruned=losses[1], closed_form=ClosedFormRecord(fits=()), closed_form_losses=losses[2]

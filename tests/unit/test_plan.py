@@ -38,7 +38,7 @@ def test_a_plan_survives_a_round_trip(llama_plan, tmp_path):
 def test_a_title_has_no_folder_of_this_machine(llama_plan, source, title):
     plan = read_plan(llama_plan)
     text = plan.calibration.model_copy(update={"source": source})
-    losses = LossesRecord(loss=1.0, divergence=0.0, accepted=1.0)
+    losses = LossesRecord(loss=1.0, divergence=0.0)
     recovery = RecoveryRecord(train_text=text, validation_text=text, test_text=text, dense=losses, pruned=losses)
     published = plan.model_copy(update={"calibration": text, "recovery": recovery}).published()
     found = published.recovery

@@ -65,11 +65,10 @@ class Variant:
 
 
 class Losses(NamedTuple):
-    """The loss and the divergence from the dense model, in nats, and the tokens that it keeps of a draft."""
+    """The loss and the divergence from the dense model, in nats."""
 
     loss: float
     divergence: float
-    accepted: float
 
 
 @torch.inference_mode()
@@ -141,7 +140,7 @@ def summed_losses(
         positions: which positions count, each with a next token.
         loss_mask: which of the next tokens count, bool [batch, positions]; None for all.
     """
-    loss = divergence = accepted = 0.0
+    loss = divergence = 0.0
     if loss_mask is not None and bool(loss_mask[:, 1:].all()):
         loss_mask = None
     states, dense_states = states.to(ids.device), dense_states.to(ids.device)
@@ -159,5 +158,4 @@ def summed_losses(
             found = compare_logits(theirs[rows].float(), logits)
             loss += float(as_float64(found.log_sum_q - logits.gather(-1, targets[rows, None])[:, 0]).sum())
             divergence += float(as_float64(found.divergence).sum())
-            accepted += float(as_float64(torch.minimum(found.p, found.q).sum(-1)).sum())
-    return Losses(loss, divergence, accepted)
+    return Losses(loss, divergence)
