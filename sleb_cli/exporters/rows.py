@@ -5,23 +5,18 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Sequence
 from io import StringIO
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sleb_cli.exporters.findings import Findings, read_findings
-from sleb_cli.results import Interval
-from sleb_cli.tables.quality import items_of, task_settings
-from sleb_cli.tables.speed import workload_name
+from sleb_cli.records import Record
 from sleb_plugins.exporter import Exporter, Pruning
-
-_DIVERGENCES = ("mean", "median", "p90", "p99", "maximum", "same_top", "accepted")
-_TIMES = ("ttft_ms", "tpot_ms", "e2el_ms")
-_SIZES = ("blocks", "parameters", "weights_bytes", "load_seconds")
 
 
 class Row(NamedTuple):
-    """A number, with its 95 % interval if it has one, as the records of the plan and the results name it.
+    """A number, named as in the records of the plan and the results: divergence_mean, interval_low.
 
-    `kind` is step, candidate, text, task, workload or size; `of` says which one; `removals` are joined by `+`.
+    `kind` is step, candidate, text, task, workload or size, and `of` says which one. `removals` are joined by `+`; the
+    dense model has none.
     """
 
     kind: str
@@ -30,8 +25,6 @@ class Row(NamedTuple):
     removals: str
     figure: str
     value: float
-    low: float | None = None
-    high: float | None = None
 
 
 class Csv(Exporter):
@@ -51,77 +44,30 @@ class Csv(Exporter):
 
 
 def _rows(findings: Findings) -> Iterator[Row]:
-    """Yield all rows whose number is known; the dense model has no removals."""
-    yield from _steps(findings)
-    yield from _texts(findings)
-    yield from _tasks(findings)
-    yield from _speeds(findings)
-
-
-def _texts(findings: Findings) -> Iterator[Row]:
-    for name, text in zip(findings.text_names, findings.texts, strict=True):
-        for removals, scores in _models(text):
-            yield from _figures("text", name, removals, scores, ["perplexity"])
-            if removals:
-                yield _row("text", name, removals, "log_ratio", scores.log_ratio, scores.interval)
-                yield from _figures("text", name, removals, scores.divergence, _DIVERGENCES, "divergence_")
-
-
-def _tasks(findings: Findings) -> Iterator[Row]:
-    for task in findings.tasks:
-        metric = task.metric if task.filter in ("", "none") else f"{task.metric} ({task.filter})"
-        runs = {each.items_sha256 for each in findings.tasks if each.task == task.task}
-        items = [items_of(task)] if len(runs) > 1 else []
-        name = ", ".join([task.task, *task_settings(task), *items])
-        for removals, scores in _models(task):
-            yield _row("task", name, removals, metric, scores.value, scores.interval)
-            if removals:
-                change = scores.difference_interval
-                yield _row("task", name, removals, f"{metric} difference", scores.difference, change)
-
-
-def _speeds(findings: Findings) -> Iterator[Row]:
-    for result in findings.workloads:
-        name = workload_name(result)
-        for removals, timing in _models(result):
-            yield _row("workload", name, removals, "tokens_per_second", timing.tokens_per_second)
-            for time in _TIMES:
-                if taken := getattr(timing, time):
-                    yield _row("workload", name, removals, f"median_{time}", taken.median)
-            if removals:
-                yield _row("workload", name, removals, "speedup", timing.speedup, timing.interval)
-    if benchmark := findings.benchmark:
-        for size in (benchmark.dense, *benchmark.pruned):
-            yield from _figures("size", findings.short_model, size.removals, size, _SIZES)
-
-
-def _steps(findings: Findings) -> Iterator[Row]:
-    """Yield the score of each size, and of each candidate for the block that it removes."""
     plan = findings.plan
-    yield _row("step", plan.search.metric, (), "perplexity", plan.dense.perplexity)
+    yield from _numbers("step", plan.search.metric, (), plan.dense)
     for step, removals in zip(plan.steps, plan.by_size, strict=True):
-        yield _row("step", plan.search.metric, removals, "score", step.score)
-        yield _row("step", plan.search.metric, removals, "perplexity", step.perplexity)
+        yield from _numbers("step", plan.search.metric, removals, step)
         for block, score in step.scores.items():
             if score is not None:
                 yield _row("candidate", str(block), removals, "score", score)
+    scored = {"text": findings.scored_texts, "task": findings.scored_tasks, "workload": findings.timed}
+    for kind, rows in scored.items():
+        for _, of, _, record in rows:
+            yield from _numbers(kind, of, getattr(record, "removals", ()), record)
+    if benchmark := findings.benchmark:
+        for size in (benchmark.dense, *benchmark.pruned):
+            yield from _numbers("size", findings.short_model, size.removals, size)
 
 
-def _models(measured: Any) -> Iterator[tuple[Sequence[int], Any]]:
-    yield (), measured.dense
-    yield from ((entry.removals, entry) for entry in measured.pruned)
-
-
-def _figures(
-    kind: str, of: str, removals: Sequence[int], record: Any, names: Sequence[str], prefix: str = ""
-) -> Iterator[Row]:
-    for name in names:
-        if (value := getattr(record, name)) is not None:
+def _numbers(kind: str, of: str, removals: Sequence[int], record: Record, prefix: str = "") -> Iterator[Row]:
+    """Yield every number in a record, and in the records in it."""
+    for name, value in record:
+        if isinstance(value, Record):
+            yield from _numbers(kind, of, removals, value, f"{prefix}{name}_")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
             yield _row(kind, of, removals, prefix + name, value)
 
 
-def _row(
-    kind: str, of: str, removals: Sequence[int], figure: str, value: float, interval: Interval | None = None
-) -> Row:
-    ends = (interval.low, interval.high) if interval else (None, None)
-    return Row(kind, of, len(removals), "+".join(map(str, removals)), figure, value, *ends)
+def _row(kind: str, of: str, removals: Sequence[int], figure: str, value: float) -> Row:
+    return Row(kind, of, len(removals), "+".join(map(str, removals)), figure, value)
