@@ -316,11 +316,6 @@ class OneSizeRequest(SubjectRequest):
         "Remove only N blocks: the plan's step N, or the first N of --blocks.", _SUBJECT, metavar="N"
     )
 
-    @property
-    def most_removals(self) -> int | None:
-        """The number of removals; None for all."""
-        return self.remove
-
 
 @dataclass(frozen=True, kw_only=True)
 class SizesRequest(SubjectRequest):
@@ -333,11 +328,6 @@ class SizesRequest(SubjectRequest):
         unset=(),
     )
     every: int | None = option("Measure every N-th size, and always the most pruned.", _SUBJECT, metavar="N", least=1)
-
-    @property
-    def most_removals(self) -> int | None:
-        """The number of removals of the smallest model; None for all."""
-        return max(self.remove, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,8 +66,8 @@ def resolve_subject(
     elif request.model is not None:
         raise UsageError(f"--model applies to a plan, but {model} is a model.", hint="Leave out --model.")
     elif removals is not None:
-        removals = first_removals(removals, request.most_removals, "--blocks")
-    elif needs_removals or request.most_removals is not None:
+        removals = first_removals(removals, _most(request), "--blocks")
+    elif needs_removals or _most(request) is not None:
         raise UsageError(f"No blocks given for {model}.", hint="Name a plan, or use --blocks 5,4,9.")
     source = locate_model(model, notify, revision=revision, trust_remote_code=request.trust_remote_code)
     if plan and not request.any_model:
@@ -125,6 +125,11 @@ def is_plan(named: str) -> bool:
     return path.suffix == ".json" or (path.is_file() and path.suffix != ".gguf")
 
 
+def _most(request: OneSizeRequest | SizesRequest) -> int | None:
+    """Return the number of removals of the smallest requested model; None for all."""
+    return max(request.remove, default=None) if isinstance(request, SizesRequest) else request.remove
+
+
 def read_named_plan(path: Path, request: OneSizeRequest | SizesRequest) -> Plan:
     """Read the plan that the user named, for the requested number of removals.
 
@@ -137,7 +142,7 @@ def read_named_plan(path: Path, request: OneSizeRequest | SizesRequest) -> Plan:
             f"--blocks applies to a model, but {path} is a plan with its own blocks.", hint="Leave out --blocks."
         )
     plan = read_plan(path)
-    return plan.first(len(first_removals(plan.removals, request.most_removals, str(path))))
+    return plan.first(len(first_removals(plan.removals, _most(request), str(path))))
 
 
 def first_removals(removals: tuple[int, ...], count: int | None, where: str) -> tuple[int, ...]:
