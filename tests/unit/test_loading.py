@@ -1,8 +1,6 @@
 """What is loaded: one set of weights for two models, the same settings for both, straight to the device."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -75,17 +73,3 @@ def test_memory_that_ends_while_loading_is_no_verdict(run_sleb, tiny_llama, text
     assert result.exit_code == 7
     assert f"{tiny_llama} does not fit in the memory of cpu in float32" in result.stderr
     assert "--dtype" in result.stderr
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_in_the_stored_dtype_processes_share_pages(tmp_path, dtype):
-    folder = save_model(tmp_path / "model", llama_config(4, hidden_size=256, intermediate_size=512))
-    model = load_dense(surgery_of(folder).architecture, dtype, CPU, ignore)
-    mapped = [
-        range(*(int(bound, 16) for bound in line.split()[0].split("-")))
-        for line in Path("/proc/self/maps").read_text().splitlines()
-        if line.endswith(str(folder / "model.safetensors"))
-    ]
-    shared = [any(weight.data_ptr() in part for part in mapped) for weight in model.parameters()]
-    assert all(shared) if dtype is torch.float32 else not any(shared)
