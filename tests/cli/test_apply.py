@@ -286,7 +286,6 @@ def test_only_force_replaces_a_checkpoint_and_nothing_else(apply, model, tmp_pat
         (("--blocks", "1", "--model", "x"), 2, "--model applies to a plan"),
         (("--blocks", "1", "--max-shard-size", "big"), 2, "not a size"),
         (("--blocks", "1", "--dtype", "int3"), 2, "Unknown data type"),
-        (("--blocks", "1", "--keep-failed", "kept", "--no-verify"), 2, "--keep-failed requires the proof"),
         (("--blocks", "1", "-o", "no/out"), 8, "folder does not exist"),
         (("--blocks", "1", "-o", "/proc/out"), 8, "Cannot write /proc/out"),
     ],

@@ -246,12 +246,8 @@ def test_a_quantized_model_is_refused(recover, tiny_llama, fit, tmp_path):
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (["--samples", "9"], 2, "--samples requires --recover or --heal"),
         (["--recover", "--samples", "4", "--calibration", "TEXT"], 5, "4 sequences cannot be divided"),
         (["--recover", "--device", "cuda:77"], 7, "no usable cuda:77"),
-        (["--recover", "--heal-minutes", "5"], 2, "--heal-minutes requires --heal."),
-        (["--heal", "--heal-minutes", "5", "--heal-tokens", "5"], 2, "cannot be combined"),
-        (["--heal", "--heal-minutes", "0"], 2, "--heal-minutes must be above 0, not 0."),
     ],
 )
 def test_what_cannot_be_is_refused(run_sleb, llama_plan, text_file, fit, options, code, words):

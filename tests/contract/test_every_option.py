@@ -107,11 +107,6 @@ def test_options_are_accepted(run, command, words):
 
 
 CLASHES = [
-    ("apply", "PLAN --seed 1", "requires --recover or --heal"),
-    ("apply", "PLAN --heal TEXT --stream", "--heal trains the model"),
-    ("apply", "PLAN --heal TEXT --device-map auto", "--heal trains, so it needs all weights on its device"),
-    ("apply", "PLAN --stream --device-map auto", "--stream"),
-    ("apply", "PLAN --recover TEXT --device cpu --device-map auto", "--device-map chooses the devices"),
     ("apply", "PLAN -o out.gguf", "can only be made from a GGUF file of the model"),
     ("apply", "PLAN --source GGUF -o out", "does not end in .gguf"),
     ("apply", "PLAN --source GGUF --dtype float16", "does not apply to a GGUF file"),
