@@ -103,7 +103,7 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
         WorkerFinished: this process only helped to recover; the main one writes the checkpoint.
         SlebError: something failed; its class tells what.
     """
-    from sleb_cli.engine.door.apply import open_apply
+    from sleb_cli.engine.door.apply import resolve_apply
     from sleb_cli.engine.gguf.surgery import GgufSurgery
     from sleb_cli.engine.output.apply import apply_removals, write_checkpoint, writing_to
     from sleb_cli.engine.output.apply_gguf import prune_gguf
@@ -113,7 +113,7 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
         _stop_unless_main_process()
     with join_processes() as group:
         registry = load_registry(notify)
-        subject, output, recovery = open_apply(request, registry, notify, group)
+        subject, output, recovery = resolve_apply(request, registry, notify, group)
         if isinstance(subject, GgufSurgery):
             return prune_gguf(subject, output, registry, notify)
         if recovery is None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sleb_cli.engine.door.apply import open_apply
+from sleb_cli.engine.door.apply import resolve_apply
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.events import ignore
 from sleb_cli.requests import ApplyRequest
@@ -28,4 +28,4 @@ from sleb_plugins import UsageError
 )
 def test_options_that_clash_are_refused(options, words):
     with pytest.raises(UsageError, match=words):
-        open_apply(ApplyRequest(subject="model", **options), None, ignore, ProcessGroup())
+        resolve_apply(ApplyRequest(subject="model", **options), None, ignore, ProcessGroup())

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sleb_cli.engine.recovery.run import Recovery
 
 
-def open_apply(
+def resolve_apply(
     request: ApplyRequest, registry: Registry, notify: Notify, group: ProcessGroup
 ) -> tuple[Subject | GgufSurgery, Output, Recovery | None]:
     """Check and complete a request.
@@ -68,9 +68,9 @@ def open_apply(
     require_new_folder(output.place, architecture.source, force=output.replace)
     if not (request.recover or request.heal):
         return subject, output, None
-    from sleb_cli.engine.door.recovery import open_recovery  # which imports datasets
+    from sleb_cli.engine.door.recovery import resolve_recovery  # which imports datasets
 
-    return subject, output, open_recovery(subject, request, output, group, notify)
+    return subject, output, resolve_recovery(subject, request, output, group, notify)
 
 
 def _output(request: ApplyRequest, default: Path, subject: Subject | None = None) -> Output:

@@ -56,7 +56,7 @@ TRAINING_BYTES = 32
 three of its gradient and what AdamW computes."""
 
 
-def open_recovery(
+def resolve_recovery(
     subject: Subject, request: ApplyRequest, output: Output, group: ProcessGroup, notify: Notify
 ) -> Recovery:
     """Decide how to recover a model into a checkpoint.
