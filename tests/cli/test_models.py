@@ -30,7 +30,7 @@ def refused(run_sleb, model, code, message, *options):
 
 def test_no_such_folder_or_file(run_sleb):
     refused(run_sleb, "/nowhere/at/all", 4, "/nowhere/at/all is neither a local folder nor")
-    refused(run_sleb, "org/model", 4, "org/model is neither a local folder nor in the cache")
+    refused(run_sleb, "org/model", 4, "nor in the cache, and the Hub cannot be reached: ")
     refused(run_sleb, "nowhere.gguf", 4, "no file nowhere.gguf")
     refused(run_sleb, __file__, 4, "is a file, not a model")
 

@@ -233,7 +233,8 @@ def _download(model: str, revision: str | None, notify: Notify) -> Path:
         raise ModelError(f"The Hub refused {model}: {first_line(error)}.", hint="Try again later.") from error
     except (LocalEntryNotFoundError, ConnectionError) as error:
         raise ModelError(
-            f"{model} is neither a local folder nor in the cache, and the Hub cannot be reached: {first_line(error)}.",
+            f"{model} is neither a local folder nor in the cache, and the Hub cannot be reached: "
+            f"{first_line(error.__cause__ or error)}.",
             hint="Check the name and the network, or name a local folder.",
         ) from error
     except _FAILURES as error:
