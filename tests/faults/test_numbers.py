@@ -19,18 +19,13 @@ from transformers import AutoTokenizer
 from conftest import calibration, calibration_sequences, llama_config, prose, save_model
 from faults.conftest import often
 from faults.program import KILL, Calls, Fault
-from sleb_cli.engine.text.windows import tokens_sha256
 from sleb_cli.plan import read_plan
 
 RARE, LENGTH, SAMPLES = "~", 16, 24
-WAYS = {
-    "exact": (), "held out": ("--holdout", 0.3), "fast": ("--fast",), "streamed": ("--stream",),
-    "cosine": ("--metric", "cosine"), "spans": ("--metric", "angular", "--strategy", "contiguous"),
-    "kl": ("--metric", "kl"), "weights": ("--metric", "magnitude"),
-    "refine": ("--strategy", "refine"), "batches of three": ("--batch-size", 3),
-    "one by one": ("--batch-size", 1),
-}  # fmt: skip
-USUAL = ("exact", "held out", "fast", "streamed")
+WAYS = [
+    (), ("--fast",), ("--stream",), ("--holdout", 0.3), ("--metric", "kl"), ("--batch-size", 3),
+    ("--metric", "angular", "--strategy", "contiguous"), ("--metric", "magnitude"),
+]  # fmt: skip
 STRATEGIES = [("--strategy", name) for name in ("refine", "oneshot", "contiguous")]
 OVERFLOW = ("--dtype", "float16", "--remove", 1)
 
@@ -90,22 +85,24 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Models by name: "broken" has an embedding of the rare token that is NaN."""
-    folder = tmp_path_factory.mktemp("models")
-    return {
-        "broken": flagged(folder / "broken", math.nan),
-        "needed": changed(folder / "needed", needed, llama_config(mlp_bias=True)),
-    }
+def broken(tmp_path_factory):
+    """A model whose embedding of the rare token is NaN."""
+    return flagged(tmp_path_factory.mktemp("models") / "broken", math.nan)
+
+
+@pytest.fixture(scope="module")
+def needing(tmp_path_factory):
+    """A model that overflows without block 2."""
+    return changed(tmp_path_factory.mktemp("models") / "needing", needed, llama_config(mlp_bias=True))
 
 
 def bad_sequences(model, text):
-    """The numbers, from 1, of the drawn sequences with the rare token; and the hash of those without."""
+    """The numbers, from 1, of the drawn sequences with the rare token."""
     rows = calibration_sequences(model, text, SAMPLES, LENGTH)
     (token,) = AutoTokenizer.from_pretrained(model)(RARE).input_ids
-    bad = (rows == token).any(1)
-    assert 0 < int(bad.sum()) < len(rows)
-    return [number + 1 for number in bad.nonzero().flatten().tolist()], tokens_sha256(rows[~bad])
+    bad = ((rows == token).any(1).nonzero().flatten() + 1).tolist()
+    assert 0 < len(bad) < len(rows)
+    return bad
 
 
 def words_of(model, text, *options):
@@ -115,10 +112,6 @@ def words_of(model, text, *options):
 @pytest.fixture
 def search(sleb):
     return lambda model, text, *options, code=0: sleb(*words_of(model, text, *options), code=code)
-
-
-def plan_at(path="plan.json"):
-    return read_plan(Path(path))
 
 
 def plan_of(path="plan.json"):
@@ -140,7 +133,7 @@ BAD = {
 def test_a_bad_sequence_is_named_with_its_text_and_the_block(search, tmp_path, text, kind):
     make, dtype, place = BAD[kind]
     model = make(tmp_path / "model")
-    bad, _ = bad_sequences(model, text)
+    bad = bad_sequences(model, text)
     said = search(model, text, "--dtype", dtype, code=4).stderr
     for part in (dtype, place, f"sequence {bad[0]} of {SAMPLES}", str(text), f"{len(bad) - 1} more"):
         assert part in said
@@ -150,10 +143,9 @@ def test_a_bad_sequence_is_named_with_its_text_and_the_block(search, tmp_path, t
         search(model, text, "--dtype", "bfloat16", "-o", "better.json")
 
 
-@pytest.mark.parametrize("kind", often(WAYS, USUAL))
-def test_bad_sequences_are_refused_in_every_way(search, models, text, kind):
-    model, options = models["broken"], WAYS[kind]
-    assert "in the embeddings" in search(model, text, *options, code=4).stderr
+@pytest.mark.parametrize("options", often(WAYS, WAYS[1:3]), ids=str)
+def test_bad_sequences_are_refused_in_every_way(search, broken, text, options):
+    assert "in the embeddings" in search(broken, text, *options, code=4).stderr
 
 
 @pytest.mark.parametrize(
@@ -163,24 +155,23 @@ def test_bad_sequences_are_refused_in_every_way(search, models, text, kind):
         (("--heal", "--heal-tokens", 4096), 0, "Skipping steps whose gradient is not finite"),
     ],
 )
-def test_recovery_on_text_of_which_a_part_overflows(sleb, tmp_path, models, options, code, said):
+def test_recovery_on_text_of_which_a_part_overflows(sleb, tmp_path, broken, options, code, said):
     path = tmp_path / "text.txt"
     path.write_text(f"{prose(3)} {RARE} " * 100 + prose(700, seed=1))
     text = calibration(path, 24, LENGTH)
-    command = ("apply", models["broken"], "--blocks", 2, *options, *text, "-o", tmp_path / "out")
+    command = ("apply", broken, "--blocks", 2, *options, *text, "-o", tmp_path / "out")
     assert said in sleb(*command, code=code).stderr
     assert (tmp_path / "out").exists() is (code == 0)
 
 
-def test_after_a_kill_such_a_search_goes_on(program, search, tmp_path, models, text):
-    name, options = "needed", OVERFLOW
-    search(models[name], text, *options, "-o", "whole.json")
+def test_after_a_kill_such_a_search_goes_on(program, search, tmp_path, needing, text):
+    search(needing, text, *OVERFLOW, "-o", "whole.json")
     killed = Fault(tmp_path, 1, KILL, Calls.RENAME)  # as the plan was about to take its name
-    program.run(*words_of(models[name], text, *options), cwd=tmp_path, fault=killed, codes=[-9])
+    program.run(*words_of(needing, text, *OVERFLOW), cwd=tmp_path, fault=killed, codes=[-9])
     journal = (tmp_path / "plan.json.journal").read_text()
     assert re.search(r'"scores":\[.*null', journal)
     assert not re.search("NaN|Infinity", journal)
-    search(models[name], text, *options, "--resume")
+    search(needing, text, *OVERFLOW, "--resume")
     assert plan_of() == plan_of("whole.json")
 
 
@@ -188,8 +179,8 @@ OVERFLOWING = [(), ("--fast",), ("--stream",), ("--batch-size", 5), *STRATEGIES]
 
 
 @pytest.mark.parametrize("options", often(OVERFLOWING, OVERFLOWING[:3]), ids=str)
-def test_a_block_without_which_numbers_overflow_is_never_removed(sleb, search, models, text, options):
-    assert "Without block 2" in search(models["needed"], text, *OVERFLOW, *options).stderr
+def test_a_block_without_which_numbers_overflow_is_never_removed(sleb, search, needing, text, options):
+    assert "Without block 2" in search(needing, text, *OVERFLOW, *options).stderr
     (step,) = plan_of()["steps"]
     assert step["block"] != 2
     assert [block for block, score in step["scores"].items() if score is None] == ["2"]
@@ -197,17 +188,13 @@ def test_a_block_without_which_numbers_overflow_is_never_removed(sleb, search, m
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("options", [(), ("--fast",), *STRATEGIES], ids=str)
-def test_one_thread_and_two_make_the_same_plan(search, tiny_llama, text, request, trained, options):
+def test_one_thread_and_two_make_the_same_plan(search, tiny_llama, text, options):
     """The same blocks go in the same order, by scores that agree to 1e-5."""
-    model = request.getfixturevalue("shared_data") / "models" / "stories260K" if trained else tiny_llama
-    words = (*calibration(text, 16, 128 if trained else 32), "--dtype", "float32", *options)
     for threads in (2, 1):
         torch.set_num_threads(threads)
-        search(model, text, *words, "-o", f"{threads}.json")
-    one, two = plan_at("1.json"), plan_at("2.json")
-    assert (one.removals, [step.block for step in one.steps]) == (two.removals, [step.block for step in two.steps])
+        search(tiny_llama, text, *calibration(text, 16, 32), "--dtype", "float32", *options, "-o", f"{threads}.json")
+    one, two = (read_plan(Path(f"{threads}.json")) for threads in (1, 2))
+    assert one.removals == two.removals
     for left, right in zip(one.steps, two.steps, strict=True):
-        assert left.scores == pytest.approx(right.scores, rel=1e-5, abs=1e-5)
-    assert one.dense.loss == pytest.approx(two.dense.loss, rel=1e-5)
+        assert (left.block, left.scores) == (right.block, pytest.approx(right.scores, rel=1e-5, abs=1e-5))

@@ -224,48 +224,42 @@ def of_bytes(change):
 
 def entry(ending, new):
     """Give the key of this ending another value, or remove it."""
-    return of_gguf(
-        lambda file: replace(
-            file,
-            entries=tuple(
-                (name, kind, new if name.endswith(ending) else data)
-                for name, kind, data in file.entries
-                if new is not None or not name.endswith(ending)
-            ),
-        )
-    )
+
+    def change(file):
+        kept = [each for each in file.entries if new is not None or not each[0].endswith(ending)]
+        new_entries = [(name, kind, new if name.endswith(ending) else data) for name, kind, data in kept]
+        return replace(file, entries=tuple(new_entries))
+
+    return of_gguf(change)
 
 
 def renamed(new):
     """Give tensors other names, or leave them out."""
 
     def change(file):
-        names = [new(name.decode()) for name, *_ in file.tensors]
-        kept = [(n.encode(), *rest) for n, (_, *rest) in zip(names, file.tensors, strict=True) if n]
-        return replace(file, tensors=tuple(kept))
+        named = [(new(name.decode()).encode(), *rest) for name, *rest in file.tensors]
+        return replace(file, tensors=tuple(each for each in named if each[0]))
 
     return of_gguf(change)
 
 
-def values(source, change=bytes):
-    """Give each tensor the bytes of the one that `source` names, and change them."""
+def values(new):
+    """Give tensors other bytes: `new` is given a name and all bytes by name."""
 
     def do(made, dense):
-        data = made.read_bytes()
-        spans = {each.name: slice(each.data_offset, each.data_offset + each.n_bytes)
-                 for each in gguf.GGUFReader(made).tensors}  # fmt: skip
-        new = bytearray(data)
+        data = bytearray(made.read_bytes())
+        found = gguf.GGUFReader(made).tensors
+        spans = {each.name: slice(each.data_offset, each.data_offset + each.n_bytes) for each in found}
+        held = {name: bytes(data[span]) for name, span in spans.items()}
         for name, span in spans.items():
-            new[span] = data[spans[source(name)]] if isinstance(source(name), str) else data[span]
-            new[span] = change(bytes(new[span])) if source(name) is True else new[span]
-        made.write_bytes(new)
+            data[span] = new(name, held)
+        made.write_bytes(data)
 
     return do
 
 
-def only(part):
-    """Choose the tensor to change."""
-    return lambda name: part in name
+def of_tensor(part, change):
+    return values(lambda name, held: change(held[name]) if part in name else held[name])
 
 
 FILES = {
@@ -278,10 +272,10 @@ FILES = {
     "the removed blocks are not recorded": quiet(entry(b"removed_blocks", None)),
     "the chat template is another": quiet(entry(b"chat_template", text(b"{{ }}"))),
     "the architecture is another": quiet(entry(b"general.architecture", text(b"qwen2"))),
-    "two blocks have changed places": Kind(values(renumber(1, 0, 2, 3))),
+    "two blocks have changed places": Kind(values(lambda name, held: held[renumber(1, 0, 2, 3)(name)])),
     "queries and keys are exchanged": Kind(renamed(swap("blk.2.attn_q.", "blk.2.attn_k."))),
-    "a norm is doubled": Kind(values(only("blk.1.attn_norm"), lambda data: (np.frombuffer(data, "<f4") * 2).tobytes())),
-    "one bit is flipped": quiet(values(only("blk.2.attn_q"), lambda data: data[:-1] + bytes([data[-1] ^ 1]))),
+    "a norm is doubled": Kind(of_tensor("blk.1.attn_norm", lambda data: (np.frombuffer(data, "<f4") * 2).tobytes())),
+    "one bit is flipped": quiet(of_tensor("blk.2.attn_q", lambda data: data[:-1] + bytes([data[-1] ^ 1]))),
     "a tensor is missing": Kind(renamed(lambda name: "" if name == "blk.3.ffn_up.weight" else name)),
     "a tensor has its old number": Kind(renamed(lambda name: name.replace("blk.3.ffn_up", "blk.5.ffn_up"))),
     "two tensors have one name": quiet(renamed(lambda name: name.replace("blk.0.attn_q", "blk.1.attn_q"))),
