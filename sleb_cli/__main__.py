@@ -24,11 +24,8 @@ BROKEN_PIPE = 128 + 13
 LONGEST_NAME_SHOWN = 60
 UNREACHABLE = {
     errno.ENAMETOOLONG: ("the name is too long for a file", "Use a shorter one."),
-    errno.EACCES: ("you have no access to its folder", "Check the folder's permissions."),
-    errno.EPERM: ("you have no access to its folder", "Check the folder's permissions."),
-    errno.EIO: ("the disk fails", "Check the disk."),
-    errno.ESTALE: ("the disk is gone", "Mount it again."),
-    errno.ENOTCONN: ("the disk is gone", "Mount it again."),
+    **dict.fromkeys([errno.EACCES, errno.EPERM], ("you have no access to its folder", "Check its permissions.")),
+    **dict.fromkeys([errno.EIO, errno.ESTALE, errno.ENOTCONN], ("the disk fails or is gone", "Check the disk.")),
 }
 """Why a file cannot even be looked for, and what to do."""
 

@@ -151,12 +151,8 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
         known = group.from_main(lambda: read_kept(EvalResult, file, ignore) if file and not request.force else None)
 
         def keep(part: EvalResult) -> None:
-            if not group.is_main:
-                return
-            if place:
-                _keep(part, place, notify)
-            elif unfinished:
-                keep_result(part, unfinished, notify)
+            if group.is_main and file:
+                keep_result(part, file, notify)
 
         result = evaluate_models(asked, known, keep)
         _stop_unless_main_process()
@@ -176,6 +172,7 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     from sleb_cli.engine.door.bench import resolve_bench
     from sleb_cli.engine.output.engine_files import engine_files
     from sleb_cli.engine.speed.benchmark import benchmark
+    from sleb_cli.kept_results import keep_result
 
     _stop_unless_main_process()
     registry = load_registry(notify)
@@ -189,7 +186,7 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     _save(result, request.output)
     if place := _kept_place(subject, "bench"):
         # Weights and data types may differ between engines, so each has its own file.
-        _keep(result, place.with_suffix(f".{engine.name}.json") if engine else place, notify)
+        keep_result(result, place.with_suffix(f".{engine.name}.json") if engine else place, notify)
     return result
 
 
@@ -214,7 +211,7 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult | Gg
 
 def _kept_place(subject: Subject, kind: Literal["eval", "bench"]) -> Path | None:
     """Return where results are kept: next to their plan, or in the measured checkpoint if sleb wrote it."""
-    from sleb_cli.kept_results import IN_CHECKPOINT, beside_plan
+    from sleb_cli.kept_results import beside_plan
     from sleb_cli.plan import CHECKPOINT_PLAN
 
     record = subject.architecture.record
@@ -222,24 +219,11 @@ def _kept_place(subject: Subject, kind: Literal["eval", "bench"]) -> Path | None
         return beside_plan(subject.file, kind) if subject.plan.model.fingerprint == record.fingerprint else None
     folder = subject.architecture.source.folder
     ours = not subject.surgery.removals and record.revision is None and (folder / CHECKPOINT_PLAN).is_file()
-    return folder / IN_CHECKPOINT[kind] if ours else None
-
-
-def _keep(result: R, place: Path, notify: Notify) -> None:
-    """Keep a result for reports."""
-    from sleb_cli.engine.output.measured import without_local_folders
-    from sleb_cli.kept_results import is_in_checkpoint, keep_result
-
-    # A checkpoint may be published, so it holds no local folders.
-    keep_result(without_local_folders(result) if is_in_checkpoint(place) else result, place, notify)
+    return folder / f"sleb_{kind}.json" if ours else None
 
 
 def _stop_unless_main_process() -> None:
-    """Let the main process continue alone.
-
-    Raises:
-        WorkerFinished: this is another one.
-    """
+    """Raise WorkerFinished in the other processes."""
     if not is_main_process():
         raise WorkerFinished
 

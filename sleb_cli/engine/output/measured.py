@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from sleb_cli.events import Notify, Warned
-from sleb_cli.kept_results import beside_plan, read_kept
-from sleb_cli.plan import Plan, public_name
-from sleb_cli.records import without_folders
+from sleb_cli.kept_results import beside_plan, read_kept, without_local_folders
+from sleb_cli.plan import Plan
 from sleb_cli.requests import TRANSFORMERS
 from sleb_cli.results import BenchResult, EvalResult
 from sleb_cli.units import plural
@@ -77,12 +76,3 @@ def _only_sizes(result: R, wanted: Collection[frozenset[int]]) -> R:
 def of_size(entries: Iterable[S], removals: tuple[int, ...]) -> S | None:
     """Return the entry for these removals, in whatever order it names them; None if there is none."""
     return next((entry for entry in entries if set(entry.removals) == set(removals)), None)
-
-
-def without_local_folders(result: R) -> R:
-    """Return a result that may be published: files and local models are named without their folders."""
-    model = result.model.model_copy(update={"id": without_folders(result.model.id)})
-    if isinstance(result, BenchResult):
-        return result.model_copy(update={"model": model})
-    texts = tuple(text.model_copy(update={"text": public_name(text.text)}) for text in result.texts)
-    return result.model_copy(update={"model": model, "texts": texts})
