@@ -182,7 +182,7 @@ def _removals_from_gguf(
     request: ApplyRequest, plan: Plan | None, file: GgufFile, registry: Registry, notify: Notify
 ) -> tuple[int, ...]:
     """Return the blocks to remove, after checking that they belong to this file's model."""
-    if request.source is None or (plan is None and request.blocks is None):
+    if (plan is not None and request.source is None) or (plan is None and request.blocks is None):
         return resolve_subject(request, registry, notify, plan=plan, needs_removals=True).surgery.removals
     removals, model = (plan.removals, plan.model) if plan else ((), None)
     if request.blocks is not None:
