@@ -61,18 +61,13 @@ ELSEWHERE = {
     "--revision": "cli/test_models.py", "--run-code": "cli/test_eval.py", "--source": "cli/test_bench_engines.py",
     "--target-speedup": "cli/test_how_far.py",
 }  # fmt: skip
-GOING = set(
-    "--max-loss-increase --max-task-drop --serve-dtype --serve-batch --target-workload --beam-width --stride --fresh "
-    "--skip-bad-sequences --load-in".split()
-)
-"""Options that are being removed; delete each with its feature, and then this."""
 
 
 @pytest.mark.parametrize("command", RUNS)
 def test_every_option_has_help_is_in_the_reference_and_is_run_somewhere(command):
     page = (ROOT / "docs" / "reference" / "commands.md").read_text()
     words = " ".join(RUNS[command]).replace("TEXT", " ".join(map(str, calibration("")))).split()
-    options = [each for each in COMMANDS[command].params if each.opts[0].startswith("-") and each.opts[0] not in GOING]
+    options = [each for each in COMMANDS[command].params if each.opts[0].startswith("-")]
     names = [name for each in options for name in (*each.opts, *each.secondary_opts)]
     assert [each.opts for each in options if not each.help] == []
     assert [name for name in names if not re.search(rf"(?<!\S){name}\b", page)] == []
