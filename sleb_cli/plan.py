@@ -383,7 +383,7 @@ class Plan(VersionedRecord):
     """A finished search. Blocks are numbered from 0 as in the original model, everywhere.
 
     `removals` are the blocks of the last step; `first` returns the plan for fewer. `request` has the resolved options,
-    with which `sleb search --config plan.json` repeats the search.
+    with which `sleb search --config plan.json -o again.json` repeats the search.
 
     In the copy inside a checkpoint, `recovery` tells how its blocks were recovered, and `proof` what was checked. That
     copy may be published, so it names local models and texts without their folders.

@@ -88,7 +88,7 @@ class CompareResult(VersionedRecord):
 
 
 class Interval(Record):
-    """A 95 % confidence interval."""
+    """A 95% confidence interval."""
 
     low: float
     high: float
@@ -332,7 +332,7 @@ class Workload(Record):
 class WarmupRecord(Record):
     """The untimed runs of each model; `deviation` is the largest relative standard deviation of the last few.
 
-    `stable` says whether it fell below the limit of 2 %; null if the number of runs was asked for.
+    `stable` says whether it fell below the limit of 2%; null if the number of runs was asked for.
     """
 
     runs: int
@@ -386,7 +386,7 @@ class Timing(Record):
 class PrunedTiming(Timing):
     """The timing without `removals`; `speedup` is dense over pruned, of the medians from end to end.
 
-    `interval` is its 95 % bootstrap interval over rounds; null if there are too few for one.
+    `interval` is its 95% bootstrap interval over rounds; null if there are too few for one.
     """
 
     removals: tuple[int, ...]

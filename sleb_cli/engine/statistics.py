@@ -22,7 +22,7 @@ _QUANTILE = float(special.ndtri((1 + CONFIDENCE) / 2))
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, its standard error and its 95 % interval; both None if there is only one observation."""
+    """A mean, its standard error and its 95% interval; both None if there is only one observation."""
 
     mean: float
     standard_error: float | None
@@ -100,7 +100,7 @@ def mcnemar(lost: int, gained: int) -> float:
 
 
 def items_needed(deviation: float, effect: float = 0.01) -> int | None:
-    """Return how many items show an `effect` with 95 % confidence and 80 % power, given the deviation of differences.
+    """Return how many items show an `effect` with 95% confidence and 80% power, given the deviation of differences.
 
     None if the items never differ, which says nothing about others. Source: Miller, arXiv 2411.00640, equation 9, where
     one answer per item leaves the variance of the paired difference.
@@ -112,11 +112,11 @@ def items_needed(deviation: float, effect: float = 0.01) -> int | None:
 
 RESAMPLES = 9_999
 FEWEST_ROUNDS = 5
-"""With fewer rounds, no bootstrap interval would hold its 95 %."""
+"""With fewer rounds, no bootstrap interval would hold its 95%."""
 
 
 def median_ratio_interval(first: Sequence[float], second: Sequence[float]) -> Interval | None:
-    """Return the 95 % interval of median(first) / median(second), measured in the same rounds; None if too few.
+    """Return the 95% interval of median(first) / median(second), measured in the same rounds; None if too few.
 
     Resamples whole rounds, because whatever slows a machine for a while slows both runs of a round. The percentiles of
     a small sample's bootstrap are too narrow, so they are moved apart as Student's t demands (Hesterberg, "What

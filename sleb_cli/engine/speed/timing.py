@@ -31,7 +31,7 @@ WARMUP_LIMIT = 10
 
 STABLE_DEVIATION = 0.02
 STABLE_RUNS = 3
-"""Times are stable once the relative standard deviation of the last three is below 2 %."""
+"""Times are stable once the relative standard deviation of the last three is below 2%."""
 
 
 @dataclass(frozen=True)
