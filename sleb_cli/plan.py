@@ -93,20 +93,13 @@ def public_name(source: str) -> str:
     return without_folders(place) + colon + rest
 
 
-class ServingRecord(Record):
-    """How the model will be served, for a memory target; the KV cache holds one sequence of `length` tokens."""
-
-    dtype: str
-    length: int
-
-
 class TargetRecord(Record):
     """The target of the search, if it was not a number of blocks, and what was reached.
 
     The unit of `limit`, `dense` and `reached` follows from `name`: parameters, bytes, speedup, nats per token above
     the dense model, or a multiple of its perplexity. For a speedup, `predicted` was
     estimated before the search and `reached` timed after it; for a perplexity, `next` is the value after one more
-    removal.
+    removal. `kv_cache` describes what counts besides the weights for a memory target.
     """
 
     name: TargetName
@@ -115,7 +108,7 @@ class TargetRecord(Record):
     reached: float
     predicted: float | None = None
     next: float | None = None
-    serving: ServingRecord | None = None
+    kv_cache: str | None = None
 
 
 class MetricRecord(Record):

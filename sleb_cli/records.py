@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sleb_cli.atomic import to_json, write_text
 from sleb_cli.units import format_bytes
-from sleb_plugins.errors import PlanError
 
 LARGEST = 64 << 20
 """The largest record that is read, in bytes."""
@@ -183,20 +182,3 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in data.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return flat
-
-
-def require_same_work(path: Path, work: str, found: Mapping[str, Any], expected: Mapping[str, Any], same: str) -> None:
-    """Check that unfinished work can be continued: it has the expected `format` and describes the same work.
-
-    Raises:
-        PlanError: another version of sleb began it, or it is other work.
-    """
-    if found.get("format") != expected["format"]:
-        raise PlanError(
-            f"Another version of sleb began the {work} in {path}.",
-            hint="Finish it with that version, or start over with --force.",
-        )
-    if differing := differences(expected, found):
-        raise PlanError(
-            f"{path} belongs to another {work} ({differing}).", hint=f"Use the same {same}, or start over with --force."
-        )

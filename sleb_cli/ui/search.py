@@ -113,10 +113,9 @@ def target_summary(target: TargetRecord, plan: Plan) -> str:
             remain = f"{format_count(target.reached)} of {format_count(target.dense)} remain"
             return f"target: {asked} parameters; {remain}; {cost}"
         case "target_memory":
-            serving = target.serving
-            assert serving is not None
-            cache = f"a KV cache in {serving.dtype} for {serving.length} tokens"
-            needs = f"weights and {cache} take {format_bytes(target.reached)}, not {format_bytes(target.dense)}"
+            needs = (
+                f"weights and {target.kv_cache} take {format_bytes(target.reached)}, not {format_bytes(target.dense)}"
+            )
             return f"target: {asked}; {needs}; {cost}"
         case "target_speedup":
             missed = "" if target.reached >= target.limit else ", below the target: remove more with --extend"

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from conftest import llama_config, save_model
 from sleb_cli.engine.search import speedup
 from sleb_cli.engine.search.scoring import Scoring
-from sleb_cli.plan import ServingRecord, read_plan
+from sleb_cli.plan import read_plan
 from sleb_plugins import UnsupportedModelError
 
 BLOCK = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32
@@ -49,7 +49,7 @@ def test_memory_is_weights_and_cache_as_served(search, found):
     three, four = (found("--target-memory", bytes_, *served) for bytes_ in (most, most - 1))
     assert (len(three.removals), len(four.removals)) == (3, 4)
     assert three.search.target.reached == most
-    assert three.search.target.serving == ServingRecord(dtype="bfloat16", length=100)
+    assert three.search.target.kv_cache == "a KV cache in bfloat16 for 100 tokens"
     result = search("--target-memory", "300kB", "--force")
     assert "weights in float32 (305 kB) and a KV cache in float32 for 128 tokens (98.3 kB)" in result.stderr
     assert "a KV cache in float32 for 128 tokens take" in result.stdout

@@ -27,7 +27,7 @@ from sleb_cli.engine.surgery.subject import require_same_code, require_same_mode
 from sleb_cli.engine.text.settings import REFERENCE_PRESETS, require_given_text, resolve_calibration
 from sleb_cli.engine.text.windows import choose_length
 from sleb_cli.events import Event, Notice, Notify
-from sleb_cli.plan import Plan, ServingRecord, read_plan
+from sleb_cli.plan import Plan, read_plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.processes import is_main_process
 from sleb_cli.requests import (
@@ -379,19 +379,15 @@ def _memory_target(asked: str, request: SearchRequest, architecture: Architectur
     """Count the weights and the KV cache of one sequence, in the data type of the search, as served."""
     served = parse_dtype(str(request.dtype), architecture.dtype)
     length = choose_length(request.serve_length, architecture, DEFAULT_SERVE_LENGTH, "--serve-length")
-    serving = ServingRecord(dtype=dtype_name(served), length=length)
+    kv_cache = f"a KV cache in {dtype_name(served)} for {length} tokens"
     packed = architecture.is_quantized
     weights = stored_bytes(architecture) if packed else count_parameters(architecture) * served.itemsize
     cache = cache_bytes(architecture, served, length)
-    form = "packed as in the checkpoint" if packed else f"in {serving.dtype}"
-    notify(
-        Notice(
-            f"Memory counts the weights {form} ({format_bytes(weights.without(()))}) and a KV cache in "
-            f"{serving.dtype} for {length} tokens ({format_bytes(cache.without(()))})."
-        )
-    )
+    form = "packed as in the checkpoint" if packed else f"in {dtype_name(served)}"
+    counted = f"the weights {form} ({format_bytes(weights.without(()))})"
+    notify(Notice(f"Memory counts {counted} and {kv_cache} ({format_bytes(cache.without(()))})."))
     most = parse_bytes(asked, "--target-memory")
-    return SizeTarget("target_memory", weights + cache, most, format_bytes, serving)
+    return SizeTarget("target_memory", weights + cache, most, format_bytes, kv_cache)
 
 
 def _number(request: SearchRequest, name: TargetName, least: float) -> float:

@@ -26,7 +26,7 @@ from sleb_cli.atomic import writing
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.choices import comparable
 from sleb_cli.events import Notice, Notify, Warned, ignore
-from sleb_cli.records import Record, require_same_work
+from sleb_cli.records import Record, differences
 from sleb_plugins.errors import OutputError, PlanError
 
 # A crash of the program loses nothing; a crash of the machine loses at most this many seconds.
@@ -202,7 +202,16 @@ class Journal:
             begun = from_json(_content(line) or b"")
             if not isinstance(begun, dict):
                 raise ValueError
-            require_same_work(path, "search", begun, search, "model, data, metric and settings")
+            if begun.get("format") != search["format"]:
+                raise PlanError(
+                    f"Another version of sleb began the search in {path}.",
+                    hint="Finish it with that version, or start over with --force.",
+                )
+            if differing := differences(search, begun):
+                raise PlanError(
+                    f"{path} belongs to another search ({differing}).",
+                    hint="Use the same model, data, metric and settings, or start over with --force.",
+                )
             whole = len(line)
             while (content := _content(line := file.readline(LONGEST_LINE))) is not None:
                 try:

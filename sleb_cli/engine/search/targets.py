@@ -14,7 +14,7 @@ from sleb_cli.engine.model.sizes import PerBlock
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.strategies import free_spans
 from sleb_cli.events import Notice, Notify
-from sleb_cli.plan import ServingRecord, TargetRecord
+from sleb_cli.plan import TargetRecord
 from sleb_cli.requests import StrategyName, TargetName
 from sleb_cli.units import plural
 from sleb_plugins import UsageError
@@ -34,14 +34,14 @@ class SizeTarget:
         sizes: the size of each block, in the target's unit.
         most: the size that may remain.
         describe: formats a size: "1.19B parameters".
-        serving: how the model will be served, if its memory is the target.
+        kv_cache: what counts besides the weights, if memory is the target.
     """
 
     name: TargetName
     sizes: PerBlock
     most: float
     describe: Callable[[float], str]
-    serving: ServingRecord | None = None
+    kv_cache: str | None = None
 
     def allows(self, increase: float) -> bool:
         """Whether the loss may rise by this much: a size does not limit it."""
@@ -81,7 +81,7 @@ class SizeTarget:
         if self.name in ("ratio", "remove"):
             return None
         dense, reached = self.sizes.without(()), self.sizes.without(removed)
-        return TargetRecord(name=self.name, limit=self.most, dense=dense, reached=reached, serving=self.serving)
+        return TargetRecord(name=self.name, limit=self.most, dense=dense, reached=reached, kv_cache=self.kv_cache)
 
     def _fits(self, amount: float) -> bool:
         return amount <= self.most * (1 + 1e-12)  # tolerates rounding
