@@ -45,10 +45,14 @@ def main() -> int:
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--text", type=Path, required=True, help="calibration and evaluation text")
     parser.add_argument("--sleb", default="sleb", help="the program")
+    parser.add_argument("--only", default=",".join([*SEARCHES, *APPLIES, "tasks"]), help="these runs, besides greedy")
     parser.add_argument("-o", dest="output", type=Path)
     parser.add_argument("--against", type=Path)
     asked = parser.parse_args()
-    found = {model.name: numbers(asked.sleb, model.resolve(), asked.text.resolve()) for model in asked.models}
+    found = {
+        model.name: numbers(asked.sleb, model.resolve(), asked.text.resolve(), asked.only.split(","))
+        for model in asked.models
+    }
     if asked.output:
         asked.output.write_text(json.dumps(found, indent=1))
     if asked.against is None:
@@ -59,7 +63,7 @@ def main() -> int:
     return bool(differing)
 
 
-def numbers(sleb: str, model: Path, text: Path) -> dict:
+def numbers(sleb: str, model: Path, text: Path, only: list[str]) -> dict:
     found: dict = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -70,11 +74,13 @@ def numbers(sleb: str, model: Path, text: Path) -> dict:
             if done.returncode:
                 raise SystemExit(done.stderr)
 
-        for kind, options in SEARCHES.items():
+        for kind in [kind for kind in SEARCHES if kind == "greedy" or kind in only]:
+            options = SEARCHES[kind]
             given = [] if "--calibration" in options else ["--calibration", text]
             run("search", model, "--remove", 2, *given, *SMALL, *options, "-o", f"{kind}.json")
             found[f"search {kind}"] = of_plan(json.loads((folder / f"{kind}.json").read_text()))
-        for kind, options in APPLIES.items():
+        for kind in [kind for kind in APPLIES if kind in only]:
+            options = APPLIES[kind]
             given = ["--calibration", text] if "--samples" in options else []
             run("apply", "greedy.json", *options, *given, "-o", kind)
             found[f"apply {kind}"] = {
@@ -89,6 +95,8 @@ def numbers(sleb: str, model: Path, text: Path) -> dict:
         run("eval", "greedy.json", *windows, "-o", "quality.json")
         measured = json.loads((folder / "quality.json").read_text())["texts"][0]
         found["eval"] = {name: measured[name] for name in ("dense", "pruned") if name in measured}
+        if "tasks" not in only:
+            return found
         run("eval", "greedy.json", "--tasks", "sleb_sums,sleb_lists", "--limit", 8, "-o", "tasks.json")
         found["tasks"] = json.loads((folder / "tasks.json").read_text())["tasks"]
     return found
