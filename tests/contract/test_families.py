@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import calibration, calibration_sequences, save_model, slow
 from families import tiny_config
 from reference import plain_search
-from sleb_cli.engine.forward import passes
+from sleb_cli.engine.forward import prepare
 from sleb_cli.engine.forward.memory_budget import MemoryBudget
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import locate_model
@@ -90,9 +90,9 @@ def test_searches_equal_the_plain_reference(run_sleb, folder, architecture, text
     refused = run_sleb("search", folder, *options, "--force", "--memory", "1kB")
     assert refused.exit_code == 7, refused.stderr
     needed = re.search(r"need ([\d.]+ .B) in addition to the model, but only 1 kB", refused.stderr)[1]
-    resolve, budgets = passes.resolve_memory_budget, []
+    resolve, budgets = prepare.resolve_memory_budget, []
     watched = lambda *a, **k: budgets.append(resolve(*a, **k)) or budgets[-1]  # noqa: E731
-    monkeypatch.setattr(passes, "resolve_memory_budget", watched)
+    monkeypatch.setattr(prepare, "resolve_memory_budget", watched)
     least = parse_bytes(needed, "") + 500
     squeezed = json.loads(run_sleb("search", folder, *options, "--force", "--memory", least).stdout)
     assert budgets == [MemoryBudget(sequences=2, positions=16, branches=1, kept=0)]
