@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.segment import Segment
 
 from sleb_cli.processes import is_main_process
+from sleb_cli.ui.names import elide
 from sleb_plugins import OutputError, SlebError
 
 
@@ -53,7 +54,10 @@ class Outlet:
         try:
             yield
         except OSError as error:
-            self._discard()
+            # From here on, the stream leads to nothing, so that neither its buffer nor a library fails again.
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, self._stream.fileno())
+            os.close(nothing)
             if error.errno in (errno.EPIPE, errno.EIO):
                 self.is_gone = True
             elif self._holds_result:
@@ -61,12 +65,6 @@ class Outlet:
                     f"Cannot write the result to stdout: {error.strerror}.",
                     hint="Free some space, or redirect stdout elsewhere.",
                 ) from error
-
-    def _discard(self) -> None:
-        """Point the stream at /dev/null, so that neither its buffer nor libraries fail again."""
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, self._stream.fileno())
-        os.close(nothing)
 
 
 # What a terminal obeys rather than shows: control characters but tab and newline, halves of surrogate pairs, and what
@@ -143,9 +141,7 @@ def print_error(error: SlebError) -> None:
     """Print what happened, and what to do about it."""
     # Not wrapped, since paths and commands in them may be copied.
     console = stderr()
-    message = error.message.replace("\n", "\\n")  # of a name, since a sentence has none
-    if len(message) > _LONGEST:
-        message = f"{message[: _LONGEST // 2]} … {message[-_LONGEST // 2 :]}"
+    message = elide(error.message.replace("\n", "\\n"), _LONGEST)  # the newline of a name: a sentence has none
     console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
     console.print(f"[bold cyan]hint:[/] {escape(error.hint)}", soft_wrap=True)
 
