@@ -56,12 +56,11 @@ def test_what_cannot_fit_is_said_before_any_work():
         fit(9_000_000, batch=2)
 
 
-def test_what_the_user_said_counts_and_a_cpu_is_never_filled(monkeypatch):
+def test_a_cpu_is_never_filled(monkeypatch):
     monkeypatch.setattr(device.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
     monkeypatch.setattr(device, "left_under_limits", lambda: 600)
-    assert available_memory(CPU, "1.5 GB") == 1_500_000_000
-    assert available_memory(CPU, None) == 300
+    assert available_memory(CPU) == 300
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # processes share the memory of a machine, not that of an accelerator
     monkeypatch.setattr(device, "free_bytes", lambda device: 1000)
-    assert [available_memory(torch.device(kind), None) for kind in ("cpu", "cuda")] == [125, 900]
+    assert [available_memory(torch.device(kind)) for kind in ("cpu", "cuda")] == [125, 900]
     assert available_memory(CPU, "3kB") == 3000

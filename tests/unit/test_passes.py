@@ -81,14 +81,14 @@ def score_norms(passes):
 def test_batches_are_halved_and_scores_stay_the_same(skippable, sequences, monkeypatch, how, first, error):
     expected = how(passes_of(skippable, sequences)[0])
     passes, events = passes_of(skippable, sequences, 4, 16, 1, 0)
-    calls, forward = count(1), skippable.switches[5]._forward
+    calls, forward = count(1), skippable.switches[5].forward
 
     def failing(*args, **kwargs):
         if next(calls) in (first, first + 1):
             raise error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(skippable.switches[5], "_forward", failing)
+    monkeypatch.setattr(skippable.switches[5], "forward", failing)
     found = how(passes)
     assert passes.budget == MemoryBudget(sequences=1, positions=16, branches=1, kept=0)
     assert len([event for event in events if isinstance(event, Notice)]) == 2

@@ -79,7 +79,7 @@ def test_everything_is_put_back_after_an_error(small, ids):
 def test_what_a_block_raises_is_translated(small, ids, monkeypatch, cause, error, words):
     with small, pytest.raises(error, match=words):
         small.logits(ids, ())
-        monkeypatch.setattr(small.switches[2], "_forward", Mock(side_effect=cause))
+        monkeypatch.setattr(small.switches[2], "forward", Mock(side_effect=cause))
         small.logits(ids, {1})
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +35,6 @@ class BlockWeights:
 def aligned(value: Tensor) -> Tensor:
     """Return an aligned tensor, because fast kernels may round differently at other addresses."""
     return value.clone() if value.data_ptr() % ALIGNED else value
-
-
-def align_parameters(model: Any) -> None:
-    """Align the weights that are in memory."""
-    for parameter in model.parameters():
-        parameter.data = aligned(parameter.data)
 
 
 def execution_device(module: nn.Module) -> torch.device | None:

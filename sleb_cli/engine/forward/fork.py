@@ -86,14 +86,6 @@ class Walk:
             branch: self.states.at[depth][branch] for branch, enters in self.entry_depth.items() if enters == depth
         }
 
-    def progress(self, depth: int) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield the depth, the branch and the hidden states of all from which the walk can go on at `depth`."""
-        for branch, hidden in self.branches.items():
-            yield depth, branch, hidden
-        for branch, enters in self.entry_depth.items():
-            if enters >= depth:
-                yield enters, branch, self.states.at[enters][branch]
-
     def ran(self, block: int) -> int:
         """How many branches went through a block that the walk has just advanced by."""
         return 0 if block in self.removed else len(self.branches) - (block in self.branches)

@@ -18,29 +18,25 @@ from sleb_plugins import MachineError
 
 @dataclass(frozen=True)
 class DeviceSettings:
-    """What suits a kind of device.
+    """What suits a kind of device; by default, what a CPU and Apple's GPU have in common.
 
     Attributes:
-        tokens_per_batch: enough to fill its matrix units, few enough to stay in a CPU's caches.
-        min_tokens_per_batch: fewer use it badly, so a race looks less often rather than make smaller batches.
         head_positions: positions whose logits exist at once, in the model's data type.
         widened_bytes: bytes of logits that are widened to float32 at a time; on a CPU, as many as stay in its caches.
+        tokens_per_batch: enough to fill its matrix units, few enough to stay in a CPU's caches.
+        min_tokens_per_batch: fewer use it badly, so a race looks less often rather than make smaller batches.
         share: the share of its free memory to use. Where other programs use the same memory, half of it: never swap.
     """
 
-    tokens_per_batch: int
-    min_tokens_per_batch: int
     head_positions: int
     widened_bytes: int
-    share: float
+    tokens_per_batch: int = 2048
+    min_tokens_per_batch: int = 256
+    share: float = 0.5
 
 
-CPU_SETTINGS = DeviceSettings(
-    tokens_per_batch=2048, min_tokens_per_batch=256, head_positions=256, widened_bytes=2 << 20, share=0.5
-)
-MPS_SETTINGS = DeviceSettings(
-    tokens_per_batch=2048, min_tokens_per_batch=256, head_positions=512, widened_bytes=256 << 20, share=0.5
-)
+CPU_SETTINGS = DeviceSettings(head_positions=256, widened_bytes=2 << 20)
+MPS_SETTINGS = DeviceSettings(head_positions=512, widened_bytes=256 << 20)
 ACCELERATOR_SETTINGS = DeviceSettings(
     tokens_per_batch=8192, min_tokens_per_batch=2048, head_positions=2048, widened_bytes=256 << 20, share=0.9
 )

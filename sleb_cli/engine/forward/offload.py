@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sleb_cli.engine.forward.block_weights import BlockWeights, align_parameters, aligned
+from sleb_cli.engine.forward.block_weights import BlockWeights, aligned
 
 
 class OffloadedValues(ChainMap[str, Tensor]):
@@ -32,7 +32,8 @@ def align(model: Any) -> None:
     """Align the weights of a model of transformers, because fast kernels may round differently at other addresses."""
     if (offloaded := offloaded_values(model)) is not None:
         offloaded.align = True
-    align_parameters(model)
+    for parameter in model.parameters():
+        parameter.data = aligned(parameter.data)
 
 
 def offloaded_values(model: Any) -> OffloadedValues | None:
@@ -58,10 +59,6 @@ class Offloaded(BlockWeights):
         for block in blocks:
             with loaded(self._blocks[block]):
                 yield block
-
-    def align(self) -> None:
-        """Align what is loaded."""
-        self._values.align = True
 
     @contextmanager
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:

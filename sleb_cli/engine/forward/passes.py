@@ -37,12 +37,12 @@ Listener = Callable[[int, Tensor, Tensor], Iterable[tuple[K, list[float]]]]
 """Takes a block and what enters and leaves it, [sequences, positions, hidden size]; returns scores by key."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _MicroBatch:
     """Sequences of a batch that pass through the model together, and what is kept of them from step to step.
 
     Attributes:
-        key: the number of the batch, and of its first sequence in that.
+        batch: the number of the batch.
         is_last: whether it is the last of its batch.
         ids: the tokens, [sequences, positions].
         loss_mask: which of them count as targets; None for all.
@@ -50,16 +50,12 @@ class _MicroBatch:
         dense: what leaves the last block of the dense model, if a metric needs it.
     """
 
-    key: tuple[int, int]
+    batch: int
     is_last: bool
     ids: Tensor
     loss_mask: Tensor | None
     states: States = field(default_factory=States)
     dense: Tensor | None = None
-
-    @property
-    def batch(self) -> int:
-        return self.key[0]
 
 
 @dataclass
@@ -78,8 +74,6 @@ class Passes:
     """Whether candidates share a walk; otherwise each is scored by a pass of the whole model."""
     loss_mask: Sequence[Tensor] | None = None
     """For each batch, which of its tokens count as targets, bool [sequences, positions]; None for all."""
-    available: int = 2**63
-    """The bytes that may be used in addition to the model."""
     store: Store = keep_on_device
     """Where the hidden states of walks wait."""
 
@@ -170,8 +164,8 @@ class Passes:
             parts = torch.split(self.batches[batch], self.budget.sequences)
             masks = torch.split(self.loss_mask[batch], self.budget.sequences) if self.loss_mask else [None] * len(parts)
             self._parts[batch] = [
-                _MicroBatch((batch, number * self.budget.sequences), number == len(parts) - 1, ids, mask)
-                for number, (ids, mask) in enumerate(zip(parts, masks, strict=True))
+                _MicroBatch(batch, number == len(parts), ids, mask)
+                for number, (ids, mask) in enumerate(zip(parts, masks, strict=True), start=1)
             ]
         return self._parts[batch]
 
@@ -194,53 +188,49 @@ class Passes:
             for first in range(0, max(len(group[part.batch]) for part in together), most):
                 chunk = {part.batch: group[part.batch][first : first + most] for part in together}
                 here = [part for part in together if chunk[part.batch]]
-                keep = {part.key: depths(part, chunk[part.batch]) for part in here}
+                keep = {part: depths(part, chunk[part.batch]) for part in here}
                 walks = self._walk(here, removed, chunk, keep, advance, with_dense=metric.needs_dense_logits)
                 for part in here:
                     for block in chunk[part.batch]:
-                        scores = self._score_final(metric, part, walks[part.key].branches.pop(block))
-                        if not walks[part.key].block_runs:
+                        scores = self._score_final(metric, part, walks[part].branches.pop(block))
+                        if not walks[part].block_runs:
                             advance(len(part.ids))
                         yield part, block, scores
                 del walks  # before the next ones are made
-            for part in together:
-                self._shrink(part, list(depths(part, group[part.batch])))
+            for part in together:  # forget what the next step does not need, or has no memory for
+                part.states.shrink(self.budget.kept - (part.dense is not None), [*depths(part, group[part.batch])])
+                if not self.budget.kept:
+                    part.dense = None
 
     def _walk(
         self,
         parts: Sequence[_MicroBatch],
         removed: Sequence[int],
         group: Mapping[int, Sequence[int]],
-        keep: Mapping[tuple[int, int], Mapping[int, int]],
+        keep: Mapping[_MicroBatch, Mapping[int, int]],
         advance: Advance,
         *,
         with_dense: bool,
-    ) -> dict[tuple[int, int], Walk]:
+    ) -> dict[_MicroBatch, Walk]:
         """Run the walks of these parts to their ends, and the dense model with them where its states are not known."""
         shared = SharedInputs(self.skippable, self.store)
-        walks: dict[tuple[int, int], Walk] = {}
-        dense: list[tuple[_MicroBatch, Walk]] = []
+        walks: dict[_MicroBatch, Walk] = {}
+        dense: dict[_MicroBatch, Walk] = {}
         for part in parts:
             calls = shared.calls(part.ids)
             candidates = [block for block in group[part.batch] if block != BASE]
-            walks[part.key] = Walk(
-                self.skippable, calls, part.states, removed, candidates, keep=keep[part.key], store=self.store
+            walks[part] = Walk(
+                self.skippable, calls, part.states, removed, candidates, keep=keep[part], store=self.store
             )
             if with_dense and part.dense is None:
-                dense.append((part, Walk(self.skippable, calls, States(), (), (), store=self.store)))
-        for block in walk_together(self.skippable, [*walks.values(), *(walk for _, walk in dense)]):
-            for part in parts:
-                share = walks[part.key].ran(block) / max(1, walks[part.key].block_runs)
+                dense[part] = Walk(self.skippable, calls, States(), (), (), store=self.store)
+        for block in walk_together(self.skippable, [*walks.values(), *dense.values()]):
+            for part, walk in walks.items():
+                share = walk.ran(block) / max(1, walk.block_runs)
                 advance(share * len(group[part.batch]) * len(part.ids))
-        for part, walk in dense:
+        for part, walk in dense.items():
             part.dense = walk.branches.pop(BASE)
         return walks
-
-    def _shrink(self, part: _MicroBatch, depths: Sequence[int]) -> None:
-        """Forget what the next step does not need of a part, or has no memory for."""
-        part.states.shrink(self.budget.kept - (part.dense is not None), depths)
-        if not self.budget.kept:
-            part.dense = None
 
     def _score_final(self, metric: LogitMetric, part: _MicroBatch, hidden: Tensor) -> list[float]:
         """Return each sequence's score from what leaves the last block."""
@@ -297,11 +287,11 @@ class Passes:
 
         def run() -> Iterator[None]:
             scores: defaultdict[int, defaultdict[K, list[float]]] = defaultdict(lambda: defaultdict(list))
-            listeners: defaultdict[tuple[int, int], Listener[K]] = defaultdict(start)
+            listeners: defaultdict[_MicroBatch, Listener[K]] = defaultdict(start)
 
             def listen(part: _MicroBatch, block: int, entering: Tensor, leaving: Tensor) -> None:
                 if block in candidates:
-                    for key, each in listeners[part.key](block, entering, leaving):
+                    for key, each in listeners[part](block, entering, leaving):
                         scores[part.batch][key] += each
 
             for together in self._together(batch for batch in batches if batch not in found):

@@ -61,7 +61,8 @@ def prepare_passes(
     """
     with torch.inference_mode():
         footprint = _footprint(skippable, sequences[:1, :2])
-        available = min(map(memory, skippable.devices))
+        devices = dict.fromkeys([skippable.device, *skippable.places])  # in the same order in all processes
+        available = min(map(memory, devices))
         budget = resolve_memory_budget(
             available,
             footprint,
@@ -79,25 +80,18 @@ def prepare_passes(
         fitting = available // 4 // (sequences.shape[1] * footprint.logits)
         budget = replace(budget, sequences=max(1, min(budget.sequences, fitting)))
     masks = None if loss_mask is None else torch.split(loss_mask, budget.sequences)
-    passes = Passes(
-        skippable,
-        torch.split(sequences, budget.sequences),
-        budget,
-        notify,
-        forks=reason is None,
-        loss_mask=masks,
-        available=available,
-    )
+    batches = torch.split(sequences, budget.sequences)
+    passes = Passes(skippable, batches, budget, notify, forks=reason is None, loss_mask=masks)
     if skippable.weights.resident:
         return passes, reason
     if reason:
         raise UnsupportedModelError(
             f"{skippable.model.config.model_type} cannot be streamed: {reason}.", hint="Use a machine with more memory."
         )
-    return _store_all(passes, footprint, memory) if walks_together else passes, reason
+    return _store_all(passes, footprint, available, memory) if walks_together else passes, reason
 
 
-def _store_all(passes: Passes, footprint: Footprint, memory: Callable[[torch.device], int]) -> Passes:
+def _store_all(passes: Passes, footprint: Footprint, available: int, memory: Callable[[torch.device], int]) -> Passes:
     """Choose where the hidden states of all sequences and branches wait, and how many are kept between steps.
 
     If those of all candidates do not fit into memory, a step goes through the model with a group of them at a time.
@@ -109,7 +103,7 @@ def _store_all(passes: Passes, footprint: Footprint, memory: Callable[[torch.dev
     count = len(skippable.switches)
     of_branch = sum(batch.numel() for batch in passes.batches) * footprint.branch
     largest = passes.batches[0].numel()
-    room = passes.available - working_bytes(footprint, settings_for(device), largest, passes.budget.positions)
+    room = available - working_bytes(footprint, settings_for(device), largest, passes.budget.positions)
     store = to_cpu if device != CPU and room < (count + OTHER_BRANCHES) * of_branch else keep_on_device
     if store is to_cpu:
         room = memory(CPU)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from sleb_cli.engine.device import input_device, translate_out_of_memory
-from sleb_cli.engine.forward.block_weights import BlockWeights, align_parameters, execution_device
+from sleb_cli.engine.forward.block_weights import BlockWeights, execution_device
+from sleb_cli.engine.forward.offload import align
 from sleb_cli.engine.third_party import pass_errors_through, translate_errors
 from sleb_plugins import UnsupportedModelError
 
@@ -49,7 +50,7 @@ class BlockSwitch:
         self.pre_hook: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], None] | None = None
         self.fetch: Callable[[], object] | None = None
         self.wraps = wraps
-        self._forward = block.forward
+        self.forward = block.forward
         self._own_forward = vars(block).get("forward")
 
     def install(self) -> None:
@@ -74,7 +75,7 @@ class BlockSwitch:
             if self.fetch is not None:
                 with pass_errors_through():
                     self.fetch()
-            output = self._forward(*args, **kwargs)
+            output = self.forward(*args, **kwargs)
             self.wraps[kind] = _wrapper_like(output)
         if self.skip:
             output = self.wraps[kind](entering if self.inject is None else self.inject)
@@ -83,10 +84,6 @@ class BlockSwitch:
             with pass_errors_through():
                 self.hook(entering, leaving)
         return output
-
-    def run(self, hidden: Tensor, call: Call) -> Tensor:
-        """Run the block on these hidden states, with the other inputs of a recorded call; return what leaves it."""
-        return _hidden_states(self._forward(hidden, *call.args, **call.kwargs))
 
 
 def _contiguous(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -251,7 +248,7 @@ class SkippableModel:
     def align(self) -> None:
         """Have all weights lie at multiples of 64 bytes, because fast kernels may round differently elsewhere."""
         self.weights.align()
-        align_parameters(self.model)
+        align(self.model)
 
     @contextmanager
     def loaded(self, block: int) -> Iterator[None]:
@@ -278,7 +275,8 @@ class SkippableModel:
         """Run one block alone, as in a pass of the whole model, on hidden states of the recorded shape."""
         hidden = hidden.to(self.places[call.block])  # states may be held where there is more memory
         with self._translate_errors(call.entering.shape, f"block {call.block} alone"):
-            return _computed(self.switches[call.block].run(hidden, call), f"block {call.block}")
+            output = self.switches[call.block].forward(hidden, *call.args, **call.kwargs)
+            return _computed(_hidden_states(output), f"block {call.block}")
 
     def head(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Return the logits of hidden states that leave the last block: final norm, head, and the family's own steps.
@@ -296,7 +294,8 @@ class SkippableModel:
             torch.autograd.backward(states, gradient)
 
     def _forward(self, ids: Tensor, *, last: int = 0) -> Tensor:
-        options = {"logits_to_keep": last} if last and self._takes_logits_to_keep else {}
+        takes_last = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        options = {"logits_to_keep": last} if last and takes_last else {}
         skipped = [index for index, switch in enumerate(self.switches) if switch.skip]
         what = f"without blocks {skipped}" if skipped else ""
         with self._fetching(), self._translate_errors(ids.shape, what):
@@ -340,12 +339,3 @@ class SkippableModel:
 
         with translate_errors(does_not_run), explain_out_of_memory(shape, self.device):
             yield
-
-    @property
-    def devices(self) -> list[torch.device]:
-        """Where hidden states may be: its own device, and with a device map, those that compute blocks."""
-        return list(dict.fromkeys([self.device, *self.places]))
-
-    @property
-    def _takes_logits_to_keep(self) -> bool:
-        return "logits_to_keep" in inspect.signature(self.model.forward).parameters

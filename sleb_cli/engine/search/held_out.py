@@ -30,17 +30,12 @@ def hold_out(calibration: Calibration, share: float) -> tuple[Calibration, Calib
     if not share:
         return calibration, None
     count = len(calibration.sequences)
-    kept = count - count_held_out(count, share)
-    return calibration.part(slice(0, kept)), calibration.part(slice(kept, None))
-
-
-def count_held_out(count: int, share: float) -> int:
-    """Return how many of `count` sequences are held out; raises like `hold_out`."""
-    if share and count < 2:
+    if count < 2:
         raise UsageError(
             "A single calibration sequence cannot be split.", hint="Leave out --holdout, or use more text."
         )
-    return min(max(1, round(share * count)), count - 1) if share else 0
+    kept = count - min(max(1, round(share * count)), count - 1)
+    return calibration.part(slice(0, kept)), calibration.part(slice(kept, None))
 
 
 def overfitting_note(steps: Sequence[Step]) -> str | None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from statistics import fmean
@@ -262,12 +261,12 @@ def _announce(settings: SearchSettings, scoring: Scoring) -> None:
         return  # a metric of weights is fast, and how long one of the whole model takes is not known
     ids = passes.batches[0]
     share = min(1.0, RACED / scoring.sequences) if settings.fast else 1.0
-    blocks = 0.0
+    blocks, head_blocks = 0.0, scoring.skippable.head_blocks
     for size, scored in enumerate(sets):
         here = count - gone - size
         # A candidate runs the blocks above it, and its share of the base; later sizes begin where the last one ended.
         each = here / 2 if passes.forks else here
-        blocks += here if isinstance(metric, HiddenStateMetric) else scored * share * (each + scoring.head_blocks)
+        blocks += here if isinstance(metric, HiddenStateMetric) else scored * share * (each + head_blocks)
     tokens = ids.shape[1] * scoring.sequences * (1 - done / total)
     at_most = "at most " if settings.fast or settings.strategy_name == "refine" else ""
     announce(
@@ -338,8 +337,9 @@ def _options(settings: SearchSettings, search: SearchRecord, text: CalibrationRe
     return {name: value for name, value in sorted({**settings.options, **decided}.items()) if value is not None}
 
 
-@contextmanager
-def _open_journal(settings: SearchSettings, inputs: SearchInputs, record: SearchRecord) -> Iterator[Journal]:
+def _open_journal(
+    settings: SearchSettings, inputs: SearchInputs, record: SearchRecord
+) -> AbstractContextManager[Journal]:
     """Open the journal of this search, named by all that measurements depend on; the number of removals is not."""
     source = settings.architecture.source
     identity = {
@@ -351,7 +351,7 @@ def _open_journal(settings: SearchSettings, inputs: SearchInputs, record: Search
         "calibration": inputs.calibration.record.to_data(),
         "search": record.model_dump(mode="json", exclude={"remove", "target"}),
     }
-    with open_journal(
+    return open_journal(
         journal_of(settings.plan_file),
         identity,
         inputs.notify,
@@ -359,8 +359,7 @@ def _open_journal(settings: SearchSettings, inputs: SearchInputs, record: Search
         group=inputs.group,
         whole_models=isinstance(settings.metric, LogitMetric | ModelMetric),
         require_valid=source.watch.require_unchanged,
-    ) as journal:
-        yield journal
+    )
 
 
 def _scoring(

@@ -78,11 +78,6 @@ class Scoring:
         return self.passes.skippable
 
     @property
-    def head_blocks(self) -> float:
-        """How many blocks have as many weights as the head."""
-        return self.skippable.head_blocks
-
-    @property
     def sequences(self) -> int:
         """The number of calibration sequences."""
         return sum(len(batch) for batch in self.passes.batches)
@@ -179,12 +174,12 @@ class Scoring:
             return Outcome({span[-1]: self.score(span[:-1], span[-1:]).scores[span[-1]] for span in spans})
         with task(self.notify, SCORING_TASK, len(spans) * self.sequences, "evaluations") as advance:
             if isinstance(metric, HiddenStateMetric):
-                return self._judged(self._score_states(metric, (), spans, longest, advance), ())
-            if new := sorted({block for span in spans for block in span} - self._of_weights.keys()):
-                self._of_weights.update(Outcome(self._score_weights(metric, new, advance)).scores)
-        return self._judged(
-            Outcome({span[-1]: math.fsum(self._of_weights[block] for block in span) for span in spans}), ()
-        )
+                outcome = self._score_states(metric, (), spans, longest, advance)
+            else:
+                if new := sorted({block for span in spans for block in span} - self._of_weights.keys()):
+                    self._of_weights.update(Outcome(self._score_weights(metric, new, advance)).scores)
+                outcome = Outcome({span[-1]: math.fsum(self._of_weights[b] for b in span) for span in spans})
+        return self._judged(outcome, ())
 
     def _judged(self, outcome: Outcome, removed: Sequence[int]) -> Outcome:
         """Let a score that is not finite count as the worst, if it is the removal that makes it so."""
@@ -217,8 +212,8 @@ class Scoring:
 
     def _raced_before(self, removed: tuple[int, ...]) -> dict[int, list[float]]:
         """Return the scores that counted in the race of the step before, in the order of the sequences."""
-        *earlier, last = removed or (None,)
-        counted = {} if last is None else self._raced.get(tuple(earlier), {})
+        earlier = removed[:-1]
+        counted = self._raced.get(earlier, {}) if removed else {}
         return {block: self.journal.scores(earlier, block, self._batches)[:count] for block, count in counted.items()}
 
     @torch.inference_mode()
@@ -328,10 +323,8 @@ class Scoring:
             for gone, block, batch in mine:
                 assert block is not None
                 self.skippable.skip({*gone, block})
-                yield (
-                    (gone, block, batch),
-                    [_require_number(metric.name, metric.score_model(self.skippable.model, self.tokenizer, sequences))],
-                )
+                score = metric.score_model(self.skippable.model, self.tokenizer, sequences)
+                yield (gone, block, batch), [_require_number(metric.name, score)]
 
         wanted = [(removed, block, None) for block in candidates]
         self._measure(wanted, lambda missing: deal(missing, self.group.size), measure, advance)
