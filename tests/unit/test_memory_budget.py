@@ -63,4 +63,3 @@ def test_a_cpu_is_never_filled(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # processes share the memory of a machine, not that of an accelerator
     monkeypatch.setattr(device, "free_bytes", lambda device: 1000)
     assert [available_memory(torch.device(kind)) for kind in ("cpu", "cuda")] == [125, 900]
-    assert available_memory(CPU, "3kB") == 3000

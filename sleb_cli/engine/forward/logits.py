@@ -52,16 +52,11 @@ def score_logits(
     for part in position_slices(ids, positions or ids.numel()):
         of_dense = None if dense is None else dense[rows, part]
         scores.append(score_positions(metric, logits[rows, part], ids[:, 1:][:, part], of_dense))
-    return _mean(torch.cat(scores, dim=1), loss_mask)
-
-
-def _mean(scores: Tensor, loss_mask: Tensor | None) -> Tensor:
-    """Average scores, [batch, positions - 1], over the positions whose next token is in the `loss_mask`."""
-    scores = as_float64(scores)
+    found = as_float64(torch.cat(scores, dim=1))  # [batch, positions - 1]
     if loss_mask is None:
-        return scores.mean(1)
-    targets = loss_mask[:, 1:].to(scores.device)
-    return scores.where(targets, 0.0).sum(1) / targets.sum(1)
+        return found.mean(1)
+    targets = loss_mask[:, 1:].to(found.device)
+    return found.where(targets, 0.0).sum(1) / targets.sum(1)
 
 
 def score_positions(metric: LogitMetric, logits: Tensor, targets: Tensor, dense: Tensor | None) -> Tensor:

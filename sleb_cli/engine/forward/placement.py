@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from sleb_cli.engine.device import cpu_dtypes, dtype_name, own_free_bytes, parse_dtype
-from sleb_cli.engine.forward.block_weights import BlockWeights
 from sleb_cli.engine.forward.offload import Offloaded, offloaded_values
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.streaming import StreamedBlocks, require_streamable, streamed_bytes, weight_bytes
@@ -145,11 +143,6 @@ def open_dense(architecture: Architecture, placement: Placement, notify: Notify)
     for tensor in model.state_dict().values() if placement.rounded else ():
         if tensor.is_floating_point():
             tensor.copy_(tensor.to(placement.rounded))
-    blocks = architecture.blocks_of(model)
-    return SkippableModel(model, blocks, weights=_weights(model, architecture))
-
-
-def _weights(model: Any, architecture: Architecture) -> BlockWeights | None:
     path = architecture.adapter.blocks_path
     for name, place in getattr(model, "hf_device_map", {}).items():
         if name.startswith(f"{path}.") and name.removeprefix(f"{path}.").count("."):
@@ -157,8 +150,8 @@ def _weights(model: Any, architecture: Architecture) -> BlockWeights | None:
                 f"accelerate would split a block across devices: it puts {name} alone on {place}.",
                 hint="Use --stream, or a device with more memory.",
             )
-    values = offloaded_values(model)
-    return None if values is None else Offloaded(values, list(architecture.blocks_of(model)))
+    values, blocks = offloaded_values(model), architecture.blocks_of(model)
+    return SkippableModel(model, blocks, weights=None if values is None else Offloaded(values, list(blocks)))
 
 
 def blocks_on_disk(architecture: Architecture, count: int, device: torch.device) -> DeviceMap:

@@ -217,8 +217,16 @@ def _remove_blocks(settings: SearchSettings, dense: DenseRecord, scoring: Scorin
     trace = Trace(list(settings.extended.steps) if settings.extended else [], settings.gone)
     _announce(settings, scoring)
     notify(SearchStarted(settings.architecture.block_count, settings.remove, len(trace.steps)))
+    problem = Problem(
+        scoring.score,
+        settings.removable.candidates,
+        settings.remove,
+        removed=settings.gone,
+        score_spans=partial(scoring.score_spans, longest=settings.remove),
+        swapped=lambda swap: notify(BlocksSwapped(**dict(swap))),
+    )
     try:
-        for choice in settings.strategy.search(_problem(settings, scoring)):
+        for choice in settings.strategy.search(problem):
             loss = fmean(scoring.losses(choice.removals))
             increase = loss - dense.loss
             if not target.allows(increase):
@@ -237,17 +245,6 @@ def _remove_blocks(settings: SearchSettings, dense: DenseRecord, scoring: Scorin
         notify(Notice(f"The search stops here: {error.message}"))
     notify(TaskFinished(SEARCH_TASK))
     return trace
-
-
-def _problem(settings: SearchSettings, scoring: Scoring) -> Problem:
-    return Problem(
-        scoring.score,
-        settings.removable.candidates,
-        settings.remove,
-        removed=settings.gone,
-        score_spans=partial(scoring.score_spans, longest=settings.remove),
-        swapped=lambda swap: scoring.notify(BlocksSwapped(**dict(swap))),
-    )
 
 
 def _announce(settings: SearchSettings, scoring: Scoring) -> None:

@@ -25,15 +25,14 @@ Share = Callable[[Collection[int]], float]
 """Takes removed blocks; returns the time of the model without them, as a share of the dense model's."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SpeedTarget(SizeTarget):
     """Stop once the model is predicted to be fast enough; its size is a share of the dense model's time."""
 
-    share: Share | None = None
+    share: Share
 
     def record(self, removed: Collection[int], increase: float, following: float | None) -> TargetRecord:
         """Return the speed-up reached, timed again without the removed blocks."""
-        assert self.share is not None
         return TargetRecord(
             name=self.name,
             limit=1 / self.most,
