@@ -205,8 +205,7 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult | Gg
     registry = load_registry(notify)
     if request.to == GGUF:
         return prune_gguf(*resolve_gguf_export(request, registry, notify), registry, notify)
-    asked = resolve_export(request, registry, notify)
-    return export_text(asked.exporter, asked.pruning, asked.output, replace=asked.replace)
+    return export_text(*resolve_export(request, registry, notify), replace=request.force)
 
 
 def _kept_place(subject: Subject, kind: Literal["eval", "bench"]) -> Path | None:

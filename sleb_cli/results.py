@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
@@ -288,6 +289,15 @@ class EvalResult(ResultRecord):
 
 
 _R = TypeVar("_R", TextResult, TaskResult)
+_Sized = TypeVar("_Sized", TextResult, TaskResult, "WorkloadResult", "BenchResult")
+
+
+def of_sizes(results: Iterable[_Sized], sizes: Iterable[Iterable[int]]) -> Iterator[_Sized]:
+    """Yield results whose `pruned` have these sizes alone."""
+    wanted = set(map(frozenset, sizes))
+    for result in results:
+        pruned = tuple(size for size in result.pruned if frozenset(size.removals) in wanted)
+        yield result.model_copy(update={"pruned": pruned})
 
 
 def merge_results(old: tuple[_R, ...], new: tuple[_R, ...]) -> tuple[_R, ...]:

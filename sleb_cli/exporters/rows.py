@@ -5,26 +5,19 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Sequence
 from io import StringIO
-from typing import NamedTuple
 
 from sleb_cli.exporters.findings import Findings, read_findings
 from sleb_cli.records import Record
 from sleb_plugins.exporter import Exporter, Pruning
 
+HEADER = ("kind", "of", "removed", "removals", "figure", "value")
+"""The columns: a `value`, and what it is.
 
-class Row(NamedTuple):
-    """A number, named as in the records of the plan and the results: divergence_mean, interval_low.
+`kind` is step, candidate, text, task, workload or size, and `of` says which one. `removals` are joined by `+`; the
+dense model has none. `figure` is named as in the records of the plan and the results: divergence_mean, interval_low.
+"""
 
-    `kind` is step, candidate, text, task, workload or size, and `of` says which one. `removals` are joined by `+`; the
-    dense model has none.
-    """
-
-    kind: str
-    of: str
-    removed: int
-    removals: str
-    figure: str
-    value: float
+Row = tuple[str, str, int, str, str, float]
 
 
 class Csv(Exporter):
@@ -38,7 +31,7 @@ class Csv(Exporter):
         """Return the table."""
         table = StringIO()
         writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(Row._fields)
+        writer.writerow(HEADER)
         writer.writerows(_rows(read_findings(pruning)))
         return table.getvalue()
 
@@ -53,7 +46,7 @@ def _rows(findings: Findings) -> Iterator[Row]:
                 yield _row("candidate", str(block), removals, "score", score)
     scored = {"text": findings.scored_texts, "task": findings.scored_tasks, "workload": findings.timed}
     for kind, rows in scored.items():
-        for _, of, _, record in rows:
+        for of, _, record in rows:
             yield from _numbers(kind, of, getattr(record, "removals", ()), record)
     if benchmark := findings.benchmark:
         for size in (benchmark.dense, *benchmark.pruned):
@@ -70,4 +63,4 @@ def _numbers(kind: str, of: str, removals: Sequence[int], record: Record, prefix
 
 
 def _row(kind: str, of: str, removals: Sequence[int], figure: str, value: float) -> Row:
-    return Row(kind, of, len(removals), "+".join(map(str, removals)), figure, value)
+    return kind, of, len(removals), "+".join(map(str, removals)), figure, value

@@ -47,17 +47,13 @@ def text_names(
     return names
 
 
-def task_settings(task: TaskResult) -> list[str]:
-    """Return how a task was run, where that is not the usual way."""
-    return [f"{task.num_fewshot}-shot"] * bool(task.num_fewshot) + ["chat"] * task.chat
-
-
 def task_name(task: TaskResult) -> str:
     """Return a task with its metric: piqa, acc, 5-shot, chat."""
     details = [
         task.metric,
         task.filter if task.filter != "none" else "",
-        *task_settings(task),
+        f"{task.num_fewshot}-shot" if task.num_fewshot else "",
+        "chat" if task.chat else "",
         "" if task.higher_is_better else "lower is better",
     ]
     return ", ".join([task.task, *filter(None, details)])
@@ -83,7 +79,7 @@ def perplexities(scored: Iterable[Scored], title: str = "Perplexity") -> Table:
         ("95%", partial(between, form=format_change)),
     ]  # fmt: skip
     rows = []
-    for _, name, model, scores in scored:
+    for name, model, scores in scored:
         change = perplexity_change(scores) if isinstance(scores, PrunedTextScores) else (None, None)
         rows.append([name, model, scores.perplexity, *change])
     compared = any(row[3] is not None for row in rows)
@@ -101,7 +97,7 @@ def divergences(scored: Iterable[Scored]) -> Table:
     fields = ("median", "p99", "same_top", "accepted")
     rows = [
         [name, model, scores.divergence, *(getattr(scores.divergence, field) for field in fields)]
-        for _, name, model, scores in scored
+        for name, model, scores in scored
         if isinstance(scores, PrunedTextScores)
     ]
     notes = [
@@ -137,7 +133,7 @@ def tasks(scored: Iterable[Scored]) -> Table:
     compared = ("difference", "difference_interval", "lost", "gained", "mcnemar_p")
     rows = [
         [name, model, scores.value, *(getattr(scores, field, None) for field in compared)]
-        for _, name, model, scores in scored
+        for name, model, scores in scored
     ]
     notes = ["lost: items that went from right to wrong; gained: from wrong to right; p: exact McNemar test."]
     return tabulate("Tasks", columns, rows, notes)

@@ -28,7 +28,7 @@ def speeds(timed: Iterable[Scored], blocks: int) -> Table:
         ("speedup", _TIMES), ("95%", partial(between, form="{:.2f}".format)), ("blocks", _TIMES),
     ]  # fmt: skip
     rows = []
-    for _, workload, model, timing in timed:
+    for workload, model, timing in timed:
         speedups: list[Any] = [None] * 3
         if isinstance(timing, PrunedTiming):
             speedups = [timing.speedup, timing.interval, blocks / (blocks - len(timing.removals))]
@@ -46,7 +46,7 @@ def latencies(timed: Iterable[Scored]) -> Table:
     names = ("TTFT", "99%", "ITL", "99%", "TPOT")
     rows = [
         [workload, model, ttft.median, ttft.p99, itl.median, itl.p99, tpot.mean]
-        for _, workload, model, timing in timed
+        for workload, model, timing in timed
         for ttft, itl, tpot in [(timing.ttft_ms, timing.itl_ms, timing.tpot_ms)]
         if itl and tpot
     ]
@@ -63,22 +63,18 @@ def memory(timed: Iterable[Scored]) -> Table:
     ]  # fmt: skip
     rows = [
         [workload, model, found.peak_bytes, found.weights_bytes, found.kv_cache_bytes, found.rest_bytes]
-        for _, workload, model, timing in timed
+        for workload, model, timing in timed
         if (found := timing.memory)
     ]
     notes = ["rest: activations and, on a CPU, the program itself."]
     return tabulate("Peak memory", columns, rows, notes)
 
 
-def _seconds(value: float) -> str:
-    return format_milliseconds(1000 * value)
-
-
 def sizes(result: BenchResult) -> Table:
     """Return the parameters and bytes of each model."""
     columns: Columns = [
         ("model", str), ("blocks", _COUNT), ("parameters", format_count), ("weights", format_bytes),
-        ("loads in", _seconds),
+        ("loads in", lambda seconds: format_milliseconds(1000 * seconds)),
     ]  # fmt: skip
     rows = [
         [model_name(size.removals), size.blocks, size.parameters, size.weights_bytes, size.load_seconds]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sleb_cli.results import Interval
 
-Scored = tuple[Any, str, str, Any]
-"""A result, what was measured and on which model, by their names, and the model's scores or times in the result."""
+Scored = tuple[str, str, Any]
+"""What was measured and on which model, by their names, and the model's scores or times."""
 
 Columns = Sequence[tuple[str, Callable[[Any], str]]]
 """The name of each column, and how its values are written."""
@@ -52,7 +52,7 @@ def model_name(removals: Sequence[int]) -> str:
 def by_model(results: Iterable[Any], names: Iterable[str]) -> list[Scored]:
     """Return what was measured of the dense and each pruned model, result by result, with the names of both."""
     return [
-        (result, name, model_name(removals), scores)
+        (name, model_name(removals), scores)
         for result, name in zip(results, names, strict=True)
         for removals, scores in [((), result.dense), *((scores.removals, scores) for scores in result.pruned)]
     ]

@@ -130,7 +130,8 @@ class _Listener:
             case TaskFinished(task) if task == SCORING_TASK:
                 self._progress.remove_task(self._tasks.pop(task))
             case TaskFinished(task):
-                self._finish(task)
+                total = self._totals[task] or 1
+                self._progress.update(self._tasks[task], total=total, completed=total, note="")
             case HealChecked(_, divergence, validation):
                 note = f"KL {divergence:.3f}, on validation text {validation:.3f}"
                 self._progress.update(self._tasks[HEAL_TASK], note=note)
@@ -149,10 +150,6 @@ class _Listener:
         self._totals[task] = total
         description = _description(task, self._progress.console)
         self._tasks[task] = self._progress.add_task(description, total=total, unit=unit, note="")
-
-    def _finish(self, task: str) -> None:
-        total = self._totals[task] or 1
-        self._progress.update(self._tasks[task], total=total, completed=total, note="")
 
 
 def _say(event: Event, console: Console) -> None:

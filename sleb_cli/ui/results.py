@@ -36,8 +36,9 @@ def show_evaluation(result: EvalResult, output: Path | None) -> None:
     print_title(short_name(result.model.id) + (f" without blocks {spans(removals)}" if removals else ""))
     names = quality.text_names(result.texts)
     scored = by_model(result.texts, names)
-    tables = [quality.perplexities(scored), quality.divergences(scored)]
-    tables += [
+    tables = [
+        quality.perplexities(scored),
+        quality.divergences(scored),
         quality.text_settings(result.texts, names),
         quality.tasks(by_model(result.tasks, map(quality.task_name, result.tasks))),
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,10 @@ from sleb_cli.results import BenchResult, EvalResult
 from sleb_plugins import Exporter, Pruning, UsageError
 
 
-@dataclass(frozen=True)
-class Export:
-    """A text about a pruning, printed if `output` is None."""
+def resolve_export(request: ExportRequest, registry: Registry, notify: Notify) -> tuple[Exporter, Pruning, Path | None]:
+    """Find the format, what it describes (a model and its removals, or a plan alone), and where the text goes.
 
-    exporter: Exporter
-    pruning: Pruning
-    output: Path | None
-    replace: bool
-
-
-def resolve_export(request: ExportRequest, registry: Registry, notify: Notify) -> Export:
-    """Find the format and what it describes: a model and its removals, or a plan alone.
+    It is printed if that is None.
 
     Raises:
         PlanError: the plan is unreadable, or was made for another model.
@@ -56,7 +47,7 @@ def resolve_export(request: ExportRequest, registry: Registry, notify: Notify) -
     if output is None and exporter.ending:
         output = sibling(pruning.plan_file or Path(Path(pruning.model).name), exporter.ending)
         require_new_file(output, force=request.force)
-    return Export(exporter, pruning, output, request.force)
+    return exporter, pruning, output
 
 
 def resolve_gguf_export(request: ExportRequest, registry: Registry, notify: Notify) -> tuple[GgufSurgery, Output]:

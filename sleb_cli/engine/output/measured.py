@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 from sleb_cli.events import Notify, Warned
 from sleb_cli.kept_results import beside_plan, read_kept, without_local_folders
 from sleb_cli.plan import Plan
 from sleb_cli.requests import TRANSFORMERS
-from sleb_cli.results import BenchResult, EvalResult
+from sleb_cli.results import (
+    BenchResult,
+    EvalResult,
+    ModelSize,
+    PrunedTaskScores,
+    PrunedTextScores,
+    PrunedTiming,
+    of_sizes,
+)
 from sleb_cli.units import plural
 
 R = TypeVar("R", EvalResult, BenchResult)
@@ -18,12 +26,7 @@ R = TypeVar("R", EvalResult, BenchResult)
 _PARTS = ("texts", "tasks", "workloads")
 
 
-class _OfASize(Protocol):
-    @property
-    def removals(self) -> tuple[int, ...]: ...
-
-
-S = TypeVar("S", bound=_OfASize)
+S = TypeVar("S", PrunedTextScores, PrunedTaskScores, PrunedTiming, ModelSize)
 
 
 def measured_of_plan(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R | None:
@@ -45,32 +48,21 @@ def measured_of_plan(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R
     if isinstance(result, EvalResult) and plan.recovery and result.recovered is None:
         notify(Warned(f"Ignoring {file}: it was measured before the blocks of {path} were recovered."))
         return None
-    planned = {frozenset(removals) for removals in plan.by_size}
+    planned = set(map(frozenset, plan.by_size))
     parts = [part for name in _PARTS for part in getattr(result, name, ())]
     measured = {frozenset(entry.removals) for part in parts for entry in part.pruned}
     # A plan that was cut to fewer removals no longer tells its larger sizes from another plan's.
     strangers = {removals for removals in measured - planned if len(removals) <= len(plan.removals)}
     if strangers:
         notify(Warned(f"Ignoring {plural(len(strangers), 'size')} in {file} that {path} does not have."))
-    return without_local_folders(_only_sizes(result, planned)) if measured & planned else None
-
-
-def _only_sizes(result: R, wanted: Collection[frozenset[int]]) -> R:
-    """Return a result without other sizes."""
-
-    def own(entries: Iterable[Any]) -> tuple[Any, ...]:
-        return tuple(entry for entry in entries if frozenset(entry.removals) in wanted)
-
-    changes: dict[str, Any] = {
-        name: tuple(part.model_copy(update={"pruned": own(part.pruned)}) for part in getattr(result, name))
-        for name in _PARTS
-        if hasattr(result, name)
-    }
+    if not measured & planned:
+        return None
+    changes = {name: tuple(of_sizes(getattr(result, name), planned)) for name in _PARTS if hasattr(result, name)}
     if isinstance(result, BenchResult):
-        changes["pruned"] = own(result.pruned)
+        (result,) = of_sizes([result], planned)
     else:
-        changes["sizes"] = tuple(size for size in result.sizes if frozenset(size) in wanted)
-    return result.model_copy(update=changes)
+        changes["sizes"] = tuple(size for size in result.sizes if frozenset(size) in planned)
+    return without_local_folders(result.model_copy(update=changes))
 
 
 def of_size(entries: Iterable[S], removals: tuple[int, ...]) -> S | None:

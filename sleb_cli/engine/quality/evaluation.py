@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from sleb_cli.engine.quality.texts import Removals, measure_text
 from sleb_cli.engine.text.windows import EvaluationWindows, tokens_sha256
 from sleb_cli.events import Notice
 from sleb_cli.plan import public_name
-from sleb_cli.results import EvalResult, TaskResult, TextResult, merge_results
+from sleb_cli.results import EvalResult, TaskResult, TextResult, merge_results, of_sizes
 from sleb_cli.version import __version__
 
 R = TypeVar("R", TextResult, TaskResult)
@@ -55,33 +56,30 @@ def evaluate_models(asked: Evaluation, known: EvalResult | None, keep: Callable[
     whole = _without_parts(models)
     if known is None or known.setting != whole.setting:
         known = whole
-    texts, tasks, reused = list[TextResult](), list[TaskResult](), list[str]()
-
-    def finished(**parts: Sequence[TextResult | TaskResult]) -> None:
-        models.require_unchanged()
-        keep(whole.model_copy(update=parts))
-
-    for windows in asked.texts:
-        before = _known_text(known, windows)
-        if (sizes := _missing_sizes(before, models.sizes)) is None:
-            reused.append(f"perplexity on {windows.text.source}")
-        else:
-            text = measure_text(windows, models, sizes, asked.batch_size)
-            before = merge_results(before, (text,))
-            finished(texts=before)
-        texts += _of_sizes(before, models.sizes)
-    for task in asked.tasks:
-        fingerprints = task.fingerprints()
-        results = _known_task(known, fingerprints, asked.show_flips)
+    found: dict[str, tuple[Any, ...]] = {"texts": (), "tasks": ()}
+    reused = list[str]()
+    for part, name, results, run in _work(asked, known):
         if (sizes := _missing_sizes(results, models.sizes)) is None:
-            reused.append(task.name)
+            reused.append(name)
         else:
-            results = merge_results(results, _run_task(task, fingerprints, asked, sizes))
-            finished(tasks=results)
-        tasks += _of_sizes(results, models.sizes)
+            results = merge_results(results, run(sizes))
+            models.require_unchanged()
+            keep(whole.model_copy(update={part: results}))
+        found[part] += tuple(of_sizes(results, models.sizes))
     if reused:
         models.notify(Notice(f"Measured before: {', '.join(reused)}. --force measures again."))
-    return whole.model_copy(update={"texts": tuple(texts), "tasks": tuple(tasks)})
+    return whole.model_copy(update=found)
+
+
+def _work(asked: Evaluation, known: EvalResult) -> Iterator[tuple[str, str, Any, Callable[[Sequence[Removals]], Any]]]:
+    """Yield for each text and each task its field in the result, its name, what is known, and what measures sizes."""
+    for windows in asked.texts:
+        run: Any = partial(_run_text, windows, asked)
+        yield "texts", f"perplexity on {windows.text.source}", _known_text(known, windows), run
+    for task in asked.tasks:
+        fingerprints = task.fingerprints()
+        run = partial(_run_task, task, fingerprints, asked)
+        yield "tasks", task.name, _known_task(known, fingerprints, asked.show_flips), run
 
 
 def _without_parts(models: Models) -> EvalResult:
@@ -131,12 +129,9 @@ def _missing_sizes(known: Sequence[R], sizes: Sequence[Removals]) -> tuple[Remov
     return tuple(size for size in sizes if frozenset(size) not in there) or None
 
 
-def _of_sizes(results: Sequence[R], sizes: Sequence[Removals]) -> Iterator[R]:
-    """Yield the results of these sizes alone."""
-    wanted = set(map(frozenset, sizes))
-    for result in results:
-        pruned = tuple(size for size in result.pruned if frozenset(size.removals) in wanted)
-        yield result.model_copy(update={"pruned": pruned})
+def _run_text(windows: EvaluationWindows, asked: Evaluation, sizes: Sequence[Removals]) -> tuple[TextResult]:
+    """Measure a text on the dense model and on these sizes."""
+    return (measure_text(windows, asked.models, sizes, asked.batch_size),)
 
 
 def _run_task(

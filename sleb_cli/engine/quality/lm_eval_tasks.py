@@ -142,10 +142,12 @@ class LoadedTask:
 
     def _evaluate(self, lm: Any) -> dict[str, Any]:
         from lm_eval.evaluator import simple_evaluate
+        from lm_eval.models.utils import normalize_gen_kwargs
         from lm_eval.utils import handle_non_serializable
 
         for name, each in self.tasks.items():
-            if (new := _new_tokens(each)) >= lm.max_length:
+            settings = normalize_gen_kwargs(each.get_config("generation_kwargs") or {}) if _writes(each) else {}
+            if (new := int(settings.get("max_gen_toks", 0))) >= lm.max_length:
                 raise UsageError(
                     f"{name} has the model write up to {new} tokens, but it has only {lm.max_length} positions.",
                     hint="Leave the task out.",
@@ -162,8 +164,7 @@ class LoadedTask:
         )
         results["chat_template"] = lm.chat_template(True) if self._chat else None
         # The samples hold what tasks made, such as answers that are classes of their own.
-        copy: dict[str, Any] = json.loads(json.dumps(results, default=handle_non_serializable))
-        return copy
+        return dict(json.loads(json.dumps(results, default=handle_non_serializable)))
 
 
 def find_tasks(names: Sequence[str], folders: Sequence[Path], also: Iterable[str] = ()) -> Any:
@@ -256,15 +257,6 @@ def _lm_eval_folder() -> Path:
 def _writes(task: Any) -> bool:
     """Whether the model writes its answers; otherwise, it only rates given ones."""
     return bool(task.OUTPUT_TYPE == "generate_until")
-
-
-def _new_tokens(task: Any) -> int:
-    """Return how many tokens the model writes at most for an item."""
-    if not _writes(task):
-        return 0
-    from lm_eval.models.utils import normalize_gen_kwargs
-
-    return int(normalize_gen_kwargs(task.get_config("generation_kwargs") or {})["max_gen_toks"])
 
 
 def _hash(data: Iterable[Any]) -> str:

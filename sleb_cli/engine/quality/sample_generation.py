@@ -110,5 +110,4 @@ def _continue(
         if int(best) in ends:
             break
         ids = torch.cat([ids, best], dim=1)
-    new: list[int] = ids[0, prompt.shape[1] :].tolist()
-    return new
+    return list(ids[0, prompt.shape[1] :].tolist())

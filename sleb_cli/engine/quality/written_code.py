@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import islice
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -48,16 +49,10 @@ class CodeEval:
             raise MachineError(
                 "Windows cannot limit what a program uses, so none is run.", hint="Use WSL, or leave the task out."
             )
-        programs = [
-            (item, f"{program}\n{tests}")
-            for item, (tests, written) in enumerate(zip(references, predictions, strict=True))
-            for program in written
-        ]
+        items = list(zip(references, predictions, strict=True))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            passed = list(pool.map(passes, [program for _, program in programs]))
-        found: dict[int, list[bool]] = {item: [] for item in range(len(references))}
-        for (item, _), is_right in zip(programs, passed, strict=True):
-            found[item].append(is_right)
+            passed = pool.map(passes, [f"{program}\n{tests}" for tests, written in items for program in written])
+            found = {item: list(islice(passed, len(written))) for item, (_, written) in enumerate(items)}
         fewest = min(map(len, found.values()))
         means = {
             f"pass@{size}": sum(_pass_at(size, runs) for runs in found.values()) / len(found)

@@ -78,11 +78,8 @@ def _rounds(models: Mapping[Removals, Run], workload: Workload, vocabulary: int,
 
 def draw_prompts(workload: Workload, vocabulary: int, number: int) -> list[list[int]]:
     """Return the prompts of a round: random tokens."""
-    generator = np.random.default_rng([0, number])
-    prompts: list[list[int]] = generator.integers(
-        vocabulary, size=(workload.batch_size, workload.prompt_length)
-    ).tolist()
-    return prompts
+    shape = workload.batch_size, workload.prompt_length
+    return list(np.random.default_rng([0, number]).integers(vocabulary, size=shape).tolist())
 
 
 def _warm_up(rounds: Iterator[Round], limit: int, *, asked: bool) -> WarmupRecord:

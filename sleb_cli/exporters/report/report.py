@@ -42,7 +42,7 @@ class Report(Exporter):
         # Shorter than in base64; what has a meaning in an attribute or an address is escaped.
         environment.filters["picture"] = lambda plot: quote(picture(plot), safe=" !$()*+,/:;=?@[]^{|}~")
         sample = findings.plan.sample_generation
-        rendered: str = environment.from_string(page).render(
+        parts = dict(
             plan=findings.plan,
             findings=findings,
             cards=cards(findings),
@@ -52,7 +52,7 @@ class Report(Exporter):
             said=said(sample) if sample else [],
             style=style,
         )
-        return rendered
+        return str(environment.from_string(page).render(parts))
 
 
 def cards(findings: Findings) -> list[tuple[str, str, str]]:
