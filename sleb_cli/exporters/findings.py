@@ -95,20 +95,14 @@ class Findings:
         named = zip(self.text_names, self.texts, strict=True)
         return [(name, text, scores) for name, text in named if (scores := self.own(text.pruned))]
 
-    @property
-    def scored_texts(self) -> list[Scored]:
-        """Each text on each model."""
-        return by_model(self.texts, self.text_names)
-
-    @property
-    def scored_tasks(self) -> list[Scored]:
-        """Each metric of each task on each model."""
-        return by_model(self.tasks, task_names(self.tasks))
-
-    @property
-    def timed(self) -> list[Scored]:
-        """Each workload on each model."""
-        return by_model(self.workloads, map(workload_name, self.workloads))
+    @cached_property
+    def scored(self) -> dict[str, list[Scored]]:
+        """Each text, each metric of each task, and each workload on each model."""
+        return {
+            "text": by_model(self.texts, self.text_names),
+            "task": by_model(self.tasks, task_names(self.tasks)),
+            "workload": by_model(self.workloads, map(workload_name, self.workloads)),
+        }
 
     @property
     def tasks(self) -> Sequence[TaskResult]:

@@ -44,8 +44,7 @@ def _rows(findings: Findings) -> Iterator[Row]:
         for block, score in step.scores.items():
             if score is not None:
                 yield _row("candidate", str(block), removals, "score", score)
-    scored = {"text": findings.scored_texts, "task": findings.scored_tasks, "workload": findings.timed}
-    for kind, rows in scored.items():
+    for kind, rows in findings.scored.items():
         for of, _, record in rows:
             yield from _numbers(kind, of, getattr(record, "removals", ()), record)
     if benchmark := findings.benchmark:

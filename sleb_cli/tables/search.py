@@ -41,6 +41,14 @@ def _change(found: Any, dense: Any) -> tuple[float | None, float | None]:
     return found.perplexity, None if found is dense else found.perplexity / dense.perplexity - 1
 
 
+def perplexities(plan: Plan) -> dict[str, list[float]]:
+    """Return the perplexity of the dense model and at each size, also on the held-out sequences, if any."""
+    records: tuple[Any, ...] = (plan.dense, *plan.steps)
+    held_out = [record.held_out.perplexity for record in records if record.held_out]
+    found = {"searched on": [record.perplexity for record in records], "held out of the search": held_out}
+    return {part: values for part, values in found.items() if values}
+
+
 def _how(plan: Plan) -> str:
     search, text, seconds = plan.search, plan.calibration, plan.environment.seconds
     held_out = f" ({search.held_out} of them held out)" if search.held_out else ""

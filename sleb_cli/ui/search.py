@@ -64,12 +64,12 @@ def show_plan(plan: Plan, output: Path) -> None:
 
 def perplexity_chart(plan: Plan, width: int) -> Text:
     """Draw the perplexity at each size, on a logarithmic scale, also on the held-out sequences, if any."""
-    perplexities = [plan.dense.perplexity, *(step.perplexity for step in plan.steps)]
-    lines = [Line("●", "cyan", [math.log(perplexity) for perplexity in perplexities])]
+    from sleb_cli.tables.search import perplexities
+
+    drawn = zip((("●", "cyan"), ("○", "yellow")), perplexities(plan).values(), strict=False)
+    lines = [Line(mark, style, list(map(math.log, values))) for (mark, style), values in drawn]
     legend = Text("perplexity by blocks removed")
     if plan.dense.held_out:
-        held_out = [plan.dense.held_out, *(step.held_out for step in plan.steps if step.held_out)]
-        lines.append(Line("○", "yellow", [math.log(record.perplexity) for record in held_out]))
         legend.append("   ● searched on", "cyan").append("   ○ held out", "yellow")
     known = [value for line in lines for value in line.values]
     low, high = min(known), max(known)

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData
 from sleb_cli.engine.files.copying import leads_out
 from sleb_cli.engine.output.measured import of_size
 from sleb_cli.engine.surgery.subject import Subject
-from sleb_cli.plan import CHECKPOINT_PLAN, Plan, RecoveryRecord, checkpoint_name, public_name
+from sleb_cli.plan import CHECKPOINT_PLAN, Plan, RecoveryRecord, SampleGeneration, checkpoint_name, public_name
 from sleb_cli.records import Proof
 from sleb_cli.results import BenchResult, EvalResult
 from sleb_cli.tables import search
@@ -28,7 +28,6 @@ from sleb_cli.version import __version__
 CARD = "README.md"
 
 _FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?\n)---\s*$", re.MULTILINE | re.DOTALL)
-_TAGS = ("sleb", "pruned")
 # What the Hub refuses in the name of a data set.
 _NO_NAME = re.compile(r"[^\w.-]+")
 
@@ -47,7 +46,7 @@ def model_card(
     It may be published, so it names no local folder.
     """
     source, removals = subject.architecture.source, subject.surgery.removals
-    blocks = subject.architecture.block_count
+    blocks, sample = subject.architecture.block_count, subject.plan and subject.plan.sample_generation
     name = f"`{source.id}` at revision `{source.revision}`" if source.revision else in_markdown(source.name)
     how = "no training" if recovery is None else "the others given new weights"
     lines = [
@@ -59,8 +58,8 @@ def model_card(
         f"- Made by sleb {__version__} (SLEB, arXiv:2402.09025): whole transformer blocks removed, {how}",
         *_search(subject.plan),
         *_results(subject, recovery, evaluation, benchmark),
-        *_sample_generation(subject.plan),
-        *_recovery(recovery),
+        *(_sample_generation(sample) if sample else []),
+        *(_recovery(recovery) if recovery else []),
         *_proof(proof),
         "",
     ]
@@ -71,7 +70,7 @@ def _front_matter(subject: Subject, evaluation: EvalResult | None) -> str:
     """Return what the Hub reads; licence, languages and tags are those of the base model's own card."""
     source, removals = subject.architecture.source, subject.surgery.removals
     base = _of_base(source.folder)
-    results = [result for _, result in _evaluated(evaluation, removals)]
+    results = [result for _, result in _evaluated(evaluation, removals)] if evaluation else []
     data = ModelCardData(
         base_model=source.id if source.revision else None,
         # The Hub knows adapter, merge, quantized and finetune: only the last is of the base model's own kind, changed.
@@ -84,7 +83,7 @@ def _front_matter(subject: Subject, evaluation: EvalResult | None) -> str:
         license_link=_word(base.get("license_link")),
         language=_words(base.get("language")) or None,
         # Some programs write what they know of a base model as tags, which is not true of this one.
-        tags=[*_TAGS, *(tag for tag in _listed(base.get("tags")) if not tag.startswith("base_model:"))],
+        tags=["sleb", "pruned", *(tag for tag in _listed(base.get("tags")) if not tag.startswith("base_model:"))],
         eval_results=results or None,
         model_name=checkpoint_name(source.name, len(subject.surgery.kept.blocks)) if results else None,
     )
@@ -138,7 +137,7 @@ def _results(
         dense, own = plan.dense.perplexity, plan.steps[-1].perplexity
         text = f"perplexity, {plan.published().calibration.source} (searched on)"
         rows.append([text, format_perplexity(dense), format_perplexity(own), format_change(own / dense - 1)])
-    rows += [row for row, _ in _evaluated(evaluation, removals)]
+    rows += [row for row, _ in _evaluated(evaluation, removals)] if evaluation else []
     for result in benchmark.workloads if benchmark else ():
         if timing := of_size(result.pruned, removals):
             speeds = [f"{each.tokens_per_second:,.1f}" for each in (result.dense, timing)]
@@ -149,10 +148,8 @@ def _results(
     return _table(Table("Results", ["measured", "base model", "this model", "change"], rows, list(notes)))
 
 
-def _evaluated(evaluation: EvalResult | None, removals: Removals) -> Iterator[tuple[list[str], HubResult]]:
+def _evaluated(evaluation: EvalResult, removals: Removals) -> Iterator[tuple[list[str], HubResult]]:
     """Yield a row for each text and task, and the same for the Hub."""
-    if evaluation is None:
-        return
     for name, text in zip(text_names(evaluation.texts), evaluation.texts, strict=True):
         if own := of_size(text.pruned, removals):
             perplexities = [format_perplexity(each.perplexity) for each in (text.dense, own)]
@@ -182,11 +179,8 @@ def _table(table: Table) -> list[str]:
     return ["", f"**{table.title}**", "", *to_markdown(table), *notes]
 
 
-def _sample_generation(plan: Plan | None) -> list[str]:
+def _sample_generation(sample: SampleGeneration) -> list[str]:
     """Return what both models generated at the end of the search."""
-    sample = plan.sample_generation if plan else None
-    if sample is None:
-        return []
     said = [f"{who} ({repeated}): {' '.join(text.split())}" for who, repeated, text in search.said(sample)]
     prompt = in_markdown(sample.prompt)
     return [
@@ -202,9 +196,7 @@ def _sample_generation(plan: Plan | None) -> list[str]:
     ]
 
 
-def _recovery(recovery: RecoveryRecord | None) -> list[str]:
-    if recovery is None:
-        return []
+def _recovery(recovery: RecoveryRecord) -> list[str]:
     published = recovery.published()
     text = in_markdown(str(published.train_text))
     about = f"The remaining blocks were given new weights on {text}, to bring the model closer to the base model."

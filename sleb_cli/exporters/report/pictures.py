@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from textwrap import fill
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from sleb_cli.exporters.report.drawing import INK, MUTED, SERIES, WIDTH, Plot, d
 from sleb_cli.plan import Plan
 from sleb_cli.results import WorkloadResult
 from sleb_cli.tables.quality import perplexity_change
+from sleb_cli.tables.search import perplexities
 from sleb_cli.tables.speed import workload_name
 
 if TYPE_CHECKING:
@@ -42,15 +42,10 @@ def text_lines(findings: Findings) -> list[Line]:
 
 def search_lines(plan: Plan) -> list[Line]:
     """Return the same of the text of the search, and of its held-out part, if any."""
-
-    def changes(of: Sequence[float]) -> dict[int, Estimate]:
-        return {size: (perplexity / of[0] - 1, None) for size, perplexity in enumerate(of) if size}
-
-    lines = [("searched on", changes([plan.dense.perplexity, *(step.perplexity for step in plan.steps)]))]
-    if held_out := plan.dense.held_out:
-        unseen = [step.held_out.perplexity for step in plan.steps if step.held_out]
-        lines.append(("held out of the search", changes([held_out.perplexity, *unseen])))
-    return lines
+    return [
+        (name, {size: (perplexity / dense - 1, None) for size, perplexity in enumerate(pruned, start=1)})
+        for name, (dense, *pruned) in perplexities(plan).items()
+    ]
 
 
 def trade_plot(findings: Findings) -> Plot | None:

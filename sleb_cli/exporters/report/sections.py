@@ -31,7 +31,7 @@ class Section:
 def sections(findings: Findings) -> list[Section]:
     """Return the parts of a report, from what matters to most readers to what matters to few."""
     plan, benchmark = findings.plan, findings.benchmark
-    texts, tasks, timed = findings.scored_texts, findings.scored_tasks, findings.timed
+    texts, tasks, timed = findings.scored.values()
     cost = [quality.perplexities(texts), quality.divergences(texts), quality.tasks(tasks)]
     cost += [quality.text_settings(findings.texts, findings.text_names)]
     gain = [speed.speeds(timed, plan.model.blocks), speed.latencies(timed), speed.memory(timed)]
