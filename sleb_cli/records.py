@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sleb_cli.atomic import to_json, write_text
 from sleb_cli.units import format_bytes
+from sleb_cli.version import __version__
 
 LARGEST = 64 << 20
 """The largest record that is read, in bytes."""
@@ -83,6 +84,10 @@ def without_folders(name: str) -> str:
     """Return the last part of a local path; other names, such as Hub ids, stay as they are."""
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     return name.rstrip("/\\").replace("\\", "/").rpartition("/")[2] if is_path else name
+
+
+THIS_VERSION: Mapping[str, Any] = {"schema_version": 1, "sleb_version": __version__}
+"""The fields of a new `VersionedRecord`."""
 
 
 class Record(BaseModel):

@@ -13,11 +13,20 @@ from sleb_cli.requests import WorkloadName
 
 
 class ResultRecord(VersionedRecord):
-    """The fields that several results share."""
+    """What evaluations and benchmarks share: the model, and where and by what it ran."""
 
     model: ModelRecord
     dtype: str
     device: str
+    processor: str
+    torch: str
+    transformers: str
+
+    @property
+    def setting(self) -> tuple[object, ...]:
+        """What two results must share to be merged."""
+        model = (self.model.fingerprint, self.model.code)
+        return (*model, self.dtype, self.device, self.processor, self.sleb_version, self.torch, self.transformers)
 
 
 class ApplyResult(VersionedRecord):
@@ -259,17 +268,13 @@ class EvalResult(ResultRecord):
     behavior: str | None = None
     recovered: str | None = None
     sizes: tuple[tuple[int, ...], ...]
-    torch: str
-    transformers: str
-    processor: str
     texts: tuple[TextResult, ...]
     tasks: tuple[TaskResult, ...]
 
     @property
     def setting(self) -> tuple[object, ...]:
         """What two results must share to be merged."""
-        models = (self.model.fingerprint, self.model.code, self.behavior, self.recovered)
-        return (*models, self.dtype, self.device, self.processor, self.sleb_version, self.torch, self.transformers)
+        return (*super().setting, self.behavior, self.recovered)
 
     def merged_with(self, previous: EvalResult) -> EvalResult:
         """Return both results as one, if they are of the same model in the same setting: see `setting`.
@@ -288,7 +293,7 @@ class EvalResult(ResultRecord):
         )
 
 
-_R = TypeVar("_R", TextResult, TaskResult)
+R = TypeVar("R", TextResult, TaskResult)
 _Sized = TypeVar("_Sized", TextResult, TaskResult, "WorkloadResult", "BenchResult")
 
 
@@ -300,7 +305,7 @@ def of_sizes(results: Iterable[_Sized], sizes: Iterable[Iterable[int]]) -> Itera
         yield result.model_copy(update={"pruned": pruned})
 
 
-def merge_results(old: tuple[_R, ...], new: tuple[_R, ...]) -> tuple[_R, ...]:
+def merge_results(old: tuple[R, ...], new: tuple[R, ...]) -> tuple[R, ...]:
     """Merge results of texts or tasks; of those that are in both, also their sizes."""
     found = {result.key: result for result in old}
     for result in new:
@@ -440,10 +445,7 @@ class BenchResult(ResultRecord):
 
     kind: Literal["bench"]
     threads: int
-    processor: str
     governor: str | None
-    torch: str
-    transformers: str
     dense: ModelSize
     pruned: tuple[ModelSize, ...]
     workloads: tuple[WorkloadResult, ...]
@@ -451,11 +453,7 @@ class BenchResult(ResultRecord):
     @property
     def setting(self) -> tuple[object, ...]:
         """What two results must share to be merged."""
-        model = (self.model.fingerprint, self.model.code)
-        return (
-            *model, self.dtype, self.device, self.processor, self.threads, self.sleb_version, self.torch,
-            self.transformers,
-        )  # fmt: skip
+        return (*super().setting, self.threads)
 
     def merged_with(self, previous: BenchResult) -> BenchResult:
         """Return both results as one, if they are of the same model in the same setting: see `setting`.

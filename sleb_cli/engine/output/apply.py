@@ -29,11 +29,10 @@ from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notice, Notify, Warned
 from sleb_cli.kept_results import beside_plan
 from sleb_cli.plan import CHECKPOINT_PLAN, RecoveryRecord, checkpoint_name
-from sleb_cli.records import Proof, without_folders
+from sleb_cli.records import THIS_VERSION, Proof, without_folders
 from sleb_cli.requests import DEFAULT_SHARD_SIZE
 from sleb_cli.results import ApplyResult, BenchResult, EvalResult
 from sleb_cli.units import parse_bytes
-from sleb_cli.version import __version__
 from sleb_plugins import OutputError, ProofError
 
 if TYPE_CHECKING:
@@ -155,8 +154,7 @@ def write_checkpoint(
     if planned.outside:
         notify(Warned(f"Did not copy links that lead outside the model's folder: {', '.join(planned.outside)}."))
     return ApplyResult(
-        schema_version=1,
-        sleb_version=__version__,
+        **THIS_VERSION,
         kind="apply",
         model=subject.architecture.record,
         removals=surgery.removals,

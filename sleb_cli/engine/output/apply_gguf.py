@@ -24,10 +24,9 @@ from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.engine.third_party import disk_error, prefer_disk_error, translate_errors
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plugin_manager import Registry
-from sleb_cli.records import ModelRecord, Proof
+from sleb_cli.records import THIS_VERSION, ModelRecord, Proof
 from sleb_cli.results import GgufResult
 from sleb_cli.units import format_bytes
-from sleb_cli.version import __version__
 from sleb_plugins import MachineError, ModelError, OutputError, PlanError, ProofError, UsageError
 
 KIND = "GGUF file"
@@ -66,8 +65,7 @@ def prune_gguf(surgery: GgufSurgery, output: Output, registry: Registry, notify:
                 _require_as_planned(pruned, aside)
                 proof, unproven = _prove_with_transformers(surgery, aside, registry, notify)
     return GgufResult(
-        schema_version=1,
-        sleb_version=__version__,
+        **THIS_VERSION,
         kind="gguf",
         source=str(file.path.absolute()),
         architecture=file.architecture,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from sleb_cli.atomic import new_file
+from sleb_cli.records import THIS_VERSION
 from sleb_cli.results import ExportResult
-from sleb_cli.version import __version__
 from sleb_plugins import Exporter, Pruning
 
 
@@ -21,8 +21,7 @@ def export_text(exporter: Exporter, pruning: Pruning, output: Path | None, *, re
         with new_file(output, replace=replace) as aside:
             aside.write_text(text, encoding="utf-8", newline="\n")
     return ExportResult(
-        schema_version=1,
-        sleb_version=__version__,
+        **THIS_VERSION,
         kind="export",
         exporter=exporter.name,
         text=text if output is None else None,

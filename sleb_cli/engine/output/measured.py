@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sleb_cli.events import Notify, Warned
-from sleb_cli.kept_results import beside_plan, read_kept, without_local_folders
+from sleb_cli.kept_results import R, beside_plan, read_kept, without_local_folders
 from sleb_cli.plan import Plan
 from sleb_cli.requests import TRANSFORMERS
 from sleb_cli.results import (
@@ -21,10 +21,7 @@ from sleb_cli.results import (
 )
 from sleb_cli.units import plural
 
-R = TypeVar("R", EvalResult, BenchResult)
-
 _PARTS = ("texts", "tasks", "workloads")
-
 
 S = TypeVar("S", PrunedTextScores, PrunedTaskScores, PrunedTiming, ModelSize)
 

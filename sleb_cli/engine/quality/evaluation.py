@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import transformers
@@ -20,10 +20,8 @@ from sleb_cli.engine.quality.texts import Removals, measure_text
 from sleb_cli.engine.text.windows import EvaluationWindows, tokens_sha256
 from sleb_cli.events import Notice
 from sleb_cli.plan import public_name
-from sleb_cli.results import EvalResult, TaskResult, TextResult, merge_results, of_sizes
-from sleb_cli.version import __version__
-
-R = TypeVar("R", TextResult, TaskResult)
+from sleb_cli.records import THIS_VERSION
+from sleb_cli.results import EvalResult, R, TaskResult, TextResult, merge_results, of_sizes
 
 
 @dataclass(frozen=True)
@@ -85,8 +83,7 @@ def _work(asked: Evaluation, known: EvalResult) -> Iterator[tuple[str, str, Any,
 def _without_parts(models: Models) -> EvalResult:
     architecture, recovered = models.architecture, models.subject.recovered
     return EvalResult(
-        schema_version=1,
-        sleb_version=__version__,
+        **THIS_VERSION,
         kind="eval",
         model=architecture.record,
         behavior=architecture.source.content_hash,

@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from itertools import islice
 from pathlib import Path
@@ -72,7 +72,7 @@ class LoadedTask:
             if configured is None or (configured and num_fewshot is not None):
                 each.set_config(key="num_fewshot", value=num_fewshot or 0)
             if num_fewshot and each.get_config("num_fewshot"):
-                with quiet(), _loading_data(name):
+                with _quietly_loading(name):
                     split = getattr(getattr(each, "fewshot_cfg", None), "split", None)
                     of_items = split is not None and split == each.get_config("test_split")
                     there = len(list(each.fewshot_docs())) - of_items  # an item is no example of itself
@@ -86,7 +86,7 @@ class LoadedTask:
         """Return a hash of what the results depend on besides the model, for each task and each group with metrics."""
         found, common = {}, [importlib.metadata.version("lm_eval"), self._chat]
         for name, each in self.tasks.items():
-            with quiet(), _loading_data(name):
+            with _quietly_loading(name):
                 examples = list(each.fewshot_docs()) if each.get_config("num_fewshot") else []
                 items = list(islice(each.eval_docs, self._limit))
             found[name] = _hash([*common, _settings_of(each), items, examples])
@@ -137,7 +137,7 @@ class LoadedTask:
         def reduced(requests: int) -> None:
             notify(Notice(f"Out of memory on {device}; continuing with {requests} requests at a time."))
 
-        with quiet(), _loading_data(self.name):
+        with _quietly_loading(self.name):
             return in_smaller_pieces(run, largest, reduced)
 
     def _evaluate(self, lm: Any) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def _folders_with(tasks: Collection[str]) -> list[Path]:
 
 def _load(manager: Any, name: str, *, may_run_code: bool) -> dict[str, Any]:
     try:
-        with quiet(), _loading_data(name), written_code.ours():
+        with _quietly_loading(name), written_code.ours():
             loaded: dict[str, Any] = manager.load([name])
     except DataError:
         raise
@@ -266,8 +266,8 @@ def _hash(data: Iterable[Any]) -> str:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Hide what lm-eval prints, and suppress three things that disturb here.
+def _quietly_loading(name: str) -> Iterator[None]:
+    """Translate errors in reading the data of a task, hide what lm-eval prints, and suppress three things.
 
     lm-eval runs git and a dozen other programs to describe the machine, starts processes that inherit the model for its
     bootstrap, and under a launcher returns results in one process of each machine only.
@@ -279,9 +279,6 @@ def quiet() -> Iterator[None]:
         redirect_stderr(StringIO()),
         mock.patch.multiple(evaluator, get_git_commit_hash=lambda: None, add_env_info=lambda results: None),
         mock.patch.dict(os.environ, DISABLE_MULTIPROC="1", LOCAL_RANK="0"),
+        loading_data(f"data of {name}", "Check the network, or the paths in your own task file."),
     ):
         yield
-
-
-def _loading_data(name: str) -> AbstractContextManager[None]:
-    return loading_data(f"data of {name}", "Check the network, or the paths in your own task file.")

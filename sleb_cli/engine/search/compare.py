@@ -12,8 +12,8 @@ from sleb_cli.engine.search.run import load_inputs, run_search
 from sleb_cli.engine.search.settings import SearchSettings
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import Plan
+from sleb_cli.records import THIS_VERSION
 from sleb_cli.results import ComparedRecord, CompareResult
-from sleb_cli.version import __version__
 
 
 def compare_removals(
@@ -44,8 +44,7 @@ def compare_removals(
     number = min(range(len(plans)), key=lambda n: compared[n].held_out_perplexity or compared[n].perplexity)
     best = plans[number]
     result = CompareResult(
-        schema_version=1,
-        sleb_version=__version__,
+        **THIS_VERSION,
         kind="compare",
         model=best.model,
         calibration=best.calibration,

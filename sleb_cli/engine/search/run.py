@@ -49,7 +49,7 @@ from sleb_cli.plan import (
     SearchRecord,
     Step,
 )
-from sleb_cli.records import differences
+from sleb_cli.records import THIS_VERSION, differences
 from sleb_cli.version import __version__
 from sleb_plugins import HiddenStateMetric, LogitMetric, ModelError, ModelMetric, PlanError, UsageError
 
@@ -155,8 +155,7 @@ def run_search(settings: SearchSettings, inputs: SearchInputs, started: float) -
         assert settings.target is not None
         target_record = settings.target.record(trace.removals, trace.increase, trace.next_increase)
     return Plan(
-        schema_version=1,
-        sleb_version=__version__,
+        **THIS_VERSION,
         request=_options(settings, record, inputs.calibration.record),
         model=settings.architecture.record,
         calibration=inputs.calibration.record,

@@ -21,8 +21,8 @@ from sleb_cli.engine.speed.transformers_model import prepared
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify
+from sleb_cli.records import THIS_VERSION
 from sleb_cli.results import BenchResult, MemoryRecord, ModelSize, Workload
-from sleb_cli.version import __version__
 from sleb_plugins import Engine, EngineSettings
 
 
@@ -80,7 +80,7 @@ def benchmark(wanted: Benchmark, notify: Notify, write_files: WriteFiles | None 
             for group in [[size] for size in wanted.sizes] if in_pairs else [wanted.sizes]:
                 sizes |= _time_together(load, loaded, group, measured, vocabulary, notify)
                 free_memory()
-            where, attention = {"dtype": loaded.dtype, "device": loaded.device}, loaded.attention
+            dtype, device, attention = loaded.dtype, loaded.device, loaded.attention
         del loaded
         free_memory()  # for the processes that measure memory
         memory: dict[Removals, list[MemoryRecord | None]] = {}
@@ -89,11 +89,11 @@ def benchmark(wanted: Benchmark, notify: Notify, write_files: WriteFiles | None 
             seconds, memory[removals] = measure_alone(surgery, wanted.dtype, wanted.device, wanted.workloads, notify)
             sizes[removals] = sizes[removals].model_copy(update={"load_seconds": seconds})
         return BenchResult(
-            schema_version=1,
-            sleb_version=__version__,
+            **THIS_VERSION,
             kind="bench",
             model=architecture.record,
-            **where,
+            dtype=dtype,
+            device=device,
             threads=torch.get_num_threads(),
             processor=processor_name(wanted.device),
             governor=cpu_governor(),
