@@ -11,6 +11,9 @@ from sleb_cli.plan import CalibrationRecord, RecoveryRecord
 from sleb_cli.records import ModelRecord, Perplexity, Proof, Record, VersionedRecord
 from sleb_cli.requests import WorkloadName
 
+Removals = tuple[int, ...]
+"""The removed blocks, which name a model among those that are measured together; the dense one has none."""
+
 
 class ResultRecord(VersionedRecord):
     """What evaluations and benchmarks share: the model, and where and by what it ran."""
@@ -38,7 +41,7 @@ class ApplyResult(VersionedRecord):
     kind: Literal["apply"]
     model: ModelRecord
     folder: str
-    removals: tuple[int, ...]
+    removals: Removals
     blocks: int
     weights_bytes: int
     recovery: RecoveryRecord | None
@@ -54,7 +57,7 @@ class GgufResult(VersionedRecord):
     kind: Literal["gguf"]
     source: str
     architecture: str
-    removals: tuple[int, ...]
+    removals: Removals
     file: str
     blocks: int
     file_bytes: int
@@ -77,7 +80,7 @@ class ComparedRecord(Record):
 
     metric: str
     strategy: str
-    removals: tuple[int, ...]
+    removals: Removals
     perplexity: Perplexity
     held_out_perplexity: float | None
     seconds: float
@@ -141,7 +144,7 @@ class PrunedTextScores(TextScores):
     window as one observation.
     """
 
-    removals: tuple[int, ...]
+    removals: Removals
     log_ratio: float
     standard_error: float | None
     interval: Interval | None
@@ -205,7 +208,7 @@ class PrunedTaskScores(TaskScores):
     is how many items would show a difference of one point. `flips` are those asked for.
     """
 
-    removals: tuple[int, ...]
+    removals: Removals
     retention: float | None
     difference: float
     standard_error: float | None
@@ -267,7 +270,7 @@ class EvalResult(ResultRecord):
     kind: Literal["eval"]
     behavior: str | None = None
     recovered: str | None = None
-    sizes: tuple[tuple[int, ...], ...]
+    sizes: tuple[Removals, ...]
     texts: tuple[TextResult, ...]
     tasks: tuple[TaskResult, ...]
 
@@ -404,7 +407,7 @@ class PrunedTiming(Timing):
     `interval` is its 95% bootstrap interval over rounds; null if there are too few for one.
     """
 
-    removals: tuple[int, ...]
+    removals: Removals
     speedup: Annotated[float, Field(gt=0)]
     interval: Interval | None
 
@@ -430,7 +433,7 @@ class ModelSize(Record):
     Quantized weights count as the parameters they stand for, and as the bytes they take.
     """
 
-    removals: tuple[int, ...]
+    removals: Removals
     blocks: int
     parameters: int
     weights_bytes: int

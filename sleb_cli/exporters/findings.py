@@ -20,6 +20,7 @@ from sleb_cli.results import (
     PrunedTaskScores,
     PrunedTextScores,
     PrunedTiming,
+    Removals,
     TaskResult,
     TextResult,
     WorkloadResult,
@@ -31,7 +32,6 @@ from sleb_cli.tables.table import Scored, by_model
 from sleb_plugins.errors import UsageError
 from sleb_plugins.exporter import Pruning
 
-Removals = tuple[int, ...]
 Estimate = tuple[float, Interval | None]
 """A number, with its 95% interval if it has one."""
 

@@ -72,7 +72,7 @@ def items_of(task: TaskResult) -> str:
     return plural(len(task.doc_ids), "item") if task.doc_ids else f"items {task.items_sha256}"[:14]
 
 
-def perplexities(scored: Iterable[Scored], title: str = "Perplexity") -> Table:
+def perplexities(scored: Iterable[Scored]) -> Table:
     """Return the perplexity of each text on each model."""
     columns: Columns = [
         ("text", str), ("model", str), ("perplexity", format_perplexity), ("change", format_change),
@@ -84,7 +84,7 @@ def perplexities(scored: Iterable[Scored], title: str = "Perplexity") -> Table:
         rows.append([name, model, scores.perplexity, *change])
     compared = any(row[3] is not None for row in rows)
     notes = ["95%: interval of the change; both models read the same tokens."] * compared
-    return tabulate(title, columns, rows, notes)
+    return tabulate("Perplexity", columns, rows, notes)
 
 
 def divergences(scored: Iterable[Scored]) -> Table:

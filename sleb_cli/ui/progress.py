@@ -176,22 +176,18 @@ class _Log:
     def __call__(self, event: Event) -> None:
         match event:
             case TaskStarted(task) if task != SCORING_TASK:
-                self._line(f"{task} …")
+                text = f"{task} …"
             case HealChecked(share, divergence, validation):
-                self._line(
-                    f"healing, {share:.0%}: KL to the dense model {divergence:.4f}, on validation text {validation:.4f}"
-                )
+                kl = f"KL to the dense model {divergence:.4f}, on validation text {validation:.4f}"
+                text = f"healing, {share:.0%}: {kl}"
             case SearchStarted(blocks, remove, done):
                 self._remove = remove
                 after = f", {done} of them already removed" if done else ""
-                self._line(f"Search: {remove} of {blocks} blocks{after} …")
+                text = f"Search: {remove} of {blocks} blocks{after} …"
             case BlockRemoved(step, block, score, perplexity, removals):
                 what = f"block {block}" if removals is None else f"blocks {', '.join(map(str, removals))}"
-                self._line(
-                    f"step {step} of {self._remove}: {what} removed, score {score:.4f}, perplexity {perplexity:.2f}"
-                )
+                text = f"step {step} of {self._remove}: {what} removed, score {score:.4f}, perplexity {perplexity:.2f}"
             case _:
                 _say(event, self._console)
-
-    def _line(self, text: str) -> None:
+                return
         print_prose(self._console, escape(text))

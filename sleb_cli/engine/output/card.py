@@ -16,7 +16,7 @@ from sleb_cli.engine.output.measured import of_size
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.plan import CHECKPOINT_PLAN, Plan, RecoveryRecord, SampleGeneration, checkpoint_name, public_name
 from sleb_cli.records import Proof
-from sleb_cli.results import BenchResult, EvalResult
+from sleb_cli.results import BenchResult, EvalResult, Removals
 from sleb_cli.tables import search
 from sleb_cli.tables.proof import checked
 from sleb_cli.tables.quality import perplexity_change, task_name, text_names
@@ -30,8 +30,6 @@ CARD = "README.md"
 _FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?\n)---\s*$", re.MULTILINE | re.DOTALL)
 # What the Hub refuses in the name of a data set.
 _NO_NAME = re.compile(r"[^\w.-]+")
-
-Removals = tuple[int, ...]
 
 
 def model_card(

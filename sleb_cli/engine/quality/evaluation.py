@@ -16,12 +16,12 @@ from sleb_cli.engine.model.generation import as_transformers_loads
 from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.quality.tasks import compare_task
-from sleb_cli.engine.quality.texts import Removals, measure_text
+from sleb_cli.engine.quality.texts import measure_text
 from sleb_cli.engine.text.windows import EvaluationWindows, tokens_sha256
 from sleb_cli.events import Notice
 from sleb_cli.plan import public_name
 from sleb_cli.records import THIS_VERSION
-from sleb_cli.results import EvalResult, R, TaskResult, TextResult, merge_results, of_sizes
+from sleb_cli.results import EvalResult, R, Removals, TaskResult, TextResult, merge_results, of_sizes
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,8 @@ from sleb_cli.engine.quality.token_scores import Scores, divergence_record, join
 from sleb_cli.engine.statistics import clustered_mean
 from sleb_cli.engine.text.windows import EvaluationWindows, tokens_sha256
 from sleb_cli.events import Notice, task
-from sleb_cli.results import PrunedTextScores, TextResult, TextScores
+from sleb_cli.results import PrunedTextScores, Removals, TextResult, TextScores
 from sleb_plugins import ModelError
-
-Removals = tuple[int, ...]
 
 # On how many tokens of a window it is checked that the model may be run block by block.
 CHECKED_TOKENS = 128

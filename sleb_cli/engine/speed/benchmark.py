@@ -16,13 +16,13 @@ from sleb_cli.engine.device import dtype_name, free_memory
 from sleb_cli.engine.environment import cpu_governor, processor_name
 from sleb_cli.engine.speed.loaders import ModelLoader, TimedModel, WriteFiles, load_into, load_with_transformers
 from sleb_cli.engine.speed.peak_memory import measure_alone
-from sleb_cli.engine.speed.timing import Measured, Removals, measure, workload_result
+from sleb_cli.engine.speed.timing import Measured, measure, workload_result
 from sleb_cli.engine.speed.transformers_model import prepared
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify
 from sleb_cli.records import THIS_VERSION
-from sleb_cli.results import BenchResult, MemoryRecord, ModelSize, Workload
+from sleb_cli.results import BenchResult, MemoryRecord, ModelSize, Removals, Workload
 from sleb_plugins import Engine, EngineSettings
 
 

@@ -14,12 +14,18 @@ import numpy as np
 
 from sleb_cli.engine.statistics import count_outliers, median_ratio_interval, relative_deviation
 from sleb_cli.events import Advance, Notice, Notify, task
-from sleb_cli.results import Distribution, MemoryRecord, PrunedTiming, Timing, WarmupRecord, Workload, WorkloadResult
+from sleb_cli.results import (
+    Distribution,
+    MemoryRecord,
+    PrunedTiming,
+    Removals,
+    Timing,
+    WarmupRecord,
+    Workload,
+    WorkloadResult,
+)
 from sleb_cli.units import plural
 from sleb_plugins.engine import TimedRun
-
-Removals = tuple[int, ...]
-"""Names a model among those timed together; the dense one has none."""
 
 Run = Callable[[Sequence[Sequence[int]], int], TimedRun]
 """Process the prompts together, and generate this many new tokens for each."""
