@@ -84,14 +84,16 @@ def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
     """
     from sleb_cli.engine.door.search import open_comparison
     from sleb_cli.engine.process_group import join_processes
-    from sleb_cli.engine.search.compare import compare_removals, delete_journals
+    from sleb_cli.engine.search.compare import compare_removals
+    from sleb_cli.engine.search.journal import delete_journal, journal_of
 
     with join_processes() as group:
         searches = open_comparison(request, load_registry(notify), notify, group)
         result, plan = compare_removals(searches, group, notify)
         _stop_unless_main_process()
     _save(plan, request.plan_file)
-    delete_journals(searches, notify)
+    for settings in searches:
+        delete_journal(journal_of(settings.plan_file), notify)
     return result
 
 

@@ -169,15 +169,15 @@ def test_out_of_memory_takes_fewer_sequences(monkeypatch):
     skippable, told = skippable_model("llama"), []
     text = own_text(skippable.model, 30)
     expected, _ = recovered(skippable, {3}, text, 20)
-    run = skippable.switches[2].run
+    forward = skippable.switches[2].forward
 
-    def short_of_memory(hidden, call):
+    def short_of_memory(hidden, *args, **kwargs):
         if len(hidden) > 8:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return run(hidden, call)
+        return forward(hidden, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(skippable.switches[2], "run", short_of_memory)
+        patch.setattr(skippable.switches[2], "forward", short_of_memory)
         found, _ = recovered(skippable, {3}, text, 20, told.append)
     assert "Out of memory on cpu; fitting 8 sequences at a time." in [getattr(event, "text", "") for event in told]
     # Projections are told from others by noise on the first batch, so the fits are alike, not the same.

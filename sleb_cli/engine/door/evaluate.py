@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from sleb_cli.atomic import require_new_file
@@ -55,9 +56,8 @@ def resolve_evaluation(request: EvalRequest, registry: Registry, notify: Notify,
         notify(Warned(f"On this system, sleb cannot keep programs that the model writes away from {free}."))
     tokenizer = load_tokenizer(subject.architecture.source)
     names = request.perplexity or (() if request.tasks else (DEFAULT_TEXT,))
-    texts = group.main_first(
-        lambda: tuple(_read_text(name, request, tokenizer, subject.architecture) for name in names)
-    )
+    architecture = subject.architecture
+    texts = group.main_first(lambda: tuple(_read_text(name, request, tokenizer, architecture) for name in names))
     for sentence in _remarks(texts, subject):
         notify(Notice(sentence))
     return Evaluation(models, tokenizer, texts, tasks, batch_size, request.show_flips or 0)
@@ -84,11 +84,8 @@ def _place(subject: Subject, request: EvalRequest, notify: Notify, group: Proces
     device, device_map = choose_device(request.device), request.device_map
     stream, dtype = False if request.tasks else request.stream, request.dtype or AUTO
     reserved = weight_bytes(subject.recovered, parse_dtype(dtype, architecture.dtype)) if subject.recovered else 0
-    placement = group.from_main(
-        lambda: place_model(
-            architecture, device, dtype, notify, device_map=device_map, stream=stream, reserved=reserved
-        )
-    )
+    place = partial(place_model, architecture, device, dtype, notify, device_map=device_map, reserved=reserved)
+    placement = group.from_main(lambda: place(stream=stream))
     if subject.recovered and (placement.stream or device_map is not None):
         raise UsageError(
             f"The weights of {subject.recovered.source.id} are not the dense model's, so both must fit on one device.",

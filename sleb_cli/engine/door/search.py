@@ -322,11 +322,10 @@ def _protected(request: SearchRequest, architecture: Architecture) -> tuple[int,
     known = sorted({part for kind in kinds for part in (kind, *kind.split(", ")) if part})
     unknown = [kind for kind in request.protect_kind if kind not in known]
     if unknown:
+        otherwise = None if known else "All its blocks are of one kind: use --protect 5,11."
         raise UsageError(
             f"{architecture.source.id} has no blocks of kind {unknown[0]!r}.",
-            hint=did_you_mean(
-                unknown[0], known, None if known else "All its blocks are of one kind: use --protect 5,11."
-            ),
+            hint=did_you_mean(unknown[0], known, otherwise),
         )
     of_kind = [b for b, kind in enumerate(kinds) if {kind, *kind.split(", ")} & set(request.protect_kind)]
     return tuple(sorted({*(request.protect or ()), *of_kind}))

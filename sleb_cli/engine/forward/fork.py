@@ -96,12 +96,10 @@ def walk_together(skippable: SkippableModel, walks: Sequence[Walk]) -> Iterator[
 
     So the weights of a block are needed once, for all walks.
     """
-    start, end = min(walk.start for walk in walks), len(walks[0].calls)
-    wanted = [
-        block for block in range(start, end) if any(block >= walk.start and block not in walk.removed for walk in walks)
-    ]
+    blocks = range(min(walk.start for walk in walks), len(walks[0].calls))
+    wanted = [block for block in blocks if any(block >= walk.start and block not in walk.removed for walk in walks)]
     with closing(skippable.weights.visit(wanted)) as here:
-        for block in range(start, end):
+        for block in blocks:
             if block in wanted:
                 next(here)
             for walk in walks:
@@ -109,7 +107,7 @@ def walk_together(skippable: SkippableModel, walks: Sequence[Walk]) -> Iterator[
                     walk.advance(block)
             yield block
     for walk in walks:
-        walk.enter(end)
+        walk.enter(blocks.stop)
 
 
 def fork(

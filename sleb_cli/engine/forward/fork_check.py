@@ -23,10 +23,12 @@ def why_not_fork(skippable: SkippableModel, ids: Tensor) -> str | None:
         ids: a few sequences, [batch, positions].
     """
     count = len(skippable.switches)
-    blocks = sorted({round(part * (count - 1) / (CHECKED_CANDIDATES - 1)) for part in range(CHECKED_CANDIDATES)})
-    blocks = list(range(count)) if count <= 2 * CHECKED_CANDIDATES else blocks
     if not skippable.weights.resident:
         blocks = [count // 2]  # each whole pass reads all weights
+    elif count <= 2 * CHECKED_CANDIDATES:
+        blocks = list(range(count))
+    else:
+        blocks = [round(part * (count - 1) / (CHECKED_CANDIDATES - 1)) for part in range(CHECKED_CANDIDATES)]
     try:
         with explain_out_of_memory(ids.shape, ids.device):
             return _difference(skippable, ids, blocks)

@@ -7,8 +7,7 @@ its weights are read once for all of them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -43,17 +42,9 @@ class SharedInputs:
 
     def calls(self, ids: Tensor) -> list[Call]:
         """Record the calls of the blocks for these tokens, with tensors of earlier calls in place of equal ones."""
-        calls, find = self._skippable.calls(ids), cache(self._find)
+        calls, share = self._skippable.calls(ids), partial(tree_map_only, Tensor, cache(self._find))
         entering = self._store(calls[0].entering)
-        return [
-            replace(
-                call,
-                entering=entering,
-                args=tree_map_only(Tensor, find, call.args),
-                kwargs=tree_map_only(Tensor, find, call.kwargs),
-            )
-            for call in calls
-        ]
+        return [Call(call.block, entering, share(call.args), share(call.kwargs)) for call in calls]
 
     def _find(self, value: Tensor) -> Tensor:
         for held in self._held:

@@ -113,11 +113,10 @@ class Passes:
         def run() -> Iterator[tuple[int, int, list[float]]]:
             group = {batch: tuple(blocks) for batch, blocks in left.items() if blocks}
             found: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
-            scored = (
-                self._score_by_fork(metric, removed, group, ranking, advance)
-                if self.forks
-                else self._score_one_by_one(metric, removed, group, advance)
-            )
+            if self.forks:
+                scored = self._score_by_fork(metric, removed, group, ranking, advance)
+            else:
+                scored = self._score_one_by_one(metric, removed, group, advance)
             for part, block, scores in scored:
                 found[part.batch, block] += scores
                 if part.is_last:
@@ -234,14 +233,10 @@ class Passes:
 
     def _score_final(self, metric: LogitMetric, part: _MicroBatch, hidden: Tensor) -> list[float]:
         """Return each sequence's score from what leaves the last block."""
-        dense = part.dense if metric.needs_dense_logits else None
+        predict = partial(Predictions, self.skippable, part.ids)
+        dense = predict(part.dense) if metric.needs_dense_logits and part.dense is not None else None
         scores = score_logits(
-            metric,
-            Predictions(self.skippable, part.ids, hidden),
-            part.ids,
-            None if dense is None else Predictions(self.skippable, part.ids, dense),
-            loss_mask=part.loss_mask,
-            positions=self.budget.positions,
+            metric, predict(hidden), part.ids, dense, loss_mask=part.loss_mask, positions=self.budget.positions
         )
         return scores.tolist()
 
@@ -319,11 +314,9 @@ class Passes:
         near = self.skippable.device if self.skippable.weights.resident else None
         store = self.store if near is None else lambda hidden: hidden.to(near)
         shared = SharedInputs(self.skippable, self.store)
-        walks = [
-            Walk(self.skippable, shared.calls(part.ids)[: last + 1], States(), removed, (), store=store)
-            for part in parts
-        ]
-        entering = [walk.calls[0].entering for walk in walks]
+        calls = [shared.calls(part.ids)[: last + 1] for part in parts]
+        walks = [Walk(self.skippable, each, States(), removed, (), store=store) for each in calls]
+        entering = [each[0].entering for each in calls]
         for block in walk_together(self.skippable, walks):
             for number, (part, walk) in enumerate(zip(parts, walks, strict=True)):
                 listen(part, block, entering[number], walk.branches[BASE])

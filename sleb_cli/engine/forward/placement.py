@@ -69,9 +69,8 @@ def place_model(
     own = cast or architecture.dtype or torch.float32
     if device_map is not None:  # which says where weights are, so that they cannot be rounded first
         name = dtype_name(cast) if cast else dtype
-        return Placement(
-            device, choose_dtype(architecture, name, device, lambda wide: 0, own_free_bytes, notify), False, device_map
-        )
+        chosen = choose_dtype(architecture, name, device, lambda wide: 0, own_free_bytes, notify)
+        return Placement(device, chosen, device_map=device_map)
 
     def needed(wide: torch.dtype) -> int:
         does_not_fit = stream is None and weight_bytes(architecture, own) + reserved > own_free_bytes(device)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -155,11 +154,8 @@ class SkippableModel:
         self.switches = [BlockSwitch(block, self._wraps) for block in blocks]
         self.places = [execution_device(switch.block) or self.device for switch in self.switches]
         """Where each block computes."""
-        self._cache_settings = [
-            (config, config.use_cache)
-            for config in (model.config, model.generation_config)
-            if hasattr(config, "use_cache")
-        ]
+        configs = (model.config, model.generation_config)
+        self._cache_settings = [(config, config.use_cache) for config in configs if hasattr(config, "use_cache")]
 
     @property
     def head_blocks(self) -> float:
@@ -177,9 +173,7 @@ class SkippableModel:
         self._head_hook = output.register_forward_pre_hook(_contiguous) if output is not None else None
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for switch in self.switches:
             switch.uninstall()
         for config, use_cache in self._cache_settings:
@@ -219,9 +213,7 @@ class SkippableModel:
             self.switches[first - 1].inject = start[1]
         for index, switch in enumerate(self.switches):
             if index not in removed and index >= first:
-                switch.hook = lambda entering, leaving, block=index: hook(
-                    block, entering.to(self.device), leaving.to(self.device)
-                )
+                switch.hook = lambda *states, block=index: hook(block, *(state.to(self.device) for state in states))
         self._forward(ids, last=1)
 
     def calls(self, ids: Tensor) -> list[Call]:
@@ -233,9 +225,7 @@ class SkippableModel:
         self.skip(range(len(self.switches)))
         calls: list[Call] = []
         for index, switch in enumerate(self.switches):
-            switch.pre_hook = lambda entering, args, kwargs, block=index: calls.append(
-                Call(block, entering, args, kwargs)
-            )
+            switch.pre_hook = lambda *inputs, block=index: calls.append(Call(block, *inputs))
         self._forward(ids, last=1)
         self.skip(())
         if [call.block for call in calls] != list(range(len(self.switches))):

@@ -23,9 +23,8 @@ class States:
 
     def deepest(self, branch: int, limit: int) -> int | None:
         """Return the greatest depth up to `limit` at which this branch is kept."""
-        return max(
-            (depth for depth, branches in self.at.items() if depth <= limit and branch in branches), default=None
-        )
+        depths = [depth for depth, branches in self.at.items() if depth <= limit and branch in branches]
+        return max(depths, default=None)
 
     def after_removal(self, block: int) -> None:
         """Drop what changes when `block` is removed; above it, only its own branch is right, as the new base."""

@@ -62,9 +62,8 @@ def weight_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
 def streamed_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
     """Return how much memory the weights take if they are streamed: two blocks, and what is outside of them."""
     by_block, outside = _divide(architecture)
-    taken_as_is = not converted_bytes(architecture, dtype) and all(
-        TORCH_DTYPES.get(tensor.dtype) is dtype for block in by_block for tensor in block
-    )
+    same_dtype = all(TORCH_DTYPES.get(tensor.dtype) is dtype for block in by_block for tensor in block)
+    taken_as_is = same_dtype and not converted_bytes(architecture, dtype)
     read = 0 if taken_as_is else max(sum(tensor.size for tensor in block) for block in by_block)
     made = max(sum(_bytes_as(dtype, tensor) for tensor in block) for block in by_block)
     return sum(_bytes_as(dtype, tensor) for tensor in outside) + 2 * made + read
@@ -109,10 +108,8 @@ class StreamedBlocks(BlockWeights):
         )
         self._load_outside(outside)
         self._new: Mapping[str, Tensor] = {}
-        self._empty = [
-            {name: _without_values(tensor) for name, tensor in block.state_dict(keep_vars=True).items()}
-            for block in self.modules
-        ]
+        kept = [block.state_dict(keep_vars=True) for block in self.modules]
+        self._empty = [{name: _without_values(tensor) for name, tensor in block.items()} for block in kept]
         self._drop(*range(len(self.modules)))
 
     def visit(self, blocks: Iterable[int]) -> Generator[int]:

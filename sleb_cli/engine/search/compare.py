@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from sleb_cli.engine.device import free_memory
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.search.journal import delete_journal, journal_of
 from sleb_cli.engine.search.run import load_inputs, run_search
 from sleb_cli.engine.search.settings import SearchSettings
 from sleb_cli.events import Notice, Notify
@@ -22,7 +21,7 @@ def compare_removals(
     """Run each search, and return all results and the best plan.
 
     The best plan has the lowest perplexity on the held-out sequences, or on the calibration text if none are held out.
-    Each search keeps its own journal; call `delete_journals` once the plan is written.
+    Each search keeps its own journal; delete them once the plan is written.
     """
     inputs = load_inputs(searches[0], group, notify)
     plans: list[Plan] = []
@@ -60,9 +59,3 @@ def compare_removals(
 
 def _name(search: SearchSettings) -> str:
     return f"{search.options['metric']}@{search.strategy_name}"
-
-
-def delete_journals(searches: Sequence[SearchSettings], notify: Notify) -> None:
-    """Delete the journals of all compared searches."""
-    for search in searches:
-        delete_journal(journal_of(search.plan_file), notify)

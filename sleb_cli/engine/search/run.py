@@ -39,16 +39,7 @@ from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.text.calibration import Calibration, calibrate
 from sleb_cli.engine.text.settings import REFERENCE_PRESETS
 from sleb_cli.events import SEARCH_TASK, BlockRemoved, BlocksSwapped, Notice, Notify, SearchStarted, TaskFinished, task
-from sleb_cli.plan import (
-    CalibrationRecord,
-    DenseRecord,
-    HeldOutRecord,
-    MetricRecord,
-    Plan,
-    SampleGeneration,
-    SearchRecord,
-    Step,
-)
+from sleb_cli.plan import CalibrationRecord, DenseRecord, HeldOutRecord, Plan, SampleGeneration, SearchRecord, Step
 from sleb_cli.records import THIS_VERSION, differences
 from sleb_cli.version import __version__
 from sleb_plugins import HiddenStateMetric, LogitMetric, ModelError, ModelMetric, PlanError, UsageError
@@ -109,7 +100,9 @@ def _require_continuation(settings: SearchSettings, plan: Plan, calibration: Cal
     found |= {"dtype": dtype_name(settings.placement.dtype), "protect": settings.removable.protection.blocks}
     expected = {name: getattr(plan.search, name) for name in found}
     for search, implementation in ((found, settings.implementation), (expected, plan.search.implementation)):
-        search["implementation"] = implementation and _across_versions(implementation)
+        # Another version of sleb can extend the plan, so the code of its own metrics does not count.
+        excluded = {"version", "code"} if implementation and implementation.package == "sleb" else None
+        search["implementation"] = implementation and implementation.model_dump(exclude=excluded)
     differing = differences(
         {"search": found, "calibration": calibration.record.to_data()},
         {"search": expected, "calibration": plan.calibration.to_data()},
@@ -120,11 +113,6 @@ def _require_continuation(settings: SearchSettings, plan: Plan, calibration: Cal
             hint="Leave out these options so that the plan sets them. Use the text it was calibrated on, and the same "
             "version of the metric.",
         )
-
-
-def _across_versions(metric: MetricRecord) -> dict[str, Any]:
-    """Return the record of a metric as another version of sleb can extend it: without the code of its own ones."""
-    return metric.model_dump(exclude={"version", "code"} if metric.package == "sleb" else None)
 
 
 def run_search(settings: SearchSettings, inputs: SearchInputs, started: float) -> Plan:
@@ -390,11 +378,8 @@ def _measure_dense(settings: SearchSettings, scoring: Scoring) -> DenseRecord:
     if not all(map(math.isfinite, (*losses, *held_out))):
         scoring.require_sound()
     what, loss = f"In {settings.architecture.source.id}", fmean(losses)
-    return DenseRecord(
-        loss=loss,
-        perplexity=_perplexity(loss, what, settings.placement.dtype),
-        held_out=_held_out(settings, scoring, (), what),
-    )
+    perplexity = _perplexity(loss, what, settings.placement.dtype)
+    return DenseRecord(loss=loss, perplexity=perplexity, held_out=_held_out(settings, scoring, (), what))
 
 
 def _step(choice: Choice, before: tuple[int, ...], loss: float, settings: SearchSettings, scoring: Scoring) -> Step:
@@ -420,11 +405,9 @@ def _held_out(settings: SearchSettings, scoring: Scoring, removed: tuple[int, ..
     record = HeldOutRecord(loss=loss, perplexity=_perplexity(loss, what, settings.placement.dtype))
     if not removed:
         return record
-    searched, held_out = (
-        [new - old for old, new in zip(losses(()), losses(removed), strict=True)]
-        for losses in (scoring.losses, partial(scoring.losses, held_out=True))
-    )
-    gap, error, overfits = compare_growth(searched, held_out, ERROR / settings.remove)
+    both = (scoring.losses, partial(scoring.losses, held_out=True))
+    growth = [[new - old for old, new in zip(losses(()), losses(removed), strict=True)] for losses in both]
+    gap, error, overfits = compare_growth(*growth, ERROR / settings.remove)
     return record.model_copy(update={"generalization_gap": gap, "standard_error": error, "overfits": overfits})
 
 
@@ -442,8 +425,5 @@ def _sample(settings: SearchSettings, inputs: SearchInputs, removals: tuple[int,
     if not settings.sample_tokens:
         return None
     longest = settings.architecture.longest_sequence
-    return inputs.group.from_main(
-        lambda: generate_sample(
-            inputs.model, inputs.tokenizer, removals, settings.sample_tokens, longest, inputs.notify
-        )
-    )
+    generate = partial(generate_sample, inputs.model, inputs.tokenizer, removals, settings.sample_tokens, longest)
+    return inputs.group.from_main(lambda: generate(inputs.notify))

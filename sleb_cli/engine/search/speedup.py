@@ -67,12 +67,11 @@ def time_target(settings: SearchSettings, dense: Any, group: ProcessGroup, notif
     shares = [share(gone[:depth]) for depth in depths]
     slope = fit_slope(depths, shares)
     timed = ", ".join(f"{share:.0%} ({n} fewer)" for n, share in zip(depths, shares, strict=True))
-    notify(
-        Notice(f"With fewer blocks, {workload.name} takes {timed} of the dense model's time: {slope:.1%} per block.")
-    )
+    name = workload.name
+    notify(Notice(f"With fewer blocks, {name} takes {timed} of the dense model's time: {slope:.1%} per block."))
     if slope <= 0:
         raise UsageError(
-            f"On this machine, {workload.name} does not get faster with fewer blocks.",
+            f"On this machine, {name} does not get faster with fewer blocks.",
             hint="Try again when nothing else is running, or use --ratio and measure with `sleb bench`.",
         )
     assert settings.speedup is not None
