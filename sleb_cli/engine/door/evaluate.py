@@ -54,9 +54,9 @@ def resolve_evaluation(request: EvalRequest, registry: Registry, notify: Notify,
     tasks = load_requested(request)
     if any(task.runs_code for task in tasks) and (free := unconfined()):
         notify(Warned(f"On this system, sleb cannot keep programs that the model writes away from {free}."))
-    tokenizer = load_tokenizer(subject.architecture.source)
-    names = request.perplexity or (() if request.tasks else (DEFAULT_TEXT,))
     architecture = subject.architecture
+    tokenizer = load_tokenizer(architecture.source)
+    names = request.perplexity or (() if request.tasks else (DEFAULT_TEXT,))
     texts = group.main_first(lambda: tuple(_read_text(name, request, tokenizer, architecture) for name in names))
     for sentence in _remarks(texts, subject):
         notify(Notice(sentence))

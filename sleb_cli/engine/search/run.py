@@ -406,8 +406,9 @@ def _held_out(settings: SearchSettings, scoring: Scoring, removed: tuple[int, ..
     if not removed:
         return record
     both = (scoring.losses, partial(scoring.losses, held_out=True))
-    growth = [[new - old for old, new in zip(losses(()), losses(removed), strict=True)] for losses in both]
-    gap, error, overfits = compare_growth(*growth, ERROR / settings.remove)
+    growth = ([new - old for old, new in zip(losses(()), losses(removed), strict=True)] for losses in both)
+    searched, held_out = growth
+    gap, error, overfits = compare_growth(searched, held_out, ERROR / settings.remove)
     return record.model_copy(update={"generalization_gap": gap, "standard_error": error, "overfits": overfits})
 
 
