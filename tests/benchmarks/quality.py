@@ -27,6 +27,7 @@ from saved_work import LONG, TEXTS, TRAIN, Bench, markdown, paired, parser, say
 from sleb_cli.engine.device import free_memory
 from sleb_cli.engine.door.evaluate import load_requested
 from sleb_cli.engine.forward.logits import score_logits
+from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask
 from sleb_cli.engine.surgery.loading import load_pruned
 from sleb_cli.engine.surgery.surgery import plan_surgery
@@ -102,7 +103,7 @@ class QualityBench(Bench):
                     result = window_losses(model, self.windows[name], self.options.batch)
                     say(f"  {name} {perplexity(result):.2f}")
                 else:
-                    scores = self.tasks[name].run(model, self.tokenizer, name, ignore)["results"][name]
+                    scores = self.tasks[name].run(model, self.tokenizer, name, ignore, ProcessGroup())["results"][name]
                     result = [scores["acc,none"], scores["acc_stderr,none"]]
                     say(f"  {TASKS[name]} {result[0]:.3f}")
                 self.save(removed, name, result)

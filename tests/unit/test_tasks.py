@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import WORDS, write_task
 from sleb_cli.engine.door.evaluate import load_requested
+from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.lm_eval_tasks import task_manager
 from sleb_cli.engine.quality.tasks import PRESETS, compare_task
 from sleb_cli.engine.statistics import (
@@ -21,9 +22,11 @@ from sleb_cli.engine.statistics import (
     paired_proportions_interval,
     wilson_interval,
 )
-from sleb_cli.events import TaskAdvanced, TaskStarted
+from sleb_cli.events import TaskAdvanced, TaskStarted, ignore
 from sleb_cli.requests import EvalRequest
 from sleb_plugins import DataError, ModelError, UsageError
+
+QUIETLY = ("dense", ignore, ProcessGroup())
 
 
 def sample(number, score, *, metric="acc", filtered="none", **changes):
@@ -238,7 +241,7 @@ def loaded(tiny_llama):
 )
 def test_a_run_tells_its_progress_and_compares_with_itself(folder, loaded, name, requests, expected):
     events = []
-    result = task_of(folder, name, limit=7).run(*loaded, "dense", events.append)
+    result = task_of(folder, name, limit=7).run(*loaded, "dense", events.append, ProcessGroup())
     (started,) = [event for event in events if isinstance(event, TaskStarted)]
     assert (started.task, started.total) == (f"{name}, dense", requests)
     assert sum(event.done for event in events if isinstance(event, TaskAdvanced)) == requests
@@ -248,7 +251,7 @@ def test_a_run_tells_its_progress_and_compares_with_itself(folder, loaded, name,
 
 
 def test_a_group_has_its_tasks_items_and_its_own_metric(folder, loaded):
-    results = task_of(folder, "own_both").run(*loaded)
+    results = task_of(folder, "own_both").run(*loaded, *QUIETLY)
     found = {result.task: result for result in compare_task(results, [((1,), results)])}
     assert found["own_both"].dense.value == found["own_chosen"].dense.value
     assert found["own_both"].pruned[0].standard_error == 0
@@ -258,13 +261,13 @@ def test_the_chat_template_and_examples_in_the_prompt(folder, loaded):
     model, tokenizer = loaded
     task = task_of(folder, apply_chat_template=True, limit=2)
     with pytest.raises(UsageError, match="needs a chat template"):
-        task.run(model, tokenizer)
+        task.run(model, tokenizer, *QUIETLY)
     talking = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     talking.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    results = task.run(model, talking)
+    results = task.run(model, talking, *QUIETLY)
     assert results["samples"]["own_chosen"][0]["arguments"][0][0].startswith("<user>")
     assert compare_task(results, [])[0].chat
-    examples = task_of(folder, num_fewshot=2).run(*loaded)
+    examples = task_of(folder, num_fewshot=2).run(*loaded, *QUIETLY)
     assert examples["n-shot"]["own_chosen"] == 2
     assert examples["samples"]["own_chosen"][0]["arguments"][0][0].count("\n\n") == 2
 
@@ -308,4 +311,4 @@ def test_tasks_of_lm_eval_are_found_without_an_index_of_all():
 def test_a_task_that_cannot_run_is_refused(folder, loaded, old, new, error, message):
     (folder / "own_written.yaml").write_text((folder / "own_written.yaml").read_text().replace(old, new))
     with pytest.raises(error, match=message):
-        task_of(folder, "own_written").run(*loaded)
+        task_of(folder, "own_written").run(*loaded, *QUIETLY)

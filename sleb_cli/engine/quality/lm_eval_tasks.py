@@ -21,7 +21,7 @@ from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality import written_code
 from sleb_cli.engine.text.sources import loading_data
 from sleb_cli.engine.third_party import first_line
-from sleb_cli.events import Notice, Notify, ignore
+from sleb_cli.events import Notice, Notify
 from sleb_cli.requests import AUTO
 from sleb_cli.units import plural
 from sleb_plugins.errors import DataError, UsageError, did_you_mean
@@ -98,9 +98,7 @@ class LoadedTask:
         """Whether it runs programs that the model writes."""
         return any(map(_runs_code, self.tasks.values()))
 
-    def run(
-        self, model: Any, tokenizer: Any, what: str = "", notify: Notify = ignore, group: ProcessGroup | None = None
-    ) -> dict[str, Any]:
+    def run(self, model: Any, tokenizer: Any, what: str, notify: Notify, group: ProcessGroup) -> dict[str, Any]:
         """Return lm-eval's results on a model, called `what`, with all samples, as JSON holds them.
 
         If the device is out of memory, smaller batches are tried.
@@ -130,9 +128,7 @@ class LoadedTask:
             from sleb_cli.engine.quality.lm_eval_model import LoadedModel
 
             size = first if requests == largest else requests
-            return self._evaluate(
-                LoadedModel(model, tokenizer, size, (self.name, what), notify, group or ProcessGroup())
-            )
+            return self._evaluate(LoadedModel(model, tokenizer, size, (self.name, what), notify, group))
 
         def reduced(requests: int) -> None:
             notify(Notice(f"Out of memory on {device}; continuing with {requests} requests at a time."))
