@@ -58,7 +58,7 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
         WorkerFinished: this process only helped; the main one writes the plan.
         SlebError: something failed. A journal next to the plan keeps what was measured, for `resume`.
     """
-    from sleb_cli.engine.door.search import open_search
+    from sleb_cli.engine.door.search import resolve_search
     from sleb_cli.engine.process_group import join_processes
     from sleb_cli.engine.search.journal import delete_journal, journal_of
     from sleb_cli.engine.search.run import find_removals
@@ -66,7 +66,7 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
     if request.compare:
         raise UsageError("`search` does not compare.", hint="Call `compare` with this request.")
     with join_processes() as group:
-        settings = open_search(request, load_registry(notify), notify, group)
+        settings = resolve_search(request, load_registry(notify), notify, group)
         plan = find_removals(settings, group, notify)
         _stop_unless_main_process()
     _save(plan, request.plan_file)
@@ -82,13 +82,13 @@ def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
         WorkerFinished: this process only helped; the main one writes the plan.
         SlebError: something failed; its class tells what.
     """
-    from sleb_cli.engine.door.search import open_comparison
+    from sleb_cli.engine.door.search import resolve_comparison
     from sleb_cli.engine.process_group import join_processes
     from sleb_cli.engine.search.compare import compare_removals
     from sleb_cli.engine.search.journal import delete_journal, journal_of
 
     with join_processes() as group:
-        searches = open_comparison(request, load_registry(notify), notify, group)
+        searches = resolve_comparison(request, load_registry(notify), notify, group)
         result, plan = compare_removals(searches, group, notify)
         _stop_unless_main_process()
     _save(plan, request.plan_file)

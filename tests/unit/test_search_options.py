@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sleb_cli.engine.door.search import open_comparison, open_search
+from sleb_cli.engine.door.search import resolve_comparison, resolve_search
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.events import ignore
 from sleb_cli.plugin_manager import load_plugins
@@ -55,7 +55,7 @@ def test_it_is_refused_with_a_hint(tiny_llama, text_file, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     usual = SearchRequest(str(tiny_llama), calibration=str(text_file), samples=4, sequence_length=32)
     request = replace(usual, **options)
-    door = open_comparison if request.compare else open_search
+    door = resolve_comparison if request.compare else resolve_search
     with pytest.raises(SlebError, match=re.escape(message)) as caught:
         door(request, REGISTRY, ignore, ProcessGroup())
 

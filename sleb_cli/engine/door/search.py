@@ -47,18 +47,18 @@ from sleb_plugins import LogitMetric, MachineError, Metric, ModelMetric, OutputE
 from sleb_plugins.errors import did_you_mean
 
 
-def open_search(request: SearchRequest, registry: Registry, notify: Notify, group: ProcessGroup) -> SearchSettings:
+def resolve_search(request: SearchRequest, registry: Registry, notify: Notify, group: ProcessGroup) -> SearchSettings:
     """Validate the request before loading weights; workers use the main process's placement.
 
     Raises:
         SlebError: a subclass that fits, if the request is impossible.
     """
-    settings = group.main_first(lambda: _open(request, registry, notify))
+    settings = group.main_first(lambda: _resolve(request, registry, notify))
     placement = group.from_main(lambda: settings.placement)
     return replace(settings, placement=replace(placement, device=settings.placement.device))
 
 
-def _open(request: SearchRequest, registry: Registry, notify: Notify) -> SearchSettings:
+def _resolve(request: SearchRequest, registry: Registry, notify: Notify) -> SearchSettings:
     """Check the request alone first."""
     quiet_libraries()
     target_name, plan_file = chosen_target(request), request.plan_file
@@ -116,7 +116,7 @@ def _open(request: SearchRequest, registry: Registry, notify: Notify) -> SearchS
     )
 
 
-def open_comparison(
+def resolve_comparison(
     request: SearchRequest, registry: Registry, notify: Notify, group: ProcessGroup
 ) -> list[SearchSettings]:
     """Validate a request to compare: one search for each entry, each with a journal of its own.
@@ -136,7 +136,7 @@ def open_comparison(
     def tell(event: Event) -> None:
         once(event) if isinstance(event, Notice) else notify(event)
 
-    return [open_search(each, registry, tell, group) for each in requests]
+    return [resolve_search(each, registry, tell, group) for each in requests]
 
 
 def _request_for(request: SearchRequest, metric: str, strategy: StrategyName, registry: Registry) -> SearchRequest:
