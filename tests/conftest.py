@@ -49,11 +49,15 @@ from sleb_cli.engine import device as engine_device
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.forward import placement
 from sleb_cli.engine.forward.streaming import StreamedBlocks
+from sleb_cli.engine.model.architecture import Architecture, read_architecture
+from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.recovery import heal as healing
 from sleb_cli.engine.speed import benchmark
 from sleb_cli.engine.text.calibration import draw
 from sleb_cli.engine.text.windows import cut_windows, tokens_sha256
+from sleb_cli.events import ignore
 from sleb_cli.plan import Plan, read_plan
+from sleb_cli.plugin_manager import load_plugins
 from tiny_sizes import TINY
 
 logging.disable_progress_bar()
@@ -232,6 +236,17 @@ def train_tokenizer(*, bos: bool) -> PreTrainedTokenizerFast:
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def tokenizer_with(template: str | None) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with this chat template."""
+    tokenizer = train_tokenizer(bos=False)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def architecture_of(folder: Path) -> Architecture:
+    return read_architecture(locate_model(str(folder), ignore), load_plugins(), ignore)
 
 
 def save_model(folder: Path, config: Any, *, seed: int = 0, bos: bool = False, **options: Any) -> Path:

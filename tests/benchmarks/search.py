@@ -1,6 +1,6 @@
 """How much faster the search of `sleb` is than the plain algorithm, in one run on the same data.
 
-    python tests/benchmarks/search.py MODEL TEXT [--samples 16] [--length 512] [--remove 2] [--fast] [--dtype auto]
+    python tests/benchmarks/search.py MODEL TEXT [--samples 16] [--length 512] [--remove 2] [--fast]
                                       [--plain-sequences 0]
 
 With --fast, a candidate is scored no longer once it is clearly behind.
@@ -9,20 +9,17 @@ The plain algorithm (`tests/reference.py`) runs one sequence and one candidate a
 the candidate. It runs one step on --plain-sequences (0: all), from which its time is estimated: a step costs as many
 block passes as there are sequences, candidates and other blocks, and a head pass for each candidate and sequence. A
 block pass is one sequence through one block, a head pass one sequence through the head. The bound is the time of the
-matrix products of our passes alone, in calls of the same size. Peak memory is the largest resident size of the process
-during the search, less the size before it (the model).
+matrix products of our passes alone, in calls of the same size.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,37 +29,41 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from saved_work import calibrated, greedy_search, parser
+from common import calibrated, parser
 
 from reference import plain_search
 from sleb_cli.engine.device import CPU
 from sleb_cli.engine.forward.memory_budget import settings_for
 from sleb_cli.engine.forward.prepare import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.search.choices import Protection
+from sleb_cli.engine.search.journal import Journal
 from sleb_cli.engine.search.race import LOOKS
+from sleb_cli.engine.search.scoring import Scoring
+from sleb_cli.engine.search.strategies import Problem, greedy
 from sleb_cli.events import ignore
+from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 
 class Side:
-    """Seconds per step, passes and peak memory of one of the two algorithms."""
+    """Seconds per step and passes of one of the two algorithms."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
-        self.bytes = 0
         self.block_passes = 0
         self.head_passes = 0.0
 
 
 def main() -> None:
-    sizes = {"samples": 16, "length": 512, "remove": 2, "plain_sequences": 0, "seed": 0}
-    options = parser(__doc__, "model", "text", **sizes, fast=False, dtype="auto").parse_args()
+    sizes = {"samples": 16, "length": 512, "remove": 2, "plain_sequences": 0}
+    options = parser(__doc__, "model", "text", **sizes, fast=False).parse_args()
     for line in report(options).values():
         print(line)
 
 
 def report(options: Any) -> dict[str, str]:
     """Measure both; return the ratios in words."""
-    model, blocks, calibration = calibrated(options, options.text, options.dtype)
+    model, blocks, calibration = calibrated(options.model, options.text, options.samples, options.length)
     sequences = (calibration.shuffled() if options.fast else calibration).sequences
     count, steps = len(blocks), options.remove
     print(f"{len(sequences)} x {options.length} tokens, {steps} of {count} blocks, {model.dtype}", flush=True)
@@ -73,7 +74,9 @@ def report(options: Any) -> dict[str, str]:
     evaluations = sum((count - 2 - step) * len(sequences) for step in range(steps))
 
     timed = calibration.sequences[: options.plain_sequences or None]
-    plain, removed = search_plainly(model, blocks, timed, 1)
+    plain, start = Side(), time.perf_counter()
+    removed, _ = plain_search(model, blocks, timed, 1)
+    plain.seconds.append(time.perf_counter() - start)
     plain.head_passes = sum((count - 2 - step) * len(sequences) for step in range(steps))
     plain.block_passes = sum((count - 2 - step) * (count - 1 - step) * len(sequences) for step in range(steps))
     show("plain", plain, removed)
@@ -90,8 +93,7 @@ def report(options: Any) -> dict[str, str]:
         "products": f"{taken / bound.seconds:.2f}x its matrix products alone, {bound.seconds:.0f} s",
         "evaluations": f"{ours.head_passes / evaluations:.0%} of the evaluations",
         "passes": f"{plain.block_passes / ours.block_passes:.2f}x in block passes, "
-        f"{plain.head_passes / ours.head_passes:.2f}x in head passes, "
-        f"{plain.bytes / max(1, ours.bytes):.2f}x in peak memory beside the model",
+        f"{plain.head_passes / ours.head_passes:.2f}x in head passes",
     }
 
 
@@ -139,27 +141,19 @@ def search(
 ) -> tuple[Side, list[int], torch.Size]:
     """Run our search as `sleb search` does, and count its passes; also return the shape of a batch."""
     removals = []
-    with measured() as side, SkippableModel(model, blocks) as skippable:
+    side = Side()
+    with SkippableModel(model, blocks) as skippable:
         count_passes(skippable, side, sequences.shape[1])
         start = time.perf_counter()
         passes, reason = prepare_passes(skippable, sequences, ignore, min_batches=LOOKS if fast else 1)
         assert reason is None, reason
-        for choice in greedy_search(passes, remove, fast=fast):
+        # Greedily by the loss, with the first and the last block protected.
+        score = Scoring(NegativeLogLikelihood(), passes, Journal(), None, ignore, fast=fast).score
+        for choice in greedy(Problem(score, partial(Protection(1, 1).candidates, len(blocks)), remove)):
             removals.append(choice.block)
             side.seconds.append(time.perf_counter() - start)
             start = time.perf_counter()
     return side, removals, passes.batches[0].shape
-
-
-def search_plainly(model: Any, blocks: nn.ModuleList, sequences: torch.Tensor, remove: int) -> tuple[Side, list[int]]:
-    """Run the plain algorithm."""
-    removed: list[int] = []
-    with measured() as side:
-        for size in range(1, remove + 1):
-            start = time.perf_counter()
-            removed, _ = plain_search(model, blocks, sequences, size, removed=removed)
-            side.seconds.append(time.perf_counter() - start)
-    return side, removed
 
 
 def count_passes(skippable: SkippableModel, side: Side, length: int) -> None:
@@ -177,31 +171,10 @@ def count_passes(skippable: SkippableModel, side: Side, length: int) -> None:
     skippable.run_block, skippable.head = counted_block, counted_head  # type: ignore[method-assign]
 
 
-@contextmanager
-def measured() -> Iterator[Side]:
-    """Record the peak of the process's resident bytes, less those before, as Linux counts them."""
-    side = Side()
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = resident_bytes("VmRSS")
-    yield side
-    side.bytes = resident_bytes("VmHWM") - before
-
-
-def resident_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
 def show(name: str, side: Side, removals: list[int]) -> None:
     seconds = " + ".join(f"{step:.0f}" for step in side.seconds)
     print(f"{name:7} removes {removals} in {sum(side.seconds):.1f} s ({seconds})")
-    print(
-        f"        {side.block_passes:,} block passes, {side.head_passes:,.0f} head passes, "
-        f"{side.bytes / 1e6:.0f} MB at most",
-        flush=True,
-    )
+    print(f"        {side.block_passes:,} block passes, {side.head_passes:,.0f} head passes", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import calibration, calibration_sequences, save_model, slow
+from conftest import architecture_of, calibration, calibration_sequences, save_model, slow
 from families import tiny_config
 from reference import plain_search
 from sleb_cli.engine.forward import prepare
 from sleb_cli.engine.forward.memory_budget import MemoryBudget
-from sleb_cli.engine.model.architecture import read_architecture
-from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.engine.text.windows import adds_bos, tokens_sha256
 from sleb_cli.events import ignore
-from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.units import parse_bytes
 
 GROUPED = {"num_key_value_heads": 2}
@@ -53,13 +50,9 @@ def folder(request, tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("family") / model_type, config, bos=model_type in ("opt", "gemma2"))
 
 
-def read(folder):
-    return read_architecture(locate_model(str(folder), ignore), load_plugins(), ignore)
-
-
 @pytest.fixture
 def architecture(folder):
-    return read(folder)
+    return architecture_of(folder)
 
 
 def require_reference(plan, architecture, text_file):
@@ -107,7 +100,7 @@ def test_blocks_that_cannot_be_forked_take_whole_passes(run_sleb, tmp_path, text
     plan = json.loads(result.stdout)
     assert plan["search"]["engine"] == "plain"
     assert "[2, 32] tokens become [32, 2] states" in plan["search"]["engine_reason"]
-    require_reference(plan, read(folder), text_file)
+    require_reference(plan, architecture_of(folder), text_file)
 
 
 @pytest.mark.parametrize("blocks", [slow((1,)), slow((3, 0)), (2, 4, 1)])

@@ -157,7 +157,6 @@ def test_random_depends_on_the_seed_and_the_number_alone(found):
 @pytest.mark.parametrize(
     ("text", "code", "message"),
     [
-        ("kll", 2, "Unknown metric 'kll'"),
         ("nll:3", 2, "'nll' takes no argument, but '3' was given"),
         ("random:x", 2, "The seed of random:x is not a whole number"),
         ("nothing", 6, "'nothing' returned None"),

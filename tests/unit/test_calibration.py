@@ -9,16 +9,13 @@ import datasets
 import pytest
 import torch
 
-from conftest import prose, train_tokenizer
-from sleb_cli.engine.model.architecture import read_architecture
-from sleb_cli.engine.model.source import locate_model
+from conftest import architecture_of, prose, train_tokenizer
 from sleb_cli.engine.text.calibration import calibrate, draw
 from sleb_cli.engine.text.mixture import parse_mixture
 from sleb_cli.engine.text.settings import resolve_calibration
 from sleb_cli.engine.text.sources import calibration_text, evaluation_text, reference_calibration_text
 from sleb_cli.engine.text.windows import cut_running_text, tokens_sha256
 from sleb_cli.events import Notice
-from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins import DataError, UsageError
 
 
@@ -91,7 +88,7 @@ def test_texts_follow_their_protocols(hub):
 @pytest.fixture
 def calibrated(tiny_llama, tokenizers):
     """Calibrate the tiny Llama; the tokenizer adds a BOS or does not."""
-    architecture = read_architecture(locate_model(str(tiny_llama), print), load_plugins(), print)
+    architecture = architecture_of(tiny_llama)
 
     def calibrated(source, samples=None, length=64, *, bos=False, notify=print):
         settings = resolve_calibration(architecture, source, samples, length)

@@ -23,25 +23,22 @@ def loaded(manager):
 
 
 class Oracle(LM):
-    """Writes what it is told to for each prompt."""
-
-    def __init__(self, answer):
-        super().__init__()
-        self._answer = answer
+    """Knows the answers, and writes them in its form."""
 
     def generate_until(self, requests):
-        return [self._answer(request.doc) for request in requests]
+        return [self.form.format(request.doc["answer"]) for request in requests]
 
     loglikelihood = loglikelihood_rolling = None
 
 
 @pytest.mark.parametrize(
-    ("answer", "score"), [(" {}\n\nand more", 1), ("", 0), ("nonsense", 0), ("0 0 0 0 0 0 0 0 0 0", 0)]
+    ("form", "score"), [(" {}\n\nand more", 1), ("", 0), ("nonsense", 0), ("0 0 0 0 0 0 0 0 0 0", 0)]
 )
-def test_a_perfect_answer_scores_one_and_a_wrong_one_zero(loaded, answer, score):
+def test_a_perfect_answer_scores_one_and_a_wrong_one_zero(loaded, form, score):
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=0)
-    oracle = Oracle(lambda doc: answer.format(doc["answer"]))
+    oracle = Oracle()
+    oracle.form = form
     results = evaluate(lm=oracle, task_dict=loaded, bootstrap_iters=0, log_samples=True)["results"]
     for name in CANARIES:
         found = {value for key, value in results[name].items() if "," in key and "_stderr" not in key}
@@ -72,6 +69,9 @@ def test_the_repetition_of_an_answer(answer, expected):
     assert graded["repetition"] == pytest.approx(expected)
 
 
+TWO_KEYS = '{"name": "...", "use": "..."}'
+
+
 @pytest.mark.parametrize(
     ("kind", "asked", "answer", "follows"),
     [
@@ -84,15 +84,10 @@ def test_the_repetition_of_an_answer(answer, expected):
         ("list", "5", "Five facts:\n\n1. a\n   - more\n2. b\n3. c\n\n4) d\n5. **e**: f\n\nThat is all.", True),
         ("list", "5", "- a\n* b\n• c\n- d\n- e", True),
         ("list", "5", "1. a\n2. b\n3. c\n4. d\n5.", False),
-        ("json", '{"name": "...", "use": "..."}', '{"use": "wax", "name": {"of": "bee"}}', True),
-        (
-            "json",
-            '{"name": "...", "use": "..."}',
-            'Here it is:\n```json\n{"name": "bee",\n"use": null}\n```\nIt hums.',
-            True,
-        ),
-        ("json", '{"name": "...", "use": "..."}', '{"name": "bee", "use": "wax"', False),
-        ("json", '{"name": "...", "use": "..."}', '{"name": "bee", "use": "wax", "size": 1}', False),
+        ("json", TWO_KEYS, '{"use": "wax", "name": {"of": "bee"}}', True),
+        ("json", TWO_KEYS, 'Here it is:\n```json\n{"name": "bee",\n"use": null}\n```\nIt hums.', True),
+        ("json", TWO_KEYS, '{"name": "bee", "use": "wax"', False),
+        ("json", TWO_KEYS, '{"name": "bee", "use": "wax", "size": 1}', False),
     ],
 )
 def test_whether_an_instruction_is_followed(kind, asked, answer, follows):
@@ -134,19 +129,14 @@ def test_the_answers_follow_from_the_questions(loaded):
         assert 0.6 * 64 <= len(between.split()) <= 64
 
 
+SUMS, SAID = "Q: What is 61 + 76?\nA: 137\n\nQ: What is 75 + 34?\nA: 109\n\n", "The brave sailor"
+
+
 @pytest.mark.parametrize(
     ("name", "text", "turns"),
     [
-        (
-            "sleb_sums",
-            "Q: What is 61 + 76?\nA: 137\n\nQ: What is 75 + 34?\nA: 109\n\n",
-            ["Q: ", "A: "] * 8 + ["Q: ", "A:"],
-        ),
-        (
-            "sleb_repeat_64",
-            " in January.\n\nAgain: The brave sailor",
-            ["Say: The brave sailor broke ", "Again: The brave sailor"],
-        ),
+        ("sleb_sums", SUMS, ["Q: ", "A: "] * 8 + ["Q: ", "A:"]),
+        ("sleb_repeat_64", f" in January.\n\nAgain: {SAID}", [f"Say: {SAID} broke ", f"Again: {SAID}"]),
     ],
 )
 def test_a_chat_has_a_turn_for_each_question_and_the_model_goes_on_with_its_own(loaded, name, text, turns):
@@ -157,9 +147,7 @@ def test_a_chat_has_a_turn_for_each_question_and_the_model_goes_on_with_its_own(
     chat = {"chat_template": lambda messages, **options: rendered.append((messages, options)) or ""}
     task.build_all_requests(limit=1, apply_chat_template=True, fewshot_as_multiturn=True, tokenizer_name="", **chat)
     ((messages, options),) = rendered
-    assert [message["role"] for message in messages] == ["user", "assistant"] * (len(turns) // 2) + ["user"] * (
-        len(turns) % 2
-    )
+    assert [message["role"] for message in messages] == (["user", "assistant"] * len(turns))[: len(turns)]
     assert all(map(str.startswith, [message["content"] for message in messages], turns))
     assert options["add_generation_prompt"] == (messages[-1]["role"] == "user")
     assert all(message["content"] == message["content"].strip() for message in messages)

@@ -5,14 +5,11 @@ import json
 import datasets
 import pytest
 
-from conftest import train_tokenizer
-from sleb_cli.engine.model.architecture import read_architecture
-from sleb_cli.engine.model.source import locate_model
+from conftest import architecture_of, tokenizer_with
 from sleb_cli.engine.text.calibration import calibrate
 from sleb_cli.engine.text.chat import cut_conversations
 from sleb_cli.engine.text.settings import resolve_calibration
 from sleb_cli.engine.text.sources import calibration_conversations
-from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins import DataError, UsageError
 
 TEMPLATE = (
@@ -30,12 +27,6 @@ CONVERSATION = [
     {"role": "user", "content": "mill fish"},
     {"role": "assistant", "content": "field winter spring"},
 ]
-
-
-def tokenizer_with(template):
-    tokenizer = train_tokenizer(bos=False)
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def cut(template, conversations, length, *, answers=False, asked=None):
@@ -98,7 +89,7 @@ def test_conversations_that_cannot_be_cut_are_refused(template, conversations, l
 
 
 def test_plain_text_is_no_conversation(tiny_llama):
-    architecture = read_architecture(locate_model(str(tiny_llama), print), load_plugins(), print)
+    architecture = architecture_of(tiny_llama)
     for source in ("self", "c4", "wikitext2", "wikitext2-sleb", "notes.txt", "self:0.5,c4:0.5"):
         with pytest.raises(UsageError, match=f"{source} is plain text"):
             resolve_calibration(architecture, source, chat="all")
@@ -131,8 +122,7 @@ def test_the_mask_stays_with_its_sequences(tiny_llama, tmp_path):
         answer = {"role": "assistant", "content": word}
         turns = [[{"role": "user", "content": "mill " * (number % 5)}, answer] for number in range(40)]
         (tmp_path / name).write_text("\n".join(json.dumps({"messages": turn}) for turn in turns))
-    architecture = read_architecture(locate_model(str(tiny_llama), print), load_plugins(), print)
-    settings = resolve_calibration(architecture, "a.jsonl:0.5,b.jsonl:0.5", 6, 48, chat="answers")
+    settings = resolve_calibration(architecture_of(tiny_llama), "a.jsonl:0.5,b.jsonl:0.5", 6, 48, chat="answers")
     calibration = calibrate(settings, tokenizer, pytest.fail, lambda event: None)
     assert (calibration.record.bos, calibration.record.chat) == (True, "answers")
     pairs = list(zip(calibration.sequences, calibration.loss_mask, strict=True))

@@ -2,6 +2,7 @@
 
 import math
 from itertools import chain, pairwise, repeat
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -186,10 +187,7 @@ def test_out_of_memory_takes_fewer_sequences(monkeypatch):
 
 
 def test_sums_that_do_not_fit_are_named_and_nothing_is_retried(monkeypatch):
-    def too_large(self, ridge):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(Ridge, "solve", too_large)
+    monkeypatch.setattr(Ridge, "solve", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
     skippable, told = skippable_model("llama"), []
     needed = r"Fitting mlp.down_proj and self_attn.o_proj needs about \S+ kB of memory"
     with pytest.raises(MachineError, match=needed) as error:

@@ -83,11 +83,7 @@ def wrong_commands(text):
                 yield from wrong_arguments(shlex.split(words)[1:], complete=complete)
 
 
-def absent_places(text):
-    named = re.findall(
-        r"(?<![\w/.-])(?:sleb_cli|sleb_plugins|tests|docs|completions|\.ci|\.github)/[\w./-]*", without_cog(text)
-    )
-    return [place for place in named if not (ROOT / place.rstrip(".")).exists()]
+FOLDERS = "sleb_cli|sleb_plugins|tests|docs|completions|\\.ci|\\.github"
 
 
 def slugs_in(text):
@@ -110,7 +106,9 @@ def wrong_in(text, page):
     names = {path.name for folder in ("sleb_cli", "sleb_plugins", "tests") for path in (ROOT / folder).rglob("*.py")}
     files = [name for code in inline_code(text) for name in re.findall(r"^(?:[a-z_]+/)*(\w+\.py)$", code)]
     absent = [name for name in files if name not in names]
-    return [*absent, *absent_places(text), *broken_links(text, page), *wrong_commands(text)]
+    named = re.findall(rf"(?<![\w/.-])(?:{FOLDERS})/[\w./-]*", without_cog(text))
+    absent += [place for place in named if not (ROOT / place.rstrip(".")).exists()]
+    return [*absent, *broken_links(text, page), *wrong_commands(text)]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,31 +1,24 @@
 """What is loaded: one set of weights for two models, the same settings for both, straight to the device."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import llama_config, save_model
+from conftest import architecture_of, llama_config, save_model
 from families import tiny_config
-from sleb_cli.engine.model.architecture import read_architecture
-from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.surgery import loading
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.events import ignore
-from sleb_cli.plugin_manager import load_plugins
 
 CPU = torch.device("cpu")
 
 
-def surgery_of(folder):
-    source = locate_model(str(folder), ignore)
-    return plan_surgery(read_architecture(source, load_plugins(), ignore), (1, 3))
-
-
 def load_both(folder):
-    surgery = surgery_of(folder)
+    surgery = plan_surgery(architecture_of(folder), (1, 3))
     dense = load_dense(surgery.architecture, torch.float32, CPU, ignore)
     return dense, load_pruned(surgery, torch.float32, CPU, ignore, dense=dense)
 
@@ -65,9 +58,7 @@ def test_all_three_models_generate_by_the_same_settings(run_sleb, tmp_path):
 
 
 def test_memory_that_ends_while_loading_is_no_verdict(run_sleb, tiny_llama, text_file, monkeypatch):
-    def too_large(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
-
+    too_large = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"))
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", too_large)
     result = run_sleb("eval", tiny_llama, "--perplexity", text_file)
     assert result.exit_code == 7

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sleb_cli.engine.text.writing as text_writing
-from conftest import llama_config, random_model, train_tokenizer
+from conftest import llama_config, random_model, tokenizer_with
 from families import tiny_config
 from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.text.calibration import calibrate_splits
@@ -30,12 +30,6 @@ WORDS = (
     "{% endif %}{% endfor %}"
 )
 SYSTEM = "<s>system: mill</s>" + TURNS
-
-
-def tokenizer_with(template):
-    tokenizer = train_tokenizer(bos=False)
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 @pytest.fixture

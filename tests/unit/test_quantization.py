@@ -4,12 +4,9 @@ import re
 
 import pytest
 
-from conftest import llama_config, save_model
-from sleb_cli.engine.model.architecture import read_architecture
-from sleb_cli.engine.model.source import locate_model
+from conftest import architecture_of, llama_config, save_model
 from sleb_cli.engine.surgery.quantization import prune_module_names, prune_quantization
 from sleb_cli.engine.surgery.surgery import Surgery
-from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins import UnsupportedModelError
 
 
@@ -17,8 +14,7 @@ from sleb_plugins import UnsupportedModelError
 def surgery(tmp_path_factory):
     """A Llama of 24 blocks without 3, 7 and 12."""
     config = llama_config(24, hidden_size=8, intermediate_size=8)
-    folder = save_model(tmp_path_factory.mktemp("models") / "tall", config)
-    return Surgery(read_architecture(locate_model(str(folder), print), load_plugins(), print), (7, 3, 12))
+    return Surgery(architecture_of(save_model(tmp_path_factory.mktemp("models") / "tall", config)), (7, 3, 12))
 
 
 @pytest.mark.parametrize(

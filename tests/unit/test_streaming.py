@@ -3,13 +3,10 @@
 import pytest
 import torch
 
-from conftest import save_model, slow
+from conftest import architecture_of, save_model, slow
 from families import FAMILIES, tiny_config
 from sleb_cli.engine.forward.placement import Placement, open_dense
-from sleb_cli.engine.model.architecture import read_architecture
-from sleb_cli.engine.model.source import locate_model
 from sleb_cli.events import ignore
-from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins import SlebError
 
 IN_CI = ["llama", "mixtral", "gemma3_text", "gpt2", "opt", "mamba", "falcon_h1", "qwen3_moe", "bloom", "phi3", "jamba"]
@@ -17,8 +14,7 @@ OTHERS = [slow(name) for name in FAMILIES if name not in IN_CI]
 
 
 def open_model(folder, *, stream, dtype):
-    architecture = read_architecture(locate_model(str(folder), ignore), load_plugins(), ignore)
-    return open_dense(architecture, Placement(torch.device("cpu"), dtype, stream=stream), ignore)
+    return open_dense(architecture_of(folder), Placement(torch.device("cpu"), dtype, stream=stream), ignore)
 
 
 @pytest.mark.parametrize("model_type", [*IN_CI, *OTHERS])

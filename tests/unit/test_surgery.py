@@ -7,12 +7,9 @@ import pytest
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from sleb_cli.engine.model.architecture import read_architecture
+from conftest import architecture_of
 from sleb_cli.engine.model.block_names import BlockNames, BlockNumbering, find_block_numbering
-from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.surgery.surgery import Surgery
-from sleb_cli.events import ignore
-from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins import FamilyAdapter
 from sleb_plugins.config_keys import kept_blocks
 
@@ -96,8 +93,7 @@ def test_a_model_that_sees_is_pruned_wherever_its_config_has_the_text(tmp_path, 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "architectures": ["X"]} | config))
     model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(tmp_path))
     save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors")
-    source = locate_model(str(tmp_path), ignore)
-    surgery = Surgery(read_architecture(source, load_plugins(), ignore), (removed,))
+    surgery = Surgery(architecture_of(tmp_path), (removed,))
     found = surgery.obstacle()
     assert found is None if obstacle is None else found.startswith(obstacle)
     parsed = surgery.architecture.read_config(surgery.prune_config()).get_text_config()

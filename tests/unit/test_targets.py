@@ -9,15 +9,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
-from conftest import llama_config, save_model
+from conftest import architecture_of, llama_config, save_model
 from families import tiny_config
 from sleb_cli.engine.door.search import chosen_target, parse_target
-from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.sizes import PerBlock, cache_bytes, count_parameters, stored_bytes
-from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget
 from sleb_cli.events import ignore
-from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.requests import SearchRequest
 from sleb_plugins import UnsupportedModelError, UsageError
 
@@ -79,17 +76,13 @@ def test_what_is_no_ratio():
     assert target_of(max_perplexity_ratio="1.25x").limit == 1.25
 
 
-def architecture(folder):
-    return read_architecture(locate_model(str(folder), ignore), load_plugins(), ignore)
-
-
 @pytest.mark.parametrize(
     "config",
     [llama_config(5), llama_config(5, tie_word_embeddings=True), tiny_config("qwen3_moe")],
     ids=["llama", "tied", "blocks that differ"],
 )
 def test_parameters_and_bytes_are_those_of_the_pruned_model(tmp_path, config):
-    read = architecture(save_model(tmp_path / "m", config))
+    read = architecture_of(save_model(tmp_path / "m", config))
     for removed in ((), (0,), (1,), (1, 3)):
         pruned = AutoModelForCausalLM.from_config(config)
         pruned.model.layers = nn.ModuleList(block for n, block in enumerate(pruned.model.layers) if n not in removed)
@@ -99,7 +92,7 @@ def test_parameters_and_bytes_are_those_of_the_pruned_model(tmp_path, config):
 
 
 def caches(folder, length):
-    return cache_bytes(architecture(folder), torch.bfloat16, length)
+    return cache_bytes(architecture_of(folder), torch.bfloat16, length)
 
 
 def test_a_window_holds_no_more_than_the_window(tmp_path):
@@ -125,7 +118,7 @@ def test_a_quantized_checkpoint_counts_as_packed(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     packed = {"quant_method": "gptq", "bits": 4, "group_size": 128}
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": packed}))
-    model, notes = architecture(folder), []
+    model, notes = architecture_of(folder), []
     a_cache = 2 * 2 * 8 * 10 * 4 * 4
     target = target_of(model, notify=notes.append, target_memory="1kB", serve_length=10)
     assert target.sizes.without(()) == stored_bytes(model).without(()) + a_cache

@@ -5,21 +5,16 @@ import pytest
 from sleb_cli.units import format_bytes, format_change, format_count, parse_bytes, parse_count
 from sleb_plugins import UsageError
 
-
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [
-        ("5GB", 5 * 10**9), ("8GiB", 8 << 30), ("512MiB", 1 << 29), ("5Gi", 5 << 30), ("2G", 2 * 10**9),
-        ("1.5kb", 1500), ("1.5 GB", 1_500_000_000), ("500 MB", 500_000_000), ("7", 7),
-    ],
-)  # fmt: skip
-def test_sizes(text, count):
-    assert parse_bytes(text, "--memory") == count
+SIZES = {
+    "5GB": 5 * 10**9, "8GiB": 8 << 30, "512MiB": 1 << 29, "5Gi": 5 << 30, "2G": 2 * 10**9, "1.5kb": 1500,
+    "1.5 GB": 1_500_000_000, "500 MB": 500_000_000, "7": 7,
+}  # fmt: skip
+COUNTS = {"1.2B": 1.2e9, "600m": 6e8, "70k": 7e4, "135000000": 1.35e8}
 
 
-@pytest.mark.parametrize(("text", "count"), [("1.2B", 1.2e9), ("600m", 6e8), ("70k", 7e4), ("135000000", 1.35e8)])
-def test_numbers_of_parameters(text, count):
-    assert parse_count(text, "--target-params") == count
+@pytest.mark.parametrize(("parse", "quantities"), [(parse_bytes, SIZES), (parse_count, COUNTS)])
+def test_what_people_write(parse, quantities):
+    assert {text: parse(text, "--option") for text in quantities} == quantities
 
 
 @pytest.mark.parametrize(
