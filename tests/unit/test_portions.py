@@ -59,9 +59,8 @@ def test_what_the_model_writes_is_used_twice_far_apart(tmp_path):
     known = calibrate(source, TOKENIZER, lambda: MODEL, ignore).sequences_of("self")
 
     def drawn(number, rows):
-        return used(
-            Portions(source, lambda portion: 32, TOKENIZER, lambda: MODEL, 1, lambda _: rows).draw(number, ignore)
-        )
+        draws = Portions(source, lambda portion: 32, TOKENIZER, lambda: MODEL, 1, lambda _: rows)
+        return used(draws.draw(number, ignore))
 
     enough = (torch.cat([known[0]] * 2), None)
     assert {tuple(row.tolist()) for row in known[0]} <= set(drawn(0, enough))
@@ -77,9 +76,8 @@ def test_a_short_text_is_used_whole_and_keeps_the_shares(tmp_path):
     draws = Portions(settings(tmp_path / "short.txt"), lambda portion: 10_000, TOKENIZER, lambda: None)
     portion = draws.draw(0, ignore)
     assert sorted(portion.order) == list(range(len(portion.sequences)))
-    mixed = Portions(
-        settings(f"{tmp_path / 'short.txt'}:0.5,self:0.5"), lambda portion: 10_000, TOKENIZER, lambda: MODEL
-    )
+    both = settings(f"{tmp_path / 'short.txt'}:0.5,self:0.5")
+    mixed = Portions(both, lambda portion: 10_000, TOKENIZER, lambda: MODEL)
     given = len(portion.sequences)
     assert Counter(row < given for row in mixed.draw(0, ignore).order) == {True: given, False: given + given % 2}
 

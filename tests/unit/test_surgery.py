@@ -30,27 +30,22 @@ def test_tensors_are_dropped_and_renumbered(removals, before, after):
 
 
 @pytest.mark.parametrize(
-    ("stems", "path", "prefix"),
+    ("stems", "numbers", "path", "found"),
     [
-        (["model.layers"], "model.layers", "model.layers."),
-        (["decoder.layers"], "model.decoder.layers", "decoder.layers."),
-        (["transformer.h"], "model.layers", "transformer.h."),
-        (["vision.layers", "language_model.layers"], "model.language_model.layers", "language_model.layers."),
-        (["model.layers.0.mlp.experts", "backbone.layers"], "model.layers", "backbone.layers."),
-        (["something.else"], "model.layers", "something.else."),
+        (["model.layers"], range(3), "model.layers", BlockNumbering("model.layers.")),
+        (["decoder.layers"], range(3), "model.decoder.layers", BlockNumbering("decoder.layers.")),
+        (["transformer.h"], range(3), "model.layers", BlockNumbering("transformer.h.")),
+        (["vision.layers", "lm.layers"], range(3), "model.lm.layers", BlockNumbering("lm.layers.")),
+        (["model.layers.0.mlp.experts", "back.layers"], range(3), "model.layers", BlockNumbering("back.layers.")),
+        (["something.else"], range(3), "model.layers", BlockNumbering("something.else.")),
+        (["model.layers"], (0, 2), "model.layers", None),
+        (["model.layers"], (0, 1, 2, 7), "model.layers", None),
+        (["model.layers"], range(4), "model.layers", BlockNumbering("model.layers.", extra=1)),
     ],
 )
-def test_the_files_say_how_blocks_are_named(stems, path, prefix):
-    names = [f"{stem}.{number}.w" for stem in stems for number in range(4)]
-    assert find_block_numbering([*names, "norm.weight", "model.rotary.7.w"], path, 4) == BlockNumbering(prefix)
-
-
-@pytest.mark.parametrize(
-    ("numbers", "found"),
-    [((0, 2), None), ((0, 1, 2, 7), None), ((0, 1, 2, 3), BlockNumbering("model.layers.", extra=1))],
-)
-def test_files_that_do_not_name_exactly_each_block(numbers, found):
-    assert find_block_numbering([f"model.layers.{number}.w" for number in numbers], "model.layers", 3) == found
+def test_the_files_say_how_blocks_are_named(stems, numbers, path, found):
+    names = [f"{stem}.{number}.w" for stem in stems for number in numbers]
+    assert find_block_numbering([*names, "norm.weight", "model.rotary.7.w"], path, 3) == found
 
 
 def test_the_config_loses_the_count_and_the_blocks_own_values():
