@@ -3,22 +3,25 @@
 import hashlib
 import math
 from collections import Counter
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import replace
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import transformers
 import yaml
 from gguf import GGMLQuantizationType
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.files.cache import cached_folder
 from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files
-from sleb_cli.engine.gguf.file import GgufFile, read_gguf
+from sleb_cli.engine.gguf.file import ARRAY, GgufFile, read_gguf, with_items, write_gguf
 from sleb_cli.engine.gguf.llama_cpp import plain_name
 from sleb_cli.engine.gguf.surgery import require_blocks
 from sleb_cli.engine.third_party import translate_errors, translate_transformers_errors
@@ -70,7 +73,8 @@ def convert_gguf(path: Path, folder: Path, notify: Notify, dtype: torch.dtype | 
         advance()
         tokenizer = _read_tokenizer(path)
         advance()
-        model = _load(path, dtype)
+        with _without_vocabulary(file, folder.parent) as slim:
+            model = _load(file, slim, dtype)
         advance()
         # Some versions of transformers refuse to save what was quantized.
         vars(model.config).pop("quantization_config", None)
@@ -89,14 +93,48 @@ def _read_tokenizer(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, gguf_file=str(path.absolute()))
 
 
-def _load(path: Path, dtype: torch.dtype) -> Any:
-    """Load the model of a file."""
-    options: dict[str, Any] = {"gguf_file": str(path.absolute()), "trust_remote_code": False}
+def _read_config(file: GgufFile, copy: Path) -> Any:
+    """Read the config of a file from it, or from its copy without vocabulary."""
+    with translate_transformers_errors(f"the config in {file.path}"):
+        config: Any = AutoConfig.from_pretrained(
+            file.path.parent, trust_remote_code=False, gguf_file=str(copy.absolute())
+        )
+    if config.vocab_size == _FEW and (tokens := file.get("tokenizer.ggml.tokens")):
+        config.vocab_size = len(tokens)
+    return config
+
+
+_FEW = 2
+"""How many tokens transformers counts if there are as few as it can: of a single one, it would count the letters."""
+
+
+@contextmanager
+def _without_vocabulary(file: GgufFile, place: Path) -> Iterator[Path]:
+    """Yield the path of a copy of the file, in a hidden folder in `place`, with only the first few tokens.
+
+    The gguf package takes seconds for a vocabulary, and transformers has it read one for the config, and again for the
+    weights.
+    """
+    entries = tuple(
+        with_items(entry, list(range(min(_FEW, len(entry.value)))))
+        if entry.type == ARRAY and entry.key.startswith("tokenizer.")
+        else entry
+        for entry in file.entries
+    )
+    with TemporaryDirectory(dir=place, prefix=".tmp.") as scratch:
+        write_gguf(replace(file, entries=entries), slim := Path(scratch, "slim.gguf"), lambda count: None)
+        yield slim
+
+
+def _load(file: GgufFile, slim: Path, dtype: torch.dtype) -> Any:
+    """Load the model of a file from its copy without vocabulary."""
+    config = _read_config(file, slim)
+    options: dict[str, Any] = {"gguf_file": str(slim.absolute()), "trust_remote_code": False}
     if hasattr(transformers, "GgufConfig"):  # versions with it may leave the weights packed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # transformers draws a progress bar here that no setting turns off.
-    with translate_transformers_errors(f"the weights in {path}"), redirect_stderr(StringIO()):
-        return AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **options)
+    with translate_transformers_errors(f"the weights in {file.path}"), redirect_stderr(StringIO()):
+        return AutoModelForCausalLM.from_pretrained(file.path.parent, config=config, dtype=dtype, **options)
 
 
 def _write_card(file: GgufFile, folder: Path) -> None:
