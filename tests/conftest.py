@@ -208,6 +208,12 @@ def sleb(run_sleb: Callable[..., Result]) -> Callable[..., Result]:
     return run
 
 
+@pytest.fixture
+def apply(sleb: Callable[..., Result]) -> Callable[..., Result]:
+    """Apply something, by default to the folder `out`, require an exit code, and give the result."""
+    return lambda *words, output="out", **how: sleb("apply", *words, "-o", output, **how)
+
+
 def prose(sentences: int, seed: int = 0) -> str:
     """Return text that looks like sentences, the same for the same seed."""
     rng = random.Random(seed)

@@ -9,7 +9,6 @@ import psutil
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from test_apply import applied
 from test_recover import plain_losses
 from transformers import AutoModelForCausalLM
 
@@ -30,10 +29,9 @@ def source(tmp_path):
 
 
 @pytest.fixture
-def plan(run_sleb, tmp_path, source, text_file):
+def plan(sleb, tmp_path, source, text_file):
     """A plan that was searched on the model in full precision, which is then gone."""
-    result = run_sleb("search", tmp_path / "origin", "--remove", 2, *calibration(text_file), "-q")
-    assert result.exit_code == 0, result.stderr
+    sleb("search", tmp_path / "origin", "--remove", 2, *calibration(text_file), "-q")
     (tmp_path / "origin").rename(tmp_path / "elsewhere")
     return tmp_path / "plan.json"
 
@@ -206,15 +204,11 @@ def test_no_room_is_said_before_anything_is_written(apply, monkeypatch, source):
     apply("--blocks", "1", "--source", source, code=8, says="has only 1 kB free")
 
 
-def test_a_gguf_model_is_recovered_into_a_checkpoint(run_sleb, tmp_path, source, text_file):
-    words = [source, "--blocks", "3,1", "--recover", *calibration(text_file, samples=10)]
-    assert "convert it with llama.cpp" in applied(run_sleb, *words, output="small.gguf", code=2).stderr
-    result = json.loads(applied(run_sleb, *words, "--json").stdout)
-    assert (result["kind"], result["proof"]["reference"], result["proof"]["logits_difference"]) == (
-        "apply",
-        "recovered",
-        0,
-    )
+def test_a_gguf_model_is_recovered_into_a_checkpoint(sleb, tmp_path, source, text_file):
+    words = ["apply", source, "--blocks", "3,1", "--recover", *calibration(text_file, samples=10), "-o"]
+    assert "convert it with llama.cpp" in sleb(*words, "small.gguf", code=2).stderr
+    result = json.loads(sleb(*words, "out", "--json").stdout)
+    assert (result["proof"]["reference"], result["proof"]["logits_difference"]) == ("recovered", 0)
     record = result["recovery"]
     reported = tokens_of_test_text(tmp_path / "origin", text_file, record)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=source.name, dtype=torch.bfloat16)

@@ -26,18 +26,6 @@ BF16, F16 = torch.bfloat16, torch.float16
 
 
 @pytest.fixture
-def run(run_sleb):
-    """Run `sleb`, which must succeed."""
-
-    def succeed(*arguments):
-        result = run_sleb(*arguments)
-        assert result.exit_code == 0, result.stderr
-        return result
-
-    return succeed
-
-
-@pytest.fixture
 def model(tmp_path):
     """Make a tiny Llama with weights of a data type."""
     return lambda dtype, blocks=6: save_model(tmp_path / dtype, llama_config(blocks, dtype=dtype))
@@ -50,11 +38,11 @@ def model(tmp_path):
     ],
 )  # fmt: skip
 def test_each_command_computes_in_what_the_processor_has(
-    run, model, processor, text_file, weights, processor_has, computed
+    sleb, model, processor, text_file, weights, processor_has, computed
 ):
     folder, text = model(weights), calibration(text_file)
     processor(*processor_has)
-    said = run("search", folder, "--remove", 1, *text).stdout
+    said = sleb("search", folder, "--remove", 1, *text).stdout
     shown = computed if weights == computed else f"{computed} (weights: {weights})"
     assert f"{shown} on cpu" in " ".join(said.split())
     plan = json.loads(Path("plan.json").read_text())
@@ -65,57 +53,56 @@ def test_each_command_computes_in_what_the_processor_has(
         "bench": ["--prompt", "--prompt-length", 8, "--iterations", 1],
     }
     for command, options in commands.items():
-        result = json.loads(run(command, "plan.json", *options, "--json").stdout)
+        result = json.loads(sleb(command, "plan.json", *options, "--json").stdout)
         assert (result.get("proof", result)["dtype"], result["model"]["dtype"]) == (computed, weights), command
     assert {str(tensor.dtype) for tensor in weights_of(Path("out")).values()} == {f"torch.{weights}"}
-    assert "dtype: bfloat16" in run("export", "plan.json", "--to", "mergekit").stdout or weights != "bfloat16"
+    assert "dtype: bfloat16" in sleb("export", "plan.json", "--to", "mergekit").stdout or weights != "bfloat16"
 
 
-def test_the_numbers_are_those_of_the_type_computed_in(run, model, processor, text_file):
+def test_the_numbers_are_those_of_the_type_computed_in(sleb, model, processor, text_file):
     folder, options = model("bfloat16"), ["--remove", 2, *calibration(text_file)]
-    run("search", folder, *options, "--dtype", "float32", "-o", "named.json")
+    sleb("search", folder, *options, "--dtype", "float32", "-o", "named.json")
     processor()
-    run("search", folder, *options)
+    sleb("search", folder, *options)
     assert read_plan(Path("plan.json")).steps == read_plan(Path("named.json")).steps
 
 
-def test_resumed_and_extended_elsewhere_it_keeps_its_type(run, model, processor, text_file, monkeypatch):
+def test_resumed_and_extended_elsewhere_it_keeps_its_type(sleb, model, processor, text_file, monkeypatch):
     folder, text = model("bfloat16"), calibration(text_file)
     processor()
     with monkeypatch.context() as patch:
         patch.setattr(journals, "delete_journal", lambda *of: None)
-        run("search", folder, "--remove", 2, *text)
+        sleb("search", folder, "--remove", 2, *text)
     processor(BF16)
-    resumed = run("search", folder, "--remove", 2, *text, "--resume")
-    assert "Continuing with the" in resumed.stderr
-    run("search", folder, "--remove", 3, "--extend", "plan.json", "-o", "more.json")
+    assert "Continuing with the" in sleb("search", folder, "--remove", 2, *text, "--resume").stderr
+    sleb("search", folder, "--remove", 3, "--extend", "plan.json", "-o", "more.json")
     assert [read_plan(Path(f"{name}.json")).search.dtype for name in ("plan", "more")] == ["float32"] * 2
 
 
-def test_a_healing_goes_on_in_its_type(run, run_sleb, model, processor, tmp_path, monkeypatch):
+def test_a_healing_goes_on_in_its_type(sleb, model, processor, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text(prose(400))
     healing = ["--heal", "--heal-tokens", 4096, *calibration("text.txt", samples=10), "-o", "out"]
     command = ["apply", model("bfloat16"), "--blocks", 2, *healing]
     processor()
     with monkeypatch.context() as patch:
         interrupt_healing(patch, 2)
-        assert run_sleb(*command).exit_code == 130
+        sleb(*command, code=130)
     processor(BF16)
-    assert "Continuing an interrupted healing" in run(*command).stderr
+    assert "Continuing an interrupted healing" in sleb(*command).stderr
     assert weights_of(Path("out"))["model.norm.weight"].dtype is BF16
 
 
-def test_without_memory_for_float32_it_says_that_it_is_slow(run, model, processor, text_file, monkeypatch):
+def test_without_memory_for_float32_it_says_that_it_is_slow(sleb, model, processor, text_file, monkeypatch):
     folder = model("bfloat16", 20)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     processor()
     free = [size * 3 // 2]
     monkeypatch.setattr(placement, "own_free_bytes", lambda device: free[0])
-    told = run("eval", folder, *evaluation(text_file))
+    told = sleb("eval", folder, *evaluation(text_file))
     assert "This will be slow: the processor has no bfloat16 arithmetic, and float32 needs" in told.stderr
     assert "bfloat16 on cpu" in told.stdout
     free[0] = size * 9 // 10
-    told = run("eval", folder, *evaluation(text_file))
+    told = sleb("eval", folder, *evaluation(text_file))
     assert "Streaming its blocks from disk" in told.stderr
     assert "float32 (weights: bfloat16) on cpu" in told.stdout
 
@@ -124,11 +111,11 @@ def test_without_memory_for_float32_it_says_that_it_is_slow(run, model, processo
 @pytest.mark.parametrize(
     ("weights", "cast"), [("float32", "bfloat16"), ("float32", "float16"), ("bfloat16", "float16")]
 )
-def test_a_cast_is_proven_and_recovered_as_it_is_read(run, model, processor, text_file, tmp_path, weights, cast, more):
+def test_a_cast_is_proven_and_recovered_as_it_is_read(sleb, model, processor, text_file, tmp_path, weights, cast, more):
     folder, proven = model(weights), "float16" if cast == "float16" else "float32"
     processor()
     recover = ["--recover", *calibration(text_file, samples=10), "--dtype", cast, "-o", "out", "--json", *more]
-    result = json.loads(run("apply", folder, "--blocks", 2, *recover).stdout)
+    result = json.loads(sleb("apply", folder, "--blocks", 2, *recover).stdout)
     assert (result["proof"]["dtype"], result["proof"]["logits_difference"]) == (proven, 0)
     reported = tokens_of_test_text(folder, text_file, result["recovery"])
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -137,7 +124,7 @@ def test_a_cast_is_proven_and_recovered_as_it_is_read(run, model, processor, tex
     assert result["recovery"]["closed_form_losses"]["loss"] == pytest.approx(loss, rel=1e-6)
 
 
-def test_what_the_proof_saves_again_is_as_large_as_what_was_written(run, model, processor, monkeypatch):
+def test_what_the_proof_saves_again_is_as_large_as_what_was_written(sleb, model, processor, monkeypatch):
     sizes = []
 
     def watched(model, folder, save=proof._save):
@@ -147,5 +134,5 @@ def test_what_the_proof_saves_again_is_as_large_as_what_was_written(run, model, 
 
     monkeypatch.setattr(proof, "_save", watched)
     processor()
-    run("apply", model("bfloat16"), "--blocks", 2, "-o", "out")
+    sleb("apply", model("bfloat16"), "--blocks", 2, "-o", "out")
     assert sizes == [sum(tensor.nbytes for tensor in weights_of(Path("out")).values())]

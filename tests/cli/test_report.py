@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from functools import partial
 from html import unescape
 from itertools import pairwise
 from types import NoneType
@@ -36,15 +37,9 @@ class Page:
 
 
 @pytest.fixture
-def exported(run_sleb):
+def exported(sleb):
     """Export what is known of the plan in the current folder."""
-
-    def export(*options, code=0):
-        result = run_sleb("export", "--to", "report", *options)
-        assert result.exit_code == code, result.stderr
-        return result
-
-    return export
+    return partial(sleb, "export", "--to", "report")
 
 
 @pytest.fixture
@@ -146,6 +141,9 @@ def test_names_tell_apart_what_was_measured_twice():
     assert text_names((first, other.model_copy(update={"tokens_sha256": "1" * 64}))) == [
         "test.txt (tokens 00000000)", "test.txt (tokens 11111111)",
     ]  # fmt: skip
+    short = (first.model_copy(update={"sequence_length": 512, "tokens_sha256": digit * 64}) for digit in "12")
+    windows = ("2,048, tokens 00000000", "512, tokens 11111111", "512, tokens 22222222")
+    assert text_names((first, *short)) == [f"test.txt (windows of {each})" for each in windows]
     names = task_names(both.tasks)
     assert len(set(names)) == len(names)
     assert any(name.endswith(", 400 items") for name in names)
@@ -179,19 +177,6 @@ def test_a_text_that_was_searched_on_is_called_so(report, searched_on, measured_
     plan = make_plan(8, 2, text=searched_on)
     page = report(plan, evaluation=make_evaluation(plan, items=40, tasks=(), texts=(measured_on,)))
     assert f" perplexity, {measured_on.rpartition('jane/')[2]}{remark} " in page.text
-
-
-def test_one_text_read_in_several_ways_has_several_names(report):
-    plan = make_plan(12, 4, text="diary.txt")
-
-    def also_short(data):
-        (text,) = data["texts"]
-        data["texts"] += [text | {"sequence_length": 512, "tokens_sha256": digit * 64} for digit in "12"]
-
-    evaluation = changed(make_evaluation(plan, items=40, tasks=(), texts=("diary.txt",)), also_short)
-    page = report(plan, evaluation=evaluation)
-    for length, tokens in (("2,048", "0"), ("512", "1"), ("512", "2")):
-        assert page.text.count(f"diary.txt (windows of {length}, tokens {tokens * 8}, searched on)") > 3
 
 
 @pytest.mark.parametrize(
@@ -297,8 +282,8 @@ def test_without_the_extra_it_says_how_to_install_it(exported, tmp_path, monkeyp
     assert "pip install 'sleb[report]'" in said
 
 
-def test_a_checkpoint_of_ours_has_a_report_other_models_none(exported, run_sleb, llama_plan, tiny_llama, tmp_path):
+def test_a_checkpoint_of_ours_has_a_report_other_models_none(exported, sleb, llama_plan, tiny_llama, tmp_path):
     assert "describes a plan" in exported(tiny_llama, "--blocks", "1", code=2).stderr
-    assert run_sleb("apply", llama_plan, "-o", "pruned").exit_code == 0
+    sleb("apply", llama_plan, "-o", "pruned")
     exported("pruned")
     assert "tiny-llama without 2 of 6 blocks" in Page(tmp_path / "pruned" / "sleb_plan.report.html").text
