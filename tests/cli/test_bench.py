@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -20,15 +21,10 @@ QUICK = ["--iterations", 5, "--warmup", 1, "--batch-size", 2, "--prompt-length",
 
 
 @pytest.fixture
-def bench(run_sleb):
+def bench(sleb):
     """Run a benchmark, require an exit code, and give the result."""
 
-    def run(*words, code=0):
-        result = run_sleb("bench", *words)
-        assert result.exit_code == code, result.stderr
-        return result
-
-    return run
+    return partial(sleb, "bench")
 
 
 def test_both_workloads_on_each_size(bench, llama_plan, tmp_path, without_memory, monkeypatch):

@@ -39,8 +39,7 @@ def test_a_search_reads_what_the_model_wrote_and_finds_it_again(sleb, chatty, tm
         assert re.search(rf"{source}: the model wrote \d+ conversations", first.stderr)
         assert f"{source}: 10 x 64 tokens" in first.stdout
         plan = read_plan(tmp_path / "plan.json")
-        again = sleb(*search, "--chat", "answers")
-        assert "conversations that the model wrote before, from the cache" in again.stderr
+        assert "conversations that the model wrote before, from the cache" in sleb(*search, "--chat", "answers").stderr
         assert read_plan(tmp_path / "plan.json").steps == plan.steps  # the model never writes what the template does
         sleb(*search, "--chat", "all")
         assert read_plan(tmp_path / "plan.json").dense.loss != plan.dense.loss
@@ -108,13 +107,9 @@ def test_a_healing_on_answers_goes_on_to_the_same_bytes(sleb, chatty, tmp_path, 
 
 
 def test_perplexity_of_conversations_is_that_of_their_answers(sleb, chatty, tmp_path):
-    talks = [
-        [
-            {"role": "user", "content": f"river {number}"},
-            {"role": "assistant", "content": "snow water stone " * (number + 2)},
-        ]
-        for number in range(12)
-    ]
+    asked = [{"role": "user", "content": f"river {number}"} for number in range(12)]
+    said = [{"role": "assistant", "content": "snow water stone " * (number + 2)} for number in range(12)]
+    talks = [list(talk) for talk in zip(asked, said, strict=True)]
     (tmp_path / "talks.jsonl").write_text("\n".join(json.dumps({"messages": talk}) for talk in talks))
     evaluate = ["eval", chatty, "--blocks", 2, "--perplexity", "talks.jsonl", "--sequence-length", 64]
     assert "talks.jsonl (answers)" in sleb(*evaluate, "--max-windows", 3).stdout

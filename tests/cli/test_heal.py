@@ -34,17 +34,13 @@ TOKENS = ["--heal-tokens", 4096]
 
 
 @pytest.fixture
-def healed(run_sleb, llama_plan, tmp_path, monkeypatch):
+def healed(sleb, llama_plan, tmp_path, monkeypatch):
     """Heal a model, by default the tiny Llama without the two blocks of its plan."""
     (tmp_path / "text.txt").write_text(prose(400))
     monkeypatch.setattr(healing, "PORTION_TOKENS", 1024)
 
-    def run(*options, of=(llama_plan,), code=0):
-        result = run_sleb("apply", *of, "--heal", *calibration("text.txt", samples=10), "-o", "out", *options)
-        assert result.exit_code == code, result.stderr
-        return result
-
-    return run
+    text = calibration("text.txt", samples=10)
+    return lambda *options, of=(llama_plan,), **how: sleb("apply", *of, "--heal", *text, "-o", "out", *options, **how)
 
 
 def recovery():

@@ -169,16 +169,13 @@ OF_TWO = ["--seed", 3, "--protect-first", 0]
 
 
 @pytest.fixture
-def extend(search, run_sleb, tiny_llama):
+def extend(search, sleb, tiny_llama):
     """Search for two removals, and give what extends that plan."""
 
-    def run(*options, model=tiny_llama, plan="two.json", code=0):
-        result = run_sleb("search", model, "--extend", plan, *options)
-        assert result.exit_code == code, result.stderr
-        return result.stderr
-
     search(*OF_TWO, "--remove", 2, "-o", "two.json")
-    return run
+    return lambda *options, model=tiny_llama, plan="two.json", code=0: (
+        sleb("search", model, "--extend", plan, *options, code=code).stderr
+    )
 
 
 def test_extending_goes_on_where_the_plan_ended(search, extend, tmp_path):

@@ -76,11 +76,11 @@ def search(tiny_llama, text_file):
 
 
 @pytest.fixture
-def whole(run_sleb, search, tmp_path):
+def whole(sleb, search, tmp_path):
     """The plan that one process finds."""
 
     def run(*options):
-        assert run_sleb(*search, *options, "-o", "whole.json", "-q").exit_code == 0
+        sleb(*search, *options, "-o", "whole.json", "-q")
         return plan_bytes(tmp_path / "whole.json")
 
     return run
@@ -200,20 +200,16 @@ def test_two_processes_heal_one_model(tiny_llama, text_file, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_texts_are_measured_alike_by_three_processes(run_sleb, tiny_llama, text_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["texts", slow("tasks")])
+def test_texts_and_tasks_are_measured_alike_by_three_processes(sleb, text_file, tmp_path, monkeypatch, what):
     monkeypatch.setattr(texts, "TOKENS_OF_A_PART", 128)
-    command = ["eval", tiny_llama, "--blocks", "1,2", "--perplexity", text_file, "--sequence-length", 64, "-q"]
-    assert run_sleb(*command, "--max-windows", 13, "-o", "one.json").exit_code == 0
-    all_well(together(3, *command, "--max-windows", 13, "-o", "three.json"))
-    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "three.json").read_bytes()
-
-
-@pytest.mark.slow
-def test_tasks_are_measured_alike_by_three_processes(run_sleb, tmp_path):
     model = save_model(tmp_path / "long", llama_config(4, max_position_embeddings=512))
-    command = ["eval", model, "--blocks", "1,2", "--tasks", "sleb_lists,sleb_sums", "-q"]
-    command += ["--limit", 13, "--batch-size", 2]
-    assert run_sleb(*command, "-o", "one.json").exit_code == 0
+    options = {
+        "texts": ["--perplexity", text_file, "--sequence-length", 64, "--max-windows", 13],
+        "tasks": ["--tasks", "sleb_lists,sleb_sums", "--limit", 13, "--batch-size", 2],
+    }
+    command = ["eval", model, "--blocks", "1,2", *options[what], "-q"]
+    sleb(*command, "-o", "one.json")
     all_well(together(3, *command, "-o", "three.json"))
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "three.json").read_bytes()
 
@@ -236,10 +232,10 @@ def test_launchers_start_them(search, whole, tmp_path, launcher):
 
 
 @pytest.mark.parametrize("count", [2, slow(3)])
-def test_processes_recover_to_the_bytes_of_one(run_sleb, tiny_llama, text_file, tmp_path, monkeypatch, count):
+def test_processes_recover_to_the_bytes_of_one(sleb, tiny_llama, text_file, tmp_path, monkeypatch, count):
     monkeypatch.setattr(closed_form, "BATCH_TOKENS", 160)  # 14 batches to fit to, and 4 that decide
     command = ["apply", tiny_llama, "--blocks", "2,3", "--recover", *calibration(text_file, samples=100)]
     command += ["--no-verify", "--device", "cpu"]
-    assert run_sleb(*command, "-o", "alone").exit_code == 0
+    sleb(*command, "-o", "alone")
     all_well(together(count, *command, "-o", "together"))
     assert weight_bytes_of(tmp_path / "together") == weight_bytes_of(tmp_path / "alone")

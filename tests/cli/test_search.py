@@ -42,17 +42,17 @@ def test_three_steps_or_more_are_drawn_as_a_chart(search, tmp_path, monkeypatch)
     assert max(len(line) for line in lines if line[:1] in "┏┃┡│└ ") <= 80
 
 
-def test_a_mixture_is_named_in_the_plan_and_continued(search, run_sleb, tiny_llama, text_file, tmp_path):
+def test_a_mixture_is_named_in_the_plan_and_continued(search, sleb, tiny_llama, text_file, tmp_path):
     mixture = f"self:0.25,{text_file}:0.75"
     shown = search("--remove", 1, "-o", "one.json", text=mixture).stdout
     assert f"calibrated on self:0.25,{text_file.name}:0.75: 4 x 32 tokens" in shown
     search("--remove", 2, text=mixture)
-    assert run_sleb("search", tiny_llama, "--extend", "one.json", "--remove", 2).exit_code == 0
+    sleb("search", tiny_llama, "--extend", "one.json", "--remove", 2)
     two, extended = (read_plan(tmp_path / name) for name in ("plan.json", "one.json"))
     assert (extended.steps, extended.calibration) == (two.steps, two.calibration)
 
 
-def test_conversations_are_scored_on_their_answers(search, run_sleb, tmp_path):
+def test_conversations_are_scored_on_their_answers(search, sleb, tmp_path):
     folder = save_model(tmp_path / "chatty", llama_config())
     (folder / "chat_template.jinja").write_text("{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}")
     turns = [{"role": "user", "content": "river mountain"}, {"role": "assistant", "content": "snow water stone"}]
@@ -64,7 +64,7 @@ def test_conversations_are_scored_on_their_answers(search, run_sleb, tmp_path):
         assert plans[-1].calibration.chat == chat
     assert "chat.jsonl: 4 x 32 tokens, the answers of conversations" in shown
     assert plans[0].dense.loss != plans[1].dense.loss
-    assert run_sleb("search", folder, "--extend", "plan.json", "--remove", 3).exit_code == 0
+    sleb("search", folder, "--extend", "plan.json", "--remove", 3)
     assert read_plan(tmp_path / "plan.json").steps[:2] == plans[1].steps
     assert "for conversations, " in search("--remove", 1, "--force", code=5, **of_chat).stderr
 
@@ -124,9 +124,7 @@ REFUSED = [  # what is refused of options alone: unit/test_search_options.py
 @pytest.mark.parametrize(("options", "code", "message"), REFUSED)
 def test_the_impossible_is_refused_before_anything_is_written(search, tmp_path, options, code, message):
     result = search(*options, code=code)
-    assert message in " ".join(result.stderr.split())
-    assert "error:" in result.stderr
-    assert "hint:" in result.stderr
+    assert all(words in " ".join(result.stderr.split()) for words in (message, "error:", "hint:"))
     assert result.stdout == ""
     assert os.listdir(tmp_path) == []
 
@@ -143,10 +141,10 @@ def test_text_that_does_not_do(search, tmp_path):
         assert message in search("--remove", 1, text=name, code=5).stderr
 
 
-def test_too_little_text_for_the_default_is_no_error(run_sleb, tiny_llama, tmp_path, text_file):
+def test_too_little_text_for_the_default_is_no_error(sleb, tiny_llama, tmp_path, text_file):
     (tmp_path / "t.txt").write_text(text_file.read_text()[:1500])
-    result = run_sleb("search", tiny_llama, "--remove", 1, "--calibration", "t.txt", "--sequence-length", 64)
-    assert (result.exit_code, "using all of them" in result.stderr) == (0, True)
+    told = sleb("search", tiny_llama, "--remove", 1, "--calibration", "t.txt", "--sequence-length", 64).stderr
+    assert "using all of them" in told
 
 
 def test_a_model_with_one_block(search, tmp_path):

@@ -40,15 +40,15 @@ def test_what_is_held_out_decides_nothing(found, text_file, tmp_path):
     assert steps[0] == steps[1]
 
 
-def test_an_extended_plan_keeps_what_it_held_out(search, run_sleb, tiny_llama, tmp_path):
+def test_an_extended_plan_keeps_what_it_held_out(search, sleb, tiny_llama, tmp_path):
     for remove, name in ((2, "two"), (3, "three")):
         search("--holdout", "0.2", "--remove", remove, "-o", f"{name}.json", samples=10)
-    assert run_sleb("search", tiny_llama, "--extend", "two.json", "--remove", 3).exit_code == 0
+    sleb("search", tiny_llama, "--extend", "two.json", "--remove", 3)
     extended, three = read_plan(tmp_path / "two.json"), read_plan(tmp_path / "three.json")
     assert extended.dense == three.dense
     assert [step.held_out.loss for step in extended.steps] == [step.held_out.loss for step in three.steps]
-    other = run_sleb("search", tiny_llama, "--extend", "three.json", "--remove", 4, "--holdout", "0.5")
-    assert (other.exit_code, "search.holdout: 0.5, not 0.2" in other.stderr) == (3, True)
+    told = sleb("search", tiny_llama, "--extend", "three.json", "--remove", 4, "--holdout", "0.5", code=3).stderr
+    assert "search.holdout: 0.5, not 0.2" in told
 
 
 def test_where_the_losses_part_the_search_warns(search, shared_data, tmp_path):

@@ -5,7 +5,7 @@ from sleb_cli.engine.quality.sample_generation import PROMPT
 from sleb_cli.plan import read_plan
 
 
-def test_a_collapse_is_shown_and_in_the_model_card(search, run_sleb, shared_data, tmp_path):
+def test_a_collapse_is_shown_and_in_the_model_card(search, sleb, shared_data, tmp_path):
     """A trained model without all but the protected blocks only stutters."""
     shown = search("--remove", 3, "--sample-tokens", 48, model=shared_data / "models" / "stories260K").stdout
     said = read_plan(tmp_path / "plan.json").sample_generation
@@ -15,13 +15,13 @@ def test_a_collapse_is_shown_and_in_the_model_card(search, run_sleb, shared_data
     assert f"pruned ({said.pruned_repetition:.0%} repeated): " in shown
     assert " ".join(said.dense.split())[:60] in shown
     assert "The pruned model repeats itself" in shown
-    assert run_sleb("apply", "-o", "three").exit_code == 0
+    sleb("apply", "-o", "three")
     card = (tmp_path / "three" / "README.md").read_text()
     assert "**The pruned model repeats itself: " in card
     for text in (said.dense, said.pruned):
         assert " ".join(text.split()).replace("`", "'") in card
     # Of a model that was not heard, nothing is said.
-    assert run_sleb("apply", "--remove", 1, "-o", "one").exit_code == 0
+    sleb("apply", "--remove", 1, "-o", "one")
     assert PROMPT not in (tmp_path / "one" / "README.md").read_text()
 
 
