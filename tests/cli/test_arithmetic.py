@@ -32,11 +32,8 @@ def model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("weights", "processor_has", "computed"),
-    [
-        ("bfloat16", [], "float32"), ("float16", [BF16], "float32"), ("float16", [F16], "float16"),
-    ],
-)  # fmt: skip
+    ("weights", "processor_has", "computed"), [("bfloat16", [], "float32"), ("float16", [F16], "float16")]
+)
 def test_each_command_computes_in_what_the_processor_has(
     sleb, model, processor, text_file, weights, processor_has, computed
 ):
