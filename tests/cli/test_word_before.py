@@ -27,7 +27,6 @@ def lines(result):
         (("--strategy", "refine"), "Search: 2 of 6 blocks, at most"),
         (("--metric", "kl", "--holdout", "0.25"), "Search: 2 of 6 blocks, 21 evaluations"),
     ],
-    ids=str,
 )
 def test_a_search_says_what_it_will_do(search, everything_is_long, options, words):
     (line,) = lines(search("--remove", "2", *options))
