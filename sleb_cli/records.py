@@ -47,7 +47,7 @@ def why_not_read(path: Path, most: int | None = None) -> str | None:
     return None
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, most: int = LARGEST) -> str:
     """Return the text of a record, which may come from anyone.
 
     Raises:
@@ -55,7 +55,7 @@ def read_text(path: Path) -> str:
         UnreadableRecord: the file cannot be read, is not text, or is too large.
     """
     try:
-        if reason := why_not_read(path, LARGEST):
+        if reason := why_not_read(path, most):
             raise UnreadableRecord(reason)
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,11 @@ from sleb_plugins.errors import did_you_mean
 
 _OF_A_RUN = {"config", "json", "quiet", "help", "force", "resume"}
 """Options that say how a command is run this time, and not what it does."""
+
+LARGEST = 1_000_000
+"""The largest file that is read, in bytes."""
+
+_EXAMPLE = "Write lines like `samples: 16` or `protect: [5, 11]`."
 
 _OVERRIDES: dict[str, set[str]] = {
     **{name: {*TARGET_NAMES, "serve_length", "every"} for name in TARGET_NAMES},
@@ -35,15 +41,18 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     values = _of_plan(path) if context.info_name == "search" and path.suffix == ".json" else _of_yaml(path)
-    options = _options(context)
+    options, found = _options(context), set[str]()
     context.default_map = {}
-    for key, value in values.items():
-        option = options.get(str(key).replace("_", "-"))
+    for key, value in values:
+        option = options.get(key.replace("_", "-"))
         if option is None:
             raise UsageError(
                 f"{path} has {key!r}, which is not an option of `{context.command_path}`.",
-                hint=did_you_mean(str(key), list(options), otherwise=f"`{context.command_path} --help` lists them."),
+                hint=did_you_mean(key, list(options), otherwise=f"`{context.command_path} --help` lists them."),
             )
+        if option.name in found:
+            raise UsageError(f"{path} has {key!r} twice, or under two names.", hint="Keep one of them.")
+        found.add(option.name)
         if value is not None:
             context.default_map[option.name] = _text(value, repeated=option.multiple)
     return path
@@ -59,31 +68,45 @@ def _options(context: typer.Context) -> dict[str, Any]:
     }
 
 
-def _of_plan(path: Path) -> dict[str, Any]:
+def _of_plan(path: Path) -> Iterable[tuple[str, Any]]:
     from sleb_cli.plan import read_plan
 
-    return dict(read_plan(path).request)
+    return read_plan(path).request.items()
 
 
-def _of_yaml(path: Path) -> dict[Any, Any]:
+def _of_yaml(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield names and values as text, which options read as if it were typed: in YAML, `yes` is true and 010 is 8."""
     import yaml
 
+    from sleb_cli.records import UnreadableRecord, read_text
+
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}.", hint="Check --config.") from error
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        text = read_text(path, LARGEST)
+        # Each alias may stand for a list of aliases.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.BaseLoader)):
+            raise UsageError(f"{path} has aliases (*name).", hint="Write each value out.")
+        root = yaml.compose(text, Loader=yaml.BaseLoader)
+    except FileNotFoundError as error:
+        raise UsageError(f"There is no file {path}.", hint="Check --config.") from error
+    except UnreadableRecord as error:
+        raise UsageError(f"{path} cannot be read: {error}.", hint="Check --config.") from error
+    except (RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        raise UsageError(f"{path} is not YAML: {reason}.", hint="Write lines like `samples: 16`.") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} holds no options.", hint="Write lines like `samples: 16`.")
-    return values
+        raise UsageError(f"{path} is not YAML: {reason}.", hint=_EXAMPLE) from error
+    if not isinstance(root, yaml.MappingNode | None):
+        raise UsageError(f"{path} holds no options.", hint=_EXAMPLE)
+    for key, node in root.value if root else ():
+        values = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        if not all(isinstance(each, yaml.ScalarNode) for each in (key, *values)):
+            raise UsageError(f"{path} has more than names with values or lists of values.", hint=_EXAMPLE)
+        is_null = isinstance(node, yaml.ScalarNode) and node.style is None and node.value in ("", "~", "null")
+        yield key.value, None if is_null else [each.value for each in values]
 
 
 def _text(value: Any, *, repeated: bool) -> Any:
     """Return a value as it is typed: a list with commas, unless the option is repeated."""
     texts = list(map(str, value)) if isinstance(value, list | tuple) else [str(value)]
-    return texts if repeated else value if isinstance(value, bool) else ",".join(texts)
+    return texts if repeated else ",".join(texts)
 
 
 def drop_overridden(context: typer.Context, values: dict[str, Any]) -> None:

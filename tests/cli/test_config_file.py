@@ -73,32 +73,42 @@ def test_every_option_may_stand_in_a_file(asked, command, tmp_path):
         )
 
 
-def test_what_is_typed_wins_and_lists_may_be_lists(asked, tmp_path):
+def test_what_is_typed_wins_and_values_are_read_as_if_typed(asked, tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("model: demo\nsamples: 4\nremove: 3\nprotect: [5, 11]\nprotect_kind: linear\nfast: false\nchat:\n")
+    file.write_text("model: demo\nsamples: 4\nremove: 3\nprotect: [5, 11]\nprotect_kind: linear\nfast: no\nchat:\n")
     request = asked("search", "--config", file, "--samples", 5)
     assert (request.model, request.samples, request.remove, request.protect) == ("demo", 5, 3, (5, 11))
     assert (request.protect_kind, request.fast, request.chat) == (("linear",), False, None)
+    file.write_text("model: 010\nremove: 3\nrevision: 1.10\nseed: 010\ncalibration: null\n")
     other = asked("search", "--config", file, "--ratio", 0.2)
+    assert (other.model, other.revision, other.seed, other.calibration) == ("010", "1.10", 10, None)
     assert (other.ratio, other.remove) == ("0.2", None)
 
 
 def test_a_wrong_file_is_refused(sleb, tmp_path):
     search = ["search", "demo", "--config", "run.yaml"]
-    assert "cannot be read: No such file" in sleb(*search, code=2).stderr
+    assert "There is no file run.yaml" in sleb(*search, code=2).stderr
+    assert "it is a pipe or a device" in sleb("search", "--config", "/dev/zero", code=2).stderr
     for text, message in (
         ("sampels: 3", "has 'sampels', which is not an option of `sleb search`.\nhint: Did you mean 'samples'?"),
         ("json: true", "has 'json', which is not an option"),
-        ("1: 2", "has 1, which is not an option"),
+        ("1: 2", "has '1', which is not an option"),
         ("samples: x", "Invalid value for '--samples'"),
         ("samples: 0", "--samples 0 is too small"),
         ("strategy: gready", "Did you mean 'greedy'?"),
         ("[1, 2", "is not YAML"),
-        ("revision: 2024-13-45", "is not YAML"),
-        ("samples: " + "9" * 5000, "is not YAML"),
+        ("samples: " + "9" * 5000, "Invalid value for '--samples'"),
         ("[" * 5000, "is not YAML"),
         ("- a", "holds no options"),
-        ("model: [a, b]\nremove: \xff", "is not YAML"),
+        ("model: [a, b]\nremove: \xff", "cannot be read: it is not text"),
+        ("remove: yes", "Invalid value for '--remove'"),
+        ("protect: 1:30", "--protect '1:30' is not a list of numbers"),
+        ("remove: 1\nseed: 1\nremove: 2", "has 'remove' twice"),
+        ("protect-kind: a\nprotect_kind: b", "has 'protect_kind' twice, or under two names"),
+        ("protect: [1, [2]]", "has more than names with values"),
+        ("protect: {5: 11}", "has more than names with values"),
+        ("model: &a [x, x]\nprotect-kind: [*a, *a]", "has aliases"),
+        ("# " + "x" * 1_000_000, "more than the limit of 1 MB"),
     ):
         (tmp_path / "run.yaml").write_bytes(text.encode("latin-1"))
         assert message in sleb(*search, code=2).stderr
