@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Collection
 from fractions import Fraction
 
@@ -126,6 +127,11 @@ def three_digits(value: float) -> str:
 def format_probability(value: float) -> str:
     """Return a p-value: 0.031, < 0.001."""
     return "< 0.001" if value < 0.001 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
+
+
+def in_shell(name: str) -> str:
+    """Return the name of a file or folder as one word of a shell that no program takes for an option."""
+    return shlex.quote(f"./{name}" if name.startswith("-") else name)
 
 
 def plural(count: int, noun: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +28,7 @@ from sleb_cli.results import (
 from sleb_cli.tables.quality import task_names, text_names
 from sleb_cli.tables.speed import workload_name
 from sleb_cli.tables.table import Scored, by_model
+from sleb_cli.units import in_shell
 from sleb_plugins.errors import UsageError
 from sleb_plugins.exporter import Pruning
 
@@ -64,8 +64,7 @@ class Findings:
     @property
     def plan_argument(self) -> str:
         """The plan as a shell takes it, without its folder, because other people may read the command."""
-        name = self.file.name
-        return shlex.quote(f"./{name}" if name.startswith("-") else name)
+        return in_shell(self.file.name)
 
     def own(self, entries: Iterable[S]) -> S | None:
         """Return the entry for the plan's removals, if there is one."""
@@ -170,7 +169,7 @@ class Findings:
     @property
     def missing(self) -> list[tuple[str, str]]:
         """What was not measured, and the commands that do."""
-        name, model = self.plan_argument, shlex.quote(self.plan.model.id)
+        name, model = self.plan_argument, in_shell(self.plan.model.id)
         sizes = "" if self.plan.recovery else " --every 2"  # recovered weights are those of one size
         gaps = [
             (self.own_texts, "perplexity and divergence on text", f"sleb eval {name}{sizes}"),

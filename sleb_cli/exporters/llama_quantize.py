@@ -1,10 +1,10 @@
 """Export the command with which llama.cpp's `llama-quantize` removes the blocks."""
 
-import shlex
 from pathlib import Path
 
 from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.gguf.surgery import PROVENANCE, plan_gguf_surgery
+from sleb_cli.units import in_shell
 from sleb_plugins.errors import UnsupportedModelError
 from sleb_plugins.exporter import Exporter, Pruning
 
@@ -27,10 +27,8 @@ class LlamaQuantize(Exporter):
             _require_only_count_changes(source, pruning.removals)
         stem = source.with_suffix("") if source else Path(Path(pruning.model).name)
         kept = pruning.blocks - len(pruning.removals)
-        command = ["llama-quantize", "--prune-layers", ",".join(map(str, pruning.removals))]
-        files = (f"{stem}.gguf", f"{stem.name}-sleb-{kept}-blocks.gguf")
-        command += [f"./{name}" if name.startswith("-") else name for name in files]
-        return shlex.join([*command, "COPY"]) + "\n"
+        files = f"{in_shell(f'{stem}.gguf')} {in_shell(f'{stem.name}-sleb-{kept}-blocks.gguf')}"
+        return f"llama-quantize --prune-layers {','.join(map(str, pruning.removals))} {files} COPY\n"
 
 
 def _require_only_count_changes(source: Path, removals: tuple[int, ...]) -> None:

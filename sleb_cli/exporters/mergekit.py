@@ -1,5 +1,7 @@
 """Export a recipe for mergekit, whose merge method `passthrough` stacks ranges of blocks."""
 
+from typing import Any
+
 import yaml
 
 from sleb_plugins.exporter import Exporter, Pruning
@@ -13,7 +15,9 @@ class MergekitRecipe(Exporter):
 
     def export(self, pruning: Pruning) -> str:
         """Return the recipe as YAML, with a slice for each run of remaining blocks."""
-        model = f"{pruning.model}@{pruning.revision}" if pruning.revision else pruning.model
+        model: Any = f"{pruning.model}@{pruning.revision}" if pruning.revision else pruning.model
+        if set(pruning.model) & set("@+"):  # which begin a revision and an adapter
+            model = {"model": {"path": pruning.model, "revision": pruning.revision}}
         slices = [{"sources": [{"model": model, "layer_range": [low, high]}]} for low, high in pruning.kept_ranges]
         recipe = {"slices": slices, "merge_method": "passthrough", "dtype": pruning.dtype}
         return str(yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None))

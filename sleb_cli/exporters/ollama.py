@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sleb_cli.plan import CHECKPOINT_PLAN, checkpoint_name
+from sleb_plugins.errors import UnsupportedModelError
 from sleb_plugins.exporter import Exporter, Pruning
+
+_LINE = r"^\s|\s$|[\n\r\t]"
+"""What is not part of a name on one line."""
+
+_STOP = _LINE + '|"'
+
+_TEMPLATE = r'"""|\{\{|\{$'
+"""What ends a template, or begins one of its actions; an action follows each of our pieces."""
 
 MARKS = "WORDS-1", "WORDS-2", "WORDS-3"
 """Stand for messages in a chat template, to find what is between them."""
@@ -21,7 +31,11 @@ class Ollama(Exporter):
     uses_source = True
 
     def export(self, pruning: Pruning) -> str:
-        """Return the Modelfile, without a template if there is none or Ollama's language cannot say it."""
+        """Return the Modelfile, without a template if there is none or Ollama's language cannot say it.
+
+        Raises:
+            UnsupportedModelError: the model's folder or template would be read as other instructions.
+        """
         import transformers
 
         from sleb_cli.engine.third_party import translate_transformers_errors
@@ -29,11 +43,13 @@ class Ollama(Exporter):
         with translate_transformers_errors(f"the tokenizer of {pruning.model}"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(pruning.model, revision=pruning.revision)
         template, stops = _chat(tokenizer)
-        lines = ["# ollama create NAME -f THIS_FILE && ollama run NAME", f"FROM {_place(pruning)}"]
+        place = _inert("name", _place(pruning), _LINE)
+        lines = ["# ollama create NAME -f THIS_FILE && ollama run NAME", f"FROM {place}"]
         if template:
             lines.append(f'TEMPLATE """{template}"""')
         else:
             lines.append("# No TEMPLATE: the chat template is missing, or does more than put messages in place.")
+        stops = [_inert("stop token", stop, _STOP) for stop in stops]
         lines += [f'PARAMETER stop "{stop}"' for stop in stops]
         return "\n".join(lines) + "\n"
 
@@ -41,11 +57,26 @@ class Ollama(Exporter):
 def _place(pruning: Pruning) -> str:
     """Return where `sleb apply` writes the pruned model, unless told otherwise."""
     if pruning.plan_file and pruning.plan_file.name == CHECKPOINT_PLAN:
-        return str(pruning.plan_file.parent)
+        folder = str(pruning.plan_file.parent)
+        return folder if pruning.plan_file.is_absolute() else f"./{folder}"
     model = pruning.plan["model"]["id"] if pruning.plan else pruning.model
     base = pruning.source_file.stem if pruning.source_file else Path(model).name
     name = checkpoint_name(base, pruning.blocks - len(pruning.removals))
     return f"./{name}.gguf" if pruning.source_file else f"./{name}"
+
+
+def _inert(what: str, text: str, instruction: str) -> str:
+    """Return a text that stands for itself in a Modelfile: no part of it matches `instruction`.
+
+    Raises:
+        UnsupportedModelError: it does not, or Ollama would drop a part, as it does with what cannot be printed.
+    """
+    if re.search(instruction, text) or not re.sub(r"[\n\r\t]", "", text).isprintable():
+        raise UnsupportedModelError(
+            f"A Modelfile cannot hold the {what} {text!r}.",
+            hint="Rename the folder or file, or write the Modelfile by hand.",
+        )
+    return text
 
 
 def _chat(tokenizer: Any) -> tuple[str, list[str]]:
@@ -95,4 +126,4 @@ def _pieces(tokenizer: Any, messages: Sequence[tuple[str, str]]) -> list[str] | 
             return None
         found.append(before)
     begin = found[0].removeprefix(tokenizer.bos_token if adds_bos(tokenizer) else "")
-    return [begin, *found[1:], whole]
+    return [_inert("chat template's", piece, _TEMPLATE) for piece in (begin, *found[1:], whole)]

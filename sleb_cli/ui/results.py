@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from sleb_cli.tables.table import by_model
 from sleb_cli.ui.console import inert_text, print_prose, stdout
 from sleb_cli.ui.names import short_name
 from sleb_cli.ui.tables import print_line, print_title, print_to_copy, print_written, show_table
-from sleb_cli.units import format_bytes, plural, spans
+from sleb_cli.units import format_bytes, in_shell, plural, spans
 
 if TYPE_CHECKING:
     from sleb_cli.results import (
@@ -97,7 +96,7 @@ def show_applied(result: ApplyResult | GgufResult) -> None:
     else:
         print_line("not verified (--no-verify)")
     if result.kind == "apply":
-        print_to_copy(f"to publish it: hf upload ORG/NAME {shlex.quote(result.folder)} --private")
+        print_to_copy(f"to publish it: hf upload ORG/NAME {in_shell(result.folder)} --private")
 
 
 def show_exported(result: ExportResult | GgufResult) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from sleb_cli.ui.chart import Line, draw_lines
 from sleb_cli.ui.console import print_prose, stdout
 from sleb_cli.ui.names import short_name
 from sleb_cli.ui.tables import print_line, print_title, print_to_copy, show_table
-from sleb_cli.units import format_bytes, format_count, format_perplexity, spans
+from sleb_cli.units import format_bytes, format_count, format_perplexity, in_shell, spans
 
 if TYPE_CHECKING:
     from sleb_cli.plan import Plan, TargetRecord
@@ -58,8 +57,7 @@ def show_plan(plan: Plan, output: Path) -> None:
             print_line(f"  {name:6} ({repeated}): {line}")
         for warning in tables.collapse(sample):
             print_prose(console, f"[yellow]{warning}[/]")
-    name = f"./{output}" if str(output).startswith("-") else str(output)
-    print_to_copy(f"wrote {output}; next: sleb apply {shlex.quote(name)}")
+    print_to_copy(f"wrote {output}; next: sleb apply {in_shell(str(output))}")
 
 
 def perplexity_chart(plan: Plan, width: int) -> Text:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sleb_cli.units import format_bytes, format_change, format_count, parse_bytes, parse_count
+from sleb_cli.units import format_bytes, format_change, format_count, in_shell, parse_bytes, parse_count
 from sleb_plugins import UsageError
 
 SIZES = {
@@ -35,3 +35,4 @@ def test_what_people_read():
     sizes = {12: "12 B", 1500: "1.5 kB", 98_362_432: "98.4 MB", 999_700_000: "1.00 GB", 2.38e9: "2.38 GB"}
     assert [format_bytes(size) for size in sizes] == [*sizes.values()]
     assert [format_change(share) for share in (0.39, -0.021, 13.3, 2309)] == ["+39.0%", "-2.1%", "14.3x", "2,310x"]
+    assert [in_shell(name) for name in ("a.json", "-a", "a b", "$(x)")] == ["a.json", "./-a", "'a b'", "'$(x)'"]

@@ -34,6 +34,7 @@ from sleb_cli.events import Notice, Notify, Warned
 from sleb_cli.plan import CHECKPOINT_PLAN, CalibrationRecord, read_plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import AUTO, DEFAULT_TEXT, EvalRequest
+from sleb_cli.units import in_shell
 from sleb_plugins import DataError, PlanError, UsageError
 
 
@@ -139,7 +140,7 @@ def _remarks(texts: Sequence[EvaluationWindows], subject: Subject) -> Iterator[s
     """Yield what the user should know about the texts and the model, such as a split that was chosen for them."""
     plan = subject.architecture.source.folder / CHECKPOINT_PLAN
     if subject.plan is None and not subject.surgery.removals and plan.is_file():
-        yield f"Measured alone: `sleb eval {plan}` compares it with the dense model."
+        yield f"Measured alone: `sleb eval {in_shell(str(plan))}` compares it with the dense model."
     if subject.recovered:
         yield f"The pruned model is {subject.recovered.source.id}, with its recovered weights."
     for windows in texts:
