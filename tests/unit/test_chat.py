@@ -1,15 +1,18 @@
 """Conversations as calibration sequences: written by the chat template, and which of their tokens count."""
 
 import json
+import re
 
 import datasets
 import pytest
 
+from chat_templates import PUBLISHED
 from conftest import architecture_of, tokenizer_with
+from sleb_cli.engine.text import sources
 from sleb_cli.engine.text.calibration import calibrate
-from sleb_cli.engine.text.chat import cut_conversations
+from sleb_cli.engine.text.chat import cut_conversations, render
 from sleb_cli.engine.text.settings import resolve_calibration
-from sleb_cli.engine.text.sources import calibration_conversations
+from sleb_cli.engine.text.sources import calibration_conversations, evaluation_text
 from sleb_plugins import DataError, UsageError
 
 TEMPLATE = (
@@ -59,6 +62,49 @@ def test_answers_count_up_to_the_token_that_ends_them(template, has_offsets, mon
     assert tokenizer.decode(sequences[0][~loss_mask[0]]).count("<s>assistant\n") == 2
 
 
+@pytest.mark.parametrize("template", PUBLISHED.values(), ids=PUBLISHED)
+def test_published_templates_show_answers_and_the_thoughts_that_they_keep(template):
+    tokenizer, cuts = template.tokenizer, "</think>" in template.text
+    system = [{"role": "system", "content": "stone"}] if "stone" in template.opening + template.last else []
+    thought, cut = "<think>\nriver\n</think>\n\nfield", "<think>\nking\n</think>bridge"
+    noted = {"reasoning_content": "river", "thinking": "river"}  # older transformers does not take one for the other
+    for expected, last, first in [
+        (template.last, {"content": "field"}, {"content": "bridge"}),
+        (template.thinking, {"content": "field", **noted}, {"content": "bridge"}),
+        (template.inside, {"content": thought}, {"content": cut if cuts else "bridge", "thinking": "king"}),
+    ]:
+        turn = [{"role": "user", "content": "snow"}, {"role": "assistant", **first}]
+        later = [{"role": "user", "content": "mill"}, {"role": "assistant", **last}]
+        one, several = [*system, *later], [*system, *turn, *later]
+        assert render(tokenizer, one, "", answers=True) == tokens_of(tokenizer, template.opening + expected)
+        text = template.opening + template.earlier + expected
+        assert render(tokenizer, several, "", answers=True) == tokens_of(tokenizer, text)
+
+
+def tokens_of(tokenizer, text):
+    """Return the tokens of a text, and whether they stand in brackets."""
+    pieces = [(piece, at % 2 == 1) for at, piece in enumerate(re.split("[⟦⟧]", text))]
+    return [(t, own) for piece, own in pieces for t in tokenizer(piece, add_special_tokens=False).input_ids]
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "text"),
+    [
+        ("qwen3", {"content": "<think>\nriver\n</think>"}, "⟦<think>\nriver\n</think>\n\n<|im_end|>⟧\n"),
+        ("gemma3", {"content": "  snow\n"}, "⟦snow<end_of_turn>⟧\n"),
+        ("phi4", {"content": " snow snow\n"}, "⟦ snow snow\n<|im_end|>⟧"),
+        ("phi4", {"content": ""}, "⟦<|im_end|>⟧"),
+        ("phi4", {"content": "assistant"}, "⟦assistant<|im_end|>⟧"),
+    ],
+)
+def test_what_the_model_adds_counts_whatever_the_words(name, first, text):
+    tokenizer = PUBLISHED[name].tokenizer
+    talk = [{"role": "user", "content": "mill"}, {"role": "assistant", **first}]
+    opened = tokenizer.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True)
+    found = render(tokenizer, talk, "", answers=True)
+    assert found == tokens_of(tokenizer, opened + text)
+
+
 LONG = [{"role": "user", "content": "river " * 90}, {"role": "assistant", "content": "stone"}]
 
 
@@ -80,7 +126,8 @@ def test_each_sequence_begins_a_conversation_and_has_an_answer():
         (PLAIN, [], 40, {}, r"chat\.jsonl have 0 tokens, too few for a sequence of 40 tokens"),
         (PLAIN, [LONG], 40, {"asked": 2}, "text for 1 sequences of 40 tokens, not for 2"),
         ("{{ raise_exception('no user') }}", [CONVERSATION], 40, {}, r"conversation of chat\.jsonl: no user"),
-        ("{{ messages | length }}" + PLAIN, [CONVERSATION], 40, {"answers": True}, "so its answers cannot be found"),
+        ("{{ messages[-1].content }}", [CONVERSATION], 40, {"answers": True}, "so its answers cannot be found"),
+        (PLAIN.replace("content", "content[:9]"), [CONVERSATION], 40, {"answers": True}, "changes words"),
     ],
 )
 def test_conversations_that_cannot_be_cut_are_refused(template, conversations, length, options, message):
@@ -104,6 +151,16 @@ def test_a_line_that_is_no_conversation_is_named(tmp_path, line):
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": CONVERSATION}) + "\n\n" + line)
     with pytest.raises(DataError, match=r"ine 3 of chat\.jsonl"):
         calibration_conversations("chat.jsonl", samples=1, length=10, seed=0)
+
+
+@pytest.mark.parametrize("line", [{"text": "a"}, {"messages": CONVERSATION}])
+def test_a_file_to_measure_on_is_read_once(tmp_path, monkeypatch, line):
+    (tmp_path / "talks.jsonl").write_text(json.dumps(line))
+    read, calls = sources._read_file, []
+    monkeypatch.setattr(sources, "_read_file", lambda name: calls.append(name) or read(name))
+    found = evaluation_text("talks.jsonl", 10)
+    assert calls == ["talks.jsonl"]
+    assert (found.content, [*found.conversations]) == (line.get("text", ""), [*filter(None, [line.get("messages")])])
 
 
 def test_a_data_set_gives_its_column_of_messages(monkeypatch):

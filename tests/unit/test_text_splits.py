@@ -73,7 +73,7 @@ def test_no_conversation_is_in_two_parts(tmp_path, monkeypatch, source):
     assert [len(part) for part in parts] == [28, 8, 4]
     assert len({part[0]["content"] for found in parts for part in found}) == 40
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines[:9])))
-    with pytest.raises(DataError, match=r"chat\.jsonl has 9 conversations, but at least 10 are needed"):
+    with pytest.raises(DataError, match=r"chat\.jsonl has 9 conversations, but needs at least 10"):
         calibration_conversations("chat.jsonl", samples=1, length=100, seed=0, split=TRAIN)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
-from typing import Any, TypeVar
+from itertools import islice, takewhile
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,15 @@ from sleb_plugins import DataError, UsageError
 
 # The tag with which a template marks what the model writes.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# The words of an answer, behind a thought.
+_WORDS = re.compile(r"(?:(?:\s*<\w+>)?(?P<thought>.*)</(?:think|thought)\w*>)?\s*(?P<words>.*?)\s*", re.DOTALL)
+_FIRST_MARK = 0xF0000
+"""The first of the characters that Unicode leaves to private use."""
+_TODAY = (
+    "{%- macro strftime_now(format) -%}{{ format.replace('%Y', '2025').replace('%m', '01').replace('%d', '01')"
+    ".replace('%b', 'Jan').replace('%B', 'January') }}{%- endmacro -%}"
+)
+"""Tells a template the date, always the same: or its tokens would be others tomorrow, and no run would go on."""
 
 Tokens = list[tuple[int, bool]]
 """Tokens, and whether each counts in the loss."""
@@ -52,7 +61,8 @@ def apply_template(tokenizer: Any, conversation: Conversation, source: str, **op
         )
 
     with translate_errors(refused):
-        return tokenizer.apply_chat_template(conversation, **options)
+        template = _TODAY + tokenizer.get_chat_template()
+        return tokenizer.apply_chat_template(conversation, chat_template=template, **options)
 
 
 def cut_conversations(
@@ -123,29 +133,90 @@ def _too_few(source: str, rendered: Sequence[Tokens], length: int, *, answers: b
 
 
 def render(tokenizer: Any, conversation: Conversation, source: str, *, answers: bool) -> Tokens:
-    """Return a conversation as tokens, including a BOS if the template adds one."""
+    """Return a conversation as tokens, including a BOS if the template adds one.
+
+    With `answers`, only those count, with the tokens that end them and the thoughts that the template keeps.
+
+    Raises:
+        DataError: the template refuses the conversation, or changes its words.
+    """
     template = partial(apply_template, tokenizer, source=source)
     if not answers:
         return [(token, True) for token in template(conversation, return_dict=True)["input_ids"]]
     if tokenizer.is_fast and _GENERATION.search(str(tokenizer.chat_template)):
         written = template(conversation, return_dict=True, return_assistant_tokens_mask=True)
         return [(token, bool(own)) for token, own in zip(written["input_ids"], written["assistant_masks"], strict=True)]
-    # Each answer is the text that it adds to the prompt before it, up to its end token. Prompt and answer are tokenized
-    # separately, as in generation.
-    whole, pieces, done = template(conversation, tokenize=False), list[tuple[str, bool]](), 0
+    # Prompt and answer are tokenized separately, as in generation.
+    pieces = _pieces(tokenizer, partial(template, tokenize=False), conversation, source)
+    tokens = ((tokenizer(piece, add_special_tokens=False).input_ids, own) for piece, own in pieces if piece)
+    return [(token, own) for ids, own in tokens for token in ids]
+
+
+def _pieces(
+    tokenizer: Any, template: Callable[..., str], conversation: Conversation, source: str
+) -> Iterator[tuple[str, bool]]:
+    """Yield what a template writes in pieces, and whether each is an answer.
+
+    An answer begins where a generation prompt ends. Templates write an earlier one without its thought, or with another
+    end, so words are found by marks: a character for each message that is in no text.
+    """
+    marks = [chr(_FIRST_MARK + turn) for turn in range(len(conversation))]
+    marked = [{**message, "content": _mark(message, mark)} for message, mark in zip(conversation, marks, strict=True)]
+    whole, done, no_marks = template(marked), 0, str.maketrans("", "", "".join(marks))
+    unfound = DataError(
+        f"The chat template leaves out or changes words of a conversation of {source}, so its answers cannot be found.",
+        hint="Leave it out or, to calibrate, use --chat all.",
+    )
+    if whole.translate(no_marks) != template(conversation):
+        raise unfound
     for turn, message in enumerate(conversation):
         if message["role"] != "assistant" or turn == 0:
             continue
-        prompt = template(conversation[:turn], tokenize=False, add_generation_prompt=True)
-        answered = template(conversation[: turn + 1], tokenize=False).rstrip()
-        if not (whole.startswith(answered) and answered.startswith(prompt)):
-            raise DataError(
-                f"The chat template changes earlier messages of a conversation of {source} when more follow, so its "
-                "answers cannot be found.",
-                hint="Use conversations with one question and one answer or, to calibrate, --chat all.",
-            )
-        pieces += [(whole[done : len(prompt)], False), (whole[len(prompt) : len(answered)], True)]
-        done = len(answered)
-    pieces.append((whole[done:], False))
-    tokens = ((tokenizer(piece, add_special_tokens=False).input_ids, own) for piece, own in pieces if piece)
-    return [(token, own) for ids, own in tokens for token in ids]
+        asked, mark = marks[turn - 1 : turn + 1]
+        begin = whole.rfind(asked) + 1
+        opened = template(marked[:turn], add_generation_prompt=True).rpartition(asked)[2]
+        answered = template(marked[: turn + 1]).rpartition(asked)[2].rstrip()
+        rest = whole[begin:]
+        start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(opened, rest, strict=False)))
+        words, end = rest.find(mark), rest.rfind(mark) + 1
+        if not begin or not (end or rest.startswith(answered)):
+            raise unfound
+        if end:
+            end += _end(tokenizer, rest[end:], answered[answered.rfind(mark) + 1 :])
+            if (led := rest[start:words].strip()) and not _thinks(message, led):
+                start = words  # what a template writes where there is no thought
+        else:  # it only calls tools
+            end = len(answered)
+        yield whole[done : begin + start].translate(no_marks), False
+        yield rest[start:end].translate(no_marks), True
+        done = begin + end
+    yield whole[done:].translate(no_marks), False
+
+
+def _mark(message: Mapping[str, Any], mark: str) -> str:
+    """Return the content of a message with a mark behind its words and, if the model wrote them, before them."""
+    content = message["content"]
+    if message["role"] != "assistant":
+        return f"{content}{mark}"
+    begin, end = _words(message).span("words")
+    return f"{content[:begin]}{mark}{content[begin:end]}{mark}{content[end:]}" if content else ""
+
+
+def _words(message: Mapping[str, Any]) -> re.Match[str]:
+    return cast(re.Match[str], _WORDS.fullmatch(message["content"]))  # any text matches
+
+
+def _thinks(message: Mapping[str, Any], text: str) -> bool:
+    """Whether a text holds the thought of this message."""
+    given = (message.get(name) for name in ("reasoning_content", "thinking", "reasoning"))
+    thought = next(filter(None, given), None) or _words(message)["thought"] or ""
+    return bool(thought.strip()) and thought.strip() in text
+
+
+def _end(tokenizer: Any, text: str, alone: str) -> int:
+    """Return how much of what follows an answer ends it: as if nothing came later, or else up to a special token."""
+    if text.startswith(alone):
+        return len(alone)
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    end = text.lstrip()
+    return max((len(text) - len(end) + len(token) for token in special if end.startswith(token)), default=0)

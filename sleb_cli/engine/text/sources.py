@@ -125,7 +125,7 @@ def calibration_text(source: str, *, tokens: int, seed: int, split: TextSplit = 
         DataError: the source is missing, unreadable or empty.
     """
     if is_file(source):
-        return _file_text(source, split)
+        return _file_text(source, _read_file(source), split)
     dataset = CALIBRATION_PRESETS.get(source) or _parse_dataset(source)
     if source == "wikitext2":
         documents = _documents(dataset, split)
@@ -160,8 +160,9 @@ def evaluation_text(source: str, length: int) -> Text:
         documents = islice(_documents(EVALUATION_PRESETS[source]), C4_EVALUATION_DOCUMENTS)
         return _joined(source, documents, " ", limit=C4_EVALUATION_WINDOWS)
     if is_file(source):
-        conversations = _file_conversations(source)
-        return Text(source, "", conversations=conversations) if conversations else _file_text(source)
+        content = _read_file(source)
+        conversations = _file_conversations(source, content)
+        return Text(source, "", conversations=conversations) if conversations else _file_text(source, content)
     if is_written(source) or source in CALIBRATION_PRESETS:
         raise DataError(
             f"{source} is text to calibrate on.",
@@ -229,7 +230,7 @@ def calibration_conversations(
 def _part(found: list[T], split: TextSplit, file: str, what: str) -> list[T]:
     if len(found) < (least := 1 if split == WHOLE else MIN_DOCUMENTS):
         raise DataError(
-            f"{file} has {plural(len(found), what)}, but at least {least} are needed.", hint=f"Add more {what}s to it."
+            f"{file} has {plural(len(found), what)}, but needs at least {least}.", hint=f"Add more {what}s to it."
         )
     return [found[row] for row in split.rows(len(found))]
 
@@ -251,11 +252,10 @@ def _row_conversations(dataset: Dataset, values: Iterable[Any], count: int, leng
     return _enough(read(), 2 * count * longest, used)
 
 
-def _file_conversations(source: str) -> tuple[Conversation, ...]:
+def _file_conversations(source: str, content: str) -> tuple[Conversation, ...]:
     """Return the conversations of a .jsonl file whose lines have `messages`, and no `text`; none of any other file."""
     if Path(source).suffix != ".jsonl":
         return ()
-    content = _read_file(source)
     first = next(filter(None, map(str.strip, content.split("\n"))), "")
     try:
         line = _TextOrMessages.model_validate_json(first)
@@ -267,7 +267,7 @@ def _file_conversations(source: str) -> tuple[Conversation, ...]:
 
 
 def read_prompts(source: str, split: TextSplit = WHOLE) -> list[Conversation]:
-    """Return the prompts of `answers:FILE`, those of this part of it: conversations that end with a user's message.
+    """Return the prompts of `answers:FILE`, those of this part of it: conversations to be answered.
 
     The file has a prompt in each line of text, or in the `prompt` or the `messages` of each line of JSON.
 
@@ -313,8 +313,8 @@ def is_read_whole(source: str) -> bool:
     return source == "wikitext2" or is_file(source)
 
 
-def _file_text(source: str, split: TextSplit = WHOLE) -> Text:
-    named, content, documents = split.of(source), _read_file(source), list[str]()
+def _file_text(source: str, content: str, split: TextSplit = WHOLE) -> Text:
+    named, documents = split.of(source), list[str]()
     if Path(source).suffix == ".jsonl":
         documents = [line.text for line in _json_lines(source, content, _Text)]
         if len(documents) >= MIN_DOCUMENTS:
@@ -398,7 +398,7 @@ class _Prompt(BaseModel):
 
     @model_validator(mode="after")
     def _has_a_prompt(self) -> _Prompt:
-        if not self.conversation:
+        if all(message["role"] in ("system", "developer") for message in self.conversation):
             raise ValueError("there is no prompt")
         return self
 
