@@ -1,6 +1,8 @@
 """Translate exceptions of libraries into errors about the user's files."""
 
 import errno
+import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,10 +93,22 @@ _NO_FAILURE = {None, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 def disk_error(error: BaseException | None) -> OSError | None:
     """Return the error of the disk that an exception is, or was raised for; None if there is none."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno not in _NO_FAILURE and not isinstance(error, ConnectionError):
-            return error
+        found = error if isinstance(error, OSError) and error.errno is not None else _in_words(error)
+        if found and found.errno not in _NO_FAILURE and not isinstance(found, ConnectionError):
+            return found
         error = error.__cause__ or error.__context__
     return None
+
+
+def _in_words(error: BaseException) -> OSError | None:
+    """Return the error of the system that Rust or torch put into words."""
+    words = str(error)
+    for found in re.finditer(r"\((?:os error )?(\d{1,3})\)", words):
+        if words[: found.start()].endswith(f"{os.strerror(number := int(found[1]))} "):
+            return OSError(number, os.strerror(number))
+    # safetensors says so of every file that it cannot open.
+    _, missing, path = words.partition("No such file or directory: ")
+    return OSError(errno.EIO, os.strerror(errno.EIO)) if missing and os.path.lexists(path) else None
 
 
 @contextmanager

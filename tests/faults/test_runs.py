@@ -35,9 +35,9 @@ ERRORS = {
 """The errors that each sort of call can meet."""
 OF_READS = {
     r"/work/plan\.json($|\.journal)|.*\.recovery": {PLAN}, "/text.txt": {DATA}, "/model|/tiny.gguf": {MODEL},
-    "/cache": {MODEL, OUTPUT}, r"/work/\..*\.partial/": {OUTPUT, PROOF},
+    "/cache": {MODEL, OUTPUT},
 }  # fmt: skip
-"""The exit codes for what cannot be read there; all else is of the output. Torch has words of its own for a proof."""
+"""The exit codes for what cannot be read there; all else is of the output."""
 
 
 def kill(place, name, number, rng):

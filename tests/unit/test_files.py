@@ -8,6 +8,7 @@ import random
 import stat
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from sleb_cli.atomic import (
     require_new_file,
     write_text,
 )
+from sleb_cli.engine.files import weights
 from sleb_cli.engine.files.copying import leads_out
 from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files
 from sleb_cli.engine.files.weights import find_weights
@@ -234,10 +236,31 @@ def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, change):
         raise ProofError("It differs.", hint="")
 
 
-def test_an_error_of_the_disk_is_found_behind_a_verdict():
-    for number, raised in ((errno.EIO, OSError), (errno.ENOENT, ProofError)):
-        with pytest.raises(raised), prefer_disk_error(ProofError):
-            raise ProofError("It does not run.", hint="") from OSError(number, os.strerror(number))
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (OSError(errno.EIO, os.strerror(errno.EIO)), errno.EIO),
+        (OSError(errno.ENOENT, os.strerror(errno.ENOENT)), None),  # a library looked for it
+        (OSError("Permission denied (os error 13)"), errno.EACCES),
+        (SafetensorError("Error while reading: Input/output error (os error 5)"), errno.EIO),
+        (RuntimeError("unable to open file </a> in read-only mode: Input/output error (5)"), errno.EIO),
+        (RuntimeError("unable to open file </a> in read-only mode: No such file or directory (2)"), None),
+        (FileNotFoundError(f"No such file or directory: {__file__}"), errno.EIO),  # it is there
+        (FileNotFoundError("No such file or directory: /never/there"), None),
+        (RuntimeError("the sizes (5) and (13) differ (os error 999)"), None),
+    ],
+)
+def test_an_error_of_the_disk_is_found_behind_a_verdict_in_whatever_words(tmp_path, monkeypatch, error, number):
+    with pytest.raises(OSError if number else ProofError) as raised, prefer_disk_error(ProofError):
+        raise ProofError("It does not run.", hint="") from error
+    assert number in (None, getattr(raised.value, "errno", None))
+    if number:  # a model that cannot be opened
+        monkeypatch.setattr(weights, "safe_open", Mock(side_effect=error))
+        with pytest.raises(ModelError, match=f"a.safetensors cannot be read: {os.strerror(number)}"):
+            list(weights.read_tensors(tmp_path / "a.safetensors", ["a"]))
+
+
+def test_what_safetensors_cannot_write_is_an_error_of_the_output():
     with pytest.raises(OutputError, match=r"Cannot write a: No space left \(os error 28\)\."), saving(Path("a")):
         raise SafetensorError("No space left (os error 28)")
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sleb_cli.engine.files.copying import leads_out, reading
-from sleb_cli.engine.third_party import translate_errors
+from sleb_cli.engine.third_party import disk_error, translate_errors
 from sleb_plugins import ModelError
 
 SAFETENSORS = "model.safetensors"
@@ -272,8 +272,12 @@ def read_tensors(path: Path, names: Sequence[str]) -> Iterator[torch.Tensor]:
     with reading(path):
         try:
             opened = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise _broken(path) from error
+        except (SafetensorError, OSError, RuntimeError) as error:
+            if failed := disk_error(error):
+                raise failed from error
+            if isinstance(error, SafetensorError):
+                raise _broken(path) from error
+            raise
     with opened as file:
         for name in names:
             yield file.get_tensor(name)

@@ -297,7 +297,8 @@ def _require_same_bytes(folder: Path, planned: Sequence[NewTensor], notify: Noti
     """
     different: list[NewTensor] = []
     with task(notify, "Comparing weights", sum(tensor.size for tensor in planned), "B") as advance:
-        written = {tensor.name: tensor.path for tensor in find_weights(folder).stored}
+        with model_errors_fail_proof():
+            written = {tensor.name: tensor.path for tensor in find_weights(folder).stored}
         for (source, path), group in groupby(planned, key=lambda tensor: (tensor.stored.path, written[tensor.name])):
             tensors = list(group)
             if not path.samefile(source):
@@ -305,7 +306,9 @@ def _require_same_bytes(folder: Path, planned: Sequence[NewTensor], notify: Noti
                 dense = read_tensors(source, [tensor.stored.name for tensor in tensors if tensor.value is None])
                 for tensor in tensors:
                     expected = tensor.changed(next(dense) if tensor.value is None else tensor.value)
-                    if not torch.equal(_bits_of(next(found)), _bits_of(expected)):
+                    with model_errors_fail_proof():
+                        ours = next(found)
+                    if not torch.equal(_bits_of(ours), _bits_of(expected)):
                         different.append(tensor)
             advance(sum(tensor.size for tensor in tensors))
     if different:
