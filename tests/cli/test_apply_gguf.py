@@ -10,13 +10,14 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from test_recover import plain_losses
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import calibration, slow, tokens_of_test_text
 from gguf_models import metadata_of, tensors_of, write_gguf, write_llama_gguf
 from sleb_cli import atomic
 from sleb_cli.engine.files import fingerprint
 from sleb_cli.engine.files.cache import cache_root
+from sleb_cli.engine.gguf import quick
 from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.gguf.file import write_gguf as write_gguf_again
 from sleb_cli.engine.model import gguf
@@ -85,12 +86,16 @@ def test_a_changed_file_or_transformers_converts_it_again(source, monkeypatch):
 
 
 @pytest.mark.parametrize("without", ["nothing", "llama.vocab_size"])
-def test_a_converted_model_is_the_one_that_transformers_reads(source, tmp_path, without):
+def test_a_converted_model_is_the_one_that_transformers_reads(source, tmp_path, monkeypatch, without):
+    monkeypatch.setattr(quick, "_LONGEST", 3)
     file, path = read_gguf(source), tmp_path / "whole.gguf"
     entries = tuple(entry for entry in file.entries if entry.key != without)
     write_gguf_again(replace(file, entries=entries), path, lambda count: None)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.bfloat16)
-    found = AutoModelForCausalLM.from_pretrained(gguf.gguf_folder(path, ignore))
+    folder = gguf.gguf_folder(path, ignore)
+    AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name).save_pretrained(tmp_path)
+    assert (folder / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+    found = AutoModelForCausalLM.from_pretrained(folder)
     of_loading = dict.fromkeys(("_name_or_path", "architectures", "quantization_config"))
     assert found.config.to_dict() | of_loading == whole.config.to_dict() | of_loading
     assert all(torch.equal(found.get_parameter(name), values) for name, values in whole.named_parameters())

@@ -23,9 +23,9 @@ from sleb_plugins.errors import ModelError
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-_INT32, _STRING, ARRAY = 5, 8, 9
+_INT32, STRING, ARRAY = 5, 8, 9
 # As `struct` and NumPy name them.
-_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 # No model comes near these limits, so a file that lies takes neither memory nor time.
 _LONGEST_HEADER = 128 << 20
@@ -119,7 +119,7 @@ def entry_of_integers(key: str, values: Iterable[int]) -> Entry:
 
 def with_value(entry: Entry, value: int) -> Entry:
     """Return the entry with another integer of the same type."""
-    return replace(entry, data=struct.pack(f"<{_FORMATS[entry.type]}", value), value=value)
+    return replace(entry, data=struct.pack(f"<{FORMATS[entry.type]}", value), value=value)
 
 
 def with_items(entry: Entry, places: list[int]) -> Entry:
@@ -162,16 +162,16 @@ class _Cursor:
 
     def value(self, type_: int) -> Any:
         """Read a number, the bytes of a text, an array of numbers, or a list of the bytes of texts."""
-        if type_ == _STRING:
+        if type_ == STRING:
             return self.text()
-        if type_ in _FORMATS:
-            return self.number(_FORMATS[type_])
+        if type_ in FORMATS:
+            return self.number(FORMATS[type_])
         self.require(type_ == ARRAY)
         element, count = self.number("I"), self.number("Q")
-        self.require(count <= _MOST_ITEMS and (element == _STRING or element in _FORMATS))
-        if element == _STRING:
+        self.require(count <= _MOST_ITEMS and (element == STRING or element in FORMATS))
+        if element == STRING:
             return [self.text() for _ in range(count)]
-        kind = np.dtype(f"<{_FORMATS[element]}")
+        kind = np.dtype(f"<{FORMATS[element]}")
         return np.frombuffer(self.take(count * kind.itemsize), kind)
 
 

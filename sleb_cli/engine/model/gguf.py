@@ -3,13 +3,10 @@
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr, suppress
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.files.cache import cached_folder
 from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files
-from sleb_cli.engine.gguf.file import ARRAY, GgufFile, read_gguf, with_items, write_gguf
+from sleb_cli.engine.gguf.file import GgufFile, read_gguf
 from sleb_cli.engine.gguf.llama_cpp import plain_name
+from sleb_cli.engine.gguf.quick import quick_gguf
 from sleb_cli.engine.gguf.surgery import require_blocks
 from sleb_cli.engine.third_party import translate_errors, translate_transformers_errors
 from sleb_cli.events import Notify, task
@@ -63,78 +61,61 @@ def _conversion(path: Path) -> str:
     return hashlib.sha256(f"{content} {made_by}".encode()).hexdigest()
 
 
-def convert_gguf(path: Path, folder: Path, notify: Notify, dtype: torch.dtype | None = None) -> None:
-    """Write the model in `path` to `folder`: in this data type, or in bfloat16 if it is quantized, else in its own."""
-    with task(notify, f"Converting {path.name}", 4, "steps") as advance:
+def convert_gguf(path: Path, folder: Path, notify: Notify) -> None:
+    """Write the model in `path` to `folder`, in bfloat16 if it is quantized, else in its own data type."""
+    with task(notify, f"Converting {path.name}", 2, "steps") as advance:
         file = read_gguf(path)
-        own = _require_convertible(file)
-        dtype = dtype or own
-        _require_memory(file, dtype)
+        convert_weights(file, folder)
         advance()
         tokenizer = _read_tokenizer(path)
-        advance()
-        with _without_vocabulary(file, folder.parent) as slim:
-            model = _load(file, slim, dtype)
-        advance()
-        # Some versions of transformers refuse to save what was quantized.
-        vars(model.config).pop("quantization_config", None)
-        for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
-            vars(model).pop(attribute, None)
-        no_room = "Free some space on this disk."
-        with translate_errors(lambda words: OutputError(f"Cannot write {folder}: {words}.", hint=no_room)):
-            model.save_pretrained(folder)
+        with _writing(folder):
             tokenizer.save_pretrained(folder)
         _write_card(file, folder)
 
 
+def convert_weights(file: GgufFile, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the model as above, in this data type if one is named, but without its tokenizer."""
+    own = _require_convertible(file)
+    dtype = dtype or own
+    _require_memory(file, dtype)
+    model = _load(file, dtype)
+    # Some versions of transformers refuse to save what was quantized.
+    vars(model.config).pop("quantization_config", None)
+    for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
+        vars(model).pop(attribute, None)
+    with _writing(folder):
+        model.save_pretrained(folder)
+
+
+def _writing(folder: Path) -> AbstractContextManager[None]:
+    return translate_errors(
+        lambda words: OutputError(f"Cannot write {folder}: {words}.", hint="Free some space on this disk.")
+    )
+
+
 def _read_tokenizer(path: Path) -> Any:
-    with translate_transformers_errors(f"the tokenizer in {path}"):
+    quick: AbstractContextManager[Any] = nullcontext()
+    with suppress(ImportError):  # in versions of transformers that read the tokens with the gguf package
+        from transformers.integrations.gguf import get_gguf_tokenizer  # noqa: F401
+
+        quick = quick_gguf()
+    with translate_transformers_errors(f"the tokenizer in {path}"), quick:
         # The absolute path, because a file of the same name in the working directory would take precedence.
         return AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, gguf_file=str(path.absolute()))
 
 
-def _read_config(file: GgufFile, copy: Path) -> Any:
-    """Read the config of a file from it, or from its copy without vocabulary."""
-    with translate_transformers_errors(f"the config in {file.path}"):
-        config: Any = AutoConfig.from_pretrained(
-            file.path.parent, trust_remote_code=False, gguf_file=str(copy.absolute())
-        )
-    if config.vocab_size == _FEW and (tokens := file.get("tokenizer.ggml.tokens")):
-        config.vocab_size = len(tokens)
-    return config
-
-
-_FEW = 2
-"""How many tokens transformers counts if there are as few as it can: of a single one, it would count the letters."""
-
-
-@contextmanager
-def _without_vocabulary(file: GgufFile, place: Path) -> Iterator[Path]:
-    """Yield the path of a copy of the file, in a hidden folder in `place`, with only the first few tokens.
-
-    The gguf package takes seconds for a vocabulary, and transformers has it read one for the config, and again for the
-    weights.
-    """
-    entries = tuple(
-        with_items(entry, list(range(min(_FEW, len(entry.value)))))
-        if entry.type == ARRAY and entry.key.startswith("tokenizer.")
-        else entry
-        for entry in file.entries
-    )
-    with TemporaryDirectory(dir=place, prefix=".tmp.") as scratch:
-        write_gguf(replace(file, entries=entries), slim := Path(scratch, "slim.gguf"), lambda count: None)
-        yield slim
-
-
-def _load(file: GgufFile, slim: Path, dtype: torch.dtype) -> Any:
-    """Load the model of a file from its copy without vocabulary."""
-    config = _read_config(file, slim)
-    options: dict[str, Any] = {"gguf_file": str(slim.absolute()), "trust_remote_code": False}
-    if hasattr(transformers, "GgufConfig"):  # versions with it may leave the weights packed
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    # transformers draws a progress bar here that no setting turns off.
-    with translate_transformers_errors(f"the weights in {file.path}"), redirect_stderr(StringIO()):
-        return AutoModelForCausalLM.from_pretrained(file.path.parent, config=config, dtype=dtype, **options)
+def _load(file: GgufFile, dtype: torch.dtype) -> Any:
+    options: dict[str, Any] = {"gguf_file": str(file.path.absolute()), "trust_remote_code": False}
+    with quick_gguf():
+        with translate_transformers_errors(f"the config in {file.path}"):
+            config: Any = AutoConfig.from_pretrained(file.path.parent, **options)
+        if not config.vocab_size:
+            config.vocab_size = len(file.get("tokenizer.ggml.tokens") or ())
+        if hasattr(transformers, "GgufConfig"):  # versions with it may leave the weights packed
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        # transformers draws a progress bar here that no setting turns off.
+        with translate_transformers_errors(f"the weights in {file.path}"), redirect_stderr(StringIO()):
+            return AutoModelForCausalLM.from_pretrained(file.path.parent, config=config, dtype=dtype, **options)
 
 
 def _write_card(file: GgufFile, folder: Path) -> None:

@@ -14,9 +14,10 @@ from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.files.fingerprint import Watch
 from sleb_cli.engine.gguf.file import GgufFile, gguf_size, read_gguf, write_gguf
 from sleb_cli.engine.gguf.llama_cpp import holds_model_type
+from sleb_cli.engine.gguf.quick import QuickReader
 from sleb_cli.engine.gguf.surgery import GgufSurgery, block_count
 from sleb_cli.engine.model.architecture import read_architecture
-from sleb_cli.engine.model.gguf import convert_gguf, transformers_knows
+from sleb_cli.engine.model.gguf import convert_weights, transformers_knows
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.output.apply import Output, kept_tensors, move_if_proof_fails
 from sleb_cli.engine.output.proof import Planned, model_errors_fail_proof, place_proof, proof_error, prove
@@ -126,10 +127,10 @@ def _require_as_planned(pruned: GgufFile, aside: Path) -> None:
     Raises:
         ProofError: anything differs.
     """
-    with translate_errors(lambda words: proof_error(f"the gguf package cannot read it: {words}", KIND)):
-        found, source = gguf.GGUFReader(aside).tensors, gguf.GGUFReader(pruned.path).tensors
     with model_errors_fail_proof(KIND):
         written = read_gguf(aside)
+    with translate_errors(lambda words: proof_error(f"the gguf package cannot read it: {words}", KIND)):
+        found, source = QuickReader(aside).tensors, QuickReader(pruned.path).tensors
     if (what := _differing_entry(written, pruned)) is not None:
         raise proof_error(f"its metadata differs from what is expected: {what}", KIND)
     if len(found) != len(pruned.tensors):
@@ -184,8 +185,8 @@ def _prove_with_transformers(
     if architecture.block_count != block_count(file):
         return None, f"transformers reads {architecture.block_count} blocks in it, not {block_count(file)}"
     folder = aside.with_name(f"{aside.name}.checkpoint")
-    with model_errors_fail_proof(KIND):
-        convert_gguf(aside, folder, notify, architecture.dtype)
+    with model_errors_fail_proof(KIND), task(notify, f"Converting {aside.name}"):
+        convert_weights(read_gguf(aside), folder, architecture.dtype)
     planned = Planned(kept_tensors(hf_surgery))
     return prove(hf_surgery, folder, planned, place_proof(architecture, None), notify), None
 

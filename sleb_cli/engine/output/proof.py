@@ -148,7 +148,7 @@ class Planned:
 
     Attributes:
         tensors: exactly these tensors.
-        weights: the weight files by name; empty if another program wrote the folder, with whatever files.
+        weights: the weight files by name; empty if it is made from a GGUF file, whose proof covers the rest.
         texts: the contents of the files with settings, by name.
         copies: the dense model's files that are copied unchanged, by their relative paths.
         left_out: the names of the dense model's files in other formats.
@@ -215,7 +215,7 @@ def _as_planned(
         _require_files(folder, planned)
     _require_tensors(folder, planned)
     yield "complete", {}
-    if tokenizer is not None:
+    if tokenizer is not None and planned.weights:
         _require_same_tokens(source, folder, tokenizer)
     _require_same_bytes(folder, planned.tensors, notify)
     yield "same bytes", {}
