@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import WORDS, interrupt_healing, llama_config, prose, save_model, weight_bytes_of
 from sleb_cli.engine.recovery import heal
-from sleb_cli.engine.text.chat import cut_conversations
+from sleb_cli.engine.text.chat import cut_conversations, cut_rendered
 from sleb_cli.plan import RecoveryRecord, read_plan
 
 TEMPLATE = (
@@ -65,8 +65,8 @@ def test_a_recovery_is_reported_on_answers_too(sleb, chatty, text_file, tmp_path
 def test_the_losses_on_answers_are_those_of_a_plain_computation(sleb, chatty, text_file, tmp_path, monkeypatch):
     from sleb_cli.engine.text import calibration
 
-    talks, cut = [], cut_conversations
-    monkeypatch.setattr(calibration, "cut_conversations", lambda *a, **o: talks.append(cut(*a, **o)) or talks[-1])
+    talks, cut = [], cut_rendered
+    monkeypatch.setattr(calibration, "cut_rendered", lambda *a, **o: talks.append(cut(*a, **o)) or talks[-1])
     recover = ["apply", chatty, "--blocks", "2", "--recover", *TEXT, "--calibration", text_file, "-o", "out"]
     found = recovered(sleb(*recover, "--json")).conversations
     ids, mask = (each[: found.text.sequences] for each in talks[0])

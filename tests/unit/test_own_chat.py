@@ -2,17 +2,21 @@
 
 import json
 import random
+import re
 from dataclasses import replace
 from itertools import cycle
 
 import pytest
 import torch
+from test_chat import tokens_of
 
 import sleb_cli.engine.text.writing as text_writing
+from chat_templates import PUBLISHED
 from conftest import llama_config, random_model, tokenizer_with
 from families import tiny_config
 from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.text.calibration import calibrate_splits
+from sleb_cli.engine.text.chat import apply_template
 from sleb_cli.engine.text.mixture import parse_mixture
 from sleb_cli.engine.text.own_chat import _Writer
 from sleb_cli.engine.text.portions import Portions
@@ -49,18 +53,24 @@ def talk(question, answer):
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def wrote(tokenizer, template_prompts, *says, count=2, length=40, size=4, answers=False):
+def wrote(tokenizer, template_prompts, *says, count=2, length=40, size=4):
     """Let a model that says these in turn, over and over, write; return the conversations and what it was given."""
-    tokenizer, turns, given = tokenizer_with(tokenizer), cycle(says), []
-    writer = _Writer(random_model(llama_config(1)), tokenizer, "self-chat", length, answers=answers)
+    if isinstance(tokenizer, str):
+        tokenizer = tokenizer_with(tokenizer)
+    writer, turns, given = _Writer(random_model(llama_config(1)), tokenizer, "self-chat", length), cycle(says), []
 
     def more(prompts, new, forbidden, ends):
         given.extend(map(tokenizer.decode, prompts))
         said = [tokenizer(next(turns), add_special_tokens=False).input_ids[:new] for _ in prompts]
-        return [row[: next((at + 1 for at, token in enumerate(row) if token in ends), len(row))] for row in said]
+        said = [row[: next((at + 1 for at, token in enumerate(row) if token in ends), len(row))] for row in said]
+        assert not forbidden & {token for row in said for token in row}
+        return said
 
-    found = writer.write(more, size, count, template_prompts)
-    return [[(m["role"], m["content"]) for m in each] for each in found], given, writer.dropped
+    return writer.write(more, size, count, template_prompts), given, writer.dropped
+
+
+def said_in(talk):
+    return [(message["role"], message["content"]) for message in talk.messages]
 
 
 @pytest.mark.parametrize(
@@ -99,15 +109,21 @@ LONG = " ".join(f"snow{number}" for number in range(40))
     [
         (TURNS, "<s>user: ", "<s>user: river</s><s>assistant: ", "river</s>"),
         (SYSTEM, "<s>system: mill</s><s>user: ", "<s>system: mill</s><s>user: river</s><s>assistant: ", "river</s>"),
-        (WORDS, "[INST] ", "[INST] river [/INST] ", "river [/INST] and more"),
+        (WORDS, "[INST] ", "[INST] river [/INST]", "river [/INST] and more"),
+        (
+            PUBLISHED["r1"].tokenizer,
+            "<s><｜User｜>",
+            "<s><｜User｜>river<｜Assistant｜><think>\n",
+            "river<｜Assistant｜>",
+        ),
     ],
-    ids=["a token ends a message", "a system prompt", "words end a message"],
+    ids=["a token ends a message", "a system prompt", "words end a message", "no special token ends a message"],
 )
 def test_the_model_speaks_where_its_template_puts_words(template, asked, answered, question):
     found, given, _ = wrote(template, iter(()), question, LONG, count=1, size=1, length=60)
     assert given == [asked, answered]
-    ((of_user, answer),) = found
-    assert of_user == ("user", "river")
+    of_user, answer = said_in(found[0])
+    assert (len(found), of_user) == (1, ("user", "river"))
     assert answer[0] == "assistant"
     assert LONG.startswith(answer[1])
 
@@ -115,26 +131,52 @@ def test_the_model_speaks_where_its_template_puts_words(template, asked, answere
 def test_what_cannot_be_used_is_dropped_and_counted():
     questions = ["town</s>", "town</s>", "fish " * 30 + "</s>", "</s>", "mill stone water", "bridge</s>"]
     found, _, dropped = wrote(TURNS, iter(()), *questions, LONG, LONG, count=2, size=6)
-    assert [conversation[0][1] for conversation in found] == ["town", "bridge"]
+    assert [said_in(talk)[0][1] for talk in found] == ["town", "bridge"]
     assert dropped == 4
-    assert all(conversation[1][1].startswith("snow0 snow1") for conversation in found)
+    assert all(said_in(talk)[1][1].startswith("snow0 snow1") for talk in found)
 
 
 def test_a_short_conversation_gets_a_second_turn():
-    says = ["town</s>", "stone</s>", "fish</s>", LONG, LONG]  # the second question to a new conversation has no end
+    says = ["town</s>", " stone</s>", "fish</s>", LONG, LONG]  # the second question to a new conversation has no end
     found, _, _ = wrote(TURNS, iter(()), *says, count=1, length=80, size=1)
-    assert [role for role, _ in found[0]] == ["user", "assistant"] * 2
+    assert [role for role, _ in said_in(found[0])] == ["user", "assistant"] * 2
+    tokenizer = tokenizer_with(TURNS)
+    turns = "<s>user: town</s><s>assistant: ⟦ stone</s>⟧<s>user: fish</s><s>assistant: ⟦" + LONG
+    assert found[0].tokens[:60] == tokens_of(tokenizer, turns)[:60]
 
 
-def test_no_second_turn_where_the_template_would_change_the_first():
-    only_last = (
-        "{% for m in messages %}<s>{{ m.role }}: {% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}</s>"
-    )
-    template = only_last + "{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
-    says = ["town</s>", "stone</s>", "fish</s>", LONG, "mill</s>", LONG]
-    found, given, _ = wrote(template, iter(()), *says, count=1, length=80, size=1, answers=True)
-    assert any("stone" in prompt or "town" in prompt for prompt in given[2:])
-    assert {len(each) for each in found} == {2}
+ONLY_LAST = (
+    "{% for m in messages %}<s>{{ m.role }}: {% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}</s>"
+    "{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "end", "answer"),
+    [
+        (ONLY_LAST, "</s>", "stone</s>"),
+        (PUBLISHED["qwen3"].tokenizer, "<|im_end|>", "<think>\nking\n</think>\n\nstone<|im_end|>"),
+        (PUBLISHED["qwen3"].tokenizer, "<|im_end|>", "stone<|im_end|>"),
+        (PUBLISHED["r1"].tokenizer, "<｜Assistant｜>", "king\n</think>\n\nstone</s>"),
+    ],
+)
+def test_no_second_turn_where_the_template_would_change_the_first(template, end, answer):
+    says = [each for number in range(40) for each in (f"town{number}{end}", answer)]
+    found, _, _ = wrote(template, iter(()), *says, count=2, length=90, size=1)
+    assert {len(talk.messages) for talk in found} == {2}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_thoughts_and_answers_stay_as_the_model_wrote_them(name):
+    template = PUBLISHED[name]
+    own = [re.search("⟦(.*)⟧", text, re.DOTALL)[1] for text in (template.thinking, template.inside)]
+    answer = "river\n</think>\n\nfield</s>" if name == "r1" else own["river" not in own[0]]
+    answer = answer.replace("</s>", "") if name == "phi4-mini" else answer  # whose template adds it
+    asked, tokenizer = [{"role": "user", "content": "mill"}], template.tokenizer
+    found, given, _ = wrote(tokenizer, cycle([asked]), answer, count=1, length=120, size=2)
+    assert given[0] == apply_template(tokenizer, asked, "", tokenize=False, add_generation_prompt=True)
+    space = "\n" if template.last.endswith("\n") else ""
+    assert found[0].tokens == tokens_of(tokenizer, f"{given[0]}⟦{answer}⟧{space}")
 
 
 def test_a_model_that_writes_nothing_usable_is_refused(model, tmp_path):
@@ -160,11 +202,6 @@ def test_a_template_that_cannot_be_used_is_refused(model, template, length, mess
         calibrate_splits([settings("self-chat", length=length)], tokenizer_with(template), lambda: model, ignore)
 
 
-def test_a_template_that_hides_answers_is_refused_before_anything_is_written():
-    with pytest.raises(DataError, match="answers cannot be found"):
-        wrote("{{ messages[-1].content }}", iter(()), answers=True)
-
-
 def test_learned_positions_end_with_the_sequence():
     model, length = random_model(tiny_config("gpt2")), 128
     assert model.config.max_position_embeddings == length
@@ -175,7 +212,7 @@ def test_learned_positions_end_with_the_sequence():
     prompts = [[{"role": "user", "content": words}] for words in ("town", "fish " * 15)]
     says = " ".join(f"snow{number}" for number in range(99))
     found, _, dropped = wrote(TURNS, cycle(prompts), says, count=1, length=length, size=2)
-    assert ([conversation[0][1] for conversation in found], dropped) == ([prompts[1][0]["content"]], 1)
+    assert ([said_in(talk)[0][1] for talk in found], dropped) == ([prompts[1][0]["content"]], 1)
 
 
 def test_sequences_begin_conversations_and_are_cached_and_split(model):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.text.chat import cut_conversations, require_template
+from sleb_cli.engine.text.chat import cut_conversations, cut_rendered, require_template
 from sleb_cli.engine.text.mixture import interleave
 from sleb_cli.engine.text.own_chat import write_conversations
 from sleb_cli.engine.text.own_text import generate_own_text
@@ -129,7 +129,7 @@ def write_sequences(
         return generate_own_text(model, tokenizer, settings, notify), None
     length, answers = settings.sequence_length, settings.counts_own_answers
     conversations = write_conversations(model, tokenizer, source, settings, notify)
-    sequences, loss_mask = cut_conversations(tokenizer, conversations, source, length, answers=answers, asked=samples)
+    sequences, loss_mask = cut_rendered(conversations, source, length, answers=answers, asked=samples)
     return sequences[:samples], loss_mask[:samples] if answers else None
 
 

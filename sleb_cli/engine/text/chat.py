@@ -77,6 +77,13 @@ def cut_conversations(
         DataError: the template refuses a conversation, or there are fewer sequences than `asked`, or none.
     """
     rendered = [render(tokenizer, conversation, source, answers=answers) for conversation in conversations]
+    return cut_rendered(rendered, source, length, answers=answers, asked=asked)
+
+
+def cut_rendered(
+    rendered: Sequence[Tokens], source: str, length: int, *, answers: bool, asked: int | None
+) -> tuple[Tensor, Tensor]:
+    """Cut conversations that are tokens already; see `cut_conversations`."""
     sequences = [*pack(rendered, length)]
     if not sequences:
         raise _too_few(source, rendered, length, answers=answers)

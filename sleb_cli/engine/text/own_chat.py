@@ -10,19 +10,20 @@ import hashlib
 import math
 import random
 from collections.abc import Iterator
-from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import compress, cycle, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from sleb_cli.canaries.repetition import repetition
 from sleb_cli.engine.model.generation import end_tokens
-from sleb_cli.engine.text.chat import Tokens, apply_template, pack, render
+from sleb_cli.engine.text.chat import Tokens, apply_template, pack
 from sleb_cli.engine.text.settings import CalibrationSettings
 from sleb_cli.engine.text.sources import SELF_CHAT, Conversation, read_prompts
 from sleb_cli.engine.text.writing import GIVE_TEXT, Continue, Writing, write_or_find
 from sleb_cli.events import Notice, Notify
 from sleb_cli.units import plural
-from sleb_plugins import DataError, UnsupportedModelError, UsageError
+from sleb_plugins import UnsupportedModelError, UsageError
 
 MARK = "WORDS"
 """Stands for a message in a template, to find what is before and behind it."""
@@ -40,17 +41,30 @@ MOST_FRUITLESS = 64
 """After so many conversations in a row of which none can be used, the model is taken to write none."""
 FEWEST_TOKENS = 32
 """The least room for a turn."""
-SPARE_TOKENS = 8
-"""What is written beyond a sequence, so that an answer that was cut reaches its end when it is tokenized again."""
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A conversation whose answers the model writes.
+
+    Attributes:
+        messages: its messages.
+        tokens: it up to its last answer, with the tokens of answers, which count, as the model wrote them.
+        text: the same as the template writes it; None if that leaves out what the model wrote, such as a thought.
+    """
+
+    messages: Conversation = field(default_factory=list)
+    tokens: Tokens = field(default_factory=list)
+    text: str | None = ""
 
 
 def write_conversations(
     model: Any, tokenizer: Any, source: str, settings: CalibrationSettings, notify: Notify
-) -> list[Conversation]:
+) -> list[Tokens]:
     """Let the model write conversations for as many sequences as the settings have samples, or find them in the cache.
 
     Those whose message does not end or that repeat themselves are dropped. An answer that does not end fills its
-    sequence.
+    sequence. Thoughts are part of an answer.
 
     Raises:
         UsageError: sequences are too short for the chat template.
@@ -58,58 +72,56 @@ def write_conversations(
     """
     given = [] if source == SELF_CHAT else read_prompts(source, settings.split)
     count, length = settings.samples, settings.sequence_length
-    drawn, answers = f"{settings.seed}/{settings.split.begin:g}", settings.counts_own_answers
-    writer = _Writer(model, tokenizer, source, length, answers=answers)
+    drawn = f"{settings.seed}/{settings.split.begin:g}"
+    writer = _Writer(model, tokenizer, source, length)
 
-    def write(more: Continue, size: int) -> list[Conversation]:
+    def write(more: Continue, size: int) -> list[Tokens]:
         order = random.Random(drawn).sample(given, len(given))
-        found = writer.write(more, size, count, cycle(order))
-        dropped = f", without {writer.dropped} that did not end or repeated themselves" * bool(writer.dropped)
-        notify(Notice(f"{source}: the model wrote {plural(len(found), 'conversation')}{dropped}."))
+        found = [talk.tokens for talk in writer.write(more, size, count, cycle(order))]
+        told = f"{source}: the model wrote {plural(len(found), 'conversation')}"
+        if writer.dropped:
+            told += f", without {writer.dropped} that did not end or repeated themselves"
+        if 2 * (cut := sum(len(tokens) > length for tokens in found)) > len(found):
+            told += f"; {cut} are longer than {length} tokens, so use a larger --sequence-length"
+        notify(Notice(f"{told}."))
         return found
 
-    key = {"source": source, "drawn": drawn, "prompts": given, "template": tokenizer.chat_template, "answers": answers}
+    key = {"source": source, "drawn": drawn, "prompts": given, "template": tokenizer.chat_template, "tokens": True}
     seed = int.from_bytes(hashlib.sha256(drawn.encode()).digest()[:7])
     writing = Writing("Writing conversations", SPARE * count, length, seed, settings.writer, key)
     found, was_kept = write_or_find(model, writing, write, notify)
     if was_kept:
         notify(Notice(f"Using {plural(len(found), 'conversation')} that the model wrote before, from the cache."))
-    conversations: list[Conversation] = found
+    conversations: list[Tokens] = found
     return conversations
 
 
 class _Writer:
     """Writes conversations in rounds; `dropped` counts those that cannot be used."""
 
-    def __init__(self, model: Any, tokenizer: Any, source: str, length: int, *, answers: bool) -> None:
+    def __init__(self, model: Any, tokenizer: Any, source: str, length: int) -> None:
         self.model, self.tokenizer, self.source, self.length = model, tokenizer, source, length
-        self.answers, self.dropped = answers, 0
-        self.asked: set[str] = set()
-        self.special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        self.dropped, self.asked = 0, set[str]()
+        self.added = tokenizer.added_tokens_decoder
         self.ends = end_tokens(model, tokenizer)
 
-    def write(self, more: Continue, size: int, count: int, prompts: Iterator[Conversation]) -> list[Conversation]:
+    def write(self, more: Continue, size: int, count: int, prompts: Iterator[Conversation]) -> list[Talk]:
         """Write until there are `count` sequences, at most `size` conversations at once."""
-        self._render([{"role": "user", "content": MARK}, {"role": "assistant", "content": MARK}])  # or refuse at once
-        found, rendered, self.dropped = list[Conversation](), list[Tokens](), 0
+        found, self.dropped = list[Talk](), 0
         self.asked.clear()
         again = list[int]()  # which of those found get a second turn in the next round
         begun = fruitless = 0
-        while (missing := count - sum(1 for _ in pack(rendered, self.length))) > 0:
+        while (missing := count - sum(1 for _ in pack((talk.tokens for talk in found), self.length))) > 0:
             for_one = SPARE if missing == count else begun / (count - missing)
             fresh = max(1, min(size, max(FEWEST_AT_ONCE, math.ceil(for_one * missing))) - len(again))
             begun += fresh
-            given = list(islice(prompts, fresh))
-            asked = given or self._add("user", more, [*(found[at] for at in again), *([[]] * fresh)])
+            given = [Talk(prompt) for prompt in islice(prompts, fresh)]
+            asked = given or self._add("user", more, [*(found[at] for at in again), *([Talk()] * fresh)])
             ended = {place: each for place, each in enumerate(asked) if each}
             answered = dict(zip(ended, self._add("assistant", more, [*ended.values()]), strict=True))
             for place, at in enumerate(again):
-                if longer := answered.pop(place, None):
-                    with suppress(DataError):  # a template that changes the first turn for the second
-                        found[at], rendered[at] = longer, self._render(longer)
-            complete = [
-                (each, tokens) for each in answered.values() if each and self._counts(tokens := self._render(each))
-            ]
+                found[at] = answered.pop(place, None) or found[at]
+            complete = [*filter(None, answered.values())]
             self.dropped += fresh - len(complete)
             fruitless = 0 if complete else fruitless + fresh
             if fruitless >= MOST_FRUITLESS:
@@ -119,81 +131,111 @@ class _Writer:
                     hint=GIVE_TEXT,
                 )
             new = range(len(found), len(found) + len(complete))
-            found += [conversation for conversation, _ in complete]
-            rendered += [tokens for _, tokens in complete]
-            again = [at for at in new[::TWO_TURNS] if self.length - len(rendered[at]) >= FEWEST_TOKENS and not given]
+            found += complete
+            again = [at for at in new[::TWO_TURNS] if not given and found[at].text is not None]
+            again = [at for at in again if self.length - len(found[at].tokens) >= FEWEST_TOKENS]
         return found
 
-    def _counts(self, tokens: Tokens) -> bool:
-        """Whether a sequence that begins with this conversation has a token that counts."""
-        return any(counts for _, counts in tokens[1 : self.length])
-
-    def _render(self, conversation: Conversation) -> Tokens:
-        return render(self.tokenizer, conversation, self.source, answers=self.answers)
-
-    def _add(self, role: str, more: Continue, conversations: list[Conversation]) -> list[Conversation | None]:
+    def _add(self, role: str, more: Continue, talks: list[Talk]) -> list[Talk | None]:
         """Add a message to each; None where it repeats itself or, of a user's, does not end or was written before.
 
         An answer that does not end reaches the end of its sequence.
         """
-        if not conversations:
+        if not talks:
             return []
-        asks = role == "user"
-        prompts, endings = list[list[int]](), list[str]()
-        for conversation in conversations:
-            before, ending = self._around(conversation, role)
-            prompts.append(self.tokenizer(before, add_special_tokens=False).input_ids)
-            endings.append(ending)
-        fits = [len(prompt) < self.length for prompt in prompts]
-        room = self.length - min(map(len, prompts))
-        if room < FEWEST_TOKENS and asks and not conversations[0]:
+        asks, places = role == "user", [self._around(talk.messages, role) for talk in talks]
+        prompts = [self._prompt(talk, place) for talk, place in zip(talks, places, strict=True)]
+        fits = [0 < len(prompt) < self.length for prompt in prompts]
+        room = self.length - min(filter(None, map(len, prompts)), default=self.length)
+        if room < FEWEST_TOKENS and asks and not talks[0].messages:
             raise UsageError(
                 f"{self.source} does not fit sequences of {self.length} tokens: the chat template alone takes "
                 f"{self.length - room}.",
                 hint="Use a larger --sequence-length.",
             )
-        first = self.tokenizer(endings[0], add_special_tokens=False).input_ids[:1]
-        ends = self.ends | (set(first) & self.special)
-        begun, new = [*compress(prompts, fits)], max(1, room // 2) if asks else max(1, room) + SPARE_TOKENS
+        ends = self.ends | (set(self._ids(places[0].ending)[:1]) & self.added.keys())
+        may = ends if asks else ends | self._spoken()
+        forbidden = {token for token, each in self.added.items() if each.special} - may
+        begun = [[token for token, _ in prompt] for prompt in compress(prompts, fits)]
+        new = max(1, room // 2 if asks else room)
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit and begun:  # learned positions end there
             new = max(1, min(new, limit - max(map(len, begun))))
-        written = iter(more(begun, new, forbidden=self.special - ends, ends=ends) if begun else [])
-        found = list[Conversation | None]()
-        for prompt, conversation, ending, fit in zip(prompts, conversations, endings, fits, strict=True):
-            text = self._text(next(written), ends, ending) if fit else ("", False)
-            is_whole = asks or text[1] or len(prompt) + new >= self.length  # no limit cut it within its sequence
-            found.append(self._with(role, conversation, text) if is_whole else None)
+        written = iter(more(begun, new, forbidden=forbidden, ends=ends) if begun else [])
+        found = list[Talk | None]()
+        for talk, prompt, place, fit in zip(talks, prompts, places, fits, strict=True):
+            text, own, has_ended = self._text(next(written), ends, place.ending) if fit else ("", [], False)
+            is_whole = has_ended or (not asks and len(prompt) + new >= self.length)  # its sequence cuts it, no limit
+            if not is_whole or not text or repetition(text.split()) > MOST_REPETITION or (asks and text in self.asked):
+                found.append(None)
+                continue
+            messages = [*talk.messages, {"role": role, "content": text}]
+            if asks:
+                self.asked.add(text)
+                found.append(replace(talk, messages=messages))
+                continue
+            space = self._ids(place.after[len(place.after.rstrip()) :]) if has_ended else []
+            tokens = [*prompt, *((token, True) for token in own), *((token, False) for token in space)]
+            found.append(Talk(messages, tokens, place.shows(text)))
         return found
 
-    def _text(self, tokens: list[int], ends: set[int], ending: str) -> tuple[str, bool]:
-        """Return the text of what was written, and whether it ended, by a token or by what a template puts there."""
+    def _prompt(self, talk: Talk, place: _Place) -> Tokens:
+        """Return the tokens that a message continues; none if the template no longer begins with what was written."""
+        if talk.text is None or not place.prompt.startswith(talk.text):
+            return []
+        return [*talk.tokens, *((token, False) for token in self._ids(place.prompt.removeprefix(talk.text)))]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _text(self, tokens: list[int], ends: set[int], ending: str) -> tuple[str, list[int], bool]:
+        """Return what was written as text and as tokens, and whether it ended, by a token or by what a template says.
+
+        The text is without what ends it, the tokens are not.
+        """
         has_ended = tokens[-1] in ends
         text = self.tokenizer.decode(tokens[: len(tokens) - has_ended])
         if ending and ending in text:
             text, has_ended = text.partition(ending)[0], True
-        return text.strip(), has_ended
+            tokens = self._ids(text + ending)
+        return text.strip(), tokens, has_ended
 
-    def _with(self, role: str, conversation: Conversation, written: tuple[str, bool]) -> Conversation | None:
-        """Return the conversation with this message, unless it cannot be used."""
-        text, has_ended = written
-        if not text or repetition(text.split()) > MOST_REPETITION:
-            return None
-        if role == "user":
-            if not has_ended or text in self.asked:
-                return None
-            self.asked.add(text)
-        return [*conversation, {"role": role, "content": text}]
+    def _spoken(self) -> set[int]:
+        """Return the special tokens that an answer may have, such as those around a thought."""
+        asked = [{"role": "user", "content": MARK}]
+        answer = {"role": "assistant", "content": MARK, "reasoning_content": MARK, "thinking": MARK}
+        prompt = self._around(asked, "assistant").prompt
+        whole = apply_template(self.tokenizer, [*asked, answer], self.source, tokenize=False)
+        named = {token for token, each in self.added.items() if "think" in each.content.lower()}
+        return named | set(self._ids(whole.removeprefix(prompt) if whole.startswith(prompt) else ""))
 
-    def _around(self, conversation: Conversation, role: str) -> tuple[str, str]:
-        """Return what a template puts before the words of a next message, and the first line of what follows them."""
-        messages = [*conversation, {"role": role, "content": MARK}]
-        whole = apply_template(self.tokenizer, messages, self.source, tokenize=False, add_generation_prompt=True)
-        before, _, after = whole.rpartition(MARK)
+    def _around(self, conversation: Conversation, role: str) -> _Place:
+        """Return where a template puts the words of a next message."""
+        messages, asks = [*conversation, {"role": role, "content": MARK}], role == "user"
+        template = partial(apply_template, self.tokenizer, source=self.source, tokenize=False)
+        before, _, after = template(messages, add_generation_prompt=asks).rpartition(MARK)
         if not before:
             raise UsageError(
                 f"The chat template does not show where the words of a {role} begin, so the model cannot write "
                 f"{self.source}.",
                 hint=GIVE_TEXT,
             )
-        return before, after.strip().partition("\n")[0]
+        return _Place(before if asks else template(conversation, add_generation_prompt=True), before, after)
+
+
+class _Place(NamedTuple):
+    """Where a template puts the words of a message: the text that they continue, and all before and after them."""
+
+    prompt: str
+    before: str
+    after: str
+
+    @property
+    def ending(self) -> str:
+        """The first line of what follows the words."""
+        return self.after.strip().partition("\n")[0]
+
+    def shows(self, words: str) -> str | None:
+        """Return the conversation with these words; None if the template does not put them where they are written."""
+        is_continued = self.before.startswith(self.prompt) and not self.before.removeprefix(self.prompt).strip()
+        return f"{self.before}{words}{self.after}" if is_continued else None
