@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from sleb_cli.engine.search.race import student_quantile
+from scipy.special import stdtrit
+
 from sleb_cli.engine.text.calibration import Calibration
 from sleb_cli.plan import Step
 from sleb_plugins import UsageError
@@ -70,5 +71,5 @@ def compare_growth(searched: Sequence[float], held_out: Sequence[float], tail: f
         return generalization_gap, 0.0, False
     squares = sum(sum((value - fmean(part)) ** 2 for value in part) for part in (searched, held_out))
     error = math.sqrt(squares / freedom * (1 / len(searched) + 1 / len(held_out)))
-    limit = student_quantile(tail, freedom) * error
+    limit = float(stdtrit(freedom, 1 - tail)) * error
     return generalization_gap, error, freedom >= MIN_DEGREES_OF_FREEDOM and 0 < limit < generalization_gap

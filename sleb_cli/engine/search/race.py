@@ -1,18 +1,18 @@
-"""Racing: stop scoring a candidate once others are clearly ahead. Pure arithmetic.
+"""Racing: stop scoring a candidate once little is at stake. Pure arithmetic.
 
-Candidates are compared in pairs, sequence by sequence, which cancels out how hard a sequence is. The mean over *all*
-sequences decides, and they come in random order, without replacement. A candidate drops out if another leads by more
-standard errors than Student's t exceeds by chance, by Bonferroni over looks and pairs, so that a step drops a true
-winner with a probability of at most `ERROR`. Two things make the most of few sequences:
+The mean over *all* sequences decides, and they come in random order, without replacement. At each look, candidates are
+compared with the leader, sequence by sequence, which cancels out how hard a sequence is. One drops out once the loss
+expected from ignoring it is negligible: s (phi(z) - z (1 - Phi(z))), where z = d / s, if it is d behind with a standard
+error s (expected improvement: Jones, Schonlau, Welch, Efficient Global Optimization, 1998, section 4.1). So rivals far
+behind need few sequences, and near ties end early, since it hardly matters which of them goes. Two things make the most
+of few sequences:
 
-- From one step to the next, the differences of a pair hardly change (correlation 0.75 to 0.93 on SmolLM2). So their
-  mean is estimated as that of the step before, over all sequences seen there, plus the change on those seen here.
-- The variance of a pair is taken as the larger of its own and the median of all pairs. So its own cannot be too small
-  by chance, and the quantile has more degrees of freedom.
+- From one step to the next, distances change little. So those of the step before count as well, by their precision,
+  and a candidate that no such change would bring back is not scored at all.
+- The variance of a pair is at least the median of all pairs, in which the first look of the search keeps a part.
 
-This is not exact, since each look counts only the pairs still in the race, and real differences are not normal. It
-holds in simulation, with tails as heavy as those of Student's t with 3 degrees of freedom, and if one candidate
-scatters five times as much as the others; it does not hold if differences are so skewed that a few sequences decide.
+`tests/benchmarks/race.py` measures what this costs. It fails where a few sequences decide: if differences are very
+skewed, or if the true winner scatters several times as much as the others.
 """
 
 from __future__ import annotations
@@ -21,28 +21,31 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from statistics import fmean
+from statistics import fmean, median
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import ndtr
 
 from sleb_cli.engine.search.choices import Outcome, ranking
 from sleb_cli.plan import DropRecord, RaceRecord
 
-ERROR = 0.05
-"""The largest probability that a step drops a true winner."""
+NEGLIGIBLE = 1 / 400
+"""The expected loss at which a candidate drops out, as a share of the median candidate's distance behind the leader."""
+
+DRIFT = 0.35
+"""The standard deviation of a candidate's change from one step to the next, as such a share."""
 
 LOOKS = 32
 """About how many batches the sequences of a race are cut into; after some of them, candidates may drop out."""
 
-# Few sequences say nothing of chance, two looks at nearly the same sequences say nearly the same, and near the end
+# One sequence says nothing of chance, two looks at nearly the same sequences say nearly the same, and near the end
 # little is saved.
-FIRST_LOOK = 4
+FIRST_LOOK = 2
 GROWTH = 1.25
-LAST_LOOK = 0.8
+LAST_LOOK = 0.9
 
-POOLED_FREEDOM = 6
-"""How many degrees of freedom other pairs add to the variance of a pair, at most one each."""
+KEPT_FREEDOM = 8
+"""How many degrees of freedom the first look of a search adds to the variance of the median pair."""
 
 
 @dataclass
@@ -52,15 +55,25 @@ class Race:
     Attributes:
         candidates: all of them, in the order of the blocks.
         sequences: how many sequences there are.
-        before: scores of candidates in the step before, by sequence in the same order, as far as they were scored.
+        before: the race of the step before.
         dropped: the candidates that dropped out.
     """
 
     candidates: Sequence[int]
     sequences: int
-    before: Mapping[int, Sequence[float]] = field(default_factory=dict)
-    dropped: dict[int, DropRecord] = field(default_factory=dict)
+    before: Race | None = None
+    dropped: dict[int, DropRecord] = field(default_factory=dict, init=False)
+    _behind: dict[int, tuple[float, float]] = field(default_factory=dict, init=False)
+    """How far each candidate is behind the leader, and the square of its standard error."""
+    _spread: float | None = field(default=None, init=False)
+    """The variance of the median pair at the first look of the search."""
     _looked: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.before is not None:
+            self._spread, self._behind = self.before._spread, dict(self.before._behind)
+            known = [block for block in self.candidates if block in self._behind]
+            self._look(known, np.empty((len(known), 0)))
 
     @property
     def contenders(self) -> list[int]:
@@ -70,69 +83,60 @@ class Race:
     @property
     def evaluations(self) -> int:
         """How many evaluations of one candidate on one sequence this step takes if no other candidate drops out."""
-        return sum(map(self.scored, self.candidates))
-
-    def scored(self, block: int) -> int:
-        """How many sequences a candidate is scored on if it drops out no more."""
-        return self.dropped[block].sequences if block in self.dropped else self.sequences
+        return len(self.contenders) * self.sequences + sum(drop.sequences for drop in self.dropped.values())
 
     def drop_beaten(self, scores: Mapping[int, Sequence[float]]) -> None:
-        """Drop each contender that is behind another by more than chance explains.
+        """Drop each contender that is too far behind to matter.
 
         `scores` holds those of each contender so far, one per sequence and in the same order.
         """
         blocks = [block for block in self.contenders if fmean(scores[block]) < math.inf]  # differences must be numbers
-        if not blocks:
+        seen = len(scores[blocks[0]]) if blocks else 0
+        due = any(self._looked < look <= seen for look in look_schedule(self.sequences))
+        if due and seen < LAST_LOOK * self.sequences:
+            self._looked = seen
+            self._look(blocks, np.array([scores[block] for block in blocks]))
+
+    def _look(self, blocks: Sequence[int], scores: np.ndarray) -> None:
+        if len(blocks) < 2:
             return
-        seen, rivals = len(scores[blocks[0]]), len(blocks) - 1
-        looks = look_schedule(self.sequences)
-        due = [look for look in looks if self._looked < look <= seen]
-        if not due or rivals < 1 or seen >= LAST_LOOK * self.sequences:
-            return
-        self._looked = seen
-        behind, errors = self._compare(blocks, np.array([scores[block] for block in blocks]))
-        freedom = seen - 1 + min(POOLED_FREEDOM, math.comb(len(blocks), 2) - 1)
-        limit = student_quantile(ERROR * len(due) / len(looks) / rivals, freedom)
-        for block, leads, distances in zip(blocks, behind, errors, strict=True):
-            rival = np.argmax(distances)
-            if distances[rival] > limit:
-                distance = min(float(distances[rival]), 1e9)
-                self.dropped[block] = DropRecord(sequences=seen, behind=float(leads[rival]), errors=distance)
+        behind, variance = self._compare(blocks, scores)
+        leader = int(np.argmax(behind.min(1)))
+        found = dict(zip(blocks, zip(behind[leader].tolist(), variance[leader].tolist(), strict=True), strict=True))
+        self._behind |= found
+        negligible = NEGLIGIBLE * _median_distance(self._behind)
+        for block, (distance, squared) in found.items():
+            error = math.sqrt(squared)
+            if block != blocks[leader] and expected_improvement(distance, error) < negligible:
+                errors = min(distance / error, 1e9) if error else 1e9
+                self.dropped[block] = DropRecord(sequences=scores.shape[1], behind=distance, errors=errors)
 
     def _compare(self, blocks: Sequence[int], scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return how far each row of scores is behind each other one, also in standard errors."""
-        seen = scores.shape[1]
-        differences = scores[:, None] - scores
-        behind, variance = differences.mean(-1), _pooled(differences)
-        squared_error = variance * (1 / seen - 1 / self.sequences)
-        known, sums = self._known_before(blocks)
-        more = known > seen
-        if np.triu(more, 1).any():
-            # The sample of this step lies within that of the step before (Cochran, Sampling Techniques, chapter 12).
-            earlier = np.diff(sums[:, : seen + 1])
-            changes = differences - (earlier[:, None] - earlier)
-            row = np.arange(len(blocks))
-            before = (sums[row[:, None], known] - sums[row, known]) / known
-            of_both = variance * (1 / known - 1 / self.sequences) + _pooled(changes, more) * (1 / seen - 1 / known)
-            better = more & (of_both < squared_error)
-            behind = np.where(better, before + changes.mean(-1), behind)
-            squared_error = np.where(better, of_both, squared_error)
-        certain = np.where(behind > 0, np.inf, 0.0)
-        return behind, np.divide(behind, np.sqrt(squared_error), out=certain, where=squared_error > 0)
+        """Return how far each column's block is behind each row's, over all sequences, and the variance of that.
 
-    def _known_before(self, blocks: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Return on how many sequences both of a pair were scored in the step before, and each block's running sums."""
-        sums, known = np.zeros((len(blocks), self.sequences + 1)), np.ones(len(blocks), dtype=int)
-        for row, block in enumerate(blocks):
-            scores = self.before.get(block, ())
-            if scores and fmean(scores) < math.inf:
-                known[row] = len(scores)
-                sums[row, 1 : len(scores) + 1] = np.cumsum(scores)
-        return np.minimum.outer(known, known), sums
+        It is found from the step before and from this one's scores, weighted by their precision.
+        """
+        known = self.before._behind if self.before else {}
+        drift = DRIFT * _median_distance(known)
+        level, squared = np.array([known.get(block, (0.0, math.inf)) for block in blocks]).T
+        precision = _inverse(squared + squared[:, None] + 2 * drift**2)
+        weighted = precision * (level - level[:, None])
+        if seen := scores.shape[1]:
+            means, variance = scores.mean(1), (scores - scores[:, None]).var(-1, ddof=1)
+            freedom = seen - 1
+            # Estimates of a variance scatter as chi-squared does, whose median Wilson and Hilferty approximate.
+            typical = float(np.median(variance[np.triu_indices(len(blocks), 1)])) / (1 - 2 / (9 * freedom)) ** 3
+            if self._spread is None:
+                self._spread = typical
+            typical = (freedom * typical + KEPT_FREEDOM * self._spread) / (freedom + KEPT_FREEDOM)
+            found = _inverse(variance.clip(min=typical) * (1 / seen - 1 / self.sequences))
+            precision, weighted = precision + found, weighted + found * (means - means[:, None])
+        return weighted / precision, 1 / precision
 
     def outcome(self, scores: Mapping[int, float]) -> Outcome:
         """Return the result, given the score of each survivor over all sequences."""
         best, *others = ranking(scores)
+        self._behind |= {block: (score - scores[best], 0.0) for block, score in scores.items() if score < math.inf}
         margin = scores[others[0]] - scores[best] if others and scores[others[0]] < math.inf else None
         return Outcome(scores, RaceRecord(margin=margin, dropped=self.dropped))
 
@@ -165,13 +169,18 @@ def rounds(batches: Sequence[int], *, few: bool = False) -> list[range]:
     return [range(*bounds) for bounds in pairwise([*ends, len(batches)])]
 
 
-def _pooled(differences: np.ndarray, known: np.ndarray | None = None) -> np.ndarray:
-    """Return the variance of each pair's differences, but at least the median of the pairs that are known."""
-    variance: np.ndarray = differences.var(-1, ddof=1)
-    pairs = np.triu(np.ones_like(variance, dtype=bool) if known is None else known, 1)
-    return variance.clip(min=float(np.median(variance[pairs])))
+def expected_improvement(behind: float, error: float) -> float:
+    """Return by how much a candidate improves on the leader, in expectation over where it turns out to be better."""
+    if not error:
+        return max(0.0, -behind)
+    z = behind / error
+    return error * (math.exp(-z * z / 2) / math.sqrt(2 * math.pi) - z * float(ndtr(-z)))
 
 
-def student_quantile(tail: float, freedom: int) -> float:
-    """Return the value that Student's t with `freedom` degrees of freedom exceeds with probability `tail`."""
-    return -float(stdtrit(freedom, tail))
+def _median_distance(behind: Mapping[int, tuple[float, float]]) -> float:
+    return median([distance for distance, _ in behind.values() if distance > 0] or [0.0])
+
+
+def _inverse(variance: np.ndarray) -> np.ndarray:
+    inverse: np.ndarray = 1 / np.maximum(variance, 1e-30)
+    return inverse

@@ -47,7 +47,7 @@ from sleb_plugins import HiddenStateMetric, LogitMetric, ModelError, ModelMetric
 LARGEST_LOSS = math.log(sys.float_info.max)
 """In nats per token; the perplexity of a larger one is no finite number."""
 
-RACED = 12
+RACED = 7
 """On about how many sequences a race scores a candidate, on average."""
 
 

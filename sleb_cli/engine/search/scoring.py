@@ -69,8 +69,8 @@ class Scoring:
     group: ProcessGroup = field(default_factory=ProcessGroup)
     require_sound: Callable[[], None] = lambda: None
     _of_weights: dict[int, float] = field(default_factory=dict, init=False)
-    _raced: dict[tuple[int, ...], dict[int, int]] = field(default_factory=dict, init=False)
-    """On how many sequences each candidate counted in a race, by the blocks that were gone."""
+    _races: dict[tuple[int, ...], Race] = field(default_factory=dict, init=False)
+    """The races so far, by the blocks that were gone."""
 
     @property
     def skippable(self) -> SkippableModel:
@@ -198,7 +198,7 @@ class Scoring:
         if not self.fast:
             self._score_tokens(self.passes, metric, removed, candidates, self._batches, advance)
             return Outcome(self._means(removed, candidates))
-        race = Race(candidates, self.sequences, self._raced_before(removed))
+        race = Race(candidates, self.sequences, self._races.get(removed[:-1]) if removed else None)
         sizes = [len(batch) for batch in self.passes.batches]
         for batches in rounds(sizes, few=not self.skippable.weights.resident):
             self._score_tokens(self.passes, metric, removed, race.contenders, batches, advance)
@@ -207,14 +207,8 @@ class Scoring:
                 race.drop_beaten({block: self.journal.scores(removed, block, seen) for block in race.contenders})
                 leader = self._leader(removed, race.contenders)
                 advance(expected - race.evaluations, f"{leader}, {len(race.contenders)} still racing")
-        self._raced[removed] = {block: race.scored(block) for block in candidates}
+        self._races[removed] = race
         return race.outcome(self._means(removed, race.contenders))
-
-    def _raced_before(self, removed: tuple[int, ...]) -> dict[int, list[float]]:
-        """Return the scores that counted in the race of the step before, in the order of the sequences."""
-        earlier = removed[:-1]
-        counted = self._raced.get(earlier, {}) if removed else {}
-        return {block: self.journal.scores(earlier, block, self._batches)[:count] for block, count in counted.items()}
 
     @torch.inference_mode()
     def _score_tokens(
