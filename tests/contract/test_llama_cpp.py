@@ -1,4 +1,4 @@
-"""llama.cpp itself, compiled into a virtual environment of its own, runs the files that we cut."""
+"""llama.cpp itself, from a wheel in a virtual environment of its own, runs the files that we cut."""
 
 import json
 import subprocess
@@ -18,26 +18,27 @@ NEW_TOKENS = 32
 
 GENERATE = """
 import json, sys
-from llama_cpp import Llama
+from xllamacpp import CommonParams, Server
 
 path, prompt, count = json.loads(sys.argv[1])
-model = Llama(path, n_ctx=128, verbose=False)
-new = model.generate(prompt, temp=0, top_k=1)
-print(json.dumps([int(next(new)) for _ in range(count)]))
+settings = CommonParams()
+settings.model.path, settings.n_ctx, settings.n_parallel, settings.verbosity = path, 128, 1, 10
+asked = {"prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True, "return_tokens": True}
+print(json.dumps(Server(settings).handle_completions(asked)["__verbose"]["tokens"]))
 """
 
 
 @pytest.fixture(scope="module")
 def llama_cpp(tmp_path_factory):
-    """Generate greedily with llama.cpp; compiling it takes minutes."""
+    """Generate greedily with llama.cpp, which llama-cpp-python would compile for minutes."""
     home = tmp_path_factory.mktemp("llama-cpp")
     venv.create(home, with_pip=True)
     python = home / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "llama-cpp-python"], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--only-binary", ":all:", "xllamacpp"], check=True)
 
     def generate(path):
         request = json.dumps([str(path), PROMPT, NEW_TOKENS])
-        done = subprocess.run([python, "-c", GENERATE, request], check=True, capture_output=True, text=True)
+        done = subprocess.run([python, "-c", GENERATE, request], check=True, capture_output=True)
         return json.loads(done.stdout)
 
     return generate
