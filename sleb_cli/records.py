@@ -25,6 +25,9 @@ MOST_BLOCKS = 4096
 Perplexity = Annotated[float, Field(gt=0)]
 
 
+_FAULTS = {"missing": "missing", "extra_forbidden": "unknown"}
+
+
 class UnreadableRecord(ValueError):
     """A file is not a record; the message says why."""
 
@@ -77,7 +80,8 @@ def first_fault(error: ValidationError, whole: str) -> str:
     is_number = first["type"] == "literal_error" and isinstance(first["input"], int) and abs(first["input"]) < 1000
     found = f", not {first['input']}" if is_number else ""
     place = [str(part) if len(str(part)) <= 40 else f"{str(part)[:40]}…" for part in first["loc"]]
-    return f"{'.'.join(place) or whole}: {first['msg'].rstrip('.')}{found}"
+    words = _FAULTS.get(first["type"]) or first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    return f"{'.'.join(place) or whole}: {words.rstrip('.')}{found}"
 
 
 def without_folders(name: str) -> str:

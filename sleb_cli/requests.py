@@ -154,7 +154,7 @@ _result_file = partial(option, "Write the result to this JSON file.", _OUTPUT)
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A request, whose numbers are all in the range of their fields.
+    """A request without empty values, whose numbers are all in the range of their fields.
 
     Raises:
         UsageError: one is not.
@@ -163,9 +163,12 @@ class Request:
     def __post_init__(self) -> None:
         for each in fields(self):
             doc, value = each.metadata["doc"], getattr(self, each.name)
+            name = doc.metavar if doc.argument else f"--{each.name.replace('_', '-')}"
+            if value == "" or (isinstance(value, tuple) and "" in value):  # as of a shell's variable that is not set
+                raise UsageError(f"{name} has an empty value.", hint="Write one, or leave it out.")
             if isinstance(value, bool) or not isinstance(value, int | float) or doc.least <= value <= doc.most:
                 continue
-            given = f"--{each.name.replace('_', '-')} {f'{value:g}' if isinstance(value, float) else value}"
+            given = f"{name} {f'{value:g}' if isinstance(value, float) else value}"
             if value > doc.most:
                 raise UsageError(f"{given} is too large.", hint=f"Use {doc.most:,} or less.")
             fault = "is too small" if value < doc.least else "is not a number"

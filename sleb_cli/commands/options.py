@@ -17,6 +17,8 @@ from sleb_plugins.errors import did_you_mean
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print only the result, as JSON.")]
 
+_NUMBERS = {int: "a whole number", float: "a number"}
+
 
 @dataclass(frozen=True)
 class How:
@@ -71,7 +73,8 @@ class _Option:
     @property
     def parameter(self) -> inspect.Parameter:
         """The parameter that Typer reads: a list is text with commas, or a repeated option."""
-        kind: Any = list[str] if self.doc.repeated else str if self.choices or self.item else self.kind
+        as_text = self.choices or self.item or self.kind in _NUMBERS
+        kind: Any = list[str] if self.doc.repeated else str if as_text else self.kind
         default = (
             inspect.Parameter.empty if self.field.default is MISSING else None if self.item else self.field.default
         )
@@ -87,7 +90,9 @@ class _Option:
             self.flag + negative,
             *(["-o"] if self.field.name == "output" else []),
             help=self.doc.help + (f" (default: {shown})" if has_default else ""),
-            metavar=self.doc.metavar or "|".join(self.choices) or None,
+            metavar=self.doc.metavar
+            or "|".join(self.choices)
+            or (f"<{self.kind.__name__}>" if self.kind in _NUMBERS else None),
             autocompletion=self._complete if self.choices else None,
             show_default=False,
             rich_help_panel=self.doc.panel,
@@ -100,16 +105,22 @@ class _Option:
         """Return the field's value for what Typer read.
 
         Raises:
-            UsageError: it is not one of the choices, or not a list of numbers where one is needed.
+            UsageError: it is not one of the choices, or no number or list of numbers where one is needed.
         """
         if value is None:
             return self.field.default
         if self.choices and value not in self.choices:
             raise UsageError(f"Unknown value {value!r} for {self.flag}.", hint=did_you_mean(value, self.choices))
+        if self.kind in _NUMBERS:
+            try:
+                return self.kind(value)
+            except ValueError as error:
+                what = _NUMBERS[self.kind]
+                raise UsageError(f"{self.flag} {value!r} is not {what}.", hint="Write it in digits.") from error
         if self.item is None:
             return value
         parts = value if self.doc.repeated else [part.strip() for part in value.split(",")]
         try:
-            return tuple(self.item(part) for part in parts if part or self.item is int)
+            return tuple(map(self.item, parts))
         except ValueError as error:
             raise UsageError(f"{self.flag} {value!r} is not a list of numbers.", hint="Write it like 5,4,9.") from error
