@@ -91,7 +91,7 @@ def test_a_model_that_cannot_be_compiled_is_said_so(bench, tiny_llama, without_m
 
     compiled = "torch.compile" if workload == "--prompt" else "transformers.PreTrainedModel.get_compiled_call"
     monkeypatch.setattr(compiled, lambda *given, **options: fail)
-    said = bench(tiny_llama, workload, *QUICK, "--new-tokens", 3, "--compile", code=7).stderr
+    said = bench(tiny_llama, workload, *QUICK, "--compile", code=7).stderr
     assert "torch.compile does not work for this model on this machine: no compiler was found" in said
 
 

@@ -35,6 +35,10 @@ THREE = {"perplexity": ("t.txt",), "blocks": (1, 2, 3)}
         ({**THREE, "every": 2, "remove": (1,)}, UsageError, "cannot be combined"),
         ({**THREE, "remove": (2, 4)}, UsageError, "--remove 1 to 3"),
         ({"remove": (1,)}, UsageError, "No blocks given"),
+        ({"limit": 5}, UsageError, "--limit requires --tasks"),
+        ({"perplexity": ("t.txt",), "num_fewshot": 0}, UsageError, "--num-fewshot requires --tasks"),
+        ({"run_code": True}, UsageError, "--run-code requires --tasks"),
+        ({"tasks": ("piqa",), "sequence_length": 64}, UsageError, "--sequence-length requires --perplexity"),
     ],
 )
 def test_what_cannot_be_is_refused(tiny_llama, tmp_path, monkeypatch, options, error, message):

@@ -262,6 +262,7 @@ def test_prompts_are_read_and_answered_each_in_one_part(model, tmp_path, name, c
     [
         ("p.txt", "one\ntwo", r"p\.txt has 2 prompts, but needs at least 10\."),
         ("none.txt", None, r"no file none\.txt"),
+        ("", None, r"no file answers:\."),
         ("p.jsonl", '{"prompt": "a"}\n{"messages": [{"role": "assistant", "content": "a"}]}', r"Line 2 of p\.jsonl"),
         ("p.jsonl", '{"messages": [{"role": "system", "content": "a"}]}', r"Line 1 of p\.jsonl .* there is no prompt"),
     ],

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sleb_cli.engine.device import parse_dtype
-from sleb_cli.engine.door.machine import require_one_placement
+from sleb_cli.engine.door.options import first_given, require_one_placement, require_what_they_need
 from sleb_cli.engine.door.subject import first_removals, is_plan, read_named_plan, resolve_subject
 from sleb_cli.engine.gguf.file import GgufFile, read_gguf
 from sleb_cli.engine.gguf.surgery import GgufSurgery, plan_gguf_surgery
@@ -124,17 +123,7 @@ def _require_coherent(request: ApplyRequest) -> None:
         )
     if request.keep_failed is not None and request.no_verify:
         raise UsageError("--keep-failed requires the proof that --no-verify skips.", hint="Use one of them.")
-    for names, needed in _NEEDS.items():
-        if (given := _first_given(request, names)) and not _first_given(request, needed):
-            options = " or ".join(f"--{name}" for name in needed)
-            raise UsageError(f"{given} requires {options}.", hint=f"Use both, or leave out {given}.")
-
-
-def _first_given(request: ApplyRequest, names: Sequence[str]) -> str | None:
-    """Return the first of these options that the user gave."""
-    unset = ApplyRequest()
-    given = (name for name in names if getattr(request, name) != getattr(unset, name))
-    return next((f"--{name.replace('_', '-')}" for name in given), None)
+    require_what_they_need(request, _NEEDS)
 
 
 def _gguf_to_cut(request: ApplyRequest, own: Path | None) -> Path | None:
@@ -147,8 +136,8 @@ def _gguf_to_cut(request: ApplyRequest, own: Path | None) -> Path | None:
         UsageError: the output, the source and the other options contradict each other.
     """
     output, source = request.output, request.source
-    recovery = _first_given(request, ("recover", "heal"))
-    for_checkpoints = _first_given(request, ("device_map", "stream", "dtype", "max_shard_size"))
+    recovery = first_given(request, ("recover", "heal"))
+    for_checkpoints = first_given(request, ("device_map", "stream", "dtype", "max_shard_size"))
     named_file = output is not None and output.suffix == ".gguf"
     if source is None and not named_file:
         return None if output is not None or for_checkpoints or recovery else own
@@ -161,10 +150,6 @@ def _gguf_to_cut(request: ApplyRequest, own: Path | None) -> Path | None:
         raise UsageError(
             f"{for_checkpoints} does not apply to a GGUF file, whose tensors are copied as they are.",
             hint="Write a checkpoint of the model instead: choose a folder with -o, without --source.",
-        )
-    if output is not None and not named_file:
-        raise UsageError(
-            f"--source writes a GGUF file, but {output} does not end in .gguf.", hint="Add .gguf to the name."
         )
     if source is not None and request.model is not None:
         raise UsageError(

@@ -13,6 +13,7 @@ import torch
 
 from sleb_cli.atomic import require_new_file
 from sleb_cli.engine.device import choose_device, free_bytes
+from sleb_cli.engine.door.options import require_what_they_need
 from sleb_cli.engine.door.subject import resolve_subject, sizes
 from sleb_cli.engine.forward.placement import choose_dtype
 from sleb_cli.engine.forward.streaming import weight_bytes
@@ -53,6 +54,8 @@ def resolve_bench(request: BenchRequest, registry: Registry, notify: Notify) -> 
         _refuse(request, ["device", "compile", *others], f"does not apply to --engine {engine.name}")
     else:
         _refuse(request, ["source"], "requires --engine")
+    if request.prompt:
+        require_what_they_need(request, {("new_tokens",): ("generation",)})
     device = choose_device(request.device)
     subject = resolve_subject(request, registry, notify)
     architecture = subject.architecture

@@ -13,7 +13,7 @@ from typing import Any
 from sleb_cli.atomic import require_new_file
 from sleb_cli.canaries import FOLDER
 from sleb_cli.engine.device import choose_device, parse_dtype
-from sleb_cli.engine.door.machine import require_one_placement
+from sleb_cli.engine.door.options import Needs, require_one_placement, require_what_they_need
 from sleb_cli.engine.door.subject import resolve_subject, sizes, with_recovered
 from sleb_cli.engine.forward.placement import Placement, place_model
 from sleb_cli.engine.forward.streaming import weight_bytes
@@ -37,6 +37,12 @@ from sleb_cli.requests import AUTO, DEFAULT_TEXT, EvalRequest
 from sleb_cli.units import in_shell
 from sleb_plugins import DataError, PlanError, UsageError
 
+_NEED_TASKS: Needs = {
+    ("limit", "num_fewshot", "apply_chat_template", "include_path", "run_code", "show_flips"): ("tasks",)
+}
+_NEED_TEXTS: Needs = {("sequence_length", "max_windows", "bos"): ("perplexity",)}
+"""Options that do nothing without texts, of which there is one by default unless there are tasks."""
+
 
 def resolve_evaluation(request: EvalRequest, registry: Registry, notify: Notify, group: ProcessGroup) -> Evaluation:
     """Check the options, find the plan and the model, and read the texts and tasks; no weight is loaded.
@@ -48,6 +54,8 @@ def resolve_evaluation(request: EvalRequest, registry: Registry, notify: Notify,
     """
     if group.is_main and request.output is not None:
         require_new_file(request.output, force=request.force)
+    require_one_placement(request)
+    require_what_they_need(request, _NEED_TASKS | (_NEED_TEXTS if request.tasks else {}))
     batch_size = _batch_size(request.batch_size)
     subject = group.main_first(lambda: with_recovered(resolve_subject(request, registry, notify), registry, notify))
     placement = _place(subject, request, notify, group)
@@ -75,7 +83,6 @@ def _batch_size(asked: str | int) -> int | None:
 
 def _place(subject: Subject, request: EvalRequest, notify: Notify, group: ProcessGroup) -> Placement:
     """Choose where the models are and in which data type they compute."""
-    require_one_placement(request)
     if request.stream and request.tasks:
         raise UsageError(
             "--tasks needs the whole model in memory: with --stream, each batch of requests would read it again.",

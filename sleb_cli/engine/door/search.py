@@ -10,7 +10,7 @@ from typing import Any
 
 from sleb_cli.atomic import require_new_file
 from sleb_cli.engine.device import choose_device, dtype_name, parse_dtype
-from sleb_cli.engine.door.machine import require_one_placement
+from sleb_cli.engine.door.options import require_one_placement
 from sleb_cli.engine.forward.placement import Placement, place_model
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.sizes import PerBlock, cache_bytes, count_parameters, stored_bytes

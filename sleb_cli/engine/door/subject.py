@@ -16,6 +16,7 @@ from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import DEFAULT_PLAN, OneSizeRequest, SizesRequest
 from sleb_cli.units import plural
 from sleb_plugins import PlanError, UsageError
+from sleb_plugins.errors import did_you_mean
 
 
 def sizes(subject: Subject, request: SizesRequest) -> tuple[Surgery, ...]:
@@ -68,7 +69,12 @@ def resolve_subject(
     elif removals is not None:
         removals = first_removals(removals, _most(request), "--blocks")
     elif needs_removals or _most(request) is not None:
-        raise UsageError(f"No blocks given for {model}.", hint="Name a plan, or use --blocks 5,4,9.")
+        hint = "Name a plan, or use --blocks 5,4,9."
+        if path.exists():
+            raise UsageError(f"No blocks given for {model}.", hint=hint)
+        plans = [file.name for file in path.parent.glob("*.json")]
+        hint = did_you_mean(path.name, plans, otherwise=hint)
+        raise UsageError(f"There is no plan {model}, and no blocks are given.", hint=hint)
     source = locate_model(model, notify, revision=revision, trust_remote_code=request.trust_remote_code)
     if plan and not request.any_model:
         require_same_code(path, plan, source)  # before any of it runs

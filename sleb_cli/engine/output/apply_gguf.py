@@ -84,8 +84,11 @@ def require_new_gguf(output: Output, source: Path) -> None:
     """Check that the place of a GGUF file is free.
 
     Raises:
+        UsageError: its name ends otherwise.
         OutputError: it exists, cannot be written, or is the source itself.
     """
+    if output.place.suffix != ".gguf":
+        raise UsageError(f"{output.place} does not end in .gguf.", hint="Add .gguf to the name.")
     if are_the_same(output.place, source):
         raise OutputError(f"{output.place} is the source file itself.", hint="Choose another name with -o.")
     require_new_file(output.place, force=output.replace)

@@ -275,7 +275,7 @@ def read_prompts(source: str, split: TextSplit = WHOLE) -> list[Conversation]:
         DataError: it is missing or unreadable, or has too few prompts.
     """
     file = source.removeprefix(ANSWERS)
-    content = _read_file(file)
+    content = _read_file(file or source)
     if Path(file).suffix == ".jsonl":
         prompts = [line.conversation for line in _json_lines(file, content, _Prompt)]
     else:
