@@ -30,6 +30,9 @@ Chat = Literal["all", "answers"]
 DeviceMap = Literal["auto", "balanced", "sequential"]
 """How accelerate chooses the places of a model's modules."""
 
+RunCode = Literal["confined", "unconfined"]
+"""How programs that a model writes are run: see `engine/quality/confined.py`."""
+
 StrategyName = Literal["greedy", "refine", "oneshot", "contiguous"]
 """How a search chooses blocks: see `engine/search/strategies.py`."""
 
@@ -403,12 +406,12 @@ class EvalRequest(SizesRequest):
     num_fewshot: int | None = option("Few-shot examples in the prompt.", _QUALITY, default="the task's own")
     apply_chat_template: bool = option("Format prompts with the chat template.", _QUALITY, unset=False)
     include_path: Path | None = option("Folder with your own task files.", _QUALITY)
-    run_code: bool = option(
-        "Allow tasks that run programs written by the model, such as humaneval_instruct. Time and memory are limited; "
-        "on Linux, programs have no network access and can write only to their own folder. They can read your files.",
+    run_code: RunCode | None = option(
+        "Run programs that the model writes, for tasks such as humaneval_instruct, in little time and memory. Confined "
+        "(Linux), they reach no network and no process, see only the files of the system and of Python, and leave "
+        "nothing behind. Unconfined, they may do what you may do.",
         _QUALITY,
-        default="if HF_ALLOW_CODE_EVAL=1",
-        unset=False,
+        default="confined if HF_ALLOW_CODE_EVAL=1",
     )
     show_flips: int | None = option(
         "Show up to N items of each task that only one model gets right.", _QUALITY, metavar="N"

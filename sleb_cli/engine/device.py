@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.memory_limits import left_under_limits
+from sleb_cli.engine.process_limits import left_under_limits
 from sleb_cli.processes import local_count, local_rank, process_count
 from sleb_cli.requests import AUTO
 from sleb_plugins import MachineError, UsageError

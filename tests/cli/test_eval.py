@@ -18,6 +18,7 @@ from conftest import WORDS, calibration, llama_config, prose, save_model, write_
 from reference import log_likelihood, plain_loss
 from sleb_cli.canaries.items import instructions
 from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.quality import written_code
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.text.sources import evaluation_text
 from sleb_cli.kept_results import beside_plan
@@ -164,10 +165,16 @@ def test_programs_run_only_with_permission(sleb, evaluate, tiny_llama, tmp_path,
     write_task(tmp_path, "own_programs", rows, **own, generation_kwargs=written, **dict.fromkeys(inherited))
     asked = [tiny_llama, "--blocks", 2, "--tasks", "own_programs", "--include-path", tmp_path]
     assert "The task own_programs runs programs that the model writes." in sleb("eval", *asked, code=2).stderr
-    (task,) = evaluate(*asked, "--run-code")[0]["tasks"]
+    (task,) = evaluate(*asked, "--run-code", "unconfined")[0]["tasks"]
     assert (task["metric"], task["dense"]["items"]) == ("pass@1", [1.0, 0.0])
+    # A program that is not decided ends the run.
+    passes, ran = written_code.passes, []
+    monkeypatch.setattr(written_code, "passes", lambda program, how: None if program else True)
+    assert "too busy to tell" in sleb("eval", *asked, "--run-code", "unconfined", code=7).stderr
+    monkeypatch.setattr(written_code, "passes", lambda program, how: ran.append(how) or passes(program, "unconfined"))
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
     assert evaluate(*asked)[0]["tasks"] == [task]
+    assert set(ran) == {"confined"}
     (tmp_path / "own_programs.yaml").write_text(
         "task: own_programs\ninclude: " + own["include"].replace("humaneval_instruct", "humaneval") + "\n"
         "dataset_path: json\ndataset_kwargs: {data_files: {test: " + str(tmp_path / "own_programs.jsonl") + "}}\n"

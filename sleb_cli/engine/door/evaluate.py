@@ -23,14 +23,13 @@ from sleb_cli.engine.quality.evaluation import Evaluation
 from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask, find_tasks
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.quality.tasks import PRESETS
-from sleb_cli.engine.quality.written_code import unconfined
 from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.chat import cut_answers, require_template
 from sleb_cli.engine.text.overlap import is_known
 from sleb_cli.engine.text.sources import evaluation_text
 from sleb_cli.engine.text.windows import EvaluationWindows, choose_length, cut_for_evaluation
-from sleb_cli.events import Notice, Notify, Warned
+from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import CHECKPOINT_PLAN, CalibrationRecord, read_plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import AUTO, DEFAULT_TEXT, EvalRequest
@@ -61,8 +60,6 @@ def resolve_evaluation(request: EvalRequest, registry: Registry, notify: Notify,
     placement = _place(subject, request, notify, group)
     models = Models(subject, sizes(subject, request), placement, group, notify)
     tasks = load_requested(request)
-    if any(task.runs_code for task in tasks) and (free := unconfined()):
-        notify(Warned(f"On this system, sleb cannot keep programs that the model writes away from {free}."))
     architecture = subject.architecture
     tokenizer = load_tokenizer(architecture.source)
     names = request.perplexity or (() if request.tasks else (DEFAULT_TEXT,))
@@ -125,7 +122,7 @@ def load_requested(request: EvalRequest) -> tuple[LoadedTask, ...]:
             chat=request.apply_chat_template,
             batch_size=_batch_size(request.batch_size),
             # As the evaluate library is told.
-            may_run_code=request.run_code or os.environ.get("HF_ALLOW_CODE_EVAL") == "1",
+            run_code=request.run_code or ("confined" if os.environ.get("HF_ALLOW_CODE_EVAL") == "1" else None),
         )
         for name in names
     )

@@ -22,7 +22,7 @@ from sleb_cli.engine.quality import written_code
 from sleb_cli.engine.text.sources import loading_data
 from sleb_cli.engine.third_party import first_line
 from sleb_cli.events import Notice, Notify
-from sleb_cli.requests import AUTO
+from sleb_cli.requests import AUTO, RunCode
 from sleb_cli.units import plural
 from sleb_plugins.errors import DataError, UsageError, did_you_mean
 
@@ -44,10 +44,11 @@ class LoadedTask:
         num_fewshot: replaces the task's own number of examples unless that is 0, as in lm-eval.
         chat: whether prompts are in the chat template.
         batch_size: how many requests a batch has; None to suit the device.
-        may_run_code: whether programs that the model writes may be run.
+        run_code: how programs that the model writes are run; None if they may not be.
 
     Raises:
         DataError: its file or data cannot be read, or it needs something that is not supported.
+        MachineError: it runs programs, which cannot be confined here.
         UsageError: it has fewer examples, or runs programs, which it may not.
     """
 
@@ -60,10 +61,11 @@ class LoadedTask:
         num_fewshot: int | None = None,
         chat: bool = False,
         batch_size: int | None = None,
-        may_run_code: bool = False,
+        run_code: RunCode | None = None,
     ) -> None:
         self.name, self._manager, self._limit, self._chat, self._batch_size = name, manager, limit, chat, batch_size
-        loaded = _load(manager, name, may_run_code=may_run_code)
+        self._run_code = run_code
+        loaded = _load(manager, name, run_code)
         self.tasks: Mapping[str, Any] = loaded["tasks"]
         """A group or tag has several."""
         self._groups: Mapping[str, Any] = loaded["groups"]
@@ -92,11 +94,6 @@ class LoadedTask:
             found[name] = _hash([*common, _settings_of(each), items, examples])
         groups = [(name, of.aggregate_metric_list) for name, of in self._groups.items() if of.aggregate_metric_list]
         return found | {name: _hash([found, metrics]) for name, metrics in groups}
-
-    @property
-    def runs_code(self) -> bool:
-        """Whether it runs programs that the model writes."""
-        return any(map(_runs_code, self.tasks.values()))
 
     def run(self, model: Any, tokenizer: Any, what: str, notify: Notify, group: ProcessGroup) -> dict[str, Any]:
         """Return lm-eval's results on a model, called `what`, with all samples, as JSON holds them.
@@ -148,16 +145,17 @@ class LoadedTask:
                     f"{name} has the model write up to {new} tokens, but it has only {lm.max_length} positions.",
                     hint="Leave the task out.",
                 )
-        results = simple_evaluate(
-            model=lm,
-            tasks=[self._groups[self.name]] if self.name in self._groups else list(self.tasks.values()),
-            task_manager=self._manager,
-            limit=self._limit,
-            bootstrap_iters=BOOTSTRAP_ITERATIONS,
-            apply_chat_template=self._chat,
-            fewshot_as_multiturn=self._chat,
-            confirm_run_unsafe_code=self.runs_code,
-        )
+        with written_code.running(self._run_code):
+            results = simple_evaluate(
+                model=lm,
+                tasks=[self._groups[self.name]] if self.name in self._groups else list(self.tasks.values()),
+                task_manager=self._manager,
+                limit=self._limit,
+                bootstrap_iters=BOOTSTRAP_ITERATIONS,
+                apply_chat_template=self._chat,
+                fewshot_as_multiturn=self._chat,
+                confirm_run_unsafe_code=self._run_code is not None,
+            )
         results["chat_template"] = lm.chat_template(True) if self._chat else None
         # The samples hold what tasks made, such as answers that are classes of their own.
         return dict(json.loads(json.dumps(results, default=handle_non_serializable)))
@@ -206,7 +204,7 @@ def _folders_with(tasks: Collection[str]) -> list[Path]:
     return list(dict.fromkeys(folders.values()))
 
 
-def _load(manager: Any, name: str, *, may_run_code: bool) -> dict[str, Any]:
+def _load(manager: Any, name: str, run_code: RunCode | None) -> dict[str, Any]:
     try:
         with _quietly_loading(name), written_code.ours():
             loaded: dict[str, Any] = manager.load([name])
@@ -218,20 +216,17 @@ def _load(manager: Any, name: str, *, may_run_code: bool) -> dict[str, Any]:
         elsewhere = "Run `lm-eval` on the checkpoint that `sleb apply` writes."
         if getattr(loaded_task, "MULTIMODAL", False):
             raise DataError(f"The task {part} needs images.", hint=elsewhere)
-        if not _runs_code(loaded_task):
+        if not getattr(loaded_task, "UNSAFE_CODE", False):
             continue
         if not any(written_code.is_run_by(of["metric"]) for of in loaded_task.get_config("metric_list") or ()):
             raise DataError(f"The task {part} runs code that the model writes, without limits.", hint=elsewhere)
-        if not may_run_code:
+        if run_code is None:
             raise UsageError(
                 f"The task {part} runs programs that the model writes.",
-                hint="Add --run-code to allow it on this machine.",
+                hint="Add --run-code confined to allow it on this machine.",
             )
+        written_code.passes("", run_code)
     return loaded
-
-
-def _runs_code(task: Any) -> bool:
-    return bool(getattr(task, "UNSAFE_CODE", False))
 
 
 def _settings_of(task: Any) -> Any:

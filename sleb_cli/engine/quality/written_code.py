@@ -12,19 +12,21 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import islice
 from math import comb
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
+from sleb_cli.engine.process_limits import usable_processors
+from sleb_cli.requests import RunCode
 from sleb_plugins import MachineError
 
-SECONDS = 10.0
-"""How long a program may take by the clock; see `confined` for what else it may use."""
+SECONDS = 60.0
+"""How long a program may wait for a processor; see `confined` for what it may use."""
 
 CONFINED = Path(__file__).with_name("confined.py")
-PASSED = 86
 
 METRIC = "code_eval"
 """The metric of evaluate by which lm-eval's tasks run programs."""
@@ -33,33 +35,42 @@ METRIC = "code_eval"
 class CodeEval:
     """What `evaluate.load("code_eval")` returns, as far as tasks use it."""
 
+    how: ClassVar[RunCode | None] = None
+
     def compute(
         self, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Iterable[int] = (1, 10, 100)
     ) -> tuple[dict[str, float], dict[int, list[bool]]]:
         """Run each item's programs, each followed by the item's tests.
+
+        Tasks do so while they are loaded, too: nothing runs then.
 
         Returns:
             The mean pass@k over the items for each k that all have samples for (Chen et al., arXiv 2107.03374, section
             2.1), and which programs of each item passed.
 
         Raises:
-            MachineError: this system cannot limit what a program uses.
+            MachineError: this system cannot confine programs, or is too busy to tell whether one is right.
         """
-        if sys.platform == "win32":
-            raise MachineError(
-                "Windows cannot limit what a program uses, so none is run.", hint="Use WSL, or leave the task out."
-            )
-        items = list(zip(references, predictions, strict=True))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            passed = pool.map(passes, [f"{program}\n{tests}" for tests, written in items for program in written])
-            found = {item: list(islice(passed, len(written))) for item, (_, written) in enumerate(items)}
-        fewest = min(map(len, found.values()))
+        if self.how is None:
+            return {}, {}
+        programs = [
+            f"{program}\n{tests}" for tests, written in zip(references, predictions, strict=True) for program in written
+        ]
+        with ThreadPoolExecutor(usable_processors()) as pool:
+            found = list(pool.map(partial(passes, how=self.how), programs))
+        decided = [
+            _passes_alone(program, self.how) if run is None else run
+            for program, run in zip(programs, found, strict=True)
+        ]
+        passed = iter(decided)
+        runs = {item: list(islice(passed, len(written))) for item, written in enumerate(predictions)}
+        fewest = min(map(len, runs.values()))
         means = {
-            f"pass@{size}": sum(_pass_at(size, runs) for runs in found.values()) / len(found)
+            f"pass@{size}": sum(_pass_at(size, each) for each in runs.values()) / len(runs)
             for size in k
             if size <= fewest
         }
-        return means, found
+        return means, runs
 
 
 def _pass_at(size: int, runs: Sequence[bool]) -> float:
@@ -67,45 +78,66 @@ def _pass_at(size: int, runs: Sequence[bool]) -> float:
     return 1 - comb(len(runs) - sum(runs), size) / comb(len(runs), size)
 
 
-def passes(program: str) -> bool:
-    """Whether a program comes to its end, by itself and without an error."""
-    with tempfile.TemporaryDirectory(prefix="sleb-", ignore_cleanup_errors=True) as folder:
-        file = Path(folder) / "program.py"
-        file.write_text(program, encoding="utf-8", errors="replace")
-        # In a session of its own, so that what it starts ends with it.
-        process = subprocess.Popen(
-            _command(str(file), str(PASSED)),
-            cwd=folder,
-            env={"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
+def passes(program: str, how: RunCode) -> bool | None:
+    """Whether a program comes to its end, by itself and without an error; None if too little time was left for it.
+
+    Raises:
+        MachineError: this system cannot run it so.
+    """
+    if sys.platform == "win32":
+        raise MachineError(
+            "Windows cannot limit what a program uses, so none is run.", hint="Use WSL, or leave the task out."
         )
+    from sleb_cli.engine.quality.confined import FAILED, PASSED
+
+    with (
+        tempfile.TemporaryDirectory(prefix="sleb-", ignore_cleanup_errors=True) as folder,
+        subprocess.Popen(
+            [sys.executable, "-I", str(CONFINED), how],
+            cwd=folder,
+            env={"PATH": os.defpath, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # so that what it starts ends with it
+        ) as process,
+    ):
         try:
-            return process.wait(SECONDS) == PASSED
+            _, said = process.communicate(program.encode(errors="replace"), SECONDS)
         except subprocess.TimeoutExpired:
-            return False
+            return None
         finally:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, 9)
-            process.wait()
+    if process.returncode not in (PASSED, FAILED):
+        why = (said.decode(errors="replace").splitlines() or [f"exit code {process.returncode}"])[-1]
+        raise MachineError(
+            f"A program that the model wrote cannot be run {how} on this system: {why}.",
+            hint="Use --run-code unconfined in a container or virtual machine of its own, or leave the task out.",
+        )
+    return process.returncode == PASSED
 
 
-def _command(*arguments: str) -> list[str]:
-    return [sys.executable, "-I", str(CONFINED), *arguments]
-
-
-def unconfined() -> str:
-    """Name what this system does not keep programs from, such as the network; empty if it keeps them from all."""
-    with tempfile.TemporaryDirectory(prefix="sleb-") as folder:
-        found = subprocess.run(_command("--check"), cwd=folder, capture_output=True, text=True, check=True)
-        return found.stdout.strip()
+def _passes_alone(program: str, how: RunCode) -> bool:
+    if (passed := passes(program, how)) is None:
+        raise MachineError(
+            "This machine is too busy to tell whether a program that the model wrote is right: in "
+            f"{SECONDS:.0f} seconds, alone, it neither ended nor used up its time.",
+            hint="Measure again when less runs here.",
+        )
+    return passed
 
 
 def is_run_by(function: Any) -> bool:
     """Whether a metric of a task runs programs by `CodeEval`."""
     return any(isinstance(value, CodeEval) for value in getattr(function, "__globals__", {}).values())
+
+
+@contextmanager
+def running(how: RunCode | None) -> Iterator[None]:
+    """Let `CodeEval` run programs meanwhile."""
+    with mock.patch.object(CodeEval, "how", how):
+        yield
 
 
 @contextmanager

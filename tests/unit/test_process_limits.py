@@ -1,12 +1,12 @@
-"""What limits of memory leave to a process; those of control groups in folders that look like Linux's."""
+"""What limits leave to a process; those of control groups in folders that look like Linux's."""
 
 import sys
 
 import psutil
 import pytest
 
-from sleb_cli.engine import memory_limits
-from sleb_cli.engine.memory_limits import UNLIMITED, left_under_limits
+from sleb_cli.engine import process_limits
+from sleb_cli.engine.process_limits import UNLIMITED, left_under_limits, usable_processors
 
 # The limit, the limit that slows down, and what is used, of each group.
 JOB = {"slurm/job/step": ("max", "max", 700), "slurm/job": (2000, "max", 1900), "slurm": (9000, "max", 2000)}
@@ -32,10 +32,10 @@ JOB = {"slurm/job/step": ("max", "max", 700), "slurm/job": (2000, "max", 1900), 
     ],
 )
 def test_the_least_that_any_group_leaves(tmp_path, monkeypatch, cgroup, groups, left):
-    monkeypatch.setattr(memory_limits.sys, "platform", "linux")
-    monkeypatch.setattr(memory_limits, "_left_of_resources", lambda: iter(()))
-    monkeypatch.setattr(memory_limits, "PROC", tmp_path)
-    monkeypatch.setattr(memory_limits, "GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(process_limits.sys, "platform", "linux")
+    monkeypatch.setattr(process_limits, "_left_of_resources", lambda: iter(()))
+    monkeypatch.setattr(process_limits, "PROC", tmp_path)
+    monkeypatch.setattr(process_limits, "GROUPS", tmp_path / "groups")
     (tmp_path / "cgroup").write_text(cgroup)
     for name, (limit, high, used) in groups.items():
         folder = tmp_path / "groups" / name
@@ -54,7 +54,31 @@ def test_the_least_that_any_group_leaves(tmp_path, monkeypatch, cgroup, groups, 
 )
 def test_limits_of_the_shell_count(monkeypatch, memory, data, left):
     limits = {psutil.RLIMIT_AS: (memory, 2000), psutil.RLIMIT_DATA: (data, 2000)}
-    monkeypatch.setattr(memory_limits, "_groups", lambda: iter(()))
+    monkeypatch.setattr(process_limits, "_groups", lambda controller: iter(()))
     monkeypatch.setattr(psutil.Process, "rlimit", lambda process, resource: limits[resource])
     monkeypatch.setattr(psutil.Process, "memory_info", lambda process: type("Memory", (), {"vms": 900, "data": 400})())
     assert left_under_limits() == left
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "groups", "processors"),
+    [
+        ("", {}, 4),
+        ("0::/job\n", {"job/cpu.max": "max 100000", "cpu.max": "250000 100000"}, 3),
+        ("0::/job\n", {"job/cpu.max": "50000 100000"}, 1),
+        ("0::/\n", {"cpu.max": "800000 100000"}, 4),
+        ("3:memory:/\n1:cpu:/job\n", {"cpu/job/cpu.cfs_quota_us": "200000", "cpu/job/cpu.cfs_period_us": "100000"}, 2),
+        ("1:cpu,cpuacct:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 4),
+    ],
+)
+def test_the_fewest_processors_of_any_group(tmp_path, monkeypatch, cgroup, groups, processors):
+    monkeypatch.setattr(process_limits.sys, "platform", "linux")
+    monkeypatch.setattr(process_limits.os, "sched_getaffinity", lambda process: range(4), raising=False)
+    monkeypatch.setattr(process_limits, "PROC", tmp_path)
+    monkeypatch.setattr(process_limits, "GROUPS", tmp_path / "groups")
+    (tmp_path / "cgroup").write_text(cgroup)
+    for name, value in groups.items():
+        file = tmp_path / "groups" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{value}\n")
+    assert usable_processors() == processors

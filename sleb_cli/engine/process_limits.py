@@ -1,10 +1,12 @@
-"""How much memory this process may still take where a container, a batch system or a shell sets a limit.
+"""How much memory and how many processors this process may take where a container, a batch system or a shell limits it.
 
 Containers, Slurm and systemd put a process into a control group. The limits of all groups above it hold, too.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +39,33 @@ def left_under_limits() -> int:
     """Return the bytes that this process may still take; without a limit, `UNLIMITED`."""
     if sys.platform != "linux":
         return UNLIMITED
-    return min([UNLIMITED, *_left_of_resources(), *(_left_in(folder, files) for folder, files in _groups())])
+    return min(
+        [
+            UNLIMITED,
+            *_left_of_resources(),
+            *(_left_in(folder, _VERSION_2 if version == 2 else _VERSION_1) for folder, version in _groups("memory")),
+        ]
+    )
+
+
+def usable_processors() -> int:
+    """Return how many processors this process may keep busy."""
+    if sys.platform != "linux":
+        return os.cpu_count() or 1
+    quotas = (_processors_of(*group) for group in _groups("cpu"))
+    return math.ceil(min([len(os.sched_getaffinity(0)), *quotas]))
+
+
+def _processors_of(folder: Path, version: int) -> float:
+    """Return how many processors a control group may keep busy."""
+    names = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    try:
+        quota, period = map(
+            float, " ".join((folder / name).read_text() for name in names).replace("max", "inf").split()
+        )
+    except (OSError, ValueError):
+        return math.inf
+    return quota / period if quota > 0 else math.inf
 
 
 def _left_of_resources() -> Iterator[int]:
@@ -62,16 +90,16 @@ def _left_in(folder: Path, files: _Files) -> int:
     return max(0, limit - used + sum(int(held.get(pages, 0)) for pages in files.page_cache))
 
 
-def _groups() -> Iterator[tuple[Path, _Files]]:
-    """Yield the control groups of this process: its own, and all above it that can be seen from here."""
+def _groups(controller: str) -> Iterator[tuple[Path, int]]:
+    """Yield the control groups of this process: its own, and all above it that can be seen from here; their version."""
     try:
         lines = (PROC / "cgroup").read_text().splitlines()
     except OSError:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        place, files = (GROUPS / "memory", _VERSION_1) if controllers else (GROUPS, _VERSION_2)
+        place, version = (GROUPS / controller, 1) if controllers else (GROUPS, 2)
         inside = Path(path.lstrip("/"))  # in a container, this may be the group's name outside, which is not found here
-        yield from ((place / above, files) for above in (inside, *inside.parents))
+        yield from ((place / above, version) for above in (inside, *inside.parents))
