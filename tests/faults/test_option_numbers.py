@@ -52,8 +52,8 @@ def words_of(verb, name, flag, model, plan, text):
             recover = ("--recover", *few) if name in ("samples", "sequence_length", "seed") else ()
             return (model if name == "blocks" else plan, "-o", "out", "--force", "--no-verify", *recover)
         case "eval":
-            texts = () if "--tasks" in NEEDED.get(name, "") else ("--perplexity", text)
-            return (plan, "--sequence-length", 16, "--max-windows", 2, *texts)
+            texts = ("--sequence-length", 16, "--max-windows", 2, "--perplexity", text)
+            return (plan, *(() if "--tasks" in NEEDED.get(name, "") else texts))
         case "bench":
             shape = () if flag == "--sweep" else ("--batch-size", 1, "--prompt-length", 4, "--new-tokens", 2)
             return (plan, *shape, *(() if name.startswith("device_") else ("--iterations", 1, "--warmup", 0)))
@@ -72,4 +72,4 @@ def test_a_number_out_of_reason_works_or_is_refused_in_a_sentence(
         refused = result.exit_code == 2
         works = (0, 5) if "--tasks" in words else (0,)  # 5: the tiny model is too short for the task
         assert refused or (value in PERHAPS and result.exit_code in works), (value[:40], result.stderr)
-        assert not refused or re.search(r"error: \S.*[.?]|Invalid value", result.stderr), (value[:40], result.stderr)
+        assert not refused or re.search(r"error: \S.*[.?]", result.stderr), (value[:40], result.stderr)
