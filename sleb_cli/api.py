@@ -124,7 +124,10 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
             recovery.run()
             raise WorkerFinished
         # The place is claimed before hours of recovery, so that nobody else writes or heals there.
-        with recovery.state.explain_resume_on_failure(notify), writing_to(subject, output) as aside:
+        with (
+            recovery.state.explain_resume_on_failure(notify),
+            writing_to(subject, output, recovery.kept_bytes) as aside,
+        ):
             result = write_checkpoint(subject, aside, output, notify, recovery.run())
         recovery.state.delete()
         return result

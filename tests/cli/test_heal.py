@@ -71,11 +71,15 @@ def test_healing_comes_nearer_to_the_dense_model(healed, tiny_llama, tmp_path):
 
 
 def test_an_interrupted_healing_goes_on_to_the_same_bytes(healed, tmp_path, monkeypatch):
-    command = ["--recover", *TOKENS]
+    command, room = ["--recover", *TOKENS], []
+    monkeypatch.setattr(apply, "require_space", lambda place, needed: room.append(needed))
     healed(*command, "-o", "whole")
     with monkeypatch.context() as patches:
         interrupt_healing(patches, 6)
         stopped = healed(*command, code=130)
+    kept = sum(file.stat().st_size for file in tmp_path.glob(".out.recovery/*/*"))
+    checkpoint = sum(file.stat().st_size for file in tmp_path.glob("whole/*") if file.suffix != ".md")
+    assert kept / 2 < room[0] - checkpoint < 2 * kept
     assert re.search(r"What was found is saved in \S+: run the same command again to continue", stopped.stderr)
     assert sorted(name for name in os.listdir(tmp_path) if "out" in name) == [".out.recovery"]
     for change in (["--heal-tokens", 2048], ["--seed", 1]):  # another healing begins anew, and overwrites nothing
@@ -91,6 +95,7 @@ def test_an_interrupted_healing_goes_on_to_the_same_bytes(healed, tmp_path, monk
         steps = interrupt_healing(patches, 1)
         healed(*command)  # from its end
     assert not steps
+    assert room[-1] < checkpoint + 1000  # for what is kept has its place
     assert bool(weight_bytes_of(tmp_path / "whole") == weight_bytes_of(tmp_path / "out"))
     assert not list(tmp_path.glob(".*"))
 

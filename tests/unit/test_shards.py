@@ -2,14 +2,13 @@
 
 import json
 import random
-from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from conftest import weights_of
-from sleb_cli.engine.files import copying, shards
+from sleb_cli.engine.files import copying
 from sleb_cli.engine.files.shards import new_tensor, plan_shards, write_weights
 from sleb_cli.engine.files.slices import Cut
 from sleb_cli.engine.files.weights import TORCH_DTYPES, find_weights, read_header
@@ -39,12 +38,12 @@ def file_of(header, *, length=None, data=b"1234"):
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 
 
-def write(weights, target, max_bytes=10**9, *, keep=None, prefix="", others=0, notify=ignore):
+def write(weights, target, max_bytes=10**9, *, keep=None, prefix="", notify=ignore):
     """Write all tensors or those of these names, and say how many bytes each file holds."""
     keep = weights.tensor_names() if keep is None else keep
     kept = [new_tensor(prefix + stored.name, stored, None) for stored in weights.stored if stored.name in keep]
     planned = plan_shards(weights, kept, max_bytes)
-    write_weights(target, planned, others, notify)
+    write_weights(target, planned, notify)
     return [shard.size for shard in planned.values()]
 
 
@@ -101,15 +100,13 @@ def test_any_data_type_goes_through_byte_for_byte(tmp_path, target):
     assert written.tensors[0].start % 8 == 0
 
 
-def test_tensors_stay_in_the_files_of_the_source_and_disk_space_is_asked_for(tmp_path, target, monkeypatch):
-    asked, events = Mock(), []
-    monkeypatch.setattr(shards, "require_space", asked)
+def test_tensors_stay_in_the_files_of_the_source(tmp_path, target, monkeypatch):
+    events = []
     monkeypatch.setattr(copying, "BUFFER_BYTES", 1000)
     files = [{f"{part}.{n}": torch.rand(100) for n in range(4)} for part in "abcd"]
     weights = save(tmp_path, *files)
     keep = {*weights.tensor_names()} - {"b.1", *(f"c.{n}" for n in range(4))}
-    assert write(weights, target, keep=keep, others=7, notify=events.append) == [1600, 1200, 1600]
-    asked.assert_called_once_with(target, 4400 + 7)
+    assert write(weights, target, keep=keep, notify=events.append) == [1600, 1200, 1600]
     require_same(target, {name: tensor for file in files for name, tensor in file.items() if name in keep})
     (total,) = [event.total for event in events if isinstance(event, TaskStarted)]
     assert sum(event.done for event in events if isinstance(event, TaskAdvanced)) == total == 4400
@@ -135,7 +132,7 @@ def test_slices_and_new_values_are_written_in_the_given_type(tmp_path, target, d
         value = values.get(name, tensor)
         value = value[:, [0, 1, 4, 5]] if value.shape[1:] == (8,) else value
         expected[f"x.{name}"] = value.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype)
-    write_weights(target, plan_shards(weights, planned, 10**9), 0, lambda event: None)
+    write_weights(target, plan_shards(weights, planned, 10**9), lambda event: None)
     require_same(target, expected)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -15,7 +14,7 @@ from sleb_cli.engine.forward.streaming import streamed_bytes
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.output.apply import Output
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.recovery.closed_form import fitting_bytes
+from sleb_cli.engine.recovery.closed_form import fitted_numbers, fitting_bytes
 from sleb_cli.engine.recovery.heal import HealBudget
 from sleb_cli.engine.recovery.low_rank import trained_numbers
 from sleb_cli.engine.recovery.run import Recovery
@@ -54,6 +53,8 @@ HIDDEN_STATES = "hidden states"
 TRAINING_BYTES = 32
 """Bytes per trained number, besides the models, in float32: its value, best value and two moments, and in a step
 three of its gradient and what AdamW computes."""
+KEPT_BYTES = 16
+"""The same of what is kept: its value, best value and two moments."""
 
 
 def resolve_recovery(
@@ -121,7 +122,18 @@ def resolve_recovery(
     _require_free(device, needed, heal=request.heal)
     stored = min([*written, own], key=lambda each: each.itemsize)
     splits = _splits(text)
-    return Recovery(subject, request.recover, budget, placement, stored, on_host, splits, state, group, notify)
+    fitted = kept[max(0, min(surgery.removed) - 1) :] if request.recover else []
+    to_keep = sum(fitted_numbers(block, width) for block in fitted) * stored.itemsize
+    to_keep += _trained(kept) * KEPT_BYTES if request.heal else 0
+    kept_bytes = max(0, to_keep - state.size)
+    return Recovery(
+        subject, request.recover, budget, placement, stored, on_host, splits, state, kept_bytes, group, notify
+    )
+
+
+def _trained(kept: Sequence[nn.Module]) -> int:
+    """Return how many numbers are trained, if no block before the gap is left as it is."""
+    return sum(trained_numbers(parameter.shape) for block in kept for parameter in block.parameters())
 
 
 def _splits(text: CalibrationSettings) -> list[CalibrationSettings]:
@@ -142,10 +154,9 @@ def _needed_bytes(
     elif placement.device_map is None:
         needed["the model"] = sum(parameter.numel() for parameter in architecture.skeleton.parameters()) * size
     if heal:
-        shapes = [parameter.shape for block in kept for parameter in block.parameters()]
         # Their original values, and all that is not trained, both models share.
-        needed["the trained weights"] = sum(map(math.prod, shapes)) * size
-        needed["the state of training"] = sum(map(trained_numbers, shapes)) * TRAINING_BYTES
+        needed["the trained weights"] = sum(each.numel() for block in kept for each in block.parameters()) * size
+        needed["the state of training"] = _trained(kept) * TRAINING_BYTES
     return needed
 
 

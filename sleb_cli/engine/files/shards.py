@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import torch
 
-from sleb_cli.atomic import require_space, to_json
+from sleb_cli.atomic import to_json
 from sleb_cli.engine.files.copying import ReportBytes, copy_range, reading, write_all
 from sleb_cli.engine.files.slices import Cut
 from sleb_cli.engine.files.weights import (
@@ -131,18 +131,14 @@ def plan_shards(weights: WeightFiles, tensors: Iterable[NewTensor], max_bytes: i
     return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
 
 
-def write_weights(folder: Path, shards: Mapping[str, Shard], other_bytes: int, notify: Notify) -> None:
+def write_weights(folder: Path, shards: Mapping[str, Shard], notify: Notify) -> None:
     """Write the shards and, if there are several, their index.
 
-    The disk must have room for all shards and `other_bytes` before anything is copied.
-
     Raises:
-        OutputError: it does not.
         ModelError: a source file cannot be read.
     """
     total = sum(shard.size for shard in shards.values())
     with task(notify, "Writing weights", total, "B") as advance:
-        require_space(folder, total + other_bytes)
         for name, shard in shards.items():
             _write_shard(folder / name, shard, advance)
         if len(shards) > 1:

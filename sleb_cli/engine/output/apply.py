@@ -108,10 +108,10 @@ def apply_removals(subject: Subject, output: Output, notify: Notify) -> ApplyRes
 
 
 @contextmanager
-def writing_to(subject: Subject, output: Output) -> Iterator[Path]:
+def writing_to(subject: Subject, output: Output, kept_bytes: int = 0) -> Iterator[Path]:
     """Yield a folder aside that becomes the checkpoint at the end, if the dense model has not changed meanwhile.
 
-    Nobody else writes to the checkpoint's place until then.
+    Nobody else writes to the checkpoint's place until then. A recovery keeps `kept_bytes` next to it.
 
     Raises:
         OutputError: the place is not free, or the checkpoint does not fit on the disk.
@@ -120,7 +120,7 @@ def writing_to(subject: Subject, output: Output) -> Iterator[Path]:
     with new_folder(output.place, replace=output.replace) as aside, subject.architecture.source.watch.unchanged():
         planned = plan_files(subject.surgery, output)
         weights_bytes = sum(shard.size for shard in planned.weights.values())
-        require_space(output.place, _bytes_of(planned.copies.values()) + weights_bytes)
+        require_space(output.place, _bytes_of(planned.copies.values()) + weights_bytes + kept_bytes)
         yield aside
 
 
@@ -135,7 +135,7 @@ def write_checkpoint(
     """
     surgery = subject.surgery
     planned = plan_files(surgery, output, recovered.tensors if recovered else {})
-    write_weights(aside, planned.weights, _bytes_of(planned.copies.values()), notify)
+    write_weights(aside, planned.weights, notify)
     for name, text in planned.texts.items():
         (aside / name).write_text(text, encoding="utf-8", newline="\n")
     for name, file in planned.copies.items():

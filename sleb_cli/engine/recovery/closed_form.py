@@ -378,6 +378,11 @@ def fitting_bytes(block: nn.Module, width: int) -> int:
     return ridge_bytes(_features(block, width), width)
 
 
+def fitted_numbers(block: nn.Module, width: int) -> int:
+    """Return how many numbers the fits of a block replace at most."""
+    return _features(block, width) * width
+
+
 def _features(block: nn.Module, width: int) -> int:
     """Return how many inputs are fitted at once: attention's and the MLP's together."""
     return sum(sorted(found.inputs for found in possible_projections(block, width) if found.kind != "gain")[-2:])

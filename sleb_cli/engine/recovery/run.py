@@ -68,6 +68,7 @@ class Recovery:
         on_host: whether hidden states wait in the memory of the CPU, because the device has too little.
         splits: the texts for training, validation and test.
         state: where what is found is kept until the output is written.
+        kept_bytes: how many bytes that may still take.
         group: the processes that recover together.
         notify: the listener for events.
     """
@@ -80,6 +81,7 @@ class Recovery:
     on_host: bool
     splits: Sequence[CalibrationSettings]
     state: Unfinished
+    kept_bytes: int
     group: ProcessGroup
     notify: Notify
 

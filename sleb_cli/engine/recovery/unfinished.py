@@ -101,6 +101,11 @@ class Unfinished:
         found = {match[1] for name in folders if (match := _OF_A_COMMAND.fullmatch(name))}
         return found.pop() if len(found) == 1 else None
 
+    @property
+    def size(self) -> int:
+        """The bytes that it takes on the disk."""
+        return sum(file.stat().st_size for file in self.folder.glob("*/*.safetensors"))
+
     @contextmanager
     def explain_resume_on_failure(self, notify: Notify) -> Iterator[None]:
         """Say what is kept if something fails or is interrupted in this context."""
