@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import cycle
 
 import datasets
 import pytest
@@ -10,9 +11,9 @@ from chat_templates import PUBLISHED
 from conftest import architecture_of, tokenizer_with
 from sleb_cli.engine.text import sources
 from sleb_cli.engine.text.calibration import calibrate
-from sleb_cli.engine.text.chat import cut_conversations, render
+from sleb_cli.engine.text.chat import cut_answers, cut_conversations, render
 from sleb_cli.engine.text.settings import resolve_calibration
-from sleb_cli.engine.text.sources import calibration_conversations, evaluation_text
+from sleb_cli.engine.text.sources import Text, calibration_conversations, evaluation_text
 from sleb_plugins import DataError, UsageError
 
 TEMPLATE = (
@@ -87,22 +88,43 @@ def tokens_of(tokenizer, text):
     return [(t, own) for piece, own in pieces for t in tokenizer(piece, add_special_tokens=False).input_ids]
 
 
+PHI4_ASKED = "<|im_start|>user<|im_sep|>snow<|im_end|><|im_start|>assistant<|im_sep|>"
+
+
 @pytest.mark.parametrize(
-    ("name", "first", "text"),
+    ("name", "contents", "text"),
     [
-        ("qwen3", {"content": "<think>\nriver\n</think>"}, "⟦<think>\nriver\n</think>\n\n<|im_end|>⟧\n"),
-        ("gemma3", {"content": "  snow\n"}, "⟦snow<end_of_turn>⟧\n"),
-        ("phi4", {"content": " snow snow\n"}, "⟦ snow snow\n<|im_end|>⟧"),
-        ("phi4", {"content": ""}, "⟦<|im_end|>⟧"),
-        ("phi4", {"content": "assistant"}, "⟦assistant<|im_end|>⟧"),
+        ("qwen3", ["<think>\nriver\n</think>"], "⟦<think>\nriver\n</think>\n\n<|im_end|>⟧\n"),
+        ("gemma3", ["  snow\n"], "⟦snow<end_of_turn>⟧\n"),
+        ("phi4", [" snow snow\n"], "⟦ snow snow\n<|im_end|>⟧"),
+        ("phi4", ["assistant"], "⟦assistant<|im_end|>⟧"),
+        ("phi4", ["", "snow", "field"], f"⟦<|im_end|>⟧{PHI4_ASKED}⟦field<|im_end|>⟧"),
+        ("phi4", ["town", None, "field"], "⟦town<|im_end|>⟧<|im_start|>assistant<|im_sep|>⟦field<|im_end|>⟧"),
     ],
 )
-def test_what_the_model_adds_counts_whatever_the_words(name, first, text):
-    tokenizer = PUBLISHED[name].tokenizer
-    talk = [{"role": "user", "content": "mill"}, {"role": "assistant", **first}]
+def test_all_of_an_answer_counts_whatever_its_words(name, contents, text):
+    tokenizer, roles = PUBLISHED[name].tokenizer, cycle(["assistant", "user"])
+    turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    talk = [{"role": "user", "content": "mill"}, *(turn for turn in turns if turn["content"] is not None)]
     opened = tokenizer.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True)
-    found = render(tokenizer, talk, "", answers=True)
-    assert found == tokens_of(tokenizer, opened + text)
+    assert render(tokenizer, talk, "", answers=True) == tokens_of(tokenizer, opened + text)
+
+
+@pytest.mark.parametrize(("most", "found"), [(None, 3), (2, 2), (9, 3)])
+def test_windows_of_answers_know_their_conversations(most, found):
+    tokenizer, talks = tokenizer_with(PLAIN), [CONVERSATION[:3], CONVERSATION] * 9
+    numbered = [
+        (number, *each) for number, talk in enumerate(talks) for each in render(tokenizer, talk, "", answers=True)
+    ]
+    size = sum(number < 2 for number, _, _ in numbered)
+    windows = cut_answers(tokenizer, Text("talks", "", limit=3, conversations=tuple(talks)), size - 1, most)
+    rows = [numbered[at * size : (at + 1) * size - 1] for at in range(found)]
+    assert windows.ids.tolist() == [[token for _, token, _ in row] for row in rows]
+    assert windows.counted.tolist() == [[own for _, _, own in row[1:]] for row in rows]
+    assert windows.clusters.tolist() == [[number for number, _, _ in row[1:]] for row in rows]
+    assert windows.bos == "windows"
+    with pytest.raises(DataError, match="too few for a sequence of 9000 with an answer in it"):
+        cut_answers(tokenizer, windows.text, 9000, most)
 
 
 LONG = [{"role": "user", "content": "river " * 90}, {"role": "assistant", "content": "stone"}]
@@ -126,7 +148,8 @@ def test_each_sequence_begins_a_conversation_and_has_an_answer():
         (PLAIN, [], 40, {}, r"chat\.jsonl have 0 tokens, too few for a sequence of 40 tokens"),
         (PLAIN, [LONG], 40, {"asked": 2}, "text for 1 sequences of 40 tokens, not for 2"),
         ("{{ raise_exception('no user') }}", [CONVERSATION], 40, {}, r"conversation of chat\.jsonl: no user"),
-        ("{{ messages[-1].content }}", [CONVERSATION], 40, {"answers": True}, "so its answers cannot be found"),
+        (PLAIN.replace("messages", "messages[-1:]"), [CONVERSATION], 40, {"answers": True}, "answers cannot be found"),
+        (PLAIN.replace("messages", "messages[:-1]"), [CONVERSATION], 40, {"answers": True}, "answers cannot be found"),
         (PLAIN.replace("content", "content[:9]"), [CONVERSATION], 40, {"answers": True}, "changes words"),
     ],
 )

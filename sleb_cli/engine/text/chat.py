@@ -186,7 +186,7 @@ def _pieces(
         rest = whole[begin:]
         start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(opened, rest, strict=False)))
         words, end = rest.find(mark), rest.rfind(mark) + 1
-        if not begin or not (end or rest.startswith(answered)):
+        if not begin or not (end if message["content"] else rest.startswith(answered)):
             raise unfound
         if end:
             end += _end(tokenizer, rest[end:], answered[answered.rfind(mark) + 1 :])
@@ -221,9 +221,8 @@ def _thinks(message: Mapping[str, Any], text: str) -> bool:
 
 
 def _end(tokenizer: Any, text: str, alone: str) -> int:
-    """Return how much of what follows an answer ends it: as if nothing came later, or else up to a special token."""
+    """Return how much of what follows an answer ends it: as if nothing came later, or else an added token."""
     if text.startswith(alone):
         return len(alone)
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    end = text.lstrip()
-    return max((len(text) - len(end) + len(token) for token in special if end.startswith(token)), default=0)
+    end, added = text.lstrip(), [token.content for token in tokenizer.added_tokens_decoder.values()]
+    return max((len(text) - len(end) + len(token) for token in added if end.startswith(token)), default=0)
