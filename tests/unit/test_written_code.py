@@ -134,14 +134,10 @@ def outside(tmp_path, monkeypatch):
             listening.listen()
         place.chmod(0o777)
         yield {"file": str(file), "folder": str(tmp_path), "port": server.getsockname()[1], "process": process.pid}
-        assert process.poll() is None
-        assert (psutil.Process(process.pid).nice(), file.read_text(), file.stat().st_mode & 0o777) == (
-            0,
-            "as it was",
-            0o777,
-        )
-        assert sorted(os.listdir(tmp_path)) == ["file", "socket"]
+        stat, alive = file.stat(), process.poll() is None
+        found = [alive, psutil.Process(process.pid).nice(), stat.st_mode & 0o777, file.read_text(), len(os.listdir())]
         process.kill()
+    assert found == [True, 0, 0o777, "as it was", 2]
 
 
 # Each comes to its end if it reaches what it wants. None does harm where nothing confines it.
@@ -179,7 +175,7 @@ os.setuid(0 if os.getuid() else 1)
 os.chroot('.')
 assert os.listdir('/proc/self/fd') != ['0', '1', '2', '3']
 assert set(os.environ) - {'PATH', 'HOME', 'TMPDIR', 'OMP_NUM_THREADS', 'LC_CTYPE'}
-assert libc.umount2(b'/proc', 2) == 0 or libc.umount2(b'/usr', 2) == 0
+assert 'CapEff:\\t0000000000000000' not in open('/proc/self/status').read()
 [open(str(n), 'wb').write(bytes(1 << 20)) for n in range(80)]
 [open('/dev/shm/' + str(n), 'wb').write(bytes(1 << 20)) for n in range(80)]
 [open(str(n), 'wb') for n in range(11_000)]
@@ -202,7 +198,11 @@ def test_nothing_that_a_confined_program_started_stays(edited, tmp_path):
     mark = f"{tmp_path}-left"
     leaving = "import os, time\nfor n in range(20):\n    if not os.fork():\n        os.setsid()\n"
     leaving += f"        os.execv('/bin/sleep', [{mark!r}, '60'])\ntime.sleep(0.2)\n"
-    attacks = [leaving, leaving + "time.sleep(60)", "import os\n[os.kill(1, s) for s in range(1, 32)]\nos.getpid() / 0"]
+    attacks = [
+        leaving,
+        leaving + "time.sleep(60)",
+        "import os\n[os.kill(os.getppid(), s) for s in range(1, 32)]\nos.getpid() / 0",
+    ]
     assert [passes(attack, "confined") for attack in attacks] == [True, False, False]
     assert mark not in [line for each in psutil.process_iter(["cmdline"]) for line in each.info["cmdline"] or ()]
 

@@ -86,7 +86,7 @@ def leave_files() -> None:
     root = Path.cwd()
     _mount(None, Path("/"), None, _ALL_BELOW | _PRIVATE)
     _mount("tmpfs", root, "tmpfs", _NO_SETUID | _NO_DEVICES)
-    for place in map(Path, sorted(filter(os.path.exists, set(SEEN)))):
+    for place in map(Path, sorted(filter(os.path.exists, set(SEEN) - {"/"}))):
         inside = root / place.relative_to("/")
         (inside if place.is_dir() else inside.parent).mkdir(parents=True, exist_ok=True)
         if not inside.exists():
