@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -128,6 +129,22 @@ def translate_transformers_errors(what: str) -> Iterator[None]:
                 f"transformers needs another package for {what}: {first_line(error)}.",
                 hint="Install it, then try again.",
             ) from error
+
+
+@contextmanager
+def internals(package: str) -> Iterator[None]:
+    """Take names from inside a package.
+
+    Raises:
+        MachineError: this version has them elsewhere.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise MachineError(
+            f"This sleb does not know {package} {version(package)}: {first_line(error)}.",
+            hint=f"Install an older {package}, or a newer sleb.",
+        ) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -20,9 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, convert_and_load_state_dict_in_model
-from transformers.modeling_utils import LoadStateDictConfig
 
 from sleb_cli.engine.device import CPU, synchronize
 from sleb_cli.engine.files.copying import reading
@@ -31,6 +28,12 @@ from sleb_cli.engine.forward.block_weights import BlockWeights
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.surgery.loading import loading_problem
 from sleb_cli.engine.third_party import translate_transformers_errors
+from sleb_cli.engine.transformers_internals import (
+    LoadStateDictConfig,
+    WeightConverter,
+    convert_and_load_state_dict_in_model,
+    get_model_conversion_mapping,
+)
 from sleb_plugins import ModelError, UnsupportedModelError
 from sleb_plugins.config_keys import kept_blocks
 

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr, suppress
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
@@ -94,11 +94,9 @@ def _writing(folder: Path) -> AbstractContextManager[None]:
 
 
 def _read_tokenizer(path: Path) -> Any:
-    quick: AbstractContextManager[Any] = nullcontext()
-    with suppress(ImportError):  # in versions of transformers that read the tokens with the gguf package
-        from transformers.integrations.gguf import get_gguf_tokenizer  # noqa: F401
+    from sleb_cli.engine.transformers_internals import get_gguf_tokenizer
 
-        quick = quick_gguf()
+    quick: AbstractContextManager[Any] = quick_gguf() if get_gguf_tokenizer else nullcontext()
     with translate_transformers_errors(f"the tokenizer in {path}"), quick:
         # The absolute path, because a file of the same name in the working directory would take precedence.
         return AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, gguf_file=str(path.absolute()))
@@ -129,7 +127,7 @@ def _write_card(file: GgufFile, folder: Path) -> None:
 
 def transformers_knows(architecture: str) -> bool:
     """Whether transformers reads GGUF files of this architecture, however it is spelled."""
-    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+    from sleb_cli.engine.transformers_internals import GGUF_SUPPORTED_ARCHITECTURES
 
     return plain_name(architecture) in map(plain_name, GGUF_SUPPORTED_ARCHITECTURES)
 

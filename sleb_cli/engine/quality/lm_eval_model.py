@@ -8,12 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sleb_cli.engine.device import input_device
+from sleb_cli.engine.lm_eval_internals import HFLM, stop_sequences_criteria
 from sleb_cli.engine.model.generation import continue_each, end_tokens
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.events import Notify, task

@@ -134,9 +134,7 @@ class LoadedTask:
             return in_smaller_pieces(run, largest, reduced)
 
     def _evaluate(self, lm: Any) -> dict[str, Any]:
-        from lm_eval.evaluator import simple_evaluate
-        from lm_eval.models.utils import normalize_gen_kwargs
-        from lm_eval.utils import handle_non_serializable
+        from sleb_cli.engine.lm_eval_internals import handle_non_serializable, normalize_gen_kwargs, simple_evaluate
 
         for name, each in self.tasks.items():
             settings = normalize_gen_kwargs(each.get_config("generation_kwargs") or {}) if _writes(each) else {}
@@ -183,7 +181,7 @@ def task_manager(names: Iterable[str], folders: Sequence[Path]) -> Any:
 
     lm-eval takes ten seconds to index all of its folders, so they are searched as text first.
     """
-    from lm_eval.tasks import TaskManager
+    from sleb_cli.engine.lm_eval_internals import TaskManager
 
     own = [str(folder) for folder in folders]
     wanted = set(names)
@@ -263,7 +261,7 @@ def _quietly_loading(name: str) -> Iterator[None]:
     lm-eval runs git and a dozen other programs to describe the machine, starts processes that inherit the model for its
     bootstrap, and under a launcher returns results in one process of each machine only.
     """
-    from lm_eval import evaluator
+    from sleb_cli.engine.lm_eval_internals import evaluator
 
     with (
         redirect_stdout(StringIO()),

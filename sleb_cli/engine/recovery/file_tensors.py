@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import revert_weight_conversion
 
 from sleb_cli.engine.files.weights import TORCH_DTYPES, WeightFiles
 from sleb_cli.engine.forward.offload import loaded
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.surgery.surgery import Surgery
+from sleb_cli.engine.transformers_internals import revert_weight_conversion
 from sleb_plugins import UnsupportedModelError
 
 

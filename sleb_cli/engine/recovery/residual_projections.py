@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
 from sleb_cli.engine.third_party import pass_errors_through
+from sleb_cli.engine.transformers_internals import Conv1D
 
 EXACT = 0.02
 """How far what comes out may be from a constant times the noise, as a share of it: the rounding of bfloat16."""

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import CompileConfig, GenerationConfig
-from transformers.generation import BaseStreamer
 
 from sleb_cli.engine.device import synchronize
 from sleb_cli.engine.model.generation import as_transformers_loads, generate
 from sleb_cli.engine.model.sizes import cache_layers, layer_tensors
 from sleb_cli.engine.third_party import translate_errors
+from sleb_cli.engine.transformers_internals import BaseStreamer
 from sleb_cli.results import Workload
 from sleb_plugins import MachineError, SlebError, UnsupportedModelError
 from sleb_plugins.engine import TimedRun
