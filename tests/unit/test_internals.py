@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from torch import nn
 
 import sleb_cli
-from sleb_cli.__main__ import main
+from sleb_plugins import MachineError
 
 ADAPTERS = {"transformers": "transformers_internals", "lm_eval": "lm_eval_internals"}
 ENGINE = Path(sleb_cli.__file__).parent / "engine"
@@ -96,11 +97,10 @@ def test_only_its_adapter_takes_names_from_inside_a_package(package):
     }
 
 
-def test_a_name_that_has_moved_ends_a_command_with_a_sentence(monkeypatch, tiny_llama, capsys):
+def test_a_name_that_has_moved_is_an_error_of_the_machine(monkeypatch):
+    adapter = f"sleb_cli.engine.{ADAPTERS['transformers']}"
     monkeypatch.delattr("transformers.modeling_utils.LoadStateDictConfig")
-    for name in [name for name in sys.modules if name.startswith("sleb_cli.engine")]:
-        monkeypatch.delitem(sys.modules, name)
-    assert main(["search", str(tiny_llama), "--remove", "1"]) == 7
-    said = capsys.readouterr().err
-    assert f"error: This sleb does not know transformers {version('transformers')}: cannot import" in said
-    assert "LoadStateDictConfig" in said
+    monkeypatch.delitem(sys.modules, adapter, raising=False)
+    said = f"This sleb does not know transformers {version('transformers')}: cannot import name 'LoadStateDictConfig'"
+    with pytest.raises(MachineError, match=re.escape(said)):
+        importlib.import_module(adapter)
