@@ -18,7 +18,7 @@ from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.text.calibration import calibrate_splits
 from sleb_cli.engine.text.chat import apply_template
 from sleb_cli.engine.text.mixture import parse_mixture
-from sleb_cli.engine.text.own_chat import _Writer
+from sleb_cli.engine.text.own_chat import Talk, _Writer, write_conversations
 from sleb_cli.engine.text.portions import Portions
 from sleb_cli.engine.text.settings import CalibrationSettings
 from sleb_cli.engine.text.sources import TextSplit, read_prompts
@@ -157,6 +157,7 @@ ONLY_LAST = (
         (ONLY_LAST, "</s>", "stone</s>"),
         (PUBLISHED["qwen3"].tokenizer, "<|im_end|>", "<think>\nking\n</think>\n\nstone<|im_end|>"),
         (PUBLISHED["qwen3"].tokenizer, "<|im_end|>", "stone<|im_end|>"),
+        (PUBLISHED["phi4"].tokenizer, "<|im_end|>", "stone</s>"),
         (PUBLISHED["r1"].tokenizer, "<｜Assistant｜>", "king\n</think>\n\nstone</s>"),
     ],
 )
@@ -228,6 +229,29 @@ def test_sequences_begin_conversations_and_are_cached_and_split(model):
     told = [event.text for event in events if isinstance(event, Notice)]
     assert told[0].startswith("self-chat: the model wrote ")
     assert told[1].endswith("that the model wrote before, from the cache.")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "dropped", "told"),
+    [
+        ([48, 47], 0, "2 conversations."),
+        (
+            [48, 49, 3],
+            1,
+            "3 conversations, without 1 that did not end or repeated themselves; 2 do not end within 48 tokens, but "
+            "might with a larger --sequence-length.",
+        ),
+    ],
+)
+def test_what_was_written_is_told(model, monkeypatch, lengths, dropped, told):
+    def write(writer, *_):
+        writer.dropped = dropped
+        return [Talk(tokens=[(1, True)] * length) for length in lengths]
+
+    monkeypatch.setattr(_Writer, "write", write)
+    events = []
+    write_conversations(model, tokenizer_with(TURNS), "self-chat", settings("self-chat"), events.append)
+    assert [each.text for each in events if isinstance(each, Notice)] == [f"self-chat: the model wrote {told}"]
 
 
 def test_only_conversations_have_tokens_that_do_not_count(model, tmp_path):

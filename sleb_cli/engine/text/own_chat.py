@@ -81,8 +81,8 @@ def write_conversations(
         told = f"{source}: the model wrote {plural(len(found), 'conversation')}"
         if writer.dropped:
             told += f", without {writer.dropped} that did not end or repeated themselves"
-        if 2 * (cut := sum(len(tokens) > length for tokens in found)) > len(found):
-            told += f"; {cut} are longer than {length} tokens, so use a larger --sequence-length"
+        if 2 * (cut := sum(len(tokens) >= length for tokens in found)) > len(found):
+            told += f"; {cut} do not end within {length} tokens, but might with a larger --sequence-length"
         notify(Notice(f"{told}."))
         return found
 
@@ -176,7 +176,8 @@ class _Writer:
                 continue
             space = self._ids(place.after[len(place.after.rstrip()) :]) if has_ended else []
             tokens = [*prompt, *((token, True) for token in own), *((token, False) for token in space)]
-            found.append(Talk(messages, tokens, place.shows(text)))
+            ends_as_shown = self.tokenizer.decode(own).endswith(place.ending)
+            found.append(Talk(messages, tokens, place.shows(text) if ends_as_shown else None))
         return found
 
     def _prompt(self, talk: Talk, place: _Place) -> Tokens:
