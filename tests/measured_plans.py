@@ -80,7 +80,7 @@ def make_plan(
             id=name, revision="3f1c2d" + "0" * 34, fingerprint=SHA, model_type="llama", family="llama", blocks=blocks
         ),
         calibration=CalibrationRecord(
-            source=text, seed=0, sequences=16, sequence_length=2048, bos=False, tokens_sha256=SHA
+            source=text, seed=0, sequences=16, sequence_length=2048, bos=False, tokens_sha256="f" * 64
         ),
         search=SearchRecord(
             strategy="greedy", metric="nll", remove=remove, protect_first=1, protect_last=1,

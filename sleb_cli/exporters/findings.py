@@ -40,7 +40,6 @@ Z = 1.959963984540054
 
 # Our own tasks, which are made to break first: an average with them would say nothing about what a model knows.
 _OURS = "sleb_"
-_PRESETS = ("wikitext2", "c4")
 
 
 @dataclass(frozen=True)
@@ -82,11 +81,11 @@ class Findings:
 
     def made_on(self, text: TextResult) -> list[str]:
         """Return what was done on this text besides measuring."""
+        from sleb_cli.engine.text.overlap import is_known  # which imports datasets
+
         recovery = self.plan.recovery
         used = {"searched on": self.plan.calibration} | ({"recovered on": recovery.train_text} if recovery else {})
-        if text.text in _PRESETS:  # of which calibration reads the training split, and evaluation another
-            return []
-        return [what for what, record in used.items() if _split_of(text.text) in map(_split_of, record.sources)]
+        return [what for what, record in used.items() if is_known(text.text, text.tokens_sha256, record)]
 
     @cached_property
     def own_texts(self) -> list[tuple[str, TextResult, PrunedTextScores]]:
@@ -196,9 +195,3 @@ def read_findings(pruning: Pruning) -> Findings:
         EvalResult.model_validate_json(to_json(evaluation)) if evaluation else None,
         BenchResult.model_validate_json(to_json(benchmark)) if benchmark else None,
     )
-
-
-def _split_of(source: str) -> tuple[str, str, str]:
-    """Return the place, config and split of a text; a file has the same ones wherever it is named."""
-    place, config, split = [*source.split(":"), "", ""][:3]
-    return place, config, split or "train"

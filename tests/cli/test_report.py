@@ -166,6 +166,10 @@ def test_a_recovered_plan_says_what_came_back(report):
     ("searched_on", "measured_on", "remark"),
     [
         ("wikitext2", "wikitext2", ""),  # of which calibration reads another split
+        ("Salesforce/wikitext:wikitext-2-raw-v1:test", "wikitext2", " (searched on)"),
+        ("wikitext2-sleb", "Salesforce/wikitext:wikitext-2-raw-v1:train", " (searched on)"),
+        ("allenai/c4:en:validation", "c4", " (searched on)"),
+        ("c4", "c4", ""),
         ("c4", "diary.txt", ""),
         ("diary.txt", "/home/jane/diary.txt", " (searched on)"),
         ("self:0.5,diary.txt:0.5", "diary.txt", " (searched on)"),
@@ -177,6 +181,7 @@ def test_a_text_that_was_searched_on_is_called_so(report, searched_on, measured_
     plan = make_plan(8, 2, text=searched_on)
     page = report(plan, evaluation=make_evaluation(plan, items=40, tasks=(), texts=(measured_on,)))
     assert f" perplexity, {measured_on.rpartition('jane/')[2]}{remark} " in page.text
+    assert ("(searched on)" in page.text) == bool(remark)
 
 
 @pytest.mark.parametrize(

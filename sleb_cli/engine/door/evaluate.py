@@ -28,7 +28,7 @@ from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.chat import cut_answers, require_template
 from sleb_cli.engine.text.overlap import is_known
 from sleb_cli.engine.text.sources import evaluation_text
-from sleb_cli.engine.text.windows import EvaluationWindows, choose_length, cut_for_evaluation
+from sleb_cli.engine.text.windows import EvaluationWindows, choose_length, cut_for_evaluation, tokens_sha256
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import CHECKPOINT_PLAN, CalibrationRecord, read_plan
 from sleb_cli.plugin_manager import Registry
@@ -152,7 +152,7 @@ def _remarks(texts: Sequence[EvaluationWindows], subject: Subject) -> Iterator[s
         if text.split is not None:
             yield f"No split given; measuring perplexity on {text.source}."
         for what, record in _texts_used(subject):
-            if is_known(text, windows.ids, record):
+            if is_known(text.source, tokens_sha256(windows.ids), record):
                 yield f"{what} on {record.title}, so perplexity on {text.source} may flatter the pruned model."
     if any(windows.bos == "text" for windows in texts):
         yield (

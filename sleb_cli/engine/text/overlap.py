@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor
-
 from sleb_cli.engine.files.copying import local_path
-from sleb_cli.engine.text.sources import CALIBRATION_PRESETS, EVALUATION_PRESETS, Dataset, Text, is_file
-from sleb_cli.engine.text.windows import tokens_sha256
+from sleb_cli.engine.text.sources import CALIBRATION_PRESETS, EVALUATION_PRESETS, Dataset, is_file
 from sleb_cli.plan import CalibrationRecord
 
 
-def is_known(text: Text, windows: Tensor, record: CalibrationRecord) -> bool:
-    """Whether a text, cut into these windows, is one of those in the record, by its source or by its tokens."""
-    if tokens_sha256(windows) == record.tokens_sha256:
+def is_known(text: str, tokens_sha256: str, record: CalibrationRecord) -> bool:
+    """Whether a text to evaluate on, with these tokens, is one of those in the record, by its source or its tokens."""
+    if tokens_sha256 == record.tokens_sha256:
         return True
-    place, *split = _origin(text.source, EVALUATION_PRESETS)
+    place, *split = _origin(text, EVALUATION_PRESETS)
     for source in record.sources:
         known, *known_split = _origin(source, CALIBRATION_PRESETS)
         # A published plan keeps only the name of a file.
@@ -29,7 +26,10 @@ def _origin(source: str, presets: dict[str, Dataset]) -> tuple[str, str, str]:
     """Return where a text is from: a file, or a data set with its config and split."""
     if source in presets:
         preset = presets[source]
-        return preset.path, preset.config or "", preset.data_files or preset.split
+        if preset.data_files:  # "en/c4-validation.00000-of-00008.json.gz"
+            config, name = preset.data_files.split("/")
+            return preset.path, config, name.removeprefix("c4-").partition(".")[0]
+        return preset.path, preset.config or "", preset.split
     path, config, split = (source, "", "") if is_file(source) else [*source.split(":"), "", ""][:3]
     local = local_path(path)
     return str(local.resolve()) if local.exists() else path, config, "" if is_file(source) else split or "train"
