@@ -4,10 +4,12 @@ from contextlib import nullcontext
 from itertools import combinations
 
 import gguf
+import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
 from gguf_models import metadata_of, tensors_of, write_gguf, write_llama_gguf
+from sleb_cli.engine.gguf import quick
 from sleb_cli.engine.gguf.file import gguf_size, read_gguf
 from sleb_cli.engine.gguf.file import write_gguf as write_header_and_tensors
 from sleb_cli.engine.gguf.surgery import PROVENANCE, plan_gguf_surgery
@@ -46,6 +48,16 @@ def test_what_stays_is_the_same_byte_for_byte(tmp_path, type_):
     assert after.pop(PROVENANCE) == [4, 1]
     del before["llama.block_count"]
     assert list(after.items()) == list(before.items())
+
+
+@pytest.mark.parametrize("type_", sorted(gguf.quants._type_traits))
+def test_a_matrix_is_unpacked_as_the_format_s_own_library_does(type_, monkeypatch):
+    monkeypatch.setattr(quick, "_ROWS", 3)
+    width = 2 * gguf.GGML_QUANT_SIZES[type_][1]
+    for shape in ((10, width), (2, 4, width), (width,)):
+        packed = np.random.default_rng(0).integers(0x70, size=shape, dtype=np.uint8)  # scales are finite
+        ours, theirs = quick.dequantize(packed, type_), gguf.dequantize(packed, type_)
+        assert (ours.shape, ours.tobytes()) == (theirs.shape, theirs.tobytes())
 
 
 def test_nothing_one_step_or_two_give_the_same_file(tmp_path):

@@ -200,7 +200,7 @@ def prove(
             notify(Notice(f"The proof is partial: {reason}."))
         elif placement.stream:
             notify(Notice("The proof leaves the blocks on disk, so it reads all weights about eight times."))
-        models = _Models(surgery, folder, placement, new_values, tokenizer, notify)
+        models = _Models(surgery, folder, placement, new_values, tokenizer, not planned.weights, notify)
         for check, values in chain(_as_planned(source, folder, tokenizer, planned, notify), models.checks()):
             proof = proof.model_copy(update={"checks": (*proof.checks, *([check] if check else [])), **values})
             notify(CheckPassed(checked(proof)[-1]) if check else Notice(f"The proof is partial: {proof.partial}."))
@@ -326,7 +326,7 @@ def _bits_of(tensor: Tensor) -> Tensor:
 class _Models:
     """The checkpoint as transformers loads it, and its reference: the dense model with the removed blocks skipped.
 
-    For the fields, see `prove`.
+    For the fields, see `prove`; `was_saved` says whether transformers wrote it, from what it had loaded.
     """
 
     surgery: Surgery
@@ -334,6 +334,7 @@ class _Models:
     placement: ProofPlacement
     new_values: Mapping[str, Tensor] | None
     tokenizer: Any
+    was_saved: bool
     notify: Notify
 
     @property
@@ -380,6 +381,9 @@ class _Models:
             yield "generates", {
                 "new_tokens": new_tokens, "cache_difference": difference, "cache_tolerance": cache_allowed
             }  # fmt: skip
+            if self.was_saved:
+                yield "saves again", {}
+                return
             if (stored or dtype).itemsize < dtype.itemsize and not hasattr(model, "_hf_hook"):
                 model.to(stored)  # half of what is written and read again, where only names and shapes count
             needed, free = sum(tensor.nbytes for tensor in model.state_dict().values()), free_space(self.folder)
