@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from sleb_cli.events import Notice, Notify, Warned, ignore
 from sleb_cli.plugin_manager import Registry, load_plugins, named_before_loading
-from sleb_cli.processes import WorkerFinished, is_main_process
+from sleb_cli.processes import WorkerFinished, is_main_process, process_count
 from sleb_cli.requests import GGUF, BenchRequest, EvalRequest, sibling
 from sleb_plugins import OutputError, UsageError
 from sleb_plugins.errors import OutOfMemory, is_out_of_memory
@@ -172,6 +172,7 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     """Measure the speed and memory of a model, dense and pruned in turn.
 
     Raises:
+        WorkerFinished: this process is one of several, which the main one refuses.
         SlebError: something failed; its class tells what.
     """
     from sleb_cli.engine.door.bench import resolve_bench
@@ -180,6 +181,8 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     from sleb_cli.kept_results import keep_result
 
     _stop_unless_main_process()
+    if (count := process_count()) > 1:  # each with its share of the threads, or with a device that would stay idle
+        raise UsageError(f"`bench` times models in one process, not in {count}.", hint="Run it without the launcher.")
     registry = load_registry(notify)
     wanted = resolve_bench(request, registry, notify)
     subject, engine, own = wanted.subject, wanted.engine, wanted.engine_source

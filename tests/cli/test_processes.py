@@ -182,7 +182,7 @@ def test_what_cannot_be_is_said_once():
     for command, code, words in (
         (["search", "nowhere", "--remove", 1], 4, "nowhere is neither a local folder nor"),
         (["search", "nowhere", "--removee", 1], 2, "No such option: --removee"),
-        (["bench", "nowhere", "--blocks", "1"], 4, "nowhere is neither a local folder nor"),
+        (["bench", "nowhere", "--blocks", "1"], 2, "`bench` times models in one process, not in 2"),
     ):
         main, other = together(2, *command)
         assert main.exit_code == code
