@@ -25,9 +25,9 @@ class LlamaQuantize(Exporter):
         source = pruning.source_file
         if source is not None:
             _require_only_count_changes(source, pruning.removals)
-        stem = source.with_suffix("") if source else Path(Path(pruning.model).name)
+        source = source or Path(f"{Path(pruning.model).name}.gguf")
         kept = pruning.blocks - len(pruning.removals)
-        files = f"{in_shell(f'{stem}.gguf')} {in_shell(f'{stem.name}-sleb-{kept}-blocks.gguf')}"
+        files = f"{in_shell(str(source))} {in_shell(f'{source.stem}-sleb-{kept}-blocks.gguf')}"
         return f"llama-quantize --prune-layers {','.join(map(str, pruning.removals))} {files} COPY\n"
 
 

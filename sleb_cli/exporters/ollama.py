@@ -59,8 +59,8 @@ def _place(pruning: Pruning) -> str:
     if pruning.plan_file and pruning.plan_file.name == CHECKPOINT_PLAN:
         folder = str(pruning.plan_file.parent)
         return folder if pruning.plan_file.is_absolute() else f"./{folder}"
-    model = pruning.plan["model"]["id"] if pruning.plan else pruning.model
-    base = pruning.source_file.stem if pruning.source_file else Path(model).name
+    is_demo = pruning.plan and pruning.plan["model"]["id"] == "demo"  # whose folder is called otherwise
+    base = pruning.source_file.stem if pruning.source_file else "demo" if is_demo else Path(pruning.model).name
     name = checkpoint_name(base, pruning.blocks - len(pruning.removals))
     return f"./{name}.gguf" if pruning.source_file else f"./{name}"
 

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from io import StringIO
 
 from sleb_cli.exporters.findings import Findings, read_findings
+from sleb_cli.plan import Plan
 from sleb_cli.records import Record
+from sleb_cli.results import Removals
 from sleb_plugins.exporter import Exporter, Pruning
 
 HEADER = ("kind", "of", "removed", "removals", "figure", "value")
@@ -43,13 +45,23 @@ def _rows(findings: Findings) -> Iterator[Row]:
         yield from _numbers("step", plan.search.metric, removals, step)
         for block, score in step.scores.items():
             if score is not None:
-                yield _row("candidate", str(block), removals, "score", score)
+                yield _row("candidate", str(block), _scored(plan, removals, block), "score", score)
     for kind, rows in findings.scored.items():
         for of, _, record in rows:
             yield from _numbers(kind, of, getattr(record, "removals", ()), record)
     if benchmark := findings.benchmark:
         for size in (benchmark.dense, *benchmark.pruned):
             yield from _numbers("size", findings.short_model, size.removals, size)
+
+
+def _scored(plan: Plan, removals: Removals, block: int) -> Removals:
+    """Return the blocks without which a candidate of a step was scored; `removals` are those that the step removed."""
+    match plan.search.strategy:
+        case "oneshot":
+            return (block,)
+        case "contiguous":
+            return tuple(range(block - len(removals) + 1, block + 1))
+    return (*removals[:-1], block)
 
 
 def _numbers(kind: str, of: str, removals: Sequence[int], record: Record, prefix: str = "") -> Iterator[Row]:

@@ -85,6 +85,9 @@ def test_the_command_for_llama_quantize(export, tiny_llama, tmp_path):
     source = write_llama_gguf(tmp_path / "a name.gguf", 6)
     export(source, "4,1", "llama-quantize", "-o", "run.sh")
     assert shlex.split((tmp_path / "run.sh").read_text())[3:] == [str(source), "a name-sleb-4-blocks.gguf", "COPY"]
+    source.rename("a blob")
+    said = export(tiny_llama, "4,1", "llama-quantize", "--source", "a blob", "-q").stdout
+    assert shlex.split(said)[3:] == ["a blob", "a blob-sleb-4-blocks.gguf", "COPY"]
 
 
 def test_llama_quantize_is_not_sent_where_it_would_go_wrong(export, tiny_llama, tmp_path):
@@ -149,6 +152,22 @@ def test_a_model_puts_no_instructions_into_a_modelfile(export, tmp_path, name, s
     export(model, "1", "ollama", code=4, says=f"A Modelfile cannot hold {found}")
 
 
+def test_a_modelfile_names_what_apply_writes(export, llama_plan, tiny_llama, tmp_path):
+    moved = shutil.copytree(tiny_llama, tmp_path / "moved")
+    assert "FROM ./moved-sleb-4-blocks\n" in export(llama_plan, None, "ollama", "--model", moved).stdout
+    assert "FROM ./tiny-llama-sleb-4-blocks\n" in export(llama_plan, None, "ollama").stdout
+
+
+@pytest.mark.parametrize(("strategy", "scored"), [("greedy", "{2}+{0}"), ("oneshot", "{0}"), ("contiguous", "{1}+{0}")])
+def test_a_candidate_is_named_by_the_blocks_it_was_scored_without(run_sleb, tmp_path, strategy, scored):
+    plan = make_plan(8, 2)
+    search = plan.search.model_copy(update={"strategy": strategy})
+    write_measured(tmp_path, plan.model_copy(update={"search": search}))
+    rows = csv.DictReader(run_sleb("export", "--to", "csv").stdout.splitlines())
+    found = [(row["of"], row["removals"]) for row in rows if row["kind"] == "candidate"][-len(plan.steps[1].scores) :]
+    assert found == [(of, scored.format(of, int(of) - 1, plan.removals[0])) for of, _ in found]
+
+
 def test_every_number_is_a_row(run_sleb, tmp_path):
     plan = make_plan(8, 2)
     evaluation, benchmark = make_evaluation(plan, items=40, every=1), make_benchmark(plan, every=1)
@@ -167,4 +186,8 @@ def test_every_number_is_a_row(run_sleb, tmp_path):
     assert values("task", f"{task.task}, acc", "difference") == [each.difference for each in task.pruned]
     assert values("workload", "prompt 1x512", "interval_low") == [timing.interval.low for timing in workload.pruned]
     assert values("size", "Tiny-1B", "blocks") == [8, 7, 6]
-    assert {row["removals"] for row in rows} == {"", block, "+".join(map(str, plan.removals))}
+    assert {row["removals"] for row in rows if row["kind"] != "candidate"} == {
+        "",
+        block,
+        "+".join(map(str, plan.removals)),
+    }

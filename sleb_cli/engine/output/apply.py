@@ -200,10 +200,8 @@ def move_if_proof_fails(written: Path, place: Path | None) -> Iterator[None]:
 
 def _measured(subject: Subject, notify: Notify, recovers: bool) -> dict[Literal["eval", "bench"], Any]:
     """Return what was measured of the plan, if the checkpoint is that very model."""
-    plan, file = subject.plan, subject.file
+    plan, file = subject.own_plan, subject.file
     if not plan or not file or recovers or plan.recovery:
-        return {}
-    if plan.model.fingerprint != subject.architecture.record.fingerprint:
         return {}
     kinds: dict[Literal["eval", "bench"], Any] = {"eval": EvalResult, "bench": BenchResult}
     found = {name: measured_of_plan(kind, file, plan, notify) for name, kind in kinds.items()}

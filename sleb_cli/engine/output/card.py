@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData
 from sleb_cli.engine.files.copying import leads_out
 from sleb_cli.engine.output.measured import of_size
 from sleb_cli.engine.surgery.subject import Subject
-from sleb_cli.plan import CHECKPOINT_PLAN, Plan, RecoveryRecord, SampleGeneration, checkpoint_name, public_name
+from sleb_cli.plan import CHECKPOINT_PLAN, RecoveryRecord, SampleGeneration, checkpoint_name, public_name
 from sleb_cli.records import Proof
 from sleb_cli.results import BenchResult, EvalResult, Removals
 from sleb_cli.tables import search
@@ -44,7 +44,7 @@ def model_card(
     It may be published, so it names no local folder.
     """
     source, removals = subject.architecture.source, subject.surgery.removals
-    blocks, sample = subject.architecture.block_count, subject.plan and subject.plan.sample_generation
+    blocks, sample = subject.architecture.block_count, subject.own_plan and subject.own_plan.sample_generation
     name = f"`{source.id}` at revision `{source.revision}`" if source.revision else in_markdown(source.name)
     how = "no training" if recovery is None else "the others given new weights"
     lines = [
@@ -54,7 +54,7 @@ def model_card(
         f"- Base model: {name}",
         f"- Blocks removed, in order, numbered from 0 in the base model: {', '.join(map(str, removals))}",
         f"- Made by sleb {__version__} (SLEB, arXiv:2402.09025): whole transformer blocks removed, {how}",
-        *_search(subject.plan),
+        *_search(subject),
         *_results(subject, recovery, evaluation, benchmark),
         *(_sample_generation(sample) if sample else []),
         *(_recovery(recovery) if recovery else []),
@@ -117,19 +117,19 @@ def _words(value: Any) -> Any:
     return words if isinstance(value, list) else next(iter(words), None)
 
 
-def _search(plan: Plan | None) -> list[str]:
-    if plan is None:
+def _search(subject: Subject) -> list[str]:
+    if subject.plan is None:
         return ["- The blocks were chosen by hand."]
-    search = plan.published().search
+    search, where = subject.plan.search, "" if subject.own_plan else " of another model"
     metric = in_markdown(search.metric)
-    return [f"- Found by {search.strategy} search: metric {metric} (`{CHECKPOINT_PLAN}` has every score)"]
+    return [f"- Found by {search.strategy} search{where}: metric {metric} (`{CHECKPOINT_PLAN}` has every score)"]
 
 
 def _results(
     subject: Subject, recovery: RecoveryRecord | None, evaluation: EvalResult | None, benchmark: BenchResult | None
 ) -> list[str]:
     """Return the one table of what was measured of both models."""
-    removals, plan = subject.surgery.removals, subject.plan
+    removals, plan = subject.surgery.removals, subject.own_plan
     rows, notes = list[list[str]](), dict[str, None]()
     if plan and recovery is None:
         dense, own = plan.dense.perplexity, plan.steps[-1].perplexity

@@ -31,6 +31,12 @@ class Subject:
         """The model."""
         return self.surgery.architecture
 
+    @property
+    def own_plan(self) -> Plan | None:
+        """The plan, if its numbers are those of this very model."""
+        is_own = self.plan and self.plan.model.fingerprint == self.architecture.record.fingerprint
+        return self.plan if is_own else None
+
 
 def require_same_code(path: Path, plan: Plan, source: ModelSource) -> None:
     """Check that a model's own Python code is that of the plan, since a plan grants trust to nothing else.
