@@ -180,6 +180,21 @@ def test_thoughts_and_answers_stay_as_the_model_wrote_them(name):
     assert found[0].tokens == tokens_of(tokenizer, f"{given[0]}⟦{answer}⟧{space}")
 
 
+@pytest.mark.parametrize("name", ["qwen3-thinking", "r1", "gpt-oss", "gemma3"])
+def test_a_model_writes_in_published_templates(name):
+    model, tokenizer = random_model(llama_config(2, vocab_size=330)), PUBLISHED[name].tokenizer
+    model.generation_config.eos_token_id = [1, *range(40, 80)]
+    asked = apply_template(
+        tokenizer, [{"role": "user", "content": "@"}], "", tokenize=False, add_generation_prompt=True
+    )
+    before, after = asked.split("@")
+    (found,) = calibrate_splits([settings("self-chat", 2, 110, chat="answers")], tokenizer, lambda: model, ignore)
+    for row, own in zip(found.sequences, found.loss_mask, strict=True):
+        prompt = tokenizer.decode(row[: own.int().argmax()])
+        assert prompt.startswith(before)
+        assert prompt.endswith(after)
+
+
 def test_a_model_that_writes_nothing_usable_is_refused(model, tmp_path):
     with pytest.raises(UnsupportedModelError, match="none of 64 conversations that the model wrote can be used"):
         wrote(TURNS, iter(()), "never ends", count=1, size=2)
