@@ -63,7 +63,9 @@ def wrote(tokenizer, template_prompts, *says, count=2, length=40, size=4):
         given.extend(map(tokenizer.decode, prompts))
         said = [tokenizer(next(turns), add_special_tokens=False).input_ids[:new] for _ in prompts]
         said = [row[: next((at + 1 for at, token in enumerate(row) if token in ends), len(row))] for row in said]
+        assert 0 in forbidden  # <s>
         assert not forbidden & {token for row in said for token in row}
+        assert 1 <= new <= length - min(map(len, prompts))
         return said
 
     return writer.write(more, size, count, template_prompts), given, writer.dropped
@@ -129,7 +131,7 @@ def test_the_model_speaks_where_its_template_puts_words(template, asked, answere
 
 
 def test_what_cannot_be_used_is_dropped_and_counted():
-    questions = ["town</s>", "town</s>", "fish " * 30 + "</s>", "</s>", "mill stone water", "bridge</s>"]
+    questions = ["town</s>", "town</s>", "fish " * 7 + "</s>", "</s>", "mill stone water", "bridge</s>"]
     found, _, dropped = wrote(TURNS, iter(()), *questions, LONG, LONG, count=2, size=6)
     assert [said_in(talk)[0][1] for talk in found] == ["town", "bridge"]
     assert dropped == 4
@@ -208,7 +210,7 @@ def test_a_model_that_writes_nothing_usable_is_refused(model, tmp_path):
     ("template", "length", "message"),
     [
         (None, 48, "self-chat needs a chat template, but the tokenizer has none"),
-        (TURNS, 20, "self-chat does not fit sequences of 20 tokens"),
+        (TURNS, 20, "self-chat does not fit sequences of 20 tokens: the chat template alone takes 6"),
         ("{{ messages | length }}", 48, "does not show where the words of a user begin"),
         ("{% for m in messages %}{{ m.content }}</s>{% endfor %}", 48, "does not show where the words of a user begin"),
     ],

@@ -238,5 +238,4 @@ class _Place(NamedTuple):
 
     def shows(self, words: str) -> str | None:
         """Return the conversation with these words; None if the template does not put them where they are written."""
-        is_continued = self.before.startswith(self.prompt) and not self.before.removeprefix(self.prompt).strip()
-        return f"{self.before}{words}{self.after}" if is_continued else None
+        return None if self.before.removeprefix(self.prompt).strip() else f"{self.before}{words}{self.after}"
