@@ -271,8 +271,9 @@ def save_model(folder: Path, config: Any, *, seed: int = 0, bos: bool = False, *
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a checkpoint by name, however many files hold them."""
-    return {name: tensor for path in folder.glob("model*.safetensors") for name, tensor in load_file(path).items()}
+    """Return the tensors of a checkpoint by name, however many files hold them, which may be written over."""
+    files = folder.glob("model*.safetensors")
+    return {name: tensor.clone() for path in files for name, tensor in load_file(path).items()}
 
 
 def weight_bytes_of(folder: Path) -> dict[str, bytes]:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from conftest import beside_weights, llama_config, save_model, weights_of
@@ -131,7 +131,7 @@ def test_a_tied_head_stays_tied_in_another_data_type(apply, tmp_path, stored, ca
     """Whether or not the files hold it besides the embeddings."""
     config = llama_config(4, tie_word_embeddings=True, dtype=getattr(torch, stored))
     folder = save_model(tmp_path / "model", config)
-    alone = load_file(folder / "model.safetensors")
+    alone = weights_of(folder)
     embeddings = alone["model.embed_tokens.weight"]
     assert (embeddings.dtype, "lm_head.weight" in alone) == (getattr(torch, stored), False)
     for number, tensors in enumerate((alone, {**alone, "lm_head.weight": embeddings.clone()})):

@@ -248,6 +248,8 @@ def _import_everything() -> None:
 
     for package in (sleb_cli, sleb_plugins):
         for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+            if module.name.endswith(("lm_eval_internals", "lm_eval_model")):
+                continue  # lm-eval starts a thread
             with contextlib.suppress(ImportError):  # what needs an optional package
                 importlib.import_module(module.name)
     importlib.import_module("transformers.modeling_gguf_pytorch_utils")

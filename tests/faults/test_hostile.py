@@ -13,7 +13,7 @@ from random import Random
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from conftest import llama_config, prose, save_model
 from faults import lies
@@ -63,7 +63,9 @@ def base(program, tmp_path_factory):
     outside = shutil.copytree(top / "model", top / "outside")
     for path in outside.glob("*.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"_note": SECRET.decode()}))
-    save_file(load_file(outside / "model.safetensors"), outside / "model.safetensors", {"note": SECRET.decode()})
+    save_file(
+        load((outside / "model.safetensors").read_bytes()), outside / "model.safetensors", {"note": SECRET.decode()}
+    )
     (outside / "note.txt").write_bytes(SECRET)
     (outside / "code.py").write_bytes(CODE)
     pickle = shutil.copytree(top / "model", top / "pickle")
