@@ -177,6 +177,7 @@ os.chroot('.')
 assert os.listdir('/proc/self/fd') != ['0', '1', '2', '3']
 assert set(os.environ) - {'PATH', 'HOME', 'TMPDIR', 'OMP_NUM_THREADS', 'LC_CTYPE'}
 assert 'CapEff:\\t0000000000000000' not in open('/proc/self/status').read()
+assert 'NoNewPrivs:\\t1' not in open('/proc/self/status').read()
 [open(str(n), 'wb').write(bytes(1 << 20)) for n in range(80)]
 [open('/dev/shm/' + str(n), 'wb').write(bytes(1 << 20)) for n in range(80)]
 [open(str(n), 'wb').close() for n in range(11_000)]
