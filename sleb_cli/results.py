@@ -309,10 +309,12 @@ def of_sizes(results: Iterable[_Sized], sizes: Iterable[Iterable[int]]) -> Itera
 
 
 def merge_results(old: tuple[R, ...], new: tuple[R, ...]) -> tuple[R, ...]:
-    """Merge results of texts or tasks; of those that are in both, also their sizes."""
+    """Merge results of texts or tasks; of those that are in both, also their sizes, if they were scored alike."""
     found = {result.key: result for result in old}
     for result in new:
-        pruned = {frozenset(size.removals): size for size in getattr(found.get(result.key), "pruned", ())}
+        before = found.get(result.key)
+        alike = getattr(before, "fingerprint", None) == getattr(result, "fingerprint", None)
+        pruned = {frozenset(size.removals): size for size in (before.pruned if before and alike else ())}
         pruned |= {frozenset(size.removals): size for size in result.pruned}
         ordered = tuple(sorted(pruned.values(), key=lambda size: len(size.removals)))
         found[result.key] = result.model_copy(update={"pruned": ordered})

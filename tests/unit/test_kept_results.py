@@ -39,6 +39,13 @@ def test_texts_and_sizes_of_two_runs_are_both_kept(tmp_path):
     assert both.sizes == first.sizes
 
 
+def test_sizes_of_a_task_that_is_scored_otherwise_now_are_not_kept():
+    few, every = (make_evaluation(PLAN, texts=(), tasks=("piqa",), every=number) for number in (9, 1))
+    changed = few.model_copy(update={"tasks": (few.tasks[0].model_copy(update={"fingerprint": "other"}),)})
+    assert few.merged_with(every).tasks[0].pruned == (*every.tasks[0].pruned[:2], *few.tasks[0].pruned)
+    assert changed.merged_with(every).tasks == changed.tasks
+
+
 @pytest.mark.parametrize(
     ("result", "changes"),
     [(evaluation("a"), change) for change in [*OTHER_SETTINGS, {"behavior": "other"}, {"sleb_version": "1"}]]
