@@ -5,6 +5,7 @@ import math
 import pytest
 from transformers import AutoModelForCausalLM
 
+from conftest import llama_config, save_model
 from sleb_cli.engine.search import speedup
 from sleb_cli.engine.search.scoring import Scoring
 from sleb_cli.plan import read_plan
@@ -51,6 +52,15 @@ def test_memory_is_weights_and_cache_as_served(search, found):
     result = search("--target-memory", "300kB", "--force")
     assert "weights in float32 (305 kB) and a KV cache in float32 for 128 tokens (98.3 kB)" in result.stderr
     assert "a KV cache in float32 for 128 tokens take" in result.stdout
+
+
+def test_memory_does_not_depend_on_what_a_processor_computes_in(search, sleb, tmp_path, processor):
+    processor()
+    search("--target-memory", "150kB", model=save_model(tmp_path / "m", llama_config(dtype="bfloat16")))
+    plan = read_plan(tmp_path / "plan.json")
+    assert (plan.search.dtype, plan.search.target.kv_cache) == ("float32", "a KV cache in bfloat16 for 128 tokens")
+    sleb("search", "--config", "plan.json", "-o", "again.json")
+    assert read_plan(tmp_path / "again.json").removals == plan.removals
 
 
 @pytest.mark.parametrize("strategy", ["refine", "contiguous"])

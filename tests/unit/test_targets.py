@@ -119,7 +119,7 @@ def test_a_quantized_checkpoint_counts_as_packed(tmp_path):
     packed = {"quant_method": "gptq", "bits": 4, "group_size": 128}
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": packed}))
     model, notes = architecture_of(folder), []
-    a_cache = 2 * 2 * 8 * 10 * 4 * 4
+    a_cache = 2 * 2 * 8 * 10 * 2 * 4
     target = target_of(model, notify=notes.append, target_memory="1kB", serve_length=10)
     assert target.sizes.without(()) == stored_bytes(model).without(()) + a_cache
     assert "weights packed as in the checkpoint" in notes[-1].text

@@ -375,8 +375,13 @@ def parse_target(request: SearchRequest, name: TargetName, architecture: Archite
 
 
 def _memory_target(asked: str, request: SearchRequest, architecture: Architecture, notify: Notify) -> SizeTarget:
-    """Count the weights and the KV cache of one sequence, in the data type of the search, as served."""
-    served = parse_dtype(str(request.dtype), architecture.dtype)
+    """Count the weights and the KV cache of one sequence, as served.
+
+    That is in the data type of the search, but never in a wider one than the checkpoint's, which is only how a
+    processor computes that lacks its arithmetic.
+    """
+    own = parse_dtype(AUTO, architecture.dtype)
+    served = min(parse_dtype(str(request.dtype), own), own, key=lambda dtype: dtype.itemsize)
     length = choose_length(request.serve_length, architecture, DEFAULT_SERVE_LENGTH, "--serve-length")
     kv_cache = f"a KV cache in {dtype_name(served)} for {length} tokens"
     packed = architecture.is_quantized
