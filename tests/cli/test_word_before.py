@@ -53,6 +53,7 @@ def test_nothing_is_said_of_short_work_nor_with_quiet(search, monkeypatch):
 
 
 def test_recovery_says_it(run_sleb, everything_is_long, llama_plan, text_file):
-    found = lines(run_sleb("apply", llama_plan, "--recover", "--calibration", text_file, "--samples", "8",
-                           "--sequence-length", "32"))  # fmt: skip
+    options = "--recover", "--heal", "--heal-tokens", "64", "--samples", "8", "--sequence-length", "32"
+    found = lines(run_sleb("apply", llama_plan, *options, "--calibration", text_file))
     assert any(re.match(r"Recovery: up to \d blocks? fitted to \d+ tokens in float32: at most", line) for line in found)
+    assert any(re.match(r"Healing: 64 tokens in float32: about \d+ s", line) for line in found)

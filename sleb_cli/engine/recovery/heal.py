@@ -13,8 +13,9 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from sleb_cli.engine.device import in_smaller_pieces
+from sleb_cli.engine.device import dtype_name, in_smaller_pieces
 from sleb_cli.engine.files.fingerprint import Watch
+from sleb_cli.engine.forward.forecast import announce, block_operations
 from sleb_cli.engine.forward.loss_scale import BACKOFF, LOWEST, starting_scale
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.distillation import distill, learning_rate
@@ -163,6 +164,7 @@ class Healing:
         unit = "tokens" if self.budget.tokens is not None else "s"
         with task(self.notify, HEAL_TASK, self.budget.total, unit) as self._advance:
             continues = self._continue()
+            self._announce()
             self._saved_at = time.monotonic()
             self._began = self._saved_at - self.progress.seconds
             if not continues:
@@ -179,6 +181,23 @@ class Healing:
         self.trained.values.data.copy_(self.best)
         self.trained.write_weights()
         return "budget" if used >= 1 else "patience"
+
+    def _announce(self) -> None:
+        """Tell how long a number of tokens takes, besides the writing of text; minutes are known."""
+        if self.budget.tokens is None:
+            return
+        teacher, student = self.teacher.skippable, self.student.skippable
+        left = self.budget.tokens - self.progress.tokens
+        # Each product of the student's trained part has two more backwards, each of its head has one.
+        through_blocks = len(teacher.switches) + 3 * (len(student.switches) - self.first) + 3 * teacher.head_blocks
+        announce(
+            self.notify,
+            f"Healing: {left:,} tokens in {dtype_name(self.weights[0].dtype)}",
+            through_blocks * left * block_operations(teacher),
+            teacher,
+            self.checked.rows[: self.batch],
+            processes=self.group.size,
+        )
 
     def _continue(self) -> bool:
         """Take over what an interrupted run saved; return whether there is anything."""
