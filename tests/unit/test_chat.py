@@ -187,11 +187,12 @@ def test_a_file_to_measure_on_is_read_once(tmp_path, monkeypatch, line):
 
 
 def test_a_data_set_gives_its_column_of_messages(monkeypatch):
-    rows = datasets.Dataset.from_dict({"messages": [CONVERSATION] * 50, "other": [[]] * 50})
+    talk = [*CONVERSATION[:-1], {**CONVERSATION[-1], "thinking": "king"}]  # a field that other messages lack
+    rows = datasets.Dataset.from_dict({"messages": [talk] * 50, "other": [[]] * 50})
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows)
     found = calibration_conversations("org/chat", samples=1, length=30, seed=0)
     characters = sum(len(message["content"]) for message in CONVERSATION)
-    assert found == [CONVERSATION] * -(-2 * 30 * 8 // min(characters, 30 * 8))
+    assert found == [talk] * -(-2 * 30 * 8 // min(characters, 30 * 8))
     with pytest.raises(DataError, match="A row of org/chat:train:other cannot be read: messages"):
         calibration_conversations("org/chat:::other", samples=1, length=30, seed=0)
 

@@ -64,6 +64,7 @@ def wrote(tokenizer, template_prompts, *says, count=2, length=40, size=4):
         said = [tokenizer(next(turns), add_special_tokens=False).input_ids[:new] for _ in prompts]
         said = [row[: next((at + 1 for at, token in enumerate(row) if token in ends), len(row))] for row in said]
         assert 0 in forbidden  # <s>
+        assert all(tokenizer.added_tokens_decoder[token].special for token in forbidden)
         assert not forbidden & {token for row in said for token in row}
         assert 1 <= new <= length - min(map(len, prompts))
         return said
@@ -178,6 +179,7 @@ def test_thoughts_and_answers_stay_as_the_model_wrote_them(name):
     asked, tokenizer = [{"role": "user", "content": "mill"}], template.tokenizer
     found, given, _ = wrote(tokenizer, cycle([asked]), answer, count=1, length=120, size=2)
     assert given[0] == apply_template(tokenizer, asked, "", tokenize=False, add_generation_prompt=True)
+    assert (given, found) == (given[:1] * len(found), found[:1] * len(given))
     space = "\n" if template.last.endswith("\n") else ""
     assert found[0].tokens == tokens_of(tokenizer, f"{given[0]}⟦{answer}⟧{space}")
 

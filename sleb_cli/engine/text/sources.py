@@ -380,7 +380,7 @@ class _Messages(BaseModel):
 
     @property
     def conversation(self) -> Conversation:
-        return [message.model_dump() for message in self.messages]
+        return [message.model_dump(exclude_none=True) for message in self.messages]  # a data set fills in fields
 
 
 class _TextOrMessages(BaseModel):
@@ -404,7 +404,7 @@ class _Prompt(BaseModel):
 
     @property
     def conversation(self) -> Conversation:
-        found = [message.model_dump() for message in self.messages]
+        found = [message.model_dump(exclude_none=True) for message in self.messages]
         found += [{"role": "user", "content": self.prompt}] if self.prompt else []
         while found and found[-1]["role"] == "assistant":
             found.pop()
