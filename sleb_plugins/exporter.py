@@ -52,6 +52,8 @@ class Exporter(ABC):
         name: its name on the command line.
         description: one line for `sleb plugins`.
         ending: how its file is named after the plan without `-o`: ".report.html"; if empty, the text is printed.
+        only_counts: whether the other tool changes the number of blocks, and no other setting of a checkpoint; models
+            of which that is not enough are refused.
         uses_source: whether it uses `source_file`; otherwise `--source` is refused.
         needs_model: whether it needs the model. Otherwise it describes a plan, from its JSON files alone.
     """
@@ -59,6 +61,7 @@ class Exporter(ABC):
     name: ClassVar[str]
     description: ClassVar[str] = ""
     ending: ClassVar[str] = ""
+    only_counts: ClassVar[bool] = False
     uses_source: ClassVar[bool] = False
     needs_model: ClassVar[bool] = True
 

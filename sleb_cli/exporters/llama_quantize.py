@@ -14,6 +14,7 @@ class LlamaQuantize(Exporter):
 
     name = "llama-quantize"
     description = "the llama.cpp command that removes the blocks, and can quantize"
+    only_counts = True
     uses_source = True
 
     def export(self, pruning: Pruning) -> str:

@@ -11,6 +11,7 @@ class MergekitRecipe(Exporter):
     """A passthrough recipe for `mergekit-yaml`; its `layer_range` is half-open."""
 
     name = "mergekit"
+    only_counts = True
     description = "a passthrough recipe for mergekit-yaml"
 
     def export(self, pruning: Pruning) -> str:

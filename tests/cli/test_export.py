@@ -10,6 +10,7 @@ import yaml
 from gguf import GGMLQuantizationType as Type
 
 from conftest import llama_config, save_model
+from families import tiny_config
 from gguf_models import write_gguf, write_llama_gguf
 from measured_plans import make_benchmark, make_evaluation, make_plan, write_measured
 
@@ -99,6 +100,15 @@ def test_llama_quantize_is_not_sent_where_it_would_go_wrong(export, tiny_llama, 
     ):
         write_gguf(tmp_path / "a.gguf", architecture, 6, values)
         export(tiny_llama, "1", "llama-quantize", "--source", "a.gguf", code=code, says=message)
+
+
+@pytest.mark.parametrize("to", ["mergekit", "llama-quantize"])
+def test_a_tool_that_only_counts_is_not_given_blocks_of_several_kinds(export, tmp_path, to):
+    mixed, alike = tiny_config("qwen2"), tiny_config("qwen2", use_sliding_window=False, layer_types=None)
+    model = save_model(tmp_path / "mixed", mixed)  # windows in the last three of six blocks
+    export(model, "1", to, code=4, says=f"{to} would renumber the blocks of {model} but not correct layer_types.")
+    export(model, "4", to)
+    export(save_model(tmp_path / "alike", alike), "1", to)
 
 
 @pytest.mark.parametrize(

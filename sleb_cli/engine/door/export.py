@@ -20,7 +20,7 @@ from sleb_cli.plan import CHECKPOINT_PLAN, Plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import DEFAULT_PLAN, ExportRequest, sibling
 from sleb_cli.results import BenchResult, EvalResult
-from sleb_plugins import Exporter, Pruning, UsageError
+from sleb_plugins import Exporter, Pruning, UnsupportedModelError, UsageError
 
 
 def resolve_export(request: ExportRequest, registry: Registry, notify: Notify) -> tuple[Exporter, Pruning, Path | None]:
@@ -30,6 +30,7 @@ def resolve_export(request: ExportRequest, registry: Registry, notify: Notify) -
 
     Raises:
         PlanError: the plan is unreadable, or was made for another model.
+        UnsupportedModelError: the other tool would leave some settings of the model wrong.
         UsageError: no block is removed, the format does not use the given source file, or describes only plans.
         OutputError: the output exists.
     """
@@ -39,7 +40,14 @@ def resolve_export(request: ExportRequest, registry: Registry, notify: Notify) -
     if request.output is not None:
         require_new_file(request.output, force=request.force)
     if exporter.needs_model:
-        pruning = _pruning_of_model(resolve_subject(request, registry, notify, needs_removals=True), request, notify)
+        subject = resolve_subject(request, registry, notify, needs_removals=True)
+        pruning = _pruning_of_model(subject, request, notify)
+        reads_gguf = exporter.uses_source and pruning.source_file  # whose metadata the format reads itself
+        if exporter.only_counts and not reads_gguf and (others := subject.surgery.settings_of_blocks):
+            raise UnsupportedModelError(
+                f"{exporter.name} would renumber the blocks of {pruning.model} but not correct {', '.join(others)}.",
+                hint="Use `sleb apply`, which corrects it.",
+            )
     else:
         pruning = _pruning_of_plan(request, notify)
     _require_removals(pruning.removals)

@@ -102,6 +102,19 @@ class Surgery:
         counts = [adapter.count_key, *(alias for alias in aliases if alias in written)]
         return settings | dict.fromkeys(counts, len(kept.blocks))
 
+    @property
+    def settings_of_blocks(self) -> list[str]:
+        """The settings that would be wrong for some block if only the number of blocks changed in the config."""
+        before, found = self.architecture.text_config.to_dict(), list[str]()
+        # Where windows matter, `layer_types` says which blocks have them, too.
+        for key, after in self._pruned_settings({}).items():
+            was = before.get(key)
+            same = was[: len(after)] if isinstance(was, list | str) and isinstance(after, list | str) else was
+            found += (
+                [key] if after != same and key not in (self.architecture.adapter.count_key, "max_window_layers") else []
+            )
+        return found
+
     def cut(self, name: str) -> Cut | None:
         """Return the slices to keep of a tensor with one slice per block; None for any other tensor."""
         axis = sliced_axis(name)
