@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from conftest import tokenizer_with
+from conftest import train_tokenizer
 
 CONTENT = "{% set words = m.content.split('</think>')[-1].lstrip('\\n') %}"
 IM_START = (
@@ -68,7 +68,7 @@ PHI4_MINI = (
 MISTRAL = (  # the system's words are in the last question
     "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}"
     "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}{% if m.role == 'user' %}[INST] "
-    "{{ system if loop.index0 >= (messages | length) - 2 }}{{ m.content }}[/INST]{% else %} {{ m.content }}</s>"
+    "{{ system if loop.index0 >= (messages | length) - 2 }}{{ m.content }}[/INST]{% else %} {{ m.content }} </s>"
     "{% endif %}{% endfor %}"
 )
 
@@ -89,7 +89,8 @@ class Published:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        tokenizer = tokenizer_with(self.text)
+        tokenizer = train_tokenizer(bos=True)
+        tokenizer.chat_template = self.text
         tokenizer.add_special_tokens({"extra_special_tokens": [*self.special]})
         tokenizer.add_tokens([*self.added])
         return tokenizer
@@ -159,7 +160,7 @@ PUBLISHED = {
         ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), (),
     ),
     "mistral": Published(
-        MISTRAL, "<s>", "[INST] snow[/INST]⟦ bridge</s>⟧", *["[INST] stone\n\nmill[/INST]⟦ field</s>⟧"] * 2,
-        f"[INST] stone\n\nmill[/INST]⟦ {THOUGHT}field</s>⟧", ("[INST]", "[/INST]"), (),
+        MISTRAL, "<s>", "[INST] snow[/INST]⟦ bridge </s>⟧", *["[INST] stone\n\nmill[/INST]⟦ field </s>⟧"] * 2,
+        f"[INST] stone\n\nmill[/INST]⟦ {THOUGHT}field </s>⟧", ("[INST]", "[/INST]"), (),
     ),
 }  # fmt: skip

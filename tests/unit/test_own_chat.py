@@ -112,7 +112,7 @@ LONG = " ".join(f"snow{number}" for number in range(40))
     [
         (TURNS, "<s>user: ", "<s>user: river</s><s>assistant: ", "river</s>"),
         (SYSTEM, "<s>system: mill</s><s>user: ", "<s>system: mill</s><s>user: river</s><s>assistant: ", "river</s>"),
-        (WORDS, "[INST] ", "[INST] river [/INST]", "river [/INST] and more"),
+        (WORDS, "[INST] ", "[INST] river [/INST]", "river [/INST] and [/INST] more"),
         (
             PUBLISHED["r1"].tokenizer,
             "<s><｜User｜>",
