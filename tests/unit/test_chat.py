@@ -110,6 +110,15 @@ def test_all_of_an_answer_counts_whatever_its_words(name, contents, text):
     assert render(tokenizer, talk, "", answers=True) == tokens_of(tokenizer, opened + text)
 
 
+def test_a_thought_in_tags_that_only_the_template_knows_is_cut():
+    tokenizer = PUBLISHED["phi4"].tokenizer
+    tokenizer.chat_template = tokenizer.chat_template.replace("m.content", "m.content.split('▷')[-1]")
+    contents = zip(cycle(["user", "assistant"]), ["snow", "river▷town", "snow", "king▷mill"], strict=False)
+    talk = [{"role": role, "content": content} for role, content in contents]
+    text = f"{PHI4_ASKED}⟦town<|im_end|>⟧{PHI4_ASKED}⟦mill<|im_end|>⟧"
+    assert render(tokenizer, talk, "", answers=True) == tokens_of(tokenizer, text)
+
+
 @pytest.mark.parametrize(("most", "found"), [(None, 3), (2, 2), (9, 3)])
 def test_windows_of_answers_know_their_conversations(most, found):
     tokenizer, talks = tokenizer_with(PLAIN), [CONVERSATION[:3], CONVERSATION] * 9

@@ -189,9 +189,12 @@ def _pieces(
         if not begin or not (end if message["content"] else rest.startswith(answered)):
             raise unfound
         if end:
-            end += _end(tokenizer, rest[end:], answered[answered.rfind(mark) + 1 :])
-            if (led := rest[start:words].strip()) and not _thinks(message, led):
+            led = (
+                rest[start:words].strip() if rest.count(mark) == 2 else ""
+            )  # it may cut a thought, with the first mark
+            if led and not _thinks(message, led):
                 start = words  # what a template writes where there is no thought
+            end += _end(tokenizer, rest[end:], answered[answered.rfind(mark) + 1 :])
         else:  # it only calls tools
             end = len(answered)
         yield whole[done : begin + start].translate(no_marks), False
