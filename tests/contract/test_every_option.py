@@ -14,7 +14,7 @@ from sleb_cli.app import app
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = get_command(app).commands
 WINDOWS = "--sequence-length 16 --max-windows 2"
-SHAPE = "--prompt-length 4 --new-tokens 2 --iterations 1 --warmup 0"
+SHAPE = "--prompt-length 4 --iterations 1 --warmup 0"
 RUNS = {
     "search": [
         "MODEL --remove 1 TEXT --sequence-length 16 --seed 1 --device cpu --dtype float32 --batch-size 2 --memory 1GB "
@@ -43,7 +43,7 @@ RUNS = {
     ],
     "bench": [
         f"PLAN --remove 1,2 --prompt {SHAPE} --batch-size 1 --threads 1 --dtype float32 --device cpu -o new.json",
-        f"PLAN --model MODEL --any-model --every 1 --generation {SHAPE} --engine transformers --trust-remote-code",
+        f"PLAN --model MODEL --any-model --every 1 --generation {SHAPE} --new-tokens 2 --engine transformers --trust-remote-code",
         "MODEL --blocks 1 --sweep new=2,3 --prompt-length 4 --iterations 1 --quiet --json --force",
     ],
     "export": [
