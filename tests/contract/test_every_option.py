@@ -43,8 +43,8 @@ RUNS = {
     ],
     "bench": [
         f"PLAN --remove 1,2 --prompt {SHAPE} --batch-size 1 --threads 1 --dtype float32 --device cpu -o new.json",
-        f"PLAN --model MODEL --any-model --every 1 --generation {SHAPE} --new-tokens 2 --engine transformers --trust-remote-code",
-        "MODEL --blocks 1 --sweep new=2,3 --prompt-length 4 --iterations 1 --quiet --json --force",
+        f"PLAN --model MODEL --any-model --every 1 --generation {SHAPE} --new-tokens 2 --engine transformers",
+        "MODEL --blocks 1 --trust-remote-code --sweep new=2,3 --prompt-length 4 --iterations 1 --quiet --json --force",
     ],
     "export": [
         "PLAN --to indices --remove 1 --json",
