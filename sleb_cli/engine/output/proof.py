@@ -41,7 +41,7 @@ from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.surgery.loading import DeviceMap, has_tokenizer, load_pretrained, load_tokenizer, loading_problem
 from sleb_cli.engine.surgery.surgery import Surgery
-from sleb_cli.engine.third_party import prefer_disk_error, saving, translate_errors
+from sleb_cli.engine.third_party import disk_error, prefer_disk_error, saving, translate_errors
 from sleb_cli.events import CheckPassed, Notice, Notify, ignore, task
 from sleb_cli.records import Check, Proof, differences
 from sleb_cli.requests import AUTO
@@ -547,8 +547,8 @@ def proof_error(what: str, kind: str = "checkpoint") -> ProofError:
 
 @contextmanager
 def model_errors_fail_proof(kind: str = "checkpoint") -> Iterator[None]:
-    """Turn a `ModelError` about what was written into a failed proof."""
+    """Turn a `ModelError` about what was written into a failed proof, or into the error of the disk behind it."""
     try:
         yield
     except ModelError as error:
-        raise proof_error(error.message.rstrip("."), kind) from error
+        raise disk_error(error) or proof_error(error.message.rstrip("."), kind) from error
