@@ -29,7 +29,7 @@ from sleb_cli.engine.forward.fork_check import CHECKED_SEQUENCES, why_not_fork
 from sleb_cli.engine.forward.offload import loaded
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.recovery.depth import GAINS_SHARE, States
+from sleb_cli.engine.recovery.depth import States
 from sleb_cli.engine.recovery.least_squares import Gains, Ridge, best_ridge, ridge_bytes
 from sleb_cli.engine.recovery.residual_projections import (
     ResidualProjection,
@@ -192,7 +192,7 @@ class _Recovery:
             norm = final_norm(self.skippable, states.pruned[0].to(self.skippable.device), states.ids[0])
             return [norm] if norm else []
         with self.skippable.loaded(block), self.skippable.replaced(self.values):
-            return find_residual_projections(self.skippable, states.calls[0][block], states.pruned[0])
+            return find_residual_projections(self.skippable, states.probes[0][block], states.pruned[0][states.probed])
 
     def _fit(self, block: int | None, projections: Sequence[ResidualProjection], found: Mapping[str, Tensor]) -> Fit:
         """Fit projections of a block at once, given the values that were `found` for it.
@@ -237,12 +237,13 @@ class _Recovery:
         outputs = self.skippable.model.config.get_text_config().hidden_size
         has_gains = projections[0].kind == "gain"
         has_bias = any(projection.takes_bias for projection in projections)
+        rounded = self.skippable.model.dtype is torch.bfloat16  # so the features are rounded already
 
         def empty() -> Ridge:
-            return Gains(inputs, device) if has_gains else Ridge(inputs + has_bias, outputs, device)
+            return Gains(inputs, device) if has_gains else Ridge(inputs + has_bias, outputs, device, rounded=rounded)
 
-        every = GAINS_SHARE if has_gains else 1
-        train = self.states.sums(samples, [at[::every] for at in self.states.train], empty)
+        groups = self.states.train_for_gains if has_gains else self.states.train
+        train = self.states.sums(samples, groups, empty)
         validation = self.states.sums(samples, self.states.validation, empty)
         self.states.require_finite((*train.tensors, *validation.tensors))
         return train, validation

@@ -20,9 +20,11 @@ from sleb_cli.engine.text.windows import whole_mask
 from sleb_plugins import ModelError
 
 GAINS_SHARE = 4
-"""Gains, one number for each channel, are fitted to every fourth batch."""
+"""Gains, one number for each channel, are fitted to the first batch of every fourth group."""
 VALIDATION_POSITIONS = 2048
 """About how many positions compare two fits."""
+PROBED_TOKENS = 512
+"""Enough to tell what a block's modules do."""
 GROUPS = 8
 """A text's batches are summed in this many groups, in order, so that sums do not depend on the number of processes."""
 
@@ -52,6 +54,8 @@ class States:
         self.ids, self.decides = train_ids + validation_ids, slice(len(train_ids), None)
         shared = SharedInputs(skippable, self.held)
         self.calls = [shared.calls(ids) for ids in self.ids]
+        self.probed = slice(max(1, PROBED_TOKENS // length))
+        self.probes = [shared.calls(ids[self.probed]) for ids in self.ids[:1]]
         self.dense = [calls[0].entering for calls in self.calls]
         self.pruned = self.dense
         self.dense_final = self.leaving(self.calls[self.decides], self.dense[self.decides], range(self.count))
@@ -88,9 +92,14 @@ class States:
         return states
 
     @property
+    def train_for_gains(self) -> list[range]:
+        """Where the batches are that gains are fitted to, by group."""
+        return [at[: number % GAINS_SHARE == 0] for number, at in enumerate(self.train)]
+
+    @property
     def read_for_gains(self) -> list[int]:
         """The batches that the gains of the final norm are fitted to, and those that decide."""
-        fitted = {at for group in self.train for at in group[::GAINS_SHARE]}
+        fitted = {at for group in self.train_for_gains for at in group}
         return sorted(fitted | {*range(min(1, len(self.ids))), *range(self.decides.start, len(self.ids))})
 
     def advance(self, blocks: range, batches: Sequence[int] | None = None) -> None:
