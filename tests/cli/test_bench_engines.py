@@ -16,14 +16,17 @@ from sleb_cli.engine.gguf.surgery import block_count
 from sleb_cli.engine.speed.engines import vllm
 from sleb_cli.plan import read_plan
 
-SHORT = ["--batch-size", 2, "--prompt-length", 8, "--new-tokens", 3, "--iterations", 4, "--warmup", 1]
+SHORT = ["--batch-size", 2, "--prompt-length", 8, "--iterations", 4, "--warmup", 1]
 
 
 @pytest.fixture
 def bench(sleb):
     """Run a short benchmark, require an exit code, and give the result."""
 
-    return lambda *words, **how: sleb("bench", *words, *SHORT, **how)
+    def run(*words, **how):
+        return sleb("bench", *words, *SHORT, *([] if "--prompt" in words else ["--new-tokens", 3]), **how)
+
+    return run
 
 
 class Recorder(sleb.Engine):
