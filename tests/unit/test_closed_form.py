@@ -1,6 +1,7 @@
 """Recovery in closed form, each part against a direct computation on real, tiny models."""
 
 import math
+from contextlib import nullcontext
 from itertools import chain, pairwise, repeat
 from unittest.mock import Mock
 
@@ -111,7 +112,8 @@ def test_weights_that_write_to_the_hidden_states_are_found(model_type, near, exa
 def test_the_fits_equal_a_direct_computation(monkeypatch):
     # One ridge, and whatever is fitted is taken for a gain.
     monkeypatch.setattr(closed_form, "RIDGES", (0.3,))
-    falling = iter(range(100, 0, -1))
+    falling, rounds = iter(range(100, 0, -1)), []
+    monkeypatch.setattr(least_squares, "bfloat16_products", lambda on: rounds.append(on) or nullcontext())
     monkeypatch.setattr(closed_form.States, "divergence", lambda self, block, values: float(next(falling)))
     skippable = skippable_model("llama")
     model, text = skippable.model, own_text(skippable.model, 30)
@@ -120,6 +122,7 @@ def test_the_fits_equal_a_direct_computation(monkeypatch):
     assert [(fit.weights, fit.gap, fit.kept) for fit in record.fits[:2]] == [((OUT, DOWN), gap, True) for gap in (2, 0)]
     final, fitted, text = record.fits[-1], values.pop("model.norm.weight"), text[:24]
     assert (final.block, final.weights, final.kept) == (None, ("model.norm",), True)
+    assert {*rounds} == {False}  # a model in float32 is fitted in float32
     with skippable, torch.inference_mode():
         variants = Variant(skippable), Variant(skippable, {3, 4}, values)
         wanted, found = (norm(variant.final_states(text)).flatten(0, 1).double() for variant in variants)
