@@ -110,12 +110,24 @@ def test_all_of_an_answer_counts_whatever_its_words(name, contents, text):
     assert render(tokenizer, talk, "", answers=True) == tokens_of(tokenizer, opened + text)
 
 
-def test_a_thought_in_tags_that_only_the_template_knows_is_cut():
-    tokenizer = PUBLISHED["phi4"].tokenizer
-    tokenizer.chat_template = tokenizer.chat_template.replace("m.content", "m.content.split('▷')[-1]")
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (
+            PUBLISHED["phi4"].text.replace("m.content", "m.content.split('▷')[-1]"),
+            f"{PHI4_ASKED}⟦town<|im_end|>⟧{PHI4_ASKED}⟦mill<|im_end|>⟧",
+        ),
+        (
+            PUBLISHED["phi4-mini"].text,
+            "<|user|>snow<|end|><|assistant|>⟦river▷town⟧<|end|><|user|>snow<|end|><|assistant|>⟦king▷mill<|end|></s>⟧",
+        ),
+    ],
+    ids=["tags of a thought", "the end of an earlier answer"],
+)
+def test_what_only_the_template_knows_of_an_answer(template, text):
+    tokenizer = tokenizer_with(template)  # without tokens for it
     contents = zip(cycle(["user", "assistant"]), ["snow", "river▷town", "snow", "king▷mill"], strict=False)
     talk = [{"role": role, "content": content} for role, content in contents]
-    text = f"{PHI4_ASKED}⟦town<|im_end|>⟧{PHI4_ASKED}⟦mill<|im_end|>⟧"
     assert render(tokenizer, talk, "", answers=True) == tokens_of(tokenizer, text)
 
 

@@ -132,7 +132,7 @@ def test_the_model_speaks_where_its_template_puts_words(template, asked, answere
 
 
 def test_what_cannot_be_used_is_dropped_and_counted():
-    questions = ["town</s>", "town</s>", "fish " * 7 + "</s>", "</s>", "mill stone water", "bridge</s>"]
+    questions = ["town</s>", "town</s>", "river " * 6 + "</s>", "</s>", "mill stone water", "bridge</s>"]
     found, _, dropped = wrote(TURNS, iter(()), *questions, LONG, LONG, count=2, size=6)
     assert [said_in(talk)[0][1] for talk in found] == ["town", "bridge"]
     assert dropped == 4
