@@ -217,7 +217,7 @@ class SearchRequest(Request):
         unset=(),
     )
     fast: bool | None = option(
-        "Race the candidates: stop scoring one once it is clearly behind.", _SCORING, default="no; yes for demo"
+        "Race the candidates: stop scoring one once little is expected of it.", _SCORING, default="no; yes for demo"
     )
     calibration: str | None = option(
         "wikitext2, c4, wikitext2-sleb, c4-sleb, a .txt or .jsonl file, org/name[:config][:split][:column]; self or "
@@ -407,10 +407,10 @@ class EvalRequest(SizesRequest):
     apply_chat_template: bool = option("Format prompts with the chat template.", _QUALITY, unset=False)
     include_path: Path | None = option("Folder with your own task files.", _QUALITY)
     run_code: RunCode | None = option(
-        "Run programs that the model writes, for tasks such as humaneval_instruct, in little time and memory. Confined "
-        "(Linux), they reach no network and no process, see only the files of the system and of Python, and leave "
-        "nothing behind. Unconfined, they may do what you may do.",
+        "Run programs that the model writes, as humaneval_instruct does: confined (on Linux), without a network, other "
+        "processes or your files; or unconfined, with all your rights.",
         _QUALITY,
+        metavar="HOW",
         default="confined if HF_ALLOW_CODE_EVAL=1",
     )
     show_flips: int | None = option(

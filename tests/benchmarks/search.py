@@ -3,7 +3,7 @@
     python tests/benchmarks/search.py MODEL TEXT [--samples 16] [--length 512] [--remove 2] [--fast]
                                       [--plain-sequences 0]
 
-With --fast, a candidate is scored no longer once it is clearly behind.
+With --fast, candidates race.
 
 The plain algorithm (`tests/reference.py`) runs one sequence and one candidate at a time through the whole model without
 the candidate. It runs one step on --plain-sequences (0: all), from which its time is estimated: a step costs as many
