@@ -201,7 +201,7 @@ def test_a_confined_program_reaches_nothing(outside):
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux confines programs")
 @pytest.mark.usefixtures("confinement")
 def test_nothing_that_a_program_started_stays(edited, tmp_path):
-    edited("SECONDS_ASLEEP = .*", "SECONDS_ASLEEP = 1")
+    edited("SECONDS_ASLEEP = .*", "SECONDS_ASLEEP = 3")
     mark = f"{tmp_path}-left"
     leaving = "import os, time\nfor n in range(20):\n    if not os.fork():\n        os.setsid()\n"
     leaving += f"        os.execv('/bin/sleep', [{mark!r}, '60'])\ntime.sleep(0.2)\n"
