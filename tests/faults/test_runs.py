@@ -73,7 +73,7 @@ def fail(place, name, number, rng):
     place.reset()
     (running,) = place.launch(command, fault=Fault(place.folder, nth, what, sorts, lasting=error in LASTING))
     finished = running.wait()
-    undeletable = error == DEAD or call.sort is Calls.REMOVE
+    undeletable = error == DEAD or call.sort is Calls.REMOVE or ".partial.old" in call.path
     case = (call, error, finished.stderr)
     wrong = list(place.wrong(name, done=finished.exit_code == 0, may_leave=undeletable))
     assert not wrong, (case, wrong)

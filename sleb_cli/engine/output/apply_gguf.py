@@ -11,6 +11,7 @@ import numpy as np
 
 from sleb_cli.atomic import free_space, new_file, require_new_file, require_space
 from sleb_cli.engine.device import CPU, free_bytes
+from sleb_cli.engine.files.copying import reading
 from sleb_cli.engine.files.fingerprint import Watch
 from sleb_cli.engine.gguf.file import GgufFile, gguf_size, read_gguf, write_gguf
 from sleb_cli.engine.gguf.llama_cpp import holds_model_type
@@ -133,7 +134,9 @@ def _require_as_planned(pruned: GgufFile, aside: Path) -> None:
     with model_errors_fail_proof(KIND):
         written = read_gguf(aside)
     with translate_errors(lambda words: proof_error(f"the gguf package cannot read it: {words}", KIND)):
-        found, source = QuickReader(aside).tensors, QuickReader(pruned.path).tensors
+        found = QuickReader(aside).tensors
+        with reading(pruned.path):
+            source = QuickReader(pruned.path).tensors
     if (what := _differing_entry(written, pruned)) is not None:
         raise proof_error(f"its metadata differs from what is expected: {what}", KIND)
     if len(found) != len(pruned.tensors):
