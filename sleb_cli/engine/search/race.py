@@ -9,7 +9,7 @@ of few sequences:
 
 - From one step to the next, distances change little. So those of the step before count as well, by their precision,
   and a candidate that no such change would bring back is not scored at all.
-- The variance of a pair is at least the median of all pairs, in which the first look of the search keeps a part.
+- The variance of a pair is mixed with that of the median pair, and this one with what the search saw at first.
 
 `tests/benchmarks/race.py` measures what this costs. It fails where a few sequences decide: if differences are very
 skewed, or if the true winner scatters several times as much as the others.
@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean, median
+from typing import Any
 
 import numpy as np
 from scipy.special import ndtr
@@ -44,8 +45,8 @@ FIRST_LOOK = 2
 GROWTH = 1.25
 LAST_LOOK = 0.9
 
-KEPT_FREEDOM = 8
-"""How many degrees of freedom the first look of a search adds to the variance of the median pair."""
+PRIOR_FREEDOM = 4
+"""How many degrees of freedom the median pair adds to a pair's variance, and the first look to that of the median."""
 
 
 @dataclass
@@ -125,11 +126,10 @@ class Race:
             means, variance = scores.mean(1), (scores - scores[:, None]).var(-1, ddof=1)
             freedom = seen - 1
             # Estimates of a variance scatter as chi-squared does, whose median Wilson and Hilferty approximate.
-            typical = float(np.median(variance[np.triu_indices(len(blocks), 1)])) / (1 - 2 / (9 * freedom)) ** 3
-            if self._spread is None:
-                self._spread = typical
-            typical = (freedom * typical + KEPT_FREEDOM * self._spread) / (freedom + KEPT_FREEDOM)
-            found = _inverse(variance.clip(min=typical) * (1 / seen - 1 / self.sequences))
+            median_pair = float(np.median(variance[np.triu_indices(len(blocks), 1)])) / (1 - 2 / (9 * freedom)) ** 3
+            self._spread = self._spread or median_pair
+            variance = _shrunk(variance, _shrunk(median_pair, self._spread, freedom), freedom)
+            found = _inverse(variance * (1 / seen - 1 / self.sequences))
             precision, weighted = precision + found, weighted + found * (means - means[:, None])
         return weighted / precision, 1 / precision
 
@@ -179,6 +179,10 @@ def expected_improvement(behind: float, error: float) -> float:
 
 def _median_distance(behind: Mapping[int, tuple[float, float]]) -> float:
     return median([distance for distance, _ in behind.values() if distance > 0] or [0.0])
+
+
+def _shrunk(variance: Any, towards: float, freedom: int) -> Any:
+    return (freedom * variance + PRIOR_FREEDOM * towards) / (freedom + PRIOR_FREEDOM)
 
 
 def _inverse(variance: np.ndarray) -> np.ndarray:
