@@ -12,7 +12,7 @@ HEAL = "--heal --heal-tokens 1024"
 COMMANDS = {
     "search": "search MODEL --remove 3 TEXT --sample-tokens 8",
     "search --stream": "search MODEL --remove 2 TEXT --stream",
-    "search --fast": "search MODEL --remove 2 TEXT --fast --holdout 0.25 --batch-size 2",  # a race looks after whole batches
+    "search --fast": "search MODEL --remove 2 TEXT --fast --holdout 0.25 --batch-size 2",  # races look after batches
     "search --batch-size": "search MODEL --remove 2 TEXT --metric kl --batch-size 3",
     "apply": "apply PLAN --max-shard-size 20kB --stream",
     "apply gguf": "apply PLAN --source GGUF -o small.gguf",
