@@ -10,7 +10,7 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from sleb_cli.engine.search.choices import comparable
-from sleb_cli.engine.search.race import NEGLIGIBLE, PRIOR_FREEDOM, Race, expected_improvement
+from sleb_cli.engine.search.race import DRIFT, NEGLIGIBLE, PRIOR_FREEDOM, Race, expected_improvement
 
 FIELD = [0.02 * block for block in range(28)]
 
@@ -80,16 +80,17 @@ def test_who_drops_out_at_one_look(matrix, sequences, drops):
     assert all(drop.errors == 1e9 for drop in race.dropped.values())
 
 
+@pytest.mark.parametrize("sequences", [60, 10_000])
 @pytest.mark.parametrize("seen", [2, 5, 16, 40])
-def test_a_candidate_drops_out_when_little_is_expected_of_it(seen):
+def test_a_candidate_drops_out_when_little_is_expected_of_it(seen, sequences):
     """One look, with no step before: d behind, s the standard error of that over all sequences."""
     scatter = [(-1.0) ** n for n in range(seen - seen % 2)] + [0.0] * (seen % 2)
     own, freedom = statistics.variance(scatter), seen - 1
     variance = (freedom * own + PRIOR_FREEDOM * own / (1 - 2 / (9 * freedom)) ** 3) / (freedom + PRIOR_FREEDOM)
-    error = (variance * (1 / seen - 1 / 10_000)) ** 0.5
+    error = (variance * (1 / seen - 1 / sequences)) ** 0.5
     limits = [d for d in np.linspace(0, 6 * error, 2000) if expected_improvement(d, error) < NEGLIGIBLE * d]
     for times, drops in ((0.99, []), (1.01, [1])):
-        race = looked({0: [0.0] * seen, 1: [times * limits[0] + by for by in scatter]}, 10_000)
+        race = looked({0: [0.0] * seen, 1: [times * limits[0] + by for by in scatter]}, sequences)
         assert list(race.dropped) == drops
 
 
@@ -102,12 +103,35 @@ def test_expected_improvement_is_the_mean_of_what_is_better(behind, error):
     assert expected_improvement(behind, error) == pytest.approx(expected, abs=1e-9)
 
 
+def test_distances_of_the_step_before_are_known_up_to_their_drift():
+    """All were scored on all sequences, so a pair's error is the change of both; the next look weighs it by that."""
+    first = Race(range(6), 3)
+    assert first.outcome(dict(enumerate([5.0, 5.5, 6.0, 7.0, 9.0, math.inf]))).race.margin == 0.5
+    race = Race(range(1, 6), 64, first)  # 1 leads; the median was 1.5 behind 0
+    error = 2**0.5 * DRIFT * 1.5
+    assert {block: (drop.sequences, drop.behind, drop.errors) for block, drop in race.dropped.items()} == {
+        4: (0, pytest.approx(3.5), pytest.approx(3.5 / error))
+    }
+    assert expected_improvement(1.5, error) > NEGLIGIBLE * 1.0 > expected_improvement(3.5, error)
+    # 3 was 1.5 behind, and is 3 behind on two sequences, with an error of s.
+    race.drop_beaten({1: [1.0, 3.0], 2: [1.0, 3.0], 3: [3.0, 7.0], 5: [math.inf] * 2})
+    own, median_pair = 2.0, 2.0 / (1 - 2 / 9) ** 3
+    squared = (own + PRIOR_FREEDOM * median_pair) / (1 + PRIOR_FREEDOM) * (1 / 2 - 1 / 64)
+    precisions = 1 / error**2, 1 / squared
+    expected = (1.5 * precisions[0] + 3.0 * precisions[1]) / sum(precisions)
+    assert race._behind[3] == (pytest.approx(expected), pytest.approx(1 / sum(precisions)))
+
+
 def test_the_step_before_spares_the_hopeless():
     first, winner = run(draws(dict(enumerate(FIELD))))
     left = draws({block: 0.02 * block for block in range(28) if block != winner}, seed=1)
     (again, best), (alone, _) = run(left, before=first), run(left)
     assert best == min(left, key=lambda block: statistics.fmean(left[block]))
-    assert again.evaluations < alone.evaluations
+    assert (
+        again.evaluations
+        < alone.evaluations
+        == 64 * len(alone.contenders) + sum(drop.sequences for drop in alone.dropped.values())
+    )
     unscored = [block for block, drop in again.dropped.items() if not drop.sequences]
     assert unscored
     assert min(unscored) > 14
