@@ -147,11 +147,12 @@ def watch(program: int) -> bool:
 def is_asleep() -> bool:
     """Whether no thread of this session, except in this process, wants a processor or waits for a disk (Linux)."""
     states = set()
-    for file in Path("/proc").glob("[0-9]*/task/*/stat"):
+    for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended
-            state, _, _, session = file.read_text(errors="replace").rpartition(")")[2].split()[:4]
-            if int(session) == os.getsid(0) and int(file.parts[2]) != os.getpid():
-                states.add(state)
+            if os.getsid(int(process.name)) == os.getsid(0) and int(process.name) != os.getpid():
+                for thread in (process / "task").iterdir():
+                    with suppress(OSError):
+                        states.add((thread / "stat").read_text(errors="replace").rpartition(")")[2].split()[0])
     return bool(states) and not states & {"R", "D"}
 
 
