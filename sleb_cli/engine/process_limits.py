@@ -22,7 +22,7 @@ UNLIMITED = 2**63
 """More than any machine has."""
 
 
-class _Files(NamedTuple):
+class _MemoryFiles(NamedTuple):
     """What a control group calls its limits, what it uses, and the page cache in it, with all groups below."""
 
     limits: tuple[str, ...]
@@ -30,22 +30,20 @@ class _Files(NamedTuple):
     page_cache: tuple[str, ...]
 
 
-# In version 2, a process above `memory.high` is slowed down until it hardly moves.
-_VERSION_2 = _Files(("memory.max", "memory.high"), "memory.current", ("active_file", "inactive_file"))
-_VERSION_1 = _Files(("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
+_FILES = {
+    1: _MemoryFiles(("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),
+    # A process above `memory.high` is slowed down until it hardly moves.
+    2: _MemoryFiles(("memory.max", "memory.high"), "memory.current", ("active_file", "inactive_file")),
+}
+"""By the version of control groups."""
 
 
 def left_under_limits() -> int:
     """Return the bytes that this process may still take; without a limit, `UNLIMITED`."""
     if sys.platform != "linux":
         return UNLIMITED
-    return min(
-        [
-            UNLIMITED,
-            *_left_of_resources(),
-            *(_left_in(folder, _VERSION_2 if version == 2 else _VERSION_1) for folder, version in _groups("memory")),
-        ]
-    )
+    of_groups = (_left_in(folder, _FILES[version]) for folder, version in _groups("memory"))
+    return min([UNLIMITED, *_left_of_resources(), *of_groups])
 
 
 def usable_processors() -> int:
@@ -78,7 +76,7 @@ def _left_of_resources() -> Iterator[int]:
             yield max(0, limit - used)
 
 
-def _left_in(folder: Path, files: _Files) -> int:
+def _left_in(folder: Path, files: _MemoryFiles) -> int:
     """Return what a control group has left; the uppermost has no limit, and so not all of the files."""
     try:
         limit = min(int(text) for name in files.limits if (text := (folder / name).read_text().strip()) != "max")

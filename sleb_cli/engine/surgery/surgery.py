@@ -105,15 +105,16 @@ class Surgery:
     @property
     def settings_of_blocks(self) -> list[str]:
         """The settings that would be wrong for some block if only the number of blocks changed in the config."""
-        before, found = self.architecture.text_config.to_dict(), list[str]()
-        # Where windows matter, `layer_types` says which blocks have them, too.
-        for key, after in self._pruned_settings({}).items():
-            was = before.get(key)
-            same = was[: len(after)] if isinstance(was, list | str) and isinstance(after, list | str) else was
-            found += (
-                [key] if after != same and key not in (self.architecture.adapter.count_key, "max_window_layers") else []
-            )
-        return found
+        before, known = self.architecture.text_config.to_dict(), {self.architecture.adapter.count_key}
+        known.add("max_window_layers")  # where windows matter, `layer_types` says which blocks have them, too
+
+        def is_cut(was: object, after: object) -> bool:
+            return isinstance(was, list | str) and isinstance(after, list | str) and was[: len(after)] == after
+
+        settings = {key: after for key, after in self._pruned_settings({}).items() if key not in known}
+        return [
+            key for key, after in settings.items() if before.get(key) != after and not is_cut(before.get(key), after)
+        ]
 
     def cut(self, name: str) -> Cut | None:
         """Return the slices to keep of a tensor with one slice per block; None for any other tensor."""

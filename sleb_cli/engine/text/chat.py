@@ -189,9 +189,8 @@ def _pieces(
         if not begin or not (end if message["content"] else rest.startswith(answered)):
             raise unfound
         if end:
-            led = (
-                rest[start:words].strip() if rest.count(mark) == 2 else ""
-            )  # it may cut a thought, with the first mark
+            # A template may cut a thought, and the first mark with it.
+            led = rest[start:words].strip() if rest.count(mark) == 2 else ""
             if led and not _thinks(message, led):
                 start = words  # what a template writes where there is no thought
             end += _end(tokenizer, rest[end:], answered[answered.rfind(mark) + 1 :])
