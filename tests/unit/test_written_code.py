@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -196,6 +197,18 @@ BEFORE = "import ctypes, os, resource, socket, sys, threading, time; libc = ctyp
 def test_a_confined_program_reaches_nothing(outside):
     values = "; ".join(f"{name} = {value!r}" for name, value in outside.items())
     assert [attack for attack in ATTACKS if passes(f"{BEFORE}{values}\n{attack}", "confined")] == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux confines programs")
+@pytest.mark.usefixtures("confinement")
+@pytest.mark.parametrize("place", ["/tmp", "/dev/shm"])
+def test_an_environment_may_lie_where_a_confined_program_writes(edited, place):
+    with tempfile.TemporaryDirectory(dir=place) as environment:
+        Path(environment).chmod(0o755)  # root's programs are nobody's
+        Path(environment, "file").write_text("as it was")
+        edited(r"SEEN = \(", f"SEEN = ({environment!r},")
+        assert passes(f"assert open('{environment}/file').read() == 'as it was'; open('x', 'w')", "confined")
+        assert passes(f"open('{environment}/file', 'w')", "confined") is False
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux confines programs")

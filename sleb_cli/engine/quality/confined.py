@@ -86,20 +86,20 @@ def leave_files() -> None:
     root = Path.cwd()
     _mount(None, Path("/"), None, _ALL_BELOW | _PRIVATE)
     _mount("tmpfs", root, "tmpfs", _NO_SETUID | _NO_DEVICES)
-    for place in map(Path, sorted(filter(os.path.exists, set(SEEN) - {"/"}))):
+    for name in ("dev", "proc", "tmp"):
+        (root / name).mkdir()
+    (root / "dev/shm").symlink_to("../tmp")
+    _mount("tmpfs", root / "tmp", "tmpfs", _NO_SETUID | _NO_DEVICES, f"size={DISK_BYTES},nr_inodes={FILES}")
+    for place in map(Path, sorted(filter(os.path.exists, set(SEEN) - {"/"}))):  # of which some may lie in /tmp
         inside = root / place.relative_to("/")
         (inside if place.is_dir() else inside.parent).mkdir(parents=True, exist_ok=True)
         if not inside.exists():
             inside.touch()
         _mount(str(place), inside, None, _BIND | _ALL_BELOW)
-    for name in ("proc", "tmp"):
-        (root / name).mkdir()
-    (root / "dev/shm").symlink_to("/tmp")
     _mount("proc", root / "proc", "proc", _NO_SETUID | _NO_DEVICES)
     (root / "proc/sys/user/max_user_namespaces").write_text("0")
-    attributes = (ctypes.c_uint64 * 4)(_READ_ONLY | _NO_SETUID)
-    _call("syscall", _MOUNT_SETATTR, _HERE, bytes(root), _RECURSIVE, attributes, ctypes.c_size_t(32))
-    _mount("tmpfs", root / "tmp", "tmpfs", _NO_SETUID | _NO_DEVICES, f"size={DISK_BYTES},nr_inodes={FILES}")
+    _set_attributes(root, _READ_ONLY | _NO_SETUID, 0, _RECURSIVE)
+    _set_attributes(root / "tmp", 0, _READ_ONLY, 0)
     os.chdir(root)
     _call("pivot_root", b".", b".")
     _call("umount2", b".", _DETACH)
@@ -109,6 +109,11 @@ def leave_files() -> None:
 def _mount(what: str | None, where: Path, kind: str | None, flags: int, options: str = "") -> None:
     source, name = (None if word is None else os.fsencode(word) for word in (what, kind))
     _call("mount", source, bytes(where), name, ctypes.c_ulong(flags), options.encode())
+
+
+def _set_attributes(where: Path, given: int, taken: int, how: int) -> None:
+    attributes = (ctypes.c_uint64 * 4)(given, taken)
+    _call("syscall", _MOUNT_SETATTR, _HERE, bytes(where), how, attributes, ctypes.c_size_t(32))
 
 
 def give_up_rights() -> None:
