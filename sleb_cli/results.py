@@ -220,12 +220,16 @@ class PrunedTaskScores(TaskScores):
     flips: tuple[FlipRecord, ...] = ()
 
 
+Use = Literal["choosing", "programs", "writing"]
+"""What the items of a task ask for: to choose an answer, to write a program that runs, or to write."""
+
+
 class TaskResult(Record):
     """One metric of one lm-eval task on the dense and each pruned model.
 
     Items are matched by `doc_ids`, and `items_sha256` is a hash over lm-eval's hashes of their documents, prompts and
     targets. A group has no items of its own. `chat` tells whether prompts were in the chat template. `fingerprint` is a
-    hash of what the scores depend on besides the model.
+    hash of what the scores depend on besides the model; `use` is null if it is unknown.
     """
 
     task: str
@@ -238,6 +242,7 @@ class TaskResult(Record):
     doc_ids: tuple[int, ...]
     items_sha256: str | None
     fingerprint: str | None = None
+    use: Use | None = None
     dense: TaskScores
     pruned: tuple[PrunedTaskScores, ...]
 

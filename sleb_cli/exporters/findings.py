@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,6 @@ from sleb_cli.plan import Plan
 from sleb_cli.results import (
     BenchResult,
     EvalResult,
-    Interval,
     ModelSize,
     PrunedTaskScores,
     PrunedTextScores,
@@ -23,23 +21,13 @@ from sleb_cli.results import (
     TaskResult,
     TextResult,
     WorkloadResult,
-    main_metric,
 )
-from sleb_cli.tables.quality import task_names, text_names
+from sleb_cli.tables.quality import Estimate, is_canary, kept, main_tasks, task_names, text_names
 from sleb_cli.tables.speed import workload_name
 from sleb_cli.tables.table import Scored, by_model
 from sleb_cli.units import in_shell
 from sleb_plugins.errors import UsageError
 from sleb_plugins.exporter import Pruning
-
-Estimate = tuple[float, Interval | None]
-"""A number, with its 95% interval if it has one."""
-
-Z = 1.959963984540054
-"""Two-sided 95% of a normal distribution."""
-
-# Our own tasks, which are made to break first: an average with them would say nothing about what a model knows.
-_OURS = "sleb_"
 
 
 @dataclass(frozen=True)
@@ -113,30 +101,12 @@ class Findings:
 
         Each counts items that are right, and none is made to break.
         """
-        of_task: dict[str, list[TaskResult]] = {}
-        for task in self.tasks:
-            if task.doc_ids and self.own(task.pruned) and not task.task.startswith(_OURS):
-                of_task.setdefault(task.task, []).append(task)
-        main = ((task, self.own(task.pruned)) for task in map(main_metric, of_task.values()))
-        return [(task, own) for task, own in main if own and own.lost is not None and task.higher_is_better]
+        main = main_tasks(task for task in self.tasks if self.own(task.pruned) and not is_canary(task))
+        return [(task, own) for task in main if (own := self.own(task.pruned)) and own.lost is not None]
 
     def retention(self, removals: Removals) -> Estimate | None:
-        """Return the mean accuracy as a share of the dense model's; None if a task was not measured at this size.
-
-        The interval is that of the mean paired difference, the tasks being independent.
-        """
-        tasks = [task for task, _ in self.accuracy_tasks]
-        entries = [entry for task in tasks if (entry := of_size(task.pruned, removals))]
-        dense = sum(task.dense.value for task in tasks)
-        if not tasks or len(entries) < len(tasks) or dense <= 0:
-            return None
-        value = 1 + sum(entry.difference for entry in entries) / dense
-        errors = [entry.standard_error for entry in entries if entry.standard_error is not None]
-        if len(errors) < len(entries):
-            return value, None
-        reach = Z * math.hypot(*errors) / dense
-        # Not validated, since errors in a file may be as large as they like.
-        return value, Interval.model_construct(low=value - reach, high=value + reach)
+        """Return the mean accuracy as a share of the dense model's; None if a task was not measured at this size."""
+        return kept([task for task, _ in self.accuracy_tasks], removals)
 
     @property
     def workloads(self) -> Sequence[WorkloadResult]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from sleb_cli.exporters.findings import Findings
+from sleb_cli.tables.quality import ENOUGH
 from sleb_cli.tables.search import collapse
 from sleb_cli.units import format_count, format_share, plural
-
-ENOUGH = 0.95
-"""The share of the dense model's accuracy below which a size is not recommended."""
 
 
 def sentences(findings: Findings) -> list[str]:

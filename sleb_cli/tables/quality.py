@@ -7,9 +7,18 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from sleb_cli.plan import public_name
-from sleb_cli.results import DivergenceRecord, Interval, PrunedTextScores, TaskResult, TextResult
-from sleb_cli.tables.table import Columns, Scored, Table, between, tabulate
+from sleb_cli.results import DivergenceRecord, Interval, PrunedTextScores, Removals, TaskResult, TextResult, main_metric
+from sleb_cli.tables.table import Columns, Scored, Table, between, model_name, tabulate
 from sleb_cli.units import format_change, format_perplexity, format_probability, format_share, plural
+
+Estimate = tuple[float, Interval | None]
+"""A number, with its 95% interval if it has one."""
+
+ENOUGH = 0.95
+"""The share of the dense model's scores that counts as kept."""
+
+_TELLING = 0.25
+"""The most that may be lost, by its interval, where a task says anything."""
 
 _BOS = {"none": "no BOS", "text": "BOS before the text", "windows": "BOS in each"}
 
@@ -137,3 +146,73 @@ def tasks(scored: Iterable[Scored]) -> Table:
     ]
     notes = ["lost: items that went from right to wrong; gained: from wrong to right; p: exact McNemar test."]
     return tabulate("Tasks", columns, rows, notes)
+
+
+def is_canary(task: TaskResult) -> bool:
+    """Whether a task is one of ours, which are made to break first and say nothing about what a model knows."""
+    return task.task.startswith("sleb_")
+
+
+def _use(task: TaskResult) -> str:
+    if is_canary(task):
+        return "instructions" if task.task == "sleb_instructions" else "canaries"
+    names = {"choosing": "choosing an answer", "programs": "writing programs", "writing": "writing answers"}
+    return names[task.use] if task.use else ""
+
+
+def main_tasks(tasks: Iterable[TaskResult]) -> list[TaskResult]:
+    """Return the metric that stands for each task, if it counts items and more is better."""
+    of_task: dict[str, list[TaskResult]] = {}
+    for task in tasks:
+        if task.doc_ids:
+            of_task.setdefault(task.task, []).append(task)
+    return [task for task in map(main_metric, of_task.values()) if task.higher_is_better]
+
+
+def kept(tasks: Sequence[TaskResult], removals: Removals) -> Estimate | None:
+    """Return the mean score as a share of the dense model's; None if a task was not measured without these blocks.
+
+    The interval joins those of the differences, the tasks being independent.
+    """
+    entries = [entry for task in tasks for entry in task.pruned if set(entry.removals) == set(removals)]
+    dense = sum(task.dense.value for task in tasks)
+    if not tasks or len(entries) < len(tasks) or dense <= 0:
+        return None
+    value = 1 + sum(entry.difference for entry in entries) / dense
+    ends = [entry.difference_interval for entry in entries if entry.difference_interval]
+    if len(ends) < len(entries):
+        return value, None
+    reach = math.hypot(*((each.high - each.low) / 2 for each in ends)) / dense
+    # Not validated, since intervals in a file may be as large as they like.
+    return value, Interval.model_construct(low=value - reach, high=value + reach)
+
+
+def verdicts(tasks: Iterable[TaskResult]) -> Table:
+    """Return what is kept of each kind of use without the blocks of each size."""
+    share = "{:.0%}".format
+    columns: Columns = [
+        ("use", str), ("model", str), ("kept", share), ("95%", partial(between, form=share)), ("verdict", str),
+    ]  # fmt: skip
+    uses: dict[str, list[TaskResult]] = {}
+    for task in main_tasks(tasks):
+        if use := _use(task):
+            uses.setdefault(use, []).append(task)
+    rows = [
+        [use, model_name(removals), *found, _verdict(*found)]
+        for use, of_use in uses.items()
+        for removals in dict.fromkeys(entry.removals for task in of_use for entry in task.pruned)
+        if (found := kept(of_use, removals))
+    ]
+    notes = ["kept: the mean score as a share of the dense model's. When choosing, guessing alone keeps much of it."]
+    return tabulate("Verdict by kind of use", columns, rows, notes)
+
+
+def _verdict(share: float, interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    if interval.low >= ENOUGH:
+        return "kept"
+    if interval.high < 1:
+        return f"{1 - share:.0%} lost"
+    lost = 1 - interval.low
+    return f"no loss shown, at most {lost:.0%}" if lost < _TELLING else "too few items to tell"

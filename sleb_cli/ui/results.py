@@ -40,6 +40,7 @@ def show_evaluation(result: EvalResult, output: Path | None) -> None:
         quality.divergences(scored),
         quality.text_settings(result.texts, names),
         quality.tasks(by_model(result.tasks, map(quality.task_name, result.tasks))),
+        quality.verdicts(result.tasks),
     ]
     for table in tables:
         show_table(table)

@@ -24,6 +24,7 @@ from sleb_cli.engine.statistics import (
 )
 from sleb_cli.events import TaskAdvanced, TaskStarted, ignore
 from sleb_cli.requests import EvalRequest
+from sleb_cli.tables.quality import verdicts
 from sleb_plugins import DataError, ModelError, UsageError
 
 QUIETLY = ("dense", ignore, ProcessGroup())
@@ -312,3 +313,36 @@ def test_a_task_that_cannot_run_is_refused(folder, loaded, old, new, error, mess
     (folder / "own_written.yaml").write_text((folder / "own_written.yaml").read_text().replace(old, new))
     with pytest.raises(error, match=message):
         task_of(folder, "own_written").run(*loaded, *QUIETLY)
+
+
+def measured(name, use, flips, *, metric="acc", items=200, right=100):
+    """A task of so many items, of which a removal turns some wrong and others right."""
+    lost, gained = flips
+    before = (1.0,) * right + (0.0,) * (items - right)
+    after = (0.0,) * lost + (1.0,) * (right - lost) + (1.0,) * gained + (0.0,) * (items - right - gained)
+    result, _ = one_pruned(binary(*before), binary(*after))
+    return result.model_copy(update={"task": name, "use": use, "metric": metric})
+
+
+def test_a_verdict_is_of_a_kind_of_use():
+    found = verdicts(
+        [
+            measured("piqa", "choosing", (2, 3), items=2000, right=1000),
+            measured("arc_easy", "choosing", (1, 0), items=2000, right=1000),
+            measured("arc_easy", "choosing", (900, 0), metric="perplexity", items=2000, right=1000),
+            measured("humaneval", "programs", (40, 4)),
+            measured("gsm8k", "writing", (5, 4)),
+            measured("sleb_instructions", "writing", (0, 0), items=4, right=2),
+            measured("sleb_sums", "writing", (100, 0)),
+            measured("wikitext", None, (0, 0)),
+        ]
+    )
+    assert found.columns == ["use", "model", "kept", "95%", "verdict"]
+    assert [[row[0], row[2], row[4]] for row in found.rows] == [
+        ["choosing an answer", "100%", "kept"],
+        ["writing programs", "64%", "36% lost"],
+        ["writing answers", "99%", "no loss shown, at most 7%"],
+        ["instructions", "100%", "too few items to tell"],
+        ["canaries", "0%", "100% lost"],
+    ]
+    assert verdicts([measured("piqa", "choosing", (0, 0)).model_copy(update={"pruned": ()})]).rows == []

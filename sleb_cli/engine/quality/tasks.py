@@ -20,7 +20,7 @@ from sleb_cli.engine.statistics import (
     paired_proportions_interval,
     wilson_interval,
 )
-from sleb_cli.results import FlipRecord, PrunedTaskScores, TaskResult, TaskScores
+from sleb_cli.results import FlipRecord, PrunedTaskScores, TaskResult, TaskScores, Use
 from sleb_plugins import ModelError
 
 Results = Mapping[str, Any]
@@ -91,9 +91,17 @@ def _compare(
         doc_ids=tuple(sample["doc_id"] for sample in samples),
         # As lm-eval's `task_hashes`, which joins the samples of all filters; of a group, those of its tasks.
         items_sha256=hashlib.sha256(hashes.encode()).hexdigest() if seen else None,
+        use=_use(dense["configs"].get(measure.task, {})),
         dense=_scores(dense, measure),
         pruned=tuple(_pruned_scores(measure, dense, results, removals, show_flips) for removals, results in pruned),
     )
+
+
+def _use(config: Mapping[str, Any]) -> Use | None:
+    if config.get("unsafe_code"):
+        return "programs"
+    uses: dict[Any, Use] = {"multiple_choice": "choosing", "generate_until": "writing"}
+    return uses.get(config.get("output_type"))
 
 
 def _pruned_scores(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sleb_cli.exporters.findings import Estimate
+from sleb_cli.tables.quality import Estimate
 from sleb_plugins.errors import MachineError
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ from functools import partial
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from sleb_cli.exporters.findings import Estimate, Findings
+from sleb_cli.exporters.findings import Findings
 from sleb_cli.exporters.report.drawing import INK, MUTED, SERIES, WIDTH, Plot, draw_series, scaled, whole_ticks
 from sleb_cli.plan import Plan
 from sleb_cli.results import WorkloadResult
-from sleb_cli.tables.quality import perplexity_change
+from sleb_cli.tables.quality import Estimate, perplexity_change
 from sleb_cli.tables.search import perplexities
 from sleb_cli.tables.speed import workload_name
 

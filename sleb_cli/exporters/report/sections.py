@@ -33,6 +33,7 @@ def sections(findings: Findings) -> list[Section]:
     plan, benchmark = findings.plan, findings.benchmark
     texts, tasks, timed = findings.scored.values()
     cost = [quality.perplexities(texts), quality.divergences(texts), quality.tasks(tasks)]
+    cost += [quality.verdicts(findings.tasks)]
     cost += [quality.text_settings(findings.texts, findings.text_names)]
     gain = [speed.speeds(timed, plan.model.blocks), speed.latencies(timed), speed.memory(timed)]
     gain += [speed.sizes(benchmark)] if benchmark else []
