@@ -169,6 +169,15 @@ def main_tasks(tasks: Iterable[TaskResult]) -> list[TaskResult]:
     return [task for task in map(main_metric, of_task.values()) if task.higher_is_better]
 
 
+def by_use(tasks: Iterable[TaskResult]) -> dict[str, list[TaskResult]]:
+    """Return the main tasks of each kind of use."""
+    uses: dict[str, list[TaskResult]] = {}
+    for task in main_tasks(tasks):
+        if use := _use(task):
+            uses.setdefault(use, []).append(task)
+    return uses
+
+
 def kept(tasks: Sequence[TaskResult], removals: Removals) -> Estimate | None:
     """Return the mean score as a share of the dense model's; None if a task was not measured without these blocks.
 
@@ -193,13 +202,9 @@ def verdicts(tasks: Iterable[TaskResult]) -> Table:
     columns: Columns = [
         ("use", str), ("model", str), ("kept", share), ("95%", partial(between, form=share)), ("verdict", str),
     ]  # fmt: skip
-    uses: dict[str, list[TaskResult]] = {}
-    for task in main_tasks(tasks):
-        if use := _use(task):
-            uses.setdefault(use, []).append(task)
     rows = [
         [use, model_name(removals), *found, _verdict(*found)]
-        for use, of_use in uses.items()
+        for use, of_use in by_use(tasks).items()
         for removals in dict.fromkeys(entry.removals for task in of_use for entry in task.pruned)
         if (found := kept(of_use, removals))
     ]

@@ -50,11 +50,16 @@ def model_name(removals: Sequence[int]) -> str:
 
 
 def by_model(results: Iterable[Any], names: Iterable[str]) -> list[Scored]:
-    """Return what was measured of the dense and each pruned model, result by result, with the names of both."""
+    """Return what was measured of the dense and each pruned model, result by result, with the names of both.
+
+    A model that was measured alone may well be pruned, and has no name.
+    """
+    results = list(results)
+    dense = model_name(()) if any(result.pruned for result in results) else ""
     return [
-        (name, model_name(removals), scores)
+        (name, model_name(scores.removals) if scores is not result.dense else dense, scores)
         for result, name in zip(results, names, strict=True)
-        for removals, scores in [((), result.dense), *((scores.removals, scores) for scores in result.pruned)]
+        for scores in (result.dense, *result.pruned)
     ]
 
 

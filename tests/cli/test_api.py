@@ -66,6 +66,17 @@ def test_the_listener_for_trackio_hears_every_step(tiny_llama, text_file, monkey
     tracked.finish.assert_called_once()
 
 
+@pytest.mark.parametrize("right", [0, 1])
+def test_fine_tuning_learns_the_task_of_its_page(right, tiny_llama, monkeypatch, capsys, tmp_path):
+    items = [{"prompt": f"the river {n}", "choices": [" stone", " water"], "right": right} for n in range(40)]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    monkeypatch.setattr(sys, "argv", ["fine_tune.py", "items.jsonl", "items.jsonl", str(tiny_llama)])
+    script = (DOCS / "fine_tune.py").read_text()
+    assert "2e-5" in script
+    exec(script.replace("2e-5", "3e-3"), {"__name__": "__main__"})  # the weights are random
+    assert " 1.000 after, " in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_example_runs(tiny_llama, text_file, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("MPLBACKEND", "agg")

@@ -24,7 +24,8 @@ from sleb_cli.engine.statistics import (
 )
 from sleb_cli.events import TaskAdvanced, TaskStarted, ignore
 from sleb_cli.requests import EvalRequest
-from sleb_cli.tables.quality import verdicts
+from sleb_cli.tables.quality import tasks, verdicts
+from sleb_cli.tables.table import by_model
 from sleb_plugins import DataError, ModelError, UsageError
 
 QUIETLY = ("dense", ignore, ProcessGroup())
@@ -346,3 +347,10 @@ def test_a_verdict_is_of_a_kind_of_use():
         ["canaries", "0%", "100% lost"],
     ]
     assert verdicts([measured("piqa", "choosing", (0, 0)).model_copy(update={"pruned": ()})]).rows == []
+
+
+def test_a_model_that_is_measured_alone_has_no_name():
+    task = measured("piqa", "choosing", (1, 0))
+    assert [row[1] for row in by_model([task], ["piqa"])] == ["dense", "-2"]
+    (row,) = by_model([task.model_copy(update={"pruned": ()})], ["piqa"])
+    assert (row[1], tasks([row]).columns[:2]) == ("", ["task", "score"])

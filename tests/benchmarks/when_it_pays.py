@@ -1,0 +1,205 @@
+"""When pruning pays: what each kind of use keeps, and what is gained, by size, recovery and quantization.
+
+    python tests/benchmarks/when_it_pays.py MODEL WORK [--sizes 2,4,6] [--recovered 2,4] [--healed 4] [--minutes 60]
+        [--calibration code.jsonl] [--texts code_test.jsonl,wikitext2] [--tasks sleb,humaneval_instruct] [--limit 300]
+        [--quantized Q3_K_M.gguf,Q2_K.gguf]
+
+It runs sleb's commands in WORK, prints each, and skips what WORK holds, so the same command resumes. Then it prints the
+rows of docs/when-it-pays.md, and draws WORK/when-it-pays.svg. If MODEL is a GGUF file, llama.cpp is timed, else
+transformers; --quantized are GGUF files of the dense model in fewer bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common import parser
+
+from sleb_cli.engine.statistics import paired_difference, paired_proportions_interval
+from sleb_cli.results import BenchResult, EvalResult, PrunedTaskScores, Removals, TaskResult
+from sleb_cli.tables.quality import Estimate, by_use, kept, text_names
+from sleb_cli.tables.table import Table, tabulate, to_markdown
+from sleb_cli.units import format_bytes, format_perplexity
+
+ALONE: Removals = (-1,)
+"""Stands for the blocks of a model that was measured without the dense one."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model: bytes of its weights, tokens a second by workload, perplexities, and what each kind of use keeps."""
+
+    name: str
+    bytes: int
+    speeds: dict[str, float]
+    perplexities: dict[str, float] = field(default_factory=dict)
+    uses: dict[str, Estimate] = field(default_factory=dict)
+
+
+class Bench:
+    """The commands, and what they write into WORK."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.work = options, Path(options.work)
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.engine = ["--engine", "llama.cpp"] if options.model.endswith(".gguf") else []
+        quality = {
+            "--perplexity": ",".join(options.texts), "--sequence-length": 512, "--max-windows": options.windows,
+            "--tasks": options.tasks, "--limit": options.limit, "--include-path": options.include_path,
+        }  # fmt: skip
+        self.quality = [word for pair in quality.items() if pair[1] for word in pair]
+        self.quality += ["--run-code", "confined", *(["--apply-chat-template"] if options.chat else [])]
+
+    def run(self, output: str, *command: object) -> Path:
+        """Run a command of sleb, unless its output is there."""
+        file, words = self.work / output, [*map(str, command)]
+        if not file.exists():
+            print(f"sleb {shlex.join(words)} -o {file}", flush=True)
+            if code := subprocess.run([sys.executable, "-m", "sleb_cli", *words, "-o", file, "-q"]).returncode:
+                raise SystemExit(code)
+        return file
+
+    def evaluated(self, name: str, *command: object) -> EvalResult:
+        file = self.run(f"{name}.eval.json", "eval", *command, *self.quality)
+        return EvalResult.model_validate_json(file.read_text())
+
+    def timed(self, name: str, *command: object) -> BenchResult:
+        sweep = f"batch={','.join(map(str, self.options.batches))}"
+        given = [
+            "--prompt-length",
+            self.options.prompt,
+            "--new-tokens",
+            32,
+            "--iterations",
+            self.options.iterations,
+            "--sweep",
+            sweep,
+        ]
+        file = self.run(f"{name}.bench.json", "bench", *command, *self.engine, *given)
+        return BenchResult.model_validate_json(file.read_text())
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the dense model, each size pruned, recovered and healed, and the dense model in fewer bits."""
+        options, model = self.options, self.options.model
+        text = ["--calibration", options.calibration] if options.calibration else []
+        plan = self.run("plan.json", "search", model, "--remove", max(options.sizes), "--fast", *text)
+        sizes = ["--remove", ",".join(map(str, options.sizes))]
+        dense = self.evaluated("sizes", plan, *sizes)
+        times = self.timed("sizes", plan, *sizes, *(["--source", model] if self.engine else []))
+        blocks = dense.model.blocks
+        for removals in ((), *dense.sizes):
+            yield row(f"{blocks - len(removals)} of {blocks} blocks", times, removals, dense, dense)
+        heal = ["--heal", "--heal-minutes", options.minutes]
+        for how, more in {"recovered": [], "healed": heal}.items():
+            for size in getattr(options, how):
+                name, removals = f"{blocks - size}-{how}", next(each for each in dense.sizes if len(each) == size)
+                folder = self.run(name, "apply", plan, "--remove", size, "--recover", *more)
+                found = self.evaluated(name, folder)
+                yield row(f"{blocks - size} of {blocks} blocks, {how}", times, removals, beside(dense, found), found)
+        for file in map(Path, filter(None, options.quantized)):
+            found, times = self.evaluated(file.stem, file), self.timed(file.stem, file)
+            yield row(file.stem, times, (), beside(dense, found), found)
+
+
+def row(name: str, times: BenchResult, removals: Removals, paired: EvalResult, found: EvalResult) -> Row:
+    """Return the row of a model: its uses from what is `paired` with the dense model, its perplexities as `found`."""
+    size = next(each for each in (times.dense, *times.pruned) if each.removals == removals)
+    which = removals if paired is found else ALONE
+    uses = {use: share for use, tasks in by_use(paired.tasks).items() if (share := kept(tasks, which))}
+    speeds = {
+        result.workload.label: timing.tokens_per_second
+        for result in times.workloads
+        for timing in (result.dense, *result.pruned)
+        if getattr(timing, "removals", ()) == removals
+    }
+    scores = [(text.dense, *text.pruned) for text in found.texts]
+    own = [next(s for s in each if which is ALONE or getattr(s, "removals", ()) == removals) for each in scores]
+    perplexities = {name: each.perplexity for name, each in zip(text_names(found.texts), own, strict=True)}
+    return Row(name, size.weights_bytes, speeds, perplexities, uses if removals or which is ALONE else {})
+
+
+def beside(dense: EvalResult, found: EvalResult) -> EvalResult:
+    """Return the tasks of a dense model with the scores of another one, as if it were a pruned one: `ALONE`."""
+    others = {task.key: task for task in found.tasks}
+    pairs = [(task, others[task.key]) for task in dense.tasks if task.key in others and task.dense.items]
+    return dense.model_copy(update={"tasks": tuple(compared(*pair) for pair in pairs)})
+
+
+def compared(dense: TaskResult, other: TaskResult) -> TaskResult:
+    before, after = dense.dense.items, other.dense.items
+    found = paired_difference(before, after)
+    changes = [new - old for old, new in zip(before, after, strict=True)]
+    ends = found.interval
+    if {*before, *after} <= {0.0, 1.0}:
+        ends = paired_proportions_interval(changes.count(-1), changes.count(1), len(changes))
+    entry = PrunedTaskScores.model_construct(removals=ALONE, difference=found.mean, difference_interval=ends)
+    return dense.model_copy(update={"pruned": (entry,)})
+
+
+def table(rows: Iterable[Row]) -> Table:
+    """Return what docs/when-it-pays.md shows: the share of the dense model's score that is kept, with its interval."""
+    forms = {"speeds": "{:.1f}".format, "perplexities": format_perplexity, "uses": kept_with_interval}
+    rows, columns, cells = list(rows), [("model", str), ("size", format_bytes)], []
+    cells = [[each.name, each.bytes] for each in rows]
+    for kind, form in forms.items():
+        for name in dict.fromkeys(name for each in rows for name in getattr(each, kind)):
+            columns.append((name, form))
+            for line, each in zip(cells, rows, strict=True):
+                line.append(getattr(each, kind).get(name))
+    return tabulate("When it pays", columns, cells)
+
+
+def kept_with_interval(found: Estimate) -> str:
+    share, ends = found
+    return f"{share:.0%}" + (f" ({ends.low:.0%} to {ends.high:.0%})" if ends else "")
+
+
+def draw(rows: Iterable[Row], file: Path) -> None:
+    """Draw what each kind of use keeps against bytes and against the speed of prompts, pruned models in blue."""
+    import matplotlib.pyplot as plt
+
+    dense, *others = rows
+    uses = list(dict.fromkeys(use for each in others for use in each.uses))
+    prompt = next(name for name in dense.speeds if name.startswith("prompt"))
+    places = {"GB": lambda each: each.bytes / 1e9, f"tokens a second, {prompt}": lambda each: each.speeds[prompt]}
+    figure, axes = plt.subplots(len(uses), 2, figsize=(9, 3 * len(uses)), squeeze=False, sharey="row", sharex="col")
+    for use, line in zip(uses, axes, strict=True):
+        for axis, (label, place) in zip(line, places.items(), strict=True):
+            for each in (dense, *others):
+                share, ends = (1.0, None) if each is dense else each.uses.get(use, (None, None))
+                if share is not None:
+                    color = "tab:blue" if "blocks" in each.name else "tab:orange"
+                    reach = [[share - ends.low], [ends.high - share]] if ends else None
+                    axis.errorbar(place(each), share, reach, fmt="o", color=color)
+                    axis.annotate(each.name, (place(each), share), fontsize=7)
+            axis.set_title(f"{use}: share kept", fontsize=9)
+            axis.set_xlabel(label)
+    figure.tight_layout()
+    figure.savefig(file)
+
+
+def main() -> None:
+    lists = {
+        "sizes": [2, 4, 6],
+        "recovered": [4],
+        "healed": [4],
+        "texts": ["wikitext2"],
+        "quantized": [""],
+        "batches": [1, 8],
+    }
+    numbers = {"limit": 300, "windows": 16, "minutes": 60, "iterations": 3, "prompt": 512}
+    words = {"tasks": "sleb", "calibration": "", "include_path": ""}
+    options = parser(__doc__, "model", "work", **lists, **numbers, **words, chat=False).parse_args()
+    rows = list(Bench(options).rows())
+    print("\n".join(to_markdown(table(rows))))
+    draw(rows, Path(options.work) / "when-it-pays.svg")
+
+
+if __name__ == "__main__":
+    main()
