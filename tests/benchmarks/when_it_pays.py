@@ -149,7 +149,7 @@ def table(rows: Iterable[Row]) -> Table:
     cells = [[each.name, each.bytes] for each in rows]
     for kind, form in forms.items():
         for name in dict.fromkeys(name for each in rows for name in getattr(each, kind)):
-            columns.append((name, form))
+            columns.append((f"perplexity of {name}" if kind == "perplexities" else name, form))
             for line, each in zip(cells, rows, strict=True):
                 line.append(getattr(each, kind).get(name))
     return tabulate("When it pays", columns, cells)
@@ -161,25 +161,30 @@ def kept_with_interval(found: Estimate) -> str:
 
 
 def draw(rows: Iterable[Row], file: Path) -> None:
-    """Draw what each kind of use keeps against bytes and against the speed of prompts, pruned models in blue."""
+    """Draw each kind of use and each text against bytes and against the speed of prompts, pruned models in blue."""
     import matplotlib.pyplot as plt
 
-    dense, *others = rows
-    uses = list(dict.fromkeys(use for each in others for use in each.uses))
-    prompt = next(name for name in dense.speeds if name.startswith("prompt"))
+    rows = list(rows)
+    prompt = next(name for name in rows[0].speeds if name.startswith("prompt"))
     places = {"GB": lambda each: each.bytes / 1e9, f"tokens a second, {prompt}": lambda each: each.speeds[prompt]}
-    figure, axes = plt.subplots(len(uses), 2, figsize=(9, 3 * len(uses)), squeeze=False, sharey="row", sharex="col")
-    for use, line in zip(uses, axes, strict=True):
-        for axis, (label, place) in zip(line, places.items(), strict=True):
-            for each in (dense, *others):
-                share, ends = (1.0, None) if each is dense else each.uses.get(use, (None, None))
-                if share is not None:
-                    color = "tab:blue" if "blocks" in each.name else "tab:orange"
+    uses = dict.fromkeys(use for each in rows for use in each.uses)
+    panels = {f"{use}, kept": [each.uses.get(use) for each in rows] for use in uses}
+    for text in rows[0].perplexities:
+        panels[f"perplexity of {text}"] = [(each.perplexities[text], None) for each in rows]
+    figure, axes = plt.subplots(len(panels), 2, figsize=(9, 3 * len(panels)), squeeze=False, sharey="row", sharex="col")
+    for (title, values), line in zip(panels.items(), axes, strict=True):
+        for axis, place in zip(line, places.values(), strict=True):
+            for each, value in zip(rows, values, strict=True):
+                share, ends = value or (1.0, None)
+                if value or each is rows[0]:
                     reach = [[share - ends.low], [ends.high - share]] if ends else None
-                    axis.errorbar(place(each), share, reach, fmt="o", color=color)
-                    axis.annotate(each.name, (place(each), share), fontsize=7)
-            axis.set_title(f"{use}: share kept", fontsize=9)
-            axis.set_xlabel(label)
+                    color = "tab:blue" if "blocks" in each.name else "tab:orange"
+                    axis.errorbar(place(each), share, reach, fmt="o", color=color, elinewidth=0.7)
+                    axis.annotate(each.name, (place(each), share), (4, 3), textcoords="offset points", fontsize=6)
+            axis.set_title(title, fontsize=9)
+            axis.margins(x=0.4)
+    for axis, label in zip(axes[-1], places, strict=True):
+        axis.set_xlabel(label)
     figure.tight_layout()
     figure.savefig(file)
 

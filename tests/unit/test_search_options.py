@@ -17,6 +17,8 @@ REGISTRY = load_plugins()
 ONE, TWO = {"remove": 1}, {"remove": 2}
 REFUSED = [
     ({"ratio": "0.2", **ONE}, 2, "--ratio and --remove cannot be combined"),
+    ({"ratio": "20%", "model": "no/such-model"}, 2, "The ratio 20% is not between 0 and 1"),
+    ({"target_params": "1X", "model": "no/such-model"}, 2, "--target-params 1X is not a number of parameters"),
     ({"ratio": "0.9"}, 2, "At most 4 blocks can be removed, which leaves the model at 2 of 6 blocks"),
     ({"remove": 0}, 2, "The model is already at 6 of 6 blocks; the target is 6 of 6 blocks"),
     ({**ONE, "metric": "nl"}, 2, "Unknown metric 'nl'"),

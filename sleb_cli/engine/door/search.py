@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from fractions import Fraction
 from functools import cache
 from typing import Any
 
@@ -70,7 +71,8 @@ def _resolve(request: SearchRequest, registry: Registry, notify: Notify) -> Sear
         request = replace(request, fast=request.model == DEMO and can_race(metric, strategy))
     _require_coherent(request, metric, strategy)
     memory = None if request.memory is None else parse_bytes(str(request.memory), "--memory")
-    speedup = _number(request, "target_speedup", least=1.01) if target_name == "target_speedup" else None
+    asked = _asked(request, target_name)
+    speedup = float(asked) if target_name == "target_speedup" else None
     if is_main_process():
         _require_place(request)
     device = choose_device(request.device)  # one that is not there is reported before the model is looked for
@@ -359,22 +361,36 @@ def parse_target(request: SearchRequest, name: TargetName, architecture: Archite
         UsageError: it is not a number.
         UnsupportedModelError: the size of the KV cache is unknown.
     """
-    asked = str(getattr(request, name))
+    asked = _asked(request, name)
     if name in ("ratio", "remove"):
         blocks = architecture.block_count
-        remove = math.ceil(parse_ratio(asked) * blocks) if name == "ratio" else int(asked)
+        remove = math.ceil(asked * blocks) if name == "ratio" else int(asked)
         count = PerBlock(0, (1,) * blocks)
         return SizeTarget(name, count, max(0, blocks - remove), lambda n: f"{n:g} of {blocks} blocks")
     if name == "target_params":
-        most = parse_count(asked, option_of(name))
         sizes = count_parameters(architecture)
-        return SizeTarget(name, sizes, most, lambda n: f"{format_count(n)} parameters")
+        return SizeTarget(name, sizes, float(asked), lambda n: f"{format_count(n)} parameters")
     if name == "target_memory":
-        return _memory_target(asked, request, architecture, notify)
-    return None if name == "target_speedup" else PerplexityTarget(_number(request, name, least=1))
+        return _memory_target(int(asked), request, architecture, notify)
+    return None if name == "target_speedup" else PerplexityTarget(float(asked))
 
 
-def _memory_target(asked: str, request: SearchRequest, architecture: Architecture, notify: Notify) -> SizeTarget:
+def _asked(request: SearchRequest, name: TargetName) -> Fraction | float:
+    """Read the number of a target, before the model is looked for."""
+    text = str(getattr(request, name))
+    match name:
+        case "ratio":
+            return parse_ratio(text)
+        case "remove":
+            return int(text)
+        case "target_params":
+            return parse_count(text, option_of(name))
+        case "target_memory":
+            return parse_bytes(text, option_of(name))
+    return _number(text, name, least=1.01 if name == "target_speedup" else 1)
+
+
+def _memory_target(most: int, request: SearchRequest, architecture: Architecture, notify: Notify) -> SizeTarget:
     """Count the weights and the KV cache of one sequence, as served.
 
     That is in the data type of the search, but never in a wider one than the checkpoint's, which is only how a
@@ -390,17 +406,15 @@ def _memory_target(asked: str, request: SearchRequest, architecture: Architectur
     form = "packed as in the checkpoint" if packed else f"in {dtype_name(served)}"
     counted = f"the weights {form} ({format_bytes(weights.without(()))})"
     notify(Notice(f"Memory counts {counted} and {kv_cache} ({format_bytes(cache.without(()))})."))
-    most = parse_bytes(asked, "--target-memory")
     return SizeTarget("target_memory", weights + cache, most, format_bytes, kv_cache)
 
 
-def _number(request: SearchRequest, name: TargetName, least: float) -> float:
+def _number(text: str, name: TargetName, least: float) -> float:
     """Read the number of a target; "1.25x" is 1.25.
 
     Raises:
         UsageError: the text is not a number, or is below the least that makes sense.
     """
-    text = str(getattr(request, name))
     try:
         number = float(text.lower().removesuffix("x"))
     except ValueError:
