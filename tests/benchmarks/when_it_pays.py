@@ -70,17 +70,9 @@ class Bench:
         return EvalResult.model_validate_json(file.read_text())
 
     def timed(self, name: str, *command: object) -> BenchResult:
-        sweep = f"batch={','.join(map(str, self.options.batches))}"
-        given = [
-            "--prompt-length",
-            self.options.prompt,
-            "--new-tokens",
-            32,
-            "--iterations",
-            self.options.iterations,
-            "--sweep",
-            sweep,
-        ]
+        options, batches = self.options, ",".join(map(str, self.options.batches))
+        given = ["--prompt-length", options.prompt, "--new-tokens", 32, "--sweep", f"batch={batches}"]
+        given += ["--iterations", options.iterations]
         file = self.run(f"{name}.bench.json", "bench", *command, *self.engine, *given)
         return BenchResult.model_validate_json(file.read_text())
 
@@ -145,7 +137,7 @@ def compared(dense: TaskResult, other: TaskResult) -> TaskResult:
 def table(rows: Iterable[Row]) -> Table:
     """Return what docs/when-it-pays.md shows: the share of the dense model's score that is kept, with its interval."""
     forms = {"speeds": "{:.1f}".format, "perplexities": format_perplexity, "uses": kept_with_interval}
-    rows, columns, cells = list(rows), [("model", str), ("size", format_bytes)], []
+    rows, columns = list(rows), [("model", str), ("size", format_bytes)]
     cells = [[each.name, each.bytes] for each in rows]
     for kind, form in forms.items():
         for name in dict.fromkeys(name for each in rows for name in getattr(each, kind)):
@@ -190,14 +182,8 @@ def draw(rows: Iterable[Row], file: Path) -> None:
 
 
 def main() -> None:
-    lists = {
-        "sizes": [2, 4, 6],
-        "recovered": [4],
-        "healed": [4],
-        "texts": ["wikitext2"],
-        "quantized": [""],
-        "batches": [1, 8],
-    }
+    lists = {"sizes": [2, 4, 6], "recovered": [4], "healed": [4], "batches": [1, 8]}
+    lists |= {"texts": ["wikitext2"], "quantized": [""]}
     numbers = {"limit": 300, "windows": 16, "minutes": 60, "iterations": 3, "prompt": 512}
     words = {"tasks": "sleb", "calibration": "", "include_path": ""}
     options = parser(__doc__, "model", "work", **lists, **numbers, **words, chat=False).parse_args()
