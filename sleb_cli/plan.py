@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -80,9 +80,9 @@ class CalibrationRecord(Record):
         return f"{self.title}: {self.sequences} x {self.sequence_length} tokens{counts}"
 
 
-def checkpoint_name(base: str, blocks: int) -> str:
+def checkpoint_name(base: str, blocks: int, scripts: Sequence[str] = ()) -> str:
     """Return what a checkpoint of a model, which may be a GGUF file, is called unless the user says otherwise."""
-    return f"{base.removesuffix('.gguf')}-sleb-{blocks}-blocks"
+    return "-".join([f"{base.removesuffix('.gguf')}-sleb-{blocks}-blocks", *scripts])
 
 
 def public_name(source: str) -> str:

@@ -150,20 +150,23 @@ class ModelRecord(Record):
         return dtype if self.dtype in (None, dtype) else f"{dtype} (weights: {self.dtype})"
 
 
-Check = Literal["complete", "loads", "same logits", "generates", "saves again", "same bytes"]
+Check = Literal[
+    "complete", "same bytes", "same tokens", "spells others", "loads", "same logits", "generates", "saves again"
+]  # fmt: skip
 """What a proof can check in a checkpoint: see `engine/output/proof.py`."""
 
 
 class Proof(Record):
     """What was checked in a checkpoint, in which data type and on which device, and how close the logits are.
 
-    `reference` is what its logits were compared with: the dense model with these blocks skipped ("dense"), or the same
-    with the recovered weights ("recovered"). `partial` says why not everything was checked, if so. The numbers are null
-    if no logits were compared; differences are relative to the largest logit.
+    `reference` is what its logits were compared with: the dense model with these blocks skipped ("dense"), the same
+    with the recovered weights ("recovered"), or the dense model if only tokens go ("whole"). `partial` says why not
+    everything was checked, if so. The numbers are null if no logits were compared; differences are relative to the
+    largest logit.
     """
 
     checks: tuple[Check, ...]
-    reference: Literal["dense", "recovered"] = "dense"
+    reference: Literal["dense", "recovered", "whole"] = "dense"
     partial: str | None
     dtype: str
     device: str

@@ -343,6 +343,12 @@ class ApplyRequest(OneSizeRequest):
     source: Path | None = option(
         "Remove the blocks from this GGUF file of the model, quantized or not.", _CHECKPOINT, metavar="GGUF"
     )
+    scripts: tuple[str, ...] = option(
+        "Keep only the tokens of these scripts, as Unicode names them: latin,greek. ASCII, symbols and bytes stay.",
+        _CHECKPOINT,
+        metavar="LIST",
+        unset=(),
+    )
     dtype: str | None = option("Cast the weights to float32, bfloat16 or float16.", _CHECKPOINT)
     max_shard_size: str | int | None = option(
         "Largest weight file: 5GB, 512MiB.", _CHECKPOINT, default=DEFAULT_SHARD_SIZE

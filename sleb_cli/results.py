@@ -32,10 +32,19 @@ class ResultRecord(VersionedRecord):
         return (*model, self.dtype, self.device, self.processor, self.sleb_version, self.torch, self.transformers)
 
 
+class VocabularyRecord(Record):
+    """The scripts whose tokens stayed, and how many tokens, parameters and bytes the model had before, and has now."""
+
+    scripts: tuple[str, ...]
+    tokens: tuple[int, int]
+    parameters: tuple[int, int]
+    weights_bytes: tuple[int, int]
+
+
 class ApplyResult(VersionedRecord):
     """A written checkpoint. `proof` is null if it was skipped.
 
-    `recovery` tells how its blocks were recovered, if they were.
+    `vocabulary` tells which tokens stayed, if not all, and `recovery` how its blocks were recovered, if they were.
     """
 
     kind: Literal["apply"]
@@ -44,6 +53,7 @@ class ApplyResult(VersionedRecord):
     removals: Removals
     blocks: int
     weights_bytes: int
+    vocabulary: VocabularyRecord | None = None
     recovery: RecoveryRecord | None
     proof: Proof | None
 
@@ -62,6 +72,7 @@ class GgufResult(VersionedRecord):
     blocks: int
     file_bytes: int
     verified: bool
+    vocabulary: VocabularyRecord | None = None
     proof: Proof | None
     unproven: str | None
 

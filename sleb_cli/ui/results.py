@@ -76,7 +76,7 @@ def show_benchmark(result: BenchResult, output: Path | None) -> None:
 
 def show_applied(result: ApplyResult | GgufResult) -> None:
     """Show what was written and how far it is proven."""
-    from sleb_cli.tables.proof import checked
+    from sleb_cli.tables.proof import checked, vocabulary_change
     from sleb_cli.tables.search import recovery
 
     proof, said = result.proof, checked(result.proof) if result.proof else []
@@ -85,8 +85,11 @@ def show_applied(result: ApplyResult | GgufResult) -> None:
         unproven = None
     else:
         path, size, is_verified = result.file, result.file_bytes, result.verified
-        said, unproven = ["every tensor is a byte-for-byte copy from the source", *said], result.unproven
+        what = "row" if result.vocabulary else "tensor"
+        said, unproven = [f"every {what} is a byte-for-byte copy from the source", *said], result.unproven
     print_to_copy(f"wrote {path}: {result.blocks} blocks, {format_bytes(size)}")
+    if result.vocabulary:
+        print_line(f"vocabulary: {vocabulary_change(result.vocabulary)}")
     if result.kind == "apply" and result.recovery:
         show_table(recovery(result.recovery), title=False)
     if is_verified:
@@ -97,7 +100,7 @@ def show_applied(result: ApplyResult | GgufResult) -> None:
     else:
         print_line("not verified (--no-verify)")
     if result.kind == "apply":
-        if not result.recovery:
+        if result.removals and not result.recovery:
             print_line("--recover would win back a fifth to three fifths of the lost nats, in minutes to an hour")
         print_to_copy(f"to publish it: hf upload ORG/NAME {in_shell(result.folder)} --private")
 

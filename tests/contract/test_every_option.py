@@ -58,7 +58,8 @@ RUNS = {
 ELSEWHERE = {
     "--chat": "cli/test_chat_model.py", "--compile": "cli/test_bench.py",
     "--config": "cli/test_config_file.py", "--protect-kind": "cli/test_per_block_configs.py",
-    "--revision": "cli/test_models.py", "--run-code": "cli/test_eval.py", "--source": "cli/test_bench_engines.py",
+    "--revision": "cli/test_models.py", "--run-code": "cli/test_eval.py", "--scripts": "cli/test_vocabulary.py",
+    "--source": "cli/test_bench_engines.py",
     "--target-speedup": "cli/test_how_far.py",
 }  # fmt: skip
 

@@ -14,7 +14,6 @@ from sleb_cli.engine.files.slices import Cut
 from sleb_cli.engine.files.weights import TORCH_DTYPES, find_weights, read_header
 from sleb_cli.events import TaskAdvanced, TaskStarted, ignore
 from sleb_plugins import ModelError
-from sleb_plugins.config_keys import Kept
 
 
 @pytest.fixture
@@ -121,7 +120,7 @@ def test_slices_and_new_values_are_written_in_the_given_type(tmp_path, target, d
         "f16": torch.rand(7).half(), "f8": torch.rand(3).to(torch.float8_e4m3fn), "scalar": torch.tensor(1.5),
     }  # fmt: skip
     torch.save(tensors, tmp_path / "pytorch_model.bin") if pickled else save(tmp_path, tensors)
-    weights, cut = find_weights(tmp_path), Cut(1, Kept((0, 2), 4))
+    weights, cut = find_weights(tmp_path), Cut(1, 4, (0, 2))
     values = {name: tensor.double() + 1 for name, tensor in tensors.items() if "new" in name}
     planned = [
         new_tensor(f"x.{t.name}", t, dtype, cut if t.shape[1:] == (8,) else None, values.get(t.name))

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from sleb_cli.engine.device import parse_dtype
 from sleb_cli.engine.door.options import first_given, require_one_placement, require_what_they_need
 from sleb_cli.engine.door.subject import first_removals, is_plan, read_named_plan, resolve_subject
@@ -16,14 +18,17 @@ from sleb_cli.engine.output.apply_gguf import are_the_same, default_place, requi
 from sleb_cli.engine.output.proof import place_proof
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.unfinished import clear_old
-from sleb_cli.engine.surgery.loading import quiet_libraries
+from sleb_cli.engine.surgery.loading import load_tokenizer, quiet_libraries
 from sleb_cli.engine.surgery.subject import Subject
-from sleb_cli.events import Notify
+from sleb_cli.engine.text.mixture import parse_mixture
+from sleb_cli.engine.text.settings import resolve_calibration
+from sleb_cli.engine.text.sources import is_written
+from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import Plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import DEFAULT_PLAN, DEFAULT_SHARD_SIZE, ApplyRequest
 from sleb_cli.units import parse_bytes
-from sleb_plugins import OutputError, UnsupportedModelError, UsageError
+from sleb_plugins import DataError, OutputError, UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
     from sleb_cli.engine.recovery.run import Recovery
@@ -52,11 +57,13 @@ def resolve_apply(
     if source := _gguf_to_cut(request, own_gguf):
         file = read_gguf(source)
         removals = _removals_from_gguf(request, plan, file, registry, notify)
-        output = _output(request, default_place(file, removals))
-        surgery = plan_gguf_surgery(file, removals)
+        output = _output(request, default_place(file, removals, request.scripts))
+        surgery = plan_gguf_surgery(file, removals, request.scripts)
         require_new_gguf(output, source)
         return surgery, output, None
-    subject = group.main_first(lambda: resolve_subject(request, registry, notify, plan=plan, needs_removals=True))
+    subject = group.main_first(
+        lambda: resolve_subject(request, registry, notify, plan=plan, needs_removals=True, scripts=request.scripts)
+    )
     architecture = subject.architecture
     if request.dtype and architecture.is_quantized:
         raise UnsupportedModelError(
@@ -65,11 +72,48 @@ def resolve_apply(
         )
     output = _output(request, default_folder(subject), subject)
     require_new_folder(output.place, architecture.source, force=output.replace)
+    if request.scripts and group.is_main:
+        _say_what_is_lost(request, subject, notify)
     if not (request.recover or request.heal):
         return subject, output, None
+    if not subject.surgery.removals:
+        raise UsageError(
+            f"{first_given(request, ('recover', 'heal'))} refits the blocks around a gap, but no block is removed.",
+            hint="Name a plan, or use --blocks 5,4,9.",
+        )
     from sleb_cli.engine.door.recovery import resolve_recovery  # which imports datasets
 
     return subject, output, resolve_recovery(subject, request, output, group, notify)
+
+
+def _say_what_is_lost(request: ApplyRequest, subject: Subject, notify: Notify) -> None:
+    """Say which share of the named text, or else of the plan's, is of tokens that go.
+
+    Raises:
+        DataError: the named text is missing or too short.
+    """
+    from sleb_cli.engine.text.calibration import calibrate  # which imports datasets
+
+    cut, plan = subject.surgery.vocabulary, subject.plan
+    source = request.calibration or (plan.calibration.source if plan else None)
+    if cut is None or source is None:
+        return
+    if any(map(is_written, parse_mixture(source))):
+        notify(Notice(f"The model writes {source} itself, so it does not say which tokens you need."))
+        return
+    architecture = subject.architecture
+    settings = resolve_calibration(
+        architecture, source, request.samples, request.sequence_length, request.seed, request.chat
+    )
+    try:
+        text = calibrate(settings, load_tokenizer(architecture.source), lambda: None, notify)
+    except DataError as error:
+        if request.calibration:
+            raise
+        notify(Notice(f"The plan's text was not read: {error.message}"))
+        return
+    lost = 1 - float(torch.isin(text.sequences, torch.tensor(cut.vocabulary.tokens)).float().mean())
+    notify(Notice(f"{lost:.1%} of the tokens in {text.record.title} go; what they spell will take more tokens."))
 
 
 def _output(request: ApplyRequest, default: Path, subject: Subject | None = None) -> Output:
@@ -92,7 +136,8 @@ def _output(request: ApplyRequest, default: Path, subject: Subject | None = None
 
 _NEEDS = {
     ("heal_minutes", "heal_tokens"): ("heal",),
-    ("calibration", "samples", "sequence_length", "seed", "chat", "device"): ("recover", "heal"),
+    ("calibration", "samples", "sequence_length", "seed", "chat"): ("recover", "heal", "scripts"),
+    ("device",): ("recover", "heal"),
 }
 """Options that do nothing without one of others."""
 
@@ -167,6 +212,8 @@ def _removals_from_gguf(
     request: ApplyRequest, plan: Plan | None, file: GgufFile, registry: Registry, notify: Notify
 ) -> tuple[int, ...]:
     """Return the blocks to remove, after checking that they belong to this file's model."""
+    if plan is None and request.blocks is None and request.scripts:
+        return ()
     if (plan is not None and request.source is None) or (plan is None and request.blocks is None):
         return resolve_subject(request, registry, notify, plan=plan, needs_removals=True).surgery.removals
     removals, model = (plan.removals, plan.model) if plan else ((), None)

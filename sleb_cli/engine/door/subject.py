@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def resolve_subject(
     *,
     plan: Plan | None = None,
     needs_removals: bool = False,
+    scripts: Sequence[str] = (),
 ) -> Subject:
     """Read the plan (unless it is given), find its model, and check that the plan was made for it.
 
@@ -68,7 +70,7 @@ def resolve_subject(
         raise UsageError(f"--model applies to a plan, but {model} is a model.", hint="Leave out --model.")
     elif removals is not None:
         removals = first_removals(removals, _most(request), "--blocks")
-    elif needs_removals or _most(request) is not None:
+    elif (needs_removals and not scripts) or _most(request) is not None:
         hint = "Name a plan, or use --blocks 5,4,9."
         if path.exists():
             raise UsageError(f"No blocks given for {model}.", hint=hint)
@@ -81,7 +83,7 @@ def resolve_subject(
     architecture = read_architecture(source, registry, notify)
     if plan and not request.any_model:
         require_same_model(path, plan, architecture)
-    return Subject(plan_surgery(architecture, removals or ()), plan, path if plan else None)
+    return Subject(plan_surgery(architecture, removals or (), scripts), plan, path if plan else None)
 
 
 def place_of_model(path: Path, plan: Plan, named: str | None, revision: str | None) -> tuple[str, str | None]:
@@ -115,7 +117,14 @@ def with_recovered(subject: Subject, registry: Registry, notify: Notify) -> Subj
     checkpoint = locate_model(str(file.absolute().parent), notify, trust_remote_code=trusts_code)
     if (most := len(read_plan(file).removals)) != len(plan.removals):
         raise _has_one_size(checkpoint, most)
-    return replace(subject, recovered=read_architecture(checkpoint, registry, notify))
+    recovered = read_architecture(checkpoint, registry, notify)
+    if recovered.text_config.vocab_size != subject.architecture.text_config.vocab_size:
+        raise PlanError(
+            f"{checkpoint.id} has another vocabulary than {subject.architecture.source.id}, so their tokens cannot be "
+            "compared.",
+            hint=f"Measure each by itself: sleb eval {checkpoint.id}.",
+        )
+    return replace(subject, recovered=recovered)
 
 
 def _has_one_size(checkpoint: ModelSource, most: int) -> UsageError:

@@ -1,4 +1,4 @@
-"""Cut the slices of removed blocks out of a tensor that holds one slice for each block."""
+"""Cut out of a tensor the slices that stay: those of kept blocks, or of kept tokens."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from dataclasses import dataclass
 
 import torch
 
-from sleb_plugins.config_keys import Kept
-
 
 @dataclass(frozen=True)
 class Cut:
-    """The slices of the kept blocks along one axis of a tensor, such as Gemma 3n's per-layer embeddings."""
+    """The slices that stay of `count` along one axis of a tensor, such as a block's part of per-layer embeddings."""
 
     axis: int
-    kept: Kept
+    count: int
+    kept: Sequence[int]
 
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape after the cut."""
-        width = shape[self.axis] // self.kept.count * len(self.kept.blocks)
+        width = shape[self.axis] // self.count * len(self.kept)
         return (*shape[: self.axis], width, *shape[self.axis + 1 :])
 
     def of_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """Cut a tensor in memory."""
-        width = tensor.shape[self.axis] // self.kept.count
-        slices = torch.split(tensor, width, self.axis)
-        return torch.cat([slices[block] for block in self.kept.blocks], self.axis)
+        shape, kept = tensor.shape, torch.tensor(self.kept, device=tensor.device)
+        width = shape[self.axis] // self.count
+        slices = tensor.reshape(*shape[: self.axis], self.count, width, *shape[self.axis + 1 :])
+        return slices.index_select(self.axis, kept).reshape(self.shape(shape))

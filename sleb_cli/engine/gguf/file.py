@@ -10,7 +10,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -50,13 +50,33 @@ class Entry:
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor, with the offset of its values in the file, and their size in bytes."""
+    """One tensor, with the offset of its values in the file, and their size in bytes.
+
+    `rows` are those to copy from a larger tensor, ascending; None for all.
+    """
 
     name: str
     shape: tuple[int, ...]
     type: int
     start: int
     size: int
+    rows: tuple[int, ...] | None = None
+
+    def only(self, rows: tuple[int, ...]) -> GgufTensor:
+        """Return the tensor with only these rows, or items of a list."""
+        count = self.shape[-1]
+        return replace(self, shape=(*self.shape[:-1], len(rows)), size=self.size // count * len(rows), rows=rows)
+
+    @property
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """The offsets and sizes of the bytes to copy: one for each run of rows."""
+        if self.rows is None:
+            yield self.start, self.size
+            return
+        width = self.size // len(self.rows)
+        breaks = np.flatnonzero(np.diff(self.rows) != 1) + 1
+        for run in np.split(np.array(self.rows), breaks):
+            yield self.start + int(run[0]) * width, len(run) * width
 
 
 @dataclass(frozen=True)
@@ -252,7 +272,8 @@ def write_gguf(file: GgufFile, output: Path, report: ReportBytes) -> None:
     with source, output.open("wb", buffering=0) as target:
         write_all(target, _header(file))
         for tensor in file.tensors:
-            copy_range(source, tensor.start, tensor.size, target, report)
+            for start, size in tensor.ranges:
+                copy_range(source, start, size, target, report)
             write_all(target, bytes(file.padding(tensor.size)))
 
 

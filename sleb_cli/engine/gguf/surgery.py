@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from sleb_cli.engine.gguf.file import ARRAY, Entry, GgufFile, GgufTensor, entry_of_integers, with_items, with_value
 from sleb_cli.engine.gguf.llama_cpp import LEADING, NOT_PER_BLOCK, PER_BLOCK_PREFIX, require_same_kinds
+from sleb_cli.engine.gguf.vocabulary import cut_vocabulary, plan_vocabulary
+from sleb_cli.engine.vocabulary import Vocabulary
 from sleb_plugins.config_keys import Kept, kept_blocks, require_removable
 from sleb_plugins.errors import ModelError, UnsupportedModelError
 
@@ -21,15 +23,17 @@ _BLOCK = re.compile(r"blk\.([0-9]{1,9})(\..+)")
 
 @dataclass(frozen=True)
 class GgufSurgery:
-    """The removal of blocks from one GGUF file.
+    """The removal of blocks, and maybe of tokens, from one GGUF file.
 
     Attributes:
         file: the file.
         removals: the blocks to remove, numbered as in the file, in the order of their removal.
+        vocabulary: the tokens that stay; None if all do.
     """
 
     file: GgufFile
     removals: tuple[int, ...]
+    vocabulary: Vocabulary | None = None
 
     @cached_property
     def kept(self) -> Kept:
@@ -38,8 +42,10 @@ class GgufSurgery:
 
     def pruned(self) -> GgufFile:
         """Return the header of the pruned file; the offsets of its tensors are those in `file`."""
-        if not self.removals:
-            return self.file
+        pruned = self._without_blocks() if self.removals else self.file
+        return cut_vocabulary(pruned, self.vocabulary) if self.vocabulary else pruned
+
+    def _without_blocks(self) -> GgufFile:
         tensors: list[GgufTensor] = []
         for tensor in self.file.tensors:
             place = _BLOCK.fullmatch(tensor.name)
@@ -95,8 +101,10 @@ def block_count(file: GgufFile) -> int:
     return stored_block_count(file) - (file.count("nextn_predict_layers") or 0)
 
 
-def plan_gguf_surgery(file: GgufFile, removals: Iterable[int]) -> GgufSurgery:
-    """Return the removal of these blocks, checked against the file and against how llama.cpp loads the result.
+def plan_gguf_surgery(file: GgufFile, removals: Iterable[int], scripts: Sequence[str] = ()) -> GgufSurgery:
+    """Return the removal of these blocks, and of tokens of other scripts if any is named.
+
+    They are checked against the file, and against how llama.cpp loads the result.
 
     Raises:
         UsageError: a block is named twice or does not exist, or no block would remain.
@@ -112,7 +120,7 @@ def plan_gguf_surgery(file: GgufFile, removals: Iterable[int]) -> GgufSurgery:
     surgery = GgufSurgery(file, blocks)
     if blocks:
         require_same_kinds(file, count, tuple(block for block in surgery.kept.blocks if block < count))
-    return surgery
+    return replace(surgery, vocabulary=plan_vocabulary(file, scripts)) if scripts else surgery
 
 
 def require_blocks(file: GgufFile) -> None:

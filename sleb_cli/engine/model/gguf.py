@@ -67,9 +67,7 @@ def convert_gguf(path: Path, folder: Path, notify: Notify) -> None:
         file = read_gguf(path)
         convert_weights(file, folder)
         advance()
-        tokenizer = _read_tokenizer(path)
-        with _writing(folder):
-            tokenizer.save_pretrained(folder)
+        convert_tokenizer(path, folder)
         _write_card(file, folder)
 
 
@@ -85,6 +83,13 @@ def convert_weights(file: GgufFile, folder: Path, dtype: torch.dtype | None = No
         vars(model).pop(attribute, None)
     with _writing(folder):
         model.save_pretrained(folder)
+
+
+def convert_tokenizer(path: Path, folder: Path) -> None:
+    """Write the tokenizer of a file to `folder`."""
+    tokenizer = _read_tokenizer(path)
+    with _writing(folder):
+        tokenizer.save_pretrained(folder)
 
 
 def _writing(folder: Path) -> AbstractContextManager[None]:

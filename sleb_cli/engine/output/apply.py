@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files import other_formats
 from sleb_cli.engine.files.copying import copy_file, leads_out, reading
 from sleb_cli.engine.files.shards import NewTensor, new_tensor, plan_shards, write_weights
-from sleb_cli.engine.files.weights import read_json
+from sleb_cli.engine.files.weights import StoredTensor, read_json
+from sleb_cli.engine.gguf.file import GgufTensor
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.card import CARD, model_card
 from sleb_cli.engine.output.measured import measured_of_plan
@@ -26,20 +28,22 @@ from sleb_cli.engine.output.proof import Planned, ProofPlacement, place_proof, p
 from sleb_cli.engine.surgery.quantization import QUANTIZATION_FILES, prune_module_names
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
+from sleb_cli.engine.surgery.vocabulary import OTHER_FORMATS, SETTINGS, TOKENIZER
+from sleb_cli.engine.vocabulary import Vocabulary
 from sleb_cli.events import Notice, Notify, Warned
 from sleb_cli.kept_results import beside_plan
 from sleb_cli.plan import CHECKPOINT_PLAN, RecoveryRecord, checkpoint_name
 from sleb_cli.records import THIS_VERSION, Proof, without_folders
 from sleb_cli.requests import DEFAULT_SHARD_SIZE
-from sleb_cli.results import ApplyResult, BenchResult, EvalResult
+from sleb_cli.results import ApplyResult, BenchResult, EvalResult, VocabularyRecord
 from sleb_cli.units import parse_bytes
 from sleb_plugins import OutputError, ProofError
 
 if TYPE_CHECKING:
     from sleb_cli.engine.recovery.run import Recovered
 
-# Files of settings that may name blocks or local paths, besides the config.
-_SETTINGS = (*QUANTIZATION_FILES, "tokenizer_config.json", "generation_config.json", "processor_config.json")
+# Files of settings that may name blocks, tokens or local paths, besides the config.
+_SETTINGS = (*QUANTIZATION_FILES, *SETTINGS)
 
 # Files that the pruned checkpoint has its own versions of, besides weights and settings.
 _REWRITTEN = {CARD, CHECKPOINT_PLAN}
@@ -75,7 +79,9 @@ class Output:
 
 def default_folder(subject: Subject) -> Path:
     """Return where the checkpoint goes if no place is named."""
-    return Path(checkpoint_name(subject.architecture.source.name, len(subject.surgery.kept.blocks)))
+    surgery, cut = subject.surgery, subject.surgery.vocabulary
+    scripts = cut.vocabulary.scripts if cut else ()
+    return Path(checkpoint_name(subject.architecture.source.name, len(surgery.kept.blocks), scripts))
 
 
 def require_new_folder(folder: Path, source: ModelSource, *, force: bool) -> None:
@@ -147,7 +153,9 @@ def write_checkpoint(
         with move_if_proof_fails(aside, output.keep_failed):
             proof = prove(surgery, aside, planned, placement, notify, recovered.parameters if recovered else None)
     record = recovered.record if recovered else None
-    _describe(subject, aside, record, proof, notify)
+    cut, stored = surgery.vocabulary, subject.architecture.source.weights.stored
+    vocabulary = vocabulary_record(cut.vocabulary, stored, planned.tensors) if cut else None
+    _describe(subject, aside, record, vocabulary, proof, notify)
     if planned.left_out:
         names = ", ".join(planned.left_out)
         notify(Notice(f"Did not copy files with weights in other formats or of an adapter: {names}."))
@@ -161,6 +169,7 @@ def write_checkpoint(
         folder=str(output.place),
         blocks=len(surgery.kept.blocks),
         weights_bytes=sum(shard.size for shard in planned.weights.values()),
+        vocabulary=vocabulary,
         recovery=record,
         proof=proof,
     )
@@ -172,7 +181,8 @@ def plan_files(surgery: Surgery, output: Output, new_values: Mapping[str, Tensor
     shard_bytes = output.shard_bytes or parse_bytes(DEFAULT_SHARD_SIZE, "--max-shard-size")
     texts = {name: json.dumps(found, indent=2) + "\n" for name, found in _settings(surgery, output.dtype).items()}
     weights = plan_shards(source.weights, tensors, shard_bytes)
-    return Planned(tensors, weights, texts, *_find_other_files(source, set(texts)))
+    replaced = {*texts, *(OTHER_FORMATS if surgery.vocabulary else ())}
+    return Planned(tensors, weights, texts, *_find_other_files(source, replaced))
 
 
 @contextmanager
@@ -198,10 +208,10 @@ def move_if_proof_fails(written: Path, place: Path | None) -> Iterator[None]:
         ) from error
 
 
-def _measured(subject: Subject, notify: Notify, recovers: bool) -> dict[Literal["eval", "bench"], Any]:
+def _measured(subject: Subject, notify: Notify) -> dict[Literal["eval", "bench"], Any]:
     """Return what was measured of the plan, if the checkpoint is that very model."""
     plan, file = subject.own_plan, subject.file
-    if not plan or not file or recovers or plan.recovery:
+    if not plan or not file or plan.recovery:
         return {}
     kinds: dict[Literal["eval", "bench"], Any] = {"eval": EvalResult, "bench": BenchResult}
     found = {name: measured_of_plan(kind, file, plan, notify) for name, kind in kinds.items()}
@@ -209,18 +219,40 @@ def _measured(subject: Subject, notify: Notify, recovers: bool) -> dict[Literal[
 
 
 def _describe(
-    subject: Subject, folder: Path, recovery: RecoveryRecord | None, proof: Proof | None, notify: Notify
+    subject: Subject,
+    folder: Path,
+    recovery: RecoveryRecord | None,
+    vocabulary: VocabularyRecord | None,
+    proof: Proof | None,
+    notify: Notify,
 ) -> None:
     """Add the model card, the plan, and what was measured of it, without local folders."""
     plan, path = subject.plan, folder / CHECKPOINT_PLAN
-    measured = _measured(subject, notify, recovery is not None)
-    card = model_card(subject, recovery, proof, measured.get("eval"), measured.get("bench"))
+    measured = {} if recovery or vocabulary else _measured(subject, notify)
+    card = model_card(subject, recovery, vocabulary, proof, measured.get("eval"), measured.get("bench"))
     (folder / CARD).write_text(card, encoding="utf-8")
     if plan:
         described = plan.model_copy(update={"recovery": recovery, "proof": proof})
         path.write_text(to_json(described.published().to_data()), encoding="utf-8")
         for kind, result in measured.items():
             result.write(beside_plan(path, kind))
+
+
+def vocabulary_record(
+    vocabulary: Vocabulary, before: Iterable[StoredTensor | GgufTensor], after: Iterable[NewTensor | GgufTensor]
+) -> VocabularyRecord:
+    """Return what the cut of a vocabulary, and of blocks, did to these tensors."""
+    sizes = [
+        (sum(math.prod(each.shape) for each in some), sum(each.size for each in some))
+        for some in map(list, (before, after))
+    ]
+    (parameters_before, bytes_before), (parameters, size) = sizes
+    return VocabularyRecord(
+        scripts=vocabulary.scripts,
+        tokens=(vocabulary.count, len(vocabulary.tokens)),
+        parameters=(parameters_before, parameters),
+        weights_bytes=(bytes_before, size),
+    )
 
 
 def kept_tensors(
@@ -247,8 +279,12 @@ def _settings(surgery: Surgery, dtype: torch.dtype | None) -> dict[str, dict[str
             values = after = read_json(folder / name)
             if name in QUANTIZATION_FILES:
                 after = prune_module_names(values, surgery.architecture, surgery.names)
+            elif surgery.vocabulary:
+                after = surgery.vocabulary.in_file(values)
             if (after := _without_paths(after)) != values:
                 changed[name] = after
+    if surgery.vocabulary and surgery.vocabulary.tokenizer:
+        changed[TOKENIZER] = dict(surgery.vocabulary.tokenizer)
     return changed
 
 

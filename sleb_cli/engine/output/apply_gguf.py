@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -13,18 +15,20 @@ from sleb_cli.atomic import free_space, new_file, require_new_file, require_spac
 from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.files.copying import reading
 from sleb_cli.engine.files.fingerprint import Watch
-from sleb_cli.engine.gguf.file import GgufFile, gguf_size, read_gguf, write_gguf
+from sleb_cli.engine.gguf.file import GgufFile, GgufTensor, gguf_size, read_gguf, write_gguf
 from sleb_cli.engine.gguf.llama_cpp import holds_model_type
 from sleb_cli.engine.gguf.quick import QuickReader
 from sleb_cli.engine.gguf.surgery import GgufSurgery, block_count
 from sleb_cli.engine.model.architecture import read_architecture
-from sleb_cli.engine.model.gguf import convert_weights, transformers_knows
+from sleb_cli.engine.model.gguf import convert_tokenizer, convert_weights, transformers_knows
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.output.apply import Output, kept_tensors, move_if_proof_fails
+from sleb_cli.engine.output.apply import Output, kept_tensors, move_if_proof_fails, vocabulary_record
 from sleb_cli.engine.output.proof import Planned, model_errors_fail_proof, place_proof, proof_error, prove
 from sleb_cli.engine.surgery.surgery import plan_surgery
+from sleb_cli.engine.surgery.vocabulary import VocabularyCut, tables_of
 from sleb_cli.engine.third_party import disk_error, prefer_disk_error, translate_errors
 from sleb_cli.events import Notice, Notify, task
+from sleb_cli.plan import checkpoint_name
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import THIS_VERSION, ModelRecord, Proof
 from sleb_cli.results import GgufResult
@@ -40,9 +44,9 @@ def are_the_same(one: Path, other: Path) -> bool:
     return one.exists() and other.exists() and one.samefile(other)
 
 
-def default_place(file: GgufFile, removals: Sequence[int]) -> Path:
+def default_place(file: GgufFile, removals: Sequence[int], scripts: Sequence[str] = ()) -> Path:
     """Return where the pruned file goes if no place is named."""
-    return Path(f"{file.path.stem}-sleb-{block_count(file) - len(removals)}-blocks.gguf")
+    return Path(f"{checkpoint_name(file.path.stem, block_count(file) - len(removals), scripts)}.gguf")
 
 
 def prune_gguf(surgery: GgufSurgery, output: Output, registry: Registry, notify: Notify) -> GgufResult:
@@ -76,6 +80,7 @@ def prune_gguf(surgery: GgufSurgery, output: Output, registry: Registry, notify:
         blocks=block_count(file) - len(surgery.removals),
         file_bytes=gguf_size(pruned),
         verified=output.verify,
+        vocabulary=vocabulary_record(surgery.vocabulary, file.tensors, pruned.tensors) if surgery.vocabulary else None,
         proof=proof,
         unproven=unproven,
     )
@@ -141,13 +146,13 @@ def _require_as_planned(pruned: GgufFile, aside: Path) -> None:
         raise proof_error(f"its metadata differs from what is expected: {what}", KIND)
     if len(found) != len(pruned.tensors):
         raise proof_error(f"it holds {len(found)} tensors, not {len(pruned.tensors)}", KIND)
-    there = {(tensor.data_offset, tensor.n_bytes): tensor for tensor in source}
+    there = {tensor.data_offset: tensor for tensor in source}
     for tensor, expected in zip(found, pruned.tensors, strict=True):
-        original = there.get((expected.start, expected.size))
+        original = there.get(expected.start)
         is_planned = (tensor.name, tensor.tensor_type, tuple(tensor.shape)) == (
             expected.name, expected.type, expected.shape
         )  # fmt: skip
-        if not is_planned or original is None or _bytes_of(tensor) != _bytes_of(original):
+        if not is_planned or original is None or _bytes_of(tensor.data) != _rows_of(original, expected):
             raise proof_error(f"the tensor {tensor.name} differs from the expected {expected.name}", KIND)
     if (size := aside.stat().st_size) != gguf_size(pruned):
         raise proof_error(f"it has {size} bytes, not {gguf_size(pruned)}", KIND)
@@ -166,8 +171,12 @@ def _differing_entry(found: GgufFile, expected: GgufFile) -> str | None:
     return None if found.entries == expected.entries else "the entries are in a different order"
 
 
-def _bytes_of(tensor: gguf.ReaderTensor) -> memoryview:
-    return memoryview(tensor.data.reshape(-1).view(np.uint8))
+def _bytes_of(data: Any) -> memoryview:
+    return memoryview(data.reshape(-1).view(np.uint8))
+
+
+def _rows_of(original: gguf.ReaderTensor, expected: GgufTensor) -> memoryview:
+    return _bytes_of(original.data if expected.rows is None else original.data[list(expected.rows)])
 
 
 def _prove_with_transformers(
@@ -184,6 +193,8 @@ def _prove_with_transformers(
     try:
         architecture = read_architecture(locate_model(str(file.path), notify), registry, notify)
         hf_surgery = plan_surgery(architecture, surgery.removals)
+        if vocabulary := surgery.vocabulary:
+            hf_surgery = replace(hf_surgery, vocabulary=VocabularyCut(vocabulary, tables_of(architecture, vocabulary)))
     except (ModelError, MachineError, UsageError) as error:
         if disk_error(error):
             raise
@@ -193,6 +204,8 @@ def _prove_with_transformers(
     folder = aside.with_name(f"{aside.name}.checkpoint")
     with model_errors_fail_proof(KIND), task(notify, f"Converting {aside.name}"):
         convert_weights(read_gguf(aside), folder, architecture.dtype)
+        if surgery.vocabulary:
+            convert_tokenizer(aside, folder)
     planned = Planned(kept_tensors(hf_surgery))
     return prove(hf_surgery, folder, planned, place_proof(architecture, None), notify), None
 

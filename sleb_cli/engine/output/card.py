@@ -16,9 +16,9 @@ from sleb_cli.engine.output.measured import of_size
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.plan import CHECKPOINT_PLAN, RecoveryRecord, SampleGeneration, checkpoint_name, public_name
 from sleb_cli.records import Proof
-from sleb_cli.results import BenchResult, EvalResult, Removals
+from sleb_cli.results import BenchResult, EvalResult, Removals, VocabularyRecord
 from sleb_cli.tables import search
-from sleb_cli.tables.proof import checked
+from sleb_cli.tables.proof import checked, vocabulary_change
 from sleb_cli.tables.quality import perplexity_change, task_name, text_names
 from sleb_cli.tables.speed import workload_name
 from sleb_cli.tables.table import Table, in_markdown, to_markdown
@@ -35,6 +35,7 @@ _NO_NAME = re.compile(r"[^\w.-]+")
 def model_card(
     subject: Subject,
     recovery: RecoveryRecord | None,
+    vocabulary: VocabularyRecord | None,
     proof: Proof | None,
     evaluation: EvalResult | None,
     benchmark: BenchResult | None,
@@ -47,14 +48,20 @@ def model_card(
     blocks, sample = subject.architecture.block_count, subject.own_plan and subject.own_plan.sample_generation
     name = f"`{source.id}` at revision `{source.revision}`" if source.revision else in_markdown(source.name)
     how = "no training" if recovery is None else "the others given new weights"
+    made = f"- Made by sleb {__version__}"
+    about = [
+        f"- Blocks removed, in order, numbered from 0 in the base model: {', '.join(map(str, removals))}",
+        f"{made} (SLEB, arXiv:2402.09025): whole transformer blocks removed, {how}",
+        *_search(subject),
+    ]
+    without = f"{len(removals)} of its {blocks} blocks" if removals else "the tokens of other scripts"
     lines = [
         _front_matter(subject, evaluation),
-        f"# {in_markdown(source.name)} without {len(removals)} of its {blocks} blocks",
+        f"# {in_markdown(source.name)} without {without}",
         "",
         f"- Base model: {name}",
-        f"- Blocks removed, in order, numbered from 0 in the base model: {', '.join(map(str, removals))}",
-        f"- Made by sleb {__version__} (SLEB, arXiv:2402.09025): whole transformer blocks removed, {how}",
-        *_search(subject),
+        *(about if removals else [made]),
+        *([f"- Vocabulary: {vocabulary_change(vocabulary)}"] if vocabulary else []),
         *_results(subject, recovery, evaluation, benchmark),
         *(_sample_generation(sample) if sample else []),
         *(_recovery(recovery) if recovery else []),

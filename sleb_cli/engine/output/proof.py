@@ -42,6 +42,7 @@ from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.surgery.loading import DeviceMap, has_tokenizer, load_pretrained, load_tokenizer, loading_problem
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.third_party import disk_error, prefer_disk_error, saving, translate_errors
+from sleb_cli.engine.vocabulary import INCOMPLETE, Vocabulary, is_of
 from sleb_cli.events import CheckPassed, Notice, Notify, ignore, task
 from sleb_cli.records import Check, Proof, differences
 from sleb_cli.requests import AUTO
@@ -73,6 +74,9 @@ CheckResult = tuple[Check | None, dict[str, Any]]
 
 PEAK_SHARE = 1.2
 """The memory of a proof, relative to the dense model's weights: the two models are loaded one after the other."""
+
+_TOKENS_OF_TEXT, _LOST_TEXTS = 32, 256
+"""How many tokens make a text, and how many texts of lost ones, in the proof of a tokenizer."""
 
 NEW_STREAMED_TOKENS = 2
 """New tokens if blocks stay on the disk, since each of them reads all."""
@@ -187,7 +191,7 @@ def prove(
     """
     proof = Proof(
         checks=(),
-        reference="dense" if new_values is None else "recovered",
+        reference="recovered" if new_values is not None else "dense" if surgery.removals else "whole",
         partial=placement.too_large,
         dtype=dtype_name(placement.dtype),
         device=placement.device.type,
@@ -201,24 +205,27 @@ def prove(
         elif placement.stream:
             notify(Notice("The proof leaves the blocks on disk, so it reads all weights about eight times."))
         models = _Models(surgery, folder, placement, new_values, tokenizer, not planned.weights, notify)
-        for check, values in chain(_as_planned(source, folder, tokenizer, planned, notify), models.checks()):
+        for check, values in chain(_as_planned(surgery, folder, tokenizer, planned, notify), models.checks()):
             proof = proof.model_copy(update={"checks": (*proof.checks, *([check] if check else [])), **values})
             notify(CheckPassed(checked(proof)[-1]) if check else Notice(f"The proof is partial: {proof.partial}."))
     return proof
 
 
 def _as_planned(
-    source: ModelSource, folder: Path, tokenizer: Any, planned: Planned, notify: Notify
+    surgery: Surgery, folder: Path, tokenizer: Any, planned: Planned, notify: Notify
 ) -> Iterator[CheckResult]:
     """Check that the folder holds what was planned, byte for byte: whatever a model computes, or never reads."""
+    source, cut = surgery.architecture.source, surgery.vocabulary
     if planned.weights:
         _require_files(folder, planned)
     _require_tensors(folder, planned)
     yield "complete", {}
-    if tokenizer is not None and planned.weights:
-        _require_same_tokens(source, folder, tokenizer)
     _require_same_bytes(folder, planned.tensors, notify)
     yield "same bytes", {}
+    if cut is not None:
+        yield from _tokens_that_stay(source, folder, tokenizer, cut.vocabulary, notify)
+    elif tokenizer is not None and planned.weights:
+        _require_same_tokens(source, folder, tokenizer)
 
 
 def _require_files(folder: Path, planned: Planned) -> None:
@@ -284,10 +291,44 @@ def _require_tensors(folder: Path, planned: Planned) -> None:
 
 def _require_same_tokens(source: ModelSource, folder: Path, theirs: Any) -> None:
     """Check that the checkpoint's tokenizer and chat template are there and the dense model's, whatever was planned."""
-    with translate_errors(lambda words: proof_error(f"its tokenizer cannot be loaded: {words}")):
-        ours = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+    ours = _load_tokenizer(source, folder)
     if ours(PROMPT).input_ids != theirs(PROMPT).input_ids or ours.chat_template != theirs.chat_template:
         raise proof_error("its tokenizer is not the dense model's")
+
+
+def _load_tokenizer(source: ModelSource, folder: Path) -> Any:
+    with translate_errors(lambda words: proof_error(f"its tokenizer cannot be loaded: {words}")):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+
+
+def _tokens_that_stay(
+    source: ModelSource, folder: Path, theirs: Any, vocabulary: Vocabulary, notify: Notify
+) -> Iterator[CheckResult]:
+    """Check that text of the kept scripts gets the same tokens, and whether other text still comes back as it is.
+
+    The first text is made of all tokens that stay, the other of some of those that do not.
+    """
+    ours, stays = _load_tokenizer(source, folder), is_of(vocabulary.scripts)
+    kept = [
+        vocabulary.tokens[start : start + _TOKENS_OF_TEXT]
+        for start in range(0, len(vocabulary.tokens), _TOKENS_OF_TEXT)
+    ]
+    # Incomplete characters may make one of another script together.
+    texts = [PROMPT, *filter(stays, theirs.batch_decode(kept, skip_special_tokens=True))]
+    for text, found, expected in zip(texts, ours(texts).input_ids, theirs(texts).input_ids, strict=True):
+        if found != [vocabulary.new_number.get(token) for token in expected]:
+            raise proof_error(f"its tokenizer cuts other tokens from {text[:40]!r}")
+    if ours.chat_template != theirs.chat_template:
+        raise proof_error("its chat template is not the dense model's")
+    yield "same tokens", {}
+    lost = sorted({*range(min(vocabulary.count, len(theirs)))}.difference(vocabulary.tokens))
+    found = theirs.batch_decode([[token] for token in lost[:: len(lost) // _LOST_TEXTS + 1]])
+    texts = [text for text in found if text and INCOMPLETE not in text] or [PROMPT]
+    back = ours.batch_decode(ours(texts).input_ids, skip_special_tokens=True)
+    if all(ours_says.strip() == text.strip() for ours_says, text in zip(back, texts, strict=True)):
+        yield "spells others", {}
+    else:
+        notify(Notice("Text of other scripts does not come back: this tokenizer cannot spell it in bytes."))
 
 
 def _require_same_bytes(folder: Path, planned: Sequence[NewTensor], notify: Notify) -> None:
@@ -340,8 +381,9 @@ class _Models:
     @property
     def reference(self) -> str:
         """What the checkpoint is compared with, in messages."""
-        recovered = self.new_values is not None
-        return "the recovered model in memory" if recovered else "the dense model with these blocks skipped"
+        if self.new_values is not None:
+            return "the recovered model in memory"
+        return "the dense model with these blocks skipped" if self.surgery.removals else "the dense model"
 
     @torch.no_grad()  # not inference mode, in which tensors made outside of it cannot take the place of others
     def checks(self) -> Iterator[CheckResult]:
@@ -356,17 +398,21 @@ class _Models:
         dtype, stored = self.placement.dtype, self.placement.rounded or self.surgery.architecture.dtype
         allowed, cache_allowed = TOLERANCES.get(dtype, (0.0, 0.0))
         ids, new_tokens = self._prompt()
-        expected = self._expected_logits(ids)
+        expected, own = self._expected_logits(ids), ids
+        if self.surgery.vocabulary:
+            vocabulary = self.surgery.vocabulary.vocabulary
+            own = torch.tensor(vocabulary.renumbered(ids.tolist()), device=ids.device)
+            expected = expected[..., list(vocabulary.tokens)]
         free_memory()
         with task(self.notify, "Proving the checkpoint"):
             model = self._load()
             yield "loads", {}
             with translate_errors(lambda words: proof_error(f"it does not run: {words}")):
-                found = model(input_ids=ids, use_cache=False).logits
+                found = model(input_ids=own, use_cache=False).logits
             difference = _relative_difference(found, expected)
             if not difference <= allowed:
                 with SkippableModel(model, self.surgery.architecture.blocks_of(model)) as whole:
-                    states = _block_states(whole, ids)
+                    states = _block_states(whole, own)
                 del whole, model
                 free_memory()
                 raise proof_error(
@@ -377,7 +423,7 @@ class _Models:
                 "prompt": "random tokens" if self.tokenizer is None else "text", "prompt_tokens": ids.shape[1],
                 "logits_difference": difference, "logits_tolerance": allowed,
             }  # fmt: skip
-            difference = _decode(model, ids, new_tokens, cache_allowed)
+            difference = _decode(model, own, new_tokens, cache_allowed)
             yield "generates", {
                 "new_tokens": new_tokens, "cache_difference": difference, "cache_tolerance": cache_allowed
             }  # fmt: skip

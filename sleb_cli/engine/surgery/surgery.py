@@ -1,9 +1,9 @@
-"""Which tensors and settings remain after a removal of blocks, and under which names. Nothing here reads weights."""
+"""Which tensors and settings remain after a removal of blocks or tokens, under which names. No weight is read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.block_names import BlockNames
 from sleb_cli.engine.model.structure import block_changes, outer_changes
 from sleb_cli.engine.surgery.quantization import prune_quantization
+from sleb_cli.engine.surgery.vocabulary import VocabularyCut, plan_vocabulary
 from sleb_cli.engine.third_party import translate_errors
 from sleb_plugins import ModelError, UnsupportedModelError
 from sleb_plugins.config_keys import (
@@ -34,15 +35,17 @@ from sleb_plugins.config_keys import (
 
 @dataclass(frozen=True)
 class Surgery:
-    """The removal of blocks from one model, on disk or in memory.
+    """The removal of blocks, and maybe of tokens, from one model, on disk or in memory.
 
     Attributes:
         architecture: the model.
         removals: the blocks to remove, numbered as in the original, in the order of their removal.
+        vocabulary: the tokens that stay; None if all do.
     """
 
     architecture: Architecture
     removals: tuple[int, ...]
+    vocabulary: VocabularyCut | None = None
 
     @property
     def removed(self) -> frozenset[int]:
@@ -64,11 +67,15 @@ class Surgery:
         return self.architecture.block_names(self.kept)
 
     def prune_config(self) -> dict[str, Any]:
-        """Return the `config.json` of the pruned model: a new count, and new values of settings of single blocks.
+        """Return the `config.json` of the pruned model: new counts, and new values of settings of blocks and tokens.
 
         Values come from the config as transformers parses it, so that a pattern which `config.json` leaves to a default
         or a period becomes an explicit list.
         """
+        config = self._config_without_blocks()
+        return self.vocabulary.in_config(config, self.architecture.text_key) if self.vocabulary else config
+
+    def _config_without_blocks(self) -> dict[str, Any]:
         raw = dict(self.architecture.source.raw_config)
         if not self.removed:
             return raw
@@ -117,9 +124,11 @@ class Surgery:
         ]
 
     def cut(self, name: str) -> Cut | None:
-        """Return the slices to keep of a tensor with one slice per block; None for any other tensor."""
+        """Return the slices to keep of a tensor with one slice per block or token; None for any other tensor."""
+        if self.vocabulary and name in self.vocabulary.tables:
+            return Cut(0, self.vocabulary.vocabulary.count, self.vocabulary.vocabulary.tokens)
         axis = sliced_axis(name)
-        return Cut(axis, self.kept) if axis is not None and self.removed else None
+        return Cut(axis, self.kept.count, self.kept.blocks) if axis is not None and self.removed else None
 
     def obstacle(self) -> str | None:
         """Return a clause on what this removal would change in the kept blocks, or None if nothing.
@@ -186,12 +195,13 @@ def _cache_fault(config: Any) -> str | None:
     return None
 
 
-def plan_surgery(architecture: Architecture, removals: Iterable[int]) -> Surgery:
-    """Return the removal of these blocks, checked against the model.
+def plan_surgery(architecture: Architecture, removals: Iterable[int], scripts: Sequence[str] = ()) -> Surgery:
+    """Return the removal of these blocks, and of tokens of other scripts if any is named, checked against the model.
 
     Raises:
-        UsageError: a block is named twice or does not exist, or no block would remain.
-        UnsupportedModelError: the weight files do not number each block, or the kept blocks would change.
+        UsageError: a block is named twice or does not exist, no block would remain, or there is no such script.
+        UnsupportedModelError: the weight files do not number each block, the kept blocks would change, or the
+            vocabulary cannot be cut.
     """
     blocks = tuple(removals)
     require_removable(blocks, architecture.block_count, architecture.source.id)
@@ -202,4 +212,4 @@ def plan_surgery(architecture: Architecture, removals: Iterable[int]) -> Surgery
             f"Cannot remove {names} from {architecture.source.id} ({architecture.config.model_type}): {obstacle}.",
             hint="Remove other blocks. docs/reference/families.md says what each family allows.",
         )
-    return surgery
+    return replace(surgery, vocabulary=plan_vocabulary(architecture, scripts)) if scripts else surgery

@@ -1,0 +1,78 @@
+"""Cut the tokens of other scripts out of a GGUF file: its lists of tokens, and the rows of its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sleb_cli.engine.gguf.file import Entry, GgufFile, GgufTensor, with_items, with_value
+from sleb_cli.engine.vocabulary import Vocabulary, choose, text_of
+from sleb_plugins.errors import UnsupportedModelError
+
+_PREFIX = "tokenizer.ggml."
+_BY_TOKEN = frozenset(f"{_PREFIX}{name}" for name in ("tokens", "scores", "token_type"))
+_IN_BYTES = {"gpt2": True, "llama": False}
+"""The kinds of tokenizers that sleb can cut, by their names in GGUF files, and whether they spell tokens in bytes."""
+_NORMAL = 1
+"""The type of a token that stands for text, and not for a byte, for control, or for something of the user's."""
+_TABLES = ("token_embd.weight", "output.weight", "output.bias")
+
+
+def plan_vocabulary(file: GgufFile, scripts: Sequence[str]) -> Vocabulary:
+    """Return the part of a file's vocabulary that leaves the tokens of these scripts.
+
+    Raises:
+        UsageError: Unicode has no such script, or hardly any token would go.
+        UnsupportedModelError: the tokenizer or a table is of a kind that sleb cannot cut.
+    """
+    kind, tokens, types, merges = (file.get(_PREFIX + key) for key in ("model", "tokens", "token_type", "merges"))
+    if kind not in _IN_BYTES or file.get("tokenizer.huggingface.json"):
+        raise _refused(file, f"its tokenizer is of another kind than {' and '.join(_IN_BYTES)} ({kind!s:.60})")
+    lists = [value for value in (tokens, types, file.get(f"{_PREFIX}scores")) if value is not None]
+    count = len(tokens) if isinstance(tokens, list) else 0
+    if not types or any(not isinstance(each, list) or len(each) != count for each in lists):
+        raise _refused(file, "its lists of tokens differ in length")
+    if not all(isinstance(pair, str) and " " in pair for pair in merges or ()):
+        raise _refused(file, "its merges are not pairs")
+    tables = [tensor for tensor in file.tensors if count in tensor.shape]
+    if not tables or any(tensor.name not in _TABLES or tensor.shape[-1] != count for tensor in tables):
+        raise _refused(file, "it has further tables by token, or none")
+    normal = {number for number, type_ in enumerate(types) if type_ == _NORMAL}
+    texts = {number: text_of(tokens[number], in_bytes=_IN_BYTES[kind]) for number in normal}
+    named = {entry.value for entry in file.entries if _names_token(entry)}
+    return choose(scripts, texts, {*range(count)} - normal | named, count)
+
+
+def cut_vocabulary(file: GgufFile, vocabulary: Vocabulary) -> GgufFile:
+    """Return the header of a file with only these tokens."""
+    entries = tuple(_entry(file, entry, vocabulary) for entry in file.entries)
+    tensors = tuple(_tensor(tensor, vocabulary) for tensor in file.tensors)
+    return replace(file, entries=entries, tensors=tensors)
+
+
+def _tensor(tensor: GgufTensor, vocabulary: Vocabulary) -> GgufTensor:
+    return tensor.only(vocabulary.tokens) if tensor.name in _TABLES else tensor
+
+
+def _entry(file: GgufFile, entry: Entry, vocabulary: Vocabulary) -> Entry:
+    if entry.key in _BY_TOKEN:
+        return with_items(entry, list(vocabulary.tokens))
+    if entry.key == f"{_PREFIX}merges":
+        kept = {file.get(f"{_PREFIX}tokens")[token] for token in vocabulary.tokens}
+        pairs = [pair.split(" ", 1) for pair in file.get(entry.key)]
+        return with_items(entry, [place for place, (a, b) in enumerate(pairs) if {a, b, a + b} <= kept])
+    if _names_token(entry):
+        return with_value(entry, vocabulary.renumbered(entry.value))
+    if entry.key == f"{file.architecture}.vocab_size":
+        return with_value(entry, len(vocabulary.tokens))
+    return entry
+
+
+def _names_token(entry: Entry) -> bool:
+    return entry.key.startswith(_PREFIX) and entry.key.endswith("token_id") and type(entry.value) is int
+
+
+def _refused(file: GgufFile, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"Cannot cut the vocabulary of {file.path}, because {why}.", hint="Leave out --scripts."
+    )

@@ -1,0 +1,202 @@
+"""Cut the tokens of other scripts out of a checkpoint: its tokenizer, its settings, and which tensors lose rows."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from tokenizers import Tokenizer
+
+from sleb_cli.engine.files.copying import leads_out
+from sleb_cli.engine.files.weights import read_json
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.third_party import translate_transformers_errors
+from sleb_cli.engine.vocabulary import Vocabulary, choose, numbers_in, text_of
+from sleb_plugins import UnsupportedModelError
+
+TOKENIZER = "tokenizer.json"
+SETTINGS = ("tokenizer_config.json", "generation_config.json", "processor_config.json")
+"""Files besides `config.json` that may name tokens by number."""
+
+OTHER_FORMATS = frozenset({
+    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.json", "vocab.txt",
+    "merges.txt", "added_tokens.json",
+})  # fmt: skip
+"""The vocabulary in other formats, which `tokenizer.json` replaces."""
+
+_UNKNOWN_TABLES = re.compile(r".+(?<!type)_vocab_size|vocab_size_.+|.*codebook.*|ngram_size")
+"""Config keys of further tables by token; `type_vocab_size` counts segments."""
+
+
+@dataclass(frozen=True)
+class VocabularyCut:
+    """The vocabulary that stays, and where a checkpoint holds it.
+
+    Attributes:
+        vocabulary: the tokens that stay.
+        tables: the names of tensors with a row for each token.
+        tokenizer: the contents of the new `tokenizer.json`; None if the checkpoint has none.
+    """
+
+    vocabulary: Vocabulary
+    tables: frozenset[str]
+    tokenizer: Mapping[str, Any] | None = None
+
+    def in_config(self, config: Mapping[str, Any], text_key: str) -> dict[str, Any]:
+        """Return a `config.json` with the new numbers, and with the number of tokens, which it may leave out."""
+        renumbered = self.vocabulary.in_settings(config)
+        text = renumbered.setdefault(text_key, {}) if text_key else renumbered
+        text["vocab_size"] = len(self.vocabulary.tokens)
+        return renumbered
+
+    def in_file(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the contents of one of `SETTINGS` with the new numbers."""
+        renumbered = self.vocabulary.in_settings(settings)
+        added = renumbered.get("added_tokens_decoder")
+        if isinstance(added, Mapping):
+            new = {str(old): str(number) for old, number in self.vocabulary.new_number.items()}
+            renumbered["added_tokens_decoder"] = {new.get(old, old): token for old, token in added.items()}
+        return renumbered
+
+
+def plan_vocabulary(architecture: Architecture, scripts: Sequence[str]) -> VocabularyCut:
+    """Return the cut that leaves the tokens of these scripts.
+
+    Raises:
+        UsageError: Unicode has no such script, or hardly any token would go.
+        UnsupportedModelError: the tokenizer or a table of the model is of a kind that sleb cannot cut.
+    """
+    source, skeleton = architecture.source, cast(Any, architecture.skeleton)
+    count: int = skeleton.get_input_embeddings().weight.shape[0]
+    data = _read_tokenizer(architecture)
+    added = {token["id"] for token in data["added_tokens"]}
+    used = numbers_in(source.raw_config, f"config.json of {source.id}")
+    for name in SETTINGS:
+        if (source.folder / name).is_file():
+            used |= numbers_in(read_json(source.folder / name), name)
+    in_bytes = any(part.get("type") == "ByteLevel" for part in _parts(data.get("decoder")))
+    texts = {number: text_of(token, in_bytes=in_bytes) for token, number in _tokens(data) if number not in added}
+    if max({*texts, *added}) >= count:
+        raise _refused(architecture, f"its tokenizer has more tokens than the model's {count:,} rows")
+    vocabulary = choose(scripts, texts, added | used, count)
+    tables = tables_of(architecture, vocabulary)
+    return VocabularyCut(vocabulary, tables, _cut_tokenizer(data, vocabulary))
+
+
+def tables_of(architecture: Architecture, vocabulary: Vocabulary) -> frozenset[str]:
+    """Return the tensors in the weight files that have a row for each token.
+
+    Builds the model with the new number of tokens, without weights, and compares the shapes.
+
+    Raises:
+        UnsupportedModelError: there are others than the embeddings and the head.
+    """
+    for config in (architecture.config, architecture.text_config):
+        for key, value in config.to_dict().items():
+            if _UNKNOWN_TABLES.fullmatch(key) and value:
+                raise _refused(architecture, f"it may have further tables by token ({key})")
+    skeleton, raw = cast(Any, architecture.skeleton), architecture.source.raw_config
+    config = architecture.read_config(VocabularyCut(vocabulary, frozenset()).in_config(raw, architecture.text_key))
+    were, are = (
+        {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        for model in (skeleton, architecture.build(config))
+    )
+    known = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
+    expected = {
+        f"{path}.{name}": (len(vocabulary.tokens), *parameter.shape[1:])
+        for path, module in skeleton.named_modules()
+        if any(module is each for each in known)
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    changed = {name: are.get(name) for name, shape in were.items() if are.get(name) != shape}
+    if changed != expected:
+        other = min({*changed.items()} ^ {*expected.items()})[0]
+        raise _refused(architecture, f"{other} has an entry for each token, too")
+    # Files may use other names than the model; but nothing else outside the blocks has a row for each token.
+    shapes, numbering = {were[name] for name in expected}, architecture.numbering
+    outside = (each for each in architecture.source.weights.stored if not each.name.startswith(numbering.prefix))
+    tables = frozenset(each.name for each in outside if each.shape in shapes)
+    if numbering.extra or not tables:
+        raise _refused(architecture, "its weight files hold other tables by token than its config says")
+    return tables
+
+
+def _read_tokenizer(architecture: Architecture) -> dict[str, Any]:
+    """Return the contents of `tokenizer.json`.
+
+    Raises:
+        UnsupportedModelError: there is none, or it is of another kind.
+    """
+    source = architecture.source
+    path = source.folder / TOKENIZER
+    if not path.is_file() or leads_out(path, source.folder):
+        raise _refused(architecture, f"it has no {TOKENIZER}")
+    source.watch.add(path)
+    with translate_transformers_errors(f"the tokenizer of {source.id}"):
+        data: dict[str, Any] = json.loads(Tokenizer.from_file(str(path)).to_str())  # with every key
+    kind, prefix = data["model"]["type"], data["model"].get("continuing_subword_prefix")
+    if kind not in ("BPE", "Unigram") or prefix:
+        raise _refused(
+            architecture, f"its tokenizer is neither BPE nor Unigram, but {kind}{' with a prefix' if prefix else ''}"
+        )
+    return data
+
+
+def _parts(settings: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield all parts of a decoder or post-processor."""
+    if isinstance(settings, Mapping):
+        yield settings
+        for value in settings.values():
+            yield from _parts(value)
+    elif isinstance(settings, list):
+        for value in settings:
+            yield from _parts(value)
+
+
+def _tokens(data: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    vocabulary = data["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        yield from vocabulary.items()
+    else:
+        yield from ((piece, number) for number, (piece, _) in enumerate(vocabulary))
+
+
+def _cut_tokenizer(data: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
+    """Return the new `tokenizer.json`: the tokens that stay, and the merges that make one of them from two others."""
+    new, model = vocabulary.new_number, dict(data["model"])
+    kept = [(token, number) for token, number in _tokens(data) if number in new]
+    if model["type"] == "BPE":
+        model["vocab"] = tokens = {token: new[number] for token, number in kept}
+        model["merges"] = [[a, b] for a, b in model["merges"] if a in tokens and b in tokens and a + b in tokens]
+    else:
+        model["vocab"] = [model["vocab"][number] for _, number in kept]
+        model["unk_id"] = vocabulary.renumbered(model.get("unk_id"))
+    added = [token | {"id": new[token["id"]]} for token in data["added_tokens"]]
+    processor, padding = _with_new_ids(data.get("post_processor"), new), data.get("padding")
+    if padding:
+        padding = padding | {"pad_id": new[padding["pad_id"]]}
+    return {**data, "model": model, "added_tokens": added, "post_processor": processor, "padding": padding}
+
+
+def _with_new_ids(part: Any, new: Mapping[int, int]) -> Any:
+    """Return a post-processor that adds the same tokens: a template names their `ids`, others `["</s>", 2]`."""
+    if isinstance(part, list):
+        pair = len(part) == 2 and isinstance(part[0], str) and type(part[1]) is int
+        return [part[0], new[part[1]]] if pair else [_with_new_ids(each, new) for each in part]
+    if not isinstance(part, Mapping):
+        return part
+    return {
+        key: [new[number] for number in value] if key == "ids" else _with_new_ids(value, new)
+        for key, value in part.items()
+    }
+
+
+def _refused(architecture: Architecture, why: str) -> UnsupportedModelError:
+    source = architecture.source
+    return UnsupportedModelError(
+        f"Cannot cut the vocabulary of {source.id} ({architecture.config.model_type}), because {why}.",
+        hint="Leave out --scripts.",
+    )

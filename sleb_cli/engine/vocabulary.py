@@ -1,0 +1,142 @@
+"""Which tokens of a vocabulary stay, by the scripts of their characters, and the numbers that they get."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import regex
+from tokenizers.decoders import ByteLevel
+
+from sleb_plugins.errors import UnsupportedModelError, UsageError
+
+_ALWAYS = ("common", "inherited")
+"""Punctuation, digits, symbols and marks, which belong to no single script. ASCII letters stay besides."""
+
+_NUMBERS = re.compile(r"(.*[._])?token_(ids?|index)|(begin_)?suppress_tokens")
+"""Settings that name tokens by number: one, a list, or none."""
+_OTHER_NUMBERS = ("bad_words_ids", "force_words_ids", "forced_decoder_ids", "sequence_bias")
+_SIZE = "vocab_size"
+
+INCOMPLETE = "\ufffd"
+"""What an incomplete character is decoded to."""
+
+_FEWEST_LOST = 0.01
+"""The smallest share of tokens that is worth cutting."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The part of a vocabulary that stays.
+
+    Attributes:
+        scripts: the scripts whose tokens stay, as Unicode names them.
+        count: how many rows the embeddings had.
+        tokens: the rows that stay, ascending.
+    """
+
+    scripts: tuple[str, ...]
+    count: int
+    tokens: tuple[int, ...]
+
+    @cached_property
+    def new_number(self) -> dict[int, int]:
+        """The new number of each token that stays."""
+        return {old: new for new, old in enumerate(self.tokens)}
+
+    def renumbered(self, numbers: Any) -> Any:
+        """Return the new number of a token, or of each in a list; what is no token's number stays."""
+        if isinstance(numbers, list):
+            return [self.renumbered(number) for number in numbers]
+        known = type(numbers) is int and 0 <= numbers < self.count
+        return self.new_number[numbers] if known else numbers
+
+    def in_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the contents of a file with settings, in which the new numbers name the tokens."""
+        renumbered = _with_numbers(settings, self.renumbered)
+        return _with_size(renumbered, self.count, len(self.tokens))
+
+
+def is_of(scripts: Iterable[str]) -> Callable[[str], bool]:
+    """Return whether a text holds no character of other scripts.
+
+    Raises:
+        UsageError: Unicode knows no script of this name.
+    """
+    classes = []
+    for script in (*_ALWAYS, *scripts):
+        try:
+            regex.compile(rf"\p{{Script={script}}}")
+        except regex.error as error:
+            raise UsageError(
+                f"Unicode has no script {script!r}.", hint="For example: --scripts latin,greek,cyrillic."
+            ) from error
+        classes.append(rf"\p{{Script={script}}}")
+    pattern = regex.compile(rf"[\p{{ASCII}}{''.join(classes)}]*")
+    return lambda text: pattern.fullmatch(text) is not None
+
+
+def text_of(token: str, *, in_bytes: bool) -> str:
+    """Return the text of a token, which may be spelled in bytes; with `INCOMPLETE` for incomplete characters."""
+    return ByteLevel().decode([token]) if in_bytes else token
+
+
+def numbers_in(settings: Mapping[str, Any], where: str) -> set[int]:
+    """Return the tokens that a file with settings names by number.
+
+    Raises:
+        UnsupportedModelError: a setting names tokens in another way.
+    """
+    found: list[Any] = []
+    _with_numbers(settings, found.append)
+    for key in _OTHER_NUMBERS:
+        if settings.get(key):
+            raise UnsupportedModelError(
+                f"{key} in {where} names tokens in a way that sleb cannot renumber.",
+                hint="Leave out --scripts, or delete that setting from a copy of the model.",
+            )
+    return {number for each in found for number in (each if isinstance(each, list) else [each]) if type(number) is int}
+
+
+def choose(scripts: Sequence[str], texts: Mapping[int, str], always: Iterable[int], count: int) -> Vocabulary:
+    """Return the vocabulary of the tokens whose texts are of these scripts, and of those that stay always.
+
+    Text of these scripts gets the same tokens as before, since every token that such a text can be merged from is a
+    part of it, and so stays: as characters of these scripts, or as bytes of an incomplete one.
+
+    Raises:
+        UsageError: Unicode has no such script, or hardly any token would go.
+    """
+    stays = is_of(scripts)
+    kept = {number for number, text in texts.items() if stays(text)} | {each for each in always if 0 <= each < count}
+    if (lost := count - len(kept)) < _FEWEST_LOST * count:
+        raise UsageError(
+            f"Nothing is gained: {lost:,} of {count:,} tokens are of other scripts than {', '.join(scripts)}.",
+            hint="Leave out --scripts.",
+        )
+    return Vocabulary(tuple(scripts), count, tuple(sorted(kept)))
+
+
+def _with_numbers(settings: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    return {
+        key: _with_numbers(value, change)
+        if isinstance(value, Mapping)
+        else change(value)
+        if _NUMBERS.fullmatch(key)
+        else value
+        for key, value in settings.items()
+    }
+
+
+def _with_size(settings: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
+    return {
+        key: _with_size(value, before, after)
+        if isinstance(value, Mapping)
+        else after
+        if key == _SIZE and value == before
+        else value
+        for key, value in settings.items()
+    }
