@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ _NUMBERS = re.compile(r"(.*[._])?token_(ids?|index)|(begin_)?suppress_tokens")
 """Settings that name tokens by number: one, a list, or none."""
 _OTHER_NUMBERS = ("bad_words_ids", "force_words_ids", "forced_decoder_ids", "sequence_bias")
 _SIZE = "vocab_size"
+_SURROGATES = range(0xD800, 0xE000)
 
 INCOMPLETE = "\ufffd"
 """What an incomplete character is decoded to."""
@@ -36,11 +38,13 @@ class Vocabulary:
         scripts: the scripts whose tokens stay, as Unicode names them.
         count: how many rows the embeddings had.
         tokens: the rows that stay, ascending.
+        characters: those of the scripts, and those that stay always.
     """
 
     scripts: tuple[str, ...]
     count: int
     tokens: tuple[int, ...]
+    characters: str
 
     @cached_property
     def new_number(self) -> dict[int, int]:
@@ -60,8 +64,10 @@ class Vocabulary:
         return _with_size(renumbered, self.count, len(self.tokens))
 
 
-def is_of(scripts: Iterable[str]) -> Callable[[str], bool]:
-    """Return whether a text holds no character of other scripts.
+def characters_of(scripts: Iterable[str], normalize: Callable[[str], str] = str) -> str:
+    """Return all characters of these scripts, and those that stay always.
+
+    None of them is one that the tokenizer would first `normalize` to another script, as NFKC does with the micro sign.
 
     Raises:
         UsageError: Unicode knows no script of this name.
@@ -69,14 +75,17 @@ def is_of(scripts: Iterable[str]) -> Callable[[str], bool]:
     classes = []
     for script in (*_ALWAYS, *scripts):
         try:
+            if not script.replace("_", "").isalpha():
+                raise regex.error("no name")
             regex.compile(rf"\p{{Script={script}}}")
         except regex.error as error:
             raise UsageError(
                 f"Unicode has no script {script!r}.", hint="For example: --scripts latin,greek,cyrillic."
             ) from error
         classes.append(rf"\p{{Script={script}}}")
-    pattern = regex.compile(rf"[\p{{ASCII}}{''.join(classes)}]*")
-    return lambda text: pattern.fullmatch(text) is not None
+    everything = "".join(map(chr, (*range(_SURROGATES.start), *range(_SURROGATES.stop, sys.maxunicode + 1))))
+    found = set(regex.findall(rf"[\p{{ASCII}}{''.join(classes)}]", everything))
+    return "".join(sorted(each for each in found if found.issuperset(normalize(each))))
 
 
 def text_of(token: str, *, in_bytes: bool) -> str:
@@ -101,7 +110,13 @@ def numbers_in(settings: Mapping[str, Any], where: str) -> set[int]:
     return {number for each in found for number in (each if isinstance(each, list) else [each]) if type(number) is int}
 
 
-def choose(scripts: Sequence[str], texts: Mapping[int, str], always: Iterable[int], count: int) -> Vocabulary:
+def choose(
+    scripts: Sequence[str],
+    texts: Mapping[int, str],
+    always: Iterable[int],
+    count: int,
+    normalize: Callable[[str], str] = str,
+) -> Vocabulary:
     """Return the vocabulary of the tokens whose texts are of these scripts, and of those that stay always.
 
     Text of these scripts gets the same tokens as before, since every token that such a text can be merged from is a
@@ -110,14 +125,16 @@ def choose(scripts: Sequence[str], texts: Mapping[int, str], always: Iterable[in
     Raises:
         UsageError: Unicode has no such script, or hardly any token would go.
     """
-    stays = is_of(scripts)
-    kept = {number for number, text in texts.items() if stays(text)} | {each for each in always if 0 <= each < count}
+    characters = characters_of(scripts, normalize)
+    stay = {INCOMPLETE, *characters, *normalize(characters)}
+    kept = {number for number, text in texts.items() if stay.issuperset(text)}
+    kept |= {number for number in always if 0 <= number < count}
     if (lost := count - len(kept)) < _FEWEST_LOST * count:
         raise UsageError(
             f"Nothing is gained: {lost:,} of {count:,} tokens are of other scripts than {', '.join(scripts)}.",
             hint="Leave out --scripts.",
         )
-    return Vocabulary(tuple(scripts), count, tuple(sorted(kept)))
+    return Vocabulary(tuple(scripts), count, tuple(sorted(kept)), characters)
 
 
 def _with_numbers(settings: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:

@@ -27,7 +27,8 @@ def tokenizer(kind: str) -> Tokenizer:
         trainer = trainers.BpeTrainer(vocab_size=316, initial_alphabet=alphabet, show_progress=False)
     else:
         made = Tokenizer(models.Unigram() if kind == "unigram" else models.BPE(unk_token="<unk>", byte_fallback=True))
-        made.normalizer = normalizers.Replace(" ", "▁")
+        # The micro sign, which all scripts have, becomes a Greek letter.
+        made.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" ", "▁")])
         made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
         trainer = (
             trainers.UnigramTrainer(vocab_size=316, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False)

@@ -42,7 +42,7 @@ from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.surgery.loading import DeviceMap, has_tokenizer, load_pretrained, load_tokenizer, loading_problem
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.third_party import disk_error, prefer_disk_error, saving, translate_errors
-from sleb_cli.engine.vocabulary import INCOMPLETE, Vocabulary, is_of
+from sleb_cli.engine.vocabulary import INCOMPLETE, Vocabulary
 from sleb_cli.events import CheckPassed, Notice, Notify, ignore, task
 from sleb_cli.records import Check, Proof, differences
 from sleb_cli.requests import AUTO
@@ -75,8 +75,8 @@ CheckResult = tuple[Check | None, dict[str, Any]]
 PEAK_SHARE = 1.2
 """The memory of a proof, relative to the dense model's weights: the two models are loaded one after the other."""
 
-_TOKENS_OF_TEXT, _LOST_TEXTS = 32, 256
-"""How many tokens make a text, and how many texts of lost ones, in the proof of a tokenizer."""
+_PIECE, _LOST_TEXTS = 32, 256
+"""How many tokens make a text, and how many texts there are of lost ones, in the proof of a tokenizer."""
 
 NEW_STREAMED_TOKENS = 2
 """New tokens if blocks stay on the disk, since each of them reads all."""
@@ -301,20 +301,21 @@ def _load_tokenizer(source: ModelSource, folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
 
 
+def _in_pieces(items: Sequence[Any]) -> list[Sequence[Any]]:
+    return [items[start : start + _PIECE] for start in range(0, len(items), _PIECE)]
+
+
 def _tokens_that_stay(
     source: ModelSource, folder: Path, theirs: Any, vocabulary: Vocabulary, notify: Notify
 ) -> Iterator[CheckResult]:
     """Check that text of the kept scripts gets the same tokens, and whether other text still comes back as it is.
 
-    The first text is made of all tokens that stay, the other of some of those that do not.
+    The first is made of all tokens and characters that stay, the other of some tokens that do not.
     """
-    ours, stays = _load_tokenizer(source, folder), is_of(vocabulary.scripts)
-    kept = [
-        vocabulary.tokens[start : start + _TOKENS_OF_TEXT]
-        for start in range(0, len(vocabulary.tokens), _TOKENS_OF_TEXT)
-    ]
+    ours, characters = _load_tokenizer(source, folder), vocabulary.characters
+    kept = theirs.batch_decode(_in_pieces(vocabulary.tokens), skip_special_tokens=True)
     # Incomplete characters may make one of another script together.
-    texts = [PROMPT, *filter(stays, theirs.batch_decode(kept, skip_special_tokens=True))]
+    texts = [PROMPT, *filter(set(characters).issuperset, kept), *map(" ".join, _in_pieces(characters))]
     for text, found, expected in zip(texts, ours(texts).input_ids, theirs(texts).input_ids, strict=True):
         if found != [vocabulary.new_number.get(token) for token in expected]:
             raise proof_error(f"its tokenizer cuts other tokens from {text[:40]!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -71,7 +71,7 @@ def plan_vocabulary(architecture: Architecture, scripts: Sequence[str]) -> Vocab
     """
     source, skeleton = architecture.source, cast(Any, architecture.skeleton)
     count: int = skeleton.get_input_embeddings().weight.shape[0]
-    data = _read_tokenizer(architecture)
+    data, normalize = _read_tokenizer(architecture)
     added = {token["id"] for token in data["added_tokens"]}
     used = numbers_in(source.raw_config, f"config.json of {source.id}")
     for name in SETTINGS:
@@ -81,7 +81,7 @@ def plan_vocabulary(architecture: Architecture, scripts: Sequence[str]) -> Vocab
     texts = {number: text_of(token, in_bytes=in_bytes) for token, number in _tokens(data) if number not in added}
     if max({*texts, *added}) >= count:
         raise _refused(architecture, f"its tokenizer has more tokens than the model's {count:,} rows")
-    vocabulary = choose(scripts, texts, added | used, count)
+    vocabulary = choose(scripts, texts, added | used, count, normalize)
     tables = tables_of(architecture, vocabulary)
     return VocabularyCut(vocabulary, tables, _cut_tokenizer(data, vocabulary))
 
@@ -124,8 +124,8 @@ def tables_of(architecture: Architecture, vocabulary: Vocabulary) -> frozenset[s
     return tables
 
 
-def _read_tokenizer(architecture: Architecture) -> dict[str, Any]:
-    """Return the contents of `tokenizer.json`.
+def _read_tokenizer(architecture: Architecture) -> tuple[dict[str, Any], Callable[[str], str]]:
+    """Return the contents of `tokenizer.json`, and what it does to a text first.
 
     Raises:
         UnsupportedModelError: there is none, or it is of another kind.
@@ -136,13 +136,14 @@ def _read_tokenizer(architecture: Architecture) -> dict[str, Any]:
         raise _refused(architecture, f"it has no {TOKENIZER}")
     source.watch.add(path)
     with translate_transformers_errors(f"the tokenizer of {source.id}"):
-        data: dict[str, Any] = json.loads(Tokenizer.from_file(str(path)).to_str())  # with every key
+        tokenizer = Tokenizer.from_file(str(path))
+    data: dict[str, Any] = json.loads(tokenizer.to_str())  # with every key
     kind, prefix = data["model"]["type"], data["model"].get("continuing_subword_prefix")
     if kind not in ("BPE", "Unigram") or prefix:
         raise _refused(
             architecture, f"its tokenizer is neither BPE nor Unigram, but {kind}{' with a prefix' if prefix else ''}"
         )
-    return data
+    return data, tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
 
 
 def _parts(settings: Any) -> Iterator[Mapping[str, Any]]:
