@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from conftest import calibration, llama_config, prose, save_model, slow
 from families import FAMILIES, tiny_config
 from gguf_models import convert_llama
+from sleb_cli.engine.output.proof import FEWER_TOKENS_TOLERANCE
 from sleb_cli.engine.surgery import vocabulary as room
 
 GREEK = str.maketrans("abcdefghiklmnoprstuwxyz", "αβκδεφγηιχλμνοπρστυωξψζ")
@@ -73,7 +74,8 @@ def test_what_stays_computes_the_same(apply, tmp_path, kind, tied):
     dense = save(tmp_path / "model", kind, tie_word_embeddings=tied)
     result = json.loads(apply(dense, "--scripts", "latin", "--json").stdout)
     known = [check for check in CHECKS if kind != "unigram" or check != "spells others"]
-    assert (result["proof"]["checks"], result["proof"]["logits_difference"]) == (known, 0)
+    assert result["proof"]["checks"] == known
+    assert result["proof"]["logits_difference"] <= FEWER_TOKENS_TOLERANCE
     (old, before), (new, after) = both(dense, tmp_path / "out")
     rows = before.config.vocab_size, after.config.vocab_size
     assert (tuple(result["vocabulary"]["tokens"]), len(new)) == (rows, rows[1])
@@ -84,7 +86,7 @@ def test_what_stays_computes_the_same(apply, tmp_path, kind, tied):
     found = after(torch.tensor([new(LATIN_TEXT[:200]).input_ids])).logits
     expected = before(torch.tensor([old(LATIN_TEXT[:200]).input_ids])).logits
     kept = old.convert_tokens_to_ids(new.convert_ids_to_tokens(range(rows[1])))
-    assert torch.equal(found, expected[..., kept])
+    torch.testing.assert_close(found, expected[..., kept], rtol=1e-6, atol=1e-6)
     assert (new.decode(new(GREEK_TEXT).input_ids, skip_special_tokens=True) == GREEK_TEXT) == (kind != "unigram")
     named = {"end": after.config.eos_token_id, "begin": after.config.bos_token_id}
     named |= {"pad": after.generation_config.pad_token_id, "begin ": after.generation_config.suppress_tokens[0]}
@@ -97,7 +99,7 @@ def test_with_blocks_recovery_and_another_type(apply, sleb, text_file, tmp_path)
     dense = save(tmp_path / "model")
     text = calibration(text_file, 10, 24)
     result = apply(dense, "--blocks", "1", "--scripts", "latin", "--recover", *text, "--dtype", "bfloat16")
-    out, equal = tmp_path / "out", "bitwise equal to those of the recovered model in memory, for the tokens that stay"
+    out, equal = tmp_path / "out", "those of the recovered model in memory, for the tokens that stay"
     assert equal in " ".join(result.stdout.split())
     assert all("only latin; tokens 323 to" in text for text in (result.stdout, (out / "README.md").read_text()))
     assert sleb("eval", out, "--perplexity", text_file, "--sequence-length", 24, "--max-windows", 2).exit_code == 0
@@ -197,4 +199,4 @@ def test_every_family_is_cut_and_proven_or_refused(run_sleb, tmp_path, family):
     # The dense XLM itself computes something else with its KV cache.
     assert result.exit_code in ((9,) if family == "xlm" else (0, 4)), result.stderr
     if result.exit_code == 0:
-        assert json.loads(result.stdout)["proof"]["logits_difference"] == 0
+        assert json.loads(result.stdout)["proof"]["logits_difference"] <= FEWER_TOKENS_TOLERANCE
