@@ -20,7 +20,6 @@ _ALWAYS = ("common", "inherited")
 _NUMBERS = re.compile(r"(.*[._])?token_(ids?|index)|(begin_)?suppress_tokens")
 """Settings that name tokens by number: one, a list, or none."""
 _OTHER_NUMBERS = ("bad_words_ids", "force_words_ids", "forced_decoder_ids", "sequence_bias")
-_SIZE = "vocab_size"
 _SURROGATES = range(0xD800, 0xE000)
 
 INCOMPLETE = "\ufffd"
@@ -60,8 +59,13 @@ class Vocabulary:
 
     def in_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return the contents of a file with settings, in which the new numbers name the tokens."""
-        renumbered = _with_numbers(settings, self.renumbered)
-        return _with_size(renumbered, self.count, len(self.tokens))
+
+        def change(key: str, value: Any) -> Any:
+            if key == "vocab_size" and value == self.count:
+                return len(self.tokens)
+            return self.renumbered(value) if _NUMBERS.fullmatch(key) else value
+
+        return _changed(settings, change)
 
 
 def characters_of(scripts: Iterable[str], normalize: Callable[[str], str] = str) -> str:
@@ -99,15 +103,19 @@ def numbers_in(settings: Mapping[str, Any], where: str) -> set[int]:
     Raises:
         UnsupportedModelError: a setting names tokens in another way.
     """
-    found: list[Any] = []
-    _with_numbers(settings, found.append)
-    for key in _OTHER_NUMBERS:
-        if settings.get(key):
+    found: set[int] = set()
+
+    def note(key: str, value: Any) -> None:
+        if key in _OTHER_NUMBERS and value:
             raise UnsupportedModelError(
                 f"{key} in {where} names tokens in a way that sleb cannot renumber.",
                 hint="Leave out --scripts, or delete that setting from a copy of the model.",
             )
-    return {number for each in found for number in (each if isinstance(each, list) else [each]) if type(number) is int}
+        if _NUMBERS.fullmatch(key):
+            found.update(each for each in (value if isinstance(value, list) else [value]) if type(each) is int)
+
+    _changed(settings, note)
+    return found
 
 
 def choose(
@@ -137,23 +145,8 @@ def choose(
     return Vocabulary(tuple(scripts), count, tuple(sorted(kept)), characters)
 
 
-def _with_numbers(settings: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+def _changed(settings: Mapping[str, Any], change: Callable[[str, Any], Any]) -> dict[str, Any]:
     return {
-        key: _with_numbers(value, change)
-        if isinstance(value, Mapping)
-        else change(value)
-        if _NUMBERS.fullmatch(key)
-        else value
-        for key, value in settings.items()
-    }
-
-
-def _with_size(settings: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
-    return {
-        key: _with_size(value, before, after)
-        if isinstance(value, Mapping)
-        else after
-        if key == _SIZE and value == before
-        else value
+        key: _changed(value, change) if isinstance(value, Mapping) else change(key, value)
         for key, value in settings.items()
     }

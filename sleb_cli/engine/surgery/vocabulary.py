@@ -79,7 +79,7 @@ def plan_vocabulary(architecture: Architecture, scripts: Sequence[str]) -> Vocab
             used |= numbers_in(read_json(source.folder / name), name)
     in_bytes = any(part.get("type") == "ByteLevel" for part in _parts(data.get("decoder")))
     texts = {number: text_of(token, in_bytes=in_bytes) for token, number in _tokens(data) if number not in added}
-    if max({*texts, *added}) >= count:
+    if max({*texts, *added}, default=0) >= count:
         raise _refused(architecture, f"its tokenizer has more tokens than the model's {count:,} rows")
     vocabulary = choose(scripts, texts, added | used, count, normalize)
     tables = tables_of(architecture, vocabulary)
@@ -94,10 +94,10 @@ def tables_of(architecture: Architecture, vocabulary: Vocabulary) -> frozenset[s
     Raises:
         UnsupportedModelError: there are others than the embeddings and the head.
     """
-    for config in (architecture.config, architecture.text_config):
-        for key, value in config.to_dict().items():
-            if _UNKNOWN_TABLES.fullmatch(key) and value:
-                raise _refused(architecture, f"it may have further tables by token ({key})")
+    for part in _parts(architecture.config.to_dict()):
+        for key, value in part.items():
+            if value and (_UNKNOWN_TABLES.fullmatch(str(key)) or (key == "vocab_size" and value != vocabulary.count)):
+                raise _refused(architecture, f"it may have further tables by token ({key} {value})")
     skeleton, raw = cast(Any, architecture.skeleton), architecture.source.raw_config
     config = architecture.read_config(VocabularyCut(vocabulary, frozenset()).in_config(raw, architecture.text_key))
     were, are = (
@@ -147,7 +147,7 @@ def _read_tokenizer(architecture: Architecture) -> tuple[dict[str, Any], Callabl
 
 
 def _parts(settings: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield all parts of a decoder or post-processor."""
+    """Yield all mappings in a config or a part of a tokenizer."""
     if isinstance(settings, Mapping):
         yield settings
         for value in settings.values():
@@ -178,7 +178,7 @@ def _cut_tokenizer(data: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str,
     added = [token | {"id": new[token["id"]]} for token in data["added_tokens"]]
     processor, padding = _with_new_ids(data.get("post_processor"), new), data.get("padding")
     if padding:
-        padding = padding | {"pad_id": new[padding["pad_id"]]}
+        padding = padding | {"pad_id": vocabulary.renumbered(padding["pad_id"])}
     return {**data, "model": model, "added_tokens": added, "post_processor": processor, "padding": padding}
 
 
@@ -186,11 +186,11 @@ def _with_new_ids(part: Any, new: Mapping[int, int]) -> Any:
     """Return a post-processor that adds the same tokens: a template names their `ids`, others `["</s>", 2]`."""
     if isinstance(part, list):
         pair = len(part) == 2 and isinstance(part[0], str) and type(part[1]) is int
-        return [part[0], new[part[1]]] if pair else [_with_new_ids(each, new) for each in part]
+        return [part[0], new.get(part[1])] if pair else [_with_new_ids(each, new) for each in part]
     if not isinstance(part, Mapping):
         return part
     return {
-        key: [new[number] for number in value] if key == "ids" else _with_new_ids(value, new)
+        key: [new.get(number) for number in value] if key == "ids" else _with_new_ids(value, new)
         for key, value in part.items()
     }
 
