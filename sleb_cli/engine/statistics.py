@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
 import numpy as np
@@ -49,15 +49,21 @@ def _student(mean: float, error: float, count: int) -> Estimate:
 
 
 def paired_difference(before: Sequence[float], after: Sequence[float]) -> Estimate:
-    """Estimate the mean of `after - before` over the same items, with Student's interval.
+    """Estimate the mean of `after - before` over the same items, with Student's interval, or for 0 and 1 as below.
 
     Source: Miller, arXiv 2411.00640, section 4.2.
     """
     differences = [second - first for first, second in zip(before, after, strict=True)]
     mean, count = fmean(differences), len(differences)
-    if count < 2:
-        return Estimate(mean, None, None)
-    return _student(mean, stdev(differences) / math.sqrt(count), count)
+    found = Estimate(mean, None, None) if count < 2 else _student(mean, stdev(differences) / math.sqrt(count), count)
+    if not is_binary((*before, *after)):
+        return found
+    return replace(found, interval=paired_proportions_interval(differences.count(-1), differences.count(1), count))
+
+
+def is_binary(scores: Sequence[float]) -> bool:
+    """Whether items are right or wrong, and nothing between."""
+    return bool(scores) and {*scores} <= {0.0, 1.0}
 
 
 def clustered_mean(values: Tensor, clusters: Tensor) -> Estimate:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from common import parser
 
-from sleb_cli.engine.statistics import paired_difference, paired_proportions_interval
+from sleb_cli.engine.statistics import paired_difference
 from sleb_cli.results import BenchResult, EvalResult, PrunedTaskScores, Removals, TaskResult
 from sleb_cli.tables.quality import Estimate, by_use, kept, text_names
 from sleb_cli.tables.table import Table, tabulate, to_markdown
@@ -124,13 +124,8 @@ def beside(dense: EvalResult, found: EvalResult) -> EvalResult:
 
 
 def compared(dense: TaskResult, other: TaskResult) -> TaskResult:
-    before, after = dense.dense.items, other.dense.items
-    found = paired_difference(before, after)
-    changes = [new - old for old, new in zip(before, after, strict=True)]
-    ends = found.interval
-    if {*before, *after} <= {0.0, 1.0}:
-        ends = paired_proportions_interval(changes.count(-1), changes.count(1), len(changes))
-    entry = PrunedTaskScores.model_construct(removals=ALONE, difference=found.mean, difference_interval=ends)
+    found = paired_difference(dense.dense.items, other.dense.items)
+    entry = PrunedTaskScores.model_construct(removals=ALONE, difference=found.mean, difference_interval=found.interval)
     return dense.model_copy(update={"pruned": (entry,)})
 
 

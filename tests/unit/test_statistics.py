@@ -51,8 +51,9 @@ def test_a_paired_difference_is_that_of_students_test():
     assert found.mean == pytest.approx(fmean(after) - fmean(before))
     assert found.mean / found.standard_error == pytest.approx(expected.statistic)
     assert (found.interval.low, found.interval.high) == pytest.approx((interval.low, interval.high))
-    alone = paired_difference([1.0], [0.0])
+    alone = paired_difference([1.5], [0.5])
     assert (alone.mean, alone.standard_error, alone.interval) == (-1.0, None, None)
+    assert paired_difference([1.0, 0.0], [0.0, 0.0]).interval == paired_proportions_interval(1, 0, 2)
 
 
 def test_intervals_of_clusters_cover_the_truth_as_promised():

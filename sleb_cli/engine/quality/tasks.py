@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 from sleb_cli.canaries import CANARIES
 from sleb_cli.engine.statistics import (
     Estimate,
+    is_binary,
     items_needed,
     mcnemar,
     normal_interval,
     paired_difference,
-    paired_proportions_interval,
     wilson_interval,
 )
 from sleb_cli.results import FlipRecord, PrunedTaskScores, TaskResult, TaskScores, Use
@@ -111,13 +111,12 @@ def _pruned_scores(
     paired = bool(before.items and after.items)
     change = paired_difference(before.items, after.items) if paired else _group_difference(measure, dense, results)
     changes = [new - old for old, new in zip(before.items, after.items, strict=True)] if paired else []
-    flips: dict[str, Any] = {"difference_interval": change.interval, "mcnemar_p": None, "lost": None, "gained": None}
-    if _is_binary(before.items) and _is_binary(after.items):
+    flips: dict[str, Any] = {"mcnemar_p": None, "lost": None, "gained": None}
+    if is_binary(before.items) and is_binary(after.items):
         lost, gained = changes.count(-1), changes.count(1)
         items = zip(_samples(dense, measure), _samples(results, measure), changes, strict=True)
         flipped = [(old, new) for old, new, change in items if change][:show_flips]
         flips = {
-            "difference_interval": paired_proportions_interval(lost, gained, len(changes)),
             "mcnemar_p": mcnemar(lost, gained),
             "lost": lost,
             "gained": gained,
@@ -128,6 +127,7 @@ def _pruned_scores(
         removals=removals,
         retention=after.value / before.value if before.value else None,
         difference=change.mean,
+        difference_interval=change.interval,
         standard_error=change.standard_error,
         items_needed=items_needed(stdev(changes)) if len(changes) > 1 else None,
         **flips,
@@ -152,13 +152,9 @@ def _scores(results: Results, measure: _Measure) -> TaskScores:
         items = ()
     stderr = float(stderr) if _is_finite(stderr) else None
     interval = None if stderr is None else normal_interval(float(value), stderr)
-    if _is_binary(items):
+    if is_binary(items):
         interval = wilson_interval(round(sum(items)), len(items))
     return TaskScores(value=float(value), stderr=stderr, interval=interval, items=items)
-
-
-def _is_binary(items: Sequence[float]) -> bool:
-    return bool(items) and set(items) <= {0.0, 1.0}
 
 
 def _is_finite(value: Any) -> bool:
