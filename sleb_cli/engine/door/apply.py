@@ -99,7 +99,7 @@ def _say_what_is_lost(request: ApplyRequest, subject: Subject, notify: Notify) -
     if cut is None or source is None:
         return
     if any(map(is_written, parse_mixture(source))):
-        notify(Notice(f"The model writes {source} itself, so it does not say which tokens you need."))
+        notify(Notice(f"The model writes {source}, so that text does not say which tokens you need."))
         return
     architecture = subject.architecture
     settings = resolve_calibration(
@@ -136,7 +136,8 @@ def _output(request: ApplyRequest, default: Path, subject: Subject | None = None
 
 _NEEDS = {
     ("heal_minutes", "heal_tokens"): ("heal",),
-    ("calibration", "samples", "sequence_length", "seed", "chat"): ("recover", "heal", "scripts"),
+    ("calibration",): ("recover", "heal", "scripts"),
+    ("samples", "sequence_length", "seed", "chat"): ("recover", "heal", "calibration"),
     ("device",): ("recover", "heal"),
 }
 """Options that do nothing without one of others."""
