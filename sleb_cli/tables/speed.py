@@ -71,13 +71,19 @@ def memory(timed: Iterable[Scored]) -> Table:
 
 
 def sizes(result: BenchResult) -> Table:
-    """Return the parameters and bytes of each model."""
+    """Return the parameters and bytes of each model; one that was measured alone has no name."""
     columns: Columns = [
         ("model", str), ("blocks", _COUNT), ("parameters", format_count), ("weights", format_bytes),
         ("loads in", lambda seconds: format_milliseconds(1000 * seconds)),
     ]  # fmt: skip
     rows = [
-        [model_name(size.removals), size.blocks, size.parameters, size.weights_bytes, size.load_seconds]
+        [
+            model_name(size.removals) if result.pruned else "",
+            size.blocks,
+            size.parameters,
+            size.weights_bytes,
+            size.load_seconds,
+        ]
         for size in (result.dense, *result.pruned)
     ]
     return tabulate("Sizes", columns, rows)
