@@ -21,7 +21,7 @@ def checked(proof: Proof, dense: str = "the dense model") -> list[str]:
         "complete": "every planned file is there and complete, and no other",
         "same bytes": f"the bytes of every weight are those of {dense}{' or the new values' if is_recovered else ''}",
         "same tokens": "text of the scripts that stay gets the same tokens",
-        "spells others": "other text still encodes, and decodes to itself",
+        "spells others": "other text still encodes, and decodes as before",
         "loads": "stock transformers finds every weight of the config in the files, and no other",
         "same logits": f"its logits on {proof.prompt_tokens} prompt tokens ({proof.prompt}) are {close} of {reference}",
         "generates": "it generates with the KV cache",

@@ -327,9 +327,10 @@ def _tokens_that_stay(
     yield "same tokens", {}
     lost = sorted({*range(min(vocabulary.count, len(theirs)))}.difference(vocabulary.tokens))
     found = theirs.batch_decode([[token] for token in lost[:: len(lost) // _LOST_TEXTS + 1]])
-    texts = [text for text in found if text and INCOMPLETE not in text] or [PROMPT]
-    back = ours.batch_decode(ours(texts).input_ids, skip_special_tokens=True)
-    if all(ours_says.strip() == text.strip() for ours_says, text in zip(back, texts, strict=True)):
+    texts = [text for text in found if INCOMPLETE not in text] or [PROMPT]
+    # Some tokenizers change a few characters first, as the dense model's does.
+    back, expected = (each.batch_decode(each(texts).input_ids, skip_special_tokens=True) for each in (ours, theirs))
+    if back == expected:
         yield "spells others", {}
     else:
         notify(Notice("Text of other scripts does not come back: this tokenizer cannot spell it in bytes."))
