@@ -58,7 +58,8 @@ def _entry(file: GgufFile, entry: Entry, vocabulary: Vocabulary) -> Entry:
     if entry.key in _BY_TOKEN:
         return with_items(entry, list(vocabulary.tokens))
     if entry.key == f"{_PREFIX}merges":
-        kept = {file.get(f"{_PREFIX}tokens")[token] for token in vocabulary.tokens}
+        tokens = file.get(f"{_PREFIX}tokens")
+        kept = {tokens[token] for token in vocabulary.tokens}
         pairs = [pair.split(" ", 1) for pair in file.get(entry.key)]
         return with_items(entry, [place for place, (a, b) in enumerate(pairs) if {a, b, a + b} <= kept])
     if _names_token(entry):
