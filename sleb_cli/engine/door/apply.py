@@ -87,7 +87,7 @@ def resolve_apply(
 
 
 def _say_what_is_lost(request: ApplyRequest, subject: Subject, notify: Notify) -> None:
-    """Say which share of the named text, or else of the plan's, is of tokens that go.
+    """Say which share of the named text, or else of the plan's, is of tokens that go; the model's own tells nothing.
 
     Raises:
         DataError: the named text is missing or too short.
@@ -96,10 +96,7 @@ def _say_what_is_lost(request: ApplyRequest, subject: Subject, notify: Notify) -
 
     cut, plan = subject.surgery.vocabulary, subject.plan
     source = request.calibration or (plan.calibration.source if plan else None)
-    if cut is None or source is None:
-        return
-    if any(map(is_written, parse_mixture(source))):
-        notify(Notice(f"The model writes {source}, so that text does not say which tokens you need."))
+    if cut is None or source is None or any(map(is_written, parse_mixture(source))):
         return
     architecture = subject.architecture
     settings = resolve_calibration(

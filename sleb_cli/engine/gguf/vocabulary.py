@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sleb_cli.engine.gguf.file import Entry, GgufFile, GgufTensor, with_items, with_value
+from sleb_cli.engine.gguf.file import Entry, GgufFile, with_items, with_value
 from sleb_cli.engine.vocabulary import Vocabulary, choose, text_of
 from sleb_plugins.errors import UnsupportedModelError
 
@@ -46,12 +46,8 @@ def plan_vocabulary(file: GgufFile, scripts: Sequence[str]) -> Vocabulary:
 def cut_vocabulary(file: GgufFile, vocabulary: Vocabulary) -> GgufFile:
     """Return the header of a file with only these tokens."""
     entries = tuple(_entry(file, entry, vocabulary) for entry in file.entries)
-    tensors = tuple(_tensor(tensor, vocabulary) for tensor in file.tensors)
-    return replace(file, entries=entries, tensors=tensors)
-
-
-def _tensor(tensor: GgufTensor, vocabulary: Vocabulary) -> GgufTensor:
-    return tensor.only(vocabulary.tokens) if tensor.name in _TABLES else tensor
+    tensors = (tensor.only(vocabulary.tokens) if tensor.name in _TABLES else tensor for tensor in file.tensors)
+    return replace(file, entries=entries, tensors=tuple(tensors))
 
 
 def _entry(file: GgufFile, entry: Entry, vocabulary: Vocabulary) -> Entry:

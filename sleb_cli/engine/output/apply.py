@@ -32,8 +32,8 @@ from sleb_cli.engine.surgery.vocabulary import OTHER_FORMATS, SETTINGS, TOKENIZE
 from sleb_cli.engine.vocabulary import Vocabulary
 from sleb_cli.events import Notice, Notify, Warned
 from sleb_cli.kept_results import beside_plan
-from sleb_cli.plan import CHECKPOINT_PLAN, RecoveryRecord, checkpoint_name
-from sleb_cli.records import THIS_VERSION, Proof, without_folders
+from sleb_cli.plan import CHECKPOINT_PLAN, checkpoint_name
+from sleb_cli.records import THIS_VERSION, without_folders
 from sleb_cli.requests import DEFAULT_SHARD_SIZE
 from sleb_cli.results import ApplyResult, BenchResult, EvalResult, VocabularyRecord
 from sleb_cli.units import parse_bytes
@@ -152,16 +152,8 @@ def write_checkpoint(
         placement = output.proof or place_proof(subject.architecture, output.dtype)
         with move_if_proof_fails(aside, output.keep_failed):
             proof = prove(surgery, aside, planned, placement, notify, recovered.parameters if recovered else None)
-    record = recovered.record if recovered else None
     cut, stored = surgery.vocabulary, subject.architecture.source.weights.stored
-    vocabulary = vocabulary_record(cut.vocabulary, stored, planned.tensors) if cut else None
-    _describe(subject, aside, record, vocabulary, proof, notify)
-    if planned.left_out:
-        names = ", ".join(planned.left_out)
-        notify(Notice(f"Did not copy files with weights in other formats or of an adapter: {names}."))
-    if planned.outside:
-        notify(Warned(f"Did not copy links that lead outside the model's folder: {', '.join(planned.outside)}."))
-    return ApplyResult(
+    result = ApplyResult(
         **THIS_VERSION,
         kind="apply",
         model=subject.architecture.record,
@@ -169,10 +161,17 @@ def write_checkpoint(
         folder=str(output.place),
         blocks=len(surgery.kept.blocks),
         weights_bytes=sum(shard.size for shard in planned.weights.values()),
-        vocabulary=vocabulary,
-        recovery=record,
+        vocabulary=vocabulary_record(cut.vocabulary, stored, planned.tensors) if cut else None,
+        recovery=recovered.record if recovered else None,
         proof=proof,
     )
+    _describe(subject, aside, result, notify)
+    if planned.left_out:
+        names = ", ".join(planned.left_out)
+        notify(Notice(f"Did not copy files with weights in other formats or of an adapter: {names}."))
+    if planned.outside:
+        notify(Warned(f"Did not copy links that lead outside the model's folder: {', '.join(planned.outside)}."))
+    return result
 
 
 def plan_files(surgery: Surgery, output: Output, new_values: Mapping[str, Tensor] | None = None) -> Planned:
@@ -218,21 +217,14 @@ def _measured(subject: Subject, notify: Notify) -> dict[Literal["eval", "bench"]
     return {name: result for name, result in found.items() if result}
 
 
-def _describe(
-    subject: Subject,
-    folder: Path,
-    recovery: RecoveryRecord | None,
-    vocabulary: VocabularyRecord | None,
-    proof: Proof | None,
-    notify: Notify,
-) -> None:
+def _describe(subject: Subject, folder: Path, written: ApplyResult, notify: Notify) -> None:
     """Add the model card, the plan, and what was measured of it, without local folders."""
     plan, path = subject.plan, folder / CHECKPOINT_PLAN
-    measured = {} if recovery or vocabulary else _measured(subject, notify)
-    card = model_card(subject, recovery, vocabulary, proof, measured.get("eval"), measured.get("bench"))
+    measured = {} if written.recovery or written.vocabulary else _measured(subject, notify)
+    card = model_card(subject, written, measured.get("eval"), measured.get("bench"))
     (folder / CARD).write_text(card, encoding="utf-8")
     if plan:
-        described = plan.model_copy(update={"recovery": recovery, "proof": proof})
+        described = plan.model_copy(update={"recovery": written.recovery, "proof": written.proof})
         path.write_text(to_json(described.published().to_data()), encoding="utf-8")
         for kind, result in measured.items():
             result.write(beside_plan(path, kind))
@@ -242,16 +234,11 @@ def vocabulary_record(
     vocabulary: Vocabulary, before: Iterable[StoredTensor | GgufTensor], after: Iterable[NewTensor | GgufTensor]
 ) -> VocabularyRecord:
     """Return what the cut of a vocabulary, and of blocks, did to these tensors."""
-    sizes = [
-        (sum(math.prod(each.shape) for each in some), sum(each.size for each in some))
-        for some in map(list, (before, after))
-    ]
-    (parameters_before, bytes_before), (parameters, size) = sizes
+    was, now = ([(math.prod(each.shape), each.size) for each in some] for some in (before, after))
+    parameters, weights_bytes = zip(map(sum, zip(*was, strict=True)), map(sum, zip(*now, strict=True)), strict=True)
+    tokens = vocabulary.count, len(vocabulary.tokens)
     return VocabularyRecord(
-        scripts=vocabulary.scripts,
-        tokens=(vocabulary.count, len(vocabulary.tokens)),
-        parameters=(parameters_before, parameters),
-        weights_bytes=(bytes_before, size),
+        scripts=vocabulary.scripts, tokens=tokens, parameters=parameters, weights_bytes=weights_bytes
     )
 
 

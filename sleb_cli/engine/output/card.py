@@ -16,7 +16,7 @@ from sleb_cli.engine.output.measured import of_size
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.plan import CHECKPOINT_PLAN, RecoveryRecord, SampleGeneration, checkpoint_name, public_name
 from sleb_cli.records import Proof
-from sleb_cli.results import BenchResult, EvalResult, Removals, VocabularyRecord
+from sleb_cli.results import ApplyResult, BenchResult, EvalResult, Removals
 from sleb_cli.tables import search
 from sleb_cli.tables.proof import checked, vocabulary_change
 from sleb_cli.tables.quality import perplexity_change, task_name, text_names
@@ -33,18 +33,13 @@ _NO_NAME = re.compile(r"[^\w.-]+")
 
 
 def model_card(
-    subject: Subject,
-    recovery: RecoveryRecord | None,
-    vocabulary: VocabularyRecord | None,
-    proof: Proof | None,
-    evaluation: EvalResult | None,
-    benchmark: BenchResult | None,
+    subject: Subject, written: ApplyResult, evaluation: EvalResult | None, benchmark: BenchResult | None
 ) -> str:
     """Return the README: the base model, the removed blocks, how they were found, what was measured, and the proof.
 
     It may be published, so it names no local folder.
     """
-    source, removals = subject.architecture.source, subject.surgery.removals
+    source, removals, recovery = subject.architecture.source, subject.surgery.removals, written.recovery
     blocks, sample = subject.architecture.block_count, subject.own_plan and subject.own_plan.sample_generation
     name = f"`{source.id}` at revision `{source.revision}`" if source.revision else in_markdown(source.name)
     how = "no training" if recovery is None else "the others given new weights"
@@ -61,11 +56,11 @@ def model_card(
         "",
         f"- Base model: {name}",
         *(about if removals else [made]),
-        *([f"- Vocabulary: {vocabulary_change(vocabulary)}"] if vocabulary else []),
+        *([f"- Vocabulary: {vocabulary_change(written.vocabulary)}"] if written.vocabulary else []),
         *_results(subject, recovery, evaluation, benchmark),
         *(_sample_generation(sample) if sample else []),
         *(_recovery(recovery) if recovery else []),
-        *_proof(proof),
+        *_proof(written.proof),
         "",
     ]
     return "\n".join(lines)

@@ -225,10 +225,8 @@ def _as_planned(
     yield "complete", {}
     _require_same_bytes(folder, planned.tensors, notify)
     yield "same bytes", {}
-    if cut is not None:
-        yield from _tokens_that_stay(source, folder, tokenizer, cut.vocabulary, notify)
-    elif tokenizer is not None and planned.weights:
-        _require_same_tokens(source, folder, tokenizer)
+    if cut or (tokenizer is not None and planned.weights):
+        yield from _require_same_tokens(source, folder, tokenizer, cut.vocabulary if cut else None, notify)
 
 
 def _require_files(folder: Path, planned: Planned) -> None:
@@ -292,48 +290,40 @@ def _require_tensors(folder: Path, planned: Planned) -> None:
                 raise proof_error(f"the metadata of {header.path.name} are {header.metadata}, not {shard.metadata}")
 
 
-def _require_same_tokens(source: ModelSource, folder: Path, theirs: Any) -> None:
-    """Check that the checkpoint's tokenizer and chat template are there and the dense model's, whatever was planned."""
-    ours = _load_tokenizer(source, folder)
-    if ours(PROMPT).input_ids != theirs(PROMPT).input_ids or ours.chat_template != theirs.chat_template:
-        raise proof_error("its tokenizer is not the dense model's")
+def _require_same_tokens(
+    source: ModelSource, folder: Path, theirs: Any, vocabulary: Vocabulary | None, notify: Notify
+) -> Iterator[CheckResult]:
+    """Check that the checkpoint's tokenizer and chat template are there and the dense model's, whatever was planned.
 
-
-def _load_tokenizer(source: ModelSource, folder: Path) -> Any:
+    If tokens went, text of all tokens and characters that stay must get the same ones, and other text may come back.
+    """
     with translate_errors(lambda words: proof_error(f"its tokenizer cannot be loaded: {words}")):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+        ours = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+    texts, new = [PROMPT], vocabulary.new_number if vocabulary else None
+    if vocabulary:
+        kept = theirs.batch_decode(_in_pieces(vocabulary.tokens), skip_special_tokens=True)
+        texts += filter(set(vocabulary.characters).issuperset, kept)  # incomplete characters may make another together
+        texts += map(" ".join, _in_pieces(vocabulary.characters))
+    for text, found, expected in zip(texts, ours(texts).input_ids, theirs(texts).input_ids, strict=True):
+        if found != (expected if new is None else [new.get(token) for token in expected]):
+            raise proof_error(f"its tokenizer is not the dense model's, which reads {text[:40]!r} otherwise")
+    if ours.chat_template != theirs.chat_template:
+        raise proof_error("its chat template is not the dense model's")
+    if vocabulary:
+        yield "same tokens", {}
+        lost = sorted({*range(min(vocabulary.count, len(theirs)))}.difference(vocabulary.tokens))
+        decoded = theirs.batch_decode([[token] for token in lost[:: len(lost) // _LOST_TEXTS + 1]])
+        texts = [text for text in decoded if INCOMPLETE not in text] or texts
+        # Some tokenizers change a few characters first, as the dense model's does.
+        back, was = (each.batch_decode(each(texts).input_ids, skip_special_tokens=True) for each in (ours, theirs))
+        if back == was:
+            yield "spells others", {}
+        else:
+            notify(Notice("Text of other scripts does not come back: this tokenizer cannot spell it in bytes."))
 
 
 def _in_pieces(items: Sequence[Any]) -> list[Sequence[Any]]:
     return [items[start : start + _PIECE] for start in range(0, len(items), _PIECE)]
-
-
-def _tokens_that_stay(
-    source: ModelSource, folder: Path, theirs: Any, vocabulary: Vocabulary, notify: Notify
-) -> Iterator[CheckResult]:
-    """Check that text of the kept scripts gets the same tokens, and whether other text still comes back as it is.
-
-    The first is made of all tokens and characters that stay, the other of some tokens that do not.
-    """
-    ours, characters = _load_tokenizer(source, folder), vocabulary.characters
-    kept = theirs.batch_decode(_in_pieces(vocabulary.tokens), skip_special_tokens=True)
-    # Incomplete characters may make one of another script together.
-    texts = [PROMPT, *filter(set(characters).issuperset, kept), *map(" ".join, _in_pieces(characters))]
-    for text, found, expected in zip(texts, ours(texts).input_ids, theirs(texts).input_ids, strict=True):
-        if found != [vocabulary.new_number.get(token) for token in expected]:
-            raise proof_error(f"its tokenizer cuts other tokens from {text[:40]!r}")
-    if ours.chat_template != theirs.chat_template:
-        raise proof_error("its chat template is not the dense model's")
-    yield "same tokens", {}
-    lost = sorted({*range(min(vocabulary.count, len(theirs)))}.difference(vocabulary.tokens))
-    found = theirs.batch_decode([[token] for token in lost[:: len(lost) // _LOST_TEXTS + 1]])
-    texts = [text for text in found if INCOMPLETE not in text] or [PROMPT]
-    # Some tokenizers change a few characters first, as the dense model's does.
-    back, expected = (each.batch_decode(each(texts).input_ids, skip_special_tokens=True) for each in (ours, theirs))
-    if back == expected:
-        yield "spells others", {}
-    else:
-        notify(Notice("Text of other scripts does not come back: this tokenizer cannot spell it in bytes."))
 
 
 def _require_same_bytes(folder: Path, planned: Sequence[NewTensor], notify: Notify) -> None:

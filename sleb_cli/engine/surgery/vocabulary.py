@@ -140,9 +140,7 @@ def _read_tokenizer(architecture: Architecture) -> tuple[dict[str, Any], Callabl
     data: dict[str, Any] = json.loads(tokenizer.to_str())  # with every key
     kind, prefix = data["model"]["type"], data["model"].get("continuing_subword_prefix")
     if kind not in ("BPE", "Unigram") or prefix:
-        raise _refused(
-            architecture, f"its tokenizer is neither BPE nor Unigram, but {kind}{' with a prefix' if prefix else ''}"
-        )
+        raise _refused(architecture, f"its tokenizer is no plain BPE or Unigram ({kind})")
     return data, tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
 
 
@@ -176,23 +174,20 @@ def _cut_tokenizer(data: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str,
         model["vocab"] = [model["vocab"][number] for _, number in kept]
         model["unk_id"] = vocabulary.renumbered(model.get("unk_id"))
     added = [token | {"id": new[token["id"]]} for token in data["added_tokens"]]
-    processor, padding = _with_new_ids(data.get("post_processor"), new), data.get("padding")
-    if padding:
-        padding = padding | {"pad_id": vocabulary.renumbered(padding["pad_id"])}
-    return {**data, "model": model, "added_tokens": added, "post_processor": processor, "padding": padding}
+    rest = {key: _with_new_ids(data.get(key), new) for key in ("post_processor", "padding")}
+    return {**data, "model": model, "added_tokens": added, **rest}
 
 
 def _with_new_ids(part: Any, new: Mapping[int, int]) -> Any:
-    """Return a post-processor that adds the same tokens: a template names their `ids`, others `["</s>", 2]`."""
+    """Return a part that adds the same tokens, which it names by `ids`, `pad_id` or `["</s>", 2]`."""
     if isinstance(part, list):
         pair = len(part) == 2 and isinstance(part[0], str) and type(part[1]) is int
         return [part[0], new.get(part[1])] if pair else [_with_new_ids(each, new) for each in part]
     if not isinstance(part, Mapping):
         return part
-    return {
-        key: [new.get(number) for number in value] if key == "ids" else _with_new_ids(value, new)
-        for key, value in part.items()
-    }
+    changed = {key: _with_new_ids(value, new) for key, value in part.items()}
+    changed |= {"ids": [new.get(number) for number in part["ids"]]} if "ids" in part else {}
+    return changed | ({"pad_id": new.get(part["pad_id"])} if "pad_id" in part else {})
 
 
 def _refused(architecture: Architecture, why: str) -> UnsupportedModelError:
