@@ -145,6 +145,11 @@ def choose(
     return Vocabulary(tuple(scripts), count, tuple(sorted(kept)), characters)
 
 
+def cannot_cut(model: str, why: str) -> UnsupportedModelError:
+    """Return the error for a model whose vocabulary is of a kind that sleb cannot cut."""
+    return UnsupportedModelError(f"Cannot cut the vocabulary of {model}, because {why}.", hint="Leave out --scripts.")
+
+
 def _changed(settings: Mapping[str, Any], change: Callable[[str, Any], Any]) -> dict[str, Any]:
     return {
         key: _changed(value, change) if isinstance(value, Mapping) else change(key, value)

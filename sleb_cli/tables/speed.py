@@ -71,19 +71,14 @@ def memory(timed: Iterable[Scored]) -> Table:
 
 
 def sizes(result: BenchResult) -> Table:
-    """Return the parameters and bytes of each model; one that was measured alone has no name."""
+    """Return the parameters and bytes of each model."""
     columns: Columns = [
         ("model", str), ("blocks", _COUNT), ("parameters", format_count), ("weights", format_bytes),
         ("loads in", lambda seconds: format_milliseconds(1000 * seconds)),
     ]  # fmt: skip
     rows = [
-        [
-            model_name(size.removals) if result.pruned else "",
-            size.blocks,
-            size.parameters,
-            size.weights_bytes,
-            size.load_seconds,
-        ]
+        [name, size.blocks, size.parameters, size.weights_bytes, size.load_seconds]
         for size in (result.dense, *result.pruned)
+        for name in [model_name(size.removals, alone=not result.pruned)]
     ]
     return tabulate("Sizes", columns, rows)

@@ -44,18 +44,18 @@ def tabulate(title: str, columns: Columns, rows: Iterable[Sequence[Any]], notes:
     return Table(title, [columns[number][0] for number in used], cells, notes, words)
 
 
-def model_name(removals: Sequence[int]) -> str:
-    """Return what a row calls a model: dense, or -6 without 6 blocks."""
-    return f"-{len(removals)}" if removals else "dense"
+def model_name(removals: Sequence[int], *, alone: bool = False) -> str:
+    """Return what a row calls a model: dense, or -6 without 6 blocks.
+
+    One that was measured `alone` may well be pruned, and has no name.
+    """
+    return "" if alone else f"-{len(removals)}" if removals else "dense"
 
 
 def by_model(results: Iterable[Any], names: Iterable[str]) -> list[Scored]:
-    """Return what was measured of the dense and each pruned model, result by result, with the names of both.
-
-    A model that was measured alone may well be pruned, and has no name.
-    """
+    """Return what was measured of the dense and each pruned model, result by result, with the names of both."""
     results = list(results)
-    dense = model_name(()) if any(result.pruned for result in results) else ""
+    dense = model_name((), alone=not any(result.pruned for result in results))
     return [
         (name, model_name(scores.removals) if scores is not result.dense else dense, scores)
         for result, name in zip(results, names, strict=True)

@@ -48,6 +48,11 @@ def leads_out(path: Path, folder: Path) -> bool:
     return not any(real.is_relative_to(place) for place in (own, blobs))
 
 
+def holds(folder: Path, name: str) -> bool:
+    """Whether a model's folder holds this file itself, and no link to a file elsewhere."""
+    return (folder / name).is_file() and not leads_out(folder / name, folder)
+
+
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file's content.
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sleb_cli.engine.gguf.file import Entry, GgufFile, with_items, with_value
-from sleb_cli.engine.vocabulary import Vocabulary, choose, text_of
-from sleb_plugins.errors import UnsupportedModelError
+from sleb_cli.engine.vocabulary import Vocabulary, cannot_cut, choose, text_of
 
 _PREFIX = "tokenizer.ggml."
 _BY_TOKEN = frozenset(f"{_PREFIX}{name}" for name in ("tokens", "scores", "token_type"))
@@ -27,16 +26,18 @@ def plan_vocabulary(file: GgufFile, scripts: Sequence[str]) -> Vocabulary:
     """
     kind, tokens, types, merges = (file.get(_PREFIX + key) for key in ("model", "tokens", "token_type", "merges"))
     if kind not in _IN_BYTES or file.get("tokenizer.huggingface.json"):
-        raise _refused(file, f"its tokenizer is of another kind than {' and '.join(_IN_BYTES)} ({kind!s:.60})")
+        raise cannot_cut(
+            str(file.path), f"its tokenizer is of another kind than {' and '.join(_IN_BYTES)} ({kind!s:.60})"
+        )
     lists = [value for value in (tokens, types, file.get(f"{_PREFIX}scores")) if value is not None]
     count = len(tokens) if isinstance(tokens, list) else 0
     if not types or any(not isinstance(each, list) or len(each) != count for each in lists):
-        raise _refused(file, "its lists of tokens differ in length")
+        raise cannot_cut(str(file.path), "its lists of tokens differ in length")
     if not all(isinstance(pair, str) and " " in pair for pair in merges or ()):
-        raise _refused(file, "its merges are not pairs")
+        raise cannot_cut(str(file.path), "its merges are not pairs")
     tables = [tensor for tensor in file.tensors if count in tensor.shape]
     if not tables or any(tensor.name not in _TABLES or tensor.shape[-1] != count for tensor in tables):
-        raise _refused(file, "it has further tables by token, or none")
+        raise cannot_cut(str(file.path), "it has further tables by token, or none")
     normal = {number for number, type_ in enumerate(types) if type_ == _NORMAL}
     texts = {number: text_of(tokens[number], in_bytes=_IN_BYTES[kind]) for number in normal}
     named = {entry.value for entry in file.entries if _names_token(entry)}
@@ -67,9 +68,3 @@ def _entry(file: GgufFile, entry: Entry, vocabulary: Vocabulary) -> Entry:
 
 def _names_token(entry: Entry) -> bool:
     return entry.key.startswith(_PREFIX) and entry.key.endswith("token_id") and type(entry.value) is int
-
-
-def _refused(file: GgufFile, why: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"Cannot cut the vocabulary of {file.path}, because {why}.", hint="Leave out --scripts."
-    )

@@ -17,7 +17,7 @@ from torch import Tensor
 from sleb_cli.atomic import new_folder, remove_leftovers_of, require_space, to_json, writing
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files import other_formats
-from sleb_cli.engine.files.copying import copy_file, leads_out, reading
+from sleb_cli.engine.files.copying import copy_file, holds, leads_out, reading
 from sleb_cli.engine.files.shards import NewTensor, new_tensor, plan_shards, write_weights
 from sleb_cli.engine.files.weights import StoredTensor, read_json
 from sleb_cli.engine.gguf.file import GgufTensor
@@ -262,7 +262,7 @@ def _settings(surgery: Surgery, dtype: torch.dtype | None) -> dict[str, dict[str
     config = _with_dtype(config, dtype_name(dtype) if dtype else None)
     folder, changed = surgery.architecture.source.folder, {"config.json": _without_paths(config)}
     for name in _SETTINGS:
-        if (folder / name).is_file() and not leads_out(folder / name, folder):
+        if holds(folder, name):
             values = after = read_json(folder / name)
             if name in QUANTIZATION_FILES:
                 after = prune_module_names(values, surgery.architecture, surgery.names)

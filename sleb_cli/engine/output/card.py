@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import EvalResult as HubResult
 from huggingface_hub import ModelCardData
 
-from sleb_cli.engine.files.copying import leads_out
+from sleb_cli.engine.files.copying import holds
 from sleb_cli.engine.output.measured import of_size
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.plan import CHECKPOINT_PLAN, RecoveryRecord, SampleGeneration, checkpoint_name, public_name
@@ -93,7 +93,7 @@ def _front_matter(subject: Subject, evaluation: EvalResult | None) -> str:
 def _of_base(folder: Path) -> dict[str, Any]:
     """Return the front matter of the base model's card, or nothing if it has none that can be read."""
     path = folder / CARD
-    if not path.is_file() or leads_out(path, folder):
+    if not holds(folder, CARD):
         return {}
     try:
         found = _FRONT_MATTER.search(path.read_text(encoding="utf-8"))

@@ -10,11 +10,11 @@ from typing import Any, cast
 
 from tokenizers import Tokenizer
 
-from sleb_cli.engine.files.copying import leads_out
+from sleb_cli.engine.files.copying import holds
 from sleb_cli.engine.files.weights import read_json
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.third_party import translate_transformers_errors
-from sleb_cli.engine.vocabulary import Vocabulary, choose, numbers_in, text_of
+from sleb_cli.engine.vocabulary import Vocabulary, cannot_cut, choose, numbers_in, text_of
 from sleb_plugins import UnsupportedModelError
 
 TOKENIZER = "tokenizer.json"
@@ -75,7 +75,7 @@ def plan_vocabulary(architecture: Architecture, scripts: Sequence[str]) -> Vocab
     added = {token["id"] for token in data["added_tokens"]}
     used = numbers_in(source.raw_config, f"config.json of {source.id}")
     for name in SETTINGS:
-        if (source.folder / name).is_file():
+        if holds(source.folder, name):
             used |= numbers_in(read_json(source.folder / name), name)
     in_bytes = any(part.get("type") == "ByteLevel" for part in _parts(data.get("decoder")))
     texts = {number: text_of(token, in_bytes=in_bytes) for token, number in _tokens(data) if number not in added}
@@ -132,7 +132,7 @@ def _read_tokenizer(architecture: Architecture) -> tuple[dict[str, Any], Callabl
     """
     source = architecture.source
     path = source.folder / TOKENIZER
-    if not path.is_file() or leads_out(path, source.folder):
+    if not holds(source.folder, TOKENIZER):
         raise _refused(architecture, f"it has no {TOKENIZER}")
     source.watch.add(path)
     with translate_transformers_errors(f"the tokenizer of {source.id}"):
@@ -191,8 +191,4 @@ def _with_new_ids(part: Any, new: Mapping[int, int]) -> Any:
 
 
 def _refused(architecture: Architecture, why: str) -> UnsupportedModelError:
-    source = architecture.source
-    return UnsupportedModelError(
-        f"Cannot cut the vocabulary of {source.id} ({architecture.config.model_type}), because {why}.",
-        hint="Leave out --scripts.",
-    )
+    return cannot_cut(f"{architecture.source.id} ({architecture.config.model_type})", why)
