@@ -235,7 +235,9 @@ class SampleGeneration(Record):
 
 
 class EnvironmentRecord(Record):
-    """Where and when the search ran: besides a timed speedup, the only part that differs between two runs."""
+    """Where and when the search ran, the last time if it was resumed: besides a timed speedup, all that differs between
+    two runs.
+    """
 
     python: str
     torch: str
