@@ -161,13 +161,14 @@ def draw(rows: Iterable[Row], file: Path) -> None:
     figure, axes = plt.subplots(len(panels), 2, figsize=(9, 3 * len(panels)), squeeze=False, sharey="row", sharex="col")
     for (title, values), line in zip(panels.items(), axes, strict=True):
         for axis, place in zip(line, places.values(), strict=True):
-            for each, value in zip(rows, values, strict=True):
+            for number, (each, value) in enumerate(zip(rows, values, strict=True)):
                 share, ends = value or (1.0, None)
                 if value or each is rows[0]:
                     reach = [[share - ends.low], [ends.high - share]] if ends else None
                     color = "tab:blue" if "blocks" in each.name else "tab:orange"
                     axis.errorbar(place(each), share, reach, fmt="o", color=color, elinewidth=0.7)
-                    axis.annotate(each.name, (place(each), share), (4, 3), textcoords="offset points", fontsize=6)
+                    offset = (4, 3 - 9 * (number % 2))
+                    axis.annotate(each.name, (place(each), share), offset, textcoords="offset points", fontsize=6)
             axis.set_title(title, fontsize=9)
             axis.margins(x=0.4)
     for axis, label in zip(axes[-1], places, strict=True):
