@@ -234,11 +234,12 @@ def vocabulary_record(
     vocabulary: Vocabulary, before: Iterable[StoredTensor | GgufTensor], after: Iterable[NewTensor | GgufTensor]
 ) -> VocabularyRecord:
     """Return what the cut of a vocabulary, and of blocks, did to these tensors."""
-    was, now = ([(math.prod(each.shape), each.size) for each in some] for some in (before, after))
-    parameters, weights_bytes = zip(map(sum, zip(*was, strict=True)), map(sum, zip(*now, strict=True)), strict=True)
-    tokens = vocabulary.count, len(vocabulary.tokens)
+    was, now = list(before), list(after)
     return VocabularyRecord(
-        scripts=vocabulary.scripts, tokens=tokens, parameters=parameters, weights_bytes=weights_bytes
+        scripts=vocabulary.scripts,
+        tokens=(vocabulary.count, len(vocabulary.tokens)),
+        parameters=(sum(math.prod(each.shape) for each in was), sum(math.prod(each.shape) for each in now)),
+        weights_bytes=(sum(each.size for each in was), sum(each.size for each in now)),
     )
 
 
