@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from sleb_cli.events import Notice, Notify, Warned, ignore
 from sleb_cli.plugin_manager import Registry, load_plugins, named_before_loading
 from sleb_cli.processes import WorkerFinished, is_main_process, process_count
-from sleb_cli.requests import GGUF, BenchRequest, EvalRequest, sibling
+from sleb_cli.requests import BenchRequest, EvalRequest, sibling
 from sleb_plugins import OutputError, UsageError
 from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
@@ -199,21 +199,17 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
 
 
 @_explain_out_of_memory(_EXPORT)
-def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult | GgufResult:
-    """Export a report, or the removals for another tool; the format `gguf` is a pruned GGUF file, as `apply` writes it.
+def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
+    """Export a report, or the removals for another tool.
 
     Raises:
         SlebError: something failed; its class tells what.
     """
-    from sleb_cli.engine.door.export import resolve_export, resolve_gguf_export
-    from sleb_cli.engine.output.apply_gguf import prune_gguf
+    from sleb_cli.engine.door.export import resolve_export
     from sleb_cli.engine.output.export import export_text
 
     _stop_unless_main_process()
-    registry = load_registry(notify)
-    if request.to == GGUF:
-        return prune_gguf(*resolve_gguf_export(request, registry, notify), registry, notify)
-    return export_text(*resolve_export(request, registry, notify), replace=request.force)
+    return export_text(*resolve_export(request, load_registry(notify), notify), replace=request.force)
 
 
 def _kept_place(subject: Subject, kind: Literal["eval", "bench"]) -> Path | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pluggy
 
-from sleb_cli.requests import GGUF, TRANSFORMERS
+from sleb_cli.requests import TRANSFORMERS
 from sleb_plugins import (
     Engine,
     Exporter,
@@ -44,6 +44,9 @@ _HOOKS: dict[str, tuple[Kind, tuple[type, ...]]] = {
     "sleb_exporters": ("exporter", (Exporter,)),
     "sleb_engines": ("engine", (Engine,)),
 }
+
+_ELSEWHERE: dict[tuple[Kind, str], str] = {("exporter", "gguf"): "`sleb apply` writes GGUF files."}
+"""What does the work of an offer that people look for."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,9 @@ class Registry:
         """
         if offer := self._claimant(kind, name):
             return offer
-        built_in = {"engine": TRANSFORMERS, "exporter": GGUF}.get(kind)
-        names = sorted(filter(None, [built_in, *(known for known_kind, known in self._claims if known_kind == kind)]))
-        raise UsageError(f"Unknown {kind} {name!r}.", hint=did_you_mean(name, names))
+        built_in = [TRANSFORMERS] if kind == "engine" else []
+        names = sorted([*built_in, *(known for known_kind, known in self._claims if known_kind == kind)])
+        raise UsageError(f"Unknown {kind} {name!r}.", hint=_ELSEWHERE.get((kind, name)) or did_you_mean(name, names))
 
     def family(self, model_type: str) -> FamilyAdapter | None:
         """Return the adapter that claims `model_type`, or None.

@@ -70,8 +70,6 @@ _MOST_THREADS = 4096
 AUTO = "auto"
 TRANSFORMERS = "transformers"
 """The engine that is built in."""
-GGUF = "gguf"
-"""The export format that is built in: a GGUF file without the blocks."""
 
 _TARGET = "How far to go (choose one)"
 _SCORING = "How blocks are chosen"
@@ -484,13 +482,11 @@ class ExportRequest(OneSizeRequest):
     """A format that another tool reads."""
 
     to: str = option(
-        "report, csv, gguf, ollama, llama-quantize, mergekit, indices, or a plugin's format.",
+        "report, csv, ollama, llama-quantize, mergekit, indices, or a plugin's format.",
         _OUTPUT,
         unset=MISSING,
         metavar="FORMAT",
     )
-    source: Path | None = option(
-        "A GGUF file of the model, for gguf, ollama and llama-quantize.", _OUTPUT, metavar="GGUF"
-    )
+    source: Path | None = option("A GGUF file of the model, for ollama and llama-quantize.", _OUTPUT, metavar="GGUF")
     output: Path | None = option("Write this file.", _OUTPUT, default="text to stdout, or a file named after the plan")
     force: bool = _force()

@@ -1,4 +1,4 @@
-"""The export formats that ship with `sleb`; `gguf` is the engine's own."""
+"""The export formats that ship with `sleb`."""
 
 from sleb_cli.exporters.indices import Indices
 from sleb_cli.exporters.llama_quantize import LlamaQuantize

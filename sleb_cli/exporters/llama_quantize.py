@@ -42,5 +42,5 @@ def _require_only_count_changes(source: Path, removals: tuple[int, ...]) -> None
     if others:
         raise UnsupportedModelError(
             f"llama-quantize would renumber the blocks of {source} but not correct {', '.join(others)}.",
-            hint="Use `sleb export --to gguf`, which corrects it.",
+            hint="Use `sleb apply --source`, which corrects it.",
         )

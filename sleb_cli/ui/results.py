@@ -105,11 +105,9 @@ def show_applied(result: ApplyResult | GgufResult) -> None:
         print_to_copy(f"to publish it: hf upload ORG/NAME {in_shell(result.folder)} --private")
 
 
-def show_exported(result: ExportResult | GgufResult) -> None:
-    """Print a text, in which nothing is obeyed by a terminal, or show what was written and how far it is proven."""
-    if result.kind == "gguf":
-        show_applied(result)
-    elif result.file is not None:
+def show_exported(result: ExportResult) -> None:
+    """Print a text, in which nothing is obeyed by a terminal, or show where it was written."""
+    if result.file is not None:
         print_written(Path(result.file))
     else:
         print(inert_text(result.text or ""), end="")

@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 import yaml
-from gguf import GGMLQuantizationType as Type
 
 from conftest import llama_config, save_model
 from families import tiny_config
@@ -51,33 +50,12 @@ def test_a_mergekit_recipe_stacks_what_is_kept(export, tiny_llama, tmp_path):
 
 def test_what_cannot_be_is_refused(export, tiny_llama, tmp_path):
     export(tiny_llama, "1", "merge", code=2, says="Did you mean 'mergekit'?")
-    export(tiny_llama, "1", "ggfu", code=2, says="Did you mean 'gguf'?")
+    export(tiny_llama, "1", "gguf", code=2, says="`sleb apply` writes GGUF files.")
+    export(tiny_llama, "1", "indices", "--source", "a.gguf", code=2, says="--source does not apply to --to indices")
     export(tiny_llama, None, "indices", code=2, says="No blocks given")
     export(tiny_llama, "1", "csv", code=2, says="--to csv describes a plan")
     (tmp_path / "m.yaml").touch()
     export(tiny_llama, "1", "mergekit", "-o", "m.yaml", code=8, says="m.yaml already exists")
-
-
-def test_a_gguf_of_the_model_itself_or_of_another_file(export, tmp_path):
-    source = write_llama_gguf(tmp_path / "tiny.gguf", 6, Type.Q8_0)
-    shown = export(source, "4,1", "gguf").stdout
-    assert "wrote tiny-sleb-4-blocks.gguf: 4 blocks" in shown
-    assert "proven in bfloat16" in shown
-    options = [tmp_path / "origin", "4,1", "gguf", "--source", source]
-    data = json.loads(export(*options, "-o", "other.gguf", "--json").stdout)
-    assert (data["kind"], data["removals"]) == ("gguf", [4, 1])
-    assert (tmp_path / "other.gguf").read_bytes() == (tmp_path / "tiny-sleb-4-blocks.gguf").read_bytes()
-    export(*options, "-o", "other.gguf", code=8, says="other.gguf already exists")
-    export(*options, "-o", "other.gguf", "--force")
-
-
-def test_a_gguf_needs_a_source_that_fits(export, tiny_llama, tmp_path):
-    export(tiny_llama, "1", "gguf", code=2, says="Name one with --source")
-    write_llama_gguf(tmp_path / "short.gguf", 5)
-    options = [tiny_llama, "1", "gguf", "--source", "short.gguf"]
-    export(*options, code=3, says="holds another model (llama, 5 blocks)")
-    export(*options, "--any-model")
-    export(tiny_llama, "1", "indices", "--source", "short.gguf", code=2, says="--source does not apply to --to indices")
 
 
 def test_the_command_for_llama_quantize(export, tiny_llama, tmp_path):

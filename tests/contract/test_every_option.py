@@ -48,7 +48,7 @@ RUNS = {
     ],
     "export": [
         "PLAN --to indices --remove 1 --json",
-        "PLAN --to gguf --source GGUF -o small.gguf --force",
+        "PLAN --to llama-quantize --source GGUF -o command.txt --force",
         "PLAN --model MODEL --any-model --to mergekit --trust-remote-code --quiet",
         "MODEL --blocks 1 --to indices",
     ],
@@ -116,8 +116,6 @@ CLASHES = [
     ("eval", "PLAN --perplexity FILE,", "--perplexity has an empty value"),
     ("bench", "MODEL --every 1", "needs a plan or --blocks"),
     ("export", "PLAN --to indices --source GGUF", "--source does not apply to"),
-    ("export", "MODEL --blocks 1 --to gguf --source GGUF -o out", "out does not end in .gguf"),
-    ("export", "PLAN --to gguf", "Name one with --source"),
     ("export", "MODEL --blocks 1 --to report", "describes a plan"),
 ]  # fmt: skip
 

@@ -8,11 +8,7 @@ from typing import Any
 from sleb_cli.atomic import require_new_file
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.door.subject import is_plan, read_named_plan, resolve_subject
-from sleb_cli.engine.gguf.file import read_gguf
-from sleb_cli.engine.gguf.surgery import GgufSurgery, plan_gguf_surgery
 from sleb_cli.engine.model.source import DEMO
-from sleb_cli.engine.output.apply import Output
-from sleb_cli.engine.output.apply_gguf import default_place, require_new_gguf, require_same_kind_of_model
 from sleb_cli.engine.output.measured import measured_of_plan
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.events import Notify
@@ -50,42 +46,13 @@ def resolve_export(request: ExportRequest, registry: Registry, notify: Notify) -
             )
     else:
         pruning = _pruning_of_plan(request, notify)
-    _require_removals(pruning.removals)
+    if not pruning.removals:
+        raise UsageError("Nothing to export: no block is removed.", hint="Name a plan, or use --blocks.")
     output = request.output
     if output is None and exporter.ending:
         output = sibling(pruning.plan_file or Path(Path(pruning.model).name), exporter.ending)
         require_new_file(output, force=request.force)
     return exporter, pruning, output
-
-
-def resolve_gguf_export(request: ExportRequest, registry: Registry, notify: Notify) -> tuple[GgufSurgery, Output]:
-    """Find the GGUF file to remove the blocks from, and where the pruned one goes.
-
-    Raises:
-        PlanError: the plan is unreadable, or it or the file is of another model.
-        UsageError: no block is removed, or no GGUF file of the model was named.
-        UnsupportedModelError: these blocks cannot be removed from this file.
-        OutputError: the output exists, or is the source itself.
-    """
-    subject = resolve_subject(request, registry, notify, needs_removals=True)
-    removals, source = subject.surgery.removals, request.source or _own_file(subject)
-    _require_removals(removals)
-    if source is None:
-        raise UsageError(
-            f"No GGUF file given for {subject.architecture.source.id}.",
-            hint="Name one with --source; llama.cpp's convert_hf_to_gguf.py converts a checkpoint.",
-        )
-    file = read_gguf(source)
-    if not request.any_model:
-        require_same_kind_of_model(subject.architecture.record, file, notify)
-    to = Output(request.output or default_place(file, removals), request.force)
-    require_new_gguf(to, source)
-    return plan_gguf_surgery(file, removals), to
-
-
-def _require_removals(removals: tuple[int, ...]) -> None:
-    if not removals:
-        raise UsageError("Nothing to export: no block is removed.", hint="Name a plan, or use --blocks.")
 
 
 def _own_file(subject: Subject) -> Path | None:
