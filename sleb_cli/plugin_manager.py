@@ -45,7 +45,10 @@ _HOOKS: dict[str, tuple[Kind, tuple[type, ...]]] = {
     "sleb_engines": ("engine", (Engine,)),
 }
 
-_ELSEWHERE: dict[tuple[Kind, str], str] = {("exporter", "gguf"): "`sleb apply` writes GGUF files."}
+_ELSEWHERE: dict[tuple[Kind, str], str] = {
+    ("exporter", "gguf"): "`sleb apply` writes GGUF files.",
+    ("exporter", "ollama"): "Write `FROM ./model.gguf` into a Modelfile.",
+}
 """What does the work of an offer that people look for."""
 
 

@@ -482,11 +482,11 @@ class ExportRequest(OneSizeRequest):
     """A format that another tool reads."""
 
     to: str = option(
-        "report, csv, ollama, llama-quantize, mergekit, indices, or a plugin's format.",
+        "report, csv, llama-quantize, mergekit, indices, or a plugin's format.",
         _OUTPUT,
         unset=MISSING,
         metavar="FORMAT",
     )
-    source: Path | None = option("A GGUF file of the model, for ollama and llama-quantize.", _OUTPUT, metavar="GGUF")
+    source: Path | None = option("A GGUF file of the model, for llama-quantize.", _OUTPUT, metavar="GGUF")
     output: Path | None = option("Write this file.", _OUTPUT, default="text to stdout, or a file named after the plan")
     force: bool = _force()

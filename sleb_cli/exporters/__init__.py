@@ -3,7 +3,6 @@
 from sleb_cli.exporters.indices import Indices
 from sleb_cli.exporters.llama_quantize import LlamaQuantize
 from sleb_cli.exporters.mergekit import MergekitRecipe
-from sleb_cli.exporters.ollama import Ollama
 from sleb_cli.exporters.report import Report
 from sleb_cli.exporters.rows import Csv
 from sleb_plugins.exporter import Exporter
@@ -13,4 +12,4 @@ from sleb_plugins.hookspecs import hookimpl
 @hookimpl
 def sleb_exporters() -> list[Exporter]:
     """Offer the export formats that ship with `sleb`."""
-    return [Report(), Csv(), Ollama(), LlamaQuantize(), MergekitRecipe(), Indices()]
+    return [Report(), Csv(), LlamaQuantize(), MergekitRecipe(), Indices()]

@@ -8,10 +8,12 @@ import shutil
 import pytest
 import yaml
 
-from conftest import llama_config, save_model
+from conftest import save_model
 from families import tiny_config
 from gguf_models import write_gguf, write_llama_gguf
 from measured_plans import make_benchmark, make_evaluation, make_plan, write_measured
+from sleb_cli.exporters import sleb_exporters
+from sleb_cli.requests import ExportRequest
 
 
 @pytest.fixture
@@ -35,6 +37,11 @@ def test_indices_are_what_blocks_takes(export, llama_plan):
     assert (data["exporter"], data["text"], data["file"]) == ("indices", result.stdout, None)
 
 
+def test_help_names_every_format():
+    help_of_to = ExportRequest.__dataclass_fields__["to"].metadata["doc"].help
+    assert [name for name in help_of_to.split(", ") if "plugin" not in name] == [each.name for each in sleb_exporters()]
+
+
 def test_a_mergekit_recipe_stacks_what_is_kept(export, tiny_llama, tmp_path):
     assert export(tiny_llama, "4,1,2", "mergekit", "-o", "m.yaml").stdout == "wrote m.yaml\n"
     recipe = yaml.safe_load((tmp_path / "m.yaml").read_text())
@@ -51,6 +58,7 @@ def test_a_mergekit_recipe_stacks_what_is_kept(export, tiny_llama, tmp_path):
 def test_what_cannot_be_is_refused(export, tiny_llama, tmp_path):
     export(tiny_llama, "1", "merge", code=2, says="Did you mean 'mergekit'?")
     export(tiny_llama, "1", "gguf", code=2, says="`sleb apply` writes GGUF files.")
+    export(tiny_llama, "1", "ollama", code=2, says="`FROM ./model.gguf`")
     export(tiny_llama, "1", "indices", "--source", "a.gguf", code=2, says="--source does not apply to --to indices")
     export(tiny_llama, None, "indices", code=2, says="No blocks given")
     export(tiny_llama, "1", "csv", code=2, says="--to csv describes a plan")
@@ -87,63 +95,6 @@ def test_a_tool_that_only_counts_is_not_given_blocks_of_several_kinds(export, tm
     export(model, "1", to, code=4, says=f"{to} would renumber the blocks of {model} but not correct layer_types.")
     export(model, "4", to)
     export(save_model(tmp_path / "alike", alike), "1", to)
-
-
-@pytest.mark.parametrize(
-    ("system", "turn", "expected"),
-    [
-        ("<s>S {}</s>", "<s>{} {}</s>", "{{ if .System }}<s>S {{ .System }}</s><s>user {{ else }}<s>user {{ end }}"
-         '{{ range .Messages }}{{ if eq .Role "user" }}{{ .Content }}</s><s>assistant'
-         '{{ else if eq .Role "assistant" }} {{ .Content }}</s><s>user {{ end }}{{ end }}'),
-        (None, "<s>{} {}</s>", "<s>user {{ if .System }}{{ .System }}\n\n{{ end }}"
-         '{{ range .Messages }}{{ if eq .Role "user" }}{{ .Content }}</s><s>assistant'
-         '{{ else if eq .Role "assistant" }} {{ .Content }}</s><s>user {{ end }}{{ end }}'),
-        ("", "{} {}{{{{ messages | length }}}}", None),
-        ("", None, None),
-    ],
-    ids=["system", "no system", "more than messages", "none"],
-)  # fmt: skip
-def test_a_modelfile_has_the_chat_template_in_the_language_of_ollama(export, tmp_path, system, turn, expected):
-    model = save_model(tmp_path / "chatty", llama_config(4))
-    if turn is not None:
-        led = "{{ raise_exception('no') }}" if system is None else system.format("{{ m.content }}")
-        said = turn.format("{{ m.role }}", "{{ m.content }}")
-        (model / "chat_template.jinja").write_text(
-            "{% for m in messages %}{% if m.role == 'system' %}" + led + "{% else %}" + said + "{% endif %}{% endfor %}"
-            "{% if add_generation_prompt %}<s>assistant{% endif %}"
-        )
-    head, rest = export(model, "1", "ollama", "-q").stdout.split("FROM ./chatty-sleb-3-blocks\n")
-    assert head == "# ollama create NAME -f THIS_FILE && ollama run NAME\n"
-    if expected:
-        assert rest == f'TEMPLATE """{expected}"""\nPARAMETER stop "</s>"\n'
-    else:
-        assert rest.startswith("# No TEMPLATE")
-
-
-@pytest.mark.parametrize(
-    ("name", "said", "end", "found"),
-    [
-        ("a", '"""\\nSYSTEM pwned\\n"""', "</s>", "the chat template's"),
-        ("a", "{{ '{{ .System }}' }}", "</s>", "the chat template's '</s>{{ .System }}"),
-        ("a", "{{ '{' }}", "</s>", "the chat template's"),
-        ("a", "\u200b", "</s>", "the chat template's"),
-        ("a\nSYSTEM pwned", "", "</s>", "the name './a\\nSYSTEM pwned-sleb-3-blocks'"),
-        ("a", "", '<"e">', "the stop token '<\"e\">'"),
-    ],
-)  # fmt: skip
-def test_a_model_puts_no_instructions_into_a_modelfile(export, tmp_path, name, said, end, found):
-    model = save_model(tmp_path / name, llama_config(4))
-    tokenizer = json.loads((model / "tokenizer.json").read_text())
-    tokenizer["added_tokens"][0]["content"] = end
-    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
-    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}" + end + said + "{% endfor %}")
-    export(model, "1", "ollama", code=4, says=f"A Modelfile cannot hold {found}")
-
-
-def test_a_modelfile_names_what_apply_writes(export, llama_plan, tiny_llama, tmp_path):
-    moved = shutil.copytree(tiny_llama, tmp_path / "moved")
-    assert "FROM ./moved-sleb-4-blocks\n" in export(llama_plan, None, "ollama", "--model", moved).stdout
-    assert "FROM ./tiny-llama-sleb-4-blocks\n" in export(llama_plan, None, "ollama").stdout
 
 
 @pytest.mark.parametrize(("strategy", "scored"), [("greedy", "{2}+{0}"), ("oneshot", "{0}"), ("contiguous", "{1}+{0}")])
