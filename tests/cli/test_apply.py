@@ -187,12 +187,12 @@ def test_a_quantized_checkpoint_keeps_its_packed_tensors(apply, tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     def settings(eighth, down):
-        dynamic = {rf"+:model\.layers\.{eighth}\.mlp\..*": {"bits": 8}}
+        extra = {f"model.layers.{eighth}.mlp.up_proj": {"bits": 8}}
         ignore = ["lm_head", f"model.layers.{down}.mlp.down_proj"]
-        return {"quant_method": "gptq", "bits": 4, "dynamic": dynamic, "ignore": ignore}
+        return {"quant_method": "gptq", "bits": 4, "extra_config": extra, "ignore": ignore}
 
     before = settings(4, 5)
-    before["dynamic"][r"-:model\.layers\.2\..*"] = {}
+    before["extra_config"]["model.layers.2"] = {}
     write_config(folder, quantization_config=before)
     for name in ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json"):
         (folder / name).write_text(json.dumps(before))
