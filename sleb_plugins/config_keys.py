@@ -142,6 +142,12 @@ KEY_PRUNERS: Mapping[str, KeyPruner] = {
 }  # fmt: skip
 """The keys of transformers' configs that describe single blocks; a family's own `config_keys` take precedence."""
 
+KINDS = ("layer_types", "layers_block_type", "attention_layers", "mlp_layer_types")
+"""Keys that list the kind of each block."""
+
+SAID_TWICE = ("max_window_layers",)
+"""Keys that may be wrong, because `layer_types` says the same where it matters."""
+
 SLICED: Mapping[str, int] = {"embed_tokens_per_layer.weight": 1, "per_layer_model_projection.weight": 0}
 """Suffixes of tensors outside the blocks that hold one slice per block, with the axis of the slices."""
 
@@ -182,6 +188,13 @@ OBSTACLES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "indexer_types": (lambda kinds: "shared" in kinds, "blocks pass the indices they attend to on to the next ones"),
 }
 """Keys whose values can make a block depend on its number or on another block, with a test and a clause for that."""
+
+
+LEADING_INPUTS: Mapping[str, str] = {"deepstack_visual_indexes": "features of images enter the first {count} blocks"}
+"""Keys, also of the vision config, with an item for each of the first blocks, which get an input; with a clause."""
+
+NUMBERED_PARTS: Mapping[str, int] = {"layer_idx": 2}
+"""Endings of attributes that may number parts through all blocks, as of blocks with two attentions, and how many."""
 
 
 def explicit_experts(config: Mapping[str, Any], kept: Kept) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from sleb_cli.events import Notice, Notify
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import ModelRecord
 from sleb_plugins import FamilyAdapter, ModelError, UnsupportedModelError
-from sleb_plugins.config_keys import PREDICTION_BLOCKS, Kept
+from sleb_plugins.config_keys import KINDS, PREDICTION_BLOCKS, Kept
 
 BY_STRUCTURE = "structure"
 
@@ -49,9 +49,6 @@ _CODE = ("attn_implementation", "implementation_internal", "experts_implementati
 """Endings of config keys that may name a repository of compiled code, which transformers would download and run."""
 
 _ELSEWHERE = "Free some space, or set the environment variable TMPDIR to another folder."
-
-_KINDS = ("layer_types", "layers_block_type", "attention_layers", "mlp_layer_types")
-"""Config keys that list the kind of each block."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +178,7 @@ class Architecture:
     @cached_property
     def kinds(self) -> list[str]:
         """The kind of each block: the config's word, or the classes that differ; "" if all blocks are alike."""
-        lists = [getattr(self.text_config, key, None) for key in _KINDS]
+        lists = [getattr(self.text_config, key, None) for key in KINDS]
         said = [v for v in lists if v and len(v) == self.block_count and len(set(map(str, v))) > 1]
         kinds = [", ".join(dict.fromkeys(str(values[block]) for values in said)) for block in range(self.block_count)]
         return refine_kinds(self.blocks_of(self.skeleton), kinds)

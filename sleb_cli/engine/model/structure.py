@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sleb_plugins.config_keys import Kept, by_block, sliced_axis
+from sleb_plugins.config_keys import NUMBERED_PARTS, Kept, by_block, sliced_axis
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,7 @@ def block_changes(before: Structure, after: Structure, old: int, kept: Kept) -> 
             return False
         # A number relative to its own, the number of a block that it refers to, or the number of blocks.
         expected = {a + moved, kept.new_number.get(a)} | ({len(kept.blocks)} if a == kept.count else set())
-        # A block with two attentions counts these.
-        return b in expected or (name.endswith("layer_idx") and b == a + 2 * moved)
+        return b in expected | {a + count * moved for end, count in NUMBERED_PARTS.items() if name.endswith(end)}
 
     return [*_changes(before.parts, after.parts), *_changes(before.attributes, after.attributes, same)]
 

@@ -20,10 +20,12 @@ from sleb_plugins import ModelError, UnsupportedModelError
 from sleb_plugins.config_keys import (
     KEY_PRUNERS,
     KEY_REWRITERS,
+    LEADING_INPUTS,
     OBSTACLES,
     OTHER_TEXT_KEYS,
     PERIOD_KEYS,
     PREDICTION_BLOCKS,
+    SAID_TWICE,
     Kept,
     by_block,
     kept_blocks,
@@ -112,8 +114,7 @@ class Surgery:
     @property
     def settings_of_blocks(self) -> list[str]:
         """The settings that would be wrong for some block if only the number of blocks changed in the config."""
-        before, known = self.architecture.text_config.to_dict(), {self.architecture.adapter.count_key}
-        known.add("max_window_layers")  # where windows matter, `layer_types` says which blocks have them, too
+        before, known = self.architecture.text_config.to_dict(), {self.architecture.adapter.count_key, *SAID_TWICE}
 
         def is_cut(was: object, after: object) -> bool:
             return isinstance(was, list | str) and isinstance(after, list | str) and was[: len(after)] == after
@@ -140,12 +141,8 @@ class Surgery:
         """
         before, kept = self.architecture, self.kept
         _ = self.names
-        for key, (applies, why) in OBSTACLES.items():
-            if applies(getattr(before.text_config, key, None) or []):
-                return f"{why} ({key})"
-        fed = _fed_with_images(before.config)
-        if kept.blocks[:fed] != tuple(range(fed)):
-            return f"features of images enter the first {fed} blocks, counted by number (deepstack_visual_indexes)"
+        if stated := self._stated_obstacle():
+            return stated
         try:
             config = before.read_config(self.prune_config())
             if changed := _rotary_changes(before.text_config, config.get_text_config(decoder=True)):
@@ -163,17 +160,24 @@ class Surgery:
             return f"outside the blocks, {changes[0]}"
         return None if _cache_fault(before.config) else _cache_fault(config)
 
+    def _stated_obstacle(self) -> str | None:
+        """Return a clause on the first setting that rules this removal out, or None."""
+        config, kept = self.architecture.config, self.kept
+        for key, (applies, why) in OBSTACLES.items():
+            if applies(getattr(self.architecture.text_config, key, None) or []):
+                return f"{why} ({key})"
+        for key, why in LEADING_INPUTS.items():
+            parts = (config, getattr(config, "vision_config", None))
+            fed = max(len(getattr(part, key, None) or ()) for part in parts)
+            if kept.blocks[:fed] != tuple(range(fed)):
+                return f"{why.format(count=fed)}, counted by number ({key})"
+        return None
+
     def _by_period(self) -> str:
         config = self.architecture.text_config
         found = {key: getattr(config, key, None) for key in PERIOD_KEYS}
         said = [f"{key} = {value}" for key, value in found.items() if isinstance(value, int) and value > 1]
         return f" (the config sets it by period: {', '.join(said)})" if said else ""
-
-
-def _fed_with_images(config: Any) -> int:
-    """Return how many blocks, from the first on, get features of images besides those before the first."""
-    parts = (config, getattr(config, "vision_config", None))
-    return max(len(getattr(part, "deepstack_visual_indexes", None) or ()) for part in parts)
 
 
 def _rotary_changes(before: Any, after: Any) -> str | None:
