@@ -15,8 +15,8 @@ from sleb_plugins.errors import did_you_mean
 _OF_A_RUN = {"config", "json", "quiet", "help", "force", "resume"}
 """Options that say how a command is run this time, and not what it does."""
 
-LARGEST = 1_000_000
-"""The largest file that is read, in bytes."""
+MAX_BYTES = 100_000
+"""The largest file that is read: PyYAML reads it in a second, whatever it holds."""
 
 _EXAMPLE = "Write lines like `samples: 16` or `protect: [5, 11]`."
 
@@ -84,11 +84,8 @@ def _of_yaml(path: Path) -> Iterator[tuple[str, Any]]:
     from sleb_cli.records import UnreadableRecord, read_text
 
     try:
-        text = read_text(path, LARGEST)
-        # Each alias may stand for a list of aliases.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.BaseLoader)):
-            raise UsageError(f"{path} has aliases (*name).", hint="Write each value out.")
-        root = yaml.compose(text, Loader=yaml.BaseLoader)
+        # As a node, since a dict would hide a key that stands there twice. Nodes expand no alias.
+        root = yaml.compose(read_text(path, MAX_BYTES), Loader=yaml.BaseLoader)
     except FileNotFoundError as error:
         raise UsageError(f"There is no file {path}.", hint="Check --config.") from error
     except UnreadableRecord as error:
