@@ -15,7 +15,7 @@ import torch
 from test_apply import change_weights, write_config
 from transformers import AutoModelForCausalLM
 
-from conftest import calibration, evaluation, llama_config, save_model, weights_of
+from conftest import calibration, evaluation, llama_config, prose, save_model, weights_of
 from families import tiny_config
 from sleb_cli.engine.door import recovery as door
 from sleb_cli.engine.files.weights import find_weights
@@ -211,6 +211,29 @@ def test_no_fit_is_lost_and_none_to_other_text_is_used(
     assert fitted[: len(whole) - len(again)] + again == whole  # each once, in two runs
     assert same_weights(tmp_path / "whole", tmp_path / "out")
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("change", [["--sequence-length", 64], ["--dtype", "float16"]], ids=["length", "rounding"])
+def test_a_fit_is_not_continued_with_another_setting(apply, tiny_llama, tmp_path, monkeypatch, change):
+    # The longer sequences have the very tokens of the shorter ones; without --dtype, the norms keep their float32.
+    folder, text = shutil.copytree(tiny_llama, tmp_path / "model"), tmp_path / "text.txt"
+    change_weights(
+        folder, lambda dense: {n: dense[n].to(torch.float32 if "norm" in n else torch.float16) for n in dense}
+    )
+    text.write_text(prose(100))
+    command = [folder, "--blocks", "2", "--recover", *calibration(text, samples=1000)]
+    records = [
+        json.loads(apply(*command, *options, "--json", output=output).stdout)["recovery"]
+        for options, output in (([], "before"), (change, "undisturbed"))
+    ]
+    assert all(
+        len({record[text]["tokens_sha256"] for record in records}) == 1 for text in ("train_text", "validation_text")
+    )
+    with monkeypatch.context() as patch:
+        failing(engine, "prove", ProofError("It failed.", hint="Try again."))(patch)
+        apply(*command, code=9)
+    assert "Continuing" not in apply(*command, *change).stderr
+    assert same_weights(tmp_path / "undisturbed", tmp_path / "out")
 
 
 def test_what_nobody_continued_is_cleared_later(sleb, tiny_llama, tmp_path):

@@ -29,6 +29,7 @@ from sleb_cli.engine.text.calibration import Calibration, calibrate_splits
 from sleb_cli.engine.text.portions import Portions
 from sleb_cli.engine.text.settings import REFERENCE_PRESETS, CalibrationSettings
 from sleb_cli.engine.text.sources import SELF_CHAT
+from sleb_cli.engine.text.windows import tokens_sha256, whole_mask
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plan import ClosedFormRecord, ConversationsRecord, FitRecord, HealRecord, LossesRecord, RecoveryRecord
 from sleb_cli.units import plural
@@ -148,7 +149,7 @@ class Recovery:
         return found
 
     def _saved(self) -> Path:
-        """Return the folder of what was found before of this very recovery, on these tokens."""
+        """Return the folder of what was found before of this very recovery, on these texts."""
         return self.state.of(
             dtype_name(self.placement.dtype),
             model=self.architecture.source.content_hash,
@@ -156,9 +157,10 @@ class Recovery:
             torch=str(torch.__version__),
             transformers=transformers.__version__,
             stored=dtype_name(self.stored),
+            rounded=dtype_name(self.placement.rounded) if self.placement.rounded else None,
             device=self.placement.device.type,
             removed=sorted(self.removed),
-            texts=[text.record.tokens_sha256 for text in (self.train, self.validation)],
+            texts=[text_key(text) for text in (self.train, self.validation)],
             chat=self.splits[0].chat,
         )
 
@@ -294,6 +296,12 @@ class Recovery:
             heal=HealRecord(**heal, losses=on_test["healed"]) if heal else None,
             conversations=ConversationsRecord(text=tests[1].record, **talks[0]) if talks else None,
         )
+
+
+def text_key(text: Calibration) -> list[str | int]:
+    """Return what stands for a text: its tokens, how they are cut into sequences, and which of them count."""
+    counted = whole_mask(text.sequences, text.loss_mask)
+    return [tokens_sha256(text.sequences), *text.sequences.shape, tokens_sha256(counted)]
 
 
 @torch.inference_mode()
