@@ -185,8 +185,8 @@ class TextResult(Record):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What makes two results of a text comparable."""
-        return (self.text, self.sequence_length, self.bos, self.tokens_sha256)
+        """What makes two results of a text comparable: all but the scores."""
+        return tuple(value for name, value in self if name not in ("dense", "pruned"))
 
 
 class TaskScores(Record):

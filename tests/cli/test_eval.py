@@ -189,6 +189,18 @@ def test_an_answer_longer_than_the_model_is_refused(sleb, tiny_llama, tmp_path):
     assert "but the model has only 128 positions" in told
 
 
+def test_windows_of_another_length_are_measured_anew(evaluate, llama_plan, test_text):
+    text = ["--perplexity", test_text]
+    shapes = [["--sequence-length", 32, "--max-windows", 2], ["--sequence-length", 64, "--max-windows", 1]]
+    again = [evaluate(llama_plan, *text, *shape, "--remove", 1)[0]["texts"] for shape in shapes]
+    fresh = [evaluate(llama_plan, *text, *shape, "--remove", 1, "--force")[0]["texts"] for shape in shapes]
+    assert again == fresh
+    assert [one["sequence_length"] for (one,) in again] == [32, 64]
+    assert len({one["tokens_sha256"] for (one,) in again}) == 1
+    larger, _ = evaluate(llama_plan, *text, *shapes[1], "--every", 1)
+    assert [one["sequence_length"] for one in larger["texts"]] == [64]
+
+
 def test_what_was_measured_before_is_not_measured_again(evaluate, llama_plan, test_text, own_task, monkeypatch):
     options = [llama_plan, "--perplexity", test_text, *SHORT, *own_task, "--max-windows", 4]
     first, _ = evaluate(*options, "--remove", 1)

@@ -16,8 +16,8 @@ from sleb_cli.engine.model.generation import as_transformers_loads
 from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.quality.tasks import compare_task
-from sleb_cli.engine.quality.texts import measure_text
-from sleb_cli.engine.text.windows import EvaluationWindows, tokens_sha256
+from sleb_cli.engine.quality.texts import description, measure_text
+from sleb_cli.engine.text.windows import EvaluationWindows
 from sleb_cli.events import Notice
 from sleb_cli.plan import public_name
 from sleb_cli.records import THIS_VERSION
@@ -101,13 +101,10 @@ def _without_parts(models: Models) -> EvalResult:
 
 def _known_text(known: EvalResult, windows: EvaluationWindows) -> tuple[TextResult, ...]:
     """Return what is known of these windows; in a checkpoint, results do not name the folders of texts."""
-    name, hashed = windows.text.source, tokens_sha256(windows.ids)
-    found = [
-        text.model_copy(update={"text": name})
-        for text in known.texts
-        if text.text in (name, public_name(name)) and (text.tokens_sha256, text.bos) == (hashed, windows.bos)
-    ]
-    return tuple(found[:1])
+    asked = description(windows)
+    names = (asked["text"], public_name(asked["text"]))
+    found = [text.model_copy(update={"text": names[0]}) for text in known.texts if text.text in names]
+    return tuple(text for text in found if all(getattr(text, name) == value for name, value in asked.items()))[:1]
 
 
 def _known_task(known: EvalResult, fingerprints: dict[str, str], show_flips: int) -> tuple[TaskResult, ...]:

@@ -58,17 +58,24 @@ def measure_text(
         )
 
     return TextResult(
-        text=windows.text.source,
-        windows=len(windows.ids),
-        sequence_length=windows.ids.shape[1],
-        bos=windows.bos,
-        tokens=int(counted.sum()),
-        clusters=len(set(clusters[counted].tolist())),
-        clustered_by=windows.clustered_by,
-        tokens_sha256=tokens_sha256(windows.ids),
+        **description(windows),
         dense=TextScores(**_summary(dense, windows, ())),
         pruned=tuple(map(compared, sizes, pruned)),
     )
+
+
+def description(windows: EvaluationWindows) -> dict[str, Any]:
+    """Return the fields of a `TextResult` that say which tokens are predicted."""
+    return {
+        "text": windows.text.source,
+        "windows": len(windows.ids),
+        "sequence_length": windows.ids.shape[1],
+        "bos": windows.bos,
+        "tokens": int(windows.counted.sum()),
+        "clusters": len(set(windows.clusters[windows.counted].tolist())),
+        "clustered_by": windows.clustered_by,
+        "tokens_sha256": tokens_sha256(windows.ids),
+    }
 
 
 def _summary(scores: Scores, windows: EvaluationWindows, removals: Removals) -> dict[str, Any]:
