@@ -59,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report(error: SlebError | OSError) -> int:
     """Print an error and return its exit code; raise it again if it is none of the user's files."""
+    from sleb_cli.names import elide
     from sleb_cli.ui import console
-    from sleb_cli.ui.names import elide
 
     if isinstance(error, OSError):
         if error.filename is None or error.errno not in UNREACHABLE:

@@ -7,8 +7,8 @@ from typing import Literal, TypeVar
 
 from sleb_cli.atomic import new_file, to_json
 from sleb_cli.events import Notice, Notify, Warned
-from sleb_cli.plan import CHECKPOINT_PLAN, public_name
-from sleb_cli.records import UnreadableRecord, without_folders
+from sleb_cli.plan import CHECKPOINT_PLAN
+from sleb_cli.records import UnreadableRecord
 from sleb_cli.requests import sibling
 from sleb_cli.results import BenchResult, EvalResult
 from sleb_plugins import OutputError
@@ -28,7 +28,7 @@ def keep_result(result: R, file: Path, notify: Notify) -> R:
     cannot be read. If the file cannot be written, the listener is told and the result is still returned.
     """
     if file.name.startswith(("sleb_eval.", "sleb_bench.", f"{Path(CHECKPOINT_PLAN).stem}.")):
-        result = without_local_folders(result)  # a checkpoint may be published
+        result = result.published()  # a checkpoint may be published
     merged = result
     try:
         with new_file(file) as aside:  # read only now, so that nothing another process adds is lost
@@ -70,12 +70,3 @@ def read_kept(kind: type[R], file: Path, notify: Notify) -> R | None:
     except UnreadableRecord as error:
         notify(Warned(f"Ignoring {file}: this version of sleb cannot read it ({error})."))
         return None
-
-
-def without_local_folders(result: R) -> R:
-    """Return a result that may be published: files and local models are named without their folders."""
-    model = result.model.model_copy(update={"id": without_folders(result.model.id)})
-    if isinstance(result, BenchResult):
-        return result.model_copy(update={"model": model})
-    texts = tuple(text.model_copy(update={"text": public_name(text.text)}) for text in result.texts)
-    return result.model_copy(update={"model": model, "texts": texts})

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from sleb_cli.names import parts_of_mixture, public_source
 from sleb_cli.records import (
     ModelRecord,
     Perplexity,
     Proof,
+    Public,
     Record,
     UnreadableRecord,
     VersionedRecord,
     differences,
-    without_folders,
 )
 from sleb_cli.requests import REPEATED_OPTIONS, TARGET_NAMES, Chat, StrategyName, TargetName
 from sleb_plugins.errors import PlanError
@@ -34,13 +34,6 @@ Block = Annotated[int, Field(ge=0)]
 Engine = Literal["fork", "plain", "weights", "model"]
 """How candidates were scored: together in one pass, each in its own pass, by their weights, or as whole models."""
 
-ANSWERS = "answers:"
-"""Begins a source of calibration text: the model's answers to the prompts in the file that is named next."""
-
-_FILE = re.compile(r"\.(txt|jsonl|md|json)$")
-_SHARE = r":[\d.]+(?:e-?\d+)?(?:/\d+)?"
-_MIXTURE = re.compile(rf"[^,]+{_SHARE}(?:,[^,]+{_SHARE})*")
-
 
 class CalibrationRecord(Record):
     """The calibration tokens; `tokens_sha256` hashes the ids as little-endian int64.
@@ -49,7 +42,7 @@ class CalibrationRecord(Record):
     if it is null, a search counts the answers of those that the model wrote.
     """
 
-    source: str
+    source: Annotated[str, Public(public_source)]
     seed: int
     sequences: int
     sequence_length: int
@@ -60,37 +53,16 @@ class CalibrationRecord(Record):
     @property
     def sources(self) -> tuple[str, ...]:
         """The sources of a mixture, without their shares, or the only one."""
-        return tuple(source for source, _ in self._parts)
-
-    @property
-    def _parts(self) -> list[tuple[str, str]]:
-        """Each source, and its share with a colon before it, or nothing."""
-        if not _MIXTURE.fullmatch(self.source):
-            return [(self.source, "")]
-        parts = re.findall(rf"([^,]+?)({_SHARE})(?:,|$)", self.source)
-        return [(source.strip(), share) for source, share in parts]
+        return tuple(source for source, _ in parts_of_mixture(self.source))
 
     @property
     def title(self) -> str:
         """The source for display: what is local by its name alone, so that private paths stay private."""
-        return ",".join(public_name(source) + share for source, share in self._parts)
+        return public_source(self.source)
 
     def __str__(self) -> str:
         counts = {None: "", "all": ", conversations", "answers": ", the answers of conversations"}[self.chat]
         return f"{self.title}: {self.sequences} x {self.sequence_length} tokens{counts}"
-
-
-def checkpoint_name(base: str, blocks: int, scripts: Sequence[str] = ()) -> str:
-    """Return what a checkpoint of a model, which may be a GGUF file, is called unless the user says otherwise."""
-    return "-".join([f"{base.removesuffix('.gguf')}-sleb-{blocks}-blocks", *scripts])
-
-
-def public_name(source: str) -> str:
-    """Return a source without the folders of a local file or data set."""
-    if _FILE.search(source):
-        return ANSWERS * source.startswith(ANSWERS) + source.removeprefix(ANSWERS).rpartition("/")[2]
-    place, colon, rest = source.partition(":")
-    return without_folders(place) + colon + rest
 
 
 class TargetRecord(Record):
@@ -337,11 +309,6 @@ class RecoveryRecord(Record):
     heal: HealRecord | None = None
     conversations: ConversationsRecord | None = None
 
-    def published(self) -> RecoveryRecord:
-        """Return the record with the names of local texts, but not their folders."""
-        names = ("train_text", "validation_text", "test_text")
-        return self.model_copy(update={name: _without_folders(getattr(self, name)) for name in names})
-
     @property
     def recovered(self) -> LossesRecord:
         """The losses of the written model."""
@@ -449,20 +416,13 @@ class Plan(VersionedRecord):
         cut = {"request": request, "removals": removals, "steps": steps, "search": search, "sample_generation": None}
         return self.model_copy(update=cut)
 
-    def published(self) -> Plan:
-        """Return the plan as a checkpoint holds it: with the names of local models and texts, but not their folders."""
-        model = self.model.model_copy(update={"id": without_folders(self.model.id)})
-        calibration = _without_folders(self.calibration)
-        request = self.request | {"calibration": calibration.source}
-        if model.id != self.model.id:
+    def published(self) -> Self:
+        """Return the plan as a checkpoint holds it."""
+        plan = super().published()
+        request = self.request | {"calibration": plan.calibration.source}
+        if plan.model.id != self.model.id:
             request.pop("model", None)  # the name of a folder must not lead to the Hub
-        recovery = self.recovery and self.recovery.published()
-        named = {"request": request, "model": model, "calibration": calibration, "recovery": recovery}
-        return self.model_copy(update=named)
-
-
-def _without_folders(text: CalibrationRecord) -> CalibrationRecord:
-    return text.model_copy(update={"source": text.title})
+        return plan.model_copy(update={"request": request})
 
 
 def read_plan(path: Path) -> Plan:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sleb_cli.atomic import to_json, write_text
+from sleb_cli.names import without_folders
 from sleb_cli.units import format_bytes
 from sleb_cli.version import __version__
 
@@ -84,14 +86,15 @@ def first_fault(error: ValidationError, whole: str) -> str:
     return f"{'.'.join(place) or whole}: {words.rstrip('.')}{found}"
 
 
-def without_folders(name: str) -> str:
-    """Return the last part of a local path; other names, such as Hub ids, stay as they are."""
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-    return name.rstrip("/\\").replace("\\", "/").rpartition("/")[2] if is_path else name
-
-
 THIS_VERSION: Mapping[str, Any] = {"schema_version": 1, "sleb_version": __version__}
 """The fields of a new `VersionedRecord`."""
+
+
+@dataclass(frozen=True)
+class Public:
+    """Marks a field that may name something local; `name` returns the name without folders."""
+
+    name: Callable[[str], str]
 
 
 class Record(BaseModel):
@@ -116,9 +119,22 @@ class Record(BaseModel):
         """Return the record as in JSON."""
         return self.model_dump(mode="json")
 
+    def published(self) -> Self:
+        """Return the record as it may be published: local models and texts are named without their folders."""
+        fields = type(self).model_fields.items()
+        return self.model_copy(update={name: _published(getattr(self, name), field.metadata) for name, field in fields})
+
     def write(self, path: Path) -> None:
         """Write the record atomically: the whole file, or none."""
         write_text(path, to_json(self.to_data()))
+
+
+def _published(value: Any, metadata: Sequence[object]) -> Any:
+    if isinstance(value, Record):
+        return value.published()
+    if isinstance(value, tuple):
+        return tuple(_published(each, metadata) for each in value)
+    return next((mark.name(value) for mark in metadata if isinstance(mark, Public)), value)
 
 
 class VersionedRecord(Record):
@@ -136,7 +152,7 @@ class ModelRecord(Record):
     data type of its weights, which need not be the one that sleb computes in.
     """
 
-    id: str
+    id: Annotated[str, Public(without_folders)]
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None
     fingerprint: str
     model_type: str

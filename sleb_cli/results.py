@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
+from sleb_cli.names import public_source
 from sleb_cli.plan import CalibrationRecord, RecoveryRecord
-from sleb_cli.records import ModelRecord, Perplexity, Proof, Record, VersionedRecord
+from sleb_cli.records import ModelRecord, Perplexity, Proof, Public, Record, VersionedRecord
 from sleb_cli.requests import WorkloadName
 
 Removals = tuple[int, ...]
@@ -172,7 +173,7 @@ class TextResult(Record):
     `clustered_by` documents or windows, or by conversations, of which only the answers are predicted.
     """
 
-    text: str
+    text: Annotated[str, Public(public_source)]
     windows: int
     sequence_length: int
     bos: Bos

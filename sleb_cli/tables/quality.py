@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from sleb_cli.plan import public_name
+from sleb_cli.names import public_source
 from sleb_cli.results import DivergenceRecord, Interval, PrunedTextScores, Removals, TaskResult, TextResult, main_metric
 from sleb_cli.tables.table import Columns, Scored, Table, between, model_name, tabulate
 from sleb_cli.units import format_change, format_perplexity, format_probability, format_share, plural
@@ -46,7 +46,7 @@ def text_names(
         )
         for text in texts
     ]  # fmt: skip
-    names, public = list[str](), [public_name(text.text) for text in texts]
+    names, public = list[str](), [public_source(text.text) for text in texts]
     for text, name, own in zip(texts, public, tells, strict=True):
         alike = [tell for other, tell in zip(public, tells, strict=True) if other == name]
         differing = [len(set(column)) > 1 for column in zip(*alike, strict=True)]

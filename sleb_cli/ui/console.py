@@ -16,8 +16,8 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.segment import Segment
 
+from sleb_cli.names import elide
 from sleb_cli.processes import is_main_process
-from sleb_cli.ui.names import elide
 from sleb_plugins import OutputError, SlebError
 
 

@@ -40,8 +40,8 @@ from sleb_cli.events import (
     TaskStarted,
     Warned,
 )
+from sleb_cli.names import elide, short_name
 from sleb_cli.ui.console import print_prose, print_warning, stderr
-from sleb_cli.ui.names import elide, short_name
 
 
 @contextmanager

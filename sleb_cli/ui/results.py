@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
+from sleb_cli.names import short_name
 from sleb_cli.tables.table import by_model
 from sleb_cli.ui.console import inert_text, print_prose, stdout
-from sleb_cli.ui.names import short_name
 from sleb_cli.ui.tables import print_line, print_title, print_to_copy, print_written, show_table
 from sleb_cli.units import format_bytes, in_shell, plural, spans
 

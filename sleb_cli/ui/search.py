@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from sleb_cli.names import short_name
 from sleb_cli.ui.chart import Line, draw_lines
 from sleb_cli.ui.console import print_prose, stdout
-from sleb_cli.ui.names import short_name
 from sleb_cli.ui.tables import print_line, print_title, print_to_copy, show_table
 from sleb_cli.units import format_bytes, format_count, format_perplexity, in_shell, spans
 

@@ -32,8 +32,9 @@ from sleb_cli.engine.surgery.vocabulary import OTHER_FORMATS, SETTINGS, TOKENIZE
 from sleb_cli.engine.vocabulary import Vocabulary
 from sleb_cli.events import Notice, Notify, Warned
 from sleb_cli.kept_results import beside_plan
-from sleb_cli.plan import CHECKPOINT_PLAN, checkpoint_name
-from sleb_cli.records import THIS_VERSION, without_folders
+from sleb_cli.names import checkpoint_name, without_folders
+from sleb_cli.plan import CHECKPOINT_PLAN
+from sleb_cli.records import THIS_VERSION
 from sleb_cli.requests import DEFAULT_SHARD_SIZE
 from sleb_cli.results import ApplyResult, BenchResult, EvalResult, VocabularyRecord
 from sleb_cli.units import parse_bytes

@@ -28,7 +28,7 @@ from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.engine.surgery.vocabulary import VocabularyCut, tables_of
 from sleb_cli.engine.third_party import disk_error, prefer_disk_error, translate_errors
 from sleb_cli.events import Notice, Notify, task
-from sleb_cli.plan import checkpoint_name
+from sleb_cli.names import checkpoint_name
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import THIS_VERSION, ModelRecord, Proof
 from sleb_cli.results import GgufResult

@@ -14,7 +14,8 @@ from huggingface_hub import ModelCardData
 from sleb_cli.engine.files.copying import holds
 from sleb_cli.engine.output.measured import of_size
 from sleb_cli.engine.surgery.subject import Subject
-from sleb_cli.plan import CHECKPOINT_PLAN, RecoveryRecord, SampleGeneration, checkpoint_name, public_name
+from sleb_cli.names import checkpoint_name, public_source
+from sleb_cli.plan import CHECKPOINT_PLAN, RecoveryRecord, SampleGeneration
 from sleb_cli.records import Proof
 from sleb_cli.results import ApplyResult, BenchResult, EvalResult, Removals
 from sleb_cli.tables import search
@@ -135,7 +136,7 @@ def _results(
     rows, notes = list[list[str]](), dict[str, None]()
     if plan and recovery is None:
         dense, own = plan.dense.perplexity, plan.steps[-1].perplexity
-        text = f"perplexity, {plan.published().calibration.source} (searched on)"
+        text = f"perplexity, {plan.calibration.title} (searched on)"
         rows.append([text, format_perplexity(dense), format_perplexity(own), format_change(own / dense - 1)])
     rows += [row for row, _ in _evaluated(evaluation, removals)] if evaluation else []
     for result in benchmark.workloads if benchmark else ():
@@ -154,7 +155,7 @@ def _evaluated(evaluation: EvalResult, removals: Removals) -> Iterator[tuple[lis
         if own := of_size(text.pruned, removals):
             perplexities = [format_perplexity(each.perplexity) for each in (text.dense, own)]
             row = [f"perplexity, {name}", *perplexities, format_change(perplexity_change(own)[0])]
-            yield row, _hub_result(public_name(text.text), "perplexity", own.perplexity)
+            yield row, _hub_result(public_source(text.text), "perplexity", own.perplexity)
     for task in evaluation.tasks:
         if scores := of_size(task.pruned, removals):
             values = f"{task.dense.value:.4f}", f"{scores.value:.4f}", f"{scores.difference:+.4f}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sleb_cli.events import Notify, Warned
-from sleb_cli.kept_results import R, beside_plan, read_kept, without_local_folders
+from sleb_cli.kept_results import R, beside_plan, read_kept
 from sleb_cli.plan import Plan
 from sleb_cli.requests import TRANSFORMERS
 from sleb_cli.results import (
@@ -59,7 +59,7 @@ def measured_of_plan(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R
         (result,) = of_sizes([result], planned)
     else:
         changes["sizes"] = tuple(size for size in result.sizes if frozenset(size) in planned)
-    return without_local_folders(result.model_copy(update=changes))
+    return result.model_copy(update=changes).published()
 
 
 def of_size(entries: Iterable[S], removals: tuple[int, ...]) -> S | None:

@@ -19,7 +19,7 @@ from sleb_cli.engine.quality.tasks import compare_task
 from sleb_cli.engine.quality.texts import description, measure_text
 from sleb_cli.engine.text.windows import EvaluationWindows
 from sleb_cli.events import Notice
-from sleb_cli.plan import public_name
+from sleb_cli.names import public_source
 from sleb_cli.records import THIS_VERSION
 from sleb_cli.results import EvalResult, R, Removals, TaskResult, TextResult, merge_results, of_sizes
 
@@ -102,7 +102,7 @@ def _without_parts(models: Models) -> EvalResult:
 def _known_text(known: EvalResult, windows: EvaluationWindows) -> tuple[TextResult, ...]:
     """Return what is known of these windows; in a checkpoint, results do not name the folders of texts."""
     asked = description(windows)
-    names = (asked["text"], public_name(asked["text"]))
+    names = (asked["text"], public_source(asked["text"]))
     found = [text.model_copy(update={"text": names[0]}) for text in known.texts if text.text in names]
     return tuple(text for text in found if all(getattr(text, name) == value for name, value in asked.items()))[:1]
 

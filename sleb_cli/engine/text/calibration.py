@@ -35,7 +35,8 @@ from sleb_cli.engine.text.windows import (
     whole_mask,
 )
 from sleb_cli.events import Notice, Notify, ignore, task
-from sleb_cli.plan import ANSWERS, CalibrationRecord
+from sleb_cli.names import ANSWERS
+from sleb_cli.plan import CalibrationRecord
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from sleb_cli.engine.model.source import DEMO
 from sleb_cli.engine.text.mixture import divide, parse_mixture
 from sleb_cli.engine.text.sources import REFERENCE_ROWS, WHOLE, TextSplit, holds_conversations, is_written, read_prompts
 from sleb_cli.engine.text.windows import choose_length
-from sleb_cli.plan import ANSWERS
+from sleb_cli.names import ANSWERS
 from sleb_cli.requests import (
     DEFAULT_CALIBRATION,
     DEFAULT_LENGTH,

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.files.copying import local_path
 from sleb_cli.engine.third_party import first_line
-from sleb_cli.plan import ANSWERS
+from sleb_cli.names import ANSWERS
 from sleb_cli.records import first_fault, why_not_read
 from sleb_cli.units import format_bytes, plural
 from sleb_plugins import DataError
