@@ -16,6 +16,7 @@ from sleb_cli.results import Interval
 
 CONFIDENCE = 0.95
 POWER = 0.8
+EFFECT = 0.01
 
 _QUANTILE = float(special.ndtri((1 + CONFIDENCE) / 2))
 
@@ -37,9 +38,9 @@ def wilson_interval(right: int, count: int) -> Interval:
     return Interval(low=float(found.low), high=float(found.high))
 
 
-def normal_interval(value: float, standard_error: float, looks: int = 1) -> Interval:
-    """Return the interval of a normally distributed estimate, which holds at all of so many looks (Bonferroni)."""
-    reach = float(special.ndtri(1 - (1 - CONFIDENCE) / 2 / looks)) * standard_error
+def normal_interval(value: float, standard_error: float) -> Interval:
+    """Return the interval of a normally distributed estimate."""
+    reach = _QUANTILE * standard_error
     return Interval(low=value - reach, high=value + reach)
 
 
@@ -81,17 +82,15 @@ def clustered_mean(values: Tensor, clusters: Tensor) -> Estimate:
     return _student(mean, math.sqrt(count / (count - 1) * float(residuals.square().sum())) / len(values), count)
 
 
-def paired_proportions_interval(lost: int, gained: int, count: int, looks: int = 1) -> Interval:
+def paired_proportions_interval(lost: int, gained: int, count: int) -> Interval:
     """Return the interval of the difference of two proportions of the same items, `(gained - lost) / count`.
-
-    It holds at all of so many looks (Bonferroni).
 
     This is the Wald interval with one more lost and one more gained item (Bonett and Price, J. Educ. Behav. Stat. 37,
     2012). Without them, models that agree on a few items would seem to agree on all.
     """
     gains, losses = (gained + 1) / (count + 2), (lost + 1) / (count + 2)
     difference = gains - losses
-    found = normal_interval(difference, math.sqrt((gains + losses - difference**2) / (count + 2)), looks)
+    found = normal_interval(difference, math.sqrt((gains + losses - difference**2) / (count + 2)))
     return Interval(low=max(-1.0, found.low), high=min(1.0, found.high))
 
 
@@ -105,15 +104,15 @@ def mcnemar(lost: int, gained: int) -> float:
     return float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
 
 
-def items_needed(deviation: float, effect: float = 0.01) -> int | None:
-    """Return how many items show an `effect` with 95% confidence and 80% power, given the deviation of differences.
+def items_needed(deviation: float) -> int | None:
+    """Return how many items show a change of a hundredth with 95% confidence and 80% power, by their deviation.
 
     None if the items never differ, which says nothing about others. Source: Miller, arXiv 2411.00640, equation 9, where
     one answer per item leaves the variance of the paired difference.
     """
     if not deviation:
         return None
-    return math.ceil(((_QUANTILE + float(special.ndtri(POWER))) * deviation / effect) ** 2)
+    return math.ceil(((_QUANTILE + float(special.ndtri(POWER))) * deviation / EFFECT) ** 2)
 
 
 RESAMPLES = 9_999

@@ -21,7 +21,7 @@ COMMANDS = {
     "eval": "eval PLAN --every 1 --perplexity FILE --sequence-length 32 --max-windows 8",
     "eval --tasks": "eval PLAN --tasks mine --include-path tasks",
 }
-UNLIKE = re.compile("environment|seconds|started|measured_at|prepared_in|folder|file|batch_size|peak|memory")
+UNLIKE = re.compile("environment|seconds|started|folder|file|batch_size|peak|memory")
 
 
 def numbers_of(data, name=""):

@@ -14,11 +14,11 @@ from faults.arrangements import saving_always
 from faults.program import Call, Fault, Finished, Program, Running, require
 from gguf_models import convert_llama
 
-TIMES = re.compile(rb'"(started|measured_at|prepared_in|[a-z_]*seconds[a-z_]*)": ?("[^"]*"|[-0-9.e]+)')
+TIMES = re.compile(rb'"(started|[a-z_]*seconds[a-z_]*)": ?("[^"]*"|[-0-9.e]+)')
 PROGRESS = ("work/*.journal*", "work/.old.recovery/*")
 """What a run that fails may leave for the next one."""
-SPARE = ("cache/evaluations/*", "work/plan.eval.json")
-"""What only saves time, or keeps a result once more."""
+SPARE = ("work/plan.eval.json",)
+"""What keeps a result once more."""
 TEXT = calibration(Path("../text.txt"))
 APPLY = ("apply", "plan.json", "-o", "small")
 APPLY_GGUF = ("apply", "../tiny.gguf", "--blocks", "1,2", "-o", "small.gguf")

@@ -74,7 +74,7 @@ def test_mcnemars_exact_test():
 
 def test_the_items_needed_show_the_effect_with_its_power():
     # Miller, arXiv 2411.00640, section 5: (1.96 + 0.84)^2 times the variance over the squared effect.
-    assert items_needed(1 / 3, effect=0.03) == math.ceil((1.959964 + 0.841621) ** 2 / 9 / 0.03**2)
+    assert items_needed(1 / 3) == math.ceil((1.959964 + 0.841621) ** 2 / 9 / 0.01**2)
     assert items_needed(0.0) is None
 
 
