@@ -145,21 +145,22 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
     from sleb_cli.engine.door.evaluate import resolve_evaluation
     from sleb_cli.engine.process_group import join_processes
     from sleb_cli.engine.quality.evaluation import evaluate_models
-    from sleb_cli.kept_results import keep_result, read_kept
-    from sleb_cli.results import EvalResult
+    from sleb_cli.kept_results import find_kept, keep_result
 
     with join_processes() as group:
         asked = resolve_evaluation(request, load_registry(notify), notify, group)
         place = _kept_place(asked.models.subject, "eval")
         unfinished = sibling(request.output, ".unfinished.json") if request.output and not place else None
         file = place or unfinished
-        known = group.from_main(lambda: read_kept(EvalResult, file, ignore) if file and not request.force else None)
+
+        def find(setting: EvalResult) -> EvalResult | None:
+            return group.from_main(lambda: find_kept(setting, file, ignore) if file and not request.force else None)
 
         def keep(part: EvalResult) -> None:
             if group.is_main and file:
                 keep_result(part, file, notify)
 
-        result = evaluate_models(asked, known, keep)
+        result = evaluate_models(asked, find, keep)
         _stop_unless_main_process()
     _save(result, request.output)
     if unfinished:

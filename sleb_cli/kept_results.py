@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from itertools import count
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from sleb_cli.atomic import new_file, to_json
-from sleb_cli.events import Notice, Notify, Warned
+from sleb_cli.events import Notice, Notify, Warned, ignore
 from sleb_cli.plan import CHECKPOINT_PLAN
 from sleb_cli.records import UnreadableRecord
 from sleb_cli.requests import sibling
@@ -22,30 +25,51 @@ def beside_plan(plan: Path, kind: Literal["eval", "bench"]) -> Path:
 
 
 def keep_result(result: R, file: Path, notify: Notify) -> R:
-    """Add a result to those in `file`, and return all of them together.
+    """Add a result to those kept in its setting, and return all of them together: they are in `file` from now on.
 
-    Results that cannot be merged are moved aside: those of another model, setting or version of sleb, and those that
-    cannot be read. If the file cannot be written, the listener is told and the result is still returned.
+    Results in another setting, which includes the model and the versions, move to a file of their own beside it, where
+    `find_kept` finds them. If nothing can be written, the listener is told and the result is still returned.
     """
     if file.name.startswith(("sleb_eval.", "sleb_bench.", f"{Path(CHECKPOINT_PLAN).stem}.")):
         result = result.published()  # a checkpoint may be published
     merged = result
     try:
         with new_file(file) as aside:  # read only now, so that nothing another process adds is lost
-            previous = read_kept(type(result), file, notify)
-            merged = result if previous is None else result.merged_with(previous)
+            current = read_kept(type(result), file, notify)
+            before = find_kept(result, file, ignore)
+            merged = result if before is None else result.merged_with(before)
             aside.write_text(to_json(merged.to_data()), encoding="utf-8")
-            if merged is result and file.is_file():
-                if previous is not None:
-                    notify(Notice(f"{file} holds results for a different model or setting."))
-                moved = file.with_name(f"{file.name}.old")
+            if file.is_file() and (current is None or current.setting != result.setting):
+                moved = _unused(file) if current is None else _beside(file, current)
                 file.replace(moved)
-                notify(Notice(f"Moved the old {file} to {moved.name}."))
+                notify(Notice(f"{file} held results for a different model or setting, which are now in {moved.name}."))
             if isinstance(result, BenchResult) and isinstance(merged, BenchResult):
                 _warn_if_shorter_run(result, merged, file, notify)
+        _beside(file, result).unlink(missing_ok=True)  # its results are in the new file
     except OutputError as error:
         notify(Notice(f"The result is not kept for reports: {error.message}"))
     return merged
+
+
+def find_kept(like: R, file: Path, notify: Notify) -> R | None:
+    """Return what is kept in the setting of this result: in `file`, or beside it if another setting came later."""
+    for place in (file, _beside(file, like)):
+        found = read_kept(type(like), place, notify)
+        if found is not None and found.setting == like.setting:
+            return found
+    return None
+
+
+def _beside(file: Path, result: EvalResult | BenchResult) -> Path:
+    """Return where results in this setting are while `file` holds others: plan.eval.0123456789ab.json."""
+    setting = hashlib.sha256(json.dumps(result.setting).encode()).hexdigest()
+    return sibling(file, f".{setting[:12]}.json")
+
+
+def _unused(file: Path) -> Path:
+    """Return where a file that cannot be read goes: plan.eval.json.old, or else plan.eval.2.json.old and so on."""
+    places = (sibling(file, f"{'' if number == 1 else f'.{number}'}.json.old") for number in count(1))
+    return next(place for place in places if not place.exists())
 
 
 def _warn_if_shorter_run(result: BenchResult, merged: BenchResult, file: Path, notify: Notify) -> None:

@@ -201,6 +201,16 @@ def test_windows_of_another_length_are_measured_anew(evaluate, llama_plan, test_
     assert [one["sequence_length"] for one in larger["texts"]] == [64]
 
 
+def test_results_of_another_data_type_are_found_again(evaluate, llama_plan, test_text, monkeypatch):
+    options = [llama_plan, "--perplexity", test_text, *SHORT, "--max-windows", 2]
+    first, _ = evaluate(*options, "--dtype", "float32")
+    evaluate(*options, "--dtype", "bfloat16")
+    passes = count_passes(monkeypatch)
+    again, said = evaluate(*options, "--dtype", "float32")
+    assert (again["texts"], passes) == (first["texts"], [])
+    assert "Measured before" in said
+
+
 def test_what_was_measured_before_is_not_measured_again(evaluate, llama_plan, test_text, own_task, monkeypatch):
     options = [llama_plan, "--perplexity", test_text, *SHORT, *own_task, "--max-windows", 4]
     first, _ = evaluate(*options, "--remove", 1)

@@ -3,7 +3,8 @@
 import pytest
 
 from measured_plans import make_benchmark, make_evaluation, make_plan
-from sleb_cli.kept_results import beside_plan, keep_result, read_kept
+from sleb_cli.events import ignore
+from sleb_cli.kept_results import beside_plan, find_kept, keep_result, read_kept
 from sleb_cli.results import EvalResult
 
 PLAN = make_plan(6, 3)
@@ -51,13 +52,29 @@ def test_sizes_of_a_task_that_is_scored_otherwise_now_are_not_kept():
     [(evaluation("a"), change) for change in [*OTHER_SETTINGS, {"behavior": "other"}, {"sleb_version": "1"}]]
     + [(benchmark((1, 8)), change) for change in [*OTHER_SETTINGS, {"threads": 1}]],
 )
-def test_results_in_another_setting_are_moved_aside(tmp_path, result, changes):
+def test_results_in_several_settings_are_kept_side_by_side(tmp_path, result, changes):
     file, heard, other = tmp_path / "kept.json", [], result.model_copy(update=changes)
-    keep_result(result, file, heard.append)
-    assert keep_result(other, file, heard.append) == other
-    assert "kept.json holds results for a different model or setting" in heard[0].text
-    assert "kept.json to kept.json.old" in heard[1].text
-    assert read_kept(type(result), tmp_path / "kept.json.old", heard.append) == result
+    third = result.model_copy(update={"device": "another"})
+    for _ in range(2):
+        for each in (result, other, third):
+            keep_result(each, file, heard.append)
+            assert read_kept(type(result), file, heard.append) == each
+            assert find_kept(each, file, heard.append) == each
+    assert len(list(tmp_path.iterdir())) == 3
+    assert all(find_kept(each, file, heard.append) == each for each in (result, other, third))
+    moved = f"{file} held results for a different model or setting, which are now in kept."
+    assert len(heard) == 5
+    assert all(notice.text.startswith(moved) for notice in heard)
+
+
+def test_a_size_is_added_to_the_results_of_its_setting_after_another_setting_came(tmp_path):
+    file = tmp_path / "kept.json"
+    first, more = evaluation("a"), evaluation("a", every=1)
+    other = first.model_copy(update={"dtype": "float16"})
+    for each in (first, other, more):
+        both = keep_result(each, file, ignore)
+    assert both.sizes == more.sizes
+    assert find_kept(other, file, ignore) == other
 
 
 def test_files_that_cannot_be_read_or_written_lose_nothing(tmp_path):
@@ -66,6 +83,10 @@ def test_files_that_cannot_be_read_or_written_lose_nothing(tmp_path):
     keep_result(evaluation(), file, heard.append)
     assert "plan.eval.json: this version of sleb cannot read it (schema_version" in heard[0].text
     assert (tmp_path / "plan.eval.json.old").read_text() == '{"kind": "eval"}'
+    file.write_text("{}")
+    keep_result(evaluation(), file, heard.append)
+    assert (tmp_path / "plan.eval.json.old").read_text() == '{"kind": "eval"}'
+    assert (tmp_path / "plan.eval.2.json.old").read_text() == "{}"
     assert read_kept(EvalResult, file, heard.append) is not None
     assert keep_result(evaluation(), tmp_path / "none" / "plan.eval.json", heard.append) == evaluation()
     assert "not kept for reports" in heard[-1].text

@@ -40,11 +40,13 @@ class Evaluation:
     show_flips: int = 0
 
 
-def evaluate_models(asked: Evaluation, known: EvalResult | None, keep: Callable[[EvalResult], None]) -> EvalResult:
+def evaluate_models(
+    asked: Evaluation, find: Callable[[EvalResult], EvalResult | None], keep: Callable[[EvalResult], None]
+) -> EvalResult:
     """Measure the dense model and each size of the pruned one, on the same data.
 
-    What is `known` in the same setting is not measured again. `keep` is given each text and each task when it is
-    finished.
+    `find` takes an empty result and returns what is known in its setting, which is not measured again. `keep` is given
+    each text and each task when it is finished.
 
     Raises:
         DataError: the data of a task is missing or too small.
@@ -52,8 +54,7 @@ def evaluate_models(asked: Evaluation, known: EvalResult | None, keep: Callable[
     """
     models = asked.models
     whole = _without_parts(models)
-    if known is None or known.setting != whole.setting:
-        known = whole
+    known = find(whole) or whole
     found: dict[str, tuple[Any, ...]] = {"texts": (), "tasks": ()}
     reused = list[str]()
     for part, name, results, run in _work(asked, known):
