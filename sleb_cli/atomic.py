@@ -56,6 +56,9 @@ def require_new_file(path: Path, *, force: bool) -> None:
 
 
 def _require_absent(path: Path, *, replace: bool) -> None:
+    is_stream = path.is_symlink() and path.readlink().is_relative_to("/proc")  # such as /dev/stdout
+    if is_stream or (path.exists() and not (path.is_file() or path.is_dir())):
+        raise OutputError(f"{path} is a device, a pipe or a socket, not a file.", hint="Choose another name with -o.")
     if os.path.lexists(path) and not replace:
         raise OutputError(f"{path} already exists.", hint="Choose another name with -o, or overwrite it with --force.")
 

@@ -66,6 +66,22 @@ def test_a_place_that_cannot_be_written(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_devices_and_pipes_are_never_replaced(tmp_path, force):
+    os.mkfifo(tmp_path / "pipe")
+    links = {"device": Path("/dev/null"), "stdout": Path("/proc/self/fd/1")}
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(target)
+    for name in ("pipe", *links):
+        for write in (require_new_file, lambda path, force: write_text(path, "new")):
+            with pytest.raises(OutputError, match="is a device, a pipe or a socket, not a file") as caught:
+                write(tmp_path / name, force=force)
+            assert "--force" not in caught.value.hint
+    assert stat.S_ISFIFO((tmp_path / "pipe").lstat().st_mode)
+    assert {name: (tmp_path / name).readlink() for name in links} == links
+    assert sorted(os.listdir(tmp_path)) == ["device", "pipe", "stdout"]
+
+
 def test_what_appears_meanwhile_is_not_overwritten_unasked(tmp_path):
     with pytest.raises(OutputError, match="already exists"), new_file(tmp_path / "a", replace=False) as aside:
         aside.write_text("new")
