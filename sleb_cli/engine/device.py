@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
@@ -166,23 +166,6 @@ def free_memory() -> None:
     gc.collect()
     if accelerator := _accelerator():
         torch.get_device_module(accelerator.type).empty_cache()
-
-
-def in_smaller_pieces(run: Callable[[int], T], size: int, reduced: Callable[[int], object] = lambda size: None) -> T:
-    """Call `run` with a size, and with half of it as often as the device is out of memory; return its result.
-
-    `reduced` is told each new size. Size 1 is the smallest; its error is raised.
-    """
-    while True:
-        try:
-            return run(size)
-        except (OutOfMemory, RuntimeError, MemoryError) as error:
-            if size == 1 or not is_out_of_memory(error):
-                raise
-        # Only here is the error gone, and with it the tensors of its frames.
-        size //= 2
-        free_memory()
-        reduced(size)
 
 
 @contextmanager

@@ -8,8 +8,9 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.device import in_smaller_pieces, synchronize
+from sleb_cli.engine.device import synchronize
 from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.events import Notice, Notify
 from sleb_cli.units import format_seconds
 

@@ -86,9 +86,10 @@ class Walk:
             branch: self.states.at[depth][branch] for branch, enters in self.entry_depth.items() if enters == depth
         }
 
-    def ran(self, block: int) -> int:
-        """How many branches went through a block that the walk has just advanced by."""
-        return 0 if block in self.removed else len(self.branches) - (block in self.branches)
+    def share(self, block: int) -> float:
+        """Return the share of the walk that it has just advanced by, through this block."""
+        ran = 0 if block in self.removed else len(self.branches) - (block in self.branches)
+        return ran / max(1, self.block_runs)
 
 
 def walk_together(skippable: SkippableModel, walks: Sequence[Walk]) -> Iterator[int]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from sleb_cli.engine.device import CPU, in_smaller_pieces
+from sleb_cli.engine.device import CPU
 from sleb_cli.engine.forward.fork_check import CHECKED_SEQUENCES, why_not_fork
 from sleb_cli.engine.forward.holding import keep_on_device, to_cpu
 from sleb_cli.engine.forward.memory_budget import (
@@ -22,6 +22,7 @@ from sleb_cli.engine.forward.memory_budget import (
 )
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.events import Notify
 from sleb_cli.units import format_bytes
 from sleb_plugins import MachineError, UnsupportedModelError

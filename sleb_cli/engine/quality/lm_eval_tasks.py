@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from sleb_cli.engine.device import in_smaller_pieces, input_device
+from sleb_cli.engine.device import input_device
+from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality import written_code
 from sleb_cli.engine.text.sources import loading_data

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.device import CPU, in_smaller_pieces
+from sleb_cli.engine.device import CPU
 from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.predictions import Logits, predict, predict_together
 from sleb_cli.engine.forward.prepare import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel, explain_out_of_memory
+from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.process_group import deal
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.quality.token_scores import Scores, divergence_record, joined, score_tokens, window_losses

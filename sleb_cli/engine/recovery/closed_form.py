@@ -23,11 +23,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sleb_cli.engine.device import as_float64, dtype_name, in_smaller_pieces, translate_out_of_memory
+from sleb_cli.engine.device import as_float64, dtype_name, translate_out_of_memory
 from sleb_cli.engine.forward.forecast import announce, block_operations
 from sleb_cli.engine.forward.fork_check import CHECKED_SEQUENCES, why_not_fork
 from sleb_cli.engine.forward.offload import loaded
 from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.depth import States
 from sleb_cli.engine.recovery.least_squares import Gains, Ridge, best_ridge, ridge_bytes

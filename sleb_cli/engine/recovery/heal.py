@@ -13,10 +13,11 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from sleb_cli.engine.device import dtype_name, in_smaller_pieces
+from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files.fingerprint import Watch
 from sleb_cli.engine.forward.forecast import announce, block_operations
 from sleb_cli.engine.forward.loss_scale import BACKOFF, LOWEST, starting_scale
+from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.distillation import distill, learning_rate
 from sleb_cli.engine.recovery.low_rank import LowRank

@@ -22,7 +22,7 @@ QUOTED_TOKENS, QUOTED_CHARACTERS = 16, 40
 @torch.inference_mode()
 def find_bad(passes: Passes) -> list[tuple[int, str]]:
     """Return the rows whose hidden states or losses in the dense model are not all finite, and where that begins."""
-    blocks, batches = range(len(passes.skippable.switches)), range(len(passes.batches))
+    blocks, batches = range(len(passes.skippable.switches)), passes.numbers
 
     def listen(block: int, entering: Tensor, leaving: Tensor) -> Iterable[tuple[str, list[float]]]:
         if block == 0:
@@ -33,7 +33,7 @@ def find_bad(passes: Passes) -> list[tuple[int, str]]:
     for batch, _, losses in passes.score(NegativeLogLikelihood(), (), [(batch, ()) for batch in batches]):
         found[batch]["the head"] = [float(math.isfinite(loss)) for loss in losses]
     bad = []
-    rows = [(batch, row) for batch in batches for row in range(len(passes.batches[batch]))]
+    rows = [(number, row) for number, ids in zip(batches, passes.batches, strict=True) for row in range(len(ids))]
     for number, (batch, row) in enumerate(rows):
         first = next((place for place, finite in found[batch].items() if not finite[row]), None)
         if first:

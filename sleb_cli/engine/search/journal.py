@@ -41,6 +41,9 @@ LONGEST_LINE = 16 << 20
 Name = tuple[tuple[int, ...], int | None, int | None]
 """What was measured: the removed blocks, the candidate, and the batch."""
 
+Measurement = tuple[Name, list[float]]
+"""What was measured, and the score of each sequence."""
+
 
 def journal_of(plan: Path) -> Path:
     """Return the path of the journal of this plan."""
@@ -67,7 +70,7 @@ def delete_journal(path: Path, notify: Notify) -> None:
         notify(Warned(f"{path} is no longer needed, but cannot be deleted: {error.strerror}."))
 
 
-class _Measurement(Record):
+class _Line(Record):
     """A line of the file; a score that was not a finite number is null."""
 
     removed: tuple[int, ...]
@@ -77,7 +80,7 @@ class _Measurement(Record):
 
 
 class Journal:
-    """The one home of a search's scores: those of a candidate on a batch, and losses, by what was measured.
+    """Scores measured so far, by removed blocks, candidate and batch.
 
     The order of removed blocks has no meaning. If a metric scores `whole_models`, neither does which block is the
     candidate: 3 after 5 and 5 after 3 are the same model. Without a path, measurements are only in memory.
@@ -103,12 +106,13 @@ class Journal:
     ) -> None:
         self._path, self._whole_models, self._require_valid = path, whole_models, require_valid
         self._known: dict[Name, list[float]] = {}
+        self._new: list[Measurement] = []
         self._file: BinaryIO | None = None
         self._synced = 0.0
-        group = group or ProcessGroup()
-        if path is not None and group.is_main:
+        self.group = group or ProcessGroup()
+        if path is not None and self.group.is_main:
             self._open(path, {"format": FORMAT} | dict(search), resume=resume)
-        self._known = group.from_main(lambda: self._known)
+        self._known = self.group.from_main(lambda: self._known)
 
     def __len__(self) -> int:
         return len(self._known)
@@ -140,12 +144,17 @@ class Journal:
             OutputError: the file cannot be written.
             SlebError: what `require_valid` raises.
         """
-        self._require_valid()
-        self._known[self._key(removed, block, batch)] = [comparable(score) for score in scores]
-        written = [score if math.isfinite(score) else None for score in scores]
-        self._append({"removed": list(removed), "block": block, "batch": batch, "scores": written})
-        if time.monotonic() - self._synced > SECONDS_BETWEEN_SYNCS:
-            self.sync()
+        self._new.append(((tuple(removed), block, batch), list(scores)))
+        self._record(scores, removed, block, batch)
+
+    def exchange(self) -> list[list[Measurement]]:
+        """Record what the other processes measured since the last exchange; return what each did, in their order."""
+        measured = self.group.gather(self._new)
+        self._new = []
+        for rank, theirs in enumerate(measured):
+            for name, scores in theirs if rank != self.group.rank else ():
+                self._record(scores, *name)
+        return measured
 
     def forget(self) -> None:
         """Drop all measurements, which turned out to be worthless."""
@@ -166,6 +175,14 @@ class Journal:
                 self._file.close()
             if not self._known:
                 delete_journal(self._path, ignore)
+
+    def _record(self, scores: Sequence[float], removed: Sequence[int], block: int | None, batch: int | None) -> None:
+        self._require_valid()
+        self._known[self._key(removed, block, batch)] = [comparable(score) for score in scores]
+        written = [score if math.isfinite(score) else None for score in scores]
+        self._append({"removed": list(removed), "block": block, "batch": batch, "scores": written})
+        if time.monotonic() - self._synced > SECONDS_BETWEEN_SYNCS:
+            self.sync()
 
     def _key(self, removed: Sequence[int], block: int | None, batch: int | None) -> Name:
         gone = sorted(removed)
@@ -215,7 +232,7 @@ class Journal:
             whole = len(line)
             while (content := _content(line := file.readline(LONGEST_LINE))) is not None:
                 try:
-                    found = _Measurement.model_validate_json(content)
+                    found = _Line.model_validate_json(content)
                 except ValidationError:
                     break
                 scores = [math.inf if score is None else score for score in found.scores]

@@ -260,7 +260,7 @@ def _announce(settings: SearchSettings, scoring: Scoring) -> None:
         tokens * blocks * block_operations(scoring.skippable),
         scoring.skippable,
         ids,
-        processes=scoring.group.size,
+        processes=scoring.journal.group.size,
     )
 
 
@@ -366,7 +366,6 @@ def _scoring(
         inputs.notify,
         fast=settings.fast,
         held_out=held_out,
-        group=inputs.group,
         require_sound=require_sound,
     )
 

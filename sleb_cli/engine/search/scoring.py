@@ -1,13 +1,13 @@
 """Score the removal of each candidate block, for each of the four kinds of metric.
 
-What the journal does not have is measured. Processes share that work, and after each turn all of them have all
-measurements in their journals, so they decide alike.
+What the journal does not have is measured. Processes share that work, and exchange their measurements after each turn,
+so they decide alike.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from statistics import fmean
@@ -20,9 +20,9 @@ from sleb_cli.engine.device import as_float64
 from sleb_cli.engine.forward.logits import require_shape
 from sleb_cli.engine.forward.passes import Job, Listener, Passes
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.process_group import ProcessGroup, Turn, deal
+from sleb_cli.engine.process_group import Turn, deal
 from sleb_cli.engine.search.choices import Outcome, ranking
-from sleb_cli.engine.search.journal import Journal, Name
+from sleb_cli.engine.search.journal import Journal, Measurement, Name
 from sleb_cli.engine.search.race import Race, rounds
 from sleb_cli.engine.search.shares import at_once, deal_jobs
 from sleb_cli.events import SCORING_TASK, Advance, Notice, Notify, no_progress, task
@@ -31,9 +31,6 @@ from sleb_plugins import HiddenStateMetric, LogitMetric, Metric, ModelMetric, Pl
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 T = TypeVar("T")
-
-Scores = tuple[Name, list[float]]
-"""What was measured, and the score of each sequence."""
 
 
 def engine_of(metric: Metric, passes: Passes) -> Engine:
@@ -55,7 +52,6 @@ class Scoring:
         notify: the listener for events.
         fast: whether candidates race.
         held_out: passes over sequences that the search never scores.
-        group: the processes that share the work.
         require_sound: raises an error if the dense model itself computes numbers that are not finite.
     """
 
@@ -66,7 +62,6 @@ class Scoring:
     notify: Notify
     fast: bool = False
     held_out: Passes | None = None
-    group: ProcessGroup = field(default_factory=ProcessGroup)
     require_sound: Callable[[], None] = lambda: None
     _of_weights: dict[int, float] = field(default_factory=dict, init=False)
     _races: dict[tuple[int, ...], Race] = field(default_factory=dict, init=False)
@@ -85,60 +80,46 @@ class Scoring:
     def losses(self, removed: Sequence[int], *, held_out: bool = False, advance: Advance = no_progress) -> list[float]:
         """Return the negative log-likelihood of each sequence without these blocks, in nats per token.
 
-        If the metric is that, the scores of the last removed block are taken. In the journal, the batches of held-out
-        sequences follow the calibration batches.
+        If the metric is that, the scores of the last removed block are taken.
         """
         removed = tuple(removed)
         if removed and self.metric.name == "nll" and not held_out:
             scores = self.journal.scores(removed[:-1], removed[-1], self._batches)
             if len(scores) == self.sequences:
                 return scores
-        passes, first = self.passes, 0
-        if held_out:
-            assert self.held_out is not None
-            passes, first = self.held_out, len(self.passes.batches)
-        batches = range(first, first + len(passes.batches))
-        self._score_tokens(passes, NegativeLogLikelihood(), removed, (), batches, advance, first)
-        return self.journal.scores(removed, None, batches)
+        passes = self.held_out if held_out else self.passes
+        assert passes is not None
+        self._score_tokens(passes, NegativeLogLikelihood(), removed, (), passes.numbers, advance)
+        return self.journal.scores(removed, None, passes.numbers)
 
-    def _measure(
-        self,
-        wanted: Sequence[Name],
-        share_out: Callable[[list[Name]], Iterable[Turn[T]]],
-        measure: Callable[[Sequence[T]], Iterable[Scores]],
-        advance: Advance,
-        *,
-        tells_own: bool = False,
-    ) -> None:
-        """Measure what is wanted and not in the journal; afterwards the journals of all processes have it.
+    def _missing(self, wanted: Iterable[Name], advance: Advance) -> list[Name]:
+        """Return what the journal does not have; what it has counts as done."""
+        known = {name: self.journal.find(*name) for name in wanted}
+        advance(sum(self._evaluations((name, scores)) for name, scores in known.items() if scores))
+        return [name for name, scores in known.items() if not scores]
 
-        `share_out` divides what is missing among the processes, in turns; `measure` takes the share of one, and if it
-        `tells_own`, it advances by that itself.
-        """
-        missing = [name for name in wanted if self.journal.find(*name) is None]
-        advance(sum(map(self._evaluations, wanted)) - sum(map(self._evaluations, missing)))
-        turns = share_out(missing)
+    def _own(self, turns: Iterable[Turn[T]]) -> list[list[T]]:
+        """Return this process's share of each turn; of streamed blocks in a single turn, to read the weights once."""
         if not self.skippable.weights.resident:
-            turns = at_once(turns)  # each process reads the weights once for all that it measures
-        fresh = set(missing)
-        for turn in turns:
-            for rank, (name, scores) in self.group.in_turn(measure(turn[self.group.rank])):
-                self.journal.add(scores, *name)
-                if name in fresh and not (tells_own and rank == self.group.rank):
-                    advance(self._evaluations(name))
+            turns = at_once(turns)
+        return [turn[self.journal.group.rank] for turn in turns]
 
-    def _evaluations(self, name: Name) -> int:
-        """Return on how many sequences a candidate is evaluated for this measurement."""
-        batch = name[2]
-        if batch is None:
-            return self.sequences
-        of_all = [*self.passes.batches, *(self.held_out.batches if self.held_out else ())]
-        return len(of_all[batch])
+    def _exchange(self, missing: Sequence[Name], advance: Advance, *, own: bool = True) -> None:
+        """End a turn: all processes record what each measured. Advance by it, by the process's `own` as well."""
+        wanted = set(missing)
+        for rank, measured in enumerate(self.journal.exchange()):
+            if own or rank != self.journal.group.rank:
+                advance(sum(self._evaluations(each) for each in measured if each[0] in wanted))
+
+    def _evaluations(self, measurement: Measurement) -> int:
+        """Return on how many sequences a candidate was evaluated for this."""
+        (_, _, batch), scores = measurement
+        return self.sequences if batch is None else len(scores)
 
     @property
     def _batches(self) -> Sequence[int | None]:
         """The batches by which the journal has the scores of a candidate."""
-        return [None] if isinstance(self.metric, ModelMetric) else range(len(self.passes.batches))
+        return [None] if isinstance(self.metric, ModelMetric) else self.passes.numbers
 
     def _means(self, removed: Sequence[int], blocks: Sequence[int]) -> dict[int, float]:
         """Return the mean scores so far, of the candidates that have any."""
@@ -219,33 +200,25 @@ class Scoring:
         candidates: Sequence[int],
         batches: Iterable[int | None],
         advance: Advance,
-        first: int = 0,
     ) -> None:
-        """Score the model without each candidate, or without candidates, as it stands.
-
-        `first` is the number in the journal of the first batch of `passes`.
-        """
-        depth = len(self.skippable.switches) + self.skippable.head_blocks
-
-        def share_out(missing: list[Name]) -> Iterator[Turn[Job]]:
-            jobs: list[Job] = [
-                (batch - first, [block for _, block, _ in names if block is not None])
-                for batch, names in groupby(missing, key=lambda name: name[2] or 0)
-            ]
-            # About how many blocks a candidate runs, of those it shares with others only what the last one did not.
-            return deal_jobs(jobs, self.group.size, lambda block: depth - block if passes.forks else 1.0)
-
-        def measure(mine: Sequence[Job]) -> Iterator[Scores]:
+        """Score the model without each candidate, or without candidates, as it stands."""
+        size, depth = self.journal.group.size, len(self.skippable.switches) + self.skippable.head_blocks
+        blocks: Sequence[int | None] = candidates or [None]
+        missing = self._missing([(removed, block, batch) for batch in batches for block in blocks], advance)
+        jobs: list[Job] = [
+            (batch, [block for _, block, _ in names if block is not None])
+            for batch, names in groupby(missing, key=lambda name: name[2] or 0)
+        ]
+        # About how many blocks a candidate runs, of those it shares with others only what the last one did not.
+        turns = deal_jobs(jobs, size, lambda block: depth - block if passes.forks else 1.0)
+        for mine in self._own(turns):
             # The next step probably starts at one of the best so far, or else of those in the step before.
             best = ranking(self._means(removed, candidates) or self._means(removed[:-1], candidates))
             for batch, block, scores in passes.score(metric, removed, mine, best, advance):
-                yield (removed, block if candidates else None, first + batch), scores
+                self.journal.add(scores, removed, block if candidates else None, batch)
                 if candidates and block == candidates[-1]:
                     advance(0, self._leader(removed, candidates))
-
-        blocks: Sequence[int | None] = candidates or [None]
-        wanted = [(removed, block, batch) for batch in batches for block in blocks]
-        self._measure(wanted, share_out, measure, advance, tells_own=True)
+            self._exchange(missing, advance, own=False)
 
     def _leader(self, removed: Sequence[int], candidates: Sequence[int]) -> str:
         means = self._means(removed, candidates)
@@ -278,19 +251,14 @@ class Scoring:
 
             return listen
 
-        def share_out(missing: list[Name]) -> Iterator[Turn[int]]:
-            batches = dict.fromkeys(batch for _, _, batch in missing if batch is not None)
-            return deal([*batches], self.group.size)
-
-        def measure(mine: Sequence[int]) -> Iterator[Scores]:
-            watched = self.passes.score_states(mine, removed, blocks, start)
-            for batch, scores in watched.items():
-                for (first, last), found in scores.items():
-                    yield ((*removed, *range(first, last)), last, batch), found
-
         gone = {span[-1]: (*removed, *span[:-1]) for span in spans}
-        wanted = [(gone[last], last, batch) for batch in self._batches for last in gone]
-        self._measure(wanted, share_out, measure, advance)
+        missing = self._missing([(gone[last], last, batch) for batch in self._batches for last in gone], advance)
+        batches = list(dict.fromkeys(batch for _, _, batch in missing if batch is not None))
+        for mine in self._own(deal(batches, self.journal.group.size)):
+            for batch, scores in self.passes.score_states(mine, removed, blocks, start).items():
+                for (first, last), found in scores.items():
+                    self.journal.add(found, (*removed, *range(first, last)), last, batch)
+            self._exchange(missing, advance)
         return Outcome({last: self._means(gone[last], [last])[last] for last in gone})
 
     def _score_weights(self, metric: WeightMetric, candidates: Sequence[int], advance: Advance) -> Mapping[int, float]:
@@ -304,7 +272,7 @@ class Scoring:
                 advance(self.sequences)
             return scores
 
-        return self.group.from_main(compute)
+        return self.journal.group.from_main(compute)
 
     @torch.inference_mode()
     def _score_models(
@@ -313,15 +281,13 @@ class Scoring:
         """Score the model once for each candidate, with it skipped."""
         sequences = torch.cat(tuple(self.passes.batches))
 
-        def measure(mine: Sequence[Name]) -> Iterator[Scores]:
-            for gone, block, batch in mine:
-                assert block is not None
-                self.skippable.skip({*gone, block})
+        missing = self._missing([(removed, block, None) for block in candidates], advance)
+        for mine in self._own(deal([block for _, block, _ in missing if block is not None], self.journal.group.size)):
+            for block in mine:
+                self.skippable.skip({*removed, block})
                 score = metric.score_model(self.skippable.model, self.tokenizer, sequences)
-                yield (gone, block, batch), [_require_number(metric.name, score)]
-
-        wanted = [(removed, block, None) for block in candidates]
-        self._measure(wanted, lambda missing: deal(missing, self.group.size), measure, advance)
+                self.journal.add([_require_number(metric.name, score)], removed, block)
+            self._exchange(missing, advance)
         return Outcome(self._means(removed, candidates))
 
 

@@ -14,8 +14,9 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
-from sleb_cli.engine.device import as_float64, in_smaller_pieces, input_device
+from sleb_cli.engine.device import as_float64, input_device
 from sleb_cli.engine.files.cache import cached_file, write_cached
+from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.model.generation import continue_each, generate
 from sleb_cli.engine.third_party import pass_errors_through
 from sleb_cli.events import Advance, Notice, Notify, task

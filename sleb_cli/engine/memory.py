@@ -1,0 +1,61 @@
+"""What to do when memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from sleb_cli.engine.device import free_memory
+from sleb_plugins.errors import is_out_of_memory
+
+T = TypeVar("T")
+S = TypeVar("S")
+
+
+class SmallerPieces(Generic[S]):
+    """Repeat work in smaller pieces for as long as it runs out of memory.
+
+        for size in (pieces := SmallerPieces(8, half)):
+            with pieces:
+                work(size)
+
+    `smaller` returns the next size, or None after the smallest, whose error is raised; `told` is called with each new
+    size, before the work is repeated.
+    """
+
+    def __init__(
+        self, size: S, smaller: Callable[[S], S | None], told: Callable[[S], object] = lambda size: None
+    ) -> None:
+        self._size, self._smaller, self._told = size, smaller, told
+        self._failed = False
+
+    def __iter__(self) -> Iterator[S]:
+        yield self._size
+        while self._failed:
+            self._failed = False
+            self._told(self._size)
+            free_memory()  # only here is the error gone, and with it the tensors of its frames
+            yield self._size
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        smaller = self._smaller(self._size) if error is not None and is_out_of_memory(error) else None
+        if smaller is not None:
+            self._size, self._failed = smaller, True
+        return self._failed
+
+
+def half(size: int) -> int | None:
+    """Return half of a size, or None for 1, the smallest."""
+    return size // 2 or None
+
+
+def in_smaller_pieces(run: Callable[[int], T], size: int, told: Callable[[int], object] = lambda size: None) -> T:
+    """Return what `run` returns for this size, or half of it as often as memory runs out."""
+    found: list[T] = []
+    for pieces in (halving := SmallerPieces(size, half, told)):
+        with halving:
+            found.append(run(pieces))
+    return found[0]
