@@ -111,7 +111,7 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
     from sleb_cli.engine.output.apply_gguf import prune_gguf
     from sleb_cli.engine.process_group import join_processes
 
-    if not (request.recover or request.heal):
+    if not request.recoveries:
         _stop_unless_main_process()
     with join_processes() as group:
         registry = load_registry(notify)
@@ -120,15 +120,17 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
             return prune_gguf(subject, output, registry, notify)
         if recovery is None:
             return apply_removals(subject, output, notify)
+        from sleb_cli.engine.recovery.run import recover  # which imports datasets
+
         if not group.is_main:
-            recovery.run()
+            recover(recovery, group, notify)
             raise WorkerFinished
         # The place is claimed before hours of recovery, so that nobody else writes or heals there.
         with (
             recovery.state.explain_resume_on_failure(notify),
             writing_to(subject, output, recovery.kept_bytes) as aside,
         ):
-            result = write_checkpoint(subject, aside, output, notify, recovery.run())
+            result = write_checkpoint(subject, aside, output, notify, recover(recovery, group, notify))
         recovery.state.delete()
         return result
 

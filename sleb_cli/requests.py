@@ -71,6 +71,9 @@ AUTO = "auto"
 TRANSFORMERS = "transformers"
 """The engine that is built in."""
 
+RECOVERIES = ("recover", "heal")
+"""The options that ask for a stage of a recovery, in the order of the stages."""
+
 _TARGET = "How far to go (choose one)"
 _SCORING = "How blocks are chosen"
 _CALIBRATION = "Calibration text"
@@ -386,6 +389,11 @@ class ApplyRequest(OneSizeRequest):
         "Write this folder, or this file if it ends in .gguf.", _OUTPUT, default="named after the model"
     )
     force: bool = _force()
+
+    @property
+    def recoveries(self) -> tuple[str, ...]:
+        """The stages of the recovery that it asks for."""
+        return tuple(name for name in RECOVERIES if getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)

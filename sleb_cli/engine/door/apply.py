@@ -26,17 +26,17 @@ from sleb_cli.engine.text.sources import is_written
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import Plan
 from sleb_cli.plugin_manager import Registry
-from sleb_cli.requests import DEFAULT_PLAN, DEFAULT_SHARD_SIZE, ApplyRequest
+from sleb_cli.requests import DEFAULT_PLAN, DEFAULT_SHARD_SIZE, RECOVERIES, ApplyRequest
 from sleb_cli.units import parse_bytes
 from sleb_plugins import DataError, OutputError, UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
-    from sleb_cli.engine.recovery.run import Recovery
+    from sleb_cli.engine.recovery.stage import RecoverySettings
 
 
 def resolve_apply(
     request: ApplyRequest, registry: Registry, notify: Notify, group: ProcessGroup
-) -> tuple[Subject | GgufSurgery, Output, Recovery | None]:
+) -> tuple[Subject | GgufSurgery, Output, RecoverySettings | None]:
     """Check and complete a request.
 
     Returns:
@@ -74,11 +74,11 @@ def resolve_apply(
     require_new_folder(output.place, architecture.source, force=output.replace)
     if request.scripts and group.is_main:
         _say_what_is_lost(request, subject, notify)
-    if not (request.recover or request.heal):
+    if not request.recoveries:
         return subject, output, None
     if not subject.surgery.removals:
         raise UsageError(
-            f"{first_given(request, ('recover', 'heal'))} refits the blocks around a gap, but no block is removed.",
+            f"{first_given(request, RECOVERIES)} refits the blocks around a gap, but no block is removed.",
             hint="Name a plan, or use --blocks 5,4,9.",
         )
     from sleb_cli.engine.door.recovery import resolve_recovery  # which imports datasets
@@ -133,9 +133,9 @@ def _output(request: ApplyRequest, default: Path, subject: Subject | None = None
 
 _NEEDS = {
     ("heal_minutes", "heal_tokens"): ("heal",),
-    ("calibration",): ("recover", "heal", "scripts"),
-    ("samples", "sequence_length", "seed", "chat"): ("recover", "heal", "calibration"),
-    ("device",): ("recover", "heal"),
+    ("calibration",): (*RECOVERIES, "scripts"),
+    ("samples", "sequence_length", "seed", "chat"): (*RECOVERIES, "calibration"),
+    ("device",): RECOVERIES,
 }
 """Options that do nothing without one of others."""
 
@@ -179,7 +179,7 @@ def _gguf_to_cut(request: ApplyRequest, own: Path | None) -> Path | None:
         UsageError: the output, the source and the other options contradict each other.
     """
     output, source = request.output, request.source
-    recovery = first_given(request, ("recover", "heal"))
+    recovery = first_given(request, RECOVERIES)
     for_checkpoints = first_given(request, ("device_map", "stream", "dtype", "max_shard_size"))
     named_file = output is not None and output.suffix == ".gguf"
     if source is None and not named_file:

@@ -17,7 +17,7 @@ from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.closed_form import fitted_numbers, fitting_bytes
 from sleb_cli.engine.recovery.heal import HealBudget
 from sleb_cli.engine.recovery.low_rank import trained_numbers
-from sleb_cli.engine.recovery.run import Recovery
+from sleb_cli.engine.recovery.stage import RecoverySettings
 from sleb_cli.engine.recovery.unfinished import Unfinished
 from sleb_cli.engine.surgery.loading import has_tokenizer, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
@@ -59,7 +59,7 @@ KEPT_BYTES = 16
 
 def resolve_recovery(
     subject: Subject, request: ApplyRequest, output: Output, group: ProcessGroup, notify: Notify
-) -> Recovery:
+) -> RecoverySettings:
     """Decide how to recover a model into a checkpoint.
 
     Raises:
@@ -126,9 +126,7 @@ def resolve_recovery(
     to_keep = sum(fitted_numbers(block, width) for block in fitted) * stored.itemsize
     to_keep += _trained(kept) * KEPT_BYTES if request.heal else 0
     kept_bytes = max(0, to_keep - state.size)
-    return Recovery(
-        subject, request.recover, budget, placement, stored, on_host, splits, state, kept_bytes, group, notify
-    )
+    return RecoverySettings(subject, request.recover, budget, placement, stored, on_host, splits, state, kept_bytes)
 
 
 def _trained(kept: Sequence[nn.Module]) -> int:

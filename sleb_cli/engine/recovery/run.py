@@ -21,6 +21,7 @@ from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
 from sleb_cli.engine.recovery.file_tensors import block_number, file_tensors
 from sleb_cli.engine.recovery.heal import LEARNING_RATE, HealBudget, Healing
 from sleb_cli.engine.recovery.low_rank import RANK, rank_of
+from sleb_cli.engine.recovery.stage import RecoverySettings
 from sleb_cli.engine.recovery.unfinished import Unfinished, fit_file, fits_in, read_saved, short_hash, write_saved
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_cli.engine.surgery.loading import load_pruned, load_tokenizer
@@ -56,24 +57,20 @@ class Recovered:
     record: RecoveryRecord
 
 
-@dataclass
-class Recovery:
-    """A recovery that is decided.
+def recover(settings: RecoverySettings, group: ProcessGroup, notify: Notify) -> Recovered:
+    """Return new values with which the pruned model comes closer to the dense one.
 
-    Attributes:
-        subject: the model and the removed blocks.
-        closed_form: whether its blocks are refitted.
-        budget: when to stop healing; None heals nothing.
-        placement: where the dense model is, and in which data type it computes.
-        stored: the data type to which values are rounded.
-        on_host: whether hidden states wait in the memory of the CPU, because the device has too little.
-        splits: the texts for training, validation and test.
-        state: where what is found is kept until the output is written.
-        kept_bytes: how many bytes that may still take.
-        group: the processes that recover together.
-        notify: the listener for events.
+    Raises:
+        UnsupportedModelError: the files cannot take new values.
+        MachineError: the model does not fit into memory.
+        DataError: the text is too short.
+        PlanError: what an interrupted run saved is broken.
     """
+    return _Recovery(**vars(settings), group=group, notify=notify).run()
 
+
+@dataclass
+class _Recovery:
     subject: Subject
     closed_form: bool
     budget: HealBudget | None
@@ -87,14 +84,6 @@ class Recovery:
     notify: Notify
 
     def run(self) -> Recovered:
-        """Return new values with which the pruned model comes closer to the dense one.
-
-        Raises:
-            UnsupportedModelError: the files cannot take new values.
-            MachineError: the model does not fit into memory.
-            DataError: the text is too short.
-            PlanError: what an interrupted run saved is broken.
-        """
         self.architecture, self.surgery = self.subject.architecture, self.subject.surgery
         self.removed, self.tokenizer = self.surgery.removed, load_tokenizer(self.architecture.source)
         values: dict[str, Tensor] = {}
