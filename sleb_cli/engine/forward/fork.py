@@ -29,8 +29,8 @@ from sleb_cli.engine.forward.states import BASE, States
 class Walk:
     """One batch on its way through the blocks: the base branch, and the candidates' branches that forked off from it.
 
-    Call `advance` for each block from `start` on, in order (`walk_together` does). Without candidates, the base goes
-    through all blocks that have a call.
+    Call `advance` for each block from `start` on, in order (`walk_together` does). Without candidates, or with BASE
+    alone, the base goes through all blocks that have a call.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class Walk:
         self.skippable, self.calls, self.states, self.removed = skippable, calls, states, removed
         self.keep, self.store = keep, store
         self.branches: dict[int, Tensor] = {}
+        candidates = [block for block in candidates if block != BASE]
         known = {branch: states.deepest(branch, len(calls)) for branch in candidates}
         self.forks = [branch for branch, depth in known.items() if depth is None]
         self.entry_depth = {branch: depth for branch, depth in known.items() if depth is not None}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
@@ -17,7 +16,7 @@ from sleb_cli.engine.forward.holding import SharedInputs, Store, keep_on_device
 from sleb_cli.engine.forward.logits import score_logits
 from sleb_cli.engine.forward.memory_budget import MemoryBudget
 from sleb_cli.engine.forward.predictions import Predictions
-from sleb_cli.engine.forward.skipping import SkippableModel, explain_out_of_memory
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.states import BASE, States, depths_to_keep
 from sleb_cli.engine.memory import SmallerPieces
 from sleb_cli.events import Advance, Notice, Notify, no_progress
@@ -55,6 +54,26 @@ class _MicroBatch:
     loss_mask: Tensor | None
     states: States = field(default_factory=States)
     dense: Tensor | None = None
+
+
+_Wanted = Mapping[int, Sequence[int]]
+"""The candidates to score on each batch; BASE alone stands for none."""
+
+_Chunk = Mapping[_MicroBatch, Sequence[int]]
+"""The candidates that share the walk of each micro-batch."""
+
+_Scored = tuple[_MicroBatch, int, list[float]]
+"""The scores of a candidate on a micro-batch."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Which metric is scored without which blocks, the best candidates so far, and how progress is told."""
+
+    metric: LogitMetric
+    removed: Sequence[int]
+    ranking: Sequence[int]
+    advance: Advance
 
 
 @dataclass
@@ -115,94 +134,68 @@ class Passes:
             OutOfMemory: the pieces are as small as they can be.
         """
         self._drop_outdated(tuple(removed))
-        run = self._run_walks if self.forks else self._run_whole
+        run, step = self._run_walks if self.forks else self._run_whole, _Step(metric, removed, ranking, advance)
         left = {batch: list(candidates) or [BASE] for batch, candidates in jobs}
         for _ in (pieces := self._smaller_pieces()):
             wanted = {batch: tuple(blocks) for batch, blocks in left.items() if blocks}
             found: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
-            with pieces, self._explain_out_of_memory():
-                for part, block, scores in run(metric, removed, wanted, ranking, advance):
+            with pieces:
+                for part, block, scores in run(step, wanted):
                     found[part.batch, block] += scores
                     if part.is_last:
                         left[part.batch].remove(block)
                         yield part.batch, block, found[part.batch, block]
 
-    def _run_walks(
-        self,
-        metric: LogitMetric,
-        removed: Sequence[int],
-        wanted: Mapping[int, Sequence[int]],
-        ranking: Sequence[int],
-        advance: Advance,
-    ) -> Iterator[tuple[_MicroBatch, int, list[float]]]:
+    def _run_walks(self, step: _Step, wanted: _Wanted) -> Iterator[_Scored]:
         """Score micro-batches without each of their candidates, in walks of as many as fit into memory."""
         for together in self._together(wanted):
             for chunk in self._chunks(together, wanted):
-                walks, dense = self._start_walks(metric, removed, chunk, ranking)
+                walks, dense = self._start_walks(step, chunk)
                 for block in walk_together(self.skippable, [*walks.values(), *dense.values()]):
                     for part in walks:
-                        advance(walks[part].share(block) * len(chunk[part]) * len(part.ids))
+                        step.advance(walks[part].share(block) * len(chunk[part]) * len(part.ids))
                 for part in dense:
                     part.dense = dense[part].branches.pop(BASE)
                 for part in walks:
                     for block in chunk[part]:
-                        scores = self._score_final(metric, part, walks[part].branches.pop(block))
+                        scores = self._score_final(step.metric, part, walks[part].branches.pop(block))
                         if not walks[part].block_runs:
-                            advance(len(part.ids))
+                            step.advance(len(part.ids))
                         yield part, block, scores
                 del walks, dense  # before the next ones are made
             for part in together:
-                self._forget(part, self._depths(part, wanted[part.batch], ranking))
+                self._forget(part, self._depths(step, part, wanted[part.batch]))
 
-    def _chunks(
-        self, parts: Sequence[_MicroBatch], wanted: Mapping[int, Sequence[int]]
-    ) -> list[dict[_MicroBatch, Sequence[int]]]:
+    def _chunks(self, parts: Sequence[_MicroBatch], wanted: _Wanted) -> list[_Chunk]:
         """Divide the candidates of parts that walk together into as many as fit into memory."""
         most, longest = self.budget.branches, max(len(wanted[part.batch]) for part in parts)
-        return [
-            {part: blocks for part in parts if (blocks := wanted[part.batch][first : first + most])}
-            for first in range(0, longest, most)
-        ]
+        starts = range(0, longest, most)
+        return [{part: some for part in parts if (some := wanted[part.batch][at : at + most])} for at in starts]
 
-    def _start_walks(
-        self,
-        metric: LogitMetric,
-        removed: Sequence[int],
-        chunk: Mapping[_MicroBatch, Sequence[int]],
-        ranking: Sequence[int],
-    ) -> tuple[dict[_MicroBatch, Walk], dict[_MicroBatch, Walk]]:
+    def _start_walks(self, step: _Step, chunk: _Chunk) -> tuple[dict[_MicroBatch, Walk], dict[_MicroBatch, Walk]]:
         """Return walks of these candidates, and of the dense model where its states are needed and unknown."""
         shared = SharedInputs(self.skippable, self.store)
         walks: dict[_MicroBatch, Walk] = {}
         dense: dict[_MicroBatch, Walk] = {}
         for part, blocks in chunk.items():
-            calls = shared.calls(part.ids)
-            walks[part] = Walk(
-                self.skippable,
-                calls,
-                part.states,
-                removed,
-                [block for block in blocks if block != BASE],
-                keep=self._depths(part, blocks, ranking),
-                store=self.store,
-            )
-            if metric.needs_dense_logits and part.dense is None:
-                dense[part] = Walk(self.skippable, calls, States(), (), (), store=self.store)
+            start = partial(Walk, self.skippable, shared.calls(part.ids), store=self.store)
+            walks[part] = start(part.states, step.removed, blocks, keep=self._depths(step, part, blocks))
+            if step.metric.needs_dense_logits and part.dense is None:
+                dense[part] = start(States(), (), ())
         return walks, dense
+
+    def _depths(self, step: _Step, part: _MicroBatch, blocks: Sequence[int]) -> dict[int, int]:
+        return depths_to_keep(step.ranking, blocks, self._kept(part), KEPT_DEPTHS)
+
+    def _kept(self, part: _MicroBatch) -> int:
+        """Return how many branches are kept from step to step, besides the dense model's."""
+        return self.budget.kept - (part.dense is not None)
 
     def _forget(self, part: _MicroBatch, depths: Mapping[int, int]) -> None:
         """Forget the states that the next step does not need, or has no memory for."""
         part.states.shrink(self._kept(part), [*depths])
         if not self.budget.kept:
             part.dense = None
-
-    def _kept(self, part: _MicroBatch) -> int:
-        """Return how many branches are kept from step to step, besides the dense model's."""
-        return self.budget.kept - (part.dense is not None)
-
-    def _depths(self, part: _MicroBatch, blocks: Sequence[int], ranking: Sequence[int]) -> dict[int, int]:
-        candidates = [block for block in blocks if block != BASE]
-        return depths_to_keep(ranking, candidates, self._kept(part), KEPT_DEPTHS)
 
     def _score_final(self, metric: LogitMetric, part: _MicroBatch, hidden: Tensor) -> list[float]:
         """Return each sequence's score from what leaves the last block."""
@@ -213,21 +206,14 @@ class Passes:
         )
         return scores.tolist()
 
-    def _run_whole(
-        self,
-        metric: LogitMetric,
-        removed: Sequence[int],
-        wanted: Mapping[int, Sequence[int]],
-        ranking: Sequence[int],
-        advance: Advance,
-    ) -> Iterator[tuple[_MicroBatch, int, list[float]]]:
+    def _run_whole(self, step: _Step, wanted: _Wanted) -> Iterator[_Scored]:
         """Score micro-batches without each of their candidates, by passes of the whole model."""
         for part in (part for batch in wanted for part in self._parts_of(batch)):
-            dense = self.skippable.logits(part.ids, ()) if metric.needs_dense_logits else None
+            dense = self.skippable.logits(part.ids, ()) if step.metric.needs_dense_logits else None
             for block in wanted[part.batch]:
-                logits = self.skippable.logits(part.ids, {*removed, block})
-                scores = score_logits(metric, logits, part.ids, dense, loss_mask=part.loss_mask)
-                advance(len(part.ids))
+                logits = self.skippable.logits(part.ids, {*step.removed, block})
+                scores = score_logits(step.metric, logits, part.ids, dense, loss_mask=part.loss_mask)
+                step.advance(len(part.ids))
                 yield part, block, scores.tolist()
 
     def score_states(
@@ -249,7 +235,7 @@ class Passes:
         found: dict[int, dict[K, list[float]]] = {}
         for _ in (pieces := self._smaller_pieces()):
             scores: defaultdict[int, defaultdict[K, list[float]]] = defaultdict(lambda: defaultdict(list))
-            with pieces, self._explain_out_of_memory():
+            with pieces:
                 for together in self._together(batch for batch in batches if batch not in found):
                     for part, key, each in self._run_as_it_stands(together, removed, candidates, start):
                         scores[part.batch][key] += each
@@ -275,8 +261,8 @@ class Passes:
             for part in parts:
                 self.skippable.run_with_hook(part.ids, removed, partial(listen, part))
             return found
-        near = self.skippable.device if self.skippable.weights.resident else None
-        store = self.store if near is None else lambda hidden: hidden.to(near)
+        device = self.skippable.device
+        store = (lambda hidden: hidden.to(device)) if self.skippable.weights.resident else self.store
         shared = SharedInputs(self.skippable, self.store)
         calls = [shared.calls(part.ids)[: candidates[-1] + 1] for part in parts]
         walks = [Walk(self.skippable, each, States(), removed, (), store=store) for each in calls]
@@ -301,9 +287,6 @@ class Passes:
             )
 
         return SmallerPieces(self.budget, MemoryBudget.halved, reduce)
-
-    def _explain_out_of_memory(self) -> AbstractContextManager[None]:
-        return explain_out_of_memory(self.batches[0][: self.budget.sequences].shape, self.skippable.device)
 
     def _together(self, batches: Iterable[int]) -> list[list[_MicroBatch]]:
         """Return the parts of these batches that walk together: all if blocks are streamed, or else each on its own."""
