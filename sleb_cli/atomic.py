@@ -16,7 +16,7 @@ from sleb_cli.units import format_bytes
 from sleb_plugins.errors import OutputError
 
 SUFFIX = ".partial"
-"""How the names of hidden folders for unfinished work end."""
+"""How the names of hidden files and folders for unfinished work end."""
 PATIENCE = 5.0
 """How many seconds to wait for another process that writes the same file or folder."""
 
@@ -46,13 +46,15 @@ def require_new_file(path: Path, *, force: bool) -> None:
     """Check, before hours of work, that `path` can be written and overwrites nothing unless `force` is set.
 
     Raises:
-        OutputError: it exists, cannot be written, or another process is writing it.
+        OutputError: it exists, or cannot be written.
     """
     with writing(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        with held(path):
-            _require_absent(path, replace=force)
+        _require_absent(path, replace=force)
+        aside = _beside(_named(path))
+        aside.touch()
+        aside.unlink()
 
 
 def _require_absent(path: Path, *, replace: bool) -> None:
@@ -83,18 +85,38 @@ def require_space(path: Path, needed: int) -> None:
         )
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, replace: bool = True) -> None:
     """Write `text` aside, flush it to the disk, and rename it to `path`."""
-    with new_file(path) as aside:
+    with new_file(path, replace=replace) as aside:
         aside.write_text(text, encoding="utf-8", newline="\n")
 
 
 @contextmanager
 def new_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
-    """Yield a path of the same name in a hidden folder; the file written there becomes `path` at the end.
+    """Yield a hidden path beside `path`; the file written there becomes `path` at the end; of two, the last one does.
 
     Raises:
-        OutputError: it cannot be written, exists (without `replace`), or another process is writing it.
+        OutputError: it cannot be written, or exists (without `replace`).
+    """
+    target = _named(path)
+    with writing(path):
+        _require_absent(target, replace=replace)
+        aside = _beside(target)
+        try:
+            yield aside
+            _require_absent(target, replace=replace)
+            publish(aside, target)
+        finally:
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def claimed(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Claim a place for hours of work, and yield a path of the same name in a hidden folder; it becomes `path`.
+
+    Raises:
+        OutputError: it cannot be written, exists (without `replace`), or another process has claimed it.
     """
     target = _named(path)
     with writing(path), held(target) as folder:
@@ -106,14 +128,14 @@ def new_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a hidden folder to fill, and rename it to `path` at the end; on an error, delete it.
+    """Claim a place, yield a hidden folder to fill, and rename it to `path` at the end; on an error, delete it.
 
     With `replace`, an existing folder at `path` is replaced only after the new one is complete.
 
     Raises:
-        OutputError: it cannot be written, exists (without `replace`), or another process is writing it.
+        OutputError: it cannot be written, exists (without `replace`), or another process has claimed it.
     """
-    with new_file(path, replace=replace) as aside:
+    with claimed(path, replace=replace) as aside:
         aside.mkdir()
         yield aside
 
@@ -192,7 +214,7 @@ def held(path: Path, *, patience: float | None = None) -> Iterator[Path]:
 
 
 def publish(aside: Path, path: Path) -> None:
-    """Flush a complete file or folder in a `held` one to the disk and rename it to `path`; what is there is replaced.
+    """Flush a complete file, or a folder in a `held` one, to the disk and rename it to `path`, replacing what is there.
 
     Raises:
         OSError: it cannot be renamed; what was there still is, once the held folder is released.
@@ -212,6 +234,10 @@ def publish(aside: Path, path: Path) -> None:
 def _named(path: Path) -> Path:
     """Return an absolute path that ends in a name."""
     return path.absolute() if path.name not in ("", "..") else path.resolve()
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}{SUFFIX}")
 
 
 def _target(folder: Path) -> Path:

@@ -241,7 +241,7 @@ def test_what_nobody_continued_is_cleared_later(sleb, tiny_llama, tmp_path):
     for name, file in kept.items():
         folder = tmp_path / f".{name}.recovery" / "float32-0123456789abcdef"
         folder.mkdir(parents=True)
-        (folder / ".block-2.safetensors.partial").mkdir()  # as a process leaves it that is killed while it saves
+        (folder / ".block-2.safetensors.01234567.partial").touch()  # of a process that was killed while it saved
         for saved in (file, "closed-form.safetensors"):
             (folder / saved).touch()
         for path in [] if name == "fresh" else [*folder.iterdir(), folder]:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from sleb_cli import atomic
 from sleb_cli.atomic import (
+    claimed,
     held,
     new_file,
     new_folder,
@@ -32,6 +33,22 @@ from sleb_cli.engine.files.weights import find_weights
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.third_party import prefer_disk_error, saving
 from sleb_plugins import ModelError, OutputError, ProofError
+
+
+def write_claimed(path, text):
+    with claimed(path, replace=True) as aside:
+        aside.write_text(text)
+
+
+def test_the_last_of_two_writers_wins_whole(tmp_path):
+    with new_file(tmp_path / "a") as one:
+        one.write_text("first")
+        with new_file(tmp_path / "a") as other:
+            other.write_text("in between")
+        assert (tmp_path / "a").read_text() == "in between"
+        assert sorted(os.listdir(tmp_path)) == [one.name, "a"]
+    assert (tmp_path / "a").read_text() == "first"
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_a_file_is_written_whole_and_alone(tmp_path):
@@ -93,7 +110,8 @@ def test_what_appears_meanwhile_is_not_overwritten_unasked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "clean_up", [lambda path: write_text(path, "new"), remove_leftovers_of, lambda path: remove_leftovers(path.parent)]
+    "clean_up",
+    [lambda path: write_claimed(path, "new"), remove_leftovers_of, lambda path: remove_leftovers(path.parent)],
 )
 @pytest.mark.parametrize("was_replacing", [False, True])
 def test_what_a_killed_process_left_is_removed_or_put_back(tmp_path, clean_up, was_replacing):
@@ -115,9 +133,8 @@ def test_what_another_is_writing_is_left_alone_and_refused(tmp_path, monkeypatch
     with held(tmp_path / "a") as folder:
         (folder / "a").write_text("half")
         remove_leftovers(tmp_path)
-        for write in (lambda path: write_text(path, "new"), lambda path: require_new_file(path, force=True)):
-            with pytest.raises(OutputError, match="Another sleb process is writing"):
-                write(tmp_path / "a")
+        with pytest.raises(OutputError, match="Another sleb process is writing"):
+            write_claimed(tmp_path / "a", "new")
         assert (folder / "a").read_text() == "half"
     assert os.listdir(tmp_path) == []
 
@@ -130,7 +147,7 @@ def test_links_and_folders_of_other_programs_are_never_emptied(tmp_path):
     (tmp_path / ".b.partial" / "of another program").touch()
     remove_leftovers(tmp_path)
     with pytest.raises(OutputError, match=r"\.a\.partial is not a folder"):
-        write_text(tmp_path / "a", "new")
+        write_claimed(tmp_path / "a", "new")
     assert os.listdir(tmp_path / "precious") == [".a.partial.lock"]
     assert os.listdir(tmp_path / ".b.partial") == ["of another program"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-from sleb_cli.atomic import held, publish, remove_leftovers, remove_leftovers_of, scratch_folder, write_text, writing
+from sleb_cli.atomic import held, publish, remove_leftovers_of, scratch_folder, write_text, writing
 from sleb_cli.engine.files.copying import local_path
 
 _ELSEWHERE = "Set the environment variable SLEB_CACHE to another folder."
@@ -66,7 +66,6 @@ def write_cached(path: Path, content: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    remove_leftovers(path.parent)
     with writing(path, hint=_ELSEWHERE):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, content)

@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from sleb_cli.atomic import free_space, new_file, require_new_file, require_space
+from sleb_cli.atomic import claimed, free_space, require_new_file, require_space
 from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.files.copying import reading
 from sleb_cli.engine.files.fingerprint import Watch
@@ -59,7 +59,7 @@ def prune_gguf(surgery: GgufSurgery, output: Output, registry: Registry, notify:
     file, pruned = surgery.file, surgery.pruned()
     watch = Watch()
     watch.add(file.path)
-    with new_file(output.place, replace=output.replace) as aside, watch.unchanged():
+    with claimed(output.place, replace=output.replace) as aside, watch.unchanged():
         if read_gguf(file.path) != file:
             raise ModelError(f"{file.path} changed while it was read.", hint="Run the command again.")
         require_space(output.place, gguf_size(pruned))

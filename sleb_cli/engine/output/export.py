@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sleb_cli.atomic import new_file
+from sleb_cli.atomic import write_text
 from sleb_cli.records import THIS_VERSION
 from sleb_cli.results import ExportResult
 from sleb_plugins import Exporter, Pruning
@@ -18,8 +18,7 @@ def export_text(exporter: Exporter, pruning: Pruning, output: Path | None, *, re
     """
     text = exporter.export(pruning)
     if output is not None:
-        with new_file(output, replace=replace) as aside:
-            aside.write_text(text, encoding="utf-8", newline="\n")
+        write_text(output, text, replace=replace)
     return ExportResult(
         **THIS_VERSION,
         kind="export",
