@@ -419,8 +419,8 @@ class EvalRequest(SizesRequest):
     apply_chat_template: bool = option("Format prompts with the chat template.", _QUALITY, unset=False)
     include_path: Path | None = option("Folder with your own task files.", _QUALITY)
     run_code: RunCode | None = option(
-        "Run programs that the model writes, as humaneval_instruct does: confined (on Linux), without a network, other "
-        "processes or your files; or unconfined, with all your rights.",
+        "Run programs that the model writes, as humaneval_instruct does: confined by bubblewrap (Linux), without a "
+        "network, other processes or your files; or unconfined, with all your rights.",
         _QUALITY,
         metavar="HOW",
         default="confined if HF_ALLOW_CODE_EVAL=1",

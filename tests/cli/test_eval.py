@@ -171,6 +171,11 @@ def test_programs_run_only_with_permission(sleb, evaluate, tiny_llama, tmp_path,
     passes, ran = written_code.passes, []
     monkeypatch.setattr(written_code, "passes", lambda program, how: None if program else True)
     assert "too busy to tell" in sleb("eval", *asked, "--run-code", "unconfined", code=7).stderr
+    with monkeypatch.context() as patch:
+        patch.setattr(written_code, "passes", passes)
+        patch.setenv("PATH", str(tmp_path))
+        patch.delattr(LlamaForCausalLM, "forward")
+        assert "needs bubblewrap" in sleb("eval", *asked, "--run-code", "confined", code=7).stderr
     monkeypatch.setattr(written_code, "passes", lambda program, how: ran.append(how) or passes(program, "unconfined"))
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
     assert evaluate(*asked)[0]["tasks"] == [task]

@@ -20,13 +20,14 @@ from typing import Any, ClassVar
 from unittest import mock
 
 from sleb_cli.engine.process_limits import usable_processors
+from sleb_cli.engine.quality.sandbox import confining_command
 from sleb_cli.requests import RunCode
 from sleb_plugins import MachineError
 
 SECONDS = 60.0
-"""How long a program may wait for a processor; see `confined` for what it may use."""
+"""How long a program may wait for a processor; see `program_runner` for what it may use."""
 
-CONFINED = Path(__file__).with_name("confined.py")
+PROGRAM_RUNNER = Path(__file__).with_name("program_runner.py")
 
 METRIC = "code_eval"
 """The metric of evaluate by which lm-eval's tasks run programs."""
@@ -88,12 +89,12 @@ def passes(program: str, how: RunCode) -> bool | None:
         raise MachineError(
             "Windows cannot limit what a program uses, so none is run.", hint="Use WSL, or leave the task out."
         )
-    from sleb_cli.engine.quality.confined import FAILED, PASSED
+    from sleb_cli.engine.quality.program_runner import FAILED, PASSED
 
     with (
         tempfile.TemporaryDirectory(prefix="sleb-", ignore_cleanup_errors=True) as folder,
         subprocess.Popen(
-            [sys.executable, "-I", str(CONFINED), how],
+            _command(how),
             cwd=folder,
             env={"PATH": os.defpath, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
@@ -116,6 +117,16 @@ def passes(program: str, how: RunCode) -> bool | None:
             hint="Use --run-code unconfined in a container or virtual machine of its own, or leave the task out.",
         )
     return process.returncode == PASSED
+
+
+def _command(how: RunCode) -> list[str]:
+    """Return the command that runs the program on its standard input."""
+    python = [sys.executable, "-I", "-c", PROGRAM_RUNNER.read_text(), how]
+    command = [*confining_command(), *python] if how == "confined" else python
+    if sys.platform != "linux":
+        return command
+    # If memory runs out, Linux ends the program rather than the model.
+    return ["/bin/sh", "-c", 'echo 1000 > /proc/self/oom_score_adj && exec "$@"', "sh", *command]
 
 
 def _passes_alone(program: str, how: RunCode) -> bool:

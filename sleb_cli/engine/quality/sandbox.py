@@ -1,0 +1,61 @@
+"""Confine the programs that a model writes by bubblewrap, in namespaces of their own (Linux)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from sleb_plugins import MachineError
+
+FOLDER_BYTES = 32 << 20  # of /tmp, and of /dev/shm
+NOBODY = 65534
+
+VISIBLE_PATHS = (
+    *("/usr", "/bin", "/sbin", "/lib", "/lib64", "/nix/store", "/gnu/store", "/etc/ld.so.cache", "/etc/alternatives"),
+    *(sys.base_prefix, sys.prefix),
+)
+"""What a confined program may read of this machine."""
+
+DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+
+_ISOLATION = (
+    *("--die-with-parent", "--as-pid-1", "--unshare-user", "--disable-userns"),
+    *("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"),
+)
+_OWN_FOLDER = ("--perms", "1777", "--size", str(FOLDER_BYTES), "--tmpfs")
+
+
+def confining_command() -> list[str]:
+    """Return the words before a command that confine it.
+
+    Raises:
+        MachineError: bubblewrap is not here.
+    """
+    bwrap = shutil.which("bwrap") if sys.platform == "linux" else None
+    if bwrap is None:
+        raise MachineError(
+            "--run-code confined needs bubblewrap (Linux), whose bwrap is not on the PATH.",
+            hint="Use `apt install bubblewrap` or `dnf install bubblewrap`; on other systems, --run-code unconfined in "
+            "a container.",
+        )
+    read_only = ("--proc", "/proc", "--remount-ro", "/proc", "--remount-ro", "/", "--chdir", "/tmp")
+    confined = [bwrap, *_ISOLATION, *_OWN_FOLDER, "/tmp", *_OWN_FOLDER, "/dev/shm", *_visible(), *read_only]
+    if os.getuid():
+        return confined
+    # Linux does not limit root's processes, so root's programs are nobody's, who may not enter all of root's folders.
+    nobody = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
+    return [bwrap, "--die-with-parent", "--bind", "/proc", "/proc", "--dir", "/tmp", *_visible(), *nobody, *confined]
+
+
+def _visible() -> Iterator[str]:
+    """Yield bubblewrap's options for what a program sees, read-only; parents come first, and are open to all."""
+    places = sorted({place for place in VISIBLE_PATHS if Path(place).exists()} - {"/"})
+    for folder in sorted({str(parent) for place in (*places, *DEVICES) for parent in Path(place).parents} - {"/"}):
+        yield from ("--perms", "0755", "--dir", folder)
+    for place in places:
+        yield from ("--ro-bind", place, place)
+    for device in DEVICES:
+        yield from ("--dev-bind", device, device)
