@@ -106,10 +106,10 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
         SlebError: something failed; its class tells what.
     """
     from sleb_cli.engine.door.apply import resolve_apply
-    from sleb_cli.engine.gguf.surgery import GgufSurgery
     from sleb_cli.engine.output.apply import apply_removals, write_checkpoint, writing_to
     from sleb_cli.engine.output.apply_gguf import prune_gguf
     from sleb_cli.engine.process_group import join_processes
+    from sleb_cli.engine.surgery.gguf_surgery import GgufSurgery
 
     if not request.recoveries:
         _stop_unless_main_process()

@@ -172,6 +172,10 @@ Check = Literal[
 """What a proof can check in a checkpoint: see `engine/output/proof.py`."""
 
 
+Reference = Literal["dense", "recovered", "whole"]
+"""What logits are compared with: see `Proof`."""
+
+
 class Proof(Record):
     """What was checked in a checkpoint, in which data type and on which device, and how close the logits are.
 
@@ -182,7 +186,7 @@ class Proof(Record):
     """
 
     checks: tuple[Check, ...]
-    reference: Literal["dense", "recovered", "whole"] = "dense"
+    reference: Reference = "dense"
     partial: str | None
     dtype: str
     device: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
@@ -11,6 +11,7 @@ from sleb_cli.names import public_source
 from sleb_cli.plan import CalibrationRecord, RecoveryRecord
 from sleb_cli.records import ModelRecord, Perplexity, Proof, Public, Record, VersionedRecord
 from sleb_cli.requests import WorkloadName
+from sleb_cli.units import format_bytes
 
 Removals = tuple[int, ...]
 """The removed blocks, which name a model among those that are measured together; the dense one has none."""
@@ -33,16 +34,45 @@ class ResultRecord(VersionedRecord):
         return (*model, self.dtype, self.device, self.processor, self.sleb_version, self.torch, self.transformers)
 
 
-class VocabularyRecord(Record):
+class CutRecord(Record):
+    """What went of a model besides blocks, titled for cards and screens."""
+
+    title: ClassVar[str]
+
+    @property
+    def change(self) -> str:
+        """A clause on it."""
+        raise NotImplementedError
+
+
+class VocabularyRecord(CutRecord):
     """The scripts whose tokens stayed, and how many tokens, parameters and bytes the model had before, and has now."""
+
+    title = "Vocabulary"
 
     scripts: tuple[str, ...]
     tokens: tuple[int, int]
     parameters: tuple[int, int]
     weights_bytes: tuple[int, int]
 
+    @property
+    def change(self) -> str:
+        """What went with the tokens, and any blocks: "only latin; tokens 49,152 to 30,000; …"."""
+        tokens, parameters = (f"{before:,} to {after:,}" for before, after in (self.tokens, self.parameters))
+        before, after = map(format_bytes, self.weights_bytes)
+        return f"only {', '.join(self.scripts)}; tokens {tokens}; parameters {parameters}; {before} to {after}"
 
-class ApplyResult(VersionedRecord):
+
+class WrittenResult(VersionedRecord):
+    """A model that was written without some of its parts; what went besides blocks has a field for each kind."""
+
+    @property
+    def cuts(self) -> list[CutRecord]:
+        """What went besides blocks."""
+        return [value for _, value in self if isinstance(value, CutRecord)]
+
+
+class ApplyResult(WrittenResult):
     """A written checkpoint. `proof` is null if it was skipped.
 
     `vocabulary` tells which tokens stayed, if not all, and `recovery` how its blocks were recovered, if they were.
@@ -59,7 +89,7 @@ class ApplyResult(VersionedRecord):
     proof: Proof | None
 
 
-class GgufResult(VersionedRecord):
+class GgufResult(WrittenResult):
     """A pruned GGUF file; if `verified`, its tensors were compared byte for byte with the source.
 
     `proof` is by transformers; if it is null, `unproven` says why.

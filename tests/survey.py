@@ -23,6 +23,8 @@ from conftest import architecture_of, calibration, prose, save_model
 from families import FAMILIES, tiny_config
 from reference import output_kinds, passing_through
 from sleb_cli.__main__ import main
+from sleb_cli.engine.cut.blocks.block_cut import BlockCut
+from sleb_cli.engine.cut.protocol import CONFIG
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.search.removable import Protection, Removable
 from sleb_cli.engine.surgery.loading import load_pruned
@@ -53,7 +55,7 @@ def survey(model_type: str, work: Path) -> str:
     check_checkpoint(architecture, work / "found", str(work / "plan.json"))
     mixed = mixed_removals(architecture)
     check_checkpoint(architecture, work / "mixed", str(folder), "--blocks", ",".join(map(str, mixed)))
-    pruned = Surgery(architecture, tuple(mixed)).prune_config()
+    pruned = BlockCut(architecture, tuple(mixed)).settings(CONFIG, architecture.source.raw_config)
     changed = sorted(key for key, value in pruned.items() if architecture.source.raw_config.get(key) != value)
     keys = ", ".join(f"`{key}`" for key in changed)
     kinds = "; ".join(dict.fromkeys(kind for kind in architecture.kinds if kind))
@@ -103,7 +105,7 @@ def check_checkpoint(architecture: Architecture, folder: Path, *subject: str) ->
     torch.testing.assert_close(with_cache, without, atol=2e-3, rtol=0)
     model.save_pretrained(folder / "again")
     again = AutoModelForCausalLM.from_pretrained(folder / "again", dtype=torch.float32)
-    surgery = Surgery(architecture, tuple(applied["removals"]))
+    surgery = Surgery(architecture, (BlockCut(architecture, tuple(applied["removals"])),))
     in_memory = load_pruned(surgery, torch.float32, torch.device("cpu"), ignore)
     for other in (again.state_dict(), in_memory.state_dict()):
         assert other.keys() == model.state_dict().keys()

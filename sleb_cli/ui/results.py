@@ -76,7 +76,7 @@ def show_benchmark(result: BenchResult, output: Path | None) -> None:
 
 def show_applied(result: ApplyResult | GgufResult) -> None:
     """Show what was written and how far it is proven."""
-    from sleb_cli.tables.proof import checked, vocabulary_change
+    from sleb_cli.tables.proof import checked
     from sleb_cli.tables.search import recovery
 
     proof, said = result.proof, checked(result.proof) if result.proof else []
@@ -85,11 +85,11 @@ def show_applied(result: ApplyResult | GgufResult) -> None:
         unproven = None
     else:
         path, size, is_verified = result.file, result.file_bytes, result.verified
-        what = "row" if result.vocabulary else "tensor"
+        what = "row" if result.cuts else "tensor"
         said, unproven = [f"every {what} is a byte-for-byte copy from the source", *said], result.unproven
     print_to_copy(f"wrote {path}: {result.blocks} blocks, {format_bytes(size)}")
-    if result.vocabulary:
-        print_line(f"vocabulary: {vocabulary_change(result.vocabulary)}")
+    for cut in result.cuts:
+        print_line(f"{cut.title.lower()}: {cut.change}")
     if result.kind == "apply" and result.recovery:
         show_table(recovery(result.recovery), title=False)
     if is_verified:

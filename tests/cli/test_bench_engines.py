@@ -11,8 +11,8 @@ import pytest
 import sleb_plugins as sleb
 from conftest import weights_of
 from gguf_models import write_llama_gguf
+from sleb_cli.engine.gguf.blocks import block_count
 from sleb_cli.engine.gguf.file import read_gguf
-from sleb_cli.engine.gguf.surgery import block_count
 from sleb_cli.engine.speed.engines import vllm
 from sleb_cli.plan import read_plan
 

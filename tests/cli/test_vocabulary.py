@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from conftest import calibration, llama_config, prose, save_model, slow
 from families import FAMILIES, tiny_config
 from gguf_models import convert_llama
-from sleb_cli.engine.output.proof import FEWER_TOKENS_TOLERANCE
-from sleb_cli.engine.surgery import vocabulary as room
+from sleb_cli.engine.cut.tokens import token_cut as room
+from sleb_cli.engine.cut.tokens.token_cut import TokenCut
 
 GREEK = str.maketrans("abcdefghiklmnoprstuwxyz", "αβκδεφγηιχλμνοπρστυωξψζ")
 LATIN_TEXT, GREEK_TEXT = prose(120), prose(120, seed=1).lower().translate(GREEK)
@@ -75,7 +75,7 @@ def test_what_stays_computes_the_same(apply, tmp_path, kind, tied):
     result = json.loads(apply(dense, "--scripts", "latin", "--json").stdout)
     known = [check for check in CHECKS if kind != "unigram" or check != "spells others"]
     assert result["proof"]["checks"] == known
-    assert result["proof"]["logits_difference"] <= FEWER_TOKENS_TOLERANCE
+    assert result["proof"]["logits_difference"] <= TokenCut.tolerance
     (old, before), (new, after) = both(dense, tmp_path / "out")
     rows = before.config.vocab_size, after.config.vocab_size
     assert (tuple(result["vocabulary"]["tokens"]), len(new)) == (rows, rows[1])
@@ -173,7 +173,7 @@ def test_other_tokenizers_are_refused(sleb, tmp_path):
 
 @pytest.mark.parametrize("lie", ["merges", "vocab"])
 def test_a_tokenizer_that_lacks_something_fails_the_proof(sleb, tmp_path, monkeypatch, lie):
-    dense, honest = save(tmp_path / "model"), room._cut_tokenizer
+    dense, honest = save(tmp_path / "model"), room.cut_tokenizer
 
     def lying(data, vocabulary):
         cut = honest(data, vocabulary)
@@ -185,7 +185,7 @@ def test_a_tokenizer_that_lacks_something_fails_the_proof(sleb, tmp_path, monkey
             tokens[first], tokens[second] = tokens[second], tokens[first]
         return cut
 
-    monkeypatch.setattr(room, "_cut_tokenizer", lying)
+    monkeypatch.setattr(room, "cut_tokenizer", lying)
     assert (
         "its tokenizer is not the dense model's, which reads"
         in sleb("apply", dense, "--scripts", "latin", "-o", "out", code=9).stderr
@@ -202,4 +202,4 @@ def test_every_family_is_cut_and_proven_or_refused(run_sleb, tmp_path, family):
     # The dense XLM itself computes something else with its KV cache.
     assert result.exit_code in ((9,) if family == "xlm" else (0, 4)), result.stderr
     if result.exit_code == 0:
-        assert json.loads(result.stdout)["proof"]["logits_difference"] <= FEWER_TOKENS_TOLERANCE
+        assert json.loads(result.stdout)["proof"]["logits_difference"] <= TokenCut.tolerance

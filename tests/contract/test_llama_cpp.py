@@ -10,8 +10,8 @@ from gguf import GGMLQuantizationType as Type
 from transformers import AutoModelForCausalLM, SmolLM3Config
 
 from gguf_models import write_llama_gguf
+from sleb_cli.engine.cut.blocks.gguf_blocks import GgufBlockCut
 from sleb_cli.engine.gguf.file import read_gguf, write_gguf
-from sleb_cli.engine.gguf.surgery import GgufSurgery
 
 PROMPT = list(range(40, 60))
 NEW_TOKENS = 32
@@ -81,6 +81,6 @@ def test_it_goes_by_number_where_our_table_says_so_and_only_there(run_sleb, llam
     blocks = ",".join(map(str, removals))
     assert run_sleb("apply", tmp_path / "origin", "--blocks", blocks, "-o", "small").exit_code == 0
     passes = run_sleb("apply", "--blocks", blocks, "--source", source, "--no-verify").exit_code == 0
-    write_gguf(GgufSurgery(read_gguf(source), removals).pruned(), tmp_path / "forced.gguf", lambda size: None)
+    write_gguf(GgufBlockCut(removals).header(read_gguf(source)), tmp_path / "forced.gguf", lambda size: None)
     agrees = llama_cpp(tmp_path / "forced.gguf") == generate_with_transformers(tmp_path / "small")
     assert agrees == passes == (removals in [(0, 1, 2, 3), (7,)])

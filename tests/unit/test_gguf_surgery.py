@@ -9,10 +9,11 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from gguf_models import metadata_of, tensors_of, write_gguf, write_llama_gguf
+from sleb_cli.engine.cut.blocks.gguf_blocks import PROVENANCE
 from sleb_cli.engine.gguf import quick
 from sleb_cli.engine.gguf.file import gguf_size, read_gguf
 from sleb_cli.engine.gguf.file import write_gguf as write_header_and_tensors
-from sleb_cli.engine.gguf.surgery import PROVENANCE, plan_gguf_surgery
+from sleb_cli.engine.surgery.gguf_surgery import plan_gguf_surgery
 from sleb_plugins import ModelError, UnsupportedModelError, UsageError
 
 

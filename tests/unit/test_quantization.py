@@ -3,16 +3,16 @@
 import pytest
 
 from conftest import architecture_of, llama_config, save_model
-from sleb_cli.engine.surgery.quantization import prune_module_names, prune_quantization
-from sleb_cli.engine.surgery.surgery import Surgery
+from sleb_cli.engine.cut.blocks.block_cut import BlockCut
+from sleb_cli.engine.cut.blocks.quantization import prune_module_names, prune_quantization
 from sleb_plugins import UnsupportedModelError
 
 
 @pytest.fixture(scope="module")
-def surgery(tmp_path_factory):
+def cut(tmp_path_factory):
     """A Llama of 24 blocks without 3, 7 and 12."""
     config = llama_config(24, hidden_size=8, intermediate_size=8)
-    return Surgery(architecture_of(save_model(tmp_path_factory.mktemp("models") / "tall", config)), (7, 3, 12))
+    return BlockCut(architecture_of(save_model(tmp_path_factory.mktemp("models") / "tall", config)), (7, 3, 12))
 
 
 @pytest.mark.parametrize(
@@ -36,9 +36,9 @@ def surgery(tmp_path_factory):
         ("gptqmodel:2.2.0", "gptqmodel:2.2.0"),
     ],
 )
-def test_each_way_to_name_modules(surgery, before, after):
-    assert prune_module_names([before], surgery.architecture, surgery.names) == ([] if after is None else [after])
-    assert prune_module_names({before: {"bits": 4}}, surgery.architecture, surgery.names) == (
+def test_each_way_to_name_modules(cut, before, after):
+    assert prune_module_names([before], cut.architecture, cut.names) == ([] if after is None else [after])
+    assert prune_module_names({before: {"bits": 4}}, cut.architecture, cut.names) == (
         {} if after is None else {after: {"bits": 4}}
     )
 
@@ -52,14 +52,14 @@ def test_each_way_to_name_modules(surgery, before, after):
         r"-:.*\.18\..*gate.*", r"+:.*\.12\..*gate.*", r"-:.*\.(18|19)\..*gate_up_proj.*",
     ],
 )  # fmt: skip
-def test_a_pattern_that_would_match_other_blocks_is_refused(surgery, pattern):
+def test_a_pattern_that_would_match_other_blocks_is_refused(cut, pattern):
     with pytest.raises(UnsupportedModelError, match="would match other blocks") as caught:
-        prune_module_names({"ignore": [pattern]}, surgery.architecture, surgery.names)
+        prune_module_names({"ignore": [pattern]}, cut.architecture, cut.names)
     assert repr(pattern) in caught.value.message
     assert caught.value.hint == "Prune the original model first, then quantize it."
 
 
-def test_every_place_of_a_config(surgery):
+def test_every_place_of_a_config(cut):
     def config(ignored, groups, extra, skipped):
         targets = {"group_0": {"targets": ["Linear"], "input_activations": None}}
         targets |= {name: {"targets": [target], "weights": {"num_bits": 8}} for name, target in groups.items()}
@@ -79,7 +79,7 @@ def test_every_place_of_a_config(surgery):
         ["model.layers.7.mlp", "model.layers.23.mlp"],
         ["model.layers.13.mlp.gate_proj"],
     )
-    assert prune_quantization(dense, surgery.architecture, surgery.names) == config(
+    assert prune_quantization(dense, cut.architecture, cut.names) == config(
         ["model.layers.3.mlp"],
         {"group_2": "model.layers.10.mlp"},
         ["model.layers.20.mlp"],

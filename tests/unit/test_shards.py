@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import weights_of
-from sleb_cli.engine.files import copying
+from sleb_cli.engine.files import copying, shards
 from sleb_cli.engine.files.shards import new_tensor, plan_shards, write_weights
-from sleb_cli.engine.files.slices import Cut
+from sleb_cli.engine.files.slices import Slices
 from sleb_cli.engine.files.weights import TORCH_DTYPES, find_weights, read_header
 from sleb_cli.events import TaskAdvanced, TaskStarted, ignore
 from sleb_plugins import ModelError
@@ -120,10 +120,10 @@ def test_slices_and_new_values_are_written_in_the_given_type(tmp_path, target, d
         "f16": torch.rand(7).half(), "f8": torch.rand(3).to(torch.float8_e4m3fn), "scalar": torch.tensor(1.5),
     }  # fmt: skip
     torch.save(tensors, tmp_path / "pytorch_model.bin") if pickled else save(tmp_path, tensors)
-    weights, cut = find_weights(tmp_path), Cut(1, 4, (0, 2))
+    weights, cut = find_weights(tmp_path), (Slices(1, 4, (0, 2)),)
     values = {name: tensor.double() + 1 for name, tensor in tensors.items() if "new" in name}
     planned = [
-        new_tensor(f"x.{t.name}", t, dtype, cut if t.shape[1:] == (8,) else None, values.get(t.name))
+        new_tensor(f"x.{t.name}", t, dtype, cut if t.shape[1:] == (8,) else (), values.get(t.name))
         for t in weights.stored
     ]
     expected = {}
@@ -133,6 +133,26 @@ def test_slices_and_new_values_are_written_in_the_given_type(tmp_path, target, d
         expected[f"x.{name}"] = value.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype)
     write_weights(target, plan_shards(weights, planned, 10**9), lambda event: None)
     require_same(target, expected)
+
+
+def test_slices_along_the_first_axis_are_ranges_of_bytes(tmp_path, target, monkeypatch):
+    tensors = {"rows": torch.rand(8, 3), "pairs": torch.rand(16, 2).half(), "columns of one": torch.rand(1, 8)}
+    weights, kept, copied = save(tmp_path, tensors), [0, 1, 2, 5, 7], []
+
+    def copy(source, start, size, *others):
+        copied.append(size)
+        copying.copy_range(source, start, size, *others)
+
+    monkeypatch.setattr(copying, "BUFFER_BYTES", 5)
+    monkeypatch.setattr(shards, "copy_range", copy)
+    monkeypatch.setattr(shards, "read_tensors", lambda path, names: pytest.fail("read") if names else iter(()))
+    planned = [new_tensor(t.name, t, None, (Slices("one" in t.name, 8, kept),)) for t in weights.stored]
+    write_weights(target, plan_shards(weights, planned, 10**9), ignore)
+    pairs = tensors["pairs"].reshape(8, 4)[kept].reshape(10, 2)
+    require_same(
+        target, {"rows": tensors["rows"][kept], "pairs": pairs, "columns of one": tensors["columns of one"][:, kept]}
+    )
+    assert sorted(copied) == sorted([36, 12, 12, 24, 8, 8, 12, 4, 4])
 
 
 def test_tensors_of_a_pickle_are_written_apart_in_their_types(tmp_path, target):

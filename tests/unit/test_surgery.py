@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from conftest import architecture_of
+from sleb_cli.engine.cut.blocks.block_cut import BlockCut
+from sleb_cli.engine.cut.protocol import CONFIG
 from sleb_cli.engine.model.block_names import BlockNames, BlockNumbering, find_block_numbering
-from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_plugins import FamilyAdapter
 from sleb_plugins.config_keys import kept_blocks
 
@@ -26,7 +27,7 @@ from sleb_plugins.config_keys import kept_blocks
 )
 def test_tensors_are_dropped_and_renumbered(removals, before, after):
     names = BlockNames("model.layers", BlockNumbering("transformer.h."), kept_blocks(12, removals))
-    assert [name for name, _ in names.prune((name, None) for name in before.split())] == after.split()
+    assert [new for name in before.split() if (new := names.renamed(name))] == after.split()
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_the_config_loses_the_count_and_the_blocks_own_values():
         adapter=FamilyAdapter("x", frozenset({"x"}), "h", count_key="n_layer", config_keys=keys),
         text_config=type("Text", (), {"attribute_map": {}, "to_dict": lambda text: config})(),
     )  # fmt: skip
-    assert Surgery(architecture, (1, 3)).prune_config() == {
+    assert BlockCut(architecture, (1, 3)).settings(CONFIG, raw) == {
         "n_layer": 2, "layer_types": ["a", "c"], "eos_token_id": [1, 2, 3, 4], "attention_layers": [0, 0],
         "novel": [5, 7], "mine": "ac",
     }  # fmt: skip
@@ -88,9 +89,9 @@ def test_a_model_that_sees_is_pruned_wherever_its_config_has_the_text(tmp_path, 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "architectures": ["X"]} | config))
     model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(tmp_path))
     save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors")
-    surgery = Surgery(architecture_of(tmp_path), (removed,))
-    found = surgery.obstacle()
+    cut = BlockCut(architecture_of(tmp_path), (removed,))
+    found = cut.obstacle()
     assert found is None if obstacle is None else found.startswith(obstacle)
-    parsed = surgery.architecture.read_config(surgery.prune_config()).get_text_config()
+    parsed = cut.architecture.read_config(cut.settings(CONFIG, cut.architecture.source.raw_config)).get_text_config()
     assert (parsed.num_hidden_layers, parsed.hidden_size) == (5, 32)
     assert parsed.rope_parameters["rope_theta"] == 12345.0

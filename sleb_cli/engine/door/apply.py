@@ -6,18 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
+from sleb_cli.engine.cut.kinds import KINDS
 from sleb_cli.engine.device import parse_dtype
 from sleb_cli.engine.door.options import first_given, require_one_placement, require_what_they_need
 from sleb_cli.engine.door.subject import first_removals, is_plan, read_named_plan, resolve_subject
 from sleb_cli.engine.gguf.file import GgufFile, read_gguf
-from sleb_cli.engine.gguf.surgery import GgufSurgery, plan_gguf_surgery
 from sleb_cli.engine.output.apply import Output, default_folder, require_new_folder
-from sleb_cli.engine.output.apply_gguf import are_the_same, default_place, require_new_gguf, require_same_kind_of_model
+from sleb_cli.engine.output.apply_gguf import are_the_same, default_file, require_new_gguf, require_same_kind_of_model
 from sleb_cli.engine.output.proof import place_proof
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.unfinished import clear_old
+from sleb_cli.engine.surgery.gguf_surgery import GgufSurgery, plan_gguf_surgery
 from sleb_cli.engine.surgery.loading import load_tokenizer, quiet_libraries
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.mixture import parse_mixture
@@ -54,15 +53,16 @@ def resolve_apply(
     plan = read_named_plan(Path(named), request) if is_plan(named) and not only_cuts_source else None
     model = Path((request.model or plan.model.id) if plan else named)
     own_gguf = model if model.suffix == ".gguf" and not model.is_dir() else None
+    others = {option: value for option in KINDS if (value := getattr(request, option))}
     if source := _gguf_to_cut(request, own_gguf):
         file = read_gguf(source)
         removals = _removals_from_gguf(request, plan, file, registry, notify)
-        output = _output(request, default_place(file, removals, request.scripts))
-        surgery = plan_gguf_surgery(file, removals, request.scripts)
+        surgery = plan_gguf_surgery(file, removals, others)
+        output = _output(request, default_file(surgery))
         require_new_gguf(output, source)
         return surgery, output, None
     subject = group.main_first(
-        lambda: resolve_subject(request, registry, notify, plan=plan, needs_removals=True, scripts=request.scripts)
+        lambda: resolve_subject(request, registry, notify, plan=plan, needs_removals=True, others=others)
     )
     architecture = subject.architecture
     if request.dtype and architecture.is_quantized:
@@ -72,7 +72,7 @@ def resolve_apply(
         )
     output = _output(request, default_folder(subject), subject)
     require_new_folder(output.place, architecture.source, force=output.replace)
-    if request.scripts and group.is_main:
+    if others and group.is_main:
         _say_what_is_lost(request, subject, notify)
     if not request.recoveries:
         return subject, output, None
@@ -87,16 +87,16 @@ def resolve_apply(
 
 
 def _say_what_is_lost(request: ApplyRequest, subject: Subject, notify: Notify) -> None:
-    """Say which share of the named text, or else of the plan's, is of tokens that go; the model's own tells nothing.
+    """Say what the named text, or else the plan's, loses with what goes besides blocks; the model's own tells nothing.
 
     Raises:
         DataError: the named text is missing or too short.
     """
     from sleb_cli.engine.text.calibration import calibrate  # which imports datasets
 
-    cut, plan = subject.surgery.vocabulary, subject.plan
+    plan = subject.plan
     source = request.calibration or (plan.calibration.source if plan else None)
-    if cut is None or source is None or any(map(is_written, parse_mixture(source))):
+    if source is None or any(map(is_written, parse_mixture(source))):
         return
     architecture = subject.architecture
     settings = resolve_calibration(
@@ -109,8 +109,9 @@ def _say_what_is_lost(request: ApplyRequest, subject: Subject, notify: Notify) -
             raise
         notify(Notice(f"The plan's text was not read: {error.message}"))
         return
-    lost = 1 - float(torch.isin(text.sequences, torch.tensor(cut.vocabulary.tokens)).float().mean())
-    notify(Notice(f"{lost:.1%} of the tokens in {text.record.title} go; what they spell will take more tokens."))
+    for cut in subject.surgery.cuts:
+        if told := cut.about_text(text.sequences, text.record.title):
+            notify(Notice(told))
 
 
 def _output(request: ApplyRequest, default: Path, subject: Subject | None = None) -> Output:
@@ -210,7 +211,7 @@ def _removals_from_gguf(
     request: ApplyRequest, plan: Plan | None, file: GgufFile, registry: Registry, notify: Notify
 ) -> tuple[int, ...]:
     """Return the blocks to remove, after checking that they belong to this file's model."""
-    if plan is None and request.blocks is None and request.scripts:
+    if plan is None and request.blocks is None and any(getattr(request, option) for option in KINDS):
         return ()
     if (plan is not None and request.source is None) or (plan is None and request.blocks is None):
         return resolve_subject(request, registry, notify, plan=plan, needs_removals=True).surgery.removals

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb_cli.atomic import require_new_file
+from sleb_cli.engine.cut.blocks.block_cut import BlockCut
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.door.subject import is_plan, read_named_plan, resolve_subject
 from sleb_cli.engine.model.source import DEMO
@@ -39,7 +40,7 @@ def resolve_export(request: ExportRequest, registry: Registry, notify: Notify) -
         subject = resolve_subject(request, registry, notify, needs_removals=True)
         pruning = _pruning_of_model(subject, request, notify)
         reads_gguf = exporter.uses_source and pruning.source_file  # whose metadata the format reads itself
-        if exporter.only_counts and not reads_gguf and (others := subject.surgery.settings_of_blocks):
+        if exporter.only_counts and not reads_gguf and (others := _settings_of_blocks(subject)):
             raise UnsupportedModelError(
                 f"{exporter.name} would renumber the blocks of {pruning.model} but not correct {', '.join(others)}.",
                 hint="Use `sleb apply`, which corrects it.",
@@ -53,6 +54,10 @@ def resolve_export(request: ExportRequest, registry: Registry, notify: Notify) -
         output = sibling(pruning.plan_file or Path(Path(pruning.model).name), exporter.ending)
         require_new_file(output, force=request.force)
     return exporter, pruning, output
+
+
+def _settings_of_blocks(subject: Subject) -> list[str]:
+    return BlockCut(subject.architecture, subject.surgery.removals).settings_of_blocks
 
 
 def _own_file(subject: Subject) -> Path | None:

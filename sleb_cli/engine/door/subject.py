@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import DEMO, ModelSource, locate_model
@@ -50,9 +51,11 @@ def resolve_subject(
     *,
     plan: Plan | None = None,
     needs_removals: bool = False,
-    scripts: Sequence[str] = (),
+    others: Mapping[str, Any] | None = None,
 ) -> Subject:
     """Read the plan (unless it is given), find its model, and check that the plan was made for it.
+
+    What goes besides blocks is in `others`, as `plan_surgery` takes it.
 
     Raises:
         PlanError: the plan is unreadable, or was made for another model.
@@ -70,7 +73,7 @@ def resolve_subject(
         raise UsageError(f"--model applies to a plan, but {model} is a model.", hint="Leave out --model.")
     elif removals is not None:
         removals = first_removals(removals, _most(request), "--blocks")
-    elif (needs_removals and not scripts) or _most(request) is not None:
+    elif (needs_removals and not others) or _most(request) is not None:
         hint = "Name a plan, or use --blocks 5,4,9."
         if path.exists():
             raise UsageError(f"No blocks given for {model}.", hint=hint)
@@ -83,7 +86,7 @@ def resolve_subject(
     architecture = read_architecture(source, registry, notify)
     if plan and not request.any_model:
         require_same_model(path, plan, architecture)
-    return Subject(plan_surgery(architecture, removals or (), scripts), plan, path if plan else None)
+    return Subject(plan_surgery(architecture, removals or (), others), plan, path if plan else None)
 
 
 def place_of_model(path: Path, plan: Plan, named: str | None, revision: str | None) -> tuple[str, str | None]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
@@ -91,3 +92,10 @@ def write_all(target: BinaryIO, part: memoryview | bytes) -> None:
     view = memoryview(part)
     while view:
         view = view[target.write(view) :]
+
+
+def runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Yield the first number of each run of consecutive ones, and its length."""
+    for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
+        yield run[0], len(run)

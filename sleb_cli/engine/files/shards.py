@@ -1,7 +1,7 @@
 """Plan the weight files of a checkpoint from headers alone, then copy their bytes.
 
-No tensor that stays as it is is decoded, so any data type can be copied, even an unknown one, in one buffer of memory.
-Only a tensor that is cast or cut, has a new value or comes from a pickle is held whole.
+What stays as it is is not decoded, so any data type can be copied, even an unknown one, in one buffer of memory. Only a
+tensor that is cast, is cut along another axis than the first, has a new value or comes from a pickle is held whole.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
@@ -18,7 +19,7 @@ import torch
 
 from sleb_cli.atomic import to_json
 from sleb_cli.engine.files.copying import ReportBytes, copy_range, reading, write_all
-from sleb_cli.engine.files.slices import Cut
+from sleb_cli.engine.files.slices import Slices
 from sleb_cli.engine.files.weights import (
     DTYPE_NAMES,
     SAFETENSORS,
@@ -41,31 +42,35 @@ class NewTensor:
         name: its name in the new checkpoint.
         stored: the tensor that its bytes come from.
         cast: the data type to cast to, if it changes.
-        cut: the slices to keep, if not all.
+        slices: the slices to keep, if not all; each cut is of what the one before left.
         value: a new value of the stored shape, if it changes.
     """
 
     name: str
     stored: StoredTensor
     cast: torch.dtype | None = None
-    cut: Cut | None = None
+    slices: tuple[Slices, ...] = ()
     value: torch.Tensor | None = None
 
     @property
-    def is_copy(self) -> bool:
-        """Whether its bytes are those in a safetensors file."""
-        return self.cast is None and self.cut is None and self.value is None and self.stored.start is not None
+    def ranges(self) -> list[tuple[int, int]] | None:
+        """The offsets and sizes of its bytes in a safetensors file; None if they are not there as they are."""
+        stored = self.stored
+        if self.cast or self.value is not None or stored.start is None or len(self.slices) > 1:
+            return None
+        found = self.slices[0].ranges(stored.shape, stored.size) if self.slices else [(0, stored.size)]
+        return found and [(stored.start + offset, size) for offset, size in found]
 
     def changed(self, value: torch.Tensor) -> torch.Tensor:
         """Return the stored or new value as it is in the new checkpoint."""
-        if self.cut:
-            value = self.cut.of_tensor(value)
+        for slices in self.slices:
+            value = slices.of_tensor(value)
         return value.to("cpu", TORCH_DTYPES.get(self.dtype, value.dtype))
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Its shape."""
-        return self.cut.shape(self.stored.shape) if self.cut else self.stored.shape
+        return reduce(lambda shape, slices: slices.shape(shape), self.slices, self.stored.shape)
 
     @property
     def dtype(self) -> str:
@@ -97,13 +102,13 @@ def new_tensor(
     name: str,
     stored: StoredTensor,
     dtype: torch.dtype | None,
-    cut: Cut | None = None,
+    slices: tuple[Slices, ...] = (),
     value: torch.Tensor | None = None,
 ) -> NewTensor:
     """Return the tensor under its new name, cast to `dtype` if it holds floating-point numbers of another type."""
     own = TORCH_DTYPES.get(stored.dtype)
     changes = dtype is not None and own is not None and own.is_floating_point and own is not dtype
-    return NewTensor(name, stored, dtype if changes else None, cut, value)
+    return NewTensor(name, stored, dtype if changes else None, slices, value)
 
 
 def plan_shards(weights: WeightFiles, tensors: Iterable[NewTensor], max_bytes: int) -> dict[str, Shard]:
@@ -179,15 +184,15 @@ def _write_tensors(source: Path, tensors: Sequence[NewTensor], target: BinaryIO,
     Raises:
         ModelError: the file cannot be read.
     """
-    changed = [tensor.stored.name for tensor in tensors if not tensor.is_copy and tensor.value is None]
+    changed = [tensor.stored.name for tensor in tensors if tensor.ranges is None and tensor.value is None]
     decoded = read_tensors(source, changed)
     with reading(source):
         original = source.open("rb", buffering=0)
     with original:
         for tensor in tensors:
-            if tensor.is_copy:
-                copy_range(original, tensor.stored.start or 0, tensor.stored.size, target, report)
-            else:
+            for start, size in tensor.ranges or ():
+                copy_range(original, start, size, target, report)
+            if tensor.ranges is None:
                 value = tensor.changed(next(decoded) if tensor.value is None else tensor.value).contiguous()
                 write_all(target, value.reshape(-1).view(torch.uint8).numpy().data if value.numel() else b"")
                 report(tensor.size)

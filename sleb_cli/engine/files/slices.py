@@ -1,15 +1,18 @@
-"""Cut out of a tensor the slices that stay: those of kept blocks, or of kept tokens."""
+"""Cut out of a tensor the slices that stay, such as those of kept tokens."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from sleb_cli.engine.files.copying import runs
+
 
 @dataclass(frozen=True)
-class Cut:
+class Slices:
     """The slices that stay of `count` along one axis of a tensor, such as a block's part of per-layer embeddings."""
 
     axis: int
@@ -27,3 +30,13 @@ class Cut:
         width = shape[self.axis] // self.count
         slices = tensor.reshape(*shape[: self.axis], self.count, width, *shape[self.axis + 1 :])
         return slices.index_select(self.axis, kept).reshape(self.shape(shape))
+
+    def ranges(self, shape: Sequence[int], size: int) -> list[tuple[int, int]] | None:
+        """Return the offsets and sizes of their bytes, neighbours as one; None if a slice is in several places.
+
+        The tensor has this shape, and `size` bytes.
+        """
+        if math.prod(shape[: self.axis]) != 1 or size % self.count:
+            return None
+        width = size // self.count
+        return [(first * width, length * width) for first, length in runs(self.kept)]

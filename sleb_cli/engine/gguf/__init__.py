@@ -1,1 +1,1 @@
-"""GGUF files: read and write them, remove blocks from them, and know how llama.cpp loads the result."""
+"""GGUF files: read and write them, and know how llama.cpp loads them."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES
 
-from sleb_cli.engine.files.copying import ReportBytes, copy_range, reading, write_all
+from sleb_cli.engine.files.copying import ReportBytes, copy_range, reading, runs, write_all
 from sleb_plugins.errors import ModelError
 
 _MAGIC = b"GGUF"
@@ -74,9 +74,8 @@ class GgufTensor:
             yield self.start, self.size
             return
         width = self.size // len(self.rows)
-        breaks = np.flatnonzero(np.diff(self.rows) != 1) + 1
-        for run in np.split(np.array(self.rows), breaks):
-            yield self.start + int(run[0]) * width, len(run) * width
+        for first, length in runs(self.rows):
+            yield self.start + first * width, length * width
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
 
 from sleb_plugins.config_keys import Kept
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,19 +38,17 @@ class BlockNames:
         found = self._of_block.fullmatch(name)
         return int(found[2]) if found else None
 
-    def prune(self, named: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
-        """Drop what belongs to removed blocks, and rename the rest as in the pruned model.
+    def renamed(self, name: str) -> str | None:
+        """Return a tensor's or module's name in the pruned model; None if it belongs to a removed block.
 
-        If any block is removed, those for multi-token prediction, numbered after the last block, are dropped too: they
-        read hidden states of the whole model, and loaders would look for them under the old numbers.
+        So do blocks for multi-token prediction, numbered after the last block: they read hidden states of the whole
+        model, and loaders would look for them under the old numbers.
         """
-        removes = len(self.kept.blocks) < self.kept.count
-        for name, value in named:
-            found = self._of_block.fullmatch(name)
-            if found is None or not removes:
-                yield name, value
-            elif (number := self.kept.new_number.get(int(found[2]))) is not None:
-                yield f"{found[1]}{number}{found[3]}", value
+        found = self._of_block.fullmatch(name)
+        if found is None:
+            return name
+        number = self.kept.new_number.get(int(found[2]))
+        return None if number is None else f"{found[1]}{number}{found[3]}"
 
     @cached_property
     def _of_block(self) -> re.Pattern[str]:

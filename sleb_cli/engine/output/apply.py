@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,36 +14,30 @@ import torch
 from torch import Tensor
 
 from sleb_cli.atomic import new_folder, remove_leftovers_of, require_space, to_json, writing
+from sleb_cli.engine.cut.protocol import CONFIG, SETTINGS, cut_records
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files import other_formats
 from sleb_cli.engine.files.copying import copy_file, holds, leads_out, reading
 from sleb_cli.engine.files.shards import NewTensor, new_tensor, plan_shards, write_weights
-from sleb_cli.engine.files.weights import StoredTensor, read_json
-from sleb_cli.engine.gguf.file import GgufTensor
+from sleb_cli.engine.files.weights import read_json
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.card import CARD, model_card
 from sleb_cli.engine.output.measured import measured_of_plan
 from sleb_cli.engine.output.proof import Planned, ProofPlacement, place_proof, prove
-from sleb_cli.engine.surgery.quantization import QUANTIZATION_FILES, prune_module_names
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
-from sleb_cli.engine.surgery.vocabulary import OTHER_FORMATS, SETTINGS, TOKENIZER
-from sleb_cli.engine.vocabulary import Vocabulary
 from sleb_cli.events import Notice, Notify, Warned
 from sleb_cli.kept_results import beside_plan
 from sleb_cli.names import checkpoint_name, without_folders
 from sleb_cli.plan import CHECKPOINT_PLAN
 from sleb_cli.records import THIS_VERSION
 from sleb_cli.requests import DEFAULT_SHARD_SIZE
-from sleb_cli.results import ApplyResult, BenchResult, EvalResult, VocabularyRecord
+from sleb_cli.results import ApplyResult, BenchResult, EvalResult
 from sleb_cli.units import parse_bytes
 from sleb_plugins import OutputError, ProofError
 
 if TYPE_CHECKING:
     from sleb_cli.engine.recovery.run import Recovered
-
-# Files of settings that may name blocks, tokens or local paths, besides the config.
-_SETTINGS = (*QUANTIZATION_FILES, *SETTINGS)
 
 # Files that the pruned checkpoint has its own versions of, besides weights and settings.
 _REWRITTEN = {CARD, CHECKPOINT_PLAN}
@@ -80,9 +73,9 @@ class Output:
 
 def default_folder(subject: Subject) -> Path:
     """Return where the checkpoint goes if no place is named."""
-    surgery, cut = subject.surgery, subject.surgery.vocabulary
-    scripts = cut.vocabulary.scripts if cut else ()
-    return Path(checkpoint_name(subject.architecture.source.name, len(surgery.kept.blocks), scripts))
+    surgery = subject.surgery
+    parts = [part for cut in surgery.cuts for part in cut.name_parts]
+    return Path(checkpoint_name(subject.architecture.source.name, len(surgery.kept.blocks), parts))
 
 
 def require_new_folder(folder: Path, source: ModelSource, *, force: bool) -> None:
@@ -153,7 +146,6 @@ def write_checkpoint(
         placement = output.proof or place_proof(subject.architecture, output.dtype)
         with move_if_proof_fails(aside, output.keep_failed):
             proof = prove(surgery, aside, planned, placement, notify, recovered.parameters if recovered else None)
-    cut, stored = surgery.vocabulary, subject.architecture.source.weights.stored
     result = ApplyResult(
         **THIS_VERSION,
         kind="apply",
@@ -162,7 +154,7 @@ def write_checkpoint(
         folder=str(output.place),
         blocks=len(surgery.kept.blocks),
         weights_bytes=sum(shard.size for shard in planned.weights.values()),
-        vocabulary=vocabulary_record(cut.vocabulary, stored, planned.tensors) if cut else None,
+        **cut_records(surgery.cuts, subject.architecture.source.weights.stored, planned.tensors),
         recovery=recovered.record if recovered else None,
         proof=proof,
     )
@@ -181,7 +173,7 @@ def plan_files(surgery: Surgery, output: Output, new_values: Mapping[str, Tensor
     shard_bytes = output.shard_bytes or parse_bytes(DEFAULT_SHARD_SIZE, "--max-shard-size")
     texts = {name: json.dumps(found, indent=2) + "\n" for name, found in _settings(surgery, output.dtype).items()}
     weights = plan_shards(source.weights, tensors, shard_bytes)
-    replaced = {*texts, *(OTHER_FORMATS if surgery.vocabulary else ())}
+    replaced = {*texts, *(name for cut in surgery.cuts for name in cut.dropped_files)}
     return Planned(tensors, weights, texts, *_find_other_files(source, replaced))
 
 
@@ -221,7 +213,7 @@ def _measured(subject: Subject, notify: Notify) -> dict[Literal["eval", "bench"]
 def _describe(subject: Subject, folder: Path, written: ApplyResult, notify: Notify) -> None:
     """Add the model card, the plan, and what was measured of it, without local folders."""
     plan, path = subject.plan, folder / CHECKPOINT_PLAN
-    measured = {} if written.recovery or written.vocabulary else _measured(subject, notify)
+    measured = {} if written.recovery or written.cuts else _measured(subject, notify)
     card = model_card(subject, written, measured.get("eval"), measured.get("bench"))
     (folder / CARD).write_text(card, encoding="utf-8")
     if plan:
@@ -231,19 +223,6 @@ def _describe(subject: Subject, folder: Path, written: ApplyResult, notify: Noti
             result.write(beside_plan(path, kind))
 
 
-def vocabulary_record(
-    vocabulary: Vocabulary, before: Iterable[StoredTensor | GgufTensor], after: Iterable[NewTensor | GgufTensor]
-) -> VocabularyRecord:
-    """Return what the cut of a vocabulary, and of blocks, did to these tensors."""
-    was, now = list(before), list(after)
-    return VocabularyRecord(
-        scripts=vocabulary.scripts,
-        tokens=(vocabulary.count, len(vocabulary.tokens)),
-        parameters=(sum(math.prod(each.shape) for each in was), sum(math.prod(each.shape) for each in now)),
-        weights_bytes=(sum(each.size for each in was), sum(each.size for each in now)),
-    )
-
-
 def kept_tensors(
     surgery: Surgery, dtype: torch.dtype | None = None, new_values: Mapping[str, Tensor] | None = None
 ) -> list[NewTensor]:
@@ -251,8 +230,7 @@ def kept_tensors(
     stored = ((tensor.name, tensor) for tensor in surgery.architecture.source.weights.stored)
     values = new_values or {}
     return [
-        new_tensor(name, tensor, dtype, surgery.cut(name), values.get(name))
-        for name, tensor in surgery.names.prune(stored)
+        new_tensor(name, tensor, dtype, slices, values.get(name)) for name, tensor, slices in surgery.tensors(stored)
     ]
 
 
@@ -262,19 +240,13 @@ def _settings(surgery: Surgery, dtype: torch.dtype | None) -> dict[str, dict[str
     if dtype and "torch_dtype" not in config:
         config = {"dtype": None} | config
     config = _with_dtype(config, dtype_name(dtype) if dtype else None)
-    folder, changed = surgery.architecture.source.folder, {"config.json": _without_paths(config)}
-    for name in _SETTINGS:
+    folder, changed = surgery.architecture.source.folder, {CONFIG: _without_paths(config)}
+    for name in SETTINGS:
         if holds(folder, name):
-            values = after = read_json(folder / name)
-            if name in QUANTIZATION_FILES:
-                after = prune_module_names(values, surgery.architecture, surgery.names)
-            elif surgery.vocabulary:
-                after = surgery.vocabulary.in_file(values)
-            if (after := _without_paths(after)) != values:
+            values = read_json(folder / name)
+            if (after := _without_paths(surgery.settings(name, values))) != values:
                 changed[name] = after
-    if surgery.vocabulary and surgery.vocabulary.tokenizer:
-        changed[TOKENIZER] = dict(surgery.vocabulary.tokenizer)
-    return changed
+    return changed | {name: values for cut in surgery.cuts for name, values in cut.new_files.items()}
 
 
 def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:

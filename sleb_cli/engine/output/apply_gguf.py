@@ -1,10 +1,8 @@
-"""Remove blocks from a GGUF file, quantised or not, and prove the result."""
+"""Write a GGUF file without some of its parts, quantised or not, and prove the result."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +10,20 @@ import gguf
 import numpy as np
 
 from sleb_cli.atomic import claimed, free_space, require_new_file, require_space
+from sleb_cli.engine.cut.protocol import cut_records
 from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.files.copying import reading
 from sleb_cli.engine.files.fingerprint import Watch
+from sleb_cli.engine.gguf.blocks import block_count
 from sleb_cli.engine.gguf.file import GgufFile, GgufTensor, gguf_size, read_gguf, write_gguf
 from sleb_cli.engine.gguf.llama_cpp import holds_model_type
 from sleb_cli.engine.gguf.quick import QuickReader
-from sleb_cli.engine.gguf.surgery import GgufSurgery, block_count
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.gguf import convert_tokenizer, convert_weights, transformers_knows
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.output.apply import Output, kept_tensors, move_if_proof_fails, vocabulary_record
+from sleb_cli.engine.output.apply import Output, kept_tensors, move_if_proof_fails
 from sleb_cli.engine.output.proof import Planned, model_errors_fail_proof, place_proof, proof_error, prove
-from sleb_cli.engine.surgery.surgery import plan_surgery
-from sleb_cli.engine.surgery.vocabulary import VocabularyCut, tables_of
+from sleb_cli.engine.surgery.gguf_surgery import GgufSurgery
 from sleb_cli.engine.third_party import disk_error, prefer_disk_error, translate_errors
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.names import checkpoint_name
@@ -44,9 +42,10 @@ def are_the_same(one: Path, other: Path) -> bool:
     return one.exists() and other.exists() and one.samefile(other)
 
 
-def default_place(file: GgufFile, removals: Sequence[int], scripts: Sequence[str] = ()) -> Path:
+def default_file(surgery: GgufSurgery) -> Path:
     """Return where the pruned file goes if no place is named."""
-    return Path(f"{checkpoint_name(file.path.stem, block_count(file) - len(removals), scripts)}.gguf")
+    file, parts = surgery.file, [part for cut in surgery.cuts for part in cut.name_parts]
+    return Path(f"{checkpoint_name(file.path.stem, block_count(file) - len(surgery.removals), parts)}.gguf")
 
 
 def prune_gguf(surgery: GgufSurgery, output: Output, registry: Registry, notify: Notify) -> GgufResult:
@@ -80,7 +79,7 @@ def prune_gguf(surgery: GgufSurgery, output: Output, registry: Registry, notify:
         blocks=block_count(file) - len(surgery.removals),
         file_bytes=gguf_size(pruned),
         verified=output.verify,
-        vocabulary=vocabulary_record(surgery.vocabulary, file.tensors, pruned.tensors) if surgery.vocabulary else None,
+        **cut_records(surgery.cuts, file.tensors, pruned.tensors),
         proof=proof,
         unproven=unproven,
     )
@@ -192,9 +191,7 @@ def _prove_with_transformers(
         return None, reason
     try:
         architecture = read_architecture(locate_model(str(file.path), notify), registry, notify)
-        hf_surgery = plan_surgery(architecture, surgery.removals)
-        if vocabulary := surgery.vocabulary:
-            hf_surgery = replace(hf_surgery, vocabulary=VocabularyCut(vocabulary, tables_of(architecture, vocabulary)))
+        hf_surgery = surgery.of_model(architecture)
     except (ModelError, MachineError, UsageError) as error:
         if disk_error(error):
             raise
@@ -204,7 +201,7 @@ def _prove_with_transformers(
     folder = aside.with_name(f"{aside.name}.checkpoint")
     with model_errors_fail_proof(KIND), task(notify, f"Converting {aside.name}"):
         convert_weights(read_gguf(aside), folder, architecture.dtype)
-        if surgery.vocabulary:
+        if any(cut.renumbers_tokens for cut in surgery.cuts):
             convert_tokenizer(aside, folder)
     planned = Planned(kept_tensors(hf_surgery))
     return prove(hf_surgery, folder, planned, place_proof(architecture, None), notify), None

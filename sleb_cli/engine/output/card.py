@@ -19,7 +19,7 @@ from sleb_cli.plan import CHECKPOINT_PLAN, RecoveryRecord, SampleGeneration
 from sleb_cli.records import Proof
 from sleb_cli.results import ApplyResult, BenchResult, EvalResult, Removals
 from sleb_cli.tables import search
-from sleb_cli.tables.proof import checked, vocabulary_change
+from sleb_cli.tables.proof import checked
 from sleb_cli.tables.quality import perplexity_change, task_name, text_names
 from sleb_cli.tables.speed import workload_name
 from sleb_cli.tables.table import Table, in_markdown, to_markdown
@@ -41,7 +41,7 @@ def model_card(
     It may be published, so it names no local folder.
     """
     source, removals, recovery = subject.architecture.source, subject.surgery.removals, written.recovery
-    blocks, sample = subject.architecture.block_count, subject.own_plan and subject.own_plan.sample_generation
+    sample = subject.own_plan and subject.own_plan.sample_generation
     name = f"`{source.id}` at revision `{source.revision}`" if source.revision else in_markdown(source.name)
     how = "no training" if recovery is None else "the others given new weights"
     made = f"- Made by sleb {__version__}"
@@ -50,14 +50,13 @@ def model_card(
         f"{made} (SLEB, arXiv:2402.09025): whole transformer blocks removed, {how}",
         *_search(subject),
     ]
-    without = f"{len(removals)} of its {blocks} blocks" if removals else "the tokens of other scripts"
     lines = [
         _front_matter(subject, evaluation),
-        f"# {in_markdown(source.name)} without {without}",
+        f"# {in_markdown(source.name)} without {subject.surgery.cuts[0].what}",
         "",
         f"- Base model: {name}",
         *(about if removals else [made]),
-        *([f"- Vocabulary: {vocabulary_change(written.vocabulary)}"] if written.vocabulary else []),
+        *(f"- {cut.title}: {cut.change}" for cut in written.cuts),
         *_results(subject, recovery, evaluation, benchmark),
         *(_sample_generation(sample) if sample else []),
         *(_recovery(recovery) if recovery else []),

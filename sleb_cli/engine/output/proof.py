@@ -38,15 +38,13 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.streaming import converted_bytes, require_streamable, streamed_bytes, weight_bytes
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.generation import generate
-from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.surgery.loading import DeviceMap, has_tokenizer, load_pretrained, load_tokenizer, loading_problem
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.third_party import disk_error, prefer_disk_error, saving, translate_errors
-from sleb_cli.engine.vocabulary import INCOMPLETE, Vocabulary
 from sleb_cli.events import CheckPassed, Notice, Notify, ignore, task
 from sleb_cli.records import Check, Proof, differences
 from sleb_cli.requests import AUTO
-from sleb_cli.tables.proof import checked
+from sleb_cli.tables.proof import checked, reference
 from sleb_cli.units import format_bytes
 from sleb_plugins import ModelError, ProofError
 
@@ -69,17 +67,11 @@ TOLERANCES = {
 """The largest differences allowed, relative to the largest logit: from the logits of the model in memory, and between
 decoding with and without the KV cache, whose shapes and so rounding differ."""
 
-FEWER_TOKENS_TOLERANCE = 2.0**-20
-"""The same of logits where tokens go: the head's product has another shape, which some processors round otherwise."""
-
 CheckResult = tuple[Check | None, dict[str, Any]]
 """A passed check (None: one that was left out), and its values in the proof's record."""
 
 PEAK_SHARE = 1.2
 """The memory of a proof, relative to the dense model's weights: the two models are loaded one after the other."""
-
-_PIECE, _LOST_TEXTS = 32, 256
-"""How many tokens make a text, and how many texts there are of lost ones, in the proof of a tokenizer."""
 
 NEW_STREAMED_TOKENS = 2
 """New tokens if blocks stay on the disk, since each of them reads all."""
@@ -194,7 +186,7 @@ def prove(
     """
     proof = Proof(
         checks=(),
-        reference="recovered" if new_values is not None else "dense" if surgery.removals else "whole",
+        reference=surgery.reference if new_values is None else "recovered",
         partial=placement.too_large,
         dtype=dtype_name(placement.dtype),
         device=placement.device.type,
@@ -218,15 +210,15 @@ def _as_planned(
     surgery: Surgery, folder: Path, tokenizer: Any, planned: Planned, notify: Notify
 ) -> Iterator[CheckResult]:
     """Check that the folder holds what was planned, byte for byte: whatever a model computes, or never reads."""
-    source, cut = surgery.architecture.source, surgery.vocabulary
     if planned.weights:
         _require_files(folder, planned)
     _require_tensors(folder, planned)
     yield "complete", {}
     _require_same_bytes(folder, planned.tensors, notify)
     yield "same bytes", {}
-    if cut or (tokenizer is not None and planned.weights):
-        yield from _require_same_tokens(source, folder, tokenizer, cut.vocabulary if cut else None, notify)
+    renumbered = any(cut.renumbers_tokens for cut in surgery.cuts)
+    if renumbered or (tokenizer is not None and planned.weights):
+        yield from _require_same_tokens(surgery, folder, tokenizer, notify)
 
 
 def _require_files(folder: Path, planned: Planned) -> None:
@@ -290,40 +282,20 @@ def _require_tensors(folder: Path, planned: Planned) -> None:
                 raise proof_error(f"the metadata of {header.path.name} are {header.metadata}, not {shard.metadata}")
 
 
-def _require_same_tokens(
-    source: ModelSource, folder: Path, theirs: Any, vocabulary: Vocabulary | None, notify: Notify
-) -> Iterator[CheckResult]:
-    """Check that the checkpoint's tokenizer and chat template are there and the dense model's, whatever was planned.
-
-    If tokens went, text of all tokens and characters that stay must get the same ones, and other text may come back.
-    """
+def _require_same_tokens(surgery: Surgery, folder: Path, theirs: Any, notify: Notify) -> Iterator[CheckResult]:
+    """Check that the checkpoint's tokenizer and chat template are there and the dense model's, whatever was planned."""
+    trust = surgery.architecture.source.trust_remote_code
     with translate_errors(lambda words: proof_error(f"its tokenizer cannot be loaded: {words}")):
-        ours = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
-    texts, new = [PROMPT], vocabulary.new_number if vocabulary else None
-    if vocabulary:
-        kept = theirs.batch_decode(_in_pieces(vocabulary.tokens), skip_special_tokens=True)
-        texts += filter(set(vocabulary.characters).issuperset, kept)  # incomplete characters may make another together
-        texts += map(" ".join, _in_pieces(vocabulary.characters))
+        ours = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+    texts = [PROMPT, *(text for cut in surgery.cuts for text in cut.texts(theirs))]
     for text, found, expected in zip(texts, ours(texts).input_ids, theirs(texts).input_ids, strict=True):
-        if found != (expected if new is None else [new.get(token) for token in expected]):
+        if found != surgery.token_ids(expected):
             raise proof_error(f"its tokenizer is not the dense model's, which reads {text[:40]!r} otherwise")
     if ours.chat_template != theirs.chat_template:
         raise proof_error("its chat template is not the dense model's")
-    if vocabulary:
-        yield "same tokens", {}
-        lost = sorted({*range(min(vocabulary.count, len(theirs)))}.difference(vocabulary.tokens))
-        decoded = theirs.batch_decode([[token] for token in lost[:: len(lost) // _LOST_TEXTS + 1]])
-        texts = [text for text in decoded if INCOMPLETE not in text] or texts
-        # Some tokenizers change a few characters first, as the dense model's does.
-        back, was = (each.batch_decode(each(texts).input_ids, skip_special_tokens=True) for each in (ours, theirs))
-        if back == was:
-            yield "spells others", {}
-        else:
-            notify(Notice("Text of other scripts does not come back: this tokenizer cannot spell it in bytes."))
-
-
-def _in_pieces(items: Sequence[Any]) -> list[Sequence[Any]]:
-    return [items[start : start + _PIECE] for start in range(0, len(items), _PIECE)]
+    for cut in surgery.cuts:
+        for check in cut.tokenizer_checks(ours, theirs, notify):
+            yield check, {}
 
 
 def _require_same_bytes(folder: Path, planned: Sequence[NewTensor], notify: Notify) -> None:
@@ -360,7 +332,7 @@ def _bits_of(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Models:
-    """The checkpoint as transformers loads it, and its reference: the dense model with the removed blocks skipped.
+    """The checkpoint as transformers loads it, and its reference: the dense model as if what was removed were gone.
 
     For the fields, see `prove`; `was_saved` says whether transformers wrote it, from what it had loaded.
     """
@@ -376,9 +348,7 @@ class _Models:
     @property
     def reference(self) -> str:
         """What the checkpoint is compared with, in messages."""
-        if self.new_values is not None:
-            return "the recovered model in memory"
-        return "the dense model with these blocks skipped" if self.surgery.removals else "the dense model"
+        return reference(self.surgery.reference if self.new_values is None else "recovered")
 
     @torch.no_grad()  # not inference mode, in which tensors made outside of it cannot take the place of others
     def checks(self) -> Iterator[CheckResult]:
@@ -393,11 +363,9 @@ class _Models:
         dtype, stored = self.placement.dtype, self.placement.rounded or self.surgery.architecture.dtype
         allowed, cache_allowed = TOLERANCES.get(dtype, (0.0, 0.0))
         ids, new_tokens = self._prompt()
-        expected, own = self._expected_logits(ids), ids
-        if self.surgery.vocabulary:
-            vocabulary = self.surgery.vocabulary.vocabulary
-            own = torch.tensor(vocabulary.renumbered(ids.tolist()), device=ids.device)
-            expected, allowed = expected[..., list(vocabulary.tokens)], max(allowed, FEWER_TOKENS_TOLERANCE)
+        expected = self.surgery.comparable(self._expected_logits(ids))
+        own = torch.tensor([self.surgery.token_ids(ids[0].tolist())], device=ids.device)
+        allowed = max([allowed, *(cut.tolerance for cut in self.surgery.cuts)])
         free_memory()
         with task(self.notify, "Proving the checkpoint"):
             model = self._load()
@@ -456,13 +424,14 @@ class _Models:
 
     @contextmanager
     def _opened_reference(self) -> Iterator[SkippableModel]:
-        """Load the dense model, with the new values in place."""
+        """Load the dense model, with the new values in place, and without what goes besides blocks."""
         with (
             open_dense(self.surgery.architecture, self.placement, self.notify) as skippable,
             skippable.replaced(self.new_values or {}),
         ):
             skippable.align()
-            yield skippable
+            with self.surgery.absent(skippable.model):
+                yield skippable
 
     def _expected_logits(self, ids: Tensor) -> Tensor:
         with self._opened_reference() as skippable:

@@ -38,7 +38,7 @@ def file_tensors(
         new = {name: values[name] for name in together}
         with weights_at(skippable, path, place):
             changed |= _changed(skippable.model, surgery.architecture.source.weights, place, new, rounded)
-    return dict(surgery.names.prune(changed.items()))
+    return {name: value for name, value, _ in surgery.tensors(changed.items())}
 
 
 def _changed(

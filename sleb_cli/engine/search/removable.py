@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sleb_cli.engine.cut.blocks.block_cut import BlockCut
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.search.choices import NoBlockLeft, Protection
-from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notice, Notify, ignore, task
 from sleb_cli.units import plural
 
@@ -64,4 +64,4 @@ class Removable:
         return [block for block in free if block not in stay]
 
     def _obstacle(self, removed: Sequence[int], block: int) -> str | None:
-        return Surgery(self.architecture, (*removed, block)).obstacle()
+        return BlockCut(self.architecture, (*removed, block)).obstacle()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sleb_cli.engine.cut.blocks.block_cut import BlockCut
 from sleb_cli.engine.device import free_memory
 from sleb_cli.engine.model.sizes import PerBlock
 from sleb_cli.engine.process_group import ProcessGroup
@@ -53,7 +54,7 @@ def time_target(settings: SearchSettings, dense: Any, group: ProcessGroup, notif
 
     def share(removals: Collection[int]) -> float:
         def measure() -> float:
-            surgery = Surgery(architecture, tuple(removals))
+            surgery = Surgery(architecture, (BlockCut(architecture, tuple(removals)),))
             pruned = load_pruned(surgery, place.dtype, place.device, notify, dense=dense)
             share = share_of_time(workload, dense, pruned, surgery.removals, notify)
             del pruned

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def load_pruned(
     ):
         # Packed weights are taken apart by the code that loads them.
         if dense is not None and not surgery.architecture.is_quantized:
-            tensors = _prune(surgery, dense.state_dict().items())
+            tensors = _cut(surgery, dense.state_dict().items())
             model = _with_tensors(surgery, tensors, dtype, device, None)
             loaded = model.state_dict()
             pairs = [(loaded.get(name), tensor) for name, tensor in tensors.items()]
@@ -149,12 +150,12 @@ def load_pruned(
                 return model
             # transformers reads the files of this family in a way that it does not apply to its own tensors.
             del model, tensors, loaded, pairs
-        return _with_tensors(surgery, _prune(surgery, source.weights.tensors()), dtype, device, device_map)
+        return _with_tensors(surgery, _cut(surgery, source.weights.tensors()), dtype, device, device_map)
 
 
-def _prune(surgery: Surgery, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    pruned = surgery.names.prune(tensors)
-    return {name: cut.of_tensor(tensor) if (cut := surgery.cut(name)) else tensor for name, tensor in pruned}
+def _cut(surgery: Surgery, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    kept = surgery.tensors(tensors)
+    return {name: reduce(lambda each, some: some.of_tensor(each), slices, tensor) for name, tensor, slices in kept}
 
 
 def _with_tensors(

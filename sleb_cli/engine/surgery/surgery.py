@@ -1,53 +1,37 @@
-"""Which tensors and settings remain after a removal of blocks or tokens, under which names. No weight is read."""
+"""Which tensors and settings remain of a model after a removal of blocks, and of other parts. No weight is read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
-from transformers import DynamicCache
+from torch import Tensor, nn
 
-from sleb_cli.engine.files.slices import Cut
+from sleb_cli.engine.cut.blocks.block_cut import plan_blocks
+from sleb_cli.engine.cut.kinds import KINDS
+from sleb_cli.engine.cut.protocol import CONFIG, Cut
+from sleb_cli.engine.files.slices import Slices
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.model.block_names import BlockNames
-from sleb_cli.engine.model.structure import block_changes, outer_changes
-from sleb_cli.engine.surgery.quantization import prune_quantization
-from sleb_cli.engine.surgery.vocabulary import VocabularyCut, plan_vocabulary
-from sleb_cli.engine.third_party import translate_errors
-from sleb_plugins import ModelError, UnsupportedModelError
-from sleb_plugins.config_keys import (
-    KEY_PRUNERS,
-    KEY_REWRITERS,
-    LEADING_INPUTS,
-    OBSTACLES,
-    OTHER_TEXT_KEYS,
-    PERIOD_KEYS,
-    PREDICTION_BLOCKS,
-    SAID_TWICE,
-    Kept,
-    by_block,
-    kept_blocks,
-    means_blocks,
-    require_removable,
-    sliced_axis,
-)
+from sleb_cli.records import Reference
+from sleb_plugins.config_keys import Kept, kept_blocks
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Surgery:
-    """The removal of blocks, and maybe of tokens, from one model, on disk or in memory.
-
-    Attributes:
-        architecture: the model.
-        removals: the blocks to remove, numbered as in the original, in the order of their removal.
-        vocabulary: the tokens that stay; None if all do.
-    """
+    """What goes of one model, on disk or in memory: the cuts, in order."""
 
     architecture: Architecture
-    removals: tuple[int, ...]
-    vocabulary: VocabularyCut | None = None
+    cuts: tuple[Cut, ...] = ()
+
+    @cached_property
+    def removals(self) -> tuple[int, ...]:
+        """The removed blocks, numbered as in the original, in the order of their removal."""
+        return tuple(block for cut in self.cuts for block in cut.removals)
 
     @property
     def removed(self) -> frozenset[int]:
@@ -59,161 +43,67 @@ class Surgery:
         """The blocks that stay."""
         return kept_blocks(self.architecture.block_count, self.removals)
 
-    @cached_property
-    def names(self) -> BlockNames:
-        """The names of the blocks, before and after.
+    @property
+    def reference(self) -> Reference:
+        """What proofs call the dense model as if all that goes were gone."""
+        return next((cut.reference for cut in self.cuts), "whole")
 
-        Raises:
-            UnsupportedModelError: the weight files do not number each block.
-        """
-        return self.architecture.block_names(self.kept)
+    def settings(self, file: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the contents of a file of settings after all cuts."""
+        changed = dict(values)
+        for cut in self.cuts:
+            changed = cut.settings(file, changed)
+        return changed
 
     def prune_config(self) -> dict[str, Any]:
-        """Return the `config.json` of the pruned model: new counts, and new values of settings of blocks and tokens.
+        """Return the `config.json` of the pruned model."""
+        return self.settings(CONFIG, self.architecture.source.raw_config)
 
-        Values come from the config as transformers parses it, so that a pattern which `config.json` leaves to a default
-        or a period becomes an explicit list.
-        """
-        config = self._config_without_blocks()
-        return self.vocabulary.in_config(config, self.architecture.text_key) if self.vocabulary else config
+    def tensors(self, named: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T, tuple[Slices, ...]]]:
+        """Drop what goes of these tensors, rename the rest, and add which slices stay."""
+        for name, value in named:
+            slices: tuple[Slices, ...] = ()
+            for cut in self.cuts:
+                if (found := cut.tensor(name)) is None:
+                    break
+                name, kept = found
+                slices += (kept,) if kept else ()
+            else:
+                yield name, value, slices
 
-    def _config_without_blocks(self) -> dict[str, Any]:
-        raw = dict(self.architecture.source.raw_config)
-        if not self.removed:
-            return raw
-        # Early configs of multimodal models have the language model's settings elsewhere, or among their own.
-        places = (self.architecture.text_key, *OTHER_TEXT_KEYS) if self.architecture.text_key else ()
-        inner = next((key for key in places if isinstance(raw.get(key), dict)), "")
-        text = dict(raw[inner]) if inner else raw
-        text |= self._pruned_settings(text)
-        if self.architecture.numbering.extra:
-            text |= {key: 0 for key in PREDICTION_BLOCKS if text.get(key)}
-        return prune_quantization(raw | {inner: text} if inner else text, self.architecture, self.names)
+    def token_ids(self, ids: Sequence[int]) -> list[int | None]:
+        """Return the new numbers of these tokens, [positions]; None for one that goes."""
+        new: list[int | None] = list(ids)
+        for cut in self.cuts:
+            new = cut.token_ids(new)
+        return new
 
-    def _pruned_settings(self, written: dict[str, Any]) -> dict[str, Any]:
-        config, adapter, kept = self.architecture.text_config, self.architecture.adapter, self.kept
-        understood = config.to_dict()
-        settings: dict[str, Any] = {}
-        for key in dict.fromkeys((*written, *understood)):
-            value = understood.get(key, written.get(key))
-            pruner = adapter.config_keys.get(key) or KEY_PRUNERS.get(key)
-            if pruner is None and means_blocks(key, value, kept.count):
-                pruner = by_block
-            if pruner is None or value is None or isinstance(value, bool):
-                continue
-            pruned = pruner(value, kept)
-            if key in written or pruned != value or isinstance(value, list):
-                settings[key] = pruned
-        for key, rewrite in KEY_REWRITERS.items():
-            if key in understood and key not in adapter.config_keys:
-                settings |= rewrite({name: getattr(config, name, None) for name in (*understood, *written)}, kept)
-        aliases = [alias for alias, name in type(config).attribute_map.items() if name == adapter.count_key]
-        counts = [adapter.count_key, *(alias for alias in aliases if alias in written)]
-        return settings | dict.fromkeys(counts, len(kept.blocks))
+    def comparable(self, logits: Tensor) -> Tensor:
+        """Return those of the dense model's logits that the pruned model has, too."""
+        for cut in self.cuts:
+            logits = cut.comparable(logits)
+        return logits
 
-    @property
-    def settings_of_blocks(self) -> list[str]:
-        """The settings that would be wrong for some block if only the number of blocks changed in the config."""
-        before, known = self.architecture.text_config.to_dict(), {self.architecture.adapter.count_key, *SAID_TWICE}
-
-        def is_cut(was: object, after: object) -> bool:
-            return isinstance(was, list | str) and isinstance(after, list | str) and was[: len(after)] == after
-
-        settings = {key: after for key, after in self._pruned_settings({}).items() if key not in known}
-        return [
-            key for key, after in settings.items() if before.get(key) != after and not is_cut(before.get(key), after)
-        ]
-
-    def cut(self, name: str) -> Cut | None:
-        """Return the slices to keep of a tensor with one slice per block or token; None for any other tensor."""
-        if self.vocabulary and name in self.vocabulary.tables:
-            return Cut(0, self.vocabulary.vocabulary.count, self.vocabulary.vocabulary.tokens)
-        axis = sliced_axis(name)
-        return Cut(axis, self.kept.count, self.kept.blocks) if axis is not None and self.removed else None
-
-    def obstacle(self) -> str | None:
-        """Return a clause on what this removal would change in the kept blocks, or None if nothing.
-
-        Builds the pruned model without weights, and compares its blocks with those of the dense model.
-
-        Raises:
-            UnsupportedModelError: the weight files do not number each block.
-        """
-        before, kept = self.architecture, self.kept
-        _ = self.names
-        if stated := self._stated_obstacle():
-            return stated
-        try:
-            config = before.read_config(self.prune_config())
-            if changed := _rotary_changes(before.text_config, config.get_text_config(decoder=True)):
-                return changed
-            blocks, outside = before.structures_of(before.build(config))
-        except ModelError as error:
-            return error.message.rstrip(".")
-        if len(blocks) != len(kept.blocks):
-            return f"with {before.adapter.count_key} {len(kept.blocks)} the model has {len(blocks)} blocks"
-        were, outside_before = before.structures
-        for old, block in zip(kept.blocks, blocks, strict=True):
-            if changes := block_changes(were[old], block, old, kept):
-                return f"in block {old}, {changes[0]}{self._by_period()}"
-        if changes := outer_changes(outside_before, outside, kept):
-            return f"outside the blocks, {changes[0]}"
-        return None if _cache_fault(before.config) else _cache_fault(config)
-
-    def _stated_obstacle(self) -> str | None:
-        """Return a clause on the first setting that rules this removal out, or None."""
-        config, kept = self.architecture.config, self.kept
-        for key, (applies, why) in OBSTACLES.items():
-            if applies(getattr(self.architecture.text_config, key, None) or []):
-                return f"{why} ({key})"
-        for key, why in LEADING_INPUTS.items():
-            parts = (config, getattr(config, "vision_config", None))
-            fed = max(len(getattr(part, key, None) or ()) for part in parts)
-            if kept.blocks[:fed] != tuple(range(fed)):
-                return f"{why.format(count=fed)}, counted by number ({key})"
-        return None
-
-    def _by_period(self) -> str:
-        config = self.architecture.text_config
-        found = {key: getattr(config, key, None) for key in PERIOD_KEYS}
-        said = [f"{key} = {value}" for key, value in found.items() if isinstance(value, int) and value > 1]
-        return f" (the config sets it by period: {', '.join(said)})" if said else ""
+    @contextmanager
+    def absent(self, dense: nn.Module) -> Iterator[None]:
+        """Have the dense model, whose `removals` are skipped, compute as if all that goes were gone."""
+        with ExitStack() as stack:
+            for cut in self.cuts:
+                stack.enter_context(cut.absent(dense))
+            yield
 
 
-def _rotary_changes(before: Any, after: Any) -> str | None:
-    """Return a clause on what would change of the settings of rotary positions; a kind of block may disappear."""
-    old, new = (getattr(config, "rope_parameters", None) for config in (before, after))
-    if old == new or not isinstance(old, dict) or not isinstance(new, dict):
-        return None
-    changed = next((key for key in new if new[key] != old.get(key)), None)
-    return changed and f"its rotary positions would change: {changed} {new[changed]}, not {old.get(changed)}"
-
-
-def _cache_fault(config: Any) -> str | None:
-    """Return why transformers' KV cache does not work with this config: most need at least one attention block."""
-    try:
-        with translate_errors(lambda words: ModelError(f"the KV cache would not work: {words}", hint="")):
-            DynamicCache(config=config.get_text_config(decoder=True)).get_seq_length()
-    except ModelError as error:
-        return error.message
-    return None
-
-
-def plan_surgery(architecture: Architecture, removals: Iterable[int], scripts: Sequence[str] = ()) -> Surgery:
-    """Return the removal of these blocks, and of tokens of other scripts if any is named, checked against the model.
+def plan_surgery(
+    architecture: Architecture, removals: Iterable[int], others: Mapping[str, Any] | None = None
+) -> Surgery:
+    """Return the removal of these blocks, and of `others`, the values of options in `KINDS`, checked against the model.
 
     Raises:
-        UsageError: a block is named twice or does not exist, no block would remain, or there is no such script.
-        UnsupportedModelError: the weight files do not number each block, the kept blocks would change, or the
-            vocabulary cannot be cut.
+        UsageError: a block is named twice or does not exist, no block would remain, or such a value is wrong.
+        UnsupportedModelError: the weight files do not number each block, the kept blocks would change, or other parts
+            cannot be cut.
     """
     blocks = tuple(removals)
-    require_removable(blocks, architecture.block_count, architecture.source.id)
-    surgery = Surgery(architecture, blocks)
-    if blocks and (obstacle := surgery.obstacle()):
-        names = f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {', '.join(map(str, sorted(blocks)))}"
-        raise UnsupportedModelError(
-            f"Cannot remove {names} from {architecture.source.id} ({architecture.config.model_type}): {obstacle}.",
-            hint="Remove other blocks. docs/reference/families.md says what each family allows.",
-        )
-    return replace(surgery, vocabulary=plan_vocabulary(architecture, scripts)) if scripts else surgery
+    cuts = [plan_blocks(architecture, blocks)] if blocks else []
+    planned = (KINDS[option].plan(architecture, value) for option, value in (others or {}).items())
+    return Surgery(architecture, (*cuts, *planned))

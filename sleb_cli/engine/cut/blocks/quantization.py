@@ -19,9 +19,6 @@ from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.block_names import BlockNames
 from sleb_plugins import UnsupportedModelError
 
-QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json")
-"""Files other than `config.json` that hold settings of quantization."""
-
 _KEYS = {"quantization_config", "compression_config"}
 # Before a regex: in compressed-tensors, and in GPTQ for modules that it includes or excludes.
 _PREFIX = re.compile("re:|[+]:|-:")
@@ -106,7 +103,7 @@ class _Renaming:
         return not re.search(number, _ANY_DIGIT.sub("", pattern))
 
     def _rename_module(self, name: str) -> str | None:
-        renamed = next((new for new, _ in self.names.prune([(name, None)])), None)
+        renamed = self.names.renamed(name)
         if renamed != name or name in self._modules:
             return renamed
         # A block of the language model by its name in a larger model: "language_model." + "model.layers.3".
@@ -127,7 +124,7 @@ class _Renaming:
     @cached_property
     def _kept(self) -> list[tuple[str, str]]:
         """The names of the kept modules, before and after."""
-        return [(name, new) for new, name in self.names.prune((name, name) for name in self._modules)]
+        return [(name, new) for name in self._modules if (new := self.names.renamed(name)) is not None]
 
 
 def _ways_to_read(pattern: str) -> list[Matches]:

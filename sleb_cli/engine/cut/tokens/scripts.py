@@ -12,6 +12,7 @@ from typing import Any
 import regex
 from tokenizers.decoders import ByteLevel
 
+from sleb_cli.results import CutRecord, VocabularyRecord
 from sleb_plugins.errors import UnsupportedModelError, UsageError
 
 _ALWAYS = ("common", "inherited")
@@ -44,6 +45,11 @@ class Vocabulary:
     count: int
     tokens: tuple[int, ...]
     characters: str
+
+    def record(self, sizes: Mapping[str, tuple[int, int]]) -> dict[str, CutRecord]:
+        """Return what results say of the cut."""
+        tokens = (self.count, len(self.tokens))
+        return {"vocabulary": VocabularyRecord(scripts=self.scripts, tokens=tokens, **sizes)}
 
     @cached_property
     def new_number(self) -> dict[int, int]:

@@ -1,12 +1,17 @@
-"""Cut the tokens of other scripts out of a GGUF file: its lists of tokens, and the rows of its tables."""
+"""The cut of the tokens of other scripts of a GGUF file: its lists of tokens, and the rows of its tables."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
+from sleb_cli.engine.cut.protocol import GgufCut
+from sleb_cli.engine.cut.tokens.scripts import Vocabulary, cannot_cut, choose, text_of
+from sleb_cli.engine.cut.tokens.token_cut import TokenCut, tables_of
 from sleb_cli.engine.gguf.file import Entry, GgufFile, with_items, with_value
-from sleb_cli.engine.vocabulary import Vocabulary, cannot_cut, choose, text_of
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.results import CutRecord
 
 _PREFIX = "tokenizer.ggml."
 _BY_TOKEN = frozenset(f"{_PREFIX}{name}" for name in ("tokens", "scores", "token_type"))
@@ -17,8 +22,36 @@ _NORMAL = 1
 _TABLES = ("token_embd.weight", "output.weight", "output.bias")
 
 
-def plan_vocabulary(file: GgufFile, scripts: Sequence[str]) -> Vocabulary:
-    """Return the part of a file's vocabulary that leaves the tokens of these scripts.
+@dataclass(frozen=True)
+class GgufTokenCut(GgufCut):
+    """The cut of a vocabulary: only these tokens stay."""
+
+    vocabulary: Vocabulary
+
+    renumbers_tokens: ClassVar[bool] = True
+
+    @property
+    def name_parts(self) -> Sequence[str]:
+        """What it adds to the name of the file: the scripts that stay."""
+        return self.vocabulary.scripts
+
+    def record(self, sizes: Mapping[str, tuple[int, int]]) -> Mapping[str, CutRecord]:
+        """Return what results say of it."""
+        return self.vocabulary.record(sizes)
+
+    def of_model(self, architecture: Architecture) -> TokenCut:
+        """Return the same cut of the model that transformers reads in the file, whose tokenizer is made from it."""
+        return TokenCut(self.vocabulary, architecture.text_key, tables_of(architecture, self.vocabulary))
+
+    def header(self, file: GgufFile) -> GgufFile:
+        """Return the header of the file with only these tokens."""
+        entries = tuple(_entry(file, entry, self.vocabulary) for entry in file.entries)
+        tensors = (tensor.only(self.vocabulary.tokens) if tensor.name in _TABLES else tensor for tensor in file.tensors)
+        return replace(file, entries=entries, tensors=tuple(tensors))
+
+
+def plan_gguf_tokens(file: GgufFile, scripts: Sequence[str]) -> GgufTokenCut:
+    """Return the cut that leaves the tokens of these scripts.
 
     Raises:
         UsageError: Unicode has no such script, or hardly any token would go.
@@ -41,14 +74,7 @@ def plan_vocabulary(file: GgufFile, scripts: Sequence[str]) -> Vocabulary:
     normal = {number for number, type_ in enumerate(types) if type_ == _NORMAL}
     texts = {number: text_of(tokens[number], in_bytes=_IN_BYTES[kind]) for number in normal}
     named = {entry.value for entry in file.entries if _names_token(entry)}
-    return choose(scripts, texts, {*range(count)} - normal | named, count)
-
-
-def cut_vocabulary(file: GgufFile, vocabulary: Vocabulary) -> GgufFile:
-    """Return the header of a file with only these tokens."""
-    entries = tuple(_entry(file, entry, vocabulary) for entry in file.entries)
-    tensors = (tensor.only(vocabulary.tokens) if tensor.name in _TABLES else tensor for tensor in file.tensors)
-    return replace(file, entries=entries, tensors=tuple(tensors))
+    return GgufTokenCut(choose(scripts, texts, {*range(count)} - normal | named, count))
 
 
 def _entry(file: GgufFile, entry: Entry, vocabulary: Vocabulary) -> Entry:

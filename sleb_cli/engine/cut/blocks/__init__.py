@@ -1,0 +1,1 @@
+"""The cut of blocks, of a checkpoint and of a GGUF file."""

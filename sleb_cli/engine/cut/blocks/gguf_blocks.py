@@ -1,0 +1,74 @@
+"""The cut of blocks of a GGUF file: which entries and tensors remain, under which names. It computes no values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sleb_cli.engine.cut.blocks.block_cut import BlockCut, plan_blocks
+from sleb_cli.engine.cut.protocol import GgufCut
+from sleb_cli.engine.gguf.blocks import BLOCK, block_count, stored_block_count
+from sleb_cli.engine.gguf.file import ARRAY, Entry, GgufFile, entry_of_integers, with_items, with_value
+from sleb_cli.engine.gguf.llama_cpp import LEADING, NOT_PER_BLOCK, PER_BLOCK_PREFIX
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_plugins.config_keys import Kept, kept_blocks
+from sleb_plugins.errors import ModelError
+
+PROVENANCE = "sleb.removed_blocks"
+"""The key that records the removed blocks in order, numbered as in the model before any removal."""
+
+
+@dataclass(frozen=True)
+class GgufBlockCut(GgufCut):
+    """The removal of at least one block, numbered as in the file, in the order of their removal."""
+
+    removals: tuple[int, ...]
+
+    def of_model(self, architecture: Architecture) -> BlockCut:
+        """Return the same cut of the model that transformers reads in the file."""
+        return plan_blocks(architecture, self.removals)
+
+    def header(self, file: GgufFile) -> GgufFile:
+        """Return the header of the file without these blocks; those for multi-token prediction stay."""
+        kept, tensors = kept_blocks(stored_block_count(file), self.removals), []
+        for tensor in file.tensors:
+            place = BLOCK.fullmatch(tensor.name)
+            if place is None:
+                tensors.append(tensor)
+            elif (number := kept.new_number.get(int(place[1]))) is not None:
+                tensors.append(replace(tensor, name=f"blk.{number}{place[2]}"))
+        entries = [_entry(file, entry, kept) for entry in file.entries if entry.key != PROVENANCE]
+        entries.append(entry_of_integers(PROVENANCE, _all_removals(file, self.removals)))
+        return replace(file, entries=tuple(entries), tensors=tuple(tensors))
+
+
+def _all_removals(file: GgufFile, removals: tuple[int, ...]) -> list[int]:
+    """Return the removed blocks, those of earlier removals first, numbered as in the model before any removal."""
+    said: Any = file.get(PROVENANCE)
+    if said is None:
+        return list(removals)
+    count = stored_block_count(file)
+    earlier = said if isinstance(said, list) and all(type(block) is int for block in said) else [-1]
+    remaining = sorted(set(range(count + len(earlier))).difference(earlier))
+    if len(remaining) != count:  # a block is named twice or never existed
+        raise ModelError(
+            f"{PROVENANCE} of {file.path} is not a list of removed blocks.", hint="Prune the original model instead."
+        )
+    return [*earlier, *(remaining[block] for block in removals)]
+
+
+def _entry(file: GgufFile, entry: Entry, kept: Kept) -> Entry:
+    """Return an entry as in the pruned file."""
+    own = entry.key.removeprefix(f"{file.architecture}.")
+    if own == entry.key and not entry.key.startswith(PER_BLOCK_PREFIX):
+        return entry
+    if own == "block_count":
+        return with_value(entry, len(kept.blocks))
+    if own in LEADING:
+        return with_value(entry, kept.below(file.count(own) or 0))
+    if entry.type == ARRAY and own not in NOT_PER_BLOCK:
+        length = len(file.get(entry.key))
+        # Some lists leave out the blocks for multi-token prediction at the end.
+        if length in (kept.count, block_count(file)):
+            return with_items(entry, [block for block in kept.blocks if block < length])
+    return entry

@@ -1,0 +1,140 @@
+"""What a removal of parts of one kind does to a model. Whoever writes, proves or describes the result knows this alone.
+
+A cut names parts as in the model that the cuts before it left: blocks go first. By default, a method changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from sleb_cli.engine.files.slices import Slices
+from sleb_cli.engine.gguf.file import GgufFile
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.events import Notify
+from sleb_cli.records import Check, Reference
+from sleb_cli.results import CutRecord
+
+CONFIG = "config.json"
+
+QUANTIZATION_SETTINGS = (
+    "quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json"
+)  # fmt: skip
+TOKEN_SETTINGS = ("tokenizer_config.json", "generation_config.json", "processor_config.json")
+SETTINGS = (*QUANTIZATION_SETTINGS, *TOKEN_SETTINGS)
+"""Files with settings besides `config.json`, which may name parts of the model."""
+
+
+class Removal:
+    """What cuts of checkpoints and of GGUF files have in common.
+
+    Attributes:
+        removals: the blocks that no longer run, in the order of their removal, which the dense model skips.
+        renumbers_tokens: whether texts get other numbers of tokens.
+    """
+
+    removals: tuple[int, ...] = ()
+    renumbers_tokens: ClassVar[bool] = False
+
+    @property
+    def name_parts(self) -> Sequence[str]:
+        """What it adds to the name of a checkpoint."""
+        return ()
+
+    def record(self, sizes: Mapping[str, tuple[int, int]]) -> Mapping[str, CutRecord]:
+        """Return what results say of it, under its key there; `sizes` are those of the model before and after."""
+        return {}
+
+
+class Cut(Removal, ABC):
+    """The removal of parts of one kind from a checkpoint.
+
+    Attributes:
+        tolerance: how far logits may be from the dense model's, relative to the largest, if only rounding differs.
+        reference: what proofs call the dense model as if these parts were gone.
+        dropped_files: files that the checkpoint does without.
+    """
+
+    tolerance: ClassVar[float] = 0.0
+    reference: ClassVar[Reference] = "whole"
+    dropped_files: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    @abstractmethod
+    def what(self) -> str:
+        """What goes, after "without"."""
+
+    def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the new contents of `CONFIG` or of one of `SETTINGS`."""
+        return values
+
+    @property
+    def new_files(self) -> Mapping[str, Any]:
+        """The contents of JSON files that replace the dense model's, by name."""
+        return {}
+
+    def tensor(self, name: str) -> tuple[str, Slices | None] | None:
+        """Return the new name of a tensor in the files, and the slices that stay (None: all); None if it goes."""
+        return name, None
+
+    def absent(self, dense: nn.Module) -> AbstractContextManager[object]:
+        """Have the dense model, whose `removals` are skipped, compute as if these parts were gone."""
+        return nullcontext()
+
+    def comparable(self, logits: Tensor) -> Tensor:
+        """Return those of the dense model's logits that the new model has, too."""
+        return logits
+
+    def token_ids(self, ids: Sequence[int | None]) -> list[int | None]:
+        """Return the new numbers of these tokens, [positions]; None for one that goes."""
+        return list(ids)
+
+    def texts(self, tokenizer: Any) -> Iterable[str]:
+        """Yield texts for which the new tokenizer must give the same tokens as the dense model's, `tokenizer`."""
+        return ()
+
+    def tokenizer_checks(self, ours: Any, theirs: Any, notify: Notify) -> Iterator[Check]:
+        """Check further what the new tokenizer and the dense model's do, and yield what passed."""
+        yield from ()
+
+    def about_text(self, ids: Tensor, title: str) -> str | None:
+        """Return a sentence on what this text, of tokens of the dense model, loses."""
+        return None
+
+
+class GgufCut(Removal, ABC):
+    """The removal of parts of one kind from a GGUF file."""
+
+    @abstractmethod
+    def header(self, file: GgufFile) -> GgufFile:
+        """Return the header of the new file; the offsets of its tensors are those in the source."""
+
+    @abstractmethod
+    def of_model(self, architecture: Architecture) -> Cut:
+        """Return the same cut of the model that transformers reads in the file.
+
+        Raises:
+            UnsupportedModelError: the model cannot be cut there.
+        """
+
+
+class _Sized(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def size(self) -> int: ...
+
+
+def cut_records(cuts: Iterable[Removal], before: Iterable[_Sized], after: Iterable[_Sized]) -> dict[str, Any]:
+    """Return what results say of these cuts, which left some tensors of a model or cut them smaller, by their keys."""
+    was, now = list(before), list(after)
+    sizes = {
+        "parameters": (sum(math.prod(each.shape) for each in was), sum(math.prod(each.shape) for each in now)),
+        "weights_bytes": (sum(each.size for each in was), sum(each.size for each in now)),
+    }
+    return {key: record for cut in cuts for key, record in cut.record(sizes).items()}

@@ -1,0 +1,175 @@
+"""The cut of the tokens of other scripts: which settings change, and which tensors lose rows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from sleb_cli.engine.cut.protocol import CONFIG, SETTINGS, Cut
+from sleb_cli.engine.cut.tokens.scripts import Vocabulary, choose, numbers_in, text_of
+from sleb_cli.engine.cut.tokens.tokenizer import (
+    OTHER_FORMATS,
+    TOKENIZER,
+    check_tokens,
+    cut_tokenizer,
+    parts,
+    read_tokenizer,
+    refused,
+    texts_to_check,
+    tokens_in,
+)
+from sleb_cli.engine.files.copying import holds
+from sleb_cli.engine.files.slices import Slices
+from sleb_cli.engine.files.weights import read_json
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.events import Notify
+from sleb_cli.records import Check
+from sleb_cli.results import CutRecord
+
+_UNKNOWN_TABLES = re.compile(r".+(?<!type)_vocab_size|vocab_size_.+|.*codebook.*|ngram_size")
+"""Config keys of further tables by token; `type_vocab_size` counts segments."""
+
+
+@dataclass(frozen=True)
+class TokenCut(Cut):
+    """The cut of a vocabulary.
+
+    Attributes:
+        vocabulary: the tokens that stay.
+        text_key: the key of `config.json` that holds the language model's config; empty if it is the whole config.
+        tables: the names of tensors with a row for each token.
+        tokenizer: the contents of the new `tokenizer.json`; None if it comes with a GGUF file.
+    """
+
+    vocabulary: Vocabulary
+    text_key: str
+    tables: frozenset[str] = frozenset()
+    tokenizer: Mapping[str, Any] | None = None
+
+    # The head's product has another shape, which some processors round otherwise.
+    tolerance: ClassVar[float] = 2.0**-20
+    renumbers_tokens: ClassVar[bool] = True
+    dropped_files: ClassVar[frozenset[str]] = OTHER_FORMATS
+
+    @property
+    def what(self) -> str:
+        """What goes, after "without"."""
+        return "the tokens of other scripts"
+
+    @property
+    def nameparts(self) -> Sequence[str]:
+        """What it adds to the name of a checkpoint: the scripts that stay."""
+        return self.vocabulary.scripts
+
+    def record(self, sizes: Mapping[str, tuple[int, int]]) -> Mapping[str, CutRecord]:
+        """Return what results say of it."""
+        return self.vocabulary.record(sizes)
+
+    def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings with the new numbers; the config gets the number of tokens, which it may leave out."""
+        renumbered = self.vocabulary.in_settings(values)
+        if file == CONFIG:
+            text = renumbered.setdefault(self.text_key, {}) if self.text_key else renumbered
+            text["vocab_size"] = len(self.vocabulary.tokens)
+        added = renumbered.get("added_tokens_decoder")
+        if isinstance(added, Mapping):
+            new = {str(old): str(number) for old, number in self.vocabulary.new_number.items()}
+            renumbered["added_tokens_decoder"] = {new.get(old, old): token for old, token in added.items()}
+        return renumbered
+
+    @property
+    def new_files(self) -> Mapping[str, Any]:
+        """The new `tokenizer.json`."""
+        return {TOKENIZER: self.tokenizer} if self.tokenizer else {}
+
+    def tensor(self, name: str) -> tuple[str, Slices | None]:
+        """Return the name, and the rows that stay of a table."""
+        return name, Slices(0, self.vocabulary.count, self.vocabulary.tokens) if name in self.tables else None
+
+    def comparable(self, logits: Tensor) -> Tensor:
+        """Return the logits of the tokens that stay."""
+        return logits[..., list(self.vocabulary.tokens)]
+
+    def token_ids(self, ids: Sequence[int | None]) -> list[int | None]:
+        """Return the new numbers of these tokens; None for one that goes."""
+        return [None if token is None else self.vocabulary.new_number.get(token) for token in ids]
+
+    def texts(self, tokenizer: Any) -> Iterator[str]:
+        """Yield text of all tokens and characters that stay."""
+        return texts_to_check(self.vocabulary, tokenizer)
+
+    def tokenizer_checks(self, ours: Any, theirs: Any, notify: Notify) -> Iterator[Check]:
+        """Check that other text may come back."""
+        return check_tokens(self.vocabulary, ours, theirs, notify)
+
+    def about_text(self, ids: Tensor, title: str) -> str:
+        """Return a sentence on the share of a text's tokens that go."""
+        lost = 1 - float(torch.isin(ids, torch.tensor(self.vocabulary.tokens)).float().mean())
+        return f"{lost:.1%} of the tokens in {title} go; what they spell will take more tokens."
+
+
+def plan_tokens(architecture: Architecture, scripts: Sequence[str]) -> TokenCut:
+    """Return the cut that leaves the tokens of these scripts.
+
+    Raises:
+        UsageError: Unicode has no such script, or hardly any token would go.
+        UnsupportedModelError: the tokenizer or a table of the model is of a kind that sleb cannot cut.
+    """
+    source, skeleton = architecture.source, cast(Any, architecture.skeleton)
+    count: int = skeleton.get_input_embeddings().weight.shape[0]
+    data, normalize = read_tokenizer(architecture)
+    added = {token["id"] for token in data["added_tokens"]}
+    used = numbers_in(source.raw_config, f"config.json of {source.id}")
+    for name in SETTINGS:
+        if holds(source.folder, name):
+            used |= numbers_in(read_json(source.folder / name), name)
+    in_bytes = any(part.get("type") == "ByteLevel" for part in parts(data.get("decoder")))
+    texts = {number: text_of(token, in_bytes=in_bytes) for token, number in tokens_in(data) if number not in added}
+    if max({*texts, *added}, default=0) >= count:
+        raise refused(architecture, f"its tokenizer has more tokens than the model's {count:,} rows")
+    vocabulary = choose(scripts, texts, added | used, count, normalize)
+    tables = tables_of(architecture, vocabulary)
+    return TokenCut(vocabulary, architecture.text_key, tables, cut_tokenizer(data, vocabulary))
+
+
+def tables_of(architecture: Architecture, vocabulary: Vocabulary) -> frozenset[str]:
+    """Return the tensors in the weight files that have a row for each token.
+
+    Builds the model with the new number of tokens, without weights, and compares the shapes.
+
+    Raises:
+        UnsupportedModelError: there are others than the embeddings and the head.
+    """
+    for part in parts(architecture.config.to_dict()):
+        for key, value in part.items():
+            if value and (_UNKNOWN_TABLES.fullmatch(str(key)) or (key == "vocab_size" and value != vocabulary.count)):
+                raise refused(architecture, f"it may have further tables by token ({key} {value})")
+    skeleton, raw = cast(Any, architecture.skeleton), architecture.source.raw_config
+    config = architecture.read_config(TokenCut(vocabulary, architecture.text_key).settings(CONFIG, raw))
+    were, are = (
+        {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        for model in (skeleton, architecture.build(config))
+    )
+    known = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
+    expected = {
+        f"{path}.{name}": (len(vocabulary.tokens), *parameter.shape[1:])
+        for path, module in skeleton.named_modules()
+        if any(module is each for each in known)
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    changed = {name: are.get(name) for name, shape in were.items() if are.get(name) != shape}
+    if changed != expected:
+        other = min({*changed.items()} ^ {*expected.items()})[0]
+        raise refused(architecture, f"{other} has an entry for each token, too")
+    # Files may use other names than the model; but nothing else outside the blocks has a row for each token.
+    shapes, numbering = {were[name] for name in expected}, architecture.numbering
+    outside = (each for each in architecture.source.weights.stored if not each.name.startswith(numbering.prefix))
+    tables = frozenset(each.name for each in outside if each.shape in shapes)
+    if numbering.extra or not tables:
+        raise refused(architecture, "its weight files hold other tables by token than its config says")
+    return tables

@@ -1,0 +1,125 @@
+"""The tokenizer without the tokens of other scripts: how it is read and cut, and what is checked of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from sleb_cli.engine.cut.tokens.scripts import INCOMPLETE, Vocabulary, cannot_cut
+from sleb_cli.engine.files.copying import holds
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.third_party import translate_transformers_errors
+from sleb_cli.events import Notice, Notify
+from sleb_cli.records import Check
+from sleb_plugins import UnsupportedModelError
+
+TOKENIZER = "tokenizer.json"
+
+OTHER_FORMATS = frozenset({
+    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.json", "vocab.txt",
+    "merges.txt", "added_tokens.json",
+})  # fmt: skip
+"""The vocabulary in other formats, which `tokenizer.json` replaces."""
+
+_PIECE, _LOST_TEXTS = 32, 256
+"""How many tokens make a text, and how many texts there are of lost ones, when a tokenizer is checked."""
+
+
+def read_tokenizer(architecture: Architecture) -> tuple[dict[str, Any], Callable[[str], str]]:
+    """Return the contents of `tokenizer.json`, and what it does to a text first.
+
+    Raises:
+        UnsupportedModelError: there is none, or it is of another kind.
+    """
+    source = architecture.source
+    path = source.folder / TOKENIZER
+    if not holds(source.folder, TOKENIZER):
+        raise refused(architecture, f"it has no {TOKENIZER}")
+    source.watch.add(path)
+    with translate_transformers_errors(f"the tokenizer of {source.id}"):
+        tokenizer = Tokenizer.from_file(str(path))
+    data: dict[str, Any] = json.loads(tokenizer.to_str())  # with every key
+    kind, prefix = data["model"]["type"], data["model"].get("continuing_subword_prefix")
+    if kind not in ("BPE", "Unigram") or prefix:
+        raise refused(architecture, f"its tokenizer is no plain BPE or Unigram ({kind})")
+    return data, tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
+
+
+def parts(settings: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield all mappings in a config or a part of a tokenizer."""
+    if isinstance(settings, Mapping):
+        yield settings
+        for value in settings.values():
+            yield from parts(value)
+    elif isinstance(settings, list):
+        for value in settings:
+            yield from parts(value)
+
+
+def tokens_in(data: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Yield each token of a `tokenizer.json` but the added ones, with its number."""
+    vocabulary = data["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        yield from vocabulary.items()
+    else:
+        yield from ((piece, number) for number, (piece, _) in enumerate(vocabulary))
+
+
+def cut_tokenizer(data: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
+    """Return the new `tokenizer.json`: the tokens that stay, and the merges that make one of them from two others."""
+    new, model = vocabulary.new_number, dict(data["model"])
+    kept = [(token, number) for token, number in tokens_in(data) if number in new]
+    if model["type"] == "BPE":
+        model["vocab"] = tokens = {token: new[number] for token, number in kept}
+        model["merges"] = [[a, b] for a, b in model["merges"] if a in tokens and b in tokens and a + b in tokens]
+    else:
+        model["vocab"] = [model["vocab"][number] for _, number in kept]
+        model["unk_id"] = vocabulary.renumbered(model.get("unk_id"))
+    added = [token | {"id": new[token["id"]]} for token in data["added_tokens"]]
+    rest = {key: _with_new_ids(data.get(key), new) for key in ("post_processor", "padding")}
+    return {**data, "model": model, "added_tokens": added, **rest}
+
+
+def _with_new_ids(part: Any, new: Mapping[int, int]) -> Any:
+    """Return a part that adds the same tokens, which it names by `ids`, `pad_id` or `["</s>", 2]`."""
+    if isinstance(part, list):
+        pair = len(part) == 2 and isinstance(part[0], str) and type(part[1]) is int
+        return [part[0], new.get(part[1])] if pair else [_with_new_ids(each, new) for each in part]
+    if not isinstance(part, Mapping):
+        return part
+    changed = {key: _with_new_ids(value, new) for key, value in part.items()}
+    changed |= {"ids": [new.get(number) for number in part["ids"]]} if "ids" in part else {}
+    return changed | ({"pad_id": new.get(part["pad_id"])} if "pad_id" in part else {})
+
+
+def texts_to_check(vocabulary: Vocabulary, theirs: Any) -> Iterator[str]:
+    """Yield texts of all tokens and characters that stay, as the dense model's tokenizer, `theirs`, decodes them."""
+    kept = theirs.batch_decode(_in_pieces(vocabulary.tokens), skip_special_tokens=True)
+    yield from filter(set(vocabulary.characters).issuperset, kept)  # incomplete characters may make another together
+    yield from map(" ".join, _in_pieces(vocabulary.characters))
+
+
+def check_tokens(vocabulary: Vocabulary, ours: Any, theirs: Any, notify: Notify) -> Iterator[Check]:
+    """Yield the check of `texts_to_check`, which has passed, and check whether text of lost tokens comes back."""
+    yield "same tokens"
+    lost = sorted({*range(min(vocabulary.count, len(theirs)))}.difference(vocabulary.tokens))
+    decoded = theirs.batch_decode([[token] for token in lost[:: len(lost) // _LOST_TEXTS + 1]])
+    texts = [text for text in decoded if INCOMPLETE not in text] or [*texts_to_check(vocabulary, theirs)]
+    # Some tokenizers change a few characters first, as the dense model's does.
+    back, was = (each.batch_decode(each(texts).input_ids, skip_special_tokens=True) for each in (ours, theirs))
+    if back == was:
+        yield "spells others"
+    else:
+        notify(Notice("Text of other scripts does not come back: this tokenizer cannot spell it in bytes."))
+
+
+def _in_pieces(items: Sequence[Any]) -> list[Sequence[Any]]:
+    return [items[start : start + _PIECE] for start in range(0, len(items), _PIECE)]
+
+
+def refused(architecture: Architecture, why: str) -> UnsupportedModelError:
+    """Return the error for a model whose vocabulary is of a kind that sleb cannot cut."""
+    return cannot_cut(f"{architecture.source.id} ({architecture.config.model_type})", why)

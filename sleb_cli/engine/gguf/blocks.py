@@ -1,0 +1,42 @@
+"""The blocks of a GGUF file: how many it says, and whether it holds them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from sleb_cli.engine.gguf.file import GgufFile
+from sleb_plugins.errors import ModelError, UnsupportedModelError
+
+BLOCK = re.compile(r"blk\.([0-9]{1,9})(\..+)")
+"""The name of a block's tensor: its number, and the rest."""
+
+
+def stored_block_count(file: GgufFile) -> int:
+    """Return the file's `block_count`, which includes the blocks for multi-token prediction."""
+    return file.count("block_count") or 0
+
+
+def block_count(file: GgufFile) -> int:
+    """Return how many blocks the model has, without those for multi-token prediction."""
+    return stored_block_count(file) - (file.count("nextn_predict_layers") or 0)
+
+
+def require_blocks(file: GgufFile) -> None:
+    """Check that a file holds a model, with tensors of as many blocks as it says.
+
+    Raises:
+        ModelError: it does not.
+    """
+    kind: Any = file.get("general.type") or "model"
+    if kind != "model":
+        raise UnsupportedModelError(
+            f"{file.path} is not a model: its general.type is {kind!r}.", hint="Name the file that holds the blocks."
+        )
+    stored = file.count("block_count")
+    found = {int(place[1]) for tensor in file.tensors if (place := BLOCK.fullmatch(tensor.name))}
+    if not found or len(found) != stored or max(found) != stored - 1:
+        raise ModelError(
+            f"{file.path} says {stored} blocks ({file.architecture}.block_count), but has tensors of {len(found)}.",
+            hint="Name a GGUF file of a complete decoder-only language model.",
+        )

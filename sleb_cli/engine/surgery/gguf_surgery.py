@@ -1,0 +1,66 @@
+"""Which entries and tensors remain of a GGUF file after a removal of blocks, and of other parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from typing import Any
+
+from sleb_cli.engine.cut.blocks.gguf_blocks import GgufBlockCut
+from sleb_cli.engine.cut.kinds import KINDS
+from sleb_cli.engine.cut.protocol import GgufCut
+from sleb_cli.engine.gguf.blocks import block_count, require_blocks, stored_block_count
+from sleb_cli.engine.gguf.file import GgufFile
+from sleb_cli.engine.gguf.llama_cpp import require_same_kinds
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.surgery.surgery import Surgery
+from sleb_plugins.config_keys import kept_blocks, require_removable
+
+
+@dataclass(frozen=True)
+class GgufSurgery:
+    """What goes of one GGUF file: the cuts, in order."""
+
+    file: GgufFile
+    cuts: tuple[GgufCut, ...] = ()
+
+    @cached_property
+    def removals(self) -> tuple[int, ...]:
+        """The removed blocks, numbered as in the file, in the order of their removal."""
+        return tuple(block for cut in self.cuts for block in cut.removals)
+
+    def of_model(self, architecture: Architecture) -> Surgery:
+        """Return the same removal from the model that transformers reads in the file.
+
+        Raises:
+            UsageError: that model has no such blocks.
+            UnsupportedModelError: the cuts are not possible there.
+        """
+        return Surgery(architecture, tuple(cut.of_model(architecture) for cut in self.cuts))
+
+    def pruned(self) -> GgufFile:
+        """Return the header of the pruned file; the offsets of its tensors are those in `file`."""
+        return reduce(lambda file, cut: cut.header(file), self.cuts, self.file)
+
+
+def plan_gguf_surgery(file: GgufFile, removals: Iterable[int], others: Mapping[str, Any] | None = None) -> GgufSurgery:
+    """Return the removal of these blocks, and of `others`, the values of options in `KINDS`.
+
+    They are checked against the file, and against how llama.cpp loads the result.
+
+    Raises:
+        UsageError: a block is named twice or does not exist, no block would remain, or such a value is wrong.
+        ModelError: the file holds no model, or its tensors do not match its number of blocks.
+        UnsupportedModelError: these blocks or other parts cannot be removed from this architecture.
+    """
+    blocks = tuple(removals)
+    require_blocks(file)
+    count, stored = block_count(file), stored_block_count(file)
+    further = f", and {stored - count} for multi-token prediction, which stay" if stored > count else ""
+    require_removable(blocks, count, str(file.path), further=further)
+    if blocks:
+        require_same_kinds(file, count, kept_blocks(count, blocks).blocks)
+    cuts = [GgufBlockCut(blocks)] if blocks else []
+    planned = (KINDS[option].plan_gguf(file, value) for option, value in (others or {}).items())
+    return GgufSurgery(file, (*cuts, *planned))
