@@ -1,9 +1,9 @@
-"""How long work will take, said before it starts: its operations, at the rate of blocks that are timed here."""
+"""How long work will take, said before it starts: its operations, at the rate of a block that is timed here."""
 
 from __future__ import annotations
 
-import time
-from itertools import count
+import timeit
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,10 +18,10 @@ LONG = 60.0
 """Work that takes longer, in seconds, is announced."""
 SLOWEST = 2e9
 """Operations per second that every machine does; what is short even so is not measured."""
-SECONDS = 0.4
-"""About how long blocks are timed."""
-FEWEST = 64
-"""Tokens of the first, untimed run."""
+SECONDS = 0.1
+"""What a block takes on enough tokens to be timed."""
+SHARES = 64, 16, 4, 1
+"""It is timed on a 64th of a batch, or on more if that is too fast."""
 
 
 def announce(
@@ -40,8 +40,8 @@ def announce(
     """
     if operations <= LONG * SLOWEST or not skippable.weights.resident:
         return
-    seconds = operations / operations_per_second(skippable, ids) / processes
-    if seconds > LONG:
+    rate = in_smaller_pieces(partial(_operations_per_second, skippable, ids), ids.numel())
+    if (seconds := operations / rate / processes) > LONG:
         where = "this CPU" if skippable.device.type == "cpu" else str(skippable.device)
         notify(Notice(f"{what}: {'at most' if at_most else 'about'} {format_seconds(seconds)} on {where}."))
 
@@ -52,27 +52,18 @@ def block_operations(skippable: SkippableModel) -> float:
 
 
 @torch.inference_mode()
-def operations_per_second(skippable: SkippableModel, ids: Tensor) -> float:
-    """Time blocks on a batch, [batch, positions]: on pieces that grow up to all of it, as time and memory allow."""
-    numbers = count()
+def _operations_per_second(skippable: SkippableModel, ids: Tensor, most: int) -> float:
+    """Time a block on a share of `most` tokens of a batch, [batch, positions]: the first that takes long enough."""
 
-    def timed(tokens: int) -> tuple[float, int]:
-        piece = ids[: max(1, tokens // ids.shape[1]), : max(2, tokens)]
-        call = skippable.calls(piece)[next(numbers) % len(skippable.switches)]
-        synchronize(skippable.device)
-        began = time.perf_counter()
+    def run() -> None:
         skippable.run_block(call, call.entering)
         synchronize(skippable.device)
-        return time.perf_counter() - began, piece.numel()
 
-    def measure(most: int) -> float:
-        timed(min(FEWEST, most))
-        tokens, found = min(2 * FEWEST, most), list[tuple[float, int]]()
-        while sum(seconds for seconds, _ in found) < SECONDS:
-            found.append(timed(tokens))
-            tokens = min(2 * tokens, most)
-        # The machine may be busy for a moment, so all pieces that are not much smaller count.
-        near = [pair for pair in found if 4 * pair[1] > found[-1][1]]
-        return sum(size for _, size in near) / sum(seconds for seconds, _ in near)
-
-    return block_operations(skippable) * in_smaller_pieces(measure, ids.numel())
+    for share in SHARES:
+        tokens = most // share
+        piece = ids[: max(1, tokens // ids.shape[1]), : max(2, tokens)]
+        call = skippable.calls(piece)[0]
+        seconds = min(timeit.repeat(run, number=1, repeat=3))  # the first run is slower
+        if seconds > SECONDS:
+            break
+    return block_operations(skippable) * piece.numel() / seconds

@@ -235,29 +235,23 @@ def _remove_blocks(settings: SearchSettings, dense: DenseRecord, scoring: Scorin
 
 
 def _announce(settings: SearchSettings, scoring: Scoring) -> None:
-    """Tell how long the search will take: a walk through the model and the head for each size, for all candidates."""
-    passes, metric, done = scoring.passes, scoring.metric, scoring.journal.evaluations
-    count, gone = settings.architecture.block_count, len(settings.gone)
-    candidates = len(settings.removable.candidates(settings.gone))
-    sets = settings.strategy.evaluations(candidates, settings.remove - gone)
-    total = sum(sets) * scoring.sequences
-    if not isinstance(metric, LogitMetric | HiddenStateMetric) or done >= total:
+    """Tell how long the search will take. Candidates share a walk, and so run half of the blocks on average."""
+    passes, metric, ids = scoring.passes, scoring.metric, scoring.passes.batches[0]
+    if not isinstance(metric, LogitMetric | HiddenStateMetric):
         return  # a metric of weights is fast, and how long one of the whole model takes is not known
-    ids = passes.batches[0]
-    share = min(1.0, RACED / scoring.sequences) if settings.fast else 1.0
-    blocks, head_blocks = 0.0, scoring.skippable.head_blocks
-    for size, scored in enumerate(sets):
-        here = count - gone - size
-        # A candidate runs the blocks above it, and its share of the base; later sizes begin where the last one ended.
-        each = here / 2 if passes.forks else here
-        blocks += here if isinstance(metric, HiddenStateMetric) else scored * share * (each + head_blocks)
-    tokens = ids.shape[1] * scoring.sequences * (1 - done / total)
+    blocks, candidates = settings.architecture.block_count, len(settings.removable.candidates(settings.gone))
+    sets = settings.strategy.evaluations(candidates, settings.remove - len(settings.gone))
+    left = sets * scoring.sequences - scoring.journal.evaluations
+    each = (blocks / 2 if passes.forks else blocks) + scoring.skippable.head_blocks
+    if isinstance(metric, HiddenStateMetric):
+        each = blocks / candidates  # one run for all
     at_most = "at most " if settings.fast or settings.strategy_name == "refine" else ""
+    share = min(1.0, RACED / scoring.sequences) if settings.fast else 1.0
     announce(
         scoring.notify,
-        f"Search: {settings.remove} of {count} blocks, {at_most}{total - done:,} evaluations of "
-        f"{ids.shape[1]:,} tokens in {dtype_name(settings.placement.dtype)}",
-        tokens * blocks * block_operations(scoring.skippable),
+        f"Search: {settings.remove} of {blocks} blocks, {at_most}{left:,} evaluations of {ids.shape[1]:,} tokens in "
+        f"{dtype_name(settings.placement.dtype)}",
+        left * ids.shape[1] * share * each * block_operations(scoring.skippable),
         scoring.skippable,
         ids,
         processes=scoring.journal.group.size,

@@ -180,16 +180,15 @@ def _score_next(problem: Problem, removed: tuple[int, ...], among: Container[int
     return problem.score(tuple(sorted(removed)), candidates) if candidates else Outcome({})
 
 
-def _each_size(candidates: int, remove: int) -> list[int]:
-    return [max(0, candidates - gone) for gone in range(remove)]
+def _each_size(candidates: int, remove: int) -> int:
+    return sum(max(0, candidates - gone) for gone in range(remove))
 
 
-def _with_swaps(candidates: int, remove: int) -> list[int]:
+def _with_swaps(candidates: int, remove: int) -> int:
     """Count two rounds of single swaps and one of pairs."""
-    *steps, end = _each_size(candidates, remove)
     one = remove * (candidates - remove)
     two = remove * (remove - 1) // 2 * min(NEAR_MISSES, candidates - remove) * (NEAR_MISSES - 1) // 2
-    return [*steps, end + 2 * one + two]
+    return _each_size(candidates, remove) + 2 * one + two
 
 
 @dataclass(frozen=True)
@@ -198,14 +197,14 @@ class Strategy:
 
     Attributes:
         search: yields one size after another.
-        evaluations: returns how many sets are scored at each size, or an upper bound, given the number of candidates
-            at first, and of blocks to remove.
+        evaluations: returns how many sets are scored, or an upper bound, given the number of candidates at first, and
+            of blocks to remove.
         races: whether the scores of the surviving candidates of a race suffice.
         needs_sets: whether it compares sets of blocks, which a metric of single blocks cannot score.
     """
 
     search: Callable[[Problem], Iterator[Choice]]
-    evaluations: Callable[[int, int], Sequence[int]] = _each_size
+    evaluations: Callable[[int, int], int] = _each_size
     races: bool = False
     needs_sets: bool = False
 
@@ -213,7 +212,7 @@ class Strategy:
 STRATEGIES: Mapping[StrategyName, Strategy] = MappingProxyType(
     {
         "greedy": Strategy(greedy, races=True),
-        "oneshot": Strategy(oneshot, lambda candidates, remove: [candidates] + [0] * (remove - 1)),
+        "oneshot": Strategy(oneshot, lambda candidates, remove: candidates),
         "contiguous": Strategy(contiguous),
         "refine": Strategy(refine, _with_swaps, races=True, needs_sets=True),
     }
