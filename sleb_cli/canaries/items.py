@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from sleb_cli.canaries.repetition import repetition
+from sleb_cli.repetition import repetition
 
 Item = dict[str, str]
 """A `question`, the `prefix` that begins its answer, and the rest of the `answer`."""

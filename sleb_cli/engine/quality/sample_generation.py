@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from sleb_cli.canaries.repetition import repetition
 from sleb_cli.engine.device import translate_out_of_memory
 from sleb_cli.engine.forward.fork_check import same_numbers
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.generation import end_tokens, generate
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plan import SampleGeneration
+from sleb_cli.repetition import repetition
 from sleb_plugins import UnsupportedModelError
 from sleb_plugins.errors import OutOfMemory
 
