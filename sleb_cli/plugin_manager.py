@@ -173,14 +173,9 @@ class Registry:
         return found[0] if found else None
 
 
-def other_plugins() -> list[Plugin]:
-    """Return the plugins of packages other than sleb, importing none."""
-    return [plugin for plugin in map(_plugin, entry_points(group=GROUP)) if plugin.package != "sleb"]
-
-
 def named_before_loading() -> str:
-    """Return a sentence that names the plugins of packages other than sleb; empty if there are none."""
-    others = other_plugins()
+    """Return a sentence that names the plugins of packages other than sleb, importing none; empty if there are none."""
+    others = [plugin for plugin in map(_plugin, entry_points(group=GROUP)) if plugin.package != "sleb"]
     return f"Loading plugins of other packages: {', '.join(map(str, others))}." if others else ""
 
 

@@ -327,12 +327,7 @@ class EvalResult(ResultRecord):
         return (*super().setting, self.behavior, self.recovered)
 
     def merged_with(self, previous: EvalResult) -> EvalResult:
-        """Return both results as one, if they are of the same model in the same setting: see `setting`.
-
-        What was measured in both is taken from this one.
-        """
-        if self.setting != previous.setting:
-            return self
+        """Return both results, of one `setting`, as one: what was measured in both is taken from this one."""
         sizes = {frozenset(size): size for size in (*previous.sizes, *self.sizes)}
         return self.model_copy(
             update={
@@ -508,13 +503,11 @@ class BenchResult(ResultRecord):
         return (*super().setting, self.threads)
 
     def merged_with(self, previous: BenchResult) -> BenchResult:
-        """Return both results as one, if they are of the same model in the same setting: see `setting`.
+        """Return both results, of one `setting`, as one.
 
         A workload that was run again replaces the earlier one with all its sizes, since each run times the dense model
         anew; but runs with fewer iterations replace nothing.
         """
-        if self.setting != previous.setting:
-            return self
         found = {result.workload.identity: result for result in previous.workloads}
         for new in self.workloads:
             earlier = found.get(new.workload.identity)

@@ -30,11 +30,6 @@ def perplexity_change(scores: PrunedTextScores) -> tuple[float, Interval | None]
     return math.expm1(scores.log_ratio), interval
 
 
-def windows_of(text: TextResult) -> str:
-    """Return how a text was cut: 24 windows of 2048 tokens."""
-    return f"{text.windows} windows of {text.sequence_length} tokens"
-
-
 def text_names(
     texts: Sequence[TextResult], remarks_on: Callable[[TextResult], list[str]] = lambda text: []
 ) -> list[str]:
@@ -126,9 +121,12 @@ def text_settings(texts: Sequence[TextResult], names: Sequence[str]) -> Table:
         ("text", str), ("windows", str), ("predicted tokens", "{:,}".format), ("BOS", str), ("errors are by", str)
     ]  # fmt: skip
     rows = [
-        [name, windows_of(text), text.tokens, _BOS[text.bos], f"{text.clusters:,} {text.clustered_by}"]
+        [
+            name, f"{text.windows} windows of {text.sequence_length} tokens", text.tokens, _BOS[text.bos],
+            f"{text.clusters:,} {text.clustered_by}",
+        ]
         for name, text in zip(names, texts, strict=True)
-    ]
+    ]  # fmt: skip
     return tabulate("How perplexity was measured", columns, rows)
 
 
