@@ -113,25 +113,26 @@ def test_a_plan_with_its_recovered_checkpoint_is_not_compared(apply, search, sle
     assert "has another vocabulary" in told
 
 
-def test_a_text_says_how_much_of_it_is_lost(apply, tmp_path):
+def test_a_text_says_how_much_of_it_is_lost(apply, sleb, tmp_path):
     dense, text = save(tmp_path / "model"), tmp_path / "text.txt"
     text.write_text(GREEK_TEXT)
-    told = apply(dense, "--scripts", "latin", *calibration(text, 2, 24)).stderr
+    told = sleb("apply", dense, "--scripts", "latin", *calibration(text, 2, 24)).stderr
     assert "% of the tokens in" in told
+    assert (tmp_path / "model-sleb-4-blocks-latin").is_dir()
     text.write_text(LATIN_TEXT)
     again = apply(dense, "--scripts", "latin", *calibration(text, 2, 24), output="again")
     assert "0.0% of the tokens in" in again.stderr
 
 
 @pytest.mark.parametrize("type_", ["F32", "Q8_0"])
-def test_gguf_files_lose_rows_and_keep_their_bytes(apply, tmp_path, type_):
+def test_gguf_files_lose_rows_and_keep_their_bytes(sleb, tmp_path, type_):
     import gguf
 
     dense = save(tmp_path / "model")
     file = convert_llama(dense, tmp_path / "model.gguf", gguf.GGMLQuantizationType[type_])
-    result = json.loads(apply(file, "--scripts", "latin", "--blocks", "2", "--json", output="out.gguf").stdout)
+    result = json.loads(sleb("apply", file, "--scripts", "latin", "--blocks", "2", "--json").stdout)
     assert (result["blocks"], result["unproven"], result["proof"]["checks"]) == (3, None, CHECKS)
-    old, new = gguf.GGUFReader(file), gguf.GGUFReader(tmp_path / "out.gguf")
+    old, new = gguf.GGUFReader(file), gguf.GGUFReader(tmp_path / "model-sleb-3-blocks-latin.gguf")
     before, after = (reader.fields["tokenizer.ggml.tokens"].contents() for reader in (old, new))
     kept = [before.index(token) for token in after]
     for name in ("token_embd.weight", "output.weight"):

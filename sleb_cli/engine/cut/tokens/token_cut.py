@@ -62,7 +62,7 @@ class TokenCut(Cut):
         return "the tokens of other scripts"
 
     @property
-    def nameparts(self) -> Sequence[str]:
+    def name_parts(self) -> Sequence[str]:
         """What it adds to the name of a checkpoint: the scripts that stay."""
         return self.vocabulary.scripts
 
