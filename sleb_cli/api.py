@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from sleb_cli.events import Notice, Notify, Warned, ignore
 from sleb_cli.plugin_manager import Registry, load_plugins, named_before_loading
 from sleb_cli.processes import WorkerFinished, is_main_process, process_count
-from sleb_cli.requests import BenchRequest, EvalRequest, sibling
+from sleb_cli.requests import BenchRequest, EvalRequest, Request, journal_of, sibling
 from sleb_plugins import OutputError, UsageError
 from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+    from sleb_cli.engine.process_group import ProcessGroup
     from sleb_cli.engine.surgery.subject import Subject
     from sleb_cli.plan import Plan
     from sleb_cli.records import Record
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from sleb_cli.results import ApplyResult, BenchResult, CompareResult, EvalResult, ExportResult, GgufResult
 
 
-R = TypeVar("R", "EvalResult", "BenchResult")
+Q = TypeVar("Q", bound=Request)
+Asked = TypeVar("Asked")
 
 _SEARCH = (
     "Use a smaller --memory, --batch-size or --sequence-length, fewer --samples, a narrower --dtype, or --device cpu. "
@@ -58,16 +60,16 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
         WorkerFinished: this process only helped; the main one writes the plan.
         SlebError: something failed. A journal next to the plan keeps what was measured, for `resume`.
     """
-    from sleb_cli.engine.door.search import resolve_search
-    from sleb_cli.engine.process_group import join_processes
-    from sleb_cli.engine.search.journal import delete_journal, journal_of
-    from sleb_cli.engine.search.run import find_removals
+    from sleb_cli.asked.searches import check_search
 
     if request.compare:
         raise UsageError("`search` does not compare.", hint="Call `compare` with this request.")
-    with join_processes() as group:
-        settings = resolve_search(request, load_registry(notify), notify, group)
-        plan = find_removals(settings, group, notify)
+    with _processes(check_search, request, notify) as (group, registry, asked):
+        from sleb_cli.engine.door.search import resolve_search
+        from sleb_cli.engine.search.journal import delete_journal
+        from sleb_cli.engine.search.run import find_removals
+
+        plan = find_removals(resolve_search(asked, registry, notify, group), group, notify)
         _stop_unless_main_process()
     _save(plan, request.plan_file)
     delete_journal(journal_of(request.plan_file), notify)
@@ -82,13 +84,14 @@ def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
         WorkerFinished: this process only helped; the main one writes the plan.
         SlebError: something failed; its class tells what.
     """
-    from sleb_cli.engine.door.search import resolve_comparison
-    from sleb_cli.engine.process_group import join_processes
-    from sleb_cli.engine.search.compare import compare_removals
-    from sleb_cli.engine.search.journal import delete_journal, journal_of
+    from sleb_cli.asked.searches import check_comparison
 
-    with join_processes() as group:
-        searches = resolve_comparison(request, load_registry(notify), notify, group)
+    with _processes(check_comparison, request, notify) as (group, registry, asked):
+        from sleb_cli.engine.door.search import resolve_comparison
+        from sleb_cli.engine.search.compare import compare_removals
+        from sleb_cli.engine.search.journal import delete_journal
+
+        searches = resolve_comparison(asked, registry, notify, group)
         result, plan = compare_removals(searches, group, notify)
         _stop_unless_main_process()
     _save(plan, request.plan_file)
@@ -105,17 +108,17 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
         WorkerFinished: this process only helped to recover; the main one writes the checkpoint.
         SlebError: something failed; its class tells what.
     """
-    from sleb_cli.engine.door.apply import resolve_apply
-    from sleb_cli.engine.output.apply import apply_removals, write_checkpoint, writing_to
-    from sleb_cli.engine.output.apply_gguf import prune_gguf
-    from sleb_cli.engine.process_group import join_processes
-    from sleb_cli.engine.surgery.gguf_surgery import GgufSurgery
+    from sleb_cli.asked.verbs import check_apply
 
     if not request.recoveries:
         _stop_unless_main_process()
-    with join_processes() as group:
-        registry = load_registry(notify)
-        subject, output, recovery = resolve_apply(request, registry, notify, group)
+    with _processes(check_apply, request, notify) as (group, registry, asked):
+        from sleb_cli.engine.door.apply import resolve_apply
+        from sleb_cli.engine.output.apply import apply_removals, write_checkpoint, writing_to
+        from sleb_cli.engine.output.apply_gguf import prune_gguf
+        from sleb_cli.engine.surgery.gguf_surgery import GgufSurgery
+
+        subject, output, recovery = resolve_apply(asked, registry, notify, group)
         if isinstance(subject, GgufSurgery):
             return prune_gguf(subject, output, registry, notify)
         if recovery is None:
@@ -144,14 +147,15 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
         SlebError: something failed; its class tells what. A file keeps the texts and tasks that are finished: the one
             next to the plan, or one next to `request.output`. The same request continues from there.
     """
-    from sleb_cli.engine.door.evaluate import resolve_evaluation
-    from sleb_cli.engine.process_group import join_processes
-    from sleb_cli.engine.quality.evaluation import evaluate_models
+    from sleb_cli.asked.verbs import check_evaluation
     from sleb_cli.kept_results import find_kept, keep_result
 
-    with join_processes() as group:
-        asked = resolve_evaluation(request, load_registry(notify), notify, group)
-        place = _kept_place(asked.models.subject, "eval")
+    with _processes(check_evaluation, request, notify) as (group, registry, named):
+        from sleb_cli.engine.door.evaluate import resolve_evaluation
+        from sleb_cli.engine.quality.evaluation import evaluate_models
+
+        evaluation = resolve_evaluation(request, named, registry, notify, group)
+        place = _kept_place(evaluation.models.subject, "eval")
         unfinished = sibling(request.output, ".unfinished.json") if request.output and not place else None
         file = place or unfinished
 
@@ -162,7 +166,7 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
             if group.is_main and file:
                 keep_result(part, file, notify)
 
-        result = evaluate_models(asked, find, keep)
+        result = evaluate_models(evaluation, find, keep)
         _stop_unless_main_process()
     _save(result, request.output)
     if unfinished:
@@ -178,16 +182,18 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
         WorkerFinished: this process is one of several, which the main one refuses.
         SlebError: something failed; its class tells what.
     """
-    from sleb_cli.engine.door.bench import resolve_bench
-    from sleb_cli.engine.output.engine_files import engine_files
-    from sleb_cli.engine.speed.benchmark import benchmark
+    from sleb_cli.asked.verbs import check_bench
     from sleb_cli.kept_results import keep_result
 
     _stop_unless_main_process()
     if (count := process_count()) > 1:  # each with its share of the threads, or with a device that would stay idle
         raise UsageError(f"`bench` times models in one process, not in {count}.", hint="Run it without the launcher.")
-    registry = load_registry(notify)
-    wanted = resolve_bench(request, registry, notify)
+    registry, asked = _check(check_bench, request, notify)
+    from sleb_cli.engine.door.bench import resolve_bench
+    from sleb_cli.engine.output.engine_files import engine_files
+    from sleb_cli.engine.speed.benchmark import benchmark
+
+    wanted = resolve_bench(request, asked, registry, notify)
     subject, engine, own = wanted.subject, wanted.engine, wanted.engine_source
     with (
         subject.architecture.source.watch.unchanged(),
@@ -208,11 +214,15 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
     Raises:
         SlebError: something failed; its class tells what.
     """
+    from sleb_cli.asked.verbs import check_export
+
+    _stop_unless_main_process()
+    registry, asked = _check(check_export, request, notify)
     from sleb_cli.engine.door.export import resolve_export
     from sleb_cli.engine.output.export import export_text
 
-    _stop_unless_main_process()
-    return export_text(*resolve_export(request, load_registry(notify), notify), replace=request.force)
+    pruning, output = resolve_export(request, asked, registry, notify)
+    return export_text(asked.exporter, pruning, output, replace=request.force)
 
 
 def _kept_place(subject: Subject, kind: Literal["eval", "bench"]) -> Path | None:
@@ -226,6 +236,28 @@ def _kept_place(subject: Subject, kind: Literal["eval", "bench"]) -> Path | None
     folder = subject.architecture.source.folder
     ours = not subject.surgery.removals and record.revision is None and (folder / CHECKPOINT_PLAN).is_file()
     return folder / f"sleb_{kind}.json" if ours else None
+
+
+def _check(check: Callable[[Q, Registry], Asked], request: Q, notify: Notify) -> tuple[Registry, Asked]:
+    """Check a request as far as that goes without the model; torch is not imported."""
+    from sleb_cli.asked.clashes import require_coherent
+
+    require_coherent(request)  # before plugins, which are not needed for it
+    registry = load_registry(notify)
+    return registry, check(request, registry)
+
+
+@contextmanager
+def _processes(
+    check: Callable[[Q, Registry], Asked], request: Q, notify: Notify
+) -> Iterator[tuple[ProcessGroup, Registry, Asked]]:
+    """Check a request, and join the other processes, which end together if it fails."""
+    alone = _check(check, request, notify) if process_count() == 1 else None
+    from sleb_cli.engine.process_group import join_processes  # which imports torch
+
+    with join_processes() as group:
+        registry, asked = alone or group.main_first(lambda: _check(check, request, notify))
+        yield group, registry, asked
 
 
 def _stop_unless_main_process() -> None:

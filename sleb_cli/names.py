@@ -1,9 +1,10 @@
-"""Names of models, texts and checkpoints, without the folders of this machine."""
+"""Names of models, texts and checkpoints, as users write them, and without the folders of this machine."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 ANSWERS = "answers:"
 """Begins a source of calibration text: the model's answers to the prompts in the file that is named next."""
@@ -15,6 +16,14 @@ _MIXTURE = re.compile(rf"[^,]+{_SHARE}(?:,[^,]+{_SHARE})*")
 # A path up to its last part, wherever a sentence holds one: "Loading /home/jane/My models/". It ends before a comma and
 # before another path.
 _FOLDERS = re.compile(r"(?<!\S)(?:~|\.{1,2})?/(?:(?:(?!\s[~.]{0,2}/)[^,])*/)?(?=[^/\s])")
+
+
+def local_path(named: str) -> Path:
+    """Return the path that a user named, as a shell reads it: only a leading ~ may stand for a home folder."""
+    try:
+        return Path(named).expanduser() if named.startswith("~") else Path(named)
+    except RuntimeError:  # nobody has this name
+        return Path(named)
 
 
 def checkpoint_name(base: str, blocks: int, scripts: Sequence[str] = ()) -> str:

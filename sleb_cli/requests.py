@@ -21,6 +21,16 @@ def sibling(file: Path, suffix: str) -> Path:
     return file.with_name(file.name.removesuffix(".json") + suffix)
 
 
+def journal_of(plan: Path) -> Path:
+    """Return the path of the journal of a search that writes this plan."""
+    return plan.parent / f"{plan.name}.journal"  # `with_name` refuses "."
+
+
+def option_of(name: str) -> str:
+    """Return the command-line option of a field: --target-params."""
+    return "--" + name.replace("_", "-")
+
+
 WorkloadName = Literal["prompt", "generation"]
 """What is timed: processing a prompt, or generating after one."""
 
@@ -68,6 +78,8 @@ _MOST_SEED = 2**63 - 1
 _MOST_THREADS = 4096
 
 AUTO = "auto"
+DEMO = "demo"
+"""The model that is downloaded to try sleb out."""
 TRANSFORMERS = "transformers"
 """The engine that is built in."""
 
@@ -126,8 +138,8 @@ class Doc:
     metavar: str | None = None
     argument: bool = False
     repeated: bool = False
-    least: int = 0
-    most: int = 10**12
+    least: float = 0
+    most: float = 10**12
 
 
 def option(help: str, panel: str | None = None, *, unset: Any = None, **spelling: Any) -> Any:
@@ -167,7 +179,7 @@ class Request:
     def __post_init__(self) -> None:
         for each in fields(self):
             doc, value = each.metadata["doc"], getattr(self, each.name)
-            name = doc.metavar if doc.argument else f"--{each.name.replace('_', '-')}"
+            name = doc.metavar if doc.argument else option_of(each.name)
             if value == "" or (isinstance(value, tuple) and "" in value):  # as of a shell's variable that is not set
                 raise UsageError(f"{name} has an empty value.", hint="Write one, or leave it out.")
             if isinstance(value, bool) or not isinstance(value, int | float) or doc.least <= value <= doc.most:
@@ -244,7 +256,7 @@ class SearchRequest(Request):
         default="answers, in conversations that the model writes",
     )
     holdout: float | None = option(
-        "Hold out this share of the sequences to detect overfitting: 0.2.", _CALIBRATION, default=0
+        "Hold out this share of the sequences to detect overfitting: 0.2.", _CALIBRATION, default=0, most=0.99
     )
     sample_tokens: int | None = option(
         "Let both models generate this many tokens at the end, to reveal a collapse; 0 for none.",
@@ -361,7 +373,7 @@ class ApplyRequest(OneSizeRequest):
     )
     heal: bool = option("Train the remaining blocks to predict what the dense model predicts.", _RECOVERY, unset=False)
     heal_minutes: float | None = option(
-        "Stop healing after this many minutes.", _RECOVERY, default=f"{DEFAULT_HEAL_MINUTES:g}"
+        "Stop healing after this many minutes.", _RECOVERY, default=f"{DEFAULT_HEAL_MINUTES:g}", least=0.001
     )
     heal_tokens: int | None = option("Heal for a fixed number of tokens, for reproducible results.", _RECOVERY, least=1)
     calibration: str | None = option(

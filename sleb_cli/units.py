@@ -11,6 +11,8 @@ from fractions import Fraction
 from sleb_plugins.errors import UsageError
 
 _COUNTS = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 _BYTES = re.compile(r"(\d*\.?\d+)\s*(?:([kmgtpe])(i?))?b?", re.ASCII)
 
 
@@ -57,6 +59,18 @@ def parse_ratio(text: str) -> Fraction:
     if not 0 < ratio < 1:
         raise UsageError(f"The ratio {text} is not between 0 and 1.", hint="0.2 removes a fifth of the blocks.")
     return ratio
+
+
+def dtype_in_full(text: str) -> str:
+    """Read the name of a data type: bf16 is bfloat16.
+
+    Raises:
+        UsageError: there is no such data type.
+    """
+    full = _SHORT.get(text, text)
+    if full not in _DTYPES:
+        raise UsageError(f"Unknown data type {text!r}.", hint=f"Choose {', '.join(_DTYPES)}.")
+    return full
 
 
 def format_count(number: float) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import typer
 
 from sleb_cli.commands.config_file import ConfigOption, drop_overridden
-from sleb_cli.requests import Doc
+from sleb_cli.requests import Doc, option_of
 from sleb_plugins import UsageError
 from sleb_plugins.errors import did_you_mean
 
@@ -68,7 +68,7 @@ class _Option:
         self.kind = str if str in kinds else kinds[0]
         self.item = get_args(self.kind)[0] if get_origin(self.kind) is tuple else None
         self.choices: tuple[str, ...] = get_args(self.kind) if get_origin(self.kind) is Literal else ()
-        self.flag = "--" + field.name.replace("_", "-")
+        self.flag = option_of(field.name)
 
     @property
     def parameter(self) -> inspect.Parameter:

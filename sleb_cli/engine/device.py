@@ -15,6 +15,7 @@ from torch import Tensor
 from sleb_cli.engine.process_limits import left_under_limits
 from sleb_cli.processes import local_count, local_rank, process_count
 from sleb_cli.requests import AUTO
+from sleb_cli.units import dtype_in_full
 from sleb_plugins import MachineError, UsageError
 from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
@@ -40,10 +41,6 @@ def free_bytes(device: torch.device) -> int:
 def own_free_bytes(device: torch.device) -> int:
     """Return the part of the free memory that is this process's, where several share that of the machine."""
     return free_bytes(device) // (local_count() if device.type in ("cpu", "mps") else 1)
-
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
 
 def wider_range(dtype: torch.dtype) -> str:
@@ -148,12 +145,9 @@ def parse_dtype(name: str, own: torch.dtype | None) -> torch.dtype:
     Raises:
         UsageError: there is no such data type.
     """
-    if name == AUTO:
-        return own or torch.float32
-    full = _SHORT.get(name, name)
-    if full not in _DTYPES:
-        raise UsageError(f"Unknown data type {name!r}.", hint=f"Choose {AUTO}, {', '.join(_DTYPES)}.")
-    return _DTYPES[full]
+    full = dtype_in_full(name)
+    found: torch.dtype = (own or torch.float32) if full == AUTO else getattr(torch, full)
+    return found
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -16,8 +16,8 @@ import sleb_plugins as sleb
 from conftest import slow
 from sleb_cli import plugin_manager
 from sleb_cli.engine.search import journal as journals
-from sleb_cli.engine.search.journal import journal_of
 from sleb_cli.plan import read_plan
+from sleb_cli.requests import journal_of
 from sleb_plugins import PluginError
 
 # Enough batches that there is a middle to stop in.

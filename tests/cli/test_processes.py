@@ -21,9 +21,9 @@ from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.quality import texts
 from sleb_cli.engine.recovery import closed_form
 from sleb_cli.engine.search import speedup
-from sleb_cli.engine.search.journal import journal_of
 from sleb_cli.plan import read_plan
 from sleb_cli.processes import process_rank
+from sleb_cli.requests import journal_of
 from sleb_plugins import DataError
 
 SEARCHES = {

@@ -1,7 +1,6 @@
 """`sleb search`, through `main()`."""
 
 import json
-import os
 import re
 
 import pytest
@@ -107,26 +106,6 @@ def test_an_existing_plan_is_not_overwritten(search, tmp_path):
     assert "plan.json already exists" in search("--remove", 1, code=8).stderr
     assert (tmp_path / "plan.json").read_text() == "mine"
     search("--remove", 1, "--force")
-
-
-ONE = ("--remove", 1)
-REFUSED = [  # what is refused of options alone: unit/test_search_options.py
-    ((), 2, "No target given: one of --ratio, --remove, --target-params"),
-    ((*ONE, "--samples", "9999"), 5, "text for"),
-    ((*ONE, "--memory", "1kB"), 7, ""),
-    ((*ONE, "--calibration", "nowhere.txt"), 5, "no file nowhere.txt"),
-    ((*ONE, "--calibration", "wikitext3"), 5, "Unknown text source 'wikitext3'"),
-    ((*ONE, "--calibration", "."), 5, "is a folder"),
-    ((*ONE, "--holdout", "0.2", "--samples", 1), 2, "A single calibration sequence cannot be split"),
-]
-
-
-@pytest.mark.parametrize(("options", "code", "message"), REFUSED)
-def test_the_impossible_is_refused_before_anything_is_written(search, tmp_path, options, code, message):
-    result = search(*options, code=code)
-    assert all(words in " ".join(result.stderr.split()) for words in (message, "error:", "hint:"))
-    assert result.stdout == ""
-    assert os.listdir(tmp_path) == []
 
 
 def test_text_that_does_not_do(search, tmp_path):

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from conftest import architecture_of, prose, train_tokenizer
+from sleb_cli.asked.mixture import parse_mixture
 from sleb_cli.engine.text.calibration import calibrate, draw
-from sleb_cli.engine.text.mixture import parse_mixture
 from sleb_cli.engine.text.settings import resolve_calibration
 from sleb_cli.engine.text.sources import calibration_text, evaluation_text, reference_calibration_text
 from sleb_cli.engine.text.windows import cut_running_text, tokens_sha256

@@ -7,7 +7,8 @@ import zlib
 import pytest
 
 from sleb_cli.engine.search import journal as module
-from sleb_cli.engine.search.journal import journal_of, open_journal
+from sleb_cli.engine.search.journal import open_journal
+from sleb_cli.requests import journal_of
 from sleb_plugins import OutputError, PlanError
 
 SEARCH = {"model": {"fingerprint": "abc"}, "search": {"metric": "nll", "seed": 0}}

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from conftest import architecture_of, llama_config, save_model
 from families import tiny_config
-from sleb_cli.engine.door.search import chosen_target, parse_target
+from sleb_cli.engine.door.search import parse_target
 from sleb_cli.engine.model.sizes import PerBlock, cache_bytes, count_parameters, stored_bytes
 from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget
 from sleb_cli.events import ignore
@@ -59,7 +59,7 @@ def test_the_ratio_of_a_huge_loss_is_a_number():
 
 def target_of(architecture=None, blocks=6, notify=ignore, **asked):
     request = SearchRequest("a model", dtype="float32", **asked)
-    return parse_target(request, chosen_target(request), architecture or SimpleNamespace(block_count=blocks), notify)
+    return parse_target(request, architecture or SimpleNamespace(block_count=blocks), notify)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import torch
 from datasets.exceptions import DatasetGenerationError
 
 from conftest import llama_config, prose, random_model, train_tokenizer
+from sleb_cli.asked.mixture import parse_mixture
 from sleb_cli.engine.door.recovery import TEST, TRAIN, VALIDATION
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.text import calibration, writing
 from sleb_cli.engine.text.calibration import calibrate_splits
-from sleb_cli.engine.text.mixture import parse_mixture
 from sleb_cli.engine.text.own_text import generate_own_text
 from sleb_cli.engine.text.settings import CalibrationSettings
 from sleb_cli.engine.text.sources import WHOLE, calibration_conversations, calibration_text, reference_calibration_text

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from sleb_cli.atomic import require_new_file
+from sleb_cli.asked.subjects import NamedSubject
+from sleb_cli.asked.verbs import parse_batch_size
 from sleb_cli.canaries import FOLDER
 from sleb_cli.engine.device import choose_device, parse_dtype
-from sleb_cli.engine.door.options import Needs, require_one_placement, require_what_they_need
-from sleb_cli.engine.door.subject import resolve_subject, sizes, with_recovered
+from sleb_cli.engine.door.subject import resolve_subject, surgeries, with_recovered
 from sleb_cli.engine.forward.placement import Placement, place_model
 from sleb_cli.engine.forward.streaming import weight_bytes
 from sleb_cli.engine.model.architecture import Architecture
@@ -34,31 +33,22 @@ from sleb_cli.plan import CHECKPOINT_PLAN, CalibrationRecord, read_plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import AUTO, DEFAULT_TEXT, EvalRequest
 from sleb_cli.units import in_shell
-from sleb_plugins import DataError, PlanError, UsageError
-
-_NEED_TASKS: Needs = {
-    ("limit", "num_fewshot", "apply_chat_template", "include_path", "run_code", "show_flips"): ("tasks",)
-}
-_NEED_TEXTS: Needs = {("sequence_length", "max_windows", "bos"): ("perplexity",)}
-"""Options that do nothing without texts, of which there is one by default unless there are tasks."""
+from sleb_plugins import PlanError, UsageError
 
 
-def resolve_evaluation(request: EvalRequest, registry: Registry, notify: Notify, group: ProcessGroup) -> Evaluation:
-    """Check the options, find the plan and the model, and read the texts and tasks; no weight is loaded.
+def resolve_evaluation(
+    request: EvalRequest, named: NamedSubject, registry: Registry, notify: Notify, group: ProcessGroup
+) -> Evaluation:
+    """Find the model, and read the texts and tasks; no weight is loaded.
 
     Raises:
         DataError: a text or a task is missing or too small.
         PlanError: the plan was made for another model.
-        UsageError: a number is out of range, a streamed model is to run tasks, or two models must fit and do not.
+        UsageError: a number is out of range, or two models must fit and do not.
     """
-    if group.is_main and request.output is not None:
-        require_new_file(request.output, force=request.force)
-    require_one_placement(request)
-    require_what_they_need(request, _NEED_TASKS | (_NEED_TEXTS if request.tasks else {}))
-    batch_size = _batch_size(request.batch_size)
-    subject = group.main_first(lambda: with_recovered(resolve_subject(request, registry, notify), registry, notify))
+    subject = group.main_first(lambda: with_recovered(resolve_subject(named, registry, notify), registry, notify))
     placement = _place(subject, request, notify, group)
-    models = Models(subject, sizes(subject, request), placement, group, notify)
+    models = Models(subject, surgeries(subject, named.sizes), placement, group, notify)
     tasks = load_requested(request)
     architecture = subject.architecture
     tokenizer = load_tokenizer(architecture.source)
@@ -66,25 +56,11 @@ def resolve_evaluation(request: EvalRequest, registry: Registry, notify: Notify,
     texts = group.main_first(lambda: tuple(_read_text(name, request, tokenizer, architecture) for name in names))
     for sentence in _remarks(texts, subject):
         notify(Notice(sentence))
-    return Evaluation(models, tokenizer, texts, tasks, batch_size, request.show_flips or 0)
-
-
-def _batch_size(asked: str | int) -> int | None:
-    """Return a number of windows or requests; None to suit the device."""
-    if asked == AUTO:
-        return None
-    if not re.fullmatch(r"[1-9]\d{,11}", str(asked), re.ASCII):
-        raise UsageError(f"--batch-size {asked} is not a number of 1 to 999,999,999,999.", hint="Use 8, or auto.")
-    return int(asked)
+    return Evaluation(models, tokenizer, texts, tasks, parse_batch_size(request.batch_size), request.show_flips or 0)
 
 
 def _place(subject: Subject, request: EvalRequest, notify: Notify, group: ProcessGroup) -> Placement:
     """Choose where the models are and in which data type they compute."""
-    if request.stream and request.tasks:
-        raise UsageError(
-            "--tasks needs the whole model in memory: with --stream, each batch of requests would read it again.",
-            hint="Leave out --stream, or measure --perplexity alone. --device-map auto runs tasks, slowly.",
-        )
     architecture = subject.architecture
     device, device_map = choose_device(request.device), request.device_map
     stream, dtype = False if request.tasks else request.stream, request.dtype or AUTO
@@ -103,11 +79,9 @@ def load_requested(request: EvalRequest) -> tuple[LoadedTask, ...]:
     """Load the tasks that a request names, those of presets in their place.
 
     Raises:
-        DataError: a task or the folder does not exist, or its file or data cannot be read.
+        DataError: a task does not exist, or its file or data cannot be read.
         UsageError: a number is out of range.
     """
-    if request.include_path is not None and not request.include_path.is_dir():
-        raise DataError(f"There is no folder {request.include_path}.", hint="Check --include-path.")
     names = list(dict.fromkeys(name for named in request.tasks for name in PRESETS.get(named, (named,))))
     if not names:
         return ()
@@ -120,7 +94,7 @@ def load_requested(request: EvalRequest) -> tuple[LoadedTask, ...]:
             limit=request.limit,
             num_fewshot=request.num_fewshot,
             chat=request.apply_chat_template,
-            batch_size=_batch_size(request.batch_size),
+            batch_size=parse_batch_size(request.batch_size),
             # As the evaluate library is told.
             run_code=request.run_code or ("confined" if os.environ.get("HF_ALLOW_CODE_EVAL") == "1" else None),
         )

@@ -5,39 +5,38 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sleb_cli.asked.subjects import NamedSubject
+from sleb_cli.asked.verbs import AskedExport
 from sleb_cli.atomic import require_new_file
 from sleb_cli.engine.cut.blocks.block_cut import BlockCut
 from sleb_cli.engine.device import dtype_name
-from sleb_cli.engine.door.subject import is_plan, read_named_plan, resolve_subject
-from sleb_cli.engine.model.source import DEMO
+from sleb_cli.engine.door.subject import resolve_subject
 from sleb_cli.engine.output.measured import measured_of_plan
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.events import Notify
-from sleb_cli.plan import CHECKPOINT_PLAN, Plan
+from sleb_cli.plan import Plan
 from sleb_cli.plugin_manager import Registry
-from sleb_cli.requests import DEFAULT_PLAN, ExportRequest, sibling
+from sleb_cli.requests import DEMO, ExportRequest, sibling
 from sleb_cli.results import BenchResult, EvalResult
-from sleb_plugins import Exporter, Pruning, UnsupportedModelError, UsageError
+from sleb_plugins import Pruning, UnsupportedModelError, UsageError
 
 
-def resolve_export(request: ExportRequest, registry: Registry, notify: Notify) -> tuple[Exporter, Pruning, Path | None]:
-    """Find the format, what it describes (a model and its removals, or a plan alone), and where the text goes.
+def resolve_export(
+    request: ExportRequest, asked: AskedExport, registry: Registry, notify: Notify
+) -> tuple[Pruning, Path | None]:
+    """Find what the format describes (a model and its removals, or a plan alone), and where the text goes.
 
     It is printed if that is None.
 
     Raises:
-        PlanError: the plan is unreadable, or was made for another model.
+        PlanError: the plan was made for another model.
         UnsupportedModelError: the other tool would leave some settings of the model wrong.
-        UsageError: no block is removed, the format does not use the given source file, or describes only plans.
+        UsageError: no block is removed.
         OutputError: the output exists.
     """
-    exporter: Exporter = registry.choose("exporter", request.to).value
-    if request.source is not None and not exporter.uses_source:
-        raise UsageError(f"--source does not apply to --to {exporter.name}.", hint="Leave out --source.")
-    if request.output is not None:
-        require_new_file(request.output, force=request.force)
-    if exporter.needs_model:
-        subject = resolve_subject(request, registry, notify, needs_removals=True)
+    exporter = asked.exporter
+    if isinstance(asked.subject, NamedSubject):
+        subject = resolve_subject(asked.subject, registry, notify)
         pruning = _pruning_of_model(subject, request, notify)
         reads_gguf = exporter.uses_source and pruning.source_file  # whose metadata the format reads itself
         if exporter.only_counts and not reads_gguf and (others := _settings_of_blocks(subject)):
@@ -46,14 +45,14 @@ def resolve_export(request: ExportRequest, registry: Registry, notify: Notify) -
                 hint="Use `sleb apply`, which corrects it.",
             )
     else:
-        pruning = _pruning_of_plan(request, notify)
+        pruning = _pruning_of_plan(*asked.subject, request, notify)
     if not pruning.removals:
         raise UsageError("Nothing to export: no block is removed.", hint="Name a plan, or use --blocks.")
     output = request.output
     if output is None and exporter.ending:
         output = sibling(pruning.plan_file or Path(Path(pruning.model).name), exporter.ending)
         require_new_file(output, force=request.force)
-    return exporter, pruning, output
+    return pruning, output
 
 
 def _settings_of_blocks(subject: Subject) -> list[str]:
@@ -81,15 +80,8 @@ def _pruning_of_model(subject: Subject, request: ExportRequest, notify: Notify) 
     )
 
 
-def _pruning_of_plan(request: ExportRequest, notify: Notify) -> Pruning:
+def _pruning_of_plan(file: Path, plan: Plan, request: ExportRequest, notify: Notify) -> Pruning:
     """Describe a plan from its files alone: the model may be on another machine."""
-    named = Path(request.subject or DEFAULT_PLAN)
-    file = named / CHECKPOINT_PLAN if (named / CHECKPOINT_PLAN).is_file() else named
-    if not is_plan(str(file)):
-        raise UsageError(
-            f"--to {request.to} describes a plan, but {named} is a model.", hint="Name a plan of `sleb search`."
-        )
-    plan = read_named_plan(file, request)
     return Pruning(
         model=plan.model.id,
         revision=plan.model.revision,

@@ -8,6 +8,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from sleb_cli.asked.mixture import parse_mixture
+from sleb_cli.asked.text_names import REFERENCE_PRESETS, SELF, SELF_CHAT, is_written
 from sleb_cli.engine.device import CPU, choose_device, dtype_name, own_free_bytes
 from sleb_cli.engine.forward.placement import Placement, place_model
 from sleb_cli.engine.forward.streaming import streamed_bytes
@@ -21,14 +23,8 @@ from sleb_cli.engine.recovery.stage import RecoverySettings
 from sleb_cli.engine.recovery.unfinished import Unfinished
 from sleb_cli.engine.surgery.loading import has_tokenizer, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
-from sleb_cli.engine.text.mixture import parse_mixture
-from sleb_cli.engine.text.settings import (
-    REFERENCE_PRESETS,
-    CalibrationSettings,
-    require_given_text,
-    resolve_calibration,
-)
-from sleb_cli.engine.text.sources import SELF, SELF_CHAT, TextSplit, is_written
+from sleb_cli.engine.text.settings import CalibrationSettings, require_given_text, resolve_calibration
+from sleb_cli.engine.text.sources import TextSplit
 from sleb_cli.events import Notify
 from sleb_cli.requests import (
     AUTO,

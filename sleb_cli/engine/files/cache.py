@@ -12,7 +12,7 @@ from typing import Any
 from platformdirs import user_cache_path
 
 from sleb_cli.atomic import held, publish, remove_leftovers_of, scratch_folder, write_text, writing
-from sleb_cli.engine.files.copying import local_path
+from sleb_cli.names import local_path
 
 _ELSEWHERE = "Set the environment variable SLEB_CACHE to another folder."
 

@@ -1,4 +1,4 @@
-"""Paths that a user names, files of a model's folder, and bytes copied between files."""
+"""Files of a model's folder, and bytes copied between files."""
 
 from __future__ import annotations
 
@@ -16,14 +16,6 @@ BUFFER_BYTES = 1 << 20
 
 ReportBytes = Callable[[int], object]
 """Called with the number of bytes copied since the last call."""
-
-
-def local_path(named: str) -> Path:
-    """Return the path that a user named, as a shell reads it: only a leading ~ may stand for a home folder."""
-    try:
-        return Path(named).expanduser() if named.startswith("~") else Path(named)
-    except RuntimeError:  # nobody has this name
-        return Path(named)
 
 
 @contextmanager

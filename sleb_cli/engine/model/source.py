@@ -24,16 +24,15 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from tqdm.auto import tqdm
 
 from sleb_cli.engine.files import other_formats
-from sleb_cli.engine.files.copying import leads_out, local_path, reading
+from sleb_cli.engine.files.copying import leads_out, reading
 from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files, hash_files
 from sleb_cli.engine.files.weights import WeightFiles, find_weights, has_weights, read_json
 from sleb_cli.engine.third_party import first_line
 from sleb_cli.events import Advance, Notice, Notify, task
-from sleb_cli.requests import require_text
+from sleb_cli.names import local_path
+from sleb_cli.requests import DEMO, require_text
 from sleb_cli.units import format_bytes
 from sleb_plugins import ModelError, UsageError
-
-DEMO = "demo"
 
 # A download that breaks off, of the Hub's HTTP library or of its faster transfers (hf_xet), and a full disk.
 _FAILURES: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, OSError, RuntimeError, ValueError)

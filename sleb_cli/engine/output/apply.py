@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from sleb_cli.atomic import new_folder, remove_leftovers_of, require_space, to_json, writing
+from sleb_cli.atomic import new_folder, require_space, to_json, writing
 from sleb_cli.engine.cut.protocol import CONFIG, SETTINGS, cut_records
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files import other_formats
@@ -78,27 +78,15 @@ def default_folder(subject: Subject) -> Path:
     return Path(checkpoint_name(subject.architecture.source.name, len(surgery.kept.blocks), parts))
 
 
-def require_new_folder(folder: Path, source: ModelSource, *, force: bool) -> None:
-    """Check that the folder is new, or with `force` a checkpoint other than the source.
+def require_apart(folder: Path, source: ModelSource) -> None:
+    """Check that the dense model does not lie in a folder that is to be written.
 
     Raises:
-        OutputError: the folder exists (without `force`), is not a checkpoint, or holds the dense model.
+        OutputError: it does.
     """
-    remove_leftovers_of(folder)
     resolved = folder.resolve()
     if resolved == source.folder or resolved in source.folder.parents:
         raise OutputError(f"{folder} contains the source model.", hint="Choose another folder with -o.")
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir()) and force):
-        return
-    if not force:
-        raise OutputError(
-            f"{folder} already exists.", hint="Choose another folder with -o, or replace it with --force."
-        )
-    if not (folder / "config.json").is_file():
-        raise OutputError(
-            f"{folder} exists and is not a checkpoint, so --force does not replace it.",
-            hint="Choose another folder with -o, or delete it yourself.",
-        )
 
 
 def apply_removals(subject: Subject, output: Output, notify: Notify) -> ApplyResult:

@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from sleb_cli.atomic import claimed, free_space, require_new_file, require_space
+from sleb_cli.atomic import claimed, free_space, require_space
 from sleb_cli.engine.cut.protocol import cut_records
 from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.files.copying import reading
@@ -31,15 +31,10 @@ from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import THIS_VERSION, ModelRecord, Proof
 from sleb_cli.results import GgufResult
 from sleb_cli.units import format_bytes
-from sleb_plugins import MachineError, ModelError, OutputError, PlanError, ProofError, UsageError
+from sleb_plugins import MachineError, ModelError, PlanError, ProofError, UsageError
 
 KIND = "GGUF file"
 """What a failed proof calls it."""
-
-
-def are_the_same(one: Path, other: Path) -> bool:
-    """Whether two paths lead to one file."""
-    return one.exists() and other.exists() and one.samefile(other)
 
 
 def default_file(surgery: GgufSurgery) -> Path:
@@ -83,20 +78,6 @@ def prune_gguf(surgery: GgufSurgery, output: Output, registry: Registry, notify:
         proof=proof,
         unproven=unproven,
     )
-
-
-def require_new_gguf(output: Output, source: Path) -> None:
-    """Check that the place of a GGUF file is free.
-
-    Raises:
-        UsageError: its name ends otherwise.
-        OutputError: it exists, cannot be written, or is the source itself.
-    """
-    if output.place.suffix != ".gguf":
-        raise UsageError(f"{output.place} does not end in .gguf.", hint="Add .gguf to the name.")
-    if are_the_same(output.place, source):
-        raise OutputError(f"{output.place} is the source file itself.", hint="Choose another name with -o.")
-    require_new_file(output.place, force=output.replace)
 
 
 def require_same_kind_of_model(model: ModelRecord, file: GgufFile, notify: Notify) -> None:

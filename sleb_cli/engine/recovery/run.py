@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from sleb_cli.asked.text_names import REFERENCE_PRESETS, SELF_CHAT
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.forward.placement import Placement, open_dense
 from sleb_cli.engine.forward.skipping import SkippableModel
@@ -28,8 +29,7 @@ from sleb_cli.engine.surgery.loading import load_pruned, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.calibration import Calibration, calibrate_splits
 from sleb_cli.engine.text.portions import Portions
-from sleb_cli.engine.text.settings import REFERENCE_PRESETS, CalibrationSettings
-from sleb_cli.engine.text.sources import SELF_CHAT
+from sleb_cli.engine.text.settings import CalibrationSettings
 from sleb_cli.engine.text.windows import tokens_sha256, whole_mask
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plan import ClosedFormRecord, ConversationsRecord, FitRecord, HealRecord, LossesRecord, RecoveryRecord

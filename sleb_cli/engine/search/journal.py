@@ -45,11 +45,6 @@ Measurement = tuple[Name, list[float]]
 """What was measured, and the score of each sequence."""
 
 
-def journal_of(plan: Path) -> Path:
-    """Return the path of the journal of this plan."""
-    return plan.parent / f"{plan.name}.journal"  # `with_name` refuses "."
-
-
 def recorded(journal: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
     """Return settings of these kinds of an unfinished search; none if there is no search that can be read."""
     if journal.is_symlink() or not journal.is_file():  # but a pipe, perhaps

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 
+from sleb_cli.asked.text_names import REFERENCE_PRESETS
 from sleb_cli.engine.device import dtype_name, wider_range
 from sleb_cli.engine.environment import environment_record
 from sleb_cli.engine.forward.forecast import announce, block_operations
@@ -22,13 +23,12 @@ from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.placement import open_dense
 from sleb_cli.engine.forward.prepare import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.model.source import DEMO
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.sample_generation import generate_sample
 from sleb_cli.engine.search.bad_sequences import find_bad, unsound
 from sleb_cli.engine.search.choices import Choice, NoBlockLeft
 from sleb_cli.engine.search.held_out import ERROR, compare_growth, hold_out, overfitting_note
-from sleb_cli.engine.search.journal import Journal, journal_of, open_journal
+from sleb_cli.engine.search.journal import Journal, open_journal
 from sleb_cli.engine.search.race import LOOKS
 from sleb_cli.engine.search.scoring import Scoring, engine_of
 from sleb_cli.engine.search.settings import SearchSettings
@@ -37,10 +37,10 @@ from sleb_cli.engine.search.strategies import Problem
 from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, count_removals, perplexity_ratio
 from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.text.calibration import Calibration, calibrate
-from sleb_cli.engine.text.settings import REFERENCE_PRESETS
 from sleb_cli.events import SEARCH_TASK, BlockRemoved, BlocksSwapped, Notice, Notify, SearchStarted, TaskFinished, task
 from sleb_cli.plan import CalibrationRecord, DenseRecord, HeldOutRecord, Plan, SampleGeneration, SearchRecord, Step
 from sleb_cli.records import THIS_VERSION, differences
+from sleb_cli.requests import DEMO, journal_of
 from sleb_cli.version import __version__
 from sleb_plugins import HiddenStateMetric, LogitMetric, ModelError, ModelMetric, PlanError, UsageError
 

@@ -15,7 +15,6 @@ from sleb_cli.engine.search.choices import Candidates, Choice, NoBlockLeft, Outc
 from sleb_cli.plan import SwapRecord
 from sleb_cli.requests import StrategyName
 from sleb_plugins import UsageError
-from sleb_plugins.errors import did_you_mean
 
 # The number of kept blocks that came closest to a swap and are tried in pairs.
 NEAR_MISSES = 4
@@ -193,39 +192,23 @@ def _with_swaps(candidates: int, remove: int) -> int:
 
 @dataclass(frozen=True)
 class Strategy:
-    """A search strategy, and what it needs from a metric.
+    """A search strategy, and how long it takes.
 
     Attributes:
         search: yields one size after another.
         evaluations: returns how many sets are scored, or an upper bound, given the number of candidates at first, and
             of blocks to remove.
-        races: whether the scores of the surviving candidates of a race suffice.
-        needs_sets: whether it compares sets of blocks, which a metric of single blocks cannot score.
     """
 
     search: Callable[[Problem], Iterator[Choice]]
     evaluations: Callable[[int, int], int] = _each_size
-    races: bool = False
-    needs_sets: bool = False
 
 
 STRATEGIES: Mapping[StrategyName, Strategy] = MappingProxyType(
     {
-        "greedy": Strategy(greedy, races=True),
+        "greedy": Strategy(greedy),
         "oneshot": Strategy(oneshot, lambda candidates, remove: candidates),
         "contiguous": Strategy(contiguous),
-        "refine": Strategy(refine, _with_swaps, races=True, needs_sets=True),
+        "refine": Strategy(refine, _with_swaps),
     }
 )
-
-
-def strategy_name(text: str) -> StrategyName:
-    """Read the name of a strategy.
-
-    Raises:
-        UsageError: no strategy has this name.
-    """
-    for name in STRATEGIES:
-        if name == text:
-            return name
-    raise UsageError(f"Unknown strategy {text!r}.", hint=did_you_mean(text, list(STRATEGIES)))

@@ -15,14 +15,9 @@ from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.strategies import free_spans
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import TargetRecord
-from sleb_cli.requests import StrategyName, TargetName
+from sleb_cli.requests import StrategyName, TargetName, option_of
 from sleb_cli.units import plural
 from sleb_plugins import UsageError
-
-
-def option_of(name: str) -> str:
-    """Return the command-line option of a field: --target-params."""
-    return "--" + name.replace("_", "-")
 
 
 @dataclass(frozen=True)

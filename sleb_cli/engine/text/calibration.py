@@ -10,21 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sleb_cli.asked.mixture import interleave
+from sleb_cli.asked.text_names import SELF, holds_conversations, is_written, writes_conversations
 from sleb_cli.engine.text.chat import cut_conversations, cut_rendered, require_template
-from sleb_cli.engine.text.mixture import interleave
 from sleb_cli.engine.text.own_chat import write_conversations
 from sleb_cli.engine.text.own_text import generate_own_text
 from sleb_cli.engine.text.settings import CalibrationSettings, require_mixable
-from sleb_cli.engine.text.sources import (
-    SELF,
-    WHOLE,
-    calibration_conversations,
-    calibration_text,
-    holds_conversations,
-    is_written,
-    reference_calibration_text,
-    writes_conversations,
-)
+from sleb_cli.engine.text.sources import WHOLE, calibration_conversations, calibration_text, reference_calibration_text
 from sleb_cli.engine.text.windows import (
     adds_bos,
     begin_with_bos,

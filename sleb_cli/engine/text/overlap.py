@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sleb_cli.engine.files.copying import local_path
-from sleb_cli.engine.text.sources import CALIBRATION_PRESETS, EVALUATION_PRESETS, Dataset, is_file
+from sleb_cli.asked.text_names import is_file
+from sleb_cli.engine.text.sources import CALIBRATION_PRESETS, EVALUATION_PRESETS, Dataset
+from sleb_cli.names import local_path
 from sleb_cli.plan import CalibrationRecord
 
 

@@ -15,10 +15,11 @@ from functools import partial
 from itertools import compress, cycle, islice
 from typing import Any, NamedTuple
 
+from sleb_cli.asked.text_names import SELF_CHAT
 from sleb_cli.engine.model.generation import end_tokens
 from sleb_cli.engine.text.chat import Tokens, apply_template, pack
 from sleb_cli.engine.text.settings import CalibrationSettings
-from sleb_cli.engine.text.sources import SELF_CHAT, Conversation, read_prompts
+from sleb_cli.engine.text.sources import Conversation, read_prompts
 from sleb_cli.engine.text.writing import GIVE_TEXT, Continue, Writing, write_or_find
 from sleb_cli.events import Notice, Notify
 from sleb_cli.repetition import repetition

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sleb_cli.asked.text_names import is_written
 from sleb_cli.engine.text.calibration import (
     Sequences,
     draw,
@@ -20,7 +21,7 @@ from sleb_cli.engine.text.calibration import (
     write_sequences,
 )
 from sleb_cli.engine.text.settings import CalibrationSettings
-from sleb_cli.engine.text.sources import is_read_whole, is_written
+from sleb_cli.engine.text.sources import is_read_whole
 from sleb_cli.events import Notify
 
 USES_OF_OWN_TEXT = 2

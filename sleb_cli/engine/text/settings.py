@@ -6,24 +6,23 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
+from sleb_cli.asked.mixture import divide, parse_mixture
+from sleb_cli.asked.text_names import REFERENCE_PRESETS, holds_conversations, is_written
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.model.source import DEMO
-from sleb_cli.engine.text.mixture import divide, parse_mixture
-from sleb_cli.engine.text.sources import REFERENCE_ROWS, WHOLE, TextSplit, holds_conversations, is_written, read_prompts
+from sleb_cli.engine.text.sources import REFERENCE_ROWS, WHOLE, TextSplit, read_prompts
 from sleb_cli.engine.text.windows import choose_length
 from sleb_cli.names import ANSWERS
 from sleb_cli.requests import (
     DEFAULT_CALIBRATION,
     DEFAULT_LENGTH,
     DEFAULT_SAMPLES,
+    DEMO,
     DEMO_CALIBRATION,
     DEMO_LENGTH,
     DEMO_SAMPLES,
     Chat,
 )
 from sleb_plugins import UsageError
-
-REFERENCE_PRESETS = frozenset({"wikitext2-sleb", "c4-sleb"})
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from sleb_cli.asked.text_names import is_file, is_written
 from sleb_cli.engine.device import CPU, free_bytes
-from sleb_cli.engine.files.copying import local_path
 from sleb_cli.engine.third_party import first_line
-from sleb_cli.names import ANSWERS
+from sleb_cli.names import ANSWERS, local_path
 from sleb_cli.records import first_fault, why_not_read
 from sleb_cli.units import format_bytes, plural
 from sleb_plugins import DataError
@@ -33,9 +33,6 @@ _TITLE = re.compile(r"= [^=](.*[^=])? =")
 
 MESSAGES = "messages"
 """The column of a data set that holds conversations."""
-
-SELF, SELF_CHAT = "self", "self-chat"
-"""Text and conversations that the model writes itself."""
 
 # An upper bound: no tokenizer in use has more characters per token, on average over a text.
 CHARACTERS_PER_TOKEN = 8
@@ -281,31 +278,6 @@ def read_prompts(source: str, split: TextSplit = WHOLE) -> list[Conversation]:
     else:
         prompts = [[{"role": "user", "content": line.strip()}] for line in content.splitlines() if line.strip()]
     return _part(prompts, split, file, "prompt")
-
-
-def writes_conversations(source: str) -> bool:
-    """Whether the model is to write conversations."""
-    return source == SELF_CHAT or source.startswith(ANSWERS)
-
-
-def is_written(source: str) -> bool:
-    """Whether the model is to write this source."""
-    return source == SELF or writes_conversations(source)
-
-
-def holds_conversations(source: str) -> bool:
-    """Whether a source can hold conversations: plain text does not."""
-    if writes_conversations(source):
-        return True
-    return Path(source).suffix == ".jsonl" if is_file(source) else "/" in source
-
-
-def is_file(source: str) -> bool:
-    """Whether a source is a local file rather than a preset or a data set."""
-    path = Path(source)
-    if source in CALIBRATION_PRESETS or writes_conversations(source):
-        return False
-    return path.exists() or path.suffix in {".txt", ".jsonl", ".md", ".json"} or source.startswith((".", "/", "~"))
 
 
 def is_read_whole(source: str) -> bool:

@@ -1,0 +1,127 @@
+"""Options that do not go together, of all commands, in one table.
+
+Options are fields of a request, with spaces between them, or `field=pattern` for some values: `warmup=0`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from sleb_cli.requests import (
+    AUTO,
+    RECOVERIES,
+    TARGET_NAMES,
+    ApplyRequest,
+    BenchRequest,
+    Request,
+    SearchRequest,
+    option_of,
+)
+from sleb_plugins import UsageError
+
+
+@dataclass(frozen=True)
+class Clash:
+    """None of `options` can be combined with one of `others`."""
+
+    options: str
+    others: str
+    because: str
+    hint: str
+    of: type[Request] = Request
+
+    def fault(self, request: Request) -> UsageError | None:
+        """Return what is wrong with a request."""
+        one = given(request, self.options)[:1]
+        other = [option for option in given(request, self.others) if option not in one][:1]
+        if not (one and other):
+            return None
+        return UsageError(f"{one[0]} and {other[0]} cannot be combined: {self.because}.", hint=self.hint)
+
+
+@dataclass(frozen=True)
+class Need:
+    """Each of `options` does nothing without one of `needed`, or does nothing `beside` another option alone."""
+
+    options: str
+    needed: str
+    of: type[Request] = Request
+    beside: str | None = None
+
+    def fault(self, request: Request) -> UsageError | None:
+        """Return what is wrong with a request."""
+        idle = given(request, self.options)
+        if not idle or given(request, self.needed) or not (self.beside is None or given(request, self.beside)):
+            return None
+        needed = " or ".join(map(option_of, self.needed.split()))
+        return UsageError(f"{idle[0]} requires {needed}.", hint=f"Use both, or leave out {idle[0]}.")
+
+
+def given(request: Request, options: str) -> list[str]:
+    """Return those of the options that a request has, as they are typed."""
+    found = []
+    for option in options.split():
+        name, _, pattern = option.partition("=")
+        field = type(request).__dataclass_fields__.get(name)
+        value = getattr(request, name, None)
+        if field is None or value in (None, field.default) or value is False:
+            continue
+        is_usual = value == AUTO == field.metadata["doc"].default
+        if not is_usual and fnmatchcase(str(value), pattern or "*"):
+            found.append(f"{option_of(name)} {value}" if pattern else option_of(name))
+    return found
+
+
+def require_coherent(request: Request) -> None:
+    """Check that the options of a request go together.
+
+    Raises:
+        UsageError: some do not.
+    """
+    for row in CLASHES:
+        if isinstance(request, row.of) and (fault := row.fault(request)):
+            raise fault
+
+
+_RECOVERIES, _GGUF = " ".join(RECOVERIES), "source output=*.gguf"
+FOR_CHECKPOINTS = f"{_RECOVERIES} device_map stream dtype max_shard_size"
+"""Options of `apply` that a GGUF file cannot follow."""
+_ONE = "Use one of them."
+
+CLASHES: tuple[Clash | Need, ...] = (
+    Clash(" ".join(TARGET_NAMES), " ".join(TARGET_NAMES), "each says how far to go", _ONE, SearchRequest),
+    Need("serve_length", "target_memory"),
+    Clash("compare", "metric extend", "each search has its own metric, and begins with all blocks",
+          "Leave out --metric and --extend."),
+    Clash("compare", "target_speedup max_perplexity_ratio", "plans of one size are compared, which these do not fix",
+          "Use --remove, --ratio, --target-params or --target-memory."),
+    Clash("stream device_map", "target_speedup", "the whole model is timed on one device",
+          "Use another target, such as --ratio."),
+    Clash("device_map", "stream", "each runs a model that does not fit",
+          "Use one of them: --stream reads each block once a step, a device map once a pass."),
+    Clash("device_map", "device", "the device map chooses the devices", _ONE),
+    Clash("heal", "device_map stream", "healing trains the model, so all weights must be on one device",
+          "Use a device with enough memory, or recover without training: --recover."),
+    Clash("heal_minutes", "heal_tokens", "each says when healing stops", _ONE),
+    Need("heal_minutes heal_tokens", "heal"),
+    Need("calibration", f"{_RECOVERIES} scripts", ApplyRequest),
+    Need("samples sequence_length seed chat", f"{_RECOVERIES} calibration", ApplyRequest),
+    Need("device", _RECOVERIES, ApplyRequest),
+    Clash("keep_failed", "no_verify", "what is not proven cannot fail", _ONE),
+    Clash(_GGUF, _RECOVERIES, "new values are written to a checkpoint, not to a GGUF file",
+          "Choose a folder with -o, without --source, and convert it with llama.cpp's convert_hf_to_gguf.py.",
+          ApplyRequest),
+    Clash(_GGUF, FOR_CHECKPOINTS, "the tensors of a GGUF file are copied as they are",
+          "Write a checkpoint of the model instead: choose a folder with -o, without --source.", ApplyRequest),
+    Clash("source", "model", "only the plan and the GGUF file are read", "Leave out --model.", ApplyRequest),
+    Clash("every", "remove", "each names the sizes", "Use --every 2, or --remove 2,4,6."),
+    Clash("tasks", "stream", "each batch of requests would read the whole model again",
+          "Leave out --stream, or measure --perplexity alone. --device-map auto runs tasks, slowly."),
+    Need("limit num_fewshot apply_chat_template include_path run_code show_flips", "tasks"),
+    Need("sequence_length max_windows bos", "perplexity", beside="tasks"),  # alone, a text is read by default
+    Need("new_tokens", "generation", beside="prompt"),
+    Need("source", "engine", BenchRequest),
+    Clash("engine", "device compile", "these are of transformers alone", "Leave out --device and --compile."),
+    Clash("compile", "warmup=0", "the compilation would be timed", "Use --warmup 1 or more."),
+)  # fmt: skip

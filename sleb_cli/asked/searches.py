@@ -1,0 +1,231 @@
+"""What `search` is asked for: how far it goes, how blocks are chosen, and where the plan is written."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, get_args
+
+from sleb_cli.asked.text_names import REFERENCE_PRESETS, require_mixture
+from sleb_cli.atomic import require_new_file
+from sleb_cli.plan import Plan, read_plan
+from sleb_cli.plugin_manager import Registry
+from sleb_cli.processes import is_main_process
+from sleb_cli.requests import (
+    AUTO,
+    DEFAULT_METRIC,
+    DEFAULT_PROTECTED,
+    DEFAULT_STRATEGY,
+    DEMO,
+    TARGET_NAMES,
+    SearchRequest,
+    StrategyName,
+    TargetName,
+    journal_of,
+    option_of,
+)
+from sleb_cli.units import dtype_in_full, parse_bytes, parse_count, parse_ratio
+from sleb_plugins import LogitMetric, Metric, ModelMetric, OutputError, UsageError
+from sleb_plugins.errors import did_you_mean
+
+_RACE: set[StrategyName] = {"greedy", "refine"}
+"""Strategies for which the scores of the surviving candidates of a race suffice."""
+
+
+@dataclass(frozen=True)
+class AskedSearch:
+    """A request that can be met as far as it is known without the model.
+
+    Attributes:
+        request: with the values of the extended plan, and with the defaults that no model decides.
+        metric: scores the candidates.
+        strategy: how blocks are chosen.
+        memory: bytes for the search in addition to the model; None for a share of what is free.
+        extended: the plan that is continued, if any.
+    """
+
+    request: SearchRequest
+    metric: Metric
+    strategy: StrategyName
+    memory: int | None
+    extended: Plan | None
+
+
+def check_search(request: SearchRequest, registry: Registry) -> AskedSearch:
+    """Check and complete a request.
+
+    Raises:
+        UsageError: a value is out of range, or the metric and the strategy do not fit together.
+        PlanError: the extended plan is unreadable.
+        DataError: a text is missing.
+        OutputError: a plan or an unfinished search exists, or the plan cannot be written.
+    """
+    goal_of(request)
+    extended = read_plan(request.extend) if request.extend is not None else None
+    request = _fill_gaps(request, extended)
+    metric, strategy = registry.metric(str(request.metric)), strategy_name(str(request.strategy))
+    if request.fast is None:
+        # The demo is a first impression: it must not take long.
+        request = replace(request, fast=request.model == DEMO and _can_race(metric, strategy))
+    _require_fitting(request, metric, strategy)
+    memory = None if request.memory is None else parse_bytes(str(request.memory), "--memory")
+    dtype_in_full(request.dtype or AUTO)
+    require_mixture(request.calibration)
+    if is_main_process():
+        _require_place(request)
+    return AskedSearch(request, metric, strategy, memory, extended)
+
+
+def check_comparison(request: SearchRequest, registry: Registry) -> list[AskedSearch]:
+    """Check a request to compare: one search for each entry, each with a journal of its own.
+
+    Raises:
+        UsageError: the entries cannot be compared.
+        SlebError: a subclass that fits, if one of the searches is impossible.
+    """
+    requests = [_request_for(request, metric, strategy, registry) for metric, strategy in _entries(request)]
+    if is_main_process():
+        # An unfinished comparison was allowed to write the plan, and may have been killed just after it did.
+        replaces = request.resume and any(journal_of(each.plan_file).exists() for each in requests)
+        require_new_file(request.plan_file, force=request.force or replaces)
+    return [check_search(each, registry) for each in requests]
+
+
+def _entries(request: SearchRequest) -> list[tuple[str, StrategyName]]:
+    """Read the entries of `--compare`: a metric, and the strategy to search with."""
+    entries = []
+    for text in request.compare:
+        metric, at, strategy = text.rpartition("@")
+        usual = request.strategy or DEFAULT_STRATEGY
+        entries.append((metric, strategy_name(strategy)) if at else (text, strategy_name(usual)))
+    if len(entries) < 2 or len(set(entries)) < len(entries):
+        problem = "names an entry twice" if len(entries) > 1 else "needs at least two entries"
+        raise UsageError(
+            f"--compare {','.join(request.compare)} {problem}.",
+            hint="For example: --compare nll,cosine,angular@contiguous.",
+        )
+    return entries
+
+
+def _request_for(request: SearchRequest, metric: str, strategy: StrategyName, registry: Registry) -> SearchRequest:
+    """Return the request for one search, with `--fast` only where candidates can race; no plan is written for it."""
+    name = re.sub(r"[^\w.+@-]", "-", f"{metric}@{strategy}")
+    return replace(
+        request,
+        metric=metric,
+        strategy=strategy,
+        fast=request.fast if _can_race(registry.metric(metric), strategy) else False,
+        output=request.plan_file.parent / f"{request.plan_file.name}.{name}",
+        compare=(),
+    )
+
+
+def strategy_name(text: str) -> StrategyName:
+    """Read the name of a strategy.
+
+    Raises:
+        UsageError: no strategy has this name.
+    """
+    names: tuple[StrategyName, ...] = get_args(StrategyName)
+    for name in names:
+        if name == text:
+            return name
+    raise UsageError(f"Unknown strategy {text!r}.", hint=did_you_mean(text, names))
+
+
+def goal_of(request: SearchRequest) -> tuple[TargetName, Fraction | float]:
+    """Return the target that is given, and its number.
+
+    Raises:
+        UsageError: none is given, or it is not a number.
+    """
+    given = [(name, str(value)) for name in TARGET_NAMES if (value := getattr(request, name)) is not None]
+    if not given:
+        raise UsageError(
+            f"No target given: one of {', '.join(map(option_of, TARGET_NAMES))} is needed.",
+            hint="For example: --ratio 0.2.",
+        )
+    ((name, text),) = given
+    match name:
+        case "ratio":
+            return name, parse_ratio(text)
+        case "remove":
+            return name, int(text)
+        case "target_params":
+            return name, parse_count(text, option_of(name))
+        case "target_memory":
+            return name, parse_bytes(text, option_of(name))
+    return name, _multiple(text, name, least=1.01 if name == "target_speedup" else 1)
+
+
+def _multiple(text: str, name: TargetName, least: float) -> float:
+    """Read "1.25" or "1.25x"."""
+    try:
+        number = float(text.lower().removesuffix("x"))
+    except ValueError:
+        number = math.nan
+    if not (least <= number < math.inf):
+        raise UsageError(
+            f"{option_of(name)} {text} is not a number of {least:g} or more.", hint=f"For example: {least + 0.25:g}."
+        )
+    return number
+
+
+def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
+    """Fill unset options from the extended plan, or from the defaults."""
+    values: dict[str, Any] = {
+        "metric": DEFAULT_METRIC,
+        "strategy": DEFAULT_STRATEGY,
+        "protect_first": DEFAULT_PROTECTED,
+        "protect_last": DEFAULT_PROTECTED,
+        "holdout": 0.0,
+        "seed": 0,
+    }
+    if extended is not None:
+        search, text = extended.search, extended.calibration
+        of_search = {*values, "fast", "dtype", "batch_size"} - {"seed"}
+        values = {name: getattr(search, name) for name in of_search}
+        values |= {name: getattr(text, name) for name in ("chat", "seed", "sequence_length")}
+        values |= {"calibration": text.source, "protect": search.protect or None}
+        if text.source not in REFERENCE_PRESETS:  # whose samples count rows of text, not sequences
+            values["samples"] = text.sequences
+    return replace(request, **{name: value for name, value in values.items() if getattr(request, name) is None})
+
+
+def _can_race(metric: Metric, strategy: StrategyName) -> bool:
+    """Whether candidates can be compared sequence by sequence until one wins."""
+    return isinstance(metric, LogitMetric) and strategy in _RACE
+
+
+def _require_fitting(request: SearchRequest, metric: Metric, strategy: StrategyName) -> None:
+    """Check that the metric, the strategy and the way to search fit together."""
+    if request.fast and not _can_race(metric, strategy):
+        unfit = f"--strategy {strategy}" if isinstance(metric, LogitMetric) else metric.name
+        raise UsageError(
+            f"--fast does not apply to {unfit}, which does not compare candidates sequence by sequence.",
+            hint="Leave out --fast.",
+        )
+    if strategy == "refine" and not isinstance(metric, LogitMetric | ModelMetric):
+        raise UsageError(
+            f"--strategy refine compares sets of blocks, but {metric.name} scores single blocks.",
+            hint="Use a metric of the whole model, such as nll, or --strategy greedy.",
+        )
+    if request.extend is not None and strategy != "greedy":
+        raise UsageError(
+            f"--extend works with --strategy greedy only, not with {strategy}.",
+            hint="Search again for the number of blocks you want.",
+        )
+
+
+def _require_place(request: SearchRequest) -> None:
+    """Check that the plan can be written and overwrites nothing."""
+    journal = journal_of(request.plan_file)
+    # An unfinished search was allowed to write the plan, and may have been killed just after it did.
+    replaces = request.plan_file == request.extend or (request.resume and journal.exists())
+    require_new_file(request.plan_file, force=request.force or replaces)
+    if journal.exists() and not (request.resume or request.force):
+        raise OutputError(
+            f"{journal} holds an unfinished search.", hint="Continue it with --resume, or start over with --force."
+        )

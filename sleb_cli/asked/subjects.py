@@ -1,0 +1,137 @@
+"""What `apply`, `eval`, `bench` and `export` work on, as the user named it: a plan, or a model and its blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sleb_cli.plan import Plan, read_plan
+from sleb_cli.requests import DEFAULT_PLAN, DEMO, OneSizeRequest, SizesRequest
+from sleb_plugins import PlanError, UsageError
+from sleb_plugins.errors import did_you_mean
+
+
+@dataclass(frozen=True)
+class NamedSubject:
+    """A model, and the blocks to remove from it.
+
+    Attributes:
+        model: the model that was named, or that of the plan.
+        revision: its revision on the Hub.
+        removals: the blocks to remove; None if only a model was named.
+        sizes: how many of them, for each pruned model, in ascending order.
+        plan: the plan that names them, cut to this number.
+        file: the plan's file.
+        any_model: whether the model may be another than the plan was made for.
+        trust_remote_code: whether the model's own code may run.
+    """
+
+    model: str
+    revision: str | None
+    removals: tuple[int, ...] | None
+    sizes: tuple[int, ...]
+    plan: Plan | None
+    file: Path | None
+    any_model: bool
+    trust_remote_code: bool
+
+
+def read_subject(request: OneSizeRequest | SizesRequest, *, needs_removals: bool = False) -> NamedSubject:
+    """Read the plan, or the blocks of a model.
+
+    Raises:
+        PlanError: the plan is unreadable, or does not say where its model is.
+        UsageError: the blocks or their number do not fit, or none are given although some are needed.
+    """
+    model, revision, removals, plan = request.subject or str(DEFAULT_PLAN), request.revision, request.blocks, None
+    path = Path(model)
+    if is_plan(path):
+        plan = read_named_plan(path, request)
+        removals = plan.removals
+        model, revision = _place_of_model(path, plan, request.model, revision)
+    elif request.model is not None:
+        raise UsageError(f"--model applies to a plan, but {model} is a model.", hint="Leave out --model.")
+    elif removals is not None:
+        removals = first_removals(removals, _most(request), "--blocks")
+    elif needs_removals or _most(request) is not None:
+        raise _no_blocks(path)
+    sizes, file = _sizes(request, len(removals or ())), path if plan else None
+    return NamedSubject(model, revision, removals, sizes, plan, file, request.any_model, request.trust_remote_code)
+
+
+def _no_blocks(path: Path) -> UsageError:
+    hint = "Name a plan, or use --blocks 5,4,9."
+    if path.exists():
+        return UsageError(f"No blocks given for {path}.", hint=hint)
+    hint = did_you_mean(path.name, [file.name for file in path.parent.glob("*.json")], otherwise=hint)
+    return UsageError(f"There is no plan {path}, and no blocks are given.", hint=hint)
+
+
+def _place_of_model(path: Path, plan: Plan, named: str | None, revision: str | None) -> tuple[str, str | None]:
+    """Return the model of a plan, and its revision, unless the user named another place or revision."""
+    of = plan.model
+    if named is not None:
+        return named, revision
+    # A plan from a checkpoint, which has only the name of a local model, must not lead to the Hub.
+    if of.revision is None and of.id != DEMO and not Path(of.id).is_absolute() and not Path(of.id).exists():
+        raise PlanError(
+            f"{path} was made for {of.id}, and does not say where that is.", hint="Name its folder with --model."
+        )
+    return of.id, revision or (None if Path(of.id).exists() else of.revision)
+
+
+def is_plan(path: Path) -> bool:
+    """Whether the user named a plan rather than a model, by the name or by the file there."""
+    return path.suffix == ".json" or (path.is_file() and path.suffix != ".gguf")
+
+
+def read_named_plan(path: Path, request: OneSizeRequest | SizesRequest) -> Plan:
+    """Read the plan that the user named, for the requested number of removals.
+
+    Raises:
+        PlanError: the plan is unreadable.
+        UsageError: it has fewer removals, or other blocks were named, too.
+    """
+    if request.blocks is not None:
+        raise UsageError(
+            f"--blocks applies to a model, but {path} is a plan with its own blocks.", hint="Leave out --blocks."
+        )
+    plan = read_plan(path)
+    return plan.first(len(first_removals(plan.removals, _most(request), str(path))))
+
+
+def first_removals(removals: tuple[int, ...], count: int | None, where: str) -> tuple[int, ...]:
+    """Return the first `count` removals of `where`; all of them by default.
+
+    Raises:
+        UsageError: `where` has fewer.
+    """
+    if count is None:
+        return removals
+    if not 1 <= count <= len(removals):
+        raise UsageError(
+            f"Cannot remove {count} blocks: {where} names {len(removals)}.", hint=f"Use --remove 1 to {len(removals)}."
+        )
+    return removals[:count]
+
+
+def _most(request: OneSizeRequest | SizesRequest) -> int | None:
+    """Return the number of removals of the smallest requested model; None for all."""
+    return max(request.remove, default=None) if isinstance(request, SizesRequest) else request.remove
+
+
+def _sizes(request: OneSizeRequest | SizesRequest, most: int) -> tuple[int, ...]:
+    every = request.every if isinstance(request, SizesRequest) else None
+    if every is not None and not most:
+        raise UsageError(
+            f"--every {every} needs a plan or --blocks.",
+            hint="Name a plan, or the blocks of the model: --blocks 5,4,9.",
+        )
+    if not most:
+        return ()
+    counts = {most, *range(every or most, most, every or most)}
+    if isinstance(request, SizesRequest) and request.remove:
+        counts = set(request.remove)
+    if min(counts) < 1:
+        raise UsageError(f"Cannot remove {min(counts)} blocks.", hint=f"Use --remove 1 to {most}.")
+    return tuple(sorted(counts))

@@ -1,0 +1,210 @@
+"""What `apply`, `eval`, `bench` and `export` are asked for, checked before the model is looked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+from sleb_cli.asked.clashes import FOR_CHECKPOINTS, given
+from sleb_cli.asked.places import require_new_folder, require_new_gguf
+from sleb_cli.asked.subjects import NamedSubject, first_removals, is_plan, read_named_plan, read_subject
+from sleb_cli.asked.text_names import require_files, require_mixture
+from sleb_cli.atomic import require_new_file
+from sleb_cli.plan import CHECKPOINT_PLAN, Plan
+from sleb_cli.plugin_manager import Registry
+from sleb_cli.processes import is_main_process
+from sleb_cli.requests import (
+    AUTO,
+    DEFAULT_PLAN,
+    DEFAULT_SHARD_SIZE,
+    TRANSFORMERS,
+    ApplyRequest,
+    BenchRequest,
+    EvalRequest,
+    ExportRequest,
+    option_of,
+)
+from sleb_cli.units import dtype_in_full, parse_bytes
+from sleb_plugins import DataError, Engine, Exporter, OutputError, UsageError
+from sleb_plugins.errors import did_you_mean
+
+_SWEPT = {"batch": "batch_size", "prompt": "prompt_length", "new": "new_tokens"}
+"""What a sweep can vary, and the option for one value of it."""
+
+
+@dataclass(frozen=True)
+class AskedApply:
+    """What is to be written, from which file if that is a GGUF file, and the largest weight file of a checkpoint."""
+
+    request: ApplyRequest
+    subject: NamedSubject
+    gguf: Path | None
+    shard_bytes: int
+
+
+def check_apply(request: ApplyRequest, registry: Registry) -> AskedApply:
+    """Check a request, and decide whether a checkpoint or a GGUF file is written.
+
+    Raises:
+        UsageError: options contradict each other, or the blocks or their number do not fit.
+        PlanError: the plan is unreadable.
+        DataError: a text is missing.
+        OutputError: the output exists, or cannot be written.
+    """
+    if request.source is not None and request.blocks is not None and request.subject is None:
+        removals = first_removals(request.blocks, request.remove, "--blocks")
+        subject = NamedSubject(str(request.source), None, removals, (), None, None, True, False)
+    else:
+        subject = read_subject(request, needs_removals=not request.scripts)
+    gguf = _gguf_to_cut(request, Path(subject.model))
+    dtype_in_full(request.dtype or AUTO)
+    require_mixture(request.calibration)
+    shard_bytes = parse_bytes(str(request.max_shard_size or DEFAULT_SHARD_SIZE), "--max-shard-size")
+    if is_main_process():
+        _require_places(request, gguf)
+    return AskedApply(request, subject, gguf, shard_bytes)
+
+
+def _gguf_to_cut(request: ApplyRequest, model: Path) -> Path | None:
+    """Return the GGUF file to remove blocks from; None if a checkpoint is to be written.
+
+    A GGUF file is written from --source or a GGUF model, unless the output or another option asks for a checkpoint.
+    """
+    own = model if model.suffix == ".gguf" and not model.is_dir() else None
+    names_file = request.output is not None and request.output.suffix == ".gguf"
+    if request.source is None and own is None and names_file:
+        raise UsageError(
+            f"{request.output} can only be made from a GGUF file of the model.",
+            hint="Name that file with --source, or choose a folder with -o.",
+        )
+    is_checkpoint = (request.output is not None and not names_file) or given(request, FOR_CHECKPOINTS)
+    return request.source or (None if is_checkpoint else own)
+
+
+def _require_places(request: ApplyRequest, gguf: Path | None) -> None:
+    output, failed = request.output, request.keep_failed
+    if failed is not None and failed.exists():
+        raise OutputError(f"{failed} already exists.", hint="Choose another folder with --keep-failed.")
+    if output is not None and gguf is not None:
+        require_new_gguf(output, gguf, force=request.force)
+    elif output is not None:
+        require_new_folder(output, force=request.force)
+
+
+def check_evaluation(request: EvalRequest, registry: Registry) -> NamedSubject:
+    """Check a request.
+
+    Raises:
+        UsageError: options contradict each other, or a number or the blocks do not fit.
+        PlanError: the plan is unreadable.
+        DataError: a text or the folder of tasks is missing.
+        OutputError: the output exists, or cannot be written.
+    """
+    _require_new(request)
+    parse_batch_size(request.batch_size)
+    dtype_in_full(request.dtype or AUTO)
+    require_files(request.perplexity)
+    if request.include_path is not None and not request.include_path.is_dir():
+        raise DataError(f"There is no folder {request.include_path}.", hint="Check --include-path.")
+    return read_subject(request)
+
+
+def parse_batch_size(asked: str | int) -> int | None:
+    """Return a number of windows or requests; None to suit the device.
+
+    Raises:
+        UsageError: it is not a number above 0.
+    """
+    if asked == AUTO:
+        return None
+    if not re.fullmatch(r"[1-9]\d{,11}", str(asked), re.ASCII):
+        raise UsageError(f"--batch-size {asked} is not a number of 1 to 999,999,999,999.", hint="Use 8, or auto.")
+    return int(asked)
+
+
+@dataclass(frozen=True)
+class AskedBench:
+    """What is timed, in which engine if not in transformers, and a request for each point of a sweep."""
+
+    subject: NamedSubject
+    engine: Engine | None
+    points: tuple[BenchRequest, ...]
+
+
+def check_bench(request: BenchRequest, registry: Registry) -> AskedBench:
+    """Check a request, and find the engine.
+
+    Raises:
+        UsageError: an option does not apply, or a number is out of range.
+        PlanError: the plan is unreadable.
+        OutputError: the output exists, or cannot be written.
+    """
+    _require_new(request)
+    engine: Engine | None = None if request.engine == TRANSFORMERS else registry.choose("engine", request.engine).value
+    if engine and (unused := given(request, "dtype" if engine.reads == "gguf" else "source")):
+        raise UsageError(f"{unused[0]} does not apply to --engine {engine.name}.", hint=f"Leave out {unused[0]}.")
+    dtype_in_full(request.dtype or AUTO)
+    points = tuple(_sweep(request))
+    return AskedBench(read_subject(request), engine, points)
+
+
+def _sweep(request: BenchRequest) -> Iterator[BenchRequest]:
+    """Yield a request for each combination of the sweep's values; without a sweep, the request itself."""
+    values: dict[str, list[int]] = {}
+    for part in " ".join(request.sweep).split():
+        name, _, numbers = part.partition("=")
+        if name not in _SWEPT:
+            hint = did_you_mean(name, list(_SWEPT), otherwise="Write it like batch=1,8,32 prompt=128,2048 new=64.")
+            raise UsageError(f"--sweep cannot vary {name!r}.", hint=hint)
+        field = _SWEPT[name]
+        if field in values or getattr(request, field) is not None:
+            other = "twice" if field in values else f"and so does {option_of(field)}"
+            raise UsageError(f"--sweep sets {name} {other}.", hint=f"Set it once: {name}=1,8.")
+        try:
+            values[field] = list(map(int, numbers.split(",")))
+        except ValueError as error:
+            raise UsageError(
+                f"--sweep {part!r} is not a name and a list of numbers.", hint="Write it like batch=1,8,32."
+            ) from error
+    for point in product(*values.values()):
+        yield replace(request, **dict(zip(values, point, strict=True)))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class AskedExport:
+    """A format, and what it describes: a model and its removals, or only a plan in a file."""
+
+    exporter: Exporter
+    subject: NamedSubject | tuple[Path, Plan]
+
+
+def check_export(request: ExportRequest, registry: Registry) -> AskedExport:
+    """Check a request, and find the format.
+
+    Raises:
+        UsageError: the format does not use the given source file, or describes only plans, or no block is removed.
+        PlanError: the plan is unreadable.
+        OutputError: the output exists, or cannot be written.
+    """
+    exporter: Exporter = registry.choose("exporter", request.to).value
+    if request.source is not None and not exporter.uses_source:
+        raise UsageError(f"--source does not apply to --to {exporter.name}.", hint="Leave out --source.")
+    _require_new(request)
+    if exporter.needs_model:
+        return AskedExport(exporter, read_subject(request, needs_removals=True))
+    # The model may be on another machine.
+    named = Path(request.subject or DEFAULT_PLAN)
+    file = named / CHECKPOINT_PLAN if (named / CHECKPOINT_PLAN).is_file() else named
+    if not is_plan(file):
+        raise UsageError(
+            f"--to {request.to} describes a plan, but {named} is a model.", hint="Name a plan of `sleb search`."
+        )
+    return AskedExport(exporter, (file, read_named_plan(file, request)))
+
+
+def _require_new(request: EvalRequest | BenchRequest | ExportRequest) -> None:
+    if request.output is not None and is_main_process():
+        require_new_file(request.output, force=request.force)

@@ -1,0 +1,190 @@
+"""What commands refuse, through `main()`: each row of the table of clashes, and what is wrong with one option."""
+
+import os
+import subprocess
+import sys
+from dataclasses import MISSING, fields
+from itertools import product
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import lm_eval
+import pytest
+
+from conftest import calibration
+from sleb_cli import requests
+from sleb_cli.asked.clashes import CLASHES, Clash
+
+COMMANDS = {name: getattr(requests, f"{name.capitalize()}Request") for name in "search apply eval bench export".split()}
+CLASHING = []
+
+
+def typed(request, option):
+    """Return an option with some value, as on the command line."""
+    name, _, value = option.partition("=")
+    kind = get_type_hints(request)[name]
+    kinds = {each for each in (kind, *get_args(kind), *map(get_origin, get_args(kind)))}
+    choices = [choice for each in kinds if get_origin(each) is Literal for choice in get_args(each)]
+    flag = requests.option_of(name)
+    return [flag] if bool in kinds else [flag, value.replace("*", "x") or str((choices or [3])[0])]
+
+
+def clashing():
+    """Yield a command for each way in which a row forbids it."""
+    for row, (command, request) in product(CLASHES, COMMANDS.items()):
+        names = {each.name for each in fields(request)}
+        if not issubclass(request, row.of):
+            continue
+        others = row.others.split() if isinstance(row, Clash) else [row.beside]
+        for one, other in product(row.options.split(), others):
+            pair = [each for each in (one, other) if each]
+            if one != other and names.issuperset(each.partition("=")[0] for each in pair):
+                says = "cannot be combined: " if isinstance(row, Clash) else "requires "
+                words = [word for each in pair for word in typed(request, each)]
+                yield " ".join([command, "no/model", *words]), says
+
+
+FIRST = [
+    *((words, 2, says) for words, says in clashing()),
+    ("search no/model", 2, "No target given: one of --ratio, --remove, --target-params"),
+    ("search no/model --ratio 20%", 2, "The ratio 20% is not between 0 and 1"),
+    ("search no/model --target-params 1X", 2, "--target-params 1X is not a number of parameters"),
+    ("search no/model --target-speedup 1", 2, "--target-speedup 1 is not a number of 1.01 or more"),
+    ("search no/model --max-perplexity-ratio 0.9", 2, "not a number of 1 or more"),
+    ("search no/model --remove 1 --metric nl", 2, "Unknown metric 'nl'"),
+    ("search no/model --remove 1 --strategy gredy", 2, "Did you mean 'greedy'?"),
+    ("search no/model --remove 1 --dtype int3", 2, "Unknown data type 'int3'"),
+    ("search no/model --remove 1 --memory lots", 2, "--memory lots is not a size"),
+    ("search no/model --remove 1 --metric cosine --fast", 2, "--fast does not apply to cosine"),
+    ("search no/model --remove 1 --strategy oneshot --fast", 2, "--fast does not apply to --strategy oneshot"),
+    ("search no/model --remove 1 --strategy refine --metric cosine", 2, "cosine scores single blocks"),
+    ("search no/model --remove 1 --extend PLAN --strategy refine", 2, "works with --strategy greedy only"),
+    ("search no/model --remove 1 --extend nowhere.json", 3, "no plan nowhere.json"),
+    ("search no/model --remove 1 -o no/plan.json", 8, "folder does not exist"),
+    ("search no/model --remove 1 -o PLAN", 8, "already exists"),
+    ("search no/model --remove 1 --holdout 1", 2, "--holdout 1 is too large"),
+    ("search no/model --remove 1 --compare nll", 2, "needs at least two entries"),
+    ("search no/model --remove 1 --compare nll,nll@greedy", 2, "names an entry twice"),
+    ("search no/model --remove 1 --compare nll,cosine@best", 2, "Unknown strategy 'best'"),
+    ("search no/model --remove 1 --calibration nowhere.txt", 5, "no file nowhere.txt"),
+    ("search no/model --remove 1 --calibration answers:nowhere:0.5,self:0.5", 5, "no file nowhere"),
+    ("search no/model --remove 1 --calibration self:0.5,c4:0.4", 2, "sum to 0.9, not to 1"),
+    ("search no/model --remove 1 --calibration=", 2, "--calibration has an empty value"),
+    ("apply nowhere.json", 3, "no plan nowhere.json"),
+    ("apply plan.jsn", 2, "There is no plan plan.jsn, and no blocks are given"),
+    ("apply no/model --blocks 1 --model other", 2, "--model applies to a plan"),
+    ("apply no/model --blocks 1 --dtype int3", 2, "Unknown data type 'int3'"),
+    ("apply no/model --blocks 1 --max-shard-size lots", 2, "--max-shard-size lots is not a size"),
+    ("apply no/model --blocks 1 -o taken", 8, "already exists"),
+    ("apply no/model --blocks 1 -o taken --force", 8, "is not a checkpoint"),
+    ("apply no/model --blocks 1 --keep-failed taken", 8, "already exists"),
+    ("apply no/model --blocks 1 --heal --heal-minutes 0", 2, "--heal-minutes 0 is too small"),
+    ("apply no/model --blocks 1 --recover --calibration nowhere.txt", 5, "no file nowhere.txt"),
+    ("apply PLAN --blocks 1", 2, "is a plan with its own blocks"),
+    ("apply PLAN --remove 3", 2, "names 2"),
+    ("apply PLAN -o out.gguf", 2, "can only be made from a GGUF file of the model"),
+    ("apply PLAN --source no.gguf -o out", 2, "does not end in .gguf"),
+    ("eval no/model --batch-size many", 2, "--batch-size many"),
+    ("eval no/model --every 1", 2, "needs a plan or --blocks"),
+    ("eval MODEL --remove 1", 2, "No blocks given"),
+    ("eval no/model --blocks 1,2,3 --remove 2,4", 2, "Use --remove 1 to 3"),
+    ("eval PLAN --remove 0", 2, "Use --remove 1 to 2"),
+    ("eval PLAN --perplexity TEXT,", 2, "--perplexity has an empty value"),
+    ("eval PLAN --perplexity nowhere.txt", 5, "no file nowhere.txt"),
+    ("eval PLAN --tasks piqa --include-path nowhere", 5, "no folder nowhere"),
+    ("eval PLAN -o PLAN", 8, "already exists"),
+    ("bench no/model --sweep prompts=8", 2, "--sweep cannot vary 'prompts'"),
+    ("bench no/model --sweep batch=one", 2, "'batch=one' is not a name and a list of numbers"),
+    ("bench no/model --sweep batch=0", 2, "--batch-size 0 is too small"),
+    ("bench no/model --sweep batch=1 --batch-size 2", 2, "--sweep sets batch and so does --batch-size"),
+    ("bench no/model --sweep batch=1 --sweep batch=2", 2, "--sweep sets batch twice"),
+    ("bench no/model --engine lama.cpp", 2, "Did you mean 'llama.cpp'?"),
+    ("bench no/model --engine llama.cpp --dtype float32", 2, "--dtype does not apply to --engine llama.cpp"),
+    ("bench no/model --engine vllm --source x.gguf", 2, "--source does not apply to --engine vllm"),
+    ("export PLAN --to csw", 2, "Did you mean 'csv'?"),
+    ("export PLAN --to indices --source x.gguf", 2, "--source does not apply to --to indices"),
+    ("export no/model --blocks 1 --to report", 2, "describes a plan"),
+]  # fmt: skip
+"""What is answered before torch is imported: no model is looked for."""
+
+SHORT = "--samples 4 --sequence-length 32"
+SECOND = [
+    (f"search MODEL --ratio 0.9 --calibration TEXT {SHORT}", 2, "At most 4 blocks can be removed"),
+    (f"search MODEL --remove 0 --calibration TEXT {SHORT}", 2, "already at 6 of 6 blocks; the target is 6 of 6 blocks"),
+    ("search MODEL --remove 1 --device gpu", 2, "Unknown device 'gpu'"),
+    ("search MODEL --remove 1 --revision main", 2, "--revision does not apply"),
+    ("search MODEL --remove 1 --sequence-length 129", 2, "128 positions"),
+    ("search MODEL --remove 1 --stream --calibration self", 2, "write its own text"),
+    ("search MODEL --remove 1 --chat all --calibration TEXT", 2, "is plain text, but --chat needs conversations"),
+    ("search MODEL --remove 2 --strategy contiguous --protect 2,3", 2, "No 2 consecutive blocks can be removed"),
+    ("search MODEL --target-memory 1MB --serve-length 4096", 2, "--serve-length 4096 exceeds the 128 positions"),
+    ("search MODEL --remove 1 --calibration TEXT --samples 9999", 5, "text for"),
+    (f"search MODEL --remove 1 --calibration TEXT {SHORT} --memory 1kB", 7, ""),
+    ("search MODEL --remove 1 --calibration wikitext3", 5, "Unknown text source 'wikitext3'"),
+    ("search MODEL --remove 1 --calibration .", 5, "is a folder"),
+    (f"search MODEL --remove 1 --calibration TEXT {SHORT} --samples 1 --holdout 0.2", 2, "cannot be split"),
+    ("eval MODEL --tasks canarys", 5, "Did you mean 'canaries'?"),
+    ("eval MODEL --tasks bad --include-path .", 5, "lm-eval cannot load bad"),
+    ("eval MODEL --tasks sleb_sums --num-fewshot 9", 2, "sleb_sums has 8 examples, not 9"),
+    ("eval MODEL --perplexity taken/short.txt", 5, "less than one sequence of 128"),
+    ("eval MODEL --perplexity wikitext2", 5, "Salesforce/wikitext"),
+    ("eval MODEL --perplexity org/none", 5, "The data set org/none:train:text cannot be loaded"),
+    ("eval MODEL --perplexity self", 5, "self is text to calibrate on"),
+    ("eval MODEL --perplexity TEXT --sequence-length 999", 2, "128 positions"),
+    ("bench MODEL --prompt-length 100 --new-tokens 100", 2, "exceeds the model's 128 positions"),
+    ("bench MODEL --sweep prompt=8,2048", 2, "A prompt of 2048 tokens exceeds"),
+]  # fmt: skip
+"""What the model, the text or the machine do not allow."""
+
+
+@pytest.fixture
+def words(tiny_llama, llama_plan, text_file, tmp_path, monkeypatch):
+    # To say that it has no such task, lm-eval reads all of them, which takes ten seconds.
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(Path(lm_eval.__file__).parent / "tasks/piqa/none"))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "short.txt").write_text("short")
+    (tmp_path / "bad.yaml").write_text("task: bad\n")
+    given = {"MODEL": str(tiny_llama), "PLAN": llama_plan.name, "TEXT": str(text_file)}
+    return lambda line: [given.get(word, word.replace("TEXT", given["TEXT"])) for word in line.split()]
+
+
+@pytest.mark.parametrize(("line", "code", "says"), [*FIRST, *SECOND])
+def test_it_is_refused_with_a_hint_and_nothing_is_written(run_sleb, words, tmp_path, line, code, says):
+    before = sorted(os.listdir(tmp_path))
+    result = run_sleb(*words(line))
+    shown = " ".join(result.stderr.split())
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert all(part in shown for part in (says, "error: ", "hint: ")), shown
+    assert "Traceback" not in shown
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_what_needs_no_model_is_answered_without_torch(words, tmp_path):
+    lines = [words(line) for line, _, _ in FIRST]
+    code = f"import sys; from sleb_cli.__main__ import main; codes = [main(words) for words in {lines}]; "
+    code += "print(codes, {'torch', 'transformers', 'datasets'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == f"{[code for _, code, _ in FIRST]} set()", done.stderr
+
+
+def numbers():
+    """Yield each option that takes a number, or a text that may be one."""
+    for command, request in COMMANDS.items():
+        for field in fields(request):
+            kind = get_type_hints(request)[field.name]
+            kinds = {part for each in (kind, *get_args(kind)) for part in (each, *get_args(each))}
+            if kinds & {int, float} and field.default is not MISSING:
+                yield command, requests.option_of(field.name)
+
+
+@pytest.mark.parametrize(("command", "option"), numbers())
+def test_a_number_out_of_reason_is_refused_in_a_sentence(run_sleb, tiny_llama, llama_plan, text_file, command, option):
+    few = calibration(text_file, 8, 16)
+    words = {"search": [tiny_llama, *few], "export": [llama_plan, "--to", "indices"]}.get(command, [llama_plan])
+    is_target = option[2:].replace("-", "_") in requests.TARGET_NAMES
+    words += ["--remove", 1] if command == "search" and not is_target else []
+    words = [tiny_llama] if option == "--blocks" and command != "export" else words
+    for value in ("nan", "inf", "-inf", "-1", "9" * (sys.int_info.default_max_str_digits + 1)):
+        result = run_sleb(command, *words, option, value)
+        assert result.exit_code == 2, (value[:40], result.stderr)
+        assert "error: " in result.stderr
