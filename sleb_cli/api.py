@@ -14,7 +14,7 @@ from sleb_cli.plugin_manager import Registry, load_plugins, named_before_loading
 from sleb_cli.processes import WorkerFinished, is_main_process, process_count
 from sleb_cli.requests import BenchRequest, EvalRequest, Request, journal_of, sibling
 from sleb_plugins import OutputError, UsageError
-from sleb_plugins.errors import OutOfMemory, is_out_of_memory
+from sleb_plugins.errors import explain_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,19 +40,7 @@ _EVALUATE = "Use a smaller --batch-size or --sequence-length, a narrower --dtype
 _BENCH = "Use a smaller --batch-size or --prompt-length, a narrower --dtype, or --device cpu."
 
 
-@contextmanager
-def _explain_out_of_memory(hint: str) -> Iterator[None]:
-    """Turn an out-of-memory error that nothing below explains into one with a hint."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        lines = str(error).strip().splitlines() or ["no more memory"]
-        raise OutOfMemory(f"Out of memory: {lines[0].rstrip('.')}.", hint=hint) from error
-
-
-@_explain_out_of_memory(_SEARCH)
+@explain_out_of_memory(None, _SEARCH)
 def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
     """Find the blocks that a model needs least, and write them to a plan.
 
@@ -76,7 +64,7 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
     return plan
 
 
-@_explain_out_of_memory(_SEARCH)
+@explain_out_of_memory(None, _SEARCH)
 def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
     """Search once for each entry of `request.compare`, and write the best plan.
 
@@ -100,7 +88,7 @@ def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
     return result
 
 
-@_explain_out_of_memory(_APPLY)
+@explain_out_of_memory(None, _APPLY)
 def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufResult:
     """Write the pruned checkpoint or GGUF file, and prove that it computes what the search measured.
 
@@ -138,7 +126,7 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
         return result
 
 
-@_explain_out_of_memory(_EVALUATE)
+@explain_out_of_memory(None, _EVALUATE)
 def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
     """Measure the quality of a model, dense and pruned: perplexity and lm-eval tasks.
 
@@ -174,7 +162,7 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
     return result
 
 
-@_explain_out_of_memory(_BENCH)
+@explain_out_of_memory(None, _BENCH)
 def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     """Measure the speed and memory of a model, dense and pruned in turn.
 
@@ -207,7 +195,7 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     return result
 
 
-@_explain_out_of_memory(_EXPORT)
+@explain_out_of_memory(None, _EXPORT)
 def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
     """Export a report, or the removals for another tool.
 

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, ClassVar
@@ -116,6 +117,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in said)
     )
+
+
+@contextmanager
+def explain_out_of_memory(
+    message: str | None, hint: str, error_class: type[MachineError] = OutOfMemory
+) -> Iterator[None]:
+    """Turn running out of memory into an error that says what did not fit; without a `message`, what was said of it.
+
+    Raises:
+        MachineError: the body ran out of memory; by default an OutOfMemory, after which smaller pieces are tried.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = (str(error).strip().splitlines() or ["no more memory"])[0].rstrip(".")
+        raise error_class(message or f"Out of memory: {said}.", hint=hint) from error
 
 
 def did_you_mean(name: str, names: Sequence[str], otherwise: str | None = None) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
 
@@ -17,7 +15,6 @@ from sleb_cli.processes import local_count, local_rank, process_count
 from sleb_cli.requests import AUTO
 from sleb_cli.units import dtype_in_full
 from sleb_plugins import MachineError, UsageError
-from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
 T = TypeVar("T")
 
@@ -160,18 +157,3 @@ def free_memory() -> None:
     gc.collect()
     if accelerator := _accelerator():
         torch.get_device_module(accelerator.type).empty_cache()
-
-
-@contextmanager
-def translate_out_of_memory(message: str, hint: str, error_class: type[MachineError] = OutOfMemory) -> Iterator[None]:
-    """Turn out-of-memory errors into one that says what did not fit.
-
-    Raises:
-        MachineError: the body ran out of memory; by default an OutOfMemory, after which smaller pieces are tried.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise error_class(message, hint=hint) from error

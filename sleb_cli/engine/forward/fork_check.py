@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.forward.fork import fork
-from sleb_cli.engine.forward.skipping import SkippableModel, explain_out_of_memory
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_plugins import UnsupportedModelError
 
 # How many candidates, sequences and positions of each are compared before a search.
@@ -30,8 +30,7 @@ def why_not_fork(skippable: SkippableModel, ids: Tensor) -> str | None:
     else:
         blocks = [round(part * (count - 1) / (CHECKED_CANDIDATES - 1)) for part in range(CHECKED_CANDIDATES)]
     try:
-        with explain_out_of_memory(ids.shape, ids.device):
-            return _difference(skippable, ids, blocks)
+        return _difference(skippable, ids, blocks)
     except UnsupportedModelError as error:
         return error.message.rstrip(".")
 

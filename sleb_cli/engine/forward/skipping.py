@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sleb_cli.engine.device import input_device, translate_out_of_memory
+from sleb_cli.engine.device import input_device
 from sleb_cli.engine.forward.block_weights import BlockWeights, execution_device
 from sleb_cli.engine.forward.offload import align
 from sleb_cli.engine.third_party import pass_errors_through, translate_errors
 from sleb_plugins import UnsupportedModelError
+from sleb_plugins.errors import explain_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -119,14 +120,6 @@ def _computed(output: Tensor, what: str) -> Tensor:
             hint="Leave out --device-map.",
         )
     return output
-
-
-def explain_out_of_memory(shape: torch.Size, device: torch.device) -> AbstractContextManager[None]:
-    """Name what did not fit if a pass over tokens of this shape, [batch, positions], runs out of memory."""
-    return translate_out_of_memory(
-        f"{shape[0]} sequences of {shape[1]} tokens do not fit in the memory of {device}.",
-        "Use a smaller --batch-size or --sequence-length, or --device cpu.",
-    )
 
 
 class SkippableModel:
@@ -327,5 +320,7 @@ class SkippableModel:
                 hint="If the whole model runs in transformers, report the family to us.",
             )
 
-        with translate_errors(does_not_run), explain_out_of_memory(shape, self.device):
+        too_large = f"{shape[0]} sequences of {shape[1]} tokens do not fit in the memory of {self.device}."
+        smaller = "Use a smaller --batch-size or --sequence-length, or --device cpu."
+        with translate_errors(does_not_run), explain_out_of_memory(too_large, smaller):
             yield

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from sleb_cli.engine.device import translate_out_of_memory
 from sleb_cli.engine.forward.fork_check import same_numbers
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.generation import end_tokens, generate
@@ -17,7 +16,7 @@ from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plan import SampleGeneration
 from sleb_cli.repetition import repetition
 from sleb_plugins import UnsupportedModelError
-from sleb_plugins.errors import OutOfMemory
+from sleb_plugins.errors import OutOfMemory, explain_out_of_memory
 
 PROMPT = "A river begins as snow on a mountain. In spring the water runs down over the rocks,"
 
@@ -52,7 +51,7 @@ def generate_sample(
     generated = []
     with task(notify, "Generating text with both models", 2 * count, "tokens") as advance:
         try:
-            with translate_out_of_memory(f"out of memory on {skippable.device}.", hint=""):
+            with explain_out_of_memory(f"out of memory on {skippable.device}.", hint=""):
                 for skipped in ((), tuple(removed)):
                     cached = _generate(skippable, prompt, skipped, count, ends)
                     generated.append(_continue(skippable, prompt, skipped, count, ends) if cached is None else cached)

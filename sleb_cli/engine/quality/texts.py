@@ -14,7 +14,7 @@ from sleb_cli.engine.device import CPU
 from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.predictions import Logits, predict, predict_together
 from sleb_cli.engine.forward.prepare import prepare_passes
-from sleb_cli.engine.forward.skipping import SkippableModel, explain_out_of_memory
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.process_group import deal
 from sleb_cli.engine.quality.models import Models
@@ -145,19 +145,15 @@ class _Scorer:
         windows = [parts[number].to(dense.device) for number in numbers]
 
         def score(size: int) -> list[list[list[Scores]]]:
-            batches = [batch for ids in windows for batch in torch.split(ids, size)]
+            split = [torch.split(ids, size) for ids in windows]
+            batches = [batch for of_part in split for batch in of_part]
             predicted: Iterator[list[Logits]] = (
                 [predict(skippable, batch, removed, forks=self.forks) for skippable, removed in models]
                 for batch in batches
             )
             if not dense.weights.resident:
                 predicted = predict_together(dense, batches, [removed for _, removed in models])
-
-            def score_batch(batch: Tensor) -> list[Scores]:
-                with explain_out_of_memory(batch.shape, batch.device):
-                    return score_tokens(batch, next(predicted), self.positions)
-
-            return [[score_batch(batch) for batch in torch.split(ids, size)] for ids in windows]
+            return [[score_tokens(batch, next(predicted), self.positions) for batch in of_part] for of_part in split]
 
         def reduced(size: int) -> None:
             self.size = size

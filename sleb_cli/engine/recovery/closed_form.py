@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sleb_cli.engine.device import as_float64, dtype_name, translate_out_of_memory
+from sleb_cli.engine.device import as_float64, dtype_name
 from sleb_cli.engine.forward.forecast import announce, block_operations
 from sleb_cli.engine.forward.fork_check import CHECKED_SEQUENCES, why_not_fork
 from sleb_cli.engine.forward.offload import loaded
@@ -44,6 +44,7 @@ from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plan import ClosedFormRecord, FitRecord
 from sleb_cli.units import format_bytes, plural
 from sleb_plugins import MachineError, UnsupportedModelError
+from sleb_plugins.errors import explain_out_of_memory
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 BATCH_TOKENS = 4096
@@ -209,7 +210,7 @@ class _Recovery:
             return values.get(prefix + name, root.get_parameter(name))
 
         # A smaller batch would not help.
-        with translate_out_of_memory(
+        with explain_out_of_memory(
             f"Fitting {' and '.join(projection.name for projection in projections)} needs about "
             f"{format_bytes(train.bytes_to_solve)} of memory for its sums.",
             "Leave out --recover, or use a machine or a --device with more memory.",

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
-from sleb_cli.engine.device import dtype_name, translate_out_of_memory
+from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files.cache import scratch_in_cache
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.source import ModelSource
@@ -25,6 +25,7 @@ from sleb_cli.engine.third_party import translate_transformers_errors
 from sleb_cli.events import Notify, task
 from sleb_cli.units import plural
 from sleb_plugins import ModelError
+from sleb_plugins.errors import explain_out_of_memory
 
 DeviceMap = str | Mapping[str, int | str]
 """Where the weights of each module are: the number of an accelerator, "cpu" or "disk"; or how to choose that."""
@@ -184,7 +185,7 @@ def _with_tensors(
 
 def explain_oom(source: ModelSource, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
     """Say what did not fit if loading this model runs out of memory."""
-    return translate_out_of_memory(
+    return explain_out_of_memory(
         f"{source.id} does not fit in the memory of {device} in {dtype_name(dtype)}.",
         "Use a narrower --dtype, or a device with more memory.",
     )
