@@ -4,15 +4,16 @@ import pytest
 
 from conftest import architecture_of, llama_config, save_model
 from sleb_cli.engine.cut.blocks.block_cut import BlockCut
-from sleb_cli.engine.cut.blocks.quantization import prune_module_names, prune_quantization
+from sleb_cli.engine.cut.blocks.quantization import ModuleNames
 from sleb_plugins import UnsupportedModelError
 
 
 @pytest.fixture(scope="module")
-def cut(tmp_path_factory):
+def names(tmp_path_factory):
     """A Llama of 24 blocks without 3, 7 and 12."""
     config = llama_config(24, hidden_size=8, intermediate_size=8)
-    return BlockCut(architecture_of(save_model(tmp_path_factory.mktemp("models") / "tall", config)), (7, 3, 12))
+    cut = BlockCut(architecture_of(save_model(tmp_path_factory.mktemp("models") / "tall", config)), (7, 3, 12))
+    return ModuleNames(cut.architecture, cut.names)
 
 
 @pytest.mark.parametrize(
@@ -36,11 +37,9 @@ def cut(tmp_path_factory):
         ("gptqmodel:2.2.0", "gptqmodel:2.2.0"),
     ],
 )
-def test_each_way_to_name_modules(cut, before, after):
-    assert prune_module_names([before], cut.architecture, cut.names) == ([] if after is None else [after])
-    assert prune_module_names({before: {"bits": 4}}, cut.architecture, cut.names) == (
-        {} if after is None else {after: {"bits": 4}}
-    )
+def test_each_way_to_name_modules(names, before, after):
+    assert names.in_settings([before]) == ([] if after is None else [after])
+    assert names.in_settings({before: {"bits": 4}}) == ({} if after is None else {after: {"bits": 4}})
 
 
 @pytest.mark.parametrize(
@@ -52,14 +51,14 @@ def test_each_way_to_name_modules(cut, before, after):
         r"-:.*\.18\..*gate.*", r"+:.*\.12\..*gate.*", r"-:.*\.(18|19)\..*gate_up_proj.*",
     ],
 )  # fmt: skip
-def test_a_pattern_that_would_match_other_blocks_is_refused(cut, pattern):
+def test_a_pattern_that_would_match_other_blocks_is_refused(names, pattern):
     with pytest.raises(UnsupportedModelError, match="would match other blocks") as caught:
-        prune_module_names({"ignore": [pattern]}, cut.architecture, cut.names)
+        names.in_settings({"ignore": [pattern]})
     assert repr(pattern) in caught.value.message
     assert caught.value.hint == "Prune the original model first, then quantize it."
 
 
-def test_every_place_of_a_config(cut):
+def test_every_place_of_a_config(names):
     def config(ignored, groups, extra, skipped):
         targets = {"group_0": {"targets": ["Linear"], "input_activations": None}}
         targets |= {name: {"targets": [target], "weights": {"num_bits": 8}} for name, target in groups.items()}
@@ -79,7 +78,7 @@ def test_every_place_of_a_config(cut):
         ["model.layers.7.mlp", "model.layers.23.mlp"],
         ["model.layers.13.mlp.gate_proj"],
     )
-    assert prune_quantization(dense, cut.architecture, cut.names) == config(
+    assert names.in_config(dense) == config(
         ["model.layers.3.mlp"],
         {"group_2": "model.layers.10.mlp"},
         ["model.layers.20.mlp"],

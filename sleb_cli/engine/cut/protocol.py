@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
+from sleb_cli.engine.files.shards import NewTensor
 from sleb_cli.engine.files.slices import Slices
-from sleb_cli.engine.gguf.file import GgufFile
+from sleb_cli.engine.files.weights import StoredTensor
+from sleb_cli.engine.gguf.file import GgufFile, GgufTensor
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.events import Notify
 from sleb_cli.records import Check, Reference
@@ -35,14 +37,17 @@ class Removal:
 
     Attributes:
         removals: the blocks that no longer run, in the order of their removal, which the dense model skips.
-        renumbers_tokens: whether texts get other numbers of tokens.
     """
 
     removals: tuple[int, ...] = ()
-    renumbers_tokens: ClassVar[bool] = False
 
     @property
-    def name_parts(self) -> Sequence[str]:
+    def tokens(self) -> tuple[int, ...] | None:
+        """The tokens that stay, ascending, by their numbers before; None if all do."""
+        return None
+
+    @property
+    def name_parts(self) -> tuple[str, ...]:
         """What it adds to the name of a checkpoint."""
         return ()
 
@@ -57,26 +62,24 @@ class Cut(Removal, ABC):
     Attributes:
         tolerance: how far logits may be from the dense model's, relative to the largest, if only rounding differs.
         reference: what proofs call the dense model as if these parts were gone.
-        dropped_files: files that the checkpoint does without.
     """
 
     tolerance: ClassVar[float] = 0.0
     reference: ClassVar[Reference] = "whole"
-    dropped_files: ClassVar[frozenset[str]] = frozenset()
 
     @property
     @abstractmethod
     def what(self) -> str:
         """What goes, after "without"."""
 
+    @property
+    def files(self) -> Mapping[str, Any]:
+        """The contents of JSON files that the checkpoint gets, by name; None for files that it does without."""
+        return {}
+
     def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:
         """Return the new contents of `CONFIG` or of one of `SETTINGS`."""
         return values
-
-    @property
-    def new_files(self) -> Mapping[str, Any]:
-        """The contents of JSON files that replace the dense model's, by name."""
-        return {}
 
     def tensor(self, name: str) -> tuple[str, Slices | None] | None:
         """Return the new name of a tensor in the files, and the slices that stay (None: all); None if it goes."""
@@ -86,14 +89,6 @@ class Cut(Removal, ABC):
         """Have the dense model, whose `removals` are skipped, compute as if these parts were gone."""
         return nullcontext()
 
-    def comparable(self, logits: Tensor) -> Tensor:
-        """Return those of the dense model's logits that the new model has, too."""
-        return logits
-
-    def token_ids(self, ids: Sequence[int | None]) -> list[int | None]:
-        """Return the new numbers of these tokens, [positions]; None for one that goes."""
-        return list(ids)
-
     def texts(self, tokenizer: Any) -> Iterable[str]:
         """Yield texts for which the new tokenizer must give the same tokens as the dense model's, `tokenizer`."""
         return ()
@@ -101,10 +96,6 @@ class Cut(Removal, ABC):
     def tokenizer_checks(self, ours: Any, theirs: Any, notify: Notify) -> Iterator[Check]:
         """Check further what the new tokenizer and the dense model's do, and yield what passed."""
         yield from ()
-
-    def about_text(self, ids: Tensor, title: str) -> str | None:
-        """Return a sentence on what this text, of tokens of the dense model, loses."""
-        return None
 
 
 class GgufCut(Removal, ABC):
@@ -119,18 +110,15 @@ class GgufCut(Removal, ABC):
         """Return the same cut of the model that transformers reads in the file.
 
         Raises:
+            UsageError: the model has no such parts.
             UnsupportedModelError: the model cannot be cut there.
         """
 
 
-class _Sized(Protocol):
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def size(self) -> int: ...
+Tensors = Iterable[StoredTensor | NewTensor | GgufTensor]
 
 
-def cut_records(cuts: Iterable[Removal], before: Iterable[_Sized], after: Iterable[_Sized]) -> dict[str, Any]:
+def cut_records(cuts: Iterable[Removal], before: Tensors, after: Tensors) -> dict[str, Any]:
     """Return what results say of these cuts, which left some tensors of a model or cut them smaller, by their keys."""
     was, now = list(before), list(after)
     sizes = {

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from sleb_cli.asked.mixture import parse_mixture
 from sleb_cli.asked.places import are_the_same, require_new_folder, require_new_gguf
 from sleb_cli.asked.text_names import is_written
@@ -80,16 +82,16 @@ def resolve_apply(
 
 
 def _say_what_is_lost(request: ApplyRequest, subject: Subject, notify: Notify) -> None:
-    """Say what the named text, or else the plan's, loses with what goes besides blocks; the model's own tells nothing.
+    """Say which share of the named text, or else of the plan's, is of tokens that go; the model's own tells nothing.
 
     Raises:
         DataError: the named text is missing or too short.
     """
     from sleb_cli.engine.text.calibration import calibrate  # which imports datasets
 
-    plan = subject.plan
+    tokens, plan = subject.surgery.tokens, subject.plan
     source = request.calibration or (plan.calibration.source if plan else None)
-    if source is None or any(map(is_written, parse_mixture(source))):
+    if tokens is None or source is None or any(map(is_written, parse_mixture(source))):
         return
     architecture = subject.architecture
     settings = resolve_calibration(
@@ -102,9 +104,8 @@ def _say_what_is_lost(request: ApplyRequest, subject: Subject, notify: Notify) -
             raise
         notify(Notice(f"The plan's text was not read: {error.message}"))
         return
-    for cut in subject.surgery.cuts:
-        if told := cut.about_text(text.sequences, text.record.title):
-            notify(Notice(told))
+    lost = 1 - float(torch.isin(text.sequences, torch.tensor(tokens)).float().mean())
+    notify(Notice(f"{lost:.1%} of the tokens in {text.record.title} go; what they spell will take more tokens."))
 
 
 def _output(asked: AskedApply, default: Path, subject: Subject | None = None) -> Output:

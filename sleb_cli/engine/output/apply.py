@@ -161,7 +161,7 @@ def plan_files(surgery: Surgery, output: Output, new_values: Mapping[str, Tensor
     shard_bytes = output.shard_bytes or parse_bytes(DEFAULT_SHARD_SIZE, "--max-shard-size")
     texts = {name: json.dumps(found, indent=2) + "\n" for name, found in _settings(surgery, output.dtype).items()}
     weights = plan_shards(source.weights, tensors, shard_bytes)
-    replaced = {*texts, *(name for cut in surgery.cuts for name in cut.dropped_files)}
+    replaced = {*texts, *(name for cut in surgery.cuts for name in cut.files)}
     return Planned(tensors, weights, texts, *_find_other_files(source, replaced))
 
 
@@ -234,7 +234,7 @@ def _settings(surgery: Surgery, dtype: torch.dtype | None) -> dict[str, dict[str
             values = read_json(folder / name)
             if (after := _without_paths(surgery.settings(name, values))) != values:
                 changed[name] = after
-    return changed | {name: values for cut in surgery.cuts for name, values in cut.new_files.items()}
+    return changed | {name: values for cut in surgery.cuts for name, values in cut.files.items() if values is not None}
 
 
 def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:

@@ -182,7 +182,7 @@ def _prove_with_transformers(
     folder = aside.with_name(f"{aside.name}.checkpoint")
     with model_errors_fail_proof(KIND), task(notify, f"Converting {aside.name}"):
         convert_weights(read_gguf(aside), folder, architecture.dtype)
-        if any(cut.renumbers_tokens for cut in surgery.cuts):
+        if hf_surgery.tokens is not None:
             convert_tokenizer(aside, folder)
     planned = Planned(kept_tensors(hf_surgery))
     return prove(hf_surgery, folder, planned, place_proof(architecture, None), notify), None

@@ -186,7 +186,7 @@ def prove(
     """
     proof = Proof(
         checks=(),
-        reference=surgery.reference if new_values is None else "recovered",
+        reference="recovered" if new_values is not None else next((cut.reference for cut in surgery.cuts), "whole"),
         partial=placement.too_large,
         dtype=dtype_name(placement.dtype),
         device=placement.device.type,
@@ -199,7 +199,8 @@ def prove(
             notify(Notice(f"The proof is partial: {reason}."))
         elif placement.stream:
             notify(Notice("The proof leaves the blocks on disk, so it reads all weights about eight times."))
-        models = _Models(surgery, folder, placement, new_values, tokenizer, not planned.weights, notify)
+        compared, was_saved = reference(proof.reference), not planned.weights
+        models = _Models(surgery, folder, placement, new_values, compared, tokenizer, was_saved, notify)
         for check, values in chain(_as_planned(surgery, folder, tokenizer, planned, notify), models.checks()):
             proof = proof.model_copy(update={"checks": (*proof.checks, *([check] if check else [])), **values})
             notify(CheckPassed(checked(proof)[-1]) if check else Notice(f"The proof is partial: {proof.partial}."))
@@ -216,8 +217,7 @@ def _as_planned(
     yield "complete", {}
     _require_same_bytes(folder, planned.tensors, notify)
     yield "same bytes", {}
-    renumbered = any(cut.renumbers_tokens for cut in surgery.cuts)
-    if renumbered or (tokenizer is not None and planned.weights):
+    if surgery.tokens is not None or (tokenizer is not None and planned.weights):
         yield from _require_same_tokens(surgery, folder, tokenizer, notify)
 
 
@@ -334,21 +334,18 @@ def _bits_of(tensor: Tensor) -> Tensor:
 class _Models:
     """The checkpoint as transformers loads it, and its reference: the dense model as if what was removed were gone.
 
-    For the fields, see `prove`; `was_saved` says whether transformers wrote it, from what it had loaded.
+    For the fields, see `prove`; `reference` is what it is compared with, in messages, and `was_saved` says whether
+    transformers wrote it, from what it had loaded.
     """
 
     surgery: Surgery
     folder: Path
     placement: ProofPlacement
     new_values: Mapping[str, Tensor] | None
+    reference: str
     tokenizer: Any
     was_saved: bool
     notify: Notify
-
-    @property
-    def reference(self) -> str:
-        """What the checkpoint is compared with, in messages."""
-        return reference(self.surgery.reference if self.new_values is None else "recovered")
 
     @torch.no_grad()  # not inference mode, in which tensors made outside of it cannot take the place of others
     def checks(self) -> Iterator[CheckResult]:
@@ -363,7 +360,8 @@ class _Models:
         dtype, stored = self.placement.dtype, self.placement.rounded or self.surgery.architecture.dtype
         allowed, cache_allowed = TOLERANCES.get(dtype, (0.0, 0.0))
         ids, new_tokens = self._prompt()
-        expected = self.surgery.comparable(self._expected_logits(ids))
+        expected, tokens = self._expected_logits(ids), self.surgery.tokens
+        expected = expected if tokens is None else expected[..., list(tokens)]
         own = torch.tensor([self.surgery.token_ids(ids[0].tolist())], device=ids.device)
         allowed = max([allowed, *(cut.tolerance for cut in self.surgery.cuts)])
         free_memory()

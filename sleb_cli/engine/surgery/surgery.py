@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from sleb_cli.engine.cut.blocks.block_cut import plan_blocks
 from sleb_cli.engine.cut.kinds import KINDS
 from sleb_cli.engine.cut.protocol import CONFIG, Cut
 from sleb_cli.engine.files.slices import Slices
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.records import Reference
 from sleb_plugins.config_keys import Kept, kept_blocks
 
 T = TypeVar("T")
@@ -43,17 +42,14 @@ class Surgery:
         """The blocks that stay."""
         return kept_blocks(self.architecture.block_count, self.removals)
 
-    @property
-    def reference(self) -> Reference:
-        """What proofs call the dense model as if all that goes were gone."""
-        return next((cut.reference for cut in self.cuts), "whole")
+    @cached_property
+    def tokens(self) -> tuple[int, ...] | None:
+        """The tokens that stay, ascending, by their numbers before; None if all do."""
+        return next((cut.tokens for cut in self.cuts if cut.tokens is not None), None)
 
     def settings(self, file: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the contents of a file of settings after all cuts."""
-        changed = dict(values)
-        for cut in self.cuts:
-            changed = cut.settings(file, changed)
-        return changed
+        return reduce(lambda changed, cut: cut.settings(file, changed), self.cuts, dict(values))
 
     def prune_config(self) -> dict[str, Any]:
         """Return the `config.json` of the pruned model."""
@@ -73,16 +69,11 @@ class Surgery:
 
     def token_ids(self, ids: Sequence[int]) -> list[int | None]:
         """Return the new numbers of these tokens, [positions]; None for one that goes."""
-        new: list[int | None] = list(ids)
-        for cut in self.cuts:
-            new = cut.token_ids(new)
-        return new
+        return [token if self.tokens is None else self._new_token.get(token) for token in ids]
 
-    def comparable(self, logits: Tensor) -> Tensor:
-        """Return those of the dense model's logits that the pruned model has, too."""
-        for cut in self.cuts:
-            logits = cut.comparable(logits)
-        return logits
+    @cached_property
+    def _new_token(self) -> dict[int, int]:
+        return {old: new for new, old in enumerate(self.tokens or ())}
 
     @contextmanager
     def absent(self, dense: nn.Module) -> Iterator[None]:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import DynamicCache
 
-from sleb_cli.engine.cut.blocks.quantization import prune_module_names, prune_quantization
+from sleb_cli.engine.cut.blocks.quantization import ModuleNames
 from sleb_cli.engine.cut.protocol import CONFIG, QUANTIZATION_SETTINGS, Cut
 from sleb_cli.engine.files.slices import Slices
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.block_names import BlockNames
 from sleb_cli.engine.model.structure import block_changes, outer_changes
 from sleb_cli.engine.third_party import translate_errors
-from sleb_cli.records import Reference
 from sleb_plugins import ModelError, UnsupportedModelError
 from sleb_plugins.config_keys import (
     KEY_PRUNERS,
@@ -47,7 +46,7 @@ class BlockCut(Cut):
     architecture: Architecture
     removals: tuple[int, ...]
 
-    reference: ClassVar[Reference] = "dense"
+    reference = "dense"
 
     @property
     def what(self) -> str:
@@ -81,7 +80,7 @@ class BlockCut(Cut):
         or a period becomes an explicit list.
         """
         if file in QUANTIZATION_SETTINGS:
-            return dict(prune_module_names(values, self.architecture, self.names))
+            return dict(ModuleNames(self.architecture, self.names).in_settings(values))
         return self._config(values) if file == CONFIG else values
 
     def _config(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +92,7 @@ class BlockCut(Cut):
         text |= self._pruned_settings(text)
         if self.architecture.numbering.extra:
             text |= {key: 0 for key in PREDICTION_BLOCKS if text.get(key)}
-        return prune_quantization(raw | {inner: text} if inner else text, self.architecture, self.names)
+        return ModuleNames(self.architecture, self.names).in_config(raw | {inner: text} if inner else text)
 
     def _pruned_settings(self, written: dict[str, Any]) -> dict[str, Any]:
         config, adapter, kept = self.architecture.text_config, self.architecture.adapter, self.kept

@@ -9,7 +9,8 @@ stays if it still matches the same modules, and is refused otherwise.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import translate
 from functools import cached_property
@@ -26,83 +27,73 @@ _NAME = re.compile(r"[\w.-]*")
 _ANY_DIGIT = re.compile(r"\[0-9\]|\\d")
 _DOT = r"(?:\\\.|\[\.\])"
 
-Matches = Callable[[str], object]
-"""A pattern, read in one way: truthy if it matches a name."""
-
-
-def prune_quantization(config: Mapping[str, Any], architecture: Architecture, names: BlockNames) -> dict[str, Any]:
-    """Return a `config.json` whose quantization settings name the kept blocks, in nested configs too.
-
-    Raises:
-        UnsupportedModelError: a pattern would match other modules than before.
-    """
-    pruned = dict(config)
-    for key, value in config.items():
-        if key in _KEYS:
-            pruned[key] = prune_module_names(value, architecture, names)
-        elif isinstance(value, dict):
-            pruned[key] = prune_quantization(value, architecture, names)
-    return pruned
-
-
-def prune_module_names(settings: Any, architecture: Architecture, names: BlockNames) -> Any:
-    """Renumber the modules that `settings` names anywhere, and drop those of removed blocks.
-
-    Raises:
-        UnsupportedModelError: a pattern would match other modules than before.
-    """
-    return _walk(settings, _Renaming(architecture, names))
-
-
-def _walk(value: Any, renaming: _Renaming) -> Any:
-    """Return `value` with its strings renamed; None for a string that is dropped."""
-    if isinstance(value, str):
-        return renaming.rename(value)
-    if isinstance(value, list):
-        walked = ((part, _walk(part, renaming)) for part in value)
-        return [new for old, new in walked if new is not None or old is None]
-    if not isinstance(value, dict):
-        return value
-    result = {}
-    for key, part in value.items():
-        name, new = renaming.rename(key), _walk(part, renaming)
-        lost_its_targets = isinstance(part, dict) and part.get("targets") and not new.get("targets")
-        if name is not None and (new is not None or part is None) and not lost_its_targets:
-            result[name] = new
-    return result
-
 
 @dataclass(frozen=True)
-class _Renaming:
-    """Translates strings of the dense model's settings to the pruned model's."""
+class ModuleNames:
+    """Translates names of modules in the dense model's settings to the pruned model's."""
 
     architecture: Architecture
     names: BlockNames
 
-    def rename(self, text: str) -> str | None:
+    def in_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a `config.json` whose quantization settings name the kept blocks, in nested configs too.
+
+        Raises:
+            UnsupportedModelError: a pattern would match other modules than before.
+        """
+        return {
+            key: self.in_settings(value)
+            if key in _KEYS
+            else self.in_config(value)
+            if isinstance(value, dict)
+            else value
+            for key, value in config.items()
+        }
+
+    def in_settings(self, value: Any) -> Any:
+        """Renumber the modules that settings name anywhere, and drop those of removed blocks; None for such a name.
+
+        Raises:
+            UnsupportedModelError: a pattern would match other modules than before.
+        """
+        if isinstance(value, str):
+            return self._renamed(value)
+        if isinstance(value, list):
+            return [new for part in value if (new := self.in_settings(part)) is not None or part is None]
+        if not isinstance(value, dict):
+            return value
+        result = {}
+        for key, part in value.items():
+            name, new = self._renamed(key), self.in_settings(part)
+            lost_its_targets = isinstance(part, dict) and part.get("targets") and not new.get("targets")
+            if name is not None and (new is not None or part is None) and not lost_its_targets:
+                result[name] = new
+        return result
+
+    def _renamed(self, text: str) -> str | None:
         """Return the renumbered name or the pattern, or None for the name of a removed block or a part of it."""
         if _NAME.fullmatch(text):
-            return self._rename_module(text)
-        if not self._stays_right(_PREFIX.sub("", text, count=1)):
+            return self._renamed_module(text)
+        if self._matches_others(_PREFIX.sub("", text, count=1)):
             raise UnsupportedModelError(
                 f"The quantization settings name blocks by the pattern {text!r}, which would match other blocks.",
                 hint="Prune the original model first, then quantize it.",
             )
         return text
 
-    def _stays_right(self, pattern: str) -> bool:
-        """Whether the pattern matches the same modules under their new names as before."""
-        found = [
-            (bool(matches(name)), bool(matches(new))) for matches in _ways_to_read(pattern) for name, new in self._kept
-        ]
-        if any(map(any, found)):
-            return all(before == after for before, after in found)
+    def _matches_others(self, pattern: str) -> bool:
+        """Whether the pattern, a regex or a glob, would match other modules than before, by their new names."""
+        ways = [re.compile(translate(pattern)).match]
+        with suppress(re.error):  # "*.mlp" is no regex
+            ways += [re.compile(pattern).match, re.compile(pattern).search]
+        found = {(bool(way(name)), bool(way(new))) for way in ways for name, new in self._kept}
+        if found != {(False, False)}:
+            return not found <= {(False, False), (True, True)}
         # It may match what engines call parts of a block, such as vLLM's fused `qkv_proj`.
-        blocks = self.architecture.adapter.blocks_path.rpartition(".")[2]
-        number = rf"(?:{_DOT}|(?<!\w){re.escape(blocks)}\.)[(?:\[]*\d"
-        return not re.search(number, _ANY_DIGIT.sub("", pattern))
+        blocks = re.escape(self.architecture.adapter.blocks_path.rpartition(".")[2])
+        return bool(re.search(rf"(?:{_DOT}|(?<!\w){blocks}\.)[(?:\[]*\d", _ANY_DIGIT.sub("", pattern)))
 
-    def _rename_module(self, name: str) -> str | None:
+    def _renamed_module(self, name: str) -> str | None:
         renamed = self.names.renamed(name)
         if renamed != name or name in self._modules:
             return renamed
@@ -125,13 +116,3 @@ class _Renaming:
     def _kept(self) -> list[tuple[str, str]]:
         """The names of the kept modules, before and after."""
         return [(name, new) for name in self._modules if (new := self.names.renamed(name)) is not None]
-
-
-def _ways_to_read(pattern: str) -> list[Matches]:
-    """Return the ways in which programs may read a pattern: as a regex, and as a glob."""
-    glob = re.compile(translate(pattern)).match
-    try:
-        regex = re.compile(pattern)
-    except re.error:  # "*.mlp"
-        return [glob]
-    return [regex.match, regex.search, glob]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import replace
 
 from sleb_cli.engine.cut.protocol import GgufCut
-from sleb_cli.engine.cut.tokens.scripts import Vocabulary, cannot_cut, choose, text_of
+from sleb_cli.engine.cut.tokens.scripts import TokenRemoval, Vocabulary, cannot_cut, choose, text_of
 from sleb_cli.engine.cut.tokens.token_cut import TokenCut, tables_of
 from sleb_cli.engine.gguf.file import Entry, GgufFile, with_items, with_value
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.results import CutRecord
 
 _PREFIX = "tokenizer.ggml."
 _BY_TOKEN = frozenset(f"{_PREFIX}{name}" for name in ("tokens", "scores", "token_type"))
@@ -22,22 +20,8 @@ _NORMAL = 1
 _TABLES = ("token_embd.weight", "output.weight", "output.bias")
 
 
-@dataclass(frozen=True)
-class GgufTokenCut(GgufCut):
-    """The cut of a vocabulary: only these tokens stay."""
-
-    vocabulary: Vocabulary
-
-    renumbers_tokens: ClassVar[bool] = True
-
-    @property
-    def name_parts(self) -> Sequence[str]:
-        """What it adds to the name of the file: the scripts that stay."""
-        return self.vocabulary.scripts
-
-    def record(self, sizes: Mapping[str, tuple[int, int]]) -> Mapping[str, CutRecord]:
-        """Return what results say of it."""
-        return self.vocabulary.record(sizes)
+class GgufTokenCut(TokenRemoval, GgufCut):
+    """The cut of a vocabulary from a GGUF file."""
 
     def of_model(self, architecture: Architecture) -> TokenCut:
         """Return the same cut of the model that transformers reads in the file, whose tokenizer is made from it."""

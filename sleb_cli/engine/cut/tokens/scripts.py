@@ -12,6 +12,7 @@ from typing import Any
 import regex
 from tokenizers.decoders import ByteLevel
 
+from sleb_cli.engine.cut.protocol import Removal
 from sleb_cli.results import CutRecord, VocabularyRecord
 from sleb_plugins.errors import UnsupportedModelError, UsageError
 
@@ -46,11 +47,6 @@ class Vocabulary:
     tokens: tuple[int, ...]
     characters: str
 
-    def record(self, sizes: Mapping[str, tuple[int, int]]) -> dict[str, CutRecord]:
-        """Return what results say of the cut."""
-        tokens = (self.count, len(self.tokens))
-        return {"vocabulary": VocabularyRecord(scripts=self.scripts, tokens=tokens, **sizes)}
-
     @cached_property
     def new_number(self) -> dict[int, int]:
         """The new number of each token that stays."""
@@ -72,6 +68,28 @@ class Vocabulary:
             return self.renumbered(value) if _NUMBERS.fullmatch(key) else value
 
         return _changed(settings, change)
+
+
+@dataclass(frozen=True)
+class TokenRemoval(Removal):
+    """The removal of the tokens that are not in a vocabulary."""
+
+    vocabulary: Vocabulary
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The tokens that stay."""
+        return self.vocabulary.tokens
+
+    @property
+    def name_parts(self) -> tuple[str, ...]:
+        """The scripts that stay."""
+        return self.vocabulary.scripts
+
+    def record(self, sizes: Mapping[str, tuple[int, int]]) -> Mapping[str, CutRecord]:
+        """Return what results say of it."""
+        tokens = (self.vocabulary.count, len(self.tokens))
+        return {"vocabulary": VocabularyRecord(scripts=self.vocabulary.scripts, tokens=tokens, **sizes)}
 
 
 def characters_of(scripts: Iterable[str], normalize: Callable[[str], str] = str) -> str:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
-
-import torch
-from torch import Tensor
+from typing import Any, cast
 
 from sleb_cli.engine.cut.protocol import CONFIG, SETTINGS, Cut
-from sleb_cli.engine.cut.tokens.scripts import Vocabulary, choose, numbers_in, text_of
+from sleb_cli.engine.cut.tokens.scripts import TokenRemoval, Vocabulary, choose, numbers_in, text_of
 from sleb_cli.engine.cut.tokens.tokenizer import (
     OTHER_FORMATS,
     TOKENIZER,
@@ -29,46 +26,33 @@ from sleb_cli.engine.files.weights import read_json
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.events import Notify
 from sleb_cli.records import Check
-from sleb_cli.results import CutRecord
 
 _UNKNOWN_TABLES = re.compile(r".+(?<!type)_vocab_size|vocab_size_.+|.*codebook.*|ngram_size")
 """Config keys of further tables by token; `type_vocab_size` counts segments."""
 
 
 @dataclass(frozen=True)
-class TokenCut(Cut):
-    """The cut of a vocabulary.
+class TokenCut(TokenRemoval, Cut):
+    """The cut of a vocabulary from a checkpoint.
 
     Attributes:
-        vocabulary: the tokens that stay.
         text_key: the key of `config.json` that holds the language model's config; empty if it is the whole config.
         tables: the names of tensors with a row for each token.
         tokenizer: the contents of the new `tokenizer.json`; None if it comes with a GGUF file.
     """
 
-    vocabulary: Vocabulary
     text_key: str
     tables: frozenset[str] = frozenset()
     tokenizer: Mapping[str, Any] | None = None
 
+    what = "the tokens of other scripts"
     # The head's product has another shape, which some processors round otherwise.
-    tolerance: ClassVar[float] = 2.0**-20
-    renumbers_tokens: ClassVar[bool] = True
-    dropped_files: ClassVar[frozenset[str]] = OTHER_FORMATS
+    tolerance = 2.0**-20
 
     @property
-    def what(self) -> str:
-        """What goes, after "without"."""
-        return "the tokens of other scripts"
-
-    @property
-    def name_parts(self) -> Sequence[str]:
-        """What it adds to the name of a checkpoint: the scripts that stay."""
-        return self.vocabulary.scripts
-
-    def record(self, sizes: Mapping[str, tuple[int, int]]) -> Mapping[str, CutRecord]:
-        """Return what results say of it."""
-        return self.vocabulary.record(sizes)
+    def files(self) -> Mapping[str, Any]:
+        """The new `tokenizer.json`, without the formats that it replaces."""
+        return dict.fromkeys(OTHER_FORMATS) | {TOKENIZER: self.tokenizer}
 
     def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:
         """Return the settings with the new numbers; the config gets the number of tokens, which it may leave out."""
@@ -82,22 +66,9 @@ class TokenCut(Cut):
             renumbered["added_tokens_decoder"] = {new.get(old, old): token for old, token in added.items()}
         return renumbered
 
-    @property
-    def new_files(self) -> Mapping[str, Any]:
-        """The new `tokenizer.json`."""
-        return {TOKENIZER: self.tokenizer} if self.tokenizer else {}
-
     def tensor(self, name: str) -> tuple[str, Slices | None]:
         """Return the name, and the rows that stay of a table."""
         return name, Slices(0, self.vocabulary.count, self.vocabulary.tokens) if name in self.tables else None
-
-    def comparable(self, logits: Tensor) -> Tensor:
-        """Return the logits of the tokens that stay."""
-        return logits[..., list(self.vocabulary.tokens)]
-
-    def token_ids(self, ids: Sequence[int | None]) -> list[int | None]:
-        """Return the new numbers of these tokens; None for one that goes."""
-        return [None if token is None else self.vocabulary.new_number.get(token) for token in ids]
 
     def texts(self, tokenizer: Any) -> Iterator[str]:
         """Yield text of all tokens and characters that stay."""
@@ -106,11 +77,6 @@ class TokenCut(Cut):
     def tokenizer_checks(self, ours: Any, theirs: Any, notify: Notify) -> Iterator[Check]:
         """Check that other text may come back."""
         return check_tokens(self.vocabulary, ours, theirs, notify)
-
-    def about_text(self, ids: Tensor, title: str) -> str:
-        """Return a sentence on the share of a text's tokens that go."""
-        lost = 1 - float(torch.isin(ids, torch.tensor(self.vocabulary.tokens)).float().mean())
-        return f"{lost:.1%} of the tokens in {title} go; what they spell will take more tokens."
 
 
 def plan_tokens(architecture: Architecture, scripts: Sequence[str]) -> TokenCut:
