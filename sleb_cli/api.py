@@ -203,14 +203,20 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
         SlebError: something failed; its class tells what.
     """
     from sleb_cli.asked.verbs import check_export
+    from sleb_cli.atomic import write_text
 
     _stop_unless_main_process()
     registry, asked = _check(check_export, request, notify)
     from sleb_cli.engine.door.export import resolve_export
-    from sleb_cli.engine.output.export import export_text
+    from sleb_cli.records import THIS_VERSION
+    from sleb_cli.results import ExportResult
 
     pruning, output = resolve_export(request, asked, registry, notify)
-    return export_text(asked.exporter, pruning, output, replace=request.force)
+    exporter, text = asked.exporter, asked.exporter.export(pruning)
+    if output is None:
+        return ExportResult(**THIS_VERSION, kind="export", exporter=exporter.name, text=text, file=None)
+    write_text(output, text, replace=request.force)
+    return ExportResult(**THIS_VERSION, kind="export", exporter=exporter.name, text=None, file=str(output))
 
 
 def _kept_place(subject: Subject, kind: Literal["eval", "bench"]) -> Path | None:
