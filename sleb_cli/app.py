@@ -11,11 +11,11 @@ from sleb_cli import api
 from sleb_cli.commands.options import How, JsonOption, options_from
 from sleb_cli.events import Notice
 from sleb_cli.requests import ApplyRequest, BenchRequest, EvalRequest, ExportRequest, SearchRequest
-from sleb_cli.ui import results
+from sleb_cli.ui import summaries
 from sleb_cli.ui.console import print_json
+from sleb_cli.ui.plans import show_comparison, show_plan
 from sleb_cli.ui.plugins import show_plugins
 from sleb_cli.ui.progress import show_progress
-from sleb_cli.ui.search import show_comparison, show_plan
 from sleb_cli.ui.tables import print_to_copy
 
 if TYPE_CHECKING:
@@ -101,28 +101,28 @@ def search(request: SearchRequest, how: How) -> None:
 @options_from(ApplyRequest)
 def apply(request: ApplyRequest, how: How) -> None:
     """Write the pruned checkpoint or GGUF file, and prove that it computes what the search measured."""
-    _run(api.apply, request, results.show_applied, how)
+    _run(api.apply, request, summaries.show_applied, how)
 
 
 @app.command("eval")
 @options_from(EvalRequest)
 def eval_(request: EvalRequest, how: How) -> None:
     """Compare the quality of the dense and the pruned model: perplexity and lm-eval tasks."""
-    _run(api.evaluate, request, lambda found: results.show_evaluation(found, request.output), how)
+    _run(api.evaluate, request, lambda found: summaries.show_evaluation(found, request.output), how)
 
 
 @app.command()
 @options_from(BenchRequest)
 def bench(request: BenchRequest, how: How) -> None:
     """Measure the speed and memory of the dense and the pruned model."""
-    _run(api.bench, request, lambda found: results.show_benchmark(found, request.output), how)
+    _run(api.bench, request, lambda found: summaries.show_benchmark(found, request.output), how)
 
 
 @app.command()
 @options_from(ExportRequest)
 def export(request: ExportRequest, how: How) -> None:
     """Export a report, or the removals for another tool."""
-    _run(api.export, request, results.show_exported, how)
+    _run(api.export, request, summaries.show_exported, how)
 
 
 @app.command()

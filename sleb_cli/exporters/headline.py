@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sleb_cli.exporters.findings import Findings
 from sleb_cli.tables.quality import ENOUGH
-from sleb_cli.tables.search import collapse
+from sleb_cli.tables.search_results import collapse
 from sleb_cli.units import format_count, format_share, plural
 
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from sleb_cli.names import short_name
-from sleb_cli.tables.search import block_strip
+from sleb_cli.tables.search_results import block_strip
 from sleb_cli.tables.table import Table, tabulate, to_markdown
 from sleb_cli.ui.chart import ROWS, Line, draw_lines
 from sleb_cli.ui.tables import drawn as drawn_by_rich

@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.files.cache import cached_folder
 from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files
+from sleb_cli.engine.gguf.block_rules import plain_name
 from sleb_cli.engine.gguf.blocks import require_blocks
 from sleb_cli.engine.gguf.file import GgufFile, read_gguf
-from sleb_cli.engine.gguf.llama_cpp import plain_name
 from sleb_cli.engine.gguf.quick import quick_gguf
 from sleb_cli.engine.third_party import translate_errors, translate_transformers_errors
 from sleb_cli.events import Notify, task

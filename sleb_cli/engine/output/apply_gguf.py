@@ -14,9 +14,9 @@ from sleb_cli.engine.cut.protocol import cut_records
 from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.files.copying import reading
 from sleb_cli.engine.files.fingerprint import Watch
+from sleb_cli.engine.gguf.block_rules import holds_model_type
 from sleb_cli.engine.gguf.blocks import block_count
 from sleb_cli.engine.gguf.file import GgufFile, GgufTensor, gguf_size, read_gguf, write_gguf
-from sleb_cli.engine.gguf.llama_cpp import holds_model_type
 from sleb_cli.engine.gguf.quick import QuickReader
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.gguf import convert_tokenizer, convert_weights, transformers_knows

@@ -18,8 +18,8 @@ from sleb_cli.names import checkpoint_name, public_source
 from sleb_cli.plan import CHECKPOINT_PLAN, RecoveryRecord, SampleGeneration
 from sleb_cli.records import Proof
 from sleb_cli.results import ApplyResult, BenchResult, EvalResult, Removals
-from sleb_cli.tables import search
-from sleb_cli.tables.proof import checked
+from sleb_cli.tables import search_results
+from sleb_cli.tables.checks import checked
 from sleb_cli.tables.quality import perplexity_change, task_name, text_names
 from sleb_cli.tables.speed import workload_name
 from sleb_cli.tables.table import Table, in_markdown, to_markdown
@@ -181,10 +181,10 @@ def _table(table: Table) -> list[str]:
 
 def _sample_generation(sample: SampleGeneration) -> list[str]:
     """Return what both models generated at the end of the search."""
-    said = [f"{who} ({repeated}): {' '.join(text.split())}" for who, repeated, text in search.said(sample)]
+    said = [f"{who} ({repeated}): {' '.join(text.split())}" for who, repeated, text in search_results.said(sample)]
     prompt = in_markdown(sample.prompt)
     return [
-        *(line for warning in search.collapse(sample) for line in ("", f"**{warning}**")),
+        *(line for warning in search_results.collapse(sample) for line in ("", f"**{warning}**")),
         "",
         f'At the end of the search, both models continued "{prompt}" greedily as follows; "repeated" is the '
         "share of runs of 4 tokens that occurred before:",
@@ -200,7 +200,7 @@ def _recovery(recovery: RecoveryRecord) -> list[str]:
     published = recovery.published()
     text = in_markdown(str(published.train_text))
     about = f"The remaining blocks were given new weights on {text}, to bring the model closer to the base model."
-    return ["", about, *_table(search.recovery(published))]
+    return ["", about, *_table(search_results.recovery(published))]
 
 
 def _proof(proof: Proof | None) -> list[str]:

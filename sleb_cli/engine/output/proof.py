@@ -44,7 +44,7 @@ from sleb_cli.engine.third_party import disk_error, prefer_disk_error, saving, t
 from sleb_cli.events import CheckPassed, Notice, Notify, ignore, task
 from sleb_cli.records import Check, Proof, differences
 from sleb_cli.requests import AUTO
-from sleb_cli.tables.proof import checked, reference
+from sleb_cli.tables.checks import checked, reference
 from sleb_cli.units import format_bytes
 from sleb_plugins import ModelError, ProofError
 

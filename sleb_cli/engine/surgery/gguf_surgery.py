@@ -10,9 +10,9 @@ from typing import Any
 from sleb_cli.engine.cut.blocks.gguf_blocks import GgufBlockCut
 from sleb_cli.engine.cut.kinds import KINDS
 from sleb_cli.engine.cut.protocol import GgufCut
+from sleb_cli.engine.gguf.block_rules import require_same_kinds
 from sleb_cli.engine.gguf.blocks import block_count, require_blocks, stored_block_count
 from sleb_cli.engine.gguf.file import GgufFile
-from sleb_cli.engine.gguf.llama_cpp import require_same_kinds
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_plugins.config_keys import kept_blocks, require_removable

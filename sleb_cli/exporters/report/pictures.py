@@ -12,7 +12,7 @@ from sleb_cli.exporters.report.drawing import INK, MUTED, SERIES, WIDTH, Plot, d
 from sleb_cli.plan import Plan
 from sleb_cli.results import WorkloadResult
 from sleb_cli.tables.quality import Estimate, perplexity_change
-from sleb_cli.tables.search import perplexities
+from sleb_cli.tables.search_results import perplexities
 from sleb_cli.tables.speed import workload_name
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from sleb_cli.exporters.headline import advice, sentences, warnings
 from sleb_cli.exporters.report.drawing import need_extra, picture
 from sleb_cli.exporters.report.sections import sections
 from sleb_cli.tables.quality import perplexity_change
-from sleb_cli.tables.search import said
+from sleb_cli.tables.search_results import said
 from sleb_cli.tables.speed import workload_name
 from sleb_cli.tables.table import between
 from sleb_cli.units import format_change, format_count, format_perplexity, format_share, plural

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sleb_cli.exporters.findings import Findings
 from sleb_cli.exporters.report.drawing import Plot
 from sleb_cli.exporters.report.pictures import perplexity_plot, search_plot, speed_plot, trade_plot
-from sleb_cli.tables import quality, search, settings, speed
+from sleb_cli.tables import provenance, quality, search_results, speed
 from sleb_cli.tables.table import Table
 
 _HOW_SAID = (
@@ -37,15 +37,15 @@ def sections(findings: Findings) -> list[Section]:
     cost += [quality.text_settings(findings.texts, findings.text_names)]
     gain = [speed.speeds(timed, plan.model.blocks), speed.latencies(timed), speed.memory(timed)]
     gain += [speed.sizes(benchmark)] if benchmark else []
-    results = [settings.result_settings(each) for each in (findings.evaluation, benchmark) if each]
-    recovered = [search.recovery(plan.recovery)] if plan.recovery else []
+    results = [provenance.result_settings(each) for each in (findings.evaluation, benchmark) if each]
+    recovered = [search_results.recovery(plan.recovery)] if plan.recovery else []
     parts = [
         Section("trade", "Quality against speed", trade_plot(findings)),
         Section("quality", "What it costs", perplexity_plot(findings), tables=cost),
         Section("speed", "What it gains", speed_plot(findings), tables=gain),
         Section("said", "What both models say", sentences=[_HOW_SAID] if plan.sample_generation else []),
-        Section("search", "How the blocks were found", search_plot(plan), tables=[search.steps(plan)]),
+        Section("search", "How the blocks were found", search_plot(plan), tables=[search_results.steps(plan)]),
         Section("recovery", "What recovery gave back", tables=recovered),
-        Section("settings", "Settings", tables=[settings.search_settings(plan), *results]),
+        Section("settings", "Settings", tables=[provenance.search_settings(plan), *results]),
     ]
     return [part for part in parts if part.plot or part.sentences or any(table.rows for table in part.tables)]

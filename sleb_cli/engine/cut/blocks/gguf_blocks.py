@@ -7,9 +7,9 @@ from typing import Any
 
 from sleb_cli.engine.cut.blocks.block_cut import BlockCut, plan_blocks
 from sleb_cli.engine.cut.protocol import GgufCut
+from sleb_cli.engine.gguf.block_rules import LEADING, NOT_PER_BLOCK, PER_BLOCK_PREFIX
 from sleb_cli.engine.gguf.blocks import BLOCK, block_count, stored_block_count
 from sleb_cli.engine.gguf.file import ARRAY, Entry, GgufFile, entry_of_integers, with_items, with_value
-from sleb_cli.engine.gguf.llama_cpp import LEADING, NOT_PER_BLOCK, PER_BLOCK_PREFIX
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_plugins.config_keys import Kept, kept_blocks
 from sleb_plugins.errors import ModelError

@@ -62,22 +62,22 @@ def _show_flips(task: TaskResult, size: PrunedTaskScores) -> None:
 
 def show_benchmark(result: BenchResult, output: Path | None) -> None:
     """Show the size, speed and memory of each model."""
-    from sleb_cli.tables import settings, speed
+    from sleb_cli.tables import provenance, speed
 
     print_title(short_name(result.model.id))
     for size in result.pruned:
         print_line(f"-{len(size.removals)}: without blocks {', '.join(map(str, size.removals))}")
     timed = by_model(result.workloads, map(speed.workload_name, result.workloads))
     tables = [speed.sizes(result), speed.speeds(timed, result.model.blocks), speed.latencies(timed)]
-    for table in (*tables, speed.memory(timed), settings.result_settings(result)):
+    for table in (*tables, speed.memory(timed), provenance.result_settings(result)):
         show_table(table)
     print_written(output)
 
 
 def show_applied(result: ApplyResult | GgufResult) -> None:
     """Show what was written and how far it is proven."""
-    from sleb_cli.tables.proof import checked
-    from sleb_cli.tables.search import recovery
+    from sleb_cli.tables.checks import checked
+    from sleb_cli.tables.search_results import recovery
 
     proof, said = result.proof, checked(result.proof) if result.proof else []
     if result.kind == "apply":

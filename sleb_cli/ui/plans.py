@@ -27,7 +27,7 @@ CHART_WIDTH = 80
 
 def show_plan(plan: Plan, output: Path) -> None:
     """Show the steps of a search, the removed blocks, and the plan's path."""
-    from sleb_cli.tables import search as tables  # pydantic, so here
+    from sleb_cli.tables import search_results as tables  # pydantic, so here
 
     search, console = plan.search, stdout()
     print_title(f"{short_name(plan.model.id)}: {search.remove} of {plan.model.blocks} blocks removed")
@@ -62,7 +62,7 @@ def show_plan(plan: Plan, output: Path) -> None:
 
 def perplexity_chart(plan: Plan, width: int) -> Text:
     """Draw the perplexity at each size, on a logarithmic scale, also on the held-out sequences, if any."""
-    from sleb_cli.tables.search import perplexities
+    from sleb_cli.tables.search_results import perplexities
 
     drawn = zip((("●", "cyan"), ("○", "yellow")), perplexities(plan).values(), strict=False)
     lines = [Line(mark, style, list(map(math.log, values))) for (mark, style), values in drawn]
@@ -93,7 +93,7 @@ def race_summary(plan: Plan) -> str:
 
 def show_comparison(result: CompareResult, output: Path) -> None:
     """Show the result of each search, and which was best."""
-    from sleb_cli.tables import search as tables
+    from sleb_cli.tables import search_results as tables
 
     removed = len(result.compared[0].removals)
     print_title(f"{short_name(result.model.id)}: {removed} of {result.model.blocks} blocks removed")
