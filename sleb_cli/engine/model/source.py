@@ -165,15 +165,15 @@ def locate_model(
     _require_whole_model(source)
     # Read both now, to report missing files before any long work.
     _ = source.raw_config, source.weights
+    _tell_of_pickles(source, notify)
+    return source
+
+
+def _tell_of_pickles(source: ModelSource, notify: Notify) -> None:
     if pickles := [name for name in source.weights.names if not name.endswith(".safetensors")]:
         others = f" and {len(pickles) - 1} more" if len(pickles) > 1 else ""
-        notify(
-            Notice(
-                f"{source.id} is stored as pickles ({pickles[0]}{others}); sleb reads only tensors from them, "
-                "and runs no code in them."
-            )
-        )
-    return source
+        stored = f"{source.id} is stored as pickles ({pickles[0]}{others})"
+        notify(Notice(f"{stored}; sleb reads only tensors from them, and runs no code in them."))
 
 
 def _require_own_files(folder: Path) -> None:

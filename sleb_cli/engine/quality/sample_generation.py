@@ -29,18 +29,7 @@ def generate_sample(
     longest: int | None,
     notify: Notify,
 ) -> SampleGeneration | None:
-    """Continue a fixed prompt with the dense model and without the removed blocks; greedily, so the text is repeatable.
-
-    Returns None, with a notice, if the model cannot generate text or runs out of memory.
-
-    Args:
-        skippable: the model.
-        tokenizer: its tokenizer.
-        removed: the removed blocks.
-        new_tokens: how many tokens each model generates at most.
-        longest: how many positions the model has; None for no limit.
-        notify: the listener for events.
-    """
+    """Let both models continue a fixed prompt greedily; None, with a notice, if memory or positions are too few."""
     ids = tokenizer(PROMPT).input_ids
     count = min(new_tokens, (longest or new_tokens + len(ids)) - len(ids))
     if not ids or max(ids) >= skippable.model.get_input_embeddings().num_embeddings or count < 1:
@@ -61,15 +50,12 @@ def generate_sample(
             return None
     # A model may have more tokens than its tokenizer, and slow tokenizers raise for these.
     known = set(tokenizer.get_vocab().values())
-    dense, pruned = (
-        tokenizer.decode([token for token in tokens if token in known], skip_special_tokens=True)
-        for tokens in generated
-    )
+    texts = [tokenizer.decode([each for each in ids if each in known], skip_special_tokens=True) for ids in generated]
     return SampleGeneration(
         prompt=PROMPT,
         new_tokens=count,
-        dense=dense,
-        pruned=pruned,
+        dense=texts[0],
+        pruned=texts[1],
         dense_repetition=repetition(generated[0]),
         pruned_repetition=repetition(generated[1]),
     )

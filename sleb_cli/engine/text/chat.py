@@ -164,8 +164,7 @@ def _pieces(
 ) -> Iterator[tuple[str, bool]]:
     """Yield what a template writes in pieces, and whether each is an answer.
 
-    An answer begins where a generation prompt ends. Templates write an earlier one without its thought, or with another
-    end, so words are found by marks: a character for each message that is in no text.
+    Templates write earlier answers otherwise, so words are found by marks: a character in no text for each message.
     """
     marks = [chr(_FIRST_MARK + turn) for turn in range(len(conversation))]
     marked = [{**message, "content": _mark(message, mark)} for message, mark in zip(conversation, marks, strict=True)]

@@ -138,10 +138,7 @@ class _Writer:
         return found
 
     def _add(self, role: str, more: Continue, talks: list[Talk]) -> list[Talk | None]:
-        """Add a message to each; None where it repeats itself or, of a user's, does not end or was written before.
-
-        An answer that does not end reaches the end of its sequence.
-        """
+        """Add a message to each; None where it repeats itself or, of a user's, does not end or was written before."""
         if not talks:
             return []
         asks, places = role == "user", [self._around(talk.messages, role) for talk in talks]
@@ -155,8 +152,8 @@ class _Writer:
                 hint="Use a larger --sequence-length.",
             )
         ends = self.ends | (set(self._ids(places[0].ending)[:1]) & self.added.keys())
-        may = ends if asks else ends | self._spoken()
-        forbidden = {token for token, each in self.added.items() if each.special} - may
+        forbidden = {token for token, each in self.added.items() if each.special} - ends
+        forbidden -= set() if asks else self._spoken()
         begun = [[token for token, _ in prompt] for prompt in compress(prompts, fits)]
         new = max(1, room // 2 if asks else room)
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)

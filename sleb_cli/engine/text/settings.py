@@ -79,8 +79,7 @@ def resolve_calibration(
 
     Raises:
         DataError: prompts that the model is to answer are missing.
-        UsageError: the number of samples or their length is out of range, or the mixture is invalid, or no source
-            holds conversations although some are to count.
+        UsageError: the samples, their length or the mixture are invalid, or no source holds the conversations.
     """
     is_demo = architecture.source.id == DEMO
     source = source or (DEMO_CALIBRATION if is_demo else DEFAULT_CALIBRATION)
@@ -94,9 +93,7 @@ def resolve_calibration(
     for each in shares:
         if each.startswith(ANSWERS):  # before any model is loaded
             read_prompts(each)
-    default = DEMO_SAMPLES if is_demo else DEFAULT_SAMPLES
-    if REFERENCE_PRESETS & shares.keys():
-        default = REFERENCE_ROWS
+    default = REFERENCE_ROWS if REFERENCE_PRESETS & shares.keys() else DEMO_SAMPLES if is_demo else DEFAULT_SAMPLES
     settings = CalibrationSettings(
         source=source,
         shares=shares,

@@ -68,18 +68,7 @@ def write_or_find(
     """
     batch = min(writing.count, _MAX_BATCH, max(_MIN_BATCH, _TOKENS_PER_BATCH // writing.new))
     device = input_device(model)
-    key = {
-        **writing.key,
-        "model": writing.model,
-        "shape": [writing.count, writing.new],
-        "seed": writing.seed,
-        "batch": batch,
-        "dtype": str(model.dtype),
-        "quantization": str(getattr(model.config, "quantization_config", None)),
-        "device": device.type,
-        "versions": [__version__, str(torch.__version__), transformers.__version__],
-    }
-    file = cached_file("texts", key)
+    file = cached_file("texts", _key(model, writing, batch))
     if writing.model is not None:
         with suppress(OSError, ValueError):  # there is none, or a broken one
             return json.loads(file.read_bytes()), True
@@ -105,6 +94,20 @@ def write_or_find(
     except OutputError as error:
         notify(Notice(f"The text that the model wrote is not cached: {error.message}"))
     return found, False
+
+
+def _key(model: Any, writing: Writing, batch: int) -> dict[str, Any]:
+    return {
+        **writing.key,
+        "model": writing.model,
+        "shape": [writing.count, writing.new],
+        "seed": writing.seed,
+        "batch": batch,
+        "dtype": str(model.dtype),
+        "quantization": str(getattr(model.config, "quantization_config", None)),
+        "device": input_device(model).type,
+        "versions": [__version__, str(torch.__version__), transformers.__version__],
+    }
 
 
 def _continuing(model: Any, advance: Advance) -> Continue:
