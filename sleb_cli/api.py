@@ -111,7 +111,7 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
             return prune_gguf(subject, output, registry, notify)
         if recovery is None:
             return apply_removals(subject, output, notify)
-        from sleb_cli.engine.recovery.run import recover  # which imports datasets
+        from sleb_cli.engine.recovery.recover import recover  # which imports datasets
 
         if not group.is_main:
             recover(recovery, group, notify)

@@ -51,7 +51,8 @@ from sleb_cli.engine.forward import placement
 from sleb_cli.engine.forward.streaming import StreamedBlocks
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.recovery import heal as healing
+from sleb_cli.engine.recovery import unfinished
+from sleb_cli.engine.recovery.distillation import Distillation
 from sleb_cli.engine.speed import benchmark
 from sleb_cli.engine.text.calibration import draw
 from sleb_cli.engine.text.windows import cut_windows, tokens_sha256
@@ -473,18 +474,17 @@ def smollm2() -> Path:
 
 def interrupt_healing(monkeypatch, step):
     """Have healing save after every step, and end like Ctrl-C before the given one."""
-    monkeypatch.setattr(healing, "SECONDS_BETWEEN_SAVES", 0.0)
-    monkeypatch.setattr(healing, "MAX_SAVING_SHARE", math.inf)
-    distill = healing.distill
-    steps = []
+    monkeypatch.setattr(unfinished, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(unfinished, "MAX_SAVING_SHARE", math.inf)
+    add_gradient, steps = Distillation.add_gradient, []
 
     def few(*arguments):
         steps.append(1)
         if len(steps) == step:
             raise KeyboardInterrupt
-        return distill(*arguments)
+        return add_gradient(*arguments)
 
-    monkeypatch.setattr(healing, "distill", few)
+    monkeypatch.setattr(Distillation, "add_gradient", few)
     return steps
 
 

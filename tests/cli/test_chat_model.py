@@ -10,7 +10,7 @@ from test_recover import plain_losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import WORDS, interrupt_healing, llama_config, prose, save_model, weight_bytes_of
-from sleb_cli.engine.recovery import heal
+from sleb_cli.engine.recovery import heal_budget
 from sleb_cli.engine.text.chat import cut_conversations, cut_rendered
 from sleb_cli.plan import RecoveryRecord, read_plan
 
@@ -90,7 +90,7 @@ def test_a_quarter_of_the_default_text_is_conversations(sleb, chatty, text_file)
 
 @pytest.mark.parametrize("source", ["self-chat", "answers:asked.txt:0.25,text.txt:0.75"])
 def test_a_healing_on_answers_goes_on_to_the_same_bytes(sleb, chatty, tmp_path, monkeypatch, source):
-    monkeypatch.setattr(heal, "PORTION_TOKENS", 1024)
+    monkeypatch.setattr(heal_budget, "PORTION_TOKENS", 1024)
     (tmp_path / "asked.txt").write_text("".join(f"{word}\n" for word in WORDS))
     (tmp_path / "text.txt").write_text(prose(400))
     command = ["apply", chatty, "--blocks", "2", "--heal", "--heal-tokens", 4096, *TEXT]

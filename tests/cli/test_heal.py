@@ -23,9 +23,11 @@ from sleb_cli.engine.door import recovery as door
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.output import apply
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.recovery import heal as healing
+from sleb_cli.engine.recovery import heal_budget, training
+from sleb_cli.engine.recovery.distillation import Batch, Distillation
+from sleb_cli.engine.recovery.loss_scale import starting_scale
+from sleb_cli.engine.recovery.low_rank import LowRank
 from sleb_cli.engine.recovery.variant import Variant
-from sleb_cli.engine.text.calibration import Calibration
 from sleb_cli.events import ignore
 from sleb_cli.plan import read_plan
 from sleb_plugins import ProofError
@@ -37,7 +39,7 @@ TOKENS = ["--heal-tokens", 4096]
 def healed(sleb, llama_plan, tmp_path, monkeypatch):
     """Heal a model, by default the tiny Llama without the two blocks of its plan."""
     (tmp_path / "text.txt").write_text(prose(400))
-    monkeypatch.setattr(healing, "PORTION_TOKENS", 1024)
+    monkeypatch.setattr(heal_budget, "PORTION_TOKENS", 1024)
 
     text = calibration("text.txt", samples=10)
     return lambda *options, of=(llama_plan,), **how: sleb("apply", *of, "--heal", *text, "-o", "out", *options, **how)
@@ -101,15 +103,15 @@ def test_an_interrupted_healing_goes_on_to_the_same_bytes(healed, tmp_path, monk
 
 
 def test_out_of_memory_heals_fewer_sequences_at_once(healed, monkeypatch):
-    distill, failed = healing.distill, []
+    add_gradient, failed = Distillation.add_gradient, []
 
-    def short_of_memory(teacher, student, ids, *rest):
-        if len(ids) > 4:
-            failed.append(len(ids))
+    def short_of_memory(distillation, batch, scale):
+        if len(batch.ids) > 4:
+            failed.append(len(batch.ids))
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return distill(teacher, student, ids, *rest)
+        return add_gradient(distillation, batch, scale)
 
-    monkeypatch.setattr(healing, "distill", short_of_memory)
+    monkeypatch.setattr(Distillation, "add_gradient", short_of_memory)
     said = healed("--heal-tokens", 2048).stderr
     assert failed == [16, 8]
     assert "Out of memory on cpu; healing 4 sequences at a time." in said
@@ -117,16 +119,16 @@ def test_out_of_memory_heals_fewer_sequences_at_once(healed, monkeypatch):
 
 
 @pytest.mark.parametrize("overflows", [False, True])
-def test_float16_gradients_are_scaled(monkeypatch, overflows):
-    monkeypatch.setattr(healing, "SCALE_HEADROOM", 2**20 if overflows else 16)
-    found, scales = first_gradient(torch.float16)
+def test_float16_gradients_are_scaled(overflows):
+    headroom = 2**20 if overflows else training.SCALE_HEADROOM
+    found, scales = first_gradient(torch.float16, headroom)
     assert (scales[1] < scales[0]) == overflows
-    exact, _ = first_gradient(torch.float32)
+    exact, _ = first_gradient(torch.float32, headroom)
     assert torch.cosine_similarity(found, exact, dim=0) > 0.999
     assert float(found.norm() / exact.norm()) == pytest.approx(1, abs=0.02)
 
 
-def first_gradient(dtype):
+def first_gradient(dtype, headroom):
     """Return the gradient of a healing's first step, and the scale of the loss before and after it."""
     teacher, student = (random_model(llama_config(3)).half().to(dtype).requires_grad_(False) for _ in range(2))
     with torch.no_grad():
@@ -136,18 +138,19 @@ def first_gradient(dtype):
         SkippableModel(teacher, teacher.model.layers) as dense,
         SkippableModel(student, student.model.layers) as pruned,
     ):
-        run = healing.Healing(
-            Variant(dense), Variant(pruned), 0, [weight := student.model.layers[2].mlp.down_proj.weight],
-            [weight.detach().clone()], torch.float16, portions=None, validation=Calibration(ids, None),
-            budget=healing.HealBudget(None, 1), file=None, watch=None, group=ProcessGroup(), notify=ignore,
-        )  # fmt: skip
-        began, wanted = run.progress.scale, Variant(dense).final_states(ids).detach()
-        gradient = run._gradient(ids, torch.ones_like(ids, dtype=torch.bool), wanted, wanted)
-        return gradient, (began, run.progress.scale)
+        weight = student.model.layers[2].mlp.down_proj.weight
+        trained = LowRank([weight], [weight.detach().clone()], torch.float16)
+        distillation, size = Distillation(Variant(dense), Variant(pruned), 0), training.BATCH_TOKENS // ids.shape[1]
+        trainer = training.Trainer(distillation, trained, size, ProcessGroup(), ignore)
+        with torch.no_grad():
+            batch = Batch(ids, ids >= 0, *Variant(dense).entering_and_final_states(ids, 0))
+        began = starting_scale(dtype, training.BATCH_TOKENS * headroom)
+        _, gradient, scale = trainer.gradient(batch, began)
+        return gradient, (began, scale)
 
 
 def test_a_budget_of_minutes_ends(healed, monkeypatch):
-    monkeypatch.setattr(healing, "PATIENCE", healing.CHECKS + 2)  # more checks than there are
+    monkeypatch.setattr(training, "PATIENCE", training.CHECKS + 2)  # more checks than there are
     healed("--heal-minutes", 0.02)
     heal = recovery().heal
     assert (heal.stopped, heal.minutes, heal.token_budget) == ("budget", 0.02, None)
@@ -155,7 +158,7 @@ def test_a_budget_of_minutes_ends(healed, monkeypatch):
 
 
 def test_it_stops_without_gains_and_keeps_the_best_point(healed, tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(healing, "LEARNING_RATE", 100.0)
+    monkeypatch.setattr(training, "LEARNING_RATE", 100.0)
     healed(*TOKENS)
     assert (recovery().heal.stopped, recovery().heal.kept_tokens) == ("patience", 0)
     before, after = weights_of(tiny_llama), weights_of(tmp_path / "out")
@@ -164,7 +167,7 @@ def test_it_stops_without_gains_and_keeps_the_best_point(healed, tiny_llama, tmp
 
 def test_it_starts_from_the_closed_form(healed, monkeypatch):
     standing_in(monkeypatch, ["model.layers.5.mlp.down_proj.weight", "model.norm.weight"])
-    monkeypatch.setattr(healing, "LEARNING_RATE", 0.0)
+    monkeypatch.setattr(training, "LEARNING_RATE", 0.0)
     healed("--recover", "--heal-tokens", 512)
     assert recovery().heal.losses == recovery().closed_form_losses != recovery().pruned
 

@@ -20,7 +20,7 @@ from families import tiny_config
 from sleb_cli.engine.door import recovery as door
 from sleb_cli.engine.files.weights import find_weights
 from sleb_cli.engine.output import apply as engine
-from sleb_cli.engine.recovery import closed_form, run
+from sleb_cli.engine.recovery import closed_form
 from sleb_cli.plan import ClosedFormRecord, read_plan
 from sleb_plugins import ProofError
 
@@ -31,12 +31,12 @@ def standing_in(monkeypatch, names):
     """Let something stand in for the closed form: a tenth more for the parameters that are named."""
     asked = SimpleNamespace(names=names, calls=[])
 
-    def recover_in_closed_form(skippable, removed, fit, validation, notify, *, stored, **placed):
-        asked.calls.append((sorted(removed), fit, validation.sequences))
-        own = dict(skippable.model.named_parameters())
+    def recover_in_closed_form(job):
+        asked.calls.append((sorted(job.settings.surgery.removed), job.train.sequences, job.validation.sequences))
+        own, stored = dict(job.dense.model.named_parameters()), job.settings.stored
         return {name: (own[name] * 1.1).detach().to(stored) for name in asked.names}, ClosedFormRecord(fits=())
 
-    monkeypatch.setattr(run, "recover_in_closed_form", recover_in_closed_form)
+    monkeypatch.setattr(closed_form, "recover_in_closed_form", recover_in_closed_form)
     return asked
 
 
@@ -178,7 +178,7 @@ def interrupted_fit(patch):
 def fits(monkeypatch):
     """The blocks that are fitted, one after the other."""
     fit, found = closed_form.fit_block, []
-    counted = lambda projections, fit_some: found.append(fit_some.args[0]) or fit(projections, fit_some)  # noqa: E731
+    counted = lambda projections, fit_some: found.append(fit_some.__self__.block) or fit(projections, fit_some)  # noqa: E731
     monkeypatch.setattr(closed_form, "fit_block", counted)
     return found
 

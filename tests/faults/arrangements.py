@@ -14,12 +14,12 @@ from pathlib import Path
 import huggingface_hub
 
 from sleb_cli import api, atomic
-from sleb_cli.engine.recovery import heal
+from sleb_cli.engine.recovery import unfinished
 
 
 def saving_always():
     """Save unfinished healings and walks whenever that is possible."""
-    heal.SECONDS_BETWEEN_SAVES, heal.MAX_SAVING_SHARE = 0.0, 1e9
+    unfinished.SECONDS_BETWEEN_SAVES, unfinished.MAX_SAVING_SHARE = 0.0, 1e9
 
 
 def with_a_hub():

@@ -3,6 +3,7 @@
 import math
 from contextlib import nullcontext
 from itertools import chain, pairwise, repeat
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -11,11 +12,13 @@ import torch
 from conftest import llama_config, random_model
 from families import tiny_config
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.recovery import closed_form, least_squares
-from sleb_cli.engine.recovery.closed_form import RIDGES, recover_in_closed_form
-from sleb_cli.engine.recovery.depth import PROBED_TOKENS
+from sleb_cli.engine.recovery import block_fit, least_squares
+from sleb_cli.engine.recovery.block_fit import RIDGES
+from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
+from sleb_cli.engine.recovery.depth import PROBED_TOKENS, Judge
 from sleb_cli.engine.recovery.least_squares import Ridge, best_ridge
 from sleb_cli.engine.recovery.residual_projections import find_residual_projections, passing
+from sleb_cli.engine.recovery.stage import Job
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_cli.engine.text.calibration import Calibration
 from sleb_cli.events import ignore
@@ -42,8 +45,10 @@ def own_text(model, sequences):
 
 def recovered(skippable, removed, text, fitted, notify=ignore):
     """Fit to the first sequences of a text, and let the rest decide."""
+    decided = SimpleNamespace(surgery=SimpleNamespace(removed=removed), stored=skippable.model.dtype, on_host=False)
+    texts = [Calibration(part, None) for part in (text[:fitted], text[fitted:])]
     with skippable:
-        return recover_in_closed_form(skippable, removed, text[:fitted], Calibration(text[fitted:], None), notify)
+        return recover_in_closed_form(Job(decided, skippable, *texts, notify=notify))
 
 
 def divergence(skippable, removed, text, values=()):
@@ -111,10 +116,10 @@ def test_weights_that_write_to_the_hidden_states_are_found(model_type, near, exa
 
 def test_the_fits_equal_a_direct_computation(monkeypatch):
     # One ridge, and whatever is fitted is taken for a gain.
-    monkeypatch.setattr(closed_form, "RIDGES", (0.3,))
+    monkeypatch.setattr(block_fit, "RIDGES", (0.3,))
     falling, rounds = iter(range(100, 0, -1)), []
     monkeypatch.setattr(least_squares, "bfloat16_products", lambda on: rounds.append(on) or nullcontext())
-    monkeypatch.setattr(closed_form.States, "divergence", lambda self, block, values: float(next(falling)))
+    monkeypatch.setattr(Judge, "divergence", lambda self, pruned, block, values: float(next(falling)))
     skippable = skippable_model("llama")
     model, text = skippable.model, own_text(skippable.model, 30)
     block, norm = model.model.layers[2], model.model.norm
@@ -213,7 +218,7 @@ def test_sums_that_do_not_fit_are_named_and_nothing_is_retried(monkeypatch):
 @pytest.mark.parametrize("later", [1.0, math.nan], ids=["no lower", "an overflow"])
 def test_a_fit_that_does_not_lower_the_divergence_is_not_kept(monkeypatch, later):
     skippable, found = skippable_model("llama"), chain([1.0], repeat(later))
-    monkeypatch.setattr(closed_form.States, "divergence", lambda self, block, values: next(found))
+    monkeypatch.setattr(Judge, "divergence", lambda self, pruned, block, values: next(found))
     shapes, head = [], skippable.model.lm_head
     head.register_forward_hook(lambda module, entering, logits: shapes.append(logits.shape))
     values, record = recovered(skippable, {3}, own_text(skippable.model, 24), 20)

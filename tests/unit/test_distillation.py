@@ -11,8 +11,8 @@ from sleb_cli.engine.forward import logits
 from sleb_cli.engine.forward.memory_budget import settings_for
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.recovery import variant
-from sleb_cli.engine.recovery.distillation import distill
-from sleb_cli.engine.recovery.run import can_share
+from sleb_cli.engine.recovery.distillation import Batch, Distillation
+from sleb_cli.engine.recovery.heal import can_share
 from sleb_cli.engine.recovery.variant import Variant, losses
 
 IDS = torch.randint(320, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -40,8 +40,9 @@ def test_gradients_in_slices_are_those_of_all_logits_at_once(positions, counted,
     expected = torch.autograd.grad(plain, parameters)
     with SkippableModel(dense, dense.model.layers) as teacher, SkippableModel(pruned, pruned.model.layers) as student:
         with torch.no_grad():
-            wanted = Variant(teacher).final_states(IDS)
-        found = distill(Variant(teacher), Variant(student), IDS, wanted, loss_mask=counted)
+            states = Variant(teacher).entering_and_final_states(IDS, 0)
+        mask = torch.ones_like(IDS, dtype=torch.bool) if counted is None else counted
+        found = Distillation(Variant(teacher), Variant(student), 0).add_gradient(Batch(IDS, mask, *states))
         loss, divergence = losses(Variant(student), Variant(teacher), IDS, loss_mask=counted)
     of_tokens = -ours.gather(-1, IDS[:, 1:, None])[..., 0]
     assert loss == pytest.approx(of_tokens[slice(None) if counted is None else counted[:, 1:]].mean().item(), rel=1e-5)
@@ -58,11 +59,11 @@ def test_a_pass_that_starts_at_a_block_gives_the_same_gradients():
     pruned.model.layers[2:].requires_grad_(True)
     found = []
     with SkippableModel(dense, dense.model.layers) as teacher, SkippableModel(pruned, pruned.model.layers) as student:
-        entering, wanted = Variant(teacher).entering_and_final_states(IDS, 2)
         assert can_share(Variant(teacher), Variant(student), 2, IDS)
         assert not can_share(Variant(teacher), Variant(student), 3, IDS)
-        for start in (None, (2, entering)):
-            distill(Variant(teacher), Variant(student), IDS, wanted, start)
+        for first in (0, 2):
+            batch = Batch(IDS, IDS >= 0, *Variant(teacher).entering_and_final_states(IDS, first))
+            Distillation(Variant(teacher), Variant(student), first).add_gradient(batch)
             found.append([parameter.grad.clone() for parameter in parameters])
             pruned.zero_grad()
     for whole, shared in zip(*found, strict=True):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from sleb_cli.asked.mixture import parse_mixture
 from sleb_cli.asked.text_names import REFERENCE_PRESETS, SELF, SELF_CHAT, is_written
@@ -16,10 +15,10 @@ from sleb_cli.engine.forward.streaming import streamed_bytes
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.output.apply import Output
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.recovery.closed_form import fitted_numbers, fitting_bytes
-from sleb_cli.engine.recovery.heal import HealBudget
-from sleb_cli.engine.recovery.low_rank import trained_numbers
-from sleb_cli.engine.recovery.stage import RecoverySettings
+from sleb_cli.engine.recovery.closed_form import ClosedForm
+from sleb_cli.engine.recovery.heal import Heal
+from sleb_cli.engine.recovery.heal_budget import HealBudget
+from sleb_cli.engine.recovery.stage import HIDDEN_STATES, RecoverySettings, Stage
 from sleb_cli.engine.recovery.unfinished import Unfinished
 from sleb_cli.engine.surgery.loading import has_tokenizer, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
@@ -44,13 +43,11 @@ FEWEST_SEQUENCES = 5
 VALIDATION_TOKENS, TEST_TOKENS = 8192, 8192
 """The most tokens of these parts: every fit runs the model on all of the validation text."""
 
-HIDDEN_STATES = "hidden states"
-
-TRAINING_BYTES = 32
-"""Bytes per trained number, besides the models, in float32: its value, best value and two moments, and in a step
-three of its gradient and what AdamW computes."""
-KEPT_BYTES = 16
-"""The same of what is kept: its value, best value and two moments."""
+_STAGES: Mapping[str, Callable[[ApplyRequest], Stage]] = {
+    "recover": lambda request: ClosedForm(),
+    "heal": lambda request: Heal(_heal_budget(request)),
+}
+"""What makes each stage of a recovery, by the option that asks for it."""
 
 
 def resolve_recovery(
@@ -68,8 +65,6 @@ def resolve_recovery(
     architecture, surgery, dtype = subject.architecture, subject.surgery, output.dtype
     state = Unfinished(output.place)
     state.require_no_links()
-    minutes = request.heal_minutes or (DEFAULT_HEAL_MINUTES if request.heal_tokens is None else None)
-    budget = HealBudget(minutes, request.heal_tokens) if request.heal else None
     if architecture.is_quantized:
         raise UnsupportedModelError(
             f"{architecture.source.id} is quantized, so its blocks cannot be recovered.",
@@ -79,11 +74,8 @@ def resolve_recovery(
     own = dtype or architecture.dtype or torch.float32
     # Values are rounded to what every file can hold, which may be narrower than what the config says.
     written = [dtype] if dtype else architecture.source.weights.float_dtypes
-    asked = False if budget else request.stream
-    blocks = architecture.blocks_of(architecture.skeleton)
-    kept = [blocks[block] for block in surgery.kept.blocks]
-    width = architecture.text_config.hidden_size
-    sums = max(fitting_bytes(block, width) for block in kept) if request.recover else 0
+    stored = min([*written, own], key=lambda each: each.itemsize)
+    stages = tuple(_STAGES[option](request) for option in request.recoveries)
 
     def place(name: str) -> tuple[Placement, CalibrationSettings, dict[str, int]]:
         """Return where the model is if it computes in this data type, the text, and the memory that it takes."""
@@ -94,18 +86,15 @@ def resolve_recovery(
                 name,
                 notify,
                 device_map=request.device_map,
-                stream=asked,
-                reserved=sums,
+                stream=request.stream if all(stage.streams for stage in stages) else False,
+                reserved=sum(stage.reserved_bytes(surgery) for stage in stages),
                 cast=dtype,
             )
         )
         text = _resolve_text(request, subject, stream=found.stream)
-        needed = _needed_bytes(architecture, kept, found, heal=request.heal)
-        if request.recover:
-            # What enters the model and a block on all the text, in the dense and in the recovered model, and what
-            # leaves it.
-            needed[HIDDEN_STATES] = 4 * text.samples * text.sequence_length * width * found.dtype.itemsize
-            needed["regression sums"] = sums
+        needed = _weight_bytes(architecture, found)
+        for stage in stages:
+            needed |= stage.needed_bytes(surgery, found.dtype, text.samples * text.sequence_length)
         return replace(found, device=device), text, needed
 
     placement, text, needed = place(state.dtype or AUTO)  # an unfinished healing goes on in its own
@@ -114,20 +103,15 @@ def resolve_recovery(
         placement, text, needed = place(dtype_name(own))  # which takes half of the memory
     on_host = placement.stream and device != CPU and sum(needed.values()) > own_free_bytes(device)
     if on_host:
-        _require_free(CPU, {HIDDEN_STATES: needed.pop(HIDDEN_STATES)}, heal=request.heal)
-    _require_free(device, needed, heal=request.heal)
-    stored = min([*written, own], key=lambda each: each.itemsize)
-    splits = _splits(text)
-    fitted = kept[max(0, min(surgery.removed) - 1) :] if request.recover else []
-    to_keep = sum(fitted_numbers(block, width) for block in fitted) * stored.itemsize
-    to_keep += _trained(kept) * KEPT_BYTES if request.heal else 0
-    kept_bytes = max(0, to_keep - state.size)
-    return RecoverySettings(subject, request.recover, budget, placement, stored, on_host, splits, state, kept_bytes)
+        _require_free(CPU, {HIDDEN_STATES: needed.pop(HIDDEN_STATES)}, stages[-1])
+    _require_free(device, needed, stages[-1])
+    kept_bytes = max(0, sum(stage.saved_bytes(surgery, stored) for stage in stages) - state.size)
+    return RecoverySettings(surgery, stages, placement, stored, on_host, _splits(text), state, kept_bytes)
 
 
-def _trained(kept: Sequence[nn.Module]) -> int:
-    """Return how many numbers are trained, if no block before the gap is left as it is."""
-    return sum(trained_numbers(parameter.shape) for block in kept for parameter in block.parameters())
+def _heal_budget(request: ApplyRequest) -> HealBudget:
+    minutes = request.heal_minutes or (DEFAULT_HEAL_MINUTES if request.heal_tokens is None else None)
+    return HealBudget(minutes, request.heal_tokens)
 
 
 def _splits(text: CalibrationSettings) -> list[CalibrationSettings]:
@@ -138,29 +122,23 @@ def _splits(text: CalibrationSettings) -> list[CalibrationSettings]:
     return [replace(text, samples=samples, split=split) for split, samples in counts.items()]
 
 
-def _needed_bytes(
-    architecture: Architecture, kept: Sequence[nn.Module], placement: Placement, *, heal: bool
-) -> dict[str, int]:
-    """Return the memory that weights take, by what for; of a model that a device map spreads out, only the rest."""
-    size, needed = placement.dtype.itemsize, dict[str, int]()
+def _weight_bytes(architecture: Architecture, placement: Placement) -> dict[str, int]:
+    """Return the memory that the dense model takes, by what for; none if a device map spreads it out."""
     if placement.stream:
-        needed["two blocks and what is outside of them"] = streamed_bytes(architecture, placement.dtype)
-    elif placement.device_map is None:
-        needed["the model"] = sum(parameter.numel() for parameter in architecture.skeleton.parameters()) * size
-    if heal:
-        # Their original values, and all that is not trained, both models share.
-        needed["the trained weights"] = sum(each.numel() for block in kept for each in block.parameters()) * size
-        needed["the state of training"] = _trained(kept) * TRAINING_BYTES
-    return needed
+        return {"two blocks and what is outside of them": streamed_bytes(architecture, placement.dtype)}
+    if placement.device_map is not None:
+        return {}
+    numbers = sum(parameter.numel() for parameter in architecture.skeleton.parameters())
+    return {"the model": numbers * placement.dtype.itemsize}
 
 
-def _require_free(device: torch.device, needed: Mapping[str, int], *, heal: bool) -> None:
+def _require_free(device: torch.device, needed: Mapping[str, int], last: Stage) -> None:
     total, free = sum(needed.values()), own_free_bytes(device)
     if total <= free:
         return
     parts = ", ".join(f"{format_bytes(size)} for {what}" for what, size in needed.items())
     raise MachineError(
-        f"{'Healing' if heal else 'Recovery'} needs {format_bytes(total)} of memory on {device.type} ({parts}), but "
+        f"{last.title} needs {format_bytes(total)} of memory on {device.type} ({parts}), but "
         f"only {format_bytes(free)} is free.",
         hint="Use fewer --samples, leave out --heal or --recover, or use a machine with more memory.",
     )

@@ -37,7 +37,7 @@ from sleb_cli.units import parse_bytes
 from sleb_plugins import OutputError, ProofError
 
 if TYPE_CHECKING:
-    from sleb_cli.engine.recovery.run import Recovered
+    from sleb_cli.engine.recovery.recover import Recovered
 
 # Files that the pruned checkpoint has its own versions of, besides weights and settings.
 _REWRITTEN = {CARD, CHECKPOINT_PLAN}

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sleb_cli.engine.forward.logits import float32_slices, position_slices
 from sleb_cli.engine.recovery import variant
-from sleb_cli.engine.recovery.variant import Variant
+from sleb_cli.engine.recovery.variant import Variant, summed_losses
+from sleb_cli.engine.text.windows import whole_mask
 from sleb_plugins.metrics.kl import compare_logits
 
 WARMUP_STEPS = 6
@@ -37,46 +41,100 @@ def divergence_and_gradient(
     return float(total), gradient.view_as(student)
 
 
-def distill(
-    teacher: Variant,
-    student: Variant,
-    ids: Tensor,
-    wanted: Tensor,
-    start: tuple[int, Tensor] | None = None,
-    scale: float = 1.0,
-    loss_mask: Tensor | None = None,
-) -> float:
-    """Add the gradient of the mean divergence, times `scale`, to the student's parameters, and return the divergence.
+class Batch(NamedTuple):
+    """Sequences to train on.
 
-    The gradient of the student's final states is summed slice by slice of logits, then backpropagated in one pass.
+    Attributes:
+        ids: the tokens, [batch, positions].
+        counted: which of them count as next tokens, bool [batch, positions].
+        entering: the teacher's hidden states that enter the first trained block.
+        wanted: its final ones.
+    """
 
-    Args:
+    ids: Tensor
+    counted: Tensor
+    entering: Tensor
+    wanted: Tensor
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Whose predictions who learns.
+
+    Attributes:
         teacher: the dense model.
         student: the model to train.
-        ids: the tokens, [batch, positions].
-        wanted: the teacher's final states there.
-        start: a block and the hidden states that enter it, if the blocks before it are not to run.
-        scale: keeps gradients in the range of their data type; a power of two.
-        loss_mask: which tokens count as next tokens, bool [batch, positions]; None for all.
-
-    Returns:
-        The mean over the next tokens that count, in nats.
+        first: the first block to train; the blocks before it are the teacher's own in both.
     """
-    states = student.final_states(ids, start)
-    leaf = states.detach().requires_grad_()
-    counted = None if loss_mask is None or bool(loss_mask[:, 1:].all()) else loss_mask[:, 1:]
-    count, total = ids[:, 1:].numel() if counted is None else int(counted.sum()), 0.0
-    for part in position_slices(ids, variant.POSITIONS):
-        with torch.no_grad():
-            theirs = teacher.logits(wanted[:, part], ids[:, part])
-        ours = student.logits(leaf[:, part], ids[:, part])
-        here = None if counted is None else counted[:, part]
-        divergence, gradient = divergence_and_gradient(ours, theirs, scale / count, here)
-        torch.autograd.backward(ours, gradient)
-        total += divergence
-    assert leaf.grad is not None
-    student.skippable.backward(states, leaf.grad)
-    return total / count
+
+    teacher: Variant
+    student: Variant
+    first: int
+
+    def divergence(self, batch: Batch) -> float:
+        """Return the student's divergence, summed over the next tokens that count."""
+        states = self.student.final_states(batch.ids, (self.first, batch.entering))
+        everywhere = torch.arange(batch.ids.shape[1] - 1, device=batch.ids.device)
+        here = batch.wanted, batch.ids, everywhere, batch.counted
+        return summed_losses(self.student, self.teacher, states, *here).divergence
+
+    def add_gradient(self, batch: Batch, scale: float = 1.0) -> float:
+        """Add the gradient of the mean divergence, times `scale`, to the student's parameters; return the divergence.
+
+        The gradient of the student's final states is summed slice by slice of logits, then backpropagated in one pass.
+        The scale is a power of two, and keeps gradients in the range of their data type.
+        """
+        ids, states = batch.ids, self.student.final_states(batch.ids, (self.first, batch.entering))
+        leaf = states.detach().requires_grad_()
+        counted = None if bool(batch.counted[:, 1:].all()) else batch.counted[:, 1:]
+        count, total = ids[:, 1:].numel() if counted is None else int(counted.sum()), 0.0
+        for part in position_slices(ids, variant.POSITIONS):
+            with torch.no_grad():
+                theirs = self.teacher.logits(batch.wanted[:, part], ids[:, part])
+            ours = self.student.logits(leaf[:, part], ids[:, part])
+            here = None if counted is None else counted[:, part]
+            divergence, gradient = divergence_and_gradient(ours, theirs, scale / count, here)
+            torch.autograd.backward(ours, gradient)
+            total += divergence
+        assert leaf.grad is not None
+        self.student.skippable.backward(states, leaf.grad)
+        return total / count
+
+
+class TeacherStates:
+    """The teacher's hidden states on sequences, computed once for all uses.
+
+    A row is read in the batch of its first use, whenever that is, so a healing that was resumed finds the same bits.
+    """
+
+    def __init__(
+        self, distillation: Distillation, sequences: Tensor, loss_mask: Tensor | None, order: Iterable[int], size: int
+    ) -> None:
+        self._distillation, device = distillation, distillation.teacher.skippable.device
+        self.rows, self.counted = sequences.to(device), whole_mask(sequences, loss_mask).to(device)
+        first_uses = list(dict.fromkeys(order))
+        self.batches = [first_uses[at : at + size] for at in range(0, len(first_uses), size)]
+        self._batch_of = {row: batch for batch in self.batches for row in batch}
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def batch(self, rows: list[int]) -> Batch:
+        """Return these rows with the teacher's states on them."""
+        for row in rows:
+            if row not in self._known:
+                self._read(self._batch_of[row])
+        entering, wanted = zip(*(self._known[row] for row in rows), strict=True)
+        return Batch(self.rows[rows], self.counted[rows], torch.stack(entering), torch.stack(wanted))
+
+    @torch.no_grad()
+    def _read(self, batch: list[int]) -> None:
+        teacher, first = self._distillation.teacher, self._distillation.first
+        entering, final = teacher.entering_and_final_states(self.rows[batch], first)
+        # Copies, so that a row that is still needed does not hold the others of its batch.
+        self._known |= {row: (entering[at].clone(), final[at].clone()) for at, row in enumerate(batch)}
+
+    def keep(self, rows: Collection[int]) -> None:
+        """Forget the states of all other rows."""
+        self._known = {row: self._known[row] for row in set(rows) & self._known.keys()}
 
 
 def learning_rate(peak: float, share: float, steps: int) -> float:

@@ -3,372 +3,178 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
+from functools import partial
+from typing import Any
 
 import torch
-from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from sleb_cli.engine.device import dtype_name
-from sleb_cli.engine.files.fingerprint import Watch
-from sleb_cli.engine.forward.forecast import announce, block_operations
-from sleb_cli.engine.forward.loss_scale import BACKOFF, LOWEST, starting_scale
-from sleb_cli.engine.memory import in_smaller_pieces
-from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.recovery.distillation import distill, learning_rate
-from sleb_cli.engine.recovery.low_rank import LowRank
-from sleb_cli.engine.recovery.unfinished import read_saved, require_tensor, write_saved
-from sleb_cli.engine.recovery.variant import Variant, summed_losses
-from sleb_cli.engine.text.calibration import Calibration
+from sleb_cli.asked.text_names import REFERENCE_PRESETS
+from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.recovery.distillation import Distillation
+from sleb_cli.engine.recovery.file_tensors import block_number
+from sleb_cli.engine.recovery.heal_budget import HealBudget
+from sleb_cli.engine.recovery.low_rank import RANK, LowRank, rank_of, trained_numbers
+from sleb_cli.engine.recovery.stage import Job, Stage, kept_blocks, whole_model
+from sleb_cli.engine.recovery.training import LEARNING_RATE, Training
+from sleb_cli.engine.recovery.unfinished import short_hash
+from sleb_cli.engine.recovery.variant import Variant
+from sleb_cli.engine.surgery.loading import load_pruned, load_tokenizer
+from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.text.portions import Portions
-from sleb_cli.engine.text.windows import whole_mask
-from sleb_cli.events import HEAL_TASK, Advance, HealChecked, Notice, Notify, task
-from sleb_cli.requests import DEFAULT_HEAL_MINUTES
-from sleb_plugins import ModelError
+from sleb_cli.events import HEAL_TASK, task
+from sleb_cli.plan import HealRecord, LossesRecord
+from sleb_plugins import UnsupportedModelError
 
-LEARNING_RATE = 1.5e-3
-"""The highest; steps are relative to the size of each weight (`low_rank.py`)."""
+TRAINED_BELOW = 4
+"""Training starts this many blocks below the first gap; the blocks before that keep the dense model's inputs."""
+SHARING_TOLERANCE = 1e-2
 
-BATCH_TOKENS = 512
-FIRST_PORTION_TOKENS, PORTION_TOKENS = 16384, 65536
-"""On how many tokens portions train, at first and at most.
-
-A large portion has the model write many sequences at once, which is faster; but a large model takes minutes for it, so
-portions begin small and double, and the last has as much as the rest of the budget can train on.
-"""
-
-CHECKS = 10
-"""How many times the validation text is measured over the whole budget."""
-PATIENCE = 3
-"""Training stops after this many checks without a lower divergence, in the second half of the budget: in the first, the
-learning rate is too high to tell."""
-CHECKED_TOKENS = 2048
-
-SCALE_HEADROOM = 16
-"""How many times the scale of a single token a float16 loss starts with; it is lowered where that overflows."""
-
-SECONDS_BETWEEN_SAVES = 60.0
-MAX_SAVING_SHARE = 0.05
-"""The largest share of the time that saves may take; slow ones are further apart."""
+TRAINING_BYTES = 32
+"""Bytes per trained number, besides the models, in float32: its value, best value and two moments, and in a step
+three of its gradient and what AdamW computes."""
+SAVED_BYTES = 16
+"""Bytes saved per trained number: its value, best value and two moments."""
 
 
 @dataclass(frozen=True)
-class HealBudget:
-    """When to stop: after minutes or after tokens."""
+class Heal(Stage):
+    """The training of the kept blocks, until its budget is used."""
 
-    minutes: float | None
-    tokens: int | None
-
-    @property
-    def total(self) -> int:
-        """The budget in its own unit, seconds or tokens."""
-        return self.tokens if self.tokens is not None else max(1, round(60 * (self.minutes or 0)))
-
-    def portion_tokens(self, portion: int) -> int:
-        """Return on how many tokens a portion trains: fewer for short budgets, to leave time for training."""
-        if self.tokens is not None:
-            first = min(FIRST_PORTION_TOKENS, self.tokens)
-        else:
-            first = max(1, round(FIRST_PORTION_TOKENS * min(1.0, (self.minutes or 0) / DEFAULT_HEAL_MINUTES)))
-        return min(first << portion, PORTION_TOKENS)
-
-    def used(self, seconds: float, tokens: int) -> float:
-        """Return how much of the budget is used, in its own unit."""
-        return float(tokens) if self.tokens is not None else seconds
-
-
-Count = Annotated[int, Field(ge=0, lt=2**62)]
-Number = Annotated[float, Field(ge=0, lt=2**62, allow_inf_nan=False)]
-
-
-class Progress(BaseModel, strict=True, extra="forbid"):
-    """The progress of a healing.
-
-    `portion` and `position` locate it in the text, and `most` is how many sequences the portion has at most, if not 0;
-    `best_*` describe the kept point; `scale` is that of the loss.
-    """
-
-    scale: Annotated[Number, Field(gt=0)]
-    steps: Count = 0
-    tokens: Count = 0
-    seconds: Number = 0.0
-    portion: Count = 0
-    position: Count = 0
-    most: Count = 0
-    checks: Count = 0
-    stale: Count = 0
-    best_divergence: Number = math.inf
-    best_tokens: Count = 0
-
-
-@dataclass
-class Healing:
-    """The training of a pruned model until a budget is used or it stops improving on text that decides.
-
-    Attributes:
-        teacher: the dense model.
-        student: the pruned model, recovered in closed form if that was asked for.
-        first: the first block to train; the blocks before it are the dense model's own in both.
-        weights: the matrices of the student's blocks from `first` on.
-        originals: what they were before, in the same order; where nothing was fitted, the dense model's own.
-        stored: the data type of the checkpoint, to which weights are rounded.
-        portions: the text to train on.
-        validation: the text that chooses the point to keep, and is never trained on.
-        budget: when to stop.
-        file: where the main process saves the training about every minute, and from where it continues.
-        watch: the dense model's files, which must be the same at each save.
-        group: the processes that heal together.
-        notify: the listener for events.
-    """
-
-    teacher: Variant
-    student: Variant
-    first: int
-    weights: Sequence[nn.Parameter]
-    originals: Sequence[Tensor]
-    stored: torch.dtype
-    portions: Portions
-    validation: Calibration
     budget: HealBudget
-    file: Path
-    watch: Watch
-    group: ProcessGroup
-    notify: Notify
 
-    def __post_init__(self) -> None:
-        for weight, original in zip(self.weights, self.originals, strict=True):
-            # Each process fitted its own weights, and rounding may differ between them.
-            weight.data.copy_(self.group.broadcast(weight.data))
-            if not torch.equal(original, weight.data):
-                original.copy_(weight.data)
-        self.device, dtype = self.weights[0].device, self.weights[0].dtype
-        sequences = self.validation.sequences
-        self.length = sequences.shape[1]
-        self.batch = self.micro_batch = max(1, BATCH_TOKENS // self.length)
-        self.trained = LowRank(self.weights, self.originals, self.stored)
-        self.best = self.trained.values.detach().clone()
-        self.is_scaled = dtype is torch.float16
-        self.progress = Progress(scale=starting_scale(dtype, self.batch * self.length * SCALE_HEADROOM))
-        checked = sequences[: max(1, CHECKED_TOKENS // self.length)].to(self.device)
-        self.checked = _TeacherStates(self, checked, range(len(checked)))
-        self.checked_mask = whole_mask(sequences, self.validation.loss_mask)[: len(checked)].to(self.device)
-        self.loss, self._left_out = 0.0, False
-        self._advance: Advance
-        self._reported = self._save_seconds = 0.0
+    title, model, measured, streams = "Healing", "healed", "healed", False
 
-    def run(self) -> Literal["budget", "patience"]:
-        """Train, give the weights the values that were best, and return why training stopped."""
-        unit = "tokens" if self.budget.tokens is not None else "s"
-        with task(self.notify, HEAL_TASK, self.budget.total, unit) as self._advance:
-            continues = self._continue()
-            self._announce()
-            self._saved_at = time.monotonic()
-            self._began = self._saved_at - self.progress.seconds
-            if not continues:
-                self._check()
-            batches, used = self._batches(), self._share()
-            while used < 1 and self.progress.stale < PATIENCE:
-                self._step(*next(batches), used)
-                used = self._share()
-                if int(used * CHECKS) > self.progress.checks or used >= 1:
-                    self.progress.checks = int(used * CHECKS)
-                    self._check()
-                self._save_if_due()
-            self._save()  # what comes after may fail, too
-        self.trained.values.data.copy_(self.best)
-        self.trained.write_weights()
-        return "budget" if used >= 1 else "patience"
+    def needed_bytes(self, surgery: Surgery, dtype: torch.dtype, tokens: int) -> dict[str, int]:
+        """Return the memory for what is trained. Their original values, and all else, both models share."""
+        weights = sum(each.numel() for block in kept_blocks(surgery) for each in block.parameters())
+        state = _trained(kept_blocks(surgery)) * TRAINING_BYTES
+        return {"the trained weights": weights * dtype.itemsize, "the state of training": state}
 
-    def _announce(self) -> None:
-        """Tell how long a number of tokens takes, besides the writing of text; minutes are known."""
-        if self.budget.tokens is None:
-            return
-        teacher, student = self.teacher.skippable, self.student.skippable
-        left = self.budget.tokens - self.progress.tokens
-        # Each product of the student's trained part has two more backwards, each of its head has one.
-        through_blocks = len(teacher.switches) + 3 * (len(student.switches) - self.first) + 3 * teacher.head_blocks
-        announce(
-            self.notify,
-            f"Healing: {left:,} tokens in {dtype_name(self.weights[0].dtype)}",
-            through_blocks * left * block_operations(teacher),
-            teacher,
-            self.checked.rows[: self.batch],
-            processes=self.group.size,
+    def saved_bytes(self, surgery: Surgery, stored: torch.dtype) -> int:
+        """Return the size of the saved training."""
+        return _trained(kept_blocks(surgery)) * SAVED_BYTES
+
+    def run(self, job: Job, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Distill the dense model into the pruned one with these values."""
+        assert job.saved
+        surgery, budget = job.settings.surgery, self.budget
+        architecture = surgery.architecture
+        model, parameters = _student(job, values)
+        with SkippableModel(model, architecture.blocks_of(model)) as pruned:
+            first = _first_trained(job, pruned, values)
+            path = architecture.adapter.blocks_path
+            weights = {
+                name: parameter
+                for name, parameter in parameters.items()
+                if rank_of(parameter.shape) and (block_number(path, name) or 0) >= first
+            }
+            trained = LowRank([*weights.values()], _originals(job, [*weights.values()]), job.settings.stored)
+            distillation = Distillation(Variant(job.dense), Variant(pruned), first)
+            file = job.saved / f"healing-{self._identity(job)}.safetensors"
+            unit = "tokens" if budget.tokens is not None else "s"
+            with task(job.notify, HEAL_TASK, budget.total, unit) as advance:
+                training = Training(job, budget, distillation, trained, self._portions(job), file, advance)
+                stopped = training.run()
+        progress = training.progress
+        return {**values, **{name: weight.detach() for name, weight in weights.items()}}, {
+            "minutes": budget.minutes,
+            "token_budget": budget.tokens,
+            "sequence_length": job.validation.sequences.shape[1],
+            "batch_size": training.size * job.group.size,
+            "learning_rate": LEARNING_RATE,
+            "rank": RANK,
+            "tokens": progress.tokens,
+            "kept_tokens": progress.best_tokens,
+            "steps": progress.steps,
+            "seconds": progress.seconds,
+            "stopped": stopped,
+        }
+
+    def fields(self, found: dict[str, Any], losses: LossesRecord) -> dict[str, Any]:
+        """Return the training, with the losses of its best point."""
+        return {"heal": HealRecord(**found, losses=losses)}
+
+    def _identity(self, job: Job) -> str:
+        """Return what stands for all that a healing depends on, besides its folder."""
+        text, stages = job.settings.splits[0], job.settings.stages
+        return short_hash(
+            before=[stage.measured for stage in stages[: stages.index(self)]],
+            calibration=text.source,
+            samples=text.samples,
+            seed=text.seed,
+            minutes=self.budget.minutes,
+            tokens=self.budget.tokens,
+            processes=job.group.size,
         )
 
-    def _continue(self) -> bool:
-        """Take over what an interrupted run saved; return whether there is anything."""
-        if not self.group.from_main(self.file.exists):
-            return False
-        self.progress, tensors = read_saved(self.file, Progress)
-        for name, tensor in self._state.items():
-            tensor.copy_(require_tensor(self.file, tensors.get(name), tensor.shape))
-        self.trained.write_weights()
-        if self.group.is_main:
-            self.notify(Notice(f"Continuing an interrupted healing, after {self.progress.tokens:,} tokens."))
-        return True
+    def _portions(self, job: Job) -> Portions:
+        """Return the text to heal on, of the part of it for training."""
+        train = job.settings.splits[0]
+        # Samples of a reference preset are rows of text: read no more than were fitted to.
+        most = train.samples if train.source in REFERENCE_PRESETS else math.inf
 
-    def _share(self) -> float:
-        """Return the share of the budget that is used, the same in all processes."""
-        self.progress.seconds = self.group.from_main(lambda: time.monotonic() - self._began)
-        return self.budget.used(self.progress.seconds, self.progress.tokens) / self.budget.total
+        def uses(portion: int) -> int:
+            return int(min(most, -(-self.budget.portion_tokens(portion) // train.sequence_length)))
 
-    def _step(self, ids: Tensor, mask: Tensor, entering: Tensor, wanted: Tensor, share: float) -> None:
-        gradient = self._gradient(ids, mask, entering, wanted)
-        # The learning rate is that of the middle of the step.
-        tokens = ids.numel() * self.group.size
-        ahead = tokens / self.budget.total / 2 if self.budget.tokens is not None else 0.0
-        if bool(gradient.isfinite().all()):
-            self.trained.step(gradient, learning_rate(LEARNING_RATE, share + ahead, self.progress.steps))
-        elif not self._left_out:
-            self._left_out = True
-            self.notify(Notice("Skipping steps whose gradient is not finite: the model overflows on some text."))
-        self.progress.steps += 1
-        self.progress.tokens += tokens
-        self._report()
-
-    def _gradient(self, ids: Tensor, mask: Tensor, entering: Tensor, wanted: Tensor) -> Tensor:
-        """Return the gradient of a step, the mean over all processes; an overflow lowers the scale of the loss."""
-        before = self.progress.scale
-        while True:
-            self.loss = self._distill(ids, mask, entering, wanted)
-            gradient = self.group.mean(self.trained.take_gradient())
-            is_finite = bool(gradient.isfinite().all())
-            if is_finite or not self.is_scaled or self.progress.scale <= LOWEST:
-                gradient.div_(self.progress.scale)
-                self.progress.scale = self.progress.scale if is_finite else before  # no scale helps on this text
-                return gradient
-            self.progress.scale *= BACKOFF
-
-    def _distill(self, ids: Tensor, mask: Tensor, entering: Tensor, wanted: Tensor) -> float:
-        """Backpropagate the divergence, in parts if the device has no memory for all sequences at once."""
-
-        def run(size: int) -> float:
-            total, count = 0.0, int(mask[:, 1:].sum())
-            parts = (torch.split(tensor, size) for tensor in (ids, mask, entering, wanted))
-            for ids_, mask_, entering_, wanted_ in zip(*parts, strict=True):
-                share = int(mask_[:, 1:].sum()) / count
-                scale, start = share * self.progress.scale, (self.first, entering_)
-                total += share * distill(self.teacher, self.student, ids_, wanted_, start, scale, mask_)
-            return total
-
-        def fewer(micro_batch: int) -> None:
-            self.trained.take_gradient()  # of those that ran out of memory
-            self.micro_batch = micro_batch
-            self.notify(Notice(f"Out of memory on {self.device}; healing {micro_batch} sequences at a time."))
-
-        return in_smaller_pieces(run, self.micro_batch, fewer)
-
-    def _check(self) -> None:
-        """Measure the validation text, and keep the point if it is the best so far."""
-        found = self.group.from_main(self._divergence)
-        if not (self.progress.steps or math.isfinite(found)):
-            raise ModelError(
-                f"On the validation text, the divergence from the dense model is {found}.",
-                hint="Use other text, or a data type with a wider range: --dtype bfloat16 or float32.",
-            )
-        used = self._share()
-        if found < self.progress.best_divergence:
-            self.best.copy_(self.trained.values.data)
-            self.progress.best_divergence, self.progress.best_tokens = found, self.progress.tokens
-            self.progress.stale = 0
-        else:
-            self.progress.stale += used > 0.5
-        if self.progress.steps:
-            self.notify(HealChecked(min(1.0, used), self.loss, found))
-
-    @torch.inference_mode()
-    def _divergence(self) -> float:
-        """Return the divergence on the validation text. The teacher reads that once."""
-        rows, total = self.checked.rows, 0.0
-        everywhere = torch.arange(self.length - 1, device=self.device)
-        for chosen in self.checked.batches:
-            entering, wanted = self.checked.of(chosen)
-            states = self.student.final_states(rows[chosen], (self.first, entering))
-            here = rows[chosen], everywhere, self.checked_mask[chosen]
-            total += summed_losses(self.student, self.teacher, states, wanted, *here).divergence
-        return total / int(self.checked_mask[:, 1:].sum())
-
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Yield sequences, which of their tokens count, and the teacher's states, from the current progress on."""
-        while True:
-            number = self.progress.portion * self.group.size + self.group.rank
-            # Time passes while text is written.
-            portion = self.portions.draw(number, lambda event: self._report(), self.progress.most)
-            targets = _TeacherStates(self, portion.sequences.to(self.device), portion.order)
-            mask = whole_mask(portion.sequences, portion.loss_mask).to(self.device)
-            while self.progress.position < len(portion.order):
-                start = self.progress.position
-                self.progress.position += self.batch
-                chosen, later = portion.order[start : self.progress.position], portion.order[self.progress.position :]
-                yield targets.rows[chosen], mask[chosen], *targets.of(chosen)
-                targets.keep(later)
-            self.progress.portion += 1
-            self.progress.position = 0
-            self.progress.most = self._left()
-
-    def _left(self) -> int:
-        """Return how many sequences of its own a process can train on in the rest of the budget, at the pace so far."""
-        seconds, tokens = self.progress.seconds, self.progress.tokens
-        left = self.budget.total - self.budget.used(seconds, tokens)
-        left *= 1 if self.budget.tokens is not None else tokens / max(seconds, 1e-3)
-        return max(1, math.ceil(left / self.length / self.group.size))
-
-    def _report(self) -> None:
-        used = self.budget.used(time.monotonic() - self._began, self.progress.tokens)
-        if used - self._reported >= 1:
-            self._advance(int(used - self._reported))
-            self._reported += int(used - self._reported)
-
-    def _save_if_due(self) -> None:
-        began = time.monotonic()
-        if began - self._saved_at >= max(SECONDS_BETWEEN_SAVES, self._save_seconds / MAX_SAVING_SHARE):
-            self._save()
-            self._saved_at = time.monotonic()
-            self._save_seconds = self._saved_at - began
-
-    def _save(self) -> None:
-        if self.group.is_main:
-            self.watch.require_unchanged()
-            write_saved(self.file, self.progress, self._state)
-
-    @property
-    def _state(self) -> dict[str, Tensor]:
-        """The tensors of a saved state, which are the training's own."""
-        return {f"trained.{name}": tensor for name, tensor in self.trained.state.items()} | {"best": self.best}
+        tokenizer = load_tokenizer(job.settings.surgery.architecture.source)
+        load_model = partial(whole_model, job.dense)
+        return Portions(train, uses, tokenizer, load_model, job.group.size, job.train.sequences_of)
 
 
-class _TeacherStates:
-    """The teacher's hidden states on sequences, computed once for all uses.
+def _trained(blocks: Sequence[nn.Module]) -> int:
+    """Return how many numbers are trained, if no block before the gap is left as it is."""
+    return sum(trained_numbers(parameter.shape) for block in blocks for parameter in block.parameters())
 
-    A row is read in the batch of its first use, whenever that is, so a healing that was resumed finds the same bits.
+
+def _student(job: Job, values: Mapping[str, Tensor]) -> tuple[Any, dict[str, nn.Parameter]]:
+    """Return the pruned model with these values, and the parameters of its blocks by their names in the dense model."""
+    surgery, placement = job.settings.surgery, job.settings.placement
+    path = surgery.architecture.adapter.blocks_path
+    model = load_pruned(surgery, placement.dtype, placement.device, job.notify, dense=job.dense.model)
+    parameters = {
+        f"{path}.{old}.{name}": parameter
+        for block, old in zip(surgery.architecture.blocks_of(model), surgery.kept.blocks, strict=True)
+        for name, parameter in block.named_parameters()
+        if parameter.is_floating_point()
+    }
+    for name, value in values.items():  # outside the blocks, the names are the same in both models
+        parameter = parameters[name] if name in parameters else model.get_parameter(name)
+        parameter.data = value.to(parameter.device, parameter.dtype, copy=True)  # not into the dense model's own
+    return model, parameters
+
+
+def _first_trained(job: Job, pruned: SkippableModel, values: Mapping[str, Tensor]) -> int:
+    """Return the block that training starts at: below the first gap, or the first with new values if that is lower."""
+    surgery, ids = job.settings.surgery, job.validation.sequences[:1].to(job.settings.placement.device)
+    blocks = (block_number(surgery.architecture.adapter.blocks_path, name) for name in values)
+    changed = [block for block in blocks if block is not None]
+    first = max(0, min([min(surgery.removed) - TRAINED_BELOW, *changed]))
+    return first if first and can_share(Variant(job.dense), Variant(pruned), first, ids) else 0
+
+
+def _originals(job: Job, weights: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Give the weights memory of their own; return the old one, which is the dense model's where nothing was fitted."""
+    originals = [weight.data for weight in weights]
+    for weight, original in zip(weights, originals, strict=True):
+        # Each process fitted its own weights, and rounding may differ between them.
+        weight.data = job.group.broadcast(original.clone())
+        if not torch.equal(original, weight.data):
+            original.copy_(weight.data)
+    return originals
+
+
+@torch.inference_mode()
+def can_share(dense: Variant, pruned: Variant, first: int, ids: Tensor) -> bool:
+    """Whether the pruned model may start at block `first` with the dense model's hidden states.
+
+    It may not if blocks take more than hidden states from earlier blocks.
     """
-
-    def __init__(self, healing: Healing, rows: Tensor, order: Iterable[int]) -> None:
-        self.rows, self._teacher, self._first = rows, healing.teacher, healing.first
-        first_uses = list(dict.fromkeys(order))
-        self.batches = [first_uses[at : at + healing.batch] for at in range(0, len(first_uses), healing.batch)]
-        self._batch_of = {row: batch for batch in self.batches for row in batch}
-        self._known: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def of(self, chosen: list[int]) -> tuple[Tensor, Tensor]:
-        """Return the hidden states that enter the first trained block, and the final ones."""
-        for row in chosen:
-            if row not in self._known:
-                self._read(self._batch_of[row])
-        entering, final = zip(*(self._known[row] for row in chosen), strict=True)
-        return torch.stack(entering), torch.stack(final)
-
-    @torch.no_grad()
-    def _read(self, batch: list[int]) -> None:
-        entering, final = self._teacher.entering_and_final_states(self.rows[batch], self._first)
-        # Copies, so that a row that is still needed does not hold the others of its batch.
-        self._known |= {row: (entering[at].clone(), final[at].clone()) for at, row in enumerate(batch)}
-
-    def keep(self, rows: Collection[int]) -> None:
-        """Forget the states of all other rows."""
-        self._known = {row: self._known[row] for row in set(rows) & self._known.keys()}
+    try:
+        entering, _ = dense.entering_and_final_states(ids, first)
+        found, expected = pruned.final_states(ids, (first, entering)), pruned.final_states(ids)
+    except UnsupportedModelError:
+        return False
+    return float((found - expected).float().norm() / expected.float().norm()) < SHARING_TOLERANCE

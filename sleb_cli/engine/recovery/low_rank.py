@@ -89,6 +89,11 @@ class LowRank:
             change.weight.requires_grad_(True)
             change.weight.register_post_accumulate_grad_hook(change.take_gradient)  # type: ignore[no-untyped-call]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The data type that the weights compute in."""
+        return self._changes[0].weight.dtype
+
     def _changes_of(self, weights: Sequence[nn.Parameter], originals: Sequence[Tensor]) -> Iterator[_Change]:
         start = 0
         for weight, original in zip(weights, originals, strict=True):

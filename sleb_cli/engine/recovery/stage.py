@@ -1,17 +1,32 @@
-"""What is decided of a recovery before it begins."""
+"""What a recovery is made of: stages, each of which gives the kept blocks new values.
+
+A new way to recover is a `Stage` in a file of its own, its option in `requests.py`, its row in `door/recovery.py`, and
+its record in `plan.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor, nn
 
 from sleb_cli.engine.forward.placement import Placement
-from sleb_cli.engine.recovery.heal import HealBudget
+from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.unfinished import Unfinished
-from sleb_cli.engine.surgery.subject import Subject
+from sleb_cli.engine.surgery.surgery import Surgery
+from sleb_cli.engine.text.calibration import Calibration
 from sleb_cli.engine.text.settings import CalibrationSettings
+from sleb_cli.events import Notify, ignore
+from sleb_cli.plan import LossesRecord
+
+HIDDEN_STATES = "hidden states"
+"""A need for memory that the host's can meet if a device's cannot."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +34,8 @@ class RecoverySettings:
     """A recovery that is decided.
 
     Attributes:
-        subject: the model and the removed blocks.
-        closed_form: whether its blocks are refitted.
-        budget: when to stop healing; None heals nothing.
+        surgery: the removal.
+        stages: what gives the kept blocks new values, in order.
         placement: where the dense model is, and in which data type it computes.
         stored: the data type to which values are rounded.
         on_host: whether hidden states wait in the memory of the CPU, because the device has too little.
@@ -30,12 +44,87 @@ class RecoverySettings:
         kept_bytes: how many bytes that may still take.
     """
 
-    subject: Subject
-    closed_form: bool
-    budget: HealBudget | None
+    surgery: Surgery
+    stages: tuple[Stage, ...]
     placement: Placement
     stored: torch.dtype
     on_host: bool
     splits: Sequence[CalibrationSettings]
     state: Unfinished
     kept_bytes: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every stage of a recovery works with.
+
+    Attributes:
+        settings: what was decided.
+        dense: the dense model, as an entered context; its parameters end as they were.
+        train: the text to fit to.
+        validation: the text that decides, and is never fitted to.
+        saved: the folder where a stage keeps what it found, and finds what an interrupted run kept; None keeps nothing.
+        group: the processes that recover together.
+        notify: the listener for events.
+    """
+
+    settings: RecoverySettings
+    dense: SkippableModel
+    train: Calibration
+    validation: Calibration
+    saved: Path | None = None
+    group: ProcessGroup = field(default_factory=ProcessGroup)
+    notify: Notify = ignore
+
+
+class Stage(ABC):
+    """A way to give the kept blocks new values, with its settings.
+
+    Attributes:
+        title: what messages call it.
+        model: what they call the model that has its values.
+        measured: the name of that model's losses in a `ConversationsRecord`.
+        streams: whether the blocks may stay in the files.
+    """
+
+    title: ClassVar[str]
+    model: ClassVar[str]
+    measured: ClassVar[str]
+    streams: ClassVar[bool]
+
+    def reserved_bytes(self, surgery: Surgery) -> int:
+        """Return the memory to leave free when the model's place and data type are chosen."""
+        return 0
+
+    @abstractmethod
+    def needed_bytes(self, surgery: Surgery, dtype: torch.dtype, tokens: int) -> dict[str, int]:
+        """Return the memory that it takes besides the dense model, by what for."""
+
+    @abstractmethod
+    def saved_bytes(self, surgery: Surgery, stored: torch.dtype) -> int:
+        """Return the most that it keeps on the disk."""
+
+    @abstractmethod
+    def run(self, job: Job, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
+        """Return all new values, by the dense model's parameter names, and what to record.
+
+        Args:
+            job: what it works with.
+            values: those of the stages before.
+        """
+
+    @abstractmethod
+    def fields(self, found: Any, losses: LossesRecord) -> dict[str, Any]:
+        """Return its fields of a `RecoveryRecord`: what `run` found, and the losses with its values."""
+
+
+def kept_blocks(surgery: Surgery) -> list[nn.Module]:
+    """Return the blocks that stay, without their weights."""
+    blocks = surgery.architecture.blocks_of(surgery.architecture.skeleton)
+    return [blocks[block] for block in surgery.kept.blocks]
+
+
+def whole_model(dense: SkippableModel) -> Any:
+    """Return the dense model with no block skipped, to write text."""
+    dense.skip(())
+    return dense.model

@@ -23,6 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sleb_cli.atomic import new_file, writing
+from sleb_cli.engine.files.fingerprint import Watch
+from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.third_party import saving
 from sleb_cli.events import Notice, Notify
 from sleb_plugins import OutputError, PlanError
@@ -36,10 +38,11 @@ SUFFIX = ".recovery"
 """How the names of the hidden folders end."""
 DAYS_KEPT = 30
 """After this many days without a change, a later recovery in the same place removes the folder."""
+SECONDS_BETWEEN_SAVES = 60.0
+MAX_SAVING_SHARE = 0.05
+"""The largest share of the time that saves may take; slow ones are further apart."""
 _OF_A_COMMAND = re.compile(r"(b?float(?:16|32|64))-[0-9a-f]{16}")
-_OURS = re.compile(
-    rf"{_OF_A_COMMAND.pattern}|(healing-[0-9a-f]{{16}}|closed-form|norm|block-\d+)\.safetensors|\.\S+\.partial"
-)
+_OURS = re.compile(rf"{_OF_A_COMMAND.pattern}(/([\w-]+\.safetensors|\.\S+\.partial))?")
 
 
 def read_saved(file: Path, kind: type[R]) -> tuple[R, dict[str, Tensor]]:
@@ -73,12 +76,45 @@ def write_saved(file: Path, record: BaseModel, tensors: Mapping[str, Tensor]) ->
         save_file({name: tensor.cpu() for name, tensor in tensors.items()}, aside, metadata=metadata)
 
 
-def require_tensor(file: Path, found: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    """Return a tensor that was read from `file`, if it is float32, of this shape, and finite.
+class Saves:
+    """A file that the main process saves a state to about every minute, and continues from.
 
-    Raises:
-        PlanError: it is not.
+    Attributes:
+        file: the file.
+        tensors: those of the state, which are the work's own.
+        watch: the dense model's files, which must be the same at each save.
     """
+
+    def __init__(self, file: Path, tensors: Mapping[str, Tensor], watch: Watch, group: ProcessGroup) -> None:
+        self.file, self.tensors, self.watch, self.group = file, tensors, watch, group
+        self._saved_at, self._seconds = time.monotonic(), 0.0
+
+    def restore(self, kind: type[R]) -> R | None:
+        """Copy what was saved into the tensors, and return the record beside them; None if nothing was saved."""
+        if not self.group.from_main(self.file.exists):
+            return None
+        record, found = read_saved(self.file, kind)
+        for name, tensor in self.tensors.items():
+            tensor.copy_(_require_tensor(self.file, found.get(name), tensor.shape))
+        return record
+
+    def save(self, record: BaseModel) -> None:
+        """Save the state."""
+        if self.group.is_main:
+            self.watch.require_unchanged()
+            write_saved(self.file, record, self.tensors)
+
+    def save_if_due(self, record: BaseModel) -> None:
+        """Save the state if the last save is long ago."""
+        began = time.monotonic()
+        if began - self._saved_at >= max(SECONDS_BETWEEN_SAVES, self._seconds / MAX_SAVING_SHARE):
+            self.save(record)
+            self._saved_at = time.monotonic()
+            self._seconds = self._saved_at - began
+
+
+def _require_tensor(file: Path, found: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor that was read from `file`, if it is float32, of this shape, and finite."""
     if found is None or (found.shape, found.dtype) != (shape, torch.float32) or not bool(found.isfinite().all()):
         raise _broken(file)
     return found
@@ -90,7 +126,7 @@ class Unfinished:
     def __init__(self, output: Path) -> None:
         self.folder = output.absolute().with_name(f".{output.name}{SUFFIX}")
 
-    def of(self, dtype: str, **identity: Any) -> Path:
+    def folder_for(self, dtype: str, **identity: Any) -> Path:
         """Return the folder for what is computed in this data type, and depends on these values."""
         return self.folder / f"{dtype}-{short_hash(format=FORMAT, **identity)}"
 
@@ -153,7 +189,8 @@ def clear_old(parent: Path) -> None:
     with suppress(OSError):
         for folder in parent.glob(f".*{SUFFIX}"):
             files = [*folder.glob("*"), *folder.glob("*/*")]
-            is_ours = not folder.is_symlink() and files and all(_OURS.fullmatch(path.name) for path in files)
+            names = [path.relative_to(folder).as_posix() for path in files]
+            is_ours = not folder.is_symlink() and files and all(map(_OURS.fullmatch, names))
             if is_ours and time.time() - max(path.lstat().st_mtime for path in files) > DAYS_KEPT * 86400:
                 shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,0 +1,233 @@
+"""One fit: which change to a block's weights makes up for what is missing behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from sleb_cli.engine.device import as_float64
+from sleb_cli.engine.forward.offload import loaded
+from sleb_cli.engine.recovery.depth import Batches, DepthPair, require_finite
+from sleb_cli.engine.recovery.least_squares import Gains, Ridge, best_ridge
+from sleb_cli.engine.recovery.residual_projections import (
+    ResidualProjection,
+    final_norm,
+    find_residual_projections,
+    passing,
+)
+from sleb_cli.units import format_bytes
+from sleb_plugins import MachineError
+from sleb_plugins.errors import explain_out_of_memory
+
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+SILENT = 0.01
+"""Channels that a norm multiplies by less than this share of the mean are not fitted."""
+
+Samples = Iterator[tuple[Tensor, Tensor, Tensor]]
+"""The features [positions, features], targets [positions, outputs] and weights [positions], batch by batch."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """New values by parameter name, and the weighted squares on the validation text before and after."""
+
+    ridge: float
+    values: dict[str, Tensor]
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class BlockFit:
+    """The regressions of a block, from both models' hidden states at the end of its gap.
+
+    Attributes:
+        batches: this process's batches.
+        pair: the dense model's states at the end of the gap, and those that enter the block in the recovered one.
+        block: the block; None for the final norm.
+        values: the values of the blocks before it.
+        stored: the data type to which values are rounded.
+    """
+
+    batches: Batches
+    pair: DepthPair
+    block: int | None
+    values: Mapping[str, Tensor]
+    stored: torch.dtype
+
+    @property
+    def _root(self) -> nn.Module:
+        skippable = self.batches.skippable
+        return skippable.model if self.block is None else skippable.switches[self.block].block
+
+    def find(self) -> list[ResidualProjection]:
+        """Return the modules to fit."""
+        batches, first = self.batches, self.pair.pruned[0]
+        skippable = batches.skippable
+        if self.block is None:
+            norm = final_norm(skippable, first.to(skippable.device), batches.ids[0])
+            return [norm] if norm else []
+        with skippable.loaded(self.block), skippable.replaced(self.values):
+            return find_residual_projections(skippable, batches.probes[0][self.block], first[batches.probed])
+
+    def loaded(self, projections: Sequence[ResidualProjection]) -> AbstractContextManager[None]:
+        """Have the weights to fit in place."""
+        if self.block is None:
+            return loaded(self._root.get_submodule(projections[0].name))
+        return self.batches.skippable.loaded(self.block)
+
+    def fit(self, projections: Sequence[ResidualProjection], found: Mapping[str, Tensor]) -> Fit:
+        """Fit projections at once, given the values that were `found` for the block.
+
+        Of all ridges, the one that leaves the least error on the validation text is taken.
+        """
+        values, root, group = {**self.values, **found}, self._root, self.batches.group
+        named = self.batches.skippable.model.named_modules()
+        prefix = next(f"{name}." if name else "" for name, module in named if module is root)
+        train, validation = self._sums(projections, values)
+
+        def value_of(name: str) -> Tensor:
+            return values.get(prefix + name, root.get_parameter(name))
+
+        # A smaller batch would not help.
+        with explain_out_of_memory(
+            f"Fitting {' and '.join(projection.name for projection in projections)} needs about "
+            f"{format_bytes(train.bytes_to_solve)} of memory for its sums.",
+            "Leave out --recover, or use a machine or a --device with more memory.",
+            MachineError,
+        ):
+            solved = best_ridge(train, validation, RIDGES) if group.is_main else (0.0, 0.0, torch.empty_like(train.xy))
+            ridge, after = group.from_main(lambda: solved[:2])
+            fitted, new = group.broadcast(solved[2].contiguous()), dict[str, Tensor]()
+            for name, change in _changes(projections, fitted, value_of):
+                changed = as_float64(value_of(name)).to(change.device) + change
+                place = root.get_parameter(name).device
+                new[prefix + name] = self.batches.to_store(changed.to(place, self.stored).contiguous())
+        return Fit(ridge, new, float(validation.yy), after)
+
+    def _sums(self, projections: Sequence[ResidualProjection], values: Mapping[str, Tensor]) -> tuple[Ridge, Ridge]:
+        """Return the sums of the regression over the training and over the validation text."""
+        batches, skippable = self.batches, self.batches.skippable
+        if self.block is None:
+            samples, device = partial(self._samples_of_norm, projections[0]), skippable.device
+        else:
+            samples, device = partial(self._samples, self.block, projections, values), skippable.places[self.block]
+        inputs = sum(projection.inputs for projection in projections)
+        outputs = skippable.model.config.get_text_config().hidden_size
+        has_gains = projections[0].kind == "gain"
+        has_bias = any(projection.takes_bias for projection in projections)
+        rounded = skippable.model.dtype is torch.bfloat16  # so the features are rounded already
+
+        def empty() -> Ridge:
+            return Gains(inputs, device) if has_gains else Ridge(inputs + has_bias, outputs, device, rounded=rounded)
+
+        groups = batches.train_for_gains if has_gains else batches.train
+        train, validation = (self._summed(samples, at, empty) for at in (groups, batches.validation))
+        require_finite((*train.tensors, *validation.tensors))
+        return train, validation
+
+    def _summed(
+        self, samples: Callable[[Iterable[int]], Samples], groups: Sequence[range], empty: Callable[[], Ridge]
+    ) -> Ridge:
+        """Return the sums over all batches of all processes."""
+        group = self.batches.group
+        total, size, rank = empty(), group.size, group.rank
+        for first in range(0, len(groups), size):
+            turn, own = groups[first : first + size], empty()
+            for features, targets, weights in samples(turn[rank]) if rank < len(turn) else ():
+                own.add(features, targets, weights)
+            for source in range(len(turn)):
+                part = own if source == rank else empty()
+                for sum_, added in zip(total.tensors, part.tensors, strict=True):
+                    sum_ += group.broadcast(added, source)
+        return total
+
+    def _samples(
+        self,
+        block: int,
+        projections: Sequence[ResidualProjection],
+        values: Mapping[str, Tensor],
+        batches: Iterable[int],
+    ) -> Samples:
+        """Yield features, what is missing at the end of the gap, and weights, in float32.
+
+        Norms divide hidden states by their size before anything reads them, so an error is weighed relative to that
+        size: otherwise the few positions whose states are a thousand times larger, often the first, would decide.
+        """
+        skippable, module = self.batches.skippable, self._root
+        names = [name for projection in projections for name in projection.names]
+        scales = [projection.scale for projection in projections if projection.takes_bias]
+        for batch in batches:
+            with skippable.replaced(values), passing(module, names) as (entering, _):
+                found = skippable.run_block(self.batches.calls[batch][block], self.pair.pruned[batch]).float()
+                wanted = self.pair.dense[batch].to(found.device).float()
+                missing = (wanted - found).flatten(0, -2)
+                parts = [projection.features(module, entering) for projection in projections]
+            ones = [missing.new_full((len(missing), 1), scale) for scale in scales[:1]]
+            weights = 1 / wanted.square().mean(-1).flatten().clamp_min(1e-12)
+            yield torch.cat([*parts, *ones], dim=1), missing, weights
+
+    def _samples_of_norm(self, norm: ResidualProjection, batches: Iterable[int]) -> Samples:
+        """Yield the samples of the final norm, whose output is normalized already, so all positions weigh the same."""
+        model, here = self.batches.skippable.model, self.batches.skippable.device
+        module = model.get_submodule(norm.name)
+        for batch in batches:
+            dense, pruned = self.pair.dense[batch].to(here), self.pair.pruned[batch].to(here)
+            wanted, found = (module(states).float().flatten(0, -2).to(here) for states in (dense, pruned))
+            yield norm.normalized(model, pruned), wanted - found, torch.ones(len(found), device=here)
+
+
+def fit_block(
+    projections: Sequence[ResidualProjection], fit: Callable[[Sequence[ResidualProjection], Mapping[str, Tensor]], Fit]
+) -> Fit:
+    """Fit all projections of a block; `fit` fits some of them at once, given the values found so far.
+
+    Those whose output the rest of the block reads (attention's, which the MLP reads) are fitted with the others, as
+    though nothing responded to them: together, so that none adds what another can add better. Then the exact ones
+    are fitted once more and make up for the response.
+
+    What is added through a norm for an input x is gain * W x / s, where s is the size of W x, so it is linear in W
+    as long as s stays what it is. It does not, and what a fit makes smaller, the norm makes larger again: so the
+    gains are fitted after W, which is exact, and then both again with the new s.
+    """
+    exact = [projection for projection in projections if projection.exact]
+    near = [projection for projection in projections if not projection.exact]
+    together = [projection for projection in exact if projection.kind != "gain"] + near
+    behind_norms = any(projection.norm for projection in exact)
+    rounds = [together] * bool(near) + [exact] * bool(exact) + [exact] * behind_norms
+    values: dict[str, Tensor] = {}
+    fits: list[Fit] = []
+    for fitted in rounds:
+        found = fit(fitted, values)
+        values, after = values | found.values, found.after
+        for norm in (projection.norm for projection in fitted if projection.norm):
+            gains = fit([norm], values)
+            after = min(gains.before, gains.after)
+            if gains.after < gains.before:
+                values = values | gains.values
+        fits.append(Fit(found.ridge, values, fits[0].before if fits else found.before, after))
+    # After the first of several rounds, how the rest of the block responds is not yet known.
+    return min(fits[bool(near and exact) :], key=lambda fit: fit.after)
+
+
+def _changes(
+    projections: Sequence[ResidualProjection], fitted: Tensor, value_of: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what to add to the weights of the projections, by name, and to the bias of the first that has one."""
+    start = 0
+    for projection in projections:
+        part = fitted[start : start + projection.inputs]
+        start += len(part)
+        if projection.norm:
+            multipliers = as_float64(value_of(f"{projection.norm.name}.weight")) + projection.norm.offset
+            # Infinity where a norm multiplies by next to nothing.
+            silent = multipliers.abs() < SILENT * multipliers.abs().mean()
+            part = part / multipliers.masked_fill(silent, torch.inf).to(part.device)
+        yield f"{projection.name}.weight", part.T if projection.kind == "matrix" else part
+    for projection in [projection for projection in projections if projection.takes_bias][:1]:
+        yield f"{projection.name}.bias", fitted[start]

@@ -1,0 +1,139 @@
+"""`sleb apply --recover` and `--heal`: new values for the kept blocks, and how much they recover."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from sleb_cli.asked.text_names import SELF_CHAT
+from sleb_cli.engine.device import dtype_name
+from sleb_cli.engine.forward.placement import open_dense
+from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.process_group import ProcessGroup
+from sleb_cli.engine.recovery.file_tensors import file_tensors
+from sleb_cli.engine.recovery.stage import Job, RecoverySettings, whole_model
+from sleb_cli.engine.recovery.variant import Variant, losses
+from sleb_cli.engine.surgery.loading import load_tokenizer
+from sleb_cli.engine.text.calibration import Calibration, calibrate_splits
+from sleb_cli.engine.text.windows import tokens_sha256, whole_mask
+from sleb_cli.events import Notice, Notify, task
+from sleb_cli.plan import ConversationsRecord, LossesRecord, RecoveryRecord
+from sleb_cli.version import __version__
+from sleb_plugins import DataError, ModelError, UnsupportedModelError, UsageError
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """New values of kept blocks.
+
+    Attributes:
+        parameters: the values by the dense model's parameter names.
+        tensors: the values by the names in the pruned checkpoint's files.
+        record: the text and the losses.
+    """
+
+    parameters: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor]
+    record: RecoveryRecord
+
+
+def recover(settings: RecoverySettings, group: ProcessGroup, notify: Notify) -> Recovered:
+    """Return new values with which the pruned model comes closer to the dense one.
+
+    Raises:
+        UnsupportedModelError: the files cannot take new values.
+        MachineError: the model does not fit into memory.
+        DataError: the text is too short.
+        PlanError: what an interrupted run saved is broken.
+    """
+    surgery, placement = settings.surgery, settings.placement
+    values: dict[str, Tensor] = {}
+    fields: dict[str, Any] = {}
+    # The dense model goes with this function: the proof needs the memory.
+    with open_dense(surgery.architecture, placement, notify) as dense:
+        train, validation, *tests = group.from_main(partial(_draw_texts, settings, dense, notify))
+        job = Job(settings, dense, train, validation, _folder_for(settings, train, validation), group, notify)
+        measured = {"dense": _measure(job, tests, "dense"), "pruned": _measure(job, tests, "pruned", values)}
+        for stage in settings.stages:
+            values, found = stage.run(job, values)
+            measured[stage.measured] = _measure(job, tests, stage.model, values)
+            fields |= stage.fields(found, measured[stage.measured][0])
+        tensors = file_tensors(dense, surgery, values, placement.rounded)
+    test, *talks = ({name: found[text] for name, found in measured.items()} for text in range(len(tests)))
+    record = RecoveryRecord(
+        train_text=train.record,
+        validation_text=validation.record,
+        test_text=tests[0].record,
+        dense=test["dense"],
+        pruned=test["pruned"],
+        conversations=ConversationsRecord(text=tests[1].record, **talks[0]) if talks else None,
+        **fields,
+    )
+    return Recovered(values, tensors, record)
+
+
+def _draw_texts(settings: RecoverySettings, dense: SkippableModel, notify: Notify) -> list[Calibration]:
+    """Return the texts: training, validation, test, and conversations of a chat model's own, if there are any.
+
+    Of conversations, the answers count; what is streamed writes none.
+    """
+    tokenizer = load_tokenizer(settings.surgery.architecture.source)
+    draw = partial(calibrate_splits, tokenizer=tokenizer, load_model=partial(whole_model, dense), notify=notify)
+    texts = draw(settings.splits)
+    if settings.placement.stream or not getattr(tokenizer, "chat_template", None):
+        return texts
+    talk = replace(settings.splits[2], source=SELF_CHAT, shares={SELF_CHAT: Fraction(1)}, chat="answers")
+    try:
+        return [*texts, *draw([talk])]
+    except (UnsupportedModelError, UsageError, DataError) as error:
+        notify(Notice(f"Not measured on conversations: {error.message}"))
+        return texts
+
+
+def _measure(
+    job: Job, texts: Sequence[Calibration], what: str, values: Mapping[str, Tensor] | None = None
+) -> list[LossesRecord]:
+    """Return the losses with these values (None: of the dense model) on each text."""
+    dense, found = Variant(job.dense), list[LossesRecord]()
+    variant = dense if values is None else Variant(job.dense, job.settings.surgery.removed, values)
+    with task(job.notify, f"Measuring the {what} model"):
+        for text in texts:
+            measured = losses(variant, dense, text.sequences, job.group, text.loss_mask)
+            if not math.isfinite(sum(measured)):
+                hint = "Use a wider data type, or other text."
+                raise ModelError(f"The loss of the {what} model is {measured.loss}.", hint=hint)
+            found.append(LossesRecord(**measured._asdict()))
+    return found
+
+
+def _folder_for(settings: RecoverySettings, train: Calibration, validation: Calibration) -> Path:
+    """Return the folder of what was found before of this very recovery, on these texts."""
+    placement = settings.placement
+    return settings.state.folder_for(
+        dtype_name(placement.dtype),
+        model=settings.surgery.architecture.source.content_hash,
+        sleb=__version__,
+        torch=str(torch.__version__),
+        transformers=transformers.__version__,
+        stored=dtype_name(settings.stored),
+        rounded=dtype_name(placement.rounded) if placement.rounded else None,
+        device=placement.device.type,
+        removed=sorted(settings.surgery.removed),
+        texts=[_text_key(text) for text in (train, validation)],
+        chat=settings.splits[0].chat,
+    )
+
+
+def _text_key(text: Calibration) -> list[str | int]:
+    """Return what stands for a text: its tokens, how they are cut into sequences, and which of them count."""
+    counted = whole_mask(text.sequences, text.loss_mask)
+    return [tokens_sha256(text.sequences), *text.sequences.shape, tokens_sha256(counted)]
