@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 from sleb_cli.asked.searches import AskedSearch, goal_of
 from sleb_cli.engine.device import choose_device, dtype_name, parse_dtype
@@ -17,8 +17,9 @@ from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.choices import Protection
 from sleb_cli.engine.search.journal import recorded
 from sleb_cli.engine.search.removable import Removable
-from sleb_cli.engine.search.settings import SearchSettings
-from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Target, count_removals
+from sleb_cli.engine.search.settings import Method, Recording, Search, SearchedModel
+from sleb_cli.engine.search.speedup import time_target
+from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Target, stop_at
 from sleb_cli.engine.surgery.loading import quiet_libraries
 from sleb_cli.engine.surgery.subject import require_same_code, require_same_model
 from sleb_cli.engine.text.settings import require_given_text, resolve_calibration
@@ -32,20 +33,20 @@ from sleb_plugins import MachineError, Metric, ModelMetric, UnsupportedModelErro
 from sleb_plugins.errors import did_you_mean
 
 
-def resolve_search(asked: AskedSearch, registry: Registry, notify: Notify, group: ProcessGroup) -> SearchSettings:
+def resolve_search(asked: AskedSearch, registry: Registry, notify: Notify, group: ProcessGroup) -> Search:
     """Look at the model, without its weights, and settle a search; workers use the main process's placement.
 
     Raises:
         SlebError: a subclass that fits, if the request is impossible.
     """
-    settings = group.main_first(lambda: _resolve(asked, registry, notify))
-    placement = group.from_main(lambda: settings.placement)
-    return replace(settings, placement=replace(placement, device=settings.placement.device))
+    search = group.main_first(lambda: _resolve(asked, registry, notify, group))
+    placement = replace(group.from_main(lambda: search.model.placement), device=search.model.placement.device)
+    return replace(search, model=replace(search.model, placement=placement))
 
 
 def resolve_comparison(
     searches: Sequence[AskedSearch], registry: Registry, notify: Notify, group: ProcessGroup
-) -> list[SearchSettings]:
+) -> list[Search]:
     """Settle each search of a comparison.
 
     Raises:
@@ -59,10 +60,9 @@ def resolve_comparison(
     return [resolve_search(each, registry, tell, group) for each in searches]
 
 
-def _resolve(asked: AskedSearch, registry: Registry, notify: Notify) -> SearchSettings:
+def _resolve(asked: AskedSearch, registry: Registry, notify: Notify, group: ProcessGroup) -> Search:
     quiet_libraries()
     request, extended, strategy = _as_before(asked.request), asked.extended, asked.strategy
-    name, goal = goal_of(request)
     device = choose_device(request.device)  # one that is not there is reported before the model is looked for
     architecture = _read_architecture(request, extended, registry, notify)
     protection = Protection(request.protect_first or 0, request.protect_last or 0, _protected(request, architecture))
@@ -76,33 +76,33 @@ def _resolve(asked: AskedSearch, registry: Registry, notify: Notify) -> SearchSe
     )
     if placement.stream:
         require_given_text(text)
-    target = parse_target(request, architecture, notify)
     gone = extended.removals if extended else ()
-    remove = count_removals(target, removable, strategy, gone, notify) if target else 0
+    settle = partial(stop_at, removable=removable, strategy=strategy, gone=gone, notify=notify)
+    name, goal = goal_of(request)
+    stop = None if name == "target_speedup" else settle(parse_target(request, architecture, notify))
     removable.candidates(gone)  # raises now if no block can be removed
     sample = 0 if placement.stream else DEFAULT_SAMPLE_TOKENS  # each token would read the whole model
-    return SearchSettings(
-        architecture=architecture,
-        placement=placement,
+    return Search(
+        SearchedModel(architecture, placement, asked.memory, request.batch_size),
         # A template's tokens cost most of the loss, and the model never writes them.
-        text=replace(text, own_answers=True),
-        metric=asked.metric,
-        implementation=registry.metric_record(asked.metric),
-        strategy_name=strategy,
-        removable=removable,
-        target=target,
-        remove=remove,
-        options=request.options,
-        plan_file=request.plan_file,
-        resume=request.resume,
-        extended=extended,
-        speedup=float(goal) if name == "target_speedup" else None,
-        fast=bool(request.fast),
-        holdout=request.holdout or 0.0,
-        sample_tokens=sample if request.sample_tokens is None else request.sample_tokens,
-        memory=asked.memory,
-        batch_size=request.batch_size,
-        plugins=registry.third_party(),
+        replace(text, own_answers=True),
+        Method(
+            asked.metric,
+            registry.metric_record(asked.metric),
+            strategy,
+            removable,
+            fast=bool(request.fast),
+            holdout=request.holdout or 0.0,
+        ),
+        lambda dense: stop or settle(time_target(float(goal), removable, placement, dense, group, notify)),
+        extended,
+        Recording(
+            journal_of(request.plan_file),
+            request.resume,
+            request.options,
+            registry.third_party(),
+            sample if request.sample_tokens is None else request.sample_tokens,
+        ),
     )
 
 
@@ -180,11 +180,10 @@ def _require_runnable(request: SearchRequest, metric: Metric, placement: Placeme
         )
 
 
-def parse_target(request: SearchRequest, architecture: Architecture, notify: Notify) -> Target | None:
-    """Return the target, or None for --target-speedup, which must be timed first.
+def parse_target(request: SearchRequest, architecture: Architecture, notify: Notify) -> Target:
+    """Return the target, if it is not a speed-up, which must be timed.
 
     Raises:
-        UsageError: it is not a number.
         UnsupportedModelError: the size of the KV cache is unknown.
     """
     name, goal = goal_of(request)
@@ -198,7 +197,7 @@ def parse_target(request: SearchRequest, architecture: Architecture, notify: Not
         return SizeTarget(name, sizes, float(goal), lambda n: f"{format_count(n)} parameters")
     if name == "target_memory":
         return _memory_target(int(goal), request, architecture, notify)
-    return None if name == "target_speedup" else PerplexityTarget(float(goal))
+    return PerplexityTarget(float(goal))
 
 
 def _memory_target(most: int, request: SearchRequest, architecture: Architecture, notify: Notify) -> SizeTarget:

@@ -8,16 +8,14 @@ from collections.abc import Sequence
 from sleb_cli.engine.device import free_memory
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.run import load_inputs, run_search
-from sleb_cli.engine.search.settings import SearchSettings
+from sleb_cli.engine.search.settings import Search
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import Plan
 from sleb_cli.records import THIS_VERSION
 from sleb_cli.results import ComparedRecord, CompareResult
 
 
-def compare_removals(
-    searches: Sequence[SearchSettings], group: ProcessGroup, notify: Notify
-) -> tuple[CompareResult, Plan]:
+def compare_removals(searches: Sequence[Search], group: ProcessGroup, notify: Notify) -> tuple[CompareResult, Plan]:
     """Run each search, and return all results and the best plan.
 
     The best plan has the lowest perplexity on the held-out sequences, or on the calibration text if none are held out.
@@ -31,8 +29,8 @@ def compare_removals(
         plans.append(run_search(search, inputs, time.monotonic()))
     compared = [
         ComparedRecord(
-            metric=str(search.options["metric"]),
-            strategy=search.strategy_name,
+            metric=str(search.recording.options["metric"]),
+            strategy=search.method.strategy_name,
             removals=plan.removals,
             perplexity=plan.steps[-1].perplexity,
             held_out_perplexity=held_out.perplexity if (held_out := plan.steps[-1].held_out) else None,
@@ -57,5 +55,5 @@ def compare_removals(
     return result, best
 
 
-def _name(search: SearchSettings) -> str:
-    return f"{search.options['metric']}@{search.strategy_name}"
+def _name(search: Search) -> str:
+    return f"{search.recording.options['metric']}@{search.method.strategy_name}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -15,37 +14,34 @@ import torch
 import transformers
 
 from sleb_cli.asked.text_names import REFERENCE_PRESETS
-from sleb_cli.engine.device import dtype_name, wider_range
+from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.environment import environment_record
 from sleb_cli.engine.forward.forecast import announce, block_operations
 from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.passes import Passes
-from sleb_cli.engine.forward.placement import open_dense
+from sleb_cli.engine.forward.placement import Placement, open_dense
 from sleb_cli.engine.forward.prepare import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.sample_generation import generate_sample
 from sleb_cli.engine.search.bad_sequences import find_bad, unsound
 from sleb_cli.engine.search.choices import Choice, NoBlockLeft
-from sleb_cli.engine.search.held_out import ERROR, compare_growth, hold_out, overfitting_note
+from sleb_cli.engine.search.held_out import hold_out, overfitting_note
 from sleb_cli.engine.search.journal import Journal, open_journal
+from sleb_cli.engine.search.losses import Losses
 from sleb_cli.engine.search.race import LOOKS
 from sleb_cli.engine.search.scoring import Scoring, engine_of
-from sleb_cli.engine.search.settings import SearchSettings
-from sleb_cli.engine.search.speedup import time_target
+from sleb_cli.engine.search.settings import Method, Search, SearchedModel
 from sleb_cli.engine.search.strategies import Problem
-from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, count_removals, perplexity_ratio
+from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Stop, perplexity_ratio
 from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.text.calibration import Calibration, calibrate
 from sleb_cli.events import SEARCH_TASK, BlockRemoved, BlocksSwapped, Notice, Notify, SearchStarted, TaskFinished, task
-from sleb_cli.plan import CalibrationRecord, DenseRecord, HeldOutRecord, Plan, SampleGeneration, SearchRecord, Step
+from sleb_cli.plan import CalibrationRecord, DenseRecord, Plan, SampleGeneration, SearchRecord, Step
 from sleb_cli.records import THIS_VERSION, differences
-from sleb_cli.requests import DEMO, journal_of
+from sleb_cli.requests import DEMO
 from sleb_cli.version import __version__
-from sleb_plugins import HiddenStateMetric, LogitMetric, ModelError, ModelMetric, PlanError, UsageError
-
-LARGEST_LOSS = math.log(sys.float_info.max)
-"""In nats per token; the perplexity of a larger one is no finite number."""
+from sleb_plugins import HiddenStateMetric, LogitMetric, ModelMetric, PlanError, UsageError
 
 RACED = 7
 """On about how many sequences a race scores a candidate, on average."""
@@ -62,7 +58,7 @@ class SearchInputs:
     notify: Notify
 
 
-def find_removals(settings: SearchSettings, group: ProcessGroup, notify: Notify) -> Plan:
+def find_removals(search: Search, group: ProcessGroup, notify: Notify) -> Plan:
     """Search for the blocks that the model can best do without, alone or together with other processes.
 
     Measurements are kept in a journal next to the plan's file; delete it once the plan is written.
@@ -71,38 +67,35 @@ def find_removals(settings: SearchSettings, group: ProcessGroup, notify: Notify)
         SlebError: a subclass that fits, for problems that only show once the model is loaded.
     """
     started = time.monotonic()
-    return run_search(settings, load_inputs(settings, group, notify), started)
+    return run_search(search, load_inputs(search, group, notify), started)
 
 
-def load_inputs(settings: SearchSettings, group: ProcessGroup, notify: Notify) -> SearchInputs:
+def load_inputs(search: Search, group: ProcessGroup, notify: Notify) -> SearchInputs:
     """Load the tokenizer, the text and the model.
 
     Raises:
         SlebError: a subclass that fits, for problems that only show once they are read.
     """
-    tokenizer = load_tokenizer(settings.architecture.source)
+    tokenizer = load_tokenizer(search.model.architecture.source)
     # Loaded at first use, so that a missing text is reported before gigabytes are read.
-    model = cache(partial(open_dense, settings.architecture, settings.placement, notify))
-    calibration = group.from_main(lambda: calibrate(settings.text, tokenizer, lambda: model().model, notify))
-    if settings.extended:
-        _require_continuation(settings, settings.extended, calibration)
+    model = cache(partial(open_dense, search.model.architecture, search.model.placement, notify))
+    calibration = group.from_main(lambda: calibrate(search.text, tokenizer, lambda: model().model, notify))
+    if search.extended:
+        _require_continuation(search, search.extended, calibration)
     return SearchInputs(tokenizer, model(), calibration, group, notify)
 
 
-def _require_continuation(settings: SearchSettings, plan: Plan, calibration: Calibration) -> None:
-    """Check that the extended plan was searched on the same tokens, with the same settings.
-
-    Raises:
-        PlanError: it was not; the message names the differences.
-    """
+def _require_continuation(search: Search, plan: Plan, calibration: Calibration) -> None:
+    """Check that the extended plan was searched on the same tokens, with the same settings."""
     names = ("metric", "strategy", "protect_first", "protect_last", "fast", "holdout")
-    found: dict[str, Any] = {name: settings.options.get(name) for name in names}
-    found |= {"dtype": dtype_name(settings.placement.dtype), "protect": settings.removable.protection.blocks}
+    found: dict[str, Any] = {name: search.recording.options.get(name) for name in names}
+    protected, own = search.method.removable.protection.blocks, search.method.implementation
+    found |= {"dtype": dtype_name(search.model.placement.dtype), "protect": protected}
     expected = {name: getattr(plan.search, name) for name in found}
-    for search, implementation in ((found, settings.implementation), (expected, plan.search.implementation)):
+    for settings, implementation in ((found, own), (expected, plan.search.implementation)):
         # Another version of sleb can extend the plan, so the code of its own metrics does not count.
         excluded = {"version", "code"} if implementation and implementation.package == "sleb" else None
-        search["implementation"] = implementation and implementation.model_dump(exclude=excluded)
+        settings["implementation"] = implementation and implementation.model_dump(exclude=excluded)
     differing = differences(
         {"search": found, "calibration": calibration.record.to_data()},
         {"search": expected, "calibration": plan.calibration.to_data()},
@@ -115,44 +108,43 @@ def _require_continuation(settings: SearchSettings, plan: Plan, calibration: Cal
         )
 
 
-def run_search(settings: SearchSettings, inputs: SearchInputs, started: float) -> Plan:
+def run_search(search: Search, inputs: SearchInputs, started: float) -> Plan:
     """Run a search that began at `started`, on inputs that it may share with others.
 
     Raises:
         SlebError: a subclass that fits, for problems that only show once the model runs.
     """
-    model, group, notify = inputs.model, inputs.group, inputs.notify
-    if settings.target is None:
-        target = time_target(settings, model.model, group, notify)
-        most = count_removals(target, settings.removable, settings.strategy_name, settings.gone, notify)
-        settings = replace(settings, target=target, remove=most)
-    unchanged = settings.architecture.source.watch.unchanged
-    searched, held = hold_out(inputs.calibration.to(model.device), settings.holdout)
+    model, notify, method, extended = inputs.model, inputs.notify, search.method, search.extended
+    architecture, placement = search.model.architecture, search.model.placement
+    stop = search.stop(model.model)
+    unchanged = architecture.source.watch.unchanged
+    searched, held = hold_out(inputs.calibration.to(model.device), method.holdout)
     with unchanged(), model, task(notify, "Checking the engine"):
-        passes, reason = _prepare(settings, inputs, searched.shuffled() if settings.fast else searched)
+        passes, reason = _prepare(
+            search.model, inputs, searched.shuffled() if method.fast else searched, fast=method.fast
+        )
     held_out = passes.over(held.sequences, held.loss_mask) if held else None
-    record = _search_record(settings, passes, held_out, reason)
-    with _open_journal(settings, inputs, record) as journal, unchanged():
+    record = _search_record(method, stop, placement, passes, held_out, reason)
+    with _open_journal(search, inputs, record) as journal, unchanged():
         with model:
-            scoring = _scoring(settings, inputs, passes, held_out, journal)
-            dense = settings.extended.dense if settings.extended else _measure_dense(settings, scoring)
-            trace = _search_to_target(settings, dense, scoring)
+            losses = Losses(_scoring(search, inputs, passes, held_out, journal), placement.dtype)
+            dense = extended.dense if extended else losses.dense(architecture.source.id)
+            trace = _search_to_target(method, stop, extended, dense, losses)
             if warning := overfitting_note(trace.steps):
                 notify(Notice(warning))
-            sample = _sample(settings, inputs, trace.removals)
-        assert settings.target is not None
-        target_record = settings.target.record(trace.removals, trace.increase, trace.next_increase)
+            sample = _sample(search.recording.sample_tokens, architecture.longest_sequence, inputs, trace.removals)
+        target = stop.target.record(trace.removals, trace.increase, trace.next_increase)
     return Plan(
         **THIS_VERSION,
-        request=_options(settings, record, inputs.calibration.record),
-        model=settings.architecture.record,
+        request=_options(search, record, inputs.calibration.record),
+        model=architecture.record,
         calibration=inputs.calibration.record,
-        search=record.model_copy(update={"remove": len(trace.removals), "target": target_record}),
+        search=record.model_copy(update={"remove": len(trace.removals), "target": target}),
         dense=dense,
         removals=trace.removals,
         steps=tuple(trace.steps),
         sample_generation=sample,
-        environment=environment_record(dict(settings.plugins), settings.placement.device, time.monotonic() - started),
+        environment=environment_record(dict(search.recording.plugins), placement.device, time.monotonic() - started),
     )
 
 
@@ -170,56 +162,53 @@ class Trace:
     next_increase: float | None = None
 
 
-def _search_to_target(settings: SearchSettings, dense: DenseRecord, scoring: Scoring) -> Trace:
-    """Search until the target is met, or until the next removal would exceed it.
-
-    Raises:
-        UsageError: not even one removal is within the target.
-    """
-    target = settings.target
-    if settings.strategy_name == "refine" and isinstance(target, PerplexityTarget):
+def _search_to_target(method: Method, stop: Stop, extended: Plan | None, dense: DenseRecord, losses: Losses) -> Trace:
+    """Search until the target is met, or until the next removal would exceed it."""
+    target = stop.target
+    if method.strategy_name == "refine" and isinstance(target, PerplexityTarget):
         # It swaps only at its last size, which a greedy search finds; those measurements are not repeated.
-        greedy = _search_to_target(replace(settings, strategy_name="greedy"), dense, scoring)
-        refined = _remove_blocks(replace(settings, remove=len(greedy.removals)), dense, scoring)
+        greedy = _search_to_target(replace(method, strategy_name="greedy"), stop, extended, dense, losses)
+        refined = _remove_blocks(method, replace(stop, remove=len(greedy.removals)), extended, dense, losses)
         # A swap lowers the score, which may be another than the limited loss.
         if refined.next_increase is None:
             return replace(refined, next_increase=greedy.next_increase)
-        scoring.notify(Notice(f"Kept the greedy result: after swapping, perplexity is over {target.limit:g}x."))
+        losses.scoring.notify(Notice(f"Kept the greedy result: after swapping, perplexity is over {target.limit:g}x."))
         return greedy
-    trace = _remove_blocks(settings, dense, scoring)
-    if isinstance(target, PerplexityTarget) and len(trace.removals) == len(settings.gone):
+    trace = _remove_blocks(method, stop, extended, dense, losses)
+    gone = extended.removals if extended else ()
+    if isinstance(target, PerplexityTarget) and len(trace.removals) == len(gone):
         assert trace.next_increase is not None
         raise UsageError(
-            f"The {'next' if settings.gone else 'first'} removal would raise perplexity to "
+            f"The {'next' if gone else 'first'} removal would raise perplexity to "
             f"{perplexity_ratio(trace.next_increase):.4g} times the dense model's; the limit is {target.limit:g}.",
             hint="Increase --max-perplexity-ratio. With --resume, no block is scored again.",
         )
     return trace
 
 
-def _remove_blocks(settings: SearchSettings, dense: DenseRecord, scoring: Scoring) -> Trace:
+def _remove_blocks(method: Method, stop: Stop, extended: Plan | None, dense: DenseRecord, losses: Losses) -> Trace:
     """Remove one block after the other, as the strategy chooses, until the target is met or would be exceeded."""
-    target, notify = settings.target, scoring.notify
-    assert target is not None
-    trace = Trace(list(settings.extended.steps) if settings.extended else [], settings.gone)
-    _announce(settings, scoring)
-    notify(SearchStarted(settings.architecture.block_count, settings.remove, len(trace.steps)))
+    target, scoring, notify = stop.target, losses.scoring, losses.scoring.notify
+    trace = Trace(list(extended.steps), extended.removals) if extended else Trace([], ())
     problem = Problem(
         scoring.score,
-        settings.removable.candidates,
-        settings.remove,
-        removed=settings.gone,
-        score_spans=partial(scoring.score_spans, longest=settings.remove),
+        method.removable.candidates,
+        stop.remove,
+        removed=trace.removals,
+        score_spans=partial(scoring.score_spans, longest=stop.remove),
         swapped=lambda swap: notify(BlocksSwapped(**dict(swap))),
     )
+    _announce(method, problem, losses)
+    kinds = method.removable.architecture.kinds
+    notify(SearchStarted(len(kinds), stop.remove, len(trace.steps)))
     try:
-        for choice in settings.strategy.search(problem):
+        for choice in method.strategy.search(problem):
             loss = fmean(scoring.losses(choice.removals))
             increase = loss - dense.loss
             if not target.allows(increase):
                 trace.next_increase = increase
                 break
-            step = _step(choice, trace.removals, loss, settings, scoring)
+            step = _step(choice, trace.removals, kinds[choice.block], losses, stop.remove)
             trace.steps.append(step)
             trace.removals, trace.increase = choice.removals, increase
             scoring.journal.sync()
@@ -234,23 +223,25 @@ def _remove_blocks(settings: SearchSettings, dense: DenseRecord, scoring: Scorin
     return trace
 
 
-def _announce(settings: SearchSettings, scoring: Scoring) -> None:
+def _announce(method: Method, problem: Problem, losses: Losses) -> None:
     """Tell how long the search will take. Candidates share a walk, and so run half of the blocks on average."""
-    passes, metric, ids = scoring.passes, scoring.metric, scoring.passes.batches[0]
+    scoring, metric, remove = losses.scoring, method.metric, problem.remove
+    passes, ids = scoring.passes, scoring.passes.batches[0]
     if not isinstance(metric, LogitMetric | HiddenStateMetric):
         return  # a metric of weights is fast, and how long one of the whole model takes is not known
-    blocks, candidates = settings.architecture.block_count, len(settings.removable.candidates(settings.gone))
-    sets = settings.strategy.evaluations(candidates, settings.remove - len(settings.gone))
+    blocks = method.removable.architecture.block_count
+    candidates = len(problem.candidates(problem.removed))
+    sets = method.strategy.evaluations(candidates, remove - len(problem.removed))
     left = sets * scoring.sequences - scoring.journal.evaluations
     each = (blocks / 2 if passes.forks else blocks) + scoring.skippable.head_blocks
     if isinstance(metric, HiddenStateMetric):
         each = blocks / candidates  # one run for all
-    at_most = "at most " if settings.fast or settings.strategy_name == "refine" else ""
-    share = min(1.0, RACED / scoring.sequences) if settings.fast else 1.0
+    at_most = "at most " if method.fast or method.strategy_name == "refine" else ""
+    share = min(1.0, RACED / scoring.sequences) if method.fast else 1.0
     announce(
         scoring.notify,
-        f"Search: {settings.remove} of {blocks} blocks, {at_most}{left:,} evaluations of {ids.shape[1]:,} tokens in "
-        f"{dtype_name(settings.placement.dtype)}",
+        f"Search: {remove} of {blocks} blocks, {at_most}{left:,} evaluations of {ids.shape[1]:,} tokens in "
+        f"{dtype_name(losses.dtype)}",
         left * ids.shape[1] * share * each * block_operations(scoring.skippable),
         scoring.skippable,
         ids,
@@ -258,10 +249,12 @@ def _announce(settings: SearchSettings, scoring: Scoring) -> None:
     )
 
 
-def _prepare(settings: SearchSettings, inputs: SearchInputs, calibration: Calibration) -> tuple[Passes, str | None]:
+def _prepare(
+    model: SearchedModel, inputs: SearchInputs, calibration: Calibration, *, fast: bool
+) -> tuple[Passes, str | None]:
     def memory(device: torch.device) -> int:
         """The same in all processes, so that they have the same batches."""
-        return min(inputs.group.gather(settings.memory or available_memory(device)))
+        return min(inputs.group.gather(model.memory or available_memory(device)))
 
     return prepare_passes(
         inputs.model,
@@ -269,79 +262,77 @@ def _prepare(settings: SearchSettings, inputs: SearchInputs, calibration: Calibr
         inputs.notify,
         loss_mask=calibration.loss_mask,
         memory=memory,
-        batch_size=settings.batch_size,
-        min_batches=LOOKS if settings.fast else 1,
+        batch_size=model.batch_size,
+        min_batches=LOOKS if fast else 1,
         walks_together=True,
     )
 
 
 def _search_record(
-    settings: SearchSettings, passes: Passes, held_out: Passes | None, reason: str | None
+    method: Method, stop: Stop, placement: Placement, passes: Passes, held_out: Passes | None, reason: str | None
 ) -> SearchRecord:
-    metric, placement, protection = settings.metric, settings.placement, settings.removable.protection
+    metric, protection = method.metric, method.removable.protection
     return SearchRecord(
-        strategy=settings.strategy_name,
+        strategy=method.strategy_name,
         metric=metric.name,
-        implementation=settings.implementation,
-        remove=settings.remove,
+        implementation=method.implementation,
+        remove=stop.remove,
         protect_first=protection.first,
         protect_last=protection.last,
         protect=protection.blocks,
         dtype=dtype_name(placement.dtype),
         device=placement.device.type,
         batch_size=passes.budget.sequences,
-        fast=settings.fast,
-        holdout=settings.holdout,
+        fast=method.fast,
+        holdout=method.holdout,
         held_out=sum(map(len, held_out.batches)) if held_out else 0,
         engine=engine_of(metric, passes),
         engine_reason=reason if isinstance(metric, LogitMetric | HiddenStateMetric) else None,
     )
 
 
-def _options(settings: SearchSettings, search: SearchRecord, text: CalibrationRecord) -> dict[str, Any]:
+def _options(search: Search, record: SearchRecord, text: CalibrationRecord) -> dict[str, Any]:
     """Return the options that repeat this search, with those that the machine decided: they decide the last digits."""
-    model = settings.architecture.record
+    model = search.model.architecture.record
     decided = {
         "model": model.id,
         "revision": None if model.id == DEMO else model.revision,
         "calibration": text.source,
-        "sample_tokens": settings.sample_tokens,
-        "dtype": search.dtype,
-        "device": search.device,
-        "batch_size": search.batch_size,
+        "sample_tokens": search.recording.sample_tokens,
+        "dtype": record.dtype,
+        "device": record.device,
+        "batch_size": record.batch_size,
     }
     if text.source not in REFERENCE_PRESETS:  # whose samples count rows of text
         decided |= {"samples": text.sequences, "sequence_length": text.sequence_length}
-    return {name: value for name, value in sorted({**settings.options, **decided}.items()) if value is not None}
+    return {name: value for name, value in sorted({**search.recording.options, **decided}.items()) if value is not None}
 
 
-def _open_journal(
-    settings: SearchSettings, inputs: SearchInputs, record: SearchRecord
-) -> AbstractContextManager[Journal]:
+def _open_journal(search: Search, inputs: SearchInputs, record: SearchRecord) -> AbstractContextManager[Journal]:
     """Open the journal of this search, named by all that measurements depend on; the number of removals is not."""
-    source = settings.architecture.source
+    architecture = search.model.architecture
     identity = {
         "sleb": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "model": settings.architecture.record.model_dump(mode="json", exclude={"id", "revision"}),
-        "behavior": source.content_hash,
+        "model": architecture.record.model_dump(mode="json", exclude={"id", "revision"}),
+        "behavior": architecture.source.content_hash,
         "calibration": inputs.calibration.record.to_data(),
         "search": record.model_dump(mode="json", exclude={"remove", "target"}),
     }
     return open_journal(
-        journal_of(settings.plan_file),
+        search.recording.journal,
         identity,
         inputs.notify,
-        resume=settings.resume,
+        resume=search.recording.resume,
         group=inputs.group,
-        whole_models=isinstance(settings.metric, LogitMetric | ModelMetric),
-        require_valid=source.watch.require_unchanged,
+        whole_models=isinstance(search.method.metric, LogitMetric | ModelMetric),
+        require_valid=architecture.source.watch.require_unchanged,
     )
 
 
 def _scoring(
-    settings: SearchSettings, inputs: SearchInputs, passes: Passes, held_out: Passes | None, journal: Journal
+    search: Search, inputs: SearchInputs, passes: Passes, held_out: Passes | None, journal: Journal
 ) -> Scoring:
     @cache
     def require_sound() -> None:
@@ -349,75 +340,41 @@ def _scoring(
         bad = inputs.group.from_main(lambda: find_bad(passes.over(whole.sequences, whole.loss_mask)))
         if bad:
             journal.forget()
-            name, dtype = settings.architecture.source.id, settings.placement.dtype
+            name, dtype = search.model.architecture.source.id, search.model.placement.dtype
             raise unsound(name, dtype, inputs.calibration, inputs.tokenizer, bad)
 
     return Scoring(
-        settings.metric,
+        search.method.metric,
         passes,
         journal,
         inputs.tokenizer,
         inputs.notify,
-        fast=settings.fast,
+        fast=search.method.fast,
         held_out=held_out,
         require_sound=require_sound,
     )
 
 
-def _measure_dense(settings: SearchSettings, scoring: Scoring) -> DenseRecord:
-    with task(scoring.notify, "Measuring the dense model", scoring.sequences, "sequences") as advance:
-        losses = scoring.losses((), advance=advance)
-    held_out = scoring.losses((), held_out=True) if scoring.held_out else []
-    if not all(map(math.isfinite, (*losses, *held_out))):
-        scoring.require_sound()
-    what, loss = f"In {settings.architecture.source.id}", fmean(losses)
-    perplexity = _perplexity(loss, what, settings.placement.dtype)
-    return DenseRecord(loss=loss, perplexity=perplexity, held_out=_held_out(settings, scoring, (), what))
-
-
-def _step(choice: Choice, before: tuple[int, ...], loss: float, settings: SearchSettings, scoring: Scoring) -> Step:
+def _step(choice: Choice, before: tuple[int, ...], kind: str, losses: Losses, remove: int) -> Step:
     """Return the record of a choice, `before` being the blocks removed at the previous size."""
-    what = f"Without block {choice.block}"
+    what, loss = f"Without block {choice.block}", fmean(losses.scoring.losses(choice.removals))
     return Step(
         block=choice.block,
-        kind=settings.architecture.kinds[choice.block],
+        kind=kind,
         score=choice.score,
-        perplexity=_perplexity(loss, what, settings.placement.dtype),
+        perplexity=losses.perplexity(loss, what),
         scores={block: score if score < math.inf else None for block, score in choice.outcome.scores.items()},
         race=choice.outcome.race,
-        held_out=_held_out(settings, scoring, choice.removals, what),
+        held_out=losses.held_out(choice.removals, what, remove),
         removals=None if choice.removals == (*before, choice.block) else choice.removals,
         swaps=choice.swaps,
     )
 
 
-def _held_out(settings: SearchSettings, scoring: Scoring, removed: tuple[int, ...], what: str) -> HeldOutRecord | None:
-    if scoring.held_out is None:
+def _sample(
+    tokens: int, longest: int | None, inputs: SearchInputs, removals: tuple[int, ...]
+) -> SampleGeneration | None:
+    if not tokens:
         return None
-    loss = fmean(scoring.losses(removed, held_out=True))
-    record = HeldOutRecord(loss=loss, perplexity=_perplexity(loss, what, settings.placement.dtype))
-    if not removed:
-        return record
-    both = (scoring.losses, partial(scoring.losses, held_out=True))
-    growth = ([new - old for old, new in zip(losses(()), losses(removed), strict=True)] for losses in both)
-    searched, held_out = growth
-    gap, error, overfits = compare_growth(searched, held_out, ERROR / settings.remove)
-    return record.model_copy(update={"generalization_gap": gap, "standard_error": error, "overfits": overfits})
-
-
-def _perplexity(loss: float, what: str, dtype: torch.dtype) -> float:
-    if not loss < LARGEST_LOSS:
-        raise ModelError(
-            f"{what}, the calibration loss is {loss} nats per token in {dtype_name(dtype)}, so the perplexity is not "
-            "finite.",
-            hint=wider_range(dtype),
-        )
-    return math.exp(loss)
-
-
-def _sample(settings: SearchSettings, inputs: SearchInputs, removals: tuple[int, ...]) -> SampleGeneration | None:
-    if not settings.sample_tokens:
-        return None
-    longest = settings.architecture.longest_sequence
-    generate = partial(generate_sample, inputs.model, inputs.tokenizer, removals, settings.sample_tokens, longest)
+    generate = partial(generate_sample, inputs.model, inputs.tokenizer, removals, tokens, longest)
     return inputs.group.from_main(lambda: generate(inputs.notify))

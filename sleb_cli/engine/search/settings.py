@@ -1,8 +1,8 @@
-"""What a search is, once its request has passed the door."""
+"""What a search is, once its request has passed the door: a few values, each for a few functions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from sleb_cli.engine.forward.placement import Placement
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.strategies import STRATEGIES, Strategy
-from sleb_cli.engine.search.targets import Target
+from sleb_cli.engine.search.targets import Stop
 from sleb_cli.engine.text.settings import CalibrationSettings
 from sleb_cli.plan import MetricRecord, Plan
 from sleb_cli.requests import StrategyName
@@ -19,59 +19,83 @@ from sleb_plugins import Metric
 
 
 @dataclass(frozen=True)
-class SearchSettings:
-    """A search after every check that needs no weights.
+class SearchedModel:
+    """The model, and how it runs.
 
     Attributes:
         architecture: the model.
         placement: where its weights are.
-        text: the calibration text.
-        metric: scores the candidates.
-        implementation: what its scores depend on besides the model and the text.
-        strategy_name: how blocks are chosen.
-        removable: which blocks may go.
-        target: when to stop; None until the model is timed, for a speed-up.
-        remove: the largest possible number of removals.
-        options: the options that repeat the search, by field, where they have a value.
-        plan_file: where the plan is written, and beside it the journal.
-        resume: whether an unfinished search is continued.
-        extended: the plan that is continued, if any.
-        speedup: how many times as fast the model is to be, if that is the target.
-        fast: whether candidates race.
-        holdout: the share of the sequences that is held out.
-        sample_tokens: how many tokens both models generate at the end.
         memory: bytes for the search in addition to the model; None for a share of what is free.
         batch_size: sequences in a batch; None chooses by the device.
-        plugins: the versions of other packages that offer plugins.
     """
 
     architecture: Architecture
     placement: Placement
-    text: CalibrationSettings
+    memory: int | None
+    batch_size: int | None
+
+
+@dataclass(frozen=True)
+class Method:
+    """How blocks are chosen.
+
+    Attributes:
+        metric: scores the candidates.
+        implementation: what its scores depend on besides the model and the text.
+        strategy_name: the search strategy.
+        removable: which blocks may go.
+        fast: whether candidates race.
+        holdout: the share of the sequences that is held out.
+    """
+
     metric: Metric
     implementation: MetricRecord
     strategy_name: StrategyName
     removable: Removable
-    target: Target | None
-    remove: int
-    options: Mapping[str, Any]
-    plan_file: Path
-    resume: bool
-    extended: Plan | None
-    speedup: float | None
     fast: bool
     holdout: float
-    sample_tokens: int
-    memory: int | None
-    batch_size: int | None
-    plugins: Mapping[str, str]
-
-    @property
-    def gone(self) -> tuple[int, ...]:
-        """The blocks that the extended plan removes."""
-        return self.extended.removals if self.extended else ()
 
     @property
     def strategy(self) -> Strategy:
         """The search strategy."""
         return STRATEGIES[self.strategy_name]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What is written down.
+
+    Attributes:
+        journal: the file that keeps every score.
+        resume: whether an unfinished search is continued.
+        options: the options that repeat the search, by field, where they have a value.
+        plugins: the versions of other packages that offer plugins.
+        sample_tokens: how many tokens both models generate at the end.
+    """
+
+    journal: Path
+    resume: bool
+    options: Mapping[str, Any]
+    plugins: Mapping[str, str]
+    sample_tokens: int
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search after every check that needs no weights.
+
+    Attributes:
+        model: the model.
+        text: the calibration text.
+        method: how blocks are chosen.
+        stop: returns when the search ends, given the dense model, which a speed-up is timed on.
+        extended: the plan that is continued, if any.
+        recording: what is written down.
+    """
+
+    model: SearchedModel
+    text: CalibrationSettings
+    method: Method
+    stop: Callable[[Any], Stop]
+    extended: Plan | None
+    recording: Recording

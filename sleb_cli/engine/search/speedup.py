@@ -8,10 +8,10 @@ from typing import Any
 
 from sleb_cli.engine.cut.blocks.block_cut import BlockCut
 from sleb_cli.engine.device import free_memory
+from sleb_cli.engine.forward.placement import Placement
 from sleb_cli.engine.model.sizes import PerBlock
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.removable import Removable
-from sleb_cli.engine.search.settings import SearchSettings
 from sleb_cli.engine.search.targets import SizeTarget
 from sleb_cli.engine.speed.benchmark import share_of_time
 from sleb_cli.engine.speed.workloads import make_workload
@@ -43,19 +43,21 @@ class SpeedTarget(SizeTarget):
         )
 
 
-def time_target(settings: SearchSettings, dense: Any, group: ProcessGroup, notify: Notify) -> SpeedTarget:
+def time_target(
+    speedup: float, removable: Removable, placement: Placement, dense: Any, group: ProcessGroup, notify: Notify
+) -> SpeedTarget:
     """Time the model at two depths in turn with the dense one, as `bench` does, and estimate the time per block.
 
     Raises:
         UsageError: the model does not get faster with fewer blocks.
     """
-    architecture, place = settings.architecture, settings.placement
-    workload = make_workload(DEFAULT_WORKLOAD, place.device, architecture.longest_sequence)
+    architecture = removable.architecture
+    workload = make_workload(DEFAULT_WORKLOAD, placement.device, architecture.longest_sequence)
 
     def share(removals: Collection[int]) -> float:
         def measure() -> float:
             surgery = Surgery(architecture, (BlockCut(architecture, tuple(removals)),))
-            pruned = load_pruned(surgery, place.dtype, place.device, notify, dense=dense)
+            pruned = load_pruned(surgery, placement.dtype, placement.device, notify, dense=dense)
             share = share_of_time(workload, dense, pruned, surgery.removals, notify)
             del pruned
             free_memory()
@@ -63,7 +65,7 @@ def time_target(settings: SearchSettings, dense: Any, group: ProcessGroup, notif
 
         return group.from_main(measure)
 
-    gone = _removable_sample(settings.removable)
+    gone = _removable_sample(removable)
     depths = sorted({max(1, len(gone) // 2), len(gone)})
     shares = [share(gone[:depth]) for depth in depths]
     slope = fit_slope(depths, shares)
@@ -75,9 +77,8 @@ def time_target(settings: SearchSettings, dense: Any, group: ProcessGroup, notif
             f"On this machine, {name} does not get faster with fewer blocks.",
             hint="Try again when nothing else is running, or use --ratio and measure with `sleb bench`.",
         )
-    assert settings.speedup is not None
     blocks = architecture.block_count
-    seconds, most = PerBlock(1 - slope * blocks, (slope,) * blocks), 1 / settings.speedup
+    seconds, most = PerBlock(1 - slope * blocks, (slope,) * blocks), 1 / speedup
     return SpeedTarget("target_speedup", seconds, most, lambda left: f"{1 / left:.2f}x the speed", share=share)
 
 

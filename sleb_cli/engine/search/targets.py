@@ -115,10 +115,16 @@ def perplexity_ratio(increase: float) -> float:
     return math.exp(min(increase, 700))
 
 
-def count_removals(
-    target: Target, removable: Removable, strategy: StrategyName, gone: Sequence[int], notify: Notify
-) -> int:
-    """Return the largest number of removals for a target, with the blocks that are `gone` already.
+@dataclass(frozen=True)
+class Stop:
+    """When a search ends: at its target, or at the largest number of removals that it may need."""
+
+    target: Target
+    remove: int
+
+
+def stop_at(target: Target, removable: Removable, strategy: StrategyName, gone: Sequence[int], notify: Notify) -> Stop:
+    """Return when a search for a target ends, with the blocks that are `gone` already.
 
     Raises:
         UsageError: the target is already met, cannot be met, or does not fit the strategy.
@@ -135,13 +141,13 @@ def count_removals(
         remove = target.removals(candidates, gone)
         if strategy == "contiguous":
             free_spans(removable.candidates, remove)
-        return remove
+        return Stop(target, remove)
     if strategy == "contiguous":
         candidates = longest_run(removable.candidates(()))
     most = min(len({*candidates, *gone}), blocks - 1)
     limit = f"{target.limit:g}x the dense model's"
     notify(Notice(f"The search removes up to {most} blocks, and stops before perplexity is over {limit}."))
-    return most
+    return Stop(target, most)
 
 
 def longest_run(blocks: Sequence[int]) -> list[int]:
