@@ -24,7 +24,7 @@ from families import FAMILIES, tiny_config
 from reference import output_kinds, passing_through
 from sleb_cli.__main__ import main
 from sleb_cli.engine.cut.blocks.block_cut import BlockCut
-from sleb_cli.engine.cut.protocol import CONFIG
+from sleb_cli.engine.files.config_files import CONFIG
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.search.removable import Protection, Removable
 from sleb_cli.engine.surgery.loading import load_pruned

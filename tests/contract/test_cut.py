@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from conftest import architecture_of, llama_config, save_model
 from sleb_cli.engine.cut.blocks.block_cut import BlockCut
-from sleb_cli.engine.cut.protocol import CONFIG, Cut
+from sleb_cli.engine.cut.protocol import Cut
+from sleb_cli.engine.files.config_files import CONFIG
 from sleb_cli.engine.files.slices import Slices
 from sleb_cli.engine.output.apply import Output, apply_removals
 from sleb_cli.engine.surgery.subject import Subject

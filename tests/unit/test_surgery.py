@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from conftest import architecture_of
 from sleb_cli.engine.cut.blocks.block_cut import BlockCut
-from sleb_cli.engine.cut.protocol import CONFIG
+from sleb_cli.engine.files.config_files import CONFIG
 from sleb_cli.engine.model.block_names import BlockNames, BlockNumbering, find_block_numbering
 from sleb_plugins import FamilyAdapter
 from sleb_plugins.config_keys import kept_blocks

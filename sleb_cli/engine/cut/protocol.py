@@ -22,15 +22,6 @@ from sleb_cli.events import Notify
 from sleb_cli.records import Check, Reference
 from sleb_cli.results import CutRecord
 
-CONFIG = "config.json"
-
-QUANTIZATION_SETTINGS = (
-    "quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json"
-)  # fmt: skip
-TOKEN_SETTINGS = ("tokenizer_config.json", "generation_config.json", "processor_config.json")
-SETTINGS = (*QUANTIZATION_SETTINGS, *TOKEN_SETTINGS)
-"""Files with settings besides `config.json`, which may name parts of the model."""
-
 
 class Removal:
     """What cuts of checkpoints and of GGUF files have in common.
@@ -78,7 +69,7 @@ class Cut(Removal, ABC):
         return {}
 
     def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:
-        """Return the new contents of `CONFIG` or of one of `SETTINGS`."""
+        """Return the new contents of `config.json`, or of another file of settings."""
         return values
 
     def tensor(self, name: str) -> tuple[str, Slices | None] | None:

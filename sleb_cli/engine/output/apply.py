@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from sleb_cli.atomic import new_folder, require_space, to_json, writing
-from sleb_cli.engine.cut.protocol import CONFIG, SETTINGS, cut_records
+from sleb_cli.engine.cut.protocol import cut_records
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files import other_formats
+from sleb_cli.engine.files.config_files import CONFIG, SETTINGS, with_values
 from sleb_cli.engine.files.copying import copy_file, holds, leads_out, reading
 from sleb_cli.engine.files.shards import NewTensor, new_tensor, plan_shards, write_weights
 from sleb_cli.engine.files.weights import read_json
@@ -239,14 +240,11 @@ def _settings(surgery: Surgery, dtype: torch.dtype | None) -> dict[str, dict[str
 
 def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
     """Return settings that do not say where on this machine a model was: the checkpoint may be published."""
-    return {
-        key: _without_paths(value)
-        if isinstance(value, dict)
-        else without_folders(value)
-        if isinstance(value, str) and key.endswith("name_or_path")
-        else value
-        for key, value in settings.items()
-    }
+
+    def change(key: str, value: Any) -> Any:
+        return without_folders(value) if isinstance(value, str) and key.endswith("name_or_path") else value
+
+    return with_values(settings, change)
 
 
 def _with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:

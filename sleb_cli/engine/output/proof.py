@@ -15,7 +15,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, groupby
@@ -426,10 +426,12 @@ class _Models:
         with (
             open_dense(self.surgery.architecture, self.placement, self.notify) as skippable,
             skippable.replaced(self.new_values or {}),
+            ExitStack() as stack,
         ):
             skippable.align()
-            with self.surgery.absent(skippable.model):
-                yield skippable
+            for cut in self.surgery.cuts:
+                stack.enter_context(cut.absent(skippable.model))
+            yield skippable
 
     def _expected_logits(self, ids: Tensor) -> Tensor:
         with self._opened_reference() as skippable:

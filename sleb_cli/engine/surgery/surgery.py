@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import Any, TypeVar
 
-from torch import nn
-
 from sleb_cli.engine.cut.blocks.block_cut import plan_blocks
 from sleb_cli.engine.cut.kinds import KINDS
-from sleb_cli.engine.cut.protocol import CONFIG, Cut
+from sleb_cli.engine.cut.protocol import Cut
+from sleb_cli.engine.files.config_files import CONFIG
 from sleb_cli.engine.files.slices import Slices
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_plugins.config_keys import Kept, kept_blocks
@@ -74,14 +72,6 @@ class Surgery:
     @cached_property
     def _new_token(self) -> dict[int, int]:
         return {old: new for new, old in enumerate(self.tokens or ())}
-
-    @contextmanager
-    def absent(self, dense: nn.Module) -> Iterator[None]:
-        """Have the dense model, whose `removals` are skipped, compute as if all that goes were gone."""
-        with ExitStack() as stack:
-            for cut in self.cuts:
-                stack.enter_context(cut.absent(dense))
-            yield
 
 
 def plan_surgery(

@@ -9,7 +9,8 @@ from typing import Any
 from transformers import DynamicCache
 
 from sleb_cli.engine.cut.blocks.quantization import ModuleNames
-from sleb_cli.engine.cut.protocol import CONFIG, QUANTIZATION_SETTINGS, Cut
+from sleb_cli.engine.cut.protocol import Cut
+from sleb_cli.engine.files.config_files import CONFIG, QUANTIZATION_SETTINGS
 from sleb_cli.engine.files.slices import Slices
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.block_names import BlockNames

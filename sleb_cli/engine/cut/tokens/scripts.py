@@ -13,6 +13,7 @@ import regex
 from tokenizers.decoders import ByteLevel
 
 from sleb_cli.engine.cut.protocol import Removal
+from sleb_cli.engine.files.config_files import with_values
 from sleb_cli.results import CutRecord, VocabularyRecord
 from sleb_plugins.errors import UnsupportedModelError, UsageError
 
@@ -67,7 +68,7 @@ class Vocabulary:
                 return len(self.tokens)
             return self.renumbered(value) if _NUMBERS.fullmatch(key) else value
 
-        return _changed(settings, change)
+        return with_values(settings, change)
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def numbers_in(settings: Mapping[str, Any], where: str) -> set[int]:
         if _NUMBERS.fullmatch(key):
             found.update(each for each in (value if isinstance(value, list) else [value]) if type(each) is int)
 
-    _changed(settings, note)
+    with_values(settings, note)
     return found
 
 
@@ -172,10 +173,3 @@ def choose(
 def cannot_cut(model: str, why: str) -> UnsupportedModelError:
     """Return the error for a model whose vocabulary is of a kind that sleb cannot cut."""
     return UnsupportedModelError(f"Cannot cut the vocabulary of {model}, because {why}.", hint="Leave out --scripts.")
-
-
-def _changed(settings: Mapping[str, Any], change: Callable[[str, Any], Any]) -> dict[str, Any]:
-    return {
-        key: _changed(value, change) if isinstance(value, Mapping) else change(key, value)
-        for key, value in settings.items()
-    }

@@ -1,19 +1,17 @@
-"""The tokenizer without the tokens of other scripts: how it is read and cut, and what is checked of it."""
+"""The tokenizer without the tokens of other scripts: how it is read and cut."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from sleb_cli.engine.cut.tokens.scripts import INCOMPLETE, Vocabulary, cannot_cut
+from sleb_cli.engine.cut.tokens.scripts import Vocabulary, cannot_cut
 from sleb_cli.engine.files.copying import holds
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.third_party import translate_transformers_errors
-from sleb_cli.events import Notice, Notify
-from sleb_cli.records import Check
 from sleb_plugins import UnsupportedModelError
 
 TOKENIZER = "tokenizer.json"
@@ -23,9 +21,6 @@ OTHER_FORMATS = frozenset({
     "merges.txt", "added_tokens.json",
 })  # fmt: skip
 """The vocabulary in other formats, which `tokenizer.json` replaces."""
-
-_PIECE, _LOST_TEXTS = 32, 256
-"""How many tokens make a text, and how many texts there are of lost ones, when a tokenizer is checked."""
 
 
 def read_tokenizer(architecture: Architecture) -> tuple[dict[str, Any], Callable[[str], str]]:
@@ -93,31 +88,6 @@ def _with_new_ids(part: Any, new: Mapping[int, int]) -> Any:
     changed = {key: _with_new_ids(value, new) for key, value in part.items()}
     changed |= {"ids": [new.get(number) for number in part["ids"]]} if "ids" in part else {}
     return changed | ({"pad_id": new.get(part["pad_id"])} if "pad_id" in part else {})
-
-
-def texts_to_check(vocabulary: Vocabulary, theirs: Any) -> Iterator[str]:
-    """Yield texts of all tokens and characters that stay, as the dense model's tokenizer, `theirs`, decodes them."""
-    kept = theirs.batch_decode(_in_pieces(vocabulary.tokens), skip_special_tokens=True)
-    yield from filter(set(vocabulary.characters).issuperset, kept)  # incomplete characters may make another together
-    yield from map(" ".join, _in_pieces(vocabulary.characters))
-
-
-def check_tokens(vocabulary: Vocabulary, ours: Any, theirs: Any, notify: Notify) -> Iterator[Check]:
-    """Yield the check of `texts_to_check`, which has passed, and check whether text of lost tokens comes back."""
-    yield "same tokens"
-    lost = sorted({*range(min(vocabulary.count, len(theirs)))}.difference(vocabulary.tokens))
-    decoded = theirs.batch_decode([[token] for token in lost[:: len(lost) // _LOST_TEXTS + 1]])
-    texts = [text for text in decoded if INCOMPLETE not in text] or [*texts_to_check(vocabulary, theirs)]
-    # Some tokenizers change a few characters first, as the dense model's does.
-    back, was = (each.batch_decode(each(texts).input_ids, skip_special_tokens=True) for each in (ours, theirs))
-    if back == was:
-        yield "spells others"
-    else:
-        notify(Notice("Text of other scripts does not come back: this tokenizer cannot spell it in bytes."))
-
-
-def _in_pieces(items: Sequence[Any]) -> list[Sequence[Any]]:
-    return [items[start : start + _PIECE] for start in range(0, len(items), _PIECE)]
 
 
 def refused(architecture: Architecture, why: str) -> UnsupportedModelError:

@@ -1,0 +1,22 @@
+"""The files with settings in a model's folder, and the values in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+CONFIG = "config.json"
+
+QUANTIZATION_SETTINGS = (
+    "quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json"
+)  # fmt: skip
+SETTINGS = (*QUANTIZATION_SETTINGS, "tokenizer_config.json", "generation_config.json", "processor_config.json")
+"""Files with settings besides `config.json`, which may name parts of the model, or local folders."""
+
+
+def with_values(settings: Mapping[str, Any], change: Callable[[str, Any], Any]) -> dict[str, Any]:
+    """Return settings with each value changed, by its key, in nested settings too."""
+    return {
+        key: with_values(value, change) if isinstance(value, Mapping) else change(key, value)
+        for key, value in settings.items()
+    }
