@@ -2,21 +2,27 @@
 
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import architecture_of, llama_config, save_model
+from gguf_models import convert_llama
 from sleb_cli.engine.cut.blocks.block_cut import BlockCut
-from sleb_cli.engine.cut.protocol import Cut
+from sleb_cli.engine.cut.blocks.gguf_blocks import GgufBlockCut
+from sleb_cli.engine.cut.protocol import Cut, GgufCut
 from sleb_cli.engine.files.config_files import CONFIG
 from sleb_cli.engine.files.slices import Slices
+from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.output.apply import Output, apply_removals
+from sleb_cli.engine.output.apply_gguf import prune_gguf
+from sleb_cli.engine.surgery.gguf_surgery import GgufSurgery
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import ignore
+from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins import ProofError
 
 WIDTH = 64
@@ -49,6 +55,32 @@ class Neurons(Cut):
             hook.remove()
 
 
+class Head(Cut):
+    """The cut of a head of its own: the model computes with the embeddings in its place."""
+
+    what = "its head"
+
+    def settings(self, file, values):
+        return values | {"tie_word_embeddings": True} if file == CONFIG else values
+
+    def tensor(self, name):
+        return None if name == "lm_head.weight" else (name, None)
+
+    @contextmanager
+    def absent(self, dense):
+        own, dense.lm_head.weight = dense.lm_head.weight, dense.model.embed_tokens.weight
+        yield
+        dense.lm_head.weight = own
+
+
+class GgufHead(GgufCut):
+    def header(self, file):
+        return replace(file, tensors=tuple(tensor for tensor in file.tensors if tensor.name != "output.weight"))
+
+    def of_model(self, architecture):
+        return Head()
+
+
 @pytest.fixture
 def architecture(tmp_path):
     return architecture_of(save_model(tmp_path / "model", llama_config(4, intermediate_size=WIDTH)))
@@ -65,6 +97,14 @@ def test_a_third_kind_of_cut_is_written_and_proven(architecture, tmp_path, remov
     assert [block.mlp.up_proj.out_features for block in model.model.layers] == [WIDTH // 2] * (4 - len(removals))
     without = "1 of its 4 blocks" if removals else "half of its neurons"
     assert f"# model without {without}" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_third_kind_of_cut_of_a_gguf_file_is_proven(architecture, tmp_path):
+    file = read_gguf(convert_llama(architecture.source.folder, tmp_path / "model.gguf"))
+    surgery = GgufSurgery(file, (GgufBlockCut((1,)), GgufHead()))
+    result = prune_gguf(surgery, Output(tmp_path / "out.gguf"), load_plugins(), ignore)
+    assert (result.unproven, result.proof.logits_difference) == (None, 0.0)
+    assert "output.weight" not in {tensor.name for tensor in read_gguf(tmp_path / "out.gguf").tensors}
 
 
 def test_a_wrong_cut_fails_its_proof(architecture, tmp_path):

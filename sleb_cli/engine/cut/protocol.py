@@ -73,7 +73,10 @@ class Cut(Removal, ABC):
         return values
 
     def tensor(self, name: str) -> tuple[str, Slices | None] | None:
-        """Return the new name of a tensor in the files, and the slices that stay (None: all); None if it goes."""
+        """Return the new name of a tensor, and the slices that stay (None: all); None if it goes.
+
+        Its name is that in the files, or that in the model.
+        """
         return name, None
 
     def absent(self, dense: nn.Module) -> AbstractContextManager[object]:
