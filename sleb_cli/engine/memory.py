@@ -1,4 +1,4 @@
-"""What to do when memory runs out."""
+"""Whether memory suffices, and what to do when it runs out."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from sleb_cli.engine.device import free_memory
+from sleb_cli.units import format_bytes
 from sleb_plugins.errors import is_out_of_memory
 
 T = TypeVar("T")
 S = TypeVar("S")
+
+
+def shortage(needed: int, free: int, of: str = "memory") -> str | None:
+    """Return a clause on how much is needed and free, or None if that is enough."""
+    return None if needed <= free else f"{format_bytes(needed)} of {of}, but only {format_bytes(free)} is free"
 
 
 class SmallerPieces(Generic[S]):

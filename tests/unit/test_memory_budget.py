@@ -4,13 +4,8 @@ import pytest
 import torch
 
 from sleb_cli.engine import device
-from sleb_cli.engine.forward.memory_budget import (
-    Footprint,
-    MemoryBudget,
-    available_memory,
-    resolve_memory_budget,
-    settings_for,
-)
+from sleb_cli.engine.forward.memory_budget import MemoryBudget, available_memory, resolve_memory_budget, settings_for
+from sleb_cli.engine.forward.memory_needs import Footprint
 from sleb_plugins import MachineError
 
 FOOTPRINT = Footprint(branch=1_000, block=10_000, logits=100_000, scored=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ import torch
 from sleb_cli.asked.verbs import AskedBench
 from sleb_cli.engine.device import choose_device, free_bytes
 from sleb_cli.engine.door.subject import resolve_subject, surgeries
+from sleb_cli.engine.forward.memory_needs import model_bytes
 from sleb_cli.engine.forward.placement import choose_dtype
-from sleb_cli.engine.forward.streaming import weight_bytes
 from sleb_cli.engine.gguf.file import read_gguf
+from sleb_cli.engine.memory import shortage
 from sleb_cli.engine.model.demo import demo_gguf
 from sleb_cli.engine.output.apply_gguf import require_same_kind_of_model
 from sleb_cli.engine.speed.benchmark import Benchmark
@@ -45,8 +45,11 @@ def resolve_bench(request: BenchRequest, asked: AskedBench, registry: Registry, 
     architecture = subject.architecture
     workloads = _workloads(asked, device, architecture.longest_sequence, notify)
     pruned = surgeries(subject, asked.subject.sizes)
-    needed = partial(weight_bytes, architecture)
-    dtype = choose_dtype(architecture, request.dtype or AUTO, device, needed, free_bytes, notify)
+
+    def lack(dtype: torch.dtype) -> str | None:
+        return shortage(model_bytes(architecture, dtype), free_bytes(device))
+
+    dtype = choose_dtype(architecture, request.dtype or AUTO, device, lack, notify)
     source = _engine_source(subject, engine, request, notify) if engine else None
     return Benchmark(subject, pruned, workloads, dtype, device, request.threads, engine, source)
 

@@ -14,8 +14,8 @@ from sleb_cli.asked.verbs import parse_batch_size
 from sleb_cli.canaries import FOLDER
 from sleb_cli.engine.device import choose_device, parse_dtype
 from sleb_cli.engine.door.subject import resolve_subject, surgeries, with_recovered
+from sleb_cli.engine.forward.memory_needs import model_bytes
 from sleb_cli.engine.forward.placement import Placement, place_model
-from sleb_cli.engine.forward.streaming import weight_bytes
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.evaluation import Evaluation
@@ -64,7 +64,7 @@ def _place(subject: Subject, request: EvalRequest, notify: Notify, group: Proces
     architecture = subject.architecture
     device, device_map = choose_device(request.device), request.device_map
     stream, dtype = False if request.tasks else request.stream, request.dtype or AUTO
-    reserved = weight_bytes(subject.recovered, parse_dtype(dtype, architecture.dtype)) if subject.recovered else 0
+    reserved = model_bytes(subject.recovered, parse_dtype(dtype, architecture.dtype)) if subject.recovered else 0
     place = partial(place_model, architecture, device, dtype, notify, device_map=device_map, reserved=reserved)
     placement = group.from_main(lambda: place(stream=stream))
     if subject.recovered and (placement.stream or device_map is not None):

@@ -10,8 +10,9 @@ import torch
 from sleb_cli.asked.mixture import parse_mixture
 from sleb_cli.asked.text_names import REFERENCE_PRESETS, SELF, SELF_CHAT, is_written
 from sleb_cli.engine.device import CPU, choose_device, dtype_name, own_free_bytes
+from sleb_cli.engine.forward.memory_needs import model_bytes
 from sleb_cli.engine.forward.placement import Placement, place_model
-from sleb_cli.engine.forward.streaming import streamed_bytes
+from sleb_cli.engine.memory import shortage
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.output.apply import Output
 from sleb_cli.engine.process_group import ProcessGroup
@@ -124,24 +125,20 @@ def _splits(text: CalibrationSettings) -> list[CalibrationSettings]:
 
 def _weight_bytes(architecture: Architecture, placement: Placement) -> dict[str, int]:
     """Return the memory that the dense model takes, by what for; none if a device map spreads it out."""
-    if placement.stream:
-        return {"two blocks and what is outside of them": streamed_bytes(architecture, placement.dtype)}
     if placement.device_map is not None:
         return {}
-    numbers = sum(parameter.numel() for parameter in architecture.skeleton.parameters())
-    return {"the model": numbers * placement.dtype.itemsize}
+    what = "two blocks and what is outside of them" if placement.stream else "the model"
+    return {what: model_bytes(architecture, placement.dtype, stream=placement.stream)}
 
 
 def _require_free(device: torch.device, needed: Mapping[str, int], last: Stage) -> None:
-    total, free = sum(needed.values()), own_free_bytes(device)
-    if total <= free:
-        return
     parts = ", ".join(f"{format_bytes(size)} for {what}" for what, size in needed.items())
-    raise MachineError(
-        f"{last.title} needs {format_bytes(total)} of memory on {device.type} ({parts}), but "
-        f"only {format_bytes(free)} is free.",
-        hint="Use fewer --samples, leave out --heal or --recover, or use a machine with more memory.",
-    )
+    of = f"memory on {device.type} ({parts})"
+    if lacking := shortage(sum(needed.values()), own_free_bytes(device), of):
+        raise MachineError(
+            f"{last.title} needs {lacking}.",
+            hint="Use fewer --samples, leave out --heal or --recover, or use a machine with more memory.",
+        )
 
 
 def _resolve_text(request: ApplyRequest, subject: Subject, *, stream: bool) -> CalibrationSettings:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from sleb_cli.engine.device import own_free_bytes
+from sleb_cli.engine.forward.memory_needs import Footprint
 from sleb_cli.units import format_bytes
 from sleb_plugins import MachineError
 
@@ -44,25 +45,10 @@ ACCELERATOR_SETTINGS = DeviceSettings(
 FEWEST_POSITIONS = 16
 """If memory is short, logits of at least this many positions exist at once; the number of sequences drops instead."""
 
-COPIES_OF_LOGITS = 3
-"""Logits of a position that exist at once in the model's data type: the model's, the dense one's, and a copy."""
-COPIES_WIDENED = 6
-"""The same in float32, while a metric takes softmaxes of both and multiplies them."""
-
 
 def settings_for(device: torch.device) -> DeviceSettings:
     """Return what suits this device; an accelerator with memory of its own is like any other."""
     return {"cpu": CPU_SETTINGS, "mps": MPS_SETTINGS}.get(device.type, ACCELERATOR_SETTINGS)
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """The bytes that one token takes: in a branch of hidden states, inside a block, as logits, and while scored."""
-
-    branch: int
-    block: int
-    logits: int
-    scored: int
 
 
 @dataclass(frozen=True)
@@ -113,7 +99,8 @@ def resolve_memory_budget(
     fewest, most = settings.min_tokens_per_batch // length, settings.tokens_per_batch // length
     size = min(batch or max(1, min(most, max(fewest, sequences // min_batches))), sequences)
     budget = MemoryBudget(size, settings.head_positions, branches=1, kept=0)
-    while (needed := working_bytes(footprint, settings, budget.sequences * length, budget.positions)) > available:
+    widened = settings.widened_bytes
+    while (needed := footprint.working_bytes(budget.sequences * length, budget.positions, widened)) > available:
         less = budget.halved()
         if less is None or (batch is not None and less.sequences < size):
             raise MachineError(
@@ -127,13 +114,6 @@ def resolve_memory_budget(
     batches = -(-sequences // budget.sequences)
     # While a step's branches are computed, those of the step before are still there.
     return dataclasses.replace(budget, branches=branches, kept=(spare - branches + 1) // batches // 2)
-
-
-def working_bytes(footprint: Footprint, settings: DeviceSettings, tokens: int, positions: int) -> int:
-    """Return the bytes in use while a block or the head runs on a batch of this many tokens."""
-    # The base, a candidate's branch and its next states; the inside of a block; a slice of logits, and its scores.
-    scored = min(positions * footprint.scored, COPIES_WIDENED * settings.widened_bytes)
-    return tokens * (3 * footprint.branch + footprint.block) + positions * footprint.logits + scored
 
 
 def available_memory(device: torch.device) -> int:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from sleb_cli.engine.device import cpu_dtypes, dtype_name, own_free_bytes, parse_dtype
+from sleb_cli.engine.forward.memory_needs import model_bytes
 from sleb_cli.engine.forward.offload import Offloaded, offloaded_values
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.forward.streaming import StreamedBlocks, require_streamable, streamed_bytes, weight_bytes
+from sleb_cli.engine.forward.streaming import StreamedBlocks, require_streamable
+from sleb_cli.engine.memory import shortage
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.surgery.loading import DeviceMap, explain_oom, load_dense
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.requests import AUTO
-from sleb_cli.units import format_bytes
 from sleb_plugins import UnsupportedModelError
 
 
@@ -69,24 +71,24 @@ def place_model(
     own = cast or architecture.dtype or torch.float32
     if device_map is not None:  # which says where weights are, so that they cannot be rounded first
         name = dtype_name(cast) if cast else dtype
-        chosen = choose_dtype(architecture, name, device, lambda wide: 0, own_free_bytes, notify)
+        chosen = choose_dtype(architecture, name, device, lambda wide: None, notify)
         return Placement(device, chosen, device_map=device_map)
 
-    def needed(wide: torch.dtype) -> int:
-        does_not_fit = stream is None and weight_bytes(architecture, own) + reserved > own_free_bytes(device)
-        return (streamed_bytes if stream or does_not_fit else weight_bytes)(architecture, wide) + reserved
+    def lack(wide: torch.dtype, *, streams: bool = False) -> str | None:
+        return shortage(model_bytes(architecture, wide, stream=streams) + reserved, own_free_bytes(device))
 
-    chosen = choose_dtype(architecture, dtype, device, needed, own_free_bytes, notify, cast)
+    streams = lack(own) is not None if stream is None else stream
+    chosen = choose_dtype(architecture, dtype, device, partial(lack, streams=streams), notify, cast)
     if stream:
         require_streamable(architecture)
-    streams = bool(stream)
-    if stream is None and not architecture.is_quantized:
-        size, free = weight_bytes(architecture, chosen) + reserved, own_free_bytes(device)
-        if streams := size > free:
+    if stream is None:
+        lacking = None if architecture.is_quantized else lack(chosen)
+        streams = lacking is not None
+        if lacking:
             notify(
                 Notice(
-                    f"{architecture.source.id} needs {format_bytes(size)} of memory in {dtype_name(chosen)}, but only "
-                    f"{format_bytes(free)} is free on {device}. Streaming its blocks from disk (--stream)."
+                    f"In {dtype_name(chosen)}, {architecture.source.id} needs {lacking} on {device}. Streaming its "
+                    "blocks from disk (--stream)."
                 )
             )
     return Placement(device, chosen, streams, rounded=None if cast is chosen else cast)
@@ -96,15 +98,13 @@ def choose_dtype(
     architecture: Architecture,
     name: str,
     device: torch.device,
-    needed: Callable[[torch.dtype], int],
-    free_of: Callable[[torch.device], int],
+    lack: Callable[[torch.dtype], str | None],
     notify: Notify,
     cast: torch.dtype | None = None,
 ) -> torch.dtype:
     """Choose the data type to compute in: for auto, the weights' own (or `cast`), or float32 where a CPU emulates it.
 
-    `needed` returns the bytes of memory that a data type takes; if float32 does not fit into what is free, it stays the
-    own one.
+    `lack` says how much memory a data type lacks; if float32 lacks any, it stays the own one.
 
     Raises:
         UsageError: there is no such data type.
@@ -112,14 +112,11 @@ def choose_dtype(
     dtype = parse_dtype(name, cast or architecture.dtype)
     if name != AUTO or device.type != "cpu" or dtype in cpu_dtypes() or architecture.is_quantized:
         return dtype
-    size, free = needed(torch.float32), free_of(device)
-    if size <= free:
+    lacking = lack(torch.float32)
+    if lacking is None:
         return torch.float32
     notify(
-        Notice(
-            f"This will be slow: the processor has no {dtype_name(dtype)} arithmetic, and float32 needs "
-            f"{format_bytes(size)} of memory, but only {format_bytes(free)} is free."
-        )
+        Notice(f"This will be slow: the processor has no {dtype_name(dtype)} arithmetic, and float32 needs {lacking}.")
     )
     return dtype
 

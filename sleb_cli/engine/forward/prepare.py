@@ -6,20 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sleb_cli.engine.device import CPU
 from sleb_cli.engine.forward.fork_check import CHECKED_SEQUENCES, why_not_fork
 from sleb_cli.engine.forward.holding import keep_on_device, to_cpu
-from sleb_cli.engine.forward.memory_budget import (
-    COPIES_OF_LOGITS,
-    COPIES_WIDENED,
-    Footprint,
-    available_memory,
-    resolve_memory_budget,
-    settings_for,
-    working_bytes,
-)
+from sleb_cli.engine.forward.memory_budget import available_memory, resolve_memory_budget, settings_for
+from sleb_cli.engine.forward.memory_needs import Footprint, measure_footprint
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.memory import in_smaller_pieces
@@ -61,7 +54,7 @@ def prepare_passes(
         MachineError: not even one candidate on one sequence fits.
     """
     with torch.inference_mode():
-        footprint = _footprint(skippable, sequences[:1, :2])
+        footprint = measure_footprint(skippable, sequences[:1, :2])
         devices = dict.fromkeys([skippable.device, *skippable.places])  # in the same order in all processes
         available = min(map(memory, devices))
         budget = resolve_memory_budget(
@@ -103,8 +96,8 @@ def _store_all(passes: Passes, footprint: Footprint, available: int, memory: Cal
     device, skippable = passes.skippable.device, passes.skippable
     count = len(skippable.switches)
     of_branch = sum(batch.numel() for batch in passes.batches) * footprint.branch
-    largest = passes.batches[0].numel()
-    room = available - working_bytes(footprint, settings_for(device), largest, passes.budget.positions)
+    largest, widened = passes.batches[0].numel(), settings_for(device).widened_bytes
+    room = available - footprint.working_bytes(largest, passes.budget.positions, widened)
     store = to_cpu if device != CPU and room < (count + OTHER_BRANCHES) * of_branch else keep_on_device
     if store is to_cpu:
         room = memory(CPU)
@@ -117,31 +110,3 @@ def _store_all(passes: Passes, footprint: Footprint, available: int, memory: Cal
         )
     kept = 1 + (branches - count) // 2 if branches >= count else 0
     return replace(passes, store=store, budget=replace(passes.budget, branches=min(branches, count), kept=kept))
-
-
-def _width(module: nn.Module) -> int:
-    """Return the greatest number of values that a module makes of one; packed weights do not have the shape for it."""
-    sizes = [max(weight.shape, default=1) for weight in module.parameters(recurse=False)]
-    return max(getattr(module, "in_features", 0), getattr(module, "out_features", 0)) or max(sizes, default=1)
-
-
-def _footprint(skippable: SkippableModel, ids: Tensor) -> Footprint:
-    """Measure what a few tokens take; what a block itself needs is estimated from its widest weight."""
-    entering: list[Tensor] = []
-    others = range(1, len(skippable.switches))
-    skippable.run_with_hook(ids, others, lambda block, before, after: entering.append(before))
-    if not entering:
-        raise UnsupportedModelError(
-            f"{skippable.model.config.model_type} calls none of its blocks.",
-            hint="Open an issue that names this family.",
-        )
-    hidden = entering[0]
-    logits = skippable.logits(ids, range(len(skippable.switches)))
-    width = hidden.shape[-1]
-    widest = max([width, *(_width(part) for switch in skippable.switches for part in switch.block.modules())])
-    return Footprint(
-        branch=hidden.nbytes // ids.numel(),
-        block=4 * (8 * width + 4 * widest),
-        logits=COPIES_OF_LOGITS * logits.shape[-1] * logits.itemsize,
-        scored=COPIES_WIDENED * logits.shape[-1] * 4,
-    )

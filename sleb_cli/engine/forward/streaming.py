@@ -10,7 +10,6 @@ kernels may round differently at others: so the numbers are those of the model i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,17 +24,16 @@ from sleb_cli.engine.device import CPU, synchronize
 from sleb_cli.engine.files.copying import reading
 from sleb_cli.engine.files.weights import TORCH_DTYPES, StoredTensor, load_pickle
 from sleb_cli.engine.forward.block_weights import BlockWeights
+from sleb_cli.engine.forward.memory_needs import tensors_by_block
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.surgery.loading import loading_problem
 from sleb_cli.engine.third_party import translate_transformers_errors
 from sleb_cli.engine.transformers_internals import (
     LoadStateDictConfig,
-    WeightConverter,
     convert_and_load_state_dict_in_model,
     get_model_conversion_mapping,
 )
 from sleb_plugins import ModelError, UnsupportedModelError
-from sleb_plugins.config_keys import kept_blocks
 
 PAGE = 4096
 """Files are mapped at multiples of this many bytes."""
@@ -57,33 +55,6 @@ def require_streamable(architecture: Architecture) -> None:
         )
 
 
-def weight_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
-    """Return how much memory the weights take in this data type; packed ones take what they take in the files."""
-    return sum(_bytes_as(dtype, tensor) for tensor in architecture.source.weights.stored)
-
-
-def streamed_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
-    """Return how much memory the weights take if they are streamed: two blocks, and what is outside of them."""
-    by_block, outside = _divide(architecture)
-    same_dtype = all(TORCH_DTYPES.get(tensor.dtype) is dtype for block in by_block for tensor in block)
-    taken_as_is = same_dtype and not converted_bytes(architecture, dtype)
-    read = 0 if taken_as_is else max(sum(tensor.size for tensor in block) for block in by_block)
-    made = max(sum(_bytes_as(dtype, tensor) for tensor in block) for block in by_block)
-    return sum(_bytes_as(dtype, tensor) for tensor in outside) + 2 * made + read
-
-
-def converted_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
-    """Return how much transformers writes to disk if the blocks stay there, because it stores weights otherwise."""
-    plans = get_model_conversion_mapping(architecture.skeleton)
-    return weight_bytes(architecture, dtype) if any(isinstance(plan, WeightConverter) for plan in plans) else 0
-
-
-def _bytes_as(dtype: torch.dtype, tensor: StoredTensor) -> int:
-    own = TORCH_DTYPES.get(tensor.dtype)
-    plain = own is not None and own.is_floating_point and own.itemsize > 1
-    return math.prod(tensor.shape) * dtype.itemsize if plain else tensor.size
-
-
 class StreamedBlocks(BlockWeights):
     """The blocks of a model in its files. Its parameters are on the meta device, except of the block that is visited.
 
@@ -102,7 +73,7 @@ class StreamedBlocks(BlockWeights):
         self._as_mapped = device == CPU
         self.model: Any = architecture.build(architecture.config, dtype)
         self.modules = architecture.blocks_of(self.model)
-        self._by_block, outside = _divide(architecture)
+        self._by_block, outside = tensors_by_block(architecture)
         self._config = LoadStateDictConfig(
             device_map={"": device},
             dtype=dtype,
@@ -239,21 +210,6 @@ class StreamedBlocks(BlockWeights):
             f"The weights of {self._architecture.source.id} do not fit its config: {problem}.",
             hint="Copy or download the model again.",
         )
-
-
-def _divide(architecture: Architecture) -> tuple[list[list[StoredTensor]], list[StoredTensor]]:
-    """Return the stored tensors of each block, and those outside the blocks."""
-    count = architecture.block_count
-    names = architecture.block_names(kept_blocks(count, ()))
-    by_block: list[list[StoredTensor]] = [[] for _ in range(count)]
-    outside = []
-    for tensor in architecture.source.weights.stored:
-        block = names.block_of(tensor.name)
-        if block is None:
-            outside.append(tensor)
-        elif block < count:  # those after the last block predict further tokens, and no model loads them
-            by_block[block].append(tensor)
-    return by_block, outside
 
 
 def _without_values(tensor: Tensor) -> Tensor:

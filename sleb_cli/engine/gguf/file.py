@@ -115,6 +115,11 @@ class GgufFile:
         return found
 
     @property
+    def parameters(self) -> int:
+        """The number of weights, whatever they are packed in."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors)
+
+    @property
     def architecture(self) -> str:
         """The value of `general.architecture`, which is the first part of the architecture's own keys."""
         return str(self.get("general.architecture") or "")

@@ -22,9 +22,9 @@ from sleb_cli.engine.gguf.block_rules import plain_name
 from sleb_cli.engine.gguf.blocks import require_blocks
 from sleb_cli.engine.gguf.file import GgufFile, read_gguf
 from sleb_cli.engine.gguf.quick import quick_gguf
+from sleb_cli.engine.memory import shortage
 from sleb_cli.engine.third_party import translate_errors, translate_transformers_errors
 from sleb_cli.events import Notify, task
-from sleb_cli.units import format_bytes
 from sleb_plugins import MachineError, OutputError, UnsupportedModelError
 
 # Raise it when the same file would become another folder.
@@ -154,9 +154,8 @@ def _require_convertible(file: GgufFile) -> torch.dtype:
 
 
 def _require_memory(file: GgufFile, dtype: torch.dtype) -> None:
-    needed, free = sum(math.prod(tensor.shape) for tensor in file.tensors) * dtype.itemsize, free_bytes(CPU)
-    if needed > free:
+    if lacking := shortage(file.parameters * dtype.itemsize, free_bytes(CPU)):
         raise MachineError(
-            f"Unpacking {file.path} takes {format_bytes(needed)} of memory, but only {format_bytes(free)} is free.",
+            f"Unpacking {file.path} takes {lacking}.",
             hint="Name the original checkpoint (a Hub id or a folder) instead: its blocks can be streamed.",
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from sleb_cli.engine.gguf.block_rules import holds_model_type
 from sleb_cli.engine.gguf.blocks import block_count
 from sleb_cli.engine.gguf.file import GgufFile, GgufTensor, gguf_size, read_gguf, write_gguf
 from sleb_cli.engine.gguf.quick import QuickReader
+from sleb_cli.engine.memory import shortage
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.gguf import convert_tokenizer, convert_weights, transformers_knows
 from sleb_cli.engine.model.source import locate_model
@@ -30,7 +30,6 @@ from sleb_cli.names import checkpoint_name
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import THIS_VERSION, ModelRecord, Proof
 from sleb_cli.results import GgufResult
-from sleb_cli.units import format_bytes
 from sleb_plugins import MachineError, ModelError, PlanError, ProofError, UsageError
 
 KIND = "GGUF file"
@@ -193,8 +192,6 @@ def _why_transformers_cannot(file: GgufFile, aside: Path) -> str | None:
     if not transformers_knows(file.architecture):
         return f"transformers does not read GGUF files of the architecture {file.architecture}"
     # It unpacks all weights to float32 before casting them, and they are then written twice, dense and pruned.
-    needed = 8 * sum(math.prod(tensor.shape) for tensor in file.tensors)
-    for what, free in (("memory", free_bytes(CPU)), ("disk space", free_space(aside.parent))):
-        if free < needed:
-            return f"transformers needs {format_bytes(needed)} of {what}, but only {format_bytes(free)} is free"
-    return None
+    needed, places = 8 * file.parameters, {"memory": free_bytes(CPU), "disk space": free_space(aside.parent)}
+    lacking = next(filter(None, (shortage(needed, free, what) for what, free in places.items())), None)
+    return lacking and f"transformers needs {lacking}"

@@ -32,10 +32,12 @@ from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.files.copying import reading
 from sleb_cli.engine.files.shards import INDEX, NewTensor, Shard, index_of
 from sleb_cli.engine.files.weights import find_weights, read_tensors
+from sleb_cli.engine.forward.memory_needs import converted_bytes, model_bytes
 from sleb_cli.engine.forward.offload import align
 from sleb_cli.engine.forward.placement import Placement, blocks_on_disk, choose_dtype, open_dense, place_model
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.forward.streaming import converted_bytes, require_streamable, streamed_bytes, weight_bytes
+from sleb_cli.engine.forward.streaming import require_streamable
+from sleb_cli.engine.memory import shortage
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.surgery.loading import DeviceMap, has_tokenizer, load_pretrained, load_tokenizer, loading_problem
@@ -102,9 +104,9 @@ def place_proof(
     """
 
     def place(device: torch.device, *, streamed: bool) -> ProofPlacement:
-        needed = partial(_needed, architecture, stream=streamed)
+        lack = partial(_lack, architecture, device, streamed=streamed)
         name = "float16" if cast is torch.float16 else AUTO  # no other shows what exceeds its narrow range
-        chosen = choose_dtype(architecture, name, device, needed, free_bytes, ignore, cast)
+        chosen = choose_dtype(architecture, name, device, lack, ignore, cast)
         obstacle = _obstacle(architecture, chosen, device, streamed=streamed)
         return ProofPlacement(device, chosen, streamed, rounded=None if cast is chosen else cast, too_large=obstacle)
 
@@ -124,10 +126,8 @@ def place_proof(
 
 def _obstacle(architecture: Architecture, dtype: torch.dtype, device: torch.device, *, streamed: bool) -> str | None:
     """Return why the two models of a proof cannot run one after the other, or None if they can."""
-    needed, free = _needed(architecture, dtype, stream=streamed), free_bytes(device)
-    if needed > free:
-        what = "two of its blocks at a time need" if streamed else "the model needs"
-        return f"{what} {format_bytes(needed)} of memory, but only {format_bytes(free)} is free"
+    if lacking := _lack(architecture, device, dtype, streamed=streamed):
+        return f"{'two of its blocks at a time need' if streamed else 'the model needs'} {lacking}"
     written = converted_bytes(architecture, dtype) if streamed else 0
     if written and written > (left := free_space(cache_root())):
         return (
@@ -137,8 +137,9 @@ def _obstacle(architecture: Architecture, dtype: torch.dtype, device: torch.devi
     return None
 
 
-def _needed(architecture: Architecture, dtype: torch.dtype, *, stream: bool) -> int:
-    return round(PEAK_SHARE * (streamed_bytes if stream else weight_bytes)(architecture, dtype))
+def _lack(architecture: Architecture, device: torch.device, dtype: torch.dtype, *, streamed: bool) -> str | None:
+    needed = PEAK_SHARE * model_bytes(architecture, dtype, stream=streamed)
+    return shortage(round(needed), free_bytes(device))
 
 
 @dataclass(frozen=True)

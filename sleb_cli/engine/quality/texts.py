@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sleb_cli.engine.device import CPU
 from sleb_cli.engine.forward.memory_budget import available_memory
+from sleb_cli.engine.forward.memory_needs import states_bytes
 from sleb_cli.engine.forward.predictions import Logits, predict, predict_together
 from sleb_cli.engine.forward.prepare import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
@@ -129,9 +130,8 @@ class _Scorer:
         self.forks, self.size, self.positions = passes.forks, passes.budget.sequences, passes.budget.positions
         if dense.weights.resident:
             return 1
-        width: int = self.models.architecture.text_config.hidden_size
-        needed = ids.numel() * width * self.models.placement.dtype.itemsize * (len(self.sizes) + 1)
-        return max(1, self._memory(CPU) // needed)
+        needed = states_bytes(self.models.architecture, self.models.placement.dtype, ids.numel())
+        return max(1, self._memory(CPU) // (needed * (len(self.sizes) + 1)))
 
     def _memory(self, device: torch.device) -> int:
         """Return how much memory may be used: the same in all processes, so that they have the same batches."""

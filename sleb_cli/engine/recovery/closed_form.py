@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.forward.forecast import announce, block_operations
 from sleb_cli.engine.forward.fork_check import CHECKED_SEQUENCES, why_not_fork
+from sleb_cli.engine.forward.memory_needs import states_bytes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.recovery.block_fit import BlockFit, fit_block
@@ -67,8 +68,8 @@ class ClosedForm(Stage):
 
         The states are what enters the model and a block, in the dense and in the recovered model, and what leaves it.
         """
-        states = 4 * tokens * surgery.architecture.text_config.hidden_size * dtype.itemsize
-        return {HIDDEN_STATES: states, "regression sums": self.reserved_bytes(surgery)}
+        states = states_bytes(surgery.architecture, dtype, tokens)
+        return {HIDDEN_STATES: 4 * states, "regression sums": self.reserved_bytes(surgery)}
 
     def saved_bytes(self, surgery: Surgery, stored: torch.dtype) -> int:
         """Return the size of the fits of all blocks from the one before the first gap on."""

@@ -1,0 +1,119 @@
+"""How many bytes of memory a model and its passes need, estimated before they take them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sleb_cli.engine.files.weights import TORCH_DTYPES, StoredTensor
+from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.transformers_internals import WeightConverter, get_model_conversion_mapping
+from sleb_plugins import UnsupportedModelError
+from sleb_plugins.config_keys import kept_blocks
+
+COPIES_OF_LOGITS = 3
+"""Logits of a position that exist at once in the model's data type: the model's, the dense one's, and a copy."""
+COPIES_WIDENED = 6
+"""The same in float32, while a metric takes softmaxes of both and multiplies them."""
+
+
+def model_bytes(architecture: Architecture, dtype: torch.dtype, *, stream: bool = False) -> int:
+    """Return what the weights take in this data type; packed ones take what they take in the files.
+
+    If they are streamed, that is two blocks, and what is outside of them.
+    """
+    if not stream:
+        return _bytes_as(dtype, *architecture.source.weights.stored)
+    by_block, outside = tensors_by_block(architecture)
+    same_dtype = all(TORCH_DTYPES.get(tensor.dtype) is dtype for block in by_block for tensor in block)
+    taken_as_is = same_dtype and not converted_bytes(architecture, dtype)
+    read = 0 if taken_as_is else max(sum(tensor.size for tensor in block) for block in by_block)
+    return _bytes_as(dtype, *outside) + 2 * max(_bytes_as(dtype, *block) for block in by_block) + read
+
+
+def converted_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
+    """Return how much transformers writes to disk if the blocks stay there, because it stores weights otherwise."""
+    plans = get_model_conversion_mapping(architecture.skeleton)
+    return model_bytes(architecture, dtype) if any(isinstance(plan, WeightConverter) for plan in plans) else 0
+
+
+def states_bytes(architecture: Architecture, dtype: torch.dtype, tokens: int) -> int:
+    """Return what the hidden states of these tokens take at one depth."""
+    width: int = architecture.text_config.hidden_size
+    return tokens * width * dtype.itemsize
+
+
+def tensors_by_block(architecture: Architecture) -> tuple[list[list[StoredTensor]], list[StoredTensor]]:
+    """Return the stored tensors of each block, and those outside the blocks."""
+    count = architecture.block_count
+    names = architecture.block_names(kept_blocks(count, ()))
+    by_block: list[list[StoredTensor]] = [[] for _ in range(count)]
+    outside = []
+    for tensor in architecture.source.weights.stored:
+        block = names.block_of(tensor.name)
+        if block is None:
+            outside.append(tensor)
+        elif block < count:  # those after the last block predict further tokens, and no model loads them
+            by_block[block].append(tensor)
+    return by_block, outside
+
+
+def _bytes_as(dtype: torch.dtype, *tensors: StoredTensor) -> int:
+    def is_plain(own: torch.dtype | None) -> bool:
+        return own is not None and own.is_floating_point and own.itemsize > 1
+
+    return sum(
+        math.prod(each.shape) * dtype.itemsize if is_plain(TORCH_DTYPES.get(each.dtype)) else each.size
+        for each in tensors
+    )
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """The bytes that one token takes: in a branch of hidden states, inside a block, as logits, and while scored."""
+
+    branch: int
+    block: int
+    logits: int
+    scored: int
+
+    def working_bytes(self, tokens: int, positions: int, widened: int) -> int:
+        """Return what is in use while a block or the head runs on a batch of this many tokens.
+
+        Logits of `positions` exist at once, and of `widened` bytes of them in float32.
+        """
+        # The base, a candidate's branch and its next states; the inside of a block; a slice of logits, and its scores.
+        scored = min(positions * self.scored, COPIES_WIDENED * widened)
+        return tokens * (3 * self.branch + self.block) + positions * self.logits + scored
+
+
+def measure_footprint(skippable: SkippableModel, ids: Tensor) -> Footprint:
+    """Measure what a few tokens take; what a block itself needs is estimated from its widest weight."""
+    entering: list[Tensor] = []
+    others = range(1, len(skippable.switches))
+    skippable.run_with_hook(ids, others, lambda block, before, after: entering.append(before))
+    if not entering:
+        raise UnsupportedModelError(
+            f"{skippable.model.config.model_type} calls none of its blocks.",
+            hint="Open an issue that names this family.",
+        )
+    hidden = entering[0]
+    logits = skippable.logits(ids, range(len(skippable.switches)))
+    width = hidden.shape[-1]
+    widest = max([width, *(_width(part) for switch in skippable.switches for part in switch.block.modules())])
+    return Footprint(
+        branch=hidden.nbytes // ids.numel(),
+        block=4 * (8 * width + 4 * widest),
+        logits=COPIES_OF_LOGITS * logits.shape[-1] * logits.itemsize,
+        scored=COPIES_WIDENED * logits.shape[-1] * 4,
+    )
+
+
+def _width(module: nn.Module) -> int:
+    """Return the greatest number of values that a module makes of one; packed weights do not have the shape for it."""
+    sizes = [max(weight.shape, default=1) for weight in module.parameters(recurse=False)]
+    return max(getattr(module, "in_features", 0), getattr(module, "out_features", 0)) or max(sizes, default=1)
