@@ -1,4 +1,4 @@
-/* Fails, shortens or kills at the n-th call to the file system below one folder; loaded with LD_PRELOAD.
+/* Fails, stops or kills at the n-th call to the file system below one folder; loaded with LD_PRELOAD.
  *
  * Python, torch, safetensors and SQLite all reach the disk through these functions of libc, so a fault here is met where
  * a real one would be. Nothing happens until faulty_io() is called, and calls on other files pass unchanged.
@@ -20,7 +20,7 @@
 #include <unistd.h>
 
 enum { OPEN_READ = 1, OPEN_WRITE = 2, READ = 4, WRITE = 8, SYNC = 16, RENAME = 32, MAKE = 64, REMOVE = 128 };
-enum { KILL = -1, SHORT = -2, STOP = -3 };
+enum { KILL = -1, STOP = -2 };
 
 static char root[PATH_MAX];
 static size_t root_length;
@@ -33,7 +33,7 @@ static atomic_long calls;
     static __typeof__(name) *real; \
     if (!real) real = (__typeof__(name) *)dlsym(RTLD_NEXT, #name)
 
-/* Arm: the `n`-th call of these kinds below `folder` meets `what` (an errno, KILL, SHORT or STOP), and with `forever` all after it.
+/* Arm: the `n`-th call of these kinds below `folder` meets `what` (an errno, KILL or STOP), and with `forever` all after it.
  * With n = 0, calls are only counted. Each counted call is written as a line to
  * `trace_fd`, unless that is -1. */
 void faulty_io(const char *folder, int which, long n, int what, int forever, int trace_fd) {
@@ -64,7 +64,7 @@ static int absolute(int folder, const char *path, char *out) {
     return 1;
 }
 
-/* Returns 0 to go on, SHORT to shorten, or -1 with errno set. */
+/* Returns 0 to go on, or -1 with errno set. */
 static int meet(int kind, const char *name, const char *path) {
     if (!root_length || !(kinds & kind) || !is_below(path)) return 0;
     long number = atomic_fetch_add(&calls, 1) + 1;
@@ -72,7 +72,6 @@ static int meet(int kind, const char *name, const char *path) {
     if (!nth || (lasting ? number < nth : number != nth)) return 0;
     if (action == KILL) kill(getpid(), SIGKILL);
     if (action == STOP) return kill(getpid(), SIGSTOP); /* and goes on when it is told to */
-    if (action == SHORT) return SHORT;
     errno = action;
     return -1;
 }
@@ -139,38 +138,31 @@ OPENAT(openat64)
 FOPEN(fopen)
 FOPEN(fopen64)
 
-/* A call on an open file; a short one moves half of the bytes, and at least one. */
-#define ON_FILE(type, name, kind, parameters, arguments, shorter) \
+/* A call on an open file. */
+#define ON_FILE(type, name, kind, parameters, arguments) \
     type name parameters { \
         REAL(name); \
-        int met = meet_fd(kind, #name, fd); \
-        if (met == SHORT) shorter; \
-        else if (met) return -1; \
+        if (meet_fd(kind, #name, fd)) return -1; \
         return real arguments; \
     }
-#define HALF count = count > 1 ? count / 2 : count
-ON_FILE(ssize_t, read, READ, (int fd, void *to, size_t count), (fd, to, count), HALF)
-ON_FILE(ssize_t, pread, READ, (int fd, void *to, size_t count, off_t at), (fd, to, count, at), HALF)
-ON_FILE(ssize_t, pread64, READ, (int fd, void *to, size_t count, off64_t at), (fd, to, count, at), HALF)
-ON_FILE(ssize_t, write, WRITE, (int fd, const void *from, size_t count), (fd, from, count), HALF)
-ON_FILE(ssize_t, pwrite, WRITE, (int fd, const void *from, size_t count, off_t at), (fd, from, count, at), HALF)
-ON_FILE(ssize_t, pwrite64, WRITE, (int fd, const void *from, size_t count, off64_t at), (fd, from, count, at), HALF)
-#define FEWER count = count > 1 ? count / 2 : count
-ON_FILE(ssize_t, readv, READ, (int fd, const struct iovec *to, int count), (fd, to, count), FEWER)
-ON_FILE(ssize_t, preadv, READ, (int fd, const struct iovec *to, int count, off_t at), (fd, to, count, at), FEWER)
-ON_FILE(ssize_t, preadv64, READ, (int fd, const struct iovec *to, int count, off64_t at), (fd, to, count, at), FEWER)
-ON_FILE(ssize_t, writev, WRITE, (int fd, const struct iovec *from, int count), (fd, from, count), FEWER)
-ON_FILE(int, fsync, SYNC, (int fd), (fd), )
-ON_FILE(int, fdatasync, SYNC, (int fd), (fd), )
-ON_FILE(int, ftruncate, WRITE, (int fd, off_t length), (fd, length), )
-ON_FILE(int, ftruncate64, WRITE, (int fd, off64_t length), (fd, length), )
+ON_FILE(ssize_t, read, READ, (int fd, void *to, size_t count), (fd, to, count))
+ON_FILE(ssize_t, pread, READ, (int fd, void *to, size_t count, off_t at), (fd, to, count, at))
+ON_FILE(ssize_t, pread64, READ, (int fd, void *to, size_t count, off64_t at), (fd, to, count, at))
+ON_FILE(ssize_t, write, WRITE, (int fd, const void *from, size_t count), (fd, from, count))
+ON_FILE(ssize_t, pwrite, WRITE, (int fd, const void *from, size_t count, off_t at), (fd, from, count, at))
+ON_FILE(ssize_t, pwrite64, WRITE, (int fd, const void *from, size_t count, off64_t at), (fd, from, count, at))
+ON_FILE(ssize_t, readv, READ, (int fd, const struct iovec *to, int count), (fd, to, count))
+ON_FILE(ssize_t, preadv, READ, (int fd, const struct iovec *to, int count, off_t at), (fd, to, count, at))
+ON_FILE(ssize_t, preadv64, READ, (int fd, const struct iovec *to, int count, off64_t at), (fd, to, count, at))
+ON_FILE(ssize_t, writev, WRITE, (int fd, const struct iovec *from, int count), (fd, from, count))
+ON_FILE(int, fsync, SYNC, (int fd), (fd))
+ON_FILE(int, fdatasync, SYNC, (int fd), (fd))
+ON_FILE(int, ftruncate, WRITE, (int fd, off_t length), (fd, length))
+ON_FILE(int, ftruncate64, WRITE, (int fd, off64_t length), (fd, length))
 
 ssize_t copy_file_range(int in, off64_t *in_at, int out, off64_t *out_at, size_t count, unsigned flags) {
     REAL(copy_file_range);
-    int met = meet_fd(WRITE, "copy_file_range", out);
-    if (!met) met = meet_fd(READ, "copy_file_range", in);
-    if (met == SHORT) HALF;
-    else if (met) return -1;
+    if (meet_fd(WRITE, "copy_file_range", out) || meet_fd(READ, "copy_file_range", in)) return -1;
     return real(in, in_at, out, out_at, count, flags);
 }
 

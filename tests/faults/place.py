@@ -56,8 +56,6 @@ def searching(*more: Any, again: tuple[str, ...] = ("--resume", "--force"), **op
 
 COMMANDS = {
     "search": searching("--remove", 2),
-    "search --fast": searching("--fast", "--samples", 8),
-    "search --stream": searching("--stream", "--force", output="plan.json"),
     "search gguf": searching("--holdout", "0.4", model="../tiny.gguf"),
     "search, two processes": searching("--device", "cpu", processes=2),
     "apply": Command((*APPLY, "--max-shard-size", "100kB"), "small"),

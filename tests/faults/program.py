@@ -38,12 +38,12 @@ class Calls(IntFlag):
     ALL = READS | CHANGES
 
 
-KILL, SHORT, STOP = -1, -2, -3
+KILL, STOP = -1, -2
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What the `at`-th call of these kinds below `folder` meets: an errno, KILL, SHORT or STOP.
+    """What the `at`-th call of these kinds below `folder` meets: an errno, KILL or STOP.
 
     With `lasting`, each later call meets it too. At 0, calls are only counted.
     """

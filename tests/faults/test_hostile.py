@@ -1,6 +1,6 @@
-"""Files that lie, by name or at random: each ends well, or with a sentence, and nothing outside is touched.
+"""Files that lie: each is read, or refused with a sentence, and nothing outside is touched.
 
-Most of those that have a name once ended in a traceback or a hang.
+Most of these once ended in a traceback or a hang.
 """
 
 import json
@@ -9,18 +9,16 @@ import shutil
 import struct
 from itertools import product
 from pathlib import Path
-from random import Random
 
 import pytest
 import torch
 from safetensors.torch import load, load_file, save_file
 
 from conftest import llama_config, prose, save_model
-from faults import lies
 from faults.arrangements import saving_always
 from faults.conftest import often
 from faults.hostile import FOLDER, PIPE, SECRET, link, run_case, sparse
-from faults.lies import ARRAY, GGUFS, STRING, gguf_of, parse, saved_as, to_text, weight_file
+from faults.lies import GGUFS, STRING, Runs, gguf_of, parse, saved_as, weight_file
 from faults.program import KILL, Calls, Fault
 from gguf_models import write_gguf
 from measured_plans import make_benchmark, make_evaluation, make_plan
@@ -39,7 +37,6 @@ RESUME = (*SEARCH, "--resume", "-o", "out.later.json")
 HEAL = (*CUT, "-o", "out.healed", "--heal", "--heal-tokens", "64", *TEXT[:-2], "--samples", "8")
 SHARDS, PICKLE = (("apply", model, *CUT[2:]) for model in ("shards", "pickle"))
 CUT_GGUF = ("apply", "whole.gguf", "--blocks", "1", "-o", "out.gguf", "--no-verify")
-TASK = ("eval", "model", "--tasks", "x", "--include-path", "tasks", "--limit", "2", "-o", "out.json")
 OWN_PLAN = (
     ("apply", "own.json", "-o", "out", "--no-verify"), ("export", "own.json", "--to", "indices"),
     ("eval", "own.json", *EVAL[2:]),
@@ -75,8 +72,8 @@ def base(program, tmp_path_factory):
     (top / "model" / "code.py").write_bytes(CODE)
     (top / "text.txt").write_text(prose(60))
     talk = [{"role": "user", "content": "river"}, {"role": "assistant", "content": prose(3)}]
-    (top / "chat.jsonl").write_bytes(b"\n".join([to_text({"messages": talk})] * 4))
-    (top / "rows.jsonl").write_bytes(b"\n".join(to_text({"text": line}) for line in LINES))
+    (top / "chat.jsonl").write_bytes(b"\n".join([json.dumps({"messages": talk}).encode()] * 4))
+    (top / "rows.jsonl").write_bytes(b"\n".join(json.dumps({"text": line}).encode() for line in LINES))
     plan = make_plan(8, 3, kinds=True)
     records = {"plan": plan, "plan.eval": make_evaluation(plan, items=20),
                "plan.bench": make_benchmark(plan, iterations=3, batches=(1,))}  # fmt: skip
@@ -94,7 +91,7 @@ def base(program, tmp_path_factory):
 
 def changed(file, **changes):
     """Return what changes a document of JSON."""
-    return lambda base: {file: to_text(json.loads((base / file).read_bytes()) | changes)}
+    return lambda base: {file: json.dumps(json.loads((base / file).read_bytes()) | changes).encode()}
 
 
 def config(**changes):
@@ -141,80 +138,54 @@ DIGITS = int("9" * 4000)
 EMPTY = struct.pack("<4sIQQQ", b"GGUF", 3, 0, 1, 0)
 TERABYTES = [
     struct.pack("<4sIQQ", b"GGUF", 3, 0, (1 << 64) - 1), struct.pack("<4sIQQ", b"GGUF", 3, (1 << 64) - 1, 0),
-    EMPTY + struct.pack("<IQ", STRING, 1 << 40), EMPTY + struct.pack("<IIQ", ARRAY, STRING, 1 << 22),
+    EMPTY + struct.pack("<IQ", STRING, 1 << 40),
 ]  # fmt: skip
 VERSIONED = b'{"schema_version": 1, '
 TEMPLATES = [
-    "{{ messages.__class__ }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% include '../x' %}", "{{ 1/0 }}",
-    "{{ cycler.__init__.__globals__.os.system('touch ../outside/x') }}", "{{", "x", "\0", "",
-    "{{ messages[99].content }}",
-    "{% import 'os' as os %}{{ os.system('id') }}", "{{ ''|attr('__class__') }}", "{{ messages.append(1) }}",
-    "{{ raise_exception('\x1b[2Jno') }}", "{{" + "(" * 5000 + ")" * 5000 + "}}",
-    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% include '../x' %}", "{{", "",
+    "{{ cycler.__init__.__globals__.os.system('touch ../outside/x') }}", "{{ raise_exception('\x1b[2Jno') }}",
+    "{{" + "(" * 5000 + ")" * 5000 + "}}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
 ]  # fmt: skip
-SHOWN = {
-    "\x1b[31mred\x1b]0;title\x07": r"\x1b[31mred\x1b]0;title", "\x9b2J": r"\x9b2J",
-    "[bold red]x[/]": "[bold red]x[/]", "\u202eevil": r"\u202eevil", "a\x00b": r"a\x00b",
-}  # fmt: skip
-RUNNING = b"task: x\ndoc_to_text: !!python/object/apply:os.system ['id']\n"
-BOMB = "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+SHOWN = {"\x1b[31mred\x1b]0;title\x07\x9b2J": r"\x1b[31mred\x1b]0;title", "\u202e[bold]a\x00b": r"\u202e[bold]a\x00b"}
 TEXTS = {
-    "deep.jsonl": b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "list.jsonl": b"[1]", "number.jsonl": b"NaN",
-    "digits.jsonl": b'{"text": ' + b"9" * 5000 + b"}", "half.jsonl": b'{"text": "\\ud800"}', "blank.jsonl": b"\n \n\n",
-    "null.jsonl": b'{"text": null}', "empty.txt": b"", "spaces.txt": b" \n\t" * 10_000, "latin.txt": b"\xe9" * 100,
-    "utf-16.txt": prose(40).encode("utf-16"), "packed.jsonl": b"\x1f\x8b\x08\0" + b"\0" * 100,
-    **{f"{name[2:]}.txt": content for name, content in special("loop.txt")},
+    "deep.jsonl": b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "number.jsonl": b"NaN", "empty.txt": b"",
+    "digits.jsonl": b'{"text": ' + b"9" * 5000 + b"}", "half.jsonl": b'{"text": "\\ud800"}', "latin.txt": b"\xe9" * 100,
+    "utf-16.txt": prose(40).encode("utf-16"), "packed.jsonl": b"\x1f\x8b\x08\0" + b"\0" * 100, "pipe.txt": PIPE,
     "gigabyte.txt": sparse(b"word " * 1000, 1 << 30), "gigabyte.jsonl": sparse(b'{"text": "', 1 << 30),
 }  # fmt: skip
 PLANS = {
-    "deep lists": b"[" * 1_000_000, "no object": b"[1]", "NaN": b"NaN", "nothing": b"", "spaces": b" " * 1_000_000,
-    "a deep version": b'{"schema_version": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "deep lists": b"[" * 1_000_000, "NaN": b"NaN", "nothing": b"",
+    "half of a surrogate pair": VERSIONED + b'"\\ud800": 1}',
     "a version of 5000 digits": b'{"schema_version": ' + b"9" * 5000 + b"}",
-    "a version that is true": b'{"schema_version": true}', "half of a surrogate pair": VERSIONED + b'"\\ud800": 1}',
-    "5 million lists": b"[" + b"[]," * 5_000_000 + b"[]]",
-    "2 million words": VERSIONED + b'"removals": [' + b'"",' * 2_000_000 + b"1]}",
-    "500,000 unknown keys": VERSIONED + b",".join(b'"%x":1' % key for key in range(500_000)) + b"}",
-    "a key of 10 MB": VERSIONED + b'"' + b"k" * 10_000_000 + b'": 1}', "a terabyte": sparse(b"", 1 << 40),
-    **dict(special("plan.json")),
+    "a terabyte": sparse(b"", 1 << 40), **dict(special("plan.json")),
 }  # fmt: skip
-PLAN_KEYS = {"sleb_version": ["k" * 10_000_000], "steps": [{}] * 100_000, "dense": {"loss": 1.0, "perplexity": 0.0}}
 ELSEWHERE = {"id": "../outside", "family": "../outside/code.py", "revision": None}
-OUTSIDE = ("config.json", "tokenizer.json", "model.safetensors")
 # A name, a command, what makes the files, the exit codes, and what is said.
 NAMED = {
     **{f"honest: {' '.join(words)}": (words, {}, FINE, "") for words in
        (CUT, APPLY, SEARCH, ROWS, CHAT, EVAL, CSV, RESUME, HEAL, SHARDS, PICKLE, CUT_GGUF, *OWN_PLAN)},
-    "end tokens that are lists": (SEARCH, {"model/generation_config.json": b'{"eos_token_id": [[]]}'}, FINE, ""),
     "settings in settings": (APPLY, {"model/processor_config.json": NESTED}, MODEL, "process"),
     "a block of 5000 digits": (APPLY, renamed(f"model.layers.{'9' * 5000}.weight"), (0, 4), ""),
     "no blocks": (CUT, config(num_hidden_layers=0), MODEL, "llama"),
     "a billion blocks": (CUT, config(num_hidden_layers=10**9), MODEL, "num_hidden_layers"),
-    "a billion labels": (CUT, config(num_labels=10**9), MODEL, "num_labels"),
-    "more blocks than a float can hold": (CUT, config(n_layers=DIGITS), MODEL, "n_layers"),
     "a number of 4000 digits": (CUT, config(hidden_size=[DIGITS]), MODEL, "config"),
-    "a long name of a type": (CUT, config(model_type="x" * 10**6), MODEL, "xxx"),
     "a shape of texts": (CUT, entry(shape=["16"]), MODEL, "model.safetensors"),
-    "a shape of truths": (CUT, entry(shape=[True] * 4 + [16]), MODEL, "model.safetensors"),
     "a shape whose product takes hours": (CUT, entry(dtype="X", shape=[2**62] * 400_000), MODEL, "model.safetensors"),
     "commands for a terminal": (APPLY, renamed("model.layers.\x1b[2J\u202e\n.weight"), MODEL, "missing"),
-    **{f"{name} by a link": (CUT, {f"model/{name}": link(f"../outside/{name}")}, MODEL, "link") for name in OUTSIDE},
+    "a config by a link": (CUT, {"model/config.json": link("../outside/config.json")}, MODEL, "link"),
     "templates by a link": (CHAT, {"model/additional_chat_templates": link("../outside")}, MODEL, "link"),
-    "a shard by a link": (SHARDS, {f"shards/{SHARD}": link("../outside/model.safetensors")}, MODEL, ""),
-    "shards outside": (SHARDS, lambda base: {INDEX: to_text({"weight_map": dict.fromkeys(
-        json.loads((base / INDEX).read_text())["weight_map"], "../outside/model.safetensors")})}, MODEL, ""),
+    "shards outside": (SHARDS, lambda base: {INDEX: json.dumps({"weight_map": dict.fromkeys(
+        json.loads((base / INDEX).read_text())["weight_map"], "../outside/model.safetensors")}).encode()}, MODEL, ""),
     "a config that is a pipe": (CUT, {"model/config.json": PIPE}, MODEL, "config.json"),
     "a config without end": (CUT, {"model/config.json": sparse(b"{", 2**40)}, MODEL, "config.json"),
-    "a config of lists": (CUT, {"model/config.json": b'{"a": [' + b"[]," * 5_000_000 + b"0]}"}, MODEL, "config.json"),
     **{f"template {t[:40]!r}": (CHAT, {"model/chat_template.jinja": t.encode()}, ANY, "") for t in TEMPLATES},
     **{f"GGUF: {name}": (CUT_GGUF, in_gguf(make), ANY, "") for name, make in GGUFS.items()},
     **{f"GGUF: {data}": (CUT_GGUF, {"whole.gguf": data}, MODEL, "whole.gguf") for data in (b"", b"GGUF\3\0\0\0\1")},
     **{f"GGUF: a terabyte, {number}": (CUT_GGUF, {"whole.gguf": sparse(head, 1 << 41)}, MODEL, "whole.gguf")
        for number, head in enumerate(TERABYTES)},
-    **{f"GGUF: {name}, {words[0]}": (words, {"whole.gguf": content}, (2, 4), "")
-       for (name, content), words in product(special("whole.gguf"), (CUT_GGUF, ("eval", "whole.gguf")))},
+    **{f"GGUF: {name}": (CUT_GGUF, {"whole.gguf": content}, (2, 4), "") for name, content in special("whole.gguf")},
     **{f"plan: {name}": (CSV, {"plan.json": content}, PLAN, "plan.json") for name, content in PLANS.items()},
-    **{f"plan: {name}": (CSV, changed("plan.json", **{name: value}), PLAN, "plan.json")
-       for name, value in PLAN_KEYS.items()},
+    "plan: 100,000 steps": (CSV, changed("plan.json", steps=[{}] * 100_000), PLAN, "plan.json"),
     "plan: 10^9 blocks": (CSV, named("plan.json", blocks=10**9), PLAN, "plan.json"),
     # Beside a plan, they are left out.
     **{f"{kind}: {name}": (CSV, {f"plan.{kind}.json": content}, FINE, "")
@@ -223,77 +194,22 @@ NAMED = {
        for (name, shown), words in product(SHOWN.items(), (("apply",), ("export", "--to", "indices")))},
     # Whatever a plan names, what a command writes lies where it was started.
     **{f"{words[0]}: a plan that names places": (words, named("own.json", **ELSEWHERE), ANY, "") for words in OWN_PLAN},
-    **{f"{file} leads to {target} {more}": ((*words, *more), {file: link(f"outside/{target}")}, OUTPUT, "")
-       for target, more, (file, words) in product(("note.txt", "new"), ((), ("--force",)),
-       (("out.json.journal", SEARCH), (".out.recovery", (*HEAL, "-o", "out"))))},
+    **{f"{file} leads outside": (words, {file: link("outside/note.txt")}, OUTPUT, "")
+       for file, words in (("out.json.journal", SEARCH), (".out.recovery", (*HEAL, "-o", "out")))},
+    **{f"a pickle that calls {of[0].__name__}": (PICKLE, {"pickle/pytorch_model.bin": saved_as(Runs(*of))}, MODEL, "")
+       for of in ((torch.zeros, 10**13), (open, "../outside/note.txt"))},
+    "a state of a recovery": (HEAL, lambda base: {next(base.glob(HEALING)).relative_to(base): bytes(999)}, ANY, ""),
+    **{f"{file}: {data}": (SEARCH, {f"model/{file}": data}, MODEL, "")
+       for file, data in product(("config.json", "tokenizer.json", "tokenizer_config.json"), (b"[1]", b'{"a": '))},
     "a journal of one line without end": (RESUME, {JOURNAL: sparse(b"00000000 ", 1 << 40)}, PLAN, JOURNAL),
     **{f"text: {name}": ((*SEARCH, "--calibration", name), {name: data}, DATA, name) for name, data in TEXTS.items()},
-    **{f"eval: {name}": (("eval", "model", "--perplexity", name), {name: data}, DATA, name)
-       for name, data in TEXTS.items() if not isinstance(data, bytes)},
     "what ends a line elsewhere ends none": (ROWS, {"rows.jsonl": ODD_ROWS.encode()}, FINE, ""),
-    "a task that explodes": (TASK, {"tasks/x.yaml": f"a: &a [x,x,x,x,x,x]\n{BOMB}task: x\n".encode()}, DATA, ""),
-    "a task that runs": (TASK, {"tasks/x.yaml": RUNNING}, DATA, ""),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", often(NAMED, list(NAMED)[::5]), ids=ascii)
-def test_each_lie_that_has_a_name_ends_well(program, base, name):
+@pytest.mark.parametrize("name", often(NAMED, list(NAMED)[::6]), ids=ascii)
+def test_a_file_that_lies_is_read_or_refused_in_a_sentence(program, base, name):
     words, files, codes, says = NAMED[name]
-    ended = run_case(
-        program, base, words, files(base) if callable(files) else files, processor=60 if words == TASK else 10
-    )
+    ended = run_case(program, base, words, files(base) if callable(files) else files)
     assert ended.exit_code in codes, ended.stderr
     assert re.search(re.escape(says), ended.stderr + ended.stdout), ended.stderr
-
-
-def ggufs(data, rng):
-    """Return a GGUF file that lies in one way or two, of which perhaps some bytes are others."""
-    path = Path("whole.gguf")
-    path.write_bytes(data)
-    file = gguf_of(path)
-    for name in rng.sample(list(GGUFS), rng.randint(1, 2)):
-        file = GGUFS[name](file)
-    return file.to_bytes() if rng.random() < 0.6 else lies.damaged(data, rng)
-
-
-DRAWN = {
-    # The file, what makes it lie, and the commands that read it.
-    WEIGHTS: (lies.weights, CUT, APPLY, EVAL), INDEX: (lies.document, SHARDS), "whole.gguf": (ggufs, CUT_GGUF),
-    "model/config.json": (lies.document, CUT, CUT, APPLY, SEARCH, EVAL),
-    "pickle/pytorch_model.bin": (lies.damaged, PICKLE),
-    "model/tokenizer.json": (lies.document, CUT, SEARCH), "model/tokenizer_config.json": (lies.document, SEARCH, EVAL),
-    "model/generation_config.json": (lies.document, APPLY, SEARCH),
-    "model/special_tokens_map.json": (lies.damaged, SEARCH),
-    "model/chat_template.jinja": (lies.damaged, CHAT), "plan.json": (lies.document, CSV),
-    "own.json": (lies.document, *OWN_PLAN),
-    "plan.eval.json": (lies.document, CSV), "plan.bench.json": (lies.document, CSV), JOURNAL: (lies.journal, RESUME),
-    HEALING: (lies.weights, HEAL), "text.txt": (lies.damaged, SEARCH, EVAL), "rows.jsonl": (lies.lines, ROWS),
-    "chat.jsonl": (lies.lines, CHAT),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("count", often([2, 200], [2]))
-@pytest.mark.parametrize("file", DRAWN)
-def test_files_that_lie_at_random(program, base, tried, file, count):
-    lie, *commands = DRAWN[file]
-    path = next(base.glob(file), base / file)
-    honest = path.read_bytes() if path.exists() else b"{}"
-    for number in range(count):
-        rng = Random(f"{file} {number}")
-        run_case(program, base, rng.choice(commands), {path.relative_to(base): lie(honest, rng)})
-    tried("hostile files", count)
-
-
-MORE = [5, torch.ones(4).to_sparse(), torch.empty(4, device="meta"), *(lies.Runs(*call) for call in (
-    (torch.zeros, 10**13), (bytearray, 10**11), (open, "../outside/note.txt"), (eval, "__import__('os').abort()")))
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("number", often(range(len(MORE) + 2), [4, 5]))
-def test_pickles_that_hold_more_than_tensors(program, base, number):
-    """What would run code otherwise is in test_trust.py."""
-    file = "pickle/pytorch_model.bin"
-    deep = [b"\x80\x02]" + b"]" * 10**6, b"\x80\x02" + b"(" * 10**6 + b"."]
-    held = torch.load(base / file, weights_only=True)
-    content = deep[number - len(MORE)] if number >= len(MORE) else saved_as(held | {"a": MORE[number]})
-    run_case(program, base, PICKLE, {file: content})

@@ -17,22 +17,9 @@ import pytest
 
 from faults.conftest import often
 from faults.place import APPLY, APPLY_GGUF, COMMANDS, HEAL, delivered, evaluate, search
-from faults.program import KILL, SHORT, STOP, Calls, Fault, require
+from faults.program import KILL, STOP, Calls, Fault, require
 
 PLAN, MODEL, DATA, OUTPUT, PROOF = 3, 4, 5, 8, 9
-FULL, DEAD = "full from then on", "dead from then on"
-LASTING = {FULL: (errno.ENOSPC, Calls.CHANGES & ~Calls.REMOVE), DEAD: (errno.EIO, Calls.ALL)}
-ERRORS = {
-    Calls.OPEN_READ: ["EIO", "EACCES", DEAD],
-    Calls.READ: ["EIO", "SHORT", "ESTALE", DEAD],
-    Calls.OPEN_WRITE: ["ENOSPC", "EDQUOT", "EIO", "EROFS", "EACCES", FULL, DEAD],
-    Calls.WRITE: ["ENOSPC", "SHORT", "EIO", "EDQUOT", FULL, DEAD],
-    Calls.SYNC: ["EIO", "ENOSPC", "EDQUOT", DEAD],
-    Calls.RENAME: ["ENOSPC", "EIO", "EDQUOT", "EROFS", DEAD],
-    Calls.MAKE: ["ENOSPC", "EDQUOT", "EIO", "EROFS", "EACCES", FULL, DEAD],
-    Calls.REMOVE: ["EIO", "EROFS", "EACCES", DEAD],
-}
-"""The errors that each sort of call can meet."""
 OF_READS = {
     r"/work/plan\.json($|\.journal)|.*\.recovery": {PLAN}, "/text.txt": {DATA}, "/model|/tiny.gguf": {MODEL},
     "/cache": {MODEL, OUTPUT},
@@ -62,42 +49,39 @@ def kill(place, name, number, rng):
 
 
 def fail(place, name, number, rng):
-    """Let a call fail, at first the one that names the output: a whole result, or one sentence and none."""
+    """Fill the disk, or let a call fail: there is a whole result, or one sentence and none."""
     command, calls = COMMANDS[name], place.undisturbed(name)[0]
     named = [call.sort is Calls.RENAME and call.path.endswith(command.output) for call in calls]
     at = rng.randrange(len(calls)) if number else named.index(True)
-    call = calls[at]
-    error = rng.choice(ERRORS[call.sort])
-    what, sorts = LASTING.get(error, (SHORT if error == "SHORT" else getattr(errno, error, 0), call.sort))
-    nth = sum(bool(other.sort & sorts) for other in calls[: at + 1])
+    call, full = calls[at], number % 2 == 0
+    error, sorts = (errno.ENOSPC, Calls.CHANGES & ~Calls.REMOVE) if full else (errno.EIO, call.sort)
+    nth = max(1, sum(bool(other.sort & sorts) for other in calls[: at + 1]))
     place.reset()
-    (running,) = place.launch(command, fault=Fault(place.folder, nth, what, sorts, lasting=error in LASTING))
+    (running,) = place.launch(command, fault=Fault(place.folder, nth, error, sorts, lasting=full))
     finished = running.wait()
-    undeletable = error == DEAD or call.sort is Calls.REMOVE or ".partial.old" in call.path
-    case = (call, error, finished.stderr)
+    undeletable = call.sort is Calls.REMOVE or ".partial.old" in call.path
+    case = (call, full, finished.stderr)
     wrong = list(place.wrong(name, done=finished.exit_code == 0, may_leave=undeletable))
     assert not wrong, (case, wrong)
-    if finished.exit_code:
-        require_a_fitting_error(command, call, error, finished)
+    if finished.exit_code and full:
+        require(finished, {OUTPUT, MODEL})  # of a model, if its conversion cannot be kept
+    elif finished.exit_code:
+        require_a_fitting_error(command, call, finished)
     if place.files() != place.undisturbed(name)[1]:
         place.again(name, case)
 
 
-def require_a_fitting_error(command, call, error, finished):
+def require_a_fitting_error(command, call, finished):
     """Require the exit code and the name of what failed, and a result on stdout where it cannot be saved."""
     path = os.path.normpath(call.path)
     reads = [codes for pattern, codes in OF_READS.items() if call.sort in Calls.READS and re.match(pattern, path)]
-    # Of a dead disk, anything may be asked next.
-    require(finished, {PLAN, MODEL, DATA, OUTPUT, PROOF} if error == DEAD else reads[0] if reads else {OUTPUT})
-    said = (call, error, finished.stderr)
-    assert error != "SHORT", said
-    if error not in LASTING:
-        (sentence,) = re.findall(r"^error: .*", finished.stderr, re.MULTILINE)
-        # The names of the file or its folder, as the user knows them.
-        parts = {re.sub(r"^\.(.*?)(\.\w{8})?(\.partial|\.replaced)?$", r"\1", part) for part in Path(call.path).parts}
-        converted = {"tiny.gguf", "cache"} if call.path.startswith("/cache") else set()
-        names = parts - {"/", "work", "cache"} | converted or {"cache", "work", command.output}
-        assert any(name in sentence for name in names), said
+    require(finished, reads[0] if reads else {OUTPUT})
+    (sentence,) = re.findall(r"^error: .*", finished.stderr, re.MULTILINE)
+    # The names of the file or its folder, as the user knows them.
+    parts = {re.sub(r"^\.(.*?)(\.\w{8})?(\.partial|\.replaced)?$", r"\1", part) for part in Path(call.path).parts}
+    converted = {"tiny.gguf", "cache"} if call.path.startswith("/cache") else set()
+    names = parts - {"/", "work", "cache"} | converted or {"cache", "work", command.output}
+    assert any(name in sentence for name in names), (call, finished.stderr)
     # The place is claimed once before all work, too.
     is_saving = "Loading" in finished.stderr and f"/.{command.output}" in call.path
     if command.words[0] in ("search", "eval") and is_saving and finished.exit_code == OUTPUT:
@@ -120,15 +104,8 @@ def replace(path):
     aside.replace(path)
 
 
-def other_config(path):
-    config = json.loads((path.parent / "config.json").read_text())
-    (path.parent / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.01}))
-
-
 CHANGES = {
-    "edit": edit, "replace": replace, "append": lambda path: path.write_bytes(path.read_bytes() + b"\x00" * 100),
-    "truncate": lambda path: os.truncate(path, path.stat().st_size // 2), "remove": Path.unlink,
-    "other config": other_config,
+    "edit": edit, "replace": replace, "truncate": lambda path: os.truncate(path, path.stat().st_size // 2)
 }  # fmt: skip
 
 
@@ -136,7 +113,7 @@ def change(place, name, number, rng):
     """Change the model while it is read: that is named and nothing delivered, or it came too late to matter."""
     command, (calls, whole) = COMMANDS[name], place.undisturbed(name)
     source = place.folder / ("tiny.gguf" if "gguf" in name else "model/model.safetensors")
-    kind = rng.choice([each for each in CHANGES if "gguf" not in name or each != "other config"])
+    kind = rng.choice(list(CHANGES))
     reads = [at for at, call in enumerate(calls, start=1) if f"/{source.name}" in call.path]
     # Most changes come just before the file is read once more, after its fingerprint was taken.
     at = rng.randint(reads[0], len(calls)) if number % 3 == 2 else rng.choice(reads[len(reads) // 2 :])
@@ -156,12 +133,12 @@ def change(place, name, number, rng):
 
 
 ON_A_DISK = [name for name in COMMANDS if "processes" not in name]
-READING = ("apply", "apply gguf", "search", "search --stream", "search gguf", "eval")
+READING = ("apply", "apply gguf", "search", "search gguf", "eval")
 INJECTED = {
     # What is injected, into which commands, and how often: in every run, and with `-m faults`.
-    kill: (list(COMMANDS), 2, 100),
-    fail: (ON_A_DISK, 2, 400),
-    change: (READING, 1, 40),
+    kill: (list(COMMANDS), 1, 20),
+    fail: (ON_A_DISK, 1, 30),
+    change: (READING, 1, 10),
 }
 CASES = [
     pytest.param(inject, name, count, id=f"{inject.__name__} {name} {count}", marks=marks)
@@ -179,7 +156,7 @@ def test_a_result_is_whole_or_absent_whatever_happens(place, tried, inject, name
 
 
 @pytest.mark.parametrize("name", often(ON_A_DISK, ["search", "apply", "apply gguf"]))
-def test_what_is_given_its_name_is_on_the_disk(place, name):
+def test_a_file_is_flushed_before_it_gets_its_name(place, name):
     """Whatever was written is flushed before the file or folder that it is in is renamed, and the new name after it."""
     calls = [(call.sort, Path(call.path)) for call in place.undisturbed(name)[0]]
     named = [(at, path) for at, (sort, path) in enumerate(calls) if sort is Calls.RENAME and "/." not in str(path)]
@@ -204,15 +181,14 @@ def is_part(file):
 
 # What both runs do, or what each does, and then both must end well.
 PAIRS = {
-    "apply": [APPLY], "apply --force": [(*APPLY, "--force")], "apply --heal": [HEAL], "apply gguf": [APPLY_GGUF],
-    "search": [search()], "search --force": [search("--force")], "search --resume": [search("--resume")],
+    "apply": [APPLY], "apply --heal": [HEAL], "apply gguf": [APPLY_GGUF], "search": [search()],
     "one cache": [search(model="../tiny.gguf", output=f"{name}.json") for name in "ab"],
-    "one result": [evaluate("-o", "scores.json")], "results of one plan": [evaluate(), evaluate(text="other")],
+    "results of one plan": [evaluate(), evaluate(text="other")],
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("count", often([1, 20], [1]))
-@pytest.mark.parametrize("name", often(PAIRS, ["apply", "search", "one cache", "results of one plan"]))
+@pytest.mark.parametrize("count", often([1, 5], [1]))
+@pytest.mark.parametrize("name", often(PAIRS, ["apply", "search", "one cache"]))
 def test_two_runs_never_spoil_what_one_of_them_makes(place, name, count):
     words = PAIRS[name]
     place.reset()
