@@ -21,8 +21,8 @@ from faults.program import KILL, STOP, Calls, Fault, require
 
 PLAN, MODEL, DATA, OUTPUT, PROOF = 3, 4, 5, 8, 9
 OF_READS = {
-    r"/work/plan\.json($|\.journal)|.*\.recovery": {PLAN}, "/text.txt": {DATA}, "/model|/tiny.gguf": {MODEL},
-    "/cache": {MODEL, OUTPUT},
+    r"/work/plan\.json($|\.journal)": {PLAN}, "/text.txt": {DATA}, "/model|/tiny.gguf": {MODEL},
+    r".*\.recovery": {PLAN, OUTPUT}, "/cache": {MODEL, OUTPUT},
 }  # fmt: skip
 """The exit codes for what cannot be read there; all else is of the output."""
 
@@ -136,9 +136,9 @@ ON_A_DISK = [name for name in COMMANDS if "processes" not in name]
 READING = ("apply", "apply gguf", "search", "search gguf", "eval")
 INJECTED = {
     # What is injected, into which commands, and how often: in every run, and with `-m faults`.
-    kill: (list(COMMANDS), 1, 20),
-    fail: (ON_A_DISK, 1, 30),
-    change: (READING, 1, 10),
+    kill: (list(COMMANDS), 1, 10),
+    fail: (ON_A_DISK, 1, 15),
+    change: (READING, 1, 5),
 }
 CASES = [
     pytest.param(inject, name, count, id=f"{inject.__name__} {name} {count}", marks=marks)
