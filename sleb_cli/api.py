@@ -102,28 +102,8 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
         _stop_unless_main_process()
     with _processes(check_apply, request, notify) as (group, registry, asked):
         from sleb_cli.engine.door.apply import resolve_apply
-        from sleb_cli.engine.output.apply import apply_removals, write_checkpoint, writing_to
-        from sleb_cli.engine.output.apply_gguf import prune_gguf
-        from sleb_cli.engine.surgery.gguf_surgery import GgufSurgery
 
-        subject, output, recovery = resolve_apply(asked, registry, notify, group)
-        if isinstance(subject, GgufSurgery):
-            return prune_gguf(subject, output, registry, notify)
-        if recovery is None:
-            return apply_removals(subject, output, notify)
-        from sleb_cli.engine.recovery.recover import recover  # which imports datasets
-
-        if not group.is_main:
-            recover(recovery, group, notify)
-            raise WorkerFinished
-        # The place is claimed before hours of recovery, so that nobody else writes or heals there.
-        with (
-            recovery.state.explain_resume_on_failure(notify),
-            writing_to(subject, output, recovery.kept_bytes) as aside,
-        ):
-            result = write_checkpoint(subject, aside, output, notify, recover(recovery, group, notify))
-        recovery.state.delete()
-        return result
+        return resolve_apply(asked, registry, notify, group)()
 
 
 @explain_out_of_memory(None, _EVALUATE)

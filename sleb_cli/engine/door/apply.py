@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,31 +17,26 @@ from sleb_cli.engine.cut.kinds import KINDS
 from sleb_cli.engine.device import parse_dtype
 from sleb_cli.engine.door.subject import resolve_subject
 from sleb_cli.engine.gguf.file import GgufFile, read_gguf
-from sleb_cli.engine.output.apply import Output, default_folder, require_apart
-from sleb_cli.engine.output.apply_gguf import default_file, require_same_kind_of_model
+from sleb_cli.engine.output.apply import Output, apply_recovered, apply_removals, default_folder, require_apart
+from sleb_cli.engine.output.apply_gguf import default_file, prune_gguf, require_same_kind_of_model
 from sleb_cli.engine.output.proof import place_proof
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.unfinished import clear_old
-from sleb_cli.engine.surgery.gguf_surgery import GgufSurgery, plan_gguf_surgery
+from sleb_cli.engine.surgery.gguf_surgery import plan_gguf_surgery
 from sleb_cli.engine.surgery.loading import load_tokenizer, quiet_libraries
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.settings import resolve_calibration
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import ApplyRequest, option_of
+from sleb_cli.results import ApplyResult, GgufResult
 from sleb_plugins import DataError, UnsupportedModelError, UsageError
-
-if TYPE_CHECKING:
-    from sleb_cli.engine.recovery.stage import RecoverySettings
 
 
 def resolve_apply(
     asked: AskedApply, registry: Registry, notify: Notify, group: ProcessGroup
-) -> tuple[Subject | GgufSurgery, Output, RecoverySettings | None]:
-    """Find the model or the GGUF file.
-
-    Returns:
-        what is written, a checkpoint or (`GgufSurgery`) a GGUF file; where; and how its blocks are recovered, if so.
+) -> Callable[[], ApplyResult | GgufResult]:
+    """Return the job that writes the checkpoint or the GGUF file, once it is known that it can be done.
 
     Raises:
         UsageError: the blocks do not fit.
@@ -54,23 +50,15 @@ def resolve_apply(
         file = read_gguf(asked.gguf)
         _require_fitting(asked, file, registry, notify)
         surgery = plan_gguf_surgery(file, asked.subject.removals or (), others)
-        output = _output(asked, default_file(surgery))
+        output = _output(request, default_file(surgery))
         require_new_gguf(output.place, asked.gguf, force=output.replace)
-        return surgery, output, None
+        return partial(prune_gguf, surgery, output, registry, notify)
     subject = group.main_first(lambda: resolve_subject(asked.subject, registry, notify, others=others))
-    architecture = subject.architecture
-    if request.dtype and architecture.is_quantized:
-        raise UnsupportedModelError(
-            f"{architecture.source.id} is quantized, so its weights cannot be cast to {request.dtype}.",
-            hint="Leave out --dtype to keep them as they are.",
-        )
-    output = _output(asked, default_folder(subject), subject)
-    require_apart(output.place, architecture.source)
-    require_new_folder(output.place, force=output.replace)
+    output = _output_of_checkpoint(asked, subject)
     if others and group.is_main:
         _say_what_is_lost(request, subject, notify)
     if not request.recoveries:
-        return subject, output, None
+        return partial(apply_removals, subject, output, notify)
     if not subject.surgery.removals:
         raise UsageError(
             f"{option_of(request.recoveries[0])} refits the blocks around a gap, but no block is removed.",
@@ -78,7 +66,8 @@ def resolve_apply(
         )
     from sleb_cli.engine.door.recovery import resolve_recovery  # which imports datasets
 
-    return subject, output, resolve_recovery(subject, request, output, group, notify)
+    recovery = resolve_recovery(subject, request, output, group, notify)
+    return partial(apply_recovered, subject, output, recovery, group, notify)
 
 
 def _say_what_is_lost(request: ApplyRequest, subject: Subject, notify: Notify) -> None:
@@ -108,21 +97,26 @@ def _say_what_is_lost(request: ApplyRequest, subject: Subject, notify: Notify) -
     notify(Notice(f"{lost:.1%} of the tokens in {text.record.title} go; what they spell will take more tokens."))
 
 
-def _output(asked: AskedApply, default: Path, subject: Subject | None = None) -> Output:
-    """Return where the output goes; a checkpoint of `subject` is also cast, divided and proven as requested."""
-    request = asked.request
+def _output(request: ApplyRequest, default: Path) -> Output:
     place = request.output or default
     clear_old(place.absolute().parent)
-    output = Output(place, request.force, verify=not request.no_verify, keep_failed=request.keep_failed)
-    if subject is None:
-        return output
-    dtype = parse_dtype(request.dtype, subject.architecture.dtype) if request.dtype else None
-    return replace(
-        output,
-        dtype=dtype,
-        shard_bytes=asked.shard_bytes,
-        proof=place_proof(subject.architecture, dtype, request.device_map, request.stream),
-    )
+    return Output(place, request.force, verify=not request.no_verify, keep_failed=request.keep_failed)
+
+
+def _output_of_checkpoint(asked: AskedApply, subject: Subject) -> Output:
+    """Return where a checkpoint goes, and how it is cast, divided and proven."""
+    request, architecture = asked.request, subject.architecture
+    if request.dtype and architecture.is_quantized:
+        raise UnsupportedModelError(
+            f"{architecture.source.id} is quantized, so its weights cannot be cast to {request.dtype}.",
+            hint="Leave out --dtype to keep them as they are.",
+        )
+    output = _output(request, default_folder(subject))
+    require_apart(output.place, architecture.source)
+    require_new_folder(output.place, force=output.replace)
+    dtype = parse_dtype(request.dtype, architecture.dtype) if request.dtype else None
+    proof = place_proof(architecture, dtype, request.device_map, request.stream)
+    return replace(output, dtype=dtype, shard_bytes=asked.shard_bytes, proof=proof)
 
 
 def _require_fitting(asked: AskedApply, file: GgufFile, registry: Registry, notify: Notify) -> None:

@@ -25,12 +25,14 @@ from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.card import CARD, model_card
 from sleb_cli.engine.output.measured import measured_of_plan
 from sleb_cli.engine.output.proof import Planned, ProofPlacement, place_proof, prove
+from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notice, Notify, Warned
 from sleb_cli.kept_results import beside_plan
 from sleb_cli.names import checkpoint_name, without_folders
 from sleb_cli.plan import CHECKPOINT_PLAN
+from sleb_cli.processes import WorkerFinished
 from sleb_cli.records import THIS_VERSION
 from sleb_cli.requests import DEFAULT_SHARD_SIZE
 from sleb_cli.results import ApplyResult, BenchResult, EvalResult
@@ -39,6 +41,7 @@ from sleb_plugins import OutputError, ProofError
 
 if TYPE_CHECKING:
     from sleb_cli.engine.recovery.recover import Recovered
+    from sleb_cli.engine.recovery.stage import RecoverySettings
 
 # Files that the pruned checkpoint has its own versions of, besides weights and settings.
 _REWRITTEN = {CARD, CHECKPOINT_PLAN}
@@ -94,6 +97,27 @@ def apply_removals(subject: Subject, output: Output, notify: Notify) -> ApplyRes
     """Write the pruned checkpoint, complete and proven, or write nothing; raises like `write_checkpoint`."""
     with writing_to(subject, output) as aside:
         return write_checkpoint(subject, aside, output, notify)
+
+
+def apply_recovered(
+    subject: Subject, output: Output, recovery: RecoverySettings, group: ProcessGroup, notify: Notify
+) -> ApplyResult:
+    """Do the same with recovered blocks; all processes recover, and the main one writes.
+
+    Raises:
+        WorkerFinished: this process only helped.
+    """
+    from sleb_cli.engine.recovery.recover import recover  # which imports datasets
+
+    if not group.is_main:
+        recover(recovery, group, notify)
+        raise WorkerFinished
+    # The place is claimed before hours of recovery, so that nobody else writes or heals there.
+    state = recovery.state
+    with state.explain_resume_on_failure(notify), writing_to(subject, output, recovery.kept_bytes) as aside:
+        result = write_checkpoint(subject, aside, output, notify, recover(recovery, group, notify))
+    state.delete()
+    return result
 
 
 @contextmanager
