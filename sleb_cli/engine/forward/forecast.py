@@ -1,4 +1,4 @@
-"""How long work will take, said before it starts: its operations, at the rate of a block that is timed here."""
+"""How long work will take, said before it starts: tokens go through blocks at the rate that is timed here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.device import synchronize
+from sleb_cli.engine.device import dtype_name, synchronize
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.events import Notice, Notify
@@ -16,54 +16,42 @@ from sleb_cli.units import format_seconds
 
 LONG = 60.0
 """Work that takes longer, in seconds, is announced."""
-SLOWEST = 2e9
-"""Operations per second that every machine does; what is short even so is not measured."""
+SLOWEST = 1e9
+"""Products per second that every machine does; what is short even so is not timed."""
 SECONDS = 0.1
 """What a block takes on enough tokens to be timed."""
-SHARES = 64, 16, 4, 1
-"""It is timed on a 64th of a batch, or on more if that is too fast."""
 
 
 def announce(
-    notify: Notify,
-    what: str,
-    operations: float,
-    skippable: SkippableModel,
-    ids: Tensor,
-    *,
-    at_most: bool = False,
-    processes: int = 1,
+    notify: Notify, what: str, tokens: float, skippable: SkippableModel, ids: Tensor, about: str = "about"
 ) -> None:
-    """Tell what is about to start and how long it will take, if that is long; `ids` is a batch of its tokens.
+    """Tell what is about to start and how long it will take, if that is long.
 
-    Nothing is told of blocks that are streamed: reading may take longer than computing.
+    So many `tokens` go through a block, the head counting as `head_blocks`; `ids` is a batch of them. Nothing is told
+    of blocks that are streamed: reading may take longer than computing.
     """
-    if operations <= LONG * SLOWEST or not skippable.weights.resident:
+    weights = sum(weight.numel() for weight in skippable.switches[0].block.parameters())
+    if tokens * weights <= LONG * SLOWEST or not skippable.weights.resident:
         return
-    rate = in_smaller_pieces(partial(_operations_per_second, skippable, ids), ids.numel())
-    if (seconds := operations / rate / processes) > LONG:
-        where = "this CPU" if skippable.device.type == "cpu" else str(skippable.device)
-        notify(Notice(f"{what}: {'at most' if at_most else 'about'} {format_seconds(seconds)} on {where}."))
-
-
-def block_operations(skippable: SkippableModel) -> float:
-    """Return the operations of one token in one block: a multiplication and an addition for each weight."""
-    return 2.0 * sum(weight.numel() for weight in skippable.switches[0].block.parameters())
+    seconds = tokens * in_smaller_pieces(partial(_seconds_per_token, skippable, ids), ids.numel())
+    if seconds > LONG:
+        where = "this CPU" if skippable.device.type == "cpu" else skippable.device
+        dtype = dtype_name(skippable.model.dtype)
+        notify(Notice(f"{what} in {dtype}: {about} {format_seconds(seconds)} on {where}."))
 
 
 @torch.inference_mode()
-def _operations_per_second(skippable: SkippableModel, ids: Tensor, most: int) -> float:
+def _seconds_per_token(skippable: SkippableModel, ids: Tensor, most: int) -> float:
     """Time a block on a share of `most` tokens of a batch, [batch, positions]: the first that takes long enough."""
 
     def run() -> None:
         skippable.run_block(call, call.entering)
         synchronize(skippable.device)
 
-    for share in SHARES:
-        tokens = most // share
+    for tokens in (most // 64, most // 16, most // 4, most):
         piece = ids[: max(1, tokens // ids.shape[1]), : max(2, tokens)]
         call = skippable.calls(piece)[0]
         seconds = min(timeit.repeat(run, number=1, repeat=3))  # the first run is slower
         if seconds > SECONDS:
             break
-    return block_operations(skippable) * piece.numel() / seconds
+    return seconds / piece.numel()

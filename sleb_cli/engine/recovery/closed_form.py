@@ -14,7 +14,7 @@ is reported on a third text.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -22,11 +22,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from sleb_cli.engine.device import dtype_name
-from sleb_cli.engine.forward.forecast import announce, block_operations
+from sleb_cli.engine.forward.forecast import announce
 from sleb_cli.engine.forward.fork_check import CHECKED_SEQUENCES, why_not_fork
 from sleb_cli.engine.forward.memory_needs import states_bytes
-from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.recovery.block_fit import BlockFit, fit_block
 from sleb_cli.engine.recovery.depth import Batches, DepthPair, Judge
@@ -35,7 +33,7 @@ from sleb_cli.engine.recovery.residual_projections import possible_projections
 from sleb_cli.engine.recovery.stage import HIDDEN_STATES, Job, Stage, kept_blocks
 from sleb_cli.engine.recovery.unfinished import fit_file, fits_in, read_saved, write_saved
 from sleb_cli.engine.surgery.surgery import Surgery
-from sleb_cli.events import Notice, Notify, task
+from sleb_cli.events import Notice, task
 from sleb_cli.plan import ClosedFormRecord, FitRecord, LossesRecord
 from sleb_cli.units import plural
 from sleb_plugins import UnsupportedModelError
@@ -123,8 +121,7 @@ def recover_in_closed_form(job: Job) -> tuple[dict[str, Tensor], ClosedFormRecor
         def fewer(size: int) -> None:
             job.notify(Notice(f"Out of memory on {dense.device}; fitting {size} sequences at a time."))
 
-        removed = job.settings.surgery.removed
-        _announce(job.notify, dense, removed, train, validation.numel(), job.group.size, fits_in(job.saved))
+        _announce(job)
         run, size = partial(_fit_blocks, job), max(1, BATCH_TOKENS // train.shape[1])
         # Several processes have the same batches, so one cannot take smaller ones by itself.
         return run(size) if job.group.size > 1 else in_smaller_pieces(run, size, fewer)
@@ -228,37 +225,16 @@ class Fits:
         return record, values
 
 
-def _announce(
-    notify: Notify,
-    skippable: SkippableModel,
-    removed: Collection[int],
-    train: Tensor,
-    validation_tokens: int,
-    processes: int,
-    fitted_before: int,
-) -> None:
-    """Tell how long the fits take at most: they stop where nothing is gained. All are taken to be like the first."""
-    count, tokens = len(skippable.switches), train.numel() + validation_tokens
-    kept = [block for block in range(count) if block not in removed]
-    first = max((block for block in kept if block < min(removed)), default=kept[0])
-    refitted = [block for block in kept if block >= first][fitted_before:]
-    if not refitted:
-        return
-    # The dense and the recovered states of each depth, what leaves the dense model, and what each fit runs.
-    through_blocks = (count + len(kept) + ROUNDS * len(refitted)) * tokens + count * validation_tokens
-    through_blocks += sum(other > block for block in refitted for other in kept) * validation_tokens
-    width = skippable.model.config.get_text_config().hidden_size
-    sums = len(refitted) * ROUNDS * tokens * 2 * _features(skippable.switches[first].block, width) ** 2
-    announce(
-        notify,
-        f"Recovery: up to {plural(len(refitted), 'block')} fitted to {train.numel():,} tokens in "
-        f"{dtype_name(skippable.model.dtype)}",
-        through_blocks * block_operations(skippable) + sums,
-        skippable,
-        train[: max(1, BATCH_TOKENS // train.shape[1])].to(skippable.device),
-        at_most=True,
-        processes=processes,
-    )
+def _announce(job: Job) -> None:
+    """Tell how long the fits take at most: they stop where nothing is gained."""
+    dense, train, validation = job.dense, job.train.sequences, job.validation.sequences
+    blocks = len(job.settings.surgery.kept.blocks[max(0, min(job.settings.surgery.removed) - 1) :]) - fits_in(job.saved)
+    # A fit runs its block and sums up products, which is about as much. Both models run once more beside the fits, and
+    # after each, the rest of the pruned one on the validation text.
+    tokens = (2 + 2 * ROUNDS) * (train.numel() + validation.numel()) + len(dense.switches) * validation.numel()
+    what = f"Recovery: up to {plural(blocks, 'block')} fitted to {train.numel():,} tokens"
+    batch = train[: max(1, BATCH_TOKENS // train.shape[1])].to(dense.device)
+    announce(job.notify, what, blocks * tokens / job.group.size, dense, batch, "at most")
 
 
 def fitting_bytes(block: nn.Module, width: int) -> int:

@@ -11,8 +11,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from sleb_cli.engine.device import dtype_name
-from sleb_cli.engine.forward.forecast import announce, block_operations
+from sleb_cli.engine.forward.forecast import announce
 from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.distillation import Batch, Distillation, TeacherStates, learning_rate
@@ -167,14 +166,8 @@ class Training:
         left, first = self.budget.tokens - self.progress.tokens, self.distillation.first
         # Each product of the student's trained part has two more backwards, each of its head has one.
         through_blocks = len(teacher.switches) + 3 * (len(student.switches) - first) + 3 * teacher.head_blocks
-        announce(
-            self.job.notify,
-            f"Healing: {left:,} tokens in {dtype_name(self.weights.dtype)}",
-            through_blocks * left * block_operations(teacher),
-            teacher,
-            self.checked.rows[: self.size],
-            processes=self.job.group.size,
-        )
+        what, batch = f"Healing: {left:,} tokens", self.checked.rows[: self.size]
+        announce(self.job.notify, what, through_blocks * left / self.job.group.size, teacher, batch)
 
     def run(self) -> Literal["budget", "patience"]:
         """Train, give the weights the values that were best, and return why training stopped."""

@@ -16,7 +16,7 @@ import transformers
 from sleb_cli.asked.text_names import REFERENCE_PRESETS
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.environment import environment_record
-from sleb_cli.engine.forward.forecast import announce, block_operations
+from sleb_cli.engine.forward.forecast import announce
 from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.placement import Placement, open_dense
@@ -198,7 +198,7 @@ def _remove_blocks(method: Method, stop: Stop, extended: Plan | None, dense: Den
         score_spans=partial(scoring.score_spans, longest=stop.remove),
         swapped=lambda swap: notify(BlocksSwapped(**dict(swap))),
     )
-    _announce(method, problem, losses)
+    _announce(method, problem, scoring)
     kinds = method.removable.architecture.kinds
     notify(SearchStarted(len(kinds), stop.remove, len(trace.steps)))
     try:
@@ -223,30 +223,20 @@ def _remove_blocks(method: Method, stop: Stop, extended: Plan | None, dense: Den
     return trace
 
 
-def _announce(method: Method, problem: Problem, losses: Losses) -> None:
-    """Tell how long the search will take. Candidates share a walk, and so run half of the blocks on average."""
-    scoring, metric, remove = losses.scoring, method.metric, problem.remove
-    passes, ids = scoring.passes, scoring.passes.batches[0]
+def _announce(method: Method, problem: Problem, scoring: Scoring) -> None:
+    """Tell how long the search will take. Of blocks, a candidate of a walk runs half, hidden states of a block one."""
+    passes, metric, ids = scoring.passes, scoring.metric, scoring.passes.batches[0]
     if not isinstance(metric, LogitMetric | HiddenStateMetric):
         return  # a metric of weights is fast, and how long one of the whole model takes is not known
-    blocks = method.removable.architecture.block_count
-    candidates = len(problem.candidates(problem.removed))
-    sets = method.strategy.evaluations(candidates, remove - len(problem.removed))
-    left = sets * scoring.sequences - scoring.journal.evaluations
-    each = (blocks / 2 if passes.forks else blocks) + scoring.skippable.head_blocks
-    if isinstance(metric, HiddenStateMetric):
-        each = blocks / candidates  # one run for all
+    blocks, candidates = len(scoring.skippable.switches), len(problem.candidates(problem.removed))
+    sets = method.strategy.evaluations(candidates, problem.remove - len(problem.removed))
+    left, length = sets * scoring.sequences - scoring.journal.evaluations, ids.shape[1]
+    of_logits = (blocks / 2 if passes.forks else blocks) + scoring.skippable.head_blocks
+    each = of_logits if isinstance(metric, LogitMetric) else 1.0
+    raced = min(1.0, RACED / scoring.sequences) if method.fast else 1.0
     at_most = "at most " if method.fast or method.strategy_name == "refine" else ""
-    share = min(1.0, RACED / scoring.sequences) if method.fast else 1.0
-    announce(
-        scoring.notify,
-        f"Search: {remove} of {blocks} blocks, {at_most}{left:,} evaluations of {ids.shape[1]:,} tokens in "
-        f"{dtype_name(losses.dtype)}",
-        left * ids.shape[1] * share * each * block_operations(scoring.skippable),
-        scoring.skippable,
-        ids,
-        processes=scoring.journal.group.size,
-    )
+    what = f"Search: {problem.remove} of {blocks} blocks, {at_most}{left:,} evaluations of {length:,} tokens"
+    announce(scoring.notify, what, left * length * raced * each / scoring.journal.group.size, scoring.skippable, ids)
 
 
 def _prepare(
