@@ -44,7 +44,7 @@ def measure_text(
         ModelError: a loss is not finite.
     """
     with ExitStack() as opened:
-        dense, *pruned = _Scorer(models, [(), *sizes], batch_size, opened).scores(windows)
+        dense, *pruned = _Scorer(models, [(), *sizes], windows.ids, batch_size, opened).scores(windows.text.source)
     counted, clusters = windows.counted, windows.clusters
 
     def compared(removals: Removals, scores: Scores) -> PrunedTextScores:
@@ -90,47 +90,45 @@ def _summary(scores: Scores, windows: EvaluationWindows, removals: Removals) -> 
 
 
 class _Scorer:
-    """Runs models on the same windows, the dense one first; they are loaded when first needed."""
+    """Runs models on the same windows, the dense one first."""
 
-    def __init__(self, models: Models, sizes: Sequence[Removals], batch_size: int | None, opened: ExitStack) -> None:
-        self.models, self.sizes, self.batch_size, self.opened = models, sizes, batch_size, opened
+    def __init__(
+        self, models: Models, sizes: Sequence[Removals], ids: Tensor, batch_size: int | None, opened: ExitStack
+    ) -> None:
+        self.models, self.sizes, self.opened = models, sizes, opened
         self.skippable: dict[Removals, SkippableModel] = {}
-
-    def scores(self, windows: EvaluationWindows) -> list[Scores]:
-        """Return the scores of each size."""
-        group, batch = self.models.group, self.batch_size or 1
-        per_part = max(1, TOKENS_OF_A_PART // windows.ids.shape[1])
-        parts = torch.split(windows.ids, max(1, per_part // batch) * batch)
-        together = self._prepare(parts[0])
-        runs = [range(first, min(first + together, len(parts))) for first in range(0, len(parts), together)]
-        found: dict[int, list[Scores]] = {}
-        with task(self.models.notify, f"Perplexity on {windows.text.source}", len(windows.ids), "windows") as advance:
-            for turn in deal(runs, group.size):
-                mine = (scored for run in turn[group.rank] for scored in self._measured(parts, run))
-                for _, (number, scores) in group.in_turn(mine):
-                    found[number] = scores
-                    loss = min(float(scores[0]["nll"].double().mean()), 700)
-                    advance(len(parts[number]), f"dense: {math.exp(loss):.2f} in the last windows")
-        return [joined(of_size) for of_size in zip(*(found[number] for number in range(len(parts))), strict=True)]
-
-    def _prepare(self, ids: Tensor) -> int:
-        """Load the models, and choose how many windows a batch has.
-
-        Return how many parts are scored together: if blocks are streamed, as many as there is memory for.
-        """
-        dense, *_ = [self._model(removals)[0] for removals in self.sizes]
+        batch, per_part = batch_size or 1, max(1, TOKENS_OF_A_PART // ids.shape[1])
+        self.parts = torch.split(ids, max(1, per_part // batch) * batch)
+        self.dense, *_ = [self._model(removals)[0] for removals in sizes]
         passes, _ = prepare_passes(
-            dense,
-            ids.to(dense.device),
-            self.models.notify,
+            self.dense,
+            self.parts[0].to(self.dense.device),
+            models.notify,
             memory=self._memory,
-            batch_size=self.batch_size,
+            batch_size=batch_size,
             checked=CHECKED_TOKENS,
         )
         self.forks, self.size, self.positions = passes.forks, passes.budget.sequences, passes.budget.positions
-        if dense.weights.resident:
+
+    def scores(self, source: str) -> list[Scores]:
+        """Return the scores of each size on the windows of this text."""
+        group, together = self.models.group, self._parts_together()
+        runs = [range(first, len(self.parts))[:together] for first in range(0, len(self.parts), together)]
+        found: dict[int, list[Scores]] = {}
+        with task(self.models.notify, f"Perplexity on {source}", sum(map(len, self.parts)), "windows") as advance:
+            for turn in deal(runs, group.size):
+                mine = (scored for run in turn[group.rank] for scored in self._measured(run))
+                for _, (number, scores) in group.in_turn(mine):
+                    found[number] = scores
+                    loss = min(float(scores[0]["nll"].double().mean()), 700)
+                    advance(len(self.parts[number]), f"dense: {math.exp(loss):.2f} in the last windows")
+        return [joined(of_size) for of_size in zip(*(found[number] for number in sorted(found)), strict=True)]
+
+    def _parts_together(self) -> int:
+        """Return how many parts are scored together: if blocks are streamed, as many as there is memory for."""
+        if self.dense.weights.resident:
             return 1
-        needed = states_bytes(self.models.architecture, self.models.placement.dtype, ids.numel())
+        needed = states_bytes(self.models.architecture, self.models.placement.dtype, self.parts[0].numel())
         return max(1, self._memory(CPU) // (needed * (len(self.sizes) + 1)))
 
     def _memory(self, device: torch.device) -> int:
@@ -138,11 +136,10 @@ class _Scorer:
         return min(self.models.group.gather(available_memory(device)))
 
     @torch.inference_mode()
-    def _measured(self, parts: Sequence[Tensor], numbers: Sequence[int]) -> Iterator[tuple[int, list[Scores]]]:
+    def _measured(self, numbers: Sequence[int]) -> Iterator[tuple[int, list[Scores]]]:
         """Yield the number of each of these parts, and the scores of each size."""
         models = [self._model(removals) for removals in self.sizes]
-        dense = models[0][0]
-        windows = [parts[number].to(dense.device) for number in numbers]
+        windows = [self.parts[number].to(self.dense.device) for number in numbers]
 
         def score(size: int) -> list[list[list[Scores]]]:
             split = [torch.split(ids, size) for ids in windows]
@@ -151,8 +148,8 @@ class _Scorer:
                 [predict(skippable, batch, removed, forks=self.forks) for skippable, removed in models]
                 for batch in batches
             )
-            if not dense.weights.resident:
-                predicted = predict_together(dense, batches, [removed for _, removed in models])
+            if not self.dense.weights.resident:
+                predicted = predict_together(self.dense, batches, [removed for _, removed in models])
             return [[score_tokens(batch, next(predicted), self.positions) for batch in of_part] for of_part in split]
 
         def reduced(size: int) -> None:
