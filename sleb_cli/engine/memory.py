@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from sleb_cli.engine.device import free_memory
+import torch
+
+from sleb_cli.engine.device import CPU, free_memory
+from sleb_cli.events import Notice, Notify, ignore
 from sleb_cli.units import format_bytes
 from sleb_plugins.errors import is_out_of_memory
 
@@ -29,9 +32,7 @@ class SmallerPieces(Generic[S]):
     size, before the work is repeated.
     """
 
-    def __init__(
-        self, size: S, smaller: Callable[[S], S | None], told: Callable[[S], object] = lambda size: None
-    ) -> None:
+    def __init__(self, size: S, smaller: Callable[[S], S | None], told: Callable[[S], object]) -> None:
         self._size, self._smaller, self._told = size, smaller, told
         self._failed = False
 
@@ -58,8 +59,17 @@ def half(size: int) -> int | None:
     return size // 2 or None
 
 
-def in_smaller_pieces(run: Callable[[int], T], size: int, told: Callable[[int], object] = lambda size: None) -> T:
-    """Return what `run` returns for this size, or half of it as often as memory runs out."""
+def in_smaller_pieces(
+    run: Callable[[int], T], size: int, device: torch.device = CPU, notify: Notify = ignore, doing: str = ""
+) -> T:
+    """Return what `run` returns for this size, or for half of it as often as memory runs out.
+
+    The listener is told that, and what goes on: "fitting {} sequences".
+    """
+
+    def told(smaller: int) -> None:
+        notify(Notice(f"Out of memory on {device}; {doing.format(smaller)} at a time."))
+
     found: list[T] = []
     for pieces in (halving := SmallerPieces(size, half, told)):
         with halving:

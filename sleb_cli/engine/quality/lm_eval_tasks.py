@@ -22,7 +22,7 @@ from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality import written_code
 from sleb_cli.engine.text.sources import loading_data
 from sleb_cli.engine.third_party import first_line
-from sleb_cli.events import Notice, Notify
+from sleb_cli.events import Notify
 from sleb_cli.requests import AUTO, RunCode
 from sleb_cli.units import plural
 from sleb_plugins.errors import DataError, UsageError, did_you_mean
@@ -128,11 +128,8 @@ class LoadedTask:
             size = first if requests == largest else requests
             return self._evaluate(LoadedModel(model, tokenizer, size, (self.name, what), notify, group))
 
-        def reduced(requests: int) -> None:
-            notify(Notice(f"Out of memory on {device}; continuing with {requests} requests at a time."))
-
         with _quietly_loading(self.name):
-            return in_smaller_pieces(run, largest, reduced)
+            return in_smaller_pieces(run, largest, device, notify, "continuing with {} requests")
 
     def _evaluate(self, lm: Any) -> dict[str, Any]:
         from sleb_cli.engine.lm_eval_internals import handle_non_serializable, normalize_gen_kwargs, simple_evaluate

@@ -22,7 +22,7 @@ from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.quality.token_scores import Scores, divergence_record, joined, score_tokens, window_losses
 from sleb_cli.engine.statistics import clustered_mean
 from sleb_cli.engine.text.windows import EvaluationWindows, tokens_sha256
-from sleb_cli.events import Notice, task
+from sleb_cli.events import task
 from sleb_cli.results import PrunedTextScores, Removals, TextResult, TextScores
 from sleb_plugins import ModelError
 
@@ -142,6 +142,7 @@ class _Scorer:
         windows = [self.parts[number].to(self.dense.device) for number in numbers]
 
         def score(size: int) -> list[list[list[Scores]]]:
+            self.size = size
             split = [torch.split(ids, size) for ids in windows]
             batches = [batch for of_part in split for batch in of_part]
             predicted: Iterator[list[Logits]] = (
@@ -152,12 +153,9 @@ class _Scorer:
                 predicted = predict_together(self.dense, batches, [removed for _, removed in models])
             return [[score_tokens(batch, next(predicted), self.positions) for batch in of_part] for of_part in split]
 
-        def reduced(size: int) -> None:
-            self.size = size
-            device = self.models.placement.device
-            self.models.notify(Notice(f"Out of memory on {device}; continuing with {size} windows at a time."))
-
-        for number, batches in zip(numbers, in_smaller_pieces(score, self.size, reduced), strict=True):
+        place = self.models.placement.device
+        scored = in_smaller_pieces(score, self.size, place, self.models.notify, "continuing with {} windows")
+        for number, batches in zip(numbers, scored, strict=True):
             yield number, [joined(of_size) for of_size in zip(*batches, strict=True)]
 
     def _model(self, removals: Removals) -> tuple[SkippableModel, Removals]:

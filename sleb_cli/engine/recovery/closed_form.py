@@ -118,13 +118,12 @@ def recover_in_closed_form(job: Job) -> tuple[dict[str, Tensor], ClosedFormRecor
                 f"{dense.model.config.model_type} cannot be recovered: {reason}.", hint="Leave out --recover."
             )
 
-        def fewer(size: int) -> None:
-            job.notify(Notice(f"Out of memory on {dense.device}; fitting {size} sequences at a time."))
-
         _announce(job)
         run, size = partial(_fit_blocks, job), max(1, BATCH_TOKENS // train.shape[1])
         # Several processes have the same batches, so one cannot take smaller ones by itself.
-        return run(size) if job.group.size > 1 else in_smaller_pieces(run, size, fewer)
+        if job.group.size > 1:
+            return run(size)
+        return in_smaller_pieces(run, size, dense.device, job.notify, "fitting {} sequences")
 
 
 def _fit_blocks(job: Job, size: int) -> tuple[dict[str, Tensor], ClosedFormRecord]:
@@ -228,10 +227,11 @@ class Fits:
 def _announce(job: Job) -> None:
     """Tell how long the fits take at most: they stop where nothing is gained."""
     dense, train, validation = job.dense, job.train.sequences, job.validation.sequences
-    blocks = len(job.settings.surgery.kept.blocks[max(0, min(job.settings.surgery.removed) - 1) :]) - fits_in(job.saved)
+    removed, count = job.settings.surgery.removed, len(dense.switches)
+    blocks = count - len(removed) - max(0, min(removed) - 1) - fits_in(job.saved)
     # A fit runs its block and sums up products, which is about as much. Both models run once more beside the fits, and
     # after each, the rest of the pruned one on the validation text.
-    tokens = (2 + 2 * ROUNDS) * (train.numel() + validation.numel()) + len(dense.switches) * validation.numel()
+    tokens = (2 + 2 * ROUNDS) * (train.numel() + validation.numel()) + count * validation.numel()
     what = f"Recovery: up to {plural(blocks, 'block')} fitted to {train.numel():,} tokens"
     batch = train[: max(1, BATCH_TOKENS // train.shape[1])].to(dense.device)
     announce(job.notify, what, blocks * tokens / job.group.size, dense, batch, "at most")

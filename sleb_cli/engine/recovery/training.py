@@ -97,19 +97,16 @@ class Trainer:
         """Backpropagate the divergence, in parts if the device has no memory for all sequences at once."""
 
         def run(size: int) -> float:
+            if size < self.micro_batch:
+                self.micro_batch = size
+                self.weights.take_gradient()  # of those that ran out of memory
             total, count = 0.0, int(batch.counted[:, 1:].sum())
             for part in map(Batch, *(torch.split(tensor, size) for tensor in batch)):
                 share = int(part.counted[:, 1:].sum()) / count
                 total += share * self.distillation.add_gradient(part, share * scale)
             return total
 
-        def fewer(micro_batch: int) -> None:
-            self.weights.take_gradient()  # of those that ran out of memory
-            self.micro_batch = micro_batch
-            device = batch.ids.device
-            self.notify(Notice(f"Out of memory on {device}; healing {micro_batch} sequences at a time."))
-
-        return in_smaller_pieces(run, self.micro_batch, fewer)
+        return in_smaller_pieces(run, self.micro_batch, batch.ids.device, self.notify, "healing {} sequences")
 
 
 class Training:

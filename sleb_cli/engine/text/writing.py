@@ -84,10 +84,7 @@ def write_or_find(
             torch.manual_seed(writing.seed)
             return write(_continuing(model, advance), size)
 
-    def reduced(size: int) -> None:
-        notify(Notice(f"Out of memory on {device}; generating {size} sequences at a time."))
-
-    found = in_smaller_pieces(run, batch, reduced)
+    found = in_smaller_pieces(run, batch, device, notify, "generating {} sequences")
     try:
         if writing.model is not None:
             write_cached(file, json.dumps(found))
