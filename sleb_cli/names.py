@@ -26,9 +26,9 @@ def local_path(named: str) -> Path:
         return Path(named)
 
 
-def checkpoint_name(base: str, blocks: int, scripts: Sequence[str] = ()) -> str:
+def checkpoint_name(base: str, blocks: int, parts: Sequence[str] = ()) -> str:
     """Return the default name of a pruned checkpoint of a model, which may be a GGUF file."""
-    return "-".join([f"{base.removesuffix('.gguf')}-sleb-{blocks}-blocks", *scripts])
+    return "-".join([f"{base.removesuffix('.gguf')}-sleb-{blocks}-blocks", *parts])
 
 
 def without_folders(name: str) -> str:
