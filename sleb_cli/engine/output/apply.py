@@ -24,7 +24,8 @@ from sleb_cli.engine.files.weights import read_json
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.card import CARD, model_card
 from sleb_cli.engine.output.measured import measured_of_plan
-from sleb_cli.engine.output.proof import Planned, ProofPlacement, place_proof, prove
+from sleb_cli.engine.output.proof import ProofPlacement, place_proof, prove
+from sleb_cli.engine.output.proof_of_files import Planned
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery

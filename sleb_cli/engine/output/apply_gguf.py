@@ -22,7 +22,8 @@ from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.gguf import convert_tokenizer, convert_weights, transformers_knows
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.output.apply import Output, kept_tensors, move_if_proof_fails
-from sleb_cli.engine.output.proof import Planned, model_errors_fail_proof, place_proof, proof_error, prove
+from sleb_cli.engine.output.proof import place_proof, prove
+from sleb_cli.engine.output.proof_of_files import Planned, model_errors_fail_proof, proof_error
 from sleb_cli.engine.surgery.gguf_surgery import GgufSurgery
 from sleb_cli.engine.third_party import disk_error, prefer_disk_error, translate_errors
 from sleb_cli.events import Notice, Notify, task

@@ -10,28 +10,23 @@ config in the files, but nothing is computed. What the proof cannot see is liste
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, groupby
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from sleb_cli.atomic import free_space
 from sleb_cli.engine.device import CPU, choose_device, dtype_name, free_bytes, free_memory
 from sleb_cli.engine.files.cache import cache_root
-from sleb_cli.engine.files.copying import reading
-from sleb_cli.engine.files.shards import INDEX, NewTensor, Shard, index_of
-from sleb_cli.engine.files.weights import find_weights, read_tensors
 from sleb_cli.engine.forward.memory_needs import converted_bytes, model_bytes
 from sleb_cli.engine.forward.offload import align
 from sleb_cli.engine.forward.placement import Placement, blocks_on_disk, choose_dtype, open_dense, place_model
@@ -40,22 +35,24 @@ from sleb_cli.engine.forward.streaming import require_streamable
 from sleb_cli.engine.memory import shortage
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.generation import generate
+from sleb_cli.engine.output.proof_of_files import (
+    PROMPT,
+    CheckResult,
+    Planned,
+    as_planned,
+    model_errors_fail_proof,
+    proof_error,
+)
 from sleb_cli.engine.surgery.loading import DeviceMap, has_tokenizer, load_pretrained, load_tokenizer, loading_problem
 from sleb_cli.engine.surgery.surgery import Surgery
-from sleb_cli.engine.third_party import disk_error, prefer_disk_error, saving, translate_errors
+from sleb_cli.engine.third_party import prefer_disk_error, saving, translate_errors
 from sleb_cli.events import CheckPassed, Notice, Notify, ignore, task
-from sleb_cli.records import Check, Proof, differences
+from sleb_cli.records import Proof
 from sleb_cli.requests import AUTO
 from sleb_cli.tables.checks import checked, reference
 from sleb_cli.units import format_bytes
 from sleb_plugins import ModelError, ProofError
 
-PROMPT = (
-    "A river begins as snow on a mountain. In spring the water runs down over the rocks, gathers in "
-    "streams, and reaches the plain, where people built mills and towns along its banks. They asked "
-    "how deep it was, who owned the fish, and why it flooded every ninth year. Nobody could answer "
-    "all three questions, so they wrote down what they saw, measured it, and compared their notes."
-)
 PROMPT_TOKENS = 64
 NEW_TOKENS = 8
 
@@ -68,9 +65,6 @@ TOLERANCES = {
 }  # fmt: skip
 """The largest differences allowed, relative to the largest logit: from the logits of the model in memory, and between
 decoding with and without the KV cache, whose shapes and so rounding differ."""
-
-CheckResult = tuple[Check | None, dict[str, Any]]
-"""A passed check (None: one that was left out), and its values in the proof's record."""
 
 PEAK_SHARE = 1.2
 """The memory of a proof, relative to the dense model's weights: the two models are loaded one after the other."""
@@ -142,27 +136,6 @@ def _lack(architecture: Architecture, device: torch.device, dtype: torch.dtype, 
     return shortage(round(needed), free_bytes(device))
 
 
-@dataclass(frozen=True)
-class Planned:
-    """What a checkpoint must hold, and what it does not take over.
-
-    Attributes:
-        tensors: exactly these tensors.
-        weights: the weight files by name; empty if it is made from a GGUF file, whose proof covers the rest.
-        texts: the contents of the files with settings, by name.
-        copies: the dense model's files that are copied unchanged, by their relative paths.
-        left_out: the names of the dense model's files in other formats.
-        outside: the names of links that lead out of its folder.
-    """
-
-    tensors: Sequence[NewTensor]
-    weights: Mapping[str, Shard] = field(default_factory=dict)
-    texts: Mapping[str, str] = field(default_factory=dict)
-    copies: Mapping[str, Path] = field(default_factory=dict)
-    left_out: Sequence[str] = ()
-    outside: Sequence[str] = ()
-
-
 def prove(
     surgery: Surgery,
     folder: Path,
@@ -202,133 +175,10 @@ def prove(
             notify(Notice("The proof leaves the blocks on disk, so it reads all weights about eight times."))
         compared, was_saved = reference(proof.reference), not planned.weights
         models = _Models(surgery, folder, placement, new_values, compared, tokenizer, was_saved, notify)
-        for check, values in chain(_as_planned(surgery, folder, tokenizer, planned, notify), models.checks()):
+        for check, values in chain(as_planned(surgery, folder, tokenizer, planned, notify), models.checks()):
             proof = proof.model_copy(update={"checks": (*proof.checks, *([check] if check else [])), **values})
             notify(CheckPassed(checked(proof)[-1]) if check else Notice(f"The proof is partial: {proof.partial}."))
     return proof
-
-
-def _as_planned(
-    surgery: Surgery, folder: Path, tokenizer: Any, planned: Planned, notify: Notify
-) -> Iterator[CheckResult]:
-    """Check that the folder holds what was planned, byte for byte: whatever a model computes, or never reads."""
-    if planned.weights:
-        _require_files(folder, planned)
-    _require_tensors(folder, planned)
-    yield "complete", {}
-    _require_same_bytes(folder, planned.tensors, notify)
-    yield "same bytes", {}
-    if surgery.tokens is not None or (tokenizer is not None and planned.weights):
-        yield from _require_same_tokens(surgery, folder, tokenizer, notify)
-
-
-def _require_files(folder: Path, planned: Planned) -> None:
-    """Check that each file is there, and no other, and that all but the weights have the planned contents."""
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
-    texts = {**planned.texts, **({INDEX: index_of(planned.weights)} if len(planned.weights) > 1 else {})}
-    expected = {*planned.weights, *texts, *planned.copies}
-    if missing := sorted(expected - found):
-        raise proof_error(f"{_listed(missing)} missing")
-    if extra := sorted(found - expected):
-        raise proof_error(f"{_listed(extra)} there, which belong to no pruned checkpoint of this model")
-    for name, text in texts.items():
-        if (content := (folder / name).read_bytes()) != text.encode():
-            raise proof_error(f"{name} is not what was written{_difference(content, text)}")
-    for name, original in planned.copies.items():
-        with reading(original):
-            digest = _digest(original)
-        if _digest(folder / name) != digest:
-            raise proof_error(f"{name} is not the dense model's")
-
-
-def _listed(names: Sequence[str]) -> str:
-    return f"{names[0]} is" if len(names) == 1 else f"{len(names)} files, such as {names[0]}, are"
-
-
-def _difference(content: bytes, text: str) -> str:
-    """Return a clause on the first setting that differs, or nothing if the file is no longer readable JSON."""
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):
-        return ", nor readable JSON"
-    what = differences({"": found}, {"": json.loads(text)}).partition("; ")[0].removeprefix(".")
-    return f": {what}" if what else ""
-
-
-def _digest(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
-def _require_tensors(folder: Path, planned: Planned) -> None:
-    """Check that every tensor is in the planned file, in its shape and data type, and that no file is truncated."""
-    with model_errors_fail_proof():
-        weights = find_weights(folder)
-        found = {tensor.name: (tensor.dtype, tensor.shape) for tensor in weights.stored}
-    expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in planned.tensors}
-    both = expected.keys() & found.keys()
-    for what, names in {
-        "are missing": expected.keys() - both,
-        "have another type or shape": {name for name in both if found[name] != expected[name]},
-        "are unexpected": found.keys() - both,
-    }.items():
-        if names:
-            raise proof_error(f"{len(names)} tensors {what}, such as {min(names)}")
-    if planned.weights:
-        for header in weights.headers:
-            shard = planned.weights[header.path.name]
-            if {tensor.name for tensor in header.tensors} != {tensor.name for tensor in shard.tensors}:
-                raise proof_error(f"{header.path.name} holds other tensors than the index says")
-            if header.metadata != shard.metadata:
-                raise proof_error(f"the metadata of {header.path.name} are {header.metadata}, not {shard.metadata}")
-
-
-def _require_same_tokens(surgery: Surgery, folder: Path, theirs: Any, notify: Notify) -> Iterator[CheckResult]:
-    """Check that the checkpoint's tokenizer and chat template are there and the dense model's, whatever was planned."""
-    trust = surgery.architecture.source.trust_remote_code
-    with translate_errors(lambda words: proof_error(f"its tokenizer cannot be loaded: {words}")):
-        ours = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-    texts = [PROMPT, *(text for cut in surgery.cuts for text in cut.texts(theirs))]
-    for text, found, expected in zip(texts, ours(texts).input_ids, theirs(texts).input_ids, strict=True):
-        if found != surgery.token_ids(expected):
-            raise proof_error(f"its tokenizer is not the dense model's, which reads {text[:40]!r} otherwise")
-    if ours.chat_template != theirs.chat_template:
-        raise proof_error("its chat template is not the dense model's")
-    for cut in surgery.cuts:
-        for check in cut.tokenizer_checks(ours, theirs, notify):
-            yield check, {}
-
-
-def _require_same_bytes(folder: Path, planned: Sequence[NewTensor], notify: Notify) -> None:
-    """Check that each tensor's bytes are those of the dense model or the new values.
-
-    Both sides are read by safetensors (pickles by torch), and not by the code that copies bytes.
-    """
-    different: list[NewTensor] = []
-    with task(notify, "Comparing weights", sum(tensor.size for tensor in planned), "B") as advance:
-        with model_errors_fail_proof():
-            written = {tensor.name: tensor.path for tensor in find_weights(folder).stored}
-        for (source, path), group in groupby(planned, key=lambda tensor: (tensor.stored.path, written[tensor.name])):
-            tensors = list(group)
-            if not path.samefile(source):
-                found = read_tensors(path, [tensor.name for tensor in tensors])
-                dense = read_tensors(source, [tensor.stored.name for tensor in tensors if tensor.value is None])
-                for tensor in tensors:
-                    expected = tensor.changed(next(dense) if tensor.value is None else tensor.value)
-                    with model_errors_fail_proof():
-                        ours = next(found)
-                    if not torch.equal(_bits_of(ours), _bits_of(expected)):
-                        different.append(tensor)
-            advance(sum(tensor.size for tensor in tensors))
-    if different:
-        first, others = different[0], f" ({len(different)} of {len(planned)} tensors differ)"
-        whose = f"those of {first.stored.name} in the dense model" if first.value is None else "its new values"
-        raise proof_error(f"the bytes of {first.name} are not {whose}{others if len(different) > 1 else ''}")
-
-
-def _bits_of(tensor: Tensor) -> Tensor:
-    """Return the bytes, which tell NaN and -0 apart, too."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -358,13 +208,8 @@ class _Models:
             self._load_names()
             yield "loads", {}
             return
-        dtype, stored = self.placement.dtype, self.placement.rounded or self.surgery.architecture.dtype
-        allowed, cache_allowed = TOLERANCES.get(dtype, (0.0, 0.0))
         ids, new_tokens = self._prompt()
-        expected, tokens = self._expected_logits(ids), self.surgery.tokens
-        expected = expected if tokens is None else expected[..., list(tokens)]
-        own = torch.tensor([self.surgery.token_ids(ids[0].tolist())], device=ids.device)
-        allowed = max([allowed, *(cut.tolerance for cut in self.surgery.cuts)])
+        expected, own = self._expected_logits(ids), self._own(ids)
         free_memory()
         with task(self.notify, "Proving the checkpoint"):
             model = self._load()
@@ -372,33 +217,23 @@ class _Models:
             with translate_errors(lambda words: proof_error(f"it does not run: {words}")):
                 found = model(input_ids=own, use_cache=False).logits
             difference = _relative_difference(found, expected)
-            if not difference <= allowed:
+            if not difference <= self._allowed:
                 with SkippableModel(model, self.surgery.architecture.blocks_of(model)) as whole:
                     states = _block_states(whole, own)
                 del whole, model
                 free_memory()
-                raise proof_error(
-                    f"its logits differ from those of {self.reference} by {difference:.2g} of the largest "
-                    f"({dtype_name(dtype)} allows {allowed:.2g}); {self._first_difference(ids, states, allowed)}"
-                )
+                raise self._other_logits(difference, ids, states)
             yield "same logits", {
                 "prompt": "random tokens" if self.tokenizer is None else "text", "prompt_tokens": ids.shape[1],
-                "logits_difference": difference, "logits_tolerance": allowed,
+                "logits_difference": difference, "logits_tolerance": self._allowed,
             }  # fmt: skip
-            difference = _decode(model, own, new_tokens, cache_allowed)
-            yield "generates", {
-                "new_tokens": new_tokens, "cache_difference": difference, "cache_tolerance": cache_allowed
-            }  # fmt: skip
+            _, allowed = TOLERANCES.get(self.placement.dtype, (0.0, 0.0))
+            difference = _decode(model, own, new_tokens, allowed)
+            yield "generates", {"new_tokens": new_tokens, "cache_difference": difference, "cache_tolerance": allowed}
             if self.was_saved:
                 yield "saves again", {}
                 return
-            if (stored or dtype).itemsize < dtype.itemsize and not hasattr(model, "_hf_hook"):
-                model.to(stored)  # half of what is written and read again, where only names and shapes count
-            needed, free = sum(tensor.nbytes for tensor in model.state_dict().values()), free_space(self.folder)
-            if needed > free:
-                reason = (
-                    f"saving it again needs {format_bytes(needed)} on the disk, but only {format_bytes(free)} is free"
-                )
+            if reason := self._no_room_for(model):
                 yield None, {"partial": reason}
                 return
             with tempfile.TemporaryDirectory(dir=self.folder, prefix=".again-") as again:
@@ -409,6 +244,26 @@ class _Models:
             if different := sorted(name for name, _ in before ^ after):
                 raise proof_error(f"saved again, it has other weights, such as {different[0]}")
             yield "saves again", {}
+
+    @property
+    def _allowed(self) -> float:
+        """How far the logits may be from the reference's, relative to the largest."""
+        allowed, _ = TOLERANCES.get(self.placement.dtype, (0.0, 0.0))
+        return max([allowed, *(cut.tolerance for cut in self.surgery.cuts)])
+
+    def _own(self, ids: Tensor) -> Tensor:
+        """Return the prompt's tokens in the checkpoint, [1, positions]."""
+        return torch.tensor([self.surgery.token_ids(ids[0].tolist())], device=ids.device)
+
+    def _no_room_for(self, model: Any) -> str | None:
+        """Return why the model cannot be saved again for want of space, or None; it may be rounded to need less."""
+        dtype, stored = self.placement.dtype, self.placement.rounded or self.surgery.architecture.dtype
+        if (stored or dtype).itemsize < dtype.itemsize and not hasattr(model, "_hf_hook"):
+            model.to(stored)  # half of what is written and read again, where only names and shapes count
+        needed, free = sum(tensor.nbytes for tensor in model.state_dict().values()), free_space(self.folder)
+        if needed <= free:
+            return None
+        return f"saving it again needs {format_bytes(needed)} on the disk, but only {format_bytes(free)} is free"
 
     def _prompt(self) -> tuple[Tensor, int]:
         """Return the tokens of the prompt, [1, positions], and how many new ones are generated."""
@@ -446,7 +301,7 @@ class _Models:
                 if dtype == torch.float16
                 else "Check the model's weights.",
             )
-        return expected
+        return expected if self.surgery.tokens is None else expected[..., list(self.surgery.tokens)]
 
     def _load(self) -> Any:
         """Load the checkpoint as transformers does, where the dense model was."""
@@ -470,7 +325,13 @@ class _Models:
             raise proof_error(problem)
         return model
 
-    def _first_difference(self, ids: Tensor, found: Sequence[tuple[Tensor, Tensor]], allowed: float) -> str:
+    def _other_logits(self, difference: float, ids: Tensor, states: Sequence[tuple[Tensor, Tensor]]) -> ProofError:
+        return proof_error(
+            f"its logits differ from those of {self.reference} by {difference:.2g} of the largest "
+            f"({dtype_name(self.placement.dtype)} allows {self._allowed:.2g}); {self._first_difference(ids, states)}"
+        )
+
+    def _first_difference(self, ids: Tensor, found: Sequence[tuple[Tensor, Tensor]]) -> str:
         """Return a clause on the first block whose output differs by more than rounding, or else at all."""
         with self._opened_reference() as skippable:
             expected = _block_states(skippable, ids, self.surgery.removed)
@@ -478,7 +339,7 @@ class _Models:
             return "the input of the first block already differs"
         both = zip(found, expected, strict=False)  # a wrong checkpoint may have another number of blocks
         differences = [_relative_difference(ours[1], theirs[1]) for ours, theirs in both]
-        for most in (allowed, 0.0):
+        for most in (self._allowed, 0.0):
             for block, difference in enumerate(differences):
                 if not difference <= most:
                     return (
@@ -545,21 +406,3 @@ def _relative_difference(found: Tensor, expected: Tensor) -> float:
         return float("nan")
     scale = expected.float().abs().max()
     return float((found.float() - expected.float()).abs().max() / scale)
-
-
-def proof_error(what: str, kind: str = "checkpoint") -> ProofError:
-    """Return the error for a checkpoint or GGUF file that is not what it should be."""
-    return ProofError(
-        f"The pruned {kind} failed its proof: {what}.",
-        hint="Nothing was written. Try again, in case the disk or another program changed a file. If it fails again, "
-        "please report the model; --keep-failed DIR keeps the output.",
-    )
-
-
-@contextmanager
-def model_errors_fail_proof(kind: str = "checkpoint") -> Iterator[None]:
-    """Turn a `ModelError` about what was written into a failed proof, or into the error of the disk behind it."""
-    try:
-        yield
-    except ModelError as error:
-        raise disk_error(error) or proof_error(error.message.rstrip("."), kind) from error
