@@ -31,7 +31,7 @@ TINY: Mapping[str, Mapping[str, Any]] = {
     "quality.texts": {"CHECKED_TOKENS": 6, "TOKENS_OF_A_PART": 100},
     "quality.lm_eval_tasks": {"LARGEST_BATCH": 2, "CPU_BATCH": 2, "WRITING_BATCH": 3},
     # Recovery: positions and columns at a time, portions of text.
-    "recovery.heal": {"PORTION_TOKENS": 1_024},
+    "recovery.heal_budget": {"PORTION_TOKENS": 1_024},
     "recovery.least_squares": {"PANEL_COLUMNS": 7},
     "recovery.low_rank": {"ROWS_AT_ONCE": 7},
     "recovery.variant": {"POSITIONS": 24},
