@@ -13,11 +13,6 @@ from faults.program import Program, require
 from hub import Hub
 
 
-def counts(few: float, many: int) -> pytest.MarkDecorator:
-    """Parametrize a test by how much it tries: few in every run, and many of them with `pytest -m faults`."""
-    return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.faults)])
-
-
 def often(names: Iterable[Any], first: Collection[Any]) -> list[Any]:
     """Return parameters of a test: the first ones in every run, and the others only with `pytest -m faults`."""
     return [name if name in first else pytest.param(name, marks=pytest.mark.faults) for name in names]

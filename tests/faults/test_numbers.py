@@ -7,7 +7,6 @@ one rare token sets, so that what happens to it happens on the sequences that ho
 import json
 import math
 import os
-import re
 from functools import partial
 from pathlib import Path
 
@@ -18,14 +17,10 @@ from transformers import AutoTokenizer
 
 from conftest import calibration, calibration_sequences, llama_config, prose, save_model
 from faults.conftest import often
-from faults.program import KILL, Calls, Fault
 from sleb_cli.plan import read_plan
 
 RARE, LENGTH, SAMPLES = "~", 16, 24
-WAYS = [
-    (), ("--fast",), ("--stream",), ("--holdout", 0.3), ("--metric", "kl"), ("--batch-size", 3),
-    ("--metric", "angular", "--strategy", "contiguous"), ("--metric", "magnitude"),
-]  # fmt: skip
+WAYS = [("--fast",), ("--stream",), ("--metric", "kl"), ("--metric", "angular", "--strategy", "contiguous")]
 STRATEGIES = [("--strategy", name) for name in ("refine", "oneshot", "contiguous")]
 OVERFLOW = ("--dtype", "float16", "--remove", 1)
 
@@ -122,14 +117,12 @@ def plan_of(path="plan.json"):
 
 BAD = {
     "nan": (partial(flagged, flag=math.nan), "float32", "the embeddings"),
-    "infinity": (partial(flagged, flag=-math.inf), "bfloat16", "the embeddings"),
-    "cast": (partial(flagged, flag=1e5), "float16", "the embeddings"),
     "block": (partial(flagged, more=adds_300_000), "float16", "block 3"),
     "head": (partial(flagged, more=large_head), "float16", "the head"),
 }
 
 
-@pytest.mark.parametrize("kind", often(BAD, ["nan", "block", "head"]))
+@pytest.mark.parametrize("kind", BAD)
 def test_a_bad_sequence_is_named_with_its_text_and_the_block(search, tmp_path, text, kind):
     make, dtype, place = BAD[kind]
     model = make(tmp_path / "model")
@@ -143,8 +136,8 @@ def test_a_bad_sequence_is_named_with_its_text_and_the_block(search, tmp_path, t
         search(model, text, "--dtype", "bfloat16", "-o", "better.json")
 
 
-@pytest.mark.parametrize("options", often(WAYS, WAYS[1:3]), ids=str)
-def test_bad_sequences_are_refused_in_every_way(search, broken, text, options):
+@pytest.mark.parametrize("options", often(WAYS, WAYS[:2]), ids=str)
+def test_a_bad_sequence_is_refused_by_every_way_to_search(search, broken, text, options):
     assert "in the embeddings" in search(broken, text, *options, code=4).stderr
 
 
@@ -155,7 +148,7 @@ def test_bad_sequences_are_refused_in_every_way(search, broken, text, options):
         (("--heal", "--heal-tokens", 4096), 0, "Skipping steps whose gradient is not finite"),
     ],
 )
-def test_recovery_on_text_of_which_a_part_overflows(sleb, tmp_path, broken, options, code, said):
+def test_recovery_says_that_a_part_of_the_text_overflows(sleb, tmp_path, broken, options, code, said):
     path = tmp_path / "text.txt"
     path.write_text(f"{prose(3)} {RARE} " * 100 + prose(700, seed=1))
     text = calibration(path, 24, LENGTH)
@@ -164,18 +157,7 @@ def test_recovery_on_text_of_which_a_part_overflows(sleb, tmp_path, broken, opti
     assert (tmp_path / "out").exists() is (code == 0)
 
 
-def test_after_a_kill_such_a_search_goes_on(program, search, tmp_path, needing, text):
-    search(needing, text, *OVERFLOW, "-o", "whole.json")
-    killed = Fault(tmp_path, 1, KILL, Calls.RENAME)  # as the plan was about to take its name
-    program.run(*words_of(needing, text, *OVERFLOW), cwd=tmp_path, fault=killed, codes=[-9])
-    journal = (tmp_path / "plan.json.journal").read_text()
-    assert re.search(r'"scores":\[.*null', journal)
-    assert not re.search("NaN|Infinity", journal)
-    search(needing, text, *OVERFLOW, "--resume")
-    assert plan_of() == plan_of("whole.json")
-
-
-OVERFLOWING = [(), ("--fast",), ("--stream",), ("--batch-size", 5), *STRATEGIES]
+OVERFLOWING = [(), ("--fast",), ("--stream",), *STRATEGIES]
 
 
 @pytest.mark.parametrize("options", often(OVERFLOWING, OVERFLOWING[:3]), ids=str)
@@ -188,7 +170,7 @@ def test_a_block_without_which_numbers_overflow_is_never_removed(sleb, search, n
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("options", [(), ("--fast",), *STRATEGIES], ids=str)
+@pytest.mark.parametrize("options", [(), ("--fast",)], ids=str)
 def test_one_thread_and_two_make_the_same_plan(search, tiny_llama, text, options):
     """The same blocks go in the same order, by scores that agree to 1e-5."""
     for threads in (2, 1):

@@ -14,15 +14,11 @@ import yaml
 
 from conftest import calibration, evaluation
 from faults.arrangements import in_a_deleted_folder, on_a_terminal, with_encoding, without_streams
-from faults.conftest import often
 from faults.program import Calls, Fault
 from gguf_models import write_llama_gguf
 from sleb_cli.plan import read_plan
 
-NAMES = [
-    "my models  at home", 'it\'s "so"', "🦙🔥 模型 naïve", "two\nlines", "--force -x", "100%s{x}{0}%(y)d{{", "~root",
-    "$HOME;`id` & $(id) \\ !!", "n" * 200, '--it\'s "so"\na|b`c`*d*<img src=x onerror=y>]( #e $(id) [red]{0}',
-]  # fmt: skip
+NAME = '--it\'s "so" 🦙\na|b`c`*d*<img src=x onerror=y>]( #e $(id) [red]{0}'
 QUICK = ("--sample-tokens", 0, "--remove", 2)
 
 
@@ -41,9 +37,9 @@ def files_of(folder):
 
 
 @pytest.mark.usefixtures("without_memory")
-@pytest.mark.parametrize("name", often(NAMES, NAMES[-1:]), ids=ascii)
-def test_every_command_works_at_a_strange_place(sleb, tmp_path, tiny_llama, text_file, monkeypatch, name):
+def test_every_command_works_at_a_strange_place(sleb, tmp_path, tiny_llama, text_file, monkeypatch):
     """Relative names at the strange place itself, as people type them; a leading dash needs ./ as everywhere."""
+    name = NAME
     place = tmp_path / name
     place.mkdir()
     shutil.copytree(tiny_llama, place / name)
@@ -77,20 +73,17 @@ def test_every_command_works_at_a_strange_place(sleb, tmp_path, tiny_llama, text
 BAD, ONE = os.fsdecode(b"caf\xe9"), ("--remove", 1)
 REFUSED = [
     # What is not UTF-8, too long, in a closed folder, or a folder where a file should be.
-    *((words, (2,)) for words in (("search", BAD), ("apply", f"{BAD}.json"), ("search", "link", *ONE))),
-    *((words, (2, 3, 4, 8)) for length in (250, 255, 5000) for words in (
-        ("apply", "x" * length), ("search", "y" * length, *ONE), ("export", "z/" * length),
-        ("search", "model", *ONE, "-o", "n" * (length - 5) + ".json"))),
+    *((words, (2,)) for words in (("search", BAD), ("search", "link", *ONE))),
+    *((words, (2, 3, 4, 8)) for words in (
+        ("search", "y" * 255, *ONE), ("export", "z/" * 5000), ("search", "model", *ONE, "-o", "n" * 250 + ".json"))),
     *((words, (2, 3, 4, 5, 8)) for words in (
         ("apply", "model", "--blocks", 1, "-o", "closed/out"), ("apply", "closed/model", "--blocks", 1),
         ("export", "closed/plan.json", "--to", "csv"), ("search", "model", *ONE, "--calibration", "closed/text.txt"))),
-    *(((*words, "-o", output), (8,)) for output in ("", ".", "/") for words in (
-        ("search", "model", *ONE), ("search", "model", *ONE, "--compare", "nll,cosine"),
-        ("export", "found.json", "--to", "report"))),
+    *((("search", "model", *ONE, "-o", output), (8,)) for output in ("", ".", "/")),
 ]  # fmt: skip
 
 
-def test_what_cannot_be_named_is_refused_before_any_work(run_sleb, model, search, monkeypatch):
+def test_a_name_that_no_file_can_have_is_refused_before_any_work(run_sleb, model, search, monkeypatch):
     search(model, "-o", "found.json")
     shutil.copytree(model, BAD)
     Path("link").symlink_to(BAD)
@@ -111,8 +104,7 @@ def test_what_cannot_be_named_is_refused_before_any_work(run_sleb, model, search
     search(model, code=2)
 
 
-WAYS = [("model", "."), ("model", "../model"), ("model/sub", ".."), (".", "model/"), (".", "./model//"), (".", "link"),
-        (".", "link/../model"), (".", "~/model")]  # fmt: skip
+WAYS = [("model", "."), ("model/sub", ".."), (".", "./model//"), (".", "link/../model"), (".", "~/model")]
 
 
 def test_all_ways_to_name_one_model_make_one_plan(sleb, model, search, monkeypatch, tmp_path):
@@ -136,12 +128,12 @@ def test_all_ways_to_name_one_model_make_one_plan(sleb, model, search, monkeypat
 def test_a_checkpoint_never_takes_the_place_of_its_model(sleb, model, tmp_path):
     Path("link").symlink_to("model")
     before = files_of(tmp_path)
-    for output, force in product(["model", "model/", "model/../model", "link", "."], [(), ("--force",)]):
+    for output, force in product(["model/../model", "link", "."], [(), ("--force",)]):
         sleb("apply", "model", "--blocks", 1, "-o", output, *force, code=8)
         assert files_of(tmp_path) == before
 
 
-def test_an_output_that_is_a_link(search, model, tmp_path):
+def test_an_output_that_is_a_link_is_not_followed(search, model, tmp_path):
     """A link is not followed out of the named place: the new file takes its name, and what it named stays."""
     Path("kept.json").write_text("kept")
     for name, target in (("plan.json", "kept.json"), ("dangling.json", "nowhere/plan.json")):
@@ -165,12 +157,12 @@ def arranged(program, model, text_file, tmp_path):
     )
 
 
-def test_a_current_folder_that_is_gone(arranged):
+def test_a_current_folder_that_is_gone_is_named(arranged):
     assert "folder" in arranged(in_a_deleted_folder, codes=[2]).stderr
 
 
-@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
-def test_closed_streams(arranged, tmp_path, closed):
+@pytest.mark.parametrize("closed", [(1,), (0, 1, 2)])
+def test_a_search_works_with_closed_streams(arranged, tmp_path, closed):
     """What would be printed goes nowhere: not to another stream, and not into a file that took its number."""
     result = arranged(without_streams, *closed, more=["--json"])
     removals = list(read_plan(tmp_path / "plan.json").removals)
@@ -179,33 +171,30 @@ def test_closed_streams(arranged, tmp_path, closed):
     assert sorted(os.listdir(tmp_path)) == ["model", "plan.json"]
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_streams_that_are_not_utf8(program, tmp_path, model, text_file, encoding):
+def test_a_search_works_on_streams_that_are_not_utf8(program, tmp_path, model, text_file):
     name = str(model.rename(tmp_path / "🦙 é"))
     words = ("search", "🦙 é", *calibration(text_file), "--sample-tokens", 4, "--remove", 3)
-    said = program.run(*words, cwd=tmp_path, before=(with_encoding, encoding)).stdout
+    said = program.run(*words, cwd=tmp_path, before=(with_encoding, "ascii")).stdout
     assert "removed" in said
-    if encoding == "ascii":
-        assert said.isascii()
-        assert "\\U0001f999 \\xe9" in said
-    answer = program.run(*words, "--force", "--json", cwd=tmp_path, before=(with_encoding, encoding)).stdout
+    assert said.isascii()
+    assert "\\U0001f999 \\xe9" in said
+    answer = program.run(*words, "--force", "--json", cwd=tmp_path, before=(with_encoding, "ascii")).stdout
     assert json.loads(answer)["model"]["id"] == name
 
 
-TERMINALS = [({}, None), ({"TERM": "dumb"}, "\x1b[2K"), ({"TERM": None}, None), ({"NO_COLOR": "1"}, "\x1b[3")]
+TERMINALS = [({"TERM": "dumb"}, "\x1b[2K"), ({"NO_COLOR": "1"}, "\x1b[3")]
 
 
-@pytest.mark.parametrize("columns", often([20, 1, 400], [20]))
 @pytest.mark.parametrize(("environment", "never"), TERMINALS, ids=ascii)
-def test_terminals(arranged, tmp_path, columns, environment, never):
+def test_a_search_works_on_any_terminal(arranged, tmp_path, environment, never):
     """A dumb one is sent no movements of the cursor, and without colours, there are none."""
     variables = {"COLUMNS": None, "LINES": None, "TERM": "xterm-256color", "NO_COLOR": None, **environment}
-    shown = arranged(on_a_terminal, columns, environment=variables).stdout
+    shown = arranged(on_a_terminal, 20, environment=variables).stdout
     assert read_plan(tmp_path / "plan.json").removals
-    assert not never or never not in shown
+    assert never not in shown
 
 
-def test_a_home_that_is_missing_or_on_a_read_only_disk(program, arranged, tmp_path, text_file):
+def test_a_search_works_without_a_home_to_write_to(program, arranged, tmp_path, text_file):
     arranged(environment={"HOME": None, "TMPDIR": "/nowhere", "USER": None})
     home = tmp_path / "home"
     home.mkdir()
