@@ -227,6 +227,10 @@ class LossesRecord(Record):
     loss: float
     divergence: float
 
+    def left_of(self, pruned: LossesRecord) -> float:
+        """Return the share of the pruned model's divergence that is left."""
+        return self.divergence / pruned.divergence if pruned.divergence else 0.0
+
 
 class FitRecord(Record):
     """One fit of a block to the dense model's hidden states, in place of `gap` removed blocks (0: at the same depth).
@@ -284,12 +288,6 @@ class ConversationsRecord(Record):
     closed_form: LossesRecord | None = None
     healed: LossesRecord | None = None
 
-    @property
-    def divergence_left(self) -> float:
-        """The share of the divergence from the dense model that is left."""
-        recovered = self.healed or self.closed_form or self.pruned
-        return recovered.divergence / self.pruned.divergence if self.pruned.divergence else 0.0
-
 
 class RecoveryRecord(Record):
     """How the kept blocks were recovered, on which text, and the losses on held-out text.
@@ -310,9 +308,21 @@ class RecoveryRecord(Record):
     conversations: ConversationsRecord | None = None
 
     @property
+    def models(self) -> list[tuple[str, LossesRecord, LossesRecord | None]]:
+        """What each measured model is called, up to the one that was written, and its losses on both texts."""
+        found: list[tuple[str, LossesRecord | None, str]] = [
+            ("dense", self.dense, "dense"),
+            ("pruned", self.pruned, "pruned"),
+            ("recovered in closed form", self.closed_form_losses, "closed_form"),
+        ]
+        if self.heal:
+            found.append((f"healed on {self.heal.tokens:,} tokens", self.heal.losses, "healed"))
+        return [(name, losses, getattr(self.conversations, field, None)) for name, losses, field in found if losses]
+
+    @property
     def recovered(self) -> LossesRecord:
         """The losses of the written model."""
-        return self.heal.losses if self.heal else self.closed_form_losses or self.pruned
+        return self.models[-1][1]
 
     @property
     def nats_back(self) -> float | None:
@@ -326,7 +336,7 @@ class RecoveryRecord(Record):
     @property
     def divergence_left(self) -> float:
         """The share of the divergence from the dense model that is left, which no adaptation to the text hides."""
-        return self.recovered.divergence / self.pruned.divergence if self.pruned.divergence else 0.0
+        return self.recovered.left_of(self.pruned)
 
     @property
     def summary(self) -> str:

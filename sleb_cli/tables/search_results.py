@@ -72,25 +72,18 @@ def comparison(result: CompareResult) -> Table:
 
 def recovery(record: RecoveryRecord) -> Table:
     """Return the losses of a recovered model on held-out text."""
-    talks, healed = record.conversations, record.heal
-    stages = [
-        ("dense", record.dense, talks and talks.dense),
-        ("pruned", record.pruned, talks and talks.pruned),
-        ("recovered in closed form", record.closed_form_losses, talks and talks.closed_form),
-        (f"healed on {healed.tokens:,} tokens" if healed else "", healed and healed.losses, talks and talks.healed),
-    ]
     rows = [
         [name, math.exp(losses.loss), losses.loss, losses.divergence, of_answers and of_answers.divergence]
-        for name, losses, of_answers in stages
-        if losses
+        for name, losses, of_answers in record.models
     ]
     columns: Columns = [
         ("model", str), ("perplexity", format_perplexity), ("loss, nats", "{:.4f}".format),
         ("KL, nats", "{:.4f}".format), ("KL, answers", "{:.4f}".format),
     ]  # fmt: skip
     notes = [f"{record.summary}, measured on {record.test_text}, held out"]
-    if talks:
-        notes.append(f"on answers in its own conversations, {talks.divergence_left:.0%} of the divergence is left")
+    if (talks := record.conversations) and (answers := record.models[-1][2]):
+        left = answers.left_of(talks.pruned)
+        notes.append(f"on answers in its own conversations, {left:.0%} of the divergence is left")
     return tabulate("Recovery", columns, rows, notes)
 
 

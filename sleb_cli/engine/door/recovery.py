@@ -46,7 +46,9 @@ VALIDATION_TOKENS, TEST_TOKENS = 8192, 8192
 
 _STAGES: Mapping[str, Callable[[ApplyRequest], Stage]] = {
     "recover": lambda request: ClosedForm(),
-    "heal": lambda request: Heal(_heal_budget(request)),
+    "heal": lambda request: Heal(
+        HealBudget(request.heal_minutes or (None if request.heal_tokens else DEFAULT_HEAL_MINUTES), request.heal_tokens)
+    ),
 }
 """What makes each stage of a recovery, by the option that asks for it."""
 
@@ -108,11 +110,6 @@ def resolve_recovery(
     _require_free(device, needed, stages[-1])
     kept_bytes = max(0, sum(stage.saved_bytes(surgery, stored) for stage in stages) - state.size)
     return RecoverySettings(surgery, stages, placement, stored, on_host, _splits(text), state, kept_bytes)
-
-
-def _heal_budget(request: ApplyRequest) -> HealBudget:
-    minutes = request.heal_minutes or (DEFAULT_HEAL_MINUTES if request.heal_tokens is None else None)
-    return HealBudget(minutes, request.heal_tokens)
 
 
 def _splits(text: CalibrationSettings) -> list[CalibrationSettings]:

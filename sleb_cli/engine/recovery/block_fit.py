@@ -116,7 +116,7 @@ class BlockFit:
         if self.block is None:
             samples, device = partial(self._samples_of_norm, projections[0]), skippable.device
         else:
-            samples, device = partial(self._samples, self.block, projections, values), skippable.places[self.block]
+            samples, device = partial(self._samples, projections, values), skippable.places[self.block]
         inputs = sum(projection.inputs for projection in projections)
         outputs = skippable.model.config.get_text_config().hidden_size
         has_gains = projections[0].kind == "gain"
@@ -148,23 +148,20 @@ class BlockFit:
         return total
 
     def _samples(
-        self,
-        block: int,
-        projections: Sequence[ResidualProjection],
-        values: Mapping[str, Tensor],
-        batches: Iterable[int],
+        self, projections: Sequence[ResidualProjection], values: Mapping[str, Tensor], batches: Iterable[int]
     ) -> Samples:
         """Yield features, what is missing at the end of the gap, and weights, in float32.
 
         Norms divide hidden states by their size before anything reads them, so an error is weighed relative to that
         size: otherwise the few positions whose states are a thousand times larger, often the first, would decide.
         """
+        assert self.block is not None
         skippable, module = self.batches.skippable, self._root
         names = [name for projection in projections for name in projection.names]
         scales = [projection.scale for projection in projections if projection.takes_bias]
         for batch in batches:
             with skippable.replaced(values), passing(module, names) as (entering, _):
-                found = skippable.run_block(self.batches.calls[batch][block], self.pair.pruned[batch]).float()
+                found = skippable.run_block(self.batches.calls[batch][self.block], self.pair.pruned[batch]).float()
                 wanted = self.pair.dense[batch].to(found.device).float()
                 missing = (wanted - found).flatten(0, -2)
                 parts = [projection.features(module, entering) for projection in projections]

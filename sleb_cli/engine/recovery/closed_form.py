@@ -27,7 +27,7 @@ from sleb_cli.engine.forward.fork_check import CHECKED_SEQUENCES, why_not_fork
 from sleb_cli.engine.forward.memory_needs import states_bytes
 from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.recovery.block_fit import BlockFit, fit_block
-from sleb_cli.engine.recovery.depth import Batches, DepthPair, Judge
+from sleb_cli.engine.recovery.depth import Batches, DepthPair, Judge, require_finite
 from sleb_cli.engine.recovery.least_squares import ridge_bytes
 from sleb_cli.engine.recovery.residual_projections import possible_projections
 from sleb_cli.engine.recovery.stage import HIDDEN_STATES, Job, Stage, kept_blocks
@@ -172,7 +172,7 @@ class Fits:
         Return whether that gained something.
         """
         before = self.divergence
-        pair.require_finite()
+        require_finite((*pair.dense, *pair.pruned))
         if found := self._saved(block) or self._fitted(pair, block, gap):
             record, values = found
             self.records.append(record)

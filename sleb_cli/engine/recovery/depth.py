@@ -33,10 +33,6 @@ class DepthPair:
     dense: Sequence[Tensor]
     pruned: Sequence[Tensor]
 
-    def require_finite(self) -> None:
-        """Check that all are finite numbers."""
-        require_finite((*self.dense, *self.pruned))
-
 
 class Batches:
     """The batches of this process: those to fit to, then those that decide.

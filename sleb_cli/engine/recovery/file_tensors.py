@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -36,7 +35,8 @@ def file_tensors(
     path, changed = surgery.architecture.adapter.blocks_path, dict[str, Tensor]()
     for place, together in groupby(sorted(values, key=partial(_place, path)), key=partial(_place, path)):
         new = {name: values[name] for name in together}
-        with weights_at(skippable, path, place):
+        block, owner = block_number(path, place), place.rpartition(".")[0]
+        with loaded(skippable.model.get_submodule(owner)) if block is None else skippable.loaded(block):
             changed |= _changed(skippable.model, surgery.architecture.source.weights, place, new, rounded)
     return {name: value for name, value, _ in surgery.tensors(changed.items())}
 
@@ -74,17 +74,6 @@ def _changed(
                 hint="Load the model with transformers, save it again, and recover that copy.",
             )
     return changed
-
-
-def weights_at(skippable: SkippableModel, blocks_path: str, name: str) -> AbstractContextManager[None]:
-    """Have the weights of the block of this name, or that a parameter of this name belongs to, in place.
-
-    A parameter outside the blocks comes with the module that it is in.
-    """
-    block = block_number(blocks_path, name)
-    if block is not None:
-        return skippable.loaded(block)
-    return loaded(skippable.model.get_submodule(name.rpartition(".")[0]))
 
 
 def block_number(blocks_path: str, name: str) -> int | None:

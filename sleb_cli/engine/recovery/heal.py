@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sleb_cli.asked.text_names import REFERENCE_PRESETS
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.recovery.distillation import Distillation
 from sleb_cli.engine.recovery.file_tensors import block_number
 from sleb_cli.engine.recovery.heal_budget import HealBudget
 from sleb_cli.engine.recovery.low_rank import RANK, LowRank, rank_of, trained_numbers
-from sleb_cli.engine.recovery.stage import Job, Stage, kept_blocks, whole_model
+from sleb_cli.engine.recovery.stage import Job, Stage, kept_blocks
 from sleb_cli.engine.recovery.training import LEARNING_RATE, Training
 from sleb_cli.engine.recovery.unfinished import short_hash
 from sleb_cli.engine.recovery.variant import Variant
-from sleb_cli.engine.surgery.loading import load_pruned, load_tokenizer
+from sleb_cli.engine.surgery.loading import load_pruned
 from sleb_cli.engine.surgery.surgery import Surgery
-from sleb_cli.engine.text.portions import Portions
 from sleb_cli.events import HEAL_TASK, task
 from sleb_cli.plan import HealRecord, LossesRecord
 from sleb_plugins import UnsupportedModelError
@@ -76,7 +72,7 @@ class Heal(Stage):
             file = job.saved / f"healing-{self._identity(job)}.safetensors"
             unit = "tokens" if budget.tokens is not None else "s"
             with task(job.notify, HEAL_TASK, budget.total, unit) as advance:
-                training = Training(job, budget, distillation, trained, self._portions(job), file, advance)
+                training = Training(job, budget, distillation, trained, file, advance)
                 stopped = training.run()
         progress = training.progress
         return {**values, **{name: weight.detach() for name, weight in weights.items()}}, {
@@ -86,11 +82,9 @@ class Heal(Stage):
             "batch_size": training.size * job.group.size,
             "learning_rate": LEARNING_RATE,
             "rank": RANK,
-            "tokens": progress.tokens,
             "kept_tokens": progress.best_tokens,
-            "steps": progress.steps,
-            "seconds": progress.seconds,
             "stopped": stopped,
+            **progress.model_dump(include={"tokens", "steps", "seconds"}),
         }
 
     def fields(self, found: dict[str, Any], losses: LossesRecord) -> dict[str, Any]:
@@ -109,19 +103,6 @@ class Heal(Stage):
             tokens=self.budget.tokens,
             processes=job.group.size,
         )
-
-    def _portions(self, job: Job) -> Portions:
-        """Return the text to heal on, of the part of it for training."""
-        train = job.settings.splits[0]
-        # Samples of a reference preset are rows of text: read no more than were fitted to.
-        most = train.samples if train.source in REFERENCE_PRESETS else math.inf
-
-        def uses(portion: int) -> int:
-            return int(min(most, -(-self.budget.portion_tokens(portion) // train.sequence_length)))
-
-        tokenizer = load_tokenizer(job.settings.surgery.architecture.source)
-        load_model = partial(whole_model, job.dense)
-        return Portions(train, uses, tokenizer, load_model, job.group.size, job.train.sequences_of)
 
 
 def _trained(blocks: Sequence[nn.Module]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,6 +12,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from sleb_cli.asked.text_names import REFERENCE_PRESETS
 from sleb_cli.engine.forward.forecast import announce
 from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.process_group import ProcessGroup
@@ -18,8 +20,9 @@ from sleb_cli.engine.recovery.distillation import Batch, Distillation, TeacherSt
 from sleb_cli.engine.recovery.heal_budget import Clock, HealBudget
 from sleb_cli.engine.recovery.loss_scale import BACKOFF, LOWEST, starting_scale
 from sleb_cli.engine.recovery.low_rank import LowRank
-from sleb_cli.engine.recovery.stage import Job
+from sleb_cli.engine.recovery.stage import Job, whole_model
 from sleb_cli.engine.recovery.unfinished import Saves
+from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.text.portions import Portions
 from sleb_cli.events import Advance, HealChecked, Notice, Notify
 from sleb_plugins import ModelError
@@ -120,17 +123,10 @@ class Training:
     """
 
     def __init__(
-        self,
-        job: Job,
-        budget: HealBudget,
-        distillation: Distillation,
-        weights: LowRank,
-        portions: Portions,
-        file: Path,
-        advance: Advance,
+        self, job: Job, budget: HealBudget, distillation: Distillation, weights: LowRank, file: Path, advance: Advance
     ) -> None:
         self.job, self.budget, self.distillation = job, budget, distillation
-        self.weights, self.portions = weights, portions
+        self.weights, self.portions = weights, _portions(job, budget)
         length = job.validation.sequences.shape[1]
         self.size = max(1, BATCH_TOKENS // length)
         text = job.validation.part(slice(max(1, CHECKED_TOKENS // length)))
@@ -139,21 +135,16 @@ class Training:
         self.best = weights.values.detach().clone()
         state = {f"trained.{name}": tensor for name, tensor in weights.state.items()} | {"best": self.best}
         self.saves = Saves(file, state, job.settings.surgery.architecture.source.watch, job.group)
-        self.progress = self._continued() or Progress(
-            scale=starting_scale(weights.dtype, self.size * length * SCALE_HEADROOM)
-        )
+        scale = starting_scale(weights.dtype, self.size * length * SCALE_HEADROOM)
+        restored = self.saves.restore(Progress)
+        self.progress = restored or Progress(scale=scale)
+        if restored:
+            weights.write_weights()
+            if job.group.is_main:
+                job.notify(Notice(f"Continuing an interrupted healing, after {restored.tokens:,} tokens."))
         self.trainer = Trainer(distillation, weights, self.size, job.group, job.notify)
         self._announce()
         self.clock = Clock(budget, advance, self.progress.seconds)
-
-    def _continued(self) -> Progress | None:
-        """Take over what an interrupted run saved; return its progress, if there is any."""
-        progress = self.saves.restore(Progress)
-        if progress:
-            self.weights.write_weights()
-            if self.job.group.is_main:
-                self.job.notify(Notice(f"Continuing an interrupted healing, after {progress.tokens:,} tokens."))
-        return progress
 
     def _announce(self) -> None:
         """Tell how long a number of tokens takes, besides the writing of text; minutes are known."""
@@ -241,3 +232,16 @@ class Training:
             left = self.budget.tokens_left(progress.seconds, progress.tokens)
             progress.portion, progress.position = progress.portion + 1, 0
             progress.most = max(1, math.ceil(left / length / group.size))
+
+
+def _portions(job: Job, budget: HealBudget) -> Portions:
+    """Return the text to train on, of the part of it for training."""
+    text = job.settings.splits[0]
+    # Samples of a reference preset are rows of text: read no more than were fitted to.
+    most = text.samples if text.source in REFERENCE_PRESETS else math.inf
+
+    def uses(portion: int) -> int:
+        return int(min(most, -(-budget.portion_tokens(portion) // text.sequence_length)))
+
+    tokenizer, load_model = load_tokenizer(job.settings.surgery.architecture.source), partial(whole_model, job.dense)
+    return Portions(text, uses, tokenizer, load_model, job.group.size, job.train.sequences_of)

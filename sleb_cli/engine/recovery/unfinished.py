@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -94,8 +93,11 @@ class Saves:
         if not self.group.from_main(self.file.exists):
             return None
         record, found = read_saved(self.file, kind)
-        for name, tensor in self.tensors.items():
-            tensor.copy_(_require_tensor(self.file, found.get(name), tensor.shape))
+        for name, own in self.tensors.items():
+            tensor = found.get(name)
+            if tensor is None or (tensor.shape, tensor.dtype) != (own.shape, own.dtype) or not tensor.isfinite().all():
+                raise _broken(self.file)
+            own.copy_(tensor)
         return record
 
     def save(self, record: BaseModel) -> None:
@@ -111,13 +113,6 @@ class Saves:
             self.save(record)
             self._saved_at = time.monotonic()
             self._seconds = self._saved_at - began
-
-
-def _require_tensor(file: Path, found: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    """Return a tensor that was read from `file`, if it is float32, of this shape, and finite."""
-    if found is None or (found.shape, found.dtype) != (shape, torch.float32) or not bool(found.isfinite().all()):
-        raise _broken(file)
-    return found
 
 
 class Unfinished:
