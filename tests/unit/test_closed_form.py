@@ -45,7 +45,9 @@ def own_text(model, sequences):
 
 def recovered(skippable, removed, text, fitted, notify=ignore):
     """Fit to the first sequences of a text, and let the rest decide."""
-    decided = SimpleNamespace(surgery=SimpleNamespace(removed=removed), stored=skippable.model.dtype, on_host=False)
+    kept = SimpleNamespace(blocks=[block for block in range(len(skippable.switches)) if block not in removed])
+    surgery = SimpleNamespace(removed=removed, kept=kept)
+    decided = SimpleNamespace(surgery=surgery, stored=skippable.model.dtype, on_host=False)
     texts = [Calibration(part, None) for part in (text[:fitted], text[fitted:])]
     with skippable:
         return recover_in_closed_form(Job(decided, skippable, *texts, notify=notify))
