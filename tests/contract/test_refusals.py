@@ -16,7 +16,6 @@ from sleb_cli import requests
 from sleb_cli.asked.clashes import CLASHES, Clash
 
 COMMANDS = {name: getattr(requests, f"{name.capitalize()}Request") for name in "search apply eval bench export".split()}
-CLASHING = []
 
 
 def typed(request, option):
