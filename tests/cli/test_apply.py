@@ -262,29 +262,6 @@ def test_only_force_replaces_a_checkpoint_and_nothing_else(apply, model, tmp_pat
         assert why in apply(*again, "--force", code=8, output=output).stderr
 
 
-def test_what_cannot_be_is_refused(sleb, tiny_llama, tmp_path):
-    for options, code, message in (
-        ((), 2, "No blocks given"),
-        (("--blocks", "1,1"), 2, "named twice"),
-        (("--blocks", "-1"), 2, "no block -1"),
-        (("--blocks", ""), 2, "not a list of numbers"),
-        (("--blocks", "0,1,2,3,4,5"), 2, "All 6 blocks"),
-        (("--blocks", "1,2", "--remove", 3), 2, "Cannot remove 3 blocks: --blocks names 2"),
-        (("--blocks", "1", "--model", "x"), 2, "--model applies to a plan"),
-        (("--blocks", "1", "--max-shard-size", "big"), 2, "not a size"),
-        (("--blocks", "1", "--dtype", "int3"), 2, "Unknown data type"),
-        (("--blocks", "1", "-o", "no/out"), 8, "folder does not exist"),
-        (("--blocks", "1", "-o", "/proc/out"), 8, "Cannot write /proc/out"),
-    ):
-        assert message in sleb("apply", tiny_llama, *options, code=code).stderr
-    assert os.listdir(tmp_path) == []
-
-
-def test_no_plan_and_no_model(apply):
-    assert "There is no plan plan.json" in apply(code=3).stderr
-    apply("plan.json", "--blocks", "1", code=2)
-
-
 def spoil(monkeypatch, change):
     """Let the weights go wrong before the proof."""
 

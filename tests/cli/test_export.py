@@ -55,17 +55,6 @@ def test_a_mergekit_recipe_stacks_what_is_kept(export, tiny_llama, tmp_path):
     assert source["model"] == {"model": {"path": str(named), "revision": None}}
 
 
-def test_what_cannot_be_is_refused(export, tiny_llama, tmp_path):
-    export(tiny_llama, "1", "merge", code=2, says="Did you mean 'mergekit'?")
-    export(tiny_llama, "1", "gguf", code=2, says="`sleb apply` writes GGUF files.")
-    export(tiny_llama, "1", "ollama", code=2, says="`FROM ./model.gguf`")
-    export(tiny_llama, "1", "indices", "--source", "a.gguf", code=2, says="--source does not apply to --to indices")
-    export(tiny_llama, None, "indices", code=2, says="No blocks given")
-    export(tiny_llama, "1", "csv", code=2, says="--to csv describes a plan")
-    (tmp_path / "m.yaml").touch()
-    export(tiny_llama, "1", "mergekit", "-o", "m.yaml", code=8, says="m.yaml already exists")
-
-
 def test_the_command_for_llama_quantize(export, tiny_llama, tmp_path):
     expected = "llama-quantize --prune-layers 4,1 tiny-llama.gguf tiny-llama-sleb-4-blocks.gguf COPY\n"
     assert export(tiny_llama, "4,1", "llama-quantize", "-q").stdout == expected

@@ -287,8 +287,7 @@ def test_without_the_extra_it_says_how_to_install_it(exported, tmp_path, monkeyp
     assert "pip install 'sleb[report]'" in said
 
 
-def test_a_checkpoint_of_ours_has_a_report_other_models_none(exported, sleb, llama_plan, tiny_llama, tmp_path):
-    assert "describes a plan" in exported(tiny_llama, "--blocks", "1", code=2).stderr
+def test_a_checkpoint_of_ours_has_a_report(exported, sleb, llama_plan, tmp_path):
     sleb("apply", llama_plan, "-o", "pruned")
     exported("pruned")
     assert "tiny-llama without 2 of 6 blocks" in Page(tmp_path / "pruned" / "sleb_plan.report.html").text

@@ -65,5 +65,3 @@ def test_its_export_format_writes(sleb_with_plugin, tiny_gpt2):
     assert (result.exit_code, result.stdout) == (0, "blocks[0:1] + blocks[2:3] + blocks[4:5]\n"), result.stderr
     result = sleb_with_plugin("export", *options, "--json")
     assert json.loads(result.stdout)["text"] == "blocks[0:1] + blocks[2:3] + blocks[4:5]\n"
-    result = sleb_with_plugin("export", *options, "--source", "x.gguf")
-    assert (result.exit_code, "--source does not apply to --to slices" in result.stderr) == (2, True)
