@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -73,35 +74,14 @@ def resolve_recovery(
             f"{architecture.source.id} is quantized, so its blocks cannot be recovered.",
             hint="Recover the model it was quantized from, and quantize the result.",
         )
-    device = choose_device(request.device or AUTO)
     own = dtype or architecture.dtype or torch.float32
     # Values are rounded to what every file can hold, which may be narrower than what the config says.
     written = [dtype] if dtype else architecture.source.weights.float_dtypes
     stored = min([*written, own], key=lambda each: each.itemsize)
     stages = tuple(_STAGES[option](request) for option in request.recoveries)
-
-    def place(name: str) -> tuple[Placement, CalibrationSettings, dict[str, int]]:
-        """Return where the model is if it computes in this data type, the text, and the memory that it takes."""
-        found = group.from_main(
-            lambda: place_model(
-                architecture,
-                device,
-                name,
-                notify,
-                device_map=request.device_map,
-                stream=request.stream if all(stage.streams for stage in stages) else False,
-                reserved=sum(stage.reserved_bytes(surgery) for stage in stages),
-                cast=dtype,
-            )
-        )
-        text = _resolve_text(request, subject, stream=found.stream)
-        needed = _weight_bytes(architecture, found)
-        for stage in stages:
-            needed |= stage.needed_bytes(surgery, found.dtype, text.samples * text.sequence_length)
-        return replace(found, device=device), text, needed
-
+    place = partial(_place, subject, request, stages, dtype, group, notify)
     placement, text, needed = place(state.dtype or AUTO)  # an unfinished healing goes on in its own
-    narrower = placement.dtype is not own and not placement.stream
+    narrower, device = placement.dtype is not own and not placement.stream, placement.device
     if narrower and group.from_main(lambda: sum(needed.values()) > own_free_bytes(device)):
         placement, text, needed = place(dtype_name(own))  # which takes half of the memory
     on_host = placement.stream and device != CPU and sum(needed.values()) > own_free_bytes(device)
@@ -110,6 +90,36 @@ def resolve_recovery(
     _require_free(device, needed, stages[-1])
     kept_bytes = max(0, sum(stage.saved_bytes(surgery, stored) for stage in stages) - state.size)
     return RecoverySettings(surgery, stages, placement, stored, on_host, _splits(text), state, kept_bytes)
+
+
+def _place(
+    subject: Subject,
+    request: ApplyRequest,
+    stages: Sequence[Stage],
+    cast: torch.dtype | None,
+    group: ProcessGroup,
+    notify: Notify,
+    dtype: str,
+) -> tuple[Placement, CalibrationSettings, dict[str, int]]:
+    """Return where the model is if it computes in this data type, the text, and the memory that it takes."""
+    device = choose_device(request.device or AUTO)
+    found = group.from_main(
+        lambda: place_model(
+            subject.architecture,
+            device,
+            dtype,
+            notify,
+            device_map=request.device_map,
+            stream=request.stream if all(stage.streams for stage in stages) else False,
+            reserved=sum(stage.reserved_bytes(subject.surgery) for stage in stages),
+            cast=cast,
+        )
+    )
+    text = _resolve_text(request, subject, stream=found.stream)
+    needed = _weight_bytes(subject.architecture, found)
+    for stage in stages:
+        needed |= stage.needed_bytes(subject.surgery, found.dtype, text.samples * text.sequence_length)
+    return replace(found, device=device), text, needed
 
 
 def _splits(text: CalibrationSettings) -> list[CalibrationSettings]:
