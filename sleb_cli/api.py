@@ -83,8 +83,8 @@ def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
         result, plan = compare_removals(searches, group, notify)
         _stop_unless_main_process()
     _save(plan, request.plan_file)
-    for search in searches:
-        delete_journal(search.recording.journal, notify)
+    for each in searches:
+        delete_journal(each.recording.journal, notify)
     return result
 
 

@@ -394,7 +394,7 @@ class ApplyRequest(OneSizeRequest):
     chat: Chat | None = option(
         "Read conversations, as for `sleb search`.", _RECOVERY, default="all, in conversations that the model writes"
     )
-    device: str | None = option("Device to recover on: cpu, cuda, cuda:1, mps, xpu, npu.", _RECOVERY, default=AUTO)
+    device: str = option("Device to recover on: cpu, cuda, cuda:1, mps, xpu, npu.", _RECOVERY, unset=AUTO)
     stream: bool | None = _stream()
     device_map: DeviceMap | None = _device_map()
     output: Path | None = option(

@@ -8,16 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from sleb_cli.requests import (
-    AUTO,
-    RECOVERIES,
-    TARGET_NAMES,
-    ApplyRequest,
-    BenchRequest,
-    Request,
-    SearchRequest,
-    option_of,
-)
+from sleb_cli.requests import RECOVERIES, TARGET_NAMES, ApplyRequest, BenchRequest, Request, SearchRequest, option_of
 from sleb_plugins import UsageError
 
 
@@ -65,10 +56,8 @@ def given(request: Request, options: str) -> list[str]:
         name, _, pattern = option.partition("=")
         field = type(request).__dataclass_fields__.get(name)
         value = getattr(request, name, None)
-        if field is None or value in (None, field.default) or value is False:
-            continue
-        is_usual = value == AUTO == field.metadata["doc"].default
-        if not is_usual and fnmatchcase(str(value), pattern or "*"):
+        is_set = field is not None and value not in (None, field.default) and value is not False
+        if is_set and fnmatchcase(str(value), pattern or "*"):
             found.append(f"{option_of(name)} {value}" if pattern else option_of(name))
     return found
 

@@ -17,23 +17,23 @@ class NamedSubject:
 
     Attributes:
         model: the model that was named, or that of the plan.
-        revision: its revision on the Hub.
         removals: the blocks to remove; None if only a model was named.
         sizes: how many of them, for each pruned model, in ascending order.
         plan: the plan that names them, cut to this number.
         file: the plan's file.
+        revision: the model's revision on the Hub.
         any_model: whether the model may be another than the plan was made for.
         trust_remote_code: whether the model's own code may run.
     """
 
     model: str
-    revision: str | None
     removals: tuple[int, ...] | None
-    sizes: tuple[int, ...]
-    plan: Plan | None
-    file: Path | None
-    any_model: bool
-    trust_remote_code: bool
+    sizes: tuple[int, ...] = ()
+    plan: Plan | None = None
+    file: Path | None = None
+    revision: str | None = None
+    any_model: bool = False
+    trust_remote_code: bool = False
 
 
 def read_subject(request: OneSizeRequest | SizesRequest, *, needs_removals: bool = False) -> NamedSubject:
@@ -55,8 +55,16 @@ def read_subject(request: OneSizeRequest | SizesRequest, *, needs_removals: bool
         removals = first_removals(removals, _most(request), "--blocks")
     elif needs_removals or _most(request) is not None:
         raise _no_blocks(path)
-    sizes, file = _sizes(request, len(removals or ())), path if plan else None
-    return NamedSubject(model, revision, removals, sizes, plan, file, request.any_model, request.trust_remote_code)
+    return NamedSubject(
+        model,
+        removals,
+        sizes=_sizes(request, len(removals or ())),
+        plan=plan,
+        file=path if plan else None,
+        revision=revision,
+        any_model=request.any_model,
+        trust_remote_code=request.trust_remote_code,
+    )
 
 
 def _no_blocks(path: Path) -> UsageError:

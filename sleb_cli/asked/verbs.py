@@ -56,7 +56,7 @@ def check_apply(request: ApplyRequest, registry: Registry) -> AskedApply:
     """
     if request.source is not None and request.blocks is not None and request.subject is None:
         removals = first_removals(request.blocks, request.remove, "--blocks")
-        subject = NamedSubject(str(request.source), None, removals, (), None, None, True, False)
+        subject = NamedSubject(str(request.source), removals)
     else:
         subject = read_subject(request, needs_removals=not request.scripts)
     gguf = _gguf_to_cut(request, Path(subject.model))
