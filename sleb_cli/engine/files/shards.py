@@ -190,9 +190,10 @@ def _write_tensors(source: Path, tensors: Sequence[NewTensor], target: BinaryIO,
         original = source.open("rb", buffering=0)
     with original:
         for tensor in tensors:
-            for start, size in tensor.ranges or ():
+            ranges = tensor.ranges
+            for start, size in ranges or ():
                 copy_range(original, start, size, target, report)
-            if tensor.ranges is None:
+            if ranges is None:
                 value = tensor.changed(next(decoded) if tensor.value is None else tensor.value).contiguous()
                 write_all(target, value.reshape(-1).view(torch.uint8).numpy().data if value.numel() else b"")
                 report(tensor.size)
