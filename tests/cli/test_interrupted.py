@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 
 import sleb_plugins as sleb
-from conftest import slow
 from sleb_cli import plugin_manager
 from sleb_cli.engine.search import journal as journals
 from sleb_cli.plan import read_plan
@@ -41,25 +40,19 @@ def leaving(run, *options, **how):
 
 
 SEARCHES = {
-    "exact": (),
-    "refine": ("--strategy", "refine", "--protect-last", "0"),
+    "exact": ("--holdout", "0.25"),
     "refine-fast": ("--strategy", "refine", "--fast"),
-    "contiguous": ("--strategy", "contiguous"),
     "contiguous-cosine": ("--strategy", "contiguous", "--metric", "cosine"),
-    "oneshot": ("--strategy", "oneshot"),
-    "holdout": ("--holdout", "0.25"),
 }
 
 
-@pytest.mark.parametrize("points", [1, slow(50)])  # tests/faults kills the program at many more
 @pytest.mark.parametrize("options", SEARCHES.values(), ids=SEARCHES)
-def test_cut_off_anywhere_and_resumed_it_is_the_same_plan(search, tmp_path, options, points):
+def test_a_search_that_is_cut_off_and_resumed_makes_the_same_plan(search, tmp_path, options):
     options, path = [*LONG, *options, "-q"], tmp_path / "plan.json"
     leaving(search, *options, samples=8)
     plan, journal = plan_bytes(path), journal_of(path).read_bytes()
     header = journal.index(b"\n") + 1
-    assert len(journal) > header + points
-    for cut in random.Random(str(options)).sample(range(header, len(journal)), points):
+    for cut in random.Random(str(options)).sample(range(header, len(journal)), 2):
         journal_of(path).write_bytes(journal[:cut])
         search(*options, "--resume", "--force", samples=8)
         assert plan_bytes(path) == plan
@@ -178,7 +171,7 @@ def extend(search, sleb, tiny_llama):
     )
 
 
-def test_extending_goes_on_where_the_plan_ended(search, extend, tmp_path):
+def test_an_extended_search_goes_on_where_the_plan_ended(search, extend, tmp_path):
     search(*OF_TWO, "--remove", 4, "-o", "four.json")
     two, four = read_plan(tmp_path / "two.json"), read_plan(tmp_path / "four.json")
     assert "4 of 6 blocks, 2 of them already removed" in extend("--remove", 4, "-o", "more.json")
@@ -193,7 +186,7 @@ def test_extending_goes_on_where_the_plan_ended(search, extend, tmp_path):
     assert {tuple(json.loads(line[9:])["removed"]) for line in lines} == {two.removals}
 
 
-def test_what_does_not_extend_a_plan_is_refused(search, extend, tiny_gpt2, tmp_path):
+def test_a_search_unlike_the_plan_does_not_extend_it(search, extend, tiny_gpt2, tmp_path):
     before, three = (tmp_path / "two.json").read_bytes(), ("--remove", 3)
     for changes, code, message in (
         (("--remove", 2), 2, "already at 4 of 6 blocks without the 2 removed blocks; the target is 4 of 6 blocks"),

@@ -67,7 +67,7 @@ def test_a_download_shows_its_bytes_and_draws_no_bar_of_its_own(tiny_llama, monk
     assert capfd.readouterr().err == ""
 
 
-def test_a_hub_model_of_pickles_only_is_asked_for_again_with_them(monkeypatch, tmp_path):
+def test_pickles_are_downloaded_only_without_safetensors(monkeypatch, tmp_path):
     asked = []
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").touch()

@@ -30,9 +30,7 @@ SEARCHES = {
     "fast": ("--fast", "--samples", "13"),
     "holdout": ("--holdout", "0.3"),
     "cosine": ("--metric", "cosine"),
-    "refine": ("--strategy", "refine", "--batch-size", "3"),
     "spans": ("--strategy", "contiguous", "--metric", "angular"),
-    "weights": ("--metric", "magnitude"),
     "comparison": ("--compare", "nll,cosine@contiguous"),
     "streamed": ("--stream",),
     "on disk": ("--device", "auto", "--device-map", "sequential"),
@@ -94,7 +92,7 @@ def all_well(ended):
 
 @pytest.mark.parametrize("count", [3, slow(2), slow(8)])
 @pytest.mark.parametrize("options", ["fast", "holdout", *map(slow, [*SEARCHES][2:])])
-def test_any_number_of_processes_finds_the_same_plan(search, whole, tmp_path, tiny_llama, spread, options, count):
+def test_processes_find_the_plan_of_one(search, whole, tmp_path, tiny_llama, spread, options, count):
     if options == "on disk":
         spread(tiny_llama, 0)
     expected = whole(*SEARCHES[options])
@@ -134,7 +132,7 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_one_that_dies_ends_all_and_another_number_goes_on(search, whole, tmp_path):
+def test_if_a_process_dies_all_end_and_another_number_resumes(search, whole, tmp_path):
     expected = whole()
     with at_job(1, 8, die):
         main, victim = together(2, *search)
@@ -178,7 +176,7 @@ def test_a_failure_in_one_of_them_is_told_by_the_main_one(search, fault, code, w
     assert [(each.exit_code, each.stdout + each.stderr) for each in others] == [(1, "")] * 2
 
 
-def test_what_cannot_be_is_said_once():
+def test_an_error_in_all_processes_is_said_once():
     for command, code, words in (
         (["search", "nowhere", "--remove", 1], 4, "nowhere is neither a local folder nor"),
         (["search", "nowhere", "--removee", 1], 2, "No such option: --removee"),
@@ -201,7 +199,7 @@ def test_two_processes_heal_one_model(tiny_llama, text_file, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["texts", slow("tasks")])
-def test_texts_and_tasks_are_measured_alike_by_three_processes(sleb, text_file, tmp_path, monkeypatch, what):
+def test_three_processes_measure_what_one_does(sleb, text_file, tmp_path, monkeypatch, what):
     monkeypatch.setattr(texts, "TOKENS_OF_A_PART", 128)
     model = save_model(tmp_path / "long", llama_config(4, max_position_embeddings=512))
     options = {

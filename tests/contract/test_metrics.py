@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 import sleb_plugins as sleb
 from conftest import calibration, calibration_sequences, save_model
 from families import tiny_config
-from sleb_cli.plan import read_plan
 from sleb_plugins import UsageError, metrics
 from sleb_plugins.metrics.magnitude import Magnitude
 
@@ -23,14 +22,11 @@ class Loss(sleb.ModelMetric):
         return loss_of(model(input_ids=sequences).logits, sequences).item()
 
 
-class Returning(sleb.ModelMetric):
-    """Returns this, one call after the other."""
-
-    def __init__(self, name, *values):
-        self.name, self._values = name, iter(values)
+class Nothing(sleb.ModelMetric):
+    name = "nothing"
 
     def score_model(self, model, tokenizer, sequences):
-        return next(self._values)
+        return None
 
 
 class OneForAll(sleb.LogitMetric):
@@ -49,8 +45,7 @@ class Buggy(sleb.HiddenStateMetric):
 
 @sleb.hookimpl
 def sleb_metrics():
-    numbers = [1.0, 1.0, math.nan, *[1.0] * 30]
-    return [Loss(), Returning("nothing", None), Returning("nan", *numbers), OneForAll(), Buggy()]
+    return [Loss(), Nothing(), OneForAll(), Buggy()]
 
 
 @pytest.fixture(autouse=True)
@@ -176,12 +171,6 @@ def test_a_bug_of_a_metric_is_not_blamed_on_the_model(run_sleb, tmp_path, text_f
     with pytest.raises(IndexError, match="a bug of the plugin") as raised:
         run_sleb("search", folder, "--remove", 1, *calibration(text_file), "--metric", "buggy")
     assert raised.traceback[-1].name == "score_tokens"
-
-
-def test_a_score_that_is_nan_is_named_and_never_chosen(search, tmp_path):
-    assert "Without block 3, scores are NaN or infinite, so they rank last" in search("nan").stderr
-    step = read_plan(tmp_path / "plan.json").steps[0]
-    assert (step.block, step.scores) == (1, {1: 1.0, 2: 1.0, 3: None, 4: 1.0})
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float8_e4m3fn], ids=str)

@@ -40,20 +40,14 @@ def assert_same(found, expected, *, proof=True):
 
 
 @pytest.mark.parametrize(("family", "float64"), [(None, False), ("gemma2", True)])
-def test_the_checkpoint_is_the_cpus(apply, simulate, tiny_llama, tmp_path, family, float64):
+def test_a_device_writes_the_checkpoint_of_the_cpu(apply, simulate, tiny_llama, tmp_path, family, float64):
     model = save_model(tmp_path / "dense", tiny_config(family)) if family else tiny_llama
     expected = apply(model, *HEAL, "--device", "cpu")
     simulate(float64=float64)
     assert_same(apply(model, *HEAL, "--device", "sim:1"), expected, proof=False)
 
 
-def test_so_it_is_if_the_model_is_spread_out(apply, simulate, tiny_llama, spread):
+def test_a_spread_model_recovers_to_the_same_checkpoint(apply, simulate, tiny_llama, spread):
     expected = apply(tiny_llama, "--recover", "--device", "cpu")
     simulate()
     assert_same(apply(tiny_llama, "--recover", *spread(tiny_llama)), expected)
-
-
-def test_bytes_are_copied_whatever_the_device(apply, simulate, tiny_llama):
-    expected = apply(tiny_llama)
-    simulate(float64=False)
-    assert_same(apply(tiny_llama), expected, proof=False)

@@ -149,7 +149,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("inject", "name", "count"), CASES)
-def test_a_result_is_whole_or_absent_whatever_happens(place, tried, inject, name, count):
+def test_a_result_is_whole_or_absent(place, tried, inject, name, count):
     for number in range(count):
         inject(place, name, number, random.Random(f"{name} {number}"))
     tried(inject.__name__, count)
@@ -189,7 +189,7 @@ PAIRS = {
 
 @pytest.mark.parametrize("count", often([1, 5], [1]))
 @pytest.mark.parametrize("name", often(PAIRS, ["apply", "search", "one cache"]))
-def test_two_runs_never_spoil_what_one_of_them_makes(place, name, count):
+def test_two_runs_do_not_spoil_each_others_results(place, name, count):
     words = PAIRS[name]
     place.reset()
     for each in words:

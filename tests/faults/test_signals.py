@@ -49,7 +49,7 @@ AGAIN = [("apply", number, 5) for number in (signal.SIGTERM, signal.SIGHUP)]
 
 
 @pytest.mark.parametrize("end", often([*ENDS, *AGAIN], [*ENDS[:4], ENDS[6], ENDS[9], *AGAIN]), ids=str)
-def test_a_request_to_end_is_followed_and_cleaned_up_after(ended, end):
+def test_a_signal_ends_a_command_and_it_cleans_up(ended, end):
     """Nor do more signals disturb the clean-up."""
     verb, number, times = end
     said = require(ended(verb, *[number] * times), (CODES[number],)).stderr
@@ -58,13 +58,13 @@ def test_a_request_to_end_is_followed_and_cleaned_up_after(ended, end):
     assert ("--resume" in said) == (verb == "search")
 
 
-def test_under_nohup_it_goes_on(ended):
+def test_under_nohup_a_command_goes_on(ended):
     require(ended("apply", signal.SIGHUP, ignored=[signal.SIGHUP]))
     assert left() == ["new"]
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_ctrl_c_ends_at_once_and_the_next_run_cleans_up(program, commands, tmp_path, first):
+def test_a_second_ctrl_c_ends_at_once(program, commands, tmp_path, first):
     words, _ = commands["apply"]
     at_the_first_write = Fault(tmp_path / ".new.partial" / "new", 1, STOP, Calls.WRITE)
     running = program.start(*words, cwd=tmp_path, fault=at_the_first_write, before=(cleaning_up_for_long,))
@@ -81,7 +81,7 @@ def test_a_second_ctrl_c_ends_at_once_and_the_next_run_cleans_up(program, comman
 
 @pytest.mark.parametrize("streams", [(1,), (1, 2)])
 @pytest.mark.parametrize("verb", ["search", "apply", "eval"])
-def test_what_nobody_reads_is_still_written_to_the_disk(program, commands, tmp_path, verb, streams):
+def test_without_readers_the_result_is_still_written(program, commands, tmp_path, verb, streams):
     words = [*commands[verb][0], *(SHORT if verb == "search" else ()), *(["--json"] if streams == (1,) else ())]
     result = program.run(*words, cwd=tmp_path, before=(without_readers, *streams), codes=[128 + signal.SIGPIPE])
     assert "Exception ignored" not in result.stderr

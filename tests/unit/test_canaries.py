@@ -109,15 +109,6 @@ def test_instructions_ask_for_what_is_graded(manager):
     assert task.instances[0].args == (rows[0]["question"], {"do_sample": False, "max_gen_toks": 200, "until": []})
 
 
-def test_items_are_always_the_same_and_all_different(loaded, manager):
-    again = manager.load(["sleb_canaries"])["tasks"]
-    for name, task in loaded["tasks"].items():
-        rows = list(task.eval_docs)
-        assert rows == list(again[name].eval_docs)
-        questions = [row["question"] for row in [*rows, *task.fewshot_docs()]]
-        assert len(set(questions)) == len(questions)
-
-
 def test_the_answers_follow_from_the_questions(loaded):
     tasks = {name: list(task.eval_docs) for name, task in loaded["tasks"].items()}
     for row in tasks["sleb_sums"]:
@@ -139,7 +130,7 @@ SUMS, SAID = "Q: What is 61 + 76?\nA: 137\n\nQ: What is 75 + 34?\nA: 109\n\n", "
         ("sleb_repeat_64", f" in January.\n\nAgain: {SAID}", [f"Say: {SAID} broke ", f"Again: {SAID}"]),
     ],
 )
-def test_a_chat_has_a_turn_for_each_question_and_the_model_goes_on_with_its_own(loaded, name, text, turns):
+def test_in_a_chat_each_question_is_a_turn(loaded, name, text, turns):
     task, rendered = loaded["tasks"][name], []
     task.set_fewshot_seed(seed=0)
     task.build_all_requests(limit=1)

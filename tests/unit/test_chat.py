@@ -44,7 +44,7 @@ def written(tokenizer, conversation):
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def test_all_tokens_of_the_template_count_even_if_it_rewrites_the_beginning():
+def test_all_tokens_of_a_conversation_count():
     for template in (PLAIN, "{{ messages | length }}" + PLAIN):
         sequences, loss_mask = cut(template, [CONVERSATION], 40)
         assert sequences.shape == (1, 40)
@@ -64,7 +64,7 @@ def test_answers_count_up_to_the_token_that_ends_them(template, has_offsets, mon
 
 
 @pytest.mark.parametrize("template", PUBLISHED.values(), ids=PUBLISHED)
-def test_published_templates_show_answers_and_the_thoughts_that_they_keep(template):
+def test_answers_are_found_in_published_templates(template):
     tokenizer, cuts = template.tokenizer, "</think>" in template.text
     system = [{"role": "system", "content": "stone"}] if "stone" in template.opening + template.last else []
     thought, cut = "<think>\nriver\n</think>\n\nfield", "<think>\nking\n</think>bridge"
@@ -124,7 +124,7 @@ def test_all_of_an_answer_counts_whatever_its_words(name, contents, text):
     ],
     ids=["tags of a thought", "the end of an earlier answer"],
 )
-def test_what_only_the_template_knows_of_an_answer(template, text):
+def test_an_answer_is_what_the_template_makes_of_it(template, text):
     tokenizer = tokenizer_with(template)  # without tokens for it
     contents = zip(cycle(["user", "assistant"]), ["snow", "river▷town", "snow", "king▷mill"], strict=False)
     talk = [{"role": role, "content": content} for role, content in contents]

@@ -2,15 +2,9 @@
 
 import math
 
-import pytest
 import torch
 
-from conftest import llama_config, random_model, train_tokenizer
-from sleb_cli.asked.mixture import parse_mixture
-from sleb_cli.engine.text.own_text import generate_own_text
-from sleb_cli.engine.text.settings import CalibrationSettings
 from sleb_cli.engine.text.writing import draw_tokens
-from sleb_plugins import UnsupportedModelError
 
 
 def drawn(scores, forbidden=()):
@@ -43,12 +37,3 @@ def test_rows_are_independent_and_forbidden_tokens_never_drawn():
     scores = torch.zeros(2_000, 3)
     scores[:, 1] = 30.0
     assert set(drawn(scores, {1, 3}).tolist()) == {0, 2}
-
-
-def test_a_model_without_finite_logits_writes_no_text():
-    model = random_model(llama_config(2))
-    with torch.no_grad():
-        model.model.norm.weight.fill_(torch.nan)
-    settings = CalibrationSettings("self", parse_mixture("self"), 3, 24, 0, None, samples_given=True)
-    with pytest.raises(UnsupportedModelError, match="cannot generate text: its logits are not finite"):
-        generate_own_text(model, train_tokenizer(bos=True), settings, notify=lambda event: None)

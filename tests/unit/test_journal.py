@@ -75,7 +75,7 @@ def line(damage=0, **changes):
     "wrong",
     [{"damage": 1}, {"batch": ...}, {"block": ...}, {"block": True}, {"removed": 1}, {"scores": ["1"]}, {"scores": []}],
 )
-def test_what_is_no_measurement_ends_what_is_believed(written, wrong):
+def test_a_journal_is_read_up_to_the_first_bad_line(written, wrong):
     believed = written.read_bytes() + line()
     written.write_bytes(believed + line(**wrong) + line(batch=1))
     assert kept(written) == 21

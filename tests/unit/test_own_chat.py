@@ -131,7 +131,7 @@ def test_the_model_speaks_where_its_template_puts_words(template, asked, answere
     assert LONG.startswith(answer[1])
 
 
-def test_what_cannot_be_used_is_dropped_and_counted():
+def test_useless_conversations_are_dropped_and_counted():
     questions = ["town</s>", "town</s>", "river " * 6 + "</s>", "</s>", "mill stone water", "bridge</s>"]
     found, _, dropped = wrote(TURNS, iter(()), *questions, LONG, LONG, count=2, size=6)
     assert [said_in(talk)[0][1] for talk in found] == ["town", "bridge"]
@@ -262,7 +262,7 @@ def test_sequences_begin_conversations_and_are_cached_and_split(model):
         ),
     ],
 )
-def test_what_was_written_is_told(model, monkeypatch, lengths, dropped, told):
+def test_the_number_of_conversations_is_told(model, monkeypatch, lengths, dropped, told):
     def write(writer, *_):
         writer.dropped = dropped
         return [Talk(tokens=[(1, True)] * length) for length in lengths]
@@ -273,7 +273,7 @@ def test_what_was_written_is_told(model, monkeypatch, lengths, dropped, told):
     assert [each.text for each in events if isinstance(each, Notice)] == [f"self-chat: the model wrote {told}"]
 
 
-def test_only_conversations_have_tokens_that_do_not_count(model, tmp_path):
+def test_all_tokens_of_plain_text_count(model, tmp_path):
     (tmp_path / "text.txt").write_text("river snow " * 400)
     mixed = settings("self-chat:0.5,text.txt:0.5", chat="answers")
     (found,) = calibrate_splits([mixed], tokenizer_with(TURNS), lambda: model, ignore)

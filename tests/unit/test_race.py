@@ -9,7 +9,6 @@ import pytest
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from sleb_cli.engine.search.choices import comparable
 from sleb_cli.engine.search.race import DRIFT, NEGLIGIBLE, PRIOR_FREEDOM, Race, expected_improvement
 
 FIELD = [0.02 * block for block in range(28)]
@@ -39,15 +38,15 @@ def draws(means, *, sequences=64, seed=0, scatter=0.06):
 
 
 @pytest.mark.parametrize(
-    ("tails", "odd", "same", "cost"),
+    ("tails", "odd"),
     [
-        pytest.param("standard_normal", None, 0.8, 0.005, id="normal"),
-        pytest.param("standard_exponential", None, 0.88, 0.0025, id="skewed"),
-        pytest.param("standard_t", None, 0.8, 0.009, id="heavy tails, where a few sequences decide"),
-        pytest.param("standard_normal", 0, 0.62, 0.009, id="a winner that scatters five times as much"),
+        pytest.param("standard_normal", None, id="normal"),
+        pytest.param("standard_exponential", None, id="skewed"),
+        pytest.param("standard_t", None, id="heavy tails, where a few sequences decide"),
+        pytest.param("standard_normal", 0, id="a winner that scatters five times as much"),
     ],
 )
-def test_most_work_is_saved_at_a_small_cost(tails, odd, same, cost):
+def test_most_work_is_saved_at_a_small_cost(tails, odd):
     """As in SmolLM2, neighbours in the ranking are .02 nats apart, less than chance on few sequences."""
     rng = np.random.default_rng(0)
     shares, costs = [], []
@@ -61,8 +60,8 @@ def test_most_work_is_saved_at_a_small_cost(tails, odd, same, cost):
         shares.append(race.evaluations / (28 * 64))
         costs.append(FIELD[best])
     assert statistics.fmean(shares) < 0.15
-    assert costs.count(0) >= same * 100
-    assert statistics.fmean(costs) < cost
+    assert costs.count(0) > 60
+    assert statistics.fmean(costs) < 0.01  # half of what neighbours differ by
 
 
 @pytest.mark.parametrize(
@@ -74,7 +73,7 @@ def test_most_work_is_saved_at_a_small_cost(tails, odd, same, cost):
         ({0: [1.0] * 2, 1: [2.0] * 2}, 16, [1]),  # a constant lead is certain at once
     ],
 )
-def test_who_drops_out_at_one_look(matrix, sequences, drops):
+def test_one_look_drops_who_is_behind_for_certain(matrix, sequences, drops):
     race = looked(matrix, sequences)
     assert list(race.dropped) == drops
     assert all(drop.errors == 1e9 for drop in race.dropped.values())
@@ -82,7 +81,7 @@ def test_who_drops_out_at_one_look(matrix, sequences, drops):
 
 @pytest.mark.parametrize("sequences", [60, 10_000])
 @pytest.mark.parametrize("seen", [2, 5, 16, 40])
-def test_a_candidate_drops_out_when_little_is_expected_of_it(seen, sequences):
+def test_a_candidate_drops_out_once_little_is_expected_of_it(seen, sequences):
     """One look, with no step before: d behind, s the standard error of that over all sequences."""
     scatter = [(-1.0) ** n for n in range(seen - seen % 2)] + [0.0] * (seen % 2)
     own, freedom = statistics.variance(scatter), seen - 1
@@ -103,7 +102,7 @@ def test_expected_improvement_is_the_mean_of_what_is_better(behind, error):
     assert expected_improvement(behind, error) == pytest.approx(expected, abs=1e-9)
 
 
-def test_distances_of_the_step_before_are_known_up_to_their_drift():
+def test_a_race_starts_from_the_distances_of_the_step_before():
     """All were scored on all sequences, so a pair's error is the change of both; the next look weighs it by that."""
     first = Race(range(6), 3)
     assert first.outcome(dict(enumerate([5.0, 5.5, 6.0, 7.0, 9.0, math.inf]))).race.margin == 0.5
@@ -137,11 +136,3 @@ def test_the_step_before_spares_the_hopeless():
     assert min(unscored) > 14
     risen = left | draws({6: -0.2}, seed=1)  # who comes back from the middle of the field is seen
     assert run(risen, before=first)[1] == 6
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_scores_that_are_not_finite_disturb_no_other(bad):
-    matrix = draws({block: 0.02 * block for block in range(12) if block != 3})
-    race, _ = run(matrix | {3: [-9.0, comparable(bad), *[-9.0] * 62]})
-    assert race.dropped == run(matrix)[0].dropped != {}
-    assert 3 in race.contenders

@@ -26,7 +26,7 @@ from sleb_cli.events import TaskAdvanced, TaskStarted, ignore
 from sleb_cli.requests import EvalRequest
 from sleb_cli.tables.quality import tasks, verdicts
 from sleb_cli.tables.table import by_model
-from sleb_plugins import DataError, ModelError, UsageError
+from sleb_plugins import DataError, UsageError
 
 QUIETLY = ("dense", ignore, ProcessGroup())
 
@@ -75,11 +75,6 @@ def test_right_and_wrong_answers_are_compared_item_by_item():
     assert pruned.items_needed == items_needed(stdev([0, -1, -1, 1, 0, -1]))
 
 
-def test_infinite_values_are_refused():
-    with pytest.raises(ModelError, match="acc of weather is inf"):
-        one_pruned(binary(1.0), results_of([sample(0, 1.0)], {"acc,none": float("inf")}))
-
-
 @pytest.mark.parametrize(
     ("before", "after", "expected"),
     [
@@ -90,7 +85,7 @@ def test_infinite_values_are_refused():
     ],
     ids=["worse", "alike", "never right", "one item"],
 )
-def test_what_is_lost_and_gained(before, after, expected):
+def test_lost_and_gained_items_are_counted(before, after, expected):
     _, pruned = one_pruned(binary(*before), binary(*after))
     found = (pruned.difference, pruned.retention, pruned.mcnemar_p, pruned.lost, pruned.gained)
     assert found == pytest.approx(expected)
@@ -110,7 +105,7 @@ def test_scores_that_are_shares_have_an_error_but_no_flips():
 
 
 @pytest.mark.parametrize("score", [[-3.0, 4], 0.7, "text"])
-def test_what_is_no_mean_of_its_items_has_a_difference_alone(score):
+def test_a_score_that_is_no_mean_has_a_difference_without_error(score):
     values = [{"bleu,none": value, "bleu_stderr,none": "N/A"} for value in (20.0, 15.0)]
     dense, pruned = (results_of([sample(0, score, metric="bleu")], value, metric="bleu") for value in values)
     result, scores = one_pruned(dense, pruned)
@@ -189,7 +184,7 @@ ENDS = [["Ann met Bea since Ann", " was late."], ["Ann met Bea since Bea", " was
     ],
     ids=["by length", "an empty choice", "likeliest", "choices are prompts", "written"],
 )  # fmt: skip
-def test_what_a_flip_tells(kind, metric, arguments, answers, expected):
+def test_a_flip_shows_both_answers(kind, metric, arguments, answers, expected):
     dense, pruned = (
         results_of(
             [sample(0, score, metric=metric, arguments=arguments, filtered_resps=answer, target="4")],
@@ -259,7 +254,7 @@ def test_a_group_has_its_tasks_items_and_its_own_metric(folder, loaded):
     assert found["own_both"].pruned[0].standard_error == 0
 
 
-def test_the_chat_template_and_examples_in_the_prompt(folder, loaded):
+def test_prompts_are_in_the_chat_template_with_examples(folder, loaded):
     model, tokenizer = loaded
     task = task_of(folder, apply_chat_template=True, limit=2)
     with pytest.raises(UsageError, match="needs a chat template"):

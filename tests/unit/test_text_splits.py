@@ -77,7 +77,7 @@ def test_no_conversation_is_in_two_parts(tmp_path, monkeypatch, source):
         calibration_conversations("chat.jsonl", samples=1, length=100, seed=0, split=TRAIN)
 
 
-def test_a_preset_is_no_file_of_that_name_and_rows_without_text_are_left_out(tmp_path, monkeypatch):
+def test_a_preset_goes_before_a_file_of_its_name(tmp_path, monkeypatch):
     (tmp_path / "c4").write_text("a file")
     monkeypatch.chdir(tmp_path)
     rows = datasets.Dataset.from_dict({"text": ["river", None, "stone"]})
@@ -89,7 +89,7 @@ def test_a_preset_is_no_file_of_that_name_and_rows_without_text_are_left_out(tmp
 @pytest.mark.parametrize(
     "error", [RuntimeError("Dataset scripts are no longer supported"), DatasetGenerationError("broken")], ids=repr
 )
-def test_what_the_library_of_data_sets_refuses_is_said(monkeypatch, error):
+def test_a_data_set_that_cannot_be_loaded_is_named(monkeypatch, error):
     monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=error))
     with pytest.raises(DataError, match="The data set org/name:train:text cannot be loaded"):
         read("org/name", WHOLE)
@@ -101,7 +101,7 @@ def test_a_part_without_text_is_named(tmp_path):
         calibrate_splits(settings(tmp_path / "text.txt", 5, (1, 1, 1)), TOKENIZER, lambda: None, print)
 
 
-def test_what_is_reported_may_lack_a_source(tmp_path):
+def test_the_test_text_may_lack_a_source(tmp_path):
     (tmp_path / "text.txt").write_text(prose(24))
     splits = settings(f"{tmp_path / 'text.txt'}:0.75,self:0.25", 20, (14, 4, 2))
     parts = calibrate_splits(splits, TOKENIZER, lambda: MODEL, ignore)
@@ -126,7 +126,7 @@ def test_the_model_writes_once_for_all_parts(tmp_path, monkeypatch):
     assert len(set(rows)) == 20
 
 
-def test_what_the_model_wrote_is_cached_under_what_it_depends_on(monkeypatch):
+def test_own_text_is_cached_by_all_that_it_depends_on(monkeypatch):
     model, events = random_model(llama_config(2)), []
     generate = Mock(side_effect=writing.generate)
     monkeypatch.setattr(writing, "generate", generate)

@@ -61,7 +61,7 @@ def test_every_other_round_is_reversed_and_has_its_own_prompts():
         ((1.0, 2.0, 1.0), 5, 5, None),
     ],
 )
-def test_it_warms_up_until_times_are_stable_or_as_often_as_asked(seconds, asked, runs, stable):
+def test_models_warm_up_until_their_times_are_stable(seconds, asked, runs, stable):
     (models, ran, _), heard = machine(*seconds), []
     measured = measure(models, workload(warmup=asked), 10, heard.append)
     assert (measured.warmup.runs, measured.warmup.stable) == (runs, stable)

@@ -86,7 +86,7 @@ def test_a_program_that_computes_too_long_fails(set_in_runner, how):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_a_program_that_sleeps_fails_and_one_that_waits_for_a_processor_does_not(set_in_runner, how):
+def test_sleep_is_a_failure_and_waiting_for_a_processor_is_not(set_in_runner, how):
     set_in_runner("SECONDS_ASLEEP", 1)
     assert passes("import time; time.sleep(0.5)", how)
     assert passes("import os, time; os.setsid(); time.sleep(100)", how) is False
@@ -188,7 +188,7 @@ def test_a_confined_program_reaches_nothing(outside):
 
 @pytest.mark.usefixtures("bubblewrap")
 @pytest.mark.parametrize("place", ["/tmp", "/dev/shm"])
-def test_a_virtual_environment_is_read_only_even_in_a_folder_for_temporary_files(monkeypatch, place):
+def test_a_virtual_environment_is_read_only_wherever_it_lies(monkeypatch, place):
     with tempfile.TemporaryDirectory(dir=place) as environment:
         Path(environment, "file").write_text("as it was")
         monkeypatch.setattr(sandbox, "VISIBLE_PATHS", (*sandbox.VISIBLE_PATHS, environment))
