@@ -39,7 +39,7 @@ def assert_same(found, expected, *, proof=True):
     assert found[1] == expected[1]
 
 
-@pytest.mark.parametrize(("family", "float64"), [(None, False), ("gemma2", True)])
+@pytest.mark.parametrize(("family", "float64"), [(None, False), pytest.param("gemma2", True, marks=pytest.mark.slow)])
 def test_a_device_writes_the_checkpoint_of_the_cpu(apply, simulate, tiny_llama, tmp_path, family, float64):
     model = save_model(tmp_path / "dense", tiny_config(family)) if family else tiny_llama
     expected = apply(model, *HEAL, "--device", "cpu")

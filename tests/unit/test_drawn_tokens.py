@@ -22,11 +22,11 @@ def test_each_token_is_drawn_as_often_as_its_probability_says():
 
 def test_rare_tokens_of_a_large_vocabulary_are_drawn():
     torch.manual_seed(0)
-    scores = torch.zeros(1000, 262_144)
+    scores = torch.zeros(250, 262_144)
     scores[:, 7] = math.log(0.74 / 0.26 * 262_143)
     tokens = torch.cat([drawn(part) for part in scores.split(50)])
     rare = int((tokens != 7).sum())
-    assert 200 < rare < 325  # 26 % of 1,000
+    assert 40 < rare < 90  # 26 % of 250
     assert len(set(tokens.tolist())) > rare * 0.95
 
 
