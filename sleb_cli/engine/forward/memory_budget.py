@@ -13,6 +13,7 @@ import torch
 
 from sleb_cli.engine.device import own_free_bytes
 from sleb_cli.engine.forward.memory_needs import Footprint
+from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.units import format_bytes
 from sleb_plugins import MachineError
 
@@ -116,6 +117,10 @@ def resolve_memory_budget(
     return dataclasses.replace(budget, branches=branches, kept=(spare - branches + 1) // batches // 2)
 
 
-def available_memory(device: torch.device) -> int:
-    """Return the bytes that may be used in addition to the model: a share of what is free."""
-    return int(own_free_bytes(device) * settings_for(device).share)
+def available_memory(device: torch.device, group: ProcessGroup | None = None, asked: int | None = None) -> int:
+    """Return the bytes that may be used in addition to the model: `asked`, or else a share of what is free.
+
+    It is the same in all processes, so that they have the same batches.
+    """
+    found = asked or int(own_free_bytes(device) * settings_for(device).share)
+    return min(group.gather(found)) if group else found

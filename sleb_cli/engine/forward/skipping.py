@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sleb_cli.engine.device import input_device
 from sleb_cli.engine.forward.block_weights import BlockWeights, execution_device
@@ -148,6 +149,7 @@ class SkippableModel:
         self.places = [execution_device(switch.block) or self.device for switch in self.switches]
         """Where each block computes."""
         configs = (model.config, model.generation_config)
+        self._head_hook: RemovableHandle | None = None
         self._cache_settings = [(config, config.use_cache) for config in configs if hasattr(config, "use_cache")]
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ class _Scorer:
             self.dense,
             self.parts[0].to(self.dense.device),
             models.notify,
-            memory=self._memory,
+            memory=partial(available_memory, group=models.group),
             batch_size=batch_size,
             checked=CHECKED_TOKENS,
         )
@@ -129,11 +130,7 @@ class _Scorer:
         if self.dense.weights.resident:
             return 1
         needed = states_bytes(self.models.architecture, self.models.placement.dtype, self.parts[0].numel())
-        return max(1, self._memory(CPU) // (needed * (len(self.sizes) + 1)))
-
-    def _memory(self, device: torch.device) -> int:
-        """Return how much memory may be used: the same in all processes, so that they have the same batches."""
-        return min(self.models.group.gather(available_memory(device)))
+        return max(1, available_memory(CPU, self.models.group) // (needed * (len(self.sizes) + 1)))
 
     @torch.inference_mode()
     def _measured(self, numbers: Sequence[int]) -> Iterator[tuple[int, list[Scores]]]:

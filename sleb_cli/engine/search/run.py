@@ -242,16 +242,12 @@ def _announce(method: Method, problem: Problem, scoring: Scoring) -> None:
 def _prepare(
     model: SearchedModel, inputs: SearchInputs, calibration: Calibration, *, fast: bool
 ) -> tuple[Passes, str | None]:
-    def memory(device: torch.device) -> int:
-        """The same in all processes, so that they have the same batches."""
-        return min(inputs.group.gather(model.memory or available_memory(device)))
-
     return prepare_passes(
         inputs.model,
         calibration.sequences,
         inputs.notify,
         loss_mask=calibration.loss_mask,
-        memory=memory,
+        memory=partial(available_memory, group=inputs.group, asked=model.memory),
         batch_size=model.batch_size,
         min_batches=LOOKS if fast else 1,
         walks_together=True,
