@@ -148,7 +148,7 @@ def _fit_blocks(job: Job, size: int) -> tuple[dict[str, Tensor], ClosedFormRecor
                 with job.dense.replaced(fits.values):
                     own = range(block, block + 1)
                     pair = replace(pair, pruned=batches.run_blocks(batches.calls, pair.pruned, own))
-            else:
+            else:  # nothing is gained here, so both models run on to the next gap
                 end = next((each for each in kept if each >= block and ends[each] > each + 1), count)
                 pair = batches.advance(pair, range(block, end), only_for_gains=end == count)
             advance(end - begin, note=f"divergence {fits.divergence:.4f}")

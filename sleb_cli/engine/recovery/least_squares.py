@@ -51,15 +51,17 @@ class Ridge:
     """
 
     def __init__(self, features: int, outputs: int, device: torch.device = CPU, *, rounded: bool = False) -> None:
-        self._make((features, features), (features, outputs), device)
+        self.xx, self.xy, self.yy = (
+            _zeros(device, features, features),
+            _zeros(device, features, outputs),
+            _zeros(CPU, 1),
+        )
         self._rounded = rounded
 
-    def _make(self, xx: tuple[int, ...], xy: tuple[int, ...], device: torch.device) -> None:
-        place = as_float64(torch.empty(0, device=device)).device
-        self.xx = torch.zeros(xx, dtype=torch.float64, device=place)
-        self.xy = torch.zeros(xy, dtype=torch.float64, device=place)
-        self.yy = torch.zeros(1, dtype=torch.float64)
-        self.tensors = self.xx, self.xy, self.yy
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The sums, to be added to in place."""
+        return self.xx, self.xy, self.yy
 
     @property
     def bytes_to_solve(self) -> int:
@@ -108,7 +110,7 @@ class Gains(Ridge):
     """The same regression for each channel alone: Y[:, i] from X[:, i]."""
 
     def __init__(self, channels: int, device: torch.device = CPU) -> None:
-        self._make((channels,), (channels,), device)
+        self.xx, self.xy, self.yy = _zeros(device, channels), _zeros(device, channels), _zeros(CPU, 1)
 
     def add(self, features: Tensor, targets: Tensor, weights: Tensor) -> None:
         """Add some rows; `weights` is [rows]."""
@@ -132,6 +134,11 @@ class Gains(Ridge):
     def sketch(self) -> Tensor:
         """Return X'WY."""
         return self.xy
+
+
+def _zeros(device: torch.device, *shape: int) -> Tensor:
+    """Return zeros in float64, on the CPU if the device has none."""
+    return torch.zeros(shape, dtype=torch.float64, device=as_float64(torch.empty(0, device=device)).device)
 
 
 def best_ridge(train: Ridge, validation: Ridge, ridges: tuple[float, ...]) -> tuple[float, float, Tensor]:

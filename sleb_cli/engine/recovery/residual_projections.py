@@ -25,7 +25,7 @@ from sleb_cli.engine.transformers_internals import Conv1D
 EXACT = 0.02
 """How far what comes out may be from a constant times the noise, as a share of it: the rounding of bfloat16."""
 NEAR = 3.0
-"""The same if the rest of the block reads the module's output; other modules are far beyond."""
+"""As EXACT, for a module whose output the rest of the block also reads; other modules are far beyond."""
 # The noise relative to the hidden states: as little as rounding allows, since the response should be linear.
 NOISE = 0.25
 # Enough to tell what enters a norm.
