@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sleb_cli.units import format_bytes
 from sleb_plugins.errors import OutputError
@@ -113,7 +113,10 @@ def new_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def claimed(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Claim a place for hours of work, and yield a path of the same name in a hidden folder; it becomes `path`.
+    """Claim a place for hours of work, and yield a path of the same name in a hidden folder.
+
+    The file or folder that is made there becomes `path` at the end; on an error, it is deleted. With `replace`, what is
+    at `path` is replaced only then.
 
     Raises:
         OutputError: it cannot be written, exists (without `replace`), or another process has claimed it.
@@ -127,48 +130,29 @@ def claimed(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Claim a place, yield a hidden folder to fill, and rename it to `path` at the end; on an error, delete it.
-
-    With `replace`, an existing folder at `path` is replaced only after the new one is complete.
-
-    Raises:
-        OutputError: it cannot be written, exists (without `replace`), or another process has claimed it.
-    """
-    with claimed(path, replace=replace) as aside:
-        aside.mkdir()
-        yield aside
-
-
-@contextmanager
 def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
     """Yield a new hidden folder that is deleted at the end; those that killed processes left are deleted first.
 
     Raises:
         OSError: nothing can be written there.
     """
-    remove_leftovers(parent, f"{escape(name)}.*")
+    remove_leftovers(parent / name, further=".*")
     with held(parent / f"{name}.{secrets.token_hex(4)}") as folder:
         yield folder
 
 
-def remove_leftovers(parent: Path, pattern: str = "*") -> None:
-    """Delete what killed processes left of files and folders whose name has this pattern, and keep what is in use.
+def remove_leftovers(path: Path, further: str = "") -> None:
+    """Delete what killed processes left of a file or folder, whose name may go on by a pattern, if it is not in use.
 
     What they were about to replace is put back.
     """
-    for folder in parent.glob(f".{pattern}{SUFFIX}"):
+    target = _named(path)
+    for folder in target.parent.glob(f".{escape(target.name)}{further}{SUFFIX}"):
         with suppress(OSError, OutputError):
             # Another program's folder has no such lock. Ours may lack it if we were killed when it was empty.
-            if _lock_file(folder).exists() or not any(folder.iterdir()):
+            if _inside(folder, "lock").exists() or not any(folder.iterdir()):
                 with held(_target(folder), patience=0):
                     pass
-
-
-def remove_leftovers_of(path: Path) -> None:
-    """Do the same for a single file or folder."""
-    target = _named(path)
-    remove_leftovers(target.parent, escape(target.name))
 
 
 @contextmanager
@@ -186,8 +170,7 @@ def held(path: Path, *, patience: float | None = None) -> Iterator[Path]:
 
     target = _named(path)
     folder = target.parent / f".{target.name}{SUFFIX}"
-    timeout = PATIENCE if patience is None else patience
-    lock = FileLock(_lock_file(folder), timeout, thread_local=False)
+    lock = FileLock(_inside(folder, "lock"), PATIENCE if patience is None else patience, thread_local=False)
     while not lock.is_locked:
         with suppress(FileExistsError):
             folder.mkdir(mode=0o700)
@@ -208,7 +191,7 @@ def held(path: Path, *, patience: float | None = None) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             clear(folder)
-            _lock_file(folder).unlink()  # last, so that what is left is known to be ours
+            _inside(folder, "lock").unlink()  # last, so that what is left is known to be ours
             folder.rmdir()
         lock.release()
 
@@ -219,14 +202,11 @@ def publish(aside: Path, path: Path) -> None:
     Raises:
         OSError: it cannot be renamed; what was there still is, once the held folder is released.
     """
-    for place, _, names in os.walk(aside, topdown=False):
-        for name in (*names, ""):
-            _flush(Path(place, name))
-    if aside.is_file():
-        _flush(aside)
-    elif os.path.lexists(path):
+    for place in (*aside.rglob("*"), aside):
+        _flush(place)
+    if aside.is_dir() and os.path.lexists(path):
         # For a moment, there is neither. `clear` puts the old one back, here or after a kill in the next process.
-        path.rename(_old(aside.parent))
+        path.rename(_inside(aside.parent, "old"))
     aside.replace(path)
     _flush(path.parent)
 
@@ -244,23 +224,20 @@ def _target(folder: Path) -> Path:
     return folder.with_name(folder.name.removeprefix(".").removesuffix(SUFFIX))
 
 
-def _lock_file(folder: Path) -> Path:
+def _inside(folder: Path, kind: Literal["lock", "old"]) -> Path:
     # Not the name of what is written there.
-    return folder / f"{folder.name}.lock"
-
-
-def _old(folder: Path) -> Path:
-    return folder / f"{folder.name}.old"
+    return folder / f"{folder.name}.{kind}"
 
 
 def clear(folder: Path) -> None:
     """Empty a hidden folder but for its lock, and put back what was about to be replaced."""
-    if os.path.lexists(_old(folder)) and not os.path.lexists(_target(folder)):
-        _old(folder).rename(_target(folder))
+    old, target = _inside(folder, "old"), _target(folder)
+    if os.path.lexists(old) and not os.path.lexists(target):
+        old.rename(target)
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path != _lock_file(folder):
+        elif path != _inside(folder, "lock"):
             path.unlink()
 
 

@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from sleb_cli.atomic import held, new_file, to_json, writing
+from sleb_cli.atomic import claimed, to_json
 from sleb_cli.events import Notice, Notify, Warned, ignore
 from sleb_cli.plan import CHECKPOINT_PLAN
 from sleb_cli.records import UnreadableRecord
@@ -34,7 +34,7 @@ def keep_result(result: R, file: Path, notify: Notify) -> R:
         result = result.published()  # a checkpoint may be published
     merged = result
     try:
-        with writing(file), held(file), new_file(file) as aside:  # nothing that another process adds is lost
+        with claimed(file, replace=True) as aside:  # nothing that another process adds is lost
             current = read_kept(type(result), file, notify)
             before = find_kept(result, file, ignore)
             merged = result if before is None else result.merged_with(before)

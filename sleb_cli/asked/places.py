@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sleb_cli.atomic import remove_leftovers_of, require_new_file
+from sleb_cli.atomic import remove_leftovers, require_new_file
 from sleb_plugins import OutputError, UsageError
 
 
@@ -14,7 +14,7 @@ def require_new_folder(folder: Path, *, force: bool) -> None:
     Raises:
         OutputError: it exists (without `force`), or is no checkpoint.
     """
-    remove_leftovers_of(folder)
+    remove_leftovers(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir()) and force):
         return
     if not force:

@@ -16,16 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sleb_cli import atomic
-from sleb_cli.atomic import (
-    claimed,
-    held,
-    new_file,
-    new_folder,
-    remove_leftovers,
-    remove_leftovers_of,
-    require_new_file,
-    write_text,
-)
+from sleb_cli.atomic import claimed, held, new_file, remove_leftovers, require_new_file, write_text
 from sleb_cli.engine.files import weights
 from sleb_cli.engine.files.copying import leads_out
 from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files
@@ -64,10 +55,12 @@ def test_a_file_is_written_whole_and_alone(tmp_path):
 
 def test_a_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path):
     for text in ("one", "two"):
-        with new_folder(tmp_path / "a", replace=True) as aside:
+        with claimed(tmp_path / "a", replace=True) as aside:
+            aside.mkdir()
             (aside / "x").write_text(text)
     for name in ("a", "b"):
-        with pytest.raises(ZeroDivisionError), new_folder(tmp_path / name, replace=True) as aside:
+        with pytest.raises(ZeroDivisionError), claimed(tmp_path / name, replace=True) as aside:
+            aside.mkdir()
             (aside / "x").touch()
             raise ZeroDivisionError
     assert (tmp_path / "a" / "x").read_text() == "two"
@@ -104,15 +97,13 @@ def test_what_appears_meanwhile_is_not_overwritten_unasked(tmp_path):
         aside.write_text("new")
         (tmp_path / "a").write_text("of someone else")
     assert (tmp_path / "a").read_text() == "of someone else"
-    with pytest.raises(OutputError, match="already exists"), new_folder(tmp_path / "b") as aside:
+    with pytest.raises(OutputError, match="already exists"), claimed(tmp_path / "b") as aside:
+        aside.mkdir()
         (tmp_path / "b").mkdir()
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 
-@pytest.mark.parametrize(
-    "clean_up",
-    [lambda path: write_claimed(path, "new"), remove_leftovers_of, lambda path: remove_leftovers(path.parent)],
-)
+@pytest.mark.parametrize("clean_up", [lambda path: write_claimed(path, "new"), remove_leftovers])
 @pytest.mark.parametrize("was_replacing", [False, True])
 def test_what_a_killed_process_left_is_removed_or_put_back(tmp_path, clean_up, was_replacing):
     folder = tmp_path / ".a.partial"
@@ -123,7 +114,7 @@ def test_what_a_killed_process_left_is_removed_or_put_back(tmp_path, clean_up, w
         (folder / ".a.partial.old").write_text("one")
     (tmp_path / ".a.b.partial").mkdir()  # killed before it had a lock
     clean_up(tmp_path / "a")
-    remove_leftovers(tmp_path, "a.*")
+    remove_leftovers(tmp_path / "a", ".*")
     files = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert files in ([{"a": "new"}, {"a": "one"}] if was_replacing else [{"a": "new"}, {}])
 
@@ -132,7 +123,7 @@ def test_what_another_is_writing_is_left_alone_and_refused(tmp_path, monkeypatch
     monkeypatch.setattr(atomic, "PATIENCE", 0.0)
     with held(tmp_path / "a") as folder:
         (folder / "a").write_text("half")
-        remove_leftovers(tmp_path)
+        remove_leftovers(tmp_path / "a")
         with pytest.raises(OutputError, match="Another sleb process is writing"):
             write_claimed(tmp_path / "a", "new")
         assert (folder / "a").read_text() == "half"
@@ -145,7 +136,8 @@ def test_links_and_folders_of_other_programs_are_never_emptied(tmp_path):
     (tmp_path / ".a.partial").symlink_to(tmp_path / "precious")
     (tmp_path / ".b.partial").mkdir()
     (tmp_path / ".b.partial" / "of another program").touch()
-    remove_leftovers(tmp_path)
+    for name in ("a", "b"):
+        remove_leftovers(tmp_path / name)
     with pytest.raises(OutputError, match=r"\.a\.partial is not a folder"):
         write_claimed(tmp_path / "a", "new")
     assert os.listdir(tmp_path / "precious") == [".a.partial.lock"]
@@ -310,6 +302,7 @@ def test_a_file_system_that_cannot_flush_folders_is_no_obstacle(tmp_path, monkey
     monkeypatch.setattr(os, "fsync", refusing)
     with nullcontext() if is_written else pytest.raises(OutputError):
         write_text(tmp_path / "a.txt", "words")
-        with new_folder(tmp_path / "folder") as aside:
+        with claimed(tmp_path / "folder") as aside:
+            aside.mkdir()
             (aside / "b.txt").write_text("more")
         assert (tmp_path / "folder" / "b.txt").read_text() == "more"

@@ -11,7 +11,7 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-from sleb_cli.atomic import held, publish, remove_leftovers_of, scratch_folder, write_text, writing
+from sleb_cli.atomic import held, publish, remove_leftovers, scratch_folder, write_text, writing
 from sleb_cli.names import local_path
 
 _ELSEWHERE = "Set the environment variable SLEB_CACHE to another folder."
@@ -41,7 +41,7 @@ def scratch_in_cache(name: str) -> Iterator[Path]:
 def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
     """Return the cached folder `name`; if it is missing, `fill` it first, completely or not at all."""
     folder = cache_root() / name
-    remove_leftovers_of(folder)
+    remove_leftovers(folder)
     if not folder.is_dir():
         with writing(folder, hint=_ELSEWHERE):
             folder.parent.mkdir(parents=True, exist_ok=True)

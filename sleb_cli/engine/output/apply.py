@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from sleb_cli.atomic import new_folder, require_space, to_json, writing
+from sleb_cli.atomic import claimed, require_space, to_json, writing
 from sleb_cli.engine.cut.protocol import cut_records
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files import other_formats
@@ -131,7 +131,8 @@ def writing_to(subject: Subject, output: Output, kept_bytes: int = 0) -> Iterato
         OutputError: the place is not free, or the checkpoint does not fit on the disk.
         ModelError: the dense model's files changed.
     """
-    with new_folder(output.place, replace=output.replace) as aside, subject.architecture.source.watch.unchanged():
+    with claimed(output.place, replace=output.replace) as aside, subject.architecture.source.watch.unchanged():
+        aside.mkdir()
         planned = plan_files(subject.surgery, output)
         weights_bytes = sum(shard.size for shard in planned.weights.values())
         require_space(output.place, _bytes_of(planned.copies.values()) + weights_bytes + kept_bytes)
