@@ -150,12 +150,7 @@ def write_checkpoint(
     """
     surgery = subject.surgery
     planned = plan_files(surgery, output, recovered.tensors if recovered else {})
-    write_weights(aside, planned.weights, notify)
-    for name, text in planned.texts.items():
-        (aside / name).write_text(text, encoding="utf-8", newline="\n")
-    for name, file in planned.copies.items():
-        (aside / name).parent.mkdir(parents=True, exist_ok=True)
-        copy_file(file, aside / name)
+    _write_files(aside, planned, notify)
     proof = None
     if output.verify:
         placement = output.proof or place_proof(subject.architecture, output.dtype)
@@ -180,6 +175,15 @@ def write_checkpoint(
     if planned.outside:
         notify(Warned(f"Did not copy links that lead outside the model's folder: {', '.join(planned.outside)}."))
     return result
+
+
+def _write_files(folder: Path, planned: Planned, notify: Notify) -> None:
+    write_weights(folder, planned.weights, notify)
+    for name, text in planned.texts.items():
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+    for name, file in planned.copies.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(file, folder / name)
 
 
 def plan_files(surgery: Surgery, output: Output, new_values: Mapping[str, Tensor] | None = None) -> Planned:

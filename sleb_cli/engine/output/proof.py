@@ -205,7 +205,7 @@ class _Models:
         If that is too large, check that stock transformers, on the meta device, finds each weight in the files.
         """
         if self.placement.too_large:
-            self._load_names()
+            self._loaded(torch.device("meta"), None)
             yield "loads", {}
             return
         ids, new_tokens = self._prompt()
@@ -214,13 +214,10 @@ class _Models:
         with task(self.notify, "Proving the checkpoint"):
             model = self._load()
             yield "loads", {}
-            with translate_errors(lambda words: proof_error(f"it does not run: {words}")):
-                found = model(input_ids=own, use_cache=False).logits
-            difference = _relative_difference(found, expected)
+            difference = _relative_difference(_logits(model, own), expected)
             if not difference <= self._allowed:
-                with SkippableModel(model, self.surgery.architecture.blocks_of(model)) as whole:
-                    states = _block_states(whole, own)
-                del whole, model
+                states = self._states(model, own)
+                del model  # before the dense model is loaded again
                 free_memory()
                 raise self._other_logits(difference, ids, states)
             yield "same logits", {
@@ -241,8 +238,8 @@ class _Models:
                 del model  # before it is loaded again: both may not fit in memory
                 free_memory()
                 after = _shapes(replace(self, folder=Path(again))._load())
-            if different := sorted(name for name, _ in before ^ after):
-                raise proof_error(f"saved again, it has other weights, such as {different[0]}")
+            if before != after:
+                raise proof_error(f"saved again, it has other weights, such as {min(before ^ after)[0]}")
             yield "saves again", {}
 
     @property
@@ -254,6 +251,10 @@ class _Models:
     def _own(self, ids: Tensor) -> Tensor:
         """Return the prompt's tokens in the checkpoint, [1, positions]."""
         return torch.tensor([self.surgery.token_ids(ids[0].tolist())], device=ids.device)
+
+    def _states(self, model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        with SkippableModel(model, self.surgery.architecture.blocks_of(model)) as whole:
+            return _block_states(whole, ids)
 
     def _no_room_for(self, model: Any) -> str | None:
         """Return why the model cannot be saved again for want of space, or None; it may be rounded to need less."""
@@ -312,10 +313,6 @@ class _Models:
         align(model)
         return model
 
-    def _load_names(self) -> None:
-        """Load only the names and shapes of the checkpoint's weights."""
-        self._loaded(torch.device("meta"), None)
-
     def _loaded(self, device: torch.device, device_map: DeviceMap | None, **options: Any) -> Any:
         architecture = self.surgery.architecture
         options["trust_remote_code"] = architecture.source.trust_remote_code
@@ -347,6 +344,12 @@ class _Models:
                         f"the first whose output differs, by {difference:.2g}"
                     )
         return "every block's output is the same, so the final norm or the head differs"
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    with translate_errors(lambda words: proof_error(f"it does not run: {words}")):
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
 
 
 def _block_states(model: SkippableModel, ids: Tensor, removed: Collection[int] = ()) -> list[tuple[Tensor, Tensor]]:
