@@ -49,6 +49,7 @@ from sleb_cli.engine import device as engine_device
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.forward import placement
 from sleb_cli.engine.forward.streaming import StreamedBlocks
+from sleb_cli.engine.memory import shortage
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.recovery import unfinished
@@ -254,6 +255,11 @@ def tokenizer_with(template: str | None) -> PreTrainedTokenizerFast:
 
 def architecture_of(folder: Path) -> Architecture:
     return read_architecture(locate_model(str(folder), ignore), load_plugins(), ignore)
+
+
+def shortage_at(free: int) -> Callable[..., str | None]:
+    """Return a `memory_shortage` of a device with so many free bytes."""
+    return lambda needed, device, of="memory", **whole: shortage(needed, free, of)
 
 
 def save_model(folder: Path, config: Any, *, seed: int = 0, bos: bool = False, **options: Any) -> Path:

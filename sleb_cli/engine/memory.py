@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from sleb_cli.engine.device import CPU, free_memory
+from sleb_cli.engine.device import CPU, free_bytes, free_memory, own_free_bytes
 from sleb_cli.events import Notice, Notify, ignore
 from sleb_cli.units import format_bytes
 from sleb_plugins.errors import is_out_of_memory
@@ -16,8 +16,16 @@ T = TypeVar("T")
 S = TypeVar("S")
 
 
-def shortage(needed: int, free: int, of: str = "memory") -> str | None:
-    """Return a clause on how much is needed and free, or None if that is enough."""
+def memory_shortage(needed: int, device: torch.device, of: str = "memory", *, whole: bool = False) -> str | None:
+    """Return a clause on how much memory is needed and free, or None if that is enough.
+
+    Processes share the memory of a machine; `whole` counts all of it, for what only one of them does.
+    """
+    return shortage(needed, free_bytes(device) if whole else own_free_bytes(device), of)
+
+
+def shortage(needed: int, free: int, of: str) -> str | None:
+    """Return a clause on how much is needed and free of something, or None if that is enough."""
     return None if needed <= free else f"{format_bytes(needed)} of {of}, but only {format_bytes(free)} is free"
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from conftest import beside_weights, llama_config, save_model, weights_of
+from conftest import beside_weights, llama_config, save_model, shortage_at, weights_of
 from sleb_cli import atomic
 from sleb_cli.engine.files import shards
 from sleb_cli.engine.output import apply as engine
@@ -274,7 +274,7 @@ def spoil(monkeypatch, change):
 
 def test_a_partial_proof_that_fails_leaves_nothing(apply, tiny_llama, tmp_path, monkeypatch):
     spoil(monkeypatch, lambda t: t | {UP: torch.nextafter(t[UP], torch.tensor(9.0))})
-    monkeypatch.setattr(proof, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(proof, "memory_shortage", shortage_at(1000))
     told = apply(tiny_llama, "--blocks", "1", code=9).stderr
     assert f"the bytes of {UP} are not those of model.layers.2.mlp.up_proj.weight in the dense model" in told
     assert os.listdir(tmp_path) == []

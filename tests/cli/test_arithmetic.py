@@ -14,6 +14,7 @@ from conftest import (
     llama_config,
     prose,
     save_model,
+    shortage_at,
     tokens_of_test_text,
     weights_of,
 )
@@ -94,7 +95,7 @@ def test_without_memory_for_float32_it_says_that_it_is_slow(sleb, model, process
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     processor()
     free = [size * 3 // 2]
-    monkeypatch.setattr(placement, "own_free_bytes", lambda device: free[0])
+    monkeypatch.setattr(placement, "memory_shortage", lambda *needed: shortage_at(free[0])(*needed))
     told = sleb("eval", folder, *evaluation(text_file))
     assert "This will be slow: the processor has no bfloat16 arithmetic, and float32 needs" in told.stderr
     assert "bfloat16 on cpu" in told.stdout

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
-from conftest import calibration, evaluation, save_model, slow, weight_bytes_of
+from conftest import calibration, evaluation, save_model, shortage_at, slow, weight_bytes_of
 from families import tiny_config
 from sleb_cli.engine.door import recovery as door
 from sleb_cli.engine.files.cache import cache_root
@@ -56,8 +56,8 @@ def test_plan_checkpoint_and_measurements_are_the_same(sleb, text_file, tmp_path
     for way in ("in memory", other):
         where = [*(spread(model, 0) if way == "placed" else WAYS[way]), "--force"]
         if way == "large":
-            monkeypatch.setattr(placement, "own_free_bytes", lambda device: 100_000)
-            monkeypatch.setattr(proof, "free_bytes", lambda device: 100_000)
+            for room in (placement, proof):
+                monkeypatch.setattr(room, "memory_shortage", shortage_at(100_000))
         searched = sleb("search", model, "--remove", 2, "--metric", metric, *calibration(text_file), *where)
         applied = sleb("apply", "--recover", *calibration(text_file, samples=20), *where, "-o", "out")
         measured = sleb("eval", "--every", 1, *evaluation(text_file), *where, "--json")
@@ -105,7 +105,11 @@ def test_hidden_states_wait_in_host_memory(sleb, llama_plan, text_file, tmp_path
     command = ["apply", llama_plan, "--recover", *calibration(text_file, samples=20), "--device", "sim", "--stream"]
     sleb(*command, "--no-verify", "-o", "device")
     of_device = iter((0, 2**31))  # for all, and without hidden states
-    monkeypatch.setattr(door, "own_free_bytes", lambda device: next(of_device) if device.type == "sim" else 2**31)
+
+    def shortage(needed, device, *of):
+        return shortage_at(next(of_device) if device.type == "sim" else 2**31)(needed, device, *of)
+
+    monkeypatch.setattr(door, "memory_shortage", shortage)
     held = []
     monkeypatch.setattr(depth, "to_cpu", lambda tensor: held.append(tensor.device.type) or tensor.cpu())
     sleb(*command, "--no-verify", "-o", "host")

@@ -16,6 +16,7 @@ from conftest import (
     prose,
     random_model,
     save_model,
+    shortage_at,
     weight_bytes_of,
     weights_of,
 )
@@ -173,7 +174,7 @@ def test_it_starts_from_the_closed_form(healed, monkeypatch):
 
 
 def test_without_the_memory_it_is_refused(healed, monkeypatch):
-    monkeypatch.setattr(door, "own_free_bytes", lambda device: 500_000)
+    monkeypatch.setattr(door, "memory_shortage", shortage_at(500_000))
     needed = r"Healing needs \S+ MB of memory on cpu \(.* trained weights, \S+ kB for the state of training"
     assert re.search(needed, healed(*TOKENS, code=7).stderr)
 

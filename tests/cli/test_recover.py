@@ -15,7 +15,7 @@ import torch
 from test_apply import change_weights, write_config
 from transformers import AutoModelForCausalLM
 
-from conftest import calibration, evaluation, llama_config, prose, save_model, weights_of
+from conftest import calibration, evaluation, llama_config, prose, save_model, shortage_at, weights_of
 from families import tiny_config
 from sleb_cli.engine.door import recovery as door
 from sleb_cli.engine.files.weights import find_weights
@@ -263,7 +263,7 @@ def test_what_cannot_be_is_refused(recover, llama_plan, fit):
 
 
 def test_without_the_memory_for_the_model_it_is_refused(recover, llama_plan, fit, monkeypatch):
-    monkeypatch.setattr(door, "own_free_bytes", lambda device: 1000)
+    monkeypatch.setattr(door, "memory_shortage", shortage_at(1000))
     needed = r"Recovery needs \S+ [kM]B of memory on cpu \(\S+ kB for the model, .* for regression sums\)"
     assert re.search(needed, recover(llama_plan, code=7).stderr)
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from sleb_cli.asked.verbs import AskedBench
-from sleb_cli.engine.device import choose_device, free_bytes
+from sleb_cli.engine.device import choose_device
 from sleb_cli.engine.door.subject import resolve_subject, surgeries
 from sleb_cli.engine.forward.memory_needs import model_bytes
 from sleb_cli.engine.forward.placement import choose_dtype
 from sleb_cli.engine.gguf.file import read_gguf
-from sleb_cli.engine.memory import shortage
+from sleb_cli.engine.memory import memory_shortage
 from sleb_cli.engine.model.demo import demo_gguf
 from sleb_cli.engine.output.apply_gguf import require_same_kind_of_model
 from sleb_cli.engine.speed.benchmark import Benchmark
@@ -47,7 +47,7 @@ def resolve_bench(request: BenchRequest, asked: AskedBench, registry: Registry, 
     pruned = surgeries(subject, asked.subject.sizes)
 
     def lack(dtype: torch.dtype) -> str | None:
-        return shortage(model_bytes(architecture, dtype), free_bytes(device))
+        return memory_shortage(model_bytes(architecture, dtype), device)
 
     dtype = choose_dtype(architecture, request.dtype or AUTO, device, lack, notify)
     source = _engine_source(subject, engine, request, notify) if engine else None

@@ -10,10 +10,10 @@ import torch
 
 from sleb_cli.asked.mixture import parse_mixture
 from sleb_cli.asked.text_names import REFERENCE_PRESETS, SELF, SELF_CHAT, is_written
-from sleb_cli.engine.device import CPU, choose_device, dtype_name, own_free_bytes
+from sleb_cli.engine.device import CPU, choose_device, dtype_name
 from sleb_cli.engine.forward.memory_needs import model_bytes
 from sleb_cli.engine.forward.placement import Placement, place_model
-from sleb_cli.engine.memory import shortage
+from sleb_cli.engine.memory import memory_shortage
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.output.apply import Output
 from sleb_cli.engine.process_group import ProcessGroup
@@ -82,9 +82,9 @@ def resolve_recovery(
     place = partial(_place, subject, request, stages, dtype, group, notify)
     placement, text, needed = place(state.dtype or AUTO)  # an unfinished healing goes on in its own
     narrower, device = placement.dtype is not own and not placement.stream, placement.device
-    if narrower and group.from_main(lambda: sum(needed.values()) > own_free_bytes(device)):
+    if narrower and group.from_main(lambda: memory_shortage(sum(needed.values()), device)):
         placement, text, needed = place(dtype_name(own))  # which takes half of the memory
-    on_host = placement.stream and device != CPU and sum(needed.values()) > own_free_bytes(device)
+    on_host = placement.stream and device != CPU and memory_shortage(sum(needed.values()), device) is not None
     if on_host:
         _require_free(CPU, {HIDDEN_STATES: needed.pop(HIDDEN_STATES)}, stages[-1])
     _require_free(device, needed, stages[-1])
@@ -141,7 +141,7 @@ def _weight_bytes(architecture: Architecture, placement: Placement) -> dict[str,
 def _require_free(device: torch.device, needed: Mapping[str, int], last: Stage) -> None:
     parts = ", ".join(f"{format_bytes(size)} for {what}" for what, size in needed.items())
     of = f"memory on {device.type} ({parts})"
-    if lacking := shortage(sum(needed.values()), own_free_bytes(device), of):
+    if lacking := memory_shortage(sum(needed.values()), device, of):
         raise MachineError(
             f"{last.title} needs {lacking}.",
             hint="Use fewer --samples, leave out --heal or --recover, or use a machine with more memory.",

@@ -8,12 +8,12 @@ from functools import partial
 
 import torch
 
-from sleb_cli.engine.device import cpu_dtypes, dtype_name, own_free_bytes, parse_dtype
+from sleb_cli.engine.device import cpu_dtypes, dtype_name, parse_dtype
 from sleb_cli.engine.forward.memory_needs import model_bytes
 from sleb_cli.engine.forward.offload import Offloaded, offloaded_values
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.streaming import StreamedBlocks, require_streamable
-from sleb_cli.engine.memory import shortage
+from sleb_cli.engine.memory import memory_shortage
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.surgery.loading import DeviceMap, explain_oom, load_dense
 from sleb_cli.events import Notice, Notify, task
@@ -75,7 +75,7 @@ def place_model(
         return Placement(device, chosen, device_map=device_map)
 
     def lack(wide: torch.dtype, *, streams: bool = False) -> str | None:
-        return shortage(model_bytes(architecture, wide, stream=streams) + reserved, own_free_bytes(device))
+        return memory_shortage(model_bytes(architecture, wide, stream=streams) + reserved, device)
 
     streams = lack(own) is not None if stream is None else stream
     chosen = choose_dtype(architecture, dtype, device, partial(lack, streams=streams), notify, cast)

@@ -15,14 +15,14 @@ import yaml
 from gguf import GGMLQuantizationType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sleb_cli.engine.device import CPU, free_bytes
+from sleb_cli.engine.device import CPU
 from sleb_cli.engine.files.cache import cached_folder
 from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files
 from sleb_cli.engine.gguf.block_rules import plain_name
 from sleb_cli.engine.gguf.blocks import require_blocks
 from sleb_cli.engine.gguf.file import GgufFile, read_gguf
 from sleb_cli.engine.gguf.quick import quick_gguf
-from sleb_cli.engine.memory import shortage
+from sleb_cli.engine.memory import memory_shortage
 from sleb_cli.engine.third_party import translate_errors, translate_transformers_errors
 from sleb_cli.events import Notify, task
 from sleb_plugins import MachineError, OutputError, UnsupportedModelError
@@ -154,7 +154,7 @@ def _require_convertible(file: GgufFile) -> torch.dtype:
 
 
 def _require_memory(file: GgufFile, dtype: torch.dtype) -> None:
-    if lacking := shortage(file.parameters * dtype.itemsize, free_bytes(CPU)):
+    if lacking := memory_shortage(file.parameters * dtype.itemsize, CPU, whole=True):
         raise MachineError(
             f"Unpacking {file.path} takes {lacking}.",
             hint="Name the original checkpoint (a Hub id or a folder) instead: its blocks can be streamed.",

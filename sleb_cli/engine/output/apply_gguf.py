@@ -10,14 +10,14 @@ import numpy as np
 
 from sleb_cli.atomic import claimed, free_space, require_space
 from sleb_cli.engine.cut.protocol import cut_records
-from sleb_cli.engine.device import CPU, free_bytes
+from sleb_cli.engine.device import CPU
 from sleb_cli.engine.files.copying import reading
 from sleb_cli.engine.files.fingerprint import Watch
 from sleb_cli.engine.gguf.block_rules import holds_model_type
 from sleb_cli.engine.gguf.blocks import block_count
 from sleb_cli.engine.gguf.file import GgufFile, GgufTensor, gguf_size, read_gguf, write_gguf
 from sleb_cli.engine.gguf.quick import QuickReader
-from sleb_cli.engine.memory import shortage
+from sleb_cli.engine.memory import memory_shortage, shortage
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.gguf import convert_tokenizer, convert_weights, transformers_knows
 from sleb_cli.engine.model.source import locate_model
@@ -193,6 +193,6 @@ def _why_transformers_cannot(file: GgufFile, aside: Path) -> str | None:
     if not transformers_knows(file.architecture):
         return f"transformers does not read GGUF files of the architecture {file.architecture}"
     # It unpacks all weights to float32 before casting them, and they are then written twice, dense and pruned.
-    needed, places = 8 * file.parameters, {"memory": free_bytes(CPU), "disk space": free_space(aside.parent)}
-    lacking = next(filter(None, (shortage(needed, free, what) for what, free in places.items())), None)
+    needed, disk = 8 * file.parameters, free_space(aside.parent)
+    lacking = memory_shortage(needed, CPU, whole=True) or shortage(needed, disk, "disk space")
     return lacking and f"transformers needs {lacking}"

@@ -32,7 +32,7 @@ from sleb_cli.engine.forward.offload import align
 from sleb_cli.engine.forward.placement import Placement, blocks_on_disk, choose_dtype, open_dense, place_model
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.streaming import require_streamable
-from sleb_cli.engine.memory import shortage
+from sleb_cli.engine.memory import memory_shortage
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.output.proof_of_files import (
@@ -133,7 +133,7 @@ def _obstacle(architecture: Architecture, dtype: torch.dtype, device: torch.devi
 
 def _lack(architecture: Architecture, device: torch.device, dtype: torch.dtype, *, streamed: bool) -> str | None:
     needed = PEAK_SHARE * model_bytes(architecture, dtype, stream=streamed)
-    return shortage(round(needed), free_bytes(device))
+    return memory_shortage(round(needed), device, whole=True)
 
 
 def prove(
