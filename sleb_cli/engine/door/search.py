@@ -8,11 +8,12 @@ from dataclasses import replace
 from functools import cache, partial
 
 from sleb_cli.asked.searches import AskedSearch, goal_of
+from sleb_cli.asked.subjects import NamedSubject
 from sleb_cli.engine.device import choose_device, dtype_name, parse_dtype
+from sleb_cli.engine.door.subject import find_model
 from sleb_cli.engine.forward.placement import Placement, place_model
-from sleb_cli.engine.model.architecture import Architecture, read_architecture
+from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.sizes import PerBlock, cache_bytes, count_parameters, stored_bytes
-from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.choices import Protection
 from sleb_cli.engine.search.journal import recorded
@@ -20,8 +21,6 @@ from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.settings import Method, Recording, Search, SearchedModel
 from sleb_cli.engine.search.speedup import time_target
 from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Target, stop_at
-from sleb_cli.engine.surgery.loading import quiet_libraries
-from sleb_cli.engine.surgery.subject import require_same_code, require_same_model
 from sleb_cli.engine.text.settings import require_given_text, resolve_calibration
 from sleb_cli.engine.text.windows import choose_length
 from sleb_cli.events import Event, Notice, Notify
@@ -61,10 +60,9 @@ def resolve_comparison(
 
 
 def _resolve(asked: AskedSearch, registry: Registry, notify: Notify, group: ProcessGroup) -> Search:
-    quiet_libraries()
     request, extended, strategy = _as_before(asked.request), asked.extended, asked.strategy
     device = choose_device(request.device)  # one that is not there is reported before the model is looked for
-    architecture = _read_architecture(request, extended, registry, notify)
+    architecture = _find_model(request, extended, registry, notify)
     protection = Protection(request.protect_first or 0, request.protect_last or 0, _protected(request, architecture))
     removable = Removable(architecture, protection, notify)
     placement = place_model(
@@ -114,24 +112,21 @@ def _as_before(request: SearchRequest) -> SearchRequest:
     return replace(request, **{name: value for name, value in before.items() if getattr(request, name) is None})
 
 
-def _read_architecture(
-    request: SearchRequest, extended: Plan | None, registry: Registry, notify: Notify
-) -> Architecture:
-    """Read the model's architecture.
-
-    Raises:
-        PlanError: the extended plan was made for another model.
-        UnsupportedModelError: the model has too few blocks.
-    """
-    source = locate_model(request.model, notify, revision=request.revision, trust_remote_code=request.trust_remote_code)
-    if extended is not None and request.extend is not None:
-        require_same_code(request.extend, extended, source)
-    architecture = read_architecture(source, registry, notify)
-    if extended is not None and request.extend is not None:
-        require_same_model(request.extend, extended, architecture)
+def _find_model(request: SearchRequest, extended: Plan | None, registry: Registry, notify: Notify) -> Architecture:
+    """Find the model, which the extended plan must have been made for."""
+    named = NamedSubject(
+        request.model,
+        None,
+        plan=extended,
+        file=request.extend,
+        revision=request.revision,
+        trust_remote_code=request.trust_remote_code,
+    )
+    architecture = find_model(named, registry, notify)
     if architecture.block_count < 2:
+        blocks = plural(architecture.block_count, "block")
         raise UnsupportedModelError(
-            f"Nothing can be removed from {source.id}, which has {plural(architecture.block_count, 'block')}.",
+            f"Nothing can be removed from {architecture.source.id}, which has {blocks}.",
             hint="Name a model of two blocks or more.",
         )
     return architecture

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from sleb_cli.asked.subjects import NamedSubject
-from sleb_cli.engine.model.architecture import read_architecture
+from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.source import ModelSource, locate_model
 from sleb_cli.engine.surgery.loading import quiet_libraries
 from sleb_cli.engine.surgery.subject import Subject, require_same_code, require_same_model
@@ -35,23 +35,30 @@ def surgeries(subject: Subject, sizes: Sequence[int]) -> tuple[Surgery, ...]:
 def resolve_subject(
     named: NamedSubject, registry: Registry, notify: Notify, *, others: Mapping[str, Any] | None = None
 ) -> Subject:
-    """Find the model, and check that the plan was made for it.
-
-    What goes besides blocks is in `others`, as `plan_surgery` takes it.
+    """Find the model, and plan its surgery; what goes besides blocks is in `others`, as `plan_surgery` takes it.
 
     Raises:
         PlanError: the plan was made for another model.
         UsageError: the blocks do not fit.
     """
+    surgery = plan_surgery(find_model(named, registry, notify), named.removals or (), others)
+    return Subject(surgery, named.plan, named.file)
+
+
+def find_model(named: NamedSubject, registry: Registry, notify: Notify) -> Architecture:
+    """Find the model, and check that the plan was made for it.
+
+    Raises:
+        PlanError: it was made for another model.
+    """
     quiet_libraries()
     source = locate_model(named.model, notify, revision=named.revision, trust_remote_code=named.trust_remote_code)
-    checked = named.plan if named.file and not named.any_model else None
-    if checked and named.file:
-        require_same_code(named.file, checked, source)  # before any of it runs
+    if named.plan is None or named.file is None or named.any_model:
+        return read_architecture(source, registry, notify)
+    require_same_code(named.file, named.plan, source)  # before any of it runs
     architecture = read_architecture(source, registry, notify)
-    if checked and named.file:
-        require_same_model(named.file, checked, architecture)
-    return Subject(plan_surgery(architecture, named.removals or (), others), named.plan, named.file)
+    require_same_model(named.file, named.plan, architecture)
+    return architecture
 
 
 def with_recovered(subject: Subject, registry: Registry, notify: Notify) -> Subject:
