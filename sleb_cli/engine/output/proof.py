@@ -146,13 +146,7 @@ def prove(
 ) -> Proof:
     """Check the checkpoint in `folder`, which must hold what was planned, and report each check that passes.
 
-    Args:
-        surgery: the removal.
-        folder: the checkpoint.
-        planned: what it must hold.
-        placement: where the two models run.
-        notify: the listener for events.
-        new_values: the values of recovered blocks, by the dense model's parameter names; None if none were recovered.
+    `new_values` are those of recovered blocks, by the dense model's parameter names; None if none were recovered.
 
     Raises:
         ProofError: a check failed.
@@ -200,12 +194,9 @@ class _Models:
 
     @torch.no_grad()  # not inference mode, in which tensors made outside of it cannot take the place of others
     def checks(self) -> Iterator[CheckResult]:
-        """Check that the checkpoint computes what its reference computes, generates, and can be saved again.
-
-        If that is too large, check that stock transformers, on the meta device, finds each weight in the files.
-        """
+        """Check that the checkpoint computes what its reference computes, generates, and can be saved again."""
         if self.placement.too_large:
-            self._loaded(torch.device("meta"), None)
+            self._loaded(torch.device("meta"), None)  # stock transformers finds each weight in the files
             yield "loads", {}
             return
         ids, new_tokens = self._prompt()
