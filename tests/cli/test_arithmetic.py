@@ -32,6 +32,7 @@ def model(tmp_path):
     return lambda dtype, blocks=6: save_model(tmp_path / dtype, llama_config(blocks, dtype=dtype))
 
 
+@pytest.mark.usefixtures("without_memory")
 @pytest.mark.parametrize(
     ("weights", "processor_has", "computed"), [("bfloat16", [], "float32"), ("float16", [F16], "float16")]
 )
@@ -105,9 +106,8 @@ def test_without_memory_for_float32_it_says_that_it_is_slow(sleb, model, process
     assert "float32 (weights: bfloat16) on cpu" in told.stdout
 
 
-@pytest.mark.parametrize("more", [[], ["--stream"]], ids=["in memory", "streamed"])
 @pytest.mark.parametrize(
-    ("weights", "cast"), [("float32", "bfloat16"), ("float32", "float16"), ("bfloat16", "float16")]
+    ("weights", "cast", "more"), [("float32", "bfloat16", []), ("bfloat16", "float16", ["--stream"])]
 )
 def test_a_cast_is_proven_and_recovered_as_it_is_read(sleb, model, processor, text_file, tmp_path, weights, cast, more):
     folder, proven = model(weights), "float16" if cast == "float16" else "float32"
@@ -122,7 +122,7 @@ def test_a_cast_is_proven_and_recovered_as_it_is_read(sleb, model, processor, te
     assert result["recovery"]["closed_form_losses"]["loss"] == pytest.approx(loss, rel=1e-6)
 
 
-def test_what_the_proof_saves_again_is_as_large_as_what_was_written(sleb, model, processor, monkeypatch):
+def test_a_proof_saves_as_many_bytes_as_were_written(sleb, model, processor, monkeypatch):
     sizes = []
 
     def watched(model, folder, save=proof._save):

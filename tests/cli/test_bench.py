@@ -62,7 +62,7 @@ def check_timing(timing, new):
         assert 0 < first <= first + sum(steps) <= last
 
 
-@pytest.mark.parametrize("more", [(), slow(("--blocks", "1,2"))])
+@pytest.mark.parametrize("more", [("--generation",), slow(("--blocks", "1,2"))])
 def test_the_memory_is_that_of_a_process_of_its_own(bench, tiny_llama, more):
     before = torch.get_num_threads()
     options = [*QUICK, "--new-tokens", 4, "--threads", before + 1, "--json", "-q"]

@@ -88,13 +88,12 @@ def test_a_quarter_of_the_default_text_is_conversations(sleb, chatty, text_file)
     assert record.train_text.title == "self:0.5,self-chat:0.5"
 
 
-@pytest.mark.parametrize("source", ["self-chat", "answers:asked.txt:0.25,text.txt:0.75"])
-def test_a_healing_on_answers_goes_on_to_the_same_bytes(sleb, chatty, tmp_path, monkeypatch, source):
+def test_a_healing_on_answers_goes_on_to_the_same_bytes(sleb, chatty, tmp_path, monkeypatch):
     monkeypatch.setattr(heal_budget, "PORTION_TOKENS", 1024)
     (tmp_path / "asked.txt").write_text("".join(f"{word}\n" for word in WORDS))
     (tmp_path / "text.txt").write_text(prose(400))
     command = ["apply", chatty, "--blocks", "2", "--heal", "--heal-tokens", 4096, *TEXT]
-    command += ["--calibration", source, "--chat", "answers", "-o"]
+    command += ["--calibration", "answers:asked.txt:0.25,text.txt:0.75", "--chat", "answers", "-o"]
     sleb(*command, "whole")
     with monkeypatch.context() as patches:
         interrupt_healing(patches, 3)

@@ -104,7 +104,7 @@ def test_a_search_for_a_loss_that_was_too_small_goes_on(search, tmp_path):
     assert "The search removes up to 4 blocks" in result.stderr
 
 
-def test_a_model_that_fails_does_not_end_a_search_for_a_loss_as_done(search, tmp_path, monkeypatch):
+def test_a_model_that_fails_ends_no_search_as_done(search, tmp_path, monkeypatch):
     score = Scoring.score
 
     def failing(self, removed, candidates):

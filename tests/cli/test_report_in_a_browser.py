@@ -59,7 +59,7 @@ def open_page(browser, report):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_nothing_overflows_colours_follow_the_scheme_and_it_prints(open_page, width, scheme):
+def test_a_page_fits_its_screen_and_scheme_and_prints(open_page, width, scheme):
     page = open_page(width, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     pictures = page.locator("figure img:visible")

@@ -40,7 +40,7 @@ def test_texts_and_sizes_of_two_runs_are_both_kept(tmp_path):
     assert both.sizes == first.sizes
 
 
-def test_sizes_of_a_task_that_is_scored_otherwise_now_are_not_kept():
+def test_sizes_of_a_task_that_has_changed_are_dropped():
     few, every = (make_evaluation(PLAN, texts=(), tasks=("piqa",), every=number) for number in (9, 1))
     changed = few.model_copy(update={"tasks": (few.tasks[0].model_copy(update={"fingerprint": "other"}),)})
     assert few.merged_with(every).tasks[0].pruned == (*every.tasks[0].pruned[:2], *few.tasks[0].pruned)
@@ -67,7 +67,7 @@ def test_results_in_several_settings_are_kept_side_by_side(tmp_path, result, cha
     assert all(notice.text.startswith(moved) for notice in heard)
 
 
-def test_a_size_is_added_to_the_results_of_its_setting_after_another_setting_came(tmp_path):
+def test_a_size_joins_the_results_of_its_own_setting(tmp_path):
     file = tmp_path / "kept.json"
     first, more = evaluation("a"), evaluation("a", every=1)
     other = first.model_copy(update={"dtype": "float16"})
