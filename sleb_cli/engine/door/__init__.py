@@ -1,1 +1,1 @@
-"""The door of each command: it turns a request into a few values, and compares options."""
+"""The second leaf of the door of each command: it looks at the model, and turns a request into a few values."""
