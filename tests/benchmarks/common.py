@@ -43,7 +43,7 @@ def calibrated(name: str, text: str, samples: int, length: int) -> tuple[Any, An
     computed = place_model(architecture, CPU, "auto", ignore, stream=False).dtype
     model = load_dense(architecture, computed, CPU, ignore)
     settings = resolve_calibration(architecture, text, samples, length, 0)
-    calibration = calibrate(settings, load_tokenizer(architecture.source), lambda: model, ignore)
+    (calibration,) = calibrate([settings], load_tokenizer(architecture.source), lambda: model, ignore)
     return model, architecture.blocks_of(model), calibration
 
 

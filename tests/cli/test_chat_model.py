@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import WORDS, interrupt_healing, llama_config, prose, save_model, weight_bytes_of
 from sleb_cli.engine.recovery import heal_budget
-from sleb_cli.engine.text.chat import cut_conversations, cut_rendered
+from sleb_cli.engine.text.chat import cut_conversations, render
 from sleb_cli.plan import RecoveryRecord, read_plan
 
 TEMPLATE = (
@@ -65,8 +65,8 @@ def test_a_recovery_is_reported_on_answers_too(sleb, chatty, text_file, tmp_path
 def test_the_losses_on_answers_are_those_of_a_plain_computation(sleb, chatty, text_file, tmp_path, monkeypatch):
     from sleb_cli.engine.text import calibration
 
-    talks, cut = [], cut_rendered
-    monkeypatch.setattr(calibration, "cut_rendered", lambda *a, **o: talks.append(cut(*a, **o)) or talks[-1])
+    talks, cut = [], cut_conversations
+    monkeypatch.setattr(calibration, "cut_conversations", lambda *a, **o: talks.append(cut(*a, **o)) or talks[-1])
     recover = ["apply", chatty, "--blocks", "2", "--recover", *TEXT, "--calibration", text_file, "-o", "out"]
     found = recovered(sleb(*recover, "--json")).conversations
     ids, mask = (each[: found.text.sequences] for each in talks[0])
@@ -113,7 +113,9 @@ def test_perplexity_of_conversations_is_that_of_their_answers(sleb, chatty, tmp_
     evaluate = ["eval", chatty, "--blocks", 2, "--perplexity", "talks.jsonl", "--sequence-length", 64]
     assert "talks.jsonl (answers)" in sleb(*evaluate, "--max-windows", 3).stdout
     (text,) = json.loads(sleb(*evaluate, "--json").stdout)["texts"]
-    ids, mask = cut_conversations(AutoTokenizer.from_pretrained(chatty), talks, "", 64, answers=True, asked=None)
+    tokenizer = AutoTokenizer.from_pretrained(chatty)
+    rendered = [render(tokenizer, talk, "", answers=True) for talk in talks]
+    ids, mask = cut_conversations(rendered, "", 64, answers=True, asked=None)
     model = AutoModelForCausalLM.from_pretrained(chatty)
     with torch.no_grad():
         losses = -model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]

@@ -92,7 +92,7 @@ def calibrated(tiny_llama, tokenizers):
 
     def calibrated(source, samples=None, length=64, *, bos=False, notify=print):
         settings = resolve_calibration(architecture, source, samples, length)
-        return calibrate(settings, tokenizers[bos], pytest.fail, notify)
+        return calibrate([settings], tokenizers[bos], pytest.fail, notify)[0]
 
     return calibrated
 

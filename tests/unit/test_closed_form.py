@@ -48,7 +48,7 @@ def recovered(skippable, removed, text, fitted, notify=ignore):
     kept = SimpleNamespace(blocks=[block for block in range(len(skippable.switches)) if block not in removed])
     surgery = SimpleNamespace(removed=removed, kept=kept)
     decided = SimpleNamespace(surgery=surgery, stored=skippable.model.dtype, on_host=False)
-    texts = [Calibration(part, None) for part in (text[:fitted], text[fitted:])]
+    texts = [Calibration(part, None, None, ()) for part in (text[:fitted], text[fitted:])]
     with skippable:
         return recover_in_closed_form(Job(decided, skippable, *texts, notify=notify))
 

@@ -17,7 +17,7 @@ from sleb_cli.engine.text.calibration import Calibration
 )
 def test_the_last_are_held_out_and_both_parts_keep_one(count, share, held):
     sequences = torch.arange(2 * count).reshape(count, 2)
-    searched, kept = hold_out(Calibration(sequences, None, sequences % 3 == 0), share)
+    searched, kept = hold_out(Calibration(sequences, None, sequences % 3 == 0, ("c4",) * count), share)
     assert (0 if kept is None else len(kept.sequences)) == held
     parts = [searched, kept] if kept else [searched]
     assert torch.equal(torch.cat([part.sequences for part in parts]), sequences)

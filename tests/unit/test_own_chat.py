@@ -16,7 +16,7 @@ from conftest import llama_config, random_model, tokenizer_with
 from families import tiny_config
 from sleb_cli.asked.mixture import parse_mixture
 from sleb_cli.engine.model.generation import generate
-from sleb_cli.engine.text.calibration import calibrate_splits
+from sleb_cli.engine.text.calibration import calibrate
 from sleb_cli.engine.text.chat import apply_template
 from sleb_cli.engine.text.own_chat import Talk, _Writer, write_conversations
 from sleb_cli.engine.text.portions import Portions
@@ -192,7 +192,7 @@ def test_a_model_writes_in_published_templates(name):
         tokenizer, [{"role": "user", "content": "@"}], "", tokenize=False, add_generation_prompt=True
     )
     before, after = asked.split("@")
-    (found,) = calibrate_splits([settings("self-chat", 2, 110, chat="answers")], tokenizer, lambda: model, ignore)
+    (found,) = calibrate([settings("self-chat", 2, 110, chat="answers")], tokenizer, lambda: model, ignore)
     for row, own in zip(found.sequences, found.loss_mask, strict=True):
         prompt = tokenizer.decode(row[: own.int().argmax()])
         assert prompt.startswith(before)
@@ -205,7 +205,7 @@ def test_a_model_that_writes_nothing_usable_is_refused(model, tmp_path):
     (tmp_path / "p.txt").write_text("river " * 60)
     asked = settings("answers:p.txt", chat="answers")
     with pytest.raises(UnsupportedModelError, match="or do not fit 48 tokens"):
-        calibrate_splits([asked], tokenizer_with(TURNS), lambda: model, ignore)
+        calibrate([asked], tokenizer_with(TURNS), lambda: model, ignore)
 
 
 @pytest.mark.parametrize(
@@ -219,14 +219,14 @@ def test_a_model_that_writes_nothing_usable_is_refused(model, tmp_path):
 )
 def test_a_template_that_cannot_be_used_is_refused(model, template, length, message):
     with pytest.raises(UsageError, match=message):
-        calibrate_splits([settings("self-chat", length=length)], tokenizer_with(template), lambda: model, ignore)
+        calibrate([settings("self-chat", length=length)], tokenizer_with(template), lambda: model, ignore)
 
 
 def test_learned_positions_end_with_the_sequence():
     model, length = random_model(tiny_config("gpt2")), 128
     assert model.config.max_position_embeddings == length
     written = settings("self-chat", length=length)
-    (found,) = calibrate_splits([written], tokenizer_with(TURNS), lambda: model, ignore)
+    (found,) = calibrate([written], tokenizer_with(TURNS), lambda: model, ignore)
     assert found.sequences.shape == (4, length)
     # An answer that positions end within its sequence is no answer; that of the longest prompt of a batch is.
     prompts = [[{"role": "user", "content": words}] for words in ("town", "fish " * 15)]
@@ -238,7 +238,7 @@ def test_learned_positions_end_with_the_sequence():
 def test_sequences_begin_conversations_and_are_cached_and_split(model):
     tokenizer, events = tokenizer_with(TURNS), []
     splits = [settings("self-chat", count, chat="answers", writer="m") for count in (4, 2)]
-    found, again = (calibrate_splits(splits, tokenizer, lambda: model, events.append) for _ in range(2))
+    found, again = (calibrate(splits, tokenizer, lambda: model, events.append) for _ in range(2))
     for text, same in zip(found, again, strict=True):
         assert text.sequences.tolist() == same.sequences.tolist()
         assert all(tokenizer.decode(row).startswith("<s>user: ") for row in text.sequences)
@@ -276,7 +276,7 @@ def test_the_number_of_conversations_is_told(model, monkeypatch, lengths, droppe
 def test_all_tokens_of_plain_text_count(model, tmp_path):
     (tmp_path / "text.txt").write_text("river snow " * 400)
     mixed = settings("self-chat:0.5,text.txt:0.5", chat="answers")
-    (found,) = calibrate_splits([mixed], tokenizer_with(TURNS), lambda: model, ignore)
+    (found,) = calibrate([mixed], tokenizer_with(TURNS), lambda: model, ignore)
     assert [bool(row.all()) for row in found.loss_mask] == [origin == "text.txt" for origin in found.origins]
 
 
@@ -295,7 +295,7 @@ def test_prompts_are_read_and_answered_each_in_one_part(model, tmp_path, name, c
     assert [[{"role": "user", "content": f"word{number}"}] for number in range(20)] == parts[0] + parts[1]
     tokenizer = tokenizer_with(TURNS)
     splits = [settings(f"answers:{name}", 3, split=TextSplit(*ends)) for ends in ((0, 0.7), (0.7, 1))]
-    for text, prompts in zip(calibrate_splits(splits, tokenizer, lambda: model, ignore), parts, strict=True):
+    for text, prompts in zip(calibrate(splits, tokenizer, lambda: model, ignore), parts, strict=True):
         begins = tuple(f"<s>user: {prompt[0]['content']}</s><s>assistant: " for prompt in prompts)
         assert all(tokenizer.decode(row).startswith(begins) for row in text.sequences)
 

@@ -33,7 +33,7 @@ def used(portion):
 def test_all_windows_of_a_file_come_once_the_fitted_ones_last(tmp_path, sizes, processes):
     (tmp_path / "text.txt").write_text(prose(300))
     fitted = settings(tmp_path / "text.txt")
-    seen = {tuple(row.tolist()) for row in calibrate(fitted, TOKENIZER, lambda: None, ignore).sequences}
+    seen = {tuple(row.tolist()) for row in calibrate([fitted], TOKENIZER, lambda: None, ignore)[0].sequences}
     draws = Portions(fitted, lambda portion: sizes[min(portion, len(sizes) - 1)], TOKENIZER, None, processes)
     parts = [draws.draw(number, ignore).sequences.tolist() for number in range(400)]
     assert len(parts[-1]) == sizes[-1]
@@ -56,7 +56,7 @@ def test_what_the_model_writes_is_used_twice_far_apart(tmp_path):
     first, second = portion.order[:16], portion.order[16:]
     assert {row for row in first if row >= 24} == {row for row in second if row >= 24}
     # What it wrote for the fitted text is taken first.
-    known = calibrate(source, TOKENIZER, lambda: MODEL, ignore).sequences_of("self")
+    known = calibrate([source], TOKENIZER, lambda: MODEL, ignore)[0].sequences_of("self")
 
     def drawn(number, rows):
         draws = Portions(source, lambda portion: 32, TOKENIZER, lambda: MODEL, 1, lambda _: rows)

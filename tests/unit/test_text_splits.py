@@ -14,7 +14,7 @@ from sleb_cli.asked.mixture import parse_mixture
 from sleb_cli.engine.door.recovery import TEST, TRAIN, VALIDATION
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.text import calibration, writing
-from sleb_cli.engine.text.calibration import calibrate_splits
+from sleb_cli.engine.text.calibration import calibrate
 from sleb_cli.engine.text.own_text import generate_own_text
 from sleb_cli.engine.text.settings import CalibrationSettings
 from sleb_cli.engine.text.sources import WHOLE, calibration_conversations, calibration_text, reference_calibration_text
@@ -98,13 +98,13 @@ def test_a_data_set_that_cannot_be_loaded_is_named(monkeypatch, error):
 def test_a_part_without_text_is_named(tmp_path):
     (tmp_path / "text.txt").write_text("word " * 90)
     with pytest.raises(DataError, match=r"text.txt from \d+% to \d+% has \d+ tokens, less than one sequence of 32"):
-        calibrate_splits(settings(tmp_path / "text.txt", 5, (1, 1, 1)), TOKENIZER, lambda: None, print)
+        calibrate(settings(tmp_path / "text.txt", 5, (1, 1, 1)), TOKENIZER, lambda: None, print)
 
 
 def test_the_test_text_may_lack_a_source(tmp_path):
     (tmp_path / "text.txt").write_text(prose(24))
     splits = settings(f"{tmp_path / 'text.txt'}:0.75,self:0.25", 20, (14, 4, 2))
-    parts = calibrate_splits(splits, TOKENIZER, lambda: MODEL, ignore)
+    parts = calibrate(splits, TOKENIZER, lambda: MODEL, ignore)
     assert [len(part.sequences) for part in parts][-1] == 1
 
 
@@ -118,7 +118,7 @@ def test_the_model_writes_once_for_all_parts(tmp_path, monkeypatch):
     generate = Mock(side_effect=calibration.generate_own_text)
     monkeypatch.setattr(calibration, "generate_own_text", generate)
     splits = settings(f"{tmp_path / 'text.txt'}:0.75,self:0.25", 20, (14, 4, 2))
-    parts = calibrate_splits(splits, TOKENIZER, lambda: MODEL, ignore)
+    parts = calibrate(splits, TOKENIZER, lambda: MODEL, ignore)
     # Two sequences have no room for a quarter of the model's own, or half of one: it goes by the largest remainder.
     assert [len(part.sequences) for part in parts] == [14, 4, 2]
     assert [call.args[2].samples for call in generate.mock_calls] == [sum(split.counts["self"] for split in splits)]

@@ -87,7 +87,7 @@ def _say_what_is_lost(request: ApplyRequest, subject: Subject, notify: Notify) -
         architecture, source, request.samples, request.sequence_length, request.seed, request.chat
     )
     try:
-        text = calibrate(settings, load_tokenizer(architecture.source), lambda: None, notify)
+        (text,) = calibrate([settings], load_tokenizer(architecture.source), lambda: None, notify)
     except DataError as error:
         if request.calibration:
             raise

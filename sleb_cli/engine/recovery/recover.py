@@ -23,7 +23,7 @@ from sleb_cli.engine.recovery.file_tensors import file_tensors
 from sleb_cli.engine.recovery.stage import Job, RecoverySettings, whole_model
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_cli.engine.surgery.loading import load_tokenizer
-from sleb_cli.engine.text.calibration import Calibration, calibrate_splits
+from sleb_cli.engine.text.calibration import Calibration, calibrate
 from sleb_cli.engine.text.windows import tokens_sha256, whole_mask
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plan import ConversationsRecord, LossesRecord, RecoveryRecord
@@ -87,7 +87,7 @@ def _draw_texts(settings: RecoverySettings, dense: SkippableModel, notify: Notif
     Of conversations, the answers count; what is streamed writes none.
     """
     tokenizer = load_tokenizer(settings.surgery.architecture.source)
-    draw = partial(calibrate_splits, tokenizer=tokenizer, load_model=partial(whole_model, dense), notify=notify)
+    draw = partial(calibrate, tokenizer=tokenizer, load_model=partial(whole_model, dense), notify=notify)
     texts = draw(settings.splits)
     if settings.placement.stream or not getattr(tokenizer, "chat_template", None):
         return texts

@@ -129,8 +129,8 @@ class Training:
         self.weights, self.portions = weights, _portions(job, budget)
         length = job.validation.sequences.shape[1]
         self.size = max(1, BATCH_TOKENS // length)
-        text = job.validation.part(slice(max(1, CHECKED_TOKENS // length)))
-        order = range(len(text.sequences))
+        order = range(len(job.validation.sequences))[: max(1, CHECKED_TOKENS // length)]
+        text = job.validation.part(order)
         self.checked = TeacherStates(distillation, text.sequences, text.loss_mask, order, self.size)
         self.best = weights.values.detach().clone()
         state = {f"trained.{name}": tensor for name, tensor in weights.state.items()} | {"best": self.best}

@@ -36,7 +36,7 @@ def hold_out(calibration: Calibration, share: float) -> tuple[Calibration, Calib
             "A single calibration sequence cannot be split.", hint="Leave out --holdout, or use more text."
         )
     kept = count - min(max(1, round(share * count)), count - 1)
-    return calibration.part(slice(0, kept)), calibration.part(slice(kept, None))
+    return calibration.part(range(kept)), calibration.part(range(kept, count))
 
 
 def overfitting_note(steps: Sequence[Step]) -> str | None:

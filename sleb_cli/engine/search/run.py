@@ -79,7 +79,7 @@ def load_inputs(search: Search, group: ProcessGroup, notify: Notify) -> SearchIn
     tokenizer = load_tokenizer(search.model.architecture.source)
     # Loaded at first use, so that a missing text is reported before gigabytes are read.
     model = cache(partial(open_dense, search.model.architecture, search.model.placement, notify))
-    calibration = group.from_main(lambda: calibrate(search.text, tokenizer, lambda: model().model, notify))
+    calibration = group.from_main(lambda: calibrate([search.text], tokenizer, lambda: model().model, notify)[0])
     if search.extended:
         _require_continuation(search, search.extended, calibration)
     return SearchInputs(tokenizer, model(), calibration, group, notify)

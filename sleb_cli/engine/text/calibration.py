@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from sleb_cli.asked.mixture import interleave
 from sleb_cli.asked.text_names import SELF, holds_conversations, is_written, writes_conversations
-from sleb_cli.engine.text.chat import cut_conversations, cut_rendered, require_template
+from sleb_cli.engine.text.chat import cut_conversations, render, require_template
 from sleb_cli.engine.text.own_chat import write_conversations
 from sleb_cli.engine.text.own_text import generate_own_text
 from sleb_cli.engine.text.settings import CalibrationSettings, require_mixable
@@ -41,15 +42,13 @@ class Calibration:
 
     sequences: Tensor
     record: CalibrationRecord
-    loss_mask: Tensor | None = None
-    origins: tuple[str, ...] = ()
+    loss_mask: Tensor | None
+    origins: tuple[str, ...]
 
-    def part(self, rows: slice | list[int]) -> Calibration:
+    def part(self, rows: Sequence[int]) -> Calibration:
         """Return these sequences, in this order."""
-        loss_mask = None if self.loss_mask is None else self.loss_mask[rows]
-        order = range(len(self.origins))[rows] if isinstance(rows, slice) else rows
-        origins = tuple(self.origins[row] for row in order) if self.origins else ()
-        return replace(self, sequences=self.sequences[rows], loss_mask=loss_mask, origins=origins)
+        sequences, loss_mask = take_sequences((self.sequences, self.loss_mask), rows)
+        return replace(self, sequences=sequences, loss_mask=loss_mask, origins=tuple(self.origins[row] for row in rows))
 
     def sequences_of(self, source: str) -> Sequences:
         """Return the sequences of a source, and their loss mask."""
@@ -72,27 +71,17 @@ Sequences = tuple[Tensor, Tensor | None]
 
 
 def calibrate(
-    settings: CalibrationSettings, tokenizer: Any, load_model: Callable[[], Any], notify: Notify
-) -> Calibration:
-    """Return the sequences that the settings describe; load the model only if it generates some of them.
-
-    The sources of a mixture are interleaved evenly. If a source has too little text, the mixture has fewer sequences,
-    in the same shares.
-
-    Raises:
-        DataError: the text is missing or too short.
-        UsageError: no text is left for a part of the mixture.
-    """
-    return calibrate_splits([settings], tokenizer, load_model, notify)[0]
-
-
-def calibrate_splits(
     splits: Sequence[CalibrationSettings], tokenizer: Any, load_model: Callable[[], Any], notify: Notify
 ) -> list[Calibration]:
     """Return the sequences for each of several splits of the same text. Only the first must have some of every source.
 
-    The model generates its text for all splits at once; each sequence is a document of its own. Raises what `calibrate`
-    raises.
+    The sources of a mixture are interleaved evenly. If a source has too little text, the mixture has fewer sequences,
+    in the same shares. The model is loaded only if it generates some of them: for all splits at once, and each sequence
+    is a document of its own.
+
+    Raises:
+        DataError: the text is missing or too short.
+        UsageError: no text is left for a part of the mixture.
     """
     first = splits[0]
     conversations = [source for source in first.shares if writes_conversations(source)]
@@ -106,10 +95,9 @@ def calibrate_splits(
                 if count:
                     rows[source] = write_sequences(source, count, settings, load_model(), tokenizer, notify)
         else:
-            sequences, mask = write_sequences(source, sum(counts), first, load_model(), tokenizer, notify)
-            masks: Sequence[Tensor | None] = [None] * len(counts) if mask is None else torch.split(mask, counts)
-            for (_, rows), part, counted in zip(drafts, torch.split(sequences, counts), masks, strict=True):
-                rows[source] = part, counted
+            written = write_sequences(source, sum(counts), first, load_model(), tokenizer, notify)
+            for (_, rows), (begin, end) in zip(drafts, pairwise(accumulate(counts, initial=0)), strict=True):
+                rows[source] = take_sequences(written, range(begin, end))
     return [_assemble(settings, rows, tokenizer) for settings, rows in drafts]
 
 
@@ -120,10 +108,10 @@ def write_sequences(
     settings = replace(settings, samples=samples)
     if source == SELF:
         return generate_own_text(model, tokenizer, settings, notify), None
-    length, answers = settings.sequence_length, settings.counts_own_answers
+    answers = settings.chat == "answers" or (settings.chat is None and settings.own_answers)
     conversations = write_conversations(model, tokenizer, source, settings, notify)
-    sequences, loss_mask = cut_rendered(conversations, source, length, answers=answers, asked=samples)
-    return sequences[:samples], loss_mask[:samples] if answers else None
+    found = cut_conversations(conversations, source, settings.sequence_length, answers=answers, asked=samples)
+    return take_sequences(found, range(samples))
 
 
 def take_sequences(rows: Sequences, chosen: Sequence[int]) -> Sequences:
@@ -221,8 +209,8 @@ def read_windows(source: str, samples: int, settings: CalibrationSettings, token
     if settings.chat is not None and holds_conversations(source):
         conversations = calibration_conversations(source, samples=samples, length=length, seed=seed, split=split)
         answers = settings.chat == "answers"
-        windows, loss_mask = cut_conversations(tokenizer, conversations, source, length, answers=answers, asked=asked)
-        return windows, loss_mask if answers else None
+        rendered = [render(tokenizer, each, source, answers=answers) for each in conversations]
+        return cut_conversations(rendered, source, length, answers=answers, asked=asked)
     if settings.is_reference:
         text = reference_calibration_text(source, rows=samples, seed=seed, split=split)
         return require_windows(cut_running_text(tokenizer, text.content, length), text, tokenizer, length), None

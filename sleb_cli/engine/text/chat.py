@@ -66,30 +66,22 @@ def apply_template(tokenizer: Any, conversation: Conversation, source: str, **op
 
 
 def cut_conversations(
-    tokenizer: Any, conversations: Iterable[Conversation], source: str, length: int, *, answers: bool, asked: int | None
-) -> tuple[Tensor, Tensor]:
+    rendered: Sequence[Tokens], source: str, length: int, *, answers: bool, asked: int | None
+) -> tuple[Tensor, Tensor | None]:
     """Cut conversations into sequences, int64 [sequences, length], with a loss mask, bool of the same shape.
 
-    Each sequence starts with a conversation and holds as many as fit; the rest of the last one is dropped. The loss
-    mask covers all tokens, or with `answers` those of the assistant; sequences without any are dropped.
+    Each sequence starts with a conversation and holds as many as fit; the rest of the last one is dropped. With
+    `answers`, sequences without any are dropped; else all tokens count, and there is no mask.
 
     Raises:
-        DataError: the template refuses a conversation, or there are fewer sequences than `asked`, or none.
+        DataError: there are fewer sequences than `asked`, or none.
     """
-    rendered = [render(tokenizer, conversation, source, answers=answers) for conversation in conversations]
-    return cut_rendered(rendered, source, length, answers=answers, asked=asked)
-
-
-def cut_rendered(
-    rendered: Sequence[Tokens], source: str, length: int, *, answers: bool, asked: int | None
-) -> tuple[Tensor, Tensor]:
-    """Cut conversations that are tokens already; see `cut_conversations`."""
     sequences = [*pack(rendered, length)]
     if not sequences:
         raise _too_few(source, rendered, length, answers=answers)
     require_enough(len(sequences), source, length, asked)
     found = torch.tensor(sequences, dtype=torch.int64)
-    return found[..., 0].contiguous(), found[..., 1].bool()
+    return found[..., 0].contiguous(), found[..., 1].bool() if answers else None
 
 
 def cut_answers(tokenizer: Any, text: Text, length: int, most: int | None) -> EvaluationWindows:

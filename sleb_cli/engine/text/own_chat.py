@@ -89,12 +89,8 @@ def write_conversations(
 
     key = {"source": source, "drawn": drawn, "prompts": given, "template": tokenizer.chat_template, "tokens": True}
     seed = int.from_bytes(hashlib.sha256(drawn.encode()).digest()[:7])
-    writing = Writing("Writing conversations", SPARE * count, length, seed, settings.writer, key)
-    found, was_kept = write_or_find(model, writing, write, notify)
-    if was_kept:
-        notify(Notice(f"Using {plural(len(found), 'conversation')} that the model wrote before, from the cache."))
-    conversations: list[Tokens] = found
-    return conversations
+    writing = Writing("Writing conversations", "conversation", SPARE * count, length, seed, settings.writer, key)
+    return write_or_find(model, writing, write, notify)
 
 
 class _Writer:

@@ -10,8 +10,7 @@ from torch import Tensor
 from sleb_cli.engine.text.settings import CalibrationSettings
 from sleb_cli.engine.text.windows import adds_bos
 from sleb_cli.engine.text.writing import GIVE_TEXT, Continue, Writing, write_or_find
-from sleb_cli.events import Notice, Notify
-from sleb_cli.units import plural
+from sleb_cli.events import Notify
 from sleb_plugins import ModelError
 
 
@@ -38,8 +37,5 @@ def generate_own_text(model: Any, tokenizer: Any, settings: CalibrationSettings,
         return [begin + row for batch in batches for row in more([[start]] * batch, new, forbidden)]
 
     key = {"start": start, "bos": bool(begin), "forbidden": forbidden}
-    writing = Writing("Generating calibration text", count, new, settings.seed, settings.writer, key)
-    written, was_kept = write_or_find(model, writing, write, notify)
-    if was_kept:
-        notify(Notice(f"Using {plural(count, 'sequence')} that the model wrote before, from the cache."))
-    return torch.tensor(written)
+    writing = Writing("Generating calibration text", "sequence", count, new, settings.seed, settings.writer, key)
+    return torch.tensor(write_or_find(model, writing, write, notify))

@@ -47,11 +47,6 @@ class CalibrationSettings:
     own_answers: bool = False
 
     @property
-    def counts_own_answers(self) -> bool:
-        """Whether only the answers count of conversations that the model writes."""
-        return self.chat == "answers" or (self.chat is None and self.own_answers)
-
-    @property
     def counts(self) -> dict[str, int]:
         """The number of samples of each source."""
         return dict(zip(self.shares, divide(self.samples, list(self.shares.values())), strict=True))

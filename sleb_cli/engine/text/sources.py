@@ -10,7 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from sleb_cli.asked.text_names import is_file, is_written
 from sleb_cli.engine.device import CPU, free_bytes
@@ -255,10 +255,10 @@ def _file_conversations(source: str, content: str) -> tuple[Conversation, ...]:
         return ()
     first = next(filter(None, map(str.strip, content.split("\n"))), "")
     try:
-        line = _TextOrMessages.model_validate_json(first)
+        line = TypeAdapter(dict[str, Any]).validate_json(first)
     except ValidationError:  # which the text is refused for
         return ()
-    if line.messages is None or line.text is not None:
+    if line.get("messages") is None or line.get("text") is not None:
         return ()
     return tuple(each.conversation for each in _json_lines(source, content, _Messages))
 
@@ -353,13 +353,6 @@ class _Messages(BaseModel):
     @property
     def conversation(self) -> Conversation:
         return [message.model_dump(exclude_none=True) for message in self.messages]  # a data set fills in fields
-
-
-class _TextOrMessages(BaseModel):
-    """The first line of a .jsonl file, of which it is not known what it holds."""
-
-    text: Any = None
-    messages: Any = None
 
 
 class _Prompt(BaseModel):
@@ -463,10 +456,9 @@ def loading_data(what: str, hint: str, *others: type[Exception]) -> Iterator[Non
     from datasets.exceptions import DatasetsError
 
     datasets.disable_progress_bars()
-    expected: tuple[type[Exception], ...] = (ConnectionError, FileNotFoundError, DatasetsError, *others)
     try:
         yield
-    except expected as error:
+    except (ConnectionError, FileNotFoundError, DatasetsError, *others) as error:
         raise DataError(f"The {what} cannot be loaded: {first_line(error)}.", hint=hint) from error
 
 

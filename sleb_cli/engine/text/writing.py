@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -20,8 +20,11 @@ from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.model.generation import continue_each, generate
 from sleb_cli.engine.third_party import pass_errors_through
 from sleb_cli.events import Advance, Notice, Notify, task
+from sleb_cli.units import plural
 from sleb_cli.version import __version__
 from sleb_plugins import OutputError, UnsupportedModelError
+
+T = TypeVar("T")
 
 GIVE_TEXT = "Calibrate on a file or a data set: --calibration FILE."
 
@@ -41,6 +44,7 @@ class Writing:
 
     Attributes:
         what: the work in words, for the screen.
+        noun: what one item of the result is called.
         count: about how many sequences are written.
         new: about how many tokens of each.
         seed: decides what is drawn, together with how many are written at once.
@@ -49,6 +53,7 @@ class Writing:
     """
 
     what: str
+    noun: str
     count: int
     new: int
     seed: int
@@ -56,10 +61,8 @@ class Writing:
     key: Mapping[str, Any]
 
 
-def write_or_find(
-    model: Any, writing: Writing, write: Callable[[Continue, int], Any], notify: Notify
-) -> tuple[Any, bool]:
-    """Return what `write` makes, plain JSON, or what it made before; and whether that was found in the cache.
+def write_or_find(model: Any, writing: Writing, write: Callable[[Continue, int], list[T]], notify: Notify) -> list[T]:
+    """Return what `write` makes, plain JSON, or what it made before, from the cache.
 
     It is given a function that continues prompts, and how many to continue at once, fewer if memory runs out.
 
@@ -69,13 +72,16 @@ def write_or_find(
     batch = min(writing.count, _MAX_BATCH, max(_MIN_BATCH, _TOKENS_PER_BATCH // writing.new))
     device = input_device(model)
     file = cached_file("texts", _key(model, writing, batch))
-    if writing.model is not None:
-        with suppress(OSError, ValueError):  # there is none, or a broken one
-            return json.loads(file.read_bytes()), True
+    kept = list[T]()
+    with suppress(OSError, ValueError):  # there is none, or a broken one
+        kept = json.loads(file.read_bytes())
+    if kept:
+        notify(Notice(f"Using {plural(len(kept), writing.noun)} that the model wrote before, from the cache."))
+        return kept
     # MPS cannot tell the state of its random number generator by device.
     devices = [] if device.type in ("cpu", "mps") else [device]
 
-    def run(size: int) -> Any:
+    def run(size: int) -> list[T]:
         with (
             task(notify, writing.what, writing.count * writing.new, "tokens") as advance,
             torch.random.fork_rng(devices=devices, device_type=device.type),
@@ -90,7 +96,7 @@ def write_or_find(
             write_cached(file, json.dumps(found))
     except OutputError as error:
         notify(Notice(f"The text that the model wrote is not cached: {error.message}"))
-    return found, False
+    return found
 
 
 def _key(model: Any, writing: Writing, batch: int) -> dict[str, Any]:
