@@ -40,7 +40,9 @@ def file_of(header, *, length=None, data=b"1234"):
 def write(weights, target, max_bytes=10**9, *, keep=None, prefix="", notify=ignore):
     """Write all tensors or those of these names, and say how many bytes each file holds."""
     keep = weights.tensor_names() if keep is None else keep
-    kept = [new_tensor(prefix + stored.name, stored, None) for stored in weights.stored if stored.name in keep]
+    kept = [
+        new_tensor(prefix + stored.name, stored, None, (), None) for stored in weights.stored if stored.name in keep
+    ]
     planned = plan_shards(weights, kept, max_bytes)
     write_weights(target, planned, notify)
     return [shard.size for shard in planned.values()]
@@ -146,7 +148,7 @@ def test_slices_along_the_first_axis_are_ranges_of_bytes(tmp_path, target, monke
     monkeypatch.setattr(copying, "BUFFER_BYTES", 5)
     monkeypatch.setattr(shards, "copy_range", copy)
     monkeypatch.setattr(shards, "read_tensors", lambda path, names: pytest.fail("read") if names else iter(()))
-    planned = [new_tensor(t.name, t, None, (Slices("one" in t.name, 8, kept),)) for t in weights.stored]
+    planned = [new_tensor(t.name, t, None, (Slices("one" in t.name, 8, kept),), None) for t in weights.stored]
     write_weights(target, plan_shards(weights, planned, 10**9), ignore)
     pairs = tensors["pairs"].reshape(8, 4)[kept].reshape(10, 2)
     require_same(

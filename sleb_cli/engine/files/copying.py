@@ -53,13 +53,13 @@ def copy_file(source: Path, target: Path) -> None:
         ModelError: `source` cannot be read.
     """
     with reading(source):
-        original = source.open("rb", buffering=0)
-    with original, target.open("xb", buffering=0) as copy:
+        original = source.open("rb")
+    with original, target.open("xb") as copy:
         copy_range(original, 0, os.fstat(original.fileno()).st_size, copy, lambda count: None)
 
 
 def copy_range(source: BinaryIO, start: int, count: int, target: BinaryIO, report: ReportBytes) -> None:
-    """Append `count` bytes of `source`, from byte `start`, to `target`; both files are unbuffered.
+    """Append `count` bytes of `source`, from byte `start`, to `target`.
 
     Raises:
         ModelError: the bytes cannot be read, or the file has become shorter.
@@ -74,16 +74,9 @@ def copy_range(source: BinaryIO, start: int, count: int, target: BinaryIO, repor
             raise ModelError(
                 f"{path} became shorter while it was read.", hint="Try again when no program writes to it."
             )
-        write_all(target, part)
+        target.write(part)
         report(len(part))
         count -= len(part)
-
-
-def write_all(target: BinaryIO, part: memoryview | bytes) -> None:
-    """Write all of `part`; one write to an unbuffered file may take less."""
-    view = memoryview(part)
-    while view:
-        view = view[target.write(view) :]
 
 
 def runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:

@@ -18,12 +18,13 @@ from typing import BinaryIO
 import torch
 
 from sleb_cli.atomic import to_json
-from sleb_cli.engine.files.copying import ReportBytes, copy_range, reading, write_all
+from sleb_cli.engine.files.copying import ReportBytes, copy_range, reading
 from sleb_cli.engine.files.slices import Slices
 from sleb_cli.engine.files.weights import (
     DTYPE_NAMES,
     SAFETENSORS,
     TORCH_DTYPES,
+    Header,
     StoredTensor,
     WeightFiles,
     read_tensors,
@@ -99,11 +100,7 @@ class Shard:
 
 
 def new_tensor(
-    name: str,
-    stored: StoredTensor,
-    dtype: torch.dtype | None,
-    slices: tuple[Slices, ...] = (),
-    value: torch.Tensor | None = None,
+    name: str, stored: StoredTensor, dtype: torch.dtype | None, slices: tuple[Slices, ...], value: torch.Tensor | None
 ) -> NewTensor:
     """Return the tensor under its new name, cast to `dtype` if it holds floating-point numbers of another type."""
     own = TORCH_DTYPES.get(stored.dtype)
@@ -119,18 +116,16 @@ def plan_shards(weights: WeightFiles, tensors: Iterable[NewTensor], max_bytes: i
     remaining: dict[Path, list[NewTensor]] = {header.path: [] for header in weights.headers}
     for tensor in tensors:
         remaining[tensor.stored.path].append(tensor)
-    shards: list[Shard] = []
+    parts: list[tuple[list[NewTensor], Header]] = []
     for header in weights.headers:
-        packed: list[NewTensor] = []
-        size = 0
+        size = math.inf
         for tensor in remaining[header.path]:
-            if packed and size + tensor.size > max_bytes:
-                shards.append(Shard(tuple(packed), {"format": "pt"} | header.metadata))
-                packed, size = [], 0
-            packed.append(tensor)
+            if size + tensor.size > max_bytes:
+                parts.append(([], header))
+                size = 0
+            parts[-1][0].append(tensor)
             size += tensor.size
-        if packed:
-            shards.append(Shard(tuple(packed), {"format": "pt"} | header.metadata))
+    shards = [Shard(tuple(packed), {"format": "pt"} | header.metadata) for packed, header in parts]
     if len(shards) == 1:
         return {SAFETENSORS: shards[0]}
     return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
@@ -160,8 +155,8 @@ def index_of(shards: Mapping[str, Shard]) -> str:
 def _write_shard(path: Path, shard: Shard, report: ReportBytes) -> None:
     # Widest elements first, as safetensors writes them, so that each tensor is aligned to its element size.
     tensors = sorted(shard.tensors, key=lambda tensor: -(tensor.size // max(1, math.prod(tensor.shape))))
-    with path.open("xb", buffering=0) as target:
-        write_all(target, _header(tensors, shard.metadata))
+    with path.open("xb") as target:
+        target.write(_header(tensors, shard.metadata))
         for source, group in groupby(tensors, key=lambda tensor: tensor.stored.path):
             _write_tensors(source, list(group), target, report)
 
@@ -187,7 +182,7 @@ def _write_tensors(source: Path, tensors: Sequence[NewTensor], target: BinaryIO,
     changed = [tensor.stored.name for tensor in tensors if tensor.ranges is None and tensor.value is None]
     decoded = read_tensors(source, changed)
     with reading(source):
-        original = source.open("rb", buffering=0)
+        original = source.open("rb")
     with original:
         for tensor in tensors:
             ranges = tensor.ranges
@@ -195,5 +190,5 @@ def _write_tensors(source: Path, tensors: Sequence[NewTensor], target: BinaryIO,
                 copy_range(original, start, size, target, report)
             if ranges is None:
                 value = tensor.changed(next(decoded) if tensor.value is None else tensor.value).contiguous()
-                write_all(target, value.reshape(-1).view(torch.uint8).numpy().data if value.numel() else b"")
+                target.write(value.reshape(-1).view(torch.uint8).numpy().data if value.numel() else b"")
                 report(tensor.size)

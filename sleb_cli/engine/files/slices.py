@@ -26,10 +26,9 @@ class Slices:
 
     def of_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """Cut a tensor in memory."""
-        shape, kept = tensor.shape, torch.tensor(self.kept, device=tensor.device)
-        width = shape[self.axis] // self.count
-        slices = tensor.reshape(*shape[: self.axis], self.count, width, *shape[self.axis + 1 :])
-        return slices.index_select(self.axis, kept).reshape(self.shape(shape))
+        slices = torch.unflatten(tensor, self.axis, (self.count, -1))
+        kept = torch.tensor(self.kept, device=tensor.device)
+        return slices.index_select(self.axis, kept).flatten(self.axis, self.axis + 1)
 
     def ranges(self, shape: Sequence[int], size: int) -> list[tuple[int, int]] | None:
         """Return the offsets and sizes of their bytes, neighbours as one; None if a slice is in several places.

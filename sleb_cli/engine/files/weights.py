@@ -177,14 +177,6 @@ def find_weights(folder: Path) -> WeightFiles:
     )
 
 
-def has_weights(folder: Path) -> bool:
-    """Whether a folder holds all weight files of a model."""
-    try:
-        return bool(find_weights(folder).names)
-    except ModelError:
-        return False
-
-
 def _files_in(index: Path) -> tuple[str, ...]:
     """Return the names of the weight files that an index lists, in order, after checking that they are there."""
     folder, hint = index.parent, "Copy or download the model again."

@@ -57,34 +57,24 @@ def _window(period: int, place: Literal["the last", "the first"] = "the last", o
     return Period("has full attention instead of a window", period, f"{_WINDOW}_pattern", place, only_with)
 
 
-def _recurrent() -> Period:
-    return Period("has full attention", 4, "full_attention_interval", unless="attention.recurrent_layers")
-
-
+_RECURRENT = Period("has full attention", 4, "full_attention_interval", unless="attention.recurrent_layers")
 _NO_ROPE = Period("has no rotary positions", 4)
 _EXPERTS = Period("has experts", 1, _SPARSE)
 
 PERIODS: Mapping[str, tuple[Period, ...]] = {
+    **dict.fromkeys(("gemma2", "gpt-oss"), (_window(2),)),
+    **dict.fromkeys(("cohere2", "exaone-moe", "muse-glimmer"), (_window(4),)),
+    **dict.fromkeys(("mellum", "olmo2"), (_window(4, only_with=_WINDOW),)),
+    **dict.fromkeys(("laguna", "smallthinker"), (_window(4, "the first", only_with=_WINDOW),)),
+    **dict.fromkeys(("qwen35", "qwen35moe", "qwen3next"), (_RECURRENT,)),
     "afmoe": (_window(4, only_with=_WINDOW), _NO_ROPE),
-    "cohere2": (_window(4),),
     "cohere2moe": (_window(4, "the first"),),
     "ernie4_5-moe": (_EXPERTS,),
-    "exaone-moe": (_window(4),),
     "gemma-embedding": (_window(6),),
-    "gemma2": (_window(2),),
     "gemma3": (_window(6, only_with=_WINDOW),),
-    "gpt-oss": (_window(2),),
-    "laguna": (_window(4, "the first", only_with=_WINDOW),),
     "llama4": (_window(4), _NO_ROPE, _EXPERTS),
-    "mellum": (_window(4, only_with=_WINDOW),),
     "modern-bert": (_window(3, "the first"),),
-    "muse-glimmer": (_window(4),),
-    "olmo2": (_window(4, only_with=_WINDOW),),
     "plamo3": (_window(8, only_with=_WINDOW),),
-    "qwen35": (_recurrent(),),
-    "qwen35moe": (_recurrent(),),
-    "qwen3next": (_recurrent(),),
-    "smallthinker": (_window(4, "the first", only_with=_WINDOW),),
     "smollm3": (_NO_ROPE,),
 }
 
@@ -155,8 +145,7 @@ PER_BLOCK_PREFIX = "xielu."
 
 _NAMES: Mapping[str, frozenset[str]] = {
     "cohere": frozenset({"command-r"}),
-    "deepseek_v2": frozenset({"deepseek2"}),
-    "deepseek_v3": frozenset({"deepseek2"}),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), frozenset({"deepseek2"})),
     "glm": frozenset({"chatglm"}),
     "gpt_bigcode": frozenset({"starcoder"}),
     "granitemoehybrid": frozenset({"granitehybrid"}),

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES
 
-from sleb_cli.engine.files.copying import ReportBytes, copy_range, reading, runs, write_all
+from sleb_cli.engine.files.copying import ReportBytes, copy_range, reading, runs
 from sleb_plugins.errors import ModelError
 
 _MAGIC = b"GGUF"
@@ -124,15 +124,9 @@ class GgufFile:
         """The value of `general.architecture`, which is the first part of the architecture's own keys."""
         return str(self.get("general.architecture") or "")
 
-    @property
-    def alignment(self) -> int:
-        """The alignment of each tensor in bytes."""
-        found = self.get("general.alignment")
-        return 32 if found is None else int(found)
-
     def padding(self, size: int) -> int:
-        """Return how many zeros follow this many bytes."""
-        return -size % self.alignment
+        """Return how many zeros follow this many bytes, up to the next multiple of the alignment."""
+        return -size % int(self.get("general.alignment") or 32)
 
 
 def entry_of_integers(key: str, values: Iterable[int]) -> Entry:
@@ -272,13 +266,13 @@ def write_gguf(file: GgufFile, output: Path, report: ReportBytes) -> None:
         ModelError: `file.path` cannot be read, or has become shorter.
     """
     with reading(file.path):
-        source = file.path.open("rb", buffering=0)
-    with source, output.open("wb", buffering=0) as target:
-        write_all(target, _header(file))
+        source = file.path.open("rb")
+    with source, output.open("wb") as target:
+        target.write(_header(file))
         for tensor in file.tensors:
             for start, size in tensor.ranges:
                 copy_range(source, start, size, target, report)
-            write_all(target, bytes(file.padding(tensor.size)))
+            target.write(bytes(file.padding(tensor.size)))
 
 
 def gguf_size(file: GgufFile) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -97,15 +97,14 @@ def _cache_of(output: Any, rows: Tensor) -> dict[str, Any]:
 
 
 @contextmanager
-def as_transformers_loads(models: Iterable[Any]) -> Iterator[None]:
+def as_transformers_loads(model: Any) -> Iterator[None]:
     """Let weights require gradients, which ours do not, although none are computed.
 
     torch folds a product into one of matrices only then. Otherwise a head in bfloat16 that reads one position takes
     thirty times as long on a CPU, which nobody sees who loads the model with transformers.
     """
-    plain = [model for model in models if getattr(model, "hf_quantizer", None) is None]
-    frozen = {weight for model in plain for weight in model.parameters() if not weight.requires_grad}
-    changed = [weight.requires_grad_(True) for weight in frozen if weight.is_floating_point()]
+    weights = model.parameters() if getattr(model, "hf_quantizer", None) is None else ()
+    changed = [each.requires_grad_(True) for each in weights if each.is_floating_point() and not each.requires_grad]
     try:
         yield
     finally:

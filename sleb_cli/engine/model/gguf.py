@@ -50,15 +50,11 @@ def gguf_folder(path: Path, notify: Notify) -> Path:
         with watch.unchanged():
             convert_gguf(path, folder, notify)
 
-    return cached_folder(f"gguf-{_conversion(path)[:16]}", fill)
-
-
-def _conversion(path: Path) -> str:
-    """Return a SHA-256 over what the folder is made of and by: the file, with its whole header, and the versions."""
+    # What the folder is made of and by: the file, with its whole header, and the versions.
     weights = min((tensor.start for tensor in read_gguf(path).tensors), default=0)
-    content = fingerprint_files([path], header=weights)
     made_by = f"{CONVERSION} transformers {transformers.__version__} gguf {version('gguf')}"
-    return hashlib.sha256(f"{content} {made_by}".encode()).hexdigest()
+    name = hashlib.sha256(f"{fingerprint_files([path], header=weights)} {made_by}".encode()).hexdigest()
+    return cached_folder(f"gguf-{name[:16]}", fill)
 
 
 def convert_gguf(path: Path, folder: Path, notify: Notify) -> None:
@@ -75,7 +71,11 @@ def convert_weights(file: GgufFile, folder: Path, dtype: torch.dtype | None = No
     """Write the model as above, in this data type if one is named, but without its tokenizer."""
     own = _require_convertible(file)
     dtype = dtype or own
-    _require_memory(file, dtype)
+    if lacking := memory_shortage(file.parameters * dtype.itemsize, CPU, whole=True):
+        raise MachineError(
+            f"Unpacking {file.path} takes {lacking}.",
+            hint="Name the original checkpoint (a Hub id or a folder) instead: its blocks can be streamed.",
+        )
     model = _load(file, dtype)
     # Some versions of transformers refuse to save what was quantized.
     vars(model.config).pop("quantization_config", None)
@@ -87,7 +87,13 @@ def convert_weights(file: GgufFile, folder: Path, dtype: torch.dtype | None = No
 
 def convert_tokenizer(path: Path, folder: Path) -> None:
     """Write the tokenizer of a file to `folder`."""
-    tokenizer = _read_tokenizer(path)
+    from sleb_cli.engine.transformers_internals import get_gguf_tokenizer
+
+    quick: AbstractContextManager[Any] = quick_gguf() if get_gguf_tokenizer else nullcontext()
+    with translate_transformers_errors(f"the tokenizer in {path}"), quick:
+        # The absolute path, because a file of the same name in the working directory would take precedence.
+        options = {"trust_remote_code": False, "gguf_file": str(path.absolute())}
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
     with _writing(folder):
         tokenizer.save_pretrained(folder)
 
@@ -96,15 +102,6 @@ def _writing(folder: Path) -> AbstractContextManager[None]:
     return translate_errors(
         lambda words: OutputError(f"Cannot write {folder}: {words}.", hint="Free some space on this disk.")
     )
-
-
-def _read_tokenizer(path: Path) -> Any:
-    from sleb_cli.engine.transformers_internals import get_gguf_tokenizer
-
-    quick: AbstractContextManager[Any] = quick_gguf() if get_gguf_tokenizer else nullcontext()
-    with translate_transformers_errors(f"the tokenizer in {path}"), quick:
-        # The absolute path, because a file of the same name in the working directory would take precedence.
-        return AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, gguf_file=str(path.absolute()))
 
 
 def _load(file: GgufFile, dtype: torch.dtype) -> Any:
@@ -151,11 +148,3 @@ def _require_convertible(file: GgufFile) -> torch.dtype:
     types = +sizes
     # Few matrices of an unquantized file may be of another type, such as the routers of experts.
     return _UNQUANTIZED[types.most_common(1)[0][0]] if types and types.keys() <= _UNQUANTIZED.keys() else torch.bfloat16
-
-
-def _require_memory(file: GgufFile, dtype: torch.dtype) -> None:
-    if lacking := memory_shortage(file.parameters * dtype.itemsize, CPU, whole=True):
-        raise MachineError(
-            f"Unpacking {file.path} takes {lacking}.",
-            hint="Name the original checkpoint (a Hub id or a folder) instead: its blocks can be streamed.",
-        )

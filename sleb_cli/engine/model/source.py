@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import StringIO
@@ -26,7 +27,7 @@ from tqdm.auto import tqdm
 from sleb_cli.engine.files import other_formats
 from sleb_cli.engine.files.copying import leads_out, reading
 from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files, hash_files
-from sleb_cli.engine.files.weights import WeightFiles, find_weights, has_weights, read_json
+from sleb_cli.engine.files.weights import WeightFiles, find_weights, read_json
 from sleb_cli.engine.third_party import first_line
 from sleb_cli.events import Advance, Notice, Notify, task
 from sleb_cli.names import local_path
@@ -213,7 +214,8 @@ def _download(model: str, revision: str | None, notify: Notify) -> Path:
         with task(notify, f"Looking for {model} on the Hub") as advance:
             options: dict[str, Any] = {"revision": revision, "tqdm_class": _silent_bar(advance)}
             folder = Path(snapshot_download(model, ignore_patterns=[*_NOT_DOWNLOADED, "*.bin"], **options))
-            if has_weights(folder):
+            with suppress(ModelError):  # it has no safetensors, or not all of them
+                find_weights(folder)
                 return folder
             return Path(snapshot_download(model, ignore_patterns=_NOT_DOWNLOADED, **options))
     except GatedRepoError as error:
