@@ -58,18 +58,18 @@ def choose_device(name: str) -> torch.device:
         UsageError: there is no such kind of device.
         MachineError: this machine, or this build of torch, does not have it.
     """
-    accelerator = _accelerator()
-    if accelerator is not None and process_count() > 1 and name in (AUTO, accelerator.type):
-        name = f"{accelerator.type}:{local_rank()}"
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if kind is not None and process_count() > 1 and name in (AUTO, kind.type):
+        name = f"{kind.type}:{local_rank()}"
     if name == AUTO:
-        return accelerator or CPU
+        return kind or CPU
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"Unknown device {name!r}.", hint="Use auto, cpu, cuda, cuda:1, mps, xpu or npu.") from error
     if device.type == "cpu":
         return device
-    if accelerator is None or device.type != accelerator.type:
+    if kind is None or device.type != kind.type:
         raise MachineError(f"This machine has no usable {name} device.", hint="Use --device auto, or cpu.")
     count = torch.get_device_module(device.type).device_count()
     if (device.index or 0) >= count:
@@ -85,11 +85,6 @@ def input_device(model: Any) -> torch.device:
     if not hasattr(model, "_hf_hook"):
         return torch.device(model.device)
     return torch.device(model.get_input_embeddings()._hf_hook.execution_device)
-
-
-def _accelerator() -> torch.device | None:
-    """Return the kind of accelerator that this build of torch can use on this machine, if any."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 
 
 def synchronize(device: torch.device) -> None:
@@ -155,5 +150,5 @@ def dtype_name(dtype: torch.dtype) -> str:
 def free_memory() -> None:
     """Free the memory of models that nothing refers to any more, since two models may not fit together."""
     gc.collect()
-    if accelerator := _accelerator():
-        torch.get_device_module(accelerator.type).empty_cache()
+    if kind := torch.accelerator.current_accelerator(check_available=True):
+        torch.get_device_module(kind.type).empty_cache()

@@ -38,7 +38,10 @@ def chip_name(device: torch.device) -> str:
     named = None if device.type == "cpu" else getattr(torch.get_device_module(device.type), "get_device_name", None)
     if named is not None:
         return str(named(device))
-    return _cpu_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, None) or platform.processor() or platform.machine()
 
 
 def cpu_governor() -> str | None:
@@ -47,12 +50,3 @@ def cpu_governor() -> str | None:
         return GOVERNOR.read_text(encoding="utf-8").strip() or None
     except OSError:
         return None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

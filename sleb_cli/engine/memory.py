@@ -32,7 +32,7 @@ def shortage(needed: int, free: int, of: str) -> str | None:
 class SmallerPieces(Generic[S]):
     """Repeat work in smaller pieces for as long as it runs out of memory.
 
-        for size in (pieces := SmallerPieces(8, half)):
+        for size in (pieces := SmallerPieces(8, half, print)):
             with pieces:
                 work(size)
 

@@ -93,8 +93,8 @@ class ProcessGroup:
             except RuntimeError as error:
                 raise PeerLost from error
 
-    def in_turn(self, items: Iterable[T]) -> Iterator[tuple[int, T]]:
-        """Yield the items of all processes, each with its process's rank, in the order of ranks.
+    def in_turn(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield the items of all processes, in the order of ranks.
 
         The main process gets its own as they come; nobody gets those of the others before all are done.
         """
@@ -102,10 +102,10 @@ class ProcessGroup:
         for item in items:
             own.append(item)
             if self.is_main:
-                yield 0, item
+                yield item
         for rank, found in enumerate(self.gather(own)):
             if rank or not self.is_main:
-                yield from ((rank, item) for item in found)
+                yield from found
 
     def main_first(self, do: Callable[[], T]) -> T:
         """Call `do` in one process of each machine before the others, which find its work in the cache."""
@@ -181,5 +181,5 @@ def _cannot_connect(words: str) -> MachineError:
 def _backends() -> str:
     """Return the backend of each kind of device on this machine."""
     known = dist.Backend.default_device_backend_map
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    found = torch.accelerator.current_accelerator(check_available=True)
     return f"cpu:gloo,{found.type}:{known[found.type]}" if found and found.type in known else "gloo"

@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 
@@ -22,27 +21,19 @@ UNLIMITED = 2**63
 """More than any machine has."""
 
 
-class _MemoryFiles(NamedTuple):
-    """What a control group calls its limits, what it uses, and the page cache in it, with all groups below."""
-
-    limits: tuple[str, ...]
-    used: str
-    page_cache: tuple[str, ...]
-
-
 _FILES = {
-    1: _MemoryFiles(("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),
+    1: (["memory.limit_in_bytes"], "memory.usage_in_bytes", ["total_active_file", "total_inactive_file"]),
     # A process above `memory.high` is slowed down until it hardly moves.
-    2: _MemoryFiles(("memory.max", "memory.high"), "memory.current", ("active_file", "inactive_file")),
+    2: (["memory.max", "memory.high"], "memory.current", ["active_file", "inactive_file"]),
 }
-"""By the version of control groups."""
+"""What a control group of each version calls its limits, what it uses, and the page cache in it, with all below."""
 
 
 def left_under_limits() -> int:
     """Return the bytes that this process may still take; without a limit, `UNLIMITED`."""
     if sys.platform != "linux":
         return UNLIMITED
-    of_groups = (_left_in(folder, _FILES[version]) for folder, version in _groups("memory"))
+    of_groups = (_left_in(*group) for group in _groups("memory"))
     return min([UNLIMITED, *_left_of_resources(), *of_groups])
 
 
@@ -76,16 +67,17 @@ def _left_of_resources() -> Iterator[int]:
             yield max(0, limit - used)
 
 
-def _left_in(folder: Path, files: _MemoryFiles) -> int:
+def _left_in(folder: Path, version: int) -> int:
     """Return what a control group has left; the uppermost has no limit, and so not all of the files."""
+    limits, usage, page_cache = _FILES[version]
     try:
-        limit = min(int(text) for name in files.limits if (text := (folder / name).read_text().strip()) != "max")
-        used = int((folder / files.used).read_text())
+        limit = min(int(text) for name in limits if (text := (folder / name).read_text().strip()) != "max")
+        used = int((folder / usage).read_text())
         held = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return UNLIMITED
     # The page cache counts as used, but gives way.
-    return max(0, limit - used + sum(int(held.get(pages, 0)) for pages in files.page_cache))
+    return max(0, limit - used + sum(int(held.get(pages, 0)) for pages in page_cache))
 
 
 def _groups(controller: str) -> Iterator[tuple[Path, int]]:

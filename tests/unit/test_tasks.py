@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import WORDS, write_task
 from sleb_cli.engine.door.evaluate import load_requested
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.quality.lm_eval_tasks import task_manager
+from sleb_cli.engine.quality.lm_eval_tasks import find_tasks
 from sleb_cli.engine.quality.tasks import PRESETS, compare_task
 from sleb_cli.engine.statistics import (
     items_needed,
@@ -291,7 +291,7 @@ def test_a_fingerprint_changes_with_what_results_depend_on(folder, tmp_path):
 
 def test_tasks_of_lm_eval_are_found_without_an_index_of_all():
     tasks = Path(lm_eval.__file__).parent / "tasks"
-    manager = task_manager(["piqa"], [])
+    manager = find_tasks(["piqa"], [], ())
     assert len(manager.all_tasks) < 50
     assert manager.task_index["piqa"].yaml_path == tasks / "piqa/piqa.yaml"
     for preset, file in {"leaderboard-v1": "benchmarks/openllm", "leaderboard-v2": "leaderboard/leaderboard"}.items():

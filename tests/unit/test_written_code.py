@@ -9,12 +9,13 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import pytest
 
 from sleb_cli.engine.quality import program_runner, sandbox, written_code
-from sleb_cli.engine.quality.written_code import CodeEval, is_run_by, ours, passes, running
+from sleb_cli.engine.quality.written_code import CodeEval, is_run_by, ours, passes
 from sleb_plugins import MachineError
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot limit what a program uses")
@@ -102,13 +103,13 @@ def test_sleep_is_a_failure_and_waiting_for_a_processor_is_not(set_in_runner, ho
 def test_a_program_that_got_no_processor_runs_again_alone(monkeypatch, how):
     monkeypatch.setattr(written_code, "SECONDS", 1.0)
     busy = "import time; time.sleep(5)"
-    with running(how), pytest.raises(MachineError, match=r"too busy .* in 1 seconds, alone"):
+    with patch.object(CodeEval, "how", how), pytest.raises(MachineError, match=r"too busy .* in 1 seconds, alone"):
         CodeEval().compute(["", ""], [["x = 1"], [busy]], k=[1])
     answers = iter([True, None, None, False, True, False])
     tried = []
     monkeypatch.setattr(written_code, "passes", lambda program, how: tried.append(program) or next(answers))
     monkeypatch.setattr(written_code, "usable_processors", lambda: 1)
-    with running(how):
+    with patch.object(CodeEval, "how", how):
         found = CodeEval().compute(["t"] * 4, [["a"], ["b"], ["c"], ["d"]], k=[1])[1]
     assert found == {0: [True], 1: [True], 2: [False], 3: [False]}
     assert tried == ["a\nt", "b\nt", "c\nt", "d\nt", "b\nt", "c\nt"]
@@ -246,7 +247,7 @@ def test_no_program_runs_that_cannot_be_confined(monkeypatch, tmp_path, bwrap, m
         (tmp_path / "bwrap").write_text(f"#!/bin/sh\n{bwrap}\n")
         (tmp_path / "bwrap").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with running("confined"), pytest.raises(MachineError, match=message) as caught:
+    with patch.object(CodeEval, "how", "confined"), pytest.raises(MachineError, match=message) as caught:
         CodeEval().compute([""], [["x = 1"]], k=[1])
     assert hint in caught.value.hint
 
@@ -266,7 +267,7 @@ def test_macos_confines_nothing_and_cannot_tell_sleep_from_work(monkeypatch, tmp
 def test_pass_at_k_is_that_of_its_paper():
     right, wrong = "x = 1", "x = 2"
     written = [[right, wrong, wrong], [wrong] * 3, [wrong, right]]
-    with running("unconfined"):
+    with patch.object(CodeEval, "how", "unconfined"):
         means, found = CodeEval().compute(["assert x == 1"] * 3, written, k=[1, 2, 3])
     assert found == {0: [True, False, False], 1: [False] * 3, 2: [False, True]}
     assert means == pytest.approx({"pass@1": (1 / 3 + 1 / 2) / 3, "pass@2": (2 / 3 + 1) / 3})

@@ -138,7 +138,7 @@ def _run_task(
     def run(removals: Removals) -> dict[str, Any]:
         model = models.without(removals).model
         what = f"{len(removals)} removed" if removals else "dense"
-        with as_transformers_loads([model]):
+        with as_transformers_loads(model):
             return task.run(model, asked.tokenizer, what, models.notify, models.group)
 
     found = {removals: run(removals) for removals in models.loaded_first([(), *sizes])}

@@ -141,7 +141,7 @@ class LoadedTask:
                     f"{name} has the model write up to {new} tokens, but it has only {lm.max_length} positions.",
                     hint="Leave the task out.",
                 )
-        with written_code.running(self._run_code):
+        with mock.patch.object(written_code.CodeEval, "how", self._run_code):
             results = simple_evaluate(
                 model=lm,
                 tasks=[self._groups[self.name]] if self.name in self._groups else list(self.tasks.values()),
@@ -157,37 +157,29 @@ class LoadedTask:
         return dict(json.loads(json.dumps(results, default=handle_non_serializable)))
 
 
-def find_tasks(names: Sequence[str], folders: Sequence[Path], also: Iterable[str] = ()) -> Any:
-    """Return lm-eval's index of these tasks, groups and tags: its own, and those of `folders`; no data is read yet.
+def find_tasks(names: Sequence[str], folders: Sequence[Path], also: Iterable[str]) -> Any:
+    """Return lm-eval's index of the tasks in `folders` and in those of its own folders that these names need.
 
-    If a name is unknown, one of `also` may be suggested.
+    lm-eval takes ten seconds to index all of its folders, so they are searched as text first; no data is read yet. If a
+    name is unknown, one of `also` may be suggested.
 
     Raises:
         DataError: a task is unknown.
     """
+    from sleb_cli.engine.lm_eval_internals import TaskManager
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = task_manager(names, folders)
+    own = [str(folder) for folder in folders]
+    manager = TaskManager(include_path=own, include_defaults=False)
+    if missing := set(names) - set(manager.all_subtasks):
+        manager = TaskManager(include_path=[*map(str, _folders_with(missing)), *own], include_defaults=False)
+    if not set(names) <= set(manager.all_subtasks):  # a group may name tasks of any folder
+        manager = TaskManager(include_path=own)
     for name in names:
         if name not in manager.all_tasks:
             hint = did_you_mean(name, [*also, *manager.all_tasks], otherwise="`lm-eval ls tasks` lists them.")
             raise DataError(f"lm-eval has no task {name!r}.", hint=hint)
     return manager
-
-
-def task_manager(names: Iterable[str], folders: Sequence[Path]) -> Any:
-    """Return lm-eval's index of the tasks in `folders` and in those of its own folders that these names need.
-
-    lm-eval takes ten seconds to index all of its folders, so they are searched as text first.
-    """
-    from sleb_cli.engine.lm_eval_internals import TaskManager
-
-    own = [str(folder) for folder in folders]
-    wanted = set(names)
-    few = TaskManager(include_path=own, include_defaults=False)
-    if missing := wanted - set(few.all_subtasks):
-        few = TaskManager(include_path=[*map(str, _folders_with(missing)), *own], include_defaults=False)
-    # A group may name tasks of any folder.
-    return few if wanted <= set(few.all_subtasks) else TaskManager(include_path=own)
 
 
 def _folders_with(tasks: Collection[str]) -> list[Path]:

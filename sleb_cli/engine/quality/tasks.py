@@ -59,10 +59,6 @@ class _Measure(NamedTuple):
     metric: str
     filter: str
 
-    @property
-    def key(self) -> str:
-        return f"{self.metric},{self.filter}"
-
 
 def _measures(results: Results) -> Iterator[_Measure]:
     for name, values in results["results"].items():
@@ -143,7 +139,7 @@ def _samples(results: Results, measure: _Measure) -> list[dict[str, Any]]:
 def _scores(results: Results, measure: _Measure) -> TaskScores:
     """Return a model's scores; those of items only if the value is their mean, which that of BLEU, for one, is not."""
     values = results["results"][measure.task]
-    value, stderr = values[measure.key], values.get(f"{measure.metric}_stderr,{measure.filter}")
+    value, stderr = (values.get(f"{measure.metric}{of},{measure.filter}") for of in ("", "_stderr"))
     if not _is_finite(value):
         raise ModelError(f"{measure.metric} of {measure.task} is {value}.", hint="Try --dtype float32.")
     scores = [sample[measure.metric] for sample in _samples(results, measure)]
@@ -167,7 +163,7 @@ def _group_difference(measure: _Measure, dense: Results, pruned: Results) -> Est
     tasks = [measure._replace(task=name) for name in _tasks_of(dense, measure.task)]
     items = [
         (_scores(dense, task).items, _scores(pruned, task).items) for task in tasks
-        if measure.key in dense["results"][task.task]
+        if f"{measure.metric},{measure.filter}" in dense["results"][task.task]
     ]  # fmt: skip
     if items and all(len(before) > 1 and after for before, after in items):
         changes = [paired_difference(before, after) for before, after in items]

@@ -59,11 +59,10 @@ class CodeEval:
         ]
         with ThreadPoolExecutor(usable_processors()) as pool:
             found = list(pool.map(partial(passes, how=self.how), programs))
-        decided = [
+        passed = (
             _passes_alone(program, self.how) if run is None else run
             for program, run in zip(programs, found, strict=True)
-        ]
-        passed = iter(decided)
+        )
         runs = {item: list(islice(passed, len(written))) for item, written in enumerate(predictions)}
         fewest = min(map(len, runs.values()))
         means = {
@@ -142,13 +141,6 @@ def _passes_alone(program: str, how: RunCode) -> bool:
 def is_run_by(function: Any) -> bool:
     """Whether a metric of a task runs programs by `CodeEval`."""
     return any(isinstance(value, CodeEval) for value in getattr(function, "__globals__", {}).values())
-
-
-@contextmanager
-def running(how: RunCode | None) -> Iterator[None]:
-    """Let `CodeEval` run programs meanwhile."""
-    with mock.patch.object(CodeEval, "how", how):
-        yield
 
 
 @contextmanager

@@ -27,7 +27,7 @@ MOST_COMPILED = 256
 @contextmanager
 def prepared(model: Any, workload: Workload) -> Iterator[TransformersModel]:
     """Let a model run a workload as transformers loads it, and compile it anew if the workload asks for it."""
-    with as_transformers_loads([model]), ExitStack() as stack:
+    with as_transformers_loads(model), ExitStack() as stack:
         if workload.compiled:
             torch._dynamo.reset()
             stack.enter_context(torch._dynamo.config.patch(cache_size_limit=MOST_COMPILED))
@@ -48,7 +48,7 @@ class TransformersModel:
             MachineError: the model cannot be compiled here.
             UnsupportedModelError: the model cannot generate text.
         """
-        ids, clock = self._on_device(prompts), _TokenClock()
+        ids, clock = torch.tensor(prompts, device=self._model.device), _TokenClock()
         synchronize(ids.device)
         start = time.perf_counter()
         self._run(ids, new_tokens, streamer=clock)
@@ -58,12 +58,10 @@ class TransformersModel:
 
     def run_for_cache(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> int:
         """Do the same untimed, and return the bytes of the KV cache at its largest; 0 if there is none."""
-        output = self._run(self._on_device(prompts), new_tokens, return_dict_in_generate=True)
+        ids = torch.tensor(prompts, device=self._model.device)
+        output = self._run(ids, new_tokens, return_dict_in_generate=True)
         layers = cache_layers(output) if new_tokens else []
         return sum(tensor.nbytes for layer in layers for tensor in layer_tensors(layer))
-
-    def _on_device(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        return torch.tensor(prompts, device=self._model.device)
 
     @torch.inference_mode()
     def _run(self, ids: Tensor, new_tokens: int, **options: Any) -> Any:

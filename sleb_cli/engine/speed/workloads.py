@@ -12,14 +12,12 @@ from sleb_cli.results import Workload
 from sleb_cli.units import plural
 from sleb_plugins import UsageError
 
-_Settings = Mapping[str, Any]
-
 # Accelerators use the settings of the paper (Song et al., ICML 2024, section 4.3); CPUs, settings that take minutes.
-_ON_ACCELERATOR: Mapping[WorkloadName, _Settings] = {
+_ON_ACCELERATOR: Mapping[WorkloadName, Mapping[str, Any]] = {
     "prompt": {"batch_size": 1, "prompt_length": 2048, "new_tokens": 0, "iterations": 50},
     "generation": {"batch_size": 64, "prompt_length": 64, "new_tokens": 128, "iterations": 10},
 }
-_ON_CPU: Mapping[WorkloadName, _Settings] = {
+_ON_CPU: Mapping[WorkloadName, Mapping[str, Any]] = {
     "prompt": {"batch_size": 1, "prompt_length": 512, "new_tokens": 0, "iterations": 10},
     "generation": {"batch_size": 4, "prompt_length": 64, "new_tokens": 32, "iterations": 10},
 }
