@@ -68,9 +68,7 @@ def find_block_numbering(names: Iterable[str], path: str, count: int) -> BlockNu
         for match in re.finditer(r"\.(\d{1,9})(?=\.)", f".{name}"):
             lists[f".{name}"[1 : match.start() + 1]].append(int(match[1]))
     whole = {prefix: numbers for prefix, numbers in lists.items() if set(numbers) >= set(range(count))}
-    found = [prefix for prefix in path_suffixes(path) if prefix in whole] or _by_likeness(
-        whole, path.rpartition(".")[2]
-    )
+    found = [prefix for prefix in path_suffixes(path) if prefix in whole] or _by_likeness(whole, path)
     if not found:
         return None
     numbers = set(whole[found[0]])
@@ -84,7 +82,8 @@ def path_suffixes(path: str) -> list[str]:
     return [".".join(parts[start:]) + "." for start in range(len(parts))]
 
 
-def _by_likeness(lists: dict[str, list[int]], name: str) -> list[str]:
+def _by_likeness(lists: dict[str, list[int]], path: str) -> list[str]:
     """Sort lists: same last name first, then least nested, then most tensors. Encoders are left out."""
+    name = path.rpartition(".")[2]
     own = [prefix for prefix in lists if not re.search(r"vision|visual|audio|encoder|mtp", prefix)]
     return sorted(own, key=lambda prefix: (not prefix.endswith(f"{name}."), prefix.count("."), -len(lists[prefix])))

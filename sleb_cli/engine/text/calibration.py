@@ -156,8 +156,6 @@ def _read_texts(
     """
     read, is_mixture = dict[str, Sequences](), len(settings.shares) > 1
     for source, count in settings.texts.items():
-        if not count:
-            continue
         with task(notify, f"Reading {source}"):
             windows, _ = found = read_windows(source, count, settings, tokenizer)
             if len(windows) < count and not is_mixture and not settings.is_reference:

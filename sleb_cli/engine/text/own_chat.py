@@ -74,9 +74,9 @@ def write_conversations(
     given = [] if source == SELF_CHAT else read_prompts(source, settings.split)
     count, length = settings.samples, settings.sequence_length
     drawn = f"{settings.seed}/{settings.split.begin:g}"
-    writer = _Writer(model, tokenizer, source, length)
 
     def write(more: Continue, size: int) -> list[Tokens]:
+        writer = _Writer(model, tokenizer, source, length)
         order = random.Random(drawn).sample(given, len(given))
         found = [talk.tokens for talk in writer.write(more, size, count, cycle(order))]
         told = f"{source}: the model wrote {plural(len(found), 'conversation')}"
@@ -104,9 +104,7 @@ class _Writer:
 
     def write(self, more: Continue, size: int, count: int, prompts: Iterator[Conversation]) -> list[Talk]:
         """Write until there are `count` sequences, at most `size` conversations at once."""
-        found, self.dropped = list[Talk](), 0
-        self.asked.clear()
-        again = list[int]()  # which of those found get a second turn in the next round
+        found, again = list[Talk](), list[int]()  # which of those found get a second turn in the next round
         begun = fruitless = 0
         while (missing := count - sum(1 for _ in pack((talk.tokens for talk in found), self.length))) > 0:
             for_one = SPARE if missing == count else begun / (count - missing)

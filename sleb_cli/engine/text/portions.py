@@ -81,7 +81,7 @@ class Portions:
         seed = self._fitted.seed + 1 + number
         uses = self._uses_of(number)
         settings = replace(self._fitted, samples=uses, samples_given=False, seed=seed)
-        found = {source: self._windows(source, settings) for source, count in settings.texts.items() if count}
+        found = {source: self._windows(source, settings) for source in settings.texts}
         if len(settings.shares) > 1:
             settings = limit_to_texts(settings, {source: len(rows) for source, (rows, _) in found.items()}, notify)
         taken = settings

@@ -53,8 +53,8 @@ class CalibrationSettings:
 
     @property
     def texts(self) -> dict[str, int]:
-        """The same of the sources that are there already; the model writes the others, if any."""
-        return {source: count for source, count in self.counts.items() if not is_written(source)}
+        """The number of samples of each source that has some, and that the model does not write."""
+        return {source: count for source, count in self.counts.items() if count and not is_written(source)}
 
     @property
     def is_reference(self) -> bool:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -191,11 +191,10 @@ def _joined(
     begins: Callable[[str], bool] = bool,
 ) -> Text:
     """Join the parts of a text; a part begins a document if `begins` says so."""
-    parts, starts, at = list(parts), [], 0
-    for part in parts:
-        starts += [at] if begins(part) else []
-        at += len(part) + len(separator)
-    return Text(source, separator.join(parts), limit, documents=tuple(starts) if len(starts) > 1 else ())
+    parts = list(parts)
+    ends = accumulate((len(part) + len(separator) for part in parts), initial=0)
+    starts = tuple(at for at, part in zip(ends, parts, strict=False) if begins(part))
+    return Text(source, separator.join(parts), limit, documents=starts if len(starts) > 1 else ())
 
 
 def _evaluation_split(dataset: Dataset) -> str:
