@@ -17,7 +17,6 @@ from sleb_cli.events import Notify
 from sleb_cli.plan import Plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import DEMO, ExportRequest, sibling
-from sleb_cli.results import BenchResult, EvalResult
 from sleb_plugins import Pruning, UnsupportedModelError, UsageError
 
 
@@ -95,8 +94,7 @@ def _pruning_of_plan(file: Path, plan: Plan, request: ExportRequest, notify: Not
 
 def _measured(file: Path, plan: Plan, notify: Notify) -> dict[str, Any]:
     """Return the fields for the plan and what was measured of it, all fit to be published."""
-    evaluation = measured_of_plan(EvalResult, file, plan, notify)
-    benchmark = measured_of_plan(BenchResult, file, plan, notify)
+    evaluation, benchmark = measured_of_plan(file, plan, notify)
     return {
         "plan_file": file,
         "plan": plan.published().to_data(),

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from sleb_cli.plan import CHECKPOINT_PLAN
 from sleb_cli.processes import WorkerFinished
 from sleb_cli.records import THIS_VERSION
 from sleb_cli.requests import DEFAULT_SHARD_SIZE
-from sleb_cli.results import ApplyResult, BenchResult, EvalResult
+from sleb_cli.results import ApplyResult
 from sleb_cli.units import parse_bytes
 from sleb_plugins import OutputError, ProofError
 
@@ -219,27 +219,20 @@ def move_if_proof_fails(written: Path, place: Path | None) -> Iterator[None]:
         ) from error
 
 
-def _measured(subject: Subject, notify: Notify) -> dict[Literal["eval", "bench"], Any]:
-    """Return what was measured of the plan, if the checkpoint is that very model."""
-    plan, file = subject.own_plan, subject.file
-    if not plan or not file or plan.recovery:
-        return {}
-    kinds: dict[Literal["eval", "bench"], Any] = {"eval": EvalResult, "bench": BenchResult}
-    found = {name: measured_of_plan(kind, file, plan, notify) for name, kind in kinds.items()}
-    return {name: result for name, result in found.items() if result}
-
-
 def _describe(subject: Subject, folder: Path, written: ApplyResult, notify: Notify) -> None:
-    """Add the model card, the plan, and what was measured of it, without local folders."""
-    plan, path = subject.plan, folder / CHECKPOINT_PLAN
-    measured = {} if written.recovery or written.cuts else _measured(subject, notify)
-    card = model_card(subject, written, measured.get("eval"), measured.get("bench"))
+    """Add the model card, the plan, and what was measured of it if this is that very model, without local folders."""
+    plan, path, is_other = subject.plan, folder / CHECKPOINT_PLAN, written.recovery or written.cuts
+    own = None if is_other or (plan and plan.recovery) else subject.own_plan
+    evaluation, benchmark = measured_of_plan(subject.file, own, notify) if subject.file and own else (None, None)
+    card = model_card(subject, written, evaluation, benchmark)
     (folder / CARD).write_text(card, encoding="utf-8")
     if plan:
         described = plan.model_copy(update={"recovery": written.recovery, "proof": written.proof})
         path.write_text(to_json(described.published().to_data()), encoding="utf-8")
-        for kind, result in measured.items():
-            result.write(beside_plan(path, kind))
+    if evaluation:
+        evaluation.write(beside_plan(path, "eval"))
+    if benchmark:
+        benchmark.write(beside_plan(path, "bench"))
 
 
 def kept_tensors(

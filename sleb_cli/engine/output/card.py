@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult as HubResult
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCardData, metadata_load
 
 from sleb_cli.engine.files.copying import holds
 from sleb_cli.engine.output.measured import of_size
@@ -28,7 +28,6 @@ from sleb_cli.version import __version__
 
 CARD = "README.md"
 
-_FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?\n)---\s*$", re.MULTILINE | re.DOTALL)
 # What the Hub refuses in the name of a data set.
 _NO_NAME = re.compile(r"[^\w.-]+")
 
@@ -92,15 +91,10 @@ def _front_matter(subject: Subject, evaluation: EvalResult | None) -> str:
 
 def _of_base(folder: Path) -> dict[str, Any]:
     """Return the front matter of the base model's card, or nothing if it has none that can be read."""
-    path = folder / CARD
-    if not holds(folder, CARD):
-        return {}
     try:
-        found = _FRONT_MATTER.search(path.read_text(encoding="utf-8"))
-        data = yaml.safe_load(found[1]) if found else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return metadata_load(folder / CARD) or {} if holds(folder, CARD) else {}
+    except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return data if isinstance(data, dict) else {}
 
 
 def _word(value: Any) -> str | None:

@@ -26,12 +26,16 @@ _PARTS = ("texts", "tasks", "workloads")
 S = TypeVar("S", PrunedTextScores, PrunedTaskScores, PrunedTiming, ModelSize)
 
 
-def measured_of_plan(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R | None:
-    """Return what was measured of the sizes of a plan, without local folders; None if nothing was.
+def measured_of_plan(path: Path, plan: Plan, notify: Notify) -> tuple[EvalResult | None, BenchResult | None]:
+    """Return what was measured of the sizes of a plan, without local folders; None for what was not.
 
     What cannot be read or belongs to another model is left out, with a warning: a report with a gap is better than
     none.
     """
+    return _measured(EvalResult, path, plan, notify), _measured(BenchResult, path, plan, notify)
+
+
+def _measured(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R | None:
     file = beside_plan(path, "eval" if kind is EvalResult else "bench")
     result = read_kept(kind, file, notify)
     if result is None:
