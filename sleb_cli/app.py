@@ -27,12 +27,7 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound="Record")
 
-app = typer.Typer(
-    name="sleb",
-    help="Make large language models faster by removing whole transformer blocks, without training.",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = typer.Typer(name="sleb", pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 
 
 def _show_version(wanted: bool) -> None:

@@ -320,35 +320,19 @@ class RecoveryRecord(Record):
         return [(name, losses, getattr(self.conversations, field, None)) for name, losses, field in found if losses]
 
     @property
-    def recovered(self) -> LossesRecord:
-        """The losses of the written model."""
-        return self.models[-1][1]
-
-    @property
-    def nats_back(self) -> float | None:
-        """The share of the loss caused by the removal that was recovered; None if the removal caused none.
-
-        At most 1: below the dense model's loss, the model has adapted to the kind of text.
-        """
-        lost = self.pruned.loss - self.dense.loss
-        return min(1.0, (self.pruned.loss - self.recovered.loss) / lost) if lost > 0 else None
-
-    @property
-    def divergence_left(self) -> float:
-        """The share of the divergence from the dense model that is left, which no adaptation to the text hides."""
-        return self.recovered.left_of(self.pruned)
-
-    @property
     def summary(self) -> str:
-        """Both shares in words."""
-        back = self.nats_back
-        if back is None:
+        """The share of the lost nats that is back, and that of the divergence that is left, in words.
+
+        Below the dense model's loss, the model has adapted to the kind of text; that hides no divergence.
+        """
+        written, lost = self.models[-1][1], self.pruned.loss - self.dense.loss
+        if lost <= 0:
             nats = "the removal did not raise the loss there"
-        elif self.recovered.loss < self.dense.loss:
+        elif written.loss < self.dense.loss:
             nats = "all of the lost nats are back, and more, by adapting to the text"
         else:
-            nats = f"{back:.0%} of the lost nats are back"
-        return f"{nats}; {self.divergence_left:.0%} of the divergence from the dense model is left"
+            nats = f"{(self.pruned.loss - written.loss) / lost:.0%} of the lost nats are back"
+        return f"{nats}; {written.left_of(self.pruned):.0%} of the divergence from the dense model is left"
 
 
 class Plan(VersionedRecord):

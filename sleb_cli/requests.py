@@ -148,6 +148,10 @@ def option(help: str, panel: str | None = None, *, unset: Any = None, **spelling
     return field(default=unset, kw_only=not doc.argument, metadata={"doc": doc})
 
 
+_flag = partial(option, unset=False)
+_count = partial(option, least=1)
+_list = partial(option, metavar="LIST", unset=())
+_repeated = partial(option, repeated=True, unset=())
 _dtype = partial(
     option,
     "float32, bfloat16, float16, or auto (the checkpoint's own, or float32 on a CPU that emulates it).",
@@ -163,8 +167,8 @@ _stream = partial(
 )
 _device_map = partial(option, "Let accelerate spread the model over several devices, CPU memory and disk.", _MACHINE)
 _revision = partial(option, "Branch, tag or commit of a model on the Hub.", _MACHINE)
-_trust_remote_code = partial(option, "Run Python code that comes with the model.", _MACHINE, unset=False)
-_force = partial(option, "Overwrite existing output.", _OUTPUT, unset=False)
+_trust_remote_code = partial(_flag, "Run Python code that comes with the model.", _MACHINE)
+_force = partial(_flag, "Overwrite existing output.", _OUTPUT)
 _result_file = partial(option, "Write the result to this JSON file.", _OUTPUT)
 
 
@@ -223,11 +227,8 @@ class SearchRequest(Request):
         default=DEFAULT_STRATEGY,
         metavar="NAME",
     )
-    compare: tuple[str, ...] = option(
-        "Search once per METRIC or METRIC@STRATEGY and write the best plan: nll,cosine,angular@contiguous.",
-        _SCORING,
-        metavar="LIST",
-        unset=(),
+    compare: tuple[str, ...] = _list(
+        "Search once per METRIC or METRIC@STRATEGY and write the best plan: nll,cosine,angular@contiguous.", _SCORING
     )
     fast: bool | None = option(
         "Race the candidates: stop scoring one once little is expected of it.", _SCORING, default="no; yes for demo"
@@ -238,8 +239,8 @@ class SearchRequest(Request):
         _CALIBRATION,
         default=f"{DEFAULT_CALIBRATION}; {DEMO_CALIBRATION} for demo",
     )
-    samples: int | None = option(
-        "Number of sequences.", _CALIBRATION, default=f"{DEFAULT_SAMPLES}; {DEMO_SAMPLES} for demo", least=1
+    samples: int | None = _count(
+        "Number of sequences.", _CALIBRATION, default=f"{DEFAULT_SAMPLES}; {DEMO_SAMPLES} for demo"
     )
     sequence_length: int | None = option(
         "Tokens per sequence.",
@@ -266,19 +267,15 @@ class SearchRequest(Request):
     protect_first: int | None = option("Protect this many blocks at the start.", _PROTECTION, default=DEFAULT_PROTECTED)
     protect_last: int | None = option("Protect this many blocks at the end.", _PROTECTION, default=DEFAULT_PROTECTED)
     protect: tuple[int, ...] | None = option("Also protect these blocks: 5,11.", _PROTECTION, metavar="LIST")
-    protect_kind: tuple[str, ...] = option(
-        "Protect all blocks of this kind: full_attention. May be repeated.",
-        _PROTECTION,
-        metavar="KIND",
-        repeated=True,
-        unset=(),
+    protect_kind: tuple[str, ...] = _repeated(
+        "Protect all blocks of this kind: full_attention. May be repeated.", _PROTECTION, metavar="KIND"
     )
     dtype: str | None = _dtype()
     device: str = _device()
     memory: str | int | None = option(
         "Memory for the search, in addition to the model: 8GiB.", _MACHINE, default="a share of what is free"
     )
-    batch_size: int | None = option("Sequences per forward pass.", _MACHINE, default="by device", least=1)
+    batch_size: int | None = _count("Sequences per forward pass.", _MACHINE, default="by device")
     stream: bool | None = _stream()
     device_map: DeviceMap | None = _device_map()
     revision: str | None = _revision()
@@ -286,7 +283,7 @@ class SearchRequest(Request):
     extend: Path | None = option(
         "Remove more blocks than this plan, with its settings and text.", _OUTPUT, metavar="PLAN"
     )
-    resume: bool = option("Continue an interrupted search.", _OUTPUT, unset=False)
+    resume: bool = _flag("Continue an interrupted search.", _OUTPUT)
     output: Path | None = option("Write the plan here.", _OUTPUT, default=f"{DEFAULT_PLAN}, or the extended plan")
     force: bool = _force()
 
@@ -322,7 +319,7 @@ class SubjectRequest(Request):
         "Remove these blocks from MODEL, in this order: 5,4,9.", _SUBJECT, metavar="LIST"
     )
     model: str | None = option("The plan's model, if it has moved.", _SUBJECT)
-    any_model: bool = option("Allow a model that the plan was not made for.", _SUBJECT, unset=False)
+    any_model: bool = _flag("Allow a model that the plan was not made for.", _SUBJECT)
     revision: str | None = _revision()
     trust_remote_code: bool = _trust_remote_code()
 
@@ -340,13 +337,11 @@ class OneSizeRequest(SubjectRequest):
 class SizesRequest(SubjectRequest):
     """Sizes of the pruned model to compare with the dense one, by default the smallest."""
 
-    remove: tuple[int, ...] = option(
+    remove: tuple[int, ...] = _list(
         "Measure these sizes, by blocks removed: 2,4,6. N means the plan's step N, or the first N of --blocks.",
         _SUBJECT,
-        metavar="LIST",
-        unset=(),
     )
-    every: int | None = option("Measure every N-th size, and always the most pruned.", _SUBJECT, metavar="N", least=1)
+    every: int | None = _count("Measure every N-th size, and always the most pruned.", _SUBJECT, metavar="N")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,36 +351,31 @@ class ApplyRequest(OneSizeRequest):
     source: Path | None = option(
         "Remove the blocks from this GGUF file of the model, quantized or not.", _CHECKPOINT, metavar="GGUF"
     )
-    scripts: tuple[str, ...] = option(
+    scripts: tuple[str, ...] = _list(
         "Keep only the tokens of these scripts, as Unicode names them: latin,greek. ASCII, symbols and bytes stay.",
         _CHECKPOINT,
-        metavar="LIST",
-        unset=(),
     )
     dtype: str | None = option("Cast the weights to float32, bfloat16 or float16.", _CHECKPOINT)
     max_shard_size: str | int | None = option(
         "Largest weight file: 5GB, 512MiB.", _CHECKPOINT, default=DEFAULT_SHARD_SIZE
     )
-    no_verify: bool = option("Skip the proof after saving.", _CHECKPOINT, unset=False)
+    no_verify: bool = _flag("Skip the proof after saving.", _CHECKPOINT)
     keep_failed: Path | None = option("If the proof fails, keep the output in this folder.", _CHECKPOINT, metavar="DIR")
-    recover: bool = option(
-        "Refit the blocks around each gap to match the dense model, in closed form.", _RECOVERY, unset=False
-    )
-    heal: bool = option("Train the remaining blocks to predict what the dense model predicts.", _RECOVERY, unset=False)
+    recover: bool = _flag("Refit the blocks around each gap to match the dense model, in closed form.", _RECOVERY)
+    heal: bool = _flag("Train the remaining blocks to predict what the dense model predicts.", _RECOVERY)
     heal_minutes: float | None = option(
         "Stop healing after this many minutes.", _RECOVERY, default=f"{DEFAULT_HEAL_MINUTES:g}", least=0.001
     )
-    heal_tokens: int | None = option("Heal for a fixed number of tokens, for reproducible results.", _RECOVERY, least=1)
+    heal_tokens: int | None = _count("Heal for a fixed number of tokens, for reproducible results.", _RECOVERY)
     calibration: str | None = option(
         "Text to recover on, as for `sleb search`.",
         _RECOVERY,
         default="the plan's text, with a quarter of self or self-chat",
     )
-    samples: int | None = option(
+    samples: int | None = _count(
         "Number of sequences, up to a fifth of them for validation and up to a tenth for the test.",
         _RECOVERY,
         default=f"{RECOVERY_TOKENS:,} tokens, or {RECOVERY_SELF_TOKENS:,} if the model writes them all",
-        least=1,
     )
     sequence_length: int | None = option(
         "Tokens per sequence.", _RECOVERY, default=f"{RECOVERY_LENGTH}, or the model's limit", least=2
@@ -412,23 +402,19 @@ class ApplyRequest(OneSizeRequest):
 class EvalRequest(SizesRequest):
     """What to measure of a model's quality."""
 
-    perplexity: tuple[str, ...] = option(
+    perplexity: tuple[str, ...] = _list(
         "Measure perplexity on these texts: wikitext2, c4, files, org/name[:config][:split][:column]. In conversations "
         "(`messages`), only the answers count.",
         _QUALITY,
         default=f"{DEFAULT_TEXT}, unless --tasks",
-        metavar="LIST",
-        unset=(),
     )
-    tasks: tuple[str, ...] = option(
+    tasks: tuple[str, ...] = _list(
         "Run these lm-eval tasks and groups, or sleb, canaries, leaderboard-v1, leaderboard-v2: piqa,canaries.",
         _QUALITY,
-        metavar="LIST",
-        unset=(),
     )
-    limit: int | None = option("Use only this many items from the start of each task.", _QUALITY, least=1)
+    limit: int | None = _count("Use only this many items from the start of each task.", _QUALITY)
     num_fewshot: int | None = option("Few-shot examples in the prompt.", _QUALITY, default="the task's own")
-    apply_chat_template: bool = option("Format prompts with the chat template.", _QUALITY, unset=False)
+    apply_chat_template: bool = _flag("Format prompts with the chat template.", _QUALITY)
     include_path: Path | None = option("Folder with your own task files.", _QUALITY)
     run_code: RunCode | None = option(
         "Run programs that the model writes, as humaneval_instruct does: confined by bubblewrap (Linux), without a "
@@ -443,13 +429,10 @@ class EvalRequest(SizesRequest):
     sequence_length: int | None = option(
         "Tokens per perplexity window.", _QUALITY, default=f"{DEFAULT_LENGTH}, or the model's limit", least=2
     )
-    max_windows: int | None = option(
-        "Use only this many windows from the start of each text.",
-        _QUALITY,
-        default="all, or the text's protocol",
-        least=1,
+    max_windows: int | None = _count(
+        "Use only this many windows from the start of each text.", _QUALITY, default="all, or the text's protocol"
     )
-    bos: bool = option("Begin every perplexity window with the BOS token.", _QUALITY, unset=False)
+    bos: bool = _flag("Begin every perplexity window with the BOS token.", _QUALITY)
     batch_size: str | int = option(
         "Text windows or task requests per forward pass; auto suits the device.", _QUALITY, unset=AUTO
     )
@@ -458,35 +441,25 @@ class EvalRequest(SizesRequest):
     stream: bool | None = _stream()
     device_map: DeviceMap | None = _device_map()
     output: Path | None = _result_file()
-    force: bool = option("Overwrite existing output, and measure everything again.", _OUTPUT, unset=False)
+    force: bool = _flag("Overwrite existing output, and measure everything again.", _OUTPUT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRequest(SizesRequest):
     """What to time."""
 
-    prompt: bool = option("Time prompt processing (prefill).", _WORKLOAD, unset=False)
-    generation: bool = option("Time generation (prefill and decode).", _WORKLOAD, default="both", unset=False)
-    batch_size: int | None = option(
-        "Prompts per batch.", _WORKLOAD, default="1; generation: 64, or 4 on a CPU", least=1
+    prompt: bool = _flag("Time prompt processing (prefill).", _WORKLOAD)
+    generation: bool = _flag("Time generation (prefill and decode).", _WORKLOAD, default="both")
+    batch_size: int | None = _count("Prompts per batch.", _WORKLOAD, default="1; generation: 64, or 4 on a CPU")
+    prompt_length: int | None = _count("Tokens per prompt.", _WORKLOAD, default="2048, or 512 on a CPU; generation: 64")
+    new_tokens: int | None = _count("Tokens to generate per prompt.", _WORKLOAD, default="128, or 32 on a CPU")
+    sweep: tuple[str, ...] = _repeated(
+        'Time each combination: "batch=1,8,32 prompt=128,2048 new=64". May be repeated.', _WORKLOAD, metavar="TEXT"
     )
-    prompt_length: int | None = option(
-        "Tokens per prompt.", _WORKLOAD, default="2048, or 512 on a CPU; generation: 64", least=1
-    )
-    new_tokens: int | None = option("Tokens to generate per prompt.", _WORKLOAD, default="128, or 32 on a CPU", least=1)
-    sweep: tuple[str, ...] = option(
-        'Time each combination: "batch=1,8,32 prompt=128,2048 new=64". May be repeated.',
-        _WORKLOAD,
-        metavar="TEXT",
-        repeated=True,
-        unset=(),
-    )
-    iterations: int | None = option(
-        "Timed runs of each model.", _TIMING, default="50, or 10 on a CPU; generation: 10", least=1
-    )
+    iterations: int | None = _count("Timed runs of each model.", _TIMING, default="50, or 10 on a CPU; generation: 10")
     warmup: int | None = option("Untimed runs of each model before timing.", _TIMING, default="until times are stable")
-    compile: bool = option("Run the models through torch.compile.", _MACHINE, unset=False)
-    threads: int | None = option("CPU threads.", _MACHINE, default="torch's choice", least=1, most=_MOST_THREADS)
+    compile: bool = _flag("Run the models through torch.compile.", _MACHINE)
+    threads: int | None = _count("CPU threads.", _MACHINE, default="torch's choice", most=_MOST_THREADS)
     dtype: str | None = _dtype()
     device: str = _device()
     output: Path | None = _result_file()

@@ -291,10 +291,8 @@ class TaskResult(Record):
     @property
     def key(self) -> tuple[Any, ...]:
         """What makes two results of a task comparable."""
-        return (
-            self.task, self.metric, self.filter, self.version, self.num_fewshot, self.chat,
-            self.doc_ids, self.items_sha256,
-        )  # fmt: skip
+        others = ("higher_is_better", "fingerprint", "use", "dense", "pruned")
+        return tuple(value for name, value in self if name not in others)
 
 
 _MAIN_METRICS = ("acc_norm", "acc", "exact_match", "em")

@@ -130,12 +130,9 @@ def format_share(share: float, *, signed: bool = False) -> str:
 
 def format_change(change: float) -> str:
     """Return a relative change: +39.0%, -2.1%, 14.3x for what is several times as much."""
-    return format_share(change, signed=True) if change < 2 else f"{three_digits(1 + change)}x"
-
-
-def three_digits(value: float) -> str:
-    """Return a number with three digits, or all of its whole ones: 0.123, 14.3, 2,310."""
-    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
+    if change < 2:
+        return format_share(change, signed=True)
+    return f"{1 + change:.3g}x" if 1 + change < 99.95 else f"{1 + change:,.0f}x"
 
 
 def format_probability(value: float) -> str:

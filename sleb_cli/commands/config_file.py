@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,7 +40,10 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
     """
     if path is None:
         return None
-    values = _of_plan(path) if context.info_name == "search" and path.suffix == ".json" else _of_yaml(path)
+    from sleb_cli.plan import read_plan
+
+    is_plan = context.info_name == "search" and path.suffix == ".json"
+    values = read_plan(path).request.items() if is_plan else _of_yaml(path)
     options, found = _options(context), set[str]()
     context.default_map = {}
     for key, value in values:
@@ -69,12 +72,6 @@ def _options(context: typer.Context) -> dict[str, Any]:
         if parameter.name not in _OF_A_RUN
         for name in (str(parameter.name), parameter.opts[0])
     }
-
-
-def _of_plan(path: Path) -> Iterable[tuple[str, Any]]:
-    from sleb_cli.plan import read_plan
-
-    return read_plan(path).request.items()
 
 
 def _of_yaml(path: Path) -> Iterator[tuple[str, Any]]:

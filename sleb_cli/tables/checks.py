@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from sleb_cli.records import Check, Proof, Reference
-
-_SCOPES: Mapping[Check, str] = {"same tokens": ", for the tokens that stay"}
-"""What a check that passed says of the logits that are compared."""
 
 
 def reference(kind: Reference, dense: str = "the dense model") -> str:
@@ -19,7 +14,8 @@ def reference(kind: Reference, dense: str = "the dense model") -> str:
 def checked(proof: Proof, dense: str = "the dense model") -> list[str]:
     """Return a clause for each check that passed; `dense` is what the clauses call the dense model."""
     is_recovered = proof.reference == "recovered"
-    compared = reference(proof.reference, dense) + "".join(_SCOPES.get(check, "") for check in proof.checks)
+    compared = reference(proof.reference, dense)
+    compared += ", for the tokens that stay" if "same tokens" in proof.checks else ""
     close = "bitwise equal to those"
     if proof.logits_difference:
         close = f"within {proof.logits_difference:.1g} of the largest (allowed: {proof.logits_tolerance:.1g}) of those"

@@ -66,14 +66,9 @@ def task_name(task: TaskResult) -> str:
 def task_names(tasks: Sequence[TaskResult]) -> list[str]:
     """Return the name of each task, with what tells its items from others if it was run on several sets of them."""
     names = list(map(task_name, tasks))
-    return [
-        f"{name}, {items_of(task)}" if names.count(name) > 1 else name for name, task in zip(names, tasks, strict=True)
-    ]
-
-
-def items_of(task: TaskResult) -> str:
-    """Return what tells the items of a task from those of another run: their number or, of a group, a hash."""
-    return plural(len(task.doc_ids), "item") if task.doc_ids else f"items {task.items_sha256}"[:14]
+    # A group has no items of its own, but a hash of its tasks' items.
+    tells = [plural(len(task.doc_ids), "item") if task.doc_ids else f"items {task.items_sha256}"[:14] for task in tasks]
+    return [f"{name}, {tell}" if names.count(name) > 1 else name for name, tell in zip(names, tells, strict=True)]
 
 
 def perplexities(scored: Iterable[Scored]) -> Table:

@@ -30,7 +30,7 @@ def _offers(registry: Registry) -> list[dict[str, str]]:
             "kind": offer.kind,
             "name": offer.name,
             "argument": offer.value.argument if offer.kind == "metric" else "",
-            "what": _family(offer.value) if offer.kind == "family" else offer.value.description,
+            "what": offer.value.description if offer.kind != "family" else _claim(offer.value),
             "package": offer.plugin.package,
             "version": offer.plugin.version,
         }
@@ -46,7 +46,5 @@ def _usage(offer: dict[str, str]) -> str:
     return f"{name}:{argument}" if argument else name
 
 
-def _family(adapter: FamilyAdapter) -> str:
-    if adapter.refusal:
-        return f"refused, because {adapter.refusal}"
-    return ", ".join(sorted(adapter.model_types))
+def _claim(family: FamilyAdapter) -> str:
+    return f"refused, because {family.refusal}" if family.refusal else ", ".join(sorted(family.model_types))

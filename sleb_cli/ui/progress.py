@@ -12,10 +12,8 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
-    ProgressColumn,
     SpinnerColumn,
     Task,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -43,6 +41,8 @@ from sleb_cli.events import (
 from sleb_cli.names import elide, short_name
 from sleb_cli.ui.console import print_prose, print_warning, stderr
 
+_STARTING = "Starting"
+
 
 @contextmanager
 def show_progress(*, quiet: bool = False) -> Iterator[Notify]:
@@ -66,12 +66,16 @@ def _progress(console: Console) -> Progress:
     return _Bars(
         SpinnerColumn(finished_text="[green]✓[/]"),
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
-        BarColumn(_bar_width(console), table_column=Column(no_wrap=True)),
-        _Done(),
+        BarColumn(_bar_width(console.width), table_column=Column(no_wrap=True)),
+        _Done(table_column=Column(no_wrap=True)),
         TimeElapsedColumn(table_column=Column(no_wrap=True)),
         TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
         console=console,
     )
+
+
+def _bar_width(width: int) -> int:
+    return max(4, min(24, (width - 40) // 5))
 
 
 class _Bars(Progress):
@@ -85,28 +89,14 @@ class _Bars(Progress):
                 yield Text(f"  {task.fields['note']}", no_wrap=True, overflow="ellipsis")
 
 
-def _bar_width(console: Console) -> int:
-    return max(4, min(24, (console.width - 40) // 5))
-
-
-def _description(task: str, console: Console) -> str:
-    """Return what a task does, with the names of files alone, in the width that the other columns leave."""
-    others = 1 + 14 + 2 * 7 + 5  # the spinner, "123456/1234567", two durations, and the space between six columns
-    return elide(short_name(task), max(8, console.width - _bar_width(console) - others))
-
-
-class _Done(ProgressColumn):
+class _Done(DownloadColumn):
     """The progress of a task: bytes or a count."""
-
-    def __init__(self) -> None:
-        super().__init__(Column(no_wrap=True))
-        self._bytes, self._count = DownloadColumn(), MofNCompleteColumn()
 
     def render(self, task: Task) -> Text:
         """Render the column that fits the task's unit."""
         if task.total is None or not task.fields["unit"]:
             return Text("")
-        return (self._bytes if task.fields["unit"] == "B" else self._count).render(task)
+        return super().render(task) if task.fields["unit"] == "B" else MofNCompleteColumn().render(task)
 
 
 class _Listener:
@@ -115,8 +105,7 @@ class _Listener:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         # Shown while the libraries are imported, until the first real task starts.
-        self._first: TaskID | None = progress.add_task("Starting", total=None, unit="", note="")
-        self._tasks: dict[str, TaskID] = {}
+        self._tasks = {_STARTING: progress.add_task(_STARTING, total=None, unit="", note="")}
         self._totals: dict[str, int | None] = {}
 
     def __call__(self, event: Event) -> None:
@@ -144,11 +133,12 @@ class _Listener:
                 _say(event, self._progress.console)
 
     def _add(self, task: str, total: int | None, unit: str) -> None:
-        if self._first is not None:
-            self._progress.remove_task(self._first)
-            self._first = None
+        if _STARTING in self._tasks:
+            self._progress.remove_task(self._tasks.pop(_STARTING))
         self._totals[task] = total
-        description = _description(task, self._progress.console)
+        width = self._progress.console.width
+        others = 1 + 14 + 2 * 7 + 5  # the spinner, "123456/1234567", two durations, and the space between six columns
+        description = elide(short_name(task), max(8, width - _bar_width(width) - others))
         self._tasks[task] = self._progress.add_task(description, total=total, unit=unit, note="")
 
 

@@ -197,7 +197,7 @@ def test_what_is_published_is_the_program_its_tests_and_its_pages(tmp_path):
     wheel = zipfile.ZipFile(wheel_file).namelist()
     assert {name.partition("/")[0].partition("-")[0] for name in wheel} == {"sleb_cli", "sleb_plugins", "sleb"}
     kinds = {Path(name).suffix for name in wheel if name.startswith("sleb_")}
-    assert kinds <= {".py", ".typed", ".yaml", "", ".j2", ".css", ".js"}
+    assert kinds <= {".py", ".typed", ".yaml", "", ".j2", ".css", ".mplstyle", ".js"}
     with tarfile.open(sdist_file) as archive:
         names = archive.getnames()
     assert {name.split("/")[1] for name in names} == {*PUBLISHED}

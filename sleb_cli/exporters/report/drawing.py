@@ -6,6 +6,7 @@ import io
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sleb_cli.tables.quality import Estimate
@@ -19,33 +20,9 @@ WIDTH = 840
 """In points, one of which is a CSS pixel in a page."""
 
 # Of Okabe and Ito, whose colours people with any colour vision can tell apart.
-INK, MUTED, GRID = "#1b1f25", "#5d6673", "#d8dce2"
+INK, MUTED = "#1b1f25", "#5d6673"
 SERIES = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00")
 MARKERS = ("o", "s", "^", "D", "v")
-
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "sleb",
-    "font.size": 11.0,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.labelsize": 10.0,
-    "ytick.labelsize": 10.0,
-    "grid.color": GRID,
-    "legend.fontsize": 10.0,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "text.parse_math": False,  # a text or task may have a dollar in its name
-    "axes.formatter.useoffset": False,
-}
 
 
 @dataclass(frozen=True)
@@ -74,11 +51,12 @@ def need_extra() -> None:
 
 def picture(plot: Plot) -> bytes:
     """Return a picture as an SVG file."""
-    from matplotlib import rc_context, style
+    from matplotlib import style
     from matplotlib.figure import Figure
 
     # The defaults first, so that no matplotlibrc of the user's changes the pictures.
-    with style.context("default"), rc_context(_STYLE), warnings.catch_warnings():
+    own = str(Path(__file__).with_name("pictures.mplstyle"))
+    with style.context(["default", own]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # such as in a model's name
         figure = Figure(figsize=(WIDTH / 72, plot.height / 72), dpi=72, layout="constrained")
         plot.draw(figure)

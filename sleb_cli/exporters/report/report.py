@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from urllib.parse import quote
 
 from sleb_cli.exporters.findings import Findings, read_findings
@@ -34,15 +33,14 @@ class Report(Exporter):
         need_extra()
         import jinja2
 
-        findings, place = read_findings(pruning), files("sleb_cli.exporters.report")
-        page, style = ((place / name).read_text(encoding="utf-8") for name in ("page.html.j2", "style.css"))
+        findings, own = read_findings(pruning), jinja2.PackageLoader("sleb_cli.exporters.report", "")
         environment = jinja2.Environment(
-            autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+            autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, loader=own
         )
         # Shorter than in base64; what has a meaning in an attribute or an address is escaped.
         environment.filters["picture"] = lambda plot: quote(picture(plot), safe=" !$()*+,/:;=?@[]^{|}~")
         sample = findings.plan.sample_generation
-        parts = dict(
+        text: str = environment.get_template("page.html.j2").render(
             plan=findings.plan,
             findings=findings,
             cards=cards(findings),
@@ -50,9 +48,8 @@ class Report(Exporter):
             warnings=warnings(findings),
             sections=sections(findings),
             said=said(sample) if sample else [],
-            style=style,
         )
-        return str(environment.from_string(page).render(parts))
+        return text
 
 
 def cards(findings: Findings) -> list[tuple[str, str, str]]:

@@ -11,11 +11,6 @@ from sleb_cli.exporters.report.pictures import perplexity_plot, search_plot, spe
 from sleb_cli.tables import provenance, quality, search_results, speed
 from sleb_cli.tables.table import Table
 
-_HOW_SAID = (
-    'At the end of the search, both continued the prompt greedily. "Repeated" is the share of runs of 4 tokens that '
-    "occurred before."
-)
-
 
 @dataclass(frozen=True)
 class Section:
@@ -24,7 +19,6 @@ class Section:
     name: str
     title: str
     plot: Plot | None = None
-    sentences: Sequence[str] = ()
     tables: Sequence[Table] = ()
 
 
@@ -43,9 +37,9 @@ def sections(findings: Findings) -> list[Section]:
         Section("trade", "Quality against speed", trade_plot(findings)),
         Section("quality", "What it costs", perplexity_plot(findings), tables=cost),
         Section("speed", "What it gains", speed_plot(findings), tables=gain),
-        Section("said", "What both models say", sentences=[_HOW_SAID] if plan.sample_generation else []),
+        *([Section("said", "What both models say")] if plan.sample_generation else []),
         Section("search", "How the blocks were found", search_plot(plan), tables=[search_results.steps(plan)]),
         Section("recovery", "What recovery gave back", tables=recovered),
         Section("settings", "Settings", tables=[provenance.search_settings(plan), *results]),
     ]
-    return [part for part in parts if part.plot or part.sentences or any(table.rows for table in part.tables)]
+    return [part for part in parts if part.name == "said" or part.plot or any(table.rows for table in part.tables)]
