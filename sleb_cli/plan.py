@@ -26,9 +26,6 @@ from sleb_plugins.errors import PlanError
 CHECKPOINT_PLAN = "sleb_plan.json"
 """The file in a checkpoint that holds the plan it was made from."""
 
-MAX_ADDED_REPETITION = 0.2
-"""How much more than the dense model the pruned one may repeat itself before it is suspected of collapse."""
-
 Block = Annotated[int, Field(ge=0)]
 
 Engine = Literal["fork", "plain", "weights", "model"]
@@ -199,11 +196,6 @@ class SampleGeneration(Record):
     pruned: str
     dense_repetition: float
     pruned_repetition: float
-
-    @property
-    def is_repetitive(self) -> bool:
-        """Whether the pruned model repeats itself much more than the dense one."""
-        return self.pruned_repetition > self.dense_repetition + MAX_ADDED_REPETITION
 
 
 class EnvironmentRecord(Record):

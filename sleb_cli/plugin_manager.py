@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -206,8 +207,7 @@ def _offers(plugin: Plugin, load: Callable[[], Any]) -> list[Offer]:
     manager.check_pending()
     offers = []
     for hook, (kind, types) in _HOOKS.items():
-        values: list[Any] = [value for offered in getattr(manager.hook, hook)() for value in offered]
-        for value in values:
+        for value in chain.from_iterable(getattr(manager.hook, hook)()):
             name = getattr(value, "name", None)
             if not isinstance(value, types) or not isinstance(name, str):
                 expected = " or ".join(t.__name__ for t in types)

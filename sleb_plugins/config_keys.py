@@ -111,35 +111,28 @@ def last_block(number: Any, kept: Kept) -> Any:
     return kept.below(number + 1) - 1 if isinstance(number, int) and number >= 0 else number
 
 
-KEY_PRUNERS: Mapping[str, KeyPruner] = {
-    **dict.fromkeys(
-        [
-            "layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "no_rope_layers",
-            "num_attention_heads_per_layer", "num_key_value_heads_per_layer", "layer_rope_theta",
-            "activation_sparsity_pattern", "indexer_types", "block_configs", "ffn_multipliers",
-            "hybrid_override_pattern",
-        ],
-        by_block,
+_PRUNED_BY: Mapping[KeyPruner, Sequence[str]] = {
+    by_block: (
+        "layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "no_rope_layers",
+        "num_attention_heads_per_layer", "num_key_value_heads_per_layer", "layer_rope_theta",
+        "activation_sparsity_pattern", "indexer_types", "block_configs", "ffn_multipliers",
+        "hybrid_override_pattern",
     ),
-    **dict.fromkeys(
-        [
-            "mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices", "cross_attention_layers",
-            "rope_scaling_layers", "ple_layer_ids", "local_layer_ids", "global_attention_blocks",
-        ],
-        block_numbers,
+    block_numbers: (
+        "mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices", "cross_attention_layers",
+        "rope_scaling_layers", "ple_layer_ids", "local_layer_ids", "global_attention_blocks",
     ),
-    **dict.fromkeys(
-        [
-            "first_k_dense_replace", "num_dense_layers", "max_window_layers", "num_hash_layers",
-            "moe_layer_start_index", "num_first_full_attention_layers",
-        ],
-        leading_blocks,
+    leading_blocks: (
+        "first_k_dense_replace", "num_dense_layers", "max_window_layers", "num_hash_layers",
+        "moe_layer_start_index", "num_first_full_attention_layers",
     ),
-    **dict.fromkeys(["num_kv_shared_layers", "num_last_full_attention_layers"], trailing_blocks),
-    "moe_layer_end_index": last_block,
-    "per_layer_config": keyed_by_block,
-    "linear_attn_config": numbers_from_one,
+    trailing_blocks: ("num_kv_shared_layers", "num_last_full_attention_layers"),
+    last_block: ("moe_layer_end_index",),
+    keyed_by_block: ("per_layer_config",),
+    numbers_from_one: ("linear_attn_config",),
 }  # fmt: skip
+
+KEY_PRUNERS: Mapping[str, KeyPruner] = {key: pruner for pruner, keys in _PRUNED_BY.items() for key in keys}
 """The keys of transformers' configs that describe single blocks; a family's own `config_keys` take precedence."""
 
 KINDS = ("layer_types", "layers_block_type", "attention_layers", "mlp_layer_types")

@@ -97,10 +97,7 @@ class OutputError(SlebError):
     """
 
     exit_code = 8
-
-    def __init__(self, message: str, *, hint: str) -> None:
-        super().__init__(message, hint=hint)
-        self.unsaved: Mapping[str, Any] | None = None
+    unsaved: Mapping[str, Any] | None = None
 
 
 class ProofError(SlebError):

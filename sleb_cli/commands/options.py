@@ -17,7 +17,7 @@ from sleb_plugins.errors import did_you_mean
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print only the result, as JSON.")]
 
-_NUMBERS = {int: "a whole number", float: "a number"}
+_NUMBERS = {int: ("a whole number", "Write it in digits."), float: ("a number", "Write it in digits.")}
 
 
 @dataclass(frozen=True)
@@ -111,16 +111,10 @@ class _Option:
             return self.field.default
         if self.choices and value not in self.choices:
             raise UsageError(f"Unknown value {value!r} for {self.flag}.", hint=did_you_mean(value, self.choices))
-        if self.kind in _NUMBERS:
-            try:
-                return self.kind(value)
-            except ValueError as error:
-                what = _NUMBERS[self.kind]
-                raise UsageError(f"{self.flag} {value!r} is not {what}.", hint="Write it in digits.") from error
-        if self.item is None:
-            return value
-        parts = value if self.doc.repeated else [part.strip() for part in value.split(",")]
         try:
-            return tuple(map(self.item, parts))
+            if self.item:
+                return tuple(map(self.item, value if self.doc.repeated else map(str.strip, value.split(","))))
+            return self.kind(value) if self.kind in _NUMBERS else value
         except ValueError as error:
-            raise UsageError(f"{self.flag} {value!r} is not a list of numbers.", hint="Write it like 5,4,9.") from error
+            what, hint = _NUMBERS.get(self.kind, ("a list of numbers", "Write it like 5,4,9."))
+            raise UsageError(f"{self.flag} {value!r} is not {what}.", hint=hint) from error

@@ -39,8 +39,8 @@ def _require_only_count_changes(source: Path, removals: tuple[int, ...]) -> None
     file = read_gguf(source)
     pruned = plan_gguf_surgery(file, removals).pruned()
     before = set(file.entries)
-    changed = [entry.key for entry in pruned.entries if entry not in before and entry.key != PROVENANCE]
-    others = [key for key in changed if key != f"{file.architecture}.block_count"]
+    right = (PROVENANCE, f"{file.architecture}.block_count")
+    others = [entry.key for entry in pruned.entries if entry not in before and entry.key not in right]
     if others:
         raise UnsupportedModelError(
             f"llama-quantize would renumber the blocks of {source} but not correct {', '.join(others)}.",

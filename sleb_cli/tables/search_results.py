@@ -11,6 +11,9 @@ from sleb_cli.results import CompareResult
 from sleb_cli.tables.table import Columns, Table, tabulate
 from sleb_cli.units import format_change, format_perplexity, spans
 
+MAX_ADDED_REPETITION = 0.2
+"""How much more than the dense model the pruned one may repeat itself before it is suspected of collapse."""
+
 REMOVED_MARKS = "·○×+~"
 """One for each kind of block, and again from the first if there are more."""
 
@@ -97,7 +100,7 @@ def said(sample: SampleGeneration) -> list[tuple[str, str, str]]:
 
 def collapse(sample: SampleGeneration | None) -> list[str]:
     """Return a warning if the pruned model repeats itself much more than the dense one."""
-    if sample is None or not sample.is_repetitive:
+    if sample is None or sample.pruned_repetition <= sample.dense_repetition + MAX_ADDED_REPETITION:
         return []
     return [
         f"The pruned model repeats itself: {sample.pruned_repetition:.0%} of its text, against "

@@ -32,8 +32,7 @@ def speeds(timed: Iterable[Scored], blocks: int) -> Table:
         speedups: list[Any] = [None] * 3
         if isinstance(timing, PrunedTiming):
             speedups = [timing.speedup, timing.interval, blocks / (blocks - len(timing.removals))]
-        row = [workload, model, timing.e2el_ms.median, timing.tokens_per_second]
-        rows.append([*row, *speedups])
+        rows.append([workload, model, timing.e2el_ms.median, timing.tokens_per_second, *speedups])
     notes = [
         "Workloads: batch x prompt tokens + new tokens. blocks: dense over remaining blocks, about the speedup "
         "of a large model."

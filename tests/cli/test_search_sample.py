@@ -9,7 +9,6 @@ def test_a_collapse_is_shown_and_in_the_model_card(search, sleb, shared_data, tm
     """A trained model without all but the protected blocks only stutters."""
     shown = search("--remove", 3, "--sample-tokens", 48, model=shared_data / "models" / "stories260K").stdout
     said = read_plan(tmp_path / "plan.json").sample_generation
-    assert said.is_repetitive
     assert said.pruned_repetition > 0.4
     assert f'both models continue "{PROMPT}"' in shown
     assert f"pruned ({said.pruned_repetition:.0%} repeated): " in shown

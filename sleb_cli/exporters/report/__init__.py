@@ -1,5 +1,1 @@
 """A report that a person can look at."""
-
-from sleb_cli.exporters.report.report import Report
-
-__all__ = ["Report"]

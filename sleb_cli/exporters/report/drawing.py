@@ -74,20 +74,12 @@ def scaled(values: Sequence[Estimate], scale: float) -> tuple[list[float], list[
 
 
 def draw_series(
-    axis: Axes,
-    number: int,
-    name: str,
-    places: Sequence[float],
-    values: Sequence[Estimate],
-    scale: float,
-    **options: Any,
+    axis: Axes, number: int, places: Sequence[float], values: Sequence[Estimate], scale: float, **options: Any
 ) -> None:
     """Draw one of several series as points with their intervals."""
     up, reach = scaled(values, scale)
-    axis.errorbar(
-        places, up, yerr=reach, label=name, color=SERIES[number], marker=MARKERS[number], capsize=2.5, elinewidth=1.2,
-        **options,
-    )  # fmt: skip
+    options |= {"color": SERIES[number], "marker": MARKERS[number], "capsize": 2.5, "elinewidth": 1.2}
+    axis.errorbar(places, up, yerr=reach, **options)
 
 
 def whole_ticks(axis: Axes, values: Sequence[int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from itertools import islice
 from textwrap import fill
 from typing import TYPE_CHECKING
 
@@ -32,10 +33,9 @@ Line = tuple[str, dict[int, Estimate]]
 
 def text_lines(findings: Findings) -> list[Line]:
     """Return the change of perplexity of each measured text by the number of removed blocks."""
-    named = list(zip(findings.text_names, findings.texts, strict=True))
     return [
         (fill(name, 32, max_lines=3), {len(scores.removals): perplexity_change(scores) for scores in text.pruned})
-        for name, text in named[:_MOST_TEXTS]
+        for name, text in islice(zip(findings.text_names, findings.texts, strict=True), _MOST_TEXTS)
         if text.pruned
     ]
 
@@ -75,7 +75,7 @@ def _draw_trade(kinds: dict[str, list[Line]], speeds: dict[int, Estimate], label
             up = [100 * values[count][0] for count in counts]
             axis.plot([1.0, *across], [start, *up], "-", color=SERIES[number], linewidth=1.2, alpha=0.6)
             changes = [values[count] for count in counts]
-            draw_series(axis, number, name, across, changes, 100, xerr=reach, linestyle="")
+            draw_series(axis, number, across, changes, 100, label=name, xerr=reach, linestyle="")
             if number == 0:
                 points = list(zip(counts, across, up, strict=True))
                 for count, x, y in points[::-1][:: -(-len(points) // _MOST_LABELS) or 1]:
@@ -101,7 +101,7 @@ def perplexity_plot(findings: Findings) -> Plot:
 def _draw_lines(lines: list[Line], figure: Figure) -> None:
     axis = figure.add_subplot()
     for number, (name, values) in enumerate(lines):
-        draw_series(axis, number, name, [0, *values], [(0.0, None), *values.values()], 100)
+        draw_series(axis, number, [0, *values], [(0.0, None), *values.values()], 100, label=name)
     axis.set(xlabel="blocks removed", ylabel="change in perplexity, %")
     whole_ticks(axis, range(max(at for _, values in lines for at in values) + 1))
     _spread_large_changes(axis, lines)
@@ -134,7 +134,7 @@ def _draw_speedups(results: list[WorkloadResult], blocks: int, figure: Figure) -
     for number, result in enumerate(results):
         counts = [0, *(len(timing.removals) for timing in result.pruned)]
         measured = [(1.0, None), *((timing.speedup, timing.interval) for timing in result.pruned)]
-        draw_series(axis, number, workload_name(result), counts, measured, 1)
+        draw_series(axis, number, counts, measured, 1, label=workload_name(result))
     sizes = range(max(len(timing.removals) for result in results for timing in result.pruned) + 1)
     ratios = [blocks / (blocks - size) for size in sizes]
     axis.plot(sizes, ratios, "--", color=MUTED, linewidth=1, label="ratio of the blocks")
