@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Collection
 from fractions import Fraction
+from itertools import groupby
 
 from sleb_plugins.errors import UsageError
 
@@ -94,12 +95,10 @@ def format_bytes(count: float) -> str:
 def spans(blocks: Collection[int]) -> str:
     """Return the blocks in order, with runs of three or more shortened: 3, 10-14."""
     parts: list[str] = []
-    run: list[int] = []
-    for block in [*sorted(blocks), None]:
-        if run and block != run[-1] + 1:
-            parts += [f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run)
-            run = []
-        run += [] if block is None else [block]
+    # In a run, a block and its place in the order grow alike.
+    for _, numbered in groupby(enumerate(sorted(blocks)), lambda pair: pair[1] - pair[0]):
+        run = [block for _, block in numbered]
+        parts += [f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run)
     return ", ".join(parts)
 
 
