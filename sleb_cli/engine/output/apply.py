@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,60 +95,46 @@ def require_apart(folder: Path, source: ModelSource) -> None:
         raise OutputError(f"{folder} contains the source model.", hint="Choose another folder with -o.")
 
 
-def apply_removals(subject: Subject, output: Output, notify: Notify) -> ApplyResult:
-    """Write the pruned checkpoint, complete and proven, or write nothing; raises like `write_checkpoint`."""
-    with writing_to(subject, output) as aside:
-        return write_checkpoint(subject, aside, output, notify)
-
-
 def apply_recovered(
     subject: Subject, output: Output, recovery: RecoverySettings, group: ProcessGroup, notify: Notify
 ) -> ApplyResult:
-    """Do the same with recovered blocks; all processes recover, and the main one writes.
+    """Write the checkpoint with recovered blocks; all processes recover, and the main one writes.
 
     Raises:
         WorkerFinished: this process only helped.
     """
     from sleb_cli.engine.recovery.recover import recover  # which imports datasets
 
+    work = partial(recover, recovery, group, notify)
     if not group.is_main:
-        recover(recovery, group, notify)
+        work()
         raise WorkerFinished
-    # The place is claimed before hours of recovery, so that nobody else writes or heals there.
-    state = recovery.state
-    with state.explain_resume_on_failure(notify), writing_to(subject, output, recovery.kept_bytes) as aside:
-        result = write_checkpoint(subject, aside, output, notify, recover(recovery, group, notify))
-    state.delete()
+    with recovery.state.explain_resume_on_failure(notify):
+        result = apply_removals(subject, output, notify, work, recovery.kept_bytes)
+    recovery.state.delete()
     return result
 
 
-@contextmanager
-def writing_to(subject: Subject, output: Output, kept_bytes: int = 0) -> Iterator[Path]:
-    """Yield a folder aside that becomes the checkpoint at the end, if the dense model has not changed meanwhile.
-
-    Nobody else writes to the checkpoint's place until then. A recovery keeps `kept_bytes` next to it.
+def apply_removals(
+    subject: Subject, output: Output, notify: Notify, recover: Callable[[], Recovered] | None = None, reserved: int = 0
+) -> ApplyResult:
+    """Write the pruned checkpoint, complete and proven, or write nothing; a recovery keeps `reserved` bytes next to it.
 
     Raises:
-        OutputError: the place is not free, or the checkpoint does not fit on the disk.
+        ProofError: the checkpoint does not compute the same as the model in memory.
+        OutputError: the place is not free, or the checkpoint cannot be written or does not fit on the disk.
         ModelError: the dense model's files changed.
     """
+    # The place is claimed before hours of recovery, so that nobody else writes or heals there.
     with claimed(output.place, replace=output.replace) as aside, subject.architecture.source.watch.unchanged():
         aside.mkdir()
         planned = plan_files(subject.surgery, output)
         weights_bytes = sum(shard.size for shard in planned.weights.values())
-        require_space(output.place, _bytes_of(planned.copies.values()) + weights_bytes + kept_bytes)
-        yield aside
+        require_space(output.place, _bytes_of(planned.copies.values()) + weights_bytes + reserved)
+        return _write(subject, aside, output, notify, recover() if recover else None)
 
 
-def write_checkpoint(
-    subject: Subject, aside: Path, output: Output, notify: Notify, recovered: Recovered | None = None
-) -> ApplyResult:
-    """Fill a folder of `writing_to` with the pruned checkpoint, and prove it.
-
-    Raises:
-        ProofError: the checkpoint does not compute the same as the model in memory.
-        OutputError: it cannot be written.
-    """
+def _write(subject: Subject, aside: Path, output: Output, notify: Notify, recovered: Recovered | None) -> ApplyResult:
     surgery = subject.surgery
     planned = plan_files(surgery, output, recovered.tensors if recovered else {})
     _write_files(aside, planned, notify)

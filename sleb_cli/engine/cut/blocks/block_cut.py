@@ -124,9 +124,10 @@ class BlockCut(Cut):
         def is_cut(was: object, after: object) -> bool:
             return isinstance(was, list | str) and isinstance(after, list | str) and was[: len(after)] == after
 
-        settings = {key: after for key, after in self._pruned_settings({}).items() if key not in known}
         return [
-            key for key, after in settings.items() if before.get(key) != after and not is_cut(before.get(key), after)
+            key
+            for key, after in self._pruned_settings({}).items()
+            if key not in known and before.get(key) != after and not is_cut(before.get(key), after)
         ]
 
     def obstacle(self) -> str | None:

@@ -75,10 +75,8 @@ class TokenCut(TokenRemoval, Cut):
 
     def texts(self, tokenizer: Any) -> Iterator[str]:
         """Yield texts of all tokens and characters that stay, as the dense model's tokenizer decodes them."""
-        kept, characters = (
-            tokenizer.batch_decode(_in_pieces(self.tokens), skip_special_tokens=True),
-            self.vocabulary.characters,
-        )
+        kept = tokenizer.batch_decode(_in_pieces(self.tokens), skip_special_tokens=True)
+        characters = self.vocabulary.characters
         yield from filter(set(characters).issuperset, kept)  # incomplete characters may make another together
         yield from map(" ".join, _in_pieces(characters))
 
