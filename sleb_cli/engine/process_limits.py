@@ -49,9 +49,8 @@ def _processors_of(folder: Path, version: int) -> float:
     """Return how many processors a control group may keep busy."""
     names = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
     try:
-        quota, period = map(
-            float, " ".join((folder / name).read_text() for name in names).replace("max", "inf").split()
-        )
+        words = " ".join((folder / name).read_text() for name in names).replace("max", "inf")
+        quota, period = map(float, words.split())
     except (OSError, ValueError):
         return math.inf
     return quota / period if quota > 0 else math.inf

@@ -79,7 +79,7 @@ def test_pickles_are_downloaded_only_without_safetensors(monkeypatch, tmp_path):
         return str(tmp_path)
 
     monkeypatch.setattr(source, "snapshot_download", download)
-    assert source.locate_model("org/model", lambda event: None).weights.names == ("pytorch_model.bin",)
+    assert source.locate_model("org/model", lambda event: None).weights.paths == (tmp_path / "pytorch_model.bin",)
     assert asked == [True, False]
 
 

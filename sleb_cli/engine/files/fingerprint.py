@@ -67,9 +67,7 @@ class Watch:
 
     def add(self, *paths: Path) -> None:
         """Watch these files, too; call it before they are read."""
-        for path in paths:
-            if path not in self._stamps:
-                self._stamps[path] = _stamp(path)
+        self._stamps |= {path: _stamp(path) for path in paths if path not in self._stamps}
 
     def require_unchanged(self) -> None:
         """Refuse to go on with what was read.

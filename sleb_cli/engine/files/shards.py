@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import BinaryIO
 
@@ -163,11 +163,9 @@ def _write_shard(path: Path, shard: Shard, report: ReportBytes) -> None:
 
 def _header(tensors: Sequence[NewTensor], metadata: dict[str, str]) -> bytes:
     entries: dict[str, object] = {"__metadata__": metadata}
-    end = 0
-    for tensor in tensors:
-        offsets = [end, end + tensor.size]
+    places = pairwise(accumulate((tensor.size for tensor in tensors), initial=0))
+    for tensor, offsets in zip(tensors, places, strict=True):
         entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
-        end += tensor.size
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

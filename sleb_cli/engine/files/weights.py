@@ -115,13 +115,7 @@ class Header:
 class WeightFiles:
     """The weight files of a folder, in order: safetensors if there are any, else PyTorch pickles."""
 
-    folder: Path
-    names: tuple[str, ...]
-
-    @property
-    def paths(self) -> list[Path]:
-        """The paths of the files."""
-        return [self.folder / name for name in self.names]
+    paths: tuple[Path, ...]
 
     @cached_property
     def headers(self) -> tuple[Header, ...]:
@@ -168,22 +162,22 @@ def find_weights(folder: Path) -> WeightFiles:
     for single in (SAFETENSORS, PICKLE):
         index = folder / f"{single}.index.json"
         if (folder / single).is_file():
-            return WeightFiles(folder, (single,))
+            return WeightFiles((folder / single,))
         if index.is_file():
-            return WeightFiles(folder, _files_in(index))
+            return WeightFiles(_files_in(index))
     raise ModelError(
         f"{folder} has no weights: no {SAFETENSORS}, no {PICKLE}, and no index of either.",
         hint="Name a folder that holds a complete model.",
     )
 
 
-def _files_in(index: Path) -> tuple[str, ...]:
-    """Return the names of the weight files that an index lists, in order, after checking that they are there."""
+def _files_in(index: Path) -> tuple[Path, ...]:
+    """Return the weight files that an index lists, in order of their names, after checking that they are there."""
     folder, hint = index.parent, "Copy or download the model again."
     weight_map = read_json(index).get("weight_map", {})
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ModelError(f"The weight_map of {index} does not map tensors to names of files.", hint=hint)
-    names = tuple(sorted(set(weight_map.values())))
+    names = sorted(set(weight_map.values()))
     if not names:
         raise ModelError(f"{index} lists no weight files.", hint=hint)
     with reading(index):
@@ -195,7 +189,7 @@ def _files_in(index: Path) -> tuple[str, ...]:
         raise ModelError(
             f"{folder} lacks {len(missing)} of its {len(names)} weight files, such as {missing[0]}.", hint=hint
         )
-    return names
+    return tuple(folder / name for name in names)
 
 
 def read_header(path: Path) -> Header:

@@ -10,8 +10,9 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,12 @@ class GgufTensor:
         return replace(self, shape=(*self.shape[:-1], len(rows)), size=self.size // count * len(rows), rows=rows)
 
     @property
-    def ranges(self) -> Iterator[tuple[int, int]]:
+    def ranges(self) -> list[tuple[int, int]]:
         """The offsets and sizes of the bytes to copy: one for each run of rows."""
         if self.rows is None:
-            yield self.start, self.size
-            return
+            return [(self.start, self.size)]
         width = self.size // len(self.rows)
-        for first, length in runs(self.rows):
-            yield self.start + first * width, length * width
+        return [(self.start + first * width, length * width) for first, length in runs(self.rows)]
 
 
 @dataclass(frozen=True)
@@ -285,11 +284,10 @@ def _header(file: GgufFile) -> bytes:
     parts = [_MAGIC, struct.pack("<IQQ", file.version, len(file.tensors), len(file.entries))]
     for entry in file.entries:
         parts += [_text(entry.key.encode()), struct.pack("<I", entry.type), entry.data]
-    offset = 0
-    for tensor in file.tensors:
+    offsets = accumulate((tensor.size + file.padding(tensor.size) for tensor in file.tensors), initial=0)
+    for tensor, offset in zip(file.tensors, offsets, strict=False):
         rank = len(tensor.shape)
         parts += [_text(tensor.name.encode()), struct.pack(f"<I{rank}QIQ", rank, *tensor.shape, tensor.type, offset)]
-        offset += tensor.size + file.padding(tensor.size)
     header = b"".join(parts)
     return header + bytes(file.padding(len(header)))
 

@@ -236,12 +236,8 @@ def read_architecture(source: ModelSource, registry: Registry, notify: Notify) -
             raise _refused(architecture, family.refusal)
     adapter = architecture.adapter
     if architecture.claimed_by is None and config.model_type not in CONFIG_MAPPING:
-        notify(
-            Notice(
-                f"sleb has not been tested with {config.model_type}, which transformers does not know. "
-                f"It found {text.num_hidden_layers} blocks at {adapter.blocks_path}."
-            )
-        )
+        untested = f"sleb has not been tested with {config.model_type}, which transformers does not know"
+        notify(Notice(f"{untested}. It found {text.num_hidden_layers} blocks at {adapter.blocks_path}."))
     count = getattr(text, adapter.count_key, None)
     if count != architecture.block_count:
         raise UnsupportedModelError(

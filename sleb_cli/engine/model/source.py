@@ -171,9 +171,9 @@ def locate_model(
 
 
 def _tell_of_pickles(source: ModelSource, notify: Notify) -> None:
-    if pickles := [name for name in source.weights.names if not name.endswith(".safetensors")]:
+    if pickles := [path for path in source.weights.paths if path.suffix != ".safetensors"]:
         others = f" and {len(pickles) - 1} more" if len(pickles) > 1 else ""
-        stored = f"{source.id} is stored as pickles ({pickles[0]}{others})"
+        stored = f"{source.id} is stored as pickles ({pickles[0].relative_to(source.folder)}{others})"
         notify(Notice(f"{stored}; sleb reads only tensors from them, and runs no code in them."))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +58,7 @@ def block_changes(before: Structure, after: Structure, old: int, kept: Kept) -> 
     moved = kept.new_number[old] - old
 
     def same(name: str, a: Any, b: Any) -> bool:
-        if _equal(a, b) or _same_list(a, b, kept):
+        if _same(a, b, kept):
             return True
         if not _is_number(name, a, b):
             return False
@@ -77,7 +76,7 @@ def outer_changes(before: Structure, after: Structure, kept: Kept) -> list[str]:
     """
 
     def same(name: str, a: Any, b: Any) -> bool:
-        if _equal(a, b) or _same_list(a, b, kept) or _fewer_kinds(a, b):
+        if _same(a, b, kept) or _fewer_kinds(a, b):
             return True
         if not (isinstance(a, int) and isinstance(b, int)):
             return False
@@ -112,28 +111,24 @@ def refine_kinds(blocks: nn.ModuleList, kinds: Sequence[str]) -> list[str]:
     names = dict.fromkeys(name for parts in classes for name in parts)
     said = [[kind] for kind in kinds]
     for name in names:
-        found: dict[str, set[str]] = defaultdict(set)
-        for kind, parts in zip(kinds, classes, strict=True):
-            if not _SMALL.search(parts.get(name, "")):
-                found[kind].add(parts.get(name, ""))
-        if any(len(different) > 1 for different in found.values()):
-            for words, parts in zip(said, classes, strict=True):
-                words.append(parts.get(name, ""))
+        own = [parts.get(name, "") for parts in classes]
+        pairs = {(kind, each) for kind, each in zip(kinds, own, strict=True) if not _SMALL.search(each)}
+        if len(pairs) > len({kind for kind, _ in pairs}):
+            for words, each in zip(said, own, strict=True):
+                words.append(each)
     return [", ".join(dict.fromkeys(filter(None, words))) for words in said]
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _same(a: Any, b: Any, kept: Kept) -> bool:
+    """Whether values are equal, or lists with one value per block but for those that go."""
     if isinstance(a, float) and isinstance(b, float):
         return math.isclose(a, b, rel_tol=1e-12)  # the same constant, summed in another order
-    return bool(a == b)
+    are_lists = isinstance(a, list | tuple) and isinstance(b, list | tuple)
+    return bool(a == b) or (are_lists and list(by_block(a, kept)) == list(b))
 
 
 def _is_number(name: str, a: Any, b: Any) -> bool:
     return isinstance(a, int) and isinstance(b, int) and _NUMBER_NAMES.search(name.rpartition(".")[2]) is not None
-
-
-def _same_list(a: Any, b: Any, kept: Kept) -> bool:
-    return isinstance(a, list | tuple) and isinstance(b, list | tuple) and list(by_block(a, kept)) == list(b)
 
 
 def _fewer_kinds(a: Any, b: Any) -> bool:

@@ -276,7 +276,8 @@ def _find_other_files(source: ModelSource, written: set[str]) -> tuple[dict[str,
         the files to copy by their relative paths, the names of the model in other formats, which are left out, and of
         links out of the folder, such as to private files.
     """
-    folder, weight_files = source.folder, set(source.weights.names)
+    folder = source.folder
+    weight_files = {path.relative_to(folder).as_posix() for path in source.weights.paths}
     # Mistral's own format: weights in consolidated.safetensors, settings in params.json.
     consolidated = {path.name for path in folder.glob("consolidated*")}
     in_other_formats = consolidated | {"params.json"} if consolidated else set()

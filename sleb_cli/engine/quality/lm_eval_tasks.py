@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from itertools import islice
@@ -182,13 +182,12 @@ def find_tasks(names: Sequence[str], folders: Sequence[Path], also: Iterable[str
     return manager
 
 
-def _folders_with(tasks: Collection[str]) -> list[Path]:
+def _folders_with(tasks: set[str]) -> list[Path]:
     folders: dict[str, Path] = {}
     for file in sorted((_lm_eval_folder() / "tasks").rglob("*.yaml")):
         text = file.read_text(encoding="utf-8", errors="ignore")
-        for found in re.finditer(r"^task:[ \t]*[\"']?([^\s\"'#]+)", text, re.MULTILINE):
-            if found[1] in tasks:
-                folders.setdefault(found[1], file.parent)
+        for name in tasks.intersection(re.findall(r"^task:[ \t]*[\"']?([^\s\"'#]+)", text, re.MULTILINE)):
+            folders.setdefault(name, file.parent)
     return list(dict.fromkeys(folders.values()))
 
 

@@ -77,9 +77,7 @@ def _compare(
     shots = {int(dense["n-shot"].get(name, 0) or 0) for name in tasks}
     hashes = "".join(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in seen)
     return TaskResult(
-        task=measure.task,
-        metric=measure.metric,
-        filter=measure.filter,
+        **measure._asdict(),
         version=str(dense["versions"].get(measure.task)),
         num_fewshot=shots.pop() if len(shots) == 1 else 0,
         chat=bool(dense.get("chat_template")),

@@ -62,12 +62,8 @@ def measure(models: Mapping[Removals, Run], workload: Workload, vocabulary: int,
         advance(done=(limit - warmup.runs) * len(models))
         timed = list(islice(rounds, workload.iterations))
     if warmup.stable is False:
-        notify(
-            Notice(
-                f"{workload.label}: times still vary by {warmup.deviation:.1%} after {warmup.runs} warm-up runs. "
-                "Something else may be using this machine."
-            )
-        )
+        varying = f"times still vary by {warmup.deviation:.1%} after {warmup.runs} warm-up runs"
+        notify(Notice(f"{workload.label}: {varying}. Something else may be using this machine."))
     return Measured(warmup, timed)
 
 

@@ -159,12 +159,7 @@ def _read_texts(
         with task(notify, f"Reading {source}"):
             windows, _ = found = read_windows(source, count, settings, tokenizer)
             if len(windows) < count and not is_mixture and not settings.is_reference:
-                notify(
-                    Notice(
-                        f"{source} has text for only {len(windows)} sequences of {settings.sequence_length} "
-                        "tokens; using all of them."
-                    )
-                )
+                notify(Notice(f"{_found(source, len(windows), settings)}; using all of them."))
         # A reference preset counts rows of text, and all of their windows are used.
         drawn = len(windows) if settings.is_reference else count
         read[source] = take_sequences(found, draw(len(windows), drawn, settings.seed))
@@ -190,13 +185,13 @@ def limit_to_texts(settings: CalibrationSettings, found: Mapping[str, int], noti
         require_mixable(settings, had)
     if settings.samples < wanted:
         scarce = min(found, key=lambda source: found[source] / settings.shares[source])
-        notify(
-            Notice(
-                f"{scarce} has text for only {found[scarce]} sequences of {settings.sequence_length} tokens, so the "
-                f"mixture has {settings.samples} sequences, not {wanted}."
-            )
-        )
+        mixed = f"the mixture has {settings.samples} sequences, not {wanted}"
+        notify(Notice(f"{_found(scarce, found[scarce], settings)}, so {mixed}."))
     return settings
+
+
+def _found(source: str, count: int, settings: CalibrationSettings) -> str:
+    return f"{source} has text for only {count} sequences of {settings.sequence_length} tokens"
 
 
 def read_windows(source: str, samples: int, settings: CalibrationSettings, tokenizer: Any) -> Sequences:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice, takewhile
-from typing import Any, TypeVar, cast
+from itertools import islice, takewhile, tee
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,8 +30,6 @@ _TODAY = (
 
 Tokens = list[tuple[int, bool]]
 """Tokens, and whether each counts in the loss."""
-
-_Token = TypeVar("_Token", tuple[int, bool], tuple[int, bool, int])
 
 
 def require_template(tokenizer: Any, what: str) -> None:
@@ -90,17 +88,11 @@ def cut_answers(tokenizer: Any, text: Text, length: int, most: int | None) -> Ev
     Raises:
         DataError: the template refuses a conversation, or there are too few for a window.
     """
-    rendered = list[Tokens]()
-
-    def numbered() -> Iterator[list[tuple[int, bool, int]]]:
-        for number, conversation in enumerate(text.conversations):
-            rendered.append(render(tokenizer, conversation, text.source, answers=True))
-            yield [(token, counts, number) for token, counts in rendered[-1]]
-
+    rendered, seen = tee(render(tokenizer, each, text.source, answers=True) for each in text.conversations)
     most = min(filter(None, (most, text.limit)), default=None)
-    found = torch.tensor([*islice(pack(numbered(), length), most)], dtype=torch.int64)
+    found = torch.tensor([*islice(pack(rendered, length), most)], dtype=torch.int64)
     if not len(found):
-        raise _too_few(text.source, rendered, length, answers=True)
+        raise _too_few(text.source, [*seen], length, answers=True)
     ids, counted = found[..., 0].contiguous(), found[:, 1:, 1].bool()
     return EvaluationWindows(
         text=text,
@@ -112,13 +104,16 @@ def cut_answers(tokenizer: Any, text: Text, length: int, most: int | None) -> Ev
     )
 
 
-def pack(rendered: Iterable[list[_Token]], length: int) -> Iterator[list[_Token]]:
-    """Yield sequences of `length` tokens, each starting with a conversation, and with a token that counts."""
-    sequence = list[_Token]()
-    for conversation in rendered:
-        sequence = sequence + conversation
+def pack(rendered: Iterable[Tokens], length: int) -> Iterator[list[tuple[int, bool, int]]]:
+    """Yield sequences of `length` tokens, with the number of the conversation that each is from.
+
+    Each sequence starts with a conversation, and has a token that counts.
+    """
+    sequence = list[tuple[int, bool, int]]()
+    for number, conversation in enumerate(rendered):
+        sequence += [(token, counts, number) for token, counts in conversation]
         if len(sequence) >= length:
-            if any(token[1] for token in sequence[1:length]):
+            if any(counts for _, counts, _ in sequence[1:length]):
                 yield sequence[:length]
             sequence = []
 

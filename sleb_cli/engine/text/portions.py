@@ -84,9 +84,7 @@ class Portions:
         found = {source: self._windows(source, settings) for source in settings.texts}
         if len(settings.shares) > 1:
             settings = limit_to_texts(settings, {source: len(rows) for source, (rows, _) in found.items()}, notify)
-        taken = settings
-        if most:
-            taken = replace(settings, samples=min(settings.samples, max(self._fewest, most)))
+        taken = replace(settings, samples=min(settings.samples, max(self._fewest, most))) if most else settings
         counts = taken.counts
         rows = [self._taken(source, windows, number, settings, counts[source]) for source, windows in found.items()]
         given = sum(len(sequences) for sequences, _ in rows)

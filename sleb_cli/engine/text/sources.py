@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, islice
 from pathlib import Path
@@ -165,10 +165,14 @@ def evaluation_text(source: str, length: int) -> Text:
             f"{source} is text to calibrate on.",
             hint="Use wikitext2, c4, a .txt or .jsonl file, or a data set: org/name[:config][:split][:column].",
         )
+    import datasets
+
     dataset, split = _parse_dataset(source), None
     path, config, named, column = [*source.split(":"), "", "", ""][:4]
     if not named:
-        split = _evaluation_split(dataset)
+        with _loading(dataset):
+            splits = datasets.get_dataset_split_names(dataset.path, dataset.config)
+        split = next((each for each in EVALUATION_SPLITS if each in splits), [*splits, "train"][0])
         dataset, source = replace(dataset, split=split), f"{path}:{config}:{split}:{column}".rstrip(":")
     rows = _load(dataset)
     if not column and dataset.column not in rows.column_names and MESSAGES in rows.column_names:
@@ -195,14 +199,6 @@ def _joined(
     ends = accumulate((len(part) + len(separator) for part in parts), initial=0)
     starts = tuple(at for at, part in zip(ends, parts, strict=False) if begins(part))
     return Text(source, separator.join(parts), limit, documents=starts if len(starts) > 1 else ())
-
-
-def _evaluation_split(dataset: Dataset) -> str:
-    import datasets
-
-    with _loading(dataset):
-        splits = datasets.get_dataset_split_names(dataset.path, dataset.config)
-    return next((split for split in EVALUATION_SPLITS if split in splits), [*splits, "train"][0])
 
 
 def calibration_conversations(
@@ -253,13 +249,11 @@ def _file_conversations(source: str, content: str) -> tuple[Conversation, ...]:
     if Path(source).suffix != ".jsonl":
         return ()
     first = next(filter(None, map(str.strip, content.split("\n"))), "")
-    try:
+    with suppress(ValidationError):  # which the text is refused for
         line = TypeAdapter(dict[str, Any]).validate_json(first)
-    except ValidationError:  # which the text is refused for
-        return ()
-    if line.get("messages") is None or line.get("text") is not None:
-        return ()
-    return tuple(each.conversation for each in _json_lines(source, content, _Messages))
+        if line.get("messages") is not None and line.get("text") is None:
+            return tuple(each.conversation for each in _json_lines(source, content, _Messages))
+    return ()
 
 
 def read_prompts(source: str, split: TextSplit = WHOLE) -> list[Conversation]:

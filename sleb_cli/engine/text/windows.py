@@ -131,14 +131,13 @@ def require_windows(windows: Tensor, text: Text, tokenizer: Any, length: int, as
     Raises:
         DataError: there are no windows, or fewer than asked for.
     """
-    found = windows.shape[0]
-    if found == 0:
+    if not len(windows):
         tokens = len(tokenizer(text.content, add_special_tokens=False).input_ids)
         raise DataError(
             f"{text.source} has {tokens} tokens, less than one sequence of {length}.",
             hint="Use more text, or reduce --sequence-length.",
         )
-    require_enough(found, text.source, length, asked)
+    require_enough(len(windows), text.source, length, asked)
     return windows
 
 
