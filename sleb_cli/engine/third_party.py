@@ -77,11 +77,11 @@ def saving(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def prefer_disk_error(verdict: type[SlebError]) -> Iterator[None]:
+def prefer_disk_error(*verdicts: type[Exception]) -> Iterator[None]:
     """Raise the error of the disk that led to a verdict on a model, instead of the verdict."""
     try:
         yield
-    except verdict as error:
+    except verdicts as error:
         if found := disk_error(error):
             raise found from error
         raise

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sleb_cli.engine.files.copying import leads_out, reading
-from sleb_cli.engine.third_party import disk_error, translate_errors
+from sleb_cli.engine.third_party import prefer_disk_error, translate_errors
 from sleb_plugins import ModelError
 
 SAFETENSORS = "model.safetensors"
@@ -255,15 +255,11 @@ def read_tensors(path: Path, names: Sequence[str]) -> Iterator[torch.Tensor]:
         held = load_pickle(path)
         yield from (held[name] for name in names)
         return
-    with reading(path):
-        try:
+    try:
+        with reading(path), prefer_disk_error(SafetensorError, OSError, RuntimeError):
             opened = safe_open(path, framework="pt")
-        except (SafetensorError, OSError, RuntimeError) as error:
-            if failed := disk_error(error):
-                raise failed from error
-            if isinstance(error, SafetensorError):
-                raise _broken(path) from error
-            raise
+    except SafetensorError as error:
+        raise _broken(path) from error
     with opened as file:
         for name in names:
             yield file.get_tensor(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -42,8 +43,7 @@ def generate_sample(
         try:
             with explain_out_of_memory(f"out of memory on {skippable.device}.", hint=""):
                 for skipped in ((), tuple(removed)):
-                    cached = _generate(skippable, prompt, skipped, count, ends)
-                    generated.append(_continue(skippable, prompt, skipped, count, ends) if cached is None else cached)
+                    generated.append(_continue(skippable, prompt, skipped, count, ends))
                     advance(count)
         except (UnsupportedModelError, OutOfMemory) as error:
             notify(Notice(f"No sample text is shown: {error.message}"))
@@ -62,37 +62,29 @@ def generate_sample(
 
 
 @torch.inference_mode()
-def _generate(
+def _continue(
     skippable: SkippableModel, prompt: Tensor, removed: Sequence[int], count: int, ends: Collection[int]
-) -> list[int] | None:
-    """Return the most likely next tokens, or None if the KV cache does not work with skipped blocks.
+) -> list[int]:
+    """Return the most likely next tokens, up to the one that ends the text.
 
-    One pass without the cache checks the tokens.
+    One pass without the KV cache checks those that are generated with it. If it does not work with skipped blocks, each
+    token takes such a pass.
     """
+    start = prompt.shape[1]
     greedy = GenerationConfig(
         do_sample=False, max_new_tokens=count, use_cache=True, eos_token_id=sorted(ends) or None, pad_token_id=0
     )
     skippable.skip(removed)
-    try:
+    with suppress(UnsupportedModelError):
         ids = generate(skippable.model, prompt, greedy, lambda words: UnsupportedModelError(words, hint=""))
-    except UnsupportedModelError:
-        return None
-    new = ids[:, prompt.shape[1] :]
-    logits = skippable.logits(ids[:, :-1], removed)[:, prompt.shape[1] - 1 :]
-    if not same_numbers(logits.amax(-1), logits.gather(-1, new[..., None])[..., 0]):
-        return None
-    return [token for token in new[0].tolist() if token not in ends]
-
-
-@torch.inference_mode()
-def _continue(
-    skippable: SkippableModel, prompt: Tensor, removed: Sequence[int], count: int, ends: Collection[int]
-) -> list[int]:
-    """Return the most likely next tokens, without the KV cache, up to the one that ends the text."""
+        new = ids[:, start:]
+        logits = skippable.logits(ids[:, :-1], removed)[:, start - 1 :]
+        if same_numbers(logits.amax(-1), logits.gather(-1, new[..., None])[..., 0]):
+            return [token for token in new[0].tolist() if token not in ends]
     ids = prompt
     for _ in range(count):
         best = skippable.logits(ids, removed, last=1)[:, -1:].argmax(-1)
         if int(best) in ends:
             break
         ids = torch.cat([ids, best], dim=1)
-    return list(ids[0, prompt.shape[1] :].tolist())
+    return list(ids[0, start:].tolist())
