@@ -9,11 +9,10 @@ import pytest
 
 from chat_templates import PUBLISHED
 from conftest import architecture_of, tokenizer_with
-from sleb_cli.engine.text import sources
 from sleb_cli.engine.text.calibration import calibrate
 from sleb_cli.engine.text.chat import cut_answers, cut_conversations, render
 from sleb_cli.engine.text.settings import resolve_calibration
-from sleb_cli.engine.text.sources import Text, calibration_conversations, evaluation_text
+from sleb_cli.engine.text.sources import Text, calibration_conversations
 from sleb_plugins import DataError, UsageError
 
 TEMPLATE = (
@@ -196,16 +195,6 @@ def test_a_line_that_is_no_conversation_is_named(tmp_path, line):
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": CONVERSATION}) + "\n\n" + line)
     with pytest.raises(DataError, match=r"ine 3 of chat\.jsonl"):
         calibration_conversations("chat.jsonl", samples=1, length=10, seed=0)
-
-
-@pytest.mark.parametrize("line", [{"text": "a"}, {"messages": CONVERSATION}])
-def test_a_file_to_measure_on_is_read_once(tmp_path, monkeypatch, line):
-    (tmp_path / "talks.jsonl").write_text(json.dumps(line))
-    read, calls = sources._read_file, []
-    monkeypatch.setattr(sources, "_read_file", lambda name: calls.append(name) or read(name))
-    found = evaluation_text("talks.jsonl", 10)
-    assert calls == ["talks.jsonl"]
-    assert (found.content, [*found.conversations]) == (line.get("text", ""), [*filter(None, [line.get("messages")])])
 
 
 def test_a_data_set_gives_its_column_of_messages(monkeypatch):

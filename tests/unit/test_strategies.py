@@ -10,7 +10,7 @@ from sleb_cli.engine.search.choices import NoBlockLeft, Outcome, Protection
 from sleb_cli.engine.search.strategies import STRATEGIES, Problem
 from sleb_plugins import ModelError
 
-SEEDS = pytest.mark.parametrize("seed", range(20))
+SEEDS = pytest.mark.parametrize("seed", range(10))
 EACH = pytest.mark.parametrize("strategy", STRATEGIES)
 
 
