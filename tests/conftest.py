@@ -17,7 +17,6 @@ import math
 import random
 import shutil
 import signal
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -357,29 +356,6 @@ def _found_plan(tiny_llama: Path, text_file: Path, tmp_path_factory: pytest.Temp
 def llama_plan(_found_plan: Path, tmp_path: Path) -> Path:
     """A plan of two removals for the tiny Llama, found by a real search."""
     return Path(shutil.copy(_found_plan, tmp_path))
-
-
-@pytest.fixture
-def tried(record_property: Callable[[str, object], None]) -> Callable[..., None]:
-    """Count what this test tries, by kind; the end of a run of pytest lists the sums."""
-
-    def count(kind: str, cases: int = 1) -> None:
-        record_property("tried", [kind, cases])
-
-    return count
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """List how much was tried, of what `tried` counts."""
-    sums: Counter[str] = Counter()
-    for report in terminalreporter.stats.get("passed", ()):
-        for name, value in report.user_properties:
-            if name == "tried":
-                sums[value[0]] += value[1]
-    if sums:
-        terminalreporter.section("tried")
-        for kind, cases in sorted(sums.items()):
-            terminalreporter.write_line(f"{cases:>7,} {kind}")
 
 
 @pytest.fixture
