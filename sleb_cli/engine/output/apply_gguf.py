@@ -25,6 +25,7 @@ from sleb_cli.engine.output.apply import Output, kept_tensors, move_if_proof_fai
 from sleb_cli.engine.output.proof import place_proof, prove
 from sleb_cli.engine.output.proof_of_files import Planned, model_errors_fail_proof, proof_error
 from sleb_cli.engine.surgery.gguf_surgery import GgufSurgery
+from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.third_party import disk_error, prefer_disk_error, translate_errors
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.names import checkpoint_name
@@ -57,7 +58,8 @@ def prune_gguf(surgery: GgufSurgery, output: Output, registry: Registry, notify:
         if read_gguf(file.path) != file:
             raise ModelError(f"{file.path} changed while it was read.", hint="Run the command again.")
         require_space(output.place, gguf_size(pruned))
-        _write(pruned, aside, notify)
+        with task(notify, "Writing weights", sum(tensor.size for tensor in pruned.tensors), "B") as advance:
+            write_gguf(pruned, aside, advance)
         proof: Proof | None = None
         unproven: str | None = "--no-verify"
         if output.verify:
@@ -101,11 +103,6 @@ def require_same_kind_of_model(model: ModelRecord, file: GgufFile, notify: Notif
                 "the number of blocks matches."
             )
         )
-
-
-def _write(pruned: GgufFile, aside: Path, notify: Notify) -> None:
-    with task(notify, "Writing weights", sum(tensor.size for tensor in pruned.tensors), "B") as advance:
-        write_gguf(pruned, aside, advance)
 
 
 def _require_as_planned(pruned: GgufFile, aside: Path) -> None:
@@ -172,7 +169,7 @@ def _prove_with_transformers(
         return None, reason
     try:
         architecture = read_architecture(locate_model(str(file.path), notify), registry, notify)
-        hf_surgery = surgery.of_model(architecture)
+        hf_surgery = Surgery(architecture, tuple(cut.of_model(architecture) for cut in surgery.cuts))
     except (ModelError, MachineError, UsageError) as error:
         if disk_error(error):
             raise

@@ -196,7 +196,7 @@ class _Models:
     def checks(self) -> Iterator[CheckResult]:
         """Check that the checkpoint computes what its reference computes, generates, and can be saved again."""
         if self.placement.too_large:
-            self._loaded(torch.device("meta"), None)  # stock transformers finds each weight in the files
+            self._load()  # stock transformers finds each weight in the files
             yield "loads", {}
             return
         ids, new_tokens = self._prompt()
@@ -296,22 +296,18 @@ class _Models:
         return expected if self.surgery.tokens is None else expected[..., list(self.surgery.tokens)]
 
     def _load(self) -> Any:
-        """Load the checkpoint as transformers does, where the dense model was."""
+        """Load the checkpoint as transformers does, where the dense model was; without values if that is too large."""
         architecture, place = self.surgery.architecture, self.placement
-        on_disk = blocks_on_disk(architecture, len(self.surgery.kept.blocks), place.device)
-        device_map = on_disk if place.stream else place.device_map
-        model = self._loaded(place.device, device_map, dtype=place.dtype).eval()
-        align(model)
-        return model
-
-    def _loaded(self, device: torch.device, device_map: DeviceMap | None, **options: Any) -> Any:
-        architecture = self.surgery.architecture
-        options["trust_remote_code"] = architecture.source.trust_remote_code
+        device = torch.device("meta") if place.too_large else place.device
+        on_disk = blocks_on_disk(architecture, len(self.surgery.kept.blocks), device)
+        device_map = on_disk if place.stream and not place.too_large else place.device_map
+        options = {"dtype": place.dtype, "trust_remote_code": architecture.source.trust_remote_code}
         with model_errors_fail_proof():
             model, info = load_pretrained(architecture.auto_class, self.folder, "it", device, device_map, **options)
         if problem := loading_problem(info, "missing", "unexpected", "mismatched"):
             raise proof_error(problem)
-        return model
+        align(model)
+        return model.eval()
 
     def _other_logits(self, difference: float, ids: Tensor, states: Sequence[tuple[Tensor, Tensor]]) -> ProofError:
         return proof_error(

@@ -13,8 +13,6 @@ from sleb_cli.engine.cut.protocol import GgufCut
 from sleb_cli.engine.gguf.block_rules import require_same_kinds
 from sleb_cli.engine.gguf.blocks import block_count, require_blocks, stored_block_count
 from sleb_cli.engine.gguf.file import GgufFile
-from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_plugins.config_keys import kept_blocks, require_removable
 
 
@@ -29,15 +27,6 @@ class GgufSurgery:
     def removals(self) -> tuple[int, ...]:
         """The removed blocks, numbered as in the file, in the order of their removal."""
         return tuple(block for cut in self.cuts for block in cut.removals)
-
-    def of_model(self, architecture: Architecture) -> Surgery:
-        """Return the same removal from the model that transformers reads in the file.
-
-        Raises:
-            UsageError: that model has no such blocks.
-            UnsupportedModelError: the cuts are not possible there.
-        """
-        return Surgery(architecture, tuple(cut.of_model(architecture) for cut in self.cuts))
 
     def pruned(self) -> GgufFile:
         """Return the header of the pruned file; the offsets of its tensors are those in `file`."""
