@@ -38,12 +38,12 @@ def generate(
         model.generation_config = own
 
 
+HaveEnded = Callable[[Tensor], Tensor]
+"""Called after every step with all new tokens, [batch, tokens]; tells which texts have ended, bool [batch]."""
+
+
 def continue_each(
-    run: Callable[..., Any],
-    prompts: Tensor,
-    attended: Tensor,
-    new: int,
-    ended: Callable[[int], Callable[[Tensor], Tensor]],
+    run: Callable[..., Any], prompts: Tensor, attended: Tensor, new: int, ended: Callable[[int], HaveEnded]
 ) -> list[Tensor]:
     """Return the tokens that follow each prompt, [new tokens] each, and go on without the texts that have ended.
 
@@ -54,8 +54,7 @@ def continue_each(
         prompts: their tokens, padded on the left, [batch, positions].
         attended: 1 for each that is no padding, of the same shape.
         new: how many tokens follow, at most.
-        ended: given the size of a batch, returns what is called after every step with all new tokens, [batch, tokens],
-            and tells which texts have ended, bool [batch].
+        ended: given the size of a batch, returns what tells which of its texts have ended.
     """
     start, ids, cache = prompts.shape[1], prompts, dict[str, Any]()
     written, rows = [prompts[0, :0]] * len(prompts), [*range(len(prompts))]
@@ -78,7 +77,7 @@ class _ManyEnded(StoppingCriteria):  # type: ignore[misc]
 
     ended: Tensor
 
-    def __init__(self, start: int, have_ended: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, start: int, have_ended: HaveEnded) -> None:
         self._start, self._have_ended = start, have_ended
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **options: Any) -> Tensor:

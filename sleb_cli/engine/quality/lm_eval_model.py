@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sleb_cli.engine.device import input_device
 from sleb_cli.engine.lm_eval_internals import HFLM, stop_sequences_criteria
-from sleb_cli.engine.model.generation import continue_each, end_tokens
+from sleb_cli.engine.model.generation import HaveEnded, continue_each, end_tokens
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.events import Notify, task
 from sleb_plugins import UsageError
@@ -126,7 +126,7 @@ class LoadedModel(HFLM):  # type: ignore[misc]
         def run(ids: Tensor, settings: dict[str, Any], **more: Any) -> Any:
             return self.model.generate(ids, pad_token_id=self.tokenizer.pad_token_id, **options, **settings, **more)
 
-        def ended(rows: int) -> Callable[[Tensor], Tensor]:
+        def ended(rows: int) -> HaveEnded:
             stops = stop_sequences_criteria(self.tokenizer, stop, 0, rows)
 
             def have_ended(added: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +65,6 @@ def benchmark(wanted: Benchmark, notify: Notify, write_files: WriteFiles | None 
     """
     architecture = wanted.subject.architecture
     dense = Surgery(architecture, ())
-    vocabulary = architecture.text_config.vocab_size
     with _threads(wanted.threads):
         if wanted.engine and write_files:
             version: str | None = wanted.engine.version() or None
@@ -74,13 +73,13 @@ def benchmark(wanted: Benchmark, notify: Notify, write_files: WriteFiles | None 
             load, version = load_with_transformers(wanted.dtype, wanted.device, notify), transformers.__version__
         # All sizes together or, if only two models fit, each in turn with the dense one.
         in_pairs = wanted.sizes and (wanted.engine or architecture.is_quantized)
-        measured: dict[Workload, list[Measured]] = {workload: [] for workload in wanted.workloads}
-        sizes: dict[Removals, ModelSize] = {}
+        timed = []
         with load(dense, None) as loaded:
             for group in [[size] for size in wanted.sizes] if in_pairs else [wanted.sizes]:
-                sizes |= _time_together(load, loaded, group, measured, vocabulary, notify)
+                timed.append(_time_together(wanted, load, loaded, group, notify))
                 free_memory()
             dtype, device, attention = loaded.dtype, loaded.device, loaded.attention
+        sizes = {removals: size for found, _ in timed for removals, size in found.items()}
         del loaded
         free_memory()  # for the processes that measure memory
         memory: dict[Removals, list[MemoryRecord | None]] = {}
@@ -104,7 +103,7 @@ def benchmark(wanted: Benchmark, notify: Notify, write_files: WriteFiles | None 
             workloads=tuple(
                 workload_result(
                     workload,
-                    measured[workload],
+                    [measured[number] for _, measured in timed],
                     {removals: found[number] for removals, found in memory.items()},
                     engine_version=version,
                     attention=attention,
@@ -126,21 +125,17 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def _time_together(
-    load: ModelLoader,
-    dense: TimedModel,
-    surgeries: Sequence[Surgery],
-    measured: Mapping[Workload, list[Measured]],
-    vocabulary: int,
-    notify: Notify,
-) -> dict[Removals, ModelSize]:
-    """Time the dense model with these sizes, add the rounds of each workload to `measured`, and return the sizes."""
+    wanted: Benchmark, load: ModelLoader, dense: TimedModel, surgeries: Sequence[Surgery], notify: Notify
+) -> tuple[dict[Removals, ModelSize], list[Measured]]:
+    """Time the dense model with these sizes; return the size of each model, and the rounds of each workload."""
+    vocabulary, measured = wanted.subject.architecture.text_config.vocab_size, list[Measured]()
     with ExitStack() as stack:
         models = [dense, *(stack.enter_context(load(surgery, dense)) for surgery in surgeries)]
-        for workload, found in measured.items():
+        for workload in wanted.workloads:
             with ExitStack() as ready:
                 runs = {model.size.removals: ready.enter_context(model.prepare(workload)).run for model in models}
-                found.append(measure(runs, workload, vocabulary, notify))
-    return {model.size.removals: model.size for model in models}
+                measured.append(measure(runs, workload, vocabulary, notify))
+    return {model.size.removals: model.size for model in models}, measured
 
 
 def share_of_time(workload: Workload, dense: Any, pruned: Any, removals: Removals, notify: Notify) -> float:

@@ -155,7 +155,7 @@ def evaluation_text(source: str, length: int) -> Text:
         return _joined(source, lines, begins=lambda line: bool(_TITLE.fullmatch(line.strip())))
     if source == "c4":
         documents = islice(_documents(EVALUATION_PRESETS[source]), C4_EVALUATION_DOCUMENTS)
-        return _joined(source, documents, " ", limit=C4_EVALUATION_WINDOWS)
+        return replace(_joined(source, documents, " "), limit=C4_EVALUATION_WINDOWS)
     if is_file(source):
         content = _read_file(source)
         conversations = _file_conversations(source, content)
@@ -183,22 +183,17 @@ def evaluation_text(source: str, length: int) -> Text:
     if isinstance(first, list):
         return Text(source, "", limit, split, conversations=tuple(_row_conversations(dataset, values, limit, length)))
     texts = _enough(map(str, values), limit * length * CHARACTERS_PER_TOKEN)
-    return replace(_joined(source, texts, limit=limit), split=split)
+    return replace(_joined(source, texts), limit=limit, split=split)
 
 
 def _joined(
-    source: str,
-    parts: Iterable[str],
-    separator: str = PARAGRAPHS,
-    *,
-    limit: int | None = None,
-    begins: Callable[[str], bool] = bool,
+    source: str, parts: Iterable[str], separator: str = PARAGRAPHS, *, begins: Callable[[str], bool] = bool
 ) -> Text:
     """Join the parts of a text; a part begins a document if `begins` says so."""
     parts = list(parts)
     ends = accumulate((len(part) + len(separator) for part in parts), initial=0)
     starts = tuple(at for at, part in zip(ends, parts, strict=False) if begins(part))
-    return Text(source, separator.join(parts), limit, documents=starts if len(starts) > 1 else ())
+    return Text(source, separator.join(parts), documents=starts if len(starts) > 1 else ())
 
 
 def calibration_conversations(
