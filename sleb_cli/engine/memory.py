@@ -32,7 +32,7 @@ def shortage(needed: int, free: int, of: str) -> str | None:
 class SmallerPieces(Generic[S]):
     """Repeat work in smaller pieces for as long as it runs out of memory.
 
-        for size in (pieces := SmallerPieces(8, half, print)):
+        for size in (pieces := SmallerPieces(8, lambda size: size // 2 or None, print)):
             with pieces:
                 work(size)
 
@@ -62,11 +62,6 @@ class SmallerPieces(Generic[S]):
         return self._failed
 
 
-def half(size: int) -> int | None:
-    """Return half of a size, or None for 1, the smallest."""
-    return size // 2 or None
-
-
 def in_smaller_pieces(
     run: Callable[[int], T], size: int, device: torch.device = CPU, notify: Notify = ignore, doing: str = ""
 ) -> T:
@@ -79,7 +74,7 @@ def in_smaller_pieces(
         notify(Notice(f"Out of memory on {device}; {doing.format(smaller)} at a time."))
 
     found: list[T] = []
-    for pieces in (halving := SmallerPieces(size, half, told)):
+    for pieces in (halving := SmallerPieces(size, lambda each: each // 2 or None, told)):
         with halving:
             found.append(run(pieces))
     return found[0]

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from sleb_cli.engine.third_party import translate_errors
+from sleb_cli.engine.third_party import error_saying, translate_errors
 from sleb_cli.processes import WorkerFinished, local_rank, process_count, process_rank
 from sleb_plugins import MachineError, SlebError
 
@@ -128,7 +128,8 @@ def join_processes() -> Iterator[ProcessGroup]:
         yield ProcessGroup()
         return
     group = ProcessGroup(process_rank(), process_count())
-    with translate_errors(_cannot_connect):
+    hint = "Start them with `torchrun` or `accelerate launch`; for one alone, unset WORLD_SIZE."
+    with translate_errors(error_saying(MachineError, "This process cannot connect to the others", hint)):
         store = next(iter(rendezvous("env://", timeout=STARTING_TIME)))[0]
         dist.init_process_group(_backends(), store=store, rank=group.rank, world_size=group.size, timeout=LONGEST_STEP)
     try:
@@ -169,13 +170,6 @@ def _sent(error: BaseException, group: ProcessGroup) -> BaseException:
         return RuntimeError("".join(traceback.format_exception(error)))
     error.message = f"In process {group.rank} of {group.size}: {error.message}"
     return error
-
-
-def _cannot_connect(words: str) -> MachineError:
-    return MachineError(
-        f"This process cannot connect to the others: {words}.",
-        hint="Start them with `torchrun` or `accelerate launch`; for one alone, unset WORLD_SIZE.",
-    )
 
 
 def _backends() -> str:

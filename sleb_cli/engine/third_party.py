@@ -61,6 +61,11 @@ def translate_errors(sentence: Callable[[str], SlebError]) -> Iterator[None]:
         raise sentence(first_line(error)) from error
 
 
+def error_saying(kind: type[SlebError], what: str, hint: str) -> Callable[[str], SlebError]:
+    """Return what makes an error of the words of an exception, for `translate_errors`: "what: words."."""
+    return lambda words: kind(f"{what}: {words}.", hint=hint)
+
+
 @contextmanager
 def saving(path: Path) -> Iterator[None]:
     """Turn what safetensors cannot write into an `OutputError`: it puts the system's errors into words of its own.
@@ -121,7 +126,7 @@ def translate_transformers_errors(what: str) -> Iterator[None]:
         ModelError: transformers refuses the files.
     """
     hint = "Check the files, or upgrade with `pip install --upgrade transformers`."
-    with translate_errors(lambda words: ModelError(f"transformers cannot read {what}: {words}.", hint=hint)):
+    with translate_errors(error_saying(ModelError, f"transformers cannot read {what}", hint)):
         try:
             yield
         except ImportError as error:

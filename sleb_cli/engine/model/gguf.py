@@ -23,7 +23,7 @@ from sleb_cli.engine.gguf.blocks import require_blocks
 from sleb_cli.engine.gguf.file import GgufFile, read_gguf
 from sleb_cli.engine.gguf.quick import quick_gguf
 from sleb_cli.engine.memory import memory_shortage
-from sleb_cli.engine.third_party import translate_errors, translate_transformers_errors
+from sleb_cli.engine.third_party import error_saying, translate_errors, translate_transformers_errors
 from sleb_cli.events import Notify, task
 from sleb_plugins import MachineError, OutputError, UnsupportedModelError
 
@@ -99,9 +99,7 @@ def convert_tokenizer(path: Path, folder: Path) -> None:
 
 
 def _writing(folder: Path) -> AbstractContextManager[None]:
-    return translate_errors(
-        lambda words: OutputError(f"Cannot write {folder}: {words}.", hint="Free some space on this disk.")
-    )
+    return translate_errors(error_saying(OutputError, f"Cannot write {folder}", "Free some space on this disk."))
 
 
 def _load(file: GgufFile, dtype: torch.dtype) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.third_party import translate_errors
+from sleb_cli.engine.third_party import error_saying, translate_errors
 from sleb_plugins import UnsupportedModelError
 from sleb_plugins.config_keys import kept_blocks, sliced_axis
 
@@ -75,24 +75,19 @@ def cache_bytes(architecture: Architecture, dtype: torch.dtype, length: int) -> 
     model = architecture.build(architecture.config).to(torch.bfloat16).eval()
     text = torch.zeros(1, length, dtype=torch.long, device="meta")
     conditions_hold = ConditionsHold()  # type: ignore[no-untyped-call]
-    no_run = _unknown(architecture, "it does not run without its weights")
+    what = f"The size of the KV cache of {architecture.config.model_type} is unknown"
+    unknown = error_saying(UnsupportedModelError, what, "Use another target, such as --ratio.")
+    no_run = unknown("it does not run without its weights")
     with torch.no_grad(), conditions_hold, translate_errors(lambda words: no_run):
         read = model(input_ids=text, use_cache=True)
     layers = cache_layers(read)
     if not layers or len(layers) != architecture.block_count:
-        raise _unknown(architecture, "it is not kept block by block")
+        raise unknown("it is not kept block by block")
 
     def stored(tensor: Tensor) -> int:  # recurrent states are kept in float32 whatever the model computes in
         return tensor.numel() * (dtype if tensor.dtype is torch.bfloat16 else tensor.dtype).itemsize
 
     return PerBlock(0, tuple(float(sum(map(stored, layer_tensors(layer)))) for layer in layers))
-
-
-def _unknown(architecture: Architecture, why: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"The size of the KV cache of {architecture.config.model_type} is unknown: {why}.",
-        hint="Use another target, such as --ratio.",
-    )
 
 
 def cache_layers(output: Any) -> list[Any]:

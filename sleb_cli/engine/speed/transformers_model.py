@@ -14,14 +14,18 @@ from transformers import CompileConfig, GenerationConfig
 from sleb_cli.engine.device import synchronize
 from sleb_cli.engine.model.generation import as_transformers_loads, generate
 from sleb_cli.engine.model.sizes import cache_layers, layer_tensors
-from sleb_cli.engine.third_party import translate_errors
+from sleb_cli.engine.third_party import error_saying, translate_errors
 from sleb_cli.engine.transformers_internals import BaseStreamer
 from sleb_cli.results import Workload
-from sleb_plugins import MachineError, SlebError, UnsupportedModelError
+from sleb_plugins import MachineError, UnsupportedModelError
 from sleb_plugins.engine import TimedRun
 
 # After eight models, torch would run the others without compiling them.
 MOST_COMPILED = 256
+
+_NOT_COMPILED = error_saying(
+    MachineError, "torch.compile does not work for this model on this machine", "Leave out --compile."
+)
 
 
 @contextmanager
@@ -67,7 +71,7 @@ class TransformersModel:
     def _run(self, ids: Tensor, new_tokens: int, **options: Any) -> Any:
         compiled = self._workload.compiled
         if not new_tokens:
-            with translate_errors(_not_compiled) if compiled else nullcontext():
+            with translate_errors(_NOT_COMPILED) if compiled else nullcontext():
                 return self._forward(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         settings = GenerationConfig(
             do_sample=False, use_cache=True, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
@@ -75,12 +79,9 @@ class TransformersModel:
             cache_implementation="static" if compiled else None,
             compile_config=_compile_everywhere() if compiled else None,
         )  # fmt: skip
-        return generate(self._model, ids, settings, _not_compiled if compiled else self._not_generating, **options)
-
-    def _not_generating(self, words: str) -> SlebError:
-        return UnsupportedModelError(
-            f"{self._model.config.model_type} cannot generate text: {words}.", hint="Time the prompt alone: --prompt."
-        )
+        what, hint = f"{self._model.config.model_type} cannot generate text", "Time the prompt alone: --prompt."
+        refused = _NOT_COMPILED if compiled else error_saying(UnsupportedModelError, what, hint)
+        return generate(self._model, ids, settings, refused, **options)
 
 
 class _TokenClock(BaseStreamer):  # type: ignore[misc]
@@ -107,9 +108,3 @@ def _compile_everywhere() -> CompileConfig:
     config = CompileConfig()
     config._compile_all_devices = True
     return config
-
-
-def _not_compiled(words: str) -> SlebError:
-    return MachineError(
-        f"torch.compile does not work for this model on this machine: {words}.", hint="Leave out --compile."
-    )

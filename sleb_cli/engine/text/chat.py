@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sleb_cli.engine.text.sources import Conversation, Text
 from sleb_cli.engine.text.windows import EvaluationWindows, begin_with_bos, require_enough
-from sleb_cli.engine.third_party import translate_errors
+from sleb_cli.engine.third_party import error_saying, translate_errors
 from sleb_plugins import DataError, UsageError
 
 # The tag with which a template marks what the model writes.
@@ -51,14 +51,8 @@ def apply_template(tokenizer: Any, conversation: Conversation, source: str, **op
     Raises:
         DataError: the template refuses it.
     """
-
-    def refused(words: str) -> DataError:
-        return DataError(
-            f"The chat template refuses a conversation of {source}: {words}.",
-            hint="Leave it out; many templates need user and assistant to alternate.",
-        )
-
-    with translate_errors(refused):
+    hint = "Leave it out; many templates need user and assistant to alternate."
+    with translate_errors(error_saying(DataError, f"The chat template refuses a conversation of {source}", hint)):
         template = _TODAY + tokenizer.get_chat_template()
         return tokenizer.apply_chat_template(conversation, chat_template=template, **options)
 

@@ -18,7 +18,7 @@ from sleb_cli.engine.device import as_float64, input_device
 from sleb_cli.engine.files.cache import cached_file, write_cached
 from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.model.generation import continue_each, generate
-from sleb_cli.engine.third_party import pass_errors_through
+from sleb_cli.engine.third_party import error_saying, pass_errors_through
 from sleb_cli.events import Advance, Notice, Notify, task
 from sleb_cli.units import plural
 from sleb_cli.version import __version__
@@ -115,9 +115,7 @@ def _key(model: Any, writing: Writing, batch: int) -> dict[str, Any]:
 
 def _continuing(model: Any, advance: Advance) -> Continue:
     device = input_device(model)
-
-    def refused(words: str) -> UnsupportedModelError:
-        return UnsupportedModelError(f"{model.config.model_type} cannot generate text: {words}.", hint=GIVE_TEXT)
+    refused = error_saying(UnsupportedModelError, f"{model.config.model_type} cannot generate text", GIVE_TEXT)
 
     def more(
         prompts: Sequence[Sequence[int]], new: int, forbidden: Collection[int] = (), ends: Collection[int] = ()

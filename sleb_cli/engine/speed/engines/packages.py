@@ -7,7 +7,7 @@ from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
-from sleb_cli.engine.third_party import translate_errors
+from sleb_cli.engine.third_party import error_saying, translate_errors
 from sleb_plugins.engine import Engine
 from sleb_plugins.errors import MachineError
 
@@ -43,10 +43,6 @@ class PackagedEngine(Engine):
         """
         if find_spec(self.module) is None:
             raise MachineError(f"{self.title} is not installed.", hint=f"Run `pip install 'sleb[{self.extra}]'`.")
-        with translate_errors(self._not_loading):
+        failed = f"{self.title} is installed, but does not load"
+        with translate_errors(error_saying(MachineError, failed, "Reinstall it for this machine.")):
             return importlib.import_module(self.module)
-
-    def _not_loading(self, words: str) -> MachineError:
-        return MachineError(
-            f"{self.title} is installed, but does not load: {words}.", hint="Reinstall it for this machine."
-        )

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from sleb_cli.engine.speed.engines.packages import PackagedEngine
-from sleb_cli.engine.third_party import translate_errors
+from sleb_cli.engine.third_party import error_saying, translate_errors
 from sleb_plugins.engine import EngineSettings, LoadedModel, TimedRun
 from sleb_plugins.errors import MachineError
 
@@ -39,9 +39,7 @@ class Vllm(PackagedEngine):
         """
         vllm = self.imported()
         hint = "Run `vllm serve` on the folder for more; with less memory, measure one size at a time."
-        with translate_errors(
-            lambda words: MachineError(f"vLLM does not start with {model.name}: {words}.", hint=hint)
-        ):
+        with translate_errors(error_saying(MachineError, f"vLLM does not start with {model.name}", hint)):
             return _LoadedCheckpoint(self, vllm, model, settings)
 
     def imported(self) -> Any:
