@@ -12,6 +12,7 @@ import torch
 from conftest import llama_config, random_model
 from families import tiny_config
 from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery import block_fit, least_squares
 from sleb_cli.engine.recovery.block_fit import RIDGES
 from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
@@ -55,7 +56,9 @@ def recovered(skippable, removed, text, fitted, notify=ignore):
 
 def divergence(skippable, removed, text, values=()):
     with skippable:
-        return losses(Variant(skippable, removed, dict(values)), Variant(skippable), text)[1]
+        return losses(
+            Variant(skippable, removed, dict(values)), Variant(skippable), Calibration(text, None), ProcessGroup()
+        ).divergence
 
 
 def summed(rows, *bounds, rounded=False):

@@ -143,11 +143,10 @@ def _fit_blocks(job: Job, size: int) -> tuple[dict[str, Tensor], ClosedFormRecor
             end = ends[block]
             if (gap := end - begin - 1) or fruitless < PATIENCE:
                 # From here to the end of the step, the dense model is behind the gap, and the pruned one before it.
-                pair = replace(pair, dense=batches.run_blocks(batches.calls, pair.dense, range(begin, end)))
+                pair = replace(pair, dense=batches.run_blocks(pair.dense, range(begin, end), batches.all))
                 fruitless = 0 if fits.refit(pair, block, gap) or gap else fruitless + 1
                 with job.dense.replaced(fits.values):
-                    own = range(block, block + 1)
-                    pair = replace(pair, pruned=batches.run_blocks(batches.calls, pair.pruned, own))
+                    pair = replace(pair, pruned=batches.run_blocks(pair.pruned, [block], batches.all))
             else:  # nothing is gained here, so both models run on to the next gap
                 end = next((each for each in kept if each >= block and ends[each] > each + 1), count)
                 pair = batches.advance(pair, range(block, end), only_for_gains=end == count)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.forward.holding import SharedInputs, keep_on_device, to_cpu
-from sleb_cli.engine.forward.skipping import Call
 from sleb_cli.engine.recovery.stage import Job
 from sleb_cli.engine.recovery.variant import Variant, summed_losses
 from sleb_cli.engine.text.windows import whole_mask
@@ -44,6 +43,9 @@ class Batches:
         calls: the calls of the blocks on each batch.
         probed: the few sequences that tell what a block's modules do.
         probes: the calls of the blocks on those of the first batch, if there is one.
+        all: where all batches are.
+        deciding: where those that decide are.
+        train_for_gains: where each group of the batches is that gains are fitted to.
     """
 
     def __init__(self, job: Job, size: int) -> None:
@@ -56,6 +58,9 @@ class Batches:
         self.calls = [shared.calls(ids) for ids in self.ids]
         self.probed = slice(max(1, PROBED_TOKENS // job.validation.sequences.shape[1]))
         self.probes = [shared.calls(ids[self.probed]) for ids in self.ids[:1]]
+        self.all = range(len(self.ids))
+        self.deciding = range(len(train_ids), len(self.ids))
+        self.train_for_gains = [at[: number % GAINS_SHARE == 0] for number, at in enumerate(self.train)]
 
     def share(self, text: Tensor, size: int, begin: int = 0) -> tuple[list[Tensor], list[range]]:
         """Return this process's batches of a text, the first number `begin`, and where each group's are."""
@@ -68,46 +73,32 @@ class Batches:
             groups.append(range(start, begin + len(mine)))
         return mine, groups
 
-    @property
-    def deciding(self) -> slice:
-        """Where the batches that decide are."""
-        return slice(self.validation[0].start, None)
+    def run_blocks(self, entering: Sequence[Tensor], blocks: Iterable[int], chosen: Sequence[int]) -> list[Tensor]:
+        """Run these blocks on the chosen batches; return the hidden states of all. Weights are read once for all.
 
-    @property
-    def train_for_gains(self) -> list[range]:
-        """Where the batches are that gains are fitted to, by group."""
-        return [at[: number % GAINS_SHARE == 0] for number, at in enumerate(self.train)]
-
-    def run_blocks(
-        self, calls: Sequence[list[Call]], entering: Sequence[Tensor], blocks: range, removed: Collection[int] = ()
-    ) -> list[Tensor]:
-        """Run these blocks on every batch; return the hidden states. Each block's weights are read once for all."""
+        Twice as many states are those of two models, and so are the chosen.
+        """
         states = list(entering)
-        if states:
-            for block in self.skippable.weights.visit(block for block in blocks if block not in removed):
-                for batch, of_batch in enumerate(calls):
-                    states[batch] = self.to_store(self.skippable.run_block(of_batch[block], states[batch]))
+        if chosen:
+            for block in self.skippable.weights.visit(blocks):
+                for at in chosen:
+                    call = self.calls[at % len(self.calls)][block]
+                    states[at] = self.to_store(self.skippable.run_block(call, states[at]))
         return states
 
     def entering(self, block: int) -> DepthPair:
         """Return the hidden states that enter a block before which none is removed: the same in both models."""
-        states = self.run_blocks(self.calls, [calls[0].entering for calls in self.calls], range(block))
+        states = self.run_blocks([calls[0].entering for calls in self.calls], range(block), self.all)
         return DepthPair(states, states)
 
     def advance(self, pair: DepthPair, blocks: range, *, only_for_gains: bool = False) -> DepthPair:
         """Run these blocks in both models, on all batches or only on those that the final norm is fitted to."""
-        chosen = self._for_gains() if only_for_gains else range(len(self.calls))
-        calls, both = [self.calls[at] for at in chosen], ([*pair.dense], [*pair.pruned])
-        left = iter(self.run_blocks(calls * 2, [states[at] for states in both for at in chosen], blocks))
-        for states in both:
-            for at in chosen:
-                states[at] = next(left)
-        return DepthPair(*both)
-
-    def _for_gains(self) -> list[int]:
-        """Return the batches that the gains of the final norm are fitted to, and those that find it and decide."""
         fitted = {at for group in self.train_for_gains for at in group}
-        return sorted(fitted | {*range(min(1, len(self.ids))), *range(len(self.ids))[self.deciding]})
+        # The first batch finds the norm.
+        chosen = sorted(fitted.union(self.all[:1], self.deciding)) if only_for_gains else self.all
+        both = [*chosen, *(len(self.all) + at for at in chosen)]
+        states = self.run_blocks([*pair.dense, *pair.pruned], blocks, both)
+        return DepthPair(states[: len(self.all)], states[len(self.all) :])
 
 
 class Judge:
@@ -115,26 +106,24 @@ class Judge:
 
     def __init__(self, job: Job, batches: Batches, size: int) -> None:
         self.batches, self.removed = batches, job.settings.surgery.removed
-        here, skippable = batches.deciding, batches.skippable
-        entering = [calls[0].entering for calls in batches.calls[here]]
-        self.dense_final = batches.run_blocks(batches.calls[here], entering, range(len(skippable.switches)))
+        entering, blocks = [calls[0].entering for calls in batches.calls], range(len(batches.skippable.switches))
+        self.dense_final = batches.run_blocks(entering, blocks, batches.deciding)
         count, length = job.validation.sequences.shape
-        every = max(1, count * (length - 1) // VALIDATION_POSITIONS)
-        self.positions = torch.arange(0, length - 1, every, device=skippable.device)
+        self.every = max(1, count * (length - 1) // VALIDATION_POSITIONS)
         counted = whole_mask(job.validation.sequences, job.validation.loss_mask)
         self.masks, _ = batches.share(counted, size)
-        self.compared = max(1, int(counted[:, self.positions.cpu() + 1].sum()))
+        self.compared = max(1, int(counted[:, 1 :: self.every].sum()))
 
     def divergence(self, pruned: Sequence[Tensor], block: int, values: Mapping[str, Tensor]) -> float:
         """Return the divergence with these values, given the pruned model's hidden states that enter `block`."""
-        batches, skippable, here = self.batches, self.batches.skippable, self.batches.deciding
-        dense, recovered = Variant(skippable), Variant(skippable, self.removed, values)
-        blocks = range(block, len(skippable.switches))
+        batches, skippable = self.batches, self.batches.skippable
+        models = Variant(skippable, self.removed, values), Variant(skippable)
+        blocks = [at for at in range(block, len(skippable.switches)) if at not in self.removed]
         with skippable.replaced(values):
-            final = batches.run_blocks(batches.calls[here], pruned[here], blocks, self.removed)
+            final = batches.run_blocks(pruned, blocks, batches.deciding)
         mine = iter(
-            summed_losses(recovered, dense, ours, theirs, ids, self.positions, mask).divergence
-            for ours, theirs, ids, mask in zip(final, self.dense_final, batches.ids[here], self.masks, strict=True)
+            summed_losses(models, (final[at], self.dense_final[at]), batches.ids[at], mask, self.every).divergence
+            for at, mask in zip(batches.deciding, self.masks, strict=True)
         )
         groups = {number: list(islice(mine, len(at))) for number, at in enumerate(batches.validation) if at}
         found = sorted(item for of_process in batches.group.gather(groups) for item in of_process.items())

@@ -20,9 +20,7 @@ WARMUP_STEPS = 6
 
 
 @torch.no_grad()
-def divergence_and_gradient(
-    student: Tensor, teacher: Tensor, scale: float, counted: Tensor | None = None
-) -> tuple[float, Tensor]:
+def divergence_and_gradient(student: Tensor, teacher: Tensor, scale: float, counted: Tensor) -> tuple[float, Tensor]:
     """Return KL(teacher || student) in nats, summed over the `counted` positions, and `scale` times its gradient.
 
     Both logits are [..., vocabulary]. The gradient at the student's, softmax(student) - softmax(teacher), is in their
@@ -32,12 +30,9 @@ def divergence_and_gradient(
     gradient, total = torch.empty_like(ours), torch.zeros((), device=ours.device)
     for rows in float32_slices(ours):
         found = compare_logits(theirs[rows].float(), ours[rows].float())
-        slope = found.q.sub_(found.p).mul_(scale)
-        if counted is not None:
-            found.divergence.mul_(counted.flatten()[rows])
-            slope.mul_(counted.flatten()[rows, None])
-        total += found.divergence.sum()
-        gradient[rows] = slope
+        chosen = counted.flatten()[rows]
+        total += found.divergence.mul_(chosen).sum()
+        gradient[rows] = found.q.sub_(found.p).mul_(scale).mul_(chosen[:, None])
     return float(total), gradient.view_as(student)
 
 
@@ -73,10 +68,8 @@ class Distillation:
 
     def divergence(self, batch: Batch) -> float:
         """Return the student's divergence, summed over the next tokens that count."""
-        states = self.student.final_states(batch.ids, (self.first, batch.entering))
-        everywhere = torch.arange(batch.ids.shape[1] - 1, device=batch.ids.device)
-        here = batch.wanted, batch.ids, everywhere, batch.counted
-        return summed_losses(self.student, self.teacher, states, *here).divergence
+        states = self.student.final_states(batch.ids, (self.first, batch.entering)), batch.wanted
+        return summed_losses((self.student, self.teacher), states, batch.ids, batch.counted).divergence
 
     def add_gradient(self, batch: Batch, scale: float = 1.0) -> float:
         """Add the gradient of the mean divergence, times `scale`, to the student's parameters; return the divergence.
@@ -85,15 +78,13 @@ class Distillation:
         The scale is a power of two, and keeps gradients in the range of their data type.
         """
         ids, states = batch.ids, self.student.final_states(batch.ids, (self.first, batch.entering))
-        leaf = states.detach().requires_grad_()
-        counted = None if bool(batch.counted[:, 1:].all()) else batch.counted[:, 1:]
-        count, total = ids[:, 1:].numel() if counted is None else int(counted.sum()), 0.0
+        leaf, count = states.detach().requires_grad_(), int(batch.counted[:, 1:].sum())
+        counted, total = batch.counted[:, 1:], 0.0
         for part in position_slices(ids, variant.POSITIONS):
             with torch.no_grad():
                 theirs = self.teacher.logits(batch.wanted[:, part], ids[:, part])
             ours = self.student.logits(leaf[:, part], ids[:, part])
-            here = None if counted is None else counted[:, part]
-            divergence, gradient = divergence_and_gradient(ours, theirs, scale / count, here)
+            divergence, gradient = divergence_and_gradient(ours, theirs, scale / count, counted[:, part])
             torch.autograd.backward(ours, gradient)
             total += divergence
         assert leaf.grad is not None

@@ -107,7 +107,7 @@ def _measure(
     variant = dense if values is None else Variant(job.dense, job.settings.surgery.removed, values)
     with task(job.notify, f"Measuring the {what} model"):
         for text in texts:
-            measured = losses(variant, dense, text.sequences, job.group, text.loss_mask)
+            measured = losses(variant, dense, text, job.group)
             if not math.isfinite(sum(measured)):
                 hint = "Use a wider data type, or other text."
                 raise ModelError(f"The loss of the {what} model is {measured.loss}.", hint=hint)

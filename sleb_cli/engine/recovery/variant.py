@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from sleb_cli.engine.device import as_float64
 from sleb_cli.engine.forward.logits import float32_slices
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
+from sleb_cli.engine.text.calibration import Calibration
 from sleb_cli.engine.text.windows import whole_mask
 from sleb_plugins.metrics.kl import compare_logits
 
@@ -72,26 +73,17 @@ class Losses(NamedTuple):
 
 
 @torch.inference_mode()
-def losses(
-    variant: Variant,
-    dense: Variant,
-    sequences: Tensor,
-    group: ProcessGroup | None = None,
-    loss_mask: Tensor | None = None,
-) -> Losses:
-    """Compare a variant with the dense model on these sequences, [sequences, length].
+def losses(variant: Variant, dense: Variant, text: Calibration, group: ProcessGroup) -> Losses:
+    """Compare a variant with the dense model on a text, whose sequences the processes of a group share out.
 
-    All figures are means over the predicted tokens that count (`loss_mask`, [sequences, length]; None for all). The
-    processes of a group share out the sequences.
+    All figures are means over the predicted tokens that count.
     """
-    group, device = group or ProcessGroup(), dense.skippable.device
-    mine = range(group.rank, len(sequences), group.size)
-    everywhere = torch.arange(sequences.shape[1] - 1, device=device)
-    counted = whole_mask(sequences, loss_mask)
+    mine, device = range(group.rank, len(text.sequences), group.size), dense.skippable.device
+    counted = whole_mask(text.sequences, text.loss_mask)
     own = [
-        (number, summed_losses(variant, dense, states, dense_states, ids, everywhere, counted[[number]].to(device)))
-        for number, (ids, states, dense_states) in zip(
-            mine, _final_states(variant, dense, sequences[list(mine)].to(device)), strict=True
+        (number, summed_losses((variant, dense), states, ids, counted[[number]].to(device)))
+        for number, (ids, states) in zip(
+            mine, _final_states(variant, dense, text.sequences[list(mine)].to(device)), strict=True
         )
     ]
     found = sorted(item for of_process in group.gather(own) for item in of_process)
@@ -99,60 +91,53 @@ def losses(
     return Losses(*(sum(values) / count for values in zip(*(of_sequence for _, of_sequence in found), strict=True)))
 
 
-def _final_states(variant: Variant, dense: Variant, sequences: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _final_states(
+    variant: Variant, dense: Variant, sequences: Tensor
+) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
     """Yield each sequence and the final states of both models, one by one; streamed weights are read once for all."""
-    batches = [sequence[None] for sequence in sequences]
-    if dense.skippable.weights.resident:
+    skippable, batches = dense.skippable, [sequence[None] for sequence in sequences]
+    models = [variant] if variant is dense else [variant, dense]
+    if skippable.weights.resident:
         for ids in batches:
-            final = variant.final_states(ids)
-            yield ids, final, final if variant is dense else dense.final_states(ids)
+            final = [model.final_states(ids) for model in models]
+            yield ids, (final[0], final[-1])
         return
-    skippable = dense.skippable
     calls = [skippable.calls(ids) for ids in batches]
-    states = {id(model): [of_batch[0].entering for of_batch in calls] for model in (variant, dense)}
+    states = [[of_batch[0].entering for of_batch in calls] for _ in models]
     for block in skippable.weights.visit(range(len(skippable.switches))):
-        for model in {id(model): model for model in (variant, dense) if block not in model.removed}.values():
-            with skippable.replaced(model.parameters):
-                states[id(model)] = [
-                    skippable.run_block(of_batch[block], entering)
-                    for of_batch, entering in zip(calls, states[id(model)], strict=True)
-                ]
-    yield from zip(batches, states[id(variant)], states[id(dense)], strict=True)
+        for number, model in enumerate(models):
+            if block not in model.removed:
+                with skippable.replaced(model.parameters):
+                    states[number] = [
+                        skippable.run_block(of_batch[block], entering)
+                        for of_batch, entering in zip(calls, states[number], strict=True)
+                    ]
+    yield from zip(batches, zip(states[0], states[-1], strict=True), strict=True)
 
 
 def summed_losses(
-    variant: Variant,
-    dense: Variant,
-    states: Tensor,
-    dense_states: Tensor,
-    ids: Tensor,
-    positions: Tensor,
-    loss_mask: Tensor | None = None,
+    models: Sequence[Variant], states: Sequence[Tensor], ids: Tensor, counted: Tensor, every: int = 1
 ) -> Losses:
-    """Compare some positions of a batch, summed in float64.
+    """Compare a model with the dense one at every n-th position of a batch, summed in float64.
 
     Args:
-        variant: the model.
-        dense: the dense model.
-        states: the model's final states, [batch, positions, hidden size], on any device.
-        dense_states: as `states`, the dense model's.
+        models: the model, and the dense model.
+        states: the final states of each, [batch, positions, hidden size], on any device.
         ids: the tokens, [batch, positions].
-        positions: which positions count, each with a next token.
-        loss_mask: which of the next tokens count, bool [batch, positions]; None for all.
+        counted: which of them count as next tokens, bool [batch, positions].
+        every: how far apart the positions are.
     """
     loss = divergence = 0.0
-    if loss_mask is not None and bool(loss_mask[:, 1:].all()):
-        loss_mask = None
-    states, dense_states = states.to(ids.device), dense_states.to(ids.device)
+    states = [of_model.to(ids.device) for of_model in states]
+    positions = torch.arange(0, ids.shape[1] - 1, every, device=ids.device)
     for part in torch.split(positions, max(1, POSITIONS // len(ids))):
-        here, targets = ids[:, part], ids[:, part + 1].flatten()
+        targets, chosen = ids[:, part + 1].flatten(), counted[:, part + 1].flatten()
         ours, theirs = (
-            model.logits(of_model[:, part], here).flatten(0, 1)
-            for model, of_model in ((variant, states), (dense, dense_states))
+            model.logits(of_model[:, part], ids[:, part]).flatten(0, 1)
+            for model, of_model in zip(models, states, strict=True)
         )
-        if loss_mask is not None:  # those that count are copied, which all need not be
-            counted = loss_mask[:, part + 1].flatten()
-            ours, theirs, targets = ours[counted], theirs[counted], targets[counted]
+        if not chosen.all():  # those that count are copied, which all need not be
+            ours, theirs, targets = ours[chosen], theirs[chosen], targets[chosen]
         for rows in float32_slices(ours):
             logits = ours[rows].float()
             found = compare_logits(theirs[rows].float(), logits)
