@@ -3,6 +3,8 @@
 import math
 from contextlib import nullcontext
 from itertools import chain, pairwise, repeat
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -50,14 +52,17 @@ def recovered(skippable, removed, text, fitted, notify=ignore):
     surgery = SimpleNamespace(removed=removed, kept=kept)
     decided = SimpleNamespace(surgery=surgery, stored=skippable.model.dtype, on_host=False)
     texts = [Calibration(part, None, None, ()) for part in (text[:fitted], text[fitted:])]
-    with skippable:
-        return recover_in_closed_form(Job(decided, skippable, *texts, notify=notify))
+    with skippable, TemporaryDirectory() as saved:
+        return recover_in_closed_form(Job(decided, skippable, *texts, Path(saved), notify=notify))
 
 
 def divergence(skippable, removed, text, values=()):
     with skippable:
         return losses(
-            Variant(skippable, removed, dict(values)), Variant(skippable), Calibration(text, None), ProcessGroup()
+            Variant(skippable, removed, dict(values)),
+            Variant(skippable),
+            Calibration(text, None, None, ()),
+            ProcessGroup(),
         ).divergence
 
 

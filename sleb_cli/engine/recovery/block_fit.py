@@ -97,7 +97,7 @@ class BlockFit:
         # A smaller batch would not help.
         with explain_out_of_memory(
             f"Fitting {' and '.join(projection.name for projection in projections)} needs about "
-            f"{format_bytes(train.bytes_to_solve)} of memory for its sums.",
+            f"{format_bytes(4 * (train.xx.nbytes + train.xy.nbytes))} of memory for its sums.",
             "Leave out --recover, or use a machine or a --device with more memory.",
             MachineError,
         ):

@@ -46,9 +46,6 @@ NEXT_TO_NOTHING = 0.01
 ROUNDS = 2
 """How often most blocks are fitted: all projections at once, then those that nothing else in the block reads."""
 
-Found = tuple[FitRecord, dict[str, Tensor]]
-"""A fit, and the values that it keeps."""
-
 
 @dataclass(frozen=True)
 class ClosedForm(Stage):
@@ -59,7 +56,7 @@ class ClosedForm(Stage):
     def reserved_bytes(self, surgery: Surgery) -> int:
         """Return the memory for the sums of the largest fit."""
         width = surgery.architecture.text_config.hidden_size
-        return max(fitting_bytes(block, width) for block in kept_blocks(surgery))
+        return max(ridge_bytes(_features(block, width), width) for block in kept_blocks(surgery))
 
     def needed_bytes(self, surgery: Surgery, dtype: torch.dtype, tokens: int) -> dict[str, int]:
         """Return the memory for hidden states and sums.
@@ -72,12 +69,11 @@ class ClosedForm(Stage):
     def saved_bytes(self, surgery: Surgery, stored: torch.dtype) -> int:
         """Return the size of the fits of all blocks from the one before the first gap on."""
         fitted = kept_blocks(surgery)[max(0, min(surgery.removed) - 1) :]
-        width = surgery.architecture.text_config.hidden_size
-        return sum(fitted_numbers(block, width) for block in fitted) * stored.itemsize
+        width: int = surgery.architecture.text_config.hidden_size
+        return sum(_features(block, width) * width for block in fitted) * stored.itemsize
 
     def run(self, job: Job, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], ClosedFormRecord]:
         """Fit in closed form, or take over what an interrupted run fitted, perhaps all of it."""
-        assert job.saved
         assert not values
         whole = job.saved / "closed-form.safetensors"
         if job.group.is_main and (count := fits_in(job.saved)):
@@ -179,11 +175,11 @@ class Fits:
                 self.values, self.divergence = self.values | values, record.divergence
         return self.divergence < before * (1 - NEXT_TO_NOTHING)
 
-    def _saved(self, block: int | None) -> Found | None:
+    def _saved(self, block: int | None) -> tuple[FitRecord, dict[str, Tensor]] | None:
         """Return the fit of a block (None: of the final norm) by an interrupted run, if there is one."""
         job, dense = self.job, self.job.dense
-        file = fit_file(job.saved, block) if job.saved else None
-        found = job.group.from_main(lambda: read_saved(file, FitRecord) if file and file.exists() else None)
+        file = fit_file(job.saved, block)
+        found = job.group.from_main(lambda: read_saved(file, FitRecord) if file.exists() else None)
         if found is None:
             return None
         record, tensors = found
@@ -191,7 +187,7 @@ class Fits:
         place = dense.device if block is None else dense.places[block]
         return record, {name: self.batches.to_store(value.to(place, copy=True)) for name, value in tensors.items()}
 
-    def _fitted(self, pair: DepthPair, block: int | None, gap: int) -> Found | None:
+    def _fitted(self, pair: DepthPair, block: int | None, gap: int) -> tuple[FitRecord, dict[str, Tensor]] | None:
         """Fit a block anew; None if none of its weights can be fitted, or its values overflow."""
         job, regression = self.job, BlockFit(self.batches, pair, block, self.values, self.job.settings.stored)
         projections = job.group.from_main(regression.find)
@@ -218,7 +214,7 @@ class Fits:
             kept=kept,
         )
         values = fit.values if kept else {}
-        if job.saved and job.group.is_main:
+        if job.group.is_main:
             write_saved(fit_file(job.saved, block), record, values)
         return record, values
 
@@ -234,16 +230,6 @@ def _announce(job: Job) -> None:
     what = f"Recovery: up to {plural(blocks, 'block')} fitted to {train.numel():,} tokens"
     batch = train[: max(1, BATCH_TOKENS // train.shape[1])].to(dense.device)
     announce(job.notify, what, blocks * tokens / job.group.size, dense, batch, "at most")
-
-
-def fitting_bytes(block: nn.Module, width: int) -> int:
-    """Return about how much memory the fits of a block need besides the model."""
-    return ridge_bytes(_features(block, width), width)
-
-
-def fitted_numbers(block: nn.Module, width: int) -> int:
-    """Return how many numbers the fits of a block replace at most."""
-    return _features(block, width) * width
 
 
 def _features(block: nn.Module, width: int) -> int:

@@ -55,7 +55,6 @@ class Heal(Stage):
 
     def run(self, job: Job, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Distill the dense model into the pruned one with these values."""
-        assert job.saved
         surgery, budget = job.settings.surgery, self.budget
         architecture = surgery.architecture
         model, parameters = _student(job, values)

@@ -51,22 +51,13 @@ class Ridge:
     """
 
     def __init__(self, features: int, outputs: int, device: torch.device = CPU, *, rounded: bool = False) -> None:
-        self.xx, self.xy, self.yy = (
-            _zeros(device, features, features),
-            _zeros(device, features, outputs),
-            _zeros(CPU, 1),
-        )
-        self._rounded = rounded
+        self.xx, self.xy = _zeros(device, features, features), _zeros(device, features, outputs)
+        self.yy, self._rounded = _zeros(CPU, 1), rounded
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """The sums, to be added to in place."""
         return self.xx, self.xy, self.yy
-
-    @property
-    def bytes_to_solve(self) -> int:
-        """About how much memory it takes to solve, with the sums to judge it by."""
-        return 4 * (self.xx.nbytes + self.xy.nbytes)
 
     def add(self, features: Tensor, targets: Tensor, weights: Tensor) -> None:
         """Add some rows; `weights` is [rows]."""
@@ -99,7 +90,7 @@ class Ridge:
 
     def sketch(self) -> Tensor:
         """Return X'WY for a few random sums of the targets, the same ones in each regression."""
-        outputs = self.xy.shape[1]
+        outputs = self.xy[0].numel()
         if outputs <= SKETCH_COLUMNS:
             return self.xy
         signs = torch.randint(0, 2, (outputs, SKETCH_COLUMNS), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
@@ -130,10 +121,6 @@ class Gains(Ridge):
     def products(self) -> Tensor:
         """Return X'WX, a diagonal matrix."""
         return self.xx.diag()
-
-    def sketch(self) -> Tensor:
-        """Return X'WY."""
-        return self.xy
 
 
 def _zeros(device: torch.device, *shape: int) -> Tensor:

@@ -40,7 +40,7 @@ class ResidualProjection:
         name: the module's name in the block, or in the model for the final norm.
         kind: its weight is a matrix [out, in], a transposed one [in, out], or a gain for each channel, as in norms.
         inputs: how many inputs it has, or channels.
-        has_bias: whether it adds a bias.
+        takes_bias: whether a constant can be fitted, too.
         scale: which multiple of its output is added.
         exact: whether nothing else in the block reads its output.
         norm: the norm that its output goes through before it is added; None if it is added as it is.
@@ -50,16 +50,11 @@ class ResidualProjection:
     name: str
     kind: Literal["matrix", "transposed", "gain"]
     inputs: int
-    has_bias: bool
+    takes_bias: bool
     scale: float = 1.0
     exact: bool = True
     norm: ResidualProjection | None = None
     offset: float = 0.0
-
-    @property
-    def takes_bias(self) -> bool:
-        """Whether a constant can be fitted, too."""
-        return self.kind != "gain" and self.norm is None and self.has_bias
 
     @property
     def names(self) -> list[str]:
@@ -116,8 +111,8 @@ def passing(root: nn.Module, names: Iterable[str]) -> Iterator[tuple[dict[str, T
 
     with ExitStack() as hooks:
         for name in names:
-            hook = root.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True)
-            hooks.callback(hook.remove)
+            module = root.get_submodule(name)
+            hooks.enter_context(module.register_forward_hook(partial(keep, name), with_kwargs=True))
         yield entering, leaving
 
 
@@ -150,7 +145,7 @@ def _behind_norms(
             if not isinstance(output, Tensor) or output.numel() != hidden.numel():
                 continue
             if torch.equal(output.flatten(), entering[norm.name].flatten()):
-                yield replace(matrix, scale=norm.scale, exact=norm.exact, norm=norm)
+                yield replace(matrix, scale=norm.scale, exact=norm.exact, norm=norm, takes_bias=False)
 
 
 def final_norm(skippable: SkippableModel, hidden: Tensor, ids: Tensor) -> ResidualProjection | None:
@@ -176,8 +171,7 @@ def _candidates(skippable: SkippableModel, call: Call, hidden: Tensor) -> Iterat
                 fits.append(isinstance(output, Tensor) and output.numel() == hidden.numel())
                 return output + noise.to(output.dtype).view_as(output) if fits[-1] else output
 
-        with ExitStack() as hook:
-            hook.callback(block.get_submodule(projection.name).register_forward_hook(add_noise).remove)
+        with block.get_submodule(projection.name).register_forward_hook(add_noise):
             change = skippable.run_block(call, hidden).float() - plain
         if fits != [True]:
             continue
@@ -209,4 +203,4 @@ def possible_projections(root: nn.Module, width: int) -> Iterator[ResidualProjec
         elif isinstance(module, Conv1D) and weight.shape[1] == width:
             yield ResidualProjection(name, "transposed", weight.shape[0], has_bias)
         elif weight.shape == (width,) and "norm" in type(module).__name__.lower():
-            yield ResidualProjection(name, "gain", width, has_bias)
+            yield ResidualProjection(name, "gain", width, takes_bias=False)

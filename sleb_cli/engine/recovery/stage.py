@@ -63,7 +63,7 @@ class Job:
         dense: the dense model, as an entered context; its parameters end as they were.
         train: the text to fit to.
         validation: the text that decides, and is never fitted to.
-        saved: the folder where a stage keeps what it found, and finds what an interrupted run kept; None keeps nothing.
+        saved: the folder where a stage keeps what it found, and finds what an interrupted run kept.
         group: the processes that recover together.
         notify: the listener for events.
     """
@@ -72,7 +72,7 @@ class Job:
     dense: SkippableModel
     train: Calibration
     validation: Calibration
-    saved: Path | None = None
+    saved: Path
     group: ProcessGroup = field(default_factory=ProcessGroup)
     notify: Notify = ignore
 

@@ -169,9 +169,9 @@ def short_hash(**values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def fits_in(folder: Path | None) -> int:
-    """Return how many fits are saved in the folder of a recovery, if it has one."""
-    return 0 if folder is None else len([*folder.glob("block-*.safetensors"), *folder.glob("norm.safetensors")])
+def fits_in(folder: Path) -> int:
+    """Return how many fits are saved in the folder of a recovery."""
+    return len([*folder.glob("block-*.safetensors"), *folder.glob("norm.safetensors")])
 
 
 def fit_file(folder: Path, block: int | None) -> Path:
