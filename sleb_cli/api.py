@@ -103,7 +103,7 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
     with _processes(check_apply, request, notify) as (group, registry, asked):
         from sleb_cli.engine.door.apply import resolve_apply
 
-        return resolve_apply(asked, registry, notify, group)()
+        return resolve_apply(request, *asked, registry, notify, group)()
 
 
 @explain_out_of_memory(None, _EVALUATE)
@@ -161,7 +161,7 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     from sleb_cli.engine.output.engine_files import engine_files
     from sleb_cli.engine.speed.benchmark import benchmark
 
-    wanted = resolve_bench(request, asked, registry, notify)
+    wanted = resolve_bench(request, *asked, registry, notify)
     subject, engine, own = wanted.subject, wanted.engine, wanted.engine_source
     with (
         subject.architecture.source.watch.unchanged(),
@@ -191,12 +191,13 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
     from sleb_cli.records import THIS_VERSION
     from sleb_cli.results import ExportResult
 
-    pruning, output = resolve_export(request, asked, registry, notify)
-    exporter, text = asked.exporter, asked.exporter.export(pruning)
-    if output is None:
-        return ExportResult(**THIS_VERSION, kind="export", exporter=exporter.name, text=text, file=None)
-    write_text(output, text, replace=request.force)
-    return ExportResult(**THIS_VERSION, kind="export", exporter=exporter.name, text=None, file=str(output))
+    named, exporter = asked
+    pruning, output = resolve_export(request, named, exporter, registry, notify)
+    text = exporter.export(pruning)
+    if output is not None:
+        write_text(output, text, replace=request.force)
+    file, shown = (str(output), None) if output else (None, text)
+    return ExportResult(**THIS_VERSION, kind="export", exporter=exporter.name, text=shown, file=file)
 
 
 def _kept_place(subject: Subject, kind: Literal["eval", "bench"]) -> Path | None:

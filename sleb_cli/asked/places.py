@@ -8,12 +8,24 @@ from sleb_cli.atomic import remove_leftovers, require_new_file
 from sleb_plugins import OutputError, UsageError
 
 
-def require_new_folder(folder: Path, *, force: bool) -> None:
-    """Check that a folder is new, or with `force` a checkpoint.
+def require_new_place(place: Path, gguf: Path | None, *, force: bool) -> None:
+    """Check that the place of a checkpoint is free, or that of a GGUF file which is made from `gguf`.
 
     Raises:
-        OutputError: it exists (without `force`), or is no checkpoint.
+        UsageError: the name of a GGUF file ends otherwise.
+        OutputError: it exists (without `force`), is no checkpoint, cannot be written, or is the source itself.
     """
+    if gguf is None:
+        _require_new_folder(place, force=force)
+        return
+    if place.suffix != ".gguf":
+        raise UsageError(f"{place} does not end in .gguf.", hint="Add .gguf to the name.")
+    if are_the_same(place, gguf):
+        raise OutputError(f"{place} is the source file itself.", hint="Choose another name with -o.")
+    require_new_file(place, force=force)
+
+
+def _require_new_folder(folder: Path, *, force: bool) -> None:
     remove_leftovers(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir()) and force):
         return
@@ -26,20 +38,6 @@ def require_new_folder(folder: Path, *, force: bool) -> None:
             f"{folder} exists and is not a checkpoint, so --force does not replace it.",
             hint="Choose another folder with -o, or delete it yourself.",
         )
-
-
-def require_new_gguf(place: Path, source: Path, *, force: bool) -> None:
-    """Check that the place of a GGUF file is free.
-
-    Raises:
-        UsageError: its name ends otherwise.
-        OutputError: it exists, cannot be written, or is the source itself.
-    """
-    if place.suffix != ".gguf":
-        raise UsageError(f"{place} does not end in .gguf.", hint="Add .gguf to the name.")
-    if are_the_same(place, source):
-        raise OutputError(f"{place} is the source file itself.", hint="Choose another name with -o.")
-    require_new_file(place, force=force)
 
 
 def are_the_same(one: Path, other: Path) -> bool:

@@ -17,8 +17,8 @@ class NamedSubject:
 
     Attributes:
         model: the model that was named, or that of the plan.
-        removals: the blocks to remove; None if only a model was named.
-        sizes: how many of them, for each pruned model, in ascending order.
+        removals: the blocks to remove; none if only a model was named.
+        sizes: how many of them, for each pruned model to be measured, in ascending order.
         plan: the plan that names them, cut to this number.
         file: the plan's file.
         revision: the model's revision on the Hub.
@@ -27,7 +27,7 @@ class NamedSubject:
     """
 
     model: str
-    removals: tuple[int, ...] | None
+    removals: tuple[int, ...]
     sizes: tuple[int, ...] = ()
     plan: Plan | None = None
     file: Path | None = None
@@ -57,8 +57,8 @@ def read_subject(request: OneSizeRequest | SizesRequest, *, needs_removals: bool
         raise _no_blocks(path)
     return NamedSubject(
         model,
-        removals,
-        sizes=_sizes(request, len(removals or ())),
+        removals or (),
+        sizes=_sizes(request, len(removals or ())) if isinstance(request, SizesRequest) else (),
         plan=plan,
         file=path if plan else None,
         revision=revision,
@@ -128,18 +128,16 @@ def _most(request: OneSizeRequest | SizesRequest) -> int | None:
     return max(request.remove, default=None) if isinstance(request, SizesRequest) else request.remove
 
 
-def _sizes(request: OneSizeRequest | SizesRequest, most: int) -> tuple[int, ...]:
-    every = request.every if isinstance(request, SizesRequest) else None
-    if every is not None and not most:
+def _sizes(request: SizesRequest, most: int) -> tuple[int, ...]:
+    if not most and request.every is not None:
         raise UsageError(
-            f"--every {every} needs a plan or --blocks.",
+            f"--every {request.every} needs a plan or --blocks.",
             hint="Name a plan, or the blocks of the model: --blocks 5,4,9.",
         )
     if not most:
         return ()
-    counts = {most, *range(every or most, most, every or most)}
-    if isinstance(request, SizesRequest) and request.remove:
-        counts = set(request.remove)
-    if min(counts) < 1:
-        raise UsageError(f"Cannot remove {min(counts)} blocks.", hint=f"Use --remove 1 to {most}.")
-    return tuple(sorted(counts))
+    every = request.every or most
+    sizes = set(request.remove) or {most, *range(every, most, every)}
+    if min(sizes) < 1:
+        raise UsageError(f"Cannot remove {min(sizes)} blocks.", hint=f"Use --remove 1 to {most}.")
+    return tuple(sorted(sizes))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from sleb_cli.asked.clashes import FOR_CHECKPOINTS, given
-from sleb_cli.asked.places import require_new_folder, require_new_gguf
+from sleb_cli.asked.places import require_new_place
 from sleb_cli.asked.subjects import NamedSubject, first_removals, is_plan, read_named_plan, read_subject
 from sleb_cli.asked.text_names import require_files, require_mixture
 from sleb_cli.atomic import require_new_file
-from sleb_cli.plan import CHECKPOINT_PLAN, Plan
+from sleb_cli.plan import CHECKPOINT_PLAN
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.processes import is_main_process
 from sleb_cli.requests import (
@@ -35,18 +35,8 @@ _SWEPT = {"batch": "batch_size", "prompt": "prompt_length", "new": "new_tokens"}
 """What a sweep can vary, and the option for one value of it."""
 
 
-@dataclass(frozen=True)
-class AskedApply:
-    """What is to be written, from which file if that is a GGUF file, and the largest weight file of a checkpoint."""
-
-    request: ApplyRequest
-    subject: NamedSubject
-    gguf: Path | None
-    shard_bytes: int
-
-
-def check_apply(request: ApplyRequest, registry: Registry) -> AskedApply:
-    """Check a request, and decide whether a checkpoint or a GGUF file is written.
+def check_apply(request: ApplyRequest, registry: Registry) -> tuple[NamedSubject, Path | None]:
+    """Check a request; return what it names, and the GGUF file to prune, or None if a checkpoint is written.
 
     Raises:
         UsageError: options contradict each other, or the blocks or their number do not fit.
@@ -62,10 +52,22 @@ def check_apply(request: ApplyRequest, registry: Registry) -> AskedApply:
     gguf = _gguf_to_cut(request, Path(subject.model))
     dtype_in_full(request.dtype or AUTO)
     require_mixture(request.calibration)
-    shard_bytes = parse_bytes(str(request.max_shard_size or DEFAULT_SHARD_SIZE), "--max-shard-size")
+    parse_shard_size(request)
     if is_main_process():
-        _require_places(request, gguf)
-    return AskedApply(request, subject, gguf, shard_bytes)
+        if (failed := request.keep_failed) and failed.exists():
+            raise OutputError(f"{failed} already exists.", hint="Choose another folder with --keep-failed.")
+        if request.output is not None:
+            require_new_place(request.output, gguf, force=request.force)
+    return subject, gguf
+
+
+def parse_shard_size(request: ApplyRequest) -> int:
+    """Return the bytes of the largest weight file of a checkpoint.
+
+    Raises:
+        UsageError: it is not a size.
+    """
+    return parse_bytes(str(request.max_shard_size or DEFAULT_SHARD_SIZE), "--max-shard-size")
 
 
 def _gguf_to_cut(request: ApplyRequest, model: Path) -> Path | None:
@@ -82,16 +84,6 @@ def _gguf_to_cut(request: ApplyRequest, model: Path) -> Path | None:
         )
     is_checkpoint = (request.output is not None and not names_file) or given(request, FOR_CHECKPOINTS)
     return request.source or (None if is_checkpoint else own)
-
-
-def _require_places(request: ApplyRequest, gguf: Path | None) -> None:
-    output, failed = request.output, request.keep_failed
-    if failed is not None and failed.exists():
-        raise OutputError(f"{failed} already exists.", hint="Choose another folder with --keep-failed.")
-    if output is not None and gguf is not None:
-        require_new_gguf(output, gguf, force=request.force)
-    elif output is not None:
-        require_new_folder(output, force=request.force)
 
 
 def check_evaluation(request: EvalRequest, registry: Registry) -> NamedSubject:
@@ -125,17 +117,8 @@ def parse_batch_size(asked: str | int) -> int | None:
     return int(asked)
 
 
-@dataclass(frozen=True)
-class AskedBench:
-    """What is timed, in which engine if not in transformers, and a request for each point of a sweep."""
-
-    subject: NamedSubject
-    engine: Engine | None
-    points: tuple[BenchRequest, ...]
-
-
-def check_bench(request: BenchRequest, registry: Registry) -> AskedBench:
-    """Check a request, and find the engine.
+def check_bench(request: BenchRequest, registry: Registry) -> tuple[NamedSubject, Engine | None]:
+    """Check a request; return what it names, and the engine, or None for transformers.
 
     Raises:
         UsageError: an option does not apply, or a number is out of range.
@@ -147,12 +130,16 @@ def check_bench(request: BenchRequest, registry: Registry) -> AskedBench:
     if engine and (unused := given(request, "dtype" if engine.reads == "gguf" else "source")):
         raise UsageError(f"{unused[0]} does not apply to --engine {engine.name}.", hint=f"Leave out {unused[0]}.")
     dtype_in_full(request.dtype or AUTO)
-    points = tuple(_sweep(request))
-    return AskedBench(read_subject(request), engine, points)
+    points_of(request)
+    return read_subject(request), engine
 
 
-def _sweep(request: BenchRequest) -> Iterator[BenchRequest]:
-    """Yield a request for each combination of the sweep's values; without a sweep, the request itself."""
+def points_of(request: BenchRequest) -> list[BenchRequest]:
+    """Return a request for each combination of the sweep's values; without a sweep, the request itself.
+
+    Raises:
+        UsageError: the sweep is unreadable, or sets what another option sets.
+    """
     values: dict[str, list[int]] = {}
     for part in " ".join(request.sweep).split():
         name, _, numbers = part.partition("=")
@@ -169,20 +156,12 @@ def _sweep(request: BenchRequest) -> Iterator[BenchRequest]:
             raise UsageError(
                 f"--sweep {part!r} is not a name and a list of numbers.", hint="Write it like batch=1,8,32."
             ) from error
-    for point in product(*values.values()):
-        yield replace(request, **dict(zip(values, point, strict=True)))  # type: ignore[arg-type]
+    points: list[dict[str, Any]] = [dict(zip(values, point, strict=True)) for point in product(*values.values())]
+    return [replace(request, **point) for point in points]
 
 
-@dataclass(frozen=True)
-class AskedExport:
-    """A format, and what it describes: a model and its removals, or only a plan in a file."""
-
-    exporter: Exporter
-    subject: NamedSubject | tuple[Path, Plan]
-
-
-def check_export(request: ExportRequest, registry: Registry) -> AskedExport:
-    """Check a request, and find the format.
+def check_export(request: ExportRequest, registry: Registry) -> tuple[NamedSubject, Exporter]:
+    """Check a request; return what it names, and the format. A format that needs no model gets no more than the plan.
 
     Raises:
         UsageError: the format does not use the given source file, or describes only plans, or no block is removed.
@@ -194,7 +173,7 @@ def check_export(request: ExportRequest, registry: Registry) -> AskedExport:
         raise UsageError(f"--source does not apply to --to {exporter.name}.", hint="Leave out --source.")
     _require_new(request)
     if exporter.needs_model:
-        return AskedExport(exporter, read_subject(request, needs_removals=True))
+        return read_subject(request, needs_removals=True), exporter
     # The model may be on another machine.
     named = Path(request.subject or DEFAULT_PLAN)
     file = named / CHECKPOINT_PLAN if (named / CHECKPOINT_PLAN).is_file() else named
@@ -202,7 +181,8 @@ def check_export(request: ExportRequest, registry: Registry) -> AskedExport:
         raise UsageError(
             f"--to {request.to} describes a plan, but {named} is a model.", hint="Name a plan of `sleb search`."
         )
-    return AskedExport(exporter, (file, read_named_plan(file, request)))
+    plan = read_named_plan(file, request)
+    return NamedSubject(plan.model.id, plan.removals, plan=plan, file=file), exporter
 
 
 def _require_new(request: EvalRequest | BenchRequest | ExportRequest) -> None:

@@ -12,7 +12,7 @@ from sleb_cli.requests import BenchRequest
 
 def resolve(model, notify=ignore, **options):
     request, registry = BenchRequest(str(model), **options), load_plugins()
-    return resolve_bench(request, check_bench(request, registry), registry, notify)
+    return resolve_bench(request, *check_bench(request, registry), registry, notify)
 
 
 def test_a_sweep_takes_each_shape_in_turn(tiny_llama):

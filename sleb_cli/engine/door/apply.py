@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from sleb_cli.asked.mixture import parse_mixture
-from sleb_cli.asked.places import are_the_same, require_new_folder, require_new_gguf
+from sleb_cli.asked.places import are_the_same, require_new_place
+from sleb_cli.asked.subjects import NamedSubject
 from sleb_cli.asked.text_names import is_written
-from sleb_cli.asked.verbs import AskedApply
+from sleb_cli.asked.verbs import parse_shard_size
 from sleb_cli.engine.cut.kinds import KINDS
 from sleb_cli.engine.device import parse_dtype
 from sleb_cli.engine.door.subject import resolve_subject
@@ -34,7 +35,12 @@ from sleb_plugins import DataError, UnsupportedModelError, UsageError
 
 
 def resolve_apply(
-    asked: AskedApply, registry: Registry, notify: Notify, group: ProcessGroup
+    request: ApplyRequest,
+    named: NamedSubject,
+    gguf: Path | None,
+    registry: Registry,
+    notify: Notify,
+    group: ProcessGroup,
 ) -> Callable[[], ApplyResult | GgufResult]:
     """Return the job that writes the checkpoint or the GGUF file, once it is known that it can be done.
 
@@ -43,18 +49,16 @@ def resolve_apply(
         PlanError: the plan was made for another model.
         OutputError: the output exists, or cannot be written.
     """
-    request = asked.request
     quiet_libraries()
     others = {option: value for option in KINDS if (value := getattr(request, option))}
-    if asked.gguf:
-        file = read_gguf(asked.gguf)
-        _require_fitting(asked, file, registry, notify)
-        surgery = plan_gguf_surgery(file, asked.subject.removals or (), others)
-        output = _output(request, default_file(surgery))
-        require_new_gguf(output.place, asked.gguf, force=output.replace)
+    if gguf:
+        file = read_gguf(gguf)
+        _require_fitting(request, named, file, registry, notify)
+        surgery = plan_gguf_surgery(file, named.removals, others)
+        output = _output(request, request.output or default_file(surgery), gguf)
         return partial(prune_gguf, surgery, output, registry, notify)
-    subject = group.main_first(lambda: resolve_subject(asked.subject, registry, notify, others=others))
-    output = _output_of_checkpoint(asked, subject)
+    subject = group.main_first(lambda: resolve_subject(named, registry, notify, others=others))
+    output = _output_of_checkpoint(request, subject)
     if others and group.is_main:
         _say_what_is_lost(request, subject, notify)
     if not request.recoveries:
@@ -97,35 +101,36 @@ def _say_what_is_lost(request: ApplyRequest, subject: Subject, notify: Notify) -
     notify(Notice(f"{lost:.1%} of the tokens in {text.record.title} go; what they spell will take more tokens."))
 
 
-def _output(request: ApplyRequest, default: Path) -> Output:
-    place = request.output or default
+def _output(request: ApplyRequest, place: Path, gguf: Path | None) -> Output:
     clear_old(place.absolute().parent)
+    require_new_place(place, gguf, force=request.force)
     return Output(place, request.force, verify=not request.no_verify, keep_failed=request.keep_failed)
 
 
-def _output_of_checkpoint(asked: AskedApply, subject: Subject) -> Output:
+def _output_of_checkpoint(request: ApplyRequest, subject: Subject) -> Output:
     """Return where a checkpoint goes, and how it is cast, divided and proven."""
-    request, architecture = asked.request, subject.architecture
+    architecture = subject.architecture
     if request.dtype and architecture.is_quantized:
         raise UnsupportedModelError(
             f"{architecture.source.id} is quantized, so its weights cannot be cast to {request.dtype}.",
             hint="Leave out --dtype to keep them as they are.",
         )
-    output = _output(request, default_folder(subject))
-    require_apart(output.place, architecture.source)
-    require_new_folder(output.place, force=output.replace)
+    place = request.output or default_folder(subject)
+    require_apart(place, architecture.source)
+    output = _output(request, place, None)
     dtype = parse_dtype(request.dtype, architecture.dtype) if request.dtype else None
     proof = place_proof(architecture, dtype, request.device_map, request.stream)
-    return replace(output, dtype=dtype, shard_bytes=asked.shard_bytes, proof=proof)
+    return replace(output, dtype=dtype, shard_bytes=parse_shard_size(request), proof=proof)
 
 
-def _require_fitting(asked: AskedApply, file: GgufFile, registry: Registry, notify: Notify) -> None:
+def _require_fitting(
+    request: ApplyRequest, named: NamedSubject, file: GgufFile, registry: Registry, notify: Notify
+) -> None:
     """Check that the blocks to remove are those of this file's model.
 
     Raises:
         PlanError: they are of another model.
     """
-    request, named = asked.request, asked.subject
     if named.plan and request.source is None:
         resolve_subject(named, registry, notify)
     elif named.removals and not request.any_model:

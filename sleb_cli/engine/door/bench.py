@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from sleb_cli.asked.verbs import AskedBench
+from sleb_cli.asked.subjects import NamedSubject
+from sleb_cli.asked.verbs import points_of
 from sleb_cli.engine.device import choose_device
 from sleb_cli.engine.door.subject import resolve_subject, surgeries
 from sleb_cli.engine.forward.memory_needs import model_bytes
@@ -29,7 +30,9 @@ from sleb_plugins import Engine, UsageError
 _SHAPE = ("batch_size", "prompt_length", "new_tokens")
 
 
-def resolve_bench(request: BenchRequest, asked: AskedBench, registry: Registry, notify: Notify) -> Benchmark:
+def resolve_bench(
+    request: BenchRequest, named: NamedSubject, engine: Engine | None, registry: Registry, notify: Notify
+) -> Benchmark:
     """Find the model, and decide what is timed, where.
 
     Raises:
@@ -37,14 +40,13 @@ def resolve_bench(request: BenchRequest, asked: AskedBench, registry: Registry, 
         PlanError: the plan was made for another model, or `--source` holds another one.
         MachineError: the engine is not installed.
     """
-    engine = asked.engine
     if engine:
         engine.version()  # before the model is looked for, so that a missing engine is named at once
     device = choose_device(request.device)
-    subject = resolve_subject(asked.subject, registry, notify)
+    subject = resolve_subject(named, registry, notify)
     architecture = subject.architecture
-    workloads = _workloads(asked, device, architecture.longest_sequence, notify)
-    pruned = surgeries(subject, asked.subject.sizes)
+    workloads = _workloads(request, engine, device, architecture.longest_sequence, notify)
+    pruned = surgeries(subject, named.sizes)
 
     def lack(dtype: torch.dtype) -> str | None:
         return memory_shortage(model_bytes(architecture, dtype), device)
@@ -73,12 +75,14 @@ def _engine_source(subject: Subject, engine: Engine, request: BenchRequest, noti
     )
 
 
-def _workloads(asked: AskedBench, device: torch.device, positions: int | None, notify: Notify) -> tuple[Workload, ...]:
+def _workloads(
+    request: BenchRequest, engine: Engine | None, device: torch.device, positions: int | None, notify: Notify
+) -> tuple[Workload, ...]:
     """Return all workloads of a request: prompt and generation by default, and every point of its sweep."""
     found: dict[Workload, None] = {}  # several points are the same prompt workload if only their new tokens differ
     names: tuple[WorkloadName, ...] = ("prompt", "generation")
-    least = asked.engine.least_new_tokens if asked.engine else 0
-    for name, point in product(names, asked.points):
+    least = engine.least_new_tokens if engine else 0
+    for name, point in product(names, points_of(request)):
         if not getattr(point, name) and point.prompt != point.generation:
             continue
         fields = {field: getattr(point, field) for field in (*_SHAPE, "iterations", "warmup")}

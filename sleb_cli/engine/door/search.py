@@ -116,7 +116,7 @@ def _find_model(request: SearchRequest, extended: Plan | None, registry: Registr
     """Find the model, which the extended plan must have been made for."""
     named = NamedSubject(
         request.model,
-        None,
+        (),
         plan=extended,
         file=request.extend,
         revision=request.revision,

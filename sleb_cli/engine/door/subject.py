@@ -41,7 +41,7 @@ def resolve_subject(
         PlanError: the plan was made for another model.
         UsageError: the blocks do not fit.
     """
-    surgery = plan_surgery(find_model(named, registry, notify), named.removals or (), others)
+    surgery = plan_surgery(find_model(named, registry, notify), named.removals, others)
     return Subject(surgery, named.plan, named.file)
 
 
