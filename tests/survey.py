@@ -27,7 +27,7 @@ from sleb_cli.engine.cut.blocks.block_cut import BlockCut
 from sleb_cli.engine.files.config_files import CONFIG
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.search.removable import Protection, Removable
-from sleb_cli.engine.surgery.loading import load_pruned
+from sleb_cli.engine.surgery.loading import Placement, load_pruned
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import ignore
 from sleb_plugins import SlebError
@@ -106,7 +106,7 @@ def check_checkpoint(architecture: Architecture, folder: Path, *subject: str) ->
     model.save_pretrained(folder / "again")
     again = AutoModelForCausalLM.from_pretrained(folder / "again", dtype=torch.float32)
     surgery = Surgery(architecture, (BlockCut(architecture, tuple(applied["removals"])),))
-    in_memory = load_pruned(surgery, torch.float32, torch.device("cpu"), ignore)
+    in_memory = load_pruned(surgery, Placement(torch.device("cpu"), torch.float32), ignore)
     for other in (again.state_dict(), in_memory.state_dict()):
         assert other.keys() == model.state_dict().keys()
         assert all(torch.equal(tensor, other[key]) for key, tensor in model.state_dict().items())

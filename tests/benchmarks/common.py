@@ -9,7 +9,7 @@ from sleb_cli.engine.device import CPU
 from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.surgery.loading import load_dense, load_tokenizer, quiet_libraries
+from sleb_cli.engine.surgery.loading import Placement, load_dense, load_tokenizer, quiet_libraries
 from sleb_cli.engine.text.calibration import Calibration, calibrate
 from sleb_cli.engine.text.settings import resolve_calibration
 from sleb_cli.events import ignore
@@ -41,7 +41,7 @@ def calibrated(name: str, text: str, samples: int, length: int) -> tuple[Any, An
     quiet_libraries()
     architecture = architecture_of(name)
     computed = place_model(architecture, CPU, "auto", ignore, stream=False).dtype
-    model = load_dense(architecture, computed, CPU, ignore)
+    model = load_dense(architecture, Placement(CPU, computed), ignore)
     settings = resolve_calibration(architecture, text, samples, length, 0)
     (calibration,) = calibrate([settings], load_tokenizer(architecture.source), lambda: model, ignore)
     return model, architecture.blocks_of(model), calibration

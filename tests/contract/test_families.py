@@ -12,7 +12,7 @@ from families import tiny_config
 from reference import plain_search
 from sleb_cli.engine.forward import prepare
 from sleb_cli.engine.forward.memory_budget import MemoryBudget
-from sleb_cli.engine.surgery.loading import load_dense, load_pruned
+from sleb_cli.engine.surgery.loading import Placement, load_dense, load_pruned
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.engine.text.windows import adds_bos, tokens_sha256
 from sleb_cli.events import ignore
@@ -61,7 +61,7 @@ def require_reference(plan, architecture, text_file):
     assert told["bos"] == adds_bos(AutoTokenizer.from_pretrained(folder))
     sequences = calibration_sequences(folder, text_file, bos=told["bos"])
     assert told["tokens_sha256"] == tokens_sha256(sequences)
-    model = load_dense(architecture, torch.float32, torch.device("cpu"), ignore)
+    model = load_dense(architecture, Placement(torch.device("cpu"), torch.float32), ignore)
     removals, steps = plain_search(model, architecture.blocks_of(model), sequences, len(plan["removals"]))
     assert plan["removals"] == removals
     for step, losses in zip(plan["steps"], steps, strict=True):
@@ -113,7 +113,7 @@ def test_the_checkpoint_is_proven_and_the_model_in_memory(run_sleb, folder, arch
     assert (proof["logits_difference"], proof["prompt"]) == (0, "text")
     stored = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert stored.config.num_hidden_layers == 5 - len(blocks)
-    built = load_pruned(plan_surgery(architecture, blocks), torch.float32, torch.device("cpu"), ignore)
+    built = load_pruned(plan_surgery(architecture, blocks), Placement(torch.device("cpu"), torch.float32), ignore)
     theirs, ours = stored.state_dict(), built.state_dict()
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)

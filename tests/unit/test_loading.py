@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from conftest import architecture_of, llama_config, save_model
 from families import tiny_config
 from sleb_cli.engine.surgery import loading
-from sleb_cli.engine.surgery.loading import load_dense, load_pruned
+from sleb_cli.engine.surgery.loading import Placement, load_dense, load_pruned
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.events import ignore
 
@@ -19,8 +19,8 @@ CPU = torch.device("cpu")
 
 def load_both(folder):
     surgery = plan_surgery(architecture_of(folder), (1, 3))
-    dense = load_dense(surgery.architecture, torch.float32, CPU, ignore)
-    return dense, load_pruned(surgery, torch.float32, CPU, ignore, dense=dense)
+    dense = load_dense(surgery.architecture, Placement(CPU, torch.float32), ignore)
+    return dense, load_pruned(surgery, Placement(CPU, torch.float32), ignore, dense=dense)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "gpt2", "falcon_h1"])

@@ -5,7 +5,8 @@ import torch
 
 from conftest import architecture_of, save_model, slow
 from families import FAMILIES, tiny_config
-from sleb_cli.engine.forward.placement import Placement, open_dense
+from sleb_cli.engine.forward.placement import open_dense
+from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.events import ignore
 from sleb_plugins import SlebError
 

@@ -15,14 +15,14 @@ from sleb_cli.canaries import FOLDER
 from sleb_cli.engine.device import choose_device, parse_dtype
 from sleb_cli.engine.door.subject import resolve_subject, surgeries, with_recovered
 from sleb_cli.engine.forward.memory_needs import model_bytes
-from sleb_cli.engine.forward.placement import Placement, place_model
+from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.evaluation import Evaluation
 from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask, find_tasks
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.quality.tasks import PRESETS
-from sleb_cli.engine.surgery.loading import load_tokenizer
+from sleb_cli.engine.surgery.loading import Placement, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.chat import cut_answers, require_template
 from sleb_cli.engine.text.overlap import is_known

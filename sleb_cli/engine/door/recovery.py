@@ -12,7 +12,7 @@ from sleb_cli.asked.mixture import parse_mixture
 from sleb_cli.asked.text_names import REFERENCE_PRESETS, SELF, SELF_CHAT, is_written
 from sleb_cli.engine.device import CPU, choose_device, dtype_name
 from sleb_cli.engine.forward.memory_needs import model_bytes
-from sleb_cli.engine.forward.placement import Placement, place_model
+from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.memory import memory_shortage
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.output.apply import Output
@@ -22,7 +22,7 @@ from sleb_cli.engine.recovery.heal import Heal
 from sleb_cli.engine.recovery.heal_budget import HealBudget
 from sleb_cli.engine.recovery.stage import HIDDEN_STATES, RecoverySettings, Stage
 from sleb_cli.engine.recovery.unfinished import Unfinished
-from sleb_cli.engine.surgery.loading import has_tokenizer, load_tokenizer
+from sleb_cli.engine.surgery.loading import Placement, has_tokenizer, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.settings import CalibrationSettings, require_given_text, resolve_calibration
 from sleb_cli.engine.text.sources import TextSplit

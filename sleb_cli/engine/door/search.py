@@ -11,7 +11,7 @@ from sleb_cli.asked.searches import AskedSearch, goal_of
 from sleb_cli.asked.subjects import NamedSubject
 from sleb_cli.engine.device import choose_device, dtype_name, parse_dtype
 from sleb_cli.engine.door.subject import find_model
-from sleb_cli.engine.forward.placement import Placement, place_model
+from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.sizes import PerBlock, cache_bytes, count_parameters, stored_bytes
 from sleb_cli.engine.process_group import ProcessGroup
@@ -21,6 +21,7 @@ from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.settings import Method, Recording, Search, SearchedModel
 from sleb_cli.engine.search.speedup import time_target
 from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Target, stop_at
+from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.engine.text.settings import require_given_text, resolve_calibration
 from sleb_cli.engine.text.windows import choose_length
 from sleb_cli.events import Event, Notice, Notify

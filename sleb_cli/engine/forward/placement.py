@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,30 +14,10 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.streaming import StreamedBlocks, require_streamable
 from sleb_cli.engine.memory import memory_shortage
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.surgery.loading import DeviceMap, explain_oom, load_dense
+from sleb_cli.engine.surgery.loading import DeviceMap, Placement, explain_oom, load_dense
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.requests import AUTO
 from sleb_plugins import UnsupportedModelError
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a model's weights are, and in which data type it computes.
-
-    Attributes:
-        device: where tokens go in and logits come out, and, unless a device map says otherwise, all weights are.
-        dtype: the data type.
-        rounded: the narrower data type that weights are rounded to first, as in the checkpoint to be written; None for
-            none.
-        stream: whether the blocks stay in the files, and are read one at a time.
-        device_map: the places of modules, as `accelerate` takes them; None for `device` alone.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    stream: bool = False
-    device_map: DeviceMap | None = None
-    rounded: torch.dtype | None = None
 
 
 def place_model(
@@ -130,12 +109,11 @@ def open_dense(architecture: Architecture, placement: Placement, notify: Notify)
         UnsupportedModelError: accelerate spreads a block over several devices.
     """
     if placement.stream:
-        dtype, device = placement.dtype, placement.device
         loading = f"Loading {architecture.source.id} without its blocks"
-        with task(notify, loading), explain_oom(architecture.source, dtype, device):
-            streamed = StreamedBlocks(architecture, dtype, device, placement.rounded)
-        return SkippableModel(streamed.model, streamed.modules, device=device, weights=streamed)
-    model = load_dense(architecture, placement.dtype, placement.device, notify, device_map=placement.device_map)
+        with task(notify, loading), explain_oom(architecture.source, placement):
+            streamed = StreamedBlocks(architecture, placement.dtype, placement.device, placement.rounded)
+        return SkippableModel(streamed.model, streamed.modules, device=placement.device, weights=streamed)
+    model = load_dense(architecture, placement, notify)
     for tensor in model.state_dict().values() if placement.rounded else ():
         if tensor.is_floating_point():
             tensor.copy_(tensor.to(placement.rounded))

@@ -29,7 +29,7 @@ from sleb_cli.engine.device import CPU, choose_device, dtype_name, free_bytes, f
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.forward.memory_needs import converted_bytes, model_bytes
 from sleb_cli.engine.forward.offload import align
-from sleb_cli.engine.forward.placement import Placement, blocks_on_disk, choose_dtype, open_dense, place_model
+from sleb_cli.engine.forward.placement import blocks_on_disk, choose_dtype, open_dense, place_model
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.streaming import require_streamable
 from sleb_cli.engine.memory import memory_shortage
@@ -43,7 +43,14 @@ from sleb_cli.engine.output.proof_of_files import (
     model_errors_fail_proof,
     proof_error,
 )
-from sleb_cli.engine.surgery.loading import DeviceMap, has_tokenizer, load_pretrained, load_tokenizer, loading_problem
+from sleb_cli.engine.surgery.loading import (
+    DeviceMap,
+    Placement,
+    has_tokenizer,
+    load_pretrained,
+    load_tokenizer,
+    loading_problem,
+)
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.third_party import prefer_disk_error, saving, translate_errors
 from sleb_cli.events import CheckPassed, Notice, Notify, ignore, task
@@ -298,12 +305,14 @@ class _Models:
     def _load(self) -> Any:
         """Load the checkpoint as transformers does, where the dense model was; without values if that is too large."""
         architecture, place = self.surgery.architecture, self.placement
-        device = torch.device("meta") if place.too_large else place.device
-        on_disk = blocks_on_disk(architecture, len(self.surgery.kept.blocks), device)
-        device_map = on_disk if place.stream and not place.too_large else place.device_map
-        options = {"dtype": place.dtype, "trust_remote_code": architecture.source.trust_remote_code}
+        if place.too_large:
+            place = replace(place, device=torch.device("meta"))
+        elif place.stream:
+            on_disk = blocks_on_disk(architecture, len(self.surgery.kept.blocks), place.device)
+            place = replace(place, device_map=on_disk)
+        trust = architecture.source.trust_remote_code
         with model_errors_fail_proof():
-            model, info = load_pretrained(architecture.auto_class, self.folder, "it", device, device_map, **options)
+            model, info = load_pretrained(architecture.auto_class, self.folder, "it", place, trust_remote_code=trust)
         if problem := loading_problem(info, "missing", "unexpected", "mismatched"):
             raise proof_error(problem)
         align(model)

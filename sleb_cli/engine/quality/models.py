@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sleb_cli.engine.device import free_memory
-from sleb_cli.engine.forward.placement import Placement, open_dense
+from sleb_cli.engine.forward.placement import open_dense
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.surgery.loading import load_pruned
+from sleb_cli.engine.surgery.loading import Placement, load_pruned
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify
@@ -50,9 +50,8 @@ class Models:
             return open_dense(self.architecture, self.placement, self.notify)
         if self.subject.recovered:
             return open_dense(self.subject.recovered, self.placement, self.notify)
-        surgery, place = self._surgeries[removals], self.placement
         dense = None if self.one_at_a_time else self.without(()).model
-        model = load_pruned(surgery, place.dtype, place.device, self.notify, dense=dense, device_map=place.device_map)
+        model = load_pruned(self._surgeries[removals], self.placement, self.notify, dense=dense)
         return SkippableModel(model, self.architecture.blocks_of(model))
 
     def require_unchanged(self) -> None:

@@ -113,7 +113,7 @@ def _student(job: Job, values: Mapping[str, Tensor]) -> tuple[Any, dict[str, nn.
     """Return the pruned model with these values, and the parameters of its blocks by their names in the dense model."""
     surgery, placement = job.settings.surgery, job.settings.placement
     path = surgery.architecture.adapter.blocks_path
-    model = load_pruned(surgery, placement.dtype, placement.device, job.notify, dense=job.dense.model)
+    model = load_pruned(surgery, placement, job.notify, dense=job.dense.model)
     parameters = {
         f"{path}.{old}.{name}": parameter
         for block, old in zip(surgery.architecture.blocks_of(model), surgery.kept.blocks, strict=True)

@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sleb_cli.engine.forward.placement import Placement
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.unfinished import Unfinished
+from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.text.calibration import Calibration
 from sleb_cli.engine.text.settings import CalibrationSettings

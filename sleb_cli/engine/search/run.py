@@ -19,7 +19,7 @@ from sleb_cli.engine.environment import environment_record
 from sleb_cli.engine.forward.forecast import announce
 from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.passes import Passes
-from sleb_cli.engine.forward.placement import Placement, open_dense
+from sleb_cli.engine.forward.placement import open_dense
 from sleb_cli.engine.forward.prepare import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
@@ -34,7 +34,7 @@ from sleb_cli.engine.search.scoring import Scoring, engine_of
 from sleb_cli.engine.search.settings import Method, Search, SearchedModel
 from sleb_cli.engine.search.strategies import Problem
 from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Stop, perplexity_ratio
-from sleb_cli.engine.surgery.loading import load_tokenizer
+from sleb_cli.engine.surgery.loading import Placement, load_tokenizer
 from sleb_cli.engine.text.calibration import Calibration, calibrate
 from sleb_cli.events import SEARCH_TASK, BlockRemoved, BlocksSwapped, Notice, Notify, SearchStarted, TaskFinished, task
 from sleb_cli.plan import CalibrationRecord, DenseRecord, Plan, SampleGeneration, SearchRecord, Step

@@ -8,14 +8,13 @@ from typing import Any
 
 from sleb_cli.engine.cut.blocks.block_cut import BlockCut
 from sleb_cli.engine.device import free_memory
-from sleb_cli.engine.forward.placement import Placement
 from sleb_cli.engine.model.sizes import PerBlock
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.targets import SizeTarget
 from sleb_cli.engine.speed.benchmark import share_of_time
 from sleb_cli.engine.speed.workloads import make_workload
-from sleb_cli.engine.surgery.loading import load_pruned
+from sleb_cli.engine.surgery.loading import Placement, load_pruned
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import TargetRecord
@@ -57,7 +56,7 @@ def time_target(
     def share(removals: Collection[int]) -> float:
         def measure() -> float:
             surgery = Surgery(architecture, (BlockCut(architecture, tuple(removals)),))
-            pruned = load_pruned(surgery, placement.dtype, placement.device, notify, dense=dense)
+            pruned = load_pruned(surgery, placement, notify, dense=dense)
             share = share_of_time(workload, dense, pruned, surgery.removals, notify)
             del pruned
             free_memory()

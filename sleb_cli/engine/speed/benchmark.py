@@ -18,6 +18,7 @@ from sleb_cli.engine.speed.loaders import ModelLoader, TimedModel, WriteFiles, l
 from sleb_cli.engine.speed.peak_memory import measure_alone
 from sleb_cli.engine.speed.timing import Measured, measure, workload_result
 from sleb_cli.engine.speed.transformers_model import prepared
+from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify
@@ -70,7 +71,8 @@ def benchmark(wanted: Benchmark, notify: Notify, write_files: WriteFiles | None 
             version: str | None = wanted.engine.version() or None
             load = load_into(wanted.engine, write_files, wanted.settings, notify)
         else:
-            load, version = load_with_transformers(wanted.dtype, wanted.device, notify), transformers.__version__
+            load = load_with_transformers(Placement(wanted.device, wanted.dtype), notify)
+            version = transformers.__version__
         # All sizes together or, if only two models fit, each in turn with the dense one.
         in_pairs = wanted.sizes and (wanted.engine or architecture.is_quantized)
         timed = []

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import torch
 
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files.weights import find_weights
 from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.speed.transformers_model import TransformersModel, prepared, weights_bytes
-from sleb_cli.engine.surgery.loading import load_dense, load_pruned
+from sleb_cli.engine.surgery.loading import Placement, load_dense, load_pruned
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify, task
 from sleb_cli.results import ModelSize, Workload
@@ -48,18 +47,18 @@ ModelLoader = Callable[[Surgery, TimedModel | None], AbstractContextManager[Time
 """Load the model after a surgery, and free it at the end; the dense one first, which is then given for the others."""
 
 
-def load_with_transformers(dtype: torch.dtype, device: torch.device, notify: Notify) -> ModelLoader:
+def load_with_transformers(place: Placement, notify: Notify) -> ModelLoader:
     """Return what loads models; the pruned ones share the dense one's weights, unless they are quantized."""
 
     @contextmanager
     def load(surgery: Surgery, dense: TimedModel | None) -> Iterator[TimedModel]:
         if dense:
-            model = load_pruned(surgery, dtype, device, notify, dense=dense.model)
+            model = load_pruned(surgery, place, notify, dense=dense.model)
         else:
-            model = load_dense(surgery.architecture, dtype, device, notify)
+            model = load_dense(surgery.architecture, place, notify)
         attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
         size = _size(surgery, weights_bytes(model))
-        yield TimedModel(model, size, dtype_name(dtype), device.type, partial(prepared, model), attention)
+        yield TimedModel(model, size, dtype_name(place.dtype), place.device.type, partial(prepared, model), attention)
 
     return load
 

@@ -22,7 +22,7 @@ from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.speed.timing import draw_prompts
 from sleb_cli.engine.speed.transformers_model import prepared, weights_bytes
-from sleb_cli.engine.surgery.loading import load_dense, load_pruned, quiet_libraries
+from sleb_cli.engine.surgery.loading import Placement, load_dense, load_pruned, quiet_libraries
 from sleb_cli.engine.surgery.surgery import Surgery, plan_surgery
 from sleb_cli.events import Notice, Notify, ignore, task
 from sleb_cli.plugin_manager import load_plugins
@@ -85,9 +85,9 @@ def _measure(
     quiet_libraries()
     torch.set_num_threads(threads)
     surgery = plan_surgery(read_architecture(source, load_plugins(), ignore), removals)
-    target = dtype, device, ignore
+    place = Placement(device, dtype)
     start = time.perf_counter()
-    model = load_pruned(surgery, *target) if removals else load_dense(surgery.architecture, *target)
+    model = load_pruned(surgery, place, ignore) if removals else load_dense(surgery.architecture, place, ignore)
     synchronize(device)
     seconds = time.perf_counter() - start
     return seconds, [_memory(model, device, workload) for workload in workloads]

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,27 @@ from sleb_plugins.errors import explain_out_of_memory
 
 DeviceMap = str | Mapping[str, int | str]
 """Where the weights of each module are: the number of an accelerator, "cpu" or "disk"; or how to choose that."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model's weights are, and in which data type it computes.
+
+    Attributes:
+        device: where tokens go in and logits come out, and, unless a device map says otherwise, all weights are.
+        dtype: the data type.
+        rounded: the narrower data type that weights are rounded to first, as in the checkpoint to be written; None for
+            none.
+        stream: whether the blocks stay in the files, and are read one at a time.
+        device_map: the places of modules, as `accelerate` takes them; None for `device` alone.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    stream: bool = False
+    device_map: DeviceMap | None = None
+    rounded: torch.dtype | None = None
+
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
@@ -64,49 +86,41 @@ def has_tokenizer(source: ModelSource) -> bool:
     return any((source.folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
-def load_dense(
-    architecture: Architecture,
-    dtype: torch.dtype,
-    device: torch.device,
-    notify: Notify,
-    *,
-    device_map: DeviceMap | None = None,
-) -> Any:
-    """Load the dense model, its weights straight to the device, or to the places that a device map names.
+def load_dense(architecture: Architecture, place: Placement, notify: Notify) -> Any:
+    """Load the dense model, its weights straight to their places.
 
     Raises:
         ModelError: the weights do not fit the config, or cannot be read.
         OutOfMemory: they do not fit into the device's memory.
     """
     source = architecture.source
-    with task(notify, f"Loading {source.id}"), explain_oom(source, dtype, device):
+    with task(notify, f"Loading {source.id}"), explain_oom(source, place):
         source.weights.tensor_names()  # its errors name the broken file
         model, info = load_pretrained(
             architecture.auto_class,
             source.folder,
             f"the weights of {source.id}",
-            device,
-            device_map,
-            dtype=dtype,
+            place,
             trust_remote_code=source.trust_remote_code,
             ignore_mismatched_sizes=True,
         )
-        return _ready(model, info, architecture, device)
+        return _ready(model, info, architecture, place)
 
 
 def load_pretrained(
-    loader: Any, folder: Path | None, what: str, device: torch.device, device_map: DeviceMap | None, **options: Any
+    loader: Any, folder: Path | None, what: str, place: Placement, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Return what transformers loads, each weight to the device or where a device map says, and how that went."""
+    """Return what transformers loads, each weight to its place, and how that went."""
     with ExitStack() as stack:
         # For weights that stay on disk in another form than in the files; the folder goes when the model does.
-        offloaded = None if device_map is None else stack.enter_context(scratch_in_cache("offload"))
+        offloaded = None if place.device_map is None else stack.enter_context(scratch_in_cache("offload"))
         with translate_transformers_errors(what), warnings.catch_warnings():
             # accelerate warns of the names of tensors that belong to no submodule.
             warnings.filterwarnings("ignore", message="The following device_map keys")
             model, info = loader.from_pretrained(
                 folder,
-                device_map={"": device} if device_map is None else device_map,
+                dtype=place.dtype,
+                device_map={"": place.device} if place.device_map is None else place.device_map,
                 offload_folder=offloaded,
                 output_loading_info=True,
                 **options,
@@ -115,15 +129,7 @@ def load_pretrained(
     return model, info
 
 
-def load_pruned(
-    surgery: Surgery,
-    dtype: torch.dtype,
-    device: torch.device,
-    notify: Notify,
-    *,
-    dense: Any = None,
-    device_map: DeviceMap | None = None,
-) -> Any:
+def load_pruned(surgery: Surgery, place: Placement, notify: Notify, *, dense: Any = None) -> Any:
     """Load the model that `sleb apply` would write, without writing it.
 
     With `dense`, the dense model in the same data type on the same device, the two share the weights of the kept blocks
@@ -135,14 +141,12 @@ def load_pruned(
         OutOfMemory: they do not fit into the device's memory.
     """
     source = surgery.architecture.source
-    with (
-        task(notify, f"Loading {source.id} without {plural(len(surgery.removals), 'block')}"),
-        explain_oom(source, dtype, device),
-    ):
+    without = plural(len(surgery.removals), "block")
+    with task(notify, f"Loading {source.id} without {without}"), explain_oom(source, place):
         # Packed weights are taken apart by the code that loads them.
         if dense is not None and not surgery.architecture.is_quantized:
             tensors = _cut(surgery, dense.state_dict().items())
-            model = _with_tensors(surgery, tensors, dtype, device, None)
+            model = _with_tensors(surgery, tensors, replace(place, device_map=None))
             loaded = model.state_dict()
             pairs = [(loaded.get(name), tensor) for name, tensor in tensors.items()]
             if all(
@@ -151,7 +155,7 @@ def load_pruned(
                 return model
             # transformers reads the files of this family in a way that it does not apply to its own tensors.
             del model, tensors, loaded, pairs
-        return _with_tensors(surgery, _cut(surgery, source.weights.tensors()), dtype, device, device_map)
+        return _with_tensors(surgery, _cut(surgery, source.weights.tensors()), place)
 
 
 def _cut(surgery: Surgery, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -159,9 +163,7 @@ def _cut(surgery: Surgery, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, T
     return {name: reduce(lambda each, some: some.of_tensor(each), slices, tensor) for name, tensor, slices in kept}
 
 
-def _with_tensors(
-    surgery: Surgery, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device, device_map: DeviceMap | None
-) -> Any:
+def _with_tensors(surgery: Surgery, tensors: dict[str, Tensor], place: Placement) -> Any:
     """Build the pruned model from these tensors by their names in it; those already on the device are not copied."""
     architecture = surgery.architecture
     config = architecture.read_config(surgery.prune_config())
@@ -169,24 +171,22 @@ def _with_tensors(
         type(architecture.skeleton),
         None,
         f"{architecture.source.id} without blocks {sorted(surgery.removed)}",
-        device,
-        device_map,
+        place,
         config=config,
         state_dict=tensors,
-        dtype=dtype,
         ignore_mismatched_sizes=True,
     )
     folder = architecture.source.folder
     if (folder / "generation_config.json").is_file():  # read by transformers only with weights of the same folder
         with translate_transformers_errors(f"{folder / 'generation_config.json'}"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
-    return _ready(model, info, architecture, device)
+    return _ready(model, info, architecture, place)
 
 
-def explain_oom(source: ModelSource, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
+def explain_oom(source: ModelSource, place: Placement) -> AbstractContextManager[None]:
     """Say what did not fit if loading this model runs out of memory."""
     return explain_out_of_memory(
-        f"{source.id} does not fit in the memory of {device} in {dtype_name(dtype)}.",
+        f"{source.id} does not fit in the memory of {place.device} in {dtype_name(place.dtype)}.",
         "Use a narrower --dtype, or a device with more memory.",
     )
 
@@ -203,14 +203,13 @@ def loading_problem(info: dict[str, Any], *kinds: str) -> str | None:
     return None
 
 
-def _ready(model: Any, info: dict[str, Any], architecture: Architecture, device: torch.device) -> Any:
-    problem = loading_problem(info, "missing", "mismatched")
-    if problem:
+def _ready(model: Any, info: dict[str, Any], architecture: Architecture, place: Placement) -> Any:
+    if problem := loading_problem(info, "missing", "mismatched"):
         raise ModelError(
             f"The weights of {architecture.source.id} do not fit its config: {problem}.",
             hint="Copy or download the model again.",
         )
     model.requires_grad_(False)
     if getattr(model, "hf_quantizer", None) is None and not hasattr(model, "_hf_hook"):
-        model = model.to(device)  # what a family's own code keeps elsewhere
+        model = model.to(place.device)  # what a family's own code keeps elsewhere
     return model.eval()
