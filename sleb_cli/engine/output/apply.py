@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -173,7 +174,7 @@ def _write_files(folder: Path, planned: Planned, notify: Notify) -> None:
         copy_file(file, folder / name)
 
 
-def plan_files(surgery: Surgery, output: Output, new_values: Mapping[str, Tensor] | None = None) -> Planned:
+def plan_files(surgery: Surgery, output: Output, new_values: Mapping[str, Tensor] = MappingProxyType({})) -> Planned:
     """Decide what the checkpoint will hold; new values are by the names of tensors in it."""
     source, tensors = surgery.architecture.source, kept_tensors(surgery, output.dtype, new_values)
     shard_bytes = output.shard_bytes or parse_bytes(DEFAULT_SHARD_SIZE, "--max-shard-size")
@@ -223,14 +224,11 @@ def _describe(subject: Subject, folder: Path, written: ApplyResult, notify: Noti
 
 
 def kept_tensors(
-    surgery: Surgery, dtype: torch.dtype | None = None, new_values: Mapping[str, Tensor] | None = None
+    surgery: Surgery, dtype: torch.dtype | None = None, new_values: Mapping[str, Tensor] = MappingProxyType({})
 ) -> list[NewTensor]:
     """Return the tensors of the pruned checkpoint, from the headers of the dense one's files, and new values."""
     stored = ((tensor.name, tensor) for tensor in surgery.architecture.source.weights.stored)
-    values = new_values or {}
-    return [
-        new_tensor(name, tensor, dtype, slices, values.get(name)) for name, tensor, slices in surgery.tensors(stored)
-    ]
+    return [new_tensor(name, old, dtype, slices, new_values.get(name)) for name, old, slices in surgery.tensors(stored)]
 
 
 def _settings(surgery: Surgery, dtype: torch.dtype | None) -> dict[str, dict[str, Any]]:

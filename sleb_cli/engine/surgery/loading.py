@@ -96,15 +96,8 @@ def load_dense(architecture: Architecture, place: Placement, notify: Notify) -> 
     source = architecture.source
     with task(notify, f"Loading {source.id}"), explain_oom(source, place):
         source.weights.tensor_names()  # its errors name the broken file
-        model, info = load_pretrained(
-            architecture.auto_class,
-            source.folder,
-            f"the weights of {source.id}",
-            place,
-            trust_remote_code=source.trust_remote_code,
-            ignore_mismatched_sizes=True,
-        )
-        return _ready(model, info, architecture, place)
+        what, trust = f"the weights of {source.id}", source.trust_remote_code
+        return _load(architecture, place, architecture.auto_class, source.folder, what, trust_remote_code=trust)
 
 
 def load_pretrained(
@@ -167,20 +160,13 @@ def _with_tensors(surgery: Surgery, tensors: dict[str, Tensor], place: Placement
     """Build the pruned model from these tensors by their names in it; those already on the device are not copied."""
     architecture = surgery.architecture
     config = architecture.read_config(surgery.prune_config())
-    model, info = load_pretrained(
-        type(architecture.skeleton),
-        None,
-        f"{architecture.source.id} without blocks {sorted(surgery.removed)}",
-        place,
-        config=config,
-        state_dict=tensors,
-        ignore_mismatched_sizes=True,
-    )
+    what = f"{architecture.source.id} without blocks {sorted(surgery.removed)}"
+    model = _load(architecture, place, type(architecture.skeleton), None, what, config=config, state_dict=tensors)
     folder = architecture.source.folder
     if (folder / "generation_config.json").is_file():  # read by transformers only with weights of the same folder
         with translate_transformers_errors(f"{folder / 'generation_config.json'}"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
-    return _ready(model, info, architecture, place)
+    return model
 
 
 def explain_oom(source: ModelSource, place: Placement) -> AbstractContextManager[None]:
@@ -203,7 +189,11 @@ def loading_problem(info: dict[str, Any], *kinds: str) -> str | None:
     return None
 
 
-def _ready(model: Any, info: dict[str, Any], architecture: Architecture, place: Placement) -> Any:
+def _load(
+    architecture: Architecture, place: Placement, loader: Any, folder: Path | None, what: str, **options: Any
+) -> Any:
+    """Load a model whose weights must all be there, ready to compute."""
+    model, info = load_pretrained(loader, folder, what, place, ignore_mismatched_sizes=True, **options)
     if problem := loading_problem(info, "missing", "mismatched"):
         raise ModelError(
             f"The weights of {architecture.source.id} do not fit its config: {problem}.",
