@@ -10,8 +10,3 @@ with internals("lm_eval"):
     from lm_eval.models.utils_hf import stop_sequences_criteria
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import handle_non_serializable
-
-__all__ = [
-    "HFLM", "TaskManager", "evaluator", "handle_non_serializable", "normalize_gen_kwargs", "simple_evaluate",
-    "stop_sequences_criteria",
-]  # fmt: skip

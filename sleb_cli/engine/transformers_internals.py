@@ -24,9 +24,3 @@ except ImportError:  # before versions that read the tokens apart
 
 if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters:  # before transformers 5.16
     convert_and_load_state_dict_in_model = partial(convert_and_load_state_dict_in_model, tp_plan=None)
-
-__all__ = [
-    "GGUF_SUPPORTED_ARCHITECTURES", "BaseStreamer", "Conv1D", "LoadStateDictConfig", "WeightConverter",
-    "convert_and_load_state_dict_in_model", "get_gguf_tokenizer", "get_model_conversion_mapping",
-    "revert_weight_conversion",
-]  # fmt: skip

@@ -9,9 +9,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from itertools import islice
 from math import comb
@@ -143,8 +143,7 @@ def is_run_by(function: Any) -> bool:
     return any(isinstance(value, CodeEval) for value in getattr(function, "__globals__", {}).values())
 
 
-@contextmanager
-def ours() -> Iterator[None]:
+def ours() -> AbstractContextManager[Any]:
     """Have tasks that are loaded meanwhile run programs by `CodeEval`."""
     import evaluate
 
@@ -153,5 +152,4 @@ def ours() -> Iterator[None]:
     def chosen(path: str, *rest: Any, **options: Any) -> Any:
         return CodeEval() if path == METRIC else load(path, *rest, **options)
 
-    with mock.patch.object(evaluate, "load", chosen):
-        yield
+    return mock.patch.object(evaluate, "load", chosen)

@@ -15,12 +15,9 @@ def is_known(text: str, tokens_sha256: str, record: CalibrationRecord) -> bool:
     if tokens_sha256 == record.tokens_sha256:
         return True
     place, *split = _origin(text, EVALUATION_PRESETS)
-    for source in record.sources:
-        known, *known_split = _origin(source, CALIBRATION_PRESETS)
-        # A published plan keeps only the name of a file.
-        if split == known_split and known == (place if "/" in known else Path(place).name):
-            return True
-    return False
+    origins = (_origin(source, CALIBRATION_PRESETS) for source in record.sources)
+    # A published plan keeps only the name of a file.
+    return any(split == rest and known == (place if "/" in known else Path(place).name) for known, *rest in origins)
 
 
 def _origin(source: str, presets: dict[str, Dataset]) -> tuple[str, str, str]:

@@ -119,14 +119,11 @@ class Portions:
         """Return what this portion takes of a source: the next windows, or of what was shuffled any."""
         windows, _ = found
         wanted = min(most, len(windows))
-
-        def count(uses: int) -> int:
-            return min(replace(settings, samples=uses).counts[source], len(windows))
-
         if source not in self._whole:
             return take_sequences(found, draw(len(windows), wanted, settings.seed))
-        before = map(self._uses_of, range(number))
-        start = sum(count(min(uses, settings.samples)) for uses in before)  # a short text limits all portions alike
+        # A short text limits all portions alike.
+        samples = (min(self._uses_of(before), settings.samples) for before in range(number))
+        start = sum(min(replace(settings, samples=each).counts[source], len(windows)) for each in samples)
         return take_sequences(found, [(start + row) % len(windows) for row in range(wanted)])
 
 
