@@ -62,8 +62,8 @@ def hash_files(folder: Path, paths: Iterable[Path]) -> str:
 class Watch:
     """Files that must stay as they are for as long as they are read."""
 
-    def __init__(self) -> None:
-        self._stamps: dict[Path, tuple[int, ...] | None] = {}
+    def __init__(self, *paths: Path) -> None:
+        self._stamps = {path: _stamp(path) for path in paths}
 
     def add(self, *paths: Path) -> None:
         """Watch these files, too; call it before they are read."""

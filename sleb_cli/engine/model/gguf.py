@@ -43,8 +43,7 @@ def gguf_folder(path: Path, notify: Notify) -> Path:
     Raises:
         ModelError: the file is truncated or not a GGUF file, or transformers cannot read its architecture.
     """
-    watch = Watch()
-    watch.add(path)
+    watch = Watch(path)
 
     def fill(folder: Path) -> None:
         with watch.unchanged():

@@ -289,7 +289,7 @@ def _find_other_files(source: ModelSource, written: set[str]) -> tuple[dict[str,
         elif path.is_dir():
             left_out += [f"{inside}/"] if path.parent == folder else []
         elif path.is_file() and not _is_ours(path):
-            if inside != _ADAPTER and not other_formats.is_weights(path.name) and inside not in in_other_formats:
+            if inside != _ADAPTER and not other_formats.WEIGHTS.fullmatch(path.name) and inside not in in_other_formats:
                 copies[inside] = path
             elif inside not in weight_files:
                 left_out.append(inside)

@@ -52,8 +52,7 @@ def prune_gguf(surgery: GgufSurgery, output: Output, registry: Registry, notify:
         OutputError: the file exists, or cannot be written.
     """
     file, pruned = surgery.file, surgery.pruned()
-    watch = Watch()
-    watch.add(file.path)
+    watch = Watch(file.path)
     with claimed(output.place, replace=output.replace) as aside, watch.unchanged():
         if read_gguf(file.path) != file:
             raise ModelError(f"{file.path} changed while it was read.", hint="Run the command again.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, islice
@@ -20,7 +20,7 @@ from sleb_cli.records import first_fault, why_not_read
 from sleb_cli.units import format_bytes, plural
 from sleb_plugins import DataError
 
-T = TypeVar("T", bound=Sized)
+T = TypeVar("T")
 
 PARAGRAPHS = "\n\n"
 REFERENCE_ROWS = 128
@@ -225,18 +225,14 @@ def _part(found: list[T], split: TextSplit, file: str, what: str) -> list[T]:
 def _row_conversations(dataset: Dataset, values: Iterable[Any], count: int, length: int) -> Iterator[Conversation]:
     """Yield as many conversations as `count` sequences of `length` tokens need."""
     longest = length * CHARACTERS_PER_TOKEN
-
-    def read() -> Iterator[Conversation]:
-        for value in values:
-            with _naming_faults(f"A row of {dataset}"):
-                conversation = _Messages(messages=value).conversation
-            yield conversation
-
-    def used(conversation: Conversation) -> int:
-        return min(longest, sum(len(message["content"]) for message in conversation))
-
-    # A sequence ends with a part of a conversation, whose rest is dropped.
-    return _enough(read(), 2 * count * longest, used)
+    missing = 2 * count * longest  # as a sequence ends with a part of a conversation, whose rest is dropped
+    for value in values:
+        with _naming_faults(f"A row of {dataset}"):
+            conversation = _Messages(messages=value).conversation
+        yield conversation
+        missing -= min(longest, sum(len(message["content"]) for message in conversation))
+        if missing <= 0:
+            return
 
 
 def _file_conversations(source: str, content: str) -> tuple[Conversation, ...]:
@@ -450,10 +446,9 @@ def loading_data(what: str, hint: str, *others: type[Exception]) -> Iterator[Non
         raise DataError(f"The {what} cannot be loaded: {first_line(error)}.", hint=hint) from error
 
 
-def _enough(documents: Iterable[T], characters: int, size: Callable[[T], int] = len) -> Iterator[T]:
-    found = 0
+def _enough(documents: Iterable[str], characters: int) -> Iterator[str]:
     for document in documents:
         yield document
-        found += size(document)
-        if found >= characters:
+        characters -= len(document)
+        if characters <= 0:
             return
