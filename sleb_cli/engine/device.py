@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import suppress
 from functools import cache
 from typing import Any, TypeVar
 
@@ -98,10 +99,9 @@ def synchronize(device: torch.device) -> None:
 @cache
 def _has_float64(kind: str) -> bool:
     """Whether this kind of device computes in float64; Apple's GPUs and some of Intel's do not."""
-    try:
+    with suppress(RuntimeError, TypeError):
         return bool(torch.ones(1, dtype=torch.float64, device=kind).add(1).cpu() == 2)
-    except (RuntimeError, TypeError):
-        return False
+    return False
 
 
 def as_float64(tensor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The machine and the installed versions, for the record."""
 
 import platform
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -46,7 +47,6 @@ def chip_name(device: torch.device) -> str:
 
 def cpu_governor() -> str | None:
     """Return how the system sets the processor's clock, or None where it does not say."""
-    try:
+    with suppress(OSError):
         return GOVERNOR.read_text(encoding="utf-8").strip() or None
-    except OSError:
-        return None
+    return None

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -69,14 +70,13 @@ def _left_of_resources() -> Iterator[int]:
 def _left_in(folder: Path, version: int) -> int:
     """Return what a control group has left; the uppermost has no limit, and so not all of the files."""
     limits, usage, page_cache = _FILES[version]
-    try:
+    with suppress(OSError, ValueError):
         limit = min(int(text) for name in limits if (text := (folder / name).read_text().strip()) != "max")
         used = int((folder / usage).read_text())
         held = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return UNLIMITED
-    # The page cache counts as used, but gives way.
-    return max(0, limit - used + sum(int(held.get(pages, 0)) for pages in page_cache))
+        # The page cache counts as used, but gives way.
+        return max(0, limit - used + sum(int(held.get(pages, 0)) for pages in page_cache))
+    return UNLIMITED
 
 
 def _groups(controller: str) -> Iterator[tuple[Path, int]]:

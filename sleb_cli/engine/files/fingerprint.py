@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sleb_cli.engine.files.copying import reading
@@ -97,9 +97,7 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
 
     The inode is not used, because some network file systems change it.
     """
-    with reading(path):
-        try:
-            found = path.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-    return found.st_size, found.st_mtime_ns
+    with reading(path), suppress(FileNotFoundError, NotADirectoryError):
+        found = path.stat()
+        return found.st_size, found.st_mtime_ns
+    return None

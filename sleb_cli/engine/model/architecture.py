@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -126,10 +127,9 @@ class Architecture:
         Raises:
             UnsupportedModelError: the adapter's path does not lead to a list.
         """
-        try:
+        blocks: Any = None
+        with suppress(AttributeError):
             blocks = model.get_submodule(self.adapter.blocks_path)
-        except AttributeError:
-            blocks = None
         if not isinstance(blocks, nn.ModuleList):
             raise UnsupportedModelError(
                 f"The family {self.adapter.name} says that {self.config.model_type} keeps its blocks at "

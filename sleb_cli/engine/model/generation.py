@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -28,14 +29,9 @@ def generate(
     Raises:
         SlebError: the one that `refused` makes of transformers' message.
     """
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        with translate_errors(refused):
-            options = {"attention_mask": torch.ones_like(prompt)} | options
-            return model.generate(prompt, generation_config=settings, **options)
-    finally:
-        model.generation_config = own
+    options = {"attention_mask": torch.ones_like(prompt)} | options
+    with mock.patch.object(model, "generation_config", GenerationConfig()), translate_errors(refused):
+        return model.generate(prompt, generation_config=settings, **options)
 
 
 HaveEnded = Callable[[Tensor], Tensor]

@@ -21,7 +21,7 @@ from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality import written_code
 from sleb_cli.engine.text.sources import loading_data
-from sleb_cli.engine.third_party import first_line
+from sleb_cli.engine.third_party import error_saying, translate_errors
 from sleb_cli.events import Notify
 from sleb_cli.requests import AUTO, RunCode
 from sleb_cli.units import plural
@@ -192,13 +192,10 @@ def _folders_with(tasks: set[str]) -> list[Path]:
 
 
 def _load(manager: Any, name: str, run_code: RunCode | None) -> dict[str, Any]:
-    try:
-        with _quietly_loading(name), written_code.ours():
-            loaded: dict[str, Any] = manager.load([name])
-    except DataError:
-        raise
-    except Exception as error:  # a task file can run any code, so lm-eval can raise anything
-        raise DataError(f"lm-eval cannot load {name}: {first_line(error)}.", hint="Check the task's file.") from error
+    # A task file can run any code, so lm-eval can raise anything.
+    failed = error_saying(DataError, f"lm-eval cannot load {name}", "Check the task's file.")
+    with translate_errors(failed), _quietly_loading(name), written_code.ours():
+        loaded: dict[str, Any] = manager.load([name])
     for part, loaded_task in loaded["tasks"].items():
         elsewhere = "Run `lm-eval` on the checkpoint that `sleb apply` writes."
         if getattr(loaded_task, "MULTIMODAL", False):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,15 +74,13 @@ def load_into(engine: Engine, write_files: WriteFiles, settings: EngineSettings,
             start = time.perf_counter()
             model = engine.load(files, settings)
             seconds = time.perf_counter() - start
-        try:
+        with closing(model):
             if files.is_dir():
                 dtype, stored = settings.dtype, sum(tensor.size for tensor in find_weights(files).stored)
             else:
                 dtype, stored = _gguf_dtype_and_bytes(files)
             size = _size(surgery, stored, seconds)
             yield TimedModel(model, size, dtype, model.device, lambda workload: nullcontext(model))
-        finally:
-            model.close()
 
     return load
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,14 +125,12 @@ class _LoadedGguf(LoadedModel):
 @contextmanager
 def _batches(llama: Any, chunks: Sequence[Sequence[_Entry]]) -> Iterator[list[Any]]:
     """Prepare batches outside the timed part."""
-    batches = [llama.llama_batch_init(len(chunk), 0, 1) for chunk in chunks]
-    try:
+    with ExitStack() as made:
+        batches = [llama.llama_batch_init(len(chunk), 0, 1) for chunk in chunks]
         for batch, chunk in zip(batches, chunks, strict=True):
+            made.callback(llama.llama_batch_free, batch)
             _fill(batch, chunk)
         yield batches
-    finally:
-        for batch in batches:
-            llama.llama_batch_free(batch)
 
 
 def _fill(batch: Any, entries: Sequence[_Entry]) -> None:
