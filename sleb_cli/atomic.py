@@ -5,7 +5,6 @@ import json
 import os
 import secrets
 import shutil
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
@@ -144,23 +143,20 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
 def remove_leftovers(path: Path, further: str = "") -> None:
     """Delete what killed processes left of a file or folder, whose name may go on by a pattern, if it is not in use.
 
-    What they were about to replace is put back.
+    What they were about to replace is put back. Folders of other programs have no lock.
     """
     target = _named(path)
-    for folder in target.parent.glob(f".{escape(target.name)}{further}{SUFFIX}"):
-        with suppress(OSError, OutputError):
-            # Another program's folder has no such lock. Ours may lack it if we were killed when it was empty.
-            if _inside(folder, "lock").exists() or not any(folder.iterdir()):
-                with held(_target(folder), patience=0):
-                    pass
+    for lock in target.parent.glob(f".{escape(target.name)}{further}{SUFFIX}.lock"):
+        with suppress(OSError, OutputError), held(_target(lock.with_suffix("")), patience=0):
+            pass
 
 
 @contextmanager
 def held(path: Path, *, patience: float | None = None) -> Iterator[Path]:
     """Yield an empty hidden folder next to `path` that no other process uses, and delete it at the end.
 
-    A lock in it is released when this process ends, even if it is killed. `patience` is how many seconds to wait for
-    another process.
+    A lock beside it is released when this process ends, even if it is killed. `patience` is how many seconds to wait
+    for another process.
 
     Raises:
         OutputError: another process holds the folder for longer than that.
@@ -169,44 +165,41 @@ def held(path: Path, *, patience: float | None = None) -> Iterator[Path]:
     from filelock import FileLock, Timeout  # takes 50 ms
 
     target = _named(path)
-    folder = target.parent / f".{target.name}{SUFFIX}"
-    lock = FileLock(_inside(folder, "lock"), PATIENCE if patience is None else patience, thread_local=False)
-    while not lock.is_locked:
-        with suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
-        with suppress(FileNotFoundError):
-            if not stat.S_ISDIR(folder.lstat().st_mode):  # a link may lead anywhere
-                raise FileExistsError(errno.EEXIST, f"{folder.name} is not a folder")
-        try:
-            lock.acquire()
-        except (FileNotFoundError, FileExistsError):  # another process has just removed the folder
-            continue
-        except Timeout as error:
-            raise OutputError(
-                f"Another sleb process is writing {target}.", hint="Wait for it, or choose another name with -o."
-            ) from error
+    folder = _hidden(target)
+    if not target.parent.is_dir():  # which FileLock would make
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    lock = FileLock(_hidden(target, ".lock"), PATIENCE if patience is None else patience, thread_local=False)
     try:
+        lock.acquire()
+    except Timeout as error:
+        raise OutputError(
+            f"Another sleb process is writing {target}.", hint="Wait for it, or choose another name with -o."
+        ) from error
+    try:
+        if folder.is_symlink() or folder.is_file():  # a link may lead anywhere
+            raise FileExistsError(errno.EEXIST, f"{folder.name} is not a folder")
         clear(folder)
+        folder.mkdir(mode=0o700)
         yield folder
     finally:
         with suppress(OSError):
             clear(folder)
-            _inside(folder, "lock").unlink()  # last, so that what is left is known to be ours
-            folder.rmdir()
+            # Last, so that what is left is known to be ours. Whoever waits for a lock that is gone makes a new one.
+            _hidden(target, ".lock").unlink()
         lock.release()
 
 
 def publish(aside: Path, path: Path) -> None:
-    """Flush a complete file, or a folder in a `held` one, to the disk and rename it to `path`, replacing what is there.
+    """Flush a complete file or folder to the disk and rename it to `path`, replacing what is there.
 
     Raises:
-        OSError: it cannot be renamed; what was there still is, once the held folder is released.
+        OSError: it cannot be renamed; what was there still is, once the place is no longer `held`.
     """
     for place in (*aside.rglob("*"), aside):
         _flush(place)
     if aside.is_dir() and os.path.lexists(path):
         # For a moment, there is neither. `clear` puts the old one back, here or after a kill in the next process.
-        path.rename(_inside(aside.parent, "old"))
+        path.rename(_hidden(path, ".old"))
     aside.replace(path)
     _flush(path.parent)
 
@@ -220,25 +213,24 @@ def _beside(target: Path) -> Path:
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}{SUFFIX}")
 
 
+def _hidden(target: Path, kind: Literal["", ".lock", ".old"] = "") -> Path:
+    return target.parent / f".{target.name}{SUFFIX}{kind}"
+
+
 def _target(folder: Path) -> Path:
     return folder.with_name(folder.name.removeprefix(".").removesuffix(SUFFIX))
 
 
-def _inside(folder: Path, kind: Literal["lock", "old"]) -> Path:
-    # Not the name of what is written there.
-    return folder / f"{folder.name}.{kind}"
-
-
 def clear(folder: Path) -> None:
-    """Empty a hidden folder but for its lock, and put back what was about to be replaced."""
-    old, target = _inside(folder, "old"), _target(folder)
+    """Delete a hidden folder, and what it replaced; if it did not, what was about to be replaced is put back."""
+    target = _target(folder)
+    old = _hidden(target, ".old")
     if os.path.lexists(old) and not os.path.lexists(target):
         old.rename(target)
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path != _inside(folder, "lock"):
-            path.unlink()
+    for place in (folder, old):
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place)
+    old.unlink(missing_ok=True)  # a link to a folder
 
 
 def _flush(path: Path) -> None:

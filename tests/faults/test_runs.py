@@ -78,7 +78,10 @@ def require_a_fitting_error(command, call, finished):
     require(finished, reads[0] if reads else {OUTPUT})
     (sentence,) = re.findall(r"^error: .*", finished.stderr, re.MULTILINE)
     # The names of the file or its folder, as the user knows them.
-    parts = {re.sub(r"^\.(.*?)(\.\w{8})?(\.partial|\.replaced)?$", r"\1", part) for part in Path(call.path).parts}
+    parts = {
+        re.sub(r"^\.(.*?)(\.\w{8})?(\.partial(\.lock|\.old)?|\.replaced)?$", r"\1", part)
+        for part in Path(call.path).parts
+    }
     converted = {"tiny.gguf", "cache"} if call.path.startswith("/cache") else set()
     names = parts - {"/", "work", "cache"} | converted or {"cache", "work", command.output}
     assert any(name in sentence for name in names), (call, finished.stderr)

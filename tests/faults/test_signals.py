@@ -74,7 +74,7 @@ def test_a_second_ctrl_c_ends_at_once(program, commands, tmp_path, first):
         assert not running.ends_within(0.005), "it ended before it cleaned up"
     running.send(*[signal.SIGINT] * (1 if first == signal.SIGINT else 2))
     require(running.wait(), (-signal.SIGINT, 130))
-    assert left() == [".new.partial"]
+    assert left() == [".new.partial", ".new.partial.lock"]
     program.run(*words, cwd=tmp_path)
     assert left() == ["new"]
 

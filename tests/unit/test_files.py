@@ -108,11 +108,11 @@ def test_what_appears_meanwhile_is_not_overwritten_unasked(tmp_path):
 def test_what_a_killed_process_left_is_removed_or_put_back(tmp_path, clean_up, was_replacing):
     folder = tmp_path / ".a.partial"
     (folder / "a").mkdir(parents=True)
-    (folder / ".a.partial.lock").touch()
+    (tmp_path / ".a.partial.lock").touch()
     (folder / "a" / "half").write_text("half")
     if was_replacing:
-        (folder / ".a.partial.old").write_text("one")
-    (tmp_path / ".a.b.partial").mkdir()  # killed before it had a lock
+        (tmp_path / ".a.partial.old").write_text("one")
+    (tmp_path / ".a.b.partial.lock").touch()  # killed before it had a folder
     clean_up(tmp_path / "a")
     remove_leftovers(tmp_path / "a", ".*")
     files = {path.name: path.read_text() for path in tmp_path.iterdir()}
@@ -132,15 +132,16 @@ def test_what_another_is_writing_is_left_alone_and_refused(tmp_path, monkeypatch
 
 def test_links_and_folders_of_other_programs_are_never_emptied(tmp_path):
     (tmp_path / "precious").mkdir()
-    (tmp_path / "precious" / ".a.partial.lock").touch()
+    (tmp_path / "precious" / "file").touch()
     (tmp_path / ".a.partial").symlink_to(tmp_path / "precious")
+    (tmp_path / ".a.partial.lock").touch()
     (tmp_path / ".b.partial").mkdir()
     (tmp_path / ".b.partial" / "of another program").touch()
     for name in ("a", "b"):
         remove_leftovers(tmp_path / name)
     with pytest.raises(OutputError, match=r"\.a\.partial is not a folder"):
         write_claimed(tmp_path / "a", "new")
-    assert os.listdir(tmp_path / "precious") == [".a.partial.lock"]
+    assert os.listdir(tmp_path / "precious") == ["file"]
     assert os.listdir(tmp_path / ".b.partial") == ["of another program"]
 
 

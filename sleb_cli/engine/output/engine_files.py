@@ -27,6 +27,7 @@ def engine_files(own: Path, registry: Registry, notify: Notify) -> Iterator[Call
             if not surgery.removals:
                 return own
             clear(folder)  # the last one has been timed, since pruned models take turns
+            folder.mkdir()
             name = f"{len(surgery.removals)}-blocks-fewer"
             to = Output(folder / (name if own.is_dir() else f"{name}.gguf"), verify=False)
             if own.is_dir():
