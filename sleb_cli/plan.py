@@ -377,11 +377,6 @@ class Plan(VersionedRecord):
         return tuple(sizes)
 
     @property
-    def precision(self) -> str:
-        """The data type that was computed in, and that of the weights if it is another."""
-        return self.model.computed_in(self.search.dtype)
-
-    @property
     def nested(self) -> bool:
         """Whether each size removes the blocks of the previous size and one more."""
         return all(step.removals is None for step in self.steps)

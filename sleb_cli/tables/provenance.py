@@ -30,7 +30,7 @@ def search_settings(plan: Plan) -> Table:
         ("seed", str(text.seed)),
         ("BOS before each sequence", "yes" if text.bos else "no"),
         ("hash of the tokens", text.tokens_sha256[:16]),
-        ("data type and device", f"{plan.precision} on {search.device}, batch {search.batch_size}"),
+        ("data type and device", f"{model.computed_in(search.dtype)} on {search.device}, batch {search.batch_size}"),
         ("engine", search.engine + (f": {search.engine_reason}" if search.engine_reason else "")),
         ("started", environment.started),
         ("took", format_seconds(environment.seconds)),

@@ -53,9 +53,9 @@ def perplexities(plan: Plan) -> dict[str, list[float]]:
 
 
 def _how(plan: Plan) -> str:
-    search, text, seconds = plan.search, plan.calibration, plan.environment.seconds
+    search, dtype, seconds = plan.search, plan.model.computed_in(plan.search.dtype), plan.environment.seconds
     held_out = f" ({search.held_out} of them held out)" if search.held_out else ""
-    calibrated = f"calibrated on {text}{held_out}, {plan.precision} on {search.device}, {seconds:.0f} s"
+    calibrated = f"calibrated on {plan.calibration}{held_out}, {dtype} on {search.device}, {seconds:.0f} s"
     return f"{search.strategy} search by {search.metric}{', raced' if search.fast else ''}; {calibrated}"
 
 
