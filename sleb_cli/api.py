@@ -9,8 +9,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from sleb_cli.events import Notice, Notify, Warned, ignore
-from sleb_cli.plugin_manager import Registry, load_plugins, named_before_loading
+from sleb_cli.events import Notify, ignore
+from sleb_cli.plugin_manager import Registry, load_registry
 from sleb_cli.processes import WorkerFinished, is_main_process, process_count
 from sleb_cli.requests import BenchRequest, EvalRequest, Request, journal_of, sibling
 from sleb_plugins import OutputError, UsageError
@@ -239,16 +239,6 @@ def _stop_unless_main_process() -> None:
     """Raise WorkerFinished in the other processes."""
     if not is_main_process():
         raise WorkerFinished
-
-
-def load_registry(notify: Notify) -> Registry:
-    """Load the plugins: name other packages before their code runs, and warn about each that fails."""
-    if others := named_before_loading():
-        notify(Notice(others))
-    registry = load_plugins()
-    for failure in registry.failures:
-        notify(Warned(f"The plugin {failure.plugin} failed to load and is disabled: {failure.reason}."))
-    return registry
 
 
 def _save(record: Record, path: Path | None) -> None:

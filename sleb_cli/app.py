@@ -10,6 +10,7 @@ import typer
 from sleb_cli import api
 from sleb_cli.commands.options import How, JsonOption, options_from
 from sleb_cli.events import Notice
+from sleb_cli.plugin_manager import load_registry
 from sleb_cli.requests import ApplyRequest, BenchRequest, EvalRequest, ExportRequest, SearchRequest
 from sleb_cli.ui import summaries
 from sleb_cli.ui.console import print_json
@@ -124,5 +125,5 @@ def export(request: ExportRequest, how: How) -> None:
 def plugins(json: JsonOption = False) -> None:
     """List the installed families, metrics, export formats and engines, and what failed to load."""
     with show_progress() as notify:
-        registry = api.load_registry(notify)
+        registry = load_registry(notify)
     show_plugins(registry, as_json=json)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from sleb_cli.names import parts_of_mixture, public_source
+from sleb_cli.names import public_source
 from sleb_cli.records import (
     ModelRecord,
     Perplexity,
@@ -46,11 +46,6 @@ class CalibrationRecord(Record):
     bos: bool
     chat: Chat | None = None
     tokens_sha256: str
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """The sources of a mixture, without their shares, or the only one."""
-        return tuple(source for source, _ in parts_of_mixture(self.source))
 
     @property
     def title(self) -> str:

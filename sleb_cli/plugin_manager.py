@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pluggy
 
+from sleb_cli.events import Notice, Notify, Warned
 from sleb_cli.requests import TRANSFORMERS
 from sleb_plugins import (
     Engine,
@@ -174,10 +175,14 @@ class Registry:
         return found[0] if found else None
 
 
-def named_before_loading() -> str:
-    """Return a sentence that names the plugins of packages other than sleb, importing none; empty if there are none."""
-    others = [plugin for plugin in map(_plugin, entry_points(group=GROUP)) if plugin.package != "sleb"]
-    return f"Loading plugins of other packages: {', '.join(map(str, others))}." if others else ""
+def load_registry(notify: Notify) -> Registry:
+    """Load the plugins: name other packages before their code runs, and warn about each that fails."""
+    if others := [plugin for plugin in map(_plugin, entry_points(group=GROUP)) if plugin.package != "sleb"]:
+        notify(Notice(f"Loading plugins of other packages: {', '.join(map(str, others))}."))
+    registry = load_plugins()
+    for failure in registry.failures:
+        notify(Warned(f"The plugin {failure.plugin} failed to load and is disabled: {failure.reason}."))
+    return registry
 
 
 def load_plugins(found: Iterable[EntryPoint] | None = None) -> Registry:
