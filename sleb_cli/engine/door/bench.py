@@ -20,6 +20,7 @@ from sleb_cli.engine.model.demo import demo_gguf
 from sleb_cli.engine.output.apply_gguf import require_same_kind_of_model
 from sleb_cli.engine.speed.benchmark import Benchmark
 from sleb_cli.engine.speed.workloads import make_workload
+from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plugin_manager import Registry
@@ -53,7 +54,7 @@ def resolve_bench(
 
     dtype = choose_dtype(architecture, request.dtype or AUTO, device, lack, notify)
     source = _engine_source(subject, engine, request, notify) if engine else None
-    return Benchmark(subject, pruned, workloads, dtype, device, request.threads, engine, source)
+    return Benchmark(subject, pruned, workloads, Placement(device, dtype), request.threads, engine, source)
 
 
 def _engine_source(subject: Subject, engine: Engine, request: BenchRequest, notify: Notify) -> Path:

@@ -38,8 +38,7 @@ class Benchmark:
     subject: Subject
     sizes: tuple[Surgery, ...]
     workloads: tuple[Workload, ...]
-    dtype: torch.dtype
-    device: torch.device
+    place: Placement
     threads: int | None = None
     engine: Engine | None = None
     engine_source: Path | None = None
@@ -50,7 +49,7 @@ class Benchmark:
         least = self.engine.least_new_tokens if self.engine else 0
         lengths = (workload.prompt_length + max(least, workload.new_tokens) for workload in self.workloads)
         return EngineSettings(
-            dtype=dtype_name(self.dtype),
+            dtype=dtype_name(self.place.dtype),
             threads=torch.get_num_threads(),
             batch_size=max(workload.batch_size for workload in self.workloads),
             sequence_length=max(lengths),
@@ -71,7 +70,7 @@ def benchmark(wanted: Benchmark, notify: Notify, write_files: WriteFiles | None 
             version: str | None = wanted.engine.version() or None
             load = load_into(wanted.engine, write_files, wanted.settings, notify)
         else:
-            load = load_with_transformers(Placement(wanted.device, wanted.dtype), notify)
+            load = load_with_transformers(wanted.place, notify)
             version = transformers.__version__
         # All sizes together or, if only two models fit, each in turn with the dense one.
         in_pairs = wanted.sizes and (wanted.engine or architecture.is_quantized)
@@ -87,7 +86,7 @@ def benchmark(wanted: Benchmark, notify: Notify, write_files: WriteFiles | None 
         memory: dict[Removals, list[MemoryRecord | None]] = {}
         for surgery in [] if wanted.engine else [dense, *wanted.sizes]:
             removals = surgery.removals
-            seconds, memory[removals] = measure_alone(surgery, wanted.dtype, wanted.device, wanted.workloads, notify)
+            seconds, memory[removals] = measure_alone(surgery, wanted.place, wanted.workloads, notify)
             sizes[removals] = sizes[removals].model_copy(update={"load_seconds": seconds})
         return BenchResult(
             **THIS_VERSION,
@@ -96,7 +95,7 @@ def benchmark(wanted: Benchmark, notify: Notify, write_files: WriteFiles | None 
             dtype=dtype,
             device=device,
             threads=torch.get_num_threads(),
-            processor=processor_name(wanted.device),
+            processor=processor_name(wanted.place.device),
             governor=cpu_governor(),
             torch=str(torch.__version__),
             transformers=transformers.__version__,

@@ -34,7 +34,7 @@ SAMPLE_SECONDS = 0.002
 
 
 def measure_alone(
-    surgery: Surgery, dtype: torch.dtype, device: torch.device, workloads: Sequence[Workload], notify: Notify
+    surgery: Surgery, place: Placement, workloads: Sequence[Workload], notify: Notify
 ) -> tuple[float | None, list[MemoryRecord | None]]:
     """Load a model in a process of its own and run each workload once; return the seconds and the memory of each.
 
@@ -46,9 +46,7 @@ def measure_alone(
     with task(notify, f"Peak memory {which}"):
         try:
             with _process() as process:
-                return process.submit(
-                    _measure, source, removals, dtype, device, workloads, torch.get_num_threads()
-                ).result()
+                return process.submit(_measure, source, removals, place, workloads, torch.get_num_threads()).result()
         except (RuntimeError, MemoryError, OutOfMemory) as error:
             if not (isinstance(error, BrokenProcessPool) or is_out_of_memory(error)):
                 raise
@@ -74,23 +72,17 @@ def _process() -> Iterator[ProcessPoolExecutor]:
 
 
 def _measure(
-    source: ModelSource,
-    removals: Removals,
-    dtype: torch.dtype,
-    device: torch.device,
-    workloads: Sequence[Workload],
-    threads: int,
+    source: ModelSource, removals: Removals, place: Placement, workloads: Sequence[Workload], threads: int
 ) -> tuple[float, list[MemoryRecord | None]]:
     """Load the model in this process; return how many seconds its weights took, and the memory of each workload."""
     quiet_libraries()
     torch.set_num_threads(threads)
     surgery = plan_surgery(read_architecture(source, load_plugins(), ignore), removals)
-    place = Placement(device, dtype)
     start = time.perf_counter()
     model = load_pruned(surgery, place, ignore) if removals else load_dense(surgery.architecture, place, ignore)
-    synchronize(device)
+    synchronize(place.device)
     seconds = time.perf_counter() - start
-    return seconds, [_memory(model, device, workload) for workload in workloads]
+    return seconds, [_memory(model, place.device, workload) for workload in workloads]
 
 
 def _memory(model: Any, device: torch.device, workload: Workload) -> MemoryRecord | None:
