@@ -22,10 +22,6 @@ QWEN3 = (
     "<|im_start|>assistant\n{% if loop.index0 > ns.query %}<think>\n{{ thought.strip('\\n') }}\n</think>\n\n{% endif %}"
     "{{ words }}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\nOPEN{% endif %}"
 )
-QWQ = (
-    IM_START + "{% else %}" + CONTENT + "<|im_start|>assistant\n{{ m.content if loop.last else words }}<|im_end|>\n"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
-)
 R1 = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}"
     "{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% elif m.role == 'assistant' %}"
@@ -42,13 +38,6 @@ GPT_OSS = (
     "<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|return|>"
     "{% else %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
-)
-LLAMA3 = (
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content | trim %}"
-    "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
-    "<|start_header_id|>system<|end_header_id|>\n\nToday Date: {{ strftime_now('%d %b %Y') }}\n\n{{ system }}<|eot_id|>"
-    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
-    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 GEMMA3 = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}"
@@ -103,9 +92,6 @@ IM_EARLIER = "<|im_start|>user\nsnow<|im_end|>\n<|im_start|>assistant\n⟦bridge
 IM_LAST = "<|im_start|>user\nmill<|im_end|>\n<|im_start|>assistant\n"
 R1_LAST = "<｜User｜>mill<｜Assistant｜>⟦field</s>⟧"
 OSS_LAST = "<|start|>user<|message|>mill<|end|><|start|>assistant"
-LLAMA3_LAST = (
-    "<|start_header_id|>user<|end_header_id|>\n\nmill<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-)
 GEMMA3_LAST = "<start_of_turn>user\nmill<end_of_turn>\n<start_of_turn>model\n"
 PHI4_LAST = "<|im_start|>user<|im_sep|>mill<|im_end|><|im_start|>assistant<|im_sep|>"
 MINI_LAST = "<|user|>mill<|end|><|assistant|>"
@@ -121,10 +107,6 @@ PUBLISHED = {
         IM_LAST + "<think>\n\n</think>\n\n⟦field<|im_end|>⟧\n",
         *[IM_LAST + "<think>\n⟦river\n</think>\n\nfield<|im_end|>⟧\n"] * 2, IM,
     ),
-    "qwq": Published(
-        QWQ, CHAT_ML, IM_EARLIER, *[IM_LAST + "⟦field<|im_end|>⟧\n"] * 2,
-        IM_LAST + "<think>\n⟦river\n</think>\n\nfield<|im_end|>⟧\n", IM,
-    ),
     "r1": Published(
         R1, "<s>stone", "<｜User｜>snow<｜Assistant｜>⟦bridge</s>⟧", R1_LAST, R1_LAST,
         R1_LAST.replace("field", "\n\nfield"), (), ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"),
@@ -137,11 +119,6 @@ PUBLISHED = {
         "<|return|>⟧",
         OSS_LAST + f"⟦<|channel|>final<|message|>{THOUGHT}field<|return|>⟧",
         ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"), (),
-    ),
-    "llama3": Published(
-        LLAMA3, "<s><|start_header_id|>system<|end_header_id|>\n\nToday Date: 01 Jan 2025\n\nstone<|eot_id|>",
-        LLAMA3_LAST.replace("mill", "snow") + "⟦bridge<|eot_id|>⟧", *[LLAMA3_LAST + "⟦field<|eot_id|>⟧"] * 2,
-        LLAMA3_LAST + f"⟦{THOUGHT}field<|eot_id|>⟧", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), (),
     ),
     "gemma3": Published(
         GEMMA3, "<s>",

@@ -50,7 +50,6 @@ def test_a_perfect_answer_scores_one_and_a_wrong_one_zero(loaded, form, score):
     [
         ("sold the lamp near the mill.", 2 / 3),
         ("sold a lamp near a river", 1.0),
-        ("found the lamp near the river. sold the lamp near the river.", 2 / 3),
         ("the lamp near the river.", 0.0),
         ("sold", 1 / 3),
     ],
@@ -81,7 +80,6 @@ TWO_KEYS = '{"name": "...", "use": "..."}'
         ("last word", "lamp", 'Bees like the "Lamp".\n', True),
         ("last word", "lamp", "Bees like the lamp post.", False),
         ("list", "5", "Five facts:\n\n1. a\n   - more\n2. b\n3. c\n\n4) d\n5. **e**: f\n\nThat is all.", True),
-        ("list", "5", "1. a\n2. b\n3. c\n4. d\n5.", False),
         ("json", TWO_KEYS, '{"use": "wax", "name": {"of": "bee"}}', True),
         ("json", TWO_KEYS, 'Here it is:\n```json\n{"name": "bee",\n"use": null}\n```\nIt hums.', True),
         ("json", TWO_KEYS, '{"name": "bee", "use": "wax", "size": 1}', False),

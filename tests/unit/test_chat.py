@@ -13,7 +13,7 @@ from sleb_cli.engine.text.calibration import calibrate
 from sleb_cli.engine.text.chat import cut_answers, cut_conversations, render
 from sleb_cli.engine.text.settings import resolve_calibration
 from sleb_cli.engine.text.sources import Text, calibration_conversations
-from sleb_plugins import DataError, UsageError
+from sleb_plugins import DataError
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role + '\\n' }}"
@@ -110,27 +110,6 @@ def test_all_of_an_answer_counts_whatever_its_words(name, contents, text):
     assert render(tokenizer, talk, "", answers=True) == tokens_of(tokenizer, opened + text)
 
 
-@pytest.mark.parametrize(
-    ("template", "text"),
-    [
-        (
-            PUBLISHED["phi4"].text.replace("m.content", "m.content.split('▷')[-1]"),
-            f"{PHI4_ASKED}⟦town<|im_end|>⟧{PHI4_ASKED}⟦mill<|im_end|>⟧",
-        ),
-        (
-            PUBLISHED["phi4-mini"].text,
-            "<|user|>snow<|end|><|assistant|>⟦river▷town⟧<|end|><|user|>snow<|end|><|assistant|>⟦king▷mill<|end|></s>⟧",
-        ),
-    ],
-    ids=["tags of a thought", "the end of an earlier answer"],
-)
-def test_an_answer_is_what_the_template_makes_of_it(template, text):
-    tokenizer = tokenizer_with(template)  # without tokens for it
-    contents = zip(cycle(["user", "assistant"]), ["snow", "river▷town", "snow", "king▷mill"], strict=False)
-    talk = [{"role": role, "content": content} for role, content in contents]
-    assert render(tokenizer, talk, "", answers=True) == tokens_of(tokenizer, text)
-
-
 @pytest.mark.parametrize(("most", "found"), [(None, 3), (2, 2), (9, 3)])
 def test_windows_of_answers_know_their_conversations(most, found):
     tokenizer, talks = tokenizer_with(PLAIN), [CONVERSATION[:3], CONVERSATION] * 9
@@ -177,13 +156,6 @@ def test_each_sequence_begins_a_conversation_and_has_an_answer():
 def test_conversations_that_cannot_be_cut_are_refused(template, conversations, length, options, message):
     with pytest.raises(DataError, match=message):
         cut(template, conversations, length, **options)
-
-
-def test_plain_text_is_no_conversation(tiny_llama):
-    architecture = architecture_of(tiny_llama)
-    for source in ("self", "c4", "wikitext2", "wikitext2-sleb", "notes.txt", "self:0.5,c4:0.5"):
-        with pytest.raises(UsageError, match=f"{source} is plain text"):
-            resolve_calibration(architecture, source, chat="all")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import pytest
 
 from measured_plans import make_benchmark, make_evaluation, make_plan
-from sleb_cli.events import ignore
 from sleb_cli.kept_results import beside_plan, find_kept, keep_result, read_kept
 from sleb_cli.results import EvalResult
 
@@ -67,16 +66,6 @@ def test_results_in_several_settings_are_kept_side_by_side(tmp_path, result, cha
     assert all(notice.text.startswith(moved) for notice in heard)
 
 
-def test_a_size_joins_the_results_of_its_own_setting(tmp_path):
-    file = tmp_path / "kept.json"
-    first, more = evaluation("a"), evaluation("a", every=1)
-    other = first.model_copy(update={"dtype": "float16"})
-    for each in (first, other, more):
-        both = keep_result(each, file, ignore)
-    assert both.sizes == more.sizes
-    assert find_kept(other, file, ignore) == other
-
-
 def test_files_that_cannot_be_read_or_written_lose_nothing(tmp_path):
     file, heard = tmp_path / "plan.eval.json", []
     file.write_text('{"kind": "eval"}')
@@ -90,14 +79,6 @@ def test_files_that_cannot_be_read_or_written_lose_nothing(tmp_path):
     assert read_kept(EvalResult, file, heard.append) is not None
     assert keep_result(evaluation(), tmp_path / "none" / "plan.eval.json", heard.append) == evaluation()
     assert "not kept for reports" in heard[-1].text
-
-
-def test_a_workload_that_is_run_again_replaces_the_earlier_one():
-    first, second = benchmark((1, 8), (1, 16), every=1), benchmark((1, 8), (2, 8), iterations=5)
-    both = second.merged_with(first)
-    assert both.workloads == (second.workloads[0], first.workloads[1], second.workloads[1])
-    assert [size.removals for size in both.pruned] == list(PLAN.by_size)
-    assert second.merged_with(benchmark((1, 8), every=1)).pruned == second.pruned
 
 
 def test_fewer_iterations_do_not_replace_more(tmp_path):

@@ -19,7 +19,6 @@ from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.text.calibration import calibrate
 from sleb_cli.engine.text.chat import apply_template
 from sleb_cli.engine.text.own_chat import _Writer
-from sleb_cli.engine.text.portions import Portions
 from sleb_cli.engine.text.settings import CalibrationSettings
 from sleb_cli.engine.text.sources import TextSplit, read_prompts
 from sleb_cli.events import Notice, ignore
@@ -277,11 +276,3 @@ def test_a_file_of_prompts_that_cannot_be_used_is_refused(tmp_path, name, conten
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         read_prompts(f"answers:{name}", TextSplit(0, 0.7))
-
-
-def test_healing_reads_new_conversations_in_each_portion(model):
-    draws = Portions(settings("self-chat", chat="answers"), lambda portion: 4, tokenizer_with(TURNS), lambda: model)
-    one, two = (draws.draw(number, ignore) for number in range(2))
-    assert sorted(one.order) == [0, 0, 1, 1]
-    assert one.loss_mask.shape == one.sequences.shape
-    assert one.sequences.tolist() != two.sequences.tolist()

@@ -25,9 +25,7 @@ def test_a_plan_survives_a_round_trip(llama_plan, tmp_path):
     ("source", "title"),
     [
         ("self:0.5,c4:0.5", "self:0.5,c4:0.5"),
-        ("org/name:con/fig::a/b", "org/name:con/fig::a/b"),
         ("/home/jane/notes.txt", "notes.txt"),
-        ("../notes", "notes"),
         ("answers:/home/jane/asked.jsonl:0.5,c4:0.5", "answers:asked.jsonl:0.5,c4:0.5"),
         ("/home/a,b/c:d/notes.txt", "notes.txt"),
         ("/home/jane/corpus:default:test", "corpus:default:test"),
@@ -51,15 +49,12 @@ def test_a_title_has_no_folder_of_this_machine(llama_plan, source, title):
 
 INVALID = {
     "surprise": ({"surprise": 1}, "surprise: unknown"),
-    "an inner surprise": ({"search": {"surprise": 1}}, "search.surprise"),
     "no dense": ({"dense": None}, "dense: should be"),
     "words for a number": ({"model": {"blocks": "6"}}, "model.blocks"),
     "other removals": ({"removals": [1, 2, 3]}, "do not name the same blocks"),
     "a block too many": ({"model": {"blocks": 2}}, "does not have"),
     "no version": ({"schema_version": None}, "schema_version: should be 1"),
     "a later version": ({"schema_version": 2, "later": 1}, "schema_version: should be 1.*newer sleb .* upgrade"),
-    "cut off": (b"{", "Invalid JSON"),
-    "a list": (b"[]", "should be an object"),
     "bytes": (b"\xff\xfe\x00", "it is not text"),
     "millions of items": (b"[" + b"1," * (1 << 22) + b"1]", "it has more items than any record"),
 }

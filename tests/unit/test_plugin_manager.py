@@ -23,16 +23,12 @@ METRIC = (
 
 BROKEN = {
     "import_error": ("import nothing_of_that_name", "ModuleNotFoundError"),
-    "syntax_error": ("def", "SyntaxError"),
     "leaves": ("import sys\nsys.exit('no licence')", "no licence"),
-    "exits": ("raise RuntimeError('not today')", "not today"),
     "wrong_type": (hook("metrics", "return ['nll']"), "'nll', which is not a named"),
-    "not_a_list": (hook("metrics", "return 3"), "TypeError"),
     "raises": (hook("families", "raise KeyError('x')"), "KeyError"),
     "string_of_types": (hook("families", "return [sleb.FamilyAdapter('a', 'llama', 'b')]"), "is a string"),
     "unknown_hook": (hook("familys", "return []"), "sleb_familys"),
     "unknown_argument": (hook("metrics", "return []", "model"), "model"),
-    "nameless": (METRIC.format(name=3), "not a named"),
 }
 
 

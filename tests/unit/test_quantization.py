@@ -21,7 +21,6 @@ def names(tmp_path_factory):
     [
         # names, as tensors are called
         ("lm_head", "lm_head"),
-        ("self_attn.q_proj", "self_attn.q_proj"),
         ("model.layers.3.mlp.gate_proj", None),
         ("model.layers.4", "model.layers.3"),
         ("language_model.model.layers.13.mlp", "language_model.model.layers.10.mlp"),
@@ -30,8 +29,6 @@ def names(tmp_path_factory):
         # patterns that name no block, all of them, or the first, which stays
         ("re:.*lm_head", "re:.*lm_head"),
         (r"re:.*layers\.[0-9]+\.mlp.*", r"re:.*layers\.[0-9]+\.mlp.*"),
-        (r"re:.*layers\.\d+\.self_attn\.qkv_proj", r"re:.*layers\.\d+\.self_attn\.qkv_proj"),
-        ("*.lm_head", "*.lm_head"),
         ("model.layers.0*", "model.layers.0*"),
         ("*layers.*.mlp", "*layers.*.mlp"),
         ("gptqmodel:2.2.0", "gptqmodel:2.2.0"),

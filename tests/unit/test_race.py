@@ -119,20 +119,3 @@ def test_a_race_starts_from_the_distances_of_the_step_before():
     precisions = 1 / error**2, 1 / squared
     expected = (1.5 * precisions[0] + 3.0 * precisions[1]) / sum(precisions)
     assert race._behind[3] == (pytest.approx(expected), pytest.approx(1 / sum(precisions)))
-
-
-def test_the_step_before_spares_the_hopeless():
-    first, winner = run(draws(dict(enumerate(FIELD))))
-    left = draws({block: 0.02 * block for block in range(28) if block != winner}, seed=1)
-    (again, best), (alone, _) = run(left, before=first), run(left)
-    assert best == min(left, key=lambda block: statistics.fmean(left[block]))
-    assert (
-        again.evaluations
-        < alone.evaluations
-        == 64 * len(alone.contenders) + sum(drop.sequences for drop in alone.dropped.values())
-    )
-    unscored = [block for block, drop in again.dropped.items() if not drop.sequences]
-    assert unscored
-    assert min(unscored) > 14
-    risen = left | draws({6: -0.2}, seed=1)  # who comes back from the middle of the field is seen
-    assert run(risen, before=first)[1] == 6

@@ -140,7 +140,6 @@ def test_a_walk_does_half_of_the_work_and_drops_the_base(skippable, ids, ran, si
         pytest.param([1, 2], {1: 9, 2: 9, 3: 9}, (), [0, 1, 2, 3], None, id="a new one forks off where the base is"),
         pytest.param([0, 1, 2, 3], {0: 1, 3: 2}, (), [0, 1, 2], [1, 1, 1, 3], id="some are known"),
         pytest.param([1, 2, 3], {2: 9}, (2,), [1, 3], None, id="the removed one is the base"),
-        pytest.param([1, 2, 3], {2: 9}, (2,), [1], None, id="one that is known"),
     ],
 )
 def test_what_a_step_keeps_saves_work_and_changes_no_bit(skippable, ids, ran, first, keep, removed, candidates, counts):

@@ -1,14 +1,12 @@
 """Strategies on plain arithmetic, against brute force."""
 
 import itertools
-import math
 import random
 
 import pytest
 
 from sleb_cli.engine.search.choices import NoBlockLeft, Outcome, Protection
 from sleb_cli.engine.search.strategies import STRATEGIES, Problem
-from sleb_plugins import ModelError
 
 SEEDS = pytest.mark.parametrize("seed", range(10))
 EACH = pytest.mark.parametrize("strategy", STRATEGIES)
@@ -132,12 +130,6 @@ def test_a_set_that_leaves_no_candidate_is_passed_over():
         return candidates(8)(removed)
 
     assert 3 not in search("contiguous", Costs(8, 1).score, rule, 3)[-1].removals[:-1]
-
-
-@EACH
-def test_nothing_is_chosen_if_no_score_is_finite(strategy):
-    with pytest.raises(ModelError, match="numbers that are not finite"):
-        search(strategy, lambda removed, blocks: Outcome(dict.fromkeys(blocks, math.nan)), candidates(6), 2)
 
 
 @EACH

@@ -101,13 +101,6 @@ def test_a_part_without_text_is_named(tmp_path):
         calibrate(settings(tmp_path / "text.txt", 5, (1, 1, 1)), TOKENIZER, lambda: None, print)
 
 
-def test_the_test_text_may_lack_a_source(tmp_path):
-    (tmp_path / "text.txt").write_text(prose(24))
-    splits = settings(f"{tmp_path / 'text.txt'}:0.75,self:0.25", 20, (14, 4, 2))
-    parts = calibrate(splits, TOKENIZER, lambda: MODEL, ignore)
-    assert [len(part.sequences) for part in parts][-1] == 1
-
-
 def settings(source, samples, counts, length=32):
     own = CalibrationSettings(str(source), parse_mixture(str(source)), samples, length, 0, None, samples_given=True)
     return [replace(own, samples=count, split=split) for count, split in zip(counts, SPLITS, strict=True)]
