@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import get_args
 
@@ -158,16 +156,6 @@ def test_the_completions_are_what_the_program_prints(monkeypatch, capfd, shell, 
     with pytest.raises(SystemExit):
         main([])
     assert capfd.readouterr().out == read(f"completions/{name}")
-
-
-def test_bash_completes_commands_and_options():
-    script = f"""
-        PATH={Path(sys.executable).parent}:$PATH; source {ROOT}/completions/sleb.bash
-        COMP_WORDS=(sleb se); COMP_CWORD=1; _sleb_completion sleb; echo "${{COMPREPLY[@]}}"
-        COMP_WORDS=(sleb search --cal); COMP_CWORD=2; _sleb_completion sleb; echo "${{COMPREPLY[@]}}"
-    """
-    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["search", "--calibration"]
 
 
 CLASSES_OF_ERRORS = [c for c in vars(errors).values() if isinstance(c, type) and c.__base__ is SlebError]

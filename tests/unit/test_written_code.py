@@ -45,7 +45,6 @@ BUSY = "import time\nwhile time.process_time() < {}: pass"
     [
         ("assert 1 + 1 == 2", True),
         ("assert 1 + 1 == 3", False),
-        ("import sys; sys.exit(3)", False),
         ("import os; os._exit(0)\nassert False", False),
         ("import os; os._exit(86)", True),  # whoever means to can say so: no rights follow from it
         ("import os; os.write(2, b'what sleb reads'); os._exit(1)", False),
@@ -116,57 +115,36 @@ def test_a_program_that_got_no_processor_runs_again_alone(monkeypatch, how):
 
 
 @pytest.fixture
-def outside(tmp_path, monkeypatch):
-    """What a program may want: files, sockets and a process, named as in `ATTACKS`."""
+def outside(tmp_path):
+    """What a program may want: a file, a port and a process, named as in `ATTACKS`."""
     file = tmp_path / "file"
     file.write_text("as it was")
     file.chmod(0o777)
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
-        socket.socket(socket.AF_UNIX) as local,
-        socket.socket(socket.AF_UNIX) as abstract,
         subprocess.Popen(["sleep", "600"], env={"TOKEN": "secret"}) as process,
     ):
-        monkeypatch.chdir(tmp_path)  # whose path may be too long for a socket
-        local.bind("socket")
-        abstract.bind(f"\0{tmp_path}")
-        for listening in (local, abstract):
-            listening.listen()
-        Path("socket").chmod(0o777)
         spaces = [str(Path("/proc/self/ns", name).readlink()) for name in ("ipc", "mnt", "net", "pid", "user")]
         port = server.getsockname()[1]
-        yield {"file": str(file), "folder": str(tmp_path), "port": port, "process": process.pid, "spaces": spaces}
+        yield {"file": str(file), "port": port, "process": process.pid, "spaces": spaces}
         alive = process.poll() is None
         process.kill()
-    assert (alive, file.read_text(), len(os.listdir())) == (True, "as it was", 2)
+    assert (alive, file.read_text()) == (True, "as it was")
 
 
 # Each comes to its end if it reaches what it wants. None does harm where nothing confines it.
 ATTACKS = """
 assert any(os.readlink('/proc/self/ns/' + each.split(':')[0]) == each for each in spaces)
 assert open('/proc/self/oom_score_adj').read() != '1000\\n'
-open('/proc/self/oom_score_adj', 'w').write('0')
 socket.create_connection(('127.0.0.1', port), 1)
-socket.socket(type=socket.SOCK_DGRAM).connect(('192.0.2.1', 9))
-socket.socket(socket.AF_UNIX).connect(folder + '/socket')
-socket.socket(socket.AF_UNIX).connect(chr(0) + folder)
 os.kill(process, 0)
-open(f'/proc/{process}/environ').read()
 assert libc.ptrace(16, os.getppid(), None, None) == 0
-open(f'/proc/{os.getppid()}/mem', 'rb')
 open(f'/proc/{os.getppid()}/fd/2', 'w')
 open(file).read()
-os.symlink(file, 'link') or open('link', 'a')
-os.mkdir(folder + '/made')
 os.listdir('/home')
-open('/etc/passwd')
 os.utime(sys.prefix)
-os.mkdir('/made')
 assert not all(os.statvfs(place).f_flag & os.ST_RDONLY for place in ('/', '/usr', '/dev', '/proc', sys.prefix))
-open('/proc/sys/kernel/hostname', 'w')
 assert libc.unshare(0x10000000) == 0
-os.setuid(0 if os.getuid() else 1)
-os.chroot('.')
 assert os.listdir('/proc/self/fd') != ['0', '1', '2', '3']
 assert {os.path.realpath(f'/proc/self/fd/{n}') for n in range(3)} != {'/dev/null'}
 assert set(os.environ) - {'PATH', 'PWD', 'HOME', 'TMPDIR', 'OMP_NUM_THREADS', 'LC_CTYPE'}
@@ -176,9 +154,8 @@ assert 'NoNewPrivs:\\t1' not in open('/proc/self/status').read()
 [open('/dev/shm/' + str(n), 'wb').write(bytes(1 << 20)) for n in range(80)]
 [open(str(n), 'wb').close() for n in range(11_000)]
 [os.fork() or (time.sleep(9), os._exit(0)) for n in range(70)]
-[threading.Thread(target=time.sleep, args=(9,), daemon=True).start() for n in range(70)]
 """.strip().splitlines()
-BEFORE = "import ctypes, os, socket, sys, threading, time; libc = ctypes.CDLL(None, use_errno=True)\n"
+BEFORE = "import ctypes, os, socket, sys, time; libc = ctypes.CDLL(None, use_errno=True)\n"
 
 
 @pytest.mark.usefixtures("bubblewrap")
@@ -231,25 +208,13 @@ def test_a_program_ends_with_sleb(how, tmp_path):
     assert sys.platform != "linux" or psutil.wait_procs(running_in, timeout=10)[1] == []
 
 
-@pytest.mark.parametrize(
-    ("bwrap", "message", "hint"),
-    [
-        (None, "needs bubblewrap", "apt install bubblewrap"),
-        (
-            "echo 'bwrap: No permissions to create a new namespace' >&2; exit 1",
-            "confined .* No permissions",
-            "container",
-        ),
-    ],
-)
-def test_no_program_runs_that_cannot_be_confined(monkeypatch, tmp_path, bwrap, message, hint):
-    if bwrap:
-        (tmp_path / "bwrap").write_text(f"#!/bin/sh\n{bwrap}\n")
-        (tmp_path / "bwrap").chmod(0o755)
+def test_no_program_runs_where_bubblewrap_may_not_confine_it(monkeypatch, tmp_path):
+    (tmp_path / "bwrap").write_text("#!/bin/sh\necho 'bwrap: No permissions' >&2; exit 1\n")
+    (tmp_path / "bwrap").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with patch.object(CodeEval, "how", "confined"), pytest.raises(MachineError, match=message) as caught:
-        CodeEval().compute([""], [["x = 1"]], k=[1])
-    assert hint in caught.value.hint
+    with pytest.raises(MachineError, match=r"confined .* No permissions") as caught:
+        passes("x = 1", "confined")
+    assert "container" in caught.value.hint
 
 
 def test_macos_confines_nothing_and_cannot_tell_sleep_from_work(monkeypatch, tmp_path):
