@@ -277,8 +277,8 @@ def _find_other_files(source: ModelSource, written: set[str]) -> tuple[dict[str,
     folder = source.folder
     weight_files = {path.relative_to(folder).as_posix() for path in source.weights.paths}
     # Mistral's own format: weights in consolidated.safetensors, settings in params.json.
-    consolidated = {path.name for path in folder.glob("consolidated*")}
-    in_other_formats = consolidated | {"params.json"} if consolidated else set()
+    in_other_formats = {path.name for path in folder.glob("consolidated*")}
+    in_other_formats |= {_ADAPTER, "params.json"} if in_other_formats else {_ADAPTER}
     copies: dict[str, Path] = {}
     left_out: list[str] = []
     outside: list[str] = []
@@ -289,7 +289,7 @@ def _find_other_files(source: ModelSource, written: set[str]) -> tuple[dict[str,
         elif path.is_dir():
             left_out += [f"{inside}/"] if path.parent == folder else []
         elif path.is_file() and not _is_ours(path):
-            if inside != _ADAPTER and not other_formats.WEIGHTS.fullmatch(path.name) and inside not in in_other_formats:
+            if not other_formats.WEIGHTS.fullmatch(path.name) and inside not in in_other_formats:
                 copies[inside] = path
             elif inside not in weight_files:
                 left_out.append(inside)

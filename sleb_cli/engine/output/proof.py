@@ -32,7 +32,7 @@ from sleb_cli.engine.forward.offload import align
 from sleb_cli.engine.forward.placement import blocks_on_disk, choose_dtype, open_dense, place_model
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.streaming import require_streamable
-from sleb_cli.engine.memory import memory_shortage
+from sleb_cli.engine.memory import memory_shortage, shortage
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.output.proof_of_files import (
@@ -129,13 +129,10 @@ def _obstacle(architecture: Architecture, dtype: torch.dtype, device: torch.devi
     """Return why the two models of a proof cannot run one after the other, or None if they can."""
     if lacking := _lack(architecture, device, dtype, streamed=streamed):
         return f"{'two of its blocks at a time need' if streamed else 'the model needs'} {lacking}"
-    written = converted_bytes(architecture, dtype) if streamed else 0
-    if written and written > (left := free_space(cache_root())):
-        return (
-            f"transformers would write {format_bytes(written)} of converted weights to the disk, but only "
-            f"{format_bytes(left)} is free"
-        )
-    return None
+    if not streamed:
+        return None
+    lacking = shortage(converted_bytes(architecture, dtype), free_space(cache_root()), "converted weights to the disk")
+    return lacking and f"transformers would write {lacking}"
 
 
 def _lack(architecture: Architecture, device: torch.device, dtype: torch.dtype, *, streamed: bool) -> str | None:

@@ -8,9 +8,10 @@ from typing import Any
 from sleb_cli.engine.cut.blocks.block_cut import BlockCut, plan_blocks
 from sleb_cli.engine.cut.protocol import GgufCut
 from sleb_cli.engine.gguf.block_rules import LEADING, NOT_PER_BLOCK, PER_BLOCK_PREFIX
-from sleb_cli.engine.gguf.blocks import BLOCK, block_count, stored_block_count
+from sleb_cli.engine.gguf.blocks import block_count, stored_block_count
 from sleb_cli.engine.gguf.file import ARRAY, Entry, GgufFile, entry_of_integers, with_items, with_value
 from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.model.block_names import BlockNames, BlockNumbering
 from sleb_plugins.config_keys import Kept, kept_blocks
 from sleb_plugins.errors import ModelError
 
@@ -30,13 +31,9 @@ class GgufBlockCut(GgufCut):
 
     def header(self, file: GgufFile) -> GgufFile:
         """Return the header of the file without these blocks; those for multi-token prediction stay."""
-        kept, tensors = kept_blocks(stored_block_count(file), self.removals), []
-        for tensor in file.tensors:
-            place = BLOCK.fullmatch(tensor.name)
-            if place is None:
-                tensors.append(tensor)
-            elif (number := kept.new_number.get(int(place[1]))) is not None:
-                tensors.append(replace(tensor, name=f"blk.{number}{place[2]}"))
+        kept = kept_blocks(stored_block_count(file), self.removals)
+        names = BlockNames("blk", BlockNumbering("blk."), kept)
+        tensors = [replace(tensor, name=new) for tensor in file.tensors if (new := names.renamed(tensor.name))]
         entries = [_entry(file, entry, kept) for entry in file.entries if entry.key != PROVENANCE]
         entries.append(entry_of_integers(PROVENANCE, _all_removals(file, self.removals)))
         return replace(file, entries=tuple(entries), tensors=tuple(tensors))
