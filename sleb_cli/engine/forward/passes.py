@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,13 +25,14 @@ from sleb_plugins import LogitMetric
 KEPT_DEPTHS = 4
 
 
-K = TypeVar("K")
-
 Job = tuple[int, Sequence[int]]
 """A batch, and the candidates to score on it."""
 
-Listener = Callable[[int, Tensor, Tensor], Iterable[tuple[K, list[float]]]]
-"""Takes a block and what enters and leaves it, [sequences, positions, hidden size]; returns scores by key."""
+Span = tuple[int, int]
+"""The first and the last of consecutive blocks."""
+
+ScoreStates = Callable[[Tensor, Tensor], list[float]]
+"""Takes what enters and leaves a span, [sequences, positions, hidden size]; returns the score of each sequence."""
 
 
 @dataclass(eq=False)
@@ -58,9 +58,6 @@ class _MicroBatch:
 
 _Wanted = Mapping[int, Sequence[int]]
 """The candidates to score on each batch; BASE alone stands for none."""
-
-_Chunk = Mapping[_MicroBatch, Sequence[int]]
-"""The candidates that share the walk of each micro-batch."""
 
 _Scored = tuple[_MicroBatch, int, list[float]]
 """The scores of a candidate on a micro-batch."""
@@ -149,7 +146,9 @@ class Passes:
     def _run_walks(self, step: _Step, wanted: _Wanted) -> Iterator[_Scored]:
         """Score micro-batches without each of their candidates, in walks of as many as fit into memory."""
         for together in self._together(wanted):
-            for chunk in self._chunks(together, wanted):
+            longest, most = max(len(wanted[part.batch]) for part in together), self.budget.branches
+            for at in range(0, longest, most):
+                chunk = {part: some for part in together if (some := wanted[part.batch][at : at + most])}
                 walks, dense = self._start_walks(step, chunk)
                 for block in walk_together(self.skippable, [*walks.values(), *dense.values()]):
                     for part in walks:
@@ -163,16 +162,13 @@ class Passes:
                             step.advance(len(part.ids))
                         yield part, block, scores
                 del walks, dense  # before the next ones are made
-            for part in together:
-                self._forget(part, self._depths(step, part, wanted[part.batch]))
+            for part in together:  # forget what the next step does not need, or has no memory for
+                part.states.shrink(self._kept(part), [*self._depths(step, part, wanted[part.batch])])
+                part.dense = part.dense if self.budget.kept else None
 
-    def _chunks(self, parts: Sequence[_MicroBatch], wanted: _Wanted) -> list[_Chunk]:
-        """Divide the candidates of parts that walk together into as many as fit into memory."""
-        most, longest = self.budget.branches, max(len(wanted[part.batch]) for part in parts)
-        starts = range(0, longest, most)
-        return [{part: some for part in parts if (some := wanted[part.batch][at : at + most])} for at in starts]
-
-    def _start_walks(self, step: _Step, chunk: _Chunk) -> tuple[dict[_MicroBatch, Walk], dict[_MicroBatch, Walk]]:
+    def _start_walks(
+        self, step: _Step, chunk: Mapping[_MicroBatch, Sequence[int]]
+    ) -> tuple[dict[_MicroBatch, Walk], dict[_MicroBatch, Walk]]:
         """Return walks of these candidates, and of the dense model where its states are needed and unknown."""
         shared = SharedInputs(self.skippable, self.store)
         walks: dict[_MicroBatch, Walk] = {}
@@ -190,12 +186,6 @@ class Passes:
     def _kept(self, part: _MicroBatch) -> int:
         """Return how many branches are kept from step to step, besides the dense model's."""
         return self.budget.kept - (part.dense is not None)
-
-    def _forget(self, part: _MicroBatch, depths: Mapping[int, int]) -> None:
-        """Forget the states that the next step does not need, or has no memory for."""
-        part.states.shrink(self._kept(part), [*depths])
-        if not self.budget.kept:
-            part.dense = None
 
     def _score_final(self, metric: LogitMetric, part: _MicroBatch, hidden: Tensor) -> list[float]:
         """Return each sequence's score from what leaves the last block."""
@@ -221,24 +211,24 @@ class Passes:
         batches: Sequence[int],
         removed: Sequence[int],
         candidates: Sequence[int],
-        start: Callable[[], Listener[K]],
-    ) -> dict[int, dict[K, list[float]]]:
-        """Run batches through the model as it stands, and return the scores of each batch's sequences by key.
+        score: ScoreStates,
+        longest: int = 1,
+    ) -> dict[int, dict[Span, list[float]]]:
+        """Run batches through the model as it stands, and return the scores of each batch's sequences by span.
 
-        A listener is passed each candidate, and what enters and leaves it, and returns scores by keys of its choice.
-        `start` makes one for each part of a batch that passes through the model on its own. If memory runs out, batches
-        are run again in smaller parts.
+        Spans begin and end with a candidate and have up to `longest` blocks, and at most so many states exist at once.
+        If memory runs out, batches are run again in smaller parts.
 
         Raises:
             OutOfMemory: the parts are as small as they can be.
         """
-        found: dict[int, dict[K, list[float]]] = {}
+        found: dict[int, dict[Span, list[float]]] = {}
         for _ in (pieces := self._smaller_pieces()):
-            scores: defaultdict[int, defaultdict[K, list[float]]] = defaultdict(lambda: defaultdict(list))
+            scores: defaultdict[int, defaultdict[Span, list[float]]] = defaultdict(lambda: defaultdict(list))
             with pieces:
                 for together in self._together(batch for batch in batches if batch not in found):
-                    for part, key, each in self._run_as_it_stands(together, removed, candidates, start):
-                        scores[part.batch][key] += each
+                    for part, span, each in self._run_as_it_stands(together, removed, candidates, score, longest):
+                        scores[part.batch][span] += each
                     found.update({part.batch: scores[part.batch] for part in together if part.is_last})
         return found
 
@@ -247,15 +237,19 @@ class Passes:
         parts: Sequence[_MicroBatch],
         removed: Sequence[int],
         candidates: Sequence[int],
-        start: Callable[[], Listener[K]],
-    ) -> list[tuple[_MicroBatch, K, list[float]]]:
-        """Run parts through the model up to the last candidate, and return what the listeners do."""
-        listeners = {part: start() for part in parts}
-        found: list[tuple[_MicroBatch, K, list[float]]] = []
+        score: ScoreStates,
+        longest: int,
+    ) -> list[tuple[_MicroBatch, Span, list[float]]]:
+        """Run parts through the model up to the last candidate, and return the scores of their spans."""
+        entered = {part: dict[int, Tensor]() for part in parts}
+        found = []
 
         def listen(part: _MicroBatch, block: int, entering: Tensor, leaving: Tensor) -> None:
             if block in candidates:
-                found.extend((part, *scores) for scores in listeners[part](block, entering, leaving))
+                near = {first: state for first, state in entered[part].items() if block - first < longest}
+                entered[part] = near | {block: entering}
+                for first, state in entered[part].items():
+                    found.append((part, (first, block), score(state, leaving)))
 
         if not self.forks:
             for part in parts:

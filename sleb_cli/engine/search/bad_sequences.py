@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,29 +22,23 @@ QUOTED_TOKENS, QUOTED_CHARACTERS = 16, 40
 @torch.inference_mode()
 def find_bad(passes: Passes) -> list[tuple[int, str]]:
     """Return the rows whose hidden states or losses in the dense model are not all finite, and where that begins."""
-    blocks, batches = range(len(passes.skippable.switches)), passes.numbers
-
-    def listen(block: int, entering: Tensor, leaving: Tensor) -> Iterable[tuple[str, list[float]]]:
-        if block == 0:
-            yield "the embeddings", _are_finite(entering)
-        yield f"block {block}", _are_finite(leaving)
-
-    found = passes.score_states(batches, (), blocks, lambda: listen)
-    for batch, _, losses in passes.score(NegativeLogLikelihood(), (), [(batch, ()) for batch in batches]):
-        found[batch]["the head"] = [float(math.isfinite(loss)) for loss in losses]
-    bad = []
-    rows = [(number, row) for number, ids in zip(batches, passes.batches, strict=True) for row in range(len(ids))]
-    for number, (batch, row) in enumerate(rows):
-        first = next((place for place, finite in found[batch].items() if not finite[row]), None)
-        if first:
-            bad.append((number, first))
-    return bad
+    states = passes.score_states(passes.numbers, (), range(len(passes.skippable.switches)), _finite_sides)
+    places = []
+    for batch, _, losses in passes.score(NegativeLogLikelihood(), (), [(batch, ()) for batch in passes.numbers]):
+        for row, loss in enumerate(losses):
+            first = next((block for (block, _), sides in states[batch].items() if sides[row] < 2), None)
+            if first is not None:
+                places.append(f"block {first}" if states[batch][first, first][row] else "the embeddings")
+            else:
+                places.append("" if math.isfinite(loss) else "the head")
+    return [(row, place) for row, place in enumerate(places) if place]
 
 
-def _are_finite(states: Tensor) -> list[float]:
-    """Return 1 for each sequence whose hidden states, [batch, positions, hidden size], are all finite, else 0."""
-    finite: list[float] = states.isfinite().flatten(1).all(1).float().tolist()
-    return finite
+def _finite_sides(entering: Tensor, leaving: Tensor) -> list[float]:
+    """Return 2 for each sequence if both its states are finite, 1 if what enters a block is, else 0."""
+    before, after = (states.isfinite().flatten(1).all(1) for states in (entering, leaving))
+    sides: list[float] = (before.float() + (before & after).float()).tolist()
+    return sides
 
 
 def unsound(

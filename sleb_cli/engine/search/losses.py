@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-
-import torch
 
 from sleb_cli.engine.device import dtype_name, wider_range
 from sleb_cli.engine.search.held_out import ERROR, compare_growth
@@ -21,57 +18,53 @@ LARGEST_LOSS = math.log(sys.float_info.max)
 """In nats per token; the perplexity of a larger one is no finite number."""
 
 
-@dataclass(frozen=True)
-class Losses:
-    """Measures losses, and says of which model they are no numbers; `dtype` is what the model computes in."""
+def measure_dense(scoring: Scoring, name: str) -> DenseRecord:
+    """Measure the losses of the dense model, which has this name.
 
-    scoring: Scoring
-    dtype: torch.dtype
+    Raises:
+        ModelError: its perplexity is not finite.
+    """
+    with task(scoring.notify, "Measuring the dense model", scoring.sequences, "sequences") as advance:
+        losses = scoring.losses((), advance=advance)
+    held_out = scoring.losses((), held_out=True) if scoring.held_out else []
+    if not all(map(math.isfinite, (*losses, *held_out))):
+        scoring.require_sound()
+    what, loss = f"In {name}", fmean(losses)
+    return DenseRecord(
+        loss=loss, perplexity=perplexity(scoring, loss, what), held_out=measure_held_out(scoring, (), what)
+    )
 
-    def dense(self, name: str) -> DenseRecord:
-        """Measure the dense model, which has this name.
 
-        Raises:
-            ModelError: its perplexity is not finite.
-        """
-        scoring = self.scoring
-        with task(scoring.notify, "Measuring the dense model", scoring.sequences, "sequences") as advance:
-            losses = scoring.losses((), advance=advance)
-        held_out = scoring.losses((), held_out=True) if scoring.held_out else []
-        if not all(map(math.isfinite, (*losses, *held_out))):
-            scoring.require_sound()
-        what, loss = f"In {name}", fmean(losses)
-        return DenseRecord(loss=loss, perplexity=self.perplexity(loss, what), held_out=self.held_out((), what))
+def measure_held_out(
+    scoring: Scoring, removed: tuple[int, ...], what: str, comparisons: int = 1
+) -> HeldOutRecord | None:
+    """Return the loss on the held-out sequences; of a pruned model, also whether it overfits the others.
 
-    def held_out(self, removed: tuple[int, ...], what: str, comparisons: int = 1) -> HeldOutRecord | None:
-        """Return the loss on the held-out sequences; of a pruned model, also whether it overfits the others.
+    Of as many `comparisons`, one finds overfitting by chance with the probability `ERROR`.
+    """
+    if scoring.held_out is None:
+        return None
+    loss = fmean(scoring.losses(removed, held_out=True))
+    record = HeldOutRecord(loss=loss, perplexity=perplexity(scoring, loss, what))
+    if not removed:
+        return record
+    both = (scoring.losses, partial(scoring.losses, held_out=True))
+    searched, held_out = ([new - old for old, new in zip(losses(()), losses(removed), strict=True)] for losses in both)
+    gap, error, overfits = compare_growth(searched, held_out, ERROR / comparisons)
+    return record.model_copy(update={"generalization_gap": gap, "standard_error": error, "overfits": overfits})
 
-        Of as many `comparisons`, one finds overfitting by chance with the probability `ERROR`.
-        """
-        scoring = self.scoring
-        if scoring.held_out is None:
-            return None
-        loss = fmean(scoring.losses(removed, held_out=True))
-        record = HeldOutRecord(loss=loss, perplexity=self.perplexity(loss, what))
-        if not removed:
-            return record
-        both = (scoring.losses, partial(scoring.losses, held_out=True))
-        searched, held_out = (
-            [new - old for old, new in zip(losses(()), losses(removed), strict=True)] for losses in both
+
+def perplexity(scoring: Scoring, loss: float, what: str) -> float:
+    """Return the perplexity; `what` begins the sentence about one that is not finite.
+
+    Raises:
+        ModelError: it is not finite.
+    """
+    if not loss < LARGEST_LOSS:
+        dtype = scoring.passes.skippable.model.dtype
+        raise ModelError(
+            f"{what}, the calibration loss is {loss} nats per token in {dtype_name(dtype)}, so the perplexity is not "
+            "finite.",
+            hint=wider_range(dtype),
         )
-        gap, error, overfits = compare_growth(searched, held_out, ERROR / comparisons)
-        return record.model_copy(update={"generalization_gap": gap, "standard_error": error, "overfits": overfits})
-
-    def perplexity(self, loss: float, what: str) -> float:
-        """Return the perplexity; `what` begins the sentence about one that is not finite.
-
-        Raises:
-            ModelError: it is not finite.
-        """
-        if not loss < LARGEST_LOSS:
-            raise ModelError(
-                f"{what}, the calibration loss is {loss} nats per token in {dtype_name(self.dtype)}, so the perplexity "
-                "is not finite.",
-                hint=wider_range(self.dtype),
-            )
-        return math.exp(loss)
+    return math.exp(loss)

@@ -28,11 +28,11 @@ from sleb_cli.engine.search.bad_sequences import find_bad, unsound
 from sleb_cli.engine.search.choices import Choice, NoBlockLeft
 from sleb_cli.engine.search.held_out import hold_out, overfitting_note
 from sleb_cli.engine.search.journal import Journal, open_journal
-from sleb_cli.engine.search.losses import Losses
+from sleb_cli.engine.search.losses import measure_dense, measure_held_out, perplexity
 from sleb_cli.engine.search.race import LOOKS
 from sleb_cli.engine.search.scoring import Scoring, engine_of
 from sleb_cli.engine.search.settings import Method, Search, SearchedModel
-from sleb_cli.engine.search.strategies import Problem
+from sleb_cli.engine.search.strategies import STRATEGIES, Problem
 from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Stop, perplexity_ratio
 from sleb_cli.engine.surgery.loading import Placement, load_tokenizer
 from sleb_cli.engine.text.calibration import Calibration, calibrate
@@ -127,12 +127,12 @@ def run_search(search: Search, inputs: SearchInputs, started: float) -> Plan:
     record = _search_record(method, stop, placement, passes, held_out, reason)
     with _open_journal(search, inputs, record) as journal, unchanged():
         with model:
-            losses = Losses(_scoring(search, inputs, passes, held_out, journal), placement.dtype)
-            dense = extended.dense if extended else losses.dense(architecture.source.id)
-            trace = _search_to_target(method, stop, extended, dense, losses)
+            scoring = _scoring(search, inputs, passes, held_out, journal)
+            dense = extended.dense if extended else measure_dense(scoring, architecture.source.id)
+            trace = _search_to_target(method, stop, extended, dense, scoring)
             if warning := overfitting_note(trace.steps):
                 notify(Notice(warning))
-            sample = _sample(search.recording.sample_tokens, architecture.longest_sequence, inputs, trace.removals)
+            sample = _sample(search, inputs, trace.removals)
         target = stop.target.record(trace.removals, trace.increase, trace.next_increase)
     return Plan(
         **THIS_VERSION,
@@ -162,19 +162,19 @@ class Trace:
     next_increase: float | None = None
 
 
-def _search_to_target(method: Method, stop: Stop, extended: Plan | None, dense: DenseRecord, losses: Losses) -> Trace:
+def _search_to_target(method: Method, stop: Stop, extended: Plan | None, dense: DenseRecord, scoring: Scoring) -> Trace:
     """Search until the target is met, or until the next removal would exceed it."""
     target = stop.target
     if method.strategy_name == "refine" and isinstance(target, PerplexityTarget):
         # It swaps only at its last size, which a greedy search finds; those measurements are not repeated.
-        greedy = _search_to_target(replace(method, strategy_name="greedy"), stop, extended, dense, losses)
-        refined = _remove_blocks(method, replace(stop, remove=len(greedy.removals)), extended, dense, losses)
+        greedy = _search_to_target(replace(method, strategy_name="greedy"), stop, extended, dense, scoring)
+        refined = _remove_blocks(method, replace(stop, remove=len(greedy.removals)), extended, dense, scoring)
         # A swap lowers the score, which may be another than the limited loss.
         if refined.next_increase is None:
             return replace(refined, next_increase=greedy.next_increase)
-        losses.scoring.notify(Notice(f"Kept the greedy result: after swapping, perplexity is over {target.limit:g}x."))
+        scoring.notify(Notice(f"Kept the greedy result: after swapping, perplexity is over {target.limit:g}x."))
         return greedy
-    trace = _remove_blocks(method, stop, extended, dense, losses)
+    trace = _remove_blocks(method, stop, extended, dense, scoring)
     gone = extended.removals if extended else ()
     if isinstance(target, PerplexityTarget) and len(trace.removals) == len(gone):
         assert trace.next_increase is not None
@@ -186,9 +186,9 @@ def _search_to_target(method: Method, stop: Stop, extended: Plan | None, dense: 
     return trace
 
 
-def _remove_blocks(method: Method, stop: Stop, extended: Plan | None, dense: DenseRecord, losses: Losses) -> Trace:
+def _remove_blocks(method: Method, stop: Stop, extended: Plan | None, dense: DenseRecord, scoring: Scoring) -> Trace:
     """Remove one block after the other, as the strategy chooses, until the target is met or would be exceeded."""
-    target, scoring, notify = stop.target, losses.scoring, losses.scoring.notify
+    target, notify = stop.target, scoring.notify
     trace = Trace(list(extended.steps), extended.removals) if extended else Trace([], ())
     problem = Problem(
         scoring.score,
@@ -202,13 +202,13 @@ def _remove_blocks(method: Method, stop: Stop, extended: Plan | None, dense: Den
     kinds = method.removable.architecture.kinds
     notify(SearchStarted(len(kinds), stop.remove, len(trace.steps)))
     try:
-        for choice in method.strategy.search(problem):
+        for choice in STRATEGIES[method.strategy_name].search(problem):
             loss = fmean(scoring.losses(choice.removals))
             increase = loss - dense.loss
             if not target.allows(increase):
                 trace.next_increase = increase
                 break
-            step = _step(choice, trace.removals, kinds[choice.block], losses, stop.remove)
+            step = _step(choice, trace.removals, kinds[choice.block], scoring, stop.remove)
             trace.steps.append(step)
             trace.removals, trace.increase = choice.removals, increase
             scoring.journal.sync()
@@ -226,17 +226,18 @@ def _remove_blocks(method: Method, stop: Stop, extended: Plan | None, dense: Den
 def _announce(method: Method, problem: Problem, scoring: Scoring) -> None:
     """Tell how long the search will take. Of blocks, a candidate of a walk runs half, hidden states of a block one."""
     passes, metric, ids = scoring.passes, scoring.metric, scoring.passes.batches[0]
+    skippable, processes = passes.skippable, scoring.journal.group.size
     if not isinstance(metric, LogitMetric | HiddenStateMetric):
         return  # a metric of weights is fast, and how long one of the whole model takes is not known
-    blocks, candidates = len(scoring.skippable.switches), len(problem.candidates(problem.removed))
-    sets = method.strategy.evaluations(candidates, problem.remove - len(problem.removed))
+    blocks, candidates = len(skippable.switches), len(problem.candidates(problem.removed))
+    sets = STRATEGIES[method.strategy_name].evaluations(candidates, problem.remove - len(problem.removed))
     left, length = sets * scoring.sequences - scoring.journal.evaluations, ids.shape[1]
-    of_logits = (blocks / 2 if passes.forks else blocks) + scoring.skippable.head_blocks
+    of_logits = (blocks / 2 if passes.forks else blocks) + skippable.head_blocks
     each = of_logits if isinstance(metric, LogitMetric) else 1.0
     raced = min(1.0, RACED / scoring.sequences) if method.fast else 1.0
     at_most = "at most " if method.fast or method.strategy_name == "refine" else ""
     what = f"Search: {problem.remove} of {blocks} blocks, {at_most}{left:,} evaluations of {length:,} tokens"
-    announce(scoring.notify, what, left * length * raced * each / scoring.journal.group.size, scoring.skippable, ids)
+    announce(scoring.notify, what, left * length * raced * each / processes, skippable, ids)
 
 
 def _prepare(
@@ -341,26 +342,23 @@ def _scoring(
     )
 
 
-def _step(choice: Choice, before: tuple[int, ...], kind: str, losses: Losses, remove: int) -> Step:
+def _step(choice: Choice, before: tuple[int, ...], kind: str, scoring: Scoring, remove: int) -> Step:
     """Return the record of a choice, `before` being the blocks removed at the previous size."""
-    what, loss = f"Without block {choice.block}", fmean(losses.scoring.losses(choice.removals))
+    what, loss = f"Without block {choice.block}", fmean(scoring.losses(choice.removals))
     return Step(
         block=choice.block,
         kind=kind,
         score=choice.score,
-        perplexity=losses.perplexity(loss, what),
+        perplexity=perplexity(scoring, loss, what),
         scores={block: score if score < math.inf else None for block, score in choice.outcome.scores.items()},
         race=choice.outcome.race,
-        held_out=losses.held_out(choice.removals, what, remove),
+        held_out=measure_held_out(scoring, choice.removals, what, remove),
         removals=None if choice.removals == (*before, choice.block) else choice.removals,
         swaps=choice.swaps,
     )
 
 
-def _sample(
-    tokens: int, longest: int | None, inputs: SearchInputs, removals: tuple[int, ...]
-) -> SampleGeneration | None:
-    if not tokens:
-        return None
-    generate = partial(generate_sample, inputs.model, inputs.tokenizer, removals, tokens, longest)
-    return inputs.group.from_main(lambda: generate(inputs.notify))
+def _sample(search: Search, inputs: SearchInputs, removals: tuple[int, ...]) -> SampleGeneration | None:
+    tokens, longest = search.recording.sample_tokens, search.model.architecture.longest_sequence
+    generate = partial(generate_sample, inputs.model, inputs.tokenizer, removals, tokens, longest, inputs.notify)
+    return inputs.group.from_main(generate) if tokens else None

@@ -7,30 +7,27 @@ so they decide alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import as_float64
 from sleb_cli.engine.forward.logits import require_shape
-from sleb_cli.engine.forward.passes import Job, Listener, Passes
-from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.process_group import Turn, deal
+from sleb_cli.engine.forward.passes import Job, Passes
 from sleb_cli.engine.search.choices import Outcome, ranking
 from sleb_cli.engine.search.journal import Journal, Measurement, Name
 from sleb_cli.engine.search.race import Race, rounds
-from sleb_cli.engine.search.shares import at_once, deal_jobs
+from sleb_cli.engine.search.shares import Cost, deal_names
 from sleb_cli.events import SCORING_TASK, Advance, Notice, Notify, no_progress, task
 from sleb_cli.plan import Engine
 from sleb_plugins import HiddenStateMetric, LogitMetric, Metric, ModelMetric, PluginError, WeightMetric
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
-
-T = TypeVar("T")
 
 
 def engine_of(metric: Metric, passes: Passes) -> Engine:
@@ -68,11 +65,6 @@ class Scoring:
     """The races so far, by the blocks that were gone."""
 
     @property
-    def skippable(self) -> SkippableModel:
-        """The model."""
-        return self.passes.skippable
-
-    @property
     def sequences(self) -> int:
         """The number of calibration sequences."""
         return sum(len(batch) for batch in self.passes.batches)
@@ -92,24 +84,25 @@ class Scoring:
         self._score_tokens(passes, NegativeLogLikelihood(), removed, (), passes.numbers, advance)
         return self.journal.scores(removed, None, passes.numbers)
 
-    def _missing(self, wanted: Iterable[Name], advance: Advance) -> list[Name]:
-        """Return what the journal does not have; what it has counts as done."""
-        known = {name: self.journal.find(*name) for name in wanted}
+    def _shares(
+        self, wanted: Iterable[Name], advance: Advance, cost: Cost | None = None, *, own: bool = True
+    ) -> Iterator[list[Name]]:
+        """Yield this process's share of each turn of what the journal does not have; exchange scores after each turn.
+
+        What the journal has counts as done, and then what all processes measured, or only the others if not `own`. If
+        blocks are streamed, there is a single turn, to read the weights once.
+        """
+        known, group = {name: self.journal.find(*name) for name in wanted}, self.journal.group
         advance(sum(self._evaluations((name, scores)) for name, scores in known.items() if scores))
-        return [name for name, scores in known.items() if not scores]
-
-    def _own(self, turns: Iterable[Turn[T]]) -> list[list[T]]:
-        """Return this process's share of each turn; of streamed blocks in a single turn, to read the weights once."""
-        if not self.skippable.weights.resident:
-            turns = at_once(turns)
-        return [turn[self.journal.group.rank] for turn in turns]
-
-    def _exchange(self, missing: Sequence[Name], advance: Advance, *, own: bool = True) -> None:
-        """End a turn: all processes record what each measured. Advance by it, by the process's `own` as well."""
-        wanted = set(missing)
-        for rank, measured in enumerate(self.journal.exchange()):
-            if own or rank != self.journal.group.rank:
-                advance(sum(self._evaluations(each) for each in measured if each[0] in wanted))
+        missing = {name: None for name, scores in known.items() if not scores}
+        shares = [turn[group.rank] for turn in deal_names(missing, group.size, cost)]
+        if shares and not self.passes.skippable.weights.resident:
+            shares = [[name for share in shares for name in share]]
+        for share in shares:
+            yield share
+            for rank, measured in enumerate(self.journal.exchange()):
+                if own or rank != group.rank:
+                    advance(sum(self._evaluations(each) for each in measured if each[0] in missing))
 
     def _evaluations(self, measurement: Measurement) -> int:
         """Return on how many sequences a candidate was evaluated for this."""
@@ -181,7 +174,7 @@ class Scoring:
             return Outcome(self._means(removed, candidates))
         race = Race(candidates, self.sequences, self._races.get(removed[:-1]) if removed else None)
         sizes = [len(batch) for batch in self.passes.batches]
-        for batches in rounds(sizes, few=not self.skippable.weights.resident):
+        for batches in rounds(sizes, few=not self.passes.skippable.weights.resident):
             self._score_tokens(self.passes, metric, removed, race.contenders, batches, advance)
             for batch in batches:
                 expected, seen = race.evaluations, range(batch + 1)
@@ -202,23 +195,25 @@ class Scoring:
         advance: Advance,
     ) -> None:
         """Score the model without each candidate, or without candidates, as it stands."""
-        size, depth = self.journal.group.size, len(self.skippable.switches) + self.skippable.head_blocks
         blocks: Sequence[int | None] = candidates or [None]
-        missing = self._missing([(removed, block, batch) for batch in batches for block in blocks], advance)
-        jobs: list[Job] = [
-            (batch, [block for _, block, _ in names if block is not None])
-            for batch, names in groupby(missing, key=lambda name: name[2] or 0)
-        ]
-        # About how many blocks a candidate runs, of those it shares with others only what the last one did not.
-        turns = deal_jobs(jobs, size, lambda block: depth - block if passes.forks else 1.0)
-        for mine in self._own(turns):
+        depth = len(self.passes.skippable.switches) + self.passes.skippable.head_blocks
+
+        def cost(block: int) -> float:
+            # About how many blocks a candidate runs, of those it shares with others only what the last one did not.
+            return depth - block if passes.forks else 1.0
+
+        names = [(removed, block, batch) for batch in batches for block in blocks]
+        for mine in self._shares(names, advance, cost if candidates else None, own=False):
+            jobs: list[Job] = [
+                (batch, [block for _, block, _ in of_batch if block is not None])
+                for batch, of_batch in groupby(mine, key=lambda name: name[2] or 0)
+            ]
             # The next step probably starts at one of the best so far, or else of those in the step before.
             best = ranking(self._means(removed, candidates) or self._means(removed[:-1], candidates))
-            for batch, block, scores in passes.score(metric, removed, mine, best, advance):
+            for batch, block, scores in passes.score(metric, removed, jobs, best, advance):
                 self.journal.add(scores, removed, block if candidates else None, batch)
                 if candidates and block == candidates[-1]:
                     advance(0, self._leader(removed, candidates))
-            self._exchange(missing, advance, own=False)
 
     def _leader(self, removed: Sequence[int], candidates: Sequence[int]) -> str:
         means = self._means(removed, candidates)
@@ -235,30 +230,16 @@ class Scoring:
     ) -> Outcome:
         """Score spans by what enters their first block and leaves their last, in one run of the model as it stands.
 
-        All spans of up to `longest` of these blocks are measured, and at most `longest` states exist at once.
+        All spans of up to `longest` of these blocks are measured.
         """
         blocks = sorted({block for span in spans for block in span})
-
-        def start() -> Listener[tuple[int, int]]:
-            entered: dict[int, Tensor] = {}
-
-            def listen(block: int, entering: Tensor, leaving: Tensor) -> Iterable[tuple[tuple[int, int], list[float]]]:
-                entered[block] = entering
-                for first in [first for first in entered if block - first >= longest]:
-                    del entered[first]
-                for first, state in entered.items():
-                    yield (first, block), _mean_over_tokens(metric, state, leaving)
-
-            return listen
-
         gone = {span[-1]: (*removed, *span[:-1]) for span in spans}
-        missing = self._missing([(gone[last], last, batch) for batch in self._batches for last in gone], advance)
-        batches = list(dict.fromkeys(batch for _, _, batch in missing if batch is not None))
-        for mine in self._own(deal(batches, self.journal.group.size)):
-            for batch, scores in self.passes.score_states(mine, removed, blocks, start).items():
-                for (first, last), found in scores.items():
-                    self.journal.add(found, (*removed, *range(first, last)), last, batch)
-            self._exchange(missing, advance)
+        for mine in self._shares([(gone[last], last, batch) for batch in self._batches for last in gone], advance):
+            batches = list(dict.fromkeys(batch for _, _, batch in mine if batch is not None))
+            found = self.passes.score_states(batches, removed, blocks, partial(_mean_over_tokens, metric), longest)
+            for batch, scores in found.items():
+                for (first, last), of_span in scores.items():
+                    self.journal.add(of_span, (*removed, *range(first, last)), last, batch)
         return Outcome({last: self._means(gone[last], [last])[last] for last in gone})
 
     def _score_weights(self, metric: WeightMetric, candidates: Sequence[int], advance: Advance) -> Mapping[int, float]:
@@ -266,8 +247,8 @@ class Scoring:
 
         def compute() -> Mapping[int, float]:
             scores: dict[int, float] = {}
-            for block in self.skippable.weights.visit(candidates):
-                found = metric.score_block(self.skippable.switches[block].block, block)
+            for block in self.passes.skippable.weights.visit(candidates):
+                found = metric.score_block(self.passes.skippable.switches[block].block, block)
                 scores[block] = _require_number(metric.name, found)
                 advance(self.sequences)
             return scores
@@ -280,14 +261,11 @@ class Scoring:
     ) -> Outcome:
         """Score the model once for each candidate, with it skipped."""
         sequences = torch.cat(tuple(self.passes.batches))
-
-        missing = self._missing([(removed, block, None) for block in candidates], advance)
-        for mine in self._own(deal([block for _, block, _ in missing if block is not None], self.journal.group.size)):
-            for block in mine:
-                self.skippable.skip({*removed, block})
-                score = metric.score_model(self.skippable.model, self.tokenizer, sequences)
+        for mine in self._shares([(removed, block, None) for block in candidates], advance):
+            for block in (block for _, block, _ in mine if block is not None):
+                self.passes.skippable.skip({*removed, block})
+                score = metric.score_model(self.passes.skippable.model, self.tokenizer, sequences)
                 self.journal.add([_require_number(metric.name, score)], removed, block)
-            self._exchange(missing, advance)
         return Outcome(self._means(removed, candidates))
 
 

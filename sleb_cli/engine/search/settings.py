@@ -9,7 +9,6 @@ from typing import Any
 
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.search.removable import Removable
-from sleb_cli.engine.search.strategies import STRATEGIES, Strategy
 from sleb_cli.engine.search.targets import Stop
 from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.engine.text.settings import CalibrationSettings
@@ -54,11 +53,6 @@ class Method:
     removable: Removable
     fast: bool
     holdout: float
-
-    @property
-    def strategy(self) -> Strategy:
-        """The search strategy."""
-        return STRATEGIES[self.strategy_name]
 
 
 @dataclass(frozen=True)

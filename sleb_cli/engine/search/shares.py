@@ -7,38 +7,37 @@ single process, and only whole batches, or the candidates of one, are shared out
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from itertools import groupby
 
-from sleb_cli.engine.forward.passes import Job
 from sleb_cli.engine.process_group import Turn, deal
+from sleb_cli.engine.search.journal import Name
 
-T = TypeVar("T")
-
-
-def at_once(turns: Iterable[Turn[T]]) -> list[Turn[T]]:
-    """Join all turns into one, if there are any."""
-    joined = [[item for share in shares for item in share] for shares in zip(*turns, strict=True)]
-    return [joined] if joined else []
+Cost = Callable[[int], float]
+"""Takes a candidate; returns about how long it takes, in any unit."""
 
 
-def deal_jobs(jobs: Sequence[Job], processes: int, cost: Callable[[int], float]) -> Iterator[Turn[Job]]:
-    """Deal whole batches in turns; those that are left, fewer than there are processes, are split by candidates."""
-    whole = len(jobs) - (len(jobs) % processes if all(candidates for _, candidates in jobs) else 0)
-    yield from deal(jobs[:whole], processes)
-    if whole < len(jobs):
-        yield split(jobs[whole:], processes, cost)
+def deal_names(names: Iterable[Name], processes: int, cost: Cost | None) -> Iterator[Turn[Name]]:
+    """Deal whole batches in turns, or where there is none, candidates.
 
-
-def split(jobs: Sequence[Job], processes: int, cost: Callable[[int], float]) -> Turn[Job]:
-    """Cut batches with candidates into one share for each process, in their order, each of about the same cost.
-
-    `cost` takes a candidate. A process may get the last candidates of one batch and the first of the next.
+    With a `cost`, the batches that are left, fewer than there are processes, are split by candidates.
     """
-    total, done = sum(cost(block) for _, candidates in jobs for block in candidates), 0.0
-    shares: list[dict[int, list[int]]] = [{} for _ in range(processes)]
-    for batch, candidates in jobs:
-        for block in candidates:
-            share = shares[int((done + cost(block) / 2) / total * processes)]
-            share.setdefault(batch, []).append(block)
-            done += cost(block)
-    return [list(share.items()) for share in shares]
+    batches = [list(of_batch) for _, of_batch in groupby(names, key=lambda name: name if name[2] is None else name[2])]
+    whole = len(batches) - (len(batches) % processes if cost else 0)
+    for turn in deal(batches[:whole], processes):
+        yield [[name for batch in share for name in batch] for share in turn]
+    if cost and whole < len(batches):
+        yield split([name for batch in batches[whole:] for name in batch], processes, cost)
+
+
+def split(names: Sequence[Name], processes: int, cost: Cost) -> Turn[Name]:
+    """Cut candidates into one share for each process, in their order, each of about the same cost.
+
+    A process may get the last candidates of one batch and the first of the next.
+    """
+    costs = [cost(block) for _, block, _ in names if block is not None]
+    shares: Turn[Name] = [[] for _ in range(processes)]
+    done = 0.0
+    for name, each in zip(names, costs, strict=True):
+        shares[int((done + each / 2) / sum(costs) * processes)].append(name)
+        done += each
+    return shares

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,8 @@ def time_target(
     gone = _removable_sample(removable)
     depths = sorted({max(1, len(gone) // 2), len(gone)})
     shares = [share(gone[:depth]) for depth in depths]
-    slope = fit_slope(depths, shares)
+    # A least-squares fit through the dense model: without n blocks, the share of its time is 1 - slope n.
+    slope = sum(n * (1 - s) for n, s in zip(depths, shares, strict=True)) / sum(n * n for n in depths)
     timed = ", ".join(f"{share:.0%} ({n} fewer)" for n, share in zip(depths, shares, strict=True))
     name = workload.name
     notify(Notice(f"With fewer blocks, {name} takes {timed} of the dense model's time: {slope:.1%} per block."))
@@ -93,12 +94,3 @@ def _removable_sample(removable: Removable) -> list[int]:
         except UnsupportedModelError:
             break
     return gone
-
-
-def fit_slope(removed: Sequence[int], share: Sequence[float]) -> float:
-    """Return the share of the dense model's time that one block takes: a least-squares fit through the dense model.
-
-    `share` holds the pruned model's time as a share of the dense model's for each number of `removed` blocks, modelled
-    as 1 - slope x removed.
-    """
-    return sum(n * (1 - s) for n, s in zip(removed, share, strict=True)) / sum(n * n for n in removed)
