@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sleb_cli.engine import device
-from sleb_cli.engine.forward.memory_budget import MemoryBudget, available_memory, resolve_memory_budget, settings_for
+from sleb_cli.engine.forward.memory_budget import MemoryBudget, available_memory, resolve_memory_budget
 from sleb_cli.engine.forward.memory_needs import Footprint
 from sleb_plugins import MachineError
 
@@ -12,9 +12,9 @@ FOOTPRINT = Footprint(branch=1_000, block=10_000, logits=100_000, scored=0)
 CPU = torch.device("cpu")
 
 
-def fit(available, **shape):
-    shape = {"candidates": 30, "sequences": 16, "length": 512, "batch": None} | shape
-    return resolve_memory_budget(available, FOOTPRINT, settings_for(CPU), **shape)
+def fit(available, **options):
+    tokens = torch.empty(options.pop("sequences", 16), options.pop("length", 512), device=CPU)
+    return resolve_memory_budget(available, FOOTPRINT, tokens, candidates=30, **options)
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ def fit(available, **shape):
         pytest.param({}, 4, id="fills the device"),
         pytest.param({"length": 4096}, 1, id="at least one"),
         pytest.param({"length": 8, "sequences": 3}, 3, id="at most all"),
-        pytest.param({"batch": 5}, 5, id="as the user chose"),
+        pytest.param({"batch_size": 5}, 5, id="as the user chose"),
         pytest.param({"sequences": 128, "length": 256, "min_batches": 32}, 4, id="many batches for a race"),
         pytest.param({"sequences": 24, "length": 64, "min_batches": 32}, 4, id="but none too small for the device"),
         pytest.param({"sequences": 16, "length": 2048, "min_batches": 32}, 1, id="or with less than a sequence"),
@@ -48,7 +48,7 @@ def test_what_cannot_fit_is_said_before_any_work():
     with pytest.raises(MachineError, match=needed):
         fit(5_000_000)
     with pytest.raises(MachineError, match=r"2 sequences of 512 tokens need .* but only 9 MB"):
-        fit(9_000_000, batch=2)
+        fit(9_000_000, batch_size=2)
 
 
 def test_a_cpu_is_never_filled(monkeypatch):

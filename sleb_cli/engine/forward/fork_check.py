@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sleb_cli.engine.forward.fork import fork
 from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_plugins import UnsupportedModelError
 
 # How many candidates, sequences and positions of each are compared before a search.
@@ -20,7 +21,7 @@ def why_not_fork(skippable: SkippableModel, ids: Tensor) -> str | None:
 
     Args:
         skippable: the model.
-        ids: a few sequences, [batch, positions].
+        ids: sequences, [batch, positions], of which a few are taken.
     """
     count = len(skippable.switches)
     if not skippable.weights.resident:
@@ -30,7 +31,8 @@ def why_not_fork(skippable: SkippableModel, ids: Tensor) -> str | None:
     else:
         blocks = [round(part * (count - 1) / (CHECKED_CANDIDATES - 1)) for part in range(CHECKED_CANDIDATES)]
     try:
-        return _difference(skippable, ids, blocks)
+        few = min(CHECKED_SEQUENCES, len(ids))
+        return in_smaller_pieces(lambda size: _difference(skippable, ids[:size], blocks), few)
     except UnsupportedModelError as error:
         return error.message.rstrip(".")
 

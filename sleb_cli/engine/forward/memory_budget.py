@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from sleb_cli.engine.device import own_free_bytes
 from sleb_cli.engine.forward.memory_needs import Footprint
@@ -82,28 +83,27 @@ class MemoryBudget:
 def resolve_memory_budget(
     available: int,
     footprint: Footprint,
-    settings: DeviceSettings,
-    *,
+    sequences: Tensor,
     candidates: int,
-    sequences: int,
-    length: int,
-    batch: int | None,
+    batch_size: int | None = None,
     min_batches: int = 1,
 ) -> MemoryBudget:
-    """Fit a search into `available` bytes; `batch` is the number of sequences in a batch, if the user chose it.
+    """Fit a search on sequences, [sequences, positions], into `available` bytes on their device.
 
-    Otherwise there are at least `min_batches` batches, if there are enough sequences for batches of a useful size.
+    Unless the user chose how many sequences a batch has, there are at least `min_batches` batches, if there are enough
+    sequences for batches of a useful size.
 
     Raises:
         MachineError: not even one candidate on one sequence fits.
     """
+    settings, (count, length) = settings_for(sequences.device), sequences.shape
     fewest, most = settings.min_tokens_per_batch // length, settings.tokens_per_batch // length
-    size = min(batch or max(1, min(most, max(fewest, sequences // min_batches))), sequences)
+    size = min(batch_size or max(1, min(most, max(fewest, count // min_batches))), count)
     budget = MemoryBudget(size, settings.head_positions, branches=1, kept=0)
     widened = settings.widened_bytes
     while (needed := footprint.working_bytes(budget.sequences * length, budget.positions, widened)) > available:
         less = budget.halved()
-        if less is None or (batch is not None and less.sequences < size):
+        if less is None or (batch_size is not None and less.sequences < size):
             raise MachineError(
                 f"{budget.sequences} sequences of {length} tokens need {format_bytes(needed)} in addition to the "
                 f"model, but only {format_bytes(available)} may be used.",
@@ -112,7 +112,7 @@ def resolve_memory_budget(
         budget = less
     spare = (available - needed) // (budget.sequences * length * footprint.branch)
     branches = max(1, min(candidates, 1 + spare))
-    batches = -(-sequences // budget.sequences)
+    batches = -(-count // budget.sequences)
     # While a step's branches are computed, those of the step before are still there.
     return dataclasses.replace(budget, branches=branches, kept=(spare - branches + 1) // batches // 2)
 

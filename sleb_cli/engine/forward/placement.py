@@ -35,11 +35,11 @@ def place_model(
 
     Args:
         architecture: the model.
-        device: where it runs.
+        device: where tokens go in.
         dtype: the data type by name, or auto.
         notify: the listener for events.
         device_map: the places of its modules, if they are not all on the device.
-        stream: whether the user wants its blocks to be streamed; None streams a model that does not fit into memory.
+        stream: whether its blocks are streamed; None streams a model that does not fit into memory.
         reserved: the bytes of memory that other things need.
         cast: the data type of the checkpoint to be written; None for the model's own.
 
@@ -60,17 +60,11 @@ def place_model(
     chosen = choose_dtype(architecture, dtype, device, partial(lack, streams=streams), notify, cast)
     if stream:
         require_streamable(architecture)
-    if stream is None:
-        lacking = None if architecture.is_quantized else lack(chosen)
-        streams = lacking is not None
-        if lacking:
-            notify(
-                Notice(
-                    f"In {dtype_name(chosen)}, {architecture.source.id} needs {lacking} on {device}. Streaming its "
-                    "blocks from disk (--stream)."
-                )
-            )
-    return Placement(device, chosen, streams, rounded=None if cast is chosen else cast)
+    lacking = lack(chosen) if stream is None and not architecture.is_quantized else None
+    if lacking:
+        needs = f"In {dtype_name(chosen)}, {architecture.source.id} needs {lacking} on {device}."
+        notify(Notice(f"{needs} Streaming its blocks from disk (--stream)."))
+    return Placement(device, chosen, bool(stream or lacking), rounded=None if cast is chosen else cast)
 
 
 def choose_dtype(

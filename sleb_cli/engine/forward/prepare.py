@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import CPU
-from sleb_cli.engine.forward.fork_check import CHECKED_SEQUENCES, why_not_fork
+from sleb_cli.engine.forward.fork_check import why_not_fork
 from sleb_cli.engine.forward.holding import keep_on_device, to_cpu
 from sleb_cli.engine.forward.memory_budget import available_memory, resolve_memory_budget, settings_for
 from sleb_cli.engine.forward.memory_needs import Footprint, measure_footprint
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.events import Notify
 from sleb_cli.units import format_bytes
 from sleb_plugins import MachineError, UnsupportedModelError
@@ -42,7 +41,7 @@ def prepare_passes(
     Args:
         skippable: the model.
         sequences: tokens on its device, [sequences, positions].
-        notify: the listener for events.
+        notify: the listener.
         loss_mask: which tokens count as targets, bool [sequences, positions]; None for all.
         memory: how many bytes may be used on a device in addition to the model.
         batch_size: sequences in a batch; None chooses it by the device.
@@ -57,19 +56,9 @@ def prepare_passes(
         footprint = measure_footprint(skippable, sequences[:1, :2])
         devices = dict.fromkeys([skippable.device, *skippable.places])  # in the same order in all processes
         available = min(map(memory, devices))
-        budget = resolve_memory_budget(
-            available,
-            footprint,
-            settings_for(sequences.device),
-            candidates=len(skippable.switches),
-            sequences=len(sequences),
-            length=sequences.shape[1],
-            batch=batch_size,
-            min_batches=min_batches,
-        )
-        reason = in_smaller_pieces(
-            lambda size: why_not_fork(skippable, sequences[:size, :checked]), min(CHECKED_SEQUENCES, budget.sequences)
-        )
+        candidates = len(skippable.switches)
+        budget = resolve_memory_budget(available, footprint, sequences, candidates, batch_size, min_batches)
+        reason = why_not_fork(skippable, sequences[: budget.sequences, :checked])
     if reason and batch_size is None:  # all logits of a batch exist together
         fitting = available // 4 // (sequences.shape[1] * footprint.logits)
         budget = replace(budget, sequences=max(1, min(budget.sequences, fitting)))

@@ -52,17 +52,8 @@ class BlockSwitch:
         self.fetch: Callable[[], object] | None = None
         self.wraps = wraps
         self.forward = block.forward
-        self._own_forward = vars(block).get("forward")
-
-    def install(self) -> None:
-        """Replace the block's `forward`."""
-        self.block.forward = self
-
-    def uninstall(self) -> None:
-        """Restore the class's `forward`, or the one that was set on the instance."""
-        del self.block.forward
-        if self._own_forward is not None:
-            self.block.forward = self._own_forward
+        self.of_instance = vars(block).get("forward")
+        """The one that was set on the block, if it is not its class's."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take the block's own arguments, and return what it would return."""
@@ -161,7 +152,7 @@ class SkippableModel:
 
     def __enter__(self) -> SkippableModel:
         for switch in self.switches:
-            switch.install()
+            switch.block.forward = switch
         for config, _ in self._cache_settings:
             config.use_cache = False
         output = self.model.get_output_embeddings()
@@ -170,7 +161,9 @@ class SkippableModel:
 
     def __exit__(self, *error: object) -> None:
         for switch in self.switches:
-            switch.uninstall()
+            del switch.block.forward
+            if switch.of_instance is not None:
+                switch.block.forward = switch.of_instance
         for config, use_cache in self._cache_settings:
             config.use_cache = use_cache
         if self._head_hook is not None:

@@ -17,7 +17,7 @@ from io import BufferedReader
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig
 
 from sleb_cli.engine.device import CPU, synchronize
@@ -73,6 +73,7 @@ class StreamedBlocks(BlockWeights):
         self._as_mapped = device == CPU
         self.model: Any = architecture.build(architecture.config, dtype)
         self.modules = architecture.blocks_of(self.model)
+        self._empty = [block.state_dict(keep_vars=True) for block in self.modules]  # on the meta device
         self._by_block, outside = tensors_by_block(architecture)
         self._config = LoadStateDictConfig(
             device_map={"": device},
@@ -82,8 +83,6 @@ class StreamedBlocks(BlockWeights):
         )
         self._load_outside(outside)
         self._new: Mapping[str, Tensor] = {}
-        kept = [block.state_dict(keep_vars=True) for block in self.modules]
-        self._empty = [{name: _without_values(tensor) for name, tensor in block.items()} for block in kept]
         self._drop(*range(len(self.modules)))
 
     def visit(self, blocks: Iterable[int]) -> Generator[int]:
@@ -210,8 +209,3 @@ class StreamedBlocks(BlockWeights):
             f"The weights of {self._architecture.source.id} do not fit its config: {problem}.",
             hint="Copy or download the model again.",
         )
-
-
-def _without_values(tensor: Tensor) -> Tensor:
-    there = tensor.to("meta")
-    return nn.Parameter(there, requires_grad=False) if isinstance(tensor, nn.Parameter) else there
