@@ -60,7 +60,7 @@ WIKITEXT2, C4 = ("Salesforce/wikitext", "wikitext-2-raw-v1"), ("allenai/c4", Non
         ("org/name::test:title", ("org/name", None, "test", None), ("org/name", None, "test", None)),
     ],
 )  # fmt: skip
-def test_what_is_asked_of_the_hub(hub, source, train, test):
+def test_each_source_reads_its_own_file_and_split_of_the_hub(hub, source, train, test):
     asked, _ = hub
     calibration_text(source, tokens=10, seed=0)
     evaluation_text(source, 2048)

@@ -120,7 +120,7 @@ def test_every_path_link_and_command_in_a_page_exists(page):
      "\n    pip install . && sleb search demo --no-such\n", "```\nsleb bench --generation \\\n    --nope\n```\n",
      "See tests/no/such.py.", "[a](docs/no.md)", "![a](docs/images/no.svg)", "[a](docs/search.md#no-such-heading)"],
 )  # fmt: skip
-def test_what_is_not_there_is_found(text):
+def test_names_of_what_does_not_exist_are_found(text):
     assert wrong_in(text, "README.md") != []
 
 

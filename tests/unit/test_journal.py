@@ -9,7 +9,7 @@ import pytest
 from sleb_cli.engine.search import journal as module
 from sleb_cli.engine.search.journal import open_journal
 from sleb_cli.requests import journal_of
-from sleb_plugins import OutputError, PlanError
+from sleb_plugins import PlanError
 
 SEARCH = {"model": {"fingerprint": "abc"}, "search": {"metric": "nll", "seed": 0}}
 
@@ -83,20 +83,11 @@ def test_a_journal_is_read_up_to_the_first_bad_line(written, wrong):
 
 
 @pytest.mark.parametrize("content", [b"\n", b"{}\n", b"12345678 {}\n", b"\xff\xfe", b"%08x []\n" % zlib.crc32(b"[]")])
-def test_what_is_no_journal_is_refused_and_left_alone(path, content):
+def test_a_file_that_is_no_journal_is_refused_and_left_alone(path, content):
     path.write_bytes(content)
     with pytest.raises(PlanError, match="is not a sleb journal"):
         kept(path)
     assert path.read_bytes() == content
-
-
-def test_two_searches_do_not_write_one_journal(written):
-    with resumed(written):
-        for resume in (True, False):
-            other = open_journal(written, SEARCH, resume=resume)
-            with pytest.raises(OutputError, match="Another search is writing"), other:
-                pass
-    assert kept(written) == 20
 
 
 def test_a_journal_of_another_format_is_refused(written, monkeypatch):

@@ -43,7 +43,7 @@ def test_candidates_give_way_first_then_positions_then_the_batch():
     assert fit(9_000_000) == MemoryBudget(sequences=1, positions=16, branches=2, kept=0)
 
 
-def test_what_cannot_fit_is_said_before_any_work():
+def test_a_budget_that_is_too_small_is_refused_with_the_bytes_needed():
     needed = r"1 sequences of 512 tokens need 8\.\d+ MB in addition to the model, but only 5 MB may"
     with pytest.raises(MachineError, match=needed):
         fit(5_000_000)

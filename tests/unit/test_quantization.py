@@ -56,28 +56,17 @@ def test_a_pattern_that_would_match_other_blocks_is_refused(names, pattern):
 
 
 def test_every_place_of_a_config(names):
-    def config(ignored, groups, extra, skipped):
-        targets = {"group_0": {"targets": ["Linear"], "input_activations": None}}
-        targets |= {name: {"targets": [target], "weights": {"num_bits": 8}} for name, target in groups.items()}
-        settings = {
-            "quant_method": "compressed-tensors", "bits": 4, "modules_to_not_convert": None,
-            "modules_in_block_to_quantize": [["self_attn.k_proj", "self_attn.v_proj"], ["mlp.up_proj"]],
-            "shapes": [1, 2.5, True, None], "ignore": ["lm_head", *ignored], "config_groups": targets,
-            "extra_config": {name: {"bits": 16} for name in extra},
-        }  # fmt: skip
+    """Ignored modules and settings by name: see test_a_quantized_checkpoint_keeps_its_packed_tensors."""
+
+    def config(groups, skipped):
+        targets = {name: {"targets": [target], "weights": {"num_bits": 8}} for name, target in groups.items()}
+        kinds = [["self_attn.k_proj", "self_attn.v_proj"], ["mlp.up_proj"]]
+        settings = {"config_groups": targets, "modules_in_block_to_quantize": kinds, "shapes": [1, 2.5, True, None]}
         inner = {"quantization_config": {"llm_int8_skip_modules": skipped}}
         others = {"num_hidden_layers": 24, "architectures": ["model.layers.3"]}
         return others | {"quantization_config": settings, "text_config": inner}
 
-    dense = config(
-        ["model.layers.3.mlp", "model.layers.4.mlp"],
-        {"group_1": "model.layers.12.mlp", "group_2": "model.layers.13.mlp"},
-        ["model.layers.7.mlp", "model.layers.23.mlp"],
-        ["model.layers.13.mlp.gate_proj"],
-    )
-    assert names.in_config(dense) == config(
-        ["model.layers.3.mlp"],
-        {"group_2": "model.layers.10.mlp"},
-        ["model.layers.20.mlp"],
-        ["model.layers.10.mlp.gate_proj"],
-    )
+    groups = {"all": "Linear", "gone": "model.layers.12.mlp", "stays": "model.layers.13.mlp"}
+    pruned = {"all": "Linear", "stays": "model.layers.10.mlp"}
+    dense = config(groups, ["model.layers.13.mlp.gate_proj"])
+    assert names.in_config(dense) == config(pruned, ["model.layers.10.mlp.gate_proj"])

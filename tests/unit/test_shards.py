@@ -173,27 +173,20 @@ def test_tensors_that_two_files_hold_come_from_the_later_one(tmp_path, target):
 
 
 WHOLE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
-WRONG = [
-    {"shape": [2]}, {"shape": ["x"]}, {"shape": None}, {"shape": {}}, {"shape": [True]}, {"shape": [-1, -1]},
-    {"dtype": 5}, {"data_offsets": [4, 0]}, {"data_offsets": [0]}, {"data_offsets": [0, float("inf")]},
-    {"data_offsets": [0, 4.0]},
-]  # fmt: skip
+WRONG = [{"shape": [2]}, {"shape": ["x"]}, {"dtype": 5}, {"data_offsets": [4, 0]}, {"data_offsets": [0, 4.0]}]
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        *(b"", b"short", b"\0" * 100, file_of({"a": WHOLE})[:-1], file_of({"a": WHOLE}, data=b"12345")),
-        *(file_of({"a": WHOLE}, length=length) for length in (10**12, 5)),
+        *(b"", file_of({"a": WHOLE})[:-1], file_of({"a": WHOLE}, data=b"12345"), file_of({"a": WHOLE}, length=10**12)),
         *(file_of({"a": WHOLE | wrong}) for wrong in WRONG),
-        file_of({"a": WHOLE | {"data_offsets": [1, 5]}}, data=b"12345"),
-        *(file_of(header) for header in ([1], {"a": {"shape": [1]}}, {"a": WHOLE, "b": WHOLE})),
+        file_of([1]),
         file_of({"a": WHOLE, "b": WHOLE}, data=b"12345678"),
         *(file_of({"a": WHOLE, "__metadata__": metadata}) for metadata in (5, {"format": 5})),
-        (100_000).to_bytes(8, "little") + b"[" * 100_000,
     ],
 )
-def test_what_is_no_safetensors_file_is_said_to_be_so(tmp_path, content):
+def test_a_broken_safetensors_file_is_called_one(tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ModelError, match="truncated, or is not a safetensors file"):
         find_weights(tmp_path).tensor_names()

@@ -76,7 +76,7 @@ def test_everything_is_put_back_after_an_error(small, ids):
         (torch.OutOfMemoryError("CUDA"), OutOfMemory, "3 sequences of 24 tokens do not fit in the memory of cpu"),
     ],
 )
-def test_what_a_block_raises_is_translated(small, ids, monkeypatch, cause, error, words):
+def test_an_error_in_a_block_becomes_a_sentence(small, ids, monkeypatch, cause, error, words):
     with small, pytest.raises(error, match=words):
         small.logits(ids, ())
         monkeypatch.setattr(small.switches[2], "forward", Mock(side_effect=cause))
@@ -142,7 +142,7 @@ def test_a_walk_does_half_of_the_work_and_drops_the_base(skippable, ids, ran, si
         pytest.param([1, 2, 3], {2: 9}, (2,), [1, 3], None, id="the removed one is the base"),
     ],
 )
-def test_what_a_step_keeps_saves_work_and_changes_no_bit(skippable, ids, ran, first, keep, removed, candidates, counts):
+def test_kept_states_save_work_and_change_no_bit(skippable, ids, ran, first, keep, removed, candidates, counts):
     states = States()
     walk(skippable, ids, (), first, states, keep=keep)
     for block in removed:

@@ -255,19 +255,15 @@ def test_a_group_has_its_tasks_items_and_its_own_metric(folder, loaded):
     assert found["own_both"].pruned[0].standard_error == 0
 
 
-def test_prompts_are_in_the_chat_template_with_examples(folder, loaded):
-    model, tokenizer = loaded
-    task = task_of(folder, apply_chat_template=True, limit=2)
+def test_a_chat_template_must_be_there(folder, loaded):
     with pytest.raises(UsageError, match="needs a chat template"):
-        task.run(model, tokenizer, *QUIETLY)
-    talking = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
-    talking.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    results = task.run(model, talking, *QUIETLY)
-    assert results["samples"]["own_chosen"][0]["arguments"][0][0].startswith("<user>")
-    assert compare_task(results, [])[0].chat
-    examples = task_of(folder, num_fewshot=2).run(*loaded, *QUIETLY)
-    assert examples["n-shot"]["own_chosen"] == 2
-    assert examples["samples"]["own_chosen"][0]["arguments"][0][0].count("\n\n") == 2
+        task_of(folder, apply_chat_template=True, limit=2).run(*loaded, *QUIETLY)
+
+
+def test_as_many_examples_as_asked_stand_before_a_question(folder, loaded):
+    results = task_of(folder, num_fewshot=2).run(*loaded, *QUIETLY)
+    assert results["n-shot"]["own_chosen"] == 2
+    assert results["samples"]["own_chosen"][0]["arguments"][0][0].count("\n\n") == 2
 
 
 def test_a_fingerprint_changes_with_what_results_depend_on(folder, tmp_path):

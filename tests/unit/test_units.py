@@ -13,7 +13,7 @@ COUNTS = {"1.2B": 1.2e9, "600m": 6e8, "70k": 7e4, "135000000": 1.35e8}
 
 
 @pytest.mark.parametrize(("parse", "quantities"), [(parse_bytes, SIZES), (parse_count, COUNTS)])
-def test_what_people_write(parse, quantities):
+def test_quantities_are_read_as_people_write_them(parse, quantities):
     assert {text: parse(text, "--option") for text in quantities} == quantities
 
 
@@ -24,13 +24,13 @@ def test_what_people_write(parse, quantities):
         (parse_count, "number of parameters", ["", "B", "-1B", "0", "nan", "inf", "1.2GiB", "many"]),
     ],
 )
-def test_what_is_no_quantity(parse, what, texts):
+def test_text_that_is_no_quantity_is_refused(parse, what, texts):
     for text in texts:
         with pytest.raises(UsageError, match=rf"--option .*is not a {what}"):
             parse(text, "--option")
 
 
-def test_what_people_read():
+def test_quantities_are_shown_in_short():
     assert [format_count(n) for n in (512, 134_515_008, 1_190_000_000)] == ["512", "134.5M", "1.19B"]
     sizes = {12: "12 B", 1500: "1.5 kB", 98_362_432: "98.4 MB", 999_700_000: "1.00 GB", 2.38e9: "2.38 GB"}
     assert [format_bytes(size) for size in sizes] == [*sizes.values()]
