@@ -204,7 +204,8 @@ class _Models:
             yield "loads", {}
             return
         ids, new_tokens = self._prompt()
-        expected, own = self._expected_logits(ids), self._own(ids)
+        own = torch.tensor([self.surgery.token_ids(ids[0].tolist())], device=ids.device)  # in the checkpoint
+        expected = self._expected_logits(ids)
         free_memory()
         with task(self.notify, "Proving the checkpoint"):
             model = self._load()
@@ -242,10 +243,6 @@ class _Models:
         """How far the logits may be from the reference's, relative to the largest."""
         allowed, _ = TOLERANCES.get(self.placement.dtype, (0.0, 0.0))
         return max([allowed, *(cut.tolerance for cut in self.surgery.cuts)])
-
-    def _own(self, ids: Tensor) -> Tensor:
-        """Return the prompt's tokens in the checkpoint, [1, positions]."""
-        return torch.tensor([self.surgery.token_ids(ids[0].tolist())], device=ids.device)
 
     def _states(self, model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         with SkippableModel(model, self.surgery.architecture.blocks_of(model)) as whole:
