@@ -194,28 +194,6 @@ def test_an_answer_longer_than_the_model_is_refused(sleb, tiny_llama, tmp_path):
     assert "but the model has only 128 positions" in told
 
 
-def test_windows_of_another_length_are_measured_anew(evaluate, llama_plan, test_text):
-    text = ["--perplexity", test_text]
-    shapes = [["--sequence-length", 32, "--max-windows", 2], ["--sequence-length", 64, "--max-windows", 1]]
-    again = [evaluate(llama_plan, *text, *shape, "--remove", 1)[0]["texts"] for shape in shapes]
-    fresh = [evaluate(llama_plan, *text, *shape, "--remove", 1, "--force")[0]["texts"] for shape in shapes]
-    assert again == fresh
-    assert [one["sequence_length"] for (one,) in again] == [32, 64]
-    assert len({one["tokens_sha256"] for (one,) in again}) == 1
-    larger, _ = evaluate(llama_plan, *text, *shapes[1], "--every", 1)
-    assert [one["sequence_length"] for one in larger["texts"]] == [64]
-
-
-def test_results_of_another_data_type_are_found_again(evaluate, llama_plan, test_text, monkeypatch):
-    options = [llama_plan, "--perplexity", test_text, *SHORT, "--max-windows", 2]
-    first, _ = evaluate(*options, "--dtype", "float32")
-    evaluate(*options, "--dtype", "bfloat16")
-    passes = count_passes(monkeypatch)
-    again, said = evaluate(*options, "--dtype", "float32")
-    assert (again["texts"], passes) == (first["texts"], [])
-    assert "Measured before" in said
-
-
 def test_what_was_measured_before_is_not_measured_again(evaluate, llama_plan, test_text, own_task, monkeypatch):
     options = [llama_plan, "--perplexity", test_text, *SHORT, *own_task, "--max-windows", 4]
     first, _ = evaluate(*options, "--remove", 1)
@@ -224,7 +202,8 @@ def test_what_was_measured_before_is_not_measured_again(evaluate, llama_plan, te
     assert (again, passes) == (first, [])
     assert f"Measured before: perplexity on {test_text}, own_weather. --force measures again." in said
     assert "Loading" not in said
-    for more in (["--every", 1], ["--limit", 3], ["--dtype", "bfloat16"], ["--force"]):
+    changes = (["--every", 1], ["--limit", 3], ["--dtype", "bfloat16"], ["--sequence-length", 32], ["--force"])
+    for more in changes:
         found, _ = evaluate(*options, "--remove", 1, *more) if more[0] != "--every" else evaluate(*options, *more)
         assert passes, more
         assert found["texts"][0]["pruned"][0]["removals"] == first["texts"][0]["pruned"][0]["removals"]

@@ -22,6 +22,7 @@ from conftest import (
     weights_of,
 )
 from sleb_cli.engine.door import recovery as door
+from sleb_cli.engine.forward import forecast
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.output import apply
 from sleb_cli.engine.process_group import ProcessGroup
@@ -52,12 +53,15 @@ def recovery():
     return read_plan(Path("out/sleb_plan.json")).recovery
 
 
-def test_healing_comes_nearer_to_the_dense_model(healed, tiny_llama, tmp_path):
+def test_healing_comes_nearer_to_the_dense_model(healed, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(forecast, "LONG", 0.0)
     result = healed("--recover", *TOKENS)
     assert re.search(
         r"dense .*\n.* pruned .*\n.* recovered .*\n.* healed .*\n(.*\n)?.*; \d+% of the divergence", result.stdout
     )
     assert "bitwise equal to those of the recovered model in memory" in result.stdout
+    for long in (r"Recovery: up to \d blocks? fitted to \d+ tokens in float32: at most", "Healing: .*: about \\d+ s"):
+        assert re.search(long, result.stderr)
     told = re.findall(r"healing, (\d+)%: KL to the dense model (\S+), on validation text (\S+)", result.stderr)
     assert len(told) >= 8
     assert int(told[-1][0]) >= 100

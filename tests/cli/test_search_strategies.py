@@ -76,13 +76,6 @@ def test_swaps_are_recorded_and_shown(search, loss):
     assert "swapped: " in result.stderr
 
 
-def test_racing_ends_with_the_same_sets(found):
-    settings = ["--remove", 2, "--strategy", "refine", "--batch-size", 1]
-    exact, raced = (found(*settings, *fast, samples=32) for fast in ((), ("--fast",)))
-    assert sorted(raced.removals) == sorted(exact.removals)
-    assert any(step.race.dropped for step in raced.steps)
-
-
 def test_remove_takes_the_blocks_of_that_size(found, sleb, tiny_llama, tmp_path):
     plan = found(*THREE, "contiguous")
     sizes = plan.by_size

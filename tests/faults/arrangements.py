@@ -4,11 +4,9 @@ The server imports this once, so it imports none of the tests.
 """
 
 import os
-import pty
 import signal
 import sys
 import tempfile
-import termios
 from pathlib import Path
 
 import huggingface_hub
@@ -70,21 +68,6 @@ def without_readers(*streams):
 def into_a_full_disk():
     """Write stdout to a full disk."""
     os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
-
-
-def on_a_terminal(columns):
-    """Run on a terminal of this width, whose content goes to the real stdout."""
-    child, ours = pty.fork()
-    if not child:
-        termios.tcsetwinsize(1, (24, columns))
-        return
-    while True:
-        try:
-            shown = os.read(ours, 65536)
-        except OSError:  # the other end is closed
-            break
-        os.write(1, shown)
-    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def in_a_deleted_folder():

@@ -4,6 +4,7 @@ Most of these once ended in a traceback or a hang.
 """
 
 import json
+import os
 import re
 import shutil
 import struct
@@ -197,7 +198,7 @@ NAMED = {
     **{f"{file} leads outside": (words, {file: link("outside/note.txt")}, OUTPUT, "")
        for file, words in (("out.json.journal", SEARCH), (".out.recovery", (*HEAL, "-o", "out")))},
     **{f"a pickle that calls {of[0].__name__}": (PICKLE, {"pickle/pytorch_model.bin": saved_as(Runs(*of))}, MODEL, "")
-       for of in ((torch.zeros, 10**13), (open, "../outside/note.txt"))},
+       for of in ((os.system, "touch ../outside/x"), (torch.zeros, 10**13), (open, "../outside/note.txt"))},
     "a state of a recovery": (HEAL, lambda base: {next(base.glob(HEALING)).relative_to(base): bytes(999)}, ANY, ""),
     **{f"{file}: {data}": (SEARCH, {f"model/{file}": data}, MODEL, "")
        for file, data in product(("config.json", "tokenizer.json", "tokenizer_config.json"), (b"[1]", b'{"a": '))},

@@ -16,12 +16,9 @@ from safetensors.torch import load, save_file
 from transformers import AutoTokenizer
 
 from conftest import calibration, calibration_sequences, llama_config, prose, save_model
-from faults.conftest import often
 from sleb_cli.plan import read_plan
 
 RARE, LENGTH, SAMPLES = "~", 16, 24
-WAYS = [("--fast",), ("--stream",), ("--metric", "kl"), ("--metric", "angular", "--strategy", "contiguous")]
-STRATEGIES = [("--strategy", name) for name in ("refine", "oneshot", "contiguous")]
 OVERFLOW = ("--dtype", "float16", "--remove", 1)
 
 
@@ -116,29 +113,24 @@ def plan_of(path="plan.json"):
 
 
 BAD = {
-    "nan": (partial(flagged, flag=math.nan), "float32", "the embeddings"),
-    "block": (partial(flagged, more=adds_300_000), "float16", "block 3"),
-    "head": (partial(flagged, more=large_head), "float16", "the head"),
+    "nan": (partial(flagged, flag=math.nan), "float32", "the embeddings", ("--stream",)),
+    "block": (partial(flagged, more=adds_300_000), "float16", "block 3", ("--fast",)),
+    "head": (partial(flagged, more=large_head), "float16", "the head", ("--metric", "kl")),
 }
 
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_sequence_is_named_with_its_text_and_the_block(search, tmp_path, text, kind):
-    make, dtype, place = BAD[kind]
+    make, dtype, place, options = BAD[kind]
     model = make(tmp_path / "model")
     bad = bad_sequences(model, text)
-    said = search(model, text, "--dtype", dtype, code=4).stderr
+    said = search(model, text, "--dtype", dtype, *options, code=4).stderr
     for part in (dtype, place, f"sequence {bad[0]} of {SAMPLES}", str(text), f"{len(bad) - 1} more"):
         assert part in said
     assert ("bfloat16" in said) == (dtype != "float32")
     assert set(os.listdir()) == {"model"}, "what was measured on bad sequences is of no use, and was kept"
     if kind == "block":
         search(model, text, "--dtype", "bfloat16", "-o", "better.json")
-
-
-@pytest.mark.parametrize("options", often(WAYS, WAYS[:2]), ids=str)
-def test_a_bad_sequence_is_refused_by_every_way_to_search(search, broken, text, options):
-    assert "in the embeddings" in search(broken, text, *options, code=4).stderr
 
 
 @pytest.mark.parametrize(
@@ -157,10 +149,7 @@ def test_recovery_says_that_a_part_of_the_text_overflows(sleb, tmp_path, broken,
     assert (tmp_path / "out").exists() is (code == 0)
 
 
-OVERFLOWING = [(), ("--fast",), ("--stream",), *STRATEGIES]
-
-
-@pytest.mark.parametrize("options", often(OVERFLOWING, OVERFLOWING[:3]), ids=str)
+@pytest.mark.parametrize("options", [(), ("--fast",), ("--stream",)], ids=str)
 def test_a_block_without_which_numbers_overflow_is_never_removed(sleb, search, needing, text, options):
     assert "Without block 2" in search(needing, text, *OVERFLOW, *options).stderr
     (step,) = plan_of()["steps"]
@@ -170,13 +159,11 @@ def test_a_block_without_which_numbers_overflow_is_never_removed(sleb, search, n
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("options", [(), ("--fast",)], ids=str)
-def test_one_thread_and_two_make_the_same_plan(search, tiny_llama, text, options):
-    """The same blocks go in the same order, by scores that agree to 1e-5."""
+def test_scores_of_one_thread_and_two_agree(search, tiny_llama, text):
     for threads in (2, 1):
         torch.set_num_threads(threads)
-        search(tiny_llama, text, *calibration(text, 16, 32), "--dtype", "float32", *options, "-o", f"{threads}.json")
+        search(tiny_llama, text, *calibration(text, 16, 32), "--dtype", "float32", "-o", f"{threads}.json")
     one, two = (read_plan(Path(f"{threads}.json")) for threads in (1, 2))
     assert one.removals == two.removals
     for left, right in zip(one.steps, two.steps, strict=True):
-        assert (left.block, left.scores) == (right.block, pytest.approx(right.scores, rel=1e-5, abs=1e-5))
+        assert left.scores == pytest.approx(right.scores, rel=1e-5, abs=1e-5)

@@ -120,27 +120,23 @@ NORM, UP = f"{LAYER}input_layernorm.weight", f"{LAYER}mlp.up_proj.weight"
 VALUES, EMBEDDING = "self_attn.v_proj", "model.embed_tokens.weight"
 SHARD = "model-0000{}-of-0000{}.safetensors"
 quiet = partial(Kind, computes=False)
+MOVED = "two blocks have changed places"
 CHECKPOINTS = {
-    "two blocks have changed places": Kind(taken(renumber(1, 0, 2, 3))),
-    "the wrong block was removed": Kind(tensors(lambda held, dense: held | {n: dense[n] for n in held if LAYER in n})),
+    MOVED: Kind(taken(renumber(1, 0, 2, 3))),
     "a block too few": Kind(both(says(CONFIG, num_hidden_layers=3),
                                  tensors(lambda held, dense: {n: held[n] for n in held if ".layers.3." not in n}))),
     "a norm is a bit larger": Kind(at(NORM, lambda values: values * 1.001)),
     "a norm differs by the last bit": quiet(at(NORM, last_bit)),
-    "a tensor has the shape of its transposed self": Kind(at(UP, lambda values: values.reshape(values.shape[::-1]))),
     "one value is NaN": Kind(at(UP, lambda values: values.index_fill(1, torch.tensor([9]), float("nan")))),
     "a tensor is missing": Kind(tensors(lambda held, dense: {n: held[n] for n in held if n != UP})),
     "a tensor is there that no model has": Kind(tensors(lambda held, dense: held | {"model.x": held[UP]})),
-    "the embedding of an unseen token": quiet(at(EMBEDDING, lambda v: torch.cat([v[:-1], v[-1:] + 1]))),
     "a bias is left out": Kind(tensors(lambda held, dense: {name: held[name] for name in held
                                        if name != "model.decoder.layers.1.fc1.bias"}), model="opt"),
     "a tied model has a head of its own": Kind(both(says(CONFIG, tie_word_embeddings=False), tensors(
         lambda held, dense: held | {"lm_head.weight": held[EMBEDDING].roll(1, 0)})), model="gemma3"),
     "the weights were cast": quiet(tensors(lambda held, dense: {name: held[name].half() for name in held})),
-    "one bit is flipped": quiet(content(WEIGHTS, lambda data, dense: data[:-99] + bytes([data[-99] ^ 1]) + data[-98:])),
     "the weights are cut off": Kind(content(WEIGHTS, lambda data, dense: data[:-999])),
     "the config is the dense model's": Kind(copied(CONFIG)),
-    "the epsilon is another": Kind(says(CONFIG, rms_norm_eps=0.1)),
     "the kinds of blocks are the first ones": Kind(of_json(CONFIG, lambda data: data | {
         "layer_types": data["layer_types"][::-1]}), model="gemma3"),
     "there is code": quiet(both(says(CONFIG, auto_map={"AutoModelForCausalLM": "x.X"}),
@@ -149,7 +145,6 @@ CHECKPOINTS = {
     "the license is missing": quiet(missing("LICENSE")),
     "weights of another format are left beside": quiet(copied("pytorch_model.bin", WEIGHTS)),
     "a shard is missing": Kind(missing(SHARD.format(2, 6)), model="shards"),
-    "a stale shard is left beside": quiet(copied(SHARD.format(9, 9), SHARD.format(3, 6)), model="shards"),
     "the index names the wrong shards": quiet(of_json(INDEX, lambda data: {"weight_map": dict(zip(
         data["weight_map"], reversed(data["weight_map"].values()), strict=True))}), model="shards"),
     "a tensor is in two shards, differently": quiet(in_two_shards, model="shards"),
@@ -189,20 +184,17 @@ def swapped(file):
 
 FILES = {
     "a block too few": Kind(entry(b".block_count", struct.pack("<I", 3))),
-    "the epsilon is another": Kind(entry(b"rms_epsilon", struct.pack("<f", 0.1))),
-    "a key was added": quiet(of_gguf(number("general.sampled", UINT32, 1))),
     "the removed blocks are not recorded": quiet(entry(b"removed_blocks", None)),
-    "two blocks have changed places": Kind(of_gguf(swapped)),
+    MOVED: Kind(of_gguf(swapped)),
     "one bit is flipped": quiet(of_bytes(lambda data: data[:-1] + bytes([data[-1] ^ 1]))),
     "a tensor is missing": Kind(of_gguf(lambda file: replace(file, tensors=file.tensors[1:]))),
     "the file is cut off": Kind(of_bytes(lambda data: data[:-999])),
     "the file is the dense model's": quiet(lambda made, dense: shutil.copyfile(dense, made)),
 }
 RECOVER = ["--recover", *calibration("text.txt", samples=10)]
-STREAMED = ("two blocks have changed places", "a norm is a bit larger", "one value is NaN")
 DAMAGED = [
     *((name, kind, "", ()) for name, kind in CHECKPOINTS.items()),
-    *((name, CHECKPOINTS[name], "", ("--stream",)) for name in STREAMED),
+    (MOVED, CHECKPOINTS[MOVED], "", ("--stream",)),
     *((name, Kind(do), "", RECOVER) for name, do in RECOVERED.items()),
     *((name, kind, ".gguf", ()) for name, kind in FILES.items()),
 ]
@@ -277,10 +269,10 @@ def test_an_undamaged_checkpoint_is_delivered(sleb, dense, damaging, model, as_p
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(("block", "old"), enumerate(KEPT))
 @pytest.mark.parametrize(("model", "larger"), [("llama", 2**-20), ("bfloat16", 2**-4)])
-def test_a_difference_larger_than_rounding_shows_in_logits(sleb, dense, damaging, model, larger, block, old):
+def test_a_difference_larger_than_rounding_shows_in_logits(sleb, dense, damaging, model, larger):
     """As docs/reference/commands.md says of logits, when the plan itself is wrong."""
+    block, old = 2, KEPT[2]
     name = f"model.layers.{block}.input_layernorm.weight"
     damaging(lambda path: at(name, lambda values: values * (1 + larger))(path, dense(model)), True)
     assert re.search(rf"logits.*\b{block}\b.*\b{old}\b", sleb(*cut(dense(model)), code=9).stderr)

@@ -6,14 +6,13 @@ import os
 import re
 import shlex
 import shutil
-from itertools import product
 from pathlib import Path
 
 import pytest
 import yaml
 
 from conftest import calibration, evaluation
-from faults.arrangements import in_a_deleted_folder, on_a_terminal, with_encoding, without_streams
+from faults.arrangements import in_a_deleted_folder, with_encoding, without_streams
 from faults.program import Calls, Fault
 from gguf_models import write_llama_gguf
 from sleb_cli.plan import read_plan
@@ -125,14 +124,6 @@ def test_all_ways_to_name_one_model_make_one_plan(sleb, model, search, monkeypat
     assert not any(path.is_symlink() for path in (model / "small").iterdir())
 
 
-def test_a_checkpoint_never_takes_the_place_of_its_model(sleb, model, tmp_path):
-    Path("link").symlink_to("model")
-    before = files_of(tmp_path)
-    for output, force in product(["model/../model", "link", "."], [(), ("--force",)]):
-        sleb("apply", "model", "--blocks", 1, "-o", output, *force, code=8)
-        assert files_of(tmp_path) == before
-
-
 def test_an_output_that_is_a_link_is_not_followed(search, model, tmp_path):
     """A link is not followed out of the named place: the new file takes its name, and what it named stays."""
     Path("kept.json").write_text("kept")
@@ -180,18 +171,6 @@ def test_a_search_works_on_streams_that_are_not_utf8(program, tmp_path, model, t
     assert "\\U0001f999 \\xe9" in said
     answer = program.run(*words, "--force", "--json", cwd=tmp_path, before=(with_encoding, "ascii")).stdout
     assert json.loads(answer)["model"]["id"] == name
-
-
-TERMINALS = [({"TERM": "dumb"}, "\x1b[2K"), ({"NO_COLOR": "1"}, "\x1b[3")]
-
-
-@pytest.mark.parametrize(("environment", "never"), TERMINALS, ids=ascii)
-def test_a_search_works_on_any_terminal(arranged, tmp_path, environment, never):
-    """A dumb one is sent no movements of the cursor, and without colours, there are none."""
-    variables = {"COLUMNS": None, "LINES": None, "TERM": "xterm-256color", "NO_COLOR": None, **environment}
-    shown = arranged(on_a_terminal, 20, environment=variables).stdout
-    assert read_plan(tmp_path / "plan.json").removals
-    assert never not in shown
 
 
 def test_a_search_works_without_a_home_to_write_to(program, arranged, tmp_path, text_file):

@@ -1,73 +1,19 @@
 """Nothing from outside runs as code, unless the user said so, and then only the code that was there at the time."""
 
-import contextlib
 import json
-import os
-import pickle
-import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
-from itertools import product
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from conftest import calibration, evaluation, llama_config, save_model
 from faults.arrangements import with_a_bug, with_a_hub
-from faults.lies import Runs, saved_as
 
 TOKEN, PASSWORD = "hf_" + "Canary" * 5, "s3cretCanary"
-TRUST, INDEX = "--trust-remote-code", ".index.json"
-
-
-def payloads(canary):
-    """Objects whose unpickling would leave a file at `canary`."""
-    touch, inner = f"open({str(canary)!r}, 'w')", pickle.dumps(Runs(os.system, f"touch {canary}"))
-    return [
-        Runs(os.system, f"touch {canary}"), Runs(eval, touch), Runs(exec, touch), Runs(open, str(canary), "w"),
-        Runs(subprocess.call, ["touch", str(canary)]), Runs(shutil.copy, __file__, str(canary)),
-        Runs(pickle.loads, inner), Runs(torch.storage._load_from_bytes, inner),
-    ]  # fmt: skip
-
-
-def forms(tensors, content):
-    """Files of a model whose tensors are a pickle: with more `content` beside them, alone, bare, or in a shard."""
-    more, whole, shard = tensors | {"more": content}, "pytorch_model.bin", "pytorch_model-1-of-1.bin"
-    index = json.dumps({"weight_map": dict.fromkeys(tensors, shard)}).encode()
-    return [
-        {whole: saved_as(more)}, {whole: saved_as(content)}, {whole: pickle.dumps(content)},
-        {whole: saved_as(more, _use_new_zipfile_serialization=False)}, {shard: saved_as(more), whole + INDEX: index},
-    ]  # fmt: skip
-
-
-COMMANDS = (("search", "--remove", 1, "--calibration", "self"), ("apply", "--blocks", 1, "-o", "out"), ("eval",))
-
-
-def test_nothing_in_a_pickle_runs(sleb, tiny_llama, tmp_path):
-    model = Path(shutil.copytree(tiny_llama, "model"))
-    tensors = load_file(model / "model.safetensors")
-    (model / "model.safetensors").unlink()
-    contents = product(COMMANDS, payloads(tmp_path / "canary"))
-    cases = [(command, files) for command, content in contents for files in forms(tensors, content)]
-    for (verb, *options), files in cases[::13]:
-        for name, data in files.items():
-            (model / name).write_bytes(data)
-        assert "pytorch_model" in sleb(verb, model, *options, code=4).stderr
-        assert os.listdir() == ["model"]
-        for name in files:
-            (model / name).unlink()
-
-
-def test_the_payloads_would_run_where_nothing_stops_them(tmp_path):
-    canary = tmp_path / "canary"
-    for payload in payloads(canary):
-        with contextlib.suppress(RuntimeError):  # torch finds no tensors, after it has run the payload
-            pickle.loads(pickle.dumps(payload))
-        canary.unlink()
+TRUST = "--trust-remote-code"
 
 
 CODE = """
