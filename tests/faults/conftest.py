@@ -1,8 +1,7 @@
 """What tests of faults share: the program in a process of its own, a place for its commands, and how much is tried."""
 
 import sys
-import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ import pytest
 from conftest import Result
 from faults.place import Place
 from faults.program import Program, require
-from hub import Hub
 
 
 def often(names: Iterable[Any], first: Collection[Any]) -> list[Any]:
@@ -36,14 +34,3 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
 def place(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A folder in which commands run and are disturbed."""
     return Place(program, tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    """A hub on this machine."""
-    with Hub() as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()

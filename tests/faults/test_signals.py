@@ -8,7 +8,6 @@ import pytest
 
 from conftest import calibration, evaluation
 from faults.arrangements import cleaning_up_for_long, into_a_full_disk, stopping_at, without_readers  # fmt: skip
-from faults.conftest import often
 from faults.program import STOP, Calls, Fault, require
 
 CODES = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 130}
@@ -44,14 +43,15 @@ def left():
     return sorted(name for name in os.listdir() if name.startswith((".new", "new")))
 
 
-ENDS = list(product(("search", "apply", "apply, proving", "eval"), CODES, [1]))
-AGAIN = [("apply", number, 5) for number in (signal.SIGTERM, signal.SIGHUP)]
+ENDS = [
+    *product(["search"], CODES, [1]), ("apply", signal.SIGTERM, 5), ("apply", signal.SIGHUP, 5),
+    ("apply, proving", signal.SIGTERM, 1), ("eval", signal.SIGINT, 1),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("end", often([*ENDS, *AGAIN], [*ENDS[:4], ENDS[6], ENDS[9], *AGAIN]), ids=str)
-def test_a_signal_ends_a_command_and_it_cleans_up(ended, end):
+@pytest.mark.parametrize(("verb", "number", "times"), ENDS)
+def test_a_signal_ends_a_command_and_it_cleans_up(ended, verb, number, times):
     """Nor do more signals disturb the clean-up."""
-    verb, number, times = end
     said = require(ended(verb, *[number] * times), (CODES[number],)).stderr
     assert "Exception ignored" not in said
     assert left() in ([], ["new.json.journal"])
@@ -79,8 +79,7 @@ def test_a_second_ctrl_c_ends_at_once(program, commands, tmp_path, first):
     assert left() == ["new"]
 
 
-@pytest.mark.parametrize("streams", [(1,), (1, 2)])
-@pytest.mark.parametrize("verb", ["search", "apply", "eval"])
+@pytest.mark.parametrize(("verb", "streams"), [("search", (1,)), ("apply", (1, 2)), ("eval", (1,))])
 def test_without_readers_the_result_is_still_written(program, commands, tmp_path, verb, streams):
     words = [*commands[verb][0], *(SHORT if verb == "search" else ()), *(["--json"] if streams == (1,) else ())]
     result = program.run(*words, cwd=tmp_path, before=(without_readers, *streams), codes=[128 + signal.SIGPIPE])

@@ -152,13 +152,11 @@ def test_a_current_folder_that_is_gone_is_named(arranged):
     assert "folder" in arranged(in_a_deleted_folder, codes=[2]).stderr
 
 
-@pytest.mark.parametrize("closed", [(1,), (0, 1, 2)])
-def test_a_search_works_with_closed_streams(arranged, tmp_path, closed):
+def test_a_search_works_with_closed_streams(arranged, tmp_path):
     """What would be printed goes nowhere: not to another stream, and not into a file that took its number."""
-    result = arranged(without_streams, *closed, more=["--json"])
-    removals = list(read_plan(tmp_path / "plan.json").removals)
-    assert (1 in closed and result.stdout == "") or json.loads(result.stdout)["removals"] == removals
-    assert bool(result.stderr) == (2 not in closed)
+    result = arranged(without_streams, 0, 1, 2, more=["--json"])
+    assert read_plan(tmp_path / "plan.json").removals
+    assert result.stdout == result.stderr == ""
     assert sorted(os.listdir(tmp_path)) == ["model", "plan.json"]
 
 

@@ -5,7 +5,9 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -116,18 +118,35 @@ def test_a_traceback_holds_no_token(program, tmp_path, token):
     assert "Canary" not in result.stderr + result.stdout
 
 
-@pytest.mark.parametrize("case", [("apply", None), ("search", 401)], ids=str)
-def test_a_failed_download_shows_no_token(program, hub, tmp_path, case):
-    verb, status = case
-    words = (verb, "org/model", {"apply": "--blocks", "search": "--remove"}[verb], 1)
-    hub.refuses = {"/": status}
-    port = hub.server_port if status else 9
+class Refusing(BaseHTTPRequestHandler):
+    """A hub that knows nobody."""
+
+    def do_GET(self):
+        self.send_error(401)
+
+    def do_HEAD(self):
+        self.send_error(401)
+
+
+@pytest.fixture
+def refusing():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as hub:
+        thread = Thread(target=hub.serve_forever)
+        thread.start()
+        yield hub.server_port
+        hub.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_failed_download_shows_no_token(program, refusing, tmp_path, answers):
+    words, port = ("apply", "org/model", "--blocks", 1), refusing if answers else 9
     environment = {
         "HF_ENDPOINT": f"http://jane:{PASSWORD}@127.0.0.1:{port}", "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_CACHE": str(tmp_path / "hub"),
     }  # fmt: skip
     result = program.run(*words, cwd=tmp_path, environment=environment, before=(with_a_hub,), codes=[4])
-    assert ("127.0.0.1" if status else "Connection refused") in result.stderr
+    assert ("127.0.0.1" if answers else "Connection refused") in result.stderr
     assert "Canary" not in result.stdout + result.stderr
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"Canary" in path.read_bytes()]
 

@@ -134,6 +134,7 @@ def test_the_speedup_is_measured_beside_the_ratio_of_the_blocks(run, card, show)
     blocks = data["dense"]["blocks"] / data["pruned"][0]["blocks"]
     for measured in data["workloads"]:
         (pruned,) = measured["pruned"]
+        assert pruned["memory"]["weights_bytes"] == data["pruned"][0]["weights_bytes"]
         interval, label = pruned["interval"], measured["workload"]["name"]
         between = f" ({interval['low']:.3f} to {interval['high']:.3f})" if interval else ""
         show(f"{label}: {pruned['speedup']:.3f} times as fast{between}; {blocks:.3f} by blocks")
