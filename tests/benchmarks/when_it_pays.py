@@ -2,7 +2,7 @@
 
     python tests/benchmarks/when_it_pays.py MODEL WORK [--sizes 2,4,6] [--recovered 2,4] [--healed 4] [--minutes 60]
         [--calibration code.jsonl] [--texts code_test.jsonl,wikitext2] [--tasks sleb,humaneval_instruct] [--limit 300]
-        [--quantized Q3_K_M.gguf,Q2_K.gguf]
+        [--quantized Q3_K_M.gguf,Q2_K.gguf] [--chat]
 
 It runs sleb's commands in WORK, prints each, and skips what WORK holds, so the same command resumes. Then it prints the
 rows of docs/when-it-pays.md, and draws WORK/when-it-pays.svg. If MODEL is a GGUF file, llama.cpp is timed, else
@@ -50,8 +50,8 @@ class Bench:
         self.work.mkdir(parents=True, exist_ok=True)
         self.engine = ["--engine", "llama.cpp"] if options.model.endswith(".gguf") else []
         quality = {
-            "--perplexity": ",".join(options.texts), "--sequence-length": 512, "--max-windows": options.windows,
-            "--tasks": options.tasks, "--limit": options.limit, "--include-path": options.include_path,
+            "--perplexity": ",".join(options.texts), "--sequence-length": 512, "--max-windows": 16,
+            "--tasks": options.tasks, "--limit": options.limit,
         }  # fmt: skip
         self.quality = [word for pair in quality.items() if pair[1] for word in pair]
         self.quality += ["--run-code", "confined", *(["--apply-chat-template"] if options.chat else [])]
@@ -70,9 +70,7 @@ class Bench:
         return EvalResult.model_validate_json(file.read_text())
 
     def timed(self, name: str, *command: object) -> BenchResult:
-        options, batches = self.options, ",".join(map(str, self.options.batches))
-        given = ["--prompt-length", options.prompt, "--new-tokens", 32, "--sweep", f"batch={batches}"]
-        given += ["--iterations", options.iterations]
+        given = ["--prompt-length", 512, "--new-tokens", 32, "--sweep", "batch=1,8", "--iterations", 3]
         file = self.run(f"{name}.bench.json", "bench", *command, *self.engine, *given)
         return BenchResult.model_validate_json(file.read_text())
 
@@ -178,11 +176,9 @@ def draw(rows: Iterable[Row], file: Path) -> None:
 
 
 def main() -> None:
-    lists = {"sizes": [2, 4, 6], "recovered": [4], "healed": [4], "batches": [1, 8]}
-    lists |= {"texts": ["wikitext2"], "quantized": [""]}
-    numbers = {"limit": 300, "windows": 16, "minutes": 60, "iterations": 3, "prompt": 512}
-    words = {"tasks": "sleb", "calibration": "", "include_path": ""}
-    options = parser(__doc__, "model", "work", **lists, **numbers, **words, chat=False).parse_args()
+    lists = {"sizes": [2, 4, 6], "recovered": [4], "healed": [4], "texts": ["wikitext2"], "quantized": [""]}
+    others = {"limit": 300, "minutes": 60, "tasks": "sleb", "calibration": ""}
+    options = parser(__doc__, "model", "work", **lists, **others, chat=False).parse_args()
     rows = list(Bench(options).rows())
     print("\n".join(to_markdown(table(rows))))
     draw(rows, Path(options.work) / "when-it-pays.svg")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from itertools import groupby
 from pathlib import Path
@@ -348,16 +347,6 @@ def flattered(evaluate, subject, *texts):
     """Return what is said of texts that may flatter, each measured on windows of 32 tokens."""
     _, said = evaluate(subject, "--perplexity", ",".join(map(str, texts)), "--sequence-length", 32)
     return [line for line in said.splitlines() if "may flatter" in line]
-
-
-@pytest.mark.usefixtures("corpus")
-def test_the_calibration_text_flatters(search, evaluate, tiny_llama, text_file, test_text):
-    search("--remove", 1, text=f"{text_file}:1/2,org/corpus::train:1/2")
-    known = [text_file, os.path.relpath(text_file), "org/corpus::train", "org/corpus::train:text"]
-    lines = flattered(evaluate, "plan.json", *known, test_text, "org/corpus:", "org/corpus::test")
-    for text, line in zip(known, lines, strict=True):
-        assert f"Blocks were chosen on prose.txt:1/2,org/corpus::train:1/2, so perplexity on {text} " in line
-    assert flattered(evaluate, tiny_llama, text_file) == []
 
 
 def test_the_same_tokens_and_those_of_recovery_flatter(sleb, search, evaluate, tiny_llama, text_file, test_text):

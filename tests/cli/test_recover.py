@@ -94,7 +94,6 @@ def test_new_values_are_written_proven_and_recorded(recover, llama_plan, tiny_ll
         ("bfloat16", "bfloat16", "float32"),
         ("float32", "bfloat16", "float32"),
         ("float32", "float16", "float16"),
-        ("float16", "bfloat16", "bfloat16"),
     ],
 )
 def test_config_and_files_may_name_different_data_types(recover, tiny_llama, fit, tmp_path, config, weights, norms):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from conftest import save_model
+from conftest import save_model, slow
 from families import tiny_config
 from sleb_cli.engine.forward import memory_budget
 
@@ -28,15 +28,15 @@ def plan_of(found):
     return run
 
 
-CASES = [(None, way, ()) for way in WAYS] + [
-    (family, way, ("--dtype", "bfloat16")) for family, way in (("gemma3_text", "race"), ("mixtral", "exact"))
-]
+CASES = [*((None, way) for way in WAYS), ("gemma3_text", "race"), ("mixtral", "exact")]
+NIGHTLY = [(None, "held out"), (None, "states"), (None, "weights"), ("gemma3_text", "race")]
 
 
-@pytest.mark.parametrize(("family", "way", "options"), CASES)
-def test_the_plan_is_that_of_the_model_in_memory(plan_of, tiny_llama, tmp_path, family, way, options):
+@pytest.mark.parametrize("case", [slow(case) if case in NIGHTLY else case for case in CASES], ids=str)
+def test_the_plan_is_that_of_the_model_in_memory(plan_of, tiny_llama, tmp_path, case):
+    family, way = case
     model = save_model(tmp_path / "model", tiny_config(family)) if family else tiny_llama
-    options = [*WAYS[way], *options]
+    options = [*WAYS[way], *(["--dtype", "bfloat16"] if family else [])]
     assert plan_of("--stream", *options, model=model) == plan_of(*options, model=model)
 
 

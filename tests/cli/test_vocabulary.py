@@ -68,8 +68,7 @@ def both(dense, cut):
     return [[loader.from_pretrained(folder) for loader in loaders] for folder in (dense, cut)]
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", ["bytes", "pieces", "unigram"])
+@pytest.mark.parametrize(("kind", "tied"), [("bytes", True), ("bytes", False), ("pieces", False), ("unigram", True)])
 def test_what_stays_computes_the_same(apply, tmp_path, kind, tied):
     dense = save(tmp_path / "model", kind, tie_word_embeddings=tied)
     result = json.loads(apply(dense, "--scripts", "latin", "--json").stdout)
@@ -194,7 +193,7 @@ def test_a_tokenizer_that_lacks_something_fails_the_proof(sleb, tmp_path, monkey
     assert not (tmp_path / "out").exists()
 
 
-IN_CI = ["gemma2", "gpt2", "opt", "qwen3_moe", "gemma3n_text", "mamba2"]
+IN_CI = ["gpt2", "qwen3_moe", "gemma3n_text"]
 
 
 @pytest.mark.parametrize("family", [*IN_CI, *(slow(name) for name in FAMILIES if name not in IN_CI)])

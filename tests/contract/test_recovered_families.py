@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import evaluation, save_model
+from conftest import evaluation, save_model, slow
 from families import tiny_config
 from reference import plain_loss
 from sleb_cli.engine.text.windows import cut_windows
@@ -25,7 +25,10 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+NIGHTLY = ["gpt_neox", "olmo2", "granite", "opt"]
+
+
+@pytest.mark.parametrize("model_type", [slow(name) if name in NIGHTLY else name for name in FAMILIES])
 def test_recovery_pays_and_its_checkpoint_is_proven(run_sleb, model_type, tmp_path):
     model = save_model(tmp_path / "model", tiny_config(model_type))
     result = run_sleb(

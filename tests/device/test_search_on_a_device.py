@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from conftest import calibration, save_model
+from conftest import calibration, save_model, slow
 from families import tiny_config
 from sleb_cli.engine.forward import prepare
 
@@ -33,13 +33,18 @@ def plan_of(search, tmp_path, text_file):
 
 
 ON_ONE = ["--device", "sim:1"]
+NIGHTLY = ["kl", "a sample", "bfloat16"]
 ONE_STEP = ["kl", "cosine", "bfloat16"]
 # The last is searched by whole passes.
 FAMILIES = [("mixtral", "nll"), ("xlnet", "nll")]
 
 
-@pytest.mark.parametrize(("family", "name"), [*((None, name) for name in SEARCHES), *FAMILIES])
-def test_the_plan_is_the_cpus(plan_of, simulate, tiny_llama, tmp_path, spread, family, name):
+CASES = [*(slow((None, name)) if name in NIGHTLY else (None, name) for name in SEARCHES), *FAMILIES]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_plan_is_the_cpus(plan_of, simulate, tiny_llama, tmp_path, spread, case):
+    family, name = case
     model = save_model(tmp_path / family, tiny_config(family)) if family else tiny_llama
     options = [*SEARCHES[name], *(["--remove", 1] if family or name in ONE_STEP else [])]
     expected = plan_of(model, *options, "--device", "cpu")
