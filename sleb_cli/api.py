@@ -52,13 +52,12 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
 
     if request.compare:
         raise UsageError("`search` does not compare.", hint="Call `compare` with this request.")
-    with _processes(check_search, request, notify) as (group, registry, asked):
+    with _working(check_search, request, notify) as (group, registry, asked):
         from sleb_cli.engine.door.search import resolve_search
         from sleb_cli.engine.search.journal import delete_journal
         from sleb_cli.engine.search.run import find_removals
 
         plan = find_removals(resolve_search(asked, registry, notify, group), group, notify)
-        _stop_unless_main_process()
     _save(plan, request.plan_file)
     delete_journal(journal_of(request.plan_file), notify)
     return plan
@@ -74,14 +73,13 @@ def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
     """
     from sleb_cli.asked.searches import check_comparison
 
-    with _processes(check_comparison, request, notify) as (group, registry, asked):
+    with _working(check_comparison, request, notify) as (group, registry, asked):
         from sleb_cli.engine.door.search import resolve_comparison
         from sleb_cli.engine.search.compare import compare_removals
         from sleb_cli.engine.search.journal import delete_journal
 
         searches = resolve_comparison(asked, registry, notify, group)
         result, plan = compare_removals(searches, group, notify)
-        _stop_unless_main_process()
     _save(plan, request.plan_file)
     for each in searches:
         delete_journal(each.recording.journal, notify)
@@ -98,12 +96,10 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
     """
     from sleb_cli.asked.verbs import check_apply
 
-    if not request.recoveries:
-        _stop_unless_main_process()
-    with _processes(check_apply, request, notify) as (group, registry, asked):
+    with _working(check_apply, request, notify, alone=not request.recoveries) as (group, registry, named):
         from sleb_cli.engine.door.apply import resolve_apply
 
-        return resolve_apply(request, *asked, registry, notify, group)()
+        return resolve_apply(request, named, registry, notify, group)()
 
 
 @explain_out_of_memory(None, _EVALUATE)
@@ -118,7 +114,7 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
     from sleb_cli.asked.verbs import check_evaluation
     from sleb_cli.kept_results import find_kept, keep_result
 
-    with _processes(check_evaluation, request, notify) as (group, registry, named):
+    with _working(check_evaluation, request, notify) as (group, registry, named):
         from sleb_cli.engine.door.evaluate import resolve_evaluation
         from sleb_cli.engine.quality.evaluation import evaluate_models
 
@@ -135,7 +131,6 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
                 keep_result(part, file, notify)
 
         result = evaluate_models(evaluation, find, keep)
-        _stop_unless_main_process()
     _save(result, request.output)
     if unfinished:
         unfinished.unlink(missing_ok=True)
@@ -153,23 +148,21 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     from sleb_cli.asked.verbs import check_bench
     from sleb_cli.kept_results import keep_result
 
-    _stop_unless_main_process()
-    if (count := process_count()) > 1:  # each with its share of the threads, or with a device that would stay idle
+    count = process_count()
+    if is_main_process() and count > 1:  # each with its share of the threads, or with a device that would stay idle
         raise UsageError(f"`bench` times models in one process, not in {count}.", hint="Run it without the launcher.")
-    registry, asked = _check(check_bench, request, notify)
-    from sleb_cli.engine.door.bench import resolve_bench
-    from sleb_cli.engine.output.engine_files import engine_files
-    from sleb_cli.engine.speed.benchmark import benchmark
+    with _working(check_bench, request, notify, alone=True) as (_, registry, (named, engine)):
+        from sleb_cli.engine.door.bench import resolve_bench
+        from sleb_cli.engine.output.engine_files import engine_files
+        from sleb_cli.engine.speed.benchmark import benchmark
 
-    wanted = resolve_bench(request, *asked, registry, notify)
-    subject, engine, own = wanted.subject, wanted.engine, wanted.engine_source
-    with (
-        subject.architecture.source.watch.unchanged(),
-        engine_files(own, registry, notify) if own else nullcontext() as write_files,
-    ):
-        result = benchmark(wanted, notify, write_files)
+        wanted = resolve_bench(request, named, engine, registry, notify)
+        own = wanted.engine_source
+        files = engine_files(own, registry, notify) if own else nullcontext()
+        with wanted.subject.architecture.source.watch.unchanged(), files as write_files:
+            result = benchmark(wanted, notify, write_files)
     _save(result, request.output)
-    if place := _kept_place(subject, "bench"):
+    if place := _kept_place(wanted.subject, "bench"):
         # Weights and data types may differ between engines, so each has its own file.
         keep_result(result, place.with_suffix(f".{engine.name}.json") if engine else place, notify)
     return result
@@ -185,15 +178,13 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
     from sleb_cli.asked.verbs import check_export
     from sleb_cli.atomic import write_text
 
-    _stop_unless_main_process()
-    registry, asked = _check(check_export, request, notify)
-    from sleb_cli.engine.door.export import resolve_export
-    from sleb_cli.records import THIS_VERSION
-    from sleb_cli.results import ExportResult
+    with _working(check_export, request, notify, alone=True) as (_, registry, (named, exporter)):
+        from sleb_cli.engine.door.export import resolve_export
+        from sleb_cli.records import THIS_VERSION
+        from sleb_cli.results import ExportResult
 
-    named, exporter = asked
-    pruning, output = resolve_export(request, named, exporter, registry, notify)
-    text = exporter.export(pruning)
+        pruning, output = resolve_export(request, named, exporter, registry, notify)
+        text = exporter.export(pruning)
     if output is not None:
         write_text(output, text, replace=request.force)
     file, shown = (str(output), None) if output else (None, text)
@@ -205,40 +196,42 @@ def _kept_place(subject: Subject, kind: Literal["eval", "bench"]) -> Path | None
     from sleb_cli.kept_results import beside_plan
     from sleb_cli.plan import CHECKPOINT_PLAN
 
-    record = subject.architecture.record
-    if subject.plan is not None and subject.file is not None:
-        return beside_plan(subject.file, kind) if subject.plan.model.fingerprint == record.fingerprint else None
-    folder = subject.architecture.source.folder
-    ours = not subject.surgery.removals and record.revision is None and (folder / CHECKPOINT_PLAN).is_file()
-    return folder / f"sleb_{kind}.json" if ours else None
-
-
-def _check(check: Callable[[Q, Registry], Asked], request: Q, notify: Notify) -> tuple[Registry, Asked]:
-    """Check a request as far as that goes without the model; torch is not imported."""
-    from sleb_cli.asked.clashes import require_coherent
-
-    require_coherent(request)  # before plugins, which are not needed for it
-    registry = load_registry(notify)
-    return registry, check(request, registry)
+    if subject.file is not None:
+        return beside_plan(subject.file, kind) if subject.own_plan else None
+    source = subject.architecture.source
+    ours = not subject.surgery.removals and source.revision is None and (source.folder / CHECKPOINT_PLAN).is_file()
+    return source.folder / f"sleb_{kind}.json" if ours else None
 
 
 @contextmanager
-def _processes(
-    check: Callable[[Q, Registry], Asked], request: Q, notify: Notify
+def _working(
+    check: Callable[[Q, Registry], Asked], request: Q, notify: Notify, *, alone: bool = False
 ) -> Iterator[tuple[ProcessGroup, Registry, Asked]]:
-    """Check a request, and join the other processes, which end together if it fails."""
-    alone = _check(check, request, notify) if process_count() == 1 else None
-    from sleb_cli.engine.process_group import join_processes  # which imports torch
+    """Check a request before torch is imported, and let the processes work together, or let the main one work `alone`.
 
-    with join_processes() as group:
-        registry, asked = alone or group.main_first(lambda: _check(check, request, notify))
-        yield group, registry, asked
+    They end together if one fails; the main process goes on by itself after the body.
 
+    Raises:
+        WorkerFinished: this is another process, which has no more to do.
+    """
 
-def _stop_unless_main_process() -> None:
-    """Raise WorkerFinished in the other processes."""
-    if not is_main_process():
+    def checked() -> tuple[Registry, Asked]:
+        require_coherent(request)  # before plugins, which are not needed for it
+        registry = load_registry(notify)
+        return registry, check(request, registry)
+
+    from sleb_cli.asked.clashes import require_coherent
+
+    if alone and not is_main_process():
         raise WorkerFinished
+    early = checked() if alone or process_count() == 1 else None
+    from sleb_cli.engine.process_group import ProcessGroup, join_processes  # which imports torch
+
+    with nullcontext(ProcessGroup()) if early else join_processes() as group:
+        registry, asked = early or group.main_first(checked)
+        yield group, registry, asked
+        if not group.is_main:
+            raise WorkerFinished
 
 
 def _save(record: Record, path: Path | None) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from typing import Any, get_args
 
 from sleb_cli.asked.text_names import REFERENCE_PRESETS, require_mixture
@@ -148,19 +150,10 @@ def goal_of(request: SearchRequest) -> tuple[TargetName, Fraction | float]:
             hint="For example: --ratio 0.2.",
         )
     ((name, text),) = given
-    match name:
-        case "ratio":
-            return name, parse_ratio(text)
-        case "remove":
-            return name, int(text)
-        case "target_params":
-            return name, parse_count(text, option_of(name))
-        case "target_memory":
-            return name, parse_bytes(text, option_of(name))
-    return name, _multiple(text, name, least=1.01 if name == "target_speedup" else 1)
+    return name, _GOALS[name](text, option_of(name))
 
 
-def _multiple(text: str, name: TargetName, least: float) -> float:
+def _parse_multiple(text: str, option: str, least: float) -> float:
     """Read "1.25" or "1.25x"."""
     try:
         number = float(text.lower().removesuffix("x"))
@@ -168,9 +161,20 @@ def _multiple(text: str, name: TargetName, least: float) -> float:
         number = math.nan
     if not (least <= number < math.inf):
         raise UsageError(
-            f"{option_of(name)} {text} is not a number of {least:g} or more.", hint=f"For example: {least + 0.25:g}."
+            f"{option} {text} is not a number of {least:g} or more.", hint=f"For example: {least + 0.25:g}."
         )
     return number
+
+
+_GOALS: dict[TargetName, Callable[[str, str], Fraction | float]] = {
+    "ratio": lambda text, option: parse_ratio(text),
+    "remove": lambda text, option: int(text),
+    "target_params": parse_count,
+    "target_memory": parse_bytes,
+    "target_speedup": partial(_parse_multiple, least=1.01),
+    "max_perplexity_ratio": partial(_parse_multiple, least=1),
+}
+"""How the number of each target is read, given the option that sets it."""
 
 
 def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:

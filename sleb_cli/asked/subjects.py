@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sleb_cli.plan import Plan, read_plan
-from sleb_cli.requests import DEFAULT_PLAN, DEMO, OneSizeRequest, SizesRequest
+from sleb_cli.requests import DEFAULT_PLAN, DEMO, OneSizeRequest, SearchRequest, SizesRequest, SubjectRequest
 from sleb_plugins import PlanError, UsageError
 from sleb_plugins.errors import did_you_mean
 
@@ -16,24 +16,22 @@ class NamedSubject:
     """A model, and the blocks to remove from it.
 
     Attributes:
+        request: names it, with the revision of the plan's model if it has no other.
         model: the model that was named, or that of the plan.
         removals: the blocks to remove; none if only a model was named.
         sizes: how many of them, for each pruned model to be measured, in ascending order.
         plan: the plan that names them, cut to this number.
         file: the plan's file.
-        revision: the model's revision on the Hub.
         any_model: whether the model may be another than the plan was made for.
-        trust_remote_code: whether the model's own code may run.
     """
 
+    request: SubjectRequest | SearchRequest
     model: str
     removals: tuple[int, ...]
     sizes: tuple[int, ...] = ()
     plan: Plan | None = None
     file: Path | None = None
-    revision: str | None = None
     any_model: bool = False
-    trust_remote_code: bool = False
 
 
 def read_subject(request: OneSizeRequest | SizesRequest, *, needs_removals: bool = False) -> NamedSubject:
@@ -56,14 +54,13 @@ def read_subject(request: OneSizeRequest | SizesRequest, *, needs_removals: bool
     elif needs_removals or _most(request) is not None:
         raise _no_blocks(path)
     return NamedSubject(
+        replace(request, revision=revision),
         model,
         removals or (),
         sizes=_sizes(request, len(removals or ())) if isinstance(request, SizesRequest) else (),
         plan=plan,
         file=path if plan else None,
-        revision=revision,
         any_model=request.any_model,
-        trust_remote_code=request.trust_remote_code,
     )
 
 

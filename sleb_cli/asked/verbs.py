@@ -35,8 +35,8 @@ _SWEPT = {"batch": "batch_size", "prompt": "prompt_length", "new": "new_tokens"}
 """What a sweep can vary, and the option for one value of it."""
 
 
-def check_apply(request: ApplyRequest, registry: Registry) -> tuple[NamedSubject, Path | None]:
-    """Check a request; return what it names, and the GGUF file to prune, or None if a checkpoint is written.
+def check_apply(request: ApplyRequest, registry: Registry) -> NamedSubject:
+    """Check a request, and return what it names.
 
     Raises:
         UsageError: options contradict each other, or the blocks or their number do not fit.
@@ -46,10 +46,10 @@ def check_apply(request: ApplyRequest, registry: Registry) -> tuple[NamedSubject
     """
     if request.source is not None and request.blocks is not None and request.subject is None:
         removals = first_removals(request.blocks, request.remove, "--blocks")
-        subject = NamedSubject(str(request.source), removals)
+        subject = NamedSubject(request, str(request.source), removals)
     else:
         subject = read_subject(request, needs_removals=not request.scripts)
-    gguf = _gguf_to_cut(request, Path(subject.model))
+    gguf = gguf_to_cut(request, Path(subject.model))
     dtype_in_full(request.dtype or AUTO)
     require_mixture(request.calibration)
     parse_shard_size(request)
@@ -58,7 +58,7 @@ def check_apply(request: ApplyRequest, registry: Registry) -> tuple[NamedSubject
             raise OutputError(f"{failed} already exists.", hint="Choose another folder with --keep-failed.")
         if request.output is not None:
             require_new_place(request.output, gguf, force=request.force)
-    return subject, gguf
+    return subject
 
 
 def parse_shard_size(request: ApplyRequest) -> int:
@@ -70,10 +70,13 @@ def parse_shard_size(request: ApplyRequest) -> int:
     return parse_bytes(str(request.max_shard_size or DEFAULT_SHARD_SIZE), "--max-shard-size")
 
 
-def _gguf_to_cut(request: ApplyRequest, model: Path) -> Path | None:
+def gguf_to_cut(request: ApplyRequest, model: Path) -> Path | None:
     """Return the GGUF file to remove blocks from; None if a checkpoint is to be written.
 
     A GGUF file is written from --source or a GGUF model, unless the output or another option asks for a checkpoint.
+
+    Raises:
+        UsageError: the output is a GGUF file, but the model is not.
     """
     own = model if model.suffix == ".gguf" and not model.is_dir() else None
     names_file = request.output is not None and request.output.suffix == ".gguf"
@@ -182,7 +185,7 @@ def check_export(request: ExportRequest, registry: Registry) -> tuple[NamedSubje
             f"--to {request.to} describes a plan, but {named} is a model.", hint="Name a plan of `sleb search`."
         )
     plan = read_named_plan(file, request)
-    return NamedSubject(plan.model.id, plan.removals, plan=plan, file=file), exporter
+    return NamedSubject(request, plan.model.id, plan.removals, plan=plan, file=file), exporter
 
 
 def _require_new(request: EvalRequest | BenchRequest | ExportRequest) -> None:

@@ -180,6 +180,7 @@ def test_an_error_in_all_processes_is_said_once():
     for command, code, words in (
         (["search", "nowhere", "--remove", 1], 4, "nowhere is neither a local folder nor"),
         (["search", "nowhere", "--removee", 1], 2, "No such option: --removee"),
+        (["apply", "nowhere", "--blocks", "1"], 4, "nowhere is neither a local folder nor"),
         (["bench", "nowhere", "--blocks", "1"], 2, "`bench` times models in one process, not in 2"),
     ):
         main, other = together(2, *command)

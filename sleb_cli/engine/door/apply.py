@@ -13,7 +13,7 @@ from sleb_cli.asked.mixture import parse_mixture
 from sleb_cli.asked.places import are_the_same, require_new_place
 from sleb_cli.asked.subjects import NamedSubject
 from sleb_cli.asked.text_names import is_written
-from sleb_cli.asked.verbs import parse_shard_size
+from sleb_cli.asked.verbs import gguf_to_cut, parse_shard_size
 from sleb_cli.engine.cut.kinds import KINDS
 from sleb_cli.engine.device import parse_dtype
 from sleb_cli.engine.door.subject import resolve_subject
@@ -35,12 +35,7 @@ from sleb_plugins import DataError, UnsupportedModelError, UsageError
 
 
 def resolve_apply(
-    request: ApplyRequest,
-    named: NamedSubject,
-    gguf: Path | None,
-    registry: Registry,
-    notify: Notify,
-    group: ProcessGroup,
+    request: ApplyRequest, named: NamedSubject, registry: Registry, notify: Notify, group: ProcessGroup
 ) -> Callable[[], ApplyResult | GgufResult]:
     """Return the job that writes the checkpoint or the GGUF file, once it is known that it can be done.
 
@@ -51,7 +46,7 @@ def resolve_apply(
     """
     quiet_libraries()
     others = {option: value for option in KINDS if (value := getattr(request, option))}
-    if gguf:
+    if gguf := gguf_to_cut(request, Path(named.model)):
         file = read_gguf(gguf)
         _require_fitting(request, named, file, registry, notify)
         surgery = plan_gguf_surgery(file, named.removals, others)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -12,10 +12,8 @@ from sleb_cli.asked.subjects import NamedSubject
 from sleb_cli.asked.verbs import points_of
 from sleb_cli.engine.device import choose_device
 from sleb_cli.engine.door.subject import resolve_subject, surgeries
-from sleb_cli.engine.forward.memory_needs import model_bytes
-from sleb_cli.engine.forward.placement import choose_dtype
+from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.gguf.file import read_gguf
-from sleb_cli.engine.memory import memory_shortage
 from sleb_cli.engine.model.demo import demo_gguf
 from sleb_cli.engine.output.apply_gguf import require_same_kind_of_model
 from sleb_cli.engine.speed.benchmark import Benchmark
@@ -48,11 +46,7 @@ def resolve_bench(
     architecture = subject.architecture
     workloads = _workloads(request, engine, device, architecture.longest_sequence, notify)
     pruned = surgeries(subject, named.sizes)
-
-    def lack(dtype: torch.dtype) -> str | None:
-        return memory_shortage(model_bytes(architecture, dtype), device)
-
-    dtype = choose_dtype(architecture, request.dtype or AUTO, device, lack, notify)
+    dtype = place_model(architecture, device, request.dtype or AUTO, notify, stream=False).dtype
     source = _engine_source(subject, engine, request, notify) if engine else None
     return Benchmark(subject, pruned, workloads, Placement(device, dtype), request.threads, engine, source)
 
@@ -81,17 +75,16 @@ def _workloads(
 ) -> tuple[Workload, ...]:
     """Return all workloads of a request: prompt and generation by default, and every point of its sweep."""
     found: dict[Workload, None] = {}  # several points are the same prompt workload if only their new tokens differ
-    names: tuple[WorkloadName, ...] = ("prompt", "generation")
     least = engine.least_new_tokens if engine else 0
-    for name, point in product(names, points_of(request)):
+    for name, point in product(get_args(WorkloadName), points_of(request)):
         if not getattr(point, name) and point.prompt != point.generation:
             continue
-        fields = {field: getattr(point, field) for field in (*_SHAPE, "iterations", "warmup")}
+        fields: dict[str, Any] = {field: getattr(point, field) for field in (*_SHAPE, "iterations", "warmup")}
         given = {field: value for field, value in fields.items() if value is not None}
         if name == "prompt":
             given.pop("new_tokens", None)
-        options: dict[str, Any] = given | {"engine": point.engine, "compiled": point.compile}
-        workload = make_workload(name, device, positions, least_new_tokens=least, **options)
+        given |= {"engine": point.engine, "compiled": point.compile}
+        workload = make_workload(name, device, positions, least_new_tokens=least, **given)
         found[workload] = None
         if device.type == "cpu" and not point.sweep and not given.keys() & {*_SHAPE}:
             notify(Notice(f"{workload.label}: less than the paper's setting, because this is a CPU."))

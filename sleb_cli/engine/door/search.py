@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 from sleb_cli.asked.searches import AskedSearch, goal_of
 from sleb_cli.asked.subjects import NamedSubject
@@ -20,9 +21,9 @@ from sleb_cli.engine.search.journal import recorded
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.settings import Method, Recording, Search, SearchedModel
 from sleb_cli.engine.search.speedup import time_target
-from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Target, stop_at
+from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Stop, Target, stop_at
 from sleb_cli.engine.surgery.loading import Placement
-from sleb_cli.engine.text.settings import require_given_text, resolve_calibration
+from sleb_cli.engine.text.settings import CalibrationSettings, require_given_text, resolve_calibration
 from sleb_cli.engine.text.windows import choose_length
 from sleb_cli.events import Event, Notice, Notify
 from sleb_cli.plan import Plan
@@ -34,14 +35,40 @@ from sleb_plugins.errors import did_you_mean
 
 
 def resolve_search(asked: AskedSearch, registry: Registry, notify: Notify, group: ProcessGroup) -> Search:
-    """Look at the model, without its weights, and settle a search; workers use the main process's placement.
+    """Look at the model, without its weights, and settle a search.
 
     Raises:
         SlebError: a subclass that fits, if the request is impossible.
     """
-    search = group.main_first(lambda: _resolve(asked, registry, notify, group))
-    placement = replace(group.from_main(lambda: search.model.placement), device=search.model.placement.device)
-    return replace(search, model=replace(search.model, placement=placement))
+    asked = replace(asked, request=_as_before(asked.request))
+    request, metric, extended = asked.request, asked.metric, asked.extended
+    device = choose_device(request.device)  # one that is not there is reported before the model is looked for
+    architecture = group.main_first(lambda: _find_model(request, extended, registry, notify))
+    removable = Removable(architecture, _protection(request, architecture), notify)
+    dtype, device_map, stream = request.dtype or AUTO, request.device_map, request.stream
+    place = partial(place_model, architecture, device, dtype, notify, device_map=device_map, stream=stream)
+    placement = replace(group.from_main(place), device=device)
+    _require_runnable(request, metric, placement)
+    text = _text(request, architecture, placement)
+    stop = _stop(asked, removable, placement, group, notify)
+    sample = request.sample_tokens
+    if sample is None:
+        sample = 0 if placement.stream else DEFAULT_SAMPLE_TOKENS  # each token would read the whole model
+    return Search(
+        SearchedModel(architecture, placement, asked.memory, request.batch_size),
+        text,
+        Method(
+            metric,
+            registry.metric_record(metric),
+            asked.strategy,
+            removable,
+            fast=bool(request.fast),
+            holdout=request.holdout or 0.0,
+        ),
+        stop,
+        extended,
+        Recording(journal_of(request.plan_file), request.resume, request.options, registry.third_party(), sample),
+    )
 
 
 def resolve_comparison(
@@ -60,49 +87,27 @@ def resolve_comparison(
     return [resolve_search(each, registry, tell, group) for each in searches]
 
 
-def _resolve(asked: AskedSearch, registry: Registry, notify: Notify, group: ProcessGroup) -> Search:
-    request, extended, strategy = _as_before(asked.request), asked.extended, asked.strategy
-    device = choose_device(request.device)  # one that is not there is reported before the model is looked for
-    architecture = _find_model(request, extended, registry, notify)
-    protection = Protection(request.protect_first or 0, request.protect_last or 0, _protected(request, architecture))
-    removable = Removable(architecture, protection, notify)
-    placement = place_model(
-        architecture, device, request.dtype or AUTO, notify, device_map=request.device_map, stream=request.stream
-    )
-    _require_runnable(request, asked.metric, placement)
+def _stop(
+    asked: AskedSearch, removable: Removable, placement: Placement, group: ProcessGroup, notify: Notify
+) -> Callable[[Any], Stop]:
+    """Return what says when the search ends, which is known now unless the dense model must be timed."""
+    gone = asked.extended.removals if asked.extended else ()
+    settle = partial(stop_at, removable=removable, strategy=asked.strategy, gone=gone, notify=notify)
+    name, goal = goal_of(asked.request)
+    stop = None if name == "target_speedup" else settle(parse_target(asked.request, removable.architecture, notify))
+    removable.candidates(gone)  # raises now if no block can be removed
+    return lambda dense: stop or settle(time_target(float(goal), removable, placement, dense, group, notify))
+
+
+def _text(request: SearchRequest, architecture: Architecture, placement: Placement) -> CalibrationSettings:
+    """Return the text to calibrate on, which a streamed model does not write."""
     text = resolve_calibration(
         architecture, request.calibration, request.samples, request.sequence_length, request.seed, request.chat
     )
     if placement.stream:
         require_given_text(text)
-    gone = extended.removals if extended else ()
-    settle = partial(stop_at, removable=removable, strategy=strategy, gone=gone, notify=notify)
-    name, goal = goal_of(request)
-    stop = None if name == "target_speedup" else settle(parse_target(request, architecture, notify))
-    removable.candidates(gone)  # raises now if no block can be removed
-    sample = 0 if placement.stream else DEFAULT_SAMPLE_TOKENS  # each token would read the whole model
-    return Search(
-        SearchedModel(architecture, placement, asked.memory, request.batch_size),
-        # A template's tokens cost most of the loss, and the model never writes them.
-        replace(text, own_answers=True),
-        Method(
-            asked.metric,
-            registry.metric_record(asked.metric),
-            strategy,
-            removable,
-            fast=bool(request.fast),
-            holdout=request.holdout or 0.0,
-        ),
-        lambda dense: stop or settle(time_target(float(goal), removable, placement, dense, group, notify)),
-        extended,
-        Recording(
-            journal_of(request.plan_file),
-            request.resume,
-            request.options,
-            registry.third_party(),
-            sample if request.sample_tokens is None else request.sample_tokens,
-        ),
-    )
+    # A template's tokens cost most of the loss, and the model never writes them.
+    return replace(text, own_answers=True)
 
 
 def _as_before(request: SearchRequest) -> SearchRequest:
@@ -115,14 +120,7 @@ def _as_before(request: SearchRequest) -> SearchRequest:
 
 def _find_model(request: SearchRequest, extended: Plan | None, registry: Registry, notify: Notify) -> Architecture:
     """Find the model, which the extended plan must have been made for."""
-    named = NamedSubject(
-        request.model,
-        (),
-        plan=extended,
-        file=request.extend,
-        revision=request.revision,
-        trust_remote_code=request.trust_remote_code,
-    )
+    named = NamedSubject(request, request.model, (), plan=extended, file=request.extend)
     architecture = find_model(named, registry, notify)
     if architecture.block_count < 2:
         blocks = plural(architecture.block_count, "block")
@@ -133,7 +131,7 @@ def _find_model(request: SearchRequest, extended: Plan | None, registry: Registr
     return architecture
 
 
-def _protected(request: SearchRequest, architecture: Architecture) -> tuple[int, ...]:
+def _protection(request: SearchRequest, architecture: Architecture) -> Protection:
     """Return the protected blocks, named by number or by kind.
 
     Raises:
@@ -155,7 +153,8 @@ def _protected(request: SearchRequest, architecture: Architecture) -> tuple[int,
             hint=did_you_mean(unknown[0], known, otherwise),
         )
     of_kind = [b for b, kind in enumerate(kinds) if {kind, *kind.split(", ")} & set(request.protect_kind)]
-    return tuple(sorted({*(request.protect or ()), *of_kind}))
+    named = tuple(sorted({*(request.protect or ()), *of_kind}))
+    return Protection(request.protect_first or 0, request.protect_last or 0, named)
 
 
 def _require_runnable(request: SearchRequest, metric: Metric, placement: Placement) -> None:

@@ -52,7 +52,8 @@ def find_model(named: NamedSubject, registry: Registry, notify: Notify) -> Archi
         PlanError: it was made for another model.
     """
     quiet_libraries()
-    source = locate_model(named.model, notify, revision=named.revision, trust_remote_code=named.trust_remote_code)
+    trusts_code = named.request.trust_remote_code
+    source = locate_model(named.model, notify, revision=named.request.revision, trust_remote_code=trusts_code)
     if named.plan is None or named.file is None or named.any_model:
         return read_architecture(source, registry, notify)
     require_same_code(named.file, named.plan, source)  # before any of it runs
