@@ -112,7 +112,6 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
             next to the plan, or one next to `request.output`. The same request continues from there.
     """
     from sleb_cli.asked.verbs import check_evaluation
-    from sleb_cli.kept_results import find_kept, keep_result
 
     with _working(check_evaluation, request, notify) as (group, registry, named):
         from sleb_cli.engine.door.evaluate import resolve_evaluation
@@ -121,16 +120,7 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
         evaluation = resolve_evaluation(request, named, registry, notify, group)
         place = _kept_place(evaluation.models.subject, "eval")
         unfinished = sibling(request.output, ".unfinished.json") if request.output and not place else None
-        file = place or unfinished
-
-        def find(setting: EvalResult) -> EvalResult | None:
-            return group.from_main(lambda: find_kept(setting, file, ignore) if file and not request.force else None)
-
-        def keep(part: EvalResult) -> None:
-            if group.is_main and file:
-                keep_result(part, file, notify)
-
-        result = evaluate_models(evaluation, find, keep)
+        result = evaluate_models(evaluation, place or unfinished, force=request.force)
     _save(result, request.output)
     if unfinished:
         unfinished.unlink(missing_ok=True)

@@ -22,13 +22,12 @@ class Clash:
     hint: str
     of: type[Request] = Request
 
-    def fault(self, request: Request) -> UsageError | None:
-        """Return what is wrong with a request."""
+    def check(self, request: Request) -> None:
+        """Check that a request does not have both."""
         one = given(request, self.options)[:1]
         other = [option for option in given(request, self.others) if option not in one][:1]
-        if not (one and other):
-            return None
-        return UsageError(f"{one[0]} and {other[0]} cannot be combined: {self.because}.", hint=self.hint)
+        if one and other:
+            raise UsageError(f"{one[0]} and {other[0]} cannot be combined: {self.because}.", hint=self.hint)
 
 
 @dataclass(frozen=True)
@@ -40,13 +39,12 @@ class Need:
     of: type[Request] = Request
     beside: str | None = None
 
-    def fault(self, request: Request) -> UsageError | None:
-        """Return what is wrong with a request."""
+    def check(self, request: Request) -> None:
+        """Check that what a request has does something."""
         idle = given(request, self.options)
-        if not idle or given(request, self.needed) or not (self.beside is None or given(request, self.beside)):
-            return None
-        needed = " or ".join(map(option_of, self.needed.split()))
-        return UsageError(f"{idle[0]} requires {needed}.", hint=f"Use both, or leave out {idle[0]}.")
+        if idle and not given(request, self.needed) and (self.beside is None or given(request, self.beside)):
+            needed = " or ".join(map(option_of, self.needed.split()))
+            raise UsageError(f"{idle[0]} requires {needed}.", hint=f"Use both, or leave out {idle[0]}.")
 
 
 def given(request: Request, options: str) -> list[str]:
@@ -69,8 +67,8 @@ def require_coherent(request: Request) -> None:
         UsageError: some do not.
     """
     for row in CLASHES:
-        if isinstance(request, row.of) and (fault := row.fault(request)):
-            raise fault
+        if isinstance(request, row.of):
+            row.check(request)
 
 
 _RECOVERIES, _GGUF = " ".join(RECOVERIES), "source output=*.gguf"

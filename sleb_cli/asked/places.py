@@ -15,27 +15,20 @@ def require_new_place(place: Path, gguf: Path | None, *, force: bool) -> None:
         UsageError: the name of a GGUF file ends otherwise.
         OutputError: it exists (without `force`), is no checkpoint, cannot be written, or is the source itself.
     """
-    if gguf is None:
-        _require_new_folder(place, force=force)
+    if gguf is not None:
+        if place.suffix != ".gguf":
+            raise UsageError(f"{place} does not end in .gguf.", hint="Add .gguf to the name.")
+        if are_the_same(place, gguf):
+            raise OutputError(f"{place} is the source file itself.", hint="Choose another name with -o.")
+        require_new_file(place, force=force)
         return
-    if place.suffix != ".gguf":
-        raise UsageError(f"{place} does not end in .gguf.", hint="Add .gguf to the name.")
-    if are_the_same(place, gguf):
-        raise OutputError(f"{place} is the source file itself.", hint="Choose another name with -o.")
-    require_new_file(place, force=force)
-
-
-def _require_new_folder(folder: Path, *, force: bool) -> None:
-    remove_leftovers(folder)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir()) and force):
-        return
-    if not force:
+    remove_leftovers(place)
+    if place.exists() and not force:
+        raise OutputError(f"{place} already exists.", hint="Choose another folder with -o, or replace it with --force.")
+    is_empty = place.is_dir() and not any(place.iterdir())
+    if place.exists() and not is_empty and not (place / "config.json").is_file():
         raise OutputError(
-            f"{folder} already exists.", hint="Choose another folder with -o, or replace it with --force."
-        )
-    if not (folder / "config.json").is_file():
-        raise OutputError(
-            f"{folder} exists and is not a checkpoint, so --force does not replace it.",
+            f"{place} exists and is not a checkpoint, so --force does not replace it.",
             hint="Choose another folder with -o, or delete it yourself.",
         )
 

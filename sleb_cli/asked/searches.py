@@ -97,11 +97,9 @@ def check_comparison(request: SearchRequest, registry: Registry) -> list[AskedSe
 
 def _entries(request: SearchRequest) -> list[tuple[str, StrategyName]]:
     """Read the entries of `--compare`: a metric, and the strategy to search with."""
-    entries = []
-    for text in request.compare:
-        metric, at, strategy = text.rpartition("@")
-        usual = request.strategy or DEFAULT_STRATEGY
-        entries.append((metric, strategy_name(strategy)) if at else (text, strategy_name(usual)))
+    usual = request.strategy or DEFAULT_STRATEGY
+    parts = [(text if "@" in text else f"{text}@{usual}").rpartition("@") for text in request.compare]
+    entries = [(metric, strategy_name(strategy)) for metric, _, strategy in parts]
     if len(entries) < 2 or len(set(entries)) < len(entries):
         problem = "names an entry twice" if len(entries) > 1 else "needs at least two entries"
         raise UsageError(

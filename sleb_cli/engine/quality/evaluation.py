@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.quality.tasks import compare_task
 from sleb_cli.engine.quality.texts import description, measure_text
 from sleb_cli.engine.text.windows import EvaluationWindows
-from sleb_cli.events import Notice
+from sleb_cli.events import Notice, ignore
+from sleb_cli.kept_results import find_kept, keep_result
 from sleb_cli.names import public_source
 from sleb_cli.records import THIS_VERSION
 from sleb_cli.results import EvalResult, R, Removals, TaskResult, TextResult, merge_results, of_sizes
@@ -40,21 +42,19 @@ class Evaluation:
     show_flips: int = 0
 
 
-def evaluate_models(
-    asked: Evaluation, find: Callable[[EvalResult], EvalResult | None], keep: Callable[[EvalResult], None]
-) -> EvalResult:
+def evaluate_models(asked: Evaluation, file: Path | None, *, force: bool) -> EvalResult:
     """Measure the dense model and each size of the pruned one, on the same data.
 
-    `find` takes an empty result and returns what is known in its setting, which is not measured again. `keep` is given
-    each text and each task when it is finished.
+    A file keeps each text and each task when it is finished. What it holds in this setting is not measured again,
+    unless by `force`.
 
     Raises:
         DataError: the data of a task is missing or too small.
         ModelError: a loss is not finite, or the model's files have changed meanwhile.
     """
     models = asked.models
-    whole = _without_parts(models)
-    known = find(whole) or whole
+    whole, group = _without_parts(models), models.group
+    known = group.from_main(lambda: find_kept(whole, file, ignore) if file and not force else None) or whole
     found: dict[str, tuple[Any, ...]] = {"texts": (), "tasks": ()}
     reused = list[str]()
     for part, name, results, run in _work(asked, known):
@@ -63,7 +63,8 @@ def evaluate_models(
         else:
             results = merge_results(results, run(sizes))
             models.require_unchanged()
-            keep(whole.model_copy(update={part: results}))
+            if file and group.is_main:
+                keep_result(whole.model_copy(update={part: results}), file, models.notify)
         found[part] += tuple(of_sizes(results, models.sizes))
     if reused:
         models.notify(Notice(f"Measured before: {', '.join(reused)}. --force measures again."))
