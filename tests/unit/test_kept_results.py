@@ -3,7 +3,7 @@
 import pytest
 
 from measured_plans import make_benchmark, make_evaluation, make_plan
-from sleb_cli.kept_results import beside_plan, find_kept, keep_result, read_kept
+from sleb_cli.kept_results import find_kept, keep_result, read_kept
 from sleb_cli.results import EvalResult
 
 PLAN = make_plan(6, 3)
@@ -21,22 +21,6 @@ def benchmark(*workloads, every=9, iterations=2):
     """Return a benchmark of prompts, each of so many sequences and tokens."""
     shapes = [("prompt", *workload, 0) for workload in workloads]
     return make_benchmark(PLAN, every=every, iterations=iterations, workloads=shapes)
-
-
-def test_texts_and_sizes_of_two_runs_are_both_kept(tmp_path):
-    file, heard = beside_plan(tmp_path / "plan.json", "eval"), []
-    assert file.name == "plan.eval.json"
-    first, again = evaluation("a", every=1), evaluation("a", "b", every=2, seed=5)
-    changed = again.texts[0].model_copy(update={"tokens_sha256": "others"})
-    again = again.model_copy(update={"texts": (again.texts[0], changed, again.texts[1])})
-    keep_result(first, file, heard.append)
-    both = keep_result(again, file, heard.append)
-    assert read_kept(EvalResult, file, heard.append) == both
-    assert heard == []
-    assert both.texts[1:] == again.texts[1:]
-    assert both.texts[0].dense == again.texts[0].dense != first.texts[0].dense
-    assert both.texts[0].pruned == (first.texts[0].pruned[0], *again.texts[0].pruned)
-    assert both.sizes == first.sizes
 
 
 def test_sizes_of_a_task_that_has_changed_are_dropped():

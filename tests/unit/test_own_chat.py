@@ -158,7 +158,6 @@ ONLY_LAST = (
     [
         (ONLY_LAST, "</s>", "stone</s>"),
         (PUBLISHED["qwen3"].tokenizer, "<|im_end|>", "<think>\nking\n</think>\n\nstone<|im_end|>"),
-        (PUBLISHED["qwen3"].tokenizer, "<|im_end|>", "stone<|im_end|>"),
         (PUBLISHED["phi4"].tokenizer, "<|im_end|>", "stone</s>"),
         (PUBLISHED["r1"].tokenizer, "<｜Assistant｜>", "king\n</think>\n\nstone</s>"),
     ],
@@ -265,14 +264,11 @@ def test_prompts_are_read_and_answered_each_in_one_part(model, tmp_path, name, c
     ("name", "content", "message"),
     [
         ("p.txt", "one\ntwo", r"p\.txt has 2 prompts, but needs at least 10\."),
-        ("none.txt", None, r"no file none\.txt"),
-        ("", None, r"no file answers:\."),
         ("p.jsonl", '{"prompt": "a"}\n{"messages": [{"role": "assistant", "content": "a"}]}', r"Line 2 of p\.jsonl"),
         ("p.jsonl", '{"messages": [{"role": "system", "content": "a"}]}', r"Line 1 of p\.jsonl .* there is no prompt"),
     ],
 )
 def test_a_file_of_prompts_that_cannot_be_used_is_refused(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         read_prompts(f"answers:{name}", TextSplit(0, 0.7))

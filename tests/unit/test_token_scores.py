@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from torch.nn.functional import kl_div, nll_loss
+from torch.nn.functional import kl_div
 
 from conftest import llama_config, random_model
 from sleb_cli.engine.forward.predictions import predict
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.quality.token_scores import divergence_record, score_tokens, window_losses
+from sleb_cli.engine.quality.token_scores import divergence_record, score_tokens
 
 IDS = torch.randint(320, (3, 20), generator=torch.Generator().manual_seed(0))
 
@@ -33,15 +33,6 @@ def test_each_score_is_that_of_whole_logits(scored):
     # Half of what two distributions differ by is what neither has of the other.
     torch.testing.assert_close(scores[1]["accepted"], 1 - (p.exp() - q.exp()).abs().sum(-1) / 2)
     assert "divergence" not in scores[0]
-
-
-def test_losses_count_only_what_is_counted(scored):
-    (log_p, _), dense, _ = scored
-    counted = torch.ones(3, 19, dtype=torch.bool)
-    counted[1:, :9] = False
-    for row, loss in enumerate(window_losses(dense, counted)):
-        start = 9 if row else 0
-        assert loss == pytest.approx(float(nll_loss(log_p[row, start:], IDS[row, 1 + start :])), rel=1e-5)
 
 
 def test_the_divergence_is_summarized_over_the_counted_tokens(scored):
