@@ -152,7 +152,11 @@ def _end(error: BaseException, group: ProcessGroup, store: Any) -> BaseException
     is_cause = isinstance(error, Exception) and not isinstance(error, PeerLost)
     with suppress(RuntimeError):  # the store is gone, and with it the process that kept it
         if is_cause and not group.is_main:
-            store.set(_FAILURE, pickle.dumps(_sent(error, group)))
+            if isinstance(error, SlebError):
+                error.message = f"In process {group.rank} of {group.size}: {error.message}"
+            else:  # a bug: the main process raises what this one would print
+                error = RuntimeError("".join(traceback.format_exception(error)))
+            store.set(_FAILURE, pickle.dumps(error))
         if not is_cause and group.is_main and store.check([_FAILURE]):
             failure: BaseException = pickle.loads(store.get(_FAILURE))
             return failure
@@ -162,14 +166,6 @@ def _end(error: BaseException, group: ProcessGroup, store: Any) -> BaseException
             hint="Memory may have run out. Run the command again (a search with --resume): nothing is measured again.",
         )
     return error if group.is_main or not isinstance(error, Exception) else WorkerFinished(1)
-
-
-def _sent(error: BaseException, group: ProcessGroup) -> BaseException:
-    """Return the error as the main process raises it; of a bug, what it would print."""
-    if not isinstance(error, SlebError):
-        return RuntimeError("".join(traceback.format_exception(error)))
-    error.message = f"In process {group.rank} of {group.size}: {error.message}"
-    return error
 
 
 def _backends() -> str:

@@ -63,13 +63,12 @@ def tensors_by_block(architecture: Architecture) -> tuple[list[list[StoredTensor
 
 
 def _bytes_as(dtype: torch.dtype, *tensors: StoredTensor) -> int:
-    def is_plain(own: torch.dtype | None) -> bool:
-        return own is not None and own.is_floating_point and own.itemsize > 1
+    def size(tensor: StoredTensor) -> int:
+        own = TORCH_DTYPES.get(tensor.dtype)
+        is_plain = own is not None and own.is_floating_point and own.itemsize > 1
+        return math.prod(tensor.shape) * dtype.itemsize if is_plain else tensor.size
 
-    return sum(
-        math.prod(each.shape) * dtype.itemsize if is_plain(TORCH_DTYPES.get(each.dtype)) else each.size
-        for each in tensors
-    )
+    return sum(map(size, tensors))
 
 
 @dataclass(frozen=True)

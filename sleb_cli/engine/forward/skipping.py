@@ -38,17 +38,16 @@ class Call:
 class BlockSwitch:
     """Replaces one block's `forward`: runs it, or returns its input, or returns the hidden states in `inject`.
 
-    `pre_hook` is called with what enters and the other inputs, `hook` with what enters and leaves, and `fetch` before
-    the block runs. `wraps` has, by class, what turns hidden states into what such a block returns; the first block of a
-    class runs once even if it is skipped, to find out.
+    `hook` is called with what enters and leaves and the other inputs, and `fetch` before the block runs. `wraps` has,
+    by class, what turns hidden states into what such a block returns; the first block of a class runs once even if it
+    is skipped, to find out.
     """
 
     def __init__(self, block: nn.Module, wraps: dict[type[nn.Module], Callable[[Tensor], Any]]) -> None:
         self.block = block
         self.skip = False
         self.inject: Tensor | None = None
-        self.hook: Callable[[Tensor, Tensor], None] | None = None
-        self.pre_hook: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], None] | None = None
+        self.hook: Callable[[Tensor, Tensor, tuple[Any, ...], dict[str, Any]], None] | None = None
         self.fetch: Callable[[], object] | None = None
         self.wraps = wraps
         self.forward = block.forward
@@ -58,10 +57,6 @@ class BlockSwitch:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take the block's own arguments, and return what it would return."""
         entering: Tensor = args[0] if args else kwargs["hidden_states"]
-        if self.pre_hook is not None:
-            others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            with pass_errors_through():
-                self.pre_hook(entering, args[1:], others)
         kind = type(self.block)
         if not self.skip or kind not in self.wraps:
             if self.fetch is not None:
@@ -72,9 +67,9 @@ class BlockSwitch:
         if self.skip:
             output = self.wraps[kind](entering if self.inject is None else self.inject)
         if self.hook is not None:
-            leaving = _hidden_states(output)
+            others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             with pass_errors_through():
-                self.hook(entering, leaving)
+                self.hook(entering, _hidden_states(output), args[1:], others)
         return output
 
 
@@ -173,7 +168,7 @@ class SkippableModel:
         """Skip exactly these blocks until the next call of any method."""
         for index, switch in enumerate(self.switches):
             switch.skip = index in removed
-            switch.inject = switch.pre_hook = switch.hook = switch.fetch = None
+            switch.inject = switch.hook = switch.fetch = None
 
     def logits(self, ids: Tensor, removed: Collection[int], *, last: int = 0) -> Tensor:
         """Run the model without the removed blocks.
@@ -201,7 +196,7 @@ class SkippableModel:
             self.switches[first - 1].inject = start[1]
         for index, switch in enumerate(self.switches):
             if index not in removed and index >= first:
-                switch.hook = lambda *states, block=index: hook(block, *(state.to(self.device) for state in states))
+                switch.hook = lambda *states, block=index: hook(block, *(each.to(self.device) for each in states[:2]))
         self._forward(ids, last=1)
 
     def calls(self, ids: Tensor) -> list[Call]:
@@ -213,7 +208,7 @@ class SkippableModel:
         self.skip(range(len(self.switches)))
         calls: list[Call] = []
         for index, switch in enumerate(self.switches):
-            switch.pre_hook = lambda *inputs, block=index: calls.append(Call(block, *inputs))
+            switch.hook = lambda entering, _, *others, block=index: calls.append(Call(block, entering, *others))
         self._forward(ids, last=1)
         self.skip(())
         if [call.block for call in calls] != list(range(len(self.switches))):

@@ -143,15 +143,10 @@ def stop_at(target: Target, removable: Removable, strategy: StrategyName, gone: 
             free_spans(removable.candidates, remove)
         return Stop(target, remove)
     if strategy == "contiguous":
-        candidates = longest_run(removable.candidates(()))
+        # The longest run: as long as blocks are consecutive, they are as far ahead of their place in the list.
+        runs = groupby(enumerate(removable.candidates(())), lambda pair: pair[1] - pair[0])
+        candidates = max(([block for _, block in run] for _, run in runs), key=len, default=[])
     most = min(len({*candidates, *gone}), blocks - 1)
     limit = f"{target.limit:g}x the dense model's"
     notify(Notice(f"The search removes up to {most} blocks, and stops before perplexity is over {limit}."))
     return Stop(target, most)
-
-
-def longest_run(blocks: Sequence[int]) -> list[int]:
-    """Return the longest run of consecutive blocks; the first one if several are equally long."""
-    # As long as blocks are consecutive, they are as far ahead of their place in the list.
-    runs = [[block for _, block in run] for _, run in groupby(enumerate(blocks), lambda pair: pair[1] - pair[0])]
-    return max(runs, key=len, default=[])
