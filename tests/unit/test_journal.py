@@ -102,9 +102,3 @@ def test_nothing_to_resume_begins_anew(path):
     with resumed(path) as journal:
         journal.add([1.0], [])
     assert kept(path) == 1
-
-
-def test_a_new_search_drops_the_old_and_keeps_nothing_empty(written):
-    with open_journal(written, SEARCH) as journal:
-        assert len(journal) == 0
-    assert not written.exists()

@@ -10,40 +10,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from conftest import architecture_of
 from sleb_cli.engine.cut.blocks.block_cut import BlockCut
 from sleb_cli.engine.files.config_files import CONFIG
-from sleb_cli.engine.model.block_names import BlockNames, BlockNumbering, find_block_numbering
+from sleb_cli.engine.model.block_names import BlockNumbering
 from sleb_plugins import FamilyAdapter
-from sleb_plugins.config_keys import kept_blocks
-
-
-@pytest.mark.parametrize(
-    ("removals", "before", "after"),
-    [
-        ([1], "embed.weight model.layers.0.a norm", "embed.weight model.layers.0.a norm"),
-        ([1], "model.layers.1.a model.layers.2.b.c layers.3.a", "model.layers.1.b.c layers.2.a"),
-        ([2, 9], "layers.1.w layers.9.w layers.11.w", "layers.1.w layers.9.w"),
-        ([1], *["vision.layers.1.w model.layers_norm.1.w model.layers.x.w"] * 2),
-    ],
-)
-def test_tensors_are_dropped_and_renumbered(removals, before, after):
-    names = BlockNames("model.layers", BlockNumbering("transformer.h."), kept_blocks(12, removals))
-    assert [new for name in before.split() if (new := names.renamed(name))] == after.split()
-
-
-@pytest.mark.parametrize(
-    ("stems", "numbers", "path", "found"),
-    [
-        (["model.layers"], range(3), "model.layers", BlockNumbering("model.layers.")),
-        (["vision.layers", "lm.layers"], range(3), "model.lm.layers", BlockNumbering("lm.layers.")),
-        (["model.layers.0.mlp.experts", "back.layers"], range(3), "model.layers", BlockNumbering("back.layers.")),
-        (["something.else"], range(3), "model.layers", BlockNumbering("something.else.")),
-        (["model.layers"], (0, 2), "model.layers", None),
-        (["model.layers"], (0, 1, 2, 7), "model.layers", None),
-        (["model.layers"], range(4), "model.layers", BlockNumbering("model.layers.", extra=1)),
-    ],
-)
-def test_the_names_of_tensors_say_how_blocks_are_named(stems, numbers, path, found):
-    names = [f"{stem}.{number}.w" for stem in stems for number in numbers]
-    assert find_block_numbering([*names, "norm.weight", "model.rotary.7.w"], path, 3) == found
 
 
 def test_the_config_loses_the_count_and_the_blocks_own_values():
