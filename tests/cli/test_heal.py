@@ -5,6 +5,7 @@ import os
 import re
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,7 +148,8 @@ def first_gradient(dtype, headroom):
         weight = student.model.layers[2].mlp.down_proj.weight
         trained = LowRank([weight], [weight.detach().clone()], torch.float16)
         distillation, size = Distillation(Variant(dense), Variant(pruned), 0), training.BATCH_TOKENS // ids.shape[1]
-        trainer = training.Trainer(distillation, trained, size, ProcessGroup(), ignore)
+        job = SimpleNamespace(group=ProcessGroup(), notify=ignore)
+        trainer = training.Trainer(job, distillation, trained, size)
         with torch.no_grad():
             batch = Batch(ids, ids >= 0, *Variant(dense).entering_and_final_states(ids, 0))
         began = starting_scale(dtype, training.BATCH_TOKENS * headroom)

@@ -14,7 +14,6 @@ from sleb_cli.engine.device import CPU, choose_device, dtype_name
 from sleb_cli.engine.forward.memory_needs import model_bytes
 from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.memory import memory_shortage
-from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.output.apply import Output
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.closed_form import ClosedForm
@@ -116,7 +115,10 @@ def _place(
         )
     )
     text = _resolve_text(request, subject, stream=found.stream)
-    needed = _weight_bytes(subject.architecture, found)
+    needed = {}
+    if found.device_map is None:  # which spreads the model out
+        what = "two blocks and what is outside of them" if found.stream else "the model"
+        needed[what] = model_bytes(subject.architecture, found.dtype, stream=found.stream)
     for stage in stages:
         needed |= stage.needed_bytes(subject.surgery, found.dtype, text.samples * text.sequence_length)
     return replace(found, device=device), text, needed
@@ -128,14 +130,6 @@ def _splits(text: CalibrationSettings) -> list[CalibrationSettings]:
     test = max(1, min(text.samples // 10, TEST_TOKENS // text.sequence_length))
     counts = {TRAIN: text.samples - validation - test, VALIDATION: validation, TEST: test}
     return [replace(text, samples=samples, split=split) for split, samples in counts.items()]
-
-
-def _weight_bytes(architecture: Architecture, placement: Placement) -> dict[str, int]:
-    """Return the memory that the dense model takes, by what for; none if a device map spreads it out."""
-    if placement.device_map is not None:
-        return {}
-    what = "two blocks and what is outside of them" if placement.stream else "the model"
-    return {what: model_bytes(architecture, placement.dtype, stream=placement.stream)}
 
 
 def _require_free(device: torch.device, needed: Mapping[str, int], last: Stage) -> None:

@@ -70,8 +70,7 @@ class BlockFit:
         batches, first = self.batches, self.pair.pruned[0]
         skippable = batches.skippable
         if self.block is None:
-            norm = final_norm(skippable, first.to(skippable.device), batches.ids[0])
-            return [norm] if norm else []
+            return final_norm(skippable, first.to(skippable.device), batches.ids[0])
         with skippable.loaded(self.block), skippable.replaced(self.values):
             return find_residual_projections(skippable, batches.probes[0][self.block], first[batches.probed])
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from sleb_cli.engine.forward.logits import float32_slices, position_slices
 from sleb_cli.engine.recovery import variant
 from sleb_cli.engine.recovery.variant import Variant, summed_losses
+from sleb_cli.engine.text.calibration import Calibration
+from sleb_cli.engine.text.portions import Portion
 from sleb_cli.engine.text.windows import whole_mask
 from sleb_plugins.metrics.kl import compare_logits
 
@@ -99,29 +101,27 @@ class TeacherStates:
     """
 
     def __init__(
-        self, distillation: Distillation, sequences: Tensor, loss_mask: Tensor | None, order: Iterable[int], size: int
+        self, distillation: Distillation, text: Calibration | Portion, order: Iterable[int], size: int
     ) -> None:
         self._distillation, device = distillation, distillation.teacher.skippable.device
-        self.rows, self.counted = sequences.to(device), whole_mask(sequences, loss_mask).to(device)
+        self.rows, self.counted = text.sequences.to(device), whole_mask(text.sequences, text.loss_mask).to(device)
         first_uses = list(dict.fromkeys(order))
         self.batches = [first_uses[at : at + size] for at in range(0, len(first_uses), size)]
         self._batch_of = {row: batch for batch in self.batches for row in batch}
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
+    @torch.no_grad()
     def batch(self, rows: list[int]) -> Batch:
         """Return these rows with the teacher's states on them."""
+        teacher, first = self._distillation.teacher, self._distillation.first
         for row in rows:
             if row not in self._known:
-                self._read(self._batch_of[row])
-        entering, wanted = zip(*(self._known[row] for row in rows), strict=True)
-        return Batch(self.rows[rows], self.counted[rows], torch.stack(entering), torch.stack(wanted))
-
-    @torch.no_grad()
-    def _read(self, batch: list[int]) -> None:
-        teacher, first = self._distillation.teacher, self._distillation.first
-        entering, final = teacher.entering_and_final_states(self.rows[batch], first)
-        # Copies, so that a row that is still needed does not hold the others of its batch.
-        self._known |= {row: (entering[at].clone(), final[at].clone()) for at, row in enumerate(batch)}
+                batch = self._batch_of[row]
+                entering, final = teacher.entering_and_final_states(self.rows[batch], first)
+                # Copies, so that a row that is still needed does not hold the others of its batch.
+                self._known |= {row: (entering[at].clone(), final[at].clone()) for at, row in enumerate(batch)}
+        states = (torch.stack(of_rows) for of_rows in zip(*(self._known[row] for row in rows), strict=True))
+        return Batch(self.rows[rows], self.counted[rows], *states)
 
     def keep(self, rows: Collection[int]) -> None:
         """Forget the states of all other rows."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -32,10 +30,12 @@ def file_tensors(
     Raises:
         UnsupportedModelError: such a tensor is stored quantized, or not as transformers would write it.
     """
-    path, changed = surgery.architecture.adapter.blocks_path, dict[str, Tensor]()
-    for place, together in groupby(sorted(values, key=partial(_place, path)), key=partial(_place, path)):
-        new = {name: values[name] for name in together}
-        block, owner = block_number(path, place), place.rpartition(".")[0]
+    path, names = surgery.architecture.adapter.blocks_path, surgery.architecture.block_names(surgery.kept)
+    numbers, changed = {name: names.block_of(name) for name in values}, dict[str, Tensor]()
+    places = {name: name if number is None else f"{path}.{number}" for name, number in numbers.items()}
+    for place in sorted({*places.values()}):
+        new = {name: value for name, value in values.items() if places[name] == place}
+        block, owner = names.block_of(place), place.rpartition(".")[0]
         with loaded(skippable.model.get_submodule(owner)) if block is None else skippable.loaded(block):
             changed |= _changed(skippable.model, surgery.architecture.source.weights, place, new, rounded)
     return {name: value for name, value, _ in surgery.tensors(changed.items())}
@@ -74,16 +74,3 @@ def _changed(
                 hint="Load the model with transformers, save it again, and recover that copy.",
             )
     return changed
-
-
-def block_number(blocks_path: str, name: str) -> int | None:
-    """Return the number of the block that a parameter belongs to; None if it is outside the blocks."""
-    inside = name.removeprefix(f"{blocks_path}.")
-    number = inside.partition(".")[0]
-    return int(number) if inside != name and number.isdecimal() else None
-
-
-def _place(blocks_path: str, name: str) -> str:
-    """Return the name of the block that a parameter belongs to, or its own if it is outside the blocks."""
-    block = block_number(blocks_path, name)
-    return name if block is None else f"{blocks_path}.{block}"

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.recovery.distillation import Distillation
-from sleb_cli.engine.recovery.file_tensors import block_number
 from sleb_cli.engine.recovery.heal_budget import HealBudget
 from sleb_cli.engine.recovery.low_rank import RANK, LowRank, rank_of, trained_numbers
 from sleb_cli.engine.recovery.stage import Job, Stage, kept_blocks
@@ -60,11 +59,11 @@ class Heal(Stage):
         model, parameters = _student(job, values)
         with SkippableModel(model, architecture.blocks_of(model)) as pruned:
             first = _first_trained(job, pruned, values)
-            path = architecture.adapter.blocks_path
+            names = architecture.block_names(surgery.kept)
             weights = {
                 name: parameter
                 for name, parameter in parameters.items()
-                if rank_of(parameter.shape) and (block_number(path, name) or 0) >= first
+                if rank_of(parameter.shape) and (names.block_of(name) or 0) >= first
             }
             trained = LowRank([*weights.values()], _originals(job, [*weights.values()]), job.settings.stored)
             distillation = Distillation(Variant(job.dense), Variant(pruned), first)
@@ -129,8 +128,8 @@ def _student(job: Job, values: Mapping[str, Tensor]) -> tuple[Any, dict[str, nn.
 def _first_trained(job: Job, pruned: SkippableModel, values: Mapping[str, Tensor]) -> int:
     """Return the block that training starts at: below the first gap, or the first with new values if that is lower."""
     surgery, ids = job.settings.surgery, job.validation.sequences[:1].to(job.settings.placement.device)
-    blocks = (block_number(surgery.architecture.adapter.blocks_path, name) for name in values)
-    changed = [block for block in blocks if block is not None]
+    names = surgery.architecture.block_names(surgery.kept)
+    changed = [block for block in map(names.block_of, values) if block is not None]
     first = max(0, min([min(surgery.removed) - TRAINED_BELOW, *changed]))
     return first if first and can_share(Variant(job.dense), Variant(pruned), first, ids) else 0
 

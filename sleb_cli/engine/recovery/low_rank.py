@@ -73,7 +73,7 @@ class LowRank:
     """
 
     def __init__(self, weights: Sequence[nn.Parameter], originals: Sequence[Tensor], stored: torch.dtype) -> None:
-        self._stored = stored
+        self._stored, self.dtype = stored, weights[0].dtype
         size = sum(trained_numbers(weight.shape) for weight in weights)
         # One flat tensor for all, so that a fused step is one pass over memory.
         self.values = nn.Parameter(torch.zeros(size, device=weights[0].device))
@@ -88,11 +88,6 @@ class LowRank:
             change.down.copy_(INITIAL * (2 * torch.rand(change.down.shape, generator=generator) - 1))
             change.weight.requires_grad_(True)
             change.weight.register_post_accumulate_grad_hook(change.take_gradient)  # type: ignore[no-untyped-call]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The data type that the weights compute in."""
-        return self._changes[0].weight.dtype
 
     def _changes_of(self, weights: Sequence[nn.Parameter], originals: Sequence[Tensor]) -> Iterator[_Change]:
         start = 0
@@ -122,8 +117,7 @@ class LowRank:
     @property
     def state(self) -> dict[str, Tensor]:
         """All that a later process needs to continue: it copies these values into its own tensors of these names."""
-        moments: dict[str, Tensor] = self._adam.state[self.values]
-        return {"values": self.values.data} | moments
+        return {"values": self.values.data, **self._adam.state[self.values]}
 
     @torch.no_grad()
     def write_weights(self) -> None:

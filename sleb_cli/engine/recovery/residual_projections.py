@@ -141,20 +141,19 @@ def _behind_norms(
         skippable.run_block(call, hidden)
     for norm in norms:
         for matrix in matrices:
-            output = leaving.get(matrix.name)
-            if not isinstance(output, Tensor) or output.numel() != hidden.numel():
-                continue
-            if torch.equal(output.flatten(), entering[norm.name].flatten()):
+            output: Any = leaving.get(matrix.name)
+            is_whole = isinstance(output, Tensor) and output.numel() == hidden.numel()
+            if is_whole and torch.equal(output.flatten(), entering[norm.name].flatten()):
                 yield replace(matrix, scale=norm.scale, exact=norm.exact, norm=norm, takes_bias=False)
 
 
-def final_norm(skippable: SkippableModel, hidden: Tensor, ids: Tensor) -> ResidualProjection | None:
-    """Return the norm whose input is what leaves the last block, [batch, positions, hidden size], or None."""
+def final_norm(skippable: SkippableModel, hidden: Tensor, ids: Tensor) -> list[ResidualProjection]:
+    """Return the norm, if any, whose input is what leaves the last block, [batch, positions, hidden size]."""
     hidden, ids = hidden[:1, :FEW_POSITIONS], ids[:1, :FEW_POSITIONS]  # the logits of a batch may take gigabytes
     norms = [each for each in possible_projections(skippable.model, hidden.shape[-1]) if each.kind == "gain"]
     with passing(skippable.model, [norm.name for norm in norms]) as (entering, _):
         skippable.head(hidden, ids)
-    return next((norm for norm in norms if norm.name in entering and torch.equal(entering[norm.name], hidden)), None)
+    return [norm for norm in norms if norm.name in entering and torch.equal(entering[norm.name], hidden)][:1]
 
 
 def _candidates(skippable: SkippableModel, call: Call, hidden: Tensor) -> Iterator[ResidualProjection]:

@@ -15,7 +15,6 @@ from torch import Tensor
 from sleb_cli.asked.text_names import REFERENCE_PRESETS
 from sleb_cli.engine.forward.forecast import announce
 from sleb_cli.engine.memory import in_smaller_pieces
-from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.distillation import Batch, Distillation, TeacherStates, learning_rate
 from sleb_cli.engine.recovery.heal_budget import Clock, HealBudget
 from sleb_cli.engine.recovery.loss_scale import BACKOFF, LOWEST, starting_scale
@@ -24,7 +23,7 @@ from sleb_cli.engine.recovery.stage import Job, whole_model
 from sleb_cli.engine.recovery.unfinished import Saves
 from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.text.portions import Portions
-from sleb_cli.events import Advance, HealChecked, Notice, Notify
+from sleb_cli.events import Advance, HealChecked, Notice
 from sleb_plugins import ModelError
 
 LEARNING_RATE = 1.5e-3
@@ -69,10 +68,8 @@ class Progress(BaseModel, strict=True, extra="forbid"):
 class Trainer:
     """Takes the steps of a training, each in pieces that fit into memory."""
 
-    def __init__(
-        self, distillation: Distillation, weights: LowRank, size: int, group: ProcessGroup, notify: Notify
-    ) -> None:
-        self.distillation, self.weights, self.group, self.notify = distillation, weights, group, notify
+    def __init__(self, job: Job, distillation: Distillation, weights: LowRank, size: int) -> None:
+        self.job, self.distillation, self.weights = job, distillation, weights
         self.micro_batch, self.has_skipped = size, False
 
     def step(self, batch: Batch, rate: float, scale: float) -> tuple[float, float]:
@@ -82,7 +79,7 @@ class Trainer:
             self.weights.step(gradient, rate)
         elif not self.has_skipped:
             self.has_skipped = True
-            self.notify(Notice("Skipping steps whose gradient is not finite: the model overflows on some text."))
+            self.job.notify(Notice("Skipping steps whose gradient is not finite: the model overflows on some text."))
         return loss, scale
 
     def gradient(self, batch: Batch, scale: float) -> tuple[float, Tensor, float]:
@@ -90,7 +87,7 @@ class Trainer:
         before, is_scaled = scale, self.weights.dtype is torch.float16
         while True:
             loss = self._add_gradients(batch, scale)
-            gradient = self.group.mean(self.weights.take_gradient())
+            gradient = self.job.group.mean(self.weights.take_gradient())
             is_finite = bool(gradient.isfinite().all())
             if is_finite or not is_scaled or scale <= LOWEST:
                 return loss, gradient.div_(scale), scale if is_finite else before  # no scale helps on this text
@@ -109,7 +106,7 @@ class Trainer:
                 total += share * self.distillation.add_gradient(part, share * scale)
             return total
 
-        return in_smaller_pieces(run, self.micro_batch, batch.ids.device, self.notify, "healing {} sequences")
+        return in_smaller_pieces(run, self.micro_batch, batch.ids.device, self.job.notify, "healing {} sequences")
 
 
 class Training:
@@ -130,8 +127,7 @@ class Training:
         length = job.validation.sequences.shape[1]
         self.size = max(1, BATCH_TOKENS // length)
         order = range(len(job.validation.sequences))[: max(1, CHECKED_TOKENS // length)]
-        text = job.validation.part(order)
-        self.checked = TeacherStates(distillation, text.sequences, text.loss_mask, order, self.size)
+        self.checked = TeacherStates(distillation, job.validation.part(order), order, self.size)
         self.best = weights.values.detach().clone()
         state = {f"trained.{name}": tensor for name, tensor in weights.state.items()} | {"best": self.best}
         self.saves = Saves(file, state, job.settings.surgery.architecture.source.watch, job.group)
@@ -142,7 +138,7 @@ class Training:
             weights.write_weights()
             if job.group.is_main:
                 job.notify(Notice(f"Continuing an interrupted healing, after {restored.tokens:,} tokens."))
-        self.trainer = Trainer(distillation, weights, self.size, job.group, job.notify)
+        self.trainer = Trainer(job, distillation, weights, self.size)
         self._announce()
         self.clock = Clock(budget, advance, self.progress.seconds)
 
@@ -223,7 +219,7 @@ class Training:
             # Time passes while text is written.
             portion = self.portions.draw(number, lambda event: self.clock.tell(progress.tokens), progress.most)
             order = portion.order
-            states = TeacherStates(self.distillation, portion.sequences, portion.loss_mask, order, self.size)
+            states = TeacherStates(self.distillation, portion, order, self.size)
             while progress.position < len(order):
                 start = progress.position
                 progress.position += self.size

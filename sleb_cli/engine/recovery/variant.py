@@ -46,14 +46,12 @@ class Variant:
         self, ids: Tensor, block: int, start: tuple[int, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the hidden states that enter `block`, which must be kept, and those that leave the last kept block."""
-        last = max(index for index in range(len(self.skippable.switches)) if index not in self.removed)
         found: dict[str, Tensor] = {}
 
         def listen(index: int, entering: Tensor, leaving: Tensor) -> None:
             if index == block:
                 found["entering"] = entering
-            if index == last:
-                found["final"] = leaving
+            found["final"] = leaving  # the last call's stays
 
         with self.skippable.replaced(self.parameters):
             self.skippable.run_with_hook(ids, self.removed, listen, start)
