@@ -71,8 +71,9 @@ class BlockFit:
         skippable = batches.skippable
         if self.block is None:
             return final_norm(skippable, first.to(skippable.device), batches.ids[0])
+        call = batches.probes[0][self.block]
         with skippable.loaded(self.block), skippable.replaced(self.values):
-            return find_residual_projections(skippable, batches.probes[0][self.block], first[batches.probed])
+            return find_residual_projections(skippable, call, first[: len(call.entering)])
 
     def loaded(self, projections: Sequence[ResidualProjection]) -> AbstractContextManager[None]:
         """Have the weights to fit in place."""

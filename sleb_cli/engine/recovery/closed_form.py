@@ -30,11 +30,11 @@ from sleb_cli.engine.recovery.block_fit import BlockFit, fit_block
 from sleb_cli.engine.recovery.depth import Batches, DepthPair, Judge, require_finite
 from sleb_cli.engine.recovery.least_squares import ridge_bytes
 from sleb_cli.engine.recovery.residual_projections import possible_projections
-from sleb_cli.engine.recovery.stage import HIDDEN_STATES, Job, Stage, kept_blocks
+from sleb_cli.engine.recovery.stage import HIDDEN_STATES, Fields, Job, Stage, kept_blocks
 from sleb_cli.engine.recovery.unfinished import fit_file, fits_in, read_saved, write_saved
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notice, task
-from sleb_cli.plan import ClosedFormRecord, FitRecord, LossesRecord
+from sleb_cli.plan import ClosedFormRecord, FitRecord
 from sleb_cli.units import plural
 from sleb_plugins import UnsupportedModelError
 
@@ -72,7 +72,7 @@ class ClosedForm(Stage):
         width: int = surgery.architecture.text_config.hidden_size
         return sum(_features(block, width) * width for block in fitted) * stored.itemsize
 
-    def run(self, job: Job, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], ClosedFormRecord]:
+    def run(self, job: Job, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Fields]:
         """Fit in closed form, or take over what an interrupted run fitted, perhaps all of it."""
         assert not values
         whole = job.saved / "closed-form.safetensors"
@@ -82,15 +82,11 @@ class ClosedForm(Stage):
             record, found = read_saved(whole, ClosedFormRecord)
             for fit in record.fits:
                 found |= read_saved(fit_file(job.saved, fit.block), FitRecord)[1]
-            return found, record
-        found, record = recover_in_closed_form(job)
-        if job.group.is_main:
-            write_saved(whole, record, {})
-        return found, record
-
-    def fields(self, found: ClosedFormRecord, losses: LossesRecord) -> dict[str, object]:
-        """Return the fits, and the losses beside them."""
-        return {"closed_form": found, "closed_form_losses": losses}
+        else:
+            found, record = recover_in_closed_form(job)
+            if job.group.is_main:
+                write_saved(whole, record, {})
+        return found, lambda losses: {"closed_form": record, "closed_form_losses": losses}
 
 
 def recover_in_closed_form(job: Job) -> tuple[dict[str, Tensor], ClosedFormRecord]:
@@ -114,8 +110,8 @@ def recover_in_closed_form(job: Job) -> tuple[dict[str, Tensor], ClosedFormRecor
                 f"{dense.model.config.model_type} cannot be recovered: {reason}.", hint="Leave out --recover."
             )
 
-        _announce(job)
         run, size = partial(_fit_blocks, job), max(1, BATCH_TOKENS // train.shape[1])
+        _announce(job, size)
         # Several processes have the same batches, so one cannot take smaller ones by itself.
         if job.group.size > 1:
             return run(size)
@@ -219,7 +215,7 @@ class Fits:
         return record, values
 
 
-def _announce(job: Job) -> None:
+def _announce(job: Job, size: int) -> None:
     """Tell how long the fits take at most: they stop where nothing is gained."""
     dense, train, validation = job.dense, job.train.sequences, job.validation.sequences
     removed, count = job.settings.surgery.removed, len(dense.switches)
@@ -228,8 +224,7 @@ def _announce(job: Job) -> None:
     # after each, the rest of the pruned one on the validation text.
     tokens = (2 + 2 * ROUNDS) * (train.numel() + validation.numel()) + count * validation.numel()
     what = f"Recovery: up to {plural(blocks, 'block')} fitted to {train.numel():,} tokens"
-    batch = train[: max(1, BATCH_TOKENS // train.shape[1])].to(dense.device)
-    announce(job.notify, what, blocks * tokens / job.group.size, dense, batch, "at most")
+    announce(job.notify, what, blocks * tokens / job.group.size, dense, train[:size].to(dense.device), "at most")
 
 
 def _features(block: nn.Module, width: int) -> int:

@@ -41,8 +41,7 @@ class Batches:
         validation: where each group of those that decide is.
         ids: the tokens of each batch.
         calls: the calls of the blocks on each batch.
-        probed: the few sequences that tell what a block's modules do.
-        probes: the calls of the blocks on those of the first batch, if there is one.
+        probes: the calls of the blocks on a few sequences of the first batch, if there is one.
         all: where all batches are.
         deciding: where those that decide are.
         train_for_gains: where each group of the batches is that gains are fitted to.
@@ -56,8 +55,8 @@ class Batches:
         self.ids = train_ids + validation_ids
         shared = SharedInputs(self.skippable, self.to_store)
         self.calls = [shared.calls(ids) for ids in self.ids]
-        self.probed = slice(max(1, PROBED_TOKENS // job.validation.sequences.shape[1]))
-        self.probes = [shared.calls(ids[self.probed]) for ids in self.ids[:1]]
+        probed = max(1, PROBED_TOKENS // job.validation.sequences.shape[1])
+        self.probes = [shared.calls(ids[:probed]) for ids in self.ids[:1]]
         self.all = range(len(self.ids))
         self.deciding = range(len(train_ids), len(self.ids))
         self.train_for_gains = [at[: number % GAINS_SHARE == 0] for number, at in enumerate(self.train)]

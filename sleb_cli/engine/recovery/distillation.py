@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from sleb_cli.engine.forward.logits import float32_slices, position_slices
 from sleb_cli.engine.recovery import variant
 from sleb_cli.engine.recovery.variant import Variant, summed_losses
-from sleb_cli.engine.text.calibration import Calibration
 from sleb_cli.engine.text.portions import Portion
 from sleb_cli.engine.text.windows import whole_mask
 from sleb_plugins.metrics.kl import compare_logits
@@ -100,12 +99,10 @@ class TeacherStates:
     A row is read in the batch of its first use, whenever that is, so a healing that was resumed finds the same bits.
     """
 
-    def __init__(
-        self, distillation: Distillation, text: Calibration | Portion, order: Iterable[int], size: int
-    ) -> None:
+    def __init__(self, distillation: Distillation, text: Portion, size: int) -> None:
         self._distillation, device = distillation, distillation.teacher.skippable.device
         self.rows, self.counted = text.sequences.to(device), whole_mask(text.sequences, text.loss_mask).to(device)
-        first_uses = list(dict.fromkeys(order))
+        first_uses = list(dict.fromkeys(text.order))
         self.batches = [first_uses[at : at + size] for at in range(0, len(first_uses), size)]
         self._batch_of = {row: batch for batch in self.batches for row in batch}
         self._known: dict[int, tuple[Tensor, Tensor]] = {}

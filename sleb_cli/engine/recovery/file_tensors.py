@@ -31,8 +31,8 @@ def file_tensors(
         UnsupportedModelError: such a tensor is stored quantized, or not as transformers would write it.
     """
     path, names = surgery.architecture.adapter.blocks_path, surgery.architecture.block_names(surgery.kept)
-    numbers, changed = {name: names.block_of(name) for name in values}, dict[str, Tensor]()
-    places = {name: name if number is None else f"{path}.{number}" for name, number in numbers.items()}
+    places = {name: name if (block := names.block_of(name)) is None else f"{path}.{block}" for name in values}
+    changed: dict[str, Tensor] = {}
     for place in sorted({*places.values()}):
         new = {name: value for name, value in values.items() if places[name] == place}
         block, owner = names.block_of(place), place.rpartition(".")[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +14,14 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.recovery.distillation import Distillation
 from sleb_cli.engine.recovery.heal_budget import HealBudget
 from sleb_cli.engine.recovery.low_rank import RANK, LowRank, rank_of, trained_numbers
-from sleb_cli.engine.recovery.stage import Job, Stage, kept_blocks
+from sleb_cli.engine.recovery.stage import Fields, Job, Stage, kept_blocks
 from sleb_cli.engine.recovery.training import LEARNING_RATE, Training
 from sleb_cli.engine.recovery.unfinished import short_hash
 from sleb_cli.engine.recovery.variant import Variant
 from sleb_cli.engine.surgery.loading import load_pruned
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import HEAL_TASK, task
-from sleb_cli.plan import HealRecord, LossesRecord
+from sleb_cli.plan import HealRecord
 from sleb_plugins import UnsupportedModelError
 
 TRAINED_BELOW = 4
@@ -52,7 +53,7 @@ class Heal(Stage):
         """Return the size of the saved training."""
         return _trained(kept_blocks(surgery)) * SAVED_BYTES
 
-    def run(self, job: Job, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def run(self, job: Job, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Fields]:
         """Distill the dense model into the pruned one with these values."""
         surgery, budget = job.settings.surgery, self.budget
         architecture = surgery.architecture
@@ -73,21 +74,20 @@ class Heal(Stage):
                 training = Training(job, budget, distillation, trained, file, advance)
                 stopped = training.run()
         progress = training.progress
-        return {**values, **{name: weight.detach() for name, weight in weights.items()}}, {
-            "minutes": budget.minutes,
-            "token_budget": budget.tokens,
-            "sequence_length": job.validation.sequences.shape[1],
-            "batch_size": training.size * job.group.size,
-            "learning_rate": LEARNING_RATE,
-            "rank": RANK,
-            "kept_tokens": progress.best_tokens,
-            "stopped": stopped,
+        record = partial(
+            HealRecord,
+            minutes=budget.minutes,
+            token_budget=budget.tokens,
+            sequence_length=job.validation.sequences.shape[1],
+            batch_size=training.size * job.group.size,
+            learning_rate=LEARNING_RATE,
+            rank=RANK,
+            kept_tokens=progress.best_tokens,
+            stopped=stopped,
             **progress.model_dump(include={"tokens", "steps", "seconds"}),
-        }
-
-    def fields(self, found: dict[str, Any], losses: LossesRecord) -> dict[str, Any]:
-        """Return the training, with the losses of its best point."""
-        return {"heal": HealRecord(**found, losses=losses)}
+        )
+        found = {**values, **{name: weight.detach() for name, weight in weights.items()}}
+        return found, lambda losses: {"heal": record(losses=losses)}
 
     def _identity(self, job: Job) -> str:
         """Return what stands for all that a healing depends on, besides its folder."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,22 +82,19 @@ class LowRank:
         # As its first step makes it, but at once, so that a saved state has the same tensors at any time.
         moments = {name: torch.zeros_like(self.values) for name in ("exp_avg", "exp_avg_sq")}
         self._adam.state[self.values] = {"step": torch.zeros((), device=self.values.device)} | moments
-        self._changes = list(self._changes_of(weights, originals))
-        generator = torch.Generator().manual_seed(0)
-        for change in self._changes:
-            change.down.copy_(INITIAL * (2 * torch.rand(change.down.shape, generator=generator) - 1))
-            change.weight.requires_grad_(True)
-            change.weight.register_post_accumulate_grad_hook(change.take_gradient)  # type: ignore[no-untyped-call]
-
-    def _changes_of(self, weights: Sequence[nn.Parameter], originals: Sequence[Tensor]) -> Iterator[_Change]:
-        start = 0
+        self._changes: list[_Change] = []
+        start, generator = 0, torch.Generator().manual_seed(0)
         for weight, original in zip(weights, originals, strict=True):
             *stack, rows, columns = weight.shape
             views: list[Tensor] = []
             for shape in ((*stack, rank_of(weight.shape), columns), (*stack, rows, rank_of(weight.shape))):
                 part = slice(start, start := start + math.prod(shape))
                 views += [flat[part].view(shape) for flat in (self.values.data, self._gradient)]
-            yield _Change(_scale_of(weight), weight, original, *views)
+            change = _Change(_scale_of(weight), weight, original, *views)
+            change.down.copy_(INITIAL * (2 * torch.rand(change.down.shape, generator=generator) - 1))
+            weight.requires_grad_(True)
+            weight.register_post_accumulate_grad_hook(change.take_gradient)  # type: ignore[no-untyped-call]
+            self._changes.append(change)
 
     def take_gradient(self) -> Tensor:
         """Return the sum of the gradients since the last call, float32 in the order of `values`, and reset it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -62,11 +62,11 @@ def recover(settings: RecoverySettings, group: ProcessGroup, notify: Notify) -> 
     with open_dense(surgery.architecture, placement, notify) as dense:
         train, validation, *tests = group.from_main(partial(_draw_texts, settings, dense, notify))
         job = Job(settings, dense, train, validation, _folder_for(settings, train, validation), group, notify)
-        measured = {"dense": _measure(job, tests, "dense"), "pruned": _measure(job, tests, "pruned", values)}
+        measured = {"dense": _measure(job, tests, "dense", None), "pruned": _measure(job, tests, "pruned", values)}
         for stage in settings.stages:
-            values, found = stage.run(job, values)
+            values, fields_with = stage.run(job, values)
             measured[stage.measured] = _measure(job, tests, stage.model, values)
-            fields |= stage.fields(found, measured[stage.measured][0])
+            fields |= fields_with(measured[stage.measured][0])
         tensors = file_tensors(dense, surgery, values, placement.rounded)
     test, *talks = ({name: found[text] for name, found in measured.items()} for text in range(len(tests)))
     record = RecoveryRecord(
@@ -99,9 +99,7 @@ def _draw_texts(settings: RecoverySettings, dense: SkippableModel, notify: Notif
         return texts
 
 
-def _measure(
-    job: Job, texts: Sequence[Calibration], what: str, values: Mapping[str, Tensor] | None = None
-) -> list[LossesRecord]:
+def _measure(job: Job, texts: list[Calibration], what: str, values: Mapping[str, Tensor] | None) -> list[LossesRecord]:
     """Return the losses with these values (None: of the dense model) on each text."""
     dense, found = Variant(job.dense), list[LossesRecord]()
     variant = dense if values is None else Variant(job.dense, job.settings.surgery.removed, values)

@@ -125,7 +125,7 @@ def find_residual_projections(skippable: SkippableModel, call: Call, hidden: Ten
     gains = [projection for projection in found if projection.kind == "gain"]
     behind = list(_behind_norms(skippable, call, hidden, gains))
     others = {projection.name for projection in [*gains, *behind]}
-    matrices = [*(projection for projection in found if projection.name not in others), *behind]
+    matrices = [projection for projection in found if projection.name not in others] + behind
     matrices.sort(key=lambda projection: projection.exact)
     exact_gains = [projection for projection in gains if projection.exact]
     return matrices if any(projection.exact for projection in matrices) else [*matrices, *exact_gains[-1:]]

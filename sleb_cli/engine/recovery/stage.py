@@ -7,7 +7,7 @@ its record in `plan.py`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -77,6 +77,10 @@ class Job:
     notify: Notify = ignore
 
 
+Fields = Callable[[LossesRecord], dict[str, Any]]
+"""Returns a stage's fields of a `RecoveryRecord`, given the losses with its values."""
+
+
 class Stage(ABC):
     """A way to give the kept blocks new values, with its settings.
 
@@ -105,17 +109,13 @@ class Stage(ABC):
         """Return the most that it keeps on the disk."""
 
     @abstractmethod
-    def run(self, job: Job, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
-        """Return all new values, by the dense model's parameter names, and what to record.
+    def run(self, job: Job, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Fields]:
+        """Return all new values, by the dense model's parameter names, and what makes the record of them.
 
         Args:
             job: what it works with.
             values: those of the stages before.
         """
-
-    @abstractmethod
-    def fields(self, found: Any, losses: LossesRecord) -> dict[str, Any]:
-        """Return its fields of a `RecoveryRecord`: what `run` found, and the losses with its values."""
 
 
 def kept_blocks(surgery: Surgery) -> list[nn.Module]:

@@ -22,7 +22,7 @@ from sleb_cli.engine.recovery.low_rank import LowRank
 from sleb_cli.engine.recovery.stage import Job, whole_model
 from sleb_cli.engine.recovery.unfinished import Saves
 from sleb_cli.engine.surgery.loading import load_tokenizer
-from sleb_cli.engine.text.portions import Portions
+from sleb_cli.engine.text.portions import Portion, Portions
 from sleb_cli.events import Advance, HealChecked, Notice
 from sleb_plugins import ModelError
 
@@ -126,8 +126,9 @@ class Training:
         self.weights, self.portions = weights, _portions(job, budget)
         length = job.validation.sequences.shape[1]
         self.size = max(1, BATCH_TOKENS // length)
-        order = range(len(job.validation.sequences))[: max(1, CHECKED_TOKENS // length)]
-        self.checked = TeacherStates(distillation, job.validation.part(order), order, self.size)
+        order = [*range(len(job.validation.sequences))][: max(1, CHECKED_TOKENS // length)]
+        text = job.validation.part(order)
+        self.checked = TeacherStates(distillation, Portion(text.sequences, order, text.loss_mask), self.size)
         self.best = weights.values.detach().clone()
         state = {f"trained.{name}": tensor for name, tensor in weights.state.items()} | {"best": self.best}
         self.saves = Saves(file, state, job.settings.surgery.architecture.source.watch, job.group)
@@ -219,7 +220,7 @@ class Training:
             # Time passes while text is written.
             portion = self.portions.draw(number, lambda event: self.clock.tell(progress.tokens), progress.most)
             order = portion.order
-            states = TeacherStates(self.distillation, portion, order, self.size)
+            states = TeacherStates(self.distillation, portion, self.size)
             while progress.position < len(order):
                 start = progress.position
                 progress.position += self.size

@@ -78,27 +78,24 @@ def losses(variant: Variant, dense: Variant, text: Calibration, group: ProcessGr
     """
     mine, device = range(group.rank, len(text.sequences), group.size), dense.skippable.device
     counted = whole_mask(text.sequences, text.loss_mask)
+    final = _final_states(variant, dense, text.sequences[list(mine)].to(device))
     own = [
         (number, summed_losses((variant, dense), states, ids, counted[[number]].to(device)))
-        for number, (ids, states) in zip(
-            mine, _final_states(variant, dense, text.sequences[list(mine)].to(device)), strict=True
-        )
+        for number, (ids, states) in zip(mine, final, strict=True)
     ]
     found = sorted(item for of_process in group.gather(own) for item in of_process)
     count = int(counted[:, 1:].sum())
     return Losses(*(sum(values) / count for values in zip(*(of_sequence for _, of_sequence in found), strict=True)))
 
 
-def _final_states(
-    variant: Variant, dense: Variant, sequences: Tensor
-) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+def _final_states(variant: Variant, dense: Variant, sequences: Tensor) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
     """Yield each sequence and the final states of both models, one by one; streamed weights are read once for all."""
     skippable, batches = dense.skippable, [sequence[None] for sequence in sequences]
     models = [variant] if variant is dense else [variant, dense]
     if skippable.weights.resident:
         for ids in batches:
             final = [model.final_states(ids) for model in models]
-            yield ids, (final[0], final[-1])
+            yield ids, [final[0], final[-1]]
         return
     calls = [skippable.calls(ids) for ids in batches]
     states = [[of_batch[0].entering for of_batch in calls] for _ in models]
