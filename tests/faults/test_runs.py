@@ -19,12 +19,8 @@ from faults.conftest import often
 from faults.place import APPLY, APPLY_GGUF, COMMANDS, HEAL, delivered, evaluate, search
 from faults.program import KILL, STOP, Calls, Fault, require
 
-PLAN, MODEL, DATA, OUTPUT, PROOF = 3, 4, 5, 8, 9
-OF_READS = {
-    r"/work/plan\.json($|\.journal)": {PLAN}, "/text.txt": {DATA}, "/model|/tiny.gguf": {MODEL},
-    r".*\.recovery": {PLAN, OUTPUT}, "/cache": {MODEL, OUTPUT},
-}  # fmt: skip
-"""The exit codes for what cannot be read there; all else is of the output."""
+OUTPUT = 8
+WRITES = Calls.CHANGES & ~Calls.REMOVE
 
 
 def kill(place, name, number, rng):
@@ -49,46 +45,29 @@ def kill(place, name, number, rng):
 
 
 def fail(place, name, number, rng):
-    """Fill the disk, or let a call fail: there is a whole result, or one sentence and none."""
-    command, calls = COMMANDS[name], place.undisturbed(name)[0]
+    """Fill the disk, or let a write fail: there is a whole result, or one sentence that names the file, and none."""
+    command, calls = COMMANDS[name], [call for call in place.undisturbed(name)[0] if call.sort & WRITES]
     named = [call.sort is Calls.RENAME and call.path.endswith(command.output) for call in calls]
-    at = rng.randrange(len(calls)) if number else named.index(True)
-    call, full = calls[at], number % 2 == 0
-    error, sorts = (errno.ENOSPC, Calls.CHANGES & ~Calls.REMOVE) if full else (errno.EIO, call.sort)
-    nth = max(1, sum(bool(other.sort & sorts) for other in calls[: at + 1]))
+    at, full = rng.randrange(len(calls)) if number else named.index(True), number % 2 == 0
+    error, call = errno.ENOSPC if full else errno.EIO, calls[at]
     place.reset()
-    (running,) = place.launch(command, fault=Fault(place.folder, nth, error, sorts, lasting=full))
+    (running,) = place.launch(command, fault=Fault(place.folder, at + 1, error, WRITES, lasting=full))
     finished = running.wait()
-    undeletable = call.sort is Calls.REMOVE or ".partial.old" in call.path
-    case = (call, full, finished.stderr)
-    wrong = list(place.wrong(name, done=finished.exit_code == 0, may_leave=undeletable))
+    case = (call, error, finished.stderr)
+    wrong = list(place.wrong(name, done=finished.exit_code == 0, may_leave=".partial.old" in call.path))
     assert not wrong, (case, wrong)
-    if finished.exit_code and full:
-        require(finished, {OUTPUT, MODEL})  # of a model, if its conversion cannot be kept
-    elif finished.exit_code:
-        require_a_fitting_error(command, call, finished)
+    if finished.exit_code:
+        # A GGUF file is no model if its conversion cannot be kept.
+        require(finished, {OUTPUT})
+        (sentence,) = re.findall(r"^error: .*", finished.stderr, re.MULTILINE)
+        places = (command.output, "cache", "work", "tiny.gguf", str(place.folder / "tmp"))
+        assert any(known in sentence for known in places), case
+        # The place is claimed once before all work, too.
+        is_saving = "Loading" in finished.stderr and f"/.{command.output}" in call.path
+        if command.words[0] in ("search", "eval") and is_saving and finished.exit_code == OUTPUT:
+            json.loads(finished.stdout)
     if place.files() != place.undisturbed(name)[1]:
         place.again(name, case)
-
-
-def require_a_fitting_error(command, call, finished):
-    """Require the exit code and the name of what failed, and a result on stdout where it cannot be saved."""
-    path = os.path.normpath(call.path)
-    reads = [codes for pattern, codes in OF_READS.items() if call.sort in Calls.READS and re.match(pattern, path)]
-    require(finished, reads[0] if reads else {OUTPUT})
-    (sentence,) = re.findall(r"^error: .*", finished.stderr, re.MULTILINE)
-    # The names of the file or its folder, as the user knows them.
-    parts = {
-        re.sub(r"^\.(.*?)(\.\w{8})?(\.partial(\.lock|\.old)?|\.replaced)?$", r"\1", part)
-        for part in Path(call.path).parts
-    }
-    converted = {"tiny.gguf", "cache"} if call.path.startswith("/cache") else set()
-    names = parts - {"/", "work", "cache"} | converted or {"cache", "work", command.output}
-    assert any(name in sentence for name in names), (call, finished.stderr)
-    # The place is claimed once before all work, too.
-    is_saving = "Loading" in finished.stderr and f"/.{command.output}" in call.path
-    if command.words[0] in ("search", "eval") and is_saving and finished.exit_code == OUTPUT:
-        json.loads(finished.stdout)
 
 
 def edit(path):

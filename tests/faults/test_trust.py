@@ -69,10 +69,9 @@ def test_the_code_of_a_plan_is_required_by_every_command(run, text_file, tmp_pat
         run(*command, code=4, says=TRUST)
     run(*apply, TRUST, runs=True)
     code = (folder / "mine.py").read_text()
-    for file, content in (("mine.py", code + "\n"), ("more.py", "")):
+    for file, content, command in (("mine.py", code + "\n", (*apply, "--force")), ("more.py", "", extend)):
         (folder / file).write_text(content)
-        for command in ((*apply, "--force"), extend):
-            run(*command, TRUST, code=3, says="code")
+        run(*command, TRUST, code=3, says="code")
         (folder / file).unlink()
         (folder / "mine.py").write_text(code)
     found = json.loads((tmp_path / "plan.json").read_text())["model"]
