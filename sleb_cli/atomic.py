@@ -51,9 +51,7 @@ def require_new_file(path: Path, *, force: bool) -> None:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         _require_absent(path, replace=force)
-        aside = _beside(_named(path))
-        aside.touch()
-        aside.unlink()
+        _require_writable(_named(path))
 
 
 def _require_absent(path: Path, *, replace: bool) -> None:
@@ -166,8 +164,7 @@ def held(path: Path, *, patience: float | None = None) -> Iterator[Path]:
 
     target = _named(path)
     folder = _hidden(target)
-    if not target.parent.is_dir():  # which FileLock would make
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    _require_writable(target)  # where nothing can be made, FileLock waits
     lock = FileLock(_hidden(target, ".lock"), PATIENCE if patience is None else patience, thread_local=False)
     try:
         lock.acquire()
@@ -207,6 +204,12 @@ def publish(aside: Path, path: Path) -> None:
 def _named(path: Path) -> Path:
     """Return an absolute path that ends in a name."""
     return path.absolute() if path.name not in ("", "..") else path.resolve()
+
+
+def _require_writable(target: Path) -> None:
+    aside = _beside(target)
+    aside.touch()
+    aside.unlink()
 
 
 def _beside(target: Path) -> Path:
