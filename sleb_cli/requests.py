@@ -41,7 +41,7 @@ DeviceMap = Literal["auto", "balanced", "sequential"]
 """How accelerate chooses the places of a model's modules."""
 
 RunCode = Literal["confined", "unconfined"]
-"""How programs that a model writes are run: see `engine/quality/confined.py`."""
+"""How programs that a model writes are run: see `engine/quality/sandbox.py`."""
 
 StrategyName = Literal["greedy", "refine", "oneshot", "contiguous"]
 """How a search chooses blocks: see `engine/search/strategies.py`."""
