@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from sleb_cli.atomic import claimed, to_json
+from sleb_cli.atomic import claimed, to_json, writing
 from sleb_cli.events import Notice, Notify, Warned, ignore
 from sleb_cli.plan import CHECKPOINT_PLAN
 from sleb_cli.records import UnreadableRecord
@@ -45,7 +45,8 @@ def keep_result(result: R, file: Path, notify: Notify) -> R:
                 notify(Notice(f"{file} held results for a different model or setting, which are now in {moved.name}."))
             if isinstance(result, BenchResult) and isinstance(merged, BenchResult):
                 _warn_if_shorter_run(result, merged, file, notify)
-        _beside(file, result).unlink(missing_ok=True)  # its results are in the new file
+        with writing(file):
+            _beside(file, result).unlink(missing_ok=True)  # its results are in the new file
     except OutputError as error:
         notify(Notice(f"The result is not kept for reports: {error.message}"))
     return merged
