@@ -17,12 +17,22 @@ from sleb_plugins.errors import (
 from sleb_plugins.exporter import Exporter, Pruning
 from sleb_plugins.family import FamilyAdapter
 from sleb_plugins.hookspecs import hookimpl
-from sleb_plugins.metric import HiddenStateMetric, LogitMetric, Metric, ModelMetric, WeightMetric
+from sleb_plugins.metric import (
+    ExpertMetric,
+    ExpertUse,
+    HiddenStateMetric,
+    LogitMetric,
+    Metric,
+    ModelMetric,
+    WeightMetric,
+)
 
 __all__ = [
     "DataError",
     "Engine",
     "EngineSettings",
+    "ExpertMetric",
+    "ExpertUse",
     "Exporter",
     "FamilyAdapter",
     "HiddenStateMetric",

@@ -1,4 +1,4 @@
-"""Metrics score a candidate removal; lower is always better. The four kinds differ in what they look at.
+"""Metrics score a candidate removal; lower is always better. The five kinds differ in what they look at.
 
 A metric declares what it needs, and the engine decides how to compute that, so that one pass over the calibration text
 can serve many candidates. Choose the first kind that can express your score.
@@ -7,6 +7,7 @@ can serve many candidates. Choose the first kind that can express your score.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sleb_plugins.errors import UsageError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Metric(ABC):
-    """The base of all four kinds. Derive from one of the kinds, not from this class."""
+    """The base of all five kinds. Derive from one of the kinds, not from this class."""
 
     name: str
     description: str = ""
@@ -99,4 +100,34 @@ class ModelMetric(Metric):
             model: a causal language model of transformers, in inference mode, without a KV cache.
             tokenizer: its tokenizer.
             sequences: int64, [sequences, length], the calibration tokens on the model's device.
+        """
+
+
+@dataclass(frozen=True)
+class ExpertUse:
+    """How a block's experts were used on the calibration text: sums over the tokens that chose each one.
+
+    All are float64, [experts]. The gate is the weight of an expert's output in the sum over the chosen ones, and the
+    norm the Euclidean one of its output, before the gate.
+    """
+
+    tokens: Tensor
+    """How many tokens chose it."""
+    gates: Tensor
+    norms: Tensor
+    products: Tensor
+    """Of gate x norm."""
+    squared_norms: Tensor
+    squared_products: Tensor
+
+
+class ExpertMetric(Metric):
+    """Scores the experts of a block, for `--unit experts`, by how the text used them."""
+
+    @abstractmethod
+    def score_experts(self, use: ExpertUse, block: int) -> Tensor:
+        """Score each expert of a block: low if it matters little. `block` is its number in the original model.
+
+        Returns:
+            floating-point numbers, [experts].
         """

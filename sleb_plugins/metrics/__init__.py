@@ -4,6 +4,7 @@ from sleb_plugins.hookspecs import hookimpl
 from sleb_plugins.metric import Metric
 from sleb_plugins.metrics.angular import AngularDistance
 from sleb_plugins.metrics.cosine import CosineDistance
+from sleb_plugins.metrics.experts import Energy, Frequency, Reap
 from sleb_plugins.metrics.kl import KlDivergence
 from sleb_plugins.metrics.magnitude import Magnitude
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
@@ -13,4 +14,5 @@ from sleb_plugins.metrics.random import RandomScore
 @hookimpl
 def sleb_metrics() -> list[Metric]:
     """Offer the metrics that ship with `sleb`."""
-    return [NegativeLogLikelihood(), KlDivergence(), CosineDistance(), AngularDistance(), Magnitude(), RandomScore()]
+    of_blocks = [NegativeLogLikelihood(), KlDivergence(), CosineDistance(), AngularDistance(), Magnitude()]
+    return [*of_blocks, Energy(), Reap(), Frequency(), RandomScore()]

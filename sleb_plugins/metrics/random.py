@@ -6,17 +6,17 @@ import random
 from typing import TYPE_CHECKING
 
 from sleb_plugins.errors import UsageError
-from sleb_plugins.metric import WeightMetric
+from sleb_plugins.metric import ExpertMetric, ExpertUse, WeightMetric
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
-class RandomScore(WeightMetric):
-    """A number between 0 and 1 for each block, drawn from the seed and the block's number alone."""
+class RandomScore(WeightMetric, ExpertMetric):
+    """A number between 0 and 1 for each block, or each expert of one, drawn from the seed and its number alone."""
 
     name = "random"
-    description = "random number from a seed (default: 0) and the block's number"
+    description = "random number from a seed (default: 0) and the number of the block or expert"
     argument = "[SEED]"
 
     def __init__(self, seed: int | None = None) -> None:
@@ -37,3 +37,8 @@ class RandomScore(WeightMetric):
     def score_block(self, block: nn.Module, number: int) -> float:
         """Return the block's random number."""
         return random.Random(f"{self.seed}:{number}").random()
+
+    def score_experts(self, use: ExpertUse, block: int) -> Tensor:
+        """Return a random number for each expert of a block."""
+        drawn = [random.Random(f"{self.seed}:{block}:{expert}").random() for expert in range(len(use.tokens))]
+        return use.tokens.new_tensor(drawn)
