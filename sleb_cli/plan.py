@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -20,7 +22,7 @@ from sleb_cli.records import (
     VersionedRecord,
     differences,
 )
-from sleb_cli.requests import REPEATED_OPTIONS, TARGET_NAMES, Chat, StrategyName, TargetName
+from sleb_cli.requests import REPEATED_OPTIONS, TARGET_NAMES, Chat, StrategyName, TargetName, Unit
 from sleb_plugins.errors import PlanError
 
 CHECKPOINT_PLAN = "sleb_plan.json"
@@ -322,8 +324,86 @@ class RecoveryRecord(Record):
         return f"{nats}; {written.left_of(self.pruned):.0%} of the divergence from the dense model is left"
 
 
+class ExpertOrder(Record):
+    """The experts of a block that go, in this order; the score of each expert, and how many tokens chose it."""
+
+    block: Block
+    removals: tuple[Annotated[int, Field(ge=0)], ...]
+    scores: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+
+class ExpertsText(Record):
+    """The losses on a text in nats per token, dense and pruned; no score saw it if it was `held_out`.
+
+    `unreached` counts the experts of all blocks that none of its tokens chose, and `kept` is the share of the experts'
+    energy, the sum of (gate x norm)^2, that the experts which stay have on it; null if it was held out.
+    """
+
+    text: Annotated[str, Public(public_source)]
+    sequences: int
+    held_out: bool
+    dense: float
+    pruned: float
+    kept: float | None = None
+    unreached: int | None = None
+
+
+class ExpertPlan(Record):
+    """What a search found of a model's experts: of `count` in each block, `active` for a token, in `groups`.
+
+    The pairs tell what the dense and the pruned model have; `active_parameters` are those that a token uses.
+    """
+
+    count: int
+    active: int
+    groups: int
+    blocks: Annotated[tuple[ExpertOrder, ...], Field(min_length=1)]
+    texts: tuple[ExpertsText, ...]
+    parameters: tuple[int, int]
+    active_parameters: tuple[int, int]
+    weights_bytes: tuple[int, int]
+
+    @model_validator(mode="after")
+    def _agree(self) -> ExpertPlan:
+        for order in self.blocks:
+            if len(order.removals) != self.fewer or len({*order.removals}) != self.fewer:
+                raise ValueError(f"block {order.block} names an expert twice, or the wrong number of them")
+            if max(order.removals) >= self.count or {len(order.scores), len(order.tokens)} != {self.count}:
+                raise ValueError(f"block {order.block} names other experts than the {self.count} of each block")
+        if len({order.block for order in self.blocks}) != len(self.blocks) or not self.fewer:
+            raise ValueError("a block is named twice, or no expert is")
+        return self
+
+    @property
+    def fewer(self) -> int:
+        """How many experts of each block go."""
+        return len(self.blocks[0].removals)
+
+    @property
+    def removed(self) -> dict[int, tuple[int, ...]]:
+        """The experts that go, by block, in order."""
+        return {order.block: order.removals for order in self.blocks}
+
+    @property
+    def ranking(self) -> str:
+        """A hash of which experts go, and in which order."""
+        return hashlib.sha256(json.dumps(sorted(self.removed.items())).encode()).hexdigest()
+
+    def first(self, count: int) -> ExpertPlan:
+        """Return what goes if `count` experts of each block go; what was measured was without all of them."""
+        if count == self.fewer:
+            return self
+        blocks = tuple(order.model_copy(update={"removals": order.removals[:count]}) for order in self.blocks)
+        sizes = {name: getattr(self, name) for name in ("parameters", "active_parameters", "weights_bytes")}
+        left = {name: (was, was - (was - now) * count // self.fewer) for name, (was, now) in sizes.items()}
+        return self.model_copy(update={"blocks": blocks, "texts": (), **left})
+
+
 class Plan(VersionedRecord):
     """A finished search. Blocks are numbered from 0 as in the original model, everywhere.
+
+    A plan removes blocks, or the same number of `experts` from each; then it has no removals and no steps.
 
     `removals` are the blocks of the last step; `first` returns the plan for fewer. `request` has the resolved options,
     with which `sleb search --config plan.json -o again.json` repeats the search.
@@ -339,6 +419,7 @@ class Plan(VersionedRecord):
     dense: DenseRecord
     removals: tuple[Block, ...]
     steps: tuple[Step, ...]
+    experts: ExpertPlan | None = None
     sample_generation: SampleGeneration | None = None
     environment: EnvironmentRecord
     recovery: RecoveryRecord | None = None
@@ -359,13 +440,27 @@ class Plan(VersionedRecord):
                 raise ValueError("removals contain a block twice")
             if any(block >= self.model.blocks for block in removals):
                 raise ValueError(f"removals contain a block that a model of {self.model.blocks} blocks does not have")
-        if self.removals != ((), *self.by_size)[-1]:
+        if self.experts and (self.steps or any(order.block >= self.model.blocks for order in self.experts.blocks)):
+            raise ValueError("experts are of blocks that the model does not have, or that go")
+        if not self.experts and self.removals != self.largest:
             raise ValueError("removals and steps do not name the same blocks")
         return self
 
     @property
+    def unit(self) -> Unit:
+        """What goes: blocks, or experts of each block."""
+        return "experts" if self.experts else "blocks"
+
+    @property
+    def largest(self) -> tuple[int, ...]:
+        """What goes at the last size: see `by_size`."""
+        return ((), *self.by_size)[-1]
+
+    @property
     def by_size(self) -> tuple[tuple[int, ...], ...]:
-        """The removed blocks at each size, fewest first."""
+        """The removed blocks at each size, fewest first; of experts, the places in the order of each block."""
+        if self.experts:
+            return tuple(tuple(range(count)) for count in range(1, self.experts.fewer + 1))
         sizes: list[tuple[int, ...]] = []
         for step in self.steps:
             sizes.append(step.removals or (*((), *sizes)[-1], step.block))
@@ -377,17 +472,20 @@ class Plan(VersionedRecord):
         return all(step.removals is None for step in self.steps)
 
     def to_data(self) -> dict[str, Any]:
-        """Return the plan as in JSON, without `recovery` and `proof` if they are None."""
-        checkpoints = {"recovery": self.recovery, "proof": self.proof}
+        """Return the plan as in JSON, without `recovery`, `proof` and `experts` if they are None."""
+        checkpoints = {"recovery": self.recovery, "proof": self.proof, "experts": self.experts}
         return {key: value for key, value in super().to_data().items() if checkpoints.get(key, True) is not None}
 
     def first(self, count: int) -> Plan:
         """Return the plan of a search stopped after `count` removals; the sample generation is kept only for all."""
-        if count == len(self.removals):
+        if count == len(self.largest):
             return self
         targets = {*TARGET_NAMES, "serve_length"}
         request = {name: value for name, value in self.request.items() if name not in targets} | {"remove": count}
         search = self.search.model_copy(update={"remove": count, "target": None})
+        if self.experts:
+            fewer = {"experts": self.experts.first(count), "sample_generation": None}
+            return self.model_copy(update={"request": request, "search": search, **fewer})
         removals, steps = ((), *self.by_size)[count], self.steps[:count]
         cut = {"request": request, "removals": removals, "steps": steps, "search": search, "sample_generation": None}
         return self.model_copy(update=cut)

@@ -20,6 +20,7 @@ from sleb_cli.events import Notice, Notify, Warned
 from sleb_cli.requests import TRANSFORMERS
 from sleb_plugins import (
     Engine,
+    ExpertMetric,
     Exporter,
     FamilyAdapter,
     HiddenStateMetric,
@@ -42,7 +43,7 @@ Kind = Literal["family", "metric", "exporter", "engine"]
 
 _HOOKS: dict[str, tuple[Kind, tuple[type, ...]]] = {
     "sleb_families": ("family", (FamilyAdapter,)),
-    "sleb_metrics": ("metric", (LogitMetric, HiddenStateMetric, WeightMetric, ModelMetric)),
+    "sleb_metrics": ("metric", (LogitMetric, HiddenStateMetric, WeightMetric, ModelMetric, ExpertMetric)),
     "sleb_exporters": ("exporter", (Exporter,)),
     "sleb_engines": ("engine", (Engine,)),
 }

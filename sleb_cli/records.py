@@ -167,12 +167,13 @@ class ModelRecord(Record):
 
 
 Check = Literal[
-    "complete", "same bytes", "same tokens", "spells others", "loads", "same logits", "generates", "saves again"
+    "complete", "same bytes", "same tokens", "spells others", "loads", "same logits", "every expert", "generates",
+    "saves again",
 ]  # fmt: skip
 """What a proof can check in a checkpoint: see `engine/output/proof.py`."""
 
 
-Reference = Literal["dense", "recovered", "whole"]
+Reference = Literal["dense", "recovered", "whole", "fewer experts"]
 """What logits are compared with: see `Proof`."""
 
 
@@ -180,7 +181,8 @@ class Proof(Record):
     """What was checked in a checkpoint, in which data type and on which device, and how close the logits are.
 
     `reference` is what its logits were compared with: the dense model with these blocks skipped ("dense"), the same
-    with the recovered weights ("recovered"), or the dense model if only tokens go ("whole"). `partial` says why not
+    with the recovered weights ("recovered"), the dense model if only tokens go ("whole"), or
+    the dense model whose routers cannot choose these experts ("fewer experts"). `partial` says why not
     everything was checked, if so. The numbers are null if no logits were compared; differences are relative to the
     largest logit.
     """

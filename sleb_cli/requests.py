@@ -46,6 +46,9 @@ RunCode = Literal["confined", "unconfined"]
 StrategyName = Literal["greedy", "refine", "oneshot", "contiguous"]
 """How a search chooses blocks: see `engine/search/strategies.py`."""
 
+Unit = Literal["blocks", "experts"]
+"""What a search removes: whole blocks, or the same number of experts from each."""
+
 TargetName = Literal["ratio", "remove", "target_params", "target_memory", "target_speedup", "max_perplexity_ratio"]
 """The fields that say how far a search goes."""
 
@@ -53,6 +56,9 @@ TARGET_NAMES: tuple[TargetName, ...] = get_args(TargetName)
 
 DEFAULT_PLAN = Path("plan.json")
 DEFAULT_METRIC = "nll"
+DEFAULT_EXPERT_METRIC = "energy"
+DEFAULT_EXPERT_HOLDOUT = 0.1
+"""What an expert knows that goes shows on text that it was not chosen on."""
 DEFAULT_STRATEGY: StrategyName = "greedy"
 DEFAULT_PROTECTED = 1
 DEFAULT_CALIBRATION = "wikitext2"
@@ -200,11 +206,12 @@ class SearchRequest(Request):
     """Which blocks to search for: how many, by one field of `TARGET_NAMES`, how, and on which text."""
 
     model: str = option("A Hub id, a folder, a .gguf file, or demo.", unset=MISSING, metavar="MODEL", argument=True)
-    ratio: str | float | None = option("Remove this share of the blocks, rounded up: 0.2.", _TARGET)
-    remove: int | None = option("Remove this number of blocks.", _TARGET)
-    target_params: str | int | None = option("Remove blocks until at most this many parameters remain: 1.2B.", _TARGET)
+    unit: Unit = option("Remove blocks, or experts: the same number of each block's.", _TARGET, unset="blocks")
+    ratio: str | float | None = option("Remove this share of the blocks or experts, rounded up: 0.2.", _TARGET)
+    remove: int | None = option("Remove this number of blocks, or of each block's experts.", _TARGET)
+    target_params: str | int | None = option("Remove until at most this many parameters remain: 1.2B.", _TARGET)
     target_memory: str | int | None = option(
-        "Remove blocks until weights and KV cache fit in this much memory: 6GiB.", _TARGET
+        "Remove until weights and KV cache fit in this much memory: 6GiB.", _TARGET
     )
     serve_length: int | None = option(
         "With --target-memory: tokens in the KV cache.",
@@ -219,7 +226,9 @@ class SearchRequest(Request):
         "Remove blocks while perplexity stays within this multiple of the dense model's: 1.2.", _TARGET
     )
     metric: str | None = option(
-        "Score candidates by this metric: see `sleb plugins`.", _SCORING, default=DEFAULT_METRIC
+        "Score candidates by this metric: see `sleb plugins`.",
+        _SCORING,
+        default=f"{DEFAULT_METRIC}; {DEFAULT_EXPERT_METRIC} for experts",
     )
     strategy: StrategyName | None = option(
         "greedy; refine (greedy, then swaps); oneshot (score every block once); or contiguous (best span).",
@@ -257,7 +266,10 @@ class SearchRequest(Request):
         default="answers, in conversations that the model writes",
     )
     holdout: float | None = option(
-        "Hold out this share of the sequences to detect overfitting: 0.2.", _CALIBRATION, default=0, most=0.99
+        "Hold out this share of the sequences to detect overfitting: 0.2.",
+        _CALIBRATION,
+        default=f"0; {DEFAULT_EXPERT_HOLDOUT} for experts",
+        most=0.99,
     )
     sample_tokens: int | None = option(
         "Let both models generate this many tokens at the end, to reveal a collapse; 0 for none.",

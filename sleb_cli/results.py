@@ -14,7 +14,10 @@ from sleb_cli.requests import WorkloadName
 from sleb_cli.units import format_bytes
 
 Removals = tuple[int, ...]
-"""The removed blocks, which name a model among those that are measured together; the dense one has none."""
+"""What names a model among those that are measured together: the removed blocks; the dense one has none.
+
+Of a plan that removes experts, it is the places in the order of each block that went: 0 to the last.
+"""
 
 
 class ResultRecord(VersionedRecord):
@@ -63,6 +66,23 @@ class VocabularyRecord(CutRecord):
         return f"only {', '.join(self.scripts)}; tokens {tokens}; parameters {parameters}; {before} to {after}"
 
 
+class ExpertsRecord(CutRecord):
+    """How many experts each block had before, and has now, and the same of the model's parameters and bytes."""
+
+    title = "Experts"
+
+    experts: tuple[int, int]
+    parameters: tuple[int, int]
+    weights_bytes: tuple[int, int]
+
+    @property
+    def change(self) -> str:
+        """What went: "128 to 96 in each block; parameters …"."""
+        (before, after), parameters = self.experts, "{:,} to {:,}".format(*self.parameters)
+        bytes_before, bytes_after = map(format_bytes, self.weights_bytes)
+        return f"{before} to {after} in each block; parameters {parameters}; {bytes_before} to {bytes_after}"
+
+
 class WrittenResult(VersionedRecord):
     """A model that was written without some of its parts; what went besides blocks has a field for each kind."""
 
@@ -75,7 +95,8 @@ class WrittenResult(VersionedRecord):
 class ApplyResult(WrittenResult):
     """A written checkpoint. `proof` is null if it was skipped.
 
-    `vocabulary` tells which tokens stayed, if not all, and `recovery` how its blocks were recovered, if they were.
+    `vocabulary` tells which tokens stayed, if not all, `experts` how many experts, and `recovery` how its blocks were
+    recovered, if they were.
     """
 
     kind: Literal["apply"]
@@ -85,6 +106,7 @@ class ApplyResult(WrittenResult):
     blocks: int
     weights_bytes: int
     vocabulary: VocabularyRecord | None = None
+    experts: ExpertsRecord | None = None
     recovery: RecoveryRecord | None
     proof: Proof | None
 
@@ -104,6 +126,7 @@ class GgufResult(WrittenResult):
     file_bytes: int
     verified: bool
     vocabulary: VocabularyRecord | None = None
+    experts: ExpertsRecord | None = None
     proof: Proof | None
     unproven: str | None
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sleb_cli.plan import Plan, read_plan
-from sleb_cli.requests import DEFAULT_PLAN, DEMO, OneSizeRequest, SearchRequest, SizesRequest, SubjectRequest
+from sleb_cli.requests import DEFAULT_PLAN, DEMO, OneSizeRequest, SearchRequest, SizesRequest, SubjectRequest, Unit
 from sleb_plugins import PlanError, UsageError
 from sleb_plugins.errors import did_you_mean
 
@@ -33,6 +34,13 @@ class NamedSubject:
     file: Path | None = None
     any_model: bool = False
 
+    @property
+    def others(self) -> dict[str, Any]:
+        """What goes besides blocks, by the names of `KINDS`."""
+        found = {"experts": self.plan and self.plan.experts and self.plan.experts.removed}
+        found["scripts"] = getattr(self.request, "scripts", None)
+        return {kind: value for kind, value in found.items() if value}
+
 
 def read_subject(request: OneSizeRequest | SizesRequest, *, needs_removals: bool = False) -> NamedSubject:
     """Read the plan, or the blocks of a model.
@@ -45,7 +53,7 @@ def read_subject(request: OneSizeRequest | SizesRequest, *, needs_removals: bool
     path = Path(model)
     if is_plan(path):
         plan = read_named_plan(path, request)
-        removals = plan.removals
+        removals = plan.largest
         model, revision = _place_of_model(path, plan, request.model, revision)
     elif request.model is not None:
         raise UsageError(f"--model applies to a plan, but {model} is a model.", hint="Leave out --model.")
@@ -56,7 +64,7 @@ def read_subject(request: OneSizeRequest | SizesRequest, *, needs_removals: bool
     return NamedSubject(
         replace(request, revision=revision),
         model,
-        removals or (),
+        (plan.removals if plan else removals) or (),
         sizes=_sizes(request, len(removals or ())) if isinstance(request, SizesRequest) else (),
         plan=plan,
         file=path if plan else None,
@@ -102,10 +110,16 @@ def read_named_plan(path: Path, request: OneSizeRequest | SizesRequest) -> Plan:
             f"--blocks applies to a model, but {path} is a plan with its own blocks.", hint="Leave out --blocks."
         )
     plan = read_plan(path)
-    return plan.first(len(first_removals(plan.removals, _most(request), str(path))))
+    count = len(first_removals(plan.largest, _most(request), str(path), plan.unit))
+    if plan.experts and count % plan.experts.groups:
+        raise UsageError(
+            f"Cannot remove {count} experts: {path} is of a model with {plan.experts.groups} groups of experts.",
+            hint=f"Use a multiple of {plan.experts.groups}.",
+        )
+    return plan.first(count)
 
 
-def first_removals(removals: tuple[int, ...], count: int | None, where: str) -> tuple[int, ...]:
+def first_removals(removals: tuple[int, ...], count: int | None, where: str, unit: Unit = "blocks") -> tuple[int, ...]:
     """Return the first `count` removals of `where`; all of them by default.
 
     Raises:
@@ -115,7 +129,7 @@ def first_removals(removals: tuple[int, ...], count: int | None, where: str) -> 
         return removals
     if not 1 <= count <= len(removals):
         raise UsageError(
-            f"Cannot remove {count} blocks: {where} names {len(removals)}.", hint=f"Use --remove 1 to {len(removals)}."
+            f"Cannot remove {count} {unit}: {where} names {len(removals)}.", hint=f"Use --remove 1 to {len(removals)}."
         )
     return removals[:count]
 

@@ -7,7 +7,11 @@ from sleb_cli.records import Check, Proof, Reference
 
 def reference(kind: Reference, dense: str = "the dense model") -> str:
     """Return what logits are compared with, in words; `dense` is what they call the dense model."""
-    words = {"recovered": "the recovered model in memory", "whole": dense}
+    words = {
+        "recovered": "the recovered model in memory",
+        "whole": dense,
+        "fewer experts": f"{dense} whose routers cannot choose these experts",
+    }
     return words.get(kind, f"{dense} with these blocks skipped")
 
 
@@ -26,6 +30,7 @@ def checked(proof: Proof, dense: str = "the dense model") -> list[str]:
         "spells others": "other text still encodes, and decodes as before",
         "loads": "stock transformers finds every weight of the config in the files, and no other",
         "same logits": f"its logits on {proof.prompt_tokens} prompt tokens ({proof.prompt}) are {close} of {compared}",
+        "every expert": "each expert, used by force, gives what it gave before",
         "generates": "it generates with the KV cache",
         "saves again": "transformers saves it again, with the same weights",
     }

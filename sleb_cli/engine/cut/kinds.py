@@ -1,10 +1,12 @@
-"""The cuts besides that of blocks, by the option of `sleb apply` that asks for them: here alone are they registered."""
+"""The cuts besides that of blocks, by the option or field of a plan that asks for them: registered here alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from sleb_cli.engine.cut.experts.expert_cut import plan_experts
+from sleb_cli.engine.cut.experts.gguf_experts import plan_gguf_experts
 from sleb_cli.engine.cut.protocol import Cut, GgufCut
 from sleb_cli.engine.cut.tokens.gguf_tokens import plan_gguf_tokens
 from sleb_cli.engine.cut.tokens.token_cut import plan_tokens
@@ -19,4 +21,7 @@ class Kind(NamedTuple):
     plan_gguf: Callable[[GgufFile, Any], GgufCut]
 
 
-KINDS: Mapping[str, Kind] = {"scripts": Kind(plan_tokens, plan_gguf_tokens)}
+KINDS: Mapping[str, Kind] = {
+    "experts": Kind(plan_experts, plan_gguf_experts),
+    "scripts": Kind(plan_tokens, plan_gguf_tokens),
+}

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from sleb_cli.engine.files.shards import NewTensor
 from sleb_cli.engine.files.slices import Slices
@@ -20,7 +20,7 @@ from sleb_cli.engine.gguf.file import GgufFile, GgufTensor
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.events import Notify
 from sleb_cli.records import Check, Reference
-from sleb_cli.results import CutRecord
+from sleb_cli.results import CutRecord, Removals
 
 
 class Removal:
@@ -31,6 +31,11 @@ class Removal:
     """
 
     removals: tuple[int, ...] = ()
+
+    @property
+    def steps(self) -> Removals:
+        """What names it among the sizes of a plan: the removed blocks, or the places in the order of other parts."""
+        return self.removals
 
     @property
     def tokens(self) -> tuple[int, ...] | None:
@@ -53,10 +58,12 @@ class Cut(Removal, ABC):
     Attributes:
         tolerance: how far logits may be from the dense model's, relative to the largest, if only rounding differs.
         reference: what proofs call the dense model as if these parts were gone.
+        unseen: what proofs call the comparison of what is `watched`, if anything is.
     """
 
     tolerance: ClassVar[float] = 0.0
     reference: ClassVar[Reference] = "whole"
+    unseen: ClassVar[Check | None] = None
 
     @property
     @abstractmethod
@@ -82,6 +89,14 @@ class Cut(Removal, ABC):
     def absent(self, dense: nn.Module) -> AbstractContextManager[object]:
         """Have the dense model, whose `removals` are skipped, compute as if these parts were gone."""
         return nullcontext()
+
+    def alike(self) -> AbstractContextManager[object]:
+        """Have the dense model and the checkpoint decide alike where rounding would decide."""
+        return nullcontext()
+
+    def watched(self, model: nn.Module, *, pruned: bool) -> AbstractContextManager[list[Tensor]]:
+        """List, once the dense or the `pruned` model has run, what must also be the same in both, and may be unseen."""
+        return nullcontext([])
 
     def texts(self, tokenizer: Any) -> Iterable[str]:
         """Yield texts for which the new tokenizer must give the same tokens as the dense model's, `tokenizer`."""

@@ -14,7 +14,6 @@ from sleb_cli.asked.places import are_the_same, require_new_place
 from sleb_cli.asked.subjects import NamedSubject
 from sleb_cli.asked.text_names import is_written
 from sleb_cli.asked.verbs import gguf_to_cut, parse_shard_size
-from sleb_cli.engine.cut.kinds import KINDS
 from sleb_cli.engine.device import parse_dtype
 from sleb_cli.engine.door.subject import resolve_subject
 from sleb_cli.engine.gguf.file import GgufFile, read_gguf
@@ -45,16 +44,15 @@ def resolve_apply(
         OutputError: the output exists, or cannot be written.
     """
     quiet_libraries()
-    others = {option: value for option in KINDS if (value := getattr(request, option))}
     if gguf := gguf_to_cut(request, Path(named.model)):
         file = read_gguf(gguf)
         _require_fitting(request, named, file, registry, notify)
-        surgery = plan_gguf_surgery(file, named.removals, others)
+        surgery = plan_gguf_surgery(file, named.removals, named.others)
         output = _output(request, request.output or default_file(surgery), gguf)
         return partial(prune_gguf, surgery, output, registry, notify)
-    subject = group.main_first(lambda: resolve_subject(named, registry, notify, others=others))
+    subject = group.main_first(lambda: resolve_subject(named, registry, notify))
     output = _output_of_checkpoint(request, subject)
-    if others and group.is_main:
+    if subject.surgery.tokens is not None and group.is_main:
         _say_what_is_lost(request, subject, notify)
     if not request.recoveries:
         return partial(apply_removals, subject, output, notify)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from sleb_cli.asked.subjects import NamedSubject
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
@@ -25,23 +24,24 @@ def surgeries(subject: Subject, sizes: Sequence[int]) -> tuple[Surgery, ...]:
     Raises:
         UsageError: there is no such size.
     """
-    removals, plan = subject.surgery.removals, subject.plan
+    removals, plan = subject.surgery.steps, subject.plan
     if subject.recovered and tuple(sizes) != (len(removals),):
         raise _has_one_size(subject.recovered.source, len(removals))
     by_size = plan.by_size if plan else [removals[:size] for size in range(1, len(removals) + 1)]
+    if plan and plan.experts:
+        found = [{"experts": plan.experts.first(size).removed} for size in sizes]
+        return tuple(plan_surgery(subject.architecture, (), others) for others in found)
     return tuple(plan_surgery(subject.architecture, by_size[size - 1]) for size in sizes)
 
 
-def resolve_subject(
-    named: NamedSubject, registry: Registry, notify: Notify, *, others: Mapping[str, Any] | None = None
-) -> Subject:
-    """Find the model, and plan its surgery; what goes besides blocks is in `others`, as `plan_surgery` takes it.
+def resolve_subject(named: NamedSubject, registry: Registry, notify: Notify) -> Subject:
+    """Find the model, and plan its surgery.
 
     Raises:
         PlanError: the plan was made for another model.
         UsageError: the blocks do not fit.
     """
-    surgery = plan_surgery(find_model(named, registry, notify), named.removals, others)
+    surgery = plan_surgery(find_model(named, registry, notify), named.removals, named.others)
     return Subject(surgery, named.plan, named.file)
 
 

@@ -35,8 +35,12 @@ class BlockNames:
 
     def block_of(self, name: str) -> int | None:
         """Return the block that a tensor or module belongs to by its name, or None for one outside the blocks."""
+        return self.split(name)[0]
+
+    def split(self, name: str) -> tuple[int | None, str]:
+        """Return the block that a tensor or module belongs to, and its name there; None and its name outside them."""
         found = self._of_block.fullmatch(name)
-        return int(found[2]) if found else None
+        return (int(found[2]), found[3].removeprefix(".")) if found else (None, name)
 
     def renamed(self, name: str) -> str | None:
         """Return a tensor's or module's name in the pruned model; None if it belongs to a removed block.

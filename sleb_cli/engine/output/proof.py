@@ -205,12 +205,13 @@ class _Models:
             return
         ids, new_tokens = self._prompt()
         own = torch.tensor([self.surgery.token_ids(ids[0].tolist())], device=ids.device)  # in the checkpoint
-        expected = self._expected_logits(ids)
+        expected, unseen = self._expected_logits(ids)
         free_memory()
         with task(self.notify, "Proving the checkpoint"):
             model = self._load()
             yield "loads", {}
-            difference = _relative_difference(_logits(model, own), expected)
+            with self._watched(model, pruned=True) as found:
+                difference = _relative_difference(_logits(model, own), expected)
             if not difference <= self._allowed:
                 states = self._states(model, own)
                 del model  # before the dense model is loaded again
@@ -220,8 +221,10 @@ class _Models:
                 "prompt": "random tokens" if self.tokenizer is None else "text", "prompt_tokens": ids.shape[1],
                 "logits_difference": difference, "logits_tolerance": self._allowed,
             }  # fmt: skip
+            yield from self._compare_unseen(found, unseen)
             _, allowed = TOLERANCES.get(self.placement.dtype, (0.0, 0.0))
-            difference = _decode(model, own, new_tokens, allowed)
+            with self._alike():
+                difference = _decode(model, own, new_tokens, allowed)
             yield "generates", {"new_tokens": new_tokens, "cache_difference": difference, "cache_tolerance": allowed}
             if self.was_saved:
                 yield "saves again", {}
@@ -282,8 +285,30 @@ class _Models:
                 stack.enter_context(cut.absent(skippable.model))
             yield skippable
 
-    def _expected_logits(self, ids: Tensor) -> Tensor:
-        with self._opened_reference() as skippable:
+    @contextmanager
+    def _alike(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for cut in self.surgery.cuts:
+                stack.enter_context(cut.alike())
+            yield
+
+    @contextmanager
+    def _watched(self, model: Any, *, pruned: bool) -> Iterator[list[list[Tensor]]]:
+        """Have a model decide as the other one does, and list what it does unseen, by cut."""
+        with ExitStack() as stack, self._alike():
+            yield [stack.enter_context(cut.watched(model, pruned=pruned)) for cut in self.surgery.cuts]
+
+    def _compare_unseen(self, found: Sequence[list[Tensor]], expected: Sequence[list[Tensor]]) -> Iterator[CheckResult]:
+        for cut, ours, theirs in zip(self.surgery.cuts, found, expected, strict=True):
+            for number, pair in enumerate(zip(ours, theirs, strict=True)):
+                if not (pair[1].numel() and _relative_difference(*pair) <= self._allowed):
+                    raise proof_error(f"without {cut.what}, part {number} of what is left gives something else")
+            if cut.unseen:
+                yield cut.unseen, {}
+
+    def _expected_logits(self, ids: Tensor) -> tuple[Tensor, list[list[Tensor]]]:
+        """Return the logits of the reference, and what it does unseen."""
+        with self._opened_reference() as skippable, self._watched(skippable.model, pruned=False) as unseen:
             expected = skippable.logits(ids, self.surgery.removed)
         if not bool(expected.isfinite().all()):
             dtype = self.placement.dtype
@@ -294,7 +319,8 @@ class _Models:
                 if dtype == torch.float16
                 else "Check the model's weights.",
             )
-        return expected if self.surgery.tokens is None else expected[..., list(self.surgery.tokens)]
+        kept = expected if self.surgery.tokens is None else expected[..., list(self.surgery.tokens)]
+        return kept, unseen
 
     def _load(self) -> Any:
         """Load the checkpoint as transformers does, where the dense model was; without values if that is too large."""

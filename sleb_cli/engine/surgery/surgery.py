@@ -13,6 +13,7 @@ from sleb_cli.engine.cut.protocol import Cut
 from sleb_cli.engine.files.config_files import CONFIG
 from sleb_cli.engine.files.slices import Slices
 from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.results import Removals
 from sleb_plugins.config_keys import Kept, kept_blocks
 
 T = TypeVar("T")
@@ -29,6 +30,11 @@ class Surgery:
     def removals(self) -> tuple[int, ...]:
         """The removed blocks, numbered as in the original, in the order of their removal."""
         return tuple(block for cut in self.cuts for block in cut.removals)
+
+    @cached_property
+    def steps(self) -> Removals:
+        """What names it among the sizes of a plan."""
+        return tuple(step for cut in self.cuts for step in cut.steps)
 
     @property
     def removed(self) -> frozenset[int]:

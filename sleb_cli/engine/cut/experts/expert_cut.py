@@ -1,0 +1,154 @@
+"""The cut of experts: settings, tensors that go or lose parts, and how the dense model computes without them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sleb_cli.engine.cut.experts.experts import Experts, find_experts
+from sleb_cli.engine.cut.experts.routing import Choice, TiesByNumber, watched, without_experts
+from sleb_cli.engine.cut.protocol import Cut, Removal
+from sleb_cli.engine.files.config_files import CONFIG
+from sleb_cli.engine.files.slices import Slices
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.model.block_names import BlockNames
+from sleb_cli.results import ExpertsRecord
+from sleb_plugins import PlanError
+from sleb_plugins.config_keys import kept_blocks
+
+Removed = Mapping[int, Sequence[int]]
+"""The experts that go, by block, in the order of their removal: as many of each."""
+
+
+@dataclass(frozen=True)
+class ExpertRemoval(Removal):
+    """What cuts of experts have in common.
+
+    Attributes:
+        count: the number of experts of each block.
+        removed: those that go.
+    """
+
+    count: int
+    removed: Removed
+
+    @property
+    def fewer(self) -> int:
+        """How many go of each block."""
+        return len(next(iter(self.removed.values())))
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The places in each block's order."""
+        return tuple(range(self.fewer))
+
+    @property
+    def name_parts(self) -> tuple[str, ...]:
+        """What it adds to the name of a checkpoint."""
+        return (f"{self.count - self.fewer}-experts",)
+
+    def kept(self, block: int) -> tuple[int, ...]:
+        """Return the experts of a block that stay; of one for multi-token prediction, those of the last block."""
+        removed = self.removed.get(block, self.removed[max(self.removed)])
+        return tuple(sorted({*range(self.count)}.difference(removed)))
+
+    def record(self, sizes: Mapping[str, tuple[int, int]]) -> Mapping[str, ExpertsRecord]:
+        """Return how many experts each block had, and has now."""
+        return {"experts": ExpertsRecord(experts=(self.count, self.count - self.fewer), **sizes)}
+
+
+@dataclass(frozen=True)
+class ExpertCut(ExpertRemoval, Cut):
+    """The cut of experts from a checkpoint."""
+
+    architecture: Architecture
+    experts: Experts
+
+    reference = "fewer experts"
+    unseen = "every expert"
+    tolerance = 1e-4  # the router's product has another width; 3.6e-5 was the most of 58 families
+
+    @property
+    def what(self) -> str:
+        """What goes, after "without"."""
+        return f"{self.fewer} of the {self.count} experts of each block"
+
+    @cached_property
+    def _names(self) -> BlockNames:
+        return self.architecture.block_names(kept_blocks(self.architecture.block_count, ()))
+
+    def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the config with the new count."""
+        if file != CONFIG:
+            return values
+        return self.experts.with_count(self.architecture, values, self.count - self.fewer)
+
+    def tensor(self, name: str) -> tuple[str, Slices | None] | None:
+        """Return the new name of a tensor of one expert, or the slices that stay of a tensor of all."""
+        block, inner = self._names.split(name)
+        if block is None or (block < self.architecture.block_count and block not in self.removed):
+            return name, None
+        kept = self.kept(block)
+        if inner in self.experts.parts:
+            return name, self.experts.parts[inner].kept(kept, self.count)
+        if (found := self.experts.numbered_in(inner)) is None:
+            return name, None
+        before, number, after = found
+        if number >= self.count:  # one that computes nothing
+            number -= self.fewer
+        elif number not in kept:
+            return None
+        else:
+            number = kept.index(number)
+        return f"{name.removesuffix(inner)}{before}{number}{after}", None
+
+    def absent(self, dense: nn.Module) -> AbstractContextManager[object]:
+        """Have the dense model's routers choose among the experts that stay."""
+        blocks = [*self.architecture.blocks_of(dense)]
+        return without_experts(self.experts, blocks, self.removed, self.architecture.config.model_type)
+
+    def alike(self) -> AbstractContextManager[object]:
+        """Break ties of a choice by number, which the cut leaves in order."""
+        return TiesByNumber()
+
+    @contextmanager
+    def watched(self, model: nn.Module, *, pruned: bool) -> Iterator[list[Tensor]]:
+        """Have each expert that stays make something of its own, as text may not reach it."""
+        made: dict[int, Tensor] = {}
+
+        def force(block: int, choice: Choice) -> None:
+            if block not in made and len(choice.hidden):
+                kept = self.kept(block)
+                states = torch.randn(len(kept), choice.hidden.shape[-1], generator=torch.Generator().manual_seed(block))
+                numbers = torch.tensor(range(len(kept)) if pruned else kept, device=choice.experts.device)
+                made[block] = choice.alone(states.to(choice.hidden), numbers).cpu()
+
+        found: list[Tensor] = []
+        experts = replace(self.experts, count=self.count - self.fewer) if pruned else self.experts
+        with watched(experts, [*self.architecture.blocks_of(model)], force):
+            yield found
+        found += [made.get(block, torch.empty(0)) for block in self.experts.blocks]
+
+
+def plan_experts(architecture: Architecture, removed: Removed) -> ExpertCut:
+    """Return the cut of these experts, checked against the model.
+
+    Raises:
+        PlanError: the model has other experts.
+        UnsupportedModelError: it has none that can be removed.
+    """
+    experts = find_experts(architecture)
+    highest = max(expert for gone in removed.values() for expert in gone)
+    if {*removed} != {*experts.blocks} or highest >= experts.count:
+        raise PlanError(
+            f"The plan names experts that {architecture.source.id} does not have: {experts.count} in each of "
+            f"{len(experts.blocks)} blocks.",
+            hint="Search again.",
+        )
+    return ExpertCut(experts.count, removed, architecture, experts)

@@ -1,0 +1,258 @@
+"""Where a model keeps its experts, by structure alone: which setting counts them, and which tensors are theirs.
+
+No weight is read, and no family is named: the model is built without weights with fewer experts, and what shrinks with
+their number is theirs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from sleb_cli.engine.files.slices import Slices
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.transformers_internals import revert_weight_conversion
+from sleb_plugins import ModelError, UnsupportedModelError
+from sleb_plugins.config_keys import OTHER_TEXT_KEYS, kept_blocks
+
+MIN_EXPERTS = 4
+"""A model with fewer has none to spare: twice those active must stay, and one must go."""
+
+_ACTIVE = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
+"""How configs name the number of experts that a token uses."""
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor with `units` equal parts along `axis`: first one of each expert, then those of none, which stay."""
+
+    axis: int
+    units: int
+
+    def kept(self, experts: Sequence[int], count: int) -> Slices:
+        """Return the slices of these experts, of `count`."""
+        return Slices(self.axis, self.units, (*experts, *range(count, self.units)))
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a model. Names of tensors and modules are those in a block: `mlp.experts.gate_up_proj`.
+
+    Attributes:
+        key: the setting of the language model's config that counts them; in some families, in a dictionary there.
+        count: how many each block has.
+        active: how many a token uses.
+        groups: in how many groups, of which the router chooses some first.
+        blocks: the blocks that have experts.
+        module: the module that holds their weights.
+        router: the tensors by which they are chosen.
+        parts: the tensors with a part of each, by their names in the model and in the files.
+        numbered: what precedes an expert's number in names of tensors of one expert: `mlp.experts.`.
+    """
+
+    key: tuple[str, ...]
+    count: int
+    active: int
+    groups: int
+    blocks: tuple[int, ...]
+    module: str
+    router: Mapping[str, Part]
+    parts: Mapping[str, Part]
+    numbered: frozenset[str]
+
+    def numbered_in(self, name: str) -> tuple[str, int, str] | None:
+        """Split the name of a tensor of one expert around its number."""
+        for before in self.numbered:
+            if name.startswith(before) and (found := re.match(r"(\d{1,6})(\..*)", name[len(before) :], re.DOTALL)):
+                return before, int(found[1]), found[2]
+        return None
+
+    def with_count(self, architecture: Architecture, raw: Mapping[str, Any], count: int) -> dict[str, Any]:
+        """Return a config with this number of experts, under each name that the file gives it."""
+        return _with_count(architecture, raw, self.key, count)
+
+
+def find_experts(architecture: Architecture) -> Experts:
+    """Find the experts of a model.
+
+    Raises:
+        UnsupportedModelError: it has none, or its structure does not tell which parts are an expert's.
+    """
+    text, skeleton = architecture.text_config, architecture.skeleton
+    state, groups = dict(skeleton.state_dict()), getattr(text, "n_group", None) or 1
+    found = {}
+    for key, count in _counts(text.to_dict()):
+        if count >= MIN_EXPERTS and count > 2 * groups and (fewer := _fewer(architecture, key, count, groups)):
+            first, second = (_changes(state, dict(model.state_dict()), less) for model, less in fewer)
+            # Twice as many less must change the same tensors by twice as much.
+            if first and first == second and sum(state[name].ndim > 1 for name in first) > 2:
+                found[key] = count, first, fewer[0][0]
+    if not found:
+        raise refused(architecture, "no setting of its config counts experts that its blocks have")
+    largest = max(len(parts) for _, parts, _ in found.values())
+    keys = [key for key, (_, parts, _) in found.items() if len(parts) == largest]
+    if len(keys) > 1:
+        raise refused(architecture, f"several settings count its experts: {', '.join('.'.join(key) for key in keys)}")
+    count, parts, fewer_experts = found[keys[0]]
+    inner = [_in_block(architecture, name) for name in parts]
+    if None in inner:
+        raise refused(architecture, "it has experts outside its blocks, too")
+    blocks = tuple(sorted({block for block, _ in filter(None, inner)}))
+    by_name = {rest: parts[name] for name, (_, rest) in zip(parts, filter(None, inner), strict=True)}
+    module, router = _roles(architecture, state, by_name, blocks, count)
+    in_files, numbered = _in_files(architecture, skeleton, fewer_experts, groups)
+    active = next((v for key in _ACTIVE if isinstance(v := _value(text, keys[0], key), int)), 1)
+    experts = Experts(keys[0], count, active, groups, blocks, module, router, by_name | in_files, numbered)
+    return _with_siblings(architecture, experts)
+
+
+def refused(architecture: Architecture, why: str) -> UnsupportedModelError:
+    """Return the error for a model whose experts cannot be removed."""
+    return UnsupportedModelError(
+        f"No expert can be removed from {architecture.source.id} ({architecture.config.model_type}), because {why}.",
+        hint="Remove blocks: leave out --unit experts. docs/experts.md says which models have experts to remove.",
+    )
+
+
+def _counts(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _counts(value, (*path, str(key)))
+        elif "expert" in str(key) and type(value) is int:
+            yield (*path, str(key)), value
+
+
+def _value(text: Any, key: tuple[str, ...], name: str) -> Any:
+    """Return a setting that stands beside the one that counts the experts, or in the language model's config."""
+    inner: Any = text
+    for part in key[:-1]:
+        inner = getattr(inner, part, None)
+    found = inner.get(name) if isinstance(inner, Mapping) else getattr(inner, name, None)
+    return getattr(text, name, None) if found is None else found
+
+
+def _with_count(architecture: Architecture, raw: Mapping[str, Any], key: tuple[str, ...], count: int) -> dict[str, Any]:
+    places = (architecture.text_key, *OTHER_TEXT_KEYS) if architecture.text_key else ()
+    text = next((place for place in places if isinstance(raw.get(place), dict)), "")
+    changed = inner = dict(raw)
+    for part in (*([text] if text else []), *key[:-1]):
+        inner[part] = inner = dict(inner.get(part) or {})
+    aliases = type(architecture.text_config).attribute_map
+    names = [name for name in inner if name == key[-1] or aliases.get(name) == key[-1] or aliases.get(key[-1]) == name]
+    inner |= dict.fromkeys(names or [key[-1]], count)
+    return changed
+
+
+def _fewer(architecture: Architecture, key: tuple[str, ...], count: int, groups: int) -> list[tuple[nn.Module, int]]:
+    """Build the model with one expert less in each group, and with two; return nothing if either cannot be built."""
+    raw = {name: value for name, value in architecture.source.raw_config.items() if name != "quantization_config"}
+    try:
+        return [
+            (architecture.build(architecture.read_config(_with_count(architecture, raw, key, count - less))), less)
+            for less in (groups, 2 * groups)
+        ]
+    except ModelError:
+        return []
+
+
+def _changes(before: Tensors, after: Tensors, less: int) -> dict[str, Part] | None:
+    """Return the tensors that shrink with the number of experts; None if anything else changes."""
+    found = {}
+    for name, old in before.items():
+        new = after.get(name)
+        if new is None or old.ndim != new.ndim:
+            return None
+        axes = [axis for axis in range(old.ndim) if old.shape[axis] != new.shape[axis]]
+        if not axes:
+            continue
+        axis = axes[0]
+        width, rest = divmod(old.shape[axis] - new.shape[axis], less)
+        first = all(size == 1 for size in old.shape[:axis])
+        if len(axes) > 1 or not first or rest or width < 1 or old.shape[axis] % width:
+            return None
+        found[name] = Part(axis, old.shape[axis] // width)
+    return found
+
+
+def _in_block(architecture: Architecture, name: str) -> tuple[int, str] | None:
+    """Return the block of a tensor of the model, and its name there."""
+    found = re.fullmatch(rf"{re.escape(architecture.adapter.blocks_path)}\.(\d+)\.(.*)", name, re.DOTALL)
+    return (int(found[1]), found[2]) if found else None
+
+
+def _roles(
+    architecture: Architecture, state: Tensors, parts: Mapping[str, Part], blocks: Sequence[int], count: int
+) -> tuple[str, dict[str, Part]]:
+    """Tell the module that holds the experts' weights from the tensors by which they are chosen."""
+    path = architecture.adapter.blocks_path
+    first = {name: state.get(f"{path}.{blocks[0]}.{name}") for name in parts}
+    shapes = {name: tensor.shape for name, tensor in first.items() if tensor is not None}
+    if shapes.keys() != parts.keys():
+        raise refused(architecture, "its blocks keep their experts in different ways")
+
+    def is_weight(name: str) -> bool:
+        return len(shapes[name]) > 2 or shapes[name][parts[name].axis] > 2 * count
+
+    holders = sorted({name.rpartition(".")[0] for name in parts if is_weight(name)})
+    if not holders:
+        raise refused(architecture, "none of its tensors holds weights of experts")
+    module = holders[0] if len(holders) == 1 else holders[0].rpartition(".")[0]
+    if any(holder != module and holder.rpartition(".")[0] != module for holder in holders):
+        raise refused(architecture, f"it has two kinds of experts: {', '.join(holders)}")
+    router = {name: part for name, part in parts.items() if not name.startswith(f"{module}.")}
+    if not router:
+        raise refused(architecture, "it has no router")
+    around = f"{path}.{blocks[0]}.{module.rpartition('.')[0]}".rstrip(".")
+    for name, tensor in state.items():
+        if name.startswith(f"{around}.") and not tensor.is_floating_point() and tensor.numel() > 1:
+            raise refused(architecture, f"{name} may hold numbers of experts, as for routing by hash")
+    return module, router
+
+
+def _in_files(
+    architecture: Architecture, model: nn.Module, fewer: nn.Module, less: int
+) -> tuple[dict[str, Part], frozenset[str]]:
+    """Return the same of tensors as transformers writes them, which may be one for each expert."""
+    before, after = (revert_weight_conversion(each, dict(each.state_dict())) for each in (model, fewer))
+    names = architecture.block_names(kept_blocks(architecture.block_count, ()))
+    parts, numbered = dict[str, Part](), set[str]()
+    for name, old in before.items():
+        block, rest = names.split(name)
+        new = after.get(name)
+        if block is None or (new is not None and new.shape == old.shape):
+            continue
+        if new is None:  # of the last expert: what precedes its number is the same for all
+            found = re.match(r"(.*?\.)\d+\.", rest)
+            if not found:
+                raise refused(architecture, f"{name} would go as a whole")
+            numbered.add(found[1])
+        elif changed := _changes({name: old}, {name: new}, less):
+            parts[rest] = changed[name]
+        else:
+            raise refused(architecture, f"{name} is stored in a way that no part of it is one expert's")
+    return parts, frozenset(numbered)
+
+
+def _with_siblings(architecture: Architecture, experts: Experts) -> Experts:
+    """Add what quantized files hold beside stacked weights: scales and packed values, first by expert.
+
+    Raises:
+        UnsupportedModelError: the files do not hold the experts of each block.
+    """
+    names = architecture.block_names(kept_blocks(architecture.block_count, ()))
+    stems, found, parts = [name.removesuffix(".weight") for name in experts.parts], set(), dict(experts.parts)
+    for tensor in architecture.source.weights.stored:
+        block, rest = names.split(tensor.name)
+        if rest not in parts and tensor.shape[:1] == (experts.count,) and any(map(rest.startswith, stems)):
+            parts[rest] = Part(0, experts.count)
+        if rest not in experts.router and (rest in parts or experts.numbered_in(rest)):
+            found.add(block)
+    if missing := sorted({*experts.blocks} - found):
+        raise refused(architecture, f"its weight files hold no experts of block {missing[0]} under a known name")
+    return replace(experts, parts=parts)

@@ -1,0 +1,78 @@
+"""The cut of experts of a GGUF file: its count, and the parts of tensors, which are the outermost there."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from sleb_cli.engine.cut.experts.expert_cut import ExpertCut, ExpertRemoval, Removed, plan_experts
+from sleb_cli.engine.cut.protocol import GgufCut
+from sleb_cli.engine.gguf.blocks import BLOCK
+from sleb_cli.engine.gguf.file import GgufFile, GgufTensor, with_value
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_plugins import PlanError, UnsupportedModelError
+
+_BY_EXPERT = re.compile(r"\.(ffn_(gate|up|down|gate_up)_exps(\.\w+)?|ffn_gate_inp\.(weight|bias)|exp_probs_b(\.bias)?)")
+"""Tensors with a part of each expert; their shape is checked, too."""
+_MAYBE = re.compile(r"\.(ffn_gate_inp\.\w+|ffn_norm_exps\.\w+)|.*shexp.*")
+"""Tensors that may have as many values as there are experts, and are of none."""
+_REFUSED = {
+    "ffn_gate_tid2eid": "its routers choose experts by the numbers of tokens",
+    "_chexps": "its experts share parts of one another",
+}
+_SPECIAL_COUNTS = {("llama4", 128): "llama.cpp computes attention otherwise for 128 experts than for fewer"}
+
+
+@dataclass(frozen=True)
+class GgufExpertCut(ExpertRemoval, GgufCut):
+    """The cut of experts from a GGUF file."""
+
+    def of_model(self, architecture: Architecture) -> ExpertCut:
+        """Return the same cut of the model that transformers reads in the file."""
+        return plan_experts(architecture, self.removed)
+
+    def header(self, file: GgufFile) -> GgufFile:
+        """Return the header of the file with only the experts that stay."""
+        key, fewer = f"{file.architecture}.expert_count", self.count - self.fewer
+        entries = (with_value(entry, fewer) if entry.key == key else entry for entry in file.entries)
+        return replace(file, entries=tuple(entries), tensors=tuple(map(self._cut, file.tensors)))
+
+    def _cut(self, tensor: GgufTensor) -> GgufTensor:
+        block = _block_with_experts(tensor, self.count)
+        return tensor if block is None else tensor.only(self.kept(block))
+
+
+def plan_gguf_experts(file: GgufFile, removed: Removed) -> GgufExpertCut:
+    """Return the cut of these experts, checked against the file, and against how llama.cpp loads the result.
+
+    Raises:
+        PlanError: the file has other experts.
+        UnsupportedModelError: they cannot be cut.
+    """
+    count = file.count("expert_count") or 0
+    why = _SPECIAL_COUNTS.get((file.architecture, count))
+    for tensor in file.tensors:
+        why = why or next((reason for part, reason in _REFUSED.items() if part in tensor.name), None)
+        if "_exps." in tensor.name and not _MAYBE.search(tensor.name) and _block_with_experts(tensor, count) is None:
+            why = why or f"sleb does not know what {tensor.name} holds"
+    if why:
+        raise UnsupportedModelError(f"No expert can be removed from {file.path}, because {why}.", hint="Remove blocks.")
+    blocks = {block for tensor in file.tensors if (block := _block_with_experts(tensor, count)) is not None}
+    known = blocks & {*removed}
+    if {*removed} != known or any(block < max(removed, default=0) for block in blocks - known):
+        raise PlanError(
+            f"{file.path} has {count} experts in each of {len(blocks)} blocks, which are not those of the plan.",
+            hint="Name a GGUF file of the plan's model.",
+        )
+    if any(not 0 <= each < count for gone in removed.values() for each in gone):
+        raise PlanError(
+            f"{file.path} has {count} experts in a block, fewer than the plan's model.", hint="Search again."
+        )
+    return GgufExpertCut(count, removed)
+
+
+def _block_with_experts(tensor: GgufTensor, count: int) -> int | None:
+    """Return the block of a tensor that has a part of each expert; None for any other tensor."""
+    found = BLOCK.fullmatch(tensor.name)
+    is_theirs = found and _BY_EXPERT.fullmatch(found[2]) and tensor.shape[-1:] == (count,)
+    return int(found[1]) if found and is_theirs else None

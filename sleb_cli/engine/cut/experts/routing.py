@@ -1,0 +1,210 @@
+"""What a model computes if some experts cannot be chosen, and what each expert makes, without a family's code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sleb_cli.engine.cut.experts.experts import Experts, Part
+from sleb_plugins import UnsupportedModelError
+
+Forward = Callable[..., Any]
+
+
+@contextmanager
+def without_experts(
+    experts: Experts, blocks: Sequence[nn.Module], removed: Mapping[int, Sequence[int]], model_type: str
+) -> Iterator[None]:
+    """Have no router choose these experts, by block: what it computes of them, and the biases of the choice, are -inf.
+
+    All of it happens while the router runs, so its weights may have come from the disk just before.
+
+    Raises:
+        UnsupportedModelError: at the end, if a block has run and its router was not reached.
+    """
+    reached = {block: _Reached() for block in experts.blocks if removed.get(block)}
+    with ExitStack() as stack:
+        for block, counts in reached.items():
+            for child in sorted({name.partition(".")[0] for name in experts.router}):
+                own = {name.partition(".")[2]: part for name, part in experts.router.items() if name.startswith(child)}
+                module, gone = blocks[block].get_submodule(child), torch.tensor(sorted(removed[block]))
+                stack.enter_context(_replaced(module, _masking(module, own, gone, counts)))
+        yield
+    for block, counts in reached.items():
+        if counts.runs and not counts.masked:
+            raise UnsupportedModelError(
+                f"The experts of {model_type} cannot be left out: sleb does not reach the router of block {block}.",
+                hint="Open an issue that names this family.",
+            )
+
+
+@dataclass
+class _Reached:
+    """How often a router ran, and how often what it computed was changed."""
+
+    runs: int = 0
+    masked: int = 0
+
+
+def _masking(module: nn.Module, router: Mapping[str, Part], gone: Tensor, counts: _Reached) -> Callable[[Forward], Any]:
+    def tensor(name: str) -> Tensor:
+        owner, _, last = name.rpartition(".")
+        found: Tensor = getattr(module.get_submodule(owner), last)
+        return found
+
+    def masked(own: Forward, *args: Any, **kwargs: Any) -> Any:
+        tensors = {name: tensor(name) for name in router}
+        biases = {name: each for name, each in tensors.items() if each.squeeze().ndim == 1}
+        before = {name: each.data.clone() for name, each in biases.items()}
+        mode = _Masked([each for name, each in tensors.items() if name not in biases], gone)
+        for name, each in biases.items():  # of a scale by expert, those of removed ones are never read
+            each.data.index_fill_(router[name].axis, gone.to(each.device), float("-inf"))
+        try:
+            with mode:
+                return own(*args, **kwargs)
+        finally:
+            counts.runs += 1
+            counts.masked += mode.hits
+            for name, each in biases.items():
+                each.data.copy_(before[name])
+
+    return lambda own: lambda *args, **kwargs: masked(own, *args, **kwargs)
+
+
+class _Masked(TorchFunctionMode):
+    """Puts -inf on the last axis of what is computed with a router's weights, or with casts or views of them."""
+
+    def __init__(self, weights: Sequence[Tensor], gone: Tensor) -> None:
+        super().__init__()
+        self.weights, self.gone, self.hits = {id(weight): weight for weight in weights}, gone, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        given = [each for each in (*args, *(kwargs or {}).values()) if isinstance(each, Tensor)]
+        is_theirs = any(id(each) in self.weights for each in given)
+        if not is_theirs or not isinstance(output, Tensor) or not output.is_floating_point():
+            return output
+        if len(given) == 1:
+            self.weights[id(output)] = output  # kept alive, so that no other tensor gets its number
+            return output
+        self.hits += 1
+        return output.index_fill(-1, self.gone.to(output.device), float("-inf"))
+
+
+class TiesByNumber(TorchFunctionMode):
+    """Has `topk` take the lower of equals, so that a model and its cut, which keeps their order, choose alike.
+
+    torch takes any of them, by how many there are. In bfloat16, a router's logits are often equal.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in (torch.topk, Tensor.topk) or not kwargs.get("largest", True):
+            return func(*args, **kwargs)
+        scores, count, axis = (*args, *(kwargs[name] for name in ("k", "dim") if name in kwargs), -1)[:3]
+        values, places = torch.sort(scores, dim=axis, descending=True, stable=True)
+        return torch.return_types.topk((values.narrow(axis, 0, count), places.narrow(axis, 0, count)))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which experts a block's router chose for some tokens, and what they make.
+
+    Attributes:
+        hidden: what the experts are given, [tokens, width].
+        experts: their numbers, int64 [tokens, active]; numbers from the count on are experts that compute nothing.
+        gates: the weight of each, [tokens, active].
+        alone: returns what chosen experts make of other hidden states, [tokens, width] and [tokens], by a gate of 1.
+    """
+
+    hidden: Tensor
+    experts: Tensor
+    gates: Tensor
+    alone: Callable[[Tensor, Tensor], Tensor]
+
+
+@contextmanager
+def watched(experts: Experts, blocks: Sequence[nn.Module], tell: Callable[[int, Choice], object]) -> Iterator[None]:
+    """Tell of each choice of a block, by its number; what the model computes stays as it is.
+
+    The call of the experts is that of the module with their weights, or of one around it, which is given the experts
+    and gates of each token.
+    """
+    with ExitStack() as stack:
+        for block in experts.blocks:
+            path = experts.module
+            while path:
+                module, all_at_once = blocks[block].get_submodule(path), path == experts.module
+                stack.enter_context(_replaced(module, _telling(experts.count, block, tell, all_at_once=all_at_once)))
+                path = path.rpartition(".")[0]
+        yield
+
+
+def _telling(count: int, block: int, tell: Callable[[int, Choice], object], *, all_at_once: bool) -> Any:
+    def told(own: Forward, hidden: Any, *rest: Any, **options: Any) -> Any:
+        output = own(hidden, *rest, **options)
+        given = [each for each in (*rest, *options.values()) if isinstance(each, Tensor)]
+        choice = _choice(own, hidden, given)
+        if choice is None and all_at_once and not given and hidden.ndim == 2 and output.shape == hidden.shape:
+            choice = _choice_of_all(own, hidden, count)
+        if choice is not None:
+            tell(block, choice)
+        return output
+
+    return lambda own: lambda hidden, *rest, **options: told(own, hidden, *rest, **options)
+
+
+def _choice(own: Forward, hidden: Tensor, given: Sequence[Tensor]) -> Choice | None:
+    """Read a call that is given the experts of each token and their gates, told apart by their types."""
+    numbers = next((each for each in given if each.dtype in (torch.int64, torch.int32)), None)
+    if numbers is None or numbers.ndim < 2:
+        return None
+    active, flat = numbers.shape[-1], hidden.reshape(-1, hidden.shape[-1])
+    gates = next((each for each in given if each.is_floating_point() and each.shape == numbers.shape), None)
+    if gates is None or numbers.numel() // active != len(flat):
+        return None
+
+    def alone(states: Tensor, chosen: Tensor) -> Tensor:
+        one = gates.new_ones(len(chosen), 1)
+        try:
+            made: Tensor = own(states, chosen[:, None], one)
+        except (ValueError, IndexError):  # it takes as many as a token has: the same again, by a gate of 0
+            gate = torch.cat([one, gates.new_zeros(len(chosen), active - 1)], 1)
+            made = own(states, chosen[:, None].expand(-1, active).contiguous(), gate)
+        return made
+
+    return Choice(flat, numbers.reshape(-1, active), gates.reshape(-1, active), alone)
+
+
+def _choice_of_all(own: Forward, hidden: Tensor, count: int) -> Choice:
+    """Read a call that is given all tokens for one expert after the other, scaled by gates (0 for one not chosen)."""
+
+    def alone(states: Tensor, chosen: Tensor) -> Tensor:
+        first: Tensor = own(states.repeat(count, 1)).view(count, len(states), -1)
+        return first[chosen, torch.arange(len(states), device=chosen.device)]
+
+    of_expert = hidden.view(count, -1, hidden.shape[-1])
+    used = (of_expert != 0).any(-1)  # [experts, tokens]
+    numbers, tokens = used.nonzero(as_tuple=True)
+    return Choice(
+        of_expert[numbers, tokens], numbers[:, None], used.new_ones(len(numbers), 1, dtype=hidden.dtype), alone
+    )
+
+
+@contextmanager
+def _replaced(module: nn.Module, wrap: Callable[[Forward], Forward]) -> Iterator[None]:
+    """Replace what a module computes, on its instance."""
+    before = vars(module).get("forward")
+    module.forward = wrap(module.forward)
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
