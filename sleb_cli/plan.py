@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -337,7 +338,7 @@ class ExpertsText(Record):
     """The losses on a text in nats per token, dense and pruned; no score saw it if it was `held_out`.
 
     `unreached` counts the experts of all blocks that none of its tokens chose, and `kept` is the share of the experts'
-    energy, the sum of (gate x norm)^2, that the experts which stay have on it; null if it was held out.
+    energy, the sum of (gate x norm)^2, that the experts which stay have on it.
     """
 
     text: Annotated[str, Public(public_source)]
@@ -345,8 +346,8 @@ class ExpertsText(Record):
     held_out: bool
     dense: float
     pruned: float
-    kept: float | None = None
-    unreached: int | None = None
+    kept: float
+    unreached: int
 
 
 class ExpertPlan(Record):
@@ -379,6 +380,12 @@ class ExpertPlan(Record):
     def fewer(self) -> int:
         """How many experts of each block go."""
         return len(self.blocks[0].removals)
+
+    def perplexity(self, *, held_out: bool) -> float | None:
+        """Return the perplexity without these experts, of the texts that were held out or of the others, if any."""
+        texts = [text for text in self.texts if text.held_out == held_out]
+        total = sum(text.sequences for text in texts)
+        return math.exp(sum(text.pruned * text.sequences for text in texts) / total) if texts else None
 
     @property
     def removed(self) -> dict[int, tuple[int, ...]]:
@@ -433,7 +440,7 @@ class Plan(VersionedRecord):
             raise ValueError(f"{len(self.steps)} steps are more than the {self.model.blocks} blocks of the model")
         if any((step.held_out is None) != (self.dense.held_out is None) for step in self.steps):
             raise ValueError("some, but not all, of the models were measured on held-out sequences")
-        for size, removals in enumerate(self.by_size, start=1):
+        for size, removals in enumerate(() if self.experts else self.by_size, start=1):
             if len(removals) != size or removals[-1] != self.steps[size - 1].block:
                 raise ValueError(f"step {size} names the wrong blocks, or the wrong number of them")
             if len(set(removals)) != size:
@@ -455,6 +462,20 @@ class Plan(VersionedRecord):
     def largest(self) -> tuple[int, ...]:
         """What goes at the last size: see `by_size`."""
         return ((), *self.by_size)[-1]
+
+    @property
+    def perplexity(self) -> float:
+        """The perplexity of the calibration text at the last size."""
+        found = self.experts.perplexity(held_out=False) if self.experts else None
+        return found or (self.steps[-1].perplexity if self.steps else self.dense.perplexity)
+
+    @property
+    def held_out_perplexity(self) -> float | None:
+        """The same of the held-out sequences, if there are any."""
+        if self.experts:
+            return self.experts.perplexity(held_out=True)
+        last = self.steps[-1].held_out if self.steps else self.dense.held_out
+        return last.perplexity if last else None
 
     @property
     def by_size(self) -> tuple[tuple[int, ...], ...]:
@@ -518,13 +539,22 @@ def read_plan(path: Path) -> Plan:
 
 def compare_plans(before: Plan, after: Plan) -> str:
     """Say whether a repeated search found what `before` holds, and what else differs."""
-    sizes = enumerate(zip_longest(before.by_size, after.by_size), start=1)
+    sizes = enumerate(zip_longest(_sizes(before), _sizes(after)), start=1)
     other = next((size for size, (old, new) in sizes if old != new), None)
-    blocks = "the same blocks, in the same order" if other is None else f"other blocks from step {other} on"
+    blocks = (
+        f"the same {after.unit}, in the same order" if other is None else f"other {after.unit} from step {other} on"
+    )
     change = max(_changes(before, after))
     scores = f"scores differ by at most {change:.2g}" if change else "all scores are identical"
     differing = differences(_circumstances(after), _circumstances(before))
     return f"The search found {blocks}; {scores}." + (f" Also different: {differing}." if differing else "")
+
+
+def _sizes(plan: Plan) -> list[Any]:
+    """Return what goes at each size; experts by block."""
+    if plan.experts is None:
+        return [*plan.by_size]
+    return [[order.removals[:count] for order in plan.experts.blocks] for count in range(1, plan.experts.fewer + 1)]
 
 
 def _changes(before: Plan, after: Plan) -> Iterator[float]:
@@ -537,6 +567,8 @@ def _changes(before: Plan, after: Plan) -> Iterator[float]:
                 yield abs(score - again)
         if gone != gone_now:
             return
+    texts = zip(*(plan.experts.texts if plan.experts else () for plan in (before, after)), strict=False)
+    yield from (abs(old_text.pruned - new_text.pruned) for old_text, new_text in texts)
 
 
 def _circumstances(plan: Plan) -> dict[str, Any]:

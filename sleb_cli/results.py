@@ -10,7 +10,7 @@ from pydantic import Field
 from sleb_cli.names import public_source
 from sleb_cli.plan import CalibrationRecord, RecoveryRecord
 from sleb_cli.records import ModelRecord, Perplexity, Proof, Public, Record, VersionedRecord
-from sleb_cli.requests import WorkloadName
+from sleb_cli.requests import Unit, WorkloadName
 from sleb_cli.units import format_bytes
 
 Removals = tuple[int, ...]
@@ -141,7 +141,7 @@ class ExportResult(VersionedRecord):
 
 
 class ComparedRecord(Record):
-    """One search of a comparison: the removed blocks, and the calibration perplexity without them."""
+    """One search of a comparison: what was removed, and the calibration perplexity without it."""
 
     metric: str
     strategy: str
@@ -155,6 +155,7 @@ class CompareResult(VersionedRecord):
     """Searches of one model on one text; `best` is the metric@strategy whose plan was written."""
 
     kind: Literal["compare"]
+    unit: Unit = "blocks"
     model: ModelRecord
     calibration: CalibrationRecord
     dtype: str

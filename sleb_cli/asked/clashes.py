@@ -79,6 +79,13 @@ _ONE = "Use one of them."
 CLASHES: tuple[Clash | Need, ...] = (
     Clash(" ".join(TARGET_NAMES), " ".join(TARGET_NAMES), "each says how far to go", _ONE, SearchRequest),
     Need("serve_length", "target_memory"),
+    Clash("unit=experts", "strategy fast protect protect_kind protect_first protect_last",
+          "as many experts of each block go, and each is scored once", "Leave one of them out.", SearchRequest),
+    Clash("unit=experts", "target_speedup max_perplexity_ratio extend",
+          "one walk ranks all experts, for a number of them that is known before",
+          "Use --ratio, --remove, --target-params or --target-memory.", SearchRequest),
+    Clash("unit=experts", "device_map", "experts are watched and left out where weights are loaded by sleb",
+          "Use --stream.", SearchRequest),
     Clash("compare", "metric extend", "each search has its own metric, and begins with all blocks",
           "Leave out --metric and --extend."),
     Clash("compare", "target_speedup max_perplexity_ratio", "plans of one size are compared, which these do not fix",

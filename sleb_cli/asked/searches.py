@@ -17,6 +17,8 @@ from sleb_cli.plugin_manager import Registry
 from sleb_cli.processes import is_main_process
 from sleb_cli.requests import (
     AUTO,
+    DEFAULT_EXPERT_HOLDOUT,
+    DEFAULT_EXPERT_METRIC,
     DEFAULT_METRIC,
     DEFAULT_PROTECTED,
     DEFAULT_STRATEGY,
@@ -29,7 +31,16 @@ from sleb_cli.requests import (
     option_of,
 )
 from sleb_cli.units import dtype_in_full, parse_bytes, parse_count, parse_ratio
-from sleb_plugins import LogitMetric, Metric, ModelMetric, OutputError, UsageError
+from sleb_plugins import (
+    ExpertMetric,
+    HiddenStateMetric,
+    LogitMetric,
+    Metric,
+    ModelMetric,
+    OutputError,
+    UsageError,
+    WeightMetric,
+)
 from sleb_plugins.errors import did_you_mean
 
 _RACE: set[StrategyName] = {"greedy", "refine"}
@@ -67,7 +78,7 @@ def check_search(request: SearchRequest, registry: Registry) -> AskedSearch:
     goal_of(request)
     extended = read_plan(request.extend) if request.extend is not None else None
     request = _fill_gaps(request, extended)
-    metric, strategy = registry.metric(str(request.metric)), strategy_name(str(request.strategy))
+    metric, strategy = registry.metric(str(request.metric)), strategy_name(request.strategy or "oneshot")
     if request.fast is None:
         # The demo is a first impression: it must not take long.
         request = replace(request, fast=request.model == DEMO and _can_race(metric, strategy))
@@ -185,6 +196,8 @@ def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
         "holdout": 0.0,
         "seed": 0,
     }
+    if request.unit == "experts":
+        values = {"metric": DEFAULT_EXPERT_METRIC, "holdout": DEFAULT_EXPERT_HOLDOUT, "seed": 0, "fast": False}
     if extended is not None:
         search, text = extended.search, extended.calibration
         of_search = {*values, "fast", "dtype", "batch_size"} - {"seed"}
@@ -202,7 +215,11 @@ def _can_race(metric: Metric, strategy: StrategyName) -> bool:
 
 
 def _require_fitting(request: SearchRequest, metric: Metric, strategy: StrategyName) -> None:
-    """Check that the metric, the strategy and the way to search fit together."""
+    """Check that the metric, the unit, the strategy and the way to search fit together."""
+    of_blocks = (LogitMetric, HiddenStateMetric, WeightMetric, ModelMetric)
+    usual, kinds = (DEFAULT_EXPERT_METRIC, ExpertMetric) if request.unit == "experts" else (DEFAULT_METRIC, of_blocks)
+    if not isinstance(metric, kinds):
+        raise UsageError(f"{metric.name} does not score {request.unit}.", hint=f"Use another, such as {usual}.")
     if request.fast and not _can_race(metric, strategy):
         unfit = f"--strategy {strategy}" if isinstance(metric, LogitMetric) else metric.name
         raise UsageError(

@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sleb_cli.plan import Plan, RecoveryRecord, SampleGeneration
+from sleb_cli.names import public_source
+from sleb_cli.plan import ExpertPlan, Plan, RecoveryRecord, SampleGeneration
 from sleb_cli.results import CompareResult
 from sleb_cli.tables.table import Columns, Table, tabulate
-from sleb_cli.units import format_change, format_perplexity, spans
+from sleb_cli.units import format_bytes, format_change, format_count, format_perplexity, spans
 
 MAX_ADDED_REPETITION = 0.2
 """How much more than the dense model the pruned one may repeat itself before it is suspected of collapse."""
@@ -59,6 +60,34 @@ def _how(plan: Plan) -> str:
     return f"{search.strategy} search by {search.metric}{', raced' if search.fast else ''}; {calibrated}"
 
 
+def expert_texts(plan: Plan, found: ExpertPlan) -> Table:
+    """Return the perplexity of each text with and without the experts that go, and how much of them it uses."""
+    columns: Columns = [
+        ("text", str), ("dense", format_perplexity), *_PERPLEXITY, ("energy kept", "{:.1%}".format),
+        ("unused", "{:,}".format),
+    ]  # fmt: skip
+    rows = [
+        [
+            f"{public_source(text.text)}{', held out' if text.held_out else ''}",
+            math.exp(text.dense),
+            math.exp(text.pruned),
+            math.expm1(text.pruned - text.dense),
+            text.kept,
+            text.unreached,
+        ]
+        for text in found.texts
+    ]
+    total = f"{found.count * len(found.blocks):,}"
+    return tabulate("The texts", columns, rows, [_how(plan), f"unused: experts that no token chose, of {total}"])
+
+
+def expert_sizes(found: ExpertPlan) -> list[str]:
+    """Return what the model weighs before and after."""
+    whole, used = (" to ".join(map(format_count, sizes)) for sizes in (found.parameters, found.active_parameters))
+    stored = " to ".join(map(format_bytes, found.weights_bytes))
+    return [f"parameters {whole}, used by a token {used}; weights {stored}"]
+
+
 def comparison(result: CompareResult) -> Table:
     """Return the searches of a comparison."""
     columns: Columns = [
@@ -69,7 +98,8 @@ def comparison(result: CompareResult) -> Table:
     rows: list[Sequence[Any]] = [["dense", None, None, dense, None, result.dense_held_out_perplexity, None]]
     for each in result.compared:
         numbers = [each.perplexity, each.perplexity / dense - 1, each.held_out_perplexity, each.seconds]
-        rows.append([each.metric, each.strategy, spans(each.removals), *numbers])
+        blocks = spans(each.removals) if result.unit == "blocks" else None
+        rows.append([each.metric, each.strategy, blocks, *numbers])
     return tabulate("The searches", columns, rows)
 
 

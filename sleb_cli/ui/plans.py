@@ -15,7 +15,7 @@ from sleb_cli.ui.tables import print_line, print_title, print_to_copy, show_tabl
 from sleb_cli.units import format_bytes, format_count, format_perplexity, in_shell, spans
 
 if TYPE_CHECKING:
-    from sleb_cli.plan import Plan, TargetRecord
+    from sleb_cli.plan import ExpertPlan, Plan, TargetRecord
     from sleb_cli.results import CompareResult
 
 # The plan has the full sample.
@@ -30,6 +30,9 @@ def show_plan(plan: Plan, output: Path) -> None:
     from sleb_cli.tables import search_results as tables  # pydantic, so here
 
     search, console = plan.search, stdout()
+    if plan.experts:
+        _show_experts(plan, plan.experts, output)
+        return
     print_title(f"{short_name(plan.model.id)}: {search.remove} of {plan.model.blocks} blocks removed")
     show_table(tables.steps(plan), title=False)
     if len(plan.steps) >= CHART_STEPS:
@@ -49,6 +52,25 @@ def show_plan(plan: Plan, output: Path) -> None:
         print_line(target_summary(search.target, plan))
     if search.engine_reason:
         print_line(f"engine {search.engine}: {search.engine_reason}")
+    _show_sample(plan)
+    print_to_copy(f"wrote {output}; next: sleb apply {in_shell(str(output))}")
+
+
+def _show_experts(plan: Plan, found: ExpertPlan, output: Path) -> None:
+    from sleb_cli.tables import search_results as tables
+
+    print_title(f"{short_name(plan.model.id)}: {found.fewer} of the {found.count} experts of each block removed")
+    show_table(tables.expert_texts(plan, found), title=False)
+    for line in tables.expert_sizes(found):
+        print_line(line)
+    _show_sample(plan)
+    print_line("What a text did not use may be gone: measure each use with --perplexity FILE and --tasks.")
+    print_to_copy(f"wrote {output}; next: sleb apply {in_shell(str(output))}")
+
+
+def _show_sample(plan: Plan) -> None:
+    from sleb_cli.tables import search_results as tables
+
     if sample := plan.sample_generation:
         print_line(f'both models continue "{sample.prompt}"')
         for name, repeated, text in tables.said(sample):
@@ -56,8 +78,7 @@ def show_plan(plan: Plan, output: Path) -> None:
             line = line if len(line) <= SAMPLE_CHARACTERS else f"{line[: SAMPLE_CHARACTERS - 2].rstrip()} …"
             print_line(f"  {name:6} ({repeated}): {line}")
         for warning in tables.collapse(sample):
-            print_prose(console, f"[yellow]{warning}[/]")
-    print_to_copy(f"wrote {output}; next: sleb apply {in_shell(str(output))}")
+            print_prose(stdout(), f"[yellow]{warning}[/]")
 
 
 def perplexity_chart(plan: Plan, width: int) -> Text:
@@ -96,7 +117,9 @@ def show_comparison(result: CompareResult, output: Path) -> None:
     from sleb_cli.tables import search_results as tables
 
     removed = len(result.compared[0].removals)
-    print_title(f"{short_name(result.model.id)}: {removed} of {result.model.blocks} blocks removed")
+    whole = f"{removed} of {result.model.blocks} blocks"
+    what = whole if result.unit == "blocks" else f"{removed} experts of each block"
+    print_title(f"{short_name(result.model.id)}: {what} removed")
     show_table(tables.comparison(result), title=False)
     text = "the calibration text" if result.dense_held_out_perplexity is None else "the held-out sequences"
     print_to_copy(f"wrote {output}: the plan of {result.best}, best on {text}")

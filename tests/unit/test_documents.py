@@ -162,7 +162,7 @@ CLASSES_OF_ERRORS = [c for c in vars(errors).values() if isinstance(c, type) and
 RECORDS = (CalibrationRecord, SearchRecord, Step, HeldOutRecord, SampleGeneration)
 NAMES = {
     "hooks": ("plugins.md", r"`{}\(\)`", [name for name in vars(hookspecs) if name.startswith("sleb_")]),
-    "kinds of metric": ("plugins.md", r"\| `{}Metric` \|", ("Logit", "HiddenState", "Weight", "Model")),
+    "kinds of metric": ("plugins.md", r"\| `{}Metric` \|", ("Logit", "HiddenState", "Weight", "Model", "Expert")),
     "exit codes": ("exit-codes.md", r"\| {} \|", [f"{c.exit_code} | `{c.__name__}`" for c in CLASSES_OF_ERRORS]),
     "keys of a plan": ("plan.md", r"\| `{}` \|", Plan.model_fields),
     "keys of its records": ("plan.md", "`{}`", [key for record in RECORDS for key in record.model_fields]),

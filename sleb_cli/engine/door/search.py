@@ -8,8 +8,11 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
+import torch
+
 from sleb_cli.asked.searches import AskedSearch, goal_of
 from sleb_cli.asked.subjects import NamedSubject
+from sleb_cli.engine.cut.experts.experts import Experts, expert_parameters, find_experts
 from sleb_cli.engine.device import choose_device, dtype_name, parse_dtype
 from sleb_cli.engine.door.subject import find_model
 from sleb_cli.engine.forward.placement import place_model
@@ -19,18 +22,18 @@ from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.choices import Protection
 from sleb_cli.engine.search.journal import recorded
 from sleb_cli.engine.search.removable import Removable
-from sleb_cli.engine.search.settings import Method, Recording, Search, SearchedModel
+from sleb_cli.engine.search.settings import ExpertMethod, Method, Recording, Search, SearchedModel
 from sleb_cli.engine.search.speedup import time_target
 from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Stop, Target, stop_at
 from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.engine.text.settings import CalibrationSettings, require_given_text, resolve_calibration
 from sleb_cli.engine.text.windows import choose_length
 from sleb_cli.events import Event, Notice, Notify
-from sleb_cli.plan import Plan
+from sleb_cli.plan import MetricRecord, Plan, TargetRecord
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import AUTO, DEFAULT_SAMPLE_TOKENS, DEFAULT_SERVE_LENGTH, SearchRequest, journal_of
 from sleb_cli.units import format_bytes, format_count, plural
-from sleb_plugins import MachineError, Metric, ModelMetric, UnsupportedModelError, UsageError
+from sleb_plugins import ExpertMetric, MachineError, Metric, ModelMetric, UnsupportedModelError, UsageError
 from sleb_plugins.errors import did_you_mean
 
 
@@ -44,28 +47,26 @@ def resolve_search(asked: AskedSearch, registry: Registry, notify: Notify, group
     request, metric, extended = asked.request, asked.metric, asked.extended
     device = choose_device(request.device)  # one that is not there is reported before the model is looked for
     architecture = group.main_first(lambda: _find_model(request, extended, registry, notify))
-    removable = Removable(architecture, _protection(request, architecture), notify)
     dtype, device_map, stream = request.dtype or AUTO, request.device_map, request.stream
     place = partial(place_model, architecture, device, dtype, notify, device_map=device_map, stream=stream)
     placement = replace(group.from_main(place), device=device)
     _require_runnable(request, metric, placement)
     text = _text(request, architecture, placement)
-    stop = _stop(asked, removable, placement, group, notify)
+    implementation = registry.metric_record(metric)
+    if isinstance(metric, ExpertMetric) and request.unit == "experts":
+        method: Method | ExpertMethod = _expert_method(request, metric, implementation, architecture, notify)
+    else:
+        removable = Removable(architecture, _protection(request, architecture), notify)
+        stop = _stop(asked, removable, placement, group, notify)
+        fast, holdout = bool(request.fast), request.holdout or 0.0
+        method = Method(metric, implementation, asked.strategy, removable, fast, holdout, stop)
     sample = request.sample_tokens
     if sample is None:
         sample = 0 if placement.stream else DEFAULT_SAMPLE_TOKENS  # each token would read the whole model
     return Search(
         SearchedModel(architecture, placement, asked.memory, request.batch_size),
         text,
-        Method(
-            metric,
-            registry.metric_record(metric),
-            asked.strategy,
-            removable,
-            fast=bool(request.fast),
-            holdout=request.holdout or 0.0,
-        ),
-        stop,
+        method,
         extended,
         Recording(journal_of(request.plan_file), request.resume, request.options, registry.third_party(), sample),
     )
@@ -85,6 +86,73 @@ def resolve_comparison(
         once(event) if isinstance(event, Notice) else notify(event)
 
     return [resolve_search(each, registry, tell, group) for each in searches]
+
+
+def _expert_method(
+    request: SearchRequest,
+    metric: ExpertMetric,
+    implementation: MetricRecord,
+    architecture: Architecture,
+    notify: Notify,
+) -> ExpertMethod:
+    """Find the experts, and settle how many of each block go.
+
+    Raises:
+        UnsupportedModelError: the model has none that can go, or its weights are packed.
+        UsageError: too many would go.
+    """
+    if architecture.is_quantized:
+        raise UnsupportedModelError(
+            f"{architecture.source.id} is quantized, so its experts cannot be scored.",
+            hint="Search the model that it was quantized from, and use the plan on this one: sleb apply --any-model.",
+        )
+    experts = find_experts(architecture)
+    fewer, target = experts_to_remove(request, architecture, experts, notify)
+    return ExpertMethod(metric, implementation, experts, fewer, request.holdout or 0.0, target)
+
+
+def experts_to_remove(
+    request: SearchRequest, architecture: Architecture, experts: Experts, notify: Notify
+) -> tuple[int, TargetRecord | None]:
+    """Return how many experts of each block go, as many of each group, and the target if it is a size.
+
+    Raises:
+        UsageError: the target is already met, or cannot be met.
+    """
+    name, goal = goal_of(request)
+    target = None if name in ("ratio", "remove") else parse_target(request, architecture, notify)
+    if isinstance(target, SizeTarget):
+        whole, each = target.sizes.without(()), expert_parameters(architecture, experts)
+        each *= _served_dtype(request, architecture).itemsize if name == "target_memory" else 1
+        wanted = math.ceil((whole - target.most) / each)
+        if wanted < 1:
+            raise UsageError(f"The model is already at {target.describe(whole)}.", hint="Nothing needs to be removed.")
+    else:
+        wanted = math.ceil(goal * experts.count) if name == "ratio" else int(goal)
+    fewer = math.ceil(wanted / experts.groups) * experts.groups
+    most = (experts.count - 2 * experts.active) // experts.groups * experts.groups
+    if fewer > most:
+        raise UsageError(
+            f"Cannot remove {fewer} of the {experts.count} experts of each block: a token uses {experts.active}, and "
+            "at least twice as many must stay.",
+            hint=f"At most {most} can go." if most > 0 else "Remove blocks: leave out --unit experts.",
+        )
+    _say_what_else_fits(experts, wanted, fewer, notify)
+    if not isinstance(target, SizeTarget):
+        return fewer, None
+    reached = whole - fewer * each
+    return fewer, TargetRecord(name=name, limit=target.most, dense=whole, reached=reached, kv_cache=target.kv_cache)
+
+
+def _say_what_else_fits(experts: Experts, wanted: int, fewer: int, notify: Notify) -> None:
+    """Say why more go than were asked for, and whether a number that is close suits engines better."""
+    if fewer > wanted:
+        notify(Notice(f"{fewer} experts of each block go, not {wanted}: as many of each of {experts.groups} groups."))
+    kept = experts.count - fewer
+    power = 1 << (kept.bit_length() - 1)
+    near = min((power, 2 * power), key=lambda each: abs(each - kept))
+    if kept != near and near < experts.count and abs(near - kept) <= kept / 8 and near >= 2 * experts.active:
+        notify(Notice(f"{kept} experts stay; engines have faster kernels for {near}: --remove {experts.count - near}."))
 
 
 def _stop(
@@ -195,14 +263,18 @@ def parse_target(request: SearchRequest, architecture: Architecture, notify: Not
     return PerplexityTarget(float(goal))
 
 
+def _served_dtype(request: SearchRequest, architecture: Architecture) -> torch.dtype:
+    own = parse_dtype(AUTO, architecture.dtype)
+    return min(parse_dtype(request.dtype or AUTO, own), own, key=lambda dtype: dtype.itemsize)
+
+
 def _memory_target(most: int, request: SearchRequest, architecture: Architecture, notify: Notify) -> SizeTarget:
     """Count the weights and the KV cache of one sequence, as served.
 
     That is in the data type of the search, but never in a wider one than the checkpoint's, which is only how a
     processor computes that lacks its arithmetic.
     """
-    own = parse_dtype(AUTO, architecture.dtype)
-    served = min(parse_dtype(request.dtype or AUTO, own), own, key=lambda dtype: dtype.itemsize)
+    served = _served_dtype(request, architecture)
     length = choose_length(request.serve_length, architecture, DEFAULT_SERVE_LENGTH, "--serve-length")
     kv_cache = f"a KV cache in {dtype_name(served)} for {length} tokens"
     packed = architecture.is_quantized

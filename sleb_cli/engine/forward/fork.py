@@ -14,7 +14,7 @@ fills the device's matrix units.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property
 from types import MappingProxyType
@@ -30,7 +30,7 @@ class Walk:
     """One batch on its way through the blocks: the base branch, and the candidates' branches that forked off from it.
 
     Call `advance` for each block from `start` on, in order (`walk_together` does). Without candidates, or with BASE
-    alone, the base goes through all blocks that have a call.
+    alone, the base goes through all blocks that have a call. `watch` is called before a block runs.
     """
 
     def __init__(
@@ -43,9 +43,10 @@ class Walk:
         *,
         keep: Mapping[int, int] = MappingProxyType({}),
         store: Store = keep_on_device,
+        watch: Callable[[], object] = lambda: None,
     ) -> None:
         self.skippable, self.calls, self.states, self.removed = skippable, calls, states, removed
-        self.keep, self.store = keep, store
+        self.keep, self.store, self.watch = keep, store, watch
         self.branches: dict[int, Tensor] = {}
         candidates = [block for block in candidates if block != BASE]
         known = {branch: states.deepest(branch, len(calls)) for branch in candidates}
@@ -78,6 +79,7 @@ class Walk:
             if block == self.forks[-1]:  # no branch forks off later, so the base ends here
                 self.states.at[block][BASE] = self.branches.pop(BASE)
         if block not in self.removed:
+            self.watch()
             for branch in [branch for branch in self.branches if branch != block]:
                 self.branches[branch] = self.store(self.skippable.run_block(self.calls[block], self.branches[branch]))
 

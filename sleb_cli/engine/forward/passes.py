@@ -93,6 +93,8 @@ class Passes:
     """Where the hidden states of walks wait."""
     first: int = 0
     """The number of the first batch."""
+    watch: Callable[[int | None], object] = lambda batch: None
+    """Called with the number of a batch before a part of it runs, and with None when unfinished batches begin anew."""
 
     _removed: tuple[int, ...] = field(default=(), init=False)
     _parts: dict[int, list[_MicroBatch]] = field(default_factory=dict, init=False)
@@ -134,6 +136,7 @@ class Passes:
         run, step = self._run_walks if self.forks else self._run_whole, _Step(metric, removed, ranking, advance)
         left = {batch: list(candidates) or [BASE] for batch, candidates in jobs}
         for _ in (pieces := self._smaller_pieces()):
+            self.watch(None)
             wanted = {batch: tuple(blocks) for batch, blocks in left.items() if blocks}
             found: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
             with pieces:
@@ -174,7 +177,8 @@ class Passes:
         walks: dict[_MicroBatch, Walk] = {}
         dense: dict[_MicroBatch, Walk] = {}
         for part, blocks in chunk.items():
-            start = partial(Walk, self.skippable, shared.calls(part.ids), store=self.store)
+            watch = partial(self.watch, part.batch)
+            start = partial(Walk, self.skippable, shared.calls(part.ids), store=self.store, watch=watch)
             walks[part] = start(part.states, step.removed, blocks, keep=self._depths(step, part, blocks))
             if step.metric.needs_dense_logits and part.dense is None:
                 dense[part] = start(States(), (), ())
@@ -199,6 +203,7 @@ class Passes:
     def _run_whole(self, step: _Step, wanted: _Wanted) -> Iterator[_Scored]:
         """Score micro-batches without each of their candidates, by passes of the whole model."""
         for part in (part for batch in wanted for part in self._parts_of(batch)):
+            self.watch(part.batch)
             dense = self.skippable.logits(part.ids, ()) if step.metric.needs_dense_logits else None
             for block in wanted[part.batch]:
                 logits = self.skippable.logits(part.ids, {*step.removed, block})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -29,8 +29,12 @@ def generate_sample(
     new_tokens: int,
     longest: int | None,
     notify: Notify,
+    absent: AbstractContextManager[object] | None = None,
 ) -> SampleGeneration | None:
-    """Let both models continue a fixed prompt greedily; None, with a notice, if memory or positions are too few."""
+    """Let both models continue a fixed prompt greedily; None, with a notice, if memory or positions are too few.
+
+    The pruned model is the dense one without the `removed` blocks, in the context `absent`.
+    """
     ids = tokenizer(PROMPT).input_ids
     count = min(new_tokens, (longest or new_tokens + len(ids)) - len(ids))
     if not ids or max(ids) >= skippable.model.get_input_embeddings().num_embeddings or count < 1:
@@ -42,8 +46,9 @@ def generate_sample(
     with task(notify, "Generating text with both models", 2 * count, "tokens") as advance:
         try:
             with explain_out_of_memory(f"out of memory on {skippable.device}.", hint=""):
-                for skipped in ((), tuple(removed)):
-                    generated.append(_continue(skippable, prompt, skipped, count, ends))
+                for skipped, context in (((), nullcontext()), (tuple(removed), absent or nullcontext())):
+                    with context:
+                        generated.append(_continue(skippable, prompt, skipped, count, ends))
                     advance(count)
         except (UnsupportedModelError, OutOfMemory) as error:
             notify(Notice(f"No sample text is shown: {error.message}"))

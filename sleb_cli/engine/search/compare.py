@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from sleb_cli.engine.device import free_memory
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.search.run import load_inputs, run_search
+from sleb_cli.engine.search.inputs import load_inputs
+from sleb_cli.engine.search.run import run_search
 from sleb_cli.engine.search.settings import Search
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import Plan
@@ -31,9 +32,9 @@ def compare_removals(searches: Sequence[Search], group: ProcessGroup, notify: No
         ComparedRecord(
             metric=str(search.recording.options["metric"]),
             strategy=search.method.strategy_name,
-            removals=plan.removals,
-            perplexity=plan.steps[-1].perplexity,
-            held_out_perplexity=held_out.perplexity if (held_out := plan.steps[-1].held_out) else None,
+            removals=plan.largest,
+            perplexity=plan.perplexity,
+            held_out_perplexity=plan.held_out_perplexity,
             seconds=plan.environment.seconds,
         )
         for search, plan in zip(searches, plans, strict=True)
@@ -43,6 +44,7 @@ def compare_removals(searches: Sequence[Search], group: ProcessGroup, notify: No
     result = CompareResult(
         **THIS_VERSION,
         kind="compare",
+        unit=best.unit,
         model=best.model,
         calibration=best.calibration,
         dtype=best.search.dtype,

@@ -4,62 +4,48 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from statistics import fmean
-from typing import Any
 
-import torch
-import transformers
-
-from sleb_cli.asked.text_names import REFERENCE_PRESETS
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.environment import environment_record
 from sleb_cli.engine.forward.forecast import announce
 from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.passes import Passes
-from sleb_cli.engine.forward.placement import open_dense
 from sleb_cli.engine.forward.prepare import prepare_passes
-from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.quality.sample_generation import generate_sample
 from sleb_cli.engine.search.bad_sequences import find_bad, unsound
 from sleb_cli.engine.search.choices import Choice, NoBlockLeft
+from sleb_cli.engine.search.experts import search_experts
 from sleb_cli.engine.search.held_out import hold_out, overfitting_note
-from sleb_cli.engine.search.journal import Journal, open_journal
+from sleb_cli.engine.search.inputs import (
+    SearchInputs,
+    load_inputs,
+    open_search_journal,
+    repeating_options,
+    write_sample,
+)
+from sleb_cli.engine.search.journal import Journal
 from sleb_cli.engine.search.losses import measure_dense, measure_held_out, perplexity
 from sleb_cli.engine.search.race import LOOKS
 from sleb_cli.engine.search.scoring import Scoring, engine_of
-from sleb_cli.engine.search.settings import Method, Search, SearchedModel
+from sleb_cli.engine.search.settings import ExpertMethod, Method, Search, SearchedModel
 from sleb_cli.engine.search.strategies import STRATEGIES, Problem
 from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Stop, perplexity_ratio
-from sleb_cli.engine.surgery.loading import Placement, load_tokenizer
-from sleb_cli.engine.text.calibration import Calibration, calibrate
+from sleb_cli.engine.surgery.loading import Placement
+from sleb_cli.engine.text.calibration import Calibration
 from sleb_cli.events import SEARCH_TASK, BlockRemoved, BlocksSwapped, Notice, Notify, SearchStarted, TaskFinished, task
-from sleb_cli.plan import CalibrationRecord, DenseRecord, Plan, SampleGeneration, SearchRecord, Step
-from sleb_cli.records import THIS_VERSION, differences
-from sleb_cli.requests import DEMO
-from sleb_cli.version import __version__
-from sleb_plugins import HiddenStateMetric, LogitMetric, ModelMetric, PlanError, UsageError
+from sleb_cli.plan import DenseRecord, Plan, SearchRecord, Step
+from sleb_cli.records import THIS_VERSION
+from sleb_plugins import HiddenStateMetric, LogitMetric, UsageError
 
 RACED = 7
 """On about how many sequences a race scores a candidate, on average."""
 
 
-@dataclass(frozen=True)
-class SearchInputs:
-    """What all searches of one model on one text share, loaded once; the processes, and the listener for events."""
-
-    tokenizer: Any
-    model: SkippableModel
-    calibration: Calibration
-    group: ProcessGroup
-    notify: Notify
-
-
 def find_removals(search: Search, group: ProcessGroup, notify: Notify) -> Plan:
-    """Search for the blocks that the model can best do without, alone or together with other processes.
+    """Search for the blocks or experts that the model can best do without, alone or together with other processes.
 
     Measurements are kept in a journal next to the plan's file; delete it once the plan is written.
 
@@ -70,53 +56,17 @@ def find_removals(search: Search, group: ProcessGroup, notify: Notify) -> Plan:
     return run_search(search, load_inputs(search, group, notify), started)
 
 
-def load_inputs(search: Search, group: ProcessGroup, notify: Notify) -> SearchInputs:
-    """Load the tokenizer, the text and the model.
-
-    Raises:
-        SlebError: a subclass that fits, for problems that only show once they are read.
-    """
-    tokenizer = load_tokenizer(search.model.architecture.source)
-    # Loaded at first use, so that a missing text is reported before gigabytes are read.
-    model = cache(partial(open_dense, search.model.architecture, search.model.placement, notify))
-    calibration = group.from_main(lambda: calibrate([search.text], tokenizer, lambda: model().model, notify)[0])
-    if search.extended:
-        _require_continuation(search, search.extended, calibration)
-    return SearchInputs(tokenizer, model(), calibration, group, notify)
-
-
-def _require_continuation(search: Search, plan: Plan, calibration: Calibration) -> None:
-    """Check that the extended plan was searched on the same tokens, with the same settings."""
-    names = ("metric", "strategy", "protect_first", "protect_last", "fast", "holdout")
-    found: dict[str, Any] = {name: search.recording.options.get(name) for name in names}
-    protected, own = search.method.removable.protection.blocks, search.method.implementation
-    found |= {"dtype": dtype_name(search.model.placement.dtype), "protect": protected}
-    expected = {name: getattr(plan.search, name) for name in found}
-    for settings, implementation in ((found, own), (expected, plan.search.implementation)):
-        # Another version of sleb can extend the plan, so the code of its own metrics does not count.
-        excluded = {"version", "code"} if implementation and implementation.package == "sleb" else None
-        settings["implementation"] = implementation and implementation.model_dump(exclude=excluded)
-    differing = differences(
-        {"search": found, "calibration": calibration.record.to_data()},
-        {"search": expected, "calibration": plan.calibration.to_data()},
-    )
-    if differing:
-        raise PlanError(
-            f"This search cannot continue the plan ({differing}).",
-            hint="Leave out these options so that the plan sets them. Use the text it was calibrated on, and the same "
-            "version of the metric.",
-        )
-
-
 def run_search(search: Search, inputs: SearchInputs, started: float) -> Plan:
     """Run a search that began at `started`, on inputs that it may share with others.
 
     Raises:
         SlebError: a subclass that fits, for problems that only show once the model runs.
     """
+    if isinstance(search.method, ExpertMethod):
+        return search_experts(search, search.method, inputs, started)
     model, notify, method, extended = inputs.model, inputs.notify, search.method, search.extended
     architecture, placement = search.model.architecture, search.model.placement
-    stop = search.stop(model.model)
+    stop = method.stop(model.model)
     unchanged = architecture.source.watch.unchanged
     searched, held = hold_out(inputs.calibration.to(model.device), method.holdout)
     with unchanged(), model, task(notify, "Checking the engine"):
@@ -125,18 +75,18 @@ def run_search(search: Search, inputs: SearchInputs, started: float) -> Plan:
         )
     held_out = passes.over(held.sequences, held.loss_mask) if held else None
     record = _search_record(method, stop, placement, passes, held_out, reason)
-    with _open_journal(search, inputs, record) as journal, unchanged():
+    with open_search_journal(search, inputs, record) as journal, unchanged():
         with model:
             scoring = _scoring(search, inputs, passes, held_out, journal)
             dense = extended.dense if extended else measure_dense(scoring, architecture.source.id)
             trace = _search_to_target(method, stop, extended, dense, scoring)
             if warning := overfitting_note(trace.steps):
                 notify(Notice(warning))
-            sample = _sample(search, inputs, trace.removals)
+            sample = write_sample(search, inputs, trace.removals)
         target = stop.target.record(trace.removals, trace.increase, trace.next_increase)
     return Plan(
         **THIS_VERSION,
-        request=_options(search, record, inputs.calibration.record),
+        request=repeating_options(search, record, inputs.calibration.record),
         model=architecture.record,
         calibration=inputs.calibration.record,
         search=record.model_copy(update={"remove": len(trace.removals), "target": target}),
@@ -278,46 +228,6 @@ def _search_record(
     )
 
 
-def _options(search: Search, record: SearchRecord, text: CalibrationRecord) -> dict[str, Any]:
-    """Return the options that repeat this search, with those that the machine decided: they decide the last digits."""
-    model = search.model.architecture.record
-    decided = {
-        "model": model.id,
-        "revision": None if model.id == DEMO else model.revision,
-        "calibration": text.source,
-        "sample_tokens": search.recording.sample_tokens,
-        "dtype": record.dtype,
-        "device": record.device,
-        "batch_size": record.batch_size,
-    }
-    if text.source not in REFERENCE_PRESETS:  # whose samples count rows of text
-        decided |= {"samples": text.sequences, "sequence_length": text.sequence_length}
-    return {name: value for name, value in sorted({**search.recording.options, **decided}.items()) if value is not None}
-
-
-def _open_journal(search: Search, inputs: SearchInputs, record: SearchRecord) -> AbstractContextManager[Journal]:
-    """Open the journal of this search, named by all that measurements depend on; the number of removals is not."""
-    architecture = search.model.architecture
-    identity = {
-        "sleb": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "model": architecture.record.model_dump(mode="json", exclude={"id", "revision"}),
-        "behavior": architecture.source.content_hash,
-        "calibration": inputs.calibration.record.to_data(),
-        "search": record.model_dump(mode="json", exclude={"remove", "target"}),
-    }
-    return open_journal(
-        search.recording.journal,
-        identity,
-        inputs.notify,
-        resume=search.recording.resume,
-        group=inputs.group,
-        whole_models=isinstance(search.method.metric, LogitMetric | ModelMetric),
-        require_valid=architecture.source.watch.require_unchanged,
-    )
-
-
 def _scoring(
     search: Search, inputs: SearchInputs, passes: Passes, held_out: Passes | None, journal: Journal
 ) -> Scoring:
@@ -330,13 +240,15 @@ def _scoring(
             name, dtype = search.model.architecture.source.id, search.model.placement.dtype
             raise unsound(name, dtype, inputs.calibration, inputs.tokenizer, bad)
 
+    method = search.method
+    assert isinstance(method, Method)
     return Scoring(
-        search.method.metric,
+        method.metric,
         passes,
         journal,
         inputs.tokenizer,
         inputs.notify,
-        fast=search.method.fast,
+        fast=method.fast,
         held_out=held_out,
         require_sound=require_sound,
     )
@@ -356,9 +268,3 @@ def _step(choice: Choice, before: tuple[int, ...], kind: str, scoring: Scoring, 
         removals=None if choice.removals == (*before, choice.block) else choice.removals,
         swaps=choice.swaps,
     )
-
-
-def _sample(search: Search, inputs: SearchInputs, removals: tuple[int, ...]) -> SampleGeneration | None:
-    tokens, longest = search.recording.sample_tokens, search.model.architecture.longest_sequence
-    generate = partial(generate_sample, inputs.model, inputs.tokenizer, removals, tokens, longest, inputs.notify)
-    return inputs.group.from_main(generate) if tokens else None

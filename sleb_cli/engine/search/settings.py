@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from sleb_cli.engine.cut.experts.experts import Experts
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.targets import Stop
 from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.engine.text.settings import CalibrationSettings
-from sleb_cli.plan import MetricRecord, Plan
+from sleb_cli.plan import MetricRecord, Plan, TargetRecord
 from sleb_cli.requests import StrategyName
-from sleb_plugins import Metric
+from sleb_plugins import ExpertMetric, Metric
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Method:
         removable: which blocks may go.
         fast: whether candidates race.
         holdout: the share of the sequences that is held out.
+        stop: returns when the search ends, given the dense model, which a speed-up is timed on.
     """
 
     metric: Metric
@@ -53,6 +55,29 @@ class Method:
     removable: Removable
     fast: bool
     holdout: float
+    stop: Callable[[Any], Stop]
+
+
+@dataclass(frozen=True)
+class ExpertMethod:
+    """How experts are chosen.
+
+    Attributes:
+        metric: scores the experts of a block.
+        implementation: what its scores depend on besides the model and the text.
+        experts: the experts of the model.
+        fewer: how many of each block go.
+        holdout: the share of the sequences that is held out.
+        target: what is to be met, if it is no number of experts.
+    """
+
+    metric: ExpertMetric
+    implementation: MetricRecord
+    experts: Experts
+    fewer: int
+    holdout: float
+    target: TargetRecord | None
+    strategy_name: ClassVar[StrategyName] = "oneshot"
 
 
 @dataclass(frozen=True)
@@ -81,15 +106,13 @@ class Search:
     Attributes:
         model: the model.
         text: the calibration text.
-        method: how blocks are chosen.
-        stop: returns when the search ends, given the dense model, which a speed-up is timed on.
+        method: how blocks or experts are chosen.
         extended: the plan that is continued, if any.
         recording: what is written down.
     """
 
     model: SearchedModel
     text: CalibrationSettings
-    method: Method
-    stop: Callable[[Any], Stop]
+    method: Method | ExpertMethod
     extended: Plan | None
     recording: Recording

@@ -112,6 +112,16 @@ def find_experts(architecture: Architecture) -> Experts:
     return _with_siblings(architecture, experts)
 
 
+def expert_parameters(architecture: Architecture, experts: Experts) -> int:
+    """Return how many parameters one expert of each block has, with its part of the router."""
+    path, found = architecture.adapter.blocks_path, 0
+    for name, parameter in architecture.skeleton.named_parameters():
+        _, _, inner = name.removeprefix(f"{path}.").partition(".")
+        if name.startswith(f"{path}.") and (part := experts.parts.get(inner)):
+            found += parameter.numel() // part.units
+    return found
+
+
 def refused(architecture: Architecture, why: str) -> UnsupportedModelError:
     """Return the error for a model whose experts cannot be removed."""
     return UnsupportedModelError(

@@ -1,0 +1,130 @@
+"""What searches of blocks and of experts share: the model and its text, loaded once, and how they are recorded."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+import transformers
+
+from sleb_cli.asked.text_names import REFERENCE_PRESETS
+from sleb_cli.engine.device import dtype_name
+from sleb_cli.engine.forward.placement import open_dense
+from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.process_group import ProcessGroup
+from sleb_cli.engine.quality.sample_generation import generate_sample
+from sleb_cli.engine.search.journal import Journal, open_journal
+from sleb_cli.engine.search.settings import Method, Search
+from sleb_cli.engine.surgery.loading import load_tokenizer
+from sleb_cli.engine.text.calibration import Calibration, calibrate
+from sleb_cli.events import Notify
+from sleb_cli.plan import CalibrationRecord, Plan, SampleGeneration, SearchRecord
+from sleb_cli.records import differences
+from sleb_cli.requests import DEMO
+from sleb_cli.version import __version__
+from sleb_plugins import LogitMetric, ModelMetric, PlanError
+
+
+@dataclass(frozen=True)
+class SearchInputs:
+    """What all searches of one model on one text share, loaded once; the processes, and the listener for events."""
+
+    tokenizer: Any
+    model: SkippableModel
+    calibration: Calibration
+    group: ProcessGroup
+    notify: Notify
+
+
+def load_inputs(search: Search, group: ProcessGroup, notify: Notify) -> SearchInputs:
+    """Load the tokenizer, the text and the model.
+
+    Raises:
+        SlebError: a subclass that fits, for problems that only show once they are read.
+    """
+    tokenizer = load_tokenizer(search.model.architecture.source)
+    # Loaded at first use, so that a missing text is reported before gigabytes are read.
+    model = cache(partial(open_dense, search.model.architecture, search.model.placement, notify))
+    calibration = group.from_main(lambda: calibrate([search.text], tokenizer, lambda: model().model, notify)[0])
+    if search.extended:
+        _require_continuation(search, search.extended, calibration)
+    return SearchInputs(tokenizer, model(), calibration, group, notify)
+
+
+def _require_continuation(search: Search, plan: Plan, calibration: Calibration) -> None:
+    """Check that the extended plan was searched on the same tokens, with the same settings."""
+    names = ("metric", "strategy", "protect_first", "protect_last", "fast", "holdout")
+    found: dict[str, Any] = {name: search.recording.options.get(name) for name in names}
+    assert isinstance(search.method, Method)
+    protected, own = search.method.removable.protection.blocks, search.method.implementation
+    found |= {"dtype": dtype_name(search.model.placement.dtype), "protect": protected}
+    expected = {name: getattr(plan.search, name) for name in found}
+    for settings, implementation in ((found, own), (expected, plan.search.implementation)):
+        # Another version of sleb can extend the plan, so the code of its own metrics does not count.
+        excluded = {"version", "code"} if implementation and implementation.package == "sleb" else None
+        settings["implementation"] = implementation and implementation.model_dump(exclude=excluded)
+    differing = differences(
+        {"search": found, "calibration": calibration.record.to_data()},
+        {"search": expected, "calibration": plan.calibration.to_data()},
+    )
+    if differing:
+        raise PlanError(
+            f"This search cannot continue the plan ({differing}).",
+            hint="Leave out these options so that the plan sets them. Use the text it was calibrated on, and the same "
+            "version of the metric.",
+        )
+
+
+def repeating_options(search: Search, record: SearchRecord, text: CalibrationRecord) -> dict[str, Any]:
+    """Return the options that repeat this search, with those that the machine decided: they decide the last digits."""
+    model = search.model.architecture.record
+    decided = {
+        "model": model.id,
+        "revision": None if model.id == DEMO else model.revision,
+        "calibration": text.source,
+        "sample_tokens": search.recording.sample_tokens,
+        "dtype": record.dtype,
+        "device": record.device,
+        "batch_size": record.batch_size,
+    }
+    if text.source not in REFERENCE_PRESETS:  # whose samples count rows of text
+        decided |= {"samples": text.sequences, "sequence_length": text.sequence_length}
+    return {name: value for name, value in sorted({**search.recording.options, **decided}.items()) if value is not None}
+
+
+def open_search_journal(search: Search, inputs: SearchInputs, record: SearchRecord) -> AbstractContextManager[Journal]:
+    """Open the journal of this search, named by all that measurements depend on; the number of removals is not."""
+    architecture = search.model.architecture
+    identity = {
+        "sleb": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "model": architecture.record.model_dump(mode="json", exclude={"id", "revision"}),
+        "behavior": architecture.source.content_hash,
+        "calibration": inputs.calibration.record.to_data(),
+        "search": record.model_dump(mode="json", exclude={"remove", "target"}),
+    }
+    return open_journal(
+        search.recording.journal,
+        identity,
+        inputs.notify,
+        resume=search.recording.resume,
+        group=inputs.group,
+        whole_models=isinstance(search.method.metric, LogitMetric | ModelMetric),
+        require_valid=architecture.source.watch.require_unchanged,
+    )
+
+
+def write_sample(
+    search: Search,
+    inputs: SearchInputs,
+    removals: tuple[int, ...],
+    absent: AbstractContextManager[object] | None = None,
+) -> SampleGeneration | None:
+    """Let the dense and the pruned model write a few words, if that was asked for."""
+    tokens, longest = search.recording.sample_tokens, search.model.architecture.longest_sequence
+    write = partial(generate_sample, inputs.model, inputs.tokenizer, removals, tokens, longest, inputs.notify, absent)
+    return inputs.group.from_main(write) if tokens else None
