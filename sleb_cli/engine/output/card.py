@@ -128,7 +128,7 @@ def _results(
     removals, plan = subject.surgery.removals, subject.own_plan
     rows, notes = list[list[str]](), dict[str, None]()
     if plan and recovery is None:
-        dense, own = plan.dense.perplexity, plan.steps[-1].perplexity
+        dense, own = plan.dense.perplexity, plan.perplexity
         text = f"perplexity, {plan.calibration.title} (searched on)"
         rows.append([text, format_perplexity(dense), format_perplexity(own), format_change(own / dense - 1)])
     rows += [row for row, _ in _evaluated(evaluation, removals)] if evaluation else []
