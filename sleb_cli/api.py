@@ -189,7 +189,7 @@ def _kept_place(subject: Subject, kind: Literal["eval", "bench"]) -> Path | None
     if subject.file is not None:
         return beside_plan(subject.file, kind) if subject.own_plan else None
     source = subject.architecture.source
-    ours = not subject.surgery.removals and source.revision is None and (source.folder / CHECKPOINT_PLAN).is_file()
+    ours = not subject.surgery.cuts and source.revision is None and (source.folder / CHECKPOINT_PLAN).is_file()
     return source.folder / f"sleb_{kind}.json" if ours else None
 
 

@@ -367,13 +367,15 @@ class ExpertPlan(Record):
 
     @model_validator(mode="after")
     def _agree(self) -> ExpertPlan:
+        if not 0 < self.fewer <= self.count - self.active:
+            raise ValueError(f"{self.fewer} of {self.count} experts go, and a token uses {self.active}")
         for order in self.blocks:
             if len(order.removals) != self.fewer or len({*order.removals}) != self.fewer:
                 raise ValueError(f"block {order.block} names an expert twice, or the wrong number of them")
             if max(order.removals) >= self.count or {len(order.scores), len(order.tokens)} != {self.count}:
                 raise ValueError(f"block {order.block} names other experts than the {self.count} of each block")
-        if len({order.block for order in self.blocks}) != len(self.blocks) or not self.fewer:
-            raise ValueError("a block is named twice, or no expert is")
+        if len({order.block for order in self.blocks}) != len(self.blocks):
+            raise ValueError("a block is named twice")
         return self
 
     @property
@@ -394,8 +396,13 @@ class ExpertPlan(Record):
 
     @property
     def ranking(self) -> str:
-        """A hash of which experts go, and in which order."""
-        return hashlib.sha256(json.dumps(sorted(self.removed.items())).encode()).hexdigest()
+        """A hash of the order of all experts, however many go: those that stay follow by their scores in each group."""
+        orders, size = [], self.count // self.groups
+        for order in sorted(self.blocks, key=lambda order: order.block):
+            gone = {expert: place for place, expert in enumerate(order.removals)}
+            places = [(e // size, gone.get(e, self.count), order.scores[e], e) for e in range(self.count)]
+            orders.append((order.block, [expert for *_, expert in sorted(places)]))
+        return hashlib.sha256(json.dumps(orders).encode()).hexdigest()
 
     def first(self, count: int) -> ExpertPlan:
         """Return what goes if `count` experts of each block go; what was measured was without all of them."""

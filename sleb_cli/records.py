@@ -173,7 +173,7 @@ Check = Literal[
 """What a proof can check in a checkpoint: see `engine/output/proof.py`."""
 
 
-Reference = Literal["dense", "recovered", "whole", "fewer experts"]
+Reference = Literal["dense", "recovered", "whole", "fewer experts", "fewer experts per token"]
 """What logits are compared with: see `Proof`."""
 
 
@@ -181,10 +181,10 @@ class Proof(Record):
     """What was checked in a checkpoint, in which data type and on which device, and how close the logits are.
 
     `reference` is what its logits were compared with: the dense model with these blocks skipped ("dense"), the same
-    with the recovered weights ("recovered"), the dense model if only tokens go ("whole"), or
-    the dense model whose routers cannot choose these experts ("fewer experts"). `partial` says why not
-    everything was checked, if so. The numbers are null if no logits were compared; differences are relative to the
-    largest logit.
+    with the recovered weights ("recovered"), the dense model if only tokens go ("whole"), or the dense model whose
+    routers cannot choose these experts ("fewer experts") or choose fewer ("fewer experts per token"). `partial` says
+    why not everything was checked, if so. The numbers are null if no logits were compared; differences are relative to
+    the largest logit.
     """
 
     checks: tuple[Check, ...]

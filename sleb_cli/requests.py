@@ -174,6 +174,9 @@ _stream = partial(
 _device_map = partial(option, "Let accelerate spread the model over several devices, CPU memory and disk.", _MACHINE)
 _revision = partial(option, "Branch, tag or commit of a model on the Hub.", _MACHINE)
 _trust_remote_code = partial(_flag, "Run Python code that comes with the model.", _MACHINE)
+_experts_per_token = partial(
+    option, "Have each token use only this many experts: one setting, and no cut.", _SUBJECT, least=1
+)
 _force = partial(_flag, "Overwrite existing output.", _OUTPUT)
 _result_file = partial(option, "Write the result to this JSON file.", _OUTPUT)
 
@@ -341,7 +344,9 @@ class OneSizeRequest(SubjectRequest):
     """One size of the pruned model, by default the smallest."""
 
     remove: int | None = option(
-        "Remove only N blocks: the plan's step N, or the first N of --blocks.", _SUBJECT, metavar="N"
+        "Remove only N blocks, or experts of each block: the plan's step N, or the first N of --blocks.",
+        _SUBJECT,
+        metavar="N",
     )
 
 
@@ -350,7 +355,7 @@ class SizesRequest(SubjectRequest):
     """Sizes of the pruned model to compare with the dense one, by default the smallest."""
 
     remove: tuple[int, ...] = _list(
-        "Measure these sizes, by blocks removed: 2,4,6. N means the plan's step N, or the first N of --blocks.",
+        "Measure these sizes, by blocks or experts removed: 2,4,6. N is the plan's step N, or the first N of --blocks.",
         _SUBJECT,
     )
     every: int | None = _count("Measure every N-th size, and always the most pruned.", _SUBJECT, metavar="N")
@@ -360,8 +365,9 @@ class SizesRequest(SubjectRequest):
 class ApplyRequest(OneSizeRequest):
     """A checkpoint or GGUF file to be written, and how the blocks that stay are recovered."""
 
+    experts_per_token: int | None = _experts_per_token()
     source: Path | None = option(
-        "Remove the blocks from this GGUF file of the model, quantized or not.", _CHECKPOINT, metavar="GGUF"
+        "Remove the blocks or experts from this GGUF file of the model, quantized or not.", _CHECKPOINT, metavar="GGUF"
     )
     scripts: tuple[str, ...] = _list(
         "Keep only the tokens of these scripts, as Unicode names them: latin,greek. ASCII, symbols and bytes stay.",
@@ -414,6 +420,7 @@ class ApplyRequest(OneSizeRequest):
 class EvalRequest(SizesRequest):
     """What to measure of a model's quality."""
 
+    experts_per_token: int | None = _experts_per_token()
     perplexity: tuple[str, ...] = _list(
         "Measure perplexity on these texts: wikitext2, c4, files, org/name[:config][:split][:column]. In conversations "
         "(`messages`), only the answers count.",
@@ -460,6 +467,7 @@ class EvalRequest(SizesRequest):
 class BenchRequest(SizesRequest):
     """What to time."""
 
+    experts_per_token: int | None = _experts_per_token()
     prompt: bool = _flag("Time prompt processing (prefill).", _WORKLOAD)
     generation: bool = _flag("Time generation (prefill and decode).", _WORKLOAD, default="both")
     batch_size: int | None = _count("Prompts per batch.", _WORKLOAD, default="1; generation: 64, or 4 on a CPU")

@@ -11,7 +11,7 @@ from sleb_cli.names import public_source
 from sleb_cli.plan import CalibrationRecord, RecoveryRecord
 from sleb_cli.records import ModelRecord, Perplexity, Proof, Public, Record, VersionedRecord
 from sleb_cli.requests import Unit, WorkloadName
-from sleb_cli.units import format_bytes
+from sleb_cli.units import format_bytes, plural
 
 Removals = tuple[int, ...]
 """What names a model among those that are measured together: the removed blocks; the dense one has none.
@@ -20,10 +20,38 @@ Of a plan that removes experts, it is the places in the order of each block that
 """
 
 
-class ResultRecord(VersionedRecord):
-    """What evaluations and benchmarks share: the model, and where and by what it ran."""
+class ExpertSizes(Record):
+    """What sizes count that are not of blocks: how many fewer of `count` experts.
+
+    Of each block, they go in the order whose hash is `ranking`; if it is null, none goes, and a token uses fewer.
+    """
+
+    count: int
+    ranking: str | None = None
+
+    def size(self, fewer: int) -> str:
+        """Return what a model of a size is, in words."""
+        if self.ranking is None:
+            return f"with {plural(self.count - fewer, 'expert')} per token"
+        return f"without {fewer} of the {self.count} experts of each block"
+
+
+class ExpertResult(VersionedRecord):
+    """A result that tells of experts, if they are what changes."""
+
+    def to_data(self) -> dict[str, Any]:
+        """Return the result as in JSON, without fields of experts that are None."""
+        return {name: value for name, value in super().to_data().items() if value or not name.startswith("experts")}
+
+
+class ResultRecord(ExpertResult):
+    """What evaluations and benchmarks share: the model, and where and by what it ran.
+
+    If `experts` is there, it says what the numbers in `sizes` and `removals` count.
+    """
 
     model: ModelRecord
+    experts: ExpertSizes | None = None
     dtype: str
     device: str
     processor: str
@@ -34,7 +62,8 @@ class ResultRecord(VersionedRecord):
     def setting(self) -> tuple[object, ...]:
         """What two results must share to be merged."""
         model = (self.model.fingerprint, self.model.code)
-        return (*model, self.dtype, self.device, self.processor, self.sleb_version, self.torch, self.transformers)
+        ran = (self.dtype, self.device, self.processor, self.sleb_version, self.torch, self.transformers)
+        return (*model, *ran, *((self.experts.count, self.experts.ranking) if self.experts else ()))
 
 
 class CutRecord(Record):
@@ -83,7 +112,20 @@ class ExpertsRecord(CutRecord):
         return f"{before} to {after} in each block; parameters {parameters}; {bytes_before} to {bytes_after}"
 
 
-class WrittenResult(VersionedRecord):
+class PerTokenRecord(CutRecord):
+    """How many experts a token used before, and uses now."""
+
+    title = "Experts per token"
+
+    experts: tuple[int, int]
+
+    @property
+    def change(self) -> str:
+        """What changed: "8 to 4"."""
+        return "{} to {}".format(*self.experts)
+
+
+class WrittenResult(ExpertResult):
     """A model that was written without some of its parts; what went besides blocks has a field for each kind."""
 
     @property
@@ -95,8 +137,8 @@ class WrittenResult(VersionedRecord):
 class ApplyResult(WrittenResult):
     """A written checkpoint. `proof` is null if it was skipped.
 
-    `vocabulary` tells which tokens stayed, if not all, `experts` how many experts, and `recovery` how its blocks were
-    recovered, if they were.
+    `vocabulary` tells which tokens stayed, if not all, `experts` how many experts, `experts_per_token` how many a token
+    uses, if fewer, and `recovery` how its blocks were recovered, if they were.
     """
 
     kind: Literal["apply"]
@@ -107,6 +149,7 @@ class ApplyResult(WrittenResult):
     weights_bytes: int
     vocabulary: VocabularyRecord | None = None
     experts: ExpertsRecord | None = None
+    experts_per_token: PerTokenRecord | None = None
     recovery: RecoveryRecord | None
     proof: Proof | None
 
@@ -127,6 +170,7 @@ class GgufResult(WrittenResult):
     verified: bool
     vocabulary: VocabularyRecord | None = None
     experts: ExpertsRecord | None = None
+    experts_per_token: PerTokenRecord | None = None
     proof: Proof | None
     unproven: str | None
 

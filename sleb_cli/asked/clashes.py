@@ -8,7 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from sleb_cli.requests import RECOVERIES, TARGET_NAMES, ApplyRequest, BenchRequest, Request, SearchRequest, option_of
+from sleb_cli.requests import (
+    RECOVERIES,
+    TARGET_NAMES,
+    ApplyRequest,
+    BenchRequest,
+    Request,
+    SearchRequest,
+    SizesRequest,
+    option_of,
+)
 from sleb_plugins import UsageError
 
 
@@ -109,6 +118,10 @@ CLASHES: tuple[Clash | Need, ...] = (
     Clash(_GGUF, FOR_CHECKPOINTS, "the tensors of a GGUF file are copied as they are",
           "Write a checkpoint of the model instead: choose a folder with -o, without --source.", ApplyRequest),
     Clash("source", "model", "only the plan and the GGUF file are read", "Leave out --model.", ApplyRequest),
+    Clash("experts_per_token", "blocks", "each names what is compared with the dense model",
+          "Measure one after the other.", SizesRequest),
+    Clash("experts_per_token", _RECOVERIES, "blocks are fitted to what the dense model computes with all its experts",
+          "Recover first, and apply the setting to that checkpoint.", ApplyRequest),
     Clash("every", "remove", "each names the sizes", "Use --every 2, or --remove 2,4,6."),
     Clash("tasks", "stream", "each batch of requests would read the whole model again",
           "Leave out --stream, or measure --perplexity alone. --device-map auto runs tasks, slowly."),

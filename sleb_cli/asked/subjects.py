@@ -6,10 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sleb_cli.asked.clashes import given
 from sleb_cli.plan import Plan, read_plan
 from sleb_cli.requests import DEFAULT_PLAN, DEMO, OneSizeRequest, SearchRequest, SizesRequest, SubjectRequest, Unit
 from sleb_plugins import PlanError, UsageError
 from sleb_plugins.errors import did_you_mean
+
+_FOR_BLOCKS = "recover heal device_map"
+"""Options that do not suit experts: gaps between blocks are refitted, and accelerate replaces routers as they run."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class NamedSubject:
     def others(self) -> dict[str, Any]:
         """What goes besides blocks, by the names of `KINDS`."""
         found = {"experts": self.plan and self.plan.experts and self.plan.experts.removed}
-        found["scripts"] = getattr(self.request, "scripts", None)
+        found |= {option: getattr(self.request, option, None) for option in ("experts_per_token", "scripts")}
         return {kind: value for kind, value in found.items() if value}
 
 
@@ -54,6 +58,7 @@ def read_subject(request: OneSizeRequest | SizesRequest, *, needs_removals: bool
     if is_plan(path):
         plan = read_named_plan(path, request)
         removals = plan.largest
+        _require_applicable(request, path, plan)
         model, revision = _place_of_model(path, plan, request.model, revision)
     elif request.model is not None:
         raise UsageError(f"--model applies to a plan, but {model} is a model.", hint="Leave out --model.")
@@ -65,11 +70,24 @@ def read_subject(request: OneSizeRequest | SizesRequest, *, needs_removals: bool
         replace(request, revision=revision),
         model,
         (plan.removals if plan else removals) or (),
-        sizes=_sizes(request, len(removals or ())) if isinstance(request, SizesRequest) else (),
+        sizes=_sizes(request, len(removals or ()), plan) if isinstance(request, SizesRequest) else (),
         plan=plan,
         file=path if plan else None,
         any_model=request.any_model,
     )
+
+
+def _require_applicable(request: SubjectRequest, path: Path, plan: Plan) -> None:
+    """Check that the options fit what a plan removes.
+
+    Raises:
+        UsageError: one does not.
+    """
+    unfit = given(request, _FOR_BLOCKS) if plan.experts else []
+    if unfit or (isinstance(request, SizesRequest) and (unfit := given(request, "experts_per_token"))):
+        raise UsageError(
+            f"{unfit[0]} does not apply to {path}, a plan that removes {plan.unit}.", hint=f"Leave out {unfit[0]}."
+        )
 
 
 def _no_blocks(path: Path) -> UsageError:
@@ -111,12 +129,21 @@ def read_named_plan(path: Path, request: OneSizeRequest | SizesRequest) -> Plan:
         )
     plan = read_plan(path)
     count = len(first_removals(plan.largest, _most(request), str(path), plan.unit))
-    if plan.experts and count % plan.experts.groups:
+    _require_whole_groups(plan, count)
+    return plan.first(count)
+
+
+def _require_whole_groups(plan: Plan | None, count: int) -> None:
+    """Check that as many experts go of each group, where a model has groups.
+
+    Raises:
+        UsageError: not as many go.
+    """
+    if plan and plan.experts and count % plan.experts.groups:
         raise UsageError(
-            f"Cannot remove {count} experts: {path} is of a model with {plan.experts.groups} groups of experts.",
+            f"Cannot remove {count} experts: {plan.model.id} has {plan.experts.groups} groups of experts.",
             hint=f"Use a multiple of {plan.experts.groups}.",
         )
-    return plan.first(count)
 
 
 def first_removals(removals: tuple[int, ...], count: int | None, where: str, unit: Unit = "blocks") -> tuple[int, ...]:
@@ -139,7 +166,7 @@ def _most(request: OneSizeRequest | SizesRequest) -> int | None:
     return max(request.remove, default=None) if isinstance(request, SizesRequest) else request.remove
 
 
-def _sizes(request: SizesRequest, most: int) -> tuple[int, ...]:
+def _sizes(request: SizesRequest, most: int, plan: Plan | None) -> tuple[int, ...]:
     if not most and request.every is not None:
         raise UsageError(
             f"--every {request.every} needs a plan or --blocks.",
@@ -150,5 +177,8 @@ def _sizes(request: SizesRequest, most: int) -> tuple[int, ...]:
     every = request.every or most
     sizes = set(request.remove) or {most, *range(every, most, every)}
     if min(sizes) < 1:
-        raise UsageError(f"Cannot remove {min(sizes)} blocks.", hint=f"Use --remove 1 to {most}.")
+        unit = plan.unit if plan else "blocks"
+        raise UsageError(f"Cannot remove {min(sizes)} {unit}.", hint=f"Use --remove 1 to {most}.")
+    for size in sizes:
+        _require_whole_groups(plan, size)
     return tuple(sorted(sizes))

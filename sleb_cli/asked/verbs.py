@@ -48,7 +48,7 @@ def check_apply(request: ApplyRequest, registry: Registry) -> NamedSubject:
         removals = first_removals(request.blocks, request.remove, "--blocks")
         subject = NamedSubject(request, str(request.source), removals)
     else:
-        subject = read_subject(request, needs_removals=not request.scripts)
+        subject = read_subject(request, needs_removals=not (request.scripts or request.experts_per_token))
     gguf = gguf_to_cut(request, Path(subject.model))
     dtype_in_full(request.dtype or AUTO)
     require_mixture(request.calibration)
@@ -176,7 +176,13 @@ def check_export(request: ExportRequest, registry: Registry) -> tuple[NamedSubje
         raise UsageError(f"--source does not apply to --to {exporter.name}.", hint="Leave out --source.")
     _require_new(request)
     if exporter.needs_model:
-        return read_subject(request, needs_removals=True), exporter
+        subject = read_subject(request, needs_removals=True)
+        if subject.plan and subject.plan.experts:
+            raise UsageError(
+                f"--to {exporter.name} describes a removal of blocks, but {subject.file} removes experts.",
+                hint="Use --to report or csv, or write the checkpoint with `sleb apply`.",
+            )
+        return subject, exporter
     # The model may be on another machine.
     named = Path(request.subject or DEFAULT_PLAN)
     file = named / CHECKPOINT_PLAN if (named / CHECKPOINT_PLAN).is_file() else named

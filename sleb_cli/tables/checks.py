@@ -11,6 +11,7 @@ def reference(kind: Reference, dense: str = "the dense model") -> str:
         "recovered": "the recovered model in memory",
         "whole": dense,
         "fewer experts": f"{dense} whose routers cannot choose these experts",
+        "fewer experts per token": f"{dense} whose routers choose as few experts",
     }
     return words.get(kind, f"{dense} with these blocks skipped")
 

@@ -21,8 +21,8 @@ def workload_name(result: WorkloadResult) -> str:
     return ", ".join([workload.label, *engine, *(["compiled"] if workload.compiled else [])])
 
 
-def speeds(timed: Iterable[Scored], blocks: int) -> Table:
-    """Return the speedup of each workload; the dense model has `blocks`."""
+def speeds(timed: Iterable[Scored], blocks: int | None) -> Table:
+    """Return the speedup of each workload; the dense model has `blocks`, or none of them go if that is None."""
     columns: Columns = [
         ("workload", str), ("model", str), ("median", format_milliseconds), ("tokens/s", "{:,.1f}".format),
         ("speedup", _TIMES), ("95%", partial(between, form="{:.2f}".format)), ("blocks", _TIMES),
@@ -31,12 +31,11 @@ def speeds(timed: Iterable[Scored], blocks: int) -> Table:
     for workload, model, timing in timed:
         speedups: list[Any] = [None] * 3
         if isinstance(timing, PrunedTiming):
-            speedups = [timing.speedup, timing.interval, blocks / (blocks - len(timing.removals))]
+            speedups = [timing.speedup, timing.interval, blocks and blocks / (blocks - len(timing.removals))]
         rows.append([workload, model, timing.e2el_ms.median, timing.tokens_per_second, *speedups])
-    notes = [
-        "Workloads: batch x prompt tokens + new tokens. blocks: dense over remaining blocks, about the speedup "
-        "of a large model."
-    ]
+    notes = ["Workloads: batch x prompt tokens + new tokens."]
+    if blocks:
+        notes[0] += " blocks: dense over remaining blocks, about the speedup of a large model."
     return tabulate("Speed", columns, rows, notes)
 
 
@@ -76,7 +75,7 @@ def sizes(result: BenchResult) -> Table:
         ("loads in", lambda seconds: format_milliseconds(1000 * seconds)),
     ]  # fmt: skip
     rows = [
-        [name, size.blocks, size.parameters, size.weights_bytes, size.load_seconds]
+        [name, None if result.experts else size.blocks, size.parameters, size.weights_bytes, size.load_seconds]
         for size in (result.dense, *result.pruned)
         for name in [model_name(size.removals, alone=not result.pruned)]
     ]

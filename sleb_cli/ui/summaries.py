@@ -32,7 +32,8 @@ def show_evaluation(result: EvalResult, output: Path | None) -> None:
     from sleb_cli.tables import quality
 
     removals = result.sizes[-1] if result.sizes else ()
-    print_title(short_name(result.model.id) + (f" without blocks {spans(removals)}" if removals else ""))
+    without = result.experts.size(len(removals)) if result.experts else f"without blocks {spans(removals)}"
+    print_title(short_name(result.model.id) + (f" {without}" if removals else ""))
     names = quality.text_names(result.texts)
     scored = by_model(result.texts, names)
     tables = [
@@ -46,15 +47,15 @@ def show_evaluation(result: EvalResult, output: Path | None) -> None:
         show_table(table)
     for task in result.tasks:
         for size in task.pruned:
-            _show_flips(task, size)
+            removed = result.experts.size if result.experts else lambda count: f"{plural(count, 'block')} removed"
+            _show_flips(task, size, removed(len(size.removals)))
     print_line(f"{result.model.computed_in(result.dtype)} on {result.device}")
     print_written(output)
 
 
-def _show_flips(task: TaskResult, size: PrunedTaskScores) -> None:
-    removed = plural(len(size.removals), "block")
+def _show_flips(task: TaskResult, size: PrunedTaskScores, what: str) -> None:
     for flip in size.flips:
-        print_title(f"\n{task.task}, item {flip.doc_id}, which only one model gets right ({removed} removed)")
+        print_title(f"\n{task.task}, item {flip.doc_id}, which only one model gets right ({what})")
         print_line(f"  {' '.join(flip.prompt.split())[-300:]}")
         for name, text in (("right", flip.target), ("dense", flip.dense), ("pruned", flip.pruned)):
             print_line(f"  {name:6} {' '.join(text.split())[:160]}")
@@ -66,9 +67,11 @@ def show_benchmark(result: BenchResult, output: Path | None) -> None:
 
     print_title(short_name(result.model.id))
     for size in result.pruned:
-        print_line(f"-{len(size.removals)}: without blocks {', '.join(map(str, size.removals))}")
+        count, without = len(size.removals), f"without blocks {', '.join(map(str, size.removals))}"
+        print_line(f"-{count}: {result.experts.size(count) if result.experts else without}")
     timed = by_model(result.workloads, map(speed.workload_name, result.workloads))
-    tables = [speed.sizes(result), speed.speeds(timed, result.model.blocks), speed.latencies(timed)]
+    blocks = None if result.experts else result.model.blocks
+    tables = [speed.sizes(result), speed.speeds(timed, blocks), speed.latencies(timed)]
     for table in (*tables, speed.memory(timed), provenance.result_settings(result)):
         show_table(table)
     print_written(output)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from sleb_cli.engine.cut.experts.active import plan_active, plan_gguf_active
 from sleb_cli.engine.cut.experts.expert_cut import plan_experts
 from sleb_cli.engine.cut.experts.gguf_experts import plan_gguf_experts
 from sleb_cli.engine.cut.protocol import Cut, GgufCut
@@ -23,5 +24,6 @@ class Kind(NamedTuple):
 
 KINDS: Mapping[str, Kind] = {
     "experts": Kind(plan_experts, plan_gguf_experts),
+    "experts_per_token": Kind(plan_active, plan_gguf_active),
     "scripts": Kind(plan_tokens, plan_gguf_tokens),
 }

@@ -126,7 +126,7 @@ def _require_fitting(
     """
     if named.plan and request.source is None:
         resolve_subject(named, registry, notify)
-    elif named.removals and not request.any_model:
+    elif (named.removals or named.plan) and not request.any_model:
         if named.plan:
             require_same_kind_of_model(named.plan.model, file, notify)
         elif not are_the_same(file.path, Path(named.model)):

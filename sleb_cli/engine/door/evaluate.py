@@ -117,7 +117,7 @@ def _read_text(name: str, request: EvalRequest, tokenizer: Any, architecture: Ar
 def _remarks(texts: Sequence[EvaluationWindows], subject: Subject) -> Iterator[str]:
     """Yield what the user should know about the texts and the model, such as a split that was chosen for them."""
     plan = subject.architecture.source.folder / CHECKPOINT_PLAN
-    if subject.plan is None and not subject.surgery.removals and plan.is_file():
+    if subject.plan is None and not subject.surgery.cuts and plan.is_file():
         yield f"Measured alone: `sleb eval {in_shell(str(plan))}` compares it with the dense model."
     if subject.recovered:
         yield f"The pruned model is {subject.recovered.source.id}, with its recovered weights."
@@ -141,6 +141,6 @@ def _texts_used(subject: Subject) -> Iterator[tuple[str, CalibrationRecord]]:
     with suppress(PlanError):  # no checkpoint of ours
         plans.append(read_plan(subject.architecture.source.folder / CHECKPOINT_PLAN))
     for plan in plans:
-        yield "Blocks were chosen", plan.calibration
+        yield f"{plan.unit.capitalize()} were chosen", plan.calibration
         if plan.recovery:
             yield "The remaining blocks were recovered", plan.recovery.train_text

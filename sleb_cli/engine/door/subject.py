@@ -27,6 +27,8 @@ def surgeries(subject: Subject, sizes: Sequence[int]) -> tuple[Surgery, ...]:
     removals, plan = subject.surgery.steps, subject.plan
     if subject.recovered and tuple(sizes) != (len(removals),):
         raise _has_one_size(subject.recovered.source, len(removals))
+    if not plan and subject.surgery.others:
+        return (subject.surgery,)
     by_size = plan.by_size if plan else [removals[:size] for size in range(1, len(removals) + 1)]
     if plan and plan.experts:
         found = [{"experts": plan.experts.first(size).removed} for size in sizes]

@@ -33,7 +33,7 @@ from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notice, Notify, Warned
 from sleb_cli.kept_results import beside_plan
-from sleb_cli.names import checkpoint_name, without_folders
+from sleb_cli.names import without_folders
 from sleb_cli.plan import CHECKPOINT_PLAN
 from sleb_cli.processes import WorkerFinished
 from sleb_cli.records import THIS_VERSION
@@ -80,9 +80,7 @@ class Output:
 
 def default_folder(subject: Subject) -> Path:
     """Return where the checkpoint goes if no place is named."""
-    surgery = subject.surgery
-    parts = [part for cut in surgery.cuts for part in cut.name_parts]
-    return Path(checkpoint_name(subject.architecture.source.name, len(surgery.kept.blocks), parts))
+    return Path(subject.surgery.name)
 
 
 def require_apart(folder: Path, source: ModelSource) -> None:
@@ -209,7 +207,8 @@ def move_if_proof_fails(written: Path, place: Path | None) -> Iterator[None]:
 
 def _describe(subject: Subject, folder: Path, written: ApplyResult, notify: Notify) -> None:
     """Add the model card, the plan, and what was measured of it if this is that very model, without local folders."""
-    plan, path, is_other = subject.plan, folder / CHECKPOINT_PLAN, written.recovery or written.cuts
+    plan, path = subject.plan, folder / CHECKPOINT_PLAN
+    is_other = written.recovery or written.vocabulary or written.experts_per_token
     own = None if is_other or (plan and plan.recovery) else subject.own_plan
     evaluation, benchmark = measured_of_plan(subject.file, own, notify) if subject.file and own else (None, None)
     card = model_card(subject, written, evaluation, benchmark)

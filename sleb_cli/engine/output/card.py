@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,8 @@ from huggingface_hub import ModelCardData, metadata_load
 from sleb_cli.engine.files.copying import holds
 from sleb_cli.engine.output.measured import of_size
 from sleb_cli.engine.surgery.subject import Subject
-from sleb_cli.names import checkpoint_name, public_source
-from sleb_cli.plan import CHECKPOINT_PLAN, RecoveryRecord, SampleGeneration
+from sleb_cli.names import public_source
+from sleb_cli.plan import CHECKPOINT_PLAN, Plan, RecoveryRecord, SampleGeneration
 from sleb_cli.records import Proof
 from sleb_cli.results import ApplyResult, BenchResult, EvalResult, Removals
 from sleb_cli.tables import search_results
@@ -35,26 +36,19 @@ _NO_NAME = re.compile(r"[^\w.-]+")
 def model_card(
     subject: Subject, written: ApplyResult, evaluation: EvalResult | None, benchmark: BenchResult | None
 ) -> str:
-    """Return the README: the base model, the removed blocks, how they were found, what was measured, and the proof.
+    """Return the README: the base model, what was removed, how it was found, what was measured, and the proof.
 
     It may be published, so it names no local folder.
     """
-    source, removals, recovery = subject.architecture.source, subject.surgery.removals, written.recovery
+    source, recovery = subject.architecture.source, written.recovery
     sample = subject.own_plan and subject.own_plan.sample_generation
     name = f"`{source.id}` at revision `{source.revision}`" if source.revision else in_markdown(source.name)
-    how = "no training" if recovery is None else "the others given new weights"
-    made = f"- Made by sleb {__version__}"
-    about = [
-        f"- Blocks removed, in order, numbered from 0 in the base model: {', '.join(map(str, removals))}",
-        f"{made} (SLEB, arXiv:2402.09025): whole transformer blocks removed, {how}",
-        *_search(subject),
-    ]
     lines = [
         _front_matter(subject, evaluation),
         f"# {in_markdown(source.name)} without {subject.surgery.cuts[0].what}",
         "",
         f"- Base model: {name}",
-        *(about if removals else [made]),
+        *_made(subject, recovery),
         *(f"- {cut.title}: {cut.change}" for cut in written.cuts),
         *_results(subject, recovery, evaluation, benchmark),
         *(_sample_generation(sample) if sample else []),
@@ -65,9 +59,28 @@ def model_card(
     return "\n".join(lines)
 
 
+def _made(subject: Subject, recovery: RecoveryRecord | None) -> list[str]:
+    """Return what was removed, how, and why that."""
+    made, removals, plan = f"- Made by sleb {__version__}", subject.surgery.removals, subject.plan
+    if removals:
+        how = "no training" if recovery is None else "the others given new weights"
+        return [
+            f"- Blocks removed, in order, numbered from 0 in the base model: {', '.join(map(str, removals))}",
+            f"{made} (SLEB, arXiv:2402.09025): whole transformer blocks removed, {how}",
+            *_search(subject),
+        ]
+    if plan is None or plan.experts is None:
+        return [made]
+    return [
+        f"{made}: experts removed, no training (`{CHECKPOINT_PLAN}` has those that went, and every score)",
+        f"- Experts chosen by {in_markdown(plan.search.metric)} on {in_markdown(str(plan.calibration.published()))}",
+        "- What that text does not use may be gone: measure other uses before you rely on them.",
+    ]
+
+
 def _front_matter(subject: Subject, evaluation: EvalResult | None) -> str:
     """Return what the Hub reads; licence, languages and tags are those of the base model's own card."""
-    source, removals = subject.architecture.source, subject.surgery.removals
+    source, removals = subject.architecture.source, subject.surgery.steps
     base = _of_base(source.folder)
     results = [result for _, result in _evaluated(evaluation, removals)] if evaluation else []
     data = ModelCardData(
@@ -84,7 +97,7 @@ def _front_matter(subject: Subject, evaluation: EvalResult | None) -> str:
         # Some programs write what they know of a base model as tags, which is not true of this one.
         tags=["sleb", "pruned", *(tag for tag in _listed(base.get("tags")) if not tag.startswith("base_model:"))],
         eval_results=results or None,
-        model_name=checkpoint_name(source.name, len(subject.surgery.kept.blocks)) if results else None,
+        model_name=subject.surgery.name if results else None,
     )
     return f"---\n{data.to_yaml()}\n---\n"
 
@@ -125,12 +138,11 @@ def _results(
     subject: Subject, recovery: RecoveryRecord | None, evaluation: EvalResult | None, benchmark: BenchResult | None
 ) -> list[str]:
     """Return the one table of what was measured of both models."""
-    removals, plan = subject.surgery.removals, subject.own_plan
+    removals, plan = subject.surgery.steps, subject.own_plan
     rows, notes = list[list[str]](), dict[str, None]()
-    if plan and recovery is None:
-        dense, own = plan.dense.perplexity, plan.perplexity
-        text = f"perplexity, {plan.calibration.title} (searched on)"
-        rows.append([text, format_perplexity(dense), format_perplexity(own), format_change(own / dense - 1)])
+    for text, dense, own in _searched(plan) if plan and recovery is None else ():
+        named = f"perplexity, {text}"
+        rows.append([named, format_perplexity(dense), format_perplexity(own), format_change(own / dense - 1)])
     rows += [row for row, _ in _evaluated(evaluation, removals)] if evaluation else []
     for result in benchmark.workloads if benchmark else ():
         if timing := of_size(result.pruned, removals):
@@ -140,6 +152,20 @@ def _results(
         if made:
             notes[f"Measured with sleb {made.sleb_version} in {made.dtype} on {made.device} ({made.processor})."] = None
     return _table(Table("Results", ["measured", "base model", "this model", "change"], rows, list(notes)))
+
+
+def _searched(plan: Plan) -> list[tuple[str, float, float]]:
+    """Return the texts of the search, with the perplexity of both models."""
+    if plan.experts is None:
+        return [(f"{plan.calibration.title} (searched on)", plan.dense.perplexity, plan.steps[-1].perplexity)]
+    return [
+        (
+            f"{public_source(text.text)} ({'held out' if text.held_out else 'searched on'})",
+            math.exp(text.dense),
+            math.exp(text.pruned),
+        )
+        for text in plan.experts.texts
+    ]
 
 
 def _evaluated(evaluation: EvalResult, removals: Removals) -> Iterator[tuple[list[str], HubResult]]:

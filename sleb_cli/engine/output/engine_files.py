@@ -1,4 +1,4 @@
-"""Files for inference engines that are timed: the model as it is, and without blocks, in a temporary folder."""
+"""Files for inference engines that are timed: the model as it is, and pruned, in a temporary folder."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def engine_files(own: Path, registry: Registry, notify: Notify) -> Iterator[Call
     with scratch_folder(Path(gettempdir()), "sleb-bench") as folder:
 
         def write(surgery: Surgery) -> Path:
-            if not surgery.removals:
+            if not surgery.cuts:
                 return own
             clear(folder)  # the last one has been timed, since pruned models take turns
             folder.mkdir()
-            name = f"{len(surgery.removals)}-blocks-fewer"
+            name = f"{len(surgery.steps)}-{'fewer' if surgery.others else 'blocks-fewer'}"
             to = Output(folder / (name if own.is_dir() else f"{name}.gguf"), verify=False)
             if own.is_dir():
                 apply_removals(Subject(surgery, None), to, notify)
             else:
-                prune_gguf(plan_gguf_surgery(read_gguf(own), surgery.removals), to, registry, notify)
+                prune_gguf(plan_gguf_surgery(read_gguf(own), surgery.removals, surgery.others), to, registry, notify)
             return to.place
 
         yield write

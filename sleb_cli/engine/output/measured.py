@@ -46,6 +46,9 @@ def _measured(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R | None
     if result.model.fingerprint != plan.model.fingerprint:
         notify(Warned(f"Ignoring {file}: it was measured on a different model than {path}."))
         return None
+    if (result.experts and result.experts.ranking) != (plan.experts and plan.experts.ranking):
+        notify(Warned(f"Ignoring {file}: {path} removes other parts, or in another order."))
+        return None
     if isinstance(result, EvalResult) and plan.recovery and result.recovered is None:
         notify(Warned(f"Ignoring {file}: it was measured before the blocks of {path} were recovered."))
         return None
@@ -53,7 +56,7 @@ def _measured(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R | None
     parts = [part for name in _PARTS for part in getattr(result, name, ())]
     measured = {frozenset(entry.removals) for part in parts for entry in part.pruned}
     # A plan that was cut to fewer removals no longer tells its larger sizes from another plan's.
-    strangers = {removals for removals in measured - planned if len(removals) <= len(plan.removals)}
+    strangers = {removals for removals in measured - planned if len(removals) <= len(plan.largest)}
     if strangers:
         notify(Warned(f"Ignoring {plural(len(strangers), 'size')} in {file} that {path} does not have."))
     if not measured & planned:

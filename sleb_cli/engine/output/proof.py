@@ -278,12 +278,10 @@ class _Models:
         with (
             open_dense(self.surgery.architecture, self.placement, self.notify) as skippable,
             skippable.replaced(self.new_values or {}),
-            ExitStack() as stack,
         ):
             skippable.align()
-            for cut in self.surgery.cuts:
-                stack.enter_context(cut.absent(skippable.model))
-            yield skippable
+            with self.surgery.absent(skippable.model):
+                yield skippable
 
     @contextmanager
     def _alike(self) -> Iterator[None]:

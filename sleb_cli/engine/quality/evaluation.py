@@ -88,6 +88,7 @@ def _without_parts(models: Models) -> EvalResult:
         **THIS_VERSION,
         kind="eval",
         model=architecture.record,
+        experts=models.subject.experts,
         behavior=architecture.source.content_hash,
         recovered=recovered.source.content_hash if recovered else None,
         dtype=dtype_name(models.placement.dtype),

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sleb_cli.engine.device import free_memory
+from sleb_cli.engine.forward.memory_needs import model_bytes
 from sleb_cli.engine.forward.placement import open_dense
 from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.memory import memory_shortage
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.surgery.loading import Placement, load_pruned
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify
+from sleb_cli.results import Removals
 
 
 class Models:
@@ -22,15 +25,23 @@ class Models:
     ) -> None:
         self.subject, self.architecture = subject, subject.architecture
         self.placement, self.group, self.notify = placement, group, notify
-        self._surgeries = {surgery.removals: surgery for surgery in surgeries}
-        self.sizes = tuple(self._surgeries)
-        """The removals of each pruned model."""
-        self.one_at_a_time = self.architecture.is_quantized or placement.device_map is not None or placement.stream
+        self.surgeries = {surgery.steps: surgery for surgery in surgeries}
+        """The surgery of each pruned model, by what names its size."""
+        self.sizes = tuple(self.surgeries)
+        alone = self.architecture.is_quantized or placement.device_map is not None or placement.stream
+        self.one_at_a_time = alone or group.from_main(self._are_too_large)
         """Whether only one model is open at a time: no other can share packed, spread or streamed weights with it."""
-        self._loaded: dict[tuple[int, ...], SkippableModel] = {}
+        self._loaded: dict[Removals, SkippableModel] = {}
 
-    def without(self, removals: tuple[int, ...]) -> SkippableModel:
-        """Return the model without these blocks, one of `sizes`, or the dense one without any.
+    def name(self, size: Removals) -> str:
+        """Return what the model of a size is called in messages."""
+        if not size:
+            return "dense model"
+        experts, blocks = self.subject.experts, ", ".join(map(str, size))
+        return f"model {experts.size(len(size)) if experts else f'without blocks {blocks}'}"
+
+    def without(self, removals: Removals) -> SkippableModel:
+        """Return the model of one of `sizes`, or the dense one.
 
         If models do not share weights, it takes the place of the one that was loaded before.
         """
@@ -41,17 +52,23 @@ class Models:
             self._loaded[removals] = self._load(removals)
         return self._loaded[removals]
 
-    def loaded_first(self, sizes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    def loaded_first(self, sizes: Sequence[Removals]) -> list[Removals]:
         """Return these sizes in an order that loads as few models as possible."""
         return sorted(sizes, key=lambda removals: removals not in self._loaded)
 
-    def _load(self, removals: tuple[int, ...]) -> SkippableModel:
+    def _are_too_large(self) -> bool:
+        """Whether models without experts, which share little with the dense one, do not fit beside it."""
+        weights = model_bytes(self.architecture, self.placement.dtype) * (1 + len(self.sizes))
+        has_fewer = self.subject.plan and self.subject.plan.experts
+        return bool(has_fewer and memory_shortage(weights, self.placement.device))
+
+    def _load(self, removals: Removals) -> SkippableModel:
         if not removals:
             return open_dense(self.architecture, self.placement, self.notify)
         if self.subject.recovered:
             return open_dense(self.subject.recovered, self.placement, self.notify)
         dense = None if self.one_at_a_time else self.without(()).model
-        model = load_pruned(self._surgeries[removals], self.placement, self.notify, dense=dense)
+        model = load_pruned(self.surgeries[removals], self.placement, self.notify, dense=dense)
         return SkippableModel(model, self.architecture.blocks_of(model))
 
     def require_unchanged(self) -> None:

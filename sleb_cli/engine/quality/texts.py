@@ -22,6 +22,7 @@ from sleb_cli.engine.process_group import deal
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.quality.token_scores import Scores, divergence_record, joined, score_tokens, window_losses
 from sleb_cli.engine.statistics import clustered_mean
+from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.text.windows import EvaluationWindows, tokens_sha256
 from sleb_cli.events import task
 from sleb_cli.results import PrunedTextScores, Removals, TextResult, TextScores
@@ -52,7 +53,7 @@ def measure_text(
         # The tokens of a cluster are one observation.
         change = clustered_mean((scores["nll"].double() - dense["nll"].double())[counted], clusters[counted])
         return PrunedTextScores(
-            **_summary(scores, windows, removals),
+            **_summary(scores, windows, models.name(removals)),
             removals=removals,
             log_ratio=change.mean,
             standard_error=change.standard_error,
@@ -62,7 +63,7 @@ def measure_text(
 
     return TextResult(
         **description(windows),
-        dense=TextScores(**_summary(dense, windows, ())),
+        dense=TextScores(**_summary(dense, windows, models.name(()))),
         pruned=tuple(map(compared, sizes, pruned)),
     )
 
@@ -81,12 +82,11 @@ def description(windows: EvaluationWindows) -> dict[str, Any]:
     }
 
 
-def _summary(scores: Scores, windows: EvaluationWindows, removals: Removals) -> dict[str, Any]:
+def _summary(scores: Scores, windows: EvaluationWindows, model: str) -> dict[str, Any]:
     counted = windows.counted
     loss = float(scores["nll"][counted].double().mean())
     if not math.isfinite(loss) or loss > math.log(1e300):
-        what = "dense model" if not removals else f"model without blocks {', '.join(map(str, removals))}"
-        raise ModelError(f"The loss of the {what} on {windows.text.source} is {loss}.", hint="Try --dtype float32.")
+        raise ModelError(f"The loss of the {model} on {windows.text.source} is {loss}.", hint="Try --dtype float32.")
     return {"perplexity": math.exp(loss), "losses": window_losses(scores, counted)}
 
 
@@ -135,19 +135,14 @@ class _Scorer:
     @torch.inference_mode()
     def _measured(self, numbers: Sequence[int]) -> Iterator[tuple[int, list[Scores]]]:
         """Yield the number of each of these parts, and the scores of each size."""
-        models = [self._model(removals) for removals in self.sizes]
         windows = [self.parts[number].to(self.dense.device) for number in numbers]
 
         def score(size: int) -> list[list[list[Scores]]]:
             self.size = size
             split = [torch.split(ids, size) for ids in windows]
             batches = [batch for of_part in split for batch in of_part]
-            predicted: Iterator[list[Logits]] = (
-                [predict(skippable, batch, removed, forks=self.forks) for skippable, removed in models]
-                for batch in batches
-            )
-            if not self.dense.weights.resident:
-                predicted = predict_together(self.dense, batches, [removed for _, removed in models])
+            in_turn = ([self._predict(batch, removals) for removals in self.sizes] for batch in batches)
+            predicted = in_turn if self.dense.weights.resident else self._streamed(batches)
             return [[score_tokens(batch, next(predicted), self.positions) for batch in of_part] for of_part in split]
 
         place = self.models.placement.device
@@ -155,9 +150,24 @@ class _Scorer:
         for number, batches in zip(numbers, scored, strict=True):
             yield number, [joined(of_size) for of_size in zip(*batches, strict=True)]
 
-    def _model(self, removals: Removals) -> tuple[SkippableModel, Removals]:
-        """Load a model, or if two may not fit into memory, the dense one; return it with the blocks to skip in it."""
-        skipped = removals if self.models.one_at_a_time else ()
-        if (loaded := () if skipped else removals) not in self.skippable:
+    def _predict(self, batch: Tensor, removals: Removals) -> Logits:
+        skippable, gone = self._model(removals)
+        with gone.absent(skippable.model):
+            return predict(skippable, batch, gone.removals, forks=self.forks)
+
+    def _streamed(self, batches: Sequence[Tensor]) -> Iterator[list[Logits]]:
+        """Walk through the blocks once for all sizes without blocks, and once for each without other parts."""
+        surgeries = [self._model(removals)[1] for removals in self.sizes]
+        alone = [surgery for surgery in surgeries if surgery.others]
+        walks = [predict_together(self.dense, batches, [each.removals for each in surgeries if not each.others])]
+        for surgery in alone:
+            with surgery.absent(self.dense.model):
+                walks.append(iter(list(predict_together(self.dense, batches, [surgery.removals]))))
+        return ([logits for walk in of_batch for logits in walk] for of_batch in zip(*walks, strict=True))
+
+    def _model(self, removals: Removals) -> tuple[SkippableModel, Surgery]:
+        """Load a model, or if two may not fit into memory, the dense one; return it with what is to be absent in it."""
+        gone = self.models.surgeries.get(removals) if self.models.one_at_a_time else None
+        if (loaded := () if gone else removals) not in self.skippable:
             self.skippable[loaded] = self.opened.enter_context(self.models.without(loaded))
-        return self.skippable[loaded], skipped
+        return self.skippable[loaded], gone or Surgery(self.models.architecture)

@@ -73,7 +73,7 @@ def benchmark(wanted: Benchmark, notify: Notify, write_files: WriteFiles | None 
             load = load_with_transformers(wanted.place, notify)
             version = transformers.__version__
         # All sizes together or, if only two models fit, each in turn with the dense one.
-        in_pairs = wanted.sizes and (wanted.engine or architecture.is_quantized)
+        in_pairs = wanted.sizes and (wanted.engine or architecture.is_quantized or wanted.subject.experts)
         timed = []
         with load(dense, None) as loaded:
             for group in [[size] for size in wanted.sizes] if in_pairs else [wanted.sizes]:
@@ -85,13 +85,14 @@ def benchmark(wanted: Benchmark, notify: Notify, write_files: WriteFiles | None 
         free_memory()  # for the processes that measure memory
         memory: dict[Removals, list[MemoryRecord | None]] = {}
         for surgery in [] if wanted.engine else [dense, *wanted.sizes]:
-            removals = surgery.removals
+            removals = surgery.steps
             seconds, memory[removals] = measure_alone(surgery, wanted.place, wanted.workloads, notify)
             sizes[removals] = sizes[removals].model_copy(update={"load_seconds": seconds})
         return BenchResult(
             **THIS_VERSION,
             kind="bench",
             model=architecture.record,
+            experts=wanted.subject.experts,
             dtype=dtype,
             device=device,
             threads=torch.get_num_threads(),
@@ -100,7 +101,7 @@ def benchmark(wanted: Benchmark, notify: Notify, write_files: WriteFiles | None 
             torch=str(torch.__version__),
             transformers=transformers.__version__,
             dense=sizes[()],
-            pruned=tuple(sizes[surgery.removals] for surgery in wanted.sizes),
+            pruned=tuple(sizes[surgery.steps] for surgery in wanted.sizes),
             workloads=tuple(
                 workload_result(
                     workload,

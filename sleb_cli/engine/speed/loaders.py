@@ -21,7 +21,6 @@ from sleb_cli.engine.surgery.loading import Placement, load_dense, load_pruned
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify, task
 from sleb_cli.results import ModelSize, Workload
-from sleb_cli.units import plural
 from sleb_plugins import Engine, EngineSettings, LoadedModel
 
 WriteFiles = Callable[[Surgery], Path]
@@ -69,7 +68,7 @@ def load_into(engine: Engine, write_files: WriteFiles, settings: EngineSettings,
     @contextmanager
     def load(surgery: Surgery, dense: TimedModel | None) -> Iterator[TimedModel]:
         files = write_files(surgery)
-        without = f" without {plural(len(surgery.removals), 'block')}" if surgery.removals else ""
+        without = f" without {surgery.what}" if surgery.cuts else ""
         with task(notify, f"Loading {surgery.architecture.source.id}{without} into {engine.name}"):
             start = time.perf_counter()
             model = engine.load(files, settings)
@@ -96,10 +95,10 @@ def _gguf_dtype_and_bytes(file: Path) -> tuple[str, int]:
 def _size(surgery: Surgery, stored: int, load_seconds: float | None = None) -> ModelSize:
     """Return the size of a model; packed weights count as the parameters that they stand for."""
     architecture, unpacked = surgery.architecture, surgery.architecture.skeleton
-    if surgery.removals:
+    if surgery.cuts:
         unpacked = architecture.build(architecture.read_config(surgery.prune_config()))
     return ModelSize(
-        removals=surgery.removals,
+        removals=surgery.steps,
         blocks=len(surgery.kept.blocks),
         parameters=sum(tensor.numel() for tensor in unpacked.parameters()),
         weights_bytes=stored,

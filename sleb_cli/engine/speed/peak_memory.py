@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -27,7 +27,6 @@ from sleb_cli.engine.surgery.surgery import Surgery, plan_surgery
 from sleb_cli.events import Notice, Notify, ignore, task
 from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.results import MemoryRecord, Removals, Workload
-from sleb_cli.units import plural
 from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
 SAMPLE_SECONDS = 0.002
@@ -41,12 +40,12 @@ def measure_alone(
     Both are None if the process runs out of memory or is killed for it; a memory also is None on an accelerator that
     does not report its peak (MPS).
     """
-    source, removals = surgery.architecture.source, surgery.removals
-    which = f"without {plural(len(removals), 'block')}" if removals else "of the dense model"
+    source, gone = surgery.architecture.source, (surgery.removals, surgery.others)
+    which = f"without {surgery.what}" if surgery.cuts else "of the dense model"
     with task(notify, f"Peak memory {which}"):
         try:
             with _process() as process:
-                return process.submit(_measure, source, removals, place, workloads, torch.get_num_threads()).result()
+                return process.submit(_measure, source, *gone, place, workloads, torch.get_num_threads()).result()
         except (RuntimeError, MemoryError, OutOfMemory) as error:
             if not (isinstance(error, BrokenProcessPool) or is_out_of_memory(error)):
                 raise
@@ -72,14 +71,19 @@ def _process() -> Iterator[ProcessPoolExecutor]:
 
 
 def _measure(
-    source: ModelSource, removals: Removals, place: Placement, workloads: Sequence[Workload], threads: int
+    source: ModelSource,
+    removals: Removals,
+    others: Mapping[str, Any],
+    place: Placement,
+    workloads: Sequence[Workload],
+    threads: int,
 ) -> tuple[float, list[MemoryRecord | None]]:
     """Load the model in this process; return how many seconds its weights took, and the memory of each workload."""
     quiet_libraries()
     torch.set_num_threads(threads)
-    surgery = plan_surgery(read_architecture(source, load_plugins(), ignore), removals)
+    surgery = plan_surgery(read_architecture(source, load_plugins(), ignore), removals, others)
     start = time.perf_counter()
-    model = load_pruned(surgery, place, ignore) if removals else load_dense(surgery.architecture, place, ignore)
+    model = load_pruned(surgery, place, ignore) if surgery.cuts else load_dense(surgery.architecture, place, ignore)
     synchronize(place.device)
     seconds = time.perf_counter() - start
     return seconds, [_memory(model, place.device, workload) for workload in workloads]

@@ -24,7 +24,6 @@ from sleb_cli.results import (
     Workload,
     WorkloadResult,
 )
-from sleb_cli.units import plural
 from sleb_plugins.engine import TimedRun
 
 Run = Callable[[Sequence[Sequence[int]], int], TimedRun]
@@ -73,7 +72,7 @@ def _rounds(models: Mapping[Removals, Run], workload: Workload, vocabulary: int,
         done: dict[Removals, TimedRun] = {}
         for removals in order[::-1] if number % 2 else order:
             done[removals] = models[removals](prompts, workload.new_tokens)
-            name = f"{plural(len(removals), 'block')} fewer" if removals else "dense"
+            name = f"{len(removals)} fewer" if removals else "dense"
             advance(note=f"{name}: {done[removals].seconds:.3f} s")
         yield done
 

@@ -24,7 +24,6 @@ from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.third_party import translate_transformers_errors
 from sleb_cli.events import Notify, task
-from sleb_cli.units import plural
 from sleb_plugins import ModelError
 from sleb_plugins.errors import explain_out_of_memory
 
@@ -134,8 +133,7 @@ def load_pruned(surgery: Surgery, place: Placement, notify: Notify, *, dense: An
         OutOfMemory: they do not fit into the device's memory.
     """
     source = surgery.architecture.source
-    without = plural(len(surgery.removals), "block")
-    with task(notify, f"Loading {source.id} without {without}"), explain_oom(source, place):
+    with task(notify, f"Loading {source.id} without {surgery.what}"), explain_oom(source, place):
         # Packed weights are taken apart by the code that loads them.
         if dense is not None and not surgery.architecture.is_quantized:
             tensors = _cut(surgery, dense.state_dict().items())
@@ -160,7 +158,7 @@ def _with_tensors(surgery: Surgery, tensors: dict[str, Tensor], place: Placement
     """Build the pruned model from these tensors by their names in it; those already on the device are not copied."""
     architecture = surgery.architecture
     config = architecture.read_config(surgery.prune_config())
-    what = f"{architecture.source.id} without blocks {sorted(surgery.removed)}"
+    what = f"{architecture.source.id} without {surgery.what}"
     model = _load(architecture, place, type(architecture.skeleton), None, what, config=config, state_dict=tensors)
     folder = architecture.source.folder
     if (folder / "generation_config.json").is_file():  # read by transformers only with weights of the same folder

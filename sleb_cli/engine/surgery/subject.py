@@ -11,6 +11,7 @@ from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.plan import Plan
 from sleb_cli.records import ModelRecord, differences
+from sleb_cli.results import ExpertSizes
 from sleb_plugins import PlanError
 
 
@@ -30,6 +31,13 @@ class Subject:
     def architecture(self) -> Architecture:
         """The model."""
         return self.surgery.architecture
+
+    @property
+    def experts(self) -> ExpertSizes | None:
+        """What sizes count, if not blocks."""
+        if self.plan and self.plan.experts:
+            return ExpertSizes(count=self.plan.experts.count, ranking=self.plan.experts.ranking)
+        return next((cut.counts for cut in self.surgery.cuts if cut.counts), None)
 
     @property
     def own_plan(self) -> Plan | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import Any, TypeVar
+
+from torch import nn
 
 from sleb_cli.engine.cut.blocks.block_cut import plan_blocks
 from sleb_cli.engine.cut.kinds import KINDS
@@ -13,7 +16,9 @@ from sleb_cli.engine.cut.protocol import Cut
 from sleb_cli.engine.files.config_files import CONFIG
 from sleb_cli.engine.files.slices import Slices
 from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.names import checkpoint_name
 from sleb_cli.results import Removals
+from sleb_cli.units import plural
 from sleb_plugins.config_keys import Kept, kept_blocks
 
 T = TypeVar("T")
@@ -21,10 +26,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Surgery:
-    """What goes of one model, on disk or in memory: the cuts, in order."""
+    """What goes of one model, on disk or in memory: the cuts, in order; `others` as `plan_surgery` was given them."""
 
     architecture: Architecture
     cuts: tuple[Cut, ...] = ()
+    others: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def removals(self) -> tuple[int, ...]:
@@ -35,6 +41,18 @@ class Surgery:
     def steps(self) -> Removals:
         """What names it among the sizes of a plan."""
         return tuple(step for cut in self.cuts for step in cut.steps)
+
+    @property
+    def what(self) -> str:
+        """What goes, after "without"."""
+        blocks = [plural(len(self.removals), "block")] if self.removals or not self.cuts else []
+        return " and ".join([*blocks, *(cut.what for cut in self.cuts if not cut.removals)])
+
+    @property
+    def name(self) -> str:
+        """The name of the checkpoint, if none is given."""
+        parts = [part for cut in self.cuts for part in cut.name_parts]
+        return checkpoint_name(self.architecture.source.name, len(self.kept.blocks), parts)
 
     @property
     def removed(self) -> frozenset[int]:
@@ -71,6 +89,14 @@ class Surgery:
             else:
                 yield name, value, slices
 
+    @contextmanager
+    def absent(self, dense: nn.Module) -> Iterator[None]:
+        """Have the dense model, whose `removals` are skipped, compute as if what goes were gone."""
+        with ExitStack() as stack:
+            for cut in self.cuts:
+                stack.enter_context(cut.absent(dense))
+            yield
+
     def token_ids(self, ids: Sequence[int]) -> list[int | None]:
         """Return the new numbers of these tokens, [positions]; None for one that goes."""
         return [token if self.tokens is None else self._new_token.get(token) for token in ids]
@@ -93,4 +119,4 @@ def plan_surgery(
     blocks = tuple(removals)
     cuts = [plan_blocks(architecture, blocks)] if blocks else []
     planned = (KINDS[option].plan(architecture, value) for option, value in (others or {}).items())
-    return Surgery(architecture, (*cuts, *planned))
+    return Surgery(architecture, (*cuts, *planned), others or {})

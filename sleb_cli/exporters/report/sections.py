@@ -29,7 +29,11 @@ def sections(findings: Findings) -> list[Section]:
     cost = [quality.perplexities(texts), quality.divergences(texts), quality.tasks(tasks)]
     cost += [quality.verdicts(findings.tasks)]
     cost += [quality.text_settings(findings.texts, findings.text_names)]
-    gain = [speed.speeds(timed, plan.model.blocks), speed.latencies(timed), speed.memory(timed)]
+    gain = [
+        speed.speeds(timed, None if plan.experts else plan.model.blocks),
+        speed.latencies(timed),
+        speed.memory(timed),
+    ]
     gain += [speed.sizes(benchmark)] if benchmark else []
     results = [provenance.result_settings(each) for each in (findings.evaluation, benchmark) if each]
     recovered = [search_results.recovery(plan.recovery)] if plan.recovery else []

@@ -22,7 +22,7 @@ from sleb_plugins.config_keys import OTHER_TEXT_KEYS, kept_blocks
 MIN_EXPERTS = 4
 """A model with fewer has none to spare: twice those active must stay, and one must go."""
 
-_ACTIVE = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
+ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
 """How configs name the number of experts that a token uses."""
 
 Tensors = Mapping[str, Tensor]
@@ -75,7 +75,7 @@ class Experts:
 
     def with_count(self, architecture: Architecture, raw: Mapping[str, Any], count: int) -> dict[str, Any]:
         """Return a config with this number of experts, under each name that the file gives it."""
-        return _with_count(architecture, raw, self.key, count)
+        return with_setting(architecture, raw, self.key, count)
 
 
 def find_experts(architecture: Architecture) -> Experts:
@@ -87,8 +87,13 @@ def find_experts(architecture: Architecture) -> Experts:
     text, skeleton = architecture.text_config, architecture.skeleton
     state, groups = dict(skeleton.state_dict()), getattr(text, "n_group", None) or 1
     found = {}
-    for key, count in _counts(text.to_dict()):
-        if count >= MIN_EXPERTS and count > 2 * groups and (fewer := _fewer(architecture, key, count, groups)):
+    for key, count in settings_of(text.to_dict()):
+        if (
+            "expert" in key[-1]
+            and count >= MIN_EXPERTS
+            and count > 2 * groups
+            and (fewer := _fewer(architecture, key, count, groups))
+        ):
             first, second = (_changes(state, dict(model.state_dict()), less) for model, less in fewer)
             # Twice as many less must change the same tensors by twice as much.
             if first and first == second and sum(state[name].ndim > 1 for name in first) > 2:
@@ -107,7 +112,7 @@ def find_experts(architecture: Architecture) -> Experts:
     by_name = {rest: parts[name] for name, (_, rest) in zip(parts, filter(None, inner), strict=True)}
     module, router = _roles(architecture, state, by_name, blocks, count)
     in_files, numbered = _in_files(architecture, skeleton, fewer_experts, groups)
-    active = next((v for key in _ACTIVE if isinstance(v := _value(text, keys[0], key), int)), 1)
+    active = next((v for key in ACTIVE if isinstance(v := _value(text, keys[0], key), int)), 1)
     experts = Experts(keys[0], count, active, groups, blocks, module, router, by_name | in_files, numbered)
     return _with_siblings(architecture, experts)
 
@@ -130,11 +135,12 @@ def refused(architecture: Architecture, why: str) -> UnsupportedModelError:
     )
 
 
-def _counts(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
+def settings_of(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Yield each whole number in a config, and the keys that lead to it."""
     for key, value in config.items():
         if isinstance(value, Mapping):
-            yield from _counts(value, (*path, str(key)))
-        elif "expert" in str(key) and type(value) is int:
+            yield from settings_of(value, (*path, str(key)))
+        elif type(value) is int:
             yield (*path, str(key)), value
 
 
@@ -147,7 +153,10 @@ def _value(text: Any, key: tuple[str, ...], name: str) -> Any:
     return getattr(text, name, None) if found is None else found
 
 
-def _with_count(architecture: Architecture, raw: Mapping[str, Any], key: tuple[str, ...], count: int) -> dict[str, Any]:
+def with_setting(
+    architecture: Architecture, raw: Mapping[str, Any], key: tuple[str, ...], value: int
+) -> dict[str, Any]:
+    """Return a config with this value of a setting of the language model, under each name that the file gives it."""
     places = (architecture.text_key, *OTHER_TEXT_KEYS) if architecture.text_key else ()
     text = next((place for place in places if isinstance(raw.get(place), dict)), "")
     changed = inner = dict(raw)
@@ -155,18 +164,20 @@ def _with_count(architecture: Architecture, raw: Mapping[str, Any], key: tuple[s
         inner[part] = inner = dict(inner.get(part) or {})
     aliases = type(architecture.text_config).attribute_map
     names = [name for name in inner if name == key[-1] or aliases.get(name) == key[-1] or aliases.get(key[-1]) == name]
-    inner |= dict.fromkeys(names or [key[-1]], count)
+    inner |= dict.fromkeys(names or [key[-1]], value)
     return changed
+
+
+def built_with(architecture: Architecture, key: tuple[str, ...], value: int) -> nn.Module:
+    """Build the model without weights, with this value of a setting."""
+    raw = {name: each for name, each in architecture.source.raw_config.items() if name != "quantization_config"}
+    return architecture.build(architecture.read_config(with_setting(architecture, raw, key, value)))
 
 
 def _fewer(architecture: Architecture, key: tuple[str, ...], count: int, groups: int) -> list[tuple[nn.Module, int]]:
     """Build the model with one expert less in each group, and with two; return nothing if either cannot be built."""
-    raw = {name: value for name, value in architecture.source.raw_config.items() if name != "quantization_config"}
     try:
-        return [
-            (architecture.build(architecture.read_config(_with_count(architecture, raw, key, count - less))), less)
-            for less in (groups, 2 * groups)
-        ]
+        return [(built_with(architecture, key, count - less), less) for less in (groups, 2 * groups)]
     except ModelError:
         return []
 

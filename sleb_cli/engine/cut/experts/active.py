@@ -1,0 +1,146 @@
+"""Fewer experts for each token: one setting of a checkpoint or a GGUF file, and no tensor changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from sleb_cli.engine.cut.experts.experts import ACTIVE, built_with, settings_of, with_setting
+from sleb_cli.engine.cut.protocol import Cut, GgufCut, Removal
+from sleb_cli.engine.files.config_files import CONFIG
+from sleb_cli.engine.gguf.file import GgufFile, with_value
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.results import ExpertSizes, PerTokenRecord
+from sleb_plugins import UsageError
+
+
+@dataclass(frozen=True)
+class ActiveRemoval(Removal):
+    """How many experts a token used before, and uses now."""
+
+    before: int
+    after: int
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """As many as are not used any more."""
+        return tuple(range(self.before - self.after))
+
+    @property
+    def counts(self) -> ExpertSizes:
+        """What they count: experts of a token."""
+        return ExpertSizes(count=self.before)
+
+    @property
+    def name_parts(self) -> tuple[str, ...]:
+        """What it adds to the name of a checkpoint."""
+        return (f"{self.after}-experts-per-token",)
+
+    def record(self, sizes: Mapping[str, tuple[int, int]]) -> Mapping[str, PerTokenRecord]:
+        """Return both numbers."""
+        return {"experts_per_token": PerTokenRecord(experts=(self.before, self.after))}
+
+
+@dataclass(frozen=True)
+class ActiveCut(ActiveRemoval, Cut):
+    """The same in a checkpoint.
+
+    Attributes:
+        key: the setting, in some families in a dictionary of the language model's config.
+        held: what modules hold of it, by their names and attributes.
+    """
+
+    architecture: Architecture
+    key: tuple[str, ...]
+    held: Mapping[tuple[str, str], int]
+
+    reference = "fewer experts per token"
+
+    @property
+    def what(self) -> str:
+        """What goes, after "without"."""
+        return f"{self.before - self.after} of the {self.before} experts that a token uses"
+
+    def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the config with the new number."""
+        return values if file != CONFIG else with_setting(self.architecture, values, self.key, self.after)
+
+    @contextmanager
+    def absent(self, dense: nn.Module) -> Iterator[None]:
+        """Have the modules of the dense model hold the new number."""
+        places = [(dense.get_submodule(path), name, value) for (path, name), value in self.held.items()]
+        before = [getattr(module, name) for module, name, _ in places]
+        for module, name, value in places:
+            setattr(module, name, value)
+        try:
+            yield
+        finally:
+            for (module, name, _), value in zip(places, before, strict=True):
+                setattr(module, name, value)
+
+
+@dataclass(frozen=True)
+class GgufActiveCut(ActiveRemoval, GgufCut):
+    """The same in a GGUF file."""
+
+    def of_model(self, architecture: Architecture) -> ActiveCut:
+        """Return the same of the model that transformers reads in the file."""
+        return plan_active(architecture, self.after)
+
+    def header(self, file: GgufFile) -> GgufFile:
+        """Return the header with the new number."""
+        key = f"{file.architecture}.expert_used_count"
+        entries = (with_value(entry, self.after) if entry.key == key else entry for entry in file.entries)
+        return replace(file, entries=tuple(entries))
+
+
+def plan_active(architecture: Architecture, after: int) -> ActiveCut:
+    """Return the change of the setting to this number.
+
+    Raises:
+        UsageError: tokens do not use more experts than that.
+    """
+    for key, before in settings_of(architecture.text_config.to_dict()):
+        if key[-1] in ACTIVE:
+            _require_fewer(architecture.source.id, before, after)
+            modules = dict(built_with(architecture, key, after).named_modules())
+            held = {
+                (path, name): vars(modules[path])[name]
+                for path, module in architecture.skeleton.named_modules()
+                for name, value in vars(module).items()
+                if type(value) is int and vars(modules[path]).get(name) != value
+            }
+            if held:
+                return ActiveCut(before, after, architecture, key, held)
+    raise _no_experts(architecture.source.id)
+
+
+def plan_gguf_active(file: GgufFile, after: int) -> GgufActiveCut:
+    """Return the same for a GGUF file.
+
+    Raises:
+        UsageError: tokens do not use more experts than that.
+    """
+    before = file.count("expert_used_count")
+    if not before:
+        raise _no_experts(str(file.path))
+    _require_fewer(str(file.path), before, after)
+    return GgufActiveCut(before, after)
+
+
+def _require_fewer(model: str, before: int, after: int) -> None:
+    if after >= before:
+        raise UsageError(
+            f"The tokens of {model} use {before} experts each, so {after} would not be fewer.",
+            hint=f"Use --experts-per-token {before - 1} or less." if before > 1 else "Leave out --experts-per-token.",
+        )
+
+
+def _no_experts(model: str) -> UsageError:
+    return UsageError(
+        f"{model} has no setting of how many experts a token uses.", hint="Leave out --experts-per-token."
+    )

@@ -1,0 +1,126 @@
+"""`sleb eval`, `bench`, `apply` and `export` where experts of a mixture go, or tokens use fewer of them."""
+
+import json
+
+import pytest
+
+from conftest import calibration, prose, save_model, shortage_at, slow, write_task
+from families import tiny_config
+from sleb_cli.engine.quality import models
+
+EIGHT = {"num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8}
+FAST = ["--iterations", 2, "--warmup", 1, "--batch-size", 1, "--prompt-length", 8]
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    """A random Mixtral with eight experts in each block, of which a token uses two."""
+    return save_model(tmp_path / "model", tiny_config("mixtral", **EIGHT))
+
+
+@pytest.fixture
+def plan_of(sleb, text_file, tmp_path):
+    """Search for experts that a model can do without, and return the plan."""
+
+    def run(model, *, fewer=4, metric="energy"):
+        how = ["--unit", "experts", "--remove", fewer, "--metric", metric, "--holdout", 0.25]
+        sleb("search", model, *how, *calibration(text_file), "-o", "plan.json", "--force", "-q")
+        return tmp_path / "plan.json"
+
+    return run
+
+
+@pytest.fixture
+def evaluate(sleb, tmp_path):
+    """Run `sleb eval` on a text and a task; return the values of each model, what it prints, and what it says."""
+    (tmp_path / "text.txt").write_text(prose(60))
+    rows = [
+        {"q": prose(1, seed=number), "choices": [" the road", " a ship"], "gold": number % 2} for number in range(8)
+    ]
+    write_task(tmp_path / "tasks", "mine", rows)
+    text = ["--perplexity", tmp_path / "text.txt", "--sequence-length", 32, "--max-windows", 4]
+    task = ["--tasks", "mine", "--include-path", tmp_path / "tasks"]
+
+    def run(*words, tasks=True):
+        result = sleb("eval", *words, *text, *(task if tasks else []), "--json")
+        data = json.loads(result.stdout)
+        found = [(scored["dense"], *scored["pruned"]) for scored in (*data["texts"], *data["tasks"])]
+        keys = ["perplexity", "items"]
+        return [[each[key] for each in of] for key, of in zip(keys, found, strict=False)], data, result.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", slow("qwen3_moe"), slow("gpt_oss")])
+def test_a_plan_measures_what_its_checkpoint_does(evaluate, apply, sleb, plan_of, tmp_path, monkeypatch, model_type):
+    model = save_model(tmp_path / "model", tiny_config(model_type, **EIGHT))
+    plan = plan_of(model)
+    (texts, items), data, _ = evaluate(plan, "--every", 2)
+    assert data["sizes"] == [[0, 1], [0, 1, 2, 3]]
+    assert len(set(texts)) == 3
+    for count, size in enumerate(data["sizes"], start=1):
+        out = tmp_path / f"out-{len(size)}"
+        told = sleb("apply", plan, "--remove", len(size), "-o", out).stdout
+        assert f"experts: 8 to {8 - len(size)} in each block" in told
+        assert evaluate(out)[0] == [[texts[count]], [items[count]]]
+    streamed = evaluate(plan, "--every", 2, "--stream", "--force", tasks=False)[0]
+    assert streamed[0] == pytest.approx(texts, rel=1e-6)
+    monkeypatch.setattr(models, "memory_shortage", shortage_at(1000))
+    assert evaluate(plan, "--every", 2, "--force")[0] == [streamed[0], items]
+    title = "model without 4 of the 8 experts of each block"
+    assert sleb("eval", plan, "--perplexity", tmp_path / "text.txt", "--max-windows", 1).stdout.splitlines()[0] == title
+
+
+def test_groups_lose_as_many(evaluate, sleb, plan_of, tmp_path):
+    model = save_model(tmp_path / "model", tiny_config("deepseek_v3", **EIGHT | {"n_group": 2}))
+    plan = plan_of(model)
+    assert evaluate(plan, "--every", 2, tasks=False)[1]["sizes"] == [[0, 1], [0, 1, 2, 3]]
+    for words in (["--every", 3], ["--remove", "2,3"]):
+        assert "has 2 groups of experts" in sleb("eval", plan, *words, code=2).stderr
+
+
+def test_results_of_another_order_are_others(evaluate, plan_of, mixture, tmp_path):
+    found, again = {}, "Measured before"
+    for metric in ("energy", "random"):
+        found[metric], _, told = evaluate(plan_of(mixture, metric=metric), "--remove", 2)
+        assert again not in told
+    assert found["energy"][0][1] != found["random"][0][1]
+    assert len([*tmp_path.glob("plan.eval*.json")]) == 2
+    # However many go, the order is the same.
+    assert again in evaluate(plan_of(mixture, fewer=2), "--remove", 2)[2]
+    both = evaluate(plan_of(mixture), "--remove", "2,4")[0]
+    assert [values[:2] for values in both] == found["energy"]
+
+
+def test_fewer_experts_per_token(evaluate, apply, sleb, plan_of, mixture, tmp_path, without_memory):
+    one = ["--experts-per-token", 1]
+    (texts, items), data, _ = evaluate(mixture, *one)
+    assert (data["experts"], data["sizes"]) == ({"count": 2, "ranking": None}, [[0]])
+    assert texts[0] != texts[1]
+    assert evaluate(mixture, *one, "--stream", tasks=False)[0] == [texts]
+    told = apply(mixture, *one).stdout
+    assert "experts per token: 2 to 1" in told
+    assert "bitwise equal to those of the dense model whose routers choose as few experts" in " ".join(told.split())
+    assert evaluate(tmp_path / "out")[0] == [[texts[1]], [items[1]]]
+    shown = sleb("bench", mixture, *one, *FAST, "--prompt").stdout
+    assert "-1: with 1 expert per token" in shown
+    with_plan = sleb("apply", plan_of(mixture), *one, "-o", "both").stdout
+    assert all(words in with_plan for words in ("experts: 8 to 4 in each block", "experts per token: 2 to 1"))
+
+
+REFUSED = {
+    "eval {plan} --experts-per-token 1": "--experts-per-token does not apply to",
+    "bench {model} --blocks 2 --experts-per-token 1": "each names what is compared",
+    "apply {model} --experts-per-token 1 --recover": "cannot be combined",
+    "eval {model} --experts-per-token 2": "use 2 experts each, so 2 would not be fewer",
+    "eval {model} --experts-per-token 0": "is too small",
+    "bench {dense} --experts-per-token 1": "has no setting of how many experts a token uses",
+    **{f"apply {{plan}} --{option}": f"--{option.split()[0]} does not apply" for option in ("heal", "device-map auto")},
+    **{f"export {{plan}} --to {to}": "removes experts" for to in ("indices", "mergekit", "llama-quantize")},
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_makes_no_sense_is_refused(sleb, plan_of, mixture, tiny_llama, tmp_path, words):
+    named = {"plan": plan_of(mixture), "model": mixture, "dense": tiny_llama}
+    assert REFUSED[words] in sleb(*words.format(**named).split(), code=2).stderr
