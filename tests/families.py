@@ -142,3 +142,35 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
     }
     settings = {key: value for key, value in COMMON.items() if key in known} | SETTINGS.get(model_type, {}) | changes
     return kind(**{key: value for key, value in settings.items() if value is not None})
+
+
+WITH_EXPERTS = """
+    afmoe aria_text axk1 axk2 bailing_hybrid beam cohere2_moe dbrx deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 doge dots1
+    dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint gemma4_text glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granitemoe
+    granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 inkling2_loop_text inkling2_text inkling_text
+    jamba jetmoe kimi_linear kolibri1 laguna lara_mini lfm2_moe llama4_text longcat_flash mellum mimo_v2_flash minimax
+    minimax_m2 minimax_m3_vl_text mixtral nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next
+    qwen4_exp_text sarvam_mla sarvam_moe solar_open zaya
+""".split()
+
+EIGHT = {**dict.fromkeys("num_experts num_local_experts n_routed_experts moe_num_experts".split(), 8), "n_group": 2}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "dbrx": {"ffn_config": SETTINGS["dbrx"]["ffn_config"] | {"moe_num_experts": 8}},
+    "gemma4_text": {"enable_moe_block": True, "top_k_experts": 2, "moe_intermediate_size": 32},
+    "longcat_flash": {"zero_expert_num": 2},
+}
+
+
+def experts_config(model_type: str, **changes: Any) -> Any:
+    """Return such a config with eight experts, in two groups if the family has groups."""
+    tiny = tiny_config(model_type)
+    eight = {key: value for key, value in EIGHT.items() if hasattr(tiny, key)}
+    return tiny_config(model_type, **(eight | EXPERTS.get(model_type, {}) | changes))
+
+
+def counts_experts(config: Any) -> bool:
+    """Whether a setting counts some experts."""
+    return any(
+        counts_experts(value) if isinstance(value, dict) else "expert" in str(key) and type(value) is int and value > 1
+        for key, value in config.items()
+    )

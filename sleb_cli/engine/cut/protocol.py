@@ -99,9 +99,9 @@ class Cut(Removal, ABC):
         """Have the dense model and the checkpoint decide alike where rounding would decide."""
         return nullcontext()
 
-    def watched(self, model: nn.Module, *, pruned: bool) -> AbstractContextManager[list[Tensor]]:
-        """List, once the dense or the `pruned` model has run, what must also be the same in both, and may be unseen."""
-        return nullcontext([])
+    def watched(self, model: nn.Module, *, pruned: bool) -> AbstractContextManager[Mapping[str, Tensor]]:
+        """Name, once the dense or the `pruned` model has run, what must also be the same in both, and may be unseen."""
+        return nullcontext({})
 
     def texts(self, tokenizer: Any) -> Iterable[str]:
         """Yield texts for which the new tokenizer must give the same tokens as the dense model's, `tokenizer`."""

@@ -291,20 +291,22 @@ class _Models:
             yield
 
     @contextmanager
-    def _watched(self, model: Any, *, pruned: bool) -> Iterator[list[list[Tensor]]]:
-        """Have a model decide as the other one does, and list what it does unseen, by cut."""
+    def _watched(self, model: Any, *, pruned: bool) -> Iterator[list[Mapping[str, Tensor]]]:
+        """Have a model decide as the other one does, and name what it does unseen, by cut."""
         with ExitStack() as stack, self._alike():
             yield [stack.enter_context(cut.watched(model, pruned=pruned)) for cut in self.surgery.cuts]
 
-    def _compare_unseen(self, found: Sequence[list[Tensor]], expected: Sequence[list[Tensor]]) -> Iterator[CheckResult]:
+    def _compare_unseen(
+        self, found: Sequence[Mapping[str, Tensor]], expected: Sequence[Mapping[str, Tensor]]
+    ) -> Iterator[CheckResult]:
         for cut, ours, theirs in zip(self.surgery.cuts, found, expected, strict=True):
-            for number, pair in enumerate(zip(ours, theirs, strict=True)):
-                if not (pair[1].numel() and _relative_difference(*pair) <= self._allowed):
-                    raise proof_error(f"without {cut.what}, part {number} of what is left gives something else")
+            for name, theirs_made in theirs.items():
+                if not (theirs_made.numel() and _relative_difference(ours[name], theirs_made) <= self._allowed):
+                    raise proof_error(f"{name} that stay make something else than in the dense model")
             if cut.unseen:
                 yield cut.unseen, {}
 
-    def _expected_logits(self, ids: Tensor) -> tuple[Tensor, list[list[Tensor]]]:
+    def _expected_logits(self, ids: Tensor) -> tuple[Tensor, list[Mapping[str, Tensor]]]:
         """Return the logits of the reference, and what it does unseen."""
         with self._opened_reference() as skippable, self._watched(skippable.model, pruned=False) as unseen:
             expected = skippable.logits(ids, self.surgery.removed)

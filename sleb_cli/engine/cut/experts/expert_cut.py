@@ -118,7 +118,7 @@ class ExpertCut(ExpertRemoval, Cut):
         return TiesByNumber()
 
     @contextmanager
-    def watched(self, model: nn.Module, *, pruned: bool) -> Iterator[list[Tensor]]:
+    def watched(self, model: nn.Module, *, pruned: bool) -> Iterator[Mapping[str, Tensor]]:
         """Have each expert that stays make something of its own, as text may not reach it."""
         made: dict[int, Tensor] = {}
 
@@ -129,11 +129,11 @@ class ExpertCut(ExpertRemoval, Cut):
                 numbers = torch.tensor(range(len(kept)) if pruned else kept, device=choice.experts.device)
                 made[block] = choice.alone(states.to(choice.hidden), numbers).cpu()
 
-        found: list[Tensor] = []
+        found: dict[str, Tensor] = {}
         experts = replace(self.experts, count=self.count - self.fewer) if pruned else self.experts
         with watched(experts, [*self.architecture.blocks_of(model)], force):
             yield found
-        found += [made.get(block, torch.empty(0)) for block in self.experts.blocks]
+        found |= {f"the experts of block {each}": made.get(each, torch.empty(0)) for each in self.experts.blocks}
 
 
 def plan_experts(architecture: Architecture, removed: Removed) -> ExpertCut:

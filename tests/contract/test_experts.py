@@ -1,0 +1,119 @@
+"""Experts: each family of transformers is cut and proven or is refused, in each form of files; a wrong cut fails."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+
+from conftest import architecture_of, save_model, slow, weights_of
+from families import FAMILIES, WITH_EXPERTS, counts_experts, experts_config, tiny_config
+from sleb_cli.engine.cut.experts.expert_cut import ExpertCut
+from sleb_cli.engine.cut.experts.experts import find_experts
+from sleb_cli.engine.output.apply import Output, apply_removals, kept_tensors
+from sleb_cli.engine.output.proof import ProofPlacement
+from sleb_cli.engine.surgery.subject import Subject
+from sleb_cli.engine.surgery.surgery import plan_surgery
+from sleb_cli.events import ignore
+from sleb_plugins import ProofError, SlebError, UnsupportedModelError
+
+IN_CI = ["deepseek_v3", "gpt_oss", "llama4_text", "longcat_flash", "mixtral", "qwen3_moe"]
+"""Those that stand for the others: groups, biases, experts scaled at the input, experts of none, each form of files."""
+REFUSED = {
+    "deepseek_v4": "its blocks keep their experts in different ways",
+    "doge": "no setting of its config counts experts",
+    "dots3_note_text": "transformers decodes it differently",
+    "inkling2_loop_text": "attend to what groups of earlier blocks made",
+    "inkling2_text": "attend to what groups of earlier blocks made",
+    "jetmoe": "it has two kinds of experts",
+    "llama": "no setting of its config counts experts",
+    "zaya": "reads what the router of the block before it made",
+}
+OTHERS = [slow(name) for name in WITH_EXPERTS if name not in (*IN_CI, *REFUSED)]
+
+
+def removal(architecture, *gone):
+    """Return these experts of each block, whose number moves on by one from block to block in the same group."""
+    blocks = find_experts(architecture).blocks
+    return {block: tuple(expert // 4 * 4 + (expert + number) % 4 for expert in gone) for number, block in enumerate(blocks)}
+
+
+def cut(folder, out, removed=(3, 5), *, blocks=(), dtype=torch.float32):
+    """Remove experts (the same of each block, or by block), and return what `apply` says."""
+    architecture = architecture_of(folder)
+    by_block = removed if isinstance(removed, dict) else removal(architecture, *removed)
+    surgery = plan_surgery(architecture, blocks, {"experts": by_block} if by_block else None)
+    place = ProofPlacement(torch.device("cpu"), dtype)
+    return apply_removals(Subject(surgery, None), Output(out, proof=place), ignore)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model_type", [*IN_CI, *OTHERS])
+def test_each_family_is_cut_and_proven(tmp_path, model_type, dtype):
+    folder = save_model(tmp_path / "model", experts_config(model_type))
+    result = cut(folder, tmp_path / "out", dtype=dtype)
+    assert result.proof.checks[-4:] == ("same logits", "every expert", "generates", "saves again")
+    assert result.experts.experts == (8, 6)
+    whole, fewer = (AutoModelForCausalLM.from_pretrained(each, dtype=dtype) for each in (folder, tmp_path / "out"))
+    ids = torch.arange(2, 34)[None]
+    # What goes mattered, so the proof had something to see.
+    assert (whole(ids).logits - fewer(ids).logits).abs().max() > 0.05 * whole(ids).logits.abs().max()
+
+
+@pytest.mark.parametrize("model_type", [name if name in ("jetmoe", "llama") else slow(name) for name in REFUSED])
+def test_those_without_experts_to_remove_are_refused(tmp_path, model_type):
+    config = tiny_config(model_type) if model_type == "llama" else experts_config(model_type)
+    with pytest.raises(UnsupportedModelError, match=REFUSED[model_type]):
+        cut(save_model(tmp_path / "model", config), tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_every_family_with_experts_is_listed():
+    assert [name for name in FAMILIES if counts_experts(tiny_config(name).to_dict())] == WITH_EXPERTS
+
+
+IN_BLOCK_1 = r"model\.layers\.1\.mlp\."
+FAULTS = {
+    "another expert is written": (".*", (0, 1, 2, 3, 5, 7), "its block 1, .* is the first whose output differs"),
+    "two experts change places": (r"experts\.", (1, 0, 2, 3, 5, 6), "its block 1, .* is the first whose output differs"),
+    "two rows of the router do": (r"router\.", (1, 0, 2, 3, 5, 6), "its block 1, .* is the first whose output differs"),
+    "two biases of the router do": (r"router\.bias", (1, 0, 2, 3, 5, 6), "its logits differ"),
+    "one that no text reaches is another": (r"experts\.", (0, 1, 2, 2, 5, 6), "the experts of block 1 that stay make something else"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_cut_fails_its_proof(tmp_path, monkeypatch, fault):
+    """Experts 4 and 7 go; of block 1, no token chooses expert 3."""
+    which, kept, words = FAULTS[fault]
+    folder = save_model(tmp_path / "model", experts_config("gpt_oss"))
+    weights = weights_of(folder)
+    weights["model.layers.1.mlp.router.bias"][3] = -100
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    right = ExpertCut.tensor
+
+    def wrong(self, name):
+        new, slices = right(self, name)
+        return new, replace(slices, kept=kept) if re.match(IN_BLOCK_1 + which, name) and slices else slices
+
+    monkeypatch.setattr(ExpertCut, "tensor", wrong)
+    with pytest.raises(ProofError, match=words):
+        cut(folder, tmp_path / "out", dict.fromkeys(range(6), (4, 7)))
+
+
+def test_a_family_whose_router_cannot_be_masked_fails(tmp_path, monkeypatch):
+    own = MixtralTopKRouter.forward
+
+    def elsewhere(self, hidden):
+        """Route by a copy of the weights that torch does not see made."""
+        router = MixtralTopKRouter.__new__(MixtralTopKRouter)
+        router.__dict__ |= self.__dict__ | {"_parameters": {}, "weight": torch.from_numpy(self.weight.numpy().copy())}
+        return own(router, hidden)
+
+    monkeypatch.setattr(MixtralTopKRouter, "forward", elsewhere)
+    with pytest.raises(UnsupportedModelError, match="sleb does not reach the router of block 0"):
+        cut(save_model(tmp_path / "model", experts_config("mixtral")), tmp_path / "out")
