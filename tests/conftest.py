@@ -162,11 +162,11 @@ def simulate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
 
         def start(**settings: Any) -> simulated_device.Backend:
             simulated_device.for_children(tmp_path_factory.mktemp("backend"), patch, **settings)
-            engine_device._has_float64.cache_clear()
+            engine_device.has_float64.cache_clear()
             return until_the_end.enter_context(simulated_device.simulate(**settings))
 
         yield start
-    engine_device._has_float64.cache_clear()
+    engine_device.has_float64.cache_clear()
 
 
 @pytest.fixture

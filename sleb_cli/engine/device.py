@@ -97,7 +97,7 @@ def synchronize(device: torch.device) -> None:
 
 
 @cache
-def _has_float64(kind: str) -> bool:
+def has_float64(kind: str) -> bool:
     """Whether this kind of device computes in float64; Apple's GPUs and some of Intel's do not."""
     with suppress(RuntimeError, TypeError):
         return bool(torch.ones(1, dtype=torch.float64, device=kind).add(1).cpu() == 2)
@@ -106,7 +106,7 @@ def _has_float64(kind: str) -> bool:
 
 def as_float64(tensor: Tensor) -> Tensor:
     """Return the tensor in float64: on its device, or on the CPU if the device has no float64."""
-    return (tensor if _has_float64(tensor.device.type) else tensor.cpu()).double()
+    return (tensor if has_float64(tensor.device.type) else tensor.cpu()).double()
 
 
 _UNITS = {torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"},

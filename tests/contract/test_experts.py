@@ -1,25 +1,24 @@
 """Experts: each family of transformers is cut and proven or is refused, in each form of files; a wrong cut fails."""
 
-import json
 import re
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from conftest import architecture_of, save_model, slow, weights_of
 from families import FAMILIES, WITH_EXPERTS, counts_experts, experts_config, tiny_config
 from sleb_cli.engine.cut.experts.expert_cut import ExpertCut
 from sleb_cli.engine.cut.experts.experts import find_experts
-from sleb_cli.engine.output.apply import Output, apply_removals, kept_tensors
+from sleb_cli.engine.output.apply import Output, apply_removals
 from sleb_cli.engine.output.proof import ProofPlacement
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.events import ignore
-from sleb_plugins import ProofError, SlebError, UnsupportedModelError
+from sleb_plugins import ProofError, UnsupportedModelError
 
 IN_CI = ["deepseek_v3", "gpt_oss", "llama4_text", "longcat_flash", "mixtral", "qwen3_moe"]
 """Those that stand for the others: groups, biases, experts scaled at the input, experts of none, each form of files."""
@@ -38,8 +37,8 @@ OTHERS = [slow(name) for name in WITH_EXPERTS if name not in (*IN_CI, *REFUSED)]
 
 def removal(architecture, *gone):
     """Return these experts of each block, whose number moves on by one from block to block in the same group."""
-    blocks = find_experts(architecture).blocks
-    return {block: tuple(expert // 4 * 4 + (expert + number) % 4 for expert in gone) for number, block in enumerate(blocks)}
+    blocks = enumerate(find_experts(architecture).blocks)
+    return {block: tuple(expert // 4 * 4 + (expert + number) % 4 for expert in gone) for number, block in blocks}
 
 
 def cut(folder, out, removed=(3, 5), *, blocks=(), dtype=torch.float32):
@@ -77,13 +76,14 @@ def test_every_family_with_experts_is_listed():
 
 
 IN_BLOCK_1 = r"model\.layers\.1\.mlp\."
+IT_DIFFERS = "its block 1, .* is the first whose output differs"
 FAULTS = {
-    "another expert is written": (".*", (0, 1, 2, 3, 5, 7), "its block 1, .* is the first whose output differs"),
-    "two experts change places": (r"experts\.", (1, 0, 2, 3, 5, 6), "its block 1, .* is the first whose output differs"),
-    "two rows of the router do": (r"router\.", (1, 0, 2, 3, 5, 6), "its block 1, .* is the first whose output differs"),
-    "two biases of the router do": (r"router\.bias", (1, 0, 2, 3, 5, 6), "its logits differ"),
-    "one that no text reaches is another": (r"experts\.", (0, 1, 2, 2, 5, 6), "the experts of block 1 that stay make something else"),
-}  # fmt: skip
+    "another expert is written": (".*", (0, 1, 2, 3, 5, 7), IT_DIFFERS),
+    "two experts change places": (r"experts\.", (1, 0, 2, 3, 5, 6), IT_DIFFERS),
+    "two rows of the router do": (r"router\.", (1, 0, 2, 3, 5, 6), IT_DIFFERS),
+    "two biases of the router do": (r"router\.bias", (1, 0, 2, 3, 5, 6), IT_DIFFERS),
+    "one that no text reaches is another": (r"experts\.", (0, 1, 2, 2, 5, 6), "the experts of block 1 that stay make"),
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -117,3 +117,28 @@ def test_a_family_whose_router_cannot_be_masked_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(MixtralTopKRouter, "forward", elsewhere)
     with pytest.raises(UnsupportedModelError, match="sleb does not reach the router of block 0"):
         cut(save_model(tmp_path / "model", experts_config("mixtral")), tmp_path / "out")
+
+
+def test_a_choice_that_rounding_decides_is_proven_in_a_wider_data_type(tmp_path, monkeypatch):
+    """Three experts of each block are scored alike but for the last bits, which the cut router rounds otherwise."""
+    folder = save_model(tmp_path / "model", experts_config("mixtral"))
+    weights = weights_of(folder)
+    for gate in (weights[name] for name in weights if name.endswith("gate.weight")):
+        gate[1:] *= 0.1
+        gate[1] = gate[4] = gate[0]
+        gate[4, ::2] *= 1 + 2**-22
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    own = MixtralTopKRouter.forward
+
+    def rounded(self, hidden):
+        exact = self.weight.data
+        if exact.dtype is torch.float32 and len(exact) == 6:
+            self.weight.data = exact * (1 + 1e-6 * torch.randn(exact.shape, generator=torch.Generator().manual_seed(0)))
+        found = own(self, hidden)
+        self.weight.data = exact
+        return found
+
+    monkeypatch.setattr(MixtralTopKRouter, "forward", rounded)
+    proof = cut(folder, tmp_path / "out", dict.fromkeys(range(6), (3, 5))).proof
+    assert (proof.dtype, proof.checks.count("same logits")) == ("float64", 1)
+    assert proof.logits_difference < 1e-12

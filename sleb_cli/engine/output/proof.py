@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from sleb_cli.atomic import free_space
-from sleb_cli.engine.device import CPU, choose_device, dtype_name, free_bytes, free_memory
+from sleb_cli.engine.device import CPU, choose_device, dtype_name, free_bytes, free_memory, has_float64
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.forward.memory_needs import converted_bytes, model_bytes
 from sleb_cli.engine.forward.offload import align
@@ -72,6 +72,9 @@ TOLERANCES = {
 }  # fmt: skip
 """The largest differences allowed, relative to the largest logit: from the logits of the model in memory, and between
 decoding with and without the KV cache, whose shapes and so rounding differ."""
+
+WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
+"""In which data type a proof is repeated if rounding may have decided a choice, such as that of experts."""
 
 PEAK_SHARE = 1.2
 """The memory of a proof, relative to the dense model's weights: the two models are loaded one after the other."""
@@ -171,11 +174,13 @@ def prove(
             notify(Notice(f"The proof is partial: {reason}."))
         elif placement.stream:
             notify(Notice("The proof leaves the blocks on disk, so it reads all weights about eight times."))
-        compared, was_saved = reference(proof.reference), not planned.weights
-        models = _Models(surgery, folder, placement, new_values, compared, tokenizer, was_saved, notify)
+        compared = reference(proof.reference)
+        models = _Models(surgery, folder, placement, new_values, compared, tokenizer, planned, notify)
         for check, values in chain(as_planned(surgery, folder, tokenizer, planned, notify), models.checks()):
-            proof = proof.model_copy(update={"checks": (*proof.checks, *([check] if check else [])), **values})
-            notify(CheckPassed(checked(proof)[-1]) if check else Notice(f"The proof is partial: {proof.partial}."))
+            passed = [check] if check and check not in proof.checks else []  # in a wider data type, some pass again
+            proof = proof.model_copy(update={"checks": (*proof.checks, *passed), **values})
+            if passed or not check:
+                notify(CheckPassed(checked(proof)[-1]) if check else Notice(f"The proof is partial: {proof.partial}."))
     return proof
 
 
@@ -183,8 +188,7 @@ def prove(
 class _Models:
     """The checkpoint as transformers loads it, and its reference: the dense model as if what was removed were gone.
 
-    For the fields, see `prove`; `reference` is what it is compared with, in messages, and `was_saved` says whether
-    transformers wrote it, from what it had loaded.
+    For the fields, see `prove`; `reference` is what it is compared with, in messages.
     """
 
     surgery: Surgery
@@ -193,7 +197,7 @@ class _Models:
     new_values: Mapping[str, Tensor] | None
     reference: str
     tokenizer: Any
-    was_saved: bool
+    planned: Planned
     notify: Notify
 
     @torch.no_grad()  # not inference mode, in which tensors made outside of it cannot take the place of others
@@ -212,21 +216,35 @@ class _Models:
             yield "loads", {}
             with self._watched(model, pruned=True) as found:
                 difference = _relative_difference(_logits(model, own), expected)
+            if wider := self._wider(difference, self._allowed):
+                del model
+                free_memory()
+                yield from wider.checks()
+                return
             if not difference <= self._allowed:
                 states = self._states(model, own)
                 del model  # before the dense model is loaded again
                 free_memory()
                 raise self._other_logits(difference, ids, states)
             yield "same logits", {
+                "dtype": dtype_name(self.placement.dtype),
                 "prompt": "random tokens" if self.tokenizer is None else "text", "prompt_tokens": ids.shape[1],
                 "logits_difference": difference, "logits_tolerance": self._allowed,
             }  # fmt: skip
             yield from self._compare_unseen(found, unseen)
             _, allowed = TOLERANCES.get(self.placement.dtype, (0.0, 0.0))
             with self._alike():
-                difference = _decode(model, own, new_tokens, allowed)
+                difference = _decode(model, own, new_tokens)
+            if wider := self._wider(difference, allowed):
+                del model
+                free_memory()
+                yield from wider.checks()
+                return
+            if not difference <= allowed:
+                words = "with the KV cache its logits differ by {:.2g} of the largest from those without"
+                raise proof_error(words.format(difference))
             yield "generates", {"new_tokens": new_tokens, "cache_difference": difference, "cache_tolerance": allowed}
-            if self.was_saved:
+            if not self.planned.weights:  # transformers wrote it, from what it had loaded
                 yield "saves again", {}
                 return
             if reason := self._no_room_for(model):
@@ -246,6 +264,21 @@ class _Models:
         """How far the logits may be from the reference's, relative to the largest."""
         allowed, _ = TOLERANCES.get(self.placement.dtype, (0.0, 0.0))
         return max([allowed, *(cut.tolerance for cut in self.surgery.cuts)])
+
+    def _wider(self, difference: float, allowed: float) -> _Models | None:
+        """Return the same in a wider data type, if too much differs, rounding may be why, and there is memory."""
+        place, architecture, dtype = self.placement, self.surgery.architecture, WIDER.get(self.placement.dtype)
+        fixed = architecture.is_quantized or place.device_map or not any(cut.tolerance for cut in self.surgery.cuts)
+        if difference <= allowed or fixed or dtype is None:
+            return None
+        if dtype is torch.float64 and not has_float64(place.device.type):
+            return None
+        if _obstacle(architecture, dtype, place.device, streamed=place.stream):
+            return None
+        name = dtype_name(dtype)
+        self.notify(Notice(f"Logits differ by {difference:.2g}, maybe by rounding: the proof runs again in {name}."))
+        cast = place.rounded or next((tensor.cast for tensor in self.planned.tensors if tensor.cast), None)
+        return replace(self, placement=replace(place, dtype=dtype, rounded=cast))
 
     def _states(self, model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         with SkippableModel(model, self.surgery.architecture.blocks_of(model)) as whole:
@@ -280,6 +313,7 @@ class _Models:
             skippable.replaced(self.new_values or {}),
         ):
             skippable.align()
+            _set_widest(skippable.model)
             with self.surgery.absent(skippable.model):
                 yield skippable
 
@@ -336,6 +370,7 @@ class _Models:
         if problem := loading_problem(info, "missing", "unexpected", "mismatched"):
             raise proof_error(problem)
         align(model)
+        _set_widest(model)
         return model.eval()
 
     def _other_logits(self, difference: float, ids: Tensor, states: Sequence[tuple[Tensor, Tensor]]) -> ProofError:
@@ -360,6 +395,12 @@ class _Models:
                         f"the first whose output differs, by {difference:.2g}"
                     )
         return "every block's output is the same, so the final norm or the head differs"
+
+
+def _set_widest(model: Any) -> None:
+    """Have a model in float64 run its experts one by one: the kernels for all at once do not know that type."""
+    if model.dtype is torch.float64 and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
@@ -393,8 +434,8 @@ def _shapes(model: Any) -> set[tuple[str, tuple[int, ...]]]:
     return {(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
 
 
-def _decode(model: Any, ids: Tensor, new_tokens: int, allowed: float) -> float:
-    """Generate with and without the KV cache, and compare the logits of each step up to the first different token.
+def _decode(model: Any, ids: Tensor, new_tokens: int) -> float:
+    """Generate with and without the KV cache; return how far logits of steps differ up to the first different token.
 
     Both runs use `generate`, because some families count positions differently in a plain forward pass.
     """
@@ -402,10 +443,7 @@ def _decode(model: Any, ids: Tensor, new_tokens: int, allowed: float) -> float:
     whole = _generate(model, ids, new_tokens, "without a KV cache", use_cache=False)
     # After a tie that was broken differently, the two runs continue different texts.
     alike = int((cached.argmax(-1) == whole.argmax(-1)).cumprod(0).sum())
-    difference = _relative_difference(cached[: alike + 1], whole[: alike + 1])
-    if not difference <= allowed:
-        raise proof_error(f"with the KV cache its logits differ by {difference:.2g} of the largest from those without")
-    return difference
+    return _relative_difference(cached[: alike + 1], whole[: alike + 1])
 
 
 def _generate(model: Any, ids: Tensor, new_tokens: int, how: str, *, use_cache: bool) -> Tensor:
