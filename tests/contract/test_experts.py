@@ -1,5 +1,6 @@
 """Experts: each family of transformers is cut and proven or is refused, in each form of files; a wrong cut fails."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from conftest import architecture_of, save_model, slow, weights_of
 from families import FAMILIES, WITH_EXPERTS, counts_experts, experts_config, tiny_config
 from sleb_cli.engine.cut.experts.expert_cut import ExpertCut
 from sleb_cli.engine.cut.experts.experts import find_experts
-from sleb_cli.engine.output.apply import Output, apply_removals
+from sleb_cli.engine.output.apply import Output, apply_removals, kept_tensors
 from sleb_cli.engine.output.proof import ProofPlacement
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import plan_surgery
@@ -41,13 +42,13 @@ def removal(architecture, *gone):
     return {block: tuple(expert // 4 * 4 + (expert + number) % 4 for expert in gone) for number, block in blocks}
 
 
-def cut(folder, out, removed=(3, 5), *, blocks=(), dtype=torch.float32):
+def cut(folder, out, removed=(3, 5), *, blocks=(), dtype=torch.float32, notify=ignore):
     """Remove experts (the same of each block, or by block), and return what `apply` says."""
     architecture = architecture_of(folder)
     by_block = removed if isinstance(removed, dict) else removal(architecture, *removed)
     surgery = plan_surgery(architecture, blocks, {"experts": by_block} if by_block else None)
     place = ProofPlacement(torch.device("cpu"), dtype)
-    return apply_removals(Subject(surgery, None), Output(out, proof=place), ignore)
+    return apply_removals(Subject(surgery, None), Output(out, proof=place), notify)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -142,3 +143,66 @@ def test_a_choice_that_rounding_decides_is_proven_in_a_wider_data_type(tmp_path,
     proof = cut(folder, tmp_path / "out", dict.fromkeys(range(6), (3, 5))).proof
     assert (proof.dtype, proof.checks.count("same logits")) == ("float64", 1)
     assert proof.logits_difference < 1e-12
+
+
+def rewrite(folder, change):
+    """Replace the tensors of a checkpoint in one file by what is made of them."""
+    save_file(change(weights_of(folder)), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_files_that_hold_all_experts_of_a_block_in_one_tensor(tmp_path):
+    folder = save_model(tmp_path / "model", experts_config("qwen3_moe"))
+    names = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    rewrite(folder, lambda weights: {name: tensor.clone() for name, tensor in names.items()})
+    assert cut(folder, tmp_path / "out").proof.logits_difference < 1e-4
+    assert weights_of(tmp_path / "out")["model.layers.1.mlp.experts.gate_up_proj"].shape[0] == 6
+
+
+@pytest.mark.parametrize(("model_type", "after"), [("deepseek_v3", "model.layers.6."), ("qwen3_moe", "mtp.layers.0.")])
+def test_blocks_for_multi_token_prediction_lose_the_experts_of_the_last(tmp_path, model_type, after):
+    numbered = {"num_nextn_predict_layers": 1} if "6" in after else {}
+    folder, last = save_model(tmp_path / "model", experts_config(model_type, **numbered)), "model.layers.5."
+    more = {name.replace(last, after): t + 1 for name, t in weights_of(folder).items() if name.startswith(last)}
+    rewrite(folder, lambda weights: weights | more)
+    events = []
+    cut(folder, tmp_path / "out", notify=events.append)
+    assert any("No text scores the experts for multi-token prediction" in str(event) for event in events)
+    written = weights_of(tmp_path / "out")
+    cut_alike = {name.replace(last, after): t + 1 for name, t in written.items() if name.startswith(last)}
+    assert {name for name in written if name.startswith(after)} == {*cut_alike}
+    assert all(torch.equal(written[name], tensor) for name, tensor in cut_alike.items())
+
+
+@pytest.mark.parametrize("names", [[], ["num_experts"], ["num_local_experts"], ["num_experts", "num_local_experts"]])
+def test_each_name_of_the_count_changes(tmp_path, names):
+    """Files of Qwen3 say `num_experts`, transformers 5.24 writes `num_local_experts`; Mixtral's may leave it out."""
+    folder = save_model(tmp_path / "model", experts_config("qwen3_moe" if names else "mixtral"))
+    path = folder / "config.json"
+    settings = {key: value for key, value in json.loads(path.read_text()).items() if not key.endswith("_experts")}
+    path.write_text(json.dumps(settings | dict.fromkeys(names, 8)))
+    cut(folder, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    counts = {key: value for key, value in written.items() if key.endswith("_experts")}
+    assert counts == dict.fromkeys(names or ["num_local_experts"], 6)
+
+
+def test_parts_of_quantized_experts_go_with_them(tmp_path):
+    """Their bytes are copied from the files, and no tensor is decoded."""
+
+    def kept(model_type, change):
+        folder = save_model(tmp_path / model_type, experts_config(model_type, dtype=torch.bfloat16))
+        architecture = architecture_of(rewrite(folder, change))
+        blocks = find_experts(architecture).blocks
+        surgery = plan_surgery(architecture, (), {"experts": dict.fromkeys(blocks, (0, 4))})
+        return {tensor.name: tensor for tensor in kept_tensors(surgery)}
+
+    fp8 = kept("deepseek_v3", lambda old: old | {f"{n}_scale_inv": torch.ones(1) for n in old if ".experts." in n})
+    places = [fp8[f"model.layers.3.mlp.experts.{each}.up_proj.weight_scale_inv"].stored.name for each in range(6)]
+    assert [int(re.findall(r"\d+", name)[1]) for name in places] == [1, 2, 3, 5, 6, 7]
+    packed = {f"model.layers.{block}.mlp.experts.{name}_proj{end}": torch.zeros(8, 64, 1, 16, dtype=torch.uint8)
+              for block in range(6) for name in ("gate_up", "down") for end in ("_blocks", "_scales")}  # fmt: skip
+    mxfp4 = kept("gpt_oss", lambda old: {n: t for n, t in old.items() if not n.endswith("_proj")} | packed)
+    assert {tensor.shape[0] for name, tensor in mxfp4.items() if ".experts." in name} == {6}
+    assert all(tensor.ranges is not None for tensor in mxfp4.values())
+    assert len(mxfp4["model.layers.0.mlp.experts.gate_up_proj_blocks"].ranges) == 2

@@ -76,6 +76,11 @@ class Cut(Removal, ABC):
         """What goes, after "without"."""
 
     @property
+    def note(self) -> str | None:
+        """What whoever writes the checkpoint must say of it, in a sentence."""
+        return None
+
+    @property
     def files(self) -> Mapping[str, Any]:
         """The contents of JSON files that the checkpoint gets, by name; None for files that it does without."""
         return {}

@@ -10,6 +10,9 @@ from functools import cached_property
 
 from sleb_plugins.config_keys import Kept
 
+PREDICTION = re.compile(r"(?:^|\.)mtp\w*\.(.*)", re.DOTALL)
+"""The name of a tensor of a block for multi-token prediction, in files that do not number it after the last block."""
+
 
 @dataclass(frozen=True)
 class BlockNumbering:

@@ -155,6 +155,8 @@ def _write(subject: Subject, aside: Path, output: Output, notify: Notify, recove
         proof=proof,
     )
     _describe(subject, aside, result, notify)
+    for note in filter(None, (cut.note for cut in surgery.cuts)):
+        notify(Notice(note))
     if planned.left_out:
         names = ", ".join(planned.left_out)
         notify(Notice(f"Did not copy files with weights in other formats or of an adapter: {names}."))

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.streaming import require_streamable
 from sleb_cli.engine.memory import memory_shortage, shortage
 from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.model.block_names import PREDICTION
 from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.output.proof_of_files import (
     PROMPT,
@@ -367,11 +368,17 @@ class _Models:
         trust = architecture.source.trust_remote_code
         with model_errors_fail_proof():
             model, info = load_pretrained(architecture.auto_class, self.folder, "it", place, trust_remote_code=trust)
+        info["unexpected_keys"] = [*filterfalse(self._predicts, info["unexpected_keys"])]
         if problem := loading_problem(info, "missing", "unexpected", "mismatched"):
             raise proof_error(problem)
         align(model)
         _set_widest(model)
         return model.eval()
+
+    def _predicts(self, name: str) -> bool:
+        """Whether a tensor is for multi-token prediction, which transformers leaves out, and no block is renumbered."""
+        block = self.surgery.architecture.block_names(self.surgery.kept).block_of(name)
+        return not self.surgery.removed and bool(PREDICTION.search(name) or (block or 0) >= self.surgery.kept.count)
 
     def _other_logits(self, difference: float, ids: Tensor, states: Sequence[tuple[Tensor, Tensor]]) -> ProofError:
         return proof_error(

@@ -17,7 +17,7 @@ from sleb_cli.engine.cut.protocol import Cut, Removal
 from sleb_cli.engine.files.config_files import CONFIG
 from sleb_cli.engine.files.slices import Slices
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.model.block_names import BlockNames
+from sleb_cli.engine.model.block_names import PREDICTION, BlockNames
 from sleb_cli.results import ExpertsRecord
 from sleb_plugins import PlanError
 from sleb_plugins.config_keys import kept_blocks
@@ -79,9 +79,27 @@ class ExpertCut(ExpertRemoval, Cut):
         """What goes, after "without"."""
         return f"{self.fewer} of the {self.count} experts of each block"
 
+    @property
+    def note(self) -> str | None:
+        """What goes of blocks for multi-token prediction, of whose experts nothing is known."""
+        blocks = {self._split(name)[0] or 0 for name in self.architecture.source.weights.tensor_names()}
+        if max(blocks) < self.architecture.block_count:
+            return None
+        return "No text scores the experts for multi-token prediction: those of the last block's numbers stay there."
+
     @cached_property
     def _names(self) -> BlockNames:
         return self.architecture.block_names(kept_blocks(self.architecture.block_count, ()))
+
+    def _split(self, name: str) -> tuple[int | None, str]:
+        """Return the block of a tensor and its name there; those for multi-token prediction follow the last block."""
+        block, inner = self._names.split(name)
+        if block is not None or not (found := PREDICTION.search(name)):
+            return block, inner
+        steps = found[1].split(".")
+        ends = (".".join(steps[start:]) for start in range(len(steps)))
+        known = next((end for end in ends if end in self.experts.parts or self.experts.numbered_in(end)), None)
+        return (None, name) if known is None else (self.architecture.block_count, known)
 
     def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:
         """Return the config with the new count."""
@@ -91,7 +109,7 @@ class ExpertCut(ExpertRemoval, Cut):
 
     def tensor(self, name: str) -> tuple[str, Slices | None] | None:
         """Return the new name of a tensor of one expert, or the slices that stay of a tensor of all."""
-        block, inner = self._names.split(name)
+        block, inner = self._split(name)
         if block is None or (block < self.architecture.block_count and block not in self.removed):
             return name, None
         kept = self.kept(block)
