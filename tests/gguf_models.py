@@ -1,11 +1,13 @@
 """GGUF files of tiny random models, written with the format's own library."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file
 from transformers import AutoConfig
@@ -31,7 +33,7 @@ def write_llama_gguf(
 
 
 def convert_llama(folder: Path, path: Path, type_: Type = Type.F32, *, architecture: str = "llama") -> Path:
-    """Write the Llama in a folder as a GGUF file, whose tokenizer is a byte-level BPE."""
+    """Write the Llama or Qwen3 with experts in a folder as a GGUF file, whose tokenizer is a byte-level BPE."""
     config = AutoConfig.from_pretrained(folder)
     heads, kv_heads, blocks = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
     writer = gguf.GGUFWriter(path, architecture)
@@ -59,11 +61,16 @@ def convert_llama(folder: Path, path: Path, type_: Type = Type.F32, *, architect
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_add_bos_token(False)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, blocks)
+    has_experts = architecture == "qwen3moe"
+    if has_experts:
+        writer.add_key_length(config.hidden_size // heads)
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3MOE if has_experts else gguf.MODEL_ARCH.LLAMA, blocks)
     for file in sorted(folder.glob("*.safetensors")):
-        for name, tensor in load_file(file).items():
+        for name, tensor in _with_experts_stacked(load_file(file)).items():
             array = tensor.float().numpy()
-            if "q_proj" in name or "k_proj" in name:  # GGUF stores the rotary halves interleaved
+            if not has_experts and ("q_proj" in name or "k_proj" in name):  # GGUF stores the rotary halves interleaved
                 count = heads if "q_proj" in name else kv_heads
                 array = array.reshape(count, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
             own = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -72,10 +79,23 @@ def convert_llama(folder: Path, path: Path, type_: Type = Type.F32, *, architect
     return finish(writer, path)
 
 
+def _with_experts_stacked(tensors: dict[str, Any]) -> dict[str, Any]:
+    stacked: dict[str, Any] = {}
+    for name in sorted(tensors):
+        stacked.setdefault(re.sub(r"(?<=experts\.)\d+\.", "", name), []).append(tensors[name])
+    return {name: torch.stack(found) if ".experts." in name else found[0] for name, found in stacked.items()}
+
+
 def write_gguf(
-    path: Path, architecture: str, blocks: int, values: dict[str, Any] | None = None, *, alignment: int | None = None
+    path: Path,
+    architecture: str,
+    blocks: int,
+    values: dict[str, Any] | None = None,
+    *,
+    alignment: int | None = None,
+    more: dict[str, tuple[int, ...]] | None = None,
 ) -> Path:
-    """Write a file of an architecture with two small tensors a block, and `values` under its own keys."""
+    """Write a file of an architecture with two small tensors a block and `more`, and `values` under its own keys."""
     writer = gguf.GGUFWriter(path, architecture)
     if alignment:
         writer.add_custom_alignment(alignment)
@@ -94,6 +114,8 @@ def write_gguf(
     for block in range(blocks):
         add(f"blk.{block}.attn_q.weight", 3, 5)
         add(f"blk.{block}.ffn_norm.weight", 7)
+        for name, shape in (more or {}).items():
+            add(f"blk.{block}.{name}", *shape)
     add("output_norm.weight", 3)
     return finish(writer, path)
 

@@ -4,22 +4,29 @@ import json
 import re
 from dataclasses import replace
 
+import gguf
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Type
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
-from conftest import architecture_of, save_model, slow, weights_of
+from conftest import architecture_of, calibration, save_model, slow, weights_of
 from families import FAMILIES, WITH_EXPERTS, counts_experts, experts_config, tiny_config
+from gguf_models import convert_llama, write_gguf
 from sleb_cli.engine.cut.experts.expert_cut import ExpertCut
 from sleb_cli.engine.cut.experts.experts import find_experts
+from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.output.apply import Output, apply_removals, kept_tensors
+from sleb_cli.engine.output.apply_gguf import prune_gguf
 from sleb_cli.engine.output.proof import ProofPlacement
+from sleb_cli.engine.surgery.gguf_surgery import plan_gguf_surgery
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.events import ignore
-from sleb_plugins import ProofError, UnsupportedModelError
+from sleb_cli.plugin_manager import load_plugins
+from sleb_plugins import PlanError, ProofError, UnsupportedModelError
 
 IN_CI = ["deepseek_v3", "gpt_oss", "llama4_text", "longcat_flash", "mixtral", "qwen3_moe"]
 """Those that stand for the others: groups, biases, experts scaled at the input, experts of none, each form of files."""
@@ -206,3 +213,102 @@ def test_parts_of_quantized_experts_go_with_them(tmp_path):
     assert {tensor.shape[0] for name, tensor in mxfp4.items() if ".experts." in name} == {6}
     assert all(tensor.ranges is not None for tensor in mxfp4.values())
     assert len(mxfp4["model.layers.0.mlp.experts.gate_up_proj_blocks"].ranges) == 2
+
+
+@pytest.mark.parametrize("type_", [Type.F32, Type.Q8_0, slow(Type.Q4_0)], ids=lambda type_: type_.name)
+def test_a_gguf_file_is_cut_and_proven(tmp_path, type_):
+    width = {"moe_intermediate_size": 768}  # which transformers takes from no file
+    folder = save_model(
+        tmp_path / "model", experts_config("qwen3_moe", decoder_sparse_step=1, mlp_only_layers=[], **width)
+    )
+    path = convert_llama(folder, tmp_path / "model.gguf", type_, architecture="qwen3moe")
+    removed = {block: (5, block) for block in range(4)} | {4: (0, 7), 5: (2, 3)}
+    surgery = plan_gguf_surgery(read_gguf(path), (), {"experts": removed})
+    result = prune_gguf(surgery, Output(tmp_path / "out.gguf"), load_plugins(), ignore)
+    assert result.unproven is None
+    assert result.proof.checks[-4:] == ("same logits", "every expert", "generates", "saves again")
+    parts = {f"ffn_{part}.weight" for part in ("gate_exps", "up_exps", "down_exps", "gate_inp")}
+    require_experts(path, tmp_path / "out.gguf", removed, parts)
+
+
+def test_what_only_looks_like_experts_in_a_gguf_file_stays(tmp_path):
+    matrices = ("ffn_gate_up_exps.weight", "ffn_down_exps.weight", "ffn_gate_inp.weight", "ffn_up_exps.bias")
+    lists = ("ffn_gate_inp.bias", "exp_probs_b.bias", "ffn_down_exps.scale")
+    theirs = dict.fromkeys(matrices, (8, 3)) | dict.fromkeys(lists, (8,))
+    others = ("ffn_gate_inp.scale", "ffn_norm_exps.weight", "ffn_gate_inp_shexp.weight", "attn_q_norm.weight")
+    more = theirs | dict.fromkeys(others, (8,)) | {"ffn_up_shexp.weight": (8, 3)}
+    path = write_gguf(tmp_path / "model.gguf", "acme", 2, {"expert_count": 8}, more=more)
+    removed = {0: (5, 3), 1: (0, 7)}
+    surgery = plan_gguf_surgery(read_gguf(path), (), {"experts": removed})
+    result = prune_gguf(surgery, Output(tmp_path / "out.gguf"), load_plugins(), ignore)
+    assert "transformers does not read" in result.unproven
+    require_experts(path, tmp_path / "out.gguf", removed, {*theirs})
+
+
+def require_experts(before, after, removed, names):
+    """Check that in the blocks, the tensors of these names lost exactly the removed experts, and no other did."""
+    old, new = (gguf.GGUFReader(path) for path in (before, after))
+    (count,) = (field.contents() for name, field in new.fields.items() if name.endswith(".expert_count"))
+    assert count == 8 - 2
+    for was, now in zip(old.tensors, new.tensors, strict=True):
+        _, _, rest = was.name.partition(".")
+        block, _, inner = rest.partition(".")
+        rows = [row for row in range(8) if inner not in names or row not in removed[int(block)]]
+        assert now.name == was.name
+        assert now.data.tobytes() == (was.data[rows] if inner in names else was.data).tobytes()
+
+
+@pytest.mark.parametrize(("architecture", "count", "tensor", "words"), [
+    ("deepseek4", 8, "ffn_gate_tid2eid.weight", "by the numbers of tokens"),
+    ("grovemoe", 8, "ffn_up_chexps.weight", "share parts of one another"),
+    ("llama4", 128, "ffn_gate_inp.weight", "computes attention otherwise for 128"),
+    ("acme", 8, "ffn_other_exps.weight", "does not know what blk.0.ffn_other_exps.weight holds"),
+])  # fmt: skip
+def test_gguf_files_whose_experts_cannot_be_removed(tmp_path, architecture, count, tensor, words):
+    more = {"ffn_up_exps.weight": (count, 3), "ffn_gate_inp.weight": (count, 3), tensor: (count, 3)}
+    file = read_gguf(write_gguf(tmp_path / "model.gguf", architecture, 2, {"expert_count": count}, more=more))
+    with pytest.raises(UnsupportedModelError, match=words):
+        plan_gguf_surgery(file, (), {"experts": {0: (5,), 1: (0,)}})
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", slow("gpt_oss")])
+def test_experts_and_blocks_go_one_after_the_other(tmp_path, model_type):
+    folder = save_model(tmp_path / "model", experts_config(model_type))
+    removed = removal(architecture_of(folder), 3, 5)
+    cut(folder, tmp_path / "fewer", removed)
+    cut(tmp_path / "fewer", tmp_path / "last", {}, blocks=(4,))
+    cut(folder, tmp_path / "shorter", {}, blocks=(4,))
+    renumbered = {block - (block > 4): gone for block, gone in removed.items() if block != 4}
+    cut(tmp_path / "shorter", tmp_path / "again", renumbered)
+    found, again = weights_of(tmp_path / "last"), weights_of(tmp_path / "again")
+    assert found.keys() == again.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize(("gone", "words"), [
+    ({2: (1, 4, 0, 5, 2), 3: (1, 4, 0, 5, 2)}, "only 3 would stay, of at least 4"),
+    ({2: (0, 4), 3: (0, 1)}, "of block 3, it takes more from some of the 2 groups than from others"),
+    ({2: (0, 4), 3: (0, 8)}, r"of block 3, it names \[0, 8\], and not 2 of 8"),
+    ({2: (0, 4), 3: (-4, 4)}, "of block 3, it names"),
+    ({2: (0, 4), 3: (4, 4)}, "of block 3, it names"),
+    ({2: (0, 4), 3: (0,)}, "of block 3, it names"),
+    ({2: (), 3: ()}, "only 8 would stay"),
+    ({2: (0, 4)}, "experts of 1 blocks, but .* has experts in 2"),
+])  # fmt: skip
+def test_removals_that_no_model_computes_with_are_refused(tmp_path, gone, words):
+    folder = save_model(tmp_path / "model", experts_config("deepseek_v3", num_hidden_layers=4))
+    with pytest.raises(PlanError, match=words):
+        plan_surgery(architecture_of(folder), (), {"experts": gone})
+
+
+@pytest.mark.parametrize(
+    "wrong", [[[0, 1, 2, 3, 4, 5, 6]] * 6, [[0, 8]] * 6, [[0, 1]] * 5 + [[0]], [[0, 0]] * 6, [[]] * 6]
+)
+def test_a_plan_edited_by_hand_is_refused(sleb, tmp_path, text_file, wrong):
+    folder = save_model(tmp_path / "model", experts_config("mixtral"))
+    sleb("search", folder, "--unit", "experts", "--remove", 2, *calibration(text_file))
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    for order, removals in zip(plan["experts"]["blocks"], wrong, strict=True):
+        order["removals"] = removals
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    assert "plan" in sleb("apply", code=3).stderr

@@ -162,11 +162,30 @@ def plan_experts(architecture: Architecture, removed: Removed) -> ExpertCut:
         UnsupportedModelError: it has none that can be removed.
     """
     experts = find_experts(architecture)
-    highest = max(expert for gone in removed.values() for expert in gone)
-    if {*removed} != {*experts.blocks} or highest >= experts.count:
+    if {*removed} != {*experts.blocks}:
         raise PlanError(
-            f"The plan names experts that {architecture.source.id} does not have: {experts.count} in each of "
-            f"{len(experts.blocks)} blocks.",
+            f"The plan removes experts of {len(removed)} blocks, but {architecture.source.id} has experts in "
+            f"{len(experts.blocks)}, and each must keep as many.",
             hint="Search again.",
         )
+    require_removable(removed, experts.count, experts.active, experts.groups, architecture.source.id)
     return ExpertCut(experts.count, removed, architecture, experts)
+
+
+def require_removable(removed: Removed, count: int, active: int, groups: int, name: str) -> None:
+    """Check that a model with so many experts in each block, in `groups`, computes without these.
+
+    Raises:
+        PlanError: it does not.
+    """
+    number, size = len(next(iter(removed.values()), ())), count // groups
+    least = max(active, 2 * groups if groups > 1 else 1)  # a group is chosen by its best two
+    is_some = 0 < number <= count - least
+    why = None if is_some else f"{number} of {count} would go, and at least {least} must stay"
+    for block, gone in removed.items():
+        if len({*gone} & {*range(count)}) != number or len(gone) != number:
+            why = why or f"of block {block}, it names {[*gone]}, and not {number} of {count}"
+        if len({sum(expert // size == group for expert in gone) for group in range(groups)}) > 1:
+            why = why or f"of block {block}, it takes more from some of the {groups} groups than from others"
+    if why:
+        raise PlanError(f"The plan removes experts that {name} cannot do without: {why}.", hint="Search again.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from sleb_cli.engine.cut.experts.expert_cut import ExpertCut, ExpertRemoval, Removed, plan_experts
+from sleb_cli.engine.cut.experts.expert_cut import ExpertCut, ExpertRemoval, Removed, plan_experts, require_removable
 from sleb_cli.engine.cut.protocol import GgufCut
 from sleb_cli.engine.gguf.blocks import BLOCK
 from sleb_cli.engine.gguf.file import GgufFile, GgufTensor, with_value
@@ -64,10 +64,8 @@ def plan_gguf_experts(file: GgufFile, removed: Removed) -> GgufExpertCut:
             f"{file.path} has {count} experts in each of {len(blocks)} blocks, which are not those of the plan.",
             hint="Name a GGUF file of the plan's model.",
         )
-    if any(not 0 <= each < count for gone in removed.values() for each in gone):
-        raise PlanError(
-            f"{file.path} has {count} experts in a block, fewer than the plan's model.", hint="Search again."
-        )
+    active, groups = file.count("expert_used_count") or 1, file.count("expert_group_count") or 1
+    require_removable(removed, count, active, groups, str(file.path))
     return GgufExpertCut(count, removed)
 
 
