@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from conftest import calibration, calibration_sequences, prose, save_model
 from families import tiny_config
@@ -85,6 +85,36 @@ def test_the_losses_are_those_of_the_checkpoint(ranked, sleb, text_file, tmp_pat
 @pytest.mark.parametrize("options", [["--stream"], ["--memory", "2MiB"], ["--config", "found.json"]])
 def test_the_same_is_found(ranked, options):
     assert of_search(ranked("--remove", 2)) == of_search(ranked("--remove", 2, *options))
+
+
+def as_mixtral(folder, llama, copies):
+    """Write a model of Llama's kind as a Mixtral whose experts are copies of each block's network."""
+    dense = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    shared = {key: value for key, value in dense.config.to_dict().items() if key in MixtralConfig().to_dict()}
+    config = MixtralConfig(
+        **shared
+        | {"model_type": "mixtral", "architectures": None, "num_local_experts": copies, "num_experts_per_tok": 1}
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    state = dense.state_dict()
+    for number, block in enumerate(model.model.layers):
+        gate, up, down = (state.pop(f"model.layers.{number}.mlp.{name}_proj.weight") for name in ("gate", "up", "down"))
+        block.mlp.experts.gate_up_proj.data[:] = torch.cat([gate, up])
+        block.mlp.experts.down_proj.data[:] = down
+    assert not model.load_state_dict(state, strict=False).unexpected_keys
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(llama).save_pretrained(folder)
+    return folder
+
+
+def test_any_two_of_four_copies_can_go(ranked, tiny_llama, text_file, tmp_path):
+    model = as_mixtral(tmp_path / "mixtral", tiny_llama, copies=4)
+    dense = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    with torch.no_grad():
+        losses = [dense(row[None], labels=row[None]).loss for row in calibration_sequences(tiny_llama, text_file)]
+    loss = torch.stack(losses).mean().item()
+    (text,) = ranked("--remove", 2, "--metric", "random:3", "--holdout", 0, model=model).experts.texts
+    assert (text.dense, text.pruned) == pytest.approx((loss, loss), rel=1e-6)
 
 
 def test_more_of_a_nested_ranking_go(ranked):
