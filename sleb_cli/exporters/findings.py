@@ -53,9 +53,16 @@ class Findings:
         """The plan as a shell takes it, without its folder, because other people may read the command."""
         return in_shell(self.file.name)
 
+    @property
+    def removed(self) -> tuple[int, int, str]:
+        """How many parts went, of how many, and what they are."""
+        if experts := self.plan.experts:
+            return experts.fewer, experts.count, "experts of each block"
+        return len(self.plan.removals), self.plan.model.blocks, "blocks"
+
     def own(self, entries: Iterable[S]) -> S | None:
         """Return the entry for the plan's removals, if there is one."""
-        return of_size(entries, self.plan.removals)
+        return of_size(entries, self.plan.largest)
 
     @property
     def texts(self) -> Sequence[TextResult]:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from sleb_cli.exporters.findings import Findings
 from sleb_cli.tables.quality import ENOUGH
-from sleb_cli.tables.search_results import collapse
+from sleb_cli.tables.search_results import UNUSED, collapse
 from sleb_cli.units import format_count, format_share, plural
 
 
 def sentences(findings: Findings) -> list[str]:
     """Return what was removed, and where its speed and accuracy were measured."""
-    count, blocks = len(findings.plan.removals), findings.plan.model.blocks
+    count, whole, parts = findings.removed
+    what = parts if findings.plan.experts else f"transformer {parts}"
     how = "and the others were given new weights" if findings.plan.recovery else "without training"
     were = "was" if count == 1 else "were"
-    removed = f"{count} of {blocks} transformer blocks {were} removed ({format_share(count / blocks)}), {how}"
+    removed = f"{count} of {whole} {what} {were} removed ({format_share(count / whole)}), {how}"
     if findings.sizes:
         before, after = (format_count(size.parameters) for size in findings.sizes)
         removed += f": {after} parameters remain of {before}"
     said = [f"{removed}."]
+    if findings.plan.experts:
+        said.append(UNUSED)
     if findings.main_workloads and (benchmark := findings.benchmark):
         said.append(f"Timed on {benchmark.processor if benchmark.device == 'cpu' else benchmark.device}.")
     if tasks := findings.accuracy_tasks:
@@ -29,7 +32,7 @@ def sentences(findings: Findings) -> list[str]:
 
 def advice(findings: Findings) -> list[str]:
     """Say whether to use this size where most of the accuracy must stay, or which one that was measured."""
-    own, most = findings.plan.removals, f"{ENOUGH:.0%}"
+    own, most, unit = findings.plan.largest, f"{ENOUGH:.0%}", findings.plan.unit
     measured = {each.removals for task in findings.tasks for each in task.pruned if len(each.removals) <= len(own)}
     kept = {removals: found[0] for removals in measured if (found := findings.retention(removals))}
     if own not in kept:
@@ -37,16 +40,16 @@ def advice(findings: Findings) -> list[str]:
     if kept[own] >= ENOUGH:
         return [f"Use it where {most} of the accuracy is enough."]
     if enough := [removals for removals, share in kept.items() if share >= ENOUGH]:
-        fewer = plural(max(map(len, enough)), "block")
+        fewer = plural(max(map(len, enough)), unit.removesuffix("s"))
         return [f"To keep {most} of the accuracy, remove {fewer}, the most of any measured size that keeps it."]
-    recover = "" if findings.plan.recovery else ", or apply the plan with --recover and --heal"
-    return [f"To keep {most} of the accuracy, remove fewer blocks than were measured{recover}."]
+    recover = "" if findings.plan.recovery or findings.plan.experts else ", or apply the plan with --recover and --heal"
+    return [f"To keep {most} of the accuracy, remove fewer {unit} than were measured{recover}."]
 
 
 def warnings(findings: Findings) -> list[str]:
     """Return what should make a reader doubt the pruned model."""
     found = collapse(findings.plan.sample_generation)
-    last = findings.plan.steps[-1].held_out
+    last = findings.plan.steps[-1].held_out if findings.plan.steps else None
     if last and last.overfits:
         found.append(
             "The search overfits its calibration text: on held-out text, the loss grew by "

@@ -15,6 +15,9 @@ from sleb_cli.units import format_bytes, format_change, format_count, format_per
 MAX_ADDED_REPETITION = 0.2
 """How much more than the dense model the pruned one may repeat itself before it is suspected of collapse."""
 
+UNUSED = "What the text of the search does not use may be gone: measure other uses before you rely on them."
+"""What should be said wherever experts were removed."""
+
 REMOVED_MARKS = "·○×+~"
 """One for each kind of block, and again from the first if there are more."""
 
@@ -47,7 +50,7 @@ def _change(found: Any, dense: Any) -> tuple[float | None, float | None]:
 
 def perplexities(plan: Plan) -> dict[str, list[float]]:
     """Return the perplexity of the dense model and at each size, also on the held-out sequences, if any."""
-    records: tuple[Any, ...] = (plan.dense, *plan.steps)
+    records: tuple[Any, ...] = (plan.dense, *plan.steps) if plan.steps else ()
     held_out = [record.held_out.perplexity for record in records if record.held_out]
     found = {"searched on": [record.perplexity for record in records], "held out of the search": held_out}
     return {part: values for part, values in found.items() if values}

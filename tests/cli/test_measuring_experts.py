@@ -1,12 +1,16 @@
 """`sleb eval`, `bench`, `apply` and `export` where experts of a mixture go, or tokens use fewer of them."""
 
+import csv
 import json
+import re
 
 import pytest
 
 from conftest import calibration, prose, save_model, shortage_at, slow, write_task
 from families import tiny_config
 from sleb_cli.engine.quality import models
+from sleb_cli.kept_results import beside_plan
+from sleb_cli.tables.search_results import UNUSED
 
 EIGHT = {"num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8}
 FAST = ["--iterations", 2, "--warmup", 1, "--batch-size", 1, "--prompt-length", 8]
@@ -108,13 +112,41 @@ def test_fewer_experts_per_token(evaluate, apply, sleb, plan_of, mixture, tmp_pa
     assert all(words in with_plan for words in ("experts: 8 to 4 in each block", "experts per token: 2 to 1"))
 
 
+def test_what_is_told_of_experts(evaluate, plan_of, apply, sleb, mixture, tmp_path, without_memory, steady):
+    plan, title = plan_of(mixture), "without 4 of the 8 experts of each block"
+    (texts, _), *_ = evaluate(plan, "--every", 2)
+    shown = sleb("bench", plan, "--every", 2, *FAST, "--prompt").stdout
+    assert f"-4: {title}" in shown
+    assert "blocks" not in shown
+    timed = json.loads(sleb("bench", plan, "--every", 2, *FAST, "--engine", "steady", "--json").stdout)
+    stored = [size["weights_bytes"] for size in (timed["dense"], *timed["pruned"])]
+    assert stored == sorted({*stored}, reverse=True)
+    apply(plan)
+    card = (tmp_path / "out" / "README.md").read_text()
+    told = [f"# model {title}", "chosen by energy on", "(held out)", f"{texts[2]:.2f}", UNUSED, "prompt 1x8, tokens"]
+    assert [words for words in told if words not in card] == []
+    assert beside_plan(tmp_path / "out" / "sleb_plan.json", "eval").is_file()
+    rows = [*csv.DictReader(sleb("export", plan, "--to", "csv").stdout.splitlines())]
+    assert sum(row["kind"] == "candidate" for row in rows) == 6 * 8
+    measured = [row for row in rows if (row["kind"], row["figure"]) == ("text", "perplexity")]
+    assert [(row["removals"], float(row["value"])) for row in measured] == [
+        *zip(("", "0+1", "0+1+2+3"), texts, strict=True)
+    ]
+    sleb("export", plan, "--to", "report")
+    page = (tmp_path / "plan.report.html").read_text()
+    assert all(words in page for words in ("without 4 of 8 experts of each block", "experts were found", UNUSED))
+    assert not re.search(r"blocks (were )?removed|[Rr]emoved blocks", page)
+    plan_of(mixture, metric="random")
+    assert "removes other parts, or in another order" in sleb("export", plan, "--to", "csv").stderr
+
+
 REFUSED = {
     "eval {plan} --experts-per-token 1": "--experts-per-token does not apply to",
     "bench {model} --blocks 2 --experts-per-token 1": "each names what is compared",
     "apply {model} --experts-per-token 1 --recover": "cannot be combined",
-    "eval {model} --experts-per-token 2": "use 2 experts each, so 2 would not be fewer",
+    "eval {model} --experts-per-token 2": "uses 2 experts, so --experts-per-token 2 spares none",
     "eval {model} --experts-per-token 0": "is too small",
-    "bench {dense} --experts-per-token 1": "has no setting of how many experts a token uses",
+    "bench {dense} --experts-per-token 1": "uses 0 experts",
     **{f"apply {{plan}} --{option}": f"--{option.split()[0]} does not apply" for option in ("heal", "device-map auto")},
     **{f"export {{plan}} --to {to}": "removes experts" for to in ("indices", "mergekit", "llama-quantize")},
 }

@@ -20,7 +20,7 @@ from sleb_cli.engine.gguf.file import GgufFile, GgufTensor
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.events import Notify
 from sleb_cli.records import Check, Reference
-from sleb_cli.results import CutRecord, ExpertSizes, Removals
+from sleb_cli.results import CutRecord, Removals
 
 
 class Removal:
@@ -36,11 +36,6 @@ class Removal:
     def steps(self) -> Removals:
         """What names it among the sizes of a plan: the removed blocks, or the places in the order of other parts."""
         return self.removals
-
-    @property
-    def counts(self) -> ExpertSizes | None:
-        """What they count, if neither blocks nor what a plan says."""
-        return None
 
     @property
     def tokens(self) -> tuple[int, ...] | None:

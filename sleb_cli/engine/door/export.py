@@ -39,7 +39,7 @@ def resolve_export(
             f"{exporter.name} would renumber the blocks of {pruning.model} but not correct {', '.join(others)}.",
             hint="Use `sleb apply`, which corrects it.",
         )
-    if not pruning.removals:
+    if not (pruning.removals or named.others):
         raise UsageError("Nothing to export: no block is removed.", hint="Name a plan, or use --blocks.")
     output = request.output
     if output is None and exporter.ending:

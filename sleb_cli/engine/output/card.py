@@ -74,7 +74,7 @@ def _made(subject: Subject, recovery: RecoveryRecord | None) -> list[str]:
     return [
         f"{made}: experts removed, no training (`{CHECKPOINT_PLAN}` has those that went, and every score)",
         f"- Experts chosen by {in_markdown(plan.search.metric)} on {in_markdown(str(plan.calibration.published()))}",
-        "- What that text does not use may be gone: measure other uses before you rely on them.",
+        f"- {search_results.UNUSED}",
     ]
 
 
@@ -154,18 +154,13 @@ def _results(
     return _table(Table("Results", ["measured", "base model", "this model", "change"], rows, list(notes)))
 
 
-def _searched(plan: Plan) -> list[tuple[str, float, float]]:
-    """Return the texts of the search, with the perplexity of both models."""
+def _searched(plan: Plan) -> Iterator[tuple[str, float, float]]:
+    """Yield the texts of the search, with the perplexity of both models."""
     if plan.experts is None:
-        return [(f"{plan.calibration.title} (searched on)", plan.dense.perplexity, plan.steps[-1].perplexity)]
-    return [
-        (
-            f"{public_source(text.text)} ({'held out' if text.held_out else 'searched on'})",
-            math.exp(text.dense),
-            math.exp(text.pruned),
-        )
-        for text in plan.experts.texts
-    ]
+        yield f"{plan.calibration.title} (searched on)", plan.dense.perplexity, plan.perplexity
+    for text in plan.experts.texts if plan.experts else ():
+        role = "held out" if text.held_out else "searched on"
+        yield f"{public_source(text.text)} ({role})", math.exp(text.dense), math.exp(text.pruned)
 
 
 def _evaluated(evaluation: EvalResult, removals: Removals) -> Iterator[tuple[list[str], HubResult]]:

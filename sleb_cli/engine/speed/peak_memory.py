@@ -31,6 +31,9 @@ from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
 SAMPLE_SECONDS = 0.002
 
+Gone = tuple[Removals, Mapping[str, Any]]
+"""What goes, as `plan_surgery` takes it: another process plans it again."""
+
 
 def measure_alone(
     surgery: Surgery, place: Placement, workloads: Sequence[Workload], notify: Notify
@@ -45,7 +48,7 @@ def measure_alone(
     with task(notify, f"Peak memory {which}"):
         try:
             with _process() as process:
-                return process.submit(_measure, source, *gone, place, workloads, torch.get_num_threads()).result()
+                return process.submit(_measure, source, gone, place, workloads, torch.get_num_threads()).result()
         except (RuntimeError, MemoryError, OutOfMemory) as error:
             if not (isinstance(error, BrokenProcessPool) or is_out_of_memory(error)):
                 raise
@@ -71,17 +74,12 @@ def _process() -> Iterator[ProcessPoolExecutor]:
 
 
 def _measure(
-    source: ModelSource,
-    removals: Removals,
-    others: Mapping[str, Any],
-    place: Placement,
-    workloads: Sequence[Workload],
-    threads: int,
+    source: ModelSource, gone: Gone, place: Placement, workloads: Sequence[Workload], threads: int
 ) -> tuple[float, list[MemoryRecord | None]]:
     """Load the model in this process; return how many seconds its weights took, and the memory of each workload."""
     quiet_libraries()
     torch.set_num_threads(threads)
-    surgery = plan_surgery(read_architecture(source, load_plugins(), ignore), removals, others)
+    surgery = plan_surgery(read_architecture(source, load_plugins(), ignore), *gone)
     start = time.perf_counter()
     model = load_pruned(surgery, place, ignore) if surgery.cuts else load_dense(surgery.architecture, place, ignore)
     synchronize(place.device)

@@ -37,7 +37,8 @@ class Subject:
         """What sizes count, if not blocks."""
         if self.plan and self.plan.experts:
             return ExpertSizes(count=self.plan.experts.count, ranking=self.plan.experts.ranking)
-        return next((cut.counts for cut in self.surgery.cuts if cut.counts), None)
+        per_token = self.surgery.others.get("experts_per_token")
+        return ExpertSizes(count=per_token + len(self.surgery.steps)) if per_token else None
 
     @property
     def own_plan(self) -> Plan | None:

@@ -59,7 +59,7 @@ def trade_plot(findings: Findings) -> Plot | None:
     shown = {kind: lines for kind, lines in kinds.items() if any(speeds.keys() & values for _, values in lines)}
     if not shown:
         return None
-    caption = "Each point is a size, named by the blocks removed; bars are 95% intervals."
+    caption = f"Each point is a size, named by the {findings.plan.unit} removed; bars are 95% intervals."
     draw = partial(_draw_trade, shown, speeds, f"speedup, {workload_name(result)}")
     return Plot("Quality against measured speed", caption, 290, draw)
 
@@ -91,18 +91,19 @@ def _draw_trade(kinds: dict[str, list[Line]], speeds: dict[int, Estimate], label
         axis.legend(loc="upper left" if is_change else "lower left")
 
 
-def perplexity_plot(findings: Findings) -> Plot:
+def perplexity_plot(findings: Findings) -> Plot | None:
     """Return the change of perplexity by size."""
     caption = "Both models read the same tokens, so bars are 95% intervals of the paired difference."
-    lines = [*search_lines(findings.plan), *text_lines(findings)]
-    return Plot("Change in perplexity by blocks removed", caption, 280, partial(_draw_lines, lines))
+    unit, lines = findings.plan.unit, [*search_lines(findings.plan), *text_lines(findings)]
+    plot = Plot(f"Change in perplexity by {unit} removed", caption, 280, partial(_draw_lines, lines, unit))
+    return plot if lines else None
 
 
-def _draw_lines(lines: list[Line], figure: Figure) -> None:
+def _draw_lines(lines: list[Line], unit: str, figure: Figure) -> None:
     axis = figure.add_subplot()
     for number, (name, values) in enumerate(lines):
         draw_series(axis, number, [0, *values], [(0.0, None), *values.values()], 100, label=name)
-    axis.set(xlabel="blocks removed", ylabel="change in perplexity, %")
+    axis.set(xlabel=f"{unit} removed", ylabel="change in perplexity, %")
     whole_ticks(axis, range(max(at for _, values in lines for at in values) + 1))
     _spread_large_changes(axis, lines)
     axis.grid()
@@ -124,21 +125,22 @@ def speed_plot(findings: Findings) -> Plot | None:
         return None
     main = [result for result, _ in findings.main_workloads]
     shown = sorted(results, key=lambda result: result not in main)[:_MOST_WORKLOADS]
-    caption = "Points are measured, with 95% intervals; the dashed line is the ratio of the blocks."
-    draw = partial(_draw_speedups, shown, findings.plan.model.blocks)
-    return Plot("Measured speedup by blocks removed", caption, 300, draw)
+    unit, caption = findings.plan.unit, "Points are measured, with 95% intervals"
+    caption += "; the dashed line is the ratio of the blocks." if unit == "blocks" else "."
+    return Plot(f"Measured speedup by {unit} removed", caption, 300, partial(_draw_speedups, shown, findings.plan))
 
 
-def _draw_speedups(results: list[WorkloadResult], blocks: int, figure: Figure) -> None:
+def _draw_speedups(results: list[WorkloadResult], plan: Plan, figure: Figure) -> None:
     axis = figure.add_subplot()
     for number, result in enumerate(results):
         counts = [0, *(len(timing.removals) for timing in result.pruned)]
         measured = [(1.0, None), *((timing.speedup, timing.interval) for timing in result.pruned)]
         draw_series(axis, number, counts, measured, 1, label=workload_name(result))
     sizes = range(max(len(timing.removals) for result in results for timing in result.pruned) + 1)
-    ratios = [blocks / (blocks - size) for size in sizes]
-    axis.plot(sizes, ratios, "--", color=MUTED, linewidth=1, label="ratio of the blocks")
-    axis.set(xlabel="blocks removed", ylabel="times as fast")
+    if not plan.experts:
+        ratios = [plan.model.blocks / (plan.model.blocks - size) for size in sizes]
+        axis.plot(sizes, ratios, "--", color=MUTED, linewidth=1, label="ratio of the blocks")
+    axis.set(xlabel=f"{plan.unit} removed", ylabel="times as fast")
     whole_ticks(axis, sizes)
     axis.grid()
     figure.legend(loc="outside upper left", ncols=3)

@@ -54,8 +54,8 @@ class Report(Exporter):
 
 def cards(findings: Findings) -> list[tuple[str, str, str]]:
     """Return the few numbers to remember: what, how much, and beside what."""
-    count, blocks = len(findings.plan.removals), findings.plan.model.blocks
-    found = [("blocks", f"{blocks - count} of {blocks}", f"{count} removed")]
+    count, whole, parts = findings.removed
+    found = [(parts, f"{whole - count} of {whole}", f"{count} removed")]
     if findings.sizes:
         dense, pruned = (size.parameters for size in findings.sizes)
         found.append(("parameters", format_count(pruned), format_share(pruned / dense - 1, signed=True)))
@@ -66,6 +66,6 @@ def cards(findings: Findings) -> list[tuple[str, str, str]]:
     for name, text, scores in findings.own_texts[:2]:
         both = f"{format_perplexity(text.dense.perplexity)} → {format_perplexity(scores.perplexity)}"
         found.append((f"perplexity, {name}", format_change(perplexity_change(scores)[0]), both))
-    if kept := findings.retention(findings.plan.removals):
+    if kept := findings.retention(findings.plan.largest):
         found.append(("accuracy kept", format_share(kept[0]), between(kept[1], format_share)))
     return found

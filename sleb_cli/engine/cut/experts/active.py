@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 from torch import nn
 
@@ -14,7 +15,8 @@ from sleb_cli.engine.cut.protocol import Cut, GgufCut, Removal
 from sleb_cli.engine.files.config_files import CONFIG
 from sleb_cli.engine.gguf.file import GgufFile, with_value
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.results import ExpertSizes, PerTokenRecord
+from sleb_cli.results import PerTokenRecord
+from sleb_cli.units import plural
 from sleb_plugins import UsageError
 
 
@@ -29,11 +31,6 @@ class ActiveRemoval(Removal):
     def steps(self) -> tuple[int, ...]:
         """As many as are not used any more."""
         return tuple(range(self.before - self.after))
-
-    @property
-    def counts(self) -> ExpertSizes:
-        """What they count: experts of a token."""
-        return ExpertSizes(count=self.before)
 
     @property
     def name_parts(self) -> tuple[str, ...]:
@@ -72,15 +69,10 @@ class ActiveCut(ActiveRemoval, Cut):
     @contextmanager
     def absent(self, dense: nn.Module) -> Iterator[None]:
         """Have the modules of the dense model hold the new number."""
-        places = [(dense.get_submodule(path), name, value) for (path, name), value in self.held.items()]
-        before = [getattr(module, name) for module, name, _ in places]
-        for module, name, value in places:
-            setattr(module, name, value)
-        try:
+        with ExitStack() as stack:
+            for (path, name), value in self.held.items():
+                stack.enter_context(mock.patch.object(dense.get_submodule(path), name, value))
             yield
-        finally:
-            for (module, name, _), value in zip(places, before, strict=True):
-                setattr(module, name, value)
 
 
 @dataclass(frozen=True)
@@ -104,19 +96,22 @@ def plan_active(architecture: Architecture, after: int) -> ActiveCut:
     Raises:
         UsageError: tokens do not use more experts than that.
     """
-    for key, before in settings_of(architecture.text_config.to_dict()):
-        if key[-1] in ACTIVE:
-            _require_fewer(architecture.source.id, before, after)
-            modules = dict(built_with(architecture, key, after).named_modules())
-            held = {
-                (path, name): vars(modules[path])[name]
-                for path, module in architecture.skeleton.named_modules()
-                for name, value in vars(module).items()
-                if type(value) is int and vars(modules[path]).get(name) != value
-            }
-            if held:
-                return ActiveCut(before, after, architecture, key, held)
-    raise _no_experts(architecture.source.id)
+    found = [each for each in settings_of(architecture.text_config.to_dict()) if each[0][-1] in ACTIVE]
+    for key, before in found:
+        if after < before and (held := _held(architecture, built_with(architecture, key, after))):
+            return ActiveCut(before, after, architecture, key, held)
+    raise _none_to_spare(architecture.source.id, found[0][1] if found else 0, after)
+
+
+def _held(architecture: Architecture, other: nn.Module) -> dict[tuple[str, str], int]:
+    """Return the numbers that modules of another model hold, where they are not those of this one."""
+    modules = dict(architecture.skeleton.named_modules())
+    return {
+        (path, name): value
+        for path, module in other.named_modules()
+        for name, value in vars(module).items()
+        if type(value) is int and vars(modules[path]).get(name) != value
+    }
 
 
 def plan_gguf_active(file: GgufFile, after: int) -> GgufActiveCut:
@@ -125,22 +120,14 @@ def plan_gguf_active(file: GgufFile, after: int) -> GgufActiveCut:
     Raises:
         UsageError: tokens do not use more experts than that.
     """
-    before = file.count("expert_used_count")
-    if not before:
-        raise _no_experts(str(file.path))
-    _require_fewer(str(file.path), before, after)
+    before = file.count("expert_used_count") or 0
+    if after >= before:
+        raise _none_to_spare(str(file.path), before, after)
     return GgufActiveCut(before, after)
 
 
-def _require_fewer(model: str, before: int, after: int) -> None:
-    if after >= before:
-        raise UsageError(
-            f"The tokens of {model} use {before} experts each, so {after} would not be fewer.",
-            hint=f"Use --experts-per-token {before - 1} or less." if before > 1 else "Leave out --experts-per-token.",
-        )
-
-
-def _no_experts(model: str) -> UsageError:
+def _none_to_spare(model: str, before: int, after: int) -> UsageError:
     return UsageError(
-        f"{model} has no setting of how many experts a token uses.", hint="Leave out --experts-per-token."
+        f"A token of {model} uses {plural(before, 'expert')}, so --experts-per-token {after} spares none.",
+        hint=f"Use {before - 1} or less." if before > 1 else "Leave it out.",
     )

@@ -88,12 +88,8 @@ def find_experts(architecture: Architecture) -> Experts:
     state, groups = dict(skeleton.state_dict()), getattr(text, "n_group", None) or 1
     found = {}
     for key, count in settings_of(text.to_dict()):
-        if (
-            "expert" in key[-1]
-            and count >= MIN_EXPERTS
-            and count > 2 * groups
-            and (fewer := _fewer(architecture, key, count, groups))
-        ):
+        can_be = "expert" in key[-1] and count >= MIN_EXPERTS and count > 2 * groups
+        if can_be and (fewer := _fewer(architecture, key, count, groups)):
             first, second = (_changes(state, dict(model.state_dict()), less) for model, less in fewer)
             # Twice as many less must change the same tensors by twice as much.
             if first and first == second and sum(state[name].ndim > 1 for name in first) > 2:
