@@ -53,48 +53,52 @@ class _Reached:
 
 
 def _masking(module: nn.Module, router: Mapping[str, Part], gone: Tensor, counts: _Reached) -> Callable[[Forward], Any]:
-    def tensor(name: str) -> Tensor:
-        owner, _, last = name.rpartition(".")
-        found: Tensor = getattr(module.get_submodule(owner), last)
-        return found
-
     def masked(own: Forward, *args: Any, **kwargs: Any) -> Any:
-        tensors = {name: tensor(name) for name in router}
-        biases = {name: each for name, each in tensors.items() if each.squeeze().ndim == 1}
-        before = {name: each.data.clone() for name, each in biases.items()}
-        mode = _Masked([each for name, each in tensors.items() if name not in biases], gone)
-        for name, each in biases.items():  # of a scale by expert, those of removed ones are never read
-            each.data.index_fill_(router[name].axis, gone.to(each.device), float("-inf"))
+        mode = _Masked(module, router, gone)
         try:
             with mode:
                 return own(*args, **kwargs)
         finally:
             counts.runs += 1
             counts.masked += mode.hits
-            for name, each in biases.items():
-                each.data.copy_(before[name])
 
     return lambda own: lambda *args, **kwargs: masked(own, *args, **kwargs)
 
 
 class _Masked(TorchFunctionMode):
-    """Puts -inf on the last axis of what is computed with a router's weights, or with casts or views of them."""
+    """Puts -inf on the last axis of what is computed with a router's weights, or with casts or views of them.
 
-    def __init__(self, weights: Sequence[Tensor], gone: Tensor) -> None:
+    Lists by expert, such as biases of the choice, are given with -inf in these places. Of a scale by expert, those are
+    never read. A tensor is known when it is used, as weights may come from the disk just before.
+    """
+
+    def __init__(self, module: nn.Module, router: Mapping[str, Part], gone: Tensor) -> None:
         super().__init__()
-        self.weights, self.gone, self.hits = {id(weight): weight for weight in weights}, gone, 0
+        names = [(name.rpartition("."), part) for name, part in router.items()]
+        self.router = [(module.get_submodule(owner), last, part) for (owner, _, last), part in names]
+        self.derived, self.gone, self.hits = dict[int, Tensor](), gone, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        given = [each for each in (*args, *(kwargs or {}).values()) if isinstance(each, Tensor)]
-        is_theirs = any(id(each) in self.weights for each in given)
+        kwargs, router = kwargs or {}, {id(getattr(owner, last)): part for owner, last, part in self.router}
+        given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+        lists = {
+            id(each): self._masked(each, part.axis)
+            for each in given
+            if (part := router.get(id(each))) and each.numel() == each.shape[part.axis]
+        }
+        args = [lists.get(id(each), each) for each in args]
+        output = func(*args, **{name: lists.get(id(each), each) for name, each in kwargs.items()})
+        is_theirs = any(id(each) in self.derived or id(each) in router.keys() - lists.keys() for each in given)
         if not is_theirs or not isinstance(output, Tensor) or not output.is_floating_point():
             return output
         if len(given) == 1:
-            self.weights[id(output)] = output  # kept alive, so that no other tensor gets its number
+            self.derived[id(output)] = output  # kept alive, so that no other tensor gets its number
             return output
         self.hits += 1
-        return output.index_fill(-1, self.gone.to(output.device), float("-inf"))
+        return self._masked(output, -1)
+
+    def _masked(self, tensor: Tensor, axis: int) -> Tensor:
+        return tensor.index_fill(axis, self.gone.to(tensor.device), float("-inf"))
 
 
 class TiesByNumber(TorchFunctionMode):
@@ -104,12 +108,13 @@ class TiesByNumber(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in (torch.topk, Tensor.topk) or not kwargs.get("largest", True):
-            return func(*args, **kwargs)
-        scores, count, axis = (*args, *(kwargs[name] for name in ("k", "dim") if name in kwargs), -1)[:3]
-        values, places = torch.sort(scores, dim=axis, descending=True, stable=True)
-        return torch.return_types.topk((values.narrow(axis, 0, count), places.narrow(axis, 0, count)))
+        return (_topk if func in (torch.topk, Tensor.topk) else func)(*args, **(kwargs or {}))
+
+
+def _topk(input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+    """Return what `torch.topk` of these arguments does, the lower of equals first."""
+    values, places = torch.sort(input, dim=dim, descending=largest, stable=True)
+    return torch.return_types.topk((values.narrow(dim, 0, k), places.narrow(dim, 0, k)))
 
 
 @dataclass(frozen=True)
@@ -147,9 +152,9 @@ def watched(experts: Experts, blocks: Sequence[nn.Module], tell: Callable[[int, 
 
 
 def _telling(count: int, block: int, tell: Callable[[int, Choice], object], *, all_at_once: bool) -> Any:
-    def told(own: Forward, hidden: Any, *rest: Any, **options: Any) -> Any:
-        output = own(hidden, *rest, **options)
-        given = [each for each in (*rest, *options.values()) if isinstance(each, Tensor)]
+    def told(own: Forward, *args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        hidden, *given = (each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
         choice = _choice(own, hidden, given)
         if choice is None and all_at_once and not given and hidden.ndim == 2 and output.shape == hidden.shape:
             choice = _choice_of_all(own, hidden, count)
@@ -157,7 +162,7 @@ def _telling(count: int, block: int, tell: Callable[[int, Choice], object], *, a
             tell(block, choice)
         return output
 
-    return lambda own: lambda hidden, *rest, **options: told(own, hidden, *rest, **options)
+    return lambda own: lambda *args, **kwargs: told(own, *args, **kwargs)
 
 
 def _choice(own: Forward, hidden: Tensor, given: Sequence[Tensor]) -> Choice | None:
