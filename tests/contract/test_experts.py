@@ -10,13 +10,15 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
-from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralTopKRouter
 
 from conftest import architecture_of, calibration, save_model, slow, weights_of
 from families import FAMILIES, WITH_EXPERTS, counts_experts, experts_config, tiny_config
 from gguf_models import convert_llama, write_gguf
 from sleb_cli.engine.cut.experts.expert_cut import ExpertCut
 from sleb_cli.engine.cut.experts.experts import find_experts
+from sleb_cli.engine.cut.experts.routing import TiesByNumber
+from sleb_cli.engine.forward.placement import blocks_on_disk
 from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.output.apply import Output, apply_removals, kept_tensors
 from sleb_cli.engine.output.apply_gguf import prune_gguf
@@ -49,12 +51,12 @@ def removal(architecture, *gone):
     return {block: tuple(expert // 4 * 4 + (expert + number) % 4 for expert in gone) for number, block in blocks}
 
 
-def cut(folder, out, removed=(3, 5), *, blocks=(), dtype=torch.float32, notify=ignore):
+def cut(folder, out, removed=(3, 5), *, blocks=(), dtype=torch.float32, notify=ignore, **where):
     """Remove experts (the same of each block, or by block), and return what `apply` says."""
     architecture = architecture_of(folder)
     by_block = removed if isinstance(removed, dict) else removal(architecture, *removed)
     surgery = plan_surgery(architecture, blocks, {"experts": by_block} if by_block else None)
-    place = ProofPlacement(torch.device("cpu"), dtype)
+    place = ProofPlacement(torch.device("cpu"), dtype, **where)
     return apply_removals(Subject(surgery, None), Output(out, proof=place), notify)
 
 
@@ -71,11 +73,49 @@ def test_each_family_is_cut_and_proven(tmp_path, model_type, dtype):
     assert (whole(ids).logits - fewer(ids).logits).abs().max() > 0.05 * whole(ids).logits.abs().max()
 
 
+@pytest.mark.parametrize("model_type", ["deepseek_v3", slow("gemma4_text"), slow("gpt_oss"), slow("llama4_text")])
+@pytest.mark.parametrize("where", ["streamed", "on disk", "float16", "inference mode"])
+def test_routers_are_masked_wherever_their_tensors_are(tmp_path, model_type, where):
+    folder = save_model(tmp_path / "model", experts_config(model_type))
+    architecture = architecture_of(folder)
+    on_disk = blocks_on_disk(architecture, architecture.block_count, torch.device("cpu"))
+    how = {"streamed": {"stream": True}, "on disk": {"device_map": on_disk}, "float16": {"dtype": torch.float16}}
+    with torch.inference_mode(where == "inference mode"):
+        result = cut(folder, tmp_path / "out", **how.get(where, {}))
+    assert "every expert" in result.proof.checks
+
+
+def test_ties_are_broken_by_number():
+    scores = torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0]).bfloat16()
+    with TiesByNumber():
+        found = [
+            torch.topk(scores, 3),
+            scores.topk(k=3, dim=-1, sorted=False),
+            torch.topk(input=scores[None], k=3, dim=1),
+            torch.topk(scores, 3, 0, False),
+            scores.topk(3, largest=False),
+        ]
+    assert [each.indices.flatten().tolist() for each in found] == [[1, 3, 0]] * 3 + [[0, 2, 4]] * 2
+    assert found[2].values.tolist() == [[2, 2, 1]]
+
+
 @pytest.mark.parametrize("model_type", [name if name in ("jetmoe", "llama") else slow(name) for name in REFUSED])
 def test_those_without_experts_to_remove_are_refused(tmp_path, model_type):
     config = tiny_config(model_type) if model_type == "llama" else experts_config(model_type)
     with pytest.raises(UnsupportedModelError, match=REFUSED[model_type]):
         cut(save_model(tmp_path / "model", config), tmp_path / "out")
+
+
+def test_a_router_that_is_part_of_its_block_is_refused(tmp_path, monkeypatch):
+    own = MixtralDecoderLayer.__init__
+
+    def with_bias(self, config, number):
+        own(self, config, number)
+        self.bias = torch.nn.Parameter(torch.zeros(config.num_local_experts))
+
+    monkeypatch.setattr(MixtralDecoderLayer, "__init__", with_bias)
+    with pytest.raises(UnsupportedModelError, match="hold tensors of their routers themselves"):
+        cut(save_model(tmp_path / "model", experts_config("mixtral")), tmp_path / "out")
 
 
 @pytest.mark.slow

@@ -225,6 +225,8 @@ def _roles(
     router = {name: part for name, part in parts.items() if not name.startswith(f"{module}.")}
     if not router:
         raise refused(architecture, "it has no router")
+    if any("." not in name for name in router):
+        raise refused(architecture, "its blocks hold tensors of their routers themselves")
     around = f"{path}.{blocks[0]}.{module.rpartition('.')[0]}".rstrip(".")
     for name, tensor in state.items():
         if name.startswith(f"{around}.") and not tensor.is_floating_point() and tensor.numel() > 1:
