@@ -234,25 +234,37 @@ def test_each_name_of_the_count_changes(tmp_path, names):
     assert counts == dict.fromkeys(names or ["num_local_experts"], 6)
 
 
-def test_parts_of_quantized_experts_go_with_them(tmp_path):
-    """Their bytes are copied from the files, and no tensor is decoded."""
+def as_fp8(name, tensor):
+    if (".experts." not in name and "self_attn" not in name) or not name.endswith("_proj.weight"):
+        return {name: tensor}
+    return {name: tensor.to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1, 1)}
 
-    def kept(model_type, change):
-        folder = save_model(tmp_path / model_type, experts_config(model_type, dtype=torch.bfloat16))
-        architecture = architecture_of(rewrite(folder, change))
-        blocks = find_experts(architecture).blocks
-        surgery = plan_surgery(architecture, (), {"experts": dict.fromkeys(blocks, (0, 4))})
-        return {tensor.name: tensor for tensor in kept_tensors(surgery)}
 
-    fp8 = kept("deepseek_v3", lambda old: old | {f"{n}_scale_inv": torch.ones(1) for n in old if ".experts." in n})
-    places = [fp8[f"model.layers.3.mlp.experts.{each}.up_proj.weight_scale_inv"].stored.name for each in range(6)]
-    assert [int(re.findall(r"\d+", name)[1]) for name in places] == [1, 2, 3, 5, 6, 7]
-    packed = {f"model.layers.{block}.mlp.experts.{name}_proj{end}": torch.zeros(8, 64, 1, 16, dtype=torch.uint8)
-              for block in range(6) for name in ("gate_up", "down") for end in ("_blocks", "_scales")}  # fmt: skip
-    mxfp4 = kept("gpt_oss", lambda old: {n: t for n, t in old.items() if not n.endswith("_proj")} | packed)
-    assert {tensor.shape[0] for name, tensor in mxfp4.items() if ".experts." in name} == {6}
-    assert all(tensor.ranges is not None for tensor in mxfp4.values())
-    assert len(mxfp4["model.layers.0.mlp.experts.gate_up_proj_blocks"].ranges) == 2
+def as_mxfp4(name, tensor):
+    if not name.endswith("_proj"):
+        return {name: tensor}
+    shape, random = (8, tensor.shape[2], tensor.shape[1] // 32), torch.Generator().manual_seed(0)
+    scales = torch.randint(120, 126, shape, dtype=torch.uint8, generator=random)
+    return {
+        f"{name}_blocks": torch.randint(256, (*shape, 16), dtype=torch.uint8, generator=random),
+        f"{name}_scales": scales,
+    }
+
+
+@pytest.mark.parametrize(("model_type", "packed", "settings"), [
+    ("deepseek_v3", as_fp8, {"quant_method": "fp8", "weight_block_size": [128, 128]}),
+    ("gpt_oss", as_mxfp4, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}),
+])  # fmt: skip
+def test_quantized_experts_are_copied_from_the_files(tmp_path, model_type, packed, settings):
+    folder = save_model(tmp_path / "model", experts_config(model_type, dtype=torch.bfloat16))
+    rewrite(folder, lambda weights: {k: v for name, t in weights.items() for k, v in packed(name, t).items()})
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    architecture = architecture_of(folder)
+    removed = dict.fromkeys(find_experts(architecture).blocks, (0, 4))
+    tensors = kept_tensors(plan_surgery(architecture, (), {"experts": removed}))
+    assert all(tensor.ranges is not None for tensor in tensors)  # so none is decoded, and no block is held in memory
+    assert "every expert" in cut(folder, tmp_path / "out", removed, dtype=torch.bfloat16).proof.checks
 
 
 @pytest.mark.parametrize("type_", [Type.F32, Type.Q8_0, slow(Type.Q4_0)], ids=lambda type_: type_.name)
