@@ -5,9 +5,11 @@ import json
 import re
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from conftest import calibration, prose, save_model, shortage_at, slow, write_task
-from families import tiny_config
+from families import experts_config, tiny_config
 from sleb_cli.engine.quality import models
 from sleb_cli.kept_results import beside_plan
 from sleb_cli.tables.search_results import UNUSED
@@ -110,6 +112,20 @@ def test_fewer_experts_per_token(evaluate, apply, sleb, plan_of, mixture, tmp_pa
     assert "-1: with 1 expert per token" in shown
     with_plan = sleb("apply", plan_of(mixture), *one, "-o", "both").stdout
     assert all(words in with_plan for words in ("experts: 8 to 4 in each block", "experts per token: 2 to 1"))
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", slow("dbrx"), slow("kimi_linear"), slow("ernie4_5_moe")])
+def test_families_read_the_setting_in_their_own_ways(apply, tmp_path, model_type):
+    model = save_model(tmp_path / "model", experts_config(model_type))
+    told = json.loads(apply(model, "--experts-per-token", 1, "--json").stdout)
+    assert (told["experts_per_token"]["experts"], told["proof"]["logits_difference"]) == ([2, 1], 0)
+    ids, loaded = torch.arange(2, 34)[None], AutoModelForCausalLM.from_pretrained
+    assert not torch.equal(*(loaded(folder)(ids).logits for folder in (model, tmp_path / "out")))
+
+
+def test_weights_that_depend_on_the_setting_are_refused(sleb, tmp_path):
+    model = save_model(tmp_path / "model", experts_config("deepseek_v4"))
+    assert "has weights whose shapes follow" in sleb("eval", model, "--experts-per-token", 1, code=4).stderr
 
 
 def test_what_is_told_of_experts(evaluate, plan_of, apply, sleb, mixture, tmp_path, without_memory, steady):

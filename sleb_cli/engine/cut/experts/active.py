@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import nn
 
 from sleb_cli.engine.cut.experts.experts import ACTIVE, built_with, settings_of, with_setting
@@ -17,7 +18,7 @@ from sleb_cli.engine.gguf.file import GgufFile, with_value
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.results import PerTokenRecord
 from sleb_cli.units import plural
-from sleb_plugins import UsageError
+from sleb_plugins import UnsupportedModelError, UsageError
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class ActiveCut(ActiveRemoval, Cut):
 
     Attributes:
         key: the setting, in some families in a dictionary of the language model's config.
-        held: what modules hold of it, by their names and attributes.
+        held: what modules hold of it, by their names and attributes; others read the config as they run.
     """
 
     architecture: Architecture
@@ -67,11 +68,13 @@ class ActiveCut(ActiveRemoval, Cut):
         return values if file != CONFIG else with_setting(self.architecture, values, self.key, self.after)
 
     @contextmanager
-    def absent(self, dense: nn.Module) -> Iterator[None]:
+    def absent(self, dense: Any) -> Iterator[None]:
         """Have the modules of the dense model hold the new number."""
         with ExitStack() as stack:
             for (path, name), value in self.held.items():
                 stack.enter_context(mock.patch.object(dense.get_submodule(path), name, value))
+            if len(self.key) == 1:
+                stack.enter_context(mock.patch.object(dense.config.get_text_config(), self.key[0], self.after))
             yield
 
 
@@ -95,23 +98,26 @@ def plan_active(architecture: Architecture, after: int) -> ActiveCut:
 
     Raises:
         UsageError: tokens do not use more experts than that.
+        UnsupportedModelError: weights change with it.
     """
-    found = [each for each in settings_of(architecture.text_config.to_dict()) if each[0][-1] in ACTIVE]
-    for key, before in found:
-        if after < before and (held := _held(architecture, built_with(architecture, key, after))):
-            return ActiveCut(before, after, architecture, key, held)
-    raise _none_to_spare(architecture.source.id, found[0][1] if found else 0, after)
-
-
-def _held(architecture: Architecture, other: nn.Module) -> dict[tuple[str, str], int]:
-    """Return the numbers that modules of another model hold, where they are not those of this one."""
+    settings = settings_of(architecture.text_config.to_dict())
+    key, before = next((each for each in settings if each[0][-1] in ACTIVE), ((), 0))
+    if after >= before:
+        raise _none_to_spare(architecture.source.id, before, after)
+    fewer = built_with(architecture, key, after)
+    if _shapes(fewer) != _shapes(architecture.skeleton):
+        raise UnsupportedModelError(
+            f"{architecture.source.id} has weights whose shapes follow from how many experts a token uses.",
+            hint="Leave out --experts-per-token.",
+        )
     modules = dict(architecture.skeleton.named_modules())
-    return {
+    held = {
         (path, name): value
-        for path, module in other.named_modules()
+        for path, module in fewer.named_modules()
         for name, value in vars(module).items()
         if type(value) is int and vars(modules[path]).get(name) != value
     }
+    return ActiveCut(before, after, architecture, key, held)
 
 
 def plan_gguf_active(file: GgufFile, after: int) -> GgufActiveCut:
@@ -124,6 +130,10 @@ def plan_gguf_active(file: GgufFile, after: int) -> GgufActiveCut:
     if after >= before:
         raise _none_to_spare(str(file.path), before, after)
     return GgufActiveCut(before, after)
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def _none_to_spare(model: str, before: int, after: int) -> UsageError:
