@@ -15,7 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, Mi
 from conftest import architecture_of, calibration, save_model, slow, weights_of
 from families import FAMILIES, WITH_EXPERTS, counts_experts, experts_config, tiny_config
 from gguf_models import convert_llama, write_gguf
-from sleb_cli.engine.cut.experts.expert_cut import ExpertCut
+from sleb_cli.engine.cut.experts.expert_cut import PREDICTION_NOTE, ExpertCut
 from sleb_cli.engine.cut.experts.experts import find_experts
 from sleb_cli.engine.cut.experts.routing import TiesByNumber
 from sleb_cli.engine.forward.placement import blocks_on_disk
@@ -214,7 +214,7 @@ def test_blocks_for_multi_token_prediction_lose_the_experts_of_the_last(tmp_path
     rewrite(folder, lambda weights: weights | more)
     events = []
     cut(folder, tmp_path / "out", notify=events.append)
-    assert any("No text scores the experts for multi-token prediction" in str(event) for event in events)
+    assert PREDICTION_NOTE in [getattr(event, "text", None) for event in events]
     written = weights_of(tmp_path / "out")
     cut_alike = {name.replace(last, after): t + 1 for name, t in written.items() if name.startswith(last)}
     assert {name for name in written if name.startswith(after)} == {*cut_alike}
@@ -289,12 +289,13 @@ def test_what_only_looks_like_experts_in_a_gguf_file_stays(tmp_path):
     theirs = dict.fromkeys(matrices, (8, 3)) | dict.fromkeys(lists, (8,))
     others = ("ffn_gate_inp.scale", "ffn_norm_exps.weight", "ffn_gate_inp_shexp.weight", "attn_q_norm.weight")
     more = theirs | dict.fromkeys(others, (8,)) | {"ffn_up_shexp.weight": (8, 3)}
-    path = write_gguf(tmp_path / "model.gguf", "acme", 2, {"expert_count": 8}, more=more)
-    removed = {0: (5, 3), 1: (0, 7)}
+    path = write_gguf(tmp_path / "model.gguf", "acme", 3, {"expert_count": 8, "nextn_predict_layers": 1}, more=more)
+    removed, events = {0: (5, 3), 1: (0, 7)}, []
     surgery = plan_gguf_surgery(read_gguf(path), (), {"experts": removed})
-    result = prune_gguf(surgery, Output(tmp_path / "out.gguf"), load_plugins(), ignore)
+    result = prune_gguf(surgery, Output(tmp_path / "out.gguf"), load_plugins(), events.append)
     assert "transformers does not read" in result.unproven
-    require_experts(path, tmp_path / "out.gguf", removed, {*theirs})
+    assert PREDICTION_NOTE in [getattr(event, "text", None) for event in events]
+    require_experts(path, tmp_path / "out.gguf", removed | {2: removed[1]}, {*theirs})
 
 
 def require_experts(before, after, removed, names):

@@ -43,6 +43,11 @@ class Removal:
         return None
 
     @property
+    def note(self) -> str | None:
+        """What whoever writes the result must say of it, in a sentence."""
+        return None
+
+    @property
     def name_parts(self) -> tuple[str, ...]:
         """What it adds to the name of a checkpoint."""
         return ()
@@ -69,11 +74,6 @@ class Cut(Removal, ABC):
     @abstractmethod
     def what(self) -> str:
         """What goes, after "without"."""
-
-    @property
-    def note(self) -> str | None:
-        """What whoever writes the checkpoint must say of it, in a sentence."""
-        return None
 
     @property
     def files(self) -> Mapping[str, Any]:

@@ -65,6 +65,8 @@ def prune_gguf(surgery: GgufSurgery, output: Output, registry: Registry, notify:
             with move_if_proof_fails(aside, output.keep_failed), prefer_disk_error(ProofError):
                 _require_as_planned(pruned, aside)
                 proof, unproven = _prove_with_transformers(surgery, aside, registry, notify)
+    for note in filter(None, (cut.note for cut in surgery.cuts)):
+        notify(Notice(note))
     return GgufResult(
         **THIS_VERSION,
         kind="gguf",

@@ -22,6 +22,8 @@ from sleb_cli.results import ExpertsRecord
 from sleb_plugins import PlanError
 from sleb_plugins.config_keys import kept_blocks
 
+PREDICTION_NOTE = "No text scores the experts for multi-token prediction: those of the last block's numbers stay there."
+
 Removed = Mapping[int, Sequence[int]]
 """The experts that go, by block, in the order of their removal: as many of each."""
 
@@ -83,9 +85,7 @@ class ExpertCut(ExpertRemoval, Cut):
     def note(self) -> str | None:
         """What goes of blocks for multi-token prediction, of whose experts nothing is known."""
         blocks = {self._split(name)[0] or 0 for name in self.architecture.source.weights.tensor_names()}
-        if max(blocks) < self.architecture.block_count:
-            return None
-        return "No text scores the experts for multi-token prediction: those of the last block's numbers stay there."
+        return PREDICTION_NOTE if max(blocks) >= self.architecture.block_count else None
 
     @cached_property
     def _names(self) -> BlockNames:

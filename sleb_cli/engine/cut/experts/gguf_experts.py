@@ -5,7 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from sleb_cli.engine.cut.experts.expert_cut import ExpertCut, ExpertRemoval, Removed, plan_experts, require_removable
+from sleb_cli.engine.cut.experts.expert_cut import (
+    PREDICTION_NOTE,
+    ExpertCut,
+    ExpertRemoval,
+    Removed,
+    plan_experts,
+    require_removable,
+)
 from sleb_cli.engine.cut.protocol import GgufCut
 from sleb_cli.engine.gguf.blocks import BLOCK
 from sleb_cli.engine.gguf.file import GgufFile, GgufTensor, with_value
@@ -25,7 +32,14 @@ _SPECIAL_COUNTS = {("llama4", 128): "llama.cpp computes attention otherwise for 
 
 @dataclass(frozen=True)
 class GgufExpertCut(ExpertRemoval, GgufCut):
-    """The cut of experts from a GGUF file."""
+    """The cut of experts from a GGUF file; `predicts` says whether it has blocks with experts after the last one."""
+
+    predicts: bool = False
+
+    @property
+    def note(self) -> str | None:
+        """What goes of blocks for multi-token prediction, of whose experts nothing is known."""
+        return PREDICTION_NOTE if self.predicts else None
 
     def of_model(self, architecture: Architecture) -> ExpertCut:
         """Return the same cut of the model that transformers reads in the file."""
@@ -66,7 +80,7 @@ def plan_gguf_experts(file: GgufFile, removed: Removed) -> GgufExpertCut:
         )
     active, groups = file.count("expert_used_count") or 1, file.count("expert_group_count") or 1
     require_removable(removed, count, active, groups, str(file.path))
-    return GgufExpertCut(count, removed)
+    return GgufExpertCut(count, removed, predicts=bool(blocks - known))
 
 
 def _block_with_experts(tensor: GgufTensor, count: int) -> int | None:
