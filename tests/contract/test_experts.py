@@ -9,7 +9,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Qwen3VLMoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralTopKRouter
 
 from conftest import architecture_of, calibration, save_model, slow, weights_of
@@ -249,6 +249,16 @@ def as_mxfp4(name, tensor):
         f"{name}_blocks": torch.randint(256, (*shape, 16), dtype=torch.uint8, generator=random),
         f"{name}_scales": scales,
     }
+
+
+def test_the_count_of_a_model_that_also_sees_is_that_of_its_text_config(tmp_path):
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    text = experts_config("qwen3_vl_moe_text", rope_parameters=rope)
+    eyes = {"depth": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 64, "out_hidden_size": 32}
+    config = Qwen3VLMoeConfig(text_config=text.to_dict(), vision_config=eyes | {"deepstack_visual_indexes": [0]})
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "model")
+    assert cut(tmp_path / "model", tmp_path / "out").experts.experts == (8, 6)
+    assert AutoConfig.from_pretrained(tmp_path / "out").text_config.num_local_experts == 6
 
 
 @pytest.mark.parametrize(("model_type", "packed", "settings"), [
