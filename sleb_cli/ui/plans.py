@@ -64,7 +64,7 @@ def _show_experts(plan: Plan, found: ExpertPlan, output: Path) -> None:
     for line in tables.expert_sizes(found):
         print_line(line)
     _show_sample(plan)
-    print_line("What a text did not use may be gone: measure each use with --perplexity FILE and --tasks.")
+    print_line(tables.UNUSED)
     print_to_copy(f"wrote {output}; next: sleb apply {in_shell(str(output))}")
 
 
