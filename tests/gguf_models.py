@@ -66,6 +66,7 @@ def convert_llama(folder: Path, path: Path, type_: Type = Type.F32, *, architect
         writer.add_key_length(config.hidden_size // heads)
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3MOE if has_experts else gguf.MODEL_ARCH.LLAMA, blocks)
     for file in sorted(folder.glob("*.safetensors")):
         for name, tensor in _with_experts_stacked(load_file(file)).items():

@@ -20,6 +20,7 @@ from sleb_cli.engine.cut.experts.experts import find_experts
 from sleb_cli.engine.cut.experts.routing import TiesByNumber
 from sleb_cli.engine.forward.placement import blocks_on_disk
 from sleb_cli.engine.gguf.file import read_gguf
+from sleb_cli.engine.output import proof
 from sleb_cli.engine.output.apply import Output, apply_removals, kept_tensors
 from sleb_cli.engine.output.apply_gguf import prune_gguf
 from sleb_cli.engine.output.proof import ProofPlacement
@@ -275,6 +276,14 @@ def test_quantized_experts_are_copied_from_the_files(tmp_path, model_type, packe
     tensors = kept_tensors(plan_surgery(architecture, (), {"experts": removed}))
     assert all(tensor.ranges is not None for tensor in tensors)  # so none is decoded, and no block is held in memory
     assert "every expert" in cut(folder, tmp_path / "out", removed, dtype=torch.bfloat16).proof.checks
+
+
+def test_a_streamed_proof_without_room_for_converted_weights_is_partial(tmp_path, monkeypatch):
+    folder = save_model(tmp_path / "model", experts_config("mixtral"))
+    monkeypatch.setattr(proof, "free_space", lambda folder: 1000)
+    result = cut(folder, tmp_path / "out", stream=True)
+    assert "converted weights to the disk" in result.proof.partial
+    assert result.proof.checks == ("complete", "same bytes", "loads")
 
 
 @pytest.mark.parametrize("type_", [Type.F32, Type.Q8_0, slow(Type.Q4_0)], ids=lambda type_: type_.name)

@@ -9,7 +9,9 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from transformers import AutoModelForCausalLM, SmolLM3Config
 
-from gguf_models import write_llama_gguf
+from conftest import calibration, save_model
+from families import experts_config
+from gguf_models import convert_llama, write_llama_gguf
 from sleb_cli.engine.cut.blocks.gguf_blocks import GgufBlockCut
 from sleb_cli.engine.gguf.file import read_gguf, write_gguf
 
@@ -84,3 +86,16 @@ def test_it_goes_by_number_where_our_table_says_so_and_only_there(run_sleb, llam
     write_gguf(GgufBlockCut(removals).header(read_gguf(source)), tmp_path / "forced.gguf", lambda size: None)
     agrees = llama_cpp(tmp_path / "forced.gguf") == generate_with_transformers(tmp_path / "small")
     assert agrees == passes == (removals in [(0, 1, 2, 3), (7,)])
+
+
+@pytest.mark.slow
+def test_it_runs_a_file_without_some_experts(sleb, llama_cpp, tmp_path, text_file):
+    sizes = {"decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True}
+    folder = save_model(tmp_path / "origin", experts_config("qwen3_moe", **sizes))
+    source = convert_llama(folder, tmp_path / "model.gguf", Type.F32, architecture="qwen3moe")
+    sleb("search", folder, "--unit", "experts", "--remove", 2, *calibration(text_file), "-o", "plan.json")
+    sleb("apply", "plan.json", "-o", "small")
+    sleb("apply", "plan.json", "--source", source, "-o", "small.gguf")
+    found, expected = llama_cpp(tmp_path / "small.gguf"), generate_with_transformers(tmp_path / "small")
+    assert found[:16] == expected[:16]  # rounding decides a choice of experts sooner or later
+    assert llama_cpp(source)[:16] != found[:16]

@@ -160,6 +160,9 @@ def prove(
         ProofError: a check failed.
         OSError: the disk failed, which is no verdict about the checkpoint.
     """
+    if placement.stream and not placement.too_large:  # what was written since takes space on the disk, too
+        lacking = _obstacle(surgery.architecture, placement.dtype, placement.device, streamed=True)
+        placement = replace(placement, too_large=lacking)
     proof = Proof(
         checks=(),
         reference="recovered" if new_values is not None else next((cut.reference for cut in surgery.cuts), "whole"),
