@@ -239,7 +239,7 @@ class _Models:
             _, allowed = TOLERANCES.get(self.placement.dtype, (0.0, 0.0))
             with self._alike():
                 difference = _decode(model, own, new_tokens)
-            if wider := self._wider(difference, allowed):
+            if wider := self._wider(difference, allowed, decoding=True):
                 del model
                 free_memory()
                 yield from wider.checks()
@@ -269,10 +269,14 @@ class _Models:
         allowed, _ = TOLERANCES.get(self.placement.dtype, (0.0, 0.0))
         return max([allowed, *(cut.tolerance for cut in self.surgery.cuts)])
 
-    def _wider(self, difference: float, allowed: float) -> _Models | None:
-        """Return the same in a wider data type, if too much differs, rounding may be why, and there is memory."""
+    def _wider(self, difference: float, allowed: float, *, decoding: bool = False) -> _Models | None:
+        """Return the same in a wider data type, if too much differs, rounding may be why, and there is memory.
+
+        Decoding rounds otherwise than a prompt does, which can change the choice of experts, whatever was cut.
+        """
         place, architecture, dtype = self.placement, self.surgery.architecture, WIDER.get(self.placement.dtype)
-        fixed = architecture.is_quantized or place.device_map or not any(cut.tolerance for cut in self.surgery.cuts)
+        may_round = any(cut.tolerance for cut in self.surgery.cuts) or (decoding and place.dtype.itemsize < 4)
+        fixed = architecture.is_quantized or place.device_map or not may_round
         if difference <= allowed or fixed or dtype is None:
             return None
         if dtype is torch.float64 and not has_float64(place.device.type):
