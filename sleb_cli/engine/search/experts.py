@@ -41,7 +41,7 @@ from sleb_plugins.metrics.nll import NegativeLogLikelihood
 PIECE_BYTES = 64 << 20
 """About how much the outputs of single experts take at once."""
 
-SCORED_WALK = 1.7
+SCORED_WALK = 1.5
 """What a walk that counts costs, in walks that do not: the experts run twice."""
 
 Sums = Tensor
