@@ -20,10 +20,11 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
 
 from conftest import architecture_of, calibration, prose, save_model
-from families import FAMILIES, tiny_config
+from families import FAMILIES, WITH_EXPERTS, experts_config, tiny_config
 from reference import output_kinds, passing_through
 from sleb_cli.__main__ import main
 from sleb_cli.engine.cut.blocks.block_cut import BlockCut
+from sleb_cli.engine.cut.experts.experts import find_experts
 from sleb_cli.engine.files.config_files import CONFIG
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.search.removable import Protection, Removable
@@ -156,6 +157,21 @@ def document(page: str, rows: list[str]) -> str:
     return "".join([before, *(f"{row}\n" for row in works), between, *(f"{row}\n" for row in refused), after])
 
 
+def survey_experts(work: Path) -> str:
+    """Return the section of docs/reference/families.md on which families can lose experts."""
+    refused: dict[str, str] = {}
+    for name in WITH_EXPERTS:
+        folder = save_model(work / name, experts_config(name))
+        try:
+            find_experts(architecture_of(folder))
+        except SlebError as error:
+            refused[name] = _reason(f"error: {error.message}", folder)
+    works = [name for name in WITH_EXPERTS if name not in refused]
+    counts = f"Of {len(WITH_EXPERTS)} families with experts, {len(works)} [can lose some](../experts.md):"
+    reasons = "; ".join(f"{name} ({why})" for name, why in refused.items())
+    return f"## Experts\n\n{counts} {', '.join(works)}.\n\nRefused: {reasons}.\n"
+
+
 if __name__ == "__main__":
     found = []
     for name in sys.argv[1:] or FAMILIES:
@@ -163,4 +179,7 @@ if __name__ == "__main__":
             found.append(survey(name, Path(work)))
         print(found[-1])
     if not sys.argv[1:]:
-        DOCUMENT.write_text(document(DOCUMENT.read_text(), found))
+        with TemporaryDirectory() as work:
+            section = survey_experts(Path(work))
+        page = re.sub(r"## Experts\n.*?\n(?=\n## )", lambda _: section, DOCUMENT.read_text(), flags=re.DOTALL)
+        DOCUMENT.write_text(document(page, found))

@@ -30,6 +30,7 @@ from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.events import ignore
 from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins import PlanError, ProofError, UnsupportedModelError
+from survey import DOCUMENT, survey_experts
 
 IN_CI = ["deepseek_v3", "gpt_oss", "llama4_text", "longcat_flash", "mixtral", "qwen3_moe"]
 """Those that stand for the others: groups, biases, experts scaled at the input, experts of none, each form of files."""
@@ -283,6 +284,11 @@ def test_decoding_that_rounds_to_other_experts_is_proven_in_a_wider_type(tmp_pat
     result = cut(folder, tmp_path / "out", {}, blocks=(1,), dtype=torch.bfloat16)
     assert result.proof.dtype in ("bfloat16", "float32")  # by the kernels of this machine
     assert "generates" in result.proof.checks
+
+
+@pytest.mark.slow
+def test_the_page_of_families_says_which_can_lose_experts(tmp_path):
+    assert survey_experts(tmp_path) in DOCUMENT.read_text()
 
 
 def test_a_streamed_proof_without_room_for_converted_weights_is_partial(tmp_path, monkeypatch):
