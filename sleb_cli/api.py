@@ -42,7 +42,7 @@ _BENCH = "Use a smaller --batch-size or --prompt-length, a narrower --dtype, or 
 
 @explain_out_of_memory(None, _SEARCH)
 def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
-    """Find the blocks that a model needs least, and write them to a plan.
+    """Find the blocks or experts that a model needs least, and write them to a plan.
 
     Raises:
         WorkerFinished: this process only helped; the main one writes the plan.

@@ -53,7 +53,7 @@ def sleb(
         ),
     ] = False,
 ) -> None:
-    """Make large language models faster by removing whole transformer blocks, without training."""
+    """Make large language models smaller and faster by removing transformer blocks or experts, without training."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -86,7 +86,7 @@ def _searching(config: Path | None) -> Callable[[SearchRequest, Notify], Plan]:
 @app.command()
 @options_from(SearchRequest)
 def search(request: SearchRequest, how: How) -> None:
-    """Find the blocks that MODEL needs least, and write them to a plan."""
+    """Find the blocks or experts that MODEL needs least, and write them to a plan."""
     if request.compare:
         _run(api.compare, request, lambda found: show_comparison(found, request.plan_file), how)
     else:
