@@ -357,8 +357,8 @@ class ExpertPlan(Record):
     """
 
     count: int
-    active: int
-    groups: int
+    active: Annotated[int, Field(ge=1)]
+    groups: Annotated[int, Field(ge=1)]
     blocks: Annotated[tuple[ExpertOrder, ...], Field(min_length=1)]
     texts: tuple[ExpertsText, ...]
     parameters: tuple[int, int]
@@ -367,6 +367,8 @@ class ExpertPlan(Record):
 
     @model_validator(mode="after")
     def _agree(self) -> ExpertPlan:
+        if self.count % self.groups:
+            raise ValueError(f"{self.count} experts cannot be in {self.groups} groups")
         if not 0 < self.fewer <= self.count - self.active:
             raise ValueError(f"{self.fewer} of {self.count} experts go, and a token uses {self.active}")
         for order in self.blocks:
@@ -454,7 +456,9 @@ class Plan(VersionedRecord):
                 raise ValueError("removals contain a block twice")
             if any(block >= self.model.blocks for block in removals):
                 raise ValueError(f"removals contain a block that a model of {self.model.blocks} blocks does not have")
-        if self.experts and (self.steps or any(order.block >= self.model.blocks for order in self.experts.blocks)):
+        if self.experts and (
+            self.steps or self.removals or any(order.block >= self.model.blocks for order in self.experts.blocks)
+        ):
             raise ValueError("experts are of blocks that the model does not have, or that go")
         if not self.experts and self.removals != self.largest:
             raise ValueError("removals and steps do not name the same blocks")
@@ -473,8 +477,11 @@ class Plan(VersionedRecord):
     @property
     def perplexity(self) -> float:
         """The perplexity of the calibration text at the last size."""
-        found = self.experts.perplexity(held_out=False) if self.experts else None
-        return found or (self.steps[-1].perplexity if self.steps else self.dense.perplexity)
+        if self.experts is None:
+            return self.steps[-1].perplexity if self.steps else self.dense.perplexity
+        found = self.experts.perplexity(held_out=False)
+        assert found is not None  # of a plan as it was found, and not of fewer experts
+        return found
 
     @property
     def held_out_perplexity(self) -> float | None:

@@ -14,6 +14,7 @@ from sleb_cli.engine.search import experts as search
 from sleb_cli.engine.search.experts import lowest, sums_of
 from sleb_cli.engine.search.journal import Journal
 from sleb_cli.plan import Plan, read_plan
+from sleb_plugins import PlanError
 
 EIGHT = {"num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8}
 
@@ -207,6 +208,27 @@ def test_what_makes_no_sense_is_refused(run_sleb, mixtral, text_file, options, s
     result = run_sleb("search", mixtral, "--unit", "experts", *calibration(text_file), *options)
     assert result.exit_code == 2
     assert says in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda plan: plan["experts"].update(groups=0), "experts.groups"),
+        (lambda plan: plan["experts"].update(groups=3), "8 experts cannot be in 3 groups"),
+        (lambda plan: plan["experts"].update(active=7), "2 of 8 experts go, and a token uses 7"),
+        (lambda plan: plan["experts"]["blocks"][0].update(removals=[1, 1]), "names an expert twice"),
+        (lambda plan: plan["experts"]["blocks"][0].update(removals=[1, 8]), "other experts than the 8"),
+        (lambda plan: plan["experts"]["blocks"][0].update(block=1), "a block is named twice"),
+        (lambda plan: plan["experts"]["blocks"][0].update(block=9), "blocks that the model does not have"),
+        (lambda plan: plan.update(removals=[1]), "or that go"),
+    ],
+)
+def test_an_edited_plan_is_refused(ranked, tmp_path, edit, says):
+    plan = ranked("--remove", 2).to_data()
+    edit(plan)
+    (tmp_path / "edited.json").write_text(json.dumps(plan))
+    with pytest.raises(PlanError, match=says):
+        read_plan(tmp_path / "edited.json")
 
 
 def test_the_lowest_of_each_group_go_first():
