@@ -13,7 +13,6 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.transformers_internals import WeightConverter, get_model_conversion_mapping
 from sleb_plugins import UnsupportedModelError
-from sleb_plugins.config_keys import kept_blocks
 
 COPIES_OF_LOGITS = 3
 """Logits of a position that exist at once in the model's data type: the model's, the dense one's, and a copy."""
@@ -50,7 +49,7 @@ def states_bytes(architecture: Architecture, dtype: torch.dtype, tokens: int) ->
 def tensors_by_block(architecture: Architecture) -> tuple[list[list[StoredTensor]], list[StoredTensor]]:
     """Return the stored tensors of each block, and those outside the blocks."""
     count = architecture.block_count
-    names = architecture.block_names(kept_blocks(count, ()))
+    names = architecture.names
     by_block: list[list[StoredTensor]] = [[] for _ in range(count)]
     outside = []
     for tensor in architecture.source.weights.stored:

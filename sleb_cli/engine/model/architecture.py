@@ -33,7 +33,7 @@ from sleb_cli.events import Notice, Notify
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import ModelRecord
 from sleb_plugins import FamilyAdapter, ModelError, UnsupportedModelError
-from sleb_plugins.config_keys import KINDS, PREDICTION_BLOCKS, Kept
+from sleb_plugins.config_keys import KINDS, PREDICTION_BLOCKS, Kept, kept_blocks
 
 BY_STRUCTURE = "structure"
 
@@ -155,6 +155,11 @@ class Architecture:
                 hint="Load the model with transformers, save it again, and use that copy.",
             )
         return numbering
+
+    @cached_property
+    def names(self) -> BlockNames:
+        """The names of the model's blocks, none of which goes."""
+        return self.block_names(kept_blocks(self.block_count, ()))
 
     def block_names(self, kept: Kept) -> BlockNames:
         """Return the names of the model's blocks before and after all but the `kept` ones are removed.

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.third_party import error_saying, translate_errors
 from sleb_plugins import UnsupportedModelError
-from sleb_plugins.config_keys import kept_blocks, sliced_axis
+from sleb_plugins.config_keys import sliced_axis
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def stored_bytes(architecture: Architecture) -> PerBlock:
 
 def _by_block(architecture: Architecture, sizes: Iterable[tuple[str, int]]) -> PerBlock:
     count = architecture.block_count
-    names = architecture.block_names(kept_blocks(count, ()))
+    names = architecture.names
     found: dict[int | None, float] = defaultdict(float)
     for name, size in sizes:
         block = names.block_of(name)

@@ -188,6 +188,14 @@ def prove(
     return proof
 
 
+class _MayRound(Exception):
+    """Logits differ, maybe by rounding; `wider` are the models in a wider data type."""
+
+    def __init__(self, wider: _Models) -> None:
+        super().__init__()
+        self.wider = wider
+
+
 @dataclass(frozen=True)
 class _Models:
     """The checkpoint as transformers loads it, and its reference: the dense model as if what was removed were gone.
@@ -206,7 +214,19 @@ class _Models:
 
     @torch.no_grad()  # not inference mode, in which tensors made outside of it cannot take the place of others
     def checks(self) -> Iterator[CheckResult]:
-        """Check that the checkpoint computes what its reference computes, generates, and can be saved again."""
+        """Check that the checkpoint computes what its reference computes, generates, and can be saved again.
+
+        If rounding may be why it does not, check again in a wider data type.
+        """
+        try:
+            yield from self._checks()
+            return
+        except _MayRound as error:
+            wider = error.wider
+        free_memory()  # of the model, which the error no longer holds
+        yield from wider.checks()
+
+    def _checks(self) -> Iterator[CheckResult]:
         if self.placement.too_large:
             self._load()  # stock transformers finds each weight in the files
             yield "loads", {}
@@ -220,11 +240,7 @@ class _Models:
             yield "loads", {}
             with self._watched(model, pruned=True) as found:
                 difference = _relative_difference(_logits(model, own), expected)
-            if wider := self._wider(difference, self._allowed):
-                del model
-                free_memory()
-                yield from wider.checks()
-                return
+            self._widen(difference, self._allowed)
             if not difference <= self._allowed:
                 states = self._states(model, own)
                 del model  # before the dense model is loaded again
@@ -239,11 +255,7 @@ class _Models:
             _, allowed = TOLERANCES.get(self.placement.dtype, (0.0, 0.0))
             with self._alike():
                 difference = _decode(model, own, new_tokens)
-            if wider := self._wider(difference, allowed, decoding=True):
-                del model
-                free_memory()
-                yield from wider.checks()
-                return
+            self._widen(difference, allowed, decoding=True)
             if not difference <= allowed:
                 words = "with the KV cache its logits differ by {:.2g} of the largest from those without"
                 raise proof_error(words.format(difference))
@@ -269,8 +281,8 @@ class _Models:
         allowed, _ = TOLERANCES.get(self.placement.dtype, (0.0, 0.0))
         return max([allowed, *(cut.tolerance for cut in self.surgery.cuts)])
 
-    def _wider(self, difference: float, allowed: float, *, decoding: bool = False) -> _Models | None:
-        """Return the same in a wider data type, if too much differs, rounding may be why, and there is memory.
+    def _widen(self, difference: float, allowed: float, *, decoding: bool = False) -> None:
+        """Go on in a wider data type, if too much differs, rounding may be why, and there is memory.
 
         Decoding rounds otherwise than a prompt does, which can change the choice of experts, whatever was cut.
         """
@@ -278,15 +290,15 @@ class _Models:
         may_round = any(cut.tolerance for cut in self.surgery.cuts) or (decoding and place.dtype.itemsize < 4)
         fixed = architecture.is_quantized or place.device_map or not may_round
         if difference <= allowed or fixed or dtype is None:
-            return None
+            return
         if dtype is torch.float64 and not has_float64(place.device.type):
-            return None
+            return
         if _obstacle(architecture, dtype, place.device, streamed=place.stream):
-            return None
+            return
         name = dtype_name(dtype)
         self.notify(Notice(f"Logits differ by {difference:.2g}, maybe by rounding: the proof runs again in {name}."))
         cast = place.rounded or next((tensor.cast for tensor in self.planned.tensors if tensor.cast), None)
-        return replace(self, placement=replace(place, dtype=dtype, rounded=cast))
+        raise _MayRound(replace(self, placement=replace(place, dtype=dtype, rounded=cast)))
 
     def _states(self, model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         with SkippableModel(model, self.surgery.architecture.blocks_of(model)) as whole:

@@ -6,7 +6,6 @@ No subsets are searched: on the text that it is summed on, a sum finds about wha
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +19,6 @@ from sleb_cli.engine.cut.experts.expert_cut import ExpertCut
 from sleb_cli.engine.cut.experts.experts import Experts
 from sleb_cli.engine.cut.experts.routing import Choice, watched
 from sleb_cli.engine.device import dtype_name, wider_range
-from sleb_cli.engine.environment import environment_record
 from sleb_cli.engine.files.shards import new_tensor
 from sleb_cli.engine.forward.forecast import announce
 from sleb_cli.engine.forward.memory_budget import available_memory
@@ -28,13 +26,12 @@ from sleb_cli.engine.forward.passes import Job, Passes
 from sleb_cli.engine.forward.prepare import prepare_passes
 from sleb_cli.engine.process_group import deal
 from sleb_cli.engine.search.held_out import hold_out
-from sleb_cli.engine.search.inputs import SearchInputs, open_search_journal, repeating_options, write_sample
+from sleb_cli.engine.search.inputs import SearchInputs, found_plan, open_search_journal, search_record, write_sample
 from sleb_cli.engine.search.journal import Journal
 from sleb_cli.engine.search.settings import ExpertMethod, Search
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify, task
-from sleb_cli.plan import DenseRecord, ExpertOrder, ExpertPlan, ExpertsText, HeldOutRecord, Plan, SearchRecord
-from sleb_cli.records import THIS_VERSION
+from sleb_cli.plan import DenseRecord, ExpertOrder, ExpertPlan, ExpertsText, HeldOutRecord, Plan
 from sleb_plugins import ExpertMetric, ExpertUse, ModelError, PluginError
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
@@ -67,7 +64,18 @@ def search_experts(search: Search, method: ExpertMethod, inputs: SearchInputs, s
     unchanged = architecture.source.watch.unchanged
     with unchanged(), model, task(inputs.notify, "Checking the engine"):
         passes, texts, reason = _passes(search, inputs, method.holdout)
-    record = _record(search, method, passes, texts, reason)
+    held_out = sum(len(passes.batches[batch]) for text in texts if text.held_out for batch in text.batches)
+    record = search_record(
+        search,
+        passes,
+        held_out,
+        remove=method.fewer,
+        target=method.target,
+        protect_first=0,
+        protect_last=0,
+        engine="fork" if passes.forks else "plain",
+        engine_reason=reason,
+    )
     with open_search_journal(search, inputs, record) as journal, unchanged(), model, torch.inference_mode():
         measuring = _Measuring(passes, texts, method.experts, architecture.source.id, journal, inputs.notify)
         _announce(measuring)
@@ -79,28 +87,25 @@ def search_experts(search: Search, method: ExpertMethod, inputs: SearchInputs, s
         with cut.absent(model.model):
             measuring.measure(cut.steps, f"Measuring without {cut.what}")
         sample = write_sample(search, inputs, (), cut.absent(model.model))
-    dense = measuring.dense_record()
-    return Plan(
-        **THIS_VERSION,
-        request=repeating_options(search, record, inputs.calibration.record),
-        model=architecture.record,
-        calibration=inputs.calibration.record,
+    found = ExpertPlan(
+        count=method.experts.count,
+        active=method.experts.active,
+        groups=method.experts.groups,
+        blocks=orders,
+        texts=tuple(measuring.text_record(text, cut, uses) for text in texts),
+        **_sizes(cut),
+    )
+    return found_plan(
+        search,
+        inputs,
+        record,
+        started,
         search=record,
-        dense=dense,
+        dense=measuring.dense_record(),
         removals=(),
         steps=(),
-        experts=ExpertPlan(
-            count=method.experts.count,
-            active=method.experts.active,
-            groups=method.experts.groups,
-            blocks=orders,
-            texts=tuple(measuring.text_record(text, cut, uses) for text in texts),
-            **_sizes(cut),
-        ),
+        experts=found,
         sample_generation=sample,
-        environment=environment_record(
-            dict(search.recording.plugins), search.model.placement.device, time.monotonic() - started
-        ),
     )
 
 
@@ -126,28 +131,6 @@ def _passes(search: Search, inputs: SearchInputs, holdout: float) -> tuple[Passe
             texts.append(Text(source, bool(held), range(first, len(batches))))
     budget = replace(prepared.budget, kept=0)
     return replace(prepared, batches=batches, loss_mask=masks or None, budget=budget), texts, reason
-
-
-def _record(
-    search: Search, method: ExpertMethod, passes: Passes, texts: Sequence[Text], reason: str | None
-) -> SearchRecord:
-    held = sum(len(passes.batches[batch]) for text in texts if text.held_out for batch in text.batches)
-    return SearchRecord(
-        strategy=method.strategy_name,
-        metric=method.metric.name,
-        implementation=method.implementation,
-        remove=method.fewer,
-        target=method.target,
-        protect_first=0,
-        protect_last=0,
-        dtype=dtype_name(search.model.placement.dtype),
-        device=search.model.placement.device.type,
-        batch_size=passes.budget.sequences,
-        holdout=method.holdout,
-        held_out=held,
-        engine="fork" if passes.forks else "plain",
-        engine_reason=reason,
-    )
 
 
 @dataclass

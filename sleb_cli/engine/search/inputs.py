@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -12,6 +13,8 @@ import transformers
 
 from sleb_cli.asked.text_names import REFERENCE_PRESETS
 from sleb_cli.engine.device import dtype_name
+from sleb_cli.engine.environment import environment_record
+from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.placement import open_dense
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
@@ -22,7 +25,7 @@ from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.text.calibration import Calibration, calibrate
 from sleb_cli.events import Notify
 from sleb_cli.plan import CalibrationRecord, Plan, SampleGeneration, SearchRecord
-from sleb_cli.records import differences
+from sleb_cli.records import THIS_VERSION, differences
 from sleb_cli.requests import DEMO
 from sleb_cli.version import __version__
 from sleb_plugins import LogitMetric, ModelMetric, PlanError
@@ -78,7 +81,23 @@ def _require_continuation(search: Search, plan: Plan, calibration: Calibration) 
         )
 
 
-def repeating_options(search: Search, record: SearchRecord, text: CalibrationRecord) -> dict[str, Any]:
+def search_record(search: Search, passes: Passes, held_out: int, **found: Any) -> SearchRecord:
+    """Return how a search is run, with what only its unit knows; `held_out` is the number of such sequences."""
+    method, placement = search.method, search.model.placement
+    return SearchRecord(
+        strategy=method.strategy_name,
+        metric=method.metric.name,
+        implementation=method.implementation,
+        dtype=dtype_name(placement.dtype),
+        device=placement.device.type,
+        batch_size=passes.budget.sequences,
+        holdout=method.holdout,
+        held_out=held_out,
+        **found,
+    )
+
+
+def _repeating_options(search: Search, record: SearchRecord, text: CalibrationRecord) -> dict[str, Any]:
     """Return the options that repeat this search, with those that the machine decided: they decide the last digits."""
     model = search.model.architecture.record
     decided = {
@@ -115,6 +134,19 @@ def open_search_journal(search: Search, inputs: SearchInputs, record: SearchReco
         group=inputs.group,
         whole_models=isinstance(search.method.metric, LogitMetric | ModelMetric),
         require_valid=architecture.source.watch.require_unchanged,
+    )
+
+
+def found_plan(search: Search, inputs: SearchInputs, record: SearchRecord, started: float, /, **found: Any) -> Plan:
+    """Return the plan of a search that began at `started`, with what it found."""
+    text, took = inputs.calibration.record, time.monotonic() - started
+    return Plan(
+        **THIS_VERSION,
+        request=_repeating_options(search, record, text),
+        model=search.model.architecture.record,
+        calibration=text,
+        environment=environment_record(dict(search.recording.plugins), search.model.placement.device, took),
+        **found,
     )
 
 

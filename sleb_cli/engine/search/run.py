@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from statistics import fmean
 
-from sleb_cli.engine.device import dtype_name
-from sleb_cli.engine.environment import environment_record
 from sleb_cli.engine.forward.forecast import announce
 from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.passes import Passes
@@ -21,9 +19,10 @@ from sleb_cli.engine.search.experts import search_experts
 from sleb_cli.engine.search.held_out import hold_out, overfitting_note
 from sleb_cli.engine.search.inputs import (
     SearchInputs,
+    found_plan,
     load_inputs,
     open_search_journal,
-    repeating_options,
+    search_record,
     write_sample,
 )
 from sleb_cli.engine.search.journal import Journal
@@ -33,11 +32,9 @@ from sleb_cli.engine.search.scoring import Scoring, engine_of
 from sleb_cli.engine.search.settings import ExpertMethod, Method, Search, SearchedModel
 from sleb_cli.engine.search.strategies import STRATEGIES, Problem
 from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Stop, perplexity_ratio
-from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.engine.text.calibration import Calibration
 from sleb_cli.events import SEARCH_TASK, BlockRemoved, BlocksSwapped, Notice, Notify, SearchStarted, TaskFinished, task
-from sleb_cli.plan import DenseRecord, Plan, SearchRecord, Step
-from sleb_cli.records import THIS_VERSION
+from sleb_cli.plan import DenseRecord, Plan, Step
 from sleb_plugins import HiddenStateMetric, LogitMetric, UsageError
 
 RACED = 7
@@ -65,7 +62,7 @@ def run_search(search: Search, inputs: SearchInputs, started: float) -> Plan:
     if isinstance(search.method, ExpertMethod):
         return search_experts(search, search.method, inputs, started)
     model, notify, method, extended = inputs.model, inputs.notify, search.method, search.extended
-    architecture, placement = search.model.architecture, search.model.placement
+    architecture = search.model.architecture
     stop = method.stop(model.model)
     unchanged = architecture.source.watch.unchanged
     searched, held = hold_out(inputs.calibration.to(model.device), method.holdout)
@@ -74,7 +71,19 @@ def run_search(search: Search, inputs: SearchInputs, started: float) -> Plan:
             search.model, inputs, searched.shuffled() if method.fast else searched, fast=method.fast
         )
     held_out = passes.over(held.sequences, held.loss_mask) if held else None
-    record = _search_record(method, stop, placement, passes, held_out, reason)
+    protection, metric = method.removable.protection, method.metric
+    record = search_record(
+        search,
+        passes,
+        sum(map(len, held_out.batches)) if held_out else 0,
+        remove=stop.remove,
+        protect_first=protection.first,
+        protect_last=protection.last,
+        protect=protection.blocks,
+        fast=method.fast,
+        engine=engine_of(metric, passes),
+        engine_reason=reason if isinstance(metric, LogitMetric | HiddenStateMetric) else None,
+    )
     with open_search_journal(search, inputs, record) as journal, unchanged():
         with model:
             scoring = _scoring(search, inputs, passes, held_out, journal)
@@ -84,17 +93,16 @@ def run_search(search: Search, inputs: SearchInputs, started: float) -> Plan:
                 notify(Notice(warning))
             sample = write_sample(search, inputs, trace.removals)
         target = stop.target.record(trace.removals, trace.increase, trace.next_increase)
-    return Plan(
-        **THIS_VERSION,
-        request=repeating_options(search, record, inputs.calibration.record),
-        model=architecture.record,
-        calibration=inputs.calibration.record,
+    return found_plan(
+        search,
+        inputs,
+        record,
+        started,
         search=record.model_copy(update={"remove": len(trace.removals), "target": target}),
         dense=dense,
         removals=trace.removals,
         steps=tuple(trace.steps),
         sample_generation=sample,
-        environment=environment_record(dict(search.recording.plugins), placement.device, time.monotonic() - started),
     )
 
 
@@ -202,29 +210,6 @@ def _prepare(
         batch_size=model.batch_size,
         min_batches=LOOKS if fast else 1,
         walks_together=True,
-    )
-
-
-def _search_record(
-    method: Method, stop: Stop, placement: Placement, passes: Passes, held_out: Passes | None, reason: str | None
-) -> SearchRecord:
-    metric, protection = method.metric, method.removable.protection
-    return SearchRecord(
-        strategy=method.strategy_name,
-        metric=metric.name,
-        implementation=method.implementation,
-        remove=stop.remove,
-        protect_first=protection.first,
-        protect_last=protection.last,
-        protect=protection.blocks,
-        dtype=dtype_name(placement.dtype),
-        device=placement.device.type,
-        batch_size=passes.budget.sequences,
-        fast=method.fast,
-        holdout=method.holdout,
-        held_out=sum(map(len, held_out.batches)) if held_out else 0,
-        engine=engine_of(metric, passes),
-        engine_reason=reason if isinstance(metric, LogitMetric | HiddenStateMetric) else None,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,10 +16,9 @@ from sleb_cli.engine.cut.protocol import Cut, Removal
 from sleb_cli.engine.files.config_files import CONFIG
 from sleb_cli.engine.files.slices import Slices
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.model.block_names import PREDICTION, BlockNames
+from sleb_cli.engine.model.block_names import PREDICTION
 from sleb_cli.results import ExpertsRecord
 from sleb_plugins import PlanError
-from sleb_plugins.config_keys import kept_blocks
 
 PREDICTION_NOTE = "No text scores the experts for multi-token prediction: those of the last block's numbers stay there."
 
@@ -87,13 +85,9 @@ class ExpertCut(ExpertRemoval, Cut):
         blocks = {self._split(name)[0] or 0 for name in self.architecture.source.weights.tensor_names()}
         return PREDICTION_NOTE if max(blocks) >= self.architecture.block_count else None
 
-    @cached_property
-    def _names(self) -> BlockNames:
-        return self.architecture.block_names(kept_blocks(self.architecture.block_count, ()))
-
     def _split(self, name: str) -> tuple[int | None, str]:
         """Return the block of a tensor and its name there; those for multi-token prediction follow the last block."""
-        block, inner = self._names.split(name)
+        block, inner = self.architecture.names.split(name)
         if block is not None or not (found := PREDICTION.search(name)):
             return block, inner
         steps = found[1].split(".")

@@ -17,7 +17,7 @@ from sleb_cli.engine.files.slices import Slices
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.transformers_internals import revert_weight_conversion
 from sleb_plugins import ModelError, UnsupportedModelError
-from sleb_plugins.config_keys import OTHER_TEXT_KEYS, kept_blocks
+from sleb_plugins.config_keys import OTHER_TEXT_KEYS
 
 MIN_EXPERTS = 4
 """A model with fewer has none to spare: twice those active must stay, and one must go."""
@@ -101,15 +101,15 @@ def find_experts(architecture: Architecture) -> Experts:
     if len(keys) > 1:
         raise refused(architecture, f"several settings count its experts: {', '.join('.'.join(key) for key in keys)}")
     count, parts, fewer_experts = found[keys[0]]
-    inner = [_in_block(architecture, name) for name in parts]
-    if None in inner:
+    places = {name: architecture.names.split(name) for name in parts}
+    blocks = sorted({-1 if block is None else block for block, _ in places.values()})
+    if blocks[0] < 0:
         raise refused(architecture, "it has experts outside its blocks, too")
-    blocks = tuple(sorted({block for block, _ in filter(None, inner)}))
-    by_name = {rest: parts[name] for name, (_, rest) in zip(parts, filter(None, inner), strict=True)}
+    by_name = {inner: parts[name] for name, (_, inner) in places.items()}
     module, router = _roles(architecture, state, by_name, blocks, count)
     in_files, numbered = _in_files(architecture, skeleton, fewer_experts, groups)
     active = next((v for key in ACTIVE if isinstance(v := _value(text, keys[0], key), int)), 1)
-    experts = Experts(keys[0], count, active, groups, blocks, module, router, by_name | in_files, numbered)
+    experts = Experts(keys[0], count, active, groups, tuple(blocks), module, router, by_name | in_files, numbered)
     return _with_siblings(architecture, experts)
 
 
@@ -197,12 +197,6 @@ def _changes(before: Tensors, after: Tensors, less: int) -> dict[str, Part] | No
     return found
 
 
-def _in_block(architecture: Architecture, name: str) -> tuple[int, str] | None:
-    """Return the block of a tensor of the model, and its name there."""
-    found = re.fullmatch(rf"{re.escape(architecture.adapter.blocks_path)}\.(\d+)\.(.*)", name, re.DOTALL)
-    return (int(found[1]), found[2]) if found else None
-
-
 def _roles(
     architecture: Architecture, state: Tensors, parts: Mapping[str, Part], blocks: Sequence[int], count: int
 ) -> tuple[str, dict[str, Part]]:
@@ -239,7 +233,7 @@ def _in_files(
 ) -> tuple[dict[str, Part], frozenset[str]]:
     """Return the same of tensors as transformers writes them, which may be one for each expert."""
     before, after = (revert_weight_conversion(each, dict(each.state_dict())) for each in (model, fewer))
-    names = architecture.block_names(kept_blocks(architecture.block_count, ()))
+    names = architecture.names
     parts, numbered = dict[str, Part](), set[str]()
     for name, old in before.items():
         block, rest = names.split(name)
@@ -264,7 +258,7 @@ def _with_siblings(architecture: Architecture, experts: Experts) -> Experts:
     Raises:
         UnsupportedModelError: the files do not hold the experts of each block.
     """
-    names = architecture.block_names(kept_blocks(architecture.block_count, ()))
+    names = architecture.names
     stems, found, parts = [name.removesuffix(".weight") for name in experts.parts], set(), dict(experts.parts)
     for tensor in architecture.source.weights.stored:
         block, rest = names.split(tensor.name)
