@@ -13,7 +13,7 @@ import random
 import sys
 import sysconfig
 import time
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -45,21 +45,15 @@ def main() -> None:
     texts["both"] = ",".join(f"{text}:0.5" for text in texts.values())
     for kind in options.types:
         lost: dict[tuple[str, str, int], list[list[float]]] = {}
-        ranks: dict[str, list[float]] = {}
+        ranks: dict[str, list[int]] = {}
         for seed in range(options.seeds):
             folder = train(kind, seed, options.seconds, tokenizer, training, work / f"{kind}-{seed}")
-            for remove in (2, 4):
-                for name, text in {
-                    "prose": "prose.txt",
-                    "code": "code.txt",
-                    "both": "prose.txt:0.5,code.txt:0.5",
-                }.items():
-                    for metric in METRICS:
-                        given = text.replace("prose.txt", f"{work}/prose.txt").replace("code.txt", f"{work}/code.txt")
-                        plan = search(folder, metric, remove, given, work)
-                        lost.setdefault((metric, name, remove), []).append(measure(plan, work))
-                        if remove == 2 and name != "both":
-                            ranks.setdefault(metric, []).extend(rank(folder, plan, work / text, tokenizer))
+            exact = {name: losses_of_pairs(folder, Path(texts[name]), tokenizer) for name in ("prose", "code")}
+            for metric, remove, (name, text) in product(METRICS, (2, 4), texts.items()):
+                plan = search(folder, metric, remove, text, work)
+                lost.setdefault((metric, name, remove), []).append(measure(plan, work))
+                if remove == 2 and name in exact:
+                    ranks.setdefault(metric, []).extend(places(plan, exact[name]))
         print(f"\n{kind}, {options.seeds} seeds: nats lost on prose / code\n", *table(lost), sep="\n")
         print("\nmean rank of the pair among 28:", {metric: round(fmean(found), 1) for metric, found in ranks.items()})
 
@@ -128,24 +122,27 @@ def measure(plan: Path, work: Path) -> list[float]:
     return [text.pruned[0].log_ratio for text in api.evaluate(request).texts]
 
 
-def rank(folder: Path, plan: Path, text: Path, tokenizer: Any) -> list[int]:
-    """Return the place, from 1, of the pair that goes of each block among all pairs, by the loss without it alone."""
+def losses_of_pairs(folder: Path, text: Path, tokenizer: Any) -> dict[int, dict[tuple[int, ...], float]]:
+    """Return the loss on a text without each pair of experts of one block alone, by block."""
     architecture, experts = architecture_of(folder), find_experts(architecture_of(folder))
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor(tokenizer(text.read_text()).input_ids[: SAMPLES * LENGTH]).view(SAMPLES, LENGTH)
-    blocks, places = [*architecture.blocks_of(model)], []
+    blocks = [*architecture.blocks_of(model)]
 
     def loss(block: int, pair: tuple[int, ...]) -> float:
         with without_experts(experts, blocks, {block: pair}, folder.name), torch.no_grad():
             return float(model(input_ids=ids, labels=ids, use_cache=False).loss)
 
+    pairs = [*combinations(range(experts.count), 2)]
+    return {block: {pair: loss(block, pair) for pair in pairs} for block in experts.blocks}
+
+
+def places(plan: Path, exact: dict[int, dict[tuple[int, ...], float]]) -> list[int]:
+    """Return the place, from 1, of the pair that goes of each block among all pairs."""
     found = read_plan(plan).experts
     assert found
-    for block, gone in found.removed.items():
-        losses = {pair: loss(block, pair) for pair in combinations(range(experts.count), 2)}
-        chosen = losses[tuple(sorted(gone))]  # type: ignore[index]
-        places.append(1 + sum(each < chosen for each in losses.values()))
-    return places
+    chosen = {block: exact[block][tuple(sorted(gone))] for block, gone in found.removed.items()}
+    return [1 + sum(loss < chosen[block] for loss in exact[block].values()) for block in chosen]
 
 
 def table(lost: dict[tuple[str, str, int], list[list[float]]]) -> list[str]:
