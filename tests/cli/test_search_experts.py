@@ -231,6 +231,17 @@ def test_an_edited_plan_is_refused(ranked, tmp_path, edit, says):
         read_plan(tmp_path / "edited.json")
 
 
+def test_a_loss_without_a_finite_perplexity_is_an_error(run_sleb, mixtral, text_file, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(mixtral, dtype=torch.float32)
+    model.lm_head.weight.data *= 1e6
+    model.save_pretrained(tmp_path / "wild")
+    AutoTokenizer.from_pretrained(mixtral).save_pretrained(tmp_path / "wild")
+    words = ["search", tmp_path / "wild", "--unit", "experts", *calibration(text_file), "--remove", 2]
+    result = run_sleb(*words)
+    assert result.exit_code == 4
+    assert "a perplexity that is not finite" in " ".join(result.stderr.split())
+
+
 def test_the_lowest_of_each_group_go_first():
     assert lowest([3, 1, 2, 1, 0, 9, 9, 5], 2) == (1, 4, 3, 7, 2, 5, 0, 6)
     assert lowest([1, 1, 0], 1) == (2, 0, 1)

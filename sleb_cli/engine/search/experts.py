@@ -28,6 +28,7 @@ from sleb_cli.engine.process_group import deal
 from sleb_cli.engine.search.held_out import hold_out
 from sleb_cli.engine.search.inputs import SearchInputs, found_plan, open_search_journal, search_record, write_sample
 from sleb_cli.engine.search.journal import Journal
+from sleb_cli.engine.search.losses import LARGEST_LOSS
 from sleb_cli.engine.search.settings import ExpertMethod, Search
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify, task
@@ -122,9 +123,9 @@ def _passes(search: Search, inputs: SearchInputs, holdout: float) -> tuple[Passe
         walks_together=True,
     )
     texts, batches, masks = list[Text](), list[Tensor](), list[Tensor]()
-    for held, part in enumerate(hold_out(whole, holdout)):
-        for source in dict.fromkeys(part.origins if part else ()):
-            ids, mask = part.sequences_of(source)  # type: ignore[union-attr]
+    for held, part in enumerate(filter(None, hold_out(whole, holdout))):
+        for source in dict.fromkeys(part.origins):
+            ids, mask = part.sequences_of(source)
             first, size = len(batches), prepared.budget.sequences
             batches += torch.split(ids, size)
             masks += [] if mask is None else torch.split(mask, size)
@@ -148,16 +149,17 @@ class _Measuring:
 
     def count_uses(self, blocks: Sequence[torch.nn.Module]) -> dict[int, dict[int, Sums]]:
         """Return how each batch uses the experts of each block, and measure the dense model on it."""
-        current = [0]
+        current = 0
 
         def watch(batch: int | None) -> None:
+            nonlocal current
             if batch is None:
                 self.sums.clear()
             else:
-                current[0] = batch
+                current = batch
 
         def add(block: int, choice: Choice) -> None:
-            of_batch = self.sums.setdefault(current[0], {})
+            of_batch = self.sums.setdefault(current, {})
             found = sums_of(choice, self.experts.count)
             of_batch[block] = found + of_batch[block] if block in of_batch else found
 
@@ -189,10 +191,10 @@ class _Measuring:
                 self.journal.exchange()
 
     def _record(self, batch: int, losses: list[float], removed: Sequence[int]) -> None:
-        if not all(map(math.isfinite, losses)):
+        if not all(loss < LARGEST_LOSS for loss in losses):
             dtype = self.passes.skippable.model.dtype
             raise ModelError(
-                f"{self.model} computes NaN or infinity in {dtype_name(dtype)}"
+                f"{self.model} computes NaN, infinity or a perplexity that is not finite in {dtype_name(dtype)}"
                 f"{' without these experts' if removed else ''}.",
                 hint=wider_range(dtype),
             )
