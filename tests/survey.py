@@ -24,7 +24,6 @@ from families import FAMILIES, WITH_EXPERTS, experts_config, tiny_config
 from reference import output_kinds, passing_through
 from sleb_cli.__main__ import main
 from sleb_cli.engine.cut.blocks.block_cut import BlockCut
-from sleb_cli.engine.cut.experts.experts import find_experts
 from sleb_cli.engine.files.config_files import CONFIG
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.search.removable import Protection, Removable
@@ -163,7 +162,7 @@ def survey_experts(work: Path) -> str:
     for name in WITH_EXPERTS:
         folder = save_model(work / name, experts_config(name))
         try:
-            find_experts(architecture_of(folder))
+            _ = architecture_of(folder).experts
         except SlebError as error:
             refused[name] = _reason(f"error: {error.message}", folder)
     works = [name for name in WITH_EXPERTS if name not in refused]

@@ -24,7 +24,6 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 from sleb_cli import api
-from sleb_cli.engine.cut.experts.experts import find_experts
 from sleb_cli.engine.cut.experts.routing import without_experts
 from sleb_cli.plan import read_plan
 from sleb_cli.requests import EvalRequest, SearchRequest
@@ -124,7 +123,8 @@ def measure(plan: Path, work: Path) -> list[float]:
 
 def losses_of_pairs(folder: Path, text: Path, tokenizer: Any) -> dict[int, dict[tuple[int, ...], float]]:
     """Return the loss on a text without each pair of experts of one block alone, by block."""
-    architecture, experts = architecture_of(folder), find_experts(architecture_of(folder))
+    architecture = architecture_of(folder)
+    experts = architecture.experts
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor(tokenizer(text.read_text()).input_ids[: SAMPLES * LENGTH]).view(SAMPLES, LENGTH)
     blocks = [*architecture.blocks_of(model)]

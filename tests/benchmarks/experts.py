@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import architecture_of, calibrated, parser
 
-from sleb_cli.engine.cut.experts.experts import find_experts
 from sleb_cli.engine.cut.experts.routing import watched
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.forward.prepare import prepare_passes
@@ -31,7 +30,7 @@ from sleb_plugins.metrics.nll import NegativeLogLikelihood
 def main() -> None:
     options = parser(__doc__, "model", "text", samples=4, length=256, runs=3).parse_args()
     model, blocks, calibration = calibrated(options.model, options.text, options.samples, options.length)
-    experts = find_experts(architecture_of(options.model))
+    experts = architecture_of(options.model).experts
     seconds: dict[bool, list[float]] = {False: [], True: []}
     with SkippableModel(model, blocks) as skippable, torch.inference_mode():
         passes, _ = prepare_passes(skippable, calibration.sequences, ignore)

@@ -16,7 +16,6 @@ from conftest import architecture_of, calibration, save_model, slow, weights_of
 from families import FAMILIES, WITH_EXPERTS, counts_experts, experts_config, tiny_config
 from gguf_models import convert_llama, write_gguf
 from sleb_cli.engine.cut.experts.expert_cut import PREDICTION_NOTE, ExpertCut
-from sleb_cli.engine.cut.experts.experts import find_experts
 from sleb_cli.engine.cut.experts.routing import TiesByNumber
 from sleb_cli.engine.forward.placement import blocks_on_disk
 from sleb_cli.engine.gguf.file import read_gguf
@@ -49,7 +48,7 @@ OTHERS = [slow(name) for name in WITH_EXPERTS if name not in (*IN_CI, *REFUSED)]
 
 def removal(architecture, *gone):
     """Return these experts of each block, whose number moves on by one from block to block in the same group."""
-    blocks = enumerate(find_experts(architecture).blocks)
+    blocks = enumerate(architecture.experts.blocks)
     return {block: tuple(expert // 4 * 4 + (expert + number) % 4 for expert in gone) for number, block in blocks}
 
 
@@ -273,7 +272,7 @@ def test_quantized_experts_are_copied_from_the_files(tmp_path, model_type, packe
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
     (folder / "config.json").write_text(json.dumps(config))
     architecture = architecture_of(folder)
-    removed = dict.fromkeys(find_experts(architecture).blocks, (0, 4))
+    removed = dict.fromkeys(architecture.experts.blocks, (0, 4))
     tensors = kept_tensors(plan_surgery(architecture, (), {"experts": removed}))
     assert all(tensor.ranges is not None for tensor in tensors)  # so none is decoded, and no block is held in memory
     assert "every expert" in cut(folder, tmp_path / "out", removed, dtype=torch.bfloat16).proof.checks

@@ -12,11 +12,11 @@ import torch
 
 from sleb_cli.asked.searches import AskedSearch, goal_of
 from sleb_cli.asked.subjects import NamedSubject
-from sleb_cli.engine.cut.experts.experts import Experts, expert_parameters, find_experts
 from sleb_cli.engine.device import choose_device, dtype_name, parse_dtype
 from sleb_cli.engine.door.subject import find_model
 from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.model.experts import Experts, expert_parameters
 from sleb_cli.engine.model.sizes import PerBlock, cache_bytes, count_parameters, stored_bytes
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.choices import Protection
@@ -106,23 +106,22 @@ def _expert_method(
             f"{architecture.source.id} is quantized, so its experts cannot be scored.",
             hint="Search the model that it was quantized from, and use the plan on this one: sleb apply --any-model.",
         )
-    experts = find_experts(architecture)
-    fewer, target = experts_to_remove(request, architecture, experts, notify)
-    return ExpertMethod(metric, implementation, experts, fewer, request.holdout or 0.0, target)
+    fewer, target = experts_to_remove(request, architecture, notify)
+    return ExpertMethod(metric, implementation, fewer, request.holdout or 0.0, target)
 
 
 def experts_to_remove(
-    request: SearchRequest, architecture: Architecture, experts: Experts, notify: Notify
+    request: SearchRequest, architecture: Architecture, notify: Notify
 ) -> tuple[int, TargetRecord | None]:
     """Return how many experts of each block go, as many of each group, and the target if it is a size.
 
     Raises:
         UsageError: the target is already met, or cannot be met.
     """
-    name, goal = goal_of(request)
+    experts, (name, goal) = architecture.experts, goal_of(request)
     target = None if name in ("ratio", "remove") else parse_target(request, architecture, notify)
     if isinstance(target, SizeTarget):
-        whole, each = target.sizes.without(()), expert_parameters(architecture, experts)
+        whole, each = target.sizes.without(()), expert_parameters(architecture)
         each *= _served_dtype(request, architecture).itemsize if name == "target_memory" else 1
         wanted = math.ceil((whole - target.most) / each)
         if wanted < 1:

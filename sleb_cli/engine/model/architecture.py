@@ -26,6 +26,7 @@ from transformers import (
 from sleb_cli.atomic import scratch_folder, writing
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.model.block_names import BlockNames, BlockNumbering, find_block_numbering
+from sleb_cli.engine.model.experts import Experts, find_experts
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.model.structure import Structure, refine_kinds, shared_weights, structure_of
 from sleb_cli.engine.third_party import prefer_disk_error, translate_transformers_errors
@@ -168,6 +169,15 @@ class Architecture:
             UnsupportedModelError: the weight files do not number each block.
         """
         return BlockNames(self.adapter.blocks_path, self.numbering, kept)
+
+    @cached_property
+    def experts(self) -> Experts:
+        """The experts of the model.
+
+        Raises:
+            UnsupportedModelError: it has none, or its structure does not tell which parts are an expert's.
+        """
+        return find_experts(self)
 
     @cached_property
     def dtype(self) -> torch.dtype | None:

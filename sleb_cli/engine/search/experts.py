@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.cut.experts.expert_cut import ExpertCut
-from sleb_cli.engine.cut.experts.experts import Experts
 from sleb_cli.engine.cut.experts.routing import Choice, watched
 from sleb_cli.engine.device import dtype_name, wider_range
 from sleb_cli.engine.files.shards import new_tensor
@@ -24,6 +23,7 @@ from sleb_cli.engine.forward.forecast import announce
 from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.passes import Job, Passes
 from sleb_cli.engine.forward.prepare import prepare_passes
+from sleb_cli.engine.model.experts import Experts
 from sleb_cli.engine.process_group import deal
 from sleb_cli.engine.search.held_out import hold_out
 from sleb_cli.engine.search.inputs import SearchInputs, found_plan, open_search_journal, search_record, write_sample
@@ -62,6 +62,7 @@ def search_experts(search: Search, method: ExpertMethod, inputs: SearchInputs, s
         SlebError: a subclass that fits, for problems that only show once the model runs.
     """
     architecture, model = search.model.architecture, inputs.model
+    experts = architecture.experts
     unchanged = architecture.source.watch.unchanged
     with unchanged(), model, task(inputs.notify, "Checking the engine"):
         passes, texts, reason = _passes(search, inputs, method.holdout)
@@ -78,20 +79,20 @@ def search_experts(search: Search, method: ExpertMethod, inputs: SearchInputs, s
         engine_reason=reason,
     )
     with open_search_journal(search, inputs, record) as journal, unchanged(), model, torch.inference_mode():
-        measuring = _Measuring(passes, texts, method.experts, architecture.source.id, journal, inputs.notify)
+        measuring = _Measuring(passes, texts, experts, architecture.source.id, journal, inputs.notify)
         _announce(measuring)
         blocks = [*architecture.blocks_of(model.model)]
         uses = measuring.count_uses(blocks)
-        orders = _orders(method, uses, [text for text in texts if not text.held_out])
+        orders = _orders(method, experts, uses, [text for text in texts if not text.held_out])
         removed = {order.block: order.removals for order in orders}
-        cut = ExpertCut(method.experts.count, removed, architecture, method.experts)
+        cut = ExpertCut(experts.count, removed, architecture)
         with cut.absent(model.model):
             measuring.measure(cut.steps, f"Measuring without {cut.what}")
         sample = write_sample(search, inputs, (), cut.absent(model.model))
     found = ExpertPlan(
-        count=method.experts.count,
-        active=method.experts.active,
-        groups=method.experts.groups,
+        count=experts.count,
+        active=experts.active,
+        groups=experts.groups,
         blocks=orders,
         texts=tuple(measuring.text_record(text, cut, uses) for text in texts),
         **_sizes(cut),
@@ -256,17 +257,17 @@ def _use_of(uses: Mapping[int, Mapping[int, Sums]], texts: Sequence[Text], block
 
 
 def _orders(
-    method: ExpertMethod, uses: Mapping[int, Mapping[int, Sums]], texts: Sequence[Text]
+    method: ExpertMethod, experts: Experts, uses: Mapping[int, Mapping[int, Sums]], texts: Sequence[Text]
 ) -> tuple[ExpertOrder, ...]:
     """Rank the experts of each block, and say which go."""
     orders = []
-    for block in method.experts.blocks:
+    for block in experts.blocks:
         use = _use_of(uses, texts, block)
         scores = _scores(method.metric, use, block)
         orders.append(
             ExpertOrder(
                 block=block,
-                removals=lowest(scores, method.experts.groups)[: method.fewer],
+                removals=lowest(scores, experts.groups)[: method.fewer],
                 scores=tuple(scores),
                 tokens=tuple(map(int, use.tokens.tolist())),
             )
@@ -303,7 +304,7 @@ def _sizes(cut: ExpertCut) -> dict[str, tuple[int, int]]:
     size = sum(new_tensor(name, tensor, None, slices, None).size for name, tensor, slices in kept)
     each = (dense - left) // cut.fewer  # one expert of each block
     active = [
-        total - each * (count - cut.experts.active)
+        total - each * (count - architecture.experts.active)
         for total, count in ((dense, cut.count), (left, cut.count - cut.fewer))
     ]
     return {

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sleb_cli.engine.cut.experts.experts import Experts
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.targets import Stop
@@ -65,7 +64,6 @@ class ExpertMethod:
     Attributes:
         metric: scores the experts of a block.
         implementation: what its scores depend on besides the model and the text.
-        experts: the experts of the model.
         fewer: how many of each block go.
         holdout: the share of the sequences that is held out.
         target: what is to be met, if it is no number of experts.
@@ -73,7 +71,6 @@ class ExpertMethod:
 
     metric: ExpertMetric
     implementation: MetricRecord
-    experts: Experts
     fewer: int
     holdout: float
     target: TargetRecord | None

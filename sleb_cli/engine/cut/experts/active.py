@@ -11,11 +11,11 @@ from unittest import mock
 import torch
 from torch import nn
 
-from sleb_cli.engine.cut.experts.experts import ACTIVE, built_with, settings_of, with_setting
 from sleb_cli.engine.cut.protocol import Cut, GgufCut, Removal
 from sleb_cli.engine.files.config_files import CONFIG
 from sleb_cli.engine.gguf.file import GgufFile, with_value
 from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.model.experts import ACTIVE, built_with, settings_of, with_setting
 from sleb_cli.results import PerTokenRecord
 from sleb_cli.units import plural
 from sleb_plugins import UnsupportedModelError, UsageError

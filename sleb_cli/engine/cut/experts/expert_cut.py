@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sleb_cli.engine.cut.experts.experts import Experts, find_experts
 from sleb_cli.engine.cut.experts.routing import Choice, TiesByNumber, watched, without_experts
 from sleb_cli.engine.cut.protocol import Cut, Removal
 from sleb_cli.engine.files.config_files import CONFIG
 from sleb_cli.engine.files.slices import Slices
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.block_names import PREDICTION
+from sleb_cli.engine.model.experts import with_setting
 from sleb_cli.results import ExpertsRecord
 from sleb_plugins import PlanError
 
@@ -68,7 +68,6 @@ class ExpertCut(ExpertRemoval, Cut):
     """The cut of experts from a checkpoint."""
 
     architecture: Architecture
-    experts: Experts
 
     reference = "fewer experts"
     unseen = "every expert"
@@ -90,26 +89,26 @@ class ExpertCut(ExpertRemoval, Cut):
         block, inner = self.architecture.names.split(name)
         if block is not None or not (found := PREDICTION.search(name)):
             return block, inner
-        steps = found[1].split(".")
+        steps, experts = found[1].split("."), self.architecture.experts
         ends = (".".join(steps[start:]) for start in range(len(steps)))
-        known = next((end for end in ends if end in self.experts.parts or self.experts.numbered_in(end)), None)
+        known = next((end for end in ends if end in experts.parts or experts.numbered_in(end)), None)
         return (None, name) if known is None else (self.architecture.block_count, known)
 
     def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:
         """Return the config with the new count."""
         if file != CONFIG:
             return values
-        return self.experts.with_count(self.architecture, values, self.count - self.fewer)
+        return with_setting(self.architecture, values, self.architecture.experts.key, self.count - self.fewer)
 
     def tensor(self, name: str) -> tuple[str, Slices | None] | None:
         """Return the new name of a tensor of one expert, or the slices that stay of a tensor of all."""
         block, inner = self._split(name)
         if block is None or (block < self.architecture.block_count and block not in self.removed):
             return name, None
-        kept = self.kept(block)
-        if inner in self.experts.parts:
-            return name, self.experts.parts[inner].kept(kept, self.count)
-        if (found := self.experts.numbered_in(inner)) is None:
+        kept, experts = self.kept(block), self.architecture.experts
+        if inner in experts.parts:
+            return name, experts.parts[inner].kept(kept, self.count)
+        if (found := experts.numbered_in(inner)) is None:
             return name, None
         before, number, after = found
         if number >= self.count:  # one that computes nothing
@@ -123,7 +122,7 @@ class ExpertCut(ExpertRemoval, Cut):
     def absent(self, dense: nn.Module) -> AbstractContextManager[object]:
         """Have the dense model's routers choose among the experts that stay."""
         blocks = [*self.architecture.blocks_of(dense)]
-        return without_experts(self.experts, blocks, self.removed, self.architecture.config.model_type)
+        return without_experts(self.architecture.experts, blocks, self.removed, self.architecture.config.model_type)
 
     def alike(self) -> AbstractContextManager[object]:
         """Break ties of a choice by number, which the cut leaves in order."""
@@ -142,10 +141,11 @@ class ExpertCut(ExpertRemoval, Cut):
                 made[block] = choice.alone(states.to(choice.hidden), numbers).cpu()
 
         found: dict[str, Tensor] = {}
-        experts = replace(self.experts, count=self.count - self.fewer) if pruned else self.experts
-        with watched(experts, [*self.architecture.blocks_of(model)], force):
+        experts = self.architecture.experts
+        counted = replace(experts, count=self.count - self.fewer) if pruned else experts
+        with watched(counted, [*self.architecture.blocks_of(model)], force):
             yield found
-        found |= {f"the experts of block {each}": made.get(each, torch.empty(0)) for each in self.experts.blocks}
+        found |= {f"the experts of block {each}": made.get(each, torch.empty(0)) for each in experts.blocks}
 
 
 def plan_experts(architecture: Architecture, removed: Removed) -> ExpertCut:
@@ -155,7 +155,7 @@ def plan_experts(architecture: Architecture, removed: Removed) -> ExpertCut:
         PlanError: the model has other experts.
         UnsupportedModelError: it has none that can be removed.
     """
-    experts = find_experts(architecture)
+    experts = architecture.experts
     if {*removed} != {*experts.blocks}:
         raise PlanError(
             f"The plan removes experts of {len(removed)} blocks, but {architecture.source.id} has experts in "
@@ -163,7 +163,7 @@ def plan_experts(architecture: Architecture, removed: Removed) -> ExpertCut:
             hint="Search again.",
         )
     require_removable(removed, experts.count, experts.active, experts.groups, architecture.source.id)
-    return ExpertCut(experts.count, removed, architecture, experts)
+    return ExpertCut(experts.count, removed, architecture)
 
 
 def require_removable(removed: Removed, count: int, active: int, groups: int, name: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sleb_cli.engine.cut.experts.experts import Experts, Part
+from sleb_cli.engine.model.experts import Experts, Part
 from sleb_plugins import UnsupportedModelError
 
 Forward = Callable[..., Any]

@@ -9,15 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from sleb_cli.engine.files.slices import Slices
-from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.transformers_internals import revert_weight_conversion
 from sleb_plugins import ModelError, UnsupportedModelError
 from sleb_plugins.config_keys import OTHER_TEXT_KEYS
+
+if TYPE_CHECKING:
+    from sleb_cli.engine.model.architecture import Architecture
 
 MIN_EXPERTS = 4
 """A model with fewer has none to spare: twice those active must stay, and one must go."""
@@ -73,10 +75,6 @@ class Experts:
                 return before, int(found[1]), found[2]
         return None
 
-    def with_count(self, architecture: Architecture, raw: Mapping[str, Any], count: int) -> dict[str, Any]:
-        """Return a config with this number of experts, under each name that the file gives it."""
-        return with_setting(architecture, raw, self.key, count)
-
 
 def find_experts(architecture: Architecture) -> Experts:
     """Find the experts of a model.
@@ -113,12 +111,12 @@ def find_experts(architecture: Architecture) -> Experts:
     return _with_siblings(architecture, experts)
 
 
-def expert_parameters(architecture: Architecture, experts: Experts) -> int:
+def expert_parameters(architecture: Architecture) -> int:
     """Return how many parameters one expert of each block has, with its part of the router."""
     path, found = architecture.adapter.blocks_path, 0
     for name, parameter in architecture.skeleton.named_parameters():
         _, _, inner = name.removeprefix(f"{path}.").partition(".")
-        if name.startswith(f"{path}.") and (part := experts.parts.get(inner)):
+        if name.startswith(f"{path}.") and (part := architecture.experts.parts.get(inner)):
             found += parameter.numel() // part.units
     return found
 
