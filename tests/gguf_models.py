@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from conftest import llama_config, save_model
+
+WITH_EXPERTS = {"qwen3moe": gguf.MODEL_ARCH.QWEN3MOE, "gpt-oss": gguf.MODEL_ARCH.GPT_OSS}
 
 
 def write_llama_gguf(
@@ -33,7 +36,7 @@ def write_llama_gguf(
 
 
 def convert_llama(folder: Path, path: Path, type_: Type = Type.F32, *, architecture: str = "llama") -> Path:
-    """Write the Llama or Qwen3 with experts in a folder as a GGUF file, whose tokenizer is a byte-level BPE."""
+    """Write the Llama, or the Qwen3 or gpt-oss with experts, in a folder as a GGUF file with its byte-level BPE."""
     config = AutoConfig.from_pretrained(folder)
     heads, kv_heads, blocks = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
     writer = gguf.GGUFWriter(path, architecture)
@@ -61,17 +64,19 @@ def convert_llama(folder: Path, path: Path, type_: Type = Type.F32, *, architect
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_add_bos_token(False)
-    has_experts = architecture == "qwen3moe"
-    if has_experts:
+    kind_of_experts = WITH_EXPERTS.get(architecture)
+    if kind_of_experts:
         writer.add_key_length(config.hidden_size // heads)
-        writer.add_expert_count(config.num_experts)
+        writer.add_expert_count(config.num_local_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3MOE if has_experts else gguf.MODEL_ARCH.LLAMA, blocks)
+        writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
+        writer.add_sliding_window(config.sliding_window or 0)
+    names = gguf.get_tensor_name_map(kind_of_experts or gguf.MODEL_ARCH.LLAMA, blocks)
     for file in sorted(folder.glob("*.safetensors")):
-        for name, tensor in _with_experts_stacked(load_file(file)).items():
+        for name, tensor in _with_experts_stacked(load_file(file)):
             array = tensor.float().numpy()
-            if not has_experts and ("q_proj" in name or "k_proj" in name):  # GGUF stores the rotary halves interleaved
+            # Without experts, GGUF stores the rotary halves interleaved.
+            if not kind_of_experts and ("q_proj" in name or "k_proj" in name):
                 count = heads if "q_proj" in name else kv_heads
                 array = array.reshape(count, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
             own = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -80,11 +85,22 @@ def convert_llama(folder: Path, path: Path, type_: Type = Type.F32, *, architect
     return finish(writer, path)
 
 
-def _with_experts_stacked(tensors: dict[str, Any]) -> dict[str, Any]:
+def _with_experts_stacked(tensors: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield tensors with all experts of a block in one; those of gpt-oss, which has them so, as GGUF files do."""
     stacked: dict[str, Any] = {}
     for name in sorted(tensors):
         stacked.setdefault(re.sub(r"(?<=experts\.)\d+\.", "", name), []).append(tensors[name])
-    return {name: torch.stack(found) if ".experts." in name else found[0] for name, found in stacked.items()}
+    for name, found in stacked.items():
+        if len(found) > 1:
+            yield name, torch.stack(found)
+        elif ".experts." in name:
+            last, rows = ("bias", found[0]) if name.endswith("_bias") else ("weight", found[0].mT)
+            stem, is_both, _ = name.partition("gate_up_proj")
+            parts = {f"{stem}gate_proj": rows[:, ::2], f"{stem}up_proj": rows[:, 1::2]}
+            for part, values in (parts if is_both else {name.removesuffix("_bias"): rows}).items():
+                yield f"{part}.{last}", values
+        else:
+            yield f"{name}.weight" if name.endswith("sinks") else name, found[0]
 
 
 def write_gguf(

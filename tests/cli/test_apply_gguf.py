@@ -12,8 +12,9 @@ from gguf import GGMLQuantizationType as Type
 from test_recover import plain_losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import calibration, slow, tokens_of_test_text
-from gguf_models import metadata_of, tensors_of, write_gguf, write_llama_gguf
+from conftest import calibration, save_model, slow, tokens_of_test_text
+from families import experts_config
+from gguf_models import convert_llama, metadata_of, tensors_of, write_gguf, write_llama_gguf
 from sleb_cli import atomic
 from sleb_cli.engine.files import fingerprint
 from sleb_cli.engine.files.cache import cache_root
@@ -148,6 +149,11 @@ def test_what_transformers_cannot_read_is_proven_in_part(apply, tmp_path, monkey
     assert (data["verified"], data["proof"]) == (True, None)
     write_gguf(tmp_path / "bare.gguf", "llama", 4)
     apply("--blocks", "1", "--source", "bare.gguf", says="logits not compared: transformers cannot read")
+    gpt_oss = save_model(tmp_path / "gpt-oss", experts_config("gpt_oss", hidden_size=256, head_dim=64))
+    convert_llama(gpt_oss, tmp_path / "gpt-oss.gguf", architecture="gpt-oss")
+    no_experts = "transformers does not find model.layers.0.mlp.experts.down_proj in"
+    apply("--blocks", "1,2", "--source", "gpt-oss.gguf", says=f"logits not compared: {no_experts}")
+    apply("gpt-oss.gguf", "--blocks", "1,2", "-o", "folder", code=4, says=no_experts)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5))
     apply("--blocks", "1", "--source", source, says="B of memory")
 

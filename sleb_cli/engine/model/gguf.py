@@ -28,7 +28,7 @@ from sleb_cli.events import Notify, task
 from sleb_plugins import MachineError, OutputError, UnsupportedModelError
 
 # Raise it when the same file would become another folder.
-CONVERSION = 2
+CONVERSION = 3
 
 _UNQUANTIZED: dict[int, torch.dtype] = {
     GGMLQuantizationType.F32: torch.float32,
@@ -112,7 +112,11 @@ def _load(file: GgufFile, dtype: torch.dtype) -> Any:
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         # transformers draws a progress bar here that no setting turns off.
         with translate_transformers_errors(f"the weights in {file.path}"), redirect_stderr(StringIO()):
-            return AutoModelForCausalLM.from_pretrained(file.path.parent, config=config, dtype=dtype, **options)
+            options |= {"config": config, "dtype": dtype, "output_loading_info": True}
+            model, info = AutoModelForCausalLM.from_pretrained(file.path.parent, **options)
+    if missing := sorted(info["missing_keys"]):  # it makes them up, such as the experts of gpt-oss
+        raise _unreadable(f"transformers does not find {missing[0]} in {file.path}.")
+    return model
 
 
 def _write_card(file: GgufFile, folder: Path) -> None:
@@ -131,13 +135,14 @@ def transformers_knows(architecture: str) -> bool:
     return plain_name(architecture) in map(plain_name, GGUF_SUPPORTED_ARCHITECTURES)
 
 
+def _unreadable(why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(why, hint="Name the original checkpoint (a Hub id or a folder) instead.")
+
+
 def _require_convertible(file: GgufFile) -> torch.dtype:
     """Check that the file is of a known architecture and complete; return its data type."""
     if not transformers_knows(file.architecture):
-        raise UnsupportedModelError(
-            f"transformers cannot read GGUF files of the architecture {file.architecture!r}.",
-            hint="Name the original checkpoint (a Hub id or a folder) instead.",
-        )
+        raise _unreadable(f"transformers cannot read GGUF files of the architecture {file.architecture!r}.")
     require_blocks(file)  # transformers trusts the file's number of blocks
     sizes = Counter[int]()
     for tensor in file.tensors:
