@@ -89,10 +89,13 @@ def test_it_goes_by_number_where_our_table_says_so_and_only_there(run_sleb, llam
 
 
 @pytest.mark.slow
-def test_it_runs_a_file_without_some_experts(sleb, llama_cpp, tmp_path, text_file):
+@pytest.mark.parametrize("architecture", ["qwen3moe", "gpt-oss"])
+def test_it_runs_a_file_without_some_experts(sleb, llama_cpp, tmp_path, text_file, architecture):
     sizes = {"decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True}
-    folder = save_model(tmp_path / "origin", experts_config("qwen3_moe", **sizes))
-    source = convert_llama(folder, tmp_path / "model.gguf", Type.F32, architecture="qwen3moe")
+    plain = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    model_type, settings = {"qwen3moe": ("qwen3_moe", sizes), "gpt-oss": ("gpt_oss", plain)}[architecture]
+    folder = save_model(tmp_path / "origin", experts_config(model_type, **settings))
+    source = convert_llama(folder, tmp_path / "model.gguf", Type.F32, architecture=architecture)
     sleb("search", folder, "--unit", "experts", "--remove", 2, *calibration(text_file), "-o", "plan.json")
     sleb("apply", "plan.json", "-o", "small")
     sleb("apply", "plan.json", "--source", source, "-o", "small.gguf")
