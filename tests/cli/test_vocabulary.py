@@ -198,7 +198,9 @@ IN_CI = ["gpt2", "qwen3_moe", "gemma3n_text"]
 
 @pytest.mark.parametrize("family", [*IN_CI, *(slow(name) for name in FAMILIES if name not in IN_CI)])
 def test_every_family_is_cut_and_proven_or_refused(run_sleb, tmp_path, family):
-    result = run_sleb("apply", save(tmp_path / "model", config=tiny_config(family)), "--scripts", "latin", "--json")
+    # GPT-2 has as many positions as tokens here.
+    config = tiny_config(family, **{"max_position_embeddings": 320} if family == "gpt2" else {})
+    result = run_sleb("apply", save(tmp_path / "model", config=config), "--scripts", "latin", "--json")
     # The dense XLM itself computes something else with its KV cache.
     assert result.exit_code in ((9,) if family == "xlm" else (0, 4)), result.stderr
     if result.exit_code == 0:

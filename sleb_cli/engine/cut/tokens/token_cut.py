@@ -23,6 +23,7 @@ from sleb_cli.engine.files.copying import holds
 from sleb_cli.engine.files.slices import Slices
 from sleb_cli.engine.files.weights import read_json
 from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.transformers_internals import revert_weight_conversion
 from sleb_cli.events import Notice, Notify
 from sleb_cli.records import Check
 
@@ -151,10 +152,21 @@ def tables_of(architecture: Architecture, vocabulary: Vocabulary) -> frozenset[s
     if changed != expected:
         other = min({*changed.items()} ^ {*expected.items()})[0]
         raise refused(architecture, f"{other} has an entry for each token, too")
-    # Files may use other names than the model; but nothing else outside the blocks has a row for each token.
-    shapes, numbering = {were[name] for name in expected}, architecture.numbering
-    outside = (each for each in architecture.source.weights.stored if not each.name.startswith(numbering.prefix))
-    tables = frozenset(each.name for each in outside if each.shape in shapes)
-    if numbering.extra or not tables:
+    tables = _in_files(architecture, {name: were[name] for name in expected})
+    if architecture.numbering.extra or not tables:
         raise refused(architecture, "its weight files hold other tables by token than its config says")
     return tables
+
+
+def _in_files(architecture: Architecture, tables: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
+    """Return the names of tables in the weight files, given their names and shapes in the model.
+
+    The names may differ; but outside the blocks, what else has such a shape is another tensor of the model's.
+    """
+    skeleton, of_blocks = cast(Any, architecture.skeleton), architecture.names.block_of
+    state = skeleton.state_dict().items()
+    rest = {name: tensor for name, tensor in state if name not in tables and of_blocks(name) is None}
+    others, base = {*rest, *revert_weight_conversion(skeleton, rest)}, f"{skeleton.base_model_prefix}."
+    fitting = [each.name for each in architecture.source.weights.stored if each.shape in tables.values()]
+    outside = [name for name in fitting if of_blocks(name) is None]
+    return frozenset(name for name in outside if others.isdisjoint((name, f"{base}{name}")))
