@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from sleb_cli.engine.gguf.file import read_gguf
+from sleb_cli.engine.gguf.provenance import REMOVED_BLOCKS
 from sleb_cli.units import in_shell
 from sleb_plugins.errors import UnsupportedModelError
 from sleb_plugins.exporter import Exporter, Pruning
@@ -33,13 +34,12 @@ class LlamaQuantize(Exporter):
 
 def _require_only_count_changes(source: Path, removals: tuple[int, ...]) -> None:
     """Make sure that only the number of blocks has to change: `llama-quantize` corrects nothing else."""
-    from sleb_cli.engine.cut.blocks.gguf_blocks import PROVENANCE  # which imports torch
-    from sleb_cli.engine.surgery.gguf_surgery import plan_gguf_surgery
+    from sleb_cli.engine.surgery.gguf_surgery import plan_gguf_surgery  # which imports torch
 
     file = read_gguf(source)
     pruned = plan_gguf_surgery(file, removals).pruned()
     before = set(file.entries)
-    right = (PROVENANCE, f"{file.architecture}.block_count")
+    right = (REMOVED_BLOCKS, f"{file.architecture}.block_count")
     others = [entry.key for entry in pruned.entries if entry not in before and entry.key not in right]
     if others:
         raise UnsupportedModelError(

@@ -9,16 +9,16 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from gguf_models import metadata_of, tensors_of, write_gguf, write_llama_gguf
-from sleb_cli.engine.cut.blocks.gguf_blocks import PROVENANCE
 from sleb_cli.engine.gguf import quick
 from sleb_cli.engine.gguf.file import gguf_size, read_gguf
 from sleb_cli.engine.gguf.file import write_gguf as write_header_and_tensors
+from sleb_cli.engine.gguf.provenance import REMOVED_BLOCKS
 from sleb_cli.engine.surgery.gguf_surgery import plan_gguf_surgery
 from sleb_plugins import ModelError, UnsupportedModelError, UsageError
 
 
-def prune(source, removals, output):
-    pruned = plan_gguf_surgery(read_gguf(source), removals).pruned()
+def prune(source, removals, output, **others):
+    pruned = plan_gguf_surgery(read_gguf(source), removals, others).pruned()
     pieces = []
     write_header_and_tensors(pruned, output, pieces.append)
     assert output.stat().st_size == gguf_size(pruned)
@@ -46,7 +46,7 @@ def test_what_stays_is_the_same_byte_for_byte(tmp_path, type_):
     assert list(tensors_of(small).items()) == list(renamed(tensors_of(source), {1, 4}, 6).items())
     before, after = metadata_of(source), metadata_of(small)
     assert after.pop("llama.block_count") == 4
-    assert after.pop(PROVENANCE) == [4, 1]
+    assert after.pop(REMOVED_BLOCKS) == [4, 1]
     del before["llama.block_count"]
     assert list(after.items()) == list(before.items())
 
@@ -66,8 +66,24 @@ def test_nothing_one_step_or_two_give_the_same_file(tmp_path):
     assert prune(source, (), tmp_path / "same.gguf").read_bytes() == source.read_bytes()
     once = prune(source, (4, 1, 5), tmp_path / "once.gguf")
     twice = prune(prune(source, (4,), tmp_path / "first.gguf"), (1, 4), tmp_path / "twice.gguf")
-    assert metadata_of(twice)[PROVENANCE] == [4, 1, 5]
+    assert metadata_of(twice)[REMOVED_BLOCKS] == [4, 1, 5]
     assert twice.read_bytes() == once.read_bytes()
+
+
+def test_experts_go_in_one_step_or_two_and_are_recorded_as_numbered_before(tmp_path):
+    more = {"ffn_up_exps.weight": (8, 3), "ffn_gate_inp.weight": (8, 3)}
+    source = write_gguf(tmp_path / "a.gguf", "acme", 3, {"expert_count": 8}, more=more)
+    shorter = prune(source, (1,), tmp_path / "shorter.gguf")
+    once = prune(shorter, (), tmp_path / "once.gguf", experts={0: (5, 3, 6), 1: (0, 7, 1)})
+    first = prune(shorter, (), tmp_path / "first.gguf", experts={0: (5,), 1: (0,)})
+    twice = prune(first, (), tmp_path / "twice.gguf", experts={0: (3, 5), 1: (6, 0)})
+    assert twice.read_bytes() == once.read_bytes()
+    removed = {"sleb.removed_blocks": [1], "sleb.removed_experts.0": [5, 3, 6], "sleb.removed_experts.2": [0, 7, 1]}
+    assert {key: value for key, value in metadata_of(once).items() if key.startswith("sleb.")} == removed
+    last = prune(once, (0,), tmp_path / "last.gguf")
+    assert {key: value for key, value in metadata_of(last).items() if key in removed} == removed | {
+        "sleb.removed_blocks": [1, 0]
+    }
 
 
 OTHERS = {

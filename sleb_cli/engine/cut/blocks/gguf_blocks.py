@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from sleb_cli.engine.cut.blocks.block_cut import BlockCut, plan_blocks
 from sleb_cli.engine.cut.protocol import GgufCut
 from sleb_cli.engine.gguf.block_rules import LEADING, NOT_PER_BLOCK, PER_BLOCK_PREFIX
 from sleb_cli.engine.gguf.blocks import block_count, stored_block_count
-from sleb_cli.engine.gguf.file import ARRAY, Entry, GgufFile, entry_of_integers, with_items, with_value
+from sleb_cli.engine.gguf.file import ARRAY, Entry, GgufFile, with_items, with_value
+from sleb_cli.engine.gguf.provenance import REMOVED_BLOCKS, with_removals
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.block_names import BlockNames, BlockNumbering
 from sleb_plugins.config_keys import Kept, kept_blocks
-from sleb_plugins.errors import ModelError
-
-PROVENANCE = "sleb.removed_blocks"
-"""The key that records the removed blocks in order, numbered as in the model before any removal."""
 
 
 @dataclass(frozen=True)
@@ -31,27 +27,14 @@ class GgufBlockCut(GgufCut):
 
     def header(self, file: GgufFile) -> GgufFile:
         """Return the header of the file without these blocks; those for multi-token prediction stay."""
-        kept = kept_blocks(stored_block_count(file), self.removals)
+        count = stored_block_count(file)
+        kept = kept_blocks(count, self.removals)
         names = BlockNames("blk", BlockNumbering("blk."), kept)
         tensors = [replace(tensor, name=new) for tensor in file.tensors if (new := names.renamed(tensor.name))]
-        entries = [_entry(file, entry, kept) for entry in file.entries if entry.key != PROVENANCE]
-        entries.append(entry_of_integers(PROVENANCE, _all_removals(file, self.removals)))
-        return replace(file, entries=tuple(entries), tensors=tuple(tensors))
-
-
-def _all_removals(file: GgufFile, removals: tuple[int, ...]) -> list[int]:
-    """Return the removed blocks, those of earlier removals first, numbered as in the model before any removal."""
-    said: Any = file.get(PROVENANCE)
-    if said is None:
-        return list(removals)
-    count = stored_block_count(file)
-    earlier = said if isinstance(said, list) and all(type(block) is int for block in said) else [-1]
-    remaining = sorted(set(range(count + len(earlier))).difference(earlier))
-    if len(remaining) != count:  # a block is named twice or never existed
-        raise ModelError(
-            f"{PROVENANCE} of {file.path} is not a list of removed blocks.", hint="Prune the original model instead."
+        entries = tuple(_entry(file, entry, kept) for entry in file.entries)
+        return with_removals(
+            replace(file, entries=entries, tensors=tuple(tensors)), REMOVED_BLOCKS, count, self.removals
         )
-    return [*earlier, *(remaining[block] for block in removals)]
 
 
 def _entry(file: GgufFile, entry: Entry, kept: Kept) -> Entry:

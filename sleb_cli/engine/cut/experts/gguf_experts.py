@@ -14,8 +14,9 @@ from sleb_cli.engine.cut.experts.expert_cut import (
     require_removable,
 )
 from sleb_cli.engine.cut.protocol import GgufCut
-from sleb_cli.engine.gguf.blocks import BLOCK
+from sleb_cli.engine.gguf.blocks import BLOCK, stored_block_count
 from sleb_cli.engine.gguf.file import GgufFile, GgufTensor, with_value
+from sleb_cli.engine.gguf.provenance import REMOVED_BLOCKS, REMOVED_EXPERTS, remaining, with_removals
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_plugins import PlanError, UnsupportedModelError
 
@@ -49,7 +50,11 @@ class GgufExpertCut(ExpertRemoval, GgufCut):
         """Return the header of the file with only the experts that stay."""
         key, fewer = f"{file.architecture}.expert_count", self.count - self.fewer
         entries = (with_value(entry, fewer) if entry.key == key else entry for entry in file.entries)
-        return replace(file, entries=tuple(entries), tensors=tuple(map(self._cut, file.tensors)))
+        cut = replace(file, entries=tuple(entries), tensors=tuple(map(self._cut, file.tensors)))
+        _, numbers = remaining(file, REMOVED_BLOCKS, stored_block_count(file))
+        for block, removed in self.removed.items():
+            cut = with_removals(cut, f"{REMOVED_EXPERTS}{numbers[block]}", self.count, removed)
+        return cut
 
     def _cut(self, tensor: GgufTensor) -> GgufTensor:
         block = _block_with_experts(tensor, self.count)

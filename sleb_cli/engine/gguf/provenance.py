@@ -1,0 +1,44 @@
+"""What the header of a GGUF file says was removed, by the numbers in the model before any removal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from sleb_cli.engine.gguf.file import GgufFile, entry_of_integers
+from sleb_plugins.errors import ModelError
+
+REMOVED_BLOCKS = "sleb.removed_blocks"
+"""The key that records the removed blocks, in order."""
+REMOVED_EXPERTS = "sleb.removed_experts."
+"""Before the number of a block: the key that records the experts that it lost, in order."""
+
+
+def remaining(file: GgufFile, key: str, count: int) -> tuple[list[int], list[int]]:
+    """Return what a key says was removed, in order, and the numbers that the `count` remaining parts had.
+
+    Raises:
+        ModelError: it says something else.
+    """
+    said: Any = file.get(key)
+    if said is None:
+        return [], list(range(count))
+    earlier = said if isinstance(said, list) and all(type(number) is int for number in said) else [-1]
+    left = sorted({*range(count + len(earlier))}.difference(earlier))
+    if len(left) != count:  # a part is named twice or never existed
+        raise ModelError(
+            f"{key} of {file.path} is not a list of what was removed.", hint="Prune the original model instead."
+        )
+    return earlier, left
+
+
+def with_removals(file: GgufFile, key: str, count: int, removals: Sequence[int]) -> GgufFile:
+    """Return the header of a file that had `count` parts, and in which a key also records these removals.
+
+    Raises:
+        ModelError: the key says something else.
+    """
+    earlier, left = remaining(file, key, count)
+    entry = entry_of_integers(key, [*earlier, *(left[number] for number in removals)])
+    return replace(file, entries=(*(each for each in file.entries if each.key != key), entry))
