@@ -59,6 +59,7 @@ def save(folder, kind="bytes", config=None, **changes):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "vocab.json").write_text("{}")
     generation = {"eos_token_id": [end, pad], "pad_token_id": pad, "suppress_tokens": [begin]}
+    generation["steps"] = [{"end_token_id": end}]
     (folder / "generation_config.json").write_text(json.dumps(generation))
     return folder
 
@@ -88,9 +89,10 @@ def test_what_stays_computes_the_same(apply, tmp_path, kind, tied):
     torch.testing.assert_close(found, expected[..., kept], rtol=1e-6, atol=1e-6)
     assert (new.decode(new(GREEK_TEXT).input_ids, skip_special_tokens=True) == GREEK_TEXT) == (kind != "unigram")
     named = {"end": after.config.eos_token_id, "begin": after.config.bos_token_id}
-    named |= {"pad": after.generation_config.pad_token_id, "begin ": after.generation_config.suppress_tokens[0]}
+    writes = after.generation_config
+    named |= {"pad": writes.pad_token_id, "begin ": writes.suppress_tokens[0], "end ": writes.steps[0]["end_token_id"]}
     assert all(new.convert_ids_to_tokens(number) == f"<{name.strip()}>" for name, number in named.items())
-    assert new.convert_ids_to_tokens(after.generation_config.eos_token_id) == ["<end>", "<pad>"]
+    assert new.convert_ids_to_tokens(writes.eos_token_id) == ["<end>", "<pad>"]
     assert not (tmp_path / "out" / "vocab.json").exists()
 
 

@@ -15,8 +15,13 @@ SETTINGS = (*QUANTIZATION_SETTINGS, "tokenizer_config.json", "generation_config.
 
 
 def with_values(settings: Mapping[str, Any], change: Callable[[str, Any], Any]) -> dict[str, Any]:
-    """Return settings with each value changed, by its key, in nested settings too."""
-    return {
-        key: with_values(value, change) if isinstance(value, Mapping) else change(key, value)
-        for key, value in settings.items()
-    }
+    """Return settings with each value changed, by its key, also in nested settings and lists of them."""
+
+    def changed(key: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return with_values(value, change)
+        if isinstance(value, list) and any(isinstance(each, Mapping | list) for each in value):
+            return [changed(key, each) for each in value]
+        return change(key, value)
+
+    return {key: changed(key, value) for key, value in settings.items()}
