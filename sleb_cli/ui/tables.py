@@ -12,6 +12,9 @@ from rich.text import Text
 from sleb_cli.tables.table import Table
 from sleb_cli.ui.console import print_prose, stdout
 
+_NARROWEST_COLUMN = 6
+"""Of which the frame takes three characters."""
+
 
 def show_table(table: Table, *, title: bool = True) -> None:
     """Print a table with its title and notes, if it has rows."""
@@ -20,13 +23,16 @@ def show_table(table: Table, *, title: bool = True) -> None:
         return
     if title:
         print_title(f"\n{table.title}")
-    console.print(drawn(table))
+    console.print(drawn(table, console.width))
     for note in table.notes:
         print_prose(console, f"[dim]{escape(note)}[/]")
 
 
-def drawn(table: Table) -> RichTable:
-    """Return a table for a screen, on which Rich folds what is too wide."""
+def drawn(table: Table, width: int) -> RichTable | Text:
+    """Return a table for a screen, on which Rich folds what is too wide; if hardly anything fits, lines instead."""
+    if width < _NARROWEST_COLUMN * len(table.columns):
+        rows = (zip(table.columns, row, strict=True) for row in table.rows)
+        return Text("\n\n".join("\n".join(f"{name}: {cell}" for name, cell in row if cell) for row in rows))
     rich = RichTable(header_style="bold")
     for number, column in enumerate(table.columns):
         rich.add_column(Text(column), justify="left" if table.is_words(number) else "right", overflow="fold")

@@ -62,20 +62,31 @@ def test_a_strip_of_many_blocks_takes_rows_and_kinds_have_marks():
     assert legend == "  █ kept   · full_attention removed   ○ linear_attention removed"
 
 
+WIDE = Table(
+    "",
+    ["block", "kind", "nll", "perplexity", "change", "held out", "change"],
+    [["112", "linear_attention", "12.3456", "12345.67", "+1234.5%", "23456.78", "+2345.6%"]],
+    words={"kind"},
+)
+
+
 @pytest.mark.parametrize("width", [100, 60])
 def test_a_narrow_screen_folds_cells_and_loses_nothing(width):
-    row = ["112", "linear_attention", "12.3456", "12345.67", "+1234.5%", "23456.78", "+2345.6%"]
-    columns = ["block", "kind", "nll", "perplexity", "change", "held out", "change"]
-    rows = shown(drawn_by_rich(Table("", columns, [row], words={"kind"})), width)
+    rows = shown(drawn_by_rich(WIDE, width), width)
     assert max(map(len, rows)) <= width
     cells = zip(*(line.split("│")[1:-1] for line in rows if line.startswith("│")), strict=True)
-    assert ["".join(part.strip() for part in cell) for cell in cells] == row
+    assert ["".join(part.strip() for part in cell) for cell in cells] == WIDE.rows[0]
+
+
+def test_a_screen_too_narrow_for_a_table_has_whole_numbers():
+    rows = shown(drawn_by_rich(WIDE, 8), 8)
+    assert [row for row in rows if row in WIDE.rows[0]] == [cell for cell in WIDE.rows[0] if len(cell) <= 8]
 
 
 def test_a_name_that_rows_share_stands_in_the_first():
     rows = [["a", 1, None], ["a", 2, None], ["b", 3, None]]
     table = tabulate("", [("x", str), ("y", "{}".format), ("empty", str)], rows)
-    assert [row.split() for row in shown(drawn_by_rich(table), 80) if row.startswith("│")] == [
+    assert [row.split() for row in shown(drawn_by_rich(table, 80), 80) if row.startswith("│")] == [
         ["│", "a", "│", "1", "│"], ["│", "│", "2", "│"], ["│", "b", "│", "3", "│"],
     ]  # fmt: skip
 
