@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from conftest import calibration, calibration_sequences, prose, save_model
 from families import tiny_config
+from gguf_models import write_gguf
 from sleb_cli.engine.cut.experts.routing import Choice
 from sleb_cli.engine.search import experts as search
 from sleb_cli.engine.search.experts import lowest, sums_of
@@ -229,6 +230,13 @@ def test_an_edited_plan_is_refused(ranked, tmp_path, edit, says):
     (tmp_path / "edited.json").write_text(json.dumps(plan))
     with pytest.raises(PlanError, match=says):
         read_plan(tmp_path / "edited.json")
+
+
+def test_a_gguf_file_that_was_cut_before_is_another_model(ranked, sleb, tmp_path):
+    ranked("--remove", 2)
+    more = {"ffn_up_exps.weight": (6, 3), "ffn_gate_inp.weight": (6, 3)}
+    write_gguf(tmp_path / "cut.gguf", "llama", 6, {"expert_count": 6, "expert_used_count": 2}, more=more)
+    assert "has 8 experts in each block, but" in sleb("apply", "found.json", "--source", "cut.gguf", code=3).stderr
 
 
 def test_a_loss_without_a_finite_perplexity_is_an_error(run_sleb, mixtral, text_file, tmp_path):

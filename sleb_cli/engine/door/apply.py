@@ -30,7 +30,7 @@ from sleb_cli.events import Notice, Notify
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import ApplyRequest, option_of
 from sleb_cli.results import ApplyResult, GgufResult
-from sleb_plugins import DataError, UnsupportedModelError, UsageError
+from sleb_plugins import DataError, PlanError, UnsupportedModelError, UsageError
 
 
 def resolve_apply(
@@ -119,7 +119,7 @@ def _output_of_checkpoint(request: ApplyRequest, subject: Subject) -> Output:
 def _require_fitting(
     request: ApplyRequest, named: NamedSubject, file: GgufFile, registry: Registry, notify: Notify
 ) -> None:
-    """Check that the blocks to remove are those of this file's model.
+    """Check that the blocks or experts to remove are those of this file's model.
 
     Raises:
         PlanError: they are of another model.
@@ -129,5 +129,11 @@ def _require_fitting(
     elif (named.removals or named.plan) and not request.any_model:
         if named.plan:
             require_same_kind_of_model(named.plan.model, file, notify)
+            planned, count = named.plan.experts, file.count("expert_count") or 0
+            if planned and planned.count != count:
+                raise PlanError(
+                    f"{named.plan.model.id} has {planned.count} experts in each block, but {file.path} has {count}.",
+                    hint="Name a GGUF file of that model, from which no expert was removed.",
+                )
         elif not are_the_same(file.path, Path(named.model)):
             require_same_kind_of_model(resolve_subject(named, registry, notify).architecture.record, file, notify)

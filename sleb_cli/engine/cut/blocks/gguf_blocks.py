@@ -31,10 +31,9 @@ class GgufBlockCut(GgufCut):
         kept = kept_blocks(count, self.removals)
         names = BlockNames("blk", BlockNumbering("blk."), kept)
         tensors = [replace(tensor, name=new) for tensor in file.tensors if (new := names.renamed(tensor.name))]
-        entries = tuple(_entry(file, entry, kept) for entry in file.entries)
-        return with_removals(
-            replace(file, entries=entries, tensors=tuple(tensors)), REMOVED_BLOCKS, count, self.removals
-        )
+        entries = [_entry(file, entry, kept) for entry in file.entries]
+        pruned = replace(file, entries=tuple(entries), tensors=tuple(tensors))
+        return with_removals(pruned, REMOVED_BLOCKS, count, self.removals)
 
 
 def _entry(file: GgufFile, entry: Entry, kept: Kept) -> Entry:
