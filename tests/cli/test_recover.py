@@ -220,7 +220,7 @@ def test_a_fit_is_not_continued_with_another_setting(apply, tiny_llama, tmp_path
         folder, lambda dense: {n: dense[n].to(torch.float32 if "norm" in n else torch.float16) for n in dense}
     )
     text.write_text(prose(100))
-    command = [folder, "--blocks", "2", "--recover", *calibration(text, samples=1000)]
+    command = [folder, "--blocks", "2", "--recover", "--calibration", text, "--sequence-length", 32]
     records = [
         json.loads(apply(*command, *options, "--json", output=output).stdout)["recovery"]
         for options, output in (([], "before"), (change, "undisturbed"))
@@ -256,8 +256,10 @@ def test_a_quantized_model_is_refused(recover, tiny_llama, fit, tmp_path):
     assert not fit.calls
 
 
-def test_what_cannot_be_is_refused(recover, llama_plan, fit):
+def test_what_cannot_be_is_refused(recover, search, llama_plan, text_file, fit):
     assert "4 sequences cannot be divided" in recover(llama_plan, samples=4, code=5).stderr
+    too_much = recover(llama_plan, samples=5000, code=5).stderr
+    assert search("--remove", 1, samples=5000, code=5).stderr.splitlines()[-2:] == too_much.splitlines()[-2:]
     assert "no usable cuda:77" in recover(llama_plan, "--device", "cuda:77", code=7).stderr
 
 
