@@ -3,8 +3,10 @@
 import pytest
 
 from conftest import architecture_of, llama_config, save_model
+from families import experts_config
 from sleb_cli.engine.cut.blocks.block_cut import BlockCut
-from sleb_cli.engine.cut.blocks.quantization import ModuleNames
+from sleb_cli.engine.cut.experts.expert_cut import plan_experts
+from sleb_cli.engine.cut.quantization import ModuleNames
 from sleb_plugins import UnsupportedModelError
 
 
@@ -13,7 +15,7 @@ def names(tmp_path_factory):
     """A Llama of 24 blocks without 3, 7 and 12."""
     config = llama_config(24, hidden_size=8, intermediate_size=8)
     cut = BlockCut(architecture_of(save_model(tmp_path_factory.mktemp("models") / "tall", config)), (7, 3, 12))
-    return ModuleNames(cut.architecture, cut.names)
+    return ModuleNames(cut.architecture, "blocks", cut.names.renamed)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,20 @@ def test_a_pattern_that_would_match_other_blocks_is_refused(names, pattern):
         names.in_settings({"ignore": [pattern]})
     assert repr(pattern) in caught.value.message
     assert caught.value.hint == "Prune the original model first, then quantize it."
+
+
+def test_names_of_single_experts(tmp_path):
+    architecture = architecture_of(save_model(tmp_path / "mixture", experts_config("qwen3_moe")))
+    cut = plan_experts(architecture, dict.fromkeys(architecture.experts.blocks, (0, 4)))
+    block = f"model.layers.{architecture.experts.blocks[1]}.mlp"
+    stay = ["lm_head", f"{block}.gate", "re:.*mlp.gate$", "re:.*layers[.]99[.].*"]
+    before = [f"{block}.experts.0.up_proj", f"{block}.experts.4", f"{block}.experts.5.up_proj", f"vl.{block}.experts.7"]
+    after = [f"{block}.experts.3.up_proj", f"vl.{block}.experts.5"]
+    config = {"num_experts": 8, "quantization_config": {"ignore": before + stay}}
+    assert cut.settings("config.json", config) == {"num_experts": 6, "quantization_config": {"ignore": after + stay}}
+    assert cut.settings("hf_quant_config.json", {"exclude": before + stay}) == {"exclude": after + stay}
+    with pytest.raises(UnsupportedModelError, match="which would match other experts"):
+        cut.settings("hf_quant_config.json", {"exclude": ["re:.*experts[.][0-3][.].*"]})
 
 
 def test_every_place_of_a_config(names):

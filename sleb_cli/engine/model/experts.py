@@ -69,9 +69,9 @@ class Experts:
     numbered: frozenset[str]
 
     def numbered_in(self, name: str) -> tuple[str, int, str] | None:
-        """Split the name of a tensor of one expert around its number."""
+        """Split the name of an expert, or of a tensor or module of one, around its number."""
         for before in self.numbered:
-            if name.startswith(before) and (found := re.match(r"(\d{1,6})(\..*)", name[len(before) :], re.DOTALL)):
+            if name.startswith(before) and (found := re.fullmatch(r"(\d{1,6})(|\..*)", name[len(before) :], re.DOTALL)):
                 return before, int(found[1]), found[2]
         return None
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import DynamicCache
 
-from sleb_cli.engine.cut.blocks.quantization import ModuleNames
 from sleb_cli.engine.cut.protocol import Cut
-from sleb_cli.engine.files.config_files import CONFIG, QUANTIZATION_SETTINGS
+from sleb_cli.engine.cut.quantization import ModuleNames
+from sleb_cli.engine.files.config_files import CONFIG
 from sleb_cli.engine.files.slices import Slices
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.block_names import BlockNames
@@ -80,9 +80,8 @@ class BlockCut(Cut):
         Values come from the config as transformers parses it, so that a pattern which `config.json` leaves to a default
         or a period becomes an explicit list.
         """
-        if file in QUANTIZATION_SETTINGS:
-            return dict(ModuleNames(self.architecture, self.names).in_settings(values))
-        return self._config(values) if file == CONFIG else values
+        modules = ModuleNames(self.architecture, "blocks", self.names.renamed)
+        return modules.settings(file, self._config(values) if file == CONFIG else values)
 
     def _config(self, values: dict[str, Any]) -> dict[str, Any]:
         raw = dict(values)
@@ -93,7 +92,7 @@ class BlockCut(Cut):
         text |= self._pruned_settings(text)
         if self.architecture.numbering.extra:
             text |= {key: 0 for key in PREDICTION_BLOCKS if text.get(key)}
-        return ModuleNames(self.architecture, self.names).in_config(raw | {inner: text} if inner else text)
+        return raw | {inner: text} if inner else text
 
     def _pruned_settings(self, written: dict[str, Any]) -> dict[str, Any]:
         config, adapter, kept = self.architecture.text_config, self.architecture.adapter, self.kept
@@ -143,7 +142,7 @@ class BlockCut(Cut):
         if stated := self._stated_obstacle():
             return stated
         try:
-            config = before.read_config(self._config(before.source.raw_config))
+            config = before.read_config(self.settings(CONFIG, before.source.raw_config))
             if changed := _rotary_changes(before.text_config, config.get_text_config(decoder=True)):
                 return changed
             blocks, outside = before.structures_of(before.build(config))

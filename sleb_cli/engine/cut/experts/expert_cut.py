@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sleb_cli.engine.cut.experts.routing import Choice, TiesByNumber, watched, without_experts
 from sleb_cli.engine.cut.protocol import Cut, Removal
+from sleb_cli.engine.cut.quantization import ModuleNames
 from sleb_cli.engine.files.config_files import CONFIG
 from sleb_cli.engine.files.slices import Slices
 from sleb_cli.engine.model.architecture import Architecture
@@ -95,10 +96,11 @@ class ExpertCut(ExpertRemoval, Cut):
         return (None, name) if known is None else (self.architecture.block_count, known)
 
     def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:
-        """Return the config with the new count."""
-        if file != CONFIG:
-            return values
-        return with_setting(self.architecture, values, self.architecture.experts.key, self.count - self.fewer)
+        """Return the config with the new count; this and other files name modules, which may be of one expert."""
+        if file == CONFIG:
+            values = with_setting(self.architecture, values, self.architecture.experts.key, self.count - self.fewer)
+        modules = ModuleNames(self.architecture, "experts", lambda name: (new := self.tensor(name)) and new[0])
+        return modules.settings(file, values)
 
     def tensor(self, name: str) -> tuple[str, Slices | None] | None:
         """Return the new name of a tensor of one expert, or the slices that stay of a tensor of all."""

@@ -1,4 +1,4 @@
-"""Renumber the names of modules in the settings of a quantized checkpoint, and drop those of removed blocks.
+"""Renumber the names of modules in the settings of a quantized checkpoint, and drop those of removed parts.
 
 The packed tensors are copied like any others. But the settings list by name which modules were quantized in which way,
 and every format does so elsewhere: `ignore`, `modules_to_not_convert`, `config_groups.*.targets`, GPTQ's `dynamic`, a
@@ -9,15 +9,15 @@ stays if it still matches the same modules, and is refused otherwise.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import translate
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
+from sleb_cli.engine.files.config_files import CONFIG, QUANTIZATION_SETTINGS
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.model.block_names import BlockNames
 from sleb_plugins import UnsupportedModelError
 
 _KEYS = {"quantization_config", "compression_config"}
@@ -30,13 +30,29 @@ _DOT = r"(?:\\\.|\[\.\])"
 
 @dataclass(frozen=True)
 class ModuleNames:
-    """Translates names of modules in the dense model's settings to the pruned model's."""
+    """Translates names of modules in the dense model's settings to the pruned model's.
+
+    Attributes:
+        parts: what is removed, in a word.
+        renamed: returns the new name of a module, or None for one that goes.
+    """
 
     architecture: Architecture
-    names: BlockNames
+    parts: Literal["blocks", "experts"]
+    renamed: Callable[[str], str | None]
+
+    def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the new contents of `config.json` or of another file of settings.
+
+        Raises:
+            UnsupportedModelError: a pattern would match other modules than before.
+        """
+        if file in QUANTIZATION_SETTINGS:
+            return dict(self.in_settings(values))
+        return self.in_config(values) if file == CONFIG else values
 
     def in_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a `config.json` whose quantization settings name the kept blocks, in nested configs too.
+        """Return a `config.json` whose quantization settings name the modules that stay, in nested configs too.
 
         Raises:
             UnsupportedModelError: a pattern would match other modules than before.
@@ -51,7 +67,7 @@ class ModuleNames:
         }
 
     def in_settings(self, value: Any) -> Any:
-        """Renumber the modules that settings name anywhere, and drop those of removed blocks; None for such a name.
+        """Renumber the modules that settings name anywhere, and drop those that go; None for such a name.
 
         Raises:
             UnsupportedModelError: a pattern would match other modules than before.
@@ -71,12 +87,13 @@ class ModuleNames:
         return result
 
     def _renamed(self, text: str) -> str | None:
-        """Return the renumbered name or the pattern, or None for the name of a removed block or a part of it."""
+        """Return the renumbered name or the pattern, or None for the name of what goes."""
         if _NAME.fullmatch(text):
             return self._renamed_module(text)
         if self._matches_others(_PREFIX.sub("", text, count=1)):
             raise UnsupportedModelError(
-                f"The quantization settings name blocks by the pattern {text!r}, which would match other blocks.",
+                f"The quantization settings name {self.parts} by the pattern {text!r}, which would match other "
+                f"{self.parts}.",
                 hint="Prune the original model first, then quantize it.",
             )
         return text
@@ -89,21 +106,22 @@ class ModuleNames:
         found = {(bool(way(name)), bool(way(new))) for way in ways for name, new in self._kept}
         if found != {(False, False)}:
             return not found <= {(False, False), (True, True)}
+        if self.parts == "experts":  # those that stay are given names that were there
+            return False
         # It may match what engines call parts of a block, such as vLLM's fused `qkv_proj`.
         blocks = re.escape(self.architecture.adapter.blocks_path.rpartition(".")[2])
         return bool(re.search(rf"(?:{_DOT}|(?<!\w){blocks}\.)[(?:\[]*\d", _ANY_DIGIT.sub("", pattern)))
 
     def _renamed_module(self, name: str) -> str | None:
-        renamed = self.names.renamed(name)
+        renamed = self.renamed(name)
         if renamed != name or name in self._modules:
             return renamed
         # A block of the language model by its name in a larger model: "language_model." + "model.layers.3".
-        path = re.escape(self.architecture.adapter.blocks_path)
-        found = re.search(rf"\.{path}\.(\d{{1,9}})(?=\.|$)", name)
-        if found is None:
+        prefix, path, inner = name.partition(f".{self.architecture.adapter.blocks_path}.")
+        if not path:
             return name
-        number = self.names.kept.new_number.get(int(found[1]))
-        return None if number is None else f"{name[: found.start(1)]}{number}{name[found.end(1) :]}"
+        renamed = self.renamed(f"{path[1:]}{inner}")
+        return None if renamed is None else f"{prefix}.{renamed}"
 
     @cached_property
     def _modules(self) -> frozenset[str]:
@@ -115,4 +133,4 @@ class ModuleNames:
     @cached_property
     def _kept(self) -> list[tuple[str, str]]:
         """The names of the kept modules, before and after."""
-        return [(name, new) for name in self._modules if (new := self.names.renamed(name)) is not None]
+        return [(name, new) for name in self._modules if (new := self.renamed(name)) is not None]
