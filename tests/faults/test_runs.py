@@ -21,6 +21,7 @@ from faults.program import KILL, STOP, Calls, Fault, require
 
 OUTPUT = 8
 WRITES = Calls.CHANGES & ~Calls.REMOVE
+WRITTEN = r"/work/\..*\.partial/.*\.(safetensors|json|gguf)$"
 
 
 def kill(place, name, number, rng):
@@ -45,19 +46,21 @@ def kill(place, name, number, rng):
 
 
 def fail(place, name, number, rng):
-    """Fill the disk, or let a write fail: there is a whole result, or one sentence that names the file, and none."""
-    command, calls = COMMANDS[name], [call for call in place.undisturbed(name)[0] if call.sort & WRITES]
+    """Fill the disk, or let a write fail, or a read of what was written: there is a whole result, or one sentence."""
+    command, full = COMMANDS[name], number % 2 == 0
+    error, sorts = (errno.ENOSPC, WRITES) if full else (errno.EIO, WRITES | Calls.READS)
+    calls = [call for call in place.undisturbed(name)[0] if call.sort & sorts]
     named = [call.sort is Calls.RENAME and call.path.endswith(command.output) for call in calls]
-    at, full = rng.randrange(len(calls)) if number else named.index(True), number % 2 == 0
-    error, call = errno.ENOSPC if full else errno.EIO, calls[at]
+    ours = [at for at, each in enumerate(calls) if each.sort & WRITES or re.search(WRITTEN, each.path)]
+    at = rng.choice(ours) if number else named.index(True)
+    call = calls[at]
     place.reset()
-    (running,) = place.launch(command, fault=Fault(place.folder, at + 1, error, WRITES, lasting=full))
+    (running,) = place.launch(command, fault=Fault(place.folder, at + 1, error, sorts, lasting=full))
     finished = running.wait()
     case = (call, error, finished.stderr)
     wrong = list(place.wrong(name, done=finished.exit_code == 0, may_leave=".partial.old" in call.path))
     assert not wrong, (case, wrong)
     if finished.exit_code:
-        # A GGUF file is no model if its conversion cannot be kept.
         require(finished, {OUTPUT})
         (sentence,) = re.findall(r"^error: .*", finished.stderr, re.MULTILINE)
         places = (command.output, "cache", "work", "tiny.gguf", str(place.folder / "tmp"))
