@@ -142,6 +142,8 @@ def test_gguf_files_lose_rows_and_keep_their_bytes(sleb, tmp_path, type_):
     ends = [reader.fields["tokenizer.ggml.eos_token_id"].contents() for reader in (old, new)]
     assert before[ends[0]] == after[ends[1]]
     assert [*result["vocabulary"]["tokens"]] == [len(before), len(after)]
+    folder = json.loads(sleb("apply", file, "--scripts", "latin", "-o", "out", "--json").stdout)  # one token has no row
+    assert (folder["vocabulary"]["tokens"], folder["proof"]["checks"]) == ([len(before), len(after)], CHECKS)
 
 
 WRONG = {

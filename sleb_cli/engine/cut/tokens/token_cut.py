@@ -67,7 +67,7 @@ class TokenCut(TokenRemoval, Cut):
         added = renumbered.get("added_tokens_decoder")
         if isinstance(added, Mapping):
             new = {str(old): str(number) for old, number in self.vocabulary.new_number.items()}
-            renumbered["added_tokens_decoder"] = {new.get(old, old): token for old, token in added.items()}
+            renumbered["added_tokens_decoder"] = {new[old]: token for old, token in added.items() if old in new}
         return renumbered
 
     def tensor(self, name: str) -> tuple[str, Slices | None]:
@@ -115,9 +115,8 @@ def plan_tokens(architecture: Architecture, scripts: Sequence[str]) -> TokenCut:
         if holds(source.folder, name):
             used |= numbers_in(read_json(source.folder / name), name)
     in_bytes = any(part.get("type") == "ByteLevel" for part in parts(data.get("decoder")))
-    texts = {number: text_of(token, in_bytes=in_bytes) for token, number in tokens_in(data) if number not in added}
-    if max({*texts, *added}, default=0) >= count:
-        raise refused(architecture, f"its tokenizer has more tokens than the model's {count:,} rows")
+    plain = {number: token for token, number in tokens_in(data) if number not in added and number < count}
+    texts = {number: text_of(token, in_bytes=in_bytes) for number, token in plain.items()}
     vocabulary = choose(scripts, texts, added | used, count, normalize)
     tables = tables_of(architecture, vocabulary)
     return TokenCut(vocabulary, architecture.text_key, tables, cut_tokenizer(data, vocabulary))

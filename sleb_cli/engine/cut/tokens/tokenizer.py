@@ -73,7 +73,8 @@ def cut_tokenizer(data: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, 
     else:
         model["vocab"] = [model["vocab"][number] for _, number in kept]
         model["unk_id"] = vocabulary.renumbered(model.get("unk_id"))
-    added = [token | {"id": new[token["id"]]} for token in data["added_tokens"]]
+    # One without a row, which the tokenizer of a GGUF file may have, goes.
+    added = [token | {"id": new[token["id"]]} for token in data["added_tokens"] if token["id"] in new]
     rest = {key: _with_new_ids(data.get(key), new) for key in ("post_processor", "padding")}
     return {**data, "model": model, "added_tokens": added, **rest}
 
