@@ -84,8 +84,8 @@ def find_experts(architecture: Architecture) -> Experts:
     """
     text, skeleton = architecture.text_config, architecture.skeleton
     state, groups = dict(skeleton.state_dict()), getattr(text, "n_group", None) or 1
-    found = {}
-    for key, count in settings_of(text.to_dict()):
+    found, settings = {}, dict(settings_of(text.to_dict()))
+    for key, count in settings.items():
         can_be = "expert" in key[-1] and count >= MIN_EXPERTS and count > 2 * groups
         if can_be and (fewer := _fewer(architecture, key, count, groups)):
             first, second = (_changes(state, dict(model.state_dict()), less) for model, less in fewer)
@@ -106,17 +106,17 @@ def find_experts(architecture: Architecture) -> Experts:
     by_name = {inner: parts[name] for name, (_, inner) in places.items()}
     module, router = _roles(architecture, state, by_name, blocks, count)
     in_files, numbered = _in_files(architecture, skeleton, fewer_experts, groups)
-    active = next((v for key in ACTIVE if isinstance(v := _value(text, keys[0], key), int)), 1)
+    places_of_active = ((*around, name) for name in ACTIVE for around in (keys[0][:-1], ()))
+    active = next((settings[place] for place in places_of_active if place in settings), 1)
     experts = Experts(keys[0], count, active, groups, tuple(blocks), module, router, by_name | in_files, numbered)
     return _with_siblings(architecture, experts)
 
 
 def expert_parameters(architecture: Architecture) -> int:
     """Return how many parameters one expert of each block has, with its part of the router."""
-    path, found = architecture.adapter.blocks_path, 0
+    split, parts, found = architecture.names.split, architecture.experts.parts, 0
     for name, parameter in architecture.skeleton.named_parameters():
-        _, _, inner = name.removeprefix(f"{path}.").partition(".")
-        if name.startswith(f"{path}.") and (part := architecture.experts.parts.get(inner)):
+        if part := parts.get(split(name)[1]):
             found += parameter.numel() // part.units
     return found
 
@@ -136,15 +136,6 @@ def settings_of(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterat
             yield from settings_of(value, (*path, str(key)))
         elif type(value) is int:
             yield (*path, str(key)), value
-
-
-def _value(text: Any, key: tuple[str, ...], name: str) -> Any:
-    """Return a setting that stands beside the one that counts the experts, or in the language model's config."""
-    inner: Any = text
-    for part in key[:-1]:
-        inner = getattr(inner, part, None)
-    found = inner.get(name) if isinstance(inner, Mapping) else getattr(inner, name, None)
-    return getattr(text, name, None) if found is None else found
 
 
 def with_setting(

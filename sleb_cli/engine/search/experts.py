@@ -6,7 +6,8 @@ No subsets are searched: on the text that it is summed on, a sum finds about wha
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import fmean
@@ -23,7 +24,8 @@ from sleb_cli.engine.forward.forecast import announce
 from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.passes import Job, Passes
 from sleb_cli.engine.forward.prepare import prepare_passes
-from sleb_cli.engine.model.experts import Experts
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.model.experts import expert_parameters
 from sleb_cli.engine.process_group import deal
 from sleb_cli.engine.search.held_out import hold_out
 from sleb_cli.engine.search.inputs import SearchInputs, found_plan, open_search_journal, search_record, write_sample
@@ -33,7 +35,7 @@ from sleb_cli.engine.search.settings import ExpertMethod, Search
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify, task
 from sleb_cli.plan import DenseRecord, ExpertOrder, ExpertPlan, ExpertsText, HeldOutRecord, Plan
-from sleb_plugins import ExpertMetric, ExpertUse, ModelError, PluginError
+from sleb_plugins import ExpertUse, ModelError, PluginError
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 PIECE_BYTES = 64 << 20
@@ -52,6 +54,7 @@ class Text:
 
     source: str
     held_out: bool
+    sequences: int
     batches: range
 
 
@@ -62,15 +65,13 @@ def search_experts(search: Search, method: ExpertMethod, inputs: SearchInputs, s
         SlebError: a subclass that fits, for problems that only show once the model runs.
     """
     architecture, model = search.model.architecture, inputs.model
-    experts = architecture.experts
     unchanged = architecture.source.watch.unchanged
     with unchanged(), model, task(inputs.notify, "Checking the engine"):
         passes, texts, reason = _passes(search, inputs, method.holdout)
-    held_out = sum(len(passes.batches[batch]) for text in texts if text.held_out for batch in text.batches)
     record = search_record(
         search,
         passes,
-        held_out,
+        sum(text.sequences for text in texts if text.held_out),
         remove=method.fewer,
         target=method.target,
         protect_first=0,
@@ -79,36 +80,16 @@ def search_experts(search: Search, method: ExpertMethod, inputs: SearchInputs, s
         engine_reason=reason,
     )
     with open_search_journal(search, inputs, record) as journal, unchanged(), model, torch.inference_mode():
-        measuring = _Measuring(passes, texts, experts, architecture.source.id, journal, inputs.notify)
-        _announce(measuring)
-        blocks = [*architecture.blocks_of(model.model)]
-        uses = measuring.count_uses(blocks)
-        orders = _orders(method, experts, uses, [text for text in texts if not text.held_out])
+        measuring = _Measuring(architecture, passes, texts, journal, inputs.notify)
+        measuring.count_uses()
+        orders = tuple(measuring.order(method, block) for block in architecture.experts.blocks)
         removed = {order.block: order.removals for order in orders}
-        cut = ExpertCut(experts.count, removed, architecture)
+        cut = ExpertCut(architecture.experts.count, removed, architecture)
         with cut.absent(model.model):
             measuring.measure(cut.steps, f"Measuring without {cut.what}")
         sample = write_sample(search, inputs, (), cut.absent(model.model))
-    found = ExpertPlan(
-        count=experts.count,
-        active=experts.active,
-        groups=experts.groups,
-        blocks=orders,
-        texts=tuple(measuring.text_record(text, cut, uses) for text in texts),
-        **_sizes(cut),
-    )
-    return found_plan(
-        search,
-        inputs,
-        record,
-        started,
-        search=record,
-        dense=measuring.dense_record(),
-        removals=(),
-        steps=(),
-        experts=found,
-        sample_generation=sample,
-    )
+    found = {"dense": measuring.dense_record(), "experts": measuring.plan(orders, cut), "sample_generation": sample}
+    return found_plan(search, inputs, record, started, search=record, removals=(), steps=(), **found)
 
 
 def _passes(search: Search, inputs: SearchInputs, holdout: float) -> tuple[Passes, list[Text], str | None]:
@@ -130,7 +111,7 @@ def _passes(search: Search, inputs: SearchInputs, holdout: float) -> tuple[Passe
             first, size = len(batches), prepared.budget.sequences
             batches += torch.split(ids, size)
             masks += [] if mask is None else torch.split(mask, size)
-            texts.append(Text(source, bool(held), range(first, len(batches))))
+            texts.append(Text(source, bool(held), len(ids), range(first, len(batches))))
     budget = replace(prepared.budget, kept=0)
     return replace(prepared, batches=batches, loss_mask=masks or None, budget=budget), texts, reason
 
@@ -139,18 +120,18 @@ def _passes(search: Search, inputs: SearchInputs, holdout: float) -> tuple[Passe
 class _Measuring:
     """Measures losses and the use of experts, batch by batch; processes share them, and the journal keeps them."""
 
+    architecture: Architecture
     passes: Passes
     texts: Sequence[Text]
-    experts: Experts
-    model: str
     journal: Journal
     notify: Notify
-    sums: dict[int, dict[int, Sums]] = field(default_factory=dict, init=False)
+    sums: dict[int, dict[int, Sums]] = field(default_factory=lambda: defaultdict(dict), init=False)
     """Of batches that run now, by block."""
 
-    def count_uses(self, blocks: Sequence[torch.nn.Module]) -> dict[int, dict[int, Sums]]:
-        """Return how each batch uses the experts of each block, and measure the dense model on it."""
-        current = 0
+    def count_uses(self) -> None:
+        """Count how each batch uses the experts of each block, and measure the dense model on it."""
+        self._announce()
+        experts, model, current = self.architecture.experts, self.passes.skippable.model, 0
 
         def watch(batch: int | None) -> None:
             nonlocal current
@@ -160,21 +141,19 @@ class _Measuring:
                 current = batch
 
         def add(block: int, choice: Choice) -> None:
-            of_batch = self.sums.setdefault(current, {})
-            found = sums_of(choice, self.experts.count)
-            of_batch[block] = found + of_batch[block] if block in of_batch else found
+            of_batch = self.sums[current]
+            of_batch[block] = sums_of(choice, experts.count) + of_batch.get(block, 0)
 
         self.passes.watch = watch
-        with watched(self.experts, blocks, add):
+        with watched(experts, [*self.architecture.blocks_of(model)], add):
             self.measure((), "Counting how experts are used")
         self.passes.watch = lambda batch: None
-        found = {}
-        for batch in self.passes.numbers:
-            rows = {block: self.journal.find((), block, batch) for block in self.experts.blocks}
-            found[batch] = {
-                block: torch.tensor(row, dtype=torch.float64).view(6, -1) for block, row in rows.items() if row
-            }
-        return found
+
+    def _announce(self) -> None:
+        skippable, batches = self.passes.skippable, self.passes.batches
+        tokens = sum(batch.numel() for batch in batches) / self.journal.group.size
+        walks = (1 + SCORED_WALK) * len(skippable.switches) + 2 * skippable.head_blocks
+        announce(self.notify, f"Search: two walks of {tokens:,.0f} tokens", tokens * walks, skippable, batches[0])
 
     def measure(self, removed: Sequence[int], what: str) -> None:
         """Measure the losses of the batches without what goes, and record what was counted meanwhile."""
@@ -193,9 +172,9 @@ class _Measuring:
 
     def _record(self, batch: int, losses: list[float], removed: Sequence[int]) -> None:
         if not all(loss < LARGEST_LOSS for loss in losses):
-            dtype = self.passes.skippable.model.dtype
+            name, dtype = self.architecture.source.id, self.passes.skippable.model.dtype
             raise ModelError(
-                f"{self.model} computes NaN, infinity or a perplexity that is not finite in {dtype_name(dtype)}"
+                f"{name} computes NaN, infinity or a perplexity that is not finite in {dtype_name(dtype)}"
                 f"{' without these experts' if removed else ''}.",
                 hint=wider_range(dtype),
             )
@@ -210,27 +189,59 @@ class _Measuring:
     def dense_record(self) -> DenseRecord:
         """Return the losses of the dense model."""
         seen, held = ([text for text in self.texts if text.held_out == is_held] for is_held in (False, True))
-        loss = self.loss((), seen)
-        of_held = self.loss((), held) if held else None
+        loss, of_held = self.loss((), seen), self.loss((), held) if held else None
         held_out = None if of_held is None else HeldOutRecord(loss=of_held, perplexity=math.exp(of_held))
         return DenseRecord(loss=loss, perplexity=math.exp(loss), held_out=held_out)
 
-    def text_record(self, text: Text, cut: ExpertCut, uses: Mapping[int, Mapping[int, Sums]]) -> ExpertsText:
+    def use(self, block: int, texts: Iterable[Text]) -> ExpertUse:
+        """Add up how some texts use the experts of a block, in the order of their batches."""
+        rows = (self.journal.find((), block, batch) for text in texts for batch in text.batches)
+        return ExpertUse(*torch.tensor([row for row in rows if row], dtype=torch.float64).sum(0).view(6, -1))
+
+    def order(self, method: ExpertMethod, block: int) -> ExpertOrder:
+        """Rank the experts of a block by the texts that are not held out, and say which go.
+
+        Raises:
+            PluginError: the metric does not score them.
+        """
+        use = self.use(block, (text for text in self.texts if not text.held_out))
+        scores: Any = method.metric.score_experts(use, block)
+        values = scores.tolist() if isinstance(scores, Tensor) else None
+        if not isinstance(values, list) or len(values) != len(use.tokens) or not all(map(math.isfinite, values)):
+            raise PluginError(
+                f"The metric {method.metric.name!r} did not score each of the {len(use.tokens)} experts of block "
+                f"{block} by a finite number.",
+                hint="Report it to the author of the plugin, which `sleb plugins` names.",
+            )
+        removals = lowest(values, self.architecture.experts.groups)[: method.fewer]
+        tokens = tuple(use.tokens.long().tolist())
+        return ExpertOrder(block=block, removals=removals, scores=tuple(values), tokens=tokens)
+
+    def plan(self, orders: tuple[ExpertOrder, ...], cut: ExpertCut) -> ExpertPlan:
+        """Return what goes, the sizes before and after, and what it costs each text."""
+        experts = self.architecture.experts
+        return ExpertPlan(
+            count=experts.count,
+            active=experts.active,
+            groups=experts.groups,
+            blocks=orders,
+            texts=tuple(self.text_record(text, cut) for text in self.texts),
+            **_sizes(cut),
+        )
+
+    def text_record(self, text: Text, cut: ExpertCut) -> ExpertsText:
         """Return the losses on a text, and how it uses the experts."""
-        whole, kept, unreached = 0.0, 0.0, 0
-        for block in self.experts.blocks:
-            use = _use_of(uses, [text], block)
-            unreached += int((use.tokens == 0).sum())
-            whole += float(use.squared_products.sum())
-            kept += float(use.squared_products[list(cut.kept(block))].sum())
+        uses = {block: self.use(block, [text]) for block in self.architecture.experts.blocks}
+        whole = sum(float(use.squared_products.sum()) for use in uses.values())
+        kept = sum(float(use.squared_products[list(cut.kept(block))].sum()) for block, use in uses.items())
         return ExpertsText(
             text=text.source,
-            sequences=sum(len(self.passes.batches[batch]) for batch in text.batches),
+            sequences=text.sequences,
             held_out=text.held_out,
             dense=self.loss((), [text]),
             pruned=self.loss(cut.steps, [text]),
             kept=kept / whole if whole else 0.0,
-            unreached=unreached,
+            unreached=sum(int((use.tokens == 0).sum()) for use in uses.values()),
         )
 
 
@@ -250,43 +261,6 @@ def sums_of(choice: Choice, count: int) -> Sums:
     return found
 
 
-def _use_of(uses: Mapping[int, Mapping[int, Sums]], texts: Sequence[Text], block: int) -> ExpertUse:
-    """Add up the use of a block's experts over some texts, in the order of their batches."""
-    rows = [uses[batch][block] for text in texts for batch in text.batches if block in uses[batch]]
-    return ExpertUse(*torch.stack(rows).sum(0))
-
-
-def _orders(
-    method: ExpertMethod, experts: Experts, uses: Mapping[int, Mapping[int, Sums]], texts: Sequence[Text]
-) -> tuple[ExpertOrder, ...]:
-    """Rank the experts of each block, and say which go."""
-    orders = []
-    for block in experts.blocks:
-        use = _use_of(uses, texts, block)
-        scores = _scores(method.metric, use, block)
-        orders.append(
-            ExpertOrder(
-                block=block,
-                removals=lowest(scores, experts.groups)[: method.fewer],
-                scores=tuple(scores),
-                tokens=tuple(map(int, use.tokens.tolist())),
-            )
-        )
-    return tuple(orders)
-
-
-def _scores(metric: ExpertMetric, use: ExpertUse, block: int) -> list[float]:
-    scores: Any = metric.score_experts(use, block)
-    values = scores.tolist() if isinstance(scores, Tensor) else None
-    if not isinstance(values, list) or len(values) != len(use.tokens) or not all(map(math.isfinite, values)):
-        raise PluginError(
-            f"The metric {metric.name!r} did not score each of the {len(use.tokens)} experts of block {block} by a "
-            "finite number.",
-            hint="Report it to the author of the plugin, which `sleb plugins` names.",
-        )
-    return values
-
-
 def lowest(scores: Sequence[float], groups: int) -> tuple[int, ...]:
     """Return the experts, the lowest score first, ties by number; one of each group after the other."""
     size = len(scores) // groups
@@ -297,26 +271,13 @@ def lowest(scores: Sequence[float], groups: int) -> tuple[int, ...]:
 def _sizes(cut: ExpertCut) -> dict[str, tuple[int, int]]:
     """Return parameters, those that a token uses, and bytes of the weights, before and after."""
     architecture, stored = cut.architecture, cut.architecture.source.weights.stored
-    surgery = Surgery(architecture, (cut,))
-    pruned = architecture.build(architecture.read_config(surgery.prune_config()))
-    dense, left = (sum(each.numel() for each in model.parameters()) for model in (architecture.skeleton, pruned))
-    kept = surgery.tensors((tensor.name, tensor) for tensor in stored)
+    parameters = sum(each.numel() for each in architecture.skeleton.parameters())
+    of_expert = expert_parameters(architecture)
+    active = parameters - of_expert * (cut.count - architecture.experts.active)  # a token uses as many as before
+    kept = Surgery(architecture, (cut,)).tensors((tensor.name, tensor) for tensor in stored)
     size = sum(new_tensor(name, tensor, None, slices, None).size for name, tensor, slices in kept)
-    each = (dense - left) // cut.fewer  # one expert of each block
-    active = [
-        total - each * (count - architecture.experts.active)
-        for total, count in ((dense, cut.count), (left, cut.count - cut.fewer))
-    ]
     return {
-        "parameters": (dense, left),
-        "active_parameters": (active[0], active[1]),
+        "parameters": (parameters, parameters - of_expert * cut.fewer),
+        "active_parameters": (active, active),
         "weights_bytes": (sum(tensor.size for tensor in stored), size),
     }
-
-
-def _announce(measuring: _Measuring) -> None:
-    passes = measuring.passes
-    tokens = sum(batch.numel() for batch in passes.batches) / measuring.journal.group.size
-    walks = (1 + SCORED_WALK) * len(passes.skippable.switches) + 2 * passes.skippable.head_blocks
-    what = f"Search: two walks of {tokens:,.0f} tokens"
-    announce(measuring.notify, what, tokens * walks, passes.skippable, passes.batches[0])

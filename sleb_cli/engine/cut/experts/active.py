@@ -8,9 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
-import torch
-from torch import nn
-
 from sleb_cli.engine.cut.protocol import Cut, GgufCut, Removal
 from sleb_cli.engine.files.config_files import CONFIG
 from sleb_cli.engine.gguf.file import GgufFile, with_value
@@ -105,7 +102,9 @@ def plan_active(architecture: Architecture, after: int) -> ActiveCut:
     if after >= before:
         raise _none_to_spare(architecture.source.id, before, after)
     fewer = built_with(architecture, key, after)
-    if _shapes(fewer) != _shapes(architecture.skeleton):
+    states = (model.state_dict().items() for model in (architecture.skeleton, fewer))
+    dense, changed = ([(name, tensor.shape) for name, tensor in state] for state in states)
+    if dense != changed:
         raise UnsupportedModelError(
             f"{architecture.source.id} has weights whose shapes follow from how many experts a token uses.",
             hint="Leave out --experts-per-token.",
@@ -130,10 +129,6 @@ def plan_gguf_active(file: GgufFile, after: int) -> GgufActiveCut:
     if after >= before:
         raise _none_to_spare(str(file.path), before, after)
     return GgufActiveCut(before, after)
-
-
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def _none_to_spare(model: str, before: int, after: int) -> UsageError:

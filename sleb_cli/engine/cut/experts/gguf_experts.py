@@ -50,15 +50,15 @@ class GgufExpertCut(ExpertRemoval, GgufCut):
         """Return the header of the file with only the experts that stay."""
         key, fewer = f"{file.architecture}.expert_count", self.count - self.fewer
         entries = (with_value(entry, fewer) if entry.key == key else entry for entry in file.entries)
-        cut = replace(file, entries=tuple(entries), tensors=tuple(map(self._cut, file.tensors)))
+        tensors = (
+            tensor if (block := _block_with_experts(tensor, self.count)) is None else tensor.only(self.kept(block))
+            for tensor in file.tensors
+        )
+        cut = replace(file, entries=tuple(entries), tensors=tuple(tensors))
         _, numbers = remaining(file, REMOVED_BLOCKS, stored_block_count(file))
         for block, removed in self.removed.items():
             cut = with_removals(cut, f"{REMOVED_EXPERTS}{numbers[block]}", self.count, removed)
         return cut
-
-    def _cut(self, tensor: GgufTensor) -> GgufTensor:
-        block = _block_with_experts(tensor, self.count)
-        return tensor if block is None else tensor.only(self.kept(block))
 
 
 def plan_gguf_experts(file: GgufFile, removed: Removed) -> GgufExpertCut:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,41 +29,22 @@ def without_experts(
     Raises:
         UnsupportedModelError: at the end, if a block has run and its router was not reached.
     """
-    reached = {block: _Reached() for block in experts.blocks if removed.get(block)}
+    modes: dict[int, list[_Masked]] = {block: [] for block in experts.blocks if removed.get(block)}
     with ExitStack() as stack:
-        for block, counts in reached.items():
+        for block, of_block in modes.items():
             for child in sorted({name.partition(".")[0] for name in experts.router}):
-                own = {name.partition(".")[2]: part for name, part in experts.router.items() if name.startswith(child)}
+                router = experts.router.items()
+                own = {name.removeprefix(f"{child}."): part for name, part in router if name.startswith(f"{child}.")}
                 module, gone = blocks[block].get_submodule(child), torch.tensor(sorted(removed[block]))
-                stack.enter_context(_replaced(module, _masking(module, own, gone, counts)))
+                of_block.append(_Masked(module, own, gone))
+                stack.enter_context(_replaced(module, of_block[-1].around))
         yield
-    for block, counts in reached.items():
-        if counts.runs and not counts.masked:
+    for block, of_block in modes.items():
+        if any(mode.runs for mode in of_block) and not any(mode.hits for mode in of_block):
             raise UnsupportedModelError(
                 f"The experts of {model_type} cannot be left out: sleb does not reach the router of block {block}.",
                 hint="Open an issue that names this family.",
             )
-
-
-@dataclass
-class _Reached:
-    """How often a router ran, and how often what it computed was changed."""
-
-    runs: int = 0
-    masked: int = 0
-
-
-def _masking(module: nn.Module, router: Mapping[str, Part], gone: Tensor, counts: _Reached) -> Callable[[Forward], Any]:
-    def masked(own: Forward, *args: Any, **kwargs: Any) -> Any:
-        mode = _Masked(module, router, gone)
-        try:
-            with mode:
-                return own(*args, **kwargs)
-        finally:
-            counts.runs += 1
-            counts.masked += mode.hits
-
-    return lambda own: lambda *args, **kwargs: masked(own, *args, **kwargs)
 
 
 class _Masked(TorchFunctionMode):
@@ -76,7 +58,20 @@ class _Masked(TorchFunctionMode):
         super().__init__()
         names = [(name.rpartition("."), part) for name, part in router.items()]
         self.router = [(module.get_submodule(owner), last, part) for (owner, _, last), part in names]
-        self.derived, self.gone, self.hits = dict[int, Tensor](), gone, 0
+        self.derived, self.gone, self.runs, self.hits = dict[int, Tensor](), gone, 0, 0
+
+    def around(self, own: Forward) -> Forward:
+        """Mask what a forward function computes."""
+
+        def masked(*args: Any, **kwargs: Any) -> Any:
+            self.runs += 1
+            try:
+                with self:
+                    return own(*args, **kwargs)
+            finally:
+                self.derived.clear()
+
+        return masked
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, router = kwargs or {}, {id(getattr(owner, last)): part for owner, last, part in self.router}
@@ -162,7 +157,7 @@ def _telling(count: int, block: int, tell: Callable[[int, Choice], object], *, a
             tell(block, choice)
         return output
 
-    return lambda own: lambda *args, **kwargs: told(own, *args, **kwargs)
+    return lambda own: partial(told, own)
 
 
 def _choice(own: Forward, hidden: Tensor, given: Sequence[Tensor]) -> Choice | None:
