@@ -177,7 +177,9 @@ def test_programs_run_only_with_permission(sleb, evaluate, tiny_llama, tmp_path,
         assert "needs bubblewrap" in sleb("eval", *asked, "--run-code", "confined", code=7).stderr
     monkeypatch.setattr(written_code, "passes", lambda program, how: ran.append(how) or passes(program, "unconfined"))
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
-    assert evaluate(*asked)[0]["tasks"] == [task]
+    (confined,) = evaluate(*asked)[0]["tasks"]
+    assert confined.pop("fingerprint") != task.pop("fingerprint")  # what may run decides what passes
+    assert confined == task
     assert set(ran) == {"confined"}
     (tmp_path / "own_programs.yaml").write_text(
         "task: own_programs\ninclude: " + own["include"].replace("humaneval_instruct", "humaneval") + "\n"

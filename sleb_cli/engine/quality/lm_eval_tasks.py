@@ -92,7 +92,8 @@ class LoadedTask:
             with _quietly_loading(name):
                 examples = list(each.fewshot_docs()) if each.get_config("num_fewshot") else []
                 items = list(islice(each.eval_docs, self._limit))
-            found[name] = _hash([*common, _settings_of(each), items, examples])
+            how = [self._run_code] if getattr(each, "UNSAFE_CODE", False) else []
+            found[name] = _hash([*common, *how, _settings_of(each), items, examples])
         groups = [(name, of.aggregate_metric_list) for name, of in self._groups.items() if of.aggregate_metric_list]
         return found | {name: _hash([found, metrics]) for name, metrics in groups}
 
