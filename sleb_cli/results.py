@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
+from sleb_cli.keys import Key, key_of
 from sleb_cli.names import public_source
 from sleb_cli.plan import CalibrationRecord, RecoveryRecord
 from sleb_cli.records import ModelRecord, Perplexity, Proof, Public, Record, VersionedRecord
@@ -58,12 +59,17 @@ class ResultRecord(ExpertResult):
     torch: str
     transformers: str
 
-    @property
-    def setting(self) -> tuple[object, ...]:
-        """What two results must share to be merged."""
-        model = (self.model.fingerprint, self.model.code)
-        ran = (self.dtype, self.device, self.processor, self.sleb_version, self.torch, self.transformers)
-        return (*model, *ran, *((self.experts.count, self.experts.ranking) if self.experts else ()))
+    def key(self, **depends: Any) -> Key:
+        """Return what two results must share to be merged."""
+        return key_of(
+            {name: getattr(self.model, name) for name in ("fingerprint", "code", "family")},
+            dtype=self.dtype,
+            device=self.device,
+            versions={"sleb": self.sleb_version, "torch": self.torch, "transformers": self.transformers},
+            processor=self.processor,
+            experts=self.experts and self.experts.to_data(),
+            **depends,
+        )
 
 
 class CutRecord(Record):
@@ -387,13 +393,12 @@ class EvalResult(ResultRecord):
     texts: tuple[TextResult, ...]
     tasks: tuple[TaskResult, ...]
 
-    @property
-    def setting(self) -> tuple[object, ...]:
-        """What two results must share to be merged."""
-        return (*super().setting, self.behavior, self.recovered)
+    def key(self, **depends: Any) -> Key:
+        """Return what two results must share to be merged."""
+        return super().key(behavior=self.behavior, recovered=self.recovered, **depends)
 
     def merged_with(self, previous: EvalResult) -> EvalResult:
-        """Return both results, of one `setting`, as one: what was measured in both is taken from this one."""
+        """Return both results, of one key, as one: what was measured in both is taken from this one."""
         sizes = {frozenset(size): size for size in (*previous.sizes, *self.sizes)}
         return self.model_copy(
             update={
@@ -563,13 +568,12 @@ class BenchResult(ResultRecord):
     pruned: tuple[ModelSize, ...]
     workloads: tuple[WorkloadResult, ...]
 
-    @property
-    def setting(self) -> tuple[object, ...]:
-        """What two results must share to be merged."""
-        return (*super().setting, self.threads)
+    def key(self, **depends: Any) -> Key:
+        """Return what two results must share to be merged."""
+        return super().key(threads=self.threads, **depends)
 
     def merged_with(self, previous: BenchResult) -> BenchResult:
-        """Return both results, of one `setting`, as one.
+        """Return both results, of one key, as one.
 
         A workload that was run again replaces the earlier one with all its sizes, since each run times the dense model
         anew; but runs with fewer iterations replace nothing.

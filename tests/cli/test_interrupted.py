@@ -96,10 +96,10 @@ def test_a_journal_of_another_search_is_refused(search, tiny_llama, tiny_gpt2, t
     for changes, difference in OTHERS.items():
         assert difference in search(*again, *changes, model=folder, code=3).stderr
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    assert "belongs to another search (behavior: " in search(*again, model=folder, code=3).stderr
+    assert "belongs to another search (model.files: " in search(*again, model=folder, code=3).stderr
     (folder / "chat_template.jinja").unlink()
     refused = search(*again, model=tiny_gpt2, code=3).stderr
-    assert "model.fingerprint" in refused
+    assert "model.files" in refused
     assert "model.model_type: gpt2, not llama" in refused
     assert journal.read_bytes() == before
     # What was measured depends neither on where the search will end, nor on what the model does not read, nor on how

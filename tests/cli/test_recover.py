@@ -238,7 +238,7 @@ def test_a_fit_is_not_continued_with_another_setting(apply, tiny_llama, tmp_path
 def test_what_nobody_continued_is_cleared_later(sleb, tiny_llama, tmp_path):
     kept = {"ours": "block-3.safetensors", "fresh": "block-3.safetensors", "not ours": "notes.txt"}
     for name, file in kept.items():
-        folder = tmp_path / f".{name}.recovery" / "float32-0123456789abcdef"
+        folder = tmp_path / f".{name}.recovery" / "float32-float32-0123456789abcdef"
         folder.mkdir(parents=True)
         (folder / ".block-2.safetensors.01234567.partial").touch()  # of a process that was killed while it saved
         for saved in (file, "closed-form.safetensors"):

@@ -79,7 +79,7 @@ def resolve_recovery(
     stored = min([*written, own], key=lambda each: each.itemsize)
     stages = tuple(_STAGES[option](request) for option in request.recoveries)
     place = partial(_place, subject, request, stages, dtype, group, notify)
-    placement, text, needed = place(state.dtype or AUTO)  # an unfinished healing goes on in its own
+    placement, text, needed = place(state.dtype(dtype_name(stored)) or AUTO)  # an unfinished healing goes on in its own
     narrower, device = placement.dtype is not own and not placement.stream, placement.device
     if narrower and group.from_main(lambda: memory_shortage(sum(needed.values()), device)):
         placement, text, needed = place(dtype_name(own))  # which takes half of the memory
@@ -115,6 +115,8 @@ def _place(
         )
     )
     text = _resolve_text(request, subject, stream=found.stream)
+    if found.rounded:  # the model writes other text
+        text = replace(text, writer=f"{text.writer} {dtype_name(found.rounded)}")
     needed = {}
     if found.device_map is None:  # which spreads the model out
         what = "two blocks and what is outside of them" if found.stream else "the model"

@@ -1,13 +1,10 @@
 """The cache: models that were downloaded or converted, and files that save work done before."""
 
-import hashlib
-import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from platformdirs import user_cache_path
 
@@ -52,12 +49,6 @@ def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
                     fill(aside)
                     publish(aside, folder)
     return folder
-
-
-def cached_file(folder: str, key: Mapping[str, Any]) -> Path:
-    """Return the file in a folder of the cache, there or not, that is named by all that its content depends on."""
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return cache_root() / folder / name
 
 
 def write_cached(path: Path, content: str) -> None:

@@ -223,6 +223,12 @@ class Architecture:
         )
 
     @property
+    def identity(self) -> dict[str, str | None]:
+        """What numbers of the model depend on: its files, and the family that says what its blocks are."""
+        names = {"model_type": self.config.model_type, "family": self.adapter.name}
+        return {"files": self.source.content_hash, **names}
+
+    @property
     def longest_sequence(self) -> int | None:
         """The number of positions that the model supports, or None if it sets no limit."""
         limit = getattr(self.text_config, "max_position_embeddings", None)

@@ -1,6 +1,5 @@
 """Convert a GGUF file to a Hugging Face folder once, so that all other code reads one format."""
 
-import hashlib
 import math
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
@@ -25,6 +24,7 @@ from sleb_cli.engine.gguf.quick import quick_gguf
 from sleb_cli.engine.memory import memory_shortage
 from sleb_cli.engine.third_party import error_saying, translate_errors, translate_transformers_errors
 from sleb_cli.events import Notify, task
+from sleb_cli.keys import name_of
 from sleb_plugins import MachineError, OutputError, UnsupportedModelError
 
 # Raise it when the same file would become another folder.
@@ -51,8 +51,8 @@ def gguf_folder(path: Path, notify: Notify) -> Path:
 
     # What the folder is made of and by: the file, with its whole header, and the versions.
     weights = min((tensor.start for tensor in read_gguf(path).tensors), default=0)
-    made_by = f"{CONVERSION} transformers {transformers.__version__} gguf {version('gguf')}"
-    name = hashlib.sha256(f"{fingerprint_files([path], header=weights)} {made_by}".encode()).hexdigest()
+    made_by = {"conversion": CONVERSION, "transformers": transformers.__version__, "gguf": version("gguf")}
+    name = name_of({"file": fingerprint_files([path], header=weights), **made_by})
     return cached_folder(f"gguf-{name[:16]}", fill)
 
 

@@ -16,11 +16,12 @@ from sleb_cli.engine.recovery.heal_budget import HealBudget
 from sleb_cli.engine.recovery.low_rank import RANK, LowRank, rank_of, trained_numbers
 from sleb_cli.engine.recovery.stage import Fields, Job, Stage, kept_blocks
 from sleb_cli.engine.recovery.training import LEARNING_RATE, Training
-from sleb_cli.engine.recovery.unfinished import short_hash
+from sleb_cli.engine.recovery.unfinished import DIGITS
 from sleb_cli.engine.recovery.variant import Variant
 from sleb_cli.engine.surgery.loading import load_pruned
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import HEAL_TASK, task
+from sleb_cli.keys import name_of
 from sleb_cli.plan import HealRecord
 from sleb_plugins import UnsupportedModelError
 
@@ -92,15 +93,16 @@ class Heal(Stage):
     def _identity(self, job: Job) -> str:
         """Return what stands for all that a healing depends on, besides its folder."""
         text, stages = job.settings.splits[0], job.settings.stages
-        return short_hash(
-            before=[stage.measured for stage in stages[: stages.index(self)]],
-            calibration=text.source,
-            samples=text.samples,
-            seed=text.seed,
-            minutes=self.budget.minutes,
-            tokens=self.budget.tokens,
-            processes=job.group.size,
-        )
+        depends = {
+            "before": [stage.measured for stage in stages[: stages.index(self)]],
+            "calibration": text.source,
+            "samples": text.samples,
+            "seed": text.seed,
+            "minutes": self.budget.minutes,
+            "tokens": self.budget.tokens,
+            "processes": job.group.size,
+        }
+        return name_of(depends)[:DIGITS]
 
 
 def _trained(blocks: Sequence[nn.Module]) -> int:

@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from torch import Tensor
 
 from sleb_cli.asked.text_names import SELF_CHAT
@@ -26,8 +24,8 @@ from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.text.calibration import Calibration, calibrate
 from sleb_cli.engine.text.windows import tokens_sha256, whole_mask
 from sleb_cli.events import Notice, Notify, task
+from sleb_cli.keys import key_of
 from sleb_cli.plan import ConversationsRecord, LossesRecord, RecoveryRecord
-from sleb_cli.version import __version__
 from sleb_plugins import DataError, ModelError, UnsupportedModelError, UsageError
 
 
@@ -117,17 +115,16 @@ def _folder_for(settings: RecoverySettings, train: Calibration, validation: Cali
     """Return the folder of what was found before of this very recovery, on these texts."""
     placement = settings.placement
     return settings.state.folder_for(
-        dtype_name(placement.dtype),
-        model=settings.surgery.architecture.source.content_hash,
-        sleb=__version__,
-        torch=str(torch.__version__),
-        transformers=transformers.__version__,
-        stored=dtype_name(settings.stored),
-        rounded=dtype_name(placement.rounded) if placement.rounded else None,
-        device=placement.device.type,
-        removed=sorted(settings.surgery.removed),
-        texts=[_text_key(text) for text in (train, validation)],
-        chat=settings.splits[0].chat,
+        key_of(
+            settings.surgery.architecture.identity,
+            dtype=dtype_name(placement.dtype),
+            device=placement.device.type,
+            stored=dtype_name(settings.stored),
+            rounded=dtype_name(placement.rounded) if placement.rounded else None,
+            removed=sorted(settings.surgery.removed),
+            texts=[_text_key(text) for text in (train, validation)],
+            chat=settings.splits[0].chat,
+        )
     )
 
 

@@ -6,15 +6,13 @@ has a file there, and so has a healing.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -26,12 +24,16 @@ from sleb_cli.engine.files.fingerprint import Watch
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.third_party import saving
 from sleb_cli.events import Notice, Notify
+from sleb_cli.keys import Key, name_of
 from sleb_plugins import OutputError, PlanError
 
 R = TypeVar("R", bound=BaseModel)
 
 # Raise it when the same state would mean something else.
 FORMAT = 5
+
+DIGITS = 16
+"""How many of a key's name are in the names of files."""
 
 SUFFIX = ".recovery"
 """How the names of the hidden folders end."""
@@ -40,7 +42,7 @@ DAYS_KEPT = 30
 SECONDS_BETWEEN_SAVES = 60.0
 MAX_SAVING_SHARE = 0.05
 """The largest share of the time that saves may take; slow ones are further apart."""
-_OF_A_COMMAND = re.compile(r"(b?float(?:16|32|64))-[0-9a-f]{16}")
+_OF_A_COMMAND = re.compile(r"(b?float(?:16|32|64))-(b?float(?:16|32|64))-[0-9a-f]{16}")
 _OURS = re.compile(rf"{_OF_A_COMMAND.pattern}(/([\w-]+\.safetensors|\.\S+\.partial))?")
 
 
@@ -121,15 +123,14 @@ class Unfinished:
     def __init__(self, output: Path) -> None:
         self.folder = output.absolute().with_name(f".{output.name}{SUFFIX}")
 
-    def folder_for(self, dtype: str, **identity: Any) -> Path:
-        """Return the folder for what is computed in this data type, and depends on these values."""
-        return self.folder / f"{dtype}-{short_hash(format=FORMAT, **identity)}"
+    def folder_for(self, key: Key) -> Path:
+        """Return the folder for what has this key; its name begins with the data types."""
+        return self.folder / f"{key['dtype']}-{key['stored']}-{name_of({**key, 'format': FORMAT})[:DIGITS]}"
 
-    @property
-    def dtype(self) -> str | None:
-        """The data type that the unfinished healing computes in; None if there is none, or several."""
+    def dtype(self, stored: str) -> str | None:
+        """Return the data type that the unfinished healing of such values computes in; None for none, or several."""
         folders = {file.parent.name for file in self.folder.glob("*/healing-*.safetensors")}
-        found = {match[1] for name in folders if (match := _OF_A_COMMAND.fullmatch(name))}
+        found = {match[1] for name in folders if (match := _OF_A_COMMAND.fullmatch(name)) and match[2] == stored}
         return found.pop() if len(found) == 1 else None
 
     @property
@@ -162,11 +163,6 @@ class Unfinished:
     def delete(self) -> None:
         """Delete the folder once the output is written."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def short_hash(**values: Any) -> str:
-    """Return 16 hexadecimal digits that stand for these values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def fits_in(folder: Path) -> int:

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-import torch
-import transformers
-
 from sleb_cli.asked.text_names import REFERENCE_PRESETS
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.environment import environment_record
@@ -24,10 +21,10 @@ from sleb_cli.engine.search.settings import Method, Search
 from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.text.calibration import Calibration, calibrate
 from sleb_cli.events import Notify
+from sleb_cli.keys import key_of
 from sleb_cli.plan import CalibrationRecord, Plan, SampleGeneration, SearchRecord
 from sleb_cli.records import THIS_VERSION, differences
 from sleb_cli.requests import DEMO
-from sleb_cli.version import __version__
 from sleb_plugins import LogitMetric, ModelMetric, PlanError
 
 
@@ -117,18 +114,16 @@ def _repeating_options(search: Search, record: SearchRecord, text: CalibrationRe
 def open_search_journal(search: Search, inputs: SearchInputs, record: SearchRecord) -> AbstractContextManager[Journal]:
     """Open the journal of this search, named by all that measurements depend on; the number of removals is not."""
     architecture = search.model.architecture
-    identity = {
-        "sleb": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "model": architecture.record.model_dump(mode="json", exclude={"id", "revision"}),
-        "behavior": architecture.source.content_hash,
-        "calibration": inputs.calibration.record.to_data(),
-        "search": record.model_dump(mode="json", exclude={"remove", "target"}),
-    }
+    key = key_of(
+        architecture.identity,
+        dtype=record.dtype,
+        device=record.device,
+        calibration=inputs.calibration.record.to_data(),
+        search=record.model_dump(mode="json", exclude={"remove", "target", "dtype", "device"}),
+    )
     return open_journal(
         search.recording.journal,
-        identity,
+        key,
         inputs.notify,
         resume=search.recording.resume,
         group=inputs.group,

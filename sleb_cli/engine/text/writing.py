@@ -10,18 +10,17 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
-from sleb_cli.engine.device import as_float64, input_device
-from sleb_cli.engine.files.cache import cached_file, write_cached
+from sleb_cli.engine.device import as_float64, dtype_name, input_device
+from sleb_cli.engine.files.cache import cache_root, write_cached
 from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.model.generation import continue_each, generate
 from sleb_cli.engine.third_party import error_saying, pass_errors_through
 from sleb_cli.events import Advance, Notice, Notify, task
+from sleb_cli.keys import Key, key_of, name_of
 from sleb_cli.units import plural
-from sleb_cli.version import __version__
 from sleb_plugins import OutputError, UnsupportedModelError
 
 T = TypeVar("T")
@@ -71,7 +70,7 @@ def write_or_find(model: Any, writing: Writing, write: Callable[[Continue, int],
     """
     batch = min(writing.count, _MAX_BATCH, max(_MIN_BATCH, _TOKENS_PER_BATCH // writing.new))
     device = input_device(model)
-    file = cached_file("texts", _key(model, writing, batch))
+    file = cache_root() / "texts" / name_of(_key(model, writing, batch))
     kept = list[T]()
     with suppress(OSError, ValueError):  # there is none, or a broken one
         kept = json.loads(file.read_bytes())
@@ -99,18 +98,17 @@ def write_or_find(model: Any, writing: Writing, write: Callable[[Continue, int],
     return found
 
 
-def _key(model: Any, writing: Writing, batch: int) -> dict[str, Any]:
-    return {
+def _key(model: Any, writing: Writing, batch: int) -> Key:
+    return key_of(
+        {"files": writing.model},
+        dtype=dtype_name(model.dtype),
+        device=input_device(model).type,
+        quantization=str(getattr(model.config, "quantization_config", None)),
+        shape=[writing.count, writing.new],
+        seed=writing.seed,
+        batch=batch,
         **writing.key,
-        "model": writing.model,
-        "shape": [writing.count, writing.new],
-        "seed": writing.seed,
-        "batch": batch,
-        "dtype": str(model.dtype),
-        "quantization": str(getattr(model.config, "quantization_config", None)),
-        "device": input_device(model).type,
-        "versions": [__version__, str(torch.__version__), transformers.__version__],
-    }
+    )
 
 
 def _continuing(model: Any, advance: Advance) -> Continue:
