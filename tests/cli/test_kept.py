@@ -1,0 +1,163 @@
+"""What is kept is found again by all that it depends on: with another option than before, a command starts anew."""
+
+import json
+import shutil
+from dataclasses import fields
+from typing import get_type_hints
+
+import pytest
+
+from conftest import llama_config, prose, save_model, write_task
+from sleb_cli.__main__ import main
+from sleb_cli.engine.recovery import unfinished
+from sleb_cli.engine.recovery.unfinished import Unfinished
+from sleb_cli.engine.search import journal
+from sleb_cli.requests import TARGET_NAMES, ApplyRequest, BenchRequest, EvalRequest, SearchRequest, option_of
+
+REQUESTS = {"search": SearchRequest, "apply": ApplyRequest, "eval": EvalRequest, "bench": BenchRequest}
+
+TEXT = {"calibration": "self:0.5,text.txt:0.5", "sequence_length": 24}
+
+FIRST = {
+    "search": {"model": "model", "remove": 2, "samples": 8, "holdout": 0.25, "sample_tokens": 4, **TEXT},
+    "apply": {
+        "subject": "found.json", "recover": True, "heal": True, "heal_tokens": 512, "samples": 20, "output": "out",
+        **TEXT,
+    },
+    "eval": {
+        "subject": "found.json", "perplexity": "text.txt", "sequence_length": 24, "max_windows": 4, "tasks": "words",
+        "include_path": "tasks", "limit": 6,
+    },
+    "bench": {
+        "subject": "found.json", "prompt": True, "batch_size": 1, "prompt_length": 8, "iterations": 2, "warmup": 0,
+    },
+}  # fmt: skip
+"""The options of the first run, which leaves all that it can."""
+
+NEXT = {
+    "model": "other", "subject": "other.json", "output": "elsewhere", "extend": "other.json", "source": "no.gguf",
+    "revision": "main", "include_path": "other tasks", "keep_failed": "failed", "engine": "steady", "dtype": "bfloat16",
+    "device": "cpu", "device_map": "auto", "stream": True, "memory": "1GB", "threads": 2, "batch_size": 3,
+    "unit": "experts", "ratio": 0.5, "target_params": "40K", "target_memory": "100KB", "max_perplexity_ratio": 3,
+    "serve_length": 64, "metric": "cosine", "strategy": "contiguous", "compare": "nll,cosine", "fast": True,
+    "calibration": "text.txt", "seed": 1, "chat": "answers", "holdout": 0.4, "blocks": "2,3", "every": 1,
+    "protect": "2", "protect_kind": "full_attention", "protect_first": 2, "protect_last": 2, "scripts": "latin",
+    "max_shard_size": "20KB", "experts_per_token": 1, "perplexity": "text.txt,other.txt", "tasks": "words,letters",
+    "num_fewshot": 1, "run_code": "confined", "show_flips": 3, "sweep": "batch=1,2 prompt=8", "new_tokens": 3,
+    "remove": 1,
+}  # fmt: skip
+"""What an option becomes that is neither a flag nor a number of the first run."""
+
+TIMED = {"target_speedup", "heal_minutes"}
+"""How far these go is for a clock to say."""
+
+CASES = [(command, each.name) for command in REQUESTS for each in fields(REQUESTS[command]) if each.name not in TIMED]
+
+
+def with_step(command, name):
+    """Return the options of the first run with one of them changed."""
+    options, kind = FIRST[command], get_type_hints(REQUESTS[command])[name]
+    now = options.get(name, False)
+    value = now + 1 if type(now) is int else not now if kind is bool else NEXT[name]
+    return {key: value for key, value in options.items() if name not in TARGET_NAMES or key not in TARGET_NAMES} | {
+        name: value
+    }
+
+
+def without_times(value, command):
+    """Return a result without what differs from run to run."""
+    if isinstance(value, dict):
+        gone = {"environment", "seconds"} | ({"dense", "pruned", "warmup"} if command == "bench" else set())
+        return {name: without_times(each, command) for name, each in value.items() if name not in gone}
+    if isinstance(value, list):
+        return [without_times(each, command) for each in value]
+    # The last digits depend on the size of batches, and on whether the model is streamed.
+    return pytest.approx(value, rel=2e-5) if isinstance(value, float) else value
+
+
+@pytest.fixture
+def run(run_sleb, monkeypatch):
+    """Run a command that leaves all that it found, and return its exit code, its result and what it says."""
+    monkeypatch.setattr(journal, "delete_journal", lambda *of: None)
+    monkeypatch.setattr(Unfinished, "delete", lambda self: None)
+    monkeypatch.setattr(unfinished, "SECONDS_BETWEEN_SAVES", 0.0)
+
+    def run(command, options):
+        found = [command]
+        for each in fields(REQUESTS[command]):
+            value = options.get(each.name, False)
+            if value is not False:
+                found += [] if each.metadata["doc"].argument else [option_of(each.name)]
+                found += [] if value is True else [value]
+        result = run_sleb(*found, "--json")
+        return result.exit_code, json.loads(result.stdout or "null"), result.stderr
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def materials(tmp_path_factory):
+    """Two of each: models, plans, texts, folders of tasks."""
+    folder = tmp_path_factory.mktemp("materials")
+    for seed, (model, plan) in enumerate({"model": "found", "other": "other"}.items()):
+        save_model(folder / model, llama_config(), seed=seed)
+        text = folder / ("other.txt" if seed else "text.txt")
+        text.write_text(prose(300, seed=seed))
+        how = ["--calibration", text, "--samples", 2, "--sequence-length", 16, "--sample-tokens", 0, "--quiet"]
+        words = ["search", folder / model, "--remove", 2, *how, "-o", folder / f"{plan}.json"]
+        assert main([str(word) for word in words]) == 0
+        for name in ("words", "letters"):
+            questions = [(f"{name} {number}", (number + seed) % 3) for number in range(12)]
+            rows = [{"q": q, "choices": ["river", "stone", "mill"], "gold": gold} for q, gold in questions]
+            write_task(folder / ("other tasks" if seed else "tasks"), name, rows)
+    return folder
+
+
+@pytest.fixture
+def enter(tmp_path, monkeypatch):
+    """Enter a copy of a folder, always at the same place."""
+
+    def enter(source):
+        shutil.rmtree(tmp_path / "here", ignore_errors=True)
+        monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "here" / "cache"))
+        monkeypatch.chdir(shutil.copytree(source, tmp_path / "here"))
+        return tmp_path / "here"
+
+    return enter
+
+
+@pytest.fixture
+def after_first(run, enter, materials, tmp_path_factory):
+    """Return a folder in which the first run of a command was."""
+
+    def after_first(command):
+        folder = materials.with_name(f"{materials.name}-{command}")
+        if not folder.exists():
+            here = enter(materials)
+            code, _, said = run(command, FIRST[command])
+            assert code == 0, said
+            shutil.rmtree("out", ignore_errors=True)
+            shutil.copytree(here, folder)
+        return folder
+
+    return after_first
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [case if case[0] == "eval" else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
+    ids=map("-".join, CASES),
+)
+def test_a_run_after_another_gives_what_it_gives_alone(
+    run, enter, after_first, materials, steady, without_memory, command, name
+):
+    found = []
+    for folder in (after_first(command), materials):
+        enter(folder)
+        again = {"resume": True, "force": True} if command == "search" else {}
+        found.append(run(command, with_step(command, name) | again))
+    (code, result, said), (expected_code, expected, _) = found
+    if "plan.json.journal belongs to another search" in said:
+        return
+    assert code == expected_code, said
+    assert without_times(result, command) == without_times(expected, command)
