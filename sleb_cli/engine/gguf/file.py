@@ -113,6 +113,12 @@ class GgufFile:
             )
         return found
 
+    def with_count(self, key: str, value: int) -> GgufFile:
+        """Return the header with another number under one of the architecture's own keys."""
+        key = f"{self.architecture}.{key}"
+        entries = (with_value(entry, value) if entry.key == key else entry for entry in self.entries)
+        return replace(self, entries=tuple(entries))
+
     @property
     def parameters(self) -> int:
         """The number of weights, whatever they are packed in."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 from sleb_cli.engine.cut.protocol import Cut, GgufCut, Removal
 from sleb_cli.engine.files.config_files import CONFIG
-from sleb_cli.engine.gguf.file import GgufFile, with_value
+from sleb_cli.engine.gguf.file import GgufFile
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.experts import ACTIVE, built_with, settings_of, with_setting
 from sleb_cli.results import PerTokenRecord
@@ -85,9 +85,7 @@ class GgufActiveCut(ActiveRemoval, GgufCut):
 
     def header(self, file: GgufFile) -> GgufFile:
         """Return the header with the new number."""
-        key = f"{file.architecture}.expert_used_count"
-        entries = (with_value(entry, self.after) if entry.key == key else entry for entry in file.entries)
-        return replace(file, entries=tuple(entries))
+        return file.with_count("expert_used_count", self.after)
 
 
 def plan_active(architecture: Architecture, after: int) -> ActiveCut:

@@ -113,12 +113,10 @@ class ExpertCut(ExpertRemoval, Cut):
         if (found := experts.numbered_in(inner)) is None:
             return name, None
         before, number, after = found
-        if number >= self.count:  # one that computes nothing
-            number -= self.fewer
-        elif number not in kept:
+        if number < self.count and number not in kept:
             return None
-        else:
-            number = kept.index(number)
+        # From the count on, experts compute nothing, and stay.
+        number = kept.index(number) if number < self.count else number - self.fewer
         return f"{name.removesuffix(inner)}{before}{number}{after}", None
 
     def absent(self, dense: nn.Module) -> AbstractContextManager[object]:

@@ -15,7 +15,7 @@ from sleb_cli.engine.cut.experts.expert_cut import (
 )
 from sleb_cli.engine.cut.protocol import GgufCut
 from sleb_cli.engine.gguf.blocks import BLOCK, stored_block_count
-from sleb_cli.engine.gguf.file import GgufFile, GgufTensor, with_value
+from sleb_cli.engine.gguf.file import GgufFile, GgufTensor
 from sleb_cli.engine.gguf.provenance import REMOVED_BLOCKS, REMOVED_EXPERTS, remaining, with_removals
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_plugins import PlanError, UnsupportedModelError
@@ -48,13 +48,11 @@ class GgufExpertCut(ExpertRemoval, GgufCut):
 
     def header(self, file: GgufFile) -> GgufFile:
         """Return the header of the file with only the experts that stay."""
-        key, fewer = f"{file.architecture}.expert_count", self.count - self.fewer
-        entries = (with_value(entry, fewer) if entry.key == key else entry for entry in file.entries)
         tensors = (
             tensor if (block := _block_with_experts(tensor, self.count)) is None else tensor.only(self.kept(block))
             for tensor in file.tensors
         )
-        cut = replace(file, entries=tuple(entries), tensors=tuple(tensors))
+        cut = replace(file.with_count("expert_count", self.count - self.fewer), tensors=tuple(tensors))
         _, numbers = remaining(file, REMOVED_BLOCKS, stored_block_count(file))
         for block, removed in self.removed.items():
             cut = with_removals(cut, f"{REMOVED_EXPERTS}{numbers[block]}", self.count, removed)
