@@ -424,8 +424,9 @@ class Plan(VersionedRecord):
     `removals` are the blocks of the last step; `first` returns the plan for fewer. `request` has the resolved options,
     with which `sleb search --config plan.json -o again.json` repeats the search.
 
-    In the copy inside a checkpoint, `recovery` tells how its blocks were recovered, and `proof` what was checked. That
-    copy may be published, so it names local models and texts without their folders.
+    In the copy inside a checkpoint, `base_model` is what that was made of, if it is not the model of the search,
+    `recovery` tells how its blocks were recovered, and `proof` what was checked. That copy may be published, so it
+    names local models and texts without their folders.
     """
 
     request: dict[str, str | int | float | bool | tuple[int | str, ...]]
@@ -438,6 +439,7 @@ class Plan(VersionedRecord):
     experts: ExpertPlan | None = None
     sample_generation: SampleGeneration | None = None
     environment: EnvironmentRecord
+    base_model: ModelRecord | None = None
     recovery: RecoveryRecord | None = None
     proof: Proof | None = None
 
@@ -463,6 +465,11 @@ class Plan(VersionedRecord):
         if not self.experts and self.removals != self.largest:
             raise ValueError("removals and steps do not name the same blocks")
         return self
+
+    @property
+    def made_for(self) -> ModelRecord:
+        """The model that the parts are removed from."""
+        return self.base_model or self.model
 
     @property
     def unit(self) -> Unit:
@@ -507,9 +514,9 @@ class Plan(VersionedRecord):
         return all(step.removals is None for step in self.steps)
 
     def to_data(self) -> dict[str, Any]:
-        """Return the plan as in JSON, without `recovery`, `proof` and `experts` if they are None."""
-        checkpoints = {"recovery": self.recovery, "proof": self.proof, "experts": self.experts}
-        return {key: value for key, value in super().to_data().items() if checkpoints.get(key, True) is not None}
+        """Return the plan as in JSON, without what only some plans have."""
+        of_some = {"base_model", "recovery", "proof", "experts"}
+        return {key: value for key, value in super().to_data().items() if key not in of_some or value is not None}
 
     def first(self, count: int) -> Plan:
         """Return the plan of a search stopped after `count` removals; the sample generation is kept only for all."""

@@ -100,7 +100,7 @@ def _no_blocks(path: Path) -> UsageError:
 
 def _place_of_model(path: Path, plan: Plan, named: str | None, revision: str | None) -> tuple[str, str | None]:
     """Return the model of a plan, and its revision, unless the user named another place or revision."""
-    of = plan.model
+    of = plan.made_for
     if named is not None:
         return named, revision
     # A plan from a checkpoint, which has only the name of a local model, must not lead to the Hub.

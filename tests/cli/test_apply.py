@@ -212,7 +212,7 @@ def test_a_model_without_tokenizer_is_proven_on_random_tokens(apply, model):
     assert json.loads(apply(model, "--blocks", "1", "--json").stdout)["proof"]["prompt"] == "random tokens"
 
 
-def test_a_plan_for_another_model_is_refused_unless_told(apply, llama_plan, tiny_opt, tiny_llama, tmp_path):
+def test_a_plan_for_another_model_is_refused_unless_told(apply, search, llama_plan, tiny_opt, tiny_llama, tmp_path):
     told = apply(llama_plan, "--model", tiny_opt, code=3).stderr
     assert "was made for" in told
     assert "model_type: opt, not llama" in told
@@ -220,7 +220,13 @@ def test_a_plan_for_another_model_is_refused_unless_told(apply, llama_plan, tiny
     assert "fingerprint" in apply(llama_plan, "--model", other, code=3).stderr
     assert not (tmp_path / "out").exists()
     apply(llama_plan, "--model", other, "--any-model")
-    apply(llama_plan, "--model", shutil.copytree(tiny_llama, tmp_path / "moved"), output="same model")
+    moved, made = shutil.copytree(tiny_llama, tmp_path / "moved"), tmp_path / "out" / "sleb_plan.json"
+    apply(llama_plan, "--model", moved, output="same model")
+    # From here on, the plan in the checkpoint is for the other model, but its scores are not that model's.
+    apply(made, "--model", other, output="again")
+    assert "of another model" in (tmp_path / "again" / "README.md").read_text()
+    assert "was made for other, but" in apply(made, "--model", moved, output="third", code=3).stderr
+    assert "was made for tiny-llama, but" in search("--extend", made, "--remove", 3, model=other, code=3).stderr
 
 
 def test_only_force_replaces_a_checkpoint_and_nothing_else(apply, model, tmp_path):

@@ -128,11 +128,11 @@ def _require_fitting(
         resolve_subject(named, registry, notify)
     elif (named.removals or named.plan) and not request.any_model:
         if named.plan:
-            require_same_kind_of_model(named.plan.model, file, notify)
+            require_same_kind_of_model(named.plan.made_for, file, notify)
             planned, count = named.plan.experts, file.count("expert_count") or 0
             if planned and planned.count != count:
                 raise PlanError(
-                    f"{named.plan.model.id} has {planned.count} experts in each block, but {file.path} has {count}.",
+                    f"{named.plan.made_for.id} has {planned.count} experts in each block, but {file.path} has {count}.",
                     hint="Name a GGUF file of that model, from which no expert was removed.",
                 )
         elif not are_the_same(file.path, Path(named.model)):

@@ -186,7 +186,8 @@ def _as_before(request: SearchRequest) -> SearchRequest:
 
 
 def _find_model(request: SearchRequest, extended: Plan | None, registry: Registry, notify: Notify) -> Architecture:
-    """Find the model, which the extended plan must have been made for."""
+    """Find the model, which must be the one of the extended search."""
+    extended = extended and extended.model_copy(update={"base_model": None})
     named = NamedSubject(request, request.model, (), plan=extended, file=request.extend)
     architecture = find_model(named, registry, notify)
     if architecture.block_count < 2:

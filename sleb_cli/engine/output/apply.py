@@ -216,7 +216,8 @@ def _describe(subject: Subject, folder: Path, written: ApplyResult, notify: Noti
     card = model_card(subject, written, evaluation, benchmark)
     (folder / CARD).write_text(card, encoding="utf-8")
     if plan:
-        described = plan.model_copy(update={"recovery": written.recovery, "proof": written.proof})
+        base = None if subject.own_plan else written.model
+        described = plan.model_copy(update={"base_model": base, "recovery": written.recovery, "proof": written.proof})
         path.write_text(to_json(described.published().to_data()), encoding="utf-8")
     if evaluation:
         evaluation.write(beside_plan(path, "eval"))

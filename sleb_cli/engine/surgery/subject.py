@@ -54,7 +54,7 @@ def require_same_code(path: Path, plan: Plan, source: ModelSource) -> None:
         ModelError: the plan needs such code, and the user does not trust it in this command.
         PlanError: it is other code, or the plan was made without any.
     """
-    planned, found = plan.model.code, source.code
+    planned, found = plan.made_for.code, source.code
     if planned == found:
         return
     if not source.trust_remote_code and "auto_map" in source.raw_config:
@@ -72,7 +72,7 @@ def require_same_model(path: Path, plan: Plan, architecture: Architecture) -> No
     Raises:
         PlanError: it was made for another model; the message names the differences.
     """
-    planned, found = plan.model, architecture.record
+    planned, found = plan.made_for, architecture.record
 
     def identity(model: ModelRecord) -> dict[str, Any]:
         return {"model_type": model.model_type, "blocks": model.blocks, "fingerprint": model.fingerprint[:12]}
