@@ -11,8 +11,8 @@ from typing import BinaryIO
 
 from sleb_plugins import ModelError
 
-BUFFER_BYTES = 1 << 20
-"""How many bytes are read at a time."""
+BUFFER_BYTES = 1 << 18
+"""How many bytes are read at a time: so few that they are still in a processor's cache when they are written."""
 
 ReportBytes = Callable[[int], object]
 """Called with the number of bytes copied since the last call."""
