@@ -14,7 +14,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, Mi
 
 from conftest import architecture_of, calibration, save_model, slow, weights_of
 from families import FAMILIES, WITH_EXPERTS, counts_experts, experts_config, tiny_config
-from gguf_models import convert_llama, write_gguf
+from gguf_models import convert_llama, metadata_of, write_gguf
 from sleb_cli.engine.cut.experts.expert_cut import PREDICTION_NOTE, ExpertCut
 from sleb_cli.engine.cut.experts.routing import TiesByNumber
 from sleb_cli.engine.forward.placement import blocks_on_disk
@@ -306,9 +306,11 @@ def test_a_gguf_file_is_cut_and_proven(tmp_path, type_):
     )
     path = convert_llama(folder, tmp_path / "model.gguf", type_, architecture="qwen3moe")
     removed = {block: (5, block) for block in range(4)} | {4: (0, 7), 5: (2, 3)}
-    surgery = plan_gguf_surgery(read_gguf(path), (), {"experts": removed})
+    per_token = {} if type_ is Type.F32 else {"experts_per_token": 1}
+    surgery = plan_gguf_surgery(read_gguf(path), (), {"experts": removed} | per_token)
     result = prune_gguf(surgery, Output(tmp_path / "out.gguf"), load_plugins(), ignore)
     assert result.unproven is None
+    assert metadata_of(tmp_path / "out.gguf")["qwen3moe.expert_used_count"] == per_token.get("experts_per_token", 2)
     assert result.proof.checks[-4:] == ("same logits", "every expert", "generates", "saves again")
     parts = {f"ffn_{part}.weight" for part in ("gate_exps", "up_exps", "down_exps", "gate_inp")}
     require_experts(path, tmp_path / "out.gguf", removed, parts)

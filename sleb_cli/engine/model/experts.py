@@ -229,12 +229,9 @@ def _in_files(
         new = after.get(name)
         if block is None or (new is not None and new.shape == old.shape):
             continue
-        if new is None:  # of the last expert: what precedes its number is the same for all
-            found = re.match(r"(.*?\.)\d+\.", rest)
-            if not found:
-                raise refused(architecture, f"{name} would go as a whole")
-            numbered.add(found[1])
-        elif changed := _changes({name: old}, {name: new}, less):
+        if new is None and (found := re.match(r"(.*?\.)\d+\.", rest)):
+            numbered.add(found[1])  # of the last expert: what precedes its number is the same for all
+        elif changed := _changes({name: old}, after, less):
             parts[rest] = changed[name]
         else:
             raise refused(architecture, f"{name} is stored in a way that no part of it is one expert's")
