@@ -19,8 +19,10 @@ from conftest import calibration, evaluation, llama_config, prose, save_model, s
 from families import tiny_config
 from sleb_cli.engine.door import recovery as door
 from sleb_cli.engine.files.weights import find_weights
+from sleb_cli.engine.forward import forecast
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.output import apply as engine
-from sleb_cli.engine.recovery import closed_form
+from sleb_cli.engine.recovery import closed_form, depth
 from sleb_cli.plan import ClosedFormRecord, read_plan
 from sleb_plugins import ProofError
 
@@ -233,6 +235,25 @@ def test_a_fit_is_not_continued_with_another_setting(apply, tiny_llama, tmp_path
         apply(*command, code=9)
     assert "Continuing" not in apply(*command, *change).stderr
     assert same_weights(tmp_path / "undisturbed", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("no_gain", "end"), [(1.0, 0), (0.0, 1)], ids=["fewest", "most"])
+def test_a_forecast_counts_what_runs(recover, tmp_path, monkeypatch, no_gain, end):
+    run, ran = SkippableModel.run_block, []
+
+    def counted(self, call, entering):
+        ran.append(entering.shape[:2].numel())
+        return run(self, call, entering)
+
+    monkeypatch.setattr(SkippableModel, "run_block", counted)
+    for name, value in {"NEXT_TO_NOTHING": no_gain, "BATCH_TOKENS": 32}.items():
+        monkeypatch.setattr(closed_form, name, value)
+    monkeypatch.setattr(depth, "PROBED_TOKENS", 32)
+    monkeypatch.setattr(forecast, "LONG", 0.0)
+    monkeypatch.setattr(forecast, "_seconds_per_token", lambda *batch: ran.clear() or 1.0)
+    told = recover(save_model(tmp_path / "deep", llama_config(20)), "--blocks", "6", "--no-verify", samples=20).stderr
+    hours = re.search(r"about (\S+) h to (\S+) h on this CPU", told).groups()
+    assert 1 / 2 < float(hours[end]) * 3600 / sum(ran) < 2
 
 
 def test_what_nobody_continued_is_cleared_later(sleb, tiny_llama, tmp_path):

@@ -23,12 +23,12 @@ SECONDS = 0.1
 
 
 def announce(
-    notify: Notify, what: str, tokens: float, skippable: SkippableModel, ids: Tensor, about: str = "about"
+    notify: Notify, what: str, tokens: float, skippable: SkippableModel, ids: Tensor, fewest: float | None = None
 ) -> None:
     """Tell what is about to start and how long it will take, if that is long.
 
-    So many `tokens` go through a block, the head counting as `head_blocks`; `ids` is a batch of them. Nothing is told
-    of blocks that are streamed: reading may take longer than computing.
+    So many `tokens` go through a block, or the `fewest` if less is to do, the head counting as `head_blocks`; `ids` is
+    a batch of them. Nothing is told of blocks that are streamed: reading may take longer than computing.
     """
     weights = sum(weight.numel() for weight in skippable.switches[0].block.parameters())
     if tokens * weights <= LONG * SLOWEST or not skippable.weights.resident:
@@ -36,8 +36,9 @@ def announce(
     seconds = tokens * in_smaller_pieces(partial(_seconds_per_token, skippable, ids), ids.numel())
     if seconds > LONG:
         where = "this CPU" if skippable.device.type == "cpu" else skippable.device
-        dtype = dtype_name(skippable.model.dtype)
-        notify(Notice(f"{what} in {dtype}: {about} {format_seconds(seconds)} on {where}."))
+        dtype, least = dtype_name(skippable.model.dtype), seconds * (fewest or tokens) / tokens
+        both = dict.fromkeys(map(format_seconds, (least, seconds)))
+        notify(Notice(f"{what} in {dtype}: about {' to '.join(both)} on {where}."))
 
 
 @torch.inference_mode()

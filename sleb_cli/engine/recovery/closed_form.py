@@ -216,15 +216,22 @@ class Fits:
 
 
 def _announce(job: Job, size: int) -> None:
-    """Tell how long the fits take at most: they stop where nothing is gained."""
-    dense, train, validation = job.dense, job.train.sequences, job.validation.sequences
-    removed, count = job.settings.surgery.removed, len(dense.switches)
-    blocks = count - len(removed) - max(0, min(removed) - 1) - fits_in(job.saved)
-    # A fit runs its block and sums up products, which is about as much. Both models run once more beside the fits, and
-    # after each, the rest of the pruned one on the validation text.
-    tokens = (2 + 2 * ROUNDS) * (train.numel() + validation.numel()) + count * validation.numel()
-    what = f"Recovery: up to {plural(blocks, 'block')} fitted to {train.numel():,} tokens"
-    announce(job.notify, what, blocks * tokens / job.group.size, dense, train[:size].to(dense.device), "at most")
+    """Tell how long the fits take: they stop where nothing is gained."""
+    dense, removed = job.dense, job.settings.surgery.removed
+    validation = job.validation.sequences.numel()
+    both = job.train.sequences.numel() + validation
+    begin = max(0, min(removed) - 1)
+    most = max(1, len(dense.switches) - len(removed) - begin - fits_in(job.saved))
+    gaps = sum(block - 1 not in removed for block in removed)
+
+    def tokens(fits: int) -> float:
+        # A fit runs its block and sums up products, which is about as much. Both models run once more beside the fits,
+        # and after each, the rest of the pruned one on the validation text.
+        return begin * both + fits * ((2 + 2 * ROUNDS) * both + (most - fits / 2) * validation)
+
+    what = f"Recovery: up to {plural(most, 'block')} fitted to {both - validation:,} tokens"
+    left, fewest = (tokens(fits) / job.group.size for fits in (most, min(most, gaps * (1 + PATIENCE))))
+    announce(job.notify, what, left, dense, job.train.sequences[:size].to(dense.device), fewest)
 
 
 def _features(block: nn.Module, width: int) -> int:
