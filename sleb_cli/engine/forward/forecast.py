@@ -18,8 +18,8 @@ LONG = 60.0
 """Work that takes longer, in seconds, is announced."""
 SLOWEST = 1e9
 """Products per second that every machine does; what is short even so is not timed."""
-SECONDS = 0.1
-"""What a block takes on enough tokens to be timed."""
+SECONDS, SHARE = 0.1, 1 / 400
+"""What a block takes on enough tokens to be timed, and of which share of all: each call takes some time besides."""
 
 
 def announce(
@@ -33,7 +33,7 @@ def announce(
     weights = sum(weight.numel() for weight in skippable.switches[0].block.parameters())
     if tokens * weights <= LONG * SLOWEST or not skippable.weights.resident:
         return
-    seconds = tokens * in_smaller_pieces(partial(_seconds_per_token, skippable, ids), ids.numel())
+    seconds = tokens * in_smaller_pieces(partial(_seconds_per_token, skippable, ids, tokens), ids.numel())
     if seconds > LONG:
         where = "this CPU" if skippable.device.type == "cpu" else skippable.device
         dtype, least = dtype_name(skippable.model.dtype), seconds * (fewest or tokens) / tokens
@@ -42,17 +42,17 @@ def announce(
 
 
 @torch.inference_mode()
-def _seconds_per_token(skippable: SkippableModel, ids: Tensor, most: int) -> float:
+def _seconds_per_token(skippable: SkippableModel, ids: Tensor, tokens: float, most: int) -> float:
     """Time a block on a share of `most` tokens of a batch, [batch, positions]: the first that takes long enough."""
 
     def run() -> None:
         skippable.run_block(call, call.entering)
         synchronize(skippable.device)
 
-    for tokens in (most // 64, most // 16, most // 4, most):
-        piece = ids[: max(1, tokens // ids.shape[1]), : max(2, tokens)]
+    for count in (most // 64, most // 16, most // 4, most):
+        piece = ids[: max(1, count // ids.shape[1]), : max(2, count)]
         call = skippable.calls(piece)[0]
         seconds = min(timeit.repeat(run, number=1, repeat=3))  # the first run is slower
-        if seconds > SECONDS:
+        if seconds > SECONDS and piece.numel() > SHARE * tokens:
             break
     return seconds / piece.numel()
