@@ -27,7 +27,7 @@ from sleb_cli.engine.forward.fork_check import CHECKED_SEQUENCES, why_not_fork
 from sleb_cli.engine.forward.memory_needs import states_bytes
 from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.recovery.block_fit import BlockFit, fit_block
-from sleb_cli.engine.recovery.depth import Batches, DepthPair, Judge, require_finite
+from sleb_cli.engine.recovery.depth import VALIDATION_POSITIONS, Batches, DepthPair, Judge, require_finite
 from sleb_cli.engine.recovery.least_squares import ridge_bytes
 from sleb_cli.engine.recovery.residual_projections import possible_projections
 from sleb_cli.engine.recovery.stage import HIDDEN_STATES, Fields, Job, Stage, kept_blocks
@@ -225,9 +225,12 @@ def _announce(job: Job, size: int) -> None:
     gaps = sum(block - 1 not in removed for block in removed)
 
     def tokens(fits: int) -> float:
-        # A fit runs its block and sums up products, which is about as much. Both models run once more beside the fits,
-        # and after each, the rest of the pruned one on the validation text.
-        return begin * both + fits * ((2 + 2 * ROUNDS) * both + (most - fits / 2) * validation)
+        # A fit runs its block and sums up products, which is about as much. Both models run once more beside the fits.
+        # Before and after, the rest of the pruned one runs on the validation text, and the logits of both are compared,
+        # which takes about as long as their heads.
+        heads = 4 * dense.head_blocks * min(validation, VALIDATION_POSITIONS)
+        judging = (fits + 2) * ((most - fits / 2) * validation + heads)
+        return begin * both + fits * (2 + 2 * ROUNDS) * both + judging
 
     what = f"Recovery: up to {plural(most, 'block')} fitted to {both - validation:,} tokens"
     left, fewest = (tokens(fits) / job.group.size for fits in (most, min(most, gaps * (1 + PATIENCE))))
