@@ -12,23 +12,27 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from sleb_cli.events import Notify, ignore
 from sleb_cli.plugin_manager import Registry, load_registry
 from sleb_cli.processes import WorkerFinished, is_main_process, process_count
-from sleb_cli.requests import BenchRequest, EvalRequest, Request, journal_of, sibling
+from sleb_cli.requests import AUTO, BenchRequest, EvalRequest, Request, journal_of, sibling
 from sleb_plugins import OutputError, UsageError
 from sleb_plugins.errors import explain_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from sleb_cli.asked.subjects import NamedSubject
+    from sleb_cli.engine.model.source import ModelSource
     from sleb_cli.engine.process_group import ProcessGroup
     from sleb_cli.engine.surgery.subject import Subject
     from sleb_cli.plan import Plan
     from sleb_cli.records import Record
     from sleb_cli.requests import ApplyRequest, ExportRequest, SearchRequest
     from sleb_cli.results import ApplyResult, BenchResult, CompareResult, EvalResult, ExportResult, GgufResult
+    from sleb_plugins import Exporter
 
 
 Q = TypeVar("Q", bound=Request)
 Asked = TypeVar("Asked")
+Found = TypeVar("Found")
 
 _SEARCH = (
     "Use a smaller --memory, --batch-size or --sequence-length, fewer --samples, a narrower --dtype, or --device cpu. "
@@ -49,15 +53,17 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
         SlebError: something failed. A journal next to the plan keeps what was measured, for `resume`.
     """
     from sleb_cli.asked.searches import check_search
+    from sleb_cli.engine.door.files import locate
 
     if request.compare:
         raise UsageError("`search` does not compare.", hint="Call `compare` with this request.")
-    with _working(check_search, request, notify) as (group, registry, asked):
+    with _working(check_search, lambda asked: locate(asked.named, notify), request, notify) as work:
         from sleb_cli.engine.door.search import resolve_search
         from sleb_cli.engine.search.journal import delete_journal
         from sleb_cli.engine.search.run import find_removals
 
-        plan = find_removals(resolve_search(asked, registry, notify, group), group, notify)
+        group, registry, asked, source = work
+        plan = find_removals(resolve_search(asked, source, registry, notify, group), group, notify)
     _save(plan, request.plan_file)
     delete_journal(journal_of(request.plan_file), notify)
     return plan
@@ -72,13 +78,15 @@ def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
         SlebError: something failed; its class tells what.
     """
     from sleb_cli.asked.searches import check_comparison
+    from sleb_cli.engine.door.files import locate
 
-    with _working(check_comparison, request, notify) as (group, registry, asked):
+    with _working(check_comparison, lambda asked: locate(asked[0].named, notify), request, notify) as work:
         from sleb_cli.engine.door.search import resolve_comparison
         from sleb_cli.engine.search.compare import compare_removals
         from sleb_cli.engine.search.journal import delete_journal
 
-        searches = resolve_comparison(asked, registry, notify, group)
+        group, registry, asked, source = work
+        searches = resolve_comparison(asked, source, registry, notify, group)
         result, plan = compare_removals(searches, group, notify)
     _save(plan, request.plan_file)
     for each in searches:
@@ -95,11 +103,14 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
         SlebError: something failed; its class tells what.
     """
     from sleb_cli.asked.verbs import check_apply
+    from sleb_cli.engine.door.files import locate_to_cut
 
-    with _working(check_apply, request, notify, alone=not request.recoveries) as (group, registry, named):
+    alone = not request.recoveries
+    with _working(check_apply, lambda named: locate_to_cut(named, notify), request, notify, alone=alone) as work:
         from sleb_cli.engine.door.apply import resolve_apply
 
-        return resolve_apply(request, named, registry, notify, group)()
+        group, registry, named, found = work
+        return resolve_apply(request, named, found, registry, notify, group)()
 
 
 @explain_out_of_memory(None, _EVALUATE)
@@ -112,12 +123,14 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
             next to the plan, or one next to `request.output`. The same request continues from there.
     """
     from sleb_cli.asked.verbs import check_evaluation
+    from sleb_cli.engine.door.files import locate
 
-    with _working(check_evaluation, request, notify) as (group, registry, named):
+    with _working(check_evaluation, lambda named: locate(named, notify), request, notify) as work:
         from sleb_cli.engine.door.evaluate import resolve_evaluation
         from sleb_cli.engine.quality.evaluation import evaluate_models
 
-        evaluation = resolve_evaluation(request, named, registry, notify, group)
+        group, registry, named, source = work
+        evaluation = resolve_evaluation(request, named, source, registry, notify, group)
         place = _kept_place(evaluation.models.subject, "eval")
         unfinished = sibling(request.output, ".unfinished.json") if request.output and not place else None
         result = evaluate_models(evaluation, place or unfinished, force=request.force)
@@ -136,17 +149,19 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
         SlebError: something failed; its class tells what.
     """
     from sleb_cli.asked.verbs import check_bench
+    from sleb_cli.engine.door.files import locate
     from sleb_cli.kept_results import keep_result
 
     count = process_count()
     if is_main_process() and count > 1:  # each with its share of the threads, or with a device that would stay idle
         raise UsageError(f"`bench` times models in one process, not in {count}.", hint="Run it without the launcher.")
-    with _working(check_bench, request, notify, alone=True) as (_, registry, (named, engine)):
+    with _working(check_bench, lambda asked: locate(asked[0], notify), request, notify, alone=True) as work:
         from sleb_cli.engine.door.bench import resolve_bench
         from sleb_cli.engine.output.engine_files import engine_files
         from sleb_cli.engine.speed.benchmark import benchmark
 
-        wanted = resolve_bench(request, named, engine, registry, notify)
+        _, registry, (named, engine), source = work
+        wanted = resolve_bench(request, named, engine, source, registry, notify)
         own = wanted.engine_source
         files = engine_files(own, registry, notify) if own else nullcontext()
         with wanted.subject.architecture.source.watch.unchanged(), files as write_files:
@@ -167,13 +182,18 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
     """
     from sleb_cli.asked.verbs import check_export
     from sleb_cli.atomic import write_text
+    from sleb_cli.engine.door.files import locate
 
-    with _working(check_export, request, notify, alone=True) as (_, registry, (named, exporter)):
+    def find(asked: tuple[NamedSubject, Exporter]) -> ModelSource | None:
+        return locate(asked[0], notify) if asked[1].needs_model else None
+
+    with _working(check_export, find, request, notify, alone=True) as work:
         from sleb_cli.engine.door.export import resolve_export
         from sleb_cli.records import THIS_VERSION
         from sleb_cli.results import ExportResult
 
-        pruning, output = resolve_export(request, named, exporter, registry, notify)
+        _, registry, (named, exporter), source = work
+        pruning, output = resolve_export(request, named, exporter, source, registry, notify)
         text = exporter.export(pruning)
     if output is not None:
         write_text(output, text, replace=request.force)
@@ -195,33 +215,51 @@ def _kept_place(subject: Subject, kind: Literal["eval", "bench"]) -> Path | None
 
 @contextmanager
 def _working(
-    check: Callable[[Q, Registry], Asked], request: Q, notify: Notify, *, alone: bool = False
-) -> Iterator[tuple[ProcessGroup, Registry, Asked]]:
-    """Check a request before torch is imported, and let the processes work together, or let the main one work `alone`.
+    check: Callable[[Q, Registry], Asked],
+    find: Callable[[Asked], Found],
+    request: Q,
+    notify: Notify,
+    *,
+    alone: bool = False,
+) -> Iterator[tuple[ProcessGroup, Registry, Asked, Found]]:
+    """Check a request and find its files before torch is imported, and let the processes work together.
 
-    They end together if one fails; the main process goes on by itself after the body.
+    They end together if one fails; the main process goes on by itself after the body, or does all `alone`.
 
     Raises:
         WorkerFinished: this is another process, which has no more to do.
     """
 
-    def checked() -> tuple[Registry, Asked]:
+    def checked() -> tuple[Registry, Asked, Found]:
         require_coherent(request)  # before plugins, which are not needed for it
         registry = load_registry(notify)
-        return registry, check(request, registry)
+        asked = check(request, registry)
+        _require_device(request)
+        return registry, asked, find(asked)
 
     from sleb_cli.asked.clashes import require_coherent
+    from sleb_cli.engine.process_group import ProcessGroup, join_processes
 
     if alone and not is_main_process():
         raise WorkerFinished
     early = checked() if alone or process_count() == 1 else None
-    from sleb_cli.engine.process_group import ProcessGroup, join_processes  # which imports torch
-
     with nullcontext(ProcessGroup()) if early else join_processes() as group:
-        registry, asked = early or group.main_first(checked)
-        yield group, registry, asked
+        yield group, *(early or group.main_first(checked))
         if not group.is_main:
             raise WorkerFinished
+
+
+def _require_device(request: Request) -> None:
+    """Check that a device which is named is there, before a model is downloaded for it.
+
+    Raises:
+        UsageError: there is no such kind of device.
+        MachineError: this machine does not have it.
+    """
+    if (device := getattr(request, "device", AUTO)) not in (AUTO, "cpu"):
+        from sleb_cli.engine.device import choose_device  # which imports torch
+
+        choose_device(device)
 
 
 def _save(record: Record, path: Path | None) -> None:

@@ -10,6 +10,7 @@ from fractions import Fraction
 from functools import partial
 from typing import Any, get_args
 
+from sleb_cli.asked.subjects import NamedSubject
 from sleb_cli.asked.text_names import REFERENCE_PRESETS, require_mixture
 from sleb_cli.atomic import require_new_file
 from sleb_cli.plan import Plan, read_plan
@@ -64,6 +65,12 @@ class AskedSearch:
     strategy: StrategyName
     memory: int | None
     extended: Plan | None
+
+    @property
+    def named(self) -> NamedSubject:
+        """The model, which must be that of the extended plan."""
+        extended = self.extended and self.extended.model_copy(update={"base_model": None})
+        return NamedSubject(self.request, self.request.model, (), plan=extended, file=self.request.extend)
 
 
 def check_search(request: SearchRequest, registry: Registry) -> AskedSearch:

@@ -28,6 +28,7 @@ class NamedSubject:
         plan: the plan that names them, cut to this number.
         file: the plan's file.
         any_model: whether the model may be another than the plan was made for.
+        gguf: the GGUF file that is cut, instead of making a checkpoint of the model.
     """
 
     request: SubjectRequest | SearchRequest
@@ -37,6 +38,7 @@ class NamedSubject:
     plan: Plan | None = None
     file: Path | None = None
     any_model: bool = False
+    gguf: Path | None = None
 
     @property
     def others(self) -> dict[str, Any]:

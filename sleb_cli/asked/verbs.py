@@ -49,7 +49,7 @@ def check_apply(request: ApplyRequest, registry: Registry) -> NamedSubject:
         subject = NamedSubject(request, str(request.source), removals)
     else:
         subject = read_subject(request, needs_removals=not (request.scripts or request.experts_per_token))
-    gguf = gguf_to_cut(request, Path(subject.model))
+    gguf = _gguf_to_cut(request, Path(subject.model))
     dtype_in_full(request.dtype or AUTO)
     require_mixture(request.calibration)
     parse_shard_size(request)
@@ -58,7 +58,7 @@ def check_apply(request: ApplyRequest, registry: Registry) -> NamedSubject:
             raise OutputError(f"{failed} already exists.", hint="Choose another folder with --keep-failed.")
         if request.output is not None:
             require_new_place(request.output, gguf, force=request.force)
-    return subject
+    return replace(subject, gguf=gguf)
 
 
 def parse_shard_size(request: ApplyRequest) -> int:
@@ -70,7 +70,7 @@ def parse_shard_size(request: ApplyRequest) -> int:
     return parse_bytes(str(request.max_shard_size or DEFAULT_SHARD_SIZE), "--max-shard-size")
 
 
-def gguf_to_cut(request: ApplyRequest, model: Path) -> Path | None:
+def _gguf_to_cut(request: ApplyRequest, model: Path) -> Path | None:
     """Return the GGUF file to remove blocks from; None if a checkpoint is to be written.
 
     A GGUF file is written from --source or a GGUF model, unless the output or another option asks for a checkpoint.
@@ -127,6 +127,7 @@ def check_bench(request: BenchRequest, registry: Registry) -> tuple[NamedSubject
         UsageError: an option does not apply, or a number is out of range.
         PlanError: the plan is unreadable.
         OutputError: the output exists, or cannot be written.
+        MachineError: the engine is not installed.
     """
     _require_new(request)
     engine: Engine | None = None if request.engine == TRANSFORMERS else registry.choose("engine", request.engine).value
@@ -134,7 +135,10 @@ def check_bench(request: BenchRequest, registry: Registry) -> tuple[NamedSubject
         raise UsageError(f"{unused[0]} does not apply to --engine {engine.name}.", hint=f"Leave out {unused[0]}.")
     dtype_in_full(request.dtype or AUTO)
     points_of(request)
-    return read_subject(request), engine
+    subject = read_subject(request)
+    if engine:
+        engine.version()  # one that is not installed is named before a model is downloaded
+    return subject, engine
 
 
 def points_of(request: BenchRequest) -> list[BenchRequest]:

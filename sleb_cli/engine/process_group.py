@@ -13,16 +13,14 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sleb_cli.engine.third_party import error_saying, translate_errors
 from sleb_cli.processes import WorkerFinished, local_rank, process_count, process_rank
 from sleb_plugins import MachineError, SlebError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -63,13 +61,13 @@ class ProcessGroup:
     def gather(self, item: T) -> list[T]:
         """Return the items of all processes, in the order of their ranks."""
         found = [item] * self.size
-        self._exchange(dist.all_gather_object, found, item)
+        self._exchange("all_gather_object", found, item)
         return found
 
     def from_main(self, compute: Callable[[], T]) -> T:
         """Return what the main process computes; the others wait for it."""
         found: list[Any] = [compute() if self.is_main else None]
-        self._exchange(dist.broadcast_object_list, found)
+        self._exchange("broadcast_object_list", found)
         received: T = found[0]
         return received
 
@@ -78,18 +76,20 @@ class ProcessGroup:
         if self.size == 1:
             return tensor
         total = tensor.clone()
-        self._exchange(dist.all_reduce, total)
+        self._exchange("all_reduce", total)
         return total / self.size
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """Return the tensor of one process, by default the main one; those of the others are overwritten."""
-        self._exchange(dist.broadcast, tensor, source)
+        self._exchange("broadcast", tensor, source)
         return tensor
 
-    def _exchange(self, collective: Callable[..., Any], *arguments: Any) -> None:
+    def _exchange(self, collective: str, *arguments: Any) -> None:
         if self.size > 1:
+            import torch.distributed as dist
+
             try:
-                collective(*arguments)
+                getattr(dist, collective)(*arguments)
             except RuntimeError as error:
                 raise PeerLost from error
 
@@ -127,6 +127,9 @@ def join_processes() -> Iterator[ProcessGroup]:
     if process_count() == 1:
         yield ProcessGroup()
         return
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
     group = ProcessGroup(process_rank(), process_count())
     hint = "Start them with `torchrun` or `accelerate launch`; for one alone, unset WORLD_SIZE."
     with translate_errors(error_saying(MachineError, "This process cannot connect to the others", hint)):
@@ -170,6 +173,9 @@ def _end(error: BaseException, group: ProcessGroup, store: Any) -> BaseException
 
 def _backends() -> str:
     """Return the backend of each kind of device on this machine."""
+    import torch
+    import torch.distributed as dist
+
     known = dist.Backend.default_device_backend_map
     found = torch.accelerator.current_accelerator(check_available=True)
     return f"cpu:gloo,{found.type}:{known[found.type]}" if found and found.type in known else "gloo"

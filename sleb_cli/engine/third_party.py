@@ -1,8 +1,10 @@
 """Translate exceptions of libraries into errors about the user's files."""
 
 import errno
+import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -12,6 +14,15 @@ from safetensors import SafetensorError
 
 from sleb_plugins import MachineError, ModelError, OutputError, SlebError
 from sleb_plugins.errors import is_out_of_memory, without_secrets
+
+
+def quiet_libraries() -> None:
+    """Turn off the progress bars and warnings of the libraries imported so far, which would disturb ours."""
+    if transformers := sys.modules.get("transformers"):
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+    for library in ("accelerate", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 class _FromOurCode(BaseException):

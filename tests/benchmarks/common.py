@@ -9,9 +9,10 @@ from sleb_cli.engine.device import CPU
 from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.surgery.loading import Placement, load_dense, load_tokenizer, quiet_libraries
+from sleb_cli.engine.surgery.loading import Placement, load_dense, load_tokenizer
 from sleb_cli.engine.text.calibration import Calibration, calibrate
 from sleb_cli.engine.text.settings import resolve_calibration
+from sleb_cli.engine.third_party import quiet_libraries
 from sleb_cli.events import ignore
 from sleb_cli.plugin_manager import load_plugins
 

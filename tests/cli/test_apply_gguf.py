@@ -21,7 +21,7 @@ from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.gguf import quick
 from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.gguf.file import write_gguf as write_gguf_again
-from sleb_cli.engine.model import gguf
+from sleb_cli.engine.model import gguf, gguf_conversion
 from sleb_cli.events import ignore
 
 
@@ -78,7 +78,7 @@ def test_a_changed_file_or_transformers_converts_it_again(source, monkeypatch):
     assert rest[4] == 1
     source.write_bytes(head + key + rest[:4] + b"\2" + rest[5:])
     folders.append(gguf.gguf_folder(source, ignore))
-    monkeypatch.setattr(gguf.transformers, "__version__", "99")
+    monkeypatch.setattr(gguf, "version", lambda package: "99")
     folders.append(gguf.gguf_folder(source, ignore))
     assert folders[0] == folders[1]
     assert len(set(folders)) == 3
@@ -111,7 +111,7 @@ def test_a_converted_model_has_the_type_of_most_of_its_matrices(source, matrices
     file = read_gguf(source)
     first = next(at for at, tensor in enumerate(file.tensors) if len(tensor.shape) > 1)
     tensors = (replace(each, type=router if at == first else matrices) for at, each in enumerate(file.tensors))
-    assert gguf._require_convertible(replace(file, tensors=tuple(tensors))) is dtype
+    assert gguf_conversion._require_convertible(replace(file, tensors=tuple(tensors))) is dtype
 
 
 def test_fewer_removals_a_default_name_and_json(apply, tmp_path, source, plan):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BertConfig, T5Config, ViTConfig
 
 from conftest import gpt2_config, llama_config, save_model
 from gguf_models import write_gguf, write_llama_gguf
-from sleb_cli.engine.model import demo, source
+from sleb_cli.engine.model import demo, hub, source
 from sleb_cli.events import TaskAdvanced, TaskFinished, TaskStarted
 
 
@@ -47,7 +47,7 @@ def test_no_such_hub_model(refused, monkeypatch):
         (OSError, "could not be downloaded"),
     ):
         raised = error.__new__(error)  # its constructor wants a response, of a class that depends on the version
-        monkeypatch.setattr(source, "snapshot_download", Mock(side_effect=raised))
+        monkeypatch.setattr(hub, "snapshot_download", Mock(side_effect=raised))
         refused("org/model", 4, message, "--revision", "v9")
 
 
@@ -59,7 +59,7 @@ def test_a_download_shows_its_bytes_and_draws_no_bar_of_its_own(tiny_llama, monk
             files.update(1)
         return str(tiny_llama)
 
-    monkeypatch.setattr(source, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     events = []
     assert source.locate_model("org/model", events.append).folder == tiny_llama
     task = "Looking for org/model on the Hub"
@@ -78,7 +78,7 @@ def test_pickles_are_downloaded_only_without_safetensors(monkeypatch, tmp_path):
             (tmp_path / "pytorch_model.bin").touch()
         return str(tmp_path)
 
-    monkeypatch.setattr(source, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     assert source.locate_model("org/model", lambda event: None).weights.paths == (tmp_path / "pytorch_model.bin",)
     assert asked == [True, False]
 

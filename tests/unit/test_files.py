@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from sleb_cli import atomic
 from sleb_cli.atomic import claimed, held, new_file, remove_leftovers, require_new_file, write_text
-from sleb_cli.engine.files import weights
+from sleb_cli.engine.files import tensors
 from sleb_cli.engine.files.copying import leads_out
 from sleb_cli.engine.files.fingerprint import fingerprint_files
 from sleb_cli.engine.files.weights import find_weights
@@ -233,9 +233,9 @@ def test_an_error_of_the_disk_is_found_behind_a_verdict_in_whatever_words(tmp_pa
         raise ProofError("It does not run.", hint="") from error
     assert number in (None, getattr(raised.value, "errno", None))
     if number:  # a model that cannot be opened
-        monkeypatch.setattr(weights, "safe_open", Mock(side_effect=error))
+        monkeypatch.setattr(tensors, "safe_open", Mock(side_effect=error))
         with pytest.raises(ModelError, match=f"a.safetensors cannot be read: {os.strerror(number)}"):
-            list(weights.read_tensors(tmp_path / "a.safetensors", ["a"]))
+            list(tensors.read_tensors(tmp_path / "a.safetensors", ["a"]))
 
 
 def test_a_failed_write_of_safetensors_is_an_error_of_the_output():

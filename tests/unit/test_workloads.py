@@ -4,6 +4,7 @@ import torch
 
 from sleb_cli.asked.verbs import check_bench
 from sleb_cli.engine.door.bench import resolve_bench
+from sleb_cli.engine.door.files import locate
 from sleb_cli.engine.speed.workloads import make_workload
 from sleb_cli.events import Notice, ignore
 from sleb_cli.plugin_manager import load_plugins
@@ -12,7 +13,8 @@ from sleb_cli.requests import BenchRequest
 
 def resolve(model, notify=ignore, **options):
     request, registry = BenchRequest(str(model), **options), load_plugins()
-    return resolve_bench(request, *check_bench(request, registry), registry, notify)
+    named, engine = check_bench(request, registry)
+    return resolve_bench(request, named, engine, locate(named, notify), registry, notify)
 
 
 def test_a_sweep_takes_each_shape_in_turn(tiny_llama):

@@ -13,19 +13,22 @@ from sleb_cli.asked.mixture import parse_mixture
 from sleb_cli.asked.places import are_the_same, require_new_place
 from sleb_cli.asked.subjects import NamedSubject
 from sleb_cli.asked.text_names import is_written
-from sleb_cli.asked.verbs import gguf_to_cut, parse_shard_size
+from sleb_cli.asked.verbs import parse_shard_size
 from sleb_cli.engine.device import parse_dtype
+from sleb_cli.engine.door.files import locate
 from sleb_cli.engine.door.subject import resolve_subject
-from sleb_cli.engine.gguf.file import GgufFile, read_gguf
+from sleb_cli.engine.gguf.file import GgufFile
+from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.apply import Output, apply_recovered, apply_removals, default_folder, require_apart
 from sleb_cli.engine.output.apply_gguf import default_file, prune_gguf, require_same_kind_of_model
 from sleb_cli.engine.output.proof import place_proof
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.unfinished import clear_old
 from sleb_cli.engine.surgery.gguf_surgery import plan_gguf_surgery
-from sleb_cli.engine.surgery.loading import load_tokenizer, quiet_libraries
+from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.settings import resolve_calibration
+from sleb_cli.engine.third_party import quiet_libraries
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import ApplyRequest, option_of
@@ -34,7 +37,12 @@ from sleb_plugins import DataError, PlanError, UnsupportedModelError, UsageError
 
 
 def resolve_apply(
-    request: ApplyRequest, named: NamedSubject, registry: Registry, notify: Notify, group: ProcessGroup
+    request: ApplyRequest,
+    named: NamedSubject,
+    found: ModelSource | GgufFile,
+    registry: Registry,
+    notify: Notify,
+    group: ProcessGroup,
 ) -> Callable[[], ApplyResult | GgufResult]:
     """Return the job that writes the checkpoint or the GGUF file, once it is known that it can be done.
 
@@ -44,13 +52,12 @@ def resolve_apply(
         OutputError: the output exists, or cannot be written.
     """
     quiet_libraries()
-    if gguf := gguf_to_cut(request, Path(named.model)):
-        file = read_gguf(gguf)
-        _require_fitting(request, named, file, registry, notify)
-        surgery = plan_gguf_surgery(file, named.removals, named.others)
-        output = _output(request, request.output or default_file(surgery), gguf)
+    if isinstance(found, GgufFile):
+        _require_fitting(request, named, found, registry, notify)
+        surgery = plan_gguf_surgery(found, named.removals, named.others)
+        output = _output(request, request.output or default_file(surgery), found.path)
         return partial(prune_gguf, surgery, output, registry, notify)
-    subject = group.main_first(lambda: resolve_subject(named, registry, notify))
+    subject = group.main_first(lambda: resolve_subject(named, found, registry, notify))
     output = _output_of_checkpoint(request, subject)
     if subject.surgery.tokens is not None and group.is_main:
         _say_what_is_lost(request, subject, notify)
@@ -125,7 +132,7 @@ def _require_fitting(
         PlanError: they are of another model.
     """
     if named.plan and request.source is None:
-        resolve_subject(named, registry, notify)
+        resolve_subject(named, locate(named, notify), registry, notify)
     elif (named.removals or named.plan) and not request.any_model:
         if named.plan:
             require_same_kind_of_model(named.plan.made_for, file, notify)
@@ -136,4 +143,5 @@ def _require_fitting(
                     hint="Name a GGUF file of that model, from which no expert was removed.",
                 )
         elif not are_the_same(file.path, Path(named.model)):
-            require_same_kind_of_model(resolve_subject(named, registry, notify).architecture.record, file, notify)
+            subject = resolve_subject(named, locate(named, notify), registry, notify)
+            require_same_kind_of_model(subject.architecture.record, file, notify)

@@ -15,6 +15,7 @@ from sleb_cli.engine.door.subject import resolve_subject, surgeries
 from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.model.demo import demo_gguf
+from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.apply_gguf import require_same_kind_of_model
 from sleb_cli.engine.speed.benchmark import Benchmark
 from sleb_cli.engine.speed.workloads import make_workload
@@ -30,25 +31,27 @@ _SHAPE = ("batch_size", "prompt_length", "new_tokens")
 
 
 def resolve_bench(
-    request: BenchRequest, named: NamedSubject, engine: Engine | None, registry: Registry, notify: Notify
+    request: BenchRequest,
+    named: NamedSubject,
+    engine: Engine | None,
+    source: ModelSource,
+    registry: Registry,
+    notify: Notify,
 ) -> Benchmark:
-    """Find the model, and decide what is timed, where.
+    """Read the model, and decide what is timed, where.
 
     Raises:
         UsageError: a number is out of range.
         PlanError: the plan was made for another model, or `--source` holds another one.
-        MachineError: the engine is not installed.
     """
-    if engine:
-        engine.version()  # before the model is looked for, so that a missing engine is named at once
     device = choose_device(request.device)
-    subject = resolve_subject(named, registry, notify)
+    subject = resolve_subject(named, source, registry, notify)
     architecture = subject.architecture
     workloads = _workloads(request, engine, device, architecture.longest_sequence, notify)
     pruned = surgeries(subject, named.sizes)
     dtype = place_model(architecture, device, request.dtype or AUTO, notify, stream=False).dtype
-    source = _engine_source(subject, engine, request, notify) if engine else None
-    return Benchmark(subject, pruned, workloads, Placement(device, dtype), request.threads, engine, source)
+    own = _engine_source(subject, engine, request, notify) if engine else None
+    return Benchmark(subject, pruned, workloads, Placement(device, dtype), request.threads, engine, own)
 
 
 def _engine_source(subject: Subject, engine: Engine, request: BenchRequest, notify: Notify) -> Path:

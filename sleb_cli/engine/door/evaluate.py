@@ -17,6 +17,7 @@ from sleb_cli.engine.door.subject import resolve_subject, surgeries, with_recove
 from sleb_cli.engine.forward.memory_needs import model_bytes
 from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.evaluation import Evaluation
 from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask, find_tasks
@@ -37,16 +38,22 @@ from sleb_plugins import PlanError, UsageError
 
 
 def resolve_evaluation(
-    request: EvalRequest, named: NamedSubject, registry: Registry, notify: Notify, group: ProcessGroup
+    request: EvalRequest,
+    named: NamedSubject,
+    source: ModelSource,
+    registry: Registry,
+    notify: Notify,
+    group: ProcessGroup,
 ) -> Evaluation:
-    """Find the model, and read the texts and tasks; no weight is loaded.
+    """Read the model, texts and tasks; no weight is loaded.
 
     Raises:
         DataError: a text or a task is missing or too small.
         PlanError: the plan was made for another model.
         UsageError: a number is out of range, or two models must fit and do not.
     """
-    subject = group.main_first(lambda: with_recovered(resolve_subject(named, registry, notify), registry, notify))
+    resolved = partial(resolve_subject, named, source, registry, notify)
+    subject = group.main_first(lambda: with_recovered(resolved(), registry, notify))
     placement = _place(subject, request, notify, group)
     models = Models(subject, surgeries(subject, named.sizes), placement, group, notify)
     tasks = load_requested(request)

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sleb_cli.asked.subjects import NamedSubject
 from sleb_cli.atomic import require_new_file
-from sleb_cli.engine.cut.blocks.block_cut import BlockCut
-from sleb_cli.engine.door.subject import resolve_subject
+from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.measured import measured_of_plan
-from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.events import Notify
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import DEMO, ExportRequest, sibling
 from sleb_plugins import Exporter, Pruning, UnsupportedModelError, UsageError
 
+if TYPE_CHECKING:
+    from sleb_cli.engine.surgery.subject import Subject
+
 
 def resolve_export(
-    request: ExportRequest, named: NamedSubject, exporter: Exporter, registry: Registry, notify: Notify
+    request: ExportRequest,
+    named: NamedSubject,
+    exporter: Exporter,
+    source: ModelSource | None,
+    registry: Registry,
+    notify: Notify,
 ) -> tuple[Pruning, Path | None]:
-    """Find what the format describes (a model and its removals, or a plan alone), and where the text goes.
+    """Describe a model and its removals, or a plan alone, for the format, and say where the text goes.
 
     It is printed if that is None.
 
@@ -30,15 +36,15 @@ def resolve_export(
         UsageError: no block is removed.
         OutputError: the output exists.
     """
-    subject = resolve_subject(named, registry, notify) if exporter.needs_model else None
+    subject = None
+    if source:
+        from sleb_cli.engine.door.subject import resolve_subject  # which imports torch
+
+        subject = resolve_subject(named, source, registry, notify)
     pruning = _pruning(request, named, subject, notify)
     reads_gguf = exporter.uses_source and pruning.source_file  # whose metadata the format reads itself
-    cut = BlockCut(subject.architecture, named.removals) if subject else None
-    if cut and exporter.only_counts and not reads_gguf and (others := cut.settings_of_blocks):
-        raise UnsupportedModelError(
-            f"{exporter.name} would renumber the blocks of {pruning.model} but not correct {', '.join(others)}.",
-            hint="Use `sleb apply`, which corrects it.",
-        )
+    if subject and exporter.only_counts and not reads_gguf:
+        _require_mere_counts(subject, exporter, pruning.model)
     if not (pruning.removals or named.others):
         raise UsageError("Nothing to export: no block is removed.", hint="Name a plan, or use --blocks.")
     output = request.output
@@ -46,6 +52,21 @@ def resolve_export(
         output = sibling(pruning.plan_file or Path(Path(pruning.model).name), exporter.ending)
         require_new_file(output, force=request.force)
     return pruning, output
+
+
+def _require_mere_counts(subject: Subject, exporter: Exporter, model: str) -> None:
+    """Check that no settings of blocks would be wrong once the other tool has renumbered them.
+
+    Raises:
+        UnsupportedModelError: some would be.
+    """
+    from sleb_cli.engine.cut.blocks.block_cut import BlockCut  # which imports torch
+
+    if others := BlockCut(subject.architecture, subject.surgery.removals).settings_of_blocks:
+        raise UnsupportedModelError(
+            f"{exporter.name} would renumber the blocks of {model} but not correct {', '.join(others)}.",
+            hint="Use `sleb apply`, which corrects it.",
+        )
 
 
 def _pruning(request: ExportRequest, named: NamedSubject, subject: Subject | None, notify: Notify) -> Pruning:

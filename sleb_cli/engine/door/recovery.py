@@ -11,6 +11,7 @@ import torch
 from sleb_cli.asked.mixture import parse_mixture
 from sleb_cli.asked.text_names import REFERENCE_PRESETS, SELF, SELF_CHAT, is_written
 from sleb_cli.engine.device import CPU, choose_device, dtype_name
+from sleb_cli.engine.files.tensors import float_dtypes
 from sleb_cli.engine.forward.memory_needs import model_bytes
 from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.memory import memory_shortage
@@ -75,7 +76,7 @@ def resolve_recovery(
         )
     own = dtype or architecture.dtype or torch.float32
     # Values are rounded to what every file can hold, which may be narrower than what the config says.
-    written = [dtype] if dtype else architecture.source.weights.float_dtypes
+    written = [dtype] if dtype else float_dtypes(architecture.source.weights)
     stored = min([*written, own], key=lambda each: each.itemsize)
     stages = tuple(_STAGES[option](request) for option in request.recoveries)
     place = partial(_place, subject, request, stages, dtype, group, notify)

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from sleb_cli.asked.searches import AskedSearch, goal_of
-from sleb_cli.asked.subjects import NamedSubject
 from sleb_cli.engine.device import choose_device, dtype_name, parse_dtype
-from sleb_cli.engine.door.subject import find_model
+from sleb_cli.engine.door.subject import read_model
 from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.experts import Experts, expert_parameters
 from sleb_cli.engine.model.sizes import PerBlock, cache_bytes, count_parameters, stored_bytes
+from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.choices import Protection
 from sleb_cli.engine.search.journal import recorded
@@ -29,7 +29,7 @@ from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.engine.text.settings import CalibrationSettings, require_given_text, resolve_calibration
 from sleb_cli.engine.text.windows import choose_length
 from sleb_cli.events import Event, Notice, Notify
-from sleb_cli.plan import MetricRecord, Plan, TargetRecord
+from sleb_cli.plan import MetricRecord, TargetRecord
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import AUTO, DEFAULT_SAMPLE_TOKENS, DEFAULT_SERVE_LENGTH, SearchRequest, journal_of
 from sleb_cli.units import format_bytes, format_count, plural
@@ -37,7 +37,9 @@ from sleb_plugins import ExpertMetric, MachineError, Metric, ModelMetric, Unsupp
 from sleb_plugins.errors import did_you_mean
 
 
-def resolve_search(asked: AskedSearch, registry: Registry, notify: Notify, group: ProcessGroup) -> Search:
+def resolve_search(
+    asked: AskedSearch, source: ModelSource, registry: Registry, notify: Notify, group: ProcessGroup
+) -> Search:
     """Look at the model, without its weights, and settle a search.
 
     Raises:
@@ -45,8 +47,8 @@ def resolve_search(asked: AskedSearch, registry: Registry, notify: Notify, group
     """
     asked = replace(asked, request=_as_before(asked.request))
     request, metric, extended = asked.request, asked.metric, asked.extended
-    device = choose_device(request.device)  # one that is not there is reported before the model is looked for
-    architecture = group.main_first(lambda: _find_model(request, extended, registry, notify))
+    device = choose_device(request.device)
+    architecture = group.main_first(lambda: _read_model(asked, source, registry, notify))
     dtype, device_map, stream = request.dtype or AUTO, request.device_map, request.stream
     place = partial(place_model, architecture, device, dtype, notify, device_map=device_map, stream=stream)
     placement = replace(group.from_main(place), device=device)
@@ -73,7 +75,7 @@ def resolve_search(asked: AskedSearch, registry: Registry, notify: Notify, group
 
 
 def resolve_comparison(
-    searches: Sequence[AskedSearch], registry: Registry, notify: Notify, group: ProcessGroup
+    searches: Sequence[AskedSearch], source: ModelSource, registry: Registry, notify: Notify, group: ProcessGroup
 ) -> list[Search]:
     """Settle each search of a comparison.
 
@@ -85,7 +87,7 @@ def resolve_comparison(
     def tell(event: Event) -> None:
         once(event) if isinstance(event, Notice) else notify(event)
 
-    return [resolve_search(each, registry, tell, group) for each in searches]
+    return [resolve_search(each, source, registry, tell, group) for each in searches]
 
 
 def _expert_method(
@@ -185,11 +187,9 @@ def _as_before(request: SearchRequest) -> SearchRequest:
     return replace(request, **{name: value for name, value in before.items() if getattr(request, name) is None})
 
 
-def _find_model(request: SearchRequest, extended: Plan | None, registry: Registry, notify: Notify) -> Architecture:
-    """Find the model, which must be the one of the extended search."""
-    extended = extended and extended.model_copy(update={"base_model": None})
-    named = NamedSubject(request, request.model, (), plan=extended, file=request.extend)
-    architecture = find_model(named, registry, notify)
+def _read_model(asked: AskedSearch, source: ModelSource, registry: Registry, notify: Notify) -> Architecture:
+    """Read the model, which must be the one of the extended search."""
+    architecture = read_model(asked.named, source, registry, notify)
     if architecture.block_count < 2:
         blocks = plural(architecture.block_count, "block")
         raise UnsupportedModelError(

@@ -8,9 +8,9 @@ from dataclasses import replace
 from sleb_cli.asked.subjects import NamedSubject
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.source import ModelSource, locate_model
-from sleb_cli.engine.surgery.loading import quiet_libraries
 from sleb_cli.engine.surgery.subject import Subject, require_same_code, require_same_model
 from sleb_cli.engine.surgery.surgery import Surgery, plan_surgery
+from sleb_cli.engine.third_party import quiet_libraries
 from sleb_cli.events import Notify
 from sleb_cli.plan import CHECKPOINT_PLAN, read_plan
 from sleb_cli.plugin_manager import Registry
@@ -36,26 +36,24 @@ def surgeries(subject: Subject, sizes: Sequence[int]) -> tuple[Surgery, ...]:
     return tuple(plan_surgery(subject.architecture, by_size[size - 1]) for size in sizes)
 
 
-def resolve_subject(named: NamedSubject, registry: Registry, notify: Notify) -> Subject:
-    """Find the model, and plan its surgery.
+def resolve_subject(named: NamedSubject, source: ModelSource, registry: Registry, notify: Notify) -> Subject:
+    """Read the model, and plan its surgery.
 
     Raises:
         PlanError: the plan was made for another model.
         UsageError: the blocks do not fit.
     """
-    surgery = plan_surgery(find_model(named, registry, notify), named.removals, named.others)
+    surgery = plan_surgery(read_model(named, source, registry, notify), named.removals, named.others)
     return Subject(surgery, named.plan, named.file)
 
 
-def find_model(named: NamedSubject, registry: Registry, notify: Notify) -> Architecture:
-    """Find the model, and check that the plan was made for it.
+def read_model(named: NamedSubject, source: ModelSource, registry: Registry, notify: Notify) -> Architecture:
+    """Read the model, and check that the plan was made for it.
 
     Raises:
         PlanError: it was made for another model.
     """
     quiet_libraries()
-    trusts_code = named.request.trust_remote_code
-    source = locate_model(named.model, notify, revision=named.request.revision, trust_remote_code=trusts_code)
     if named.plan is None or named.file is None or named.any_model:
         return read_architecture(source, registry, notify)
     require_same_code(named.file, named.plan, source)  # before any of it runs

@@ -20,15 +20,8 @@ import torch
 from sleb_cli.atomic import to_json
 from sleb_cli.engine.files.copying import ReportBytes, copy_range, reading
 from sleb_cli.engine.files.slices import Slices
-from sleb_cli.engine.files.weights import (
-    DTYPE_NAMES,
-    SAFETENSORS,
-    TORCH_DTYPES,
-    Header,
-    StoredTensor,
-    WeightFiles,
-    read_tensors,
-)
+from sleb_cli.engine.files.tensors import DTYPE_NAMES, TORCH_DTYPES, read_tensors
+from sleb_cli.engine.files.weights import SAFETENSORS, Header, StoredTensor, WeightFiles
 from sleb_cli.events import Notify, task
 
 INDEX = f"{SAFETENSORS}.index.json"

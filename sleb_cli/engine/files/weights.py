@@ -1,37 +1,29 @@
-"""The weight files of a checkpoint folder: their headers, and the tensors themselves."""
+"""The weight files of a checkpoint folder, and their headers, which are read without torch."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import zipfile
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-
 from sleb_cli.engine.files.copying import leads_out, reading
-from sleb_cli.engine.third_party import prefer_disk_error, translate_errors
 from sleb_plugins import ModelError
 
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 
-TORCH_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,
-    "U32": torch.uint32, "F32": torch.float32, "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64,
-    "C64": torch.complex64,
+DTYPES = {
+    "BOOL": ("bool", 1), "U8": ("uint8", 1), "I8": ("int8", 1), "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1), "I16": ("int16", 2), "U16": ("uint16", 2), "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2), "I32": ("int32", 4), "U32": ("uint32", 4), "F32": ("float32", 4), "I64": ("int64", 8),
+    "U64": ("uint64", 8), "F64": ("float64", 8), "C64": ("complex64", 8),
 }  # fmt: skip
-"""The data types of safetensors that torch has too; files may hold others, whose bytes are only copied."""
-
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+"""What torch calls a data type of safetensors that it has too, and its bytes; files may hold others."""
 
 # The limit of safetensors for a header. No other JSON of a checkpoint comes near it.
 _LONGEST_JSON = 100_000_000
@@ -132,25 +124,9 @@ class WeightFiles:
         last = {tensor.name: tensor for header in self.headers for tensor in header.tensors}
         return [tensor for header in self.headers for tensor in header.tensors if last[tensor.name] is tensor]
 
-    @property
-    def float_dtypes(self) -> list[torch.dtype]:
-        """The data types of the tensors that hold floating-point numbers of two bytes or more, each once."""
-        known = (TORCH_DTYPES.get(name) for name in dict.fromkeys(tensor.dtype for tensor in self.stored))
-        return [dtype for dtype in known if dtype and dtype.is_floating_point and dtype.itemsize > 1]
-
     def tensor_names(self) -> list[str]:
         """Return the names of all tensors."""
         return [tensor.name for tensor in self.stored]
-
-    def tensors(self, names: Container[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """Read every tensor once, or only those of these names, in the files' order, one file open at a time.
-
-        Raises:
-            ModelError: a file is truncated, or a pickle holds more than tensors.
-        """
-        for header in self.headers:
-            wanted = [tensor.name for tensor in header.tensors if names is None or tensor.name in names]
-            yield from zip(wanted, read_tensors(header.path, wanted), strict=True)
 
 
 def find_weights(folder: Path) -> WeightFiles:
@@ -199,7 +175,9 @@ def read_header(path: Path) -> Header:
         ModelError: the file is truncated or not a weight file, or a pickle holds more than tensors.
     """
     if path.suffix != ".safetensors":
-        return Header(path, tuple(_pickled(path)), {})
+        from sleb_cli.engine.files.tensors import tensors_in_pickle  # which imports torch
+
+        return Header(path, tuple(tensors_in_pickle(path)), {})
     with reading(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -216,7 +194,7 @@ def read_header(path: Path) -> Header:
             end += tensor.size
         _require(end == size)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise _broken(path) from error
+        raise broken(path) from error
     return Header(path, tuple(tensors), metadata)
 
 
@@ -229,8 +207,8 @@ def _stored(path: Path, name: str, entry: dict[str, Any], start: int) -> StoredT
     dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     _require(isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= _MOST_DIMENSIONS and begin <= end)
     _require(all(type(number) is int and 0 <= number <= _LARGEST_NUMBER for number in (*shape, begin, end)))
-    known = TORCH_DTYPES.get(dtype)
-    _require(known is None or math.prod(shape) * known.itemsize == end - begin)
+    _, item_bytes = DTYPES.get(dtype, ("", None))
+    _require(item_bytes is None or math.prod(shape) * item_bytes == end - begin)
     return StoredTensor(name, dtype, tuple(shape), end - begin, path, start + begin)
 
 
@@ -239,61 +217,6 @@ def _require(condition: bool) -> None:
         raise ValueError("not as safetensors says")
 
 
-def _broken(path: Path) -> ModelError:
+def broken(path: Path) -> ModelError:
+    """Return what is said of a file of safetensors that cannot be read."""
     return ModelError(f"{path} is truncated, or is not a safetensors file.", hint="Copy or download it again.")
-
-
-def read_tensors(path: Path, names: Sequence[str]) -> Iterator[torch.Tensor]:
-    """Read these tensors of a weight file, in this order, by the format's own library; files are memory-mapped.
-
-    Raises:
-        ModelError: the file is truncated, or a pickle holds more than tensors.
-    """
-    if not names:
-        return
-    if path.suffix != ".safetensors":
-        held = load_pickle(path)
-        yield from (held[name] for name in names)
-        return
-    try:
-        with reading(path), prefer_disk_error(SafetensorError, OSError, RuntimeError):
-            opened = safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise _broken(path) from error
-    with opened as file:
-        for name in names:
-            yield file.get_tensor(name)
-
-
-def _pickled(path: Path) -> Iterator[StoredTensor]:
-    for name, tensor in load_pickle(path, values=False).items():
-        if tensor.dtype not in DTYPE_NAMES or tensor.layout is not torch.strided:
-            raise ModelError(
-                f"{path} holds {name} as {tensor.dtype}, {tensor.layout}, which safetensors cannot store.",
-                hint="Load the model with transformers, save it again, and use that copy.",
-            )
-        # The bytes of its shape, not of its storage: tensors of a pickle may share storage, or be views.
-        yield StoredTensor(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes, path, None)
-
-
-def load_pickle(path: Path, *, values: bool = True) -> dict[str, torch.Tensor]:
-    """Load the tensors of a pickle, memory-mapped if possible; without `values`, on the meta device.
-
-    Raises:
-        ModelError: it is truncated, or holds more than tensors.
-    """
-    unsafe = ModelError(
-        f"{path} is not safe to read: it is truncated, or holds more than tensors.",
-        hint="If you trust the model, convert it to safetensors; otherwise use another copy.",
-    )
-    with translate_errors(lambda words: unsafe):
-        # `weights_only` refuses a pickle that would run code.
-        mapped = values and zipfile.is_zipfile(path)
-        with reading(path):
-            tensors = torch.load(path, map_location="cpu" if values else "meta", weights_only=True, mmap=mapped)
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) and not (values and tensor.is_meta)
-        for name, tensor in tensors.items()
-    ):
-        raise unsafe
-    return tensors

@@ -22,7 +22,8 @@ from transformers import GenerationConfig
 
 from sleb_cli.engine.device import CPU, synchronize
 from sleb_cli.engine.files.copying import reading
-from sleb_cli.engine.files.weights import TORCH_DTYPES, StoredTensor, load_pickle
+from sleb_cli.engine.files.tensors import TORCH_DTYPES, load_pickle
+from sleb_cli.engine.files.weights import StoredTensor
 from sleb_cli.engine.forward.block_weights import BlockWeights
 from sleb_cli.engine.forward.memory_needs import tensors_by_block
 from sleb_cli.engine.model.architecture import Architecture

@@ -25,6 +25,7 @@ from transformers import (
 
 from sleb_cli.atomic import scratch_folder, writing
 from sleb_cli.engine.device import dtype_name
+from sleb_cli.engine.files.tensors import float_dtypes
 from sleb_cli.engine.model.block_names import BlockNames, BlockNumbering, find_block_numbering
 from sleb_cli.engine.model.experts import Experts, find_experts
 from sleb_cli.engine.model.source import ModelSource
@@ -183,7 +184,7 @@ class Architecture:
     def dtype(self) -> torch.dtype | None:
         """The model's own data type: the config's, or else that of the files, as transformers loads them."""
         named: torch.dtype | None = self.config.dtype
-        return named or next(iter(self.source.weights.float_dtypes), None)
+        return named or next(iter(float_dtypes(self.source.weights)), None)
 
     @property
     def is_quantized(self) -> bool:

@@ -5,38 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from tqdm.auto import tqdm
-
-from sleb_cli.engine.files import other_formats
 from sleb_cli.engine.files.copying import leads_out, reading
 from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files, hash_files
 from sleb_cli.engine.files.weights import WeightFiles, find_weights, read_json
-from sleb_cli.engine.third_party import first_line
-from sleb_cli.events import Advance, Notice, Notify, task
+from sleb_cli.events import Notice, Notify
 from sleb_cli.names import local_path
 from sleb_cli.requests import DEMO, require_text
-from sleb_cli.units import format_bytes
 from sleb_plugins import ModelError, UsageError
-
-# A download that breaks off, of the Hub's HTTP library or of its faster transfers (hf_xet), and a full disk.
-_FAILURES: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, OSError, RuntimeError, ValueError)
 
 _CHAT_TEMPLATES = "additional_chat_templates"
 
@@ -48,11 +28,6 @@ _DECIDES = re.compile(
     r"(generation_config|adapter_config|special_tokens_map|added_tokens|emoji|normalizer|byte_maps|word_\w+)\.json"
     r"|.*(tokenizer|vocab|merges|chat_template|processor|tekken).*|dict\.txt|.*\.(jinja|model|tiktoken|codes)"
 )
-# "runs" holds TensorBoard logs.
-_NOT_DOWNLOADED = [
-    *(f"*.{suffix}" for suffix in other_formats.SUFFIXES),
-    *(f"{folder}/*" for folder in (*other_formats.FOLDERS, "runs")),
-]
 
 
 @dataclass(frozen=True)
@@ -159,7 +134,9 @@ def locate_model(
     elif path.exists():
         raise ModelError(f"{model} is a file, not a model.", hint="Name a folder, a .gguf file or a Hub id.")
     else:
-        folder = _download(model, revision, notify)
+        from sleb_cli.engine.model.hub import download  # which takes a quarter of a second to import
+
+        folder = download(model, revision, notify)
         name, revision = model, folder.name
     source = ModelSource(name, folder, revision, trust_remote_code)
     _require_own_files(source.folder)
@@ -205,57 +182,3 @@ def _require_whole_model(source: ModelSource) -> None:
             f"{source.id} is a PEFT adapter{f' for {base}' if base else ''}, not a whole model.",
             hint="Merge it first: load both with peft, call merge_and_unload(), save the result, and name its folder.",
         )
-
-
-def _download(model: str, revision: str | None, notify: Notify) -> Path:
-    """Download a Hub model with its safetensors, or with its pickles if it has none."""
-    try:
-        validate_repo_id(model)  # before anything is asked of the network
-        with task(notify, f"Looking for {model} on the Hub") as advance:
-            options: dict[str, Any] = {"revision": revision, "tqdm_class": _silent_bar(advance)}
-            folder = Path(snapshot_download(model, ignore_patterns=[*_NOT_DOWNLOADED, "*.bin"], **options))
-            with suppress(ModelError):  # it has no safetensors, or not all of them
-                find_weights(folder)
-                return folder
-            return Path(snapshot_download(model, ignore_patterns=_NOT_DOWNLOADED, **options))
-    except GatedRepoError as error:
-        raise ModelError(
-            f"{model} is gated: its owner grants access on request.",
-            hint=f"Request access at https://huggingface.co/{model}, then log in with `hf auth login`.",
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ModelError(f"{model} has no revision {revision!r}.", hint="Check --revision.") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ModelError(
-            f"{model} is neither a local folder nor a model on the Hub.",
-            hint="Check the name. For a private model, log in with `hf auth login`.",
-        ) from error
-    except HfHubHTTPError as error:
-        raise ModelError(f"The Hub refused {model}: {first_line(error)}.", hint="Try again later.") from error
-    except (LocalEntryNotFoundError, ConnectionError) as error:
-        raise ModelError(
-            f"{model} is neither a local folder nor in the cache, and the Hub cannot be reached: "
-            f"{first_line(error.__cause__ or error)}.",
-            hint="Check the name and the network, or name a local folder.",
-        ) from error
-    except _FAILURES as error:
-        raise ModelError(
-            f"{model} could not be downloaded: {first_line(error)}.",
-            hint="Check the network and the disk, then run the command again.",
-        ) from error
-
-
-def _silent_bar(advance: Advance) -> type[tqdm]:
-    """Return a tqdm class that draws nothing and reports the bytes downloaded so far."""
-
-    class SilentBar(tqdm):  # type: ignore[misc]
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **(options | {"file": StringIO()}))
-
-        def update(self, n: float | None = 1) -> bool | None:
-            shown: bool | None = super().update(n)
-            if self.unit == "B":
-                advance(0, f"{format_bytes(self.n)} of {format_bytes(self.total or self.n)}")
-            return shown
-
-    return SilentBar

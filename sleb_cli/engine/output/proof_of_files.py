@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 
 from sleb_cli.engine.files.copying import reading
 from sleb_cli.engine.files.shards import INDEX, NewTensor, Shard, index_of
-from sleb_cli.engine.files.weights import find_weights, read_tensors
+from sleb_cli.engine.files.tensors import read_tensors
+from sleb_cli.engine.files.weights import find_weights
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.third_party import disk_error, translate_errors
 from sleb_cli.events import Notify, task

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.files.weights import TORCH_DTYPES, WeightFiles
+from sleb_cli.engine.files.tensors import TORCH_DTYPES, read_all
+from sleb_cli.engine.files.weights import WeightFiles
 from sleb_cli.engine.forward.offload import loaded
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.surgery.surgery import Surgery
@@ -65,7 +66,7 @@ def _changed(
                 hint="Recover the model it was quantized from, and quantize the result.",
             )
     # The files must hold the old values under each name, so that it means the same tensor there.
-    there = dict(weights.tensors(changed.keys() & stored.keys()))
+    there = dict(read_all(weights, changed.keys() & stored.keys()))
     for name in changed:
         dtype = before[name].dtype
         if name not in there or not torch.equal(there[name].to(rounded or dtype).to(dtype), before[name].cpu()):

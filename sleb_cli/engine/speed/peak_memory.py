@@ -22,8 +22,9 @@ from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.speed.timing import draw_prompts
 from sleb_cli.engine.speed.transformers_model import prepared, weights_bytes
-from sleb_cli.engine.surgery.loading import Placement, load_dense, load_pruned, quiet_libraries
+from sleb_cli.engine.surgery.loading import Placement, load_dense, load_pruned
 from sleb_cli.engine.surgery.surgery import Surgery, plan_surgery
+from sleb_cli.engine.third_party import quiet_libraries
 from sleb_cli.events import Notice, Notify, ignore, task
 from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.results import MemoryRecord, Removals, Workload

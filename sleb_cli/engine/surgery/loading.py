@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping
@@ -13,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files.cache import scratch_in_cache
+from sleb_cli.engine.files.tensors import read_all
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.surgery.surgery import Surgery
@@ -55,14 +54,6 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
     "tekken.json",
 )  # fmt: skip
-
-
-def quiet_libraries() -> None:
-    """Turn off the progress bars and warnings of libraries, which would disturb ours."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    for library in ("accelerate", "huggingface_hub"):
-        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -146,7 +137,7 @@ def load_pruned(surgery: Surgery, place: Placement, notify: Notify, *, dense: An
                 return model
             # transformers reads the files of this family in a way that it does not apply to its own tensors.
             del model, tensors, loaded, pairs
-        return _with_tensors(surgery, _cut(surgery, source.weights.tensors()), place)
+        return _with_tensors(surgery, _cut(surgery, read_all(source.weights)), place)
 
 
 def _cut(surgery: Surgery, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,0 +1,35 @@
+"""The files that a command reads, found before torch is imported, so that a mistake in a name is answered at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sleb_cli.asked.subjects import NamedSubject
+from sleb_cli.engine.model.source import ModelSource, locate_model
+from sleb_cli.events import Notify
+
+if TYPE_CHECKING:
+    from sleb_cli.engine.gguf.file import GgufFile
+
+
+def locate(named: NamedSubject, notify: Notify) -> ModelSource:
+    """Find the model that is named, and download or convert it if that was not done before.
+
+    Raises:
+        SlebError: as `locate_model`.
+    """
+    request = named.request
+    return locate_model(named.model, notify, revision=request.revision, trust_remote_code=request.trust_remote_code)
+
+
+def locate_to_cut(named: NamedSubject, notify: Notify) -> ModelSource | GgufFile:
+    """Read the header of the GGUF file to cut, or find the model from which a checkpoint is made.
+
+    Raises:
+        SlebError: as `locate_model`.
+    """
+    if named.gguf is None:
+        return locate(named, notify)
+    from sleb_cli.engine.gguf.file import read_gguf  # which imports NumPy
+
+    return read_gguf(named.gguf)
