@@ -13,7 +13,6 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from sleb_cli.asked.text_names import is_file, is_written
-from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.third_party import first_line
 from sleb_cli.names import ANSWERS, local_path
 from sleb_cli.records import first_fault, why_not_read
@@ -296,6 +295,8 @@ def _boundary(content: str, share: float) -> int:
 
 
 def _read_file(source: str) -> str:
+    from sleb_cli.engine.device import CPU, free_bytes  # which imports torch
+
     path = local_path(source)
     try:
         if reason := why_not_read(path):
