@@ -1,5 +1,7 @@
 """What commands refuse, through `main()`: each row of the table of clashes, and what is wrong with one option."""
 
+import ast
+import json
 import os
 import subprocess
 import sys
@@ -11,9 +13,12 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import lm_eval
 import pytest
 
+import sleb_cli
 from conftest import calibration
 from sleb_cli import requests
 from sleb_cli.asked.clashes import CLASHES, Clash
+
+PACKAGE = Path(sleb_cli.__file__).parent
 
 COMMANDS = {name: getattr(requests, f"{name.capitalize()}Request") for name in "search apply eval bench export".split()}
 
@@ -43,7 +48,38 @@ def clashing():
                 yield " ".join([command, "no/model", *words]), says
 
 
+NO_MODEL = {
+    "org/none": "neither a local folder nor in the cache",
+    "taken": "taken has no config.json",
+    "adapter": "is a PEFT adapter for org/base, not a whole model",
+    "bare": "has no weights: no model.safetensors",
+    "lacking": "lacks 1 of its 1 weight files, such as a.safetensors",
+    "linked": "links to a file outside the model's folder",
+    "piped": "is a pipe or a device, not a file",
+    "none.gguf": "There is no file none.gguf",
+    "bad.gguf": "bad.gguf is truncated, or is not a GGUF file",
+}
+"""What is no model, or not all of one, and what is said of it."""
+
+ON_MODELS = "search {} --remove 1; apply {} --blocks 1; eval {}; bench {}; export {} --blocks 1 --to mergekit".split(
+    "; "
+)
+
 FIRST = [
+    *((command.format(model), 4, says) for command, (model, says) in product(ON_MODELS, NO_MODEL.items())),
+    ("search taken/short.txt --remove 1", 4, "is a file, not a model"),
+    ("search MODEL --remove 1 --revision main", 2, "--revision does not apply"),
+    ("search elsewhere --remove 1 --trust-remote-code", 4, "names Python code of another repository, org/code"),
+    ("search no/model --remove 1 --metric energy", 2, "energy does not score blocks"),
+    ("search no/model --remove 1 --calibration self:0.5,c4", 2, "c4 has no share in the mixture"),
+    ("search no/model --remove 1 --calibration c4:0.5,c4:0.5", 2, "names c4 twice"),
+    ("search no/model --remove 1 -o half.json", 8, "holds an unfinished search"),
+    ("apply bad.gguf --blocks 1 -o bad.gguf", 8, "is the source file itself"),
+    ("apply nameless.json", 3, "was made for tiny, and does not say where that is"),
+    ("apply experts.json --recover", 2, "--recover does not apply to experts.json, a plan that removes experts"),
+    ("apply experts.json --remove 1", 2, "has 2 groups of experts"),
+    ("export experts.json --to mergekit", 2, "describes a removal of blocks"),
+    ("eval PLAN --remove 0,1", 2, "Cannot remove 0 blocks"),
     *((words, 2, says) for words, says in clashing()),
     ("search no/model", 2, "No target given: one of --ratio, --remove, --target-params"),
     ("search no/model --ratio 20%", 2, "The ratio 20% is not between 0 and 1"),
@@ -118,7 +154,6 @@ SECOND = [
     (f"search MODEL --ratio 0.9 --calibration TEXT {SHORT}", 2, "At most 4 blocks can be removed"),
     (f"search MODEL --remove 0 --calibration TEXT {SHORT}", 2, "already at 6 of 6 blocks; the target is 6 of 6 blocks"),
     ("search MODEL --remove 1 --device gpu", 2, "Unknown device 'gpu'"),
-    ("search MODEL --remove 1 --revision main", 2, "--revision does not apply"),
     ("search MODEL --remove 1 --sequence-length 129", 2, "128 positions"),
     ("search MODEL --remove 1 --stream --calibration self", 2, "write its own text"),
     ("search MODEL --remove 1 --chat all --calibration TEXT", 2, "is plain text, but --chat needs conversations"),
@@ -148,13 +183,38 @@ SECOND = [
 """What the model, the text or the machine do not allow."""
 
 
+FILES = {
+    "taken/short.txt": "short",
+    "bad.yaml": "task: bad\n",
+    "bad.gguf": "GGUF",
+    "half.json.journal": "",
+    "adapter/adapter_config.json": '{"base_model_name_or_path": "org/base"}',
+    "bare/config.json": "{}",
+    "lacking/config.json": "{}",
+    "lacking/model.safetensors.index.json": '{"weight_map": {"a": "a.safetensors"}}',
+    "linked/config.json": "{}",
+    "piped/config.json": "{}",
+    "elsewhere/config.json": '{"auto_map": {"AutoConfig": "org/code--x.C"}}',
+}
+EXPERTS = {
+    "count": 8, "active": 2, "groups": 2, "parameters": [9, 8], "active_parameters": [9, 9], "weights_bytes": [9, 8],
+    "blocks": [{"block": 0, "removals": [0, 4], "scores": [1.0] * 8, "tokens": [1] * 8}], "texts": [],
+}  # fmt: skip
+
+
 @pytest.fixture
 def words(tiny_llama, llama_plan, text_file, tmp_path, monkeypatch):
     # To say that it has no such task, lm-eval reads all of them, which takes ten seconds.
     monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(Path(lm_eval.__file__).parent / "tasks/piqa/none"))
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "short.txt").write_text("short")
-    (tmp_path / "bad.yaml").write_text("task: bad\n")
+    for name, content in FILES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    (tmp_path / "linked" / "tokenizer.json").symlink_to(__file__)
+    os.mkfifo(tmp_path / "piped" / "tokenizer.json")
+    plan = json.loads(llama_plan.read_text())
+    nameless = plan | {"model": plan["model"] | {"id": "tiny"}}
+    (tmp_path / "nameless.json").write_text(json.dumps(nameless))
+    (tmp_path / "experts.json").write_text(json.dumps(plan | {"removals": [], "steps": [], "experts": EXPERTS}))
     given = {"MODEL": str(tiny_llama), "PLAN": llama_plan.name, "TEXT": str(text_file)}
     return lambda line: [given.get(word, word.replace("TEXT", given["TEXT"])) for word in line.split()]
 
@@ -170,12 +230,35 @@ def test_it_is_refused_with_a_hint_and_nothing_is_written(run_sleb, words, tmp_p
     assert sorted(os.listdir(tmp_path)) == before
 
 
+def raises():
+    """Yield the place of each refusal of what is asked for, and of a model's files: what needs no torch."""
+    for path in (*(PACKAGE / "asked").glob("*.py"), PACKAGE / "engine" / "model" / "source.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise):
+                yield str(path), node.lineno
+
+
 def test_what_needs_no_model_is_answered_without_torch(words, tmp_path):
     lines = [words(line) for line, _, _ in FIRST]
-    code = f"import sys; from sleb_cli.__main__ import main; codes = [main(words) for words in {lines}]; "
-    code += "print(codes, {'torch', 'transformers', 'datasets'} & {*sys.modules})"
+    code = f"""
+import sys, traceback
+from sleb_cli import __main__ as program
+seen, report = set(), program._report
+
+def reporting(error):
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    seen.add((frame.filename, frame.lineno))
+    return report(error)
+
+program._report = reporting
+codes = [program.main(words) for words in {lines}]
+print([codes, {{'torch', 'transformers', 'datasets'}} & {{*sys.modules}}, seen])
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.stdout.strip() == f"{[code for _, code, _ in FIRST]} set()", done.stderr
+    codes, imported, seen = eval(done.stdout)
+    assert (codes, imported) == ([code for _, code, _ in FIRST], set()), done.stderr
+    missing = sorted({*raises()} - seen)
+    assert not missing, "\n".join(map(str, missing))  # no row of the table is refused there
 
 
 def numbers():

@@ -292,8 +292,6 @@ def _read_config(source: ModelSource) -> Any:
         )
     if not is_known and not source.trust_remote_code:
         raise untrusted_code(source)
-    if source.trust_remote_code:
-        source.require_own_code()
     _require_harmless(source, raw)
     with translate_transformers_errors(f"the config of {source.id}"):
         config: Any = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)

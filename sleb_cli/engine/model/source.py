@@ -141,6 +141,8 @@ def locate_model(
     source = ModelSource(name, folder, revision, trust_remote_code)
     _require_own_files(source.folder)
     _require_whole_model(source)
+    if trust_remote_code:
+        source.require_own_code()
     # Read both now, to report missing files before any long work.
     _ = source.raw_config, source.weights
     _tell_of_pickles(source, notify)
