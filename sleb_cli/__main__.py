@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import signal
@@ -94,6 +95,8 @@ def run() -> None:
     """Run as the program `sleb`: signals clean up like Ctrl-C, and a closed pipe does not end the work."""
     from sleb_cli.ui.console import Outlet
 
+    codes: list[int] = []
+    atexit.register(_end_process, codes)  # first, so it is called last
     _open_standard_streams()
     out, errors = Outlet(sys.stdout, holds_result=True), Outlet(sys.stderr, holds_result=False)
     sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, errors)
@@ -108,7 +111,19 @@ def run() -> None:
     finally:
         errors.flush()
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to clean up
-    sys.exit(BROKEN_PIPE if out.is_gone and not code else code)
+    codes.append(BROKEN_PIPE if out.is_gone and not code else code)
+    sys.exit(codes[0])
+
+
+def _end_process(codes: list[int]) -> None:
+    """End at once, now that all threads and exit handlers are done: Python takes a second to take torch apart.
+
+    Without a code, a signal ends the process, and Python has its code.
+    """
+    if codes:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(codes[0])
 
 
 def _open_standard_streams() -> None:

@@ -88,3 +88,25 @@ def test_a_bug_keeps_its_traceback_and_ctrl_c_has_none(sleb, monkeypatch):
 
     monkeypatch.setattr("sleb_cli.plugin_manager.load_plugins", interrupt)
     assert "Interrupted" in sleb("plugins", code=130).stderr
+
+
+ENDING = """
+import atexit, os
+from sleb_cli import __main__ as program
+
+class Held:
+    def __del__(self):
+        os.write(1, b"torn down")
+
+def main():
+    atexit.register(print, "handled")
+    return 5
+
+held, program.main = Held(), main
+program.run()
+"""
+
+
+def test_the_program_ends_once_exit_handlers_have_run_and_tears_nothing_down():
+    done = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (5, "handled\n")
