@@ -185,7 +185,9 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
     from sleb_cli.engine.door.files import locate
 
     def find(asked: tuple[NamedSubject, Exporter]) -> ModelSource | None:
-        return locate(asked[0], notify) if asked[1].needs_model else None
+        named, exporter = asked
+        suffices = not exporter.needs_model or (named.plan and exporter.plan_suffices)
+        return None if suffices else locate(named, notify)
 
     with _working(check_export, find, request, notify, alone=True) as work:
         from sleb_cli.engine.door.export import resolve_export

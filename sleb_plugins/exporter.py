@@ -56,6 +56,7 @@ class Exporter(ABC):
             of which that is not enough are refused.
         uses_source: whether it uses `source_file`; otherwise `--source` is refused.
         needs_model: whether it needs the model. Otherwise it describes a plan, from its JSON files alone.
+        plan_suffices: whether it needs the model only for blocks that no plan names.
     """
 
     name: ClassVar[str]
@@ -64,6 +65,7 @@ class Exporter(ABC):
     only_counts: ClassVar[bool] = False
     uses_source: ClassVar[bool] = False
     needs_model: ClassVar[bool] = True
+    plan_suffices: ClassVar[bool] = False
 
     @abstractmethod
     def export(self, pruning: Pruning) -> str:

@@ -8,6 +8,7 @@ class Indices(Exporter):
 
     name = "indices"
     description = "the removed blocks on one line"
+    plan_suffices = True
 
     def export(self, pruning: Pruning) -> str:
         """Return the line."""

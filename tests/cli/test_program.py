@@ -43,7 +43,8 @@ NOT_FOR_ALL = ["datasets", "lm_eval", "scipy.stats", "sleb_cli.engine.recovery.r
 # What commands must not have imported, in one process: so each line holds for those above it, too.
 NOT_IMPORTED = [
     *(([command, "--help"], [*HEAVY, "sleb_cli.plan"]) for command in COMMANDS),
-    (["plugins"], ["torch", *NOT_FOR_ALL]),
+    (["plugins"], ["torch", "numpy", *NOT_FOR_ALL]),
+    *((f"export PLAN --to {to}".split(), ["torch", *NOT_FOR_ALL]) for to in ("indices", "csv", "report")),
     ("apply MODEL --blocks 1 -o bare --no-verify".split(), ["sleb_cli.engine.text.calibration", *NOT_FOR_ALL]),
     ("apply MODEL --blocks 1 -o proven".split(), ["sleb_cli.engine.speed.timing", *NOT_FOR_ALL]),
     ("bench MODEL --blocks 1 --prompt --prompt-length 8 --iterations 1".split(), NOT_FOR_ALL),
@@ -52,10 +53,11 @@ NOT_IMPORTED = [
 ]
 
 
-def test_a_command_imports_only_what_it_needs(tiny_llama, text_file, tmp_path):
+def test_a_command_imports_only_what_it_needs(tiny_llama, llama_plan, text_file, tmp_path):
     code = "import sys; from sleb_cli.__main__ import main\n"
     for words, others in NOT_IMPORTED:
-        words = [{"MODEL": str(tiny_llama), "TEXT": str(text_file)}.get(word, word) for word in words]
+        given = {"MODEL": str(tiny_llama), "PLAN": llama_plan.name, "TEXT": str(text_file)}
+        words = [given.get(word, word) for word in words]
         if words[:2] == ["bench", str(tiny_llama)]:  # without the processes that measure the memory
             code += "from sleb_cli.engine.speed import benchmark\n"
             code += "benchmark.measure_alone = lambda *given: (None, [None] * 99)\n"
