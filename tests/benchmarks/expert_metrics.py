@@ -44,9 +44,11 @@ def main() -> None:
     texts["both"] = ",".join(f"{text}:0.5" for text in texts.values())
     for kind in options.types:
         lost: dict[tuple[str, str, int], list[list[float]]] = {}
+        fewer = list[list[float]]()
         ranks: dict[str, list[int]] = {}
         for seed in range(options.seeds):
             folder = train(kind, seed, options.seconds, tokenizer, training, work / f"{kind}-{seed}")
+            fewer.append(measure(folder, work, experts_per_token=1))
             exact = {name: losses_of_pairs(folder, Path(texts[name]), tokenizer) for name in ("prose", "code")}
             for metric, remove, (name, text) in product(METRICS, (2, 4), texts.items()):
                 plan = search(folder, metric, remove, text, work)
@@ -54,6 +56,8 @@ def main() -> None:
                 if remove == 2 and name in exact:
                     ranks.setdefault(metric, []).extend(places(plan, exact[name]))
         print(f"\n{kind}, {options.seeds} seeds: nats lost on prose / code\n", *table(lost), sep="\n")
+        prose, code = (fmean(each) for each in zip(*fewer, strict=True))
+        print(f"\n--experts-per-token 1, nothing removed: {prose:.3f} / {code:.3f}")
         print("\nmean rank of the pair among 28:", {metric: round(fmean(found), 1) for metric, found in ranks.items()})
 
 
@@ -113,11 +117,11 @@ def search(folder: Path, metric: str, remove: int, text: str, work: Path) -> Pat
     return plan
 
 
-def measure(plan: Path, work: Path) -> list[float]:
+def measure(subject: Path, work: Path, **asked: Any) -> list[float]:
     """Return the nats lost on unseen prose and code."""
     texts = tuple(str(work / f"{name}-unseen.txt") for name in ("prose", "code"))
     how = {"sequence_length": LENGTH, "max_windows": WINDOWS, "dtype": "float32", "force": True}
-    request = EvalRequest(str(plan), perplexity=texts, **how)
+    request = EvalRequest(str(subject), perplexity=texts, **asked, **how)
     return [text.pruned[0].log_ratio for text in api.evaluate(request).texts]
 
 
