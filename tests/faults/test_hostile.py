@@ -192,7 +192,7 @@ NAMED = {
     **{f"{kind}: {name}": (CSV, {f"plan.{kind}.json": content}, FINE, "")
        for kind, (name, content) in product(("eval", "bench"), special("x"))},
     **{f"{words[0]}: {name!r} on the screen": (words, named("plan.json", id=f"/x/{name}", revision=None), MODEL, shown)
-       for (name, shown), words in product(SHOWN.items(), (("apply",), ("export", "--to", "indices")))},
+       for (name, shown), words in product(SHOWN.items(), (("apply",), ("export", "--to", "mergekit")))},
     # Whatever a plan names, what a command writes lies where it was started.
     **{f"{words[0]}: a plan that names places": (words, named("own.json", **ELSEWHERE), ANY, "") for words in OWN_PLAN},
     **{f"{file} leads outside": (words, {file: link("outside/note.txt")}, OUTPUT, "")

@@ -64,7 +64,7 @@ def test_the_code_of_a_plan_is_required_by_every_command(run, text_file, tmp_pat
     run(*search, code=4)
     run(*search, TRUST, runs=True)
     apply, extend = ("apply", "plan.json", "-o", "out"), (*search, "--extend", "plan.json", "--remove", 2)
-    evaluate, export = ("eval", "plan.json", *evaluation(text_file)), ("export", "plan.json", "--to", "indices")
+    evaluate, export = ("eval", "plan.json", *evaluation(text_file)), ("export", "plan.json", "--to", "mergekit")
     for command in (apply, extend, evaluate, ("bench", "plan.json"), export):  # a plan grants no trust
         run(*command, code=4, says=TRUST)
     run(*apply, TRUST, runs=True)
