@@ -132,7 +132,8 @@ def join_processes() -> Iterator[ProcessGroup]:
 
     group = ProcessGroup(process_rank(), process_count())
     hint = "Start them with `torchrun` or `accelerate launch`; for one alone, unset WORLD_SIZE."
-    with translate_errors(error_saying(MachineError, "This process cannot connect to the others", hint)):
+    refused = error_saying(MachineError, "This process cannot connect to the others", hint)
+    with translate_errors(refused), _ended_by_signals():
         store = next(iter(rendezvous("env://", timeout=STARTING_TIME)))[0]
         dist.init_process_group(_backends(), store=store, rank=group.rank, world_size=group.size, timeout=LONGEST_STEP)
     try:
@@ -146,6 +147,20 @@ def join_processes() -> Iterator[ProcessGroup]:
         raise ended from None
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let signals end this process at once: torch waits without hearing handlers, and there is nothing to clean up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _end(error: BaseException, group: ProcessGroup, store: Any) -> BaseException:
