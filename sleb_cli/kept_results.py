@@ -38,7 +38,7 @@ def keep_result(result: R, file: Path, notify: Notify) -> R:
             before = find_kept(result, file, ignore)
             merged = result if before is None else result.merged_with(before)
             aside.write_text(to_json(merged.to_data()), encoding="utf-8")
-            if file.is_file() and (current is None or current.key() != result.key()):
+            if file.is_file() and (current is None or current.key != result.key):
                 moved = _unused(file) if current is None else _beside(file, current)
                 file.replace(moved)
                 notify(Notice(f"{file} held results for a different model or setting, which are now in {moved.name}."))
@@ -55,14 +55,14 @@ def find_kept(like: R, file: Path, notify: Notify) -> R | None:
     """Return what is kept in the setting of this result: in `file`, or beside it if another setting came later."""
     for place in (file, _beside(file, like)):
         found = read_kept(type(like), place, notify)
-        if found is not None and found.key() == like.key():
+        if found is not None and found.key == like.key:
             return found
     return None
 
 
 def _beside(file: Path, result: EvalResult | BenchResult) -> Path:
     """Return where results of this key are while `file` holds others: plan.eval.0123456789ab.json."""
-    return sibling(file, f".{name_of(result.key())[:12]}.json")
+    return sibling(file, f".{name_of(result.key)[:12]}.json")
 
 
 def _unused(file: Path) -> Path:

@@ -59,17 +59,21 @@ class ResultRecord(ExpertResult):
     torch: str
     transformers: str
 
-    def key(self, **depends: Any) -> Key:
-        """Return what two results must share to be merged."""
+    @property
+    def key(self) -> Key:
+        """Results that share it are merged."""
         return key_of(
             {name: getattr(self.model, name) for name in ("fingerprint", "code", "family")},
             dtype=self.dtype,
             device=self.device,
             versions={"sleb": self.sleb_version, "torch": self.torch, "transformers": self.transformers},
-            processor=self.processor,
-            experts=self.experts and self.experts.to_data(),
-            **depends,
+            **self.depends,
         )
+
+    @property
+    def depends(self) -> dict[str, Any]:
+        """The rest of the key."""
+        return {"processor": self.processor, "experts": self.experts and self.experts.to_data()}
 
 
 class CutRecord(Record):
@@ -393,9 +397,10 @@ class EvalResult(ResultRecord):
     texts: tuple[TextResult, ...]
     tasks: tuple[TaskResult, ...]
 
-    def key(self, **depends: Any) -> Key:
-        """Return what two results must share to be merged."""
-        return super().key(behavior=self.behavior, recovered=self.recovered, **depends)
+    @property
+    def depends(self) -> dict[str, Any]:
+        """The rest of the key."""
+        return super().depends | {"behavior": self.behavior, "recovered": self.recovered}
 
     def merged_with(self, previous: EvalResult) -> EvalResult:
         """Return both results, of one key, as one: what was measured in both is taken from this one."""
@@ -568,9 +573,10 @@ class BenchResult(ResultRecord):
     pruned: tuple[ModelSize, ...]
     workloads: tuple[WorkloadResult, ...]
 
-    def key(self, **depends: Any) -> Key:
-        """Return what two results must share to be merged."""
-        return super().key(threads=self.threads, **depends)
+    @property
+    def depends(self) -> dict[str, Any]:
+        """The rest of the key."""
+        return super().depends | {"threads": self.threads}
 
     def merged_with(self, previous: BenchResult) -> BenchResult:
         """Return both results, of one key, as one.

@@ -59,9 +59,8 @@ def with_step(command, name):
     options, kind = FIRST[command], get_type_hints(REQUESTS[command])[name]
     now = options.get(name, False)
     value = now + 1 if type(now) is int else not now if kind is bool else NEXT[name]
-    return {key: value for key, value in options.items() if name not in TARGET_NAMES or key not in TARGET_NAMES} | {
-        name: value
-    }
+    replaced = TARGET_NAMES if name in TARGET_NAMES else ()
+    return {key: value for key, value in options.items() if key not in replaced} | {name: value}
 
 
 def without_times(value, command):
