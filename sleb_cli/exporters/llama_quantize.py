@@ -33,7 +33,7 @@ class LlamaQuantize(Exporter):
 def _require_only_count_changes(source: Path, removals: tuple[int, ...]) -> None:
     """Make sure that only the number of blocks has to change: `llama-quantize` corrects nothing else."""
     from sleb_cli.engine.gguf.file import read_gguf  # which imports NumPy
-    from sleb_cli.engine.gguf.provenance import REMOVED_BLOCKS
+    from sleb_cli.engine.gguf.removed_parts import REMOVED_BLOCKS
     from sleb_cli.engine.surgery.gguf_surgery import plan_gguf_surgery  # which imports torch
 
     file = read_gguf(source)

@@ -12,7 +12,7 @@ from gguf_models import metadata_of, tensors_of, write_gguf, write_llama_gguf
 from sleb_cli.engine.gguf import quick
 from sleb_cli.engine.gguf.file import gguf_size, read_gguf
 from sleb_cli.engine.gguf.file import write_gguf as write_header_and_tensors
-from sleb_cli.engine.gguf.provenance import REMOVED_BLOCKS
+from sleb_cli.engine.gguf.removed_parts import REMOVED_BLOCKS
 from sleb_cli.engine.surgery.gguf_surgery import plan_gguf_surgery
 from sleb_plugins import ModelError, UnsupportedModelError, UsageError
 

@@ -60,7 +60,7 @@ def read_tensors(path: Path, names: Sequence[str]) -> Iterator[torch.Tensor]:
 
 
 def tensors_in_pickle(path: Path) -> Iterator[StoredTensor]:
-    """Yield what a header would say of each tensor of a pickle.
+    """Describe each tensor of a pickle, as a header would.
 
     Raises:
         ModelError: it is truncated, or holds more than tensors, or some that safetensors cannot store.

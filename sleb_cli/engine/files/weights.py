@@ -218,5 +218,5 @@ def _require(condition: bool) -> None:
 
 
 def broken(path: Path) -> ModelError:
-    """Return what is said of a file of safetensors that cannot be read."""
+    """Say that a file of safetensors cannot be read."""
     return ModelError(f"{path} is truncated, or is not a safetensors file.", hint="Copy or download it again.")

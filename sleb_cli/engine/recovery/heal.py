@@ -91,7 +91,7 @@ class Heal(Stage):
         return found, lambda losses: {"heal": record(losses=losses)}
 
     def _identity(self, job: Job) -> str:
-        """Return what stands for all that a healing depends on, besides its folder."""
+        """Name all that a healing depends on, besides its folder."""
         text, stages = job.settings.splits[0], job.settings.stages
         depends = {
             "before": [stage.measured for stage in stages[: stages.index(self)]],

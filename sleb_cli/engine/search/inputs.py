@@ -119,7 +119,7 @@ def open_search_journal(search: Search, inputs: SearchInputs, record: SearchReco
         dtype=record.dtype,
         device=record.device,
         calibration=inputs.calibration.record.to_data(),
-        search=record.model_dump(mode="json", exclude={"remove", "target"}),
+        search=record.model_dump(mode="json", exclude={"remove", "target", "dtype", "device"}),
     )
     return open_journal(
         search.recording.journal,

@@ -51,8 +51,9 @@ def recorded(journal: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
         return {}
     try:
         with journal.open("rb") as file:
-            search = from_json(_content(file.readline(LONGEST_LINE)) or b"")["search"]
-            return {name: search[name] for name, kind in kinds.items() if isinstance(search[name], kind)}
+            begun = from_json(_content(file.readline(LONGEST_LINE)) or b"")
+            settings = begun | begun["search"]
+            return {name: settings[name] for name, kind in kinds.items() if isinstance(settings[name], kind)}
     except (OSError, ValueError, LookupError, TypeError):
         return {}
 

@@ -9,7 +9,7 @@ from sleb_cli.engine.cut.protocol import GgufCut
 from sleb_cli.engine.gguf.block_rules import LEADING, NOT_PER_BLOCK, PER_BLOCK_PREFIX
 from sleb_cli.engine.gguf.blocks import block_count, stored_block_count
 from sleb_cli.engine.gguf.file import ARRAY, Entry, GgufFile, with_items, with_value
-from sleb_cli.engine.gguf.provenance import REMOVED_BLOCKS, with_removals
+from sleb_cli.engine.gguf.removed_parts import REMOVED_BLOCKS, with_removals
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.block_names import BlockNames, BlockNumbering
 from sleb_plugins.config_keys import Kept, kept_blocks

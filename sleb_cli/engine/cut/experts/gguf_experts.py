@@ -16,7 +16,7 @@ from sleb_cli.engine.cut.experts.expert_cut import (
 from sleb_cli.engine.cut.protocol import GgufCut
 from sleb_cli.engine.gguf.blocks import BLOCK, stored_block_count
 from sleb_cli.engine.gguf.file import GgufFile, GgufTensor
-from sleb_cli.engine.gguf.provenance import REMOVED_BLOCKS, REMOVED_EXPERTS, remaining, with_removals
+from sleb_cli.engine.gguf.removed_parts import REMOVED_BLOCKS, REMOVED_EXPERTS, remaining, with_removals
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_plugins import PlanError, UnsupportedModelError
 

@@ -16,7 +16,7 @@ REMOVED_EXPERTS = "sleb.removed_experts."
 
 
 def remaining(file: GgufFile, key: str, count: int) -> tuple[list[int], list[int]]:
-    """Return what a key says was removed, in order, and the numbers that the `count` remaining parts had.
+    """Read the removals that a key records, in order, and find the numbers that the `count` other parts had.
 
     Raises:
         ModelError: it says something else.
