@@ -1,6 +1,6 @@
 """What removing experts costs a mixture whose experts each know another text, and what removing blocks costs it.
 
-    python tests/benchmarks/expert_domains.py MODEL STORIES TEXT WORK [--seconds 480]
+    python tests/benchmarks/expert_domains.py MODEL STORIES TEXT WORK [--steps 240]
 
 MODEL is a small Llama with a chat template, STORIES a model that writes stories, TEXT an encyclopaedia, WORK a folder
 that keeps each stage. The MLPs of MODEL are trained on prose, code (of Python's own library), stories and its own
@@ -10,18 +10,16 @@ apart. The table has nats lost on unseen text of each kind, by the text that exp
 
 from __future__ import annotations
 
-import random
 import sys
-import sysconfig
 import time
 from collections.abc import Iterator
-from itertools import count, product
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from common import architecture_of, parser
+from common import architecture_of, library_code, parser
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
@@ -33,14 +31,14 @@ from sleb_cli.requests import EvalRequest, SearchRequest
 
 KINDS = ["prose", "code", "stories", "talk"]
 METRICS = ["energy", "reap", "frequency"]
-LENGTH, BATCH, SAMPLES, WINDOWS, ROUTED = 128, 4, 32, 20, 40
+LENGTH, BATCH, SAMPLES, WINDOWS, ROUTED, RATE = 128, 4, 32, 20, 40, 5e-4
 HOW = {"sequence_length": LENGTH, "dtype": "bfloat16", "force": True}
 BLOCKS = (7, 14)
 """Blocks of about the bytes of one expert of four, and of two."""
 
 
 def main() -> None:
-    options = parser(__doc__, "model", "stories", "text", "work", seconds=480).parse_args()
+    options = parser(__doc__, "model", "stories", "text", "work", steps=240).parse_args()
     work = Path(options.work)
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -77,9 +75,7 @@ def write_text(kind: str, options: Any, work: Path) -> Path:
     if kind == "prose":
         text = Path(options.text).read_text()
     elif kind == "code":
-        library = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-        random.Random(0).shuffle(library)
-        text = "\n\n".join(path.read_text(errors="ignore") for path in library)
+        text = library_code()
     elif kind == "stories":
         model = AutoModelForCausalLM.from_pretrained(options.stories)
         tokenizer = AutoTokenizer.from_pretrained(options.stories)
@@ -105,15 +101,15 @@ def to_rows(text: str, tokenizer: Any) -> Tensor:
     return ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
 
 
-def train(what: str, model: Any, seconds: float, rate: float, batches: Iterator[Tensor], loss_of: Any) -> None:
-    """Train what is not frozen for some time, with a rate that falls to 0."""
+def train(what: str, model: Any, steps: int, rows: Tensor) -> None:
+    """Train what is not frozen, with a rate that falls to 0 in the second half."""
     parameters = [each for each in model.parameters() if each.requires_grad]
-    optimizer, started, losses = torch.optim.AdamW(parameters, rate, weight_decay=0.0), time.monotonic(), list[float]()
-    while (spent := (time.monotonic() - started) / seconds) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, 2 * (1 - spent))
+    optimizer, losses = torch.optim.AdamW(parameters, RATE, weight_decay=0.0, fused=True), list[float]()
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = RATE * min(1.0, 2 * (1 - step / steps))
+        ids = rows[torch.randint(len(rows), (BATCH,))]
         with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(next(batches))
+            loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -130,8 +126,7 @@ def train_expert(options: Any, kind: str, rows: Tensor, work: Path) -> dict[str,
         model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).train()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".mlp." in name)
-        batches = (rows[torch.randint(len(rows), (BATCH,))] for _ in count())
-        train(kind, model, options.seconds, 5e-4, batches, lambda ids: model(input_ids=ids, labels=ids).loss)
+        train(kind, model, options.steps, rows)
         torch.save({name: tensor for name, tensor in model.state_dict().items() if ".mlp." in name}, file)
     return torch.load(file)
 

@@ -9,9 +9,7 @@ chosen on, and where the two experts of a block that go stand among all 28 pairs
 
 from __future__ import annotations
 
-import random
 import sys
-import sysconfig
 import time
 from itertools import combinations, product
 from pathlib import Path
@@ -19,7 +17,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from common import architecture_of, parser
+from common import architecture_of, library_code, parser
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
@@ -63,11 +61,8 @@ def main() -> None:
 
 def write_texts(prose: Path, work: Path) -> tuple[Any, torch.Tensor]:
     """Write the texts to choose on and to measure on; return a tokenizer, and the tokens to train on."""
-    library = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    random.Random(0).shuffle(library)
-    code = "\n\n".join(path.read_text(errors="ignore") for path in library)[:3_000_000]
     parts = []
-    for name, text in {"prose": prose.read_text()[:3_000_000], "code": code}.items():
+    for name, text in {"prose": prose.read_text()[:3_000_000], "code": library_code()[:3_000_000]}.items():
         (work / f"{name}.txt").write_text(text[:SCORED])
         (work / f"{name}-unseen.txt").write_text(text[SCORED : SCORED + UNSEEN])
         parts.append(text[SCORED + UNSEEN :])

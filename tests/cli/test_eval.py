@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from itertools import groupby
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -16,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from conftest import WORDS, calibration, llama_config, prose, save_model, write_task
 from reference import log_likelihood, plain_loss
 from sleb_cli.canaries.items import instructions
+from sleb_cli.engine.forward import prepare
 from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.quality import models as quality_models
 from sleb_cli.engine.quality import written_code
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.text.sources import evaluation_text
@@ -219,26 +220,31 @@ def test_what_was_measured_before_is_not_measured_again(evaluate, llama_plan, te
     assert passes
 
 
-def test_packed_weights_need_no_second_copy(evaluate, tiny_llama, test_text, own_task, monkeypatch):
+def test_sizes_that_share_work_give_what_each_gives_alone(evaluate, tiny_llama, test_text, own_task, monkeypatch):
     options = [tiny_llama, "--perplexity", test_text, *SHORT, "--max-windows", 4, *own_task]
     options += ["--blocks", "3,1", "--every", 1]
-    expected, _ = evaluate(*options)
-    monkeypatch.setattr(Architecture, "is_quantized", property(lambda self: True))
     asked, without = [], Models.without
 
-    def one_at_a_time(self, removals):
+    def watched(self, removals):
         model = without(self, removals)
-        assert list(self._loaded) == [removals]
+        assert not self.one_at_a_time or list(self._loaded) == [removals]
         asked.append(removals)
         return model
 
-    monkeypatch.setattr(Models, "without", one_at_a_time)
-    found, _ = evaluate(*options)
-    assert [removals for removals, _ in groupby(asked)] == [(), (3,), (3, 1)]
-    assert found["tasks"] == expected["tasks"]
-    for ours, theirs in zip(found["texts"][0]["pruned"], expected["texts"][0]["pruned"], strict=True):
-        assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-6)
-        assert ours["divergence"]["mean"] == pytest.approx(theirs["divergence"]["mean"], rel=1e-4)
+    monkeypatch.setattr(Models, "without", watched)
+    shared, _ = evaluate(*options)
+    assert {*asked} == {()}
+    for where in (prepare, quality_models):
+        monkeypatch.setattr(where, "why_not_fork", lambda *given: "a reason")
+    for is_packed in (False, True):  # packed weights need no second copy
+        monkeypatch.setattr(Architecture, "is_quantized", property(lambda self, packed=is_packed: packed))
+        alone, _ = evaluate(*options, "--force")
+        assert {*asked} == {(), (3,), (3, 1)}
+        assert alone["tasks"] == shared["tasks"]
+        for ours, theirs in zip(alone["texts"][0]["pruned"], shared["texts"][0]["pruned"], strict=True):
+            assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-6)
+            assert ours["divergence"]["mean"] == pytest.approx(theirs["divergence"]["mean"], rel=1e-4)
+        asked.clear()
 
 
 def test_an_interrupted_evaluation_keeps_its_finished_parts(

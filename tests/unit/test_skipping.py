@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from conftest import gpt2_config, llama_config, opt_config, random_model
-from sleb_cli.engine.forward.fork import Walk, walk_together
+from sleb_cli.engine.forward.fork import SizesWalk, Walk, walk_together
+from sleb_cli.engine.forward.predictions import PredictionsInTurn
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.states import States
 from sleb_plugins import UnsupportedModelError
@@ -154,3 +155,24 @@ def test_kept_states_save_work_and_change_no_bit(skippable, ids, ran, first, kee
     torch.testing.assert_close(found.branches, fresh.branches, rtol=0, atol=0)
     if counts:
         assert [ran.count(block) for block in range(4)] == counts
+
+
+SIZES = [(), (3,), (3, 1), (0, 2)]
+
+
+def test_sizes_share_a_branch_as_far_as_they_agree(skippable, ids, ran):
+    found = SizesWalk(skippable, skippable.calls(ids), SIZES)
+    assert list(walk_together(skippable, [found])) == list(range(len(skippable.switches)))
+    assert [ran.count(block) for block in range(4)] == [1, 2, 2, 2]
+    for size in SIZES:
+        assert torch.equal(skippable.head(found.branches[frozenset(size)], ids), skippable.logits(ids, size))
+
+
+@pytest.mark.parametrize(("memory", "batches"), [(10**6, 2), (1, 1), (0, 0)])
+def test_sizes_in_turn_share_work_while_there_is_room(skippable, ids, ran, memory, batches):
+    """Of two batches, as many are run once for all sizes as fit."""
+    shared = PredictionsInTurn(skippable, SIZES, memory)
+    for size in SIZES:
+        for batch in (ids, ids[:1, :9]):
+            assert torch.equal(shared.logits(batch, size), skippable.logits(batch, size))
+    assert ran.count(0) == batches * 1 + (2 - batches) * 3

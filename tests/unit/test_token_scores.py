@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import kl_div
 
 from conftest import llama_config, random_model
-from sleb_cli.engine.forward.predictions import predict
+from sleb_cli.engine.forward.predictions import predict_together
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.quality.token_scores import divergence_record, score_tokens
 
@@ -20,7 +20,9 @@ def scored(request):
     model = random_model(llama_config())
     with torch.inference_mode(), SkippableModel(model, model.model.layers) as skippable:
         log_p = [skippable.logits(IDS, removed)[:, :-1].log_softmax(-1) for removed in ((), (2,))]
-        predicted = [predict(skippable, IDS, removed, forks=request.param) for removed in ((), (2,))]
+        (predicted,) = predict_together(skippable, [IDS], [(), (2,)])
+        if not request.param:
+            predicted = [skippable.logits(IDS, removed) for removed in ((), (2,))]
         return log_p, *score_tokens(IDS, predicted, 7)
 
 

@@ -14,7 +14,7 @@ fills the device's matrix units.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property
 from types import MappingProxyType
@@ -95,7 +95,42 @@ class Walk:
         return ran / max(1, self.block_runs)
 
 
-def walk_together(skippable: SkippableModel, walks: Sequence[Walk]) -> Iterator[int]:
+class SizesWalk:
+    """One batch on its way through the model without each of several sets of blocks, which are given to `sizes`.
+
+    Sets that agree on the blocks so far share a branch, so each of `branches`, at last by set, is computed once.
+    """
+
+    start = 0
+
+    def __init__(
+        self,
+        skippable: SkippableModel,
+        calls: Sequence[Call],
+        sizes: Iterable[Collection[int]],
+        store: Store = keep_on_device,
+    ) -> None:
+        self.skippable, self.calls, self.store = skippable, calls, store
+        self.sizes = [frozenset(size) for size in sizes]
+        self.removed = frozenset.intersection(*self.sizes)
+        self.branches = {frozenset[int](): calls[0].entering}
+
+    def advance(self, block: int) -> None:
+        """Run `block` on every branch, except for the sets that have it."""
+        entering, self.branches = self.branches, {}
+        for size in self.sizes:
+            removed = frozenset(each for each in size if each <= block)
+            if removed not in self.branches:
+                hidden = entering[removed - {block}]
+                runs = block not in size
+                hidden = self.store(self.skippable.run_block(self.calls[block], hidden)) if runs else hidden
+                self.branches[removed] = hidden
+
+    def enter(self, depth: int) -> None:
+        """Take up nothing: all branches come from the first block."""
+
+
+def walk_together(skippable: SkippableModel, walks: Sequence[Walk | SizesWalk]) -> Iterator[int]:
     """Advance walks to the end, block by block, and yield each block after all of them have run it.
 
     So the weights of a block are needed once, for all walks.

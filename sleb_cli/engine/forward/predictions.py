@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
-from sleb_cli.engine.forward.fork import Walk, fork, walk_together
-from sleb_cli.engine.forward.holding import SharedInputs, to_cpu
+from sleb_cli.engine.forward.fork import SizesWalk, walk_together
+from sleb_cli.engine.forward.holding import SharedInputs, keep_on_device, to_cpu
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.forward.states import BASE, States
 
 
 class Predictions:
@@ -22,30 +22,54 @@ class Predictions:
         """Return logits by sequences and positions, as a tensor of all logits does."""
         return self._skippable.head(self._hidden[where].to(self._skippable.places[-1]), self._ids[where])
 
+    def move_to_cpu(self) -> int:
+        """Move the hidden states to host memory, and return their bytes."""
+        self._hidden = to_cpu(self._hidden)
+        return self._hidden.nbytes
+
 
 Logits = Tensor | Predictions
 """The logits of a batch; a model that only runs whole has them all at once."""
 
 
-def predict(skippable: SkippableModel, ids: Tensor, removed: Sequence[int], *, forks: bool) -> Logits:
-    """Return what the model predicts without these blocks; `forks` tells whether blocks can run on their own."""
-    if forks:
-        return Predictions(skippable, ids, fork(skippable, ids, removed, ())[BASE])
-    return skippable.logits(ids, removed)
-
-
 def predict_together(
-    skippable: SkippableModel, batches: Sequence[Tensor], sizes: Sequence[Sequence[int]]
-) -> Iterator[list[Logits]]:
+    skippable: SkippableModel, batches: Sequence[Tensor], sizes: Sequence[Collection[int]]
+) -> Iterator[list[Predictions]]:
     """Yield, for each batch, what the model predicts without each of these sets of blocks.
 
-    Its weights are read once for all of them, and the hidden states of all are in host memory meanwhile.
+    What these models share is computed once, and if blocks are streamed, each is read once; the hidden states of all
+    are in host memory meanwhile.
     """
-    shared, walks = SharedInputs(skippable, to_cpu), []
-    for ids in batches:
-        calls = shared.calls(ids)
-        walks.append([Walk(skippable, calls, States(), removed, (), store=to_cpu) for removed in sizes])
-    for _ in walk_together(skippable, [walk for of_batch in walks for walk in of_batch]):
+    store = keep_on_device if skippable.weights.resident else to_cpu
+    shared = SharedInputs(skippable, store)
+    walks = [SizesWalk(skippable, shared.calls(ids), sizes, store) for ids in batches]
+    for _ in walk_together(skippable, walks):
         pass
-    for ids, of_batch in zip(batches, walks, strict=True):
-        yield [Predictions(skippable, ids, walk.branches.pop(BASE)) for walk in of_batch]
+    for ids, walk in zip(batches, walks, strict=True):
+        yield [Predictions(skippable, ids, walk.branches[removed]) for removed in walk.sizes]
+
+
+class PredictionsInTurn:
+    """What a model predicts without each of some sets of blocks, asked on the same batches for one set after the other.
+
+    When the first set is asked for, all are computed, so that what they share is computed once. The others wait, as
+    hidden states in up to `memory` bytes of the host; those for which there is no room are computed when asked for.
+    """
+
+    def __init__(self, skippable: SkippableModel, sizes: Sequence[Collection[int]], memory: int) -> None:
+        self._skippable, self._memory = skippable, memory
+        self._first, *self._later = [frozenset(size) for size in sizes]
+        self._waiting: dict[tuple[frozenset[int], torch.Size, bytes], Predictions] = {}
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor, removed: Collection[int]) -> Tensor:
+        """Return all logits of a batch without the `removed` blocks, one of the sets."""
+        size, batch = frozenset(removed), (ids.shape, ids.cpu().numpy().tobytes())
+        found = self._waiting.pop((size, *batch), None)
+        if found is None:
+            later = self._later if size == self._first and self._memory > 0 else []
+            ((found, *others),) = predict_together(self._skippable, [ids], [size, *later])
+            for other, predictions in zip(later, others, strict=True):
+                self._memory -= predictions.move_to_cpu()
+                self._waiting[other, *batch] = predictions
+        return found[:, :]

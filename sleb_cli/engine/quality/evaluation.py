@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -136,13 +137,16 @@ def _run_task(
 ) -> tuple[TaskResult, ...]:
     """Run a task on the dense model and on these sizes."""
     models = asked.models
+    with models.in_turn([(), *sizes]) if not task.writes else nullcontext() as predictions:
 
-    def run(removals: Removals) -> dict[str, Any]:
-        model = models.without(removals).model
-        what = f"{len(removals)} removed" if removals else "dense"
-        with as_transformers_loads(model):
-            return task.run(model, asked.tokenizer, what, models.notify, models.group)
+        def run(removals: Removals) -> dict[str, Any]:
+            model = models.without(() if predictions else removals).model
+            what = f"{len(removals)} removed" if removals else "dense"
+            predict = partial(predictions.logits, removed=removals) if predictions else None
+            with as_transformers_loads(model):
+                return task.run(model, asked.tokenizer, what, models.notify, models.group, predict)
 
-    found = {removals: run(removals) for removals in models.loaded_first([(), *sizes])}
+        in_order = [(), *sizes] if predictions else models.loaded_first([(), *sizes])
+        found = {removals: run(removals) for removals in in_order}
     compared = compare_task(found[()], [(removals, found[removals]) for removals in sizes], asked.show_flips)
     return tuple(result.model_copy(update={"fingerprint": fingerprints.get(result.task)}) for result in compared)

@@ -36,6 +36,7 @@ class LoadedModel(HFLM):  # type: ignore[misc]
         named: the task, and what the model is called, under which progress is reported.
         notify: the listener for events.
         group: the processes.
+        predict: returns the logits of tokens, [batch, positions], in place of a pass of the model.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class LoadedModel(HFLM):  # type: ignore[misc]
         named: tuple[str, str],
         notify: Notify,
         group: ProcessGroup,
+        predict: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         # If the model is spread over devices, tokens may not go in where its first weight is.
         self._device, self._named, self._notify, self._group = input_device(model), named, notify, group
         self._ends = torch.tensor(sorted(end_tokens(model, tokenizer)), device=self._device)
         self._ended: list[bool] = []
+        self._predict = predict
 
     def loglikelihood(self, requests: Sequence[Any]) -> Any:
         """Return the likelihood of each continuation, and whether it is the most likely one."""
@@ -112,6 +115,10 @@ class LoadedModel(HFLM):  # type: ignore[misc]
                 hint="Leave the task out.",
             )
         return super()._loglikelihood_tokens(requests, **options)
+
+    def _model_call(self, inps: Tensor, **options: Any) -> Tensor:
+        logits: Tensor = self._predict(inps) if self._predict else super()._model_call(inps, **options)
+        return logits
 
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], attention_mask: Tensor, **options: Any

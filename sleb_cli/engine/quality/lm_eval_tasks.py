@@ -8,13 +8,15 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from torch import Tensor
 
 from sleb_cli.engine.device import input_device
 from sleb_cli.engine.memory import in_smaller_pieces
@@ -97,10 +99,24 @@ class LoadedTask:
         groups = [(name, of.aggregate_metric_list) for name, of in self._groups.items() if of.aggregate_metric_list]
         return found | {name: _hash([found, metrics]) for name, metrics in groups}
 
-    def run(self, model: Any, tokenizer: Any, what: str, notify: Notify, group: ProcessGroup) -> dict[str, Any]:
+    @property
+    def writes(self) -> bool:
+        """Whether the model writes any of its answers; otherwise, it only rates given ones."""
+        return any(map(_writes, self.tasks.values()))
+
+    def run(
+        self,
+        model: Any,
+        tokenizer: Any,
+        what: str,
+        notify: Notify,
+        group: ProcessGroup,
+        predict: Callable[[Tensor], Tensor] | None = None,
+    ) -> dict[str, Any]:
         """Return lm-eval's results on a model, called `what`, with all samples, as JSON holds them.
 
-        If the device is out of memory, smaller batches are tried.
+        `predict` returns the logits of tokens, [batch, positions], in place of a pass of the model. If the device is
+        out of memory, smaller batches are tried.
 
         Raises:
             UsageError: the task needs more positions than the model has, or a chat template or EOS token that the
@@ -127,7 +143,7 @@ class LoadedTask:
             from sleb_cli.engine.quality.lm_eval_model import LoadedModel
 
             size = first if requests == largest else requests
-            return self._evaluate(LoadedModel(model, tokenizer, size, (self.name, what), notify, group))
+            return self._evaluate(LoadedModel(model, tokenizer, size, (self.name, what), notify, group, predict))
 
         with _quietly_loading(self.name):
             return in_smaller_pieces(run, largest, device, notify, "continuing with {} requests")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from sleb_cli.engine.device import free_memory
+import torch
+
+from sleb_cli.engine.device import CPU, free_memory
+from sleb_cli.engine.forward.fork_check import why_not_fork
+from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.memory_needs import model_bytes
 from sleb_cli.engine.forward.placement import open_dense
+from sleb_cli.engine.forward.predictions import PredictionsInTurn
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.memory import memory_shortage
 from sleb_cli.engine.process_group import ProcessGroup
@@ -15,6 +21,9 @@ from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify
 from sleb_cli.results import Removals
+
+# On how many tokens it is checked that the model may be run block by block.
+CHECKED_TOKENS = 128
 
 
 class Models:
@@ -51,6 +60,26 @@ class Models:
                 free_memory()
             self._loaded[removals] = self._load(removals)
         return self._loaded[removals]
+
+    @property
+    def differ_in_blocks_alone(self) -> bool:
+        """Whether each size is the dense model without some of its blocks."""
+        return not self.subject.recovered and not any(surgery.others for surgery in self.surgeries.values())
+
+    @contextmanager
+    def in_turn(self, sizes: Sequence[Removals]) -> Iterator[PredictionsInTurn | None]:
+        """Have sizes that will be asked for one after the other share work; None if they have none in common."""
+        if len(sizes) == 1 or not self.differ_in_blocks_alone:
+            yield None
+            return
+        with torch.inference_mode(), self.without(()) as dense:
+            tokens = torch.arange(CHECKED_TOKENS, device=dense.device) % self.architecture.text_config.vocab_size
+            shares = why_not_fork(dense, tokens[None]) is None
+        if not shares:
+            yield None
+            return
+        with self.without(()) as dense:
+            yield PredictionsInTurn(dense, sizes, available_memory(CPU, self.group) // 2)
 
     def loaded_first(self, sizes: Sequence[Removals]) -> list[Removals]:
         """Return these sizes in an order that loads as few models as possible."""

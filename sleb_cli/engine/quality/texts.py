@@ -14,12 +14,12 @@ from torch import Tensor
 from sleb_cli.engine.device import CPU
 from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.memory_needs import states_bytes
-from sleb_cli.engine.forward.predictions import Logits, predict, predict_together
+from sleb_cli.engine.forward.predictions import Logits, predict_together
 from sleb_cli.engine.forward.prepare import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.process_group import deal
-from sleb_cli.engine.quality.models import Models
+from sleb_cli.engine.quality.models import CHECKED_TOKENS, Models
 from sleb_cli.engine.quality.token_scores import Scores, divergence_record, joined, score_tokens, window_losses
 from sleb_cli.engine.statistics import clustered_mean
 from sleb_cli.engine.surgery.surgery import Surgery
@@ -27,9 +27,6 @@ from sleb_cli.engine.text.windows import EvaluationWindows, tokens_sha256
 from sleb_cli.events import task
 from sleb_cli.results import PrunedTextScores, Removals, TextResult, TextScores
 from sleb_plugins import ModelError
-
-# On how many tokens of a window it is checked that the model may be run block by block.
-CHECKED_TOKENS = 128
 
 # About how many tokens a process scores before the processes exchange what they found.
 TOKENS_OF_A_PART = 16_384
@@ -100,7 +97,9 @@ class _Scorer:
         self.skippable: dict[Removals, SkippableModel] = {}
         batch, per_part = batch_size or 1, max(1, TOKENS_OF_A_PART // ids.shape[1])
         self.parts = torch.split(ids, max(1, per_part // batch) * batch)
-        self.dense, *_ = [self._model(removals)[0] for removals in sizes]
+        self.dense = self._model(())[0]
+        for removals in () if models.differ_in_blocks_alone else sizes:
+            self._model(removals)
         passes, _ = prepare_passes(
             self.dense,
             self.parts[0].to(self.dense.device),
@@ -141,8 +140,8 @@ class _Scorer:
             self.size = size
             split = [torch.split(ids, size) for ids in windows]
             batches = [batch for of_part in split for batch in of_part]
-            in_turn = ([self._predict(batch, removals) for removals in self.sizes] for batch in batches)
-            predicted = in_turn if self.dense.weights.resident else self._streamed(batches)
+            groups = [[batch] for batch in batches] if self.dense.weights.resident else [batches]
+            predicted = (of_batch for group in groups for of_batch in self._predict(group))
             return [[score_tokens(batch, next(predicted), self.positions) for batch in of_part] for of_part in split]
 
         place = self.models.placement.device
@@ -150,19 +149,17 @@ class _Scorer:
         for number, batches in zip(numbers, scored, strict=True):
             yield number, [joined(of_size) for of_size in zip(*batches, strict=True)]
 
-    def _predict(self, batch: Tensor, removals: Removals) -> Logits:
-        skippable, gone = self._model(removals)
-        with gone.absent(skippable.model):
-            return predict(skippable, batch, gone.removals, forks=self.forks)
-
-    def _streamed(self, batches: Sequence[Tensor]) -> Iterator[list[Logits]]:
-        """Walk through the blocks once for all sizes without blocks, and once for each without other parts."""
-        surgeries = [self._model(removals)[1] for removals in self.sizes]
-        alone = [surgery for surgery in surgeries if surgery.others]
-        walks = [predict_together(self.dense, batches, [each.removals for each in surgeries if not each.others])]
-        for surgery in alone:
-            with surgery.absent(self.dense.model):
-                walks.append(iter(list(predict_together(self.dense, batches, [surgery.removals]))))
+    def _predict(self, batches: Sequence[Tensor]) -> Iterator[list[Logits]]:
+        """Yield what each size predicts on each batch; the dense model and those without blocks walk together."""
+        together = (len(self.sizes) if self.models.differ_in_blocks_alone else 1) if self.forks else 0
+        walks: list[Any] = [predict_together(self.dense, batches, self.sizes[:together])] if together else []
+        for size in self.sizes[together:]:
+            skippable, gone = self._model(size)
+            with gone.absent(skippable.model):
+                if self.forks:
+                    walks.append(iter(list(predict_together(skippable, batches, [gone.removals]))))
+                else:
+                    walks.append(iter([[skippable.logits(ids, gone.removals)] for ids in batches]))
         return ([logits for walk in of_batch for logits in walk] for of_batch in zip(*walks, strict=True))
 
     def _model(self, removals: Removals) -> tuple[SkippableModel, Surgery]:
