@@ -133,7 +133,7 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
         evaluation = resolve_evaluation(request, named, source, registry, notify, group)
         place = _kept_place(evaluation.models.subject, "eval")
         unfinished = sibling(request.output, ".unfinished.json") if request.output and not place else None
-        result = evaluate_models(evaluation, place or unfinished, force=request.force)
+        result = evaluate_models(evaluation, place or unfinished)
     _save(result, request.output)
     if unfinished:
         unfinished.unlink(missing_ok=True)

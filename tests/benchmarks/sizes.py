@@ -71,7 +71,7 @@ def seconds_of(do: Callable[[], Any]) -> float:
 
 
 def measure(asked: Evaluation, **what: Any) -> None:
-    evaluate_models(replace(asked, **what), None, force=True)
+    evaluate_models(replace(asked, **what, force=True), None)
 
 
 @torch.inference_mode()

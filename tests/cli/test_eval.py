@@ -247,6 +247,20 @@ def test_sizes_that_share_work_give_what_each_gives_alone(evaluate, tiny_llama, 
         asked.clear()
 
 
+def test_the_dense_model_answers_once_for_all_plans(evaluate, tiny_llama, own_task, monkeypatch):
+    options = [tiny_llama, *own_task, "--blocks"]
+    passes = count_passes(monkeypatch)
+    first, _ = evaluate(*options, "3")
+    of_both = len(passes)
+    second, said = evaluate(*options, "1")
+    assert "Using the dense model's answers to own_weather, from the cache." in said
+    assert len(passes) < 2 * of_both
+    assert second["tasks"][0]["dense"] == first["tasks"][0]["dense"]
+    anew, said = evaluate(*options, "1", "--force")
+    assert anew["tasks"] == second["tasks"]
+    assert "Using" not in said
+
+
 def test_an_interrupted_evaluation_keeps_its_finished_parts(
     sleb, evaluate, tiny_llama, test_text, text_file, own_task, tmp_path, monkeypatch
 ):
@@ -256,7 +270,7 @@ def test_an_interrupted_evaluation_keeps_its_finished_parts(
         whole, _ = evaluate(*options)
     with monkeypatch.context() as patch:
         count_passes(patch, limit=len(passes))
-        sleb("eval", *options, "-o", "r.json", code=130)
+        sleb("eval", *options, "--force", "-o", "r.json", code=130)
     unfinished = EvalResult.model_validate_json((tmp_path / "r.unfinished.json").read_text())
     assert [text.text for text in unfinished.texts] == [str(test_text), str(text_file)]
     rest = count_passes(monkeypatch)

@@ -63,7 +63,8 @@ def resolve_evaluation(
     texts = group.main_first(lambda: tuple(_read_text(name, request, tokenizer, architecture) for name in names))
     for sentence in _remarks(texts, subject):
         notify(Notice(sentence))
-    return Evaluation(models, tokenizer, texts, tasks, parse_batch_size(request.batch_size), request.show_flips or 0)
+    batch_size, flips = parse_batch_size(request.batch_size), request.show_flips or 0
+    return Evaluation(models, tokenizer, texts, tasks, batch_size, flips, request.force)
 
 
 def _place(subject: Subject, request: EvalRequest, notify: Notify, group: ProcessGroup) -> Placement:

@@ -1,15 +1,22 @@
 """The cache: models that were downloaded or converted, and files that save work done before."""
 
+import gzip
+import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from platformdirs import user_cache_path
 
-from sleb_cli.atomic import held, publish, remove_leftovers, scratch_folder, write_text, writing
+from sleb_cli.atomic import held, new_file, publish, remove_leftovers, scratch_folder, writing
+from sleb_cli.events import Notice, Notify
+from sleb_cli.keys import Key, name_of
 from sleb_cli.names import local_path
+from sleb_plugins import OutputError
 
 _ELSEWHERE = "Set the environment variable SLEB_CACHE to another folder."
 
@@ -51,12 +58,24 @@ def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
     return folder
 
 
-def write_cached(path: Path, content: str) -> None:
-    """Write a file of the cache.
+def find_cached(kind: str, key: Key) -> Any:
+    """Return what `keep_cached` kept under a key, or None if there is none or a broken one."""
+    with suppress(OSError, ValueError, EOFError, zlib.error):
+        return json.loads(gzip.decompress(_cached(kind, key).read_bytes()))
+    return None
 
-    Raises:
-        OutputError: it cannot be written.
-    """
-    with writing(path, hint=_ELSEWHERE):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, content)
+
+def keep_cached(kind: str, key: Key, found: Any, title: str, notify: Notify) -> None:
+    """Keep what JSON can hold, called `title`; if the disk does not take it, only say so."""
+    file = _cached(kind, key)
+    try:
+        with writing(file, hint=_ELSEWHERE):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with new_file(file) as aside:
+                aside.write_bytes(gzip.compress(json.dumps(found).encode(), 1, mtime=0))
+    except OutputError as error:
+        notify(Notice(f"Cannot cache {title}: {error.message}"))
+
+
+def _cached(kind: str, key: Key) -> Path:
+    return cache_root() / kind / f"{name_of(key)}.json.gz"

@@ -14,6 +14,7 @@ import transformers
 
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.environment import processor_name
+from sleb_cli.engine.files.cache import find_cached, keep_cached
 from sleb_cli.engine.model.generation import as_transformers_loads
 from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask
 from sleb_cli.engine.quality.models import Models
@@ -22,6 +23,7 @@ from sleb_cli.engine.quality.texts import description, measure_text
 from sleb_cli.engine.text.windows import EvaluationWindows
 from sleb_cli.events import Notice, ignore
 from sleb_cli.kept_results import find_kept, keep_result
+from sleb_cli.keys import Key
 from sleb_cli.names import public_source
 from sleb_cli.records import THIS_VERSION
 from sleb_cli.results import EvalResult, R, Removals, TaskResult, TextResult, merge_results, of_sizes
@@ -32,7 +34,7 @@ class Evaluation:
     """What is measured, and on which models.
 
     `batch_size` counts the windows of a batch; None to suit the device. Up to `show_flips` items of each task that only
-    one model gets right are recorded.
+    one model gets right are recorded. `force` measures anew what was measured before.
     """
 
     models: Models
@@ -41,13 +43,13 @@ class Evaluation:
     tasks: tuple[LoadedTask, ...]
     batch_size: int | None = None
     show_flips: int = 0
+    force: bool = False
 
 
-def evaluate_models(asked: Evaluation, file: Path | None, *, force: bool) -> EvalResult:
+def evaluate_models(asked: Evaluation, file: Path | None) -> EvalResult:
     """Measure the dense model and each size of the pruned one, on the same data.
 
-    A file keeps each text and each task when it is finished. What it holds in this setting is not measured again,
-    unless by `force`.
+    A file keeps each text and each task when it is finished. What it holds in this setting is not measured again.
 
     Raises:
         DataError: the data of a task is missing or too small.
@@ -55,7 +57,7 @@ def evaluate_models(asked: Evaluation, file: Path | None, *, force: bool) -> Eva
     """
     models = asked.models
     whole, group = _without_parts(models), models.group
-    known = group.from_main(lambda: find_kept(whole, file, ignore) if file and not force else None) or whole
+    known = group.from_main(lambda: find_kept(whole, file, ignore) if file and not asked.force else None) or whole
     found: dict[str, tuple[Any, ...]] = {"texts": (), "tasks": ()}
     reused = list[str]()
     for part, name, results, run in _work(asked, known):
@@ -63,7 +65,6 @@ def evaluate_models(asked: Evaluation, file: Path | None, *, force: bool) -> Eva
             reused.append(name)
         else:
             results = merge_results(results, run(sizes))
-            models.require_unchanged()
             if file and group.is_main:
                 keep_result(whole.model_copy(update={part: results}), file, models.notify)
         found[part] += tuple(of_sizes(results, models.sizes))
@@ -129,7 +130,9 @@ def _missing_sizes(known: Sequence[R], sizes: Sequence[Removals]) -> tuple[Remov
 
 def _run_text(windows: EvaluationWindows, asked: Evaluation, sizes: Sequence[Removals]) -> tuple[TextResult]:
     """Measure a text on the dense model and on these sizes."""
-    return (measure_text(windows, asked.models, sizes, asked.batch_size),)
+    found = measure_text(windows, asked.models, sizes, asked.batch_size)
+    asked.models.require_unchanged()
+    return (found,)
 
 
 def _run_task(
@@ -137,16 +140,28 @@ def _run_task(
 ) -> tuple[TaskResult, ...]:
     """Run a task on the dense model and on these sizes."""
     models = asked.models
-    with models.in_turn([(), *sizes]) if not task.writes else nullcontext() as predictions:
-
-        def run(removals: Removals) -> dict[str, Any]:
+    group, key = models.group, _dense_key(asked, fingerprints)
+    known = None if asked.force else group.from_main(lambda: find_cached("answers", key))
+    if known:
+        models.notify(Notice(f"Using the dense model's answers to {task.name}, from the cache."))
+    found: dict[Removals, dict[str, Any]] = {(): known} if known else {}
+    missing = [size for size in [(), *sizes] if size not in found]
+    with models.in_turn(missing) if not task.writes else nullcontext() as predictions:
+        for removals in missing if predictions else models.loaded_first(missing):
             model = models.without(() if predictions else removals).model
             what = f"{len(removals)} removed" if removals else "dense"
             predict = partial(predictions.logits, removed=removals) if predictions else None
             with as_transformers_loads(model):
-                return task.run(model, asked.tokenizer, what, models.notify, models.group, predict)
-
-        in_order = [(), *sizes] if predictions else models.loaded_first([(), *sizes])
-        found = {removals: run(removals) for removals in in_order}
+                found[removals] = task.run(model, asked.tokenizer, what, models.notify, group, predict)
+    models.require_unchanged()
+    if not known and group.is_main:
+        keep_cached("answers", key, found[()], f"the dense model's answers to {task.name}", models.notify)
     compared = compare_task(found[()], [(removals, found[removals]) for removals in sizes], asked.show_flips)
     return tuple(result.model_copy(update={"fingerprint": fingerprints.get(result.task)}) for result in compared)
+
+
+def _dense_key(asked: Evaluation, fingerprints: dict[str, str]) -> Key:
+    """Return what the dense model's answers to a task depend on, and nothing of what is removed."""
+    whole = _without_parts(asked.models).model_copy(update={"experts": None, "recovered": None})
+    how = {"items": fingerprints, "batch_size": asked.batch_size, "processes": asked.models.group.size}
+    return {**whole.key, **how}

@@ -69,7 +69,7 @@ class Models:
     @contextmanager
     def in_turn(self, sizes: Sequence[Removals]) -> Iterator[PredictionsInTurn | None]:
         """Have sizes that will be asked for one after the other share work; None if they have none in common."""
-        if len(sizes) == 1 or not self.differ_in_blocks_alone:
+        if len(sizes) < 2 or not self.differ_in_blocks_alone:
             yield None
             return
         with torch.inference_mode(), self.without(()) as dense:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -14,14 +12,14 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from sleb_cli.engine.device import as_float64, dtype_name, input_device
-from sleb_cli.engine.files.cache import cache_root, write_cached
+from sleb_cli.engine.files.cache import find_cached, keep_cached
 from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.model.generation import continue_each, generate
 from sleb_cli.engine.third_party import error_saying, pass_errors_through
 from sleb_cli.events import Advance, Notice, Notify, task
-from sleb_cli.keys import Key, key_of, name_of
+from sleb_cli.keys import Key, key_of
 from sleb_cli.units import plural
-from sleb_plugins import OutputError, UnsupportedModelError
+from sleb_plugins import UnsupportedModelError
 
 T = TypeVar("T")
 
@@ -70,10 +68,8 @@ def write_or_find(model: Any, writing: Writing, write: Callable[[Continue, int],
     """
     batch = min(writing.count, _MAX_BATCH, max(_MIN_BATCH, _TOKENS_PER_BATCH // writing.new))
     device = input_device(model)
-    file = cache_root() / "texts" / name_of(_key(model, writing, batch))
-    kept = list[T]()
-    with suppress(OSError, ValueError):  # there is none, or a broken one
-        kept = json.loads(file.read_bytes())
+    key = _key(model, writing, batch)
+    kept: list[T] = find_cached("texts", key) or []
     if kept:
         notify(Notice(f"Using {plural(len(kept), writing.noun)} that the model wrote before, from the cache."))
         return kept
@@ -90,11 +86,8 @@ def write_or_find(model: Any, writing: Writing, write: Callable[[Continue, int],
             return write(_continuing(model, advance), size)
 
     found = in_smaller_pieces(run, batch, device, notify, "generating {} sequences")
-    try:
-        if writing.model is not None:
-            write_cached(file, json.dumps(found))
-    except OutputError as error:
-        notify(Notice(f"The text that the model wrote is not cached: {error.message}"))
+    if writing.model is not None:
+        keep_cached("texts", key, found, "the text that the model wrote", notify)
     return found
 
 
