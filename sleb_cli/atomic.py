@@ -51,7 +51,19 @@ def require_new_file(path: Path, *, force: bool) -> None:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         _require_absent(path, replace=force)
-        _require_writable(_named(path))
+    require_writable(path)
+
+
+def require_writable(path: Path) -> None:
+    """Check that something can be written beside `path`.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    with writing(path):
+        aside = _beside(_named(path))
+        aside.touch()
+        aside.unlink()
 
 
 def _require_absent(path: Path, *, replace: bool) -> None:
@@ -164,7 +176,7 @@ def held(path: Path, *, patience: float | None = None) -> Iterator[Path]:
 
     target = _named(path)
     folder = _hidden(target)
-    _require_writable(target)  # where nothing can be made, FileLock waits
+    require_writable(target)  # where nothing can be made, FileLock waits
     lock = FileLock(_hidden(target, ".lock"), PATIENCE if patience is None else patience, thread_local=False)
     try:
         lock.acquire()
@@ -204,12 +216,6 @@ def publish(aside: Path, path: Path) -> None:
 def _named(path: Path) -> Path:
     """Return an absolute path that ends in a name."""
     return path.absolute() if path.name not in ("", "..") else path.resolve()
-
-
-def _require_writable(target: Path) -> None:
-    aside = _beside(target)
-    aside.touch()
-    aside.unlink()
 
 
 def _beside(target: Path) -> Path:

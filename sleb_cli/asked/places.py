@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sleb_cli.atomic import remove_leftovers, require_new_file
+from sleb_cli.atomic import remove_leftovers, require_new_file, require_writable
 from sleb_plugins import OutputError, UsageError
 
 
@@ -31,6 +31,7 @@ def require_new_place(place: Path, gguf: Path | None, *, force: bool) -> None:
             f"{place} exists and is not a checkpoint, so --force does not replace it.",
             hint="Choose another folder with -o, or delete it yourself.",
         )
+    require_writable(place)
 
 
 def are_the_same(one: Path, other: Path) -> bool:

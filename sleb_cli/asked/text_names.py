@@ -46,18 +46,30 @@ def require_mixture(text: str | None) -> None:
 
     Raises:
         UsageError: the mixture is invalid.
-        DataError: a file is missing.
+        DataError: a file is missing, or a source is none.
     """
-    require_files(parse_mixture(text) if text else ())
+    require_sources(parse_mixture(text) if text else ())
 
 
-def require_files(sources: Iterable[str]) -> None:
-    """Check that those sources which are local files are there.
+def require_sources(sources: Iterable[str], *, measured: bool = False) -> None:
+    """Check that these are sources, to calibrate on or to be `measured`, and that local files are there.
 
     Raises:
         DataError: one is not.
     """
     for source in sources:
         file = source.removeprefix(ANSWERS)
-        if (file != source or is_file(source)) and not local_path(file).exists():
-            raise DataError(f"There is no file {file}.", hint="Check the path.")
+        path, *parts = source.split(":")
+        if measured and (is_written(source) or source in REFERENCE_PRESETS):
+            raise DataError(
+                f"{source} is text to calibrate on.",
+                hint="Use wikitext2, c4, a .txt or .jsonl file, or a data set: org/name[:config][:split][:column].",
+            )
+        if file != source or is_file(source):
+            if not local_path(file).exists():
+                raise DataError(f"There is no file {file}.", hint="Check the path.")
+        elif source not in PRESETS and not is_written(source) and ("/" not in path or len(parts) > 3):
+            raise DataError(
+                f"Unknown text source {source!r}.",
+                hint="Use wikitext2, c4, self, a .txt or .jsonl file, or org/name[:config][:split][:column].",
+            )

@@ -11,7 +11,7 @@ from typing import Any
 from sleb_cli.asked.clashes import FOR_CHECKPOINTS, given
 from sleb_cli.asked.places import require_new_place
 from sleb_cli.asked.subjects import NamedSubject, first_removals, is_plan, read_named_plan, read_subject
-from sleb_cli.asked.text_names import require_files, require_mixture
+from sleb_cli.asked.text_names import require_mixture, require_sources
 from sleb_cli.atomic import require_new_file
 from sleb_cli.plan import CHECKPOINT_PLAN
 from sleb_cli.plugin_manager import Registry
@@ -101,7 +101,7 @@ def check_evaluation(request: EvalRequest, registry: Registry) -> NamedSubject:
     _require_new(request)
     parse_batch_size(request.batch_size)
     dtype_in_full(request.dtype or AUTO)
-    require_files(request.perplexity)
+    require_sources(request.perplexity, measured=True)
     if request.include_path is not None and not request.include_path.is_dir():
         raise DataError(f"There is no folder {request.include_path}.", hint="Check --include-path.")
     return read_subject(request)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
-from sleb_cli.asked.text_names import is_file, is_written
+from sleb_cli.asked.text_names import is_file
 from sleb_cli.engine.third_party import first_line
 from sleb_cli.names import ANSWERS, local_path
 from sleb_cli.records import first_fault, why_not_read
@@ -159,11 +159,6 @@ def evaluation_text(source: str, length: int) -> Text:
         content = _read_file(source)
         conversations = _file_conversations(source, content)
         return Text(source, "", conversations=conversations) if conversations else _file_text(source, content)
-    if is_written(source) or source in CALIBRATION_PRESETS:
-        raise DataError(
-            f"{source} is text to calibrate on.",
-            hint="Use wikitext2, c4, a .txt or .jsonl file, or a data set: org/name[:config][:split][:column].",
-        )
     import datasets
 
     dataset, split = _parse_dataset(source), None
@@ -388,13 +383,7 @@ def _naming_faults(where: str) -> Iterator[None]:
 
 def _parse_dataset(source: str, column: str = "text") -> Dataset:
     """Parse org/name[:config][:split][:column]; `column` is the default column."""
-    path, *parts = source.split(":")
-    if "/" not in path or len(parts) > 3:
-        raise DataError(
-            f"Unknown text source {source!r}.",
-            hint="Use wikitext2, c4, self, a .txt or .jsonl file, or org/name[:config][:split][:column].",
-        )
-    config, split, named = [*parts, "", "", ""][:3]
+    path, config, split, named = [*source.split(":"), "", "", ""][:4]
     return Dataset(path, config or None, split or "train", named or column)
 
 
