@@ -87,11 +87,13 @@ def calibrate(
     conversations = [source for source in first.shares if writes_conversations(source)]
     if first.chat is not None or conversations:
         require_template(tokenizer, conversations[0] if conversations else "--chat")
+    drafts = [_read_texts(each, tokenizer, notify if each is first else ignore) for each in splits]
     if first.samples_given and len(splits) > 1:
         whole = replace(first, samples=sum(each.samples for each in splits), split=WHOLE)
         for source, count in whole.texts.items():
-            read_windows(source, count, whole, tokenizer)  # parts may have less than their share, but not all together
-    drafts = [_read_texts(each, tokenizer, notify if each is first else ignore) for each in splits]
+            # Parts may have less than their share, but not all together.
+            if any(len(rows[source][0]) < each.counts[source] for each, (_, rows) in zip(splits, drafts, strict=True)):
+                read_windows(source, count, whole, tokenizer)
     for source in filter(is_written, first.shares):
         counts = [settings.counts[source] for settings, _ in drafts]
         if source.startswith(ANSWERS):  # prompts are divided like documents
