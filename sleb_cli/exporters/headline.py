@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sleb_cli.exporters.findings import Findings
-from sleb_cli.tables.quality import ENOUGH
+from sleb_cli.tables.quality import ENOUGH, keeps_enough
 from sleb_cli.tables.search_results import UNUSED, collapse
 from sleb_cli.units import format_count, format_share, plural
 
@@ -31,17 +31,22 @@ def sentences(findings: Findings) -> list[str]:
 
 
 def advice(findings: Findings) -> list[str]:
-    """Say whether to use this size where most of the accuracy must stay, or which one that was measured."""
+    """Say whether to use this size where most of the accuracy must stay, or which one that was measured.
+
+    Where too few items were measured to tell, nothing is said.
+    """
     own, most, unit = findings.plan.largest, f"{ENOUGH:.0%}", findings.plan.unit
     measured = {each.removals for task in findings.tasks for each in task.pruned if len(each.removals) <= len(own)}
-    kept = {removals: found[0] for removals in measured if (found := findings.retention(removals))}
-    if own not in kept:
+    kept = {removals: keeps_enough(found) for removals in measured if (found := findings.retention(removals))}
+    if kept.get(own) is None:
         return []
-    if kept[own] >= ENOUGH:
+    if kept[own]:
         return [f"Use it where {most} of the accuracy is enough."]
-    if enough := [removals for removals, share in kept.items() if share >= ENOUGH]:
+    if enough := [removals for removals, is_kept in kept.items() if is_kept]:
         fewer = plural(max(map(len, enough)), unit.removesuffix("s"))
         return [f"To keep {most} of the accuracy, remove {fewer}, the most of any measured size that keeps it."]
+    if None in kept.values():
+        return []
     recover = "" if findings.plan.recovery or findings.plan.experts else ", or apply the plan with --recover and --heal"
     return [f"To keep {most} of the accuracy, remove fewer {unit} than were measured{recover}."]
 

@@ -205,10 +205,18 @@ def verdicts(tasks: Iterable[TaskResult]) -> Table:
     return tabulate("Verdict by kind of use", columns, rows, notes)
 
 
+def keeps_enough(found: Estimate) -> bool | None:
+    """Whether ENOUGH is kept; None if the interval does not tell."""
+    _, interval = found
+    if interval is None or interval.low < ENOUGH <= interval.high:
+        return None
+    return interval.low >= ENOUGH
+
+
 def _verdict(share: float, interval: Interval | None) -> str:
     if interval is None:
         return ""
-    if interval.low >= ENOUGH:
+    if keeps_enough((share, interval)):
         return "kept"
     if interval.high < 1:
         return f"{1 - share:.0%} lost"

@@ -198,26 +198,33 @@ def test_the_headline_names_the_largest_workload_with_an_interval(report):
     assert "3 runs, too few for an interval" in report(plan, benchmark=benchmark).text
 
 
+USE, FEWER = "Use it where 95% of the accuracy is enough.", "To keep 95% of the accuracy, remove"
+
+
 @pytest.mark.parametrize(
-    ("lost", "said"),
+    ("lost", "width", "said"),
     [
-        ((0.0, 0.01, 0.02), "Use it where 95% of the accuracy is enough."),
-        (
-            (0.0, 0.02, 0.2),
-            "To keep 95% of the accuracy, remove 2 blocks, the most of any measured size that keeps it.",
-        ),
-        ((0.1, 0.2, 0.2), "remove fewer blocks than were measured, or apply the plan with --recover and --heal."),
+        ((0.0, 0.01, 0.02), 0.02, USE),
+        ((0.0, 0.02, 0.2), 0.02, f"{FEWER} 2 blocks, the most of any measured size that keeps it."),
+        ((0.1, 0.2, 0.2), 0.02, f"{FEWER} fewer blocks than were measured, or apply the plan with"),
+        ((0.0, 0.0, 0.0), 0.6, ""),
+        ((0.0, 0.04, 0.4), 0.6, ""),
     ],
-)
-def test_the_headline_says_what_to_do(report, lost, said):
+)  # fmt: skip
+def test_the_headline_says_what_to_do_where_enough_items_tell(report, lost, width, said):
     plan = make_plan(8, 3)
 
     def differ(data):
         for task in data["tasks"]:
             for entry, loss in zip(task["pruned"], lost, strict=True):
-                entry["difference"] = -loss * task["dense"]["value"]
+                middle, half = -loss * task["dense"]["value"], width * task["dense"]["value"] / 2
+                entry |= {"difference": middle, "difference_interval": {"low": middle - half, "high": middle + half}}
 
-    assert said in report(plan, evaluation=changed(make_evaluation(plan, every=1, items=40), differ)).text
+    text = report(plan, evaluation=changed(make_evaluation(plan, every=1, items=40), differ)).text
+    assert [words for words in (USE, FEWER) if words in text] == [
+        words for words in (USE, FEWER) if words in (said or "")
+    ]
+    assert not said or said in text
 
 
 def test_what_a_text_says_is_never_markup_nor_mathematics(report):
