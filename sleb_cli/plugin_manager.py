@@ -7,6 +7,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -104,7 +105,11 @@ class Registry:
         name, colon, argument = text.partition(":")
         metric: Metric = self.choose("metric", name).value
         if colon:
-            return metric.with_argument(argument)
+            found = metric.with_argument(argument)
+            if found.name == metric.name:  # two arguments would be one metric to whoever looks up its scores
+                found = copy(found)
+                object.__setattr__(found, "name", text)
+            return found
         if metric.argument and not metric.argument.startswith("["):
             raise UsageError(f"The metric {name!r} needs an argument.", hint=f"Write {name}:{metric.argument}.")
         return metric

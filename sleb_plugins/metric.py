@@ -25,7 +25,7 @@ class Metric(ABC):
     """The argument after the name and a colon, as shown in help: `TASK`, or `[SEED]` if it is optional."""
 
     def with_argument(self, argument: str) -> Metric:
-        """Return the metric for `NAME:ARGUMENT`; its `name` is that text, or an equivalent one.
+        """Return the metric for `NAME:ARGUMENT`; its `name` becomes that text, unless it has an equivalent one.
 
         It is called before any model is loaded.
 

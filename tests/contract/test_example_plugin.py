@@ -44,9 +44,17 @@ def test_it_is_listed_with_its_package_and_version(sleb_with_plugin):
 
 
 def test_its_family_and_its_metric_search(sleb_with_plugin, tiny_gpt2, text_file):
-    options = ["--remove", 2, "--metric", "next-token-error", *calibration(text_file), "--json"]
-    result = sleb_with_plugin("search", tiny_gpt2, *options)
+    options = ["--remove", 2, *calibration(text_file), "--json", "--metric"]
+    result = sleb_with_plugin("search", tiny_gpt2, *options, "next-token-error:5", "-o", "five.json")
+    plan = json.loads(result.stdout)
+    assert plan["search"]["metric"] == "next-token-error:5"
+    result = sleb_with_plugin("search", tiny_gpt2, "--extend", "five.json", "--remove", 3, "--json", "-o", "three.json")
     assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["search"]["metric"] == "next-token-error:5"
+    assert "'many' is no number" in sleb_with_plugin("search", tiny_gpt2, *options, "next-token-error:many").stderr
+    result = sleb_with_plugin("search", tiny_gpt2, *options, "next-token-error")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["steps"][0]["score"] > plan["steps"][0]["score"]
     plan = json.loads(result.stdout)
     assert plan["model"]["family"] == "gpt2"
     assert plan["search"]["engine"] == "model"

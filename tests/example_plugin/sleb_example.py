@@ -4,14 +4,23 @@ import sleb_plugins as sleb
 
 
 class NextTokenError(sleb.ModelMetric):
-    """Counts the calibration tokens that the model would not have guessed."""
+    """Counts the calibration tokens that the model would not have guessed in a number of guesses."""
 
     name = "next-token-error"
-    description = "share of calibration tokens that are not the model's first guess"
+    description = "share of calibration tokens that are not among the model's first guesses"
+    argument = "[GUESSES]"
+
+    def __init__(self, guesses=1):
+        self.guesses = guesses
+
+    def with_argument(self, argument):
+        if not argument.isdecimal():
+            raise sleb.UsageError(f"{argument!r} is no number of guesses.", hint="Write next-token-error:5.")
+        return NextTokenError(int(argument))
 
     def score_model(self, model, tokenizer, sequences):
-        guesses = model(input_ids=sequences).logits[:, :-1].argmax(-1)
-        return (guesses != sequences[:, 1:]).float().mean().item()
+        guesses = model(input_ids=sequences).logits[:, :-1].topk(self.guesses).indices
+        return 1 - (guesses == sequences[:, 1:, None]).any(-1).float().mean().item()
 
 
 class SliceExpression(sleb.Exporter):
