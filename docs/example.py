@@ -31,7 +31,7 @@ print(plan.removals)
 # ## What the model loses without each block
 
 # %%
-scores = plan.steps[0].scores
+scores = {block: score for block, score in plan.steps[0].scores.items() if score is not None}
 plt.bar([str(block) for block in scores], [score - plan.dense.loss for score in scores.values()])
 plt.xlabel("block")
 plt.ylabel("loss added, nats per token")
@@ -41,8 +41,8 @@ plt.show()
 # ## How both models continue a sentence
 
 # %%
-sample = plan.sample_generation
-print(sample.prompt, "…\n\ndense:", sample.dense, "\n\npruned:", sample.pruned)
+if sample := plan.sample_generation:
+    print(sample.prompt, "…\n\ndense:", sample.dense, "\n\npruned:", sample.pruned)
 
 # %% [markdown]
 # ## Write the pruned checkpoint
@@ -50,7 +50,7 @@ print(sample.prompt, "…\n\ndense:", sample.dense, "\n\npruned:", sample.pruned
 # %%
 with sleb.show_progress() as notify:
     applied = sleb.apply(sleb.ApplyRequest(str(plan_file), output=folder / "pruned"), notify)
-print(f"{applied.blocks} blocks, checked: {', '.join(applied.proof.checks)}")
+print(f"{applied.blocks} blocks, checked: {', '.join(applied.checks)}")
 
 # %% [markdown]
 # ## Measure what it cost, on a text of your own

@@ -7,11 +7,13 @@ instant.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from sleb_plugins.errors import UsageError
 
@@ -149,9 +151,12 @@ class Doc:
 
 
 def option(help: str, panel: str | None = None, *, unset: Any = None, **spelling: Any) -> Any:
-    """Return a field with this help, whose value is `unset` where none is given; an argument may stand alone."""
-    doc = Doc(help, panel, **spelling)
-    return field(default=unset, kw_only=not doc.argument, metadata={"doc": doc})
+    """Return a field with this help, whose value is `unset` where none is given."""
+    return field(default=unset, metadata={"doc": Doc(help, panel, **spelling)})
+
+
+def _argument(help: str, metavar: str) -> dict[str, Doc]:
+    return {"doc": Doc(help, metavar=metavar, argument=True)}
 
 
 _flag = partial(option, unset=False)
@@ -181,18 +186,59 @@ _force = partial(_flag, "Overwrite existing output.", _OUTPUT)
 _result_file = partial(option, "Write the result to this JSON file.", _OUTPUT)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """A request without empty values, whose numbers are all in the range of their fields.
+_PLAIN: dict[Any, tuple[tuple[type, ...], str]] = {
+    str: ((str, os.PathLike), "text"),
+    Path: ((str, os.PathLike), "path"),
+    int: ((int,), "whole number"),
+    float: ((int, float), "number"),
+    bool: ((bool,), "True or False"),
+}
+"""What may be given for a type, and what it is called."""
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """Return a value as its field's type has it.
 
     Raises:
-        UsageError: one is not.
+        UsageError: it is of none of its types.
+    """
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    wanted = []
+    for each in kinds:
+        if each is type(None):
+            if value is None:
+                return None
+        elif get_origin(each) is tuple:
+            item = get_args(each)[0]
+            wanted.append(f"a list of {_PLAIN[item][1]}s")
+            if isinstance(value, list | tuple):
+                return tuple(_typed(name, part, item) for part in value)
+        else:
+            plain = str if get_origin(each) is Literal else each
+            types, words = _PLAIN[plain]
+            wanted.append(words if plain is bool else f"a {words}")
+            if isinstance(value, types) and (plain is bool or not isinstance(value, bool)):
+                return plain(value) if isinstance(value, os.PathLike) or plain is Path else value
+    raise UsageError(f"{name} cannot be {value!r}.", hint=f"Give {' or '.join(dict.fromkeys(wanted))}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A request without empty values, whose values have the types of their fields, and whose numbers are in range.
+
+    A list may stand for a tuple, and a path for a text or the other way round.
+
+    Raises:
+        UsageError: a value is of another type, empty, or out of range.
     """
 
     def __post_init__(self) -> None:
+        kinds = get_type_hints(type(self))
         for each in fields(self):
-            doc, value = each.metadata["doc"], getattr(self, each.name)
+            doc, given = each.metadata["doc"], getattr(self, each.name)
             name = doc.metavar if doc.argument else option_of(each.name)
+            value = _typed(each.name, given, kinds[each.name])
+            object.__setattr__(self, each.name, value)
             if value == "" or (isinstance(value, tuple) and "" in value):  # as of a shell's variable that is not set
                 raise UsageError(f"{name} has an empty value.", hint="Write one, or leave it out.")
             if isinstance(value, bool) or not isinstance(value, int | float) or doc.least <= value <= doc.most:
@@ -208,7 +254,7 @@ class Request:
 class SearchRequest(Request):
     """Which blocks to search for: how many, by one field of `TARGET_NAMES`, how, and on which text."""
 
-    model: str = option("A Hub id, a folder, a .gguf file, or demo.", unset=MISSING, metavar="MODEL", argument=True)
+    model: str = field(kw_only=False, metadata=_argument("A Hub id, a folder, a .gguf file, or demo.", "MODEL"))
     unit: Unit = option("Remove blocks, or experts: the same number of each block's.", _TARGET, unset="blocks")
     ratio: str | float | None = option("Remove this share of the blocks or experts, rounded up: 0.2.", _TARGET)
     remove: int | None = option("Remove this number of blocks, or of each block's experts.", _TARGET)
@@ -327,8 +373,10 @@ A plan, which may be anyone's, grants no trust and names no place to write.
 class SubjectRequest(Request):
     """A plan, or a model and the blocks to remove from it."""
 
-    subject: str | None = option(
-        f"A plan (default: ./{DEFAULT_PLAN}), or a model with --blocks.", metavar="PLAN|MODEL", argument=True
+    subject: str | None = field(
+        default=None,
+        kw_only=False,
+        metadata=_argument(f"A plan (default: ./{DEFAULT_PLAN}), or a model with --blocks.", "PLAN|MODEL"),
     )
     blocks: tuple[int, ...] | None = option(
         "Remove these blocks from MODEL, in this order: 5,4,9.", _SUBJECT, metavar="LIST"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field
@@ -10,7 +11,7 @@ from pydantic import Field
 from sleb_cli.keys import Key, key_of
 from sleb_cli.names import public_source
 from sleb_cli.plan import CalibrationRecord, RecoveryRecord
-from sleb_cli.records import ModelRecord, Perplexity, Proof, Public, Record, VersionedRecord
+from sleb_cli.records import Check, ModelRecord, Perplexity, Proof, Public, Record, VersionedRecord
 from sleb_cli.requests import Unit, WorkloadName
 from sleb_cli.units import format_bytes, plural
 
@@ -139,6 +140,16 @@ class WrittenResult(ExpertResult):
     """A model that was written without some of its parts; what went besides blocks has a field for each kind."""
 
     @property
+    def path(self) -> Path:
+        """The folder or file that was written."""
+        raise NotImplementedError
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """What was proven, if it was."""
+        return next((value.checks for _, value in self if isinstance(value, Proof)), ())
+
+    @property
     def cuts(self) -> list[CutRecord]:
         """What went besides blocks."""
         return [value for _, value in self if isinstance(value, CutRecord)]
@@ -163,6 +174,11 @@ class ApplyResult(WrittenResult):
     recovery: RecoveryRecord | None
     proof: Proof | None
 
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return Path(self.folder)
+
 
 class GgufResult(WrittenResult):
     """A pruned GGUF file; if `verified`, its tensors were compared byte for byte with the source.
@@ -183,6 +199,11 @@ class GgufResult(WrittenResult):
     experts_per_token: PerTokenRecord | None = None
     proof: Proof | None
     unproven: str | None
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return Path(self.file)
 
 
 class ExportResult(VersionedRecord):

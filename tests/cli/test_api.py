@@ -47,6 +47,27 @@ def test_a_request_says_what_is_wrong_with_it(request_for):
             sleb.search(request_for(**options))
 
 
+def test_a_request_takes_lists_for_tuples_and_paths_for_texts():
+    given = sleb.EvalRequest(Path("plan.json"), tasks=["piqa"], remove=[2, 4], output="found.json")
+    assert given == sleb.EvalRequest("plan.json", tasks=("piqa",), remove=(2, 4), output=Path("found.json"))
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "hint"),
+    [
+        ({"perplexity": "a.txt"}, "perplexity cannot be 'a.txt'.", "Give a list of texts."),
+        ({"remove": [1.5]}, "remove cannot be 1.5.", "Give a whole number."),
+        ({"limit": True}, "limit cannot be True.", "Give a whole number."),
+        ({"bos": 1}, "bos cannot be 1.", "Give True or False."),
+        ({"batch_size": 1.5}, "batch_size cannot be 1.5.", "Give a text or a whole number."),
+    ],
+)
+def test_a_value_of_another_type_is_refused_at_once(options, said, hint):
+    with pytest.raises(UsageError) as refused:
+        sleb.EvalRequest("plan.json", **options)
+    assert (refused.value.message, refused.value.hint) == (said, hint)
+
+
 def test_the_listener_for_trackio_hears_every_step(tiny_llama, text_file, monkeypatch):
     tracked = Mock()
     monkeypatch.setitem(sys.modules, "trackio", tracked)
