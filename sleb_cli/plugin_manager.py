@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from importlib.metadata import EntryPoint, entry_points
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from traceback import extract_tb
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import pluggy
 
@@ -29,14 +30,17 @@ from sleb_plugins import (
     Metric,
     ModelMetric,
     PluginError,
+    SlebError,
     UsageError,
     WeightMetric,
     hookspecs,
 )
-from sleb_plugins.errors import did_you_mean
+from sleb_plugins.errors import did_you_mean, is_out_of_memory
 
 if TYPE_CHECKING:
     from sleb_cli.plan import MetricRecord
+
+T = TypeVar("T")
 
 GROUP = "sleb"
 
@@ -103,13 +107,13 @@ class Registry:
             DataError: its argument names something that does not exist.
         """
         name, colon, argument = text.partition(":")
-        metric: Metric = self.choose("metric", name).value
+        offer = self.choose("metric", name)
+        metric: Metric = offer.value
         if colon:
-            found = metric.with_argument(argument)
+            found = copy(metric.with_argument(argument))
             if found.name == metric.name:  # two arguments would be one metric to whoever looks up its scores
-                found = copy(found)
                 object.__setattr__(found, "name", text)
-            return found
+            return _answering("metric", found, offer.plugin)
         if metric.argument and not metric.argument.startswith("["):
             raise UsageError(f"The metric {name!r} needs an argument.", hint=f"Write {name}:{metric.argument}.")
         return metric
@@ -223,8 +227,36 @@ def _offers(plugin: Plugin, load: Callable[[], Any]) -> list[Offer]:
             if not isinstance(value, types) or not isinstance(name, str):
                 expected = " or ".join(t.__name__ for t in types)
                 raise TypeError(f"{hook} offers {value!r}, which is not a named {expected}")
-            offers.append(Offer(kind, name, value, plugin))
+            offers.append(Offer(kind, name, _answering(kind, value, plugin), plugin))
     return offers
+
+
+def _answering(kind: Kind, value: T, plugin: Plugin) -> T:
+    """Return what a plugin offers so that what its methods raise names it; an error of our own is a bug of ours."""
+    if plugin.package == "sleb" or kind == "family":
+        return value
+    found, who = copy(value), f"The {kind} {getattr(value, 'name', '')!r} of {plugin.package} {plugin.version}"
+    for name, method in inspect.getmembers(found, inspect.ismethod):
+        if not name.startswith("_"):
+            object.__setattr__(found, name, _naming(who, method))
+    return found
+
+
+def _naming(who: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def call(*given: Any, **options: Any) -> Any:
+        try:
+            return method(*given, **options)
+        except Exception as error:
+            if isinstance(error, SlebError) or is_out_of_memory(error):
+                raise
+            frames = extract_tb(error.__traceback__)[1:]
+            last = [frame for frame in frames if frame.filename == frames[0].filename][-1:]
+            where = "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in last)
+            words = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": .")
+            raise PluginError(f"{who} raised {words}{where}.", hint="Report it to the plugin's author.") from error
+
+    return call
 
 
 def _hash_of_code(kind: type) -> str:

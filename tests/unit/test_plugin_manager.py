@@ -6,6 +6,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
+from conftest import calibration
 from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins import PluginError
 
@@ -100,3 +101,25 @@ def test_an_adapter_that_points_nowhere_is_named(run_sleb, plugins, as_plugins, 
     result = run_sleb("search", tiny_gpt2, "--remove", 1, "--calibration", "self")
     assert result.exit_code == 4
     assert "The family lost says that gpt2 keeps its blocks at a.b" in result.stderr
+
+
+RAISING = (
+    "class M(sleb.ModelMetric):\n    name, argument = 'm', '[N]'\n    def with_argument(self, argument):\n"
+    "        self.n = int(argument)\n        return self\n    def score_model(self, model, tokenizer, sequences):\n"
+    "        raise RuntimeError('boom')\n"
+) + hook("metrics", "return [M()]")
+
+
+@pytest.mark.parametrize(
+    ("metric", "said"),
+    [("m", "raised RuntimeError: boom (raising.py, line 8)"), ("m:1", "boom"), ("m:x", "ValueError")],
+)
+def test_what_a_plugin_raises_names_it(run_sleb, plugins, as_plugins, tiny_llama, text_file, metric, said):
+    plugins(raising=RAISING)
+    as_plugins("raising")
+    result = run_sleb("search", tiny_llama, "--remove", 1, *calibration(text_file), "--metric", metric)
+    assert result.exit_code == 6
+    shown = " ".join(result.stderr.split())
+    assert "The metric 'm" in shown
+    assert said in shown
+    assert "Traceback" not in shown
