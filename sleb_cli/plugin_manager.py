@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 from itertools import chain
 from pathlib import Path
 from traceback import extract_tb
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import pluggy
 
@@ -35,6 +35,7 @@ from sleb_plugins import (
     WeightMetric,
     hookspecs,
 )
+from sleb_plugins.engine import Reads
 from sleb_plugins.errors import did_you_mean, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -218,8 +219,10 @@ def _offers(plugin: Plugin, load: Callable[[], Any]) -> list[Offer]:
     # One manager per plugin, so that a broken plugin cannot disturb the checks of another.
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
-    manager.register(load(), plugin.name)
+    manager.register(module := load(), plugin.name)
     manager.check_pending()
+    if not manager.get_hookcallers(module):
+        raise TypeError(f"no function of {plugin.module} has @sleb_plugins.hookimpl, so it offers nothing")
     offers = []
     for hook, (kind, types) in _HOOKS.items():
         for value in chain.from_iterable(getattr(manager.hook, hook)()):
@@ -227,6 +230,8 @@ def _offers(plugin: Plugin, load: Callable[[], Any]) -> list[Offer]:
             if not isinstance(value, types) or not isinstance(name, str):
                 expected = " or ".join(t.__name__ for t in types)
                 raise TypeError(f"{hook} offers {value!r}, which is not a named {expected}")
+            if isinstance(value, Engine) and value.reads not in get_args(Reads):
+                raise TypeError(f"the engine {name!r} reads {value.reads!r}, not one of {', '.join(get_args(Reads))}")
             offers.append(Offer(kind, name, _answering(kind, value, plugin), plugin))
     return offers
 

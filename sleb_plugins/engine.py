@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+Reads = Literal["checkpoint", "gguf"]
+"""The files that an engine reads."""
+
 
 @dataclass(frozen=True)
 class TimedRun:
@@ -74,7 +77,7 @@ class Engine(ABC):
 
     name: ClassVar[str]
     description: ClassVar[str] = ""
-    reads: ClassVar[Literal["checkpoint", "gguf"]]
+    reads: ClassVar[Reads]
     least_new_tokens: ClassVar[int] = 0
 
     def version(self) -> str:

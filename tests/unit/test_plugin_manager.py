@@ -29,6 +29,12 @@ BROKEN = {
     "raises": (hook("families", "raise KeyError('x')"), "KeyError"),
     "string_of_types": (hook("families", "return [sleb.FamilyAdapter('a', 'llama', 'b')]"), "is a string"),
     "unknown_hook": (hook("familys", "return []"), "sleb_familys"),
+    "no_hook": ("class M(sleb.ModelMetric):\n    name = 'm'", "no function of bad_no_hook has @sleb_plugins.hookimpl"),
+    "strange_engine": (
+        "class E(sleb.Engine):\n    name, reads = 'e', 'onnx'\n    def load(self, *given): ...\n"
+        + hook("engines", "return [E()]"),
+        "reads 'onnx', not one of checkpoint, gguf",
+    ),
     "unknown_argument": (hook("metrics", "return []", "model"), "model"),
 }
 
