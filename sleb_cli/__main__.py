@@ -34,6 +34,7 @@ UNREACHABLE = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `sleb` and return its exit code; any error but a `SlebError` is a bug and keeps its traceback."""
     from sleb_cli.app import app
+    from sleb_cli.commands.synonyms import hint_for
     from sleb_cli.ui import console
 
     console.speak_any_encoding()
@@ -46,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "sleb"
-        console.print_error(UsageError(error.format_message(), hint=f"See `{command} --help`."))
+        words, option = list(sys.argv[1:] if arguments is None else arguments), getattr(error, "option_name", None)
+        message = error.format_message()
+        console.print_error(UsageError(message, hint=hint_for(command, message, option, words)))
         # All processes read the same command line, and a launcher would end the main one before it has spoken.
         return UsageError.exit_code if is_main_process() else 0
     except (SlebError, OSError) as error:

@@ -57,6 +57,9 @@ _HOOKS: dict[str, tuple[Kind, tuple[type, ...]]] = {
 _ELSEWHERE: dict[tuple[Kind, str], str] = {
     ("exporter", "gguf"): "`sleb apply` writes GGUF files.",
     ("exporter", "ollama"): "Write `FROM ./model.gguf` into a Modelfile.",
+    ("exporter", "html"): "Use report, a page of HTML.",
+    ("metric", "perplexity"): "Use nll, its logarithm.",
+    ("metric", "shortgpt"): "Use cosine --strategy oneshot.",
 }
 """What does the work of an offer that people look for."""
 

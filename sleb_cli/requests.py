@@ -379,7 +379,7 @@ class SubjectRequest(Request):
         metadata=_argument(f"A plan (default: ./{DEFAULT_PLAN}), or a model with --blocks.", "PLAN|MODEL"),
     )
     blocks: tuple[int, ...] | None = option(
-        "Remove these blocks from MODEL, in this order: 5,4,9.", _SUBJECT, metavar="LIST"
+        "Remove these blocks from MODEL, in this order: 5,4,9 or 12-15.", _SUBJECT, metavar="LIST"
     )
     model: str | None = option("The plan's model, if it has moved.", _SUBJECT)
     any_model: bool = _flag("Allow a model that the plan was not made for.", _SUBJECT)

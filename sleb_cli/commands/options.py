@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, fields
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -16,6 +16,8 @@ from sleb_plugins import UsageError
 from sleb_plugins.errors import did_you_mean
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print only the result, as JSON.")]
+
+LONGEST_RANGE = 4096
 
 _NUMBERS = {int: ("a whole number", "Write it in digits."), float: ("a number", "Write it in digits.")}
 
@@ -113,8 +115,18 @@ class _Option:
             raise UsageError(f"Unknown value {value!r} for {self.flag}.", hint=did_you_mean(value, self.choices))
         try:
             if self.item:
-                return tuple(map(self.item, value if self.doc.repeated else map(str.strip, value.split(","))))
+                parts = value if self.doc.repeated else [part.strip() for part in value.split(",")]
+                return tuple(number for part in parts for number in _range(part)) if self.item is int else tuple(parts)
             return self.kind(value) if self.kind in _NUMBERS else value
         except ValueError as error:
-            what, hint = _NUMBERS.get(self.kind, ("a list of numbers", "Write it like 5,4,9."))
+            what, hint = _NUMBERS.get(self.kind, ("a list of numbers", "Write it like 5,4,9 or 12-15."))
             raise UsageError(f"{self.flag} {value!r} is not {what}.", hint=hint) from error
+
+
+def _range(text: str) -> Iterable[int]:
+    """Return the numbers of 5, or of 12-15 as screens print them."""
+    first, dash, last = text.partition("-") if text[:1].isdecimal() else (text, "", "")
+    numbers = range(int(first), int(last or first) + 1)
+    if (dash and not last) or not 0 < len(numbers) <= LONGEST_RANGE:
+        raise ValueError(text)
+    return numbers

@@ -82,7 +82,7 @@ FIRST = [
     ("eval PLAN --remove 0,1", 2, "Cannot remove 0 blocks"),
     *((words, 2, says) for words, says in clashing()),
     ("search no/model", 2, "No target given: one of --ratio, --remove, --target-params"),
-    ("search no/model --ratio 20%", 2, "The ratio 20% is not between 0 and 1"),
+    ("search no/model --ratio 120%", 2, "The ratio 120% is not between 0 and 1"),
     ("search no/model --target-params 1X", 2, "--target-params 1X is not a number of parameters"),
     ("search no/model --target-speedup 1", 2, "--target-speedup 1 is not a number of 1.01 or more"),
     ("search no/model --max-perplexity-ratio 0.9", 2, "not a number of 1 or more"),
@@ -120,6 +120,7 @@ FIRST = [
     ("apply PLAN -o out.gguf", 2, "can only be made from a GGUF file of the model"),
     ("apply PLAN --source no.gguf -o out", 2, "does not end in .gguf"),
     ("apply no/model --blocks", 2, "requires an argument"),
+    ("apply no/model --blocks 9-5", 2, "not a list of numbers"),
     ("apply no/model --blocks 1,x", 2, "not a list of numbers"),
     ("apply no/model --blocks 1,2 --remove 3", 2, "Cannot remove 3 blocks: --blocks names 2"),
     ("apply no/model --blocks 1 --source x.gguf -o no/out.gguf", 8, "folder does not exist"),
@@ -228,6 +229,33 @@ def test_it_is_refused_with_a_hint_and_nothing_is_written(run_sleb, words, tmp_p
     assert all(part in shown for part in (says, "error: ", "hint: ")), shown
     assert "Traceback" not in shown
     assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("prune org/model", "`sleb search MODEL --ratio 0.2`, then"),
+        ("org/model --ratio 0.2", "`sleb search org/model …`"),
+        ("search org/model --layers 6", "Use --remove 6"),
+        ("search org/model -n 6", "Use --remove 6"),
+        ("search org/model -r 0.2", "Use --ratio 0.2"),
+        ("search org/model --sparsity 20", "Use --ratio 0.2"),
+        ("search --model org/model --ratio 0.2", "sleb search MODEL"),
+        ("search org/model --dataset c4", "Use --calibration"),
+        ("apply --ratio 0.2", "use --remove, or search again"),
+        ("search org/model --ratio 0.2 --metric perplexity", "Use nll"),
+        ("search org/model --ratio 0.2 --metric shortgpt", "Use cosine"),
+        ("search org/model --ratio 0.2 --calibration wikitext", "wikitext2"),
+        ("export report", "--to report"),
+        ("export PLAN --to html", "Use report"),
+        ("apply --no-such", "See `sleb apply --help`."),
+        ("no-such", "See `sleb --help`."),
+    ],
+)
+def test_the_natural_wrong_guess_is_told_the_right_word(run_sleb, words, line, hint):
+    result = run_sleb(*words(line))
+    assert hint in " ".join(result.stderr.partition("hint: ")[2].split())
+    assert result.exit_code in (2, 5)
 
 
 def raises():
