@@ -73,7 +73,8 @@ class Models:
             yield None
             return
         with torch.inference_mode(), self.without(()) as dense:
-            tokens = torch.arange(CHECKED_TOKENS, device=dense.device) % self.architecture.text_config.vocab_size
+            count = min(CHECKED_TOKENS, self.architecture.longest_sequence or CHECKED_TOKENS)
+            tokens = torch.arange(count, device=dense.device) % self.architecture.text_config.vocab_size
             shares = why_not_fork(dense, tokens[None]) is None
         if not shares:
             yield None
