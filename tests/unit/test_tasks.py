@@ -273,7 +273,7 @@ def test_a_fingerprint_changes_with_what_results_depend_on(folder, tmp_path):
     def edit(file, old, new):
         (folder / file).write_text((folder / file).read_text().replace(old, new))
 
-    found = [now(), *(now(**{name: 1}) for name in ("limit", "num_fewshot", "apply_chat_template"))]
+    found = [now(), *(now(**each) for each in ({"limit": 1}, {"num_fewshot": 1}, {"apply_chat_template": True}))]
     assert now(batch_size=1) == found[0]
     edit("graders.py", "/ 10", "/ 20")
     found += [now(), now("own_both")]
