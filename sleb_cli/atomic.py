@@ -61,9 +61,7 @@ def require_writable(path: Path) -> None:
         OutputError: it cannot.
     """
     with writing(path):
-        aside = _beside(_named(path))
-        aside.touch()
-        aside.unlink()
+        _require_writable(_named(path))
 
 
 def _require_absent(path: Path, *, replace: bool) -> None:
@@ -176,7 +174,7 @@ def held(path: Path, *, patience: float | None = None) -> Iterator[Path]:
 
     target = _named(path)
     folder = _hidden(target)
-    require_writable(target)  # where nothing can be made, FileLock waits
+    _require_writable(target)  # where nothing can be made, FileLock waits
     lock = FileLock(_hidden(target, ".lock"), PATIENCE if patience is None else patience, thread_local=False)
     try:
         lock.acquire()
@@ -216,6 +214,12 @@ def publish(aside: Path, path: Path) -> None:
 def _named(path: Path) -> Path:
     """Return an absolute path that ends in a name."""
     return path.absolute() if path.name not in ("", "..") else path.resolve()
+
+
+def _require_writable(target: Path) -> None:
+    aside = _beside(target)
+    aside.touch()
+    aside.unlink()
 
 
 def _beside(target: Path) -> Path:

@@ -244,6 +244,8 @@ def _answering(kind: Kind, value: T, plugin: Plugin) -> T:
     if plugin.package == "sleb" or kind == "family":
         return value
     found, who = copy(value), f"The {kind} {getattr(value, 'name', '')!r} of {plugin.package} {plugin.version}"
+    for name in [name for name, method in vars(found).items() if hasattr(method, "__wrapped__")]:
+        object.__delattr__(found, name)  # of a metric that copied itself: bound to the one without the argument
     for name, method in inspect.getmembers(found, inspect.ismethod):
         if not name.startswith("_"):
             object.__setattr__(found, name, _naming(who, method))

@@ -129,3 +129,14 @@ def test_what_a_plugin_raises_names_it(run_sleb, plugins, as_plugins, tiny_llama
     assert "The metric 'm" in shown
     assert said in shown
     assert "Traceback" not in shown
+
+
+def test_a_metric_that_copies_itself_keeps_its_argument(plugins):
+    source = (
+        "import copy\nclass M(sleb.ModelMetric):\n    name, argument, n = 'm', '[N]', 0\n"
+        "    def with_argument(self, argument):\n        new = copy.copy(self)\n        new.n = int(argument)\n"
+        "        return new\n    def score_model(self, model, tokenizer, sequences):\n        return self.n\n"
+    ) + hook("metrics", "return [M()]")
+    registry = load_plugins(plugins(copying=source))
+    scores = {name: registry.metric(name).score_model(None, None, None) for name in ("m", "m:3", "m:5")}
+    assert scores == {"m": 0, "m:3": 3, "m:5": 5}
