@@ -196,15 +196,15 @@ _PLAIN: dict[Any, tuple[tuple[type, ...], str]] = {
 """What may be given for a type, and what it is called."""
 
 
-def _typed(name: str, value: Any, kind: Any) -> Any:
-    """Return a value as its field's type has it.
+def kinds_of(kind: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the type alone."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
-    Raises:
-        UsageError: it is of none of its types.
-    """
-    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """Convert a value to the type of its field; refuse one of another type."""
     wanted = []
-    for each in kinds:
+    for each in kinds_of(kind):
         if each is type(None):
             if value is None:
                 return None
@@ -235,9 +235,8 @@ class Request:
     def __post_init__(self) -> None:
         kinds = get_type_hints(type(self))
         for each in fields(self):
-            doc, given = each.metadata["doc"], getattr(self, each.name)
+            doc, value = each.metadata["doc"], _typed(each.name, getattr(self, each.name), kinds[each.name])
             name = doc.metavar if doc.argument else option_of(each.name)
-            value = _typed(each.name, given, kinds[each.name])
             object.__setattr__(self, each.name, value)
             if value == "" or (isinstance(value, tuple) and "" in value):  # as of a shell's variable that is not set
                 raise UsageError(f"{name} has an empty value.", hint="Write one, or leave it out.")

@@ -54,8 +54,8 @@ def parse_ratio(text: str) -> Fraction:
     """
     try:
         # By way of a float, whose repr has the same digits: Fraction("1e-999999999") would be computed for hours.
-        share, percent, _ = text.partition("%")
-        ratio = Fraction(text if "/" in text else repr(float(share))) / (100 if percent else 1)
+        share = text.removesuffix("%")
+        ratio = Fraction(text if "/" in text else repr(float(share))) / (100 if text.endswith("%") else 1)
     except (ValueError, ZeroDivisionError):
         ratio = Fraction(0)
     if not 0 < ratio < 1:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, fields
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
 from sleb_cli.commands.config_file import ConfigOption, drop_overridden
-from sleb_cli.requests import Doc, option_of
+from sleb_cli.requests import Doc, kinds_of, option_of
 from sleb_plugins import UsageError
 from sleb_plugins.errors import did_you_mean
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print only the result, as JSON.")]
 
-LONGEST_RANGE = 4096
+MAX_RANGE = 4096
 
 _NUMBERS = {int: ("a whole number", "Write it in digits."), float: ("a number", "Write it in digits.")}
 
@@ -65,7 +64,7 @@ class _Option:
     def __init__(self, field: Field[Any], kind: Any) -> None:
         self.field = field
         self.doc: Doc = field.metadata["doc"]
-        kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+        kinds = kinds_of(kind)
         # What may be text or a number is text on the command line.
         self.kind = str if str in kinds else kinds[0]
         self.item = get_args(self.kind)[0] if get_origin(self.kind) is tuple else None
@@ -127,6 +126,6 @@ def _range(text: str) -> Iterable[int]:
     """Return the numbers of 5, or of 12-15 as screens print them."""
     first, dash, last = text.partition("-") if text[:1].isdecimal() else (text, "", "")
     numbers = range(int(first), int(last or first) + 1)
-    if (dash and not last) or not 0 < len(numbers) <= LONGEST_RANGE:
+    if (dash and not last) or not 0 < len(numbers) <= MAX_RANGE:
         raise ValueError(text)
     return numbers

@@ -37,7 +37,7 @@ def advice(findings: Findings) -> list[str]:
     """
     own, most, unit = findings.plan.largest, f"{ENOUGH:.0%}", findings.plan.unit
     measured = {each.removals for task in findings.tasks for each in task.pruned if len(each.removals) <= len(own)}
-    kept = {removals: keeps_enough(found) for removals in measured if (found := findings.retention(removals))}
+    kept = {removals: keeps_enough(share[1]) for removals in measured if (share := findings.retention(removals))}
     if kept.get(own) is None:
         return []
     if kept[own]:

@@ -205,9 +205,8 @@ def verdicts(tasks: Iterable[TaskResult]) -> Table:
     return tabulate("Verdict by kind of use", columns, rows, notes)
 
 
-def keeps_enough(found: Estimate) -> bool | None:
+def keeps_enough(interval: Interval | None) -> bool | None:
     """Whether ENOUGH is kept; None if the interval does not tell."""
-    _, interval = found
     if interval is None or interval.low < ENOUGH <= interval.high:
         return None
     return interval.low >= ENOUGH
@@ -216,7 +215,7 @@ def keeps_enough(found: Estimate) -> bool | None:
 def _verdict(share: float, interval: Interval | None) -> str:
     if interval is None:
         return ""
-    if keeps_enough((share, interval)):
+    if keeps_enough(interval):
         return "kept"
     if interval.high < 1:
         return f"{1 - share:.0%} lost"

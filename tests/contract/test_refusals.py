@@ -82,6 +82,7 @@ FIRST = [
     ("eval PLAN --remove 0,1", 2, "Cannot remove 0 blocks"),
     *((words, 2, says) for words, says in clashing()),
     ("search no/model", 2, "No target given: one of --ratio, --remove, --target-params"),
+    ("search no/model --ratio 20%x", 2, "The ratio 20%x is not between 0 and 1"),
     ("search no/model --ratio 120%", 2, "The ratio 120% is not between 0 and 1"),
     ("search no/model --target-params 1X", 2, "--target-params 1X is not a number of parameters"),
     ("search no/model --target-speedup 1", 2, "--target-speedup 1 is not a number of 1.01 or more"),

@@ -65,14 +65,14 @@ def find_cached(kind: str, key: Key) -> Any:
     return None
 
 
-def keep_cached(kind: str, key: Key, found: Any, title: str, notify: Notify) -> None:
+def keep_cached(kind: str, key: Key, content: Any, title: str, notify: Notify) -> None:
     """Keep what JSON can hold, called `title`; if the disk does not take it, only say so."""
     file = _cached(kind, key)
     try:
         with writing(file, hint=_ELSEWHERE):
             file.parent.mkdir(parents=True, exist_ok=True)
             with new_file(file) as aside:
-                aside.write_bytes(gzip.compress(json.dumps(found).encode(), 1, mtime=0))
+                aside.write_bytes(gzip.compress(json.dumps(content).encode(), 1, mtime=0))
     except OutputError as error:
         notify(Notice(f"Cannot cache {title}: {error.message}"))
 

@@ -65,11 +65,11 @@ class PredictionsInTurn:
     def logits(self, ids: Tensor, removed: Collection[int]) -> Tensor:
         """Return all logits of a batch without the `removed` blocks, one of the sets."""
         size, batch = frozenset(removed), (ids.shape, ids.cpu().numpy().tobytes())
-        found = self._waiting.pop((size, *batch), None)
-        if found is None:
+        predictions = self._waiting.pop((size, *batch), None)
+        if predictions is None:
             later = self._later if size == self._first and self._memory > 0 else []
-            ((found, *others),) = predict_together(self._skippable, [ids], [size, *later])
-            for other, predictions in zip(later, others, strict=True):
-                self._memory -= predictions.move_to_cpu()
-                self._waiting[other, *batch] = predictions
-        return found[:, :]
+            ((predictions, *others),) = predict_together(self._skippable, [ids], [size, *later])
+            for other, waiting in zip(later, others, strict=True):
+                self._memory -= waiting.move_to_cpu()
+                self._waiting[other, *batch] = waiting
+        return predictions[:, :]

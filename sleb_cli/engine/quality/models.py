@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 
@@ -69,18 +70,19 @@ class Models:
     @contextmanager
     def in_turn(self, sizes: Sequence[Removals]) -> Iterator[PredictionsInTurn | None]:
         """Have sizes that will be asked for one after the other share work; None if they have none in common."""
-        if len(sizes) < 2 or not self.differ_in_blocks_alone:
-            yield None
-            return
-        with torch.inference_mode(), self.without(()) as dense:
-            count = min(CHECKED_TOKENS, self.architecture.longest_sequence or CHECKED_TOKENS)
-            tokens = torch.arange(count, device=dense.device) % self.architecture.text_config.vocab_size
-            shares = why_not_fork(dense, tokens[None]) is None
-        if not shares:
+        if len(sizes) < 2 or not self.differ_in_blocks_alone or not self._runs_by_blocks:
             yield None
             return
         with self.without(()) as dense:
             yield PredictionsInTurn(dense, sizes, available_memory(CPU, self.group) // 2)
+
+    @cached_property
+    def _runs_by_blocks(self) -> bool:
+        """Whether the dense model computes the same if its blocks run on their own."""
+        count = min(CHECKED_TOKENS, self.architecture.longest_sequence or CHECKED_TOKENS)
+        with torch.inference_mode(), self.without(()) as dense:
+            tokens = torch.arange(count, device=dense.device) % self.architecture.text_config.vocab_size
+            return why_not_fork(dense, tokens[None]) is None
 
     def loaded_first(self, sizes: Sequence[Removals]) -> list[Removals]:
         """Return these sizes in an order that loads as few models as possible."""
