@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,6 +41,11 @@ def without_folders(name: str) -> str:
 def public_source(source: str) -> str:
     """Return a source of text, which may be a mixture, without the folders of local files and data sets."""
     return ",".join(_without_folders(each) + share for each, share in parts_of_mixture(source))
+
+
+def public_command(command: str) -> str:
+    """Return a command line without the folders of local models, texts and tasks."""
+    return shlex.join(",".join(map(public_source, word.split(","))) for word in shlex.split(command))
 
 
 def parts_of_mixture(source: str) -> list[tuple[str, str]]:

@@ -167,6 +167,11 @@ class Registry:
         """Return the version of each package other than sleb that offers something."""
         return {o.plugin.package: o.plugin.version for o in self.offers if o.plugin.package != "sleb"}
 
+    def behind(self, **names: str | None) -> dict[str, str]:
+        """Return the versions of those that offer these, by kind: family="acme", engine="steady"."""
+        offers = (offer for offer in self.offers if names.get(offer.kind) == offer.name)
+        return Registry(tuple(offers), ()).third_party()
+
     @property
     def collisions(self) -> tuple[str, ...]:
         """One sentence for each name or model type that two plugins claim."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from sleb_cli.units import in_shell
 from sleb_plugins.errors import UsageError
 
 
@@ -247,6 +248,21 @@ class Request:
                 raise UsageError(f"{given} is too large.", hint=f"Use {doc.most:,} or less.")
             fault = "is too small" if value < doc.least else "is not a number"
             raise UsageError(f"{given} {fault}.", hint=f"Use {doc.least:,} or more.")
+
+    def command(self, verb: str) -> str:
+        """Return the command with these options, other than for its output."""
+        words = ["sleb", verb]
+        for each in fields(self):
+            value, doc = getattr(self, each.name), each.metadata["doc"]
+            if value == each.default or each.name in ("output", "force"):
+                continue
+            if isinstance(value, bool):
+                words.append(option_of(each.name if value else f"no_{each.name}"))
+                continue
+            whole = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            for text in value if doc.repeated else [whole]:
+                words += [*([] if doc.argument else [option_of(each.name)]), in_shell(text)]
+        return " ".join(words)
 
 
 @dataclass(frozen=True, kw_only=True)

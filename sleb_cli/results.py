@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import Field
 
 from sleb_cli.keys import Key, key_of
-from sleb_cli.names import public_source
+from sleb_cli.names import public_command, public_source
 from sleb_cli.plan import CalibrationRecord, RecoveryRecord
 from sleb_cli.records import Check, ModelRecord, Perplexity, Proof, Public, Record, VersionedRecord
 from sleb_cli.requests import Unit, WorkloadName
@@ -49,7 +49,8 @@ class ExpertResult(VersionedRecord):
 class ResultRecord(ExpertResult):
     """What evaluations and benchmarks share: the model, and where and by what it ran.
 
-    If `experts` is there, it says what the numbers in `sizes` and `removals` count.
+    If `experts` is there, it says what the numbers in `sizes` and `removals` count. `plugins` has the version of each
+    other package that took part.
     """
 
     model: ModelRecord
@@ -59,15 +60,17 @@ class ResultRecord(ExpertResult):
     processor: str
     torch: str
     transformers: str
+    plugins: dict[str, str] = Field(default_factory=dict)
 
     @property
     def key(self) -> Key:
         """Results that share it are merged."""
+        versions = {"sleb": self.sleb_version, "torch": self.torch, "transformers": self.transformers}
         return key_of(
             {name: getattr(self.model, name) for name in ("fingerprint", "code", "family")},
             dtype=self.dtype,
             device=self.device,
-            versions={"sleb": self.sleb_version, "torch": self.torch, "transformers": self.transformers},
+            versions=versions | self.plugins,
             **self.depends,
         )
 
@@ -370,7 +373,8 @@ class TaskResult(Record):
 
     Items are matched by `doc_ids`, and `items_sha256` is a hash over lm-eval's hashes of their documents, prompts and
     targets. A group has no items of its own. `chat` tells whether prompts were in the chat template. `fingerprint` is a
-    hash of what the scores depend on besides the model; `use` is null if it is unknown.
+    hash of what the scores depend on besides the model; `use` is null if it is unknown. `limit` is how many items were
+    asked for, null for all, and `lm_eval` the version that ran them.
     """
 
     task: str
@@ -384,13 +388,15 @@ class TaskResult(Record):
     items_sha256: str | None
     fingerprint: str | None = None
     use: Use | None = None
+    limit: int | None = None
+    lm_eval: str | None = None
     dense: TaskScores
     pruned: tuple[PrunedTaskScores, ...]
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What makes two results of a task comparable."""
-        others = ("higher_is_better", "fingerprint", "use", "dense", "pruned")
+        others = ("higher_is_better", "fingerprint", "use", "limit", "lm_eval", "dense", "pruned")
         return tuple(value for name, value in self if name not in others)
 
 
@@ -409,9 +415,11 @@ class EvalResult(ResultRecord):
 
     `behavior` is a hash over all of the model's files that decide a number: weights, config, trusted code, tokenizer
     and generation settings; `recovered` is that of the pruned checkpoint, if its weights are not the dense model's.
+    `commands` are those that measured it, one for each run.
     """
 
     kind: Literal["eval"]
+    commands: Annotated[tuple[str, ...], Public(public_command)] = ()
     behavior: str | None = None
     recovered: str | None = None
     sizes: tuple[Removals, ...]
@@ -428,6 +436,7 @@ class EvalResult(ResultRecord):
         sizes = {frozenset(size): size for size in (*previous.sizes, *self.sizes)}
         return self.model_copy(
             update={
+                "commands": tuple(dict.fromkeys((*previous.commands, *self.commands))),
                 "sizes": tuple(sorted(sizes.values(), key=len)),
                 "texts": merge_results(previous.texts, self.texts),
                 "tasks": merge_results(previous.tasks, self.tasks),

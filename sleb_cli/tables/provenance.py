@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sleb_cli.plan import Plan
+from sleb_cli.plan import EnvironmentRecord, Plan
+from sleb_cli.records import VersionedRecord
 from sleb_cli.results import BenchResult, EvalResult
 from sleb_cli.tables.speed import workload_name
 from sleb_cli.tables.table import Table, tabulate
@@ -34,11 +35,7 @@ def search_settings(plan: Plan) -> Table:
         ("engine", search.engine + (f": {search.engine_reason}" if search.engine_reason else "")),
         ("started", environment.started),
         ("took", format_seconds(environment.seconds)),
-        (
-            "versions",
-            f"sleb {plan.sleb_version}, Python {environment.python}, torch {environment.torch}, transformers "
-            f"{environment.transformers}",
-        ),
+        ("versions", _versions(plan, environment, {"Python": environment.python, **environment.plugins})),
         ("machine", f"{environment.processor}; {environment.platform}"),
     ]
     return _pairs("Search", rows)
@@ -46,13 +43,15 @@ def search_settings(plan: Plan) -> Table:
 
 def result_settings(result: EvalResult | BenchResult) -> Table:
     """Return where an evaluation or a benchmark was made, and how each workload of a benchmark was timed."""
-    versions = f"sleb {result.sleb_version}, torch {result.torch}, transformers {result.transformers}"
+    tasks = result.tasks if isinstance(result, EvalResult) else ()
+    lm_eval = sorted({task.lm_eval for task in tasks if task.lm_eval})
+    others = ({"lm-eval": " and ".join(lm_eval)} if lm_eval else {}) | result.plugins
     rows: list[tuple[str, str | None]] = [
         ("data type and device", f"{result.model.computed_in(result.dtype)} on {result.device}, {result.processor}"),
-        ("versions", versions),
+        ("versions", _versions(result, result, others)),
     ]
     if isinstance(result, EvalResult):
-        return _pairs("Evaluation", rows)
+        return _pairs("Evaluation", [*rows, *(("command", command) for command in result.commands)])
     rows.append(("clock governor", result.governor))
     for measured in result.workloads:
         workload, warmup = measured.workload, measured.warmup
@@ -65,6 +64,11 @@ def result_settings(result: EvalResult | BenchResult) -> Table:
         ]
         rows.append((workload_name(measured), ", ".join(filter(None, details))))
     return _pairs("Benchmark", rows)
+
+
+def _versions(record: VersionedRecord, of: EvalResult | BenchResult | EnvironmentRecord, others: dict[str, str]) -> str:
+    versions = {"sleb": record.sleb_version, "torch": of.torch, "transformers": of.transformers, **others}
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _pairs(title: str, rows: Sequence[tuple[str, str | None]]) -> Table:

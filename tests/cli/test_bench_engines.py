@@ -82,6 +82,7 @@ def test_every_size_is_timed_beside_the_dense_model(bench, steady, llama_plan, t
     assert list((tmp_path / "scratch").iterdir()) == []  # nothing stays of the files that were written
     kept = json.loads(llama_plan.with_suffix(".bench.steady.json").read_text())
     assert kept["workloads"] == data["workloads"]
+    assert kept["plugins"] == {"unknown package": "?"}  # the engine's
     assert not llama_plan.with_suffix(".bench.json").exists()
     removals = list(read_plan(llama_plan).removals)
     assert [size["removals"] for size in data["pruned"]] == [removals[:1], removals]

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -289,7 +290,14 @@ def test_results_of_runs_are_kept_beside_the_plan(evaluate, llama_plan, test_tex
     kept = EvalResult.model_validate_json(file.read_text())
     assert [text.text for text in kept.texts] == [str(test_text), str(text_file)]
     assert [[len(size.removals) for size in text.pruned] for text in kept.texts] == [[1, 2], [1, 2]]
-    assert [task.task for task in kept.tasks] == ["own_weather"]
+    (task,) = kept.tasks
+    assert (task.task, task.limit, task.lm_eval) == ("own_weather", 4, version("lm_eval"))
+    windows = "--sequence-length 64 --max-windows 4"
+    of_task = f"--tasks own_weather --limit 4 --include-path {own_task[3]}"
+    assert kept.commands == (
+        f"sleb eval --every 1 --perplexity {test_text},{text_file} {windows}",
+        f"sleb eval {plan} --perplexity {text_file} {of_task} {windows}",
+    )
     before, other = file.read_text(), save_model(plan.parent / "other", llama_config(), seed=1)
     evaluate(plan, "--model", other, "--any-model", "--perplexity", test_text, *short)
     assert file.read_text() == before  # of another model, nothing is kept

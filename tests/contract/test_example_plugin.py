@@ -63,6 +63,8 @@ def test_its_family_and_its_metric_search(sleb_with_plugin, tiny_gpt2, text_file
     for step in plan["steps"]:
         errors = [score * predicted for score in step["scores"].values()]
         assert errors == pytest.approx([round(count) for count in errors], abs=1e-3)
+    result = sleb_with_plugin("eval", "--perplexity", text_file, "--max-windows", 1, "--json")
+    assert json.loads(result.stdout)["plugins"] == {"sleb-example": "1.2.3"}
     result = sleb_with_plugin("apply", "-o", "out")
     assert result.exit_code == 0, result.stderr
 

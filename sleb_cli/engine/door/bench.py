@@ -51,7 +51,8 @@ def resolve_bench(
     pruned = surgeries(subject, named.sizes)
     dtype = place_model(architecture, device, request.dtype or AUTO, notify, stream=False).dtype
     own = _engine_source(subject, engine, request, notify) if engine else None
-    return Benchmark(subject, pruned, workloads, Placement(device, dtype), request.threads, engine, own)
+    plugins = registry.behind(family=architecture.record.family, engine=request.engine)
+    return Benchmark(subject, pruned, workloads, Placement(device, dtype), plugins, request.threads, engine, own)
 
 
 def _engine_source(subject: Subject, engine: Engine, request: BenchRequest, notify: Notify) -> Path:

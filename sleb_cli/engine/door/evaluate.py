@@ -64,7 +64,10 @@ def resolve_evaluation(
     for sentence in _remarks(texts, subject):
         notify(Notice(sentence))
     batch_size, flips = parse_batch_size(request.batch_size), request.show_flips or 0
-    return Evaluation(models, tokenizer, texts, tasks, batch_size, flips, request.force)
+    plugins = registry.behind(family=architecture.record.family)
+    return Evaluation(
+        models, tokenizer, texts, tasks, request.command("eval"), plugins, batch_size, flips, request.force
+    )
 
 
 def _place(subject: Subject, request: EvalRequest, notify: Notify, group: ProcessGroup) -> Placement:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,16 @@ class Evaluation:
     """What is measured, and on which models.
 
     `batch_size` counts the windows of a batch; None to suit the device. Up to `show_flips` items of each task that only
-    one model gets right are recorded. `force` measures anew what was measured before.
+    one model gets right are recorded. `force` measures anew what was measured before. `command` asked for it, and
+    `plugins` has the versions of other packages that take part.
     """
 
     models: Models
     tokenizer: Any
     texts: tuple[EvaluationWindows, ...]
     tasks: tuple[LoadedTask, ...]
+    command: str
+    plugins: Mapping[str, str]
     batch_size: int | None = None
     show_flips: int = 0
     force: bool = False
@@ -56,7 +60,7 @@ def evaluate_models(asked: Evaluation, file: Path | None) -> EvalResult:
         ModelError: a loss is not finite, or the model's files have changed meanwhile.
     """
     models = asked.models
-    whole, group = _without_parts(models), models.group
+    whole, group = _without_parts(asked), models.group
     known = group.from_main(lambda: find_kept(whole, file, ignore) if file and not asked.force else None) or whole
     found: dict[str, tuple[Any, ...]] = {"texts": (), "tasks": ()}
     reused = list[str]()
@@ -84,7 +88,8 @@ def _work(asked: Evaluation, known: EvalResult) -> Iterator[tuple[str, str, Any,
         yield "tasks", task.name, _known_task(known, fingerprints, asked.show_flips), run
 
 
-def _without_parts(models: Models) -> EvalResult:
+def _without_parts(asked: Evaluation) -> EvalResult:
+    models = asked.models
     architecture, recovered = models.architecture, models.subject.recovered
     return EvalResult(
         **THIS_VERSION,
@@ -98,6 +103,8 @@ def _without_parts(models: Models) -> EvalResult:
         sizes=models.sizes,
         torch=str(torch.__version__),
         transformers=transformers.__version__,
+        plugins=dict(asked.plugins),
+        commands=(asked.command,),
         processor=processor_name(models.placement.device),
         texts=(),
         tasks=(),
@@ -157,11 +164,12 @@ def _run_task(
     if not known and group.is_main:
         keep_cached("answers", key, found[()], f"the dense model's answers to {task.name}", models.notify)
     compared = compare_task(found[()], [(removals, found[removals]) for removals in sizes], asked.show_flips)
-    return tuple(result.model_copy(update={"fingerprint": fingerprints.get(result.task)}) for result in compared)
+    how = {"limit": task.limit, "lm_eval": version("lm_eval")}
+    return tuple(result.model_copy(update={"fingerprint": fingerprints.get(result.task), **how}) for result in compared)
 
 
 def _dense_key(asked: Evaluation, fingerprints: dict[str, str]) -> Key:
     """Return what the dense model's answers to a task depend on, and nothing of what is removed."""
-    whole = _without_parts(asked.models).model_copy(update={"experts": None, "recovered": None})
+    whole = _without_parts(asked).model_copy(update={"experts": None, "recovered": None})
     how = {"items": fingerprints, "batch_size": asked.batch_size, "processes": asked.models.group.size}
     return {**whole.key, **how}

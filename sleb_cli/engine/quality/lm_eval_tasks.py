@@ -66,7 +66,7 @@ class LoadedTask:
         batch_size: int | None = None,
         run_code: RunCode | None = None,
     ) -> None:
-        self.name, self._manager, self._limit, self._chat, self._batch_size = name, manager, limit, chat, batch_size
+        self.name, self._manager, self.limit, self._chat, self._batch_size = name, manager, limit, chat, batch_size
         self._run_code = run_code
         loaded = _load(manager, name, run_code)
         self.tasks: Mapping[str, Any] = loaded["tasks"]
@@ -93,7 +93,7 @@ class LoadedTask:
         for name, each in self.tasks.items():
             with _quietly_loading(name):
                 examples = list(each.fewshot_docs()) if each.get_config("num_fewshot") else []
-                items = list(islice(each.eval_docs, self._limit))
+                items = list(islice(each.eval_docs, self.limit))
             how = [self._run_code] if getattr(each, "UNSAFE_CODE", False) else []
             found[name] = _hash([*common, *how, _settings_of(each), items, examples])
         groups = [(name, of.aggregate_metric_list) for name, of in self._groups.items() if of.aggregate_metric_list]
@@ -163,7 +163,7 @@ class LoadedTask:
                 model=lm,
                 tasks=[self._groups[self.name]] if self.name in self._groups else list(self.tasks.values()),
                 task_manager=self._manager,
-                limit=self._limit,
+                limit=self.limit,
                 bootstrap_iters=BOOTSTRAP_ITERATIONS,
                 apply_chat_template=self._chat,
                 fewshot_as_multiturn=self._chat,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +32,14 @@ class Benchmark:
     """What is timed, and where: each workload on the dense model and on each size of the pruned one.
 
     An `engine` reads `engine_source`, the model's own file or folder; without one, transformers runs the models.
-    `threads` is None for torch's own number.
+    `threads` is None for torch's own number. `plugins` has the versions of other packages that take part.
     """
 
     subject: Subject
     sizes: tuple[Surgery, ...]
     workloads: tuple[Workload, ...]
     place: Placement
+    plugins: Mapping[str, str]
     threads: int | None = None
     engine: Engine | None = None
     engine_source: Path | None = None
@@ -100,6 +101,7 @@ def benchmark(wanted: Benchmark, notify: Notify, write_files: WriteFiles | None 
             governor=cpu_governor(),
             torch=str(torch.__version__),
             transformers=transformers.__version__,
+            plugins=dict(wanted.plugins),
             dense=sizes[()],
             pruned=tuple(sizes[surgery.steps] for surgery in wanted.sizes),
             workloads=tuple(
