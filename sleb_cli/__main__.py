@@ -34,7 +34,7 @@ UNREACHABLE = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `sleb` and return its exit code; any error but a `SlebError` is a bug and keeps its traceback."""
     from sleb_cli.app import app
-    from sleb_cli.commands.synonyms import hint_for
+    from sleb_cli.synonyms import hint_for
     from sleb_cli.ui import console
 
     console.speak_any_encoding()
@@ -49,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = context.command_path if context is not None else "sleb"
         words, option = list(sys.argv[1:] if arguments is None else arguments), getattr(error, "option_name", None)
         message = error.format_message()
-        console.print_error(UsageError(message, hint=hint_for(command, message, option, words)))
+        known = hint_for(command, message, option, words)  # which is better than what Typer calls possible
+        message = message.partition(" (Possible")[0] if known else message
+        console.print_error(UsageError(message, hint=known or f"See `{command} --help`."))
         # All processes read the same command line, and a launcher would end the main one before it has spoken.
         return UsageError.exit_code if is_main_process() else 0
     except (SlebError, OSError) as error:

@@ -20,6 +20,7 @@ import pluggy
 
 from sleb_cli.events import Notice, Notify, Warned
 from sleb_cli.requests import TRANSFORMERS
+from sleb_cli.synonyms import SYNONYMS
 from sleb_plugins import (
     Engine,
     ExpertMetric,
@@ -53,15 +54,6 @@ _HOOKS: dict[str, tuple[Kind, tuple[type, ...]]] = {
     "sleb_exporters": ("exporter", (Exporter,)),
     "sleb_engines": ("engine", (Engine,)),
 }
-
-_ELSEWHERE: dict[tuple[Kind, str], str] = {
-    ("exporter", "gguf"): "`sleb apply` writes GGUF files.",
-    ("exporter", "ollama"): "Write `FROM ./model.gguf` into a Modelfile.",
-    ("exporter", "html"): "Use report, a page of HTML.",
-    ("metric", "perplexity"): "Use nll, its logarithm.",
-    ("metric", "shortgpt"): "Use cosine --strategy oneshot.",
-}
-"""What does the work of an offer that people look for."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +144,7 @@ class Registry:
             return offer
         built_in = [TRANSFORMERS] if kind == "engine" else []
         names = sorted([*built_in, *(known for known_kind, known in self._claims if known_kind == kind)])
-        raise UsageError(f"Unknown {kind} {name!r}.", hint=_ELSEWHERE.get((kind, name)) or did_you_mean(name, names))
+        raise UsageError(f"Unknown {kind} {name!r}.", hint=SYNONYMS.get(f"{kind} {name}") or did_you_mean(name, names))
 
     def family(self, model_type: str) -> FamilyAdapter | None:
         """Return the adapter that claims `model_type`, or None.

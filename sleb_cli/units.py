@@ -59,7 +59,7 @@ def parse_ratio(text: str) -> Fraction:
     except (ValueError, ZeroDivisionError):
         ratio = Fraction(0)
     if not 0 < ratio < 1:
-        raise UsageError(f"The ratio {text} is not between 0 and 1.", hint="0.2 removes a fifth of the blocks.")
+        raise UsageError(f"The ratio {text} is not between 0 and 1.", hint="0.2 or 20% removes a fifth of the blocks.")
     return ratio
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from sleb_cli.asked.mixture import parse_mixture
 from sleb_cli.names import ANSWERS, local_path
 from sleb_plugins import DataError
+from sleb_plugins.errors import did_you_mean
 
 SELF, SELF_CHAT = "self", "self-chat"
 """Text and conversations that the model writes itself."""
@@ -69,7 +70,6 @@ def require_sources(sources: Iterable[str], *, measured: bool = False) -> None:
             if not local_path(file).exists():
                 raise DataError(f"There is no file {file}.", hint="Check the path.")
         elif source not in PRESETS and not is_written(source) and ("/" not in path or len(parts) > 3):
-            raise DataError(
-                f"Unknown text source {source!r}.",
-                hint="Use wikitext2, c4, self, a .txt or .jsonl file, or org/name[:config][:split][:column].",
-            )
+            every = "Use wikitext2, c4, self, a .txt or .jsonl file, or org/name[:config][:split][:column]."
+            known = [*sorted(PRESETS), *([] if measured else [SELF, SELF_CHAT])]
+            raise DataError(f"Unknown text source {source!r}.", hint=did_you_mean(source, known, otherwise=every))

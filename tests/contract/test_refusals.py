@@ -236,17 +236,23 @@ def test_it_is_refused_with_a_hint_and_nothing_is_written(run_sleb, words, tmp_p
     ("line", "hint"),
     [
         ("prune org/model", "`sleb search MODEL --ratio 0.2`, then"),
-        ("org/model --ratio 0.2", "`sleb search org/model …`"),
+        ("compress org/model", "`sleb search MODEL --ratio 0.2`, then"),
+        ("org/model --ratio 0.2", "`sleb search org/model --ratio 0.2`"),
+        ("demo", "`sleb search demo --ratio 0.2`"),
+        ("search --ratio 0.2", "Name a Hub id, a folder, a .gguf file, or demo"),
         ("search org/model --layers 6", "Use --remove 6"),
         ("search org/model -n 6", "Use --remove 6"),
         ("search org/model -r 0.2", "Use --ratio 0.2"),
         ("search org/model --sparsity 20", "Use --ratio 0.2"),
+        ("search org/model --ratio 20", "0.2 or 20%"),
         ("search --model org/model --ratio 0.2", "sleb search MODEL"),
         ("search org/model --dataset c4", "Use --calibration"),
+        ("eval --dataset c4", "Use --perplexity"),
         ("apply --ratio 0.2", "use --remove, or search again"),
+        ("apply --to gguf", "-o model.gguf"),
         ("search org/model --ratio 0.2 --metric perplexity", "Use nll"),
         ("search org/model --ratio 0.2 --metric shortgpt", "Use cosine"),
-        ("search org/model --ratio 0.2 --calibration wikitext", "wikitext2"),
+        ("search org/model --ratio 0.2 --calibration wikitext", "Did you mean 'wikitext2'?"),
         ("export report", "--to report"),
         ("export PLAN --to html", "Use report"),
         ("apply --no-such", "See `sleb apply --help`."),
@@ -256,6 +262,7 @@ def test_it_is_refused_with_a_hint_and_nothing_is_written(run_sleb, words, tmp_p
 def test_the_natural_wrong_guess_is_told_the_right_word(run_sleb, words, line, hint):
     result = run_sleb(*words(line))
     assert hint in " ".join(result.stderr.partition("hint: ")[2].split())
+    assert "Possible options" not in result.stderr or hint.startswith("See ")
     assert result.exit_code in (2, 5)
 
 
