@@ -71,7 +71,7 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
 
 @explain_out_of_memory(None, _SEARCH)
 def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
-    """Search once for each entry of `request.compare`, and write the best plan.
+    """Search once for each entry of `request.compare`, and write the best plan, and the others beside it.
 
     Raises:
         WorkerFinished: this process only helped; the main one writes the plan.
@@ -87,10 +87,13 @@ def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
 
         group, registry, asked, source = work
         searches = resolve_comparison(asked, source, registry, notify, group)
-        result, plan = compare_removals(searches, group, notify)
-    _save(plan, request.plan_file)
-    for each in searches:
-        delete_journal(each.recording.journal, notify)
+        result, plans = compare_removals(searches, request.plan_file, group, notify)
+    for each, plan in zip(result.compared, plans, strict=True):
+        _save(plan, Path(each.file))
+    for recording in (search.recording for search in searches):
+        if str(recording.plan_file) not in {each.file for each in result.compared}:
+            recording.plan_file.unlink(missing_ok=True)  # of an earlier comparison, which another one won
+        delete_journal(recording.journal, notify)
     return result
 
 

@@ -301,7 +301,9 @@ class SearchRequest(Request):
         metavar="NAME",
     )
     compare: tuple[str, ...] = _list(
-        "Search once per METRIC or METRIC@STRATEGY and write the best plan: nll,cosine,angular@contiguous.", _SCORING
+        "Search once per METRIC or METRIC@STRATEGY, and write the best plan, and the others beside it: "
+        "nll,cosine,angular@contiguous.",
+        _SCORING,
     )
     fast: bool | None = option(
         "Race the candidates: stop scoring one once little is expected of it.", _SCORING, default="no; yes for demo"

@@ -219,7 +219,7 @@ class ExportResult(VersionedRecord):
 
 
 class ComparedRecord(Record):
-    """One search of a comparison: what was removed, and the calibration perplexity without it."""
+    """One search of a comparison: what was removed, the calibration perplexity without it, and the plan's `file`."""
 
     metric: str
     strategy: str
@@ -227,10 +227,11 @@ class ComparedRecord(Record):
     perplexity: Perplexity
     held_out_perplexity: float | None
     seconds: float
+    file: str
 
 
 class CompareResult(VersionedRecord):
-    """Searches of one model on one text; `best` is the metric@strategy whose plan was written."""
+    """Searches of one model on one text; `best` is the metric@strategy of the best plan."""
 
     kind: Literal["compare"]
     unit: Unit = "blocks"

@@ -30,6 +30,7 @@ from sleb_cli.requests import (
     TargetName,
     journal_of,
     option_of,
+    sibling,
 )
 from sleb_cli.units import dtype_in_full, parse_bytes, parse_count, parse_ratio
 from sleb_plugins import (
@@ -109,6 +110,7 @@ def check_comparison(request: SearchRequest, registry: Registry) -> list[AskedSe
     if is_main_process():
         # An unfinished comparison was allowed to write the plan, and may have been killed just after it did.
         replaces = request.resume and any(journal_of(each.plan_file).exists() for each in requests)
+        requests = [replace(each, force=request.force or replaces) for each in requests]
         require_new_file(request.plan_file, force=request.force or replaces)
     return [check_search(each, registry) for each in requests]
 
@@ -128,14 +130,14 @@ def _entries(request: SearchRequest) -> list[tuple[str, StrategyName]]:
 
 
 def _request_for(request: SearchRequest, metric: str, strategy: StrategyName, registry: Registry) -> SearchRequest:
-    """Return the request for one search, with `--fast` only where candidates can race; no plan is written for it."""
+    """Return the request for one search, with `--fast` only where candidates can race, and a plan of its own."""
     name = re.sub(r"[^\w.+@-]", "-", f"{metric}@{strategy}")
     return replace(
         request,
         metric=metric,
         strategy=strategy,
         fast=request.fast if _can_race(registry.metric(metric), strategy) else False,
-        output=request.plan_file.parent / f"{request.plan_file.name}.{name}",
+        output=sibling(request.plan_file, f".{name}.json"),
         compare=(),
     )
 

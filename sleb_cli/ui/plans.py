@@ -11,7 +11,7 @@ from rich.text import Text
 from sleb_cli.names import short_name
 from sleb_cli.ui.chart import Line, draw_lines
 from sleb_cli.ui.console import print_prose, stdout
-from sleb_cli.ui.tables import print_line, print_title, print_to_copy, show_table
+from sleb_cli.ui.tables import print_line, print_title, print_to_copy, print_written, show_table
 from sleb_cli.units import format_bytes, format_count, format_perplexity, in_shell, spans
 
 if TYPE_CHECKING:
@@ -123,6 +123,9 @@ def show_comparison(result: CompareResult, output: Path) -> None:
     show_table(tables.comparison(result), title=False)
     text = "the calibration text" if result.dense_held_out_perplexity is None else "the held-out sequences"
     print_to_copy(f"wrote {output}: the plan of {result.best}, best on {text}")
+    for each in result.compared:
+        if each.file != str(output):
+            print_written(Path(each.file))
 
 
 def target_summary(target: TargetRecord, plan: Plan) -> str:

@@ -15,7 +15,7 @@ def compare(search):
 
 
 @pytest.mark.parametrize("options", [(), ("--holdout", 0.5)])
-def test_each_is_a_search_of_its_own_and_the_best_is_written(compare, found, tmp_path, options):
+def test_each_is_a_search_of_its_own_and_keeps_its_plan(compare, found, tmp_path, options):
     alone = {}
     for metric, strategy in (("nll", "greedy"), ("cosine", "contiguous")):
         alone[f"{metric}@{strategy}"] = found("--remove", 2, "--metric", metric, "--strategy", strategy, *options)
@@ -31,9 +31,20 @@ def test_each_is_a_search_of_its_own_and_the_best_is_written(compare, found, tmp
         assert each["held_out_perplexity"] == (last.held_out.perplexity if options else None)
         deciding[name] = each["held_out_perplexity"] or each["perplexity"]
     assert data["best"] == min(deciding, key=deciding.__getitem__)
-    written, best = read_plan(tmp_path / "plan.json"), alone[data["best"]]
-    assert written.model_copy(update={"environment": best.environment}) == best
-    assert os.listdir(tmp_path) == ["plan.json"]
+    for each, (name, plan) in zip(data["compared"], alone.items(), strict=True):
+        assert each["file"] == ("plan.json" if name == data["best"] else f"plan.{name}.json")
+        assert read_plan(tmp_path / each["file"]).model_copy(update={"environment": plan.environment}) == plan
+    assert sorted(os.listdir(tmp_path)) == sorted(each["file"] for each in data["compared"])
+
+
+def test_a_plan_is_replaced_by_force_alone_and_none_of_an_earlier_comparison_stays(compare, tmp_path):
+    (tmp_path / "plan.cosine@greedy.json").write_text("mine")
+    assert "plan.cosine@greedy.json already exists" in compare("nll,cosine", code=8).stderr
+    best = json.loads(compare("nll,cosine", "--force", "--json").stdout)["best"]
+    (tmp_path / f"plan.{best}.json").write_text("of an earlier one")
+    compare("nll,cosine", "--force")
+    assert not (tmp_path / f"plan.{best}.json").exists()
+    assert len(os.listdir(tmp_path)) == 2
 
 
 def test_only_those_race_that_can(compare, tmp_path):
@@ -41,7 +52,10 @@ def test_only_those_race_that_can(compare, tmp_path):
     assert read_plan(tmp_path / "plan.json").search.fast is False
     assert "wrote plan.json: the plan of " in shown
     assert "best on the held-out sequences" in shown
-    compare("nll,nll@oneshot", "--fast", "--force")
+    assert "fitted to it" not in shown
+    shown = compare("nll,nll@oneshot", "--fast", "--force").stdout
+    assert "a metric that is fitted to it" in shown
+    assert shown.count("\nwrote plan.") == 2
     assert read_plan(tmp_path / "plan.json").search.fast is True
 
 
@@ -59,11 +73,12 @@ def test_an_interrupted_comparison_goes_on(compare, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(compare_module, "run_search", second_fails)
         compare(*again, code=130)
-    assert "again.json.nll@greedy.journal" in os.listdir(tmp_path)
+    assert "again.nll@greedy.json.journal" in os.listdir(tmp_path)
     assert "holds an unfinished search" in compare(*again, code=8).stderr
     data = json.loads(compare(*again, "--resume", "--json").stdout)
     for result in (whole, data):
         for each in result["compared"]:
             del each["seconds"]
+            each["file"] = each["file"].replace("again", "plan")
     assert data == whole
-    assert sorted(os.listdir(tmp_path)) == ["again.json", "plan.json"]
+    assert len(os.listdir(tmp_path)) == 4

@@ -70,7 +70,7 @@ def resolve_search(
         text,
         method,
         extended,
-        Recording(journal_of(request.plan_file), request.resume, request.options, registry.third_party(), sample),
+        Recording(request.plan_file, request.resume, request.options, registry.third_party(), sample),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from sleb_cli.engine.device import free_memory
 from sleb_cli.engine.process_group import ProcessGroup
@@ -16,11 +17,13 @@ from sleb_cli.records import THIS_VERSION
 from sleb_cli.results import ComparedRecord, CompareResult
 
 
-def compare_removals(searches: Sequence[Search], group: ProcessGroup, notify: Notify) -> tuple[CompareResult, Plan]:
-    """Run each search, and return all results and the best plan.
+def compare_removals(
+    searches: Sequence[Search], file: Path, group: ProcessGroup, notify: Notify
+) -> tuple[CompareResult, list[Plan]]:
+    """Run each search, and return all results and the plans, of which the best belongs in `file`.
 
     The best plan has the lowest perplexity on the held-out sequences, or on the calibration text if none are held out.
-    Each search keeps its own journal; delete them once the plan is written.
+    Each search keeps its own journal; delete them once the plans are written.
     """
     inputs = load_inputs(searches[0], group, notify)
     plans: list[Plan] = []
@@ -28,6 +31,8 @@ def compare_removals(searches: Sequence[Search], group: ProcessGroup, notify: No
         notify(Notice(f"{number} of {len(searches)}: {_name(search)}"))
         free_memory()  # each search takes a share of what is free, which the last one's states are not yet
         plans.append(run_search(search, inputs, time.monotonic()))
+    number = min(range(len(plans)), key=lambda n: plans[n].held_out_perplexity or plans[n].perplexity)
+    best = plans[number]
     compared = [
         ComparedRecord(
             metric=str(search.recording.options["metric"]),
@@ -36,11 +41,10 @@ def compare_removals(searches: Sequence[Search], group: ProcessGroup, notify: No
             perplexity=plan.perplexity,
             held_out_perplexity=plan.held_out_perplexity,
             seconds=plan.environment.seconds,
+            file=str(file if plan is best else search.recording.plan_file),
         )
         for search, plan in zip(searches, plans, strict=True)
     ]
-    number = min(range(len(plans)), key=lambda n: compared[n].held_out_perplexity or compared[n].perplexity)
-    best = plans[number]
     result = CompareResult(
         **THIS_VERSION,
         kind="compare",
@@ -54,7 +58,7 @@ def compare_removals(searches: Sequence[Search], group: ProcessGroup, notify: No
         compared=tuple(compared),
         best=_name(searches[number]),
     )
-    return result, best
+    return result, plans
 
 
 def _name(search: Search) -> str:

@@ -13,7 +13,7 @@ from sleb_cli.engine.search.targets import Stop
 from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.engine.text.settings import CalibrationSettings
 from sleb_cli.plan import MetricRecord, Plan, TargetRecord
-from sleb_cli.requests import StrategyName
+from sleb_cli.requests import StrategyName, journal_of
 from sleb_plugins import ExpertMetric, Metric
 
 
@@ -82,18 +82,23 @@ class Recording:
     """What is written down.
 
     Attributes:
-        journal: the file that keeps every score.
+        plan_file: where the plan goes; the journal beside it keeps every score until then.
         resume: whether an unfinished search is continued.
         options: the options that repeat the search, by field, where they have a value.
         plugins: the versions of other packages that offer plugins.
         sample_tokens: how many tokens both models generate at the end.
     """
 
-    journal: Path
+    plan_file: Path
     resume: bool
     options: Mapping[str, Any]
     plugins: Mapping[str, str]
     sample_tokens: int
+
+    @property
+    def journal(self) -> Path:
+        """The file of the scores."""
+        return journal_of(self.plan_file)
 
 
 @dataclass(frozen=True)
