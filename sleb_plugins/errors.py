@@ -17,6 +17,9 @@ _SECRETS = (
 )
 
 
+_OPTION = re.compile(r"(?<![\w-])(?:--(\w[\w-]*)|-o\b)")
+
+
 def without_secrets(text: str) -> str:
     """Return a text without tokens, passwords in addresses, and signatures, which messages of libraries may hold."""
     for name in _TOKENS:
@@ -28,17 +31,25 @@ def without_secrets(text: str) -> str:
     return text
 
 
+def in_python(text: str) -> str:
+    """Name options as the arguments of a request, but for those of a command in backticks."""
+    parts = text.split("`")
+    parts[::2] = [_OPTION.sub(lambda found: (found[1] or "output").replace("-", "_"), part) for part in parts[::2]]
+    return "`".join(parts)
+
+
 class SlebError(Exception):
     """A sentence for the user that says what happened, and a `hint` that says what to do about it.
 
-    Tokens and passwords in either are left out.
+    Tokens and passwords in either are left out. What Python shows of it names arguments instead of options.
     """
 
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, hint: str) -> None:
         self.message, self.hint = without_secrets(message), without_secrets(hint)
-        super().__init__(self.message)
+        super().__init__(in_python(self.message))
+        self.add_note(f"Hint: {in_python(self.hint)}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let an error be sent from process to process."""

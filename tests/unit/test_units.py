@@ -26,7 +26,7 @@ def test_quantities_are_read_as_people_write_them(parse, quantities):
 )
 def test_text_that_is_no_quantity_is_refused(parse, what, texts):
     for text in texts:
-        with pytest.raises(UsageError, match=rf"--option .*is not a {what}"):
+        with pytest.raises(UsageError, match=rf"option .*is not a {what}"):
             parse(text, "--option")
 
 

@@ -106,7 +106,7 @@ def _expert_method(
     if architecture.is_quantized:
         raise UnsupportedModelError(
             f"{architecture.source.id} is quantized, so its experts cannot be scored.",
-            hint="Search the model that it was quantized from, and use the plan on this one: sleb apply --any-model.",
+            hint="Search the model that it was quantized from, and use the plan on this one with --any-model.",
         )
     fewer, target = experts_to_remove(request, architecture, notify)
     return ExpertMethod(metric, implementation, fewer, request.holdout or 0.0, target)
