@@ -21,8 +21,8 @@ folder.mkdir(exist_ok=True)
 # ## Find the blocks that it needs least
 
 # %%
-plan_file = folder / "plan.json"
-request = sleb.SearchRequest(model, ratio=0.2, calibration=text, samples=8, sequence_length=64, output=plan_file)
+output = folder / "plan.json"
+request = sleb.SearchRequest(model, ratio=0.2, calibration=text, samples=8, sequence_length=64, output=output)
 with sleb.show_progress() as notify:
     plan = sleb.search(request, notify)
 print(plan.removals)
@@ -49,7 +49,7 @@ if sample := plan.sample_generation:
 
 # %%
 with sleb.show_progress() as notify:
-    applied = sleb.apply(sleb.ApplyRequest(str(plan_file), output=folder / "pruned"), notify)
+    applied = sleb.apply(sleb.ApplyRequest(plan, output=folder / "pruned"), notify)
 print(f"{applied.blocks} blocks, checked: {', '.join(applied.checks)}")
 
 # %% [markdown]
@@ -57,18 +57,18 @@ print(f"{applied.blocks} blocks, checked: {', '.join(applied.checks)}")
 
 # %%
 if text != "self":
-    found = sleb.evaluate(sleb.EvalRequest(str(plan_file), perplexity=(text,), sequence_length=64))
+    found = sleb.evaluate(sleb.EvalRequest(plan, perplexity=(text,), sequence_length=64))
     print("perplexity", found.texts[0].dense.perplexity, "->", found.texts[0].pruned[-1].perplexity)
 
 # %% [markdown]
 # ## Measure what it gained
 
 # %%
-speed = sleb.bench(sleb.BenchRequest(str(plan_file), generation=True, iterations=3))
+speed = sleb.bench(sleb.BenchRequest(plan, generation=True, iterations=3))
 print(f"{speed.workloads[0].pruned[-1].speedup:.2f}x at {speed.workloads[0].workload}")
 
 # %% [markdown]
 # ## Hand the blocks to another tool
 
 # %%
-print(sleb.export(sleb.ExportRequest(str(plan_file), to="indices")).text)
+print(sleb.export(sleb.ExportRequest(plan, to="indices")).text)

@@ -10,7 +10,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from sleb_cli.names import public_source
 from sleb_cli.records import (
@@ -442,6 +442,23 @@ class Plan(VersionedRecord):
     base_model: ModelRecord | None = None
     recovery: RecoveryRecord | None = None
     proof: Proof | None = None
+    _file: Path | None = PrivateAttr(None)
+
+    def __fspath__(self) -> str:
+        """Return the plan's file, so that requests take a plan in its place.
+
+        Raises:
+            PlanError: the plan is in no file, or its file holds another one.
+        """
+        if self._file is None or read_plan(self._file).to_data() != self.to_data():
+            where = f"{self._file} holds another plan than this one" if self._file else "This plan is in no file"
+            raise PlanError(f"{where}.", hint='Write it first: plan.write(Path("plan.json")).')
+        return str(self._file)
+
+    def write(self, path: Path) -> None:
+        """Write the plan atomically, and remember where."""
+        super().write(path)
+        self._file = path.absolute()
 
     @model_validator(mode="after")
     def _agree(self) -> Plan:
@@ -548,7 +565,7 @@ def read_plan(path: Path) -> Plan:
         PlanError: the file is missing, cannot be read, is not a plan, or was written by another version of sleb.
     """
     try:
-        return Plan.read(path, "the plan")
+        plan = Plan.read(path, "the plan")
     except FileNotFoundError as error:
         raise PlanError(f"There is no plan {path}.", hint="`sleb search MODEL --ratio 0.2` writes one.") from error
     except UnreadableRecord as error:
@@ -556,6 +573,8 @@ def read_plan(path: Path) -> Plan:
             f"Cannot read the plan {path}: {error}.",
             hint="If a newer sleb wrote it, upgrade. If it was edited or cut off, restore it; otherwise search again.",
         ) from error
+    plan._file = path.absolute()
+    return plan
 
 
 def compare_plans(before: Plan, after: Plan) -> str:

@@ -189,6 +189,7 @@ _result_file = partial(option, "Write the result to this JSON file.", _OUTPUT)
 
 _PLAIN: dict[Any, tuple[tuple[type, ...], str]] = {
     str: ((str, os.PathLike), "text"),
+    os.PathLike[str]: ((os.PathLike,), "plan"),
     Path: ((str, os.PathLike), "path"),
     int: ((int,), "whole number"),
     float: ((int, float), "number"),
@@ -219,7 +220,8 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
             types, words = _PLAIN[plain]
             wanted.append(words if plain is bool else f"a {words}")
             if isinstance(value, types) and (plain is bool or not isinstance(value, bool)):
-                return plain(value) if isinstance(value, os.PathLike) or plain is Path else value
+                found: Any = os.fspath(value) if isinstance(value, os.PathLike) else value
+                return plain(found) if plain is Path else found
     raise UsageError(f"{name} cannot be {value!r}.", hint=f"Give {' or '.join(dict.fromkeys(wanted))}.")
 
 
@@ -227,7 +229,7 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
 class Request:
     """A request without empty values, whose values have the types of their fields, and whose numbers are in range.
 
-    A list may stand for a tuple, and a path for a text or the other way round.
+    A list may stand for a tuple, a path for a text or the other way round, and a plan for its file.
 
     Raises:
         UsageError: a value is of another type, empty, or out of range.
@@ -390,7 +392,7 @@ A plan, which may be anyone's, grants no trust and names no place to write.
 class SubjectRequest(Request):
     """A plan, or a model and the blocks to remove from it."""
 
-    subject: str | None = field(
+    subject: str | os.PathLike[str] | None = field(
         default=None,
         kw_only=False,
         metadata=_argument(f"A plan (default: ./{DEFAULT_PLAN}), or a model with --blocks.", "PLAN|MODEL"),

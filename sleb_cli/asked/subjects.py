@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from os import fspath
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def read_subject(request: OneSizeRequest | SizesRequest, *, needs_removals: bool
         PlanError: the plan is unreadable, or does not say where its model is.
         UsageError: the blocks or their number do not fit, or none are given although some are needed.
     """
-    model, revision, removals, plan = request.subject or str(DEFAULT_PLAN), request.revision, request.blocks, None
+    model, revision, removals, plan = fspath(request.subject or DEFAULT_PLAN), request.revision, request.blocks, None
     path = Path(model)
     if is_plan(path):
         plan = read_named_plan(path, request)

@@ -11,8 +11,8 @@ import pytest
 
 import sleb_cli as sleb
 from sleb_cli.events import TaskStarted
-from sleb_cli.plan import read_plan
-from sleb_plugins import UsageError
+from sleb_cli.plan import Plan, read_plan
+from sleb_plugins import PlanError, UsageError
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -50,6 +50,26 @@ def test_a_request_says_what_is_wrong_with_it(request_for):
 def test_a_request_takes_lists_for_tuples_and_paths_for_texts():
     given = sleb.EvalRequest(Path("plan.json"), tasks=["piqa"], remove=[2, 4], output="found.json")
     assert given == sleb.EvalRequest("plan.json", tasks=("piqa",), remove=(2, 4), output=Path("found.json"))
+
+
+def test_a_plan_stands_for_its_file_as_long_as_that_holds_it(request_for, llama_plan):
+    plan = sleb.search(request_for(remove=2, output="found.json"))
+    assert sleb.EvalRequest(plan) == sleb.EvalRequest(Path("found.json").absolute())
+    assert sleb.export(sleb.ExportRequest(plan, to="indices")).text == ",".join(map(str, plan.removals)) + "\n"
+    assert sleb.ApplyRequest(read_plan(llama_plan)).subject == str(llama_plan)
+    sleb.search(request_for(remove=1, output="found.json", force=True))
+    for other, words in ((plan, "found.json holds another plan"), (Plan(**dict(plan)), "This plan is in no file")):
+        with pytest.raises(PlanError, match=words):
+            sleb.ApplyRequest(other)
+
+
+def test_python_is_told_of_arguments_and_the_terminal_of_options(request_for, run_sleb, llama_plan):
+    with pytest.raises(UsageError, match=r"^remove -1 is too small.\nHint: Use 0 or more.$"):
+        request_for(remove=-1)
+    request = sleb.ApplyRequest(llama_plan, blocks=[1])
+    with pytest.raises(UsageError, match=r"^blocks applies to a model, but .*\nHint: Leave out blocks.$"):
+        sleb.apply(request)
+    assert run_sleb("apply", llama_plan, "--blocks", 1).stderr.endswith("hint: Leave out --blocks.\n")
 
 
 @pytest.mark.parametrize(
