@@ -35,6 +35,7 @@ class EngineSettings:
         batch_size: the most prompts that are run together.
         sequence_length: the most tokens of one prompt and what is generated after it.
         models: how many models are loaded at once, to share the memory.
+        trust_remote_code: whether Python code that comes with the model may run.
     """
 
     dtype: str
@@ -42,6 +43,7 @@ class EngineSettings:
     batch_size: int
     sequence_length: int
     models: int = 1
+    trust_remote_code: bool = False
 
 
 class LoadedModel(ABC):

@@ -146,6 +146,21 @@ def test_an_engine_that_is_missing_or_broken(bench, tiny_llama, monkeypatch, tmp
     assert "llama.cpp is installed, but does not load: libgomp.so.1" in said
 
 
+def test_an_engine_is_told_whether_code_of_the_model_may_run(bench, steady, tiny_llama, monkeypatch):
+    import sleb_example
+
+    told = []
+
+    def load(_, model, settings):
+        told.append(settings.trust_remote_code)
+        return sleb_example.SteadyModel(1)
+
+    monkeypatch.setattr(sleb_example.SteadyEngine, "load", load)
+    for words in ([], ["--trust-remote-code"]):
+        bench(tiny_llama, "--engine", "steady", *words)
+    assert told == [False, True]
+
+
 def test_vllm_shares_what_is_free_of_a_cpu(monkeypatch):
     free = 20.0
     monkeypatch.setattr(vllm.psutil, "virtual_memory", lambda: SimpleNamespace(available=free, total=32.0))

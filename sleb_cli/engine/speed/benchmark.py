@@ -55,6 +55,7 @@ class Benchmark:
             batch_size=max(workload.batch_size for workload in self.workloads),
             sequence_length=max(lengths),
             models=2 if self.sizes else 1,
+            trust_remote_code=self.subject.architecture.source.trust_remote_code,
         )
 
 

@@ -65,6 +65,7 @@ class _LoadedCheckpoint(LoadedModel):
             enable_prefix_caching=False,
             use_tqdm_on_load=False,
             skip_tokenizer_init=True,
+            trust_remote_code=settings.trust_remote_code,
         )
         engine.loaded += 1
 
