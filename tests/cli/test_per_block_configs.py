@@ -110,6 +110,7 @@ def test_what_depends_on_depth_is_refused(search, apply, tmp_path, model_type, s
     folder = save_model(tmp_path / "model", tiny_config(model_type, **settings))
     told = search("--remove", 2, model=folder, code=4).stderr
     assert (said in told, "Loading" in told) == (True, False)
+    assert "a plugin can prune it: `config_keys` in docs/reference/plugins.md" in " ".join(told.split())
     if model_type == "jamba":  # of which a whole period can go
         assert "bitwise equal" in apply(folder, "--blocks", "4,5,6,7").stdout
 

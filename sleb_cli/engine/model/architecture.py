@@ -43,6 +43,8 @@ _WHAT_WORKS = (
     "docs/reference/families.md lists the supported models; `sleb plugins` lists the families that plugins add."
 )
 
+_REPORT = "Report it to the author of the plugin, which `sleb plugins` names."
+
 _COUNTS = re.compile(r"(n|num)_(\w+_)?(layers?|blocks?|experts?|labels)|depth")
 """Config keys of which transformers makes as many modules, or entries of a list."""
 
@@ -136,7 +138,7 @@ class Architecture:
             raise UnsupportedModelError(
                 f"The family {self.adapter.name} says that {self.config.model_type} keeps its blocks at "
                 f"{self.adapter.blocks_path}, but there is no list there.",
-                hint="Report it to the author of the plugin, which `sleb plugins` names.",
+                hint=_REPORT,
             )
         return blocks
 
@@ -185,6 +187,12 @@ class Architecture:
         """The model's own data type: the config's, or else that of the files, as transformers loads them."""
         named: torch.dtype | None = self.config.dtype
         return named or next(iter(float_dtypes(self.source.weights)), None)
+
+    @property
+    def what_it_allows(self) -> str:
+        """Where to read which blocks can be removed, and how a plugin can change that."""
+        by_plugin = " If a setting is the reason, a plugin can prune it: `config_keys` in docs/reference/plugins.md."
+        return f"docs/reference/families.md says what each family allows.{'' if self.claimed_by else by_plugin}"
 
     @property
     def is_quantized(self) -> bool:
@@ -265,7 +273,7 @@ def read_architecture(source: ModelSource, registry: Registry, notify: Notify) -
         raise UnsupportedModelError(
             f"The config of {source.id} says {count} blocks ({adapter.count_key}), but the model has "
             f"{architecture.block_count} at {adapter.blocks_path}.",
-            hint="Correct config.json, or download the model again.",
+            hint=_REPORT if count is None else "Correct config.json, or download the model again.",
         )
     if not count:
         raise _refused(architecture, "it has none")

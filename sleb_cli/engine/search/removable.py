@@ -55,7 +55,7 @@ class Removable:
             raise NoBlockLeft(
                 f"No block of {architecture.source.id} ({architecture.config.model_type}) can be removed{after}: "
                 f"without block {free[0]}, {stay[free[0]]}.",
-                hint=fewer if removed else "See docs/reference/families.md for what each family allows.",
+                hint=fewer if removed else architecture.what_it_allows,
             )
         if stay and not removed:
             block, why = next(iter(stay.items()))
