@@ -9,18 +9,18 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property, wraps
+from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
-from itertools import chain
 from pathlib import Path
-from traceback import extract_tb
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import pluggy
 
 from sleb_cli.events import Notice, Notify, Warned
+from sleb_cli.plugin_calls import named
 from sleb_cli.requests import TRANSFORMERS
 from sleb_cli.synonyms import SYNONYMS
+from sleb_cli.version import __version__
 from sleb_plugins import (
     Engine,
     ExpertMetric,
@@ -31,13 +31,12 @@ from sleb_plugins import (
     Metric,
     ModelMetric,
     PluginError,
-    SlebError,
     UsageError,
     WeightMetric,
     hookspecs,
 )
 from sleb_plugins.engine import Reads
-from sleb_plugins.errors import did_you_mean, is_out_of_memory
+from sleb_plugins.errors import did_you_mean
 
 if TYPE_CHECKING:
     from sleb_cli.plan import MetricRecord
@@ -79,6 +78,10 @@ class Offer:
     plugin: Plugin
 
 
+_TRANSFORMERS = Offer("engine", TRANSFORMERS, None, Plugin(TRANSFORMERS, "sleb_cli.engine.speed", "sleb", __version__))
+"""What runs models by itself."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """A plugin that could not be loaded, and why."""
@@ -109,28 +112,21 @@ class Registry:
             found = copy(metric.with_argument(argument))
             if found.name == metric.name:  # two arguments would be one metric to whoever looks up its scores
                 object.__setattr__(found, "name", text)
-            return _answering("metric", found, offer.plugin)
+            return _named("metric", found, offer.plugin)
         if metric.argument and not metric.argument.startswith("["):
             raise UsageError(f"The metric {name!r} needs an argument.", hint=f"Write {name}:{metric.argument}.")
         return metric
 
     def metric_record(self, metric: Metric) -> MetricRecord:
-        """Return what the scores of a metric depend on.
-
-        Raises:
-            PluginError: its fingerprint is not a text.
-        """
+        """Return what the scores of a metric depend on."""
         from sleb_cli.plan import MetricRecord  # as slow as all else that the first word on the screen needs
 
         plugin = self.choose("metric", metric.name.partition(":")[0]).plugin
-        fingerprint: Any = metric.fingerprint()
-        if not isinstance(fingerprint, str):
-            raise PluginError(
-                f"The fingerprint of the metric {metric.name!r} is {fingerprint!r}, which is not a string.",
-                hint="Report it to the author of the metric.",
-            )
         return MetricRecord(
-            package=plugin.package, version=plugin.version, code=_hash_of_code(type(metric)), fingerprint=fingerprint
+            package=plugin.package,
+            version=plugin.version,
+            code=_hash_of_code(type(metric)),
+            fingerprint=metric.fingerprint(),
         )
 
     def choose(self, kind: Kind, name: str) -> Offer:
@@ -142,8 +138,7 @@ class Registry:
         """
         if offer := self._claimant(kind, name):
             return offer
-        built_in = [TRANSFORMERS] if kind == "engine" else []
-        names = sorted([*built_in, *(known for known_kind, known in self._claims if known_kind == kind)])
+        names = sorted(known for known_kind, known in self._claims if known_kind == kind)
         raise UsageError(f"Unknown {kind} {name!r}.", hint=SYNONYMS.get(f"{kind} {name}") or did_you_mean(name, names))
 
     def family(self, model_type: str) -> FamilyAdapter | None:
@@ -188,12 +183,17 @@ class Registry:
 
 def load_registry(notify: Notify) -> Registry:
     """Load the plugins: name other packages before their code runs, and warn about each that fails."""
-    if others := [plugin for plugin in map(_plugin, entry_points(group=GROUP)) if plugin.package != "sleb"]:
+    if others := third_party_plugins():
         notify(Notice(f"Loading plugins of other packages: {', '.join(map(str, others))}."))
     registry = load_plugins()
     for failure in registry.failures:
         notify(Warned(f"The plugin {failure.plugin} failed to load and is disabled: {failure.reason}."))
     return registry
+
+
+def third_party_plugins() -> list[Plugin]:
+    """Return the plugins of other packages, of which no code runs."""
+    return [plugin for plugin in map(_plugin, entry_points(group=GROUP)) if plugin.package != "sleb"]
 
 
 def load_plugins(found: Iterable[EntryPoint] | None = None) -> Registry:
@@ -206,7 +206,7 @@ def load_plugins(found: Iterable[EntryPoint] | None = None) -> Registry:
             offers += _offers(plugin, entry_point.load)
         except (Exception, SystemExit) as error:  # a plugin can raise anything on import
             failures.append(Failure(plugin, f"{type(error).__name__}: {error}"))
-    return Registry(tuple(offers), tuple(failures))
+    return Registry((*offers, _TRANSFORMERS), tuple(failures))
 
 
 def _plugin(entry_point: EntryPoint) -> Plugin:
@@ -221,49 +221,38 @@ def _offers(plugin: Plugin, load: Callable[[], Any]) -> list[Offer]:
     manager.add_hookspecs(hookspecs)
     manager.register(module := load(), plugin.name)
     manager.check_pending()
-    if not manager.get_hookcallers(module):
+    implemented = {caller.name for caller in manager.get_hookcallers(module) or ()}
+    if not implemented:
         raise TypeError(f"no function of {plugin.module} has @sleb_plugins.hookimpl, so it offers nothing")
     offers = []
-    for hook, (kind, types) in _HOOKS.items():
-        for value in chain.from_iterable(getattr(manager.hook, hook)()):
-            name = getattr(value, "name", None)
-            if not isinstance(value, types) or not isinstance(name, str):
-                expected = " or ".join(t.__name__ for t in types)
-                raise TypeError(f"{hook} offers {value!r}, which is not a named {expected}")
-            if isinstance(value, Engine) and value.reads not in get_args(Reads):
-                raise TypeError(f"the engine {name!r} reads {value.reads!r}, not one of {', '.join(get_args(Reads))}")
-            offers.append(Offer(kind, name, _answering(kind, value, plugin), plugin))
+    for hook in [hook for hook in _HOOKS if hook in implemented]:
+        kind, found = _HOOKS[hook][0], next(iter(getattr(manager.hook, hook)()), None)  # pluggy leaves out None
+        if not isinstance(found, Iterable):
+            raise TypeError(f"{hook} returns {found!r}, not a list")
+        for value in found:
+            _require_usable(hook, value)
+            offers.append(Offer(kind, value.name, _named(kind, value, plugin), plugin))
     return offers
 
 
-def _answering(kind: Kind, value: T, plugin: Plugin) -> T:
-    """Return what a plugin offers so that what its methods raise names it; an error of our own is a bug of ours."""
-    if plugin.package == "sleb" or kind == "family":
+def _require_usable(hook: str, value: Any) -> None:
+    kind, types = _HOOKS[hook]
+    if isinstance(value, type):
+        raise TypeError(f"{hook} offers the class {value.__name__}, not an object: {value.__name__}()")
+    if not isinstance(value, types):
+        raise TypeError(f"{hook} offers {value!r}, which is not a {' or '.join(each.__name__ for each in types)}")
+    name = getattr(value, "name", None)
+    if not isinstance(name, str) or not name or ":" in name:
+        raise TypeError(f"the {kind} {type(value).__name__} has the name {name!r}, which is no word")
+    if isinstance(value, Engine) and value.reads not in get_args(Reads):
+        raise TypeError(f"the engine {name!r} reads {value.reads!r}, not one of {', '.join(get_args(Reads))}")
+
+
+def _named(kind: Kind, value: T, plugin: Plugin) -> T:
+    """Return what a plugin offers so that its mistakes name it; those of sleb's own are bugs of ours."""
+    if plugin.package == "sleb":
         return value
-    found, who = copy(value), f"The {kind} {getattr(value, 'name', '')!r} of {plugin.package} {plugin.version}"
-    for name in [name for name, method in vars(found).items() if hasattr(method, "__wrapped__")]:
-        object.__delattr__(found, name)  # of a metric that copied itself: bound to the one without the argument
-    for name, method in inspect.getmembers(found, inspect.ismethod):
-        if not name.startswith("_"):
-            object.__setattr__(found, name, _naming(who, method))
-    return found
-
-
-def _naming(who: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(method)
-    def call(*given: Any, **options: Any) -> Any:
-        try:
-            return method(*given, **options)
-        except Exception as error:
-            if isinstance(error, SlebError) or is_out_of_memory(error):
-                raise
-            frames = extract_tb(error.__traceback__)[1:]
-            last = [frame for frame in frames if frame.filename == frames[0].filename][-1:]
-            where = "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in last)
-            words = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": .")
-            raise PluginError(f"{who} raised {words}{where}.", hint="Report it to the plugin's author.") from error
-
-    return call
+    return named(value, f"The {kind} {getattr(value, 'name', '')!r} of {plugin.package} {plugin.version}")
 
 
 def _hash_of_code(kind: type) -> str:
@@ -277,5 +266,7 @@ def _hash_of_code(kind: type) -> str:
 
 
 def _collision(kind: str, name: str, rivals: list[Offer]) -> PluginError:
-    names = " and ".join(str(offer.plugin) for offer in rivals)
-    return PluginError(f"The {kind} {name!r} is claimed by {names}.", hint="Uninstall one of them.")
+    names, packages = " and ".join(str(offer.plugin) for offer in rivals), {o.plugin.package for o in rivals}
+    others = ", ".join(packages - {"sleb"})
+    hint = f"It is built in: uninstall {others}." if "sleb" in packages else "Uninstall one of them."
+    return PluginError(f"The {kind} {name!r} is claimed by {names}.", hint=hint)

@@ -21,7 +21,7 @@ class FamilyAdapter:
             removed.
 
     Raises:
-        TypeError: an attribute is missing, or the model types are a plain string.
+        TypeError: an attribute is missing, or has another type.
     """
 
     name: str
@@ -35,5 +35,7 @@ class FamilyAdapter:
         model_types: object = self.model_types
         if isinstance(model_types, str):
             raise TypeError(f"model_types of family {self.name!r} is a string, not a set of strings")
+        if not isinstance(self.config_keys, Mapping):
+            raise TypeError(f"config_keys of family {self.name!r} is no mapping from keys to functions")
         if not (self.blocks_path or self.refusal):
             raise TypeError(f"family {self.name!r} needs a blocks_path or a refusal")

@@ -20,7 +20,6 @@ from sleb_cli.requests import (
     AUTO,
     DEFAULT_PLAN,
     DEFAULT_SHARD_SIZE,
-    TRANSFORMERS,
     ApplyRequest,
     BenchRequest,
     EvalRequest,
@@ -130,7 +129,7 @@ def check_bench(request: BenchRequest, registry: Registry) -> tuple[NamedSubject
         MachineError: the engine is not installed.
     """
     _require_new(request)
-    engine: Engine | None = None if request.engine == TRANSFORMERS else registry.choose("engine", request.engine).value
+    engine: Engine | None = registry.choose("engine", request.engine).value
     if engine and (unused := given(request, "dtype" if engine.reads == "gguf" else "source")):
         raise UsageError(f"{unused[0]} does not apply to --engine {engine.name}.", hint=f"Leave out {unused[0]}.")
     dtype_in_full(request.dtype or AUTO)

@@ -1,5 +1,7 @@
 """Show the result of `sleb plugins`."""
 
+from typing import Any
+
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.tables.table import Columns, tabulate
 from sleb_cli.ui.console import print_json, print_warning
@@ -30,7 +32,7 @@ def _offers(registry: Registry) -> list[dict[str, str]]:
             "kind": offer.kind,
             "name": offer.name,
             "argument": offer.value.argument if offer.kind == "metric" else "",
-            "what": offer.value.description if offer.kind != "family" else _claim(offer.value),
+            "what": _what(offer.value),
             "package": offer.plugin.package,
             "version": offer.plugin.version,
         }
@@ -46,5 +48,7 @@ def _usage(offer: dict[str, str]) -> str:
     return f"{name}:{argument}" if argument else name
 
 
-def _claim(family: FamilyAdapter) -> str:
-    return f"refused, because {family.refusal}" if family.refusal else ", ".join(sorted(family.model_types))
+def _what(offered: Any) -> str:
+    if isinstance(offered, FamilyAdapter):
+        return f"refused, because {offered.refusal}" if offered.refusal else ", ".join(sorted(offered.model_types))
+    return offered.description if offered else "transformers, without a plugin; the default"

@@ -1,14 +1,16 @@
 """A plugin can only hurt itself."""
 
 import json
+import re
 import sys
 from importlib.metadata import EntryPoint
 
 import pytest
+import torch
 
 from conftest import calibration
 from sleb_cli.plugin_manager import load_plugins
-from sleb_plugins import PluginError
+from sleb_plugins import ExpertUse, PluginError
 
 
 def hook(name, body, arguments=""):
@@ -25,7 +27,11 @@ METRIC = (
 BROKEN = {
     "import_error": ("import nothing_of_that_name", "ModuleNotFoundError"),
     "leaves": ("import sys\nsys.exit('no licence')", "no licence"),
-    "wrong_type": (hook("metrics", "return ['nll']"), "'nll', which is not a named"),
+    "wrong_type": (hook("metrics", "return ['nll']"), "'nll', which is not a LogitMetric or HiddenStateMetric"),
+    "no_list": (hook("metrics", "pass"), "sleb_metrics returns None, not a list"),
+    "a_class": (METRIC.format(name="m").replace("M()", "M"), "sleb_metrics offers the class M, not an object: M()"),
+    "no_name": (METRIC.format(name="a:b"), "the metric M has the name 'a:b', which is no word"),
+    "no_functions": (FAMILY.format(name="a", type="b").replace("'a.b'", "'a.b', config_keys=['k']"), "is no mapping"),
     "raises": (hook("families", "raise KeyError('x')"), "KeyError"),
     "string_of_types": (hook("families", "return [sleb.FamilyAdapter('a', 'llama', 'b')]"), "is a string"),
     "unknown_hook": (hook("familys", "return []"), "sleb_familys"),
@@ -89,6 +95,7 @@ def test_sleb_names_other_plugins_first_and_then_the_broken_ones(run_sleb, plugi
     assert 0 <= result.stderr.find("(bad_cli)") < result.stderr.find("here I run")
     assert "nothing_of_that_name" in result.stderr
     assert "'llama' is claimed by sleb" in result.stderr
+    assert "│ transformers " in result.stdout
     data = json.loads(run_sleb("plugins", "--json").stdout)
     assert data["failures"][0]["plugin"] == "bad_cli"
     assert len(data["collisions"]) == 1
@@ -98,6 +105,7 @@ def test_sleb_names_other_plugins_first_and_then_the_broken_ones(run_sleb, plugi
     assert result.stderr.startswith("Loading plugins of other packages: unknown package ? (bad_cli)")
     assert result.stderr.count("(bad_cli) failed to load") == 1
     assert "twin_cli" in result.stderr
+    assert "It is built in: uninstall unknown package." in result.stderr
     assert "Loading plugins" not in run_sleb(*words, "-q").stderr
 
 
@@ -112,13 +120,19 @@ def test_an_adapter_that_points_nowhere_is_named(run_sleb, plugins, as_plugins, 
 RAISING = (
     "class M(sleb.ModelMetric):\n    name, argument = 'm', '[N]'\n    def with_argument(self, argument):\n"
     "        self.n = int(argument)\n        return self\n    def score_model(self, model, tokenizer, sequences):\n"
-    "        raise RuntimeError('boom')\n"
-) + hook("metrics", "return [M()]")
+    "        raise RuntimeError('boom')\nclass N(sleb.ModelMetric):\n    name = 'nan'\n"
+    "    def score_model(self, *_):\n        return float('nan')\n"
+) + hook("metrics", "return [M(), N()]")
 
 
 @pytest.mark.parametrize(
     ("metric", "said"),
-    [("m", "raised RuntimeError: boom (raising.py, line 8)"), ("m:1", "boom"), ("m:x", "ValueError")],
+    [
+        ("m", "raised RuntimeError: boom (raising.py, line 8)"),
+        ("m:1", "boom"),
+        ("m:x", "ValueError"),
+        ("nan", "as NaN or infinite, such as block 1, although the model without it computes finite numbers"),
+    ],
 )
 def test_what_a_plugin_raises_names_it(run_sleb, plugins, as_plugins, tiny_llama, text_file, metric, said):
     plugins(raising=RAISING)
@@ -126,17 +140,88 @@ def test_what_a_plugin_raises_names_it(run_sleb, plugins, as_plugins, tiny_llama
     result = run_sleb("search", tiny_llama, "--remove", 1, *calibration(text_file), "--metric", metric)
     assert result.exit_code == 6
     shown = " ".join(result.stderr.split())
-    assert "The metric 'm" in shown
+    assert f"The metric '{metric[0]}" in shown
     assert said in shown
     assert "Traceback" not in shown
 
 
-def test_a_metric_that_copies_itself_keeps_its_argument(plugins):
-    source = (
-        "import copy\nclass M(sleb.ModelMetric):\n    name, argument, n = 'm', '[N]', 0\n"
-        "    def with_argument(self, argument):\n        new = copy.copy(self)\n        new.n = int(argument)\n"
-        "        return new\n    def score_model(self, model, tokenizer, sequences):\n        return self.n\n"
-    ) + hook("metrics", "return [M()]")
-    registry = load_plugins(plugins(copying=source))
-    scores = {name: registry.metric(name).score_model(None, None, None) for name in ("m", "m:3", "m:5")}
-    assert scores == {"m": 0, "m:3": 3, "m:5": 5}
+COPYING = """
+import copy
+
+class M(sleb.ModelMetric):
+    name, argument, n = "m", "[N]", 0
+
+    def with_argument(self, argument):
+        new = copy.copy(self)
+        try:
+            new.n = self.read(argument)
+        except ValueError:
+            new.n = 7
+        return new
+
+    def read(self, argument):
+        return int(argument)
+
+    def score_model(self, *_):
+        return self.n
+
+@sleb.hookimpl
+def sleb_metrics():
+    return [M()]
+"""
+
+
+def test_a_metric_that_copies_itself_keeps_its_argument_and_catches_its_own_errors(plugins):
+    registry = load_plugins(plugins(copying=COPYING))
+    scores = {name: registry.metric(name).score_model(None, None, None) for name in ("m", "m:3", "m:5", "m:x")}
+    assert scores == {"m": 0, "m:3": 3, "m:5": 5, "m:x": 7}
+
+
+STATES, USE = torch.ones(2, 4, 8), ExpertUse(*torch.ones(6, 8))
+CALLS = {
+    "LogitMetric": lambda metric: metric.score_tokens(STATES[0], STATES[0, :, 0].long(), None),
+    "HiddenStateMetric": lambda metric: metric.score_tokens(STATES, STATES),
+    "WeightMetric": lambda metric: metric.score_block(None, 0),
+    "ExpertMetric": lambda metric: metric.score_experts(USE, 0),
+    "ModelMetric": lambda metric: metric.with_argument("2").fingerprint(),
+    "Exporter": lambda exporter: exporter.export(None),
+    "Engine": lambda engine: engine.load(None, None).run([[1]], 2),
+}
+SHAPE = "not a number for each position: a tensor of shape"
+RUN = "class L(sleb.LoadedModel):\n        run = close = lambda *_: {}\n    load = lambda *_: M.L()"
+
+
+@pytest.mark.parametrize(
+    ("base", "body", "said"),
+    [
+        (
+            "LogitMetric",
+            "score_tokens = lambda _, logits, *more: logits[:, 0] * float('nan')",
+            f"returned a float32 Tensor of shape (4,) with NaN or infinity from score_tokens, {SHAPE} (4,)",
+        ),
+        ("HiddenStateMetric", "score_tokens = lambda *given: given[1]", f"(2, 4, 8) from score_tokens, {SHAPE} (2, 4)"),
+        ("HiddenStateMetric", "score_tokens = lambda *_: [1, 2]", f"returned a list of 2 from score_tokens, {SHAPE}"),
+        ("WeightMetric", "score_block = lambda *_: float('nan')", "returned nan from score_block, not a number"),
+        ("ExpertMetric", "score_experts = lambda _, use, block: use.norms[1:]", "(7,) from score_experts, not a"),
+        ("ModelMetric", "with_argument = score_model = lambda *_: 1", "returned 1 from with_argument, not a metric"),
+        ("ModelMetric", "with_argument = score_model = fingerprint = lambda m, *_: m", "from fingerprint, not a str"),
+        ("Exporter", "export = lambda *_: b''", "returned b'' from export, not a str"),
+        ("Engine", "load = lambda *_: None", "returned None from load, not a LoadedModel"),
+        ("Engine", RUN.format("0.1"), "returned 0.1 from run, not a TimedRun of more than 0 seconds, with 2"),
+        ("Engine", RUN.format("sleb.TimedRun(1.0, (0.5,))"), "(0.5,)) from run, not a TimedRun"),
+        ("Engine", RUN.format("sleb.TimedRun(0.0, (0.0, 0.0))"), "from run, not a TimedRun"),
+        ("Engine", RUN.format("1 / 0"), "raised ZeroDivisionError: division by zero (mistaken.py, line 6)"),
+    ],
+)
+def test_what_a_plugin_returns_wrongly_names_it(plugins, base, body, said):
+    kind = {"Exporter": "exporter", "Engine": "engine"}.get(base, "metric")
+    source = f"\nclass M(sleb.{base}):\n    name, reads = 'm', 'gguf'\n    {body}\n"
+    offer = load_plugins(plugins(mistaken=source + hook(f"{kind}s", "return [M()]"))).choose(kind, "m")
+    with pytest.raises(PluginError, match=rf"^The {kind} 'm' of unknown package \? .*{re.escape(said)}"):
+        CALLS[base](offer.value)
+
+
+def test_what_a_function_of_a_family_raises_names_it(plugins):
+    source = FAMILY.format(name="f", type="t").replace("'a.b'", "'a.b', config_keys={'k': lambda value, kept: 1 / 0}")
+    with pytest.raises(PluginError, match=r"^The family 'f' of unknown package \? raised ZeroDivisionError"):
+        load_plugins(plugins(keyed=source)).family("t").config_keys["k"](1, None)

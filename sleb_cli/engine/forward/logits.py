@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from sleb_cli.engine.device import as_float64
 from sleb_cli.engine.forward.memory_budget import settings_for
 from sleb_cli.engine.forward.predictions import Logits
-from sleb_plugins import LogitMetric, PluginError
+from sleb_plugins import LogitMetric
 
 
 def position_slices(ids: Tensor, positions: int) -> Iterator[slice]:
@@ -67,19 +66,4 @@ def score_positions(metric: LogitMetric, logits: Tensor, targets: Tensor, dense:
     for part in float32_slices(flat):
         widened = None if flat_dense is None else flat_dense[part].float()
         scores.append(metric.score_tokens(flat[part].float(), flat_targets[part], widened))
-        require_shape(metric.name, scores[-1], flat_targets[part].shape)
     return torch.cat(scores).view(targets.shape)
-
-
-def require_shape(name: str, scores: Any, shape: Any) -> None:
-    """Check that a metric returned one score for each position.
-
-    Raises:
-        PluginError: the shape of `scores` is not `shape`.
-    """
-    found = getattr(scores, "shape", None)
-    if found != shape:
-        raise PluginError(
-            f"The metric {name!r} returned scores of shape {found} instead of {list(shape)}, one for each position.",
-            hint="Report it to the author of the metric.",
-        )

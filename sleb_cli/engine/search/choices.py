@@ -14,6 +14,12 @@ class NoBlockLeft(UnsupportedModelError):
     """No block can be removed next."""
 
 
+class NoFiniteScore(ModelError):
+    """Without any one of the candidates, such as the last of `removals`, the score is NaN or infinite."""
+
+    removals: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True)
 class Outcome:
     """The score of each candidate of a step; if they raced, of each survivor.
@@ -88,14 +94,16 @@ def require_best(outcome: Outcome, removed: Sequence[int]) -> int:
     """Return the candidate with the lowest score.
 
     Raises:
-        ModelError: no score is finite; the message names the blocks.
+        NoFiniteScore: no score is finite; the message names the blocks.
     """
     best = outcome.best
     if outcome.scores[best] == math.inf:
         without = f" (with {', '.join(map(str, removed))} already removed)" if removed else ""
         blocks = f"block {best}" if len(outcome.scores) == 1 else "any one of the candidates"
-        raise ModelError(
+        error = NoFiniteScore(
             f"Without {blocks}{without}, the model computes numbers that are not finite.",
             hint="Use a data type with a wider range: --dtype bfloat16 or float32. No plan was written.",
         )
+        error.removals = (*removed, best)
+        raise error
     return best

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ from sleb_cli.engine.search.settings import ExpertMethod, Search
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify, task
 from sleb_cli.plan import DenseRecord, ExpertOrder, ExpertPlan, ExpertsText, HeldOutRecord, Plan
-from sleb_plugins import ExpertUse, ModelError, PluginError
+from sleb_plugins import ExpertUse, ModelError
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 PIECE_BYTES = 64 << 20
@@ -199,20 +198,9 @@ class _Measuring:
         return ExpertUse(*torch.tensor([row for row in rows if row], dtype=torch.float64).sum(0).view(6, -1))
 
     def order(self, method: ExpertMethod, block: int) -> ExpertOrder:
-        """Rank the experts of a block by the texts that are not held out, and say which go.
-
-        Raises:
-            PluginError: the metric does not score them.
-        """
+        """Rank the experts of a block by the texts that are not held out, and say which go."""
         use = self.use(block, (text for text in self.texts if not text.held_out))
-        scores: Any = method.metric.score_experts(use, block)
-        values = scores.tolist() if isinstance(scores, Tensor) else None
-        if not isinstance(values, list) or len(values) != len(use.tokens) or not all(map(math.isfinite, values)):
-            raise PluginError(
-                f"The metric {method.metric.name!r} did not score each of the {len(use.tokens)} experts of block "
-                f"{block} by a finite number.",
-                hint="Report it to the author of the plugin, which `sleb plugins` names.",
-            )
+        values: list[float] = method.metric.score_experts(use, block).tolist()
         removals = lowest(values, self.architecture.experts.groups)[: method.fewer]
         tokens = tuple(use.tokens.long().tolist())
         return ExpertOrder(block=block, removals=removals, scores=tuple(values), tokens=tokens)

@@ -14,7 +14,7 @@ from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.prepare import prepare_passes
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.bad_sequences import find_bad, unsound
-from sleb_cli.engine.search.choices import Choice, NoBlockLeft
+from sleb_cli.engine.search.choices import Choice, NoBlockLeft, NoFiniteScore
 from sleb_cli.engine.search.experts import search_experts
 from sleb_cli.engine.search.held_out import hold_out, overfitting_note
 from sleb_cli.engine.search.inputs import (
@@ -35,7 +35,8 @@ from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Stop, p
 from sleb_cli.engine.text.calibration import Calibration
 from sleb_cli.events import SEARCH_TASK, BlockRemoved, BlocksSwapped, Notice, Notify, SearchStarted, TaskFinished, task
 from sleb_cli.plan import DenseRecord, Plan, Step
-from sleb_plugins import HiddenStateMetric, LogitMetric, UsageError
+from sleb_cli.plugin_calls import REPORT
+from sleb_plugins import HiddenStateMetric, LogitMetric, PluginError, UsageError
 
 RACED = 7
 """On about how many sequences a race scores a candidate, on average."""
@@ -177,8 +178,22 @@ def _remove_blocks(method: Method, stop: Stop, extended: Plan | None, dense: Den
         if isinstance(target, SizeTarget):
             raise
         notify(Notice(f"The search stops here: {error.message}"))
+    except NoFiniteScore as error:
+        _require_own_fault(method, scoring, error)
+        raise
     notify(TaskFinished(SEARCH_TASK))
     return trace
+
+
+def _require_own_fault(method: Method, scoring: Scoring, error: NoFiniteScore) -> None:
+    """Blame a plugin's metric instead of the model if the model computes finite numbers where it has none."""
+    made, block = method.implementation, error.removals[-1]
+    if made.package != "sleb" and all(map(math.isfinite, scoring.losses(error.removals))):
+        raise PluginError(
+            f"The metric {method.metric.name!r} of {made.package} {made.version} scores every candidate as NaN or "
+            f"infinite, such as block {block}, although the model without it computes finite numbers.",
+            hint=REPORT,
+        ) from error
 
 
 def _announce(method: Method, problem: Problem, scoring: Scoring) -> None:

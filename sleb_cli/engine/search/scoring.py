@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import as_float64
-from sleb_cli.engine.forward.logits import require_shape
 from sleb_cli.engine.forward.passes import Job, Passes
 from sleb_cli.engine.search.choices import Outcome, ranking
 from sleb_cli.engine.search.journal import Journal, Measurement, Name
@@ -26,7 +25,7 @@ from sleb_cli.engine.search.race import Race, rounds
 from sleb_cli.engine.search.shares import Cost, deal_names
 from sleb_cli.events import SCORING_TASK, Advance, Notice, Notify, no_progress, task
 from sleb_cli.plan import Engine
-from sleb_plugins import HiddenStateMetric, LogitMetric, Metric, ModelMetric, PluginError, WeightMetric
+from sleb_plugins import HiddenStateMetric, LogitMetric, Metric, ModelMetric, WeightMetric
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 
@@ -248,8 +247,7 @@ class Scoring:
         def compute() -> Mapping[int, float]:
             scores: dict[int, float] = {}
             for block in self.passes.skippable.weights.visit(candidates):
-                found = metric.score_block(self.passes.skippable.switches[block].block, block)
-                scores[block] = _require_number(metric.name, found)
+                scores[block] = float(metric.score_block(self.passes.skippable.switches[block].block, block))
                 advance(self.sequences)
             return scores
 
@@ -265,26 +263,11 @@ class Scoring:
             for block in (block for _, block, _ in mine if block is not None):
                 self.passes.skippable.skip({*removed, block})
                 score = metric.score_model(self.passes.skippable.model, self.tokenizer, sequences)
-                self.journal.add([_require_number(metric.name, score)], removed, block)
+                self.journal.add([float(score)], removed, block)
         return Outcome(self._means(removed, candidates))
 
 
 def _mean_over_tokens(metric: HiddenStateMetric, entering: Tensor, leaving: Tensor) -> list[float]:
     scores = metric.score_tokens(entering.float(), leaving.float())
-    require_shape(metric.name, scores, entering.shape[:-1])
     means: list[float] = as_float64(scores).mean(-1).tolist()
     return means
-
-
-def _require_number(name: str, score: Any) -> float:
-    """Return what a metric returned as a float.
-
-    Raises:
-        PluginError: it is not a number.
-    """
-    if not isinstance(score, int | float):
-        raise PluginError(
-            f"The metric {name!r} returned {score!r}, which is not a number.",
-            hint="Report it to the author of the metric.",
-        )
-    return float(score)
