@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 from collections.abc import Iterator
 
+from sleb_cli.plugin_manager import third_party_plugins
 from sleb_cli.units import format_bytes
 from sleb_cli.version import __version__
 from sleb_plugins.errors import without_secrets
@@ -14,6 +15,7 @@ from sleb_plugins.errors import without_secrets
 def describe_installation() -> Iterator[str]:
     """Yield one line for each part; what cannot be imported or asked is a line, too."""
     yield f"sleb {__version__}"
+    yield from (f"plugin {plugin}" for plugin in third_party_plugins())
     yield f"Python {platform.python_version()}, {platform.platform()}"
     try:
         yield from (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))

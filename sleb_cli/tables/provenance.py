@@ -15,6 +15,7 @@ from sleb_cli.units import format_seconds, format_share, spans
 def search_settings(plan: Plan) -> Table:
     """Return how a search was run."""
     model, search, text, environment = plan.model, plan.search, plan.calibration, plan.environment
+    made = search.implementation
     protected = f"{search.protect_first} at the start, {search.protect_last} at the end"
     held_out = f" ({search.held_out} held out)" if search.held_out else ""
     rows = [
@@ -23,7 +24,7 @@ def search_settings(plan: Plan) -> Table:
         ("fingerprint", model.fingerprint[:16]),
         ("family", f"{model.family} ({model.model_type}), {model.blocks} blocks"),
         ("removed, in order", ", ".join(map(str, plan.removals))),
-        ("metric", search.metric),
+        ("metric", search.metric + (f" of {made.package} {made.version}" if made and made.package != "sleb" else "")),
         ("strategy", search.strategy),
         ("candidates raced", "yes" if search.fast else "no"),
         ("protected blocks", protected + (f", and {spans(search.protect)}" if search.protect else "")),

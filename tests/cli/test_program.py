@@ -26,13 +26,15 @@ def broken():
     raise RuntimeError("driver too old, see https://user:secret@hub.example/?token=abc\nhf_abcdefghijkl")
 
 
-def test_the_version_names_what_a_bug_report_needs_and_no_secret(run_sleb, simulate, monkeypatch):
+def test_the_version_names_what_a_bug_report_needs_and_no_secret(run_sleb, simulate, as_plugins, monkeypatch):
     monkeypatch.setattr(device, "cpu_units", lambda: frozenset({"amx_bf16"}))
     simulate()
     lines = run_sleb("--version").stdout.splitlines()
     assert lines[0] == f"sleb {sleb_cli.__version__}"
     assert [line.split()[0] for line in lines] == "sleb Python torch transformers cpu: sim:0: sim:1:".split()
     assert "(amx_bf16)" in lines[4]
+    as_plugins("acme")  # of which no code runs
+    assert run_sleb("--version").stdout.splitlines()[1] == "plugin unknown package ? (acme)"
     monkeypatch.setattr(torch.accelerator, "is_available", broken)
     shown = run_sleb("--version").stdout
     assert "driver too old" in shown

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from conftest import calibration
+from sleb_cli.plan import read_plan
+from sleb_cli.tables.provenance import search_settings
 
 PACKAGE = Path(__file__).parents[1] / "example_plugin"
 
@@ -58,6 +60,8 @@ def test_its_family_and_its_metric_search(sleb_with_plugin, tiny_gpt2, text_file
     plan = json.loads(result.stdout)
     assert plan["model"]["family"] == "gpt2"
     assert plan["search"]["engine"] == "model"
+    rows = dict(search_settings(read_plan(Path("plan.json"))).rows)
+    assert rows["metric"] == "next-token-error of sleb-example 1.2.3"
     assert plan["environment"]["plugins"] == {"sleb-example": "1.2.3"}
     predicted = 4 * 31
     for step in plan["steps"]:
