@@ -1,6 +1,15 @@
 """The public contract of `sleb`: what a plugin imports, and nothing else."""
 
-from sleb_plugins.config_keys import block_numbers, by_block, leading_blocks, trailing_blocks
+from sleb_plugins.config_keys import (
+    Kept,
+    KeyPruner,
+    block_numbers,
+    by_block,
+    keyed_by_block,
+    last_block,
+    leading_blocks,
+    trailing_blocks,
+)
 from sleb_plugins.engine import Engine, EngineSettings, LoadedModel, TimedRun
 from sleb_plugins.errors import (
     DataError,
@@ -36,6 +45,8 @@ __all__ = [
     "Exporter",
     "FamilyAdapter",
     "HiddenStateMetric",
+    "Kept",
+    "KeyPruner",
     "LoadedModel",
     "LogitMetric",
     "MachineError",
@@ -55,6 +66,8 @@ __all__ = [
     "block_numbers",
     "by_block",
     "hookimpl",
+    "keyed_by_block",
+    "last_block",
     "leading_blocks",
     "trailing_blocks",
 ]

@@ -73,7 +73,7 @@ class Engine(ABC):
     Attributes:
         name: its name on the command line.
         description: one line for `sleb plugins`.
-        reads: the files it reads: a checkpoint folder, or a GGUF file.
+        reads: the files it reads: "checkpoint" for a folder, or "gguf".
         least_new_tokens: how many tokens it generates at least, also after a prompt that is timed alone.
     """
 

@@ -11,6 +11,7 @@ import typer
 from cogapp import Cog
 
 import sleb_cli
+import sleb_plugins
 from sleb_cli.__main__ import main
 from sleb_cli.app import app
 from sleb_cli.plan import CalibrationRecord, HeldOutRecord, Plan, SampleGeneration, SearchRecord, Step
@@ -163,6 +164,7 @@ RECORDS = (CalibrationRecord, SearchRecord, Step, HeldOutRecord, SampleGeneratio
 NAMES = {
     "hooks": ("plugins.md", r"`{}\(\)`", [name for name in vars(hookspecs) if name.startswith("sleb_")]),
     "kinds of metric": ("plugins.md", r"\| `{}Metric` \|", ("Logit", "HiddenState", "Weight", "Model", "Expert")),
+    "names for plugins": ("plugins.md", r"\b{}\b", [name for name in sleb_plugins.__all__ if "Error" not in name]),
     "exit codes": ("exit-codes.md", r"\| {} \|", [f"{c.exit_code} | `{c.__name__}`" for c in CLASSES_OF_ERRORS]),
     "keys of a plan": ("plan.md", r"\| `{}` \|", Plan.model_fields),
     "keys of its records": ("plan.md", "`{}`", [key for record in RECORDS for key in record.model_fields]),
