@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -416,6 +417,13 @@ class ExpertPlan(Record):
         return self.model_copy(update={"blocks": blocks, "texts": (), **left})
 
 
+@dataclass(frozen=True)
+class _Place:
+    """The file of a plan, which is no part of it: what is in two files may be equal."""
+
+    file: Path | None = field(default=None, compare=False)
+
+
 class Plan(VersionedRecord):
     """A finished search. Blocks are numbered from 0 as in the original model, everywhere.
 
@@ -442,7 +450,7 @@ class Plan(VersionedRecord):
     base_model: ModelRecord | None = None
     recovery: RecoveryRecord | None = None
     proof: Proof | None = None
-    _file: Path | None = PrivateAttr(None)
+    _place: _Place = PrivateAttr(_Place())
 
     def __fspath__(self) -> str:
         """Return the plan's file, so that requests take a plan in its place.
@@ -450,15 +458,16 @@ class Plan(VersionedRecord):
         Raises:
             PlanError: the plan is in no file, or its file holds another one.
         """
-        if self._file is None or read_plan(self._file).to_data() != self.to_data():
-            where = f"{self._file} holds another plan than this one" if self._file else "This plan is in no file"
+        file = self._place.file
+        if file is None or read_plan(file) != self:
+            where = f"{file} holds another plan than this one" if file else "This plan is in no file"
             raise PlanError(f"{where}.", hint='Write it first: plan.write(Path("plan.json")).')
-        return str(self._file)
+        return str(file)
 
     def write(self, path: Path) -> None:
         """Write the plan atomically, and remember where."""
         super().write(path)
-        self._file = path.absolute()
+        self._place = _Place(path.absolute())
 
     @model_validator(mode="after")
     def _agree(self) -> Plan:
@@ -573,7 +582,7 @@ def read_plan(path: Path) -> Plan:
             f"Cannot read the plan {path}: {error}.",
             hint="If a newer sleb wrote it, upgrade. If it was edited or cut off, restore it; otherwise search again.",
         ) from error
-    plan._file = path.absolute()
+    plan._place = _Place(path.absolute())
     return plan
 
 
