@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers.cache_utils import DynamicLayer
 
 from conftest import beside_weights, llama_config, save_model, shortage_at, weights_of
 from sleb_cli import atomic
@@ -57,7 +58,7 @@ def test_the_plan_in_this_folder_is_applied(sleb, apply, llama_plan, tiny_llama,
     recorded = plan.proof.to_data()
     found = [recorded[key] for key in ("partial", "dtype", "logits_difference", "prompt_tokens")]
     assert (tuple(recorded["checks"]), found) == (CHECKS, [None, "float32", 0.0, 64])
-    assert plan.model_copy(update={"proof": None}).to_data() == read_plan(tmp_path / "plan.json").published().to_data()
+    assert plan.model_copy(update={"proof": None}) == read_plan(tmp_path / "plan.json").published()
     card = (folder / "README.md").read_text()
     measured = (", ".join(map(str, plan.removals)), f"{plan.dense.perplexity:.2f}")
     assert all(words in card for words in (*measured, "equal to those of the base model", "saves it again"))
@@ -311,15 +312,30 @@ def test_without_room_to_save_it_again_the_proof_is_partial(apply, tiny_llama, t
 
 
 @pytest.mark.parametrize(
-    ("method", "fails"), [("save_pretrained", "save it again"), ("generate", "generate with the KV cache")]
+    ("method", "fails", "code"),
+    [("save_pretrained", "save it again", 9), ("generate", "generate with the KV cache", 4)],
 )
-def test_a_model_that_transformers_refuses_fails_the_proof(apply, tiny_llama, tmp_path, monkeypatch, method, fails):
+def test_a_model_that_transformers_refuses_is_not_delivered(
+    apply, tiny_llama, tmp_path, monkeypatch, method, fails, code
+):
     def refuse(self, *arguments, **options):
         raise ValueError("layer_types has 6 entries")
 
     monkeypatch.setattr(LlamaForCausalLM, method, refuse)
-    assert f"does not {fails}: layer_types has 6 entries" in apply(tiny_llama, "--blocks", "1", code=9).stderr
+    assert f"does not {fails}: layer_types has 6 entries" in apply(tiny_llama, "--blocks", "1", code=code).stderr
     assert os.listdir(tmp_path) == []
+
+
+def test_a_broken_kv_cache_is_the_dense_model_s_fault(apply, search, tiny_llama, tmp_path, monkeypatch):
+    update = DynamicLayer.update
+    monkeypatch.setattr(
+        DynamicLayer, "update", lambda *given, **options: tuple(2 * x for x in update(*given, **options))
+    )
+    said = "does not work with a KV cache"
+    assert f"warning: {tiny_llama} {said}: with the KV cache its logits differ" in search("--remove", 1).stderr
+    told = apply(tmp_path / "plan.json", code=4).stderr
+    assert f"{tiny_llama} {said}, whatever is removed" in told
+    assert "Try again" not in told
 
 
 def test_a_data_type_too_small_for_the_model_is_named(apply, model):

@@ -205,7 +205,8 @@ def test_every_family_is_cut_and_proven_or_refused(run_sleb, tmp_path, family):
     # GPT-2 has as many positions as tokens here.
     config = tiny_config(family, **{"max_position_embeddings": 320} if family == "gpt2" else {})
     result = run_sleb("apply", save(tmp_path / "model", config=config), "--scripts", "latin", "--json")
+    assert result.exit_code in (0, 4), result.stderr
     # The dense XLM itself computes something else with its KV cache.
-    assert result.exit_code in ((9,) if family == "xlm" else (0, 4)), result.stderr
+    assert ("does not work with a KV cache, whatever is removed" in result.stderr) == (family == "xlm")
     if result.exit_code == 0:
         assert json.loads(result.stdout)["proof"]["logits_difference"] <= TokenCut.tolerance

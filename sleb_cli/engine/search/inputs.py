@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+import torch
+
 from sleb_cli.asked.text_names import REFERENCE_PRESETS
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.environment import environment_record
+from sleb_cli.engine.forward.decoding import check_decoding
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.placement import open_dense
 from sleb_cli.engine.forward.skipping import SkippableModel
@@ -20,12 +23,15 @@ from sleb_cli.engine.search.journal import Journal, open_journal
 from sleb_cli.engine.search.settings import Method, Search
 from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.text.calibration import Calibration, calibrate
-from sleb_cli.events import Notify
+from sleb_cli.events import Notify, Warned
 from sleb_cli.keys import key_of
 from sleb_cli.plan import CalibrationRecord, Plan, SampleGeneration, SearchRecord
 from sleb_cli.records import THIS_VERSION, differences
 from sleb_cli.requests import DEMO
 from sleb_plugins import LogitMetric, ModelMetric, PlanError
+
+PROMPT_TOKENS, NEW_TOKENS = 8, 2
+"""How many tokens show whether a model works with a KV cache."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +53,32 @@ def load_inputs(search: Search, group: ProcessGroup, notify: Notify) -> SearchIn
     """
     tokenizer = load_tokenizer(search.model.architecture.source)
     # Loaded at first use, so that a missing text is reported before gigabytes are read.
-    model = cache(partial(open_dense, search.model.architecture, search.model.placement, notify))
+    model = cache(partial(_open_model, search, group, notify))
     calibration = group.from_main(lambda: calibrate([search.text], tokenizer, lambda: model().model, notify)[0])
     if search.extended:
         _require_continuation(search, search.extended, calibration)
     return SearchInputs(tokenizer, model(), calibration, group, notify)
+
+
+def _open_model(search: Search, group: ProcessGroup, notify: Notify) -> SkippableModel:
+    """Load the dense model, and say now if it does not work with a KV cache, as the proof of `apply` would.
+
+    That is left to the proof where it would cost a read of the weights, or where rounding may choose other experts.
+    """
+    architecture, place = search.model.architecture, search.model.placement
+    model = open_dense(architecture, place, notify)
+    may_round = place.dtype.itemsize < 4 and "expert" in str(architecture.text_config)
+    if not group.is_main or not model.weights.resident or place.device_map or may_round:
+        return model
+    room = max(1, (architecture.longest_sequence or PROMPT_TOKENS + NEW_TOKENS) - NEW_TOKENS)
+    vocabulary = architecture.text_config.vocab_size  # whose first tokens are special in many families
+    ids = (vocabulary // 2 + torch.arange(min(PROMPT_TOKENS, room), device=model.device)[None]) % vocabulary
+    _, fault = check_decoding(model.model, ids, NEW_TOKENS, place.dtype)
+    with model:
+        if fault and bool(model.logits(ids, ()).isfinite().all()):  # else the search will say more
+            needs = "Text that it writes, `sleb bench` and the proof of `sleb apply` need one; the search does not"
+            notify(Warned(f"{architecture.source.id} does not work with a KV cache: {fault}. {needs}."))
+    return model
 
 
 def _require_continuation(search: Search, plan: Plan, calibration: Calibration) -> None:
