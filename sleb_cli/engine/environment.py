@@ -3,10 +3,10 @@
 import platform
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import transformers
 
 from sleb_cli.plan import EnvironmentRecord
 from sleb_cli.units import plural
@@ -19,7 +19,7 @@ def environment_record(plugins: dict[str, str], device: torch.device, seconds: f
     return EnvironmentRecord(
         python=platform.python_version(),
         torch=str(torch.__version__),
-        transformers=transformers.__version__,
+        transformers=version("transformers"),
         platform=platform.platform(),
         processor=processor_name(device),
         plugins=plugins,

@@ -47,6 +47,7 @@ NOT_IMPORTED = [
     *(([command, "--help"], [*HEAVY, "sleb_cli.plan"]) for command in COMMANDS),
     (["plugins"], ["torch", "numpy", *NOT_FOR_ALL]),
     *((f"export PLAN --to {to}".split(), ["torch", *NOT_FOR_ALL]) for to in ("indices", "csv", "report")),
+    (["--version"], ["transformers", *NOT_FOR_ALL]),
     ("apply MODEL --blocks 1 -o bare --no-verify".split(), ["sleb_cli.engine.text.calibration", *NOT_FOR_ALL]),
     ("apply MODEL --blocks 1 -o proven".split(), ["sleb_cli.engine.speed.timing", *NOT_FOR_ALL]),
     ("bench MODEL --blocks 1 --prompt --prompt-length 8 --iterations 1".split(), NOT_FOR_ALL),
