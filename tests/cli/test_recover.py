@@ -13,7 +13,7 @@ from unittest.mock import DEFAULT, Mock
 import pytest
 import torch
 from test_apply import change_weights, write_config
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import calibration, evaluation, llama_config, prose, save_model, shortage_at, weights_of
 from families import tiny_config
@@ -62,8 +62,13 @@ def same_weights(one, two):
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
-def test_new_values_are_written_proven_and_recorded(recover, llama_plan, tiny_llama, text_file, fit, tmp_path):
+def test_new_values_are_written_proven_and_recorded(
+    recover, llama_plan, tiny_llama, text_file, fit, tmp_path, monkeypatch
+):
+    loads = Mock(wraps=AutoTokenizer.from_pretrained)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", loads)
     result, out = recover(llama_plan), tmp_path / "out"
+    assert sorted(call.args[0] == tiny_llama for call in loads.mock_calls) == [False, True]  # what was written, too
     plan = read_plan(out / "sleb_plan.json")
     (removed, fitted, validation), record = fit.calls[0], plan.recovery
     assert (removed, fitted.shape, validation.shape) == (sorted(plan.removals), (7, 32), (2, 32))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files.cache import scratch_in_cache
+from sleb_cli.engine.files.fingerprint import Watch
 from sleb_cli.engine.files.tensors import read_all
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.source import ModelSource
@@ -54,21 +56,26 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
     "tekken.json",
 )  # fmt: skip
+_tokenizers: WeakKeyDictionary[Watch, Any] = WeakKeyDictionary()
+"""The tokenizers in use, by what watches that their files stay as they are."""
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """Load the tokenizer.
+    """Load the tokenizer, or return the one that was loaded for this source before.
 
     Raises:
         ModelError: the model has none.
     """
+    if source.watch in _tokenizers:
+        return _tokenizers[source.watch]
     if not has_tokenizer(source):
         raise ModelError(f"{source.id} has no tokenizer.", hint="Copy the tokenizer's files into the model's folder.")
     source.watch.add(*(source.folder / name for name in _TOKENIZER_FILES))
     with translate_transformers_errors(f"the tokenizer of {source.id}"):
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
         tokenizer("a")  # a wrong setting, such as a length that is no number, may only show here
-        return tokenizer
+    _tokenizers[source.watch] = tokenizer
+    return tokenizer
 
 
 def has_tokenizer(source: ModelSource) -> bool:
