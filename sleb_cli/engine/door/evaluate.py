@@ -29,7 +29,7 @@ from sleb_cli.engine.text.chat import cut_answers, require_template
 from sleb_cli.engine.text.overlap import is_known
 from sleb_cli.engine.text.sources import evaluation_text
 from sleb_cli.engine.text.windows import EvaluationWindows, choose_length, cut_for_evaluation, tokens_sha256
-from sleb_cli.events import Notice, Notify
+from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plan import CHECKPOINT_PLAN, CalibrationRecord, read_plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import AUTO, DEFAULT_TEXT, EvalRequest
@@ -60,7 +60,8 @@ def resolve_evaluation(
     architecture = subject.architecture
     tokenizer = load_tokenizer(architecture.source)
     names = request.perplexity or (() if request.tasks else (DEFAULT_TEXT,))
-    texts = group.main_first(lambda: tuple(_read_text(name, request, tokenizer, architecture) for name in names))
+    read = partial(_read_text, request, tokenizer, architecture, notify)
+    texts = group.main_first(lambda: tuple(map(read, names)))
     for sentence in _remarks(texts, subject):
         notify(Notice(sentence))
     batch_size, flips = parse_batch_size(request.batch_size), request.show_flips or 0
@@ -113,16 +114,19 @@ def load_requested(request: EvalRequest) -> tuple[LoadedTask, ...]:
     )
 
 
-def _read_text(name: str, request: EvalRequest, tokenizer: Any, architecture: Architecture) -> EvaluationWindows:
+def _read_text(
+    request: EvalRequest, tokenizer: Any, architecture: Architecture, notify: Notify, name: str
+) -> EvaluationWindows:
     """Read a text or conversations and cut them into windows."""
     length = choose_length(request.sequence_length, architecture)
-    text = evaluation_text(name, length)
-    if not text.conversations:
-        return cut_for_evaluation(tokenizer, text, length, bos=request.bos, most=request.max_windows)
-    require_template(tokenizer, name)
-    if request.bos:
-        raise UsageError(f"--bos does not apply to conversations, as in {name}.", hint="Leave out --bos.")
-    return cut_answers(tokenizer, text, length, request.max_windows)
+    with task(notify, f"Reading {name}"):
+        text = evaluation_text(name, length)
+        if not text.conversations:
+            return cut_for_evaluation(tokenizer, text, length, bos=request.bos, most=request.max_windows)
+        require_template(tokenizer, name)
+        if request.bos:
+            raise UsageError(f"--bos does not apply to conversations, as in {name}.", hint="Leave out --bos.")
+        return cut_answers(tokenizer, text, length, request.max_windows)
 
 
 def _remarks(texts: Sequence[EvaluationWindows], subject: Subject) -> Iterator[str]:
