@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
@@ -27,7 +29,6 @@ from sleb_cli.events import (
     SEARCH_TASK,
     BlockRemoved,
     BlocksSwapped,
-    CheckPassed,
     Event,
     HealChecked,
     Notice,
@@ -40,8 +41,11 @@ from sleb_cli.events import (
 )
 from sleb_cli.names import elide, short_name
 from sleb_cli.ui.console import print_prose, print_warning, stderr
+from sleb_cli.units import format_seconds
 
 _STARTING = "Starting"
+TOLD_AFTER = 20.0
+"""After how many seconds a log says how long a task will take."""
 
 
 @contextmanager
@@ -149,24 +153,50 @@ def _say(event: Event, console: Console) -> None:
             print_prose(console, escape(text))
         case Warned(text):
             print_warning(text, console)
-        case CheckPassed(text):
-            print_prose(console, f"{'[green]✓[/]' if console.is_terminal else 'proven:'} {escape(text)}")
         case BlocksSwapped(restored, removed, before, after):
             blocks = f"{', '.join(map(str, restored))} restored, {', '.join(map(str, removed))} removed"
             print_prose(console, f"swapped: {blocks}; score {before:.4f} -> {after:.4f}")
 
 
+@dataclass
+class _Pace:
+    """How much of a task is done, and after how many seconds that is told next."""
+
+    total: int
+    started: float
+    done: float = 0.0
+    told_at: float = TOLD_AFTER
+
+    def advance(self, done: float) -> str | None:
+        """Return how long the rest will take, at times that lie ever farther apart."""
+        self.done += done
+        seconds = time.monotonic() - self.started
+        if seconds < self.told_at or not 0 < self.done < self.total:
+            return None
+        self.told_at = 2 * seconds
+        left = format_seconds(seconds * (self.total / self.done - 1))
+        return f"{self.done / self.total:.0%}, about {left} left"
+
+
 class _Log:
-    """A plain line for each start and decision, for logs."""
+    """A plain line for each start and decision, for logs, and now and then how long a task will take."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._remove = 0
+        self._paces: dict[str, _Pace] = {}
 
     def __call__(self, event: Event) -> None:
         match event:
-            case TaskStarted(task) if task != SCORING_TASK:
+            case TaskStarted(task, total) if task != SCORING_TASK:
+                if total and task != HEAL_TASK:
+                    self._paces[task] = _Pace(total, time.monotonic())
                 text = f"{task} …"
+            case TaskAdvanced(task, done):
+                told = self._paces[task].advance(done) if task in self._paces else None
+                if told is None:
+                    return
+                text = f"{task}: {told}"
             case HealChecked(share, divergence, validation):
                 kl = f"KL to the dense model {divergence:.4f}, on validation text {validation:.4f}"
                 text = f"healing, {share:.0%}: {kl}"

@@ -39,3 +39,17 @@ def test_names_stay_as_they_are_and_leave_room_for_numbers(monkeypatch, width):
     listen(TaskFinished(SCORING_TASK))
     assert len(shown.render_lines(bars.get_renderable(), pad=False)) == 4
     assert "org/d:train:[e]" in shown.file.getvalue()
+
+
+def test_a_log_says_how_long_a_task_will_take_at_times_that_lie_ever_farther_apart(monkeypatch):
+    monkeypatch.setattr(console.sys, "stderr", io.StringIO())
+    shown, now = console.stderr(), [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    listen = progress._Log(shown)
+    listen(TaskStarted("Timing", 100, "runs"))
+    listen(TaskAdvanced("Loading"))
+    for now[0] in range(1, 101):
+        listen(TaskAdvanced("Timing"))
+    assert shown.file.getvalue().splitlines() == [
+        "Timing …", "Timing: 20%, about 80 s left", "Timing: 40%, about 60 s left", "Timing: 80%, about 20 s left",
+    ]  # fmt: skip
