@@ -53,7 +53,11 @@ def sleb(
         ),
     ] = False,
 ) -> None:
-    """Make large language models smaller and faster by removing transformer blocks or experts, without training."""
+    """Make large language models smaller and faster by removing transformer blocks or experts, without training.
+
+    A block (most say layer) is attention and an MLP; each token passes through a few dozen, one after the other.
+    Start with `sleb search demo --ratio 0.2`.
+    """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -103,14 +107,14 @@ def apply(request: ApplyRequest, how: How) -> None:
 @app.command("eval")
 @options_from(EvalRequest)
 def eval_(request: EvalRequest, how: How) -> None:
-    """Compare the quality of the dense and the pruned model: perplexity and lm-eval tasks."""
+    """Compare the quality of the dense (original) and the pruned model: perplexity and lm-eval tasks."""
     _run(api.evaluate, request, lambda found: summaries.show_evaluation(found, request.output), how)
 
 
 @app.command()
 @options_from(BenchRequest)
 def bench(request: BenchRequest, how: How) -> None:
-    """Measure the speed and memory of the dense and the pruned model."""
+    """Measure the speed and memory of the dense (original) and the pruned model."""
     _run(api.bench, request, lambda found: summaries.show_benchmark(found, request.output), how)
 
 

@@ -286,7 +286,7 @@ class SearchRequest(Request):
         least=2,
     )
     target_speedup: str | float | None = option(
-        "Remove blocks until the model generates this many times as fast, timed on this machine: 1.25.", _TARGET
+        "Remove blocks until the model generates this many times as fast, timed here in transformers: 1.25.", _TARGET
     )
     max_perplexity_ratio: str | float | None = option(
         "Remove blocks while perplexity stays within this multiple of the dense model's: 1.2.", _TARGET

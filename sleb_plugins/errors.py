@@ -69,7 +69,7 @@ class PlanError(SlebError):
 
 
 class ModelError(SlebError):
-    """The model cannot be found or read, changes meanwhile, or does not run to finite numbers."""
+    """The model cannot be found or read, changes meanwhile, or does not run to finite numbers or with a KV cache."""
 
     exit_code = 4
 

@@ -16,6 +16,17 @@ def reference(kind: Reference, dense: str = "the dense model") -> str:
     return words.get(kind, f"{dense} with these blocks skipped")
 
 
+def matches(kind: Reference) -> str:
+    """Return in a few words what a proof has shown that was not left out in part."""
+    words = {
+        "recovered": "the recovered model in memory",
+        "whole": "the original",
+        "fewer experts": "the original without these experts",
+        "fewer experts per token": "the original with as few experts for each token",
+    }
+    return f"matches {words.get(kind, 'the original without these blocks')}"
+
+
 def checked(proof: Proof, dense: str = "the dense model") -> list[str]:
     """Return a clause for each check that passed; `dense` is what the clauses call the dense model."""
     is_recovered = proof.reference == "recovered"

@@ -8,7 +8,7 @@ from functools import partial
 
 from sleb_cli.names import public_source
 from sleb_cli.results import DivergenceRecord, Interval, PrunedTextScores, Removals, TaskResult, TextResult, main_metric
-from sleb_cli.tables.table import Columns, Scored, Table, between, model_name, tabulate
+from sleb_cli.tables.table import PERPLEXITY, Columns, Scored, Table, between, model_name, tabulate
 from sleb_cli.units import format_change, format_perplexity, format_probability, format_share, plural
 
 Estimate = tuple[float, Interval | None]
@@ -82,7 +82,7 @@ def perplexities(scored: Iterable[Scored]) -> Table:
         change = perplexity_change(scores) if isinstance(scores, PrunedTextScores) else (None, None)
         rows.append([name, model, scores.perplexity, *change])
     compared = any(row[3] is not None for row in rows)
-    notes = ["95%: interval of the change; both models read the same tokens."] * compared
+    notes = [PERPLEXITY, *["95%: interval of the change; both models read the same tokens."] * compared]
     return tabulate("Perplexity", columns, rows, notes)
 
 
@@ -100,7 +100,7 @@ def divergences(scored: Iterable[Scored]) -> Table:
         if isinstance(scores, PrunedTextScores)
     ]
     notes = [
-        "KL: from the dense model, in nats per token. same top: positions with the same first choice. accepted: "
+        "KL: how far from dense, in nats per token. same top: positions with the same first choice. accepted: "
         "sampled tokens that the dense model keeps if this one drafts for it."
     ]
     return tabulate("Divergence from the dense model", columns, rows, notes)

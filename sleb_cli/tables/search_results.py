@@ -9,7 +9,7 @@ from typing import Any
 from sleb_cli.names import public_source
 from sleb_cli.plan import ExpertPlan, Plan, RecoveryRecord, SampleGeneration
 from sleb_cli.results import CompareResult
-from sleb_cli.tables.table import Columns, Table, tabulate
+from sleb_cli.tables.table import PERPLEXITY, Columns, Table, tabulate
 from sleb_cli.units import format_bytes, format_change, format_count, format_perplexity, spans
 
 MAX_ADDED_REPETITION = 0.2
@@ -38,7 +38,7 @@ def steps(plan: Plan) -> Table:
         removed = [step.block, step.kind] if nested else [spans(removals), None]
         changes = [*_change(step, dense), *_change(step.held_out, dense.held_out)]
         rows.append([str(number), *removed, step.score, *changes])
-    return tabulate("The steps of the search", columns, rows, [_how(plan)])
+    return tabulate("The steps of the search", columns, rows, [PERPLEXITY, _how(plan)])
 
 
 def _change(found: Any, dense: Any) -> tuple[float | None, float | None]:
@@ -81,7 +81,9 @@ def expert_texts(plan: Plan, found: ExpertPlan) -> Table:
         for text in found.texts
     ]
     total = f"{found.count * len(found.blocks):,}"
-    return tabulate("The texts", columns, rows, [_how(plan), f"unused: experts that no token chose, of {total}"])
+    return tabulate(
+        "The texts", columns, rows, [PERPLEXITY, _how(plan), f"unused: experts that no token chose, of {total}"]
+    )
 
 
 def expert_sizes(found: ExpertPlan) -> list[str]:

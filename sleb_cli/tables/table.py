@@ -16,6 +16,9 @@ Scored = tuple[str, str, Any]
 Columns = Sequence[tuple[str, Callable[[Any], str]]]
 """The name of each column, and how its values are written."""
 
+PERPLEXITY = "perplexity: how surprised a model is by the text; lower is better. dense: the original model."
+"""The note of a table in which a reader may meet both words first."""
+
 
 @dataclass(frozen=True)
 class Table:

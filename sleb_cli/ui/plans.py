@@ -53,7 +53,17 @@ def show_plan(plan: Plan, output: Path) -> None:
     if search.engine_reason:
         print_line(f"engine {search.engine}: {search.engine_reason}")
     _show_sample(plan)
-    print_to_copy(f"wrote {output}; next: sleb apply {in_shell(str(output))}")
+    _show_next(plan, output)
+
+
+def _show_next(plan: Plan, output: Path) -> None:
+    """Print where the plan is, and how to write the model; a smaller size of one that may have collapsed."""
+    from sleb_cli.tables.search_results import collapse
+
+    groups, count = plan.experts.groups if plan.experts else 1, len(plan.largest)
+    fewer = count // 2 // groups * groups if collapse(plan.sample_generation) else 0
+    what, option = ("next, a smaller size", f" --remove {fewer}") if fewer else ("next", "")
+    print_to_copy(f"wrote {output}; {what}: sleb apply {in_shell(str(output))}{option}")
 
 
 def _show_experts(plan: Plan, found: ExpertPlan, output: Path) -> None:
@@ -65,7 +75,7 @@ def _show_experts(plan: Plan, found: ExpertPlan, output: Path) -> None:
         print_line(line)
     _show_sample(plan)
     print_line(tables.UNUSED)
-    print_to_copy(f"wrote {output}; next: sleb apply {in_shell(str(output))}")
+    _show_next(plan, output)
 
 
 def _show_sample(plan: Plan) -> None:
@@ -144,7 +154,10 @@ def target_summary(target: TargetRecord, plan: Plan) -> str:
         case "target_speedup":
             missed = "" if target.reached >= target.limit else ", below the target: remove more with --extend"
             measured = f"{target.reached:.2f}x measured ({target.predicted:.2f}x predicted){missed}"
-            return f"target: {target.limit:g}x at generation; {measured}; {cost}"
+            timed = f"timed in transformers, {plan.search.dtype} on {plan.search.device}"
+            own = "" if plan.model.id.endswith(".gguf") else " --source FILE.gguf"
+            other = f"in llama.cpp: sleb bench --generation --engine llama.cpp{own}"
+            return f"target: {target.limit:g}x at generation, {timed}; {measured}; {cost}\n{other}"
     more = f"one more removal: {target.next:.4f}" if target.next is not None else "no other block can be removed"
     reached = f"{target.reached:.4f} with {len(plan.removals)} of {plan.model.blocks} blocks removed"
     return f"target: at most {target.limit:g}x the dense perplexity; {reached}; {more}"

@@ -79,7 +79,7 @@ def show_benchmark(result: BenchResult, output: Path | None) -> None:
 
 def show_applied(result: ApplyResult | GgufResult) -> None:
     """Show what was written and how far it is proven."""
-    from sleb_cli.tables.checks import checked
+    from sleb_cli.tables.checks import checked, matches
     from sleb_cli.tables.search_results import recovery
 
     proof, said = result.proof, checked(result.proof) if result.proof else []
@@ -95,17 +95,22 @@ def show_applied(result: ApplyResult | GgufResult) -> None:
         print_line(f"{cut.title.lower()}: {cut.change}")
     if result.kind == "apply" and result.recovery:
         show_table(recovery(result.recovery), title=False)
-    if is_verified:
-        missing = proof.partial if proof else f"logits not compared: {unproven}"
-        how = "[yellow]partially proven[/]" if missing else "[green]proven[/]"
-        where = f" in {proof.dtype} on {proof.device}" if proof else ""
-        print_prose(stdout(), f"{how}{where}: {escape('; '.join([*said, *([missing] if missing else [])]))}")
-    else:
+    where = f" in {proof.dtype} on {proof.device}" if proof else ""
+    if not is_verified:
         print_line("not verified (--no-verify)")
-    if result.kind == "apply":
-        if result.removals and not result.recovery:
-            print_line("--recover would win back a fifth to three fifths of the lost nats, in minutes to an hour")
-        print_to_copy(f"to publish it: hf upload ORG/NAME {in_shell(result.folder)} --private")
+    elif missing := proof.partial if proof else f"logits not compared: {unproven}":
+        print_prose(stdout(), f"[yellow]partially proven[/]{where}: {escape('; '.join([*said, missing]))}")
+    elif proof:
+        print_prose(stdout(), f"[green]proven[/]{where}: {matches(proof.reference)}")
+    if result.kind == "gguf":
+        file = in_shell(result.file)
+        print_to_copy(f"to run it: llama-cli -m {file}, or lms import {file} (LM Studio)")
+        return
+    folder = in_shell(result.folder)
+    if result.removals and not result.recovery:
+        print_line("--recover would win back a fifth to three fifths of what was lost, in minutes to an hour")
+    print_to_copy(f"to run it: transformers serve {folder}, or vllm serve {folder}")
+    print_to_copy(f"to publish it: hf upload ORG/NAME {folder} --private")
 
 
 def show_exported(result: ExportResult) -> None:

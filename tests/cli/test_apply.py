@@ -48,12 +48,13 @@ def test_the_plan_in_this_folder_is_applied(sleb, apply, llama_plan, tiny_llama,
     result = sleb("apply")
     folder = tmp_path / "tiny-llama-sleb-4-blocks"
     assert f"wrote {folder.name}: 4 blocks" in result.stdout
-    assert "bitwise equal" in result.stdout
+    assert "proven in float32 on cpu: matches the original without these blocks\n" in result.stdout
+    assert f"to run it: transformers serve {folder.name}" in result.stdout
     assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 4
     assert AutoTokenizer.from_pretrained(folder)("river").input_ids
     others = beside_weights(os.listdir(tiny_llama))
     assert beside_weights(os.listdir(folder)) == others | {"README.md", "sleb_plan.json"}
-    assert result.stderr.count("proven: ") == len(CHECKS)
+    assert "proven" not in result.stderr
     plan = read_plan(folder / "sleb_plan.json")
     recorded = plan.proof.to_data()
     found = [recorded[key] for key in ("partial", "dtype", "logits_difference", "prompt_tokens")]

@@ -137,7 +137,9 @@ def test_a_speedup_is_predicted_from_two_depths_and_measured(search, tmp_path, f
     assert plan.removals == full.removals[:2]  # 10 / 8
     assert timed == [5, 4, 4]
     assert "90% (1 fewer), 80% (2 fewer) of the dense model's time: 10.0% per block" in result.stderr
-    assert "1.25x at generation; 1.25x measured (1.25x predicted)" in result.stdout
+    where = "timed in transformers, float32 on cpu"
+    assert f"1.25x at generation, {where}; 1.25x measured (1.25x predicted)" in result.stdout
+    assert "in llama.cpp: sleb bench --generation --engine llama.cpp --source FILE.gguf\n" in result.stdout
     search("--target-speedup", 1.3, "-o", "more.json")
     assert read_plan(tmp_path / "more.json").removals == full.removals[:3]
     beyond = search("--target-speedup", 1.7, "-o", "most.json", code=2)

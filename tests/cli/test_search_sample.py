@@ -14,6 +14,7 @@ def test_a_collapse_is_shown_and_in_the_model_card(search, sleb, shared_data, tm
     assert f"pruned ({said.pruned_repetition:.0%} repeated): " in shown
     assert " ".join(said.dense.split())[:60] in shown
     assert "The pruned model repeats itself" in shown
+    assert shown.endswith("wrote plan.json; next, a smaller size: sleb apply plan.json --remove 1\n")
     sleb("apply", "-o", "three")
     card = (tmp_path / "three" / "README.md").read_text()
     assert "**The pruned model repeats itself: " in card

@@ -22,7 +22,7 @@ def commands(tiny_llama, llama_plan, text_file):
     return {
         "search": ([*searching, "-o", "new.json"], "Search: "),
         "apply": (["apply", llama_plan, "-o", "new"], "Writing weights"),
-        "apply, proving": (["apply", llama_plan, "-o", "new"], "proven: "),
+        "apply, proving": (["apply", llama_plan, "-o", "new"], "Proving the checkpoint"),
         "eval": (["eval", llama_plan, *evaluation(text_file), "-o", "new.json"], "Loading"),
     }
 
