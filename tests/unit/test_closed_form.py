@@ -22,7 +22,7 @@ from sleb_cli.engine.recovery.depth import PROBED_TOKENS, Judge
 from sleb_cli.engine.recovery.least_squares import Ridge, best_ridge
 from sleb_cli.engine.recovery.residual_projections import find_residual_projections, passing
 from sleb_cli.engine.recovery.stage import Job
-from sleb_cli.engine.recovery.variant import Variant, losses
+from sleb_cli.engine.recovery.variant import Comparison, Variant
 from sleb_cli.engine.text.calibration import Calibration
 from sleb_cli.events import ignore
 from sleb_plugins import MachineError, UnsupportedModelError
@@ -58,12 +58,8 @@ def recovered(skippable, removed, text, fitted, notify=ignore):
 
 def divergence(skippable, removed, text, values=()):
     with skippable:
-        return losses(
-            Variant(skippable, removed, dict(values)),
-            Variant(skippable),
-            Calibration(text, None, None, ()),
-            ProcessGroup(),
-        ).divergence
+        comparison = Comparison(skippable, Calibration(text, None, None, ()), ProcessGroup())
+        return comparison.losses(Variant(skippable, removed, dict(values))).divergence
 
 
 def summed(rows, *bounds, rounded=False):

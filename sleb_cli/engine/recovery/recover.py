@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -19,7 +19,7 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.file_tensors import file_tensors
 from sleb_cli.engine.recovery.stage import Job, RecoverySettings, whole_model
-from sleb_cli.engine.recovery.variant import Variant, losses
+from sleb_cli.engine.recovery.variant import Comparison, Variant
 from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.text.calibration import Calibration, calibrate
 from sleb_cli.engine.text.windows import tokens_sha256, whole_mask
@@ -60,10 +60,12 @@ def recover(settings: RecoverySettings, group: ProcessGroup, notify: Notify) -> 
     with open_dense(surgery.architecture, placement, notify) as dense:
         train, validation, *tests = group.from_main(partial(_draw_texts, settings, dense, notify))
         job = Job(settings, dense, train, validation, _folder_for(settings, train, validation), group, notify)
-        measured = {"dense": _measure(job, tests, "dense", None), "pruned": _measure(job, tests, "pruned", values)}
+        comparisons = [Comparison(dense, text, group) for text in tests]
+        measure = partial(_measure, job, comparisons)
+        measured = {"dense": measure("dense", None), "pruned": measure("pruned", values)}
         for stage in settings.stages:
             values, fields_with = stage.run(job, values)
-            measured[stage.measured] = _measure(job, tests, stage.model, values)
+            measured[stage.measured] = measure(stage.model, values)
             fields |= fields_with(measured[stage.measured][0])
         tensors = file_tensors(dense, surgery, values, placement.rounded)
     test, *talks = ({name: found[text] for name, found in measured.items()} for text in range(len(tests)))
@@ -97,13 +99,19 @@ def _draw_texts(settings: RecoverySettings, dense: SkippableModel, notify: Notif
         return texts
 
 
-def _measure(job: Job, texts: list[Calibration], what: str, values: Mapping[str, Tensor] | None) -> list[LossesRecord]:
-    """Return the losses with these values (None: of the dense model) on each text."""
-    dense, found = Variant(job.dense), list[LossesRecord]()
-    variant = dense if values is None else Variant(job.dense, job.settings.surgery.removed, values)
+def _measure(
+    job: Job, comparisons: Iterable[Comparison], what: str, values: Mapping[str, Tensor] | None
+) -> list[LossesRecord]:
+    """Measure the model with these values (None: the dense one) on each text.
+
+    Raises:
+        ModelError: a loss is not finite.
+    """
+    found = list[LossesRecord]()
     with task(job.notify, f"Measuring the {what} model"):
-        for text in texts:
-            measured = losses(variant, dense, text, job.group)
+        for comparison in comparisons:
+            pruned = values is not None and Variant(job.dense, job.settings.surgery.removed, values)
+            measured = comparison.losses(pruned or comparison.dense)
             if not math.isfinite(sum(measured)):
                 hint = "Use a wider data type, or other text."
                 raise ModelError(f"The loss of the {what} model is {measured.loss}.", hint=hint)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,8 @@ from sleb_plugins.metrics.kl import compare_logits
 
 # How many positions' logits exist at once, over all sequences of a batch.
 POSITIONS = 256
+BATCH_TOKENS = 1024
+"""A call of this many tokens takes a CPU two thirds of the time of calls of one short sequence."""
 
 
 @dataclass(frozen=True)
@@ -70,44 +74,49 @@ class Losses(NamedTuple):
     divergence: float
 
 
-@torch.inference_mode()
-def losses(variant: Variant, dense: Variant, text: Calibration, group: ProcessGroup) -> Losses:
-    """Compare a variant with the dense model on a text, whose sequences the processes of a group share out.
+class Comparison:
+    """Compares forms of a model with the dense one on a text, which the dense one reads once."""
 
-    All figures are means over the predicted tokens that count.
-    """
-    mine, device = range(group.rank, len(text.sequences), group.size), dense.skippable.device
-    counted = whole_mask(text.sequences, text.loss_mask)
-    final = _final_states(variant, dense, text.sequences[list(mine)].to(device))
-    own = [
-        (number, summed_losses((variant, dense), states, ids, counted[[number]].to(device)))
-        for number, (ids, states) in zip(mine, final, strict=True)
-    ]
-    found = sorted(item for of_process in group.gather(own) for item in of_process)
-    count = int(counted[:, 1:].sum())
-    return Losses(*(sum(values) / count for values in zip(*(of_sequence for _, of_sequence in found), strict=True)))
+    def __init__(self, dense: SkippableModel, text: Calibration, group: ProcessGroup) -> None:
+        self.dense, self.group = Variant(dense), group
+        counted, size = whole_mask(text.sequences, text.loss_mask), max(1, BATCH_TOKENS // text.sequences.shape[1])
+        self.count = int(counted[:, 1:].sum())
+        batches = list(zip(torch.split(text.sequences, size), torch.split(counted, size), strict=True))
+        self.batches = [[part.to(dense.device) for part in batch] for batch in batches[group.rank :: group.size]]
 
+    @cached_property
+    def _dense_final(self) -> list[Tensor]:
+        return self._final_states(self.dense)
 
-def _final_states(variant: Variant, dense: Variant, sequences: Tensor) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
-    """Yield each sequence and the final states of both models, one by one; streamed weights are read once for all."""
-    skippable, batches = dense.skippable, [sequence[None] for sequence in sequences]
-    models = [variant] if variant is dense else [variant, dense]
-    if skippable.weights.resident:
-        for ids in batches:
-            final = [model.final_states(ids) for model in models]
-            yield ids, [final[0], final[-1]]
-        return
-    calls = [skippable.calls(ids) for ids in batches]
-    states = [[of_batch[0].entering for of_batch in calls] for _ in models]
-    for block in skippable.weights.visit(range(len(skippable.switches))):
-        for number, model in enumerate(models):
-            if block not in model.removed:
-                with skippable.replaced(model.parameters):
-                    states[number] = [
-                        skippable.run_block(of_batch[block], entering)
-                        for of_batch, entering in zip(calls, states[number], strict=True)
-                    ]
-    yield from zip(batches, zip(states[0], states[-1], strict=True), strict=True)
+    @torch.inference_mode()
+    def losses(self, variant: Variant) -> Losses:
+        """Return means over the predicted tokens that count."""
+        final = self._dense_final if variant is self.dense else self._final_states(variant)
+        own = [
+            summed_losses((variant, self.dense), states, ids, counted)
+            for *states, (ids, counted) in zip(final, self._dense_final, self.batches, strict=True)
+        ]
+        # Sums are in the order of batches, so that they do not depend on the number of processes.
+        turns = zip_longest(*self.group.gather(own))
+        found = [of_batch for turn in turns for of_batch in turn if of_batch is not None]
+        return Losses(*(sum(values) / self.count for values in zip(*found, strict=True)))
+
+    @torch.inference_mode()
+    def _final_states(self, variant: Variant) -> list[Tensor]:
+        """Return what leaves the last block, batch by batch, on the CPU; streamed weights are read once for all."""
+        skippable = variant.skippable
+        if skippable.weights.resident:
+            return [variant.final_states(ids).cpu() for ids, _ in self.batches]
+        calls = [skippable.calls(ids) for ids, _ in self.batches]
+        states = [of_batch[0].entering for of_batch in calls]
+        kept = [block for block in range(len(skippable.switches)) if block not in variant.removed]
+        for block in skippable.weights.visit(kept):
+            with skippable.replaced(variant.parameters):
+                states = [
+                    skippable.run_block(of_batch[block], entering)
+                    for of_batch, entering in zip(calls, states, strict=True)
+                ]
+        return [state.cpu() for state in states]
 
 
 def summed_losses(
