@@ -232,7 +232,7 @@ def test_launchers_start_them(search, whole, tmp_path, launcher):
 
 @pytest.mark.parametrize("count", [2, slow(3)])
 def test_processes_recover_to_the_bytes_of_one(sleb, tiny_llama, text_file, tmp_path, monkeypatch, count):
-    monkeypatch.setattr(closed_form, "BATCH_TOKENS", 160)  # 14 batches to fit to, and 4 that decide
+    monkeypatch.setattr(closed_form, "BATCH_TOKENS", 64)  # 35 batches to fit to, and 10 that decide
     command = ["apply", tiny_llama, "--blocks", "2,3", "--recover", *calibration(text_file, samples=100)]
     command += ["--no-verify", "--device", "cpu"]
     sleb(*command, "-o", "alone")

@@ -180,13 +180,15 @@ class BlockFit:
 
 
 def fit_block(
-    projections: Sequence[ResidualProjection], fit: Callable[[Sequence[ResidualProjection], Mapping[str, Tensor]], Fit]
+    projections: Sequence[ResidualProjection],
+    fit: Callable[[Sequence[ResidualProjection], Mapping[str, Tensor]], Fit],
+    most_rounds: int | None = None,
 ) -> Fit:
     """Fit all projections of a block; `fit` fits some of them at once, given the values found so far.
 
     Those whose output the rest of the block reads (attention's, which the MLP reads) are fitted with the others, as
-    though nothing responded to them: together, so that none adds what another can add better. Then the exact ones
-    are fitted once more and make up for the response.
+    though nothing responded to them: together, so that none adds what another can add better. In a second round, the
+    exact ones are fitted once more and make up for the response.
 
     What is added through a norm for an input x is gain * W x / s, where s is the size of W x, so it is linear in W
     as long as s stays what it is. It does not, and what a fit makes smaller, the norm makes larger again: so the
@@ -196,7 +198,7 @@ def fit_block(
     near = [projection for projection in projections if not projection.exact]
     together = [projection for projection in exact if projection.kind != "gain"] + near
     behind_norms = any(projection.norm for projection in exact)
-    rounds = [together] * bool(near) + [exact] * bool(exact) + [exact] * behind_norms
+    rounds = ([together] * bool(near) + [exact] * bool(exact) + [exact] * behind_norms)[:most_rounds]
     values: dict[str, Tensor] = {}
     fits: list[Fit] = []
     for fitted in rounds:
@@ -209,7 +211,7 @@ def fit_block(
                 values = values | gains.values
         fits.append(Fit(found.ridge, values, fits[0].before if fits else found.before, after))
     # After the first of several rounds, how the rest of the block responds is not yet known.
-    return min(fits[bool(near and exact) :], key=lambda fit: fit.after)
+    return min(fits[bool(near and exact and fits[1:]) :], key=lambda fit: fit.after)
 
 
 def _changes(

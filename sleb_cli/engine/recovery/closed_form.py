@@ -27,7 +27,7 @@ from sleb_cli.engine.forward.fork_check import CHECKED_SEQUENCES, why_not_fork
 from sleb_cli.engine.forward.memory_needs import states_bytes
 from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.recovery.block_fit import BlockFit, fit_block
-from sleb_cli.engine.recovery.depth import VALIDATION_POSITIONS, Batches, DepthPair, Judge, require_finite
+from sleb_cli.engine.recovery.depth import JUDGED_POSITIONS, Batches, DepthPair, Judge, require_finite
 from sleb_cli.engine.recovery.least_squares import ridge_bytes
 from sleb_cli.engine.recovery.residual_projections import possible_projections
 from sleb_cli.engine.recovery.stage import HIDDEN_STATES, Fields, Job, Stage, kept_blocks
@@ -44,7 +44,9 @@ PATIENCE = 3
 NEXT_TO_NOTHING = 0.01
 """A fit that lowers the divergence by less than this share of it is kept, but counts as no gain."""
 ROUNDS = 2
-"""How often most blocks are fitted: all projections at once, then those that nothing else in the block reads."""
+"""How often the block before a gap is fitted: all projections at once, then those that nothing else in it reads."""
+ROUNDS_BEHIND = 1
+"""How often a later block is fitted: a second round gains nothing there."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ class Fits:
                 job.notify(Notice(f"The gap at block {block} is not recovered: {why}."))
             return None
         with regression.loaded(projections):
-            fit = fit_block(projections, regression.fit)
+            fit = fit_block(projections, regression.fit, None if gap or block is None else ROUNDS_BEHIND)
         behind = len(job.dense.switches) if block is None else block
         divergence = self.judge.divergence(pair.pruned, behind, self.values | fit.values)
         if not math.isfinite(divergence):  # float16 overflows with these values
@@ -219,18 +221,19 @@ def _announce(job: Job, size: int) -> None:
     """Tell how long the fits take: they stop where nothing is gained."""
     dense, removed = job.dense, job.settings.surgery.removed
     validation = job.validation.sequences.numel()
-    both = job.train.sequences.numel() + validation
+    both, judged = job.train.sequences.numel() + validation, min(validation, 2 * BATCH_TOKENS)
     begin = max(0, min(removed) - 1)
     most = max(1, len(dense.switches) - len(removed) - begin - fits_in(job.saved))
     gaps = sum(block - 1 not in removed for block in removed)
 
     def tokens(fits: int) -> float:
-        # A fit runs its block and sums up products, which is about as much. Both models run once more beside the fits.
-        # Before and after, the rest of the pruned one runs on the validation text, and the logits of both are compared,
+        # A round runs its block and sums up products, which takes about half as long. Both models run once more.
+        # Before and after, the rest of the pruned one runs on what is judged, and the logits of both are compared,
         # which takes about as long as their heads.
-        heads = 4 * dense.head_blocks * min(validation, VALIDATION_POSITIONS)
-        judging = (fits + 2) * ((most - fits / 2) * validation + heads)
-        return begin * both + fits * (2 + 2 * ROUNDS) * both + judging
+        heads = 4 * dense.head_blocks * min(judged, JUDGED_POSITIONS)
+        judging = (fits + 2) * ((most - fits / 2) * judged + heads)
+        rounds = gaps * ROUNDS + (fits - gaps) * ROUNDS_BEHIND
+        return (begin + 2 * fits + 1.5 * rounds) * both + judging
 
     what = f"Recovery: up to {plural(most, 'block')} fitted to {both - validation:,} tokens"
     left, fewest = (tokens(fits) / job.group.size for fits in (most, min(most, gaps * (1 + PATIENCE))))

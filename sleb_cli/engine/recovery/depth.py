@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from sleb_plugins import ModelError
 
 GAINS_SHARE = 4
 """Gains, one number for each channel, are fitted to the first batch of every fourth group."""
-VALIDATION_POSITIONS = 2048
+JUDGED_SHARE = 4
+"""Two fits are compared on the first batch of every fourth group of those that decide."""
+JUDGED_POSITIONS = 1024
 """About how many positions compare two fits."""
 PROBED_TOKENS = 512
 """Enough to tell what a block's modules do."""
@@ -45,6 +48,7 @@ class Batches:
         all: where all batches are.
         deciding: where those that decide are.
         train_for_gains: where each group of the batches is that gains are fitted to.
+        judged: where each group of the batches is that two fits are compared on.
     """
 
     def __init__(self, job: Job, size: int) -> None:
@@ -60,6 +64,7 @@ class Batches:
         self.all = range(len(self.ids))
         self.deciding = range(len(train_ids), len(self.ids))
         self.train_for_gains = [at[: number % GAINS_SHARE == 0] for number, at in enumerate(self.train)]
+        self.judged = [at[: number % JUDGED_SHARE == 0] for number, at in enumerate(self.validation)]
 
     def share(self, text: Tensor, size: int, begin: int = 0) -> tuple[list[Tensor], list[range]]:
         """Return this process's batches of a text, the first number `begin`, and where each group's are."""
@@ -101,17 +106,18 @@ class Batches:
 
 
 class Judge:
-    """Measures the divergence of the recovered model from the dense one on the validation text."""
+    """Measures the divergence of the recovered model from the dense one on some of the validation text."""
 
     def __init__(self, job: Job, batches: Batches, size: int) -> None:
         self.batches, self.removed = batches, job.settings.surgery.removed
+        self.judged = [at for group in batches.judged for at in group]
         entering, blocks = [calls[0].entering for calls in batches.calls], range(len(batches.skippable.switches))
-        self.dense_final = batches.run_blocks(entering, blocks, batches.deciding)
+        self.dense_final = batches.run_blocks(entering, blocks, self.judged)
         count, length = job.validation.sequences.shape
-        self.every = max(1, count * (length - 1) // VALIDATION_POSITIONS)
-        counted = whole_mask(job.validation.sequences, job.validation.loss_mask)
-        self.masks, _ = batches.share(counted, size)
-        self.compared = max(1, int(counted[:, 1 :: self.every].sum()))
+        judged = min(count, size * math.ceil(len(batches.validation) / JUDGED_SHARE))
+        self.every = max(1, judged * (length - 1) // JUDGED_POSITIONS)
+        counted, _ = batches.share(whole_mask(job.validation.sequences, job.validation.loss_mask), size)
+        self.counted = dict(zip(batches.deciding, counted, strict=True))
 
     def divergence(self, pruned: Sequence[Tensor], block: int, values: Mapping[str, Tensor]) -> float:
         """Return the divergence with these values, given the pruned model's hidden states that enter `block`."""
@@ -119,14 +125,17 @@ class Judge:
         models = Variant(skippable, self.removed, values), Variant(skippable)
         blocks = [at for at in range(block, len(skippable.switches)) if at not in self.removed]
         with skippable.replaced(values):
-            final = batches.run_blocks(pruned, blocks, batches.deciding)
-        mine = iter(
-            summed_losses(models, (final[at], self.dense_final[at]), batches.ids[at], mask, self.every).divergence
-            for at, mask in zip(batches.deciding, self.masks, strict=True)
-        )
-        groups = {number: list(islice(mine, len(at))) for number, at in enumerate(batches.validation) if at}
-        found = sorted(item for of_process in batches.group.gather(groups) for item in of_process.items())
-        return sum(total for _, totals in found for total in totals) / self.compared
+            final = batches.run_blocks(pruned, blocks, self.judged)
+
+        def compared(at: int) -> tuple[float, int]:
+            states, counted = (final[at], self.dense_final[at]), self.counted[at]
+            found = summed_losses(models, states, batches.ids[at], counted, self.every)
+            return found.divergence, int(counted[:, 1 :: self.every].sum())
+
+        groups = {number: [compared(at) for at in group] for number, group in enumerate(batches.judged)}
+        ordered = sorted(item for of_process in batches.group.gather(groups) for item in of_process.items() if item[1])
+        found = [of_batch for _, of_group in ordered for of_batch in of_group]
+        return sum(total for total, _ in found) / max(1, sum(count for _, count in found))
 
 
 def require_finite(tensors: Iterable[Tensor]) -> None:
