@@ -178,7 +178,7 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
 
 @explain_out_of_memory(None, _EXPORT)
 def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
-    """Export a report, or the removals for another tool.
+    """Export a report, a table of plans, or the removals for another tool.
 
     Raises:
         SlebError: something failed; its class tells what.
@@ -187,8 +187,8 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
     from sleb_cli.atomic import write_text
     from sleb_cli.engine.door.files import locate
 
-    def find(asked: tuple[NamedSubject, Exporter]) -> ModelSource | None:
-        named, exporter = asked
+    def find(asked: tuple[list[NamedSubject], Exporter]) -> ModelSource | None:
+        (named, *_), exporter = asked
         suffices = not exporter.needs_model or (named.plan and exporter.plan_suffices)
         return None if suffices else locate(named, notify)
 

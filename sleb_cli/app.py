@@ -121,7 +121,7 @@ def bench(request: BenchRequest, how: How) -> None:
 @app.command()
 @options_from(ExportRequest)
 def export(request: ExportRequest, how: How) -> None:
-    """Export a report, or the removals for another tool."""
+    """Export a report, a table of plans, or the removals for another tool."""
     _run(api.export, request, summaries.show_exported, how)
 
 

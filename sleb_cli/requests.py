@@ -156,8 +156,8 @@ def option(help: str, panel: str | None = None, *, unset: Any = None, **spelling
     return field(default=unset, metadata={"doc": Doc(help, panel, **spelling)})
 
 
-def _argument(help: str, metavar: str) -> dict[str, Doc]:
-    return {"doc": Doc(help, metavar=metavar, argument=True)}
+def _argument(help: str, metavar: str, *, repeated: bool = False) -> dict[str, Doc]:
+    return {"doc": Doc(help, metavar=metavar, argument=True, repeated=repeated)}
 
 
 _flag = partial(option, unset=False)
@@ -559,14 +559,21 @@ class BenchRequest(SizesRequest):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest(OneSizeRequest):
-    """A format that another tool reads."""
+    """A format that another tool or a reader takes."""
 
+    more: tuple[str, ...] = field(
+        default=(), kw_only=False, metadata=_argument("More plans, for --to table.", "PLAN", repeated=True)
+    )
     to: str = option(
-        "report, csv, llama-quantize, mergekit, indices, or a plugin's format.",
+        "report, table, llama-quantize, mergekit, indices, or a plugin's format.",
         _OUTPUT,
         unset=MISSING,
         metavar="FORMAT",
     )
     source: Path | None = option("A GGUF file of the model, for llama-quantize.", _OUTPUT, metavar="GGUF")
-    output: Path | None = option("Write this file.", _OUTPUT, default="text to stdout, or a file named after the plan")
+    output: Path | None = option(
+        "Write this file; a table ends in .md, .csv, or .svg for a figure.",
+        _OUTPUT,
+        default="text to stdout, or a file named after the plan",
+    )
     force: bool = _force()

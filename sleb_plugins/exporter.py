@@ -25,6 +25,8 @@ class Pruning:
         plan: the plan as in its JSON file, without local folders, so that it may be published.
         evaluation: what `sleb eval` measured of the plan's sizes, as in its JSON file, if it did; likewise published.
         benchmark: what `sleb bench` measured of the plan's sizes, as in its JSON file, if it did; likewise published.
+        others: the further plans that were named, for formats of `several`.
+        output: the file that `-o` names, whose ending may say in which form it is wanted.
     """
 
     model: str
@@ -37,6 +39,8 @@ class Pruning:
     plan: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
     benchmark: Mapping[str, Any] | None = None
+    others: tuple[Pruning, ...] = ()
+    output: Path | None = None
 
     @property
     def kept_ranges(self) -> list[tuple[int, int]]:
@@ -57,6 +61,7 @@ class Exporter(ABC):
         uses_source: whether it uses `source_file`; otherwise `--source` is refused.
         needs_model: whether it needs the model. Otherwise it describes a plan, from its JSON files alone.
         plan_suffices: whether it needs the model only for blocks that no plan names.
+        several: whether it describes any number of plans, and needs no model.
     """
 
     name: ClassVar[str]
@@ -66,6 +71,7 @@ class Exporter(ABC):
     uses_source: ClassVar[bool] = False
     needs_model: ClassVar[bool] = True
     plan_suffices: ClassVar[bool] = False
+    several: ClassVar[bool] = False
 
     @abstractmethod
     def export(self, pruning: Pruning) -> str:

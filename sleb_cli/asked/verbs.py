@@ -166,35 +166,44 @@ def points_of(request: BenchRequest) -> list[BenchRequest]:
     return [replace(request, **point) for point in points]
 
 
-def check_export(request: ExportRequest, registry: Registry) -> tuple[NamedSubject, Exporter]:
-    """Check a request; return what it names, and the format. A format that needs no model gets no more than the plan.
+def check_export(request: ExportRequest, registry: Registry) -> tuple[list[NamedSubject], Exporter]:
+    """Check a request; return what it names, and the format. A format that needs no model gets no more than plans.
 
     Raises:
-        UsageError: the format does not use the given source file, or describes only plans, or no block is removed.
+        UsageError: the format does not use the given source file, or describes only plans or only one, or no block is
+            removed.
         PlanError: the plan is unreadable.
         OutputError: the output exists, or cannot be written.
     """
     exporter: Exporter = registry.choose("exporter", request.to).value
     if request.source is not None and not exporter.uses_source:
         raise UsageError(f"--source does not apply to --to {exporter.name}.", hint="Leave out --source.")
+    if request.more and (exporter.needs_model or not exporter.several):
+        raise UsageError(
+            f"--to {exporter.name} describes one plan, not {1 + len(request.more)}.",
+            hint="Name one of them, or use --to table.",
+        )
     _require_new(request)
     if exporter.needs_model:
         subject = read_subject(request, needs_removals=True)
         if subject.plan and subject.plan.experts:
             raise UsageError(
                 f"--to {exporter.name} describes a removal of blocks, but {subject.file} removes experts.",
-                hint="Use --to report or csv, or write the checkpoint with `sleb apply`.",
+                hint="Use --to report or table, or write the checkpoint with `sleb apply`.",
             )
-        return subject, exporter
+        return [subject], exporter
     # The model may be on another machine.
-    named = Path(request.subject or DEFAULT_PLAN)
+    return [_plan_alone(request, Path(name)) for name in (request.subject or DEFAULT_PLAN, *request.more)], exporter
+
+
+def _plan_alone(request: ExportRequest, named: Path) -> NamedSubject:
     file = named / CHECKPOINT_PLAN if (named / CHECKPOINT_PLAN).is_file() else named
     if not is_plan(file):
         raise UsageError(
             f"--to {request.to} describes a plan, but {named} is a model.", hint="Name a plan of `sleb search`."
         )
     plan = read_named_plan(file, request)
-    return NamedSubject(request, plan.model.id, plan.removals, plan=plan, file=file), exporter
+    return NamedSubject(request, plan.model.id, plan.removals, plan=plan, file=file)
 
 
 def _require_new(request: EvalRequest | BenchRequest | ExportRequest) -> None:

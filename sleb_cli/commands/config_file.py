@@ -57,7 +57,7 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
             raise UsageError(f"{path} has {key!r} twice, or under two names.", hint="Keep one of them.")
         found.add(option.name)
         if value is not None:
-            text = _text(value, repeated=option.multiple)
+            text = _text(value, repeated=option.multiple or option.nargs < 0)
             if getattr(option, "is_flag", False) and text.lower() not in ("true", "false", "yes", "no"):
                 raise UsageError(f"{path} has {key!r}, which is true or false, not {text!r}.", hint="Use one of these.")
             context.default_map[option.name] = text

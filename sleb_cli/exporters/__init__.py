@@ -4,7 +4,7 @@ from sleb_cli.exporters.indices import Indices
 from sleb_cli.exporters.llama_quantize import LlamaQuantize
 from sleb_cli.exporters.mergekit import MergekitRecipe
 from sleb_cli.exporters.report.report import Report
-from sleb_cli.exporters.rows import Csv
+from sleb_cli.exporters.table.table import PlansTable
 from sleb_plugins.exporter import Exporter
 from sleb_plugins.hookspecs import hookimpl
 
@@ -12,4 +12,4 @@ from sleb_plugins.hookspecs import hookimpl
 @hookimpl
 def sleb_exporters() -> list[Exporter]:
     """Offer the export formats that ship with `sleb`."""
-    return [Report(), Csv(), LlamaQuantize(), MergekitRecipe(), Indices()]
+    return [Report(), PlansTable(), LlamaQuantize(), MergekitRecipe(), Indices()]

@@ -46,10 +46,10 @@ def result_settings(result: EvalResult | BenchResult) -> Table:
     """Return where an evaluation or a benchmark was made, and how each workload of a benchmark was timed."""
     tasks = result.tasks if isinstance(result, EvalResult) else ()
     lm_eval = sorted({task.lm_eval for task in tasks if task.lm_eval})
-    others = ({"lm-eval": " and ".join(lm_eval)} if lm_eval else {}) | result.plugins
     rows: list[tuple[str, str | None]] = [
         ("data type and device", f"{result.model.computed_in(result.dtype)} on {result.device}, {result.processor}"),
-        ("versions", _versions(result, result, others)),
+        ("versions", _versions(result, result, result.plugins)),
+        ("lm-eval", " and ".join(lm_eval)),
     ]
     if isinstance(result, EvalResult):
         return _pairs("Evaluation", [*rows, *(("command", command) for command in result.commands)])

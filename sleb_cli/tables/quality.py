@@ -68,7 +68,9 @@ def task_names(tasks: Sequence[TaskResult]) -> list[str]:
     names = list(map(task_name, tasks))
     # A group has no items of its own, but a hash of its tasks' items.
     tells = [plural(len(task.doc_ids), "item") if task.doc_ids else f"items {task.items_sha256}"[:14] for task in tasks]
-    return [f"{name}, {tell}" if names.count(name) > 1 else name for name, tell in zip(names, tells, strict=True)]
+    names = [f"{name}, {tell}" if names.count(name) > 1 else name for name, tell in zip(names, tells, strict=True)]
+    hashes = [f" {task.items_sha256}"[:9] for task in tasks]
+    return [name + tell if names.count(name) > 1 else name for name, tell in zip(names, hashes, strict=True)]
 
 
 def perplexities(scored: Iterable[Scored]) -> Table:

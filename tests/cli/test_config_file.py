@@ -20,7 +20,7 @@ COMMANDS = {
     "apply": (ApplyRequest, {}),
     "eval": (EvalRequest, {}),
     "bench": (BenchRequest, {}),
-    "export": (ExportRequest, {"to": "csv"}),
+    "export": (ExportRequest, {"to": "table", "more": ["b.json"]}),
 }
 """The request of each command, and what it cannot do without."""
 

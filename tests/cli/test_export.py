@@ -1,6 +1,5 @@
 """`sleb export`, through `main()`: what other tools read."""
 
-import csv
 import json
 import shlex
 import shutil
@@ -11,7 +10,6 @@ import yaml
 from conftest import save_model
 from families import tiny_config
 from gguf_models import write_gguf, write_llama_gguf
-from measured_plans import make_benchmark, make_evaluation, make_plan, write_measured
 from sleb_cli.exporters import sleb_exporters
 from sleb_cli.requests import ExportRequest
 
@@ -84,38 +82,3 @@ def test_a_tool_that_only_counts_is_not_given_blocks_of_several_kinds(export, tm
     export(model, "1", to, code=4, says=f"{to} would renumber the blocks of {model} but not correct layer_types.")
     export(model, "4", to)
     export(save_model(tmp_path / "alike", alike), "1", to)
-
-
-@pytest.mark.parametrize(("strategy", "scored"), [("greedy", "{2}+{0}"), ("oneshot", "{0}"), ("contiguous", "{1}+{0}")])
-def test_a_candidate_is_named_by_the_blocks_it_was_scored_without(run_sleb, tmp_path, strategy, scored):
-    plan = make_plan(8, 2)
-    search = plan.search.model_copy(update={"strategy": strategy})
-    write_measured(tmp_path, plan.model_copy(update={"search": search}))
-    rows = csv.DictReader(run_sleb("export", "--to", "csv").stdout.splitlines())
-    found = [(row["of"], row["removals"]) for row in rows if row["kind"] == "candidate"][-len(plan.steps[1].scores) :]
-    assert found == [(of, scored.format(of, int(of) - 1, plan.removals[0])) for of, _ in found]
-
-
-def test_every_number_is_a_row(run_sleb, tmp_path):
-    plan = make_plan(8, 2)
-    evaluation, benchmark = make_evaluation(plan, items=40, every=1), make_benchmark(plan, every=1)
-    write_measured(tmp_path, plan, evaluation=evaluation, benchmark=benchmark)
-    rows = list(csv.DictReader(run_sleb("export", "--to", "csv").stdout.splitlines()))
-
-    def values(kind, of, figure):
-        return [float(row["value"]) for row in rows if (row["kind"], row["of"], row["figure"]) == (kind, of, figure)]
-
-    assert values("step", "nll", "score") == [step.score for step in plan.steps]
-    block = str(plan.removals[0])
-    assert values("candidate", block, "score") == [plan.steps[0].score]
-    text, task, workload = evaluation.texts[0], evaluation.tasks[0], benchmark.workloads[0]
-    assert values("text", text.text, "perplexity") == [each.perplexity for each in (text.dense, *text.pruned)]
-    assert values("text", text.text, "divergence_mean") == [each.divergence.mean for each in text.pruned]
-    assert values("task", f"{task.task}, acc", "difference") == [each.difference for each in task.pruned]
-    assert values("workload", "prompt 1x512", "interval_low") == [timing.interval.low for timing in workload.pruned]
-    assert values("size", "Tiny-1B", "blocks") == [8, 7, 6]
-    assert {row["removals"] for row in rows if row["kind"] != "candidate"} == {
-        "",
-        block,
-        "+".join(map(str, plan.removals)),
-    }

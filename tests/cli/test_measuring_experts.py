@@ -142,18 +142,17 @@ def test_what_is_told_of_experts(evaluate, plan_of, apply, sleb, mixture, tmp_pa
     told = [f"# model {title}", "chosen by energy on", "(held out)", f"{texts[2]:.2f}", UNUSED, "prompt 1x8, tokens"]
     assert [words for words in told if words not in card] == []
     assert beside_plan(tmp_path / "out" / "sleb_plan.json", "eval").is_file()
-    rows = [*csv.DictReader(sleb("export", plan, "--to", "csv").stdout.splitlines())]
-    assert sum(row["kind"] == "candidate" for row in rows) == 6 * 8
-    measured = [row for row in rows if (row["kind"], row["figure"]) == ("text", "perplexity")]
-    assert [(row["removals"], float(row["value"])) for row in measured] == [
-        *zip(("", "0+1", "0+1+2+3"), texts, strict=True)
-    ]
+    sleb("export", plan, "--to", "table", "-o", "table.csv")
+    rows = [*csv.DictReader((tmp_path / "table.csv").read_text().splitlines())]
+    (name,) = [name for name in rows[0] if name.startswith("perplexity") and name.endswith("txt")]
+    assert [(row["removed"], float(row[name])) for row in rows] == [*zip("024", texts, strict=True)]
+    assert rows[1]["removed from"] == "8 experts of each block"
     sleb("export", plan, "--to", "report")
     page = (tmp_path / "plan.report.html").read_text()
     assert all(words in page for words in ("without 4 of 8 experts of each block", "experts were found", UNUSED))
     assert not re.search(r"blocks (were )?removed|[Rr]emoved blocks", page)
     plan_of(mixture, metric="random")
-    assert "removes other parts, or in another order" in sleb("export", plan, "--to", "csv").stderr
+    assert "removes other parts, or in another order" in sleb("export", plan, "--to", "table").stderr
 
 
 REFUSED = {

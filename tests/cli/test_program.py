@@ -46,7 +46,7 @@ NOT_FOR_ALL = ["datasets", "lm_eval", "scipy.stats", "sleb_cli.engine.recovery.r
 NOT_IMPORTED = [
     *(([command, "--help"], [*HEAVY, "sleb_cli.plan"]) for command in COMMANDS),
     (["plugins"], ["torch", "numpy", *NOT_FOR_ALL]),
-    *((f"export PLAN --to {to}".split(), ["torch", *NOT_FOR_ALL]) for to in ("indices", "csv", "report")),
+    *((f"export PLAN --to {to}".split(), ["torch", *NOT_FOR_ALL]) for to in ("indices", "table", "report")),
     (["--version"], ["transformers", *NOT_FOR_ALL]),
     ("apply MODEL --blocks 1 -o bare --no-verify".split(), ["sleb_cli.engine.text.calibration", *NOT_FOR_ALL]),
     ("apply MODEL --blocks 1 -o proven".split(), ["sleb_cli.engine.speed.timing", *NOT_FOR_ALL]),

@@ -33,7 +33,7 @@ SEARCH = ("search", "model", "--remove", "1", *TEXT, "-o", "out.json")
 ROWS = (*SEARCH, "--calibration", "rows.jsonl")
 CHAT = (*SEARCH, "--calibration", "chat.jsonl", "--chat", "all", "--sequence-length", "128")
 EVAL = ("eval", "model", "--perplexity", "text.txt", "--sequence-length", "8", "--max-windows", "2", "-o", "out.json")
-CSV = ("export", "plan.json", "--to", "csv")
+TABLE = ("export", "plan.json", "--to", "table")
 RESUME = (*SEARCH, "--resume", "-o", "out.later.json")
 HEAL = (*CUT, "-o", "out.healed", "--heal", "--heal-tokens", "64", *TEXT[:-2], "--samples", "8")
 SHARDS, PICKLE = (("apply", model, *CUT[2:]) for model in ("shards", "pickle"))
@@ -164,7 +164,7 @@ ELSEWHERE = {"id": "../outside", "family": "../outside/code.py", "revision": Non
 # A name, a command, what makes the files, the exit codes, and what is said.
 NAMED = {
     **{f"honest: {' '.join(words)}": (words, {}, FINE, "") for words in
-       (CUT, APPLY, SEARCH, ROWS, CHAT, EVAL, CSV, RESUME, HEAL, SHARDS, PICKLE, CUT_GGUF, *OWN_PLAN)},
+       (CUT, APPLY, SEARCH, ROWS, CHAT, EVAL, TABLE, RESUME, HEAL, SHARDS, PICKLE, CUT_GGUF, *OWN_PLAN)},
     "settings in settings": (APPLY, {"model/processor_config.json": NESTED}, MODEL, "process"),
     "a block of 5000 digits": (APPLY, renamed(f"model.layers.{'9' * 5000}.weight"), (0, 4), ""),
     "no blocks": (CUT, config(num_hidden_layers=0), MODEL, "llama"),
@@ -185,11 +185,11 @@ NAMED = {
     **{f"GGUF: a terabyte, {number}": (CUT_GGUF, {"whole.gguf": sparse(head, 1 << 41)}, MODEL, "whole.gguf")
        for number, head in enumerate(TERABYTES)},
     **{f"GGUF: {name}": (CUT_GGUF, {"whole.gguf": content}, (2, 4), "") for name, content in special("whole.gguf")},
-    **{f"plan: {name}": (CSV, {"plan.json": content}, PLAN, "plan.json") for name, content in PLANS.items()},
-    "plan: 100,000 steps": (CSV, changed("plan.json", steps=[{}] * 100_000), PLAN, "plan.json"),
-    "plan: 10^9 blocks": (CSV, named("plan.json", blocks=10**9), PLAN, "plan.json"),
+    **{f"plan: {name}": (TABLE, {"plan.json": content}, PLAN, "plan.json") for name, content in PLANS.items()},
+    "plan: 100,000 steps": (TABLE, changed("plan.json", steps=[{}] * 100_000), PLAN, "plan.json"),
+    "plan: 10^9 blocks": (TABLE, named("plan.json", blocks=10**9), PLAN, "plan.json"),
     # Beside a plan, they are left out.
-    **{f"{kind}: {name}": (CSV, {f"plan.{kind}.json": content}, FINE, "")
+    **{f"{kind}: {name}": (TABLE, {f"plan.{kind}.json": content}, FINE, "")
        for kind, (name, content) in product(("eval", "bench"), special("x"))},
     **{f"{words[0]}: {name!r} on the screen": (words, named("plan.json", id=f"/x/{name}", revision=None), MODEL, shown)
        for (name, shown), words in product(SHOWN.items(), (("apply",), ("export", "--to", "mergekit")))},

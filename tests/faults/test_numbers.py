@@ -155,7 +155,7 @@ def test_a_block_without_which_numbers_overflow_is_never_removed(sleb, search, n
     (step,) = plan_of()["steps"]
     assert step["block"] != 2
     assert [block for block, score in step["scores"].items() if score is None] == ["2"]
-    sleb("export", "plan.json", "--to", "csv")
+    sleb("export", "plan.json", "--to", "table")
 
 
 @pytest.mark.faults

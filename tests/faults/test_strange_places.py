@@ -77,7 +77,8 @@ REFUSED = [
         ("search", "y" * 255, *ONE), ("export", "z/" * 5000), ("search", "model", *ONE, "-o", "n" * 250 + ".json"))),
     *((words, (2, 3, 4, 5, 8)) for words in (
         ("apply", "model", "--blocks", 1, "-o", "closed/out"), ("apply", "closed/model", "--blocks", 1),
-        ("export", "closed/plan.json", "--to", "csv"), ("search", "model", *ONE, "--calibration", "closed/text.txt"))),
+        ("export", "closed/plan.json", "--to", "table"),
+        ("search", "model", *ONE, "--calibration", "closed/text.txt"))),
     *((("search", "model", *ONE, "-o", output), (8,)) for output in ("", ".", "/")),
 ]  # fmt: skip
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +22,13 @@ if TYPE_CHECKING:
 
 def resolve_export(
     request: ExportRequest,
-    named: NamedSubject,
+    asked: Sequence[NamedSubject],
     exporter: Exporter,
     source: ModelSource | None,
     registry: Registry,
     notify: Notify,
 ) -> tuple[Pruning, Path | None]:
-    """Describe a model and its removals, or a plan alone, for the format, and say where the text goes.
+    """Describe a model and its removals, or plans alone, for the format, and say where the text goes.
 
     It is printed if that is None.
 
@@ -36,7 +38,7 @@ def resolve_export(
         UsageError: no block is removed.
         OutputError: the output exists.
     """
-    subject = None
+    (named, *others), subject = asked, None
     if source:
         from sleb_cli.engine.door.subject import resolve_subject  # which imports torch
 
@@ -51,7 +53,8 @@ def resolve_export(
     if output is None and exporter.ending:
         output = sibling(pruning.plan_file or Path(Path(pruning.model).name), exporter.ending)
         require_new_file(output, force=request.force)
-    return pruning, output
+    more = tuple(_pruning(request, other, None, notify) for other in others)
+    return replace(pruning, others=more, output=request.output), output
 
 
 def _require_mere_counts(subject: Subject, exporter: Exporter, model: str) -> None:

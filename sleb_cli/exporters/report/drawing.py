@@ -78,7 +78,8 @@ def draw_series(
 ) -> None:
     """Draw one of several series as points with their intervals."""
     up, reach = scaled(values, scale)
-    options |= {"color": SERIES[number], "marker": MARKERS[number], "capsize": 2.5, "elinewidth": 1.2}
+    colour, marker = number % len(SERIES), (number + number // len(SERIES)) % len(MARKERS)
+    options |= {"color": SERIES[colour], "marker": MARKERS[marker], "capsize": 2.5, "elinewidth": 1.2}
     axis.errorbar(places, up, yerr=reach, **options)
 
 
