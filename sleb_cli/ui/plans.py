@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from sleb_cli.names import short_name
+from sleb_cli.requests import DEMO
 from sleb_cli.ui.chart import Line, draw_lines
 from sleb_cli.ui.console import print_prose, stdout
 from sleb_cli.ui.tables import print_line, print_title, print_to_copy, print_written, show_table
@@ -49,11 +50,19 @@ def show_plan(plan: Plan, output: Path) -> None:
     if search.fast:
         print_line(race_summary(plan))
     if search.target is not None:
-        print_line(target_summary(search.target, plan))
+        _show_target(search.target, plan, output)
     if search.engine_reason:
         print_line(f"engine {search.engine}: {search.engine_reason}")
     _show_sample(plan)
     _show_next(plan, output)
+
+
+def _show_target(target: TargetRecord, plan: Plan, output: Path) -> None:
+    print_line(target_summary(target, plan))
+    if target.name == "target_speedup":
+        has_file = plan.model.id == DEMO or plan.model.id.endswith(".gguf")
+        bench = f"sleb bench {in_shell(str(output))} --generation --engine llama.cpp"
+        print_to_copy(f"in llama.cpp: {bench}{'' if has_file else ' --source FILE.gguf'}")
 
 
 def _show_next(plan: Plan, output: Path) -> None:
@@ -155,9 +164,7 @@ def target_summary(target: TargetRecord, plan: Plan) -> str:
             missed = "" if target.reached >= target.limit else ", below the target: remove more with --extend"
             measured = f"{target.reached:.2f}x measured ({target.predicted:.2f}x predicted){missed}"
             timed = f"timed in transformers, {plan.search.dtype} on {plan.search.device}"
-            own = "" if plan.model.id.endswith(".gguf") else " --source FILE.gguf"
-            other = f"in llama.cpp: sleb bench --generation --engine llama.cpp{own}"
-            return f"target: {target.limit:g}x at generation, {timed}; {measured}; {cost}\n{other}"
+            return f"target: {target.limit:g}x at generation, {timed}; {measured}; {cost}"
     more = f"one more removal: {target.next:.4f}" if target.next is not None else "no other block can be removed"
     reached = f"{target.reached:.4f} with {len(plan.removals)} of {plan.model.blocks} blocks removed"
     return f"target: at most {target.limit:g}x the dense perplexity; {reached}; {more}"

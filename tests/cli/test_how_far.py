@@ -139,7 +139,7 @@ def test_a_speedup_is_predicted_from_two_depths_and_measured(search, tmp_path, f
     assert "90% (1 fewer), 80% (2 fewer) of the dense model's time: 10.0% per block" in result.stderr
     where = "timed in transformers, float32 on cpu"
     assert f"1.25x at generation, {where}; 1.25x measured (1.25x predicted)" in result.stdout
-    assert "in llama.cpp: sleb bench --generation --engine llama.cpp --source FILE.gguf\n" in result.stdout
+    assert "in llama.cpp: sleb bench fast.json --generation --engine llama.cpp --source FILE.gguf\n" in result.stdout
     search("--target-speedup", 1.3, "-o", "more.json")
     assert read_plan(tmp_path / "more.json").removals == full.removals[:3]
     beyond = search("--target-speedup", 1.7, "-o", "most.json", code=2)
