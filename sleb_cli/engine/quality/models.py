@@ -24,7 +24,7 @@ from sleb_cli.events import Notify
 from sleb_cli.results import Removals
 
 # On how many tokens it is checked that the model may be run block by block.
-CHECKED_TOKENS = 128
+CHECKED_TOKENS = 64
 
 
 class Models:
