@@ -30,13 +30,6 @@ class Warned(Event):
 
 
 @dataclass(frozen=True)
-class CheckPassed(Event):
-    """A check passed; `text` says which, without a full stop."""
-
-    text: str
-
-
-@dataclass(frozen=True)
 class TaskStarted(Event):
     """A task starts; `total` is in `unit`, or None if unknown."""
 

@@ -55,10 +55,10 @@ from sleb_cli.engine.surgery.loading import (
 )
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.third_party import prefer_disk_error, saving, translate_errors
-from sleb_cli.events import CheckPassed, Notice, Notify, ignore, task
+from sleb_cli.events import Notice, Notify, ignore, task
 from sleb_cli.records import Proof
 from sleb_cli.requests import AUTO
-from sleb_cli.tables.checks import checked, reference
+from sleb_cli.tables.checks import reference
 from sleb_cli.units import format_bytes
 from sleb_plugins import ModelError, ProofError
 
@@ -180,8 +180,8 @@ def prove(
         for check, values in chain(as_planned(surgery, folder, tokenizer, planned, notify), models.checks()):
             passed = [check] if check and check not in proof.checks else []  # in a wider data type, some pass again
             proof = proof.model_copy(update={"checks": (*proof.checks, *passed), **values})
-            if passed or not check:
-                notify(CheckPassed(checked(proof)[-1]) if check else Notice(f"The proof is partial: {proof.partial}."))
+            if not check:
+                notify(Notice(f"The proof is partial: {proof.partial}."))
     return proof
 
 
