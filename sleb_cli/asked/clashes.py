@@ -29,7 +29,7 @@ class Clash:
     others: str
     because: str
     hint: str
-    of: type[Request] = Request
+    request_type: type[Request] = Request
 
     def check(self, request: Request) -> None:
         """Check that a request does not have both."""
@@ -45,11 +45,11 @@ class Need:
 
     options: str
     needed: str
-    of: type[Request] = Request
+    request_type: type[Request] = Request
     beside: str | None = None
 
     def check(self, request: Request) -> None:
-        """Check that what a request has does something."""
+        """Check that none of the options is idle."""
         idle = given(request, self.options)
         if idle and not given(request, self.needed) and (self.beside is None or given(request, self.beside)):
             needed = " or ".join(map(option_of, self.needed.split()))
@@ -57,16 +57,16 @@ class Need:
 
 
 def given(request: Request, options: str) -> list[str]:
-    """Return those of the options that a request has, as they are typed."""
-    found = []
+    """Return the options that a request sets, as the user types them."""
+    names = []
     for option in options.split():
         name, _, pattern = option.partition("=")
         field = type(request).__dataclass_fields__.get(name)
         value = getattr(request, name, None)
         is_set = field is not None and value not in (None, field.default) and value is not False
         if is_set and fnmatchcase(str(value), pattern or "*"):
-            found.append(f"{option_of(name)} {value}" if pattern else option_of(name))
-    return found
+            names.append(f"{option_of(name)} {value}" if pattern else option_of(name))
+    return names
 
 
 def require_coherent(request: Request) -> None:
@@ -76,7 +76,7 @@ def require_coherent(request: Request) -> None:
         UsageError: some do not.
     """
     for row in CLASHES:
-        if isinstance(request, row.of):
+        if isinstance(request, row.request_type):
             row.check(request)
 
 

@@ -18,11 +18,11 @@ def parse_mixture(text: str) -> dict[str, Fraction]:
     Raises:
         UsageError: a share is missing or invalid, the shares do not sum to 1, or a source is named twice.
     """
-    parts = [_parse_part(part.strip()) for part in text.split(",")]
-    if Path(text).exists() or [share for _, share in parts] == [None]:
+    entries = [_parse_entry(entry.strip()) for entry in text.split(",")]
+    if Path(text).exists() or [share for _, share in entries] == [None]:
         return {text: Fraction(1)}
     shares: dict[str, Fraction] = {}
-    for source, share in parts:
+    for source, share in entries:
         if share is None or not source:
             raise UsageError(
                 f"{source or 'A source'} has no share in the mixture {text!r}.",
@@ -38,7 +38,7 @@ def parse_mixture(text: str) -> dict[str, Fraction]:
     return shares
 
 
-def _parse_part(text: str) -> tuple[str, Fraction | None]:
+def _parse_entry(text: str) -> tuple[str, Fraction | None]:
     """Split a source from its share, a number above 0 and at most 1."""
     source, colon, end = text.rpartition(":")
     try:
@@ -54,17 +54,17 @@ def divide(count: int, shares: Sequence[Fraction]) -> list[int]:
     Ties go to the earlier share.
     """
     whole = [math.floor(count * share) for share in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda part: (whole[part] - count * shares[part], part))
-    for part in by_remainder[: count - sum(whole)]:
-        whole[part] += 1
+    by_remainder = sorted(range(len(shares)), key=lambda index: (whole[index] - count * shares[index], index))
+    for index in by_remainder[: count - sum(whole)]:
+        whole[index] += 1
     return whole
 
 
 def interleave(counts: Sequence[int]) -> list[int]:
-    """Return an order of rows, stored part after part, that spreads each part evenly.
+    """Return an order of rows, stored source after source, that spreads each source evenly.
 
-    Any run of the order holds about its share of each part, and the last k rows are the last rows of k parts. Rows of
-    the same part keep their order.
+    Any run of the order holds about its share of each source, and the last k rows are the last rows of k sources. Rows
+    of a source keep their order.
     """
-    keys = [(Fraction(row + 1, count), part) for part, count in enumerate(counts) for row in range(count)]
+    keys = [(Fraction(row + 1, count), source) for source, count in enumerate(counts) for row in range(count)]
     return sorted(range(len(keys)), key=lambda row: keys[row])

@@ -95,7 +95,7 @@ def check_search(request: SearchRequest, registry: Registry) -> AskedSearch:
     dtype_in_full(request.dtype or AUTO)
     require_mixture(request.calibration)
     if is_main_process():
-        _require_place(request)
+        _require_writable_plan(request)
     return AskedSearch(request, metric, strategy, memory, extended)
 
 
@@ -106,20 +106,20 @@ def check_comparison(request: SearchRequest, registry: Registry) -> list[AskedSe
         UsageError: the entries cannot be compared.
         SlebError: a subclass that fits, if one of the searches is impossible.
     """
-    requests = [_request_for(request, metric, strategy, registry) for metric, strategy in _entries(request)]
+    requests = [_search_for(request, metric, strategy, registry) for metric, strategy in _entries(request)]
     if is_main_process():
         # An unfinished comparison was allowed to write the plan, and may have been killed just after it did.
-        replaces = request.resume and any(journal_of(each.plan_file).exists() for each in requests)
-        requests = [replace(each, force=request.force or replaces) for each in requests]
+        replaces = request.resume and any(journal_of(search.plan_file).exists() for search in requests)
+        requests = [replace(search, force=request.force or replaces) for search in requests]
         require_new_file(request.plan_file, force=request.force or replaces)
-    return [check_search(each, registry) for each in requests]
+    return [check_search(search, registry) for search in requests]
 
 
 def _entries(request: SearchRequest) -> list[tuple[str, StrategyName]]:
     """Read the entries of `--compare`: a metric, and the strategy to search with."""
     usual = request.strategy or DEFAULT_STRATEGY
-    parts = [(text if "@" in text else f"{text}@{usual}").rpartition("@") for text in request.compare]
-    entries = [(metric, strategy_name(strategy)) for metric, _, strategy in parts]
+    pairs = [(text if "@" in text else f"{text}@{usual}").rpartition("@") for text in request.compare]
+    entries = [(metric, strategy_name(strategy)) for metric, _, strategy in pairs]
     if len(entries) < 2 or len(set(entries)) < len(entries):
         problem = "names an entry twice" if len(entries) > 1 else "needs at least two entries"
         raise UsageError(
@@ -129,8 +129,8 @@ def _entries(request: SearchRequest) -> list[tuple[str, StrategyName]]:
     return entries
 
 
-def _request_for(request: SearchRequest, metric: str, strategy: StrategyName, registry: Registry) -> SearchRequest:
-    """Return the request for one search, with `--fast` only where candidates can race, and a plan of its own."""
+def _search_for(request: SearchRequest, metric: str, strategy: StrategyName, registry: Registry) -> SearchRequest:
+    """Return the request of one compared search, with `--fast` only where candidates can race, and its own plan."""
     name = re.sub(r"[^\w.+@-]", "-", f"{metric}@{strategy}")
     return replace(
         request,
@@ -247,7 +247,7 @@ def _require_fitting(request: SearchRequest, metric: Metric, strategy: StrategyN
         )
 
 
-def _require_place(request: SearchRequest) -> None:
+def _require_writable_plan(request: SearchRequest) -> None:
     """Check that the plan can be written and overwrites nothing."""
     journal = journal_of(request.plan_file)
     # An unfinished search was allowed to write the plan, and may have been killed just after it did.

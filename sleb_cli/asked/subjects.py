@@ -44,9 +44,9 @@ class NamedSubject:
     @property
     def others(self) -> dict[str, Any]:
         """What goes besides blocks, by the names of `KINDS`."""
-        found = {"experts": self.plan and self.plan.experts and self.plan.experts.removed}
-        found |= {option: getattr(self.request, option, None) for option in ("experts_per_token", "scripts")}
-        return {kind: value for kind, value in found.items() if value}
+        cuts = {"experts": self.plan and self.plan.experts and self.plan.experts.removed}
+        cuts |= {option: getattr(self.request, option, None) for option in ("experts_per_token", "scripts")}
+        return {kind: value for kind, value in cuts.items() if value}
 
 
 def read_subject(request: OneSizeRequest | SizesRequest, *, needs_removals: bool = False) -> NamedSubject:
@@ -62,13 +62,13 @@ def read_subject(request: OneSizeRequest | SizesRequest, *, needs_removals: bool
         plan = read_named_plan(path, request)
         removals = plan.largest
         _require_applicable(request, path, plan)
-        model, revision = _place_of_model(path, plan, request.model, revision)
+        model, revision = _locate_model(path, plan, request.model, revision)
     elif request.model is not None:
         raise UsageError(f"--model applies to a plan, but {model} is a model.", hint="Leave out --model.")
     elif removals is not None:
-        removals = first_removals(removals, _most(request), "--blocks")
-    elif needs_removals or _most(request) is not None:
-        raise _no_blocks(path)
+        removals = first_removals(removals, _max_removals(request), "--blocks")
+    elif needs_removals or _max_removals(request) is not None:
+        raise _no_blocks_error(path)
     return NamedSubject(
         replace(request, revision=revision),
         model,
@@ -81,11 +81,7 @@ def read_subject(request: OneSizeRequest | SizesRequest, *, needs_removals: bool
 
 
 def _require_applicable(request: SubjectRequest, path: Path, plan: Plan) -> None:
-    """Check that the options fit what a plan removes.
-
-    Raises:
-        UsageError: one does not.
-    """
+    """Check that the options fit what a plan removes."""
     unfit = given(request, _FOR_BLOCKS) if plan.experts else []
     if unfit or (isinstance(request, SizesRequest) and (unfit := given(request, "experts_per_token"))):
         raise UsageError(
@@ -93,7 +89,7 @@ def _require_applicable(request: SubjectRequest, path: Path, plan: Plan) -> None
         )
 
 
-def _no_blocks(path: Path) -> UsageError:
+def _no_blocks_error(path: Path) -> UsageError:
     hint = "Name a plan, or use --blocks 5,4,9."
     if path.exists():
         return UsageError(f"No blocks given for {path}.", hint=hint)
@@ -101,17 +97,17 @@ def _no_blocks(path: Path) -> UsageError:
     return UsageError(f"There is no plan {path}, and no blocks are given.", hint=hint)
 
 
-def _place_of_model(path: Path, plan: Plan, named: str | None, revision: str | None) -> tuple[str, str | None]:
-    """Return the model of a plan, and its revision, unless the user named another place or revision."""
-    of = plan.made_for
+def _locate_model(path: Path, plan: Plan, named: str | None, revision: str | None) -> tuple[str, str | None]:
+    """Return the place and the revision of a plan's model; what the user named takes precedence."""
+    model = plan.made_for
     if named is not None:
         return named, revision
     # A plan from a checkpoint, which has only the name of a local model, must not lead to the Hub.
-    if of.revision is None and of.id != DEMO and not Path(of.id).is_absolute() and not Path(of.id).exists():
+    if model.revision is None and model.id != DEMO and not Path(model.id).is_absolute() and not Path(model.id).exists():
         raise PlanError(
-            f"{path} was made for {of.id}, and does not say where that is.", hint="Name its folder with --model."
+            f"{path} was made for {model.id}, and does not say where that is.", hint="Name its folder with --model."
         )
-    return of.id, revision or (None if Path(of.id).exists() else of.revision)
+    return model.id, revision or (None if Path(model.id).exists() else model.revision)
 
 
 def is_plan(path: Path) -> bool:
@@ -131,17 +127,13 @@ def read_named_plan(path: Path, request: OneSizeRequest | SizesRequest) -> Plan:
             f"--blocks applies to a model, but {path} is a plan with its own blocks.", hint="Leave out --blocks."
         )
     plan = read_plan(path)
-    count = len(first_removals(plan.largest, _most(request), str(path), plan.unit))
+    count = len(first_removals(plan.largest, _max_removals(request), str(path), plan.unit))
     _require_whole_groups(plan, count)
     return plan.first(count)
 
 
 def _require_whole_groups(plan: Plan | None, count: int) -> None:
-    """Check that as many experts go of each group, where a model has groups.
-
-    Raises:
-        UsageError: not as many go.
-    """
+    """Check that as many experts go of each group, where a model has groups."""
     if plan and plan.experts and count % plan.experts.groups:
         raise UsageError(
             f"Cannot remove {count} experts: {plan.model.id} has {plan.experts.groups} groups of experts.",
@@ -164,7 +156,7 @@ def first_removals(removals: tuple[int, ...], count: int | None, where: str, uni
     return removals[:count]
 
 
-def _most(request: OneSizeRequest | SizesRequest) -> int | None:
+def _max_removals(request: OneSizeRequest | SizesRequest) -> int | None:
     """Return the number of removals of the smallest requested model; None for all."""
     return max(request.remove, default=None) if isinstance(request, SizesRequest) else request.remove
 

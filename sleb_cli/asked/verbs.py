@@ -73,19 +73,16 @@ def _gguf_to_cut(request: ApplyRequest, model: Path) -> Path | None:
     """Return the GGUF file to remove blocks from; None if a checkpoint is to be written.
 
     A GGUF file is written from --source or a GGUF model, unless the output or another option asks for a checkpoint.
-
-    Raises:
-        UsageError: the output is a GGUF file, but the model is not.
     """
-    own = model if model.suffix == ".gguf" and not model.is_dir() else None
+    gguf_model = model if model.suffix == ".gguf" and not model.is_dir() else None
     names_file = request.output is not None and request.output.suffix == ".gguf"
-    if request.source is None and own is None and names_file:
+    if request.source is None and gguf_model is None and names_file:
         raise UsageError(
             f"{request.output} can only be made from a GGUF file of the model.",
             hint="Name that file with --source, or choose a folder with -o.",
         )
     is_checkpoint = (request.output is not None and not names_file) or given(request, FOR_CHECKPOINTS)
-    return request.source or (None if is_checkpoint else own)
+    return request.source or (None if is_checkpoint else gguf_model)
 
 
 def check_evaluation(request: EvalRequest, registry: Registry) -> NamedSubject:
@@ -147,8 +144,8 @@ def points_of(request: BenchRequest) -> list[BenchRequest]:
         UsageError: the sweep is unreadable, or sets what another option sets.
     """
     values: dict[str, list[int]] = {}
-    for part in " ".join(request.sweep).split():
-        name, _, numbers = part.partition("=")
+    for entry in " ".join(request.sweep).split():
+        name, _, numbers = entry.partition("=")
         if name not in _SWEPT:
             hint = did_you_mean(name, list(_SWEPT), otherwise="Write it like batch=1,8,32 prompt=128,2048 new=64.")
             raise UsageError(f"--sweep cannot vary {name!r}.", hint=hint)
@@ -160,7 +157,7 @@ def points_of(request: BenchRequest) -> list[BenchRequest]:
             values[field] = list(map(int, numbers.split(",")))
         except ValueError as error:
             raise UsageError(
-                f"--sweep {part!r} is not a name and a list of numbers.", hint="Write it like batch=1,8,32."
+                f"--sweep {entry!r} is not a name and a list of numbers.", hint="Write it like batch=1,8,32."
             ) from error
     points: list[dict[str, Any]] = [dict(zip(values, point, strict=True)) for point in product(*values.values())]
     return [replace(request, **point) for point in points]

@@ -37,7 +37,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def own_free_bytes(device: torch.device) -> int:
-    """Return the part of the free memory that is this process's, where several share that of the machine."""
+    """Return this process's share of the free bytes, where several processes share the machine's memory."""
     return free_bytes(device) // (local_count() if device.type in ("cpu", "mps") else 1)
 
 
@@ -82,7 +82,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def input_device(model: Any) -> torch.device:
-    """Return where a model takes its tokens: where its embeddings run, if a device map spreads it out."""
+    """Return the device that a model takes its tokens on: its embeddings', if a device map spreads it out."""
     if not hasattr(model, "_hf_hook"):
         return torch.device(model.device)
     return torch.device(model.get_input_embeddings()._hf_hook.execution_device)
@@ -138,8 +138,8 @@ def parse_dtype(name: str, own: torch.dtype | None) -> torch.dtype:
         UsageError: there is no such data type.
     """
     full = dtype_in_full(name)
-    found: torch.dtype = (own or torch.float32) if full == AUTO else getattr(torch, full)
-    return found
+    dtype: torch.dtype = (own or torch.float32) if full == AUTO else getattr(torch, full)
+    return dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:

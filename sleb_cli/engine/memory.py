@@ -65,16 +65,16 @@ class SmallerPieces(Generic[S]):
 def in_smaller_pieces(
     run: Callable[[int], T], size: int, device: torch.device = CPU, notify: Notify = ignore, doing: str = ""
 ) -> T:
-    """Return what `run` returns for this size, or for half of it as often as memory runs out.
+    """Call `run` with this size, halved as often as memory runs out, and return its result.
 
-    The listener is told that, and what goes on: "fitting {} sequences".
+    `doing` completes the notice about each halving: "fitting {} sequences".
     """
 
     def told(smaller: int) -> None:
         notify(Notice(f"Out of memory on {device}; {doing.format(smaller)} at a time."))
 
-    found: list[T] = []
-    for pieces in (halving := SmallerPieces(size, lambda each: each // 2 or None, told)):
+    results: list[T] = []
+    for pieces in (halving := SmallerPieces(size, lambda pieces: pieces // 2 or None, told)):
         with halving:
-            found.append(run(pieces))
-    return found[0]
+            results.append(run(pieces))
+    return results[0]

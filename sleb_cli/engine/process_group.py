@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# No step takes longer; a process that ends is noticed at once.
-LONGEST_STEP = timedelta(hours=24)
+# Far beyond any step: a process that ends is noticed at once, so this only bounds a step that hangs.
+MAX_STEP = timedelta(hours=24)
 STARTING_TIME = timedelta(minutes=10)
 
 _FAILURE = "sleb/failure"
 
 Turn = list[list[T]]
-"""What each process does before they exchange what they found."""
+"""The items of each process in one turn, after which they exchange results."""
 
 
 def deal(items: Sequence[T], processes: int) -> Iterator[Turn[T]]:
@@ -60,15 +60,15 @@ class ProcessGroup:
 
     def gather(self, item: T) -> list[T]:
         """Return the items of all processes, in the order of their ranks."""
-        found = [item] * self.size
-        self._exchange("all_gather_object", found, item)
-        return found
+        items = [item] * self.size
+        self._exchange("all_gather_object", items, item)
+        return items
 
     def from_main(self, compute: Callable[[], T]) -> T:
-        """Return what the main process computes; the others wait for it."""
-        found: list[Any] = [compute() if self.is_main else None]
-        self._exchange("broadcast_object_list", found)
-        received: T = found[0]
+        """Return the result of `compute` in the main process; the others wait for it."""
+        boxed: list[Any] = [compute() if self.is_main else None]
+        self._exchange("broadcast_object_list", boxed)
+        received: T = boxed[0]
         return received
 
     def mean(self, tensor: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class ProcessGroup:
         return total / self.size
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
-        """Return the tensor of one process, by default the main one; those of the others are overwritten."""
+        """Return the tensor of one process, by default the main one, and overwrite the others' with it."""
         self._exchange("broadcast", tensor, source)
         return tensor
 
@@ -93,25 +93,25 @@ class ProcessGroup:
             except RuntimeError as error:
                 raise PeerLost from error
 
-    def in_turn(self, items: Iterable[T]) -> Iterator[T]:
-        """Yield the items of all processes, in the order of ranks.
+    def gather_in_order(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield every process's items, rank by rank.
 
-        The main process gets its own as they come; nobody gets those of the others before all are done.
+        The main process gets its own as they come; the others' follow once all processes are done.
         """
-        own = []
+        mine = []
         for item in items:
-            own.append(item)
+            mine.append(item)
             if self.is_main:
                 yield item
-        for rank, found in enumerate(self.gather(own)):
+        for rank, theirs in enumerate(self.gather(mine)):
             if rank or not self.is_main:
-                yield from found
+                yield from theirs
 
     def main_first(self, do: Callable[[], T]) -> T:
         """Call `do` in one process of each machine before the others, which find its work in the cache."""
-        found = [] if local_rank() else [do()]
+        results = [] if local_rank() else [do()]
         self.gather(None)
-        return found[0] if found else do()
+        return results[0] if results else do()
 
 
 @contextmanager
@@ -135,13 +135,13 @@ def join_processes() -> Iterator[ProcessGroup]:
     refused = error_saying(MachineError, "This process cannot connect to the others", hint)
     with translate_errors(refused), _ended_by_signals():
         store = next(iter(rendezvous("env://", timeout=STARTING_TIME)))[0]
-        dist.init_process_group(_backends(), store=store, rank=group.rank, world_size=group.size, timeout=LONGEST_STEP)
+        dist.init_process_group(_backends(), store=store, rank=group.rank, world_size=group.size, timeout=MAX_STEP)
     try:
         yield group
     except WorkerFinished:
         raise
     except BaseException as error:
-        ended = _end(error, group, store)
+        ended = _error_to_raise(error, group, store)
         if ended is error:
             raise
         raise ended from None
@@ -163,8 +163,8 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _end(error: BaseException, group: ProcessGroup, store: Any) -> BaseException:
-    """Return what this process ends with: the main one with the cause, the others quietly."""
+def _error_to_raise(error: BaseException, group: ProcessGroup, store: Any) -> BaseException:
+    """Return the error that this process ends with: the cause in the main one; the others end quietly."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, while this process says why it ends
     is_cause = isinstance(error, Exception) and not isinstance(error, PeerLost)
@@ -192,5 +192,5 @@ def _backends() -> str:
     import torch.distributed as dist
 
     known = dist.Backend.default_device_backend_map
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return f"cpu:gloo,{found.type}:{known[found.type]}" if found and found.type in known else "gloo"
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    return f"cpu:gloo,{gpu.type}:{known[gpu.type]}" if gpu and gpu.type in known else "gloo"

@@ -16,7 +16,7 @@ import psutil
 
 PROC = Path("/proc/self")
 GROUPS = Path("/sys/fs/cgroup")
-"""Where systems mount the control groups: those of version 1 in a folder for each controller."""
+"""Where systems mount the control groups; version 1 has a folder for each controller."""
 
 UNLIMITED = 2**63
 """More than any machine has."""
@@ -27,27 +27,26 @@ _FILES = {
     # A process above `memory.high` is slowed down until it hardly moves.
     2: (["memory.max", "memory.high"], "memory.current", ["active_file", "inactive_file"]),
 }
-"""What a control group of each version calls its limits, what it uses, and the page cache in it, with all below."""
+"""The files of a control group of each version: its limits, its use, and the fields of its page cache."""
 
 
 def left_under_limits() -> int:
     """Return the bytes that this process may still take; without a limit, `UNLIMITED`."""
     if sys.platform != "linux":
         return UNLIMITED
-    of_groups = (_left_in(*group) for group in _groups("memory"))
-    return min([UNLIMITED, *_left_of_resources(), *of_groups])
+    of_groups = (_memory_left(*group) for group in _control_groups("memory"))
+    return min([UNLIMITED, *_memory_left_by_ulimit(), *of_groups])
 
 
 def usable_processors() -> int:
     """Return how many processors this process may keep busy."""
     if sys.platform != "linux":
         return os.cpu_count() or 1
-    quotas = (_processors_of(*group) for group in _groups("cpu"))
+    quotas = (_processor_quota(*group) for group in _control_groups("cpu"))
     return math.ceil(min([len(os.sched_getaffinity(0)), *quotas]))
 
 
-def _processors_of(folder: Path, version: int) -> float:
-    """Return how many processors a control group may keep busy."""
+def _processor_quota(folder: Path, version: int) -> float:
     names = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
     try:
         words = " ".join((folder / name).read_text() for name in names).replace("max", "inf")
@@ -57,8 +56,8 @@ def _processors_of(folder: Path, version: int) -> float:
     return quota / period if quota > 0 else math.inf
 
 
-def _left_of_resources() -> Iterator[int]:
-    """Yield what the limits of the shell leave: `ulimit -v` and `ulimit -d`."""
+def _memory_left_by_ulimit() -> Iterator[int]:
+    """Yield the bytes left under the shell's limits, `ulimit -v` and `ulimit -d`."""
     process = psutil.Process()
     memory = process.memory_info()
     for resource, used in ((psutil.RLIMIT_AS, memory.vms), (psutil.RLIMIT_DATA, memory.data)):
@@ -67,20 +66,20 @@ def _left_of_resources() -> Iterator[int]:
             yield max(0, limit - used)
 
 
-def _left_in(folder: Path, version: int) -> int:
-    """Return what a control group has left; the uppermost has no limit, and so not all of the files."""
+def _memory_left(folder: Path, version: int) -> int:
+    """Return the bytes that a control group has left. The uppermost has no limit, so it lacks some of the files."""
     limits, usage, page_cache = _FILES[version]
     with suppress(OSError, ValueError):
         limit = min(int(text) for name in limits if (text := (folder / name).read_text().strip()) != "max")
         used = int((folder / usage).read_text())
-        held = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         # The page cache counts as used, but gives way.
-        return max(0, limit - used + sum(int(held.get(pages, 0)) for pages in page_cache))
+        return max(0, limit - used + sum(int(statistics.get(pages, 0)) for pages in page_cache))
     return UNLIMITED
 
 
-def _groups(controller: str) -> Iterator[tuple[Path, int]]:
-    """Yield the control groups of this process: its own, and all above it that can be seen from here; their version."""
+def _control_groups(controller: str) -> Iterator[tuple[Path, int]]:
+    """Yield the folder and the version of this process's control group, and of all above it that are visible here."""
     try:
         lines = (PROC / "cgroup").read_text().splitlines()
     except OSError:
@@ -89,6 +88,6 @@ def _groups(controller: str) -> Iterator[tuple[Path, int]]:
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
-        place, version = (GROUPS / controller, 1) if controllers else (GROUPS, 2)
+        mount, version = (GROUPS / controller, 1) if controllers else (GROUPS, 2)
         inside = Path(path.lstrip("/"))  # in a container, this may be the group's name outside, which is not found here
-        yield from ((place / above, version) for above in (inside, *inside.parents))
+        yield from ((mount / above, version) for above in (inside, *inside.parents))

@@ -34,8 +34,8 @@ def wilson_interval(right: int, count: int) -> Interval:
     """Return Wilson's score interval of a proportion (J. Am. Stat. Assoc. 22, 1927), which also suits 0 and 1."""
     from scipy import stats  # slow to import, and only tasks need it
 
-    found = stats.binomtest(right, count).proportion_ci(CONFIDENCE, method="wilson")
-    return Interval(low=float(found.low), high=float(found.high))
+    bounds = stats.binomtest(right, count).proportion_ci(CONFIDENCE, method="wilson")
+    return Interval(low=float(bounds.low), high=float(bounds.high))
 
 
 def normal_interval(value: float, standard_error: float) -> Interval:
@@ -56,10 +56,10 @@ def paired_difference(before: Sequence[float], after: Sequence[float]) -> Estima
     """
     differences = [second - first for first, second in zip(before, after, strict=True)]
     mean, count = fmean(differences), len(differences)
-    found = Estimate(mean, None, None) if count < 2 else _student(mean, stdev(differences) / math.sqrt(count), count)
+    estimate = Estimate(mean, None, None) if count < 2 else _student(mean, stdev(differences) / math.sqrt(count), count)
     if not is_binary((*before, *after)):
-        return found
-    return replace(found, interval=paired_proportions_interval(differences.count(-1), differences.count(1), count))
+        return estimate
+    return replace(estimate, interval=paired_proportions_interval(differences.count(-1), differences.count(1), count))
 
 
 def is_binary(scores: Sequence[float]) -> bool:
@@ -74,8 +74,8 @@ def clustered_mean(values: Tensor, clusters: Tensor) -> Estimate:
     """
     values = values.double()
     mean = float(values.mean())
-    which = torch.unique(clusters, return_inverse=True)[1]
-    residuals = torch.zeros(int(which.max()) + 1, dtype=torch.float64).index_add(0, which, values - mean)
+    cluster_of = torch.unique(clusters, return_inverse=True)[1]
+    residuals = torch.zeros(int(cluster_of.max()) + 1, dtype=torch.float64).index_add(0, cluster_of, values - mean)
     count = len(residuals)
     if count < 2:
         return Estimate(mean, None, None)
@@ -90,8 +90,8 @@ def paired_proportions_interval(lost: int, gained: int, count: int) -> Interval:
     """
     gains, losses = (gained + 1) / (count + 2), (lost + 1) / (count + 2)
     difference = gains - losses
-    found = normal_interval(difference, math.sqrt((gains + losses - difference**2) / (count + 2)))
-    return Interval(low=max(-1.0, found.low), high=min(1.0, found.high))
+    interval = normal_interval(difference, math.sqrt((gains + losses - difference**2) / (count + 2)))
+    return Interval(low=max(-1.0, interval.low), high=min(1.0, interval.high))
 
 
 def mcnemar(lost: int, gained: int) -> float:
@@ -116,7 +116,7 @@ def items_needed(deviation: float) -> int | None:
 
 
 RESAMPLES = 9_999
-FEWEST_ROUNDS = 5
+MIN_ROUNDS = 5
 """With fewer rounds, no bootstrap interval would hold its 95%."""
 
 
@@ -128,10 +128,11 @@ def median_ratio_interval(first: Sequence[float], second: Sequence[float]) -> In
     Teachers Should Know About the Bootstrap", section 5.3).
     """
     rounds = len(first)
-    if rounds < FEWEST_ROUNDS:
+    if rounds < MIN_ROUNDS:
         return None
     chosen = np.random.default_rng(0).integers(rounds, size=(RESAMPLES, rounds))
     ratios = np.median(np.asarray(first)[chosen], axis=1) / np.median(np.asarray(second)[chosen], axis=1)
+    # A bootstrap's variance divides by the number of rounds, Student's by one less, hence the root.
     reach = special.stdtrit(rounds - 1, (1 + CONFIDENCE) / 2)
     tail = special.ndtr(-np.sqrt(rounds / (rounds - 1)) * reach)
     low, high = np.quantile(ratios, (tail, 1 - tail))

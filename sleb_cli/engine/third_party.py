@@ -73,13 +73,13 @@ def translate_errors(sentence: Callable[[str], SlebError]) -> Iterator[None]:
 
 
 def error_saying(kind: type[SlebError], what: str, hint: str) -> Callable[[str], SlebError]:
-    """Return what makes an error of the words of an exception, for `translate_errors`: "what: words."."""
+    """Return a function for `translate_errors` that makes an error of an exception's words: "what: words."."""
     return lambda words: kind(f"{what}: {words}.", hint=hint)
 
 
 @contextmanager
 def saving(path: Path) -> Iterator[None]:
-    """Turn what safetensors cannot write into an `OutputError`: it puts the system's errors into words of its own.
+    """Turn an error of safetensors in writing, which words the system's errors its own way, into an `OutputError`.
 
     Raises:
         OutputError: it cannot write.
@@ -98,8 +98,8 @@ def prefer_disk_error(*verdicts: type[Exception]) -> Iterator[None]:
     try:
         yield
     except verdicts as error:
-        if found := disk_error(error):
-            raise found from error
+        if cause := disk_error(error):
+            raise cause from error
         raise
 
 
@@ -110,18 +110,18 @@ _NO_FAILURE = {None, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 def disk_error(error: BaseException | None) -> OSError | None:
     """Return the error of the disk that an exception is, or was raised for; None if there is none."""
     while error is not None:
-        found = error if isinstance(error, OSError) and error.errno is not None else _in_words(error)
-        if found and found.errno not in _NO_FAILURE and not isinstance(found, ConnectionError):
-            return found
+        os_error = error if isinstance(error, OSError) and error.errno is not None else _parse_os_error(error)
+        if os_error and os_error.errno not in _NO_FAILURE and not isinstance(os_error, ConnectionError):
+            return os_error
         error = error.__cause__ or error.__context__
     return None
 
 
-def _in_words(error: BaseException) -> OSError | None:
-    """Return the error of the system that Rust or torch put into words."""
+def _parse_os_error(error: BaseException) -> OSError | None:
+    """Read the system's error out of the words of Rust or torch, which keep no number."""
     words = str(error)
-    for found in re.finditer(r"\((?:os error )?(\d{1,3})\)", words):
-        if words[: found.start()].endswith(f"{os.strerror(number := int(found[1]))} "):
+    for match in re.finditer(r"\((?:os error )?(\d{1,3})\)", words):
+        if words[: match.start()].endswith(f"{os.strerror(number := int(match[1]))} "):
             return OSError(number, os.strerror(number))
     # safetensors says so of every file that it cannot open.
     _, missing, path = words.partition("No such file or directory: ")

@@ -37,7 +37,7 @@ def clashing():
     """Yield a command for each way in which a row forbids it."""
     for row, (command, request) in product(CLASHES, COMMANDS.items()):
         names = {each.name for each in fields(request)}
-        if not issubclass(request, row.of):
+        if not issubclass(request, row.request_type):
             continue
         others = row.others.split() if isinstance(row, Clash) else [row.beside]
         for one, other in product(row.options.split(), others):

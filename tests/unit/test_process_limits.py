@@ -31,7 +31,7 @@ JOB = {"slurm/job/step": ("max", "max", 700), "slurm/job": (2000, "max", 1900), 
 )
 def test_the_least_that_any_group_leaves(tmp_path, monkeypatch, cgroup, groups, left):
     monkeypatch.setattr(process_limits.sys, "platform", "linux")
-    monkeypatch.setattr(process_limits, "_left_of_resources", lambda: iter(()))
+    monkeypatch.setattr(process_limits, "_memory_left_by_ulimit", lambda: iter(()))
     monkeypatch.setattr(process_limits, "PROC", tmp_path)
     monkeypatch.setattr(process_limits, "GROUPS", tmp_path / "groups")
     (tmp_path / "cgroup").write_text(cgroup)
@@ -52,7 +52,7 @@ def test_the_least_that_any_group_leaves(tmp_path, monkeypatch, cgroup, groups, 
 )
 def test_limits_of_the_shell_count(monkeypatch, memory, data, left):
     limits = {psutil.RLIMIT_AS: (memory, 2000), psutil.RLIMIT_DATA: (data, 2000)}
-    monkeypatch.setattr(process_limits, "_groups", lambda controller: iter(()))
+    monkeypatch.setattr(process_limits, "_control_groups", lambda controller: iter(()))
     monkeypatch.setattr(psutil.Process, "rlimit", lambda process, resource: limits[resource])
     monkeypatch.setattr(psutil.Process, "memory_info", lambda process: type("Memory", (), {"vms": 900, "data": 400})())
     assert left_under_limits() == left

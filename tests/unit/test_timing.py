@@ -7,7 +7,7 @@ import pytest
 
 from sleb_cli.engine import statistics
 from sleb_cli.engine.speed.timing import WARMUP_LIMIT, Measured, draw_prompts, latencies, measure, workload_result
-from sleb_cli.engine.statistics import FEWEST_ROUNDS, count_outliers, median_ratio_interval
+from sleb_cli.engine.statistics import MIN_ROUNDS, count_outliers, median_ratio_interval
 from sleb_cli.events import Notice
 from sleb_cli.results import WarmupRecord, Workload
 from sleb_plugins.engine import TimedRun
@@ -139,8 +139,8 @@ def test_an_interval_is_reproducible_and_needs_enough_rounds():
     # With so many rounds, other resamples would give another interval.
     dense, pruned = rounds("spikes", 20, np.random.default_rng(0))
     assert median_ratio_interval(dense, pruned) == median_ratio_interval(dense, pruned)
-    assert median_ratio_interval(dense[:FEWEST_ROUNDS], pruned[:FEWEST_ROUNDS]) is not None
-    assert median_ratio_interval(dense[: FEWEST_ROUNDS - 1], pruned[: FEWEST_ROUNDS - 1]) is None
+    assert median_ratio_interval(dense[:MIN_ROUNDS], pruned[:MIN_ROUNDS]) is not None
+    assert median_ratio_interval(dense[: MIN_ROUNDS - 1], pruned[: MIN_ROUNDS - 1]) is None
 
 
 def test_a_speedup_is_over_the_dense_runs_of_the_same_rounds():

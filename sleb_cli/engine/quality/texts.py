@@ -118,7 +118,7 @@ class _Scorer:
         with task(self.models.notify, f"Perplexity on {source}", sum(map(len, self.parts)), "windows") as advance:
             for turn in deal(runs, group.size):
                 mine = (scored for run in turn[group.rank] for scored in self._measured(run))
-                for number, scores in group.in_turn(mine):
+                for number, scores in group.gather_in_order(mine):
                     found[number] = scores
                     loss = min(float(scores[0]["nll"].double().mean()), 700)
                     advance(len(self.parts[number]), f"dense: {math.exp(loss):.2f} in the last windows")
