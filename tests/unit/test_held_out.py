@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 
-from sleb_cli.engine.search.held_out import ERROR, compare_growth, hold_out
+from sleb_cli.engine.search.held_out import MAX_ERROR_RATE, hold_out, overfitting_test
 from sleb_cli.engine.text.calibration import Calibration
 
 
@@ -36,7 +36,7 @@ def test_the_last_are_held_out_and_both_parts_keep_one(count, share, held):
 )
 def test_the_gap_and_its_error_are_those_of_students_t(searched, held_out, error, overfits):
     gap = statistics.fmean(held_out) - statistics.fmean(searched)
-    assert compare_growth(searched, held_out, 0.05) == (pytest.approx(gap), pytest.approx(error), overfits)
+    assert overfitting_test(searched, held_out, 0.05) == (pytest.approx(gap), pytest.approx(error), overfits)
 
 
 @pytest.mark.parametrize(("searched", "held_out"), [(13, 3), (12, 1)])
@@ -44,7 +44,11 @@ def test_chance_alone_warns_as_rarely_as_said(searched, held_out):
     rng = random.Random(0)
     rounds = 4000
     warned = sum(
-        compare_growth(*([rng.gauss(0.3, 0.1) for _ in range(count)] for count in (searched, held_out)), ERROR)[2]
+        overfitting_test(
+            *([rng.gauss(0.3, 0.1) for _ in range(count)] for count in (searched, held_out)), MAX_ERROR_RATE
+        )[2]
         for _ in range(rounds)
     )
-    assert warned / rounds == pytest.approx(ERROR, abs=3 * math.sqrt(ERROR * (1 - ERROR) / rounds))
+    assert warned / rounds == pytest.approx(
+        MAX_ERROR_RATE, abs=3 * math.sqrt(MAX_ERROR_RATE * (1 - MAX_ERROR_RATE) / rounds)
+    )

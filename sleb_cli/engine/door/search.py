@@ -20,7 +20,7 @@ from sleb_cli.engine.model.sizes import PerBlock, cache_bytes, count_parameters,
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.choices import Protection
-from sleb_cli.engine.search.journal import recorded
+from sleb_cli.engine.search.journal import recorded_settings
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.settings import ExpertMethod, Method, Recording, Search, SearchedModel
 from sleb_cli.engine.search.speedup import time_target
@@ -125,7 +125,7 @@ def experts_to_remove(
     if isinstance(target, SizeTarget):
         whole, each = target.sizes.without(()), expert_parameters(architecture)
         each *= _served_dtype(request, architecture).itemsize if name == "target_memory" else 1
-        wanted = math.ceil((whole - target.most) / each)
+        wanted = math.ceil((whole - target.limit) / each)
         if wanted < 1:
             raise UsageError(f"The model is already at {target.describe(whole)}.", hint="Nothing needs to be removed.")
     else:
@@ -142,7 +142,7 @@ def experts_to_remove(
     if not isinstance(target, SizeTarget):
         return fewer, None
     reached = whole - fewer * each
-    return fewer, TargetRecord(name=name, limit=target.most, dense=whole, reached=reached, kv_cache=target.kv_cache)
+    return fewer, TargetRecord(name=name, limit=target.limit, dense=whole, reached=reached, kv_cache=target.kv_cache)
 
 
 def _say_what_else_fits(experts: Experts, wanted: int, fewer: int, notify: Notify) -> None:
@@ -183,7 +183,7 @@ def _as_before(request: SearchRequest) -> SearchRequest:
     """Fill options that free memory decides from the unfinished search, if it is resumed."""
     if not request.resume:
         return request
-    before = recorded(journal_of(request.plan_file), {"dtype": str, "batch_size": int})
+    before = recorded_settings(journal_of(request.plan_file), {"dtype": str, "batch_size": int})
     return replace(request, **{name: value for name, value in before.items() if getattr(request, name) is None})
 
 

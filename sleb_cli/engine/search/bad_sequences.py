@@ -21,7 +21,7 @@ QUOTED_TOKENS, QUOTED_CHARACTERS = 16, 40
 
 @torch.inference_mode()
 def find_bad(passes: Passes) -> list[tuple[int, str]]:
-    """Return the rows whose hidden states or losses in the dense model are not all finite, and where that begins."""
+    """Return the rows on which the dense model's states or losses are not all finite, and the place of the first."""
     states = passes.score_states(passes.numbers, (), range(len(passes.skippable.switches)), _finite_sides)
     places = []
     for batch, _, losses in passes.score(NegativeLogLikelihood(), (), [(batch, ()) for batch in passes.numbers]):
@@ -31,11 +31,11 @@ def find_bad(passes: Passes) -> list[tuple[int, str]]:
                 places.append(f"block {first}" if states[batch][first, first][row] else "the embeddings")
             else:
                 places.append("" if math.isfinite(loss) else "the head")
-    return [(row, place) for row, place in enumerate(places) if place]
+    return [(row, where) for row, where in enumerate(places) if where]
 
 
 def _finite_sides(entering: Tensor, leaving: Tensor) -> list[float]:
-    """Return 2 for each sequence if both its states are finite, 1 if what enters a block is, else 0."""
+    """Return for each sequence 2 if its states before and after a block are finite, 1 if only those before, else 0."""
     before, after = (states.isfinite().flatten(1).all(1) for states in (entering, leaving))
     sides: list[float] = (before.float() + (before & after).float()).tolist()
     return sides

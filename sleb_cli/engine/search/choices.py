@@ -62,7 +62,7 @@ Score = Callable[[Sequence[int], Sequence[int]], Outcome]
 """Takes the blocks removed so far, whose order has no meaning, and the candidates; returns the candidates' scores."""
 
 Candidates = Callable[[Sequence[int]], Sequence[int]]
-"""Takes the blocks removed so far; returns those that may be removed next, in order."""
+"""Takes the blocks removed so far; returns the blocks that may be removed next, in order."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Protection:
 
 
 def comparable(score: float) -> float:
-    """Return a score that can be compared: what is not a finite number is worse than any that is."""
+    """Return the score, or infinity if it is not finite: worse than any that is, and comparable, unlike NaN."""
     return score if math.isfinite(score) else math.inf
 
 

@@ -27,9 +27,9 @@ from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.experts import expert_parameters
 from sleb_cli.engine.process_group import deal
 from sleb_cli.engine.search.held_out import hold_out
-from sleb_cli.engine.search.inputs import SearchInputs, found_plan, open_search_journal, search_record, write_sample
+from sleb_cli.engine.search.inputs import SearchInputs, make_plan, open_search_journal, search_record, write_sample
 from sleb_cli.engine.search.journal import Journal
-from sleb_cli.engine.search.losses import LARGEST_LOSS
+from sleb_cli.engine.search.losses import MAX_LOSS
 from sleb_cli.engine.search.settings import ExpertMethod, Search
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify, task
@@ -49,7 +49,7 @@ Sums = Tensor
 
 @dataclass(frozen=True)
 class Text:
-    """The sequences of one source that scores see, or that are held out: some batches of the passes."""
+    """The sequences of one source, scored or held out, and the batches of the passes that hold them."""
 
     source: str
     held_out: bool
@@ -87,8 +87,8 @@ def search_experts(search: Search, method: ExpertMethod, inputs: SearchInputs, s
         with cut.absent(model.model):
             measuring.measure(cut.steps, f"Measuring without {cut.what}")
         sample = write_sample(search, inputs, (), cut.absent(model.model))
-    found = {"dense": measuring.dense_record(), "experts": measuring.plan(orders, cut), "sample_generation": sample}
-    return found_plan(search, inputs, record, started, search=record, removals=(), steps=(), **found)
+    findings = {"dense": measuring.dense_record(), "experts": measuring.plan(orders, cut), "sample_generation": sample}
+    return make_plan(search, inputs, record, started, search=record, removals=(), steps=(), **findings)
 
 
 def _passes(search: Search, inputs: SearchInputs, holdout: float) -> tuple[Passes, list[Text], str | None]:
@@ -104,13 +104,13 @@ def _passes(search: Search, inputs: SearchInputs, holdout: float) -> tuple[Passe
         walks_together=True,
     )
     texts, batches, masks = list[Text](), list[Tensor](), list[Tensor]()
-    for held, part in enumerate(filter(None, hold_out(whole, holdout))):
-        for source in dict.fromkeys(part.origins):
-            ids, mask = part.sequences_of(source)
+    for is_held_out, calibration in enumerate(filter(None, hold_out(whole, holdout))):
+        for source in dict.fromkeys(calibration.origins):
+            ids, mask = calibration.sequences_of(source)
             first, size = len(batches), prepared.budget.sequences
             batches += torch.split(ids, size)
             masks += [] if mask is None else torch.split(mask, size)
-            texts.append(Text(source, bool(held), len(ids), range(first, len(batches))))
+            texts.append(Text(source, bool(is_held_out), len(ids), range(first, len(batches))))
     budget = replace(prepared.budget, kept=0)
     return replace(prepared, batches=batches, loss_mask=masks or None, budget=budget), texts, reason
 
@@ -155,7 +155,7 @@ class _Measuring:
         announce(self.notify, f"Search: two walks of {tokens:,.0f} tokens", tokens * walks, skippable, batches[0])
 
     def measure(self, removed: Sequence[int], what: str) -> None:
-        """Measure the losses of the batches without what goes, and record what was counted meanwhile."""
+        """Measure the losses of the batches without `removed`, and record the sums counted meanwhile."""
         missing = [batch for batch in self.passes.numbers if self.journal.find(removed, None, batch) is None]
         group = self.journal.group
         if self.passes.skippable.weights.resident:
@@ -170,7 +170,7 @@ class _Measuring:
                 self.journal.exchange()
 
     def _record(self, batch: int, losses: list[float], removed: Sequence[int]) -> None:
-        if not all(loss < LARGEST_LOSS for loss in losses):
+        if not all(loss < MAX_LOSS for loss in losses):
             name, dtype = self.architecture.source.id, self.passes.skippable.model.dtype
             raise ModelError(
                 f"{name} computes NaN, infinity or a perplexity that is not finite in {dtype_name(dtype)}"
@@ -186,10 +186,9 @@ class _Measuring:
         return fmean(self.journal.scores(removed, None, [batch for text in texts for batch in text.batches]))
 
     def dense_record(self) -> DenseRecord:
-        """Return the losses of the dense model."""
-        seen, held = ([text for text in self.texts if text.held_out == is_held] for is_held in (False, True))
-        loss, of_held = self.loss((), seen), self.loss((), held) if held else None
-        held_out = None if of_held is None else HeldOutRecord(loss=of_held, perplexity=math.exp(of_held))
+        seen, held_texts = ([text for text in self.texts if text.held_out == is_held] for is_held in (False, True))
+        loss, held_loss = self.loss((), seen), self.loss((), held_texts) if held_texts else None
+        held_out = None if held_loss is None else HeldOutRecord(loss=held_loss, perplexity=math.exp(held_loss))
         return DenseRecord(loss=loss, perplexity=math.exp(loss), held_out=held_out)
 
     def use(self, block: int, texts: Iterable[Text]) -> ExpertUse:
@@ -206,7 +205,7 @@ class _Measuring:
         return ExpertOrder(block=block, removals=removals, scores=tuple(values), tokens=tokens)
 
     def plan(self, orders: tuple[ExpertOrder, ...], cut: ExpertCut) -> ExpertPlan:
-        """Return what goes, the sizes before and after, and what it costs each text."""
+        """Return the record of the removal: the experts, the sizes before and after, and the losses on each text."""
         experts = self.architecture.experts
         return ExpertPlan(
             count=experts.count,
@@ -221,49 +220,52 @@ class _Measuring:
         """Return the losses on a text, and how it uses the experts."""
         uses = {block: self.use(block, [text]) for block in self.architecture.experts.blocks}
         whole = sum(float(use.squared_products.sum()) for use in uses.values())
-        kept = sum(float(use.squared_products[list(cut.kept(block))].sum()) for block, use in uses.items())
+        remaining = sum(float(use.squared_products[list(cut.kept(block))].sum()) for block, use in uses.items())
         return ExpertsText(
             text=text.source,
             sequences=text.sequences,
             held_out=text.held_out,
             dense=self.loss((), [text]),
             pruned=self.loss(cut.steps, [text]),
-            kept=kept / whole if whole else 0.0,
+            kept=remaining / whole if whole else 0.0,
             unreached=sum(int((use.tokens == 0).sum()) for use in uses.values()),
         )
 
 
 def sums_of(choice: Choice, count: int) -> Sums:
     """Add up how tokens use the experts: the fields of `ExpertUse`, float64 [6, experts]."""
-    found = torch.zeros(6, count, dtype=torch.float64)
+    sums = torch.zeros(6, count, dtype=torch.float64)
     active, width = choice.experts.shape[-1], choice.hidden.shape[-1]
     tokens = max(1, PIECE_BYTES // (active * width * 4))
     given = (choice.hidden, choice.experts, choice.gates)
-    pieces = zip(*(torch.split(each, tokens) for each in given), strict=True)
+    pieces = zip(*(torch.split(tensor, tokens) for tensor in given), strict=True)
     for hidden, experts, gates in pieces:
         chosen, gate = experts.reshape(-1), gates.reshape(-1).double().abs()
         norm = choice.alone(hidden.repeat_interleave(active, 0), chosen).float().norm(dim=-1).double()
         values = torch.stack([gate.new_ones(len(gate)), gate, norm, gate * norm, norm**2, (gate * norm) ** 2])
         used = (chosen < count) & (gate != 0)  # neither one that computes nothing, nor one that is masked
-        found.index_add_(1, chosen[used].long().cpu(), values[:, used].cpu())
-    return found
+        sums.index_add_(1, chosen[used].long().cpu(), values[:, used].cpu())
+    return sums
 
 
 def lowest(scores: Sequence[float], groups: int) -> tuple[int, ...]:
-    """Return the experts, the lowest score first, ties by number; one of each group after the other."""
+    """Return the experts, the lowest score first, ties by number, taking one from each group in turn.
+
+    So any number of whole turns removes as many of each group.
+    """
     size = len(scores) // groups
     of_groups = [sorted(range(first, first + size), key=scores.__getitem__) for first in range(0, len(scores), size)]
-    return tuple(expert for of_place in zip(*of_groups, strict=True) for expert in of_place)
+    return tuple(expert for same_rank in zip(*of_groups, strict=True) for expert in same_rank)
 
 
 def _sizes(cut: ExpertCut) -> dict[str, tuple[int, int]]:
-    """Return parameters, those that a token uses, and bytes of the weights, before and after."""
+    """Return the parameters, the parameters that a token uses, and the bytes of the weights, before and after."""
     architecture, stored = cut.architecture, cut.architecture.source.weights.stored
-    parameters = sum(each.numel() for each in architecture.skeleton.parameters())
+    parameters = sum(parameter.numel() for parameter in architecture.skeleton.parameters())
     of_expert = expert_parameters(architecture)
     active = parameters - of_expert * (cut.count - architecture.experts.active)  # a token uses as many as before
-    kept = Surgery(architecture, (cut,)).tensors((tensor.name, tensor) for tensor in stored)
-    size = sum(new_tensor(name, tensor, None, slices, None).size for name, tensor, slices in kept)
+    remaining = Surgery(architecture, (cut,)).tensors((tensor.name, tensor) for tensor in stored)
+    size = sum(new_tensor(name, tensor, None, slices, None).size for name, tensor, slices in remaining)
     return {
         "parameters": (parameters, parameters - of_expert * cut.fewer),
         "active_parameters": (active, active),

@@ -12,8 +12,8 @@ from sleb_cli.engine.text.calibration import Calibration
 from sleb_cli.plan import Step
 from sleb_plugins import UsageError
 
-ERROR = 0.05
-"""The largest share of searches flagged as overfitting by chance alone, if differences are normally distributed."""
+MAX_ERROR_RATE = 0.05
+"""The share of searches at most that chance alone flags as overfitting, if differences are normally distributed."""
 
 # With fewer degrees of freedom, the standard error is too uncertain to conclude anything.
 MIN_DEGREES_OF_FREEDOM = 3
@@ -35,41 +35,40 @@ def hold_out(calibration: Calibration, share: float) -> tuple[Calibration, Calib
         raise UsageError(
             "A single calibration sequence cannot be split.", hint="Leave out --holdout, or use more text."
         )
-    kept = count - min(max(1, round(share * count)), count - 1)
-    return calibration.part(range(kept)), calibration.part(range(kept, count))
+    searched = count - min(max(1, round(share * count)), count - 1)
+    return calibration.part(range(searched)), calibration.part(range(searched, count))
 
 
 def overfitting_note(steps: Sequence[Step]) -> str | None:
     """Return a warning that names the first step that overfits, if any does."""
     for number, step in enumerate(steps, start=1):
-        found = step.held_out
-        if found is not None and found.overfits:
+        record = step.held_out
+        if record is not None and record.overfits:
             return (
                 f"The search overfits its calibration text from step {number}: the loss grew by "
-                f"{found.generalization_gap:.3f} nats per token more on the held-out sequences than on those searched "
-                f"({found.generalization_gap / found.standard_error:.1f} standard errors). "
+                f"{record.generalization_gap:.3f} nats per token more on the held-out sequences than on those searched "
+                f"({record.generalization_gap / record.standard_error:.1f} standard errors). "
                 "More or different calibration text may help."
             )
     return None
 
 
-def compare_growth(searched: Sequence[float], held_out: Sequence[float], tail: float) -> tuple[float, float, bool]:
-    """Return the generalization gap, its standard error, and whether it is more than chance explains.
+def overfitting_test(searched: Sequence[float], held_out: Sequence[float], tail: float) -> tuple[float, float, bool]:
+    """Return the generalization gap, its standard error, and whether the gap is larger than chance explains.
 
     Each sequence is paired with itself in the dense model, so its difficulty cancels out. If the search favoured
-    neither part, both would have the same variance, so the error is that of a difference of two means with a pooled
-    variance (Student's t).
+    neither part, both would have the same variance, so this is Student's t-test of two means with a pooled variance.
 
     Args:
         searched: the growth of the loss of each searched sequence, in nats per token.
-        held_out: the same for each held-out sequence.
+        held_out: the growth of the loss of each held-out sequence.
         tail: the allowed probability of a false positive.
     """
     generalization_gap = fmean(held_out) - fmean(searched)
     freedom = len(searched) + len(held_out) - 2
     if freedom < 1:
         return generalization_gap, 0.0, False
-    squares = sum(sum((value - fmean(part)) ** 2 for value in part) for part in (searched, held_out))
+    squares = sum(sum((value - fmean(growths)) ** 2 for value in growths) for growths in (searched, held_out))
     error = math.sqrt(squares / freedom * (1 / len(searched) + 1 / len(held_out)))
     limit = float(stdtrit(freedom, 1 - tail)) * error
     return generalization_gap, error, freedom >= MIN_DEGREES_OF_FREEDOM and 0 < limit < generalization_gap

@@ -31,12 +31,12 @@ from sleb_cli.requests import DEMO
 from sleb_plugins import LogitMetric, ModelMetric, PlanError
 
 PROMPT_TOKENS, NEW_TOKENS = 8, 2
-"""How many tokens show whether a model works with a KV cache."""
+"""Enough tokens to show whether a model works with a KV cache."""
 
 
 @dataclass(frozen=True)
 class SearchInputs:
-    """What all searches of one model on one text share, loaded once; the processes, and the listener for events."""
+    """The inputs that all searches of one model on one text share, loaded once."""
 
     tokenizer: Any
     model: SkippableModel
@@ -65,15 +65,15 @@ def _open_model(search: Search, group: ProcessGroup, notify: Notify) -> Skippabl
 
     That is left to the proof where it would cost a read of the weights, or where rounding may choose other experts.
     """
-    architecture, place = search.model.architecture, search.model.placement
-    model = open_dense(architecture, place, notify)
-    may_round = place.dtype.itemsize < 4 and "expert" in str(architecture.text_config)
-    if not group.is_main or not model.weights.resident or place.device_map or may_round:
+    architecture, placement = search.model.architecture, search.model.placement
+    model = open_dense(architecture, placement, notify)
+    may_round = placement.dtype.itemsize < 4 and "expert" in str(architecture.text_config)
+    if not group.is_main or not model.weights.resident or placement.device_map or may_round:
         return model
     room = max(1, (architecture.longest_sequence or PROMPT_TOKENS + NEW_TOKENS) - NEW_TOKENS)
     vocabulary = architecture.text_config.vocab_size  # whose first tokens are special in many families
     ids = (vocabulary // 2 + torch.arange(min(PROMPT_TOKENS, room), device=model.device)[None]) % vocabulary
-    _, fault = check_decoding(model.model, ids, NEW_TOKENS, place.dtype)
+    _, fault = check_decoding(model.model, ids, NEW_TOKENS, placement.dtype)
     with model:
         if fault and bool(model.logits(ids, ()).isfinite().all()):  # else the search will say more
             needs = "Text that it writes, `sleb bench` and the proof of `sleb apply` need one; the search does not"
@@ -84,17 +84,17 @@ def _open_model(search: Search, group: ProcessGroup, notify: Notify) -> Skippabl
 def _require_continuation(search: Search, plan: Plan, calibration: Calibration) -> None:
     """Check that the extended plan was searched on the same tokens, with the same settings."""
     names = ("metric", "strategy", "protect_first", "protect_last", "fast", "holdout")
-    found: dict[str, Any] = {name: search.recording.options.get(name) for name in names}
+    current: dict[str, Any] = {name: search.recording.options.get(name) for name in names}
     assert isinstance(search.method, Method)
-    protected, own = search.method.removable.protection.blocks, search.method.implementation
-    found |= {"dtype": dtype_name(search.model.placement.dtype), "protect": protected}
-    expected = {name: getattr(plan.search, name) for name in found}
-    for settings, implementation in ((found, own), (expected, plan.search.implementation)):
+    protected, ours = search.method.removable.protection.blocks, search.method.implementation
+    current |= {"dtype": dtype_name(search.model.placement.dtype), "protect": protected}
+    expected = {name: getattr(plan.search, name) for name in current}
+    for settings, implementation in ((current, ours), (expected, plan.search.implementation)):
         # Another version of sleb can extend the plan, so the code of its own metrics does not count.
         excluded = {"version", "code"} if implementation and implementation.package == "sleb" else None
         settings["implementation"] = implementation and implementation.model_dump(exclude=excluded)
     differing = differences(
-        {"search": found, "calibration": calibration.record.to_data()},
+        {"search": current, "calibration": calibration.record.to_data()},
         {"search": expected, "calibration": plan.calibration.to_data()},
     )
     if differing:
@@ -105,8 +105,8 @@ def _require_continuation(search: Search, plan: Plan, calibration: Calibration) 
         )
 
 
-def search_record(search: Search, passes: Passes, held_out: int, **found: Any) -> SearchRecord:
-    """Return how a search is run, with what only its unit knows; `held_out` is the number of such sequences."""
+def search_record(search: Search, passes: Passes, held_out: int, **fields: Any) -> SearchRecord:
+    """Return the record of how a search runs; `held_out` counts sequences, and `fields` are those of its unit."""
     method, placement = search.method, search.model.placement
     return SearchRecord(
         strategy=method.strategy_name,
@@ -117,12 +117,12 @@ def search_record(search: Search, passes: Passes, held_out: int, **found: Any) -
         batch_size=passes.budget.sequences,
         holdout=method.holdout,
         held_out=held_out,
-        **found,
+        **fields,
     )
 
 
 def _repeating_options(search: Search, record: SearchRecord, text: CalibrationRecord) -> dict[str, Any]:
-    """Return the options that repeat this search, with those that the machine decided: they decide the last digits."""
+    """Return the options that repeat this search, also where the machine chose: they decide the last digits."""
     model = search.model.architecture.record
     decided = {
         "model": model.id,
@@ -139,7 +139,10 @@ def _repeating_options(search: Search, record: SearchRecord, text: CalibrationRe
 
 
 def open_search_journal(search: Search, inputs: SearchInputs, record: SearchRecord) -> AbstractContextManager[Journal]:
-    """Open the journal of this search, named by all that measurements depend on; the number of removals is not."""
+    """Open the journal of this search, identified by all that its measurements depend on.
+
+    They do not depend on the number of removals, so a search for more blocks continues with the same journal.
+    """
     architecture = search.model.architecture
     key = key_of(
         architecture.identity,
@@ -159,8 +162,8 @@ def open_search_journal(search: Search, inputs: SearchInputs, record: SearchReco
     )
 
 
-def found_plan(search: Search, inputs: SearchInputs, record: SearchRecord, started: float, /, **found: Any) -> Plan:
-    """Return the plan of a search that began at `started`, with what it found."""
+def make_plan(search: Search, inputs: SearchInputs, record: SearchRecord, started: float, /, **findings: Any) -> Plan:
+    """Return the plan of a search that began at `started`, with its findings."""
     text, took = inputs.calibration.record, time.monotonic() - started
     return Plan(
         **THIS_VERSION,
@@ -168,7 +171,7 @@ def found_plan(search: Search, inputs: SearchInputs, record: SearchRecord, start
         model=search.model.architecture.record,
         calibration=text,
         environment=environment_record(dict(search.recording.plugins), search.model.placement.device, took),
-        **found,
+        **findings,
     )
 
 

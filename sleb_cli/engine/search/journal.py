@@ -36,7 +36,7 @@ SECONDS_BETWEEN_SYNCS = 5.0
 FORMAT = 1
 
 # No batch has enough sequences for its scores to take more.
-LONGEST_LINE = 16 << 20
+MAX_LINE_BYTES = 16 << 20
 
 Name = tuple[tuple[int, ...], int | None, int | None]
 """What was measured: the removed blocks, the candidate, and the batch."""
@@ -45,13 +45,13 @@ Measurement = tuple[Name, list[float]]
 """What was measured, and the score of each sequence."""
 
 
-def recorded(journal: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
-    """Return settings of these kinds of an unfinished search; none if there is no search that can be read."""
+def recorded_settings(journal: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
+    """Return these settings of an unfinished search, if they are of these types; none if it cannot be read."""
     if journal.is_symlink() or not journal.is_file():  # but a pipe, perhaps
         return {}
     try:
         with journal.open("rb") as file:
-            begun = from_json(_content(file.readline(LONGEST_LINE)) or b"")
+            begun = from_json(_content(file.readline(MAX_LINE_BYTES)) or b"")
             settings = begun | begun["search"]
             return {name: settings[name] for name, kind in kinds.items() if isinstance(settings[name], kind)}
     except (OSError, ValueError, LookupError, TypeError):
@@ -87,7 +87,7 @@ class Journal:
         resume: whether to continue what the file holds.
         group: the processes that search together; the main one writes the file, and all have what it holds.
         whole_models: whether scores are of the model without all these blocks, rather than of the candidate.
-        require_valid: raises if what is about to be recorded is not what it says.
+        require_valid: raises if a measurement about to be recorded is not of the model that it names.
     """
 
     def __init__(
@@ -128,13 +128,13 @@ class Journal:
         return self._known.get(self._key(removed, block, batch))
 
     def scores(self, removed: Sequence[int], block: int | None, batches: Iterable[int | None]) -> list[float]:
-        """Return the scores on these batches, one after the other, as far as they were measured."""
+        """Return the scores on these batches in turn, leaving out batches that were not measured."""
         return [score for batch in batches for score in self.find(removed, block, batch) or ()]
 
     def add(
         self, scores: Sequence[float], removed: Sequence[int], block: int | None = None, batch: int | None = None
     ) -> None:
-        """Record a measurement; what is not a finite number is null in the file, and infinite when it is found.
+        """Record a measurement. A score that is not finite is null in the file, and infinite when it is read.
 
         Raises:
             OutputError: the file cannot be written.
@@ -209,7 +209,7 @@ class Journal:
         """Read the complete lines, up to the first that is damaged, and return their length in bytes."""
         try:
             file.seek(0)
-            line = file.readline(LONGEST_LINE)
+            line = file.readline(MAX_LINE_BYTES)
             if not line:
                 return 0
             begun = from_json(_content(line) or b"")
@@ -226,13 +226,13 @@ class Journal:
                     hint="Use the same model, data, metric and settings, or start over with --force.",
                 )
             whole = len(line)
-            while (content := _content(line := file.readline(LONGEST_LINE))) is not None:
+            while (content := _content(line := file.readline(MAX_LINE_BYTES))) is not None:
                 try:
-                    found = _Line.model_validate_json(content)
+                    parsed = _Line.model_validate_json(content)
                 except ValidationError:
                     break
-                scores = [math.inf if score is None else score for score in found.scores]
-                self._known[self._key(found.removed, found.block, found.batch)] = scores
+                scores = [math.inf if score is None else score for score in parsed.scores]
+                self._known[self._key(parsed.removed, parsed.block, parsed.batch)] = scores
                 whole += len(line)
             return whole
         except ValueError as error:
@@ -279,7 +279,7 @@ def open_journal(
 
 
 def _content(line: bytes) -> bytes | None:
-    """Return what a line holds, if it is whole and its checksum right."""
+    """Return the JSON of a line, if the line is whole and its checksum right."""
     checksum, _, text = line.rstrip(b"\n").partition(b" ")
     return text if line.endswith(b"\n") and checksum == b"%08x" % zlib.crc32(text) else None
 

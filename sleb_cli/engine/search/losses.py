@@ -8,13 +8,13 @@ from functools import partial
 from statistics import fmean
 
 from sleb_cli.engine.device import dtype_name, wider_range
-from sleb_cli.engine.search.held_out import ERROR, compare_growth
+from sleb_cli.engine.search.held_out import MAX_ERROR_RATE, overfitting_test
 from sleb_cli.engine.search.scoring import Scoring
 from sleb_cli.events import task
 from sleb_cli.plan import DenseRecord, HeldOutRecord
 from sleb_plugins import ModelError
 
-LARGEST_LOSS = math.log(sys.float_info.max)
+MAX_LOSS = math.log(sys.float_info.max)
 """In nats per token; the perplexity of a larger one is no finite number."""
 
 
@@ -29,42 +29,42 @@ def measure_dense(scoring: Scoring, name: str) -> DenseRecord:
     held_out = scoring.losses((), held_out=True) if scoring.held_out else []
     if not all(map(math.isfinite, (*losses, *held_out))):
         scoring.require_sound()
-    what, loss = f"In {name}", fmean(losses)
+    opening, loss = f"In {name}", fmean(losses)
     return DenseRecord(
-        loss=loss, perplexity=perplexity(scoring, loss, what), held_out=measure_held_out(scoring, (), what)
+        loss=loss, perplexity=perplexity(scoring, loss, opening), held_out=measure_held_out(scoring, (), opening)
     )
 
 
 def measure_held_out(
-    scoring: Scoring, removed: tuple[int, ...], what: str, comparisons: int = 1
+    scoring: Scoring, removed: tuple[int, ...], opening: str, comparisons: int = 1
 ) -> HeldOutRecord | None:
-    """Return the loss on the held-out sequences; of a pruned model, also whether it overfits the others.
+    """Return the loss on the held-out sequences, and for a pruned model, whether it overfits the searched ones.
 
-    Of as many `comparisons`, one finds overfitting by chance with the probability `ERROR`.
+    Of as many `comparisons`, one finds overfitting by chance with the probability `MAX_ERROR_RATE`.
     """
     if scoring.held_out is None:
         return None
     loss = fmean(scoring.losses(removed, held_out=True))
-    record = HeldOutRecord(loss=loss, perplexity=perplexity(scoring, loss, what))
+    record = HeldOutRecord(loss=loss, perplexity=perplexity(scoring, loss, opening))
     if not removed:
         return record
     both = (scoring.losses, partial(scoring.losses, held_out=True))
     searched, held_out = ([new - old for old, new in zip(losses(()), losses(removed), strict=True)] for losses in both)
-    gap, error, overfits = compare_growth(searched, held_out, ERROR / comparisons)
+    gap, error, overfits = overfitting_test(searched, held_out, MAX_ERROR_RATE / comparisons)
     return record.model_copy(update={"generalization_gap": gap, "standard_error": error, "overfits": overfits})
 
 
-def perplexity(scoring: Scoring, loss: float, what: str) -> float:
-    """Return the perplexity; `what` begins the sentence about one that is not finite.
+def perplexity(scoring: Scoring, loss: float, opening: str) -> float:
+    """Return the perplexity; `opening` begins the sentence about one that is not finite: "Without block 5".
 
     Raises:
         ModelError: it is not finite.
     """
-    if not loss < LARGEST_LOSS:
+    if not loss < MAX_LOSS:
         dtype = scoring.passes.skippable.model.dtype
         raise ModelError(
-            f"{what}, the calibration loss is {loss} nats per token in {dtype_name(dtype)}, so the perplexity is not "
-            "finite.",
+            f"{opening}, the calibration loss is {loss} nats per token in {dtype_name(dtype)}, so the perplexity is "
+            "not finite.",
             hint=wider_range(dtype),
         )
     return math.exp(loss)

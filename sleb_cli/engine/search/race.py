@@ -7,9 +7,9 @@ error s (expected improvement: Jones, Schonlau, Welch, Efficient Global Optimiza
 behind need few sequences, and near ties end early, since it hardly matters which of them goes. Two things make the most
 of few sequences:
 
-- From one step to the next, distances change little. So those of the step before count as well, by their precision,
-  and a candidate that no such change would bring back is not scored at all.
-- The variance of a pair is mixed with that of the median pair, and this one with what the search saw at first.
+- From one step to the next, distances change little. So the distances of the step before count as well, by their
+  precision, and a candidate that no such change would bring back is not scored at all.
+- The variance of a pair is mixed with the median pair's, and this one with the median pair's at the first look.
 
 `tests/benchmarks/race.py` measures what this costs. It fails where a few sequences decide: if differences are very
 skewed, or if the true winner scatters several times as much as the others.
@@ -46,7 +46,7 @@ GROWTH = 1.25
 LAST_LOOK = 0.9
 
 PRIOR_FREEDOM = 4
-"""How many degrees of freedom the median pair adds to a pair's variance, and the first look to that of the median."""
+"""The degrees of freedom that the median pair adds to a pair's variance, and the first look to the median pair's."""
 
 
 @dataclass
@@ -89,7 +89,7 @@ class Race:
     def drop_beaten(self, scores: Mapping[int, Sequence[float]]) -> None:
         """Drop each contender that is too far behind to matter.
 
-        `scores` holds those of each contender so far, one per sequence and in the same order.
+        `scores` holds every contender's scores so far, one per sequence and in the same order.
         """
         blocks = [block for block in self.contenders if fmean(scores[block]) < math.inf]  # differences must be numbers
         seen = len(scores[blocks[0]]) if blocks else 0
@@ -102,25 +102,27 @@ class Race:
         if len(blocks) < 2:
             return
         behind, variance = self._compare(blocks, scores)
+        # Each pair is estimated by itself, so no row may be ahead of all; the one that is least behind anyone leads.
         leader = int(np.argmax(behind.min(1)))
-        found = dict(zip(blocks, zip(behind[leader].tolist(), variance[leader].tolist(), strict=True), strict=True))
-        self._behind |= found
+        standings = dict(zip(blocks, zip(behind[leader].tolist(), variance[leader].tolist(), strict=True), strict=True))
+        self._behind |= standings
         negligible = NEGLIGIBLE * _median_distance(self._behind)
-        for block, (distance, squared) in found.items():
+        for block, (distance, squared) in standings.items():
             error = math.sqrt(squared)
             if block != blocks[leader] and expected_improvement(distance, error) < negligible:
-                errors = min(distance / error, 1e9) if error else 1e9
+                errors = min(distance / error, 1e9) if error else 1e9  # infinity is no JSON
                 self.dropped[block] = DropRecord(sequences=scores.shape[1], behind=distance, errors=errors)
 
     def _compare(self, blocks: Sequence[int], scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return how far each column's block is behind each row's, over all sequences, and the variance of that.
+        """Return how far each column's block is behind each row's over all sequences, and the variance of the distance.
 
-        It is found from the step before and from this one's scores, weighted by their precision.
+        The step before and this one's scores each estimate it, and are weighted by their precision.
         """
         known = self.before._behind if self.before else {}
         drift = DRIFT * _median_distance(known)
+        # The step before knows distances to its leader; their difference is the pair's, and both ends have drifted.
         level, squared = np.array([known.get(block, (0.0, math.inf)) for block in blocks]).T
-        precision = _inverse(squared + squared[:, None] + 2 * drift**2)
+        precision = _precision(squared + squared[:, None] + 2 * drift**2)
         weighted = precision * (level - level[:, None])
         if seen := scores.shape[1]:
             means, variance = scores.mean(1), (scores - scores[:, None]).var(-1, ddof=1)
@@ -128,9 +130,10 @@ class Race:
             # Estimates of a variance scatter as chi-squared does, whose median Wilson and Hilferty approximate.
             median_pair = float(np.median(variance[np.triu_indices(len(blocks), 1)])) / (1 - 2 / (9 * freedom)) ** 3
             self._spread = self._spread or median_pair
-            variance = _shrunk(variance, _shrunk(median_pair, self._spread, freedom), freedom)
-            found = _inverse(variance * (1 / seen - 1 / self.sequences))
-            precision, weighted = precision + found, weighted + found * (means - means[:, None])
+            variance = _shrink(variance, _shrink(median_pair, self._spread, freedom), freedom)
+            # Drawn without replacement: once all sequences are seen, the mean is known exactly.
+            new_precision = _precision(variance * (1 / seen - 1 / self.sequences))
+            precision, weighted = precision + new_precision, weighted + new_precision * (means - means[:, None])
         return weighted / precision, 1 / precision
 
     def outcome(self, scores: Mapping[int, float]) -> Outcome:
@@ -181,10 +184,10 @@ def _median_distance(behind: Mapping[int, tuple[float, float]]) -> float:
     return median([distance for distance, _ in behind.values() if distance > 0] or [0.0])
 
 
-def _shrunk(variance: Any, towards: float, freedom: int) -> Any:
+def _shrink(variance: Any, towards: float, freedom: int) -> Any:
     return (freedom * variance + PRIOR_FREEDOM * towards) / (freedom + PRIOR_FREEDOM)
 
 
-def _inverse(variance: np.ndarray) -> np.ndarray:
+def _precision(variance: np.ndarray) -> np.ndarray:
     inverse: np.ndarray = 1 / np.maximum(variance, 1e-30)
     return inverse

@@ -43,25 +43,25 @@ class Removable:
         is_uniform = not any(architecture.kinds)
         if is_uniform and not any(self._obstacle(removed, block) for block in (free[0], free[-1])):
             return free
-        stay = {}
+        obstacles = {}
         # The first step takes some seconds on a deep model.
         notify = ignore if removed else self.notify
         with task(notify, "Checking which blocks can be removed", len(free), "blocks") as advance:
             for block in free:
                 if why := self._obstacle(removed, block):
-                    stay[block] = why
+                    obstacles[block] = why
                 advance()
-        if len(stay) == len(free):
+        if len(obstacles) == len(free):
             raise NoBlockLeft(
                 f"No block of {architecture.source.id} ({architecture.config.model_type}) can be removed{after}: "
-                f"without block {free[0]}, {stay[free[0]]}.",
+                f"without block {free[0]}, {obstacles[free[0]]}.",
                 hint=fewer if removed else architecture.what_it_allows,
             )
-        if stay and not removed:
-            block, why = next(iter(stay.items()))
-            names = f"Block {block} stays" if len(stay) == 1 else f"Blocks {', '.join(map(str, stay))} stay"
+        if obstacles and not removed:
+            block, why = next(iter(obstacles.items()))
+            names = f"Block {block} stays" if len(obstacles) == 1 else f"Blocks {', '.join(map(str, obstacles))} stay"
             self.notify(Notice(f"{names}: without block {block}, {why}."))
-        return [block for block in free if block not in stay]
+        return [block for block in free if block not in obstacles]
 
     def _obstacle(self, removed: Sequence[int], block: int) -> str | None:
         return BlockCut(self.architecture, (*removed, block)).obstacle()

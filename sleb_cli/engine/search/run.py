@@ -19,8 +19,8 @@ from sleb_cli.engine.search.experts import search_experts
 from sleb_cli.engine.search.held_out import hold_out, overfitting_note
 from sleb_cli.engine.search.inputs import (
     SearchInputs,
-    found_plan,
     load_inputs,
+    make_plan,
     open_search_journal,
     search_record,
     write_sample,
@@ -38,8 +38,8 @@ from sleb_cli.plan import DenseRecord, Plan, Step
 from sleb_cli.plugin_calls import REPORT
 from sleb_plugins import HiddenStateMetric, LogitMetric, PluginError, UsageError
 
-RACED = 7
-"""On about how many sequences a race scores a candidate, on average."""
+RACED_SEQUENCES = 7
+"""About how many sequences a race scores a candidate on, on average."""
 
 
 def find_removals(search: Search, group: ProcessGroup, notify: Notify) -> Plan:
@@ -66,12 +66,12 @@ def run_search(search: Search, inputs: SearchInputs, started: float) -> Plan:
     architecture = search.model.architecture
     stop = method.stop(model.model)
     unchanged = architecture.source.watch.unchanged
-    searched, held = hold_out(inputs.calibration.to(model.device), method.holdout)
+    searched, reserved = hold_out(inputs.calibration.to(model.device), method.holdout)
     with unchanged(), model, task(notify, "Checking the engine"):
         passes, reason = _prepare(
             search.model, inputs, searched.shuffled() if method.fast else searched, fast=method.fast
         )
-    held_out = passes.over(held.sequences, held.loss_mask) if held else None
+    held_out = passes.over(reserved.sequences, reserved.loss_mask) if reserved else None
     protection, metric = method.removable.protection, method.metric
     record = search_record(
         search,
@@ -94,7 +94,7 @@ def run_search(search: Search, inputs: SearchInputs, started: float) -> Plan:
                 notify(Notice(warning))
             sample = write_sample(search, inputs, trace.removals)
         target = stop.target.record(trace.removals, trace.increase, trace.next_increase)
-    return found_plan(
+    return make_plan(
         search,
         inputs,
         record,
@@ -179,25 +179,25 @@ def _remove_blocks(method: Method, stop: Stop, extended: Plan | None, dense: Den
             raise
         notify(Notice(f"The search stops here: {error.message}"))
     except NoFiniteScore as error:
-        _require_own_fault(method, scoring, error)
+        _blame_plugin_metric(method, scoring, error)
         raise
     notify(TaskFinished(SEARCH_TASK))
     return trace
 
 
-def _require_own_fault(method: Method, scoring: Scoring, error: NoFiniteScore) -> None:
-    """Blame a plugin's metric instead of the model if the model computes finite numbers where it has none."""
-    made, block = method.implementation, error.removals[-1]
-    if made.package != "sleb" and all(map(math.isfinite, scoring.losses(error.removals))):
+def _blame_plugin_metric(method: Method, scoring: Scoring, error: NoFiniteScore) -> None:
+    """Raise a `PluginError` if the model computes finite numbers where a plugin's metric does not."""
+    plugin, block = method.implementation, error.removals[-1]
+    if plugin.package != "sleb" and all(map(math.isfinite, scoring.losses(error.removals))):
         raise PluginError(
-            f"The metric {method.metric.name!r} of {made.package} {made.version} scores every candidate as NaN or "
+            f"The metric {method.metric.name!r} of {plugin.package} {plugin.version} scores every candidate as NaN or "
             f"infinite, such as block {block}, although the model without it computes finite numbers.",
             hint=REPORT,
         ) from error
 
 
 def _announce(method: Method, problem: Problem, scoring: Scoring) -> None:
-    """Tell how long the search will take. Of blocks, a candidate of a walk runs half, hidden states of a block one."""
+    """Tell how long the search will take: on average, a candidate of a fork runs half of the blocks."""
     passes, metric, ids = scoring.passes, scoring.metric, scoring.passes.batches[0]
     skippable, processes = passes.skippable, scoring.journal.group.size
     if not isinstance(metric, LogitMetric | HiddenStateMetric):
@@ -206,11 +206,11 @@ def _announce(method: Method, problem: Problem, scoring: Scoring) -> None:
     sets = STRATEGIES[method.strategy_name].evaluations(candidates, problem.remove - len(problem.removed))
     left, length = sets * scoring.sequences - scoring.journal.evaluations, ids.shape[1]
     of_logits = (blocks / 2 if passes.forks else blocks) + skippable.head_blocks
-    each = of_logits if isinstance(metric, LogitMetric) else 1.0
-    raced = min(1.0, RACED / scoring.sequences) if method.fast else 1.0
+    blocks_per_evaluation = of_logits if isinstance(metric, LogitMetric) else 1.0
+    raced = min(1.0, RACED_SEQUENCES / scoring.sequences) if method.fast else 1.0
     at_most = "at most " if method.fast or method.strategy_name == "refine" else ""
-    what = f"Search: {problem.remove} of {blocks} blocks, {at_most}{left:,} evaluations of {length:,} tokens"
-    announce(scoring.notify, what, left * length * raced * each / processes, skippable, ids)
+    title = f"Search: {problem.remove} of {blocks} blocks, {at_most}{left:,} evaluations of {length:,} tokens"
+    announce(scoring.notify, title, left * length * raced * blocks_per_evaluation / processes, skippable, ids)
 
 
 def _prepare(
@@ -256,15 +256,15 @@ def _scoring(
 
 def _step(choice: Choice, before: tuple[int, ...], kind: str, scoring: Scoring, remove: int) -> Step:
     """Return the record of a choice, `before` being the blocks removed at the previous size."""
-    what, loss = f"Without block {choice.block}", fmean(scoring.losses(choice.removals))
+    opening, loss = f"Without block {choice.block}", fmean(scoring.losses(choice.removals))
     return Step(
         block=choice.block,
         kind=kind,
         score=choice.score,
-        perplexity=perplexity(scoring, loss, what),
+        perplexity=perplexity(scoring, loss, opening),
         scores={block: score if score < math.inf else None for block, score in choice.outcome.scores.items()},
         race=choice.outcome.race,
-        held_out=measure_held_out(scoring, choice.removals, what, remove),
+        held_out=measure_held_out(scoring, choice.removals, opening, remove),
         removals=None if choice.removals == (*before, choice.block) else choice.removals,
         swaps=choice.swaps,
     )

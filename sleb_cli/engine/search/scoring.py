@@ -59,7 +59,7 @@ class Scoring:
     fast: bool = False
     held_out: Passes | None = None
     require_sound: Callable[[], None] = lambda: None
-    _of_weights: dict[int, float] = field(default_factory=dict, init=False)
+    _weight_scores: dict[int, float] = field(default_factory=dict, init=False)
     _races: dict[tuple[int, ...], Race] = field(default_factory=dict, init=False)
     """The races so far, by the blocks that were gone."""
 
@@ -71,7 +71,7 @@ class Scoring:
     def losses(self, removed: Sequence[int], *, held_out: bool = False, advance: Advance = no_progress) -> list[float]:
         """Return the negative log-likelihood of each sequence without these blocks, in nats per token.
 
-        If the metric is that, the scores of the last removed block are taken.
+        With the metric `nll`, the scores of the last removed block are these losses, and are taken from the journal.
         """
         removed = tuple(removed)
         if removed and self.metric.name == "nll" and not held_out:
@@ -84,12 +84,12 @@ class Scoring:
         return self.journal.scores(removed, None, passes.numbers)
 
     def _shares(
-        self, wanted: Iterable[Name], advance: Advance, cost: Cost | None = None, *, own: bool = True
+        self, wanted: Iterable[Name], advance: Advance, cost: Cost | None = None, *, count_own: bool = True
     ) -> Iterator[list[Name]]:
-        """Yield this process's share of each turn of what the journal does not have; exchange scores after each turn.
+        """Yield this process's share of each turn of the missing measurements; exchange scores after each turn.
 
-        What the journal has counts as done, and then what all processes measured, or only the others if not `own`. If
-        blocks are streamed, there is a single turn, to read the weights once.
+        Recorded measurements count as done, and after each turn all processes' new ones do; this process's only if
+        `count_own`. If blocks are streamed, there is a single turn, to read the weights once.
         """
         known, group = {name: self.journal.find(*name) for name in wanted}, self.journal.group
         advance(sum(self._evaluations((name, scores)) for name, scores in known.items() if scores))
@@ -100,11 +100,10 @@ class Scoring:
         for share in shares:
             yield share
             for rank, measured in enumerate(self.journal.exchange()):
-                if own or rank != group.rank:
-                    advance(sum(self._evaluations(each) for each in measured if each[0] in missing))
+                if count_own or rank != group.rank:
+                    advance(sum(self._evaluations(item) for item in measured if item[0] in missing))
 
     def _evaluations(self, measurement: Measurement) -> int:
-        """Return on how many sequences a candidate was evaluated for this."""
         (_, _, batch), scores = measurement
         return self.sequences if batch is None else len(scores)
 
@@ -115,8 +114,8 @@ class Scoring:
 
     def _means(self, removed: Sequence[int], blocks: Sequence[int]) -> dict[int, float]:
         """Return the mean scores so far, of the candidates that have any."""
-        found = {block: self.journal.scores(removed, block, self._batches) for block in blocks}
-        return {block: fmean(scores) for block, scores in found.items() if scores}
+        scores_of = {block: self.journal.scores(removed, block, self._batches) for block in blocks}
+        return {block: fmean(scores) for block, scores in scores_of.items() if scores}
 
     def score(self, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
         """Return the score of each candidate after these removals, or after a race, of each survivor.
@@ -135,7 +134,7 @@ class Scoring:
             else:
                 assert isinstance(metric, ModelMetric)
                 outcome = self._score_models(metric, removed, candidates, advance)
-        return self._judged(outcome, removed)
+        return self._rank_nonfinite_last(outcome, removed)
 
     def score_spans(self, spans: Sequence[tuple[int, ...]], longest: int) -> Outcome:
         """Return the score of the model without each span of blocks, which will have up to `longest`.
@@ -149,13 +148,13 @@ class Scoring:
             if isinstance(metric, HiddenStateMetric):
                 outcome = self._score_states(metric, (), spans, longest, advance)
             else:
-                if new := sorted({block for span in spans for block in span} - self._of_weights.keys()):
-                    self._of_weights.update(Outcome(self._score_weights(metric, new, advance)).scores)
-                outcome = Outcome({span[-1]: math.fsum(self._of_weights[b] for b in span) for span in spans})
-        return self._judged(outcome, ())
+                if new := sorted({block for span in spans for block in span} - self._weight_scores.keys()):
+                    self._weight_scores.update(Outcome(self._score_weights(metric, new, advance)).scores)
+                outcome = Outcome({span[-1]: math.fsum(self._weight_scores[b] for b in span) for span in spans})
+        return self._rank_nonfinite_last(outcome, ())
 
-    def _judged(self, outcome: Outcome, removed: Sequence[int]) -> Outcome:
-        """Let a score that is not finite count as the worst, if it is the removal that makes it so."""
+    def _rank_nonfinite_last(self, outcome: Outcome, removed: Sequence[int]) -> Outcome:
+        """Say that scores that are not finite rank last, or raise an error if the dense model is to blame."""
         if worst := [block for block, score in outcome.scores.items() if score == math.inf]:
             self.require_sound()
             after = f" (with {', '.join(map(str, removed))} removed)" if removed else ""
@@ -202,12 +201,12 @@ class Scoring:
             return depth - block if passes.forks else 1.0
 
         names = [(removed, block, batch) for batch in batches for block in blocks]
-        for mine in self._shares(names, advance, cost if candidates else None, own=False):
+        for mine in self._shares(names, advance, cost if candidates else None, count_own=False):
             jobs: list[Job] = [
                 (batch, [block for _, block, _ in of_batch if block is not None])
                 for batch, of_batch in groupby(mine, key=lambda name: name[2] or 0)
             ]
-            # The next step probably starts at one of the best so far, or else of those in the step before.
+            # The next step probably starts at one of the best so far, or before any is scored, of the step before.
             best = ranking(self._means(removed, candidates) or self._means(removed[:-1], candidates))
             for batch, block, scores in passes.score(metric, removed, jobs, best, advance):
                 self.journal.add(scores, removed, block if candidates else None, batch)
@@ -235,8 +234,8 @@ class Scoring:
         gone = {span[-1]: (*removed, *span[:-1]) for span in spans}
         for mine in self._shares([(gone[last], last, batch) for batch in self._batches for last in gone], advance):
             batches = list(dict.fromkeys(batch for _, _, batch in mine if batch is not None))
-            found = self.passes.score_states(batches, removed, blocks, partial(_mean_over_tokens, metric), longest)
-            for batch, scores in found.items():
+            scores_of = self.passes.score_states(batches, removed, blocks, partial(_mean_over_tokens, metric), longest)
+            for batch, scores in scores_of.items():
                 for (first, last), of_span in scores.items():
                     self.journal.add(of_span, (*removed, *range(first, last)), last, batch)
         return Outcome({last: self._means(gone[last], [last])[last] for last in gone})

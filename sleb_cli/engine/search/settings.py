@@ -66,7 +66,7 @@ class ExpertMethod:
         implementation: what its scores depend on besides the model and the text.
         fewer: how many of each block go.
         holdout: the share of the sequences that is held out.
-        target: what is to be met, if it is no number of experts.
+        target: the size to reach, unless a number of experts is given.
     """
 
     metric: ExpertMetric
@@ -79,7 +79,7 @@ class ExpertMethod:
 
 @dataclass(frozen=True)
 class Recording:
-    """What is written down.
+    """The files of a search, and the options and versions recorded in them.
 
     Attributes:
         plan_file: where the plan goes; the journal beside it keeps every score until then.
@@ -110,7 +110,7 @@ class Search:
         text: the calibration text.
         method: how blocks or experts are chosen.
         extended: the plan that is continued, if any.
-        recording: what is written down.
+        recording: the files, and what is recorded in them.
     """
 
     model: SearchedModel

@@ -1,7 +1,7 @@
-"""Which process scores what. Pure arithmetic.
+"""How measurements are shared out among processes. Pure arithmetic.
 
-Numbers depend on the sequences of a batch, never on which candidates are scored with it. So batches are those of a
-single process, and only whole batches, or the candidates of one, are shared out.
+Numbers depend on the sequences of a batch, never on which candidates are scored with it. So the batches are the same
+for any number of processes, and only whole batches, or the candidates of one, are shared out.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def split(names: Sequence[Name], processes: int, cost: Cost) -> Turn[Name]:
     costs = [cost(block) for _, block, _ in names if block is not None]
     shares: Turn[Name] = [[] for _ in range(processes)]
     done = 0.0
-    for name, each in zip(names, costs, strict=True):
-        shares[int((done + each / 2) / sum(costs) * processes)].append(name)
-        done += each
+    for name, candidate_cost in zip(names, costs, strict=True):
+        shares[int((done + candidate_cost / 2) / sum(costs) * processes)].append(name)
+        done += candidate_cost
     return shares

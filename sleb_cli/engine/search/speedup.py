@@ -35,7 +35,7 @@ class SpeedTarget(SizeTarget):
         """Return the speed-up reached, timed again without the removed blocks."""
         return TargetRecord(
             name=self.name,
-            limit=1 / self.most,
+            limit=1 / self.limit,
             dense=1,
             reached=1 / self.share(removed),
             predicted=1 / self.sizes.without(removed),
@@ -78,16 +78,16 @@ def time_target(
             hint="Try again when nothing else is running, or use --ratio and measure with `sleb bench`.",
         )
     blocks = architecture.block_count
-    seconds, most = PerBlock(1 - slope * blocks, (slope,) * blocks), 1 / speedup
-    return SpeedTarget("target_speedup", seconds, most, lambda left: f"{1 / left:.2f}x the speed", share=share)
+    seconds, limit = PerBlock(1 - slope * blocks, (slope,) * blocks), 1 / speedup
+    return SpeedTarget("target_speedup", seconds, limit, lambda left: f"{1 / left:.2f}x the speed", share=share)
 
 
 def _removable_sample(removable: Removable) -> list[int]:
-    """Return two thirds of the candidates, or as many as can go together; each is the middle one of those left."""
+    """Return two thirds of the candidates, or as many as can go together, taking the middle one again and again."""
     gone = list[int]()
     free = removable.candidates(())
-    most = max(1, len(free) * 2 // 3)
-    while len(gone) < most:
+    count = max(1, len(free) * 2 // 3)
+    while len(gone) < count:
         gone.append(free[len(free) // 2])
         try:
             free = removable.candidates(gone)

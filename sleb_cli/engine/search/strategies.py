@@ -25,7 +25,7 @@ ScoreSpans = Callable[[Sequence[tuple[int, ...]]], Outcome]
 
 @dataclass(frozen=True)
 class Problem:
-    """What a strategy works on.
+    """The choices that a strategy has, and how it scores them.
 
     Attributes:
         score: scores each candidate after given removals.
@@ -107,13 +107,13 @@ def _swap(problem: Problem, choice: Choice) -> Choice:
     before: Choice | None = None
     while choice is not before:
         before, closest = choice, dict[int, float]()
-        for back in before.removals:
-            stay = _without(choice.removals, back)
+        for restored in before.removals:
+            stay = _without(choice.removals, restored)
             outcome = _score_next(problem, stay)
             for block, score in outcome.scores.items():
                 if block not in choice.removals:
                     closest[block] = min(score, closest.get(block, score))
-            choice = _better(problem, choice, (back,), stay, outcome)
+            choice = _better(problem, choice, (restored,), stay, outcome)
         if choice is before:
             choice = _swap_pair(problem, choice, sorted(ranking(closest)[:NEAR_MISSES]))
     return choice
@@ -121,24 +121,26 @@ def _swap(problem: Problem, choice: Choice) -> Choice:
 
 def _swap_pair(problem: Problem, choice: Choice, near: Sequence[int]) -> Choice:
     """Try pairs of near misses in place of each removed pair; return the first better choice, or the same one."""
-    for back in combinations(sorted(choice.removals), 2):
-        stay = _without(choice.removals, *back)
+    for restored in combinations(sorted(choice.removals), 2):
+        stay = _without(choice.removals, *restored)
         for number, block in enumerate(near[:-1]):
             if block in _allowed(problem.candidates, stay):
                 pair = (*stay, block)
                 outcome = _score_next(problem, pair, among=near[number + 1 :])
-                if (better := _better(problem, choice, back, pair, outcome)) is not choice:
+                if (better := _better(problem, choice, restored, pair, outcome)) is not choice:
                     return better
     return choice
 
 
-def _better(problem: Problem, choice: Choice, back: tuple[int, ...], stay: tuple[int, ...], outcome: Outcome) -> Choice:
+def _better(
+    problem: Problem, choice: Choice, restored: tuple[int, ...], stay: tuple[int, ...], outcome: Outcome
+) -> Choice:
     """Make the swap with the lowest score, if it lowers the current one."""
     block = outcome.best if outcome.scores else None
     if block is None or block in choice.removals or not outcome.scores[block] < choice.score:
         return choice
     new = tuple(b for b in (*stay, block) if b not in choice.removals)
-    swap = SwapRecord(restored=back, removed=new, before=choice.score, after=outcome.scores[block])
+    swap = SwapRecord(restored=restored, removed=new, before=choice.score, after=outcome.scores[block])
     problem.swapped(swap)
     return Choice((*stay, block), outcome, (*choice.swaps, swap))
 
@@ -165,7 +167,7 @@ def free_spans(candidates: Candidates, size: int) -> list[tuple[int, ...]]:
 
 
 def _allowed(candidates: Candidates, removed: tuple[int, ...]) -> Sequence[int]:
-    """Return the candidates after `removed`; none is no error here, since other sets may have some."""
+    """Return the candidates after `removed`; having none is no error here, since other sets may have some."""
     try:
         return candidates(removed)
     except NoBlockLeft:

@@ -27,14 +27,14 @@ class SizeTarget:
     Attributes:
         name: the field of the request.
         sizes: the size of each block, in the target's unit.
-        most: the size that may remain.
+        limit: the largest size that may remain.
         describe: formats a size: "1.19B parameters".
         kv_cache: what counts besides the weights, if memory is the target.
     """
 
     name: TargetName
     sizes: PerBlock
-    most: float
+    limit: float
     describe: Callable[[float], str]
     kv_cache: str | None = None
 
@@ -52,14 +52,14 @@ class SizeTarget:
         Raises:
             UsageError: the target is already met, or cannot be met; the message names the nearest size.
         """
-        size, goal = self.sizes.without(removed), self.describe(self.most)
+        size, goal = self.sizes.without(removed), self.describe(self.limit)
         if self._fits(size):
             so_far = f" without the {len(removed)} removed blocks" if removed else ""
             raise UsageError(
                 f"The model is already at {self.describe(size)}{so_far}; the target is {goal}.",
                 hint="Nothing needs to be removed.",
             )
-        # The smallest blocks first, which is the worst case; one block always stays.
+        # Removing the smallest blocks first is the worst case; one block always stays.
         free = sorted(self.sizes.blocks[block] for block in candidates if block not in removed)
         free = free[: len(self.sizes.blocks) - 1 - len(removed)]
         left = list(accumulate(free, lambda rest, block: rest - block, initial=size))
@@ -72,14 +72,14 @@ class SizeTarget:
         return len(removed) + next(count for count, rest in enumerate(left) if self._fits(rest))
 
     def record(self, removed: Collection[int], increase: float, following: float | None) -> TargetRecord | None:
-        """Return what was reached without these blocks; nothing of a number of blocks."""
+        """Return the size that was reached without these blocks; None for a number of blocks."""
         if self.name in ("ratio", "remove"):
             return None
         dense, reached = self.sizes.without(()), self.sizes.without(removed)
-        return TargetRecord(name=self.name, limit=self.most, dense=dense, reached=reached, kv_cache=self.kv_cache)
+        return TargetRecord(name=self.name, limit=self.limit, dense=dense, reached=reached, kv_cache=self.kv_cache)
 
     def _fits(self, amount: float) -> bool:
-        return amount <= self.most * (1 + 1e-12)  # tolerates rounding
+        return amount <= self.limit * (1 + 1e-12)  # tolerates rounding
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class PerplexityTarget:
         return False
 
     def record(self, removed: Collection[int], increase: float, following: float | None) -> TargetRecord:
-        """Return what was reached, and would be with the following removal, from increases of the loss in nats."""
+        """Return the ratio that was reached, and the next removal's, from increases of the loss in nats per token."""
         beyond, reached = None if following is None else perplexity_ratio(following), perplexity_ratio(increase)
         return TargetRecord(name=self.name, limit=self.limit, dense=1.0, reached=reached, next=beyond)
 
@@ -111,7 +111,7 @@ Target = SizeTarget | PerplexityTarget
 
 
 def perplexity_ratio(increase: float) -> float:
-    """Return how many times as high perplexity is if the loss rises by `increase` nats per token."""
+    """Return the factor by which perplexity rises with the loss, which rises by `increase` nats per token."""
     return math.exp(min(increase, 700))
 
 
@@ -146,7 +146,7 @@ def stop_at(target: Target, removable: Removable, strategy: StrategyName, gone: 
         # The longest run: as long as blocks are consecutive, they are as far ahead of their place in the list.
         runs = groupby(enumerate(removable.candidates(())), lambda pair: pair[1] - pair[0])
         candidates = max(([block for _, block in run] for _, run in runs), key=len, default=[])
-    most = min(len({*candidates, *gone}), blocks - 1)
+    count = min(len({*candidates, *gone}), blocks - 1)
     limit = f"{target.limit:g}x the dense model's"
-    notify(Notice(f"The search removes up to {most} blocks, and stops before perplexity is over {limit}."))
-    return Stop(target, most)
+    notify(Notice(f"The search removes up to {count} blocks, and stops before perplexity is over {limit}."))
+    return Stop(target, count)
