@@ -127,7 +127,7 @@ class Training:
         length = job.validation.sequences.shape[1]
         self.size = max(1, BATCH_TOKENS // length)
         order = [*range(len(job.validation.sequences))][: max(1, CHECKED_TOKENS // length)]
-        text = job.validation.part(order)
+        text = job.validation.select(order)
         self.checked = TeacherStates(distillation, Portion(text.sequences, order, text.loss_mask), self.size)
         self.best = weights.values.detach().clone()
         state = {f"trained.{name}": tensor for name, tensor in weights.state.items()} | {"best": self.best}

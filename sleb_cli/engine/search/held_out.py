@@ -36,7 +36,7 @@ def hold_out(calibration: Calibration, share: float) -> tuple[Calibration, Calib
             "A single calibration sequence cannot be split.", hint="Leave out --holdout, or use more text."
         )
     searched = count - min(max(1, round(share * count)), count - 1)
-    return calibration.part(range(searched)), calibration.part(range(searched, count))
+    return calibration.select(range(searched)), calibration.select(range(searched, count))
 
 
 def overfitting_note(steps: Sequence[Step]) -> str | None:

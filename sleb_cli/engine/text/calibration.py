@@ -45,7 +45,7 @@ class Calibration:
     loss_mask: Tensor | None
     origins: tuple[str, ...]
 
-    def part(self, rows: Sequence[int]) -> Calibration:
+    def select(self, rows: Sequence[int]) -> Calibration:
         """Return these sequences, in this order."""
         sequences, loss_mask = take_sequences((self.sequences, self.loss_mask), rows)
         return replace(self, sequences=sequences, loss_mask=loss_mask, origins=tuple(self.origins[row] for row in rows))
@@ -58,7 +58,7 @@ class Calibration:
     def shuffled(self) -> Calibration:
         """Return the sequences in an order drawn by the seed, as candidates race over them in order."""
         count = len(self.sequences)
-        return self.part(random.Random(self.record.seed).sample(range(count), count))
+        return self.select(random.Random(self.record.seed).sample(range(count), count))
 
     def to(self, device: torch.device) -> Calibration:
         """Move the tokens to a device."""
@@ -87,12 +87,12 @@ def calibrate(
     conversations = [source for source in first.shares if writes_conversations(source)]
     if first.chat is not None or conversations:
         require_template(tokenizer, conversations[0] if conversations else "--chat")
-    drafts = [_read_texts(each, tokenizer, notify if each is first else ignore) for each in splits]
+    drafts = [_read_texts(part, tokenizer, notify if part is first else ignore) for part in splits]
     if first.samples_given and len(splits) > 1:
-        whole = replace(first, samples=sum(each.samples for each in splits), split=WHOLE)
+        whole = replace(first, samples=sum(part.samples for part in splits), split=WHOLE)
         for source, count in whole.texts.items():
             # Parts may have less than their share, but not all together.
-            if any(len(rows[source][0]) < each.counts[source] for each, (_, rows) in zip(splits, drafts, strict=True)):
+            if any(len(rows[source][0]) < part.counts[source] for part, (_, rows) in zip(splits, drafts, strict=True)):
                 read_windows(source, count, whole, tokenizer)
     for source in filter(is_written, first.shares):
         counts = [settings.counts[source] for settings, _ in drafts]
@@ -116,8 +116,8 @@ def write_sequences(
         return generate_own_text(model, tokenizer, settings, notify), None
     answers = settings.chat == "answers" or (settings.chat is None and settings.own_answers)
     conversations = write_conversations(model, tokenizer, source, settings, notify)
-    found = cut_conversations(conversations, source, settings.sequence_length, answers=answers, asked=samples)
-    return take_sequences(found, range(samples))
+    rows = cut_conversations(conversations, source, settings.sequence_length, answers=answers, asked=samples)
+    return take_sequences(rows, range(samples))
 
 
 def take_sequences(rows: Sequences, chosen: Sequence[int]) -> Sequences:
@@ -127,11 +127,11 @@ def take_sequences(rows: Sequences, chosen: Sequence[int]) -> Sequences:
 
 
 def join_sequences(rows: Sequence[Sequences]) -> Sequences:
-    """Return the sequences of several sources, one after the other; all tokens count of those without a loss mask."""
-    sequences = torch.cat([found for found, _ in rows])
+    """Join the sequences of several sources; where a source has no loss mask, all of its tokens count."""
+    sequences = torch.cat([tokens for tokens, _ in rows])
     if all(mask is None for _, mask in rows):
         return sequences, None
-    return sequences, torch.cat([whole_mask(*each) for each in rows])
+    return sequences, torch.cat([whole_mask(tokens, mask) for tokens, mask in rows])
 
 
 def _assemble(settings: CalibrationSettings, rows: Mapping[str, Sequences], tokenizer: Any) -> Calibration:
@@ -163,12 +163,12 @@ def _read_texts(
     read, is_mixture = dict[str, Sequences](), len(settings.shares) > 1
     for source, count in settings.texts.items():
         with task(notify, f"Reading {source}"):
-            windows, _ = found = read_windows(source, count, settings, tokenizer)
+            windows, _ = rows = read_windows(source, count, settings, tokenizer)
             if len(windows) < count and not is_mixture and not settings.is_reference:
-                notify(Notice(f"{_found(source, len(windows), settings)}; using all of them."))
+                notify(Notice(f"{_shortage(source, len(windows), settings)}; using all of them."))
         # A reference preset counts rows of text, and all of their windows are used.
         drawn = len(windows) if settings.is_reference else count
-        read[source] = take_sequences(found, draw(len(windows), drawn, settings.seed))
+        read[source] = take_sequences(rows, draw(len(windows), drawn, settings.seed))
     if is_mixture:
         settings = limit_to_texts(settings, {source: len(rows) for source, (rows, _) in read.items()}, notify)
         read = {
@@ -178,37 +178,37 @@ def _read_texts(
     return settings, read
 
 
-def limit_to_texts(settings: CalibrationSettings, found: Mapping[str, int], notify: Notify) -> CalibrationSettings:
-    """Reduce the samples to what the texts provide in the given shares; `found` counts sequences by source.
+def limit_to_texts(settings: CalibrationSettings, available: Mapping[str, int], notify: Notify) -> CalibrationSettings:
+    """Reduce the samples to those that the texts provide in the given shares; `available` counts them by source.
 
     Raises:
         UsageError: a source that had sequences would have none.
     """
-    wanted, had = settings.samples, [source for source, count in settings.counts.items() if count]
-    while any(settings.counts[source] > count for source, count in found.items()):
+    requested, had = settings.samples, [source for source, count in settings.counts.items() if count]
+    while any(settings.counts[source] > count for source, count in available.items()):
         settings = replace(settings, samples=settings.samples - 1)
     if not settings.split.begin:  # what decides and what is reported may lack a source
         require_mixable(settings, had)
-    if settings.samples < wanted:
-        scarce = min(found, key=lambda source: found[source] / settings.shares[source])
-        mixed = f"the mixture has {settings.samples} sequences, not {wanted}"
-        notify(Notice(f"{_found(scarce, found[scarce], settings)}, so {mixed}."))
+    if settings.samples < requested:
+        scarce = min(available, key=lambda source: available[source] / settings.shares[source])
+        mixed = f"the mixture has {settings.samples} sequences, not {requested}"
+        notify(Notice(f"{_shortage(scarce, available[scarce], settings)}, so {mixed}."))
     return settings
 
 
-def _found(source: str, count: int, settings: CalibrationSettings) -> str:
+def _shortage(source: str, count: int, settings: CalibrationSettings) -> str:
     return f"{source} has text for only {count} sequences of {settings.sequence_length} tokens"
 
 
 def read_windows(source: str, samples: int, settings: CalibrationSettings, tokenizer: Any) -> Sequences:
     """Cut a text that has `samples` sequences, or all of a smaller one, into windows."""
     length, seed, split = settings.sequence_length, settings.seed, settings.split
-    # What is asked for counts the whole text, of which a split has only about its share.
+    # The number of samples is for the whole text, of which a split has only about its share.
     asked = samples if settings.samples_given and split == WHOLE else None
     if settings.chat is not None and holds_conversations(source):
         conversations = calibration_conversations(source, samples=samples, length=length, seed=seed, split=split)
         answers = settings.chat == "answers"
-        rendered = [render(tokenizer, each, source, answers=answers) for each in conversations]
+        rendered = [render(tokenizer, conversation, source, answers=answers) for conversation in conversations]
         return cut_conversations(rendered, source, length, answers=answers, asked=asked)
     if settings.is_reference:
         text = reference_calibration_text(source, rows=samples, seed=seed, split=split)
@@ -218,6 +218,6 @@ def read_windows(source: str, samples: int, settings: CalibrationSettings, token
     return require_windows(windows, text, tokenizer, length, asked), None
 
 
-def draw(found: int, count: int, seed: int) -> list[int]:
+def draw(windows: int, count: int, seed: int) -> list[int]:
     """Draw `count` of `found` windows by the seed, in the order of the text; all if there are fewer."""
-    return list(range(found)) if count >= found else sorted(random.Random(seed).sample(range(found), count))
+    return list(range(windows)) if count >= windows else sorted(random.Random(seed).sample(range(windows), count))

@@ -21,12 +21,12 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # The words of an answer, behind a thought.
 _WORDS = re.compile(r"(?:(?:\s*<\w+>)?(?P<thought>.*)</(?:think|thought)\w*>)?\s*(?P<words>.*?)\s*", re.DOTALL)
 _FIRST_MARK = 0xF0000
-"""The first of the characters that Unicode leaves to private use."""
+"""The first character of a plane that Unicode leaves to private use, so no text has it."""
 _TODAY = (
     "{%- macro strftime_now(format) -%}{{ format.replace('%Y', '2025').replace('%m', '01').replace('%d', '01')"
     ".replace('%b', 'Jan').replace('%B', 'January') }}{%- endmacro -%}"
 )
-"""Tells a template the date, always the same: or its tokens would be others tomorrow, and no run would go on."""
+"""Gives a template a fixed date: tokens that change overnight would keep an interrupted run from continuing."""
 
 Tokens = list[tuple[int, bool]]
 """Tokens, and whether each counts in the loss."""
@@ -72,8 +72,8 @@ def cut_conversations(
     if not sequences:
         raise _too_few(source, rendered, length, answers=answers)
     require_enough(len(sequences), source, length, asked)
-    found = torch.tensor(sequences, dtype=torch.int64)
-    return found[..., 0].contiguous(), found[..., 1].bool() if answers else None
+    packed = torch.tensor(sequences, dtype=torch.int64)
+    return packed[..., 0].contiguous(), packed[..., 1].bool() if answers else None
 
 
 def cut_answers(tokenizer: Any, text: Text, length: int, most: int | None) -> EvaluationWindows:
@@ -82,17 +82,17 @@ def cut_answers(tokenizer: Any, text: Text, length: int, most: int | None) -> Ev
     Raises:
         DataError: the template refuses a conversation, or there are too few for a window.
     """
-    rendered, seen = tee(render(tokenizer, each, text.source, answers=True) for each in text.conversations)
+    rendered, seen = tee(render(tokenizer, messages, text.source, answers=True) for messages in text.conversations)
     most = min(filter(None, (most, text.limit)), default=None)
-    found = torch.tensor([*islice(pack(rendered, length), most)], dtype=torch.int64)
-    if not len(found):
+    packed = torch.tensor([*islice(pack(rendered, length), most)], dtype=torch.int64)
+    if not len(packed):
         raise _too_few(text.source, [*seen], length, answers=True)
-    ids, counted = found[..., 0].contiguous(), found[:, 1:, 1].bool()
+    ids, counted = packed[..., 0].contiguous(), packed[:, 1:, 1].bool()
     return EvaluationWindows(
         text=text,
         ids=ids,
         counted=counted,
-        clusters=found[:, 1:, 2],
+        clusters=packed[:, 1:, 2],
         clustered_by="conversations",
         bos="windows" if begin_with_bos(tokenizer, ids) else "none",
     )
@@ -123,7 +123,7 @@ def _too_few(source: str, rendered: Sequence[Tokens], length: int, *, answers: b
 def render(tokenizer: Any, conversation: Conversation, source: str, *, answers: bool) -> Tokens:
     """Return a conversation as tokens, including a BOS if the template adds one.
 
-    With `answers`, only those count, with the tokens that end them and the thoughts that the template keeps.
+    With `answers`, only answers count, with the tokens that end them and the thoughts that the template keeps.
 
     Raises:
         DataError: the template refuses the conversation, or changes its words.
@@ -133,19 +133,22 @@ def render(tokenizer: Any, conversation: Conversation, source: str, *, answers: 
         return [(token, True) for token in template(conversation, return_dict=True)["input_ids"]]
     if tokenizer.is_fast and _GENERATION.search(str(tokenizer.chat_template)):
         written = template(conversation, return_dict=True, return_assistant_tokens_mask=True)
-        return [(token, bool(own)) for token, own in zip(written["input_ids"], written["assistant_masks"], strict=True)]
+        return [
+            (token, bool(counts))
+            for token, counts in zip(written["input_ids"], written["assistant_masks"], strict=True)
+        ]
     # Prompt and answer are tokenized separately, as in generation.
     pieces = _pieces(tokenizer, partial(template, tokenize=False), conversation, source)
-    tokens = ((tokenizer(piece, add_special_tokens=False).input_ids, own) for piece, own in pieces if piece)
-    return [(token, own) for ids, own in tokens for token in ids]
+    tokens = ((tokenizer(piece, add_special_tokens=False).input_ids, counts) for piece, counts in pieces if piece)
+    return [(token, counts) for ids, counts in tokens for token in ids]
 
 
 def _pieces(
     tokenizer: Any, template: Callable[..., str], conversation: Conversation, source: str
 ) -> Iterator[tuple[str, bool]]:
-    """Yield what a template writes in pieces, and whether each is an answer.
+    """Yield the text of a template in pieces, and whether each is an answer.
 
-    Templates write earlier answers otherwise, so words are found by marks: a character in no text for each message.
+    Templates may rewrite earlier answers, so words are found by marks: a character in no text for each message.
     """
     marks = [chr(_FIRST_MARK + turn) for turn in range(len(conversation))]
     marked = [{**message, "content": _mark(message, mark)} for message, mark in zip(conversation, marks, strict=True)]
@@ -159,21 +162,21 @@ def _pieces(
     for turn, message in enumerate(conversation):
         if message["role"] != "assistant" or turn == 0:
             continue
-        asked, mark = marks[turn - 1 : turn + 1]
-        begin = whole.rfind(asked) + 1
-        opened = template(marked[:turn], add_generation_prompt=True).rpartition(asked)[2]
-        answered = template(marked[: turn + 1]).rpartition(asked)[2].rstrip()
+        prompt_mark, answer_mark = marks[turn - 1 : turn + 1]
+        begin = whole.rfind(prompt_mark) + 1
+        opened = template(marked[:turn], add_generation_prompt=True).rpartition(prompt_mark)[2]
+        answered = template(marked[: turn + 1]).rpartition(prompt_mark)[2].rstrip()
         rest = whole[begin:]
         start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(opened, rest, strict=False)))
-        words, end = rest.find(mark), rest.rfind(mark) + 1
+        words, end = rest.find(answer_mark), rest.rfind(answer_mark) + 1
         if not begin or not (end if message["content"] else rest.startswith(answered)):
             raise unfound
         if end:
             # A template may cut a thought, and the first mark with it.
-            led = rest[start:words].strip() if rest.count(mark) == 2 else ""
-            if led and not _thinks(message, led):
+            led = rest[start:words].strip() if rest.count(answer_mark) == 2 else ""
+            if led and not _holds_thought(message, led):
                 start = words  # what a template writes where there is no thought
-            end += _end(tokenizer, rest[end:], answered[answered.rfind(mark) + 1 :])
+            end += _ending_length(tokenizer, rest[end:], answered[answered.rfind(answer_mark) + 1 :])
         else:  # it only calls tools
             end = len(answered)
         yield whole[done : begin + start].translate(no_marks), False
@@ -195,15 +198,15 @@ def _words(message: Mapping[str, Any]) -> re.Match[str]:
     return cast(re.Match[str], _WORDS.fullmatch(message["content"]))  # any text matches
 
 
-def _thinks(message: Mapping[str, Any], text: str) -> bool:
+def _holds_thought(message: Mapping[str, Any], text: str) -> bool:
     """Whether a text holds the thought of this message."""
     given = (message.get(name) for name in ("reasoning_content", "thinking", "reasoning"))
     thought = next(filter(None, given), None) or _words(message)["thought"] or ""
     return bool(thought.strip()) and thought.strip() in text
 
 
-def _end(tokenizer: Any, text: str, alone: str) -> int:
-    """Return how much of what follows an answer ends it: as if nothing came later, or else an added token."""
+def _ending_length(tokenizer: Any, text: str, alone: str) -> int:
+    """Return how many characters after an answer end it: those after a last answer, or else an added token."""
     if text.startswith(alone):
         return len(alone)
     end, added = text.lstrip(), [token.content for token in tokenizer.added_tokens_decoder.values()]

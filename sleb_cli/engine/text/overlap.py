@@ -11,17 +11,17 @@ from sleb_cli.plan import CalibrationRecord
 
 
 def is_known(text: str, tokens_sha256: str, record: CalibrationRecord) -> bool:
-    """Whether a text to evaluate on, with these tokens, is one of those in the record, by its source or its tokens."""
+    """Whether the record names a text to evaluate on, with these tokens, by its source or its tokens."""
     if tokens_sha256 == record.tokens_sha256:
         return True
-    place, *split = _origin(text, EVALUATION_PRESETS)
+    path, *split = _origin(text, EVALUATION_PRESETS)
     origins = (_origin(source, CALIBRATION_PRESETS) for source, _ in parts_of_mixture(record.source))
     # A published plan keeps only the name of a file.
-    return any(split == rest and known == (place if "/" in known else Path(place).name) for known, *rest in origins)
+    return any(split == rest and known == (path if "/" in known else Path(path).name) for known, *rest in origins)
 
 
 def _origin(source: str, presets: dict[str, Dataset]) -> tuple[str, str, str]:
-    """Return where a text is from: a file, or a data set with its config and split."""
+    """Return the origin of a text: a file, or a data set with its config and split."""
     if source in presets:
         preset = presets[source]
         if preset.data_files:  # "en/c4-validation.00000-of-00008.json.gz"

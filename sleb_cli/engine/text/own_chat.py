@@ -29,29 +29,29 @@ from sleb_plugins import UnsupportedModelError, UsageError
 MARK = "WORDS"
 """Stands for a message in a template, to find what is before and behind it."""
 
-MOST_REPETITION = 0.5
+MAX_REPETITION = 0.5
 """A message that repeats more of its words is dropped."""
 
 TWO_TURNS = 4
 """Every fourth conversation that leaves room for it gets a second turn."""
 SPARE = 2
 """How many conversations are begun for each sequence at first: some are dropped, and some are short."""
-FEWEST_AT_ONCE = 8
-"""The fewest that are begun at once, as few take nearly as long as these."""
-MOST_FRUITLESS = 64
+MIN_AT_ONCE = 8
+"""At least this many are begun at once: fewer take nearly as long."""
+MAX_FRUITLESS = 64
 """After so many conversations in a row of which none can be used, the model is taken to write none."""
-FEWEST_TOKENS = 32
-"""The least room for a turn."""
+MIN_TURN_TOKENS = 32
+"""A turn needs room for this many tokens."""
 
 
 @dataclass(frozen=True)
-class Talk:
+class Draft:
     """A conversation whose answers the model writes.
 
     Attributes:
         messages: its messages.
-        tokens: it up to its last answer, with the tokens of answers, which count, as the model wrote them.
-        text: the same as the template writes it; None if that leaves out what the model wrote, such as a thought.
+        tokens: the tokens up to its last answer; those of answers count, and are as the model wrote them.
+        text: the text up to its last answer; None if the template leaves out some of it, such as a thought.
     """
 
     messages: Conversation = field(default_factory=list)
@@ -64,7 +64,7 @@ def write_conversations(
 ) -> list[Tokens]:
     """Let the model write conversations for as many sequences as the settings have samples, or find them in the cache.
 
-    Those whose message does not end or that repeat themselves are dropped. An answer that does not end fills its
+    Conversations are dropped if a message repeats itself or does not end. An answer that does not end fills its
     sequence. Thoughts are part of an answer.
 
     Raises:
@@ -78,14 +78,14 @@ def write_conversations(
     def write(more: Continue, size: int) -> list[Tokens]:
         writer = _Writer(model, tokenizer, source, length)
         order = random.Random(drawn).sample(given, len(given))
-        found = [talk.tokens for talk in writer.write(more, size, count, cycle(order))]
-        told = f"{source}: the model wrote {plural(len(found), 'conversation')}"
+        drafts = [draft.tokens for draft in writer.write(more, size, count, cycle(order))]
+        told = f"{source}: the model wrote {plural(len(drafts), 'conversation')}"
         if writer.dropped:
             told += f", without {writer.dropped} that did not end or repeated themselves"
-        if 2 * (cut := sum(len(tokens) >= length for tokens in found)) > len(found):
+        if 2 * (cut := sum(len(tokens) >= length for tokens in drafts)) > len(drafts):
             told += f"; {cut} do not end within {length} tokens, but might with a larger --sequence-length"
         notify(Notice(f"{told}."))
-        return found
+        return drafts
 
     key = {"source": source, "drawn": drawn, "prompts": given, "template": tokenizer.chat_template, "tokens": True}
     seed = int.from_bytes(hashlib.sha256(drawn.encode()).digest()[:7])
@@ -98,93 +98,93 @@ class _Writer:
 
     def __init__(self, model: Any, tokenizer: Any, source: str, length: int) -> None:
         self.model, self.tokenizer, self.source, self.length = model, tokenizer, source, length
-        self.dropped, self.asked = 0, set[str]()
+        self.dropped, self.prompts = 0, set[str]()
         self.added = tokenizer.added_tokens_decoder
         self.ends = end_tokens(model, tokenizer)
 
-    def write(self, more: Continue, size: int, count: int, prompts: Iterator[Conversation]) -> list[Talk]:
+    def write(self, more: Continue, size: int, count: int, prompts: Iterator[Conversation]) -> list[Draft]:
         """Write until there are `count` sequences, at most `size` conversations at once."""
-        found, again = list[Talk](), list[int]()  # which of those found get a second turn in the next round
+        drafts, again = list[Draft](), list[int]()  # which of the drafts get a second turn in the next round
         begun = fruitless = 0
-        while (missing := count - sum(1 for _ in pack((talk.tokens for talk in found), self.length))) > 0:
+        while (missing := count - sum(1 for _ in pack((draft.tokens for draft in drafts), self.length))) > 0:
             for_one = SPARE if missing == count else begun / (count - missing)
-            fresh = max(1, min(size, max(FEWEST_AT_ONCE, math.ceil(for_one * missing))) - len(again))
+            fresh = max(1, min(size, max(MIN_AT_ONCE, math.ceil(for_one * missing))) - len(again))
             begun += fresh
-            given = [Talk(prompt) for prompt in islice(prompts, fresh)]
-            asked = given or self._add("user", more, [*(found[at] for at in again), *([Talk()] * fresh)])
-            ended = {place: each for place, each in enumerate(asked) if each}
-            answered = dict(zip(ended, self._add("assistant", more, [*ended.values()]), strict=True))
-            for place, at in enumerate(again):
-                found[at] = answered.pop(place, None) or found[at]
+            given = [Draft(prompt) for prompt in islice(prompts, fresh)]
+            opened = given or self._add_message("user", more, [*(drafts[at] for at in again), *([Draft()] * fresh)])
+            ended = {index: draft for index, draft in enumerate(opened) if draft}
+            answered = dict(zip(ended, self._add_message("assistant", more, [*ended.values()]), strict=True))
+            for index, at in enumerate(again):
+                drafts[at] = answered.pop(index, None) or drafts[at]
             complete = [*filter(None, answered.values())]
             self.dropped += fresh - len(complete)
             fruitless = 0 if complete else fruitless + fresh
-            if fruitless >= MOST_FRUITLESS:
+            if fruitless >= MAX_FRUITLESS:
                 raise UnsupportedModelError(
                     f"{self.source}: none of {fruitless} conversations that the model wrote can be used, as they do "
                     f"not end, repeat themselves, or do not fit {self.length} tokens.",
                     hint=GIVE_TEXT,
                 )
-            new = range(len(found), len(found) + len(complete))
-            found += complete
-            again = [at for at in new[::TWO_TURNS] if not given and found[at].text is not None]
-            again = [at for at in again if self.length - len(found[at].tokens) >= FEWEST_TOKENS]
-        return found
+            new = range(len(drafts), len(drafts) + len(complete))
+            drafts += complete
+            again = [at for at in new[::TWO_TURNS] if not given and drafts[at].text is not None]
+            again = [at for at in again if self.length - len(drafts[at].tokens) >= MIN_TURN_TOKENS]
+        return drafts
 
-    def _add(self, role: str, more: Continue, talks: list[Talk]) -> list[Talk | None]:
-        """Add a message to each; None where it repeats itself or, of a user's, does not end or was written before."""
-        if not talks:
+    def _add_message(self, role: str, more: Continue, drafts: list[Draft]) -> list[Draft | None]:
+        """Add a message to each draft; None where it repeats itself, or a user's does not end or is not new."""
+        if not drafts:
             return []
-        asks, places = role == "user", [self._around(talk.messages, role) for talk in talks]
-        prompts = [self._prompt(talk, place) for talk, place in zip(talks, places, strict=True)]
+        asks, slots = role == "user", [self._slot_for(draft.messages, role) for draft in drafts]
+        prompts = [self._prompt(draft, slot) for draft, slot in zip(drafts, slots, strict=True)]
         fits = [0 < len(prompt) < self.length for prompt in prompts]
         room = self.length - min(filter(None, map(len, prompts)), default=self.length)
-        if room < FEWEST_TOKENS and asks and not talks[0].messages:
+        if room < MIN_TURN_TOKENS and asks and not drafts[0].messages:
             raise UsageError(
                 f"{self.source} does not fit sequences of {self.length} tokens: the chat template alone takes "
                 f"{self.length - room}.",
                 hint="Use a larger --sequence-length.",
             )
-        ends = self.ends | (set(self._ids(places[0].ending)[:1]) & self.added.keys())
-        forbidden = {token for token, each in self.added.items() if each.special} - ends
-        forbidden -= set() if asks else self._spoken()
+        ends = self.ends | (set(self._ids(slots[0].ending)[:1]) & self.added.keys())
+        forbidden = {token for token, added in self.added.items() if added.special} - ends
+        forbidden -= set() if asks else self._allowed_special_tokens()
         begun = [[token for token, _ in prompt] for prompt in compress(prompts, fits)]
         new = max(1, room // 2 if asks else room)
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit and begun:  # learned positions end there
             new = max(1, min(new, limit - max(map(len, begun))))
         written = iter(more(begun, new, forbidden=forbidden, ends=ends) if begun else [])
-        found = list[Talk | None]()
-        for talk, prompt, place, fit in zip(talks, prompts, places, fits, strict=True):
-            text, own, has_ended = self._text(next(written), ends, place.ending) if fit else ("", [], False)
+        results = list[Draft | None]()
+        for draft, prompt, slot, fit in zip(drafts, prompts, slots, fits, strict=True):
+            text, spoken, has_ended = self._decode(next(written), ends, slot.ending) if fit else ("", [], False)
             is_whole = has_ended or (not asks and len(prompt) + new >= self.length)  # its sequence cuts it, no limit
-            if not is_whole or not text or repetition(text.split()) > MOST_REPETITION or (asks and text in self.asked):
-                found.append(None)
+            if not is_whole or not text or repetition(text.split()) > MAX_REPETITION or (asks and text in self.prompts):
+                results.append(None)
                 continue
-            messages = [*talk.messages, {"role": role, "content": text}]
+            messages = [*draft.messages, {"role": role, "content": text}]
             if asks:
-                self.asked.add(text)
-                found.append(replace(talk, messages=messages))
+                self.prompts.add(text)
+                results.append(replace(draft, messages=messages))
                 continue
-            space = self._ids(place.after[len(place.after.rstrip()) :]) if has_ended else []
-            tokens = [*prompt, *((token, True) for token in own), *((token, False) for token in space)]
-            ends_as_shown = self.tokenizer.decode(own).endswith(place.ending)
-            found.append(Talk(messages, tokens, place.shows(text) if ends_as_shown else None))
-        return found
+            space = self._ids(slot.after[len(slot.after.rstrip()) :]) if has_ended else []
+            tokens = [*prompt, *((token, True) for token in spoken), *((token, False) for token in space)]
+            ends_as_shown = self.tokenizer.decode(spoken).endswith(slot.ending)
+            results.append(Draft(messages, tokens, slot.shows(text) if ends_as_shown else None))
+        return results
 
-    def _prompt(self, talk: Talk, place: _Place) -> Tokens:
-        """Return the tokens that a message continues; none if the template no longer begins with what was written."""
-        if talk.text is None or not place.prompt.startswith(talk.text):
+    def _prompt(self, draft: Draft, slot: _Slot) -> Tokens:
+        """Return the tokens that a message continues; none if the template rewrites the text so far."""
+        if draft.text is None or not slot.prompt.startswith(draft.text):
             return []
-        return [*talk.tokens, *((token, False) for token in self._ids(place.prompt.removeprefix(talk.text)))]
+        return [*draft.tokens, *((token, False) for token in self._ids(slot.prompt.removeprefix(draft.text)))]
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def _text(self, tokens: list[int], ends: set[int], ending: str) -> tuple[str, list[int], bool]:
-        """Return what was written as text and as tokens, and whether it ended, by a token or by what a template says.
+    def _decode(self, tokens: list[int], ends: set[int], ending: str) -> tuple[str, list[int], bool]:
+        """Return the text, the tokens, and whether they end, by a token or by the template's ending.
 
-        The text is without what ends it, the tokens are not.
+        The tokens include the end, the text does not.
         """
         has_ended = tokens[-1] in ends
         text = self.tokenizer.decode(tokens[: len(tokens) - has_ended])
@@ -193,17 +193,16 @@ class _Writer:
             tokens = self._ids(text + ending)
         return text.strip(), tokens, has_ended
 
-    def _spoken(self) -> set[int]:
+    def _allowed_special_tokens(self) -> set[int]:
         """Return the special tokens that an answer may have, such as those around a thought."""
-        asked = [{"role": "user", "content": MARK}]
+        messages = [{"role": "user", "content": MARK}]
         answer = {"role": "assistant", "content": MARK, "reasoning_content": MARK, "thinking": MARK}
-        prompt = self._around(asked, "assistant").prompt
-        whole = apply_template(self.tokenizer, [*asked, answer], self.source, tokenize=False)
-        named = {token for token, each in self.added.items() if "think" in each.content.lower()}
+        prompt = self._slot_for(messages, "assistant").prompt
+        whole = apply_template(self.tokenizer, [*messages, answer], self.source, tokenize=False)
+        named = {token for token, added in self.added.items() if "think" in added.content.lower()}
         return named | set(self._ids(whole.removeprefix(prompt) if whole.startswith(prompt) else ""))
 
-    def _around(self, conversation: Conversation, role: str) -> _Place:
-        """Return where a template puts the words of a next message."""
+    def _slot_for(self, conversation: Conversation, role: str) -> _Slot:
         messages, asks = [*conversation, {"role": role, "content": MARK}], role == "user"
         template = partial(apply_template, self.tokenizer, source=self.source, tokenize=False)
         before, _, after = template(messages, add_generation_prompt=asks).rpartition(MARK)
@@ -213,11 +212,11 @@ class _Writer:
                 f"{self.source}.",
                 hint=GIVE_TEXT,
             )
-        return _Place(before if asks else template(conversation, add_generation_prompt=True), before, after)
+        return _Slot(before if asks else template(conversation, add_generation_prompt=True), before, after)
 
 
-class _Place(NamedTuple):
-    """Where a template puts the words of a message: the text that they continue, and all before and after them."""
+class _Slot(NamedTuple):
+    """The place of a message's words in a template: the text that they continue, and all before and after them."""
 
     prompt: str
     before: str
@@ -229,5 +228,5 @@ class _Place(NamedTuple):
         return self.after.strip().partition("\n")[0]
 
     def shows(self, words: str) -> str | None:
-        """Return the conversation with these words; None if the template does not put them where they are written."""
+        """Return the conversation with these words; None if the template puts something between prompt and words."""
         return None if self.before.removeprefix(self.prompt).strip() else f"{self.before}{words}{self.after}"

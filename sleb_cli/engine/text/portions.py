@@ -31,9 +31,9 @@ once, because repeated text teaches less."""
 
 @dataclass(frozen=True)
 class Portion:
-    """Sequences, int64 [sequences, length], and the rows of them in the order in which they are trained on.
+    """Sequences, int64 [sequences, length], and their rows in the order in which they are trained on.
 
-    `loss_mask` says which tokens count, bool of the same shape; None for all.
+    `loss_mask` marks the tokens that count, bool of the same shape; None for all.
     """
 
     sequences: Tensor
@@ -44,32 +44,33 @@ class Portion:
 class Portions:
     """Draws portions of a text, any of them by its number, in the shares of its sources.
 
-    The sequences of a file or of WikiText-2 all come once before any comes again, in an order of the seed, and those
-    that were fitted to before come last. Other data sets are shuffled by the number of the portion, and so is what the
-    model writes.
+    The sequences of a file or of WikiText-2 all come once before any comes again, in an order of the seed, and the ones
+    that were fitted to before come last. Other data sets, and text that the model writes, are drawn by the number of
+    the portion.
 
     Args:
         fitted: the text that was drawn before.
-        uses: returns how many sequences a process trains on in a portion of its own, from 0; one that is used twice
-            counts twice. Later portions have no fewer.
+        sequences_per_portion: returns how many sequences a process trains on in its portion of this number, from 0; one
+            that is used twice counts twice. Later portions have no fewer.
         tokenizer: the model's tokenizer.
         load_model: returns the dense model, if it is to write.
         processes: how many take portions in turn.
-        written: returns what the model wrote of a source for the fitted text, which the first portions take, as writing
-            takes minutes.
+        written: returns the sequences of a source that the model wrote for the fitted text; the first portions take
+            them, as writing takes minutes.
     """
 
     def __init__(
         self,
         fitted: CalibrationSettings,
-        uses: Callable[[int], int],
+        sequences_per_portion: Callable[[int], int],
         tokenizer: Any,
         load_model: Callable[[], Any],
         processes: int = 1,
         written: Callable[[str], Sequences | None] = lambda source: None,
     ) -> None:
-        self._fitted, self._uses, self._processes, self._written = fitted, uses, processes, written
-        self._fewest = max(math.ceil(1 / share) for share in fitted.shares.values())  # with some of every source
+        self._fitted, self._processes, self._written = fitted, processes, written
+        self._sequences_per_portion = sequences_per_portion
+        self._min_sequences = max(math.ceil(1 / share) for share in fitted.shares.values())  # with some of every source
         self._tokenizer, self._load_model = tokenizer, load_model
         self._whole: dict[str, Sequences] = {}
 
@@ -79,61 +80,65 @@ class Portions:
         Raises what `calibrate` raises.
         """
         seed = self._fitted.seed + 1 + number
-        uses = self._uses_of(number)
-        settings = replace(self._fitted, samples=uses, samples_given=False, seed=seed)
-        found = {source: self._windows(source, settings) for source in settings.texts}
+        count = self._sequences_in(number)
+        settings = replace(self._fitted, samples=count, samples_given=False, seed=seed)
+        texts = {source: self._windows(source, settings) for source in settings.texts}
         if len(settings.shares) > 1:
-            settings = limit_to_texts(settings, {source: len(rows) for source, (rows, _) in found.items()}, notify)
-        taken = replace(settings, samples=min(settings.samples, max(self._fewest, most))) if most else settings
-        counts = taken.counts
-        rows = [self._taken(source, windows, number, settings, counts[source]) for source, windows in found.items()]
+            settings = limit_to_texts(settings, {source: len(rows) for source, (rows, _) in texts.items()}, notify)
+        reduced = replace(settings, samples=min(settings.samples, max(self._min_sequences, most))) if most else settings
+        counts = reduced.counts
+        rows = [
+            self._rows_for(source, text_rows, number, settings, counts[source]) for source, text_rows in texts.items()
+        ]
         given = sum(len(sequences) for sequences, _ in rows)
         for source in filter(is_written, settings.shares):
             samples = -(-counts[source] // USES_OF_OWN_TEXT)
             known = self._written(source) if number < self._processes else None
-            own = range(number * samples, (number + 1) * samples)
-            if known is not None and own.stop <= len(known[0]):
-                rows.append(take_sequences(known, own))
+            own_rows = range(number * samples, (number + 1) * samples)
+            if known is not None and own_rows.stop <= len(known[0]):
+                rows.append(take_sequences(known, own_rows))
             else:
-                rows.append(write_sequences(source, samples, taken, self._load_model(), self._tokenizer, notify))
+                rows.append(write_sequences(source, samples, reduced, self._load_model(), self._tokenizer, notify))
         sequences, loss_mask = join_sequences(rows)
         return Portion(sequences, _order(given, len(sequences), f"{self._fitted.seed}/{number}"), loss_mask)
 
-    def _uses_of(self, number: int) -> int:
-        return max(self._fewest, self._uses(number // self._processes))
+    def _sequences_in(self, number: int) -> int:
+        return max(self._min_sequences, self._sequences_per_portion(number // self._processes))
 
     def _windows(self, source: str, settings: CalibrationSettings) -> Sequences:
-        """Return the windows of a source, those of one that is read whole in their order; it is read only once."""
+        """Return the windows of a source. One that is read whole is read once, and its windows are put in order."""
         if source in self._whole:
             return self._whole[source]
-        windows, _ = found = read_windows(source, settings.counts[source], settings, self._tokenizer)
+        windows, _ = all_rows = read_windows(source, settings.counts[source], settings, self._tokenizer)
         if is_read_whole(source):
             last = draw(len(windows), self._fitted.counts[source], self._fitted.seed)
             first = sorted(set(range(len(windows))) - set(last))
             shuffle = random.Random(self._fitted.seed)
             order = [*shuffle.sample(first, len(first)), *shuffle.sample(last, len(last))]
-            found = self._whole[source] = take_sequences(found, order)
-        return found
+            all_rows = self._whole[source] = take_sequences(all_rows, order)
+        return all_rows
 
-    def _taken(self, source: str, found: Sequences, number: int, settings: CalibrationSettings, most: int) -> Sequences:
-        """Return what this portion takes of a source: the next windows, or of what was shuffled any."""
-        windows, _ = found
-        wanted = min(most, len(windows))
+    def _rows_for(
+        self, source: str, rows: Sequences, number: int, settings: CalibrationSettings, most: int
+    ) -> Sequences:
+        """Return this portion's rows of a source: the next windows, or if it was shuffled, any of them."""
+        windows, _ = rows
+        count = min(most, len(windows))
         if source not in self._whole:
-            return take_sequences(found, draw(len(windows), wanted, settings.seed))
+            return take_sequences(rows, draw(len(windows), count, settings.seed))
         # A short text limits all portions alike.
-        samples = (min(self._uses_of(before), settings.samples) for before in range(number))
-        start = sum(min(replace(settings, samples=each).counts[source], len(windows)) for each in samples)
-        return take_sequences(found, [(start + row) % len(windows) for row in range(wanted)])
+        samples = (min(self._sequences_in(before), settings.samples) for before in range(number))
+        start = sum(min(replace(settings, samples=size).counts[source], len(windows)) for size in samples)
+        return take_sequences(rows, [(start + row) % len(windows) for row in range(count)])
 
 
 def _order(given: int, count: int, seed: str) -> list[int]:
     """Return an order of `count` rows: the first `given` come once, the others several times, spread over it."""
     shuffle = random.Random(seed)
-    once, own = shuffle.sample(range(given), given), list(range(given, count))
-    uses = USES_OF_OWN_TEXT if own else 1
+    once, written = shuffle.sample(range(given), given), list(range(given, count))
+    uses = USES_OF_OWN_TEXT if written else 1
     order: list[int] = []
     for use in range(uses):
-        rows = once[given * use // uses : given * (use + 1) // uses] + own
+        rows = once[given * use // uses : given * (use + 1) // uses] + written
         order += shuffle.sample(rows, len(rows))
     return order

@@ -29,7 +29,7 @@ from sleb_plugins import UsageError
 class CalibrationSettings:
     """A calibration request with every option set.
 
-    `shares` are those of the sources in `source`. `samples` counts the sequences of all sources together; for a
+    `shares` has the share of each source in `source`. `samples` counts the sequences of all sources together; for a
     reference preset, it counts rows of text. `split` is the part of each source that sequences are drawn from. `writer`
     identifies the model, under which the text that it writes is cached; None caches none. With `own_answers` and no
     `chat`, only the answers count of conversations that it writes.
@@ -85,9 +85,9 @@ def resolve_calibration(
             hint='Leave out --chat, or name self-chat, or a .jsonl file or data set with "messages": lists of role and '
             "content.",
         )
-    for each in shares:
-        if each.startswith(ANSWERS):  # before any model is loaded
-            read_prompts(each)
+    for name in shares:
+        if name.startswith(ANSWERS):  # before any model is loaded
+            read_prompts(name)
     default = REFERENCE_ROWS if REFERENCE_PRESETS & shares.keys() else DEMO_SAMPLES if is_demo else DEFAULT_SAMPLES
     settings = CalibrationSettings(
         source=source,

@@ -82,10 +82,10 @@ class TextSplit:
     end: float = 1.0
 
     def rows(self, count: int) -> range:
-        """Return the numbers of the rows of this part, of `count` rows."""
+        """Return the rows of this part, out of `count` rows."""
         return range(round(self.begin * count), round(self.end * count))
 
-    def of(self, source: str) -> str:
+    def label(self, source: str) -> str:
         """Return the name of this part of a source."""
         return source if self == WHOLE else f"{source} from {self.begin:.0%} to {self.end:.0%}"
 
@@ -126,8 +126,8 @@ def calibration_text(source: str, *, tokens: int, seed: int, split: TextSplit = 
     if source == "wikitext2":
         documents = _documents(dataset, split)
     else:
-        documents = _enough(_documents(dataset, split, shuffle_seed=seed), tokens * CHARACTERS_PER_TOKEN)
-    return Text(split.of(source), PARAGRAPHS.join(documents))
+        documents = _take_characters(_documents(dataset, split, shuffle_seed=seed), tokens * CHARACTERS_PER_TOKEN)
+    return Text(split.label(source), PARAGRAPHS.join(documents))
 
 
 def reference_calibration_text(source: str, *, rows: int, seed: int, split: TextSplit = WHOLE) -> Text:
@@ -141,7 +141,7 @@ def reference_calibration_text(source: str, *, rows: int, seed: int, split: Text
 
 
 def evaluation_text(source: str, length: int) -> Text:
-    """Return the text or the conversations to measure perplexity on; for `wikitext2` and `c4`, that of the literature.
+    """Return the text or the conversations to measure perplexity on; `wikitext2` and `c4` are as in the literature.
 
     For other data sets, read the named split and column (default: the first of EVALUATION_SPLITS, and `text` or
     `messages`), and no more of it than its windows of `length` tokens need.
@@ -166,7 +166,7 @@ def evaluation_text(source: str, length: int) -> Text:
     if not named:
         with _loading(dataset):
             splits = datasets.get_dataset_split_names(dataset.path, dataset.config)
-        split = next((each for each in EVALUATION_SPLITS if each in splits), [*splits, "train"][0])
+        split = next((name for name in EVALUATION_SPLITS if name in splits), [*splits, "train"][0])
         dataset, source = replace(dataset, split=split), f"{path}:{config}:{split}:{column}".rstrip(":")
     rows = _load(dataset)
     if not column and dataset.column not in rows.column_names and MESSAGES in rows.column_names:
@@ -176,7 +176,7 @@ def evaluation_text(source: str, length: int) -> Text:
     values = chain([first], values)
     if isinstance(first, list):
         return Text(source, "", limit, split, conversations=tuple(_row_conversations(dataset, values, limit, length)))
-    texts = _enough(map(str, values), limit * length * CHARACTERS_PER_TOKEN)
+    texts = _take_characters(map(str, values), limit * length * CHARACTERS_PER_TOKEN)
     return replace(_joined(source, texts), limit=limit, split=split)
 
 
@@ -201,19 +201,19 @@ def calibration_conversations(
         DataError: the source is missing or unreadable, or holds no or too few conversations.
     """
     if is_file(source):
-        found = [line.conversation for line in _json_lines(source, _read_file(source), _Messages)]
-        return _part(found, split, source, "conversation")
+        conversations = [line.conversation for line in _json_lines(source, _read_file(source), _Messages)]
+        return _take_split(conversations, split, source, "conversation")
     dataset = _parse_dataset(source, column=MESSAGES)
     values = _values(_load(dataset), dataset, split, shuffle_seed=seed)
     return list(_row_conversations(dataset, values, samples, length))
 
 
-def _part(found: list[T], split: TextSplit, file: str, what: str) -> list[T]:
-    if len(found) < (least := 1 if split == WHOLE else MIN_DOCUMENTS):
+def _take_split(items: list[T], split: TextSplit, file: str, what: str) -> list[T]:
+    if len(items) < (least := 1 if split == WHOLE else MIN_DOCUMENTS):
         raise DataError(
-            f"{file} has {plural(len(found), what)}, but needs at least {least}.", hint=f"Add more {what}s to it."
+            f"{file} has {plural(len(items), what)}, but needs at least {least}.", hint=f"Add more {what}s to it."
         )
-    return [found[row] for row in split.rows(len(found))]
+    return [items[row] for row in split.rows(len(items))]
 
 
 def _row_conversations(dataset: Dataset, values: Iterable[Any], count: int, length: int) -> Iterator[Conversation]:
@@ -237,12 +237,12 @@ def _file_conversations(source: str, content: str) -> tuple[Conversation, ...]:
     with suppress(ValidationError):  # which the text is refused for
         line = TypeAdapter(dict[str, Any]).validate_json(first)
         if line.get("messages") is not None and line.get("text") is None:
-            return tuple(each.conversation for each in _json_lines(source, content, _Messages))
+            return tuple(line.conversation for line in _json_lines(source, content, _Messages))
     return ()
 
 
 def read_prompts(source: str, split: TextSplit = WHOLE) -> list[Conversation]:
-    """Return the prompts of `answers:FILE`, those of this part of it: conversations to be answered.
+    """Return the prompts in this part of `answers:FILE`: conversations to be answered.
 
     The file has a prompt in each line of text, or in the `prompt` or the `messages` of each line of JSON.
 
@@ -255,7 +255,7 @@ def read_prompts(source: str, split: TextSplit = WHOLE) -> list[Conversation]:
         prompts = [line.conversation for line in _json_lines(file, content, _Prompt)]
     else:
         prompts = [[{"role": "user", "content": line.strip()}] for line in content.splitlines() if line.strip()]
-    return _part(prompts, split, file, "prompt")
+    return _take_split(prompts, split, file, "prompt")
 
 
 def is_read_whole(source: str) -> bool:
@@ -264,7 +264,7 @@ def is_read_whole(source: str) -> bool:
 
 
 def _file_text(source: str, content: str, split: TextSplit = WHOLE) -> Text:
-    named, documents = split.of(source), list[str]()
+    named, documents = split.label(source), list[str]()
     if Path(source).suffix == ".jsonl":
         documents = [line.text for line in _json_lines(source, content, _Text)]
         if len(documents) >= MIN_DOCUMENTS:
@@ -278,14 +278,14 @@ def _file_text(source: str, content: str, split: TextSplit = WHOLE) -> Text:
 
 
 def _boundary(content: str, share: float) -> int:
-    """Return about where this share of a running text ends: between paragraphs, lines or words, if one ends there."""
+    """Return a place near this share of a running text: between paragraphs, lines or words, if one ends there."""
     at = round(share * len(content))
     if at in (0, len(content)):
         return at
     for separator in (PARAGRAPHS, "\n", " "):
-        found = content.find(separator, at, at + len(content) // 50)
-        if found >= 0:
-            return found + len(separator)
+        end = content.find(separator, at, at + len(content) // 50)
+        if end >= 0:
+            return end + len(separator)
     return at
 
 
@@ -349,11 +349,11 @@ class _Prompt(BaseModel):
 
     @property
     def conversation(self) -> Conversation:
-        found = [message.model_dump(exclude_none=True) for message in self.messages]
-        found += [{"role": "user", "content": self.prompt}] if self.prompt else []
-        while found and found[-1]["role"] == "assistant":
-            found.pop()
-        return found
+        messages = [message.model_dump(exclude_none=True) for message in self.messages]
+        messages += [{"role": "user", "content": self.prompt}] if self.prompt else []
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        return messages
 
 
 _Line = TypeVar("_Line", bound=BaseModel)
@@ -365,8 +365,8 @@ def _json_lines(source: str, content: str, form: type[_Line]) -> Iterator[_Line]
     for number, line in enumerate(content.split("\n"), start=1):
         if line.strip():
             with _naming_faults(f"Line {number} of {source}"):
-                found = form.model_validate_json(line)
-            yield found
+                parsed = form.model_validate_json(line)
+            yield parsed
 
 
 @contextmanager
@@ -436,7 +436,7 @@ def loading_data(what: str, hint: str, *others: type[Exception]) -> Iterator[Non
         raise DataError(f"The {what} cannot be loaded: {first_line(error)}.", hint=hint) from error
 
 
-def _enough(documents: Iterable[str], characters: int) -> Iterator[str]:
+def _take_characters(documents: Iterable[str], characters: int) -> Iterator[str]:
     for document in documents:
         yield document
         characters -= len(document)

@@ -67,10 +67,10 @@ class EvaluationWindows:
     Attributes:
         text: the text.
         ids: the tokens, int64 [windows, positions].
-        counted: which predictions count, bool [windows, positions - 1]: of the tokens after the first.
-        clusters: which document, or else which window, each predicted token belongs to; int64, of the same shape.
-        clustered_by: what the clusters are.
-        bos: what begins with the BOS token.
+        counted: marks the predictions that count, bool [windows, positions - 1]: the first token is not predicted.
+        clusters: the number of each predicted token's document, or else of its window; int64, of the same shape.
+        clustered_by: whether clusters are documents, conversations or windows.
+        bos: whether each window begins with the BOS token, only the text does, or neither.
     """
 
     text: Text
@@ -92,15 +92,15 @@ def cut_for_evaluation(
     """
     if bos and tokenizer.bos_token_id is None:
         raise UsageError("--bos needs a BOS token, but the tokenizer has none.", hint="Leave out --bos.")
-    own, start = (length - 1, [tokenizer.bos_token_id]) if bos else (length, [])
+    width, start = (length - 1, [tokenizer.bos_token_id]) if bos else (length, [])
     # Only fast tokenizers tell where tokens are.
     by_document = bool(text.documents) and getattr(tokenizer, "is_fast", False)
     tokens = tokenizer(text.content, add_special_tokens=not bos, return_offsets_mapping=by_document)
     most = min(filter(None, (most, text.limit)), default=None)
-    ids = require_windows(_rows(tokens.input_ids, own, start)[:most], text, tokenizer, length)
+    ids = require_windows(_rows(tokens.input_ids, width, start)[:most], text, tokenizer, length)
     clusters = torch.arange(len(ids)).unsqueeze(1).expand(-1, length - 1)
     if by_document:
-        documents = _documents(text, tokens.offset_mapping)[: len(ids) * own].view(-1, own)[:, 1 - length :]
+        documents = _documents(text, tokens.offset_mapping)[: len(ids) * width].view(-1, width)[:, 1 - length :]
         by_document = bool((documents != documents[0, 0]).any())
         clusters = documents if by_document else clusters
     return EvaluationWindows(
@@ -114,7 +114,7 @@ def cut_for_evaluation(
 
 
 def _documents(text: Text, offsets: list[tuple[int, int]]) -> Tensor:
-    """Return which document each token is from; one that stands for no text, such as a BOS, is from the one before."""
+    """Return the number of each token's document; a token without text, such as a BOS, belongs to the one before."""
     starts = torch.tensor([start for start, _ in offsets], dtype=torch.int64).cummax(0).values
     return (torch.searchsorted(torch.tensor(text.documents), starts, right=True) - 1).clamp(min=0)
 
@@ -155,7 +155,7 @@ def require_enough(found: int, source: str, length: int, asked: int | None) -> N
 
 
 def whole_mask(sequences: Tensor, loss_mask: Tensor | None) -> Tensor:
-    """Return which tokens count, bool in the shape of the sequences: all, if there is no loss mask."""
+    """Return the loss mask, bool in the shape of the sequences; without one, all tokens count."""
     return torch.ones_like(sequences, dtype=torch.bool) if loss_mask is None else loss_mask
 
 

@@ -37,11 +37,11 @@ A text ends with the first of the tokens in `ends`, which it includes; `forbidde
 
 @dataclass(frozen=True)
 class Writing:
-    """What is to be written.
+    """An order for text.
 
     Attributes:
         what: the work in words, for the screen.
-        noun: what one item of the result is called.
+        noun: the name of one item of the result.
         count: about how many sequences are written.
         new: about how many tokens of each.
         seed: decides what is drawn, together with how many are written at once.
@@ -59,7 +59,7 @@ class Writing:
 
 
 def write_or_find(model: Any, writing: Writing, write: Callable[[Continue, int], list[T]], notify: Notify) -> list[T]:
-    """Return what `write` makes, plain JSON, or what it made before, from the cache.
+    """Return the items, plain JSON, that `write` makes, or made before, from the cache.
 
     It is given a function that continues prompts, and how many to continue at once, fewer if memory runs out.
 
@@ -69,10 +69,10 @@ def write_or_find(model: Any, writing: Writing, write: Callable[[Continue, int],
     batch = min(writing.count, _MAX_BATCH, max(_MIN_BATCH, _TOKENS_PER_BATCH // writing.new))
     device = input_device(model)
     key = _key(model, writing, batch)
-    kept: list[T] = find_cached("texts", key) or []
-    if kept:
-        notify(Notice(f"Using {plural(len(kept), writing.noun)} that the model wrote before, from the cache."))
-        return kept
+    cached: list[T] = find_cached("texts", key) or []
+    if cached:
+        notify(Notice(f"Using {plural(len(cached), writing.noun)} that the model wrote before, from the cache."))
+        return cached
     # MPS cannot tell the state of its random number generator by device.
     devices = [] if device.type in ("cpu", "mps") else [device]
 
@@ -85,10 +85,10 @@ def write_or_find(model: Any, writing: Writing, write: Callable[[Continue, int],
             torch.manual_seed(writing.seed)
             return write(_continuing(model, advance), size)
 
-    found = in_smaller_pieces(run, batch, device, notify, "generating {} sequences")
+    texts = in_smaller_pieces(run, batch, device, notify, "generating {} sequences")
     if writing.model is not None:
-        keep_cached("texts", key, found, "the text that the model wrote", notify)
-    return found
+        keep_cached("texts", key, texts, "the text that the model wrote", notify)
+    return texts
 
 
 def _key(model: Any, writing: Writing, batch: int) -> Key:
@@ -129,7 +129,7 @@ def _continuing(model: Any, advance: Advance) -> Continue:
             return generate(model, ids, greedy, refused, logits_processor=drawing, **options)
 
         written = continue_each(run, ids, attended, new, lambda rows: have_ended)
-        return [_until(tokens.tolist(), ends) for tokens in written]
+        return [_cut_after(tokens.tolist(), ends) for tokens in written]
 
     return more
 
@@ -152,6 +152,6 @@ def draw_tokens(input_ids: Tensor, scores: Tensor, *, forbidden: Collection[int]
     return torch.full_like(scores, -torch.inf).scatter_(-1, tokens.to(scores.device), 0.0)
 
 
-def _until(tokens: list[int], ends: Collection[int]) -> list[int]:
-    """Return the tokens up to the first of `ends`."""
+def _cut_after(tokens: list[int], ends: Collection[int]) -> list[int]:
+    """Return the tokens up to and with the first of `ends`."""
     return next((tokens[: at + 1] for at, token in enumerate(tokens) if token in ends), tokens)
