@@ -20,7 +20,7 @@ from sleb_cli.engine.recovery.block_fit import RIDGES
 from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
 from sleb_cli.engine.recovery.depth import PROBED_TOKENS, Judge
 from sleb_cli.engine.recovery.least_squares import Ridge, best_ridge
-from sleb_cli.engine.recovery.residual_projections import find_residual_projections, passing
+from sleb_cli.engine.recovery.residual_projections import captured, find_residual_projections
 from sleb_cli.engine.recovery.stage import Job
 from sleb_cli.engine.recovery.variant import Comparison, Variant
 from sleb_cli.engine.text.calibration import Calibration
@@ -148,7 +148,7 @@ def test_the_fits_equal_a_direct_computation(monkeypatch):
     weights = 1 / wanted.square().mean(-1, keepdim=True)
     # Both together, then the one that makes up for how it responds to the other.
     for names in ((DOWN, OUT), (DOWN,)):
-        with passing(block, names) as (entering, _):
+        with captured(block, names) as (entering, _):
             leaving = model(text, output_hidden_states=True).hidden_states[3].flatten(0, 1).double()
         x = torch.cat([entering[name].flatten(0, 1).double() * scales[name] for name in names], dim=1)
         products, right = x.T @ (weights * x), x.T @ (weights * (wanted - leaving))

@@ -16,9 +16,9 @@ from sleb_cli.engine.recovery.depth import Batches, DepthPair, require_finite
 from sleb_cli.engine.recovery.least_squares import Gains, Ridge, best_ridge
 from sleb_cli.engine.recovery.residual_projections import (
     ResidualProjection,
+    captured,
     final_norm,
     find_residual_projections,
-    passing,
 )
 from sleb_cli.units import format_bytes
 from sleb_plugins import MachineError
@@ -81,12 +81,12 @@ class BlockFit:
             return loaded(self._root.get_submodule(projections[0].name))
         return self.batches.skippable.loaded(self.block)
 
-    def fit(self, projections: Sequence[ResidualProjection], found: Mapping[str, Tensor]) -> Fit:
-        """Fit projections at once, given the values that were `found` for the block.
+    def fit(self, projections: Sequence[ResidualProjection], fitted_before: Mapping[str, Tensor]) -> Fit:
+        """Fit projections at once, with the block's values `fitted_before`.
 
-        Of all ridges, the one that leaves the least error on the validation text is taken.
+        The ridge is the one that leaves the least error on the validation text.
         """
-        values, root, group = {**self.values, **found}, self._root, self.batches.group
+        values, root, group = {**self.values, **fitted_before}, self._root, self.batches.group
         named = self.batches.skippable.model.named_modules()
         prefix = next(f"{name}." if name else "" for name, module in named if module is root)
         train, validation = self._sums(projections, values)
@@ -106,12 +106,12 @@ class BlockFit:
             fitted, new = group.broadcast(solved[2].contiguous()), dict[str, Tensor]()
             for name, change in _changes(projections, fitted, value_of):
                 changed = as_float64(value_of(name)).to(change.device) + change
-                place = root.get_parameter(name).device
-                new[prefix + name] = self.batches.to_store(changed.to(place, self.stored).contiguous())
+                device = root.get_parameter(name).device
+                new[prefix + name] = self.batches.to_store(changed.to(device, self.stored).contiguous())
         return Fit(ridge, new, float(validation.yy), after)
 
     def _sums(self, projections: Sequence[ResidualProjection], values: Mapping[str, Tensor]) -> tuple[Ridge, Ridge]:
-        """Return the sums of the regression over the training and over the validation text."""
+        """Return the regression's sums over the training text, and over the validation text."""
         batches, skippable = self.batches, self.batches.skippable
         if self.block is None:
             samples, device = partial(self._samples_of_norm, projections[0]), skippable.device
@@ -134,23 +134,26 @@ class BlockFit:
     def _summed(
         self, samples: Callable[[Iterable[int]], Samples], groups: Sequence[range], empty: Callable[[], Ridge]
     ) -> Ridge:
-        """Return the sums over all batches of all processes."""
+        """Return the sums over all batches of all processes, added in the order of groups.
+
+        So they do not depend, by rounding, on the number of processes.
+        """
         group = self.batches.group
         total, size, rank = empty(), group.size, group.rank
         for first in range(0, len(groups), size):
-            turn, own = groups[first : first + size], empty()
+            turn, own_sums = groups[first : first + size], empty()
             for features, targets, weights in samples(turn[rank]) if rank < len(turn) else ():
-                own.add(features, targets, weights)
+                own_sums.add(features, targets, weights)
             for source in range(len(turn)):
-                part = own if source == rank else empty()
-                for sum_, added in zip(total.tensors, part.tensors, strict=True):
+                sums = own_sums if source == rank else empty()
+                for sum_, added in zip(total.tensors, sums.tensors, strict=True):
                     sum_ += group.broadcast(added, source)
         return total
 
     def _samples(
         self, projections: Sequence[ResidualProjection], values: Mapping[str, Tensor], batches: Iterable[int]
     ) -> Samples:
-        """Yield features, what is missing at the end of the gap, and weights, in float32.
+        """Yield the features, the states missing at the end of the gap, and the weights, in float32.
 
         Norms divide hidden states by their size before anything reads them, so an error is weighed relative to that
         size: otherwise the few positions whose states are a thousand times larger, often the first, would decide.
@@ -160,13 +163,13 @@ class BlockFit:
         names = [name for projection in projections for name in projection.names]
         scales = [projection.scale for projection in projections if projection.takes_bias]
         for batch in batches:
-            with skippable.replaced(values), passing(module, names) as (entering, _):
-                found = skippable.run_block(self.batches.calls[batch][self.block], self.pair.pruned[batch]).float()
-                wanted = self.pair.dense[batch].to(found.device).float()
-                missing = (wanted - found).flatten(0, -2)
+            with skippable.replaced(values), captured(module, names) as (entering, _):
+                states = skippable.run_block(self.batches.calls[batch][self.block], self.pair.pruned[batch]).float()
+                target = self.pair.dense[batch].to(states.device).float()
+                missing = (target - states).flatten(0, -2)
                 parts = [projection.features(module, entering) for projection in projections]
             ones = [missing.new_full((len(missing), 1), scale) for scale in scales[:1]]
-            weights = 1 / wanted.square().mean(-1).flatten().clamp_min(1e-12)
+            weights = 1 / target.square().mean(-1).flatten().clamp_min(1e-12)
             yield torch.cat([*parts, *ones], dim=1), missing, weights
 
     def _samples_of_norm(self, norm: ResidualProjection, batches: Iterable[int]) -> Samples:
@@ -175,14 +178,14 @@ class BlockFit:
         module = model.get_submodule(norm.name)
         for batch in batches:
             dense, pruned = self.pair.dense[batch].to(here), self.pair.pruned[batch].to(here)
-            wanted, found = (module(states).float().flatten(0, -2).to(here) for states in (dense, pruned))
-            yield norm.normalized(model, pruned), wanted - found, torch.ones(len(found), device=here)
+            target, output = (module(states).float().flatten(0, -2).to(here) for states in (dense, pruned))
+            yield norm.normalized(model, pruned), target - output, torch.ones(len(output), device=here)
 
 
 def fit_block(
     projections: Sequence[ResidualProjection],
     fit: Callable[[Sequence[ResidualProjection], Mapping[str, Tensor]], Fit],
-    most_rounds: int | None = None,
+    max_rounds: int | None = None,
 ) -> Fit:
     """Fit all projections of a block; `fit` fits some of them at once, given the values found so far.
 
@@ -198,18 +201,18 @@ def fit_block(
     near = [projection for projection in projections if not projection.exact]
     together = [projection for projection in exact if projection.kind != "gain"] + near
     behind_norms = any(projection.norm for projection in exact)
-    rounds = ([together] * bool(near) + [exact] * bool(exact) + [exact] * behind_norms)[:most_rounds]
+    rounds = ([together] * bool(near) + [exact] * bool(exact) + [exact] * behind_norms)[:max_rounds]
     values: dict[str, Tensor] = {}
     fits: list[Fit] = []
     for fitted in rounds:
-        found = fit(fitted, values)
-        values, after = values | found.values, found.after
+        result = fit(fitted, values)
+        values, after = values | result.values, result.after
         for norm in (projection.norm for projection in fitted if projection.norm):
             gains = fit([norm], values)
             after = min(gains.before, gains.after)
             if gains.after < gains.before:
                 values = values | gains.values
-        fits.append(Fit(found.ridge, values, fits[0].before if fits else found.before, after))
+        fits.append(Fit(result.ridge, values, fits[0].before if fits else result.before, after))
     # After the first of several rounds, how the rest of the block responds is not yet known.
     return min(fits[bool(near and exact and fits[1:]) :], key=lambda fit: fit.after)
 
@@ -217,16 +220,16 @@ def fit_block(
 def _changes(
     projections: Sequence[ResidualProjection], fitted: Tensor, value_of: Callable[[str], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield what to add to the weights of the projections, by name, and to the bias of the first that has one."""
+    """Yield the changes to the weights of the projections, by name, and to the bias of the first that has one."""
     start = 0
     for projection in projections:
-        part = fitted[start : start + projection.inputs]
-        start += len(part)
+        change = fitted[start : start + projection.inputs]
+        start += len(change)
         if projection.norm:
             multipliers = as_float64(value_of(f"{projection.norm.name}.weight")) + projection.norm.offset
             # Infinity where a norm multiplies by next to nothing.
             silent = multipliers.abs() < SILENT * multipliers.abs().mean()
-            part = part / multipliers.masked_fill(silent, torch.inf).to(part.device)
-        yield f"{projection.name}.weight", part.T if projection.kind == "matrix" else part
+            change = change / multipliers.masked_fill(silent, torch.inf).to(change.device)
+        yield f"{projection.name}.weight", change.T if projection.kind == "matrix" else change
     for projection in [projection for projection in projections if projection.takes_bias][:1]:
         yield f"{projection.name}.bias", fitted[start]

@@ -40,7 +40,7 @@ from sleb_plugins import UnsupportedModelError
 
 BATCH_TOKENS = 4096
 PATIENCE = 3
-"""After this many blocks that gain next to nothing, none is refitted until the next gap."""
+"""After this many blocks in a row that gain next to nothing, no more are refitted until the next gap."""
 NEXT_TO_NOTHING = 0.01
 """A fit that lowers the divergence by less than this share of it is kept, but counts as no gain."""
 ROUNDS = 2
@@ -63,13 +63,13 @@ class ClosedForm(Stage):
     def needed_bytes(self, surgery: Surgery, dtype: torch.dtype, tokens: int) -> dict[str, int]:
         """Return the memory for hidden states and sums.
 
-        The states are what enters the model and a block, in the dense and in the recovered model, and what leaves it.
+        The states are those that enter the model, those that enter a block in both models, and those that leave it.
         """
         states = states_bytes(surgery.architecture, dtype, tokens)
         return {HIDDEN_STATES: 4 * states, "regression sums": self.reserved_bytes(surgery)}
 
     def saved_bytes(self, surgery: Surgery, stored: torch.dtype) -> int:
-        """Return the size of the fits of all blocks from the one before the first gap on."""
+        """Return the bytes of the fits of all blocks from the one before the first gap on."""
         fitted = kept_blocks(surgery)[max(0, min(surgery.removed) - 1) :]
         width: int = surgery.architecture.text_config.hidden_size
         return sum(_features(block, width) * width for block in fitted) * stored.itemsize
@@ -81,14 +81,14 @@ class ClosedForm(Stage):
         if job.group.is_main and (count := fits_in(job.saved)):
             job.notify(Notice(f"Continuing with {plural(count, 'fit')} of an interrupted run."))
         if job.group.from_main(whole.exists):
-            record, found = read_saved(whole, ClosedFormRecord)
+            record, new_values = read_saved(whole, ClosedFormRecord)
             for fit in record.fits:
-                found |= read_saved(fit_file(job.saved, fit.block), FitRecord)[1]
+                new_values |= read_saved(fit_file(job.saved, fit.block), FitRecord)[1]
         else:
-            found, record = recover_in_closed_form(job)
+            new_values, record = recover_in_closed_form(job)
             if job.group.is_main:
                 write_saved(whole, record, {})
-        return found, lambda losses: {"closed_form": record, "closed_form_losses": losses}
+        return new_values, lambda losses: {"closed_form": record, "closed_form_losses": losses}
 
 
 def recover_in_closed_form(job: Job) -> tuple[dict[str, Tensor], ClosedFormRecord]:
@@ -142,7 +142,7 @@ def _fit_blocks(job: Job, size: int) -> tuple[dict[str, Tensor], ClosedFormRecor
                 with job.dense.replaced(fits.values):
                     pair = replace(pair, pruned=batches.run_blocks(pair.pruned, [block], batches.all))
             else:  # nothing is gained here, so both models run on to the next gap
-                end = next((each for each in kept if each >= block and ends[each] > each + 1), count)
+                end = next((later for later in kept if later >= block and ends[later] > later + 1), count)
                 pair = batches.advance(pair, range(block, end), only_for_gains=end == count)
             advance(end - begin, note=f"divergence {fits.divergence:.4f}")
             begin = block = end
@@ -166,26 +166,26 @@ class Fits:
         """
         before = self.divergence
         require_finite((*pair.dense, *pair.pruned))
-        if found := self._saved(block) or self._fitted(pair, block, gap):
-            record, values = found
+        if fit := self._read_saved_fit(block) or self._fit_block(pair, block, gap):
+            record, values = fit
             self.records.append(record)
             if record.kept:
                 self.values, self.divergence = self.values | values, record.divergence
         return self.divergence < before * (1 - NEXT_TO_NOTHING)
 
-    def _saved(self, block: int | None) -> tuple[FitRecord, dict[str, Tensor]] | None:
+    def _read_saved_fit(self, block: int | None) -> tuple[FitRecord, dict[str, Tensor]] | None:
         """Return the fit of a block (None: of the final norm) by an interrupted run, if there is one."""
         job, dense = self.job, self.job.dense
         file = fit_file(job.saved, block)
-        found = job.group.from_main(lambda: read_saved(file, FitRecord) if file.exists() else None)
-        if found is None:
+        saved = job.group.from_main(lambda: read_saved(file, FitRecord) if file.exists() else None)
+        if saved is None:
             return None
-        record, tensors = found
+        record, tensors = saved
         # The values go where weights lie, since fast kernels may round differently at other addresses.
-        place = dense.device if block is None else dense.places[block]
-        return record, {name: self.batches.to_store(value.to(place, copy=True)) for name, value in tensors.items()}
+        device = dense.device if block is None else dense.places[block]
+        return record, {name: self.batches.to_store(value.to(device, copy=True)) for name, value in tensors.items()}
 
-    def _fitted(self, pair: DepthPair, block: int | None, gap: int) -> tuple[FitRecord, dict[str, Tensor]] | None:
+    def _fit_block(self, pair: DepthPair, block: int | None, gap: int) -> tuple[FitRecord, dict[str, Tensor]] | None:
         """Fit a block anew; None if none of its weights can be fitted, or its values overflow."""
         job, regression = self.job, BlockFit(self.batches, pair, block, self.values, self.job.settings.stored)
         projections = job.group.from_main(regression.find)
@@ -223,7 +223,7 @@ def _announce(job: Job, size: int) -> None:
     validation = job.validation.sequences.numel()
     both, judged = job.train.sequences.numel() + validation, min(validation, 2 * BATCH_TOKENS)
     begin = max(0, min(removed) - 1)
-    most = max(1, len(dense.switches) - len(removed) - begin - fits_in(job.saved))
+    max_fits = max(1, len(dense.switches) - len(removed) - begin - fits_in(job.saved))
     gaps = sum(block - 1 not in removed for block in removed)
 
     def tokens(fits: int) -> float:
@@ -231,15 +231,16 @@ def _announce(job: Job, size: int) -> None:
         # Before and after, the rest of the pruned one runs on what is judged, and the logits of both are compared,
         # which takes about as long as their heads.
         heads = 4 * dense.head_blocks * min(judged, JUDGED_POSITIONS)
-        judging = (fits + 2) * ((most - fits / 2) * judged + heads)
+        judging = (fits + 2) * ((max_fits - fits / 2) * judged + heads)
         rounds = gaps * ROUNDS + (fits - gaps) * ROUNDS_BEHIND
         return (begin + 2 * fits + 1.5 * rounds) * both + judging
 
-    what = f"Recovery: up to {plural(most, 'block')} fitted to {both - validation:,} tokens"
-    left, fewest = (tokens(fits) / job.group.size for fits in (most, min(most, gaps * (1 + PATIENCE))))
-    announce(job.notify, what, left, dense, job.train.sequences[:size].to(dense.device), fewest)
+    title = f"Recovery: up to {plural(max_fits, 'block')} fitted to {both - validation:,} tokens"
+    left, fewest = (tokens(fits) / job.group.size for fits in (max_fits, min(max_fits, gaps * (1 + PATIENCE))))
+    announce(job.notify, title, left, dense, job.train.sequences[:size].to(dense.device), fewest)
 
 
 def _features(block: nn.Module, width: int) -> int:
-    """Return how many inputs are fitted at once: attention's and the MLP's together."""
-    return sum(sorted(found.inputs for found in possible_projections(block, width) if found.kind != "gain")[-2:])
+    """Return the number of inputs fitted at once: attention's and the MLP's together."""
+    projections = possible_projections(block, width)
+    return sum(sorted(projection.inputs for projection in projections if projection.kind != "gain")[-2:])

@@ -37,18 +37,18 @@ class DepthPair:
 
 
 class Batches:
-    """The batches of this process: those to fit to, then those that decide.
+    """The batches of this process: the training text's, then the validation text's, which decide.
 
     Attributes:
-        train: where each group of the batches to fit to is, maybe nowhere.
-        validation: where each group of those that decide is.
+        train: the range of each group of training batches; empty if another process has it.
+        validation: the range of each group of validation batches.
         ids: the tokens of each batch.
         calls: the calls of the blocks on each batch.
         probes: the calls of the blocks on a few sequences of the first batch, if there is one.
-        all: where all batches are.
-        deciding: where those that decide are.
-        train_for_gains: where each group of the batches is that gains are fitted to.
-        judged: where each group of the batches is that two fits are compared on.
+        all: the range of all batches.
+        deciding: the range of all validation batches.
+        train_for_gains: the range in each group that gains are fitted to.
+        judged: the range in each group that two fits are compared on.
     """
 
     def __init__(self, job: Job, size: int) -> None:
@@ -67,20 +67,20 @@ class Batches:
         self.judged = [at[: number % JUDGED_SHARE == 0] for number, at in enumerate(self.validation)]
 
     def share(self, text: Tensor, size: int, begin: int = 0) -> tuple[list[Tensor], list[range]]:
-        """Return this process's batches of a text, the first number `begin`, and where each group's are."""
+        """Return this process's batches of a text, the first with number `begin`, and the range of each group."""
         batches, mine, groups = torch.split(text, size), list[Tensor](), list[range]()
         bounds = [len(batches) * number // GROUPS for number in range(GROUPS + 1)]
         for number, (first, last) in enumerate((a, b) for a, b in pairwise(bounds) if a < b):
             start = begin + len(mine)
             if number % self.group.size == self.group.rank:
-                mine += [part.to(self.skippable.device) for part in batches[first:last]]
+                mine += [batch.to(self.skippable.device) for batch in batches[first:last]]
             groups.append(range(start, begin + len(mine)))
         return mine, groups
 
     def run_blocks(self, entering: Sequence[Tensor], blocks: Iterable[int], chosen: Sequence[int]) -> list[Tensor]:
-        """Run these blocks on the chosen batches; return the hidden states of all. Weights are read once for all.
+        """Run these blocks on the chosen batches, reading weights once; return the hidden states of all batches.
 
-        Twice as many states are those of two models, and so are the chosen.
+        With the states of two models, one after the other, batches of the second are numbered on from the first's.
         """
         states = list(entering)
         if chosen:

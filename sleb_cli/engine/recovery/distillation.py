@@ -30,10 +30,10 @@ def divergence_and_gradient(student: Tensor, teacher: Tensor, scale: float, coun
     ours, theirs = student.flatten(0, -2), teacher.flatten(0, -2)
     gradient, total = torch.empty_like(ours), torch.zeros((), device=ours.device)
     for rows in float32_slices(ours):
-        found = compare_logits(theirs[rows].float(), ours[rows].float())
+        comparison = compare_logits(theirs[rows].float(), ours[rows].float())
         chosen = counted.flatten()[rows]
-        total += found.divergence.mul_(chosen).sum()
-        gradient[rows] = found.q.sub_(found.p).mul_(scale).mul_(chosen[:, None])
+        total += comparison.divergence.mul_(chosen).sum()
+        gradient[rows] = comparison.q.sub_(comparison.p).mul_(scale).mul_(chosen[:, None])
     return float(total), gradient.view_as(student)
 
 
@@ -44,18 +44,18 @@ class Batch(NamedTuple):
         ids: the tokens, [batch, positions].
         counted: which of them count as next tokens, bool [batch, positions].
         entering: the teacher's hidden states that enter the first trained block.
-        wanted: its final ones.
+        teacher_final: the teacher's final hidden states.
     """
 
     ids: Tensor
     counted: Tensor
     entering: Tensor
-    wanted: Tensor
+    teacher_final: Tensor
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """Whose predictions who learns.
+    """A student that learns a teacher's predictions.
 
     Attributes:
         teacher: the dense model.
@@ -69,7 +69,7 @@ class Distillation:
 
     def divergence(self, batch: Batch) -> float:
         """Return the student's divergence, summed over the next tokens that count."""
-        states = self.student.final_states(batch.ids, (self.first, batch.entering)), batch.wanted
+        states = self.student.final_states(batch.ids, (self.first, batch.entering)), batch.teacher_final
         return summed_losses((self.student, self.teacher), states, batch.ids, batch.counted).divergence
 
     def add_gradient(self, batch: Batch, scale: float = 1.0) -> float:
@@ -81,11 +81,11 @@ class Distillation:
         ids, states = batch.ids, self.student.final_states(batch.ids, (self.first, batch.entering))
         leaf, count = states.detach().requires_grad_(), int(batch.counted[:, 1:].sum())
         counted, total = batch.counted[:, 1:], 0.0
-        for part in position_slices(ids, variant.POSITIONS):
+        for positions in position_slices(ids, variant.POSITIONS):
             with torch.no_grad():
-                theirs = self.teacher.logits(batch.wanted[:, part], ids[:, part])
-            ours = self.student.logits(leaf[:, part], ids[:, part])
-            divergence, gradient = divergence_and_gradient(ours, theirs, scale / count, counted[:, part])
+                theirs = self.teacher.logits(batch.teacher_final[:, positions], ids[:, positions])
+            ours = self.student.logits(leaf[:, positions], ids[:, positions])
+            divergence, gradient = divergence_and_gradient(ours, theirs, scale / count, counted[:, positions])
             torch.autograd.backward(ours, gradient)
             total += divergence
         assert leaf.grad is not None

@@ -32,31 +32,31 @@ def file_tensors(
         UnsupportedModelError: such a tensor is stored quantized, or not as transformers would write it.
     """
     path, names = surgery.architecture.adapter.blocks_path, surgery.architecture.block_names(surgery.kept)
-    places = {name: name if (block := names.block_of(name)) is None else f"{path}.{block}" for name in values}
+    prefixes = {name: name if (block := names.block_of(name)) is None else f"{path}.{block}" for name in values}
     changed: dict[str, Tensor] = {}
-    for place in sorted({*places.values()}):
-        new = {name: value for name, value in values.items() if places[name] == place}
-        block, owner = names.block_of(place), place.rpartition(".")[0]
+    for prefix in sorted({*prefixes.values()}):
+        new = {name: value for name, value in values.items() if prefixes[name] == prefix}
+        block, owner = names.block_of(prefix), prefix.rpartition(".")[0]
         with loaded(skippable.model.get_submodule(owner)) if block is None else skippable.loaded(block):
-            changed |= _changed(skippable.model, surgery.architecture.source.weights, place, new, rounded)
+            changed |= _changed(skippable.model, surgery.architecture.source.weights, prefix, new, rounded)
     return {name: value for name, value, _ in surgery.tensors(changed.items())}
 
 
 def _changed(
-    model: Any, weights: WeightFiles, place: str, values: Mapping[str, Tensor], rounded: torch.dtype | None
+    model: Any, weights: WeightFiles, prefix: str, values: Mapping[str, Tensor], rounded: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """Return the tensors of the files that change in a block, or outside the blocks, all of whose values are here."""
+    """Return the changed tensors of the files under a prefix: a block, all of whose values are here, or one tensor."""
     stored, base = {tensor.name: tensor for tensor in weights.stored}, f"{model.base_model_prefix}."
 
-    def as_files(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors as in the files, which may fuse some, and lack the prefix of a base model that is alone."""
-        found = revert_weight_conversion(model, tensors).items()
-        return {name if name in stored else name.removeprefix(base): tensor for name, tensor in found}
+    def to_file_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Convert tensors to those of the files, which may fuse some, and lack the prefix if they hold a base model."""
+        converted = revert_weight_conversion(model, tensors).items()
+        return {name if name in stored else name.removeprefix(base): tensor for name, tensor in converted}
 
     state = model.state_dict().items()
-    old = {name: tensor for name, tensor in state if name == place or name.startswith(f"{place}.")}
+    old = {name: tensor for name, tensor in state if name == prefix or name.startswith(f"{prefix}.")}
     new = old | {name: value.to(old[name].device, old[name].dtype) for name, value in values.items()}
-    before, after = as_files(old), as_files(new)
+    before, after = to_file_names(old), to_file_names(new)
     changed = {name: value for name, value in after.items() if not torch.equal(value, before[name])}
     for name in changed.keys() & stored.keys():
         dtype = TORCH_DTYPES.get(stored[name].dtype)

@@ -45,14 +45,14 @@ class Heal(Stage):
     title, model, measured, streams = "Healing", "healed", "healed", False
 
     def needed_bytes(self, surgery: Surgery, dtype: torch.dtype, tokens: int) -> dict[str, int]:
-        """Return the memory for what is trained. Their original values, and all else, both models share."""
-        weights = sum(each.numel() for block in kept_blocks(surgery) for each in block.parameters())
-        state = _trained(kept_blocks(surgery)) * TRAINING_BYTES
+        """Return the memory for the trained weights; their original values, and all else, both models share."""
+        weights = sum(parameter.numel() for block in kept_blocks(surgery) for parameter in block.parameters())
+        state = _trained_numbers(kept_blocks(surgery)) * TRAINING_BYTES
         return {"the trained weights": weights * dtype.itemsize, "the state of training": state}
 
     def saved_bytes(self, surgery: Surgery, stored: torch.dtype) -> int:
         """Return the size of the saved training."""
-        return _trained(kept_blocks(surgery)) * SAVED_BYTES
+        return _trained_numbers(kept_blocks(surgery)) * SAVED_BYTES
 
     def run(self, job: Job, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Fields]:
         """Distill the dense model into the pruned one with these values."""
@@ -87,8 +87,8 @@ class Heal(Stage):
             stopped=stopped,
             **progress.model_dump(include={"tokens", "steps", "seconds"}),
         )
-        found = {**values, **{name: weight.detach() for name, weight in weights.items()}}
-        return found, lambda losses: {"heal": record(losses=losses)}
+        all_values = {**values, **{name: weight.detach() for name, weight in weights.items()}}
+        return all_values, lambda losses: {"heal": record(losses=losses)}
 
     def _identity(self, job: Job) -> str:
         """Name all that a healing depends on, besides its folder."""
@@ -105,8 +105,8 @@ class Heal(Stage):
         return name_of(depends)[:DIGITS]
 
 
-def _trained(blocks: Sequence[nn.Module]) -> int:
-    """Return how many numbers are trained, if no block before the gap is left as it is."""
+def _trained_numbers(blocks: Sequence[nn.Module]) -> int:
+    """Return the number of trained numbers at most: blocks before the gap may be left as they are."""
     return sum(trained_numbers(parameter.shape) for block in blocks for parameter in block.parameters())
 
 
@@ -155,7 +155,7 @@ def can_share(dense: Variant, pruned: Variant, first: int, ids: Tensor) -> bool:
     """
     try:
         entering, _ = dense.entering_and_final_states(ids, first)
-        found, expected = pruned.final_states(ids, (first, entering)), pruned.final_states(ids)
+        shared, expected = pruned.final_states(ids, (first, entering)), pruned.final_states(ids)
     except UnsupportedModelError:
         return False
-    return float((found - expected).float().norm() / expected.float().norm()) < SHARING_TOLERANCE
+    return float((shared - expected).float().norm() / expected.float().norm()) < SHARING_TOLERANCE

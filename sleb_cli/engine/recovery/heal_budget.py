@@ -9,7 +9,7 @@ from sleb_cli.events import Advance
 from sleb_cli.requests import DEFAULT_HEAL_MINUTES
 
 FIRST_PORTION_TOKENS, PORTION_TOKENS = 16384, 65536
-"""On how many tokens portions train, at first and at most.
+"""The tokens that a portion trains on, at first and at most.
 
 A large portion has the model write many sequences at once, which is faster; but a large model takes minutes for it, so
 portions begin small and double, and the last has as much as the rest of the budget can train on.
@@ -29,7 +29,7 @@ class HealBudget:
         return self.tokens if self.tokens is not None else max(1, round(60 * (self.minutes or 0)))
 
     def portion_tokens(self, portion: int) -> int:
-        """Return on how many tokens a portion trains: fewer for short budgets, to leave time for training."""
+        """Return the tokens that a portion trains on: fewer for short budgets, to leave time for training."""
         if self.tokens is not None:
             first = min(FIRST_PORTION_TOKENS, self.tokens)
         else:
@@ -37,11 +37,11 @@ class HealBudget:
         return min(first << portion, PORTION_TOKENS)
 
     def used(self, seconds: float, tokens: int) -> float:
-        """Return how much of the budget is used, in its own unit."""
+        """Return the used part of the budget, in seconds or tokens."""
         return float(tokens) if self.tokens is not None else seconds
 
     def tokens_left(self, seconds: float, tokens: int) -> float:
-        """Return how many tokens the rest of the budget suffices for, at the pace so far."""
+        """Return the tokens that the rest of the budget suffices for, at the pace so far."""
         left = self.total - self.used(seconds, tokens)
         return left if self.tokens is not None else left * (tokens / max(seconds, 1e-3))
 

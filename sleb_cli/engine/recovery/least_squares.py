@@ -72,10 +72,10 @@ class Ridge:
 
     def factor(self, ridge: float) -> Tensor:
         """Return what `solve` needs for a ridge."""
-        own = self.xx.diagonal()
+        squares = self.xx.diagonal()
         penalized = self.xx.float()
         # A feature that is always zero would make the matrix singular; its coefficient is 0.
-        penalized.diagonal().copy_(own * (1 + ridge) + own.mean().clamp_min(1e-20) * 1e-9)
+        penalized.diagonal().copy_(squares * (1 + ridge) + squares.mean().clamp_min(1e-20) * 1e-9)
         factor: Tensor = torch.linalg.cholesky(penalized, upper=True)
         return factor
 
@@ -98,7 +98,7 @@ class Ridge:
 
 
 class Gains(Ridge):
-    """The same regression for each channel alone: Y[:, i] from X[:, i]."""
+    """Ridge regression of each channel alone: Y[:, i] from X[:, i]."""
 
     def __init__(self, channels: int, device: torch.device = CPU) -> None:
         self.xx, self.xy, self.yy = _zeros(device, channels), _zeros(device, channels), _zeros(CPU, 1)
@@ -137,23 +137,23 @@ def best_ridge(train: Ridge, validation: Ridge, ridges: tuple[float, ...]) -> tu
     products, train_sketch, validation_sketch = validation.products(), train.sketch(), validation.sketch()
 
     def change(coefficients: Tensor, xy: Tensor) -> float:
-        """Return by how much the error differs from that without coefficients."""
+        """Return the error with these coefficients, less the error without any."""
         coefficients = coefficients.double()
         return float((coefficients * ((products @ coefficients.to(products)).double() - 2 * xy)).sum())
 
-    def tried(ridge: float) -> tuple[float, float, Tensor]:
+    def try_ridge(ridge: float) -> tuple[float, float, Tensor]:
         factor = train.factor(ridge)
         return ridge, change(train.solve(factor, train_sketch), validation_sketch), factor
 
     middle = len(ridges) // 2
-    best = tried(ridges[middle])
+    best = try_ridge(ridges[middle])
     for side in (ridges[middle + 1 :], ridges[:middle][::-1]):
         if best[0] == ridges[middle]:
             for ridge in side:
-                found = tried(ridge)
-                if found[1] >= best[1]:
+                candidate = try_ridge(ridge)
+                if candidate[1] >= best[1]:
                     break
-                best = found
-            found = best  # a factor is as large as the sums, so no other is held
+                best = candidate
+            candidate = best  # a factor is as large as the sums, so no other is held
     fitted = train.solve(best[2], train.xy).double()
     return best[0], float(validation.yy) + change(fitted, validation.xy), fitted

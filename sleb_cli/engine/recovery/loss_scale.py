@@ -12,10 +12,10 @@ import math
 import torch
 
 BACKOFF = 2.0**-4
-"""By how much a scale is lowered after an overflow."""
-LOWEST = 2.0**-24
+"""The factor that lowers a scale after an overflow."""
+MIN_SCALE = 2.0**-24
 
 
 def starting_scale(dtype: torch.dtype, tokens: int) -> float:
-    """Return a scale for the gradient of a mean over this many tokens: about that of a single one."""
+    """Return a scale that makes the gradient of a mean over this many tokens about as large as a single token's."""
     return 2.0 ** math.ceil(math.log2(max(1, tokens))) if dtype is torch.float16 else 1.0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 RANK = 64
 REFERENCE_SIZE = 0.19
-"""The root mean square of the weights that the learning rate is for, those of SmolLM2-135M."""
+"""The root mean square of SmolLM2-135M's weights, for which the learning rate was chosen."""
 INITIAL = 1 / 24
 """The largest entry of A at first."""
 BETAS = (0.9, 0.95)
@@ -56,7 +56,7 @@ class _Change:
     up_gradient: Tensor
 
     def take_gradient(self, weight: nn.Parameter) -> None:
-        """Replace the weight's gradient by those of A and B."""
+        """Replace the weight's gradient by the gradients of A and B."""
         gradient, weight.grad = weight.grad, None
         assert gradient is not None
         self.down_gradient.add_(self.up.mT.to(gradient.dtype) @ gradient, alpha=self.scale)
@@ -67,9 +67,9 @@ class LowRank:
     """Changes B A to some weights, B [..., out, rank] and A [..., rank, in], and the AdamW that moves them, in float32.
 
     The weights themselves hold W + scale * B A, rounded to what is `stored`: the code of the model runs unchanged,
-    nothing needs merging, and what is measured is what is written. The `originals` are the W, and stay as they are. As
-    soon as a weight has a gradient, it is replaced by those of its B and A, so at most one whole gradient exists. At
-    first every B is 0.
+    nothing needs merging, and the measured weights are the written ones. The `originals` are the W, and stay as they
+    are. As soon as a weight has a gradient, it is replaced by the gradients of B and A, so at most one whole gradient
+    exists. At first every B is 0.
     """
 
     def __init__(self, weights: Sequence[nn.Parameter], originals: Sequence[Tensor], stored: torch.dtype) -> None:
@@ -88,8 +88,8 @@ class LowRank:
             *stack, rows, columns = weight.shape
             views: list[Tensor] = []
             for shape in ((*stack, rank_of(weight.shape), columns), (*stack, rows, rank_of(weight.shape))):
-                part = slice(start, start := start + math.prod(shape))
-                views += [flat[part].view(shape) for flat in (self.values.data, self._gradient)]
+                span = slice(start, start := start + math.prod(shape))
+                views += [flat[span].view(shape) for flat in (self.values.data, self._gradient)]
             change = _Change(_scale_of(weight), weight, original, *views)
             change.down.copy_(INITIAL * (2 * torch.rand(change.down.shape, generator=generator) - 1))
             weight.requires_grad_(True)

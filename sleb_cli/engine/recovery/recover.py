@@ -68,7 +68,7 @@ def recover(settings: RecoverySettings, group: ProcessGroup, notify: Notify) -> 
             measured[stage.measured] = measure(stage.model, values)
             fields |= fields_with(measured[stage.measured][0])
         tensors = file_tensors(dense, surgery, values, placement.rounded)
-    test, *talks = ({name: found[text] for name, found in measured.items()} for text in range(len(tests)))
+    test, *talks = ({name: losses[text] for name, losses in measured.items()} for text in range(len(tests)))
     record = RecoveryRecord(
         train_text=train.record,
         validation_text=validation.record,
@@ -102,12 +102,8 @@ def _draw_texts(settings: RecoverySettings, dense: SkippableModel, notify: Notif
 def _measure(
     job: Job, comparisons: Iterable[Comparison], what: str, values: Mapping[str, Tensor] | None
 ) -> list[LossesRecord]:
-    """Measure the model with these values (None: the dense one) on each text.
-
-    Raises:
-        ModelError: a loss is not finite.
-    """
-    found = list[LossesRecord]()
+    """Measure the model with these values (None: the dense one) on each text."""
+    records = list[LossesRecord]()
     with task(job.notify, f"Measuring the {what} model"):
         for comparison in comparisons:
             pruned = values is not None and Variant(job.dense, job.settings.surgery.removed, values)
@@ -115,12 +111,12 @@ def _measure(
             if not math.isfinite(sum(measured)):
                 hint = "Use a wider data type, or other text."
                 raise ModelError(f"The loss of the {what} model is {measured.loss}.", hint=hint)
-            found.append(LossesRecord(**measured._asdict()))
-    return found
+            records.append(LossesRecord(**measured._asdict()))
+    return records
 
 
 def _folder_for(settings: RecoverySettings, train: Calibration, validation: Calibration) -> Path:
-    """Return the folder of what was found before of this very recovery, on these texts."""
+    """Return the folder for the state of this very recovery, on these texts."""
     placement = settings.placement
     return settings.state.folder_for(
         key_of(
@@ -137,6 +133,6 @@ def _folder_for(settings: RecoverySettings, train: Calibration, validation: Cali
 
 
 def _text_key(text: Calibration) -> list[str | int]:
-    """Return what stands for a text: its tokens, how they are cut into sequences, and which of them count."""
+    """Return the key of a text: its tokens, how they are cut into sequences, and which of them count."""
     counted = whole_mask(text.sequences, text.loss_mask)
     return [tokens_sha256(text.sequences), *text.sequences.shape, tokens_sha256(counted)]

@@ -25,7 +25,7 @@ from sleb_cli.engine.transformers_internals import Conv1D
 EXACT = 0.02
 """How far what comes out may be from a constant times the noise, as a share of it: the rounding of bfloat16."""
 NEAR = 3.0
-"""As EXACT, for a module whose output the rest of the block also reads; other modules are far beyond."""
+"""Tolerance for a module whose output the rest of the block also reads; other modules are far beyond."""
 # The noise relative to the hidden states: as little as rounding allows, since the response should be linear.
 NOISE = 0.25
 # Enough to tell what enters a norm.
@@ -62,7 +62,7 @@ class ResidualProjection:
         return [self.name, *(self.norm.names if self.norm else [])]
 
     def features(self, root: nn.Module, entering: Mapping[str, Tensor]) -> Tensor:
-        """Return what the module's weights are multiplied by, float32 [positions, in] (gain: [positions, channels]).
+        """Return the factors of the module's weights, float32 [positions, in] (gain: [positions, channels]).
 
         `root` holds the module. Behind a norm, each position is divided by what the norm divides it by, and its gains
         are left out.
@@ -79,7 +79,8 @@ class ResidualProjection:
         return features / divisor.clamp_min(1e-12)
 
     def normalized(self, root: nn.Module, entering: Tensor) -> Tensor:
-        """Return what the norm multiplies by its gains, float32 [positions, channels]."""
+        """Return the normalized states, before the norm's gains, float32 [positions, channels]."""
+        # A norm may add an offset to its gains, which the difference cancels out.
         states, norm = entering.float(), root.get_submodule(self.name)
         on: Tensor = _with_gain(norm, 1.0, states)(states)
         off: Tensor = _with_gain(norm, 0.0, states)(states)
@@ -90,8 +91,8 @@ def _with_gain(norm: nn.Module, gain: float, like: Tensor) -> nn.Module:
     """Return the norm in float32 with this gain everywhere; its own weights, which may be away, are not used."""
     copied = copy.copy(norm)
     vars(copied)["_parameters"] = {
-        name: nn.Parameter(like.new_full(own.shape, gain if name == "weight" else 0.0), requires_grad=False)
-        for name, own in norm.named_parameters(recurse=False)
+        name: nn.Parameter(like.new_full(parameter.shape, gain if name == "weight" else 0.0), requires_grad=False)
+        for name, parameter in norm.named_parameters(recurse=False)
     }
     for name in ("forward", "_old_forward", "_hf_hook"):  # with which accelerate moves its weights
         vars(copied).pop(name, None)
@@ -99,8 +100,8 @@ def _with_gain(norm: nn.Module, gain: float, like: Tensor) -> nn.Module:
 
 
 @contextmanager
-def passing(root: nn.Module, names: Iterable[str]) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
-    """Collect what enters and what leaves these modules while the context is open."""
+def captured(root: nn.Module, names: Iterable[str]) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+    """Collect the inputs and the outputs of these modules, by name, while the context is open."""
     entering: dict[str, Tensor] = {}
     leaving: dict[str, Any] = {}
 
@@ -119,13 +120,13 @@ def passing(root: nn.Module, names: Iterable[str]) -> Iterator[tuple[dict[str, T
 def find_residual_projections(skippable: SkippableModel, call: Call, hidden: Tensor) -> list[ResidualProjection]:
     """Return the block's residual projections; `hidden` is [batch, positions, hidden size].
 
-    They are matrices, those that are not exact first. If no matrix is exact, an exact gain comes last, if there is one.
+    They are matrices, the inexact ones first. If no matrix is exact, an exact gain comes last, if there is one.
     """
-    found = list(_candidates(skippable, call, hidden))
-    gains = [projection for projection in found if projection.kind == "gain"]
+    candidates = list(_candidates(skippable, call, hidden))
+    gains = [projection for projection in candidates if projection.kind == "gain"]
     behind = list(_behind_norms(skippable, call, hidden, gains))
     others = {projection.name for projection in [*gains, *behind]}
-    matrices = [projection for projection in found if projection.name not in others] + behind
+    matrices = [projection for projection in candidates if projection.name not in others] + behind
     matrices.sort(key=lambda projection: projection.exact)
     exact_gains = [projection for projection in gains if projection.exact]
     return matrices if any(projection.exact for projection in matrices) else [*matrices, *exact_gains[-1:]]
@@ -136,8 +137,9 @@ def _behind_norms(
 ) -> Iterator[ResidualProjection]:
     """Yield the matrices whose output is all that enters one of these norms, in the order of the norms."""
     block = skippable.switches[call.block].block
-    matrices = [each for each in possible_projections(block, hidden.shape[-1]) if each.kind != "gain"]
-    with passing(block, [each.name for each in (*norms, *matrices)]) as (entering, leaving):
+    possible = possible_projections(block, hidden.shape[-1])
+    matrices = [projection for projection in possible if projection.kind != "gain"]
+    with captured(block, [projection.name for projection in (*norms, *matrices)]) as (entering, leaving):
         skippable.run_block(call, hidden)
     for norm in norms:
         for matrix in matrices:
@@ -150,8 +152,9 @@ def _behind_norms(
 def final_norm(skippable: SkippableModel, hidden: Tensor, ids: Tensor) -> list[ResidualProjection]:
     """Return the norm, if any, whose input is what leaves the last block, [batch, positions, hidden size]."""
     hidden, ids = hidden[:1, :FEW_POSITIONS], ids[:1, :FEW_POSITIONS]  # the logits of a batch may take gigabytes
-    norms = [each for each in possible_projections(skippable.model, hidden.shape[-1]) if each.kind == "gain"]
-    with passing(skippable.model, [norm.name for norm in norms]) as (entering, _):
+    possible = possible_projections(skippable.model, hidden.shape[-1])
+    norms = [projection for projection in possible if projection.kind == "gain"]
+    with captured(skippable.model, [norm.name for norm in norms]) as (entering, _):
         skippable.head(hidden, ids)
     return [norm for norm in norms if norm.name in entering and torch.equal(entering[norm.name], hidden)][:1]
 
@@ -182,7 +185,7 @@ def _candidates(skippable: SkippableModel, call: Call, hidden: Tensor) -> Iterat
 
 
 def _offset(block: nn.Module, norm: ResidualProjection) -> float:
-    """Return what a norm adds to its weight before it multiplies by it."""
+    """Return the number that a norm adds to its weight before it multiplies by it."""
     module = block.get_submodule(norm.name)
     weight = module.get_parameter("weight")
     states = torch.randn(len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device)

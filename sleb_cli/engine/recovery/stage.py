@@ -40,8 +40,8 @@ class RecoverySettings:
         stored: the data type to which values are rounded.
         on_host: whether hidden states wait in the memory of the CPU, because the device has too little.
         splits: the texts for training, validation and test.
-        state: where what is found is kept until the output is written.
-        kept_bytes: how many bytes that may still take.
+        state: the folder that keeps values until the output is written.
+        kept_bytes: how many bytes that folder may still take.
     """
 
     surgery: Surgery
@@ -102,19 +102,19 @@ class Stage(ABC):
 
     @abstractmethod
     def needed_bytes(self, surgery: Surgery, dtype: torch.dtype, tokens: int) -> dict[str, int]:
-        """Return the memory that it takes besides the dense model, by what for."""
+        """Return the bytes of memory that it takes besides the dense model, by use."""
 
     @abstractmethod
     def saved_bytes(self, surgery: Surgery, stored: torch.dtype) -> int:
-        """Return the most that it keeps on the disk."""
+        """Return the bytes that it keeps on the disk at most."""
 
     @abstractmethod
     def run(self, job: Job, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Fields]:
-        """Return all new values, by the dense model's parameter names, and what makes the record of them.
+        """Return all new values, by the dense model's parameter names, and a function that makes their record.
 
         Args:
-            job: what it works with.
-            values: those of the stages before.
+            job: the models, the texts, and the settings.
+            values: the values that the stages before found.
         """
 
 

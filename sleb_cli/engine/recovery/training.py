@@ -17,7 +17,7 @@ from sleb_cli.engine.forward.forecast import announce
 from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.recovery.distillation import Batch, Distillation, TeacherStates, learning_rate
 from sleb_cli.engine.recovery.heal_budget import Clock, HealBudget
-from sleb_cli.engine.recovery.loss_scale import BACKOFF, LOWEST, starting_scale
+from sleb_cli.engine.recovery.loss_scale import BACKOFF, MIN_SCALE, starting_scale
 from sleb_cli.engine.recovery.low_rank import LowRank
 from sleb_cli.engine.recovery.stage import Job, whole_model
 from sleb_cli.engine.recovery.unfinished import Saves
@@ -49,7 +49,7 @@ class Progress(BaseModel, strict=True, extra="forbid"):
     """The progress of a training, besides its tensors.
 
     `portion` and `position` locate it in the text, and `most` is how many sequences the portion has at most, if not 0;
-    `best_*` describe the kept point; `scale` is that of the loss.
+    `best_*` describe the kept point; `scale` is the loss scale.
     """
 
     scale: Annotated[Number, Field(gt=0)]
@@ -89,7 +89,7 @@ class Trainer:
             loss = self._add_gradients(batch, scale)
             gradient = self.job.group.mean(self.weights.take_gradient())
             is_finite = bool(gradient.isfinite().all())
-            if is_finite or not is_scaled or scale <= LOWEST:
+            if is_finite or not is_scaled or scale <= MIN_SCALE:
                 return loss, gradient.div_(scale), scale if is_finite else before  # no scale helps on this text
             scale *= BACKOFF
 
@@ -101,9 +101,9 @@ class Trainer:
                 self.micro_batch = size
                 self.weights.take_gradient()  # of those that ran out of memory
             total, count = 0.0, int(batch.counted[:, 1:].sum())
-            for part in map(Batch, *(torch.split(tensor, size) for tensor in batch)):
-                share = int(part.counted[:, 1:].sum()) / count
-                total += share * self.distillation.add_gradient(part, share * scale)
+            for micro_batch in map(Batch, *(torch.split(tensor, size) for tensor in batch)):
+                share = int(micro_batch.counted[:, 1:].sum()) / count
+                total += share * self.distillation.add_gradient(micro_batch, share * scale)
             return total
 
         return in_smaller_pieces(run, self.micro_batch, batch.ids.device, self.job.notify, "healing {} sequences")
@@ -151,8 +151,8 @@ class Training:
         left, first = self.budget.tokens - self.progress.tokens, self.distillation.first
         # Each product of the student's trained part has two more backwards, each of its head has one.
         through_blocks = len(teacher.switches) + 3 * (len(student.switches) - first) + 3 * teacher.head_blocks
-        what, batch = f"Healing: {left:,} tokens", self.checked.rows[: self.size]
-        announce(self.job.notify, what, through_blocks * left / self.job.group.size, teacher, batch)
+        title, batch = f"Healing: {left:,} tokens", self.checked.rows[: self.size]
+        announce(self.job.notify, title, through_blocks * left / self.job.group.size, teacher, batch)
 
     def run(self) -> Literal["budget", "patience"]:
         """Train, give the weights the values that were best, and return why training stopped."""
@@ -190,21 +190,21 @@ class Training:
 
     def _check(self, loss: float) -> None:
         """Measure the validation text, and keep the point if it is the best so far; `loss` is the last step's."""
-        progress, found = self.progress, self.job.group.from_main(self._divergence)
-        if not (progress.steps or math.isfinite(found)):
+        progress, divergence = self.progress, self.job.group.from_main(self._divergence)
+        if not (progress.steps or math.isfinite(divergence)):
             raise ModelError(
-                f"On the validation text, the divergence from the dense model is {found}.",
+                f"On the validation text, the divergence from the dense model is {divergence}.",
                 hint="Use other text, or a data type with a wider range: --dtype bfloat16 or float32.",
             )
         used = self._used()
-        if found < progress.best_divergence:
+        if divergence < progress.best_divergence:
             self.best.copy_(self.weights.values.data)
-            progress.best_divergence, progress.best_tokens = found, progress.tokens
+            progress.best_divergence, progress.best_tokens = divergence, progress.tokens
             progress.stale = 0
         else:
             progress.stale += used > 0.5
         if progress.steps:
-            self.job.notify(HealChecked(min(1.0, used), loss, found))
+            self.job.notify(HealChecked(min(1.0, used), loss, divergence))
 
     @torch.inference_mode()
     def _divergence(self) -> float:

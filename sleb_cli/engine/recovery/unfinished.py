@@ -1,7 +1,7 @@
-"""What a recovery has found so far, kept in a hidden folder next to its output until the output is written.
+"""The state of a recovery, kept in a hidden folder next to its output until the output is written.
 
-The same command finds it again: it is in a folder named after everything its values depend on. Each closed-form fit
-has a file there, and so has a healing.
+Running the command again finds it, in a folder named after everything its values depend on. Each closed-form fit has a
+file there, and so has a healing.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Saves:
 
     Attributes:
         file: the file.
-        tensors: those of the state, which are the work's own.
+        tensors: the state's tensors, which the work goes on changing.
         watch: the dense model's files, which must be the same at each save.
     """
 
@@ -94,12 +94,12 @@ class Saves:
         """Copy what was saved into the tensors, and return the record beside them; None if nothing was saved."""
         if not self.group.from_main(self.file.exists):
             return None
-        record, found = read_saved(self.file, kind)
-        for name, own in self.tensors.items():
-            tensor = found.get(name)
-            if tensor is None or (tensor.shape, tensor.dtype) != (own.shape, own.dtype) or not tensor.isfinite().all():
+        record, saved = read_saved(self.file, kind)
+        for name, tensor in self.tensors.items():
+            new = saved.get(name)
+            if new is None or (new.shape, new.dtype) != (tensor.shape, tensor.dtype) or not new.isfinite().all():
                 raise _broken(self.file)
-            own.copy_(tensor)
+            tensor.copy_(new)
         return record
 
     def save(self, record: BaseModel) -> None:
@@ -118,7 +118,7 @@ class Saves:
 
 
 class Unfinished:
-    """What is unfinished of the recovery into `output`, in the hidden folder next to it."""
+    """The unfinished recovery into `output`, in the hidden folder next to it."""
 
     def __init__(self, output: Path) -> None:
         self.folder = output.absolute().with_name(f".{output.name}{SUFFIX}")

@@ -50,16 +50,16 @@ class Variant:
         self, ids: Tensor, block: int, start: tuple[int, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the hidden states that enter `block`, which must be kept, and those that leave the last kept block."""
-        found: dict[str, Tensor] = {}
+        states: dict[str, Tensor] = {}
 
         def listen(index: int, entering: Tensor, leaving: Tensor) -> None:
             if index == block:
-                found["entering"] = entering
-            found["final"] = leaving  # the last call's stays
+                states["entering"] = entering
+            states["final"] = leaving  # the last call's stays
 
         with self.skippable.replaced(self.parameters):
             self.skippable.run_with_hook(ids, self.removed, listen, start)
-        return found.get("entering", found["final"]), found["final"]
+        return states.get("entering", states["final"]), states["final"]
 
     def logits(self, states: Tensor, ids: Tensor) -> Tensor:
         """Return the logits of a slice of final states, given its tokens."""
@@ -82,7 +82,7 @@ class Comparison:
         counted, size = whole_mask(text.sequences, text.loss_mask), max(1, BATCH_TOKENS // text.sequences.shape[1])
         self.count = int(counted[:, 1:].sum())
         batches = list(zip(torch.split(text.sequences, size), torch.split(counted, size), strict=True))
-        self.batches = [[part.to(dense.device) for part in batch] for batch in batches[group.rank :: group.size]]
+        self.batches = [[tensor.to(dense.device) for tensor in batch] for batch in batches[group.rank :: group.size]]
 
     @cached_property
     def _dense_final(self) -> list[Tensor]:
@@ -92,18 +92,18 @@ class Comparison:
     def losses(self, variant: Variant) -> Losses:
         """Return means over the predicted tokens that count."""
         final = self._dense_final if variant is self.dense else self._final_states(variant)
-        own = [
+        own_losses = [
             summed_losses((variant, self.dense), states, ids, counted)
             for *states, (ids, counted) in zip(final, self._dense_final, self.batches, strict=True)
         ]
         # Sums are in the order of batches, so that they do not depend on the number of processes.
-        turns = zip_longest(*self.group.gather(own))
-        found = [of_batch for turn in turns for of_batch in turn if of_batch is not None]
-        return Losses(*(sum(values) / self.count for values in zip(*found, strict=True)))
+        turns = zip_longest(*self.group.gather(own_losses))
+        in_order = [of_batch for turn in turns for of_batch in turn if of_batch is not None]
+        return Losses(*(sum(values) / self.count for values in zip(*in_order, strict=True)))
 
     @torch.inference_mode()
     def _final_states(self, variant: Variant) -> list[Tensor]:
-        """Return what leaves the last block, batch by batch, on the CPU; streamed weights are read once for all."""
+        """Return the final states, batch by batch, on the CPU; streamed weights are read once for all batches."""
         skippable = variant.skippable
         if skippable.weights.resident:
             return [variant.final_states(ids).cpu() for ids, _ in self.batches]
@@ -134,17 +134,17 @@ def summed_losses(
     loss = divergence = 0.0
     states = [of_model.to(ids.device) for of_model in states]
     positions = torch.arange(0, ids.shape[1] - 1, every, device=ids.device)
-    for part in torch.split(positions, max(1, POSITIONS // len(ids))):
-        targets, chosen = ids[:, part + 1].flatten(), counted[:, part + 1].flatten()
+    for chunk in torch.split(positions, max(1, POSITIONS // len(ids))):
+        targets, chosen = ids[:, chunk + 1].flatten(), counted[:, chunk + 1].flatten()
         ours, theirs = (
-            model.logits(of_model[:, part], ids[:, part]).flatten(0, 1)
+            model.logits(of_model[:, chunk], ids[:, chunk]).flatten(0, 1)
             for model, of_model in zip(models, states, strict=True)
         )
         if not chosen.all():  # those that count are copied, which all need not be
             ours, theirs, targets = ours[chosen], theirs[chosen], targets[chosen]
         for rows in float32_slices(ours):
             logits = ours[rows].float()
-            found = compare_logits(theirs[rows].float(), logits)
-            loss += float(as_float64(found.log_sum_q - logits.gather(-1, targets[rows, None])[:, 0]).sum())
-            divergence += float(as_float64(found.divergence).sum())
+            comparison = compare_logits(theirs[rows].float(), logits)
+            loss += float(as_float64(comparison.log_sum_q - logits.gather(-1, targets[rows, None])[:, 0]).sum())
+            divergence += float(as_float64(comparison.divergence).sum())
     return Losses(loss, divergence)
