@@ -89,7 +89,7 @@ def test_more_batches_recover_with_no_more_reads(sleb, llama_plan, text_file, vi
 
 
 def test_all_parts_and_sizes_of_texts_are_measured_in_one_read(sleb, tiny_llama, text_file, visits, monkeypatch):
-    monkeypatch.setattr(texts, "TOKENS_OF_A_PART", 64)
+    monkeypatch.setattr(texts, "TOKENS_PER_PART", 64)
     reads = []
     for blocks, windows in (("1,3", 12), ("1,3,2", 24)):
         visits.clear()

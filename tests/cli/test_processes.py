@@ -201,7 +201,7 @@ def test_two_processes_heal_one_model(tiny_llama, text_file, tmp_path):
 
 @pytest.mark.parametrize("what", ["texts", slow("tasks")])
 def test_three_processes_measure_what_one_does(sleb, text_file, tmp_path, monkeypatch, what):
-    monkeypatch.setattr(texts, "TOKENS_OF_A_PART", 128)
+    monkeypatch.setattr(texts, "TOKENS_PER_PART", 128)
     model = save_model(tmp_path / "long", llama_config(4, max_position_embeddings=512))
     options = {
         "texts": ["--perplexity", text_file, "--sequence-length", 64, "--max-windows", 13],

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from sleb_cli.engine.quality import program_runner, sandbox, written_code
-from sleb_cli.engine.quality.written_code import CodeEval, is_run_by, ours, passes
+from sleb_cli.engine.quality.written_code import CodeEval, is_run_by, passes, replace_code_eval
 from sleb_plugins import MachineError
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot limit what a program uses")
@@ -247,7 +247,7 @@ def test_other_metrics_are_not_replaced(monkeypatch):
     import evaluate
 
     monkeypatch.setattr(evaluate, "load", lambda path, *rest: path)
-    with ours():
+    with replace_code_eval():
         assert isinstance(evaluate.load("code_eval"), CodeEval)
         assert evaluate.load("bleu") == "bleu"
     assert not is_run_by("exact_match")

@@ -21,7 +21,7 @@ from sleb_plugins.errors import is_out_of_memory
 
 
 class Answer(str):
-    """What a model wrote; `ended` tells whether it ended by itself, before its tokens ran out."""
+    """Text that a model wrote; `ended` tells whether it ended by itself, before its tokens ran out."""
 
     ended = False
 
@@ -65,32 +65,31 @@ class LoadedModel(HFLM):  # type: ignore[misc]
         return self._shared(super().loglikelihood_rolling, requests)
 
     def generate_until(self, requests: Sequence[Any]) -> Any:
-        """Return what the model writes after each prompt, each an `Answer`."""
+        """Return an `Answer` to each prompt."""
         return self._shared(self._written, requests)
 
     def _shared(self, answer: Callable[[Sequence[Any]], list[Any]], requests: Sequence[Any]) -> list[Any]:
         """Return all answers; each process computes some of them.
 
-        Raises:
-            MemoryError: one of several processes is out of memory, so all have to take smaller batches.
+        If one of several processes is out of memory, a MemoryError makes all of them take smaller batches.
         """
         size = self._group.size
-        own = requests[self._group.rank :: size]
-        with task(self._notify, ", ".join(self._named), len(own), "requests") as advance:
+        mine = requests[self._group.rank :: size]
+        with task(self._notify, ", ".join(self._named), len(mine), "requests") as advance:
             # lm-eval tells each answer to its cache.
             self.cache_hook = SimpleNamespace(add_partial=lambda *answer: advance())
             try:
-                found = answer(own) if own else []
+                computed = answer(mine) if mine else []
             except (RuntimeError, MemoryError) as error:
                 if size == 1 or not is_out_of_memory(error):
                     raise
-                found = None
-            parts = self._group.gather(found)
+                computed = None
+            parts = self._group.gather(computed)
         answers = [None] * len(requests)
-        for rank, part in enumerate(parts):
-            if part is None:
+        for rank, answered in enumerate(parts):
+            if answered is None:
                 raise MemoryError("out of memory")
-            answers[rank::size] = part
+            answers[rank::size] = answered
         return answers
 
     def _written(self, requests: Sequence[Any]) -> list[Any]:
@@ -137,9 +136,9 @@ class LoadedModel(HFLM):  # type: ignore[misc]
             stops = stop_sequences_criteria(self.tokenizer, stop, 0, rows)
 
             def have_ended(added: Tensor) -> Tensor:
-                for each in stops:
-                    each(added, None)
-                seen = torch.tensor([each.done_tracker for each in stops], dtype=torch.bool)
+                for stop_at in stops:
+                    stop_at(added, None)
+                seen = torch.tensor([stop_at.done_tracker for stop_at in stops], dtype=torch.bool)
                 return seen.any(0) | torch.isin(added, self._ends).any(1).cpu()
 
             return have_ended

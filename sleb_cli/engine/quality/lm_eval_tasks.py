@@ -30,7 +30,7 @@ from sleb_cli.units import plural
 from sleb_plugins.errors import DataError, UsageError, did_you_mean
 
 # Where lm-eval's own search for the largest batch begins.
-LARGEST_BATCH = 64
+MAX_BATCH = 64
 # On a CPU that search takes long, and too large a batch may end the process. Writing needs the logits of the last
 # position alone, so more fits.
 CPU_BATCH, WRITING_BATCH = 8, 32
@@ -43,7 +43,7 @@ class LoadedTask:
     Args:
         name: its name.
         manager: lm-eval's index of tasks.
-        limit: how many items are used, from the start; None for all.
+        limit: the number of items to use, from the start; None for all.
         num_fewshot: replaces the task's own number of examples unless that is 0, as in lm-eval.
         chat: whether prompts are in the chat template.
         batch_size: how many requests a batch has; None to suit the device.
@@ -72,15 +72,15 @@ class LoadedTask:
         self.tasks: Mapping[str, Any] = loaded["tasks"]
         """A group or tag has several."""
         self._groups: Mapping[str, Any] = loaded["groups"]
-        for each in self.tasks.values():
-            configured = each.get_config("num_fewshot")
+        for task in self.tasks.values():
+            configured = task.get_config("num_fewshot")
             if configured is None or (configured and num_fewshot is not None):
-                each.set_config(key="num_fewshot", value=num_fewshot or 0)
-            if num_fewshot and each.get_config("num_fewshot"):
+                task.set_config(key="num_fewshot", value=num_fewshot or 0)
+            if num_fewshot and task.get_config("num_fewshot"):
                 with _quietly_loading(name):
-                    split = getattr(getattr(each, "fewshot_cfg", None), "split", None)
-                    of_items = split is not None and split == each.get_config("test_split")
-                    there = len(list(each.fewshot_docs())) - of_items  # an item is no example of itself
+                    split = getattr(getattr(task, "fewshot_cfg", None), "split", None)
+                    of_items = split is not None and split == task.get_config("test_split")
+                    there = len(list(task.fewshot_docs())) - of_items  # an item is no example of itself
                 if num_fewshot > there:
                     raise UsageError(
                         f"{name} has {plural(there, 'example')}, not {num_fewshot}.",
@@ -88,16 +88,18 @@ class LoadedTask:
                     )
 
     def fingerprints(self) -> dict[str, str]:
-        """Return a hash of what the results depend on besides the model, for each task and each group with metrics."""
-        found, common = {}, [importlib.metadata.version("lm_eval"), self._chat]
-        for name, each in self.tasks.items():
+        """Return a hash of all that results depend on besides the model, for each task and each group with metrics."""
+        hashes, common = {}, [importlib.metadata.version("lm_eval"), self._chat]
+        for name, task in self.tasks.items():
             with _quietly_loading(name):
-                examples = list(each.fewshot_docs()) if each.get_config("num_fewshot") else []
-                items = list(islice(each.eval_docs, self.limit))
-            how = [self._run_code] if getattr(each, "UNSAFE_CODE", False) else []
-            found[name] = _hash([*common, *how, _settings_of(each), items, examples])
-        groups = [(name, of.aggregate_metric_list) for name, of in self._groups.items() if of.aggregate_metric_list]
-        return found | {name: _hash([found, metrics]) for name, metrics in groups}
+                examples = list(task.fewshot_docs()) if task.get_config("num_fewshot") else []
+                items = list(islice(task.eval_docs, self.limit))
+            run_code = [self._run_code] if getattr(task, "UNSAFE_CODE", False) else []
+            hashes[name] = _hash([*common, *run_code, _settings_of(task), items, examples])
+        groups = [
+            (name, group.aggregate_metric_list) for name, group in self._groups.items() if group.aggregate_metric_list
+        ]
+        return hashes | {name: _hash([hashes, metrics]) for name, metrics in groups}
 
     @property
     def writes(self) -> bool:
@@ -126,7 +128,7 @@ class LoadedTask:
             raise UsageError(
                 "--apply-chat-template needs a chat template, but the tokenizer has none.", hint="Leave it out."
             )
-        if tokenizer.eos_token_id is None and (writing := [name for name, each in self.tasks.items() if _writes(each)]):
+        if tokenizer.eos_token_id is None and (writing := [name for name, task in self.tasks.items() if _writes(task)]):
             raise UsageError(
                 f"{writing[0]} has the model write text, but the tokenizer has no EOS token to end it.",
                 hint="Leave the task out, or set eos_token in tokenizer_config.json.",
@@ -137,7 +139,7 @@ class LoadedTask:
             first = WRITING_BATCH  # lm-eval would try sizes with texts as long as the model takes
         elif first == AUTO and device.type == "cpu":
             first = CPU_BATCH
-        largest = first if isinstance(first, int) else LARGEST_BATCH
+        largest = first if isinstance(first, int) else MAX_BATCH
 
         def run(requests: int) -> dict[str, Any]:
             from sleb_cli.engine.quality.lm_eval_model import LoadedModel
@@ -151,8 +153,8 @@ class LoadedTask:
     def _evaluate(self, lm: Any) -> dict[str, Any]:
         from sleb_cli.engine.lm_eval_internals import handle_non_serializable, normalize_gen_kwargs, simple_evaluate
 
-        for name, each in self.tasks.items():
-            settings = normalize_gen_kwargs(each.get_config("generation_kwargs") or {}) if _writes(each) else {}
+        for name, task in self.tasks.items():
+            settings = normalize_gen_kwargs(task.get_config("generation_kwargs") or {}) if _writes(task) else {}
             if (new := int(settings.get("max_gen_toks", 0))) >= lm.max_length:
                 raise UsageError(
                     f"{name} has the model write up to {new} tokens, but it has only {lm.max_length} positions.",
@@ -175,7 +177,7 @@ class LoadedTask:
 
 
 def find_tasks(names: Sequence[str], folders: Sequence[Path], also: Iterable[str]) -> Any:
-    """Return lm-eval's index of the tasks in `folders` and in those of its own folders that these names need.
+    """Return lm-eval's index of the tasks in `folders`, and in its own folders as far as these names need them.
 
     lm-eval takes ten seconds to index all of its folders, so they are searched as text first; no data is read yet. If a
     name is unknown, one of `also` may be suggested.
@@ -186,12 +188,12 @@ def find_tasks(names: Sequence[str], folders: Sequence[Path], also: Iterable[str
     from sleb_cli.engine.lm_eval_internals import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    own = [str(folder) for folder in folders]
-    manager = TaskManager(include_path=own, include_defaults=False)
+    paths = [str(folder) for folder in folders]
+    manager = TaskManager(include_path=paths, include_defaults=False)
     if missing := set(names) - set(manager.all_subtasks):
-        manager = TaskManager(include_path=[*map(str, _folders_with(missing)), *own], include_defaults=False)
+        manager = TaskManager(include_path=[*map(str, _folders_with(missing)), *paths], include_defaults=False)
     if not set(names) <= set(manager.all_subtasks):  # a group may name tasks of any folder
-        manager = TaskManager(include_path=own)
+        manager = TaskManager(include_path=paths)
     for name in names:
         if name not in manager.all_tasks:
             hint = did_you_mean(name, [*also, *manager.all_tasks], otherwise="`lm-eval ls tasks` lists them.")
@@ -211,19 +213,19 @@ def _folders_with(tasks: set[str]) -> list[Path]:
 def _load(manager: Any, name: str, run_code: RunCode | None) -> dict[str, Any]:
     # A task file can run any code, so lm-eval can raise anything.
     failed = error_saying(DataError, f"lm-eval cannot load {name}", "Check the task's file.")
-    with translate_errors(failed), _quietly_loading(name), written_code.ours():
+    with translate_errors(failed), _quietly_loading(name), written_code.replace_code_eval():
         loaded: dict[str, Any] = manager.load([name])
-    for part, loaded_task in loaded["tasks"].items():
+    for task_name, loaded_task in loaded["tasks"].items():
         elsewhere = "Run `lm-eval` on the checkpoint that `sleb apply` writes."
         if getattr(loaded_task, "MULTIMODAL", False):
-            raise DataError(f"The task {part} needs images.", hint=elsewhere)
+            raise DataError(f"The task {task_name} needs images.", hint=elsewhere)
         if not getattr(loaded_task, "UNSAFE_CODE", False):
             continue
-        if not any(written_code.is_run_by(of["metric"]) for of in loaded_task.get_config("metric_list") or ()):
-            raise DataError(f"The task {part} runs code that the model writes, without limits.", hint=elsewhere)
+        if not any(written_code.is_run_by(metric["metric"]) for metric in loaded_task.get_config("metric_list") or ()):
+            raise DataError(f"The task {task_name} runs code that the model writes, without limits.", hint=elsewhere)
         if run_code is None:
             raise UsageError(
-                f"The task {part} runs programs that the model writes.",
+                f"The task {task_name} runs programs that the model writes.",
                 hint="Add --run-code confined to allow it on this machine.",
             )
         written_code.passes("", run_code)

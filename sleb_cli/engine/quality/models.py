@@ -23,7 +23,7 @@ from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify
 from sleb_cli.results import Removals
 
-# On how many tokens it is checked that the model may be run block by block.
+# Enough tokens to check that the model may be run block by block.
 CHECKED_TOKENS = 64
 
 
@@ -36,7 +36,7 @@ class Models:
         self.subject, self.architecture = subject, subject.architecture
         self.placement, self.group, self.notify = placement, group, notify
         self.surgeries = {surgery.steps: surgery for surgery in surgeries}
-        """The surgery of each pruned model, by what names its size."""
+        """The surgery of each pruned model, by its size."""
         self.sizes = tuple(self.surgeries)
         alone = self.architecture.is_quantized or placement.device_map is not None or placement.stream
         self.one_at_a_time = alone or group.from_main(self._are_too_large)
@@ -44,7 +44,7 @@ class Models:
         self._loaded: dict[Removals, SkippableModel] = {}
 
     def name(self, size: Removals) -> str:
-        """Return what the model of a size is called in messages."""
+        """Return the name of a size's model in messages."""
         if not size:
             return "dense model"
         experts, blocks = self.subject.experts, ", ".join(map(str, size))
@@ -69,7 +69,7 @@ class Models:
 
     @contextmanager
     def in_turn(self, sizes: Sequence[Removals]) -> Iterator[PredictionsInTurn | None]:
-        """Have sizes that will be asked for one after the other share work; None if they have none in common."""
+        """Let sizes that are predicted one after another share work; None if they have none in common."""
         if len(sizes) < 2 or not self.differ_in_blocks_alone or not self._runs_by_blocks:
             yield None
             return

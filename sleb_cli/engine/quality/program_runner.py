@@ -91,9 +91,9 @@ def watch(program: int, *, confined: bool) -> bool:
 
 
 def count_files() -> int:
-    """Return how many files the folders hold that a confined program writes to."""
+    """Return the number of files in the folders that a confined program writes to."""
     folders = map(os.statvfs, ("/tmp", "/dev/shm"))
-    return sum(each.f_files - each.f_ffree for each in folders)
+    return sum(system.f_files - system.f_ffree for system in folders)
 
 
 def is_asleep(program: int) -> bool:

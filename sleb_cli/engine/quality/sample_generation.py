@@ -55,7 +55,7 @@ def generate_sample(
             return None
     # A model may have more tokens than its tokenizer, and slow tokenizers raise for these.
     known = set(tokenizer.get_vocab().values())
-    texts = [tokenizer.decode([each for each in ids if each in known], skip_special_tokens=True) for ids in generated]
+    texts = [tokenizer.decode(list(filter(known.__contains__, ids)), skip_special_tokens=True) for ids in generated]
     return SampleGeneration(
         prompt=PROMPT,
         new_tokens=count,

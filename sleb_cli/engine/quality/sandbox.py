@@ -52,10 +52,10 @@ def confining_command() -> list[str]:
 
 def _visible() -> Iterator[str]:
     """Yield bubblewrap's options for what a program sees, read-only; parents come first, and are open to all."""
-    places = sorted({place for place in VISIBLE_PATHS if Path(place).exists()} - {"/"})
-    for folder in sorted({str(parent) for place in (*places, *DEVICES) for parent in Path(place).parents} - {"/"}):
+    paths = sorted({path for path in VISIBLE_PATHS if Path(path).exists()} - {"/"})
+    for folder in sorted({str(parent) for path in (*paths, *DEVICES) for parent in Path(path).parents} - {"/"}):
         yield from ("--perms", "0755", "--dir", folder)
-    for place in places:
-        yield from ("--ro-bind", place, place)
+    for path in paths:
+        yield from ("--ro-bind", path, path)
     for device in DEVICES:
         yield from ("--dev-bind", device, device)

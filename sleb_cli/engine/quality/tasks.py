@@ -135,9 +135,9 @@ def _samples(results: Results, measure: _Measure) -> list[dict[str, Any]]:
 
 
 def _scores(results: Results, measure: _Measure) -> TaskScores:
-    """Return a model's scores; those of items only if the value is their mean, which that of BLEU, for one, is not."""
+    """Return a model's scores, with the items' only if their mean is the value, unlike BLEU's, for one."""
     values = results["results"][measure.task]
-    value, stderr = (values.get(f"{measure.metric}{of},{measure.filter}") for of in ("", "_stderr"))
+    value, stderr = (values.get(f"{measure.metric}{suffix},{measure.filter}") for suffix in ("", "_stderr"))
     if not _is_finite(value):
         raise ModelError(f"{measure.metric} of {measure.task} is {value}.", hint="Try --dtype float32.")
     scores = [sample[measure.metric] for sample in _samples(results, measure)]
@@ -185,7 +185,7 @@ def _tasks_of(results: Results, name: str) -> Iterator[str]:
 
 
 def _flip(config: Mapping[str, Any], metric: str, dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> FlipRecord:
-    """Return what each model answered to an item that only one gets right."""
+    """Return both models' answers to an item that only one gets right."""
     if config.get("output_type") == "multiple_choice":
         prompt, answers = _chosen(config, metric, dense, pruned)
         target = answers[0 if dense[metric] == 1 else 1]
@@ -197,7 +197,7 @@ def _flip(config: Mapping[str, Any], metric: str, dense: Mapping[str, Any], prun
 
 
 def _chosen(config: Mapping[str, Any], metric: str, *samples: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """Return what the choices of an item share, and the choice that each model finds most likely."""
+    """Return the common beginning of an item's choices, and the choice that each model finds most likely."""
     requests = [(str(context), str(continuation)) for context, continuation, *_ in samples[0]["arguments"]]
     if "acc_mutual_info" in samples[0]["metrics"]:  # the likelihoods without the prompt follow
         requests = requests[: len(requests) // 2]

@@ -20,7 +20,7 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.process_group import deal
 from sleb_cli.engine.quality.models import CHECKED_TOKENS, Models
-from sleb_cli.engine.quality.token_scores import Scores, divergence_record, joined, score_tokens, window_losses
+from sleb_cli.engine.quality.token_scores import Scores, divergence_record, join_scores, score_tokens, window_losses
 from sleb_cli.engine.statistics import clustered_mean
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.text.windows import EvaluationWindows, tokens_sha256
@@ -29,7 +29,7 @@ from sleb_cli.results import PrunedTextScores, Removals, TextResult, TextScores
 from sleb_plugins import ModelError
 
 # About how many tokens a process scores before the processes exchange what they found.
-TOKENS_OF_A_PART = 16_384
+TOKENS_PER_PART = 16_384
 
 
 def measure_text(
@@ -66,7 +66,7 @@ def measure_text(
 
 
 def description(windows: EvaluationWindows) -> dict[str, Any]:
-    """Return the fields of a `TextResult` that say which tokens are predicted."""
+    """Return the fields of a `TextResult` that identify the predicted tokens."""
     return {
         "text": windows.text.source,
         "windows": len(windows.ids),
@@ -95,7 +95,7 @@ class _Scorer:
     ) -> None:
         self.models, self.sizes, self.opened = models, sizes, opened
         self.skippable: dict[Removals, SkippableModel] = {}
-        batch, per_part = batch_size or 1, max(1, TOKENS_OF_A_PART // ids.shape[1])
+        batch, per_part = batch_size or 1, max(1, TOKENS_PER_PART // ids.shape[1])
         self.parts = torch.split(ids, max(1, per_part // batch) * batch)
         self.dense = self._model(())[0]
         for removals in () if models.differ_in_blocks_alone else sizes:
@@ -114,18 +114,18 @@ class _Scorer:
         """Return the scores of each size on the windows of this text."""
         group, together = self.models.group, self._parts_together()
         runs = [range(first, len(self.parts))[:together] for first in range(0, len(self.parts), together)]
-        found: dict[int, list[Scores]] = {}
+        by_part: dict[int, list[Scores]] = {}
         with task(self.models.notify, f"Perplexity on {source}", sum(map(len, self.parts)), "windows") as advance:
             for turn in deal(runs, group.size):
                 mine = (scored for run in turn[group.rank] for scored in self._measured(run))
                 for number, scores in group.gather_in_order(mine):
-                    found[number] = scores
+                    by_part[number] = scores
                     loss = min(float(scores[0]["nll"].double().mean()), 700)
                     advance(len(self.parts[number]), f"dense: {math.exp(loss):.2f} in the last windows")
-        return [joined(of_size) for of_size in zip(*(found[number] for number in sorted(found)), strict=True)]
+        return [join_scores(of_size) for of_size in zip(*(by_part[number] for number in sorted(by_part)), strict=True)]
 
     def _parts_together(self) -> int:
-        """Return how many parts are scored together: if blocks are streamed, as many as there is memory for."""
+        """Return the number of parts scored together: if blocks are streamed, as many as there is memory for."""
         if self.dense.weights.resident:
             return 1
         needed = states_bytes(self.models.architecture, self.models.placement.dtype, self.parts[0].numel())
@@ -144,13 +144,13 @@ class _Scorer:
             predicted = (of_batch for group in groups for of_batch in self._predict(group))
             return [[score_tokens(batch, next(predicted), self.positions) for batch in of_part] for of_part in split]
 
-        place = self.models.placement.device
-        scored = in_smaller_pieces(score, self.size, place, self.models.notify, "continuing with {} windows")
+        device = self.models.placement.device
+        scored = in_smaller_pieces(score, self.size, device, self.models.notify, "continuing with {} windows")
         for number, batches in zip(numbers, scored, strict=True):
-            yield number, [joined(of_size) for of_size in zip(*batches, strict=True)]
+            yield number, [join_scores(of_size) for of_size in zip(*batches, strict=True)]
 
     def _predict(self, batches: Sequence[Tensor]) -> Iterator[list[Logits]]:
-        """Yield what each size predicts on each batch; the dense model and those without blocks walk together."""
+        """Yield each size's predictions on each batch; models that differ from the dense one in blocks walk with it."""
         together = (len(self.sizes) if self.models.differ_in_blocks_alone else 1) if self.forks else 0
         walks: list[Any] = [predict_together(self.dense, batches, self.sizes[:together])] if together else []
         for size in self.sizes[together:]:
@@ -163,7 +163,7 @@ class _Scorer:
         return ([logits for walk in of_batch for logits in walk] for of_batch in zip(*walks, strict=True))
 
     def _model(self, removals: Removals) -> tuple[SkippableModel, Surgery]:
-        """Load a model, or if two may not fit into memory, the dense one; return it with what is to be absent in it."""
+        """Return the model of a size; if two may not fit into memory, the dense one, with the surgery to make on it."""
         gone = self.models.surgeries.get(removals) if self.models.one_at_a_time else None
         if (loaded := () if gone else removals) not in self.skippable:
             self.skippable[loaded] = self.opened.enter_context(self.models.without(loaded))

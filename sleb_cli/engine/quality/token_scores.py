@@ -1,4 +1,4 @@
-"""What each predicted token of a text says about a model, and about its difference from the dense one."""
+"""Scores of each predicted token of a text: how well a model predicts it, and how it differs from the dense one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sleb_cli.engine.forward.predictions import Logits
 from sleb_cli.engine.statistics import clustered_mean
 from sleb_cli.results import DivergenceRecord
 
-LEAST_LOG_PROBABILITY = -1e4
+MIN_LOG_PROBABILITY = -1e4
 
 Scores = Mapping[str, Tensor]
 """One value for each prediction, by name; all tensors are [windows, positions] on the CPU.
@@ -26,25 +26,25 @@ Scores = Mapping[str, Tensor]
 """
 
 
-def joined(parts: Sequence[Scores], dim: int = 0) -> Scores:
+def join_scores(parts: Sequence[Scores], dim: int = 0) -> Scores:
     """Join the scores of several groups of windows, or of positions (`dim` 1)."""
-    return {name: torch.cat([part[name] for part in parts], dim) for name in parts[0]}
+    return {name: torch.cat([scores[name] for scores in parts], dim) for name in parts[0]}
 
 
 def score_tokens(ids: Tensor, models: Sequence[Logits], positions: int) -> list[Scores]:
     """Score the dense model, which is first, and others on a batch, [batch, positions], a slice of logits at a time."""
     slices = [
-        _score_slice([model[:, part] for model in models], ids[:, 1:][:, part])
-        for part in position_slices(ids, positions)
+        _score_slice([model[:, columns] for model in models], ids[:, 1:][:, columns])
+        for columns in position_slices(ids, positions)
     ]
-    return [joined(of_model, dim=1) for of_model in zip(*slices, strict=True)]
+    return [join_scores(of_model, dim=1) for of_model in zip(*slices, strict=True)]
 
 
 def _score_slice(logits: Sequence[Tensor], targets: Tensor) -> list[Scores]:
     """Score logits of the dense and the other models, each [batch, positions, vocabulary], widened in small slices."""
     flat, flat_targets = [model.flatten(0, 1) for model in logits], targets.flatten()
-    rows = [_score_rows([model[part] for model in flat], flat_targets[part]) for part in float32_slices(flat[0])]
-    whole = [joined(parts) for parts in zip(*rows, strict=True)]
+    rows = [_score_rows([model[piece] for model in flat], flat_targets[piece]) for piece in float32_slices(flat[0])]
+    whole = [join_scores(parts) for parts in zip(*rows, strict=True)]
     return [{name: values.view(targets.shape).cpu() for name, values in scores.items()} for scores in whole]
 
 
@@ -55,13 +55,13 @@ def _score_rows(logits: Sequence[Tensor], targets: Tensor) -> Iterator[Scores]:
     yield {"nll": _losses(log_p, targets)}
     if len(logits) > 1:
         p = log_p.exp()
-        own = torch.linalg.vecdot(p, log_p)
+        negative_entropy = torch.linalg.vecdot(p, log_p)
         for model in logits[1:]:
             log_q = _log_probabilities(model)
             yield {
                 "nll": _losses(log_q, targets),
                 # Rounding may leave a little less than zero.
-                "divergence": (own - torch.linalg.vecdot(p, log_q)).clamp_(min=0),
+                "divergence": (negative_entropy - torch.linalg.vecdot(p, log_q)).clamp_(min=0),
                 "same_top": log_q.argmax(-1) == dense_best,
                 "accepted": torch.minimum(p, log_q.exp()).sum(-1),
             }
@@ -69,7 +69,7 @@ def _score_rows(logits: Sequence[Tensor], targets: Tensor) -> Iterator[Scores]:
 
 def _log_probabilities(logits: Tensor) -> Tensor:
     """Widen logits; families that mask tokens give them -inf, and 0 times that is NaN."""
-    return logits.float().log_softmax(-1).clamp_(min=LEAST_LOG_PROBABILITY)
+    return logits.float().log_softmax(-1).clamp_(min=MIN_LOG_PROBABILITY)
 
 
 def _losses(log_q: Tensor, targets: Tensor) -> Tensor:

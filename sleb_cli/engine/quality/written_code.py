@@ -25,7 +25,7 @@ from sleb_cli.requests import RunCode
 from sleb_plugins import MachineError
 
 SECONDS = 60.0
-"""How long a program may wait for a processor; see `program_runner` for what it may use."""
+"""The time that a program may wait for a processor; `program_runner` limits what it may use."""
 
 PROGRAM_RUNNER = Path(__file__).with_name("program_runner.py")
 
@@ -34,7 +34,7 @@ METRIC = "code_eval"
 
 
 class CodeEval:
-    """What `evaluate.load("code_eval")` returns, as far as tasks use it."""
+    """The object that `evaluate.load("code_eval")` returns, as far as tasks use it."""
 
     how: ClassVar[RunCode | None] = None
 
@@ -58,15 +58,15 @@ class CodeEval:
             f"{program}\n{tests}" for tests, written in zip(references, predictions, strict=True) for program in written
         ]
         with ThreadPoolExecutor(usable_processors()) as pool:
-            found = list(pool.map(partial(passes, how=self.how), programs))
+            outcomes = list(pool.map(partial(passes, how=self.how), programs))
         passed = (
             _passes_alone(program, self.how) if run is None else run
-            for program, run in zip(programs, found, strict=True)
+            for program, run in zip(programs, outcomes, strict=True)
         )
         runs = {item: list(islice(passed, len(written))) for item, written in enumerate(predictions)}
         fewest = min(map(len, runs.values()))
         means = {
-            f"pass@{size}": sum(_pass_at(size, each) for each in runs.values()) / len(runs)
+            f"pass@{size}": sum(_pass_at(size, results) for results in runs.values()) / len(runs)
             for size in k
             if size <= fewest
         }
@@ -103,14 +103,14 @@ def passes(program: str, how: RunCode) -> bool | None:
         ) as process,
     ):
         try:
-            _, said = process.communicate(program.encode(errors="replace"), SECONDS)
+            _, stderr = process.communicate(program.encode(errors="replace"), SECONDS)
         except subprocess.TimeoutExpired:
             return None
         finally:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, 9)
     if process.returncode not in (PASSED, FAILED):
-        why = (said.decode(errors="replace").splitlines() or [f"exit code {process.returncode}"])[-1]
+        why = (stderr.decode(errors="replace").splitlines() or [f"exit code {process.returncode}"])[-1]
         raise MachineError(
             f"A program that the model wrote cannot be run {how} on this system: {why}.",
             hint="Use --run-code unconfined in a container or virtual machine of its own, or leave the task out.",
@@ -143,7 +143,7 @@ def is_run_by(function: Any) -> bool:
     return any(isinstance(value, CodeEval) for value in getattr(function, "__globals__", {}).values())
 
 
-def ours() -> AbstractContextManager[Any]:
+def replace_code_eval() -> AbstractContextManager[Any]:
     """Have tasks that are loaded meanwhile run programs by `CodeEval`."""
     import evaluate
 
