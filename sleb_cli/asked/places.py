@@ -9,7 +9,7 @@ from sleb_plugins import OutputError, UsageError
 
 
 def require_new_place(place: Path, gguf: Path | None, *, force: bool) -> None:
-    """Check that the place of a checkpoint is free, or that of a GGUF file which is made from `gguf`.
+    """Check that the place of a checkpoint, or of a GGUF file made from `gguf`, is free.
 
     Raises:
         UsageError: the name of a GGUF file ends otherwise.

@@ -69,7 +69,7 @@ class AskedSearch:
 
     @property
     def named(self) -> NamedSubject:
-        """The model, which must be that of the extended plan."""
+        """The model, which must be the extended plan's."""
         extended = self.extended and self.extended.model_copy(update={"base_model": None})
         return NamedSubject(self.request, self.request.model, (), plan=extended, file=self.request.extend)
 

@@ -23,7 +23,7 @@ class NamedSubject:
 
     Attributes:
         request: names it, with the revision of the plan's model if it has no other.
-        model: the model that was named, or that of the plan.
+        model: the model that was named, or the plan's.
         removals: the blocks to remove; none if only a model was named.
         sizes: how many of them, for each pruned model to be measured, in ascending order.
         plan: the plan that names them, cut to this number.

@@ -187,7 +187,6 @@ def _error_to_raise(error: BaseException, group: ProcessGroup, store: Any) -> Ba
 
 
 def _backends() -> str:
-    """Return the backend of each kind of device on this machine."""
     import torch
     import torch.distributed as dist
 

@@ -39,7 +39,7 @@ def left_under_limits() -> int:
 
 
 def usable_processors() -> int:
-    """Return how many processors this process may keep busy."""
+    """Return the number of processors that this process may keep busy."""
     if sys.platform != "linux":
         return os.cpu_count() or 1
     quotas = (_processor_quota(*group) for group in _control_groups("cpu"))

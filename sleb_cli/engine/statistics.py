@@ -105,7 +105,7 @@ def mcnemar(lost: int, gained: int) -> float:
 
 
 def items_needed(deviation: float) -> int | None:
-    """Return how many items show a change of a hundredth with 95% confidence and 80% power, by their deviation.
+    """Return the number of items that shows a change of a hundredth with 95% confidence and 80% power, by deviation.
 
     None if the items never differ, which says nothing about others. Source: Miller, arXiv 2411.00640, equation 9, where
     one answer per item leaves the variance of the paired difference.

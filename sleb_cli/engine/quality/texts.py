@@ -137,7 +137,7 @@ class _Scorer:
         windows = [self.parts[number].to(self.dense.device) for number in numbers]
 
         def score(size: int) -> list[list[list[Scores]]]:
-            self.size = size
+            self.size = size  # later parts begin with the size that fitted
             split = [torch.split(ids, size) for ids in windows]
             batches = [batch for of_part in split for batch in of_part]
             groups = [[batch] for batch in batches] if self.dense.weights.resident else [batches]
@@ -155,6 +155,7 @@ class _Scorer:
         walks: list[Any] = [predict_together(self.dense, batches, self.sizes[:together])] if together else []
         for size in self.sizes[together:]:
             skippable, gone = self._model(size)
+            # All batches are predicted in here, since the model is whole again behind it.
             with gone.absent(skippable.model):
                 if self.forks:
                     walks.append(iter(list(predict_together(skippable, batches, [gone.removals]))))

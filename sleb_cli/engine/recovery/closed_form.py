@@ -121,7 +121,6 @@ def recover_in_closed_form(job: Job) -> tuple[dict[str, Tensor], ClosedFormRecor
 
 
 def _fit_blocks(job: Job, size: int) -> tuple[dict[str, Tensor], ClosedFormRecord]:
-    """Fit block after block, on batches of this size."""
     count, removed = len(job.dense.switches), job.settings.surgery.removed
     kept = [block for block in range(count) if block not in removed]
     ends = dict(pairwise([*kept, count]))  # where the gap behind a block ends

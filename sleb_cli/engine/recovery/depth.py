@@ -129,13 +129,14 @@ class Judge:
 
         def compared(at: int) -> tuple[float, int]:
             states, counted = (final[at], self.dense_final[at]), self.counted[at]
-            found = summed_losses(models, states, batches.ids[at], counted, self.every)
-            return found.divergence, int(counted[:, 1 :: self.every].sum())
+            losses = summed_losses(models, states, batches.ids[at], counted, self.every)
+            return losses.divergence, int(counted[:, 1 :: self.every].sum())
 
         groups = {number: [compared(at) for at in group] for number, group in enumerate(batches.judged)}
         ordered = sorted(item for of_process in batches.group.gather(groups) for item in of_process.items() if item[1])
-        found = [of_batch for _, of_group in ordered for of_batch in of_group]
-        return sum(total for total, _ in found) / max(1, sum(count for _, count in found))
+        # Sums are in the order of groups, so that they do not depend on the number of processes.
+        sums = [of_batch for _, of_group in ordered for of_batch in of_group]
+        return sum(total for total, _ in sums) / max(1, sum(count for _, count in sums))
 
 
 def require_finite(tensors: Iterable[Tensor]) -> None:

@@ -71,7 +71,7 @@ class Ridge:
         self.yy += float(as_float64(y.square().sum(1)).sum())
 
     def factor(self, ridge: float) -> Tensor:
-        """Return what `solve` needs for a ridge."""
+        """Return the upper Cholesky factor of the penalized X'WX, for `solve`."""
         squares = self.xx.diagonal()
         penalized = self.xx.float()
         # A feature that is always zero would make the matrix singular; its coefficient is 0.
@@ -111,7 +111,7 @@ class Gains(Ridge):
         self.yy += float((w * y * y).sum())
 
     def factor(self, ridge: float) -> Tensor:
-        """Return what `solve` needs for a ridge."""
+        """Return the penalized sums of squares, for `solve`."""
         return (self.xx * (1 + ridge)).clamp_min(1e-30)
 
     def solve(self, factor: Tensor, xy: Tensor) -> Tensor:

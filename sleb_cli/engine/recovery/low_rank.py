@@ -26,7 +26,7 @@ def rank_of(shape: Sequence[int]) -> int:
 
 
 def trained_numbers(shape: Sequence[int]) -> int:
-    """Return how many numbers are trained for a weight of this shape."""
+    """Return the number of entries of A and B for a weight of this shape."""
     return math.prod(shape[:-2]) * rank_of(shape) * sum(shape[-2:])
 
 

@@ -213,7 +213,6 @@ class Training:
         return total / int(self.checked.counted[:, 1:].sum())
 
     def _batches(self) -> Iterator[Batch]:
-        """Yield what to train on, from the current progress on."""
         progress, group, length = self.progress, self.job.group, self.job.validation.sequences.shape[1]
         while True:
             number = progress.portion * group.size + group.rank

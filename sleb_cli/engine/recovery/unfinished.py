@@ -130,8 +130,8 @@ class Unfinished:
     def dtype(self, stored: str) -> str | None:
         """Return the data type that the unfinished healing of such values computes in; None for none, or several."""
         folders = {file.parent.name for file in self.folder.glob("*/healing-*.safetensors")}
-        found = {match[1] for name in folders if (match := _OF_A_COMMAND.fullmatch(name)) and match[2] == stored}
-        return found.pop() if len(found) == 1 else None
+        dtypes = {match[1] for name in folders if (match := _OF_A_COMMAND.fullmatch(name)) and match[2] == stored}
+        return dtypes.pop() if len(dtypes) == 1 else None
 
     @property
     def size(self) -> int:
@@ -166,7 +166,7 @@ class Unfinished:
 
 
 def fits_in(folder: Path) -> int:
-    """Return how many fits are saved in the folder of a recovery."""
+    """Return the number of fits saved in the folder of a recovery."""
     return len([*folder.glob("block-*.safetensors"), *folder.glob("norm.safetensors")])
 
 

@@ -106,7 +106,7 @@ def _require_continuation(search: Search, plan: Plan, calibration: Calibration) 
 
 
 def search_record(search: Search, passes: Passes, held_out: int, **fields: Any) -> SearchRecord:
-    """Return the record of how a search runs; `held_out` counts sequences, and `fields` are those of its unit."""
+    """Return the record of how a search runs; `held_out` counts sequences, and `fields` differ between units."""
     method, placement = search.method, search.model.placement
     return SearchRecord(
         strategy=method.strategy_name,

@@ -114,7 +114,7 @@ class Race:
                 self.dropped[block] = DropRecord(sequences=scores.shape[1], behind=distance, errors=errors)
 
     def _compare(self, blocks: Sequence[int], scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return how far each column's block is behind each row's over all sequences, and the variance of the distance.
+        """Return the distance of each column's block behind each row's over all sequences, and its variance.
 
         The step before and this one's scores each estimate it, and are weighted by their precision.
         """

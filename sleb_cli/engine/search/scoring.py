@@ -30,7 +30,7 @@ from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 
 def engine_of(metric: Metric, passes: Passes) -> Engine:
-    """Return how candidates are scored by this metric."""
+    """Return the name of the way to score candidates by this metric."""
     if isinstance(metric, WeightMetric):
         return "weights"
     return "model" if isinstance(metric, ModelMetric) else "fork" if passes.forks else "plain"
@@ -256,7 +256,6 @@ class Scoring:
     def _score_models(
         self, metric: ModelMetric, removed: tuple[int, ...], candidates: Sequence[int], advance: Advance
     ) -> Outcome:
-        """Score the model once for each candidate, with it skipped."""
         sequences = torch.cat(tuple(self.passes.batches))
         for mine in self._shares([(removed, block, None) for block in candidates], advance):
             for block in (block for _, block, _ in mine if block is not None):

@@ -47,7 +47,7 @@ class SizeTarget:
         return self._fits(self.sizes.without(removed))
 
     def removals(self, candidates: Sequence[int], removed: Collection[int] = ()) -> int:
-        """Return how many removals meet the target whichever candidates are removed, including those in `removed`.
+        """Return the number of removals, `removed` included, that meets the target whichever candidates are removed.
 
         Raises:
             UsageError: the target is already met, or cannot be met; the message names the nearest size.

@@ -104,7 +104,7 @@ def calibrate(
             written = write_sequences(source, sum(counts), first, load_model(), tokenizer, notify)
             for (_, rows), (begin, end) in zip(drafts, pairwise(accumulate(counts, initial=0)), strict=True):
                 rows[source] = take_sequences(written, range(begin, end))
-    return [_assemble(settings, rows, tokenizer) for settings, rows in drafts]
+    return [_interleave_sources(settings, rows, tokenizer) for settings, rows in drafts]
 
 
 def write_sequences(
@@ -134,8 +134,7 @@ def join_sequences(rows: Sequence[Sequences]) -> Sequences:
     return sequences, torch.cat([whole_mask(tokens, mask) for tokens, mask in rows])
 
 
-def _assemble(settings: CalibrationSettings, rows: Mapping[str, Sequences], tokenizer: Any) -> Calibration:
-    """Interleave the rows of each source."""
+def _interleave_sources(settings: CalibrationSettings, rows: Mapping[str, Sequences], tokenizer: Any) -> Calibration:
     sources = [source for source in settings.shares if source in rows]
     counts = [len(rows[source][0]) for source in sources]
     order = interleave(counts)

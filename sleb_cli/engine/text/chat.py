@@ -199,14 +199,13 @@ def _words(message: Mapping[str, Any]) -> re.Match[str]:
 
 
 def _holds_thought(message: Mapping[str, Any], text: str) -> bool:
-    """Whether a text holds the thought of this message."""
     given = (message.get(name) for name in ("reasoning_content", "thinking", "reasoning"))
     thought = next(filter(None, given), None) or _words(message)["thought"] or ""
     return bool(thought.strip()) and thought.strip() in text
 
 
 def _ending_length(tokenizer: Any, text: str, alone: str) -> int:
-    """Return how many characters after an answer end it: those after a last answer, or else an added token."""
+    """Return the number of characters that end an answer: those after a last answer, or else an added token."""
     if text.startswith(alone):
         return len(alone)
     end, added = text.lstrip(), [token.content for token in tokenizer.added_tokens_decoder.values()]

@@ -107,6 +107,7 @@ class _Writer:
         drafts, again = list[Draft](), list[int]()  # which of the drafts get a second turn in the next round
         begun = fruitless = 0
         while (missing := count - sum(1 for _ in pack((draft.tokens for draft in drafts), self.length))) > 0:
+            # Conversations that a sequence has taken so far.
             for_one = SPARE if missing == count else begun / (count - missing)
             fresh = max(1, min(size, max(MIN_AT_ONCE, math.ceil(for_one * missing))) - len(again))
             begun += fresh
@@ -145,6 +146,7 @@ class _Writer:
                 f"{self.length - room}.",
                 hint="Use a larger --sequence-length.",
             )
+        # A template may end a message with an added token of its own.
         ends = self.ends | (set(self._ids(slots[0].ending)[:1]) & self.added.keys())
         forbidden = {token for token, added in self.added.items() if added.special} - ends
         forbidden -= set() if asks else self._allowed_special_tokens()
