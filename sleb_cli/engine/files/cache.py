@@ -49,9 +49,10 @@ def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
     if not folder.is_dir():
         with writing(folder, hint=_ELSEWHERE):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with held(folder, patience=math.inf) as place:
+            # Another process may be filling it, and be done when the wait ends.
+            with held(folder, patience=math.inf) as scratch:
                 if not folder.is_dir():
-                    aside = place / name
+                    aside = scratch / name
                     aside.mkdir()
                     fill(aside)
                     publish(aside, folder)
@@ -59,14 +60,14 @@ def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
 
 
 def find_cached(kind: str, key: Key) -> Any:
-    """Return what `keep_cached` kept under a key, or None if there is none or a broken one."""
+    """Read the content that `keep_cached` saved under a key; None if there is none, or it is damaged."""
     with suppress(OSError, ValueError, EOFError, zlib.error):
         return json.loads(gzip.decompress(_cached(kind, key).read_bytes()))
     return None
 
 
 def keep_cached(kind: str, key: Key, content: Any, title: str, notify: Notify) -> None:
-    """Keep what JSON can hold, called `title`; if the disk does not take it, only say so."""
+    """Save content that JSON can hold, called `title`; if the disk does not take it, only say so."""
     file = _cached(kind, key)
     try:
         with writing(file, hint=_ELSEWHERE):

@@ -20,8 +20,9 @@ def with_values(settings: Mapping[str, Any], change: Callable[[str, Any], Any]) 
     def changed(key: str, value: Any) -> Any:
         if isinstance(value, Mapping):
             return with_values(value, change)
-        if isinstance(value, list) and any(isinstance(each, Mapping | list) for each in value):
-            return [changed(key, each) for each in value]
+        # A list of plain values, such as numbers of tokens, is one value of its key.
+        if isinstance(value, list) and any(isinstance(item, Mapping | list) for item in value):
+            return [changed(key, item) for item in value]
         return change(key, value)
 
     return {key: changed(key, value) for key, value in settings.items()}

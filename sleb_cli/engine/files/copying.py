@@ -31,14 +31,15 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def leads_out(path: Path, folder: Path) -> bool:
-    """Whether an entry of a model's folder lies elsewhere, by a link.
+    """Whether a link leads from an entry of a model's folder to a file elsewhere.
 
     The files of a snapshot in the Hub's cache are links to its blobs, which belong to it.
     """
-    real, own = Path(os.path.realpath(path)), Path(os.path.realpath(folder))  # never raises, even on loops of links
+    # Unlike `Path.resolve`, this never raises, even on loops of links.
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     # An archive may hold folders of these names, and in place of the blobs a link.
-    blobs = own.parents[1] / "blobs" if own.parent.name == "snapshots" else own
-    return not any(real.is_relative_to(place) for place in (own, blobs))
+    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
+    return not any(real.is_relative_to(allowed) for allowed in (home, blobs))
 
 
 def holds(folder: Path, name: str) -> bool:
@@ -69,18 +70,19 @@ def copy_range(source: BinaryIO, start: int, count: int, target: BinaryIO, repor
         source.seek(start)
     while count:
         with reading(path):
-            part = source.read(min(BUFFER_BYTES, count))
-        if not part:
+            chunk = source.read(min(BUFFER_BYTES, count))
+        if not chunk:
             raise ModelError(
                 f"{path} became shorter while it was read.", hint="Try again when no program writes to it."
             )
-        target.write(part)
-        report(len(part))
-        count -= len(part)
+        target.write(chunk)
+        report(len(chunk))
+        count -= len(chunk)
 
 
 def runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
     """Yield the first number of each run of consecutive ones, and its length."""
+    # Within a run, a number and its index grow alike, so their difference names the run.
     for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
         run = [number for _, number in group]
         yield run[0], len(run)

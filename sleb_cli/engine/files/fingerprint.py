@@ -14,17 +14,15 @@ HEAD_BYTES = 1 << 20
 SAMPLE_BYTES = 4096
 SAMPLES = 256
 
-# Keys that may differ when the same model is saved again.
+# Keys that transformers may change when it saves the model again.
 _VOLATILE = ("_name_or_path", "transformers_version")
 
 
 def fingerprint_files(paths: Iterable[Path], config: dict[str, object] | None = None, *, header: int = 0) -> str:
     """Return a SHA-256 over the config and each file's name, size, first MiB and samples of the rest.
 
-    The first `header` bytes are read whole.
-
-    The start of a safetensors file lists every tensor and its offset. The 256 samples of 4 KiB at even distances change
-    with any training, but may miss an edit of single weights.
+    The start of a safetensors file lists every tensor and its offset; the first `header` bytes are always read. The 256
+    samples of 4 KiB at even distances change with any training, but may miss an edit of single weights.
 
     Raises:
         ModelError: a file cannot be read.
@@ -70,10 +68,10 @@ class Watch:
         self._stamps |= {path: _stamp(path) for path in paths if path not in self._stamps}
 
     def require_unchanged(self) -> None:
-        """Refuse to go on with what was read.
+        """Refuse to go on if a watched file changed.
 
         Raises:
-            ModelError: a file was replaced, edited, removed or added since it is watched.
+            ModelError: a file was replaced, edited, removed or added since the watch began.
         """
         for path, stamp in self._stamps.items():
             if _stamp(path) != stamp:
@@ -83,7 +81,7 @@ class Watch:
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Refuse, at the end, what was made of files that changed; a failure in between is told as what caused it."""
+        """Refuse a result of files that changed meanwhile; if they did, that is also why the work failed."""
         try:
             yield
         except SlebError:
@@ -93,11 +91,8 @@ class Watch:
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:
-    """Return what changes if a file is edited or replaced; None if it is missing.
-
-    The inode is not used, because some network file systems change it.
-    """
+    """Return a file's size and time of change in ns; None if it is missing."""
     with reading(path), suppress(FileNotFoundError, NotADirectoryError):
-        found = path.stat()
-        return found.st_size, found.st_mtime_ns
+        status = path.stat()
+        return status.st_size, status.st_mtime_ns  # no inode: some network file systems change it
     return None

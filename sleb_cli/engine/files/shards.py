@@ -52,8 +52,8 @@ class NewTensor:
         stored = self.stored
         if self.cast or self.value is not None or stored.start is None or len(self.slices) > 1:
             return None
-        found = self.slices[0].ranges(stored.shape, stored.size) if self.slices else [(0, stored.size)]
-        return found and [(stored.start + offset, size) for offset, size in found]
+        ranges = self.slices[0].ranges(stored.shape, stored.size) if self.slices else [(0, stored.size)]
+        return ranges and [(stored.start + offset, size) for offset, size in ranges]
 
     def changed(self, value: torch.Tensor) -> torch.Tensor:
         """Return the stored or new value as it is in the new checkpoint."""
@@ -96,8 +96,8 @@ def new_tensor(
     name: str, stored: StoredTensor, dtype: torch.dtype | None, slices: tuple[Slices, ...], value: torch.Tensor | None
 ) -> NewTensor:
     """Return the tensor under its new name, cast to `dtype` if it holds floating-point numbers of another type."""
-    own = TORCH_DTYPES.get(stored.dtype)
-    changes = dtype is not None and own is not None and own.is_floating_point and own is not dtype
+    before = TORCH_DTYPES.get(stored.dtype)
+    changes = dtype is not None and before is not None and before.is_floating_point and before is not dtype
     return NewTensor(name, stored, dtype if changes else None, slices, value)
 
 
@@ -156,20 +156,15 @@ def _write_shard(path: Path, shard: Shard, report: ReportBytes) -> None:
 
 def _header(tensors: Sequence[NewTensor], metadata: dict[str, str]) -> bytes:
     entries: dict[str, object] = {"__metadata__": metadata}
-    places = pairwise(accumulate((tensor.size for tensor in tensors), initial=0))
-    for tensor, offsets in zip(tensors, places, strict=True):
+    offsets_of_all = pairwise(accumulate((tensor.size for tensor in tensors), initial=0))
+    for tensor, offsets in zip(tensors, offsets_of_all, strict=True):
         entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # so that the first tensor is aligned, too
     return len(text).to_bytes(8, "little") + text
 
 
 def _write_tensors(source: Path, tensors: Sequence[NewTensor], target: BinaryIO, report: ReportBytes) -> None:
-    """Append tensors that come from one file.
-
-    Raises:
-        ModelError: the file cannot be read.
-    """
     changed = [tensor.stored.name for tensor in tensors if tensor.ranges is None and tensor.value is None]
     decoded = read_tensors(source, changed)
     with reading(source):

@@ -1,4 +1,4 @@
-"""Cut out of a tensor the slices that stay, such as those of kept tokens."""
+"""Cut out of a tensor the slices that stay, such as the rows of kept tokens."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ class Slices:
     def of_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """Cut a tensor in memory."""
         slices = torch.unflatten(tensor, self.axis, (self.count, -1))
-        kept = torch.tensor(self.kept, device=tensor.device)
-        return slices.index_select(self.axis, kept).flatten(self.axis, self.axis + 1)
+        indices = torch.tensor(self.kept, device=tensor.device)
+        return slices.index_select(self.axis, indices).flatten(self.axis, self.axis + 1)
 
     def ranges(self, shape: Sequence[int], size: int) -> list[tuple[int, int]] | None:
-        """Return the offsets and sizes of their bytes, neighbours as one; None if a slice is in several places.
+        """Return the offsets and sizes of their bytes, neighbours as one; None if a slice is not contiguous.
 
         The tensor has this shape, and `size` bytes.
         """
+        # A slice is contiguous only if all axes before it have one entry.
         if math.prod(shape[: self.axis]) != 1 or size % self.count:
             return None
         width = size // self.count

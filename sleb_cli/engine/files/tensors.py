@@ -27,14 +27,14 @@ def float_dtypes(weights: WeightFiles) -> list[torch.dtype]:
 
 
 def read_all(weights: WeightFiles, names: Container[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read every tensor once, or only those of these names, in the files' order, one file open at a time.
+    """Read every tensor once, or only the tensors of these names, in the files' order, one file open at a time.
 
     Raises:
         ModelError: a file is truncated, or a pickle holds more than tensors.
     """
     for header in weights.headers:
-        wanted = [tensor.name for tensor in header.tensors if names is None or tensor.name in names]
-        yield from zip(wanted, read_tensors(header.path, wanted), strict=True)
+        to_read = [tensor.name for tensor in header.tensors if names is None or tensor.name in names]
+        yield from zip(to_read, read_tensors(header.path, to_read), strict=True)
 
 
 def read_tensors(path: Path, names: Sequence[str]) -> Iterator[torch.Tensor]:
@@ -46,8 +46,8 @@ def read_tensors(path: Path, names: Sequence[str]) -> Iterator[torch.Tensor]:
     if not names:
         return
     if path.suffix != ".safetensors":
-        held = load_pickle(path)
-        yield from (held[name] for name in names)
+        tensors = load_pickle(path)
+        yield from (tensors[name] for name in names)
         return
     try:
         with reading(path), prefer_disk_error(SafetensorError, OSError, RuntimeError):

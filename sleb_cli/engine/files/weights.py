@@ -23,15 +23,15 @@ DTYPES = {
     "BF16": ("bfloat16", 2), "I32": ("int32", 4), "U32": ("uint32", 4), "F32": ("float32", 4), "I64": ("int64", 8),
     "U64": ("uint64", 8), "F64": ("float64", 8), "C64": ("complex64", 8),
 }  # fmt: skip
-"""What torch calls a data type of safetensors that it has too, and its bytes; files may hold others."""
+"""Torch's name and the bytes of each data type of safetensors that torch has too; files may hold others."""
 
 # The limit of safetensors for a header. No other JSON of a checkpoint comes near it.
-_LONGEST_JSON = 100_000_000
+_MAX_JSON_BYTES = 100_000_000
 # Lists and objects, of which a header of a million tensors has three each; each takes some 100 bytes of memory.
-_MOST_PARTS = 4_000_000
-_DEEPEST = 100
-_LARGEST_NUMBER = 2**63 - 1
-_MOST_DIMENSIONS = 64
+_MAX_CONTAINERS = 4_000_000
+_MAX_DEPTH = 100
+_MAX_INTEGER = 2**63 - 1
+_MAX_DIMENSIONS = 64
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -42,30 +42,26 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         with reading(path), path.open("rb") as file:
-            value = _parse_json(file.read(_LONGEST_JSON + 1))
+            value = _parse_json(file.read(_MAX_JSON_BYTES + 1))
     except ValueError as error:
         raise ModelError(f"{path} is not readable JSON.", hint="Copy or download the model again.") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} is not a JSON object.", hint="Copy or download the model again.")
     level: list[Any] = [value]
-    for _ in range(_DEEPEST):
-        level = [inner for part in level for inner in _parts(part)]
+    for _ in range(_MAX_DEPTH):
+        level = [child for parent in level for child in _children(parent)]
     if level:
         raise ModelError(f"{path} is nested too deeply.", hint="Copy or download the model again.")
     return value
 
 
-def _parts(value: Any) -> Iterable[Any]:
+def _children(value: Any) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _parse_json(raw: bytes) -> Any:
-    """Parse JSON that may be hostile.
-
-    Raises:
-        ValueError: it is not JSON in UTF-8, too long or too deep, or holds too large a number for Python.
-    """
-    if len(raw) > _LONGEST_JSON or raw.count(b"[") + raw.count(b"{") > _MOST_PARTS:
+    """Parse JSON that may be hostile: every fault is a ValueError, even a number too large for Python."""
+    if len(raw) > _MAX_JSON_BYTES or raw.count(b"[") + raw.count(b"{") > _MAX_CONTAINERS:
         raise ValueError("too long")
     try:
         return json.loads(raw.decode("utf-8"))
@@ -148,7 +144,7 @@ def find_weights(folder: Path) -> WeightFiles:
 
 
 def _files_in(index: Path) -> tuple[Path, ...]:
-    """Return the weight files that an index lists, in order of their names, after checking that they are there."""
+    """Return the weight files that an index lists, by name, once all are found in the folder."""
     folder, hint = index.parent, "Copy or download the model again."
     weight_map = read_json(index).get("weight_map", {})
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -181,13 +177,13 @@ def read_header(path: Path) -> Header:
     with reading(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        raw = file.read(length) if length <= min(size - 8, _LONGEST_JSON) else b""
+        raw = file.read(length) if length <= min(size - 8, _MAX_JSON_BYTES) else b""
     end = 8 + length
     try:
         entries = _parse_json(raw)
         metadata = entries.pop("__metadata__", None) or {}
-        "".join([*entries, *metadata, *metadata.values()]).encode()  # or a name or a text is no string of Unicode
-        tensors = [_stored(path, name, entry, end) for name, entry in entries.items()]
+        "".join([*entries, *metadata, *metadata.values()]).encode()  # raises if a name or a text is no Unicode string
+        tensors = [_stored_tensor(path, name, entry, end) for name, entry in entries.items()]
         tensors.sort(key=lambda tensor: (tensor.start, tensor.size))
         for tensor in tensors:  # no gaps, no overlaps, and nothing after the last tensor
             _require(tensor.start == end)
@@ -198,15 +194,10 @@ def read_header(path: Path) -> Header:
     return Header(path, tuple(tensors), metadata)
 
 
-def _stored(path: Path, name: str, entry: dict[str, Any], start: int) -> StoredTensor:
-    """Return the tensor that an entry of a header describes.
-
-    Raises:
-        ValueError, TypeError, KeyError: it does not describe one.
-    """
+def _stored_tensor(path: Path, name: str, entry: dict[str, Any], start: int) -> StoredTensor:
     dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    _require(isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= _MOST_DIMENSIONS and begin <= end)
-    _require(all(type(number) is int and 0 <= number <= _LARGEST_NUMBER for number in (*shape, begin, end)))
+    _require(isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS and begin <= end)
+    _require(all(type(number) is int and 0 <= number <= _MAX_INTEGER for number in (*shape, begin, end)))
     _, item_bytes = DTYPES.get(dtype, ("", None))
     _require(item_bytes is None or math.prod(shape) * item_bytes == end - begin)
     return StoredTensor(name, dtype, tuple(shape), end - begin, path, start + begin)
