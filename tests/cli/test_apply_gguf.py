@@ -87,7 +87,7 @@ def test_a_changed_file_or_transformers_converts_it_again(source, monkeypatch):
 
 @pytest.mark.parametrize("without", ["nothing", "llama.vocab_size"])
 def test_a_converted_model_is_the_one_that_transformers_reads(source, tmp_path, monkeypatch, without):
-    monkeypatch.setattr(quick, "_LONGEST", 3)
+    monkeypatch.setattr(quick, "_MAX_LIST_ITEMS", 3)
     file, path = read_gguf(source), tmp_path / "whole.gguf"
     entries = tuple(entry for entry in file.entries if entry.key != without)
     write_gguf_again(replace(file, entries=entries), path, lambda count: None)

@@ -21,40 +21,41 @@ class Period:
     """One block in each `period` is of another kind.
 
     Attributes:
-        what: how that block differs, as in "the last of every 4 blocks has no rotary positions".
+        difference: how that block differs, as in "the last of every 4 blocks has no rotary positions".
         period: llama.cpp's default; 1 (all blocks are alike) if only the file sets it.
         key: the architecture's own key for the period; if it holds a list, numbers do not matter.
-        place: which block of a period differs; "one" if unknown.
+        position: which block of a period differs; "one" if unknown.
         only_with: an own key without which (or with 0) all blocks are alike.
         unless: an own key that lists the kinds of all blocks instead.
     """
 
-    what: str
+    difference: str
     period: int = 1
     key: str = ""
-    place: Literal["the last", "the first", "one"] = "the last"
+    position: Literal["the last", "the first", "one"] = "the last"
     only_with: str = ""
     unless: str = ""
 
-    def number(self, file: GgufFile) -> int:
+    def length_in(self, file: GgufFile) -> int:
         """Return the period in this file; 1 if all blocks are alike, or numbers do not matter."""
-        said = file.own(self.key)
-        alike = self.only_with and not file.own(self.only_with)
-        if alike or isinstance(said, list) or file.own(self.unless) is not None:
+        length = file.setting(self.key)
+        alike = self.only_with and not file.setting(self.only_with)
+        if alike or isinstance(length, list) or file.setting(self.unless) is not None:
             return 1
-        return self.period if said is None else file.count(self.key) or 1
+        return self.period if length is None else file.count(self.key) or 1
 
     def kind(self, block: int, period: int) -> int:
         """Return a number that is equal for two blocks if llama.cpp builds the same kind of block for both."""
-        place = block % period
-        return place if self.place == "one" else place == (0 if self.place == "the first" else period - 1)
+        # Which of a period's blocks is special may be unknown: then each must keep its position.
+        position = block % period
+        return position if self.position == "one" else position == (0 if self.position == "the first" else period - 1)
 
 
 _WINDOW, _SPARSE = "attention.sliding_window", "interleave_moe_layer_step"
 
 
-def _window(period: int, place: Literal["the last", "the first"] = "the last", only_with: str = "") -> Period:
-    return Period("has full attention instead of a window", period, f"{_WINDOW}_pattern", place, only_with)
+def _window(period: int, position: Literal["the last", "the first"] = "the last", only_with: str = "") -> Period:
+    return Period("has full attention instead of a window", period, f"{_WINDOW}_pattern", position, only_with)
 
 
 _RECURRENT = Period("has full attention", 4, "full_attention_interval", unless="attention.recurrent_layers")
@@ -88,10 +89,10 @@ _ANY_ARCHITECTURE = (
 
 
 def _deepseek2_form(file: GgufFile, blocks: int) -> str:
-    vocabulary = file.own("vocab_size") or len(file.get("tokenizer.ggml.tokens") or [])
+    vocabulary = file.setting("vocab_size") or len(file.get("tokenizer.ggml.tokens") or [])
     if blocks in (26, 27) or (blocks == 48 and vocabulary == 128256):
         return "without low-rank queries"
-    gates = file.own("expert_gating_func")
+    gates = file.setting("expert_gating_func")
     return "with other gates" if gates is None and blocks in (47, 48) and vocabulary == 154880 else "the usual"
 
 
@@ -102,11 +103,11 @@ BY_COUNT: Mapping[str, Callable[[GgufFile, int], object]] = {
     "exaone4": lambda file, blocks: "windows" if blocks == 64 else "no windows",
     "gemma2": lambda file, blocks: "the 27B's scale" if blocks == 46 else "the usual scale",
     "gemma3": lambda file, blocks: "the 27B's scale" if blocks == 62 else "the usual scale",
-    "minicpm": lambda file, blocks: file.own("residual_scale") or f"a scale by {blocks} blocks",
+    "minicpm": lambda file, blocks: file.setting("residual_scale") or f"a scale by {blocks} blocks",
     "minicpm3": lambda file, blocks: f"a scale by {blocks} blocks",
     "minimax-01": lambda file, blocks: f"slopes by {blocks} blocks",
 }
-"""What llama.cpp derives from the number of blocks alone; it must be the same before and after a removal."""
+"""The variant that llama.cpp infers from the number of blocks alone; a removal must not change it."""
 
 _FIRST_STAYS = ("arwkv7", "rwkv7")
 
@@ -187,11 +188,11 @@ def require_same_kinds(file: GgufFile, blocks: int, kept: tuple[int, ...]) -> No
     if architecture in _REFUSED:
         raise _refused(file, _REFUSED[architecture])
     for key, reason in _REFUSED_WITH.items():
-        if file.own(key):
+        if file.setting(key):
             raise _refused(file, f"{reason} ({architecture}.{key})")
     if architecture in _FIRST_STAYS and kept[0] != 0:
         raise _refused(file, "the values of its block 0 are mixed into all later blocks", "Keep block 0.")
-    if lost := [block for block in _fed(file, blocks) if block not in kept]:
+    if lost := [block for block in _blocks_with_other_inputs(file, blocks) if block not in kept]:
         raise _refused(file, f"additional inputs enter block {lost[0]}", f"Keep block {lost[0]}.")
     after, form = len(kept), BY_COUNT.get(architecture)
     if form and form(file, blocks) != form(file, after):
@@ -200,21 +201,21 @@ def require_same_kinds(file: GgufFile, blocks: int, kept: tuple[int, ...]) -> No
             f"llama.cpp tells its variants apart by the number of blocks, and {after} selects another than {blocks}",
         )
     for rule in PERIODS.get(architecture, _ANY_ARCHITECTURE):
-        period = rule.number(file)
+        period = rule.length_in(file)
         for new, old in enumerate(kept):
             if rule.kind(old, period) != rule.kind(new, period):
                 raise _refused(
                     file,
-                    f"in llama.cpp, {rule.place} of every {period} blocks {rule.what}, and block {old} would become "
-                    f"block {new}, which is of another kind",
+                    f"in llama.cpp, {rule.position} of every {period} blocks {rule.difference}, and block {old} would "
+                    f"become block {new}, which is of another kind",
                     f"Remove whole groups of {period} consecutive blocks, or write a checkpoint instead: "
                     "`sleb apply -o FOLDER`.",
                 )
 
 
-def _fed(file: GgufFile, blocks: int) -> list[int]:
-    """Return the blocks that get inputs besides the hidden states, such as features of images."""
-    mapping = file.own("deepstack_mapping")
+def _blocks_with_other_inputs(file: GgufFile, blocks: int) -> list[int]:
+    """Return the blocks that get inputs besides the hidden states: features of images (deepstack)."""
+    mapping = file.setting("deepstack_mapping")
     named = enumerate(mapping) if isinstance(mapping, list) else ()
     leading = range(min(file.count(LEADING_STAY) or 0, blocks))
     return [*leading, *(block for block, entry in named if isinstance(entry, int) and entry >= 0)]

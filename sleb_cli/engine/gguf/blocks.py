@@ -1,4 +1,4 @@
-"""The blocks of a GGUF file: how many it says, and whether it holds them."""
+"""The blocks of a GGUF file: their number, by its header and by its tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def stored_block_count(file: GgufFile) -> int:
 
 
 def block_count(file: GgufFile) -> int:
-    """Return how many blocks the model has, without those for multi-token prediction."""
+    """Return the number of the model's blocks, without blocks for multi-token prediction."""
     return stored_block_count(file) - (file.count("nextn_predict_layers") or 0)
 
 
@@ -34,9 +34,9 @@ def require_blocks(file: GgufFile) -> None:
             f"{file.path} is not a model: its general.type is {kind!r}.", hint="Name the file that holds the blocks."
         )
     stored = file.count("block_count")
-    found = {int(place[1]) for tensor in file.tensors if (place := BLOCK.fullmatch(tensor.name))}
-    if not found or len(found) != stored or max(found) != stored - 1:
+    numbers = {int(match[1]) for tensor in file.tensors if (match := BLOCK.fullmatch(tensor.name))}
+    if not numbers or len(numbers) != stored or max(numbers) != stored - 1:
         raise ModelError(
-            f"{file.path} says {stored} blocks ({file.architecture}.block_count), but has tensors of {len(found)}.",
+            f"{file.path} says {stored} blocks ({file.architecture}.block_count), but has tensors of {len(numbers)}.",
             hint="Name a GGUF file of a complete decoder-only language model.",
         )

@@ -25,15 +25,15 @@ from sleb_plugins.errors import ModelError
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _INT32, STRING, ARRAY = 5, 8, 9
-# As `struct` and NumPy name them.
+# The number types of the format, by the codes that `struct` and NumPy share.
 FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 # No model comes near these limits, so a file that lies takes neither memory nor time.
-_LONGEST_HEADER = 128 << 20
-_MOST_ITEMS = 1 << 22
-_LONGEST_NAME = 256
+_MAX_HEADER_BYTES = 128 << 20
+_MAX_ITEMS = 1 << 22
+_MAX_NAME_BYTES = 256
 _ALIGNMENTS = [1 << power for power in range(21)]
-_MOST_DIMENSIONS = 4
+_MAX_DIMENSIONS = 4
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Entry:
 class GgufTensor:
     """One tensor, with the offset of its values in the file, and their size in bytes.
 
-    `rows` are those to copy from a larger tensor, ascending; None for all.
+    `rows` are the rows to copy from a larger tensor, ascending; None copies all.
     """
 
     name: str
@@ -95,7 +95,7 @@ class GgufFile:
             return [text.decode(errors="replace") for text in value]
         return value.decode(errors="replace") if isinstance(value, bytes) else value
 
-    def own(self, key: str) -> Any:
+    def setting(self, key: str) -> Any:
         """Return the value of one of the architecture's own keys, such as "block_count"."""
         return self.get(f"{self.architecture}.{key}")
 
@@ -105,13 +105,14 @@ class GgufFile:
         Raises:
             ModelError: it is no whole number of 0 or more.
         """
-        found = self.own(key)
-        if found is not None and (type(found) is not int or found < 0):
+        count = self.setting(key)
+        # The exact type: a bool is an int, too.
+        if count is not None and (type(count) is not int or count < 0):
             raise ModelError(
-                f"{self.path} says {found!s:.60} for {self.architecture}.{key}, which is not a valid count.",
+                f"{self.path} says {count!s:.60} for {self.architecture}.{key}, which is not a valid count.",
                 hint="Download the file again.",
             )
-        return found
+        return count
 
     def with_count(self, key: str, value: int) -> GgufFile:
         """Return the header with another number under one of the architecture's own keys."""
@@ -130,7 +131,7 @@ class GgufFile:
         return str(self.get("general.architecture") or "")
 
     def padding(self, size: int) -> int:
-        """Return how many zeros follow this many bytes, up to the next multiple of the alignment."""
+        """Return the number of zeros between `size` bytes and the next multiple of the alignment."""
         return -size % int(self.get("general.alignment") or 32)
 
 
@@ -145,31 +146,32 @@ def with_value(entry: Entry, value: int) -> Entry:
     return replace(entry, data=struct.pack(f"<{FORMATS[entry.type]}", value), value=value)
 
 
-def with_items(entry: Entry, places: list[int]) -> Entry:
-    """Return the entry of an array with only the items at `places`, in that order."""
+def with_items(entry: Entry, indices: list[int]) -> Entry:
+    """Return the entry of an array with only the items at `indices`, in that order."""
     if isinstance(entry.value, np.ndarray):
-        value: Any = entry.value[places]
+        value: Any = entry.value[indices]
         items = value.tobytes()
     else:
-        value = [entry.value[place] for place in places]
+        value = [entry.value[index] for index in indices]
         items = b"".join(map(_text, value))
-    return replace(entry, data=entry.data[:4] + struct.pack("<Q", len(places)) + items, value=value)
+    # The first four bytes are the type of the items.
+    return replace(entry, data=entry.data[:4] + struct.pack("<Q", len(indices)) + items, value=value)
 
 
 class _Cursor:
     """Reads numbers, texts and arrays from bytes in sequence."""
 
     def __init__(self, data: bytes | mmap.mmap, path: Path) -> None:
-        self.data, self.path, self.place = data, path, 0
+        self.data, self.path, self.offset = data, path, 0  # in bytes
 
     def require(self, condition: bool) -> None:
         if not condition:
             raise ModelError(f"{self.path} is truncated, or is not a GGUF file.", hint="Download the file again.")
 
     def take(self, size: int) -> bytes:
-        start, self.place = self.place, self.place + size
-        self.require(self.place <= len(self.data))
-        return self.data[start : self.place]
+        start, self.offset = self.offset, self.offset + size
+        self.require(self.offset <= len(self.data))
+        return self.data[start : self.offset]
 
     def number(self, code: str) -> Any:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(code)))[0]
@@ -180,7 +182,7 @@ class _Cursor:
     def name(self) -> str:
         raw = self.text()
         name = raw.decode(errors="replace")
-        self.require(len(raw) <= _LONGEST_NAME and name.encode() == raw)
+        self.require(len(raw) <= _MAX_NAME_BYTES and name.encode() == raw)
         return name
 
     def value(self, type_: int) -> Any:
@@ -191,7 +193,7 @@ class _Cursor:
             return self.number(FORMATS[type_])
         self.require(type_ == ARRAY)
         element, count = self.number("I"), self.number("Q")
-        self.require(count <= _MOST_ITEMS and (element == STRING or element in FORMATS))
+        self.require(count <= _MAX_ITEMS and (element == STRING or element in FORMATS))
         if element == STRING:
             return [self.text() for _ in range(count)]
         kind = np.dtype(f"<{FORMATS[element]}")
@@ -199,7 +201,7 @@ class _Cursor:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read the header of a GGUF file, and check that the file holds all tensors, none of them in another's place.
+    """Read the header of a GGUF file, and check that the file holds all tensors, and that none overlap.
 
     Raises:
         ModelError: the file is missing, truncated, damaged or not a GGUF file, has an unknown version or type, or is
@@ -209,7 +211,7 @@ def read_gguf(path: Path) -> GgufFile:
         raise ModelError(f"There is no file {path}.", hint="Check the path.")
     with reading(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        data = mmap.mmap(file.fileno(), min(size, _LONGEST_HEADER), access=mmap.ACCESS_READ) if size else b""
+        data = mmap.mmap(file.fileno(), min(size, _MAX_HEADER_BYTES), access=mmap.ACCESS_READ) if size else b""
     cursor = _Cursor(data, path)
     cursor.require(cursor.take(4) == _MAGIC)
     version = cursor.number("I")
@@ -222,24 +224,24 @@ def read_gguf(path: Path) -> GgufFile:
     # Names must differ, so a false count fails soon, even in a file of zeros.
     entries: dict[str, Entry] = {}
     for _ in range(entry_count):
-        key, type_, start = cursor.name(), cursor.number("I"), cursor.place
+        key, type_, start = cursor.name(), cursor.number("I"), cursor.offset
         cursor.require(key not in entries)
         value = cursor.value(type_)
-        entries[key] = Entry(key, type_, cursor.data[start : cursor.place], value)
+        entries[key] = Entry(key, type_, cursor.data[start : cursor.offset], value)
     tensors: dict[str, GgufTensor] = {}
     for _ in range(tensor_count):
         tensor = _read_tensor(cursor)
         cursor.require(tensor.name not in tensors)
         tensors[tensor.name] = tensor
     header = GgufFile(path, version, tuple(entries.values()), ())
-    cursor.require(len(header.architecture) <= _LONGEST_NAME)
+    cursor.require(len(header.architecture) <= _MAX_NAME_BYTES)
     cursor.require(header.get("general.alignment") in [None, *_ALIGNMENTS])
     if (parts := header.get("split.count") or 1) != 1:
         raise ModelError(
             f"{path} is one of {parts!s:.60} parts of a model.",
             hint="Merge the parts first: `llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf`.",
         )
-    begin = cursor.place + header.padding(cursor.place)
+    begin = cursor.offset + header.padding(cursor.offset)
     placed = tuple(replace(tensor, start=begin + tensor.start) for tensor in tensors.values())
     end = 0
     for tensor in sorted(placed, key=lambda tensor: (tensor.start, tensor.size)):
@@ -250,7 +252,7 @@ def read_gguf(path: Path) -> GgufFile:
 
 def _read_tensor(cursor: _Cursor) -> GgufTensor:
     name, rank = cursor.name(), cursor.number("I")
-    cursor.require(rank <= _MOST_DIMENSIONS)
+    cursor.require(rank <= _MAX_DIMENSIONS)
     shape = tuple(cursor.number("Q") for _ in range(rank))
     type_, offset = cursor.number("I"), cursor.number("Q")
     if type_ not in GGML_QUANT_SIZES:
@@ -281,7 +283,7 @@ def write_gguf(file: GgufFile, output: Path, report: ReportBytes) -> None:
 
 
 def gguf_size(file: GgufFile) -> int:
-    """Return how many bytes `write_gguf` writes."""
+    """Return the size in bytes of the file that `write_gguf` writes."""
     return len(_header(file)) + sum(tensor.size + file.padding(tensor.size) for tensor in file.tensors)
 
 

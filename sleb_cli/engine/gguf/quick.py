@@ -1,7 +1,8 @@
-"""The gguf package without what takes it long, while transformers reads a model's config and weights.
+"""A quicker gguf package, while transformers reads a model's config and weights.
 
-It keeps an array for each token, ten seconds for a vocabulary like Gemma's, which transformers has it read three times;
-builds its table of names again for each module, six seconds for thirty blocks; and unpacks on one core.
+The package keeps an array for each token, which takes ten seconds for a vocabulary like Gemma's, and transformers has
+it read three times. It builds its table of names again for each module, six seconds for thirty blocks. And it unpacks
+on one core.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from numpy.typing import NDArray
 
 from sleb_cli.engine.gguf.file import ARRAY, FORMATS, STRING
 
-_LONGEST = 1 << 12
-"""No list is longer that has a value per block, or for the position in a rotation."""
+_MAX_LIST_ITEMS = 1 << 12
+"""No list with a value per block, or per position in a rotation, is longer."""
 
 _ROWS = 256
 """How many rows of a matrix are unpacked at a time."""
 
+# Bound before `quick_gguf` puts ours in its place.
 _DEQUANTIZE = gguf.dequantize
 
 
@@ -35,20 +37,20 @@ class QuickReader(gguf.GGUFReader):  # type: ignore[misc]
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
         if raw_type != ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
-        data, place = memoryview(self.data), orig_offs + 12
-        kind, count = struct.unpack("<IQ", data[orig_offs:place])
-        if count <= _LONGEST:
+        data, offset = memoryview(self.data), orig_offs + 12
+        kind, count = struct.unpack("<IQ", data[orig_offs:offset])
+        if count <= _MAX_LIST_ITEMS:
             return super()._get_field_parts(orig_offs, raw_type)
         if kind == STRING:
             for _ in range(count):
-                place += 8 + int.from_bytes(data[place : place + 8], "little")
+                offset += 8 + int.from_bytes(data[offset : offset + 8], "little")
         else:
-            place += count * struct.calcsize(FORMATS[kind])
-        return place - orig_offs, [], [], [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(kind)]
+            offset += count * struct.calcsize(FORMATS[kind])
+        return offset - orig_offs, [], [], [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(kind)]
 
 
 def dequantize(data: NDArray[Any], kind: gguf.GGMLQuantizationType) -> Any:
-    """Return what the gguf package returns, unpacked on all cores, some rows at a time."""
+    """Unpack values as the gguf package does, but on all cores, some rows at a time."""
     if data.dtype != np.uint8:
         return _DEQUANTIZE(data, kind)
     out = np.empty(gguf.quant_shape_from_byte_shape(data.shape, kind), np.float32)
@@ -63,6 +65,9 @@ def dequantize(data: NDArray[Any], kind: gguf.GGMLQuantizationType) -> Any:
 
 
 def quick_gguf() -> AbstractContextManager[Any]:
-    """Let transformers, which looks these up when it reads a file, use the two above, and build one table."""
+    """Have transformers read files with this reader and this unpacking, and build the table of names once.
+
+    It looks the three up in the package whenever it reads a file, so they can be replaced there.
+    """
     table = cache(gguf.get_tensor_name_map)
     return mock.patch.multiple(gguf, GGUFReader=QuickReader, dequantize=dequantize, get_tensor_name_map=table)

@@ -19,12 +19,14 @@ def remaining(file: GgufFile, key: str, count: int) -> tuple[list[int], list[int
     """Read the removals that a key records, in order, and find the numbers that the `count` other parts had.
 
     Raises:
-        ModelError: it says something else.
+        ModelError: the key does not hold a list of removals.
     """
-    said: Any = file.get(key)
-    if said is None:
+    recorded: Any = file.get(key)
+    if recorded is None:
         return [], list(range(count))
-    earlier = said if isinstance(said, list) and all(type(number) is int for number in said) else [-1]
+    # No part has the number -1, so the check below refuses it.
+    is_list = isinstance(recorded, list) and all(type(number) is int for number in recorded)
+    earlier = recorded if is_list else [-1]
     left = sorted({*range(count + len(earlier))}.difference(earlier))
     if len(left) != count:  # a part is named twice or never existed
         raise ModelError(
@@ -37,8 +39,8 @@ def with_removals(file: GgufFile, key: str, count: int, removals: Sequence[int])
     """Return the header of a file that had `count` parts, and in which a key also records these removals.
 
     Raises:
-        ModelError: the key says something else.
+        ModelError: the key does not hold a list of removals.
     """
     earlier, left = remaining(file, key, count)
     entry = entry_of_integers(key, [*earlier, *(left[number] for number in removals)])
-    return replace(file, entries=(*(each for each in file.entries if each.key != key), entry))
+    return replace(file, entries=(*(other for other in file.entries if other.key != key), entry))
