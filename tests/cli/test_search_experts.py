@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 from conftest import calibration, calibration_sequences, prose, save_model
 from families import tiny_config
 from gguf_models import write_gguf
-from sleb_cli.engine.cut.experts.routing import Choice
+from sleb_cli.engine.cut.experts.routing import Routing
 from sleb_cli.engine.search import experts as search
 from sleb_cli.engine.search.experts import lowest, sums_of
 from sleb_cli.engine.search.journal import Journal
@@ -145,12 +145,12 @@ def test_an_interrupted_search_goes_on(ranked, run_sleb, monkeypatch, mixtral, t
 def test_memory_that_runs_out_counts_nothing_twice(ranked, monkeypatch):
     whole, once = ranked("--remove", 2, "--batch-size", 4), [1]
 
-    def short(choice: Choice, count: int) -> torch.Tensor:
+    def short(routing: Routing, count: int) -> torch.Tensor:
         if once and not once.pop():
             raise AssertionError
-        if len(choice.hidden) > 32:
+        if len(routing.hidden) > 32:
             raise torch.OutOfMemoryError
-        return sums_of(choice, count)
+        return sums_of(routing, count)
 
     monkeypatch.setattr(search, "sums_of", short)
     found = ranked("--remove", 2, "--batch-size", 4)

@@ -32,7 +32,7 @@ WIDTH = 64
 class Neurons(Cut):
     """The cut of the second half of each feed-forward network."""
 
-    what = "half of its neurons"
+    description = "half of its neurons"
     tolerance = 1e-5  # sums over fewer zeros
     kept: range = range(WIDTH // 2)
 
@@ -58,7 +58,7 @@ class Neurons(Cut):
 class Head(Cut):
     """The cut of a head of its own: the model computes with the embeddings in its place."""
 
-    what = "its head"
+    description = "its head"
 
     def settings(self, file, values):
         return values | {"tie_word_embeddings": True} if file == CONFIG else values

@@ -1,4 +1,4 @@
-"""The cuts besides that of blocks, by the option or field of a plan that asks for them: registered here alone."""
+"""All kinds of cuts but blocks, by the option or field of a plan that asks for them: registered here alone."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Removal:
 
     @property
     def steps(self) -> Removals:
-        """What names it among the sizes of a plan: the removed blocks, or the places in the order of other parts."""
+        """Its name among the sizes of a plan: the removed blocks, or positions in the order of other parts."""
         return self.removals
 
     @property
@@ -44,16 +44,16 @@ class Removal:
 
     @property
     def note(self) -> str | None:
-        """What whoever writes the result must say of it, in a sentence."""
+        """A sentence that must be told to whoever has the result written."""
         return None
 
     @property
     def name_parts(self) -> tuple[str, ...]:
-        """What it adds to the name of a checkpoint."""
+        """The words that it adds to the name of a checkpoint."""
         return ()
 
     def record(self, sizes: Mapping[str, tuple[int, int]]) -> Mapping[str, CutRecord]:
-        """Return what results say of it, under its key there; `sizes` are those of the model before and after."""
+        """Return its entry in results, under its key there; `sizes` has the model's sizes before and after."""
         return {}
 
 
@@ -72,8 +72,8 @@ class Cut(Removal, ABC):
 
     @property
     @abstractmethod
-    def what(self) -> str:
-        """What goes, after "without"."""
+    def description(self) -> str:
+        """The parts that go, to be read after "without"."""
 
     @property
     def files(self) -> Mapping[str, Any]:
@@ -87,7 +87,7 @@ class Cut(Removal, ABC):
     def tensor(self, name: str) -> tuple[str, Slices | None] | None:
         """Return the new name of a tensor, and the slices that stay (None: all); None if it goes.
 
-        Its name is that in the files, or that in the model.
+        `name` may be its name in the files or in the model.
         """
         return name, None
 
@@ -100,7 +100,7 @@ class Cut(Removal, ABC):
         return nullcontext()
 
     def watched(self, model: nn.Module, *, pruned: bool) -> AbstractContextManager[Mapping[str, Tensor]]:
-        """Name, once the dense or the `pruned` model has run, what must also be the same in both, and may be unseen."""
+        """Name tensors that must also agree, once the dense or the `pruned` model has run: logits may not show them."""
         return nullcontext({})
 
     def texts(self, tokenizer: Any) -> Iterable[str]:
@@ -108,7 +108,7 @@ class Cut(Removal, ABC):
         return ()
 
     def tokenizer_checks(self, ours: Any, theirs: Any, notify: Notify) -> Iterator[Check]:
-        """Check further what the new tokenizer and the dense model's do, and yield what passed."""
+        """Compare the new tokenizer, `ours`, with the dense model's further, and yield the checks that passed."""
         yield from ()
 
 
@@ -117,11 +117,11 @@ class GgufCut(Removal, ABC):
 
     @abstractmethod
     def header(self, file: GgufFile) -> GgufFile:
-        """Return the header of the new file; the offsets of its tensors are those in the source."""
+        """Return the header of the new file; its tensors have their offsets in the source."""
 
     @abstractmethod
     def of_model(self, architecture: Architecture) -> Cut:
-        """Return the same cut of the model that transformers reads in the file.
+        """Return this cut of the model that transformers reads in the file.
 
         Raises:
             UsageError: the model has no such parts.
@@ -133,10 +133,17 @@ Tensors = Iterable[StoredTensor | NewTensor | GgufTensor]
 
 
 def cut_records(cuts: Iterable[Removal], before: Tensors, after: Tensors) -> dict[str, Any]:
-    """Return what results say of these cuts, which left some tensors of a model or cut them smaller, by their keys."""
+    """Return the entries of these cuts in results, by key, given a model's tensors before and after all of them."""
+
+    def parameters(tensors: Tensors) -> int:
+        return sum(math.prod(tensor.shape) for tensor in tensors)
+
+    def weights_bytes(tensors: Tensors) -> int:
+        return sum(tensor.size for tensor in tensors)
+
     was, now = list(before), list(after)
     sizes = {
-        "parameters": (sum(math.prod(each.shape) for each in was), sum(math.prod(each.shape) for each in now)),
-        "weights_bytes": (sum(each.size for each in was), sum(each.size for each in now)),
+        "parameters": (parameters(was), parameters(now)),
+        "weights_bytes": (weights_bytes(was), weights_bytes(now)),
     }
     return {key: record for cut in cuts for key, record in cut.record(sizes).items()}

@@ -1,4 +1,4 @@
-"""Renumber the names of modules in the settings of a quantized checkpoint, and drop those of removed parts.
+"""Renumber the names of modules in the settings of a quantized checkpoint, and drop the names of removed parts.
 
 The packed tensors are copied like any others. But the settings list by name which modules were quantized in which way,
 and every format does so elsewhere: `ignore`, `modules_to_not_convert`, `config_groups.*.targets`, GPTQ's `dynamic`, a
@@ -33,7 +33,7 @@ class ModuleNames:
     """Translates names of modules in the dense model's settings to the pruned model's.
 
     Attributes:
-        parts: what is removed, in a word.
+        parts: the kind of parts that are removed.
         renamed: returns the new name of a module, or None for one that goes.
     """
 
@@ -75,19 +75,20 @@ class ModuleNames:
         if isinstance(value, str):
             return self._renamed(value)
         if isinstance(value, list):
-            return [new for part in value if (new := self.in_settings(part)) is not None or part is None]
+            return [new for item in value if (new := self.in_settings(item)) is not None or item is None]
         if not isinstance(value, dict):
             return value
         result = {}
-        for key, part in value.items():
-            name, new = self._renamed(key), self.in_settings(part)
-            lost_its_targets = isinstance(part, dict) and part.get("targets") and not new.get("targets")
-            if name is not None and (new is not None or part is None) and not lost_its_targets:
+        for key, old in value.items():
+            name, new = self._renamed(key), self.in_settings(old)
+            # A group of compressed-tensors goes with the last of its targets.
+            lost_its_targets = isinstance(old, dict) and old.get("targets") and not new.get("targets")
+            if name is not None and (new is not None or old is None) and not lost_its_targets:
                 result[name] = new
         return result
 
     def _renamed(self, text: str) -> str | None:
-        """Return the renumbered name or the pattern, or None for the name of what goes."""
+        """Return the renumbered name or the pattern, or None for the name of a module that goes."""
         if _NAME.fullmatch(text):
             return self._renamed_module(text)
         if self._matches_others(_PREFIX.sub("", text, count=1)):
@@ -99,14 +100,14 @@ class ModuleNames:
         return text
 
     def _matches_others(self, pattern: str) -> bool:
-        """Whether the pattern, a regex or a glob, would match other modules than before, by their new names."""
+        """Whether the pattern would match other modules than before, by their new names, as a regex or as a glob."""
         ways = [re.compile(translate(pattern)).match]
         with suppress(re.error):  # "*.mlp" is no regex
             ways += [re.compile(pattern).match, re.compile(pattern).search]
-        found = {(bool(way(name)), bool(way(new))) for way in ways for name, new in self._kept}
-        if found != {(False, False)}:
-            return not found <= {(False, False), (True, True)}
-        if self.parts == "experts":  # those that stay are given names that were there
+        matches = {(bool(way(name)), bool(way(new))) for way in ways for name, new in self._kept_names}
+        if matches != {(False, False)}:
+            return not matches <= {(False, False), (True, True)}
+        if self.parts == "experts":  # the new names were all there before
             return False
         # It may match what engines call parts of a block, such as vLLM's fused `qkv_proj`.
         blocks = re.escape(self.architecture.adapter.blocks_path.rpartition(".")[2])
@@ -131,6 +132,6 @@ class ModuleNames:
         return frozenset(in_files) | {name for name, _ in architecture.skeleton.named_modules()}
 
     @cached_property
-    def _kept(self) -> list[tuple[str, str]]:
+    def _kept_names(self) -> list[tuple[str, str]]:
         """The names of the kept modules, before and after."""
         return [(name, new) for name in self._modules if (new := self.renamed(name)) is not None]

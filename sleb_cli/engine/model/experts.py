@@ -1,7 +1,7 @@
 """Where a model keeps its experts, by structure alone: which setting counts them, and which tensors are theirs.
 
-No weight is read, and no family is named: the model is built without weights with fewer experts, and what shrinks with
-their number is theirs.
+No weight is read, and no family is named: the model is built without weights with fewer experts, and tensors that
+shrink with their number are theirs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sleb_cli.engine.model.architecture import Architecture
 
 MIN_EXPERTS = 4
-"""A model with fewer has none to spare: twice those active must stay, and one must go."""
+"""A model with fewer has none to spare: twice as many as are active must stay, and one must go."""
 
 ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
 """How configs name the number of experts that a token uses."""
@@ -32,12 +32,12 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor with `units` equal parts along `axis`: first one of each expert, then those of none, which stay."""
+    """A tensor with `units` equal parts along `axis`: first one of each expert, then parts of none, which stay."""
 
     axis: int
     units: int
 
-    def kept(self, experts: Sequence[int], count: int) -> Slices:
+    def slices_of(self, experts: Sequence[int], count: int) -> Slices:
         """Return the slices of these experts, of `count`."""
         return Slices(self.axis, self.units, (*experts, *range(count, self.units)))
 
@@ -71,8 +71,8 @@ class Experts:
     def numbered_in(self, name: str) -> tuple[str, int, str] | None:
         """Split the name of an expert, or of a tensor or module of one, around its number."""
         for before in self.numbered:
-            if name.startswith(before) and (found := re.fullmatch(r"(\d{1,6})(|\..*)", name[len(before) :], re.DOTALL)):
-                return before, int(found[1]), found[2]
+            if name.startswith(before) and (match := re.fullmatch(r"(\d{1,6})(|\..*)", name[len(before) :], re.DOTALL)):
+                return before, int(match[1]), match[2]
         return None
 
 
@@ -84,41 +84,42 @@ def find_experts(architecture: Architecture) -> Experts:
     """
     text, skeleton = architecture.text_config, architecture.skeleton
     state, groups = dict(skeleton.state_dict()), getattr(text, "n_group", None) or 1
-    found, settings = {}, dict(settings_of(text.to_dict()))
+    counts, settings = {}, dict(settings_of(text.to_dict()))
     for key, count in settings.items():
         can_be = "expert" in key[-1] and count >= MIN_EXPERTS and count > 2 * groups
-        if can_be and (fewer := _fewer(architecture, key, count, groups)):
-            first, second = (_changes(state, dict(model.state_dict()), less) for model, less in fewer)
+        if can_be and (fewer := _build_with_fewer(architecture, key, count, groups)):
+            first, second = (_shrinking_parts(state, dict(model.state_dict()), less) for model, less in fewer)
             # Twice as many less must change the same tensors by twice as much.
             if first and first == second and sum(state[name].ndim > 1 for name in first) > 2:
-                found[key] = count, first, fewer[0][0]
-    if not found:
+                counts[key] = count, first, fewer[0][0]
+    if not counts:
         raise refused(architecture, "no setting of its config counts experts that its blocks have")
-    largest = max(len(parts) for _, parts, _ in found.values())
-    keys = [key for key, (_, parts, _) in found.items() if len(parts) == largest]
+    largest = max(len(parts) for _, parts, _ in counts.values())
+    keys = [key for key, (_, parts, _) in counts.items() if len(parts) == largest]
     if len(keys) > 1:
         raise refused(architecture, f"several settings count its experts: {', '.join('.'.join(key) for key in keys)}")
-    count, parts, fewer_experts = found[keys[0]]
-    places = {name: architecture.names.split(name) for name in parts}
-    blocks = sorted({-1 if block is None else block for block, _ in places.values()})
+    count, parts, fewer_experts = counts[keys[0]]
+    split = {name: architecture.names.split(name) for name in parts}
+    blocks = sorted({-1 if block is None else block for block, _ in split.values()})
     if blocks[0] < 0:
         raise refused(architecture, "it has experts outside its blocks, too")
-    by_name = {inner: parts[name] for name, (_, inner) in places.items()}
-    module, router = _roles(architecture, state, by_name, blocks, count)
-    in_files, numbered = _in_files(architecture, skeleton, fewer_experts, groups)
-    places_of_active = ((*around, name) for name in ACTIVE for around in (keys[0][:-1], ()))
-    active = next((settings[place] for place in places_of_active if place in settings), 1)
+    by_name = {inner: parts[name] for name, (_, inner) in split.items()}
+    module, router = _module_and_router(architecture, state, by_name, blocks, count)
+    in_files, numbered = _parts_in_files(architecture, skeleton, fewer_experts, groups)
+    # Beside the count of experts, or else at the top.
+    active_keys = ((*around, name) for name in ACTIVE for around in (keys[0][:-1], ()))
+    active = next((settings[key] for key in active_keys if key in settings), 1)
     experts = Experts(keys[0], count, active, groups, tuple(blocks), module, router, by_name | in_files, numbered)
     return _with_siblings(architecture, experts)
 
 
 def expert_parameters(architecture: Architecture) -> int:
-    """Return how many parameters one expert of each block has, with its part of the router."""
-    split, parts, found = architecture.names.split, architecture.experts.parts, 0
+    """Count the parameters of one expert in each block, with its part of the router."""
+    split, parts, total = architecture.names.split, architecture.experts.parts, 0
     for name, parameter in architecture.skeleton.named_parameters():
         if part := parts.get(split(name)[1]):
-            found += parameter.numel() // part.units
-    return found
+            total += parameter.numel() // part.units
+    return total
 
 
 def refused(architecture: Architecture, why: str) -> UnsupportedModelError:
@@ -142,11 +143,12 @@ def with_setting(
     architecture: Architecture, raw: Mapping[str, Any], key: tuple[str, ...], value: int
 ) -> dict[str, Any]:
     """Return a config with this value of a setting of the language model, under each name that the file gives it."""
-    places = (architecture.text_key, *OTHER_TEXT_KEYS) if architecture.text_key else ()
-    text = next((place for place in places if isinstance(raw.get(place), dict)), "")
+    text_keys = (architecture.text_key, *OTHER_TEXT_KEYS) if architecture.text_key else ()
+    text = next((text_key for text_key in text_keys if isinstance(raw.get(text_key), dict)), "")
     changed = inner = dict(raw)
-    for part in (*([text] if text else []), *key[:-1]):
-        inner[part] = inner = dict(inner.get(part) or {})
+    for step in (*([text] if text else []), *key[:-1]):
+        # Targets are assigned from left to right: the copy goes into `inner`, and then becomes it.
+        inner[step] = inner = dict(inner.get(step) or {})
     aliases = type(architecture.text_config).attribute_map
     names = [name for name in inner if name == key[-1] or aliases.get(name) == key[-1] or aliases.get(key[-1]) == name]
     inner |= dict.fromkeys(names or [key[-1]], value)
@@ -155,11 +157,14 @@ def with_setting(
 
 def built_with(architecture: Architecture, key: tuple[str, ...], value: int) -> nn.Module:
     """Build the model without weights, with this value of a setting."""
-    raw = {name: each for name, each in architecture.source.raw_config.items() if name != "quantization_config"}
+    raw = dict(architecture.source.raw_config)
+    raw.pop("quantization_config", None)
     return architecture.build(architecture.read_config(with_setting(architecture, raw, key, value)))
 
 
-def _fewer(architecture: Architecture, key: tuple[str, ...], count: int, groups: int) -> list[tuple[nn.Module, int]]:
+def _build_with_fewer(
+    architecture: Architecture, key: tuple[str, ...], count: int, groups: int
+) -> list[tuple[nn.Module, int]]:
     """Build the model with one expert less in each group, and with two; return nothing if either cannot be built."""
     try:
         return [(built_with(architecture, key, count - less), less) for less in (groups, 2 * groups)]
@@ -167,9 +172,9 @@ def _fewer(architecture: Architecture, key: tuple[str, ...], count: int, groups:
         return []
 
 
-def _changes(before: Tensors, after: Tensors, less: int) -> dict[str, Part] | None:
+def _shrinking_parts(before: Tensors, after: Tensors, less: int) -> dict[str, Part] | None:
     """Return the tensors that shrink with the number of experts; None if anything else changes."""
-    found = {}
+    parts = {}
     for name, old in before.items():
         new = after.get(name)
         if new is None or old.ndim != new.ndim:
@@ -182,11 +187,11 @@ def _changes(before: Tensors, after: Tensors, less: int) -> dict[str, Part] | No
         first = all(size == 1 for size in old.shape[:axis])
         if len(axes) > 1 or not first or rest or width < 1 or old.shape[axis] % width:
             return None
-        found[name] = Part(axis, old.shape[axis] // width)
-    return found
+        parts[name] = Part(axis, old.shape[axis] // width)
+    return parts
 
 
-def _roles(
+def _module_and_router(
     architecture: Architecture, state: Tensors, parts: Mapping[str, Part], blocks: Sequence[int], count: int
 ) -> tuple[str, dict[str, Part]]:
     """Tell the module that holds the experts' weights from the tensors by which they are chosen."""
@@ -217,11 +222,11 @@ def _roles(
     return module, router
 
 
-def _in_files(
+def _parts_in_files(
     architecture: Architecture, model: nn.Module, fewer: nn.Module, less: int
 ) -> tuple[dict[str, Part], frozenset[str]]:
-    """Return the same of tensors as transformers writes them, which may be one for each expert."""
-    before, after = (revert_weight_conversion(each, dict(each.state_dict())) for each in (model, fewer))
+    """Return the parts and `numbered` of `Experts`, by names in files: transformers may write each expert apart."""
+    before, after = (revert_weight_conversion(one, dict(one.state_dict())) for one in (model, fewer))
     names = architecture.names
     parts, numbered = dict[str, Part](), set[str]()
     for name, old in before.items():
@@ -229,9 +234,9 @@ def _in_files(
         new = after.get(name)
         if block is None or (new is not None and new.shape == old.shape):
             continue
-        if new is None and (found := re.match(r"(.*?\.)\d+\.", rest)):
-            numbered.add(found[1])  # of the last expert: what precedes its number is the same for all
-        elif changed := _changes({name: old}, after, less):
+        if new is None and (match := re.match(r"(.*?\.)\d+\.", rest)):
+            numbered.add(match[1])  # of the last expert, but its name begins like all others'
+        elif changed := _shrinking_parts({name: old}, after, less):
             parts[rest] = changed[name]
         else:
             raise refused(architecture, f"{name} is stored in a way that no part of it is one expert's")
@@ -239,19 +244,15 @@ def _in_files(
 
 
 def _with_siblings(architecture: Architecture, experts: Experts) -> Experts:
-    """Add what quantized files hold beside stacked weights: scales and packed values, first by expert.
-
-    Raises:
-        UnsupportedModelError: the files do not hold the experts of each block.
-    """
+    """Add the scales and packed values that quantized files hold beside stacked weights, first by expert."""
     names = architecture.names
-    stems, found, parts = [name.removesuffix(".weight") for name in experts.parts], set(), dict(experts.parts)
+    stems, blocks, parts = [name.removesuffix(".weight") for name in experts.parts], set(), dict(experts.parts)
     for tensor in architecture.source.weights.stored:
         block, rest = names.split(tensor.name)
         if rest not in parts and tensor.shape[:1] == (experts.count,) and any(map(rest.startswith, stems)):
             parts[rest] = Part(0, experts.count)
         if rest not in experts.router and (rest in parts or experts.numbered_in(rest)):
-            found.add(block)
-    if missing := sorted({*experts.blocks} - found):
+            blocks.add(block)
+    if missing := sorted({*experts.blocks} - blocks):
         raise refused(architecture, f"its weight files hold no experts of block {missing[0]} under a known name")
     return replace(experts, parts=parts)

@@ -45,7 +45,7 @@ def model_card(
     name = f"`{source.id}` at revision `{source.revision}`" if source.revision else in_markdown(source.name)
     lines = [
         _front_matter(subject, evaluation),
-        f"# {in_markdown(source.name)} without {subject.surgery.cuts[0].what}",
+        f"# {in_markdown(source.name)} without {subject.surgery.cuts[0].description}",
         "",
         f"- Base model: {name}",
         *_made(subject, recovery),

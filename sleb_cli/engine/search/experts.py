@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.cut.experts.expert_cut import ExpertCut
-from sleb_cli.engine.cut.experts.routing import Choice, watched
+from sleb_cli.engine.cut.experts.routing import Routing, watched
 from sleb_cli.engine.device import dtype_name, wider_range
 from sleb_cli.engine.files.shards import new_tensor
 from sleb_cli.engine.forward.forecast import announce
@@ -85,7 +85,7 @@ def search_experts(search: Search, method: ExpertMethod, inputs: SearchInputs, s
         removed = {order.block: order.removals for order in orders}
         cut = ExpertCut(architecture.experts.count, removed, architecture)
         with cut.absent(model.model):
-            measuring.measure(cut.steps, f"Measuring without {cut.what}")
+            measuring.measure(cut.steps, f"Measuring without {cut.description}")
         sample = write_sample(search, inputs, (), cut.absent(model.model))
     findings = {"dense": measuring.dense_record(), "experts": measuring.plan(orders, cut), "sample_generation": sample}
     return make_plan(search, inputs, record, started, search=record, removals=(), steps=(), **findings)
@@ -139,9 +139,9 @@ class _Measuring:
             else:
                 current = batch
 
-        def add(block: int, choice: Choice) -> None:
+        def add(block: int, routing: Routing) -> None:
             of_batch = self.sums[current]
-            of_batch[block] = sums_of(choice, experts.count) + of_batch.get(block, 0)
+            of_batch[block] = sums_of(routing, experts.count) + of_batch.get(block, 0)
 
         self.passes.watch = watch
         with watched(experts, [*self.architecture.blocks_of(model)], add):
@@ -220,7 +220,7 @@ class _Measuring:
         """Return the losses on a text, and how it uses the experts."""
         uses = {block: self.use(block, [text]) for block in self.architecture.experts.blocks}
         whole = sum(float(use.squared_products.sum()) for use in uses.values())
-        remaining = sum(float(use.squared_products[list(cut.kept(block))].sum()) for block, use in uses.items())
+        remaining = sum(float(use.squared_products[list(cut.kept_experts(block))].sum()) for block, use in uses.items())
         return ExpertsText(
             text=text.source,
             sequences=text.sequences,
@@ -232,16 +232,16 @@ class _Measuring:
         )
 
 
-def sums_of(choice: Choice, count: int) -> Sums:
+def sums_of(routing: Routing, count: int) -> Sums:
     """Add up how tokens use the experts: the fields of `ExpertUse`, float64 [6, experts]."""
     sums = torch.zeros(6, count, dtype=torch.float64)
-    active, width = choice.experts.shape[-1], choice.hidden.shape[-1]
+    active, width = routing.experts.shape[-1], routing.hidden.shape[-1]
     tokens = max(1, PIECE_BYTES // (active * width * 4))
-    given = (choice.hidden, choice.experts, choice.gates)
+    given = (routing.hidden, routing.experts, routing.gates)
     pieces = zip(*(torch.split(tensor, tokens) for tensor in given), strict=True)
     for hidden, experts, gates in pieces:
         chosen, gate = experts.reshape(-1), gates.reshape(-1).double().abs()
-        norm = choice.alone(hidden.repeat_interleave(active, 0), chosen).float().norm(dim=-1).double()
+        norm = routing.alone(hidden.repeat_interleave(active, 0), chosen).float().norm(dim=-1).double()
         values = torch.stack([gate.new_ones(len(gate)), gate, norm, gate * norm, norm**2, (gate * norm) ** 2])
         used = (chosen < count) & (gate != 0)  # neither one that computes nothing, nor one that is masked
         sums.index_add_(1, chosen[used].long().cpu(), values[:, used].cpu())

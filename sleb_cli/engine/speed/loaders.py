@@ -68,7 +68,7 @@ def load_into(engine: Engine, write_files: WriteFiles, settings: EngineSettings,
     @contextmanager
     def load(surgery: Surgery, dense: TimedModel | None) -> Iterator[TimedModel]:
         files = write_files(surgery)
-        without = f" without {surgery.what}" if surgery.cuts else ""
+        without = f" without {surgery.description}" if surgery.cuts else ""
         with task(notify, f"Loading {surgery.architecture.source.id}{without} into {engine.name}"):
             start = time.perf_counter()
             model = engine.load(files, settings)

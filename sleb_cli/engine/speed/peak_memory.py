@@ -45,7 +45,7 @@ def measure_alone(
     does not report its peak (MPS).
     """
     source, gone = surgery.architecture.source, (surgery.removals, surgery.others)
-    which = f"without {surgery.what}" if surgery.cuts else "of the dense model"
+    which = f"without {surgery.description}" if surgery.cuts else "of the dense model"
     with task(notify, f"Peak memory {which}"):
         try:
             with _process() as process:

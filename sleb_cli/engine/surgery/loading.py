@@ -131,7 +131,7 @@ def load_pruned(surgery: Surgery, place: Placement, notify: Notify, *, dense: An
         OutOfMemory: they do not fit into the device's memory.
     """
     source = surgery.architecture.source
-    with task(notify, f"Loading {source.id} without {surgery.what}"), explain_oom(source, place):
+    with task(notify, f"Loading {source.id} without {surgery.description}"), explain_oom(source, place):
         # Packed weights are taken apart by the code that loads them.
         if dense is not None and not surgery.architecture.is_quantized:
             tensors = _cut(surgery, dense.state_dict().items())
@@ -156,7 +156,7 @@ def _with_tensors(surgery: Surgery, tensors: dict[str, Tensor], place: Placement
     """Build the pruned model from these tensors by their names in it; those already on the device are not copied."""
     architecture = surgery.architecture
     config = architecture.read_config(surgery.prune_config())
-    what = f"{architecture.source.id} without {surgery.what}"
+    what = f"{architecture.source.id} without {surgery.description}"
     model = _load(architecture, place, type(architecture.skeleton), None, what, config=config, state_dict=tensors)
     folder = architecture.source.folder
     if (folder / "generation_config.json").is_file():  # read by transformers only with weights of the same folder

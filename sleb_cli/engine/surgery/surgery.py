@@ -43,10 +43,10 @@ class Surgery:
         return tuple(step for cut in self.cuts for step in cut.steps)
 
     @property
-    def what(self) -> str:
-        """What goes, after "without"."""
+    def description(self) -> str:
+        """The parts that go, to be read after "without"."""
         blocks = [plural(len(self.removals), "block")] if self.removals or not self.cuts else []
-        return " and ".join([*blocks, *(cut.what for cut in self.cuts if not cut.removals)])
+        return " and ".join([*blocks, *(cut.description for cut in self.cuts if not cut.removals)])
 
     @property
     def name(self) -> str:

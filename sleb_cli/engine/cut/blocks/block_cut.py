@@ -50,8 +50,8 @@ class BlockCut(Cut):
     reference = "dense"
 
     @property
-    def what(self) -> str:
-        """What goes, after "without"."""
+    def description(self) -> str:
+        """The parts that go, to be read after "without"."""
         return f"{len(self.removals)} of its {self.architecture.block_count} blocks"
 
     @cached_property
@@ -86,8 +86,8 @@ class BlockCut(Cut):
     def _config(self, values: dict[str, Any]) -> dict[str, Any]:
         raw = dict(values)
         # Early configs of multimodal models have the language model's settings elsewhere, or among their own.
-        places = (self.architecture.text_key, *OTHER_TEXT_KEYS) if self.architecture.text_key else ()
-        inner = next((key for key in places if isinstance(raw.get(key), dict)), "")
+        keys = (self.architecture.text_key, *OTHER_TEXT_KEYS) if self.architecture.text_key else ()
+        inner = next((key for key in keys if isinstance(raw.get(key), dict)), "")
         text = dict(raw[inner]) if inner else raw
         text |= self._pruned_settings(text)
         if self.architecture.numbering.extra:
@@ -130,15 +130,15 @@ class BlockCut(Cut):
         ]
 
     def obstacle(self) -> str | None:
-        """Return a clause on what this removal would change in the kept blocks, or None if nothing.
+        """Return a clause on the first change that this removal would make to the kept blocks, or None.
 
-        Builds the pruned model without weights, and compares its blocks with those of the dense model.
+        Builds the pruned model without weights, and compares its blocks with the dense model's.
 
         Raises:
             UnsupportedModelError: the weight files do not number each block.
         """
         before, kept = self.architecture, self.kept
-        _ = self.names
+        _ = self.names  # raises here: below, its error would become a clause
         if stated := self._stated_obstacle():
             return stated
         try:
@@ -165,21 +165,21 @@ class BlockCut(Cut):
             if applies(getattr(self.architecture.text_config, key, None) or []):
                 return f"{why} ({key})"
         for key, why in LEADING_INPUTS.items():
-            parts = (config, getattr(config, "vision_config", None))
-            fed = max(len(getattr(part, key, None) or ()) for part in parts)
-            if kept.blocks[:fed] != tuple(range(fed)):
-                return f"{why.format(count=fed)}, counted by number ({key})"
+            configs = (config, getattr(config, "vision_config", None))
+            count = max(len(getattr(any_config, key, None) or ()) for any_config in configs)
+            if kept.blocks[:count] != tuple(range(count)):
+                return f"{why.format(count=count)}, counted by number ({key})"
         return None
 
     def _by_period(self) -> str:
         config = self.architecture.text_config
-        found = {key: getattr(config, key, None) for key in PERIOD_KEYS}
-        said = [f"{key} = {value}" for key, value in found.items() if isinstance(value, int) and value > 1]
-        return f" (the config sets it by period: {', '.join(said)})" if said else ""
+        values = {key: getattr(config, key, None) for key in PERIOD_KEYS}
+        periods = [f"{key} = {value}" for key, value in values.items() if isinstance(value, int) and value > 1]
+        return f" (the config sets it by period: {', '.join(periods)})" if periods else ""
 
 
 def _rotary_changes(before: Any, after: Any) -> str | None:
-    """Return a clause on what would change of the settings of rotary positions; a kind of block may disappear."""
+    """Return a clause on the first setting of rotary positions that would change; a kind of block may disappear."""
     old, new = (getattr(config, "rope_parameters", None) for config in (before, after))
     if old == new or not isinstance(old, dict) or not isinstance(new, dict):
         return None
@@ -188,7 +188,7 @@ def _rotary_changes(before: Any, after: Any) -> str | None:
 
 
 def _cache_fault(config: Any) -> str | None:
-    """Return why transformers' KV cache does not work with this config: most need at least one attention block."""
+    """Return why transformers' KV cache fails with this config, or None; most need at least one attention block."""
     try:
         with translate_errors(lambda words: ModelError(f"the KV cache would not work: {words}", hint="")):
             DynamicCache(config=config.get_text_config(decoder=True)).get_seq_length()

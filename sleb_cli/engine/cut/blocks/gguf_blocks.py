@@ -22,30 +22,29 @@ class GgufBlockCut(GgufCut):
     removals: tuple[int, ...]
 
     def of_model(self, architecture: Architecture) -> BlockCut:
-        """Return the same cut of the model that transformers reads in the file."""
+        """Return the removal of these blocks from the model that transformers reads in the file."""
         return plan_blocks(architecture, self.removals)
 
     def header(self, file: GgufFile) -> GgufFile:
-        """Return the header of the file without these blocks; those for multi-token prediction stay."""
+        """Return the header of the file without these blocks; blocks for multi-token prediction stay."""
         count = stored_block_count(file)
         kept = kept_blocks(count, self.removals)
         names = BlockNames("blk", BlockNumbering("blk."), kept)
         tensors = [replace(tensor, name=new) for tensor in file.tensors if (new := names.renamed(tensor.name))]
-        entries = [_entry(file, entry, kept) for entry in file.entries]
+        entries = [_pruned_entry(file, entry, kept) for entry in file.entries]
         pruned = replace(file, entries=tuple(entries), tensors=tuple(tensors))
         return with_removals(pruned, REMOVED_BLOCKS, count, self.removals)
 
 
-def _entry(file: GgufFile, entry: Entry, kept: Kept) -> Entry:
-    """Return an entry as in the pruned file."""
-    own = entry.key.removeprefix(f"{file.architecture}.")
-    if own == entry.key and not entry.key.startswith(PER_BLOCK_PREFIX):
+def _pruned_entry(file: GgufFile, entry: Entry, kept: Kept) -> Entry:
+    key = entry.key.removeprefix(f"{file.architecture}.")
+    if key == entry.key and not entry.key.startswith(PER_BLOCK_PREFIX):
         return entry
-    if own == "block_count":
+    if key == "block_count":
         return with_value(entry, len(kept.blocks))
-    if own in LEADING:
-        return with_value(entry, kept.below(file.count(own) or 0))
-    if entry.type == ARRAY and own not in NOT_PER_BLOCK:
+    if key in LEADING:
+        return with_value(entry, kept.below(file.count(key) or 0))
+    if entry.type == ARRAY and key not in NOT_PER_BLOCK:
         length = len(file.get(entry.key))
         # Some lists leave out the blocks for multi-token prediction at the end.
         if length in (kept.count, block_count(file)):

@@ -27,12 +27,12 @@ class ActiveRemoval(Removal):
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """As many as are not used any more."""
+        """One for each expert that a token no longer uses."""
         return tuple(range(self.before - self.after))
 
     @property
     def name_parts(self) -> tuple[str, ...]:
-        """What it adds to the name of a checkpoint."""
+        """The words that it adds to the name of a checkpoint."""
         return (f"{self.after}-experts-per-token",)
 
     def record(self, sizes: Mapping[str, tuple[int, int]]) -> Mapping[str, PerTokenRecord]:
@@ -42,22 +42,22 @@ class ActiveRemoval(Removal):
 
 @dataclass(frozen=True)
 class ActiveCut(ActiveRemoval, Cut):
-    """The same in a checkpoint.
+    """Fewer experts for each token of a checkpoint.
 
     Attributes:
         key: the setting, in some families in a dictionary of the language model's config.
-        held: what modules hold of it, by their names and attributes; others read the config as they run.
+        copies: its copies in modules, by the names of module and attribute; other modules read the config as they run.
     """
 
     architecture: Architecture
     key: tuple[str, ...]
-    held: Mapping[tuple[str, str], int]
+    copies: Mapping[tuple[str, str], int]
 
     reference = "fewer experts per token"
 
     @property
-    def what(self) -> str:
-        """What goes, after "without"."""
+    def description(self) -> str:
+        """The parts that go, to be read after "without"."""
         return f"{self.before - self.after} of the {self.before} experts that a token uses"
 
     def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class ActiveCut(ActiveRemoval, Cut):
     def absent(self, dense: Any) -> Iterator[None]:
         """Have the modules of the dense model hold the new number."""
         with ExitStack() as stack:
-            for (path, name), value in self.held.items():
+            for (path, name), value in self.copies.items():
                 stack.enter_context(mock.patch.object(dense.get_submodule(path), name, value))
             if len(self.key) == 1:
                 stack.enter_context(mock.patch.object(dense.config.get_text_config(), self.key[0], self.after))
@@ -77,10 +77,10 @@ class ActiveCut(ActiveRemoval, Cut):
 
 @dataclass(frozen=True)
 class GgufActiveCut(ActiveRemoval, GgufCut):
-    """The same in a GGUF file."""
+    """Fewer experts for each token of a GGUF file."""
 
     def of_model(self, architecture: Architecture) -> ActiveCut:
-        """Return the same of the model that transformers reads in the file."""
+        """Return this change of the model that transformers reads in the file."""
         return plan_active(architecture, self.after)
 
     def header(self, file: GgufFile) -> GgufFile:
@@ -96,7 +96,7 @@ def plan_active(architecture: Architecture, after: int) -> ActiveCut:
         UnsupportedModelError: weights change with it.
     """
     settings = settings_of(architecture.text_config.to_dict())
-    key, before = next((each for each in settings if each[0][-1] in ACTIVE), ((), 0))
+    key, before = next(((path, number) for path, number in settings if path[-1] in ACTIVE), ((), 0))
     if after >= before:
         raise _none_to_spare(architecture.source.id, before, after)
     fewer = built_with(architecture, key, after)
@@ -108,17 +108,17 @@ def plan_active(architecture: Architecture, after: int) -> ActiveCut:
             hint="Leave out --experts-per-token.",
         )
     modules = dict(architecture.skeleton.named_modules())
-    held = {
+    copies = {
         (path, name): value
         for path, module in fewer.named_modules()
         for name, value in vars(module).items()
         if type(value) is int and vars(modules[path]).get(name) != value
     }
-    return ActiveCut(before, after, architecture, key, held)
+    return ActiveCut(before, after, architecture, key, copies)
 
 
 def plan_gguf_active(file: GgufFile, after: int) -> GgufActiveCut:
-    """Return the same for a GGUF file.
+    """Return the change of a GGUF file's setting to this number.
 
     Raises:
         UsageError: tokens do not use more experts than that.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sleb_cli.engine.cut.experts.routing import Choice, TiesByNumber, watched, without_experts
+from sleb_cli.engine.cut.experts.routing import Routing, TiesByNumber, watched, without_experts
 from sleb_cli.engine.cut.protocol import Cut, Removal
 from sleb_cli.engine.cut.quantization import ModuleNames
 from sleb_cli.engine.files.config_files import CONFIG
@@ -33,7 +33,7 @@ class ExpertRemoval(Removal):
 
     Attributes:
         count: the number of experts of each block.
-        removed: those that go.
+        removed: the experts that go.
     """
 
     count: int
@@ -41,26 +41,26 @@ class ExpertRemoval(Removal):
 
     @property
     def fewer(self) -> int:
-        """How many go of each block."""
+        """The number of experts that go from each block."""
         return len(next(iter(self.removed.values())))
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The places in each block's order."""
+        """Positions in each block's order of removal."""
         return tuple(range(self.fewer))
 
     @property
     def name_parts(self) -> tuple[str, ...]:
-        """What it adds to the name of a checkpoint."""
+        """The words that it adds to the name of a checkpoint."""
         return (f"{self.count - self.fewer}-experts",)
 
-    def kept(self, block: int) -> tuple[int, ...]:
-        """Return the experts of a block that stay; of one for multi-token prediction, those of the last block."""
+    def kept_experts(self, block: int) -> tuple[int, ...]:
+        """Return the experts of a block that stay; a block for multi-token prediction keeps the last block's."""
         removed = self.removed.get(block, self.removed[max(self.removed)])
         return tuple(sorted({*range(self.count)}.difference(removed)))
 
     def record(self, sizes: Mapping[str, tuple[int, int]]) -> Mapping[str, ExpertsRecord]:
-        """Return how many experts each block had, and has now."""
+        """Return the numbers of experts of each block before and after, with the sizes of the model."""
         return {"experts": ExpertsRecord(experts=(self.count, self.count - self.fewer), **sizes)}
 
 
@@ -75,22 +75,23 @@ class ExpertCut(ExpertRemoval, Cut):
     tolerance = 1e-4  # the router's product has another width; 3.6e-5 was the most of 58 families
 
     @property
-    def what(self) -> str:
-        """What goes, after "without"."""
+    def description(self) -> str:
+        """The parts that go, to be read after "without"."""
         return f"{self.fewer} of the {self.count} experts of each block"
 
     @property
     def note(self) -> str | None:
-        """What goes of blocks for multi-token prediction, of whose experts nothing is known."""
+        """A note on blocks for multi-token prediction, whose experts no text scores."""
         blocks = {self._split(name)[0] or 0 for name in self.architecture.source.weights.tensor_names()}
         return PREDICTION_NOTE if max(blocks) >= self.architecture.block_count else None
 
     def _split(self, name: str) -> tuple[int | None, str]:
-        """Return the block of a tensor and its name there; those for multi-token prediction follow the last block."""
+        """Return the block of a tensor and its name there; blocks for multi-token prediction follow the last one."""
         block, inner = self.architecture.names.split(name)
-        if block is not None or not (found := PREDICTION.search(name)):
+        if block is not None or not (match := PREDICTION.search(name)):
             return block, inner
-        steps, experts = found[1].split("."), self.architecture.experts
+        # The name in the block may follow a path of any length, so it is the longest end that experts have.
+        steps, experts = match[1].split("."), self.architecture.experts
         ends = (".".join(steps[start:]) for start in range(len(steps)))
         known = next((end for end in ends if end in experts.parts or experts.numbered_in(end)), None)
         return (None, name) if known is None else (self.architecture.block_count, known)
@@ -107,12 +108,12 @@ class ExpertCut(ExpertRemoval, Cut):
         block, inner = self._split(name)
         if block is None or (block < self.architecture.block_count and block not in self.removed):
             return name, None
-        kept, experts = self.kept(block), self.architecture.experts
+        kept, experts = self.kept_experts(block), self.architecture.experts
         if inner in experts.parts:
-            return name, experts.parts[inner].kept(kept, self.count)
-        if (found := experts.numbered_in(inner)) is None:
+            return name, experts.parts[inner].slices_of(kept, self.count)
+        if (numbered := experts.numbered_in(inner)) is None:
             return name, None
-        before, number, after = found
+        before, number, after = numbered
         if number < self.count and number not in kept:
             return None
         # From the count on, experts compute nothing, and stay.
@@ -130,22 +131,23 @@ class ExpertCut(ExpertRemoval, Cut):
 
     @contextmanager
     def watched(self, model: nn.Module, *, pruned: bool) -> Iterator[Mapping[str, Tensor]]:
-        """Have each expert that stays make something of its own, as text may not reach it."""
-        made: dict[int, Tensor] = {}
+        """Run each expert that stays once on states of its own, since the proof's text may not reach it."""
+        outputs: dict[int, Tensor] = {}
 
-        def force(block: int, choice: Choice) -> None:
-            if block not in made and len(choice.hidden):
-                kept = self.kept(block)
-                states = torch.randn(len(kept), choice.hidden.shape[-1], generator=torch.Generator().manual_seed(block))
-                numbers = torch.tensor(range(len(kept)) if pruned else kept, device=choice.experts.device)
-                made[block] = choice.alone(states.to(choice.hidden), numbers).cpu()
+        def run_each(block: int, routing: Routing) -> None:
+            if block not in outputs and len(routing.hidden):
+                kept, width = self.kept_experts(block), routing.hidden.shape[-1]
+                # Drawn by the number of the block, so that both models get the same states.
+                states = torch.randn(len(kept), width, generator=torch.Generator().manual_seed(block))
+                numbers = torch.tensor(range(len(kept)) if pruned else kept, device=routing.experts.device)
+                outputs[block] = routing.alone(states.to(routing.hidden), numbers).cpu()
 
-        found: dict[str, Tensor] = {}
+        named: dict[str, Tensor] = {}
         experts = self.architecture.experts
         counted = replace(experts, count=self.count - self.fewer) if pruned else experts
-        with watched(counted, [*self.architecture.blocks_of(model)], force):
-            yield found
-        found |= {f"the experts of block {each}": made.get(each, torch.empty(0)) for each in experts.blocks}
+        with watched(counted, [*self.architecture.blocks_of(model)], run_each):
+            yield named
+        named |= {f"the experts of block {block}": outputs.get(block, torch.empty(0)) for block in experts.blocks}
 
 
 def plan_experts(architecture: Architecture, removed: Removed) -> ExpertCut:

@@ -23,7 +23,7 @@ from sleb_plugins import PlanError, UnsupportedModelError
 _BY_EXPERT = re.compile(r"\.(ffn_(gate|up|down|gate_up)_exps(\.\w+)?|ffn_gate_inp\.(weight|bias)|exp_probs_b(\.bias)?)")
 """Tensors with a part of each expert; their shape is checked, too."""
 _MAYBE = re.compile(r"\.(ffn_gate_inp\.\w+|ffn_norm_exps\.\w+)|.*shexp.*")
-"""Tensors that may have as many values as there are experts, and are of none."""
+"""Tensors that may have as many values as there are experts, but belong to none of them."""
 _REFUSED = {
     "ffn_gate_tid2eid": "its routers choose experts by the numbers of tokens",
     "_chexps": "its experts share parts of one another",
@@ -39,17 +39,19 @@ class GgufExpertCut(ExpertRemoval, GgufCut):
 
     @property
     def note(self) -> str | None:
-        """What goes of blocks for multi-token prediction, of whose experts nothing is known."""
+        """A note on blocks for multi-token prediction, whose experts no text scores."""
         return PREDICTION_NOTE if self.predicts else None
 
     def of_model(self, architecture: Architecture) -> ExpertCut:
-        """Return the same cut of the model that transformers reads in the file."""
+        """Return the cut of these experts from the model that transformers reads in the file."""
         return plan_experts(architecture, self.removed)
 
     def header(self, file: GgufFile) -> GgufFile:
         """Return the header of the file with only the experts that stay."""
         tensors = (
-            tensor if (block := _block_with_experts(tensor, self.count)) is None else tensor.only(self.kept(block))
+            tensor.only(self.kept_experts(block))
+            if (block := _block_with_experts(tensor, self.count)) is not None
+            else tensor
             for tensor in file.tensors
         )
         cut = replace(file.with_count("expert_count", self.count - self.fewer), tensors=tuple(tensors))
@@ -69,7 +71,7 @@ def plan_gguf_experts(file: GgufFile, removed: Removed) -> GgufExpertCut:
     count = file.count("expert_count") or 0
     why = _SPECIAL_COUNTS.get((file.architecture, count))
     for tensor in file.tensors:
-        why = why or next((reason for part, reason in _REFUSED.items() if part in tensor.name), None)
+        why = why or next((reason for words, reason in _REFUSED.items() if words in tensor.name), None)
         if "_exps." in tensor.name and not _MAYBE.search(tensor.name) and _block_with_experts(tensor, count) is None:
             why = why or f"sleb does not know what {tensor.name} holds"
     if why:
@@ -88,6 +90,6 @@ def plan_gguf_experts(file: GgufFile, removed: Removed) -> GgufExpertCut:
 
 def _block_with_experts(tensor: GgufTensor, count: int) -> int | None:
     """Return the block of a tensor that has a part of each expert; None for any other tensor."""
-    found = BLOCK.fullmatch(tensor.name)
-    is_theirs = found and _BY_EXPERT.fullmatch(found[2]) and tensor.shape[-1:] == (count,)
-    return int(found[1]) if found and is_theirs else None
+    match = BLOCK.fullmatch(tensor.name)
+    is_theirs = match and _BY_EXPERT.fullmatch(match[2]) and tensor.shape[-1:] == (count,)
+    return int(match[1]) if match and is_theirs else None

@@ -14,7 +14,7 @@ from sleb_cli.engine.model.architecture import Architecture
 _PREFIX = "tokenizer.ggml."
 _BY_TOKEN = frozenset(f"{_PREFIX}{name}" for name in ("tokens", "scores", "token_type"))
 _IN_BYTES = {"gpt2": True, "llama": False}
-"""The kinds of tokenizers that sleb can cut, by their names in GGUF files, and whether they spell tokens in bytes."""
+"""The kinds of tokenizers that sleb can cut, by their names in GGUF files, and whether tokens are spelled in bytes."""
 _NORMAL = 1
 """The type of a token that stands for text, and not for a byte, for control, or for something of the user's."""
 _TABLES = ("token_embd.weight", "output.weight", "output.bias")
@@ -24,12 +24,12 @@ class GgufTokenCut(TokenRemoval, GgufCut):
     """The cut of a vocabulary from a GGUF file."""
 
     def of_model(self, architecture: Architecture) -> TokenCut:
-        """Return the same cut of the model that transformers reads in the file, whose tokenizer is made from it."""
+        """Return the cut of these tokens from the model that transformers reads in the file, tokenizer included."""
         return TokenCut(self.vocabulary, architecture.text_key, tables_of(architecture, self.vocabulary))
 
     def header(self, file: GgufFile) -> GgufFile:
         """Return the header of the file with only these tokens."""
-        entries = tuple(_entry(file, entry, self.vocabulary) for entry in file.entries)
+        entries = tuple(_cut_entry(file, entry, self.vocabulary) for entry in file.entries)
         tensors = (tensor.only(self.vocabulary.tokens) if tensor.name in _TABLES else tensor for tensor in file.tensors)
         return replace(file, entries=entries, tensors=tuple(tensors))
 
@@ -46,9 +46,9 @@ def plan_gguf_tokens(file: GgufFile, scripts: Sequence[str]) -> GgufTokenCut:
         raise cannot_cut(
             str(file.path), f"its tokenizer is of another kind than {' and '.join(_IN_BYTES)} ({kind!s:.60})"
         )
-    lists = [value for value in (tokens, types, file.get(f"{_PREFIX}scores")) if value is not None]
+    lists = [values for values in (tokens, types, file.get(f"{_PREFIX}scores")) if values is not None]
     count = len(tokens) if isinstance(tokens, list) else 0
-    if not types or any(not isinstance(each, list) or len(each) != count for each in lists):
+    if not types or any(not isinstance(values, list) or len(values) != count for values in lists):
         raise cannot_cut(str(file.path), "its lists of tokens differ in length")
     if not all(isinstance(pair, str) and " " in pair for pair in merges or ()):
         raise cannot_cut(str(file.path), "its merges are not pairs")
@@ -61,14 +61,14 @@ def plan_gguf_tokens(file: GgufFile, scripts: Sequence[str]) -> GgufTokenCut:
     return GgufTokenCut(choose(scripts, texts, {*range(count)} - normal | named, count))
 
 
-def _entry(file: GgufFile, entry: Entry, vocabulary: Vocabulary) -> Entry:
+def _cut_entry(file: GgufFile, entry: Entry, vocabulary: Vocabulary) -> Entry:
     if entry.key in _BY_TOKEN:
         return with_items(entry, list(vocabulary.tokens))
     if entry.key == f"{_PREFIX}merges":
         tokens = file.get(f"{_PREFIX}tokens")
-        kept = {tokens[token] for token in vocabulary.tokens}
+        stay = {tokens[token] for token in vocabulary.tokens}
         pairs = [pair.split(" ", 1) for pair in file.get(entry.key)]
-        return with_items(entry, [place for place, (a, b) in enumerate(pairs) if {a, b, a + b} <= kept])
+        return with_items(entry, [index for index, (a, b) in enumerate(pairs) if {a, b, a + b} <= stay])
     if _names_token(entry):
         return with_value(entry, vocabulary.renumbered(entry.value))
     if entry.key == f"{file.architecture}.vocab_size":

@@ -26,21 +26,21 @@ _OTHER_NUMBERS = ("bad_words_ids", "force_words_ids", "forced_decoder_ids", "seq
 _SURROGATES = range(0xD800, 0xE000)
 
 INCOMPLETE = "\ufffd"
-"""What an incomplete character is decoded to."""
+"""Incomplete characters are decoded to this one."""
 
-_FEWEST_LOST = 0.01
+_MIN_LOST_SHARE = 0.01
 """The smallest share of tokens that is worth cutting."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The part of a vocabulary that stays.
+    """The tokens of a vocabulary that stay.
 
     Attributes:
         scripts: the scripts whose tokens stay, as Unicode names them.
-        count: how many rows the embeddings had.
+        count: the number of rows that the embeddings had.
         tokens: the rows that stay, ascending.
-        characters: those of the scripts, and those that stay always.
+        characters: the characters of these scripts, and the characters that always stay.
     """
 
     scripts: tuple[str, ...]
@@ -54,7 +54,7 @@ class Vocabulary:
         return {old: new for new, old in enumerate(self.tokens)}
 
     def renumbered(self, numbers: Any) -> Any:
-        """Return the new number of a token, or of each in a list; what is no token's number stays."""
+        """Return the new number of a token, or of each in a list; any other value stays."""
         if isinstance(numbers, list):
             return [self.renumbered(number) for number in numbers]
         known = type(numbers) is int and 0 <= numbers < self.count
@@ -88,15 +88,16 @@ class TokenRemoval(Removal):
         return self.vocabulary.scripts
 
     def record(self, sizes: Mapping[str, tuple[int, int]]) -> Mapping[str, CutRecord]:
-        """Return what results say of it."""
+        """Return the scripts, the numbers of tokens before and after, and the sizes of the model."""
         tokens = (self.vocabulary.count, len(self.tokens))
         return {"vocabulary": VocabularyRecord(scripts=self.vocabulary.scripts, tokens=tokens, **sizes)}
 
 
 def characters_of(scripts: Iterable[str], normalize: Callable[[str], str] = str) -> str:
-    """Return all characters of these scripts, and those that stay always.
+    """Return all characters of these scripts, and the characters that always stay.
 
-    None of them is one that the tokenizer would first `normalize` to another script, as NFKC does with the micro sign.
+    Characters that the tokenizer would first `normalize` to another script are left out, such as the micro sign, which
+    NFKC turns into a Greek letter.
 
     Raises:
         UsageError: Unicode knows no script of this name.
@@ -113,8 +114,8 @@ def characters_of(scripts: Iterable[str], normalize: Callable[[str], str] = str)
             ) from error
         classes.append(rf"\p{{Script={script}}}")
     everything = "".join(map(chr, (*range(_SURROGATES.start), *range(_SURROGATES.stop, sys.maxunicode + 1))))
-    found = set(regex.findall(rf"[\p{{ASCII}}{''.join(classes)}]", everything))
-    return "".join(sorted(each for each in found if found.issuperset(normalize(each))))
+    matching = set(regex.findall(rf"[\p{{ASCII}}{''.join(classes)}]", everything))
+    return "".join(sorted(character for character in matching if matching.issuperset(normalize(character))))
 
 
 def text_of(token: str, *, in_bytes: bool) -> str:
@@ -128,7 +129,7 @@ def numbers_in(settings: Mapping[str, Any], where: str) -> set[int]:
     Raises:
         UnsupportedModelError: a setting names tokens in another way.
     """
-    found: set[int] = set()
+    numbers: set[int] = set()
 
     def note(key: str, value: Any) -> None:
         if key in _OTHER_NUMBERS and value:
@@ -137,10 +138,11 @@ def numbers_in(settings: Mapping[str, Any], where: str) -> set[int]:
                 hint="Leave out --scripts, or delete that setting from a copy of the model.",
             )
         if _NUMBERS.fullmatch(key):
-            found.update(each for each in (value if isinstance(value, list) else [value]) if type(each) is int)
+            values = value if isinstance(value, list) else [value]
+            numbers.update(number for number in values if type(number) is int)
 
     with_values(settings, note)
-    return found
+    return numbers
 
 
 def choose(
@@ -150,7 +152,7 @@ def choose(
     count: int,
     normalize: Callable[[str], str] = str,
 ) -> Vocabulary:
-    """Return the vocabulary of the tokens whose texts are of these scripts, and of those that stay always.
+    """Return the vocabulary of the tokens whose texts are of these scripts, and of the tokens in `always`.
 
     Text of these scripts gets the same tokens as before, since every token that such a text can be merged from is a
     part of it, and so stays: as characters of these scripts, or as bytes of an incomplete one.
@@ -160,14 +162,14 @@ def choose(
     """
     characters = characters_of(scripts, normalize)
     stay = {INCOMPLETE, *characters, *normalize(characters)}
-    kept = {number for number, text in texts.items() if stay.issuperset(text)}
-    kept |= {number for number in always if 0 <= number < count}
-    if (lost := count - len(kept)) < _FEWEST_LOST * count:
+    tokens = {number for number, text in texts.items() if stay.issuperset(text)}
+    tokens |= {number for number in always if 0 <= number < count}
+    if (lost := count - len(tokens)) < _MIN_LOST_SHARE * count:
         raise UsageError(
             f"Nothing is gained: {lost:,} of {count:,} tokens are of other scripts than {', '.join(scripts)}.",
             hint="Leave out --scripts.",
         )
-    return Vocabulary(tuple(scripts), count, tuple(sorted(kept)), characters)
+    return Vocabulary(tuple(scripts), count, tuple(sorted(tokens)), characters)
 
 
 def cannot_cut(model: str, why: str) -> UnsupportedModelError:

@@ -32,7 +32,7 @@ _UNKNOWN_TABLES = re.compile(r".+(?<!type)_vocab_size|vocab_size_.+|.*codebook.*
 
 
 _PIECE, _LOST_TEXTS = 32, 256
-"""How many tokens make a text, and how many texts there are of lost ones, when a tokenizer is checked."""
+"""When a tokenizer is checked: the tokens of a text, and the number of texts of lost tokens."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TokenCut(TokenRemoval, Cut):
     tables: frozenset[str] = frozenset()
     tokenizer: Mapping[str, Any] | None = None
 
-    what = "the tokens of other scripts"
+    description = "the tokens of other scripts"
     # The head's product has another shape, which some processors round otherwise.
     tolerance = 2.0**-20
 
@@ -76,20 +76,24 @@ class TokenCut(TokenRemoval, Cut):
 
     def texts(self, tokenizer: Any) -> Iterator[str]:
         """Yield texts of all tokens and characters that stay, as the dense model's tokenizer decodes them."""
-        kept = tokenizer.batch_decode(_in_pieces(self.tokens), skip_special_tokens=True)
+        texts = tokenizer.batch_decode(_in_pieces(self.tokens), skip_special_tokens=True)
         characters = self.vocabulary.characters
-        yield from filter(set(characters).issuperset, kept)  # incomplete characters may make another together
+        # Neighbours that hold incomplete characters may together make one of another script.
+        yield from filter(set(characters).issuperset, texts)
         yield from map(" ".join, _in_pieces(characters))
 
     def tokenizer_checks(self, ours: Any, theirs: Any, notify: Notify) -> Iterator[Check]:
-        """Yield the check of `texts`, which has passed, and check whether the text of lost tokens comes back."""
+        """Yield the check of `texts`, which has passed, and check that text of lost tokens is decoded as before."""
         yield "same tokens"
         lost = sorted({*range(min(self.vocabulary.count, len(theirs)))}.difference(self.tokens))
         decoded = theirs.batch_decode([[token] for token in lost[:: len(lost) // _LOST_TEXTS + 1]])
         texts = [text for text in decoded if INCOMPLETE not in text] or [*self.texts(theirs)]
-        # Some tokenizers change a few characters first, as the dense model's does.
-        back, was = (each.batch_decode(each(texts).input_ids, skip_special_tokens=True) for each in (ours, theirs))
-        if back == was:
+
+        def respelled(tokenizer: Any) -> Any:
+            return tokenizer.batch_decode(tokenizer(texts).input_ids, skip_special_tokens=True)
+
+        # Not compared with the texts, since some tokenizers change a few characters first.
+        if respelled(ours) == respelled(theirs):
             yield "spells others"
         else:
             notify(Notice("Text of other scripts does not come back: this tokenizer cannot spell it in bytes."))
@@ -114,7 +118,7 @@ def plan_tokens(architecture: Architecture, scripts: Sequence[str]) -> TokenCut:
     for name in SETTINGS:
         if holds(source.folder, name):
             used |= numbers_in(read_json(source.folder / name), name)
-    in_bytes = any(part.get("type") == "ByteLevel" for part in parts(data.get("decoder")))
+    in_bytes = any(decoder.get("type") == "ByteLevel" for decoder in parts(data.get("decoder")))
     plain = {number: token for token, number in tokens_in(data) if number not in added and number < count}
     texts = {number: text_of(token, in_bytes=in_bytes) for number, token in plain.items()}
     vocabulary = choose(scripts, texts, added | used, count, normalize)
@@ -130,8 +134,8 @@ def tables_of(architecture: Architecture, vocabulary: Vocabulary) -> frozenset[s
     Raises:
         UnsupportedModelError: there are others than the embeddings and the head.
     """
-    for part in parts(architecture.config.to_dict()):
-        for key, value in part.items():
+    for config_part in parts(architecture.config.to_dict()):
+        for key, value in config_part.items():
             if value and (_UNKNOWN_TABLES.fullmatch(str(key)) or (key == "vocab_size" and value != vocabulary.count)):
                 raise refused(architecture, f"it may have further tables by token ({key} {value})")
     skeleton, raw = cast(Any, architecture.skeleton), architecture.source.raw_config
@@ -144,7 +148,7 @@ def tables_of(architecture: Architecture, vocabulary: Vocabulary) -> frozenset[s
     expected = {
         f"{path}.{name}": (len(vocabulary.tokens), *parameter.shape[1:])
         for path, module in skeleton.named_modules()
-        if any(module is each for each in known)
+        if any(module is embeddings for embeddings in known)
         for name, parameter in module.named_parameters(recurse=False)
     }
     changed = {name: are.get(name) for name, shape in were.items() if are.get(name) != shape}
@@ -160,12 +164,12 @@ def tables_of(architecture: Architecture, vocabulary: Vocabulary) -> frozenset[s
 def _in_files(architecture: Architecture, tables: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
     """Return the names of tables in the weight files, given their names and shapes in the model.
 
-    The names may differ; but outside the blocks, what else has such a shape is another tensor of the model's.
+    The names may differ; but outside the blocks, any other tensor of such a shape is known by name.
     """
     skeleton, of_blocks = cast(Any, architecture.skeleton), architecture.names.block_of
     state = skeleton.state_dict().items()
     rest = {name: tensor for name, tensor in state if name not in tables and of_blocks(name) is None}
     others, base = {*rest, *revert_weight_conversion(skeleton, rest)}, f"{skeleton.base_model_prefix}."
-    fitting = [each.name for each in architecture.source.weights.stored if each.shape in tables.values()]
+    fitting = [tensor.name for tensor in architecture.source.weights.stored if tensor.shape in tables.values()]
     outside = [name for name in fitting if of_blocks(name) is None]
     return frozenset(name for name in outside if others.isdisjoint((name, f"{base}{name}")))

@@ -24,7 +24,7 @@ OTHER_FORMATS = frozenset({
 
 
 def read_tokenizer(architecture: Architecture) -> tuple[dict[str, Any], Callable[[str], str]]:
-    """Return the contents of `tokenizer.json`, and what it does to a text first.
+    """Return the contents of `tokenizer.json`, and the function that normalizes a text before it is split.
 
     Raises:
         UnsupportedModelError: there is none, or it is of another kind.
@@ -66,14 +66,14 @@ def tokens_in(data: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 def cut_tokenizer(data: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
     """Return the new `tokenizer.json`: the tokens that stay, and the merges that make one of them from two others."""
     new, model = vocabulary.new_number, dict(data["model"])
-    kept = [(token, number) for token, number in tokens_in(data) if number in new]
+    staying = [(token, number) for token, number in tokens_in(data) if number in new]
     if model["type"] == "BPE":
-        model["vocab"] = tokens = {token: new[number] for token, number in kept}
+        model["vocab"] = tokens = {token: new[number] for token, number in staying}
         model["merges"] = [[a, b] for a, b in model["merges"] if a in tokens and b in tokens and a + b in tokens]
     else:
-        model["vocab"] = [model["vocab"][number] for _, number in kept]
+        model["vocab"] = [model["vocab"][number] for _, number in staying]
         model["unk_id"] = vocabulary.renumbered(model.get("unk_id"))
-    # One without a row, which the tokenizer of a GGUF file may have, goes.
+    # An added token without a row, which the tokenizer of a GGUF file may have, goes.
     added = [token | {"id": new[token["id"]]} for token in data["added_tokens"] if token["id"] in new]
     rest = {key: _with_new_ids(data.get(key), new) for key in ("post_processor", "padding")}
     return {**data, "model": model, "added_tokens": added, **rest}
@@ -83,7 +83,7 @@ def _with_new_ids(part: Any, new: Mapping[int, int]) -> Any:
     """Return a part that adds the same tokens, which it names by `ids`, `pad_id` or `["</s>", 2]`."""
     if isinstance(part, list):
         pair = len(part) == 2 and isinstance(part[0], str) and type(part[1]) is int
-        return [part[0], new.get(part[1])] if pair else [_with_new_ids(each, new) for each in part]
+        return [part[0], new.get(part[1])] if pair else [_with_new_ids(item, new) for item in part]
     if not isinstance(part, Mapping):
         return part
     changed = {key: _with_new_ids(value, new) for key, value in part.items()}
