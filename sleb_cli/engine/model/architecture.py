@@ -46,9 +46,9 @@ _WHAT_WORKS = (
 _REPORT = "Report it to the author of the plugin, which `sleb plugins` names."
 
 _COUNTS = re.compile(r"(n|num)_(\w+_)?(layers?|blocks?|experts?|labels)|depth")
-"""Config keys of which transformers makes as many modules, or entries of a list."""
+"""Config keys that count modules or entries of lists, all of which transformers makes."""
 
-_LARGEST_COUNT = 4096
+_MAX_COUNT = 4096
 
 _CODE = ("attn_implementation", "implementation_internal", "experts_implementation")
 """Endings of config keys that may name a repository of compiled code, which transformers would download and run."""
@@ -184,7 +184,7 @@ class Architecture:
 
     @cached_property
     def dtype(self) -> torch.dtype | None:
-        """The model's own data type: the config's, or else that of the files, as transformers loads them."""
+        """The model's own data type: the config's or, without one, the files', as transformers loads them."""
         named: torch.dtype | None = self.config.dtype
         return named or next(iter(float_dtypes(self.source.weights)), None)
 
@@ -196,24 +196,25 @@ class Architecture:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the config, or that of the language model in it, says that the weights are quantized."""
+        """Whether the config of the model, or of the language model in it, says that the weights are quantized."""
         return any(getattr(config, "quantization_config", None) for config in (self.config, self.text_config))
 
     @cached_property
     def kinds(self) -> list[str]:
         """The kind of each block: the config's word, or the classes that differ; "" if all blocks are alike."""
         lists = [getattr(self.text_config, key, None) for key in KINDS]
-        said = [v for v in lists if v and len(v) == self.block_count and len(set(map(str, v))) > 1]
-        kinds = [", ".join(dict.fromkeys(str(values[block]) for values in said)) for block in range(self.block_count)]
+        # A list with one value for all blocks tells none apart.
+        telling = [v for v in lists if v and len(v) == self.block_count and len(set(map(str, v))) > 1]
+        kinds = [", ".join(dict.fromkeys(str(v[block]) for v in telling)) for block in range(self.block_count)]
         return refine_kinds(self.blocks_of(self.skeleton), kinds)
 
     @cached_property
     def structures(self) -> tuple[list[Structure], Structure]:
-        """The structure of each block, and that of the model outside the blocks."""
+        """The structure of each block, and of the model outside the blocks."""
         return self.structures_of(self.skeleton)
 
     def structures_of(self, model: nn.Module) -> tuple[list[Structure], Structure]:
-        """Return the same of another model of this family."""
+        """Return the structure of each block of a model of this family, and of the model outside the blocks."""
         blocks = [structure_of(block) for block in self.blocks_of(model)]
         return blocks, structure_of(model, without=self.adapter.blocks_path)
 
@@ -233,7 +234,7 @@ class Architecture:
 
     @property
     def identity(self) -> dict[str, str | None]:
-        """What numbers of the model depend on: its files, and the family that says what its blocks are."""
+        """The key of everything measured of the model: its files, and the family that says which its blocks are."""
         names = {"model_type": self.config.model_type, "family": self.adapter.name}
         return {"files": self.source.content_hash, **names}
 
@@ -308,11 +309,7 @@ def _read_config(source: ModelSource) -> Any:
 
 
 def _require_harmless(source: ModelSource, settings: dict[str, Any]) -> None:
-    """Make sure that a config, which transformers has yet to parse, names no code, and asks for no billion of anything.
-
-    Raises:
-        ModelError: it does.
-    """
+    """Refuse a config that names code to run, or counts that would fill the memory, before transformers parses it."""
     for key, value in settings.items():
         named = value.values() if isinstance(value, dict) else [value]
         if key.endswith(_CODE) and (code := [name for name in named if "/" in str(name)]):
@@ -322,9 +319,9 @@ def _require_harmless(source: ModelSource, settings: dict[str, Any]) -> None:
             )
         if isinstance(value, dict):
             _require_harmless(source, value)
-        elif _COUNTS.fullmatch(key) and isinstance(value, int | float) and value > _LARGEST_COUNT:
+        elif _COUNTS.fullmatch(key) and isinstance(value, int | float) and value > _MAX_COUNT:
             raise ModelError(
-                f"The config of {source.id} sets {key} to more than {_LARGEST_COUNT:,}.",
+                f"The config of {source.id} sets {key} to more than {_MAX_COUNT:,}.",
                 hint="Copy or download the model again.",
             )
 
@@ -351,7 +348,7 @@ def _read_structure(architecture: Architecture) -> FamilyAdapter:
     if not lists:
         number = "" if count is None else f"{count} "
         raise UnsupportedModelError(f"{model_type} has no list of {number}blocks to remove from.", hint=_WHAT_WORKS)
-    # In a multimodal model, those of the language model, if transformers says which it is.
+    # In a multimodal model, only lists of the language model count, if transformers says which it is.
     decoder = getattr(skeleton, "get_decoder", lambda: None)()
     inner = [module for module in decoder.modules() if module in lists] if isinstance(decoder, nn.Module) else []
     return FamilyAdapter(

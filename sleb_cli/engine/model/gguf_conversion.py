@@ -42,16 +42,16 @@ def convert_gguf(path: Path, folder: Path, notify: Notify) -> None:
 
 
 def convert_weights(file: GgufFile, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write the model as above, in this data type if one is named, but without its tokenizer."""
-    own = _require_convertible(file)
-    dtype = dtype or own
+    """Write the model without its tokenizer; the data type is by default as in `convert_gguf`."""
+    default = _require_convertible(file)
+    dtype = dtype or default
     if lacking := memory_shortage(file.parameters * dtype.itemsize, CPU, whole=True):
         raise MachineError(
             f"Unpacking {file.path} takes {lacking}.",
             hint="Name the original checkpoint (a Hub id or a folder) instead: its blocks can be streamed.",
         )
     model = _load(file, dtype)
-    # Some versions of transformers refuse to save what was quantized.
+    # Some versions of transformers refuse to save a model that was quantized.
     vars(model.config).pop("quantization_config", None)
     for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
         vars(model).pop(attribute, None)
@@ -95,11 +95,11 @@ def _load(file: GgufFile, dtype: torch.dtype) -> Any:
 
 
 def _write_card(file: GgufFile, folder: Path) -> None:
-    """Write what the file says of its licence and languages as a model card, from which a pruned model inherits it."""
-    said = {"language": file.get("general.languages")}
+    """Write the file's licence and languages to a model card, from which a pruned model inherits them."""
+    metadata = {"language": file.get("general.languages")}
     for key in ("license", "license.name", "license.link", "tags"):
-        said[key.replace(".", "_")] = file.get(f"general.{key}")
-    data = yaml.safe_dump({name: value for name, value in said.items() if value}, allow_unicode=True)
+        metadata[key.replace(".", "_")] = file.get(f"general.{key}")
+    data = yaml.safe_dump({name: value for name, value in metadata.items() if value}, allow_unicode=True)
     (folder / "README.md").write_text(f"---\n{data}---\n", encoding="utf-8")
 
 
@@ -122,6 +122,6 @@ def _require_convertible(file: GgufFile) -> torch.dtype:
     sizes = Counter[int]()
     for tensor in file.tensors:
         sizes[tensor.type] += math.prod(tensor.shape) if len(tensor.shape) > 1 else 0
-    types = +sizes
+    types = +sizes  # without types of vectors alone, such as norms, which are often kept in float32
     # Few matrices of an unquantized file may be of another type, such as the routers of experts.
     return _UNQUANTIZED[types.most_common(1)[0][0]] if types and types.keys() <= _UNQUANTIZED.keys() else torch.bfloat16

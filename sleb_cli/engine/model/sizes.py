@@ -50,16 +50,16 @@ def stored_bytes(architecture: Architecture) -> PerBlock:
 def _by_block(architecture: Architecture, sizes: Iterable[tuple[str, int]]) -> PerBlock:
     count = architecture.block_count
     names = architecture.names
-    found: dict[int | None, float] = defaultdict(float)
+    by_block: dict[int | None, float] = defaultdict(float)
     for name, size in sizes:
         block = names.block_of(name)
         if block is None and sliced_axis(name) is not None:
-            for each in range(count):
-                found[each] += size / count
+            for sharing in range(count):
+                by_block[sharing] += size / count
         else:
-            found[block] += size
+            by_block[block] += size
     # Blocks numbered after the last one, for multi-token prediction, are dropped with any removal.
-    return PerBlock(found[None], tuple(found[block] for block in range(count)))
+    return PerBlock(by_block[None], tuple(by_block[block] for block in range(count)))
 
 
 def cache_bytes(architecture: Architecture, dtype: torch.dtype, length: int) -> PerBlock:
@@ -75,12 +75,12 @@ def cache_bytes(architecture: Architecture, dtype: torch.dtype, length: int) -> 
     model = architecture.build(architecture.config).to(torch.bfloat16).eval()
     text = torch.zeros(1, length, dtype=torch.long, device="meta")
     conditions_hold = ConditionsHold()  # type: ignore[no-untyped-call]
-    what = f"The size of the KV cache of {architecture.config.model_type} is unknown"
-    unknown = error_saying(UnsupportedModelError, what, "Use another target, such as --ratio.")
+    sentence = f"The size of the KV cache of {architecture.config.model_type} is unknown"
+    unknown = error_saying(UnsupportedModelError, sentence, "Use another target, such as --ratio.")
     no_run = unknown("it does not run without its weights")
     with torch.no_grad(), conditions_hold, translate_errors(lambda words: no_run):
-        read = model(input_ids=text, use_cache=True)
-    layers = cache_layers(read)
+        output = model(input_ids=text, use_cache=True)
+    layers = cache_layers(output)
     if not layers or len(layers) != architecture.block_count:
         raise unknown("it is not kept block by block")
 
@@ -91,7 +91,7 @@ def cache_bytes(architecture: Architecture, dtype: torch.dtype, length: int) -> 
 
 
 def cache_layers(output: Any) -> list[Any]:
-    """Return the layers of the cache in a model's output; none if there is no cache, or not one in layers."""
+    """Return the layers of the cache in a model's output; none if there is no cache, or it has no layers."""
     # transformers 5.24 calls it `cache`, earlier versions `past_key_values`.
     cache = getattr(output, "cache", None) or getattr(output, "past_key_values", None)
     return list(getattr(cache, "layers", None) or ())
@@ -101,8 +101,8 @@ def layer_tensors(layer: Any) -> list[Tensor]:
     """Return the tensors in one layer of a cache, which holds them as they are, or in dictionaries and lists."""
     tensors: dict[int, Tensor] = {}
     for value in vars(layer).values():
-        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
-        tensors |= {id(part): part for part in parts if isinstance(part, Tensor) and part.is_floating_point()}
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+        tensors |= {id(item): item for item in items if isinstance(item, Tensor) and item.is_floating_point()}
     return list(tensors.values())
 
 

@@ -20,10 +20,10 @@ from sleb_plugins import ModelError, UsageError
 
 _CHAT_TEMPLATES = "additional_chat_templates"
 
-# What a model is read from: by sleb, and by transformers, whose tokenizers each have names of their own.
+# The files that sleb reads, and transformers, whose tokenizers have files of any of these kinds.
 _READ = re.compile(r".*\.(json|jinja|txt|model|tiktoken|py|bin|safetensors)|" + _CHAT_TEMPLATES)
-# The files, besides config, weights and code, on which the numbers of a model or the tokens of a text depend. What may
-# lie there as well, such as results, logs and plans, has other names.
+# The files, besides config, weights and code, on which the numbers of a model or the tokens of a text depend. Results,
+# logs and plans, which may lie in the same folder, have other names.
 _DECIDES = re.compile(
     r"(generation_config|adapter_config|special_tokens_map|added_tokens|emoji|normalizer|byte_maps|word_\w+)\.json"
     r"|.*(tokenizer|vocab|merges|chat_template|processor|tekken).*|dict\.txt|.*\.(jinja|model|tiktoken|codes)"
@@ -77,8 +77,8 @@ class ModelSource:
     def content_hash(self) -> str:
         """A SHA-256 over all in the folder that decides a number: weights, config, trusted code, tokenizer, generation.
 
-        The fingerprint says which model it is, and that is still the same one when its chat template changes. Numbers
-        that are kept are kept under this.
+        The fingerprint names the model, which is still the same one when its chat template changes. Saved numbers are
+        saved under this hash.
         """
         templates = self.folder / _CHAT_TEMPLATES
         files = [path for path in self.folder.iterdir() if _DECIDES.fullmatch(path.name) and path.suffix != ".py"]
@@ -88,7 +88,7 @@ class ModelSource:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def require_own_code(self) -> None:
-        """Make sure that the trusted code is that in the folder, which can be pinned, and no other repository's.
+        """Make sure that the trusted code is in the folder, where it can be pinned, and not in another repository.
 
         Raises:
             ModelError: the config or the tokenizer names code of another repository.
@@ -157,9 +157,9 @@ def _tell_of_pickles(source: ModelSource, notify: Notify) -> None:
 
 
 def _require_own_files(folder: Path) -> None:
-    """Make sure that nothing the model is read from is a link out of its folder, or a pipe or device.
+    """Refuse links out of the model's folder, pipes and devices among the files that are read.
 
-    What lies there would become part of a checkpoint that may be published.
+    A file elsewhere would become part of a checkpoint that may be published.
     """
     with reading(folder):
         entries = [*folder.iterdir(), *(folder / _CHAT_TEMPLATES).glob("*")]

@@ -21,7 +21,7 @@ from sleb_plugins.config_keys import NUMBERED_PARTS, Kept, by_block, sliced_axis
 
 @dataclass(frozen=True)
 class Structure:
-    """What a module consists of, by dotted names.
+    """The modules, parameters and settings of a module, by dotted names.
 
     Attributes:
         parts: classes of modules and shapes of parameters.
@@ -41,20 +41,20 @@ def structure_of(module: nn.Module, without: str | None = None) -> Structure:
     """Return the structure of a module, without anything under the path `without`."""
     parts: dict[str, Any] = {}
     attributes: dict[str, Any] = {}
-    for path, part in module.named_modules():
+    for path, submodule in module.named_modules():
         if without is not None and (path == without or path.startswith(f"{without}.")):
             continue
-        parts[path or "class"] = type(part).__name__
-        for name, parameter in part.named_parameters(recurse=False):
+        parts[path or "class"] = type(submodule).__name__
+        for name, parameter in submodule.named_parameters(recurse=False):
             parts[f"{path}.{name}".lstrip(".")] = tuple(parameter.shape)
-        for name, value in vars(part).items():
+        for name, value in vars(submodule).items():
             if not name.startswith("_") and name != "training" and _is_plain(value):
                 attributes[f"{path}.{name}".lstrip(".")] = value
     return Structure(parts, attributes)
 
 
 def block_changes(before: Structure, after: Structure, old: int, kept: Kept) -> list[str]:
-    """Return what differs in block `old` after the removal, one clause each."""
+    """Return the differences in block `old` after the removal, one clause each."""
     moved = kept.new_number[old] - old
 
     def same(name: str, a: Any, b: Any) -> bool:
@@ -70,7 +70,7 @@ def block_changes(before: Structure, after: Structure, old: int, kept: Kept) -> 
 
 
 def outer_changes(before: Structure, after: Structure, kept: Kept) -> list[str]:
-    """Return what differs outside the blocks, apart from counts of blocks and lists with one value per block.
+    """Return the differences outside the blocks, apart from counts of blocks and lists with one value per block.
 
     An attribute for the last block of a kind may disappear with it, and tensors with one slice per block shrink.
     """
@@ -93,7 +93,7 @@ def outer_changes(before: Structure, after: Structure, kept: Kept) -> list[str]:
         return bool(wide.pop(axis) * len(kept.blocks) == slim.pop(axis) * kept.count and wide == slim)
 
     common = before.attributes.keys() & after.attributes.keys()
-    was, is_now = ({name: which.attributes[name] for name in sorted(common)} for which in (before, after))
+    was, is_now = ({name: model.attributes[name] for name in sorted(common)} for model in (before, after))
     return [*_changes(before.parts, after.parts, same_part), *_changes(was, is_now, same)]
 
 
@@ -109,18 +109,19 @@ def refine_kinds(blocks: nn.ModuleList, kinds: Sequence[str]) -> list[str]:
     """
     classes = [{"": type(b).__name__} | {n: type(m).__name__ for n, m in b.named_children()} for b in blocks]
     names = dict.fromkeys(name for parts in classes for name in parts)
-    said = [[kind] for kind in kinds]
+    refined = [[kind] for kind in kinds]
     for name in names:
-        own = [parts.get(name, "") for parts in classes]
-        pairs = {(kind, each) for kind, each in zip(kinds, own, strict=True) if not _SMALL.search(each)}
+        by_block = [parts.get(name, "") for parts in classes]
+        pairs = {(kind, cls) for kind, cls in zip(kinds, by_block, strict=True) if not _SMALL.search(cls)}
+        # More pairs than kinds: blocks of one kind differ in this part.
         if len(pairs) > len({kind for kind, _ in pairs}):
-            for words, each in zip(said, own, strict=True):
-                words.append(each)
-    return [", ".join(dict.fromkeys(filter(None, words))) for words in said]
+            for words, cls in zip(refined, by_block, strict=True):
+                words.append(cls)
+    return [", ".join(dict.fromkeys(filter(None, words))) for words in refined]
 
 
 def _same(a: Any, b: Any, kept: Kept) -> bool:
-    """Whether values are equal, or lists with one value per block but for those that go."""
+    """Whether values are equal, or lists with one value per block that differ only by the removed blocks."""
     if isinstance(a, float) and isinstance(b, float):
         return math.isclose(a, b, rel_tol=1e-12)  # the same constant, summed in another order
     are_lists = isinstance(a, list | tuple) and isinstance(b, list | tuple)

@@ -16,7 +16,7 @@ import transformers
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.environment import processor_name
 from sleb_cli.engine.files.cache import find_cached, keep_cached
-from sleb_cli.engine.model.generation import as_transformers_loads
+from sleb_cli.engine.model.generation import with_requires_grad
 from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.quality.tasks import compare_task
@@ -164,7 +164,7 @@ def _run_task(
             model = models.without(() if predictions else removals).model
             title = f"{len(removals)} removed" if removals else "dense"
             predict = partial(predictions.logits, removed=removals) if predictions else None
-            with as_transformers_loads(model):
+            with with_requires_grad(model):
                 answers[removals] = task.run(model, evaluation.tokenizer, title, models.notify, group, predict)
     models.require_unchanged()
     if not known and group.is_main:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import CompileConfig, GenerationConfig
 
 from sleb_cli.engine.device import synchronize
-from sleb_cli.engine.model.generation import as_transformers_loads, generate
+from sleb_cli.engine.model.generation import generate, with_requires_grad
 from sleb_cli.engine.model.sizes import cache_layers, layer_tensors
 from sleb_cli.engine.third_party import error_saying, translate_errors
 from sleb_cli.engine.transformers_internals import BaseStreamer
@@ -31,7 +31,7 @@ _NOT_COMPILED = error_saying(
 @contextmanager
 def prepared(model: Any, workload: Workload) -> Iterator[TransformersModel]:
     """Let a model run a workload as transformers loads it, and compile it anew if the workload asks for it."""
-    with as_transformers_loads(model), ExitStack() as stack:
+    with with_requires_grad(model), ExitStack() as stack:
         if workload.compiled:
             torch._dynamo.reset()
             stack.enter_context(torch._dynamo.config.patch(cache_size_limit=MOST_COMPILED))
