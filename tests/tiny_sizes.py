@@ -25,8 +25,8 @@ TINY: Mapping[str, Mapping[str, Any]] = {
     "output.proof": {"LARGEST_SHARD_BYTES": 10_000},
     # Forward passes: sequences in a batch, positions and rows of logits at a time, what is kept and checked.
     "forward.fork_check": {"CHECKED_CANDIDATES": 2, "CHECKED_SEQUENCES": 1, "CHECKED_POSITIONS": 6},
-    "forward.holding": {"MOST_SHARED": 1},
-    "forward.memory_budget": {"CPU_SETTINGS": _OF_A_DEVICE, "FEWEST_POSITIONS": 3},
+    "forward.holding": {"MAX_SHARED": 1},
+    "forward.memory_budget": {"CPU_SETTINGS": _OF_A_DEVICE, "MIN_POSITIONS": 3},
     "forward.passes": {"KEPT_DEPTHS": 1},
     "quality.texts": {"CHECKED_TOKENS": 6, "TOKENS_OF_A_PART": 100},
     "quality.lm_eval_tasks": {"LARGEST_BATCH": 2, "CPU_BATCH": 2, "WRITING_BATCH": 3},

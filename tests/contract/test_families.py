@@ -88,7 +88,7 @@ def test_searches_equal_the_plain_reference(run_sleb, folder, architecture, text
     monkeypatch.setattr(prepare, "resolve_memory_budget", watched)
     least = parse_bytes(needed, "") + 500
     squeezed = json.loads(run_sleb("search", folder, *options, "--force", "--memory", least).stdout)
-    assert budgets == [MemoryBudget(sequences=2, positions=16, branches=1, kept=0)]
+    assert budgets == [MemoryBudget(sequences=2, positions=16, branches=1, kept_branches=0)]
     require_reference(squeezed, architecture, text_file)
 
 

@@ -32,15 +32,15 @@ def fit(available, **options):
 def test_with_plenty_all_candidates_share_a_walk(shape, sequences):
     found = fit(10**12, **shape)
     assert (found.sequences, found.positions, found.branches) == (sequences, 256, 30)
-    assert found.kept > 1000
+    assert found.kept_branches > 1000
 
 
 def test_candidates_give_way_first_then_positions_then_the_batch():
     found = fit(70_000_000)
-    assert (found.sequences, found.positions, found.kept) == (4, 256, 0)
+    assert (found.sequences, found.positions, found.kept_branches) == (4, 256, 0)
     assert 1 < found.branches < 30
-    assert fit(16_000_000) == MemoryBudget(sequences=2, positions=16, branches=2, kept=0)
-    assert fit(9_000_000) == MemoryBudget(sequences=1, positions=16, branches=2, kept=0)
+    assert fit(16_000_000) == MemoryBudget(sequences=2, positions=16, branches=2, kept_branches=0)
+    assert fit(9_000_000) == MemoryBudget(sequences=1, positions=16, branches=2, kept_branches=0)
 
 
 def test_a_budget_that_is_too_small_is_refused_with_the_bytes_needed():

@@ -17,7 +17,7 @@ from sleb_cli.engine.forward.states import BASE
 from sleb_cli.events import Notice, no_progress
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
-PLENTY = MemoryBudget(sequences=4, positions=1000, branches=6, kept=100)
+PLENTY = MemoryBudget(sequences=4, positions=1000, branches=6, kept_branches=100)
 CANDIDATES = [1, 2, 3, 4]
 
 
@@ -90,7 +90,7 @@ def test_batches_are_halved_and_scores_stay_the_same(skippable, sequences, monke
 
     monkeypatch.setattr(skippable.switches[5], "forward", failing)
     found = how(passes)
-    assert passes.budget == MemoryBudget(sequences=1, positions=16, branches=1, kept=0)
+    assert passes.budget == MemoryBudget(sequences=1, positions=16, branches=1, kept_branches=0)
     assert len([event for event in events if isinstance(event, Notice)]) == 2
     assert found == {block: pytest.approx(scores, rel=1e-5) for block, scores in expected.items()}
 

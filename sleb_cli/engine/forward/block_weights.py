@@ -38,6 +38,6 @@ def aligned(value: Tensor) -> Tensor:
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """Return where a module that accelerate placed is computed; None for others."""
-    place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    return None if place is None else torch.device(place)
+    """Return the device that computes a module which accelerate placed; None for other modules."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return None if device is None else torch.device(device)

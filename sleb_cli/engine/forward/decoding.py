@@ -24,8 +24,8 @@ def check_decoding(model: Any, ids: Tensor, new_tokens: int, dtype: torch.dtype)
     Both runs use `generate`, because some families count positions differently in a plain forward pass.
 
     Returns:
-        how far logits of steps differ up to the first different token, NaN if there are none; and a clause on what is
-        wrong, or None.
+        how far logits of steps differ up to the first different token, NaN if there are none; and a clause on the
+        fault, or None.
     """
     try:
         cached = _generate(model, ids, new_tokens, "with the KV cache", use_cache=True)

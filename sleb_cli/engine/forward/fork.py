@@ -1,4 +1,4 @@
-"""The forking forward: a single walk through the blocks runs the model without each candidate, for any number of them.
+"""The forking forward: a single walk through the blocks runs the model without each of any number of candidates.
 
 To skip a block is to pass its input on. So the model without block j equals the model itself up to j, and one walk can
 serve all candidates: it carries a *base* branch, and at a candidate's block that candidate's branch forks off as a copy
@@ -59,7 +59,7 @@ class Walk:
 
     @cached_property
     def block_runs(self) -> int:
-        """How many times a branch goes through a block on the whole walk."""
+        """The number of times that a branch goes through a block, on the whole walk."""
         stays = [block for block in range(len(self.calls)) if block not in self.removed]
         ends = {BASE: self.forks[-1]} if self.forks else {}
         begins = self.entry_depth | {block: block + 1 for block in self.forks}
@@ -119,7 +119,7 @@ class SizesWalk:
         """Run `block` on every branch, except for the sets that have it."""
         entering, self.branches = self.branches, {}
         for size in self.sizes:
-            removed = frozenset(each for each in size if each <= block)
+            removed = frozenset(gone for gone in size if gone <= block)
             if removed not in self.branches:
                 hidden = entering[removed - {block}]
                 runs = block not in size
@@ -136,10 +136,10 @@ def walk_together(skippable: SkippableModel, walks: Sequence[Walk | SizesWalk]) 
     So the weights of a block are needed once, for all walks.
     """
     blocks = range(min(walk.start for walk in walks), len(walks[0].calls))
-    wanted = [block for block in blocks if any(block >= walk.start and block not in walk.removed for walk in walks)]
-    with closing(skippable.weights.visit(wanted)) as here:
+    to_run = [block for block in blocks if any(block >= walk.start and block not in walk.removed for walk in walks)]
+    with closing(skippable.weights.visit(to_run)) as here:
         for block in blocks:
-            if block in wanted:
+            if block in to_run:
                 next(here)
             for walk in walks:
                 if block >= walk.start:
@@ -152,7 +152,7 @@ def walk_together(skippable: SkippableModel, walks: Sequence[Walk | SizesWalk]) 
 def fork(
     skippable: SkippableModel, ids: Tensor, removed: Collection[int], candidates: Sequence[int]
 ) -> dict[int, Tensor]:
-    """Return what leaves the last block without each candidate; without candidates, in the model as it stands (BASE).
+    """Return the hidden states that leave the last block without each candidate; without any, those of BASE.
 
     Args:
         skippable: the model.

@@ -17,7 +17,7 @@ CHECKED_POSITIONS = 64
 
 
 def why_not_fork(skippable: SkippableModel, ids: Tensor) -> str | None:
-    """Compare the logits of the fork with those of whole passes, on a few candidates; return how they differ, if so.
+    """Compare the fork's logits with whole passes', on a few candidates; return a clause on a difference, or None.
 
     Args:
         skippable: the model.
@@ -29,7 +29,7 @@ def why_not_fork(skippable: SkippableModel, ids: Tensor) -> str | None:
     elif count <= 2 * CHECKED_CANDIDATES:
         blocks = list(range(count))
     else:
-        blocks = [round(part * (count - 1) / (CHECKED_CANDIDATES - 1)) for part in range(CHECKED_CANDIDATES)]
+        blocks = [round(step * (count - 1) / (CHECKED_CANDIDATES - 1)) for step in range(CHECKED_CANDIDATES)]
     try:
         few = min(CHECKED_SEQUENCES, len(ids))
         return in_smaller_pieces(lambda size: _difference(skippable, ids[:size], blocks), few)
@@ -42,8 +42,9 @@ def _difference(skippable: SkippableModel, ids: Tensor, blocks: list[int]) -> st
     for block, hidden in fork(skippable, ids, (), blocks).items():
         if hidden.shape[:2] != ids.shape:
             return f"{list(ids.shape)} tokens become {list(hidden.shape[:-1])} states"
-        parts = [slice(-checked, -checked // 2), slice(-checked // 2, None)]
-        forked = torch.cat([skippable.head(hidden[:, part], ids[:, part]) for part in parts], dim=1)
+        # In two slices, since a search also computes logits slice by slice.
+        halves = [slice(-checked, -checked // 2), slice(-checked // 2, None)]
+        forked = torch.cat([skippable.head(hidden[:, half], ids[:, half]) for half in halves], dim=1)
         plain = skippable.logits(ids, {block}, last=checked)
         if not same_numbers(plain[:, -checked:], forked):
             return f"without block {block}, the fork's logits differ from those of the whole model"
@@ -53,7 +54,7 @@ def _difference(skippable: SkippableModel, ids: Tensor, blocks: list[int]) -> st
 def same_numbers(left: Tensor, right: Tensor) -> bool:
     """Whether two logits of the same dtype differ by no more than its rounding, relative to their size.
 
-    What is not finite in one must not be in the other; how it is not has no meaning.
+    The same logits must be finite in both; NaN and infinities count as equal.
     """
     if left.shape != right.shape or torch.equal(left, right):
         return left.shape == right.shape

@@ -19,8 +19,8 @@ from sleb_cli.engine.forward.skipping import Call, SkippableModel
 Store = Callable[[Tensor], Tensor]
 """Takes hidden states, and returns them where they wait."""
 
-MOST_SHARED = 64
-"""With more tensors than these, batches share too little for a search among them to pay."""
+MAX_SHARED = 64
+"""The most tensors to compare with: with more, batches share too little for the comparisons to pay."""
 
 
 def keep_on_device(hidden: Tensor) -> Tensor:
@@ -34,11 +34,11 @@ def to_cpu(hidden: Tensor) -> Tensor:
 
 
 class SharedInputs:
-    """What a model passes to its blocks with hidden states, held once where it is the same for several batches."""
+    """A model's other inputs of its blocks, such as masks, held once where several batches have the same."""
 
     def __init__(self, skippable: SkippableModel, store: Store = keep_on_device) -> None:
         self._skippable, self._store = skippable, store
-        self._held: list[Tensor] = []
+        self._shared: list[Tensor] = []
 
     def calls(self, ids: Tensor) -> list[Call]:
         """Record the calls of the blocks for these tokens, with tensors of earlier calls in place of equal ones."""
@@ -47,9 +47,9 @@ class SharedInputs:
         return [Call(call.block, entering, share(call.args), share(call.kwargs)) for call in calls]
 
     def _find(self, value: Tensor) -> Tensor:
-        for held in self._held:
-            if held.shape == value.shape and held.dtype == value.dtype and torch.equal(held, value):
-                return held
-        if len(self._held) < MOST_SHARED:
-            self._held.append(value)
+        for shared in self._shared:
+            if shared.shape == value.shape and shared.dtype == value.dtype and torch.equal(shared, value):
+                return shared
+        if len(self._shared) < MAX_SHARED:
+            self._shared.append(value)
         return value

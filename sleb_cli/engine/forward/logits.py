@@ -45,17 +45,18 @@ def score_logits(
         ids: the tokens, [batch, positions].
         dense: the logits of the dense model, if the metric needs them.
         loss_mask: which tokens count as targets, bool [batch, positions]; None for all.
-        positions: how many positions' logits may be computed at once, over all sequences; None for all.
+        positions: the most positions, over all sequences, whose logits are computed at once; None for all.
     """
     scores, rows = [], slice(None)
-    for part in position_slices(ids, positions or ids.numel()):
-        of_dense = None if dense is None else dense[rows, part]
-        scores.append(score_positions(metric, logits[rows, part], ids[:, 1:][:, part], of_dense))
-    found = as_float64(torch.cat(scores, dim=1))  # [batch, positions - 1]
+    for columns in position_slices(ids, positions or ids.numel()):
+        of_dense = None if dense is None else dense[rows, columns]
+        # The logits at a position predict the token after it.
+        scores.append(score_positions(metric, logits[rows, columns], ids[:, 1:][:, columns], of_dense))
+    by_token = as_float64(torch.cat(scores, dim=1))  # [batch, positions - 1]
     if loss_mask is None:
-        return found.mean(1)
-    targets = loss_mask[:, 1:].to(found.device)
-    return found.where(targets, 0.0).sum(1) / targets.sum(1)
+        return by_token.mean(1)
+    targets = loss_mask[:, 1:].to(by_token.device)
+    return by_token.where(targets, 0.0).sum(1) / targets.sum(1)
 
 
 def score_positions(metric: LogitMetric, logits: Tensor, targets: Tensor, dense: Tensor | None) -> Tensor:
@@ -63,7 +64,7 @@ def score_positions(metric: LogitMetric, logits: Tensor, targets: Tensor, dense:
     flat, flat_targets = logits.flatten(0, 1), targets.flatten()
     flat_dense = None if dense is None else dense.flatten(0, 1)
     scores = []
-    for part in float32_slices(flat):
-        widened = None if flat_dense is None else flat_dense[part].float()
-        scores.append(metric.score_tokens(flat[part].float(), flat_targets[part], widened))
+    for rows in float32_slices(flat):
+        widened = None if flat_dense is None else flat_dense[rows].float()
+        scores.append(metric.score_tokens(flat[rows].float(), flat_targets[rows], widened))
     return torch.cat(scores).view(targets.shape)

@@ -21,7 +21,7 @@ from sleb_plugins import MachineError
 
 @dataclass(frozen=True)
 class DeviceSettings:
-    """What suits a kind of device; by default, what a CPU and Apple's GPU have in common.
+    """Batch and memory settings of a kind of device; the defaults suit a CPU and Apple's GPU alike.
 
     Attributes:
         head_positions: positions whose logits exist at once, in the model's data type.
@@ -44,12 +44,12 @@ ACCELERATOR_SETTINGS = DeviceSettings(
     tokens_per_batch=8192, min_tokens_per_batch=2048, head_positions=2048, widened_bytes=256 << 20, share=0.9
 )
 
-FEWEST_POSITIONS = 16
+MIN_POSITIONS = 16
 """If memory is short, logits of at least this many positions exist at once; the number of sequences drops instead."""
 
 
 def settings_for(device: torch.device) -> DeviceSettings:
-    """Return what suits this device; an accelerator with memory of its own is like any other."""
+    """Return the settings for this device: all accelerators with memory of their own have the same."""
     return {"cpu": CPU_SETTINGS, "mps": MPS_SETTINGS}.get(device.type, ACCELERATOR_SETTINGS)
 
 
@@ -59,22 +59,22 @@ class MemoryBudget:
 
     Attributes:
         sequences: sequences in a batch, the unit of arithmetic.
-        positions: how many positions' logits may exist at once, over all sequences of a batch.
+        positions: the most positions, over all sequences of a batch, whose logits exist at once.
         branches: candidates that share a walk.
-        kept: branches of a batch that are kept from step to step.
+        kept_branches: branches of a batch that are kept from step to step.
     """
 
     sequences: int
     positions: int
     branches: int
-    kept: int
+    kept_branches: int
 
     def halved(self) -> MemoryBudget | None:
         """Return a smaller budget, reduced first where it costs the least time; None if it cannot be smaller."""
-        if self.kept or self.branches > 1:
-            return dataclasses.replace(self, kept=0, branches=max(1, self.branches // 2))
-        if self.positions > FEWEST_POSITIONS:
-            return dataclasses.replace(self, positions=max(FEWEST_POSITIONS, self.positions // 2))
+        if self.kept_branches or self.branches > 1:
+            return dataclasses.replace(self, kept_branches=0, branches=max(1, self.branches // 2))
+        if self.positions > MIN_POSITIONS:
+            return dataclasses.replace(self, positions=max(MIN_POSITIONS, self.positions // 2))
         if self.sequences > 1:
             return dataclasses.replace(self, sequences=self.sequences // 2)
         return None
@@ -99,7 +99,7 @@ def resolve_memory_budget(
     settings, (count, length) = settings_for(sequences.device), sequences.shape
     fewest, most = settings.min_tokens_per_batch // length, settings.tokens_per_batch // length
     size = min(batch_size or max(1, min(most, max(fewest, count // min_batches))), count)
-    budget = MemoryBudget(size, settings.head_positions, branches=1, kept=0)
+    budget = MemoryBudget(size, settings.head_positions, branches=1, kept_branches=0)
     widened = settings.widened_bytes
     while (needed := footprint.working_bytes(budget.sequences * length, budget.positions, widened)) > available:
         less = budget.halved()
@@ -113,8 +113,8 @@ def resolve_memory_budget(
     spare = (available - needed) // (budget.sequences * length * footprint.branch)
     branches = max(1, min(candidates, 1 + spare))
     batches = -(-count // budget.sequences)
-    # While a step's branches are computed, those of the step before are still there.
-    return dataclasses.replace(budget, branches=branches, kept=(spare - branches + 1) // batches // 2)
+    # While a step's branches are computed, the kept branches of the step before are still there.
+    return dataclasses.replace(budget, branches=branches, kept_branches=(spare - branches + 1) // batches // 2)
 
 
 def available_memory(device: torch.device, group: ProcessGroup | None = None, asked: int | None = None) -> int:
@@ -122,5 +122,5 @@ def available_memory(device: torch.device, group: ProcessGroup | None = None, as
 
     It is the same in all processes, so that they have the same batches.
     """
-    found = asked or int(own_free_bytes(device) * settings_for(device).share)
-    return min(group.gather(found)) if group else found
+    usable = asked or int(own_free_bytes(device) * settings_for(device).share)
+    return min(group.gather(usable)) if group else usable

@@ -18,13 +18,13 @@ from sleb_plugins import UnsupportedModelError
 COPIES_OF_LOGITS = 3
 """Logits of a position that exist at once in the model's data type: the model's, the dense one's, and a copy."""
 COPIES_WIDENED = 6
-"""The same in float32, while a metric takes softmaxes of both and multiplies them."""
+"""Copies in float32 of logits that are scored, while a metric takes softmaxes of both and multiplies them."""
 
 
 def model_bytes(architecture: Architecture, dtype: torch.dtype, *, stream: bool = False) -> int:
-    """Return what the weights take in this data type; packed ones take what they take in the files.
+    """Return the bytes of the weights in this data type; packed weights take as many as in the files.
 
-    If they are streamed, that is two blocks, and what is outside of them.
+    If they are streamed, only two blocks and the tensors outside the blocks are in memory.
     """
     if not stream:
         return _bytes_as(dtype, *architecture.source.weights.stored)
@@ -36,19 +36,19 @@ def model_bytes(architecture: Architecture, dtype: torch.dtype, *, stream: bool 
 
 
 def converted_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
-    """Return how much transformers writes to disk if the blocks stay there, because it stores weights otherwise."""
+    """Return the bytes that transformers writes to disk if the blocks stay there and it stores weights otherwise."""
     plans = get_model_conversion_mapping(architecture.skeleton)
     return model_bytes(architecture, dtype) if any(isinstance(plan, WeightConverter) for plan in plans) else 0
 
 
 def states_bytes(architecture: Architecture, dtype: torch.dtype, tokens: int) -> int:
-    """Return what the hidden states of these tokens take at one depth."""
+    """Return the bytes of the hidden states of these tokens at one depth."""
     width: int = architecture.text_config.hidden_size
     return tokens * width * dtype.itemsize
 
 
 def tensors_by_block(architecture: Architecture) -> tuple[list[list[StoredTensor]], list[StoredTensor]]:
-    """Return the stored tensors of each block, and those outside the blocks."""
+    """Return the stored tensors of each block, and the stored tensors outside the blocks."""
     count = architecture.block_count
     names = architecture.names
     by_block: list[list[StoredTensor]] = [[] for _ in range(count)]
@@ -57,15 +57,15 @@ def tensors_by_block(architecture: Architecture) -> tuple[list[list[StoredTensor
         block = names.block_of(tensor.name)
         if block is None:
             outside.append(tensor)
-        elif block < count:  # those after the last block predict further tokens, and no model loads them
+        elif block < count:  # blocks after the last one predict further tokens, and no model loads them
             by_block[block].append(tensor)
     return by_block, outside
 
 
 def _bytes_as(dtype: torch.dtype, *tensors: StoredTensor) -> int:
     def size(tensor: StoredTensor) -> int:
-        own = TORCH_DTYPES.get(tensor.dtype)
-        is_plain = own is not None and own.is_floating_point and own.itemsize > 1
+        stored = TORCH_DTYPES.get(tensor.dtype)
+        is_plain = stored is not None and stored.is_floating_point and stored.itemsize > 1
         return math.prod(tensor.shape) * dtype.itemsize if is_plain else tensor.size
 
     return sum(map(size, tensors))
@@ -81,7 +81,7 @@ class Footprint:
     scored: int
 
     def working_bytes(self, tokens: int, positions: int, widened: int) -> int:
-        """Return what is in use while a block or the head runs on a batch of this many tokens.
+        """Return the bytes in use while a block or the head runs on a batch of this many tokens.
 
         Logits of `positions` exist at once, and of `widened` bytes of them in float32.
         """
@@ -91,7 +91,7 @@ class Footprint:
 
 
 def measure_footprint(skippable: SkippableModel, ids: Tensor) -> Footprint:
-    """Measure what a few tokens take; what a block itself needs is estimated from its widest weight."""
+    """Measure the bytes that a few tokens take; the inside of a block is estimated from its widest weight."""
     entering: list[Tensor] = []
     others = range(1, len(skippable.switches))
     skippable.run_with_hook(ids, others, lambda block, before, after: entering.append(before))
@@ -103,7 +103,7 @@ def measure_footprint(skippable: SkippableModel, ids: Tensor) -> Footprint:
     hidden = entering[0]
     logits = skippable.logits(ids, range(len(skippable.switches)))
     width = hidden.shape[-1]
-    widest = max([width, *(_width(part) for switch in skippable.switches for part in switch.block.modules())])
+    widest = max([width, *(_width(module) for switch in skippable.switches for module in switch.block.modules())])
     return Footprint(
         branch=hidden.nbytes // ids.numel(),
         block=4 * (8 * width + 4 * widest),
@@ -113,6 +113,6 @@ def measure_footprint(skippable: SkippableModel, ids: Tensor) -> Footprint:
 
 
 def _width(module: nn.Module) -> int:
-    """Return the greatest number of values that a module makes of one; packed weights do not have the shape for it."""
+    """Return the most values that a module makes of one token, by its attributes: packed weights have other shapes."""
     sizes = [max(weight.shape, default=1) for weight in module.parameters(recurse=False)]
     return max(getattr(module, "in_features", 0), getattr(module, "out_features", 0)) or max(sizes, default=1)

@@ -38,7 +38,7 @@ def align(model: Any) -> None:
 
 def offloaded_values(model: Any) -> OffloadedValues | None:
     """Return the values of a model's offloaded weights, which from then on go through here; None if it has none."""
-    hooks = [hook for module in model.modules() if (hook := _offloading(module))]
+    hooks = [hook for module in model.modules() if (hook := _offloading_hook(module))]
     if not hooks:
         return None
     stored = hooks[0].weights_map.dataset  # of all hooks, with a prefix for each
@@ -49,7 +49,7 @@ def offloaded_values(model: Any) -> OffloadedValues | None:
 
 
 class Offloaded(BlockWeights):
-    """Some blocks have their weights in place only while they are visited; accelerate gives them theirs to run."""
+    """Blocks, some of whose weights are in place only while they are visited or accelerate runs them."""
 
     def __init__(self, values: OffloadedValues, blocks: Sequence[nn.Module]) -> None:
         self._values, self._blocks = values, blocks
@@ -75,19 +75,18 @@ def loaded(module: nn.Module) -> Iterator[None]:
     """Put the offloaded weights of a module where it runs, and leave them there while the context is open."""
     placed: list[tuple[nn.Module, Any]] = []
     try:
-        for part in module.modules():
-            if hook := _offloading(part):
-                hook.pre_forward(part)
-                hook.offload = False
-                placed.append((part, hook))
+        for submodule in module.modules():
+            if hook := _offloading_hook(submodule):
+                hook.pre_forward(submodule)
+                hook.offload = False  # or accelerate would take the weights away when the module has run
+                placed.append((submodule, hook))
         yield
     finally:
-        for part, hook in placed:
+        for submodule, hook in placed:
             hook.offload = True
-            hook.post_forward(part, ())
+            hook.post_forward(submodule, ())
 
 
-def _offloading(module: nn.Module) -> Any:
-    """Return the hook by which accelerate moves a module's weights, if it does."""
+def _offloading_hook(module: nn.Module) -> Any:
     hook = getattr(module, "_hf_hook", None)
     return hook if getattr(hook, "offload", False) else None

@@ -21,7 +21,7 @@ from sleb_cli.engine.memory import SmallerPieces
 from sleb_cli.events import Advance, Notice, Notify, no_progress
 from sleb_plugins import LogitMetric
 
-# At the depths of how many of a step's best candidates branches are kept.
+# Branches are kept at the depths of this many of a step's best candidates.
 KEPT_DEPTHS = 4
 
 
@@ -32,20 +32,20 @@ Span = tuple[int, int]
 """The first and the last of consecutive blocks."""
 
 ScoreStates = Callable[[Tensor, Tensor], list[float]]
-"""Takes what enters and leaves a span, [sequences, positions, hidden size]; returns the score of each sequence."""
+"""Takes the states that enter and leave a span, [sequences, positions, hidden size]; returns each sequence's score."""
 
 
 @dataclass(eq=False)
 class _MicroBatch:
-    """Sequences of a batch that pass through the model together, and what is kept of them from step to step.
+    """Sequences of a batch that pass through the model together, and the states that are kept from step to step.
 
     Attributes:
         batch: the number of the batch.
         is_last: whether it is the last of its batch.
         ids: the tokens, [sequences, positions].
-        loss_mask: which of them count as targets; None for all.
+        loss_mask: which of the tokens count as targets; None for all.
         states: hidden states that the next step may begin with.
-        dense: what leaves the last block of the dense model, if a metric needs it.
+        dense: hidden states that leave the last block of the dense model, if a metric needs them.
     """
 
     batch: int
@@ -56,7 +56,7 @@ class _MicroBatch:
     dense: Tensor | None = None
 
 
-_Wanted = Mapping[int, Sequence[int]]
+_Candidates = Mapping[int, Sequence[int]]
 """The candidates to score on each batch; BASE alone stands for none."""
 
 _Scored = tuple[_MicroBatch, int, list[float]]
@@ -65,7 +65,7 @@ _Scored = tuple[_MicroBatch, int, list[float]]
 
 @dataclass(frozen=True)
 class _Step:
-    """Which metric is scored without which blocks, the best candidates so far, and how progress is told."""
+    """One step of a search: its metric, the blocks removed so far, the best candidates so far, and its progress."""
 
     metric: LogitMetric
     removed: Sequence[int]
@@ -97,7 +97,7 @@ class Passes:
     """Called with the number of a batch before a part of it runs, and with None when unfinished batches begin anew."""
 
     _removed: tuple[int, ...] = field(default=(), init=False)
-    _parts: dict[int, list[_MicroBatch]] = field(default_factory=dict, init=False)
+    _micro_batches: dict[int, list[_MicroBatch]] = field(default_factory=dict, init=False)
 
     @property
     def numbers(self) -> range:
@@ -111,7 +111,7 @@ class Passes:
             self,
             batches=torch.split(sequences, size),
             loss_mask=None if loss_mask is None else torch.split(loss_mask, size),
-            budget=replace(self.budget, kept=0),
+            budget=replace(self.budget, kept_branches=0),
             first=self.numbers.stop,
         )
 
@@ -126,8 +126,8 @@ class Passes:
         """Score batches without each of their candidates; yield batch, candidate (BASE without any), and scores.
 
         `ranking` has the best candidates so far, the best first: the next step probably starts at one of them. Progress
-        is told in sequences of a candidate, and parts of one.
-        If memory runs out, continue in smaller pieces; nothing is scored twice.
+        is told in sequences of a candidate, and fractions of one. If memory runs out, continue in smaller pieces;
+        nothing is scored twice.
 
         Raises:
             OutOfMemory: the pieces are as small as they can be.
@@ -137,37 +137,40 @@ class Passes:
         left = {batch: list(candidates) or [BASE] for batch, candidates in jobs}
         for _ in (pieces := self._smaller_pieces()):
             self.watch(None)
-            wanted = {batch: tuple(blocks) for batch, blocks in left.items() if blocks}
-            found: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
+            # Scores of a candidate whose batch was unfinished when memory ran out are dropped, and made again.
+            to_score = {batch: tuple(blocks) for batch, blocks in left.items() if blocks}
+            scores: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
             with pieces:
-                for part, block, scores in run(step, wanted):
-                    found[part.batch, block] += scores
-                    if part.is_last:
-                        left[part.batch].remove(block)
-                        yield part.batch, block, found[part.batch, block]
+                for micro, block, of_micro in run(step, to_score):
+                    scores[micro.batch, block] += of_micro
+                    if micro.is_last:
+                        left[micro.batch].remove(block)
+                        yield micro.batch, block, scores[micro.batch, block]
 
-    def _run_walks(self, step: _Step, wanted: _Wanted) -> Iterator[_Scored]:
+    def _run_walks(self, step: _Step, candidates: _Candidates) -> Iterator[_Scored]:
         """Score micro-batches without each of their candidates, in walks of as many as fit into memory."""
-        for together in self._together(wanted):
-            longest, most = max(len(wanted[part.batch]) for part in together), self.budget.branches
+        for together in self._walk_groups(candidates):
+            longest, most = max(len(candidates[micro.batch]) for micro in together), self.budget.branches
             for at in range(0, longest, most):
-                chunk = {part: some for part in together if (some := wanted[part.batch][at : at + most])}
+                chunk = {micro: some for micro in together if (some := candidates[micro.batch][at : at + most])}
                 walks, dense = self._start_walks(step, chunk)
                 for block in walk_together(self.skippable, [*walks.values(), *dense.values()]):
-                    for part in walks:
-                        step.advance(walks[part].share(block) * len(chunk[part]) * len(part.ids))
-                for part in dense:
-                    part.dense = dense[part].branches.pop(BASE)
-                for part in walks:
-                    for block in chunk[part]:
-                        scores = self._score_final(step.metric, part, walks[part].branches.pop(block))
-                        if not walks[part].block_runs:
-                            step.advance(len(part.ids))
-                        yield part, block, scores
+                    for micro in walks:
+                        step.advance(walks[micro].share(block) * len(chunk[micro]) * len(micro.ids))
+                for micro in dense:
+                    micro.dense = dense[micro].branches.pop(BASE)
+                for micro in walks:
+                    for block in chunk[micro]:
+                        scores = self._score_final(step.metric, micro, walks[micro].branches.pop(block))
+                        if not walks[micro].block_runs:
+                            step.advance(len(micro.ids))
+                        yield micro, block, scores
                 del walks, dense  # before the next ones are made
-            for part in together:  # forget what the next step does not need, or has no memory for
-                part.states.shrink(self._kept(part), [*self._depths(step, part, wanted[part.batch])])
-                part.dense = part.dense if self.budget.kept else None
+            for micro in together:  # drop states that the next step does not need, or has no memory for
+                micro.states.shrink(
+                    self._branches_to_keep(micro), [*self._depths(step, micro, candidates[micro.batch])]
+                )
+                micro.dense = micro.dense if self.budget.kept_branches else None
 
     def _start_walks(
         self, step: _Step, chunk: Mapping[_MicroBatch, Sequence[int]]
@@ -176,40 +179,40 @@ class Passes:
         shared = SharedInputs(self.skippable, self.store)
         walks: dict[_MicroBatch, Walk] = {}
         dense: dict[_MicroBatch, Walk] = {}
-        for part, blocks in chunk.items():
-            watch = partial(self.watch, part.batch)
-            start = partial(Walk, self.skippable, shared.calls(part.ids), store=self.store, watch=watch)
-            walks[part] = start(part.states, step.removed, blocks, keep=self._depths(step, part, blocks))
-            if step.metric.needs_dense_logits and part.dense is None:
-                dense[part] = start(States(), (), ())
+        for micro, blocks in chunk.items():
+            watch = partial(self.watch, micro.batch)
+            start = partial(Walk, self.skippable, shared.calls(micro.ids), store=self.store, watch=watch)
+            walks[micro] = start(micro.states, step.removed, blocks, keep=self._depths(step, micro, blocks))
+            if step.metric.needs_dense_logits and micro.dense is None:
+                dense[micro] = start(States(), (), ())
         return walks, dense
 
-    def _depths(self, step: _Step, part: _MicroBatch, blocks: Sequence[int]) -> dict[int, int]:
-        return depths_to_keep(step.ranking, blocks, self._kept(part), KEPT_DEPTHS)
+    def _depths(self, step: _Step, micro: _MicroBatch, blocks: Sequence[int]) -> dict[int, int]:
+        return depths_to_keep(step.ranking, blocks, self._branches_to_keep(micro), KEPT_DEPTHS)
 
-    def _kept(self, part: _MicroBatch) -> int:
-        """Return how many branches are kept from step to step, besides the dense model's."""
-        return self.budget.kept - (part.dense is not None)
+    def _branches_to_keep(self, micro: _MicroBatch) -> int:
+        """Return the number of branches to keep for the next step, besides the dense model's."""
+        return self.budget.kept_branches - (micro.dense is not None)
 
-    def _score_final(self, metric: LogitMetric, part: _MicroBatch, hidden: Tensor) -> list[float]:
-        """Return each sequence's score from what leaves the last block."""
-        predict = partial(Predictions, self.skippable, part.ids)
-        dense = predict(part.dense) if metric.needs_dense_logits and part.dense is not None else None
+    def _score_final(self, metric: LogitMetric, micro: _MicroBatch, hidden: Tensor) -> list[float]:
+        """Return each sequence's score, given the hidden states that leave the last block."""
+        predict = partial(Predictions, self.skippable, micro.ids)
+        dense = predict(micro.dense) if metric.needs_dense_logits and micro.dense is not None else None
         scores = score_logits(
-            metric, predict(hidden), part.ids, dense, loss_mask=part.loss_mask, positions=self.budget.positions
+            metric, predict(hidden), micro.ids, dense, loss_mask=micro.loss_mask, positions=self.budget.positions
         )
         return scores.tolist()
 
-    def _run_whole(self, step: _Step, wanted: _Wanted) -> Iterator[_Scored]:
+    def _run_whole(self, step: _Step, candidates: _Candidates) -> Iterator[_Scored]:
         """Score micro-batches without each of their candidates, by passes of the whole model."""
-        for part in (part for batch in wanted for part in self._parts_of(batch)):
-            self.watch(part.batch)
-            dense = self.skippable.logits(part.ids, ()) if step.metric.needs_dense_logits else None
-            for block in wanted[part.batch]:
-                logits = self.skippable.logits(part.ids, {*step.removed, block})
-                scores = score_logits(step.metric, logits, part.ids, dense, loss_mask=part.loss_mask)
-                step.advance(len(part.ids))
-                yield part, block, scores.tolist()
+        for micro in (micro for batch in candidates for micro in self._micro_batches_of(batch)):
+            self.watch(micro.batch)
+            dense = self.skippable.logits(micro.ids, ()) if step.metric.needs_dense_logits else None
+            for block in candidates[micro.batch]:
+                logits = self.skippable.logits(micro.ids, {*step.removed, block})
+                scores = score_logits(step.metric, logits, micro.ids, dense, loss_mask=micro.loss_mask)
+                step.advance(len(micro.ids))
+                yield micro, block, scores.tolist()
 
     def score_states(
         self,
@@ -222,62 +225,62 @@ class Passes:
         """Run batches through the model as it stands, and return the scores of each batch's sequences by span.
 
         Spans begin and end with a candidate and have up to `longest` blocks, and at most so many states exist at once.
-        If memory runs out, batches are run again in smaller parts.
+        If memory runs out, batches are run again in smaller micro-batches.
 
         Raises:
-            OutOfMemory: the parts are as small as they can be.
+            OutOfMemory: the micro-batches are as small as they can be.
         """
-        found: dict[int, dict[Span, list[float]]] = {}
+        finished: dict[int, dict[Span, list[float]]] = {}
         for _ in (pieces := self._smaller_pieces()):
             scores: defaultdict[int, defaultdict[Span, list[float]]] = defaultdict(lambda: defaultdict(list))
             with pieces:
-                for together in self._together(batch for batch in batches if batch not in found):
-                    for part, span, each in self._run_as_it_stands(together, removed, candidates, score, longest):
-                        scores[part.batch][span] += each
-                    found.update({part.batch: scores[part.batch] for part in together if part.is_last})
-        return found
+                for together in self._walk_groups(batch for batch in batches if batch not in finished):
+                    for micro, span, of_micro in self._score_spans(together, removed, candidates, score, longest):
+                        scores[micro.batch][span] += of_micro
+                    finished.update({micro.batch: scores[micro.batch] for micro in together if micro.is_last})
+        return finished
 
-    def _run_as_it_stands(
+    def _score_spans(
         self,
-        parts: Sequence[_MicroBatch],
+        micro_batches: Sequence[_MicroBatch],
         removed: Sequence[int],
         candidates: Sequence[int],
         score: ScoreStates,
         longest: int,
     ) -> list[tuple[_MicroBatch, Span, list[float]]]:
-        """Run parts through the model up to the last candidate, and return the scores of their spans."""
-        entered = {part: dict[int, Tensor]() for part in parts}
-        found = []
+        """Run micro-batches through the model up to the last candidate, and return the scores of their spans."""
+        entered = {micro: dict[int, Tensor]() for micro in micro_batches}
+        scores = []
 
-        def listen(part: _MicroBatch, block: int, entering: Tensor, leaving: Tensor) -> None:
+        def listen(micro: _MicroBatch, block: int, entering: Tensor, leaving: Tensor) -> None:
             if block in candidates:
-                near = {first: state for first, state in entered[part].items() if block - first < longest}
-                entered[part] = near | {block: entering}
-                for first, state in entered[part].items():
-                    found.append((part, (first, block), score(state, leaving)))
+                near = {first: state for first, state in entered[micro].items() if block - first < longest}
+                entered[micro] = near | {block: entering}
+                for first, state in entered[micro].items():
+                    scores.append((micro, (first, block), score(state, leaving)))
 
         if not self.forks:
-            for part in parts:
-                self.skippable.run_with_hook(part.ids, removed, partial(listen, part))
-            return found
+            for micro in micro_batches:
+                self.skippable.run_with_hook(micro.ids, removed, partial(listen, micro))
+            return scores
         device = self.skippable.device
         store = (lambda hidden: hidden.to(device)) if self.skippable.weights.resident else self.store
         shared = SharedInputs(self.skippable, self.store)
-        calls = [shared.calls(part.ids)[: candidates[-1] + 1] for part in parts]
-        walks = [Walk(self.skippable, each, States(), removed, (), store=store) for each in calls]
-        entering = [each[0].entering for each in calls]
+        calls = [shared.calls(micro.ids)[: candidates[-1] + 1] for micro in micro_batches]
+        walks = [Walk(self.skippable, of_micro, States(), removed, (), store=store) for of_micro in calls]
+        entering = [of_micro[0].entering for of_micro in calls]
         for block in walk_together(self.skippable, walks):
-            for number, (part, walk) in enumerate(zip(parts, walks, strict=True)):
-                listen(part, block, entering[number], walk.branches[BASE])
+            for number, (micro, walk) in enumerate(zip(micro_batches, walks, strict=True)):
+                listen(micro, block, entering[number], walk.branches[BASE])
                 entering[number] = walk.branches[BASE]
-        return found
+        return scores
 
     def _smaller_pieces(self) -> SmallerPieces[MemoryBudget]:
         """Return the budget, and a smaller one as often as memory runs out."""
 
         def reduce(budget: MemoryBudget) -> None:
             self.budget = budget
-            self._parts.clear()
+            self._micro_batches.clear()
             self.notify(
                 Notice(
                     f"Out of memory on {self.skippable.device}; continuing with {budget.branches} candidates, "
@@ -287,30 +290,32 @@ class Passes:
 
         return SmallerPieces(self.budget, MemoryBudget.halved, reduce)
 
-    def _together(self, batches: Iterable[int]) -> list[list[_MicroBatch]]:
-        """Return the parts of these batches that walk together: all if blocks are streamed, or else each on its own."""
-        parts = [part for batch in batches for part in self._parts_of(batch)]
+    def _walk_groups(self, batches: Iterable[int]) -> list[list[_MicroBatch]]:
+        """Group the micro-batches that walk together: all of them if blocks are streamed, or else each on its own."""
+        micro_batches = [micro for batch in batches for micro in self._micro_batches_of(batch)]
         if self.skippable.weights.resident:
-            return [[part] for part in parts]
-        return [parts] if parts else []
+            return [[micro] for micro in micro_batches]
+        return [micro_batches] if micro_batches else []
 
-    def _parts_of(self, batch: int) -> list[_MicroBatch]:
-        if batch not in self._parts:
+    def _micro_batches_of(self, batch: int) -> list[_MicroBatch]:
+        if batch not in self._micro_batches:
             index = batch - self.first
-            parts = torch.split(self.batches[index], self.budget.sequences)
-            masks = torch.split(self.loss_mask[index], self.budget.sequences) if self.loss_mask else [None] * len(parts)
-            self._parts[batch] = [
-                _MicroBatch(batch, number == len(parts), ids, mask)
-                for number, (ids, mask) in enumerate(zip(parts, masks, strict=True), start=1)
+            pieces = torch.split(self.batches[index], self.budget.sequences)
+            masks = (
+                torch.split(self.loss_mask[index], self.budget.sequences) if self.loss_mask else [None] * len(pieces)
+            )
+            self._micro_batches[batch] = [
+                _MicroBatch(batch, number == len(pieces), ids, mask)
+                for number, (ids, mask) in enumerate(zip(pieces, masks, strict=True), start=1)
             ]
-        return self._parts[batch]
+        return self._micro_batches[batch]
 
     def _drop_outdated(self, removed: tuple[int, ...]) -> None:
         """Drop the kept states that the latest removals change."""
         known = len(self._removed) if removed[: len(self._removed)] == self._removed else None
-        for part in (part for parts in self._parts.values() for part in parts):
+        for micro in (micro for micro_batches in self._micro_batches.values() for micro in micro_batches):
             if known is None:
-                part.states.at.clear()
+                micro.states.at.clear()
             for block in removed[known:]:
-                part.states.after_removal(block)
+                micro.states.after_removal(block)
         self._removed = removed

@@ -40,14 +40,14 @@ def place_model(
         notify: the listener for events.
         device_map: the places of its modules, if they are not all on the device.
         stream: whether its blocks are streamed; None streams a model that does not fit into memory.
-        reserved: the bytes of memory that other things need.
+        reserved: the bytes of memory that are needed besides the weights.
         cast: the data type of the checkpoint to be written; None for the model's own.
 
     Raises:
         UsageError: there is no such data type.
         UnsupportedModelError: the weights are quantized, so they cannot be streamed.
     """
-    own = cast or architecture.dtype or torch.float32
+    default = cast or architecture.dtype or torch.float32
     if device_map is not None:  # which says where weights are, so that they cannot be rounded first
         name = dtype_name(cast) if cast else dtype
         chosen = choose_dtype(architecture, name, device, lambda wide: None, notify)
@@ -56,7 +56,7 @@ def place_model(
     def lack(wide: torch.dtype, *, streams: bool = False) -> str | None:
         return memory_shortage(model_bytes(architecture, wide, stream=streams) + reserved, device)
 
-    streams = lack(own) is not None if stream is None else stream
+    streams = lack(default) is not None if stream is None else stream
     chosen = choose_dtype(architecture, dtype, device, partial(lack, streams=streams), notify, cast)
     if stream:
         require_streamable(architecture)
@@ -112,10 +112,10 @@ def open_dense(architecture: Architecture, placement: Placement, notify: Notify)
         if tensor.is_floating_point():
             tensor.copy_(tensor.to(placement.rounded))
     path = architecture.adapter.blocks_path
-    for name, place in getattr(model, "hf_device_map", {}).items():
+    for name, mapped in getattr(model, "hf_device_map", {}).items():
         if name.startswith(f"{path}.") and name.removeprefix(f"{path}.").count("."):
             raise UnsupportedModelError(
-                f"accelerate would split a block across devices: it puts {name} alone on {place}.",
+                f"accelerate would split a block across devices: it puts {name} alone on {mapped}.",
                 hint="Use --stream, or a device with more memory.",
             )
     values, blocks = offloaded_values(model), architecture.blocks_of(model)

@@ -1,4 +1,4 @@
-"""What a model predicts at each position of a batch, with few logits in memory at a time."""
+"""The predictions of a model at each position of a batch, with few logits in memory at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 
 
 class Predictions:
-    """The logits of a batch, computed a slice of positions at a time from what leaves the last block."""
+    """The logits of a batch, computed a slice of positions at a time from the states that leave the last block."""
 
     def __init__(self, skippable: SkippableModel, ids: Tensor, hidden: Tensor) -> None:
         self._skippable, self._ids, self._hidden = skippable, ids, hidden
@@ -35,10 +35,10 @@ Logits = Tensor | Predictions
 def predict_together(
     skippable: SkippableModel, batches: Sequence[Tensor], sizes: Sequence[Collection[int]]
 ) -> Iterator[list[Predictions]]:
-    """Yield, for each batch, what the model predicts without each of these sets of blocks.
+    """Yield, for each batch, the model's predictions without each of these sets of blocks.
 
-    What these models share is computed once, and if blocks are streamed, each is read once; the hidden states of all
-    are in host memory meanwhile.
+    Blocks that these models share are computed once and, if they are streamed, read once; the hidden states of all
+    models are in host memory meanwhile.
     """
     store = keep_on_device if skippable.weights.resident else to_cpu
     shared = SharedInputs(skippable, store)
@@ -50,10 +50,10 @@ def predict_together(
 
 
 class PredictionsInTurn:
-    """What a model predicts without each of some sets of blocks, asked on the same batches for one set after the other.
+    """Predictions without each of some sets of blocks, asked on the same batches for one set after the other.
 
-    When the first set is asked for, all are computed, so that what they share is computed once. The others wait, as
-    hidden states in up to `memory` bytes of the host; those for which there is no room are computed when asked for.
+    When the first set is asked for, all are computed, so that blocks they share run once. The others wait, as hidden
+    states in up to `memory` bytes of the host; a set for which there is no room is computed when it is asked for.
     """
 
     def __init__(self, skippable: SkippableModel, sizes: Sequence[Collection[int]], memory: int) -> None:

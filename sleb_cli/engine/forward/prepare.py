@@ -19,8 +19,8 @@ from sleb_cli.events import Notify
 from sleb_cli.units import format_bytes
 from sleb_plugins import MachineError, UnsupportedModelError
 
-# The hidden states that a streamed step holds in addition to the candidates': what enters the first block, the base
-# where the next group starts, the base, and the dense model's or one that is kept.
+# The branches that a streamed step holds besides the candidates': the input of the first block, the base where the next
+# group starts, the base, and the dense model's or one that is kept.
 OTHER_BRANCHES = 4
 
 
@@ -43,10 +43,10 @@ def prepare_passes(
         sequences: tokens on its device, [sequences, positions].
         notify: the listener.
         loss_mask: which tokens count as targets, bool [sequences, positions]; None for all.
-        memory: how many bytes may be used on a device in addition to the model.
+        memory: returns the bytes that may be used on a device in addition to the model.
         batch_size: sequences in a batch; None chooses it by the device.
-        min_batches: how many batches to make at least, if there are enough sequences.
-        checked: on how many tokens of a sequence the fork is checked; None for all.
+        min_batches: the least number of batches, if there are enough sequences.
+        checked: the tokens of a sequence on which the fork is checked; None for all.
         walks_together: whether all sequences go through each streamed block together, so that all their states exist.
 
     Raises:
@@ -77,10 +77,7 @@ def prepare_passes(
 def _store_all(passes: Passes, footprint: Footprint, available: int, memory: Callable[[torch.device], int]) -> Passes:
     """Choose where the hidden states of all sequences and branches wait, and how many are kept between steps.
 
-    If those of all candidates do not fit into memory, a step goes through the model with a group of them at a time.
-
-    Raises:
-        MachineError: not even those of one candidate fit.
+    If all candidates' states do not fit into memory, a step goes through the model with a group of them at a time.
     """
     device, skippable = passes.skippable.device, passes.skippable
     count = len(skippable.switches)
@@ -97,5 +94,6 @@ def _store_all(passes: Passes, footprint: Footprint, available: int, memory: Cal
             f"The hidden states of all sequences need {needed}, but only {format_bytes(max(0, room))} may be used.",
             hint="Use fewer --samples, a smaller --sequence-length, or a larger --memory.",
         )
-    kept = 1 + (branches - count) // 2 if branches >= count else 0
-    return replace(passes, store=store, budget=replace(passes.budget, branches=min(branches, count), kept=kept))
+    to_keep = 1 + (branches - count) // 2 if branches >= count else 0
+    budget = replace(passes.budget, branches=min(branches, count), kept_branches=to_keep)
+    return replace(passes, store=store, budget=budget)

@@ -27,7 +27,7 @@ from sleb_plugins.errors import explain_out_of_memory
 
 @dataclass(frozen=True)
 class Call:
-    """What a model passes to one block: hidden states, and other inputs such as masks and rotary tables."""
+    """The inputs that a model passes to one block: hidden states, and others such as masks and rotary tables."""
 
     block: int
     entering: Tensor
@@ -38,9 +38,9 @@ class Call:
 class BlockSwitch:
     """Replaces one block's `forward`: runs it, or returns its input, or returns the hidden states in `inject`.
 
-    `hook` is called with what enters and leaves and the other inputs, and `fetch` before the block runs. `wraps` has,
-    by class, what turns hidden states into what such a block returns; the first block of a class runs once even if it
-    is skipped, to find out.
+    `hook` is called with the states that enter and leave and the other inputs, and `fetch` before the block runs.
+    `wraps` has a function for each class of blocks that makes hidden states a return value of theirs; the first block
+    of a class runs once even if it is skipped, to find that function.
     """
 
     def __init__(self, block: nn.Module, wraps: dict[type[nn.Module], Callable[[Tensor], Any]]) -> None:
@@ -77,8 +77,8 @@ def _contiguous(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Have the head's input in one piece.
 
     The last position of each sequence is not, and in bfloat16 torch 2.13 then takes 22 s instead of 0.1 s on a CPU for
-    16 sequences and a vocabulary of 262,144. For one sequence, which takes 0.9 s, it only seems to be: its strides are
-    still those of the whole.
+    16 sequences and a vocabulary of 262,144. One sequence, which takes 0.9 s, only seems to be in one piece: it still
+    has the strides of the whole.
     """
     return tuple(arg.flatten().view(arg.shape) if isinstance(arg, Tensor) else arg for arg in args)
 
@@ -99,8 +99,8 @@ def _wrapper_like(output: Any) -> Callable[[Tensor], Any]:
     return lambda hidden: kind([hidden, *others])
 
 
-def _computed(output: Tensor, what: str) -> Tensor:
-    """Return what was computed, and not only its shape: that is what weights on the meta device give."""
+def _require_values(output: Tensor, what: str) -> Tensor:
+    """Return an output that has values; weights on the meta device give only a shape."""
     if output.is_meta:
         raise UnsupportedModelError(
             f"{what.capitalize()} returns a shape without values: some of its weights stayed on the meta device.",
@@ -140,7 +140,7 @@ class SkippableModel:
 
     @property
     def head_blocks(self) -> float:
-        """As how many blocks the output embeddings count, by the number of weights."""
+        """The weights of the output embeddings, in blocks."""
         output = self.model.get_output_embeddings()
         block = sum(weight.numel() for weight in self.switches[0].block.parameters())
         return sum(weight.numel() for weight in output.parameters()) / max(block, 1) if output is not None else 0.0
@@ -185,7 +185,7 @@ class SkippableModel:
         hook: Callable[[int, Tensor, Tensor], None],
         start: tuple[int, Tensor] | None = None,
     ) -> None:
-        """Run the model without the removed blocks; call `hook` with each other block and what enters and leaves it.
+        """Run the model without the removed blocks; call `hook` with each other block and its input and output.
 
         `start` is a block and the hidden states that enter it: the blocks before it are not run. With a device map, all
         states are passed on the model's device. An exception raised by `hook` is raised unchanged.
@@ -196,7 +196,7 @@ class SkippableModel:
             self.switches[first - 1].inject = start[1]
         for index, switch in enumerate(self.switches):
             if index not in removed and index >= first:
-                switch.hook = lambda *states, block=index: hook(block, *(each.to(self.device) for each in states[:2]))
+                switch.hook = lambda *states, block=index: hook(block, *(state.to(self.device) for state in states[:2]))
         self._forward(ids, last=1)
 
     def calls(self, ids: Tensor) -> list[Call]:
@@ -232,24 +232,24 @@ class SkippableModel:
 
     @contextmanager
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Give parameters new values by name, and restore their own on exit; those that are away come with them."""
-        own = {name: self.model.get_parameter(name) for name in values}
-        before = {name: parameter.data for name, parameter in own.items() if not parameter.is_meta}
+        """Give parameters new values by name, and restore their own on exit; weights that are away come with them."""
+        parameters = {name: self.model.get_parameter(name) for name in values}
+        before = {name: parameter.data for name, parameter in parameters.items() if not parameter.is_meta}
         with self.weights.replaced(values):
             try:
                 for name in before:
-                    own[name].data = values[name].to(own[name].device, own[name].dtype)
+                    parameters[name].data = values[name].to(parameters[name].device, parameters[name].dtype)
                 yield
             finally:
                 for name, data in before.items():
-                    own[name].data = data
+                    parameters[name].data = data
 
     def run_block(self, call: Call, hidden: Tensor) -> Tensor:
         """Run one block alone, as in a pass of the whole model, on hidden states of the recorded shape."""
         hidden = hidden.to(self.places[call.block])  # states may be held where there is more memory
         with self._translate_errors(call.entering.shape, f"block {call.block} alone"):
             output = self.switches[call.block].forward(hidden, *call.args, **call.kwargs)
-            return _computed(_hidden_states(output), f"block {call.block}")
+            return _require_values(_hidden_states(output), f"block {call.block}")
 
     def head(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Return the logits of hidden states that leave the last block: final norm, head, and the family's own steps.
@@ -270,10 +270,10 @@ class SkippableModel:
         takes_last = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         options = {"logits_to_keep": last} if last and takes_last else {}
         skipped = [index for index, switch in enumerate(self.switches) if switch.skip]
-        what = f"without blocks {skipped}" if skipped else ""
-        with self._fetching(), self._translate_errors(ids.shape, what):
+        without = f"without blocks {skipped}" if skipped else ""
+        with self._fetching(), self._translate_errors(ids.shape, without):
             logits: Tensor = self.model(input_ids=ids, use_cache=False, **options).logits
-        return _computed(logits, "the model")
+        return _require_values(logits, "the model")
 
     @contextmanager
     def _fetching(self) -> Iterator[None]:

@@ -27,29 +27,29 @@ class States:
         return max(depths, default=None)
 
     def after_removal(self, block: int) -> None:
-        """Drop what changes when `block` is removed; above it, only its own branch is right, as the new base."""
+        """Drop the states that change when `block` is removed; above it, only its own branch stays, as the new base."""
         for depth in [depth for depth in self.at if depth > block]:
             branches = self.at.pop(depth)
             if block in branches:
                 self.at[depth] = {BASE: branches[block]}
 
-    def shrink(self, limit: int, wanted: Sequence[int]) -> None:
-        """Keep at most `limit` branches; drop the depths that are not wanted first, then the least wanted."""
-        kept = 0
-        for depth in [*wanted, *sorted(self.at.keys() - set(wanted), reverse=True)]:
+    def shrink(self, limit: int, useful: Sequence[int]) -> None:
+        """Keep at most `limit` branches: of the `useful` depths first, the most useful first, then of the deepest."""
+        count = 0
+        for depth in [*useful, *sorted(self.at.keys() - set(useful), reverse=True)]:
             if depth in self.at:
-                kept += len(self.at[depth])
-                if kept > limit:
-                    kept -= len(self.at.pop(depth))
+                count += len(self.at[depth])
+                if count > limit:
+                    count -= len(self.at.pop(depth))
 
 
 def depths_to_keep(ranking: Sequence[int], candidates: Sequence[int], limit: int, count: int) -> dict[int, int]:
     """Choose the depths at which to keep branches for the next step, and how many at each; the most useful come first.
 
-    The first candidate's depth comes first, because what lies below it is the same in every step. The next step starts
-    at the block that this one removes, which is probably among the `count` best of `ranking` (the best first); without
-    a ranking, depths are spread evenly. A depth has the base branch and one for every candidate below it; the lowest
-    ones save the most. At most `limit` branches are kept in all.
+    The first candidate's depth comes first, because no step changes the blocks below it. The next step starts at the
+    block that this one removes, which is probably among the `count` best of `ranking` (the best first); without a
+    ranking, depths are spread evenly. A depth has the base branch and one for every candidate below it; the lowest
+    branches save the most. At most `limit` branches are kept in all.
     """
     spread = candidates[:: max(1, len(candidates) // (2 * count))]
     chosen: dict[int, int] = {}

@@ -1,11 +1,11 @@
 """A model larger than memory: its blocks stay in the weight files, and are read one at a time as they are visited.
 
 Everything outside the blocks (embeddings, final norm, head) is in memory. While one block computes, a thread reads the
-next one, so there are never more than two blocks in memory. What the files hold becomes parameters by transformers' own
-loader, which knows how families rename, stack and cast them.
+next one, so there are never more than two blocks in memory. transformers' own loader makes parameters of the tensors in
+the files, since it knows how families rename, stack and cast them.
 
 Weights come to lie at the same addresses, modulo a page, as where transformers maps the files into memory, because fast
-kernels may round differently at others: so the numbers are those of the model in memory.
+kernels may round differently at others: so a streamed model gives the same numbers as one in memory.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class StreamedBlocks(BlockWeights):
             self._drop(*order)
 
     def align(self) -> None:
-        """Align what is read from now on, rather than leave it as in a mapped file."""
+        """Align weights that are read from now on, rather than leave them as in a mapped file."""
         self._as_mapped = False
 
     @contextmanager
@@ -128,7 +128,7 @@ class StreamedBlocks(BlockWeights):
 
     def _load(self, block: int) -> None:
         """Read a block and put its weights in place; runs in the thread."""
-        self._place(self._read(self._by_block[block]))
+        self._put_in_place(self._read(self._by_block[block]))
         self.modules[block].requires_grad_(False)
         empty = [name for name, tensor in self.modules[block].state_dict().items() if tensor.is_meta]
         if empty:
@@ -136,27 +136,27 @@ class StreamedBlocks(BlockWeights):
 
     def _read(self, stored: Sequence[StoredTensor]) -> dict[str, Tensor]:
         """Read tensors of weight files, and copy them to the device, while it computes if it can do both."""
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for path in dict.fromkeys(tensor.path for tensor in stored):
             here = [tensor for tensor in stored if tensor.path == path]
             if path.suffix == ".safetensors":
                 with reading(path), path.open("rb") as file:
-                    found |= {tensor.name: self._read_tensor(file, tensor) for tensor in here}
+                    tensors |= {tensor.name: self._read_tensor(file, tensor) for tensor in here}
             else:
-                held = load_pickle(path)
-                found |= {tensor.name: held[tensor.name] for tensor in here}
+                pickled = load_pickle(path)
+                tensors |= {tensor.name: pickled[tensor.name] for tensor in here}
         if self._rounded:
-            floats = {name: tensor for name, tensor in found.items() if tensor.is_floating_point()}
-            found |= {name: tensor.to(self._rounded) for name, tensor in floats.items()}
+            floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+            tensors |= {name: tensor.to(self._rounded) for name, tensor in floats.items()}
         if self._stream is None:
-            return {name: tensor.to(self._device) for name, tensor in found.items()}
+            return {name: tensor.to(self._device) for name, tensor in tensors.items()}
         with torch.get_device_module(self._device).stream(self._stream):
-            found = {name: tensor.to(self._device, non_blocking=True) for name, tensor in found.items()}
+            tensors = {name: tensor.to(self._device, non_blocking=True) for name, tensor in tensors.items()}
         self._stream.synchronize()
-        return found
+        return tensors
 
     def _read_tensor(self, file: BufferedReader, tensor: StoredTensor) -> Tensor:
-        """Read a tensor to an address that is that of a mapped file, modulo a page, or else to one that is aligned."""
+        """Read a tensor to the address that a mapped file would have, modulo a page, or else to an aligned one."""
         dtype, start = TORCH_DTYPES.get(tensor.dtype), tensor.start or 0
         if dtype is None:
             raise UnsupportedModelError(
@@ -170,6 +170,7 @@ class StreamedBlocks(BlockWeights):
         file.seek(start)
         if file.readinto(values.numpy().data) < tensor.size:
             raise ModelError(f"{tensor.path} became shorter while sleb read it.", hint="Copy or download it again.")
+        # torch views bytes as numbers only at multiples of their size.
         values = values.clone() if begin % dtype.itemsize else values
         return values.view(dtype).view(tensor.shape)
 
@@ -178,10 +179,10 @@ class StreamedBlocks(BlockWeights):
         synchronize(self._device)
         for block in blocks:
             for name, tensor in self._empty[block].items():
-                path, _, own = name.rpartition(".")
-                setattr(self.modules[block].get_submodule(path), own, tensor)
+                path, _, leaf = name.rpartition(".")
+                setattr(self.modules[block].get_submodule(path), leaf, tensor)
 
-    def _place(self, tensors: Mapping[str, Tensor]) -> Any:
+    def _put_in_place(self, tensors: Mapping[str, Tensor]) -> Any:
         """Let transformers make parameters of these tensors of the files; return its loading info."""
         with translate_transformers_errors(f"the weights of {self._architecture.source.id}"):
             info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), self._config)
@@ -192,7 +193,7 @@ class StreamedBlocks(BlockWeights):
 
     def _load_outside(self, stored: Sequence[StoredTensor]) -> None:
         """Put everything outside the blocks in place, and give the blocks the buffers that no file holds."""
-        info = self._place(self._read(stored))
+        info = self._put_in_place(self._read(stored))
         inside = {f"{self._architecture.adapter.blocks_path}.{name}" for name in self.modules.state_dict()}
         info.missing_keys -= inside
         with translate_transformers_errors(f"the weights of {self._architecture.source.id}"):

@@ -111,7 +111,7 @@ def _passes(search: Search, inputs: SearchInputs, holdout: float) -> tuple[Passe
             batches += torch.split(ids, size)
             masks += [] if mask is None else torch.split(mask, size)
             texts.append(Text(source, bool(is_held_out), len(ids), range(first, len(batches))))
-    budget = replace(prepared.budget, kept=0)
+    budget = replace(prepared.budget, kept_branches=0)
     return replace(prepared, batches=batches, loss_mask=masks or None, budget=budget), texts, reason
 
 
