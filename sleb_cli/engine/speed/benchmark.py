@@ -29,7 +29,7 @@ from sleb_plugins import Engine, EngineSettings
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is timed, and where: each workload on the dense model and on each size of the pruned one.
+    """The job of `sleb bench`: to time each workload on the dense model and on each size of the pruned one.
 
     An `engine` reads `engine_source`, the model's own file or folder; without one, transformers runs the models.
     `threads` is None for torch's own number. `plugins` has the versions of other packages that take part.
@@ -38,7 +38,7 @@ class Benchmark:
     subject: Subject
     sizes: tuple[Surgery, ...]
     workloads: tuple[Workload, ...]
-    place: Placement
+    placement: Placement
     plugins: Mapping[str, str]
     threads: int | None = None
     engine: Engine | None = None
@@ -47,10 +47,10 @@ class Benchmark:
     @property
     def settings(self) -> EngineSettings:
         """How the engine loads the models."""
-        least = self.engine.least_new_tokens if self.engine else 0
-        lengths = (workload.prompt_length + max(least, workload.new_tokens) for workload in self.workloads)
+        minimum = self.engine.least_new_tokens if self.engine else 0
+        lengths = (workload.prompt_length + max(minimum, workload.new_tokens) for workload in self.workloads)
         return EngineSettings(
-            dtype=dtype_name(self.place.dtype),
+            dtype=dtype_name(self.placement.dtype),
             threads=torch.get_num_threads(),
             batch_size=max(workload.batch_size for workload in self.workloads),
             sequence_length=max(lengths),
@@ -67,12 +67,12 @@ def benchmark(wanted: Benchmark, notify: Notify, write_files: WriteFiles | None 
     """
     architecture = wanted.subject.architecture
     dense = Surgery(architecture, ())
-    with _threads(wanted.threads):
+    with _torch_threads(wanted.threads):
         if wanted.engine and write_files:
             version: str | None = wanted.engine.version() or None
             load = load_into(wanted.engine, write_files, wanted.settings, notify)
         else:
-            load = load_with_transformers(wanted.place, notify)
+            load = load_with_transformers(wanted.placement, notify)
             version = transformers.__version__
         # All sizes together or, if only two models fit, each in turn with the dense one.
         in_pairs = wanted.sizes and (wanted.engine or architecture.is_quantized or wanted.subject.experts)
@@ -82,13 +82,13 @@ def benchmark(wanted: Benchmark, notify: Notify, write_files: WriteFiles | None 
                 timed.append(_time_together(wanted, load, loaded, group, notify))
                 free_memory()
             dtype, device, attention = loaded.dtype, loaded.device, loaded.attention
-        sizes = {removals: size for found, _ in timed for removals, size in found.items()}
-        del loaded
-        free_memory()  # for the processes that measure memory
+        sizes = {removals: size for of_group, _ in timed for removals, size in of_group.items()}
+        del loaded  # it holds the dense model, for which the processes that measure memory need room
+        free_memory()
         memory: dict[Removals, list[MemoryRecord | None]] = {}
         for surgery in [] if wanted.engine else [dense, *wanted.sizes]:
             removals = surgery.steps
-            seconds, memory[removals] = measure_alone(surgery, wanted.place, wanted.workloads, notify)
+            seconds, memory[removals] = measure_alone(surgery, wanted.placement, wanted.workloads, notify)
             sizes[removals] = sizes[removals].model_copy(update={"load_seconds": seconds})
         return BenchResult(
             **THIS_VERSION,
@@ -98,7 +98,7 @@ def benchmark(wanted: Benchmark, notify: Notify, write_files: WriteFiles | None 
             dtype=dtype,
             device=device,
             threads=torch.get_num_threads(),
-            processor=processor_name(wanted.place.device),
+            processor=processor_name(wanted.placement.device),
             governor=cpu_governor(),
             torch=str(torch.__version__),
             transformers=transformers.__version__,
@@ -109,7 +109,7 @@ def benchmark(wanted: Benchmark, notify: Notify, write_files: WriteFiles | None 
                 workload_result(
                     workload,
                     [measured[number] for _, measured in timed],
-                    {removals: found[number] for removals, found in memory.items()},
+                    {removals: by_workload[number] for removals, by_workload in memory.items()},
                     engine_version=version,
                     attention=attention,
                 )
@@ -119,7 +119,7 @@ def benchmark(wanted: Benchmark, notify: Notify, write_files: WriteFiles | None 
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def _torch_threads(count: int | None) -> Iterator[None]:
     """Let torch use this many threads; None keeps its own number."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)

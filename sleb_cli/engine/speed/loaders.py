@@ -24,7 +24,7 @@ from sleb_cli.results import ModelSize, Workload
 from sleb_plugins import Engine, EngineSettings, LoadedModel
 
 WriteFiles = Callable[[Surgery], Path]
-"""Write what the engine reads of the model after a surgery; without removals, return the model's own files."""
+"""Write the files that the engine reads of the model after a surgery; without one, return the model's own."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ ModelLoader = Callable[[Surgery, TimedModel | None], AbstractContextManager[Time
 
 
 def load_with_transformers(place: Placement, notify: Notify) -> ModelLoader:
-    """Return what loads models; the pruned ones share the dense one's weights, unless they are quantized."""
+    """Return a loader by transformers; pruned models share the dense one's weights, unless they are quantized."""
 
     @contextmanager
     def load(surgery: Surgery, dense: TimedModel | None) -> Iterator[TimedModel]:
@@ -63,7 +63,7 @@ def load_with_transformers(place: Placement, notify: Notify) -> ModelLoader:
 
 
 def load_into(engine: Engine, write_files: WriteFiles, settings: EngineSettings, notify: Notify) -> ModelLoader:
-    """Return what loads models from files into an engine."""
+    """Return a loader of models from files into an engine."""
 
     @contextmanager
     def load(surgery: Surgery, dense: TimedModel | None) -> Iterator[TimedModel]:
@@ -85,7 +85,7 @@ def load_into(engine: Engine, write_files: WriteFiles, settings: EngineSettings,
 
 
 def _gguf_dtype_and_bytes(file: Path) -> tuple[str, int]:
-    """Return the data type of most weights, such as "Q4_1", and the bytes of all."""
+    """Return the data type with most bytes, such as "Q4_1", and the bytes of all tensors."""
     by_type: Counter[str] = Counter()
     for tensor in read_gguf(file).tensors:
         by_type[gguf.GGMLQuantizationType(tensor.type).name] += tensor.size
@@ -93,7 +93,7 @@ def _gguf_dtype_and_bytes(file: Path) -> tuple[str, int]:
 
 
 def _size(surgery: Surgery, stored: int, load_seconds: float | None = None) -> ModelSize:
-    """Return the size of a model; packed weights count as the parameters that they stand for."""
+    # The parameters are counted without weights, since packed ones have other shapes.
     architecture, unpacked = surgery.architecture, surgery.architecture.skeleton
     if surgery.cuts:
         unpacked = architecture.build(architecture.read_config(surgery.prune_config()))

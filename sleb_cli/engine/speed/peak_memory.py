@@ -33,7 +33,7 @@ from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 SAMPLE_SECONDS = 0.002
 
 Gone = tuple[Removals, Mapping[str, Any]]
-"""What goes, as `plan_surgery` takes it: another process plans it again."""
+"""The removals and other cuts as `plan_surgery` takes them: another process plans them again."""
 
 
 def measure_alone(
@@ -77,7 +77,7 @@ def _process() -> Iterator[ProcessPoolExecutor]:
 def _measure(
     source: ModelSource, gone: Gone, place: Placement, workloads: Sequence[Workload], threads: int
 ) -> tuple[float, list[MemoryRecord | None]]:
-    """Load the model in this process; return how many seconds its weights took, and the memory of each workload."""
+    """Load the model in this process; return the seconds that its weights took, and the memory of each workload."""
     quiet_libraries()
     torch.set_num_threads(threads)
     surgery = plan_surgery(read_architecture(source, load_plugins(), ignore), *gone)
@@ -85,11 +85,10 @@ def _measure(
     model = load_pruned(surgery, place, ignore) if surgery.cuts else load_dense(surgery.architecture, place, ignore)
     synchronize(place.device)
     seconds = time.perf_counter() - start
-    return seconds, [_memory(model, place.device, workload) for workload in workloads]
+    return seconds, [_run_memory(model, place.device, workload) for workload in workloads]
 
 
-def _memory(model: Any, device: torch.device, workload: Workload) -> MemoryRecord | None:
-    """Return the memory of one run."""
+def _run_memory(model: Any, device: torch.device, workload: Workload) -> MemoryRecord | None:
     prompts = draw_prompts(workload, model.config.get_text_config().vocab_size, 0)
     with prepared(model, workload) as ready:
         if workload.compiled:
@@ -98,11 +97,12 @@ def _memory(model: Any, device: torch.device, workload: Workload) -> MemoryRecor
         with _watch(device) as peak:
             cache = ready.run_for_cache(prompts, workload.new_tokens)
             synchronize(device)
-    found, weights = peak(), weights_bytes(model)
-    if found is None:
+    peak_bytes, weights = peak(), weights_bytes(model)
+    if peak_bytes is None:
         return None
-    rest = max(0, found - weights - cache)
-    return MemoryRecord(peak_bytes=found, weights_bytes=weights, kv_cache_bytes=cache, rest_bytes=rest)
+    # On a CPU, the peak is sampled, so it may lie below the sum.
+    rest = max(0, peak_bytes - weights - cache)
+    return MemoryRecord(peak_bytes=peak_bytes, weights_bytes=weights, kv_cache_bytes=cache, rest_bytes=rest)
 
 
 @contextmanager

@@ -122,13 +122,13 @@ def workload_result(
         return {**latencies(workload, runs), "memory": memory.get(removals)}
 
     def pruned(removals: Removals) -> PrunedTiming:
-        found = timing(removals)
-        dense, own = [done[()].seconds for done in rounds if removals in done], found["e2els"]
+        fields = timing(removals)
+        dense, seconds = [done[()].seconds for done in rounds if removals in done], fields["e2els"]
         return PrunedTiming(
-            **found,
+            **fields,
             removals=removals,
-            speedup=statistics.median(dense) / statistics.median(own),
-            interval=median_ratio_interval(dense, own),
+            speedup=statistics.median(dense) / statistics.median(seconds),
+            interval=median_ratio_interval(dense, seconds),
         )
 
     sizes = sorted({removals for done in rounds for removals in done if removals}, key=len)

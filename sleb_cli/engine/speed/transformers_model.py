@@ -21,7 +21,7 @@ from sleb_plugins import MachineError, UnsupportedModelError
 from sleb_plugins.engine import TimedRun
 
 # After eight models, torch would run the others without compiling them.
-MOST_COMPILED = 256
+MAX_COMPILED = 256
 
 _NOT_COMPILED = error_saying(
     MachineError, "torch.compile does not work for this model on this machine", "Leave out --compile."
@@ -34,7 +34,7 @@ def prepared(model: Any, workload: Workload) -> Iterator[TransformersModel]:
     with with_requires_grad(model), ExitStack() as stack:
         if workload.compiled:
             torch._dynamo.reset()
-            stack.enter_context(torch._dynamo.config.patch(cache_size_limit=MOST_COMPILED))
+            stack.enter_context(torch._dynamo.config.patch(cache_size_limit=MAX_COMPILED))
         yield TransformersModel(model, workload)
 
 
@@ -58,10 +58,10 @@ class TransformersModel:
         self._run(ids, new_tokens, streamer=clock)
         synchronize(ids.device)
         seconds = time.perf_counter() - start
-        return TimedRun(seconds, tuple(at - start for at in clock.times[1:]))
+        return TimedRun(seconds, tuple(at - start for at in clock.times[1:]))  # the first are the prompts
 
     def run_for_cache(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> int:
-        """Do the same untimed, and return the bytes of the KV cache at its largest; 0 if there is none."""
+        """Run the prompts untimed, and return the bytes of the KV cache at its largest; 0 if there is none."""
         ids = torch.tensor(prompts, device=self._model.device)
         output = self._run(ids, new_tokens, return_dict_in_generate=True)
         layers = cache_layers(output) if new_tokens else []
@@ -79,13 +79,13 @@ class TransformersModel:
             cache_implementation="static" if compiled else None,
             compile_config=_compile_everywhere() if compiled else None,
         )  # fmt: skip
-        what, hint = f"{self._model.config.model_type} cannot generate text", "Time the prompt alone: --prompt."
-        refused = _NOT_COMPILED if compiled else error_saying(UnsupportedModelError, what, hint)
+        sentence, hint = f"{self._model.config.model_type} cannot generate text", "Time the prompt alone: --prompt."
+        refused = _NOT_COMPILED if compiled else error_saying(UnsupportedModelError, sentence, hint)
         return generate(self._model, ids, settings, refused, **options)
 
 
 class _TokenClock(BaseStreamer):  # type: ignore[misc]
-    """Notes when the tokens of each step reach the host, the prompts first."""
+    """Notes the time at which the tokens of each step reach the host, the prompts first."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

@@ -18,7 +18,7 @@ from sleb_plugins.config_keys import kept_blocks, require_removable
 
 @dataclass(frozen=True)
 class GgufSurgery:
-    """What goes of one GGUF file: the cuts, in order."""
+    """The cuts of one GGUF file, in order."""
 
     file: GgufFile
     cuts: tuple[GgufCut, ...] = ()
@@ -29,7 +29,7 @@ class GgufSurgery:
         return tuple(block for cut in self.cuts for block in cut.removals)
 
     def pruned(self) -> GgufFile:
-        """Return the header of the pruned file; the offsets of its tensors are those in `file`."""
+        """Return the header of the pruned file; its tensors have their offsets in `file`."""
         return reduce(lambda file, cut: cut.header(file), self.cuts, self.file)
 
 

@@ -57,7 +57,7 @@ _TOKENIZER_FILES = (
     "tekken.json",
 )  # fmt: skip
 _tokenizers: WeakKeyDictionary[Watch, Any] = WeakKeyDictionary()
-"""The tokenizers in use, by what watches that their files stay as they are."""
+"""The tokenizers in use, by the watch over their files."""
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -93,14 +93,17 @@ def load_dense(architecture: Architecture, place: Placement, notify: Notify) -> 
     source = architecture.source
     with task(notify, f"Loading {source.id}"), explain_oom(source, place):
         source.weights.tensor_names()  # its errors name the broken file
-        what, trust = f"the weights of {source.id}", source.trust_remote_code
-        return _load(architecture, place, architecture.auto_class, source.folder, what, trust_remote_code=trust)
+        weights, trust = f"the weights of {source.id}", source.trust_remote_code
+        return _load(architecture, place, architecture.auto_class, source.folder, weights, trust_remote_code=trust)
 
 
 def load_pretrained(
     loader: Any, folder: Path | None, what: str, place: Placement, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Return what transformers loads, each weight to its place, and how that went."""
+    """Load a model with transformers, each weight to its place; return it with its loading info.
+
+    Errors name `what` was loaded.
+    """
     with ExitStack() as stack:
         # For weights that stay on disk in another form than in the files; the folder goes when the model does.
         offloaded = None if place.device_map is None else stack.enter_context(scratch_in_cache("offload"))
@@ -142,22 +145,22 @@ def load_pruned(surgery: Surgery, place: Placement, notify: Notify, *, dense: An
                 new is not None and (new.data_ptr() == old.data_ptr() or torch.equal(new, old)) for new, old in pairs
             ):
                 return model
-            # transformers reads the files of this family in a way that it does not apply to its own tensors.
+            # transformers converts tensors of this family's files in a way that it does not apply to loaded ones.
             del model, tensors, loaded, pairs
         return _with_tensors(surgery, _cut(surgery, read_all(source.weights)), place)
 
 
 def _cut(surgery: Surgery, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    kept = surgery.tensors(tensors)
-    return {name: reduce(lambda each, some: some.of_tensor(each), slices, tensor) for name, tensor, slices in kept}
+    remaining = surgery.tensors(tensors)
+    return {name: reduce(lambda value, cut: cut.of_tensor(value), slices, old) for name, old, slices in remaining}
 
 
 def _with_tensors(surgery: Surgery, tensors: dict[str, Tensor], place: Placement) -> Any:
-    """Build the pruned model from these tensors by their names in it; those already on the device are not copied."""
+    """Build the pruned model from these tensors by their names in it; tensors on the device are not copied."""
     architecture = surgery.architecture
     config = architecture.read_config(surgery.prune_config())
-    what = f"{architecture.source.id} without {surgery.description}"
-    model = _load(architecture, place, type(architecture.skeleton), None, what, config=config, state_dict=tensors)
+    pruned = f"{architecture.source.id} without {surgery.description}"
+    model = _load(architecture, place, type(architecture.skeleton), None, pruned, config=config, state_dict=tensors)
     folder = architecture.source.folder
     if (folder / "generation_config.json").is_file():  # read by transformers only with weights of the same folder
         with translate_transformers_errors(f"{folder / 'generation_config.json'}"):
@@ -166,7 +169,7 @@ def _with_tensors(surgery: Surgery, tensors: dict[str, Tensor], place: Placement
 
 
 def explain_oom(source: ModelSource, place: Placement) -> AbstractContextManager[None]:
-    """Say what did not fit if loading this model runs out of memory."""
+    """Name the model and the device if loading runs out of memory."""
     return explain_out_of_memory(
         f"{source.id} does not fit in the memory of {place.device} in {dtype_name(place.dtype)}.",
         "Use a narrower --dtype, or a device with more memory.",
@@ -188,7 +191,7 @@ def loading_problem(info: dict[str, Any], *kinds: str) -> str | None:
 def _load(
     architecture: Architecture, place: Placement, loader: Any, folder: Path | None, what: str, **options: Any
 ) -> Any:
-    """Load a model whose weights must all be there, ready to compute."""
+    """Load a model ready to compute, and refuse it if it lacks weights."""
     model, info = load_pretrained(loader, folder, what, place, ignore_mismatched_sizes=True, **options)
     if problem := loading_problem(info, "missing", "mismatched"):
         raise ModelError(
@@ -197,5 +200,5 @@ def _load(
         )
     model.requires_grad_(False)
     if getattr(model, "hf_quantizer", None) is None and not hasattr(model, "_hf_hook"):
-        model = model.to(place.device)  # what a family's own code keeps elsewhere
+        model = model.to(place.device)  # a family's own code may keep tensors elsewhere
     return model.eval()

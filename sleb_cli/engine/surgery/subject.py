@@ -34,7 +34,7 @@ class Subject:
 
     @property
     def experts(self) -> ExpertSizes | None:
-        """What sizes count, if not blocks."""
+        """The experts that sizes count; None if they count blocks."""
         if self.plan and self.plan.experts:
             return ExpertSizes(count=self.plan.experts.count, ranking=self.plan.experts.ranking)
         per_token = self.surgery.others.get("experts_per_token")
@@ -42,24 +42,24 @@ class Subject:
 
     @property
     def own_plan(self) -> Plan | None:
-        """The plan, if its numbers are those of this very model."""
+        """The plan, if its numbers were measured on this very model."""
         is_own = self.plan and self.plan.model.fingerprint == self.architecture.record.fingerprint
         return self.plan if is_own else None
 
 
 def require_same_code(path: Path, plan: Plan, source: ModelSource) -> None:
-    """Check that a model's own Python code is that of the plan, since a plan grants trust to nothing else.
+    """Check that a model's own Python code is the code of the plan, since a plan grants trust to nothing else.
 
     Raises:
         ModelError: the plan needs such code, and the user does not trust it in this command.
         PlanError: it is other code, or the plan was made without any.
     """
-    planned, found = plan.made_for.code, source.code
-    if planned == found:
+    planned, current = plan.made_for.code, source.code
+    if planned == current:
         return
     if not source.trust_remote_code and "auto_map" in source.raw_config:
         raise untrusted_code(source)
-    hashes = f" (SHA-256 {found[:12]}, not {planned[:12]})" if found and planned else ""
+    hashes = f" (SHA-256 {current[:12]}, not {planned[:12]})" if current and planned else ""
     raise PlanError(
         f"The Python code of {source.id} has changed since {path} was made{hashes}.",
         hint="Restore that code, or search again.",
@@ -72,13 +72,13 @@ def require_same_model(path: Path, plan: Plan, architecture: Architecture) -> No
     Raises:
         PlanError: it was made for another model; the message names the differences.
     """
-    planned, found = plan.made_for, architecture.record
+    planned, named = plan.made_for, architecture.record
 
     def identity(model: ModelRecord) -> dict[str, Any]:
         return {"model_type": model.model_type, "blocks": model.blocks, "fingerprint": model.fingerprint[:12]}
 
-    if differing := differences(identity(found), identity(planned)):
+    if differing := differences(identity(named), identity(planned)):
         raise PlanError(
-            f"{path} was made for {planned.id}, but {found.id} is a different model ({differing}).",
+            f"{path} was made for {planned.id}, but {named.id} is a different model ({differing}).",
             hint="Name the plan's model with --model, or use the plan on this one with --any-model.",
         )

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Surgery:
-    """What goes of one model, on disk or in memory: the cuts, in order; `others` as `plan_surgery` was given them."""
+    """The cuts of one model, on disk or in memory, in order; `others` as `plan_surgery` was given them."""
 
     architecture: Architecture
     cuts: tuple[Cut, ...] = ()
@@ -39,7 +39,7 @@ class Surgery:
 
     @cached_property
     def steps(self) -> Removals:
-        """What names it among the sizes of a plan."""
+        """Its name among the sizes of a plan."""
         return tuple(step for cut in self.cuts for step in cut.steps)
 
     @property
@@ -51,8 +51,8 @@ class Surgery:
     @property
     def name(self) -> str:
         """The name of the checkpoint, if none is given."""
-        parts = [part for cut in self.cuts for part in cut.name_parts]
-        return checkpoint_name(self.architecture.source.name, len(self.kept.blocks), parts)
+        words = [word for cut in self.cuts for word in cut.name_parts]
+        return checkpoint_name(self.architecture.source.name, len(self.kept.blocks), words)
 
     @property
     def removed(self) -> frozenset[int]:
@@ -78,20 +78,20 @@ class Surgery:
         return self.settings(CONFIG, self.architecture.source.raw_config)
 
     def tensors(self, named: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T, tuple[Slices, ...]]]:
-        """Drop what goes of these tensors, rename the rest, and add which slices stay."""
+        """Drop the tensors that go, rename the others, and add the slices that stay of each."""
         for name, value in named:
             slices: tuple[Slices, ...] = ()
             for cut in self.cuts:
-                if (found := cut.tensor(name)) is None:
+                if (remaining := cut.tensor(name)) is None:
                     break
-                name, kept = found
-                slices += (kept,) if kept else ()
+                name, of_cut = remaining
+                slices += (of_cut,) if of_cut else ()
             else:
                 yield name, value, slices
 
     @contextmanager
     def absent(self, dense: nn.Module) -> Iterator[None]:
-        """Have the dense model, whose `removals` are skipped, compute as if what goes were gone."""
+        """Have the dense model, whose `removals` are skipped, compute as if all cuts were made."""
         with ExitStack() as stack:
             for cut in self.cuts:
                 stack.enter_context(cut.absent(dense))

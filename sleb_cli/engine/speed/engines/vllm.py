@@ -71,8 +71,8 @@ class _LoadedCheckpoint(LoadedModel):
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> TimedRun:
         """Submit the prompts at once, and note when the last of them has each new token."""
-        wanted = max(1, new_tokens)
-        sampling = self._vllm.SamplingParams(temperature=0, max_tokens=wanted, ignore_eos=True, detokenize=False)
+        max_tokens = max(1, new_tokens)  # vLLM gives at least one
+        sampling = self._vllm.SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
         engine, self._runs = self._llm.llm_engine, self._runs + 1
         made: Counter[str] = Counter({f"{self._runs}.{number}": 0 for number in range(len(prompts))})
         arrivals: list[float] = []
