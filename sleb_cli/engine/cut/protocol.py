@@ -1,4 +1,4 @@
-"""What a removal of parts of one kind does to a model. Whoever writes, proves or describes the result knows this alone.
+"""The effects on a model of removing parts of one kind: all that writing, proving and describing the result must know.
 
 A cut names parts as in the model that the cuts before it left: blocks go first. By default, a method changes nothing.
 """
@@ -24,7 +24,7 @@ from sleb_cli.results import CutRecord, Removals
 
 
 class Removal:
-    """What cuts of checkpoints and of GGUF files have in common.
+    """The common part of cuts of checkpoints and of GGUF files.
 
     Attributes:
         removals: the blocks that no longer run, in the order of their removal, which the dense model skips.

@@ -16,22 +16,22 @@ from sleb_cli.units import format_seconds
 
 LONG = 60.0
 """Work that takes longer, in seconds, is announced."""
-SLOWEST = 1e9
-"""Products per second that every machine does; what is short even so is not timed."""
+MIN_PRODUCTS_PER_SECOND = 1e9
+"""Every machine does as many products per second; work that would be short even so is not timed."""
 SECONDS, SHARE = 0.1, 1 / 400
-"""What a block takes on enough tokens to be timed, and of which share of all: each call takes some time besides."""
+"""Timing goes on to more tokens until a block takes as long on more than this share of all: each call costs time."""
 
 
 def announce(
     notify: Notify, what: str, tokens: float, skippable: SkippableModel, ids: Tensor, fewest: float | None = None
 ) -> None:
-    """Tell what is about to start and how long it will take, if that is long.
+    """Announce work and how long it will take, if that is long.
 
     So many `tokens` go through a block, or the `fewest` if less is to do, the head counting as `head_blocks`; `ids` is
-    a batch of them. Nothing is told of blocks that are streamed: reading may take longer than computing.
+    a batch of them. Streamed blocks are not announced: reading them may take longer than computing.
     """
     weights = sum(weight.numel() for weight in skippable.switches[0].block.parameters())
-    if tokens * weights <= LONG * SLOWEST or not skippable.weights.resident:
+    if tokens * weights <= LONG * MIN_PRODUCTS_PER_SECOND or not skippable.weights.resident:
         return
     seconds = tokens * in_smaller_pieces(partial(_seconds_per_token, skippable, ids, tokens), ids.numel())
     if seconds > LONG:
@@ -52,7 +52,7 @@ def _seconds_per_token(skippable: SkippableModel, ids: Tensor, tokens: float, mo
     for count in (most // 64, most // 16, most // 4, most):
         piece = ids[: max(1, count // ids.shape[1]), : max(2, count)]
         call = skippable.calls(piece)[0]
-        seconds = min(timeit.repeat(run, number=1, repeat=3))  # the first run is slower
+        seconds = min(timeit.repeat(run, number=1, repeat=3))  # the first run also warms up
         if seconds > SECONDS and piece.numel() > SHARE * tokens:
             break
     return seconds / piece.numel()

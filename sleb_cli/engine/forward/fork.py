@@ -6,7 +6,7 @@ of the block's input, while the base goes through the block. A branch is the hid
 [batch, positions, hidden size]. This saves half of the block work, and the rest is done once.
 
 Every branch goes through a block in a call of its own, in the very shape in which the model itself would run without
-that candidate. So the numbers are those of one-at-a-time skipping, bit for bit, and do not depend on the other
+that candidate. So the numbers equal one-at-a-time skipping, bit for bit, and do not depend on the other
 candidates of the walk, or on where it starts: a search can be interrupted and resumed, and candidates can drop out,
 without changing a digit. Only the size of a batch can, in the last bits. Larger calls would gain nothing once a batch
 fills the device's matrix units.
@@ -152,7 +152,7 @@ def walk_together(skippable: SkippableModel, walks: Sequence[Walk | SizesWalk]) 
 def fork(
     skippable: SkippableModel, ids: Tensor, removed: Collection[int], candidates: Sequence[int]
 ) -> dict[int, Tensor]:
-    """Return the hidden states that leave the last block without each candidate; without any, those of BASE.
+    """Return the hidden states that leave the last block, by the candidate left out; without candidates, by BASE.
 
     Args:
         skippable: the model.

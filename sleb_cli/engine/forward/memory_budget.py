@@ -118,7 +118,7 @@ def resolve_memory_budget(
 
 
 def available_memory(device: torch.device, group: ProcessGroup | None = None, asked: int | None = None) -> int:
-    """Return the bytes that may be used in addition to the model: `asked`, or else a share of what is free.
+    """Return the bytes that may be used in addition to the model: `asked`, or else a share of the free memory.
 
     It is the same in all processes, so that they have the same batches.
     """

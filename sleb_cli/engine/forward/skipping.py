@@ -91,7 +91,7 @@ def _hidden_states(output: Any) -> Tensor:
 def _wrapper_like(output: Any) -> Callable[[Tensor], Any]:
     """Return a function that wraps hidden states as `output` does: alone, or first in a tuple or list filled with None.
 
-    The other elements hold what nobody asked for, such as attention weights.
+    The other elements hold extras that were not requested, such as attention weights.
     """
     if not isinstance(output, tuple | list):
         return lambda hidden: hidden
@@ -200,7 +200,7 @@ class SkippableModel:
         self._forward(ids, last=1)
 
     def calls(self, ids: Tensor) -> list[Call]:
-        """Record what the model passes to each block for these tokens; every block is skipped, so it costs little.
+        """Record the inputs of each block for these tokens; every block is skipped, so it costs little.
 
         Raises:
             UnsupportedModelError: a block is not called exactly once, in order.

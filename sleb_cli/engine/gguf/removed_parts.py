@@ -1,4 +1,4 @@
-"""What the header of a GGUF file says was removed, by the numbers in the model before any removal."""
+"""The removals that the header of a GGUF file records, by the numbers in the model before any of them."""
 
 from __future__ import annotations
 

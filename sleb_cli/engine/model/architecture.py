@@ -72,7 +72,7 @@ class Architecture:
 
     @cached_property
     def adapter(self) -> FamilyAdapter:
-        """The model's family: without one, what the structure shows."""
+        """The family that claims the model, or else one made from its structure."""
         return self.claimed_by or _read_structure(self)
 
     @cached_property

@@ -29,7 +29,7 @@ Removed = Mapping[int, Sequence[int]]
 
 @dataclass(frozen=True)
 class ExpertRemoval(Removal):
-    """What cuts of experts have in common.
+    """The common part of cuts of experts from checkpoints and from GGUF files.
 
     Attributes:
         count: the number of experts of each block.
