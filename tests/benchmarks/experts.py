@@ -37,7 +37,7 @@ def main() -> None:
         jobs = [(batch, ()) for batch in passes.numbers]
         for _ in range(options.runs):
             for counts in seconds:
-                counting = watched(experts, [*blocks], lambda _, choice: sums_of(choice, experts.count))
+                counting = watched(experts, [*blocks], lambda _, routing: sums_of(routing, experts.count))
                 with counting if counts else nullcontext():
                     started = time.perf_counter()
                     for _ in passes.score(NegativeLogLikelihood(), (), jobs):
