@@ -155,7 +155,7 @@ def test_a_changed_metric_neither_resumes_nor_extends(search, tmp_path, tmp_path
     leaving(search, *extend)
     monkeypatch.setattr(Acme, "data", 7)
     refused = leaving(search, *options, "--force", code=PluginError.exit_code).stderr
-    assert "The fingerprint of the metric 'acme' is 7, which is not a string" in refused
+    assert "The metric 'acme' of sleb-acme 0.1 returned 7 from fingerprint, not a str." in refused
 
 
 OF_TWO = ["--seed", 3, "--protect-first", 0]

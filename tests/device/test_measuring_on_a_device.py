@@ -19,6 +19,7 @@ def evaluate(run_sleb, tmp_path):
         data = json.loads(result.stdout)
         assert data.pop("device") == ("cpu" if "cpu" in options else "sim")
         assert data.pop("processor")
+        assert data.pop("commands")
         return data
 
     return run
