@@ -28,13 +28,13 @@ TINY: Mapping[str, Mapping[str, Any]] = {
     "forward.holding": {"MAX_SHARED": 1},
     "forward.memory_budget": {"CPU_SETTINGS": _OF_A_DEVICE, "MIN_POSITIONS": 3},
     "forward.passes": {"KEPT_DEPTHS": 1},
-    "quality.texts": {"CHECKED_TOKENS": 6, "TOKENS_OF_A_PART": 100},
-    "quality.lm_eval_tasks": {"LARGEST_BATCH": 2, "CPU_BATCH": 2, "WRITING_BATCH": 3},
+    "quality.texts": {"CHECKED_TOKENS": 6, "TOKENS_PER_PART": 100},
+    "quality.lm_eval_tasks": {"MAX_BATCH": 2, "CPU_BATCH": 2, "WRITING_BATCH": 3},
     # Recovery: positions and columns at a time, portions of text.
     "recovery.heal_budget": {"PORTION_TOKENS": 1_024},
     "recovery.least_squares": {"PANEL_COLUMNS": 7},
     "recovery.low_rank": {"ROWS_AT_ONCE": 7},
-    "recovery.variant": {"POSITIONS": 24},
+    "recovery.variant": {"POSITIONS": 24, "BATCH_TOKENS": 48},
     # What is saved after a while is saved at once.
     "search.journal": {"SECONDS_BETWEEN_SYNCS": 0.0},
 }  # fmt: skip
