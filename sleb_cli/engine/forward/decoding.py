@@ -18,20 +18,20 @@ CACHE_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 2.
 _Refused = partial(UnsupportedModelError, hint="")
 
 
-def check_decoding(model: Any, ids: Tensor, new_tokens: int, dtype: torch.dtype) -> tuple[float, str | None]:
+def check_decoding(model: Any, ids: Tensor, new_tokens: int, dtype: torch.dtype) -> tuple[float | None, str | None]:
     """Generate with and without the KV cache, after `ids`, [1, positions].
 
     Both runs use `generate`, because some families count positions differently in a plain forward pass.
 
     Returns:
-        how far logits of steps differ up to the first different token, NaN if there are none; and a clause on the
-        fault, or None.
+        how far logits of steps differ up to the first different token, None if it does not generate; and a clause on
+        the fault, or None.
     """
     try:
         cached = _generate(model, ids, new_tokens, "with the KV cache", use_cache=True)
         whole = _generate(model, ids, new_tokens, "without a KV cache", use_cache=False)
     except UnsupportedModelError as error:
-        return float("nan"), error.message
+        return None, error.message
     # After a tie that was broken differently, the two runs continue different texts.
     alike = int((cached.argmax(-1) == whole.argmax(-1)).cumprod(0).sum())
     difference = relative_difference(cached[: alike + 1], whole[: alike + 1])

@@ -10,7 +10,6 @@ config in the files, but nothing is computed. What the proof cannot see is liste
 
 from __future__ import annotations
 
-import math
 import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -251,14 +250,18 @@ class _Models:
             yield from self._compare_unseen(found, unseen)
             allowed = CACHE_TOLERANCES.get(self.placement.dtype, 0.0)
             with self._alike():
-                difference, fault = check_decoding(model, own, new_tokens, self.placement.dtype)
-            self._widen(difference, allowed, decoding=True)
+                cache_difference, fault = check_decoding(model, own, new_tokens, self.placement.dtype)
+            if cache_difference is not None:  # it generates
+                self._widen(cache_difference, allowed, decoding=True)
             if fault:
                 del model  # before the dense model is loaded again
                 free_memory()
                 self._require_dense_decoding(ids, new_tokens)
                 raise proof_error(fault)
-            yield "generates", {"new_tokens": new_tokens, "cache_difference": difference, "cache_tolerance": allowed}
+            yield (
+                "generates",
+                {"new_tokens": new_tokens, "cache_difference": cache_difference, "cache_tolerance": allowed},
+            )
             if not self.planned.weights:  # transformers wrote it, from what it had loaded
                 yield "saves again", {}
                 return
@@ -288,7 +291,7 @@ class _Models:
         place, architecture, dtype = self.placement, self.surgery.architecture, WIDER.get(self.placement.dtype)
         may_round = any(cut.tolerance for cut in self.surgery.cuts) or (decoding and place.dtype.itemsize < 4)
         fixed = architecture.is_quantized or place.device_map or not may_round
-        if difference <= allowed or math.isnan(difference) or fixed or dtype is None:
+        if difference <= allowed or fixed or dtype is None:
             return
         if dtype is torch.float64 and not has_float64(place.device.type):
             return
