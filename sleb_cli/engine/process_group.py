@@ -40,6 +40,12 @@ def deal(items: Sequence[T], processes: int) -> Iterator[Turn[T]]:
         yield [list(items[number : number + 1]) for number in range(first, first + processes)]
 
 
+def join_dealt(shares: Sequence[Sequence[T]]) -> list[T]:
+    """Return the items of shares that were dealt as `items[rank::size]`, in their order."""
+    size = len(shares)
+    return [shares[number % size][number // size] for number in range(sum(map(len, shares)))]
+
+
 class PeerLost(Exception):
     """Another process has ended."""
 

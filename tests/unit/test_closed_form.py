@@ -58,7 +58,7 @@ def recovered(skippable, removed, text, fitted, notify=ignore):
 
 def divergence(skippable, removed, text, values=()):
     with skippable:
-        comparison = Comparison(skippable, Calibration(text, None, None, ()), ProcessGroup())
+        comparison = Comparison(Variant(skippable), Calibration(text, None, None, ()), ProcessGroup())
         return comparison.losses(Variant(skippable, removed, dict(values))).divergence
 
 

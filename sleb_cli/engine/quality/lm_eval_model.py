@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sleb_cli.engine.device import input_device
 from sleb_cli.engine.lm_eval_internals import HFLM, stop_sequences_criteria
 from sleb_cli.engine.model.generation import HaveEnded, continue_each, end_tokens
-from sleb_cli.engine.process_group import ProcessGroup
+from sleb_cli.engine.process_group import ProcessGroup, join_dealt
 from sleb_cli.events import Notify, task
 from sleb_plugins import UsageError
 from sleb_plugins.errors import is_out_of_memory
@@ -84,13 +84,10 @@ class LoadedModel(HFLM):  # type: ignore[misc]
                 if size == 1 or not is_out_of_memory(error):
                     raise
                 computed = None
-            parts = self._group.gather(computed)
-        answers = [None] * len(requests)
-        for rank, answered in enumerate(parts):
-            if answered is None:
-                raise MemoryError("out of memory")
-            answers[rank::size] = answered
-        return answers
+            shares = [share for share in self._group.gather(computed) if share is not None]
+        if len(shares) < size:
+            raise MemoryError("out of memory")
+        return join_dealt(shares)
 
     def _written(self, requests: Sequence[Any]) -> list[Any]:
         ended, advance = defaultdict[str, list[bool]](list), self.cache_hook.add_partial

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.forward.holding import SharedInputs, keep_on_device, to_cpu
+from sleb_cli.engine.process_group import join_dealt
 from sleb_cli.engine.recovery.stage import Job
-from sleb_cli.engine.recovery.variant import Variant, summed_losses
+from sleb_cli.engine.recovery.variant import Variant, run_blocks, summed_losses
 from sleb_cli.engine.text.windows import whole_mask
 from sleb_plugins import ModelError
 
@@ -84,10 +85,10 @@ class Batches:
         """
         states = list(entering)
         if chosen:
-            for block in self.skippable.weights.visit(blocks):
-                for at in chosen:
-                    call = self.calls[at % len(self.calls)][block]
-                    states[at] = self.to_store(self.skippable.run_block(call, states[at]))
+            calls = [self.calls[at % len(self.calls)] for at in chosen]
+            leaving = run_blocks(self.skippable, blocks, calls, [states[at] for at in chosen], self.to_store)
+            for at, hidden in zip(chosen, leaving, strict=True):
+                states[at] = hidden
         return states
 
     def entering(self, block: int) -> DepthPair:
@@ -132,10 +133,10 @@ class Judge:
             losses = summed_losses(models, states, batches.ids[at], counted, self.every)
             return losses.divergence, int(counted[:, 1 :: self.every].sum())
 
-        groups = {number: [compared(at) for at in group] for number, group in enumerate(batches.judged)}
-        ordered = sorted(item for of_process in batches.group.gather(groups) for item in of_process.items() if item[1])
+        group = batches.group
+        own_sums = [[compared(at) for at in of_group] for of_group in batches.judged[group.rank :: group.size]]
         # Sums are in the order of groups, so that they do not depend on the number of processes.
-        sums = [of_batch for _, of_group in ordered for of_batch in of_group]
+        sums = [of_batch for of_group in join_dealt(group.gather(own_sums)) for of_batch in of_group]
         return sum(total for total, _ in sums) / max(1, sum(count for _, count in sums))
 
 

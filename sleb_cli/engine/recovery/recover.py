@@ -60,12 +60,12 @@ def recover(settings: RecoverySettings, group: ProcessGroup, notify: Notify) -> 
     with open_dense(surgery.architecture, placement, notify) as dense:
         train, validation, *tests = group.from_main(partial(_draw_texts, settings, dense, notify))
         job = Job(settings, dense, train, validation, _folder_for(settings, train, validation), group, notify)
-        comparisons = [Comparison(dense, text, group) for text in tests]
-        measure = partial(_measure, job, comparisons)
-        measured = {"dense": measure("dense", None), "pruned": measure("pruned", values)}
+        whole, pruned = Variant(dense), partial(Variant, dense, surgery.removed)
+        measure = partial(_measure, [Comparison(whole, text, group) for text in tests], notify)
+        measured = {"dense": measure("dense", whole), "pruned": measure("pruned", pruned(values))}
         for stage in settings.stages:
             values, fields_with = stage.run(job, values)
-            measured[stage.measured] = measure(stage.model, values)
+            measured[stage.measured] = measure(stage.model, pruned(values))
             fields |= fields_with(measured[stage.measured][0])
         tensors = file_tensors(dense, surgery, values, placement.rounded)
     test, *talks = ({name: losses[text] for name, losses in measured.items()} for text in range(len(tests)))
@@ -99,15 +99,11 @@ def _draw_texts(settings: RecoverySettings, dense: SkippableModel, notify: Notif
         return texts
 
 
-def _measure(
-    job: Job, comparisons: Iterable[Comparison], what: str, values: Mapping[str, Tensor] | None
-) -> list[LossesRecord]:
-    """Measure the model with these values (None: the dense one) on each text."""
+def _measure(comparisons: Iterable[Comparison], notify: Notify, what: str, variant: Variant) -> list[LossesRecord]:
     records = list[LossesRecord]()
-    with task(job.notify, f"Measuring the {what} model"):
+    with task(notify, f"Measuring the {what} model"):
         for comparison in comparisons:
-            pruned = values is not None and Variant(job.dense, job.settings.surgery.removed, values)
-            measured = comparison.losses(pruned or comparison.dense)
+            measured = comparison.losses(variant)
             if not math.isfinite(sum(measured)):
                 hint = "Use a wider data type, or other text."
                 raise ModelError(f"The loss of the {what} model is {measured.loss}.", hint=hint)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import as_float64
+from sleb_cli.engine.forward.holding import Store, to_cpu
 from sleb_cli.engine.forward.logits import float32_slices
-from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.process_group import ProcessGroup
+from sleb_cli.engine.forward.skipping import Call, SkippableModel
+from sleb_cli.engine.process_group import ProcessGroup, join_dealt
 from sleb_cli.engine.text.calibration import Calibration
 from sleb_cli.engine.text.windows import whole_mask
 from sleb_plugins.metrics.kl import compare_logits
@@ -67,6 +67,21 @@ class Variant:
             return self.skippable.head(states, ids)
 
 
+def run_blocks(
+    skippable: SkippableModel,
+    blocks: Iterable[int],
+    calls: Sequence[Sequence[Call]],
+    entering: Sequence[Tensor],
+    store: Store,
+) -> list[Tensor]:
+    """Run blocks on batches, given their calls and hidden states; weights are read once for all batches."""
+    states = list(entering)
+    for block in skippable.weights.visit(blocks):
+        for at, of_batch in enumerate(calls):
+            states[at] = store(skippable.run_block(of_batch[block], states[at]))
+    return states
+
+
 class Losses(NamedTuple):
     """The loss and the divergence from the dense model, in nats."""
 
@@ -77,12 +92,12 @@ class Losses(NamedTuple):
 class Comparison:
     """Compares forms of a model with the dense one on a text, which the dense one reads once."""
 
-    def __init__(self, dense: SkippableModel, text: Calibration, group: ProcessGroup) -> None:
-        self.dense, self.group = Variant(dense), group
+    def __init__(self, dense: Variant, text: Calibration, group: ProcessGroup) -> None:
+        self.dense, self.group, device = dense, group, dense.skippable.device
         counted, size = whole_mask(text.sequences, text.loss_mask), max(1, BATCH_TOKENS // text.sequences.shape[1])
         self.count = int(counted[:, 1:].sum())
         batches = list(zip(torch.split(text.sequences, size), torch.split(counted, size), strict=True))
-        self.batches = [[tensor.to(dense.device) for tensor in batch] for batch in batches[group.rank :: group.size]]
+        self.batches = [[tensor.to(device) for tensor in batch] for batch in batches[group.rank :: group.size]]
 
     @cached_property
     def _dense_final(self) -> list[Tensor]:
@@ -97,26 +112,19 @@ class Comparison:
             for *states, (ids, counted) in zip(final, self._dense_final, self.batches, strict=True)
         ]
         # Sums are in the order of batches, so that they do not depend on the number of processes.
-        turns = zip_longest(*self.group.gather(own_losses))
-        in_order = [of_batch for turn in turns for of_batch in turn if of_batch is not None]
-        return Losses(*(sum(values) / self.count for values in zip(*in_order, strict=True)))
+        in_order = zip(*join_dealt(self.group.gather(own_losses)), strict=True)
+        return Losses(*(sum(values) / self.count for values in in_order))
 
     @torch.inference_mode()
     def _final_states(self, variant: Variant) -> list[Tensor]:
         """Return the final states, batch by batch, on the CPU; streamed weights are read once for all batches."""
         skippable = variant.skippable
         if skippable.weights.resident:
-            return [variant.final_states(ids).cpu() for ids, _ in self.batches]
+            return [to_cpu(variant.final_states(ids)) for ids, _ in self.batches]
         calls = [skippable.calls(ids) for ids, _ in self.batches]
-        states = [of_batch[0].entering for of_batch in calls]
         kept = [block for block in range(len(skippable.switches)) if block not in variant.removed]
-        for block in skippable.weights.visit(kept):
-            with skippable.replaced(variant.parameters):
-                states = [
-                    skippable.run_block(of_batch[block], entering)
-                    for of_batch, entering in zip(calls, states, strict=True)
-                ]
-        return [state.cpu() for state in states]
+        with skippable.replaced(variant.parameters):
+            return run_blocks(skippable, kept, calls, [of_batch[0].entering for of_batch in calls], to_cpu)
 
 
 def summed_losses(
