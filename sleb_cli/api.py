@@ -88,12 +88,13 @@ def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
         group, registry, asked, source = work
         searches = resolve_comparison(asked, source, registry, notify, group)
         result, plans = compare_removals(searches, request.plan_file, group, notify)
-    for each, plan in zip(result.compared, plans, strict=True):
-        _save(plan, Path(each.file))
-    for recording in (search.recording for search in searches):
-        if str(recording.plan_file) not in {each.file for each in result.compared}:
-            recording.plan_file.unlink(missing_ok=True)  # of an earlier comparison, which another one won
-        delete_journal(recording.journal, notify)
+    files = [each.file for each in result.compared]
+    for file, plan in zip(files, plans, strict=True):
+        _save(plan, Path(file))
+    for search in searches:
+        if str(search.recording.plan_file) not in files:
+            search.recording.plan_file.unlink(missing_ok=True)  # of an earlier comparison, which another one won
+        delete_journal(search.recording.journal, notify)
     return result
 
 

@@ -452,6 +452,13 @@ class Plan(VersionedRecord):
     proof: Proof | None = None
     _place: _Place = PrivateAttr(_Place())
 
+    @property
+    def versions(self) -> dict[str, str]:
+        """The versions of the packages that took part in the search."""
+        ran = self.environment
+        versions = {"sleb": self.sleb_version, "torch": ran.torch, "transformers": ran.transformers}
+        return versions | {"Python": ran.python, **ran.plugins}
+
     def __fspath__(self) -> str:
         """Return the plan's file, so that requests take a plan in its place.
 

@@ -63,14 +63,18 @@ class ResultRecord(ExpertResult):
     plugins: dict[str, str] = Field(default_factory=dict)
 
     @property
+    def versions(self) -> dict[str, str]:
+        """The versions of the packages that took part."""
+        return {"sleb": self.sleb_version, "torch": self.torch, "transformers": self.transformers, **self.plugins}
+
+    @property
     def key(self) -> Key:
         """Results that share it are merged."""
-        versions = {"sleb": self.sleb_version, "torch": self.torch, "transformers": self.transformers}
         return key_of(
             {name: getattr(self.model, name) for name in ("fingerprint", "code", "family")},
             dtype=self.dtype,
             device=self.device,
-            versions=versions | self.plugins,
+            versions=self.versions,
             **self.depends,
         )
 

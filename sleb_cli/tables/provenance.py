@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from sleb_cli.plan import EnvironmentRecord, Plan
-from sleb_cli.records import VersionedRecord
+from sleb_cli.plan import Plan
 from sleb_cli.results import BenchResult, EvalResult
 from sleb_cli.tables.speed import workload_name
 from sleb_cli.tables.table import Table, tabulate
@@ -36,7 +35,7 @@ def search_settings(plan: Plan) -> Table:
         ("engine", search.engine + (f": {search.engine_reason}" if search.engine_reason else "")),
         ("started", environment.started),
         ("took", format_seconds(environment.seconds)),
-        ("versions", _versions(plan, environment, {"Python": environment.python, **environment.plugins})),
+        ("versions", _list_versions(plan.versions)),
         ("machine", f"{environment.processor}; {environment.platform}"),
     ]
     return _pairs("Search", rows)
@@ -48,7 +47,7 @@ def result_settings(result: EvalResult | BenchResult) -> Table:
     lm_eval = sorted({task.lm_eval for task in tasks if task.lm_eval})
     rows: list[tuple[str, str | None]] = [
         ("data type and device", f"{result.model.computed_in(result.dtype)} on {result.device}, {result.processor}"),
-        ("versions", _versions(result, result, result.plugins)),
+        ("versions", _list_versions(result.versions)),
         ("lm-eval", " and ".join(lm_eval)),
     ]
     if isinstance(result, EvalResult):
@@ -67,8 +66,7 @@ def result_settings(result: EvalResult | BenchResult) -> Table:
     return _pairs("Benchmark", rows)
 
 
-def _versions(record: VersionedRecord, of: EvalResult | BenchResult | EnvironmentRecord, others: dict[str, str]) -> str:
-    versions = {"sleb": record.sleb_version, "torch": of.torch, "transformers": of.transformers, **others}
+def _list_versions(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
