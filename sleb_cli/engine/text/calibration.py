@@ -218,5 +218,5 @@ def read_windows(source: str, samples: int, settings: CalibrationSettings, token
 
 
 def draw(windows: int, count: int, seed: int) -> list[int]:
-    """Draw `count` of `found` windows by the seed, in the order of the text; all if there are fewer."""
+    """Draw `count` of these `windows` by the seed, in the order of the text; all if there are fewer."""
     return list(range(windows)) if count >= windows else sorted(random.Random(seed).sample(range(windows), count))
