@@ -168,7 +168,8 @@ def test_a_family_whose_router_cannot_be_masked_fails(tmp_path, monkeypatch):
         cut(save_model(tmp_path / "model", experts_config("mixtral")), tmp_path / "out")
 
 
-def test_a_choice_that_rounding_decides_is_proven_in_a_wider_data_type(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [1e-6, float("nan")])
+def test_a_choice_that_rounding_decides_is_proven_in_a_wider_data_type(tmp_path, monkeypatch, error):
     """Three experts of each block are scored alike but for the last bits, which the cut router rounds otherwise."""
     folder = save_model(tmp_path / "model", experts_config("mixtral"))
     weights = weights_of(folder)
@@ -182,7 +183,8 @@ def test_a_choice_that_rounding_decides_is_proven_in_a_wider_data_type(tmp_path,
     def rounded(self, hidden):
         exact = self.weight.data
         if exact.dtype is torch.float32 and len(exact) == 6:
-            self.weight.data = exact * (1 + 1e-6 * torch.randn(exact.shape, generator=torch.Generator().manual_seed(0)))
+            noise = torch.randn(exact.shape, generator=torch.Generator().manual_seed(0))
+            self.weight.data = exact * (1 + error * noise)
         found = own(self, hidden)
         self.weight.data = exact
         return found
