@@ -1,6 +1,7 @@
-"""The example plugin of docs/reference/plugins.md, as pip installs it."""
+"""The plugins of docs/reference/plugins.md: the example as pip installs it, and the steps of the first one."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from sleb_cli.plan import read_plan
 from sleb_cli.tables.provenance import search_settings
 
 PACKAGE = Path(__file__).parents[1] / "example_plugin"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "plugins.md"
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +81,22 @@ def test_its_export_format_writes(sleb_with_plugin, tiny_gpt2):
     assert (result.exit_code, result.stdout) == (0, "blocks[0:1] + blocks[2:3] + blocks[4:5]\n"), result.stderr
     result = sleb_with_plugin("export", *options, "--json")
     assert json.loads(result.stdout)["text"] == "blocks[0:1] + blocks[2:3] + blocks[4:5]\n"
+
+
+def test_each_step_of_the_first_plugin_loads_and_its_metric_searches(
+    run_sleb, as_plugins, monkeypatch, tmp_path, tiny_llama, text_file
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    as_plugins("sleb_change")
+    first, second = re.findall(
+        r"^```python\n(import sleb_plugins.*?|\"\"\"A metric.*?)^```", PAGE.read_text(), re.M | re.S
+    )
+    for step, offers in ((first, []), (second, ["change"])):
+        monkeypatch.delitem(sys.modules, "sleb_change", raising=False)
+        (tmp_path / "sleb_change.py").write_text(step)
+        data = json.loads(run_sleb("plugins", "--json").stdout)
+        assert data["failures"] == []
+        built_in = {"sleb", "sleb-example"}
+        assert [offer["name"] for offer in data["offers"] if offer["package"] not in built_in] == offers
+    result = run_sleb("search", tiny_llama, "--remove", 1, *calibration(text_file), "--metric", "change", "--json")
+    assert result.exit_code == 0, result.stderr
