@@ -25,7 +25,7 @@ TINY: Mapping[str, Mapping[str, Any]] = {
     "output.proof": {"LARGEST_SHARD_BYTES": 10_000},
     # Forward passes: sequences in a batch, positions and rows of logits at a time, what is kept and checked.
     "forward.fork_check": {"CHECKED_CANDIDATES": 2, "CHECKED_SEQUENCES": 1, "CHECKED_POSITIONS": 6},
-    "forward.holding": {"MAX_SHARED": 1},
+    "forward.stores": {"MAX_SHARED": 1},
     "forward.memory_budget": {"CPU_SETTINGS": _OF_A_DEVICE, "MIN_POSITIONS": 3},
     "forward.passes": {"KEPT_DEPTHS": 1},
     "quality.texts": {"CHECKED_TOKENS": 6, "TOKENS_PER_PART": 100},

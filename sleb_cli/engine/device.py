@@ -23,11 +23,8 @@ CPU = torch.device("cpu")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free bytes of the device, counting what torch's allocator holds unused.
-
-    A container, a batch system or a shell may leave a process less memory than the machine has.
-    """
-    if device.type == "cpu":
+    """Return the free bytes of the device, with what torch's allocator holds unused."""
+    if device.type == "cpu":  # a container or a batch system may leave less than the machine has
         return min(psutil.virtual_memory().available, left_under_limits())
     backend = torch.get_device_module(device.type)
     if device.type == "mps":
@@ -37,12 +34,13 @@ def free_bytes(device: torch.device) -> int:
 
 
 def own_free_bytes(device: torch.device) -> int:
-    """Return this process's share of the free bytes, where several processes share the machine's memory."""
+    """Return this process's share of the free bytes."""
+    # Processes on one machine share its main memory, which is also that of Apple's GPU.
     return free_bytes(device) // (local_count() if device.type in ("cpu", "mps") else 1)
 
 
-def wider_range(dtype: torch.dtype) -> str:
-    """Return a hint for when results in a data type are not finite."""
+def hint_for_nonfinite(dtype: torch.dtype) -> str:
+    """Return a hint for results that are not finite."""
     if dtype == torch.float16:
         return "float16 overflows at 65,504: use --dtype bfloat16 or --dtype float32."
     if dtype == torch.bfloat16:
@@ -51,15 +49,9 @@ def wider_range(dtype: torch.dtype) -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """Resolve `auto` to this machine's accelerator or else the CPU, or check that the named device is available.
-
-    Of several processes on a machine with several accelerators, each takes its own unless one is named.
-
-    Raises:
-        UsageError: there is no such kind of device.
-        MachineError: this machine, or this build of torch, does not have it.
-    """
+    """Resolve `auto` to an accelerator or else the CPU; check that a named device is available."""
     kind = torch.accelerator.current_accelerator(check_available=True)
+    # Of several processes on a machine, each takes an accelerator of its own, unless one is named.
     if kind is not None and process_count() > 1 and name in (AUTO, kind.type):
         name = f"{kind.type}:{local_rank()}"
     if name == AUTO:
@@ -82,14 +74,15 @@ def choose_device(name: str) -> torch.device:
 
 
 def input_device(model: Any) -> torch.device:
-    """Return the device that a model takes its tokens on: its embeddings', if a device map spreads it out."""
+    """Return the device that a model takes its tokens on."""
     if not hasattr(model, "_hf_hook"):
         return torch.device(model.device)
+    # A device map spreads the model out, and tokens go to the embeddings.
     return torch.device(model.get_input_embeddings()._hf_hook.execution_device)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished its work, which it does in the background."""
+    """Wait until the device has finished its work."""
     if device.type == "mps":
         torch.mps.synchronize()
     elif device.type != "cpu":
@@ -98,7 +91,7 @@ def synchronize(device: torch.device) -> None:
 
 @cache
 def has_float64(kind: str) -> bool:
-    """Whether this kind of device computes in float64; Apple's GPUs and some of Intel's do not."""
+    """Whether devices of this kind compute in float64; Apple's GPUs and some of Intel's do not."""
     with suppress(RuntimeError, TypeError):
         return bool(torch.ones(1, dtype=torch.float64, device=kind).add(1).cpu() == 2)
     return False
@@ -116,7 +109,7 @@ _UNITS = {torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"},
 
 @cache
 def cpu_units() -> frozenset[str]:
-    """Return the units of this processor for bfloat16 and float16."""
+    """Return this processor's units for bfloat16 and float16."""
     if hasattr(torch.cpu, "get_capabilities"):
         has = {name for name, there in torch.cpu.get_capabilities().items() if there is True}
     else:  # torch 2.10
@@ -132,11 +125,7 @@ def cpu_dtypes() -> frozenset[torch.dtype]:
 
 
 def parse_dtype(name: str, own: torch.dtype | None) -> torch.dtype:
-    """Read the name of a data type; `auto` is the checkpoint's `own`.
-
-    Raises:
-        UsageError: there is no such data type.
-    """
+    """Read the name of a data type; `auto` is `own`, the checkpoint's."""
     full = dtype_in_full(name)
     dtype: torch.dtype = (own or torch.float32) if full == AUTO else getattr(torch, full)
     return dtype
@@ -148,7 +137,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def free_memory() -> None:
-    """Free the memory of models that nothing refers to any more, since two models may not fit together."""
-    gc.collect()
+    """Free the memory of models that nothing refers to any more."""
+    gc.collect()  # two models may not fit into memory together
     if kind := torch.accelerator.current_accelerator(check_available=True):
         torch.get_device_module(kind.type).empty_cache()

@@ -46,7 +46,7 @@ def chip_name(device: torch.device) -> str:
 
 
 def cpu_governor() -> str | None:
-    """Return the name of the rule that sets the processor's clock, or None where the system does not say."""
+    """Return the name of the rule that sets the processor's clock; None where the system has none."""
     with suppress(OSError):
         return GOVERNOR.read_text(encoding="utf-8").strip() or None
     return None

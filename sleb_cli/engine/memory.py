@@ -17,15 +17,13 @@ S = TypeVar("S")
 
 
 def memory_shortage(needed: int, device: torch.device, of: str = "memory", *, whole: bool = False) -> str | None:
-    """Return a clause on how much memory is needed and free, or None if that is enough.
-
-    Processes share the memory of a machine; `whole` counts all of it, for what only one of them does.
-    """
+    """Return a clause on the memory needed and free, or None if there is enough."""
+    # Processes share the memory of a machine: `whole` is for work that only one of them does.
     return shortage(needed, free_bytes(device) if whole else own_free_bytes(device), of)
 
 
 def shortage(needed: int, free: int, of: str) -> str | None:
-    """Return a clause on how much is needed and free of something, or None if that is enough."""
+    """Return a clause on the bytes needed and free, or None if there are enough."""
     return None if needed <= free else f"{format_bytes(needed)} of {of}, but only {format_bytes(free)} is free"
 
 
@@ -36,19 +34,19 @@ class SmallerPieces(Generic[S]):
             with pieces:
                 work(size)
 
-    `smaller` returns the next size, or None after the smallest, whose error is raised; `told` is called with each new
+    `smaller` returns the next size, or None after the smallest, whose error is raised; `notify` is called with each new
     size, before the work is repeated.
     """
 
-    def __init__(self, size: S, smaller: Callable[[S], S | None], told: Callable[[S], object]) -> None:
-        self._size, self._smaller, self._told = size, smaller, told
+    def __init__(self, size: S, smaller: Callable[[S], S | None], notify: Callable[[S], object]) -> None:
+        self._size, self._smaller, self._notify = size, smaller, notify
         self._failed = False
 
     def __iter__(self) -> Iterator[S]:
         yield self._size
         while self._failed:
             self._failed = False
-            self._told(self._size)
+            self._notify(self._size)
             free_memory()  # only here is the error gone, and with it the tensors of its frames
             yield self._size
 
@@ -67,14 +65,14 @@ def in_smaller_pieces(
 ) -> T:
     """Call `run` with this size, halved as often as memory runs out, and return its result.
 
-    `doing` completes the notice about each halving: "fitting {} sequences".
+    `doing` completes the notice: "fitting {} sequences".
     """
 
-    def told(smaller: int) -> None:
+    def report(smaller: int) -> None:
         notify(Notice(f"Out of memory on {device}; {doing.format(smaller)} at a time."))
 
     results: list[T] = []
-    for pieces in (halving := SmallerPieces(size, lambda pieces: pieces // 2 or None, told)):
+    for pieces in (halving := SmallerPieces(size, lambda pieces: pieces // 2 or None, report)):
         with halving:
             results.append(run(pieces))
     return results[0]

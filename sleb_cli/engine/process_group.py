@@ -51,17 +51,14 @@ class PeerLost(Exception):
 
 
 class ProcessGroup:
-    """Communication between the processes. All of them must call the same methods in the same order.
-
-    Objects go through the CPU, whatever device the tensors are on. Alone, a process exchanges nothing.
-    """
+    """Communication between the processes; all of them must call the same methods in the same order."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes files and prints for all."""
+        """Whether this process writes files and prints for all."""
         return self.rank == 0
 
     def gather(self, item: T) -> list[T]:
@@ -86,7 +83,7 @@ class ProcessGroup:
         return total / self.size
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
-        """Return the tensor of one process, by default the main one, and overwrite the others' with it."""
+        """Return the tensor of the process `source`, and overwrite the others' with it."""
         self._exchange("broadcast", tensor, source)
         return tensor
 
@@ -100,10 +97,7 @@ class ProcessGroup:
                 raise PeerLost from error
 
     def gather_in_order(self, items: Iterable[T]) -> Iterator[T]:
-        """Yield every process's items, rank by rank.
-
-        The main process gets its own as they come; the others' follow once all processes are done.
-        """
+        """Yield every process's items, rank by rank."""
         mine = []
         for item in items:
             mine.append(item)
@@ -122,12 +116,10 @@ class ProcessGroup:
 
 @contextmanager
 def join_processes() -> Iterator[ProcessGroup]:
-    """Yield the processes that a launcher started together with this one, or this one alone.
-
-    If one fails or dies, all end.
+    """Yield the processes that a launcher started with this one, or this one alone; if one fails, all end.
 
     Raises:
-        WorkerFinished: the body failed in another process than the main one, which says so.
+        WorkerFinished: the body failed in another process than the main one, which reports it.
         MachineError: another process died.
     """
     if process_count() == 1:
@@ -157,10 +149,11 @@ def join_processes() -> Iterator[ProcessGroup]:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Let signals end this process at once: torch waits without hearing handlers, and there is nothing to clean up."""
+    """Let signals end this process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    # torch waits without hearing Python's handlers, and there is nothing to clean up.
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

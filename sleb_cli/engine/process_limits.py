@@ -1,7 +1,4 @@
-"""How much memory and how many processors this process may take where a container, a batch system or a shell limits it.
-
-Containers, Slurm and systemd put a process into a control group. The limits of all groups above it hold, too.
-"""
+"""How much memory and how many processors a container, a batch system or a shell leaves to this process."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ _FILES = {
 
 
 def left_under_limits() -> int:
-    """Return the bytes that this process may still take; without a limit, `UNLIMITED`."""
+    """Return the bytes that this process may still take, or `UNLIMITED`."""
     if sys.platform != "linux":
         return UNLIMITED
     of_groups = (_memory_left(*group) for group in _control_groups("memory"))
@@ -57,7 +54,7 @@ def _processor_quota(folder: Path, version: int) -> float:
 
 
 def _memory_left_by_ulimit() -> Iterator[int]:
-    """Yield the bytes left under the shell's limits, `ulimit -v` and `ulimit -d`."""
+    """`ulimit -v` and `ulimit -d`."""
     process = psutil.Process()
     memory = process.memory_info()
     for resource, used in ((psutil.RLIMIT_AS, memory.vms), (psutil.RLIMIT_DATA, memory.data)):
@@ -67,19 +64,18 @@ def _memory_left_by_ulimit() -> Iterator[int]:
 
 
 def _memory_left(folder: Path, version: int) -> int:
-    """Return the bytes that a control group has left. The uppermost has no limit, so it lacks some of the files."""
     limits, usage, page_cache = _FILES[version]
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):  # the uppermost group has no limit, so it lacks some of the files
         limit = min(int(text) for name in limits if (text := (folder / name).read_text().strip()) != "max")
         used = int((folder / usage).read_text())
         statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        # The page cache counts as used, but gives way.
+        # The page cache counts as used, but the system frees it when memory is needed.
         return max(0, limit - used + sum(int(statistics.get(pages, 0)) for pages in page_cache))
     return UNLIMITED
 
 
 def _control_groups(controller: str) -> Iterator[tuple[Path, int]]:
-    """Yield the folder and the version of this process's control group, and of all above it that are visible here."""
+    """Yield the folder and version of this process's control group, and of all above it."""
     try:
         lines = (PROC / "cgroup").read_text().splitlines()
     except OSError:

@@ -50,9 +50,9 @@ def _student(mean: float, error: float, count: int) -> Estimate:
 
 
 def paired_difference(before: Sequence[float], after: Sequence[float]) -> Estimate:
-    """Estimate the mean of `after - before` over the same items, with Student's interval, or for 0 and 1 as below.
+    """Estimate the mean of `after - before` over the same items (Miller, arXiv 2411.00640, section 4.2).
 
-    Source: Miller, arXiv 2411.00640, section 4.2.
+    The interval is Student's, or for 0 and 1 as of `paired_proportions_interval`.
     """
     differences = [second - first for first, second in zip(before, after, strict=True)]
     mean, count = fmean(differences), len(differences)
@@ -63,15 +63,12 @@ def paired_difference(before: Sequence[float], after: Sequence[float]) -> Estima
 
 
 def is_binary(scores: Sequence[float]) -> bool:
-    """Whether items are right or wrong, and nothing between."""
+    """Whether all scores are 0 or 1."""
     return bool(scores) and {*scores} <= {0.0, 1.0}
 
 
 def clustered_mean(values: Tensor, clusters: Tensor) -> Estimate:
-    """Estimate the mean of values, [n], with Student's interval; each cluster is one observation.
-
-    Source of the clustered error: Miller, arXiv 2411.00640, section 2.2.
-    """
+    """Estimate the mean of values, [n], of which each cluster is one observation (Miller, section 2.2)."""
     values = values.double()
     mean = float(values.mean())
     cluster_of = torch.unique(clusters, return_inverse=True)[1]
@@ -95,20 +92,17 @@ def paired_proportions_interval(lost: int, gained: int, count: int) -> Interval:
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """Return the p-value of the exact McNemar test: how likely chance splits the flips this unevenly.
-
-    Source: McNemar, Psychometrika 12, 1947, with the binomial distribution instead of its approximation.
-    """
+    """Return the p-value of the exact McNemar test (Psychometrika 12, 1947): would chance split the flips so?"""
     from scipy import stats
 
     return float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
 
 
 def items_needed(deviation: float) -> int | None:
-    """Return the number of items that shows a change of a hundredth with 95% confidence and 80% power, by deviation.
+    """Return the number of items that shows a change of a hundredth with 95% confidence and 80% power.
 
-    None if the items never differ, which says nothing about others. Source: Miller, arXiv 2411.00640, equation 9, where
-    one answer per item leaves the variance of the paired difference.
+    `deviation` is of the paired difference; without any, None. Source: Miller, arXiv 2411.00640, equation 9, where one
+    answer per item leaves the variance of the paired difference.
     """
     if not deviation:
         return None
@@ -121,18 +115,16 @@ MIN_ROUNDS = 5
 
 
 def median_ratio_interval(first: Sequence[float], second: Sequence[float]) -> Interval | None:
-    """Return the 95% interval of median(first) / median(second), measured in the same rounds; None if too few.
-
-    Resamples whole rounds, because whatever slows a machine for a while slows both runs of a round. The percentiles of
-    a small sample's bootstrap are too narrow, so they are moved apart as Student's t demands (Hesterberg, "What
-    Teachers Should Know About the Bootstrap", section 5.3).
-    """
+    """Return the 95% interval of median(first) / median(second), from the same rounds; None if too few."""
     rounds = len(first)
     if rounds < MIN_ROUNDS:
         return None
+    # Whole rounds are drawn, because what slows a machine for a while slows both runs of a round.
     chosen = np.random.default_rng(0).integers(rounds, size=(RESAMPLES, rounds))
     ratios = np.median(np.asarray(first)[chosen], axis=1) / np.median(np.asarray(second)[chosen], axis=1)
-    # A bootstrap's variance divides by the number of rounds, Student's by one less, hence the root.
+    # The percentiles of a small sample's bootstrap are too narrow, so they move apart as Student's t demands
+    # (Hesterberg, "What Teachers Should Know About the Bootstrap", section 5.3). The root: a bootstrap's variance
+    # divides by the number of rounds, Student's by one less.
     reach = special.stdtrit(rounds - 1, (1 + CONFIDENCE) / 2)
     tail = special.ndtr(-np.sqrt(rounds / (rounds - 1)) * reach)
     low, high = np.quantile(ratios, (tail, 1 - tail))

@@ -17,7 +17,7 @@ from sleb_plugins.errors import is_out_of_memory, without_secrets
 
 
 def quiet_libraries() -> None:
-    """Turn off the progress bars and warnings of the libraries imported so far, which would disturb ours."""
+    """Turn off the progress bars and warnings of the libraries imported so far."""
     if transformers := sys.modules.get("transformers"):
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
@@ -34,14 +34,11 @@ class _FromOurCode(BaseException):
 
 @contextmanager
 def pass_errors_through() -> Iterator[None]:
-    """Run our own or a plugin's code inside a third-party call: `translate_errors` raises its exceptions unchanged.
-
-    Running out of memory is the exception, since the call around it is no less to blame.
-    """
+    """Run our own or a plugin's code inside a third-party call: `translate_errors` raises its exceptions unchanged."""
     try:
         yield
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error):  # the library's call around our code is no less to blame
             raise
         raise _FromOurCode(error) from None
 
@@ -50,9 +47,8 @@ def pass_errors_through() -> Iterator[None]:
 def translate_errors(sentence: Callable[[str], SlebError]) -> Iterator[None]:
     """Turn any exception of a third-party call into the error that `sentence` makes of its message.
 
-    Broken files and unusual families make libraries raise almost anything, so any exception counts but running out of
-    memory, which says nothing about them and is raised unchanged. The body must hold nothing but the third-party call,
-    or a bug of ours would be blamed on the files; what has to run inside the call runs under `pass_errors_through`.
+    The body must hold nothing but the call, or a bug of ours would be blamed on the files. Our own code inside the call
+    runs under `pass_errors_through`. Running out of memory is raised unchanged.
     """
     try:
         yield
@@ -73,17 +69,13 @@ def translate_errors(sentence: Callable[[str], SlebError]) -> Iterator[None]:
 
 
 def error_saying(kind: type[SlebError], what: str, hint: str) -> Callable[[str], SlebError]:
-    """Return a function for `translate_errors` that makes an error of an exception's words: "what: words."."""
+    """Make an error of an exception's words, "what: words.", for `translate_errors`."""
     return lambda words: kind(f"{what}: {words}.", hint=hint)
 
 
 @contextmanager
 def saving(path: Path) -> Iterator[None]:
-    """Turn an error of safetensors in writing, which words the system's errors its own way, into an `OutputError`.
-
-    Raises:
-        OutputError: it cannot write.
-    """
+    """Turn an error of safetensors in writing into an `OutputError`."""
     try:
         yield
     except SafetensorError as error:
@@ -118,7 +110,7 @@ def disk_error(error: BaseException | None) -> OSError | None:
 
 
 def _parse_os_error(error: BaseException) -> OSError | None:
-    """Read the system's error out of the words of Rust or torch, which keep no number."""
+    # Rust and torch put the system's error into words, and keep no number.
     words = str(error)
     for match in re.finditer(r"\((?:os error )?(\d{1,3})\)", words):
         if words[: match.start()].endswith(f"{os.strerror(number := int(match[1]))} "):
@@ -130,12 +122,7 @@ def _parse_os_error(error: BaseException) -> OSError | None:
 
 @contextmanager
 def translate_transformers_errors(what: str) -> Iterator[None]:
-    """Translate the errors of transformers while it reads a user's files.
-
-    Raises:
-        MachineError: a package is missing.
-        ModelError: transformers refuses the files.
-    """
+    """Translate the errors of transformers while it reads a user's files into a MachineError or ModelError."""
     hint = "Check the files, or upgrade with `pip install --upgrade transformers`."
     with translate_errors(error_saying(ModelError, f"transformers cannot read {what}", hint)):
         try:
@@ -149,11 +136,7 @@ def translate_transformers_errors(what: str) -> Iterator[None]:
 
 @contextmanager
 def internals(package: str) -> Iterator[None]:
-    """Take names from inside a package.
-
-    Raises:
-        MachineError: this version has them elsewhere.
-    """
+    """Import names from inside a package, or say that this version has them elsewhere."""
     try:
         yield
     except ImportError as error:
@@ -164,10 +147,7 @@ def internals(package: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return an exception's message on one line, without a full stop; a one-word message follows its class's name.
-
-    Tokens and passwords in it are left out.
-    """
+    """Return an exception's message on one line, without secrets or full stop; a single word follows its class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     words = without_secrets(" ".join(lines[:2]).rstrip("."))
     return words if " " in words else f"{type(error).__name__} {words}".strip()

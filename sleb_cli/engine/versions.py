@@ -13,7 +13,7 @@ from sleb_plugins.errors import without_secrets
 
 
 def describe_installation() -> Iterator[str]:
-    """Yield one line for each part; what cannot be imported or asked is a line, too."""
+    """Yield one line for each part."""
     yield f"sleb {__version__}"
     yield from (f"plugin {plugin}" for plugin in third_party_plugins())
     yield f"Python {platform.python_version()}, {platform.platform()}"

@@ -1,4 +1,4 @@
-"""Where the weights of blocks are while they are not needed, and how they lie in memory."""
+"""Where the weights of blocks are while they are not needed, and how they are aligned in memory."""
 
 from __future__ import annotations
 
@@ -13,19 +13,16 @@ ALIGNED = 64
 
 
 class BlockWeights:
-    """Where the weights of blocks are while they are not needed: here, all are in memory.
-
-    `resident` says that a block can run without being visited.
-    """
+    """Where the weights of blocks are while they are not needed; here, all are in memory."""
 
     resident = True
 
     def visit(self, blocks: Iterable[int]) -> Generator[int]:
-        """Yield these blocks one by one, each with its weights loaded until the next is asked for."""
+        """Yield these blocks one by one, each with its weights loaded until the next."""
         yield from blocks
 
     def align(self) -> None:
-        """Have weights that are loaded later be aligned."""
+        """Align weights that are loaded later."""
 
     def replaced(self, values: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """Load these values of parameters, by the model's names, while the context is open."""
@@ -38,6 +35,6 @@ def aligned(value: Tensor) -> Tensor:
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """Return the device that computes a module which accelerate placed; None for other modules."""
+    """Return the device on which a module that accelerate placed computes; None for other modules."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     return None if device is None else torch.device(device)

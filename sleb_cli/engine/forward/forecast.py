@@ -1,4 +1,4 @@
-"""How long work will take, said before it starts: tokens go through blocks at the rate that is timed here."""
+"""How long will work take? Tokens go through blocks at the rate that is timed here."""
 
 from __future__ import annotations
 
@@ -15,36 +15,35 @@ from sleb_cli.events import Notice, Notify
 from sleb_cli.units import format_seconds
 
 LONG = 60.0
-"""Work that takes longer, in seconds, is announced."""
+"""Work of more seconds is announced."""
 MIN_PRODUCTS_PER_SECOND = 1e9
-"""Every machine does as many products per second; work that would be short even so is not timed."""
+"""Of any machine; work that would be short even so is not timed."""
 SECONDS, SHARE = 0.1, 1 / 400
-"""Timing goes on to more tokens until a block takes as long on more than this share of all: each call costs time."""
+"""Timing goes on to more tokens until a block takes so long on more than this share of all: each call costs time."""
 
 
 def announce(
     notify: Notify, what: str, tokens: float, skippable: SkippableModel, ids: Tensor, fewest: float | None = None
 ) -> None:
-    """Announce work and how long it will take, if that is long.
+    """Announce long work, in which so many `tokens` go through a block, or the `fewest` if it may end early.
 
-    So many `tokens` go through a block, or the `fewest` if less is to do, the head counting as `head_blocks`; `ids` is
-    a batch of them. Streamed blocks are not announced: reading them may take longer than computing.
+    The head counts as `head_blocks`; `ids`, [batch, positions], is a batch of the work.
     """
     weights = sum(weight.numel() for weight in skippable.switches[0].block.parameters())
-    if tokens * weights <= LONG * MIN_PRODUCTS_PER_SECOND or not skippable.weights.resident:
+    if tokens * weights <= LONG * MIN_PRODUCTS_PER_SECOND:
+        return
+    if not skippable.weights.resident:  # reading streamed blocks may take longer than computing
         return
     seconds = tokens * in_smaller_pieces(partial(_seconds_per_token, skippable, ids, tokens), ids.numel())
     if seconds > LONG:
-        where = "this CPU" if skippable.device.type == "cpu" else skippable.device
-        dtype, least = dtype_name(skippable.model.dtype), seconds * (fewest or tokens) / tokens
-        both = dict.fromkeys(map(format_seconds, (least, seconds)))
-        notify(Notice(f"{what} in {dtype}: about {' to '.join(both)} on {where}."))
+        device = "this CPU" if skippable.device.type == "cpu" else skippable.device
+        dtype, min_seconds = dtype_name(skippable.model.dtype), seconds * (fewest or tokens) / tokens
+        range_of_seconds = dict.fromkeys(map(format_seconds, (min_seconds, seconds)))
+        notify(Notice(f"{what} in {dtype}: about {' to '.join(range_of_seconds)} on {device}."))
 
 
 @torch.inference_mode()
 def _seconds_per_token(skippable: SkippableModel, ids: Tensor, tokens: float, most: int) -> float:
-    """Time a block on a share of `most` tokens of a batch, [batch, positions]: the first that takes long enough."""
-
     def run() -> None:
         skippable.run_block(call, call.entering)
         synchronize(skippable.device)

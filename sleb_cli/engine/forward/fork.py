@@ -1,15 +1,14 @@
 """The forking forward: a single walk through the blocks runs the model without each of any number of candidates.
 
-To skip a block is to pass its input on. So the model without block j equals the model itself up to j, and one walk can
-serve all candidates: it carries a *base* branch, and at a candidate's block that candidate's branch forks off as a copy
-of the block's input, while the base goes through the block. A branch is the hidden states of one batch of sequences,
-[batch, positions, hidden size]. This saves half of the block work, and the rest is done once.
+To skip a block is to pass its input on, so the model without block j equals the model itself up to j. A walk carries a
+*base* branch; at a candidate's block, the candidate's branch forks off as a copy of the block's input, while the base
+goes through the block. A branch is the hidden states of one batch, [batch, positions, hidden size]. This halves the
+block work, and the rest is done once.
 
-Every branch goes through a block in a call of its own, in the very shape in which the model itself would run without
-that candidate. So the numbers equal one-at-a-time skipping, bit for bit, and do not depend on the other
-candidates of the walk, or on where it starts: a search can be interrupted and resumed, and candidates can drop out,
-without changing a digit. Only the size of a batch can, in the last bits. Larger calls would gain nothing once a batch
-fills the device's matrix units.
+Every branch goes through a block in a call of its own, in the shape in which the model would run without the candidate.
+So the numbers equal one-at-a-time skipping, bit for bit, whatever other candidates walk along and wherever the walk
+starts; only the size of a batch can change the last bits. Larger calls would gain nothing once a batch fills the
+device's matrix units.
 """
 
 from __future__ import annotations
@@ -21,16 +20,17 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from sleb_cli.engine.forward.holding import Store, keep_on_device
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
 from sleb_cli.engine.forward.states import BASE, States
+from sleb_cli.engine.forward.stores import Store, keep_on_device
 
 
 class Walk:
     """One batch on its way through the blocks: the base branch, and the candidates' branches that forked off from it.
 
     Call `advance` for each block from `start` on, in order (`walk_together` does). Without candidates, or with BASE
-    alone, the base goes through all blocks that have a call. `watch` is called before a block runs.
+    alone, the base goes through all blocks that have a call. `watch` is called before a block runs; `keep` says how
+    many of the lowest branches to keep at a depth.
     """
 
     def __init__(
@@ -59,17 +59,16 @@ class Walk:
 
     @cached_property
     def block_runs(self) -> int:
-        """The number of times that a branch goes through a block, on the whole walk."""
-        stays = [block for block in range(len(self.calls)) if block not in self.removed]
+        """How often a branch goes through a block, on the whole walk."""
+        staying = [block for block in range(len(self.calls)) if block not in self.removed]
         ends = {BASE: self.forks[-1]} if self.forks else {}
         begins = self.entry_depth | {block: block + 1 for block in self.forks}
-        return sum(begin <= block < ends.get(branch, block + 1) for branch, begin in begins.items() for block in stays)
+        return sum(
+            begin <= block < ends.get(branch, block + 1) for branch, begin in begins.items() for block in staying
+        )
 
     def advance(self, block: int) -> None:
-        """Run `block` on every branch of the walk, except the branch that leaves it out.
-
-        If `keep` names this depth, first keep that many of the lowest branches that are about to enter it.
-        """
+        """Run `block` on every branch of the walk, except the branch that leaves it out."""
         if block in self.keep:
             lowest = sorted(self.branches)[: self.keep[block]]
             self.states.at[block] |= {branch: self.branches[branch] for branch in lowest}
@@ -90,15 +89,15 @@ class Walk:
         }
 
     def share(self, block: int) -> float:
-        """Return the share of the walk that it has just advanced by, through this block."""
+        """Return this block's share of the walk."""
         ran = 0 if block in self.removed else len(self.branches) - (block in self.branches)
         return ran / max(1, self.block_runs)
 
 
 class SizesWalk:
-    """One batch on its way through the model without each of several sets of blocks, which are given to `sizes`.
+    """One batch on its way through the model without each of several sets of blocks, the `sizes`.
 
-    Sets that agree on the blocks so far share a branch, so each of `branches`, at last by set, is computed once.
+    Sets that agree on the blocks so far share a branch; at last, `branches` has one for each set.
     """
 
     start = 0
@@ -131,10 +130,8 @@ class SizesWalk:
 
 
 def walk_together(skippable: SkippableModel, walks: Sequence[Walk | SizesWalk]) -> Iterator[int]:
-    """Advance walks to the end, block by block, and yield each block after all of them have run it.
-
-    So the weights of a block are needed once, for all walks.
-    """
+    """Advance walks to the end, block by block, and yield each block after all of them have run it."""
+    # Block by block rather than walk by walk, so that streamed weights are read once for all walks.
     blocks = range(min(walk.start for walk in walks), len(walks[0].calls))
     to_run = [block for block in blocks if any(block >= walk.start and block not in walk.removed for walk in walks)]
     with closing(skippable.weights.visit(to_run)) as here:
@@ -154,11 +151,7 @@ def fork(
 ) -> dict[int, Tensor]:
     """Return the hidden states that leave the last block, by the candidate left out; without candidates, by BASE.
 
-    Args:
-        skippable: the model.
-        ids: tokens, [batch, positions].
-        removed: the removed blocks.
-        candidates: in ascending order.
+    The `candidates` are in ascending order; `ids` is [batch, positions].
     """
     walk = Walk(skippable, skippable.calls(ids), States(), removed, candidates)
     for _ in walk_together(skippable, [walk]):

@@ -1,4 +1,4 @@
-"""Whether the fork gives the numbers of whole passes of this model; if not, candidates are scored one by one."""
+"""Does the fork give this model's own numbers? If not, candidates are scored one by one."""
 
 from __future__ import annotations
 
@@ -17,12 +17,7 @@ CHECKED_POSITIONS = 64
 
 
 def why_not_fork(skippable: SkippableModel, ids: Tensor) -> str | None:
-    """Compare the fork's logits with whole passes', on a few candidates; return a clause on a difference, or None.
-
-    Args:
-        skippable: the model.
-        ids: sequences, [batch, positions], of which a few are taken.
-    """
+    """Compare the fork's logits with whole passes' on a few candidates and sequences; return a clause on a fault."""
     count = len(skippable.switches)
     if not skippable.weights.resident:
         blocks = [count // 2]  # each whole pass reads all weights
@@ -52,7 +47,7 @@ def _difference(skippable: SkippableModel, ids: Tensor, blocks: list[int]) -> st
 
 
 def same_numbers(left: Tensor, right: Tensor) -> bool:
-    """Whether two logits of the same dtype differ by no more than its rounding, relative to their size.
+    """Whether two logits of one dtype differ by no more than its rounding, relative to their size.
 
     The same logits must be finite in both; NaN and infinities count as equal.
     """

@@ -22,7 +22,7 @@ def position_slices(ids: Tensor, positions: int) -> Iterator[slice]:
 
 
 def float32_slices(logits: Tensor) -> Iterator[slice]:
-    """Slice logits, [rows, vocabulary], so that a slice is small enough to be widened to float32."""
+    """Slice logits, [rows, vocabulary], into pieces small enough to widen to float32."""
     step = max(1, settings_for(logits.device).widened_bytes // (4 * logits.shape[-1]))
     for start in range(0, len(logits), step):
         yield slice(start, start + step)
@@ -39,19 +39,14 @@ def score_logits(
 ) -> Tensor:
     """Return each sequence's mean score over the predicted tokens that count, float64 [batch].
 
-    Args:
-        metric: a metric of logits.
-        logits: of the model.
-        ids: the tokens, [batch, positions].
-        dense: the logits of the dense model, if the metric needs them.
-        loss_mask: which tokens count as targets, bool [batch, positions]; None for all.
-        positions: the most positions, over all sequences, whose logits are computed at once; None for all.
+    `loss_mask`, bool [batch, positions], says which tokens count as targets. Logits of at most `positions` positions,
+    over all sequences, are computed at once.
     """
     scores, rows = [], slice(None)
     for columns in position_slices(ids, positions or ids.numel()):
-        of_dense = None if dense is None else dense[rows, columns]
+        dense_slice = None if dense is None else dense[rows, columns]
         # The logits at a position predict the token after it.
-        scores.append(score_positions(metric, logits[rows, columns], ids[:, 1:][:, columns], of_dense))
+        scores.append(score_positions(metric, logits[rows, columns], ids[:, 1:][:, columns], dense_slice))
     by_token = as_float64(torch.cat(scores, dim=1))  # [batch, positions - 1]
     if loss_mask is None:
         return by_token.mean(1)

@@ -1,8 +1,4 @@
-"""How much memory a search may use in addition to the model, and what follows from it.
-
-How many branches share a walk and how many states are kept changes no digit. Fewer sequences in a batch, or fewer
-positions at once, can change the last bits, so they come last.
-"""
+"""How much memory a search may use in addition to the model, and the batches that fit into it."""
 
 from __future__ import annotations
 
@@ -27,8 +23,8 @@ class DeviceSettings:
         head_positions: positions whose logits exist at once, in the model's data type.
         widened_bytes: bytes of logits that are widened to float32 at a time; on a CPU, as many as stay in its caches.
         tokens_per_batch: enough to fill its matrix units, few enough to stay in a CPU's caches.
-        min_tokens_per_batch: fewer use it badly, so a race looks less often rather than make smaller batches.
-        share: the share of its free memory to use. Where other programs use the same memory, half of it: never swap.
+        min_tokens_per_batch: fewer use it badly, so a race looks less often instead.
+        share: of its free memory. Where other programs use the same memory, half of it: never swap.
     """
 
     head_positions: int
@@ -45,11 +41,11 @@ ACCELERATOR_SETTINGS = DeviceSettings(
 )
 
 MIN_POSITIONS = 16
-"""If memory is short, logits of at least this many positions exist at once; the number of sequences drops instead."""
+"""Logits of at least this many positions exist at once; if memory is short, batches get fewer sequences instead."""
 
 
 def settings_for(device: torch.device) -> DeviceSettings:
-    """Return the settings for this device: all accelerators with memory of their own have the same."""
+    """Return the settings for this device; all accelerators with memory of their own share theirs."""
     return {"cpu": CPU_SETTINGS, "mps": MPS_SETTINGS}.get(device.type, ACCELERATOR_SETTINGS)
 
 
@@ -58,10 +54,10 @@ class MemoryBudget:
     """How a search fits into memory.
 
     Attributes:
-        sequences: sequences in a batch, the unit of arithmetic.
-        positions: the most positions, over all sequences of a batch, whose logits exist at once.
+        sequences: in a batch, the unit of arithmetic.
+        positions: over all sequences of a batch, whose logits exist at once.
         branches: candidates that share a walk.
-        kept_branches: branches of a batch that are kept from step to step.
+        kept_branches: of a batch, from step to step.
     """
 
     sequences: int
@@ -71,6 +67,7 @@ class MemoryBudget:
 
     def halved(self) -> MemoryBudget | None:
         """Return a smaller budget, reduced first where it costs the least time; None if it cannot be smaller."""
+        # These two change no digit. Fewer positions at once, or fewer sequences in a batch, can change the last bits.
         if self.kept_branches or self.branches > 1:
             return dataclasses.replace(self, kept_branches=0, branches=max(1, self.branches // 2))
         if self.positions > MIN_POSITIONS:
@@ -90,15 +87,11 @@ def resolve_memory_budget(
 ) -> MemoryBudget:
     """Fit a search on sequences, [sequences, positions], into `available` bytes on their device.
 
-    Unless the user chose how many sequences a batch has, there are at least `min_batches` batches, if there are enough
-    sequences for batches of a useful size.
-
-    Raises:
-        MachineError: not even one candidate on one sequence fits.
+    Unless the user chose a batch size, there are at least `min_batches` batches, as far as they keep a useful size.
     """
     settings, (count, length) = settings_for(sequences.device), sequences.shape
-    fewest, most = settings.min_tokens_per_batch // length, settings.tokens_per_batch // length
-    size = min(batch_size or max(1, min(most, max(fewest, count // min_batches))), count)
+    min_size, max_size = settings.min_tokens_per_batch // length, settings.tokens_per_batch // length
+    size = min(batch_size or max(1, min(max_size, max(min_size, count // min_batches))), count)
     budget = MemoryBudget(size, settings.head_positions, branches=1, kept_branches=0)
     widened = settings.widened_bytes
     while (needed := footprint.working_bytes(budget.sequences * length, budget.positions, widened)) > available:
@@ -118,9 +111,6 @@ def resolve_memory_budget(
 
 
 def available_memory(device: torch.device, group: ProcessGroup | None = None, asked: int | None = None) -> int:
-    """Return the bytes that may be used in addition to the model: `asked`, or else a share of the free memory.
-
-    It is the same in all processes, so that they have the same batches.
-    """
+    """Return the bytes to use besides the model: `asked`, or else a share of the free memory."""
     usable = asked or int(own_free_bytes(device) * settings_for(device).share)
-    return min(group.gather(usable)) if group else usable
+    return min(group.gather(usable)) if group else usable  # so that all processes have the same batches

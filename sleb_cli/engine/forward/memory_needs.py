@@ -1,4 +1,4 @@
-"""How many bytes of memory a model and its passes need, estimated before they take them."""
+"""How many bytes of memory a model and its passes will need."""
 
 from __future__ import annotations
 
@@ -16,16 +16,13 @@ from sleb_cli.engine.transformers_internals import WeightConverter, get_model_co
 from sleb_plugins import UnsupportedModelError
 
 COPIES_OF_LOGITS = 3
-"""Logits of a position that exist at once in the model's data type: the model's, the dense one's, and a copy."""
+"""In the model's data type at once: the model's, the dense model's, and a copy."""
 COPIES_WIDENED = 6
-"""Copies in float32 of logits that are scored, while a metric takes softmaxes of both and multiplies them."""
+"""In float32 at once, while a metric takes softmaxes of both models' logits and multiplies them."""
 
 
 def model_bytes(architecture: Architecture, dtype: torch.dtype, *, stream: bool = False) -> int:
-    """Return the bytes of the weights in this data type; packed weights take as many as in the files.
-
-    If they are streamed, only two blocks and the tensors outside the blocks are in memory.
-    """
+    """Return the bytes of the weights in this data type; packed weights take as many as in the files."""
     if not stream:
         return _bytes_as(dtype, *architecture.source.weights.stored)
     by_block, outside = tensors_by_block(architecture)
@@ -113,6 +110,6 @@ def measure_footprint(skippable: SkippableModel, ids: Tensor) -> Footprint:
 
 
 def _width(module: nn.Module) -> int:
-    """Return the most values that a module makes of one token, by its attributes: packed weights have other shapes."""
     sizes = [max(weight.shape, default=1) for weight in module.parameters(recurse=False)]
+    # Attributes come first, because packed weights have other shapes.
     return max(getattr(module, "in_features", 0), getattr(module, "out_features", 0)) or max(sizes, default=1)

@@ -1,7 +1,4 @@
-"""Weights that accelerate keeps in CPU memory or on disk, and moves to a device while their module runs.
-
-While it does not run, its parameters are on the meta device. What needs their values asks for them here.
-"""
+"""Weights that accelerate keeps in CPU memory or on disk, and moves to a device while their module runs."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from sleb_cli.engine.forward.block_weights import BlockWeights, aligned
 class OffloadedValues(ChainMap[str, Tensor]):
     """The values of a model's offloaded weights by name, from which its modules take them; the stored ones come last.
 
-    If `align` is set, all lie at multiples of 64 bytes; otherwise, those on disk lie as in their file.
+    If `align` is set, all lie at multiples of 64 bytes; otherwise, weights on disk lie as in their file.
     """
 
     align = False
@@ -29,7 +26,7 @@ class OffloadedValues(ChainMap[str, Tensor]):
 
 
 def align(model: Any) -> None:
-    """Align the weights of a model of transformers, because fast kernels may round differently at other addresses."""
+    """Align the weights of a model, because fast kernels may round differently at other addresses."""
     if (offloaded := offloaded_values(model)) is not None:
         offloaded.align = True
     for parameter in model.parameters():
@@ -41,7 +38,7 @@ def offloaded_values(model: Any) -> OffloadedValues | None:
     hooks = [hook for module in model.modules() if (hook := _offloading_hook(module))]
     if not hooks:
         return None
-    stored = hooks[0].weights_map.dataset  # of all hooks, with a prefix for each
+    stored = hooks[0].weights_map.dataset  # shared by all hooks, with a prefix for each
     values = stored if isinstance(stored, OffloadedValues) else OffloadedValues(stored)
     for hook in hooks:
         hook.weights_map.dataset = values
@@ -62,7 +59,7 @@ class Offloaded(BlockWeights):
 
     @contextmanager
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Let modules run with new values, by name, while the context is open."""
+        """Run modules with new values, by name, while the context is open."""
         self._values.maps.insert(0, dict(values))
         try:
             yield
@@ -72,7 +69,8 @@ class Offloaded(BlockWeights):
 
 @contextmanager
 def loaded(module: nn.Module) -> Iterator[None]:
-    """Put the offloaded weights of a module where it runs, and leave them there while the context is open."""
+    """Put the offloaded weights of a module where it runs, while the context is open."""
+    # Until then, offloaded parameters are on the meta device.
     placed: list[tuple[nn.Module, Any]] = []
     try:
         for submodule in module.modules():

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.forward.fork import Walk, walk_together
-from sleb_cli.engine.forward.holding import SharedInputs, Store, keep_on_device
 from sleb_cli.engine.forward.logits import score_logits
 from sleb_cli.engine.forward.memory_budget import MemoryBudget
 from sleb_cli.engine.forward.predictions import Predictions
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.states import BASE, States, depths_to_keep
+from sleb_cli.engine.forward.stores import SharedInputs, Store, keep_on_device
 from sleb_cli.engine.memory import SmallerPieces
 from sleb_cli.events import Advance, Notice, Notify, no_progress
 from sleb_plugins import LogitMetric

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.forward.fork import SizesWalk, walk_together
-from sleb_cli.engine.forward.holding import SharedInputs, keep_on_device, to_cpu
 from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.forward.stores import SharedInputs, keep_on_device, to_cpu
 
 
 class Predictions:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from sleb_cli.engine.device import CPU
 from sleb_cli.engine.forward.fork_check import why_not_fork
-from sleb_cli.engine.forward.holding import keep_on_device, to_cpu
 from sleb_cli.engine.forward.memory_budget import available_memory, resolve_memory_budget, settings_for
 from sleb_cli.engine.forward.memory_needs import Footprint, measure_footprint
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.forward.stores import keep_on_device, to_cpu
 from sleb_cli.events import Notify
 from sleb_cli.units import format_bytes
 from sleb_plugins import MachineError, UnsupportedModelError

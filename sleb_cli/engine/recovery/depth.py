@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.forward.holding import SharedInputs, keep_on_device, to_cpu
+from sleb_cli.engine.forward.stores import SharedInputs, keep_on_device, to_cpu
 from sleb_cli.engine.process_group import join_dealt
 from sleb_cli.engine.recovery.stage import Job
 from sleb_cli.engine.recovery.variant import Variant, run_blocks, summed_losses

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import as_float64
-from sleb_cli.engine.forward.holding import Store, to_cpu
 from sleb_cli.engine.forward.logits import float32_slices
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
+from sleb_cli.engine.forward.stores import Store, to_cpu
 from sleb_cli.engine.process_group import ProcessGroup, join_dealt
 from sleb_cli.engine.text.calibration import Calibration
 from sleb_cli.engine.text.windows import whole_mask

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.device import dtype_name, wider_range
+from sleb_cli.engine.device import dtype_name, hint_for_nonfinite
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.text.calibration import Calibration
 from sleb_plugins import ModelError
@@ -52,5 +52,5 @@ def unsound(
         f"{model} computes NaN or infinity in {dtype_name(dtype)}, before any removal: in {where}, on "
         f"calibration sequence {row + 1} of {count}, which is from {calibration.origins[row]} and begins "
         f"{text!r}.{others}",
-        hint=wider_range(dtype),
+        hint=hint_for_nonfinite(dtype),
     )

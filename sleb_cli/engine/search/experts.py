@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sleb_cli.engine.cut.experts.expert_cut import ExpertCut
 from sleb_cli.engine.cut.experts.routing import Routing, watched
-from sleb_cli.engine.device import dtype_name, wider_range
+from sleb_cli.engine.device import dtype_name, hint_for_nonfinite
 from sleb_cli.engine.files.shards import new_tensor
 from sleb_cli.engine.forward.forecast import announce
 from sleb_cli.engine.forward.memory_budget import available_memory
@@ -175,7 +175,7 @@ class _Measuring:
             raise ModelError(
                 f"{name} computes NaN, infinity or a perplexity that is not finite in {dtype_name(dtype)}"
                 f"{' without these experts' if removed else ''}.",
-                hint=wider_range(dtype),
+                hint=hint_for_nonfinite(dtype),
             )
         for block, sums in self.sums.pop(batch, {}).items():
             self.journal.add(sums.flatten().tolist(), (), block, batch)

@@ -7,7 +7,7 @@ import sys
 from functools import partial
 from statistics import fmean
 
-from sleb_cli.engine.device import dtype_name, wider_range
+from sleb_cli.engine.device import dtype_name, hint_for_nonfinite
 from sleb_cli.engine.search.held_out import MAX_ERROR_RATE, overfitting_test
 from sleb_cli.engine.search.scoring import Scoring
 from sleb_cli.events import task
@@ -65,6 +65,6 @@ def perplexity(scoring: Scoring, loss: float, opening: str) -> float:
         raise ModelError(
             f"{opening}, the calibration loss is {loss} nats per token in {dtype_name(dtype)}, so the perplexity is "
             "not finite.",
-            hint=wider_range(dtype),
+            hint=hint_for_nonfinite(dtype),
         )
     return math.exp(loss)

@@ -17,10 +17,10 @@ from sleb_cli.engine.device import CPU
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
 
 Store = Callable[[Tensor], Tensor]
-"""Takes hidden states, and returns them where they wait."""
+"""Moves hidden states to where they wait."""
 
 MAX_SHARED = 64
-"""The most tensors to compare with: with more, batches share too little for the comparisons to pay."""
+"""With more tensors to compare with, batches share too little for the comparisons to pay."""
 
 
 def keep_on_device(hidden: Tensor) -> Tensor:
@@ -29,12 +29,12 @@ def keep_on_device(hidden: Tensor) -> Tensor:
 
 
 def to_cpu(hidden: Tensor) -> Tensor:
-    """Let hidden states wait in the memory of the CPU."""
+    """Let hidden states wait in host memory."""
     return hidden.to(CPU)
 
 
 class SharedInputs:
-    """A model's other inputs of its blocks, such as masks, held once where several batches have the same."""
+    """The other inputs of blocks, such as masks, held once where several batches have equal ones."""
 
     def __init__(self, skippable: SkippableModel, store: Store = keep_on_device) -> None:
         self._skippable, self._store = skippable, store
