@@ -135,7 +135,7 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
 
         group, registry, named, source = work
         evaluation = resolve_evaluation(request, named, source, registry, notify, group)
-        place = _kept_place(evaluation.models.subject, "eval")
+        place = _results_file(evaluation.models.subject, "eval")
         unfinished = sibling(request.output, ".unfinished.json") if request.output and not place else None
         result = evaluate_models(evaluation, place or unfinished)
     _save(result, request.output)
@@ -154,7 +154,7 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     """
     from sleb_cli.asked.verbs import check_bench
     from sleb_cli.engine.door.files import locate
-    from sleb_cli.kept_results import keep_result
+    from sleb_cli.saved_results import save_result
 
     count = process_count()
     if is_main_process() and count > 1:  # each with its share of the threads, or with a device that would stay idle
@@ -171,9 +171,9 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
         with wanted.subject.architecture.source.watch.unchanged(), files as write_files:
             result = benchmark(wanted, notify, write_files)
     _save(result, request.output)
-    if place := _kept_place(wanted.subject, "bench"):
+    if place := _results_file(wanted.subject, "bench"):
         # Weights and data types may differ between engines, so each has its own file.
-        keep_result(result, place.with_suffix(f".{engine.name}.json") if engine else place, notify)
+        save_result(result, place.with_suffix(f".{engine.name}.json") if engine else place, notify)
     return result
 
 
@@ -207,10 +207,10 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
     return ExportResult(**THIS_VERSION, kind="export", exporter=exporter.name, text=shown, file=file)
 
 
-def _kept_place(subject: Subject, kind: Literal["eval", "bench"]) -> Path | None:
+def _results_file(subject: Subject, kind: Literal["eval", "bench"]) -> Path | None:
     """Return where results are kept: next to their plan, or in the measured checkpoint if sleb wrote it."""
-    from sleb_cli.kept_results import beside_plan
     from sleb_cli.plan import CHECKPOINT_PLAN
+    from sleb_cli.saved_results import beside_plan
 
     if subject.file is not None:
         return beside_plan(subject.file, kind) if subject.own_plan else None

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from sleb_cli.engine.speed.timing import Measured, workload_result
-from sleb_cli.kept_results import beside_plan
 from sleb_cli.plan import (
     CalibrationRecord,
     DenseRecord,
@@ -41,6 +40,7 @@ from sleb_cli.results import (
     Workload,
     WorkloadResult,
 )
+from sleb_cli.saved_results import beside_plan
 from sleb_plugins.engine import TimedRun
 
 SHA = "0" * 64

@@ -13,8 +13,8 @@ from huggingface_hub import ModelCard
 from conftest import calibration, llama_config, save_model
 from gguf_models import write_llama_gguf
 from measured_plans import make_benchmark, make_evaluation
-from sleb_cli.kept_results import beside_plan
 from sleb_cli.plan import read_plan
+from sleb_cli.saved_results import beside_plan
 from sleb_cli.units import format_change, format_perplexity
 
 

@@ -22,8 +22,8 @@ from sleb_cli.engine.quality import models as quality_models
 from sleb_cli.engine.quality import written_code
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.text.sources import evaluation_text
-from sleb_cli.kept_results import beside_plan
 from sleb_cli.results import EvalResult
+from sleb_cli.saved_results import beside_plan
 
 SHORT = ["--sequence-length", 64]
 

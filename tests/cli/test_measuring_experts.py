@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from conftest import calibration, prose, save_model, shortage_at, slow, write_task
 from families import experts_config, tiny_config
 from sleb_cli.engine.quality import models
-from sleb_cli.kept_results import beside_plan
+from sleb_cli.saved_results import beside_plan
 from sleb_cli.tables.search_results import UNUSED
 
 EIGHT = {"num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8}

@@ -16,8 +16,8 @@ from sleb_cli.engine.cut.protocol import Cut, GgufCut
 from sleb_cli.engine.files.config_files import CONFIG
 from sleb_cli.engine.files.slices import Slices
 from sleb_cli.engine.gguf.file import read_gguf
-from sleb_cli.engine.output.apply import Output, apply_removals
 from sleb_cli.engine.output.apply_gguf import prune_gguf
+from sleb_cli.engine.output.checkpoint import Output, apply_removals
 from sleb_cli.engine.surgery.gguf_surgery import GgufSurgery
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery

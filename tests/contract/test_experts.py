@@ -20,8 +20,8 @@ from sleb_cli.engine.cut.experts.routing import TiesByNumber
 from sleb_cli.engine.forward.placement import blocks_on_disk
 from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.output import proof
-from sleb_cli.engine.output.apply import Output, apply_removals, kept_tensors
 from sleb_cli.engine.output.apply_gguf import prune_gguf
+from sleb_cli.engine.output.checkpoint import Output, apply_removals, kept_tensors
 from sleb_cli.engine.output.proof import ProofPlacement
 from sleb_cli.engine.surgery.gguf_surgery import plan_gguf_surgery
 from sleb_cli.engine.surgery.subject import Subject

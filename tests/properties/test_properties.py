@@ -15,7 +15,7 @@ from families import tiny_config
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.output.apply import Output, apply_removals
+from sleb_cli.engine.output.checkpoint import Output, apply_removals
 from sleb_cli.engine.surgery.loading import Placement, load_dense, load_pruned
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import plan_surgery

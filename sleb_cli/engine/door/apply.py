@@ -16,11 +16,11 @@ from sleb_cli.asked.text_names import is_written
 from sleb_cli.asked.verbs import parse_shard_size
 from sleb_cli.engine.device import parse_dtype
 from sleb_cli.engine.door.files import locate
-from sleb_cli.engine.door.subject import resolve_subject
+from sleb_cli.engine.door.named_model import resolve_subject
 from sleb_cli.engine.gguf.file import GgufFile
 from sleb_cli.engine.model.source import ModelSource
-from sleb_cli.engine.output.apply import Output, apply_recovered, apply_removals, default_folder, require_apart
 from sleb_cli.engine.output.apply_gguf import default_file, prune_gguf, require_same_kind_of_model
+from sleb_cli.engine.output.checkpoint import Output, apply_recovered, apply_removals, default_folder, require_apart
 from sleb_cli.engine.output.proof import place_proof
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.unfinished import clear_old

@@ -11,7 +11,7 @@ import torch
 from sleb_cli.asked.subjects import NamedSubject
 from sleb_cli.asked.verbs import points_of
 from sleb_cli.engine.device import choose_device
-from sleb_cli.engine.door.subject import resolve_subject, surgeries
+from sleb_cli.engine.door.named_model import resolve_subject, surgeries
 from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.model.demo import demo_gguf

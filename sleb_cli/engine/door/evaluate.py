@@ -13,7 +13,7 @@ from sleb_cli.asked.subjects import NamedSubject
 from sleb_cli.asked.verbs import parse_batch_size
 from sleb_cli.canaries import FOLDER
 from sleb_cli.engine.device import choose_device, parse_dtype
-from sleb_cli.engine.door.subject import resolve_subject, surgeries, with_recovered
+from sleb_cli.engine.door.named_model import resolve_subject, surgeries, with_recovered
 from sleb_cli.engine.forward.memory_needs import model_bytes
 from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.model.architecture import Architecture

@@ -40,7 +40,7 @@ def resolve_export(
     """
     (named, *others), subject = asked, None
     if source:
-        from sleb_cli.engine.door.subject import resolve_subject  # which imports torch
+        from sleb_cli.engine.door.named_model import resolve_subject  # which imports torch
 
         subject = resolve_subject(named, source, registry, notify)
     pruning = _pruning(request, named, subject, notify)

@@ -15,7 +15,7 @@ from sleb_cli.engine.files.tensors import float_dtypes
 from sleb_cli.engine.forward.memory_needs import model_bytes
 from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.memory import memory_shortage
-from sleb_cli.engine.output.apply import Output
+from sleb_cli.engine.output.checkpoint import Output
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.closed_form import ClosedForm
 from sleb_cli.engine.recovery.heal import Heal

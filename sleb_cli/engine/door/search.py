@@ -12,7 +12,7 @@ import torch
 
 from sleb_cli.asked.searches import AskedSearch, goal_of
 from sleb_cli.engine.device import choose_device, dtype_name, parse_dtype
-from sleb_cli.engine.door.subject import read_model
+from sleb_cli.engine.door.named_model import read_model
 from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.experts import Experts, expert_parameters

@@ -21,7 +21,7 @@ from sleb_cli.engine.memory import memory_shortage, shortage
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.gguf_conversion import convert_tokenizer, convert_weights, transformers_knows
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.output.apply import Output, kept_tensors, move_if_proof_fails
+from sleb_cli.engine.output.checkpoint import Output, kept_tensors, move_if_proof_fails
 from sleb_cli.engine.output.proof import place_proof, prove
 from sleb_cli.engine.output.proof_of_files import Planned, model_errors_fail_proof, proof_error
 from sleb_cli.engine.surgery.gguf_surgery import GgufSurgery

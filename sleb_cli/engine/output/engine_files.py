@@ -9,8 +9,8 @@ from tempfile import gettempdir
 
 from sleb_cli.atomic import clear, scratch_folder
 from sleb_cli.engine.gguf.file import read_gguf
-from sleb_cli.engine.output.apply import Output, apply_removals
 from sleb_cli.engine.output.apply_gguf import prune_gguf
+from sleb_cli.engine.output.checkpoint import Output, apply_removals
 from sleb_cli.engine.surgery.gguf_surgery import plan_gguf_surgery
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from sleb_cli.events import Notify, Warned
-from sleb_cli.kept_results import R, beside_plan, read_kept
 from sleb_cli.plan import Plan
 from sleb_cli.requests import TRANSFORMERS
 from sleb_cli.results import (
@@ -19,6 +18,7 @@ from sleb_cli.results import (
     PrunedTiming,
     of_sizes,
 )
+from sleb_cli.saved_results import R, beside_plan, read_saved
 from sleb_cli.units import plural
 
 _PARTS = ("texts", "tasks", "workloads")
@@ -37,7 +37,7 @@ def measured_of_plan(path: Path, plan: Plan, notify: Notify) -> tuple[EvalResult
 
 def _measured(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R | None:
     file = beside_plan(path, "eval" if kind is EvalResult else "bench")
-    result = read_kept(kind, file, notify)
+    result = read_saved(kind, file, notify)
     if result is None:
         return None
     if isinstance(result, BenchResult):  # `-o` may have put those of another engine there

@@ -23,11 +23,11 @@ from sleb_cli.engine.quality.tasks import compare_task
 from sleb_cli.engine.quality.texts import description, measure_text
 from sleb_cli.engine.text.windows import EvaluationWindows
 from sleb_cli.events import Notice, ignore
-from sleb_cli.kept_results import find_kept, keep_result
 from sleb_cli.keys import Key
 from sleb_cli.names import public_source
 from sleb_cli.records import THIS_VERSION
 from sleb_cli.results import EvalResult, R, Removals, TaskResult, TextResult, merge_results, of_sizes
+from sleb_cli.saved_results import find_saved, save_result
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def evaluate_models(evaluation: Evaluation, file: Path | None) -> EvalResult:
     """
     models = evaluation.models
     whole, group = _without_parts(evaluation), models.group
-    known = group.from_main(lambda: find_kept(whole, file, ignore) if file and not evaluation.force else None) or whole
+    known = group.from_main(lambda: find_saved(whole, file, ignore) if file and not evaluation.force else None) or whole
     results_by_part: dict[str, tuple[Any, ...]] = {"texts": (), "tasks": ()}
     reused = list[str]()
     for field, title, results, measure in _jobs(evaluation, known):
@@ -70,7 +70,7 @@ def evaluate_models(evaluation: Evaluation, file: Path | None) -> EvalResult:
         else:
             results = merge_results(results, measure(sizes))
             if file and group.is_main:
-                keep_result(whole.model_copy(update={field: results}), file, models.notify)
+                save_result(whole.model_copy(update={field: results}), file, models.notify)
         results_by_part[field] += tuple(of_sizes(results, models.sizes))
     if reused:
         models.notify(Notice(f"Measured before: {', '.join(reused)}. --force measures again."))

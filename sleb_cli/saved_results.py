@@ -23,19 +23,19 @@ def beside_plan(plan: Path, kind: Literal["eval", "bench"]) -> Path:
     return sibling(plan, f".{kind}.json")
 
 
-def keep_result(result: R, file: Path, notify: Notify) -> R:
+def save_result(result: R, file: Path, notify: Notify) -> R:
     """Add a result to those kept in its setting, and return all of them together: they are in `file` from now on.
 
     Results in another setting, which includes the model and the versions, move to a file of their own beside it, where
-    `find_kept` finds them. If nothing can be written, the listener is told and the result is still returned.
+    `find_saved` finds them. If nothing can be written, the listener is told and the result is still returned.
     """
     if file.name.startswith(("sleb_eval.", "sleb_bench.", f"{Path(CHECKPOINT_PLAN).stem}.")):
         result = result.published()  # a checkpoint may be published
     merged = result
     try:
         with claimed(file, replace=True) as aside:  # nothing that another process adds is lost
-            current = read_kept(type(result), file, notify)
-            before = find_kept(result, file, ignore)
+            current = read_saved(type(result), file, notify)
+            before = find_saved(result, file, ignore)
             merged = result if before is None else result.merged_with(before)
             aside.write_text(to_json(merged.to_data()), encoding="utf-8")
             if file.is_file() and (current is None or current.key != result.key):
@@ -51,10 +51,10 @@ def keep_result(result: R, file: Path, notify: Notify) -> R:
     return merged
 
 
-def find_kept(like: R, file: Path, notify: Notify) -> R | None:
+def find_saved(like: R, file: Path, notify: Notify) -> R | None:
     """Return what is kept in the setting of this result: in `file`, or beside it if another setting came later."""
     for place in (file, _beside(file, like)):
-        found = read_kept(type(like), place, notify)
+        found = read_saved(type(like), place, notify)
         if found is not None and found.key == like.key:
             return found
     return None
@@ -84,7 +84,7 @@ def _warn_if_shorter_run(result: BenchResult, merged: BenchResult, file: Path, n
             )
 
 
-def read_kept(kind: type[R], file: Path, notify: Notify) -> R | None:
+def read_saved(kind: type[R], file: Path, notify: Notify) -> R | None:
     """Return the result in a file; None if there is none, with a notice if the file cannot be read."""
     try:
         return kind.read(file, "the result")

@@ -32,13 +32,13 @@ from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notice, Notify, Warned
-from sleb_cli.kept_results import beside_plan
 from sleb_cli.names import without_folders
 from sleb_cli.plan import CHECKPOINT_PLAN
 from sleb_cli.processes import WorkerFinished
 from sleb_cli.records import THIS_VERSION
 from sleb_cli.requests import DEFAULT_SHARD_SIZE
 from sleb_cli.results import ApplyResult
+from sleb_cli.saved_results import beside_plan
 from sleb_cli.units import parse_bytes
 from sleb_plugins import OutputError, ProofError
 

@@ -3,8 +3,8 @@
 import pytest
 
 from measured_plans import make_benchmark, make_evaluation, make_plan
-from sleb_cli.kept_results import find_kept, keep_result, read_kept
 from sleb_cli.results import EvalResult
+from sleb_cli.saved_results import find_saved, read_saved, save_result
 
 PLAN = make_plan(6, 3)
 OTHER_SETTINGS = [
@@ -40,11 +40,11 @@ def test_results_in_several_settings_are_kept_side_by_side(tmp_path, result, cha
     third = result.model_copy(update={"device": "another"})
     for _ in range(2):
         for each in (result, other, third):
-            keep_result(each, file, heard.append)
-            assert read_kept(type(result), file, heard.append) == each
-            assert find_kept(each, file, heard.append) == each
+            save_result(each, file, heard.append)
+            assert read_saved(type(result), file, heard.append) == each
+            assert find_saved(each, file, heard.append) == each
     assert len(list(tmp_path.iterdir())) == 3
-    assert all(find_kept(each, file, heard.append) == each for each in (result, other, third))
+    assert all(find_saved(each, file, heard.append) == each for each in (result, other, third))
     moved = f"{file} held results for a different model or setting, which are now in kept."
     assert len(heard) == 5
     assert all(notice.text.startswith(moved) for notice in heard)
@@ -53,30 +53,30 @@ def test_results_in_several_settings_are_kept_side_by_side(tmp_path, result, cha
 def test_files_that_cannot_be_read_or_written_lose_nothing(tmp_path):
     file, heard = tmp_path / "plan.eval.json", []
     file.write_text('{"kind": "eval"}')
-    keep_result(evaluation(), file, heard.append)
+    save_result(evaluation(), file, heard.append)
     assert "plan.eval.json: this version of sleb cannot read it (schema_version" in heard[0].text
     assert (tmp_path / "plan.eval.json.old").read_text() == '{"kind": "eval"}'
     file.write_text("{}")
-    keep_result(evaluation(), file, heard.append)
+    save_result(evaluation(), file, heard.append)
     assert (tmp_path / "plan.eval.json.old").read_text() == '{"kind": "eval"}'
     assert (tmp_path / "plan.eval.2.json.old").read_text() == "{}"
-    assert read_kept(EvalResult, file, heard.append) is not None
-    assert keep_result(evaluation(), tmp_path / "none" / "plan.eval.json", heard.append) == evaluation()
+    assert read_saved(EvalResult, file, heard.append) is not None
+    assert save_result(evaluation(), tmp_path / "none" / "plan.eval.json", heard.append) == evaluation()
     assert "not kept for reports" in heard[-1].text
 
 
 def test_fewer_iterations_do_not_replace_more(tmp_path):
     file, heard = tmp_path / "plan.bench.json", []
     long, quick = benchmark((1, 8), iterations=5), benchmark((1, 8), (1, 4), every=1, iterations=1)
-    keep_result(long, file, heard.append)
-    both = keep_result(quick, file, heard.append)
+    save_result(long, file, heard.append)
+    both = save_result(quick, file, heard.append)
     assert both.workloads == (long.workloads[0], quick.workloads[1])
     assert [size.removals for size in both.pruned] == list(PLAN.by_size)
     (notice,) = heard
     assert "keeps the earlier 5 runs of prompt 1x8" in notice.text
     assert "use --iterations 5 or more" in notice.text
     again = benchmark((1, 8), iterations=5, every=1)
-    assert keep_result(again, file, heard.append).workloads == (again.workloads[0], quick.workloads[1])
+    assert save_result(again, file, heard.append).workloads == (again.workloads[0], quick.workloads[1])
     assert len(heard) == 1
 
 
