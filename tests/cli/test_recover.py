@@ -245,9 +245,7 @@ def test_a_fit_is_not_continued_with_another_setting(apply, tiny_llama, tmp_path
     assert same_weights(tmp_path / "undisturbed", tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("stops", "end"), [({"NEXT_TO_NOTHING": 1.0}, 0), ({"PATIENCE": 99}, -1)], ids=["fewest", "most"]
-)
+@pytest.mark.parametrize(("stops", "end"), [({"MIN_GAIN": 1.0}, 0), ({"PATIENCE": 99}, -1)], ids=["fewest", "most"])
 def test_a_forecast_counts_what_runs(recover, tmp_path, monkeypatch, stops, end):
     run, ran = SkippableModel.run_block, []
 

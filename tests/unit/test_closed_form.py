@@ -22,7 +22,7 @@ from sleb_cli.engine.recovery.depth import PROBED_TOKENS, Judge
 from sleb_cli.engine.recovery.least_squares import Ridge, best_ridge
 from sleb_cli.engine.recovery.residual_projections import captured, find_residual_projections
 from sleb_cli.engine.recovery.stage import Job
-from sleb_cli.engine.recovery.variant import Comparison, Variant
+from sleb_cli.engine.recovery.variant import DenseComparison, Variant
 from sleb_cli.engine.text.calibration import Calibration
 from sleb_cli.events import ignore
 from sleb_plugins import MachineError, UnsupportedModelError
@@ -58,7 +58,7 @@ def recovered(skippable, removed, text, fitted, notify=ignore):
 
 def divergence(skippable, removed, text, values=()):
     with skippable:
-        comparison = Comparison(Variant(skippable), Calibration(text, None, None, ()), ProcessGroup())
+        comparison = DenseComparison(Variant(skippable), Calibration(text, None, None, ()), ProcessGroup())
         return comparison.losses(Variant(skippable, removed, dict(values))).divergence
 
 

@@ -14,7 +14,7 @@ from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery import variant
 from sleb_cli.engine.recovery.distillation import Batch, Distillation
 from sleb_cli.engine.recovery.heal import can_share
-from sleb_cli.engine.recovery.variant import Comparison, Variant
+from sleb_cli.engine.recovery.variant import DenseComparison, Variant
 from sleb_cli.engine.text.calibration import Calibration
 
 IDS = torch.randint(320, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -46,7 +46,7 @@ def test_gradients_in_slices_are_those_of_all_logits_at_once(positions, counted,
         mask = torch.ones_like(IDS, dtype=torch.bool) if counted is None else counted
         found = Distillation(Variant(teacher), Variant(student), 0).add_gradient(Batch(IDS, mask, *states))
         text = Calibration(IDS, None, counted, ())
-        loss, divergence = Comparison(Variant(teacher), text, ProcessGroup()).losses(Variant(student))
+        loss, divergence = DenseComparison(Variant(teacher), text, ProcessGroup()).losses(Variant(student))
     of_tokens = -ours.gather(-1, IDS[:, 1:, None])[..., 0]
     assert loss == pytest.approx(of_tokens[slice(None) if counted is None else counted[:, 1:]].mean().item(), rel=1e-5)
     assert found == pytest.approx(plain.item(), rel=1e-5)

@@ -31,7 +31,7 @@ from sleb_cli.engine.recovery.depth import JUDGED_POSITIONS, Batches, DepthPair,
 from sleb_cli.engine.recovery.least_squares import ridge_bytes
 from sleb_cli.engine.recovery.residual_projections import possible_projections
 from sleb_cli.engine.recovery.stage import HIDDEN_STATES, Fields, Job, Stage, kept_blocks
-from sleb_cli.engine.recovery.unfinished import fit_file, fits_in, read_saved, write_saved
+from sleb_cli.engine.recovery.unfinished import count_fits, fit_file, read_saved, write_saved
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notice, task
 from sleb_cli.plan import ClosedFormRecord, FitRecord
@@ -41,7 +41,7 @@ from sleb_plugins import UnsupportedModelError
 BATCH_TOKENS = 4096
 PATIENCE = 3
 """After this many blocks in a row that gain next to nothing, no more are refitted until the next gap."""
-NEXT_TO_NOTHING = 0.01
+MIN_GAIN = 0.01
 """A fit that lowers the divergence by less than this share of it is kept, but counts as no gain."""
 ROUNDS = 2
 """How often the block before a gap is fitted: all projections at once, then those that nothing else in it reads."""
@@ -51,34 +51,33 @@ ROUNDS_BEHIND = 1
 
 @dataclass(frozen=True)
 class ClosedForm(Stage):
-    """The recovery in closed form, which comes first: it starts from the dense model's values."""
+    """The recovery in closed form, always the first stage: it starts from the dense model's values."""
 
     title, model, measured, streams = "Recovery", "recovered", "closed_form", True
 
     def reserved_bytes(self, surgery: Surgery) -> int:
-        """Return the memory for the sums of the largest fit."""
+        """Return the bytes of the largest fit's sums."""
         width = surgery.architecture.text_config.hidden_size
-        return max(ridge_bytes(_features(block, width), width) for block in kept_blocks(surgery))
+        return max(ridge_bytes(_fitted_features(block, width), width) for block in kept_blocks(surgery))
 
     def needed_bytes(self, surgery: Surgery, dtype: torch.dtype, tokens: int) -> dict[str, int]:
-        """Return the memory for hidden states and sums.
-
-        The states are those that enter the model, those that enter a block in both models, and those that leave it.
-        """
+        """Return the bytes of hidden states and sums."""
         states = states_bytes(surgery.architecture, dtype, tokens)
+        # Entering the model, entering a block in both models, and leaving it.
         return {HIDDEN_STATES: 4 * states, "regression sums": self.reserved_bytes(surgery)}
 
     def saved_bytes(self, surgery: Surgery, stored: torch.dtype) -> int:
-        """Return the bytes of the fits of all blocks from the one before the first gap on."""
+        """Return the bytes of all fits at most."""
+        # From the block before the first gap on.
         fitted = kept_blocks(surgery)[max(0, min(surgery.removed) - 1) :]
         width: int = surgery.architecture.text_config.hidden_size
-        return sum(_features(block, width) * width for block in fitted) * stored.itemsize
+        return sum(_fitted_features(block, width) * width for block in fitted) * stored.itemsize
 
     def run(self, job: Job, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Fields]:
-        """Fit in closed form, or take over what an interrupted run fitted, perhaps all of it."""
+        """Fit in closed form, or take over the fits of an interrupted run, which may be all of them."""
         assert not values
         whole = job.saved / "closed-form.safetensors"
-        if job.group.is_main and (count := fits_in(job.saved)):
+        if job.group.is_main and (count := count_fits(job.saved)):
             job.notify(Notice(f"Continuing with {plural(count, 'fit')} of an interrupted run."))
         if job.group.from_main(whole.exists):
             record, new_values = read_saved(whole, ClosedFormRecord)
@@ -92,18 +91,11 @@ class ClosedForm(Stage):
 
 
 def recover_in_closed_form(job: Job) -> tuple[dict[str, Tensor], ClosedFormRecord]:
-    """Fit the kept blocks to the dense model's hidden states.
+    """Fit the kept blocks to the dense model's hidden states; return new values by the dense model's parameter names.
 
-    Only the hidden states of one depth are in memory, and of a fit only sums of the size of the fitted weights. If
-    blocks are streamed, a fit reads its own block twice, and the blocks behind it once. All tokens of the text count,
-    as later ones attend to them. Values do not depend on how many processes share it out.
-
-    Returns:
-        New values by the dense model's parameter names, and a record of every fit.
-
-    Raises:
-        UnsupportedModelError: the family's blocks cannot be run one by one.
-        MachineError: the sums of a fit do not fit into memory, or not even one sequence at a time does.
+    Memory holds the hidden states of one depth, and sums of the size of the fitted weights. If blocks are streamed, a
+    fit reads its own block twice, and the blocks behind it once. All tokens of the text count, as later ones attend to
+    them. Values do not depend on the number of processes.
     """
     dense, train, validation = job.dense, job.train.sequences, job.validation.sequences
     with torch.inference_mode():
@@ -112,12 +104,12 @@ def recover_in_closed_form(job: Job) -> tuple[dict[str, Tensor], ClosedFormRecor
                 f"{dense.model.config.model_type} cannot be recovered: {reason}.", hint="Leave out --recover."
             )
 
-        run, size = partial(_fit_blocks, job), max(1, BATCH_TOKENS // train.shape[1])
+        fit_blocks, size = partial(_fit_blocks, job), max(1, BATCH_TOKENS // train.shape[1])
         _announce(job, size)
         # Several processes have the same batches, so one cannot take smaller ones by itself.
         if job.group.size > 1:
-            return run(size)
-        return in_smaller_pieces(run, size, dense.device, job.notify, "fitting {} sequences")
+            return fit_blocks(size)
+        return in_smaller_pieces(fit_blocks, size, dense.device, job.notify, "fitting {} sequences")
 
 
 def _fit_blocks(job: Job, size: int) -> tuple[dict[str, Tensor], ClosedFormRecord]:
@@ -159,10 +151,7 @@ class Fits:
         self.divergence = judge.divergence(batches.entering(0).pruned, 0, {})
 
     def refit(self, pair: DepthPair, block: int | None, gap: int = 0) -> bool:
-        """Fit a block's output to the dense states at the end of its gap, or (None) the gains of the final norm.
-
-        Return whether that gained something.
-        """
+        """Fit a block to the dense states at the end of its gap (None: the final norm); return whether that gained."""
         before = self.divergence
         require_finite((*pair.dense, *pair.pruned))
         if fit := self._read_saved_fit(block) or self._fit_block(pair, block, gap):
@@ -170,10 +159,9 @@ class Fits:
             self.records.append(record)
             if record.kept:
                 self.values, self.divergence = self.values | values, record.divergence
-        return self.divergence < before * (1 - NEXT_TO_NOTHING)
+        return self.divergence < before * (1 - MIN_GAIN)
 
     def _read_saved_fit(self, block: int | None) -> tuple[FitRecord, dict[str, Tensor]] | None:
-        """Return the fit of a block (None: of the final norm) by an interrupted run, if there is one."""
         job, dense = self.job, self.job.dense
         file = fit_file(job.saved, block)
         saved = job.group.from_main(lambda: read_saved(file, FitRecord) if file.exists() else None)
@@ -185,9 +173,8 @@ class Fits:
         return record, {name: self.batches.to_store(value.to(device, copy=True)) for name, value in tensors.items()}
 
     def _fit_block(self, pair: DepthPair, block: int | None, gap: int) -> tuple[FitRecord, dict[str, Tensor]] | None:
-        """Fit a block anew; None if none of its weights can be fitted, or its values overflow."""
         job, regression = self.job, BlockFit(self.batches, pair, block, self.values, self.job.settings.stored)
-        projections = job.group.from_main(regression.find)
+        projections = job.group.from_main(regression.find_projections)
         if not projections:
             if gap:
                 why = "none of its weights write to the residual stream"
@@ -197,7 +184,7 @@ class Fits:
             fit = fit_block(projections, regression.fit, None if gap or block is None else ROUNDS_BEHIND)
         behind = len(job.dense.switches) if block is None else block
         divergence = self.judge.divergence(pair.pruned, behind, self.values | fit.values)
-        if not math.isfinite(divergence):  # float16 overflows with these values
+        if not math.isfinite(divergence):  # the values overflow float16
             return None
         kept = divergence < self.divergence
         record = FitRecord(
@@ -206,7 +193,7 @@ class Fits:
             weights=tuple(name for projection in projections for name in projection.names),
             exact=all(projection.exact for projection in projections),
             ridge=fit.ridge,
-            error_left=fit.after / max(fit.before, 1e-30),
+            error_left=fit.error_after / max(fit.error_before, 1e-30),
             divergence=divergence,
             kept=kept,
         )
@@ -217,12 +204,11 @@ class Fits:
 
 
 def _announce(job: Job, size: int) -> None:
-    """Tell how long the fits take: they stop where nothing is gained."""
     dense, removed = job.dense, job.settings.surgery.removed
     validation = job.validation.sequences.numel()
     both, judged = job.train.sequences.numel() + validation, min(validation, 2 * BATCH_TOKENS)
     begin = max(0, min(removed) - 1)
-    max_fits = max(1, len(dense.switches) - len(removed) - begin - fits_in(job.saved))
+    max_fits = max(1, len(dense.switches) - len(removed) - begin - count_fits(job.saved))
     gaps = sum(block - 1 not in removed for block in removed)
 
     def tokens(fits: int) -> float:
@@ -235,11 +221,12 @@ def _announce(job: Job, size: int) -> None:
         return (begin + 2 * fits + 1.5 * rounds) * both + judging
 
     title = f"Recovery: up to {plural(max_fits, 'block')} fitted to {both - validation:,} tokens"
+    # Fits stop where nothing is gained, so the time is between these two.
     left, fewest = (tokens(fits) / job.group.size for fits in (max_fits, min(max_fits, gaps * (1 + PATIENCE))))
     announce(job.notify, title, left, dense, job.train.sequences[:size].to(dense.device), fewest)
 
 
-def _features(block: nn.Module, width: int) -> int:
-    """Return the number of inputs fitted at once: attention's and the MLP's together."""
+def _fitted_features(block: nn.Module, width: int) -> int:
+    # A round fits attention's and the MLP's inputs at once.
     projections = possible_projections(block, width)
     return sum(sorted(projection.inputs for projection in projections if projection.kind != "gain")[-2:])

@@ -31,7 +31,7 @@ GROUPS = 8
 
 @dataclass(frozen=True)
 class DepthPair:
-    """The hidden states of both models at one depth, batch by batch."""
+    """Hidden states of both models at one depth, batch by batch."""
 
     dense: Sequence[Tensor]
     pruned: Sequence[Tensor]
@@ -43,13 +43,10 @@ class Batches:
     Attributes:
         train: the range of each group of training batches; empty if another process has it.
         validation: the range of each group of validation batches.
-        ids: the tokens of each batch.
         calls: the calls of the blocks on each batch.
         probes: the calls of the blocks on a few sequences of the first batch, if there is one.
-        all: the range of all batches.
-        deciding: the range of all validation batches.
-        train_for_gains: the range in each group that gains are fitted to.
-        judged: the range in each group that two fits are compared on.
+        train_for_gains: the range in each group of training batches that gains are fitted to.
+        judged: the range in each group of validation batches that two fits are compared on.
     """
 
     def __init__(self, job: Job, size: int) -> None:
@@ -68,7 +65,7 @@ class Batches:
         self.judged = [at[: number % JUDGED_SHARE == 0] for number, at in enumerate(self.validation)]
 
     def share(self, text: Tensor, size: int, begin: int = 0) -> tuple[list[Tensor], list[range]]:
-        """Return this process's batches of a text, the first with number `begin`, and the range of each group."""
+        """Return this process's batches of a text, numbered from `begin`, and the range of each group."""
         batches, mine, groups = torch.split(text, size), list[Tensor](), list[range]()
         bounds = [len(batches) * number // GROUPS for number in range(GROUPS + 1)]
         for number, (first, last) in enumerate((a, b) for a, b in pairwise(bounds) if a < b):
@@ -81,7 +78,7 @@ class Batches:
     def run_blocks(self, entering: Sequence[Tensor], blocks: Iterable[int], chosen: Sequence[int]) -> list[Tensor]:
         """Run these blocks on the chosen batches, reading weights once; return the hidden states of all batches.
 
-        With the states of two models, one after the other, batches of the second are numbered on from the first's.
+        The states may be two models', one after the other: numbers go on from the first's batches to the second's.
         """
         states = list(entering)
         if chosen:
@@ -92,12 +89,12 @@ class Batches:
         return states
 
     def entering(self, block: int) -> DepthPair:
-        """Return the hidden states that enter a block before which none is removed: the same in both models."""
+        """Return the hidden states that enter a block before which none is removed."""
         states = self.run_blocks([calls[0].entering for calls in self.calls], range(block), self.all)
         return DepthPair(states, states)
 
     def advance(self, pair: DepthPair, blocks: range, *, only_for_gains: bool = False) -> DepthPair:
-        """Run these blocks in both models, on all batches or only on those that the final norm is fitted to."""
+        """Run these blocks in both models, on all batches or only where the final norm is fitted."""
         fitted = {at for group in self.train_for_gains for at in group}
         # The first batch finds the norm.
         chosen = sorted(fitted.union(self.all[:1], self.deciding)) if only_for_gains else self.all
@@ -107,7 +104,7 @@ class Batches:
 
 
 class Judge:
-    """Measures the divergence of the recovered model from the dense one on some of the validation text."""
+    """Measures the recovered model's divergence from the dense one on some of the validation text."""
 
     def __init__(self, job: Job, batches: Batches, size: int) -> None:
         self.batches, self.removed = batches, job.settings.surgery.removed
@@ -128,24 +125,20 @@ class Judge:
         with skippable.replaced(values):
             final = batches.run_blocks(pruned, blocks, self.judged)
 
-        def compared(at: int) -> tuple[float, int]:
+        def compare(at: int) -> tuple[float, int]:
             states, counted = (final[at], self.dense_final[at]), self.counted[at]
             losses = summed_losses(models, states, batches.ids[at], counted, self.every)
             return losses.divergence, int(counted[:, 1 :: self.every].sum())
 
         group = batches.group
-        own_sums = [[compared(at) for at in of_group] for of_group in batches.judged[group.rank :: group.size]]
+        own_sums = [[compare(at) for at in of_group] for of_group in batches.judged[group.rank :: group.size]]
         # Sums are in the order of groups, so that they do not depend on the number of processes.
         sums = [of_batch for of_group in join_dealt(group.gather(own_sums)) for of_batch in of_group]
         return sum(total for total, _ in sums) / max(1, sum(count for _, count in sums))
 
 
 def require_finite(tensors: Iterable[Tensor]) -> None:
-    """Check that hidden states, or the sums over them, are finite numbers.
-
-    Raises:
-        ModelError: some are not.
-    """
+    """Raise a ModelError unless these hidden states, or sums over them, are finite."""
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise ModelError(
             "On the text to recover on, the model computes hidden states that are not finite numbers.",

@@ -24,8 +24,8 @@ WARMUP_STEPS = 6
 def divergence_and_gradient(student: Tensor, teacher: Tensor, scale: float, counted: Tensor) -> tuple[float, Tensor]:
     """Return KL(teacher || student) in nats, summed over the `counted` positions, and `scale` times its gradient.
 
-    Both logits are [..., vocabulary]. The gradient at the student's, softmax(student) - softmax(teacher), is in their
-    data type; at most one slice of it exists in float32.
+    The logits are [..., vocabulary]. The gradient with respect to the student's, softmax(student) - softmax(teacher),
+    has their data type; only slices of it are ever float32.
     """
     ours, theirs = student.flatten(0, -2), teacher.flatten(0, -2)
     gradient, total = torch.empty_like(ours), torch.zeros((), device=ours.device)
@@ -38,13 +38,9 @@ def divergence_and_gradient(student: Tensor, teacher: Tensor, scale: float, coun
 
 
 class Batch(NamedTuple):
-    """Sequences to train on.
+    """Sequences to train on, and the teacher's hidden states: before the first trained block, and final.
 
-    Attributes:
-        ids: the tokens, [batch, positions].
-        counted: which of them count as next tokens, bool [batch, positions].
-        entering: the teacher's hidden states that enter the first trained block.
-        teacher_final: the teacher's final hidden states.
+    `ids` are [batch, positions]; `counted` marks those that count as next tokens, bool of the same shape.
     """
 
     ids: Tensor
@@ -55,32 +51,23 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Distillation:
-    """A student that learns a teacher's predictions.
-
-    Attributes:
-        teacher: the dense model.
-        student: the model to train.
-        first: the first block to train; the blocks before it are the teacher's own in both.
-    """
+    """A student that learns a teacher's predictions from block `first` on; both share the blocks before it."""
 
     teacher: Variant
     student: Variant
     first: int
 
     def divergence(self, batch: Batch) -> float:
-        """Return the student's divergence, summed over the next tokens that count."""
+        """Sum the student's divergence over the next tokens that count."""
         states = self.student.final_states(batch.ids, (self.first, batch.entering)), batch.teacher_final
         return summed_losses((self.student, self.teacher), states, batch.ids, batch.counted).divergence
 
     def add_gradient(self, batch: Batch, scale: float = 1.0) -> float:
-        """Add the gradient of the mean divergence, times `scale`, to the student's parameters; return the divergence.
-
-        The gradient of the student's final states is summed slice by slice of logits, then backpropagated in one pass.
-        The scale is a power of two, and keeps gradients in the range of their data type.
-        """
+        """Add `scale` times the mean divergence's gradient to the student's parameters; return that divergence."""
         ids, states = batch.ids, self.student.final_states(batch.ids, (self.first, batch.entering))
         leaf, count = states.detach().requires_grad_(), int(batch.counted[:, 1:].sum())
         counted, total = batch.counted[:, 1:], 0.0
+        # Logits are large, so the gradient of the final states is summed over slices of them. One pass follows.
         for positions in position_slices(ids, variant.POSITIONS):
             with torch.no_grad():
                 theirs = self.teacher.logits(batch.teacher_final[:, positions], ids[:, positions])
@@ -109,7 +96,7 @@ class TeacherStates:
 
     @torch.no_grad()
     def batch(self, rows: list[int]) -> Batch:
-        """Return these rows with the teacher's states on them."""
+        """Return these rows with the teacher's states."""
         teacher, first = self._distillation.teacher, self._distillation.first
         for row in rows:
             if row not in self._known:
@@ -126,9 +113,6 @@ class TeacherStates:
 
 
 def learning_rate(peak: float, share: float, steps: int) -> float:
-    """Return the learning rate of the step after `steps`, with `share` of the budget used.
-
-    It rises linearly over the first steps, while Adam's moments are unreliable, and falls along a cosine to 0 at the
-    end of the budget.
-    """
+    """Return the learning rate after `steps`, with `share` of the budget used: a linear warmup, then a cosine to 0."""
+    # Adam's moments are unreliable in the first steps.
     return peak * min((steps + 1) / WARMUP_STEPS, 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))

@@ -20,13 +20,9 @@ from sleb_plugins import UnsupportedModelError
 def file_tensors(
     skippable: SkippableModel, surgery: Surgery, values: Mapping[str, Tensor], rounded: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Return the changed tensors of the pruned checkpoint, by their names there.
+    """Return the changed tensors of the pruned checkpoint by their names there, given values by parameter name.
 
-    Args:
-        skippable: the dense model, with its own values.
-        surgery: the removal.
-        values: new values by the model's own parameter names.
-        rounded: the data type that the dense model's values were rounded to, if to any.
+    `rounded` is the data type that the dense model's values were rounded to, if to any.
 
     Raises:
         UnsupportedModelError: such a tensor is stored quantized, or not as transformers would write it.
@@ -38,18 +34,18 @@ def file_tensors(
         new = {name: value for name, value in values.items() if prefixes[name] == prefix}
         block, owner = names.block_of(prefix), prefix.rpartition(".")[0]
         with loaded(skippable.model.get_submodule(owner)) if block is None else skippable.loaded(block):
-            changed |= _changed(skippable.model, surgery.architecture.source.weights, prefix, new, rounded)
+            changed |= _changed_tensors(skippable.model, surgery.architecture.source.weights, prefix, new, rounded)
     return {name: value for name, value, _ in surgery.tensors(changed.items())}
 
 
-def _changed(
+def _changed_tensors(
     model: Any, weights: WeightFiles, prefix: str, values: Mapping[str, Tensor], rounded: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """Return the changed tensors of the files under a prefix: a block, all of whose values are here, or one tensor."""
+    # The prefix is a block, all of whose values are here, or one tensor.
     stored, base = {tensor.name: tensor for tensor in weights.stored}, f"{model.base_model_prefix}."
 
     def to_file_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Convert tensors to those of the files, which may fuse some, and lack the prefix if they hold a base model."""
+        # Files may fuse tensors, and their names lack the prefix if they hold a base model.
         converted = revert_weight_conversion(model, tensors).items()
         return {name if name in stored else name.removeprefix(base): tensor for name, tensor in converted}
 
@@ -66,10 +62,11 @@ def _changed(
                 hint="Recover the model it was quantized from, and quantize the result.",
             )
     # The files must hold the old values under each name, so that it means the same tensor there.
-    there = dict(read_all(weights, changed.keys() & stored.keys()))
+    old_in_files = dict(read_all(weights, changed.keys() & stored.keys()))
     for name in changed:
         dtype = before[name].dtype
-        if name not in there or not torch.equal(there[name].to(rounded or dtype).to(dtype), before[name].cpu()):
+        old_value = old_in_files.get(name)
+        if old_value is None or not torch.equal(old_value.to(rounded or dtype).to(dtype), before[name].cpu()):
             raise UnsupportedModelError(
                 f"The weight files do not store {name} as transformers writes it, so it cannot take new values.",
                 hint="Load the model with transformers, save it again, and recover that copy.",

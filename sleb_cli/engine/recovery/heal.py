@@ -38,21 +38,22 @@ SAVED_BYTES = 16
 
 @dataclass(frozen=True)
 class Heal(Stage):
-    """The training of the kept blocks, until its budget is used."""
+    """Training of the kept blocks within a budget."""
 
     budget: HealBudget
 
     title, model, measured, streams = "Healing", "healed", "healed", False
 
     def needed_bytes(self, surgery: Surgery, dtype: torch.dtype, tokens: int) -> dict[str, int]:
-        """Return the memory for the trained weights; their original values, and all else, both models share."""
+        """Return the bytes of the trained weights, and of the training's state."""
+        # Both models share the original values, and all else.
         weights = sum(parameter.numel() for block in kept_blocks(surgery) for parameter in block.parameters())
-        state = _trained_numbers(kept_blocks(surgery)) * TRAINING_BYTES
+        state = _max_trained_numbers(kept_blocks(surgery)) * TRAINING_BYTES
         return {"the trained weights": weights * dtype.itemsize, "the state of training": state}
 
     def saved_bytes(self, surgery: Surgery, stored: torch.dtype) -> int:
-        """Return the size of the saved training."""
-        return _trained_numbers(kept_blocks(surgery)) * SAVED_BYTES
+        """Return the bytes of the saved training at most."""
+        return _max_trained_numbers(kept_blocks(surgery)) * SAVED_BYTES
 
     def run(self, job: Job, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Fields]:
         """Distill the dense model into the pruned one with these values."""
@@ -67,7 +68,8 @@ class Heal(Stage):
                 for name, parameter in parameters.items()
                 if rank_of(parameter.shape) and (names.block_of(name) or 0) >= first
             }
-            trained = LowRank([*weights.values()], _originals(job, [*weights.values()]), job.settings.stored)
+            originals = _detach_from_originals(job, [*weights.values()])
+            trained = LowRank([*weights.values()], originals, job.settings.stored)
             distillation = Distillation(Variant(job.dense), Variant(pruned), first)
             file = job.saved / f"healing-{self._identity(job)}.safetensors"
             unit = "tokens" if budget.tokens is not None else "s"
@@ -91,7 +93,7 @@ class Heal(Stage):
         return all_values, lambda losses: {"heal": record(losses=losses)}
 
     def _identity(self, job: Job) -> str:
-        """Name all that a healing depends on, besides its folder."""
+        # The folder is named after all else that a healing depends on.
         text, stages = job.settings.splits[0], job.settings.stages
         depends = {
             "before": [stage.measured for stage in stages[: stages.index(self)]],
@@ -105,16 +107,16 @@ class Heal(Stage):
         return name_of(depends)[:DIGITS]
 
 
-def _trained_numbers(blocks: Sequence[nn.Module]) -> int:
-    """Return the number of trained numbers at most: blocks before the gap may be left as they are."""
+def _max_trained_numbers(blocks: Sequence[nn.Module]) -> int:
+    # Blocks well before the gap are not trained.
     return sum(trained_numbers(parameter.shape) for block in blocks for parameter in block.parameters())
 
 
 def _student(job: Job, values: Mapping[str, Tensor]) -> tuple[Any, dict[str, nn.Parameter]]:
-    """Return the pruned model with these values, and the parameters of its blocks by their names in the dense model."""
     surgery, placement = job.settings.surgery, job.settings.placement
     path = surgery.architecture.adapter.blocks_path
     model = load_pruned(surgery, placement, job.notify, dense=job.dense.model)
+    # Names number the blocks as in the dense model.
     parameters = {
         f"{path}.{old}.{name}": parameter
         for block, old in zip(surgery.architecture.blocks_of(model), surgery.kept.blocks, strict=True)
@@ -128,7 +130,6 @@ def _student(job: Job, values: Mapping[str, Tensor]) -> tuple[Any, dict[str, nn.
 
 
 def _first_trained(job: Job, pruned: SkippableModel, values: Mapping[str, Tensor]) -> int:
-    """Return the block that training starts at: below the first gap, or the first with new values if that is lower."""
     surgery, ids = job.settings.surgery, job.validation.sequences[:1].to(job.settings.placement.device)
     names = surgery.architecture.block_names(surgery.kept)
     changed = [block for block in map(names.block_of, values) if block is not None]
@@ -136,8 +137,8 @@ def _first_trained(job: Job, pruned: SkippableModel, values: Mapping[str, Tensor
     return first if first and can_share(Variant(job.dense), Variant(pruned), first, ids) else 0
 
 
-def _originals(job: Job, weights: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Give the weights memory of their own; return the old one, which is the dense model's where nothing was fitted."""
+def _detach_from_originals(job: Job, weights: Sequence[nn.Parameter]) -> list[Tensor]:
+    # The student shares memory with the dense model where nothing was fitted: that stays, and the weights move out.
     originals = [weight.data for weight in weights]
     for weight, original in zip(weights, originals, strict=True):
         # Each process fitted its own weights, and rounding may differ between them.
@@ -149,10 +150,8 @@ def _originals(job: Job, weights: Sequence[nn.Parameter]) -> list[Tensor]:
 
 @torch.inference_mode()
 def can_share(dense: Variant, pruned: Variant, first: int, ids: Tensor) -> bool:
-    """Whether the pruned model may start at block `first` with the dense model's hidden states.
-
-    It may not if blocks take more than hidden states from earlier blocks.
-    """
+    """Check that the pruned model, started at block `first` with the dense model's hidden states, computes the same."""
+    # It does not if blocks take more than hidden states from earlier blocks.
     try:
         entering, _ = dense.entering_and_final_states(ids, first)
         shared, expected = pruned.final_states(ids, (first, entering)), pruned.final_states(ids)

@@ -1,4 +1,4 @@
-"""How long a healing trains, and how much of that is over."""
+"""How long a healing trains, and how much of its budget is used."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class HealBudget:
         return self.tokens if self.tokens is not None else max(1, round(60 * (self.minutes or 0)))
 
     def portion_tokens(self, portion: int) -> int:
-        """Return the tokens that a portion trains on: fewer for short budgets, to leave time for training."""
+        """Return the tokens that a portion trains on."""
+        # A short budget has smaller ones: writing them must leave time for training.
         if self.tokens is not None:
             first = min(FIRST_PORTION_TOKENS, self.tokens)
         else:
@@ -37,17 +38,17 @@ class HealBudget:
         return min(first << portion, PORTION_TOKENS)
 
     def used(self, seconds: float, tokens: int) -> float:
-        """Return the used part of the budget, in seconds or tokens."""
+        """Return how much of the budget is used, in its unit."""
         return float(tokens) if self.tokens is not None else seconds
 
     def tokens_left(self, seconds: float, tokens: int) -> float:
-        """Return the tokens that the rest of the budget suffices for, at the pace so far."""
+        """Estimate how many tokens the rest of the budget allows, at the pace so far."""
         left = self.total - self.used(seconds, tokens)
         return left if self.tokens is not None else left * (tokens / max(seconds, 1e-3))
 
 
 class Clock:
-    """Tells the time since a healing began, not counting interruptions, and a progress bar how much is used."""
+    """Times a healing without its interruptions, and moves its progress bar."""
 
     def __init__(self, budget: HealBudget, advance: Advance, seconds: float) -> None:
         self._budget, self._advance = budget, advance
@@ -58,7 +59,7 @@ class Clock:
         return time.monotonic() - self._began
 
     def tell(self, tokens: int) -> None:
-        """Tell the progress bar how much of the budget is used after so many tokens."""
+        """Move the progress bar to the share of the budget used after `tokens`."""
         if new := int(self._budget.used(self.seconds(), tokens) - self._told):
             self._advance(new)
             self._told += new

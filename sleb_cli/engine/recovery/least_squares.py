@@ -1,4 +1,4 @@
-"""Ridge regression from running sums: no activation is kept."""
+"""Ridge regression from running sums, without keeping activations."""
 
 from __future__ import annotations
 
@@ -18,20 +18,16 @@ SKETCH_COLUMNS = 64
 
 
 def ridge_bytes(features: int, outputs: int) -> int:
-    """Return the memory for a ridge regression and the sums to judge it by, in bytes of float64.
-
-    There are two pairs of sums; in float32, the matrix to judge by, one to factor, its factor and the best one so far.
-    """
+    """Return the bytes of a ridge regression and the sums to judge it by."""
+    # Two pairs of sums in float64; in float32 the matrix to judge by, one to factor, its factor, and the best so far.
     return 8 * (4 * features * features + 4 * features * outputs)
 
 
 @contextmanager
 def bfloat16_products(on: bool) -> Iterator[None]:
-    """Let the CPU round the factors of float32 products to bfloat16, if it has units for that; sums stay float32.
-
-    oneDNN then computes instead of MKL, and decides: it rounds for AMX. For AVX512_BF16 it does not (torch 2.15), but
-    still takes half the time on an AMD EPYC.
-    """
+    """Let the CPU round the factors of float32 products to bfloat16, if it has units for that; sums stay float32."""
+    # oneDNN then computes instead of MKL, and decides: it rounds for AMX. For AVX512_BF16 it does not (torch 2.15), but
+    # still takes half the time on an AMD EPYC.
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16" if on and torch.bfloat16 in cpu_dtypes() else before
@@ -46,8 +42,7 @@ class Ridge:
 
     The sums are X'WX (only its upper half), X'WY and Y'WY, in float64, on the CPU if the device has no float64. The
     penalty of a coefficient is `ridge` times its feature's own weighted sum of squares, so units of measurement do not
-    matter: with `ridge` 1, the coefficient of a lone feature is halved. So a system is well enough conditioned to be
-    solved in float32.
+    matter, and a system is well enough conditioned for float32. With `ridge` 1, a lone feature's coefficient is halved.
     """
 
     def __init__(self, features: int, outputs: int, device: torch.device = CPU, *, rounded: bool = False) -> None:
@@ -56,7 +51,7 @@ class Ridge:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The sums, to be added to in place."""
+        """The sums, which others may add to in place."""
         return self.xx, self.xy, self.yy
 
     def add(self, features: Tensor, targets: Tensor, weights: Tensor) -> None:
@@ -89,7 +84,7 @@ class Ridge:
         return upper.add_(upper.triu(1).T)
 
     def sketch(self) -> Tensor:
-        """Return X'WY for a few random sums of the targets, the same ones in each regression."""
+        """Return X'WY for a few random sums of the targets, alike in each regression."""
         outputs = self.xy[0].numel()
         if outputs <= SKETCH_COLUMNS:
             return self.xy
@@ -124,27 +119,26 @@ class Gains(Ridge):
 
 
 def _zeros(device: torch.device, *shape: int) -> Tensor:
-    """Return zeros in float64, on the CPU if the device has none."""
     return torch.zeros(shape, dtype=torch.float64, device=as_float64(torch.empty(0, device=device)).device)
 
 
 def best_ridge(train: Ridge, validation: Ridge, ridges: tuple[float, ...]) -> tuple[float, float, Tensor]:
-    """Return the ridge that leaves the least error on the validation text, that error, and the coefficients in float64.
+    """Return the ridge with the least error on the validation text, that error, and the coefficients in float64.
 
-    The error is the weighted sum of squares that is left of the targets. It has one minimum, so ridges are tried from
-    the middle on, towards less error, on a sketch of the targets: the best alone is solved for all.
+    The error is the weighted sum of squares that is left of the targets.
     """
     products, train_sketch, validation_sketch = validation.products(), train.sketch(), validation.sketch()
 
-    def change(coefficients: Tensor, xy: Tensor) -> float:
-        """Return the error with these coefficients, less the error without any."""
+    def error_change(coefficients: Tensor, xy: Tensor) -> float:
         coefficients = coefficients.double()
         return float((coefficients * ((products @ coefficients.to(products)).double() - 2 * xy)).sum())
 
     def try_ridge(ridge: float) -> tuple[float, float, Tensor]:
         factor = train.factor(ridge)
-        return ridge, change(train.solve(factor, train_sketch), validation_sketch), factor
+        return ridge, error_change(train.solve(factor, train_sketch), validation_sketch), factor
 
+    # The error has one minimum, so ridges are tried from the middle on, towards less error. A sketch of the targets
+    # suffices; only the best ridge is solved for all of them.
     middle = len(ridges) // 2
     best = try_ridge(ridges[middle])
     for side in (ridges[middle + 1 :], ridges[:middle][::-1]):
@@ -154,6 +148,6 @@ def best_ridge(train: Ridge, validation: Ridge, ridges: tuple[float, ...]) -> tu
                 if candidate[1] >= best[1]:
                     break
                 best = candidate
-            candidate = best  # a factor is as large as the sums, so no other is held
+            candidate = best  # frees the other factor, which is as large as the sums
     fitted = train.solve(best[2], train.xy).double()
-    return best[0], float(validation.yy) + change(fitted, validation.xy), fitted
+    return best[0], float(validation.yy) + error_change(fitted, validation.xy), fitted

@@ -17,5 +17,5 @@ MIN_SCALE = 2.0**-24
 
 
 def starting_scale(dtype: torch.dtype, tokens: int) -> float:
-    """Return a scale that makes the gradient of a mean over this many tokens about as large as a single token's."""
+    """Return a scale at which the gradient of a mean over `tokens` is about as large as a single token's."""
     return 2.0 ** math.ceil(math.log2(max(1, tokens))) if dtype is torch.float16 else 1.0

@@ -21,31 +21,25 @@ CLIP = 1.0
 
 
 def rank_of(shape: Sequence[int]) -> int:
-    """Return the rank of the change to a weight [..., out, in]: at most half of its own, and 0 for a vector."""
+    """Return the rank of the change to a weight [..., out, in]: at most half its own, and 0 for a vector."""
     return min(RANK, *(side // 2 for side in shape[-2:])) if len(shape) > 1 else 0
 
 
 def trained_numbers(shape: Sequence[int]) -> int:
-    """Return the number of entries of A and B for a weight of this shape."""
+    """Count the entries of A and B for a weight of this shape."""
     return math.prod(shape[:-2]) * rank_of(shape) * sum(shape[-2:])
 
 
 def _scale_of(weight: Tensor) -> float:
-    """Return the scale of the change to a weight, with which steps are relative to the sizes of W and of its inputs.
-
-    Every entry that is trained moves by about the learning rate in a step of Adam, whatever its gradient. Families
-    differ by more than ten times in the size of their weights, so what is small for one would be large for another.
-    """
+    # A step of Adam moves each trained entry by about the learning rate, whatever its gradient. Families differ by more
+    # than ten times in the size of their weights, so steps are made relative to the sizes of W and of its inputs.
     size = float(weight.detach().float().pow(2).mean().sqrt())
     return size / REFERENCE_SIZE / (math.sqrt(weight.shape[-1]) * INITIAL)
 
 
 @dataclass(frozen=True)
 class _Change:
-    """A weight, its original value, and its A (`down`) and B (`up`) with their gradients, views of the flat tensors.
-
-    `scale` is what B A is multiplied by.
-    """
+    """The change `scale` B A to a weight; A (`down`), B (`up`) and their gradients are views of flat tensors."""
 
     scale: float
     weight: nn.Parameter
@@ -56,7 +50,6 @@ class _Change:
     up_gradient: Tensor
 
     def take_gradient(self, weight: nn.Parameter) -> None:
-        """Replace the weight's gradient by the gradients of A and B."""
         gradient, weight.grad = weight.grad, None
         assert gradient is not None
         self.down_gradient.add_(self.up.mT.to(gradient.dtype) @ gradient, alpha=self.scale)
@@ -66,10 +59,9 @@ class _Change:
 class LowRank:
     """Changes B A to some weights, B [..., out, rank] and A [..., rank, in], and the AdamW that moves them, in float32.
 
-    The weights themselves hold W + scale * B A, rounded to what is `stored`: the code of the model runs unchanged,
-    nothing needs merging, and the measured weights are the written ones. The `originals` are the W, and stay as they
-    are. As soon as a weight has a gradient, it is replaced by the gradients of B and A, so at most one whole gradient
-    exists. At first every B is 0.
+    The weights themselves hold W + scale * B A, rounded to `stored`: the model's code runs unchanged, nothing needs
+    merging, and the measured weights are the written ones. The `originals` are the W, and are not changed. Gradients of
+    weights become gradients of B and A one by one, so at most one whole gradient exists. At first every B is 0.
     """
 
     def __init__(self, weights: Sequence[nn.Parameter], originals: Sequence[Tensor], stored: torch.dtype) -> None:
@@ -97,14 +89,14 @@ class LowRank:
             self._changes.append(change)
 
     def take_gradient(self) -> Tensor:
-        """Return the sum of the gradients since the last call, float32 in the order of `values`, and reset it."""
+        """Return the sum of the gradients since the last call, float32 in the order of `values`."""
         gradient = self._gradient.clone()
         self._gradient.zero_()
         return gradient
 
     @torch.no_grad()
     def step(self, gradient: Tensor, rate: float) -> None:
-        """Update the changes by a step of AdamW without decay (Loshchilov and Hutter, 2019), then the weights."""
+        """Take a step of AdamW without decay (Loshchilov and Hutter, 2019)."""
         self.values.grad = gradient * min(1.0, CLIP / (float(gradient.norm()) + 1e-6))
         self._adam.param_groups[0]["lr"] = rate
         self._adam.step()
@@ -113,7 +105,7 @@ class LowRank:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """All that a later process needs to continue: it copies these values into its own tensors of these names."""
+        """The tensors to save; a process that continues copies the saved values into its own."""
         return {"values": self.values.data, **self._adam.state[self.values]}
 
     @torch.no_grad()

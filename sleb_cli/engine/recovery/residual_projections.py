@@ -23,7 +23,7 @@ from sleb_cli.engine.third_party import pass_errors_through
 from sleb_cli.engine.transformers_internals import Conv1D
 
 EXACT = 0.02
-"""How far what comes out may be from a constant times the noise, as a share of it: the rounding of bfloat16."""
+"""How far the response may be from a constant times the noise, as a share of it: the rounding of bfloat16."""
 NEAR = 3.0
 """Tolerance for a module whose output the rest of the block also reads; other modules are far beyond."""
 # The noise relative to the hidden states: as little as rounding allows, since the response should be linear.
@@ -34,16 +34,14 @@ FEW_POSITIONS = 16
 
 @dataclass(frozen=True)
 class ResidualProjection:
-    """A module whose output is added to the hidden states.
+    """A module whose output is added to the hidden states, times `scale`.
 
     Attributes:
         name: the module's name in the block, or in the model for the final norm.
         kind: its weight is a matrix [out, in], a transposed one [in, out], or a gain for each channel, as in norms.
-        inputs: how many inputs it has, or channels.
-        takes_bias: whether a constant can be fitted, too.
-        scale: which multiple of its output is added.
+        inputs: the number of inputs or channels.
         exact: whether nothing else in the block reads its output.
-        norm: the norm that its output goes through before it is added; None if it is added as it is.
+        norm: the norm between its output and the hidden states, if there is one.
         offset: what a norm adds to its weight before it multiplies by it: 1 in Gemma, 0 elsewhere.
     """
 
@@ -58,14 +56,13 @@ class ResidualProjection:
 
     @property
     def names(self) -> list[str]:
-        """The modules whose inputs `features` needs."""
+        """The modules whose inputs `features` takes."""
         return [self.name, *(self.norm.names if self.norm else [])]
 
     def features(self, root: nn.Module, entering: Mapping[str, Tensor]) -> Tensor:
         """Return the factors of the module's weights, float32 [positions, in] (gain: [positions, channels]).
 
-        `root` holds the module. Behind a norm, each position is divided by what the norm divides it by, and its gains
-        are left out.
+        Behind a norm, each position is divided by what the norm divides it by, without its gains.
         """
         states = entering[self.name]
         if self.kind == "gain":
@@ -88,7 +85,7 @@ class ResidualProjection:
 
 
 def _with_gain(norm: nn.Module, gain: float, like: Tensor) -> nn.Module:
-    """Return the norm in float32 with this gain everywhere; its own weights, which may be away, are not used."""
+    # The norm's own weights may be away, so a copy gets others, in float32.
     copied = copy.copy(norm)
     vars(copied)["_parameters"] = {
         name: nn.Parameter(like.new_full(parameter.shape, gain if name == "weight" else 0.0), requires_grad=False)
@@ -118,9 +115,9 @@ def captured(root: nn.Module, names: Iterable[str]) -> Iterator[tuple[dict[str, 
 
 
 def find_residual_projections(skippable: SkippableModel, call: Call, hidden: Tensor) -> list[ResidualProjection]:
-    """Return the block's residual projections; `hidden` is [batch, positions, hidden size].
+    """Return the block's residual projections, inexact ones first, given hidden states [batch, positions, hidden size].
 
-    They are matrices, the inexact ones first. If no matrix is exact, an exact gain comes last, if there is one.
+    All are matrices, but if none is exact, an exact gain may come last.
     """
     candidates = list(_candidates(skippable, call, hidden))
     gains = [projection for projection in candidates if projection.kind == "gain"]
@@ -135,7 +132,6 @@ def find_residual_projections(skippable: SkippableModel, call: Call, hidden: Ten
 def _behind_norms(
     skippable: SkippableModel, call: Call, hidden: Tensor, norms: Sequence[ResidualProjection]
 ) -> Iterator[ResidualProjection]:
-    """Yield the matrices whose output is all that enters one of these norms, in the order of the norms."""
     block = skippable.switches[call.block].block
     possible = possible_projections(block, hidden.shape[-1])
     matrices = [projection for projection in possible if projection.kind != "gain"]
@@ -150,7 +146,7 @@ def _behind_norms(
 
 
 def final_norm(skippable: SkippableModel, hidden: Tensor, ids: Tensor) -> list[ResidualProjection]:
-    """Return the norm, if any, whose input is what leaves the last block, [batch, positions, hidden size]."""
+    """Return the norm, if any, that reads `hidden`, the last block's output [batch, positions, hidden size]."""
     hidden, ids = hidden[:1, :FEW_POSITIONS], ids[:1, :FEW_POSITIONS]  # the logits of a batch may take gigabytes
     possible = possible_projections(skippable.model, hidden.shape[-1])
     norms = [projection for projection in possible if projection.kind == "gain"]
@@ -168,7 +164,7 @@ def _candidates(skippable: SkippableModel, call: Call, hidden: Tensor) -> Iterat
         fits: list[bool] = []
 
         def add_noise(module: nn.Module, args: Any, output: Any, fits: list[bool] = fits) -> Any:
-            # Some families flatten sequences before their MLP: [batch x positions, hidden size].
+            # Some families flatten sequences before their MLP: [batch * positions, hidden size].
             with pass_errors_through():
                 fits.append(isinstance(output, Tensor) and output.numel() == hidden.numel())
                 return output + noise.to(output.dtype).view_as(output) if fits[-1] else output
@@ -180,12 +176,11 @@ def _candidates(skippable: SkippableModel, call: Call, hidden: Tensor) -> Iterat
         scale = float((change * noise).sum() / noise.square().sum())
         error = float((change - scale * noise).norm() / max(abs(scale) * float(noise.norm()), 1e-12))
         if error <= NEAR:
-            offset = _offset(block, projection) if projection.kind == "gain" else 0.0
+            offset = _offset_of(block, projection) if projection.kind == "gain" else 0.0
             yield replace(projection, scale=scale, exact=error <= EXACT, offset=offset)
 
 
-def _offset(block: nn.Module, norm: ResidualProjection) -> float:
-    """Return the number that a norm adds to its weight before it multiplies by it."""
+def _offset_of(block: nn.Module, norm: ResidualProjection) -> float:
     module = block.get_submodule(norm.name)
     weight = module.get_parameter("weight")
     states = torch.randn(len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device)
@@ -194,7 +189,7 @@ def _offset(block: nn.Module, norm: ResidualProjection) -> float:
 
 
 def possible_projections(root: nn.Module, width: int) -> Iterator[ResidualProjection]:
-    """Yield the modules that may write hidden states of this width."""
+    """Yield the modules that might write hidden states of this width, judged by their shape."""
     for name, module in root.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():

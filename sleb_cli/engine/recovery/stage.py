@@ -1,7 +1,7 @@
-"""What a recovery is made of: stages, each of which gives the kept blocks new values.
+"""The stages of a recovery, each of which gives the kept blocks new values.
 
-A new way to recover is a `Stage` in a file of its own, its option in `requests.py`, its row in `door/recovery.py`, and
-its record in `plan.py`.
+A new way to recover is a `Stage` in a file of its own, an option in `requests.py`, a row in `door/recovery.py`, and a
+record in `plan.py`.
 """
 
 from __future__ import annotations
@@ -26,19 +26,17 @@ from sleb_cli.events import Notify, ignore
 from sleb_cli.plan import LossesRecord
 
 HIDDEN_STATES = "hidden states"
-"""A need for memory that the host's can meet if a device's cannot."""
+"""A use of memory that may move to the host if the device has too little."""
 
 
 @dataclass(frozen=True)
 class RecoverySettings:
-    """A recovery that is decided.
+    """A resolved recovery.
 
     Attributes:
-        surgery: the removal.
-        stages: what gives the kept blocks new values, in order.
         placement: where the dense model is, and in which data type it computes.
         stored: the data type to which values are rounded.
-        on_host: whether hidden states wait in the memory of the CPU, because the device has too little.
+        on_host: whether hidden states wait in the CPU's memory, because the device has too little.
         splits: the texts for training, validation and test.
         state: the folder that keeps values until the output is written.
         kept_bytes: how many bytes that folder may still take.
@@ -56,16 +54,13 @@ class RecoverySettings:
 
 @dataclass(frozen=True)
 class Job:
-    """What every stage of a recovery works with.
+    """A recovery at work: the models, texts and files that each stage takes.
 
     Attributes:
-        settings: what was decided.
-        dense: the dense model, as an entered context; its parameters end as they were.
+        dense: the dense model, as an entered context; a stage leaves its parameters as they were.
         train: the text to fit to.
         validation: the text that decides, and is never fitted to.
-        saved: the folder where a stage keeps what it found, and finds what an interrupted run kept.
-        group: the processes that recover together.
-        notify: the listener for events.
+        saved: the folder where a stage keeps its values, and finds those of an interrupted run.
     """
 
     settings: RecoverySettings
@@ -85,8 +80,8 @@ class Stage(ABC):
     """A way to give the kept blocks new values, with its settings.
 
     Attributes:
-        title: what messages call it.
-        model: what they call the model that has its values.
+        title: its name in messages.
+        model: their name for the model that has its values.
         measured: the name of that model's losses in a `ConversationsRecord`.
         streams: whether the blocks may stay in the files.
     """
@@ -97,12 +92,12 @@ class Stage(ABC):
     streams: ClassVar[bool]
 
     def reserved_bytes(self, surgery: Surgery) -> int:
-        """Return the memory to leave free when the model's place and data type are chosen."""
+        """Return the bytes to leave free when the model's place and data type are chosen."""
         return 0
 
     @abstractmethod
     def needed_bytes(self, surgery: Surgery, dtype: torch.dtype, tokens: int) -> dict[str, int]:
-        """Return the bytes of memory that it takes besides the dense model, by use."""
+        """Return the bytes of memory that it takes besides the dense model, by their use."""
 
     @abstractmethod
     def saved_bytes(self, surgery: Surgery, stored: torch.dtype) -> int:
@@ -110,12 +105,7 @@ class Stage(ABC):
 
     @abstractmethod
     def run(self, job: Job, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Fields]:
-        """Return all new values, by the dense model's parameter names, and a function that makes their record.
-
-        Args:
-            job: the models, the texts, and the settings.
-            values: the values that the stages before found.
-        """
+        """Return the new values, `values` of earlier stages included, by the dense model's parameter names."""
 
 
 def kept_blocks(surgery: Surgery) -> list[nn.Module]:
@@ -125,6 +115,6 @@ def kept_blocks(surgery: Surgery) -> list[nn.Module]:
 
 
 def whole_model(dense: SkippableModel) -> Any:
-    """Return the dense model with no block skipped, to write text."""
+    """Return the dense model with no block skipped, so that it can write text."""
     dense.skip(())
     return dense.model

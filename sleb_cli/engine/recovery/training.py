@@ -1,4 +1,4 @@
-"""The training of a pruned model until a budget is used or it stops improving on the text that decides."""
+"""Train a pruned model until its budget is used, or until it stops improving on the validation text."""
 
 from __future__ import annotations
 
@@ -46,10 +46,9 @@ Number = Annotated[float, Field(ge=0, lt=2**62, allow_inf_nan=False)]
 
 
 class Progress(BaseModel, strict=True, extra="forbid"):
-    """The progress of a training, besides its tensors.
+    """The progress of a training, besides its tensors; `scale` is the loss scale.
 
-    `portion` and `position` locate it in the text, and `most` is how many sequences the portion has at most, if not 0;
-    `best_*` describe the kept point; `scale` is the loss scale.
+    `portion` and `position` locate it in the text; `most` limits the portion's sequences, if not 0.
     """
 
     scale: Annotated[Number, Field(gt=0)]
@@ -66,7 +65,7 @@ class Progress(BaseModel, strict=True, extra="forbid"):
 
 
 class Trainer:
-    """Takes the steps of a training, each in pieces that fit into memory."""
+    """Takes the steps of a training, in pieces that fit into memory."""
 
     def __init__(self, job: Job, distillation: Distillation, weights: LowRank, size: int) -> None:
         self.job, self.distillation, self.weights = job, distillation, weights
@@ -83,7 +82,7 @@ class Trainer:
         return loss, scale
 
     def gradient(self, batch: Batch, scale: float) -> tuple[float, Tensor, float]:
-        """Return the loss, its gradient, the mean over all processes, and the scale, lower after an overflow."""
+        """Return the loss, the mean gradient of all processes, and the scale, lower after an overflow."""
         before, is_scaled = scale, self.weights.dtype is torch.float16
         while True:
             loss = self._add_gradients(batch, scale)
@@ -94,29 +93,26 @@ class Trainer:
             scale *= BACKOFF
 
     def _add_gradients(self, batch: Batch, scale: float) -> float:
-        """Backpropagate the divergence, in parts if the device has no memory for all sequences at once."""
-
-        def run(size: int) -> float:
+        def add(size: int) -> float:
             if size < self.micro_batch:
                 self.micro_batch = size
-                self.weights.take_gradient()  # of those that ran out of memory
+                self.weights.take_gradient()  # drops gradients of pieces before the one that ran out of memory
             total, count = 0.0, int(batch.counted[:, 1:].sum())
             for micro_batch in map(Batch, *(torch.split(tensor, size) for tensor in batch)):
                 share = int(micro_batch.counted[:, 1:].sum()) / count
                 total += share * self.distillation.add_gradient(micro_batch, share * scale)
             return total
 
-        return in_smaller_pieces(run, self.micro_batch, batch.ids.device, self.job.notify, "healing {} sequences")
+        return in_smaller_pieces(add, self.micro_batch, batch.ids.device, self.job.notify, "healing {} sequences")
 
 
 class Training:
-    """A training, with its progress.
+    """A training and its progress.
 
     Attributes:
-        portions: the text to train on.
         size: how many sequences a process trains on in a step.
-        checked: the validation text, which chooses the point to keep, and is never trained on.
-        best: the values of the point that is kept.
+        checked: the validation text, which chooses the best point, and is never trained on.
+        best: the values at the best point.
     """
 
     def __init__(
@@ -144,18 +140,18 @@ class Training:
         self.clock = Clock(budget, advance, self.progress.seconds)
 
     def _announce(self) -> None:
-        """Tell how long a number of tokens takes, besides the writing of text; minutes are known."""
         if self.budget.tokens is None:
-            return
+            return  # the user named the minutes
         teacher, student = self.distillation.teacher.skippable, self.distillation.student.skippable
         left, first = self.budget.tokens - self.progress.tokens, self.distillation.first
-        # Each product of the student's trained part has two more backwards, each of its head has one.
+        # Each product of the student's trained part has two more backwards, each of its head has one. Writing text is
+        # not counted.
         through_blocks = len(teacher.switches) + 3 * (len(student.switches) - first) + 3 * teacher.head_blocks
         title, batch = f"Healing: {left:,} tokens", self.checked.rows[: self.size]
         announce(self.job.notify, title, through_blocks * left / self.job.group.size, teacher, batch)
 
     def run(self) -> Literal["budget", "patience"]:
-        """Train, give the weights the values that were best, and return why training stopped."""
+        """Train, set the weights to the best values, and return why training stopped."""
         progress = self.progress
         if math.isinf(progress.best_divergence):
             self._check(0.0)
@@ -167,13 +163,13 @@ class Training:
                 progress.checks = int(used * CHECKS)
                 self._check(loss)
             self.saves.save_if_due(progress)
-        self.saves.save(progress)  # what comes after may fail, too
+        self.saves.save(progress)  # what comes next may fail, too
         self.weights.values.data.copy_(self.best)
         self.weights.write_weights()
         return "budget" if used >= 1 else "patience"
 
     def _used(self) -> float:
-        """Return the share of the budget that is used, the same in all processes."""
+        # The main process's clock counts, so that all stop at the same step.
         self.progress.seconds = self.job.group.from_main(self.clock.seconds)
         return self.budget.used(self.progress.seconds, self.progress.tokens) / self.budget.total
 
@@ -189,7 +185,6 @@ class Training:
         return loss
 
     def _check(self, loss: float) -> None:
-        """Measure the validation text, and keep the point if it is the best so far; `loss` is the last step's."""
         progress, divergence = self.progress, self.job.group.from_main(self._divergence)
         if not (progress.steps or math.isfinite(divergence)):
             raise ModelError(
@@ -208,7 +203,6 @@ class Training:
 
     @torch.inference_mode()
     def _divergence(self) -> float:
-        """Return the divergence on the validation text. The teacher reads that once."""
         total = sum(self.distillation.divergence(self.checked.batch(rows)) for rows in self.checked.batches)
         return total / int(self.checked.counted[:, 1:].sum())
 
@@ -231,7 +225,6 @@ class Training:
 
 
 def _portions(job: Job, budget: HealBudget) -> Portions:
-    """Return the text to train on, of the part of it for training."""
     text = job.settings.splits[0]
     # Samples of a reference preset are rows of text: read no more than were fitted to.
     most = text.samples if text.source in REFERENCE_PRESETS else math.inf

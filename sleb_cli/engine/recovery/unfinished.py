@@ -1,7 +1,7 @@
 """The state of a recovery, kept in a hidden folder next to its output until the output is written.
 
-Running the command again finds it, in a folder named after everything its values depend on. Each closed-form fit has a
-file there, and so has a healing.
+Its subfolders are named after everything that values depend on, so the same command finds them again. Each closed-form
+fit has a file there, and so has a healing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ R = TypeVar("R", bound=BaseModel)
 FORMAT = 5
 
 DIGITS = 16
-"""How many of a key's name are in the names of files."""
+"""How many digits of a hash are in file names."""
 
 SUFFIX = ".recovery"
 """How the names of the hidden folders end."""
@@ -42,16 +42,12 @@ DAYS_KEPT = 30
 SECONDS_BETWEEN_SAVES = 60.0
 MAX_SAVING_SHARE = 0.05
 """The largest share of the time that saves may take; slow ones are further apart."""
-_OF_A_COMMAND = re.compile(r"(b?float(?:16|32|64))-(b?float(?:16|32|64))-[0-9a-f]{16}")
-_OURS = re.compile(rf"{_OF_A_COMMAND.pattern}(/([\w-]+\.safetensors|\.\S+\.partial))?")
+_STATE_FOLDER = re.compile(r"(b?float(?:16|32|64))-(b?float(?:16|32|64))-[0-9a-f]{16}")
+_STATE_PATH = re.compile(rf"{_STATE_FOLDER.pattern}(/([\w-]+\.safetensors|\.\S+\.partial))?")
 
 
 def read_saved(file: Path, kind: type[R]) -> tuple[R, dict[str, Tensor]]:
-    """Read the record and the tensors of a saved file.
-
-    Raises:
-        PlanError: it cannot be read, or is broken.
-    """
+    """Read the record and the tensors of a saved file; raise a PlanError if it is broken."""
     try:
         with safe_open(file, framework="pt") as opened:
             record = kind.model_validate_json((opened.metadata() or {}).get("record", ""))
@@ -65,11 +61,7 @@ def read_saved(file: Path, kind: type[R]) -> tuple[R, dict[str, Tensor]]:
 
 
 def write_saved(file: Path, record: BaseModel, tensors: Mapping[str, Tensor]) -> None:
-    """Write a record and tensors to a file; it replaces what was saved before.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Write a record and tensors to a file, in place of an earlier one."""
     with writing(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
     with new_file(file) as aside, saving(file):
@@ -78,20 +70,14 @@ def write_saved(file: Path, record: BaseModel, tensors: Mapping[str, Tensor]) ->
 
 
 class Saves:
-    """A file that the main process saves a state to about every minute, and continues from.
-
-    Attributes:
-        file: the file.
-        tensors: the state's tensors, which the work goes on changing.
-        watch: the dense model's files, which must be the same at each save.
-    """
+    """A file to which the main process saves a state about every minute; `watch` guards the dense model's files."""
 
     def __init__(self, file: Path, tensors: Mapping[str, Tensor], watch: Watch, group: ProcessGroup) -> None:
         self.file, self.tensors, self.watch, self.group = file, tensors, watch, group
         self._saved_at, self._seconds = time.monotonic(), 0.0
 
     def restore(self, kind: type[R]) -> R | None:
-        """Copy what was saved into the tensors, and return the record beside them; None if nothing was saved."""
+        """Copy the saved values into the tensors, and return the saved record; None if nothing was saved."""
         if not self.group.from_main(self.file.exists):
             return None
         record, saved = read_saved(self.file, kind)
@@ -109,7 +95,7 @@ class Saves:
             write_saved(self.file, record, self.tensors)
 
     def save_if_due(self, record: BaseModel) -> None:
-        """Save the state if the last save is long ago."""
+        """Save the state unless the last save is recent."""
         began = time.monotonic()
         if began - self._saved_at >= max(SECONDS_BETWEEN_SAVES, self._seconds / MAX_SAVING_SHARE):
             self.save(record)
@@ -124,23 +110,23 @@ class Unfinished:
         self.folder = output.absolute().with_name(f".{output.name}{SUFFIX}")
 
     def folder_for(self, key: Key) -> Path:
-        """Return the folder for what has this key; its name begins with the data types."""
+        """Return the folder of a key, whose name begins with the data types."""
         return self.folder / f"{key['dtype']}-{key['stored']}-{name_of({**key, 'format': FORMAT})[:DIGITS]}"
 
     def dtype(self, stored: str) -> str | None:
-        """Return the data type that the unfinished healing of such values computes in; None for none, or several."""
+        """Return the data type in which the unfinished healing of `stored` values computes, if there is just one."""
         folders = {file.parent.name for file in self.folder.glob("*/healing-*.safetensors")}
-        dtypes = {match[1] for name in folders if (match := _OF_A_COMMAND.fullmatch(name)) and match[2] == stored}
+        dtypes = {match[1] for name in folders if (match := _STATE_FOLDER.fullmatch(name)) and match[2] == stored}
         return dtypes.pop() if len(dtypes) == 1 else None
 
     @property
     def size(self) -> int:
-        """The bytes that it takes on the disk."""
+        """Its bytes on the disk."""
         return sum(file.stat().st_size for file in self.folder.glob("*/*.safetensors"))
 
     @contextmanager
     def explain_resume_on_failure(self, notify: Notify) -> Iterator[None]:
-        """Say what is kept if something fails or is interrupted in this context."""
+        """Within this context, say how to continue after a failure or an interrupt."""
         try:
             yield
         except BaseException:
@@ -149,11 +135,7 @@ class Unfinished:
             raise
 
     def require_no_links(self) -> None:
-        """Check that nothing would be saved elsewhere.
-
-        Raises:
-            OutputError: the folder is or contains a link.
-        """
+        """Raise an OutputError if a link would have the state saved elsewhere."""
         if self.folder.is_symlink() or any(path.is_symlink() for path in self.folder.rglob("*")):
             raise OutputError(
                 f"{self.folder} is or contains a link, so an unfinished recovery would be saved elsewhere.",
@@ -165,23 +147,23 @@ class Unfinished:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def fits_in(folder: Path) -> int:
-    """Return the number of fits saved in the folder of a recovery."""
+def count_fits(folder: Path) -> int:
+    """Count the fits in a recovery's folder."""
     return len([*folder.glob("block-*.safetensors"), *folder.glob("norm.safetensors")])
 
 
 def fit_file(folder: Path, block: int | None) -> Path:
-    """Return the file of a block's fit, or (None) of the final norm's."""
+    """Return the file of a block's fit (None: the final norm's)."""
     return folder / ("norm.safetensors" if block is None else f"block-{block}.safetensors")
 
 
 def clear_old(parent: Path) -> None:
-    """Remove what recoveries that nobody continued left in a folder long ago."""
+    """Remove recoveries that nobody continued for long from a folder."""
     with suppress(OSError):
         for folder in parent.glob(f".*{SUFFIX}"):
             files = [*folder.glob("*"), *folder.glob("*/*")]
             names = [path.relative_to(folder).as_posix() for path in files]
-            is_ours = not folder.is_symlink() and files and all(map(_OURS.fullmatch, names))
+            is_ours = not folder.is_symlink() and files and all(map(_STATE_PATH.fullmatch, names))
             if is_ours and time.time() - max(path.lstat().st_mtime for path in files) > DAYS_KEPT * 86400:
                 shutil.rmtree(folder, ignore_errors=True)
 

@@ -27,29 +27,23 @@ BATCH_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Variant:
-    """A model without some of its blocks and with new values for some of its parameters.
-
-    Attributes:
-        skippable: the model, as an entered context.
-        removed: the skipped blocks.
-        parameters: new values by the model's own parameter names.
-    """
+    """A model, as an entered context, without some blocks and with new values of some parameters."""
 
     skippable: SkippableModel
     removed: Collection[int] = ()
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
 
     def final_states(self, ids: Tensor, start: tuple[int, Tensor] | None = None) -> Tensor:
-        """Return the hidden states that leave the last kept block, [batch, positions, hidden size].
+        """Return the last kept block's hidden states, [batch, positions, hidden size].
 
-        `start` is a block and the hidden states that enter it: the blocks before it are not run.
+        `start` is a block and the hidden states that enter it; earlier blocks are not run.
         """
         return self.entering_and_final_states(ids, 0, start)[1]
 
     def entering_and_final_states(
         self, ids: Tensor, block: int, start: tuple[int, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the hidden states that enter `block`, which must be kept, and those that leave the last kept block."""
+        """Return the hidden states that enter the kept `block`, and the final ones."""
         states: dict[str, Tensor] = {}
 
         def listen(index: int, entering: Tensor, leaving: Tensor) -> None:
@@ -62,7 +56,7 @@ class Variant:
         return states.get("entering", states["final"]), states["final"]
 
     def logits(self, states: Tensor, ids: Tensor) -> Tensor:
-        """Return the logits of a slice of final states, given its tokens."""
+        """Return the logits of final states, given their tokens."""
         with self.skippable.replaced(self.parameters):
             return self.skippable.head(states, ids)
 
@@ -74,7 +68,7 @@ def run_blocks(
     entering: Sequence[Tensor],
     store: Store,
 ) -> list[Tensor]:
-    """Run blocks on batches, given their calls and hidden states; weights are read once for all batches."""
+    """Run blocks on all batches, reading weights once; return the hidden states."""
     states = list(entering)
     for block in skippable.weights.visit(blocks):
         for at, of_batch in enumerate(calls):
@@ -83,14 +77,14 @@ def run_blocks(
 
 
 class Losses(NamedTuple):
-    """The loss and the divergence from the dense model, in nats."""
+    """Loss and divergence from the dense model, in nats."""
 
     loss: float
     divergence: float
 
 
-class Comparison:
-    """Compares forms of a model with the dense one on a text, which the dense one reads once."""
+class DenseComparison:
+    """Compares variants of a model with the dense one on a text, which the dense one reads once."""
 
     def __init__(self, dense: Variant, text: Calibration, group: ProcessGroup) -> None:
         self.dense, self.group, device = dense, group, dense.skippable.device
@@ -105,7 +99,7 @@ class Comparison:
 
     @torch.inference_mode()
     def losses(self, variant: Variant) -> Losses:
-        """Return means over the predicted tokens that count."""
+        """Return means over the next tokens that count."""
         final = self._dense_final if variant is self.dense else self._final_states(variant)
         own_losses = [
             summed_losses((variant, self.dense), states, ids, counted)
@@ -117,10 +111,10 @@ class Comparison:
 
     @torch.inference_mode()
     def _final_states(self, variant: Variant) -> list[Tensor]:
-        """Return the final states, batch by batch, on the CPU; streamed weights are read once for all batches."""
         skippable = variant.skippable
         if skippable.weights.resident:
             return [to_cpu(variant.final_states(ids)) for ids, _ in self.batches]
+        # Streamed weights are read once for all batches.
         calls = [skippable.calls(ids) for ids, _ in self.batches]
         kept = [block for block in range(len(skippable.switches)) if block not in variant.removed]
         with skippable.replaced(variant.parameters):
@@ -132,12 +126,8 @@ def summed_losses(
 ) -> Losses:
     """Compare a model with the dense one at every n-th position of a batch, summed in float64.
 
-    Args:
-        models: the model, and the dense model.
-        states: the final states of each, [batch, positions, hidden size], on any device.
-        ids: the tokens, [batch, positions].
-        counted: which of them count as next tokens, bool [batch, positions].
-        every: how far apart the positions are.
+    `models` are the model and the dense one, and `states` their final states, [batch, positions, hidden size], on any
+    device. `counted` marks which of the `ids` count as next tokens; both are [batch, positions].
     """
     loss = divergence = 0.0
     states = [of_model.to(ids.device) for of_model in states]
@@ -148,7 +138,7 @@ def summed_losses(
             model.logits(of_model[:, chunk], ids[:, chunk]).flatten(0, 1)
             for model, of_model in zip(models, states, strict=True)
         )
-        if not chosen.all():  # those that count are copied, which all need not be
+        if not chosen.all():  # indexing copies
             ours, theirs, targets = ours[chosen], theirs[chosen], targets[chosen]
         for rows in float32_slices(ours):
             logits = ours[rows].float()
