@@ -23,6 +23,7 @@ from survey import COUNTS
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = ROOT / "sleb_cli" / "engine"
+EXPERIMENTS = ROOT / "docs" / "experiments"
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
 COMMANDS = typer.main.get_command(app).commands
 PARAMETERS = [parameter for command in COMMANDS.values() for parameter in command.params]
@@ -172,7 +173,16 @@ NAMES = {
     "targets": ("commands.md", "`--{} ", [name.replace("_", "-") for name in TARGET_NAMES]),
     "commands": ("commands.md", "## sleb {}\n", COMMANDS),
     "metrics": ("commands.md", "`{}[`:]", [metric.name for metric in sleb_metrics()]),
-    "pages": ("../../README.md", r"\]\({}\)", [page for page in PAGES if page.startswith("docs/")]),
+    "experiments": (
+        "../experiments/index.md",
+        r"\]\({}\)",
+        [p.name for p in EXPERIMENTS.glob("*.md") if p.stem != "index"],
+    ),
+    "pages": (
+        "../../README.md",
+        r"\]\({}\)",
+        [page for page in PAGES if re.match("docs/(?!experiments/(?!index))", page)],
+    ),
 }
 
 
