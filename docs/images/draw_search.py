@@ -1,52 +1,44 @@
-"""Draw docs/images/search.svg: run the README's first command in a terminal of 80 columns, and keep its last screen."""
+"""Draw docs/images/search.svg: what the README's first command shows of its plan, search.json.
+
+sleb search demo --ratio 0.2 -o docs/images/search.json --force    # measures anew
+python docs/images/draw_search.py [FILE]
+"""
 
 from __future__ import annotations
 
-import fcntl
 import io
 import os
-import pty
-import struct
 import sys
-import tempfile
-import termios
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
+from sleb_cli.plan import Plan, read_plan
+from sleb_cli.ui.plans import show_plan
+
 COLUMNS = 80
-COMMAND = ["sleb", "search", "demo", "--ratio", "0.2"]
+COMMAND = "sleb search demo --ratio 0.2"
+PICTURE = Path(__file__).with_name("search.svg")
 
 
-def screen(command: list[str]) -> str:
-    """Return what a command leaves on a terminal, with its colours: all after the bars were last drawn anew."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(tempfile.mkdtemp())  # where no plan is overwritten
-        os.environ.pop("COLUMNS", None)
-        os.environ |= {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
-        os.execvp(command[0], command)
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
-    output = bytearray()
-    try:
-        while part := os.read(terminal, 65536):
-            output += part
-    except OSError:  # how Linux says that the other side is closed
-        pass
-    _, status = os.waitpid(pid, 0)
-    if status:
-        sys.exit(output.decode())
-    return output.decode().replace("\r\n", "\n").rpartition("\x1b[2K")[2].replace("\x1b[?25h", "").rstrip()
+def draw(plan: Plan) -> str:
+    """Draw a terminal in which the command has just ended."""
+    os.environ.pop("NO_COLOR", None)
+    os.environ |= {"FORCE_COLOR": "1", "COLORTERM": "truecolor", "COLUMNS": str(COLUMNS)}
+    with redirect_stdout(io.StringIO()) as shown:
+        show_plan(plan, Path("plan.json"))
+    console = Console(record=True, width=COLUMNS, file=io.StringIO())
+    console.print(f"[green]$[/] [bold]{COMMAND}[/]", highlight=False)
+    console.print(Text.from_ansi(shown.getvalue().rstrip()))
+    return console.export_svg(title="sleb search")
 
 
 def main() -> None:
     """Write the picture."""
-    console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor")
-    console.print(f"$ {' '.join(COMMAND)}", highlight=False)
-    console.print(Text.from_ansi(screen([*COMMAND, *sys.argv[1:]])))
-    svg = console.export_svg(title="sleb search")
-    Path(__file__).with_name("search.svg").write_text(svg, encoding="utf-8")
+    file = Path(sys.argv[1]) if sys.argv[1:] else PICTURE
+    file.write_text(draw(read_plan(PICTURE.with_suffix(".json"))), encoding="utf-8")
 
 
 if __name__ == "__main__":
