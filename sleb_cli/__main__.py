@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from sleb_cli.synonyms import hint_for
     from sleb_cli.ui import console
 
-    console.speak_any_encoding()
+    console.support_any_encoding()
     try:
         _require_names(sys.argv[1:] if arguments is None else arguments)
         code = app(args=arguments, prog_name="sleb", standalone_mode=False)

@@ -1,4 +1,4 @@
-"""What is known of a plan: how it was found, what it costs, what it gains."""
+"""What is known about a plan: its search, evaluation and benchmark."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sleb_cli.results import (
     TextResult,
     WorkloadResult,
 )
-from sleb_cli.tables.quality import Estimate, is_canary, kept, main_tasks, task_names, text_names
+from sleb_cli.tables.quality import Estimate, is_canary, main_tasks, retention, task_names, text_names
 from sleb_cli.tables.speed import workload_name
 from sleb_cli.tables.table import Scored, by_model
 from sleb_cli.units import in_shell
@@ -32,11 +32,7 @@ from sleb_plugins.exporter import Pruning
 
 @dataclass(frozen=True)
 class Findings:
-    """A plan and what was measured of its sizes.
-
-    Attributes:
-        file: the plan's file, as the user named it.
-    """
+    """A plan and what was measured of its sizes; `file` is the plan's, as the user named it."""
 
     plan: Plan
     file: Path
@@ -50,17 +46,18 @@ class Findings:
 
     @property
     def plan_argument(self) -> str:
-        """The plan as a shell takes it, without its folder, because other people may read the command."""
+        """The plan's file name, quoted for a shell."""
+        # Without its folder, since a report may be published.
         return in_shell(self.file.name)
 
     @property
     def removed(self) -> tuple[int, int, str]:
-        """How many parts went, of how many, and what they are."""
+        """The numbers of removed parts and of all, and the plural of a part."""
         if experts := self.plan.experts:
             return experts.fewer, experts.count, "experts of each block"
         return len(self.plan.removals), self.plan.model.blocks, "blocks"
 
-    def own(self, entries: Iterable[S]) -> S | None:
+    def at_plan_size(self, entries: Iterable[S]) -> S | None:
         """Return the entry for the plan's removals, if there is one."""
         return of_size(entries, self.plan.largest)
 
@@ -71,26 +68,26 @@ class Findings:
 
     @cached_property
     def text_names(self) -> list[str]:
-        """The names of the texts, and whether the pruned model was made on them."""
-        return text_names(self.texts, self.made_on)
+        """The names of the texts, with remarks on where each was used before."""
+        return text_names(self.texts, self.seen_in)
 
-    def made_on(self, text: TextResult) -> list[str]:
-        """Return what was done on this text besides measuring."""
+    def seen_in(self, text: TextResult) -> list[str]:
+        """Return where this text was used before: search, recovery."""
         from sleb_cli.engine.text.overlap import is_known  # which imports datasets
 
         recovery = self.plan.recovery
         used = {"searched on": self.plan.calibration} | ({"recovered on": recovery.train_text} if recovery else {})
-        return [what for what, record in used.items() if is_known(text.text, text.tokens_sha256, record)]
+        return [use for use, record in used.items() if is_known(text.text, text.tokens_sha256, record)]
 
     @cached_property
-    def own_texts(self) -> list[tuple[str, TextResult, PrunedTextScores]]:
-        """The name of each text, and its scores at the plan's size."""
+    def text_scores(self) -> list[tuple[str, TextResult, PrunedTextScores]]:
+        """Each text with its name and its scores at the plan's size."""
         named = zip(self.text_names, self.texts, strict=True)
-        return [(name, text, scores) for name, text in named if (scores := self.own(text.pruned))]
+        return [(name, text, scores) for name, text in named if (scores := self.at_plan_size(text.pruned))]
 
     @cached_property
     def scored(self) -> dict[str, list[Scored]]:
-        """Each text, each metric of each task, and each workload on each model."""
+        """Scores and times on each model: "text", "task" (by metric) and "workload"."""
         return {
             "text": by_model(self.texts, self.text_names),
             "task": by_model(self.tasks, task_names(self.tasks)),
@@ -104,16 +101,17 @@ class Findings:
 
     @cached_property
     def accuracy_tasks(self) -> list[tuple[TaskResult, PrunedTaskScores]]:
-        """One metric of each task that an average is taken over, and its scores at the plan's size.
+        """The tasks that the mean accuracy is taken over, with their scores at the plan's size.
 
-        Each counts items that are right, and none is made to break.
+        Their main metric counts right items; canaries, which break first, are left out.
         """
-        main = main_tasks(task for task in self.tasks if self.own(task.pruned) and not is_canary(task))
-        return [(task, own) for task in main if (own := self.own(task.pruned)) and own.lost is not None]
+        main = main_tasks(task for task in self.tasks if self.at_plan_size(task.pruned) and not is_canary(task))
+        scored = [(task, scores) for task in main if (scores := self.at_plan_size(task.pruned))]
+        return [(task, scores) for task, scores in scored if scores.lost is not None]
 
     def retention(self, removals: Removals) -> Estimate | None:
         """Return the mean accuracy as a share of the dense model's; None if a task was not measured at this size."""
-        return kept([task for task, _ in self.accuracy_tasks], removals)
+        return retention([task for task, _ in self.accuracy_tasks], removals)
 
     @property
     def workloads(self) -> Sequence[WorkloadResult]:
@@ -122,43 +120,41 @@ class Findings:
 
     @cached_property
     def main_workloads(self) -> list[tuple[WorkloadResult, PrunedTiming]]:
-        """One workload of each name, and its times at the plan's size.
+        """One generation and one prompt workload, with their times at the plan's size."""
 
-        With an interval, of the most tokens: small ones are decided by what a machine does around the work.
-        """
+        def order(timed: tuple[WorkloadResult, PrunedTiming]) -> tuple[bool, int]:
+            result, timing = timed
+            workload = result.workload
+            # The most tokens: a small workload mostly measures the overhead around the blocks.
+            return timing.interval is None, -workload.batch_size * (workload.prompt_length + workload.new_tokens)
 
-        def order(found: tuple[WorkloadResult, PrunedTiming]) -> tuple[bool, int]:
-            workload = found[0].workload
-            tokens = workload.batch_size * (workload.prompt_length + workload.new_tokens)
-            return found[1].interval is None, -tokens
-
-        measured = [(result, timing) for result in self.workloads if (timing := self.own(result.pruned))]
-        of_name = ([each for each in measured if each[0].workload.name == name] for name in ("generation", "prompt"))
-        return [min(found, key=order) for found in of_name if found]
+        timed = [(result, timing) for result in self.workloads if (timing := self.at_plan_size(result.pruned))]
+        by_name = ([pair for pair in timed if pair[0].workload.name == name] for name in ("generation", "prompt"))
+        return [min(pairs, key=order) for pairs in by_name if pairs]
 
     @property
     def sizes(self) -> tuple[ModelSize, ModelSize] | None:
         """The sizes of the dense and the pruned model, if they were measured."""
-        pruned = self.benchmark and self.own(self.benchmark.pruned)
+        pruned = self.benchmark and self.at_plan_size(self.benchmark.pruned)
         return (self.benchmark.dense, pruned) if self.benchmark and pruned else None
 
     @property
     def missing(self) -> list[tuple[str, str]]:
-        """What was not measured, and the commands that do."""
+        """What was not measured, each with the command that measures it."""
         name, model = self.plan_argument, in_shell(self.plan.model.id)
-        sizes = "" if self.plan.recovery else " --every 2"  # recovered weights are those of one size
+        sizes = "" if self.plan.recovery else " --every 2"  # recovered weights fit one size only
         gaps = [
-            (self.own_texts, "perplexity and divergence on text", f"sleb eval {name}{sizes}"),
+            (self.text_scores, "perplexity and divergence on text", f"sleb eval {name}{sizes}"),
             (self.tasks, "accuracy on tasks", f"sleb eval {name}{sizes} --tasks piqa,arc_easy"),
             (self.main_workloads, "speed and memory", f"sleb bench {name} --every 2"),
             (self.plan.dense.held_out, "loss on held-out text", f"sleb search {model} --holdout 0.2 …"),
             (self.plan.sample_generation, "what both models say", f"sleb search {model} …"),
         ]
-        return [(part, command) for found, part, command in gaps if not found]
+        return [(name, command) for measured, name, command in gaps if not measured]
 
 
 def read_findings(pruning: Pruning) -> Findings:
-    """Return what the description of a plan for exporters holds, as records.
+    """Read the plan and results in an exporter's input back into records.
 
     Raises:
         UsageError: it describes no plan.

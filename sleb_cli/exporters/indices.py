@@ -1,4 +1,4 @@
-"""Export the block numbers alone, for scripts and tools that take a list."""
+"""Export the block numbers, for scripts and tools that take a list."""
 
 from sleb_plugins.exporter import Exporter, Pruning
 

@@ -25,13 +25,12 @@ class LlamaQuantize(Exporter):
         if source is not None:
             _require_only_count_changes(source, pruning.removals)
         source = source or Path(f"{Path(pruning.model).name}.gguf")
-        kept = pruning.blocks - len(pruning.removals)
-        files = f"{in_shell(str(source))} {in_shell(f'{source.stem}-sleb-{kept}-blocks.gguf')}"
+        remaining = pruning.blocks - len(pruning.removals)
+        files = f"{in_shell(str(source))} {in_shell(f'{source.stem}-sleb-{remaining}-blocks.gguf')}"
         return f"llama-quantize --prune-layers {','.join(map(str, pruning.removals))} {files} COPY\n"
 
 
 def _require_only_count_changes(source: Path, removals: tuple[int, ...]) -> None:
-    """Make sure that only the number of blocks has to change: `llama-quantize` corrects nothing else."""
     from sleb_cli.engine.gguf.file import read_gguf  # which imports NumPy
     from sleb_cli.engine.gguf.removed_parts import REMOVED_BLOCKS
     from sleb_cli.engine.surgery.gguf_surgery import plan_gguf_surgery  # which imports torch
@@ -39,8 +38,8 @@ def _require_only_count_changes(source: Path, removals: tuple[int, ...]) -> None
     file = read_gguf(source)
     pruned = plan_gguf_surgery(file, removals).pruned()
     before = set(file.entries)
-    right = (REMOVED_BLOCKS, f"{file.architecture}.block_count")
-    others = [entry.key for entry in pruned.entries if entry not in before and entry.key not in right]
+    corrected = (REMOVED_BLOCKS, f"{file.architecture}.block_count")
+    others = [entry.key for entry in pruned.entries if entry not in before and entry.key not in corrected]
     if others:
         raise UnsupportedModelError(
             f"llama-quantize would renumber the blocks of {source} but not correct {', '.join(others)}.",

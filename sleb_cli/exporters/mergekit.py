@@ -1,4 +1,4 @@
-"""Export a recipe for mergekit, whose merge method `passthrough` stacks ranges of blocks."""
+"""Export a recipe for mergekit's merge method `passthrough`, which stacks ranges of blocks."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ class MergekitRecipe(Exporter):
     def export(self, pruning: Pruning) -> str:
         """Return the recipe as YAML, with a slice for each run of remaining blocks."""
         model: Any = f"{pruning.model}@{pruning.revision}" if pruning.revision else pruning.model
-        if set(pruning.model) & set("@+"):  # which begin a revision and an adapter
+        if set(pruning.model) & set("@+"):  # in a plain name, mergekit reads them as a revision and an adapter
             model = {"model": {"path": pruning.model, "revision": pruning.revision}}
         slices = [{"sources": [{"model": model, "layer_range": [low, high]}]} for low, high in pruning.kept_ranges]
         recipe = {"slices": slices, "merge_method": "passthrough", "dtype": pruning.dtype}

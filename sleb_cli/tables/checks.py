@@ -1,12 +1,12 @@
-"""What the proof of a checkpoint has shown."""
+"""What has the proof of a checkpoint shown? In words."""
 
 from __future__ import annotations
 
 from sleb_cli.records import Check, Proof, Reference
 
 
-def reference(kind: Reference, dense: str = "the dense model") -> str:
-    """Return what logits are compared with, in words; `dense` is what they call the dense model."""
+def describe_reference(kind: Reference, dense: str = "the dense model") -> str:
+    """Describe the model that logits are compared with, calling the dense model `dense`."""
     words = {
         "recovered": "the recovered model in memory",
         "whole": dense,
@@ -16,8 +16,8 @@ def reference(kind: Reference, dense: str = "the dense model") -> str:
     return words.get(kind, f"{dense} with these blocks skipped")
 
 
-def matches(kind: Reference) -> str:
-    """Return in a few words what a proof has shown that was not left out in part."""
+def match_clause(kind: Reference) -> str:
+    """Say in a few words what a complete proof has shown."""
     words = {
         "recovered": "the recovered model in memory",
         "whole": "the original",
@@ -27,10 +27,10 @@ def matches(kind: Reference) -> str:
     return f"matches {words.get(kind, 'the original without these blocks')}"
 
 
-def checked(proof: Proof, dense: str = "the dense model") -> list[str]:
-    """Return a clause for each check that passed; `dense` is what the clauses call the dense model."""
+def check_clauses(proof: Proof, dense: str = "the dense model") -> list[str]:
+    """Return a clause for each check that passed, calling the dense model `dense`."""
     is_recovered = proof.reference == "recovered"
-    compared = reference(proof.reference, dense)
+    compared = describe_reference(proof.reference, dense)
     compared += ", for the tokens that stay" if "same tokens" in proof.checks else ""
     close = "bitwise equal to those"
     if proof.logits_difference:

@@ -1,4 +1,4 @@
-"""What the numbers depend on: how a search was run, and where evaluations and benchmarks were."""
+"""What do the numbers depend on? The settings of searches, evaluations and benchmarks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from sleb_cli.units import format_seconds, format_share, spans
 
 
 def search_settings(plan: Plan) -> Table:
-    """Return how a search was run."""
+    """List the settings of a search."""
     model, search, text, environment = plan.model, plan.search, plan.calibration, plan.environment
-    made = search.implementation
+    implementation = search.implementation
+    package = (
+        f" of {implementation.package} {implementation.version}"
+        if implementation and implementation.package != "sleb"
+        else ""
+    )
     protected = f"{search.protect_first} at the start, {search.protect_last} at the end"
     held_out = f" ({search.held_out} held out)" if search.held_out else ""
     rows = [
@@ -23,7 +28,7 @@ def search_settings(plan: Plan) -> Table:
         ("fingerprint", model.fingerprint[:16]),
         ("family", f"{model.family} ({model.model_type}), {model.blocks} blocks"),
         ("removed, in order", ", ".join(map(str, plan.removals))),
-        ("metric", search.metric + (f" of {made.package} {made.version}" if made and made.package != "sleb" else "")),
+        ("metric", search.metric + package),
         ("strategy", search.strategy),
         ("candidates raced", "yes" if search.fast else "no"),
         ("protected blocks", protected + (f", and {spans(search.protect)}" if search.protect else "")),
@@ -38,11 +43,11 @@ def search_settings(plan: Plan) -> Table:
         ("versions", _list_versions(plan.versions)),
         ("machine", f"{environment.processor}; {environment.platform}"),
     ]
-    return _pairs("Search", rows)
+    return _settings_table("Search", rows)
 
 
 def result_settings(result: EvalResult | BenchResult) -> Table:
-    """Return where an evaluation or a benchmark was made, and how each workload of a benchmark was timed."""
+    """List the settings of an evaluation or a benchmark."""
     tasks = result.tasks if isinstance(result, EvalResult) else ()
     lm_eval = sorted({task.lm_eval for task in tasks if task.lm_eval})
     rows: list[tuple[str, str | None]] = [
@@ -51,7 +56,7 @@ def result_settings(result: EvalResult | BenchResult) -> Table:
         ("lm-eval", " and ".join(lm_eval)),
     ]
     if isinstance(result, EvalResult):
-        return _pairs("Evaluation", [*rows, *(("command", command) for command in result.commands)])
+        return _settings_table("Evaluation", [*rows, *(("command", command) for command in result.commands)])
     rows.append(("clock governor", result.governor))
     for measured in result.workloads:
         workload, warmup = measured.workload, measured.warmup
@@ -63,12 +68,12 @@ def result_settings(result: EvalResult | BenchResult) -> Table:
             f"{measured.attention} attention" if measured.attention else "",
         ]
         rows.append((workload_name(measured), ", ".join(filter(None, details))))
-    return _pairs("Benchmark", rows)
+    return _settings_table("Benchmark", rows)
 
 
 def _list_versions(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def _pairs(title: str, rows: Sequence[tuple[str, str | None]]) -> Table:
+def _settings_table(title: str, rows: Sequence[tuple[str, str | None]]) -> Table:
     return tabulate(title, [("setting", str), ("value", str)], [row for row in rows if row[1]])

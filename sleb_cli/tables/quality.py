@@ -1,4 +1,4 @@
-"""What a removal costs, on texts and on tasks."""
+"""What does a removal cost, on texts and on tasks?"""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Estimate = tuple[float, Interval | None]
 ENOUGH = 0.95
 """The share of the dense model's scores that counts as kept."""
 
-_TELLING = 0.25
-"""The most that may be lost, by its interval, where a task says anything."""
+_MAX_POSSIBLE_LOSS = 0.25
+"""If the interval allows a greater loss, there were too few items to tell."""
 
 _BOS = {"none": "no BOS", "text": "BOS before the text", "windows": "BOS in each"}
 
 
-def perplexity_change(scores: PrunedTextScores) -> tuple[float, Interval | None]:
-    """Return the relative change of a text's perplexity, with its interval."""
+def perplexity_change(scores: PrunedTextScores) -> Estimate:
+    """Return the relative change of a text's perplexity."""
     ends = scores.interval
     interval = Interval(low=math.expm1(ends.low), high=math.expm1(ends.high)) if ends else None
     return math.expm1(scores.log_ratio), interval
@@ -33,8 +33,8 @@ def perplexity_change(scores: PrunedTextScores) -> tuple[float, Interval | None]
 def text_names(
     texts: Sequence[TextResult], remarks_on: Callable[[TextResult], list[str]] = lambda text: []
 ) -> list[str]:
-    """Return the name of each text, with what tells it from others of the same name, and further remarks."""
-    tells = [
+    """Name each text, with remarks that tell texts of one name apart."""
+    details = [
         (
             f"windows of {text.sequence_length:,}", _BOS[text.bos], f"{text.windows:,} of them",
             f"tokens {text.tokens_sha256[:8]}",
@@ -42,17 +42,18 @@ def text_names(
         for text in texts
     ]  # fmt: skip
     names, public = list[str](), [public_source(text.text) for text in texts]
-    for text, name, own in zip(texts, public, tells, strict=True):
-        alike = [tell for other, tell in zip(public, tells, strict=True) if other == name]
-        differing = [len(set(column)) > 1 for column in zip(*alike, strict=True)]
+    for text, name, row in zip(texts, public, details, strict=True):
+        namesakes = [other for other_name, other in zip(public, details, strict=True) if other_name == name]
+        differing = [len(set(column)) > 1 for column in zip(*namesakes, strict=True)]
         remarks = ["answers"] * (text.clustered_by == "conversations")
-        remarks += [tell for tell, differs in zip(own, differing, strict=True) if tell and differs] + remarks_on(text)
+        remarks += [detail for detail, differs in zip(row, differing, strict=True) if detail and differs]
+        remarks += remarks_on(text)
         names.append(name + (f" ({', '.join(remarks)})" if remarks else ""))
     return names
 
 
 def task_name(task: TaskResult) -> str:
-    """Return a task with its metric: piqa, acc, 5-shot, chat."""
+    """Name a task with its metric: piqa, acc, 5-shot, chat."""
     details = [
         task.metric,
         task.filter if task.filter != "none" else "",
@@ -64,17 +65,17 @@ def task_name(task: TaskResult) -> str:
 
 
 def task_names(tasks: Sequence[TaskResult]) -> list[str]:
-    """Return the name of each task, with what tells its items from others if it was run on several sets of them."""
+    """Name each task, with its number of items, or their hash, if it was run on several sets of them."""
     names = list(map(task_name, tasks))
     # A group has no items of its own, but a hash of its tasks' items.
-    tells = [plural(len(task.doc_ids), "item") if task.doc_ids else f"items {task.items_sha256}"[:14] for task in tasks]
-    names = [f"{name}, {tell}" if names.count(name) > 1 else name for name, tell in zip(names, tells, strict=True)]
+    items = [plural(len(task.doc_ids), "item") if task.doc_ids else f"items {task.items_sha256}"[:14] for task in tasks]
+    names = [f"{name}, {count}" if names.count(name) > 1 else name for name, count in zip(names, items, strict=True)]
     hashes = [f" {task.items_sha256}"[:9] for task in tasks]
-    return [name + tell if names.count(name) > 1 else name for name, tell in zip(names, hashes, strict=True)]
+    return [name + digits if names.count(name) > 1 else name for name, digits in zip(names, hashes, strict=True)]
 
 
 def perplexities(scored: Iterable[Scored]) -> Table:
-    """Return the perplexity of each text on each model."""
+    """List the perplexity of each text on each model."""
     columns: Columns = [
         ("text", str), ("model", str), ("perplexity", format_perplexity), ("change", format_change),
         ("95%", partial(between, form=format_change)),
@@ -89,7 +90,7 @@ def perplexities(scored: Iterable[Scored]) -> Table:
 
 
 def divergences(scored: Iterable[Scored]) -> Table:
-    """Return how far predictions are from the dense model's."""
+    """List the divergence of the predictions from the dense model's."""
     precise = "{:.4f}".format
     columns: Columns = [
         ("text", str), ("model", str), ("mean KL", _mean), ("median", precise), ("99%", precise),
@@ -113,7 +114,7 @@ def _mean(kl: DivergenceRecord) -> str:
 
 
 def text_settings(texts: Sequence[TextResult], names: Sequence[str]) -> Table:
-    """Return how each perplexity was measured."""
+    """List the windows and tokens behind each perplexity."""
     columns: Columns = [
         ("text", str), ("windows", str), ("predicted tokens", "{:,}".format), ("BOS", str), ("errors are by", str)
     ]  # fmt: skip
@@ -128,7 +129,7 @@ def text_settings(texts: Sequence[TextResult], names: Sequence[str]) -> Table:
 
 
 def tasks(scored: Iterable[Scored]) -> Table:
-    """Return each metric of each task on each model, in lm-eval's numbers."""
+    """List each metric of each task on each model, in lm-eval's numbers."""
     score, change, count = "{:.4f}".format, "{:+.4f}".format, "{:,}".format
     columns: Columns = [
         ("task", str), ("model", str), ("score", score), ("change", change), ("95%", partial(between, form=change)),
@@ -144,7 +145,7 @@ def tasks(scored: Iterable[Scored]) -> Table:
 
 
 def is_canary(task: TaskResult) -> bool:
-    """Whether a task is one of ours, which are made to break first and say nothing about what a model knows."""
+    """Whether a task is one of ours, which break first and say nothing about a model's knowledge."""
     return task.task.startswith("sleb_")
 
 
@@ -156,7 +157,7 @@ def _use(task: TaskResult) -> str:
 
 
 def main_tasks(tasks: Iterable[TaskResult]) -> list[TaskResult]:
-    """Return the metric that stands for each task, if it counts items and more is better."""
+    """Return the main metric of each task that counts items, if higher is better."""
     of_task: dict[str, list[TaskResult]] = {}
     for task in tasks:
         if task.doc_ids:
@@ -165,7 +166,7 @@ def main_tasks(tasks: Iterable[TaskResult]) -> list[TaskResult]:
 
 
 def by_use(tasks: Iterable[TaskResult]) -> dict[str, list[TaskResult]]:
-    """Return the main tasks of each kind of use."""
+    """Group the main tasks by kind of use."""
     uses: dict[str, list[TaskResult]] = {}
     for task in main_tasks(tasks):
         if use := _use(task):
@@ -173,11 +174,8 @@ def by_use(tasks: Iterable[TaskResult]) -> dict[str, list[TaskResult]]:
     return uses
 
 
-def kept(tasks: Sequence[TaskResult], removals: Removals) -> Estimate | None:
-    """Return the mean score as a share of the dense model's; None if a task was not measured without these blocks.
-
-    The interval joins those of the differences, the tasks being independent.
-    """
+def retention(tasks: Sequence[TaskResult], removals: Removals) -> Estimate | None:
+    """Return the mean score as a share of the dense model's; None if a task was not measured at this size."""
     entries = [entry for task in tasks for entry in task.pruned if set(entry.removals) == set(removals)]
     dense = sum(task.dense.value for task in tasks)
     if not tasks or len(entries) < len(tasks) or dense <= 0:
@@ -186,22 +184,23 @@ def kept(tasks: Sequence[TaskResult], removals: Removals) -> Estimate | None:
     ends = [entry.difference_interval for entry in entries if entry.difference_interval]
     if len(ends) < len(entries):
         return value, None
-    reach = math.hypot(*((each.high - each.low) / 2 for each in ends)) / dense
-    # Not validated, since intervals in a file may be as large as they like.
-    return value, Interval.model_construct(low=value - reach, high=value + reach)
+    # Tasks are independent, so the half-widths of their intervals add in quadrature.
+    half_width = math.hypot(*((interval.high - interval.low) / 2 for interval in ends)) / dense
+    # Not validated: intervals in a file can be so wide that this one is infinite.
+    return value, Interval.model_construct(low=value - half_width, high=value + half_width)
 
 
 def verdicts(tasks: Iterable[TaskResult]) -> Table:
-    """Return what is kept of each kind of use without the blocks of each size."""
-    share = "{:.0%}".format
+    """Judge each size by its retention for each kind of use."""
+    percent = "{:.0%}".format
     columns: Columns = [
-        ("use", str), ("model", str), ("kept", share), ("95%", partial(between, form=share)), ("verdict", str),
+        ("use", str), ("model", str), ("kept", percent), ("95%", partial(between, form=percent)), ("verdict", str),
     ]  # fmt: skip
     rows = [
-        [use, model_name(removals), *found, _verdict(*found)]
+        [use, model_name(removals), *share, _verdict(*share)]
         for use, of_use in by_use(tasks).items()
         for removals in dict.fromkeys(entry.removals for task in of_use for entry in task.pruned)
-        if (found := kept(of_use, removals))
+        if (share := retention(of_use, removals))
     ]
     notes = ["kept: the mean score as a share of the dense model's. When choosing, guessing alone keeps much of it."]
     return tabulate("Verdict by kind of use", columns, rows, notes)
@@ -222,4 +221,4 @@ def _verdict(share: float, interval: Interval | None) -> str:
     if interval.high < 1:
         return f"{1 - share:.0%} lost"
     lost = 1 - interval.low
-    return f"no loss shown, at most {lost:.0%}" if lost < _TELLING else "too few items to tell"
+    return f"no loss shown, at most {lost:.0%}" if lost < _MAX_POSSIBLE_LOSS else "too few items to tell"

@@ -1,4 +1,4 @@
-"""What a search found: its steps, the blocks that go, and what both models say."""
+"""What did a search find? Its steps, the removed blocks, and a text by both models."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ MAX_ADDED_REPETITION = 0.2
 """How much more than the dense model the pruned one may repeat itself before it is suspected of collapse."""
 
 UNUSED = "What the text of the search does not use may be gone: measure other uses before you rely on them."
-"""What should be said wherever experts were removed."""
+"""Said wherever experts were removed."""
 
 REMOVED_MARKS = "·○×+~"
-"""One for each kind of block, and again from the first if there are more."""
-
+"""One for each kind of block."""
 
 _PERPLEXITY: Columns = [("perplexity", format_perplexity), ("change", format_change)]
 
 
 def steps(plan: Plan) -> Table:
-    """Return the dense model and each step, also on the held-out sequences, if any."""
+    """List the perplexity of the dense model and after each step, also on held-out sequences, if any."""
     metric, dense, nested = plan.search.metric, plan.dense, plan.nested
     columns: Columns = [
         ("step", str), ("block", "{}".format) if nested else ("blocks", str), ("kind", str), (metric, "{:.4f}".format),
@@ -38,33 +37,32 @@ def steps(plan: Plan) -> Table:
         removed = [step.block, step.kind] if nested else [spans(removals), None]
         changes = [*_change(step, dense), *_change(step.held_out, dense.held_out)]
         rows.append([str(number), *removed, step.score, *changes])
-    return tabulate("The steps of the search", columns, rows, [PERPLEXITY, _how(plan)])
+    return tabulate("The steps of the search", columns, rows, [PERPLEXITY, _summarize(plan)])
 
 
-def _change(found: Any, dense: Any) -> tuple[float | None, float | None]:
-    """Return the perplexity in a record, and how it changed from that in the dense model's."""
-    if found is None:
+def _change(record: Any, dense: Any) -> tuple[float | None, float | None]:
+    if record is None:
         return None, None
-    return found.perplexity, None if found is dense else found.perplexity / dense.perplexity - 1
+    return record.perplexity, None if record is dense else record.perplexity / dense.perplexity - 1
 
 
 def perplexities(plan: Plan) -> dict[str, list[float]]:
-    """Return the perplexity of the dense model and at each size, also on the held-out sequences, if any."""
+    """Return the perplexity of the dense model and at each size, by set of sequences."""
     records: tuple[Any, ...] = (plan.dense, *plan.steps) if plan.steps else ()
     held_out = [record.held_out.perplexity for record in records if record.held_out]
-    found = {"searched on": [record.perplexity for record in records], "held out of the search": held_out}
-    return {part: values for part, values in found.items() if values}
+    series = {"searched on": [record.perplexity for record in records], "held out of the search": held_out}
+    return {name: values for name, values in series.items() if values}
 
 
-def _how(plan: Plan) -> str:
+def _summarize(plan: Plan) -> str:
     search, dtype, seconds = plan.search, plan.model.computed_in(plan.search.dtype), plan.environment.seconds
     held_out = f" ({search.held_out} of them held out)" if search.held_out else ""
     calibrated = f"calibrated on {plan.calibration}{held_out}, {dtype} on {search.device}, {seconds:.0f} s"
     return f"{search.strategy} search by {search.metric}{', raced' if search.fast else ''}; {calibrated}"
 
 
-def expert_texts(plan: Plan, found: ExpertPlan) -> Table:
-    """Return the perplexity of each text with and without the experts that go, and how much of them it uses."""
+def expert_texts(plan: Plan, experts: ExpertPlan) -> Table:
+    """List the perplexity of each text with and without the removed experts, and how much it uses them."""
     columns: Columns = [
         ("text", str), ("dense", format_perplexity), *_PERPLEXITY, ("energy kept", "{:.1%}".format),
         ("unused", "{:,}".format),
@@ -78,42 +76,42 @@ def expert_texts(plan: Plan, found: ExpertPlan) -> Table:
             text.kept,
             text.unreached,
         ]
-        for text in found.texts
+        for text in experts.texts
     ]
-    total = f"{found.count * len(found.blocks):,}"
+    total = f"{experts.count * len(experts.blocks):,}"
     return tabulate(
-        "The texts", columns, rows, [PERPLEXITY, _how(plan), f"unused: experts that no token chose, of {total}"]
+        "The texts", columns, rows, [PERPLEXITY, _summarize(plan), f"unused: experts that no token chose, of {total}"]
     )
 
 
-def expert_sizes(found: ExpertPlan) -> list[str]:
-    """Return what the model weighs before and after."""
-    whole, used = (" to ".join(map(format_count, sizes)) for sizes in (found.parameters, found.active_parameters))
-    stored = " to ".join(map(format_bytes, found.weights_bytes))
+def expert_sizes(experts: ExpertPlan) -> list[str]:
+    """Say how many parameters and bytes the model has before and after."""
+    whole, used = (" to ".join(map(format_count, sizes)) for sizes in (experts.parameters, experts.active_parameters))
+    stored = " to ".join(map(format_bytes, experts.weights_bytes))
     return [f"parameters {whole}, used by a token {used}; weights {stored}"]
 
 
 def comparison(result: CompareResult) -> Table:
-    """Return the searches of a comparison."""
+    """List the searches of a comparison."""
     columns: Columns = [
         ("metric", str), ("strategy", str), ("blocks", str), *_PERPLEXITY, ("held out", format_perplexity),
         ("seconds", "{:.0f}".format),
     ]  # fmt: skip
     dense = result.dense_perplexity
     rows: list[Sequence[Any]] = [["dense", None, None, dense, None, result.dense_held_out_perplexity, None]]
-    for each in result.compared:
-        numbers = [each.perplexity, each.perplexity / dense - 1, each.held_out_perplexity, each.seconds]
-        blocks = spans(each.removals) if result.unit == "blocks" else None
-        rows.append([each.metric, each.strategy, blocks, *numbers])
-    fitted = (
+    for search in result.compared:
+        numbers = [search.perplexity, search.perplexity / dense - 1, search.held_out_perplexity, search.seconds]
+        blocks = spans(search.removals) if result.unit == "blocks" else None
+        rows.append([search.metric, search.strategy, blocks, *numbers])
+    caveat = (
         "Ranked on the text they were searched on, which favours a metric that is fitted to it, such as nll. "
         "--holdout 0.2 ranks them on text that none has seen."
     )
-    return tabulate("The searches", columns, rows, [fitted] if result.dense_held_out_perplexity is None else [])
+    return tabulate("The searches", columns, rows, [caveat] if result.dense_held_out_perplexity is None else [])
 
 
 def recovery(record: RecoveryRecord) -> Table:
-    """Return the losses of a recovered model on held-out text."""
+    """List the losses of a recovered model on held-out text."""
     rows = [
         [name, math.exp(losses.loss), losses.loss, losses.divergence, of_answers and of_answers.divergence]
         for name, losses, of_answers in record.models
@@ -129,16 +127,16 @@ def recovery(record: RecoveryRecord) -> Table:
     return tabulate("Recovery", columns, rows, notes)
 
 
-def said(sample: SampleGeneration) -> list[tuple[str, str, str]]:
-    """Return for each model its name, how much it repeats itself, and its text."""
+def sample_rows(sample: SampleGeneration) -> list[tuple[str, str, str]]:
+    """Return each model's name, how much it repeats itself, and its text."""
     return [
         ("dense", f"{sample.dense_repetition:.0%} repeated", sample.dense),
         ("pruned", f"{sample.pruned_repetition:.0%} repeated", sample.pruned),
     ]
 
 
-def collapse(sample: SampleGeneration | None) -> list[str]:
-    """Return a warning if the pruned model repeats itself much more than the dense one."""
+def collapse_warnings(sample: SampleGeneration | None) -> list[str]:
+    """Warn if the pruned model repeats itself much more than the dense one."""
     if sample is None or sample.pruned_repetition <= sample.dense_repetition + MAX_ADDED_REPETITION:
         return []
     return [
@@ -148,13 +146,13 @@ def collapse(sample: SampleGeneration | None) -> list[str]:
 
 
 def removed_kinds(plan: Plan) -> dict[int, str]:
-    """Return the removed blocks, each with its kind, or "" if it is not known."""
+    """Return the kind of each removed block, "" where it is unknown."""
     kinds = {step.block: step.kind for step in plan.steps} if plan.nested else {}
     return {block: kinds.get(block, "") for block in plan.removals}
 
 
 def block_strip(blocks: int, removed: Mapping[int, str], width: int) -> list[str]:
-    """Draw the blocks in order above a ruler: a bar for each kept block, a mark by its kind for each removed one."""
+    """Draw the blocks in order above a ruler: a bar for each remaining block, a mark for each removed one."""
     kinds: Iterable[str] = sorted(set(removed.values()))
     marks = {kind: REMOVED_MARKS[number % len(REMOVED_MARKS)] for number, kind in enumerate(kinds)}
     per_row = max(10, (width - 2) // 10 * 10)

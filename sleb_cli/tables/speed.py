@@ -1,4 +1,4 @@
-"""What a removal gains: sizes, times and memory."""
+"""What does a removal gain, in speed, latency, memory and size?"""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _TIMES, _COUNT = "{:.2f}x".format, "{}".format
 
 
 def workload_name(result: WorkloadResult) -> str:
-    """Return what is run: prompt 1x512, or generation 4x64+32, llama.cpp, compiled."""
+    """Name a workload: prompt 1x512, or generation 4x64+32, llama.cpp, compiled."""
     workload = result.workload
     engine = [] if workload.engine == TRANSFORMERS else [workload.engine]
     return ", ".join([workload.label, *engine, *(["compiled"] if workload.compiled else [])])
 
 
 def speeds(timed: Iterable[Scored], blocks: int | None) -> Table:
-    """Return the speedup of each workload; the dense model has `blocks`, or none of them go if that is None."""
+    """List the speedup of each workload; `blocks` is the dense model's count, or None if no block was removed."""
     columns: Columns = [
         ("workload", str), ("model", str), ("median", format_milliseconds), ("tokens/s", "{:,.1f}".format),
         ("speedup", _TIMES), ("95%", partial(between, form="{:.2f}".format)), ("blocks", _TIMES),
@@ -40,7 +40,7 @@ def speeds(timed: Iterable[Scored], blocks: int | None) -> Table:
 
 
 def latencies(timed: Iterable[Scored]) -> Table:
-    """Return when tokens arrive, of what generates more than one."""
+    """List the latencies of each workload that generates more than one token."""
     names = ("TTFT", "99%", "ITL", "99%", "TPOT")
     rows = [
         [workload, model, ttft.median, ttft.p99, itl.median, itl.p99, tpot.mean]
@@ -54,22 +54,22 @@ def latencies(timed: Iterable[Scored]) -> Table:
 
 
 def memory(timed: Iterable[Scored]) -> Table:
-    """Return the peak memory of each workload, where it was measured."""
+    """List the peak memory of each workload, where it was measured."""
     columns: Columns = [
         ("workload", str), ("model", str), ("peak", format_bytes), ("weights", format_bytes),
         ("KV cache", format_bytes), ("rest", format_bytes),
     ]  # fmt: skip
     rows = [
-        [workload, model, found.peak_bytes, found.weights_bytes, found.kv_cache_bytes, found.rest_bytes]
+        [workload, model, peak.peak_bytes, peak.weights_bytes, peak.kv_cache_bytes, peak.rest_bytes]
         for workload, model, timing in timed
-        if (found := timing.memory)
+        if (peak := timing.memory)
     ]
     notes = ["rest: activations and, on a CPU, the program itself."]
     return tabulate("Peak memory", columns, rows, notes)
 
 
 def sizes(result: BenchResult) -> Table:
-    """Return the parameters and bytes of each model."""
+    """List the parameters and bytes of each model."""
     columns: Columns = [
         ("model", str), ("blocks", _COUNT), ("parameters", format_count), ("weights", format_bytes),
         ("loads in", lambda seconds: format_milliseconds(1000 * seconds)),

@@ -1,4 +1,4 @@
-"""One table, and how Markdown draws it; `ui/tables.py` and the report's page draw it, too."""
+"""A table of text cells, for the screen, Markdown and the report."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     from sleb_cli.results import Interval
 
 Scored = tuple[str, str, Any]
-"""What was measured and on which model, by their names, and the model's scores or times."""
+"""The name of a text, task or workload, the name of a model, and the scores or times."""
 
 Columns = Sequence[tuple[str, Callable[[Any], str]]]
-"""The name of each column, and how its values are written."""
+"""The name of each column, and the function that formats its values."""
 
 PERPLEXITY = "perplexity: how surprised a model is by the text; lower is better. dense: the original model."
-"""The note of a table in which a reader may meet both words first."""
+"""The note of a table that may be the first to use both words."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a title; `words` are the columns, besides the first, that hold words rather than numbers."""
+    """Rows of text under a title; besides the first column, `words` hold words, not numbers."""
 
     title: str
     columns: Sequence[str]
@@ -36,10 +36,7 @@ class Table:
 
 
 def tabulate(title: str, columns: Columns, rows: Iterable[Sequence[Any]], notes: Sequence[str] = ()) -> Table:
-    """Return a table of values, each in the form of its column and None as nothing, without empty columns.
-
-    Columns whose form is `str` hold words.
-    """
+    """Format values by column, None as an empty cell, and drop empty columns; those formatted by `str` hold words."""
     rows = list(rows)
     used = [number for number in range(len(columns)) if any(row[number] not in (None, "") for row in rows)]
     cells = [["" if row[number] is None else columns[number][1](row[number]) for number in used] for row in rows]
@@ -48,15 +45,13 @@ def tabulate(title: str, columns: Columns, rows: Iterable[Sequence[Any]], notes:
 
 
 def model_name(removals: Sequence[int], *, alone: bool = False) -> str:
-    """Return what a row calls a model: dense, or -6 without 6 blocks.
-
-    One that was measured `alone` may well be pruned, and has no name.
-    """
+    """Name a model in a row: dense, or -6 without 6 blocks."""
+    # A model that was measured alone may well be pruned already, so "dense" could be wrong.
     return "" if alone else f"-{len(removals)}" if removals else "dense"
 
 
 def by_model(results: Iterable[Any], names: Iterable[str]) -> list[Scored]:
-    """Return what was measured of the dense and each pruned model, result by result, with the names of both."""
+    """Pair the scores in each result, dense and pruned, with the names of the result and the model."""
     results = list(results)
     dense = model_name((), alone=not any(result.pruned for result in results))
     return [
@@ -67,18 +62,18 @@ def by_model(results: Iterable[Any], names: Iterable[str]) -> list[Scored]:
 
 
 def between(interval: Interval | None, form: Callable[[float], str]) -> str:
-    """Return the ends of an interval in some format: 1.19 to 1.23."""
+    """Write an interval: 1.19 to 1.23."""
     return f"{form(interval.low)} to {form(interval.high)}" if interval else ""
 
 
 def in_markdown(text: str) -> str:
-    """Return a text on one line, so that Markdown shows it as it is, even in a table."""
+    """Put a text on one line and escape it for Markdown, even in a table."""
     one_line = " ".join(text.split()).replace("`", "'")
     return re.sub(r"([\\*\[\]<>|])", r"\\\1", one_line)
 
 
 def to_markdown(table: Table) -> list[str]:
-    """Return the lines of a table in Markdown."""
+    """Return the lines of a Markdown table."""
     rule = ["---" if table.is_words(number) else "---:" for number in range(len(table.columns))]
     rows = [[in_markdown(cell) for cell in row] for row in (table.columns, *table.rows)]
     return [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]

@@ -1,4 +1,4 @@
-"""Draw values by step as lines of text, which look the same in a log and in a terminal without colours."""
+"""Charts of values by step, drawn in text."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from itertools import pairwise
 from rich.text import Text
 
 ROWS = 7
-# Wide enough for a few steps to look like a line, and no wider.
-_MOST_COLUMNS_A_STEP = 10
+# More would pull a few steps so far apart that they no longer look like a line.
+_MAX_COLUMNS_PER_STEP = 10
 _AXIS = " ┤"
 
 
@@ -24,9 +24,9 @@ class Line:
 
 
 def draw_lines(lines: Sequence[Line], labels: tuple[str, str, str], width: int) -> Text:
-    """Draw lines over the numbers of the steps; where they meet, the first is on top.
+    """Draw lines above the step numbers, with `labels` for the lowest, middle and highest value.
 
-    `labels` are those of the lowest value, the middle and the highest one.
+    Where lines meet, the first is on top.
     """
     margin = max(map(len, labels))
     steps = max(len(line.values) for line in lines)
@@ -41,19 +41,18 @@ def draw_lines(lines: Sequence[Line], labels: tuple[str, str, str], width: int) 
             text.append(*cells.get((row, column), (" ", "")))
         text.rstrip()
         rows.append(text)
-    return Text("\n").join([*rows, Text(" " * (margin + len(_AXIS)) + _numbers(columns))])
+    return Text("\n").join([*rows, Text(" " * (margin + len(_AXIS)) + _step_numbers(columns))])
 
 
 def _columns(steps: int, width: int) -> list[int]:
-    """Return the column of each step."""
-    last = min(width - 1, _MOST_COLUMNS_A_STEP * (steps - 1))
+    last = min(width - 1, _MAX_COLUMNS_PER_STEP * (steps - 1))
     return [round(step * last / max(1, steps - 1)) for step in range(steps)]
 
 
 def _cells(lines: Sequence[Line], columns: Sequence[int]) -> dict[tuple[int, int], tuple[str, str]]:
-    """Return what to draw where, and its style: a mark for each value, and dots from one to the next."""
-    known = [value for line in lines for value in line.values]
-    low, span = min(known), max(known) - min(known) or 1.0
+    """Return the character and style by row and column."""
+    values = [value for line in lines for value in line.values]
+    low, span = min(values), max(values) - min(values) or 1.0
     cells: dict[tuple[int, int], tuple[str, str]] = {}
     marks: dict[tuple[int, int], tuple[str, str]] = {}
     for line in reversed(lines):
@@ -64,11 +63,11 @@ def _cells(lines: Sequence[Line], columns: Sequence[int]) -> dict[tuple[int, int
                 row = round(start + (end - start) * (column - left) / (right - left))
                 cells[row, column] = ("·", line.style)
         marks |= {(round(row), column): (line.mark, line.style) for column, row in points}
-    return cells | marks
+    return cells | marks  # no dot of one line hides a mark of another
 
 
-def _numbers(columns: Sequence[int]) -> str:
-    """Return the numbers of the steps, every 1, 2, 5, 10, … of them, as there is room."""
+def _step_numbers(columns: Sequence[int]) -> str:
+    """Number every 1st, 2nd, 5th, 10th, … step, as there is room."""
     room = len(str(len(columns) - 1)) + 1
     strides = (factor * 10**power for power in range(9) for factor in (1, 2, 5))
     stride = next(stride for stride in strides if stride >= len(columns) or columns[stride] >= room)

@@ -1,4 +1,4 @@
-"""The two streams: results go to stdout, everything else to stderr."""
+"""Where does output go? Results to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -24,11 +24,8 @@ from sleb_plugins import OutputError, SlebError
 class Outlet:
     """A standard stream that outlives its reader, such as a closed terminal or `| head -1`.
 
-    Then output is discarded and work continues, since its result may go to a file. Other errors matter only on the
-    stream that holds the result.
-
-    Attributes:
-        is_gone: whether the reader has gone.
+    Output is then discarded (`is_gone`), and work continues, since its result may go to a file. Any other error is
+    raised only on the stream that holds the result.
     """
 
     def __init__(self, stream: TextIO, *, holds_result: bool) -> None:
@@ -54,10 +51,10 @@ class Outlet:
         try:
             yield
         except OSError as error:
-            # From here on, the stream leads to nothing, so that neither its buffer nor a library fails again.
-            nothing = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, self._stream.fileno())
-            os.close(nothing)
+            # Python flushes the buffer again at exit, and libraries keep printing: let that reach /dev/null.
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, self._stream.fileno())
+            os.close(devnull)
             if error.errno in (errno.EPIPE, errno.EIO):
                 self.is_gone = True
             elif self._holds_result:
@@ -67,45 +64,45 @@ class Outlet:
                 ) from error
 
 
-# What a terminal obeys rather than shows: control characters but tab and newline, halves of surrogate pairs, and what
-# turns the direction of writing. Files that others wrote may hold them.
-_OBEYED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Model cards and file names come from strangers: a control character could rewrite the screen, and an override of the
+# writing direction could disguise a name. Tab and newline are harmless.
+_UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class InertConsole(Console):
-    """A console that shows control characters as escapes, so that a terminal does not obey them."""
+    """A console that shows control characters as escapes."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Render with control characters escaped."""
         for segment in super().render(renderable, options):
-            inert = segment.control or not _OBEYED.search(segment.text)
-            yield segment if inert else segment._replace(text=inert_text(segment.text))
+            # A control segment holds Rich's own codes.
+            is_safe = segment.control or not _UNSAFE.search(segment.text)
+            yield segment if is_safe else segment._replace(text=escape_controls(segment.text))
 
 
-def inert_text(text: str) -> str:
-    """Return a text with control characters as escapes: \\x1b, \\u202e."""
-    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+def escape_controls(text: str) -> str:
+    """Replace control characters by escapes: \\x1b, \\u202e."""
+    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-# A name, or what a library says of it, may be as long as a file.
-_LONGEST = 2000
+# A file name, or a library's message about one, can be as long as a file.
+_MAX_MESSAGE_CHARACTERS = 2000
 _IN_ASCII = {
     "…": "...", "·": ".", "×": "x", "█": "#", "○": "o", "●": "*", "→": "->", "±": "+-", "≤": "<=", "≥": ">=", "✓": "v",
     "Δ": "d", **dict.fromkeys("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "*"),
 }  # fmt: skip
 
 
-def _in_ascii(error: UnicodeError) -> tuple[str, int]:
-    """Replace characters that an encoding lacks: ours by what looks alike, and those of names by escapes."""
+def _replace_unencodable(error: UnicodeError) -> tuple[str, int]:
     assert isinstance(error, UnicodeEncodeError)
-    lacking = error.object[error.start : error.end]
-    alike = (_IN_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode("ascii") for c in lacking)
-    return "".join(alike), error.end
+    missing = error.object[error.start : error.end]
+    substitutes = (_IN_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode("ascii") for c in missing)
+    return "".join(substitutes), error.end
 
 
-def speak_any_encoding() -> None:
+def support_any_encoding() -> None:
     """Make every character printable on streams that are not UTF-8."""
-    codecs.register_error("sleb", _in_ascii)
+    codecs.register_error("sleb", _replace_unencodable)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure") and not _is_utf8(stream):
             stream.reconfigure(errors="sleb")
@@ -116,18 +113,18 @@ def _is_utf8(stream: Any) -> bool:
 
 
 def stdout() -> Console:
-    """Return a console on the current stdout, quiet in all but the main process. Rich honours NO_COLOR."""
+    """Return a console on the current stdout, quiet in all but the main process."""
     return InertConsole(highlight=False, emoji=False, quiet=not is_main_process())
 
 
 def stderr() -> Console:
     """Return a console on the current stderr, quiet in all but the main process."""
-    # The stream itself, so that redirecting stderr around a library call does not redirect our bars.
+    # With `stderr=True`, Rich looks sys.stderr up at each print, so silencing a library would silence our bars.
     return InertConsole(file=sys.stderr, highlight=False, emoji=False, quiet=not is_main_process())
 
 
 def print_prose(console: Console, text: str) -> None:
-    """Print sentences with markup; a terminal, but no file, gets them wrapped between words."""
+    """Print sentences with markup, wrapped between words on a terminal only."""
     console.print(text, soft_wrap=not console.is_terminal)
 
 
@@ -139,13 +136,14 @@ def print_json(data: Mapping[str, Any]) -> None:
 
 def print_error(error: SlebError) -> None:
     """Print what happened, and what to do about it."""
-    # Not wrapped, since paths and commands in them may be copied.
     console = stderr()
-    message = elide(error.message.replace("\n", "\\n"), _LONGEST)  # the newline of a name: a sentence has none
+    # Our sentences have no newline, but a file name may.
+    message = elide(error.message.replace("\n", "\\n"), _MAX_MESSAGE_CHARACTERS)
+    # Not wrapped, so that paths and commands can be copied.
     console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
     console.print(f"[bold cyan]hint:[/] {escape(error.hint)}", soft_wrap=True)
 
 
 def print_warning(text: str, console: Console | None = None) -> None:
-    """Print something the user should know though the command continues, on stderr or a console that draws there."""
+    """Print a warning on stderr, by way of `console` if it draws bars there."""
     print_prose(console or stderr(), f"[bold yellow]warning:[/] {escape(text)}")

@@ -27,7 +27,7 @@ CHART_WIDTH = 80
 
 
 def show_plan(plan: Plan, output: Path) -> None:
-    """Show the steps of a search, the removed blocks, and the plan's path."""
+    """Show the result of a search and the path of its plan."""
     from sleb_cli.tables import search_results as tables  # pydantic, so here
 
     search, console = plan.search, stdout()
@@ -66,21 +66,21 @@ def _show_target(target: TargetRecord, plan: Plan, output: Path) -> None:
 
 
 def _show_next(plan: Plan, output: Path) -> None:
-    """Print where the plan is, and how to write the model; a smaller size of one that may have collapsed."""
-    from sleb_cli.tables.search_results import collapse
+    from sleb_cli.tables.search_results import collapse_warnings
 
     groups, count = plan.experts.groups if plan.experts else 1, len(plan.largest)
-    fewer = count // 2 // groups * groups if collapse(plan.sample_generation) else 0
-    what, option = ("next, a smaller size", f" --remove {fewer}") if fewer else ("next", "")
-    print_to_copy(f"wrote {output}; {what}: sleb apply {in_shell(str(output))}{option}")
+    # If the model may have collapsed, suggest half as many.
+    fewer = count // 2 // groups * groups if collapse_warnings(plan.sample_generation) else 0
+    label, option = ("next, a smaller size", f" --remove {fewer}") if fewer else ("next", "")
+    print_to_copy(f"wrote {output}; {label}: sleb apply {in_shell(str(output))}{option}")
 
 
-def _show_experts(plan: Plan, found: ExpertPlan, output: Path) -> None:
+def _show_experts(plan: Plan, experts: ExpertPlan, output: Path) -> None:
     from sleb_cli.tables import search_results as tables
 
-    print_title(f"{short_name(plan.model.id)}: {found.fewer} of the {found.count} experts of each block removed")
-    show_table(tables.expert_texts(plan, found), title=False)
-    for line in tables.expert_sizes(found):
+    print_title(f"{short_name(plan.model.id)}: {experts.fewer} of the {experts.count} experts of each block removed")
+    show_table(tables.expert_texts(plan, experts), title=False)
+    for line in tables.expert_sizes(experts):
         print_line(line)
     _show_sample(plan)
     print_line(tables.UNUSED)
@@ -92,16 +92,16 @@ def _show_sample(plan: Plan) -> None:
 
     if sample := plan.sample_generation:
         print_line(f'both models continue "{sample.prompt}"')
-        for name, repeated, text in tables.said(sample):
+        for name, repeated, text in tables.sample_rows(sample):
             line = " ".join(text.split())
             line = line if len(line) <= SAMPLE_CHARACTERS else f"{line[: SAMPLE_CHARACTERS - 2].rstrip()} …"
             print_line(f"  {name:6} ({repeated}): {line}")
-        for warning in tables.collapse(sample):
+        for warning in tables.collapse_warnings(sample):
             print_prose(stdout(), f"[yellow]{warning}[/]")
 
 
 def perplexity_chart(plan: Plan, width: int) -> Text:
-    """Draw the perplexity at each size, on a logarithmic scale, also on the held-out sequences, if any."""
+    """Draw the perplexity at each size on a logarithmic scale, on the searched and the held-out sequences."""
     from sleb_cli.tables.search_results import perplexities
 
     drawn = zip((("●", "cyan"), ("○", "yellow")), perplexities(plan).values(), strict=False)
@@ -109,14 +109,14 @@ def perplexity_chart(plan: Plan, width: int) -> Text:
     legend = Text("perplexity by blocks removed")
     if plan.dense.held_out:
         legend.append("   ● searched on", "cyan").append("   ○ held out", "yellow")
-    known = [value for line in lines for value in line.values]
-    low, high = min(known), max(known)
+    points = [value for line in lines for value in line.values]
+    low, high = min(points), max(points)
     lowest, middle, highest = (format_perplexity(math.exp(value)) for value in (low, (low + high) / 2, high))
     return Text("\n").join([legend, draw_lines(lines, (lowest, middle, highest), width)])
 
 
 def race_summary(plan: Plan) -> str:
-    """Return the share of evaluations made in races, and the step with the closest lead."""
+    """Say which share of the evaluations the races made, and which step had the closest lead."""
     sequences = plan.calibration.sequences - plan.search.held_out
     done = whole = 0
     leads: list[tuple[float, int]] = []
@@ -132,34 +132,34 @@ def race_summary(plan: Plan) -> str:
 
 
 def show_comparison(result: CompareResult, output: Path) -> None:
-    """Show the result of each search, and which was best."""
+    """Show the searches of a comparison, and which was best."""
     from sleb_cli.tables import search_results as tables
 
     removed = len(result.compared[0].removals)
-    whole = f"{removed} of {result.model.blocks} blocks"
-    what = whole if result.unit == "blocks" else f"{removed} experts of each block"
-    print_title(f"{short_name(result.model.id)}: {what} removed")
+    blocks = f"{removed} of {result.model.blocks} blocks"
+    size = blocks if result.unit == "blocks" else f"{removed} experts of each block"
+    print_title(f"{short_name(result.model.id)}: {size} removed")
     show_table(tables.comparison(result), title=False)
     text = "the calibration text" if result.dense_held_out_perplexity is None else "the held-out sequences"
     print_to_copy(f"wrote {output}: the plan of {result.best}, best on {text}")
-    for each in result.compared:
-        if each.file != str(output):
-            print_written(Path(each.file))
+    for search in result.compared:
+        if search.file != str(output):
+            print_written(Path(search.file))
 
 
 def target_summary(target: TargetRecord, plan: Plan) -> str:
-    """Return the target, what was reached, and its cost."""
-    asked = plan.request.get(target.name)
+    """Say what the target was, how much of it was reached, and at what cost."""
+    goal = plan.request.get(target.name)
     cost = f"it cost {math.log(plan.steps[-1].perplexity / plan.dense.perplexity):.4f} nats per token"
     match target.name:
         case "target_params":
             remain = f"{format_count(target.reached)} of {format_count(target.dense)} remain"
-            return f"target: {asked} parameters; {remain}; {cost}"
+            return f"target: {goal} parameters; {remain}; {cost}"
         case "target_memory":
             needs = (
                 f"weights and {target.kv_cache} take {format_bytes(target.reached)}, not {format_bytes(target.dense)}"
             )
-            return f"target: {asked}; {needs}; {cost}"
+            return f"target: {goal}; {needs}; {cost}"
         case "target_speedup":
             missed = "" if target.reached >= target.limit else ", below the target: remove more with --extend"
             measured = f"{target.reached:.2f}x measured ({target.predicted:.2f}x predicted){missed}"

@@ -10,7 +10,7 @@ from sleb_plugins import FamilyAdapter
 
 
 def show_plugins(registry: Registry, *, as_json: bool) -> None:
-    """List every offer with its package, then each plugin that failed and why."""
+    """List every offer with its package; in JSON, also each plugin that failed to load."""
     if as_json:
         failures = [
             {"plugin": failure.plugin.module, "package": failure.plugin.package, "version": failure.plugin.version,
@@ -32,7 +32,7 @@ def _offers(registry: Registry) -> list[dict[str, str]]:
             "kind": offer.kind,
             "name": offer.name,
             "argument": offer.value.argument if offer.kind == "metric" else "",
-            "what": _what(offer.value),
+            "what": _describe(offer.value),
             "package": offer.plugin.package,
             "version": offer.plugin.version,
         }
@@ -41,14 +41,13 @@ def _offers(registry: Registry) -> list[dict[str, str]]:
 
 
 def _usage(offer: dict[str, str]) -> str:
-    """Return the name with its argument, if it takes one: random[:SEED]."""
     name, argument = offer["name"], offer["argument"]
-    if argument.startswith("["):
+    if argument.startswith("["):  # optional: random[:SEED]
         return f"{name}[:{argument[1:]}"
     return f"{name}:{argument}" if argument else name
 
 
-def _what(offered: Any) -> str:
-    if isinstance(offered, FamilyAdapter):
-        return f"refused, because {offered.refusal}" if offered.refusal else ", ".join(sorted(offered.model_types))
-    return offered.description if offered else "transformers, without a plugin; the default"
+def _describe(offer: Any) -> str:
+    if isinstance(offer, FamilyAdapter):
+        return f"refused, because {offer.refusal}" if offer.refusal else ", ".join(sorted(offer.model_types))
+    return offer.description if offer else "transformers, without a plugin; the default"

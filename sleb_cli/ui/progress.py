@@ -1,4 +1,4 @@
-"""Turn the engine's events into Rich bars on a terminal, or into plain lines in a log."""
+"""Show the engine's events: as bars on a terminal, as plain lines in a log."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ from sleb_cli.ui.console import print_prose, print_warning, stderr
 from sleb_cli.units import format_seconds
 
 _STARTING = "Starting"
-TOLD_AFTER = 20.0
-"""After how many seconds a log says how long a task will take."""
+FIRST_ESTIMATE_SECONDS = 20.0
+"""When a log first says how long a task will take."""
 
 
 @contextmanager
@@ -56,9 +56,9 @@ def show_progress(*, quiet: bool = False) -> Iterator[Notify]:
         yield _only_warnings
     elif console.is_terminal:
         with _progress(console) as progress:
-            yield _Listener(progress)
+            yield _BarListener(progress)
     else:
-        yield _Log(console)
+        yield _LogListener(console)
 
 
 def _only_warnings(event: Event) -> None:
@@ -83,10 +83,8 @@ def _bar_width(width: int) -> int:
 
 
 class _Bars(Progress):
-    """A bar for each task, and below them the intermediate results, which would take the room of counts and times."""
-
     def get_renderables(self) -> Iterator[RenderableType]:
-        """Yield the bars, and a line for each running task that has a note."""
+        # In a column, a note would take the room of counts and times.
         yield self.make_tasks_table(self.tasks)
         for task in self.tasks:
             if task.fields["note"]:
@@ -94,18 +92,13 @@ class _Bars(Progress):
 
 
 class _Done(DownloadColumn):
-    """The progress of a task: bytes or a count."""
-
     def render(self, task: Task) -> Text:
-        """Render the column that fits the task's unit."""
         if task.total is None or not task.fields["unit"]:
             return Text("")
         return super().render(task) if task.fields["unit"] == "B" else MofNCompleteColumn().render(task)
 
 
-class _Listener:
-    """A bar for each task, and one for the steps of a search; that of a step goes when the step is decided."""
-
+class _BarListener:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         # Shown while the libraries are imported, until the first real task starts.
@@ -120,7 +113,7 @@ class _Listener:
                 self._progress.update(self._tasks[task], advance=done)
                 if note:
                     self._progress.update(self._tasks[task], note=note)
-            case TaskFinished(task) if task == SCORING_TASK:
+            case TaskFinished(task) if task == SCORING_TASK:  # once a step; the bar of the search stays
                 self._progress.remove_task(self._tasks.pop(task))
             case TaskFinished(task):
                 total = self._totals[task] or 1
@@ -134,7 +127,7 @@ class _Listener:
             case BlockRemoved(step):
                 self._progress.update(self._tasks[SEARCH_TASK], completed=step)
             case _:
-                _say(event, self._progress.console)
+                _print_sentence(event, self._progress.console)
 
     def _add(self, task: str, total: int | None, unit: str) -> None:
         if _STARTING in self._tasks:
@@ -146,8 +139,7 @@ class _Listener:
         self._tasks[task] = self._progress.add_task(description, total=total, unit=unit, note="")
 
 
-def _say(event: Event, console: Console) -> None:
-    """Print the events that are sentences, the same on a terminal and in a log."""
+def _print_sentence(event: Event, console: Console) -> None:
     match event:
         case Notice(text):
             print_prose(console, escape(text))
@@ -160,27 +152,26 @@ def _say(event: Event, console: Console) -> None:
 
 @dataclass
 class _Pace:
-    """How much of a task is done, and after how many seconds that is told next."""
+    """The progress of a task in a log; times are in seconds."""
 
     total: int
     started: float
     done: float = 0.0
-    told_at: float = TOLD_AFTER
+    next_estimate: float = FIRST_ESTIMATE_SECONDS
 
     def advance(self, done: float) -> str | None:
-        """Return how long the rest will take, at times that lie ever farther apart."""
+        """Add finished units; return an estimate of the time left if one is due."""
         self.done += done
         seconds = time.monotonic() - self.started
-        if seconds < self.told_at or not 0 < self.done < self.total:
+        if seconds < self.next_estimate or not 0 < self.done < self.total:
             return None
-        self.told_at = 2 * seconds
+        # Ever farther apart, so that the log of a day's work stays short.
+        self.next_estimate = 2 * seconds
         left = format_seconds(seconds * (self.total / self.done - 1))
         return f"{self.done / self.total:.0%}, about {left} left"
 
 
-class _Log:
-    """A plain line for each start and decision, for logs, and now and then how long a task will take."""
-
+class _LogListener:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._remove = 0
@@ -193,10 +184,10 @@ class _Log:
                     self._paces[task] = _Pace(total, time.monotonic())
                 text = f"{task} …"
             case TaskAdvanced(task, done):
-                told = self._paces[task].advance(done) if task in self._paces else None
-                if told is None:
+                estimate = self._paces[task].advance(done) if task in self._paces else None
+                if estimate is None:
                     return
-                text = f"{task}: {told}"
+                text = f"{task}: {estimate}"
             case HealChecked(share, divergence, validation):
                 kl = f"KL to the dense model {divergence:.4f}, on validation text {validation:.4f}"
                 text = f"healing, {share:.0%}: {kl}"
@@ -205,9 +196,10 @@ class _Log:
                 after = f", {done} of them already removed" if done else ""
                 text = f"Search: {remove} of {blocks} blocks{after} …"
             case BlockRemoved(step, block, score, perplexity, removals):
-                what = f"block {block}" if removals is None else f"blocks {', '.join(map(str, removals))}"
-                text = f"step {step} of {self._remove}: {what} removed, score {score:.4f}, perplexity {perplexity:.2f}"
+                removed = f"block {block}" if removals is None else f"blocks {', '.join(map(str, removals))}"
+                scores = f"score {score:.4f}, perplexity {perplexity:.2f}"
+                text = f"step {step} of {self._remove}: {removed} removed, {scores}"
             case _:
-                _say(event, self._console)
+                _print_sentence(event, self._console)
                 return
         print_prose(self._console, escape(text))

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from sleb_cli.names import short_name
 from sleb_cli.tables.table import by_model
-from sleb_cli.ui.console import inert_text, print_prose, stdout
+from sleb_cli.ui.console import escape_controls, print_prose, stdout
 from sleb_cli.ui.tables import print_line, print_title, print_to_copy, print_written, show_table
 from sleb_cli.units import format_bytes, in_shell, plural, spans
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
         TaskResult,
     )
 
-# What reads records imports pydantic, which takes time, so it is imported when it is needed.
+# Tables import the records, and so pydantic, which `sleb --help` must not wait for: functions import them.
 
 
 def show_evaluation(result: EvalResult, output: Path | None) -> None:
-    """Show the quality of the dense model and of each size, with what each differs by."""
+    """Show the quality of the dense model and of each size."""
     from sleb_cli.tables import quality
 
     removals = result.sizes[-1] if result.sizes else ()
@@ -53,9 +53,9 @@ def show_evaluation(result: EvalResult, output: Path | None) -> None:
     print_written(output)
 
 
-def _show_flips(task: TaskResult, size: PrunedTaskScores, what: str) -> None:
+def _show_flips(task: TaskResult, size: PrunedTaskScores, removed: str) -> None:
     for flip in size.flips:
-        print_title(f"\n{task.task}, item {flip.doc_id}, which only one model gets right ({what})")
+        print_title(f"\n{task.task}, item {flip.doc_id}, which only one model gets right ({removed})")
         print_line(f"  {' '.join(flip.prompt.split())[-300:]}")
         for name, text in (("right", flip.target), ("dense", flip.dense), ("pruned", flip.pruned)):
             print_line(f"  {name:6} {' '.join(text.split())[:160]}")
@@ -79,17 +79,18 @@ def show_benchmark(result: BenchResult, output: Path | None) -> None:
 
 def show_applied(result: ApplyResult | GgufResult) -> None:
     """Show what was written and how far it is proven."""
-    from sleb_cli.tables.checks import checked, matches
+    from sleb_cli.tables.checks import check_clauses, match_clause
     from sleb_cli.tables.search_results import recovery
 
-    proof, said = result.proof, checked(result.proof) if result.proof else []
+    proof, clauses = result.proof, check_clauses(result.proof) if result.proof else []
     if result.kind == "apply":
         path, size, is_verified = result.folder, result.weights_bytes, proof is not None
         unproven = None
     else:
         path, size, is_verified = result.file, result.file_bytes, result.verified
-        what = "row" if result.cuts else "tensor"
-        said, unproven = [f"every {what} is a byte-for-byte copy from the source", *said], result.unproven
+        copied = "row" if result.cuts else "tensor"
+        clauses.insert(0, f"every {copied} is a byte-for-byte copy from the source")
+        unproven = result.unproven
     print_to_copy(f"wrote {path}: {result.blocks} blocks, {format_bytes(size)}")
     for cut in result.cuts:
         print_line(f"{cut.title.lower()}: {cut.change}")
@@ -99,9 +100,9 @@ def show_applied(result: ApplyResult | GgufResult) -> None:
     if not is_verified:
         print_line("not verified (--no-verify)")
     elif missing := proof.partial if proof else f"logits not compared: {unproven}":
-        print_prose(stdout(), f"[yellow]partially proven[/]{where}: {escape('; '.join([*said, missing]))}")
+        print_prose(stdout(), f"[yellow]partially proven[/]{where}: {escape('; '.join([*clauses, missing]))}")
     elif proof:
-        print_prose(stdout(), f"[green]proven[/]{where}: {matches(proof.reference)}")
+        print_prose(stdout(), f"[green]proven[/]{where}: {match_clause(proof.reference)}")
     if result.kind == "gguf":
         file = in_shell(result.file)
         print_to_copy(f"to run it: llama-cli -m {file}, or lms import {file} (LM Studio)")
@@ -114,8 +115,8 @@ def show_applied(result: ApplyResult | GgufResult) -> None:
 
 
 def show_exported(result: ExportResult) -> None:
-    """Print a text, in which nothing is obeyed by a terminal, or show where it was written."""
+    """Print an exported text, or the file it was written to."""
     if result.file is not None:
         print_written(Path(result.file))
     else:
-        print(inert_text(result.text or ""), end="")
+        print(escape_controls(result.text or ""), end="")

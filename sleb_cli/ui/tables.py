@@ -12,8 +12,8 @@ from rich.text import Text
 from sleb_cli.tables.table import Table
 from sleb_cli.ui.console import print_prose, stdout
 
-_NARROWEST_COLUMN = 6
-"""Of which the frame takes three characters."""
+_MIN_COLUMN_WIDTH = 6
+"""The frame takes three of these characters."""
 
 
 def show_table(table: Table, *, title: bool = True) -> None:
@@ -23,20 +23,20 @@ def show_table(table: Table, *, title: bool = True) -> None:
         return
     if title:
         print_title(f"\n{table.title}")
-    console.print(drawn(table, console.width))
+    console.print(lay_out(table, console.width))
     for note in table.notes:
         print_prose(console, f"[dim]{escape(note)}[/]")
 
 
-def drawn(table: Table, width: int) -> RichTable | Text:
-    """Return a table for a screen, on which Rich folds what is too wide; if hardly anything fits, lines instead."""
-    if width < _NARROWEST_COLUMN * len(table.columns):
+def lay_out(table: Table, width: int) -> RichTable | Text:
+    """Lay out a table for a screen of this width, on a very narrow one as a line for each cell."""
+    if width < _MIN_COLUMN_WIDTH * len(table.columns):
         rows = (zip(table.columns, row, strict=True) for row in table.rows)
         return Text("\n\n".join("\n".join(f"{name}: {cell}" for name, cell in row if cell) for row in rows))
     rich = RichTable(header_style="bold")
     for number, column in enumerate(table.columns):
         rich.add_column(Text(column), justify="left" if table.is_words(number) else "right", overflow="fold")
-    # What several rows in a row are about stands in the first of them.
+    # Consecutive rows about one text or task form a section, which names it once.
     repeated = [False, *(row[0] == before[0] for before, row in pairwise(table.rows))]
     for row, again, goes_on in zip(table.rows, repeated, [*repeated[1:], True], strict=True):
         cells = [Text("" if again and number == 0 else cell) for number, cell in enumerate(row)]
@@ -45,17 +45,18 @@ def drawn(table: Table, width: int) -> RichTable | Text:
 
 
 def print_title(title: str) -> None:
-    """Print a title above a table, since Rich wraps table titles to the table's width."""
+    """Print a title in bold."""
+    # Rich would wrap a table's own title to the width of the table.
     print_prose(stdout(), f"[bold]{escape(title)}[/]")
 
 
 def print_line(text: str) -> None:
-    """Print sentences on stdout without markup; a terminal, but no file, gets them wrapped between words."""
+    """Print sentences on stdout without markup, wrapped between words on a terminal only."""
     print_prose(stdout(), escape(text))
 
 
 def print_to_copy(text: str) -> None:
-    """Print a line with paths or commands on stdout, unwrapped, so that they can be copied."""
+    """Print a line on stdout unwrapped, so that its paths and commands can be copied."""
     stdout().print(text, soft_wrap=True, markup=False)
 
 

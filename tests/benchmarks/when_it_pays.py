@@ -23,7 +23,7 @@ from common import parser
 
 from sleb_cli.engine.statistics import paired_difference
 from sleb_cli.results import BenchResult, EvalResult, PrunedTaskScores, Removals, TaskResult
-from sleb_cli.tables.quality import Estimate, by_use, kept, text_names
+from sleb_cli.tables.quality import Estimate, by_use, retention, text_names
 from sleb_cli.tables.table import Table, tabulate, to_markdown
 from sleb_cli.units import format_bytes, format_perplexity
 
@@ -101,7 +101,7 @@ def row(name: str, times: BenchResult, removals: Removals, paired: EvalResult, f
     """Return the row of a model: its uses from what is `paired` with the dense model, its perplexities as `found`."""
     size = next(each for each in (times.dense, *times.pruned) if each.removals == removals)
     which = removals if paired is found else ALONE
-    uses = {use: share for use, tasks in by_use(paired.tasks).items() if (share := kept(tasks, which))}
+    uses = {use: share for use, tasks in by_use(paired.tasks).items() if (share := retention(tasks, which))}
     speeds = {
         result.workload.label: timing.tokens_per_second
         for result in times.workloads

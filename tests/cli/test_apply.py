@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from conftest import beside_weights, llama_config, save_model, shortage_at, weights_of
 from sleb_cli import atomic
 from sleb_cli.engine.files import shards
-from sleb_cli.engine.output import apply as engine
+from sleb_cli.engine.output import checkpoint as engine
 from sleb_cli.engine.output import proof
 from sleb_cli.plan import read_plan
 

@@ -25,7 +25,7 @@ from conftest import (
 from sleb_cli.engine.door import recovery as door
 from sleb_cli.engine.forward import forecast
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.output import apply
+from sleb_cli.engine.output import checkpoint as writing
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery import heal_budget, training
 from sleb_cli.engine.recovery.distillation import Batch, Distillation
@@ -81,7 +81,7 @@ def test_healing_comes_nearer_to_the_dense_model(healed, tiny_llama, tmp_path, m
 
 def test_an_interrupted_healing_goes_on_to_the_same_bytes(healed, tmp_path, monkeypatch):
     command, room = ["--recover", *TOKENS], []
-    monkeypatch.setattr(apply, "require_space", lambda place, needed: room.append(needed))
+    monkeypatch.setattr(writing, "require_space", lambda place, needed: room.append(needed))
     healed(*command, "-o", "whole")
     with monkeypatch.context() as patches:
         interrupt_healing(patches, 6)
@@ -97,7 +97,7 @@ def test_an_interrupted_healing_goes_on_to_the_same_bytes(healed, tmp_path, monk
             assert "Continuing an interrupted healing" not in healed(*command, *change, code=130).stderr
     with monkeypatch.context() as patches:
         steps = interrupt_healing(patches, 100)
-        failing(apply, "prove", ProofError("It failed.", hint="Try again."))(patches)
+        failing(writing, "prove", ProofError("It failed.", hint="Try again."))(patches)
         assert "Continuing an interrupted healing, after 2,560 tokens" in healed(*command, code=9).stderr
     assert len(steps) == 3
     with monkeypatch.context() as patches:

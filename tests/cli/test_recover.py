@@ -22,7 +22,7 @@ from sleb_cli.engine.files.tensors import read_all
 from sleb_cli.engine.files.weights import find_weights
 from sleb_cli.engine.forward import forecast
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.output import apply as engine
+from sleb_cli.engine.output import checkpoint as engine
 from sleb_cli.engine.recovery import closed_form, depth
 from sleb_cli.plan import ClosedFormRecord, read_plan
 from sleb_plugins import ProofError

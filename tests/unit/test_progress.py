@@ -15,7 +15,7 @@ def test_names_stay_as_they_are_and_leave_room_for_numbers(monkeypatch, width):
     shown = console.stderr()
     shown.width = width
     bars = progress._progress(shown)
-    listen = progress._Listener(bars)
+    listen = progress._BarListener(bars)
     name = "Loading /very/long/path/of/a-model-with-a-name-of-its-own-that-is-longer-than-any-screen-is-wide"
     listen(TaskStarted(name))
     listen(TaskFinished(name))
@@ -45,7 +45,7 @@ def test_a_log_says_how_long_a_task_will_take_at_times_that_lie_ever_farther_apa
     monkeypatch.setattr(console.sys, "stderr", io.StringIO())
     shown, now = console.stderr(), [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    listen = progress._Log(shown)
+    listen = progress._LogListener(shown)
     listen(TaskStarted("Timing", 100, "runs"))
     listen(TaskAdvanced("Loading"))
     for now[0] in range(1, 101):

@@ -11,7 +11,7 @@ from sleb_cli.names import short_name
 from sleb_cli.tables.search_results import block_strip
 from sleb_cli.tables.table import Table, tabulate, to_markdown
 from sleb_cli.ui.chart import ROWS, Line, draw_lines
-from sleb_cli.ui.tables import drawn as drawn_by_rich
+from sleb_cli.ui.tables import lay_out
 
 
 def shown(renderable, width):
@@ -72,21 +72,21 @@ WIDE = Table(
 
 @pytest.mark.parametrize("width", [100, 60])
 def test_a_narrow_screen_folds_cells_and_loses_nothing(width):
-    rows = shown(drawn_by_rich(WIDE, width), width)
+    rows = shown(lay_out(WIDE, width), width)
     assert max(map(len, rows)) <= width
     cells = zip(*(line.split("│")[1:-1] for line in rows if line.startswith("│")), strict=True)
     assert ["".join(part.strip() for part in cell) for cell in cells] == WIDE.rows[0]
 
 
 def test_a_screen_too_narrow_for_a_table_has_whole_numbers():
-    rows = shown(drawn_by_rich(WIDE, 8), 8)
+    rows = shown(lay_out(WIDE, 8), 8)
     assert [row for row in rows if row in WIDE.rows[0]] == [cell for cell in WIDE.rows[0] if len(cell) <= 8]
 
 
 def test_a_name_that_rows_share_stands_in_the_first():
     rows = [["a", 1, None], ["a", 2, None], ["b", 3, None]]
     table = tabulate("", [("x", str), ("y", "{}".format), ("empty", str)], rows)
-    assert [row.split() for row in shown(drawn_by_rich(table, 80), 80) if row.startswith("│")] == [
+    assert [row.split() for row in shown(lay_out(table, 80), 80) if row.startswith("│")] == [
         ["│", "a", "│", "1", "│"], ["│", "│", "2", "│"], ["│", "b", "│", "3", "│"],
     ]  # fmt: skip
 

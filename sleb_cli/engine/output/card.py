@@ -20,7 +20,7 @@ from sleb_cli.plan import CHECKPOINT_PLAN, Plan, RecoveryRecord, SampleGeneratio
 from sleb_cli.records import Proof
 from sleb_cli.results import ApplyResult, BenchResult, EvalResult, Removals
 from sleb_cli.tables import search_results
-from sleb_cli.tables.checks import checked
+from sleb_cli.tables.checks import check_clauses
 from sleb_cli.tables.quality import perplexity_change, task_name, text_names
 from sleb_cli.tables.speed import workload_name
 from sleb_cli.tables.table import Table, in_markdown, to_markdown
@@ -196,17 +196,18 @@ def _table(table: Table) -> list[str]:
 
 def _sample_generation(sample: SampleGeneration) -> list[str]:
     """Return what both models generated at the end of the search."""
-    said = [f"{who} ({repeated}): {' '.join(text.split())}" for who, repeated, text in search_results.said(sample)]
+    rows = search_results.sample_rows(sample)
+    lines = [f"{who} ({repeated}): {' '.join(text.split())}" for who, repeated, text in rows]
     prompt = in_markdown(sample.prompt)
     return [
-        *(line for warning in search_results.collapse(sample) for line in ("", f"**{warning}**")),
+        *(line for warning in search_results.collapse_warnings(sample) for line in ("", f"**{warning}**")),
         "",
         f'At the end of the search, both models continued "{prompt}" greedily as follows; "repeated" is the '
         "share of runs of 4 tokens that occurred before:",
         "",
         "```text",
-        # Without backticks, so that no text can close the fence.
-        *(line.replace("`", "'") for line in said),
+        # A text with backticks could close the fence.
+        *(line.replace("`", "'") for line in lines),
         "```",
     ]
 
@@ -222,5 +223,5 @@ def _proof(proof: Proof | None) -> list[str]:
     if proof is None:
         return ["", "The checkpoint was written without a proof (`--no-verify`)."]
     partial = ["", f"**The proof is partial**: {proof.partial}."] if proof.partial else []
-    clauses = [f"- {clause}" for clause in checked(proof, "the base model")]
+    clauses = [f"- {clause}" for clause in check_clauses(proof, "the base model")]
     return [*partial, "", f"Checked after saving, in {proof.dtype} on {proof.device}:", "", *clauses]

@@ -57,7 +57,7 @@ from sleb_cli.engine.third_party import prefer_disk_error, saving, translate_err
 from sleb_cli.events import Notice, Notify, ignore, task
 from sleb_cli.records import Proof
 from sleb_cli.requests import AUTO
-from sleb_cli.tables.checks import reference
+from sleb_cli.tables.checks import describe_reference
 from sleb_cli.units import format_bytes
 from sleb_plugins import ModelError, ProofError
 
@@ -174,7 +174,7 @@ def prove(
             notify(Notice(f"The proof is partial: {reason}."))
         elif placement.stream:
             notify(Notice("The proof leaves the blocks on disk, so it reads all weights about eight times."))
-        compared = reference(proof.reference)
+        compared = describe_reference(proof.reference)
         models = _Models(surgery, folder, placement, new_values, compared, tokenizer, planned, notify)
         for check, values in chain(as_planned(surgery, folder, tokenizer, planned, notify), models.checks()):
             passed = [check] if check and check not in proof.checks else []  # in a wider data type, some pass again

@@ -1,4 +1,4 @@
-"""Pictures by matplotlib, in one look, as SVG on white paper."""
+"""How does every picture look? Drawn by matplotlib, as SVG on white."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 WIDTH = 840
 """In points, one of which is a CSS pixel in a page."""
 
-# Of Okabe and Ito, whose colours people with any colour vision can tell apart.
+# The palette of Okabe and Ito, safe for any colour vision.
 INK, MUTED = "#1b1f25", "#5d6673"
 SERIES = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00")
 MARKERS = ("o", "s", "^", "D", "v")
@@ -27,7 +27,7 @@ MARKERS = ("o", "s", "^", "D", "v")
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture: what it shows, how to read it, its height in points, and what draws it."""
+    """A picture to draw; `height` is in points."""
 
     title: str
     caption: str
@@ -35,8 +35,8 @@ class Plot:
     draw: Callable[[Figure], None]
 
 
-def need_extra() -> None:
-    """Make sure that reports can be made.
+def require_extra() -> None:
+    """Check that the extra `report` is installed.
 
     Raises:
         MachineError: jinja2 or matplotlib is not installed.
@@ -49,14 +49,14 @@ def need_extra() -> None:
         raise MachineError(f"This needs {name}.", hint="Install it with: pip install 'sleb[report]'") from error
 
 
-def picture(plot: Plot) -> bytes:
-    """Return a picture as an SVG file."""
+def render_svg(plot: Plot) -> bytes:
+    """Draw a picture as an SVG file."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    # The defaults first, so that no matplotlibrc of the user's changes the pictures.
-    own = str(Path(__file__).with_name("pictures.mplstyle"))
-    with style.context(["default", own]), warnings.catch_warnings():
+    # The defaults come first, so that the user's matplotlibrc does not change the pictures.
+    our_style = str(Path(__file__).with_name("pictures.mplstyle"))
+    with style.context(["default", our_style]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # such as in a model's name
         figure = Figure(figsize=(WIDTH / 72, plot.height / 72), dpi=72, layout="constrained")
         plot.draw(figure)
@@ -66,23 +66,24 @@ def picture(plot: Plot) -> bytes:
     return file.getvalue()
 
 
-def scaled(values: Sequence[Estimate], scale: float) -> tuple[list[float], list[list[float]]]:
-    """Return the values, and how far their intervals reach below and above."""
-    reach = [(value - ends.low, ends.high - value) if ends else (0.0, 0.0) for value, ends in values]
-    sides = [[scale * max(0.0, side) for side in both] for both in zip(*reach, strict=True)]
+def scale_estimates(values: Sequence[Estimate], scale: float) -> tuple[list[float], list[list[float]]]:
+    """Return the scaled values, and the lengths of their error bars below and above."""
+    bars = [(value - ends.low, ends.high - value) if ends else (0.0, 0.0) for value, ends in values]
+    # matplotlib refuses negative lengths, as of a value outside of its interval.
+    sides = [[scale * max(0.0, length) for length in side] for side in zip(*bars, strict=True)]
     return [scale * value for value, _ in values], sides
 
 
 def draw_series(
-    axis: Axes, number: int, places: Sequence[float], values: Sequence[Estimate], scale: float, **options: Any
+    axis: Axes, number: int, xs: Sequence[float], values: Sequence[Estimate], scale: float, **options: Any
 ) -> None:
-    """Draw one of several series as points with their intervals."""
-    up, reach = scaled(values, scale)
+    """Draw series `number` as points with error bars."""
+    ys, bars = scale_estimates(values, scale)
     colour, marker = number % len(SERIES), (number + number // len(SERIES)) % len(MARKERS)
     options |= {"color": SERIES[colour], "marker": MARKERS[marker], "capsize": 2.5, "elinewidth": 1.2}
-    axis.errorbar(places, up, yerr=reach, **options)
+    axis.errorbar(xs, ys, yerr=bars, **options)
 
 
-def whole_ticks(axis: Axes, values: Sequence[int]) -> None:
-    """Put ticks at up to 20 of these whole numbers of the x axis, evenly spread."""
+def set_whole_ticks(axis: Axes, values: Sequence[int]) -> None:
+    """Put x ticks at up to 20 of these whole numbers, evenly spread."""
     axis.set_xticks(list(values)[:: max(1, -(-len(values) // 20))])

@@ -1,4 +1,4 @@
-"""What a report says, in order: sections of pictures, sentences and tables."""
+"""Which sections does a report have, in which order?"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sleb_cli.tables.table import Table
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a report under a heading."""
+    """A picture and tables under a heading; `name` is its anchor."""
 
     name: str
     title: str
@@ -23,7 +23,7 @@ class Section:
 
 
 def sections(findings: Findings) -> list[Section]:
-    """Return the parts of a report, from what matters to most readers to what matters to few."""
+    """Return the sections that have content, the most important first."""
     plan, benchmark = findings.plan, findings.benchmark
     texts, tasks, timed = findings.scored.values()
     cost = [quality.perplexities(texts), quality.divergences(texts), quality.tasks(tasks)]
@@ -32,16 +32,20 @@ def sections(findings: Findings) -> list[Section]:
     blocks = None if plan.experts else plan.model.blocks
     gain = [speed.speeds(timed, blocks), speed.latencies(timed), speed.memory(timed)]
     gain += [speed.sizes(benchmark)] if benchmark else []
-    results = [provenance.result_settings(each) for each in (findings.evaluation, benchmark) if each]
-    found = search_results.expert_texts(plan, plan.experts) if plan.experts else search_results.steps(plan)
+    results = [provenance.result_settings(result) for result in (findings.evaluation, benchmark) if result]
+    search = search_results.expert_texts(plan, plan.experts) if plan.experts else search_results.steps(plan)
     recovered = [search_results.recovery(plan.recovery)] if plan.recovery else []
-    parts = [
+    candidates = [
         Section("trade", "Quality against speed", trade_plot(findings)),
         Section("quality", "What it costs", perplexity_plot(findings), tables=cost),
         Section("speed", "What it gains", speed_plot(findings), tables=gain),
         *([Section("said", "What both models say")] if plan.sample_generation else []),
-        Section("search", f"How the {plan.unit} were found", search_plot(plan), tables=[found]),
+        Section("search", f"How the {plan.unit} were found", search_plot(plan), tables=[search]),
         Section("recovery", "What recovery gave back", tables=recovered),
         Section("settings", "Settings", tables=[provenance.search_settings(plan), *results]),
     ]
-    return [part for part in parts if part.name == "said" or part.plot or any(table.rows for table in part.tables)]
+    return [
+        section
+        for section in candidates
+        if section.name == "said" or section.plot or any(table.rows for table in section.tables)
+    ]

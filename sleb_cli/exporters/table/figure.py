@@ -1,4 +1,4 @@
-"""A figure of a table of plans: a panel for each thing that was measured, with a line for each method by size."""
+"""A figure of several plans: a panel for each measurement, with a line for each method."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import partial
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from sleb_cli.exporters.report.drawing import INK, WIDTH, Plot, draw_series, need_extra, picture, whole_ticks
+from sleb_cli.exporters.report.drawing import INK, WIDTH, Plot, draw_series, render_svg, require_extra, set_whole_ticks
 from sleb_cli.exporters.table.rows import PlanTable, Row
 from sleb_cli.units import format_perplexity
 from sleb_plugins.errors import UsageError
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 _PANEL, _LEGEND = 210, 18
 """The heights of a row of panels and of the legend, in points."""
-_SPREAD = 4
-"""An axis of perplexities is logarithmic where the largest is this many times the smallest."""
-_APART = 0.06
-"""How far apart methods are at one size, in blocks, so that their intervals can be told apart."""
+_LOG_SCALE_RATIO = 4
+"""An axis of perplexities is logarithmic if the largest is more than this many times the smallest."""
+_OFFSET = 0.06
+"""Between the methods at one size, in blocks, so that their intervals do not overlap."""
 
 
-def figure(table: PlanTable) -> str:
-    """Return the figure as SVG.
+def draw_figure(table: PlanTable) -> str:
+    """Draw the figure as SVG.
 
     Raises:
         UsageError: nothing was measured of the plans.
         MachineError: matplotlib is not installed.
     """
-    need_extra()
+    require_extra()
     if not table.measured:
         raise UsageError("Nothing was measured of these plans.", hint="Run `sleb eval` or `sleb bench` on each first.")
     methods: dict[str, list[Row]] = {}
@@ -39,7 +39,7 @@ def figure(table: PlanTable) -> str:
     across = max(1, WIDTH // (6 * max(map(len, methods)) + 60))
     height = _PANEL * -(-len(table.measured) // 2) + _LEGEND * (1 + len(methods) // across)
     caption = "By blocks removed; bars are 95% intervals of the difference from the dense model."
-    return picture(Plot("Plans", caption, height, partial(_draw, table, methods, across))).decode()
+    return render_svg(Plot("Plans", caption, height, partial(_draw, table, methods, across))).decode()
 
 
 def _draw(table: PlanTable, methods: dict[str, list[Row]], across: int, figure: Figure) -> None:
@@ -49,14 +49,14 @@ def _draw(table: PlanTable, methods: dict[str, list[Row]], across: int, figure: 
         spare.remove()
     for axis, name in zip(axes, table.measured, strict=False):
         for number, (method, rows) in enumerate(methods.items()):
-            _draw_line(axis, table, name, rows, (number, method, _APART * (number - len(methods) // 2)))
+            _draw_line(axis, table, name, rows, (number, method, _OFFSET * (number - len(methods) // 2)))
         values = [row[name][0] for row in table.rows if name in row]
-        if table.measured[name] is format_perplexity and max(values) > _SPREAD * min(values):
+        if table.measured[name] is format_perplexity and max(values) > _LOG_SCALE_RATIO * min(values):
             axis.set_yscale("log", subs=(2, 3, 5, 7))
             axis.yaxis.set_major_formatter("{x:,.0f}")
             axis.yaxis.set_minor_formatter("{x:,.0f}")
         axis.set_title(fill(name, 50), loc="left", fontsize=11)
-        whole_ticks(axis, range(max(row["removed"] for row in table.rows) + 1))
+        set_whole_ticks(axis, range(max(row["removed"] for row in table.rows) + 1))
         axis.grid()
     whole = table.shared.get("removed from")
     for axis in axes[max(0, count - 2) : count]:
@@ -67,13 +67,12 @@ def _draw(table: PlanTable, methods: dict[str, list[Row]], across: int, figure: 
 
 
 def _draw_line(axis: Axes, table: PlanTable, name: str, rows: list[Row], line: tuple[int, str, float]) -> None:
-    """Draw what was measured of a method, from the dense model on; `line` is its number, name and offset."""
-    number, method, aside = line
-    places, values = [row["removed"] + aside for row in rows if name in row], [row[name] for row in rows if name in row]
+    number, method, offset = line
+    xs, values = [row["removed"] + offset for row in rows if name in row], [row[name] for row in rows if name in row]
     if not values:
         return
     if dense := table.dense(rows[0]).get(name):
-        places, values = [0, *places], [dense, *values]
-    draw_series(axis, number, places, values, 1, label=method)
+        xs, values = [0, *xs], [dense, *values]
+    draw_series(axis, number, xs, values, 1, label=method)
     if dense:
         axis.plot([0], [dense[0]], "*", color=INK, markersize=11, label="dense", zorder=3)

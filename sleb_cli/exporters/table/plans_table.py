@@ -1,4 +1,4 @@
-"""Export what was measured of any number of plans, as one table or one figure."""
+"""Export the measurements of several plans as one table or figure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from io import StringIO
 
 from sleb_cli.exporters.findings import read_findings
-from sleb_cli.exporters.table.figure import figure
+from sleb_cli.exporters.table.figure import draw_figure
 from sleb_cli.exporters.table.rows import METHOD, SETTINGS, PlanTable, plan_table
 from sleb_cli.tables.quality import Estimate
 from sleb_cli.tables.table import Columns, between, in_markdown, tabulate, to_markdown
@@ -25,25 +25,24 @@ class PlansTable(Exporter):
     several = True
 
     def export(self, pruning: Pruning) -> str:
-        """Return the table in the form that the ending of the output names.
+        """Return the table in the format of the output's suffix.
 
         Raises:
-            UsageError: it names none, or nothing was measured that a figure could show.
-            MachineError: a figure is wanted, and matplotlib is not installed.
+            UsageError: there is no such format, or nothing was measured that a figure could show.
+            MachineError: the output is a figure, and matplotlib is not installed.
         """
-        forms = {".md": _markdown, ".csv": _csv, ".svg": figure}
-        form = forms.get(pruning.output.suffix if pruning.output else ".md")
-        if form is None:
+        formats = {".md": _to_markdown, ".csv": _to_csv, ".svg": draw_figure}
+        write = formats.get(pruning.output.suffix if pruning.output else ".md")
+        if write is None:
             raise UsageError(f"A table cannot be {pruning.output}.", hint="Use a name that ends in .md, .csv or .svg.")
-        return form(plan_table([read_findings(each) for each in (pruning, *pruning.others)]))
+        return write(plan_table([read_findings(plan) for plan in (pruning, *pruning.others)]))
 
 
-def _markdown(table: PlanTable) -> str:
-    """Return a table for people: settings that all rows share stand below it."""
-    shared = table.shared
+def _to_markdown(table: PlanTable) -> str:
+    shared = table.shared  # below the table, so that people see what differs
     columns: Columns = [
         *((name, str) for name in METHOD),
-        *((name, partial(_estimate, form)) for name, form in table.measured.items()),
+        *((name, partial(_format_estimate, form)) for name, form in table.measured.items()),
         *((name, str) for name in SETTINGS if name not in shared),
     ]
     rows = [[row.get(name) for name, _ in columns] for row in table.rows]
@@ -52,13 +51,13 @@ def _markdown(table: PlanTable) -> str:
     return "\n".join([*lines, *(f"- {name}: {in_markdown(value)}" for name, value in shared.items()), ""])
 
 
-def _estimate(form: Callable[[float], str], estimate: Estimate) -> str:
+def _format_estimate(form: Callable[[float], str], estimate: Estimate) -> str:
     value, interval = estimate
     return form(value) + (f" ({between(interval, form)})" if interval else "")
 
 
-def _csv(table: PlanTable) -> str:
-    """Return a table for programs, as in RFC 4180 but with plain line ends; what was measured has three columns."""
+def _to_csv(table: PlanTable) -> str:
+    # As in RFC 4180, but with plain line ends. Each estimate takes three columns.
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*METHOD, *(name + end for name in table.measured for end in ("", " low", " high")), *SETTINGS])
