@@ -69,7 +69,7 @@ MEASURES = {name: _measures(model) for name, model in FIGURES.items()}
 
 
 def table(columns: str, **rows: str) -> str:
-    """Write a table of these measures; `rows` has, by model, a line for each thing that was done to it.
+    """Write a table of these measures; `rows` has, by model, a line for each thing that was done to it (none: all).
 
     Raises:
         KeyError: a measure or a row is not in `figures.toml`.
@@ -80,7 +80,7 @@ def table(columns: str, **rows: str) -> str:
         raise KeyError(absent)
     lines = [["", *(measures[0].title for measures in shown.values())], ["---"] * (len(names) + 1)]
     for model, text in rows.items():
-        done = [line.strip() for line in text.strip().splitlines()]
+        done = [line.strip() for line in text.strip().splitlines()] or [*MEASURES[model][names[0]].values]
         for at, row in enumerate(done):
             if not any(row in measure.values for measure in MEASURES[model].values()):
                 raise KeyError(f"{model}: {row}")
