@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def table(columns: str, **rows: str) -> str:
         raise KeyError(absent)
     lines = [["", *(measures[0].title for measures in shown.values())], ["---"] * (len(names) + 1)]
     for model, text in rows.items():
-        done = [line.strip() for line in text.strip().splitlines()] or [*MEASURES[model][names[0]].values]
+        done = [line.strip() for line in text.strip().splitlines()] or all_rows(model, names)
         for at, row in enumerate(done):
             if not any(row in measure.values for measure in MEASURES[model].values()):
                 raise KeyError(f"{model}: {row}")
@@ -88,6 +89,17 @@ def table(columns: str, **rows: str) -> str:
             cells = [MEASURES[model][name].cell(row) if name in MEASURES[model] else "" for name in names]
             lines.append([first, *cells])
     return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |").replace("|  |", "| |") for line in lines)
+
+
+def all_rows(model: str, names: list[str]) -> list[str]:
+    """Collect the rows of these measures: "24 blocks, recovered" goes below "24 blocks", others where they come."""
+    rows: list[str] = []
+    for row in chain.from_iterable(MEASURES[model][name].values for name in names if name in MEASURES[model]):
+        above = [at for at, other in enumerate(rows) if f"{row}, ".startswith(f"{other}, ")]
+        below = [at for at, other in enumerate(rows) if above and other.startswith(f"{rows[above[-1]]}, ")]
+        if row not in rows:
+            rows.insert(max(above + below, default=len(rows) - 1) + 1, row)
+    return rows
 
 
 def label(row: str, above: list[str]) -> str:
