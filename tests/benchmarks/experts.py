@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import architecture_of, calibrated, parser
 
-from sleb_cli.engine.cut.experts.routing import watched
+from sleb_cli.engine.cut.experts.routing import watch_routing
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.forward.prepare import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
@@ -37,7 +37,7 @@ def main() -> None:
         jobs = [(batch, ()) for batch in passes.numbers]
         for _ in range(options.runs):
             for counts in seconds:
-                counting = watched(experts, [*blocks], lambda _, routing: sums_of(routing, experts.count))
+                counting = watch_routing(experts, [*blocks], lambda _, routing: sums_of(routing, experts.count))
                 with counting if counts else nullcontext():
                     started = time.perf_counter()
                     for _ in passes.score(NegativeLogLikelihood(), (), jobs):

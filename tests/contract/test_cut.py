@@ -44,7 +44,7 @@ class Neurons(Cut):
         return name, Slices(1 if found[1] else 0, WIDTH, self.kept) if found else None
 
     @contextmanager
-    def absent(self, dense):
+    def simulate(self, dense):
         mask = torch.tensor([float(neuron in range(WIDTH // 2)) for neuron in range(WIDTH)])
         hooks = [
             block.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: (inputs[0] * mask,))
@@ -67,7 +67,7 @@ class Head(Cut):
         return None if name == "lm_head.weight" else (name, None)
 
     @contextmanager
-    def absent(self, dense):
+    def simulate(self, dense):
         own, dense.lm_head.weight = dense.lm_head.weight, dense.model.embed_tokens.weight
         yield
         dense.lm_head.weight = own

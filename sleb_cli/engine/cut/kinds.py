@@ -1,4 +1,4 @@
-"""All kinds of cuts but blocks, by the option or field of a plan that asks for them: registered here alone."""
+"""All kinds of cuts but blocks, by the option or field of a plan that asks for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sleb_cli.engine.model.architecture import Architecture
 
 
 class Kind(NamedTuple):
-    """How a kind of cut is planned from the option's value, for a checkpoint and for a GGUF file."""
+    """How the option's value becomes a cut of a checkpoint, and of a GGUF file."""
 
     plan: Callable[[Architecture, Any], Cut]
     plan_gguf: Callable[[GgufFile, Any], GgufCut]

@@ -1,4 +1,4 @@
-"""The effects on a model of removing parts of one kind: all that writing, proving and describing the result must know.
+"""What must a cut, the removal of parts of one kind, say so that its result can be written, proved and described?
 
 A cut names parts as in the model that the cuts before it left: blocks go first. By default, a method changes nothing.
 """
@@ -24,7 +24,7 @@ from sleb_cli.results import CutRecord, Removals
 
 
 class Removal:
-    """The common part of cuts of checkpoints and of GGUF files.
+    """What cuts of checkpoints and of GGUF files share.
 
     Attributes:
         removals: the blocks that no longer run, in the order of their removal, which the dense model skips.
@@ -39,12 +39,12 @@ class Removal:
 
     @property
     def tokens(self) -> tuple[int, ...] | None:
-        """The tokens that stay, ascending, by their numbers before; None if all do."""
+        """The tokens that stay, ascending, by their old numbers; None if all do."""
         return None
 
     @property
     def note(self) -> str | None:
-        """A sentence that must be told to whoever has the result written."""
+        """A sentence for whoever has the result written."""
         return None
 
     @property
@@ -61,14 +61,14 @@ class Cut(Removal, ABC):
     """The removal of parts of one kind from a checkpoint.
 
     Attributes:
-        tolerance: how far logits may be from the dense model's, relative to the largest, if only rounding differs.
-        reference: what proofs call the dense model as if these parts were gone.
-        unseen: what proofs call the comparison of what is `watched`, if anything is.
+        tolerance: relative difference of logits from the dense model's, if only rounding differs.
+        reference: what proofs call the dense model that simulates the removal.
+        extra_check: what proofs call the comparison of the `extra_outputs`, if there are any.
     """
 
     tolerance: ClassVar[float] = 0.0
     reference: ClassVar[Reference] = "whole"
-    unseen: ClassVar[Check | None] = None
+    extra_check: ClassVar[Check | None] = None
 
     @property
     @abstractmethod
@@ -77,7 +77,7 @@ class Cut(Removal, ABC):
 
     @property
     def files(self) -> Mapping[str, Any]:
-        """The contents of JSON files that the checkpoint gets, by name; None for files that it does without."""
+        """The contents of JSON files that the checkpoint gets, by name; None for files that it loses."""
         return {}
 
     def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -91,24 +91,24 @@ class Cut(Removal, ABC):
         """
         return name, None
 
-    def absent(self, dense: nn.Module) -> AbstractContextManager[object]:
+    def simulate(self, dense: nn.Module) -> AbstractContextManager[object]:
         """Have the dense model, whose `removals` are skipped, compute as if these parts were gone."""
         return nullcontext()
 
-    def alike(self) -> AbstractContextManager[object]:
-        """Have the dense model and the checkpoint decide alike where rounding would decide."""
+    def break_ties(self) -> AbstractContextManager[object]:
+        """Break ties alike in both models, where rounding would choose."""
         return nullcontext()
 
-    def watched(self, model: nn.Module, *, pruned: bool) -> AbstractContextManager[Mapping[str, Tensor]]:
-        """Name tensors that must also agree, once the dense or the `pruned` model has run: logits may not show them."""
+    def extra_outputs(self, model: nn.Module, *, pruned: bool) -> AbstractContextManager[Mapping[str, Tensor]]:
+        """Name tensors that must also agree, once the model has run: logits may not show them."""
         return nullcontext({})
 
     def texts(self, tokenizer: Any) -> Iterable[str]:
-        """Yield texts for which the new tokenizer must give the same tokens as the dense model's, `tokenizer`."""
+        """Yield texts that the new tokenizer must split as the dense model's, `tokenizer`, does."""
         return ()
 
     def tokenizer_checks(self, ours: Any, theirs: Any, notify: Notify) -> Iterator[Check]:
-        """Compare the new tokenizer, `ours`, with the dense model's further, and yield the checks that passed."""
+        """Compare the new tokenizer, `ours`, with the dense model's, and yield the checks that passed."""
         yield from ()
 
 
@@ -121,19 +121,14 @@ class GgufCut(Removal, ABC):
 
     @abstractmethod
     def of_model(self, architecture: Architecture) -> Cut:
-        """Return this cut of the model that transformers reads in the file.
-
-        Raises:
-            UsageError: the model has no such parts.
-            UnsupportedModelError: the model cannot be cut there.
-        """
+        """Return this cut of the model that transformers reads in the file."""
 
 
 Tensors = Iterable[StoredTensor | NewTensor | GgufTensor]
 
 
 def cut_records(cuts: Iterable[Removal], before: Tensors, after: Tensors) -> dict[str, Any]:
-    """Return the entries of these cuts in results, by key, given a model's tensors before and after all of them."""
+    """Return the entries of these cuts in results, by key, given a model's tensors before and after all cuts."""
 
     def parameters(tensors: Tensors) -> int:
         return sum(math.prod(tensor.shape) for tensor in tensors)

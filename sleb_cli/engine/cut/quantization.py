@@ -1,9 +1,9 @@
 """Renumber the names of modules in the settings of a quantized checkpoint, and drop the names of removed parts.
 
-The packed tensors are copied like any others. But the settings list by name which modules were quantized in which way,
-and every format does so elsewhere: `ignore`, `modules_to_not_convert`, `config_groups.*.targets`, GPTQ's `dynamic`, a
-dictionary by module. So every string is checked. A name is renumbered like a tensor's. A pattern (a regex or a glob)
-stays if it still matches the same modules, and is refused otherwise.
+The packed tensors are copied like any others. But every format lists elsewhere which modules were quantized in which
+way: `ignore`, `modules_to_not_convert`, `config_groups.*.targets`, GPTQ's `dynamic`, a dictionary by module. So every
+string is checked. A name is renumbered like a tensor's. A pattern (a regex or a glob) stays if it still matches the
+same modules, and is refused otherwise.
 """
 
 from __future__ import annotations
@@ -33,30 +33,22 @@ class ModuleNames:
     """Translates names of modules in the dense model's settings to the pruned model's.
 
     Attributes:
-        parts: the kind of parts that are removed.
+        unit: the kind of parts that are removed.
         renamed: returns the new name of a module, or None for one that goes.
     """
 
     architecture: Architecture
-    parts: Literal["blocks", "experts"]
+    unit: Literal["blocks", "experts"]
     renamed: Callable[[str], str | None]
 
     def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:
-        """Return the new contents of `config.json` or of another file of settings.
-
-        Raises:
-            UnsupportedModelError: a pattern would match other modules than before.
-        """
+        """Return the new contents of `config.json` or of another file of settings."""
         if file in QUANTIZATION_SETTINGS:
             return dict(self.in_settings(values))
         return self.in_config(values) if file == CONFIG else values
 
     def in_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a `config.json` whose quantization settings name the modules that stay, in nested configs too.
-
-        Raises:
-            UnsupportedModelError: a pattern would match other modules than before.
-        """
+        """Return a `config.json` whose quantization settings name the modules that stay, in nested configs too."""
         return {
             key: self.in_settings(value)
             if key in _KEYS
@@ -67,11 +59,7 @@ class ModuleNames:
         }
 
     def in_settings(self, value: Any) -> Any:
-        """Renumber the modules that settings name anywhere, and drop those that go; None for such a name.
-
-        Raises:
-            UnsupportedModelError: a pattern would match other modules than before.
-        """
+        """Renumber the modules that settings name anywhere, and drop those that go; None for such a name."""
         if isinstance(value, str):
             return self._renamed(value)
         if isinstance(value, list):
@@ -88,26 +76,25 @@ class ModuleNames:
         return result
 
     def _renamed(self, text: str) -> str | None:
-        """Return the renumbered name or the pattern, or None for the name of a module that goes."""
         if _NAME.fullmatch(text):
             return self._renamed_module(text)
         if self._matches_others(_PREFIX.sub("", text, count=1)):
             raise UnsupportedModelError(
-                f"The quantization settings name {self.parts} by the pattern {text!r}, which would match other "
-                f"{self.parts}.",
+                f"The quantization settings name {self.unit} by the pattern {text!r}, which would match other "
+                f"{self.unit}.",
                 hint="Prune the original model first, then quantize it.",
             )
         return text
 
     def _matches_others(self, pattern: str) -> bool:
         """Whether the pattern would match other modules than before, by their new names, as a regex or as a glob."""
-        ways = [re.compile(translate(pattern)).match]
+        matchers = [re.compile(translate(pattern)).match]
         with suppress(re.error):  # "*.mlp" is no regex
-            ways += [re.compile(pattern).match, re.compile(pattern).search]
-        matches = {(bool(way(name)), bool(way(new))) for way in ways for name, new in self._kept_names}
+            matchers += [re.compile(pattern).match, re.compile(pattern).search]
+        matches = {(bool(match(name)), bool(match(new))) for match in matchers for name, new in self._kept_names}
         if matches != {(False, False)}:
             return not matches <= {(False, False), (True, True)}
-        if self.parts == "experts":  # the new names were all there before
+        if self.unit == "experts":  # the new names were all there before
             return False
         # It may match what engines call parts of a block, such as vLLM's fused `qkv_proj`.
         blocks = re.escape(self.architecture.adapter.blocks_path.rpartition(".")[2])
@@ -133,5 +120,5 @@ class ModuleNames:
 
     @cached_property
     def _kept_names(self) -> list[tuple[str, str]]:
-        """The names of the kept modules, before and after."""
+        """Pairs of old and new names."""
         return [(name, new) for name in self._modules if (new := self.renamed(name)) is not None]

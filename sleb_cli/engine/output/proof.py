@@ -336,21 +336,21 @@ class _Models:
         ):
             skippable.align()
             _set_widest(skippable.model)
-            with self.surgery.absent(skippable.model):
+            with self.surgery.simulate(skippable.model):
                 yield skippable
 
     @contextmanager
     def _alike(self) -> Iterator[None]:
         with ExitStack() as stack:
             for cut in self.surgery.cuts:
-                stack.enter_context(cut.alike())
+                stack.enter_context(cut.break_ties())
             yield
 
     @contextmanager
     def _watched(self, model: Any, *, pruned: bool) -> Iterator[list[Mapping[str, Tensor]]]:
         """Have a model decide as the other one does, and name what it does unseen, by cut."""
         with ExitStack() as stack, self._alike():
-            yield [stack.enter_context(cut.watched(model, pruned=pruned)) for cut in self.surgery.cuts]
+            yield [stack.enter_context(cut.extra_outputs(model, pruned=pruned)) for cut in self.surgery.cuts]
 
     def _compare_unseen(
         self, found: Sequence[Mapping[str, Tensor]], expected: Sequence[Mapping[str, Tensor]]
@@ -359,8 +359,8 @@ class _Models:
             for name, theirs_made in theirs.items():
                 if not (theirs_made.numel() and relative_difference(ours[name], theirs_made) <= self._allowed):
                     raise proof_error(f"{name} that stay make something else than in the dense model")
-            if cut.unseen:
-                yield cut.unseen, {}
+            if cut.extra_check:
+                yield cut.extra_check, {}
 
     def _expected_logits(self, ids: Tensor) -> tuple[Tensor, list[Mapping[str, Tensor]]]:
         """Return the logits of the reference, and what it does unseen."""

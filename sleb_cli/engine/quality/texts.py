@@ -156,7 +156,7 @@ class _Scorer:
         for size in self.sizes[together:]:
             skippable, gone = self._model(size)
             # All batches are predicted in here, since the model is whole again behind it.
-            with gone.absent(skippable.model):
+            with gone.simulate(skippable.model):
                 if self.forks:
                     walks.append(iter(list(predict_together(skippable, batches, [gone.removals]))))
                 else:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.cut.experts.expert_cut import ExpertCut
-from sleb_cli.engine.cut.experts.routing import Routing, watched
+from sleb_cli.engine.cut.experts.routing import Routing, watch_routing
 from sleb_cli.engine.device import dtype_name, hint_for_nonfinite
 from sleb_cli.engine.files.shards import new_tensor
 from sleb_cli.engine.forward.forecast import announce
@@ -84,9 +84,9 @@ def search_experts(search: Search, method: ExpertMethod, inputs: SearchInputs, s
         orders = tuple(measuring.order(method, block) for block in architecture.experts.blocks)
         removed = {order.block: order.removals for order in orders}
         cut = ExpertCut(architecture.experts.count, removed, architecture)
-        with cut.absent(model.model):
+        with cut.simulate(model.model):
             measuring.measure(cut.steps, f"Measuring without {cut.description}")
-        sample = write_sample(search, inputs, (), cut.absent(model.model))
+        sample = write_sample(search, inputs, (), cut.simulate(model.model))
     findings = {"dense": measuring.dense_record(), "experts": measuring.plan(orders, cut), "sample_generation": sample}
     return make_plan(search, inputs, record, started, search=record, removals=(), steps=(), **findings)
 
@@ -144,7 +144,7 @@ class _Measuring:
             of_batch[block] = sums_of(routing, experts.count) + of_batch.get(block, 0)
 
         self.passes.watch = watch
-        with watched(experts, [*self.architecture.blocks_of(model)], add):
+        with watch_routing(experts, [*self.architecture.blocks_of(model)], add):
             self.measure((), "Counting how experts are used")
         self.passes.watch = lambda batch: None
 
@@ -241,7 +241,7 @@ def sums_of(routing: Routing, count: int) -> Sums:
     pieces = zip(*(torch.split(tensor, tokens) for tensor in given), strict=True)
     for hidden, experts, gates in pieces:
         chosen, gate = experts.reshape(-1), gates.reshape(-1).double().abs()
-        norm = routing.alone(hidden.repeat_interleave(active, 0), chosen).float().norm(dim=-1).double()
+        norm = routing.run_alone(hidden.repeat_interleave(active, 0), chosen).float().norm(dim=-1).double()
         values = torch.stack([gate.new_ones(len(gate)), gate, norm, gate * norm, norm**2, (gate * norm) ** 2])
         used = (chosen < count) & (gate != 0)  # neither one that computes nothing, nor one that is masked
         sums.index_add_(1, chosen[used].long().cpu(), values[:, used].cpu())

@@ -90,11 +90,11 @@ class Surgery:
                 yield name, value, slices
 
     @contextmanager
-    def absent(self, dense: nn.Module) -> Iterator[None]:
+    def simulate(self, dense: nn.Module) -> Iterator[None]:
         """Have the dense model, whose `removals` are skipped, compute as if all cuts were made."""
         with ExitStack() as stack:
             for cut in self.cuts:
-                stack.enter_context(cut.absent(dense))
+                stack.enter_context(cut.simulate(dense))
             yield
 
     def token_ids(self, ids: Sequence[int]) -> list[int | None]:

@@ -1,4 +1,4 @@
-"""The cut of blocks: which settings and tensors of a checkpoint remain, under which names. No weight is read."""
+"""The cut of blocks: which settings and tensors of a checkpoint remain, under which names? No weight is read."""
 
 from __future__ import annotations
 
@@ -40,8 +40,7 @@ class BlockCut(Cut):
     """The removal of at least one block.
 
     Attributes:
-        architecture: the model.
-        removals: the blocks to remove, numbered as in the original, in the order of their removal.
+        removals: as numbered in the original, in the order of their removal.
     """
 
     architecture: Architecture
@@ -61,11 +60,7 @@ class BlockCut(Cut):
 
     @cached_property
     def names(self) -> BlockNames:
-        """The names of the blocks, before and after.
-
-        Raises:
-            UnsupportedModelError: the weight files do not number each block.
-        """
+        """The names of the blocks, before and after."""
         return self.architecture.block_names(self.kept)
 
     def tensor(self, name: str) -> tuple[str, Slices | None] | None:
@@ -75,11 +70,7 @@ class BlockCut(Cut):
         return None if new is None else (new, slices)
 
     def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:
-        """Return the config with new counts, and new values of settings of blocks; other files name modules.
-
-        Values come from the config as transformers parses it, so that a pattern which `config.json` leaves to a default
-        or a period becomes an explicit list.
-        """
+        """Return the config with new counts and new values of settings of blocks; other files name modules."""
         modules = ModuleNames(self.architecture, "blocks", self.names.renamed)
         return modules.settings(file, self._config(values) if file == CONFIG else values)
 
@@ -96,6 +87,7 @@ class BlockCut(Cut):
 
     def _pruned_settings(self, written: dict[str, Any]) -> dict[str, Any]:
         config, adapter, kept = self.architecture.text_config, self.architecture.adapter, self.kept
+        # As transformers parses it: a pattern that the file leaves to a default or a period becomes an explicit list.
         understood = config.to_dict()
         settings: dict[str, Any] = {}
         for key in dict.fromkeys((*written, *understood)):
@@ -117,25 +109,22 @@ class BlockCut(Cut):
 
     @property
     def settings_of_blocks(self) -> list[str]:
-        """The settings that would be wrong for some block if only the number of blocks changed in the config."""
+        """The settings that would be wrong for some block if only the number of blocks changed."""
         before, known = self.architecture.text_config.to_dict(), {self.architecture.adapter.count_key, *SAID_TWICE}
 
-        def is_cut(was: object, after: object) -> bool:
+        def is_shortened(was: object, after: object) -> bool:
             return isinstance(was, list | str) and isinstance(after, list | str) and was[: len(after)] == after
 
         return [
             key
             for key, after in self._pruned_settings({}).items()
-            if key not in known and before.get(key) != after and not is_cut(before.get(key), after)
+            if key not in known and before.get(key) != after and not is_shortened(before.get(key), after)
         ]
 
     def obstacle(self) -> str | None:
         """Return a clause on the first change that this removal would make to the kept blocks, or None.
 
         Builds the pruned model without weights, and compares its blocks with the dense model's.
-
-        Raises:
-            UnsupportedModelError: the weight files do not number each block.
         """
         before, kept = self.architecture, self.kept
         _ = self.names  # raises here: below, its error would become a clause
@@ -159,7 +148,6 @@ class BlockCut(Cut):
         return None if _cache_fault(before.config) else _cache_fault(config)
 
     def _stated_obstacle(self) -> str | None:
-        """Return a clause on the first setting that rules this removal out, or None."""
         config, kept = self.architecture.config, self.kept
         for key, (applies, why) in OBSTACLES.items():
             if applies(getattr(self.architecture.text_config, key, None) or []):
@@ -179,17 +167,16 @@ class BlockCut(Cut):
 
 
 def _rotary_changes(before: Any, after: Any) -> str | None:
-    """Return a clause on the first setting of rotary positions that would change; a kind of block may disappear."""
     old, new = (getattr(config, "rope_parameters", None) for config in (before, after))
     if old == new or not isinstance(old, dict) or not isinstance(new, dict):
         return None
+    # By the new keys only, as a kind of block may disappear.
     changed = next((key for key in new if new[key] != old.get(key)), None)
     return changed and f"its rotary positions would change: {changed} {new[changed]}, not {old.get(changed)}"
 
 
 def _cache_fault(config: Any) -> str | None:
-    """Return why transformers' KV cache fails with this config, or None; most need at least one attention block."""
-    try:
+    try:  # most caches need at least one attention block
         with translate_errors(lambda words: ModelError(f"the KV cache would not work: {words}", hint="")):
             DynamicCache(config=config.get_text_config(decoder=True)).get_seq_length()
     except ModelError as error:
@@ -198,12 +185,7 @@ def _cache_fault(config: Any) -> str | None:
 
 
 def plan_blocks(architecture: Architecture, removals: tuple[int, ...]) -> BlockCut:
-    """Return the cut of these blocks, of at least one, checked against the model.
-
-    Raises:
-        UsageError: a block is named twice or does not exist, or no block would remain.
-        UnsupportedModelError: the weight files do not number each block, or the kept blocks would change.
-    """
+    """Plan the removal of at least one block, checked against the model."""
     require_removable(removals, architecture.block_count, architecture.source.id)
     cut = BlockCut(architecture, removals)
     if obstacle := cut.obstacle():

@@ -1,4 +1,4 @@
-"""The cut of blocks of a GGUF file: which entries and tensors remain, under which names. It computes no values."""
+"""The cut of blocks of a GGUF file: which entries and tensors remain, under which names?"""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from sleb_plugins import UnsupportedModelError, UsageError
 
 @dataclass(frozen=True)
 class ActiveRemoval(Removal):
-    """How many experts a token used before, and uses now."""
+    """The number of experts that a token used before, and uses now."""
 
     before: int
     after: int
@@ -45,8 +45,8 @@ class ActiveCut(ActiveRemoval, Cut):
     """Fewer experts for each token of a checkpoint.
 
     Attributes:
-        key: the setting, in some families in a dictionary of the language model's config.
-        copies: its copies in modules, by the names of module and attribute; other modules read the config as they run.
+        key: the setting; in some families, in a dictionary of the language model's config.
+        copies: its values in modules, by path and attribute; other modules read the config as they run.
     """
 
     architecture: Architecture
@@ -65,7 +65,7 @@ class ActiveCut(ActiveRemoval, Cut):
         return values if file != CONFIG else with_setting(self.architecture, values, self.key, self.after)
 
     @contextmanager
-    def absent(self, dense: Any) -> Iterator[None]:
+    def simulate(self, dense: Any) -> Iterator[None]:
         """Have the modules of the dense model hold the new number."""
         with ExitStack() as stack:
             for (path, name), value in self.copies.items():
@@ -89,12 +89,7 @@ class GgufActiveCut(ActiveRemoval, GgufCut):
 
 
 def plan_active(architecture: Architecture, after: int) -> ActiveCut:
-    """Return the change of the setting to this number.
-
-    Raises:
-        UsageError: tokens do not use more experts than that.
-        UnsupportedModelError: weights change with it.
-    """
+    """Plan the change of the setting to this number."""
     settings = settings_of(architecture.text_config.to_dict())
     key, before = next(((path, number) for path, number in settings if path[-1] in ACTIVE), ((), 0))
     if after >= before:
@@ -118,11 +113,7 @@ def plan_active(architecture: Architecture, after: int) -> ActiveCut:
 
 
 def plan_gguf_active(file: GgufFile, after: int) -> GgufActiveCut:
-    """Return the change of a GGUF file's setting to this number.
-
-    Raises:
-        UsageError: tokens do not use more experts than that.
-    """
+    """Plan the change of a GGUF file's setting to this number."""
     before = file.count("expert_used_count") or 0
     if after >= before:
         raise _none_to_spare(str(file.path), before, after)

@@ -1,4 +1,4 @@
-"""The cut of experts: settings, tensors that go or lose parts, and how the dense model computes without them."""
+"""The cut of experts: which settings and tensors change, and how does the dense model compute without them?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sleb_cli.engine.cut.experts.routing import Routing, TiesByNumber, watched, without_experts
+from sleb_cli.engine.cut.experts.routing import Routing, TiesByNumber, watch_routing, without_experts
 from sleb_cli.engine.cut.protocol import Cut, Removal
 from sleb_cli.engine.cut.quantization import ModuleNames
 from sleb_cli.engine.files.config_files import CONFIG
@@ -29,12 +29,7 @@ Removed = Mapping[int, Sequence[int]]
 
 @dataclass(frozen=True)
 class ExpertRemoval(Removal):
-    """The common part of cuts of experts from checkpoints and from GGUF files.
-
-    Attributes:
-        count: the number of experts of each block.
-        removed: the experts that go.
-    """
+    """What cuts of experts from checkpoints and from GGUF files share: the `count` in a block, and the `removed`."""
 
     count: int
     removed: Removed
@@ -60,7 +55,7 @@ class ExpertRemoval(Removal):
         return tuple(sorted({*range(self.count)}.difference(removed)))
 
     def record(self, sizes: Mapping[str, tuple[int, int]]) -> Mapping[str, ExpertsRecord]:
-        """Return the numbers of experts of each block before and after, with the sizes of the model."""
+        """Return the numbers of experts of a block before and after, with the sizes of the model."""
         return {"experts": ExpertsRecord(experts=(self.count, self.count - self.fewer), **sizes)}
 
 
@@ -71,7 +66,7 @@ class ExpertCut(ExpertRemoval, Cut):
     architecture: Architecture
 
     reference = "fewer experts"
-    unseen = "every expert"
+    extra_check = "every expert"
     tolerance = 1e-4  # the router's product has another width; 3.6e-5 was the most of 58 families
 
     @property
@@ -81,7 +76,7 @@ class ExpertCut(ExpertRemoval, Cut):
 
     @property
     def note(self) -> str | None:
-        """A note on blocks for multi-token prediction, whose experts no text scores."""
+        """A note on blocks for multi-token prediction."""
         blocks = {self._split(name)[0] or 0 for name in self.architecture.source.weights.tensor_names()}
         return PREDICTION_NOTE if max(blocks) >= self.architecture.block_count else None
 
@@ -97,7 +92,7 @@ class ExpertCut(ExpertRemoval, Cut):
         return (None, name) if known is None else (self.architecture.block_count, known)
 
     def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:
-        """Return the config with the new count; this and other files name modules, which may be of one expert."""
+        """Return the config with the new count; any file may name the modules of one expert."""
         if file == CONFIG:
             values = with_setting(self.architecture, values, self.architecture.experts.key, self.count - self.fewer)
         modules = ModuleNames(self.architecture, "experts", lambda name: (new := self.tensor(name)) and new[0])
@@ -120,18 +115,18 @@ class ExpertCut(ExpertRemoval, Cut):
         number = kept.index(number) if number < self.count else number - self.fewer
         return f"{name.removesuffix(inner)}{before}{number}{after}", None
 
-    def absent(self, dense: nn.Module) -> AbstractContextManager[object]:
+    def simulate(self, dense: nn.Module) -> AbstractContextManager[object]:
         """Have the dense model's routers choose among the experts that stay."""
         blocks = [*self.architecture.blocks_of(dense)]
         return without_experts(self.architecture.experts, blocks, self.removed, self.architecture.config.model_type)
 
-    def alike(self) -> AbstractContextManager[object]:
-        """Break ties of a choice by number, which the cut leaves in order."""
+    def break_ties(self) -> AbstractContextManager[object]:
+        """Break ties by number, an order that the cut keeps."""
         return TiesByNumber()
 
     @contextmanager
-    def watched(self, model: nn.Module, *, pruned: bool) -> Iterator[Mapping[str, Tensor]]:
-        """Run each expert that stays once on states of its own, since the proof's text may not reach it."""
+    def extra_outputs(self, model: nn.Module, *, pruned: bool) -> Iterator[Mapping[str, Tensor]]:
+        """Run each expert that stays once on random states, since the proof's text may not reach it."""
         outputs: dict[int, Tensor] = {}
 
         def run_each(block: int, routing: Routing) -> None:
@@ -140,23 +135,18 @@ class ExpertCut(ExpertRemoval, Cut):
                 # Drawn by the number of the block, so that both models get the same states.
                 states = torch.randn(len(kept), width, generator=torch.Generator().manual_seed(block))
                 numbers = torch.tensor(range(len(kept)) if pruned else kept, device=routing.experts.device)
-                outputs[block] = routing.alone(states.to(routing.hidden), numbers).cpu()
+                outputs[block] = routing.run_alone(states.to(routing.hidden), numbers).cpu()
 
         named: dict[str, Tensor] = {}
         experts = self.architecture.experts
         counted = replace(experts, count=self.count - self.fewer) if pruned else experts
-        with watched(counted, [*self.architecture.blocks_of(model)], run_each):
+        with watch_routing(counted, [*self.architecture.blocks_of(model)], run_each):
             yield named
         named |= {f"the experts of block {block}": outputs.get(block, torch.empty(0)) for block in experts.blocks}
 
 
 def plan_experts(architecture: Architecture, removed: Removed) -> ExpertCut:
-    """Return the cut of these experts, checked against the model.
-
-    Raises:
-        PlanError: the model has other experts.
-        UnsupportedModelError: it has none that can be removed.
-    """
+    """Plan the removal of these experts, checked against the model."""
     experts = architecture.experts
     if {*removed} != {*experts.blocks}:
         raise PlanError(
@@ -169,15 +159,11 @@ def plan_experts(architecture: Architecture, removed: Removed) -> ExpertCut:
 
 
 def require_removable(removed: Removed, count: int, active: int, groups: int, name: str) -> None:
-    """Check that a model with so many experts in each block, in `groups`, computes without these.
-
-    Raises:
-        PlanError: it does not.
-    """
+    """Refuse experts that a model with `count` in each block, in `groups`, cannot do without."""
     number, size = len(next(iter(removed.values()), ())), count // groups
-    least = max(active, 2 * groups if groups > 1 else 1)  # a group is chosen by its best two
-    is_some = 0 < number <= count - least
-    why = None if is_some else f"{number} of {count} would go, and at least {least} must stay"
+    min_kept = max(active, 2 * groups if groups > 1 else 1)  # a group is chosen by its best two
+    is_some = 0 < number <= count - min_kept
+    why = None if is_some else f"{number} of {count} would go, and at least {min_kept} must stay"
     for block, gone in removed.items():
         if len({*gone} & {*range(count)}) != number or len(gone) != number:
             why = why or f"of block {block}, it names {[*gone]}, and not {number} of {count}"

@@ -1,4 +1,4 @@
-"""The cut of experts of a GGUF file: its count, and the parts of tensors, which are the outermost there."""
+"""The cut of experts of a GGUF file: its count, and the outermost slices of tensors."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _SPECIAL_COUNTS = {("llama4", 128): "llama.cpp computes attention otherwise for 
 
 @dataclass(frozen=True)
 class GgufExpertCut(ExpertRemoval, GgufCut):
-    """The cut of experts from a GGUF file; `predicts` says whether it has blocks with experts after the last one."""
+    """The cut of experts from a GGUF file; `predicts` if it also has experts for multi-token prediction."""
 
     predicts: bool = False
 
     @property
     def note(self) -> str | None:
-        """A note on blocks for multi-token prediction, whose experts no text scores."""
+        """A note on blocks for multi-token prediction."""
         return PREDICTION_NOTE if self.predicts else None
 
     def of_model(self, architecture: Architecture) -> ExpertCut:
@@ -47,7 +47,7 @@ class GgufExpertCut(ExpertRemoval, GgufCut):
         return plan_experts(architecture, self.removed)
 
     def header(self, file: GgufFile) -> GgufFile:
-        """Return the header of the file with only the experts that stay."""
+        """Return the header of the file with the experts that stay."""
         tensors = (
             tensor.only(self.kept_experts(block))
             if (block := _block_with_experts(tensor, self.count)) is not None
@@ -62,12 +62,7 @@ class GgufExpertCut(ExpertRemoval, GgufCut):
 
 
 def plan_gguf_experts(file: GgufFile, removed: Removed) -> GgufExpertCut:
-    """Return the cut of these experts, checked against the file, and against how llama.cpp loads the result.
-
-    Raises:
-        PlanError: the file has other experts.
-        UnsupportedModelError: they cannot be cut.
-    """
+    """Plan the removal of these experts, checked against the file and against how llama.cpp loads the result."""
     count = file.count("expert_count") or 0
     why = _SPECIAL_COUNTS.get((file.architecture, count))
     for tensor in file.tensors:
@@ -89,7 +84,6 @@ def plan_gguf_experts(file: GgufFile, removed: Removed) -> GgufExpertCut:
 
 
 def _block_with_experts(tensor: GgufTensor, count: int) -> int | None:
-    """Return the block of a tensor that has a part of each expert; None for any other tensor."""
     match = BLOCK.fullmatch(tensor.name)
     is_theirs = match and _BY_EXPERT.fullmatch(match[2]) and tensor.shape[-1:] == (count,)
     return int(match[1]) if match and is_theirs else None

@@ -24,24 +24,23 @@ def without_experts(
 ) -> Iterator[None]:
     """Have no router choose these experts, by block: their logits, and their biases of the choice, are -inf.
 
-    All of it happens while the router runs, so its weights may have come from the disk just before.
-
     Raises:
         UnsupportedModelError: at the end, if a block has run and its router was not reached.
     """
+    # A mode, and not new weights: they may come from the disk just before the router runs.
     modes: dict[int, list[_Masked]] = {block: [] for block in experts.blocks if removed.get(block)}
     with ExitStack() as stack:
-        for block, of_block in modes.items():
+        for block, in_block in modes.items():
             for child in sorted({name.partition(".")[0] for name in experts.router}):
                 prefix = f"{child}."
                 names = (name for name in experts.router if name.startswith(prefix))
                 in_child = {name.removeprefix(prefix): experts.router[name] for name in names}
-                module, gone = blocks[block].get_submodule(child), torch.tensor(sorted(removed[block]))
-                of_block.append(_Masked(module, in_child, gone))
-                stack.enter_context(_replaced(module, of_block[-1].around))
+                module, numbers = blocks[block].get_submodule(child), torch.tensor(sorted(removed[block]))
+                in_block.append(_Masked(module, in_child, numbers))
+                stack.enter_context(_wrapped_forward(module, in_block[-1].around))
         yield
-    for block, of_block in modes.items():
-        if any(mode.runs for mode in of_block) and not any(mode.hits for mode in of_block):
+    for block, in_block in modes.items():
+        if any(mode.runs for mode in in_block) and not any(mode.hits for mode in in_block):
             raise UnsupportedModelError(
                 f"The experts of {model_type} cannot be left out: sleb does not reach the router of block {block}.",
                 hint="Open an issue that names this family.",
@@ -51,19 +50,16 @@ def without_experts(
 class _Masked(TorchFunctionMode):
     """Puts -inf on the last axis of results computed with a router's weights, or with casts or views of them.
 
-    Lists by expert, such as biases of the choice, are given with -inf at these experts. In a scale by expert, these
-    entries are never read. A tensor is known when it is used, as weights may come from the disk just before.
+    Biases of the choice, by expert, also get -inf. In a scale by expert, these entries are never read.
     """
 
-    def __init__(self, module: nn.Module, router: Mapping[str, Part], gone: Tensor) -> None:
+    def __init__(self, module: nn.Module, router: Mapping[str, Part], removed: Tensor) -> None:
         super().__init__()
         paths = [(name.rpartition("."), part.axis) for name, part in router.items()]
         self.router = [(module.get_submodule(owner), last, axis) for (owner, _, last), axis in paths]
-        self.derived, self.gone, self.runs, self.hits = dict[int, Tensor](), gone, 0, 0
+        self.derived, self.removed, self.runs, self.hits = dict[int, Tensor](), removed, 0, 0
 
     def around(self, forward: Forward) -> Forward:
-        """Mask the results of a forward function."""
-
         def masked(*args: Any, **kwargs: Any) -> Any:
             self.runs += 1
             try:
@@ -95,21 +91,19 @@ class _Masked(TorchFunctionMode):
         return self._masked(output, -1)
 
     def _masked(self, tensor: Tensor, axis: int) -> Tensor:
-        return tensor.index_fill(axis, self.gone.to(tensor.device), float("-inf"))
+        return tensor.index_fill(axis, self.removed.to(tensor.device), float("-inf"))
 
 
 class TiesByNumber(TorchFunctionMode):
-    """Has `topk` take the lower of equals, so that a model and its cut, which keeps their order, choose alike.
-
-    torch takes any of them, by how many there are. In bfloat16, a router's logits are often equal.
-    """
+    """Has `topk` take the lower of equals, so that a model and its cut, which keeps their order, choose alike."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return (_topk if func in (torch.topk, Tensor.topk) else func)(*args, **(kwargs or {}))
 
 
 def _topk(input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
-    """Do as `torch.topk`, but with the lower of equals first."""
+    """`torch.topk`, with the lower of equals first."""
+    # torch.topk takes any of them, by how many there are; in bfloat16, a router's logits are often equal.
     values, indices = torch.sort(input, dim=dim, descending=largest, stable=True)
     return torch.return_types.topk((values.narrow(dim, 0, k), indices.narrow(dim, 0, k)))
 
@@ -122,49 +116,49 @@ class Routing:
         hidden: the experts' inputs, [tokens, width].
         experts: their numbers, int64 [tokens, active]; numbers from the count on are experts that compute nothing.
         gates: the weight of each, [tokens, active].
-        alone: given other inputs, [tokens, width], and one expert for each, [tokens], returns its outputs by a gate
-            of 1.
+        run_alone: given other inputs, [tokens, width], and one expert for each, [tokens], returns its outputs by a gate
+        of 1.
     """
 
     hidden: Tensor
     experts: Tensor
     gates: Tensor
-    alone: Callable[[Tensor, Tensor], Tensor]
+    run_alone: Callable[[Tensor, Tensor], Tensor]
 
 
 @contextmanager
-def watched(experts: Experts, blocks: Sequence[nn.Module], tell: Callable[[int, Routing], object]) -> Iterator[None]:
-    """Tell of each routing in a block, by its number; the model computes as before.
-
-    The experts are called through the module with their weights, or through a module around it, which is given the
-    experts and gates of each token.
-    """
+def watch_routing(
+    experts: Experts, blocks: Sequence[nn.Module], listen: Callable[[int, Routing], object]
+) -> Iterator[None]:
+    """Call `listen` with each block's number and routing; the model computes as before."""
     with ExitStack() as stack:
         for block in experts.blocks:
+            # The experts are called through the module with their weights, or through one around it.
             path = experts.module
             while path:
                 module, all_at_once = blocks[block].get_submodule(path), path == experts.module
-                stack.enter_context(_replaced(module, _telling(experts.count, block, tell, all_at_once=all_at_once)))
+                report = _reporting(experts.count, block, listen, all_at_once=all_at_once)
+                stack.enter_context(_wrapped_forward(module, report))
                 path = path.rpartition(".")[0]
         yield
 
 
-def _telling(count: int, block: int, tell: Callable[[int, Routing], object], *, all_at_once: bool) -> Any:
-    def told(forward: Forward, *args: Any, **kwargs: Any) -> Any:
+def _reporting(count: int, block: int, listen: Callable[[int, Routing], object], *, all_at_once: bool) -> Any:
+    def call_and_report(forward: Forward, *args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         hidden, *given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         routing = _routing_of_tokens(forward, hidden, given)
         if routing is None and all_at_once and not given and hidden.ndim == 2 and output.shape == hidden.shape:
             routing = _routing_of_all(forward, hidden, count)
         if routing is not None:
-            tell(block, routing)
+            listen(block, routing)
         return output
 
-    return lambda forward: partial(told, forward)
+    return lambda forward: partial(call_and_report, forward)
 
 
 def _routing_of_tokens(forward: Forward, hidden: Tensor, given: Sequence[Tensor]) -> Routing | None:
-    """Read a call that is given the experts of each token and their gates, told apart by their types."""
+    """Read a call that is given the experts of each token and their gates, which differ in type."""
     numbers = next((tensor for tensor in given if tensor.dtype in (torch.int64, torch.int32)), None)
     if numbers is None or numbers.ndim < 2:
         return None
@@ -173,7 +167,7 @@ def _routing_of_tokens(forward: Forward, hidden: Tensor, given: Sequence[Tensor]
     if gates is None or numbers.numel() // active != len(flat):
         return None
 
-    def alone(states: Tensor, chosen: Tensor) -> Tensor:
+    def run_alone(states: Tensor, chosen: Tensor) -> Tensor:
         one = gates.new_ones(len(chosen), 1)
         try:
             outputs: Tensor = forward(states, chosen[:, None], one)
@@ -182,27 +176,26 @@ def _routing_of_tokens(forward: Forward, hidden: Tensor, given: Sequence[Tensor]
             outputs = forward(states, chosen[:, None].expand(-1, active).contiguous(), gate)
         return outputs
 
-    return Routing(flat, numbers.reshape(-1, active), gates.reshape(-1, active), alone)
+    return Routing(flat, numbers.reshape(-1, active), gates.reshape(-1, active), run_alone)
 
 
 def _routing_of_all(forward: Forward, hidden: Tensor, count: int) -> Routing:
-    """Read a call that is given all tokens for one expert after the other, scaled by gates (0 for one not chosen)."""
+    """Read a call that is given all tokens for one expert after the other, scaled by gates (0: not chosen)."""
 
-    def alone(states: Tensor, chosen: Tensor) -> Tensor:
+    def run_alone(states: Tensor, chosen: Tensor) -> Tensor:
         first: Tensor = forward(states.repeat(count, 1)).view(count, len(states), -1)
         return first[chosen, torch.arange(len(states), device=chosen.device)]
 
-    of_expert = hidden.view(count, -1, hidden.shape[-1])
-    used = (of_expert != 0).any(-1)  # [experts, tokens]
+    by_expert = hidden.view(count, -1, hidden.shape[-1])
+    used = (by_expert != 0).any(-1)  # [experts, tokens]
     numbers, tokens = used.nonzero(as_tuple=True)
     return Routing(
-        of_expert[numbers, tokens], numbers[:, None], used.new_ones(len(numbers), 1, dtype=hidden.dtype), alone
+        by_expert[numbers, tokens], numbers[:, None], used.new_ones(len(numbers), 1, dtype=hidden.dtype), run_alone
     )
 
 
 @contextmanager
-def _replaced(module: nn.Module, wrap: Callable[[Forward], Forward]) -> Iterator[None]:
-    """Wrap the forward function of one instance of a module."""
+def _wrapped_forward(module: nn.Module, wrap: Callable[[Forward], Forward]) -> Iterator[None]:
     before = vars(module).get("forward")
     module.forward = wrap(module.forward)
     try:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sleb_cli.engine.cut.protocol import GgufCut
-from sleb_cli.engine.cut.tokens.scripts import TokenRemoval, Vocabulary, cannot_cut, choose, text_of
-from sleb_cli.engine.cut.tokens.token_cut import TokenCut, tables_of
+from sleb_cli.engine.cut.tokens.scripts import TokenRemoval, Vocabulary, cannot_cut, choose_tokens, text_of
+from sleb_cli.engine.cut.tokens.token_cut import TokenCut, token_tables
 from sleb_cli.engine.gguf.file import Entry, GgufFile, with_items, with_value
 from sleb_cli.engine.model.architecture import Architecture
 
@@ -16,7 +16,7 @@ _BY_TOKEN = frozenset(f"{_PREFIX}{name}" for name in ("tokens", "scores", "token
 _IN_BYTES = {"gpt2": True, "llama": False}
 """The kinds of tokenizers that sleb can cut, by their names in GGUF files, and whether tokens are spelled in bytes."""
 _NORMAL = 1
-"""The type of a token that stands for text, and not for a byte, for control, or for something of the user's."""
+"""The type of a token for text, rather than a byte, control, or a token of the user's."""
 _TABLES = ("token_embd.weight", "output.weight", "output.bias")
 
 
@@ -25,22 +25,17 @@ class GgufTokenCut(TokenRemoval, GgufCut):
 
     def of_model(self, architecture: Architecture) -> TokenCut:
         """Return the cut of these tokens from the model that transformers reads in the file, tokenizer included."""
-        return TokenCut(self.vocabulary, architecture.text_key, tables_of(architecture, self.vocabulary))
+        return TokenCut(self.vocabulary, architecture.text_key, token_tables(architecture, self.vocabulary))
 
     def header(self, file: GgufFile) -> GgufFile:
-        """Return the header of the file with only these tokens."""
+        """Return the header of the file with the tokens that stay."""
         entries = tuple(_cut_entry(file, entry, self.vocabulary) for entry in file.entries)
         tensors = (tensor.only(self.vocabulary.tokens) if tensor.name in _TABLES else tensor for tensor in file.tensors)
         return replace(file, entries=entries, tensors=tuple(tensors))
 
 
 def plan_gguf_tokens(file: GgufFile, scripts: Sequence[str]) -> GgufTokenCut:
-    """Return the cut that leaves the tokens of these scripts.
-
-    Raises:
-        UsageError: Unicode has no such script, or hardly any token would go.
-        UnsupportedModelError: the tokenizer or a table is of a kind that sleb cannot cut.
-    """
+    """Plan the cut that leaves the tokens of these scripts."""
     kind, tokens, types, merges = (file.get(_PREFIX + key) for key in ("model", "tokens", "token_type", "merges"))
     if kind not in _IN_BYTES or file.get("tokenizer.huggingface.json"):
         raise cannot_cut(
@@ -58,7 +53,7 @@ def plan_gguf_tokens(file: GgufFile, scripts: Sequence[str]) -> GgufTokenCut:
     normal = {number for number, type_ in enumerate(types) if type_ == _NORMAL}
     texts = {number: text_of(tokens[number], in_bytes=_IN_BYTES[kind]) for number in normal}
     named = {entry.value for entry in file.entries if _names_token(entry)}
-    return GgufTokenCut(choose(scripts, texts, {*range(count)} - normal | named, count))
+    return GgufTokenCut(choose_tokens(scripts, texts, {*range(count)} - normal | named, count))
 
 
 def _cut_entry(file: GgufFile, entry: Entry, vocabulary: Vocabulary) -> Entry:

@@ -1,4 +1,4 @@
-"""Which tokens of a vocabulary stay, by the scripts of their characters, and the numbers that they get."""
+"""Which tokens of a vocabulary stay, by the scripts of their characters, under which numbers?"""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ INCOMPLETE = "\ufffd"
 """Incomplete characters are decoded to this one."""
 
 _MIN_LOST_SHARE = 0.01
-"""The smallest share of tokens that is worth cutting."""
+"""Of all tokens; fewer are not worth cutting."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Vocabulary:
     """The tokens of a vocabulary that stay.
 
     Attributes:
-        scripts: the scripts whose tokens stay, as Unicode names them.
-        count: the number of rows that the embeddings had.
-        tokens: the rows that stay, ascending.
-        characters: the characters of these scripts, and the characters that always stay.
+        scripts: as Unicode names them.
+        count: rows of the old embeddings.
+        tokens: rows that stay, ascending.
+        characters: of these scripts, and the characters that always stay.
     """
 
     scripts: tuple[str, ...]
@@ -61,7 +61,7 @@ class Vocabulary:
         return self.new_number[numbers] if known else numbers
 
     def in_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the contents of a file with settings, in which the new numbers name the tokens."""
+        """Renumber the tokens that a file of settings names."""
 
         def change(key: str, value: Any) -> Any:
             if key == "vocab_size" and value == self.count:
@@ -94,14 +94,7 @@ class TokenRemoval(Removal):
 
 
 def characters_of(scripts: Iterable[str], normalize: Callable[[str], str] = str) -> str:
-    """Return all characters of these scripts, and the characters that always stay.
-
-    Characters that the tokenizer would first `normalize` to another script are left out, such as the micro sign, which
-    NFKC turns into a Greek letter.
-
-    Raises:
-        UsageError: Unicode knows no script of this name.
-    """
+    """Return all characters of these scripts, and the characters that always stay."""
     classes = []
     for script in (*_ALWAYS, *scripts):
         try:
@@ -115,6 +108,8 @@ def characters_of(scripts: Iterable[str], normalize: Callable[[str], str] = str)
         classes.append(rf"\p{{Script={script}}}")
     everything = "".join(map(chr, (*range(_SURROGATES.start), *range(_SURROGATES.stop, sys.maxunicode + 1))))
     matching = set(regex.findall(rf"[\p{{ASCII}}{''.join(classes)}]", everything))
+    # Without characters that the tokenizer would first turn into another script: NFKC makes a Greek letter of the micro
+    # sign.
     return "".join(sorted(character for character in matching if matching.issuperset(normalize(character))))
 
 
@@ -123,12 +118,8 @@ def text_of(token: str, *, in_bytes: bool) -> str:
     return ByteLevel().decode([token]) if in_bytes else token
 
 
-def numbers_in(settings: Mapping[str, Any], where: str) -> set[int]:
-    """Return the tokens that a file with settings names by number.
-
-    Raises:
-        UnsupportedModelError: a setting names tokens in another way.
-    """
+def token_ids_in(settings: Mapping[str, Any], where: str) -> set[int]:
+    """Return the tokens that a file of settings names by number."""
     numbers: set[int] = set()
 
     def note(key: str, value: Any) -> None:
@@ -145,24 +136,19 @@ def numbers_in(settings: Mapping[str, Any], where: str) -> set[int]:
     return numbers
 
 
-def choose(
+def choose_tokens(
     scripts: Sequence[str],
     texts: Mapping[int, str],
     always: Iterable[int],
     count: int,
     normalize: Callable[[str], str] = str,
 ) -> Vocabulary:
-    """Return the vocabulary of the tokens whose texts are of these scripts, and of the tokens in `always`.
-
-    Text of these scripts gets the same tokens as before, since every token that such a text can be merged from is a
-    part of it, and so stays: as characters of these scripts, or as bytes of an incomplete one.
-
-    Raises:
-        UsageError: Unicode has no such script, or hardly any token would go.
-    """
+    """Choose the tokens whose texts are of these scripts, and the tokens in `always`."""
+    # A text of these scripts gets the same tokens as before: every token that it can be merged from is a part of it,
+    # and so stays, as characters of these scripts or as bytes of an incomplete one.
     characters = characters_of(scripts, normalize)
-    stay = {INCOMPLETE, *characters, *normalize(characters)}
-    tokens = {number for number, text in texts.items() if stay.issuperset(text)}
+    staying = {INCOMPLETE, *characters, *normalize(characters)}
+    tokens = {number for number, text in texts.items() if staying.issuperset(text)}
     tokens |= {number for number in always if 0 <= number < count}
     if (lost := count - len(tokens)) < _MIN_LOST_SHARE * count:
         raise UsageError(
@@ -173,5 +159,5 @@ def choose(
 
 
 def cannot_cut(model: str, why: str) -> UnsupportedModelError:
-    """Return the error for a model whose vocabulary is of a kind that sleb cannot cut."""
+    """Return the error for a vocabulary of a kind that sleb cannot cut."""
     return UnsupportedModelError(f"Cannot cut the vocabulary of {model}, because {why}.", hint="Leave out --scripts.")

@@ -1,4 +1,4 @@
-"""The cut of the tokens of other scripts: which settings change, and which tensors lose rows."""
+"""The cut of the tokens of other scripts: which settings change, and which tensors lose rows?"""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from sleb_cli.engine.cut.protocol import Cut
-from sleb_cli.engine.cut.tokens.scripts import INCOMPLETE, TokenRemoval, Vocabulary, choose, numbers_in, text_of
+from sleb_cli.engine.cut.tokens.scripts import (
+    INCOMPLETE,
+    TokenRemoval,
+    Vocabulary,
+    choose_tokens,
+    text_of,
+    token_ids_in,
+)
 from sleb_cli.engine.cut.tokens.tokenizer import (
     OTHER_FORMATS,
     TOKENIZER,
+    cannot_cut_tokens,
     cut_tokenizer,
-    parts,
+    mappings_in,
     read_tokenizer,
-    refused,
     tokens_in,
 )
 from sleb_cli.engine.files.config_files import CONFIG, SETTINGS
@@ -31,7 +38,7 @@ _UNKNOWN_TABLES = re.compile(r".+(?<!type)_vocab_size|vocab_size_.+|.*codebook.*
 """Config keys of further tables by token; `type_vocab_size` counts segments."""
 
 
-_PIECE, _LOST_TEXTS = 32, 256
+_TEXT_TOKENS, _LOST_TEXTS = 32, 256
 """When a tokenizer is checked: the tokens of a text, and the number of texts of lost tokens."""
 
 
@@ -40,7 +47,7 @@ class TokenCut(TokenRemoval, Cut):
     """The cut of a vocabulary from a checkpoint.
 
     Attributes:
-        text_key: the key of `config.json` that holds the language model's config; empty if it is the whole config.
+        text_key: the key of the language model's config in `config.json`; empty if it is the whole config.
         tables: the names of tensors with a row for each token.
         tokenizer: the contents of the new `tokenizer.json`; None if it comes with a GGUF file.
     """
@@ -59,7 +66,7 @@ class TokenCut(TokenRemoval, Cut):
         return dict.fromkeys(OTHER_FORMATS) | {TOKENIZER: self.tokenizer}
 
     def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:
-        """Return the settings with the new numbers; the config gets the number of tokens, which it may leave out."""
+        """Return the settings with the new numbers, and the config with the number of tokens."""
         renumbered = self.vocabulary.in_settings(values)
         if file == CONFIG:
             text = renumbered.setdefault(self.text_key, {}) if self.text_key else renumbered
@@ -100,44 +107,36 @@ class TokenCut(TokenRemoval, Cut):
 
 
 def _in_pieces(items: Sequence[Any]) -> list[Sequence[Any]]:
-    return [items[start : start + _PIECE] for start in range(0, len(items), _PIECE)]
+    return [items[start : start + _TEXT_TOKENS] for start in range(0, len(items), _TEXT_TOKENS)]
 
 
 def plan_tokens(architecture: Architecture, scripts: Sequence[str]) -> TokenCut:
-    """Return the cut that leaves the tokens of these scripts.
-
-    Raises:
-        UsageError: Unicode has no such script, or hardly any token would go.
-        UnsupportedModelError: the tokenizer or a table of the model is of a kind that sleb cannot cut.
-    """
+    """Plan the cut that leaves the tokens of these scripts."""
     source, skeleton = architecture.source, cast(Any, architecture.skeleton)
     count: int = skeleton.get_input_embeddings().weight.shape[0]
     data, normalize = read_tokenizer(architecture)
     added = {token["id"] for token in data["added_tokens"]}
-    used = numbers_in(source.raw_config, f"config.json of {source.id}")
+    used = token_ids_in(source.raw_config, f"config.json of {source.id}")
     for name in SETTINGS:
         if holds(source.folder, name):
-            used |= numbers_in(read_json(source.folder / name), name)
-    in_bytes = any(decoder.get("type") == "ByteLevel" for decoder in parts(data.get("decoder")))
+            used |= token_ids_in(read_json(source.folder / name), name)
+    in_bytes = any(decoder.get("type") == "ByteLevel" for decoder in mappings_in(data.get("decoder")))
     plain = {number: token for token, number in tokens_in(data) if number not in added and number < count}
     texts = {number: text_of(token, in_bytes=in_bytes) for number, token in plain.items()}
-    vocabulary = choose(scripts, texts, added | used, count, normalize)
-    tables = tables_of(architecture, vocabulary)
+    vocabulary = choose_tokens(scripts, texts, added | used, count, normalize)
+    tables = token_tables(architecture, vocabulary)
     return TokenCut(vocabulary, architecture.text_key, tables, cut_tokenizer(data, vocabulary))
 
 
-def tables_of(architecture: Architecture, vocabulary: Vocabulary) -> frozenset[str]:
+def token_tables(architecture: Architecture, vocabulary: Vocabulary) -> frozenset[str]:
     """Return the tensors in the weight files that have a row for each token.
 
     Builds the model with the new number of tokens, without weights, and compares the shapes.
-
-    Raises:
-        UnsupportedModelError: there are others than the embeddings and the head.
     """
-    for config_part in parts(architecture.config.to_dict()):
+    for config_part in mappings_in(architecture.config.to_dict()):
         for key, value in config_part.items():
             if value and (_UNKNOWN_TABLES.fullmatch(str(key)) or (key == "vocab_size" and value != vocabulary.count)):
-                raise refused(architecture, f"it may have further tables by token ({key} {value})")
+                raise cannot_cut_tokens(architecture, f"it may have further tables by token ({key} {value})")
     skeleton, raw = cast(Any, architecture.skeleton), architecture.source.raw_config
     config = architecture.read_config(TokenCut(vocabulary, architecture.text_key).settings(CONFIG, raw))
     were, are = (
@@ -154,22 +153,19 @@ def tables_of(architecture: Architecture, vocabulary: Vocabulary) -> frozenset[s
     changed = {name: are.get(name) for name, shape in were.items() if are.get(name) != shape}
     if changed != expected:
         other = min({*changed.items()} ^ {*expected.items()})[0]
-        raise refused(architecture, f"{other} has an entry for each token, too")
-    tables = _in_files(architecture, {name: were[name] for name in expected})
+        raise cannot_cut_tokens(architecture, f"{other} has an entry for each token, too")
+    tables = _tables_in_files(architecture, {name: were[name] for name in expected})
     if architecture.numbering.extra or not tables:
-        raise refused(architecture, "its weight files hold other tables by token than its config says")
+        raise cannot_cut_tokens(architecture, "its weight files hold other tables by token than its config says")
     return tables
 
 
-def _in_files(architecture: Architecture, tables: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
-    """Return the names of tables in the weight files, given their names and shapes in the model.
-
-    The names may differ; but outside the blocks, any other tensor of such a shape is known by name.
-    """
-    skeleton, of_blocks = cast(Any, architecture.skeleton), architecture.names.block_of
+def _tables_in_files(architecture: Architecture, tables: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
+    skeleton, block_of = cast(Any, architecture.skeleton), architecture.names.block_of
     state = skeleton.state_dict().items()
-    rest = {name: tensor for name, tensor in state if name not in tables and of_blocks(name) is None}
+    rest = {name: tensor for name, tensor in state if name not in tables and block_of(name) is None}
     others, base = {*rest, *revert_weight_conversion(skeleton, rest)}, f"{skeleton.base_model_prefix}."
+    # Names may differ from the model's. But any other tensor of such a shape outside the blocks is known by name.
     fitting = [tensor.name for tensor in architecture.source.weights.stored if tensor.shape in tables.values()]
-    outside = [name for name in fitting if of_blocks(name) is None]
+    outside = [name for name in fitting if block_of(name) is None]
     return frozenset(name for name in outside if others.isdisjoint((name, f"{base}{name}")))

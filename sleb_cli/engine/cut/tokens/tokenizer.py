@@ -1,4 +1,4 @@
-"""The tokenizer without the tokens of other scripts: how it is read and cut."""
+"""How is the tokenizer read, and cut to the tokens that stay?"""
 
 from __future__ import annotations
 
@@ -24,34 +24,30 @@ OTHER_FORMATS = frozenset({
 
 
 def read_tokenizer(architecture: Architecture) -> tuple[dict[str, Any], Callable[[str], str]]:
-    """Return the contents of `tokenizer.json`, and the function that normalizes a text before it is split.
-
-    Raises:
-        UnsupportedModelError: there is none, or it is of another kind.
-    """
+    """Return the contents of `tokenizer.json`, and the function that normalizes a text before it is split."""
     source = architecture.source
     path = source.folder / TOKENIZER
     if not holds(source.folder, TOKENIZER):
-        raise refused(architecture, f"it has no {TOKENIZER}")
+        raise cannot_cut_tokens(architecture, f"it has no {TOKENIZER}")
     source.watch.add(path)
     with translate_transformers_errors(f"the tokenizer of {source.id}"):
         tokenizer = Tokenizer.from_file(str(path))
     data: dict[str, Any] = json.loads(tokenizer.to_str())  # with every key
     kind, prefix = data["model"]["type"], data["model"].get("continuing_subword_prefix")
     if kind not in ("BPE", "Unigram") or prefix:
-        raise refused(architecture, f"its tokenizer is no plain BPE or Unigram ({kind})")
+        raise cannot_cut_tokens(architecture, f"its tokenizer is no plain BPE or Unigram ({kind})")
     return data, tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
 
 
-def parts(settings: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield all mappings in a config or a part of a tokenizer."""
+def mappings_in(settings: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield a config or a part of a tokenizer, and all mappings in it."""
     if isinstance(settings, Mapping):
         yield settings
         for value in settings.values():
-            yield from parts(value)
+            yield from mappings_in(value)
     elif isinstance(settings, list):
         for value in settings:
-            yield from parts(value)
+            yield from mappings_in(value)
 
 
 def tokens_in(data: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
@@ -80,7 +76,7 @@ def cut_tokenizer(data: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, 
 
 
 def _with_new_ids(part: Any, new: Mapping[int, int]) -> Any:
-    """Return a part that adds the same tokens, which it names by `ids`, `pad_id` or `["</s>", 2]`."""
+    # Tokens are named by `ids`, `pad_id` or pairs such as ["</s>", 2].
     if isinstance(part, list):
         pair = len(part) == 2 and isinstance(part[0], str) and type(part[1]) is int
         return [part[0], new.get(part[1])] if pair else [_with_new_ids(item, new) for item in part]
@@ -91,6 +87,6 @@ def _with_new_ids(part: Any, new: Mapping[int, int]) -> Any:
     return changed | ({"pad_id": new.get(part["pad_id"])} if "pad_id" in part else {})
 
 
-def refused(architecture: Architecture, why: str) -> UnsupportedModelError:
-    """Return the error for a model whose vocabulary is of a kind that sleb cannot cut."""
+def cannot_cut_tokens(architecture: Architecture, why: str) -> UnsupportedModelError:
+    """Return the error for a model whose vocabulary sleb cannot cut."""
     return cannot_cut(f"{architecture.source.id} ({architecture.config.model_type})", why)
