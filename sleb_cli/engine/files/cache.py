@@ -29,11 +29,7 @@ def cache_root() -> Path:
 
 @contextmanager
 def scratch_in_cache(name: str) -> Iterator[Path]:
-    """Yield a hidden folder in the cache, for temporary files as large as models.
-
-    Raises:
-        OutputError: it cannot be made.
-    """
+    """Yield a hidden folder in the cache, for temporary files as large as models."""
     root = cache_root()
     with ExitStack() as stack:
         with writing(root, hint=_ELSEWHERE):

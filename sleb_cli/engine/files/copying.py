@@ -12,7 +12,7 @@ from typing import BinaryIO
 from sleb_plugins import ModelError
 
 BUFFER_BYTES = 1 << 18
-"""How many bytes are read at a time: so few that they are still in a processor's cache when they are written."""
+"""Bytes read at a time: so few that they are still in a processor's cache when they are written."""
 
 ReportBytes = Callable[[int], object]
 """Called with the number of bytes copied since the last call."""
@@ -31,13 +31,11 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def leads_out(path: Path, folder: Path) -> bool:
-    """Whether a link leads from an entry of a model's folder to a file elsewhere.
-
-    The files of a snapshot in the Hub's cache are links to its blobs, which belong to it.
-    """
+    """Whether a link leads from an entry of a model's folder to a file elsewhere."""
     # Unlike `Path.resolve`, this never raises, even on loops of links.
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    # An archive may hold folders of these names, and in place of the blobs a link.
+    # The files of a snapshot in the Hub's cache are links to its blobs. An archive may hold folders of these names, and
+    # in place of the blobs a link.
     blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
     return not any(real.is_relative_to(allowed) for allowed in (home, blobs))
 
@@ -48,11 +46,7 @@ def holds(folder: Path, name: str) -> bool:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file's content.
-
-    Raises:
-        ModelError: `source` cannot be read.
-    """
+    """Copy a file's content."""
     with reading(source):
         original = source.open("rb")
     with original, target.open("xb") as copy:
@@ -60,11 +54,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def copy_range(source: BinaryIO, start: int, count: int, target: BinaryIO, report: ReportBytes) -> None:
-    """Append `count` bytes of `source`, from byte `start`, to `target`.
-
-    Raises:
-        ModelError: the bytes cannot be read, or the file has become shorter.
-    """
+    """Append `count` bytes of `source`, from byte `start`, to `target`."""
     path = Path(source.name)
     with reading(path):
         source.seek(start)
@@ -81,7 +71,7 @@ def copy_range(source: BinaryIO, start: int, count: int, target: BinaryIO, repor
 
 
 def runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Yield the first number of each run of consecutive ones, and its length."""
+    """Yield the first number of each run of consecutive numbers, and its length."""
     # Within a run, a number and its index grow alike, so their difference names the run.
     for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
         run = [number for _, number in group]

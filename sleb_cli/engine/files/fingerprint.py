@@ -1,4 +1,4 @@
-"""Identify a model by its content, reading 2 MiB of each weight file however large it is, and see if files change."""
+"""Which model is this, by its content, and do its files change while they are read?"""
 
 import hashlib
 import json
@@ -19,13 +19,10 @@ _VOLATILE = ("_name_or_path", "transformers_version")
 
 
 def fingerprint_files(paths: Iterable[Path], config: dict[str, object] | None = None, *, header: int = 0) -> str:
-    """Return a SHA-256 over the config and each file's name, size, first MiB and samples of the rest.
+    """Return a SHA-256 over the config and each file's name, size, first MiB (or `header`) and samples of the rest.
 
-    The start of a safetensors file lists every tensor and its offset; the first `header` bytes are always read. The 256
-    samples of 4 KiB at even distances change with any training, but may miss an edit of single weights.
-
-    Raises:
-        ModelError: a file cannot be read.
+    The start of a safetensors file lists every tensor and its offset. The 256 samples of 4 KiB at even distances change
+    with any training, but may miss an edit of single weights.
     """
     digest, head = hashlib.sha256(), max(HEAD_BYTES, header)
     if config is not None:
@@ -43,11 +40,7 @@ def fingerprint_files(paths: Iterable[Path], config: dict[str, object] | None = 
 
 
 def hash_files(folder: Path, paths: Iterable[Path]) -> str:
-    """Return a SHA-256 over the name in the folder and the whole content of each file.
-
-    Raises:
-        ModelError: a file cannot be read.
-    """
+    """Return a SHA-256 over each file's name in the folder and whole content."""
     digest = hashlib.sha256()
     for name, path in sorted((path.relative_to(folder).as_posix(), path) for path in paths):
         with reading(path):
@@ -68,11 +61,7 @@ class Watch:
         self._stamps |= {path: _stamp(path) for path in paths if path not in self._stamps}
 
     def require_unchanged(self) -> None:
-        """Refuse to go on if a watched file changed.
-
-        Raises:
-            ModelError: a file was replaced, edited, removed or added since the watch began.
-        """
+        """Refuse to go on if a file was replaced, edited, removed or added since the watch began."""
         for path, stamp in self._stamps.items():
             if _stamp(path) != stamp:
                 raise ModelError(
@@ -81,7 +70,7 @@ class Watch:
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Refuse a result of files that changed meanwhile; if they did, that is also why the work failed."""
+        """Refuse a result of files that changed meanwhile, and give that as the reason if the work failed."""
         try:
             yield
         except SlebError:

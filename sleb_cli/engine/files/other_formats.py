@@ -1,4 +1,4 @@
-"""Other formats that a model's folder may hold the same weights in; they are neither downloaded nor copied."""
+"""Formats in which a model's folder may hold the weights again; they are neither downloaded nor copied."""
 
 import re
 

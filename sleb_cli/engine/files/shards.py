@@ -1,7 +1,8 @@
 """Plan the weight files of a checkpoint from headers alone, then copy their bytes.
 
-What stays as it is is not decoded, so any data type can be copied, even an unknown one, in one buffer of memory. Only a
-tensor that is cast, is cut along another axis than the first, has a new value or comes from a pickle is held whole.
+A tensor that stays as it is is not decoded, so any data type can be copied, even an unknown one, in one buffer of
+memory. Only a tensor that is cast, is cut along another axis than the first, has a new value or comes from a pickle is
+held whole.
 """
 
 from __future__ import annotations
@@ -33,10 +34,9 @@ class NewTensor:
     """A tensor of the new checkpoint, and how its bytes are made.
 
     Attributes:
-        name: its name in the new checkpoint.
         stored: the tensor that its bytes come from.
         cast: the data type to cast to, if it changes.
-        slices: the slices to keep, if not all; each cut is of what the one before left.
+        slices: the slices to keep, if not all; each cut is of the tensor that the one before left.
         value: a new value of the stored shape, if it changes.
     """
 
@@ -56,14 +56,14 @@ class NewTensor:
         return ranges and [(stored.start + offset, size) for offset, size in ranges]
 
     def changed(self, value: torch.Tensor) -> torch.Tensor:
-        """Return the stored or new value as it is in the new checkpoint."""
+        """Return the stored or new value as in the new checkpoint."""
         for slices in self.slices:
-            value = slices.of_tensor(value)
+            value = slices.cut(value)
         return value.to("cpu", TORCH_DTYPES.get(self.dtype, value.dtype))
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape."""
+        """Its shape after the cuts."""
         return reduce(lambda shape, slices: slices.shape(shape), self.slices, self.stored.shape)
 
     @property
@@ -102,34 +102,30 @@ def new_tensor(
 
 
 def plan_shards(weights: WeightFiles, tensors: Iterable[NewTensor], max_bytes: int) -> dict[str, Shard]:
-    """Leave the tensors in files as the source has them, split where one exceeds `max_bytes`; return them by name.
+    """Plan files like the source's, split where one exceeds `max_bytes`; return them by name.
 
     A tensor larger than `max_bytes` gets a file of its own.
     """
     remaining: dict[Path, list[NewTensor]] = {header.path: [] for header in weights.headers}
     for tensor in tensors:
         remaining[tensor.stored.path].append(tensor)
-    parts: list[tuple[list[NewTensor], Header]] = []
+    files: list[tuple[list[NewTensor], Header]] = []
     for header in weights.headers:
         size = math.inf
         for tensor in remaining[header.path]:
             if size + tensor.size > max_bytes:
-                parts.append(([], header))
+                files.append(([], header))
                 size = 0
-            parts[-1][0].append(tensor)
+            files[-1][0].append(tensor)
             size += tensor.size
-    shards = [Shard(tuple(packed), {"format": "pt"} | header.metadata) for packed, header in parts]
+    shards = [Shard(tuple(packed), {"format": "pt"} | header.metadata) for packed, header in files]
     if len(shards) == 1:
         return {SAFETENSORS: shards[0]}
     return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
 
 
 def write_weights(folder: Path, shards: Mapping[str, Shard], notify: Notify) -> None:
-    """Write the shards and, if there are several, their index.
-
-    Raises:
-        ModelError: a source file cannot be read.
-    """
+    """Write the shards and, if there are several, their index."""
     total = sum(shard.size for shard in shards.values())
     with task(notify, "Writing weights", total, "B") as advance:
         for name, shard in shards.items():

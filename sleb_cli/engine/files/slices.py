@@ -24,17 +24,14 @@ class Slices:
         width = shape[self.axis] // self.count * len(self.kept)
         return (*shape[: self.axis], width, *shape[self.axis + 1 :])
 
-    def of_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+    def cut(self, tensor: torch.Tensor) -> torch.Tensor:
         """Cut a tensor in memory."""
         slices = torch.unflatten(tensor, self.axis, (self.count, -1))
         indices = torch.tensor(self.kept, device=tensor.device)
         return slices.index_select(self.axis, indices).flatten(self.axis, self.axis + 1)
 
     def ranges(self, shape: Sequence[int], size: int) -> list[tuple[int, int]] | None:
-        """Return the offsets and sizes of their bytes, neighbours as one; None if a slice is not contiguous.
-
-        The tensor has this shape, and `size` bytes.
-        """
+        """Return the offsets and sizes of their bytes, neighbours as one; None if a slice is not contiguous."""
         # A slice is contiguous only if all axes before it have one entry.
         if math.prod(shape[: self.axis]) != 1 or size % self.count:
             return None

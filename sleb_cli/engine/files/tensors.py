@@ -27,22 +27,14 @@ def float_dtypes(weights: WeightFiles) -> list[torch.dtype]:
 
 
 def read_all(weights: WeightFiles, names: Container[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read every tensor once, or only the tensors of these names, in the files' order, one file open at a time.
-
-    Raises:
-        ModelError: a file is truncated, or a pickle holds more than tensors.
-    """
+    """Read every tensor, or only the tensors of these names, in the files' order, one file open at a time."""
     for header in weights.headers:
         to_read = [tensor.name for tensor in header.tensors if names is None or tensor.name in names]
         yield from zip(to_read, read_tensors(header.path, to_read), strict=True)
 
 
 def read_tensors(path: Path, names: Sequence[str]) -> Iterator[torch.Tensor]:
-    """Read these tensors of a weight file, in this order, by the format's own library; files are memory-mapped.
-
-    Raises:
-        ModelError: the file is truncated, or a pickle holds more than tensors.
-    """
+    """Read these tensors of a weight file, in this order, by the format's own library; files are memory-mapped."""
     if not names:
         return
     if path.suffix != ".safetensors":
@@ -60,11 +52,7 @@ def read_tensors(path: Path, names: Sequence[str]) -> Iterator[torch.Tensor]:
 
 
 def tensors_in_pickle(path: Path) -> Iterator[StoredTensor]:
-    """Describe each tensor of a pickle, as a header would.
-
-    Raises:
-        ModelError: it is truncated, or holds more than tensors, or some that safetensors cannot store.
-    """
+    """Describe each tensor of a pickle, as a header would."""
     for name, tensor in load_pickle(path, values=False).items():
         if tensor.dtype not in DTYPE_NAMES or tensor.layout is not torch.strided:
             raise ModelError(
@@ -76,11 +64,7 @@ def tensors_in_pickle(path: Path) -> Iterator[StoredTensor]:
 
 
 def load_pickle(path: Path, *, values: bool = True) -> dict[str, torch.Tensor]:
-    """Load the tensors of a pickle, memory-mapped if possible; without `values`, on the meta device.
-
-    Raises:
-        ModelError: it is truncated, or holds more than tensors.
-    """
+    """Load the tensors of a pickle, memory-mapped if possible; without `values`, on the meta device."""
     unsafe = ModelError(
         f"{path} is not safe to read: it is truncated, or holds more than tensors.",
         hint="If you trust the model, convert it to safetensors; otherwise use another copy.",

@@ -35,11 +35,7 @@ _MAX_DIMENSIONS = 64
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of a checkpoint.
-
-    Raises:
-        ModelError: the file is missing, cannot be read, or is not a JSON object.
-    """
+    """Read a JSON object of a checkpoint."""
     try:
         with reading(path), path.open("rb") as file:
             value = _parse_json(file.read(_MAX_JSON_BYTES + 1))
@@ -74,11 +70,8 @@ class StoredTensor:
     """A tensor in a weight file.
 
     Attributes:
-        name: its name.
-        dtype: its data type, as safetensors names it: "BF16".
-        shape: its shape.
-        size: its size in bytes.
-        path: the file.
+        dtype: as safetensors names it: "BF16".
+        size: in bytes.
         start: the offset of its bytes in the file; None in a pickle.
     """
 
@@ -107,11 +100,7 @@ class WeightFiles:
 
     @cached_property
     def headers(self) -> tuple[Header, ...]:
-        """The headers of the files. Each file is opened once; a safetensors file's values are not read.
-
-        Raises:
-            ModelError: a file is truncated, or a pickle holds more than tensors.
-        """
+        """The headers of the files. Each file is opened once; a safetensors file's values are not read."""
         return tuple(read_header(path) for path in self.paths)
 
     @property
@@ -126,11 +115,7 @@ class WeightFiles:
 
 
 def find_weights(folder: Path) -> WeightFiles:
-    """Find the weight files that transformers would load from `folder`.
-
-    Raises:
-        ModelError: there are none, or the index is not one, or names a missing file or one outside the folder.
-    """
+    """Find the weight files that transformers would load from `folder`."""
     for single in (SAFETENSORS, PICKLE):
         index = folder / f"{single}.index.json"
         if (folder / single).is_file():
@@ -144,7 +129,6 @@ def find_weights(folder: Path) -> WeightFiles:
 
 
 def _files_in(index: Path) -> tuple[Path, ...]:
-    """Return the weight files that an index lists, by name, once all are found in the folder."""
     folder, hint = index.parent, "Copy or download the model again."
     weight_map = read_json(index).get("weight_map", {})
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -165,11 +149,7 @@ def _files_in(index: Path) -> tuple[Path, ...]:
 
 
 def read_header(path: Path) -> Header:
-    """Read the header of a weight file.
-
-    Raises:
-        ModelError: the file is truncated or not a weight file, or a pickle holds more than tensors.
-    """
+    """Read the header of a weight file."""
     if path.suffix != ".safetensors":
         from sleb_cli.engine.files.tensors import tensors_in_pickle  # which imports torch
 
@@ -209,5 +189,5 @@ def _require(condition: bool) -> None:
 
 
 def broken(path: Path) -> ModelError:
-    """Say that a file of safetensors cannot be read."""
+    """Return the error for a file of safetensors that cannot be read."""
     return ModelError(f"{path} is truncated, or is not a safetensors file.", hint="Copy or download it again.")

@@ -2,8 +2,8 @@
 
 A GGUF file defines most of a block by tensors and by lists with one value per block. llama.cpp derives the rest from
 the block's number: for example, every sixth block of Gemma 3 has full attention. A removal renumbers the later blocks,
-so it is right only if no block gets a number at which llama.cpp builds another kind of block. The blocks for
-multi-token prediction come last in the file, and are not counted here.
+so it is right only if no block gets a number at which llama.cpp builds another kind of block. The blocks for multi-
+token prediction come last in the file, and are not counted here.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Period:
         return self.period if length is None else file.count(self.key) or 1
 
     def kind(self, block: int, period: int) -> int:
-        """Return a number that is equal for two blocks if llama.cpp builds the same kind of block for both."""
+        """Return a number that two blocks share if llama.cpp builds one kind of block for both."""
         # Which of a period's blocks is special may be unknown: then each must keep its position.
         position = block % period
         return position if self.position == "one" else position == (0 if self.position == "the first" else period - 1)
@@ -179,11 +179,7 @@ def plain_name(name: str) -> str:
 
 
 def require_same_kinds(file: GgufFile, blocks: int, kept: tuple[int, ...]) -> None:
-    """Make sure that llama.cpp builds the same kind of block for each kept block at its new number.
-
-    Raises:
-        UnsupportedModelError: it does not; the message names the block and the reason.
-    """
+    """Refuse a removal after which llama.cpp would build a kept block differently at its new number."""
     architecture = file.architecture
     if architecture in _REFUSED:
         raise _refused(file, _REFUSED[architecture])

@@ -1,4 +1,4 @@
-"""The blocks of a GGUF file: their number, by its header and by its tensors."""
+"""How many blocks does a GGUF file have, by its header and by its tensors?"""
 
 from __future__ import annotations
 
@@ -23,11 +23,7 @@ def block_count(file: GgufFile) -> int:
 
 
 def require_blocks(file: GgufFile) -> None:
-    """Check that a file holds a model, with tensors of as many blocks as it says.
-
-    Raises:
-        ModelError: it does not.
-    """
+    """Check that a file holds a model, with tensors of as many blocks as it says."""
     kind: Any = file.get("general.type") or "model"
     if kind != "model":
         raise UnsupportedModelError(

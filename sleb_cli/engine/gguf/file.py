@@ -38,23 +38,18 @@ _MAX_DIMENSIONS = 4
 
 @dataclass(frozen=True)
 class Entry:
-    """One key of the metadata; `data` holds the bytes of its value in the file, after the number of its type.
-
-    Texts in `value` are bytes, since tokens may be incomplete UTF-8. Lists of numbers are arrays.
-    """
+    """One key of the metadata; `data` holds the bytes of its value in the file, after the number of its type."""
 
     key: str
     type: int
     data: bytes
+    # Texts are bytes, since tokens may be incomplete UTF-8. Lists of numbers are arrays.
     value: Any = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor, with the offset of its values in the file, and their size in bytes.
-
-    `rows` are the rows to copy from a larger tensor, ascending; None copies all.
-    """
+    """One tensor: its `size` in bytes and where they `start` in the file; `rows` to copy, ascending, or all (None)."""
 
     name: str
     shape: tuple[int, ...]
@@ -87,7 +82,7 @@ class GgufFile:
     tensors: tuple[GgufTensor, ...]
 
     def get(self, key: str) -> Any:
-        """Return the value of a key in Python's types, or None if there is no such key."""
+        """Return the value of a key in Python's types, or None."""
         value = next((entry.value for entry in self.entries if entry.key == key), None)
         if isinstance(value, np.ndarray):
             return value.tolist()
@@ -100,11 +95,7 @@ class GgufFile:
         return self.get(f"{self.architecture}.{key}")
 
     def count(self, key: str) -> int | None:
-        """Return one of the architecture's own keys that counts something, or None if there is no such key.
-
-        Raises:
-            ModelError: it is no whole number of 0 or more.
-        """
+        """Return one of the architecture's own keys that counts something, or None."""
         count = self.setting(key)
         # The exact type: a bool is an int, too.
         if count is not None and (type(count) is not int or count < 0):
@@ -127,7 +118,7 @@ class GgufFile:
 
     @property
     def architecture(self) -> str:
-        """The value of `general.architecture`, which is the first part of the architecture's own keys."""
+        """The value of `general.architecture`, the first part of the architecture's own keys."""
         return str(self.get("general.architecture") or "")
 
     def padding(self, size: int) -> int:
@@ -147,7 +138,7 @@ def with_value(entry: Entry, value: int) -> Entry:
 
 
 def with_items(entry: Entry, indices: list[int]) -> Entry:
-    """Return the entry of an array with only the items at `indices`, in that order."""
+    """Return the entry of an array with the items at `indices`, in that order."""
     if isinstance(entry.value, np.ndarray):
         value: Any = entry.value[indices]
         items = value.tobytes()
@@ -159,8 +150,6 @@ def with_items(entry: Entry, indices: list[int]) -> Entry:
 
 
 class _Cursor:
-    """Reads numbers, texts and arrays from bytes in sequence."""
-
     def __init__(self, data: bytes | mmap.mmap, path: Path) -> None:
         self.data, self.path, self.offset = data, path, 0  # in bytes
 
@@ -201,12 +190,7 @@ class _Cursor:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read the header of a GGUF file, and check that the file holds all tensors, and that none overlap.
-
-    Raises:
-        ModelError: the file is missing, truncated, damaged or not a GGUF file, has an unknown version or type, or is
-            one part of a split model.
-    """
+    """Read the header of a GGUF file, and check that the file holds all tensors, and that none overlap."""
     if not path.is_file():
         raise ModelError(f"There is no file {path}.", hint="Check the path.")
     with reading(path), path.open("rb") as file:
@@ -221,19 +205,8 @@ def read_gguf(path: Path) -> GgufFile:
             hint="Convert the model again with a current llama.cpp.",
         )
     tensor_count, entry_count = cursor.number("Q"), cursor.number("Q")
-    # Names must differ, so a false count fails soon, even in a file of zeros.
-    entries: dict[str, Entry] = {}
-    for _ in range(entry_count):
-        key, type_, start = cursor.name(), cursor.number("I"), cursor.offset
-        cursor.require(key not in entries)
-        value = cursor.value(type_)
-        entries[key] = Entry(key, type_, cursor.data[start : cursor.offset], value)
-    tensors: dict[str, GgufTensor] = {}
-    for _ in range(tensor_count):
-        tensor = _read_tensor(cursor)
-        cursor.require(tensor.name not in tensors)
-        tensors[tensor.name] = tensor
-    header = GgufFile(path, version, tuple(entries.values()), ())
+    entries, tensors = _read_entries(cursor, entry_count), _read_tensors(cursor, tensor_count)
+    header = GgufFile(path, version, entries, ())
     cursor.require(len(header.architecture) <= _MAX_NAME_BYTES)
     cursor.require(header.get("general.alignment") in [None, *_ALIGNMENTS])
     if (parts := header.get("split.count") or 1) != 1:
@@ -242,12 +215,32 @@ def read_gguf(path: Path) -> GgufFile:
             hint="Merge the parts first: `llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf`.",
         )
     begin = cursor.offset + header.padding(cursor.offset)
-    placed = tuple(replace(tensor, start=begin + tensor.start) for tensor in tensors.values())
+    placed = tuple(replace(tensor, start=begin + tensor.start) for tensor in tensors)
     end = 0
     for tensor in sorted(placed, key=lambda tensor: (tensor.start, tensor.size)):
         cursor.require(end <= tensor.start <= size - tensor.size and not header.padding(tensor.start))
         end = tensor.start + tensor.size
     return replace(header, tensors=placed)
+
+
+def _read_entries(cursor: _Cursor, count: int) -> tuple[Entry, ...]:
+    entries: dict[str, Entry] = {}
+    for _ in range(count):
+        key, type_, start = cursor.name(), cursor.number("I"), cursor.offset
+        # Names must differ, so a false count fails soon, even in a file of zeros.
+        cursor.require(key not in entries)
+        value = cursor.value(type_)
+        entries[key] = Entry(key, type_, cursor.data[start : cursor.offset], value)
+    return tuple(entries.values())
+
+
+def _read_tensors(cursor: _Cursor, count: int) -> tuple[GgufTensor, ...]:
+    tensors: dict[str, GgufTensor] = {}
+    for _ in range(count):
+        tensor = _read_tensor(cursor)
+        cursor.require(tensor.name not in tensors)
+        tensors[tensor.name] = tensor
+    return tuple(tensors.values())
 
 
 def _read_tensor(cursor: _Cursor) -> GgufTensor:
@@ -267,11 +260,7 @@ def _read_tensor(cursor: _Cursor) -> GgufTensor:
 
 
 def write_gguf(file: GgufFile, output: Path, report: ReportBytes) -> None:
-    """Write a file with this header, and copy the values of each tensor from offset `start` of `file.path`.
-
-    Raises:
-        ModelError: `file.path` cannot be read, or has become shorter.
-    """
+    """Write a file with this header, and copy the values of each tensor from offset `start` of `file.path`."""
     with reading(file.path):
         source = file.path.open("rb")
     with source, output.open("wb") as target:

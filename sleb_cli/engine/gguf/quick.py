@@ -25,7 +25,7 @@ _MAX_LIST_ITEMS = 1 << 12
 """No list with a value per block, or per position in a rotation, is longer."""
 
 _ROWS = 256
-"""How many rows of a matrix are unpacked at a time."""
+"""Rows of a matrix that are unpacked at a time."""
 
 # Bound before `quick_gguf` puts ours in its place.
 _DEQUANTIZE = gguf.dequantize
@@ -65,9 +65,7 @@ def dequantize(data: NDArray[Any], kind: gguf.GGMLQuantizationType) -> Any:
 
 
 def quick_gguf() -> AbstractContextManager[Any]:
-    """Have transformers read files with this reader and this unpacking, and build the table of names once.
-
-    It looks the three up in the package whenever it reads a file, so they can be replaced there.
-    """
+    """Have transformers read files with this reader and this unpacking, and build the table of names once."""
+    # transformers looks the three up in the package whenever it reads a file, so they can be replaced there.
     table = cache(gguf.get_tensor_name_map)
     return mock.patch.multiple(gguf, GGUFReader=QuickReader, dequantize=dequantize, get_tensor_name_map=table)

@@ -1,4 +1,4 @@
-"""Read from a model's config which family it is, how many blocks it has, and where they are."""
+"""Which family does a model belong to, how many blocks does it have, and where are they?"""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _WHAT_WORKS = (
 _REPORT = "Report it to the author of the plugin, which `sleb plugins` names."
 
 _COUNTS = re.compile(r"(n|num)_(\w+_)?(layers?|blocks?|experts?|labels)|depth")
-"""Config keys that count modules or entries of lists, all of which transformers makes."""
+"""Config keys that count modules or entries of lists, all of which transformers would make."""
 
 _MAX_COUNT = 4096
 
@@ -77,7 +77,7 @@ class Architecture:
 
     @cached_property
     def block_count(self) -> int:
-        """How many blocks the model has."""
+        """The number of blocks."""
         return len(self.blocks_of(self.skeleton))
 
     @property
@@ -93,7 +93,7 @@ class Architecture:
 
     @property
     def auto_class(self) -> Any:
-        """The auto class that loads the whole model, or None if transformers has no language model of its type."""
+        """The auto class that loads the whole model; None if transformers has no language model of its type."""
         kind = type(self.config)
         if self.text_config is not self.config and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             return AutoModelForImageTextToText
@@ -111,13 +111,8 @@ class Architecture:
         return model
 
     def read_config(self, raw: dict[str, Any]) -> Any:
-        """Parse the contents of a `config.json` with transformers.
-
-        Raises:
-            ModelError: transformers refuses them.
-            OutputError: they cannot be written to the temporary folder from which it reads them.
-        """
-        temporary = Path(gettempdir())
+        """Parse the contents of a `config.json` with transformers."""
+        temporary = Path(gettempdir())  # transformers reads a file
         with writing(temporary, hint=_ELSEWHERE), scratch_folder(temporary, "sleb-config") as folder:
             (folder / "config.json").write_text(json.dumps(raw))
             with prefer_disk_error(ModelError), translate_transformers_errors("the pruned config"):
@@ -126,11 +121,7 @@ class Architecture:
         return config
 
     def blocks_of(self, model: nn.Module) -> nn.ModuleList:
-        """Return the model's list of blocks.
-
-        Raises:
-            UnsupportedModelError: the adapter's path does not lead to a list.
-        """
+        """Return the model's list of blocks."""
         blocks: Any = None
         with suppress(AttributeError):
             blocks = model.get_submodule(self.adapter.blocks_path)
@@ -144,11 +135,7 @@ class Architecture:
 
     @cached_property
     def numbering(self) -> BlockNumbering:
-        """How the weight files number the blocks, which may differ from the model in memory.
-
-        Raises:
-            UnsupportedModelError: they do not number each block.
-        """
+        """How the weight files number the blocks, which may differ from the model in memory."""
         names = self.source.weights.tensor_names()
         numbering = find_block_numbering(names, self.adapter.blocks_path, self.block_count)
         predicted = [getattr(self.text_config, key, None) for key in PREDICTION_BLOCKS]
@@ -166,25 +153,17 @@ class Architecture:
         return self.block_names(kept_blocks(self.block_count, ()))
 
     def block_names(self, kept: Kept) -> BlockNames:
-        """Return the names of the model's blocks before and after all but the `kept` ones are removed.
-
-        Raises:
-            UnsupportedModelError: the weight files do not number each block.
-        """
+        """Return the names of the blocks before and after all but the `kept` ones are removed."""
         return BlockNames(self.adapter.blocks_path, self.numbering, kept)
 
     @cached_property
     def experts(self) -> Experts:
-        """The experts of the model.
-
-        Raises:
-            UnsupportedModelError: it has none, or its structure does not tell which parts are an expert's.
-        """
+        """The experts of the model."""
         return find_experts(self)
 
     @cached_property
     def dtype(self) -> torch.dtype | None:
-        """The model's own data type: the config's or, without one, the files', as transformers loads them."""
+        """The config's data type or, without one, the files', as transformers loads them."""
         named: torch.dtype | None = self.config.dtype
         return named or next(iter(float_dtypes(self.source.weights)), None)
 
@@ -196,7 +175,7 @@ class Architecture:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the config of the model, or of the language model in it, says that the weights are quantized."""
+        """Whether the config says that the weights are quantized."""
         return any(getattr(config, "quantization_config", None) for config in (self.config, self.text_config))
 
     @cached_property
@@ -204,8 +183,8 @@ class Architecture:
         """The kind of each block: the config's word, or the classes that differ; "" if all blocks are alike."""
         lists = [getattr(self.text_config, key, None) for key in KINDS]
         # A list with one value for all blocks tells none apart.
-        telling = [v for v in lists if v and len(v) == self.block_count and len(set(map(str, v))) > 1]
-        kinds = [", ".join(dict.fromkeys(str(v[block]) for v in telling)) for block in range(self.block_count)]
+        distinct = [v for v in lists if v and len(v) == self.block_count and len(set(map(str, v))) > 1]
+        kinds = [", ".join(dict.fromkeys(str(v[block]) for v in distinct)) for block in range(self.block_count)]
         return refine_kinds(self.blocks_of(self.skeleton), kinds)
 
     @cached_property
@@ -234,25 +213,19 @@ class Architecture:
 
     @property
     def identity(self) -> dict[str, str | None]:
-        """The key of everything measured of the model: its files, and the family that says which its blocks are."""
+        """The key of all measurements of the model: its files, and the family that says which its blocks are."""
         names = {"model_type": self.config.model_type, "family": self.adapter.name}
         return {"files": self.source.content_hash, **names}
 
     @property
     def longest_sequence(self) -> int | None:
-        """The number of positions that the model supports, or None if it sets no limit."""
+        """The number of positions that the model supports; None without a limit."""
         limit = getattr(self.text_config, "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def read_architecture(source: ModelSource, registry: Registry, notify: Notify) -> Architecture:
-    """Read the config, choose the family, and find the blocks. No weights are read.
-
-    Raises:
-        UnsupportedModelError: the model is not a decoder, has no list of blocks that matches its config, or belongs to
-            a family whose blocks cannot be removed.
-        PluginError: two plugins claim its model_type.
-    """
+    """Read the config, choose the family, and find the blocks. No weights are read."""
     config = _read_config(source)
     architecture = Architecture(source, config, registry.family(config.model_type))
     encoder_only = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)

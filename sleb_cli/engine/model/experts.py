@@ -1,4 +1,4 @@
-"""Where a model keeps its experts, by structure alone: which setting counts them, and which tensors are theirs.
+"""Where does a model keep its experts? Which setting counts them, and which tensors are theirs?
 
 No weight is read, and no family is named: the model is built without weights with fewer experts, and tensors that
 shrink with their number are theirs.
@@ -25,14 +25,14 @@ MIN_EXPERTS = 4
 """A model with fewer has none to spare: twice as many as are active must stay, and one must go."""
 
 ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
-"""How configs name the number of experts that a token uses."""
+"""Config keys of the number of experts that a token uses."""
 
 Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor with `units` equal parts along `axis`: first one of each expert, then parts of none, which stay."""
+    """A tensor with `units` equal slices along `axis`: first one of each expert, then slices of none, which stay."""
 
     axis: int
     units: int
@@ -48,13 +48,13 @@ class Experts:
 
     Attributes:
         key: the setting of the language model's config that counts them; in some families, in a dictionary there.
-        count: how many each block has.
-        active: how many a token uses.
-        groups: in how many groups, of which the router chooses some first.
+        count: in each block.
+        active: used for a token.
+        groups: of which the router first chooses some.
         blocks: the blocks that have experts.
-        module: the module that holds their weights.
+        module: holds their weights.
         router: the tensors by which they are chosen.
-        parts: the tensors with a part of each, by their names in the model and in the files.
+        parts: the tensors with a slice of each, by their names in the model and in the files.
         numbered: what precedes an expert's number in names of tensors of one expert: `mlp.experts.`.
     """
 
@@ -77,14 +77,10 @@ class Experts:
 
 
 def find_experts(architecture: Architecture) -> Experts:
-    """Find the experts of a model.
-
-    Raises:
-        UnsupportedModelError: it has none, or its structure does not tell which parts are an expert's.
-    """
+    """Find the experts of a model."""
     text, skeleton = architecture.text_config, architecture.skeleton
     state, groups = dict(skeleton.state_dict()), getattr(text, "n_group", None) or 1
-    counts, settings = {}, dict(settings_of(text.to_dict()))
+    counts, settings = {}, dict(integer_settings(text.to_dict()))
     for key, count in settings.items():
         can_be = "expert" in key[-1] and count >= MIN_EXPERTS and count > 2 * groups
         if can_be and (fewer := _build_with_fewer(architecture, key, count, groups)):
@@ -93,16 +89,16 @@ def find_experts(architecture: Architecture) -> Experts:
             if first and first == second and sum(state[name].ndim > 1 for name in first) > 2:
                 counts[key] = count, first, fewer[0][0]
     if not counts:
-        raise refused(architecture, "no setting of its config counts experts that its blocks have")
+        raise refusal(architecture, "no setting of its config counts experts that its blocks have")
     largest = max(len(parts) for _, parts, _ in counts.values())
     keys = [key for key, (_, parts, _) in counts.items() if len(parts) == largest]
     if len(keys) > 1:
-        raise refused(architecture, f"several settings count its experts: {', '.join('.'.join(key) for key in keys)}")
+        raise refusal(architecture, f"several settings count its experts: {', '.join('.'.join(key) for key in keys)}")
     count, parts, fewer_experts = counts[keys[0]]
     split = {name: architecture.names.split(name) for name in parts}
     blocks = sorted({-1 if block is None else block for block, _ in split.values()})
     if blocks[0] < 0:
-        raise refused(architecture, "it has experts outside its blocks, too")
+        raise refusal(architecture, "it has experts outside its blocks, too")
     by_name = {inner: parts[name] for name, (_, inner) in split.items()}
     module, router = _module_and_router(architecture, state, by_name, blocks, count)
     in_files, numbered = _parts_in_files(architecture, skeleton, fewer_experts, groups)
@@ -114,7 +110,7 @@ def find_experts(architecture: Architecture) -> Experts:
 
 
 def expert_parameters(architecture: Architecture) -> int:
-    """Count the parameters of one expert in each block, with its part of the router."""
+    """Count the parameters of one expert in each block, with its slice of the router."""
     split, parts, total = architecture.names.split, architecture.experts.parts, 0
     for name, parameter in architecture.skeleton.named_parameters():
         if part := parts.get(split(name)[1]):
@@ -122,7 +118,7 @@ def expert_parameters(architecture: Architecture) -> int:
     return total
 
 
-def refused(architecture: Architecture, why: str) -> UnsupportedModelError:
+def refusal(architecture: Architecture, why: str) -> UnsupportedModelError:
     """Return the error for a model whose experts cannot be removed."""
     return UnsupportedModelError(
         f"No expert can be removed from {architecture.source.id} ({architecture.config.model_type}), because {why}.",
@@ -130,11 +126,11 @@ def refused(architecture: Architecture, why: str) -> UnsupportedModelError:
     )
 
 
-def settings_of(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
+def integer_settings(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
     """Yield each whole number in a config, and the keys that lead to it."""
     for key, value in config.items():
         if isinstance(value, Mapping):
-            yield from settings_of(value, (*path, str(key)))
+            yield from integer_settings(value, (*path, str(key)))
         elif type(value) is int:
             yield (*path, str(key)), value
 
@@ -155,7 +151,7 @@ def with_setting(
     return changed
 
 
-def built_with(architecture: Architecture, key: tuple[str, ...], value: int) -> nn.Module:
+def build_with_setting(architecture: Architecture, key: tuple[str, ...], value: int) -> nn.Module:
     """Build the model without weights, with this value of a setting."""
     raw = dict(architecture.source.raw_config)
     raw.pop("quantization_config", None)
@@ -167,7 +163,7 @@ def _build_with_fewer(
 ) -> list[tuple[nn.Module, int]]:
     """Build the model with one expert less in each group, and with two; return nothing if either cannot be built."""
     try:
-        return [(built_with(architecture, key, count - less), less) for less in (groups, 2 * groups)]
+        return [(build_with_setting(architecture, key, count - less), less) for less in (groups, 2 * groups)]
     except ModelError:
         return []
 
@@ -194,38 +190,38 @@ def _shrinking_parts(before: Tensors, after: Tensors, less: int) -> dict[str, Pa
 def _module_and_router(
     architecture: Architecture, state: Tensors, parts: Mapping[str, Part], blocks: Sequence[int], count: int
 ) -> tuple[str, dict[str, Part]]:
-    """Tell the module that holds the experts' weights from the tensors by which they are chosen."""
     path = architecture.adapter.blocks_path
     first = {name: state.get(f"{path}.{blocks[0]}.{name}") for name in parts}
     shapes = {name: tensor.shape for name, tensor in first.items() if tensor is not None}
     if shapes.keys() != parts.keys():
-        raise refused(architecture, "its blocks keep their experts in different ways")
+        raise refusal(architecture, "its blocks keep their experts in different ways")
 
     def is_weight(name: str) -> bool:
         return len(shapes[name]) > 2 or shapes[name][parts[name].axis] > 2 * count
 
     holders = sorted({name.rpartition(".")[0] for name in parts if is_weight(name)})
     if not holders:
-        raise refused(architecture, "none of its tensors holds weights of experts")
+        raise refusal(architecture, "none of its tensors holds weights of experts")
     module = holders[0] if len(holders) == 1 else holders[0].rpartition(".")[0]
     if any(holder != module and holder.rpartition(".")[0] != module for holder in holders):
-        raise refused(architecture, f"it has two kinds of experts: {', '.join(holders)}")
+        raise refusal(architecture, f"it has two kinds of experts: {', '.join(holders)}")
     router = {name: part for name, part in parts.items() if not name.startswith(f"{module}.")}
     if not router:
-        raise refused(architecture, "it has no router")
+        raise refusal(architecture, "it has no router")
     if any("." not in name for name in router):
-        raise refused(architecture, "its blocks hold tensors of their routers themselves")
+        raise refusal(architecture, "its blocks hold tensors of their routers themselves")
     around = f"{path}.{blocks[0]}.{module.rpartition('.')[0]}".rstrip(".")
     for name, tensor in state.items():
         if name.startswith(f"{around}.") and not tensor.is_floating_point() and tensor.numel() > 1:
-            raise refused(architecture, f"{name} may hold numbers of experts, as for routing by hash")
+            raise refusal(architecture, f"{name} may hold numbers of experts, as for routing by hash")
     return module, router
 
 
 def _parts_in_files(
     architecture: Architecture, model: nn.Module, fewer: nn.Module, less: int
 ) -> tuple[dict[str, Part], frozenset[str]]:
-    """Return the parts and `numbered` of `Experts`, by names in files: transformers may write each expert apart."""
+    """Return the parts and `numbered` of `Experts`, by names in files."""
+    # transformers may write each expert apart.
     before, after = (revert_weight_conversion(one, dict(one.state_dict())) for one in (model, fewer))
     names = architecture.names
     parts, numbered = dict[str, Part](), set[str]()
@@ -239,12 +235,12 @@ def _parts_in_files(
         elif changed := _shrinking_parts({name: old}, after, less):
             parts[rest] = changed[name]
         else:
-            raise refused(architecture, f"{name} is stored in a way that no part of it is one expert's")
+            raise refusal(architecture, f"{name} is stored in a way that no part of it is one expert's")
     return parts, frozenset(numbered)
 
 
 def _with_siblings(architecture: Architecture, experts: Experts) -> Experts:
-    """Add the scales and packed values that quantized files hold beside stacked weights, first by expert."""
+    """Add the scales and packed values that quantized files hold beside stacked weights."""
     names = architecture.names
     stems, blocks, parts = [name.removesuffix(".weight") for name in experts.parts], set(), dict(experts.parts)
     for tensor in architecture.source.weights.stored:
@@ -254,5 +250,5 @@ def _with_siblings(architecture: Architecture, experts: Experts) -> Experts:
         if rest not in experts.router and (rest in parts or experts.numbered_in(rest)):
             blocks.add(block)
     if missing := sorted({*experts.blocks} - blocks):
-        raise refused(architecture, f"its weight files hold no experts of block {missing[0]} under a known name")
+        raise refusal(architecture, f"its weight files hold no experts of block {missing[0]} under a known name")
     return replace(experts, parts=parts)

@@ -15,42 +15,35 @@ from sleb_cli.engine.third_party import translate_errors
 from sleb_plugins import SlebError
 
 MAX_ENDED_SHARE = 0.25
-"""Once this share of the texts has ended, they leave the batch, and only the others are continued."""
+"""Once more of the texts have ended, they leave the batch, and only the others are continued."""
 
 
 def generate(
     model: Any, prompt: Tensor, settings: GenerationConfig, refused: Callable[[str], SlebError], **options: Any
 ) -> Any:
-    """Generate with transformers after `prompt`, [batch, positions], with exactly these settings.
-
-    transformers would fill unset settings from the model's `generation_config.json`: a repetition penalty or a `top_p`
-    there would change the distribution that is sampled, and another end token the number of steps that are timed.
-
-    Raises:
-        SlebError: the one that `refused` makes of transformers' message.
-    """
+    """Generate with transformers after `prompt`, [batch, positions], with exactly these settings."""
+    # Without an empty config, transformers fills unset settings from the model's `generation_config.json`: a repetition
+    # penalty or a `top_p` changes the distribution that is sampled, an end token the number of steps that are timed.
     options = {"attention_mask": torch.ones_like(prompt)} | options
     with mock.patch.object(model, "generation_config", GenerationConfig()), translate_errors(refused):
         return model.generate(prompt, generation_config=settings, **options)
 
 
 HaveEnded = Callable[[Tensor], Tensor]
-"""Called after every step with all new tokens, [batch, tokens]; tells which texts have ended, bool [batch]."""
+"""Called after every step with all new tokens, [batch, tokens]; returns which texts have ended, bool [batch]."""
 
 
 def continue_each(
     run: Callable[..., Any], prompts: Tensor, attended: Tensor, new: int, ended: Callable[[int], HaveEnded]
 ) -> list[Tensor]:
-    """Return the tokens that follow each prompt, [new tokens] each, and go on without the texts that have ended.
-
-    The tokens after the end of a text are undefined.
+    """Return the tokens that follow each prompt, at most `new`; after the end of a text, they are undefined.
 
     Args:
         run: transformers' `generate`, given a batch of tokens, settings for a `GenerationConfig`, and other options.
-        prompts: their tokens, padded on the left, [batch, positions].
+        prompts: tokens, padded on the left, [batch, positions].
         attended: 1 for each token that is no padding, of the same shape.
         new: the most tokens that follow.
-        ended: given the size of a batch, returns what tells which of its texts have ended.
+        ended: given the size of a batch, returns the function that says which of its texts have ended.
     """
     start, ids, cache = prompts.shape[1], prompts, dict[str, Any]()
     written, rows = [prompts[0, :0]] * len(prompts), [*range(len(prompts))]
@@ -60,11 +53,11 @@ def continue_each(
         output = run(ids, settings, attention_mask=attended, stopping_criteria=StoppingCriteriaList([stop]), **cache)
         for row, tokens in zip(rows, output.sequences[:, start:], strict=True):
             written[row] = tokens
-        left = (~stop.ended).nonzero()[:, 0].to(ids.device)
-        rows = [rows[at] for at in left.tolist()]
-        ids = output.sequences[left]
-        attended = torch.nn.functional.pad(attended[left], (0, ids.shape[1] - attended.shape[1]), value=1)
-        cache = _cache_of(output, left)
+        going_on = (~stop.ended).nonzero()[:, 0].to(ids.device)
+        rows = [rows[at] for at in going_on.tolist()]
+        ids = output.sequences[going_on]
+        attended = torch.nn.functional.pad(attended[going_on], (0, ids.shape[1] - attended.shape[1]), value=1)
+        cache = _cache_option(output, going_on)
     return written
 
 
@@ -82,25 +75,19 @@ class _ManyEnded(StoppingCriteria):  # type: ignore[misc]
         return torch.full((len(input_ids),), is_over, device=input_ids.device)
 
 
-def _cache_of(output: Any, rows: Tensor) -> dict[str, Any]:
-    """Return the KV cache of these rows as an option of `generate`; no option if the cache cannot select rows.
-
-    Then the next call computes the cache of all their tokens anew.
-    """
+def _cache_option(output: Any, rows: Tensor) -> dict[str, Any]:
     for name in ("cache", "past_key_values"):  # in transformers 5.24, and before
         with suppress(AttributeError, NotImplementedError):
             output.get(name).batch_select_indices(rows)
             return {name: output[name]}
-    return {}
+    return {}  # it cannot select rows, so the next call computes the cache of all tokens anew
 
 
 @contextmanager
 def with_requires_grad(model: Any) -> Iterator[None]:
-    """Let weights require gradients, as in a model that transformers loads, although none are computed.
-
-    Only then does torch fold a product into one of matrices. Otherwise a head in bfloat16 that reads one position takes
-    thirty times as long on a CPU, which users of transformers never see.
-    """
+    """Let weights require gradients, as in a model that transformers loads, although none are computed."""
+    # Only then does torch fold a product into one of matrices. Otherwise a head in bfloat16 that reads one position
+    # takes thirty times as long on a CPU, which users of transformers never see.
     weights = model.parameters() if getattr(model, "hf_quantizer", None) is None else ()
     changed = [
         weight.requires_grad_(True) for weight in weights if weight.is_floating_point() and not weight.requires_grad
@@ -113,7 +100,7 @@ def with_requires_grad(model: Any) -> Iterator[None]:
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Return the tokens that end a text: the tokenizer's, and the end tokens of the model's generation settings."""
+    """Return the tokens that end a text, by the tokenizer and by the model's generation settings."""
     setting = getattr(model.generation_config, "eos_token_id", None)
     listed = setting if isinstance(setting, list | tuple) else [setting]
     return {token for token in (tokenizer.eos_token_id, *listed) if isinstance(token, int)}

@@ -1,4 +1,4 @@
-"""The Hugging Face folder of a GGUF file, which is converted once, so that all other code reads one format."""
+"""The Hugging Face folder of a GGUF file, converted once, so that all other code reads one format."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -9,16 +9,12 @@ from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.events import Notify
 from sleb_cli.keys import name_of
 
-# Raise it when the same file would become another folder.
+# Raise it when a file would become another folder than before.
 CONVERSION = 3
 
 
 def gguf_folder(path: Path, notify: Notify) -> Path:
-    """Return the Hugging Face folder of a GGUF file, converted on first use and kept in the cache.
-
-    Raises:
-        ModelError: the file is truncated or not a GGUF file, or transformers cannot read its architecture.
-    """
+    """Return the Hugging Face folder of a GGUF file, converted on first use and kept in the cache."""
     watch = Watch(path)
 
     def fill(folder: Path) -> None:

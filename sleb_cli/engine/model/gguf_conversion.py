@@ -42,7 +42,7 @@ def convert_gguf(path: Path, folder: Path, notify: Notify) -> None:
 
 
 def convert_weights(file: GgufFile, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write the model without its tokenizer; the data type is by default as in `convert_gguf`."""
+    """Write the model without its tokenizer; the default data type is as in `convert_gguf`."""
     default = _require_convertible(file)
     dtype = dtype or default
     if lacking := memory_shortage(file.parameters * dtype.itemsize, CPU, whole=True):
@@ -95,7 +95,7 @@ def _load(file: GgufFile, dtype: torch.dtype) -> Any:
 
 
 def _write_card(file: GgufFile, folder: Path) -> None:
-    """Write the file's licence and languages to a model card, from which a pruned model inherits them."""
+    """Write a model card from which a pruned model inherits the file's licence and languages."""
     metadata = {"language": file.get("general.languages")}
     for key in ("license", "license.name", "license.link", "tags"):
         metadata[key.replace(".", "_")] = file.get(f"general.{key}")
@@ -115,7 +115,7 @@ def _unreadable(why: str) -> UnsupportedModelError:
 
 
 def _require_convertible(file: GgufFile) -> torch.dtype:
-    """Check that the file is of a known architecture and complete; return its data type."""
+    """Check that the file is complete and of a known architecture; return its data type."""
     if not transformers_knows(file.architecture):
         raise _unreadable(f"transformers cannot read GGUF files of the architecture {file.architecture!r}.")
     require_blocks(file)  # transformers trusts the file's number of blocks

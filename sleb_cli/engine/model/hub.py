@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,9 @@ _NOT_DOWNLOADED = [
 
 
 def download(model: str, revision: str | None, notify: Notify) -> Path:
-    """Download a model with its safetensors, or with its pickles if it has none.
-
-    Raises:
-        ModelError: there is no such model, or it is gated or out of reach.
-    """
+    """Download a model with its safetensors, or with its pickles if it has none."""
     quiet_libraries()
-    try:
+    with _translate_hub_errors(model, revision):
         validate_repo_id(model)  # before anything is asked of the network
         with task(notify, f"Looking for {model} on the Hub") as advance:
             options: dict[str, Any] = {"revision": revision, "tqdm_class": _silent_bar(advance)}
@@ -52,6 +49,12 @@ def download(model: str, revision: str | None, notify: Notify) -> Path:
                 find_weights(folder)
                 return folder
             return Path(snapshot_download(model, ignore_patterns=_NOT_DOWNLOADED, **options))
+
+
+@contextmanager
+def _translate_hub_errors(model: str, revision: str | None) -> Iterator[None]:
+    try:
+        yield
     except GatedRepoError as error:
         raise ModelError(
             f"{model} is gated: its owner grants access on request.",

@@ -1,4 +1,4 @@
-"""The sizes of a model by block: parameters, bytes of weights, bytes of KV cache. No weights are read."""
+"""How large is each block: its parameters, bytes of weights, bytes of KV cache? No weights are read."""
 
 from __future__ import annotations
 
@@ -65,12 +65,9 @@ def _by_block(architecture: Architecture, sizes: Iterable[tuple[str, int]]) -> P
 def cache_bytes(architecture: Architecture, dtype: torch.dtype, length: int) -> PerBlock:
     """Return the bytes of the KV cache that transformers makes for one sequence of `length` tokens.
 
-    Measures the cache after the model, on the meta device, has read such a sequence. This accounts for windows, grouped
-    heads, heads of different sizes, blocks that read another block's keys, and the states of linear attention and
-    convolutions, which do not grow with the length.
-
-    Raises:
-        UnsupportedModelError: the family does not run without weights, or does not keep its cache by block.
+    The cache is measured after the model, on the meta device, has read such a sequence. This accounts for windows,
+    grouped heads, heads of different sizes, blocks that read another block's keys, and the states of linear attention
+    and convolutions, which do not grow with the length.
     """
     model = architecture.build(architecture.config).to(torch.bfloat16).eval()
     text = torch.zeros(1, length, dtype=torch.long, device="meta")
@@ -91,14 +88,14 @@ def cache_bytes(architecture: Architecture, dtype: torch.dtype, length: int) -> 
 
 
 def cache_layers(output: Any) -> list[Any]:
-    """Return the layers of the cache in a model's output; none if there is no cache, or it has no layers."""
+    """Return the layers of the cache in a model's output, if it has any."""
     # transformers 5.24 calls it `cache`, earlier versions `past_key_values`.
     cache = getattr(output, "cache", None) or getattr(output, "past_key_values", None)
     return list(getattr(cache, "layers", None) or ())
 
 
 def layer_tensors(layer: Any) -> list[Tensor]:
-    """Return the tensors in one layer of a cache, which holds them as they are, or in dictionaries and lists."""
+    """Return the tensors in one layer of a cache, which may hold them in dictionaries and lists."""
     tensors: dict[int, Tensor] = {}
     for value in vars(layer).values():
         items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)

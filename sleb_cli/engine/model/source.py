@@ -1,4 +1,4 @@
-"""Turn what a user types as MODEL into a folder with a config, weights and a tokenizer."""
+"""Which folder with a config, weights and a tokenizer does a user mean by MODEL?"""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ModelSource:
 
     @property
     def name(self) -> str:
-        """A short name that can be a folder's."""
+        """A short name for a folder."""
         return Path(self.id).name.removesuffix(".gguf")
 
     @cached_property
@@ -66,7 +66,7 @@ class ModelSource:
 
     @cached_property
     def code(self) -> str | None:
-        """A SHA-256 over the Python files that come with the model, if the user trusts them; None if there are none."""
+        """A SHA-256 over the trusted Python files that come with the model; None without any."""
         if not self.trust_remote_code:
             return None
         files = list(self.folder.rglob("*.py"))
@@ -75,11 +75,9 @@ class ModelSource:
 
     @cached_property
     def content_hash(self) -> str:
-        """A SHA-256 over all in the folder that decides a number: weights, config, trusted code, tokenizer, generation.
-
-        The fingerprint names the model, which is still the same one when its chat template changes. Saved numbers are
-        saved under this hash.
-        """
+        """A SHA-256 over all files that decide a number: weights, config, trusted code, tokenizer, generation."""
+        # Saved numbers are saved under this hash. The fingerprint names the model, which is still the same one when its
+        # chat template changes.
         templates = self.folder / _CHAT_TEMPLATES
         files = [path for path in self.folder.iterdir() if _DECIDES.fullmatch(path.name) and path.suffix != ".py"]
         files = [path for path in (*files, *templates.glob("*.jinja")) if path.is_file()]
@@ -88,11 +86,7 @@ class ModelSource:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def require_own_code(self) -> None:
-        """Make sure that the trusted code is in the folder, where it can be pinned, and not in another repository.
-
-        Raises:
-            ModelError: the config or the tokenizer names code of another repository.
-        """
+        """Refuse trusted code of another repository, which cannot be pinned."""
         for name in ("config.json", "tokenizer_config.json"):
             path = self.folder / name
             named = json.dumps(read_json(path).get("auto_map")) if path.is_file() else ""
@@ -107,13 +101,21 @@ class ModelSource:
 def locate_model(
     model: str, notify: Notify, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> ModelSource:
-    """Find the model, and download it if it is not on this machine.
+    """Find the model, and download it if it is not on this machine."""
+    name, folder, revision = _find_folder(model, revision, notify)
+    source = ModelSource(name, folder, revision, trust_remote_code)
+    _require_own_files(source.folder)
+    _require_whole_model(source)
+    if trust_remote_code:
+        source.require_own_code()
+    # Read both now, to report missing files before any long work.
+    _ = source.raw_config, source.weights
+    _report_pickles(source, notify)
+    return source
 
-    Raises:
-        UsageError: `revision` is set for a model that is not from the Hub.
-        ModelError: there is no such model, or it is gated, out of reach or incomplete.
-        MachineError: the demo model cannot be downloaded.
-    """
+
+def _find_folder(model: str, revision: str | None, notify: Notify) -> tuple[str, Path, str | None]:
+    """Return the model's id, folder and revision."""
     path = local_path(model)
     is_gguf = model.endswith(".gguf") and not path.is_dir()
     if revision and (model == DEMO or is_gguf or path.exists()):
@@ -123,33 +125,23 @@ def locate_model(
     if model == DEMO:
         from sleb_cli.engine.model.demo import demo_folder
 
-        name, folder = DEMO, demo_folder(notify)
-    elif is_gguf:
+        return DEMO, demo_folder(notify), None
+    if is_gguf:
         from sleb_cli.engine.model.gguf import gguf_folder
 
-        name, folder = str(path.absolute()), gguf_folder(path, notify)
-    elif path.is_dir():
+        return str(path.absolute()), gguf_folder(path, notify), None
+    if path.is_dir():
         folder = path.resolve()
-        name = require_text(str(folder))
-    elif path.exists():
+        return require_text(str(folder)), folder, None
+    if path.exists():
         raise ModelError(f"{model} is a file, not a model.", hint="Name a folder, a .gguf file or a Hub id.")
-    else:
-        from sleb_cli.engine.model.hub import download  # which takes a quarter of a second to import
+    from sleb_cli.engine.model.hub import download  # which takes a quarter of a second to import
 
-        folder = download(model, revision, notify)
-        name, revision = model, folder.name
-    source = ModelSource(name, folder, revision, trust_remote_code)
-    _require_own_files(source.folder)
-    _require_whole_model(source)
-    if trust_remote_code:
-        source.require_own_code()
-    # Read both now, to report missing files before any long work.
-    _ = source.raw_config, source.weights
-    _tell_of_pickles(source, notify)
-    return source
+    folder = download(model, revision, notify)
+    return model, folder, folder.name
 
 
-def _tell_of_pickles(source: ModelSource, notify: Notify) -> None:
+def _report_pickles(source: ModelSource, notify: Notify) -> None:
     if pickles := [path for path in source.weights.paths if path.suffix != ".safetensors"]:
         others = f" and {len(pickles) - 1} more" if len(pickles) > 1 else ""
         stored = f"{source.id} is stored as pickles ({pickles[0].relative_to(source.folder)}{others})"
@@ -157,10 +149,8 @@ def _tell_of_pickles(source: ModelSource, notify: Notify) -> None:
 
 
 def _require_own_files(folder: Path) -> None:
-    """Refuse links out of the model's folder, pipes and devices among the files that are read.
-
-    A file elsewhere would become part of a checkpoint that may be published.
-    """
+    """Refuse links out of the model's folder, pipes and devices among the files that are read."""
+    # A file elsewhere would become part of a checkpoint that may be published.
     with reading(folder):
         entries = [*folder.iterdir(), *(folder / _CHAT_TEMPLATES).glob("*")]
     for path in sorted(entries):

@@ -1,4 +1,4 @@
-"""Compare the structure of models without weights, to detect a removal that would change the remaining blocks.
+"""Would a removal change the remaining blocks? Structures without weights are compared.
 
 A family builds each block from the config and the block's number. If the number decides more than a position (a kind by
 period, a constant that grows with depth), a remaining block may be built differently under its new number. The classes,
@@ -70,10 +70,7 @@ def block_changes(before: Structure, after: Structure, old: int, kept: Kept) -> 
 
 
 def outer_changes(before: Structure, after: Structure, kept: Kept) -> list[str]:
-    """Return the differences outside the blocks, apart from counts of blocks and lists with one value per block.
-
-    An attribute for the last block of a kind may disappear with it, and tensors with one slice per block shrink.
-    """
+    """Return the differences outside the blocks, apart from counts of blocks and lists with one value per block."""
 
     def same(name: str, a: Any, b: Any) -> bool:
         if _same(a, b, kept) or _fewer_kinds(a, b):
@@ -103,10 +100,7 @@ def shared_weights(blocks: nn.ModuleList) -> bool:
 
 
 def refine_kinds(blocks: nn.ModuleList, kinds: Sequence[str]) -> list[str]:
-    """Add to each block's kind the classes of the parts that differ among blocks of the same kind.
-
-    If all kinds are empty, the result holds only these classes; it is empty if all blocks are alike.
-    """
+    """Add to each block's kind the classes of the parts that differ among blocks of that kind."""
     classes = [{"": type(b).__name__} | {n: type(m).__name__ for n, m in b.named_children()} for b in blocks]
     names = dict.fromkeys(name for parts in classes for name in parts)
     refined = [[kind] for kind in kinds]
@@ -121,10 +115,10 @@ def refine_kinds(blocks: nn.ModuleList, kinds: Sequence[str]) -> list[str]:
 
 
 def _same(a: Any, b: Any, kept: Kept) -> bool:
-    """Whether values are equal, or lists with one value per block that differ only by the removed blocks."""
     if isinstance(a, float) and isinstance(b, float):
         return math.isclose(a, b, rel_tol=1e-12)  # the same constant, summed in another order
     are_lists = isinstance(a, list | tuple) and isinstance(b, list | tuple)
+    # Lists with one value per block differ by the removed blocks.
     return bool(a == b) or (are_lists and list(by_block(a, kept)) == list(b))
 
 
@@ -133,7 +127,7 @@ def _is_number(name: str, a: Any, b: Any) -> bool:
 
 
 def _fewer_kinds(a: Any, b: Any) -> bool:
-    """Whether both lists name kinds of blocks, and `b` lacks only some of them."""
+    # An attribute for the last block of a kind may disappear with it.
     are_lists = isinstance(a, list | tuple) and isinstance(b, list | tuple)
     return are_lists and len(set(map(str, a))) == len(a) > len(b) and set(b) <= set(a)
 

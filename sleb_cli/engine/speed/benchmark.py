@@ -1,4 +1,4 @@
-"""`sleb bench`: measured speed and memory, the dense model and the pruned ones in turn on the same machine."""
+"""`sleb bench`: how fast, and how large in memory, are the dense model and the pruned ones on this machine?"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -25,6 +25,17 @@ from sleb_cli.events import Notify
 from sleb_cli.records import THIS_VERSION
 from sleb_cli.results import BenchResult, MemoryRecord, ModelSize, Removals, Workload
 from sleb_plugins import Engine, EngineSettings
+
+_Group = tuple[dict[Removals, ModelSize], list[Measured]]
+"""The size of each model that was timed together, and the rounds of each workload."""
+
+
+class _Timings(NamedTuple):
+    groups: list[_Group]
+    engine_version: str | None
+    dtype: str
+    device: str
+    attention: str | None
 
 
 @dataclass(frozen=True)
@@ -59,68 +70,66 @@ class Benchmark:
         )
 
 
-def benchmark(wanted: Benchmark, notify: Notify, write_files: WriteFiles | None = None) -> BenchResult:
-    """Time each workload on the dense model and on each size of the pruned one; an engine reads written files.
-
-    Raises:
-        MachineError: the engine does not run here, or the models cannot be compiled here.
-    """
-    architecture = wanted.subject.architecture
-    dense = Surgery(architecture, ())
-    with _torch_threads(wanted.threads):
-        if wanted.engine and write_files:
-            version: str | None = wanted.engine.version() or None
-            load = load_into(wanted.engine, write_files, wanted.settings, notify)
-        else:
-            load = load_with_transformers(wanted.placement, notify)
-            version = transformers.__version__
-        # All sizes together or, if only two models fit, each in turn with the dense one.
-        in_pairs = wanted.sizes and (wanted.engine or architecture.is_quantized or wanted.subject.experts)
-        timed = []
-        with load(dense, None) as loaded:
-            for group in [[size] for size in wanted.sizes] if in_pairs else [wanted.sizes]:
-                timed.append(_time_together(wanted, load, loaded, group, notify))
-                free_memory()
-            dtype, device, attention = loaded.dtype, loaded.device, loaded.attention
-        sizes = {removals: size for of_group, _ in timed for removals, size in of_group.items()}
-        del loaded  # it holds the dense model, for which the processes that measure memory need room
-        free_memory()
+def benchmark(job: Benchmark, notify: Notify, write_files: WriteFiles | None = None) -> BenchResult:
+    """Time each workload on the dense model and on each size of the pruned one; an engine reads written files."""
+    with _torch_threads(job.threads):
+        timings = _time_models(job, notify, write_files)
+        free_memory()  # the processes that measure memory need room
+        sizes = {removals: size for group_sizes, _ in timings.groups for removals, size in group_sizes.items()}
         memory: dict[Removals, list[MemoryRecord | None]] = {}
-        for surgery in [] if wanted.engine else [dense, *wanted.sizes]:
+        for surgery in [] if job.engine else [Surgery(job.subject.architecture), *job.sizes]:
             removals = surgery.steps
-            seconds, memory[removals] = measure_alone(surgery, wanted.placement, wanted.workloads, notify)
+            seconds, memory[removals] = measure_alone(surgery, job.placement, job.workloads, notify)
             sizes[removals] = sizes[removals].model_copy(update={"load_seconds": seconds})
+        workloads = (
+            workload_result(
+                workload,
+                [measured[number] for _, measured in timings.groups],
+                {removals: by_workload[number] for removals, by_workload in memory.items()},
+                engine_version=timings.engine_version,
+                attention=timings.attention,
+            )
+            for number, workload in enumerate(job.workloads)
+        )
         return BenchResult(
             **THIS_VERSION,
             kind="bench",
-            model=architecture.record,
-            experts=wanted.subject.experts,
-            dtype=dtype,
-            device=device,
+            model=job.subject.architecture.record,
+            experts=job.subject.experts,
+            dtype=timings.dtype,
+            device=timings.device,
             threads=torch.get_num_threads(),
-            processor=processor_name(wanted.placement.device),
+            processor=processor_name(job.placement.device),
             governor=cpu_governor(),
             torch=str(torch.__version__),
             transformers=transformers.__version__,
-            plugins=dict(wanted.plugins),
+            plugins=dict(job.plugins),
             dense=sizes[()],
-            pruned=tuple(sizes[surgery.steps] for surgery in wanted.sizes),
-            workloads=tuple(
-                workload_result(
-                    workload,
-                    [measured[number] for _, measured in timed],
-                    {removals: by_workload[number] for removals, by_workload in memory.items()},
-                    engine_version=version,
-                    attention=attention,
-                )
-                for number, workload in enumerate(wanted.workloads)
-            ),
+            pruned=tuple(sizes[surgery.steps] for surgery in job.sizes),
+            workloads=tuple(workloads),
         )
+
+
+def _time_models(job: Benchmark, notify: Notify, write_files: WriteFiles | None) -> _Timings:
+    if job.engine and write_files:
+        version: str | None = job.engine.version() or None
+        load = load_into(job.engine, write_files, job.settings, notify)
+    else:
+        load = load_with_transformers(job.placement, notify)
+        version = transformers.__version__
+    # All sizes together or, if only two models fit, each in turn with the dense one.
+    architecture = job.subject.architecture
+    in_pairs = job.sizes and (job.engine or architecture.is_quantized or job.subject.experts)
+    groups = []
+    with load(Surgery(architecture), None) as dense:
+        for group in [[size] for size in job.sizes] if in_pairs else [job.sizes]:
+            groups.append(_time_together(job, load, dense, group, notify))
+            free_memory()
+        return _Timings(groups, version, dense.dtype, dense.device, dense.attention)
 
 
 @contextmanager
 def _torch_threads(count: int | None) -> Iterator[None]:
-    """Let torch use this many threads; None keeps its own number."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -130,13 +139,12 @@ def _torch_threads(count: int | None) -> Iterator[None]:
 
 
 def _time_together(
-    wanted: Benchmark, load: ModelLoader, dense: TimedModel, surgeries: Sequence[Surgery], notify: Notify
-) -> tuple[dict[Removals, ModelSize], list[Measured]]:
-    """Time the dense model with these sizes; return the size of each model, and the rounds of each workload."""
-    vocabulary, measured = wanted.subject.architecture.text_config.vocab_size, list[Measured]()
+    job: Benchmark, load: ModelLoader, dense: TimedModel, surgeries: Sequence[Surgery], notify: Notify
+) -> _Group:
+    vocabulary, measured = job.subject.architecture.text_config.vocab_size, list[Measured]()
     with ExitStack() as stack:
         models = [dense, *(stack.enter_context(load(surgery, dense)) for surgery in surgeries)]
-        for workload in wanted.workloads:
+        for workload in job.workloads:
             with ExitStack() as ready:
                 runs = {model.size.removals: ready.enter_context(model.prepare(workload)).run for model in models}
                 measured.append(measure(runs, workload, vocabulary, notify))

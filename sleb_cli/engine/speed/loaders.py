@@ -29,10 +29,7 @@ WriteFiles = Callable[[Surgery], Path]
 
 @dataclass(frozen=True)
 class TimedModel:
-    """A loaded model, and `prepare`, which makes it ready to run a workload.
-
-    `attention` is the implementation of attention, if known.
-    """
+    """A loaded model, and `prepare`, which makes it ready to run a workload."""
 
     model: Any
     size: ModelSize
@@ -43,7 +40,7 @@ class TimedModel:
 
 
 ModelLoader = Callable[[Surgery, TimedModel | None], AbstractContextManager[TimedModel]]
-"""Load the model after a surgery, and free it at the end; the dense one first, which is then given for the others."""
+"""Load the model after a surgery, and free it at the end. The dense one comes first, and is passed for the others."""
 
 
 def load_with_transformers(place: Placement, notify: Notify) -> ModelLoader:

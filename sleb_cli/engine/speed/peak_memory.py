@@ -1,4 +1,4 @@
-"""Measure the peak memory of a model, and how long it takes to load, in a process that holds nothing else."""
+"""How much memory does a model take at its peak, and how long does it take to load, in a process of its own?"""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
 SAMPLE_SECONDS = 0.002
 
-Gone = tuple[Removals, Mapping[str, Any]]
+CutOptions = tuple[Removals, Mapping[str, Any]]
 """The removals and other cuts as `plan_surgery` takes them: another process plans them again."""
 
 
 def measure_alone(
     surgery: Surgery, place: Placement, workloads: Sequence[Workload], notify: Notify
 ) -> tuple[float | None, list[MemoryRecord | None]]:
-    """Load a model in a process of its own and run each workload once; return the seconds and the memory of each.
+    """Load a model in a process of its own and run each workload once; return the seconds and each memory record.
 
-    Both are None if the process runs out of memory or is killed for it; a memory also is None on an accelerator that
-    does not report its peak (MPS).
+    They are None if the process runs out of memory; a record also is None if the accelerator does not report its peak
+    (MPS).
     """
-    source, gone = surgery.architecture.source, (surgery.removals, surgery.others)
+    source, cuts = surgery.architecture.source, (surgery.removals, surgery.others)
     which = f"without {surgery.description}" if surgery.cuts else "of the dense model"
     with task(notify, f"Peak memory {which}"):
         try:
-            with _process() as process:
-                return process.submit(_measure, source, gone, place, workloads, torch.get_num_threads()).result()
+            with _spawned_process() as process:
+                return process.submit(_measure, source, cuts, place, workloads, torch.get_num_threads()).result()
         except (RuntimeError, MemoryError, OutOfMemory) as error:
             if not (isinstance(error, BrokenProcessPool) or is_out_of_memory(error)):
                 raise
@@ -58,8 +58,7 @@ def measure_alone(
 
 
 @contextmanager
-def _process() -> Iterator[ProcessPoolExecutor]:
-    """Start a process for the submitted calls, and kill it if anything is raised."""
+def _spawned_process() -> Iterator[ProcessPoolExecutor]:
     context, main = multiprocessing.get_context("spawn"), sys.modules["__main__"]
     # The process imports the main module; a script that calls sleb without a guard would run again.
     no_main = mock.patch.multiple(main, __file__=None, __spec__=None, create=True)
@@ -75,12 +74,11 @@ def _process() -> Iterator[ProcessPoolExecutor]:
 
 
 def _measure(
-    source: ModelSource, gone: Gone, place: Placement, workloads: Sequence[Workload], threads: int
+    source: ModelSource, cuts: CutOptions, place: Placement, workloads: Sequence[Workload], threads: int
 ) -> tuple[float, list[MemoryRecord | None]]:
-    """Load the model in this process; return the seconds that its weights took, and the memory of each workload."""
     quiet_libraries()
     torch.set_num_threads(threads)
-    surgery = plan_surgery(read_architecture(source, load_plugins(), ignore), *gone)
+    surgery = plan_surgery(read_architecture(source, load_plugins(), ignore), *cuts)
     start = time.perf_counter()
     model = load_pruned(surgery, place, ignore) if surgery.cuts else load_dense(surgery.architecture, place, ignore)
     synchronize(place.device)
@@ -94,7 +92,7 @@ def _run_memory(model: Any, device: torch.device, workload: Workload) -> MemoryR
         if workload.compiled:
             ready.run(prompts, workload.new_tokens)  # compiling takes memory, too, but only once
         free_memory()
-        with _watch(device) as peak:
+        with _watch_memory(device) as peak:
             cache = ready.run_for_cache(prompts, workload.new_tokens)
             synchronize(device)
     peak_bytes, weights = peak(), weights_bytes(model)
@@ -106,7 +104,7 @@ def _run_memory(model: Any, device: torch.device, workload: Workload) -> MemoryR
 
 
 @contextmanager
-def _watch(device: torch.device) -> Iterator[Callable[[], int | None]]:
+def _watch_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
     """Watch memory while the body runs; the yielded function returns the peak, or None if it is unknown."""
     if device.type != "cpu":
         backend = torch.get_device_module(device.type)

@@ -32,7 +32,7 @@ Run = Callable[[Sequence[Sequence[int]], int], TimedRun]
 Round = Mapping[Removals, TimedRun]
 
 WARMUP_LIMIT = 10
-"""The most untimed runs of each model, unless the user asks for a number."""
+"""Untimed runs of each model, unless the user asks for a number."""
 
 STABLE_DEVIATION = 0.02
 STABLE_RUNS = 3
@@ -48,16 +48,12 @@ class Measured:
 
 
 def measure(models: Mapping[Removals, Run], workload: Workload, vocabulary: int, notify: Notify) -> Measured:
-    """Time the models in turn, after warming up until times are stable.
-
-    Every other round runs them in reverse order (ABBA), so a machine that slows down affects all alike. All models get
-    the same prompts, and each round has its own, so nothing is answered from a cache.
-    """
+    """Time the models in turn, after warming up until times are stable."""
     limit = WARMUP_LIMIT if workload.warmup is None else workload.warmup
     total = (limit + workload.iterations) * len(models)
     with task(notify, f"Timing {workload.label}", total, "runs") as advance, _without_garbage_collection():
         rounds = _rounds(models, workload, vocabulary, advance)
-        warmup = _warm_up(rounds, limit, asked=workload.warmup is not None)
+        warmup = _warm_up(rounds, limit, all_rounds=workload.warmup is not None)
         advance(done=(limit - warmup.runs) * len(models))
         timed = list(islice(rounds, workload.iterations))
     if warmup.stable is False:
@@ -68,6 +64,8 @@ def measure(models: Mapping[Removals, Run], workload: Workload, vocabulary: int,
 
 def _rounds(models: Mapping[Removals, Run], workload: Workload, vocabulary: int, advance: Advance) -> Iterator[Round]:
     for number in count():
+        # Each round has its own prompts, so that nothing is answered from a cache. Every other round runs the models in
+        # reverse order (ABBA), so that a machine that slows down affects all of them.
         prompts, order = draw_prompts(workload, vocabulary, number), list(models)
         done: dict[Removals, TimedRun] = {}
         for removals in order[::-1] if number % 2 else order:
@@ -83,16 +81,15 @@ def draw_prompts(workload: Workload, vocabulary: int, number: int) -> list[list[
     return list(np.random.default_rng([0, number]).integers(vocabulary, size=shape).tolist())
 
 
-def _warm_up(rounds: Iterator[Round], limit: int, *, asked: bool) -> WarmupRecord:
-    """Run up to `limit` rounds, until times are stable; if the user asked for this number, all of them."""
+def _warm_up(rounds: Iterator[Round], limit: int, *, all_rounds: bool) -> WarmupRecord:
     done: list[Round] = []
     deviation: float | None = None
-    while len(done) < limit and (asked or deviation is None or deviation >= STABLE_DEVIATION):
+    while len(done) < limit and (all_rounds or deviation is None or deviation >= STABLE_DEVIATION):
         done.append(next(rounds))
         last = done[-STABLE_RUNS:]
         if len(last) == STABLE_RUNS:
-            deviation = max(relative_deviation([one[model].seconds for one in last]) for model in done[0])
-    stable = None if asked or deviation is None else deviation < STABLE_DEVIATION
+            deviation = max(relative_deviation([round_[model].seconds for round_ in last]) for model in done[0])
+    stable = None if all_rounds or deviation is None else deviation < STABLE_DEVIATION
     return WarmupRecord(runs=len(done), deviation=deviation, stable=stable)
 
 
@@ -111,10 +108,7 @@ def _without_garbage_collection() -> Iterator[None]:
 def workload_result(
     workload: Workload, measured: Sequence[Measured], memory: Mapping[Removals, MemoryRecord | None], **about: Any
 ) -> WorkloadResult:
-    """Return the result for models timed together, or each size in turn with the dense model.
-
-    A speedup compares a size with the dense model's runs in the same rounds. `about` are further fields of the result.
-    """
+    """Return the result for models timed together, or each size in turn with the dense model."""
     rounds = [done for one in measured for done in one.rounds]
 
     def timing(removals: Removals) -> dict[str, Any]:
@@ -123,6 +117,7 @@ def workload_result(
 
     def pruned(removals: Removals) -> PrunedTiming:
         fields = timing(removals)
+        # The dense model's runs in the same rounds, as the machine may be slower in others.
         dense, seconds = [done[()].seconds for done in rounds if removals in done], fields["e2els"]
         return PrunedTiming(
             **fields,

@@ -30,7 +30,7 @@ _NOT_COMPILED = error_saying(
 
 @contextmanager
 def prepared(model: Any, workload: Workload) -> Iterator[TransformersModel]:
-    """Let a model run a workload as transformers loads it, and compile it anew if the workload asks for it."""
+    """Let a model run a workload as transformers loads it, compiled anew if the workload asks for it."""
     with with_requires_grad(model), ExitStack() as stack:
         if workload.compiled:
             torch._dynamo.reset()
@@ -46,12 +46,7 @@ class TransformersModel:
         self._forward = torch.compile(model, dynamic=False) if workload.compiled else model
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> TimedRun:
-        """Process the prompts together and generate `new_tokens` for each.
-
-        Raises:
-            MachineError: the model cannot be compiled here.
-            UnsupportedModelError: the model cannot generate text.
-        """
+        """Process the prompts together and generate `new_tokens` for each."""
         ids, clock = torch.tensor(prompts, device=self._model.device), _TokenClock()
         synchronize(ids.device)
         start = time.perf_counter()
@@ -84,9 +79,8 @@ class TransformersModel:
         return generate(self._model, ids, settings, refused, **options)
 
 
+# Notes the time at which the tokens of each step reach the host, the prompts first.
 class _TokenClock(BaseStreamer):  # type: ignore[misc]
-    """Notes the time at which the tokens of each step reach the host, the prompts first."""
-
     def __init__(self) -> None:
         self.times: list[float] = []
 
@@ -104,7 +98,6 @@ def weights_bytes(model: Any) -> int:
 
 
 def _compile_everywhere() -> CompileConfig:
-    """Let transformers compile the decoding on a CPU, too."""
-    config = CompileConfig()
+    config = CompileConfig()  # by itself, transformers does not compile the decoding on a CPU
     config._compile_all_devices = True
     return config

@@ -24,24 +24,16 @@ _ON_CPU: Mapping[WorkloadName, Mapping[str, Any]] = {
 
 
 def make_workload(
-    name: WorkloadName, device: torch.device, positions: int | None, *, least_new_tokens: int = 0, **asked: Any
+    name: WorkloadName, device: torch.device, positions: int | None, *, least_new_tokens: int = 0, **chosen: Any
 ) -> Workload:
-    """Return a workload with these fields; the others have their defaults, which suit the device and the model.
+    """Return a workload with the fields `chosen`; the others suit the device and the model.
 
-    Args:
-        name: prompt or generation.
-        device: where it runs.
-        positions: the longest sequence that the model reads, if it has a limit.
-        least_new_tokens: for how many new tokens there must be room after every prompt.
-        asked: fields of the workload.
-
-    Raises:
-        UsageError: the prompt and the new tokens exceed the model's positions.
+    It fits into the model's `positions`, with room for at least `least_new_tokens` after every prompt.
     """
     defaults = {"engine": TRANSFORMERS, "warmup": None, "compiled": False}
-    fields = {**defaults, **(_ON_CPU if device.type == "cpu" else _ON_ACCELERATOR)[name], **asked}
+    fields = {**defaults, **(_ON_CPU if device.type == "cpu" else _ON_ACCELERATOR)[name], **chosen}
     new_tokens = max(fields["new_tokens"], least_new_tokens)
-    if positions and "prompt_length" not in asked:
+    if positions and "prompt_length" not in chosen:
         fields["prompt_length"] = max(1, min(fields["prompt_length"], positions - new_tokens))
     if positions and fields["prompt_length"] + new_tokens > positions:
         new = f" and {plural(new_tokens, 'new one')}" if new_tokens else ""

@@ -1,4 +1,4 @@
-"""Which entries and tensors remain of a GGUF file after a removal of blocks, and of other parts."""
+"""Which entries and tensors of a GGUF file remain after a removal of blocks and other parts?"""
 
 from __future__ import annotations
 
@@ -34,14 +34,9 @@ class GgufSurgery:
 
 
 def plan_gguf_surgery(file: GgufFile, removals: Iterable[int], others: Mapping[str, Any] | None = None) -> GgufSurgery:
-    """Return the removal of these blocks, and of `others`, the values of options in `KINDS`.
+    """Plan the removal of these blocks, and of `others`, the values of options in `KINDS`.
 
-    They are checked against the file, and against how llama.cpp loads the result.
-
-    Raises:
-        UsageError: a block is named twice or does not exist, no block would remain, or such a value is wrong.
-        ModelError: the file holds no model, or its tensors do not match its number of blocks.
-        UnsupportedModelError: these blocks or other parts cannot be removed from this architecture.
+    Both are checked against the file, and against how llama.cpp loads the result.
     """
     blocks = tuple(removals)
     require_blocks(file)

@@ -29,7 +29,7 @@ from sleb_plugins import ModelError
 from sleb_plugins.errors import explain_out_of_memory
 
 DeviceMap = str | Mapping[str, int | str]
-"""Where the weights of each module are: the number of an accelerator, "cpu" or "disk"; or how to choose that."""
+"""Where the weights of each module are (the number of an accelerator, "cpu" or "disk"), or how to choose that."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,7 @@ class Placement:
 
     Attributes:
         device: where tokens go in and logits come out, and, unless a device map says otherwise, all weights are.
-        dtype: the data type.
-        rounded: the narrower data type that weights are rounded to first, as in the checkpoint to be written; None for
-            none.
+        rounded: the narrower data type that weights are rounded to first, as in the checkpoint to be written.
         stream: whether the blocks stay in the files, and are read one at a time.
         device_map: the places of modules, as `accelerate` takes them; None for `device` alone.
     """
@@ -61,11 +59,7 @@ _tokenizers: WeakKeyDictionary[Watch, Any] = WeakKeyDictionary()
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """Load the tokenizer, or return the one that was loaded for this source before.
-
-    Raises:
-        ModelError: the model has none.
-    """
+    """Load the tokenizer, or return the one that was loaded for this source before."""
     if source.watch in _tokenizers:
         return _tokenizers[source.watch]
     if not has_tokenizer(source):
@@ -84,12 +78,7 @@ def has_tokenizer(source: ModelSource) -> bool:
 
 
 def load_dense(architecture: Architecture, place: Placement, notify: Notify) -> Any:
-    """Load the dense model, its weights straight to their places.
-
-    Raises:
-        ModelError: the weights do not fit the config, or cannot be read.
-        OutOfMemory: they do not fit into the device's memory.
-    """
+    """Load the dense model, its weights straight to their places."""
     source = architecture.source
     with task(notify, f"Loading {source.id}"), explain_oom(source, place):
         source.weights.tensor_names()  # its errors name the broken file
@@ -100,12 +89,9 @@ def load_dense(architecture: Architecture, place: Placement, notify: Notify) -> 
 def load_pretrained(
     loader: Any, folder: Path | None, what: str, place: Placement, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Load a model with transformers, each weight to its place; return it with its loading info.
-
-    Errors name `what` was loaded.
-    """
+    """Load a model with transformers, each weight to its place; return it with its loading info."""
     with ExitStack() as stack:
-        # For weights that stay on disk in another form than in the files; the folder goes when the model does.
+        # For weights that stay on disk in another form than in the files; the folder goes with the model.
         offloaded = None if place.device_map is None else stack.enter_context(scratch_in_cache("offload"))
         with translate_transformers_errors(what), warnings.catch_warnings():
             # accelerate warns of the names of tensors that belong to no submodule.
@@ -125,13 +111,8 @@ def load_pretrained(
 def load_pruned(surgery: Surgery, place: Placement, notify: Notify, *, dense: Any = None) -> Any:
     """Load the model that `sleb apply` would write, without writing it.
 
-    With `dense`, the dense model in the same data type on the same device, the two share the weights of the kept blocks
-    and of what is outside the blocks; without it, they are read from the files. A device map names the places of the
-    dense model's modules.
-
-    Raises:
-        ModelError: the remaining weights do not fit the pruned config.
-        OutOfMemory: they do not fit into the device's memory.
+    With `dense`, the dense model in the same data type on the same device, the two share weights; without it, they are
+    read from the files. A device map names the places of the dense model's modules.
     """
     source = surgery.architecture.source
     with task(notify, f"Loading {source.id} without {surgery.description}"), explain_oom(source, place):
@@ -152,11 +133,10 @@ def load_pruned(surgery: Surgery, place: Placement, notify: Notify, *, dense: An
 
 def _cut(surgery: Surgery, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     remaining = surgery.tensors(tensors)
-    return {name: reduce(lambda value, cut: cut.of_tensor(value), slices, old) for name, old, slices in remaining}
+    return {name: reduce(lambda value, one: one.cut(value), slices, old) for name, old, slices in remaining}
 
 
 def _with_tensors(surgery: Surgery, tensors: dict[str, Tensor], place: Placement) -> Any:
-    """Build the pruned model from these tensors by their names in it; tensors on the device are not copied."""
     architecture = surgery.architecture
     config = architecture.read_config(surgery.prune_config())
     pruned = f"{architecture.source.id} without {surgery.description}"
@@ -177,7 +157,7 @@ def explain_oom(source: ModelSource, place: Placement) -> AbstractContextManager
 
 
 def loading_problem(info: dict[str, Any], *kinds: str) -> str | None:
-    """Return a clause on the first of `kinds` of weights in transformers' loading info, or None if there are none.
+    """Return a clause on the first of `kinds` of weights in transformers' loading info, or None.
 
     The kinds are "missing" (initialized at random), "unexpected" (not used) and "mismatched" (of another shape).
     """
@@ -191,7 +171,6 @@ def loading_problem(info: dict[str, Any], *kinds: str) -> str | None:
 def _load(
     architecture: Architecture, place: Placement, loader: Any, folder: Path | None, what: str, **options: Any
 ) -> Any:
-    """Load a model ready to compute, and refuse it if it lacks weights."""
     model, info = load_pretrained(loader, folder, what, place, ignore_mismatched_sizes=True, **options)
     if problem := loading_problem(info, "missing", "mismatched"):
         raise ModelError(

@@ -48,12 +48,7 @@ class Subject:
 
 
 def require_same_code(path: Path, plan: Plan, source: ModelSource) -> None:
-    """Check that a model's own Python code is the code of the plan, since a plan grants trust to nothing else.
-
-    Raises:
-        ModelError: the plan needs such code, and the user does not trust it in this command.
-        PlanError: it is other code, or the plan was made without any.
-    """
+    """Check that a model's own Python code is the code of the plan, which grants trust to nothing else."""
     planned, current = plan.made_for.code, source.code
     if planned == current:
         return
@@ -67,11 +62,7 @@ def require_same_code(path: Path, plan: Plan, source: ModelSource) -> None:
 
 
 def require_same_model(path: Path, plan: Plan, architecture: Architecture) -> None:
-    """Check that a plan was made for this model, wherever the model is stored now.
-
-    Raises:
-        PlanError: it was made for another model; the message names the differences.
-    """
+    """Check that a plan was made for this model, wherever the model is stored now."""
     planned, named = plan.made_for, architecture.record
 
     def identity(model: ModelRecord) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which tensors and settings remain of a model after a removal of blocks, and of other parts. No weight is read."""
+"""Which tensors and settings of a model remain after a removal of blocks and other parts? No weight is read."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Surgery:
 
     @cached_property
     def tokens(self) -> tuple[int, ...] | None:
-        """The tokens that stay, ascending, by their numbers before; None if all do."""
+        """The tokens that stay, ascending, by their old numbers; None if all do."""
         return next((cut.tokens for cut in self.cuts if cut.tokens is not None), None)
 
     def settings(self, file: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,13 +109,7 @@ class Surgery:
 def plan_surgery(
     architecture: Architecture, removals: Iterable[int], others: Mapping[str, Any] | None = None
 ) -> Surgery:
-    """Return the removal of these blocks, and of `others`, the values of options in `KINDS`, checked against the model.
-
-    Raises:
-        UsageError: a block is named twice or does not exist, no block would remain, or such a value is wrong.
-        UnsupportedModelError: the weight files do not number each block, the kept blocks would change, or other parts
-            cannot be cut.
-    """
+    """Plan the removal of these blocks, and of `others`, the values of options in `KINDS`, checked on the model."""
     blocks = tuple(removals)
     cuts = [plan_blocks(architecture, blocks)] if blocks else []
     planned = (KINDS[option].plan(architecture, value) for option, value in (others or {}).items())

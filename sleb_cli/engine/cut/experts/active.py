@@ -12,7 +12,7 @@ from sleb_cli.engine.cut.protocol import Cut, GgufCut, Removal
 from sleb_cli.engine.files.config_files import CONFIG
 from sleb_cli.engine.gguf.file import GgufFile
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.model.experts import ACTIVE, built_with, settings_of, with_setting
+from sleb_cli.engine.model.experts import ACTIVE, build_with_setting, integer_settings, with_setting
 from sleb_cli.results import PerTokenRecord
 from sleb_cli.units import plural
 from sleb_plugins import UnsupportedModelError, UsageError
@@ -90,11 +90,11 @@ class GgufActiveCut(ActiveRemoval, GgufCut):
 
 def plan_active(architecture: Architecture, after: int) -> ActiveCut:
     """Plan the change of the setting to this number."""
-    settings = settings_of(architecture.text_config.to_dict())
+    settings = integer_settings(architecture.text_config.to_dict())
     key, before = next(((path, number) for path, number in settings if path[-1] in ACTIVE), ((), 0))
     if after >= before:
         raise _none_to_spare(architecture.source.id, before, after)
-    fewer = built_with(architecture, key, after)
+    fewer = build_with_setting(architecture, key, after)
     states = (model.state_dict().items() for model in (architecture.skeleton, fewer))
     dense, changed = ([(name, tensor.shape) for name, tensor in state] for state in states)
     if dense != changed:

@@ -14,7 +14,7 @@ from sleb_plugins.engine import EngineSettings, LoadedModel, TimedRun
 from sleb_plugins.errors import MachineError, UnsupportedModelError
 
 _BATCH_TOKENS = 2048
-"""The most tokens of one call, as in llama-bench."""
+"""Of one call, as in llama-bench."""
 
 _ERROR = 3
 """ggml's log level of errors."""
@@ -38,12 +38,7 @@ class LlamaCpp(PackagedEngine):
     title, module, extra = "llama.cpp", "llama_cpp", "llama-cpp"
 
     def load(self, model: Path, settings: EngineSettings) -> LoadedModel:
-        """Load a GGUF file, onto the GPU if this build of llama.cpp uses one.
-
-        Raises:
-            MachineError: llama-cpp-python is not installed, or memory is too small.
-            UnsupportedModelError: llama.cpp cannot read this file.
-        """
+        """Load a GGUF file, onto the GPU if this build of llama.cpp uses one."""
         return _LoadedGguf(self.imported(), model, settings)
 
 
@@ -52,7 +47,7 @@ class _LoadedGguf(LoadedModel):
         self._llama = llama
         self._context = None
         self.device = "gpu" if llama.llama_supports_gpu_offload() else "cpu"
-        errors = _listen(llama)
+        errors = _collect_errors(llama)  # and silence everything else, now and later
         self._model = llama.llama_model_load_from_file(str(file).encode(), llama.llama_model_default_params())
         if not self._model:
             raise UnsupportedModelError(
@@ -84,7 +79,7 @@ class _LoadedGguf(LoadedModel):
             for position, token in enumerate(prompt)
         ]
         chunks = [entries[start : start + _BATCH_TOKENS] for start in range(0, len(entries), _BATCH_TOKENS)]
-        with _batches(self._llama, [*chunks, entries[: len(prompts)]]) as (*prepared, step):
+        with _filled_batches(self._llama, [*chunks, entries[: len(prompts)]]) as (*prepared, step):
             start = time.perf_counter()
             chosen = [
                 token for batch, chunk in zip(prepared, chunks, strict=True) for token in self._decode(batch, chunk)
@@ -123,8 +118,7 @@ class _LoadedGguf(LoadedModel):
 
 
 @contextmanager
-def _batches(llama: Any, chunks: Sequence[Sequence[_Entry]]) -> Iterator[list[Any]]:
-    """Prepare batches outside the timed part."""
+def _filled_batches(llama: Any, chunks: Sequence[Sequence[_Entry]]) -> Iterator[list[Any]]:
     with ExitStack() as made:
         batches = [llama.llama_batch_init(len(chunk), 0, 1) for chunk in chunks]
         for batch, chunk in zip(batches, chunks, strict=True):
@@ -143,8 +137,7 @@ def _fill(batch: Any, entries: Sequence[_Entry]) -> None:
         batch.logits[row] = entry.is_last
 
 
-def _listen(llama: Any) -> list[str]:
-    """Collect the errors that llama.cpp would print, and silence everything else, now and later."""
+def _collect_errors(llama: Any) -> list[str]:
     errors: list[str] = []
 
     def listen(level: int, text: bytes, _: Any) -> None:

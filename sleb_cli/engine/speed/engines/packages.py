@@ -13,34 +13,20 @@ from sleb_plugins.errors import MachineError
 
 
 class PackagedEngine(Engine):
-    """An engine in a Python package, which an extra of ours installs.
-
-    Attributes:
-        title: what errors call it.
-        module: its module.
-        extra: the extra.
-    """
+    """An engine in a Python package, which an extra of ours installs; errors call it `title`."""
 
     title: ClassVar[str]
     module: ClassVar[str]
     extra: ClassVar[str]
 
     def version(self) -> str:
-        """Return the distribution and its version; builds for CPUs have names of their own.
-
-        Raises:
-            MachineError: it is not installed.
-        """
+        """Return the distribution and its version; builds for CPUs have names of their own."""
         self.imported()
         names = packages_distributions().get(self.module)
         return f"{names[0]} {version(names[0])}" if names else self.module
 
     def imported(self) -> Any:
-        """Return the module.
-
-        Raises:
-            MachineError: it is not installed, or does not load on this machine.
-        """
+        """Return the module, or say how to install it."""
         if find_spec(self.module) is None:
             raise MachineError(f"{self.title} is not installed.", hint=f"Run `pip install 'sleb[{self.extra}]'`.")
         failed = f"{self.title} is installed, but does not load"

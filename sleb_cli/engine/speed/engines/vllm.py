@@ -17,7 +17,7 @@ from sleb_plugins.engine import EngineSettings, LoadedModel, TimedRun
 from sleb_plugins.errors import MachineError
 
 _MEMORY_SHARE = 0.9
-"""The share of a GPU's memory, or of what is free of a CPU's, that all models take together: vLLM's default."""
+"""Of a GPU's memory, or of a CPU's free memory, that all models take together: vLLM's default."""
 
 
 class Vllm(PackagedEngine):
@@ -32,11 +32,7 @@ class Vllm(PackagedEngine):
     """How many models are in memory now."""
 
     def load(self, model: Path, settings: EngineSettings) -> LoadedModel:
-        """Load a checkpoint folder.
-
-        Raises:
-            MachineError: vLLM is not installed, or does not start with this model on this machine.
-        """
+        """Load a checkpoint folder."""
         vllm = self.imported()
         hint = "Run `vllm serve` on the folder for more; with less memory, measure one size at a time."
         with translate_errors(error_saying(MachineError, f"vLLM does not start with {model.name}", hint)):
@@ -96,7 +92,7 @@ class _LoadedCheckpoint(LoadedModel):
 
 
 def _memory_share(device: str, models: int, loaded: int) -> float:
-    """Return the share of the device's memory that the next of the models may take, weights and all; vLLM takes it."""
+    # vLLM takes the whole share at once, weights and all, so each model gets a part.
     if device != "cpu":
         return _MEMORY_SHARE / models
     memory = psutil.virtual_memory()
