@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import parser
+from draw_when_it_pays import Mark, draw
 
 from sleb_cli.engine.statistics import paired_difference
 from sleb_cli.results import BenchResult, EvalResult, PrunedTaskScores, Removals, TaskResult
@@ -145,34 +146,14 @@ def kept_with_interval(found: Estimate) -> str:
     return f"{share:.0%}" + (f" ({ends.low:.0%} to {ends.high:.0%})" if ends else "")
 
 
-def draw(rows: Iterable[Row], file: Path) -> None:
-    """Draw each kind of use and each text against bytes and against the speed of prompts, pruned models in blue."""
-    import matplotlib.pyplot as plt
-
-    rows = list(rows)
-    prompt = next(name for name in rows[0].speeds if name.startswith("prompt"))
-    places = {"GB": lambda each: each.bytes / 1e9, f"tokens a second, {prompt}": lambda each: each.speeds[prompt]}
-    uses = dict.fromkeys(use for each in rows for use in each.uses)
-    panels = {f"{use}, kept": [each.uses.get(use) for each in rows] for use in uses}
-    for text in rows[0].perplexities:
-        panels[f"perplexity of {text}"] = [(each.perplexities[text], None) for each in rows]
-    figure, axes = plt.subplots(len(panels), 2, figsize=(9, 3 * len(panels)), squeeze=False, sharey="row", sharex="col")
-    for (title, values), line in zip(panels.items(), axes, strict=True):
-        for axis, place in zip(line, places.values(), strict=True):
-            for number, (each, value) in enumerate(zip(rows, values, strict=True)):
-                share, ends = value or (1.0, None)
-                if value or each is rows[0]:
-                    reach = [[share - ends.low], [ends.high - share]] if ends else None
-                    color = "tab:blue" if "blocks" in each.name else "tab:orange"
-                    axis.errorbar(place(each), share, reach, fmt="o", color=color, elinewidth=0.7)
-                    offset = (4, 3 - 9 * (number % 2))
-                    axis.annotate(each.name, (place(each), share), offset, textcoords="offset points", fontsize=6)
-            axis.set_title(title, fontsize=9)
-            axis.margins(x=0.4)
-    for axis, label in zip(axes[-1], places, strict=True):
-        axis.set_xlabel(label)
-    figure.tight_layout()
-    figure.savefig(file)
+def marks_of(rows: list[Row]) -> Iterator[Mark]:
+    dense = rows[0]
+    prompt = next(name for name in dense.speeds if name.startswith("prompt"))
+    for each in (dense, *(row for row in rows if row.uses)):
+        size, _, recovery = each.name.partition(", ")
+        label, _, blocks = size.partition(" of ")
+        recipe = "all blocks" if each is dense else recovery or ("blocks removed" if blocks else "fewer bits")
+        yield Mark(label, recipe, each.bytes / 1e9, each.speeds[prompt] / dense.speeds[prompt], each.uses)
 
 
 def main() -> None:
@@ -181,7 +162,7 @@ def main() -> None:
     options = parser(__doc__, "model", "work", **lists, **others, chat=False).parse_args()
     rows = list(Bench(options).rows())
     print("\n".join(to_markdown(table(rows))))
-    draw(rows, Path(options.work) / "when-it-pays.svg")
+    (Path(options.work) / "when-it-pays.svg").write_text(draw(list(marks_of(rows))), encoding="utf-8")
 
 
 if __name__ == "__main__":

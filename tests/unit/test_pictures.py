@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = {"search.svg": "docs/images/draw_search.py"}
+SCRIPTS = {"search.svg": "docs/images/draw_search.py", "when-it-pays.svg": "tests/benchmarks/draw_when_it_pays.py"}
 
 
 def words(svg):
