@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sleb_cli.exporters.report.drawing import INK, MUTED, SERIES, Plot, picture, scaled
+from sleb_cli.exporters.report.drawing import INK, MUTED, SERIES, Plot, render_svg, scale_estimates
 from sleb_cli.results import Interval
 from sleb_cli.tables.quality import Estimate
 
@@ -95,7 +95,7 @@ def share(percent: float, low: float, high: float) -> Estimate:
 def draw(marks: Sequence[Mark]) -> str:
     """Draw what is kept against bytes and against speed, as SVG for light and dark pages."""
     caption = "\n".join(["The share of the dense model's score that is kept, by size and by speed.", *map(str, marks)])
-    svg = picture(Plot("When pruning pays", caption, HEIGHT, partial(_draw_panels, marks))).decode()
+    svg = render_svg(Plot("When pruning pays", caption, HEIGHT, partial(_draw_panels, marks))).decode()
     rules = [
         f'[style*="{kind}: {light}"] {{ {kind}: {dark} !important }}\n'
         for light, dark in DARK.items()
@@ -132,7 +132,7 @@ def _draw_panels(marks: Sequence[Mark], figure: Figure) -> None:
 def _draw_mark(axis: Axes, mark: Mark, place: float, shape: str, uses: dict[str, str]) -> None:
     """Draw a model once for each use; a number of blocks stands in its marker, and a name below its interval."""
     for use, estimate in (mark.kept or {"": (1.0, None)}).items():
-        (value,), reach = scaled([estimate], 1)
+        (value,), reach = scale_estimates([estimate], 1)
         colour = uses.get(use, INK)
         axis.errorbar([place], [value], reach, fmt="none", color=colour, elinewidth=1.5, alpha=0.5)
         axis.plot([place], [value], shape, color=colour, markersize=SHAPES[shape])
