@@ -22,7 +22,7 @@ from sleb_cli.engine.cut.experts.routing import watch_routing
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.forward.prepare import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.search.experts import sums_of
+from sleb_cli.engine.search.experts import sum_expert_use
 from sleb_cli.events import ignore
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
@@ -37,7 +37,7 @@ def main() -> None:
         jobs = [(batch, ()) for batch in passes.numbers]
         for _ in range(options.runs):
             for counts in seconds:
-                counting = watch_routing(experts, [*blocks], lambda _, routing: sums_of(routing, experts.count))
+                counting = watch_routing(experts, [*blocks], lambda _, routing: sum_expert_use(routing, experts.count))
                 with counting if counts else nullcontext():
                     started = time.perf_counter()
                     for _ in passes.score(NegativeLogLikelihood(), (), jobs):

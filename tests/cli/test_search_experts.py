@@ -12,7 +12,7 @@ from families import tiny_config
 from gguf_models import write_gguf
 from sleb_cli.engine.cut.experts.routing import Routing
 from sleb_cli.engine.search import experts as search
-from sleb_cli.engine.search.experts import lowest, sums_of
+from sleb_cli.engine.search.experts import rank_by_group, sum_expert_use
 from sleb_cli.engine.search.journal import Journal
 from sleb_cli.plan import Plan, read_plan
 from sleb_plugins import PlanError
@@ -150,9 +150,9 @@ def test_memory_that_runs_out_counts_nothing_twice(ranked, monkeypatch):
             raise AssertionError
         if len(routing.hidden) > 32:
             raise torch.OutOfMemoryError
-        return sums_of(routing, count)
+        return sum_expert_use(routing, count)
 
-    monkeypatch.setattr(search, "sums_of", short)
+    monkeypatch.setattr(search, "sum_expert_use", short)
     found = ranked("--remove", 2, "--batch-size", 4)
     for ours, theirs in zip(found.experts.blocks, whole.experts.blocks, strict=True):
         assert (ours.tokens, ours.removals) == (theirs.tokens, theirs.removals)
@@ -251,5 +251,5 @@ def test_a_loss_without_a_finite_perplexity_is_an_error(run_sleb, mixtral, text_
 
 
 def test_the_lowest_of_each_group_go_first():
-    assert lowest([3, 1, 2, 1, 0, 9, 9, 5], 2) == (1, 4, 3, 7, 2, 5, 0, 6)
-    assert lowest([1, 1, 0], 1) == (2, 0, 1)
+    assert rank_by_group([3, 1, 2, 1, 0, 9, 9, 5], 2) == (1, 4, 3, 7, 2, 5, 0, 6)
+    assert rank_by_group([1, 1, 0], 1) == (2, 0, 1)

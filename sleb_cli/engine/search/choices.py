@@ -1,4 +1,4 @@
-"""What a search scores and decides at each step (Song et al., ICML 2024, Algorithm 1), independent of any model."""
+"""The scores and the choice of each step (Song et al., ICML 2024, Algorithm 1), independent of any model."""
 
 from __future__ import annotations
 
@@ -22,10 +22,7 @@ class NoFiniteScore(ModelError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """The score of each candidate of a step; if they raced, of each survivor.
-
-    A score that is not a finite number becomes infinite: worse than any that is.
-    """
+    """The score of each candidate of a step, or of each survivor of a race; infinite if it is not a finite number."""
 
     scores: Mapping[int, float]
     race: RaceRecord | None = None
@@ -67,7 +64,7 @@ Candidates = Callable[[Sequence[int]], Sequence[int]]
 
 @dataclass(frozen=True)
 class Protection:
-    """Blocks that are never candidates: `first` and `last` count from the ends of what remains; `blocks` are named."""
+    """Blocks that are never candidates: the first and last of what remains, and these `blocks`."""
 
     first: int = 0
     last: int = 0
@@ -81,7 +78,7 @@ class Protection:
 
 
 def comparable(score: float) -> float:
-    """Return the score, or infinity if it is not finite: worse than any that is, and comparable, unlike NaN."""
+    """Return the score, or infinity in place of NaN or minus infinity: worse than any finite score."""
     return score if math.isfinite(score) else math.inf
 
 
@@ -91,11 +88,7 @@ def ranking(scores: Mapping[int, float]) -> list[int]:
 
 
 def require_best(outcome: Outcome, removed: Sequence[int]) -> int:
-    """Return the candidate with the lowest score.
-
-    Raises:
-        NoFiniteScore: no score is finite; the message names the blocks.
-    """
+    """Return the candidate with the lowest score; raise NoFiniteScore if it is infinite."""
     best = outcome.best
     if outcome.scores[best] == math.inf:
         without = f" (with {', '.join(map(str, removed))} already removed)" if removed else ""

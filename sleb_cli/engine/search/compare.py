@@ -1,4 +1,4 @@
-"""`sleb search --compare`: one search per metric, on the same loaded model and the same calibration text."""
+"""`sleb search --compare`: one search per metric, with one loaded model and calibration text."""
 
 from __future__ import annotations
 
@@ -20,31 +20,20 @@ from sleb_cli.results import ComparedRecord, CompareResult
 def compare_removals(
     searches: Sequence[Search], file: Path, group: ProcessGroup, notify: Notify
 ) -> tuple[CompareResult, list[Plan]]:
-    """Run each search, and return all results and the plans, of which the best belongs in `file`.
+    """Run each search, and return their comparison and the plans, of which the best belongs in `file`.
 
-    The best plan has the lowest perplexity on the held-out sequences, or on the calibration text if none are held out.
-    Each search keeps its own journal; delete them once the plans are written.
+    It has the lowest perplexity, on held-out sequences if there are any. Each search keeps its own journal; delete them
+    once the plans are written.
     """
     inputs = load_inputs(searches[0], group, notify)
     plans: list[Plan] = []
     for number, search in enumerate(searches, start=1):
         notify(Notice(f"{number} of {len(searches)}: {_name(search)}"))
-        free_memory()  # each search takes a share of what is free, which the last one's states are not yet
+        free_memory()  # each search takes a share of the free memory, where the last one's hidden states still are
         plans.append(run_search(search, inputs, time.monotonic()))
     number = min(range(len(plans)), key=lambda n: plans[n].held_out_perplexity or plans[n].perplexity)
     best = plans[number]
-    compared = [
-        ComparedRecord(
-            metric=str(search.recording.options["metric"]),
-            strategy=search.method.strategy_name,
-            removals=plan.largest,
-            perplexity=plan.perplexity,
-            held_out_perplexity=plan.held_out_perplexity,
-            seconds=plan.environment.seconds,
-            file=str(file if plan is best else search.recording.plan_file),
-        )
-        for search, plan in zip(searches, plans, strict=True)
-    ]
+    files = [file if plan is best else search.recording.plan_file for search, plan in zip(searches, plans, strict=True)]
     result = CompareResult(
         **THIS_VERSION,
         kind="compare",
@@ -55,10 +44,22 @@ def compare_removals(
         device=best.search.device,
         dense_perplexity=best.dense.perplexity,
         dense_held_out_perplexity=best.dense.held_out.perplexity if best.dense.held_out else None,
-        compared=tuple(compared),
+        compared=tuple(map(_compared, searches, plans, files)),
         best=_name(searches[number]),
     )
     return result, plans
+
+
+def _compared(search: Search, plan: Plan, file: Path) -> ComparedRecord:
+    return ComparedRecord(
+        metric=str(search.recording.options["metric"]),
+        strategy=search.method.strategy_name,
+        removals=plan.largest,
+        perplexity=plan.perplexity,
+        held_out_perplexity=plan.held_out_perplexity,
+        seconds=plan.environment.seconds,
+        file=str(file),
+    )
 
 
 def _name(search: Search) -> str:

@@ -1,6 +1,6 @@
 """`sleb search --unit experts`: one walk counts how texts use the experts, another measures the model without some.
 
-No subsets are searched: on the text that it is summed on, a sum finds about what an exact search finds.
+No subsets are searched: a sum over a text finds about the experts that an exact search on this text finds.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from sleb_plugins import ExpertUse, ModelError
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 PIECE_BYTES = 64 << 20
-"""About how much the outputs of single experts take at once."""
+"""About the size of the outputs of single experts that exist at once."""
 
 SCORED_WALK = 1.5
-"""What a walk that counts costs, in walks that do not: the experts run twice."""
+"""The cost of a walk that counts, in walks that do not: the experts run twice."""
 
 Sums = Tensor
 """The fields of `ExpertUse` of a block, float64 [6, experts]."""
 
 
 @dataclass(frozen=True)
-class Text:
-    """The sequences of one source, scored or held out, and the batches of the passes that hold them."""
+class SourceBatches:
+    """One source's scored or held-out sequences, as batches of the passes."""
 
     source: str
     held_out: bool
@@ -58,11 +58,7 @@ class Text:
 
 
 def search_experts(search: Search, method: ExpertMethod, inputs: SearchInputs, started: float) -> Plan:
-    """Choose which experts of each block go, and measure the model without them.
-
-    Raises:
-        SlebError: a subclass that fits, for problems that only show once the model runs.
-    """
+    """Choose which experts of each block go, and measure the model without them."""
     architecture, model = search.model.architecture, inputs.model
     unchanged = architecture.source.watch.unchanged
     with unchanged(), model, task(inputs.notify, "Checking the engine"):
@@ -79,20 +75,19 @@ def search_experts(search: Search, method: ExpertMethod, inputs: SearchInputs, s
         engine_reason=reason,
     )
     with open_search_journal(search, inputs, record) as journal, unchanged(), model, torch.inference_mode():
-        measuring = _Measuring(architecture, passes, texts, journal, inputs.notify)
-        measuring.count_uses()
-        orders = tuple(measuring.order(method, block) for block in architecture.experts.blocks)
+        scoring = _ExpertScoring(architecture, passes, texts, journal, inputs.notify)
+        scoring.count_uses()
+        orders = tuple(scoring.rank(method, block) for block in architecture.experts.blocks)
         removed = {order.block: order.removals for order in orders}
         cut = ExpertCut(architecture.experts.count, removed, architecture)
         with cut.simulate(model.model):
-            measuring.measure(cut.steps, f"Measuring without {cut.description}")
+            scoring.measure(cut.steps, f"Measuring without {cut.description}")
         sample = write_sample(search, inputs, (), cut.simulate(model.model))
-    findings = {"dense": measuring.dense_record(), "experts": measuring.plan(orders, cut), "sample_generation": sample}
+    findings = {"dense": scoring.dense_record(), "experts": scoring.plan(orders, cut), "sample_generation": sample}
     return make_plan(search, inputs, record, started, search=record, removals=(), steps=(), **findings)
 
 
-def _passes(search: Search, inputs: SearchInputs, holdout: float) -> tuple[Passes, list[Text], str | None]:
-    """Fit the passes into memory, with batches that each belong to one text."""
+def _passes(search: Search, inputs: SearchInputs, holdout: float) -> tuple[Passes, list[SourceBatches], str | None]:
     whole = inputs.calibration.to(inputs.model.device)
     prepared, reason = prepare_passes(
         inputs.model,
@@ -103,32 +98,32 @@ def _passes(search: Search, inputs: SearchInputs, holdout: float) -> tuple[Passe
         batch_size=search.model.batch_size,
         walks_together=True,
     )
-    texts, batches, masks = list[Text](), list[Tensor](), list[Tensor]()
+    texts, batches, masks = list[SourceBatches](), list[Tensor](), list[Tensor]()
+    # Each batch belongs to one text.
     for is_held_out, calibration in enumerate(filter(None, hold_out(whole, holdout))):
         for source in dict.fromkeys(calibration.origins):
             ids, mask = calibration.sequences_of(source)
             first, size = len(batches), prepared.budget.sequences
             batches += torch.split(ids, size)
             masks += [] if mask is None else torch.split(mask, size)
-            texts.append(Text(source, bool(is_held_out), len(ids), range(first, len(batches))))
+            texts.append(SourceBatches(source, bool(is_held_out), len(ids), range(first, len(batches))))
     budget = replace(prepared.budget, kept_branches=0)
     return replace(prepared, batches=batches, loss_mask=masks or None, budget=budget), texts, reason
 
 
 @dataclass
-class _Measuring:
-    """Measures losses and the use of experts, batch by batch; processes share them, and the journal keeps them."""
+class _ExpertScoring:
+    """Measures losses and the use of experts, batch by batch; processes share the work, and the journal."""
 
     architecture: Architecture
     passes: Passes
-    texts: Sequence[Text]
+    texts: Sequence[SourceBatches]
     journal: Journal
     notify: Notify
     sums: dict[int, dict[int, Sums]] = field(default_factory=lambda: defaultdict(dict), init=False)
-    """Of batches that run now, by block."""
+    """The sums of the batches that run now, by block."""
 
     def count_uses(self) -> None:
-        """Count how each batch uses the experts of each block, and measure the dense model on it."""
         self._announce()
         experts, model, current = self.architecture.experts, self.passes.skippable.model, 0
 
@@ -141,7 +136,7 @@ class _Measuring:
 
         def add(block: int, routing: Routing) -> None:
             of_batch = self.sums[current]
-            of_batch[block] = sums_of(routing, experts.count) + of_batch.get(block, 0)
+            of_batch[block] = sum_expert_use(routing, experts.count) + of_batch.get(block, 0)
 
         self.passes.watch = watch
         with watch_routing(experts, [*self.architecture.blocks_of(model)], add):
@@ -154,15 +149,15 @@ class _Measuring:
         walks = (1 + SCORED_WALK) * len(skippable.switches) + 2 * skippable.head_blocks
         announce(self.notify, f"Search: two walks of {tokens:,.0f} tokens", tokens * walks, skippable, batches[0])
 
-    def measure(self, removed: Sequence[int], what: str) -> None:
-        """Measure the losses of the batches without `removed`, and record the sums counted meanwhile."""
+    def measure(self, removed: Sequence[int], title: str) -> None:
         missing = [batch for batch in self.passes.numbers if self.journal.find(removed, None, batch) is None]
         group = self.journal.group
         if self.passes.skippable.weights.resident:
             turns = [*deal(missing, group.size)]
-        else:  # one turn, which reads the weights once
+        else:  # a single turn reads streamed weights once
             turns = [[missing[rank :: group.size] for rank in range(group.size)]]
-        with task(self.notify, what, sum(len(self.passes.batches[batch]) for batch in missing), "sequences") as advance:
+        sequences = sum(len(self.passes.batches[batch]) for batch in missing)
+        with task(self.notify, title, sequences, "sequences") as advance:
             for turn in turns if missing else ():
                 jobs: list[Job] = [(batch, ()) for batch in turn[group.rank]]
                 for batch, _, losses in self.passes.score(NegativeLogLikelihood(), (), jobs, advance=advance):
@@ -179,10 +174,9 @@ class _Measuring:
             )
         for block, sums in self.sums.pop(batch, {}).items():
             self.journal.add(sums.flatten().tolist(), (), block, batch)
-        self.journal.add(losses, removed, None, batch)  # the last of a batch, so the others are there
+        self.journal.add(losses, removed, None, batch)  # last, so a batch with losses has its sums, too
 
-    def loss(self, removed: Sequence[int], texts: Sequence[Text]) -> float:
-        """Return the mean loss of the sequences of some texts, in nats per token."""
+    def loss(self, removed: Sequence[int], texts: Sequence[SourceBatches]) -> float:
         return fmean(self.journal.scores(removed, None, [batch for text in texts for batch in text.batches]))
 
     def dense_record(self) -> DenseRecord:
@@ -191,21 +185,18 @@ class _Measuring:
         held_out = None if held_loss is None else HeldOutRecord(loss=held_loss, perplexity=math.exp(held_loss))
         return DenseRecord(loss=loss, perplexity=math.exp(loss), held_out=held_out)
 
-    def use(self, block: int, texts: Iterable[Text]) -> ExpertUse:
-        """Add up how some texts use the experts of a block, in the order of their batches."""
+    def use(self, block: int, texts: Iterable[SourceBatches]) -> ExpertUse:
         rows = (self.journal.find((), block, batch) for text in texts for batch in text.batches)
         return ExpertUse(*torch.tensor([row for row in rows if row], dtype=torch.float64).sum(0).view(6, -1))
 
-    def order(self, method: ExpertMethod, block: int) -> ExpertOrder:
-        """Rank the experts of a block by the texts that are not held out, and say which go."""
+    def rank(self, method: ExpertMethod, block: int) -> ExpertOrder:
         use = self.use(block, (text for text in self.texts if not text.held_out))
         values: list[float] = method.metric.score_experts(use, block).tolist()
-        removals = lowest(values, self.architecture.experts.groups)[: method.fewer]
+        removals = rank_by_group(values, self.architecture.experts.groups)[: method.fewer]
         tokens = tuple(use.tokens.long().tolist())
         return ExpertOrder(block=block, removals=removals, scores=tuple(values), tokens=tokens)
 
     def plan(self, orders: tuple[ExpertOrder, ...], cut: ExpertCut) -> ExpertPlan:
-        """Return the record of the removal: the experts, the sizes before and after, and the losses on each text."""
         experts = self.architecture.experts
         return ExpertPlan(
             count=experts.count,
@@ -216,8 +207,7 @@ class _Measuring:
             **_sizes(cut),
         )
 
-    def text_record(self, text: Text, cut: ExpertCut) -> ExpertsText:
-        """Return the losses on a text, and how it uses the experts."""
+    def text_record(self, text: SourceBatches, cut: ExpertCut) -> ExpertsText:
         uses = {block: self.use(block, [text]) for block in self.architecture.experts.blocks}
         whole = sum(float(use.squared_products.sum()) for use in uses.values())
         remaining = sum(float(use.squared_products[list(cut.kept_experts(block))].sum()) for block, use in uses.items())
@@ -232,7 +222,7 @@ class _Measuring:
         )
 
 
-def sums_of(routing: Routing, count: int) -> Sums:
+def sum_expert_use(routing: Routing, count: int) -> Sums:
     """Add up how tokens use the experts: the fields of `ExpertUse`, float64 [6, experts]."""
     sums = torch.zeros(6, count, dtype=torch.float64)
     active, width = routing.experts.shape[-1], routing.hidden.shape[-1]
@@ -243,15 +233,15 @@ def sums_of(routing: Routing, count: int) -> Sums:
         chosen, gate = experts.reshape(-1), gates.reshape(-1).double().abs()
         norm = routing.run_alone(hidden.repeat_interleave(active, 0), chosen).float().norm(dim=-1).double()
         values = torch.stack([gate.new_ones(len(gate)), gate, norm, gate * norm, norm**2, (gate * norm) ** 2])
-        used = (chosen < count) & (gate != 0)  # neither one that computes nothing, nor one that is masked
+        used = (chosen < count) & (gate != 0)  # beyond the count, nothing is computed; a gate of 0 is masked
         sums.index_add_(1, chosen[used].long().cpu(), values[:, used].cpu())
     return sums
 
 
-def lowest(scores: Sequence[float], groups: int) -> tuple[int, ...]:
-    """Return the experts, the lowest score first, ties by number, taking one from each group in turn.
+def rank_by_group(scores: Sequence[float], groups: int) -> tuple[int, ...]:
+    """Rank the experts, the lowest score first and ties by number, taking one from each group in turn.
 
-    So any number of whole turns removes as many of each group.
+    So any number of whole turns removes equally many of each group.
     """
     size = len(scores) // groups
     of_groups = [sorted(range(first, first + size), key=scores.__getitem__) for first in range(0, len(scores), size)]
@@ -259,7 +249,6 @@ def lowest(scores: Sequence[float], groups: int) -> tuple[int, ...]:
 
 
 def _sizes(cut: ExpertCut) -> dict[str, tuple[int, int]]:
-    """Return the parameters, the parameters that a token uses, and the bytes of the weights, before and after."""
     architecture, stored = cut.architecture, cut.architecture.source.weights.stored
     parameters = sum(parameter.numel() for parameter in architecture.skeleton.parameters())
     of_expert = expert_parameters(architecture)

@@ -1,4 +1,4 @@
-"""Held-out calibration sequences, never searched on, which show whether a search overfits its text."""
+"""Does a search overfit its text? Calibration sequences that are held out tell."""
 
 from __future__ import annotations
 
@@ -13,21 +13,15 @@ from sleb_cli.plan import Step
 from sleb_plugins import UsageError
 
 MAX_ERROR_RATE = 0.05
-"""The share of searches at most that chance alone flags as overfitting, if differences are normally distributed."""
+"""At most this share of searches is flagged by chance alone, if differences are normally distributed."""
 
 # With fewer degrees of freedom, the standard error is too uncertain to conclude anything.
 MIN_DEGREES_OF_FREEDOM = 3
 
 
 def hold_out(calibration: Calibration, share: float) -> tuple[Calibration, Calibration | None]:
-    """Split off the last `share` of the sequences, rounded; both parts keep at least one sequence.
-
-    A mixture is interleaved, so its last sequences include each source if there are enough of them. The held-out
-    sequences of a single text come from its end.
-
-    Raises:
-        UsageError: there is only one sequence.
-    """
+    """Split off the last `share` of the sequences, rounded; both parts keep at least one sequence."""
+    # A mixture is interleaved, so its last sequences include each source if there are enough of them.
     if not share:
         return calibration, None
     count = len(calibration.sequences)
@@ -40,7 +34,7 @@ def hold_out(calibration: Calibration, share: float) -> tuple[Calibration, Calib
 
 
 def overfitting_note(steps: Sequence[Step]) -> str | None:
-    """Return a warning that names the first step that overfits, if any does."""
+    """Name the first step that overfits in a warning, if there is one."""
     for number, step in enumerate(steps, start=1):
         record = step.held_out
         if record is not None and record.overfits:
@@ -54,15 +48,11 @@ def overfitting_note(steps: Sequence[Step]) -> str | None:
 
 
 def overfitting_test(searched: Sequence[float], held_out: Sequence[float], tail: float) -> tuple[float, float, bool]:
-    """Return the generalization gap, its standard error, and whether the gap is larger than chance explains.
+    """Return the generalization gap, its standard error, and whether it is larger than chance explains.
 
-    Each sequence is paired with itself in the dense model, so its difficulty cancels out. If the search favoured
-    neither part, both would have the same variance, so this is Student's t-test of two means with a pooled variance.
-
-    Args:
-        searched: the growth of the loss of each searched sequence, in nats per token.
-        held_out: the growth of the loss of each held-out sequence.
-        tail: the allowed probability of a false positive.
+    `searched` and `held_out` are increases of each sequence's loss over the dense model's, in nats per token, so that
+    its difficulty cancels out. If the search favoured neither part, both would have the same variance, so this is
+    Student's t-test of two means with a pooled variance; `tail` is the allowed probability of a false positive.
     """
     generalization_gap = fmean(held_out) - fmean(searched)
     freedom = len(searched) + len(held_out) - 2

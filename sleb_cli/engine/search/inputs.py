@@ -1,4 +1,4 @@
-"""What searches of blocks and of experts share: the model and its text, loaded once, and how they are recorded."""
+"""Load the model and the text of a search of blocks or experts, and record how it ran."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PROMPT_TOKENS, NEW_TOKENS = 8, 2
 
 @dataclass(frozen=True)
 class SearchInputs:
-    """The inputs that all searches of one model on one text share, loaded once."""
+    """The inputs of all searches of one model on one text."""
 
     tokenizer: Any
     model: SkippableModel
@@ -46,11 +46,7 @@ class SearchInputs:
 
 
 def load_inputs(search: Search, group: ProcessGroup, notify: Notify) -> SearchInputs:
-    """Load the tokenizer, the text and the model.
-
-    Raises:
-        SlebError: a subclass that fits, for problems that only show once they are read.
-    """
+    """Load the tokenizer, the text and the model."""
     tokenizer = load_tokenizer(search.model.architecture.source)
     # Loaded at first use, so that a missing text is reported before gigabytes are read.
     model = cache(partial(_open_model, search, group, notify))
@@ -61,12 +57,10 @@ def load_inputs(search: Search, group: ProcessGroup, notify: Notify) -> SearchIn
 
 
 def _open_model(search: Search, group: ProcessGroup, notify: Notify) -> SkippableModel:
-    """Load the dense model, and say now if it does not work with a KV cache, as the proof of `apply` would.
-
-    That is left to the proof where it would cost a read of the weights, or where rounding may choose other experts.
-    """
     architecture, placement = search.model.architecture, search.model.placement
     model = open_dense(architecture, placement, notify)
+    # Warn now of a model that does not work with a KV cache, as the proof of `apply` would refuse it. Only the proof
+    # tells where the check would cost a read of the weights, or where rounding may choose other experts.
     may_round = placement.dtype.itemsize < 4 and "expert" in str(architecture.text_config)
     if not group.is_main or not model.weights.resident or placement.device_map or may_round:
         return model
@@ -75,14 +69,13 @@ def _open_model(search: Search, group: ProcessGroup, notify: Notify) -> Skippabl
     ids = (vocabulary // 2 + torch.arange(min(PROMPT_TOKENS, room), device=model.device)[None]) % vocabulary
     _, fault = check_decoding(model.model, ids, NEW_TOKENS, placement.dtype)
     with model:
-        if fault and bool(model.logits(ids, ()).isfinite().all()):  # else the search will say more
+        if fault and bool(model.logits(ids, ()).isfinite().all()):  # otherwise the search will say more
             needs = "Text that it writes, `sleb bench` and the proof of `sleb apply` need one; the search does not"
             notify(Warned(f"{architecture.source.id} does not work with a KV cache: {fault}. {needs}."))
     return model
 
 
 def _require_continuation(search: Search, plan: Plan, calibration: Calibration) -> None:
-    """Check that the extended plan was searched on the same tokens, with the same settings."""
     names = ("metric", "strategy", "protect_first", "protect_last", "fast", "holdout")
     current: dict[str, Any] = {name: search.recording.options.get(name) for name in names}
     assert isinstance(search.method, Method)
@@ -106,7 +99,7 @@ def _require_continuation(search: Search, plan: Plan, calibration: Calibration) 
 
 
 def search_record(search: Search, passes: Passes, held_out: int, **fields: Any) -> SearchRecord:
-    """Return the record of how a search runs; `held_out` counts sequences, and `fields` differ between units."""
+    """Record how a search runs; `held_out` counts sequences, and `fields` differ between blocks and experts."""
     method, placement = search.method, search.model.placement
     return SearchRecord(
         strategy=method.strategy_name,
@@ -122,7 +115,7 @@ def search_record(search: Search, passes: Passes, held_out: int, **fields: Any) 
 
 
 def _repeating_options(search: Search, record: SearchRecord, text: CalibrationRecord) -> dict[str, Any]:
-    """Return the options that repeat this search, also where the machine chose: they decide the last digits."""
+    # Options that the machine chose are named, too: they decide the last digits.
     model = search.model.architecture.record
     decided = {
         "model": model.id,
@@ -133,17 +126,15 @@ def _repeating_options(search: Search, record: SearchRecord, text: CalibrationRe
         "device": record.device,
         "batch_size": record.batch_size,
     }
-    if text.source not in REFERENCE_PRESETS:  # whose samples count rows of text
+    if text.source not in REFERENCE_PRESETS:  # their samples are rows of text, not sequences
         decided |= {"samples": text.sequences, "sequence_length": text.sequence_length}
     return {name: value for name, value in sorted({**search.recording.options, **decided}.items()) if value is not None}
 
 
 def open_search_journal(search: Search, inputs: SearchInputs, record: SearchRecord) -> AbstractContextManager[Journal]:
-    """Open the journal of this search, identified by all that its measurements depend on.
-
-    They do not depend on the number of removals, so a search for more blocks continues with the same journal.
-    """
+    """Open the journal of this search, identified by everything that its measurements depend on."""
     architecture = search.model.architecture
+    # Measurements do not depend on the number of removals, so a search for more blocks continues with this journal.
     key = key_of(
         architecture.identity,
         dtype=record.dtype,
@@ -163,7 +154,7 @@ def open_search_journal(search: Search, inputs: SearchInputs, record: SearchReco
 
 
 def make_plan(search: Search, inputs: SearchInputs, record: SearchRecord, started: float, /, **findings: Any) -> Plan:
-    """Return the plan of a search that began at `started`, with its findings."""
+    """Make the plan of a search that began at `started`."""
     text, took = inputs.calibration.record, time.monotonic() - started
     return Plan(
         **THIS_VERSION,
@@ -181,7 +172,7 @@ def write_sample(
     removals: tuple[int, ...],
     absent: AbstractContextManager[object] | None = None,
 ) -> SampleGeneration | None:
-    """Let the dense and the pruned model write a few words, if that was asked for."""
+    """Let the dense and the pruned model write a few words, if the search is to record any."""
     tokens, longest = search.recording.sample_tokens, search.model.architecture.longest_sequence
     write = partial(generate_sample, inputs.model, inputs.tokenizer, removals, tokens, longest, inputs.notify, absent)
     return inputs.group.from_main(write) if tokens else None

@@ -1,8 +1,7 @@
 """The journal of a search: every score as it is measured, so that an interrupted search loses nothing.
 
-The journal is a file next to the plan. Each line is a checksum and a JSON document; the first identifies the search,
-the others hold one measurement each. Lines are only appended, so whatever stops the program, earlier lines stay
-readable; an incomplete last line is ignored.
+It is a file next to the plan. Each line is a checksum and a JSON document; the first identifies the search, the others
+hold one measurement each. Lines are only appended, so whatever stops the program, earlier lines stay readable.
 """
 
 from __future__ import annotations
@@ -39,19 +38,19 @@ FORMAT = 1
 MAX_LINE_BYTES = 16 << 20
 
 Name = tuple[tuple[int, ...], int | None, int | None]
-"""What was measured: the removed blocks, the candidate, and the batch."""
+"""The removed blocks, the candidate, and the batch of a measurement."""
 
 Measurement = tuple[Name, list[float]]
-"""What was measured, and the score of each sequence."""
+"""Its name, and the score of each sequence."""
 
 
 def recorded_settings(journal: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
-    """Return these settings of an unfinished search, if they are of these types; none if it cannot be read."""
-    if journal.is_symlink() or not journal.is_file():  # but a pipe, perhaps
+    """Read these settings, if they have these types, from an unfinished search's journal; none if it is unreadable."""
+    if journal.is_symlink() or not journal.is_file():  # reading a pipe would wait
         return {}
     try:
         with journal.open("rb") as file:
-            begun = from_json(_content(file.readline(MAX_LINE_BYTES)) or b"")
+            begun = from_json(_intact_json(file.readline(MAX_LINE_BYTES)) or b"")
             settings = begun | begun["search"]
             return {name: settings[name] for name, kind in kinds.items() if isinstance(settings[name], kind)}
     except (OSError, ValueError, LookupError, TypeError):
@@ -59,7 +58,7 @@ def recorded_settings(journal: Path, kinds: Mapping[str, type]) -> dict[str, Any
 
 
 def delete_journal(path: Path, notify: Notify) -> None:
-    """Delete a journal once the plan is written; the listener is told if that fails."""
+    """Delete a journal once the plan is written; warn if that fails."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -67,7 +66,7 @@ def delete_journal(path: Path, notify: Notify) -> None:
 
 
 class _Line(Record):
-    """A line of the file; a score that was not a finite number is null."""
+    """A line of the file; null stands for a score that is not finite."""
 
     removed: tuple[int, ...]
     block: int | None
@@ -79,15 +78,9 @@ class Journal:
     """Scores measured so far, by removed blocks, candidate and batch.
 
     The order of removed blocks has no meaning. If a metric scores `whole_models`, neither does which block is the
-    candidate: 3 after 5 and 5 after 3 are the same model. Without a path, measurements are only in memory.
-
-    Args:
-        path: the file.
-        search: what identifies the search.
-        resume: whether to continue what the file holds.
-        group: the processes that search together; the main one writes the file, and all have what it holds.
-        whole_models: whether scores are of the model without all these blocks, rather than of the candidate.
-        require_valid: raises if a measurement about to be recorded is not of the model that it names.
+    candidate: 3 after 5 and 5 after 3 are the same model. Without a path, measurements are only in memory. The main
+    process writes the file, and all know its content. `search` identifies the search; `require_valid` raises if a
+    measurement about to be recorded is not of the model that it names.
     """
 
     def __init__(
@@ -114,7 +107,7 @@ class Journal:
         return len(self._known)
 
     @property
-    def is_kept(self) -> bool:
+    def is_saved(self) -> bool:
         """Whether this process has written measurements to the file."""
         return self._file is not None and bool(self._known)
 
@@ -128,23 +121,18 @@ class Journal:
         return self._known.get(self._key(removed, block, batch))
 
     def scores(self, removed: Sequence[int], block: int | None, batches: Iterable[int | None]) -> list[float]:
-        """Return the scores on these batches in turn, leaving out batches that were not measured."""
+        """Return the scores on these batches in turn, without batches that were not measured."""
         return [score for batch in batches for score in self.find(removed, block, batch) or ()]
 
     def add(
         self, scores: Sequence[float], removed: Sequence[int], block: int | None = None, batch: int | None = None
     ) -> None:
-        """Record a measurement. A score that is not finite is null in the file, and infinite when it is read.
-
-        Raises:
-            OutputError: the file cannot be written.
-            SlebError: what `require_valid` raises.
-        """
+        """Record a measurement; a score that is not finite is null in the file, and infinite when it is read."""
         self._new.append(((tuple(removed), block, batch), list(scores)))
         self._record(scores, removed, block, batch)
 
     def exchange(self) -> list[list[Measurement]]:
-        """Record what the other processes measured since the last exchange; return what each did, in their order."""
+        """Record all processes' measurements since the last exchange, and return them by rank."""
         measured = self.group.gather(self._new)
         self._new = []
         for rank, theirs in enumerate(measured):
@@ -153,7 +141,7 @@ class Journal:
         return measured
 
     def forget(self) -> None:
-        """Drop all measurements, which turned out to be worthless."""
+        """Drop all measurements, because they turned out to be worthless."""
         self._known.clear()
 
     def sync(self) -> None:
@@ -164,7 +152,7 @@ class Journal:
             self._synced = time.monotonic()
 
     def close(self) -> None:
-        """Close the file, and delete it if it holds no measurement."""
+        """Close the file; delete it if it has no measurement."""
         if self._file is not None and self._path is not None:
             self.sync()
             with writing(self._path):
@@ -206,13 +194,13 @@ class Journal:
             self.sync()
 
     def _read(self, file: BinaryIO, path: Path, search: Mapping[str, Any]) -> int:
-        """Read the complete lines, up to the first that is damaged, and return their length in bytes."""
+        # Returns the length in bytes of the complete lines, up to the first that is damaged.
         try:
             file.seek(0)
             line = file.readline(MAX_LINE_BYTES)
             if not line:
                 return 0
-            begun = from_json(_content(line) or b"")
+            begun = from_json(_intact_json(line) or b"")
             if not isinstance(begun, dict):
                 raise ValueError
             if begun.get("format") != search["format"]:
@@ -226,7 +214,7 @@ class Journal:
                     hint="Use the same model, data, metric and settings, or start over with --force.",
                 )
             whole = len(line)
-            while (content := _content(line := file.readline(MAX_LINE_BYTES))) is not None:
+            while (content := _intact_json(line := file.readline(MAX_LINE_BYTES))) is not None:
                 try:
                     parsed = _Line.model_validate_json(content)
                 except ValidationError:
@@ -248,6 +236,7 @@ class Journal:
 
     def _append(self, document: Mapping[str, Any]) -> None:
         if self._file is not None and self._path is not None:
+            # In one write, so that a crash leaves at most an incomplete last line.
             text = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
             with writing(self._path):
                 self._file.write(b"%08x %s\n" % (zlib.crc32(text), text))
@@ -261,35 +250,32 @@ def open_journal(
     """Start a journal for `search`, or with `resume`, continue it; for `options`, see `Journal`.
 
     Raises:
-        OutputError: the file cannot be written, is none of its own, or another search is writing it.
-        PlanError: the existing journal cannot be read, belongs to another search, or another version of sleb began
-            it; the message names the differences.
+        OutputError: the file cannot be written, is no journal, or another search is writing it.
+        PlanError: the journal cannot be read, or belongs to another search or version of sleb.
     """
     journal = Journal(path, search, resume=resume, **options)
-    if journal.is_kept:
+    if journal.is_saved:
         notify(Notice(f"Continuing with the {len(journal)} measurements in {path}."))
     try:
         yield journal
     except BaseException:
-        if journal.is_kept:
+        if journal.is_saved:
             notify(Notice(f"All measurements are kept in {path}: rerun with --resume to continue."))
         raise
     finally:
         journal.close()
 
 
-def _content(line: bytes) -> bytes | None:
-    """Return the JSON of a line, if the line is whole and its checksum right."""
+def _intact_json(line: bytes) -> bytes | None:
     checksum, _, text = line.rstrip(b"\n").partition(b" ")
     return text if line.endswith(b"\n") and checksum == b"%08x" % zlib.crc32(text) else None
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
-    """Lock the file against other searches, where the system supports it."""
     try:
         import fcntl
     except ImportError:
-        return
+        return  # Windows
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

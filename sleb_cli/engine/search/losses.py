@@ -19,11 +19,7 @@ MAX_LOSS = math.log(sys.float_info.max)
 
 
 def measure_dense(scoring: Scoring, name: str) -> DenseRecord:
-    """Measure the losses of the dense model, which has this name.
-
-    Raises:
-        ModelError: its perplexity is not finite.
-    """
+    """Measure the losses of the dense model, which messages call `name`."""
     with task(scoring.notify, "Measuring the dense model", scoring.sequences, "sequences") as advance:
         losses = scoring.losses((), advance=advance)
     held_out = scoring.losses((), held_out=True) if scoring.held_out else []
@@ -38,9 +34,9 @@ def measure_dense(scoring: Scoring, name: str) -> DenseRecord:
 def measure_held_out(
     scoring: Scoring, removed: tuple[int, ...], opening: str, comparisons: int = 1
 ) -> HeldOutRecord | None:
-    """Return the loss on the held-out sequences, and for a pruned model, whether it overfits the searched ones.
+    """Measure the loss on the held-out sequences, and whether a pruned model overfits the searched ones.
 
-    Of as many `comparisons`, one finds overfitting by chance with the probability `MAX_ERROR_RATE`.
+    If there is none, the chance that any of so many `comparisons` finds overfitting is `MAX_ERROR_RATE`.
     """
     if scoring.held_out is None:
         return None
@@ -55,11 +51,7 @@ def measure_held_out(
 
 
 def perplexity(scoring: Scoring, loss: float, opening: str) -> float:
-    """Return the perplexity; `opening` begins the sentence about one that is not finite: "Without block 5".
-
-    Raises:
-        ModelError: it is not finite.
-    """
+    """Return the perplexity; if it is not finite, raise a ModelError that begins with `opening` ("Without block 5")."""
     if not loss < MAX_LOSS:
         dtype = scoring.passes.skippable.model.dtype
         raise ModelError(

@@ -51,14 +51,7 @@ PRIOR_FREEDOM = 4
 
 @dataclass
 class Race:
-    """Which of a step's candidates are still scored.
-
-    Attributes:
-        candidates: all of them, in the order of the blocks.
-        sequences: how many sequences there are.
-        before: the race of the step before.
-        dropped: the candidates that dropped out.
-    """
+    """The race of a step's candidates, in the order of the blocks; `before` is the race of the step before."""
 
     candidates: Sequence[int]
     sequences: int
@@ -83,14 +76,11 @@ class Race:
 
     @property
     def evaluations(self) -> int:
-        """How many evaluations of one candidate on one sequence this step takes if no other candidate drops out."""
+        """The evaluations of a candidate on a sequence that this step takes if no other candidate drops out."""
         return len(self.contenders) * self.sequences + sum(drop.sequences for drop in self.dropped.values())
 
     def drop_beaten(self, scores: Mapping[int, Sequence[float]]) -> None:
-        """Drop each contender that is too far behind to matter.
-
-        `scores` holds every contender's scores so far, one per sequence and in the same order.
-        """
+        """Drop each contender that is too far behind; `scores` has all scores so far, in the order of the sequences."""
         blocks = [block for block in self.contenders if fmean(scores[block]) < math.inf]  # differences must be numbers
         seen = len(scores[blocks[0]]) if blocks else 0
         due = any(self._looked < look <= seen for look in look_schedule(self.sequences))
@@ -114,10 +104,8 @@ class Race:
                 self.dropped[block] = DropRecord(sequences=scores.shape[1], behind=distance, errors=errors)
 
     def _compare(self, blocks: Sequence[int], scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the distance of each column's block behind each row's over all sequences, and its variance.
-
-        The step before and this one's scores each estimate it, and are weighted by their precision.
-        """
+        # Returns how far each column's block is behind each row's over all sequences, and its variance. The step before
+        # and this step's scores each estimate it, and count by their precision.
         known = self.before._behind if self.before else {}
         drift = DRIFT * _median_distance(known)
         # The step before knows distances to its leader; their difference is the pair's, and both ends have drifted.
@@ -137,7 +125,7 @@ class Race:
         return weighted / precision, 1 / precision
 
     def outcome(self, scores: Mapping[int, float]) -> Outcome:
-        """Return the result, given the score of each survivor over all sequences."""
+        """Return the outcome, given the score of each survivor over all sequences."""
         best, *others = ranking(scores)
         self._behind |= {block: (score - scores[best], 0.0) for block, score in scores.items() if score < math.inf}
         margin = scores[others[0]] - scores[best] if others and scores[others[0]] < math.inf else None
@@ -145,7 +133,7 @@ class Race:
 
 
 def look_schedule(sequences: int) -> list[int]:
-    """Return after how many sequences candidates may drop out: each time a quarter more."""
+    """Return the numbers of sequences after which candidates may drop out: each time a quarter more."""
     looks, look = [], float(FIRST_LOOK)
     while look < LAST_LOOK * sequences:
         looks.append(int(look))
@@ -154,10 +142,10 @@ def look_schedule(sequences: int) -> list[int]:
 
 
 def rounds(batches: Sequence[int], *, few: bool = False) -> list[range]:
-    """Cut batches with these numbers of sequences where a race looks: after each round, candidates may drop out.
+    """Cut batches with these numbers of sequences into rounds, after which candidates may drop out.
 
-    A `few` rounds score ahead of most looks, where each round has to read the model: one ends after an eighth of the
-    sequences, and one after half. Who drops out does not depend on it.
+    With `few`, for models that each round has to read, they end after an eighth of the sequences and after half. That
+    scores ahead of most looks, but the same candidates drop out.
     """
     looks, ends, looked, seen = look_schedule(sum(batches)), [0], 0, 0
     for batch, size in enumerate(batches):
@@ -173,7 +161,7 @@ def rounds(batches: Sequence[int], *, few: bool = False) -> list[range]:
 
 
 def expected_improvement(behind: float, error: float) -> float:
-    """Return by how much a candidate improves on the leader, in expectation over where it turns out to be better."""
+    """Return the expectation of how far a candidate is ahead of the leader, counting 0 where it is behind."""
     if not error:
         return max(0.0, -behind)
     z = behind / error

@@ -1,4 +1,4 @@
-"""Which blocks may be removed next: those not protected, and without which the other blocks stay unchanged."""
+"""Which blocks may be removed next? They are not protected, and no other block depends on them."""
 
 from __future__ import annotations
 
@@ -12,22 +12,14 @@ from sleb_cli.units import plural
 
 
 class Removable:
-    """The candidates of each step of a search, each tried on the model without weights, so that `apply` can remove it.
-
-    If all blocks are of one kind, only the outermost candidates are tried: removing the first renumbers all later
-    blocks, and removing the last renumbers none.
-    """
+    """The candidates of each step, each tried on the model without weights, so that `apply` can remove it."""
 
     def __init__(self, architecture: Architecture, protection: Protection, notify: Notify) -> None:
         self.architecture, self.protection, self.notify = architecture, protection, notify
         self._known: dict[tuple[int, ...], list[int]] = {}
 
     def candidates(self, removed: Sequence[int]) -> list[int]:
-        """Return the blocks that may be removed after `removed`, in order; the result is cached.
-
-        Raises:
-            NoBlockLeft: none may; the message says why.
-        """
+        """Return the blocks that may be removed after `removed`, in order; raise NoBlockLeft if there is none."""
         gone = tuple(sorted(removed))
         if gone not in self._known:
             self._known[gone] = self._try(removed)
@@ -40,6 +32,7 @@ class Removable:
         free = self.protection.candidates(architecture.block_count, removed)
         if not free:
             raise NoBlockLeft(f"No block can be removed{after}.", hint=fewer if removed else "Protect fewer blocks.")
+        # Of blocks of one kind, the outermost are enough: removing the first renumbers all later blocks, the last none.
         is_uniform = not any(architecture.kinds)
         if is_uniform and not any(self._obstacle(removed, block) for block in (free[0], free[-1])):
             return free

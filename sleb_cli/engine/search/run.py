@@ -1,4 +1,4 @@
-"""`sleb search`: load a model and its text, remove block after block, and record what was found."""
+"""`sleb search`: load a model and its text, remove block after block, and record the choices in a plan."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.prepare import prepare_passes
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.search.bad_sequences import find_bad, unsound
+from sleb_cli.engine.search.bad_sequences import bad_sequences_error, find_bad_sequences
 from sleb_cli.engine.search.choices import Choice, NoBlockLeft, NoFiniteScore
 from sleb_cli.engine.search.experts import search_experts
 from sleb_cli.engine.search.held_out import hold_out, overfitting_note
@@ -34,7 +34,7 @@ from sleb_cli.engine.search.strategies import STRATEGIES, Problem
 from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Stop, perplexity_ratio
 from sleb_cli.engine.text.calibration import Calibration
 from sleb_cli.events import SEARCH_TASK, BlockRemoved, BlocksSwapped, Notice, Notify, SearchStarted, TaskFinished, task
-from sleb_cli.plan import DenseRecord, Plan, Step
+from sleb_cli.plan import DenseRecord, Plan, SearchRecord, Step
 from sleb_cli.plugin_calls import REPORT
 from sleb_plugins import HiddenStateMetric, LogitMetric, PluginError, UsageError
 
@@ -43,55 +43,34 @@ RACED_SEQUENCES = 7
 
 
 def find_removals(search: Search, group: ProcessGroup, notify: Notify) -> Plan:
-    """Search for the blocks or experts that the model can best do without, alone or together with other processes.
+    """Search for the blocks or experts that the model can best do without, alone or with other processes.
 
-    Measurements are kept in a journal next to the plan's file; delete it once the plan is written.
-
-    Raises:
-        SlebError: a subclass that fits, for problems that only show once the model is loaded.
+    A journal next to the plan's file keeps measurements; delete it once the plan is written.
     """
     started = time.monotonic()
     return run_search(search, load_inputs(search, group, notify), started)
 
 
 def run_search(search: Search, inputs: SearchInputs, started: float) -> Plan:
-    """Run a search that began at `started`, on inputs that it may share with others.
-
-    Raises:
-        SlebError: a subclass that fits, for problems that only show once the model runs.
-    """
+    """Run a search that began at `started`, on inputs that it may share with other searches."""
     if isinstance(search.method, ExpertMethod):
         return search_experts(search, search.method, inputs, started)
-    model, notify, method, extended = inputs.model, inputs.notify, search.method, search.extended
-    architecture = search.model.architecture
+    model, method, extended, source = inputs.model, search.method, search.extended, search.model.architecture.source
     stop = method.stop(model.model)
-    unchanged = architecture.source.watch.unchanged
     searched, reserved = hold_out(inputs.calibration.to(model.device), method.holdout)
-    with unchanged(), model, task(notify, "Checking the engine"):
+    with source.watch.unchanged(), model, task(inputs.notify, "Checking the engine"):
         passes, reason = _prepare(
             search.model, inputs, searched.shuffled() if method.fast else searched, fast=method.fast
         )
     held_out = passes.over(reserved.sequences, reserved.loss_mask) if reserved else None
-    protection, metric = method.removable.protection, method.metric
-    record = search_record(
-        search,
-        passes,
-        sum(map(len, held_out.batches)) if held_out else 0,
-        remove=stop.remove,
-        protect_first=protection.first,
-        protect_last=protection.last,
-        protect=protection.blocks,
-        fast=method.fast,
-        engine=engine_of(metric, passes),
-        engine_reason=reason if isinstance(metric, LogitMetric | HiddenStateMetric) else None,
-    )
-    with open_search_journal(search, inputs, record) as journal, unchanged():
+    record = _record(search, method, stop, passes, held_out, reason)
+    with open_search_journal(search, inputs, record) as journal, source.watch.unchanged():
         with model:
             scoring = _scoring(search, inputs, passes, held_out, journal)
-            dense = extended.dense if extended else measure_dense(scoring, architecture.source.id)
+            dense = extended.dense if extended else measure_dense(scoring, source.id)
             trace = _search_to_target(method, stop, extended, dense, scoring)
             if warning := overfitting_note(trace.steps):
-                notify(Notice(warning))
+                inputs.notify(Notice(warning))
             sample = write_sample(search, inputs, trace.removals)
         target = stop.target.record(trace.removals, trace.increase, trace.next_increase)
     return make_plan(
@@ -107,12 +86,30 @@ def run_search(search: Search, inputs: SearchInputs, started: float) -> Plan:
     )
 
 
+def _record(
+    search: Search, method: Method, stop: Stop, passes: Passes, held_out: Passes | None, reason: str | None
+) -> SearchRecord:
+    protection, metric = method.removable.protection, method.metric
+    return search_record(
+        search,
+        passes,
+        sum(map(len, held_out.batches)) if held_out else 0,
+        remove=stop.remove,
+        protect_first=protection.first,
+        protect_last=protection.last,
+        protect=protection.blocks,
+        fast=method.fast,
+        engine=engine_of(metric, passes),
+        engine_reason=reason if isinstance(metric, LogitMetric | HiddenStateMetric) else None,
+    )
+
+
 @dataclass
 class Trace:
-    """The course of a search: its steps, the blocks removed in the end, and the cost of the removal not made.
+    """The course of a search: its steps, and the blocks removed in the end.
 
-    The costs are increases of the loss over the dense model's, in nats per token. `next_increase` is None if no removal
-    was ruled out.
+    The increases are of the loss over the dense model's, in nats per token; the next removal's is None if none was
+    ruled out.
     """
 
     steps: list[Step]
@@ -122,13 +119,12 @@ class Trace:
 
 
 def _search_to_target(method: Method, stop: Stop, extended: Plan | None, dense: DenseRecord, scoring: Scoring) -> Trace:
-    """Search until the target is met, or until the next removal would exceed it."""
     target = stop.target
     if method.strategy_name == "refine" and isinstance(target, PerplexityTarget):
-        # It swaps only at its last size, which a greedy search finds; those measurements are not repeated.
+        # It swaps only at its last size, which a greedy search finds first; the journal has those measurements.
         greedy = _search_to_target(replace(method, strategy_name="greedy"), stop, extended, dense, scoring)
         refined = _remove_blocks(method, replace(stop, remove=len(greedy.removals)), extended, dense, scoring)
-        # A swap lowers the score, which may be another than the limited loss.
+        # A swap lowers the metric's score, but the target limits the loss.
         if refined.next_increase is None:
             return replace(refined, next_increase=greedy.next_increase)
         scoring.notify(Notice(f"Kept the greedy result: after swapping, perplexity is over {target.limit:g}x."))
@@ -146,7 +142,6 @@ def _search_to_target(method: Method, stop: Stop, extended: Plan | None, dense: 
 
 
 def _remove_blocks(method: Method, stop: Stop, extended: Plan | None, dense: DenseRecord, scoring: Scoring) -> Trace:
-    """Remove one block after the other, as the strategy chooses, until the target is met or would be exceeded."""
     target, notify = stop.target, scoring.notify
     trace = Trace(list(extended.steps), extended.removals) if extended else Trace([], ())
     problem = Problem(
@@ -186,7 +181,6 @@ def _remove_blocks(method: Method, stop: Stop, extended: Plan | None, dense: Den
 
 
 def _blame_plugin_metric(method: Method, scoring: Scoring, error: NoFiniteScore) -> None:
-    """Raise a `PluginError` if the model computes finite numbers where a plugin's metric does not."""
     plugin, block = method.implementation, error.removals[-1]
     if plugin.package != "sleb" and all(map(math.isfinite, scoring.losses(error.removals))):
         raise PluginError(
@@ -197,14 +191,14 @@ def _blame_plugin_metric(method: Method, scoring: Scoring, error: NoFiniteScore)
 
 
 def _announce(method: Method, problem: Problem, scoring: Scoring) -> None:
-    """Tell how long the search will take: on average, a candidate of a fork runs half of the blocks."""
     passes, metric, ids = scoring.passes, scoring.metric, scoring.passes.batches[0]
     skippable, processes = passes.skippable, scoring.journal.group.size
     if not isinstance(metric, LogitMetric | HiddenStateMetric):
-        return  # a metric of weights is fast, and how long one of the whole model takes is not known
+        return  # a metric of weights is fast, and one of the whole model takes an unknown time
     blocks, candidates = len(skippable.switches), len(problem.candidates(problem.removed))
     sets = STRATEGIES[method.strategy_name].evaluations(candidates, problem.remove - len(problem.removed))
     left, length = sets * scoring.sequences - scoring.journal.evaluations, ids.shape[1]
+    # On average, a candidate of a fork runs half of the blocks.
     of_logits = (blocks / 2 if passes.forks else blocks) + skippable.head_blocks
     blocks_per_evaluation = of_logits if isinstance(metric, LogitMetric) else 1.0
     raced = min(1.0, RACED_SEQUENCES / scoring.sequences) if method.fast else 1.0
@@ -234,11 +228,11 @@ def _scoring(
     @cache
     def require_sound() -> None:
         whole = inputs.calibration.to(inputs.model.device)
-        bad = inputs.group.from_main(lambda: find_bad(passes.over(whole.sequences, whole.loss_mask)))
+        bad = inputs.group.from_main(lambda: find_bad_sequences(passes.over(whole.sequences, whole.loss_mask)))
         if bad:
             journal.forget()
             name, dtype = search.model.architecture.source.id, search.model.placement.dtype
-            raise unsound(name, dtype, inputs.calibration, inputs.tokenizer, bad)
+            raise bad_sequences_error(name, dtype, inputs.calibration, inputs.tokenizer, bad)
 
     method = search.method
     assert isinstance(method, Method)
@@ -255,7 +249,6 @@ def _scoring(
 
 
 def _step(choice: Choice, before: tuple[int, ...], kind: str, scoring: Scoring, remove: int) -> Step:
-    """Return the record of a choice, `before` being the blocks removed at the previous size."""
     opening, loss = f"Without block {choice.block}", fmean(scoring.losses(choice.removals))
     return Step(
         block=choice.block,

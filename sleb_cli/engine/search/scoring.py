@@ -1,6 +1,6 @@
 """Score the removal of each candidate block, for each of the four kinds of metric.
 
-What the journal does not have is measured. Processes share that work, and exchange their measurements after each turn,
+Only scores that the journal lacks are measured. Processes share that work, and exchange measurements after each turn,
 so they decide alike.
 """
 
@@ -30,7 +30,7 @@ from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 
 def engine_of(metric: Metric, passes: Passes) -> Engine:
-    """Return the name of the way to score candidates by this metric."""
+    """Name the way in which candidates are scored by this metric."""
     if isinstance(metric, WeightMetric):
         return "weights"
     return "model" if isinstance(metric, ModelMetric) else "fork" if passes.forks else "plain"
@@ -41,11 +41,6 @@ class Scoring:
     """Scores candidates and measures losses by passes over the calibration sequences, and keeps them in the journal.
 
     Attributes:
-        metric: scores the candidates.
-        passes: run the calibration sequences through the model.
-        journal: holds every score.
-        tokenizer: the model's, for metrics that run the whole model.
-        notify: the listener for events.
         fast: whether candidates race.
         held_out: passes over sequences that the search never scores.
         require_sound: raises an error if the dense model itself computes numbers that are not finite.
@@ -61,7 +56,7 @@ class Scoring:
     require_sound: Callable[[], None] = lambda: None
     _weight_scores: dict[int, float] = field(default_factory=dict, init=False)
     _races: dict[tuple[int, ...], Race] = field(default_factory=dict, init=False)
-    """The races so far, by the blocks that were gone."""
+    """The races so far, by the blocks that were removed before."""
 
     @property
     def sequences(self) -> int:
@@ -69,11 +64,9 @@ class Scoring:
         return sum(len(batch) for batch in self.passes.batches)
 
     def losses(self, removed: Sequence[int], *, held_out: bool = False, advance: Advance = no_progress) -> list[float]:
-        """Return the negative log-likelihood of each sequence without these blocks, in nats per token.
-
-        With the metric `nll`, the scores of the last removed block are these losses, and are taken from the journal.
-        """
+        """Return the negative log-likelihood of each sequence without these blocks, in nats per token."""
         removed = tuple(removed)
+        # The scores of the last removed block by `nll` are these losses.
         if removed and self.metric.name == "nll" and not held_out:
             scores = self.journal.scores(removed[:-1], removed[-1], self._batches)
             if len(scores) == self.sequences:
@@ -86,16 +79,15 @@ class Scoring:
     def _shares(
         self, wanted: Iterable[Name], advance: Advance, cost: Cost | None = None, *, count_own: bool = True
     ) -> Iterator[list[Name]]:
-        """Yield this process's share of each turn of the missing measurements; exchange scores after each turn.
+        """Yield this process's share of each turn of the missing measurements, and exchange scores after it.
 
-        Recorded measurements count as done, and after each turn all processes' new ones do; this process's only if
-        `count_own`. If blocks are streamed, there is a single turn, to read the weights once.
+        The bar advances by recorded measurements, then by new ones; by this process's own only if `count_own`.
         """
         known, group = {name: self.journal.find(*name) for name in wanted}, self.journal.group
         advance(sum(self._evaluations((name, scores)) for name, scores in known.items() if scores))
         missing = {name: None for name, scores in known.items() if not scores}
         shares = [turn[group.rank] for turn in deal_names(missing, group.size, cost)]
-        if shares and not self.passes.skippable.weights.resident:
+        if shares and not self.passes.skippable.weights.resident:  # a single turn reads streamed weights once
             shares = [[name for share in shares for name in share]]
         for share in shares:
             yield share
@@ -109,16 +101,14 @@ class Scoring:
 
     @property
     def _batches(self) -> Sequence[int | None]:
-        """The batches by which the journal has the scores of a candidate."""
         return [None] if isinstance(self.metric, ModelMetric) else self.passes.numbers
 
-    def _means(self, removed: Sequence[int], blocks: Sequence[int]) -> dict[int, float]:
-        """Return the mean scores so far, of the candidates that have any."""
+    def _mean_scores(self, removed: Sequence[int], blocks: Sequence[int]) -> dict[int, float]:
         scores_of = {block: self.journal.scores(removed, block, self._batches) for block in blocks}
         return {block: fmean(scores) for block, scores in scores_of.items() if scores}
 
     def score(self, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
-        """Return the score of each candidate after these removals, or after a race, of each survivor.
+        """Score each candidate after these removals; of a race, return the survivors' scores.
 
         Raises:
             ModelError: the dense model computes numbers that are not finite.
@@ -137,10 +127,7 @@ class Scoring:
         return self._rank_nonfinite_last(outcome, removed)
 
     def score_spans(self, spans: Sequence[tuple[int, ...]], longest: int) -> Outcome:
-        """Return the score of the model without each span of blocks, which will have up to `longest`.
-
-        A metric of hidden states scores what enters and leaves a span; the scores of weights are added up.
-        """
+        """Score the model without each span of blocks, which will have up to `longest`."""
         metric = self.metric
         if not isinstance(metric, HiddenStateMetric | WeightMetric):
             return Outcome({span[-1]: self.score(span[:-1], span[-1:]).scores[span[-1]] for span in spans})
@@ -150,11 +137,11 @@ class Scoring:
             else:
                 if new := sorted({block for span in spans for block in span} - self._weight_scores.keys()):
                     self._weight_scores.update(Outcome(self._score_weights(metric, new, advance)).scores)
+                # A span's weights score as much as its blocks together.
                 outcome = Outcome({span[-1]: math.fsum(self._weight_scores[b] for b in span) for span in spans})
         return self._rank_nonfinite_last(outcome, ())
 
     def _rank_nonfinite_last(self, outcome: Outcome, removed: Sequence[int]) -> Outcome:
-        """Say that scores that are not finite rank last, or raise an error if the dense model is to blame."""
         if worst := [block for block, score in outcome.scores.items() if score == math.inf]:
             self.require_sound()
             after = f" (with {', '.join(map(str, removed))} removed)" if removed else ""
@@ -166,10 +153,9 @@ class Scoring:
     def _score_logits(
         self, metric: LogitMetric, removed: tuple[int, ...], candidates: Sequence[int], advance: Advance
     ) -> Outcome:
-        """Score the candidates batch by batch; in a race, the beaten drop out on the way."""
         if not self.fast:
             self._score_tokens(self.passes, metric, removed, candidates, self._batches, advance)
-            return Outcome(self._means(removed, candidates))
+            return Outcome(self._mean_scores(removed, candidates))
         race = Race(candidates, self.sequences, self._races.get(removed[:-1]) if removed else None)
         sizes = [len(batch) for batch in self.passes.batches]
         for batches in rounds(sizes, few=not self.passes.skippable.weights.resident):
@@ -180,7 +166,7 @@ class Scoring:
                 leader = self._leader(removed, race.contenders)
                 advance(expected - race.evaluations, f"{leader}, {len(race.contenders)} still racing")
         self._races[removed] = race
-        return race.outcome(self._means(removed, race.contenders))
+        return race.outcome(self._mean_scores(removed, race.contenders))
 
     @torch.inference_mode()
     def _score_tokens(
@@ -192,12 +178,12 @@ class Scoring:
         batches: Iterable[int | None],
         advance: Advance,
     ) -> None:
-        """Score the model without each candidate, or without candidates, as it stands."""
+        # Without candidates, the model without the removed blocks is scored.
         blocks: Sequence[int | None] = candidates or [None]
         depth = len(self.passes.skippable.switches) + self.passes.skippable.head_blocks
 
         def cost(block: int) -> float:
-            # About how many blocks a candidate runs, of those it shares with others only what the last one did not.
+            # A fork runs only the blocks behind the candidate, and shares those before it with other candidates.
             return depth - block if passes.forks else 1.0
 
         names = [(removed, block, batch) for batch in batches for block in blocks]
@@ -206,15 +192,15 @@ class Scoring:
                 (batch, [block for _, block, _ in of_batch if block is not None])
                 for batch, of_batch in groupby(mine, key=lambda name: name[2] or 0)
             ]
-            # The next step probably starts at one of the best so far, or before any is scored, of the step before.
-            best = ranking(self._means(removed, candidates) or self._means(removed[:-1], candidates))
+            # Keep the branches of the best: the next step probably starts at one. At first, the step before tells them.
+            best = ranking(self._mean_scores(removed, candidates) or self._mean_scores(removed[:-1], candidates))
             for batch, block, scores in passes.score(metric, removed, jobs, best, advance):
                 self.journal.add(scores, removed, block if candidates else None, batch)
                 if candidates and block == candidates[-1]:
                     advance(0, self._leader(removed, candidates))
 
     def _leader(self, removed: Sequence[int], candidates: Sequence[int]) -> str:
-        means = self._means(removed, candidates)
+        means = self._mean_scores(removed, candidates)
         return f"best so far: block {(best := ranking(means)[0])} ({means[best]:.4f})" if means else ""
 
     @torch.inference_mode()
@@ -226,10 +212,7 @@ class Scoring:
         longest: int,
         advance: Advance,
     ) -> Outcome:
-        """Score spans by what enters their first block and leaves their last, in one run of the model as it stands.
-
-        All spans of up to `longest` of these blocks are measured.
-        """
+        # One run of the model measures all spans of up to `longest` blocks, by the states before and after each.
         blocks = sorted({block for span in spans for block in span})
         gone = {span[-1]: (*removed, *span[:-1]) for span in spans}
         for mine in self._shares([(gone[last], last, batch) for batch in self._batches for last in gone], advance):
@@ -238,11 +221,9 @@ class Scoring:
             for batch, scores in scores_of.items():
                 for (first, last), of_span in scores.items():
                     self.journal.add(of_span, (*removed, *range(first, last)), last, batch)
-        return Outcome({last: self._means(gone[last], [last])[last] for last in gone})
+        return Outcome({last: self._mean_scores(gone[last], [last])[last] for last in gone})
 
     def _score_weights(self, metric: WeightMetric, candidates: Sequence[int], advance: Advance) -> Mapping[int, float]:
-        """Score the parameters of each block, in the main process."""
-
         def compute() -> Mapping[int, float]:
             scores: dict[int, float] = {}
             for block in self.passes.skippable.weights.visit(candidates):
@@ -262,7 +243,7 @@ class Scoring:
                 self.passes.skippable.skip({*removed, block})
                 score = metric.score_model(self.passes.skippable.model, self.tokenizer, sequences)
                 self.journal.add([float(score)], removed, block)
-        return Outcome(self._means(removed, candidates))
+        return Outcome(self._mean_scores(removed, candidates))
 
 
 def _mean_over_tokens(metric: HiddenStateMetric, entering: Tensor, leaving: Tensor) -> list[float]:

@@ -1,4 +1,4 @@
-"""What a search is, once its request has passed the door: a few values, each for a few functions."""
+"""The settings of a search, resolved from its request."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ class SearchedModel:
     """The model, and how it runs.
 
     Attributes:
-        architecture: the model.
-        placement: where its weights are.
-        memory: bytes for the search in addition to the model; None for a share of what is free.
+        memory: bytes for the search in addition to the model; None for a share of the free ones.
         batch_size: sequences in a batch; None chooses by the device.
     """
 
@@ -39,13 +37,10 @@ class Method:
     """How blocks are chosen.
 
     Attributes:
-        metric: scores the candidates.
-        implementation: what its scores depend on besides the model and the text.
-        strategy_name: the search strategy.
-        removable: which blocks may go.
+        implementation: the metric's code and versions, on which scores depend.
         fast: whether candidates race.
         holdout: the share of the sequences that is held out.
-        stop: returns when the search ends, given the dense model, which a speed-up is timed on.
+        stop: returns when the search ends, given the dense model, on which a speed-up is timed.
     """
 
     metric: Metric
@@ -62,9 +57,8 @@ class ExpertMethod:
     """How experts are chosen.
 
     Attributes:
-        metric: scores the experts of a block.
-        implementation: what its scores depend on besides the model and the text.
-        fewer: how many of each block go.
+        implementation: the metric's code and versions, on which scores depend.
+        fewer: how many experts of each block go.
         holdout: the share of the sequences that is held out.
         target: the size to reach, unless a number of experts is given.
     """
@@ -82,8 +76,6 @@ class Recording:
     """The files of a search, and the options and versions recorded in them.
 
     Attributes:
-        plan_file: where the plan goes; the journal beside it keeps every score until then.
-        resume: whether an unfinished search is continued.
         options: the options that repeat the search, by field, where they have a value.
         plugins: the versions of other packages that offer plugins.
         sample_tokens: how many tokens both models generate at the end.
@@ -97,21 +89,13 @@ class Recording:
 
     @property
     def journal(self) -> Path:
-        """The file of the scores."""
+        """The file beside the plan's that keeps every score until the plan is written."""
         return journal_of(self.plan_file)
 
 
 @dataclass(frozen=True)
 class Search:
-    """A search after every check that needs no weights.
-
-    Attributes:
-        model: the model.
-        text: the calibration text.
-        method: how blocks or experts are chosen.
-        extended: the plan that is continued, if any.
-        recording: the files, and what is recorded in them.
-    """
+    """A search after every check that needs no weights; `extended` is the plan that it continues, if any."""
 
     model: SearchedModel
     text: CalibrationSettings

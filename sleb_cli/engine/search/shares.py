@@ -1,4 +1,4 @@
-"""How measurements are shared out among processes. Pure arithmetic.
+"""Share measurements out among processes. Pure arithmetic.
 
 Numbers depend on the sequences of a batch, never on which candidates are scored with it. So the batches are the same
 for any number of processes, and only whole batches, or the candidates of one, are shared out.
@@ -13,13 +13,13 @@ from sleb_cli.engine.process_group import Turn, deal
 from sleb_cli.engine.search.journal import Name
 
 Cost = Callable[[int], float]
-"""Takes a candidate; returns about how long it takes, in any unit."""
+"""Estimates how long a candidate takes, in any unit."""
 
 
 def deal_names(names: Iterable[Name], processes: int, cost: Cost | None) -> Iterator[Turn[Name]]:
-    """Deal whole batches in turns, or where there is none, candidates.
+    """Deal whole batches in turns, or candidates where there are no batches.
 
-    With a `cost`, the batches that are left, fewer than there are processes, are split by candidates.
+    With a `cost`, a last turn of fewer batches than processes is split by candidates.
     """
     batches = [list(of_batch) for _, of_batch in groupby(names, key=lambda name: name if name[2] is None else name[2])]
     whole = len(batches) - (len(batches) % processes if cost else 0)
@@ -30,10 +30,7 @@ def deal_names(names: Iterable[Name], processes: int, cost: Cost | None) -> Iter
 
 
 def split(names: Sequence[Name], processes: int, cost: Cost) -> Turn[Name]:
-    """Cut candidates into one share for each process, in their order, each of about the same cost.
-
-    A process may get the last candidates of one batch and the first of the next.
-    """
+    """Cut candidates, in their order, into shares of about equal cost, which may cross batches."""
     costs = [cost(block) for _, block, _ in names if block is not None]
     shares: Turn[Name] = [[] for _ in range(processes)]
     done = 0.0

@@ -1,4 +1,4 @@
-"""`--target-speedup`: time pruned models to turn a speed-up into a target, and to measure the one reached."""
+"""`--target-speedup`: time pruned models, to turn a speed-up into a number of blocks and to check the result."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from sleb_cli.requests import DEFAULT_WORKLOAD
 from sleb_plugins import UnsupportedModelError, UsageError
 
 Share = Callable[[Collection[int]], float]
-"""Takes removed blocks; returns the time of the model without them, as a share of the dense model's."""
+"""Times the model without these blocks, as a share of the dense model's time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedTarget(SizeTarget):
-    """Stop once the model is predicted to be fast enough; its size is a share of the dense model's time."""
+    """Stop once the model should be fast enough; its size is a share of the dense model's time."""
 
     share: Share
 
@@ -45,11 +45,7 @@ class SpeedTarget(SizeTarget):
 def time_target(
     speedup: float, removable: Removable, placement: Placement, dense: Any, group: ProcessGroup, notify: Notify
 ) -> SpeedTarget:
-    """Time the model at two depths in turn with the dense one, as `bench` does, and estimate the time per block.
-
-    Raises:
-        UsageError: the model does not get faster with fewer blocks.
-    """
+    """Time the model at two depths in turn with the dense one, as `bench` does, and estimate the time per block."""
     architecture = removable.architecture
     workload = make_workload(DEFAULT_WORKLOAD, placement.device, architecture.longest_sequence)
 
@@ -83,7 +79,7 @@ def time_target(
 
 
 def _removable_sample(removable: Removable) -> list[int]:
-    """Return two thirds of the candidates, or as many as can go together, taking the middle one again and again."""
+    # Two thirds of the candidates, or as many as can go together, from the middle.
     gone = list[int]()
     free = removable.candidates(())
     count = max(1, len(free) * 2 // 3)

@@ -1,7 +1,7 @@
 """The search strategies: pure functions of the candidates' scores, independent of any model.
 
-A strategy yields one size after another, each as soon as it is decided, so that the caller may stop early. It asks for
-the candidates before it scores them; the order of removed blocks has no meaning.
+A strategy yields one size after another, each as soon as it is decided, so that the caller may stop early. The order of
+removed blocks has no meaning.
 """
 
 from __future__ import annotations
@@ -20,20 +20,17 @@ from sleb_plugins import UsageError
 NEAR_MISSES = 4
 
 ScoreSpans = Callable[[Sequence[tuple[int, ...]]], Outcome]
-"""Takes spans of consecutive blocks, all of one length; returns the score of each, by its last block."""
+"""Scores spans of consecutive blocks, all of one length, by their last block."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The choices that a strategy has, and how it scores them.
+    """The candidates of a strategy, how it scores them, and how many blocks to remove.
 
     Attributes:
-        score: scores each candidate after given removals.
-        candidates: returns the blocks that may be removed after given removals.
-        remove: the number of blocks to remove.
         removed: the blocks removed before the search; only `greedy` can start with any.
         score_spans: scores the model without each span; only `contiguous` needs it.
-        swapped: called with each swap as it is made.
+        swapped: called with each swap.
     """
 
     score: Score
@@ -47,11 +44,7 @@ class Problem:
 def greedy(problem: Problem) -> Iterator[Choice]:
     """Repeatedly remove the block whose removal scores lowest (SLEB, Song et al., ICML 2024, Algorithm 1).
 
-    Ties go to the lower block, so two runs write the same plan. Here as everywhere, a score that is not finite is worse
-    than any that is.
-
-    Raises:
-        ModelError: no candidate's score is finite.
+    Ties go to the lower block, so two runs write the same plan. A score that is not finite is worse than any other.
     """
     gone = problem.removed
     while len(gone) < problem.remove:
@@ -76,11 +69,7 @@ def oneshot(problem: Problem) -> Iterator[Choice]:
 
 
 def contiguous(problem: Problem) -> Iterator[Choice]:
-    """For each size, remove the span of consecutive blocks with the lowest score.
-
-    Raises:
-        NoBlockLeft: there is no span of this size.
-    """
+    """For each size, remove the span of consecutive blocks with the lowest score."""
     assert problem.score_spans is not None
     for size in range(1, problem.remove + 1):
         try:
@@ -95,15 +84,14 @@ def contiguous(problem: Problem) -> Iterator[Choice]:
 def refine(problem: Problem) -> Iterator[Choice]:
     """Search greedily, then swap removed and kept blocks as long as the score falls.
 
-    Swap single blocks until no such swap lowers the score, then pairs among the kept blocks that came closest; if a
-    pair was swapped, start over. This terminates, since every swap lowers the score.
+    Single blocks are swapped first, then pairs of the kept blocks that came closest; after a pair, singles again.
     """
     for choice in greedy(problem):
         yield choice if len(choice.removals) < problem.remove else _swap(problem, choice)
 
 
 def _swap(problem: Problem, choice: Choice) -> Choice:
-    """Swap blocks until no swap lowers the score: every kept block in place of each removed one, then pairs."""
+    # This ends, since every swap lowers the score.
     before: Choice | None = None
     while choice is not before:
         before, closest = choice, dict[int, float]()
@@ -113,29 +101,28 @@ def _swap(problem: Problem, choice: Choice) -> Choice:
             for block, score in outcome.scores.items():
                 if block not in choice.removals:
                     closest[block] = min(score, closest.get(block, score))
-            choice = _better(problem, choice, (restored,), stay, outcome)
+            choice = _swap_if_better(problem, choice, (restored,), stay, outcome)
         if choice is before:
             choice = _swap_pair(problem, choice, sorted(ranking(closest)[:NEAR_MISSES]))
     return choice
 
 
 def _swap_pair(problem: Problem, choice: Choice, near: Sequence[int]) -> Choice:
-    """Try pairs of near misses in place of each removed pair; return the first better choice, or the same one."""
+    # The first pair that is better, in place of any removed pair, or the same choice.
     for restored in combinations(sorted(choice.removals), 2):
         stay = _without(choice.removals, *restored)
         for number, block in enumerate(near[:-1]):
             if block in _allowed(problem.candidates, stay):
                 pair = (*stay, block)
                 outcome = _score_next(problem, pair, among=near[number + 1 :])
-                if (better := _better(problem, choice, restored, pair, outcome)) is not choice:
+                if (better := _swap_if_better(problem, choice, restored, pair, outcome)) is not choice:
                     return better
     return choice
 
 
-def _better(
+def _swap_if_better(
     problem: Problem, choice: Choice, restored: tuple[int, ...], stay: tuple[int, ...], outcome: Outcome
 ) -> Choice:
-    """Make the swap with the lowest score, if it lowers the current one."""
     block = outcome.best if outcome.scores else None
     if block is None or block in choice.removals or not outcome.scores[block] < choice.score:
         return choice
@@ -150,11 +137,7 @@ def _without(removals: tuple[int, ...], *blocks: int) -> tuple[int, ...]:
 
 
 def free_spans(candidates: Candidates, size: int) -> list[tuple[int, ...]]:
-    """Return the spans of `size` consecutive blocks that may be removed.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """Return the spans of `size` consecutive blocks that may be removed; raise a UsageError if there is none."""
     free = candidates(())
     spans = [tuple(range(start, start + size)) for start in free]
     spans = [s for s in spans if set(s) <= set(free) and s[-1] in _allowed(candidates, s[:-1])]
@@ -167,43 +150,35 @@ def free_spans(candidates: Candidates, size: int) -> list[tuple[int, ...]]:
 
 
 def _allowed(candidates: Candidates, removed: tuple[int, ...]) -> Sequence[int]:
-    """Return the candidates after `removed`; having none is no error here, since other sets may have some."""
     try:
         return candidates(removed)
     except NoBlockLeft:
-        return []
+        return []  # no error here, since other sets may have some
 
 
 def _score_next(problem: Problem, removed: tuple[int, ...], among: Container[int] | None = None) -> Outcome:
-    """Score the candidates after `removed`; only those in `among`, if given."""
     allowed = _allowed(problem.candidates, removed)
     candidates = [block for block in allowed if among is None or block in among]
     return problem.score(tuple(sorted(removed)), candidates) if candidates else Outcome({})
 
 
-def _each_size(candidates: int, remove: int) -> int:
+def _evaluations_by_size(candidates: int, remove: int) -> int:
     return sum(max(0, candidates - gone) for gone in range(remove))
 
 
-def _with_swaps(candidates: int, remove: int) -> int:
-    """Count two rounds of single swaps and one of pairs."""
+def _evaluations_with_swaps(candidates: int, remove: int) -> int:
+    # At most about two rounds of single swaps, and one of pairs.
     one = remove * (candidates - remove)
     two = remove * (remove - 1) // 2 * min(NEAR_MISSES, candidates - remove) * (NEAR_MISSES - 1) // 2
-    return _each_size(candidates, remove) + 2 * one + two
+    return _evaluations_by_size(candidates, remove) + 2 * one + two
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """A search strategy, and how long it takes.
-
-    Attributes:
-        search: yields one size after another.
-        evaluations: returns how many sets are scored, or an upper bound, given the number of candidates at first, and
-            of blocks to remove.
-    """
+    """A search strategy, and its evaluations, given the number of candidates and of blocks to remove."""
 
     search: Callable[[Problem], Iterator[Choice]]
-    evaluations: Callable[[int, int], int] = _each_size
+    evaluations: Callable[[int, int], int] = _evaluations_by_size
 
 
 STRATEGIES: Mapping[StrategyName, Strategy] = MappingProxyType(
@@ -211,6 +186,6 @@ STRATEGIES: Mapping[StrategyName, Strategy] = MappingProxyType(
         "greedy": Strategy(greedy),
         "oneshot": Strategy(oneshot, lambda candidates, remove: candidates),
         "contiguous": Strategy(contiguous),
-        "refine": Strategy(refine, _with_swaps),
+        "refine": Strategy(refine, _evaluations_with_swaps),
     }
 )

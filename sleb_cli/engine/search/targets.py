@@ -1,7 +1,4 @@
-"""When a search stops: once the model is small or fast enough, or before its perplexity rises too far.
-
-How much each block takes (`PerBlock`), in parameters, bytes or seconds, is measured elsewhere.
-"""
+"""When does a search stop? Once the model is small or fast enough, or before its perplexity rises too far."""
 
 from __future__ import annotations
 
@@ -25,11 +22,10 @@ class SizeTarget:
     """Stop once the model is small enough.
 
     Attributes:
-        name: the field of the request.
-        sizes: the size of each block, in the target's unit.
+        sizes: the size of each block in the target's unit: parameters, bytes or a share of the time.
         limit: the largest size that may remain.
         describe: formats a size: "1.19B parameters".
-        kv_cache: what counts besides the weights, if memory is the target.
+        kv_cache: the KV cache that counts besides the weights, if memory is the target.
     """
 
     name: TargetName
@@ -39,7 +35,7 @@ class SizeTarget:
     kv_cache: str | None = None
 
     def allows(self, increase: float) -> bool:
-        """Whether the loss may rise by this much: a size does not limit it."""
+        """Whether the loss may rise by this much, which a size does not limit."""
         return True
 
     def met(self, removed: Collection[int]) -> bool:
@@ -50,7 +46,7 @@ class SizeTarget:
         """Return the number of removals, `removed` included, that meets the target whichever candidates are removed.
 
         Raises:
-            UsageError: the target is already met, or cannot be met; the message names the nearest size.
+            UsageError: the target is already met, or cannot be met.
         """
         size, goal = self.sizes.without(removed), self.describe(self.limit)
         if self._fits(size):
@@ -72,23 +68,19 @@ class SizeTarget:
         return len(removed) + next(count for count, rest in enumerate(left) if self._fits(rest))
 
     def record(self, removed: Collection[int], increase: float, following: float | None) -> TargetRecord | None:
-        """Return the size that was reached without these blocks; None for a number of blocks."""
+        """Record the size reached without these blocks; None if the user named a number or ratio of blocks."""
         if self.name in ("ratio", "remove"):
             return None
         dense, reached = self.sizes.without(()), self.sizes.without(removed)
         return TargetRecord(name=self.name, limit=self.limit, dense=dense, reached=reached, kv_cache=self.kv_cache)
 
     def _fits(self, amount: float) -> bool:
-        return amount <= self.limit * (1 + 1e-12)  # tolerates rounding
+        return amount <= self.limit * (1 + 1e-12)  # sums of blocks are rounded
 
 
 @dataclass(frozen=True)
 class PerplexityTarget:
-    """Stop before the removal that would raise the perplexity of the calibration text too far.
-
-    Attributes:
-        limit: the largest allowed multiple of the dense model's perplexity.
-    """
+    """Stop before the removal that raises the calibration text's perplexity over `limit` times the dense model's."""
 
     limit: float
     name: TargetName = "max_perplexity_ratio"
@@ -98,11 +90,11 @@ class PerplexityTarget:
         return increase <= math.log(self.limit)
 
     def met(self, removed: Collection[int]) -> bool:
-        """Whether enough is removed: never, as long as the loss allows more."""
+        """Whether enough is removed: never, while the loss allows more."""
         return False
 
     def record(self, removed: Collection[int], increase: float, following: float | None) -> TargetRecord:
-        """Return the ratio that was reached, and the next removal's, from increases of the loss in nats per token."""
+        """Record the ratio reached, and the next removal's, from increases of the loss in nats per token."""
         beyond, reached = None if following is None else perplexity_ratio(following), perplexity_ratio(increase)
         return TargetRecord(name=self.name, limit=self.limit, dense=1.0, reached=reached, next=beyond)
 
@@ -111,7 +103,7 @@ Target = SizeTarget | PerplexityTarget
 
 
 def perplexity_ratio(increase: float) -> float:
-    """Return the factor by which perplexity rises with the loss, which rises by `increase` nats per token."""
+    """Return the factor by which perplexity rises if the loss rises by `increase` nats per token."""
     return math.exp(min(increase, 700))
 
 
@@ -124,7 +116,7 @@ class Stop:
 
 
 def stop_at(target: Target, removable: Removable, strategy: StrategyName, gone: Sequence[int], notify: Notify) -> Stop:
-    """Return when a search for a target ends, with the blocks that are `gone` already.
+    """Return when a search for a target ends, given the blocks that are `gone` already.
 
     Raises:
         UsageError: the target is already met, cannot be met, or does not fit the strategy.
