@@ -108,7 +108,7 @@ def test_perplexity_of_conversations_is_that_of_their_answers(sleb, chatty, tmp_
     (text,) = json.loads(sleb(*evaluate, "--json").stdout)["texts"]
     tokenizer = AutoTokenizer.from_pretrained(chatty)
     rendered = [render(tokenizer, talk, "", answers=True) for talk in talks]
-    ids, mask = cut_conversations(rendered, "", 64, answers=True, asked=None)
+    ids, mask = cut_conversations(rendered, "", 64, answers=True, required=None)
     model = AutoModelForCausalLM.from_pretrained(chatty)
     with torch.no_grad():
         losses = -model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]

@@ -32,10 +32,10 @@ CONVERSATION = [
 ]
 
 
-def cut(template, conversations, length, *, answers=False, asked=None):
+def cut(template, conversations, length, *, answers=False, required=None):
     tokenizer = tokenizer_with(template)
     rendered = [render(tokenizer, each, "chat.jsonl", answers=answers) for each in conversations]
-    return cut_conversations(rendered, "chat.jsonl", length, answers=answers, asked=asked)
+    return cut_conversations(rendered, "chat.jsonl", length, answers=answers, required=required)
 
 
 def written(tokenizer, conversation):
@@ -145,7 +145,7 @@ def test_each_sequence_begins_a_conversation_and_has_an_answer():
     ("template", "conversations", "length", "options", "message"),
     [
         (PLAIN, [], 40, {}, r"chat\.jsonl have 0 tokens, too few for a sequence of 40 tokens"),
-        (PLAIN, [LONG], 40, {"asked": 2}, "text for 1 sequences of 40 tokens, not for 2"),
+        (PLAIN, [LONG], 40, {"required": 2}, "text for 1 sequences of 40 tokens, not for 2"),
         ("{{ raise_exception('no user') }}", [CONVERSATION], 40, {}, r"conversation of chat\.jsonl: no user"),
         (PLAIN.replace("messages", "messages[-1:]"), [CONVERSATION], 40, {"answers": True}, "answers cannot be found"),
         (PLAIN.replace("content", "content[:9]"), [CONVERSATION], 40, {"answers": True}, "changes words"),

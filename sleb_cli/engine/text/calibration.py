@@ -1,4 +1,4 @@
-"""The sequences of tokens on which candidates are scored."""
+"""Make the sequences of tokens that candidates are scored on, and that recovery fits to."""
 
 from __future__ import annotations
 
@@ -34,10 +34,9 @@ from sleb_cli.plan import CalibrationRecord
 
 @dataclass(frozen=True)
 class Calibration:
-    """The calibration sequences, int64 [sequences, length], and their record.
+    """The calibration sequences, int64 [sequences, length], their record, and the source of each (`origins`).
 
-    `loss_mask` marks the tokens whose prediction counts, bool of the same shape; None for all. `origins` names the
-    source of each sequence.
+    `loss_mask` marks the tokens whose prediction counts, bool of the same shape; None for all.
     """
 
     sequences: Tensor
@@ -56,7 +55,7 @@ class Calibration:
         return take_sequences((self.sequences, self.loss_mask), rows)
 
     def shuffled(self) -> Calibration:
-        """Return the sequences in an order drawn by the seed, as candidates race over them in order."""
+        """Return the sequences in the order that the seed draws for a race."""
         count = len(self.sequences)
         return self.select(random.Random(self.record.seed).sample(range(count), count))
 
@@ -67,7 +66,7 @@ class Calibration:
 
 
 Sequences = tuple[Tensor, Tensor | None]
-"""Sequences of one source, and their loss mask (None: all tokens count)."""
+"""Sequences, and their loss mask (None: all tokens count)."""
 
 
 def calibrate(
@@ -75,9 +74,8 @@ def calibrate(
 ) -> list[Calibration]:
     """Return the sequences for each of several splits of the same text. Only the first must have some of every source.
 
-    The sources of a mixture are interleaved evenly. If a source has too little text, the mixture has fewer sequences,
-    in the same shares. The model is loaded only if it generates some of them: for all splits at once, and each sequence
-    is a document of its own.
+    The sources of a mixture are interleaved evenly. If one has too little text, the mixture has fewer sequences, in the
+    same shares. The model is loaded only if it writes some of them.
 
     Raises:
         DataError: the text is missing or too short.
@@ -87,41 +85,48 @@ def calibrate(
     conversations = [source for source in first.shares if writes_conversations(source)]
     if first.chat is not None or conversations:
         require_template(tokenizer, conversations[0] if conversations else "--chat")
-    drafts = [_read_texts(part, tokenizer, notify if part is first else ignore) for part in splits]
+    drafts = [_read_texts(split, tokenizer, notify if split is first else ignore) for split in splits]
     if first.samples_given and len(splits) > 1:
-        whole = replace(first, samples=sum(part.samples for part in splits), split=WHOLE)
-        for source, count in whole.texts.items():
-            # Parts may have less than their share, but not all together.
-            if any(len(rows[source][0]) < part.counts[source] for part, (_, rows) in zip(splits, drafts, strict=True)):
-                read_windows(source, count, whole, tokenizer)
+        _require_samples(splits, [rows for _, rows in drafts], tokenizer)
     for source in filter(is_written, first.shares):
         counts = [settings.counts[source] for settings, _ in drafts]
         if source.startswith(ANSWERS):  # prompts are divided like documents
             for (settings, rows), count in zip(drafts, counts, strict=True):
                 if count:
                     rows[source] = write_sequences(source, count, settings, load_model(), tokenizer, notify)
-        else:
+        else:  # for all splits at once: each sequence is a document of its own
             written = write_sequences(source, sum(counts), first, load_model(), tokenizer, notify)
             for (_, rows), (begin, end) in zip(drafts, pairwise(accumulate(counts, initial=0)), strict=True):
                 rows[source] = take_sequences(written, range(begin, end))
     return [_interleave_sources(settings, rows, tokenizer) for settings, rows in drafts]
 
 
+def _require_samples(
+    splits: Sequence[CalibrationSettings], rows_of_splits: Sequence[Mapping[str, Sequences]], tokenizer: Any
+) -> None:
+    whole = replace(splits[0], samples=sum(split.samples for split in splits), split=WHOLE)
+    for source, count in whole.given_counts.items():
+        read = [len(rows[source][0]) for rows in rows_of_splits]
+        # A split may have less than its share, but not all of them together.
+        if any(have < split.counts[source] for split, have in zip(splits, read, strict=True)):
+            read_windows(source, count, whole, tokenizer)
+
+
 def write_sequences(
     source: str, samples: int, settings: CalibrationSettings, model: Any, tokenizer: Any, notify: Notify
 ) -> Sequences:
-    """Return sequences of a source that the model writes; raises what `calibrate` raises."""
+    """Let the model write sequences of a source; raises what `calibrate` raises."""
     settings = replace(settings, samples=samples)
     if source == SELF:
         return generate_own_text(model, tokenizer, settings, notify), None
     answers = settings.chat == "answers" or (settings.chat is None and settings.own_answers)
     conversations = write_conversations(model, tokenizer, source, settings, notify)
-    rows = cut_conversations(conversations, source, settings.sequence_length, answers=answers, asked=samples)
+    rows = cut_conversations(conversations, source, settings.sequence_length, answers=answers, required=samples)
     return take_sequences(rows, range(samples))
 
 
 def take_sequences(rows: Sequences, chosen: Sequence[int]) -> Sequences:
-    """Return the sequences of these numbers, in this order."""
+    """Return these sequences, in this order."""
     sequences, loss_mask = rows
     return sequences[chosen], None if loss_mask is None else loss_mask[chosen]
 
@@ -155,12 +160,10 @@ def _interleave_sources(settings: CalibrationSettings, rows: Mapping[str, Sequen
 def _read_texts(
     settings: CalibrationSettings, tokenizer: Any, notify: Notify
 ) -> tuple[CalibrationSettings, dict[str, Sequences]]:
-    """Read the sources that are texts, before any text is generated, since they may be missing or too short.
-
-    Return the settings with as many samples as the texts provide, and the rows of each source.
-    """
+    # Texts are read before the model writes any, since they may be missing or too short. The settings that are returned
+    # have only as many samples as the texts provide.
     read, is_mixture = dict[str, Sequences](), len(settings.shares) > 1
-    for source, count in settings.texts.items():
+    for source, count in settings.given_counts.items():
         with task(notify, f"Reading {source}"):
             windows, _ = rows = read_windows(source, count, settings, tokenizer)
             if len(windows) < count and not is_mixture and not settings.is_reference:
@@ -178,7 +181,7 @@ def _read_texts(
 
 
 def limit_to_texts(settings: CalibrationSettings, available: Mapping[str, int], notify: Notify) -> CalibrationSettings:
-    """Reduce the samples to those that the texts provide in the given shares; `available` counts them by source.
+    """Reduce the samples until the `available` sequences of each source suffice, in the given shares.
 
     Raises:
         UsageError: a source that had sequences would have none.
@@ -186,7 +189,7 @@ def limit_to_texts(settings: CalibrationSettings, available: Mapping[str, int], 
     requested, had = settings.samples, [source for source, count in settings.counts.items() if count]
     while any(settings.counts[source] > count for source, count in available.items()):
         settings = replace(settings, samples=settings.samples - 1)
-    if not settings.split.begin:  # what decides and what is reported may lack a source
+    if not settings.split.begin:  # the splits for validation and test may lack a source
         require_mixable(settings, had)
     if settings.samples < requested:
         scarce = min(available, key=lambda source: available[source] / settings.shares[source])
@@ -200,23 +203,23 @@ def _shortage(source: str, count: int, settings: CalibrationSettings) -> str:
 
 
 def read_windows(source: str, samples: int, settings: CalibrationSettings, tokenizer: Any) -> Sequences:
-    """Cut a text that has `samples` sequences, or all of a smaller one, into windows."""
+    """Cut enough of a text for `samples` windows, or all of a smaller one."""
     length, seed, split = settings.sequence_length, settings.seed, settings.split
-    # The number of samples is for the whole text, of which a split has only about its share.
-    asked = samples if settings.samples_given and split == WHOLE else None
+    # The user's number is for the whole text, of which a split has only about its share.
+    required = samples if settings.samples_given and split == WHOLE else None
     if settings.chat is not None and holds_conversations(source):
         conversations = calibration_conversations(source, samples=samples, length=length, seed=seed, split=split)
         answers = settings.chat == "answers"
         rendered = [render(tokenizer, conversation, source, answers=answers) for conversation in conversations]
-        return cut_conversations(rendered, source, length, answers=answers, asked=asked)
+        return cut_conversations(rendered, source, length, answers=answers, required=required)
     if settings.is_reference:
         text = reference_calibration_text(source, rows=samples, seed=seed, split=split)
         return require_windows(cut_running_text(tokenizer, text.content, length), text, tokenizer, length), None
     text = calibration_text(source, tokens=samples * length, seed=seed, split=split)
     windows = cut_windows(tokenizer, text.content, length, bos=adds_bos(tokenizer))
-    return require_windows(windows, text, tokenizer, length, asked), None
+    return require_windows(windows, text, tokenizer, length, required), None
 
 
 def draw(windows: int, count: int, seed: int) -> list[int]:
-    """Draw `count` of these `windows` by the seed, in the order of the text; all if there are fewer."""
+    """Draw `count` windows by the seed, in the order of the text; all if there are fewer."""
     return list(range(windows)) if count >= windows else sorted(random.Random(seed).sample(range(windows), count))

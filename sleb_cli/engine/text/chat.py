@@ -29,15 +29,11 @@ _TODAY = (
 """Gives a template a fixed date: tokens that change overnight would keep an interrupted run from continuing."""
 
 Tokens = list[tuple[int, bool]]
-"""Tokens, and whether each counts in the loss."""
+"""Tokens, and whether they count in the loss."""
 
 
 def require_template(tokenizer: Any, what: str) -> None:
-    """Make sure that the tokenizer has a chat template, for `what`.
-
-    Raises:
-        UsageError: it has none.
-    """
+    """Raise a UsageError, about `what` needs it, unless the tokenizer has a chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise UsageError(
             f"{what} needs a chat template, but the tokenizer has none.",
@@ -46,11 +42,7 @@ def require_template(tokenizer: Any, what: str) -> None:
 
 
 def apply_template(tokenizer: Any, conversation: Conversation, source: str, **options: Any) -> Any:
-    """Return a conversation of this source as its chat template writes it.
-
-    Raises:
-        DataError: the template refuses it.
-    """
+    """Write a conversation of this source by the chat template; raise a DataError if the template refuses it."""
     hint = "Leave it out; many templates need user and assistant to alternate."
     with translate_errors(error_saying(DataError, f"The chat template refuses a conversation of {source}", hint)):
         template = _TODAY + tokenizer.get_chat_template()
@@ -58,7 +50,7 @@ def apply_template(tokenizer: Any, conversation: Conversation, source: str, **op
 
 
 def cut_conversations(
-    rendered: Sequence[Tokens], source: str, length: int, *, answers: bool, asked: int | None
+    rendered: Sequence[Tokens], source: str, length: int, *, answers: bool, required: int | None
 ) -> tuple[Tensor, Tensor | None]:
     """Cut conversations into sequences, int64 [sequences, length], with a loss mask, bool of the same shape.
 
@@ -66,12 +58,12 @@ def cut_conversations(
     `answers`, sequences without any are dropped; else all tokens count, and there is no mask.
 
     Raises:
-        DataError: there are fewer sequences than `asked`, or none.
+        DataError: there are fewer sequences than `required`, or none.
     """
     sequences = [*pack(rendered, length)]
     if not sequences:
         raise _too_few(source, rendered, length, answers=answers)
-    require_enough(len(sequences), source, length, asked)
+    require_enough(len(sequences), source, length, required)
     packed = torch.tensor(sequences, dtype=torch.int64)
     return packed[..., 0].contiguous(), packed[..., 1].bool() if answers else None
 
@@ -99,9 +91,9 @@ def cut_answers(tokenizer: Any, text: Text, length: int, most: int | None) -> Ev
 
 
 def pack(rendered: Iterable[Tokens], length: int) -> Iterator[list[tuple[int, bool, int]]]:
-    """Yield sequences of `length` tokens, with the number of the conversation that each is from.
+    """Yield sequences of `length` tokens: each token, whether it counts, and the number of its conversation.
 
-    Each sequence starts with a conversation, and has a token that counts.
+    A sequence starts with a conversation, and has a token that counts.
     """
     sequence = list[tuple[int, bool, int]]()
     for number, conversation in enumerate(rendered):
@@ -121,9 +113,7 @@ def _too_few(source: str, rendered: Sequence[Tokens], length: int, *, answers: b
 
 
 def render(tokenizer: Any, conversation: Conversation, source: str, *, answers: bool) -> Tokens:
-    """Return a conversation as tokens, including a BOS if the template adds one.
-
-    With `answers`, only answers count, with the tokens that end them and the thoughts that the template keeps.
+    """Return a conversation as tokens; with `answers`, only answers count, with their end and their thoughts.
 
     Raises:
         DataError: the template refuses the conversation, or changes its words.
@@ -138,18 +128,15 @@ def render(tokenizer: Any, conversation: Conversation, source: str, *, answers: 
             for token, counts in zip(written["input_ids"], written["assistant_masks"], strict=True)
         ]
     # Prompt and answer are tokenized separately, as in generation.
-    pieces = _pieces(tokenizer, partial(template, tokenize=False), conversation, source)
+    pieces = _split_at_answers(tokenizer, partial(template, tokenize=False), conversation, source)
     tokens = ((tokenizer(piece, add_special_tokens=False).input_ids, counts) for piece, counts in pieces if piece)
     return [(token, counts) for ids, counts in tokens for token in ids]
 
 
-def _pieces(
+def _split_at_answers(
     tokenizer: Any, template: Callable[..., str], conversation: Conversation, source: str
 ) -> Iterator[tuple[str, bool]]:
-    """Yield the text of a template in pieces, and whether each is an answer.
-
-    Templates may rewrite earlier answers, so words are found by marks: a character in no text for each message.
-    """
+    # Templates may rewrite earlier answers, so words are found by marks: a character in no text for each message.
     marks = [chr(_FIRST_MARK + turn) for turn in range(len(conversation))]
     marked = [{**message, "content": _mark(message, mark)} for message, mark in zip(conversation, marks, strict=True)]
     whole, done, no_marks = template(marked), 0, str.maketrans("", "", "".join(marks))
@@ -186,7 +173,7 @@ def _pieces(
 
 
 def _mark(message: Mapping[str, Any], mark: str) -> str:
-    """Return the content of a message with a mark behind its words and, if the model wrote them, before them."""
+    # The mark stands behind the words and, if the model wrote them, also before them.
     content = message["content"]
     if message["role"] != "assistant":
         return f"{content}{mark}"
@@ -204,9 +191,9 @@ def _holds_thought(message: Mapping[str, Any], text: str) -> bool:
     return bool(thought.strip()) and thought.strip() in text
 
 
-def _ending_length(tokenizer: Any, text: str, alone: str) -> int:
-    """Return the number of characters that end an answer: those after a last answer, or else an added token."""
-    if text.startswith(alone):
-        return len(alone)
+def _ending_length(tokenizer: Any, text: str, last_ending: str) -> int:
+    # An answer ends as a last answer does or, within a conversation, with an added token.
+    if text.startswith(last_ending):
+        return len(last_ending)
     end, added = text.lstrip(), [token.content for token in tokenizer.added_tokens_decoder.values()]
     return max((len(text) - len(end) + len(token) for token in added if end.startswith(token)), default=0)

@@ -1,4 +1,4 @@
-"""Whether a text to evaluate on is one that blocks were chosen or recovered on."""
+"""Were blocks chosen or recovered on the text that they are evaluated on?"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sleb_cli.plan import CalibrationRecord
 
 
 def is_known(text: str, tokens_sha256: str, record: CalibrationRecord) -> bool:
-    """Whether the record names a text to evaluate on, with these tokens, by its source or its tokens."""
+    """Whether the record is of this text to evaluate on, by its source or its tokens."""
     if tokens_sha256 == record.tokens_sha256:
         return True
     path, *split = _origin(text, EVALUATION_PRESETS)
@@ -21,7 +21,7 @@ def is_known(text: str, tokens_sha256: str, record: CalibrationRecord) -> bool:
 
 
 def _origin(source: str, presets: dict[str, Dataset]) -> tuple[str, str, str]:
-    """Return the origin of a text: a file, or a data set with its config and split."""
+    # A file, or a data set with its config and split.
     if source in presets:
         preset = presets[source]
         if preset.data_files:  # "en/c4-validation.00000-of-00008.json.gz"

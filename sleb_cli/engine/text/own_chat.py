@@ -1,4 +1,4 @@
-"""Conversations that the model writes itself: it answers given prompts, or prompts that it writes, too.
+"""Conversations that the model writes: it answers given prompts, or prompts of its own.
 
 Given only what its chat template puts before a user's words, a chat model writes such words (Magpie, Xu et al., arXiv
 2406.08464, section 2). Both sides are sampled at temperature 1.
@@ -27,7 +27,7 @@ from sleb_cli.units import plural
 from sleb_plugins import UnsupportedModelError, UsageError
 
 MARK = "WORDS"
-"""Stands for a message in a template, to find what is before and behind it."""
+"""Stands for a message, to find a template's text around it."""
 
 MAX_REPETITION = 0.5
 """A message that repeats more of its words is dropped."""
@@ -48,10 +48,8 @@ MIN_TURN_TOKENS = 32
 class Draft:
     """A conversation whose answers the model writes.
 
-    Attributes:
-        messages: its messages.
-        tokens: the tokens up to its last answer; those of answers count, and are as the model wrote them.
-        text: the text up to its last answer; None if the template leaves out some of it, such as a thought.
+    `tokens` and `text` end with its last answer. Answers count, and have the tokens that the model wrote; the text is
+    None if the template leaves out some of it, such as a thought.
     """
 
     messages: Conversation = field(default_factory=list)
@@ -62,10 +60,10 @@ class Draft:
 def write_conversations(
     model: Any, tokenizer: Any, source: str, settings: CalibrationSettings, notify: Notify
 ) -> list[Tokens]:
-    """Let the model write conversations for as many sequences as the settings have samples, or find them in the cache.
+    """Let the model write conversations for the settings' samples, or find them in the cache.
 
-    Conversations are dropped if a message repeats itself or does not end. An answer that does not end fills its
-    sequence. Thoughts are part of an answer.
+    Conversations are dropped if a message repeats itself or does not end, unless an answer fills its sequence. Thoughts
+    are part of an answer.
 
     Raises:
         UsageError: sequences are too short for the chat template.
@@ -79,12 +77,12 @@ def write_conversations(
         writer = _Writer(model, tokenizer, source, length)
         order = random.Random(drawn).sample(given, len(given))
         drafts = [draft.tokens for draft in writer.write(more, size, count, cycle(order))]
-        told = f"{source}: the model wrote {plural(len(drafts), 'conversation')}"
+        message = f"{source}: the model wrote {plural(len(drafts), 'conversation')}"
         if writer.dropped:
-            told += f", without {writer.dropped} that did not end or repeated themselves"
+            message += f", without {writer.dropped} that did not end or repeated themselves"
         if 2 * (cut := sum(len(tokens) >= length for tokens in drafts)) > len(drafts):
-            told += f"; {cut} do not end within {length} tokens, but might with a larger --sequence-length"
-        notify(Notice(f"{told}."))
+            message += f"; {cut} do not end within {length} tokens, but might with a larger --sequence-length"
+        notify(Notice(f"{message}."))
         return drafts
 
     key = {"source": source, "drawn": drawn, "prompts": given, "template": tokenizer.chat_template, "tokens": True}
@@ -103,7 +101,7 @@ class _Writer:
         self.ends = end_tokens(model, tokenizer)
 
     def write(self, more: Continue, size: int, count: int, prompts: Iterator[Conversation]) -> list[Draft]:
-        """Write until there are `count` sequences, at most `size` conversations at once."""
+        # At most `size` conversations are written at once, until they fill `count` sequences.
         drafts, again = list[Draft](), list[int]()  # which of the drafts get a second turn in the next round
         begun = fruitless = 0
         while (missing := count - sum(1 for _ in pack((draft.tokens for draft in drafts), self.length))) > 0:
@@ -133,7 +131,6 @@ class _Writer:
         return drafts
 
     def _add_message(self, role: str, more: Continue, drafts: list[Draft]) -> list[Draft | None]:
-        """Add a message to each draft; None where it repeats itself, or a user's does not end or is not new."""
         if not drafts:
             return []
         asks, slots = role == "user", [self._slot_for(draft.messages, role) for draft in drafts]
@@ -160,22 +157,22 @@ class _Writer:
         for draft, prompt, slot, fit in zip(drafts, prompts, slots, fits, strict=True):
             text, spoken, has_ended = self._decode(next(written), ends, slot.ending) if fit else ("", [], False)
             is_whole = has_ended or (not asks and len(prompt) + new >= self.length)  # its sequence cuts it, no limit
+            messages = [*draft.messages, {"role": role, "content": text}]
             if not is_whole or not text or repetition(text.split()) > MAX_REPETITION or (asks and text in self.prompts):
                 results.append(None)
-                continue
-            messages = [*draft.messages, {"role": role, "content": text}]
-            if asks:
+            elif asks:
                 self.prompts.add(text)
                 results.append(replace(draft, messages=messages))
-                continue
-            space = self._ids(slot.after[len(slot.after.rstrip()) :]) if has_ended else []
-            tokens = [*prompt, *((token, True) for token in spoken), *((token, False) for token in space)]
-            ends_as_shown = self.tokenizer.decode(spoken).endswith(slot.ending)
-            results.append(Draft(messages, tokens, slot.shows(text) if ends_as_shown else None))
+            else:
+                # The template's space behind an answer does not count.
+                space = self._ids(slot.after[len(slot.after.rstrip()) :]) if has_ended else []
+                tokens = [*prompt, *((token, True) for token in spoken), *((token, False) for token in space)]
+                ends_as_shown = self.tokenizer.decode(spoken).endswith(slot.ending)
+                results.append(Draft(messages, tokens, slot.shows(text) if ends_as_shown else None))
         return results
 
     def _prompt(self, draft: Draft, slot: _Slot) -> Tokens:
-        """Return the tokens that a message continues; none if the template rewrites the text so far."""
+        # A template that rewrites the text so far leaves nothing to continue.
         if draft.text is None or not slot.prompt.startswith(draft.text):
             return []
         return [*draft.tokens, *((token, False) for token in self._ids(slot.prompt.removeprefix(draft.text)))]
@@ -184,10 +181,7 @@ class _Writer:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def _decode(self, tokens: list[int], ends: set[int], ending: str) -> tuple[str, list[int], bool]:
-        """Return the text, the tokens, and whether they end, by a token or by the template's ending.
-
-        The tokens include the end, the text does not.
-        """
+        # The tokens include an end, by a token or by the template's ending; the text does not.
         has_ended = tokens[-1] in ends
         text = self.tokenizer.decode(tokens[: len(tokens) - has_ended])
         if ending and ending in text:
@@ -196,7 +190,7 @@ class _Writer:
         return text.strip(), tokens, has_ended
 
     def _allowed_special_tokens(self) -> set[int]:
-        """Return the special tokens that an answer may have, such as those around a thought."""
+        # An answer may have the special tokens that a template puts around a thought.
         messages = [{"role": "user", "content": MARK}]
         answer = {"role": "assistant", "content": MARK, "reasoning_content": MARK, "thinking": MARK}
         prompt = self._slot_for(messages, "assistant").prompt
@@ -218,7 +212,7 @@ class _Writer:
 
 
 class _Slot(NamedTuple):
-    """The place of a message's words in a template: the text that they continue, and all before and after them."""
+    """The place of a message's words in a template: the prompt that they continue, and all text around them."""
 
     prompt: str
     before: str
@@ -226,9 +220,8 @@ class _Slot(NamedTuple):
 
     @property
     def ending(self) -> str:
-        """The first line of what follows the words."""
         return self.after.strip().partition("\n")[0]
 
     def shows(self, words: str) -> str | None:
-        """Return the conversation with these words; None if the template puts something between prompt and words."""
+        # None if the template puts something between the prompt and the words.
         return None if self.before.removeprefix(self.prompt).strip() else f"{self.before}{words}{self.after}"

@@ -17,8 +17,6 @@ from sleb_plugins import ModelError
 def generate_own_text(model: Any, tokenizer: Any, settings: CalibrationSettings, notify: Notify) -> Tensor:
     """Let the model generate the sequences, sampled from its own distribution after BOS, or find them in the cache.
 
-    The sequences include the BOS token only if the tokenizer adds it to every text.
-
     Raises:
         ModelError: the tokenizer has no token to start with.
         UnsupportedModelError: the model cannot generate text.
@@ -28,7 +26,7 @@ def generate_own_text(model: Any, tokenizer: Any, settings: CalibrationSettings,
         raise ModelError(
             "The tokenizer has neither a BOS nor an EOS token, so the model cannot start a text.", hint=GIVE_TEXT
         )
-    begin = [start] if adds_bos(tokenizer) else []
+    begin = [start] if adds_bos(tokenizer) else []  # as in every text of this tokenizer
     count, new = settings.samples, settings.sequence_length - len(begin)
     forbidden = sorted({tokenizer.eos_token_id} - {None})  # every sequence is one text
 

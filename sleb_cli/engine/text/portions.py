@@ -1,4 +1,4 @@
-"""A text in portions, for a training that lasts until its time is up."""
+"""Draw a text in portions, for a training that lasts until its time is up."""
 
 from __future__ import annotations
 
@@ -31,10 +31,7 @@ once, because repeated text teaches less."""
 
 @dataclass(frozen=True)
 class Portion:
-    """Sequences, int64 [sequences, length], and their rows in the order in which they are trained on.
-
-    `loss_mask` marks the tokens that count, bool of the same shape; None for all.
-    """
+    """Sequences, int64 [sequences, length], their rows in the order of training, and their loss mask."""
 
     sequences: Tensor
     order: list[int]
@@ -45,15 +42,12 @@ class Portions:
     """Draws portions of a text, any of them by its number, in the shares of its sources.
 
     The sequences of a file or of WikiText-2 all come once before any comes again, in an order of the seed, and the ones
-    that were fitted to before come last. Other data sets, and text that the model writes, are drawn by the number of
-    the portion.
+    that were `fitted` before come last. Other data sets, and text that the model writes, are drawn by the number of the
+    portion.
 
     Args:
-        fitted: the text that was drawn before.
         sequences_per_portion: returns how many sequences a process trains on in its portion of this number, from 0; one
             that is used twice counts twice. Later portions have no fewer.
-        tokenizer: the model's tokenizer.
-        load_model: returns the dense model, if it is to write.
         processes: how many take portions in turn.
         written: returns the sequences of a source that the model wrote for the fitted text; the first portions take
             them, as writing takes minutes.
@@ -75,14 +69,11 @@ class Portions:
         self._whole: dict[str, Sequences] = {}
 
     def draw(self, number: int, notify: Notify, most: int = 0) -> Portion:
-        """Return the portion of this number, from 0; if `most` is given, about so many sequences of it.
-
-        Raises what `calibrate` raises.
-        """
+        """Draw the portion of this number, from 0, or about `most` sequences of it; raises what `calibrate` raises."""
         seed = self._fitted.seed + 1 + number
         count = self._sequences_in(number)
         settings = replace(self._fitted, samples=count, samples_given=False, seed=seed)
-        texts = {source: self._windows(source, settings) for source in settings.texts}
+        texts = {source: self._windows(source, settings) for source in settings.given_counts}
         if len(settings.shares) > 1:
             settings = limit_to_texts(settings, {source: len(rows) for source, (rows, _) in texts.items()}, notify)
         reduced = replace(settings, samples=min(settings.samples, max(self._min_sequences, most))) if most else settings
@@ -106,11 +97,11 @@ class Portions:
         return max(self._min_sequences, self._sequences_per_portion(number // self._processes))
 
     def _windows(self, source: str, settings: CalibrationSettings) -> Sequences:
-        """Return the windows of a source. One that is read whole is read once, and its windows are put in order."""
         if source in self._whole:
             return self._whole[source]
         windows, _ = all_rows = read_windows(source, settings.counts[source], settings, self._tokenizer)
         if is_read_whole(source):
+            # Windows that were fitted before come last.
             last = draw(len(windows), self._fitted.counts[source], self._fitted.seed)
             first = sorted(set(range(len(windows))) - set(last))
             shuffle = random.Random(self._fitted.seed)
@@ -121,19 +112,18 @@ class Portions:
     def _rows_for(
         self, source: str, rows: Sequences, number: int, settings: CalibrationSettings, most: int
     ) -> Sequences:
-        """Return this portion's rows of a source: the next windows, or if it was shuffled, any of them."""
         windows, _ = rows
         count = min(most, len(windows))
         if source not in self._whole:
             return take_sequences(rows, draw(len(windows), count, settings.seed))
-        # A short text limits all portions alike.
+        # Earlier portions took the first windows of such a source. A short text limits all portions alike.
         samples = (min(self._sequences_in(before), settings.samples) for before in range(number))
         start = sum(min(replace(settings, samples=size).counts[source], len(windows)) for size in samples)
         return take_sequences(rows, [(start + row) % len(windows) for row in range(count)])
 
 
 def _order(given: int, count: int, seed: str) -> list[int]:
-    """Return an order of `count` rows: the first `given` come once, the others several times, spread over it."""
+    # The first `given` rows come once; rows that the model wrote come several times, spread over the order.
     shuffle = random.Random(seed)
     once, written = shuffle.sample(range(given), given), list(range(given, count))
     uses = USES_OF_OWN_TEXT if written else 1

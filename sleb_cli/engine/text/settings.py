@@ -1,4 +1,4 @@
-"""Which text to calibrate on, and how much of it."""
+"""Which text to calibrate on, and how much of it?"""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from sleb_plugins import UsageError
 class CalibrationSettings:
     """A calibration request with every option set.
 
-    `shares` has the share of each source in `source`. `samples` counts the sequences of all sources together; for a
-    reference preset, it counts rows of text. `split` is the part of each source that sequences are drawn from. `writer`
-    identifies the model, under which the text that it writes is cached; None caches none. With `own_answers` and no
-    `chat`, only the answers count of conversations that it writes.
+    `shares` are by source. `samples` counts the sequences of all sources together; for a reference preset, it counts
+    rows of text. Sequences are drawn from the part `split` of each source. `writer` identifies the model in the cache
+    of the text that it writes (None: no cache). With `own_answers` and no `chat`, only its answers count in
+    conversations that it writes.
     """
 
     source: str
@@ -48,17 +48,17 @@ class CalibrationSettings:
 
     @property
     def counts(self) -> dict[str, int]:
-        """The number of samples of each source."""
+        """Samples by source."""
         return dict(zip(self.shares, divide(self.samples, list(self.shares.values())), strict=True))
 
     @property
-    def texts(self) -> dict[str, int]:
-        """The number of samples of each source that has some, and that the model does not write."""
+    def given_counts(self) -> dict[str, int]:
+        """Samples by source, without sources that have none or that the model writes."""
         return {source: count for source, count in self.counts.items() if count and not is_written(source)}
 
     @property
     def is_reference(self) -> bool:
-        """Whether the text is drawn as in the reference implementation."""
+        """Whether the text is drawn as the reference implementation does."""
         return bool(REFERENCE_PRESETS & self.shares.keys())
 
 
@@ -70,7 +70,7 @@ def resolve_calibration(
     seed: int | None = None,
     chat: Chat | None = None,
 ) -> CalibrationSettings:
-    """Return the settings with these values, or with the defaults where they are None.
+    """Resolve the settings; None stands for a default.
 
     Raises:
         DataError: prompts that the model is to answer are missing.
@@ -86,7 +86,7 @@ def resolve_calibration(
             "content.",
         )
     for name in shares:
-        if name.startswith(ANSWERS):  # before any model is loaded
+        if name.startswith(ANSWERS):  # missing prompts are found before a model is loaded
             read_prompts(name)
     default = REFERENCE_ROWS if REFERENCE_PRESETS & shares.keys() else DEMO_SAMPLES if is_demo else DEFAULT_SAMPLES
     settings = CalibrationSettings(
@@ -105,7 +105,7 @@ def resolve_calibration(
 
 
 def require_mixable(settings: CalibrationSettings, needed: Collection[str]) -> None:
-    """Check that sources can be mixed, and that each that is `needed` has a sequence."""
+    """Raise a UsageError unless sources can be mixed, and each that is `needed` has a sequence."""
     for source, count in settings.counts.items():
         if source in REFERENCE_PRESETS:
             raise UsageError(
@@ -120,11 +120,7 @@ def require_mixable(settings: CalibrationSettings, needed: Collection[str]) -> N
 
 
 def require_given_text(settings: CalibrationSettings) -> None:
-    """Check that a streamed model does not have to write its text.
-
-    Raises:
-        UsageError: it has to.
-    """
+    """Raise a UsageError if a streamed model would have to write its text."""
     if any(map(is_written, settings.shares)):
         raise UsageError(
             "A streamed model cannot write its own text: each token would read all of its weights.",

@@ -36,7 +36,7 @@ MESSAGES = "messages"
 # An upper bound: no tokenizer in use has more characters per token, on average over a text.
 CHARACTERS_PER_TOKEN = 8
 
-# About how much memory a byte of text takes, as bytes, characters and tokens: a text is tokenized as a whole.
+# About how much memory a byte of text takes: it is tokenized as a whole, as bytes, characters and tokens at once.
 MEMORY_PER_BYTE = 250
 
 
@@ -55,15 +55,17 @@ class Dataset:
     data_files: str | None = None
 
     def __str__(self) -> str:
-        return ":".join(part for part in (self.path, self.config, self.split, self.column) if part)
+        return ":".join(filter(None, (self.path, self.config, self.split, self.column)))
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text and its source; `limit` is the number of windows that its protocol takes, from the start.
+    """A text, or conversations in its place.
 
-    `split` is the split of a data set that was chosen because none was named; `source` names it too. `documents` are
-    the places in `content` where documents begin, if it has several. Conversations stand in place of `content`.
+    Attributes:
+        limit: the number of windows that its protocol takes, from the start.
+        split: the split of a data set, if none was named; `source` names it too.
+        documents: the offsets in `content` at which documents begin, if it has several.
     """
 
     source: str
@@ -82,11 +84,11 @@ class TextSplit:
     end: float = 1.0
 
     def rows(self, count: int) -> range:
-        """Return the rows of this part, out of `count` rows."""
+        """Return this part's rows, out of `count` rows."""
         return range(round(self.begin * count), round(self.end * count))
 
     def label(self, source: str) -> str:
-        """Return the name of this part of a source."""
+        """Name this part of a source."""
         return source if self == WHOLE else f"{source} from {self.begin:.0%} to {self.end:.0%}"
 
 
@@ -113,7 +115,7 @@ EVALUATION_SPLITS = ("test", "validation", "valid", "dev", "val", "eval", "train
 
 
 def calibration_text(source: str, *, tokens: int, seed: int, split: TextSplit = WHOLE) -> Text:
-    """Return a text of at least `tokens` tokens, or all of a smaller source, from this part of it.
+    """Read at least `tokens` tokens of this part of a source, or all of a smaller one.
 
     `wikitext2` is one running text; documents of `c4` and other data sets are drawn in an order set by `seed`.
 
@@ -131,17 +133,13 @@ def calibration_text(source: str, *, tokens: int, seed: int, split: TextSplit = 
 
 
 def reference_calibration_text(source: str, *, rows: int, seed: int, split: TextSplit = WHOLE) -> Text:
-    """Return the text that the reference implementation calibrates on: `rows` shuffled rows, joined.
-
-    Raises:
-        DataError: the data set cannot be loaded.
-    """
+    """Read the text that the reference implementation calibrates on: `rows` shuffled rows, joined."""
     separator = PARAGRAPHS if source.startswith("wikitext2") else " "
     return Text(source, separator.join(islice(_documents(CALIBRATION_PRESETS[source], split, shuffle_seed=seed), rows)))
 
 
 def evaluation_text(source: str, length: int) -> Text:
-    """Return the text or the conversations to measure perplexity on; `wikitext2` and `c4` are as in the literature.
+    """Read the text or the conversations to measure perplexity on; `wikitext2` and `c4` are as in the literature.
 
     For other data sets, read the named split and column (default: the first of EVALUATION_SPLITS, and `text` or
     `messages`), and no more of it than its windows of `length` tokens need.
@@ -149,9 +147,9 @@ def evaluation_text(source: str, length: int) -> Text:
     Raises:
         DataError: the source is missing, unreadable or empty.
     """
-    if source == "wikitext2":  # its rows are lines; an article begins with its title
+    if source == "wikitext2":  # rows are lines, and an article begins with its title
         lines = _documents(EVALUATION_PRESETS[source])
-        return _joined(source, lines, begins=lambda line: bool(_TITLE.fullmatch(line.strip())))
+        return _joined(source, lines, begins_document=lambda line: bool(_TITLE.fullmatch(line.strip())))
     if source == "c4":
         documents = islice(_documents(EVALUATION_PRESETS[source]), C4_EVALUATION_DOCUMENTS)
         return replace(_joined(source, documents, " "), limit=C4_EVALUATION_WINDOWS)
@@ -181,21 +179,24 @@ def evaluation_text(source: str, length: int) -> Text:
 
 
 def _joined(
-    source: str, parts: Iterable[str], separator: str = PARAGRAPHS, *, begins: Callable[[str], bool] = bool
+    source: str,
+    paragraphs: Iterable[str],
+    separator: str = PARAGRAPHS,
+    *,
+    begins_document: Callable[[str], bool] = bool,
 ) -> Text:
-    """Join the parts of a text; a part begins a document if `begins` says so."""
-    parts = list(parts)
-    ends = accumulate((len(part) + len(separator) for part in parts), initial=0)
-    starts = tuple(at for at, part in zip(ends, parts, strict=False) if begins(part))
-    return Text(source, separator.join(parts), documents=starts if len(starts) > 1 else ())
+    paragraphs = list(paragraphs)
+    ends = accumulate((len(paragraph) + len(separator) for paragraph in paragraphs), initial=0)
+    starts = tuple(at for at, paragraph in zip(ends, paragraphs, strict=False) if begins_document(paragraph))
+    return Text(source, separator.join(paragraphs), documents=starts if len(starts) > 1 else ())
 
 
 def calibration_conversations(
     source: str, *, samples: int, length: int, seed: int, split: TextSplit = WHOLE
 ) -> list[Conversation]:
-    """Return conversations of this part of a source: all of a .jsonl file, or enough for the samples of a data set.
+    """Read conversations of this part of a source: all of a .jsonl file, or enough for the samples of a data set.
 
-    They are read from the field or column `messages`: lists of {"role": …, "content": …}.
+    They are in the field or column `messages`: lists of {"role": …, "content": …}.
 
     Raises:
         DataError: the source is missing or unreadable, or holds no or too few conversations.
@@ -217,9 +218,9 @@ def _take_split(items: list[T], split: TextSplit, file: str, what: str) -> list[
 
 
 def _row_conversations(dataset: Dataset, values: Iterable[Any], count: int, length: int) -> Iterator[Conversation]:
-    """Yield as many conversations as `count` sequences of `length` tokens need."""
+    # As many as `count` sequences of `length` tokens need: each ends within a conversation, whose rest is dropped.
     longest = length * CHARACTERS_PER_TOKEN
-    missing = 2 * count * longest  # as a sequence ends with a part of a conversation, whose rest is dropped
+    missing = 2 * count * longest
     for value in values:
         with _naming_faults(f"A row of {dataset}"):
             conversation = _Messages(messages=value).conversation
@@ -230,11 +231,11 @@ def _row_conversations(dataset: Dataset, values: Iterable[Any], count: int, leng
 
 
 def _file_conversations(source: str, content: str) -> tuple[Conversation, ...]:
-    """Return the conversations of a .jsonl file whose lines have `messages`, and no `text`; none of any other file."""
+    # Only of a .jsonl file whose lines have `messages`, and no `text`.
     if Path(source).suffix != ".jsonl":
         return ()
     first = next(filter(None, map(str.strip, content.split("\n"))), "")
-    with suppress(ValidationError):  # which the text is refused for
+    with suppress(ValidationError):  # reading it as text names the fault
         line = TypeAdapter(dict[str, Any]).validate_json(first)
         if line.get("messages") is not None and line.get("text") is None:
             return tuple(line.conversation for line in _json_lines(source, content, _Messages))
@@ -242,7 +243,7 @@ def _file_conversations(source: str, content: str) -> tuple[Conversation, ...]:
 
 
 def read_prompts(source: str, split: TextSplit = WHOLE) -> list[Conversation]:
-    """Return the prompts in this part of `answers:FILE`: conversations to be answered.
+    """Read the prompts in this part of `answers:FILE`: conversations to be answered.
 
     The file has a prompt in each line of text, or in the `prompt` or the `messages` of each line of JSON.
 
@@ -259,7 +260,7 @@ def read_prompts(source: str, split: TextSplit = WHOLE) -> list[Conversation]:
 
 
 def is_read_whole(source: str) -> bool:
-    """Whether a source is always read from its beginning to its end, so that no seed chooses a part of it."""
+    """Whether a source is read from its beginning to its end, so that no seed chooses a part of it."""
     return source == "wikitext2" or is_file(source)
 
 
@@ -278,7 +279,7 @@ def _file_text(source: str, content: str, split: TextSplit = WHOLE) -> Text:
 
 
 def _boundary(content: str, share: float) -> int:
-    """Return a place near this share of a running text: between paragraphs, lines or words, if one ends there."""
+    # Near this share of a running text, between paragraphs, lines or words if one ends there.
     at = round(share * len(content))
     if at in (0, len(content)):
         return at
@@ -360,7 +361,6 @@ _Line = TypeVar("_Line", bound=BaseModel)
 
 
 def _json_lines(source: str, content: str, form: type[_Line]) -> Iterator[_Line]:
-    """Yield the lines that are not blank."""
     # Not by `splitlines`: strings in JSON may hold other line separators.
     for number, line in enumerate(content.split("\n"), start=1):
         if line.strip():
@@ -382,27 +382,23 @@ def _naming_faults(where: str) -> Iterator[None]:
 
 
 def _parse_dataset(source: str, column: str = "text") -> Dataset:
-    """Parse org/name[:config][:split][:column]; `column` is the default column."""
+    # org/name[:config][:split][:column]
     path, config, split, named = [*source.split(":"), "", "", ""][:4]
     return Dataset(path, config or None, split or "train", named or column)
 
 
 def _documents(dataset: Dataset, split: TextSplit = WHOLE, *, shuffle_seed: int | None = None) -> Iterator[str]:
-    """Load a data set from the Hub and return the documents of this part of it."""
     return map(str, _values(_load(dataset), dataset, split, shuffle_seed=shuffle_seed))
 
 
 def _values(rows: Any, dataset: Dataset, split: TextSplit = WHOLE, *, shuffle_seed: int | None = None) -> Iterator[Any]:
-    """Return the values of the column, of this part of the rows of a data set.
-
-    Sequences that are read in their order are divided in it, since neighbours may belong to one document.
-    """
     if dataset.column not in rows.column_names:
         raise DataError(
             f"{dataset} has no column {dataset.column!r}.",
             hint=f"It has {', '.join(rows.column_names)}; choose one with org/name:config:split:COLUMN.",
         )
     if split != WHOLE:
+        # Rows that are read in order are divided in order, since neighbours may belong to one document.
         ordered = rows if shuffle_seed is None else rows.shuffle(seed=SPLIT_SEED)
         rows = ordered.select(split.rows(len(rows)))
     if shuffle_seed is not None:
@@ -425,7 +421,7 @@ def _loading(dataset: Dataset) -> AbstractContextManager[None]:
 
 @contextmanager
 def loading_data(what: str, hint: str, *others: type[Exception]) -> Iterator[None]:
-    """Turn errors of the library `datasets`, and these others, into a `DataError` that names what cannot be loaded."""
+    """Turn errors of the library `datasets`, and these others, into a `DataError` about `what`."""
     import datasets
     from datasets.exceptions import DatasetsError
 

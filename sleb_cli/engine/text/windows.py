@@ -17,26 +17,22 @@ from sleb_plugins import DataError, UsageError
 
 
 def choose_length(
-    asked: int | None, architecture: Architecture, default: int = DEFAULT_LENGTH, option: str = "--sequence-length"
+    requested: int | None, architecture: Architecture, default: int = DEFAULT_LENGTH, option: str = "--sequence-length"
 ) -> int:
-    """Return the sequence length, at most the model's number of positions; `option` is the user's option for it.
-
-    Raises:
-        UsageError: `asked` exceeds the model's positions.
-    """
+    """Return the sequence length; raise a UsageError, which names the `option`, if it exceeds the model's positions."""
     limit = architecture.longest_sequence
-    if asked is None:
+    if requested is None:
         return min(default, limit) if limit else default
-    if limit and asked > limit:
+    if limit and requested > limit:
         raise UsageError(
-            f"{option} {asked} exceeds the {limit} positions of {architecture.source.id}.",
+            f"{option} {requested} exceeds the {limit} positions of {architecture.source.id}.",
             hint=f"Use {option} {limit} or less.",
         )
-    return asked
+    return requested
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer adds its BOS token to the start of every text."""
+    """Whether the tokenizer starts every text with its BOS token."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("a").input_ids[:1] == [bos]
 
@@ -56,7 +52,7 @@ def cut_windows(tokenizer: Any, text: str, length: int, *, bos: bool) -> Tensor:
 
 
 def cut_running_text(tokenizer: Any, text: str, length: int) -> Tensor:
-    """Cut `text` as the literature does: tokenized as a whole, with a BOS at its start if the tokenizer adds one."""
+    """Cut `text` as the literature does: tokenized as a whole, with the BOS that the tokenizer may add at its start."""
     return _rows(tokenizer(text).input_ids, length, [])
 
 
@@ -65,11 +61,9 @@ class EvaluationWindows:
     """A text to measure perplexity on, cut into windows whose tokens are predicted, each once.
 
     Attributes:
-        text: the text.
         ids: the tokens, int64 [windows, positions].
         counted: marks the predictions that count, bool [windows, positions - 1]: the first token is not predicted.
         clusters: the number of each predicted token's document, or else of its window; int64, of the same shape.
-        clustered_by: whether clusters are documents, conversations or windows.
         bos: whether each window begins with the BOS token, only the text does, or neither.
     """
 
@@ -100,7 +94,7 @@ def cut_for_evaluation(
     ids = require_windows(_rows(tokens.input_ids, width, start)[:most], text, tokenizer, length)
     clusters = torch.arange(len(ids)).unsqueeze(1).expand(-1, length - 1)
     if by_document:
-        documents = _documents(text, tokens.offset_mapping)[: len(ids) * width].view(-1, width)[:, 1 - length :]
+        documents = _document_numbers(text, tokens.offset_mapping)[: len(ids) * width].view(-1, width)[:, 1 - length :]
         by_document = bool((documents != documents[0, 0]).any())
         clusters = documents if by_document else clusters
     return EvaluationWindows(
@@ -113,8 +107,8 @@ def cut_for_evaluation(
     )
 
 
-def _documents(text: Text, offsets: list[tuple[int, int]]) -> Tensor:
-    """Return the number of each token's document; a token without text, such as a BOS, belongs to the one before."""
+def _document_numbers(text: Text, offsets: list[tuple[int, int]]) -> Tensor:
+    # A token without text, such as a BOS, belongs to the document before.
     starts = torch.tensor([start for start, _ in offsets], dtype=torch.int64).cummax(0).values
     return (torch.searchsorted(torch.tensor(text.documents), starts, right=True) - 1).clamp(min=0)
 
@@ -125,32 +119,24 @@ def _rows(ids: list[int], length: int, start: list[int]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64).reshape(count, length + len(start))
 
 
-def require_windows(windows: Tensor, text: Text, tokenizer: Any, length: int, asked: int | None = None) -> Tensor:
-    """Return the windows, or refuse a text that is too short.
-
-    Raises:
-        DataError: there are no windows, or fewer than asked for.
-    """
+def require_windows(windows: Tensor, text: Text, tokenizer: Any, length: int, required: int | None = None) -> Tensor:
+    """Return the windows; raise a DataError if there are none, or fewer than required."""
     if not len(windows):
         tokens = len(tokenizer(text.content, add_special_tokens=False).input_ids)
         raise DataError(
             f"{text.source} has {tokens} tokens, less than one sequence of {length}.",
             hint="Use more text, or reduce --sequence-length.",
         )
-    require_enough(len(windows), text.source, length, asked)
+    require_enough(len(windows), text.source, length, required)
     return windows
 
 
-def require_enough(found: int, source: str, length: int, asked: int | None) -> None:
-    """Check that a source has text for the sequences asked for.
-
-    Raises:
-        DataError: it has less.
-    """
-    if asked is not None and found < asked:
+def require_enough(count: int, source: str, length: int, required: int | None) -> None:
+    """Raise a DataError if a source has text for `count` sequences, but more are required."""
+    if required is not None and count < required:
         raise DataError(
-            f"{source} has text for {found} sequences of {length} tokens, not for {asked}.",
-            hint=f"Take {found} or fewer from it, use more text, or reduce --sequence-length.",
+            f"{source} has text for {count} sequences of {length} tokens, not for {required}.",
+            hint=f"Take {count} or fewer from it, use more text, or reduce --sequence-length.",
         )
 
 

@@ -1,4 +1,4 @@
-"""Text that the model writes itself, at temperature 1: sampled many sequences at once, and kept in the cache."""
+"""Let the model write text at temperature 1, many sequences at once, and cache it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ GIVE_TEXT = "Calibrate on a file or a data set: --calibration FILE."
 _MIN_BATCH, _MAX_BATCH, _TOKENS_PER_BATCH = 16, 64, 16384
 
 Continue = Callable[..., list[list[int]]]
-"""Continues prompts of any lengths, `(prompts, new tokens at most, forbidden=(), ends=())`, and returns what it adds.
+"""Continues prompts of any lengths, `(prompts, new tokens at most, forbidden=(), ends=())`; returns the new tokens.
 
-A text ends with the first of the tokens in `ends`, which it includes; `forbidden` ones are never drawn.
+They end with the first of the tokens in `ends`; `forbidden` ones are never drawn.
 """
 
 
@@ -40,16 +40,16 @@ class Writing:
     """An order for text.
 
     Attributes:
-        what: the work in words, for the screen.
+        title: the work in words, for the screen.
         noun: the name of one item of the result.
         count: about how many sequences are written.
-        new: about how many tokens of each.
-        seed: decides what is drawn, together with how many are written at once.
-        model: identifies the model, under which the text is cached; None caches none.
-        key: all else that the text depends on.
+        new: about how many tokens each has.
+        seed: decides the text, together with the number of sequences that are written at once.
+        model: identifies the model in the cache; None caches no text.
+        key: everything else that the text depends on.
     """
 
-    what: str
+    title: str
     noun: str
     count: int
     new: int
@@ -61,7 +61,7 @@ class Writing:
 def write_or_find(model: Any, writing: Writing, write: Callable[[Continue, int], list[T]], notify: Notify) -> list[T]:
     """Return the items, plain JSON, that `write` makes, or made before, from the cache.
 
-    It is given a function that continues prompts, and how many to continue at once, fewer if memory runs out.
+    It takes a function that continues prompts, and how many to continue at once, fewer if memory runs out.
 
     Raises:
         UnsupportedModelError: the model cannot generate text.
@@ -78,7 +78,7 @@ def write_or_find(model: Any, writing: Writing, write: Callable[[Continue, int],
 
     def run(size: int) -> list[T]:
         with (
-            task(notify, writing.what, writing.count * writing.new, "tokens") as advance,
+            task(notify, writing.title, writing.count * writing.new, "tokens") as advance,
             torch.random.fork_rng(devices=devices, device_type=device.type),
             torch.inference_mode(),
         ):
@@ -118,7 +118,7 @@ def _continuing(model: Any, advance: Advance) -> Continue:
         endings = torch.tensor(sorted(ends), dtype=torch.long, device=device)
 
         def have_ended(added: Tensor) -> Tensor:
-            """Report each token as it is generated."""
+            # It is called for each token, so it moves the bar, too.
             with pass_errors_through():
                 advance(len(added))
             return torch.isin(added, endings).any(1)
@@ -135,23 +135,22 @@ def _continuing(model: Any, advance: Advance) -> Continue:
 
 
 def draw_tokens(input_ids: Tensor, scores: Tensor, *, forbidden: Collection[int]) -> Tensor:
-    """Return the scores [batch, vocabulary] with only a token of each row left, drawn among all but the forbidden.
-
-    `torch.multinomial` would take a random number for each token of the vocabulary; this takes one for each row.
+    """Draw a token that is not forbidden for each row of logits [batch, vocabulary]; return logits that allow no other.
 
     Raises:
-        ValueError: they are no logits of a distribution.
+        ValueError: the logits are not finite.
     """
     # A tokenizer may have more tokens than the model.
     scores[:, [token for token in forbidden if token < scores.shape[-1]]] = -torch.inf
-    ends = as_float64(scores.softmax(-1, dtype=torch.float32)).cumsum(-1)  # or the rarest tokens would not count
+    # Sums in float32 would leave out the rarest tokens.
+    ends = as_float64(scores.softmax(-1, dtype=torch.float32)).cumsum(-1)
     if not ends.isfinite().all():
         raise ValueError("its logits are not finite")
+    # One random number for each row: `torch.multinomial` would take one for each token of the vocabulary.
     share = torch.rand(len(ends), 1, dtype=torch.float64, device=ends.device)
     tokens = torch.searchsorted(ends, share * ends[:, -1:], right=True).clamp(max=scores.shape[-1] - 1)
     return torch.full_like(scores, -torch.inf).scatter_(-1, tokens.to(scores.device), 0.0)
 
 
 def _cut_after(tokens: list[int], ends: Collection[int]) -> list[int]:
-    """Return the tokens up to and with the first of `ends`."""
     return next((tokens[: at + 1] for at, token in enumerate(tokens) if token in ends), tokens)
