@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from conftest import prose, random_model, train_tokenizer, write_task
 from families import tiny_config
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.quality.lm_eval_model import LoadedModel
+from sleb_cli.engine.quality.lm_eval_model import LmEvalModel
 from sleb_cli.events import ignore
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,7 @@ def test_texts_that_have_ended_leave_the_others_as_lm_eval_writes_them(monkeypat
         return generate(input_ids, logits_processor=[lambda ids, scores: scores + noise[ids[:, -1]]], **given)
 
     monkeypatch.setattr(model, "generate", watched)
-    written = LoadedModel(model, tokenizer, 8, ("task", "dense"), ignore, ProcessGroup()).generate_until(asked)
+    written = LmEvalModel(model, tokenizer, 8, ("task", "dense"), ignore, ProcessGroup()).generate_until(asked)
     assert runs[0] == 8 > max(runs[1:])
     assert 0 < sum(answer.ended for answer in written) < 8
     assert written == HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1).generate_until(asked)

@@ -1,4 +1,4 @@
-"""`sleb eval`: texts and tasks on the dense model and on those that `apply` writes, with paired statistics."""
+"""`sleb eval`: measure texts and tasks on the dense and the pruned models, with paired statistics."""
 
 from __future__ import annotations
 
@@ -34,9 +34,11 @@ from sleb_cli.saved_results import find_saved, save_result
 class Evaluation:
     """The models, and the texts and tasks to measure them on.
 
-    `batch_size` counts the windows of a batch; None to suit the device. Up to `show_flips` items of each task that only
-    one model gets right are recorded. `force` measures anew what was measured before. `command` asked for it, and
-    `plugins` has the versions of other packages that take part.
+    Attributes:
+        plugins: the versions of other packages that take part.
+        batch_size: windows in a batch; None to suit the device.
+        show_flips: how many items of each task that only one model gets right are recorded.
+        force: whether to measure again, in spite of known results.
     """
 
     models: Models
@@ -53,7 +55,7 @@ class Evaluation:
 def evaluate_models(evaluation: Evaluation, file: Path | None) -> EvalResult:
     """Measure the dense model and each size of the pruned one, on the same data.
 
-    A file keeps each text and each task when it is finished. What it holds in this setting is not measured again.
+    The file keeps each text and task as soon as it is finished. Its results in this setting are not measured again.
 
     Raises:
         DataError: the data of a task is missing or too small.
@@ -120,15 +122,14 @@ def _without_parts(evaluation: Evaluation) -> EvalResult:
 
 
 def _known_text(known: EvalResult, windows: EvaluationWindows) -> tuple[TextResult, ...]:
-    """Return the known result on these windows; a published one does not name the folder of its text."""
     expected = description(windows)
+    # A published result does not name the folder of its text.
     names = (expected["text"], public_source(expected["text"]))
     results = [text.model_copy(update={"text": names[0]}) for text in known.texts if text.text in names]
     return tuple(text for text in results if all(getattr(text, name) == value for name, value in expected.items()))[:1]
 
 
 def _known_task(known: EvalResult, fingerprints: dict[str, str], show_flips: int) -> tuple[TaskResult, ...]:
-    """Return the known results of a task or group, if they are complete."""
     results = [task for task in known.tasks if task.fingerprint and task.fingerprint == fingerprints.get(task.task)]
     sizes = [size for task in results for size in task.pruned]
     has_flips = all(len(size.flips) >= min(show_flips, (size.lost or 0) + (size.gained or 0)) for size in sizes)
@@ -136,11 +137,11 @@ def _known_task(known: EvalResult, fingerprints: dict[str, str], show_flips: int
 
 
 def _missing_sizes(known: Sequence[R], sizes: Sequence[Removals]) -> tuple[Removals, ...] | None:
-    """Return the sizes to measure besides the dense model; None if not even that is missing."""
+    # Besides the dense model; None if not even that is missing.
     if not known:
         return tuple(sizes)
-    there = set.intersection(*({frozenset(size.removals) for size in result.pruned} for result in known))
-    return tuple(size for size in sizes if frozenset(size) not in there) or None
+    measured = set.intersection(*({frozenset(size.removals) for size in result.pruned} for result in known))
+    return tuple(size for size in sizes if frozenset(size) not in measured) or None
 
 
 def _run_text(windows: EvaluationWindows, evaluation: Evaluation, sizes: Sequence[Removals]) -> tuple[TextResult]:
@@ -175,7 +176,7 @@ def _run_task(
 
 
 def _dense_key(evaluation: Evaluation, fingerprints: dict[str, str]) -> Key:
-    """Return the key of the dense model's answers to a task, which do not depend on the removal."""
+    # The dense model's answers to a task do not depend on the removal.
     whole = _without_parts(evaluation).model_copy(update={"experts": None, "recovered": None})
     settings = {"items": fingerprints, "batch_size": evaluation.batch_size, "processes": evaluation.models.group.size}
     return {**whole.key, **settings}

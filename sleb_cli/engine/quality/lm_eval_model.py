@@ -1,4 +1,4 @@
-"""A model in memory, as lm-eval asks it."""
+"""Answer lm-eval's requests with a model in memory."""
 
 from __future__ import annotations
 
@@ -21,21 +21,17 @@ from sleb_plugins.errors import is_out_of_memory
 
 
 class Answer(str):
-    """Text that a model wrote; `ended` tells whether it ended by itself, before its tokens ran out."""
+    """Text by a model; `ended` if it ended by itself, before its tokens ran out."""
 
     ended = False
 
 
-class LoadedModel(HFLM):  # type: ignore[misc]
+class LmEvalModel(HFLM):  # type: ignore[misc]
     """A model in memory, which reports its progress and shares requests between processes.
 
     Args:
-        model: the model.
-        tokenizer: its tokenizer.
-        batch_size: how many requests a batch has, or "auto".
-        named: the task, and what the model is called, under which progress is reported.
-        notify: the listener for events.
-        group: the processes.
+        batch_size: requests in a batch, or "auto".
+        names: the task's and the model's, under which progress is reported.
         predict: returns the logits of tokens, [batch, positions], in place of a pass of the model.
     """
 
@@ -44,38 +40,34 @@ class LoadedModel(HFLM):  # type: ignore[misc]
         model: Any,
         tokenizer: Any,
         batch_size: int | str,
-        named: tuple[str, str],
+        names: tuple[str, str],
         notify: Notify,
         group: ProcessGroup,
         predict: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         # If the model is spread over devices, tokens may not go in where its first weight is.
-        self._device, self._named, self._notify, self._group = input_device(model), named, notify, group
+        self._device, self._names, self._notify, self._group = input_device(model), names, notify, group
         self._ends = torch.tensor(sorted(end_tokens(model, tokenizer)), device=self._device)
         self._ended: list[bool] = []
         self._predict = predict
 
     def loglikelihood(self, requests: Sequence[Any]) -> Any:
         """Return the likelihood of each continuation, and whether it is the most likely one."""
-        return self._shared(super().loglikelihood, requests)
+        return self._share_out(super().loglikelihood, requests)
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> Any:
         """Return the likelihood of each text."""
-        return self._shared(super().loglikelihood_rolling, requests)
+        return self._share_out(super().loglikelihood_rolling, requests)
 
     def generate_until(self, requests: Sequence[Any]) -> Any:
         """Return an `Answer` to each prompt."""
-        return self._shared(self._written, requests)
+        return self._share_out(self._write, requests)
 
-    def _shared(self, answer: Callable[[Sequence[Any]], list[Any]], requests: Sequence[Any]) -> list[Any]:
-        """Return all answers; each process computes some of them.
-
-        If one of several processes is out of memory, a MemoryError makes all of them take smaller batches.
-        """
+    def _share_out(self, answer: Callable[[Sequence[Any]], list[Any]], requests: Sequence[Any]) -> list[Any]:
         size = self._group.size
         mine = requests[self._group.rank :: size]
-        with task(self._notify, ", ".join(self._named), len(mine), "requests") as advance:
+        with task(self._notify, ", ".join(self._names), len(mine), "requests") as advance:
             # lm-eval tells each answer to its cache.
             self.cache_hook = SimpleNamespace(add_partial=lambda *answer: advance())
             try:
@@ -83,13 +75,13 @@ class LoadedModel(HFLM):  # type: ignore[misc]
             except (RuntimeError, MemoryError) as error:
                 if size == 1 or not is_out_of_memory(error):
                     raise
-                computed = None
+                computed = None  # all processes need to know, to take smaller batches
             shares = [share for share in self._group.gather(computed) if share is not None]
         if len(shares) < size:
             raise MemoryError("out of memory")
         return join_dealt(shares)
 
-    def _written(self, requests: Sequence[Any]) -> list[Any]:
+    def _write(self, requests: Sequence[Any]) -> list[Any]:
         ended, advance = defaultdict[str, list[bool]](list), self.cache_hook.add_partial
 
         # lm-eval tells its cache the answers in the order of batches, and returns them in that of requests.
@@ -106,7 +98,7 @@ class LoadedModel(HFLM):  # type: ignore[misc]
     def _loglikelihood_tokens(self, requests: Sequence[Any], **options: Any) -> Any:
         if (longest := max((len(answer) for *_, answer in requests), default=0)) > self.max_length:
             raise UsageError(
-                f"{self._named[0]} has an answer of {longest} tokens, but the model has only "
+                f"{self._names[0]} has an answer of {longest} tokens, but the model has only "
                 f"{self.max_length} positions.",
                 hint="Leave the task out.",
             )
@@ -119,17 +111,16 @@ class LoadedModel(HFLM):  # type: ignore[misc]
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], attention_mask: Tensor, **options: Any
     ) -> Tensor:
-        """Write after each prompt, up to a stop or further, and go on without the texts that have ended."""
         if (options.get("num_beams") or self.model.generation_config.num_beams or 1) > 1:
             whole = super()._model_generate(context, max_length, stop, attention_mask=attention_mask, **options)
             return self._remember_ended(context, list(whole[:, context.shape[1] :]))
         if not (options.get("do_sample") or options.get("temperature")):  # as lm-eval takes them
             options |= {"do_sample": False, "temperature": None}
 
-        def run(ids: Tensor, settings: dict[str, Any], **more: Any) -> Any:
+        def generate(ids: Tensor, settings: dict[str, Any], **more: Any) -> Any:
             return self.model.generate(ids, pad_token_id=self.tokenizer.pad_token_id, **options, **settings, **more)
 
-        def ended(rows: int) -> HaveEnded:
+        def stop_criterion(rows: int) -> HaveEnded:
             stops = stop_sequences_criteria(self.tokenizer, stop, 0, rows)
 
             def have_ended(added: Tensor) -> Tensor:
@@ -141,7 +132,8 @@ class LoadedModel(HFLM):  # type: ignore[misc]
             return have_ended
 
         new = max_length - context.shape[1]
-        return self._remember_ended(context, continue_each(run, context, attention_mask, new, ended))
+        # Texts that have ended leave the batch; a text may go on beyond its stop, where lm-eval cuts it.
+        return self._remember_ended(context, continue_each(generate, context, attention_mask, new, stop_criterion))
 
     def _remember_ended(self, context: Tensor, written: list[Tensor]) -> Tensor:
         self._ended += [bool(torch.isin(tokens, self._ends).any()) for tokens in written]

@@ -1,4 +1,4 @@
-"""lm-eval's tasks: find, load and run them on a model in memory, without lm-eval's noise."""
+"""Find lm-eval's tasks, load them, and run them on a model in memory, without lm-eval's noise."""
 
 from __future__ import annotations
 
@@ -41,12 +41,11 @@ class LoadedTask:
     """A task, group or tag of lm-eval with its data, to be run on any number of models.
 
     Args:
-        name: its name.
         manager: lm-eval's index of tasks.
         limit: the number of items to use, from the start; None for all.
         num_fewshot: replaces the task's own number of examples unless that is 0, as in lm-eval.
         chat: whether prompts are in the chat template.
-        batch_size: how many requests a batch has; None to suit the device.
+        batch_size: requests in a batch; None to suit the device.
         run_code: how programs that the model writes are run; None if they may not be.
 
     Raises:
@@ -79,16 +78,16 @@ class LoadedTask:
             if num_fewshot and task.get_config("num_fewshot"):
                 with _quietly_loading(name):
                     split = getattr(getattr(task, "fewshot_cfg", None), "split", None)
-                    of_items = split is not None and split == task.get_config("test_split")
-                    there = len(list(task.fewshot_docs())) - of_items  # an item is no example of itself
-                if num_fewshot > there:
+                    are_items = split is not None and split == task.get_config("test_split")
+                    examples = len(list(task.fewshot_docs())) - are_items  # an item is no example of itself
+                if num_fewshot > examples:
                     raise UsageError(
-                        f"{name} has {plural(there, 'example')}, not {num_fewshot}.",
-                        hint=f"Use --num-fewshot {there} or fewer.",
+                        f"{name} has {plural(examples, 'example')}, not {num_fewshot}.",
+                        hint=f"Use --num-fewshot {examples} or fewer.",
                     )
 
     def fingerprints(self) -> dict[str, str]:
-        """Return a hash of all that results depend on besides the model, for each task and each group with metrics."""
+        """Hash everything that results depend on besides the model, for each task and each group with metrics."""
         hashes, common = {}, [importlib.metadata.version("lm_eval"), self._chat]
         for name, task in self.tasks.items():
             with _quietly_loading(name):
@@ -103,19 +102,19 @@ class LoadedTask:
 
     @property
     def writes(self) -> bool:
-        """Whether the model writes any of its answers; otherwise, it only rates given ones."""
+        """Whether the model writes any answers; otherwise, it only rates given ones."""
         return any(map(_writes, self.tasks.values()))
 
     def run(
         self,
         model: Any,
         tokenizer: Any,
-        what: str,
+        model_name: str,
         notify: Notify,
         group: ProcessGroup,
         predict: Callable[[Tensor], Tensor] | None = None,
     ) -> dict[str, Any]:
-        """Return lm-eval's results on a model, called `what`, with all samples, as JSON holds them.
+        """Return lm-eval's results on a model with all samples, as JSON holds them.
 
         `predict` returns the logits of tokens, [batch, positions], in place of a pass of the model. If the device is
         out of memory, smaller batches are tried.
@@ -124,15 +123,7 @@ class LoadedTask:
             UsageError: the task needs more positions than the model has, or a chat template or EOS token that the
                 tokenizer lacks.
         """
-        if self._chat and not getattr(tokenizer, "chat_template", None):
-            raise UsageError(
-                "--apply-chat-template needs a chat template, but the tokenizer has none.", hint="Leave it out."
-            )
-        if tokenizer.eos_token_id is None and (writing := [name for name, task in self.tasks.items() if _writes(task)]):
-            raise UsageError(
-                f"{writing[0]} has the model write text, but the tokenizer has no EOS token to end it.",
-                hint="Leave the task out, or set eos_token in tokenizer_config.json.",
-            )
+        self._require_tokens(tokenizer)
         device = input_device(model)
         first: int | str = self._batch_size or AUTO
         if first == AUTO and all(map(_writes, self.tasks.values())):
@@ -142,13 +133,25 @@ class LoadedTask:
         largest = first if isinstance(first, int) else MAX_BATCH
 
         def run(requests: int) -> dict[str, Any]:
-            from sleb_cli.engine.quality.lm_eval_model import LoadedModel
+            from sleb_cli.engine.quality.lm_eval_model import LmEvalModel
 
             size = first if requests == largest else requests
-            return self._evaluate(LoadedModel(model, tokenizer, size, (self.name, what), notify, group, predict))
+            names = (self.name, model_name)
+            return self._evaluate(LmEvalModel(model, tokenizer, size, names, notify, group, predict))
 
         with _quietly_loading(self.name):
             return in_smaller_pieces(run, largest, device, notify, "continuing with {} requests")
+
+    def _require_tokens(self, tokenizer: Any) -> None:
+        if self._chat and not getattr(tokenizer, "chat_template", None):
+            raise UsageError(
+                "--apply-chat-template needs a chat template, but the tokenizer has none.", hint="Leave it out."
+            )
+        if tokenizer.eos_token_id is None and (writing := [name for name, task in self.tasks.items() if _writes(task)]):
+            raise UsageError(
+                f"{writing[0]} has the model write text, but the tokenizer has no EOS token to end it.",
+                hint="Leave the task out, or set eos_token in tokenizer_config.json.",
+            )
 
     def _evaluate(self, lm: Any) -> dict[str, Any]:
         from sleb_cli.engine.lm_eval_internals import handle_non_serializable, normalize_gen_kwargs, simple_evaluate
@@ -177,19 +180,17 @@ class LoadedTask:
 
 
 def find_tasks(names: Sequence[str], folders: Sequence[Path], also: Iterable[str]) -> Any:
-    """Return lm-eval's index of the tasks in `folders`, and in its own folders as far as these names need them.
-
-    lm-eval takes ten seconds to index all of its folders, so they are searched as text first; no data is read yet. If a
-    name is unknown, one of `also` may be suggested.
+    """Index lm-eval's tasks in `folders`, and in its own folders as far as these names need them.
 
     Raises:
-        DataError: a task is unknown.
+        DataError: a task is unknown; one of `also` may be suggested.
     """
     from sleb_cli.engine.lm_eval_internals import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     paths = [str(folder) for folder in folders]
     manager = TaskManager(include_path=paths, include_defaults=False)
+    # lm-eval takes ten seconds to index all of its folders, so they are searched as text first.
     if missing := set(names) - set(manager.all_subtasks):
         manager = TaskManager(include_path=[*map(str, _folders_with(missing)), *paths], include_defaults=False)
     if not set(names) <= set(manager.all_subtasks):  # a group may name tasks of any folder
@@ -233,7 +234,7 @@ def _load(manager: Any, name: str, run_code: RunCode | None) -> dict[str, Any]:
 
 
 def _settings_of(task: Any) -> Any:
-    """Return a task's settings and the code beside its file, wherever they are."""
+    # The settings, and the code beside the task's file, but not where they are.
     settings, code = task.dump_config(), {}
     metadata = dict(settings.get("metadata") or {})
     source = Path(metadata.pop("config_source", ""))
@@ -249,7 +250,6 @@ def _lm_eval_folder() -> Path:
 
 
 def _writes(task: Any) -> bool:
-    """Whether the model writes its answers; otherwise, it only rates given ones."""
     return bool(task.OUTPUT_TYPE == "generate_until")
 
 
@@ -261,13 +261,10 @@ def _hash(data: Iterable[Any]) -> str:
 
 @contextmanager
 def _quietly_loading(name: str) -> Iterator[None]:
-    """Translate errors in reading the data of a task, hide what lm-eval prints, and suppress three things.
-
-    lm-eval runs git and a dozen other programs to describe the machine, starts processes that inherit the model for its
-    bootstrap, and under a launcher returns results in one process of each machine only.
-    """
     from sleb_cli.engine.lm_eval_internals import evaluator
 
+    # lm-eval prints, runs git and a dozen other programs to describe the machine, starts processes that inherit the
+    # model for its bootstrap, and under a launcher returns results in one process of each machine only.
     with (
         redirect_stdout(StringIO()),
         redirect_stderr(StringIO()),

@@ -44,17 +44,14 @@ class Models:
         self._loaded: dict[Removals, SkippableModel] = {}
 
     def name(self, size: Removals) -> str:
-        """Return the name of a size's model in messages."""
+        """Name a size's model in messages."""
         if not size:
             return "dense model"
         experts, blocks = self.subject.experts, ", ".join(map(str, size))
         return f"model {experts.size(len(size)) if experts else f'without blocks {blocks}'}"
 
     def without(self, removals: Removals) -> SkippableModel:
-        """Return the model of one of `sizes`, or the dense one.
-
-        If models do not share weights, it takes the place of the one that was loaded before.
-        """
+        """Return the model of one of `sizes`, or the dense one; if they share no weights, it replaces the last one."""
         if removals not in self._loaded:
             if self.one_at_a_time:
                 self._loaded.clear()
@@ -78,18 +75,18 @@ class Models:
 
     @cached_property
     def _runs_by_blocks(self) -> bool:
-        """Whether the dense model computes the same if its blocks run on their own."""
+        # Whether the dense model computes the same if its blocks run on their own.
         count = min(CHECKED_TOKENS, self.architecture.longest_sequence or CHECKED_TOKENS)
         with torch.inference_mode(), self.without(()) as dense:
             tokens = torch.arange(count, device=dense.device) % self.architecture.text_config.vocab_size
             return why_not_fork(dense, tokens[None]) is None
 
     def loaded_first(self, sizes: Sequence[Removals]) -> list[Removals]:
-        """Return these sizes in an order that loads as few models as possible."""
+        """Sort these sizes so that as few models as possible are loaded."""
         return sorted(sizes, key=lambda removals: removals not in self._loaded)
 
     def _are_too_large(self) -> bool:
-        """Whether models without experts, which share little with the dense one, do not fit beside it."""
+        # Models without experts share little with the dense one.
         weights = model_bytes(self.architecture, self.placement.dtype) * (1 + len(self.sizes))
         has_fewer = self.subject.plan and self.subject.plan.experts
         return bool(has_fewer and memory_shortage(weights, self.placement.device))
@@ -104,10 +101,6 @@ class Models:
         return SkippableModel(model, self.architecture.blocks_of(model))
 
     def require_unchanged(self) -> None:
-        """Check that the models' files are those that were read at first.
-
-        Raises:
-            ModelError: they have changed, so what was measured may not be theirs.
-        """
+        """Raise a ModelError if the models' files have changed since they were first read."""
         for architecture in filter(None, (self.architecture, self.subject.recovered)):
             architecture.source.watch.require_unchanged()

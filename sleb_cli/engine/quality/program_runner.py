@@ -1,6 +1,6 @@
 """Run the Python program on standard input, which a model wrote, within limits.
 
-The exit code says whether the program came to its end. Any other code, and the last line on stderr, say that it did not
+The exit code says whether the program came to its end. Any other code, and the last line on stderr, say why it did not
 run. This file runs on its own, without the rest of sleb.
 """
 
@@ -45,7 +45,7 @@ def main(*, confined: bool) -> None:
 
 
 def run(program: bytes, *, confined: bool, started: int) -> None:
-    """Run a program, which can reach nothing that this process has open, and exit."""
+    """Run a program, which inherits no open file, and exit."""
     _set_process(_DIE_WITH_PARENT, signal.SIGKILL)
     _set_process(_DUMPABLE, 1)
     file = Path.cwd() / "program.py"
@@ -63,7 +63,7 @@ def run(program: bytes, *, confined: bool, started: int) -> None:
 
 
 def limit(*, confined: bool) -> None:
-    """Limit what this process and each of its children uses."""
+    """Limit the resources of this process and of each of its children."""
     limits = {"CPU": CPU_SECONDS, "FSIZE": FILE_BYTES, "NOFILE": OPEN_FILES, "CORE": 0}
     if sys.platform == "linux":  # macOS refuses this one
         limits["AS"] = MEMORY_BYTES
@@ -74,7 +74,7 @@ def limit(*, confined: bool) -> None:
 
 
 def watch(program: int, *, confined: bool) -> bool:
-    """Whether a child comes to its end, rather than to an error, a limit, or a sleep."""
+    """Wait for a child, and return whether it comes to its end, rather than to an error, a limit, or a sleep."""
     checked, asleep = time.monotonic(), 0
     sleb = select.poll()
     sleb.register(sys.stderr, 0)  # which fails once sleb, at the other end, is gone
@@ -91,7 +91,7 @@ def watch(program: int, *, confined: bool) -> bool:
 
 
 def count_files() -> int:
-    """Return the number of files in the folders that a confined program writes to."""
+    """Count the files in the folders that a confined program writes to."""
     folders = map(os.statvfs, ("/tmp", "/dev/shm"))
     return sum(system.f_files - system.f_ffree for system in folders)
 

@@ -1,4 +1,4 @@
-"""A few words by the dense and the pruned model: one sentence shows a collapse that perplexity hides."""
+"""Let the dense and the pruned model write a few words: a sentence shows a collapse that perplexity hides."""
 
 from __future__ import annotations
 
@@ -53,33 +53,33 @@ def generate_sample(
         except (UnsupportedModelError, OutOfMemory) as error:
             notify(Notice(f"No sample text is shown: {error.message}"))
             return None
-    # A model may have more tokens than its tokenizer, and slow tokenizers raise for these.
-    known = set(tokenizer.get_vocab().values())
-    texts = [tokenizer.decode(list(filter(known.__contains__, ids)), skip_special_tokens=True) for ids in generated]
     return SampleGeneration(
         prompt=PROMPT,
         new_tokens=count,
-        dense=texts[0],
-        pruned=texts[1],
+        dense=_decode(tokenizer, generated[0]),
+        pruned=_decode(tokenizer, generated[1]),
         dense_repetition=repetition(generated[0]),
         pruned_repetition=repetition(generated[1]),
     )
+
+
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    # A model may have more tokens than its tokenizer, and slow tokenizers raise for these.
+    known = set(tokenizer.get_vocab().values())
+    return str(tokenizer.decode([token for token in ids if token in known], skip_special_tokens=True))
 
 
 @torch.inference_mode()
 def _continue(
     skippable: SkippableModel, prompt: Tensor, removed: Sequence[int], count: int, ends: Collection[int]
 ) -> list[int]:
-    """Return the most likely next tokens, up to the one that ends the text.
-
-    One pass without the KV cache checks those that are generated with it. If it does not work with skipped blocks, each
-    token takes such a pass.
-    """
     start = prompt.shape[1]
     greedy = GenerationConfig(
         do_sample=False, max_new_tokens=count, use_cache=True, eos_token_id=sorted(ends) or None, pad_token_id=0
     )
     skippable.skip(removed)
+    # One pass without the KV cache checks the tokens that are generated with it. If the cache does not work with
+    # skipped blocks, each token takes such a pass.
     with suppress(UnsupportedModelError):
         ids = generate(skippable.model, prompt, greedy, lambda words: UnsupportedModelError(words, hint=""))
         new = ids[:, start:]

@@ -1,4 +1,4 @@
-"""Confine the programs that a model writes by bubblewrap, in namespaces of their own (Linux)."""
+"""Confine programs that a model writes in Linux namespaces, by bubblewrap."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VISIBLE_PATHS = (
     *("/usr", "/bin", "/sbin", "/lib", "/lib64", "/nix/store", "/gnu/store", "/etc/ld.so.cache", "/etc/alternatives"),
     *(sys.base_prefix, sys.prefix),
 )
-"""What a confined program may read of this machine."""
+"""The paths of this machine that a confined program may read."""
 
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
@@ -29,11 +29,7 @@ _OWN_FOLDER = ("--perms", "1777", "--size", str(FOLDER_BYTES), "--tmpfs")
 
 
 def confining_command() -> list[str]:
-    """Return the words before a command that confine it.
-
-    Raises:
-        MachineError: bubblewrap is not here.
-    """
+    """Return the command that confines another, which follows it; raise a MachineError if bubblewrap is missing."""
     bwrap = shutil.which("bwrap") if sys.platform == "linux" else None
     if bwrap is None:
         raise MachineError(
@@ -51,8 +47,8 @@ def confining_command() -> list[str]:
 
 
 def _visible() -> Iterator[str]:
-    """Yield bubblewrap's options for what a program sees, read-only; parents come first, and are open to all."""
     paths = sorted({path for path in VISIBLE_PATHS if Path(path).exists()} - {"/"})
+    # Parents come first, and are open to all.
     for folder in sorted({str(parent) for path in (*paths, *DEVICES) for parent in Path(path).parents} - {"/"}):
         yield from ("--perms", "0755", "--dir", folder)
     for path in paths:

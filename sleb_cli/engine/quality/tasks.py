@@ -1,4 +1,4 @@
-"""The tasks that `sleb eval` runs, and how the answers of the dense and the pruned models differ, item by item."""
+"""Compare the answers of the dense and the pruned models to a task, item by item."""
 
 from __future__ import annotations
 
@@ -41,13 +41,10 @@ PRESETS: dict[str, tuple[str, ...]] = {
 def compare_task(
     dense: Results, pruned: Sequence[tuple[tuple[int, ...], Results]], show_flips: int = 0
 ) -> list[TaskResult]:
-    """Compare the results of one task or group on the dense and each pruned model, named by its removals.
+    """Compare the results of a task or group on the dense and each pruned model, named by its removals.
 
-    Each metric and filter of a task gives one comparison, and so does each metric of a group. Up to `show_flips` items
-    that only one model gets right are shown.
-
-    Raises:
-        ModelError: a metric is not finite.
+    Each metric gives one comparison, for each filter of a task. Up to `show_flips` items that only one model gets right
+    are shown.
     """
     return [_compare(measure, dense, pruned, show_flips) for measure in _measures(dense)]
 
@@ -83,7 +80,7 @@ def _compare(
         chat=bool(dense.get("chat_template")),
         higher_is_better=dense["higher_is_better"].get(measure.task, {}).get(measure.metric) is not False,
         doc_ids=tuple(sample["doc_id"] for sample in samples),
-        # As lm-eval's `task_hashes`, which joins the samples of all filters; of a group, those of its tasks.
+        # As lm-eval's `task_hashes`, which joins the samples of all filters, or of all tasks of a group.
         items_sha256=hashlib.sha256(hashes.encode()).hexdigest() if seen else None,
         use=_use(dense["configs"].get(measure.task, {})),
         dense=_scores(dense, measure),
@@ -135,13 +132,13 @@ def _samples(results: Results, measure: _Measure) -> list[dict[str, Any]]:
 
 
 def _scores(results: Results, measure: _Measure) -> TaskScores:
-    """Return a model's scores, with the items' only if their mean is the value, unlike BLEU's, for one."""
     values = results["results"][measure.task]
     value, stderr = (values.get(f"{measure.metric}{suffix},{measure.filter}") for suffix in ("", "_stderr"))
     if not _is_finite(value):
         raise ModelError(f"{measure.metric} of {measure.task} is {value}.", hint="Try --dtype float32.")
     scores = [sample[measure.metric] for sample in _samples(results, measure)]
     items = tuple(map(float, scores)) if all(map(_is_finite, scores)) else ()
+    # Items are kept only if their mean is the value, which it is not for BLEU.
     if not items or not math.isclose(fmean(items), value, rel_tol=1e-9, abs_tol=1e-12):
         items = ()
     stderr = float(stderr) if _is_finite(stderr) else None
@@ -156,7 +153,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _group_difference(measure: _Measure, dense: Results, pruned: Results) -> Estimate:
-    """Estimate the difference of a metric without items; if it is a group's mean over its tasks, from their items."""
+    # A group's mean over its tasks can be estimated from their items; otherwise there is no standard error.
     difference = _scores(pruned, measure).value - _scores(dense, measure).value
     tasks = [measure._replace(task=name) for name in _tasks_of(dense, measure.task)]
     items = [
@@ -185,7 +182,6 @@ def _tasks_of(results: Results, name: str) -> Iterator[str]:
 
 
 def _flip(config: Mapping[str, Any], metric: str, dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> FlipRecord:
-    """Return both models' answers to an item that only one gets right."""
     if config.get("output_type") == "multiple_choice":
         prompt, answers = _chosen(config, metric, dense, pruned)
         target = answers[0 if dense[metric] == 1 else 1]
@@ -197,7 +193,7 @@ def _flip(config: Mapping[str, Any], metric: str, dense: Mapping[str, Any], prun
 
 
 def _chosen(config: Mapping[str, Any], metric: str, *samples: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """Return the common beginning of an item's choices, and the choice that each model finds most likely."""
+    # The prompt is the common beginning of an item's choices.
     requests = [(str(context), str(continuation)) for context, continuation, *_ in samples[0]["arguments"]]
     if "acc_mutual_info" in samples[0]["metrics"]:  # the likelihoods without the prompt follow
         requests = requests[: len(requests) // 2]

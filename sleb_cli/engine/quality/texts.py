@@ -28,7 +28,7 @@ from sleb_cli.events import task
 from sleb_cli.results import PrunedTextScores, Removals, TextResult, TextScores
 from sleb_plugins import ModelError
 
-# About how many tokens a process scores before the processes exchange what they found.
+# About how many tokens a process scores before the processes exchange their scores.
 TOKENS_PER_PART = 16_384
 
 
@@ -38,15 +38,12 @@ def measure_text(
     """Measure the dense model and some sizes on a text, whose windows processes share out.
 
     If `batch_size` is None, a batch has as many windows as suit the device.
-
-    Raises:
-        ModelError: a loss is not finite.
     """
     with ExitStack() as opened:
         dense, *pruned = _Scorer(models, [(), *sizes], windows.ids, batch_size, opened).scores(windows.text.source)
     counted, clusters = windows.counted, windows.clusters
 
-    def compared(removals: Removals, scores: Scores) -> PrunedTextScores:
+    def compare(removals: Removals, scores: Scores) -> PrunedTextScores:
         # The tokens of a cluster are one observation.
         change = clustered_mean((scores["nll"].double() - dense["nll"].double())[counted], clusters[counted])
         return PrunedTextScores(
@@ -61,7 +58,7 @@ def measure_text(
     return TextResult(
         **description(windows),
         dense=TextScores(**_summary(dense, windows, models.name(()))),
-        pruned=tuple(map(compared, sizes, pruned)),
+        pruned=tuple(map(compare, sizes, pruned)),
     )
 
 
@@ -111,13 +108,12 @@ class _Scorer:
         self.forks, self.size, self.positions = passes.forks, passes.budget.sequences, passes.budget.positions
 
     def scores(self, source: str) -> list[Scores]:
-        """Return the scores of each size on the windows of this text."""
         group, together = self.models.group, self._parts_together()
         runs = [range(first, len(self.parts))[:together] for first in range(0, len(self.parts), together)]
         by_part: dict[int, list[Scores]] = {}
         with task(self.models.notify, f"Perplexity on {source}", sum(map(len, self.parts)), "windows") as advance:
             for turn in deal(runs, group.size):
-                mine = (scored for run in turn[group.rank] for scored in self._measured(run))
+                mine = (scored for run in turn[group.rank] for scored in self._score_parts(run))
                 for number, scores in group.gather_in_order(mine):
                     by_part[number] = scores
                     loss = min(float(scores[0]["nll"].double().mean()), 700)
@@ -125,15 +121,14 @@ class _Scorer:
         return [join_scores(of_size) for of_size in zip(*(by_part[number] for number in sorted(by_part)), strict=True)]
 
     def _parts_together(self) -> int:
-        """Return the number of parts scored together: if blocks are streamed, as many as there is memory for."""
+        # If blocks are streamed, as many as there is memory for share a read of the weights.
         if self.dense.weights.resident:
             return 1
         needed = states_bytes(self.models.architecture, self.models.placement.dtype, self.parts[0].numel())
         return max(1, available_memory(CPU, self.models.group) // (needed * (len(self.sizes) + 1)))
 
     @torch.inference_mode()
-    def _measured(self, numbers: Sequence[int]) -> Iterator[tuple[int, list[Scores]]]:
-        """Yield the number of each of these parts, and the scores of each size."""
+    def _score_parts(self, numbers: Sequence[int]) -> Iterator[tuple[int, list[Scores]]]:
         windows = [self.parts[number].to(self.dense.device) for number in numbers]
 
         def score(size: int) -> list[list[list[Scores]]]:
@@ -150,7 +145,7 @@ class _Scorer:
             yield number, [join_scores(of_size) for of_size in zip(*batches, strict=True)]
 
     def _predict(self, batches: Sequence[Tensor]) -> Iterator[list[Logits]]:
-        """Yield each size's predictions on each batch; models that differ from the dense one in blocks walk with it."""
+        # Models that differ from the dense one in blocks alone walk with it.
         together = (len(self.sizes) if self.models.differ_in_blocks_alone else 1) if self.forks else 0
         walks: list[Any] = [predict_together(self.dense, batches, self.sizes[:together])] if together else []
         for size in self.sizes[together:]:
@@ -164,7 +159,7 @@ class _Scorer:
         return ([logits for walk in of_batch for logits in walk] for of_batch in zip(*walks, strict=True))
 
     def _model(self, removals: Removals) -> tuple[SkippableModel, Surgery]:
-        """Return the model of a size; if two may not fit into memory, the dense one, with the surgery to make on it."""
+        # If two models may not fit into memory, the dense one stands in, with the surgery to make on it.
         gone = self.models.surgeries.get(removals) if self.models.one_at_a_time else None
         if (loaded := () if gone else removals) not in self.skippable:
             self.skippable[loaded] = self.opened.enter_context(self.models.without(loaded))

@@ -1,4 +1,4 @@
-"""Scores of each predicted token of a text: how well a model predicts it, and how it differs from the dense one."""
+"""Score each token of a text: how well does a model predict it, and how far is it from the dense model?"""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def join_scores(parts: Sequence[Scores], dim: int = 0) -> Scores:
 
 
 def score_tokens(ids: Tensor, models: Sequence[Logits], positions: int) -> list[Scores]:
-    """Score the dense model, which is first, and others on a batch, [batch, positions], a slice of logits at a time."""
+    """Score the dense model, which is first, and others on a batch [batch, positions], a slice of logits at a time."""
     slices = [
         _score_slice([model[:, columns] for model in models], ids[:, 1:][:, columns])
         for columns in position_slices(ids, positions)
@@ -41,7 +41,7 @@ def score_tokens(ids: Tensor, models: Sequence[Logits], positions: int) -> list[
 
 
 def _score_slice(logits: Sequence[Tensor], targets: Tensor) -> list[Scores]:
-    """Score logits of the dense and the other models, each [batch, positions, vocabulary], widened in small slices."""
+    # Logits are [batch, positions, vocabulary]; small slices of them are widened.
     flat, flat_targets = [model.flatten(0, 1) for model in logits], targets.flatten()
     rows = [_score_rows([model[piece] for model in flat], flat_targets[piece]) for piece in float32_slices(flat[0])]
     whole = [join_scores(parts) for parts in zip(*rows, strict=True)]
@@ -49,7 +49,7 @@ def _score_slice(logits: Sequence[Tensor], targets: Tensor) -> list[Scores]:
 
 
 def _score_rows(logits: Sequence[Tensor], targets: Tensor) -> Iterator[Scores]:
-    """Score logits, [rows, vocabulary], of the dense model and the others; yield them in that order."""
+    # Logits are [rows, vocabulary], the dense model's first.
     log_p = _log_probabilities(logits[0])
     dense_best = log_p.argmax(-1)
     yield {"nll": _losses(log_p, targets)}
@@ -68,7 +68,7 @@ def _score_rows(logits: Sequence[Tensor], targets: Tensor) -> Iterator[Scores]:
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:
-    """Widen logits; families that mask tokens give them -inf, and 0 times that is NaN."""
+    # Families that mask tokens give them -inf, and 0 times that is NaN.
     return logits.float().log_softmax(-1).clamp_(min=MIN_LOG_PROBABILITY)
 
 

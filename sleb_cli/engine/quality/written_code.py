@@ -1,6 +1,6 @@
-"""Run the programs that a model writes in tasks such as HumanEval, in place of `code_eval` of the evaluate library.
+"""Run the programs that a model writes in tasks such as HumanEval.
 
-That one is fetched from the Hub, and runs them in copies of the process that holds the model.
+The evaluate library's `code_eval` is fetched from the Hub, and runs them in copies of the process that holds the model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SECONDS = 60.0
 PROGRAM_RUNNER = Path(__file__).with_name("program_runner.py")
 
 METRIC = "code_eval"
-"""The metric of evaluate by which lm-eval's tasks run programs."""
+"""The evaluate library's metric that runs programs for lm-eval's tasks."""
 
 
 class CodeEval:
@@ -41,19 +41,14 @@ class CodeEval:
     def compute(
         self, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Iterable[int] = (1, 10, 100)
     ) -> tuple[dict[str, float], dict[int, list[bool]]]:
-        """Run each item's programs, each followed by the item's tests.
-
-        Tasks do so while they are loaded, too: nothing runs then.
+        """Run each item's programs, each followed by the item's tests; raise a MachineError if that is impossible.
 
         Returns:
             The mean pass@k over the items for each k that all have samples for (Chen et al., arXiv 2107.03374, section
             2.1), and which programs of each item passed.
-
-        Raises:
-            MachineError: this system cannot confine programs, or is too busy to tell whether one is right.
         """
         if self.how is None:
-            return {}, {}
+            return {}, {}  # a task that is being loaded tries the metric
         programs = [
             f"{program}\n{tests}" for tests, written in zip(references, predictions, strict=True) for program in written
         ]
@@ -74,12 +69,12 @@ class CodeEval:
 
 
 def _pass_at(size: int, runs: Sequence[bool]) -> float:
-    """Return the chance that one of `size` of these runs, drawn without replacement, passed."""
+    # The chance that one of `size` of these runs, drawn without replacement, passed.
     return 1 - comb(len(runs) - sum(runs), size) / comb(len(runs), size)
 
 
 def passes(program: str, how: RunCode) -> bool | None:
-    """Whether a program comes to its end, by itself and without an error; None if too little time was left for it.
+    """Run a program; return whether it ends by itself and without an error, or None if it had too little time.
 
     Raises:
         MachineError: this system cannot run it so.
@@ -119,7 +114,6 @@ def passes(program: str, how: RunCode) -> bool | None:
 
 
 def _command(how: RunCode) -> list[str]:
-    """Return the command that runs the program on its standard input."""
     python = [sys.executable, "-I", "-c", PROGRAM_RUNNER.read_text(), how]
     command = [*confining_command(), *python] if how == "confined" else python
     if sys.platform != "linux":
@@ -144,7 +138,7 @@ def is_run_by(function: Any) -> bool:
 
 
 def replace_code_eval() -> AbstractContextManager[Any]:
-    """Have tasks that are loaded meanwhile run programs by `CodeEval`."""
+    """Let tasks that are loaded within this context run programs by `CodeEval`."""
     import evaluate
 
     load = evaluate.load
