@@ -106,6 +106,15 @@ def settings(source, samples, counts, length=32):
     return [replace(own, samples=count, split=split) for count, split in zip(counts, SPLITS, strict=True)]
 
 
+def test_a_part_too_small_for_some_of_every_source_has_none_of_it(tmp_path):
+    (tmp_path / "rain.txt").write_text(prose(400))
+    (tmp_path / "sun.txt").write_text(prose(400, seed=1))
+    mixture = f"{tmp_path / 'rain.txt'}:0.9,{tmp_path / 'sun.txt'}:0.1"
+    parts = calibrate(settings(mixture, 20, (14, 4, 2)), TOKENIZER, lambda: None, ignore)
+    assert [len(part.sequences) for part in parts] == [14, 4, 2]
+    assert [sum(origin.endswith("sun.txt") for origin in part.origins) for part in parts] == [1, 0, 0]
+
+
 def test_the_model_writes_once_for_all_parts(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text(prose(400))
     generate = Mock(side_effect=calibration.generate_own_text)

@@ -106,7 +106,7 @@ def _require_samples(
 ) -> None:
     whole = replace(splits[0], samples=sum(split.samples for split in splits), split=WHOLE)
     for source, count in whole.given_counts.items():
-        read = [len(rows[source][0]) for rows in rows_of_splits]
+        read = [len(rows[source][0]) if source in rows else 0 for rows in rows_of_splits]
         # A split may have less than its share, but not all of them together.
         if any(have < split.counts[source] for split, have in zip(splits, read, strict=True)):
             read_windows(source, count, whole, tokenizer)
