@@ -33,8 +33,8 @@ ROWS = {
     "26 blocks, chosen on its own programs": "chosen on its own programs",
     "24 blocks, chosen on its own programs": "chosen on its own programs",
     "24 blocks, chosen on its own programs, healed in 47 min on them and code": "the same, healed",
-    "28 blocks, Q3_K_M": "fewer bits",
-    "28 blocks, Q2_K": "fewer bits",
+    "Q3_K_M, 28 blocks": "fewer bits",
+    "Q2_K, 28 blocks": "fewer bits",
 }
 """Rows of docs/figures.toml, with their recipes. Healing is left out at 26 blocks, where it gained nothing for sure."""
 
@@ -74,17 +74,17 @@ def read_marks(figures: dict[str, Any]) -> list[Mark]:
     )
     marks = []
     for row, recipe in ROWS.items():
-        blocks, _, how = row.partition(", ")
+        first = row.partition(", ")[0]
         # Size and speed depend neither on which blocks go nor on healing.
-        timed = row if row in speeds else f"{blocks}, chosen on code"
+        timed = row if row in speeds else f"{first}, chosen on code"
         kept = {}
         if row in choices and row != DENSE:
             kept["choosing an answer"] = share(*choices[row])
         if row in programs and row != DENSE:
             solved, low, high = programs[row]
             kept["writing programs"] = share(100 * solved / programs[DENSE], low, high)
-        label = how if recipe == "fewer bits" else blocks.removesuffix(" blocks")
-        marks.append(Mark(label, recipe, sizes[timed], 1.0 if row == DENSE else speeds[timed], kept))
+        speed = 1.0 if row == DENSE else speeds[timed]
+        marks.append(Mark(first.removesuffix(" blocks"), recipe, sizes[timed], speed, kept))
     return marks
 
 
