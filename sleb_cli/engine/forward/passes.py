@@ -24,7 +24,6 @@ from sleb_plugins import LogitMetric
 # Branches are kept at the depths of this many of a step's best candidates.
 KEPT_DEPTHS = 4
 
-
 Job = tuple[int, Sequence[int]]
 """A batch, and the candidates to score on it."""
 
@@ -41,7 +40,6 @@ class _MicroBatch:
 
     Attributes:
         batch: the number of the batch.
-        is_last: whether it is the last of its batch.
         ids: the tokens, [sequences, positions].
         loss_mask: which of the tokens count as targets; None for all.
         states: hidden states that the next step may begin with.
@@ -75,11 +73,7 @@ class _Step:
 
 @dataclass
 class Passes:
-    """Calibration sequences in batches on the model's device, and how they pass through the model.
-
-    A walk takes one batch through all blocks. If blocks are streamed, it takes all batches through one block after
-    another instead, so that the weights are read once.
-    """
+    """Calibration sequences in batches on the model's device, and how they pass through the model."""
 
     skippable: SkippableModel
     batches: Sequence[Tensor]
@@ -105,7 +99,7 @@ class Passes:
         return range(self.first, self.first + len(self.batches))
 
     def over(self, sequences: Tensor, loss_mask: Tensor | None) -> Passes:
-        """Return passes over other sequences, in batches of the same size that follow these, and keep no states."""
+        """Return passes over other sequences, in batches of this size that follow these, and keep no states."""
         size = self.budget.sequences
         return replace(
             self,
@@ -125,34 +119,30 @@ class Passes:
     ) -> Iterator[tuple[int, int, list[float]]]:
         """Score batches without each of their candidates; yield batch, candidate (BASE without any), and scores.
 
-        `ranking` has the best candidates so far, the best first: the next step probably starts at one of them. Progress
-        is told in sequences of a candidate, and fractions of one. If memory runs out, continue in smaller pieces;
-        nothing is scored twice.
-
-        Raises:
-            OutOfMemory: the pieces are as small as they can be.
+        `ranking` has the best candidates so far, the best first: the next step probably starts at one of them.
+        `advance` counts sequences of a candidate, and fractions of one. If memory runs out, continue in smaller pieces,
+        and score nothing twice.
         """
         self._drop_outdated(tuple(removed))
         run, step = self._run_walks if self.forks else self._run_whole, _Step(metric, removed, ranking, advance)
-        left = {batch: list(candidates) or [BASE] for batch, candidates in jobs}
+        unscored = {batch: list(candidates) or [BASE] for batch, candidates in jobs}
         for _ in (pieces := self._smaller_pieces()):
             self.watch(None)
             # Scores of a candidate whose batch was unfinished when memory ran out are dropped, and made again.
-            to_score = {batch: tuple(blocks) for batch, blocks in left.items() if blocks}
+            to_score = {batch: tuple(blocks) for batch, blocks in unscored.items() if blocks}
             scores: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
             with pieces:
-                for micro, block, of_micro in run(step, to_score):
-                    scores[micro.batch, block] += of_micro
+                for micro, block, micro_scores in run(step, to_score):
+                    scores[micro.batch, block] += micro_scores
                     if micro.is_last:
-                        left[micro.batch].remove(block)
+                        unscored[micro.batch].remove(block)
                         yield micro.batch, block, scores[micro.batch, block]
 
     def _run_walks(self, step: _Step, candidates: _Candidates) -> Iterator[_Scored]:
-        """Score micro-batches without each of their candidates, in walks of as many as fit into memory."""
-        for together in self._walk_groups(candidates):
-            longest, most = max(len(candidates[micro.batch]) for micro in together), self.budget.branches
-            for at in range(0, longest, most):
-                chunk = {micro: some for micro in together if (some := candidates[micro.batch][at : at + most])}
+        for group in self._walk_groups(candidates):
+            count, size = max(len(candidates[micro.batch]) for micro in group), self.budget.branches
+            for start in range(0, count, size):
+                chunk = {micro: some for micro in group if (some := candidates[micro.batch][start : start + size])}
                 walks, dense = self._start_walks(step, chunk)
                 for block in walk_together(self.skippable, [*walks.values(), *dense.values()]):
                     for micro in walks:
@@ -166,7 +156,7 @@ class Passes:
                             step.advance(len(micro.ids))
                         yield micro, block, scores
                 del walks, dense  # before the next ones are made
-            for micro in together:  # drop states that the next step does not need, or has no memory for
+            for micro in group:  # drop states that the next step does not need, or has no memory for
                 micro.states.shrink(
                     self._branches_to_keep(micro), [*self._depths(step, micro, candidates[micro.batch])]
                 )
@@ -191,8 +181,7 @@ class Passes:
         return depths_to_keep(step.ranking, blocks, self._branches_to_keep(micro), KEPT_DEPTHS)
 
     def _branches_to_keep(self, micro: _MicroBatch) -> int:
-        """Return the number of branches to keep for the next step, besides the dense model's."""
-        return self.budget.kept_branches - (micro.dense is not None)
+        return self.budget.kept_branches - (micro.dense is not None)  # the dense model's states take the room of one
 
     def _score_final(self, metric: LogitMetric, micro: _MicroBatch, hidden: Tensor) -> list[float]:
         """Return each sequence's score, given the hidden states that leave the last block."""
@@ -204,7 +193,6 @@ class Passes:
         return scores.tolist()
 
     def _run_whole(self, step: _Step, candidates: _Candidates) -> Iterator[_Scored]:
-        """Score micro-batches without each of their candidates, by passes of the whole model."""
         for micro in (micro for batch in candidates for micro in self._micro_batches_of(batch)):
             self.watch(micro.batch)
             dense = self.skippable.logits(micro.ids, ()) if step.metric.needs_dense_logits else None
@@ -224,20 +212,17 @@ class Passes:
     ) -> dict[int, dict[Span, list[float]]]:
         """Run batches through the model as it stands, and return the scores of each batch's sequences by span.
 
-        Spans begin and end with a candidate and have up to `longest` blocks, and at most so many states exist at once.
-        If memory runs out, batches are run again in smaller micro-batches.
-
-        Raises:
-            OutOfMemory: the micro-batches are as small as they can be.
+        Spans begin and end with a candidate and have up to `longest` blocks; at most so many states exist at once. If
+        memory runs out, batches are run again in smaller micro-batches.
         """
         finished: dict[int, dict[Span, list[float]]] = {}
         for _ in (pieces := self._smaller_pieces()):
             scores: defaultdict[int, defaultdict[Span, list[float]]] = defaultdict(lambda: defaultdict(list))
             with pieces:
-                for together in self._walk_groups(batch for batch in batches if batch not in finished):
-                    for micro, span, of_micro in self._score_spans(together, removed, candidates, score, longest):
-                        scores[micro.batch][span] += of_micro
-                    finished.update({micro.batch: scores[micro.batch] for micro in together if micro.is_last})
+                for group in self._walk_groups(batch for batch in batches if batch not in finished):
+                    for micro, span, micro_scores in self._score_spans(group, removed, candidates, score, longest):
+                        scores[micro.batch][span] += micro_scores
+                    finished.update({micro.batch: scores[micro.batch] for micro in group if micro.is_last})
         return finished
 
     def _score_spans(
@@ -248,7 +233,6 @@ class Passes:
         score: ScoreStates,
         longest: int,
     ) -> list[tuple[_MicroBatch, Span, list[float]]]:
-        """Run micro-batches through the model up to the last candidate, and return the scores of their spans."""
         entered = {micro: dict[int, Tensor]() for micro in micro_batches}
         scores = []
 
@@ -267,8 +251,8 @@ class Passes:
         store = (lambda hidden: hidden.to(device)) if self.skippable.weights.resident else self.store
         shared = SharedInputs(self.skippable, self.store)
         calls = [shared.calls(micro.ids)[: candidates[-1] + 1] for micro in micro_batches]
-        walks = [Walk(self.skippable, of_micro, States(), removed, (), store=store) for of_micro in calls]
-        entering = [of_micro[0].entering for of_micro in calls]
+        walks = [Walk(self.skippable, micro_calls, States(), removed, (), store=store) for micro_calls in calls]
+        entering = [micro_calls[0].entering for micro_calls in calls]
         for block in walk_together(self.skippable, walks):
             for number, (micro, walk) in enumerate(zip(micro_batches, walks, strict=True)):
                 listen(micro, block, entering[number], walk.branches[BASE])
@@ -276,8 +260,6 @@ class Passes:
         return scores
 
     def _smaller_pieces(self) -> SmallerPieces[MemoryBudget]:
-        """Return the budget, and a smaller one as often as memory runs out."""
-
         def reduce(budget: MemoryBudget) -> None:
             self.budget = budget
             self._micro_batches.clear()
@@ -291,10 +273,10 @@ class Passes:
         return SmallerPieces(self.budget, MemoryBudget.halved, reduce)
 
     def _walk_groups(self, batches: Iterable[int]) -> list[list[_MicroBatch]]:
-        """Group the micro-batches that walk together: all of them if blocks are streamed, or else each on its own."""
         micro_batches = [micro for batch in batches for micro in self._micro_batches_of(batch)]
         if self.skippable.weights.resident:
             return [[micro] for micro in micro_batches]
+        # All walk through one block after another, so that streamed weights are read once.
         return [micro_batches] if micro_batches else []
 
     def _micro_batches_of(self, batch: int) -> list[_MicroBatch]:
@@ -311,7 +293,6 @@ class Passes:
         return self._micro_batches[batch]
 
     def _drop_outdated(self, removed: tuple[int, ...]) -> None:
-        """Drop the kept states that the latest removals change."""
         known = len(self._removed) if removed[: len(self._removed)] == self._removed else None
         for micro in (micro for micro_batches in self._micro_batches.values() for micro in micro_batches):
             if known is None:

@@ -1,4 +1,4 @@
-"""Where the weights of the dense model are while it is searched, measured or recovered."""
+"""Where are the weights of the dense model while it is searched, measured or recovered?"""
 
 from __future__ import annotations
 
@@ -33,19 +33,9 @@ def place_model(
 ) -> Placement:
     """Choose the data type that a model computes in, and whether its blocks are streamed.
 
-    Args:
-        architecture: the model.
-        device: where tokens go in.
-        dtype: the data type by name, or auto.
-        notify: the listener for events.
-        device_map: the places of its modules, if they are not all on the device.
-        stream: whether its blocks are streamed; None streams a model that does not fit into memory.
-        reserved: the bytes of memory that are needed besides the weights.
-        cast: the data type of the checkpoint to be written; None for the model's own.
-
-    Raises:
-        UsageError: there is no such data type.
-        UnsupportedModelError: the weights are quantized, so they cannot be streamed.
+    `dtype` is a name, or auto; `cast` is the data type of the checkpoint to be written, if not the model's own. A
+    `device_map` places modules that are not all on the device. With `stream=None`, a model is streamed that does not
+    fit into memory besides the `reserved` bytes.
     """
     default = cast or architecture.dtype or torch.float32
     if device_map is not None:  # which says where weights are, so that they cannot be rounded first
@@ -77,10 +67,7 @@ def choose_dtype(
 ) -> torch.dtype:
     """Choose the data type to compute in: for auto, the weights' own (or `cast`), or float32 where a CPU emulates it.
 
-    `lack` says how much memory a data type lacks; if float32 lacks any, it stays the own one.
-
-    Raises:
-        UsageError: there is no such data type.
+    `lack` says how much memory a data type lacks; if float32 lacks any, the weights' own is chosen.
     """
     dtype = parse_dtype(name, cast or architecture.dtype)
     if name != AUTO or device.type != "cpu" or dtype in cpu_dtypes() or architecture.is_quantized:
@@ -95,13 +82,7 @@ def choose_dtype(
 
 
 def open_dense(architecture: Architecture, placement: Placement, notify: Notify) -> SkippableModel:
-    """Return the dense model, ready to be entered as a context.
-
-    Raises:
-        ModelError: the weights do not fit the config, or cannot be read.
-        OutOfMemory: they do not fit into memory.
-        UnsupportedModelError: accelerate spreads a block over several devices.
-    """
+    """Return the dense model, ready to be entered as a context."""
     if placement.stream:
         loading = f"Loading {architecture.source.id} without its blocks"
         with task(notify, loading), explain_oom(architecture.source, placement):
@@ -133,6 +114,6 @@ def blocks_on_disk(architecture: Architecture, count: int, device: torch.device)
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         if tensors and not any(module.children()):
             places[name] = main
-        else:  # its own weights
+        else:  # a module around others, such as the model itself, may have weights of its own
             places |= {f"{name}.{tensor}" if name else tensor: main for tensor, _ in tensors}
     return places

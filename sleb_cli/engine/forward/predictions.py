@@ -37,8 +37,7 @@ def predict_together(
 ) -> Iterator[list[Predictions]]:
     """Yield, for each batch, the model's predictions without each of these sets of blocks.
 
-    Blocks that these models share are computed once and, if they are streamed, read once; the hidden states of all
-    models are in host memory meanwhile.
+    Blocks that these models share are computed once and, if they are streamed, read once.
     """
     store = keep_on_device if skippable.weights.resident else to_cpu
     shared = SharedInputs(skippable, store)

@@ -36,21 +36,12 @@ def prepare_passes(
     checked: int | None = None,
     walks_together: bool = False,
 ) -> tuple[Passes, str | None]:
-    """Fit the passes over these sequences into memory; also return why candidates cannot share a walk, if so.
+    """Fit the passes over `sequences`, [sequences, positions], into memory; also say why candidates cannot share a
+    walk.
 
-    Args:
-        skippable: the model.
-        sequences: tokens on its device, [sequences, positions].
-        notify: the listener.
-        loss_mask: which tokens count as targets, bool [sequences, positions]; None for all.
-        memory: returns the bytes that may be used on a device in addition to the model.
-        batch_size: sequences in a batch; None chooses it by the device.
-        min_batches: the least number of batches, if there are enough sequences.
-        checked: the tokens of a sequence on which the fork is checked; None for all.
-        walks_together: whether all sequences go through each streamed block together, so that all their states exist.
-
-    Raises:
-        MachineError: not even one candidate on one sequence fits.
+    `loss_mask`, of that shape, is as of `Passes`, and `memory` returns the bytes that may be used on a device in
+    addition to the model. The fork is checked on `checked` tokens of a sequence. With `walks_together`, all sequences
+    go through each streamed block together, so that all their states exist.
     """
     with torch.inference_mode():
         footprint = measure_footprint(skippable, sequences[:1, :2])
@@ -75,21 +66,19 @@ def prepare_passes(
 
 
 def _store_all(passes: Passes, footprint: Footprint, available: int, memory: Callable[[torch.device], int]) -> Passes:
-    """Choose where the hidden states of all sequences and branches wait, and how many are kept between steps.
-
-    If all candidates' states do not fit into memory, a step goes through the model with a group of them at a time.
-    """
+    """Choose where the hidden states of all sequences and branches wait, and how many are kept between steps."""
+    # If all candidates' states do not fit into memory, a step goes through the model with a group of them at a time.
     device, skippable = passes.skippable.device, passes.skippable
     count = len(skippable.switches)
-    of_branch = sum(batch.numel() for batch in passes.batches) * footprint.branch
+    branch_bytes = sum(batch.numel() for batch in passes.batches) * footprint.branch
     largest, widened = passes.batches[0].numel(), settings_for(device).widened_bytes
     room = available - footprint.working_bytes(largest, passes.budget.positions, widened)
-    store = to_cpu if device != CPU and room < (count + OTHER_BRANCHES) * of_branch else keep_on_device
+    store = to_cpu if device != CPU and room < (count + OTHER_BRANCHES) * branch_bytes else keep_on_device
     if store is to_cpu:
         room = memory(CPU)
-    branches = room // of_branch - OTHER_BRANCHES
+    branches = room // branch_bytes - OTHER_BRANCHES
     if branches < 1:
-        needed = format_bytes((1 + OTHER_BRANCHES) * of_branch)
+        needed = format_bytes((1 + OTHER_BRANCHES) * branch_bytes)
         raise MachineError(
             f"The hidden states of all sequences need {needed}, but only {format_bytes(max(0, room))} may be used.",
             hint="Use fewer --samples, a smaller --sequence-length, or a larger --memory.",

@@ -39,8 +39,7 @@ class BlockSwitch:
     """Replaces one block's `forward`: runs it, or returns its input, or returns the hidden states in `inject`.
 
     `hook` is called with the states that enter and leave and the other inputs, and `fetch` before the block runs.
-    `wraps` has a function for each class of blocks that makes hidden states a return value of theirs; the first block
-    of a class runs once even if it is skipped, to find that function.
+    `wraps` has a function for each class of blocks that makes hidden states a return value of theirs.
     """
 
     def __init__(self, block: nn.Module, wraps: dict[type[nn.Module], Callable[[Tensor], Any]]) -> None:
@@ -51,13 +50,13 @@ class BlockSwitch:
         self.fetch: Callable[[], object] | None = None
         self.wraps = wraps
         self.forward = block.forward
-        self.of_instance = vars(block).get("forward")
-        """The one that was set on the block, if it is not its class's."""
+        self.instance_forward = vars(block).get("forward")  # such as accelerate's
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take the block's own arguments, and return what it would return."""
         entering: Tensor = args[0] if args else kwargs["hidden_states"]
         kind = type(self.block)
+        # The first block of a class runs once even if it is skipped, to find how it wraps hidden states.
         if not self.skip or kind not in self.wraps:
             if self.fetch is not None:
                 with pass_errors_through():
@@ -74,12 +73,9 @@ class BlockSwitch:
 
 
 def _contiguous(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Have the head's input in one piece.
-
-    The last position of each sequence is not, and in bfloat16 torch 2.13 then takes 22 s instead of 0.1 s on a CPU for
-    16 sequences and a vocabulary of 262,144. One sequence, which takes 0.9 s, only seems to be in one piece: it still
-    has the strides of the whole.
-    """
+    # The last position of each sequence is not in one piece, and in bfloat16 torch 2.13 then takes 22 s instead of 0.1
+    # on a CPU for 16 sequences and a vocabulary of 262,144. One sequence, which takes 0.9 s, only seems to be in one
+    # piece: it still has the strides of the whole.
     return tuple(arg.flatten().view(arg.shape) if isinstance(arg, Tensor) else arg for arg in args)
 
 
@@ -89,19 +85,16 @@ def _hidden_states(output: Any) -> Tensor:
 
 
 def _wrapper_like(output: Any) -> Callable[[Tensor], Any]:
-    """Return a function that wraps hidden states as `output` does: alone, or first in a tuple or list filled with None.
-
-    The other elements hold extras that were not requested, such as attention weights.
-    """
+    """Return a function that wraps hidden states as `output` does: alone, or first in a tuple or list."""
     if not isinstance(output, tuple | list):
         return lambda hidden: hidden
+    # The other elements hold extras that were not requested, such as attention weights.
     kind, others = type(output), [None] * (len(output) - 1)
     return lambda hidden: kind([hidden, *others])
 
 
 def _require_values(output: Tensor, what: str) -> Tensor:
-    """Return an output that has values; weights on the meta device give only a shape."""
-    if output.is_meta:
+    if output.is_meta:  # weights on the meta device give a shape, and no error
         raise UnsupportedModelError(
             f"{what.capitalize()} returns a shape without values: some of its weights stayed on the meta device.",
             hint="Leave out --device-map.",
@@ -114,8 +107,8 @@ class SkippableModel:
 
     Every pass raises UnsupportedModelError if the family's code fails, and OutOfMemory if the device is out of memory.
 
-    Shapes: `ids` is [batch, positions], hidden states are [batch, positions, hidden size], logits are
-    [batch, positions, vocabulary]. The KV cache is off throughout: a skipped block would leave a hole in it.
+    Shapes: `ids` is [batch, positions], hidden states are [batch, positions, hidden size], logits are [batch,
+    positions, vocabulary]. The KV cache is off throughout: a skipped block would leave a hole in it.
     """
 
     def __init__(
@@ -157,8 +150,8 @@ class SkippableModel:
     def __exit__(self, *error: object) -> None:
         for switch in self.switches:
             del switch.block.forward
-            if switch.of_instance is not None:
-                switch.block.forward = switch.of_instance
+            if switch.instance_forward is not None:
+                switch.block.forward = switch.instance_forward
         for config, use_cache in self._cache_settings:
             config.use_cache = use_cache
         if self._head_hook is not None:
@@ -171,10 +164,7 @@ class SkippableModel:
             switch.inject = switch.hook = switch.fetch = None
 
     def logits(self, ids: Tensor, removed: Collection[int], *, last: int = 0) -> Tensor:
-        """Run the model without the removed blocks.
-
-        With `last`, only the last `last` positions have logits if the family supports that; otherwise all have.
-        """
+        """Run the model without the removed blocks; with `last`, for the last positions if the family supports that."""
         self.skip(removed)
         return self._forward(ids, last=last)
 
@@ -200,11 +190,7 @@ class SkippableModel:
         self._forward(ids, last=1)
 
     def calls(self, ids: Tensor) -> list[Call]:
-        """Record the inputs of each block for these tokens; every block is skipped, so it costs little.
-
-        Raises:
-            UnsupportedModelError: a block is not called exactly once, in order.
-        """
+        """Record the inputs of each block for these tokens; every block is skipped, so it costs little."""
         self.skip(range(len(self.switches)))
         calls: list[Call] = []
         for index, switch in enumerate(self.switches):
@@ -219,7 +205,7 @@ class SkippableModel:
         return calls
 
     def align(self) -> None:
-        """Have all weights lie at multiples of 64 bytes, because fast kernels may round differently elsewhere."""
+        """Align all weights, because fast kernels may round differently at other addresses."""
         self.weights.align()
         align(self.model)
 
@@ -232,10 +218,10 @@ class SkippableModel:
 
     @contextmanager
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Give parameters new values by name, and restore their own on exit; weights that are away come with them."""
+        """Give parameters new values by name, while the context is open."""
         parameters = {name: self.model.get_parameter(name) for name in values}
         before = {name: parameter.data for name, parameter in parameters.items() if not parameter.is_meta}
-        with self.weights.replaced(values):
+        with self.weights.replaced(values):  # for weights that are away now, and come with these values
             try:
                 for name in before:
                     parameters[name].data = values[name].to(parameters[name].device, parameters[name].dtype)
@@ -252,11 +238,9 @@ class SkippableModel:
             return _require_values(_hidden_states(output), f"block {call.block}")
 
     def head(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """Return the logits of hidden states that leave the last block: final norm, head, and the family's own steps.
-
-        Positions do not depend on each other there, so any slice of them will do, with its own `ids`; no logits exist
-        beyond the slice.
-        """
+        """Return the logits of hidden states that leave the last block, for a slice of positions with its `ids`."""
+        # The model itself runs, for its final norm, its head, and the family's own steps. Positions do not depend on
+        # each other there, so no logits need to exist beyond the slice.
         self.skip(range(len(self.switches)))
         self.switches[-1].inject = hidden
         return self._forward(ids)
@@ -277,7 +261,6 @@ class SkippableModel:
 
     @contextmanager
     def _fetching(self) -> Iterator[None]:
-        """While the model runs, load the weights of each block before it runs."""
         if self.weights.resident:
             yield
             return
@@ -302,8 +285,6 @@ class SkippableModel:
 
     @contextmanager
     def _translate_errors(self, shape: torch.Size, what: str) -> Iterator[None]:
-        """Translate the errors of the family's own code, which may not work when blocks are skipped or run alone."""
-
         def does_not_run(words: str) -> UnsupportedModelError:
             return UnsupportedModelError(
                 f"{self.model.config.model_type} does not run{what and ' ' + what}: {words}.",

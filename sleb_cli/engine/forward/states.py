@@ -27,7 +27,7 @@ class States:
         return max(depths, default=None)
 
     def after_removal(self, block: int) -> None:
-        """Drop the states that change when `block` is removed; above it, only its own branch stays, as the new base."""
+        """Drop the states that change when `block` is removed; above it, its own branch stays, as the new base."""
         for depth in [depth for depth in self.at if depth > block]:
             branches = self.at.pop(depth)
             if block in branches:
@@ -46,14 +46,15 @@ class States:
 def depths_to_keep(ranking: Sequence[int], candidates: Sequence[int], limit: int, count: int) -> dict[int, int]:
     """Choose the depths at which to keep branches for the next step, and how many at each; the most useful come first.
 
-    The first candidate's depth comes first, because no step changes the blocks below it. The next step starts at the
-    block that this one removes, which is probably among the `count` best of `ranking` (the best first); without a
-    ranking, depths are spread evenly. A depth has the base branch and one for every candidate below it; the lowest
-    branches save the most. At most `limit` branches are kept in all.
+    At most `limit` branches are kept in all. `ranking` has the best candidates, the best first, of which `count` are
+    used.
     """
+    # The next step starts at the block that this one removes, probably one of the best; without a ranking, depths are
+    # spread evenly. The first candidate's depth comes first, because no step changes the blocks below it.
     spread = candidates[:: max(1, len(candidates) // (2 * count))]
     chosen: dict[int, int] = {}
     for depth in [*candidates[:1], *(ranking[:count] or spread)]:
+        # The base, and one branch for every candidate below; the lowest save the most.
         branches = min(1 + sum(block < depth for block in candidates), limit - sum(chosen.values()))
         if branches > 0 and depth not in chosen:
             chosen[depth] = branches

@@ -44,11 +44,7 @@ WITH_STREAMS = ("cuda", "xpu")
 
 
 def require_streamable(architecture: Architecture) -> None:
-    """Check that the weights can be read block by block.
-
-    Raises:
-        UnsupportedModelError: they are quantized.
-    """
+    """Refuse quantized weights, which cannot be read block by block."""
     if architecture.is_quantized:
         raise UnsupportedModelError(
             f"{architecture.source.id} is quantized, so its weights cannot be streamed block by block.",
@@ -57,12 +53,7 @@ def require_streamable(architecture: Architecture) -> None:
 
 
 class StreamedBlocks(BlockWeights):
-    """The blocks of a model in its files. Its parameters are on the meta device, except of the block that is visited.
-
-    Attributes:
-        model: the model.
-        modules: its blocks.
-    """
+    """The blocks of a model in its files; its parameters are on the meta device, but for the block that is visited."""
 
     resident = False
 
@@ -87,11 +78,7 @@ class StreamedBlocks(BlockWeights):
         self._drop(*range(len(self.modules)))
 
     def visit(self, blocks: Iterable[int]) -> Generator[int]:
-        """Yield these blocks one by one, each with its weights in place until the next is asked for.
-
-        Raises:
-            ModelError: the weights of a block do not fit the config, or cannot be read.
-        """
+        """Yield these blocks one by one, each with its weights in place until the next."""
         order = list(blocks)
         try:
             with ThreadPoolExecutor(1) as reader:
@@ -127,7 +114,6 @@ class StreamedBlocks(BlockWeights):
                 parameter.data = value.to(parameter.device, parameter.dtype)
 
     def _load(self, block: int) -> None:
-        """Read a block and put its weights in place; runs in the thread."""
         self._put_in_place(self._read(self._by_block[block]))
         self.modules[block].requires_grad_(False)
         empty = [name for name, tensor in self.modules[block].state_dict().items() if tensor.is_meta]
@@ -135,21 +121,21 @@ class StreamedBlocks(BlockWeights):
             raise self._misfit(f"block {block} has no {empty[0]}")
 
     def _read(self, stored: Sequence[StoredTensor]) -> dict[str, Tensor]:
-        """Read tensors of weight files, and copy them to the device, while it computes if it can do both."""
         tensors: dict[str, Tensor] = {}
         for path in dict.fromkeys(tensor.path for tensor in stored):
-            here = [tensor for tensor in stored if tensor.path == path]
+            in_file = [tensor for tensor in stored if tensor.path == path]
             if path.suffix == ".safetensors":
                 with reading(path), path.open("rb") as file:
-                    tensors |= {tensor.name: self._read_tensor(file, tensor) for tensor in here}
+                    tensors |= {tensor.name: self._read_tensor(file, tensor) for tensor in in_file}
             else:
                 pickled = load_pickle(path)
-                tensors |= {tensor.name: pickled[tensor.name] for tensor in here}
+                tensors |= {tensor.name: pickled[tensor.name] for tensor in in_file}
         if self._rounded:
             floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
             tensors |= {name: tensor.to(self._rounded) for name, tensor in floats.items()}
         if self._stream is None:
             return {name: tensor.to(self._device) for name, tensor in tensors.items()}
+        # A stream of its own copies while the device computes the block before.
         with torch.get_device_module(self._device).stream(self._stream):
             tensors = {name: tensor.to(self._device, non_blocking=True) for name, tensor in tensors.items()}
         self._stream.synchronize()
@@ -175,8 +161,7 @@ class StreamedBlocks(BlockWeights):
         return values.view(dtype).view(tensor.shape)
 
     def _drop(self, *blocks: int) -> None:
-        """Take the weights of these blocks away, once the device is done with them."""
-        synchronize(self._device)
+        synchronize(self._device)  # it may still compute with these weights
         for block in blocks:
             for name, tensor in self._empty[block].items():
                 path, _, leaf = name.rpartition(".")
