@@ -27,8 +27,8 @@ class Kept:
         return {old: new for new, old in enumerate(self.blocks)}
 
     def below(self, block: int) -> int:
-        """Return how many of the first `block` blocks are kept."""
-        return sum(kept < block for kept in self.blocks)
+        """Count the kept blocks among the first `block`."""
+        return sum(number < block for number in self.blocks)
 
 
 def kept_blocks(count: int, removals: Sequence[int]) -> Kept:
@@ -37,7 +37,7 @@ def kept_blocks(count: int, removals: Sequence[int]) -> Kept:
 
 
 def require_removable(removals: Sequence[int], count: int, model: str, *, further: str = "") -> None:
-    """Make sure that these blocks can be removed from a model of `count`; `further` is added to a message on its size.
+    """Check that these blocks can be removed from a model of `count`; `further` is added to a message on its size.
 
     Raises:
         UsageError: a block is named twice or does not exist, or no block would remain.
@@ -138,8 +138,8 @@ KEY_PRUNERS: Mapping[str, KeyPruner] = {key: pruner for pruner, keys in _PRUNED_
 KINDS = ("layer_types", "layers_block_type", "attention_layers", "mlp_layer_types")
 """Keys that list the kind of each block."""
 
-SAID_TWICE = ("max_window_layers",)
-"""Keys that may be wrong, because `layer_types` says the same where it matters."""
+REDUNDANT = ("max_window_layers",)
+"""Keys that may be wrong, because `layer_types` overrides them."""
 
 SLICED: Mapping[str, int] = {"embed_tokens_per_layer.weight": 1, "per_layer_model_projection.weight": 0}
 """Suffixes of tensors outside the blocks that hold one slice per block, with the axis of the slices."""
@@ -187,7 +187,7 @@ LEADING_INPUTS: Mapping[str, str] = {"deepstack_visual_indexes": "features of im
 """Keys, also of the vision config, with an item for each of the first blocks, which get an input; with a clause."""
 
 NUMBERED_PARTS: Mapping[str, int] = {"layer_idx": 2}
-"""Endings of attributes that may number parts through all blocks, as of blocks with two attentions, and how many."""
+"""Endings of attributes that may number parts through all blocks, with the parts of a block, such as two attentions."""
 
 
 def explicit_experts(config: Mapping[str, Any], kept: Kept) -> dict[str, Any]:

@@ -14,5 +14,5 @@ from sleb_plugins.metrics.random import RandomScore
 @hookimpl
 def sleb_metrics() -> list[Metric]:
     """Offer the metrics that ship with `sleb`."""
-    of_blocks = [NegativeLogLikelihood(), KlDivergence(), CosineDistance(), AngularDistance(), Magnitude()]
-    return [*of_blocks, Energy(), Reap(), Frequency(), RandomScore()]
+    block_metrics = [NegativeLogLikelihood(), KlDivergence(), CosineDistance(), AngularDistance(), Magnitude()]
+    return [*block_metrics, Energy(), Reap(), Frequency(), RandomScore()]

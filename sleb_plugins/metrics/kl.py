@@ -55,6 +55,7 @@ def compare_logits(logits_p: Tensor, logits_q: Tensor) -> Comparison:
 
 
 def _normalized(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the softmax of logits and their logsumexp, which the likeliest token gives away."""
+    """Return the softmax of logits and their logsumexp."""
     probabilities = logits.softmax(-1)
+    # log p = logit - logsumexp, of the likeliest token: a maximum is quicker than another pass of exponentials.
     return probabilities, logits.amax(-1) - probabilities.amax(-1).log()

@@ -28,11 +28,7 @@ class Magnitude(WeightMetric):
 
 
 def _require_plain_weights(metric: str, block: nn.Module) -> None:
-    """Check that no matrix of a block is packed.
-
-    Raises:
-        UsageError: one is, so what `metric` would compute means nothing.
-    """
+    # The bytes of a packed matrix are no weights, so their sum would mean nothing.
     for name, tensor in block.state_dict().items():
         is_plain = tensor.is_floating_point() and tensor.dtype.itemsize > 1
         if tensor.dim() > 1 and str(tensor.dtype) != "torch.bool" and not is_plain:

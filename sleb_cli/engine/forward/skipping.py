@@ -73,9 +73,9 @@ class BlockSwitch:
 
 
 def _contiguous(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    # The last position of each sequence is not in one piece, and in bfloat16 torch 2.13 then takes 22 s instead of 0.1
-    # on a CPU for 16 sequences and a vocabulary of 262,144. One sequence, which takes 0.9 s, only seems to be in one
-    # piece: it still has the strides of the whole.
+    # The last position of each sequence is not in one piece. In bfloat16 torch 2.13 then takes 22 s instead of 0.1 s on
+    # a CPU for 16 sequences and a vocabulary of 262,144. One sequence, which takes 0.9 s, only seems to be in one piece:
+    # it still has the strides of the whole.
     return tuple(arg.flatten().view(arg.shape) if isinstance(arg, Tensor) else arg for arg in args)
 
 

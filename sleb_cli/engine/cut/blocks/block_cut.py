@@ -25,7 +25,7 @@ from sleb_plugins.config_keys import (
     OTHER_TEXT_KEYS,
     PERIOD_KEYS,
     PREDICTION_BLOCKS,
-    SAID_TWICE,
+    REDUNDANT,
     Kept,
     by_block,
     kept_blocks,
@@ -110,7 +110,7 @@ class BlockCut(Cut):
     @property
     def settings_of_blocks(self) -> list[str]:
         """The settings that would be wrong for some block if only the number of blocks changed."""
-        before, known = self.architecture.text_config.to_dict(), {self.architecture.adapter.count_key, *SAID_TWICE}
+        before, known = self.architecture.text_config.to_dict(), {self.architecture.adapter.count_key, *REDUNDANT}
 
         def is_shortened(was: object, after: object) -> bool:
             return isinstance(was, list | str) and isinstance(after, list | str) and was[: len(after)] == after
