@@ -33,7 +33,7 @@ def free_bytes(device: torch.device) -> int:
     return int(backend.mem_get_info(device)[0] + unused)
 
 
-def own_free_bytes(device: torch.device) -> int:
+def free_bytes_per_process(device: torch.device) -> int:
     """Return this process's share of the free bytes."""
     # Processes on one machine share its main memory, which is also that of Apple's GPU.
     return free_bytes(device) // (local_count() if device.type in ("cpu", "mps") else 1)
@@ -111,7 +111,7 @@ _UNITS = {torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"},
 def cpu_units() -> frozenset[str]:
     """Return this processor's units for bfloat16 and float16."""
     if hasattr(torch.cpu, "get_capabilities"):
-        has = {name for name, there in torch.cpu.get_capabilities().items() if there is True}
+        has = {name for name, supported in torch.cpu.get_capabilities().items() if supported is True}
     else:  # torch 2.10
         checks = {"avx512_bf16": "avx512_bf16", "amx_bf16": "amx_tile", "amx_fp16": "amx_fp16"}
         has = {name for name, check in checks.items() if getattr(torch.cpu, f"_is_{check}_supported")()}
@@ -124,10 +124,10 @@ def cpu_dtypes() -> frozenset[torch.dtype]:
     return frozenset({torch.float32, torch.float64, *native})
 
 
-def parse_dtype(name: str, own: torch.dtype | None) -> torch.dtype:
-    """Read the name of a data type; `auto` is `own`, the checkpoint's."""
+def parse_dtype(name: str, default: torch.dtype | None) -> torch.dtype:
+    """Read the name of a data type; `auto` is the `default`, the checkpoint's own."""
     full = dtype_in_full(name)
-    dtype: torch.dtype = (own or torch.float32) if full == AUTO else getattr(torch, full)
+    dtype: torch.dtype = (default or torch.float32) if full == AUTO else getattr(torch, full)
     return dtype
 
 

@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from sleb_cli.engine.device import CPU, free_bytes, free_memory, own_free_bytes
+from sleb_cli.engine.device import CPU, free_bytes, free_bytes_per_process, free_memory
 from sleb_cli.events import Notice, Notify, ignore
 from sleb_cli.units import format_bytes
 from sleb_plugins.errors import is_out_of_memory
@@ -19,7 +19,7 @@ S = TypeVar("S")
 def memory_shortage(needed: int, device: torch.device, of: str = "memory", *, whole: bool = False) -> str | None:
     """Return a clause on the memory needed and free, or None if there is enough."""
     # Processes share the memory of a machine: `whole` is for work that only one of them does.
-    return shortage(needed, free_bytes(device) if whole else own_free_bytes(device), of)
+    return shortage(needed, free_bytes(device) if whole else free_bytes_per_process(device), of)
 
 
 def shortage(needed: int, free: int, of: str) -> str | None:

@@ -103,9 +103,9 @@ class ProcessGroup:
             mine.append(item)
             if self.is_main:
                 yield item
-        for rank, theirs in enumerate(self.gather(mine)):
-            if rank or not self.is_main:
-                yield from theirs
+        for rank, gathered in enumerate(self.gather(mine)):
+            if rank or not self.is_main:  # the main process has yielded its own
+                yield from gathered
 
     def main_first(self, do: Callable[[], T]) -> T:
         """Call `do` in one process of each machine before the others, which find its work in the cache."""

@@ -31,8 +31,8 @@ def left_under_limits() -> int:
     """Return the bytes that this process may still take, or `UNLIMITED`."""
     if sys.platform != "linux":
         return UNLIMITED
-    of_groups = (_memory_left(*group) for group in _control_groups("memory"))
-    return min([UNLIMITED, *_memory_left_by_ulimit(), *of_groups])
+    group_limits = (_memory_left(*group) for group in _control_groups("memory"))
+    return min([UNLIMITED, *_memory_left_by_ulimit(), *group_limits])
 
 
 def usable_processors() -> int:

@@ -104,11 +104,11 @@ class Cut(Removal, ABC):
         return nullcontext({})
 
     def texts(self, tokenizer: Any) -> Iterable[str]:
-        """Yield texts that the new tokenizer must split as the dense model's, `tokenizer`, does."""
+        """Yield texts that the pruned model's tokenizer must split as the dense model's, `tokenizer`, does."""
         return ()
 
-    def tokenizer_checks(self, ours: Any, theirs: Any, notify: Notify) -> Iterator[Check]:
-        """Compare the new tokenizer, `ours`, with the dense model's, and yield the checks that passed."""
+    def tokenizer_checks(self, pruned: Any, dense: Any, notify: Notify) -> Iterator[Check]:
+        """Compare the tokenizers of the pruned and the dense model, and yield the checks that passed."""
         yield from ()
 
 
@@ -120,7 +120,7 @@ class GgufCut(Removal, ABC):
         """Return the header of the new file; its tensors have their offsets in the source."""
 
     @abstractmethod
-    def of_model(self, architecture: Architecture) -> Cut:
+    def for_model(self, architecture: Architecture) -> Cut:
         """Return this cut of the model that transformers reads in the file."""
 
 
@@ -136,9 +136,9 @@ def cut_records(cuts: Iterable[Removal], before: Tensors, after: Tensors) -> dic
     def weights_bytes(tensors: Tensors) -> int:
         return sum(tensor.size for tensor in tensors)
 
-    was, now = list(before), list(after)
+    old, new = list(before), list(after)
     sizes = {
-        "parameters": (parameters(was), parameters(now)),
-        "weights_bytes": (weights_bytes(was), weights_bytes(now)),
+        "parameters": (parameters(old), parameters(new)),
+        "weights_bytes": (weights_bytes(old), weights_bytes(new)),
     }
     return {key: record for cut in cuts for key, record in cut.record(sizes).items()}

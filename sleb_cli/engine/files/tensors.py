@@ -14,7 +14,7 @@ from sleb_cli.engine.files.weights import DTYPES, StoredTensor, WeightFiles, bro
 from sleb_cli.engine.third_party import prefer_disk_error, translate_errors
 from sleb_plugins import ModelError
 
-TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, ours) for name, (ours, _) in DTYPES.items()}
+TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, (dtype, _) in DTYPES.items()}
 """The data types of safetensors that torch has too; files may hold others, whose bytes are only copied."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}

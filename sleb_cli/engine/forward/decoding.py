@@ -27,12 +27,12 @@ def check_decoding(model: Any, ids: Tensor, new_tokens: int, dtype: torch.dtype)
     """
     try:  # both with `generate`, because some families count positions differently in a plain forward pass
         cached = _generate(model, ids, new_tokens, "with the KV cache", use_cache=True)
-        whole = _generate(model, ids, new_tokens, "without a KV cache", use_cache=False)
+        uncached = _generate(model, ids, new_tokens, "without a KV cache", use_cache=False)
     except UnsupportedModelError as error:
         return None, error.message
     # After a tie that was broken differently, the two runs continue different texts.
-    common = int((cached.argmax(-1) == whole.argmax(-1)).cumprod(0).sum())
-    difference = relative_difference(cached[: common + 1], whole[: common + 1])
+    common = int((cached.argmax(-1) == uncached.argmax(-1)).cumprod(0).sum())
+    difference = relative_difference(cached[: common + 1], uncached[: common + 1])
     fault = f"with the KV cache its logits differ by {difference:.2g} of the largest from those without"
     return difference, None if difference <= CACHE_TOLERANCES.get(dtype, 0.0) else fault
 

@@ -23,9 +23,9 @@ SECONDS, SHARE = 0.1, 1 / 400
 
 
 def announce(
-    notify: Notify, what: str, tokens: float, skippable: SkippableModel, ids: Tensor, fewest: float | None = None
+    notify: Notify, title: str, tokens: float, skippable: SkippableModel, ids: Tensor, min_tokens: float | None = None
 ) -> None:
-    """Announce long work, in which so many `tokens` go through a block, or the `fewest` if it may end early.
+    """Announce long work, in which so many `tokens` go through a block, or at least `min_tokens` if it may end early.
 
     The head counts as `head_blocks`; `ids`, [batch, positions], is a batch of the work.
     """
@@ -37,18 +37,18 @@ def announce(
     seconds = tokens * in_smaller_pieces(partial(_seconds_per_token, skippable, ids, tokens), ids.numel())
     if seconds > LONG:
         device = "this CPU" if skippable.device.type == "cpu" else skippable.device
-        dtype, min_seconds = dtype_name(skippable.model.dtype), seconds * (fewest or tokens) / tokens
+        dtype, min_seconds = dtype_name(skippable.model.dtype), seconds * (min_tokens or tokens) / tokens
         range_of_seconds = dict.fromkeys(map(format_seconds, (min_seconds, seconds)))
-        notify(Notice(f"{what} in {dtype}: about {' to '.join(range_of_seconds)} on {device}."))
+        notify(Notice(f"{title} in {dtype}: about {' to '.join(range_of_seconds)} on {device}."))
 
 
 @torch.inference_mode()
-def _seconds_per_token(skippable: SkippableModel, ids: Tensor, tokens: float, most: int) -> float:
+def _seconds_per_token(skippable: SkippableModel, ids: Tensor, tokens: float, batch_tokens: int) -> float:
     def run() -> None:
         skippable.run_block(call, call.entering)
         synchronize(skippable.device)
 
-    for count in (most // 64, most // 16, most // 4, most):
+    for count in (batch_tokens // 64, batch_tokens // 16, batch_tokens // 4, batch_tokens):
         piece = ids[: max(1, count // ids.shape[1]), : max(2, count)]
         call = skippable.calls(piece)[0]
         seconds = min(timeit.repeat(run, number=1, repeat=3))  # the first run also warms up

@@ -118,7 +118,7 @@ class SizesWalk:
         """Run `block` on every branch, except for the sets that have it."""
         entering, self.branches = self.branches, {}
         for size in self.sizes:
-            removed = frozenset(gone for gone in size if gone <= block)
+            removed = frozenset(number for number in size if number <= block)
             if removed not in self.branches:
                 hidden = entering[removed - {block}]
                 runs = block not in size
@@ -134,10 +134,10 @@ def walk_together(skippable: SkippableModel, walks: Sequence[Walk | SizesWalk]) 
     # Block by block rather than walk by walk, so that streamed weights are read once for all walks.
     blocks = range(min(walk.start for walk in walks), len(walks[0].calls))
     to_run = [block for block in blocks if any(block >= walk.start and block not in walk.removed for walk in walks)]
-    with closing(skippable.weights.visit(to_run)) as here:
+    with closing(skippable.weights.visit(to_run)) as visits:
         for block in blocks:
             if block in to_run:
-                next(here)
+                next(visits)
             for walk in walks:
                 if block >= walk.start:
                     walk.advance(block)

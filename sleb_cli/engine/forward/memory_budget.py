@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.device import own_free_bytes
+from sleb_cli.engine.device import free_bytes_per_process
 from sleb_cli.engine.forward.memory_needs import Footprint
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.units import format_bytes
@@ -95,14 +95,14 @@ def resolve_memory_budget(
     budget = MemoryBudget(size, settings.head_positions, branches=1, kept_branches=0)
     widened = settings.widened_bytes
     while (needed := footprint.working_bytes(budget.sequences * length, budget.positions, widened)) > available:
-        less = budget.halved()
-        if less is None or (batch_size is not None and less.sequences < size):
+        smaller = budget.halved()
+        if smaller is None or (batch_size is not None and smaller.sequences < size):
             raise MachineError(
                 f"{budget.sequences} sequences of {length} tokens need {format_bytes(needed)} in addition to the "
                 f"model, but only {format_bytes(available)} may be used.",
                 hint="Use a smaller --batch-size or --sequence-length, a narrower --dtype, or a larger --memory.",
             )
-        budget = less
+        budget = smaller
     spare = (available - needed) // (budget.sequences * length * footprint.branch)
     branches = max(1, min(candidates, 1 + spare))
     batches = -(-count // budget.sequences)
@@ -110,7 +110,7 @@ def resolve_memory_budget(
     return dataclasses.replace(budget, branches=branches, kept_branches=(spare - branches + 1) // batches // 2)
 
 
-def available_memory(device: torch.device, group: ProcessGroup | None = None, asked: int | None = None) -> int:
-    """Return the bytes to use besides the model: `asked`, or else a share of the free memory."""
-    usable = asked or int(own_free_bytes(device) * settings_for(device).share)
+def available_memory(device: torch.device, group: ProcessGroup | None = None, limit: int | None = None) -> int:
+    """Return the bytes to use besides the model: `limit`, or else a share of the free memory."""
+    usable = limit or int(free_bytes_per_process(device) * settings_for(device).share)
     return min(group.gather(usable)) if group else usable  # so that all processes have the same batches

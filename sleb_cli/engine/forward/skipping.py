@@ -73,9 +73,9 @@ class BlockSwitch:
 
 
 def _contiguous(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    # The last position of each sequence is not in one piece. In bfloat16 torch 2.13 then takes 22 s instead of 0.1 s on
-    # a CPU for 16 sequences and a vocabulary of 262,144. One sequence, which takes 0.9 s, only seems to be in one piece:
-    # it still has the strides of the whole.
+    # The last position of each sequence is not in one piece. In bfloat16, torch 2.13 then takes 22 s instead of 0.1 s
+    # on a CPU for 16 sequences and a vocabulary of 262,144. One sequence, which takes 0.9 s, only seems to be in one
+    # piece: it still has the strides of the whole.
     return tuple(arg.flatten().view(arg.shape) if isinstance(arg, Tensor) else arg for arg in args)
 
 
@@ -212,8 +212,8 @@ class SkippableModel:
     @contextmanager
     def loaded(self, block: int) -> Iterator[None]:
         """Have the weights of a block loaded while the context is open."""
-        with closing(self.weights.visit([block])) as here:
-            next(here)
+        with closing(self.weights.visit([block])) as visits:
+            next(visits)
             yield
 
     @contextmanager
@@ -269,10 +269,10 @@ class SkippableModel:
             if not switch.skip or type(switch.block) not in known:
                 runs.append(index)
                 known.add(type(switch.block))
-        here = self.weights.visit(runs)
+        visits = self.weights.visit(runs)
 
         def fetch(block: int) -> None:
-            if next(here, None) != block:
+            if next(visits, None) != block:
                 raise UnsupportedModelError(
                     f"{self.model.config.model_type} does not call its blocks once each, in order.",
                     hint="sleb cannot stream it. Use a machine with more memory.",
@@ -280,7 +280,7 @@ class SkippableModel:
 
         for index in runs:
             self.switches[index].fetch = partial(fetch, index)
-        with closing(here):
+        with closing(visits):
             yield
 
     @contextmanager

@@ -39,8 +39,8 @@ class Period:
     def length_in(self, file: GgufFile) -> int:
         """Return the period in this file; 1 if all blocks are alike, or numbers do not matter."""
         length = file.setting(self.key)
-        alike = self.only_with and not file.setting(self.only_with)
-        if alike or isinstance(length, list) or file.setting(self.unless) is not None:
+        has_one_kind = self.only_with and not file.setting(self.only_with)
+        if has_one_kind or isinstance(length, list) or file.setting(self.unless) is not None:
             return 1
         return self.period if length is None else file.count(self.key) or 1
 

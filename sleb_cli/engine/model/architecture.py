@@ -168,7 +168,7 @@ class Architecture:
         return named or next(iter(float_dtypes(self.source.weights)), None)
 
     @property
-    def what_it_allows(self) -> str:
+    def families_hint(self) -> str:
         """Where to read which blocks can be removed, and how a plugin can change that."""
         by_plugin = " If a setting is the reason, a plugin can prune it: `config_keys` in docs/reference/plugins.md."
         return f"docs/reference/families.md says what each family allows.{'' if self.claimed_by else by_plugin}"

@@ -62,12 +62,12 @@ def find_block_numbering(names: Iterable[str], path: str, count: int) -> BlockNu
     for name in names:
         for match in re.finditer(r"\.(\d{1,9})(?=\.)", f".{name}"):
             lists[f".{name}"[1 : match.start() + 1]].append(int(match[1]))
-    whole = {prefix: numbers for prefix, numbers in lists.items() if set(numbers) >= set(range(count))}
+    complete = {prefix: numbers for prefix, numbers in lists.items() if set(numbers) >= set(range(count))}
     # Older files may use another name: then the likeliest list of that length is taken.
-    prefixes = [prefix for prefix in path_suffixes(path) if prefix in whole] or _sort_by_likeness(whole, path)
+    prefixes = [prefix for prefix in path_suffixes(path) if prefix in complete] or _sort_by_likeness(complete, path)
     if not prefixes:
         return None
-    numbers = set(whole[prefixes[0]])
+    numbers = set(complete[prefixes[0]])
     extra = len(numbers) - count
     return BlockNumbering(prefixes[0], extra) if numbers == set(range(count + extra)) else None
 

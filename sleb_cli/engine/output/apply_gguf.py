@@ -170,7 +170,7 @@ def _prove_with_transformers(
         return None, reason
     try:
         architecture = read_architecture(locate_model(str(file.path), notify), registry, notify)
-        hf_surgery = Surgery(architecture, tuple(cut.of_model(architecture) for cut in surgery.cuts))
+        hf_surgery = Surgery(architecture, tuple(cut.for_model(architecture) for cut in surgery.cuts))
     except (ModelError, MachineError, UsageError) as error:
         if disk_error(error):
             raise

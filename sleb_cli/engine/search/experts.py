@@ -94,7 +94,7 @@ def _passes(search: Search, inputs: SearchInputs, holdout: float) -> tuple[Passe
         whole.sequences,
         inputs.notify,
         loss_mask=whole.loss_mask,
-        memory=partial(available_memory, group=inputs.group, asked=search.model.memory),
+        memory=partial(available_memory, group=inputs.group, limit=search.model.memory),
         batch_size=search.model.batch_size,
         walks_together=True,
     )

@@ -48,7 +48,7 @@ class Removable:
             raise NoBlockLeft(
                 f"No block of {architecture.source.id} ({architecture.config.model_type}) can be removed{after}: "
                 f"without block {free[0]}, {obstacles[free[0]]}.",
-                hint=fewer if removed else architecture.what_it_allows,
+                hint=fewer if removed else architecture.families_hint,
             )
         if obstacles and not removed:
             block, why = next(iter(obstacles.items()))

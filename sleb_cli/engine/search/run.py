@@ -215,7 +215,7 @@ def _prepare(
         calibration.sequences,
         inputs.notify,
         loss_mask=calibration.loss_mask,
-        memory=partial(available_memory, group=inputs.group, asked=model.memory),
+        memory=partial(available_memory, group=inputs.group, limit=model.memory),
         batch_size=model.batch_size,
         min_batches=LOOKS if fast else 1,
         walks_together=True,

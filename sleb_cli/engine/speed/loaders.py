@@ -43,18 +43,20 @@ ModelLoader = Callable[[Surgery, TimedModel | None], AbstractContextManager[Time
 """Load the model after a surgery, and free it at the end. The dense one comes first, and is passed for the others."""
 
 
-def load_with_transformers(place: Placement, notify: Notify) -> ModelLoader:
+def load_with_transformers(placement: Placement, notify: Notify) -> ModelLoader:
     """Return a loader by transformers; pruned models share the dense one's weights, unless they are quantized."""
 
     @contextmanager
     def load(surgery: Surgery, dense: TimedModel | None) -> Iterator[TimedModel]:
         if dense:
-            model = load_pruned(surgery, place, notify, dense=dense.model)
+            model = load_pruned(surgery, placement, notify, dense=dense.model)
         else:
-            model = load_dense(surgery.architecture, place, notify)
+            model = load_dense(surgery.architecture, placement, notify)
         attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
         size = _size(surgery, weights_bytes(model))
-        yield TimedModel(model, size, dtype_name(place.dtype), place.device.type, partial(prepared, model), attention)
+        yield TimedModel(
+            model, size, dtype_name(placement.dtype), placement.device.type, partial(prepared, model), attention
+        )
 
     return load
 

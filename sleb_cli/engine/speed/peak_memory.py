@@ -37,7 +37,7 @@ CutOptions = tuple[Removals, Mapping[str, Any]]
 
 
 def measure_alone(
-    surgery: Surgery, place: Placement, workloads: Sequence[Workload], notify: Notify
+    surgery: Surgery, placement: Placement, workloads: Sequence[Workload], notify: Notify
 ) -> tuple[float | None, list[MemoryRecord | None]]:
     """Load a model in a process of its own and run each workload once; return the seconds and each memory record.
 
@@ -49,7 +49,7 @@ def measure_alone(
     with task(notify, f"Peak memory {which}"):
         try:
             with _spawned_process() as process:
-                return process.submit(_measure, source, cuts, place, workloads, torch.get_num_threads()).result()
+                return process.submit(_measure, source, cuts, placement, workloads, torch.get_num_threads()).result()
         except (RuntimeError, MemoryError, OutOfMemory) as error:
             if not (isinstance(error, BrokenProcessPool) or is_out_of_memory(error)):
                 raise
@@ -74,16 +74,18 @@ def _spawned_process() -> Iterator[ProcessPoolExecutor]:
 
 
 def _measure(
-    source: ModelSource, cuts: CutOptions, place: Placement, workloads: Sequence[Workload], threads: int
+    source: ModelSource, cuts: CutOptions, placement: Placement, workloads: Sequence[Workload], threads: int
 ) -> tuple[float, list[MemoryRecord | None]]:
     quiet_libraries()
     torch.set_num_threads(threads)
     surgery = plan_surgery(read_architecture(source, load_plugins(), ignore), *cuts)
     start = time.perf_counter()
-    model = load_pruned(surgery, place, ignore) if surgery.cuts else load_dense(surgery.architecture, place, ignore)
-    synchronize(place.device)
+    model = (
+        load_pruned(surgery, placement, ignore) if surgery.cuts else load_dense(surgery.architecture, placement, ignore)
+    )
+    synchronize(placement.device)
     seconds = time.perf_counter() - start
-    return seconds, [_run_memory(model, place.device, workload) for workload in workloads]
+    return seconds, [_run_memory(model, placement.device, workload) for workload in workloads]
 
 
 def _run_memory(model: Any, device: torch.device, workload: Workload) -> MemoryRecord | None:

@@ -109,7 +109,7 @@ def workload_result(
     workload: Workload, measured: Sequence[Measured], memory: Mapping[Removals, MemoryRecord | None], **about: Any
 ) -> WorkloadResult:
     """Return the result for models timed together, or each size in turn with the dense model."""
-    rounds = [done for one in measured for done in one.rounds]
+    rounds = [done for group in measured for done in group.rounds]
 
     def timing(removals: Removals) -> dict[str, Any]:
         runs = [done[removals] for done in rounds if removals in done]
@@ -129,7 +129,7 @@ def workload_result(
     sizes = sorted({removals for done in rounds for removals in done if removals}, key=len)
     return WorkloadResult(
         workload=workload,
-        warmup=_worst([one.warmup for one in measured]),
+        warmup=_worst([group.warmup for group in measured]),
         dense=Timing(**timing(())),
         pruned=tuple(map(pruned, sizes)),
         **about,

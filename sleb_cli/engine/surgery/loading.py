@@ -77,29 +77,29 @@ def has_tokenizer(source: ModelSource) -> bool:
     return any((source.folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
-def load_dense(architecture: Architecture, place: Placement, notify: Notify) -> Any:
+def load_dense(architecture: Architecture, placement: Placement, notify: Notify) -> Any:
     """Load the dense model, its weights straight to their places."""
     source = architecture.source
-    with task(notify, f"Loading {source.id}"), explain_oom(source, place):
+    with task(notify, f"Loading {source.id}"), explain_oom(source, placement):
         source.weights.tensor_names()  # its errors name the broken file
         weights, trust = f"the weights of {source.id}", source.trust_remote_code
-        return _load(architecture, place, architecture.auto_class, source.folder, weights, trust_remote_code=trust)
+        return _load(architecture, placement, architecture.auto_class, source.folder, weights, trust_remote_code=trust)
 
 
 def load_pretrained(
-    loader: Any, folder: Path | None, what: str, place: Placement, **options: Any
+    loader: Any, folder: Path | None, what: str, placement: Placement, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
     """Load a model with transformers, each weight to its place; return it with its loading info."""
     with ExitStack() as stack:
         # For weights that stay on disk in another form than in the files; the folder goes with the model.
-        offloaded = None if place.device_map is None else stack.enter_context(scratch_in_cache("offload"))
+        offloaded = None if placement.device_map is None else stack.enter_context(scratch_in_cache("offload"))
         with translate_transformers_errors(what), warnings.catch_warnings():
             # accelerate warns of the names of tensors that belong to no submodule.
             warnings.filterwarnings("ignore", message="The following device_map keys")
             model, info = loader.from_pretrained(
                 folder,
-                dtype=place.dtype,
-                device_map={"": place.device} if place.device_map is None else place.device_map,
+                dtype=placement.dtype,
+                device_map={"": placement.device} if placement.device_map is None else placement.device_map,
                 offload_folder=offloaded,
                 output_loading_info=True,
                 **options,
@@ -108,18 +108,18 @@ def load_pretrained(
     return model, info
 
 
-def load_pruned(surgery: Surgery, place: Placement, notify: Notify, *, dense: Any = None) -> Any:
+def load_pruned(surgery: Surgery, placement: Placement, notify: Notify, *, dense: Any = None) -> Any:
     """Load the model that `sleb apply` would write, without writing it.
 
     With `dense`, the dense model in the same data type on the same device, the two share weights; without it, they are
     read from the files. A device map names the places of the dense model's modules.
     """
     source = surgery.architecture.source
-    with task(notify, f"Loading {source.id} without {surgery.description}"), explain_oom(source, place):
+    with task(notify, f"Loading {source.id} without {surgery.description}"), explain_oom(source, placement):
         # Packed weights are taken apart by the code that loads them.
         if dense is not None and not surgery.architecture.is_quantized:
             tensors = _cut(surgery, dense.state_dict().items())
-            model = _with_tensors(surgery, tensors, replace(place, device_map=None))
+            model = _with_tensors(surgery, tensors, replace(placement, device_map=None))
             loaded = model.state_dict()
             pairs = [(loaded.get(name), tensor) for name, tensor in tensors.items()]
             if all(
@@ -128,19 +128,19 @@ def load_pruned(surgery: Surgery, place: Placement, notify: Notify, *, dense: An
                 return model
             # transformers converts tensors of this family's files in a way that it does not apply to loaded ones.
             del model, tensors, loaded, pairs
-        return _with_tensors(surgery, _cut(surgery, read_all(source.weights)), place)
+        return _with_tensors(surgery, _cut(surgery, read_all(source.weights)), placement)
 
 
 def _cut(surgery: Surgery, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     remaining = surgery.tensors(tensors)
-    return {name: reduce(lambda value, one: one.cut(value), slices, old) for name, old, slices in remaining}
+    return {name: reduce(lambda value, axis: axis.cut(value), slices, old) for name, old, slices in remaining}
 
 
-def _with_tensors(surgery: Surgery, tensors: dict[str, Tensor], place: Placement) -> Any:
+def _with_tensors(surgery: Surgery, tensors: dict[str, Tensor], placement: Placement) -> Any:
     architecture = surgery.architecture
     config = architecture.read_config(surgery.prune_config())
     pruned = f"{architecture.source.id} without {surgery.description}"
-    model = _load(architecture, place, type(architecture.skeleton), None, pruned, config=config, state_dict=tensors)
+    model = _load(architecture, placement, type(architecture.skeleton), None, pruned, config=config, state_dict=tensors)
     folder = architecture.source.folder
     if (folder / "generation_config.json").is_file():  # read by transformers only with weights of the same folder
         with translate_transformers_errors(f"{folder / 'generation_config.json'}"):
@@ -148,10 +148,10 @@ def _with_tensors(surgery: Surgery, tensors: dict[str, Tensor], place: Placement
     return model
 
 
-def explain_oom(source: ModelSource, place: Placement) -> AbstractContextManager[None]:
+def explain_oom(source: ModelSource, placement: Placement) -> AbstractContextManager[None]:
     """Name the model and the device if loading runs out of memory."""
     return explain_out_of_memory(
-        f"{source.id} does not fit in the memory of {place.device} in {dtype_name(place.dtype)}.",
+        f"{source.id} does not fit in the memory of {placement.device} in {dtype_name(placement.dtype)}.",
         "Use a narrower --dtype, or a device with more memory.",
     )
 
@@ -169,9 +169,9 @@ def loading_problem(info: dict[str, Any], *kinds: str) -> str | None:
 
 
 def _load(
-    architecture: Architecture, place: Placement, loader: Any, folder: Path | None, what: str, **options: Any
+    architecture: Architecture, placement: Placement, loader: Any, folder: Path | None, what: str, **options: Any
 ) -> Any:
-    model, info = load_pretrained(loader, folder, what, place, ignore_mismatched_sizes=True, **options)
+    model, info = load_pretrained(loader, folder, what, placement, ignore_mismatched_sizes=True, **options)
     if problem := loading_problem(info, "missing", "mismatched"):
         raise ModelError(
             f"The weights of {architecture.source.id} do not fit its config: {problem}.",
@@ -179,5 +179,5 @@ def _load(
         )
     model.requires_grad_(False)
     if getattr(model, "hf_quantizer", None) is None and not hasattr(model, "_hf_hook"):
-        model = model.to(place.device)  # a family's own code may keep tensors elsewhere
+        model = model.to(placement.device)  # a family's own code may keep tensors elsewhere
     return model.eval()

@@ -84,8 +84,8 @@ class Surgery:
             for cut in self.cuts:
                 if (remaining := cut.tensor(name)) is None:
                     break
-                name, of_cut = remaining
-                slices += (of_cut,) if of_cut else ()
+                name, cut_slices = remaining
+                slices += (cut_slices,) if cut_slices else ()
             else:
                 yield name, value, slices
 

@@ -192,6 +192,6 @@ def plan_blocks(architecture: Architecture, removals: tuple[int, ...]) -> BlockC
         names = f"block {removals[0]}" if len(removals) == 1 else f"blocks {', '.join(map(str, sorted(removals)))}"
         raise UnsupportedModelError(
             f"Cannot remove {names} from {architecture.source.id} ({architecture.config.model_type}): {obstacle}.",
-            hint=f"Remove other blocks. {architecture.what_it_allows}",
+            hint=f"Remove other blocks. {architecture.families_hint}",
         )
     return cut

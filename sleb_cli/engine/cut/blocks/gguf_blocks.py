@@ -21,7 +21,7 @@ class GgufBlockCut(GgufCut):
 
     removals: tuple[int, ...]
 
-    def of_model(self, architecture: Architecture) -> BlockCut:
+    def for_model(self, architecture: Architecture) -> BlockCut:
         """Return the removal of these blocks from the model that transformers reads in the file."""
         return plan_blocks(architecture, self.removals)
 

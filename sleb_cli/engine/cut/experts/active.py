@@ -79,7 +79,7 @@ class ActiveCut(ActiveRemoval, Cut):
 class GgufActiveCut(ActiveRemoval, GgufCut):
     """Fewer experts for each token of a GGUF file."""
 
-    def of_model(self, architecture: Architecture) -> ActiveCut:
+    def for_model(self, architecture: Architecture) -> ActiveCut:
         """Return this change of the model that transformers reads in the file."""
         return plan_active(architecture, self.after)
 

@@ -164,10 +164,10 @@ def require_removable(removed: Removed, count: int, active: int, groups: int, na
     min_kept = max(active, 2 * groups if groups > 1 else 1)  # a group is chosen by its best two
     is_some = 0 < number <= count - min_kept
     why = None if is_some else f"{number} of {count} would go, and at least {min_kept} must stay"
-    for block, gone in removed.items():
-        if len({*gone} & {*range(count)}) != number or len(gone) != number:
-            why = why or f"of block {block}, it names {[*gone]}, and not {number} of {count}"
-        if len({sum(expert // size == group for expert in gone) for group in range(groups)}) > 1:
+    for block, experts in removed.items():
+        if len({*experts} & {*range(count)}) != number or len(experts) != number:
+            why = why or f"of block {block}, it names {[*experts]}, and not {number} of {count}"
+        if len({sum(expert // size == group for expert in experts) for group in range(groups)}) > 1:
             why = why or f"of block {block}, it takes more from some of the {groups} groups than from others"
     if why:
         raise PlanError(f"The plan removes experts that {name} cannot do without: {why}.", hint="Search again.")

@@ -42,7 +42,7 @@ class GgufExpertCut(ExpertRemoval, GgufCut):
         """A note on blocks for multi-token prediction."""
         return PREDICTION_NOTE if self.predicts else None
 
-    def of_model(self, architecture: Architecture) -> ExpertCut:
+    def for_model(self, architecture: Architecture) -> ExpertCut:
         """Return the cut of these experts from the model that transformers reads in the file."""
         return plan_experts(architecture, self.removed)
 
@@ -85,5 +85,5 @@ def plan_gguf_experts(file: GgufFile, removed: Removed) -> GgufExpertCut:
 
 def _block_with_experts(tensor: GgufTensor, count: int) -> int | None:
     match = BLOCK.fullmatch(tensor.name)
-    is_theirs = match and _BY_EXPERT.fullmatch(match[2]) and tensor.shape[-1:] == (count,)
-    return int(match[1]) if match and is_theirs else None
+    is_by_expert = match and _BY_EXPERT.fullmatch(match[2]) and tensor.shape[-1:] == (count,)
+    return int(match[1]) if match and is_by_expert else None

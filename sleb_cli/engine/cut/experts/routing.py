@@ -72,19 +72,19 @@ class _Masked(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, axes = kwargs or {}, {id(getattr(owner, last)): axis for owner, last, axis in self.router}
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         lists = {
             id(tensor): self._masked(tensor, axis)
-            for tensor in given
+            for tensor in tensors
             if (axis := axes.get(id(tensor))) is not None and tensor.numel() == tensor.shape[axis]
         }
         args = [lists.get(id(value), value) for value in args]
         output = func(*args, **{name: lists.get(id(value), value) for name, value in kwargs.items()})
-        is_theirs = any(id(tensor) in self.derived or id(tensor) in axes.keys() - lists.keys() for tensor in given)
-        if not is_theirs or not isinstance(output, Tensor) or not output.is_floating_point():
+        from_router = any(id(tensor) in self.derived or id(tensor) in axes.keys() - lists.keys() for tensor in tensors)
+        if not from_router or not isinstance(output, Tensor) or not output.is_floating_point():
             return output
         # From one tensor comes a cast or a view of the weights; the product with hidden states has two.
-        if len(given) == 1:
+        if len(tensors) == 1:
             self.derived[id(output)] = output  # kept alive, so that no other tensor gets its id
             return output
         self.hits += 1
@@ -146,9 +146,9 @@ def watch_routing(
 def _reporting(count: int, block: int, listen: Callable[[int, Routing], object], *, all_at_once: bool) -> Any:
     def call_and_report(forward: Forward, *args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        hidden, *given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        routing = _routing_of_tokens(forward, hidden, given)
-        if routing is None and all_at_once and not given and hidden.ndim == 2 and output.shape == hidden.shape:
+        hidden, *others = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        routing = _routing_of_tokens(forward, hidden, others)
+        if routing is None and all_at_once and not others and hidden.ndim == 2 and output.shape == hidden.shape:
             routing = _routing_of_all(forward, hidden, count)
         if routing is not None:
             listen(block, routing)
@@ -157,22 +157,22 @@ def _reporting(count: int, block: int, listen: Callable[[int, Routing], object],
     return lambda forward: partial(call_and_report, forward)
 
 
-def _routing_of_tokens(forward: Forward, hidden: Tensor, given: Sequence[Tensor]) -> Routing | None:
+def _routing_of_tokens(forward: Forward, hidden: Tensor, others: Sequence[Tensor]) -> Routing | None:
     """Read a call that is given the experts of each token and their gates, which differ in type."""
-    numbers = next((tensor for tensor in given if tensor.dtype in (torch.int64, torch.int32)), None)
+    numbers = next((tensor for tensor in others if tensor.dtype in (torch.int64, torch.int32)), None)
     if numbers is None or numbers.ndim < 2:
         return None
     active, flat = numbers.shape[-1], hidden.reshape(-1, hidden.shape[-1])
-    gates = next((tensor for tensor in given if tensor.is_floating_point() and tensor.shape == numbers.shape), None)
+    gates = next((tensor for tensor in others if tensor.is_floating_point() and tensor.shape == numbers.shape), None)
     if gates is None or numbers.numel() // active != len(flat):
         return None
 
     def run_alone(states: Tensor, chosen: Tensor) -> Tensor:
-        one = gates.new_ones(len(chosen), 1)
+        ones = gates.new_ones(len(chosen), 1)
         try:
-            outputs: Tensor = forward(states, chosen[:, None], one)
+            outputs: Tensor = forward(states, chosen[:, None], ones)
         except (ValueError, IndexError):  # it takes as many as a token has: the others are the same, by a gate of 0
-            gate = torch.cat([one, gates.new_zeros(len(chosen), active - 1)], 1)
+            gate = torch.cat([ones, gates.new_zeros(len(chosen), active - 1)], 1)
             outputs = forward(states, chosen[:, None].expand(-1, active).contiguous(), gate)
         return outputs
 

@@ -23,7 +23,7 @@ _TABLES = ("token_embd.weight", "output.weight", "output.bias")
 class GgufTokenCut(TokenRemoval, GgufCut):
     """The cut of a vocabulary from a GGUF file."""
 
-    def of_model(self, architecture: Architecture) -> TokenCut:
+    def for_model(self, architecture: Architecture) -> TokenCut:
         """Return the cut of these tokens from the model that transformers reads in the file, tokenizer included."""
         return TokenCut(self.vocabulary, architecture.text_key, token_tables(architecture, self.vocabulary))
 

@@ -89,18 +89,18 @@ class TokenCut(TokenRemoval, Cut):
         yield from filter(set(characters).issuperset, texts)
         yield from map(" ".join, _in_pieces(characters))
 
-    def tokenizer_checks(self, ours: Any, theirs: Any, notify: Notify) -> Iterator[Check]:
+    def tokenizer_checks(self, pruned: Any, dense: Any, notify: Notify) -> Iterator[Check]:
         """Yield the check of `texts`, which has passed, and check that text of lost tokens is decoded as before."""
         yield "same tokens"
-        lost = sorted({*range(min(self.vocabulary.count, len(theirs)))}.difference(self.tokens))
-        decoded = theirs.batch_decode([[token] for token in lost[:: len(lost) // _LOST_TEXTS + 1]])
-        texts = [text for text in decoded if INCOMPLETE not in text] or [*self.texts(theirs)]
+        lost = sorted({*range(min(self.vocabulary.count, len(dense)))}.difference(self.tokens))
+        decoded = dense.batch_decode([[token] for token in lost[:: len(lost) // _LOST_TEXTS + 1]])
+        texts = [text for text in decoded if INCOMPLETE not in text] or [*self.texts(dense)]
 
         def respelled(tokenizer: Any) -> Any:
             return tokenizer.batch_decode(tokenizer(texts).input_ids, skip_special_tokens=True)
 
         # Not compared with the texts, since some tokenizers change a few characters first.
-        if respelled(ours) == respelled(theirs):
+        if respelled(pruned) == respelled(dense):
             yield "spells others"
         else:
             notify(Notice("Text of other scripts does not come back: this tokenizer cannot spell it in bytes."))
@@ -139,7 +139,7 @@ def token_tables(architecture: Architecture, vocabulary: Vocabulary) -> frozense
                 raise cannot_cut_tokens(architecture, f"it may have further tables by token ({key} {value})")
     skeleton, raw = cast(Any, architecture.skeleton), architecture.source.raw_config
     config = architecture.read_config(TokenCut(vocabulary, architecture.text_key).settings(CONFIG, raw))
-    were, are = (
+    shapes, new_shapes = (
         {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         for model in (skeleton, architecture.build(config))
     )
@@ -150,11 +150,11 @@ def token_tables(architecture: Architecture, vocabulary: Vocabulary) -> frozense
         if any(module is embeddings for embeddings in known)
         for name, parameter in module.named_parameters(recurse=False)
     }
-    changed = {name: are.get(name) for name, shape in were.items() if are.get(name) != shape}
+    changed = {name: new_shapes.get(name) for name, shape in shapes.items() if new_shapes.get(name) != shape}
     if changed != expected:
         other = min({*changed.items()} ^ {*expected.items()})[0]
         raise cannot_cut_tokens(architecture, f"{other} has an entry for each token, too")
-    tables = _tables_in_files(architecture, {name: were[name] for name in expected})
+    tables = _tables_in_files(architecture, {name: shapes[name] for name in expected})
     if architecture.numbering.extra or not tables:
         raise cannot_cut_tokens(architecture, "its weight files hold other tables by token than its config says")
     return tables
