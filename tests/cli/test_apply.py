@@ -277,7 +277,7 @@ def test_a_partial_proof_that_fails_leaves_nothing(apply, tiny_llama, tmp_path, 
 )
 def test_a_failed_proof_says_where_and_keeps_the_evidence(apply, tiny_llama, tmp_path, monkeypatch, name, where):
     spoil(monkeypatch, lambda t: t | {name: t[name] * 1.1})
-    monkeypatch.setattr(proof, "as_planned", lambda *arguments: iter(()))  # as if it had been planned so
+    monkeypatch.setattr(proof, "check_files", lambda *arguments: iter(()))  # as if it had been planned so
     command = [tiny_llama, "--blocks", "1", "--keep-failed", "kept/here"]
     told = apply(*command, code=9).stderr
     assert where in told

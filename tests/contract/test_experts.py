@@ -21,7 +21,7 @@ from sleb_cli.engine.forward.placement import blocks_on_disk
 from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.output import proof
 from sleb_cli.engine.output.apply_gguf import prune_gguf
-from sleb_cli.engine.output.checkpoint import Output, apply_removals, kept_tensors
+from sleb_cli.engine.output.checkpoint import Output, apply_removals, plan_tensors
 from sleb_cli.engine.output.proof import ProofPlacement
 from sleb_cli.engine.surgery.gguf_surgery import plan_gguf_surgery
 from sleb_cli.engine.surgery.subject import Subject
@@ -275,7 +275,7 @@ def test_quantized_experts_are_copied_from_the_files(tmp_path, model_type, packe
     (folder / "config.json").write_text(json.dumps(config))
     architecture = architecture_of(folder)
     removed = dict.fromkeys(architecture.experts.blocks, (0, 4))
-    tensors = kept_tensors(plan_surgery(architecture, (), {"experts": removed}))
+    tensors = plan_tensors(plan_surgery(architecture, (), {"experts": removed}))
     assert all(tensor.ranges is not None for tensor in tensors)  # so none is decoded, and no block is held in memory
     assert "every expert" in cut(folder, tmp_path / "out", removed, dtype=torch.bfloat16).proof.checks
 

@@ -236,7 +236,7 @@ def damaging(monkeypatch):
                 pending.pop()(path)
             return iter(()) if as_planned else check(source, path, *more)
 
-        for module, name in ((proof, "as_planned"), (apply_gguf, "_require_as_planned")):
+        for module, name in ((proof, "check_files"), (apply_gguf, "_require_as_planned")):
             monkeypatch.setattr(module, name, partial(damage_and, getattr(module, name)))
 
     return arrange

@@ -1,1 +1,1 @@
-"""The second leaf of the door of each command: it looks at the model, and turns a request into a few values."""
+"""Resolve the request of each command against its model: what is asked for becomes a few values."""

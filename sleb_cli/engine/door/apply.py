@@ -1,4 +1,4 @@
-"""The door of `sleb apply`: the request is checked and completed here, before the work."""
+"""Resolve a request of `sleb apply`: to the job that writes the checkpoint or GGUF file."""
 
 from __future__ import annotations
 
@@ -39,28 +39,22 @@ from sleb_plugins import DataError, PlanError, UnsupportedModelError, UsageError
 def resolve_apply(
     request: ApplyRequest,
     named: NamedSubject,
-    found: ModelSource | GgufFile,
+    source: ModelSource | GgufFile,
     registry: Registry,
     notify: Notify,
     group: ProcessGroup,
 ) -> Callable[[], ApplyResult | GgufResult]:
-    """Return the job that writes the checkpoint or the GGUF file, once it is known that it can be done.
-
-    Raises:
-        UsageError: the blocks do not fit.
-        PlanError: the plan was made for another model.
-        OutputError: the output exists, or cannot be written.
-    """
+    """Check that the checkpoint or GGUF file can be made; return the job that writes it."""
     quiet_libraries()
-    if isinstance(found, GgufFile):
-        _require_fitting(request, named, found, registry, notify)
-        surgery = plan_gguf_surgery(found, named.removals, named.others)
-        output = _output(request, request.output or default_file(surgery), found.path)
+    if isinstance(source, GgufFile):
+        _require_fitting(request, named, source, registry, notify)
+        surgery = plan_gguf_surgery(source, named.removals, named.others)
+        output = _output(request, request.output or default_file(surgery), source.path)
         return partial(prune_gguf, surgery, output, registry, notify)
-    subject = group.main_first(lambda: resolve_subject(named, found, registry, notify))
-    output = _output_of_checkpoint(request, subject)
+    subject = group.main_first(lambda: resolve_subject(named, source, registry, notify))
+    output = _checkpoint_output(request, subject)
     if subject.surgery.tokens is not None and group.is_main:
-        _say_what_is_lost(request, subject, notify)
+        _report_lost_tokens(request, subject, notify)
     if not request.recoveries:
         return partial(apply_removals, subject, output, notify)
     if not subject.surgery.removals:
@@ -74,16 +68,13 @@ def resolve_apply(
     return partial(apply_recovered, subject, output, recovery, group, notify)
 
 
-def _say_what_is_lost(request: ApplyRequest, subject: Subject, notify: Notify) -> None:
-    """Say which share of the named text, or else of the plan's, is of tokens that go; the model's own tells nothing.
-
-    Raises:
-        DataError: the named text is missing or too short.
-    """
+def _report_lost_tokens(request: ApplyRequest, subject: Subject, notify: Notify) -> None:
+    """Tell which share of the named text, or else of the plan's, the removed tokens have."""
     from sleb_cli.engine.text.calibration import calibrate  # which imports datasets
 
     tokens, plan = subject.surgery.tokens, subject.plan
     source = request.calibration or (plan.calibration.source if plan else None)
+    # Text that the model writes itself says nothing about the user's languages.
     if tokens is None or source is None or any(map(is_written, parse_mixture(source))):
         return
     architecture = subject.architecture
@@ -101,23 +92,22 @@ def _say_what_is_lost(request: ApplyRequest, subject: Subject, notify: Notify) -
     notify(Notice(f"{lost:.1%} of the tokens in {text.record.title} go; what they spell will take more tokens."))
 
 
-def _output(request: ApplyRequest, place: Path, gguf: Path | None) -> Output:
-    clear_old(place.absolute().parent)
-    require_new_place(place, gguf, force=request.force)
-    return Output(place, request.force, verify=not request.no_verify, keep_failed=request.keep_failed)
+def _output(request: ApplyRequest, path: Path, gguf: Path | None) -> Output:
+    clear_old(path.absolute().parent)
+    require_new_place(path, gguf, force=request.force)
+    return Output(path, request.force, verify=not request.no_verify, keep_failed=request.keep_failed)
 
 
-def _output_of_checkpoint(request: ApplyRequest, subject: Subject) -> Output:
-    """Return where a checkpoint goes, and how it is cast, divided and proven."""
+def _checkpoint_output(request: ApplyRequest, subject: Subject) -> Output:
     architecture = subject.architecture
     if request.dtype and architecture.is_quantized:
         raise UnsupportedModelError(
             f"{architecture.source.id} is quantized, so its weights cannot be cast to {request.dtype}.",
             hint="Leave out --dtype to keep them as they are.",
         )
-    place = request.output or default_folder(subject)
-    require_apart(place, architecture.source)
-    output = _output(request, place, None)
+    folder = request.output or default_folder(subject)
+    require_apart(folder, architecture.source)
+    output = _output(request, folder, None)
     dtype = parse_dtype(request.dtype, architecture.dtype) if request.dtype else None
     proof = place_proof(architecture, dtype, request.device_map, request.stream)
     return replace(output, dtype=dtype, shard_bytes=parse_shard_size(request), proof=proof)
@@ -126,11 +116,7 @@ def _output_of_checkpoint(request: ApplyRequest, subject: Subject) -> Output:
 def _require_fitting(
     request: ApplyRequest, named: NamedSubject, file: GgufFile, registry: Registry, notify: Notify
 ) -> None:
-    """Check that the blocks or experts to remove are those of this file's model.
-
-    Raises:
-        PlanError: they are of another model.
-    """
+    """Check that the blocks or experts to remove belong to the model in this file."""
     if named.plan and request.source is None:
         resolve_subject(named, locate(named, notify), registry, notify)
     elif (named.removals or named.plan) and not request.any_model:

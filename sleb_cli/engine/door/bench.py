@@ -1,4 +1,4 @@
-"""The door of `sleb bench`."""
+"""Resolve a request of `sleb bench`: to the models and workloads to time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from sleb_cli.asked.subjects import NamedSubject
 from sleb_cli.asked.verbs import points_of
 from sleb_cli.engine.device import choose_device
-from sleb_cli.engine.door.named_model import resolve_subject, surgeries
+from sleb_cli.engine.door.named_model import plan_surgeries, resolve_subject
 from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.model.demo import demo_gguf
@@ -38,25 +38,21 @@ def resolve_bench(
     registry: Registry,
     notify: Notify,
 ) -> Benchmark:
-    """Read the model, and decide what is timed, where.
-
-    Raises:
-        UsageError: a number is out of range.
-        PlanError: the plan was made for another model, or `--source` holds another one.
-    """
+    """Read the model, and decide which workloads to time on which device."""
     device = choose_device(request.device)
     subject = resolve_subject(named, source, registry, notify)
     architecture = subject.architecture
     workloads = _workloads(request, engine, device, architecture.longest_sequence, notify)
-    pruned = surgeries(subject, named.sizes)
+    pruned = plan_surgeries(subject, named.sizes)
     dtype = place_model(architecture, device, request.dtype or AUTO, notify, stream=False).dtype
-    own = _engine_source(subject, engine, request, notify) if engine else None
+    engine_source = _engine_source(subject, engine, request, notify) if engine else None
     plugins = registry.behind(family=architecture.record.family, engine=request.engine)
-    return Benchmark(subject, pruned, workloads, Placement(device, dtype), plugins, request.threads, engine, own)
+    placement = Placement(device, dtype)
+    return Benchmark(subject, pruned, workloads, placement, plugins, request.threads, engine, engine_source)
 
 
 def _engine_source(subject: Subject, engine: Engine, request: BenchRequest, notify: Notify) -> Path:
-    """Return the model's own file or folder that an engine reads."""
+    """Return the file or folder of the dense model that an engine reads."""
     if engine.reads == "checkpoint":
         return subject.architecture.source.folder
     model = subject.architecture.record
@@ -77,8 +73,9 @@ def _engine_source(subject: Subject, engine: Engine, request: BenchRequest, noti
 def _workloads(
     request: BenchRequest, engine: Engine | None, device: torch.device, positions: int | None, notify: Notify
 ) -> tuple[Workload, ...]:
-    """Return all workloads of a request: prompt and generation by default, and every point of its sweep."""
-    found: dict[Workload, None] = {}  # several points are the same prompt workload if only their new tokens differ
+    """Return prompt and generation, or the one that is asked for, at every point of the sweep."""
+    # Points that differ only in their new tokens are one prompt workload, so a dict drops repetitions.
+    workloads: dict[Workload, None] = {}
     least = engine.least_new_tokens if engine else 0
     for name, point in product(get_args(WorkloadName), points_of(request)):
         if not getattr(point, name) and point.prompt != point.generation:
@@ -89,7 +86,7 @@ def _workloads(
             given.pop("new_tokens", None)
         given |= {"engine": point.engine, "compiled": point.compile}
         workload = make_workload(name, device, positions, least_new_tokens=least, **given)
-        found[workload] = None
+        workloads[workload] = None
         if device.type == "cpu" and not point.sweep and not given.keys() & {*_SHAPE}:
             notify(Notice(f"{workload.label}: less than the paper's setting, because this is a CPU."))
-    return tuple(found)
+    return tuple(workloads)

@@ -1,4 +1,4 @@
-"""The door of `sleb eval`."""
+"""Resolve a request of `sleb eval`: to models, texts and tasks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sleb_cli.asked.subjects import NamedSubject
 from sleb_cli.asked.verbs import parse_batch_size
 from sleb_cli.canaries import FOLDER
 from sleb_cli.engine.device import choose_device, parse_dtype
-from sleb_cli.engine.door.named_model import resolve_subject, surgeries, with_recovered
+from sleb_cli.engine.door.named_model import plan_surgeries, resolve_subject, with_recovered
 from sleb_cli.engine.forward.memory_needs import model_bytes
 from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.model.architecture import Architecture
@@ -45,24 +45,18 @@ def resolve_evaluation(
     notify: Notify,
     group: ProcessGroup,
 ) -> Evaluation:
-    """Read the model, texts and tasks; no weight is loaded.
-
-    Raises:
-        DataError: a text or a task is missing or too small.
-        PlanError: the plan was made for another model.
-        UsageError: a number is out of range, or two models must fit and do not.
-    """
+    """Read the model, texts and tasks; no weight is loaded."""
     resolved = partial(resolve_subject, named, source, registry, notify)
     subject = group.main_first(lambda: with_recovered(resolved(), registry, notify))
-    placement = _place(subject, request, notify, group)
-    models = Models(subject, surgeries(subject, named.sizes), placement, group, notify)
+    placement = _place_models(subject, request, notify, group)
+    models = Models(subject, plan_surgeries(subject, named.sizes), placement, group, notify)
     tasks = load_requested(request)
     architecture = subject.architecture
     tokenizer = load_tokenizer(architecture.source)
     names = request.perplexity or (() if request.tasks else (DEFAULT_TEXT,))
     read = partial(_read_text, request, tokenizer, architecture, notify)
     texts = group.main_first(lambda: tuple(map(read, names)))
-    for sentence in _remarks(texts, subject):
+    for sentence in _notices(texts, subject):
         notify(Notice(sentence))
     batch_size, flips = parse_batch_size(request.batch_size), request.show_flips or 0
     plugins = registry.behind(family=architecture.record.family)
@@ -71,14 +65,13 @@ def resolve_evaluation(
     )
 
 
-def _place(subject: Subject, request: EvalRequest, notify: Notify, group: ProcessGroup) -> Placement:
-    """Choose where the models are and in which data type they compute."""
+def _place_models(subject: Subject, request: EvalRequest, notify: Notify, group: ProcessGroup) -> Placement:
     architecture = subject.architecture
     device, device_map = choose_device(request.device), request.device_map
     stream, dtype = False if request.tasks else request.stream, request.dtype or AUTO
     reserved = model_bytes(subject.recovered, parse_dtype(dtype, architecture.dtype)) if subject.recovered else 0
-    place = partial(place_model, architecture, device, dtype, notify, device_map=device_map, reserved=reserved)
-    placement = group.from_main(lambda: place(stream=stream))
+    choose = partial(place_model, architecture, device, dtype, notify, device_map=device_map, reserved=reserved)
+    placement = group.from_main(lambda: choose(stream=stream))
     if subject.recovered and (placement.stream or device_map is not None):
         raise UsageError(
             f"The weights of {subject.recovered.source.id} are not the dense model's, so both must fit on one device.",
@@ -88,12 +81,7 @@ def _place(subject: Subject, request: EvalRequest, notify: Notify, group: Proces
 
 
 def load_requested(request: EvalRequest) -> tuple[LoadedTask, ...]:
-    """Load the tasks that a request names, those of presets in their place.
-
-    Raises:
-        DataError: a task does not exist, or its file or data cannot be read.
-        UsageError: a number is out of range.
-    """
+    """Load the tasks that a request names, itself or by a preset."""
     names = list(dict.fromkeys(name for named in request.tasks for name in PRESETS.get(named, (named,))))
     if not names:
         return ()
@@ -107,7 +95,7 @@ def load_requested(request: EvalRequest) -> tuple[LoadedTask, ...]:
             num_fewshot=request.num_fewshot,
             chat=request.apply_chat_template,
             batch_size=parse_batch_size(request.batch_size),
-            # As the evaluate library is told.
+            # The variable by which Hugging Face's evaluate library is allowed to run code.
             run_code=request.run_code or ("confined" if os.environ.get("HF_ALLOW_CODE_EVAL") == "1" else None),
         )
         for name in names
@@ -117,7 +105,6 @@ def load_requested(request: EvalRequest) -> tuple[LoadedTask, ...]:
 def _read_text(
     request: EvalRequest, tokenizer: Any, architecture: Architecture, notify: Notify, name: str
 ) -> EvaluationWindows:
-    """Read a text or conversations and cut them into windows."""
     length = choose_length(request.sequence_length, architecture)
     with task(notify, f"Reading {name}"):
         text = evaluation_text(name, length)
@@ -129,8 +116,8 @@ def _read_text(
         return cut_answers(tokenizer, text, length, request.max_windows)
 
 
-def _remarks(texts: Sequence[EvaluationWindows], subject: Subject) -> Iterator[str]:
-    """Yield what the user should know about the texts and the model, such as a split that was chosen for them."""
+def _notices(texts: Sequence[EvaluationWindows], subject: Subject) -> Iterator[str]:
+    """Yield notices on the choice of model and text, and on texts that the pruned model has seen."""
     plan = subject.architecture.source.folder / CHECKPOINT_PLAN
     if subject.plan is None and not subject.surgery.cuts and plan.is_file():
         yield f"Measured alone: `sleb eval {in_shell(str(plan))}` compares it with the dense model."
@@ -140,9 +127,9 @@ def _remarks(texts: Sequence[EvaluationWindows], subject: Subject) -> Iterator[s
         text = windows.text
         if text.split is not None:
             yield f"No split given; measuring perplexity on {text.source}."
-        for what, record in _texts_used(subject):
+        for use, record in _texts_used(subject):
             if is_known(text.source, tokens_sha256(windows.ids), record):
-                yield f"{what} on {record.title}, so perplexity on {text.source} may flatter the pruned model."
+                yield f"{use} on {record.title}, so perplexity on {text.source} may flatter the pruned model."
     if any(windows.bos == "text" for windows in texts):
         yield (
             "This tokenizer begins a text with BOS. As in the literature, only the first window has it; if the model "
@@ -151,9 +138,9 @@ def _remarks(texts: Sequence[EvaluationWindows], subject: Subject) -> Iterator[s
 
 
 def _texts_used(subject: Subject) -> Iterator[tuple[str, CalibrationRecord]]:
-    """Yield the texts that the pruned model was made on, or the checkpoint that is measured as a model."""
+    """Yield the texts of the search and recovery, with a clause on each."""
     plans = [] if subject.plan is None else [subject.plan]
-    with suppress(PlanError):  # no checkpoint of ours
+    with suppress(PlanError):  # the model need not be a checkpoint of ours
         plans.append(read_plan(subject.architecture.source.folder / CHECKPOINT_PLAN))
     for plan in plans:
         yield f"{plan.unit.capitalize()} were chosen", plan.calibration

@@ -1,4 +1,4 @@
-"""The door of `sleb export`: a request becomes a format, and what it describes."""
+"""Resolve a request of `sleb export`: to the description that an export format takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sleb_cli.asked.subjects import NamedSubject
 from sleb_cli.atomic import require_new_file
 from sleb_cli.engine.model.source import ModelSource
-from sleb_cli.engine.output.measured import measured_of_plan
+from sleb_cli.engine.output.measured import read_measurements
 from sleb_cli.events import Notify
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import DEMO, ExportRequest, sibling
@@ -28,16 +28,7 @@ def resolve_export(
     registry: Registry,
     notify: Notify,
 ) -> tuple[Pruning, Path | None]:
-    """Describe a model and its removals, or plans alone, for the format, and say where the text goes.
-
-    It is printed if that is None.
-
-    Raises:
-        PlanError: the plan was made for another model.
-        UnsupportedModelError: the other tool would leave some settings of the model wrong.
-        UsageError: no block is removed.
-        OutputError: the output exists.
-    """
+    """Describe the model or the plans for the format; return also the output file, or None to print."""
     (named, *others), subject = asked, None
     if source:
         from sleb_cli.engine.door.named_model import resolve_subject  # which imports torch
@@ -46,7 +37,7 @@ def resolve_export(
     pruning = _pruning(request, named, subject, notify)
     reads_gguf = exporter.uses_source and pruning.source_file  # whose metadata the format reads itself
     if subject and exporter.only_counts and not reads_gguf:
-        _require_mere_counts(subject, exporter, pruning.model)
+        _require_only_count_changes(subject, exporter, pruning.model)
     if not (pruning.removals or named.others):
         raise UsageError("Nothing to export: no block is removed.", hint="Name a plan, or use --blocks.")
     output = request.output
@@ -57,12 +48,8 @@ def resolve_export(
     return replace(pruning, others=more, output=request.output), output
 
 
-def _require_mere_counts(subject: Subject, exporter: Exporter, model: str) -> None:
-    """Check that no settings of blocks would be wrong once the other tool has renumbered them.
-
-    Raises:
-        UnsupportedModelError: some would be.
-    """
+def _require_only_count_changes(subject: Subject, exporter: Exporter, model: str) -> None:
+    """Check that renumbering the blocks makes no per-block setting wrong: the other tool corrects none."""
     from sleb_cli.engine.cut.blocks.block_cut import BlockCut  # which imports torch
 
     if others := BlockCut(subject.architecture, subject.surgery.removals).settings_of_blocks:
@@ -73,15 +60,15 @@ def _require_mere_counts(subject: Subject, exporter: Exporter, model: str) -> No
 
 
 def _pruning(request: ExportRequest, named: NamedSubject, subject: Subject | None, notify: Notify) -> Pruning:
-    """Describe a model and its removals, or without a subject a plan alone: the model may be on another machine.
+    """Describe a model and its removals, with the plan and its results, without names of local folders.
 
-    What was measured of the plan is told as well, all fit to be published.
+    Without a subject, the model may be on another machine: then the plan says it all.
     """
-    about: dict[str, Any] = {}
+    plan_fields: dict[str, Any] = {}
     if (plan := named.plan) and named.file:
         model, dtype = plan.model, plan.search.dtype
-        evaluation, benchmark = measured_of_plan(named.file, plan, notify)
-        about = {
+        evaluation, benchmark = read_measurements(named.file, plan, notify)
+        plan_fields = {
             "plan_file": named.file,
             "plan": plan.published().to_data(),
             "evaluation": evaluation and evaluation.to_data(),
@@ -99,5 +86,5 @@ def _pruning(request: ExportRequest, named: NamedSubject, subject: Subject | Non
         blocks=model.blocks,
         removals=named.removals,
         source_file=request.source or own_file,
-        **about,
+        **plan_fields,
     )

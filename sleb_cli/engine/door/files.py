@@ -1,4 +1,4 @@
-"""The files that a command reads, found before torch is imported, so that a mistake in a name is answered at once."""
+"""Resolve a name to the files of a model, before torch is imported: a mistake in it is answered at once."""
 
 from __future__ import annotations
 
@@ -13,21 +13,13 @@ if TYPE_CHECKING:
 
 
 def locate(named: NamedSubject, notify: Notify) -> ModelSource:
-    """Find the model that is named, and download or convert it if that was not done before.
-
-    Raises:
-        SlebError: as `locate_model`.
-    """
+    """Find the named model; download or convert it the first time."""
     request = named.request
     return locate_model(named.model, notify, revision=request.revision, trust_remote_code=request.trust_remote_code)
 
 
 def locate_to_cut(named: NamedSubject, notify: Notify) -> ModelSource | GgufFile:
-    """Read the header of the GGUF file to cut, or find the model from which a checkpoint is made.
-
-    Raises:
-        SlebError: as `locate_model`.
-    """
+    """Read the header of the GGUF file to cut, or find the model to make a checkpoint of."""
     if named.gguf is None:
         return locate(named, notify)
     from sleb_cli.engine.gguf.file import read_gguf  # which imports NumPy

@@ -1,4 +1,4 @@
-"""The model that `apply`, `eval`, `bench` and `export` work on, and its surgeries."""
+"""Resolve a named model or plan: to an architecture, and the surgeries to perform on it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,8 @@ from sleb_cli.units import plural
 from sleb_plugins import PlanError, UsageError
 
 
-def surgeries(subject: Subject, sizes: Sequence[int]) -> tuple[Surgery, ...]:
-    """Return the surgery for each size to be measured.
-
-    Raises:
-        UsageError: there is no such size.
-    """
+def plan_surgeries(subject: Subject, sizes: Sequence[int]) -> tuple[Surgery, ...]:
+    """Plan the surgery for each size to be measured."""
     removals, plan = subject.surgery.steps, subject.plan
     if subject.recovered and tuple(sizes) != (len(removals),):
         raise _has_one_size(subject.recovered.source, len(removals))
@@ -31,28 +27,19 @@ def surgeries(subject: Subject, sizes: Sequence[int]) -> tuple[Surgery, ...]:
         return (subject.surgery,)
     by_size = plan.by_size if plan else [removals[:size] for size in range(1, len(removals) + 1)]
     if plan and plan.experts:
-        found = [{"experts": plan.experts.first(size).removed} for size in sizes]
-        return tuple(plan_surgery(subject.architecture, (), others) for others in found)
+        experts = [{"experts": plan.experts.first(size).removed} for size in sizes]
+        return tuple(plan_surgery(subject.architecture, (), others) for others in experts)
     return tuple(plan_surgery(subject.architecture, by_size[size - 1]) for size in sizes)
 
 
 def resolve_subject(named: NamedSubject, source: ModelSource, registry: Registry, notify: Notify) -> Subject:
-    """Read the model, and plan its surgery.
-
-    Raises:
-        PlanError: the plan was made for another model.
-        UsageError: the blocks do not fit.
-    """
+    """Read the model, and plan its surgery."""
     surgery = plan_surgery(read_model(named, source, registry, notify), named.removals, named.others)
     return Subject(surgery, named.plan, named.file)
 
 
 def read_model(named: NamedSubject, source: ModelSource, registry: Registry, notify: Notify) -> Architecture:
-    """Read the model, and check that the plan was made for it.
-
-    Raises:
-        PlanError: it was made for another model.
-    """
+    """Read the model, and check that the plan was made for it."""
     quiet_libraries()
     if named.plan is None or named.file is None or named.any_model:
         return read_architecture(source, registry, notify)
@@ -63,19 +50,14 @@ def read_model(named: NamedSubject, source: ModelSource, registry: Registry, not
 
 
 def with_recovered(subject: Subject, registry: Registry, notify: Notify) -> Subject:
-    """Add the checkpoint around the plan, if its blocks were recovered: it is the pruned model, and not the removals.
-
-    Raises:
-        ModelError: the checkpoint is not whole.
-        UsageError: another size is asked for.
-    """
+    """Add the checkpoint that holds the plan, if its blocks were recovered."""
     plan, file = subject.plan, subject.file
     if plan is None or plan.recovery is None or file is None or file.name != CHECKPOINT_PLAN:
         return subject
     trusts_code = subject.architecture.source.trust_remote_code
     checkpoint = locate_model(str(file.absolute().parent), notify, trust_remote_code=trusts_code)
-    if (most := len(read_plan(file).removals)) != len(plan.removals):
-        raise _has_one_size(checkpoint, most)
+    if (count := len(read_plan(file).removals)) != len(plan.removals):
+        raise _has_one_size(checkpoint, count)
     recovered = read_architecture(checkpoint, registry, notify)
     if recovered.text_config.vocab_size != subject.architecture.text_config.vocab_size:
         raise PlanError(
@@ -86,8 +68,8 @@ def with_recovered(subject: Subject, registry: Registry, notify: Notify) -> Subj
     return replace(subject, recovered=recovered)
 
 
-def _has_one_size(checkpoint: ModelSource, most: int) -> UsageError:
+def _has_one_size(checkpoint: ModelSource, count: int) -> UsageError:
     return UsageError(
-        f"{checkpoint.id} was recovered without {plural(most, 'block')}, and has no other size.",
+        f"{checkpoint.id} was recovered without {plural(count, 'block')}, and has no other size.",
         hint="Leave out --remove and --every, or name the plan of the search.",
     )

@@ -1,4 +1,4 @@
-"""The door of `sleb apply --recover` and `--heal`: text, placement and memory are decided before the work."""
+"""Resolve `sleb apply --recover` and `--heal`: to stages, text, placement and memory."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ from sleb_cli.units import format_bytes, plural
 from sleb_plugins import DataError, MachineError, UnsupportedModelError
 
 TRAIN, VALIDATION, TEST = TextSplit(0, 0.7), TextSplit(0.7, 0.9), TextSplit(0.9, 1)
-"""The parts of a text that values are fitted to, that choose among them, and that the recovery is measured on."""
-FEWEST_SEQUENCES = 5
-VALIDATION_TOKENS, TEST_TOKENS = 8192, 8192
-"""The most tokens of these parts: every fit runs the model on all of the validation text."""
+"""Values are fitted to the first split, chosen by the second, and measured on the third."""
+MIN_SEQUENCES = 5
+MAX_VALIDATION_TOKENS, MAX_TEST_TOKENS = 8192, 8192
+"""Every fit runs the model on all of the validation text, so it must be short."""
 
 _STAGES: Mapping[str, Callable[[ApplyRequest], Stage]] = {
     "recover": lambda request: ClosedForm(),
@@ -51,39 +51,32 @@ _STAGES: Mapping[str, Callable[[ApplyRequest], Stage]] = {
         HealBudget(request.heal_minutes or (None if request.heal_tokens else DEFAULT_HEAL_MINUTES), request.heal_tokens)
     ),
 }
-"""What makes each stage of a recovery, by the option that asks for it."""
+"""The stage that each option asks for."""
 
 
 def resolve_recovery(
     subject: Subject, request: ApplyRequest, output: Output, group: ProcessGroup, notify: Notify
 ) -> RecoverySettings:
-    """Decide how to recover a model into a checkpoint.
-
-    Raises:
-        UnsupportedModelError: the model is quantized.
-        MachineError: it does not fit into memory.
-        DataError: the text is too short.
-        UsageError: a streamed model is to write the text.
-        OutputError: what is found would be saved elsewhere.
-    """
+    """Decide on which text, in which data type and where a model is recovered."""
     architecture, surgery, dtype = subject.architecture, subject.surgery, output.dtype
-    state = Unfinished(output.place)
+    state = Unfinished(output.path)
     state.require_no_links()
     if architecture.is_quantized:
         raise UnsupportedModelError(
             f"{architecture.source.id} is quantized, so its blocks cannot be recovered.",
             hint="Recover the model it was quantized from, and quantize the result.",
         )
-    own = dtype or architecture.dtype or torch.float32
+    target = dtype or architecture.dtype or torch.float32
     # Values are rounded to what every file can hold, which may be narrower than what the config says.
     written = [dtype] if dtype else float_dtypes(architecture.source.weights)
-    stored = min([*written, own], key=lambda each: each.itemsize)
+    stored = min([*written, target], key=lambda dtype: dtype.itemsize)
     stages = tuple(_STAGES[option](request) for option in request.recoveries)
-    place = partial(_place, subject, request, stages, dtype, group, notify)
-    placement, text, needed = place(state.dtype(dtype_name(stored)) or AUTO)  # an unfinished healing goes on in its own
-    narrower, device = placement.dtype is not own and not placement.stream, placement.device
-    if narrower and group.from_main(lambda: memory_shortage(sum(needed.values()), device)):
-        placement, text, needed = place(dtype_name(own))  # which takes half of the memory
+    place_in = partial(_place_recovery, subject, request, stages, dtype, group, notify)
+    # An unfinished healing goes on in the data type that it began in.
+    placement, text, needed = place_in(state.dtype(dtype_name(stored)) or AUTO)
+    is_wider, device = placement.dtype is not target and not placement.stream, placement.device
+    if is_wider and group.from_main(lambda: memory_shortage(sum(needed.values()), device)):
+        placement, text, needed = place_in(dtype_name(target))  # takes half of the memory
     on_host = placement.stream and device != CPU and memory_shortage(sum(needed.values()), device) is not None
     if on_host:
         _require_free(CPU, {HIDDEN_STATES: needed.pop(HIDDEN_STATES)}, stages[-1])
@@ -92,7 +85,7 @@ def resolve_recovery(
     return RecoverySettings(surgery, stages, placement, stored, on_host, _splits(text), state, kept_bytes)
 
 
-def _place(
+def _place_recovery(
     subject: Subject,
     request: ApplyRequest,
     stages: Sequence[Stage],
@@ -101,9 +94,9 @@ def _place(
     notify: Notify,
     dtype: str,
 ) -> tuple[Placement, CalibrationSettings, dict[str, int]]:
-    """Return where the model is if it computes in this data type, the text, and the memory that it takes."""
+    """Place the model in this data type; return also the text, and the bytes of memory by purpose."""
     device = choose_device(request.device or AUTO)
-    found = group.from_main(
+    placement = group.from_main(
         lambda: place_model(
             subject.architecture,
             device,
@@ -115,30 +108,28 @@ def _place(
             cast=cast,
         )
     )
-    text = _resolve_text(request, subject, stream=found.stream)
-    if found.rounded:  # the model writes other text
-        text = replace(text, writer=f"{text.writer} {dtype_name(found.rounded)}")
+    text = _resolve_text(request, subject, stream=placement.stream)
+    if placement.rounded:  # rounded weights write other text, which must not be taken from the cache
+        text = replace(text, writer=f"{text.writer} {dtype_name(placement.rounded)}")
     needed = {}
-    if found.device_map is None:  # which spreads the model out
-        what = "two blocks and what is outside of them" if found.stream else "the model"
-        needed[what] = model_bytes(subject.architecture, found.dtype, stream=found.stream)
+    if placement.device_map is None:  # a map spreads the model over several devices
+        weights = "two blocks and what is outside of them" if placement.stream else "the model"
+        needed[weights] = model_bytes(subject.architecture, placement.dtype, stream=placement.stream)
     for stage in stages:
-        needed |= stage.needed_bytes(subject.surgery, found.dtype, text.samples * text.sequence_length)
-    return replace(found, device=device), text, needed
+        needed |= stage.needed_bytes(subject.surgery, placement.dtype, text.samples * text.sequence_length)
+    return replace(placement, device=device), text, needed
 
 
 def _splits(text: CalibrationSettings) -> list[CalibrationSettings]:
-    """Return the settings of the texts for training, validation and test."""
-    validation = max(1, min(text.samples // 5, VALIDATION_TOKENS // text.sequence_length))
-    test = max(1, min(text.samples // 10, TEST_TOKENS // text.sequence_length))
+    validation = max(1, min(text.samples // 5, MAX_VALIDATION_TOKENS // text.sequence_length))
+    test = max(1, min(text.samples // 10, MAX_TEST_TOKENS // text.sequence_length))
     counts = {TRAIN: text.samples - validation - test, VALIDATION: validation, TEST: test}
     return [replace(text, samples=samples, split=split) for split, samples in counts.items()]
 
 
 def _require_free(device: torch.device, needed: Mapping[str, int], last: Stage) -> None:
-    parts = ", ".join(f"{format_bytes(size)} for {what}" for what, size in needed.items())
-    of = f"memory on {device.type} ({parts})"
-    if lacking := memory_shortage(sum(needed.values()), device, of):
+    purposes = ", ".join(f"{format_bytes(size)} for {purpose}" for purpose, size in needed.items())
+    if lacking := memory_shortage(sum(needed.values()), device, f"memory on {device.type} ({purposes})"):
         raise MachineError(
             f"{last.title} needs {lacking}.",
             hint="Use fewer --samples, leave out --heal or --recover, or use a machine with more memory.",
@@ -146,12 +137,7 @@ def _require_free(device: torch.device, needed: Mapping[str, int], last: Stage) 
 
 
 def _resolve_text(request: ApplyRequest, subject: Subject, *, stream: bool) -> CalibrationSettings:
-    """Fill unset options with the defaults; fitting weights takes more text than a search.
-
-    Raises:
-        DataError: the text is too short.
-        UsageError: a streamed model is to write it.
-    """
+    """Fill unset options with the defaults; fitting weights takes more text than a search."""
     architecture = subject.architecture
     length = request.sequence_length or min(RECOVERY_LENGTH, architecture.longest_sequence or RECOVERY_LENGTH)
     source = request.calibration or _default_source(subject, stream=stream)
@@ -160,20 +146,18 @@ def _resolve_text(request: ApplyRequest, subject: Subject, *, stream: bool) -> C
         require_given_text(text)
     if not (text.samples_given or text.source in REFERENCE_PRESETS):
         tokens = RECOVERY_SELF_TOKENS if all(map(is_written, text.shares)) else RECOVERY_TOKENS
-        text = replace(text, samples=max(FEWEST_SEQUENCES, tokens // length))
-    if text.samples < FEWEST_SEQUENCES:
+        text = replace(text, samples=max(MIN_SEQUENCES, tokens // length))
+    if text.samples < MIN_SEQUENCES:
         raise DataError(
             f"{plural(text.samples, 'sequence')} cannot be divided into training, validation and test.",
-            hint=f"Use --samples {FEWEST_SEQUENCES} or more.",
+            hint=f"Use --samples {MIN_SEQUENCES} or more.",
         )
     return text
 
 
 def _default_source(subject: Subject, *, stream: bool) -> str:
-    """Return the default text to recover on: the plan's, if it is general, with a quarter of the model's own.
-
-    A chat model writes conversations. A streamed model writes nothing: each token would read all of it.
-    """
+    """Return the default text to recover on: the plan's, if it is general, with a quarter of the model's own."""
+    # A streamed model writes nothing, since each token would read all of its weights.
     source, searched = subject.architecture.source, subject.plan.calibration if subject.plan else None
     is_chat = not stream and has_tokenizer(source) and bool(load_tokenizer(source).chat_template)
     alone = DEFAULT_CALIBRATION if stream else f"{SELF}:0.5,{SELF_CHAT}:0.5" if is_chat else SELF
@@ -182,7 +166,7 @@ def _default_source(subject: Subject, *, stream: bool) -> str:
     shares = parse_mixture(searched.source)
     if [*map(is_written, shares)] == [True]:
         return alone
-    is_mixed = len(shares) > 1 or "," in searched.source  # a name that cannot be in a mixture stays alone
+    is_mixed = len(shares) > 1 or "," in searched.source  # a name with a comma cannot be part of a mixture
     text = searched.source if is_mixed else next(iter(shares)).removesuffix("-sleb")
     if stream:
         return alone if any(map(is_written, shares)) else text

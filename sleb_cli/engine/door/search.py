@@ -1,4 +1,4 @@
-"""The door of `sleb search`: a request becomes the settings of a search before any weight is read."""
+"""Resolve a request of `sleb search`: to the settings of a search, before any weight is read."""
 
 from __future__ import annotations
 
@@ -40,26 +40,22 @@ from sleb_plugins.errors import did_you_mean
 def resolve_search(
     asked: AskedSearch, source: ModelSource, registry: Registry, notify: Notify, group: ProcessGroup
 ) -> Search:
-    """Look at the model, without its weights, and settle a search.
-
-    Raises:
-        SlebError: a subclass that fits, if the request is impossible.
-    """
-    asked = replace(asked, request=_as_before(asked.request))
+    """Settle a search by the model's architecture."""
+    asked = replace(asked, request=_restore_settings(asked.request))
     request, metric, extended = asked.request, asked.metric, asked.extended
     device = choose_device(request.device)
     architecture = group.main_first(lambda: _read_model(asked, source, registry, notify))
     dtype, device_map, stream = request.dtype or AUTO, request.device_map, request.stream
-    place = partial(place_model, architecture, device, dtype, notify, device_map=device_map, stream=stream)
-    placement = replace(group.from_main(place), device=device)
+    choose = partial(place_model, architecture, device, dtype, notify, device_map=device_map, stream=stream)
+    placement = replace(group.from_main(choose), device=device)
     _require_runnable(request, metric, placement)
-    text = _text(request, architecture, placement)
+    text = _calibration_settings(request, architecture, placement)
     implementation = registry.metric_record(metric)
     if isinstance(metric, ExpertMetric) and request.unit == "experts":
         method: Method | ExpertMethod = _expert_method(request, metric, implementation, architecture, notify)
     else:
         removable = Removable(architecture, _protection(request, architecture), notify)
-        stop = _stop(asked, removable, placement, group, notify)
+        stop = _stop_condition(asked, removable, placement, group, notify)
         fast, holdout = bool(request.fast), request.holdout or 0.0
         method = Method(metric, implementation, asked.strategy, removable, fast, holdout, stop)
     sample = request.sample_tokens
@@ -77,17 +73,13 @@ def resolve_search(
 def resolve_comparison(
     searches: Sequence[AskedSearch], source: ModelSource, registry: Registry, notify: Notify, group: ProcessGroup
 ) -> list[Search]:
-    """Settle each search of a comparison.
-
-    Raises:
-        SlebError: a subclass that fits, if one of the searches is impossible.
-    """
-    once = cache(notify)  # every search repeats the notices about the model
+    """Settle each search of a comparison."""
+    notify_once = cache(notify)  # every search repeats the notices about the model
 
     def tell(event: Event) -> None:
-        once(event) if isinstance(event, Notice) else notify(event)
+        notify_once(event) if isinstance(event, Notice) else notify(event)
 
-    return [resolve_search(each, source, registry, tell, group) for each in searches]
+    return [resolve_search(search, source, registry, tell, group) for search in searches]
 
 
 def _expert_method(
@@ -97,12 +89,6 @@ def _expert_method(
     architecture: Architecture,
     notify: Notify,
 ) -> ExpertMethod:
-    """Find the experts, and settle how many of each block go.
-
-    Raises:
-        UnsupportedModelError: the model has none that can go, or its weights are packed.
-        UsageError: too many would go.
-    """
     if architecture.is_quantized:
         raise UnsupportedModelError(
             f"{architecture.source.id} is quantized, so its experts cannot be scored.",
@@ -115,72 +101,71 @@ def _expert_method(
 def experts_to_remove(
     request: SearchRequest, architecture: Architecture, notify: Notify
 ) -> tuple[int, TargetRecord | None]:
-    """Return how many experts of each block go, as many of each group, and the target if it is a size.
-
-    Raises:
-        UsageError: the target is already met, or cannot be met.
-    """
+    """Return the number of experts to remove from each block, and the target if it is a size."""
     experts, (name, goal) = architecture.experts, goal_of(request)
     target = None if name in ("ratio", "remove") else parse_target(request, architecture, notify)
     if isinstance(target, SizeTarget):
-        whole, each = target.sizes.without(()), expert_parameters(architecture)
-        each *= _served_dtype(request, architecture).itemsize if name == "target_memory" else 1
-        wanted = math.ceil((whole - target.limit) / each)
-        if wanted < 1:
-            raise UsageError(f"The model is already at {target.describe(whole)}.", hint="Nothing needs to be removed.")
+        dense, step = target.sizes.without(()), expert_parameters(architecture)
+        step *= _served_dtype(request, architecture).itemsize if name == "target_memory" else 1
+        needed = math.ceil((dense - target.limit) / step)
+        if needed < 1:
+            raise UsageError(f"The model is already at {target.describe(dense)}.", hint="Nothing needs to be removed.")
     else:
-        wanted = math.ceil(goal * experts.count) if name == "ratio" else int(goal)
-    fewer = math.ceil(wanted / experts.groups) * experts.groups
-    most = (experts.count - 2 * experts.active) // experts.groups * experts.groups
-    if fewer > most:
+        needed = math.ceil(goal * experts.count) if name == "ratio" else int(goal)
+    # Each group loses as many.
+    fewer = math.ceil(needed / experts.groups) * experts.groups
+    limit = (experts.count - 2 * experts.active) // experts.groups * experts.groups
+    if fewer > limit:
         raise UsageError(
             f"Cannot remove {fewer} of the {experts.count} experts of each block: a token uses {experts.active}, and "
             "at least twice as many must stay.",
-            hint=f"At most {most} can go." if most > 0 else "Remove blocks: leave out --unit experts.",
+            hint=f"At most {limit} can go." if limit > 0 else "Remove blocks: leave out --unit experts.",
         )
-    _say_what_else_fits(experts, wanted, fewer, notify)
+    _note_rounding(experts, needed, fewer, notify)
     if not isinstance(target, SizeTarget):
         return fewer, None
-    reached = whole - fewer * each
-    return fewer, TargetRecord(name=name, limit=target.limit, dense=whole, reached=reached, kv_cache=target.kv_cache)
+    reached = dense - fewer * step
+    return fewer, TargetRecord(name=name, limit=target.limit, dense=dense, reached=reached, kv_cache=target.kv_cache)
 
 
-def _say_what_else_fits(experts: Experts, wanted: int, fewer: int, notify: Notify) -> None:
-    """Say why more go than were asked for, and whether a number that is close suits engines better."""
-    if fewer > wanted:
-        notify(Notice(f"{fewer} experts of each block go, not {wanted}: as many of each of {experts.groups} groups."))
-    kept = experts.count - fewer
-    power = 1 << (kept.bit_length() - 1)
-    near = min((power, 2 * power), key=lambda each: abs(each - kept))
-    if kept != near and near < experts.count and abs(near - kept) <= kept / 8 and near >= 2 * experts.active:
-        notify(Notice(f"{kept} experts stay; engines have faster kernels for {near}: --remove {experts.count - near}."))
+def _note_rounding(experts: Experts, needed: int, fewer: int, notify: Notify) -> None:
+    """Say why more experts go than were asked for, and suggest a power of two close to the rest."""
+    if fewer > needed:
+        notify(Notice(f"{fewer} experts of each block go, not {needed}: as many of each of {experts.groups} groups."))
+    rest = experts.count - fewer
+    power = 1 << (rest.bit_length() - 1)
+    near = min((power, 2 * power), key=lambda count: abs(count - rest))
+    if rest != near and near < experts.count and abs(near - rest) <= rest / 8 and near >= 2 * experts.active:
+        notify(Notice(f"{rest} experts stay; engines have faster kernels for {near}: --remove {experts.count - near}."))
 
 
-def _stop(
+def _stop_condition(
     asked: AskedSearch, removable: Removable, placement: Placement, group: ProcessGroup, notify: Notify
 ) -> Callable[[Any], Stop]:
-    """Return what says when the search ends, which is known now unless the dense model must be timed."""
+    """Return a function of the dense model that says when the search ends."""
     gone = asked.extended.removals if asked.extended else ()
     settle = partial(stop_at, removable=removable, strategy=asked.strategy, gone=gone, notify=notify)
     name, goal = goal_of(asked.request)
+    # Only a speedup has to wait for the dense model, which must be timed.
     stop = None if name == "target_speedup" else settle(parse_target(asked.request, removable.architecture, notify))
     removable.candidates(gone)  # raises now if no block can be removed
     return lambda dense: stop or settle(time_target(float(goal), removable, placement, dense, group, notify))
 
 
-def _text(request: SearchRequest, architecture: Architecture, placement: Placement) -> CalibrationSettings:
-    """Return the text to calibrate on, which a streamed model does not write."""
+def _calibration_settings(
+    request: SearchRequest, architecture: Architecture, placement: Placement
+) -> CalibrationSettings:
     text = resolve_calibration(
         architecture, request.calibration, request.samples, request.sequence_length, request.seed, request.chat
     )
-    if placement.stream:
+    if placement.stream:  # writing each token would read the whole model
         require_given_text(text)
     # A template's tokens cost most of the loss, and the model never writes them.
     return replace(text, own_answers=True)
 
 
-def _as_before(request: SearchRequest) -> SearchRequest:
-    """Fill options that free memory decides from the unfinished search, if it is resumed."""
+def _restore_settings(request: SearchRequest) -> SearchRequest:
+    # Free memory decides these two options, and may be another when a search is resumed.
     if not request.resume:
         return request
     before = recorded_settings(journal_of(request.plan_file), {"dtype": str, "batch_size": int})
@@ -188,7 +173,6 @@ def _as_before(request: SearchRequest) -> SearchRequest:
 
 
 def _read_model(asked: AskedSearch, source: ModelSource, registry: Registry, notify: Notify) -> Architecture:
-    """Read the model, which must be the one of the extended search."""
     architecture = read_model(asked.named, source, registry, notify)
     if architecture.block_count < 2:
         blocks = plural(architecture.block_count, "block")
@@ -200,11 +184,6 @@ def _read_model(asked: AskedSearch, source: ModelSource, registry: Registry, not
 
 
 def _protection(request: SearchRequest, architecture: Architecture) -> Protection:
-    """Return the protected blocks, named by number or by kind.
-
-    Raises:
-        UsageError: the model has no such block or kind.
-    """
     count, kinds = architecture.block_count, architecture.kinds
     absent = [block for block in request.protect or () if not 0 <= block < count]
     if absent:
@@ -212,7 +191,7 @@ def _protection(request: SearchRequest, architecture: Architecture) -> Protectio
             f"There is no block {absent[0]} to protect: {architecture.source.id} has {count} blocks, 0 to {count - 1}.",
             hint="Blocks are numbered from 0.",
         )
-    known = sorted({part for kind in kinds for part in (kind, *kind.split(", ")) if part})
+    known = sorted({name for kind in kinds for name in (kind, *kind.split(", ")) if name})
     unknown = [kind for kind in request.protect_kind if kind not in known]
     if unknown:
         otherwise = None if known else "All its blocks are of one kind: use --protect 5,11."
@@ -226,12 +205,7 @@ def _protection(request: SearchRequest, architecture: Architecture) -> Protectio
 
 
 def _require_runnable(request: SearchRequest, metric: Metric, placement: Placement) -> None:
-    """Check that a model whose blocks are streamed is not needed whole.
-
-    Raises:
-        UsageError: it is, and the user streams it.
-        MachineError: it is, and there is too little memory to hold it.
-    """
+    """Check that nothing needs the whole model in memory, if its blocks are streamed."""
     if placement.stream and isinstance(metric, ModelMetric):
         raise (UsageError if request.stream else MachineError)(
             f"{metric.name} runs the whole model, but the model is streamed block by block.",
@@ -244,11 +218,7 @@ def _require_runnable(request: SearchRequest, metric: Metric, placement: Placeme
 
 
 def parse_target(request: SearchRequest, architecture: Architecture, notify: Notify) -> Target:
-    """Return the target, if it is not a speed-up, which must be timed.
-
-    Raises:
-        UnsupportedModelError: the size of the KV cache is unknown.
-    """
+    """Return any target but a speedup, which must be timed."""
     name, goal = goal_of(request)
     if name in ("ratio", "remove"):
         blocks = architecture.block_count
@@ -264,16 +234,13 @@ def parse_target(request: SearchRequest, architecture: Architecture, notify: Not
 
 
 def _served_dtype(request: SearchRequest, architecture: Architecture) -> torch.dtype:
-    own = parse_dtype(AUTO, architecture.dtype)
-    return min(parse_dtype(request.dtype or AUTO, own), own, key=lambda dtype: dtype.itemsize)
+    # The search may compute in a wider data type than the checkpoint's, on a processor without its arithmetic.
+    checkpoint = parse_dtype(AUTO, architecture.dtype)
+    return min(parse_dtype(request.dtype or AUTO, checkpoint), checkpoint, key=lambda dtype: dtype.itemsize)
 
 
-def _memory_target(most: int, request: SearchRequest, architecture: Architecture, notify: Notify) -> SizeTarget:
-    """Count the weights and the KV cache of one sequence, as served.
-
-    That is in the data type of the search, but never in a wider one than the checkpoint's, which is only how a
-    processor computes that lacks its arithmetic.
-    """
+def _memory_target(limit: int, request: SearchRequest, architecture: Architecture, notify: Notify) -> SizeTarget:
+    """Count the weights and the KV cache of one sequence, as served."""
     served = _served_dtype(request, architecture)
     length = choose_length(request.serve_length, architecture, DEFAULT_SERVE_LENGTH, "--serve-length")
     kv_cache = f"a KV cache in {dtype_name(served)} for {length} tokens"
@@ -283,4 +250,4 @@ def _memory_target(most: int, request: SearchRequest, architecture: Architecture
     form = "packed as in the checkpoint" if packed else f"in {dtype_name(served)}"
     counted = f"the weights {form} ({format_bytes(weights.without(()))})"
     notify(Notice(f"Memory counts {counted} and {kv_cache} ({format_bytes(cache.without(()))})."))
-    return SizeTarget("target_memory", weights + cache, most, format_bytes, kv_cache)
+    return SizeTarget("target_memory", weights + cache, limit, format_bytes, kv_cache)

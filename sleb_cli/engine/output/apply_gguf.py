@@ -1,4 +1,4 @@
-"""Write a GGUF file without some of its parts, quantised or not, and prove the result."""
+"""How is a pruned GGUF file written? Row by row from the source, quantized or not, and proven."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sleb_cli.engine.memory import memory_shortage, shortage
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.gguf_conversion import convert_tokenizer, convert_weights, transformers_knows
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.output.checkpoint import Output, kept_tensors, move_if_proof_fails
+from sleb_cli.engine.output.checkpoint import Output, move_if_proof_fails, plan_tensors
 from sleb_cli.engine.output.proof import place_proof, prove
 from sleb_cli.engine.output.proof_of_files import Planned, model_errors_fail_proof, proof_error
 from sleb_cli.engine.surgery.gguf_surgery import GgufSurgery
@@ -35,28 +35,23 @@ from sleb_cli.results import GgufResult
 from sleb_plugins import MachineError, ModelError, PlanError, ProofError, UsageError
 
 KIND = "GGUF file"
-"""What a failed proof calls it."""
+"""For messages of a failed proof."""
 
 
 def default_file(surgery: GgufSurgery) -> Path:
-    """Return where the pruned file goes if no place is named."""
-    file, parts = surgery.file, [part for cut in surgery.cuts for part in cut.name_parts]
-    return Path(f"{checkpoint_name(file.path.stem, block_count(file) - len(surgery.removals), parts)}.gguf")
+    """Return the path of a pruned file for which the user named none."""
+    file, suffixes = surgery.file, [suffix for cut in surgery.cuts for suffix in cut.name_parts]
+    return Path(f"{checkpoint_name(file.path.stem, block_count(file) - len(surgery.removals), suffixes)}.gguf")
 
 
 def prune_gguf(surgery: GgufSurgery, output: Output, registry: Registry, notify: Notify) -> GgufResult:
-    """Write the pruned file, complete and checked, or write nothing.
-
-    Raises:
-        ProofError: the file does not compute the same as the source with these blocks skipped.
-        OutputError: the file exists, or cannot be written.
-    """
+    """Write the pruned file, complete and checked, or nothing."""
     file, pruned = surgery.file, surgery.pruned()
     watch = Watch(file.path)
-    with claimed(output.place, replace=output.replace) as aside, watch.unchanged():
+    with claimed(output.path, replace=output.replace) as aside, watch.unchanged():
         if read_gguf(file.path) != file:
             raise ModelError(f"{file.path} changed while it was read.", hint="Run the command again.")
-        require_space(output.place, gguf_size(pruned))
+        require_space(output.path, gguf_size(pruned))
         with task(notify, "Writing weights", sum(tensor.size for tensor in pruned.tensors), "B") as advance:
             write_gguf(pruned, aside, advance)
         proof: Proof | None = None
@@ -73,7 +68,7 @@ def prune_gguf(surgery: GgufSurgery, output: Output, registry: Registry, notify:
         source=str(file.path.absolute()),
         architecture=file.architecture,
         removals=surgery.removals,
-        file=str(output.place),
+        file=str(output.path),
         blocks=block_count(file) - len(surgery.removals),
         file_bytes=gguf_size(pruned),
         verified=output.verify,
@@ -84,11 +79,7 @@ def prune_gguf(surgery: GgufSurgery, output: Output, registry: Registry, notify:
 
 
 def require_same_kind_of_model(model: ModelRecord, file: GgufFile, notify: Notify) -> None:
-    """Check that a GGUF file may hold this model, by its type and number of blocks.
-
-    Raises:
-        PlanError: it holds another model.
-    """
+    """Check that a GGUF file may hold this model, by its type and number of blocks."""
     count = block_count(file)
     fits = holds_model_type(file.architecture, model.model_type)
     if fits is False or model.blocks != count:
@@ -107,26 +98,21 @@ def require_same_kind_of_model(model: ModelRecord, file: GgufFile, notify: Notif
 
 
 def _require_as_planned(pruned: GgufFile, aside: Path) -> None:
-    """Compare the file's metadata and every byte of every tensor with the source.
-
-    The gguf package reads the tensors of both files, so by none of the code that wrote.
-
-    Raises:
-        ProofError: anything differs.
-    """
+    """Compare the file's metadata and every byte of every tensor with the source."""
     with model_errors_fail_proof(KIND):
         written = read_gguf(aside)
+    # The gguf package reads both files: it shares no code with what wrote this one.
     with translate_errors(lambda words: proof_error(f"the gguf package cannot read it: {words}", KIND)):
-        found = QuickReader(aside).tensors
+        tensors = QuickReader(aside).tensors
         with reading(pruned.path):
             source = QuickReader(pruned.path).tensors
-    if (what := _differing_entry(written, pruned)) is not None:
-        raise proof_error(f"its metadata differs from what is expected: {what}", KIND)
-    if len(found) != len(pruned.tensors):
-        raise proof_error(f"it holds {len(found)} tensors, not {len(pruned.tensors)}", KIND)
-    there = {tensor.data_offset: tensor for tensor in source}
-    for tensor, expected in zip(found, pruned.tensors, strict=True):
-        original = there.get(expected.start)
+    if (difference := _first_difference(written, pruned)) is not None:
+        raise proof_error(f"its metadata differs from what is expected: {difference}", KIND)
+    if len(tensors) != len(pruned.tensors):
+        raise proof_error(f"it holds {len(tensors)} tensors, not {len(pruned.tensors)}", KIND)
+    originals = {tensor.data_offset: tensor for tensor in source}
+    for tensor, expected in zip(tensors, pruned.tensors, strict=True):
+        original = originals.get(expected.start)
         is_planned = (tensor.name, tensor.tensor_type, tuple(tensor.shape)) == (
             expected.name, expected.type, expected.shape
         )  # fmt: skip
@@ -136,17 +122,17 @@ def _require_as_planned(pruned: GgufFile, aside: Path) -> None:
         raise proof_error(f"it has {size} bytes, not {gguf_size(pruned)}", KIND)
 
 
-def _differing_entry(found: GgufFile, expected: GgufFile) -> str | None:
-    """Return what differs first in the metadata, or None."""
-    if found.version != expected.version:
-        return f"version {found.version}, not {expected.version}"
-    entries = {entry.key: entry for entry in found.entries}
+def _first_difference(written: GgufFile, expected: GgufFile) -> str | None:
+    """Describe the first difference of the metadata, if any."""
+    if written.version != expected.version:
+        return f"version {written.version}, not {expected.version}"
+    entries = {entry.key: entry for entry in written.entries}
     for entry in expected.entries:
-        if (there := entries.pop(entry.key, None)) != entry:
-            return f"{entry.key} is {'missing' if there is None else 'different'}"
+        if (actual := entries.pop(entry.key, None)) != entry:
+            return f"{entry.key} is {'missing' if actual is None else 'different'}"
     if entries:
         return f"{next(iter(entries))} is unexpected"
-    return None if found.entries == expected.entries else "the entries are in a different order"
+    return None if written.entries == expected.entries else "the entries are in a different order"
 
 
 def _bytes_of(data: Any) -> memoryview:
@@ -163,10 +149,10 @@ def _prove_with_transformers(
     """Compare the pruned file with the source without these blocks, both as transformers reads them.
 
     Returns:
-        the proof, or why there is none.
+        the proof, or the reason why there is none.
     """
     file = surgery.file
-    if reason := _why_transformers_cannot(file, aside):
+    if reason := _why_transformers_cannot_read(file, aside):
         return None, reason
     try:
         architecture = read_architecture(locate_model(str(file.path), notify), registry, notify)
@@ -182,12 +168,11 @@ def _prove_with_transformers(
         convert_weights(read_gguf(aside), folder, architecture.dtype)
         if hf_surgery.tokens is not None:
             convert_tokenizer(aside, folder)
-    planned = Planned(kept_tensors(hf_surgery))
+    planned = Planned(plan_tensors(hf_surgery))
     return prove(hf_surgery, folder, planned, place_proof(architecture, None), notify), None
 
 
-def _why_transformers_cannot(file: GgufFile, aside: Path) -> str | None:
-    """Return why transformers cannot read this file on this machine, if that is known beforehand."""
+def _why_transformers_cannot_read(file: GgufFile, aside: Path) -> str | None:
     if not transformers_knows(file.architecture):
         return f"transformers does not read GGUF files of the architecture {file.architecture}"
     # It unpacks all weights to float32 before casting them, and they are then written twice, dense and pruned.

@@ -1,4 +1,4 @@
-"""The README of a pruned checkpoint."""
+"""What does the README of a pruned checkpoint say?"""
 
 from __future__ import annotations
 
@@ -29,17 +29,13 @@ from sleb_cli.version import __version__
 
 CARD = "README.md"
 
-# What the Hub refuses in the name of a data set.
-_NO_NAME = re.compile(r"[^\w.-]+")
+_NOT_IN_HUB_NAME = re.compile(r"[^\w.-]+")
 
 
 def model_card(
     subject: Subject, written: ApplyResult, evaluation: EvalResult | None, benchmark: BenchResult | None
 ) -> str:
-    """Return the README: the base model, what was removed, how it was found, what was measured, and the proof.
-
-    It may be published, so it names no local folder.
-    """
+    """Write the README: base model, removed parts, search, results and proof, without names of local folders."""
     source, recovery = subject.architecture.source, written.recovery
     sample = subject.own_plan and subject.own_plan.sample_generation
     name = f"`{source.id}` at revision `{source.revision}`" if source.revision else in_markdown(source.name)
@@ -48,7 +44,7 @@ def model_card(
         f"# {in_markdown(source.name)} without {subject.surgery.cuts[0].description}",
         "",
         f"- Base model: {name}",
-        *_made(subject, recovery),
+        *_removal(subject, recovery),
         *(f"- {cut.title}: {cut.change}" for cut in written.cuts),
         *_results(subject, recovery, evaluation, benchmark),
         *(_sample_generation(sample) if sample else []),
@@ -59,8 +55,7 @@ def model_card(
     return "\n".join(lines)
 
 
-def _made(subject: Subject, recovery: RecoveryRecord | None) -> list[str]:
-    """Return what was removed, how, and why that."""
+def _removal(subject: Subject, recovery: RecoveryRecord | None) -> list[str]:
     made, removals, plan = f"- Made by sleb {__version__}", subject.surgery.removals, subject.plan
     if removals:
         how = "no training" if recovery is None else "the others given new weights"
@@ -79,9 +74,8 @@ def _made(subject: Subject, recovery: RecoveryRecord | None) -> list[str]:
 
 
 def _front_matter(subject: Subject, evaluation: EvalResult | None) -> str:
-    """Return what the Hub reads; licence, languages and tags are those of the base model's own card."""
     source, removals = subject.architecture.source, subject.surgery.steps
-    base = _of_base(source.folder)
+    base = _base_front_matter(source.folder)
     results = [result for _, result in _evaluated(evaluation, removals)] if evaluation else []
     data = ModelCardData(
         base_model=source.id if source.revision else None,
@@ -94,7 +88,7 @@ def _front_matter(subject: Subject, evaluation: EvalResult | None) -> str:
         license_name=_word(base.get("license_name")),
         license_link=_word(base.get("license_link")),
         language=_words(base.get("language")) or None,
-        # Some programs write what they know of a base model as tags, which is not true of this one.
+        # Some programs write `base_model:` tags, which name the base of the base, not ours.
         tags=["sleb", "pruned", *(tag for tag in _listed(base.get("tags")) if not tag.startswith("base_model:"))],
         eval_results=results or None,
         model_name=subject.surgery.name if results else None,
@@ -102,8 +96,7 @@ def _front_matter(subject: Subject, evaluation: EvalResult | None) -> str:
     return f"---\n{data.to_yaml()}\n---\n"
 
 
-def _of_base(folder: Path) -> dict[str, Any]:
-    """Return the front matter of the base model's card, or nothing if it has none that can be read."""
+def _base_front_matter(folder: Path) -> dict[str, Any]:
     try:
         return metadata_load(folder / CARD) or {} if holds(folder, CARD) else {}
     except (OSError, ValueError, yaml.YAMLError):
@@ -117,11 +110,10 @@ def _word(value: Any) -> str | None:
 def _listed(value: Any) -> list[str]:
     values = value if isinstance(value, list) else [value]
     # Norwegian is `no`, which YAML takes for false.
-    return [word for word in ("no" if each is False else _word(each) for each in values) if word]
+    return [word for word in ("no" if value is False else _word(value) for value in values) if word]
 
 
 def _words(value: Any) -> Any:
-    """Return one word as it is, or several as a list."""
     words = _listed(value)
     return words if isinstance(value, list) else next(iter(words), None)
 
@@ -137,25 +129,24 @@ def _search(subject: Subject) -> list[str]:
 def _results(
     subject: Subject, recovery: RecoveryRecord | None, evaluation: EvalResult | None, benchmark: BenchResult | None
 ) -> list[str]:
-    """Return the one table of what was measured of both models."""
     removals, plan = subject.surgery.steps, subject.own_plan
     rows, notes = list[list[str]](), dict[str, None]()
-    for text, dense, own in _searched(plan) if plan and recovery is None else ():
-        named = f"perplexity, {text}"
-        rows.append([named, format_perplexity(dense), format_perplexity(own), format_change(own / dense - 1)])
+    for text, dense, pruned in _searched(plan) if plan and recovery is None else ():
+        change = format_change(pruned / dense - 1)
+        rows.append([f"perplexity, {text}", format_perplexity(dense), format_perplexity(pruned), change])
     rows += [row for row, _ in _evaluated(evaluation, removals)] if evaluation else []
     for result in benchmark.workloads if benchmark else ():
         if timing := of_size(result.pruned, removals):
-            speeds = [f"{each.tokens_per_second:,.1f}" for each in (result.dense, timing)]
+            speeds = [f"{timed.tokens_per_second:,.1f}" for timed in (result.dense, timing)]
             rows.append([f"{workload_name(result)}, tokens a second", *speeds, f"{timing.speedup:.2f}x"])
-    for made in (evaluation, benchmark):
-        if made:
-            notes[f"Measured with sleb {made.sleb_version} in {made.dtype} on {made.device} ({made.processor})."] = None
+    for run in (evaluation, benchmark):
+        if run:
+            notes[f"Measured with sleb {run.sleb_version} in {run.dtype} on {run.device} ({run.processor})."] = None
     return _table(Table("Results", ["measured", "base model", "this model", "change"], rows, list(notes)))
 
 
 def _searched(plan: Plan) -> Iterator[tuple[str, float, float]]:
-    """Yield the texts of the search, with the perplexity of both models."""
+    """Yield each text of the search, with its perplexity, dense and pruned."""
     if plan.experts is None:
         yield f"{plan.calibration.title} (searched on)", plan.dense.perplexity, plan.perplexity
     for text in plan.experts.texts if plan.experts else ():
@@ -164,12 +155,12 @@ def _searched(plan: Plan) -> Iterator[tuple[str, float, float]]:
 
 
 def _evaluated(evaluation: EvalResult, removals: Removals) -> Iterator[tuple[list[str], HubResult]]:
-    """Yield a row for each text and task, and the same for the Hub."""
+    """Yield a row of the table for each text and task, and the result in the Hub's form."""
     for name, text in zip(text_names(evaluation.texts), evaluation.texts, strict=True):
-        if own := of_size(text.pruned, removals):
-            perplexities = [format_perplexity(each.perplexity) for each in (text.dense, own)]
-            row = [f"perplexity, {name}", *perplexities, format_change(perplexity_change(own)[0])]
-            yield row, _hub_result(public_source(text.text), "perplexity", own.perplexity)
+        if pruned := of_size(text.pruned, removals):
+            perplexities = [format_perplexity(scores.perplexity) for scores in (text.dense, pruned)]
+            row = [f"perplexity, {name}", *perplexities, format_change(perplexity_change(pruned)[0])]
+            yield row, _hub_result(public_source(text.text), "perplexity", pruned.perplexity)
     for task in evaluation.tasks:
         if scores := of_size(task.pruned, removals):
             values = f"{task.dense.value:.4f}", f"{scores.value:.4f}", f"{scores.difference:+.4f}"
@@ -179,7 +170,7 @@ def _evaluated(evaluation: EvalResult, removals: Removals) -> Iterator[tuple[lis
 def _hub_result(dataset: str, metric: str, value: float) -> HubResult:
     return HubResult(
         task_type="text-generation",
-        dataset_type=_NO_NAME.sub("-", dataset),
+        dataset_type=_NOT_IN_HUB_NAME.sub("-", dataset),
         dataset_name=dataset,
         metric_type=metric,
         metric_value=round(value, 4),
@@ -187,7 +178,6 @@ def _hub_result(dataset: str, metric: str, value: float) -> HubResult:
 
 
 def _table(table: Table) -> list[str]:
-    """Return the lines of a table under its title, with its notes; nothing without rows."""
     if not table.rows:
         return []
     notes = [line for note in table.notes for line in ("", in_markdown(note))]
@@ -195,7 +185,6 @@ def _table(table: Table) -> list[str]:
 
 
 def _sample_generation(sample: SampleGeneration) -> list[str]:
-    """Return what both models generated at the end of the search."""
     rows = search_results.sample_rows(sample)
     lines = [f"{who} ({repeated}): {' '.join(text.split())}" for who, repeated, text in rows]
     prompt = in_markdown(sample.prompt)

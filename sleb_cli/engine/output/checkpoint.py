@@ -1,4 +1,4 @@
-"""Write the pruned checkpoint from the files of the dense one, and prove it."""
+"""How is a pruned checkpoint written? From the dense one's files, and proven before it appears."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sleb_cli.engine.files.shards import NewTensor, new_tensor, plan_shards, wri
 from sleb_cli.engine.files.weights import read_json
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.card import CARD, model_card
-from sleb_cli.engine.output.measured import measured_of_plan
+from sleb_cli.engine.output.measured import read_measurements
 from sleb_cli.engine.output.proof import ProofPlacement, place_proof, prove
 from sleb_cli.engine.output.proof_of_files import Planned
 from sleb_cli.engine.process_group import ProcessGroup
@@ -46,12 +46,12 @@ if TYPE_CHECKING:
     from sleb_cli.engine.recovery.recover import Recovered
     from sleb_cli.engine.recovery.stage import RecoverySettings
 
-# Files that the pruned checkpoint has its own versions of, besides weights and settings.
+# Besides weights and settings.
 _REWRITTEN = {CARD, CHECKPOINT_PLAN}
 
 _START_BYTES = 200
-"""Each record of ours says in its first bytes which version of sleb wrote it."""
-# transformers would look for the adapter's weights, which are not copied.
+"""Our records name the version of sleb that wrote them within these first bytes."""
+# Not copied: transformers would look for the adapter's weights beside it.
 _ADAPTER = "adapter_config.json"
 
 
@@ -60,16 +60,16 @@ class Output:
     """Where a checkpoint or GGUF file goes, and how it is written and proven.
 
     Attributes:
-        place: the folder or file.
+        path: the folder or file.
         replace: whether it may replace another one.
         verify: whether it is proven.
-        keep_failed: where to keep it if its proof fails; None for nowhere.
-        dtype: the data type that a checkpoint is cast to; None for none.
-        shard_bytes: the largest weight file of a checkpoint; None for the default.
+        keep_failed: where it is moved if its proof fails; None deletes it.
+        dtype: casts the weights of a checkpoint.
+        shard_bytes: the size of the largest weight file of a checkpoint; None for the default.
         proof: where the models of a checkpoint's proof run; None chooses.
     """
 
-    place: Path
+    path: Path
     replace: bool = False
     verify: bool = True
     keep_failed: Path | None = None
@@ -79,16 +79,12 @@ class Output:
 
 
 def default_folder(subject: Subject) -> Path:
-    """Return where the checkpoint goes if no place is named."""
+    """Return the folder of a checkpoint for which the user named none."""
     return Path(subject.surgery.name)
 
 
 def require_apart(folder: Path, source: ModelSource) -> None:
-    """Check that the dense model does not lie in a folder that is to be written.
-
-    Raises:
-        OutputError: it does.
-    """
+    """Check that the dense model is not inside the folder to be written."""
     resolved = folder.resolve()
     if resolved == source.folder or resolved in source.folder.parents:
         raise OutputError(f"{folder} contains the source model.", hint="Choose another folder with -o.")
@@ -97,19 +93,15 @@ def require_apart(folder: Path, source: ModelSource) -> None:
 def apply_recovered(
     subject: Subject, output: Output, recovery: RecoverySettings, group: ProcessGroup, notify: Notify
 ) -> ApplyResult:
-    """Write the checkpoint with recovered blocks; all processes recover, and the main one writes.
-
-    Raises:
-        WorkerFinished: this process only helped.
-    """
+    """Write the checkpoint with recovered blocks; all processes recover, and the main one writes."""
     from sleb_cli.engine.recovery.recover import recover  # which imports datasets
 
-    work = partial(recover, recovery, group, notify)
+    run_recovery = partial(recover, recovery, group, notify)
     if not group.is_main:
-        work()
+        run_recovery()
         raise WorkerFinished
     with recovery.state.explain_resume_on_failure(notify):
-        result = apply_removals(subject, output, notify, work, recovery.kept_bytes)
+        result = apply_removals(subject, output, notify, run_recovery, recovery.kept_bytes)
     recovery.state.delete()
     return result
 
@@ -117,19 +109,13 @@ def apply_recovered(
 def apply_removals(
     subject: Subject, output: Output, notify: Notify, recover: Callable[[], Recovered] | None = None, reserved: int = 0
 ) -> ApplyResult:
-    """Write the pruned checkpoint, complete and proven, or write nothing; a recovery keeps `reserved` bytes next to it.
-
-    Raises:
-        ProofError: the checkpoint does not compute the same as the model in memory.
-        OutputError: the place is not free, or the checkpoint cannot be written or does not fit on the disk.
-        ModelError: the dense model's files changed.
-    """
-    # The place is claimed before hours of recovery, so that nobody else writes or heals there.
-    with claimed(output.place, replace=output.replace) as aside, subject.architecture.source.watch.unchanged():
+    """Write the pruned checkpoint, complete and proven, or nothing; `reserved` bytes stay free for the recovery."""
+    # Claimed before hours of recovery, so that nobody else writes or heals there.
+    with claimed(output.path, replace=output.replace) as aside, subject.architecture.source.watch.unchanged():
         aside.mkdir()
         planned = plan_files(subject.surgery, output)
         weights_bytes = sum(shard.size for shard in planned.weights.values())
-        require_space(output.place, _bytes_of(planned.copies.values()) + weights_bytes + reserved)
+        require_space(output.path, _bytes_of(planned.copies.values()) + weights_bytes + reserved)
         return _write(subject, aside, output, notify, recover() if recover else None)
 
 
@@ -147,14 +133,14 @@ def _write(subject: Subject, aside: Path, output: Output, notify: Notify, recove
         kind="apply",
         model=subject.architecture.record,
         removals=surgery.removals,
-        folder=str(output.place),
+        folder=str(output.path),
         blocks=len(surgery.kept.blocks),
         weights_bytes=sum(shard.size for shard in planned.weights.values()),
         **cut_records(surgery.cuts, subject.architecture.source.weights.stored, planned.tensors),
         recovery=recovered.record if recovered else None,
         proof=proof,
     )
-    _describe(subject, aside, result, notify)
+    _add_card_and_plan(subject, aside, result, notify)
     for note in filter(None, (cut.note for cut in surgery.cuts)):
         notify(Notice(note))
     if planned.left_out:
@@ -175,44 +161,43 @@ def _write_files(folder: Path, planned: Planned, notify: Notify) -> None:
 
 
 def plan_files(surgery: Surgery, output: Output, new_values: Mapping[str, Tensor] = MappingProxyType({})) -> Planned:
-    """Decide what the checkpoint will hold; new values are by the names of tensors in it."""
-    source, tensors = surgery.architecture.source, kept_tensors(surgery, output.dtype, new_values)
+    """Decide what the checkpoint will hold; new values are by its tensors' names."""
+    source, tensors = surgery.architecture.source, plan_tensors(surgery, output.dtype, new_values)
     shard_bytes = output.shard_bytes or parse_bytes(DEFAULT_SHARD_SIZE, "--max-shard-size")
-    texts = {name: json.dumps(found, indent=2) + "\n" for name, found in _settings(surgery, output.dtype).items()}
+    settings = _changed_settings(surgery, output.dtype)
+    texts = {name: json.dumps(values, indent=2) + "\n" for name, values in settings.items()}
     weights = plan_shards(source.weights, tensors, shard_bytes)
     replaced = {*texts, *(name for cut in surgery.cuts for name in cut.files)}
     return Planned(tensors, weights, texts, *_find_other_files(source, replaced))
 
 
 @contextmanager
-def move_if_proof_fails(written: Path, place: Path | None) -> Iterator[None]:
-    """Move what was written to `place`, if that is given and the proof in this context fails.
-
-    Raises:
-        ProofError: the proof failed; the hint says where the evidence is.
-        OutputError: it cannot be moved.
-    """
+def move_if_proof_fails(written: Path, folder: Path | None) -> Iterator[None]:
+    """Move the output to `folder`, if there is one, when the proof in this context fails."""
     try:
         yield
     except ProofError as error:
-        if place is None:
+        if folder is None:
             raise
-        with writing(place, hint=f"The proof failed: {error.message} Choose another place with --keep-failed."):
-            place.parent.mkdir(parents=True, exist_ok=True)
+        with writing(folder, hint=f"The proof failed: {error.message} Choose another place with --keep-failed."):
+            folder.parent.mkdir(parents=True, exist_ok=True)
             if written.is_file():
-                place.mkdir()
-            shutil.move(written, place)
+                folder.mkdir()
+            shutil.move(written, folder)
         raise ProofError(
-            error.message, hint=f"What was written is in {place}. Do not use it; please report the model."
+            error.message, hint=f"What was written is in {folder}. Do not use it; please report the model."
         ) from error
 
 
-def _describe(subject: Subject, folder: Path, written: ApplyResult, notify: Notify) -> None:
-    """Add the model card, the plan, and what was measured of it if this is that very model, without local folders."""
+def _add_card_and_plan(subject: Subject, folder: Path, written: ApplyResult, notify: Notify) -> None:
+    """Write the model card, the plan and its results."""
     plan, path = subject.plan, folder / CHECKPOINT_PLAN
+    # The results are of the plan's removals alone, so they do not describe a checkpoint with further changes.
     is_other = written.recovery or written.vocabulary or written.experts_per_token
-    own = None if is_other or (plan and plan.recovery) else subject.own_plan
-    evaluation, benchmark = measured_of_plan(subject.file, own, notify) if subject.file and own else (None, None)
+    measured = None if is_other or (plan and plan.recovery) else subject.own_plan
+    evaluation, benchmark = None, None
+    if subject.file and measured:
+        evaluation, benchmark = read_measurements(subject.file, measured, notify)
     card = model_card(subject, written, evaluation, benchmark)
     (folder / CARD).write_text(card, encoding="utf-8")
     if plan:
@@ -225,16 +210,16 @@ def _describe(subject: Subject, folder: Path, written: ApplyResult, notify: Noti
         benchmark.write(beside_plan(path, "bench"))
 
 
-def kept_tensors(
+def plan_tensors(
     surgery: Surgery, dtype: torch.dtype | None = None, new_values: Mapping[str, Tensor] = MappingProxyType({})
 ) -> list[NewTensor]:
-    """Return the tensors of the pruned checkpoint, from the headers of the dense one's files, and new values."""
+    """List the tensors of the pruned checkpoint, from the headers of the dense one's files and the new values."""
     stored = ((tensor.name, tensor) for tensor in surgery.architecture.source.weights.stored)
     return [new_tensor(name, old, dtype, slices, new_values.get(name)) for name, old, slices in surgery.tensors(stored)]
 
 
-def _settings(surgery: Surgery, dtype: torch.dtype | None) -> dict[str, dict[str, Any]]:
-    """Return the contents of the files that change: the config, settings of quantized formats, and local paths."""
+def _changed_settings(surgery: Surgery, dtype: torch.dtype | None) -> dict[str, dict[str, Any]]:
+    """Return the contents of changed files by name: the config, and settings of quantized formats."""
     config = surgery.prune_config()
     if dtype and "torch_dtype" not in config:
         config = {"dtype": None} | config
@@ -249,8 +234,7 @@ def _settings(surgery: Surgery, dtype: torch.dtype | None) -> dict[str, dict[str
 
 
 def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings that do not say where on this machine a model was: the checkpoint may be published."""
-
+    # The checkpoint may be published, so it must not name folders of this machine.
     def change(key: str, value: Any) -> Any:
         return without_folders(value) if isinstance(value, str) and key.endswith("name_or_path") else value
 
@@ -258,12 +242,9 @@ def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
-    """Return a config of this data type, or None for its own, in nested configs too; of both spellings, only `dtype`.
-
-    Where both have a value, `dtype` is the one that transformers reads.
-    """
+    """Set the data type, or keep it if `dtype` is None, in nested configs too, in one spelling."""
     named = {key: _with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
-    if "dtype" in named and "torch_dtype" in named:
+    if "dtype" in named and "torch_dtype" in named:  # of the two, transformers reads `dtype`
         other = named.pop("torch_dtype")
         named["dtype"] = named["dtype"] or other
     return named | {key: dtype for key in ("dtype", "torch_dtype") if dtype and key in named}
@@ -273,8 +254,8 @@ def _find_other_files(source: ModelSource, written: set[str]) -> tuple[dict[str,
     """Find the tokenizer, generation config, licence, code, and anything else that belongs to the model.
 
     Returns:
-        the files to copy by their relative paths, the names of the model in other formats, which are left out, and of
-        links out of the folder, such as to private files.
+        the files to copy by relative path, the names of weights in other formats, and the names of links that lead out
+        of the folder, maybe to private files: neither of them is copied.
     """
     folder = source.folder
     weight_files = {path.relative_to(folder).as_posix() for path in source.weights.paths}
@@ -299,7 +280,7 @@ def _find_other_files(source: ModelSource, written: set[str]) -> tuple[dict[str,
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file is a plan, a result or a journal, which name local folders and do not describe the checkpoint."""
+    # Plans, results and journals name local folders, and do not describe the pruned model.
     if path.name.endswith((".json", ".json.old")):
         with reading(path), path.open("rb") as file:
             if b'"sleb_version"' in file.read(_START_BYTES):
@@ -316,15 +297,12 @@ def _bytes_of(files: Iterable[Path]) -> int:
 
 
 def _entries(folder: Path, skipped: set[str]) -> Iterator[Path]:
-    """Yield all files and links that may belong to the model; a folder with another format of it, as a whole.
-
-    Hidden entries are skipped, and so are folders with their own config, which are other models.
-    """
+    """Yield the files and links that may belong to the model, and folders of its other formats as a whole."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name in skipped or path.name.endswith(".index.json"):
             continue
         if leads_out(path, folder) or not path.is_dir() or path.name in other_formats.FOLDERS:
             yield path
-        elif not (path / "config.json").is_file():
+        elif not (path / "config.json").is_file():  # else it is another model
             inner = sorted(path.rglob("*"))
-            yield from (each for each in inner if not any(part[0] == "." for part in each.relative_to(path).parts))
+            yield from (file for file in inner if not any(name[0] == "." for name in file.relative_to(path).parts))

@@ -1,4 +1,4 @@
-"""Files for inference engines that are timed: the model as it is, and pruned, in a temporary folder."""
+"""Which files do timed engines read? The model's own, or a pruned copy in a temporary folder."""
 
 from __future__ import annotations
 
@@ -19,21 +19,23 @@ from sleb_cli.plugin_manager import Registry
 
 
 @contextmanager
-def engine_files(own: Path, registry: Registry, notify: Notify) -> Iterator[Callable[[Surgery], Path]]:
-    """Yield a function that returns what an engine reads: the model's own file or folder, or a pruned one."""
+def engine_files(dense: Path, registry: Registry, notify: Notify) -> Iterator[Callable[[Surgery], Path]]:
+    """Yield a function that returns the file or folder of a model, writing it first if it is pruned."""
     with scratch_folder(Path(gettempdir()), "sleb-bench") as folder:
 
         def write(surgery: Surgery) -> Path:
             if not surgery.cuts:
-                return own
-            clear(folder)  # the last one has been timed, since pruned models take turns
+                return dense
+            clear(folder)  # pruned models take turns: the last one has been timed
             folder.mkdir()
             name = f"{len(surgery.steps)}-{'fewer' if surgery.others else 'blocks-fewer'}"
-            to = Output(folder / (name if own.is_dir() else f"{name}.gguf"), verify=False)
-            if own.is_dir():
-                apply_removals(Subject(surgery, None), to, notify)
+            output = Output(folder / (name if dense.is_dir() else f"{name}.gguf"), verify=False)
+            if dense.is_dir():
+                apply_removals(Subject(surgery, None), output, notify)
             else:
-                prune_gguf(plan_gguf_surgery(read_gguf(own), surgery.removals, surgery.others), to, registry, notify)
-            return to.place
+                prune_gguf(
+                    plan_gguf_surgery(read_gguf(dense), surgery.removals, surgery.others), output, registry, notify
+                )
+            return output.path
 
         yield write

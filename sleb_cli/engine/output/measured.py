@@ -1,4 +1,4 @@
-"""What `sleb eval` and `sleb bench` measured of a plan, kept beside it, for exporters and model cards."""
+"""Which results beside a plan describe it? Read for exporters and model cards."""
 
 from __future__ import annotations
 
@@ -21,28 +21,25 @@ from sleb_cli.results import (
 from sleb_cli.saved_results import R, beside_plan, read_saved
 from sleb_cli.units import plural
 
-_PARTS = ("texts", "tasks", "workloads")
+_LISTS = ("texts", "tasks", "workloads")
 
 S = TypeVar("S", PrunedTextScores, PrunedTaskScores, PrunedTiming, ModelSize)
 
 
-def measured_of_plan(path: Path, plan: Plan, notify: Notify) -> tuple[EvalResult | None, BenchResult | None]:
-    """Return what was measured of the sizes of a plan, without local folders; None for what was not.
-
-    What cannot be read or belongs to another model is left out, with a warning: a report with a gap is better than
-    none.
-    """
-    return _measured(EvalResult, path, plan, notify), _measured(BenchResult, path, plan, notify)
+def read_measurements(path: Path, plan: Plan, notify: Notify) -> tuple[EvalResult | None, BenchResult | None]:
+    """Read the results for the sizes of a plan, without local folders; None for one that is missing or does not fit."""
+    return _read(EvalResult, path, plan, notify), _read(BenchResult, path, plan, notify)
 
 
-def _measured(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R | None:
+def _read(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R | None:
+    # A report with a gap is better than none, so what does not fit is a warning, not an error.
     file = beside_plan(path, "eval" if kind is EvalResult else "bench")
     result = read_saved(kind, file, notify)
     if result is None:
         return None
-    if isinstance(result, BenchResult):  # `-o` may have put those of another engine there
-        own = tuple(each for each in result.workloads if each.workload.engine == TRANSFORMERS)
-        result = result.model_copy(update={"workloads": own})
+    if isinstance(result, BenchResult):  # with `-o`, another engine's workloads may have been written there
+        workloads = tuple(timed for timed in result.workloads if timed.workload.engine == TRANSFORMERS)
+        result = result.model_copy(update={"workloads": workloads})
     if result.model.fingerprint != plan.model.fingerprint:
         notify(Warned(f"Ignoring {file}: it was measured on a different model than {path}."))
         return None
@@ -53,15 +50,15 @@ def _measured(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R | None
         notify(Warned(f"Ignoring {file}: it was measured before the blocks of {path} were recovered."))
         return None
     planned = set(map(frozenset, plan.by_size))
-    parts = [part for name in _PARTS for part in getattr(result, name, ())]
-    measured = {frozenset(entry.removals) for part in parts for entry in part.pruned}
+    entries = [entry for name in _LISTS for entry in getattr(result, name, ())]
+    measured = {frozenset(size.removals) for entry in entries for size in entry.pruned}
     # A plan that was cut to fewer removals no longer tells its larger sizes from another plan's.
-    strangers = {removals for removals in measured - planned if len(removals) <= len(plan.largest)}
-    if strangers:
-        notify(Warned(f"Ignoring {plural(len(strangers), 'size')} in {file} that {path} does not have."))
+    unknown_sizes = {removals for removals in measured - planned if len(removals) <= len(plan.largest)}
+    if unknown_sizes:
+        notify(Warned(f"Ignoring {plural(len(unknown_sizes), 'size')} in {file} that {path} does not have."))
     if not measured & planned:
         return None
-    changes = {name: tuple(of_sizes(getattr(result, name), planned)) for name in _PARTS if hasattr(result, name)}
+    changes = {name: tuple(of_sizes(getattr(result, name), planned)) for name in _LISTS if hasattr(result, name)}
     if isinstance(result, BenchResult):
         (result,) = of_sizes([result], planned)
     else:
@@ -70,5 +67,5 @@ def _measured(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R | None
 
 
 def of_size(entries: Iterable[S], removals: tuple[int, ...]) -> S | None:
-    """Return the entry for these removals, in whatever order it names them; None if there is none."""
+    """Return the entry for these removals, in any order, if there is one."""
     return next((entry for entry in entries if set(entry.removals) == set(removals)), None)

@@ -1,11 +1,8 @@
-"""The proof after save: a pruned checkpoint computes what the dense model with these blocks skipped computes.
+"""Does the saved checkpoint compute what the dense model computes with these blocks skipped?
 
-A recovered checkpoint computes what the dense model computes with these blocks skipped and the new values in memory.
-
-The checks, in order: the files are those that were planned, and complete; their bytes are the dense model's or the new
-values; stock transformers loads them; the logits are the same; the model generates with the KV cache; it saves again.
-If the dense model does not fit in memory, the proof is partial, and says so: transformers finds every weight of the
-config in the files, but nothing is computed. What the proof cannot see is listed in docs/reference/commands.md.
+(With a recovery: and with the new values.) The checks, in order: the files are as planned; stock transformers loads
+them; the logits are equal; it generates with the KV cache; it saves again. If the dense model does not fit in memory,
+nothing is computed, and the proof says that it is partial. docs/reference/commands.md lists what it cannot see.
 """
 
 from __future__ import annotations
@@ -40,7 +37,7 @@ from sleb_cli.engine.output.proof_of_files import (
     PROMPT,
     CheckResult,
     Planned,
-    as_planned,
+    check_files,
     model_errors_fail_proof,
     proof_error,
 )
@@ -64,27 +61,27 @@ from sleb_plugins import ModelError, ProofError
 PROMPT_TOKENS = 64
 NEW_TOKENS = 8
 
-LARGEST_SHARD_BYTES = 5 * 10**9
+MAX_SHARD_BYTES = 5 * 10**9
 """The largest file of a checkpoint that is saved again."""
 
 TOLERANCES = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
-"""The largest difference allowed from the logits of the model in memory, relative to the largest; else 0."""
+"""The allowed difference of the logits, relative to the largest one; 0 in other data types."""
 
-WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
-"""In which data type a proof is repeated if rounding may have decided a choice, such as that of experts."""
+WIDER_DTYPES = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
+"""The data type in which a proof is repeated if rounding may have changed a choice, such as a router's."""
 
 PEAK_SHARE = 1.2
 """The memory of a proof, relative to the dense model's weights: the two models are loaded one after the other."""
 
 NEW_STREAMED_TOKENS = 2
-"""New tokens if blocks stay on the disk, since each of them reads all."""
+"""New tokens if blocks stay on the disk: each token reads all blocks."""
 
 
 @dataclass(frozen=True)
 class ProofPlacement(Placement):
-    """Where and in which data type the two models of a proof compute; `too_large` says why they cannot, if so.
+    """Where and in which data type the two models of a proof run; `too_large` says why they cannot, if so.
 
-    If the dense model is streamed, the blocks of the checkpoint stay on the disk, too, by accelerate's means.
+    If the dense model is streamed, accelerate leaves the checkpoint's blocks on the disk, too.
     """
 
     too_large: str | None = None
@@ -98,15 +95,12 @@ def place_proof(
 ) -> ProofPlacement:
     """Choose the fastest device with enough memory for the dense model, or else for two of its blocks.
 
-    If a device map says where it is, that is the choice; `stream` says whether the user wants it to be streamed.
-
-    Raises:
-        UnsupportedModelError: the user wants it to be streamed, but the weights are quantized.
+    `device_map` and `stream` are the user's choices, which take precedence.
     """
 
-    def place(device: torch.device, *, streamed: bool) -> ProofPlacement:
-        lack = partial(_lack, architecture, device, streamed=streamed)
-        name = "float16" if cast is torch.float16 else AUTO  # no other shows what exceeds its narrow range
+    def place_on(device: torch.device, *, streamed: bool) -> ProofPlacement:
+        lack = partial(_describe_shortage, architecture, device, streamed=streamed)
+        name = "float16" if cast is torch.float16 else AUTO  # only float16 itself overflows as the checkpoint would
         chosen = choose_dtype(architecture, name, device, lack, ignore, cast)
         obstacle = _obstacle(architecture, chosen, device, streamed=streamed)
         return ProofPlacement(device, chosen, streamed, rounded=None if cast is chosen else cast, too_large=obstacle)
@@ -119,15 +113,15 @@ def place_proof(
     ways = [True] if stream else [False] if architecture.is_quantized or stream is False else [False, True]
     for streamed in ways:
         for device in dict.fromkeys([choose_device(AUTO), CPU]):
-            found = place(device, streamed=streamed)
-            if found.too_large is None:
-                return found
-    return found
+            placement = place_on(device, streamed=streamed)
+            if placement.too_large is None:
+                return placement
+    return placement
 
 
 def _obstacle(architecture: Architecture, dtype: torch.dtype, device: torch.device, *, streamed: bool) -> str | None:
-    """Return why the two models of a proof cannot run one after the other, or None if they can."""
-    if lacking := _lack(architecture, device, dtype, streamed=streamed):
+    """Say why the two models of a proof cannot run one after the other, if they cannot."""
+    if lacking := _describe_shortage(architecture, device, dtype, streamed=streamed):
         return f"{'two of its blocks at a time need' if streamed else 'the model needs'} {lacking}"
     if not streamed:
         return None
@@ -135,7 +129,9 @@ def _obstacle(architecture: Architecture, dtype: torch.dtype, device: torch.devi
     return lacking and f"transformers would write {lacking}"
 
 
-def _lack(architecture: Architecture, device: torch.device, dtype: torch.dtype, *, streamed: bool) -> str | None:
+def _describe_shortage(
+    architecture: Architecture, device: torch.device, dtype: torch.dtype, *, streamed: bool
+) -> str | None:
     needed = PEAK_SHARE * model_bytes(architecture, dtype, stream=streamed)
     return memory_shortage(round(needed), device, whole=True)
 
@@ -148,15 +144,15 @@ def prove(
     notify: Notify,
     new_values: Mapping[str, Tensor] | None = None,
 ) -> Proof:
-    """Check the checkpoint in `folder`, which must hold what was planned, and report each check that passes.
+    """Prove the checkpoint in `folder`, and record each check that passes.
 
-    `new_values` are those of recovered blocks, by the dense model's parameter names; None if none were recovered.
+    `new_values` of recovered blocks are by the dense model's parameter names; None without a recovery.
 
     Raises:
         ProofError: a check failed.
         OSError: the disk failed, which is no verdict about the checkpoint.
     """
-    if placement.stream and not placement.too_large:  # what was written since takes space on the disk, too
+    if placement.stream and not placement.too_large:  # since it was placed, the checkpoint has filled the disk
         lacking = _obstacle(surgery.architecture, placement.dtype, placement.device, streamed=True)
         placement = replace(placement, too_large=lacking)
     proof = Proof(
@@ -176,7 +172,7 @@ def prove(
             notify(Notice("The proof leaves the blocks on disk, so it reads all weights about eight times."))
         compared = describe_reference(proof.reference)
         models = _Models(surgery, folder, placement, new_values, compared, tokenizer, planned, notify)
-        for check, values in chain(as_planned(surgery, folder, tokenizer, planned, notify), models.checks()):
+        for check, values in chain(check_files(surgery, folder, tokenizer, planned, notify), models.checks()):
             passed = [check] if check and check not in proof.checks else []  # in a wider data type, some pass again
             proof = proof.model_copy(update={"checks": (*proof.checks, *passed), **values})
             if not check:
@@ -184,8 +180,8 @@ def prove(
     return proof
 
 
-class _MayRound(Exception):
-    """Logits differ, maybe by rounding; `wider` are the models in a wider data type."""
+class _RepeatWider(Exception):
+    """Logits differ, maybe by rounding: compare again with `wider`, the models in a wider data type."""
 
     def __init__(self, wider: _Models) -> None:
         super().__init__()
@@ -194,9 +190,9 @@ class _MayRound(Exception):
 
 @dataclass(frozen=True)
 class _Models:
-    """The checkpoint as transformers loads it, and its reference: the dense model as if what was removed were gone.
+    """The checkpoint as transformers loads it, and its reference, the dense model with the removed parts skipped.
 
-    For the fields, see `prove`; `reference` is what it is compared with, in messages.
+    For the fields, see `prove`; `reference` describes the reference in messages.
     """
 
     surgery: Surgery
@@ -210,35 +206,32 @@ class _Models:
 
     @torch.no_grad()  # not inference mode, in which tensors made outside of it cannot take the place of others
     def checks(self) -> Iterator[CheckResult]:
-        """Check that the checkpoint computes what its reference computes, generates, and can be saved again.
-
-        If rounding may be why it does not, check again in a wider data type.
-        """
+        """Check that the checkpoint loads, computes what its reference computes, generates and saves again."""
         try:
             yield from self._checks()
             return
-        except _MayRound as error:
+        except _RepeatWider as error:
             wider = error.wider
-        free_memory()  # of the model, which the error no longer holds
+        free_memory()  # only here: the error's traceback held the model
         yield from wider.checks()
 
     def _checks(self) -> Iterator[CheckResult]:
         if self.placement.too_large:
-            self._load()  # stock transformers finds each weight in the files
+            self._load()
             yield "loads", {}
             return
         ids, new_tokens = self._prompt()
-        own = torch.tensor([self.surgery.token_ids(ids[0].tolist())], device=ids.device)  # in the checkpoint
-        expected, unseen = self._expected_logits(ids)
+        pruned_ids = torch.tensor([self.surgery.token_ids(ids[0].tolist())], device=ids.device)
+        expected, extra = self._expected_logits(ids)
         free_memory()
         with task(self.notify, "Proving the checkpoint"):
             model = self._load()
             yield "loads", {}
-            with self._watched(model, pruned=True) as found:
-                difference = relative_difference(_logits(model, own), expected)
+            with self._extra_outputs(model, pruned=True) as outputs:
+                difference = relative_difference(_logits(model, pruned_ids), expected)
             self._widen(difference, self._allowed)
-            if not difference <= self._allowed:
-                states = self._states(model, own)
+            if not difference <= self._allowed:  # also if it is NaN
+                states = self._states(model, pruned_ids)
                 del model  # before the dense model is loaded again
                 free_memory()
                 raise self._other_logits(difference, ids, states)
@@ -247,10 +240,10 @@ class _Models:
                 "prompt": "random tokens" if self.tokenizer is None else "text", "prompt_tokens": ids.shape[1],
                 "logits_difference": difference, "logits_tolerance": self._allowed,
             }  # fmt: skip
-            yield from self._compare_unseen(found, unseen)
+            yield from self._compare_extra_outputs(outputs, extra)
             allowed = CACHE_TOLERANCES.get(self.placement.dtype, 0.0)
-            with self._alike():
-                cache_difference, fault = check_decoding(model, own, new_tokens, self.placement.dtype)
+            with self._break_ties():
+                cache_difference, fault = check_decoding(model, pruned_ids, new_tokens, self.placement.dtype)
             if cache_difference is not None:  # it generates
                 self._widen(cache_difference, allowed, decoding=True)
             if fault:
@@ -262,7 +255,7 @@ class _Models:
                 "generates",
                 {"new_tokens": new_tokens, "cache_difference": cache_difference, "cache_tolerance": allowed},
             )
-            if not self.planned.weights:  # transformers wrote it, from what it had loaded
+            if not self.planned.weights:  # made from a GGUF file, so transformers has saved it already
                 yield "saves again", {}
                 return
             if reason := self._no_room_for(model):
@@ -279,45 +272,43 @@ class _Models:
 
     @property
     def _allowed(self) -> float:
-        """How far the logits may be from the reference's, relative to the largest."""
         allowed = TOLERANCES.get(self.placement.dtype, 0.0)
         return max([allowed, *(cut.tolerance for cut in self.surgery.cuts)])
 
     def _widen(self, difference: float, allowed: float, *, decoding: bool = False) -> None:
-        """Go on in a wider data type, if too much differs, rounding may be why, and there is memory.
-
-        Decoding rounds otherwise than a prompt does, which can change the choice of experts, whatever was cut.
-        """
-        place, architecture, dtype = self.placement, self.surgery.architecture, WIDER.get(self.placement.dtype)
-        may_round = any(cut.tolerance for cut in self.surgery.cuts) or (decoding and place.dtype.itemsize < 4)
-        fixed = architecture.is_quantized or place.device_map or not may_round
+        """Repeat the proof in a wider data type if too much differs, rounding may be why, and there is memory."""
+        placement, architecture = self.placement, self.surgery.architecture
+        dtype = WIDER_DTYPES.get(placement.dtype)
+        # Decoding rounds otherwise than a prompt does, which can change a router's choice, whatever was removed.
+        may_round = any(cut.tolerance for cut in self.surgery.cuts) or (decoding and placement.dtype.itemsize < 4)
+        fixed = architecture.is_quantized or placement.device_map or not may_round
         if difference <= allowed or fixed or dtype is None:
             return
-        if dtype is torch.float64 and not has_float64(place.device.type):
+        if dtype is torch.float64 and not has_float64(placement.device.type):
             return
-        if _obstacle(architecture, dtype, place.device, streamed=place.stream):
+        if _obstacle(architecture, dtype, placement.device, streamed=placement.stream):
             return
         name = dtype_name(dtype)
         self.notify(Notice(f"Logits differ by {difference:.2g}, maybe by rounding: the proof runs again in {name}."))
-        cast = place.rounded or next((tensor.cast for tensor in self.planned.tensors if tensor.cast), None)
-        raise _MayRound(replace(self, placement=replace(place, dtype=dtype, rounded=cast)))
+        cast = placement.rounded or next((tensor.cast for tensor in self.planned.tensors if tensor.cast), None)
+        raise _RepeatWider(replace(self, placement=replace(placement, dtype=dtype, rounded=cast)))
 
     def _states(self, model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         with SkippableModel(model, self.surgery.architecture.blocks_of(model)) as whole:
             return _block_states(whole, ids)
 
     def _no_room_for(self, model: Any) -> str | None:
-        """Return why the model cannot be saved again for want of space, or None; it may be rounded to need less."""
+        """Say why the disk has no room to save the model again, if it has none; casts the model to need less."""
         dtype, stored = self.placement.dtype, self.placement.rounded or self.surgery.architecture.dtype
         if (stored or dtype).itemsize < dtype.itemsize and not hasattr(model, "_hf_hook"):
-            model.to(stored)  # half of what is written and read again, where only names and shapes count
+            model.to(stored)  # half of the bytes: only names and shapes are compared
         needed, free = sum(tensor.nbytes for tensor in model.state_dict().values()), free_space(self.folder)
         if needed <= free:
             return None
         return f"saving it again needs {format_bytes(needed)} on the disk, but only {format_bytes(free)} is free"
 
     def _prompt(self) -> tuple[Tensor, int]:
-        """Return the tokens of the prompt, [1, positions], and how many new ones are generated."""
+        """Return the ids of the prompt, [1, positions], and the number of new tokens."""
         limit = self.surgery.architecture.longest_sequence or PROMPT_TOKENS + NEW_TOKENS
         new_tokens = min(NEW_STREAMED_TOKENS if self.placement.stream else NEW_TOKENS, max(1, limit // 2))
         room, device = max(1, min(PROMPT_TOKENS, limit - new_tokens)), self.placement.device
@@ -329,42 +320,42 @@ class _Models:
 
     @contextmanager
     def _opened_reference(self) -> Iterator[SkippableModel]:
-        """Load the dense model, with the new values in place, and without what goes besides blocks."""
+        """Load the dense model with the new values, and without removed experts and tokens."""
         with (
             open_dense(self.surgery.architecture, self.placement, self.notify) as skippable,
             skippable.replaced(self.new_values or {}),
         ):
             skippable.align()
-            _set_widest(skippable.model)
+            _make_float64_runnable(skippable.model)
             with self.surgery.simulate(skippable.model):
                 yield skippable
 
     @contextmanager
-    def _alike(self) -> Iterator[None]:
+    def _break_ties(self) -> Iterator[None]:
         with ExitStack() as stack:
             for cut in self.surgery.cuts:
                 stack.enter_context(cut.break_ties())
             yield
 
     @contextmanager
-    def _watched(self, model: Any, *, pruned: bool) -> Iterator[list[Mapping[str, Tensor]]]:
-        """Have a model decide as the other one does, and name what it does unseen, by cut."""
-        with ExitStack() as stack, self._alike():
+    def _extra_outputs(self, model: Any, *, pruned: bool) -> Iterator[list[Mapping[str, Tensor]]]:
+        """Make both models choose alike; yield, by cut, the outputs that logits may not show, by name."""
+        with ExitStack() as stack, self._break_ties():
             yield [stack.enter_context(cut.extra_outputs(model, pruned=pruned)) for cut in self.surgery.cuts]
 
-    def _compare_unseen(
-        self, found: Sequence[Mapping[str, Tensor]], expected: Sequence[Mapping[str, Tensor]]
+    def _compare_extra_outputs(
+        self, outputs: Sequence[Mapping[str, Tensor]], expected: Sequence[Mapping[str, Tensor]]
     ) -> Iterator[CheckResult]:
-        for cut, ours, theirs in zip(self.surgery.cuts, found, expected, strict=True):
-            for name, theirs_made in theirs.items():
-                if not (theirs_made.numel() and relative_difference(ours[name], theirs_made) <= self._allowed):
+        for cut, ours, theirs in zip(self.surgery.cuts, outputs, expected, strict=True):
+            for name, output in theirs.items():
+                if not (output.numel() and relative_difference(ours[name], output) <= self._allowed):
                     raise proof_error(f"{name} that stay make something else than in the dense model")
             if cut.extra_check:
                 yield cut.extra_check, {}
 
     def _expected_logits(self, ids: Tensor) -> tuple[Tensor, list[Mapping[str, Tensor]]]:
-        """Return the logits of the reference, and what it does unseen."""
-        with self._opened_reference() as skippable, self._watched(skippable.model, pruned=False) as unseen:
+        """Return the logits of the reference, and the outputs that they may not show."""
+        with self._opened_reference() as skippable, self._extra_outputs(skippable.model, pruned=False) as extra:
             expected = skippable.logits(ids, self.surgery.removed)
         if not bool(expected.isfinite().all()):
             dtype = self.placement.dtype
@@ -375,16 +366,12 @@ class _Models:
                 if dtype == torch.float16
                 else "Check the model's weights.",
             )
-        kept = expected if self.surgery.tokens is None else expected[..., list(self.surgery.tokens)]
-        return kept, unseen
+        remaining = expected if self.surgery.tokens is None else expected[..., list(self.surgery.tokens)]
+        return remaining, extra
 
     def _require_dense_decoding(self, ids: Tensor, new_tokens: int) -> None:
-        """Check that the dense model decodes: if not, what was written is not to blame.
-
-        Raises:
-            ModelError: it does not.
-        """
-        with self._opened_reference() as skippable, self._alike():
+        """Check that the dense model decodes: if not, the checkpoint is not to blame."""
+        with self._opened_reference() as skippable, self._break_ties():
             skippable.skip(())
             _, fault = check_decoding(skippable.model, ids, new_tokens, self.placement.dtype)
         if fault:
@@ -394,25 +381,27 @@ class _Models:
             )
 
     def _load(self) -> Any:
-        """Load the checkpoint as transformers does, where the dense model was; without values if that is too large."""
-        architecture, place = self.surgery.architecture, self.placement
-        if place.too_large:
-            place = replace(place, device=torch.device("meta"))
-        elif place.stream:
-            on_disk = blocks_on_disk(architecture, len(self.surgery.kept.blocks), place.device)
-            place = replace(place, device_map=on_disk)
+        """Load the checkpoint with stock transformers where the dense model was, or on the meta device."""
+        architecture, placement = self.surgery.architecture, self.placement
+        if placement.too_large:
+            placement = replace(placement, device=torch.device("meta"))
+        elif placement.stream:
+            on_disk = blocks_on_disk(architecture, len(self.surgery.kept.blocks), placement.device)
+            placement = replace(placement, device_map=on_disk)
         trust = architecture.source.trust_remote_code
         with model_errors_fail_proof():
-            model, info = load_pretrained(architecture.auto_class, self.folder, "it", place, trust_remote_code=trust)
-        info["unexpected_keys"] = [*filterfalse(self._predicts, info["unexpected_keys"])]
+            model, info = load_pretrained(
+                architecture.auto_class, self.folder, "it", placement, trust_remote_code=trust
+            )
+        info["unexpected_keys"] = [*filterfalse(self._is_prediction, info["unexpected_keys"])]
         if problem := loading_problem(info, "missing", "unexpected", "mismatched"):
             raise proof_error(problem)
         align(model)
-        _set_widest(model)
+        _make_float64_runnable(model)
         return model.eval()
 
-    def _predicts(self, name: str) -> bool:
-        """Whether a tensor is for multi-token prediction, which transformers leaves out, and no block is renumbered."""
+    def _is_prediction(self, name: str) -> bool:
+        # transformers does not load modules for multi-token prediction; they stay unless blocks are renumbered.
         block = self.surgery.architecture.block_names(self.surgery.kept).block_of(name)
         return not self.surgery.removed and bool(PREDICTION.search(name) or (block or 0) >= self.surgery.kept.count)
 
@@ -422,17 +411,17 @@ class _Models:
             f"({dtype_name(self.placement.dtype)} allows {self._allowed:.2g}); {self._first_difference(ids, states)}"
         )
 
-    def _first_difference(self, ids: Tensor, found: Sequence[tuple[Tensor, Tensor]]) -> str:
-        """Return a clause on the first block whose output differs by more than rounding, or else at all."""
+    def _first_difference(self, ids: Tensor, states: Sequence[tuple[Tensor, Tensor]]) -> str:
+        """Name the first block whose output differs by more than rounding, or else at all."""
         with self._opened_reference() as skippable:
             expected = _block_states(skippable, ids, self.surgery.removed)
-        if relative_difference(found[0][0], expected[0][0]):
+        if relative_difference(states[0][0], expected[0][0]):
             return "the input of the first block already differs"
-        both = zip(found, expected, strict=False)  # a wrong checkpoint may have another number of blocks
+        both = zip(states, expected, strict=False)  # a wrong checkpoint may have another number of blocks
         differences = [relative_difference(ours[1], theirs[1]) for ours, theirs in both]
-        for most in (self._allowed, 0.0):
+        for allowed in (self._allowed, 0.0):
             for block, difference in enumerate(differences):
-                if not difference <= most:
+                if not difference <= allowed:
                     return (
                         f"its block {block}, which is block {self.surgery.kept.blocks[block]} of the dense model, is "
                         f"the first whose output differs, by {difference:.2g}"
@@ -440,8 +429,8 @@ class _Models:
         return "every block's output is the same, so the final norm or the head differs"
 
 
-def _set_widest(model: Any) -> None:
-    """Have a model in float64 run its experts one by one: the kernels for all at once do not know that type."""
+def _make_float64_runnable(model: Any) -> None:
+    # The grouped kernels for experts do not support float64.
     if model.dtype is torch.float64 and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
 
@@ -453,23 +442,23 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def _block_states(model: SkippableModel, ids: Tensor, removed: Collection[int] = ()) -> list[tuple[Tensor, Tensor]]:
-    """Return the hidden states that enter and leave each block but the removed ones, on the CPU."""
-    found: list[tuple[Tensor, Tensor]] = []
-    model.run_with_hook(ids, removed, lambda block, entering, leaving: found.append((entering.cpu(), leaving.cpu())))
-    return found
+    """Return the hidden states before and after each block but the removed ones, on the CPU."""
+    states: list[tuple[Tensor, Tensor]] = []
+    model.run_with_hook(ids, removed, lambda block, entering, leaving: states.append((entering.cpu(), leaving.cpu())))
+    return states
 
 
 def _save(model: Any, folder: Path) -> set[tuple[str, tuple[int, ...]]]:
-    """Save the model as stock transformers does, and return the names and shapes of its weights."""
-    # A generation config that contradicts itself cannot be saved, which would be the dense model's fault.
+    """Save the model with stock transformers; return the names and shapes of its weights."""
+    # transformers refuses to save an inconsistent generation config, which would be the dense model's fault.
     model.generation_config = GenerationConfig()
     with (
         translate_errors(lambda words: proof_error(f"transformers does not save it again: {words}")),
         saving(folder),
-        warnings.catch_warnings(action="ignore"),  # transformers warns of what a shard takes in memory
+        warnings.catch_warnings(action="ignore"),  # transformers warns about the memory that a shard takes
     ):
-        # A shard of an offloaded model is held in memory while it is written.
-        model.save_pretrained(folder, max_shard_size=min(LARGEST_SHARD_BYTES, free_bytes(CPU) // 2))
+        # While a shard of an offloaded model is written, it is in memory as a whole.
+        model.save_pretrained(folder, max_shard_size=min(MAX_SHARD_BYTES, free_bytes(CPU) // 2))
     return _shapes(model)
 
 

@@ -1,4 +1,4 @@
-"""The part of a proof that needs no model: the files are those that were planned, byte for byte."""
+"""Are the written files the planned ones, byte for byte? The part of a proof that needs no model."""
 
 from __future__ import annotations
 
@@ -33,18 +33,17 @@ PROMPT = (
 )
 
 CheckResult = tuple[Check | None, dict[str, Any]]
-"""A passed check (None: one that was left out), and its values in the proof's record."""
+"""A passed check, or None for a skipped one, and its values in the proof's record."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What a checkpoint must hold, and what it does not take over.
+    """The contents of a checkpoint, and what is not copied into it.
 
     Attributes:
-        tensors: exactly these tensors.
         weights: the weight files by name; empty if it is made from a GGUF file, whose proof covers the rest.
         texts: the contents of the files with settings, by name.
-        copies: the dense model's files that are copied unchanged, by their relative paths.
+        copies: the dense model's files that are copied unchanged, by relative path.
         left_out: the names of the dense model's files in other formats.
         outside: the names of links that lead out of its folder.
     """
@@ -57,10 +56,10 @@ class Planned:
     outside: Sequence[str] = ()
 
 
-def as_planned(
+def check_files(
     surgery: Surgery, folder: Path, tokenizer: Any, planned: Planned, notify: Notify
 ) -> Iterator[CheckResult]:
-    """Check that the folder holds what was planned, byte for byte: whatever a model computes, or never reads."""
+    """Check that the folder holds what was planned, byte for byte, even where no model reads it."""
     if planned.weights:
         _require_files(folder, planned)
     _require_tensors(folder, planned)
@@ -72,17 +71,16 @@ def as_planned(
 
 
 def _require_files(folder: Path, planned: Planned) -> None:
-    """Check that each file is there, and no other, and that all but the weights have the planned contents."""
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
+    written = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
     texts = {**planned.texts, **({INDEX: index_of(planned.weights)} if len(planned.weights) > 1 else {})}
     expected = {*planned.weights, *texts, *planned.copies}
-    if missing := sorted(expected - found):
+    if missing := sorted(expected - written):
         raise proof_error(f"{_listed(missing)} missing")
-    if extra := sorted(found - expected):
+    if extra := sorted(written - expected):
         raise proof_error(f"{_listed(extra)} there, which belong to no pruned checkpoint of this model")
     for name, text in texts.items():
         if (content := (folder / name).read_bytes()) != text.encode():
-            raise proof_error(f"{name} is not what was written{_difference(content, text)}")
+            raise proof_error(f"{name} is not what was written{_difference_clause(content, text)}")
     for name, original in planned.copies.items():
         with reading(original):
             digest = _digest(original)
@@ -94,14 +92,13 @@ def _listed(names: Sequence[str]) -> str:
     return f"{names[0]} is" if len(names) == 1 else f"{len(names)} files, such as {names[0]}, are"
 
 
-def _difference(content: bytes, text: str) -> str:
-    """Return a clause on the first setting that differs, or nothing if the file is no longer readable JSON."""
+def _difference_clause(content: bytes, text: str) -> str:
     try:
-        found = json.loads(content)
+        settings = json.loads(content)
     except (ValueError, RecursionError):
         return ", nor readable JSON"
-    what = differences({"": found}, {"": json.loads(text)}).partition("; ")[0].removeprefix(".")
-    return f": {what}" if what else ""
+    first = differences({"": settings}, {"": json.loads(text)}).partition("; ")[0].removeprefix(".")
+    return f": {first}" if first else ""
 
 
 def _digest(path: Path) -> bytes:
@@ -113,16 +110,16 @@ def _require_tensors(folder: Path, planned: Planned) -> None:
     """Check that every tensor is in the planned file, in its shape and data type, and that no file is truncated."""
     with model_errors_fail_proof():
         weights = find_weights(folder)
-        found = {tensor.name: (tensor.dtype, tensor.shape) for tensor in weights.stored}
+        written = {tensor.name: (tensor.dtype, tensor.shape) for tensor in weights.stored}
     expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in planned.tensors}
-    both = expected.keys() & found.keys()
-    for what, names in {
+    both = expected.keys() & written.keys()
+    for fault, names in {
         "are missing": expected.keys() - both,
-        "have another type or shape": {name for name in both if found[name] != expected[name]},
-        "are unexpected": found.keys() - both,
+        "have another type or shape": {name for name in both if written[name] != expected[name]},
+        "are unexpected": written.keys() - both,
     }.items():
         if names:
-            raise proof_error(f"{len(names)} tensors {what}, such as {min(names)}")
+            raise proof_error(f"{len(names)} tensors {fault}, such as {min(names)}")
     if planned.weights:
         for header in weights.headers:
             shard = planned.weights[header.path.name]
@@ -133,13 +130,13 @@ def _require_tensors(folder: Path, planned: Planned) -> None:
 
 
 def _require_same_tokens(surgery: Surgery, folder: Path, theirs: Any, notify: Notify) -> Iterator[CheckResult]:
-    """Check that the checkpoint's tokenizer and chat template are there and the dense model's, whatever was planned."""
+    """Check that the checkpoint has the dense model's tokenizer and chat template."""
     trust = surgery.architecture.source.trust_remote_code
     with translate_errors(lambda words: proof_error(f"its tokenizer cannot be loaded: {words}")):
         ours = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     texts = [PROMPT, *(text for cut in surgery.cuts for text in cut.texts(theirs))]
-    for text, found, expected in zip(texts, ours(texts).input_ids, theirs(texts).input_ids, strict=True):
-        if found != surgery.token_ids(expected):
+    for text, ids, expected in zip(texts, ours(texts).input_ids, theirs(texts).input_ids, strict=True):
+        if ids != surgery.token_ids(expected):
             raise proof_error(f"its tokenizer is not the dense model's, which reads {text[:40]!r} otherwise")
     if ours.chat_template != theirs.chat_template:
         raise proof_error("its chat template is not the dense model's")
@@ -149,10 +146,8 @@ def _require_same_tokens(surgery: Surgery, folder: Path, theirs: Any, notify: No
 
 
 def _require_same_bytes(folder: Path, planned: Sequence[NewTensor], notify: Notify) -> None:
-    """Check that each tensor's bytes are those of the dense model or the new values.
-
-    Both sides are read by safetensors (pickles by torch), and not by the code that copies bytes.
-    """
+    """Check that each tensor has the bytes of the dense model's or of its new values."""
+    # safetensors reads both sides (torch, pickles): it shares no code with what copied the bytes.
     different: list[NewTensor] = []
     with task(notify, "Comparing weights", sum(tensor.size for tensor in planned), "B") as advance:
         with model_errors_fail_proof():
@@ -160,12 +155,12 @@ def _require_same_bytes(folder: Path, planned: Sequence[NewTensor], notify: Noti
         for (source, path), group in groupby(planned, key=lambda tensor: (tensor.stored.path, written[tensor.name])):
             tensors = list(group)
             if not path.samefile(source):
-                found = read_tensors(path, [tensor.name for tensor in tensors])
+                written_values = read_tensors(path, [tensor.name for tensor in tensors])
                 dense = read_tensors(source, [tensor.stored.name for tensor in tensors if tensor.value is None])
                 for tensor in tensors:
                     expected = tensor.changed(next(dense) if tensor.value is None else tensor.value)
                     with model_errors_fail_proof():
-                        ours = next(found)
+                        ours = next(written_values)
                     if not torch.equal(_bits_of(ours), _bits_of(expected)):
                         different.append(tensor)
             advance(sum(tensor.size for tensor in tensors))
@@ -176,12 +171,12 @@ def _require_same_bytes(folder: Path, planned: Sequence[NewTensor], notify: Noti
 
 
 def _bits_of(tensor: Tensor) -> Tensor:
-    """Return the bytes, which tell NaN and -0 apart, too."""
+    # Values would not do: NaN is not equal to itself, and -0 is equal to 0.
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def proof_error(what: str, kind: str = "checkpoint") -> ProofError:
-    """Return the error for a checkpoint or GGUF file that is not what it should be."""
+    """Make the error of a failed proof; `kind` is "checkpoint" or "GGUF file"."""
     return ProofError(
         f"The pruned {kind} failed its proof: {what}.",
         hint="Nothing was written. Try again, in case the disk or another program changed a file. If it fails again, "
@@ -191,7 +186,7 @@ def proof_error(what: str, kind: str = "checkpoint") -> ProofError:
 
 @contextmanager
 def model_errors_fail_proof(kind: str = "checkpoint") -> Iterator[None]:
-    """Turn a `ModelError` about what was written into a failed proof, or into the error of the disk behind it."""
+    """Turn a `ModelError` about the output into a failed proof, or into the disk error behind it."""
     try:
         yield
     except ModelError as error:
