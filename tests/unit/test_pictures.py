@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = {"search.svg": "docs/images/draw_search.py", "when-it-pays.svg": "tests/benchmarks/draw_when_it_pays.py"}
+SCRIPTS = {
+    "images/search.svg": "docs/images/draw_search.py",
+    "images/when-it-pays.svg": "tests/benchmarks/draw_when_it_pays.py",
+    "experiments/quality.svg": "docs/experiments/draw_quality.py",
+}
 
 
 def words(svg):
@@ -16,9 +20,10 @@ def words(svg):
     return re.findall(r"<(?:text|dc:description)\b[^>]*>(.*?)</", svg.read_text(encoding="utf-8"), re.DOTALL)
 
 
-@pytest.mark.parametrize(("name", "script"), SCRIPTS.items())
-def test_a_picture_has_the_words_that_its_script_draws(tmp_path, name, script):
-    subprocess.run([sys.executable, ROOT / script, tmp_path / name], check=True)
-    found = words(tmp_path / name)
+@pytest.mark.parametrize(("picture", "script"), SCRIPTS.items())
+def test_a_picture_has_the_words_that_its_script_draws(tmp_path, picture, script):
+    drawn = tmp_path / "drawn.svg"
+    subprocess.run([sys.executable, ROOT / script, drawn], check=True)
+    found = words(drawn)
     assert len(found) > 20
-    assert found == words(ROOT / "docs/images" / name), f"draw it again: python {script}"
+    assert found == words(ROOT / "docs" / picture), f"draw it again: python {script}"
