@@ -92,14 +92,15 @@ def table(columns: str, **rows: str) -> str:
 
 
 def all_rows(model: str, names: list[str]) -> list[str]:
-    """Collect the rows of these measures: "24 blocks, recovered" goes below "24 blocks", others where they come."""
-    rows: list[str] = []
-    for row in chain.from_iterable(MEASURES[model][name].values for name in names if name in MEASURES[model]):
-        above = [at for at, other in enumerate(rows) if f"{row}, ".startswith(f"{other}, ")]
-        below = [at for at, other in enumerate(rows) if above and other.startswith(f"{rows[above[-1]]}, ")]
-        if row not in rows:
-            rows.insert(max(above + below, default=len(rows) - 1) + 1, row)
-    return rows
+    """Order all rows: the dense model, then as they come, but "24 blocks, recovered" below "24 blocks"."""
+    measures = [MEASURES[model][name] for name in names if name in MEASURES[model]]
+    rows = dict.fromkeys(chain.from_iterable(measure.values for measure in measures))
+    place = {row: -1 if row == measures[0].dense else at for at, row in enumerate(rows)}
+
+    def path(row: str) -> list[int]:
+        return [place[above] for above in sorted(rows, key=len) if f"{row}, ".startswith(f"{above}, ")]
+
+    return sorted(rows, key=path)
 
 
 def label(row: str, above: list[str]) -> str:

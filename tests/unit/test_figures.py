@@ -1,6 +1,7 @@
 """A fact has one number: the README and the guides show what docs/figures.toml holds."""
 
 import re
+from decimal import Decimal
 from pathlib import Path
 
 import figures
@@ -60,13 +61,42 @@ def test_a_page_has_no_figure_of_its_own(page):
     assert not_measured(read(page), page) == []
 
 
+@pytest.fixture
+def two_measures(monkeypatch):
+    counts = {"all": 70, "half": [50, 59, 83], "half, healed": 58}
+    perplexities = {"half, healed": Decimal("4.31"), "half": Decimal("40.55"), "all": 4, "fewer bits": 2404}
+    measures = {
+        "programs": figures.Measure("programs", "share", counts, "all", 82),
+        "code": figures.Measure("perplexity", "perplexity", perplexities, "all", None),
+    }
+    monkeypatch.setattr(figures, "MEASURES", {"tiny": measures})
+
+
+def test_a_table_has_shares_of_the_dense_model_and_short_labels(two_measures):
+    assert figures.table("code programs", tiny="") == (
+        "| | perplexity | programs |\n"
+        "| --- | --- | --- |\n"
+        "| all | 4.00 | 70 of 82 |\n"
+        "| half | 40.6 | 71% (59 to 83) |\n"
+        "| and healed | 4.31 | 83% |\n"
+        "| fewer bits | 2,404 | |\n"
+    )
+
+
+@pytest.mark.parametrize(("columns", "row"), [("code speed", "all"), ("code", "a third")])
+def test_a_table_of_what_was_not_measured_is_an_error(two_measures, columns, row):
+    with pytest.raises(KeyError):
+        figures.table(columns, tiny=row)
+
+
 @pytest.mark.parametrize(
-    "text",
-    ["It keeps 12.3%.", "It is 9.87x as fast.", "It goes to 4.44.", "It solves 51 of 82.", "| 26 blocks | 4.43 |"],
-)
-def test_a_figure_that_the_file_lacks_is_found(text):
-    assert not_measured("It goes to 4.43, and solves 50 of 82, which is 71%.", "README.md") == []
-    assert not_measured(text, "README.md") != []
+    ("text", "found"),
+    [("It goes to 40.6 (40.55), and 50 of 82 programs pass, 71% (59 to 83%).", []),
+     ("Without 6 of 30 blocks, SmolLM2-1.7B is no 2.5x, `4.3`; arXiv 2402.09025.", ["2.5x"]),
+     ("It goes to 4.32, and 51 of 82 programs pass, 72%.", ["4.32", "51 of 82", "72%"]), ("| half | 40.6 |", ["40.6"])],
+)  # fmt: skip
+def test_figures_that_the_file_lacks_are_found(two_measures, text, found):
+    assert not_measured(text, "README.md") == found
 
 
 def test_every_figure_stands_in_a_page():
