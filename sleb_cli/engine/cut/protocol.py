@@ -1,4 +1,4 @@
-"""What must a cut, the removal of parts of one kind, say so that its result can be written, proved and described?
+"""What writing, proving and describing a result must know of a cut, the removal of parts of one kind.
 
 A cut names parts as in the model that the cuts before it left: blocks go first. By default, a method changes nothing.
 """
@@ -121,7 +121,12 @@ class GgufCut(Removal, ABC):
 
     @abstractmethod
     def for_model(self, architecture: Architecture) -> Cut:
-        """Return this cut of the model that transformers reads in the file."""
+        """Return this cut of the model that transformers reads in the file.
+
+        Raises:
+            UsageError: the model has no such parts.
+            UnsupportedModelError: the model cannot be cut there.
+        """
 
 
 Tensors = Iterable[StoredTensor | NewTensor | GgufTensor]

@@ -115,7 +115,11 @@ class WeightFiles:
 
 
 def find_weights(folder: Path) -> WeightFiles:
-    """Find the weight files that transformers would load from `folder`."""
+    """Find the weight files that transformers would load from `folder`.
+
+    Raises:
+        ModelError: there are none, or some that the index names are missing or outside the folder.
+    """
     for single in (SAFETENSORS, PICKLE):
         index = folder / f"{single}.index.json"
         if (folder / single).is_file():

@@ -19,8 +19,8 @@ from sleb_cli.events import Notify
 from sleb_cli.units import format_bytes
 from sleb_plugins import MachineError, UnsupportedModelError
 
-# The branches that a streamed step holds besides the candidates': the input of the first block, the base where the next
-# group starts, the base, and the dense model's or one that is kept.
+# Held by a streamed step besides the candidates': the input of the first block, the base where the next group starts,
+# the base, and the dense model's or one that is kept.
 OTHER_BRANCHES = 4
 
 
@@ -36,8 +36,7 @@ def prepare_passes(
     checked: int | None = None,
     walks_together: bool = False,
 ) -> tuple[Passes, str | None]:
-    """Fit the passes over `sequences`, [sequences, positions], into memory; also say why candidates cannot share a
-    walk.
+    """Fit the passes over `sequences`, [sequences, positions], into memory; also return why walks are not shared.
 
     `loss_mask`, of that shape, is as of `Passes`, and `memory` returns the bytes that may be used on a device in
     addition to the model. The fork is checked on `checked` tokens of a sequence. With `walks_together`, all sequences

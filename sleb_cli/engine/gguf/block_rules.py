@@ -2,8 +2,8 @@
 
 A GGUF file defines most of a block by tensors and by lists with one value per block. llama.cpp derives the rest from
 the block's number: for example, every sixth block of Gemma 3 has full attention. A removal renumbers the later blocks,
-so it is right only if no block gets a number at which llama.cpp builds another kind of block. The blocks for multi-
-token prediction come last in the file, and are not counted here.
+so it is right only if no block gets a number at which llama.cpp builds another kind of block. The blocks for
+multi-token prediction come last in the file, and are not counted here.
 """
 
 from __future__ import annotations

@@ -111,7 +111,11 @@ class Architecture:
         return model
 
     def read_config(self, raw: dict[str, Any]) -> Any:
-        """Parse the contents of a `config.json` with transformers."""
+        """Parse the contents of a `config.json` with transformers.
+
+        Raises:
+            ModelError: transformers refuses them.
+        """
         temporary = Path(gettempdir())  # transformers reads a file
         with writing(temporary, hint=_ELSEWHERE), scratch_folder(temporary, "sleb-config") as folder:
             (folder / "config.json").write_text(json.dumps(raw))
@@ -225,7 +229,12 @@ class Architecture:
 
 
 def read_architecture(source: ModelSource, registry: Registry, notify: Notify) -> Architecture:
-    """Read the config, choose the family, and find the blocks. No weights are read."""
+    """Read the config, choose the family, and find the blocks. No weights are read.
+
+    Raises:
+        UnsupportedModelError: the model is not a decoder, has no list of blocks that matches its config, or belongs to
+        a family whose blocks cannot be removed.
+    """
     config = _read_config(source)
     architecture = Architecture(source, config, registry.family(config.model_type))
     encoder_only = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)

@@ -101,7 +101,13 @@ class ModelSource:
 def locate_model(
     model: str, notify: Notify, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> ModelSource:
-    """Find the model, and download it if it is not on this machine."""
+    """Find the model, and download it if it is not on this machine.
+
+    Raises:
+        UsageError: `revision` is set for a model that is not from the Hub.
+        ModelError: there is no such model, or it is gated, out of reach or incomplete.
+        MachineError: the demo model cannot be downloaded.
+    """
     name, folder, revision = _find_folder(model, revision, notify)
     source = ModelSource(name, folder, revision, trust_remote_code)
     _require_own_files(source.folder)

@@ -39,10 +39,9 @@ CutOptions = tuple[Removals, Mapping[str, Any]]
 def measure_alone(
     surgery: Surgery, placement: Placement, workloads: Sequence[Workload], notify: Notify
 ) -> tuple[float | None, list[MemoryRecord | None]]:
-    """Load a model in a process of its own and run each workload once; return the seconds and each memory record.
+    """Load a model in a process of its own, and run each workload once; return the seconds and memory records.
 
-    They are None if the process runs out of memory; a record also is None if the accelerator does not report its peak
-    (MPS).
+    All are None if the process runs out of memory; a record also is if the accelerator does not report its peak (MPS).
     """
     source, cuts = surgery.architecture.source, (surgery.removals, surgery.others)
     which = f"without {surgery.description}" if surgery.cuts else "of the dense model"

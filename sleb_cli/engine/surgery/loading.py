@@ -149,7 +149,7 @@ def _with_tensors(surgery: Surgery, tensors: dict[str, Tensor], placement: Place
 
 
 def explain_oom(source: ModelSource, placement: Placement) -> AbstractContextManager[None]:
-    """Name the model and the device if loading runs out of memory."""
+    """Raise an `OutOfMemory` that names the model and the device if loading runs out of memory."""
     return explain_out_of_memory(
         f"{source.id} does not fit in the memory of {placement.device} in {dtype_name(placement.dtype)}.",
         "Use a narrower --dtype, or a device with more memory.",
