@@ -32,7 +32,7 @@ ROWS = {
     "22 blocks, chosen on code": "blocks chosen on code",
     "26 blocks, chosen on its own programs": "chosen on its own programs",
     "24 blocks, chosen on its own programs": "chosen on its own programs",
-    "24 blocks, chosen on its own programs, healed in 47 min on them and code": "the same, healed",
+    "24 blocks, chosen on its own programs, healed in 47 min": "the same, healed",
     "Q3_K_M, 28 blocks": "fewer bits",
     "Q2_K, 28 blocks": "fewer bits",
 }
