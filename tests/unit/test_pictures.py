@@ -1,4 +1,4 @@
-"""Each picture in the docs has the words that its script draws today."""
+"""Each picture in the docs is shown, and has the words that its script draws today."""
 
 import re
 import subprocess
@@ -27,3 +27,11 @@ def test_a_picture_has_the_words_that_its_script_draws(tmp_path, picture, script
     found = words(drawn)
     assert len(found) > 20
     assert found == words(ROOT / "docs" / picture), f"draw it again: python {script}"
+
+
+def test_every_picture_is_shown():
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    shown = {
+        (page.parent / path).resolve() for page in pages for path in re.findall(r"!\[.*?\]\((.*?)\)", page.read_text())
+    }
+    assert shown == set((ROOT / "docs").rglob("*.svg"))
