@@ -1,8 +1,4 @@
-"""The `sleb` program, and its verbs for Python.
-
-They are `search`, `compare`, `apply`, `evaluate`, `bench` and `export`;
-`show_progress` gives them a listener.
-"""
+"""The `sleb` program, and its commands as functions; `show_progress` gives these a listener."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +27,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the verbs and requests when they are first used: `sleb --help` needs none of them."""
+    """Import functions and requests when they are first used: `sleb --help` needs none of them."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "show_progress":

@@ -22,13 +22,13 @@ from sleb_plugins.errors import without_secrets
 
 INTERRUPTED = 128 + signal.SIGINT
 BROKEN_PIPE = 128 + 13
-LONGEST_NAME_SHOWN = 60
+MAX_NAME_CHARACTERS = 60
 UNREACHABLE = {
     errno.ENAMETOOLONG: ("the name is too long for a file", "Use a shorter one."),
     **dict.fromkeys([errno.EACCES, errno.EPERM], ("you have no access to its folder", "Check its permissions.")),
     **dict.fromkeys([errno.EIO, errno.ESTALE, errno.ENOTCONN], ("the disk fails or is gone", "Check the disk.")),
 }
-"""Why a file cannot even be looked for, and what to do."""
+"""The reason and the hint for each error of a file that cannot even be looked for."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(error: SlebError | OSError) -> int:
-    """Print an error and return its exit code; raise it again if it is none of the user's files."""
+    """Print an error and return its exit code; raise a system error that is not about a file of the user's."""
     from sleb_cli.names import elide
     from sleb_cli.ui import console
 
@@ -72,7 +72,7 @@ def _report(error: SlebError | OSError) -> int:
         if error.filename is None or error.errno not in UNREACHABLE:
             raise error
         why, hint = UNREACHABLE[error.errno]
-        error = UsageError(f"{elide(str(error.filename), LONGEST_NAME_SHOWN)} cannot be used: {why}.", hint=hint)
+        error = UsageError(f"{elide(str(error.filename), MAX_NAME_CHARACTERS)} cannot be used: {why}.", hint=hint)
     if isinstance(error, OutputError) and error.unsaved is not None:
         with suppress(OutputError):  # stdout may be on the same full disk
             console.print_json(error.unsaved)
@@ -83,11 +83,7 @@ def _report(error: SlebError | OSError) -> int:
 
 
 def _require_names(arguments: Sequence[str]) -> None:
-    """Check that plans and results, which are UTF-8, can store all names.
-
-    Raises:
-        UsageError: one is not text, or the current folder is gone.
-    """
+    # Plans and results are UTF-8: the name of a folder that is not text could not be stored after hours of work.
     try:
         here = str(Path.cwd())
     except FileNotFoundError as error:
@@ -97,20 +93,21 @@ def _require_names(arguments: Sequence[str]) -> None:
 
 
 def run() -> None:
-    """Run as the program `sleb`: signals clean up like Ctrl-C, and a closed pipe does not end the work."""
+    """Run as the program `sleb`: signals clean up like Ctrl-C, and work goes on after a pipe is closed."""
     from sleb_cli.ui.console import Outlet
 
     codes: list[int] = []
-    atexit.register(_end_process, codes)  # first, so it is called last
+    atexit.register(_exit_fast, codes)  # registered first, so it is called last
     _open_standard_streams()
     out, errors = Outlet(sys.stdout, holds_result=True), Outlet(sys.stderr, holds_result=False)
     sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, errors)
-    _hear_signals()
+    _handle_signals()
     try:
         code = main()
     except KeyboardInterrupt:  # once more, while the first one was being reported
         code = INTERRUPTED
-    except Exception:  # a bug: its traceback is there to be reported, so it holds no tokens; Typer resets excepthook
+    # A bug: people post its traceback, so it must hold no tokens. Not by excepthook, which Typer resets.
+    except Exception:
         errors.write(without_secrets(traceback.format_exc()))
         code = 1
     finally:
@@ -120,11 +117,9 @@ def run() -> None:
     sys.exit(codes[0])
 
 
-def _end_process(codes: list[int]) -> None:
-    """End at once, now that all threads and exit handlers are done: Python takes a second to take torch apart.
-
-    Without a code, a signal ends the process, and Python has its code.
-    """
+def _exit_fast(codes: list[int]) -> None:
+    # All threads and exit handlers are done, and Python would take a second to tear torch down. Without a code, a
+    # signal ends the process, and Python knows its code.
     if codes:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -132,24 +127,24 @@ def _end_process(codes: list[int]) -> None:
 
 
 def _open_standard_streams() -> None:
-    """Connect closed standard streams to nothing, so that no file we open takes their place."""
+    # The next file we open would take the number of a closed stream, and libraries would print into it.
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:  # the lowest free number is then its own
             stream = open(os.devnull, "w" if number else "r", encoding="utf-8")  # noqa: SIM115, PTH123
             setattr(sys, name, stream)
 
 
-def _hear_signals() -> None:
-    """Clean up on a request to end, unless the shell ignores it, as for what runs in the background or under nohup."""
+def _handle_signals() -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
+        # The shell has a job in the background, or under nohup, ignore a signal; it stays ignored.
         if number and (process_count() > 1 or signal.getsignal(number) is not signal.SIG_IGN):
             signal.signal(number, _end)
 
 
 def _end(number: int, frame: Any) -> None:
-    """End with a clean-up that no signal disturbs, but a second Ctrl-C; the next run removes what that leaves."""
-    # Of several processes, both the terminal and the launcher send it.
+    """End with a clean-up that only a second Ctrl-C interrupts; the next run removes what that leaves."""
+    # Of several processes, each gets two: from the terminal and from the launcher.
     at_once = number == signal.SIGINT and process_count() == 1
     signal.signal(number, signal.SIG_DFL if at_once else signal.SIG_IGN)
     if at_once and sys.stderr.isatty():

@@ -1,7 +1,4 @@
-"""The verbs of `sleb` as functions: each takes a request, reports to `notify`, and returns a record.
-
-The commands call these, so Python and the command line do the same. What a request names as output is written.
-"""
+"""The commands as functions: each takes a request, reports to `notify`, writes its output, and returns a record."""
 
 from __future__ import annotations
 
@@ -31,8 +28,8 @@ if TYPE_CHECKING:
 
 
 Q = TypeVar("Q", bound=Request)
-Asked = TypeVar("Asked")
-Found = TypeVar("Found")
+Checked = TypeVar("Checked")
+Files = TypeVar("Files")
 
 _SEARCH = (
     "Use a smaller --memory, --batch-size or --sequence-length, fewer --samples, a narrower --dtype, or --device cpu. "
@@ -57,13 +54,13 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
 
     if request.compare:
         raise UsageError("`search` does not compare.", hint="Call `compare` with this request.")
-    with _working(check_search, lambda asked: locate(asked.named, notify), request, notify) as work:
+    with _working(check_search, lambda search: locate(search.named, notify), request, notify) as work:
         from sleb_cli.engine.door.search import resolve_search
         from sleb_cli.engine.search.journal import delete_journal
         from sleb_cli.engine.search.run import find_removals
 
-        group, registry, asked, source = work
-        plan = find_removals(resolve_search(asked, source, registry, notify, group), group, notify)
+        group, registry, settings, source = work
+        plan = find_removals(resolve_search(settings, source, registry, notify, group), group, notify)
     _save(plan, request.plan_file)
     delete_journal(journal_of(request.plan_file), notify)
     return plan
@@ -71,7 +68,7 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
 
 @explain_out_of_memory(None, _SEARCH)
 def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
-    """Search once for each entry of `request.compare`, and write the best plan, and the others beside it.
+    """Search once for each entry of `request.compare`; write the best plan, and the others beside it.
 
     Raises:
         WorkerFinished: this process only helped; the main one writes the plan.
@@ -80,20 +77,21 @@ def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
     from sleb_cli.asked.searches import check_comparison
     from sleb_cli.engine.door.files import locate
 
-    with _working(check_comparison, lambda asked: locate(asked[0].named, notify), request, notify) as work:
+    with _working(check_comparison, lambda searches: locate(searches[0].named, notify), request, notify) as work:
         from sleb_cli.engine.door.search import resolve_comparison
         from sleb_cli.engine.search.compare import compare_removals
         from sleb_cli.engine.search.journal import delete_journal
 
-        group, registry, asked, source = work
-        searches = resolve_comparison(asked, source, registry, notify, group)
+        group, registry, checked, source = work
+        searches = resolve_comparison(checked, source, registry, notify, group)
         result, plans = compare_removals(searches, request.plan_file, group, notify)
-    files = [each.file for each in result.compared]
+    files = [compared.file for compared in result.compared]
     for file, plan in zip(files, plans, strict=True):
         _save(plan, Path(file))
     for search in searches:
         if str(search.recording.plan_file) not in files:
-            search.recording.plan_file.unlink(missing_ok=True)  # of an earlier comparison, which another one won
+            # The best plan is at `output` alone. This is from an earlier run, in which another search was the best.
+            search.recording.plan_file.unlink(missing_ok=True)
         delete_journal(search.recording.journal, notify)
     return result
 
@@ -113,8 +111,8 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
     with _working(check_apply, lambda named: locate_to_cut(named, notify), request, notify, alone=alone) as work:
         from sleb_cli.engine.door.apply import resolve_apply
 
-        group, registry, named, found = work
-        return resolve_apply(request, named, found, registry, notify, group)()
+        group, registry, named, source = work
+        return resolve_apply(request, named, source, registry, notify, group)()
 
 
 @explain_out_of_memory(None, _EVALUATE)
@@ -123,8 +121,8 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
 
     Raises:
         WorkerFinished: this process only helped; the main one writes the result.
-        SlebError: something failed; its class tells what. A file keeps the texts and tasks that are finished: the one
-            next to the plan, or one next to `request.output`. The same request continues from there.
+        SlebError: something failed; its class tells what. Finished texts and tasks are saved next to the plan or
+            `request.output`, and a repeated request continues from there.
     """
     from sleb_cli.asked.verbs import check_evaluation
     from sleb_cli.engine.door.files import locate
@@ -135,9 +133,9 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
 
         group, registry, named, source = work
         evaluation = resolve_evaluation(request, named, source, registry, notify, group)
-        place = _results_file(evaluation.models.subject, "eval")
-        unfinished = sibling(request.output, ".unfinished.json") if request.output and not place else None
-        result = evaluate_models(evaluation, place or unfinished)
+        file = _results_file(evaluation.models.subject, "eval")
+        unfinished = sibling(request.output, ".unfinished.json") if request.output and not file else None
+        result = evaluate_models(evaluation, file or unfinished)
     _save(result, request.output)
     if unfinished:
         unfinished.unlink(missing_ok=True)
@@ -157,23 +155,23 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     from sleb_cli.saved_results import save_result
 
     count = process_count()
-    if is_main_process() and count > 1:  # each with its share of the threads, or with a device that would stay idle
+    if is_main_process() and count > 1:  # a launcher gives each process a share of the threads, or an idle device
         raise UsageError(f"`bench` times models in one process, not in {count}.", hint="Run it without the launcher.")
-    with _working(check_bench, lambda asked: locate(asked[0], notify), request, notify, alone=True) as work:
+    with _working(check_bench, lambda checked: locate(checked[0], notify), request, notify, alone=True) as work:
         from sleb_cli.engine.door.bench import resolve_bench
         from sleb_cli.engine.output.engine_files import engine_files
         from sleb_cli.engine.speed.benchmark import benchmark
 
         _, registry, (named, engine), source = work
-        wanted = resolve_bench(request, named, engine, source, registry, notify)
-        own = wanted.engine_source
-        files = engine_files(own, registry, notify) if own else nullcontext()
-        with wanted.subject.architecture.source.watch.unchanged(), files as write_files:
-            result = benchmark(wanted, notify, write_files)
+        settings = resolve_bench(request, named, engine, source, registry, notify)
+        dense = settings.engine_source
+        files = engine_files(dense, registry, notify) if dense else nullcontext()
+        with settings.subject.architecture.source.watch.unchanged(), files as write_files:
+            result = benchmark(settings, notify, write_files)
     _save(result, request.output)
-    if place := _results_file(wanted.subject, "bench"):
+    if file := _results_file(settings.subject, "bench"):
         # Weights and data types may differ between engines, so each has its own file.
-        save_result(result, place.with_suffix(f".{engine.name}.json") if engine else place, notify)
+        save_result(result, file.with_suffix(f".{engine.name}.json") if engine else file, notify)
     return result
 
 
@@ -188,8 +186,8 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
     from sleb_cli.atomic import write_text
     from sleb_cli.engine.door.files import locate
 
-    def find(asked: tuple[list[NamedSubject], Exporter]) -> ModelSource | None:
-        (named, *_), exporter = asked
+    def find(checked: tuple[list[NamedSubject], Exporter]) -> ModelSource | None:
+        (named, *_), exporter = checked
         suffices = not exporter.needs_model or (named.plan and exporter.plan_suffices)
         return None if suffices else locate(named, notify)
 
@@ -208,7 +206,7 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
 
 
 def _results_file(subject: Subject, kind: Literal["eval", "bench"]) -> Path | None:
-    """Return where results are kept: next to their plan, or in the measured checkpoint if sleb wrote it."""
+    """Return where results are saved: next to their plan, or in the measured checkpoint if sleb wrote it."""
     from sleb_cli.plan import CHECKPOINT_PLAN
     from sleb_cli.saved_results import beside_plan
 
@@ -221,47 +219,39 @@ def _results_file(subject: Subject, kind: Literal["eval", "bench"]) -> Path | No
 
 @contextmanager
 def _working(
-    check: Callable[[Q, Registry], Asked],
-    find: Callable[[Asked], Found],
+    check: Callable[[Q, Registry], Checked],
+    find: Callable[[Checked], Files],
     request: Q,
     notify: Notify,
     *,
     alone: bool = False,
-) -> Iterator[tuple[ProcessGroup, Registry, Asked, Found]]:
+) -> Iterator[tuple[ProcessGroup, Registry, Checked, Files]]:
     """Check a request and find its files before torch is imported, and let the processes work together.
 
-    They end together if one fails; the main process goes on by itself after the body, or does all `alone`.
-
-    Raises:
-        WorkerFinished: this is another process, which has no more to do.
+    They end together if one fails. After the body, or with `alone` from the start, only the main process goes on.
     """
 
-    def checked() -> tuple[Registry, Asked, Found]:
-        require_coherent(request)  # before plugins, which are not needed for it
+    def prepare() -> tuple[Registry, Checked, Files]:
+        require_coherent(request)  # needs no plugins, which take time to load
         registry = load_registry(notify)
-        asked = check(request, registry)
+        checked = check(request, registry)
         _require_device(request)
-        return registry, asked, find(asked)
+        return registry, checked, find(checked)
 
     from sleb_cli.asked.clashes import require_coherent
     from sleb_cli.engine.process_group import ProcessGroup, join_processes
 
     if alone and not is_main_process():
         raise WorkerFinished
-    early = checked() if alone or process_count() == 1 else None
+    early = prepare() if alone or process_count() == 1 else None
     with nullcontext(ProcessGroup()) if early else join_processes() as group:
-        yield group, *(early or group.main_first(checked))
+        yield group, *(early or group.main_first(prepare))
         if not group.is_main:
             raise WorkerFinished
 
 
 def _require_device(request: Request) -> None:
-    """Check that a device which is named is there, before a model is downloaded for it.
-
-    Raises:
-        UsageError: there is no such kind of device.
-        MachineError: this machine does not have it.
-    """
+    """Check that the named device is there, before a model is downloaded for it."""
     if (device := getattr(request, "device", AUTO)) not in (AUTO, "cpu"):
         from sleb_cli.engine.device import choose_device  # which imports torch
 
@@ -269,14 +259,9 @@ def _require_device(request: Request) -> None:
 
 
 def _save(record: Record, path: Path | None) -> None:
-    """Write a result, if a file was named.
-
-    Raises:
-        OutputError: the file cannot be written; the error carries the result, so that nothing is lost.
-    """
     if path is not None:
         try:
             record.write(path)
         except OutputError as error:
-            error.unsaved = record.to_data()
+            error.unsaved = record.to_data()  # `main` prints it, so that hours of work are not lost
             raise

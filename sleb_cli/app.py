@@ -1,4 +1,4 @@
-"""The Typer app and its commands: each hands a request to the engine, and shows the result."""
+"""The commands: each hands a request to the engine, and shows the result."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ R = TypeVar("R", bound="Record")
 app = typer.Typer(name="sleb", pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(requested: bool) -> None:
+    if requested:
         from sleb_cli.engine.versions import describe_installation
 
         for line in describe_installation():
@@ -62,18 +62,17 @@ def sleb(
         typer.echo(context.get_help())
 
 
-def _run(call: Callable[[Any, Notify], R], request: Any, table: Callable[[R], None], how: How) -> None:
-    """Call the engine under a progress display, and print the result on stdout: as JSON, or as its command's table."""
+def _run(call: Callable[[Any, Notify], R], request: Any, show: Callable[[R], None], how: How) -> None:
     with show_progress(quiet=how.quiet) as notify:
         result = call(request, notify)
     if how.json:
         print_json(result.to_data())
     else:
-        table(result)
+        show(result)
 
 
-def _searching(config: Path | None) -> Callable[[SearchRequest, Notify], Plan]:
-    """Return the search; with the options of a plan, it also says whether it found the same."""
+def _search_like(config: Path | None) -> Callable[[SearchRequest, Notify], Plan]:
+    """Return the search, which compares its plan with `config` if that is a plan."""
     from sleb_cli.plan import compare_plans, read_plan
 
     before = read_plan(config) if config and config.suffix == ".json" else None
@@ -92,9 +91,9 @@ def _searching(config: Path | None) -> Callable[[SearchRequest, Notify], Plan]:
 def search(request: SearchRequest, how: How) -> None:
     """Find the blocks or experts that MODEL needs least, and write them to a plan."""
     if request.compare:
-        _run(api.compare, request, lambda found: show_comparison(found, request.plan_file), how)
+        _run(api.compare, request, lambda result: show_comparison(result, request.plan_file), how)
     else:
-        _run(_searching(how.config), request, lambda plan: show_plan(plan, request.plan_file), how)
+        _run(_search_like(how.config), request, lambda plan: show_plan(plan, request.plan_file), how)
 
 
 @app.command()
@@ -108,14 +107,14 @@ def apply(request: ApplyRequest, how: How) -> None:
 @options_from(EvalRequest)
 def eval_(request: EvalRequest, how: How) -> None:
     """Compare the quality of the dense (original) and the pruned model: perplexity and lm-eval tasks."""
-    _run(api.evaluate, request, lambda found: summaries.show_evaluation(found, request.output), how)
+    _run(api.evaluate, request, lambda result: summaries.show_evaluation(result, request.output), how)
 
 
 @app.command()
 @options_from(BenchRequest)
 def bench(request: BenchRequest, how: How) -> None:
     """Measure the speed and memory of the dense (original) and the pruned model."""
-    _run(api.bench, request, lambda found: summaries.show_benchmark(found, request.output), how)
+    _run(api.bench, request, lambda result: summaries.show_benchmark(result, request.output), how)
 
 
 @app.command()

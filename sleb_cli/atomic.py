@@ -1,4 +1,4 @@
-"""Write files and folders completely or not at all."""
+"""How are files and folders written? Completely or not at all."""
 
 import errno
 import json
@@ -15,9 +15,9 @@ from sleb_cli.units import format_bytes
 from sleb_plugins.errors import OutputError
 
 SUFFIX = ".partial"
-"""How the names of hidden files and folders for unfinished work end."""
-PATIENCE = 5.0
-"""How many seconds to wait for another process that writes the same file or folder."""
+"""The end of the names of hidden files and folders for unfinished work."""
+PATIENCE_SECONDS = 5.0
+"""How long to wait for another process that writes the same file or folder."""
 
 _REASONS = {
     errno.ENOSPC: ("the disk is full", "Free some space, or choose another place with -o."),
@@ -42,11 +42,7 @@ def writing(path: Path, *, hint: str = "") -> Iterator[None]:
 
 
 def require_new_file(path: Path, *, force: bool) -> None:
-    """Check, before hours of work, that `path` can be written and overwrites nothing unless `force` is set.
-
-    Raises:
-        OutputError: it exists, or cannot be written.
-    """
+    """Check, before hours of work, that `path` can be written and overwrites nothing unless `force` is set."""
     with writing(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -55,11 +51,7 @@ def require_new_file(path: Path, *, force: bool) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Check that something can be written beside `path`.
-
-    Raises:
-        OutputError: it cannot.
-    """
+    """Check that files can be made beside `path`."""
     with writing(path):
         _require_writable(_named(path))
 
@@ -74,20 +66,16 @@ def _require_absent(path: Path, *, replace: bool) -> None:
 
 def free_space(path: Path) -> int:
     """Return the free bytes of the disk where `path` is, or would be."""
-    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
 
 
 def require_space(path: Path, needed: int) -> None:
-    """Check, before anything is written, that `needed` bytes fit where `path` will be.
-
-    Raises:
-        OutputError: they do not.
-    """
-    place = path.absolute().parent
-    free = free_space(place)
+    """Check, before anything is written, that `needed` bytes fit on the disk of `path`."""
+    folder = path.absolute().parent
+    free = free_space(folder)
     if free < needed:
         raise OutputError(
-            f"{format_bytes(needed)} must be written, but the disk of {place} has only {format_bytes(free)} free.",
+            f"{format_bytes(needed)} must be written, but the disk of {folder} has only {format_bytes(free)} free.",
             hint="Free some space, or choose another place with -o.",
         )
 
@@ -100,11 +88,7 @@ def write_text(path: Path, text: str, *, replace: bool = True) -> None:
 
 @contextmanager
 def new_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
-    """Yield a hidden path beside `path`; the file written there becomes `path` at the end; of two, the last one does.
-
-    Raises:
-        OutputError: it cannot be written, or exists (without `replace`).
-    """
+    """Yield a hidden path beside `path`; the file written there becomes `path` at the end."""
     target = _named(path)
     with writing(path):
         _require_absent(target, replace=replace)
@@ -120,16 +104,16 @@ def new_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def claimed(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Claim a place for hours of work, and yield a path of the same name in a hidden folder.
+    """Claim `path` for hours of work, and yield a path of the same name in a hidden folder.
 
-    The file or folder that is made there becomes `path` at the end; on an error, it is deleted. With `replace`, what is
-    at `path` is replaced only then.
+    The file or folder made there becomes `path` at the end; on an error, it is deleted. Only then does it replace
+    another one.
 
     Raises:
         OutputError: it cannot be written, exists (without `replace`), or another process has claimed it.
     """
     target = _named(path)
-    with writing(path), held(target) as folder:
+    with writing(path), lock_folder(target) as folder:
         _require_absent(target, replace=replace)
         yield (aside := folder / target.name)
         _require_absent(target, replace=replace)
@@ -138,44 +122,43 @@ def claimed(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
-    """Yield a new hidden folder that is deleted at the end; those that killed processes left are deleted first.
-
-    Raises:
-        OSError: nothing can be written there.
-    """
+    """Yield a new hidden folder that is deleted at the end, after leftovers of killed processes."""
     remove_leftovers(parent / name, further=".*")
-    with held(parent / f"{name}.{secrets.token_hex(4)}") as folder:
+    with lock_folder(parent / f"{name}.{secrets.token_hex(4)}") as folder:
         yield folder
 
 
 def remove_leftovers(path: Path, further: str = "") -> None:
-    """Delete what killed processes left of a file or folder, whose name may go on by a pattern, if it is not in use.
+    """Delete what killed processes left of a file or folder, and put back what they were about to replace.
 
-    What they were about to replace is put back. Folders of other programs have no lock.
+    `further` is a pattern for the rest of the name.
     """
     target = _named(path)
+    # Only folders with a lock, which are ours.
     for lock in target.parent.glob(f".{escape(target.name)}{further}{SUFFIX}.lock"):
-        with suppress(OSError, OutputError), held(_target(lock.with_suffix("")), patience=0):
+        with suppress(OSError, OutputError), lock_folder(_target(lock.with_suffix("")), patience=0):
             pass
 
 
 @contextmanager
-def held(path: Path, *, patience: float | None = None) -> Iterator[Path]:
+def lock_folder(path: Path, *, patience: float | None = None) -> Iterator[Path]:
     """Yield an empty hidden folder next to `path` that no other process uses, and delete it at the end.
 
-    A lock beside it is released when this process ends, even if it is killed. `patience` is how many seconds to wait
-    for another process.
+    Args:
+        path: the file or folder that is about to be written.
+        patience: how many seconds to wait for another process; `PATIENCE_SECONDS` by default.
 
     Raises:
-        OutputError: another process holds the folder for longer than that.
+        OutputError: another process holds the folder for longer.
         OSError: nothing can be written there.
     """
-    from filelock import FileLock, Timeout  # takes 50 ms
+    from filelock import FileLock, Timeout  # takes 50 ms to import
 
     target = _named(path)
     folder = _hidden(target)
-    _require_writable(target)  # where nothing can be made, FileLock waits
-    lock = FileLock(_hidden(target, ".lock"), PATIENCE if patience is None else patience, thread_local=False)
+    _require_writable(target)  # FileLock would wait for a folder to become writable
+    # The system releases it when this process ends, even if it is killed.
+    lock = FileLock(_hidden(target, ".lock"), PATIENCE_SECONDS if patience is None else patience, thread_local=False)
     try:
         lock.acquire()
     except Timeout as error:
@@ -191,7 +174,7 @@ def held(path: Path, *, patience: float | None = None) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             clear(folder)
-            # Last, so that what is left is known to be ours. Whoever waits for a lock that is gone makes a new one.
+            # Last: a folder without a lock is not known to be ours. Whoever waits for this lock makes a new one.
             _hidden(target, ".lock").unlink()
         lock.release()
 
@@ -200,19 +183,20 @@ def publish(aside: Path, path: Path) -> None:
     """Flush a complete file or folder to the disk and rename it to `path`, replacing what is there.
 
     Raises:
-        OSError: it cannot be renamed; what was there still is, once the place is no longer `held`.
+        OSError: it cannot be renamed; what was there is put back when `lock_folder` ends.
     """
-    for place in (*aside.rglob("*"), aside):
-        _flush(place)
+    for entry in (*aside.rglob("*"), aside):
+        _flush(entry)
     if aside.is_dir() and os.path.lexists(path):
-        # For a moment, there is neither. `clear` puts the old one back, here or after a kill in the next process.
+        # No system call replaces a folder, so for a moment there is neither. `clear` puts the old one back, in this
+        # process or, if it is killed, in the next.
         path.rename(_hidden(path, ".old"))
     aside.replace(path)
     _flush(path.parent)
 
 
 def _named(path: Path) -> Path:
-    """Return an absolute path that ends in a name."""
+    """Make a path absolute, ending in a name."""
     return path.absolute() if path.name not in ("", "..") else path.resolve()
 
 
@@ -235,14 +219,14 @@ def _target(folder: Path) -> Path:
 
 
 def clear(folder: Path) -> None:
-    """Delete a hidden folder, and what it replaced; if it did not, what was about to be replaced is put back."""
+    """Delete a hidden folder, and the old version of what it replaced, or put that back if it did not."""
     target = _target(folder)
     old = _hidden(target, ".old")
     if os.path.lexists(old) and not os.path.lexists(target):
         old.rename(target)
-    for place in (folder, old):
-        if place.is_dir() and not place.is_symlink():
-            shutil.rmtree(place)
+    for leftover in (folder, old):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
     old.unlink(missing_ok=True)  # a link to a folder
 
 
@@ -261,5 +245,5 @@ def _flush(path: Path) -> None:
 
 
 def to_json(value: Any) -> str:
-    """Return JSON as sleb writes it: indented, in UTF-8, without NaN or infinity."""
+    """Write a value as indented JSON, without NaN or infinity."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,37 +1,37 @@
-"""The events that the engine reports to a listener, which may be a screen, a log, or a list in a test."""
+"""What does the engine report to a listener, which may be a screen, a log, or a list in a test?"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-# Tasks that a screen shows in their own way.
+# Screens show these tasks in their own way.
 SEARCH_TASK = "Search"
 SCORING_TASK = "Scoring candidates"
 HEAL_TASK = "Healing"
 
 
 class Event:
-    """What a listener is told."""
+    """Any event."""
 
 
 @dataclass(frozen=True)
 class Notice(Event):
-    """A sentence for the user, though nothing is wrong."""
+    """A sentence for the user; nothing is wrong."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Warned(Event):
-    """A sentence the user should see even when progress and notes are hidden."""
+    """A sentence that the user sees even if progress and notes are hidden."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class TaskStarted(Event):
-    """A task starts; `total` is in `unit`, or None if unknown."""
+    """A task starts; `total` is in `unit`."""
 
     task: str
     total: int | None = None
@@ -40,7 +40,7 @@ class TaskStarted(Event):
 
 @dataclass(frozen=True)
 class TaskAdvanced(Event):
-    """`done` more units of the task are finished, or parts of one; `note` is an intermediate result, if any."""
+    """`done` more units are finished, maybe a fraction; `note` is an intermediate result."""
 
     task: str
     done: float = 1
@@ -49,7 +49,7 @@ class TaskAdvanced(Event):
 
 @dataclass(frozen=True)
 class TaskFinished(Event):
-    """The task is finished."""
+    """A task is finished."""
 
     task: str
 
@@ -84,7 +84,7 @@ class BlocksSwapped(Event):
 
 @dataclass(frozen=True)
 class BlockRemoved(Event):
-    """A step is decided; `removals` lists all removed blocks if they are not the previous ones plus `block`."""
+    """A step is decided; `removals` are all removed blocks, if they are not the previous ones and `block`."""
 
     step: int
     block: int
@@ -109,16 +109,14 @@ def no_progress(done: float = 1, note: str = "") -> None:
 
 @contextmanager
 def task(notify: Notify, name: str, total: int | None = None, unit: str = "") -> Iterator[Advance]:
-    """Report the start and end of a task; the yielded function reports its progress.
-
-    If the body raises, the task is never reported as finished.
-    """
+    """Report the start and end of a task; the yielded function reports its progress."""
     notify(TaskStarted(name, total, unit))
 
     def advance(done: float = 1, note: str = "") -> None:
         notify(TaskAdvanced(name, done, note))
 
     yield advance
+    # Not in `finally`: a task that raised is not finished.
     notify(TaskFinished(name))
 
 

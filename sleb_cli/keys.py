@@ -1,4 +1,4 @@
-"""The keys of what is kept and found again: all that it depends on, put together here and nowhere else."""
+"""By which keys are saved numbers found again? By all that they depend on."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def key_of(
     versions: Mapping[str, str] | None = None,
     **depends: Any,
 ) -> Key:
-    """Return the key of what is computed of a model.
+    """Return the key of numbers computed with a model.
 
     Args:
-        model: hashes of its files that decide a number.
-        dtype: the data type it is computed in.
+        model: hashes of the files that decide a number.
+        dtype: the data type of the computation.
         device: the kind of device: cpu, cuda.
-        versions: those of sleb, torch and transformers, if they are not the installed ones.
-        **depends: whatever else another value of would give another result, as JSON holds it.
+        versions: of sleb, torch and transformers; the installed ones by default.
+        **depends: whatever else changes the numbers, as JSON.
     """
     installed = {"sleb": __version__, "torch": version("torch"), "transformers": version("transformers")}
     return {"versions": versions or installed, "model": model, "dtype": dtype, "device": device, **depends}
 
 
 def name_of(key: Key) -> str:
-    """Return 64 hexadecimal digits that stand for a key, in the names of files."""
+    """Return 64 hexadecimal digits for a key, to name files."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Calls of a plugin's methods: what they raise, or return that cannot be used, names the plugin."""
+"""Whose mistake is it? What a plugin's method raises, or returns and cannot be used, names the plugin."""
 
 from __future__ import annotations
 
@@ -19,71 +19,74 @@ T = TypeVar("T")
 REPORT = "Report it to the plugin's author."
 
 
-def named(offer: T, who: str) -> T:
-    """Return a copy of what a plugin offers whose mistakes are said to be of `who`."""
+def blame(offer: T, who: str) -> T:
+    """Return a copy of a plugin's offer whose errors name `who`."""
     if isinstance(offer, FamilyAdapter):
-        return replace(offer, config_keys={key: _called(who, pruner) for key, pruner in offer.config_keys.items()})
-    return _with_calls(copy(offer), who)
+        return replace(offer, config_keys={key: _wrap(who, pruner) for key, pruner in offer.config_keys.items()})
+    return _wrap_methods(copy(offer), who)
 
 
-def _with_calls(found: T, who: str) -> T:
-    """Wrap the methods of the contract, and no others, which may raise what the plugin itself catches."""
-    bases = [base for base in type(found).__mro__ if base.__module__.startswith("sleb_plugins.")]
+def _wrap_methods(offer: T, who: str) -> T:
+    # Only the methods of the contract: the plugin itself may catch what its other methods raise.
+    bases = [base for base in type(offer).__mro__ if base.__module__.startswith("sleb_plugins.")]
     for name in {name for base in bases for name, value in vars(base).items() if callable(value)}:
         if not name.startswith("_"):
-            if hasattr(vars(found).get(name), "__wrapped__"):  # of a metric that copied itself: bound to the original
-                object.__delattr__(found, name)
-            object.__setattr__(found, name, _called(who, getattr(found, name), name))
-    return found
+            # A metric that copied itself still has a wrapper that is bound to the original.
+            if hasattr(vars(offer).get(name), "__wrapped__"):
+                object.__delattr__(offer, name)
+            object.__setattr__(offer, name, _wrap(who, getattr(offer, name), name))
+    return offer
 
 
-def _called(who: str, method: Callable[..., Any], name: str = "") -> Callable[..., Any]:
-    fault = _FAULTS.get(name)
+def _wrap(who: str, method: Callable[..., Any], name: str = "") -> Callable[..., Any]:
+    find_fault = _FAULTS.get(name)
 
     @wraps(method)
     def call(*given: Any, **options: Any) -> Any:
         try:
-            found = method(*given, **options)
+            result = method(*given, **options)
         except Exception as error:
             if isinstance(error, SlebError) or is_out_of_memory(error):
                 raise
             frames = extract_tb(error.__traceback__)[1:]
+            # The last line of the plugin's own file, even if a library raised further down.
             last = [frame for frame in frames if frame.filename == frames[0].filename][-1:]
             where = "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in last)
             words = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": .")
             raise PluginError(f"{who} raised {words}{where}.", hint=REPORT) from error
-        if fault and not options and (needed := fault(found, *given)):
-            raise PluginError(f"{who} returned {_in_words(found)} from {name}, not {needed}.", hint=REPORT)
-        return _with_calls(found, who) if isinstance(found, LoadedModel) else found
+        if find_fault and not options and (needed := find_fault(result, *given)):
+            raise PluginError(f"{who} returned {_in_words(result)} from {name}, not {needed}.", hint=REPORT)
+        return _wrap_methods(result, who) if isinstance(result, LoadedModel) else result
 
     return call
 
 
-def _fault_of_tokens(found: Any, *given: Any) -> str | None:
+def _fault_of_tokens(result: Any, *given: Any) -> str | None:
     from torch import Tensor
 
-    shape, tensors = given[0].shape[:-1], [each for each in given if isinstance(each, Tensor)]
-    if _has_shape(found, shape) and not (found.isnan().any() and all(each.isfinite().all() for each in tensors)):
+    shape, tensors = given[0].shape[:-1], [value for value in given if isinstance(value, Tensor)]
+    # NaN is only the plugin's fault if the model itself computed finite numbers.
+    if _has_shape(result, shape) and not (result.isnan().any() and all(tensor.isfinite().all() for tensor in tensors)):
         return None
     return f"a number for each position: a tensor of shape {(*shape,)}"
 
 
-def _fault_of_experts(found: Any, use: Any, block: int) -> str | None:
-    if _has_shape(found, use.tokens.shape) and found.isfinite().all():
+def _fault_of_experts(result: Any, use: Any, block: int) -> str | None:
+    if _has_shape(result, use.tokens.shape) and result.isfinite().all():
         return None
     return f"a finite number for each expert: a tensor of shape {(*use.tokens.shape,)}"
 
 
-def _fault_of_run(found: Any, prompts: Any, new_tokens: int) -> str | None:
-    if isinstance(found, TimedRun) and new_tokens in (0, len(found.token_seconds)):
-        times = (found.seconds, *found.token_seconds)
-        if all(isinstance(each, int | float) and 0 <= each < math.inf for each in times) and found.seconds:
+def _fault_of_run(result: Any, prompts: Any, new_tokens: int) -> str | None:
+    if isinstance(result, TimedRun) and new_tokens in (0, len(result.token_seconds)):
+        times = (result.seconds, *result.token_seconds)
+        if all(isinstance(seconds, int | float) and 0 <= seconds < math.inf for seconds in times) and result.seconds:
             return None
     return f"a TimedRun of more than 0 seconds, with {new_tokens} token_seconds"
 
 
 def _fault_unless(kind: Any, needed: str) -> Callable[..., str | None]:
-    return lambda found, *given: None if isinstance(found, kind) and found == found else needed  # NaN is not itself
+    return lambda result, *given: None if isinstance(result, kind) and result == result else needed  # NaN is not itself
 
 
 _FAULTS: dict[str, Callable[..., str | None]] = {
@@ -91,25 +94,25 @@ _FAULTS: dict[str, Callable[..., str | None]] = {
     "fingerprint": _fault_unless(str, "a str"),
     "score_tokens": _fault_of_tokens,
     "score_block": _fault_unless(int | float, "a number (float or int)"),
-    # Whose NaN may be the model's.
-    "score_model": lambda found, *given: None if isinstance(found, int | float) else "a number (float or int)",
+    # NaN may be the model's fault.
+    "score_model": lambda result, *given: None if isinstance(result, int | float) else "a number (float or int)",
     "score_experts": _fault_of_experts,
     "export": _fault_unless(str, "a str"),
     "load": _fault_unless(LoadedModel, "a LoadedModel"),
     "run": _fault_of_run,
 }
-"""What a method should have returned, in words, if it returned something else."""
+"""By method: describes what it should have returned, if it returned something else."""
 
 
-def _has_shape(found: Any, shape: Any) -> bool:
+def _has_shape(result: Any, shape: Any) -> bool:
     from torch import Tensor
 
-    return isinstance(found, Tensor) and found.shape == shape and not found.is_complex()
+    return isinstance(result, Tensor) and result.shape == shape and not result.is_complex()
 
 
-def _in_words(found: Any) -> str:
-    if hasattr(found, "shape"):
-        nan = " with NaN or infinity" if hasattr(found, "isfinite") and not found.isfinite().all() else ""
-        dtype = str(found.dtype).removeprefix("torch.")
-        return f"a {dtype} {type(found).__name__} of shape {(*found.shape,)}{nan}"
-    return f"a list of {len(found)}" if isinstance(found, list) else repr(found)[:80]
+def _in_words(result: Any) -> str:
+    if hasattr(result, "shape"):
+        nan = " with NaN or infinity" if hasattr(result, "isfinite") and not result.isfinite().all() else ""
+        dtype = str(result.dtype).removeprefix("torch.")
+        return f"a {dtype} {type(result).__name__} of shape {(*result.shape,)}{nan}"
+    return f"a list of {len(result)}" if isinstance(result, list) else repr(result)[:80]

@@ -1,4 +1,4 @@
-"""Find the installed plugins, set broken ones aside, and choose among what the others offer."""
+"""Which plugins are installed, and what do they offer? Broken ones are set aside."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 import pluggy
 
 from sleb_cli.events import Notice, Notify, Warned
-from sleb_cli.plugin_calls import named
+from sleb_cli.plugin_calls import blame
 from sleb_cli.requests import TRANSFORMERS
 from sleb_cli.synonyms import SYNONYMS
 from sleb_cli.version import __version__
@@ -79,7 +79,7 @@ class Offer:
 
 
 _TRANSFORMERS = Offer("engine", TRANSFORMERS, None, Plugin(TRANSFORMERS, "sleb_cli.engine.speed", "sleb", __version__))
-"""What runs models by itself."""
+"""The engine that is built in."""
 
 
 @dataclass(frozen=True)
@@ -98,28 +98,22 @@ class Registry:
     failures: tuple[Failure, ...]
 
     def metric(self, text: str) -> Metric:
-        """Return a metric by `NAME` or `NAME:ARGUMENT`.
-
-        Raises:
-            UsageError: no plugin offers it, or its argument is missing or invalid.
-            PluginError: two plugins offer it.
-            DataError: its argument names something that does not exist.
-        """
+        """Return a metric by `NAME` or `NAME:ARGUMENT`."""
         name, colon, argument = text.partition(":")
         offer = self.choose("metric", name)
         metric: Metric = offer.value
         if colon:
-            found = copy(metric.with_argument(argument))
-            if found.name == metric.name:  # two arguments would be one metric to whoever looks up its scores
-                object.__setattr__(found, "name", text)
-            return _named("metric", found, offer.plugin)
+            parsed = copy(metric.with_argument(argument))
+            if parsed.name == metric.name:  # scores are saved by name, which must tell two arguments apart
+                object.__setattr__(parsed, "name", text)
+            return _blame_plugin("metric", parsed, offer.plugin)
         if metric.argument and not metric.argument.startswith("["):
             raise UsageError(f"The metric {name!r} needs an argument.", hint=f"Write {name}:{metric.argument}.")
         return metric
 
     def metric_record(self, metric: Metric) -> MetricRecord:
-        """Return what the scores of a metric depend on."""
-        from sleb_cli.plan import MetricRecord  # as slow as all else that the first word on the screen needs
+        """Record what the scores of a metric depend on."""
+        from sleb_cli.plan import MetricRecord  # slow: it would double the time to the first word on the screen
 
         plugin = self.choose("metric", metric.name.partition(":")[0]).plugin
         return MetricRecord(
@@ -130,38 +124,29 @@ class Registry:
         )
 
     def choose(self, kind: Kind, name: str) -> Offer:
-        """Return what a plugin offers by this name.
-
-        Raises:
-            UsageError: no plugin offers it.
-            PluginError: two plugins offer it.
-        """
+        """Return the offer of this name; refuse one that no plugin makes, or two."""
         if offer := self._claimant(kind, name):
             return offer
         names = sorted(known for known_kind, known in self._claims if known_kind == kind)
         raise UsageError(f"Unknown {kind} {name!r}.", hint=SYNONYMS.get(f"{kind} {name}") or did_you_mean(name, names))
 
     def family(self, model_type: str) -> FamilyAdapter | None:
-        """Return the adapter that claims `model_type`, or None.
-
-        Raises:
-            PluginError: two plugins claim it.
-        """
+        """Return the adapter that claims `model_type`, if any; refuse a claim by two plugins."""
         offer = self._claimant("model_type", model_type)
         return offer.value if offer else None
 
     def third_party(self) -> dict[str, str]:
-        """Return the version of each package other than sleb that offers something."""
+        """Return the version of each package but sleb that offers something."""
         return {o.plugin.package: o.plugin.version for o in self.offers if o.plugin.package != "sleb"}
 
     def behind(self, **names: str | None) -> dict[str, str]:
-        """Return the versions of those that offer these, by kind: family="acme", engine="steady"."""
+        """Return the versions of the packages that offer these, by kind: family="acme", engine="steady"."""
         offers = (offer for offer in self.offers if names.get(offer.kind) == offer.name)
         return Registry(tuple(offers), ()).third_party()
 
     @property
     def collisions(self) -> tuple[str, ...]:
-        """One sentence for each name or model type that two plugins claim."""
+        """A sentence for each name or model type that two plugins claim."""
         return tuple(_collision(*claim, rivals).message for claim, rivals in self._claims.items() if len(rivals) > 1)
 
     @cached_property
@@ -175,14 +160,14 @@ class Registry:
         return claims
 
     def _claimant(self, kind: str, name: str) -> Offer | None:
-        found = self._claims.get((kind, name), [])
-        if len(found) > 1:
-            raise _collision(kind, name, found)
-        return found[0] if found else None
+        offers = self._claims.get((kind, name), [])
+        if len(offers) > 1:
+            raise _collision(kind, name, offers)
+        return offers[0] if offers else None
 
 
 def load_registry(notify: Notify) -> Registry:
-    """Load the plugins: name other packages before their code runs, and warn about each that fails."""
+    """Load the plugins; name other packages before their code runs, and warn about each that fails."""
     if others := third_party_plugins():
         notify(Notice(f"Loading plugins of other packages: {', '.join(map(str, others))}."))
     registry = load_plugins()
@@ -192,15 +177,15 @@ def load_registry(notify: Notify) -> Registry:
 
 
 def third_party_plugins() -> list[Plugin]:
-    """Return the plugins of other packages, of which no code runs."""
+    """List the plugins of other packages, without running their code."""
     return [plugin for plugin in map(_plugin, entry_points(group=GROUP)) if plugin.package != "sleb"]
 
 
-def load_plugins(found: Iterable[EntryPoint] | None = None) -> Registry:
+def load_plugins(points: Iterable[EntryPoint] | None = None) -> Registry:
     """Load each installed plugin separately, so that a broken one affects no other."""
     offers: list[Offer] = []
     failures: list[Failure] = []
-    for entry_point in entry_points(group=GROUP) if found is None else found:
+    for entry_point in entry_points(group=GROUP) if points is None else points:
         plugin = _plugin(entry_point)
         try:
             offers += _offers(plugin, entry_point.load)
@@ -226,12 +211,12 @@ def _offers(plugin: Plugin, load: Callable[[], Any]) -> list[Offer]:
         raise TypeError(f"no function of {plugin.module} has @sleb_plugins.hookimpl, so it offers nothing")
     offers = []
     for hook in [hook for hook in _HOOKS if hook in implemented]:
-        kind, found = _HOOKS[hook][0], next(iter(getattr(manager.hook, hook)()), None)  # pluggy leaves out None
-        if not isinstance(found, Iterable):
-            raise TypeError(f"{hook} returns {found!r}, not a list")
-        for value in found:
+        kind, values = _HOOKS[hook][0], next(iter(getattr(manager.hook, hook)()), None)  # pluggy leaves out None
+        if not isinstance(values, Iterable):
+            raise TypeError(f"{hook} returns {values!r}, not a list")
+        for value in values:
             _require_usable(hook, value)
-            offers.append(Offer(kind, value.name, _named(kind, value, plugin), plugin))
+            offers.append(Offer(kind, value.name, _blame_plugin(kind, value, plugin), plugin))
     return offers
 
 
@@ -240,7 +225,7 @@ def _require_usable(hook: str, value: Any) -> None:
     if isinstance(value, type):
         raise TypeError(f"{hook} offers the class {value.__name__}, not an object: {value.__name__}()")
     if not isinstance(value, types):
-        raise TypeError(f"{hook} offers {value!r}, which is not a {' or '.join(each.__name__ for each in types)}")
+        raise TypeError(f"{hook} offers {value!r}, which is not a {' or '.join(type_.__name__ for type_ in types)}")
     name = getattr(value, "name", None)
     if not isinstance(name, str) or not name or ":" in name:
         raise TypeError(f"the {kind} {type(value).__name__} has the name {name!r}, which is no word")
@@ -248,19 +233,18 @@ def _require_usable(hook: str, value: Any) -> None:
         raise TypeError(f"the engine {name!r} reads {value.reads!r}, not one of {', '.join(get_args(Reads))}")
 
 
-def _named(kind: Kind, value: T, plugin: Plugin) -> T:
-    """Return what a plugin offers so that its mistakes name it; those of sleb's own are bugs of ours."""
-    if plugin.package == "sleb":
+def _blame_plugin(kind: Kind, value: T, plugin: Plugin) -> T:
+    if plugin.package == "sleb":  # an error of ours is a bug, which keeps its traceback
         return value
-    return named(value, f"The {kind} {getattr(value, 'name', '')!r} of {plugin.package} {plugin.version}")
+    return blame(value, f"The {kind} {getattr(value, 'name', '')!r} of {plugin.package} {plugin.version}")
 
 
 def _hash_of_code(kind: type) -> str:
-    """Hash the files that define a class and its bases, up to our own; a class may have none, as in a session."""
+    """Hash the files that define a class and its bases, except for our own."""
     code = hashlib.sha256()
     for base in kind.__mro__:
         if base.__module__ not in ("builtins", "abc", Metric.__module__):
-            with suppress(OSError, TypeError):
+            with suppress(OSError, TypeError):  # a class in an interactive session has no file
                 code.update(Path(inspect.getfile(base)).read_bytes())
     return code.hexdigest()[:12]
 

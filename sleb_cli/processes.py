@@ -1,10 +1,10 @@
-"""This process's place among those that a launcher (`accelerate launch`, `torchrun`) started together."""
+"""Which of the processes that a launcher (`accelerate launch`, `torchrun`) started is this one?"""
 
 import os
 
 
 class WorkerFinished(Exception):
-    """This process has done its share of the work; the main process writes the result, or says what went wrong."""
+    """This process has done its share; the main one writes the result, or says what went wrong."""
 
     def __init__(self, exit_code: int = 0) -> None:
         super().__init__(exit_code)
@@ -12,7 +12,7 @@ class WorkerFinished(Exception):
 
 
 def process_count() -> int:
-    """Return the number of processes that work together."""
+    """Return the number of processes on all machines."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -22,12 +22,12 @@ def process_rank() -> int:
 
 
 def local_count() -> int:
-    """Return the number of processes that work together on this machine."""
+    """Return the number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
-    """Return the number of this process among those on this machine, from 0."""
+    """Return the number of this process on this machine, from 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 

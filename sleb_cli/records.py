@@ -1,4 +1,4 @@
-"""What plans and results share: strict records, and the identity of a model."""
+"""What do plans and results share? Strict records, the model's identity, and the proof."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from sleb_cli.names import without_folders
 from sleb_cli.units import format_bytes
 from sleb_cli.version import __version__
 
-LARGEST = 64 << 20
-"""The largest record that is read, in bytes."""
+MAX_BYTES = 64 << 20
+"""The largest record that is read."""
 
 # A list of three bytes takes hundreds in memory, and pydantic keeps an error for each wrong item.
-MOST_PARTS, MOST_ITEMS, MOST_FAULTS = 1 << 19, 1 << 21, 1000
+MAX_CONTAINERS, MAX_ITEMS, MAX_FAULTS = 1 << 19, 1 << 21, 1000
 
-MOST_BLOCKS = 4096
+MAX_BLOCKS = 4096
 """More than any model has."""
 
 Perplexity = Annotated[float, Field(gt=0)]
-
 
 _FAULTS = {"missing": "missing", "extra_forbidden": "unknown"}
 
@@ -34,33 +33,31 @@ class UnreadableRecord(ValueError):
     """A file is not a record; the message says why."""
 
 
-def why_not_read(path: Path, most: int | None = None) -> str | None:
-    """Return why a path should not be opened ("it is a folder"); None if it is a file of at most `most` bytes.
-
-    Opening a pipe can block, and a device can be endless.
+def why_not_read(path: Path, limit: int | None = None) -> str | None:
+    """Say why a path should not be opened ("it is a folder"), unless it is a file of at most `limit` bytes.
 
     Raises:
         OSError: the file is missing or out of reach.
     """
-    found = path.stat()
-    if stat.S_ISDIR(found.st_mode):
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
         return "it is a folder"
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe can block, and a device can be endless
         return "it is a pipe or a device, not a file"
-    if most is not None and found.st_size > most:
-        return f"it has {format_bytes(found.st_size)}, more than the limit of {format_bytes(most)}"
+    if limit is not None and status.st_size > limit:
+        return f"it has {format_bytes(status.st_size)}, more than the limit of {format_bytes(limit)}"
     return None
 
 
-def read_text(path: Path, most: int = LARGEST) -> str:
-    """Return the text of a record, which may come from anyone.
+def read_text(path: Path, limit: int = MAX_BYTES) -> str:
+    """Read the text of a record, which may come from a stranger.
 
     Raises:
         FileNotFoundError: the file is missing.
         UnreadableRecord: the file cannot be read, is not text, or is too large.
     """
     try:
-        if reason := why_not_read(path, most):
+        if reason := why_not_read(path, limit):
             raise UnreadableRecord(reason)
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -69,21 +66,21 @@ def read_text(path: Path, most: int = LARGEST) -> str:
         raise UnreadableRecord(error.strerror or "it cannot be opened") from error
     except UnicodeDecodeError as error:
         raise UnreadableRecord("it is not text") from error
-    if sum(map(text.count, ("{", "[", '":'))) > MOST_PARTS or text.count(",") > MOST_ITEMS:
+    if sum(map(text.count, ("{", "[", '":'))) > MAX_CONTAINERS or text.count(",") > MAX_ITEMS:
         raise UnreadableRecord("it has more items than any record of sleb")
     return text
 
 
 def first_fault(error: ValidationError, whole: str) -> str:
-    """Return the first fault and its place in a few words; `whole` names the data itself."""
-    if error.error_count() > MOST_FAULTS:  # pydantic lists all errors or none
+    """Describe the first fault and its location; `whole` names the data itself."""
+    if error.error_count() > MAX_FAULTS:  # pydantic lists all errors or none
         return f"{whole} has {error.error_count():,} faults"
     first = error.errors(include_url=False)[0]
     is_number = first["type"] == "literal_error" and isinstance(first["input"], int) and abs(first["input"]) < 1000
-    found = f", not {first['input']}" if is_number else ""
-    place = [str(part) if len(str(part)) <= 40 else f"{str(part)[:40]}…" for part in first["loc"]]
+    actual = f", not {first['input']}" if is_number else ""
+    location = [str(key) if len(str(key)) <= 40 else f"{str(key)[:40]}…" for key in first["loc"]]
     words = _FAULTS.get(first["type"]) or first["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    return f"{'.'.join(place) or whole}: {words.rstrip('.')}{found}"
+    return f"{'.'.join(location) or whole}: {words.rstrip('.')}{actual}"
 
 
 THIS_VERSION: Mapping[str, Any] = {"schema_version": 1, "sleb_version": __version__}
@@ -92,7 +89,7 @@ THIS_VERSION: Mapping[str, Any] = {"schema_version": 1, "sleb_version": __versio
 
 @dataclass(frozen=True)
 class Public:
-    """Marks a field that may name something local; `name` returns the name without folders."""
+    """Marks a field that may name local files; `name` returns the value without folders."""
 
     name: Callable[[str], str]
 
@@ -120,12 +117,12 @@ class Record(BaseModel):
         return self.model_dump(mode="json")
 
     def published(self) -> Self:
-        """Return the record as it may be published: local models and texts are named without their folders."""
+        """Return the record without the folders of local models and texts."""
         fields = type(self).model_fields.items()
         return self.model_copy(update={name: _published(getattr(self, name), field.metadata) for name, field in fields})
 
     def write(self, path: Path) -> None:
-        """Write the record atomically: the whole file, or none."""
+        """Write the record atomically."""
         write_text(path, to_json(self.to_data()))
 
 
@@ -133,7 +130,7 @@ def _published(value: Any, metadata: Sequence[object]) -> Any:
     if isinstance(value, Record):
         return value.published()
     if isinstance(value, tuple):
-        return tuple(_published(each, metadata) for each in value)
+        return tuple(_published(item, metadata) for item in value)
     return next((mark.name(value) for mark in metadata if isinstance(mark, Public)), value)
 
 
@@ -145,11 +142,10 @@ class VersionedRecord(Record):
 
 
 class ModelRecord(Record):
-    """The model; `id` is what the user named, a folder or file as an absolute path.
+    """The model; `id` is the name of a Hub model, or the absolute path of a folder or file.
 
-    In a checkpoint, which may be published, it is the name of that folder or file alone. `revision` is a commit of the
-    Hub. `code` is a SHA-256 over the Python files that come with the model, if the user let them run. `dtype` is the
-    data type of its weights, which need not be the one that sleb computes in.
+    In a checkpoint, which may be published, `id` has no folders. `revision` is a commit of the Hub. `code` is a SHA-256
+    of the Python files that come with the model, if the user let them run. `dtype` is the data type of its weights.
     """
 
     id: Annotated[str, Public(without_folders)]
@@ -157,12 +153,12 @@ class ModelRecord(Record):
     fingerprint: str
     model_type: str
     family: str
-    blocks: Annotated[int, Field(ge=1, le=MOST_BLOCKS)]
+    blocks: Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
     code: str | None = None
     dtype: str | None = None
 
     def computed_in(self, dtype: str) -> str:
-        """Return a data type for display, with that of the weights if it is another one."""
+        """Write a data type of computation, and the weights' own if it differs."""
         return dtype if self.dtype in (None, dtype) else f"{dtype} (weights: {self.dtype})"
 
 
@@ -172,19 +168,17 @@ Check = Literal[
 ]  # fmt: skip
 """What a proof can check in a checkpoint: see `engine/output/proof.py`."""
 
-
 Reference = Literal["dense", "recovered", "whole", "fewer experts", "fewer experts per token"]
 """What logits are compared with: see `Proof`."""
 
 
 class Proof(Record):
-    """What was checked in a checkpoint, in which data type and on which device, and how close the logits are.
+    """What was checked in a checkpoint, and how close its logits are.
 
-    `reference` is what its logits were compared with: the dense model with these blocks skipped ("dense"), the same
-    with the recovered weights ("recovered"), the dense model if only tokens go ("whole"), or the dense model whose
-    routers cannot choose these experts ("fewer experts") or choose fewer ("fewer experts per token"). `partial` says
-    why not everything was checked, if so. The numbers are null if no logits were compared; differences are relative to
-    the largest logit.
+    `reference` is what they were compared with: the dense model with these blocks skipped ("dense"), also with the
+    recovered weights ("recovered"), the dense model if only tokens go ("whole"), or the dense model whose routers
+    cannot choose these experts ("fewer experts") or choose fewer ("fewer experts per token"). `partial` says why some
+    checks were skipped. Numbers are null if no logits were compared; differences are relative to the largest logit.
     """
 
     checks: tuple[Check, ...]
@@ -201,9 +195,9 @@ class Proof(Record):
     cache_tolerance: float | None = None
 
 
-def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    """Return the differences between two records' data, or an empty string: "search.metric: nll, not cosine; …"."""
-    left, right = _flat(found), _flat(expected)
+def differences(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """Describe the differences of two records' data, if any: "search.metric: nll, not cosine; …"."""
+    left, right = _flat(actual), _flat(expected)
     return "; ".join(
         f"{name}: {left.get(name)}, not {right.get(name)}"
         for name in dict.fromkeys([*left, *right])

@@ -1,4 +1,4 @@
-"""What people type who have not read the help, and what it is called here."""
+"""What do people type who have not read the help, and what should they type here?"""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ SYNONYMS: Mapping[str, str] = {
     **dict.fromkeys(["metric perplexity", "metric ppl"], "Use nll, its logarithm."),
     **dict.fromkeys(["metric shortgpt", "metric bi"], "Use cosine, with --strategy oneshot."),
 }
-"""The hint for a wrong command, for a wrong option of any command or of one, for a message, and for an offer."""
+"""Hints by wrong command, by wrong option of any command or one, by message, and by kind and name of an offer."""
 
 
 def hint_for(command: str, message: str, option: str | None, words: list[str]) -> str | None:
-    """Return what to do about a command line that cannot be read, `option` being the unknown one."""
+    """Return the hint for a command line that cannot be read; `option` is the unknown one."""
     verb = command.removeprefix("sleb").strip()
     if "No such command" in message and words:
         is_model = words[0] == "demo" or "/" in words[0] or words[0].endswith(".gguf")

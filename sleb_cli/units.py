@@ -1,4 +1,4 @@
-"""Quantities as people write and read them, the same in every table, sentence and picture."""
+"""How are quantities read and written, in options, tables, sentences and pictures?"""
 
 from __future__ import annotations
 
@@ -18,11 +18,7 @@ _BYTES = re.compile(r"(\d*\.?\d+)\s*(?:([kmgtpe])(i?))?b?", re.ASCII)
 
 
 def parse_count(text: str, option: str) -> float:
-    """Read "1.2B", "600M" or "135000000".
-
-    Raises:
-        UsageError: `text`, the value of `option`, is no number above 0.
-    """
+    """Read "1.2B", "600M" or "135000000"; `option` names it in an error."""
     unit = text[-1:].lower()
     try:
         count = float(text[:-1] if unit in _COUNTS else text) * _COUNTS.get(unit, 1)
@@ -34,11 +30,7 @@ def parse_count(text: str, option: str) -> float:
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """Read "5GB", "500 MB" (powers of ten), "8GiB", "8Gi" (powers of two) or a plain number of bytes.
-
-    Raises:
-        UsageError: `text`, the value of `option`, is no number of bytes above 0.
-    """
+    """Read "5GB", "500 MB" (powers of ten), "8GiB", "8Gi" (powers of two) or a plain number of bytes."""
     match = _BYTES.fullmatch(text.strip().lower())
     count = float(match[1]) * (1024 if match[3] else 1000) ** " kmgtpe".index(match[2] or " ") if match else 0.0
     if not 1 <= count < math.inf:
@@ -47,13 +39,9 @@ def parse_bytes(text: str, option: str) -> int:
 
 
 def parse_ratio(text: str) -> Fraction:
-    """Read a ratio exactly as written, so that 0.2 of 35 blocks is 7.
-
-    Raises:
-        UsageError: the text is not a number above 0 and below 1.
-    """
+    """Read a ratio exactly, so that 0.2 of 35 blocks is 7: 0.2, 20%, 1/5."""
     try:
-        # By way of a float, whose repr has the same digits: Fraction("1e-999999999") would be computed for hours.
+        # A float's repr has the same digits, and Fraction("1e-999999999") would compute for hours.
         share = text.removesuffix("%")
         ratio = Fraction(text if "/" in text else repr(float(share))) / (100 if text.endswith("%") else 1)
     except (ValueError, ZeroDivisionError):
@@ -64,11 +52,7 @@ def parse_ratio(text: str) -> Fraction:
 
 
 def dtype_in_full(text: str) -> str:
-    """Read the name of a data type: bf16 is bfloat16.
-
-    Raises:
-        UsageError: there is no such data type.
-    """
+    """Return the full name of a data type: bfloat16 for bf16."""
     full = _SHORT.get(text, text)
     if full not in _DTYPES:
         raise UsageError(f"Unknown data type {text!r}.", hint=f"Choose {', '.join(_DTYPES)}.")
@@ -76,7 +60,7 @@ def dtype_in_full(text: str) -> str:
 
 
 def format_count(number: float) -> str:
-    """Return a number of parameters as text: 134.5M, 1.19B."""
+    """Write a number of parameters: 134.5M, 1.19B."""
     for unit in ("", "k", "M"):
         if number < 1000:
             return f"{number:.4g}{unit}"
@@ -85,7 +69,7 @@ def format_count(number: float) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """Return a number of bytes as text, in powers of ten: 98.4 MB, 2.38 GB."""
+    """Write a number of bytes, in powers of ten: 98.4 MB, 2.38 GB."""
     for unit in ("B", "kB", "MB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"
@@ -94,9 +78,9 @@ def format_bytes(count: float) -> str:
 
 
 def spans(blocks: Collection[int]) -> str:
-    """Return the blocks in order, with runs of three or more shortened: 3, 10-14."""
+    """Write the blocks in order, with runs of three or more shortened: 3, 10-14."""
     parts: list[str] = []
-    # In a run, a block and its place in the order grow alike.
+    # In a run, a block minus its index is constant.
     for _, numbered in groupby(enumerate(sorted(blocks)), lambda pair: pair[1] - pair[0]):
         run = [block for _, block in numbered]
         parts += [f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run)
@@ -104,47 +88,47 @@ def spans(blocks: Collection[int]) -> str:
 
 
 def format_perplexity(value: float) -> str:
-    """Return a perplexity: 14.87, 2,310."""
+    """Write a perplexity: 14.87, 2,310."""
     return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
 
 
 def format_milliseconds(value: float) -> str:
-    """Return milliseconds with three digits, or seconds: 4.21 ms, 312 ms, 1.85 s."""
+    """Write milliseconds with three digits, or seconds: 4.21 ms, 312 ms, 1.85 s."""
     if value >= 1000:
         return f"{value / 1000:.2f} s"
     return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms" if value >= 10 else f"{value:.2f} ms"
 
 
 def format_seconds(value: float) -> str:
-    """Return a duration of work: 48 s, 12 min, 3.2 h."""
+    """Write seconds: 48 s, 12 min, 3.2 h."""
     if value < 120:
         return f"{value:.0f} s"
     return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
 
 
 def format_share(share: float, *, signed: bool = False) -> str:
-    """Return a share in percent, with one decimal below 100%: 93.4%, +212%."""
+    """Write a share in percent, with one decimal below 100%: 93.4%, +212%."""
     digits = 1 if abs(share) < 0.9995 else 0
     return f"{share:{'+' if signed else ''}.{digits}%}"
 
 
 def format_change(change: float) -> str:
-    """Return a relative change: +39.0%, -2.1%, 14.3x for what is several times as much."""
+    """Write a relative change: +39.0%, -2.1%, or 14.3x from 200% on."""
     if change < 2:
         return format_share(change, signed=True)
     return f"{1 + change:.3g}x" if 1 + change < 99.95 else f"{1 + change:,.0f}x"
 
 
 def format_probability(value: float) -> str:
-    """Return a p-value: 0.031, < 0.001."""
+    """Write a p-value: 0.031, < 0.001."""
     return "< 0.001" if value < 0.001 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
 
 
 def in_shell(name: str) -> str:
-    """Return the name of a file or folder as one word of a shell that no program takes for an option."""
+    """Quote a file name for a shell, so that no program takes it for an option."""
     return shlex.quote(f"./{name}" if name.startswith("-") else name)
 
 
 def plural(count: int, noun: str) -> str:
-    """Return a count and its noun: 1 block, 1,200 items."""
+    """Write a count and its noun: 1 block, 1,200 items."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

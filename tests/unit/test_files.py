@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sleb_cli import atomic
-from sleb_cli.atomic import claimed, held, new_file, remove_leftovers, require_new_file, write_text
+from sleb_cli.atomic import claimed, lock_folder, new_file, remove_leftovers, require_new_file, write_text
 from sleb_cli.engine.files import tensors
 from sleb_cli.engine.files.copying import leads_out
 from sleb_cli.engine.files.fingerprint import fingerprint_files
@@ -100,8 +100,8 @@ def test_what_a_killed_process_left_is_removed_or_put_back(tmp_path, clean_up, w
 
 
 def test_a_place_that_another_process_writes_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(atomic, "PATIENCE", 0.0)
-    with held(tmp_path / "a") as folder:
+    monkeypatch.setattr(atomic, "PATIENCE_SECONDS", 0.0)
+    with lock_folder(tmp_path / "a") as folder:
         (folder / "a").write_text("half")
         remove_leftovers(tmp_path / "a")
         with pytest.raises(OutputError, match="Another sleb process is writing"):

@@ -12,7 +12,7 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-from sleb_cli.atomic import held, new_file, publish, remove_leftovers, scratch_folder, writing
+from sleb_cli.atomic import lock_folder, new_file, publish, remove_leftovers, scratch_folder, writing
 from sleb_cli.events import Notice, Notify
 from sleb_cli.keys import Key, name_of
 from sleb_cli.names import local_path
@@ -46,7 +46,7 @@ def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
         with writing(folder, hint=_ELSEWHERE):
             folder.parent.mkdir(parents=True, exist_ok=True)
             # Another process may be filling it, and be done when the wait ends.
-            with held(folder, patience=math.inf) as scratch:
+            with lock_folder(folder, patience=math.inf) as scratch:
                 if not folder.is_dir():
                     aside = scratch / name
                     aside.mkdir()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sleb_cli.asked.text_names import is_file
 from sleb_cli.engine.text.sources import CALIBRATION_PRESETS, EVALUATION_PRESETS, Dataset
-from sleb_cli.names import local_path, parts_of_mixture
+from sleb_cli.names import local_path, split_mixture
 from sleb_cli.plan import CalibrationRecord
 
 
@@ -15,7 +15,7 @@ def is_known(text: str, tokens_sha256: str, record: CalibrationRecord) -> bool:
     if tokens_sha256 == record.tokens_sha256:
         return True
     path, *split = _origin(text, EVALUATION_PRESETS)
-    origins = (_origin(source, CALIBRATION_PRESETS) for source, _ in parts_of_mixture(record.source))
+    origins = (_origin(source, CALIBRATION_PRESETS) for source, _ in split_mixture(record.source))
     # A published plan keeps only the name of a file.
     return any(split == rest and known == (path if "/" in known else Path(path).name) for known, *rest in origins)
 
