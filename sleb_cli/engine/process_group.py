@@ -131,7 +131,7 @@ def join_processes() -> Iterator[ProcessGroup]:
     group = ProcessGroup(process_rank(), process_count())
     hint = "Start them with `torchrun` or `accelerate launch`; for one alone, unset WORLD_SIZE."
     refused = error_saying(MachineError, "This process cannot connect to the others", hint)
-    with translate_errors(refused), _ended_by_signals():
+    with translate_errors(refused), _default_signal_handlers():
         store = next(iter(rendezvous("env://", timeout=STARTING_TIME)))[0]
         dist.init_process_group(_backends(), store=store, rank=group.rank, world_size=group.size, timeout=MAX_STEP)
     try:
@@ -148,7 +148,7 @@ def join_processes() -> Iterator[ProcessGroup]:
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
+def _default_signal_handlers() -> Iterator[None]:
     """Let signals end this process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -119,7 +119,7 @@ def test_packed_models_run_in_pairs_and_count_as_unpacked(bench, tmp_path, monke
     monkeypatch.setattr(Architecture, "is_quantized", True)
     monkeypatch.setattr(loaders, "load_dense", lambda *given: pack(load_dense(*given)))
     monkeypatch.setattr(loaders, "load_pruned", lambda *given, dense: pack(load_pruned(*given)))
-    monkeypatch.setattr(benchmark, "measure", instantly)
+    monkeypatch.setattr(benchmark, "time_in_turn", instantly)
     result = bench(folder, "--blocks", "1,2", "--remove", "1,2", "--prompt", *QUICK, "--json")
     assert together == [[(), (1,)], [(), (1, 2)]]
     data = json.loads(result.stdout)

@@ -127,11 +127,11 @@ def test_one_block_stays(search, sleb, tiny_llama):
 def test_a_speedup_is_predicted_from_two_depths_and_measured(search, tmp_path, full, monkeypatch):
     timed = []
 
-    def share_of_time(workload, dense, pruned, *given):
+    def relative_time(workload, dense, pruned, *given):
         timed.append(len(pruned.model.layers))
         return (timed[-1] + 4) / (len(dense.model.layers) + 4)
 
-    monkeypatch.setattr(speedup, "share_of_time", share_of_time)
+    monkeypatch.setattr(speedup, "relative_time", relative_time)
     result = search("--target-speedup", "1.25x", "-o", "fast.json")
     plan = read_plan(tmp_path / "fast.json")
     assert plan.removals == full.removals[:2]  # 10 / 8
@@ -144,5 +144,5 @@ def test_a_speedup_is_predicted_from_two_depths_and_measured(search, tmp_path, f
     assert read_plan(tmp_path / "more.json").removals == full.removals[:3]
     beyond = search("--target-speedup", 1.7, "-o", "most.json", code=2)
     assert "At most 4 blocks can be removed, which leaves the model at 1.67x the speed" in beyond.stderr
-    monkeypatch.setattr(speedup, "share_of_time", lambda *given: 1.0)
+    monkeypatch.setattr(speedup, "relative_time", lambda *given: 1.0)
     assert "generation does not get faster" in search("--target-speedup", 1.1, code=2).stderr

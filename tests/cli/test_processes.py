@@ -106,7 +106,7 @@ def test_a_speedup_is_timed_by_one_of_them(search, tmp_path, monkeypatch):
     def timed(*arguments):
         return 0.6 if process_rank() == 0 else 5.0
 
-    monkeypatch.setattr(speedup, "share_of_time", timed)
+    monkeypatch.setattr(speedup, "relative_time", timed)
     target = [word for word in search if word not in ("--remove", 3)]
     all_well(together(2, *target, "--target-speedup", 1.3, "-o", "plan.json", "-q"))
     assert read_plan(tmp_path / "plan.json").search.target.reached == 1 / 0.6

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from sleb_cli import atomic
 from sleb_cli.atomic import claimed, lock_folder, new_file, remove_leftovers, require_new_file, write_text
 from sleb_cli.engine.files import tensors
-from sleb_cli.engine.files.copying import leads_out
+from sleb_cli.engine.files.copying import links_outside
 from sleb_cli.engine.files.fingerprint import fingerprint_files
 from sleb_cli.engine.files.weights import find_weights
 from sleb_cli.engine.model.source import ModelSource
@@ -209,10 +209,10 @@ def test_links_that_lead_out_of_a_folder_are_found(tmp_path):
     for name, target in targets.items():
         (folder / name).symlink_to(target)
     for place in (folder, alias):
-        assert [name for name in targets if leads_out(place / name, place)] == ["out", "up"]
+        assert [name for name in targets if links_outside(place / name, place)] == ["out", "up"]
     (tmp_path / "blobs").rmdir()
     (tmp_path / "blobs").symlink_to("/")  # as an archive may hold it: everything would be the cache's own
-    assert leads_out(folder / "out", folder)
+    assert links_outside(folder / "out", folder)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, BloomConfig
 
 from conftest import gpt2_config, llama_config, opt_config, random_model
 from sleb_cli.engine.forward.fork import SizesWalk, Walk, walk_together
-from sleb_cli.engine.forward.predictions import PredictionsInTurn
+from sleb_cli.engine.forward.predictions import SharedPredictions
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.states import States
 from sleb_plugins import UnsupportedModelError
@@ -171,7 +171,7 @@ def test_sizes_share_a_branch_as_far_as_they_agree(skippable, ids, ran):
 @pytest.mark.parametrize(("memory", "batches"), [(10**6, 2), (1, 1), (0, 0)])
 def test_sizes_in_turn_share_work_while_there_is_room(skippable, ids, ran, memory, batches):
     """Of two batches, as many are run once for all sizes as fit."""
-    shared = PredictionsInTurn(skippable, SIZES, memory)
+    shared = SharedPredictions(skippable, SIZES, memory)
     for size in SIZES:
         for batch in (ids, ids[:1, :9]):
             assert torch.equal(shared.logits(batch, size), skippable.logits(batch, size))

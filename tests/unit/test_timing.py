@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sleb_cli.engine import statistics
-from sleb_cli.engine.speed.timing import WARMUP_LIMIT, Measured, draw_prompts, latencies, measure, workload_result
+from sleb_cli.engine.speed.timing import WARMUP_LIMIT, Measured, draw_prompts, latencies, time_in_turn, workload_result
 from sleb_cli.engine.statistics import MIN_ROUNDS, count_outliers, median_ratio_interval
 from sleb_cli.events import Notice
 from sleb_cli.results import WarmupRecord, Workload
@@ -41,7 +41,7 @@ def machine(*seconds, names=("dense", "pruned")):
 
 def test_every_other_round_is_reversed_and_has_its_own_prompts():
     models, runs, prompts = machine(1.0, names="abc")
-    measured = measure(models, workload(iterations=3), 1000, [].append)
+    measured = time_in_turn(models, workload(iterations=3), 1000, [].append)
     assert "".join(runs) == "abc" + "cba" + "abc"
     assert measured.rounds == [dict.fromkeys("abc", TimedRun(1.0))] * 3
     first, *others = prompts[::3], prompts[1::3], prompts[2::3]
@@ -63,7 +63,7 @@ def test_every_other_round_is_reversed_and_has_its_own_prompts():
 )
 def test_models_warm_up_until_their_times_are_stable(seconds, asked, runs, stable):
     (models, ran, _), heard = machine(*seconds), []
-    measured = measure(models, workload(warmup=asked), 10, heard.append)
+    measured = time_in_turn(models, workload(warmup=asked), 10, heard.append)
     assert (measured.warmup.runs, measured.warmup.stable) == (runs, stable)
     assert len(ran) == 2 * (runs + 4)
     assert len(measured.rounds) == 4

@@ -55,14 +55,14 @@ def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
     return folder
 
 
-def find_cached(kind: str, key: Key) -> Any:
-    """Read the content that `keep_cached` saved under a key; None if there is none, or it is damaged."""
+def read_cached(kind: str, key: Key) -> Any:
+    """Read the content that `write_cached` saved under a key; None if there is none, or it is damaged."""
     with suppress(OSError, ValueError, EOFError, zlib.error):
         return json.loads(gzip.decompress(_cached(kind, key).read_bytes()))
     return None
 
 
-def keep_cached(kind: str, key: Key, content: Any, title: str, notify: Notify) -> None:
+def write_cached(kind: str, key: Key, content: Any, title: str, notify: Notify) -> None:
     """Save content that JSON can hold, called `title`; if the disk does not take it, only say so."""
     file = _cached(kind, key)
     try:

@@ -14,12 +14,12 @@ SETTINGS = (*QUANTIZATION_SETTINGS, "tokenizer_config.json", "generation_config.
 """Files with settings besides `config.json`, which may name parts of the model, or local folders."""
 
 
-def with_values(settings: Mapping[str, Any], change: Callable[[str, Any], Any]) -> dict[str, Any]:
+def map_values(settings: Mapping[str, Any], change: Callable[[str, Any], Any]) -> dict[str, Any]:
     """Return settings with each value changed, by its key, also in nested settings and lists of them."""
 
     def changed(key: str, value: Any) -> Any:
         if isinstance(value, Mapping):
-            return with_values(value, change)
+            return map_values(value, change)
         # A list of plain values, such as numbers of tokens, is one value of its key.
         if isinstance(value, list) and any(isinstance(item, Mapping | list) for item in value):
             return [changed(key, item) for item in value]

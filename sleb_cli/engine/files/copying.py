@@ -30,7 +30,7 @@ def reading(path: Path) -> Iterator[None]:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}.", hint=hint) from error
 
 
-def leads_out(path: Path, folder: Path) -> bool:
+def links_outside(path: Path, folder: Path) -> bool:
     """Whether a link leads from an entry of a model's folder to a file elsewhere."""
     # Unlike `Path.resolve`, this never raises, even on loops of links.
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
@@ -40,9 +40,9 @@ def leads_out(path: Path, folder: Path) -> bool:
     return not any(real.is_relative_to(allowed) for allowed in (home, blobs))
 
 
-def holds(folder: Path, name: str) -> bool:
+def holds_file(folder: Path, name: str) -> bool:
     """Whether a model's folder holds this file itself, and no link to a file elsewhere."""
-    return (folder / name).is_file() and not leads_out(folder / name, folder)
+    return (folder / name).is_file() and not links_outside(folder / name, folder)
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sleb_cli.engine.files.copying import leads_out, reading
+from sleb_cli.engine.files.copying import links_outside, reading
 from sleb_plugins import ModelError
 
 SAFETENSORS = "model.safetensors"
@@ -141,7 +141,7 @@ def _files_in(index: Path) -> tuple[Path, ...]:
     if not names:
         raise ModelError(f"{index} lists no weight files.", hint=hint)
     with reading(index):
-        outside = [name for name in names if "\0" in name or leads_out(folder / name, folder)]
+        outside = [name for name in names if "\0" in name or links_outside(folder / name, folder)]
         missing = [name for name in names if not (folder / name).is_file()]
     if outside:
         raise ModelError(f"{index} names a weight file outside its folder: {outside[0]!r}.", hint=hint)

@@ -41,15 +41,15 @@ def _difference(skippable: SkippableModel, ids: Tensor, blocks: list[int]) -> st
         halves = [slice(-checked, -checked // 2), slice(-checked // 2, None)]
         forked = torch.cat([skippable.head(hidden[:, half], ids[:, half]) for half in halves], dim=1)
         plain = skippable.logits(ids, {block}, last=checked)
-        if not same_numbers(plain[:, -checked:], forked):
+        if not equal_up_to_rounding(plain[:, -checked:], forked):
             return f"without block {block}, the fork's logits differ from those of the whole model"
     return None
 
 
-def same_numbers(left: Tensor, right: Tensor) -> bool:
+def equal_up_to_rounding(left: Tensor, right: Tensor) -> bool:
     """Whether two logits of one dtype differ by no more than its rounding, relative to their size.
 
-    The same logits must be finite in both; NaN and infinities count as equal.
+    Logits must be finite in both or in neither; NaN and infinities count as equal.
     """
     if left.shape != right.shape or torch.equal(left, right):
         return left.shape == right.shape
@@ -57,6 +57,6 @@ def same_numbers(left: Tensor, right: Tensor) -> bool:
     finite = left.isfinite()
     if not bool(finite.all()):
         same = torch.equal(finite, right.isfinite())
-        return same and (not bool(finite.any()) or same_numbers(left[finite], right[finite]))
+        return same and (not bool(finite.any()) or equal_up_to_rounding(left[finite], right[finite]))
     scale = float(left.abs().max().float())
     return bool((left.float() - right.float()).abs().max() <= tolerance * scale)

@@ -45,7 +45,7 @@ def offloaded_values(model: Any) -> OffloadedValues | None:
     return values
 
 
-class Offloaded(BlockWeights):
+class OffloadedBlocks(BlockWeights):
     """Blocks, some of whose weights are in place only while they are visited or accelerate runs them."""
 
     def __init__(self, values: OffloadedValues, blocks: Sequence[nn.Module]) -> None:

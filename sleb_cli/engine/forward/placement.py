@@ -9,7 +9,7 @@ import torch
 
 from sleb_cli.engine.device import cpu_dtypes, dtype_name, parse_dtype
 from sleb_cli.engine.forward.memory_needs import model_bytes
-from sleb_cli.engine.forward.offload import Offloaded, offloaded_values
+from sleb_cli.engine.forward.offload import OffloadedBlocks, offloaded_values
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.streaming import StreamedBlocks, require_streamable
 from sleb_cli.engine.memory import memory_shortage
@@ -100,7 +100,7 @@ def open_dense(architecture: Architecture, placement: Placement, notify: Notify)
                 hint="Use --stream, or a device with more memory.",
             )
     values, blocks = offloaded_values(model), architecture.blocks_of(model)
-    return SkippableModel(model, blocks, weights=None if values is None else Offloaded(values, list(blocks)))
+    return SkippableModel(model, blocks, weights=None if values is None else OffloadedBlocks(values, list(blocks)))
 
 
 def blocks_on_disk(architecture: Architecture, count: int, device: torch.device) -> DeviceMap:

@@ -48,11 +48,11 @@ def predict_together(
         yield [Predictions(skippable, ids, walk.branches[removed]) for removed in walk.sizes]
 
 
-class PredictionsInTurn:
+class SharedPredictions:
     """Predictions without each of some sets of blocks, asked on the same batches for one set after the other.
 
-    When the first set is asked for, all are computed, so that blocks they share run once. The others wait, as hidden
-    states in up to `memory` bytes of the host; a set for which there is no room is computed when it is asked for.
+    The first set computes all, so that blocks that they share run once. The others wait, as hidden states in up to
+    `memory` bytes of the host; a set for which there is no room is computed when it is asked for.
     """
 
     def __init__(self, skippable: SkippableModel, sizes: Sequence[Collection[int]], memory: int) -> None:

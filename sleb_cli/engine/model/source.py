@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sleb_cli.engine.files.copying import leads_out, reading
+from sleb_cli.engine.files.copying import links_outside, reading
 from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files, hash_files
 from sleb_cli.engine.files.weights import WeightFiles, find_weights, read_json
 from sleb_cli.events import Notice, Notify
@@ -162,7 +162,7 @@ def _require_own_files(folder: Path) -> None:
     for path in sorted(entries):
         if not _READ.fullmatch(path.name):
             continue
-        if leads_out(path, folder):
+        if links_outside(path, folder):
             raise ModelError(
                 f"{path} links to a file outside the model's folder.",
                 hint="Copy that file into the folder, or name the folder that holds all of the model's files.",

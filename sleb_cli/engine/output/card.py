@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import EvalResult as HubResult
 from huggingface_hub import ModelCardData, metadata_load
 
-from sleb_cli.engine.files.copying import holds
+from sleb_cli.engine.files.copying import holds_file
 from sleb_cli.engine.output.measured import of_size
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.names import public_source
@@ -98,7 +98,7 @@ def _front_matter(subject: Subject, evaluation: EvalResult | None) -> str:
 
 def _base_front_matter(folder: Path) -> dict[str, Any]:
     try:
-        return metadata_load(folder / CARD) or {} if holds(folder, CARD) else {}
+        return metadata_load(folder / CARD) or {} if holds_file(folder, CARD) else {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
 

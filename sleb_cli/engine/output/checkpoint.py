@@ -19,8 +19,8 @@ from sleb_cli.atomic import claimed, require_space, to_json, writing
 from sleb_cli.engine.cut.protocol import cut_records
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files import other_formats
-from sleb_cli.engine.files.config_files import CONFIG, SETTINGS, with_values
-from sleb_cli.engine.files.copying import copy_file, holds, leads_out, reading
+from sleb_cli.engine.files.config_files import CONFIG, SETTINGS, map_values
+from sleb_cli.engine.files.copying import copy_file, holds_file, links_outside, reading
 from sleb_cli.engine.files.shards import NewTensor, new_tensor, plan_shards, write_weights
 from sleb_cli.engine.files.weights import read_json
 from sleb_cli.engine.model.source import ModelSource
@@ -226,7 +226,7 @@ def _changed_settings(surgery: Surgery, dtype: torch.dtype | None) -> dict[str, 
     config = _with_dtype(config, dtype_name(dtype) if dtype else None)
     folder, changed = surgery.architecture.source.folder, {CONFIG: _without_paths(config)}
     for name in SETTINGS:
-        if holds(folder, name):
+        if holds_file(folder, name):
             values = read_json(folder / name)
             if (after := _without_paths(surgery.settings(name, values))) != values:
                 changed[name] = after
@@ -238,7 +238,7 @@ def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
     def change(key: str, value: Any) -> Any:
         return without_folders(value) if isinstance(value, str) and key.endswith("name_or_path") else value
 
-    return with_values(settings, change)
+    return map_values(settings, change)
 
 
 def _with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
@@ -267,7 +267,7 @@ def _find_other_files(source: ModelSource, written: set[str]) -> tuple[dict[str,
     outside: list[str] = []
     for path in _entries(folder, _REWRITTEN | written | weight_files):
         inside = path.relative_to(folder).as_posix()
-        if leads_out(path, folder):
+        if links_outside(path, folder):
             outside.append(inside)
         elif path.is_dir():
             left_out += [f"{inside}/"] if path.parent == folder else []
@@ -301,7 +301,7 @@ def _entries(folder: Path, skipped: set[str]) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name in skipped or path.name.endswith(".index.json"):
             continue
-        if leads_out(path, folder) or not path.is_dir() or path.name in other_formats.FOLDERS:
+        if links_outside(path, folder) or not path.is_dir() or path.name in other_formats.FOLDERS:
             yield path
         elif not (path / "config.json").is_file():  # else it is another model
             inner = sorted(path.rglob("*"))

@@ -15,7 +15,7 @@ import transformers
 
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.environment import processor_name
-from sleb_cli.engine.files.cache import find_cached, keep_cached
+from sleb_cli.engine.files.cache import read_cached, write_cached
 from sleb_cli.engine.model.generation import with_requires_grad
 from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask
 from sleb_cli.engine.quality.models import Models
@@ -155,7 +155,7 @@ def _run_task(
 ) -> tuple[TaskResult, ...]:
     models = evaluation.models
     group, key = models.group, _dense_key(evaluation, fingerprints)
-    known = None if evaluation.force else group.from_main(lambda: find_cached("answers", key))
+    known = None if evaluation.force else group.from_main(lambda: read_cached("answers", key))
     if known:
         models.notify(Notice(f"Using the dense model's answers to {task.name}, from the cache."))
     answers: dict[Removals, dict[str, Any]] = {(): known} if known else {}
@@ -169,7 +169,7 @@ def _run_task(
                 answers[removals] = task.run(model, evaluation.tokenizer, title, models.notify, group, predict)
     models.require_unchanged()
     if not known and group.is_main:
-        keep_cached("answers", key, answers[()], f"the dense model's answers to {task.name}", models.notify)
+        write_cached("answers", key, answers[()], f"the dense model's answers to {task.name}", models.notify)
     compared = compare_task(answers[()], [(removals, answers[removals]) for removals in sizes], evaluation.show_flips)
     how = {"limit": task.limit, "lm_eval": version("lm_eval")}
     return tuple(result.model_copy(update={"fingerprint": fingerprints.get(result.task), **how}) for result in compared)

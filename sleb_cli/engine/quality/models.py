@@ -13,7 +13,7 @@ from sleb_cli.engine.forward.fork_check import why_not_fork
 from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.memory_needs import model_bytes
 from sleb_cli.engine.forward.placement import open_dense
-from sleb_cli.engine.forward.predictions import PredictionsInTurn
+from sleb_cli.engine.forward.predictions import SharedPredictions
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.memory import memory_shortage
 from sleb_cli.engine.process_group import ProcessGroup
@@ -65,13 +65,13 @@ class Models:
         return not self.subject.recovered and not any(surgery.others for surgery in self.surgeries.values())
 
     @contextmanager
-    def in_turn(self, sizes: Sequence[Removals]) -> Iterator[PredictionsInTurn | None]:
+    def in_turn(self, sizes: Sequence[Removals]) -> Iterator[SharedPredictions | None]:
         """Let sizes that are predicted one after another share work; None if they have none in common."""
         if len(sizes) < 2 or not self.differ_in_blocks_alone or not self._runs_by_blocks:
             yield None
             return
         with self.without(()) as dense:
-            yield PredictionsInTurn(dense, sizes, available_memory(CPU, self.group) // 2)
+            yield SharedPredictions(dense, sizes, available_memory(CPU, self.group) // 2)
 
     @cached_property
     def _runs_by_blocks(self) -> bool:

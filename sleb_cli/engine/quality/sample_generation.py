@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from sleb_cli.engine.forward.fork_check import same_numbers
+from sleb_cli.engine.forward.fork_check import equal_up_to_rounding
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.generation import end_tokens, generate
 from sleb_cli.events import Notice, Notify, task
@@ -84,7 +84,7 @@ def _continue(
         ids = generate(skippable.model, prompt, greedy, lambda words: UnsupportedModelError(words, hint=""))
         new = ids[:, start:]
         logits = skippable.logits(ids[:, :-1], removed)[:, start - 1 :]
-        if same_numbers(logits.amax(-1), logits.gather(-1, new[..., None])[..., 0]):
+        if equal_up_to_rounding(logits.amax(-1), logits.gather(-1, new[..., None])[..., 0]):
             return [token for token in new[0].tolist() if token not in ends]
     ids = prompt
     for _ in range(count):

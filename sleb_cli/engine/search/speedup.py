@@ -12,7 +12,7 @@ from sleb_cli.engine.model.sizes import PerBlock
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.targets import SizeTarget
-from sleb_cli.engine.speed.benchmark import share_of_time
+from sleb_cli.engine.speed.benchmark import relative_time
 from sleb_cli.engine.speed.workloads import make_workload
 from sleb_cli.engine.surgery.loading import Placement, load_pruned
 from sleb_cli.engine.surgery.surgery import Surgery
@@ -53,7 +53,7 @@ def time_target(
         def measure() -> float:
             surgery = Surgery(architecture, (BlockCut(architecture, tuple(removals)),))
             pruned = load_pruned(surgery, placement, notify, dense=dense)
-            share = share_of_time(workload, dense, pruned, surgery.removals, notify)
+            share = relative_time(workload, dense, pruned, surgery.removals, notify)
             del pruned
             free_memory()
             return share

@@ -14,9 +14,9 @@ import transformers
 
 from sleb_cli.engine.device import dtype_name, free_memory
 from sleb_cli.engine.environment import cpu_governor, processor_name
-from sleb_cli.engine.speed.loaders import ModelLoader, TimedModel, WriteFiles, load_into, load_with_transformers
+from sleb_cli.engine.speed.loaders import ModelLoader, TimedModel, WriteFiles, load_with_engine, load_with_transformers
 from sleb_cli.engine.speed.peak_memory import measure_alone
-from sleb_cli.engine.speed.timing import Measured, measure, workload_result
+from sleb_cli.engine.speed.timing import Measured, time_in_turn, workload_result
 from sleb_cli.engine.speed.transformers_model import prepared
 from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.engine.surgery.subject import Subject
@@ -113,7 +113,7 @@ def benchmark(job: Benchmark, notify: Notify, write_files: WriteFiles | None = N
 def _time_models(job: Benchmark, notify: Notify, write_files: WriteFiles | None) -> _Timings:
     if job.engine and write_files:
         version: str | None = job.engine.version() or None
-        load = load_into(job.engine, write_files, job.settings, notify)
+        load = load_with_engine(job.engine, write_files, job.settings, notify)
     else:
         load = load_with_transformers(job.placement, notify)
         version = transformers.__version__
@@ -147,15 +147,15 @@ def _time_together(
         for workload in job.workloads:
             with ExitStack() as ready:
                 runs = {model.size.removals: ready.enter_context(model.prepare(workload)).run for model in models}
-                measured.append(measure(runs, workload, vocabulary, notify))
+                measured.append(time_in_turn(runs, workload, vocabulary, notify))
     return {model.size.removals: model.size for model in models}, measured
 
 
-def share_of_time(workload: Workload, dense: Any, pruned: Any, removals: Removals, notify: Notify) -> float:
-    """Return the median time of a pruned transformers model as a share of the dense one's; both run in turn."""
+def relative_time(workload: Workload, dense: Any, pruned: Any, removals: Removals, notify: Notify) -> float:
+    """Return the median time of a pruned transformers model over the dense one's; both run in turn."""
     vocabulary = dense.config.get_text_config().vocab_size
     with ExitStack() as stack:
         models = {(): dense, removals: pruned}
         runs = {name: stack.enter_context(prepared(model, workload)).run for name, model in models.items()}
-        rounds = measure(runs, workload, vocabulary, notify).rounds
+        rounds = time_in_turn(runs, workload, vocabulary, notify).rounds
     return median(done[removals].seconds for done in rounds) / median(done[()].seconds for done in rounds)

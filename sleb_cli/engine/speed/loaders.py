@@ -61,7 +61,7 @@ def load_with_transformers(placement: Placement, notify: Notify) -> ModelLoader:
     return load
 
 
-def load_into(engine: Engine, write_files: WriteFiles, settings: EngineSettings, notify: Notify) -> ModelLoader:
+def load_with_engine(engine: Engine, write_files: WriteFiles, settings: EngineSettings, notify: Notify) -> ModelLoader:
     """Return a loader of models from files into an engine."""
 
     @contextmanager

@@ -47,7 +47,7 @@ class Measured:
     rounds: Sequence[Round]
 
 
-def measure(models: Mapping[Removals, Run], workload: Workload, vocabulary: int, notify: Notify) -> Measured:
+def time_in_turn(models: Mapping[Removals, Run], workload: Workload, vocabulary: int, notify: Notify) -> Measured:
     """Time the models in turn, after warming up until times are stable."""
     limit = WARMUP_LIMIT if workload.warmup is None else workload.warmup
     total = (limit + workload.iterations) * len(models)

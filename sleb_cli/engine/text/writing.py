@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from sleb_cli.engine.device import as_float64, dtype_name, input_device
-from sleb_cli.engine.files.cache import find_cached, keep_cached
+from sleb_cli.engine.files.cache import read_cached, write_cached
 from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.model.generation import continue_each, generate
 from sleb_cli.engine.third_party import error_saying, pass_errors_through
@@ -69,7 +69,7 @@ def write_or_find(model: Any, writing: Writing, write: Callable[[Continue, int],
     batch = min(writing.count, _MAX_BATCH, max(_MIN_BATCH, _TOKENS_PER_BATCH // writing.new))
     device = input_device(model)
     key = _key(model, writing, batch)
-    cached: list[T] = find_cached("texts", key) or []
+    cached: list[T] = read_cached("texts", key) or []
     if cached:
         notify(Notice(f"Using {plural(len(cached), writing.noun)} that the model wrote before, from the cache."))
         return cached
@@ -87,7 +87,7 @@ def write_or_find(model: Any, writing: Writing, write: Callable[[Continue, int],
 
     texts = in_smaller_pieces(run, batch, device, notify, "generating {} sequences")
     if writing.model is not None:
-        keep_cached("texts", key, texts, "the text that the model wrote", notify)
+        write_cached("texts", key, texts, "the text that the model wrote", notify)
     return texts
 
 

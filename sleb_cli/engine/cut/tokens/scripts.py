@@ -13,7 +13,7 @@ import regex
 from tokenizers.decoders import ByteLevel
 
 from sleb_cli.engine.cut.protocol import Removal
-from sleb_cli.engine.files.config_files import with_values
+from sleb_cli.engine.files.config_files import map_values
 from sleb_cli.results import CutRecord, VocabularyRecord
 from sleb_plugins.errors import UnsupportedModelError, UsageError
 
@@ -68,7 +68,7 @@ class Vocabulary:
                 return len(self.tokens)
             return self.renumbered(value) if _NUMBERS.fullmatch(key) else value
 
-        return with_values(settings, change)
+        return map_values(settings, change)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def token_ids_in(settings: Mapping[str, Any], where: str) -> set[int]:
             values = value if isinstance(value, list) else [value]
             numbers.update(number for number in values if type(number) is int)
 
-    with_values(settings, note)
+    map_values(settings, note)
     return numbers
 
 

@@ -26,7 +26,7 @@ from sleb_cli.engine.cut.tokens.tokenizer import (
     tokens_in,
 )
 from sleb_cli.engine.files.config_files import CONFIG, SETTINGS
-from sleb_cli.engine.files.copying import holds
+from sleb_cli.engine.files.copying import holds_file
 from sleb_cli.engine.files.slices import Slices
 from sleb_cli.engine.files.weights import read_json
 from sleb_cli.engine.model.architecture import Architecture
@@ -118,7 +118,7 @@ def plan_tokens(architecture: Architecture, scripts: Sequence[str]) -> TokenCut:
     added = {token["id"] for token in data["added_tokens"]}
     used = token_ids_in(source.raw_config, f"config.json of {source.id}")
     for name in SETTINGS:
-        if holds(source.folder, name):
+        if holds_file(source.folder, name):
             used |= token_ids_in(read_json(source.folder / name), name)
     in_bytes = any(decoder.get("type") == "ByteLevel" for decoder in mappings_in(data.get("decoder")))
     plain = {number: token for token, number in tokens_in(data) if number not in added and number < count}

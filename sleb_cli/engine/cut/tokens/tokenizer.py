@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from sleb_cli.engine.cut.tokens.scripts import Vocabulary, cannot_cut
-from sleb_cli.engine.files.copying import holds
+from sleb_cli.engine.files.copying import holds_file
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.third_party import translate_transformers_errors
 from sleb_plugins import UnsupportedModelError
@@ -27,7 +27,7 @@ def read_tokenizer(architecture: Architecture) -> tuple[dict[str, Any], Callable
     """Return the contents of `tokenizer.json`, and the function that normalizes a text before it is split."""
     source = architecture.source
     path = source.folder / TOKENIZER
-    if not holds(source.folder, TOKENIZER):
+    if not holds_file(source.folder, TOKENIZER):
         raise cannot_cut_tokens(architecture, f"it has no {TOKENIZER}")
     source.watch.add(path)
     with translate_transformers_errors(f"the tokenizer of {source.id}"):
