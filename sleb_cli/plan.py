@@ -312,7 +312,7 @@ class RecoveryRecord(Record):
 
     @property
     def summary(self) -> str:
-        """The share of the lost nats that is back, and that of the divergence that is left, in words.
+        """The share of the lost nats that is back, and the share of the divergence that is left, in words.
 
         Below the dense model's loss, the model has adapted to the kind of text; that hides no divergence.
         """
@@ -408,7 +408,7 @@ class ExpertPlan(Record):
         return hashlib.sha256(json.dumps(orders).encode()).hexdigest()
 
     def first(self, count: int) -> ExpertPlan:
-        """Return what goes if `count` experts of each block go; what was measured was without all of them."""
+        """Return the plan for only `count` experts of each block, without measurements, which no longer apply."""
         if count == self.fewer:
             return self
         blocks = tuple(order.model_copy(update={"removals": order.removals[:count]}) for order in self.blocks)
@@ -418,7 +418,7 @@ class ExpertPlan(Record):
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Location:
     """The file of a plan, which is no part of it: what is in two files may be equal."""
 
     file: Path | None = field(default=None, compare=False)
@@ -450,7 +450,7 @@ class Plan(VersionedRecord):
     base_model: ModelRecord | None = None
     recovery: RecoveryRecord | None = None
     proof: Proof | None = None
-    _place: _Place = PrivateAttr(_Place())
+    _location: _Location = PrivateAttr(_Location())
 
     @property
     def versions(self) -> dict[str, str]:
@@ -460,12 +460,8 @@ class Plan(VersionedRecord):
         return versions | {"Python": ran.python, **ran.plugins}
 
     def __fspath__(self) -> str:
-        """Return the plan's file, so that requests take a plan in its place.
-
-        Raises:
-            PlanError: the plan is in no file, or its file holds another one.
-        """
-        file = self._place.file
+        """Return the plan's file, so that requests accept a plan as a path; a `PlanError` if it has none."""
+        file = self._location.file
         if file is None or read_plan(file) != self:
             where = f"{file} holds another plan than this one" if file else "This plan is in no file"
             raise PlanError(f"{where}.", hint='Write it first: plan.write(Path("plan.json")).')
@@ -474,7 +470,7 @@ class Plan(VersionedRecord):
     def write(self, path: Path) -> None:
         """Write the plan atomically, and remember where."""
         super().write(path)
-        self._place = _Place(path.absolute())
+        self._location = _Location(path.absolute())
 
     @model_validator(mode="after")
     def _agree(self) -> Plan:
@@ -525,7 +521,7 @@ class Plan(VersionedRecord):
 
     @property
     def held_out_perplexity(self) -> float | None:
-        """The same of the held-out sequences, if there are any."""
+        """The perplexity of the held-out sequences at the last size, if any were held out."""
         if self.experts:
             return self.experts.perplexity(held_out=True)
         last = self.steps[-1].held_out if self.steps else self.dense.held_out
@@ -589,7 +585,7 @@ def read_plan(path: Path) -> Plan:
             f"Cannot read the plan {path}: {error}.",
             hint="If a newer sleb wrote it, upgrade. If it was edited or cut off, restore it; otherwise search again.",
         ) from error
-    plan._place = _Place(path.absolute())
+    plan._location = _Location(path.absolute())
     return plan
 
 
@@ -607,7 +603,7 @@ def compare_plans(before: Plan, after: Plan) -> str:
 
 
 def _sizes(plan: Plan) -> list[Any]:
-    """Return what goes at each size; experts by block."""
+    """List the removed blocks at each size, or the removed experts of each block."""
     if plan.experts is None:
         return [*plan.by_size]
     return [[order.removals[:count] for order in plan.experts.blocks] for count in range(1, plan.experts.fewer + 1)]
@@ -628,7 +624,7 @@ def _changes(before: Plan, after: Plan) -> Iterator[float]:
 
 
 def _circumstances(plan: Plan) -> dict[str, Any]:
-    """Return what may make a repeated search find something else."""
+    """List the settings that can change what a repeated search finds."""
     return {
         "options": plan.request,
         "weights": plan.model.fingerprint[:12],

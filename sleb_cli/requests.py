@@ -83,8 +83,8 @@ RECOVERY_SELF_TOKENS = 32_768
 RECOVERY_LENGTH = 256
 """Shorter than in a search: the same number of tokens costs less and recovers as much."""
 
-_MOST_SEED = 2**63 - 1
-_MOST_THREADS = 4096
+_MAX_SEED = 2**63 - 1
+_MAX_THREADS = 4096
 
 AUTO = "auto"
 DEMO = "demo"
@@ -137,8 +137,8 @@ class Doc:
         metavar: what help calls the value, where the type says too little.
         argument: it is a positional argument.
         repeated: the option may be given more than once; other tuples are lists with commas.
-        least: the smallest number that it may be.
-        most: the largest one; by default, more than anyone could wait for.
+        minimum: the smallest value allowed.
+        maximum: the largest value allowed; by default, more than anyone could wait for.
     """
 
     help: str
@@ -147,8 +147,8 @@ class Doc:
     metavar: str | None = None
     argument: bool = False
     repeated: bool = False
-    least: float = 0
-    most: float = 10**12
+    minimum: float = 0
+    maximum: float = 10**12
 
 
 def option(help: str, panel: str | None = None, *, unset: Any = None, **spelling: Any) -> Any:
@@ -161,7 +161,7 @@ def _argument(help: str, metavar: str, *, repeated: bool = False) -> dict[str, D
 
 
 _flag = partial(option, unset=False)
-_count = partial(option, least=1)
+_count = partial(option, minimum=1)
 _list = partial(option, metavar="LIST", unset=())
 _repeated = partial(option, repeated=True, unset=())
 _dtype = partial(
@@ -181,7 +181,7 @@ _device_map = partial(option, "Let accelerate spread the model over several devi
 _revision = partial(option, "Branch, tag or commit of a model on the Hub.", _MACHINE)
 _trust_remote_code = partial(_flag, "Run Python code that comes with the model.", _MACHINE)
 _experts_per_token = partial(
-    option, "Have each token use only this many experts: one setting, and no cut.", _SUBJECT, least=1
+    option, "Have each token use only this many experts: one setting, and no cut.", _SUBJECT, minimum=1
 )
 _force = partial(_flag, "Overwrite existing output.", _OUTPUT)
 _result_file = partial(option, "Write the result to this JSON file.", _OUTPUT)
@@ -243,13 +243,13 @@ class Request:
             object.__setattr__(self, each.name, value)
             if value == "" or (isinstance(value, tuple) and "" in value):  # as of a shell's variable that is not set
                 raise UsageError(f"{name} has an empty value.", hint="Write one, or leave it out.")
-            if isinstance(value, bool) or not isinstance(value, int | float) or doc.least <= value <= doc.most:
+            if isinstance(value, bool) or not isinstance(value, int | float) or doc.minimum <= value <= doc.maximum:
                 continue
             given = f"{name} {f'{value:g}' if isinstance(value, float) else value}"
-            if value > doc.most:
-                raise UsageError(f"{given} is too large.", hint=f"Use {doc.most:,} or less.")
-            fault = "is too small" if value < doc.least else "is not a number"
-            raise UsageError(f"{given} {fault}.", hint=f"Use {doc.least:,} or more.")
+            if value > doc.maximum:
+                raise UsageError(f"{given} is too large.", hint=f"Use {doc.maximum:,} or less.")
+            fault = "is too small" if value < doc.minimum else "is not a number"
+            raise UsageError(f"{given} {fault}.", hint=f"Use {doc.minimum:,} or more.")
 
     def command(self, verb: str) -> str:
         """Return the command with these options, other than for its output."""
@@ -283,7 +283,7 @@ class SearchRequest(Request):
         "With --target-memory: tokens in the KV cache.",
         _TARGET,
         default=f"{DEFAULT_SERVE_LENGTH}, or the model's limit",
-        least=2,
+        minimum=2,
     )
     target_speedup: str | float | None = option(
         "Remove blocks until the model generates this many times as fast, timed here in transformers: 1.25.", _TARGET
@@ -323,10 +323,13 @@ class SearchRequest(Request):
         "Tokens per sequence.",
         _CALIBRATION,
         default=f"{DEFAULT_LENGTH}, or the model's limit; {DEMO_LENGTH} for demo",
-        least=2,
+        minimum=2,
     )
     seed: int | None = option(
-        "Seed for sampling and generating text, and for the order of a race.", _CALIBRATION, default=0, most=_MOST_SEED
+        "Seed for sampling and generating text, and for the order of a race.",
+        _CALIBRATION,
+        default=0,
+        maximum=_MAX_SEED,
     )
     chat: Chat | None = option(
         "Read `messages` of files and data sets as conversations, and count all tokens or only the answers.",
@@ -337,7 +340,7 @@ class SearchRequest(Request):
         "Hold out this share of the sequences to detect overfitting: 0.2.",
         _CALIBRATION,
         default=f"0; {DEFAULT_EXPERT_HOLDOUT} for experts",
-        most=0.99,
+        maximum=0.99,
     )
     sample_tokens: int | None = option(
         "Let both models generate this many tokens at the end, to reveal a collapse; 0 for none.",
@@ -449,7 +452,7 @@ class ApplyRequest(OneSizeRequest):
     recover: bool = _flag("Refit the blocks around each gap to match the dense model, in closed form.", _RECOVERY)
     heal: bool = _flag("Train the remaining blocks to predict what the dense model predicts.", _RECOVERY)
     heal_minutes: float | None = option(
-        "Stop healing after this many minutes.", _RECOVERY, default=f"{DEFAULT_HEAL_MINUTES:g}", least=0.001
+        "Stop healing after this many minutes.", _RECOVERY, default=f"{DEFAULT_HEAL_MINUTES:g}", minimum=0.001
     )
     heal_tokens: int | None = _count("Heal for a fixed number of tokens, for reproducible results.", _RECOVERY)
     calibration: str | None = option(
@@ -463,9 +466,9 @@ class ApplyRequest(OneSizeRequest):
         default=f"{RECOVERY_TOKENS:,} tokens, or {RECOVERY_SELF_TOKENS:,} if the model writes them all",
     )
     sequence_length: int | None = option(
-        "Tokens per sequence.", _RECOVERY, default=f"{RECOVERY_LENGTH}, or the model's limit", least=2
+        "Tokens per sequence.", _RECOVERY, default=f"{RECOVERY_LENGTH}, or the model's limit", minimum=2
     )
-    seed: int | None = option("Seed for sampling and generating text.", _RECOVERY, default=0, most=_MOST_SEED)
+    seed: int | None = option("Seed for sampling and generating text.", _RECOVERY, default=0, maximum=_MAX_SEED)
     chat: Chat | None = option(
         "Read conversations, as for `sleb search`.", _RECOVERY, default="all, in conversations that the model writes"
     )
@@ -513,7 +516,7 @@ class EvalRequest(SizesRequest):
         "Show up to N items of each task that only one model gets right.", _QUALITY, metavar="N"
     )
     sequence_length: int | None = option(
-        "Tokens per perplexity window.", _QUALITY, default=f"{DEFAULT_LENGTH}, or the model's limit", least=2
+        "Tokens per perplexity window.", _QUALITY, default=f"{DEFAULT_LENGTH}, or the model's limit", minimum=2
     )
     max_windows: int | None = _count(
         "Use only this many windows from the start of each text.", _QUALITY, default="all, or the text's protocol"
@@ -546,7 +549,7 @@ class BenchRequest(SizesRequest):
     iterations: int | None = _count("Timed runs of each model.", _TIMING, default="50, or 10 on a CPU; generation: 10")
     warmup: int | None = option("Untimed runs of each model before timing.", _TIMING, default="until times are stable")
     compile: bool = _flag("Run the models through torch.compile.", _MACHINE)
-    threads: int | None = _count("CPU threads.", _MACHINE, default="torch's choice", most=_MOST_THREADS)
+    threads: int | None = _count("CPU threads.", _MACHINE, default="torch's choice", maximum=_MAX_THREADS)
     dtype: str | None = _dtype()
     device: str = _device()
     output: Path | None = _result_file()

@@ -410,7 +410,7 @@ _MAIN_METRICS = ("acc_norm", "acc", "exact_match", "em")
 
 
 def main_metric(results: list[TaskResult]) -> TaskResult:
-    """Return the result that stands for a task, of all those of the task: by its metric, on the most items."""
+    """Pick the result that stands for a task: by its metric, then on the most items."""
     order = [*_MAIN_METRICS, *(result.metric for result in results)]
     return min(results, key=lambda result: (order.index(result.metric), -len(result.doc_ids)))
 
@@ -419,7 +419,7 @@ class EvalResult(ResultRecord):
     """The quality of the dense model and of each size of the pruned one, `sizes`: the removed blocks, fewest first.
 
     `behavior` is a hash over all of the model's files that decide a number: weights, config, trusted code, tokenizer
-    and generation settings; `recovered` is that of the pruned checkpoint, if its weights are not the dense model's.
+    and generation settings; `recovered` is the pruned checkpoint's hash, if its weights are not the dense model's.
     `commands` are those that measured it, one for each run.
     """
 

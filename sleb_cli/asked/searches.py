@@ -171,15 +171,15 @@ def goal_of(request: SearchRequest) -> tuple[TargetName, Fraction | float]:
     return name, _GOALS[name](text, option_of(name))
 
 
-def _parse_multiple(text: str, option: str, least: float) -> float:
+def _parse_multiple(text: str, option: str, minimum: float) -> float:
     """Read "1.25" or "1.25x"."""
     try:
         number = float(text.lower().removesuffix("x"))
     except ValueError:
         number = math.nan
-    if not (least <= number < math.inf):
+    if not (minimum <= number < math.inf):
         raise UsageError(
-            f"{option} {text} is not a number of {least:g} or more.", hint=f"For example: {least + 0.25:g}."
+            f"{option} {text} is not a number of {minimum:g} or more.", hint=f"For example: {minimum + 0.25:g}."
         )
     return number
 
@@ -189,8 +189,8 @@ _GOALS: dict[TargetName, Callable[[str, str], Fraction | float]] = {
     "remove": lambda text, option: int(text),
     "target_params": parse_count,
     "target_memory": parse_bytes,
-    "target_speedup": partial(_parse_multiple, least=1.01),
-    "max_perplexity_ratio": partial(_parse_multiple, least=1),
+    "target_speedup": partial(_parse_multiple, minimum=1.01),
+    "max_perplexity_ratio": partial(_parse_multiple, minimum=1),
 }
 """How the number of each target is read, given the option that sets it."""
 

@@ -32,12 +32,7 @@ _OVERRIDES: dict[str, set[str]] = {
 
 
 def _read(context: typer.Context, path: Path | None) -> Path | None:
-    """Let the values in a file be the defaults of a command's options.
-
-    Raises:
-        UsageError: the file cannot be read, or has a key that is no option of the command.
-        PlanError: it is a plan that cannot be read.
-    """
+    """Make the values in a file the defaults of a command's options."""
     if path is None:
         return None
     from sleb_cli.plan import read_plan

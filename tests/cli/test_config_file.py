@@ -34,8 +34,8 @@ def another_value(field, kind):
         return [7, 3] if int in get_args(kinds[0]) else ["wikitext2", "c4"]
     if get_origin(kinds[0]) is Literal:
         return get_args(kinds[0])[-1]
-    least = field.metadata["doc"].least
-    return {bool: True, int: least + 3, float: least + 0.25}[kinds[0]]
+    minimum = field.metadata["doc"].minimum
+    return {bool: True, int: minimum + 3, float: minimum + 0.25}[kinds[0]]
 
 
 @pytest.fixture
