@@ -287,6 +287,14 @@ def test_a_failed_proof_says_where_and_keeps_the_evidence(apply, tiny_llama, tmp
     assert "kept/here already exists." in apply(*command, code=8).stderr
 
 
+def test_logits_that_differ_once_are_compared_again(apply, tiny_llama, tmp_path, monkeypatch):
+    compute, roundings = proof._logits, [1e-3, 0.0]
+    monkeypatch.setattr(proof, "_logits", lambda *arguments: compute(*arguments) + roundings.pop(0))
+    result = apply(tiny_llama, "--blocks", "1")
+    assert "maybe by rounding: they are compared again." in result.stderr
+    assert "proven in float32 on cpu" in result.stdout
+
+
 @pytest.mark.parametrize("options", [(), ("--dtype", "bf16")])
 def test_a_proof_without_memory_is_partial_and_says_so(apply, llama_plan, tmp_path, monkeypatch, options):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
