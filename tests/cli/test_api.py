@@ -41,7 +41,7 @@ def test_a_search_is_the_command_s(request_for, llama_plan):
     assert not Path("called.json.journal").exists()
 
 
-def test_a_request_says_what_is_wrong_with_it(request_for):
+def test_a_search_without_a_target_or_with_compare_is_refused(request_for):
     for options, words in (({}, "No target given"), ({"ratio": 0.2, "compare": ("nll", "kl")}, "does not compare")):
         with pytest.raises(UsageError, match=words):
             sleb.search(request_for(**options))
@@ -52,7 +52,7 @@ def test_a_request_takes_lists_for_tuples_and_paths_for_texts():
     assert given == sleb.EvalRequest("plan.json", tasks=("piqa",), remove=(2, 4), output=Path("found.json"))
 
 
-def test_a_plan_stands_for_its_file_as_long_as_that_holds_it(request_for, llama_plan):
+def test_a_plan_is_a_path_while_its_file_is_unchanged(request_for, llama_plan):
     plan = sleb.search(request_for(remove=2, output="found.json"))
     assert sleb.EvalRequest(plan) == sleb.EvalRequest(Path("found.json").absolute())
     assert sleb.export(sleb.ExportRequest(plan, to="indices")).text == ",".join(map(str, plan.removals)) + "\n"
@@ -63,7 +63,7 @@ def test_a_plan_stands_for_its_file_as_long_as_that_holds_it(request_for, llama_
             sleb.ApplyRequest(other)
 
 
-def test_python_is_told_of_arguments_and_the_terminal_of_options(request_for, run_sleb, llama_plan):
+def test_errors_name_arguments_in_python_and_options_in_the_terminal(request_for, run_sleb, llama_plan):
     with pytest.raises(UsageError, match=r"^remove -1 is too small.\nHint: Use 0 or more.$"):
         request_for(remove=-1)
     request = sleb.ApplyRequest(llama_plan, blocks=[1])

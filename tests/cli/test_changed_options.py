@@ -147,7 +147,7 @@ def after_first(run, enter, materials, tmp_path_factory):
     [case if case[0] == "eval" else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
     ids=map("-".join, CASES),
 )
-def test_a_run_after_another_gives_what_it_gives_alone(
+def test_a_second_run_in_one_process_equals_a_first_run(
     run, enter, after_first, materials, steady, without_memory, command, name
 ):
     found = []

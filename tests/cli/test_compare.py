@@ -37,7 +37,7 @@ def test_each_is_a_search_of_its_own_and_keeps_its_plan(compare, found, tmp_path
     assert sorted(os.listdir(tmp_path)) == sorted(each["file"] for each in data["compared"])
 
 
-def test_a_plan_is_replaced_by_force_alone_and_none_of_an_earlier_comparison_stays(compare, tmp_path):
+def test_only_force_replaces_a_plan_and_removes_the_plans_of_an_earlier_comparison(compare, tmp_path):
     (tmp_path / "plan.cosine@greedy.json").write_text("mine")
     assert "plan.cosine@greedy.json already exists" in compare("nll,cosine", code=8).stderr
     best = json.loads(compare("nll,cosine", "--force", "--json").stdout)["best"]

@@ -380,7 +380,9 @@ def flattered(evaluate, subject, *texts):
     return [line for line in said.splitlines() if "may flatter" in line]
 
 
-def test_the_same_tokens_and_those_of_recovery_flatter(sleb, search, evaluate, tiny_llama, text_file, test_text):
+def test_text_that_blocks_were_chosen_or_recovered_on_is_flagged(
+    sleb, search, evaluate, tiny_llama, text_file, test_text
+):
     copy = shutil.copy(test_text, "copy.txt")
     data, _ = evaluate(tiny_llama, "--perplexity", copy, "--sequence-length", 32)
     search("--remove", 1, text=test_text, samples=data["texts"][0]["windows"])

@@ -76,7 +76,7 @@ def test_llama_quantize_is_not_sent_where_it_would_go_wrong(export, tiny_llama, 
 
 
 @pytest.mark.parametrize("to", ["mergekit", "llama-quantize"])
-def test_a_tool_that_only_counts_is_not_given_blocks_of_several_kinds(export, tmp_path, to):
+def test_an_exporter_that_only_counts_refuses_blocks_of_several_kinds(export, tmp_path, to):
     mixed, alike = tiny_config("qwen2"), tiny_config("qwen2", use_sliding_window=False, layer_types=None)
     model = save_model(tmp_path / "mixed", mixed)  # windows in the last three of six blocks
     export(model, "1", to, code=4, says=f"{to} would renumber the blocks of {model} but not correct layer_types.")

@@ -79,7 +79,7 @@ def test_healing_comes_nearer_to_the_dense_model(healed, tiny_llama, tmp_path, m
     assert not torch.equal(before["model.layers.5.mlp.up_proj.weight"], after["model.layers.3.mlp.up_proj.weight"])
 
 
-def test_an_interrupted_healing_goes_on_to_the_same_bytes(healed, tmp_path, monkeypatch):
+def test_an_interrupted_healing_resumes_to_the_same_bytes(healed, tmp_path, monkeypatch):
     command, room = ["--recover", *TOKENS], []
     monkeypatch.setattr(writing, "require_space", lambda place, needed: room.append(needed))
     healed(*command, "-o", "whole")

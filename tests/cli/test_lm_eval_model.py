@@ -47,7 +47,7 @@ def test_lm_evals_own_command_agrees_with_ours_item_by_item(sleb, llama_plan, fo
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mamba"])
-def test_texts_that_have_ended_leave_the_others_as_lm_eval_writes_them(monkeypatch, model_type):
+def test_generations_are_lm_evals_when_some_of_a_batch_end_early(monkeypatch, model_type):
     model, tokenizer, runs = random_model(tiny_config(model_type)), train_tokenizer(bos=True), []
     model.generation_config.eos_token_id = [1, *range(40, 52)]
     draws, noise = random.Random(0), torch.randn(320, 320, generator=torch.Generator().manual_seed(0))

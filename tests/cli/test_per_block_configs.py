@@ -148,7 +148,7 @@ TWICE = ["gemma3_text", slow("laguna"), slow("qwen3_moe"), "nemotron_h", "runs, 
 
 
 @pytest.mark.parametrize("name", TWICE)
-def test_two_prunings_in_a_row_give_what_one_of_both_blocks_gives(apply, tmp_path, name):
+def test_pruning_twice_equals_pruning_once(apply, tmp_path, name):
     model_type, settings, changes = ON_THE_HUB.get(name, (name, {}, {}))
     dense = save_model(tmp_path / "dense", tiny_config(model_type, **settings))
     write_config(dense, **changes)

@@ -102,7 +102,7 @@ def test_processes_find_the_plan_of_one(search, whole, tmp_path, tiny_llama, spr
     assert not journal_of(tmp_path / "plan.json").exists()
 
 
-def test_a_speedup_is_timed_by_one_of_them(search, tmp_path, monkeypatch):
+def test_one_process_times_the_speedup(search, tmp_path, monkeypatch):
     def timed(*arguments):
         return 0.6 if process_rank() == 0 else 5.0
 
@@ -221,7 +221,7 @@ def test_three_processes_measure_what_one_does(sleb, text_file, tmp_path, monkey
         "accelerate.commands.accelerate_cli launch --cpu --num_processes 2 --main_process_port",
     ],
 )
-def test_launchers_start_them(search, whole, tmp_path, launcher):
+def test_launchers_start_the_processes(search, whole, tmp_path, launcher):
     expected = whole()
     words = [sys.executable, "-m", *launcher.split(), free_port(), "-m", "sleb_cli", *search, "-o", "plan.json"]
     ended = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False)

@@ -112,6 +112,6 @@ program.run()
 """
 
 
-def test_the_program_ends_once_exit_handlers_have_run_and_tears_nothing_down():
+def test_the_process_exits_after_its_handlers_without_teardown():
     done = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (5, "handled\n")

@@ -314,7 +314,7 @@ def test_the_default_text_is_the_plans_or_the_models_own(apply, llama_plan, tiny
     assert source == (f"{text_file}:0.75,self:0.25" if planned else "self")
 
 
-def test_its_plan_in_a_recovered_checkpoint_stands_for_the_recovered_weights(
+def test_the_plan_of_a_recovered_checkpoint_measures_the_recovered_weights(
     recover, sleb, llama_plan, tiny_llama, text_file, fit, tmp_path
 ):
     recover(llama_plan)

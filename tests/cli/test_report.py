@@ -278,7 +278,7 @@ def test_only_force_replaces_a_page(exported, tmp_path):
 
 
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
-def test_without_the_extra_it_says_how_to_install_it(exported, tmp_path, monkeypatch, package):
+def test_a_missing_extra_is_an_error_with_the_install_command(exported, tmp_path, monkeypatch, package):
     write_measured(tmp_path, make_plan(6, 1))
     monkeypatch.setitem(sys.modules, package, None)
     said = exported(code=7).stderr

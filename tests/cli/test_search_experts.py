@@ -85,7 +85,7 @@ def test_the_losses_are_those_of_the_checkpoint(ranked, sleb, text_file, tmp_pat
 
 
 @pytest.mark.parametrize("options", [["--stream"], ["--memory", "2MiB"], ["--config", "found.json"]])
-def test_the_same_is_found(ranked, options):
+def test_the_chosen_experts_do_not_depend_on_how_they_are_scored(ranked, options):
     assert of_search(ranked("--remove", 2)) == of_search(ranked("--remove", 2, *options))
 
 

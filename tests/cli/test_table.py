@@ -36,7 +36,7 @@ def table(sleb):
     return partial(sleb, "export", *PLANS, "--to", "table")
 
 
-def test_markdown_has_a_row_for_each_plan_and_size_and_says_once_what_they_share(table, measured):
+def test_markdown_has_a_row_per_plan_and_size_and_names_shared_settings_once(table, measured):
     lines = table().stdout.splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert [row[:3] for row in rows[2:]] == [
@@ -68,7 +68,7 @@ def test_csv_has_every_number_with_its_interval_and_every_setting(table, measure
     assert (float(own[speed]) > 1, other[speed]) == (True, "")
 
 
-def test_what_is_not_the_same_is_not_in_one_column(table, measured, tmp_path):
+def test_figures_of_different_texts_have_columns_of_their_own(table, measured, tmp_path):
     few = make_evaluation(make_plan(12, 6), items=20, every=9)
     write_measured(tmp_path / "b", make_plan(12, 6, text="c4"), evaluation=few)
     lines = table().stdout.splitlines()

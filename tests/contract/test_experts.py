@@ -210,7 +210,7 @@ def test_files_that_hold_all_experts_of_a_block_in_one_tensor(tmp_path):
 
 
 @pytest.mark.parametrize(("model_type", "after"), [("deepseek_v3", "model.layers.6."), ("qwen3_moe", "mtp.layers.0.")])
-def test_blocks_for_multi_token_prediction_lose_the_experts_of_the_last(tmp_path, model_type, after):
+def test_prediction_blocks_lose_the_experts_of_the_last_block(tmp_path, model_type, after):
     numbered = {"num_nextn_predict_layers": 1} if "6" in after else {}
     folder, last = save_model(tmp_path / "model", experts_config(model_type, **numbered)), "model.layers.5."
     more = {name.replace(last, after): t + 1 for name, t in weights_of(folder).items() if name.startswith(last)}
@@ -254,7 +254,7 @@ def as_mxfp4(name, tensor):
     }
 
 
-def test_the_count_of_a_model_that_also_sees_is_that_of_its_text_config(tmp_path):
+def test_a_vision_model_counts_the_blocks_of_its_text_config(tmp_path):
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
     text = experts_config("qwen3_vl_moe_text", rope_parameters=rope)
     eyes = {"depth": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 64, "out_hidden_size": 32}
@@ -280,7 +280,7 @@ def test_quantized_experts_are_copied_from_the_files(tmp_path, model_type, packe
     assert "every expert" in cut(folder, tmp_path / "out", removed, dtype=torch.bfloat16).proof.checks
 
 
-def test_decoding_that_rounds_to_other_experts_is_proven_in_a_wider_type(tmp_path):
+def test_decoding_that_routes_otherwise_by_rounding_is_proven_in_a_wider_dtype(tmp_path):
     folder = save_model(tmp_path / "model", experts_config("mixtral"), seed=2)
     result = cut(folder, tmp_path / "out", {}, blocks=(1,), dtype=torch.bfloat16)
     assert result.proof.dtype in ("bfloat16", "float32")  # by the kernels of this machine

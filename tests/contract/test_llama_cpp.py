@@ -71,7 +71,7 @@ def test_it_generates_what_transformers_generates(run_sleb, llama_cpp, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("removals", [(0, 1, 2, 3), (7,), (5,), (2, 3)])
-def test_it_goes_by_number_where_our_table_says_so_and_only_there(run_sleb, llama_cpp, tmp_path, removals):
+def test_settings_depend_on_block_numbers_only_where_the_table_says(run_sleb, llama_cpp, tmp_path, removals):
     """SmolLM3 in llama.cpp has no rotary positions in the last of every four blocks, whatever a file says."""
     config = SmolLM3Config(
         vocab_size=320, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=4,

@@ -132,7 +132,7 @@ def test_angular_sees_small_angles_and_opposite_directions():
     assert angular.score_tokens(x, -x).item() == pytest.approx(1.0)
 
 
-def test_kl_is_zero_for_the_same_and_bears_masked_tokens():
+def test_kl_of_equal_logits_is_zero_with_masked_tokens():
     kl, targets = metrics.KlDivergence(), torch.zeros(5, dtype=torch.long)
     logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
     logits[:, 4] = -math.inf

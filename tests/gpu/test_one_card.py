@@ -117,7 +117,7 @@ def test_a_search_keeps_to_its_memory(run, card, show, dtype):
     assert peak <= 1.05 * weights + allowed
 
 
-def test_recovered_and_healed_it_comes_nearer_to_the_dense_model(run, card, show, tmp_path):
+def test_recovery_and_healing_each_lower_the_divergence(run, card, show, tmp_path):
     tokens = 65536 if card.is_real else 1024
     options = ["--blocks", "2,3", "--recover", "--heal", "--heal-tokens", tokens, "-o", tmp_path / "out"]
     data, seconds = run("apply", *options)

@@ -134,7 +134,7 @@ BESIDE = ("README.md", "log.txt", "plan.json", "plan.eval.json", "sleb_eval.json
 
 @pytest.mark.parametrize("name", [*DECIDING, *BESIDE])
 @pytest.mark.parametrize("trusted", [True, False])
-def test_numbers_are_kept_under_all_files_that_decide_them(tmp_path, name, trusted):
+def test_the_content_hash_covers_every_file_that_affects_results(tmp_path, name, trusted):
     save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -228,7 +228,7 @@ def test_links_that_lead_out_of_a_folder_are_found(tmp_path):
         (RuntimeError("the sizes (5) and (13) differ (os error 999)"), None),
     ],
 )
-def test_an_error_of_the_disk_is_found_behind_a_verdict_in_whatever_words(tmp_path, monkeypatch, error, number):
+def test_a_disk_error_takes_precedence_over_a_failed_proof(tmp_path, monkeypatch, error, number):
     with pytest.raises(OSError if number else ProofError) as raised, prefer_disk_error(ProofError):
         raise ProofError("It does not run.", hint="") from error
     assert number in (None, getattr(raised.value, "errno", None))

@@ -40,7 +40,7 @@ def renamed(tensors, removals, blocks):
 
 
 @pytest.mark.parametrize("type_", [Type.F32, Type.BF16, Type.Q8_0, Type.Q4_1])
-def test_what_stays_is_the_same_byte_for_byte(tmp_path, type_):
+def test_remaining_gguf_tensors_are_copied_byte_for_byte(tmp_path, type_):
     source = write_llama_gguf(tmp_path / "tiny.gguf", 6, type_)
     small = prune(source, (4, 1), tmp_path / "small.gguf")
     assert list(tensors_of(small).items()) == list(renamed(tensors_of(source), {1, 4}, 6).items())
@@ -61,7 +61,7 @@ def test_a_matrix_is_unpacked_as_the_format_s_own_library_does(type_, monkeypatc
         assert (ours.shape, ours.tobytes()) == (theirs.shape, theirs.tobytes())
 
 
-def test_nothing_one_step_or_two_give_the_same_file(tmp_path):
+def test_pruning_a_gguf_file_twice_equals_once_and_pruning_nothing_copies_it(tmp_path):
     source = write_llama_gguf(tmp_path / "tiny.gguf", 6, Type.Q8_0)
     assert prune(source, (), tmp_path / "same.gguf").read_bytes() == source.read_bytes()
     once = prune(source, (4, 1, 5), tmp_path / "once.gguf")
@@ -70,7 +70,7 @@ def test_nothing_one_step_or_two_give_the_same_file(tmp_path):
     assert twice.read_bytes() == once.read_bytes()
 
 
-def test_experts_go_in_one_step_or_two_and_are_recorded_as_numbered_before(tmp_path):
+def test_experts_removed_in_two_steps_are_recorded_by_their_original_numbers(tmp_path):
     more = {"ffn_up_exps.weight": (8, 3), "ffn_gate_inp.weight": (8, 3)}
     source = write_gguf(tmp_path / "a.gguf", "acme", 3, {"expert_count": 8}, more=more)
     shorter = prune(source, (1,), tmp_path / "shorter.gguf")

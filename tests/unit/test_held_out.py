@@ -40,7 +40,7 @@ def test_the_gap_and_its_error_are_those_of_students_t(searched, held_out, error
 
 
 @pytest.mark.parametrize(("searched", "held_out"), [(13, 3), (12, 1)])
-def test_chance_alone_warns_as_rarely_as_said(searched, held_out):
+def test_chance_alone_warns_at_the_stated_rate(searched, held_out):
     rng = random.Random(0)
     rounds = 4000
     warned = sum(

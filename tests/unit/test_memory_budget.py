@@ -35,7 +35,7 @@ def test_with_plenty_all_candidates_share_a_walk(shape, sequences):
     assert found.kept_branches > 1000
 
 
-def test_candidates_give_way_first_then_positions_then_the_batch():
+def test_low_memory_reduces_candidates_then_positions_then_the_batch():
     found = fit(70_000_000)
     assert (found.sequences, found.positions, found.kept_branches) == (4, 256, 0)
     assert 1 < found.branches < 30

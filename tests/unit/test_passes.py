@@ -95,7 +95,7 @@ def test_batches_are_halved_and_scores_stay_the_same(skippable, sequences, monke
     assert found == {block: pytest.approx(scores, rel=1e-5) for block, scores in expected.items()}
 
 
-def test_removals_that_do_not_follow_each_other_are_not_mixed_up(skippable, sequences):
+def test_states_of_unrelated_removals_are_not_reused(skippable, sequences):
     passes, _ = passes_of(skippable, sequences)
     score(passes, (1,), [2, 3, 4], ranking=[3])
     assert score(passes, (4,), [1, 2, 3]) == score(passes_of(skippable, sequences)[0], (4,), [1, 2, 3])

@@ -71,7 +71,7 @@ def test_a_broken_plugin_hurts_only_itself(plugins, kind):
     assert registry.family("acme_lm").name == "acme"
 
 
-def test_a_name_claimed_twice_stops_whoever_asks_for_it_with_both_names(plugins):
+def test_a_name_that_two_plugins_register_is_an_error_naming_both(plugins):
     found = plugins(
         one=FAMILY.format(name="one", type="llama") + METRIC.format(name="same"),
         two=FAMILY.format(name="two", type="llama") + METRIC.format(name="same"),
@@ -85,7 +85,7 @@ def test_a_name_claimed_twice_stops_whoever_asks_for_it_with_both_names(plugins)
     assert registry.metric("other").name == "other"
 
 
-def test_sleb_names_other_plugins_first_and_then_the_broken_ones(run_sleb, plugins, as_plugins, tiny_llama):
+def test_plugins_are_named_before_broken_plugins(run_sleb, plugins, as_plugins, tiny_llama):
     assert "Loading plugins" not in run_sleb("plugins").stderr
     broken = "import sys\nprint('here I run', file=sys.stderr)\nimport nothing_of_that_name"
     plugins(bad_cli=broken, twin_cli=FAMILY.format(name="twin", type="llama"))
@@ -134,7 +134,9 @@ RAISING = (
         ("nan", "as NaN or infinite, such as block 1, although the model without it computes finite numbers"),
     ],
 )
-def test_what_a_plugin_raises_names_it(run_sleb, plugins, as_plugins, tiny_llama, text_file, metric, said):
+def test_an_error_raised_in_a_plugin_names_the_plugin(
+    run_sleb, plugins, as_plugins, tiny_llama, text_file, metric, said
+):
     plugins(raising=RAISING)
     as_plugins("raising")
     result = run_sleb("search", tiny_llama, "--remove", 1, *calibration(text_file), "--metric", metric)
@@ -213,7 +215,7 @@ RUN = "class L(sleb.LoadedModel):\n        run = close = lambda *_: {}\n    load
         ("Engine", RUN.format("1 / 0"), "raised ZeroDivisionError: division by zero (mistaken.py, line 6)"),
     ],
 )
-def test_what_a_plugin_returns_wrongly_names_it(plugins, base, body, said):
+def test_a_wrong_value_from_a_plugin_names_the_plugin(plugins, base, body, said):
     kind = {"Exporter": "exporter", "Engine": "engine"}.get(base, "metric")
     source = f"\nclass M(sleb.{base}):\n    name, reads = 'm', 'gguf'\n    {body}\n"
     offer = load_plugins(plugins(mistaken=source + hook(f"{kind}s", "return [M()]"))).choose(kind, "m")
@@ -221,7 +223,7 @@ def test_what_a_plugin_returns_wrongly_names_it(plugins, base, body, said):
         CALLS[base](offer.value)
 
 
-def test_what_a_function_of_a_family_raises_names_it(plugins):
+def test_an_error_raised_in_a_family_names_the_family(plugins):
     source = FAMILY.format(name="f", type="t").replace("'a.b'", "'a.b', config_keys={'k': lambda value, kept: 1 / 0}")
     with pytest.raises(PluginError, match=r"^The family 'f' of unknown package \? raised ZeroDivisionError"):
         load_plugins(plugins(keyed=source)).family("t").config_keys["k"](1, None)

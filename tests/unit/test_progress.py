@@ -41,7 +41,7 @@ def test_names_stay_as_they_are_and_leave_room_for_numbers(monkeypatch, width):
     assert "org/d:train:[e]" in shown.file.getvalue()
 
 
-def test_a_log_says_how_long_a_task_will_take_at_times_that_lie_ever_farther_apart(monkeypatch):
+def test_a_log_reports_the_time_left_less_and_less_often(monkeypatch):
     monkeypatch.setattr(console.sys, "stderr", io.StringIO())
     shown, now = console.stderr(), [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])

@@ -81,7 +81,7 @@ def test_one_look_drops_who_is_behind_for_certain(matrix, sequences, drops):
 
 @pytest.mark.parametrize("sequences", [60, 10_000])
 @pytest.mark.parametrize("seen", [2, 5, 16, 40])
-def test_a_candidate_drops_out_once_little_is_expected_of_it(seen, sequences):
+def test_a_candidate_unlikely_to_win_is_dropped(seen, sequences):
     """One look, with no step before: d behind, s the standard error of that over all sequences."""
     scatter = [(-1.0) ** n for n in range(seen - seen % 2)] + [0.0] * (seen % 2)
     own, freedom = statistics.variance(scatter), seen - 1

@@ -49,7 +49,7 @@ NESTED = {
         ("qwen3_vl", NESTED, 1, "features of images enter the first 2 blocks"),
     ],
 )
-def test_a_model_that_sees_is_pruned_wherever_its_config_has_the_text(tmp_path, model_type, config, removed, obstacle):
+def test_a_vision_model_is_pruned_wherever_its_text_config_is(tmp_path, model_type, config, removed, obstacle):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "architectures": ["X"]} | config))
     model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(tmp_path))
     save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors")

@@ -106,7 +106,7 @@ def settings(source, samples, counts, length=32):
     return [replace(own, samples=count, split=split) for count, split in zip(counts, SPLITS, strict=True)]
 
 
-def test_a_part_too_small_for_some_of_every_source_has_none_of_it(tmp_path):
+def test_a_split_too_small_for_every_source_leaves_some_out(tmp_path):
     (tmp_path / "rain.txt").write_text(prose(400))
     (tmp_path / "sun.txt").write_text(prose(400, seed=1))
     mixture = f"{tmp_path / 'rain.txt'}:0.9,{tmp_path / 'sun.txt'}:0.1"
