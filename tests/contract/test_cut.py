@@ -77,7 +77,7 @@ class GgufHead(GgufCut):
     def header(self, file):
         return replace(file, tensors=tuple(tensor for tensor in file.tensors if tensor.name != "output.weight"))
 
-    def of_model(self, architecture):
+    def for_model(self, architecture):
         return Head()
 
 
