@@ -65,7 +65,7 @@ if text != "self":
 
 # %%
 speed = sleb.bench(sleb.BenchRequest(plan, generation=True, iterations=3))
-print(f"{speed.workloads[0].pruned[-1].speedup:.2f}x at {speed.workloads[0].workload}")
+print(f"{speed.workloads[0].pruned[-1].speedup:.2f}x at {speed.workloads[0].workload.label}")
 
 # %% [markdown]
 # ## Hand the blocks to another tool
