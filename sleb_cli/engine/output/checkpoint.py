@@ -51,6 +51,7 @@ _REWRITTEN = {CARD, CHECKPOINT_PLAN}
 
 _START_BYTES = 200
 """Our records name the version of sleb that wrote them within these first bytes."""
+
 # Not copied: transformers would look for the adapter's weights beside it.
 _ADAPTER = "adapter_config.json"
 

@@ -227,7 +227,7 @@ class _Models:
             yield "loads", {}
             self._widen(difference, self._allowed)
             if not difference <= self._allowed:  # also if it is NaN
-                # A run in many rounds otherwise on a busy processor; a wrong checkpoint differs in all.
+                # Seen once in many runs, without a cause: other rounding. A wrong checkpoint differs twice.
                 self.notify(Notice(f"Logits differ by {difference:.2g}, maybe by rounding: they are compared again."))
                 del model
                 free_memory()
