@@ -15,7 +15,9 @@ PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "SECURIT
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages."""
     for name, page in PAGES.items():
-        files.append(File.generated(config, page, content=(ROOT / name).read_text(encoding="utf-8")))
+        files.append(
+            File.generated(config, page, content=(ROOT / name).read_text(encoding="utf-8"))
+        )
     return files
 
 

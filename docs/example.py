@@ -1,8 +1,5 @@
-# %% [markdown]
-# # First run
-#
-# From a model to a faster one, as a script or a notebook: minutes on two cores, without a GPU. In Colab, first run
-# `%pip install sleb`.
+# %% [markdown] # First run  From a model to a faster one, as a script or a notebook: minutes on two
+# cores, without a GPU. In Colab, first run `%pip install sleb`.
 
 # %% [markdown]
 # ## Choose a model and a text: `self` is text that the model writes
@@ -22,7 +19,9 @@ folder.mkdir(exist_ok=True)
 
 # %%
 output = folder / "plan.json"
-request = sleb.SearchRequest(model, ratio=0.2, calibration=text, samples=8, sequence_length=64, output=output)
+request = sleb.SearchRequest(
+    model, ratio=0.2, calibration=text, samples=8, sequence_length=64, output=output
+)
 with sleb.show_progress() as notify:
     plan = sleb.search(request, notify)
 print(plan.removals)

@@ -1,4 +1,6 @@
-"""Tables of measurements for the README and the guides: Cog calls `table`, and `figures.toml` has the numbers."""
+"""Tables of measurements for the README and the guides: Cog calls `table`, and `figures.toml` has
+the numbers.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def _measures(model: dict[str, Any]) -> dict[str, Measure]:
     found = {name: each for name, each in model.items() if isinstance(each, dict)}
     dense = model.get("dense", "")
     return {
-        name: Measure(each["title"], each.get("format", "{}"), each["values"], dense, each.get("of"))
+        name: Measure(
+            each["title"], each.get("format", "{}"), each["values"], dense, each.get("of")
+        )
         for name, each in found.items()
     }
 
@@ -70,13 +74,16 @@ MEASURES = {name: _measures(model) for name, model in FIGURES.items()}
 
 
 def table(columns: str, **rows: str) -> str:
-    """Write a table of these measures; `rows` has, by model, a line for each thing that was done to it (none: all).
+    """Write a table of these measures; `rows` has, by model, a line for each thing that was done to
+    it (none: all).
 
     Raises:
         KeyError: a measure or a row is not in `figures.toml`.
     """
     names = columns.split()
-    shown = {name: [MEASURES[model][name] for model in rows if name in MEASURES[model]] for name in names}
+    shown = {
+        name: [MEASURES[model][name] for model in rows if name in MEASURES[model]] for name in names
+    }
     if absent := [name for name, measures in shown.items() if not measures]:
         raise KeyError(absent)
     lines = [["", *(measures[0].title for measures in shown.values())], ["---"] * (len(names) + 1)]
@@ -85,20 +92,32 @@ def table(columns: str, **rows: str) -> str:
         for at, row in enumerate(done):
             if not any(row in measure.values for measure in MEASURES[model].values()):
                 raise KeyError(f"{model}: {row}")
-            first = label(row, done[:at]) if at or len(rows) == 1 else f"{FIGURES[model]['model']}, {row}"
-            cells = [MEASURES[model][name].cell(row) if name in MEASURES[model] else "" for name in names]
+            first = (
+                label(row, done[:at])
+                if at or len(rows) == 1
+                else f"{FIGURES[model]['model']}, {row}"
+            )
+            cells = [
+                MEASURES[model][name].cell(row) if name in MEASURES[model] else "" for name in names
+            ]
             lines.append([first, *cells])
-    return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |").replace("|  |", "| |") for line in lines)
+    return "".join(
+        f"| {' | '.join(line)} |\n".replace("|  |", "| |").replace("|  |", "| |") for line in lines
+    )
 
 
 def all_rows(model: str, names: list[str]) -> list[str]:
-    """Order all rows: the dense model, then as they come, but "24 blocks, recovered" below "24 blocks"."""
+    """Order all rows: the dense model, then as they come, but "24 blocks, recovered" below "24
+    blocks".
+    """
     measures = [MEASURES[model][name] for name in names if name in MEASURES[model]]
     rows = dict.fromkeys(chain.from_iterable(measure.values for measure in measures))
     place = {row: -1 if row == measures[0].dense else at for at, row in enumerate(rows)}
 
     def path(row: str) -> list[int]:
-        return [place[above] for above in sorted(rows, key=len) if f"{row}, ".startswith(f"{above}, ")]
+        return [
+            place[above] for above in sorted(rows, key=len) if f"{row}, ".startswith(f"{above}, ")
+        ]
 
     return sorted(rows, key=path)
 

@@ -2,7 +2,8 @@
 
     python docs/fine_tune.py train.jsonl test.jsonl MODEL [PRUNED ...]
 
-Each line of the files is {"prompt": "…", "choices": ["…", "…"], "right": 0}. Only answers are learned.
+Each line of the files is {"prompt": "…", "choices": ["…", "…"], "right": 0}. Only answers are
+learned.
 """
 
 import json
@@ -29,7 +30,9 @@ def losses(model, tokenizer, pairs):
     longest = max(map(len, texts))
     ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=DEVICE)
     place = torch.arange(longest, device=DEVICE)
-    starts, ends = (torch.tensor([*map(len, each)], device=DEVICE)[:, None] for each in (prompts, texts))
+    starts, ends = (
+        torch.tensor([*map(len, each)], device=DEVICE)[:, None] for each in (prompts, texts)
+    )
     mask = (place < ends).long()
     with torch.autocast(DEVICE, torch.bfloat16):
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
@@ -39,14 +42,20 @@ def losses(model, tokenizer, pairs):
 
 def train(model, tokenizer, items):
     """Train all weights; return the median seconds of a step."""
-    order = [n for epoch in range(EPOCHS) for n in torch.randperm(len(items), generator=seeded(epoch)).tolist()]
+    order = [
+        n
+        for epoch in range(EPOCHS)
+        for n in torch.randperm(len(items), generator=seeded(epoch)).tolist()
+    ]
     steps = [[items[n] for n in order[at : at + BATCH]] for at in range(0, len(order), BATCH)]
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0)
     schedule = get_cosine_schedule_with_warmup(optimizer, len(steps) // 10, len(steps))
     seconds = []
     for step in steps:
         start = time.perf_counter()
-        losses(model, tokenizer, [(item["prompt"], item["choices"][item["right"]]) for item in step]).mean().backward()
+        losses(
+            model, tokenizer, [(item["prompt"], item["choices"][item["right"]]) for item in step]
+        ).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(), optimizer.zero_grad(), schedule.step()
         seconds.append(time.perf_counter() - start)
@@ -61,8 +70,13 @@ def seeded(seed):
 @torch.inference_mode()
 def accuracy(model, tokenizer, items):
     """Return the share of items whose right answer is the likeliest."""
-    found = [losses(model, tokenizer, [(item["prompt"], one) for one in item["choices"]]).argmin() for item in items]
-    return sum(int(best) == item["right"] for best, item in zip(found, items, strict=True)) / len(items)
+    found = [
+        losses(model, tokenizer, [(item["prompt"], one) for one in item["choices"]]).argmin()
+        for item in items
+    ]
+    return sum(int(best) == item["right"] for best, item in zip(found, items, strict=True)) / len(
+        items
+    )
 
 
 if __name__ == "__main__":
@@ -72,4 +86,7 @@ if __name__ == "__main__":
         tokenizer = AutoTokenizer.from_pretrained(name)
         before, step = accuracy(model, tokenizer, asked), train(model, tokenizer, learned)
         after = accuracy(model, tokenizer, asked)
-        print(f"{name}: {before:.3f} before, {after:.3f} after, {step * 1000:.0f} ms a step", flush=True)
+        print(
+            f"{name}: {before:.3f} before, {after:.3f} after, {step * 1000:.0f} ms a step",
+            flush=True,
+        )

@@ -6,7 +6,13 @@ from sleb_cli.version import __version__
 
 if TYPE_CHECKING:
     from sleb_cli.api import apply, bench, compare, evaluate, export, search
-    from sleb_cli.requests import ApplyRequest, BenchRequest, EvalRequest, ExportRequest, SearchRequest
+    from sleb_cli.requests import (
+        ApplyRequest,
+        BenchRequest,
+        EvalRequest,
+        ExportRequest,
+        SearchRequest,
+    )
     from sleb_cli.ui.progress import show_progress
 
 __all__ = [

@@ -1,4 +1,6 @@
-"""The commands as functions: each takes a request, reports to `notify`, writes its output, and returns a record."""
+"""The commands as functions: each takes a request, reports to `notify`, writes its output, and
+returns a record.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,14 @@ if TYPE_CHECKING:
     from sleb_cli.plan import Plan
     from sleb_cli.records import Record
     from sleb_cli.requests import ApplyRequest, ExportRequest, SearchRequest
-    from sleb_cli.results import ApplyResult, BenchResult, CompareResult, EvalResult, ExportResult, GgufResult
+    from sleb_cli.results import (
+        ApplyResult,
+        BenchResult,
+        CompareResult,
+        EvalResult,
+        ExportResult,
+        GgufResult,
+    )
     from sleb_plugins import Exporter
 
 
@@ -32,7 +41,8 @@ Checked = TypeVar("Checked")
 Files = TypeVar("Files")
 
 _SEARCH = (
-    "Use a smaller --memory, --batch-size or --sequence-length, fewer --samples, a narrower --dtype, or --device cpu. "
+    "Use a smaller --memory, --batch-size or --sequence-length, fewer --samples, a narrower "
+    "--dtype, or --device cpu. "
     "With --resume, nothing is measured again."
 )
 _APPLY = "Leave out --recover or --heal, use a smaller --sequence-length or fewer --samples, or a larger machine."
@@ -47,20 +57,25 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
 
     Raises:
         WorkerFinished: this process only helped; the main one writes the plan.
-        SlebError: something failed. A journal next to the plan keeps what was measured, for `resume`.
+        SlebError: something failed. A journal next to the plan keeps what was measured, for
+            `resume`.
     """
     from sleb_cli.asked.searches import check_search
     from sleb_cli.engine.door.files import locate
 
     if request.compare:
         raise UsageError("`search` does not compare.", hint="Call `compare` with this request.")
-    with _working(check_search, lambda search: locate(search.named, notify), request, notify) as work:
+    with _working(
+        check_search, lambda search: locate(search.named, notify), request, notify
+    ) as work:
         from sleb_cli.engine.door.search import resolve_search
         from sleb_cli.engine.search.journal import delete_journal
         from sleb_cli.engine.search.run import find_removals
 
         group, registry, settings, source = work
-        plan = find_removals(resolve_search(settings, source, registry, notify, group), group, notify)
+        plan = find_removals(
+            resolve_search(settings, source, registry, notify, group), group, notify
+        )
     _save(plan, request.plan_file)
     delete_journal(journal_of(request.plan_file), notify)
     return plan
@@ -68,7 +83,8 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
 
 @explain_out_of_memory(None, _SEARCH)
 def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
-    """Search once for each entry of `request.compare`; write the best plan, and the others beside it.
+    """Search once for each entry of `request.compare`; write the best plan, and the others beside
+    it.
 
     Raises:
         WorkerFinished: this process only helped; the main one writes the plan.
@@ -77,7 +93,9 @@ def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
     from sleb_cli.asked.searches import check_comparison
     from sleb_cli.engine.door.files import locate
 
-    with _working(check_comparison, lambda searches: locate(searches[0].named, notify), request, notify) as work:
+    with _working(
+        check_comparison, lambda searches: locate(searches[0].named, notify), request, notify
+    ) as work:
         from sleb_cli.engine.door.search import resolve_comparison
         from sleb_cli.engine.search.compare import compare_removals
         from sleb_cli.engine.search.journal import delete_journal
@@ -90,7 +108,8 @@ def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
         _save(plan, Path(file))
     for search in searches:
         if str(search.recording.plan_file) not in files:
-            # The best plan is at `output` alone. This is from an earlier run, in which another search was the best.
+            # The best plan is at `output` alone. This is from an earlier run, in which another
+            # search was the best.
             search.recording.plan_file.unlink(missing_ok=True)
         delete_journal(search.recording.journal, notify)
     return result
@@ -98,7 +117,8 @@ def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
 
 @explain_out_of_memory(None, _APPLY)
 def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufResult:
-    """Write the pruned checkpoint or GGUF file, and prove that it computes what the search measured.
+    """Write the pruned checkpoint or GGUF file, and prove that it computes what the search
+    measured.
 
     Raises:
         WorkerFinished: this process only helped to recover; the main one writes the checkpoint.
@@ -108,7 +128,9 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
     from sleb_cli.engine.door.files import locate_to_cut
 
     alone = not request.recoveries
-    with _working(check_apply, lambda named: locate_to_cut(named, notify), request, notify, alone=alone) as work:
+    with _working(
+        check_apply, lambda named: locate_to_cut(named, notify), request, notify, alone=alone
+    ) as work:
         from sleb_cli.engine.door.apply import resolve_apply
 
         group, registry, named, source = work
@@ -121,8 +143,8 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
 
     Raises:
         WorkerFinished: this process only helped; the main one writes the result.
-        SlebError: something failed; its class tells what. Finished texts and tasks are saved next to the plan or
-            `request.output`, and a repeated request continues from there.
+        SlebError: something failed; its class tells what. Finished texts and tasks are saved next
+            to the plan or `request.output`, and a repeated request continues from there.
     """
     from sleb_cli.asked.verbs import check_evaluation
     from sleb_cli.engine.door.files import locate
@@ -134,7 +156,9 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
         group, registry, named, source = work
         evaluation = resolve_evaluation(request, named, source, registry, notify, group)
         file = _results_file(evaluation.models.subject, "eval")
-        unfinished = sibling(request.output, ".unfinished.json") if request.output and not file else None
+        unfinished = (
+            sibling(request.output, ".unfinished.json") if request.output and not file else None
+        )
         result = evaluate_models(evaluation, file or unfinished)
     _save(result, request.output)
     if unfinished:
@@ -155,9 +179,16 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     from sleb_cli.saved_results import save_result
 
     count = process_count()
-    if is_main_process() and count > 1:  # a launcher gives each process a share of the threads, or an idle device
-        raise UsageError(f"`bench` times models in one process, not in {count}.", hint="Run it without the launcher.")
-    with _working(check_bench, lambda checked: locate(checked[0], notify), request, notify, alone=True) as work:
+    if (
+        is_main_process() and count > 1
+    ):  # a launcher gives each process a share of the threads, or an idle device
+        raise UsageError(
+            f"`bench` times models in one process, not in {count}.",
+            hint="Run it without the launcher.",
+        )
+    with _working(
+        check_bench, lambda checked: locate(checked[0], notify), request, notify, alone=True
+    ) as work:
         from sleb_cli.engine.door.bench import resolve_bench
         from sleb_cli.engine.output.engine_files import engine_files
         from sleb_cli.engine.speed.benchmark import benchmark
@@ -202,18 +233,26 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
     if output is not None:
         write_text(output, text, replace=request.force)
     file, shown = (str(output), None) if output else (None, text)
-    return ExportResult(**THIS_VERSION, kind="export", exporter=exporter.name, text=shown, file=file)
+    return ExportResult(
+        **THIS_VERSION, kind="export", exporter=exporter.name, text=shown, file=file
+    )
 
 
 def _results_file(subject: Subject, kind: Literal["eval", "bench"]) -> Path | None:
-    """Return where results are saved: next to their plan, or in the measured checkpoint if sleb wrote it."""
+    """Return where results are saved: next to their plan, or in the measured checkpoint if sleb
+    wrote it.
+    """
     from sleb_cli.plan import CHECKPOINT_PLAN
     from sleb_cli.saved_results import beside_plan
 
     if subject.file is not None:
         return beside_plan(subject.file, kind) if subject.own_plan else None
     source = subject.architecture.source
-    ours = not subject.surgery.cuts and source.revision is None and (source.folder / CHECKPOINT_PLAN).is_file()
+    ours = (
+        not subject.surgery.cuts
+        and source.revision is None
+        and (source.folder / CHECKPOINT_PLAN).is_file()
+    )
     return source.folder / f"sleb_{kind}.json" if ours else None
 
 
@@ -226,9 +265,11 @@ def _working(
     *,
     alone: bool = False,
 ) -> Iterator[tuple[ProcessGroup, Registry, Checked, Files]]:
-    """Check a request and find its files before torch is imported, and let the processes work together.
+    """Check a request and find its files before torch is imported, and let the processes work
+    together.
 
-    They end together if one fails. After the body, or with `alone` from the start, only the main process goes on.
+    They end together if one fails. After the body, or with `alone` from the start, only the main
+    process goes on.
     """
 
     def prepare() -> tuple[Registry, Checked, Files]:

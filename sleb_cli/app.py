@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound="Record")
 
-app = typer.Typer(name="sleb", pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(
+    name="sleb",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 def _show_version(requested: bool) -> None:
@@ -53,16 +57,19 @@ def sleb(
         ),
     ] = False,
 ) -> None:
-    """Make large language models smaller and faster by removing transformer blocks or experts, without training.
+    """Make large language models smaller and faster by removing transformer blocks or experts,
+    without training.
 
-    A block (most say layer) is attention and an MLP; each token passes through a few dozen, one after the other.
-    Start with `sleb search demo --ratio 0.2`.
+    A block (most say layer) is attention and an MLP; each token passes through a few dozen, one
+    after the other. Start with `sleb search demo --ratio 0.2`.
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
 
-def _run(call: Callable[[Any, Notify], R], request: Any, show: Callable[[R], None], how: How) -> None:
+def _run(
+    call: Callable[[Any, Notify], R], request: Any, show: Callable[[R], None], how: How
+) -> None:
     with show_progress(quiet=how.quiet) as notify:
         result = call(request, notify)
     if how.json:
@@ -93,21 +100,29 @@ def search(request: SearchRequest, how: How) -> None:
     if request.compare:
         _run(api.compare, request, lambda result: show_comparison(result, request.plan_file), how)
     else:
-        _run(_search_like(how.config), request, lambda plan: show_plan(plan, request.plan_file), how)
+        _run(
+            _search_like(how.config), request, lambda plan: show_plan(plan, request.plan_file), how
+        )
 
 
 @app.command()
 @options_from(ApplyRequest)
 def apply(request: ApplyRequest, how: How) -> None:
-    """Write the pruned checkpoint or GGUF file, and prove that it computes what the search measured."""
+    """Write the pruned checkpoint or GGUF file, and prove that it computes what the search
+    measured.
+    """
     _run(api.apply, request, summaries.show_applied, how)
 
 
 @app.command("eval")
 @options_from(EvalRequest)
 def eval_(request: EvalRequest, how: How) -> None:
-    """Compare the quality of the dense (original) and the pruned model: perplexity and lm-eval tasks."""
-    _run(api.evaluate, request, lambda result: summaries.show_evaluation(result, request.output), how)
+    """Compare the quality of the dense (original) and the pruned model: perplexity and lm-eval
+    tasks.
+    """
+    _run(
+        api.evaluate, request, lambda result: summaries.show_evaluation(result, request.output), how
+    )
 
 
 @app.command()

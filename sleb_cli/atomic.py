@@ -21,19 +21,29 @@ PATIENCE_SECONDS = 5.0
 
 _REASONS = {
     errno.ENOSPC: ("the disk is full", "Free some space, or choose another place with -o."),
-    errno.EDQUOT: ("your disk quota is exhausted", "Free some space, or choose another place with -o."),
-    errno.ENOENT: ("its folder does not exist", "Create the folder first, or choose another place with -o."),
+    errno.EDQUOT: (
+        "your disk quota is exhausted",
+        "Free some space, or choose another place with -o.",
+    ),
+    errno.ENOENT: (
+        "its folder does not exist",
+        "Create the folder first, or choose another place with -o.",
+    ),
     errno.EISDIR: ("it is a folder", "Name a file."),
 }
 
 
 @contextmanager
 def writing(path: Path, *, hint: str = "") -> Iterator[None]:
-    """Turn errors of the file system into an `OutputError` that names `path`; `hint` replaces the usual hint."""
+    """Turn errors of the file system into an `OutputError` that names `path`; `hint` replaces the
+    usual hint.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno is None or isinstance(error, ConnectionError):  # a library's own words, a socket or a pipe
+        if error.errno is None or isinstance(
+            error, ConnectionError
+        ):  # a library's own words, a socket or a pipe
             raise
         words = str(error.strerror)
         words = words[:1].lower() + words[1:]
@@ -42,7 +52,9 @@ def writing(path: Path, *, hint: str = "") -> Iterator[None]:
 
 
 def require_new_file(path: Path, *, force: bool) -> None:
-    """Check, before hours of work, that `path` can be written and overwrites nothing unless `force` is set."""
+    """Check, before hours of work, that `path` can be written and overwrites nothing unless `force`
+    is set.
+    """
     with writing(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -59,14 +71,22 @@ def require_writable(path: Path) -> None:
 def _require_absent(path: Path, *, replace: bool) -> None:
     is_stream = path.is_symlink() and path.readlink().is_relative_to("/proc")  # such as /dev/stdout
     if is_stream or (path.exists() and not (path.is_file() or path.is_dir())):
-        raise OutputError(f"{path} is a device, a pipe or a socket, not a file.", hint="Choose another name with -o.")
+        raise OutputError(
+            f"{path} is a device, a pipe or a socket, not a file.",
+            hint="Choose another name with -o.",
+        )
     if os.path.lexists(path) and not replace:
-        raise OutputError(f"{path} already exists.", hint="Choose another name with -o, or overwrite it with --force.")
+        raise OutputError(
+            f"{path} already exists.",
+            hint="Choose another name with -o, or overwrite it with --force.",
+        )
 
 
 def free_space(path: Path) -> int:
     """Return the free bytes of the disk where `path` is, or would be."""
-    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
+    return shutil.disk_usage(
+        next(folder for folder in (path, *path.parents) if folder.exists())
+    ).free
 
 
 def require_space(path: Path, needed: int) -> None:
@@ -75,7 +95,8 @@ def require_space(path: Path, needed: int) -> None:
     free = free_space(folder)
     if free < needed:
         raise OutputError(
-            f"{format_bytes(needed)} must be written, but the disk of {folder} has only {format_bytes(free)} free.",
+            f"{format_bytes(needed)} must be written, but the disk of {folder} has only "
+            f"{format_bytes(free)} free.",
             hint="Free some space, or choose another place with -o.",
         )
 
@@ -106,11 +127,12 @@ def new_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
 def claimed(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Claim `path` for hours of work, and yield a path of the same name in a hidden folder.
 
-    The file or folder made there becomes `path` at the end; on an error, it is deleted. Only then does it replace
-    another one.
+    The file or folder made there becomes `path` at the end; on an error, it is deleted. Only then
+    does it replace another one.
 
     Raises:
-        OutputError: it cannot be written, exists (without `replace`), or another process has claimed it.
+        OutputError: it cannot be written, exists (without `replace`), or another process has
+            claimed it.
     """
     target = _named(path)
     with writing(path), lock_folder(target) as folder:
@@ -129,7 +151,8 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
 
 
 def remove_leftovers(path: Path, further: str = "") -> None:
-    """Delete what killed processes left of a file or folder, and put back what they were about to replace.
+    """Delete what killed processes left of a file or folder, and put back what they were about to
+    replace.
 
     `further` is a pattern for the rest of the name.
     """
@@ -142,7 +165,8 @@ def remove_leftovers(path: Path, further: str = "") -> None:
 
 @contextmanager
 def lock_folder(path: Path, *, patience: float | None = None) -> Iterator[Path]:
-    """Yield an empty hidden folder next to `path` that no other process uses, and delete it at the end.
+    """Yield an empty hidden folder next to `path` that no other process uses, and delete it at the
+    end.
 
     Args:
         path: the file or folder that is about to be written.
@@ -158,12 +182,17 @@ def lock_folder(path: Path, *, patience: float | None = None) -> Iterator[Path]:
     folder = _hidden(target)
     _require_writable(target)  # FileLock would wait for a folder to become writable
     # The system releases it when this process ends, even if it is killed.
-    lock = FileLock(_hidden(target, ".lock"), PATIENCE_SECONDS if patience is None else patience, thread_local=False)
+    lock = FileLock(
+        _hidden(target, ".lock"),
+        PATIENCE_SECONDS if patience is None else patience,
+        thread_local=False,
+    )
     try:
         lock.acquire()
     except Timeout as error:
         raise OutputError(
-            f"Another sleb process is writing {target}.", hint="Wait for it, or choose another name with -o."
+            f"Another sleb process is writing {target}.",
+            hint="Wait for it, or choose another name with -o.",
         ) from error
     try:
         if folder.is_symlink() or folder.is_file():  # a link may lead anywhere
@@ -174,7 +203,8 @@ def lock_folder(path: Path, *, patience: float | None = None) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             clear(folder)
-            # Last: a folder without a lock is not known to be ours. Whoever waits for this lock makes a new one.
+            # Last: a folder without a lock is not known to be ours. Whoever waits for this lock
+            # makes a new one.
             _hidden(target, ".lock").unlink()
         lock.release()
 
@@ -188,8 +218,8 @@ def publish(aside: Path, path: Path) -> None:
     for entry in (*aside.rglob("*"), aside):
         _flush(entry)
     if aside.is_dir() and os.path.lexists(path):
-        # No system call replaces a folder, so for a moment there is neither. `clear` puts the old one back, in this
-        # process or, if it is killed, in the next.
+        # No system call replaces a folder, so for a moment there is neither. `clear` puts the old
+        # one back, in this process or, if it is killed, in the next.
         path.rename(_hidden(path, ".old"))
     aside.replace(path)
     _flush(path.parent)
@@ -219,7 +249,9 @@ def _target(folder: Path) -> Path:
 
 
 def clear(folder: Path) -> None:
-    """Delete a hidden folder, and the old version of what it replaced, or put that back if it did not."""
+    """Delete a hidden folder, and the old version of what it replaced, or put that back if it did
+    not.
+    """
     target = _target(folder)
     old = _hidden(target, ".old")
     if os.path.lexists(old) and not os.path.lexists(target):
@@ -231,7 +263,8 @@ def clear(folder: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    # Windows, which has no O_DIRECTORY, cannot open folders, and flushes only what may be written to.
+    # Windows, which has no O_DIRECTORY, cannot open folders, and flushes only what may be written
+    # to.
     is_posix = hasattr(os, "O_DIRECTORY")
     if is_posix or not path.is_dir():
         file = os.open(path, os.O_RDONLY if is_posix else os.O_RDWR)

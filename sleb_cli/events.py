@@ -56,7 +56,9 @@ class TaskFinished(Event):
 
 @dataclass(frozen=True)
 class HealChecked(Event):
-    """The divergence from the dense model in the last step and on validation text; `share` of the budget is used."""
+    """The divergence from the dense model in the last step and on validation text; `share` of the
+    budget is used.
+    """
 
     share: float
     divergence: float
@@ -65,7 +67,9 @@ class HealChecked(Event):
 
 @dataclass(frozen=True)
 class SearchStarted(Event):
-    """A search of up to `remove` of the model's `blocks` starts, with `done` of them already removed."""
+    """A search of up to `remove` of the model's `blocks` starts, with `done` of them already
+    removed.
+    """
 
     blocks: int
     remove: int
@@ -84,7 +88,9 @@ class BlocksSwapped(Event):
 
 @dataclass(frozen=True)
 class BlockRemoved(Event):
-    """A step is decided; `removals` are all removed blocks, if they are not the previous ones and `block`."""
+    """A step is decided; `removals` are all removed blocks, if they are not the previous ones and
+    `block`.
+    """
 
     step: int
     block: int

@@ -30,8 +30,18 @@ def key_of(
         versions: of sleb, torch and transformers; the installed ones by default.
         **depends: whatever else changes the numbers, as JSON.
     """
-    installed = {"sleb": __version__, "torch": version("torch"), "transformers": version("transformers")}
-    return {"versions": versions or installed, "model": model, "dtype": dtype, "device": device, **depends}
+    installed = {
+        "sleb": __version__,
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+    }
+    return {
+        "versions": versions or installed,
+        "model": model,
+        "dtype": dtype,
+        "device": device,
+        **depends,
+    }
 
 
 def name_of(key: Key) -> str:

@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ANSWERS = "answers:"
-"""The prefix of a calibration source: the model's answers to the prompts in the file named after it."""
+"""The prefix of a calibration source: the model's answers to the prompts in the file named after
+it.
+"""
 
 _FILE = re.compile(r"\.(txt|jsonl|md|json)$")
 _SHARE = r":[\d.]+(?:e-?\d+)?(?:/\d+)?"
 _MIXTURE = re.compile(rf"[^,]+{_SHARE}(?:,[^,]+{_SHARE})*")
 
-# The folders of any path in a sentence: "Loading /home/jane/My models/". They end at a comma and before another path.
+# The folders of any path in a sentence: "Loading /home/jane/My models/". They end at a comma and
+# before another path.
 _FOLDERS = re.compile(r"(?<!\S)(?:~|\.{1,2})?/(?:(?:(?!\s[~.]{0,2}/)[^,])*/)?(?=[^/\s])")
 
 
@@ -44,19 +47,25 @@ def public_source(source: str) -> str:
 
 def public_command(command: str) -> str:
     """Return a command line without the folders of local files."""
-    return shlex.join(",".join(map(public_source, word.split(","))) for word in shlex.split(command))
+    return shlex.join(
+        ",".join(map(public_source, word.split(","))) for word in shlex.split(command)
+    )
 
 
 def split_mixture(source: str) -> list[tuple[str, str]]:
     """Return each source with its share (":0.5"), which is "" for a single source."""
     if not _MIXTURE.fullmatch(source):
         return [(source, "")]
-    return [(name.strip(), share) for name, share in re.findall(rf"([^,]+?)({_SHARE})(?:,|$)", source)]
+    return [
+        (name.strip(), share) for name, share in re.findall(rf"([^,]+?)({_SHARE})(?:,|$)", source)
+    ]
 
 
 def _without_folders(source: str) -> str:
     if _FILE.search(source):
-        return ANSWERS * source.startswith(ANSWERS) + source.removeprefix(ANSWERS).rpartition("/")[2]
+        return (
+            ANSWERS * source.startswith(ANSWERS) + source.removeprefix(ANSWERS).rpartition("/")[2]
+        )
     name, colon, rest = source.partition(":")
     return without_folders(name) + colon + rest
 

@@ -33,14 +33,16 @@ CHECKPOINT_PLAN = "sleb_plan.json"
 Block = Annotated[int, Field(ge=0)]
 
 Engine = Literal["fork", "plain", "weights", "model"]
-"""How candidates were scored: together in one pass, each in its own pass, by their weights, or as whole models."""
+"""How candidates were scored: together in one pass, each in its own pass, by their weights, or as
+whole models.
+"""
 
 
 class CalibrationRecord(Record):
     """The calibration tokens; `tokens_sha256` hashes the ids as little-endian int64.
 
-    `bos` says whether every sequence starts with the BOS token; `chat`, which tokens count if they are conversations;
-    if it is null, a search counts the answers of those that the model wrote.
+    `bos` says whether every sequence starts with the BOS token; `chat`, which tokens count if they
+    are conversations; if it is null, a search counts the answers of those that the model wrote.
     """
 
     source: Annotated[str, Public(public_source)]
@@ -53,21 +55,26 @@ class CalibrationRecord(Record):
 
     @property
     def title(self) -> str:
-        """The source for display: what is local by its name alone, so that private paths stay private."""
+        """The source for display: what is local by its name alone, so that private paths stay
+        private.
+        """
         return public_source(self.source)
 
     def __str__(self) -> str:
-        counts = {None: "", "all": ", conversations", "answers": ", the answers of conversations"}[self.chat]
+        counts = {None: "", "all": ", conversations", "answers": ", the answers of conversations"}[
+            self.chat
+        ]
         return f"{self.title}: {self.sequences} x {self.sequence_length} tokens{counts}"
 
 
 class TargetRecord(Record):
     """The target of the search, if it was not a number of blocks, and what was reached.
 
-    The unit of `limit`, `dense` and `reached` follows from `name`: parameters, bytes, speedup, nats per token above
-    the dense model, or a multiple of its perplexity. For a speedup, `predicted` was
-    estimated before the search and `reached` timed after it; for a perplexity, `next` is the value after one more
-    removal. `kv_cache` describes what counts besides the weights for a memory target.
+    The unit of `limit`, `dense` and `reached` follows from `name`: parameters, bytes, speedup, nats
+    per token above the dense model, or a multiple of its perplexity. For a speedup, `predicted` was
+    estimated before the search and `reached` timed after it; for a perplexity, `next` is the value
+    after one more removal. `kv_cache` describes what counts besides the weights for a memory
+    target.
     """
 
     name: TargetName
@@ -82,7 +89,8 @@ class TargetRecord(Record):
 class MetricRecord(Record):
     """What the scores of a metric depend on besides the model and the text.
 
-    `code` is a hash of the files that define its class and its bases, and `fingerprint` what the metric itself names.
+    `code` is a hash of the files that define its class and its bases, and `fingerprint` what the
+    metric itself names.
     """
 
     package: str
@@ -92,10 +100,11 @@ class MetricRecord(Record):
 
 
 class SearchRecord(Record):
-    """How the search was run; `engine` is how candidates were scored, with a reason if it is not the default.
+    """How the search was run; `engine` is how candidates were scored, with a reason if it is not
+    the default.
 
-    `implementation` is that of `metric`. `held_out` is the number of calibration sequences never searched on,
-    and `holdout` their requested share.
+    `implementation` is that of `metric`. `held_out` is the number of calibration sequences never
+    searched on, and `holdout` their requested share.
     """
 
     strategy: StrategyName
@@ -119,8 +128,8 @@ class SearchRecord(Record):
 class HeldOutRecord(Record):
     """The loss of a model on the held-out sequences, in nats per token, and its perplexity.
 
-    `generalization_gap` is how much more the loss grew here than on the sequences searched on, `standard_error` its
-    standard error, and `overfits` whether that is more than chance explains.
+    `generalization_gap` is how much more the loss grew here than on the sequences searched on,
+    `standard_error` its standard error, and `overfits` whether that is more than chance explains.
     """
 
     loss: float
@@ -139,7 +148,9 @@ class DenseRecord(Record):
 
 
 class DropRecord(Record):
-    """A candidate dropped from a race: after how many sequences, and how far behind, also in standard errors."""
+    """A candidate dropped from a race: after how many sequences, and how far behind, also in
+    standard errors.
+    """
 
     sequences: int
     behind: float
@@ -147,14 +158,18 @@ class DropRecord(Record):
 
 
 class RaceRecord(Record):
-    """The race of a step; `margin` is the winner's lead over the next survivor, None if no other survived."""
+    """The race of a step; `margin` is the winner's lead over the next survivor, None if no other
+    survived.
+    """
 
     margin: float | None
     dropped: dict[Block, DropRecord]
 
 
 class SwapRecord(Record):
-    """Blocks restored to the model and those removed in their place, with the score before and after."""
+    """Blocks restored to the model and those removed in their place, with the score before and
+    after.
+    """
 
     restored: tuple[Block, ...]
     removed: tuple[Block, ...]
@@ -163,13 +178,15 @@ class SwapRecord(Record):
 
 
 class Step(Record):
-    """One size: the metric's score and the calibration perplexity without `block` and all earlier blocks.
+    """One size: the metric's score and the calibration perplexity without `block` and all earlier
+    blocks.
 
-    If the removed blocks are not those of the previous size plus `block`, `removals` lists all of them, `block` being
-    the last. `scores` has the score of each candidate for that last place (for spans, by their last block), or after a
-    race, of each survivor; all are over all sequences. One that was not a finite number is null, and counted as the
-    worst. `kind` is the kind of `block`, if the model has several.
-    `swaps` lists the swaps that led from the greedily chosen blocks to these.
+    If the removed blocks are not those of the previous size plus `block`, `removals` lists all of
+    them, `block` being the last. `scores` has the score of each candidate for that last place (for
+    spans, by their last block), or after a race, of each survivor; all are over all sequences. One
+    that was not a finite number is null, and counted as the worst. `kind` is the kind of `block`,
+    if the model has several. `swaps` lists the swaps that led from the greedily chosen blocks to
+    these.
     """
 
     block: Block
@@ -198,8 +215,8 @@ class SampleGeneration(Record):
 
 
 class EnvironmentRecord(Record):
-    """Where and when the search ran, the last time if it was resumed: besides a timed speedup, all that differs between
-    two runs.
+    """Where and when the search ran, the last time if it was resumed: besides a timed speedup, all
+    that differs between two runs.
     """
 
     python: str
@@ -213,7 +230,9 @@ class EnvironmentRecord(Record):
 
 
 class LossesRecord(Record):
-    """The loss on a text, and the KL divergence from the dense model to this one, both in nats per token."""
+    """The loss on a text, and the KL divergence from the dense model to this one, both in nats per
+    token.
+    """
 
     loss: float
     divergence: float
@@ -224,13 +243,15 @@ class LossesRecord(Record):
 
 
 class FitRecord(Record):
-    """One fit of a block to the dense model's hidden states, in place of `gap` removed blocks (0: at the same depth).
+    """One fit of a block to the dense model's hidden states, in place of `gap` removed blocks (0:
+    at the same depth).
 
-    The removed blocks follow the block, or precede it if no block before them stays. `weights` are the fitted modules,
-    none if nothing could be fitted; `exact` says whether the block's output changes by exactly what they add.
-    `error_left` is the share of the squared error left on the validation text, with the `ridge` that leaves the least.
-    `divergence` is that from the dense model there, in nats per token, with these values, which stay only if `kept`. If
-    `block` is null, the norm after the last block was fitted.
+    The removed blocks follow the block, or precede it if no block before them stays. `weights` are
+    the fitted modules, none if nothing could be fitted; `exact` says whether the block's output
+    changes by exactly what they add. `error_left` is the share of the squared error left on the
+    validation text, with the `ridge` that leaves the least. `divergence` is that from the dense
+    model there, in nats per token, with these values, which stay only if `kept`. If `block` is
+    null, the norm after the last block was fitted.
     """
 
     block: Block | None
@@ -250,10 +271,12 @@ class ClosedFormRecord(Record):
 
 
 class HealRecord(Record):
-    """How the kept blocks were trained to predict as the dense model does; `seconds` includes generating the text.
+    """How the kept blocks were trained to predict as the dense model does; `seconds` includes
+    generating the text.
 
-    Training changes each matrix by one of `rank`, or of half the matrix's own rank if that is lower. `losses` are those
-    of the best point, kept after `kept_tokens`; `stopped` says what ended the training.
+    Training changes each matrix by one of `rank`, or of half the matrix's own rank if that is
+    lower. `losses` are those of the best point, kept after `kept_tokens`; `stopped` says what ended
+    the training.
     """
 
     minutes: float | None
@@ -271,7 +294,9 @@ class HealRecord(Record):
 
 
 class ConversationsRecord(Record):
-    """The losses on the answers in `text`: conversations that the model wrote and that were never fitted."""
+    """The losses on the answers in `text`: conversations that the model wrote and that were never
+    fitted.
+    """
 
     text: CalibrationRecord
     dense: LossesRecord
@@ -283,9 +308,10 @@ class ConversationsRecord(Record):
 class RecoveryRecord(Record):
     """How the kept blocks were recovered, on which text, and the losses on held-out text.
 
-    Values were fitted to `train_text`; `validation_text` chose ridges, fits and the point that is kept; `dense`,
-    `pruned`, `closed_form_losses` and `heal.losses` are measured on `test_text`. No document is in two of them. Stages
-    that were not requested are null. `conversations` are measured besides, if it is a chat model.
+    Values were fitted to `train_text`; `validation_text` chose ridges, fits and the point that is
+    kept; `dense`, `pruned`, `closed_form_losses` and `heal.losses` are measured on `test_text`. No
+    document is in two of them. Stages that were not requested are null. `conversations` are
+    measured besides, if it is a chat model.
     """
 
     train_text: CalibrationRecord
@@ -300,7 +326,9 @@ class RecoveryRecord(Record):
 
     @property
     def models(self) -> list[tuple[str, LossesRecord, LossesRecord | None]]:
-        """What each measured model is called, up to the one that was written, and its losses on both texts."""
+        """What each measured model is called, up to the one that was written, and its losses on
+        both texts.
+        """
         found: list[tuple[str, LossesRecord | None, str]] = [
             ("dense", self.dense, "dense"),
             ("pruned", self.pruned, "pruned"),
@@ -308,13 +336,19 @@ class RecoveryRecord(Record):
         ]
         if self.heal:
             found.append((f"healed on {self.heal.tokens:,} tokens", self.heal.losses, "healed"))
-        return [(name, losses, getattr(self.conversations, field, None)) for name, losses, field in found if losses]
+        return [
+            (name, losses, getattr(self.conversations, field, None))
+            for name, losses, field in found
+            if losses
+        ]
 
     @property
     def summary(self) -> str:
-        """The share of the lost nats that is back, and the share of the divergence that is left, in words.
+        """The share of the lost nats that is back, and the share of the divergence that is left, in
+        words.
 
-        Below the dense model's loss, the model has adapted to the kind of text; that hides no divergence.
+        Below the dense model's loss, the model has adapted to the kind of text; that hides no
+        divergence.
         """
         written, lost = self.models[-1][1], self.pruned.loss - self.dense.loss
         if lost <= 0:
@@ -327,7 +361,9 @@ class RecoveryRecord(Record):
 
 
 class ExpertOrder(Record):
-    """The experts of a block that go, in this order; the score of each expert, and how many tokens chose it."""
+    """The experts of a block that go, in this order; the score of each expert, and how many tokens
+    chose it.
+    """
 
     block: Block
     removals: tuple[Annotated[int, Field(ge=0)], ...]
@@ -336,10 +372,12 @@ class ExpertOrder(Record):
 
 
 class ExpertsText(Record):
-    """The losses on a text in nats per token, dense and pruned; no score saw it if it was `held_out`.
+    """The losses on a text in nats per token, dense and pruned; no score saw it if it was
+    `held_out`.
 
-    `unreached` counts the experts of all blocks that none of its tokens chose, and `kept` is the share of the experts'
-    energy, the sum of (gate x norm)^2, that the experts which stay have on it.
+    `unreached` counts the experts of all blocks that none of its tokens chose, and `kept` is the
+    share of the experts' energy, the sum of (gate x norm)^2, that the experts which stay have on
+    it.
     """
 
     text: Annotated[str, Public(public_source)]
@@ -352,9 +390,11 @@ class ExpertsText(Record):
 
 
 class ExpertPlan(Record):
-    """What a search found of a model's experts: of `count` in each block, `active` for a token, in `groups`.
+    """What a search found of a model's experts: of `count` in each block, `active` for a token, in
+    `groups`.
 
-    The pairs tell what the dense and the pruned model have; `active_parameters` are those that a token uses.
+    The pairs tell what the dense and the pruned model have; `active_parameters` are those that a
+    token uses.
     """
 
     count: int
@@ -371,12 +411,20 @@ class ExpertPlan(Record):
         if self.count % self.groups:
             raise ValueError(f"{self.count} experts cannot be in {self.groups} groups")
         if not 0 < self.fewer <= self.count - self.active:
-            raise ValueError(f"{self.fewer} of {self.count} experts go, and a token uses {self.active}")
+            raise ValueError(
+                f"{self.fewer} of {self.count} experts go, and a token uses {self.active}"
+            )
         for order in self.blocks:
             if len(order.removals) != self.fewer or len({*order.removals}) != self.fewer:
-                raise ValueError(f"block {order.block} names an expert twice, or the wrong number of them")
-            if max(order.removals) >= self.count or {len(order.scores), len(order.tokens)} != {self.count}:
-                raise ValueError(f"block {order.block} names other experts than the {self.count} of each block")
+                raise ValueError(
+                    f"block {order.block} names an expert twice, or the wrong number of them"
+                )
+            if max(order.removals) >= self.count or {len(order.scores), len(order.tokens)} != {
+                self.count
+            }:
+                raise ValueError(
+                    f"block {order.block} names other experts than the {self.count} of each block"
+                )
         if len({order.block for order in self.blocks}) != len(self.blocks):
             raise ValueError("a block is named twice")
         return self
@@ -387,10 +435,14 @@ class ExpertPlan(Record):
         return len(self.blocks[0].removals)
 
     def perplexity(self, *, held_out: bool) -> float | None:
-        """Return the perplexity without these experts, of the texts that were held out or of the others, if any."""
+        """Return the perplexity without these experts, of the texts that were held out or of the
+        others, if any.
+        """
         texts = [text for text in self.texts if text.held_out == held_out]
         total = sum(text.sequences for text in texts)
-        return math.exp(sum(text.pruned * text.sequences for text in texts) / total) if texts else None
+        return (
+            math.exp(sum(text.pruned * text.sequences for text in texts) / total) if texts else None
+        )
 
     @property
     def removed(self) -> dict[int, tuple[int, ...]]:
@@ -399,21 +451,35 @@ class ExpertPlan(Record):
 
     @property
     def ranking(self) -> str:
-        """A hash of the order of all experts, however many go: those that stay follow by their scores in each group."""
+        """A hash of the order of all experts, however many go: those that stay follow by their
+        scores in each group.
+        """
         orders, size = [], self.count // self.groups
         for order in sorted(self.blocks, key=lambda order: order.block):
             gone = {expert: place for place, expert in enumerate(order.removals)}
-            places = [(e // size, gone.get(e, self.count), order.scores[e], e) for e in range(self.count)]
+            places = [
+                (e // size, gone.get(e, self.count), order.scores[e], e) for e in range(self.count)
+            ]
             orders.append((order.block, [expert for *_, expert in sorted(places)]))
         return hashlib.sha256(json.dumps(orders).encode()).hexdigest()
 
     def first(self, count: int) -> ExpertPlan:
-        """Return the plan for only `count` experts of each block, without measurements, which no longer apply."""
+        """Return the plan for only `count` experts of each block, without measurements, which no
+        longer apply.
+        """
         if count == self.fewer:
             return self
-        blocks = tuple(order.model_copy(update={"removals": order.removals[:count]}) for order in self.blocks)
-        sizes = {name: getattr(self, name) for name in ("parameters", "active_parameters", "weights_bytes")}
-        left = {name: (was, was - (was - now) * count // self.fewer) for name, (was, now) in sizes.items()}
+        blocks = tuple(
+            order.model_copy(update={"removals": order.removals[:count]}) for order in self.blocks
+        )
+        sizes = {
+            name: getattr(self, name)
+            for name in ("parameters", "active_parameters", "weights_bytes")
+        }
+        left = {
+            name: (was, was - (was - now) * count // self.fewer)
+            for name, (was, now) in sizes.items()
+        }
         return self.model_copy(update={"blocks": blocks, "texts": (), **left})
 
 
@@ -427,14 +493,16 @@ class _Location:
 class Plan(VersionedRecord):
     """A finished search. Blocks are numbered from 0 as in the original model, everywhere.
 
-    A plan removes blocks, or the same number of `experts` from each; then it has no removals and no steps.
+    A plan removes blocks, or the same number of `experts` from each; then it has no removals and no
+    steps.
 
-    `removals` are the blocks of the last step; `first` returns the plan for fewer. `request` has the resolved options,
-    with which `sleb search --config plan.json -o again.json` repeats the search.
+    `removals` are the blocks of the last step; `first` returns the plan for fewer. `request` has
+    the resolved options, with which `sleb search --config plan.json -o again.json` repeats the
+    search.
 
-    In the copy inside a checkpoint, `base_model` is what that was made of, if it is not the model of the search,
-    `recovery` tells how its blocks were recovered, and `proof` what was checked. That copy may be published, so it
-    names local models and texts without their folders.
+    In the copy inside a checkpoint, `base_model` is what that was made of, if it is not the model
+    of the search, `recovery` tells how its blocks were recovered, and `proof` what was checked.
+    That copy may be published, so it names local models and texts without their folders.
     """
 
     request: dict[str, str | int | float | bool | tuple[int | str, ...]]
@@ -460,10 +528,14 @@ class Plan(VersionedRecord):
         return versions | {"Python": ran.python, **ran.plugins}
 
     def __fspath__(self) -> str:
-        """Return the plan's file, so that requests accept a plan as a path; a `PlanError` if it has none."""
+        """Return the plan's file, so that requests accept a plan as a path; a `PlanError` if it has
+        none.
+        """
         file = self._location.file
         if file is None or read_plan(file) != self:
-            where = f"{file} holds another plan than this one" if file else "This plan is in no file"
+            where = (
+                f"{file} holds another plan than this one" if file else "This plan is in no file"
+            )
             raise PlanError(f"{where}.", hint='Write it first: plan.write(Path("plan.json")).')
         return str(file)
 
@@ -475,9 +547,13 @@ class Plan(VersionedRecord):
     @model_validator(mode="after")
     def _agree(self) -> Plan:
         if others := self.request.keys() - REPEATED_OPTIONS:
-            raise ValueError(f"request has {min(others)!r}, which is not an option that repeats a search")
+            raise ValueError(
+                f"request has {min(others)!r}, which is not an option that repeats a search"
+            )
         if len(self.steps) > self.model.blocks:
-            raise ValueError(f"{len(self.steps)} steps are more than the {self.model.blocks} blocks of the model")
+            raise ValueError(
+                f"{len(self.steps)} steps are more than the {self.model.blocks} blocks of the model"
+            )
         if any((step.held_out is None) != (self.dense.held_out is None) for step in self.steps):
             raise ValueError("some, but not all, of the models were measured on held-out sequences")
         for size, removals in enumerate(() if self.experts else self.by_size, start=1):
@@ -486,9 +562,14 @@ class Plan(VersionedRecord):
             if len(set(removals)) != size:
                 raise ValueError("removals contain a block twice")
             if any(block >= self.model.blocks for block in removals):
-                raise ValueError(f"removals contain a block that a model of {self.model.blocks} blocks does not have")
+                raise ValueError(
+                    f"removals contain a block that a model of {self.model.blocks} blocks does not "
+                    f"have"
+                )
         if self.experts and (
-            self.steps or self.removals or any(order.block >= self.model.blocks for order in self.experts.blocks)
+            self.steps
+            or self.removals
+            or any(order.block >= self.model.blocks for order in self.experts.blocks)
         ):
             raise ValueError("experts are of blocks that the model does not have, or that go")
         if not self.experts and self.removals != self.largest:
@@ -529,7 +610,9 @@ class Plan(VersionedRecord):
 
     @property
     def by_size(self) -> tuple[tuple[int, ...], ...]:
-        """The removed blocks at each size, fewest first; of experts, the places in the order of each block."""
+        """The removed blocks at each size, fewest first; of experts, the places in the order of
+        each block.
+        """
         if self.experts:
             return tuple(tuple(range(count)) for count in range(1, self.experts.fewer + 1))
         sizes: list[tuple[int, ...]] = []
@@ -545,20 +628,34 @@ class Plan(VersionedRecord):
     def to_data(self) -> dict[str, Any]:
         """Return the plan as in JSON, without what only some plans have."""
         of_some = {"base_model", "recovery", "proof", "experts"}
-        return {key: value for key, value in super().to_data().items() if key not in of_some or value is not None}
+        return {
+            key: value
+            for key, value in super().to_data().items()
+            if key not in of_some or value is not None
+        }
 
     def first(self, count: int) -> Plan:
-        """Return the plan of a search stopped after `count` removals; the sample generation is kept only for all."""
+        """Return the plan of a search stopped after `count` removals; the sample generation is kept
+        only for all.
+        """
         if count == len(self.largest):
             return self
         targets = {*TARGET_NAMES, "serve_length"}
-        request = {name: value for name, value in self.request.items() if name not in targets} | {"remove": count}
+        request = {name: value for name, value in self.request.items() if name not in targets} | {
+            "remove": count
+        }
         search = self.search.model_copy(update={"remove": count, "target": None})
         if self.experts:
             fewer = {"experts": self.experts.first(count), "sample_generation": None}
             return self.model_copy(update={"request": request, "search": search, **fewer})
         removals, steps = ((), *self.by_size)[count], self.steps[:count]
-        cut = {"request": request, "removals": removals, "steps": steps, "search": search, "sample_generation": None}
+        cut = {
+            "request": request,
+            "removals": removals,
+            "steps": steps,
+            "search": search,
+            "sample_generation": None,
+        }
         return self.model_copy(update=cut)
 
     def published(self) -> Self:
@@ -574,16 +671,20 @@ def read_plan(path: Path) -> Plan:
     """Read a plan and check that it is complete and consistent.
 
     Raises:
-        PlanError: the file is missing, cannot be read, is not a plan, or was written by another version of sleb.
+        PlanError: the file is missing, cannot be read, is not a plan, or was written by another
+            version of sleb.
     """
     try:
         plan = Plan.read(path, "the plan")
     except FileNotFoundError as error:
-        raise PlanError(f"There is no plan {path}.", hint="`sleb search MODEL --ratio 0.2` writes one.") from error
+        raise PlanError(
+            f"There is no plan {path}.", hint="`sleb search MODEL --ratio 0.2` writes one."
+        ) from error
     except UnreadableRecord as error:
         raise PlanError(
             f"Cannot read the plan {path}: {error}.",
-            hint="If a newer sleb wrote it, upgrade. If it was edited or cut off, restore it; otherwise search again.",
+            hint="If a newer sleb wrote it, upgrade. If it was edited or cut off, restore it; "
+            "otherwise search again.",
         ) from error
     plan._location = _Location(path.absolute())
     return plan
@@ -594,32 +695,43 @@ def compare_plans(before: Plan, after: Plan) -> str:
     sizes = enumerate(zip_longest(_sizes(before), _sizes(after)), start=1)
     other = next((size for size, (old, new) in sizes if old != new), None)
     blocks = (
-        f"the same {after.unit}, in the same order" if other is None else f"other {after.unit} from step {other} on"
+        f"the same {after.unit}, in the same order"
+        if other is None
+        else f"other {after.unit} from step {other} on"
     )
     change = max(_changes(before, after))
     scores = f"scores differ by at most {change:.2g}" if change else "all scores are identical"
     differing = differences(_circumstances(after), _circumstances(before))
-    return f"The search found {blocks}; {scores}." + (f" Also different: {differing}." if differing else "")
+    return f"The search found {blocks}; {scores}." + (
+        f" Also different: {differing}." if differing else ""
+    )
 
 
 def _sizes(plan: Plan) -> list[Any]:
     """List the removed blocks at each size, or the removed experts of each block."""
     if plan.experts is None:
         return [*plan.by_size]
-    return [[order.removals[:count] for order in plan.experts.blocks] for count in range(1, plan.experts.fewer + 1)]
+    return [
+        [order.removals[:count] for order in plan.experts.blocks]
+        for count in range(1, plan.experts.fewer + 1)
+    ]
 
 
 def _changes(before: Plan, after: Plan) -> Iterator[float]:
     """Yield how far the scores of the same candidates differ, as long as the same blocks are gone."""
     yield abs(before.dense.loss - after.dense.loss)
-    for old, new, gone, gone_now in zip(before.steps, after.steps, before.by_size, after.by_size, strict=False):
+    for old, new, gone, gone_now in zip(
+        before.steps, after.steps, before.by_size, after.by_size, strict=False
+    ):
         for block, score in old.scores.items():
             again = new.scores.get(block)
             if score is not None and again is not None:
                 yield abs(score - again)
         if gone != gone_now:
             return
-    texts = zip(*(plan.experts.texts if plan.experts else () for plan in (before, after)), strict=False)
+    texts = zip(
+        *(plan.experts.texts if plan.experts else () for plan in (before, after)), strict=False
+    )
     yield from (abs(old_text.pruned - new_text.pruned) for old_text, new_text in texts)
 
 

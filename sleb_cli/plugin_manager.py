@@ -49,7 +49,10 @@ Kind = Literal["family", "metric", "exporter", "engine"]
 
 _HOOKS: dict[str, tuple[Kind, tuple[type, ...]]] = {
     "sleb_families": ("family", (FamilyAdapter,)),
-    "sleb_metrics": ("metric", (LogitMetric, HiddenStateMetric, WeightMetric, ModelMetric, ExpertMetric)),
+    "sleb_metrics": (
+        "metric",
+        (LogitMetric, HiddenStateMetric, WeightMetric, ModelMetric, ExpertMetric),
+    ),
     "sleb_exporters": ("exporter", (Exporter,)),
     "sleb_engines": ("engine", (Engine,)),
 }
@@ -78,7 +81,9 @@ class Offer:
     plugin: Plugin
 
 
-_TRANSFORMERS = Offer("engine", TRANSFORMERS, None, Plugin(TRANSFORMERS, "sleb_cli.engine.speed", "sleb", __version__))
+_TRANSFORMERS = Offer(
+    "engine", TRANSFORMERS, None, Plugin(TRANSFORMERS, "sleb_cli.engine.speed", "sleb", __version__)
+)
 """The engine that is built in."""
 
 
@@ -104,16 +109,22 @@ class Registry:
         metric: Metric = offer.value
         if colon:
             parsed = copy(metric.with_argument(argument))
-            if parsed.name == metric.name:  # scores are saved by name, which must tell two arguments apart
+            if (
+                parsed.name == metric.name
+            ):  # scores are saved by name, which must tell two arguments apart
                 object.__setattr__(parsed, "name", text)
             return _blame_plugin("metric", parsed, offer.plugin)
         if metric.argument and not metric.argument.startswith("["):
-            raise UsageError(f"The metric {name!r} needs an argument.", hint=f"Write {name}:{metric.argument}.")
+            raise UsageError(
+                f"The metric {name!r} needs an argument.", hint=f"Write {name}:{metric.argument}."
+            )
         return metric
 
     def metric_record(self, metric: Metric) -> MetricRecord:
         """Record what the scores of a metric depend on."""
-        from sleb_cli.plan import MetricRecord  # slow: it would double the time to the first word on the screen
+        from sleb_cli.plan import (
+            MetricRecord,
+        )  # slow: it would double the time to the first word on the screen
 
         plugin = self.choose("metric", metric.name.partition(":")[0]).plugin
         return MetricRecord(
@@ -128,7 +139,10 @@ class Registry:
         if offer := self._claimant(kind, name):
             return offer
         names = sorted(known for known_kind, known in self._claims if known_kind == kind)
-        raise UsageError(f"Unknown {kind} {name!r}.", hint=SYNONYMS.get(f"{kind} {name}") or did_you_mean(name, names))
+        raise UsageError(
+            f"Unknown {kind} {name!r}.",
+            hint=SYNONYMS.get(f"{kind} {name}") or did_you_mean(name, names),
+        )
 
     def family(self, model_type: str) -> FamilyAdapter | None:
         """Return the adapter that claims `model_type`, if any; refuse a claim by two plugins."""
@@ -137,17 +151,25 @@ class Registry:
 
     def third_party(self) -> dict[str, str]:
         """Return the version of each package but sleb that offers something."""
-        return {o.plugin.package: o.plugin.version for o in self.offers if o.plugin.package != "sleb"}
+        return {
+            o.plugin.package: o.plugin.version for o in self.offers if o.plugin.package != "sleb"
+        }
 
     def behind(self, **names: str | None) -> dict[str, str]:
-        """Return the versions of the packages that offer these, by kind: family="acme", engine="steady"."""
+        """Return the versions of the packages that offer these, by kind: family="acme",
+        engine="steady".
+        """
         offers = (offer for offer in self.offers if names.get(offer.kind) == offer.name)
         return Registry(tuple(offers), ()).third_party()
 
     @property
     def collisions(self) -> tuple[str, ...]:
         """A sentence for each name or model type that two plugins claim."""
-        return tuple(_collision(*claim, rivals).message for claim, rivals in self._claims.items() if len(rivals) > 1)
+        return tuple(
+            _collision(*claim, rivals).message
+            for claim, rivals in self._claims.items()
+            if len(rivals) > 1
+        )
 
     @cached_property
     def _claims(self) -> dict[tuple[str, str], list[Offer]]:
@@ -172,13 +194,17 @@ def load_registry(notify: Notify) -> Registry:
         notify(Notice(f"Loading plugins of other packages: {', '.join(map(str, others))}."))
     registry = load_plugins()
     for failure in registry.failures:
-        notify(Warned(f"The plugin {failure.plugin} failed to load and is disabled: {failure.reason}."))
+        notify(
+            Warned(f"The plugin {failure.plugin} failed to load and is disabled: {failure.reason}.")
+        )
     return registry
 
 
 def third_party_plugins() -> list[Plugin]:
     """List the plugins of other packages, without running their code."""
-    return [plugin for plugin in map(_plugin, entry_points(group=GROUP)) if plugin.package != "sleb"]
+    return [
+        plugin for plugin in map(_plugin, entry_points(group=GROUP)) if plugin.package != "sleb"
+    ]
 
 
 def load_plugins(points: Iterable[EntryPoint] | None = None) -> Registry:
@@ -208,10 +234,15 @@ def _offers(plugin: Plugin, load: Callable[[], Any]) -> list[Offer]:
     manager.check_pending()
     implemented = {caller.name for caller in manager.get_hookcallers(module) or ()}
     if not implemented:
-        raise TypeError(f"no function of {plugin.module} has @sleb_plugins.hookimpl, so it offers nothing")
+        raise TypeError(
+            f"no function of {plugin.module} has @sleb_plugins.hookimpl, so it offers nothing"
+        )
     offers = []
     for hook in [hook for hook in _HOOKS if hook in implemented]:
-        kind, values = _HOOKS[hook][0], next(iter(getattr(manager.hook, hook)()), None)  # pluggy leaves out None
+        kind, values = (
+            _HOOKS[hook][0],
+            next(iter(getattr(manager.hook, hook)()), None),
+        )  # pluggy leaves out None
         if not isinstance(values, Iterable):
             raise TypeError(f"{hook} returns {values!r}, not a list")
         for value in values:
@@ -223,20 +254,31 @@ def _offers(plugin: Plugin, load: Callable[[], Any]) -> list[Offer]:
 def _require_usable(hook: str, value: Any) -> None:
     kind, types = _HOOKS[hook]
     if isinstance(value, type):
-        raise TypeError(f"{hook} offers the class {value.__name__}, not an object: {value.__name__}()")
+        raise TypeError(
+            f"{hook} offers the class {value.__name__}, not an object: {value.__name__}()"
+        )
     if not isinstance(value, types):
-        raise TypeError(f"{hook} offers {value!r}, which is not a {' or '.join(type_.__name__ for type_ in types)}")
+        raise TypeError(
+            f"{hook} offers {value!r}, which is not a "
+            f"{' or '.join(type_.__name__ for type_ in types)}"
+        )
     name = getattr(value, "name", None)
     if not isinstance(name, str) or not name or ":" in name:
-        raise TypeError(f"the {kind} {type(value).__name__} has the name {name!r}, which is no word")
+        raise TypeError(
+            f"the {kind} {type(value).__name__} has the name {name!r}, which is no word"
+        )
     if isinstance(value, Engine) and value.reads not in get_args(Reads):
-        raise TypeError(f"the engine {name!r} reads {value.reads!r}, not one of {', '.join(get_args(Reads))}")
+        raise TypeError(
+            f"the engine {name!r} reads {value.reads!r}, not one of {', '.join(get_args(Reads))}"
+        )
 
 
 def _blame_plugin(kind: Kind, value: T, plugin: Plugin) -> T:
     if plugin.package == "sleb":  # an error of ours is a bug, which keeps its traceback
         return value
-    return blame(value, f"The {kind} {getattr(value, 'name', '')!r} of {plugin.package} {plugin.version}")
+    return blame(
+        value, f"The {kind} {getattr(value, 'name', '')!r} of {plugin.package} {plugin.version}"
+    )
 
 
 def _hash_of_code(kind: type) -> str:
@@ -250,7 +292,12 @@ def _hash_of_code(kind: type) -> str:
 
 
 def _collision(kind: str, name: str, rivals: list[Offer]) -> PluginError:
-    names, packages = " and ".join(str(offer.plugin) for offer in rivals), {o.plugin.package for o in rivals}
+    names, packages = (
+        " and ".join(str(offer.plugin) for offer in rivals),
+        {o.plugin.package for o in rivals},
+    )
     others = ", ".join(packages - {"sleb"})
-    hint = f"It is built in: uninstall {others}." if "sleb" in packages else "Uninstall one of them."
+    hint = (
+        f"It is built in: uninstall {others}." if "sleb" in packages else "Uninstall one of them."
+    )
     return PluginError(f"The {kind} {name!r} is claimed by {names}.", hint=hint)

@@ -34,7 +34,8 @@ class UnreadableRecord(ValueError):
 
 
 def why_not_read(path: Path, limit: int | None = None) -> str | None:
-    """Say why a path should not be opened ("it is a folder"), unless it is a file of at most `limit` bytes.
+    """Say why a path should not be opened ("it is a folder"), unless it is a file of at most
+    `limit` bytes.
 
     Raises:
         OSError: the file is missing or out of reach.
@@ -45,7 +46,9 @@ def why_not_read(path: Path, limit: int | None = None) -> str | None:
     if not stat.S_ISREG(status.st_mode):  # opening a pipe can block, and a device can be endless
         return "it is a pipe or a device, not a file"
     if limit is not None and status.st_size > limit:
-        return f"it has {format_bytes(status.st_size)}, more than the limit of {format_bytes(limit)}"
+        return (
+            f"it has {format_bytes(status.st_size)}, more than the limit of {format_bytes(limit)}"
+        )
     return None
 
 
@@ -76,10 +79,16 @@ def first_fault(error: ValidationError, whole: str) -> str:
     if error.error_count() > MAX_FAULTS:  # pydantic lists all errors or none
         return f"{whole} has {error.error_count():,} faults"
     first = error.errors(include_url=False)[0]
-    is_number = first["type"] == "literal_error" and isinstance(first["input"], int) and abs(first["input"]) < 1000
+    is_number = (
+        first["type"] == "literal_error"
+        and isinstance(first["input"], int)
+        and abs(first["input"]) < 1000
+    )
     actual = f", not {first['input']}" if is_number else ""
     location = [str(key) if len(str(key)) <= 40 else f"{str(key)[:40]}…" for key in first["loc"]]
-    words = _FAULTS.get(first["type"]) or first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    words = _FAULTS.get(first["type"]) or first["msg"].removeprefix("Value error, ").replace(
+        "Input should", "should"
+    )
     return f"{'.'.join(location) or whole}: {words.rstrip('.')}{actual}"
 
 
@@ -97,7 +106,9 @@ class Public:
 class Record(BaseModel):
     """Data written to disk: frozen, typed, and strict about unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
     @classmethod
     def read(cls, path: Path, whole: str) -> Self:
@@ -119,7 +130,9 @@ class Record(BaseModel):
     def published(self) -> Self:
         """Return the record without the folders of local models and texts."""
         fields = type(self).model_fields.items()
-        return self.model_copy(update={name: _published(getattr(self, name), field.metadata) for name, field in fields})
+        return self.model_copy(
+            update={name: _published(getattr(self, name), field.metadata) for name, field in fields}
+        )
 
     def write(self, path: Path) -> None:
         """Write the record atomically."""
@@ -144,8 +157,9 @@ class VersionedRecord(Record):
 class ModelRecord(Record):
     """The model; `id` is the name of a Hub model, or the absolute path of a folder or file.
 
-    In a checkpoint, which may be published, `id` has no folders. `revision` is a commit of the Hub. `code` is a SHA-256
-    of the Python files that come with the model, if the user let them run. `dtype` is the data type of its weights.
+    In a checkpoint, which may be published, `id` has no folders. `revision` is a commit of the Hub.
+    `code` is a SHA-256 of the Python files that come with the model, if the user let them run.
+    `dtype` is the data type of its weights.
     """
 
     id: Annotated[str, Public(without_folders)]
@@ -175,10 +189,11 @@ Reference = Literal["dense", "recovered", "whole", "fewer experts", "fewer exper
 class Proof(Record):
     """What was checked in a checkpoint, and how close its logits are.
 
-    `reference` is what they were compared with: the dense model with these blocks skipped ("dense"), also with the
-    recovered weights ("recovered"), the dense model if only tokens go ("whole"), or the dense model whose routers
-    cannot choose these experts ("fewer experts") or choose fewer ("fewer experts per token"). `partial` says why some
-    checks were skipped. Numbers are null if no logits were compared; differences are relative to the largest logit.
+    `reference` is what they were compared with: the dense model with these blocks skipped
+    ("dense"), also with the recovered weights ("recovered"), the dense model if only tokens go
+    ("whole"), or the dense model whose routers cannot choose these experts ("fewer experts") or
+    choose fewer ("fewer experts per token"). `partial` says why some checks were skipped. Numbers
+    are null if no logits were compared; differences are relative to the largest logit.
     """
 
     checks: tuple[Check, ...]
@@ -208,5 +223,9 @@ def differences(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in data.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+        flat |= (
+            _flat(value, f"{prefix}{name}.")
+            if isinstance(value, Mapping)
+            else {prefix + name: value}
+        )
     return flat

@@ -8,6 +8,10 @@ RUN_LENGTH = 4
 
 
 def repetition(tokens: Sequence[Hashable]) -> float:
-    """Return the share of 4-grams that occurred before: seq-rep-4 of Welleck et al., arXiv:1908.04319, equation 10."""
-    runs = [tuple(tokens[start : start + RUN_LENGTH]) for start in range(len(tokens) - RUN_LENGTH + 1)]
+    """Return the share of 4-grams that occurred before: seq-rep-4 of Welleck et al.,
+    arXiv:1908.04319, equation 10.
+    """
+    runs = [
+        tuple(tokens[start : start + RUN_LENGTH]) for start in range(len(tokens) - RUN_LENGTH + 1)
+    ]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0

@@ -1,8 +1,8 @@
 """What users can ask for: one request per verb, the same from the command line and from Python.
 
-The fields of a request are the options of its command, with their help. None leaves a value to the plan that is
-extended, to the model, or to the default that the help names. Nothing here imports torch, so that `sleb --help` is
-instant.
+The fields of a request are the options of its command, with their help. None leaves a value to the
+plan that is extended, to the model, or to the default that the help names. Nothing here imports
+torch, so that `sleb --help` is instant.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ StrategyName = Literal["greedy", "refine", "oneshot", "contiguous"]
 Unit = Literal["blocks", "experts"]
 """What a search removes: whole blocks, or the same number of experts from each."""
 
-TargetName = Literal["ratio", "remove", "target_params", "target_memory", "target_speedup", "max_perplexity_ratio"]
+TargetName = Literal[
+    "ratio", "remove", "target_params", "target_memory", "target_speedup", "max_perplexity_ratio"
+]
 """The fields that say how far a search goes."""
 
 TARGET_NAMES: tuple[TargetName, ...] = get_args(TargetName)
@@ -121,7 +123,8 @@ def require_text(name: str) -> str:
         encoding = sys.getfilesystemencoding()
         raise UsageError(
             f"{name!a} is not valid {encoding}, so a plan cannot store it.",
-            hint="Rename it, or use a link with another name. If it is valid elsewhere, set LC_ALL=C.UTF-8.",
+            hint="Rename it, or use a link with another name. If it is valid elsewhere, set "
+            "LC_ALL=C.UTF-8.",
         ) from error
     return name
 
@@ -166,7 +169,8 @@ _list = partial(option, metavar="LIST", unset=())
 _repeated = partial(option, repeated=True, unset=())
 _dtype = partial(
     option,
-    "float32, bfloat16, float16, or auto (the checkpoint's own, or float32 on a CPU that emulates it).",
+    "float32, bfloat16, float16, or auto (the checkpoint's own, or float32 on a CPU that emulates "
+    "it).",
     _MACHINE,
     default=AUTO,
 )
@@ -177,11 +181,16 @@ _stream = partial(
     _MACHINE,
     default="if it does not fit",
 )
-_device_map = partial(option, "Let accelerate spread the model over several devices, CPU memory and disk.", _MACHINE)
+_device_map = partial(
+    option, "Let accelerate spread the model over several devices, CPU memory and disk.", _MACHINE
+)
 _revision = partial(option, "Branch, tag or commit of a model on the Hub.", _MACHINE)
 _trust_remote_code = partial(_flag, "Run Python code that comes with the model.", _MACHINE)
 _experts_per_token = partial(
-    option, "Have each token use only this many experts: one setting, and no cut.", _SUBJECT, minimum=1
+    option,
+    "Have each token use only this many experts: one setting, and no cut.",
+    _SUBJECT,
+    minimum=1,
 )
 _force = partial(_flag, "Overwrite existing output.", _OUTPUT)
 _result_file = partial(option, "Write the result to this JSON file.", _OUTPUT)
@@ -222,12 +231,15 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
             if isinstance(value, types) and (plain is bool or not isinstance(value, bool)):
                 found: Any = os.fspath(value) if isinstance(value, os.PathLike) else value
                 return plain(found) if plain is Path else found
-    raise UsageError(f"{name} cannot be {value!r}.", hint=f"Give {' or '.join(dict.fromkeys(wanted))}.")
+    raise UsageError(
+        f"{name} cannot be {value!r}.", hint=f"Give {' or '.join(dict.fromkeys(wanted))}."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A request without empty values, whose values have the types of their fields, and whose numbers are in range.
+    """A request without empty values, whose values have the types of their fields, and whose
+    numbers are in range.
 
     A list may stand for a tuple, a path for a text or the other way round, and a plan for its file.
 
@@ -238,12 +250,21 @@ class Request:
     def __post_init__(self) -> None:
         kinds = get_type_hints(type(self))
         for each in fields(self):
-            doc, value = each.metadata["doc"], _typed(each.name, getattr(self, each.name), kinds[each.name])
+            doc, value = (
+                each.metadata["doc"],
+                _typed(each.name, getattr(self, each.name), kinds[each.name]),
+            )
             name = doc.metavar if doc.argument else option_of(each.name)
             object.__setattr__(self, each.name, value)
-            if value == "" or (isinstance(value, tuple) and "" in value):  # as of a shell's variable that is not set
+            if value == "" or (
+                isinstance(value, tuple) and "" in value
+            ):  # as of a shell's variable that is not set
                 raise UsageError(f"{name} has an empty value.", hint="Write one, or leave it out.")
-            if isinstance(value, bool) or not isinstance(value, int | float) or doc.minimum <= value <= doc.maximum:
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or doc.minimum <= value <= doc.maximum
+            ):
                 continue
             given = f"{name} {f'{value:g}' if isinstance(value, float) else value}"
             if value > doc.maximum:
@@ -271,11 +292,21 @@ class Request:
 class SearchRequest(Request):
     """Which blocks to search for: how many, by one field of `TARGET_NAMES`, how, and on which text."""
 
-    model: str = field(kw_only=False, metadata=_argument("A Hub id, a folder, a .gguf file, or demo.", "MODEL"))
-    unit: Unit = option("Remove blocks, or experts: the same number of each block's.", _TARGET, unset="blocks")
-    ratio: str | float | None = option("Remove this share of the blocks or experts, rounded up: 0.2.", _TARGET)
-    remove: int | None = option("Remove this number of blocks, or of each block's experts.", _TARGET)
-    target_params: str | int | None = option("Remove until at most this many parameters remain: 1.2B.", _TARGET)
+    model: str = field(
+        kw_only=False, metadata=_argument("A Hub id, a folder, a .gguf file, or demo.", "MODEL")
+    )
+    unit: Unit = option(
+        "Remove blocks, or experts: the same number of each block's.", _TARGET, unset="blocks"
+    )
+    ratio: str | float | None = option(
+        "Remove this share of the blocks or experts, rounded up: 0.2.", _TARGET
+    )
+    remove: int | None = option(
+        "Remove this number of blocks, or of each block's experts.", _TARGET
+    )
+    target_params: str | int | None = option(
+        "Remove until at most this many parameters remain: 1.2B.", _TARGET
+    )
     target_memory: str | int | None = option(
         "Remove until weights and KV cache fit in this much memory: 6GiB.", _TARGET
     )
@@ -286,10 +317,13 @@ class SearchRequest(Request):
         minimum=2,
     )
     target_speedup: str | float | None = option(
-        "Remove blocks until the model generates this many times as fast, timed here in transformers: 1.25.", _TARGET
+        "Remove blocks until the model generates this many times as fast, timed here in "
+        "transformers: 1.25.",
+        _TARGET,
     )
     max_perplexity_ratio: str | float | None = option(
-        "Remove blocks while perplexity stays within this multiple of the dense model's: 1.2.", _TARGET
+        "Remove blocks while perplexity stays within this multiple of the dense model's: 1.2.",
+        _TARGET,
     )
     metric: str | None = option(
         "Score candidates by this metric: see `sleb plugins`.",
@@ -297,22 +331,28 @@ class SearchRequest(Request):
         default=f"{DEFAULT_METRIC}; {DEFAULT_EXPERT_METRIC} for experts",
     )
     strategy: StrategyName | None = option(
-        "greedy; refine (greedy, then swaps); oneshot (score every block once); or contiguous (best span).",
+        "greedy; refine (greedy, then swaps); oneshot (score every block once); or contiguous "
+        "(best span).",
         _SCORING,
         default=DEFAULT_STRATEGY,
         metavar="NAME",
     )
     compare: tuple[str, ...] = _list(
-        "Search once per METRIC or METRIC@STRATEGY, and write the best plan, and the others beside it: "
+        "Search once per METRIC or METRIC@STRATEGY, and write the best plan, and the others beside "
+        "it: "
         "nll,cosine,angular@contiguous.",
         _SCORING,
     )
     fast: bool | None = option(
-        "Race the candidates: stop scoring one once little is expected of it.", _SCORING, default="no; yes for demo"
+        "Race the candidates: stop scoring one once little is expected of it.",
+        _SCORING,
+        default="no; yes for demo",
     )
     calibration: str | None = option(
-        "wikitext2, c4, wikitext2-sleb, c4-sleb, a .txt or .jsonl file, org/name[:config][:split][:column]; self or "
-        "self-chat (written by the model), answers:FILE (its answers to your prompts); or a mixture: self:0.5,c4:0.5.",
+        "wikitext2, c4, wikitext2-sleb, c4-sleb, a .txt or .jsonl file, "
+        "org/name[:config][:split][:column]; self or "
+        "self-chat (written by the model), answers:FILE (its answers to your prompts); or a "
+        "mixture: self:0.5,c4:0.5.",
         _CALIBRATION,
         default=f"{DEFAULT_CALIBRATION}; {DEMO_CALIBRATION} for demo",
     )
@@ -332,7 +372,8 @@ class SearchRequest(Request):
         maximum=_MAX_SEED,
     )
     chat: Chat | None = option(
-        "Read `messages` of files and data sets as conversations, and count all tokens or only the answers.",
+        "Read `messages` of files and data sets as conversations, and count all tokens or only the "
+        "answers.",
         _CALIBRATION,
         default="answers, in conversations that the model writes",
     )
@@ -347,16 +388,26 @@ class SearchRequest(Request):
         _CALIBRATION,
         default=DEFAULT_SAMPLE_TOKENS,
     )
-    protect_first: int | None = option("Protect this many blocks at the start.", _PROTECTION, default=DEFAULT_PROTECTED)
-    protect_last: int | None = option("Protect this many blocks at the end.", _PROTECTION, default=DEFAULT_PROTECTED)
-    protect: tuple[int, ...] | None = option("Also protect these blocks: 5,11.", _PROTECTION, metavar="LIST")
+    protect_first: int | None = option(
+        "Protect this many blocks at the start.", _PROTECTION, default=DEFAULT_PROTECTED
+    )
+    protect_last: int | None = option(
+        "Protect this many blocks at the end.", _PROTECTION, default=DEFAULT_PROTECTED
+    )
+    protect: tuple[int, ...] | None = option(
+        "Also protect these blocks: 5,11.", _PROTECTION, metavar="LIST"
+    )
     protect_kind: tuple[str, ...] = _repeated(
-        "Protect all blocks of this kind: full_attention. May be repeated.", _PROTECTION, metavar="KIND"
+        "Protect all blocks of this kind: full_attention. May be repeated.",
+        _PROTECTION,
+        metavar="KIND",
     )
     dtype: str | None = _dtype()
     device: str = _device()
     memory: str | int | None = option(
-        "Memory for the search, in addition to the model: 8GiB.", _MACHINE, default="a share of what is free"
+        "Memory for the search, in addition to the model: 8GiB.",
+        _MACHINE,
+        default="a share of what is free",
     )
     batch_size: int | None = _count("Sequences per forward pass.", _MACHINE, default="by device")
     stream: bool | None = _stream()
@@ -367,7 +418,9 @@ class SearchRequest(Request):
         "Remove more blocks than this plan, with its settings and text.", _OUTPUT, metavar="PLAN"
     )
     resume: bool = _flag("Continue an interrupted search.", _OUTPUT)
-    output: Path | None = option("Write the plan here.", _OUTPUT, default=f"{DEFAULT_PLAN}, or the extended plan")
+    output: Path | None = option(
+        "Write the plan here.", _OUTPUT, default=f"{DEFAULT_PLAN}, or the extended plan"
+    )
     force: bool = _force()
 
     @property
@@ -379,7 +432,11 @@ class SearchRequest(Request):
     def options(self) -> dict[str, Any]:
         """The options that repeat the search, where they are set."""
         given = ((each.name, getattr(self, each.name), each.default) for each in fields(self))
-        return {name: value for name, value, unset in given if name in REPEATED_OPTIONS and value != unset}
+        return {
+            name: value
+            for name, value, unset in given
+            if name in REPEATED_OPTIONS and value != unset
+        }
 
 
 REPEATED_OPTIONS = {each.name for each in fields(SearchRequest)} - {
@@ -398,7 +455,9 @@ class SubjectRequest(Request):
     subject: str | os.PathLike[str] | None = field(
         default=None,
         kw_only=False,
-        metadata=_argument(f"A plan (default: ./{DEFAULT_PLAN}), or a model with --blocks.", "PLAN|MODEL"),
+        metadata=_argument(
+            f"A plan (default: ./{DEFAULT_PLAN}), or a model with --blocks.", "PLAN|MODEL"
+        ),
     )
     blocks: tuple[int, ...] | None = option(
         "Remove these blocks from MODEL, in this order: 5,4,9 or 12-15.", _SUBJECT, metavar="LIST"
@@ -414,7 +473,8 @@ class OneSizeRequest(SubjectRequest):
     """One size of the pruned model, by default the smallest."""
 
     remove: int | None = option(
-        "Remove only N blocks, or experts of each block: the plan's step N, or the first N of --blocks.",
+        "Remove only N blocks, or experts of each block: the plan's step N, or the first N of "
+        "--blocks.",
         _SUBJECT,
         metavar="N",
     )
@@ -425,10 +485,13 @@ class SizesRequest(SubjectRequest):
     """Sizes of the pruned model to compare with the dense one, by default the smallest."""
 
     remove: tuple[int, ...] = _list(
-        "Measure these sizes, by blocks or experts removed: 2,4,6. N is the plan's step N, or the first N of --blocks.",
+        "Measure these sizes, by blocks or experts removed: 2,4,6. N is the plan's step N, or the "
+        "first N of --blocks.",
         _SUBJECT,
     )
-    every: int | None = _count("Measure every N-th size, and always the most pruned.", _SUBJECT, metavar="N")
+    every: int | None = _count(
+        "Measure every N-th size, and always the most pruned.", _SUBJECT, metavar="N"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -437,10 +500,13 @@ class ApplyRequest(OneSizeRequest):
 
     experts_per_token: int | None = _experts_per_token()
     source: Path | None = option(
-        "Remove the blocks or experts from this GGUF file of the model, quantized or not.", _CHECKPOINT, metavar="GGUF"
+        "Remove the blocks or experts from this GGUF file of the model, quantized or not.",
+        _CHECKPOINT,
+        metavar="GGUF",
     )
     scripts: tuple[str, ...] = _list(
-        "Keep only the tokens of these scripts, as Unicode names them: latin,greek. ASCII, symbols and bytes stay.",
+        "Keep only the tokens of these scripts, as Unicode names them: latin,greek. ASCII, symbols "
+        "and bytes stay.",
         _CHECKPOINT,
     )
     dtype: str | None = option("Cast the weights to float32, bfloat16 or float16.", _CHECKPOINT)
@@ -448,13 +514,24 @@ class ApplyRequest(OneSizeRequest):
         "Largest weight file: 5GB, 512MiB.", _CHECKPOINT, default=DEFAULT_SHARD_SIZE
     )
     no_verify: bool = _flag("Skip the proof after saving.", _CHECKPOINT)
-    keep_failed: Path | None = option("If the proof fails, keep the output in this folder.", _CHECKPOINT, metavar="DIR")
-    recover: bool = _flag("Refit the blocks around each gap to match the dense model, in closed form.", _RECOVERY)
-    heal: bool = _flag("Train the remaining blocks to predict what the dense model predicts.", _RECOVERY)
-    heal_minutes: float | None = option(
-        "Stop healing after this many minutes.", _RECOVERY, default=f"{DEFAULT_HEAL_MINUTES:g}", minimum=0.001
+    keep_failed: Path | None = option(
+        "If the proof fails, keep the output in this folder.", _CHECKPOINT, metavar="DIR"
     )
-    heal_tokens: int | None = _count("Heal for a fixed number of tokens, for reproducible results.", _RECOVERY)
+    recover: bool = _flag(
+        "Refit the blocks around each gap to match the dense model, in closed form.", _RECOVERY
+    )
+    heal: bool = _flag(
+        "Train the remaining blocks to predict what the dense model predicts.", _RECOVERY
+    )
+    heal_minutes: float | None = option(
+        "Stop healing after this many minutes.",
+        _RECOVERY,
+        default=f"{DEFAULT_HEAL_MINUTES:g}",
+        minimum=0.001,
+    )
+    heal_tokens: int | None = _count(
+        "Heal for a fixed number of tokens, for reproducible results.", _RECOVERY
+    )
     calibration: str | None = option(
         "Text to recover on, as for `sleb search`.",
         _RECOVERY,
@@ -463,20 +540,32 @@ class ApplyRequest(OneSizeRequest):
     samples: int | None = _count(
         "Number of sequences, up to a fifth of them for validation and up to a tenth for the test.",
         _RECOVERY,
-        default=f"{RECOVERY_TOKENS:,} tokens, or {RECOVERY_SELF_TOKENS:,} if the model writes them all",
+        default=f"{RECOVERY_TOKENS:,} tokens, or {RECOVERY_SELF_TOKENS:,} if the model writes them "
+        f"all",
     )
     sequence_length: int | None = option(
-        "Tokens per sequence.", _RECOVERY, default=f"{RECOVERY_LENGTH}, or the model's limit", minimum=2
+        "Tokens per sequence.",
+        _RECOVERY,
+        default=f"{RECOVERY_LENGTH}, or the model's limit",
+        minimum=2,
     )
-    seed: int | None = option("Seed for sampling and generating text.", _RECOVERY, default=0, maximum=_MAX_SEED)
+    seed: int | None = option(
+        "Seed for sampling and generating text.", _RECOVERY, default=0, maximum=_MAX_SEED
+    )
     chat: Chat | None = option(
-        "Read conversations, as for `sleb search`.", _RECOVERY, default="all, in conversations that the model writes"
+        "Read conversations, as for `sleb search`.",
+        _RECOVERY,
+        default="all, in conversations that the model writes",
     )
-    device: str = option("Device to recover on: cpu, cuda, cuda:1, mps, xpu, npu.", _RECOVERY, unset=AUTO)
+    device: str = option(
+        "Device to recover on: cpu, cuda, cuda:1, mps, xpu, npu.", _RECOVERY, unset=AUTO
+    )
     stream: bool | None = _stream()
     device_map: DeviceMap | None = _device_map()
     output: Path | None = option(
-        "Write this folder, or this file if it ends in .gguf.", _OUTPUT, default="named after the model"
+        "Write this folder, or this file if it ends in .gguf.",
+        _OUTPUT,
+        default="named after the model",
     )
     force: bool = _force()
 
@@ -492,21 +581,26 @@ class EvalRequest(SizesRequest):
 
     experts_per_token: int | None = _experts_per_token()
     perplexity: tuple[str, ...] = _list(
-        "Measure perplexity on these texts: wikitext2, c4, files, org/name[:config][:split][:column]. In conversations "
+        "Measure perplexity on these texts: wikitext2, c4, files, "
+        "org/name[:config][:split][:column]. In conversations "
         "(`messages`), only the answers count.",
         _QUALITY,
         default=f"{DEFAULT_TEXT}, unless --tasks",
     )
     tasks: tuple[str, ...] = _list(
-        "Run these lm-eval tasks and groups, or sleb, canaries, leaderboard-v1, leaderboard-v2: piqa,canaries.",
+        "Run these lm-eval tasks and groups, or sleb, canaries, leaderboard-v1, leaderboard-v2: "
+        "piqa,canaries.",
         _QUALITY,
     )
     limit: int | None = _count("Use only this many items from the start of each task.", _QUALITY)
-    num_fewshot: int | None = option("Few-shot examples in the prompt.", _QUALITY, default="the task's own")
+    num_fewshot: int | None = option(
+        "Few-shot examples in the prompt.", _QUALITY, default="the task's own"
+    )
     apply_chat_template: bool = _flag("Format prompts with the chat template.", _QUALITY)
     include_path: Path | None = option("Folder with your own task files.", _QUALITY)
     run_code: RunCode | None = option(
-        "Run programs that the model writes, as humaneval_instruct does: confined by bubblewrap (Linux), without a "
+        "Run programs that the model writes, as humaneval_instruct does: confined by bubblewrap "
+        "(Linux), without a "
         "network, other processes or your files; or unconfined, with all your rights.",
         _QUALITY,
         metavar="HOW",
@@ -516,14 +610,21 @@ class EvalRequest(SizesRequest):
         "Show up to N items of each task that only one model gets right.", _QUALITY, metavar="N"
     )
     sequence_length: int | None = option(
-        "Tokens per perplexity window.", _QUALITY, default=f"{DEFAULT_LENGTH}, or the model's limit", minimum=2
+        "Tokens per perplexity window.",
+        _QUALITY,
+        default=f"{DEFAULT_LENGTH}, or the model's limit",
+        minimum=2,
     )
     max_windows: int | None = _count(
-        "Use only this many windows from the start of each text.", _QUALITY, default="all, or the text's protocol"
+        "Use only this many windows from the start of each text.",
+        _QUALITY,
+        default="all, or the text's protocol",
     )
     bos: bool = _flag("Begin every perplexity window with the BOS token.", _QUALITY)
     batch_size: str | int = option(
-        "Text windows or task requests per forward pass; auto suits the device.", _QUALITY, unset=AUTO
+        "Text windows or task requests per forward pass; auto suits the device.",
+        _QUALITY,
+        unset=AUTO,
     )
     dtype: str | None = _dtype()
     device: str = _device()
@@ -540,24 +641,42 @@ class BenchRequest(SizesRequest):
     experts_per_token: int | None = _experts_per_token()
     prompt: bool = _flag("Time prompt processing (prefill).", _WORKLOAD)
     generation: bool = _flag("Time generation (prefill and decode).", _WORKLOAD, default="both")
-    batch_size: int | None = _count("Prompts per batch.", _WORKLOAD, default="1; generation: 64, or 4 on a CPU")
-    prompt_length: int | None = _count("Tokens per prompt.", _WORKLOAD, default="2048, or 512 on a CPU; generation: 64")
-    new_tokens: int | None = _count("Tokens to generate per prompt.", _WORKLOAD, default="128, or 32 on a CPU")
-    sweep: tuple[str, ...] = _repeated(
-        'Time each combination: "batch=1,8,32 prompt=128,2048 new=64". May be repeated.', _WORKLOAD, metavar="TEXT"
+    batch_size: int | None = _count(
+        "Prompts per batch.", _WORKLOAD, default="1; generation: 64, or 4 on a CPU"
     )
-    iterations: int | None = _count("Timed runs of each model.", _TIMING, default="50, or 10 on a CPU; generation: 10")
-    warmup: int | None = option("Untimed runs of each model before timing.", _TIMING, default="until times are stable")
+    prompt_length: int | None = _count(
+        "Tokens per prompt.", _WORKLOAD, default="2048, or 512 on a CPU; generation: 64"
+    )
+    new_tokens: int | None = _count(
+        "Tokens to generate per prompt.", _WORKLOAD, default="128, or 32 on a CPU"
+    )
+    sweep: tuple[str, ...] = _repeated(
+        'Time each combination: "batch=1,8,32 prompt=128,2048 new=64". May be repeated.',
+        _WORKLOAD,
+        metavar="TEXT",
+    )
+    iterations: int | None = _count(
+        "Timed runs of each model.", _TIMING, default="50, or 10 on a CPU; generation: 10"
+    )
+    warmup: int | None = option(
+        "Untimed runs of each model before timing.", _TIMING, default="until times are stable"
+    )
     compile: bool = _flag("Run the models through torch.compile.", _MACHINE)
-    threads: int | None = _count("CPU threads.", _MACHINE, default="torch's choice", maximum=_MAX_THREADS)
+    threads: int | None = _count(
+        "CPU threads.", _MACHINE, default="torch's choice", maximum=_MAX_THREADS
+    )
     dtype: str | None = _dtype()
     device: str = _device()
     output: Path | None = _result_file()
     force: bool = _force()
     engine: str = option(
-        "transformers, llama.cpp, vllm, or a plugin's engine: see `sleb plugins`.", _MACHINE, unset=TRANSFORMERS
+        "transformers, llama.cpp, vllm, or a plugin's engine: see `sleb plugins`.",
+        _MACHINE,
+        unset=TRANSFORMERS,
     )
-    source: Path | None = option("A GGUF file of the model, for engines that read GGUF.", _MACHINE, metavar="GGUF")
+    source: Path | None = option(
+        "A GGUF file of the model, for engines that read GGUF.", _MACHINE, metavar="GGUF"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -565,7 +684,9 @@ class ExportRequest(OneSizeRequest):
     """A format that another tool or a reader takes."""
 
     more: tuple[str, ...] = field(
-        default=(), kw_only=False, metadata=_argument("More plans, for --to table.", "PLAN", repeated=True)
+        default=(),
+        kw_only=False,
+        metadata=_argument("More plans, for --to table.", "PLAN", repeated=True),
     )
     to: str = option(
         "report, table, llama-quantize, mergekit, indices, or a plugin's format.",
@@ -573,7 +694,9 @@ class ExportRequest(OneSizeRequest):
         unset=MISSING,
         metavar="FORMAT",
     )
-    source: Path | None = option("A GGUF file of the model, for llama-quantize.", _OUTPUT, metavar="GGUF")
+    source: Path | None = option(
+        "A GGUF file of the model, for llama-quantize.", _OUTPUT, metavar="GGUF"
+    )
     output: Path | None = option(
         "Write this file; a table ends in .md, .csv, or .svg for a figure.",
         _OUTPUT,

@@ -1,4 +1,6 @@
-"""What `sleb apply`, `export`, `eval` and `bench` report: the numbers, and the raw samples behind them."""
+"""What `sleb apply`, `export`, `eval` and `bench` report: the numbers, and the raw samples behind
+them.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +18,19 @@ from sleb_cli.requests import Unit, WorkloadName
 from sleb_cli.units import format_bytes, plural
 
 Removals = tuple[int, ...]
-"""What names a model among those that are measured together: the removed blocks; the dense one has none.
+"""What names a model among those that are measured together: the removed blocks; the dense one has
+none.
 
-Of a plan that removes experts, it is the places in the order of each block that went: 0 to the last.
+Of a plan that removes experts, it is the places in the order of each block that went: 0 to the
+last.
 """
 
 
 class ExpertSizes(Record):
     """What sizes count that are not of blocks: how many fewer of `count` experts.
 
-    Of each block, they go in the order whose hash is `ranking`; if it is null, none goes, and a token uses fewer.
+    Of each block, they go in the order whose hash is `ranking`; if it is null, none goes, and a
+    token uses fewer.
     """
 
     count: int
@@ -43,14 +48,18 @@ class ExpertResult(VersionedRecord):
 
     def to_data(self) -> dict[str, Any]:
         """Return the result as in JSON, without fields of experts that are None."""
-        return {name: value for name, value in super().to_data().items() if value or not name.startswith("experts")}
+        return {
+            name: value
+            for name, value in super().to_data().items()
+            if value or not name.startswith("experts")
+        }
 
 
 class ResultRecord(ExpertResult):
     """What evaluations and benchmarks share: the model, and where and by what it ran.
 
-    If `experts` is there, it says what the numbers in `sizes` and `removals` count. `plugins` has the version of each
-    other package that took part.
+    If `experts` is there, it says what the numbers in `sizes` and `removals` count. `plugins` has
+    the version of each other package that took part.
     """
 
     model: ModelRecord
@@ -65,7 +74,12 @@ class ResultRecord(ExpertResult):
     @property
     def versions(self) -> dict[str, str]:
         """The versions of the packages that took part."""
-        return {"sleb": self.sleb_version, "torch": self.torch, "transformers": self.transformers, **self.plugins}
+        return {
+            "sleb": self.sleb_version,
+            "torch": self.torch,
+            "transformers": self.transformers,
+            **self.plugins,
+        }
 
     @property
     def key(self) -> Key:
@@ -96,7 +110,9 @@ class CutRecord(Record):
 
 
 class VocabularyRecord(CutRecord):
-    """The scripts whose tokens stayed, and how many tokens, parameters and bytes the model had before, and has now."""
+    """The scripts whose tokens stayed, and how many tokens, parameters and bytes the model had
+    before, and has now.
+    """
 
     title = "Vocabulary"
 
@@ -108,13 +124,17 @@ class VocabularyRecord(CutRecord):
     @property
     def change(self) -> str:
         """What went with the tokens, and any blocks: "only latin; tokens 49,152 to 30,000; …"."""
-        tokens, parameters = (f"{before:,} to {after:,}" for before, after in (self.tokens, self.parameters))
+        tokens, parameters = (
+            f"{before:,} to {after:,}" for before, after in (self.tokens, self.parameters)
+        )
         before, after = map(format_bytes, self.weights_bytes)
         return f"only {', '.join(self.scripts)}; tokens {tokens}; parameters {parameters}; {before} to {after}"
 
 
 class ExpertsRecord(CutRecord):
-    """How many experts each block had before, and has now, and the same of the model's parameters and bytes."""
+    """How many experts each block had before, and has now, and the same of the model's parameters
+    and bytes.
+    """
 
     title = "Experts"
 
@@ -144,7 +164,9 @@ class PerTokenRecord(CutRecord):
 
 
 class WrittenResult(ExpertResult):
-    """A model that was written without some of its parts; what went besides blocks has a field for each kind."""
+    """A model that was written without some of its parts; what went besides blocks has a field for
+    each kind.
+    """
 
     @property
     def path(self) -> Path:
@@ -165,8 +187,9 @@ class WrittenResult(ExpertResult):
 class ApplyResult(WrittenResult):
     """A written checkpoint. `proof` is null if it was skipped.
 
-    `vocabulary` tells which tokens stayed, if not all, `experts` how many experts, `experts_per_token` how many a token
-    uses, if fewer, and `recovery` how its blocks were recovered, if they were.
+    `vocabulary` tells which tokens stayed, if not all, `experts` how many experts,
+    `experts_per_token` how many a token uses, if fewer, and `recovery` how its blocks were
+    recovered, if they were.
     """
 
     kind: Literal["apply"]
@@ -223,7 +246,9 @@ class ExportResult(VersionedRecord):
 
 
 class ComparedRecord(Record):
-    """One search of a comparison: what was removed, the calibration perplexity without it, and the plan's `file`."""
+    """One search of a comparison: what was removed, the calibration perplexity without it, and the
+    plan's `file`.
+    """
 
     metric: str
     strategy: str
@@ -270,9 +295,10 @@ class TextScores(Record):
 class DivergenceRecord(Record):
     """How far a model's predictions are from the dense model's: KL(dense || pruned) at each position, in nats.
 
-    `probability_change_rms` is the root mean square of the change of the right token's probability, and `same_top` the
-    share of positions with the same first choice. `accepted` is the share of sampled tokens that the dense model keeps
-    if the pruned one drafts for it: the mean of the sum of min(p, q) (Leviathan et al., arXiv 2211.17192, section 3).
+    `probability_change_rms` is the root mean square of the change of the right token's probability,
+    and `same_top` the share of positions with the same first choice. `accepted` is the share of
+    sampled tokens that the dense model keeps if the pruned one drafts for it: the mean of the sum
+    of min(p, q) (Leviathan et al., arXiv 2211.17192, section 3).
     """
 
     mean: float
@@ -289,8 +315,8 @@ class DivergenceRecord(Record):
 class PrunedTextScores(TextScores):
     """The scores without `removals`, and how they differ from the dense model's on the same tokens.
 
-    `log_ratio` is ln(pruned perplexity / dense perplexity), in nats per token; its standard error takes a document or a
-    window as one observation.
+    `log_ratio` is ln(pruned perplexity / dense perplexity), in nats per token; its standard error
+    takes a document or a window as one observation.
     """
 
     removals: Removals
@@ -306,8 +332,9 @@ ClusteredBy = Literal["documents", "windows", "conversations"]
 class TextResult(Record):
     """One text on the dense and each pruned model.
 
-    `tokens` counts what is predicted, and `clusters` the observations behind each standard error, which are
-    `clustered_by` documents or windows, or by conversations, of which only the answers are predicted.
+    `tokens` counts what is predicted, and `clusters` the observations behind each standard error,
+    which are `clustered_by` documents or windows, or by conversations, of which only the answers
+    are predicted.
     """
 
     text: Annotated[str, Public(public_source)]
@@ -328,9 +355,11 @@ class TextResult(Record):
 
 
 class TaskScores(Record):
-    """One metric of a task on one model: `value` as lm-eval reports it, and the score of each item in `items`.
+    """One metric of a task on one model: `value` as lm-eval reports it, and the score of each item
+    in `items`.
 
-    `interval` is Wilson's where each item is right or wrong, else normal; null if lm-eval reports no error.
+    `interval` is Wilson's where each item is right or wrong, else normal; null if lm-eval reports
+    no error.
     """
 
     value: float
@@ -352,9 +381,10 @@ class FlipRecord(Record):
 class PrunedTaskScores(TaskScores):
     """The scores without `removals`, and how they differ from the dense model's on the same items.
 
-    `retention` is pruned / dense (null if dense is 0). `lost` items went from right to wrong, `gained` ones from wrong
-    to right; with `mcnemar_p`, the exact McNemar test, they are null where items are not right or wrong. `items_needed`
-    is how many items would show a difference of one point. `flips` are those asked for.
+    `retention` is pruned / dense (null if dense is 0). `lost` items went from right to wrong,
+    `gained` ones from wrong to right; with `mcnemar_p`, the exact McNemar test, they are null where
+    items are not right or wrong. `items_needed` is how many items would show a difference of one
+    point. `flips` are those asked for.
     """
 
     removals: Removals
@@ -370,16 +400,18 @@ class PrunedTaskScores(TaskScores):
 
 
 Use = Literal["choosing", "programs", "writing"]
-"""What the items of a task ask for: to choose an answer, to write a program that runs, or to write."""
+"""What the items of a task ask for: to choose an answer, to write a program that runs, or to write.
+"""
 
 
 class TaskResult(Record):
     """One metric of one lm-eval task on the dense and each pruned model.
 
-    Items are matched by `doc_ids`, and `items_sha256` is a hash over lm-eval's hashes of their documents, prompts and
-    targets. A group has no items of its own. `chat` tells whether prompts were in the chat template. `fingerprint` is a
-    hash of what the scores depend on besides the model; `use` is null if it is unknown. `limit` is how many items were
-    asked for, null for all, and `lm_eval` the version that ran them.
+    Items are matched by `doc_ids`, and `items_sha256` is a hash over lm-eval's hashes of their
+    documents, prompts and targets. A group has no items of its own. `chat` tells whether prompts
+    were in the chat template. `fingerprint` is a hash of what the scores depend on besides the
+    model; `use` is null if it is unknown. `limit` is how many items were asked for, null for all,
+    and `lm_eval` the version that ran them.
     """
 
     task: str
@@ -406,7 +438,9 @@ class TaskResult(Record):
 
 
 _MAIN_METRICS = ("acc_norm", "acc", "exact_match", "em")
-"""Where a task has several metrics, the first of these stands for it, as in the tables of the SLEB paper and others."""
+"""Where a task has several metrics, the first of these stands for it, as in the tables of the SLEB
+paper and others.
+"""
 
 
 def main_metric(results: list[TaskResult]) -> TaskResult:
@@ -416,11 +450,12 @@ def main_metric(results: list[TaskResult]) -> TaskResult:
 
 
 class EvalResult(ResultRecord):
-    """The quality of the dense model and of each size of the pruned one, `sizes`: the removed blocks, fewest first.
+    """The quality of the dense model and of each size of the pruned one, `sizes`: the removed
+    blocks, fewest first.
 
-    `behavior` is a hash over all of the model's files that decide a number: weights, config, trusted code, tokenizer
-    and generation settings; `recovered` is the pruned checkpoint's hash, if its weights are not the dense model's.
-    `commands` are those that measured it, one for each run.
+    `behavior` is a hash over all of the model's files that decide a number: weights, config,
+    trusted code, tokenizer and generation settings; `recovered` is the pruned checkpoint's hash, if
+    its weights are not the dense model's. `commands` are those that measured it, one for each run.
     """
 
     kind: Literal["eval"]
@@ -437,7 +472,9 @@ class EvalResult(ResultRecord):
         return super().depends | {"behavior": self.behavior, "recovered": self.recovered}
 
     def merged_with(self, previous: EvalResult) -> EvalResult:
-        """Return both results, of one key, as one: what was measured in both is taken from this one."""
+        """Return both results, of one key, as one: what was measured in both is taken from this
+        one.
+        """
         sizes = {frozenset(size): size for size in (*previous.sizes, *self.sizes)}
         return self.model_copy(
             update={
@@ -462,12 +499,16 @@ def of_sizes(results: Iterable[_Sized], sizes: Iterable[Iterable[int]]) -> Itera
 
 
 def merge_results(old: tuple[R, ...], new: tuple[R, ...]) -> tuple[R, ...]:
-    """Merge results of texts or tasks; of those that are in both, also their sizes, if they were scored alike."""
+    """Merge results of texts or tasks; of those that are in both, also their sizes, if they were
+    scored alike.
+    """
     found = {result.key: result for result in old}
     for result in new:
         before = found.get(result.key)
         alike = getattr(before, "fingerprint", None) == getattr(result, "fingerprint", None)
-        pruned = {frozenset(size.removals): size for size in (before.pruned if before and alike else ())}
+        pruned = {
+            frozenset(size.removals): size for size in (before.pruned if before and alike else ())
+        }
         pruned |= {frozenset(size.removals): size for size in result.pruned}
         ordered = tuple(sorted(pruned.values(), key=lambda size: len(size.removals)))
         found[result.key] = result.model_copy(update={"pruned": ordered})
@@ -477,8 +518,9 @@ def merge_results(old: tuple[R, ...], new: tuple[R, ...]) -> tuple[R, ...]:
 class Workload(Record):
     """A timed workload. If `new_tokens` is 0, only the prompt is processed, without a KV cache.
 
-    Every iteration has random prompts of its own. `warmup` is null if it lasted until times were stable.
-    `engine` runs the model: transformers, or a plugin's. If `compiled`, the KV cache has a fixed size.
+    Every iteration has random prompts of its own. `warmup` is null if it lasted until times were
+    stable. `engine` runs the model: transformers, or a plugin's. If `compiled`, the KV cache has a
+    fixed size.
     """
 
     name: WorkloadName
@@ -499,11 +541,19 @@ class Workload(Record):
     @property
     def identity(self) -> tuple[object, ...]:
         """What identifies the workload, however often it is run."""
-        return (self.name, self.engine, self.batch_size, self.prompt_length, self.new_tokens, self.compiled)
+        return (
+            self.name,
+            self.engine,
+            self.batch_size,
+            self.prompt_length,
+            self.new_tokens,
+            self.compiled,
+        )
 
 
 class WarmupRecord(Record):
-    """The untimed runs of each model; `deviation` is the largest relative standard deviation of the last few.
+    """The untimed runs of each model; `deviation` is the largest relative standard deviation of the
+    last few.
 
     `stable` says whether it fell below the limit of 2%; null if the number of runs was asked for.
     """
@@ -514,9 +564,11 @@ class WarmupRecord(Record):
 
 
 class MemoryRecord(Record):
-    """The peak memory of a process that runs nothing else: the weights, the KV cache at its largest, and the rest.
+    """The peak memory of a process that runs nothing else: the weights, the KV cache at its
+    largest, and the rest.
 
-    On a CPU, this is resident memory, so the rest includes the program; on an accelerator, it is what torch allocates.
+    On a CPU, this is resident memory, so the rest includes the program; on an accelerator, it is
+    what torch allocates.
     """
 
     peak_bytes: int
@@ -537,11 +589,12 @@ class Distribution(Record):
 class Timing(Record):
     """One workload on one model, in the terms of `vllm bench serve`.
 
-    TTFT is the time to first token, ITL the latency between tokens, TPOT the time per token after the first, E2EL that
-    from end to end; all prompts of a batch share them. `ttfts`, `itls` and `e2els` are the samples, in seconds, by
-    iteration; without new tokens there are no `itls`, and the first token is the end. `tokens_per_second` counts the
-    new tokens of all prompts, or the tokens of the prompts if there are none. `outliers` is the number of `e2els`
-    beyond Tukey's fences, which are kept.
+    TTFT is the time to first token, ITL the latency between tokens, TPOT the time per token after
+    the first, E2EL that from end to end; all prompts of a batch share them. `ttfts`, `itls` and
+    `e2els` are the samples, in seconds, by iteration; without new tokens there are no `itls`, and
+    the first token is the end. `tokens_per_second` counts the new tokens of all prompts, or the
+    tokens of the prompts if there are none. `outliers` is the number of `e2els` beyond Tukey's
+    fences, which are kept.
     """
 
     tokens_per_second: float
@@ -557,7 +610,8 @@ class Timing(Record):
 
 
 class PrunedTiming(Timing):
-    """The timing without `removals`; `speedup` is dense over pruned, of the medians from end to end.
+    """The timing without `removals`; `speedup` is dense over pruned, of the medians from end to
+    end.
 
     `interval` is its 95% bootstrap interval over rounds; null if there are too few for one.
     """
@@ -568,10 +622,12 @@ class PrunedTiming(Timing):
 
 
 class WorkloadResult(Record):
-    """One workload on the dense and each pruned model, run in turn, and in every other round in reverse.
+    """One workload on the dense and each pruned model, run in turn, and in every other round in
+    reverse.
 
-    `attention` is the implementation that transformers uses; null for other engines. Models that share no weights are
-    timed in pairs, each size with the dense model, and `dense` then has the dense runs of all pairs.
+    `attention` is the implementation that transformers uses; null for other engines. Models that
+    share no weights are timed in pairs, each size with the dense model, and `dense` then has the
+    dense runs of all pairs.
     """
 
     workload: Workload
@@ -596,9 +652,11 @@ class ModelSize(Record):
 
 
 class BenchResult(ResultRecord):
-    """The speed and size of the dense model and of each size of the pruned one, the fewest removals first.
+    """The speed and size of the dense model and of each size of the pruned one, the fewest removals
+    first.
 
-    `governor` is how the system sets the processor's clock, where it says so: performance, powersave.
+    `governor` is how the system sets the processor's clock, where it says so: performance,
+    powersave.
     """
 
     kind: Literal["bench"]
@@ -616,8 +674,8 @@ class BenchResult(ResultRecord):
     def merged_with(self, previous: BenchResult) -> BenchResult:
         """Return both results, of one key, as one.
 
-        A workload that was run again replaces the earlier one with all its sizes, since each run times the dense model
-        anew; but runs with fewer iterations replace nothing.
+        A workload that was run again replaces the earlier one with all its sizes, since each run
+        times the dense model anew; but runs with fewer iterations replace nothing.
         """
         found = {result.workload.identity: result for result in previous.workloads}
         for new in self.workloads:
@@ -625,6 +683,10 @@ class BenchResult(ResultRecord):
             if earlier is None or earlier.workload.iterations <= new.workload.iterations:
                 found[new.workload.identity] = new
         used = {timing.removals for result in found.values() for timing in result.pruned}
-        sizes = {size.removals: size for size in (*previous.pruned, *self.pruned) if size.removals in used}
+        sizes = {
+            size.removals: size
+            for size in (*previous.pruned, *self.pruned)
+            if size.removals in used
+        }
         ordered = tuple(sorted(sizes.values(), key=lambda size: len(size.removals)))
         return self.model_copy(update={"pruned": ordered, "workloads": tuple(found.values())})

@@ -1,4 +1,6 @@
-"""Where are results of `eval` and `bench` saved? Next to the plan, or in the checkpoint, for reports."""
+"""Where are results of `eval` and `bench` saved? Next to the plan, or in the checkpoint, for
+reports.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ def beside_plan(plan: Path, kind: Literal["eval", "bench"]) -> Path:
 def save_result(result: R, file: Path, notify: Notify) -> R:
     """Merge a result with the saved ones of its key, write them to `file`, and return them.
 
-    Results of another key that `file` holds move to a file of their own beside it. If nothing can be written, the
-    listener is told, and the result is still returned.
+    Results of another key that `file` holds move to a file of their own beside it. If nothing can
+    be written, the listener is told, and the result is still returned.
     """
     if file.name.startswith(("sleb_eval.", "sleb_bench.", f"{Path(CHECKPOINT_PLAN).stem}.")):
         result = result.published()  # the folder is a checkpoint, which may be published
@@ -41,7 +43,12 @@ def save_result(result: R, file: Path, notify: Notify) -> R:
             if file.is_file() and (current is None or current.key != result.key):
                 moved = _free_name(file) if current is None else _beside(file, current)
                 file.replace(moved)
-                notify(Notice(f"{file} held results for a different model or setting, which are now in {moved.name}."))
+                notify(
+                    Notice(
+                        f"{file} held results for a different model or setting, which are now in "
+                        f"{moved.name}."
+                    )
+                )
             if isinstance(result, BenchResult) and isinstance(merged, BenchResult):
                 _warn_if_shorter_run(result, merged, file, notify)
         with writing(file):
@@ -52,7 +59,9 @@ def save_result(result: R, file: Path, notify: Notify) -> R:
 
 
 def find_saved(like: R, file: Path, notify: Notify) -> R | None:
-    """Return the saved result with the key of `like`, from `file` or from the file beside it for this key."""
+    """Return the saved result with the key of `like`, from `file` or from the file beside it for
+    this key.
+    """
     for candidate in (file, _beside(file, like)):
         saved = read_saved(type(like), candidate, notify)
         if saved is not None and saved.key == like.key:
@@ -67,18 +76,23 @@ def _beside(file: Path, result: EvalResult | BenchResult) -> Path:
 
 def _free_name(file: Path) -> Path:
     """Name a new file for one that cannot be read: plan.eval.json.old, plan.eval.2.json.old, …."""
-    paths = (sibling(file, f"{'' if number == 1 else f'.{number}'}.json.old") for number in count(1))
+    paths = (
+        sibling(file, f"{'' if number == 1 else f'.{number}'}.json.old") for number in count(1)
+    )
     return next(path for path in paths if not path.exists())
 
 
-def _warn_if_shorter_run(result: BenchResult, merged: BenchResult, file: Path, notify: Notify) -> None:
+def _warn_if_shorter_run(
+    result: BenchResult, merged: BenchResult, file: Path, notify: Notify
+) -> None:
     saved = {timed.workload.identity: timed.workload for timed in merged.workloads}
     for new in (timed.workload for timed in result.workloads):
         runs, more = new.iterations, saved[new.identity].iterations
         if more > runs:
             notify(
                 Notice(
-                    f"{file} keeps the earlier {more} runs of {new.label}, which are more reliable than {runs}. "
+                    f"{file} keeps the earlier {more} runs of {new.label}, which are more reliable "
+                    f"than {runs}. "
                     f"To replace them, use --iterations {more} or more."
                 )
             )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_SEARCH = "Find the blocks with `sleb search MODEL --ratio 0.2`, then write the model with `sleb apply`."
+_SEARCH = (
+    "Find the blocks with `sleb search MODEL --ratio 0.2`, then write the model with `sleb apply`."
+)
 _COUNT = "Use --remove 6, a number of blocks."
 _SHARE = "Use --ratio 0.2, a share of the blocks."
 _TEXT = "Use --calibration, with wikitext2, c4 or a file."
@@ -16,7 +18,10 @@ SYNONYMS: Mapping[str, str] = {
     **dict.fromkeys(["--layers", "--num-layers", "--n-layers", "--num-blocks", "-n"], _COUNT),
     **dict.fromkeys(["--sparsity", "--pruning-ratio", "--amount", "-r"], _SHARE),
     **dict.fromkeys(["--dataset", "--data", "--text", "-d"], _TEXT),
-    **dict.fromkeys(["eval --dataset", "eval --data", "eval --text", "eval --ppl", "eval --calibration"], _MEASURED),
+    **dict.fromkeys(
+        ["eval --dataset", "eval --data", "eval --text", "eval --ppl", "eval --calibration"],
+        _MEASURED,
+    ),
     "evaluate": "Use `sleb eval`.",
     "benchmark": "Use `sleb bench`.",
     "report": "Use `sleb export --to report`.",
@@ -24,16 +29,23 @@ SYNONYMS: Mapping[str, str] = {
     "apply --ratio": "A plan has its sizes: use --remove, or search again with --ratio.",
     **dict.fromkeys(["apply --to", "apply --format"], _WRITTEN),
     "--format": "Use --to.",
-    "Missing argument 'MODEL'.": "Name a Hub id, a folder, a .gguf file, or demo: `sleb search demo --ratio 0.2`.",
-    "Missing option '--to'.": "Name the format: --to report, table, llama-quantize, mergekit or indices.",
-    **dict.fromkeys(["exporter csv", "exporter markdown", "exporter svg"], "Use table, and -o table.csv, .md or .svg."),
+    "Missing argument 'MODEL'.": "Name a Hub id, a folder, a .gguf file, or demo: `sleb search "
+    "demo --ratio 0.2`.",
+    "Missing option '--to'.": "Name the format: --to report, table, llama-quantize, mergekit or "
+    "indices.",
+    **dict.fromkeys(
+        ["exporter csv", "exporter markdown", "exporter svg"],
+        "Use table, and -o table.csv, .md or .svg.",
+    ),
     "exporter gguf": "`sleb apply` writes GGUF files.",
     "exporter ollama": "Write `FROM ./model.gguf` into a Modelfile.",
     "exporter html": "Use report, a page of HTML.",
     **dict.fromkeys(["metric perplexity", "metric ppl"], "Use nll, its logarithm."),
     **dict.fromkeys(["metric shortgpt", "metric bi"], "Use cosine, with --strategy oneshot."),
 }
-"""Hints by wrong command, by wrong option of any command or one, by message, and by kind and name of an offer."""
+"""Hints by wrong command, by wrong option of any command or one, by message, and by kind and name
+of an offer.
+"""
 
 
 def hint_for(command: str, message: str, option: str | None, words: list[str]) -> str | None:
@@ -41,5 +53,7 @@ def hint_for(command: str, message: str, option: str | None, words: list[str]) -
     verb = command.removeprefix("sleb").strip()
     if "No such command" in message and words:
         is_model = words[0] == "demo" or "/" in words[0] or words[0].endswith(".gguf")
-        return f"Write `sleb search {words[0]} --ratio 0.2`." if is_model else SYNONYMS.get(words[0])
+        return (
+            f"Write `sleb search {words[0]} --ratio 0.2`." if is_model else SYNONYMS.get(words[0])
+        )
     return SYNONYMS.get(f"{verb} {option}") or SYNONYMS.get(option or message)

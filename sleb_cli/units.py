@@ -25,14 +25,22 @@ def parse_count(text: str, option: str) -> float:
     except ValueError:
         count = math.nan
     if not (0 < count < math.inf):
-        raise UsageError(f"{option} {text} is not a number of parameters.", hint="Write it like 1.2B or 600M.")
+        raise UsageError(
+            f"{option} {text} is not a number of parameters.", hint="Write it like 1.2B or 600M."
+        )
     return count
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """Read "5GB", "500 MB" (powers of ten), "8GiB", "8Gi" (powers of two) or a plain number of bytes."""
+    """Read "5GB", "500 MB" (powers of ten), "8GiB", "8Gi" (powers of two) or a plain number of
+    bytes.
+    """
     match = _BYTES.fullmatch(text.strip().lower())
-    count = float(match[1]) * (1024 if match[3] else 1000) ** " kmgtpe".index(match[2] or " ") if match else 0.0
+    count = (
+        float(match[1]) * (1024 if match[3] else 1000) ** " kmgtpe".index(match[2] or " ")
+        if match
+        else 0.0
+    )
     if not 1 <= count < math.inf:
         raise UsageError(f"{option} {text} is not a size.", hint="Write it like 8GiB or 500MB.")
     return int(count)
@@ -43,11 +51,16 @@ def parse_ratio(text: str) -> Fraction:
     try:
         # A float's repr has the same digits, and Fraction("1e-999999999") would compute for hours.
         share = text.removesuffix("%")
-        ratio = Fraction(text if "/" in text else repr(float(share))) / (100 if text.endswith("%") else 1)
+        ratio = Fraction(text if "/" in text else repr(float(share))) / (
+            100 if text.endswith("%") else 1
+        )
     except (ValueError, ZeroDivisionError):
         ratio = Fraction(0)
     if not 0 < ratio < 1:
-        raise UsageError(f"The ratio {text} is not between 0 and 1.", hint="0.2 or 20% removes a fifth of the blocks.")
+        raise UsageError(
+            f"The ratio {text} is not between 0 and 1.",
+            hint="0.2 or 20% removes a fifth of the blocks.",
+        )
     return ratio
 
 
@@ -96,7 +109,13 @@ def format_milliseconds(value: float) -> str:
     """Write milliseconds with three digits, or seconds: 4.21 ms, 312 ms, 1.85 s."""
     if value >= 1000:
         return f"{value / 1000:.2f} s"
-    return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms" if value >= 10 else f"{value:.2f} ms"
+    return (
+        f"{value:.0f} ms"
+        if value >= 100
+        else f"{value:.1f} ms"
+        if value >= 10
+        else f"{value:.2f} ms"
+    )
 
 
 def format_seconds(value: float) -> str:

@@ -1,7 +1,8 @@
 """How config keys describe single blocks, as data.
 
-A `KeyPruner` takes a key's value and the kept blocks, and returns the value for the pruned model's config. A value that
-is not of the key's type is returned unchanged: transformers refuses it if the model reads it.
+A `KeyPruner` takes a key's value and the kept blocks, and returns the value for the pruned model's
+config. A value that is not of the key's type is returned unchanged: transformers refuses it if the
+model reads it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from sleb_plugins.errors import UsageError
 
 @dataclass(frozen=True)
 class Kept:
-    """The kept blocks, in order, by their numbers in the original, and the `count` of blocks in the original."""
+    """The kept blocks, in order, by their numbers in the original, and the `count` of blocks in the
+    original.
+    """
 
     blocks: tuple[int, ...]
     count: int
@@ -36,8 +39,11 @@ def kept_blocks(count: int, removals: Sequence[int]) -> Kept:
     return Kept(tuple(block for block in range(count) if block not in removals), count)
 
 
-def require_removable(removals: Sequence[int], count: int, model: str, *, further: str = "") -> None:
-    """Check that these blocks can be removed from a model of `count`; `further` is added to a message on its size.
+def require_removable(
+    removals: Sequence[int], count: int, model: str, *, further: str = ""
+) -> None:
+    """Check that these blocks can be removed from a model of `count`; `further` is added to a
+    message on its size.
 
     Raises:
         UsageError: a block is named twice or does not exist, or no block would remain.
@@ -48,7 +54,8 @@ def require_removable(removals: Sequence[int], count: int, model: str, *, furthe
     absent = [block for block in removals if not 0 <= block < count]
     if absent:
         raise UsageError(
-            f"There is no block {absent[0]}: {model} has {count} blocks, 0 to {count - 1}{further}.",
+            f"There is no block {absent[0]}: {model} has {count} blocks, 0 to "
+            f"{count - 1}{further}.",
             hint="Blocks are numbered from 0, as in the original model.",
         )
     if len(removals) == count:
@@ -59,7 +66,8 @@ KeyPruner = Callable[[Any, Kept], Any]
 
 
 def by_block(values: Any, kept: Kept) -> Any:
-    """Prune a list with one value per block, or a text with one letter per block, such as Nemotron-H's "M-M*-".
+    """Prune a list with one value per block, or a text with one letter per block, such as
+    Nemotron-H's "M-M*-".
 
     Values of another type or length are returned unchanged.
     """
@@ -77,12 +85,16 @@ def block_numbers(numbers: Any, kept: Kept) -> Any:
 
 
 def numbers_from_one(values: Any, kept: Kept) -> Any:
-    """Renumber the lists of block numbers, from 1, in a mapping that also holds other settings (Kimi-Linear)."""
+    """Renumber the lists of block numbers, from 1, in a mapping that also holds other settings
+    (Kimi-Linear).
+    """
     if not isinstance(values, dict):
         return values
     return {
         key: [kept.blocks.index(number - 1) + 1 for number in value if number - 1 in kept.blocks]
-        if key.endswith("_layers") and isinstance(value, list) and all(isinstance(number, int) for number in value)
+        if key.endswith("_layers")
+        and isinstance(value, list)
+        and all(isinstance(number, int) for number in value)
         else value
         for key, value in values.items()
     }
@@ -132,8 +144,12 @@ _PRUNED_BY: Mapping[KeyPruner, Sequence[str]] = {
     numbers_from_one: ("linear_attn_config",),
 }  # fmt: skip
 
-KEY_PRUNERS: Mapping[str, KeyPruner] = {key: pruner for pruner, keys in _PRUNED_BY.items() for key in keys}
-"""The keys of transformers' configs that describe single blocks; a family's own `config_keys` take precedence."""
+KEY_PRUNERS: Mapping[str, KeyPruner] = {
+    key: pruner for pruner, keys in _PRUNED_BY.items() for key in keys
+}
+"""The keys of transformers' configs that describe single blocks; a family's own `config_keys` take
+precedence.
+"""
 
 KINDS = ("layer_types", "layers_block_type", "attention_layers", "mlp_layer_types")
 """Keys that list the kind of each block."""
@@ -141,8 +157,13 @@ KINDS = ("layer_types", "layers_block_type", "attention_layers", "mlp_layer_type
 REDUNDANT = ("max_window_layers",)
 """Keys that may be wrong, because `layer_types` overrides them."""
 
-SLICED: Mapping[str, int] = {"embed_tokens_per_layer.weight": 1, "per_layer_model_projection.weight": 0}
-"""Suffixes of tensors outside the blocks that hold one slice per block, with the axis of the slices."""
+SLICED: Mapping[str, int] = {
+    "embed_tokens_per_layer.weight": 1,
+    "per_layer_model_projection.weight": 0,
+}
+"""Suffixes of tensors outside the blocks that hold one slice per block, with the axis of the
+slices.
+"""
 
 
 def sliced_axis(name: str) -> int | None:
@@ -158,7 +179,8 @@ PERIOD_KEYS = (
 """Keys that derive a block's kind from its number, in configs without a list of kinds."""
 
 PREDICTION_BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers", "n_predict")
-"""Keys that count blocks for multi-token prediction, which checkpoints number after the last block."""
+"""Keys that count blocks for multi-token prediction, which checkpoints number after the last block.
+"""
 
 NOT_BY_BLOCK = (
     "_token_id", "_token_ids", "_tokens", "_section", "_limit", "_multipliers", "_group_size", "_sizes",
@@ -169,29 +191,48 @@ NOT_BY_BLOCK = (
 
 def means_blocks(key: str, value: Any, count: int) -> bool:
     """Whether an unknown key's value seems to have one value per block: a list of that length."""
-    return isinstance(value, list | tuple) and len(value) == count and not key.endswith(NOT_BY_BLOCK)
+    return (
+        isinstance(value, list | tuple) and len(value) == count and not key.endswith(NOT_BY_BLOCK)
+    )
 
 
 OTHER_TEXT_KEYS = ("language_config", "llm_config")
-"""Where config.json may have the language model's settings instead of where transformers has them."""
+"""Where config.json may have the language model's settings instead of where transformers has them.
+"""
 
 OBSTACLES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "scale_attn_by_inverse_layer_idx": (bool, "each block divides its attention scores by its number"),
+    "scale_attn_by_inverse_layer_idx": (
+        bool,
+        "each block divides its attention scores by its number",
+    ),
     "rescale_every": (bool, "the hidden states are halved at regular intervals of blocks"),
-    "indexer_types": (lambda kinds: "shared" in kinds, "blocks pass the indices they attend to on to the next ones"),
+    "indexer_types": (
+        lambda kinds: "shared" in kinds,
+        "blocks pass the indices they attend to on to the next ones",
+    ),
 }
-"""Keys whose values can make a block depend on its number or on another block, with a test and a clause for that."""
+"""Keys whose values can make a block depend on its number or on another block, with a test and a
+clause for that.
+"""
 
 
-LEADING_INPUTS: Mapping[str, str] = {"deepstack_visual_indexes": "features of images enter the first {count} blocks"}
-"""Keys, also of the vision config, with an item for each of the first blocks, which get an input; with a clause."""
+LEADING_INPUTS: Mapping[str, str] = {
+    "deepstack_visual_indexes": "features of images enter the first {count} blocks"
+}
+"""Keys, also of the vision config, with an item for each of the first blocks, which get an input;
+with a clause.
+"""
 
 NUMBERED_PARTS: Mapping[str, int] = {"layer_idx": 2}
-"""Endings of attributes that may number parts through all blocks, with the parts of a block, such as two attentions."""
+"""Endings of attributes that may number parts through all blocks, with the parts of a block, such
+as two attentions.
+"""
 
 
 def explicit_experts(config: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
-    """Replace `decoder_sparse_step` (Qwen-MoE), by which every n-th block has experts, with `mlp_only_layers`."""
+    """Replace `decoder_sparse_step` (Qwen-MoE), by which every n-th block has experts, with
+    `mlp_only_layers`.
+    """
     step, dense = config["decoder_sparse_step"], config["mlp_only_layers"] or []
     numbers = [new for new, old in enumerate(kept.blocks) if old in dense or (old + 1) % step]
     return {"decoder_sparse_step": 1, "mlp_only_layers": numbers}
@@ -203,7 +244,9 @@ def explicit_attention(config: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
 
 
 def explicit_cycle(config: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
-    """Expand the cycle of kinds that RecurrentGemma repeats over its blocks to the kept blocks' kinds."""
+    """Expand the cycle of kinds that RecurrentGemma repeats over its blocks to the kept blocks'
+    kinds.
+    """
     cycle = config["block_types"]
     return {"block_types": [cycle[block % len(cycle)] for block in kept.blocks]}
 

@@ -18,7 +18,8 @@ class TimedRun:
 
     Attributes:
         seconds: from the start to the end.
-        token_seconds: from the start to the arrival of each step of new tokens; empty if only the prompt was processed.
+        token_seconds: from the start to the arrival of each step of new tokens; empty if only the
+            prompt was processed.
     """
 
     seconds: float
@@ -57,9 +58,11 @@ class LoadedModel(ABC):
 
     @abstractmethod
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> TimedRun:
-        """Process the prompts together and generate `new_tokens` for each, greedily, whatever token ends a text.
+        """Process the prompts together and generate `new_tokens` for each, greedily, whatever token
+        ends a text.
 
-        With `new_tokens` 0, only the prompts are processed. No prompt is answered from a cache of earlier ones.
+        With `new_tokens` 0, only the prompts are processed. No prompt is answered from a cache of
+        earlier ones.
         """
 
     @abstractmethod
@@ -74,7 +77,8 @@ class Engine(ABC):
         name: its name on the command line.
         description: one line for `sleb plugins`.
         reads: the files it reads: "checkpoint" for a folder, or "gguf".
-        least_new_tokens: how many tokens it generates at least, also after a prompt that is timed alone.
+        least_new_tokens: how many tokens it generates at least, also after a prompt that is timed
+            alone.
     """
 
     name: ClassVar[str]

@@ -13,7 +13,10 @@ _SECRETS = (
     (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), "hf_…"),
     (re.compile(r"\b(Bearer|Basic) [\w.+/=-]{8,}"), r"\1 …"),
     (re.compile(r"://[^/\s@'\"]+@"), "://…@"),
-    (re.compile(r"(?i)([?&][\w-]*(?:token|signature|credential|policy|key)[\w-]*)=[^&\s'\"]+"), r"\1=…"),
+    (
+        re.compile(r"(?i)([?&][\w-]*(?:token|signature|credential|policy|key)[\w-]*)=[^&\s'\"]+"),
+        r"\1=…",
+    ),
 )
 
 
@@ -21,7 +24,9 @@ _OPTION = re.compile(r"(?<![\w-])(?:--(\w[\w-]*)|-o\b)")
 
 
 def without_secrets(text: str) -> str:
-    """Return a text without tokens, passwords in addresses, and signatures, which messages of libraries may hold."""
+    """Return a text without tokens, passwords in addresses, and signatures, which messages of
+    libraries may hold.
+    """
     for name in _TOKENS:
         token = os.environ.get(name, "").strip()
         if len(token) >= 8:
@@ -34,14 +39,18 @@ def without_secrets(text: str) -> str:
 def in_python(text: str) -> str:
     """Name options as the arguments of a request, but for those of a command in backticks."""
     parts = text.split("`")
-    parts[::2] = [_OPTION.sub(lambda found: (found[1] or "output").replace("-", "_"), part) for part in parts[::2]]
+    parts[::2] = [
+        _OPTION.sub(lambda found: (found[1] or "output").replace("-", "_"), part)
+        for part in parts[::2]
+    ]
     return "`".join(parts)
 
 
 class SlebError(Exception):
     """A sentence for the user that says what happened, and a `hint` that says what to do about it.
 
-    Tokens and passwords in either are left out. What Python shows of it names arguments instead of options.
+    Tokens and passwords in either are left out. What Python shows of it names arguments instead of
+    options.
     """
 
     exit_code: ClassVar[int] = 1
@@ -69,7 +78,9 @@ class PlanError(SlebError):
 
 
 class ModelError(SlebError):
-    """The model cannot be found or read, changes meanwhile, or does not run to finite numbers or with a KV cache."""
+    """The model cannot be found or read, changes meanwhile, or does not run to finite numbers or
+    with a KV cache.
+    """
 
     exit_code = 4
 
@@ -112,13 +123,17 @@ class OutputError(SlebError):
 
 
 class ProofError(SlebError):
-    """The pruned checkpoint differs from the dense model with these blocks skipped, and was not delivered."""
+    """The pruned checkpoint differs from the dense model with these blocks skipped, and was not
+    delivered.
+    """
 
     exit_code = 9
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that a device is out of memory; torch has no class of its own for MPS and CPU."""
+    """Whether an exception means that a device is out of memory; torch has no class of its own for
+    MPS and CPU.
+    """
     if isinstance(error, MemoryError | OutOfMemory):
         return True
     said = ("out of memory", "can't allocate memory", "not enough memory")
@@ -131,10 +146,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 def explain_out_of_memory(
     message: str | None, hint: str, error_class: type[MachineError] = OutOfMemory
 ) -> Iterator[None]:
-    """Turn running out of memory into an error that says what did not fit; without a `message`, what was said of it.
+    """Turn running out of memory into an error that says what did not fit; without a `message`,
+    what was said of it.
 
     Raises:
-        MachineError: the body ran out of memory; by default an OutOfMemory, after which smaller pieces are tried.
+        MachineError: the body ran out of memory; by default an OutOfMemory, after which smaller
+            pieces are tried.
     """
     try:
         yield
@@ -146,7 +163,9 @@ def explain_out_of_memory(
 
 
 def did_you_mean(name: str, names: Sequence[str], otherwise: str | None = None) -> str:
-    """Return a hint with the one of `names` that is closest to `name`; if none is close, `otherwise` or all names."""
+    """Return a hint with the one of `names` that is closest to `name`; if none is close,
+    `otherwise` or all names.
+    """
     close = get_close_matches(name, names, n=1)
     if close:
         return f"Did you mean {close[0]!r}?"

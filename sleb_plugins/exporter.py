@@ -20,11 +20,14 @@ class Pruning:
         dtype: the data type of the checkpoint's weights, such as "bfloat16".
         blocks: how many blocks the original has.
         removals: the removed blocks in the order of their removal.
-        source_file: a GGUF file of the model: the value of `--source`, or the model itself if it is a GGUF file.
+        source_file: a GGUF file of the model: the value of `--source`, or the model itself if it is
+            a GGUF file.
         plan_file: the plan's file as the user named it, or None if the blocks were named by hand.
         plan: the plan as in its JSON file, without local folders, so that it may be published.
-        evaluation: what `sleb eval` measured of the plan's sizes, as in its JSON file, if it did; likewise published.
-        benchmark: what `sleb bench` measured of the plan's sizes, as in its JSON file, if it did; likewise published.
+        evaluation: what `sleb eval` measured of the plan's sizes, as in its JSON file, if it did;
+            likewise published.
+        benchmark: what `sleb bench` measured of the plan's sizes, as in its JSON file, if it did;
+            likewise published.
         others: the further plans that were named, for formats of `several`.
         output: the file that `-o` names, whose ending may say in which form it is wanted.
     """
@@ -44,7 +47,9 @@ class Pruning:
 
     @property
     def kept_ranges(self) -> list[tuple[int, int]]:
-        """The remaining blocks as half-open ranges, in order: blocks 0 to 4 and 6 to 9 are (0, 5), (6, 10)."""
+        """The remaining blocks as half-open ranges, in order: blocks 0 to 4 and 6 to 9 are (0, 5),
+        (6, 10).
+        """
         cuts = [-1, *sorted(self.removals), self.blocks]
         return [(low + 1, high) for low, high in pairwise(cuts) if high > low + 1]
 
@@ -55,11 +60,13 @@ class Exporter(ABC):
     Attributes:
         name: its name on the command line.
         description: one line for `sleb plugins`.
-        ending: how its file is named after the plan without `-o`: ".report.html"; if empty, the text is printed.
-        only_counts: whether the other tool changes the number of blocks, and no other setting of a checkpoint; models
-            of which that is not enough are refused.
+        ending: how its file is named after the plan without `-o`: ".report.html"; if empty, the
+            text is printed.
+        only_counts: whether the other tool changes the number of blocks, and no other setting of a
+            checkpoint; models of which that is not enough are refused.
         uses_source: whether it uses `source_file`; otherwise `--source` is refused.
-        needs_model: whether it needs the model. Otherwise it describes a plan, from its JSON files alone.
+        needs_model: whether it needs the model. Otherwise it describes a plan, from its JSON files
+            alone.
         plan_suffices: whether it needs the model only for blocks that no plan names.
         several: whether it describes any number of plans, and needs no model.
     """

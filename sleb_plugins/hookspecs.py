@@ -1,4 +1,7 @@
-"""The hooks of `sleb`. A plugin implements some of them, and is found through the entry-point group `sleb`."""
+"""The hooks of `sleb`.
+
+A plugin implements some of them, and is found through the entry-point group `sleb`.
+"""
 
 from collections.abc import Iterable
 

@@ -1,7 +1,8 @@
-"""Metrics score a candidate removal; lower is always better. The five kinds differ in what they look at.
+"""Metrics score a candidate removal; lower is always better. The five kinds differ in what they
+look at.
 
-A metric declares what it needs, and the engine decides how to compute that, so that one pass over the calibration text
-can serve many candidates. Choose the first kind that can express your score.
+A metric declares what it needs, and the engine decides how to compute that, so that one pass over
+the calibration text can serve many candidates. Choose the first kind that can express your score.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ class Metric(ABC):
     name: str
     description: str = ""
     argument: ClassVar[str] = ""
-    """The argument after the name and a colon, as shown in help: `TASK`, or `[SEED]` if it is optional."""
+    """The argument after the name and a colon, as shown in help: `TASK`, or `[SEED]` if it is
+    optional.
+    """
 
     def with_argument(self, argument: str) -> Metric:
-        """Return the metric for `NAME:ARGUMENT`; its `name` becomes that text, unless it has an equivalent one.
+        """Return the metric for `NAME:ARGUMENT`; its `name` becomes that text, unless it has an
+        equivalent one.
 
         It is called before any model is loaded.
 
@@ -34,15 +38,17 @@ class Metric(ABC):
             DataError: the argument names something that does not exist.
         """
         raise UsageError(
-            f"The metric {self.name!r} takes no argument, but {argument!r} was given.", hint=f"Write {self.name}."
+            f"The metric {self.name!r} takes no argument, but {argument!r} was given.",
+            hint=f"Write {self.name}.",
         )
 
     def fingerprint(self) -> str:
         """Return a short text that differs whenever the same metric could score differently.
 
-        An interrupted search is resumed, and a plan extended, only while it stays the same; it is shown if it does not.
-        The version of the metric's package and the source of its class are compared anyway, so this is for all else:
-        data, settings, other packages. It is called once the argument is known, before any model is loaded.
+        An interrupted search is resumed, and a plan extended, only while it stays the same; it is
+        shown if it does not. The version of the metric's package and the source of its class are
+        compared anyway, so this is for all else: data, settings, other packages. It is called once
+        the argument is known, before any model is loaded.
         """
         return ""
 
@@ -55,7 +61,8 @@ class LogitMetric(Metric):
 
     @abstractmethod
     def score_tokens(self, logits: Tensor, targets: Tensor, dense_logits: Tensor | None) -> Tensor:
-        """Score each position of a chunk independently; the engine averages over positions, then over sequences.
+        """Score each position of a chunk independently; the engine averages over positions, then
+        over sequences.
 
         A chunk is as much as fits in memory: part of a sequence, or parts of several.
 
@@ -70,7 +77,9 @@ class LogitMetric(Metric):
 
 
 class HiddenStateMetric(Metric):
-    """Scores a block by the hidden states that enter and leave it, in the model after earlier removals."""
+    """Scores a block by the hidden states that enter and leave it, in the model after earlier
+    removals.
+    """
 
     @abstractmethod
     def score_tokens(self, entering: Tensor, leaving: Tensor) -> Tensor:
@@ -90,7 +99,9 @@ class WeightMetric(Metric):
 
 
 class ModelMetric(Metric):
-    """Scores the whole model with the candidate skipped: the slowest kind, which can express anything."""
+    """Scores the whole model with the candidate skipped: the slowest kind, which can express
+    anything.
+    """
 
     @abstractmethod
     def score_model(self, model: nn.Module, tokenizer: Any, sequences: Tensor) -> float:
@@ -105,10 +116,11 @@ class ModelMetric(Metric):
 
 @dataclass(frozen=True)
 class ExpertUse:
-    """How a block's experts were used on the calibration text: sums over the tokens that chose each one.
+    """How a block's experts were used on the calibration text: sums over the tokens that chose each
+    one.
 
-    All are float64, [experts]. The gate is the weight of an expert's output in the sum over the chosen ones, and the
-    norm the Euclidean one of its output, before the gate.
+    All are float64, [experts]. The gate is the weight of an expert's output in the sum over the
+    chosen ones, and the norm the Euclidean one of its output, before the gate.
     """
 
     tokens: Tensor
@@ -126,7 +138,8 @@ class ExpertMetric(Metric):
 
     @abstractmethod
     def score_experts(self, use: ExpertUse, block: int) -> Tensor:
-        """Score each expert of a block: low if it matters little. `block` is its number in the original model.
+        """Score each expert of a block: low if it matters little. `block` is its number in the
+        original model.
 
         Returns:
             floating-point numbers, [experts].

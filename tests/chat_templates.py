@@ -1,7 +1,8 @@
-"""What published chat templates do to thoughts and answers, in short, and what they make of a conversation.
+"""What published chat templates do to thoughts and answers, in short, and what they make of a
+conversation.
 
-`earlier`, `last` and `thinking` are a turn with more after it, the last one, and the last one with a thought; what the
-model writes of it stands in ⟦⟧.
+`earlier`, `last` and `thinking` are a turn with more after it, the last one, and the last one with
+a thought; what the model writes of it stands in ⟦⟧.
 """
 
 from dataclasses import dataclass
@@ -11,40 +12,53 @@ from transformers import PreTrainedTokenizerFast
 from conftest import train_tokenizer
 
 CONTENT = "{% set words = m.content.split('</think>')[-1].lstrip('\\n') %}"
-IM_START = (
-    "{% for m in messages %}{% if m.role != 'assistant' %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>\n"
-)
+IM_START = "{% for m in messages %}{% if m.role != 'assistant' %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>\n"
 QWEN3 = (
-    "{% set ns = namespace(query=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.query = loop.index0 %}"
-    "{% endif %}{% endfor %}" + IM_START + "{% else %}" + CONTENT + "{% set thought = m.reasoning_content or '' %}"
+    "{% set ns = namespace(query=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set "
+    "ns.query = loop.index0 %}"
+    "{% endif %}{% endfor %}"
+    + IM_START
+    + "{% else %}"
+    + CONTENT
+    + "{% set thought = m.reasoning_content or '' %}"
     "{% if '</think>' in m.content %}"
-    "{% set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}{% endif %}"
-    "<|im_start|>assistant\n{% if loop.index0 > ns.query %}<think>\n{{ thought.strip('\\n') }}\n</think>\n\n{% endif %}"
-    "{{ words }}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\nOPEN{% endif %}"
+    "{% set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}{% endif "
+    "%}"
+    "<|im_start|>assistant\n{% if loop.index0 > ns.query %}<think>\n{{ thought.strip('\\n') "
+    "}}\n</think>\n\n{% endif %}"
+    "{{ words }}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt "
+    "%}<|im_start|>assistant\nOPEN{% endif %}"
 )
 R1 = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}"
-    "{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% elif m.role == 'assistant' %}"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}{% "
+    "endfor %}"
+    "{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% elif m.role == "
+    "'assistant' %}"
     "<｜Assistant｜>{{ m.content.split('</think>')[-1] }}</s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"
 )
 GPT_OSS = (
     "<|start|>system<|message|>Current date: {{ strftime_now('%Y-%m-%d') }}<|end|>"
-    "{% for m in messages %}{% if m.role == 'system' %}<|start|>developer<|message|>{{ m.content }}<|end|>"
+    "{% for m in messages %}{% if m.role == 'system' %}<|start|>developer<|message|>{{ m.content "
+    "}}<|end|>"
     "{% elif m.role == 'user' %}<|start|>user<|message|>{{ m.content }}<|end|>"
     "{% elif '<|channel|>' in m.content %}{{ raise_exception('channels in the content') }}"
     "{% elif loop.last and not add_generation_prompt %}{% if 'thinking' in m %}"
     "<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}"
     "<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|return|>"
-    "{% else %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% else %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>{% endif %}{% "
+    "endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
 GEMMA3 = (
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}"
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content + "
+    "'\n\n' %}"
     "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}"
-    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must "
+    "alternate') }}{% endif %}"
     "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ system if loop.first }}"
-    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt "
+    "%}<start_of_turn>model\n{% endif %}"
 )
 PHI4 = (
     "{% for m in messages %}<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}<|im_end|>{% endfor %}"
@@ -55,23 +69,30 @@ PHI4_MINI = (
     "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}"
 )
 MISTRAL = (  # the system's words are in the last question
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}"
-    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}{% if m.role == 'user' %}[INST] "
-    "{{ system if loop.index0 >= (messages | length) - 2 }}{{ m.content }}[/INST]{% else %} {{ m.content }} </s>"
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content + "
+    "'\n\n' %}"
+    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}{% if m.role == 'user' "
+    "%}[INST] "
+    "{{ system if loop.index0 >= (messages | length) - 2 }}{{ m.content }}[/INST]{% else %} {{ "
+    "m.content }} </s>"
     "{% endif %}{% endfor %}"
 )
 
 
 @dataclass(frozen=True)
 class Published:
-    """A template, the tokens that it needs (those in `added` are no special ones), and turns as it writes them."""
+    """A template, the tokens that it needs (those in `added` are no special ones), and turns as it
+    writes them.
+    """
 
     text: str
     opening: str
     earlier: str
     last: str
     thinking: str
-    """With a thought in the field for it; `inside` is the same with the thought in the answer's content."""
+    """With a thought in the field for it; `inside` is the same with the thought in the answer's
+    content.
+    """
     inside: str
     special: tuple[str, ...]
     added: tuple[str, ...] = ("<think>", "</think>")
@@ -112,7 +133,8 @@ PUBLISHED = {
         R1_LAST.replace("field", "\n\nfield"), (), ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"),
     ),
     "gpt-oss": Published(
-        GPT_OSS, "<|start|>system<|message|>Current date: 2025-01-01<|end|><|start|>developer<|message|>stone<|end|>",
+        GPT_OSS, "<|start|>system<|message|>Current date: "
+                 "2025-01-01<|end|><|start|>developer<|message|>stone<|end|>",
         OSS_LAST.replace("mill", "snow") + "<|channel|>final<|message|>⟦bridge<|end|>⟧",
         OSS_LAST + "<|channel|>final<|message|>⟦field<|return|>⟧",
         OSS_LAST + "⟦<|channel|>analysis<|message|>river<|end|><|start|>assistant<|channel|>final<|message|>field"
@@ -137,7 +159,8 @@ PUBLISHED = {
         ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), (),
     ),
     "mistral": Published(
-        MISTRAL, "<s>", "[INST] snow[/INST]⟦ bridge </s>⟧", *["[INST] stone\n\nmill[/INST]⟦ field </s>⟧"] * 2,
+        MISTRAL, "<s>", "[INST] snow[/INST]⟦ bridge </s>⟧", *["[INST] stone\n\nmill[/INST]⟦ field "
+                                                              "</s>⟧"] * 2,
         f"[INST] stone\n\nmill[/INST]⟦ {THOUGHT}field </s>⟧", ("[INST]", "[/INST]"), (),
     ),
 }  # fmt: skip

@@ -69,8 +69,10 @@ atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=Tru
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORDS = (
-    "river mountain snow water stone bridge town mill fish field winter spring road horse letter king garden tower "
-    "bread lamp window paper wind harbour ship sailor island map star night morning bell clock market silver wool"
+    "river mountain snow water stone bridge town mill fish field winter spring road horse letter "
+    "king garden tower "
+    "bread lamp window paper wind harbour ship sailor island map star night morning bell clock "
+    "market silver wool"
 ).split()
 
 
@@ -99,7 +101,9 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Play a processor that computes in these data types besides float32; at first, in bfloat16."""
 
     def play(*dtypes: torch.dtype) -> None:
-        monkeypatch.setattr(placement, "cpu_dtypes", lambda: {torch.float32, torch.float64, *dtypes})
+        monkeypatch.setattr(
+            placement, "cpu_dtypes", lambda: {torch.float32, torch.float64, *dtypes}
+        )
 
     play(torch.bfloat16)
     return play
@@ -107,14 +111,18 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture(autouse=True)
 def _little_to_collect() -> None:
-    """Let the engine's `gc.collect()`, half of the time of a tiny model, pass over what was there before the test."""
+    """Let the engine's `gc.collect()`, half of the time of a tiny model, pass over what was there
+    before the test.
+    """
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture
 def run_sleb(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """Run `sleb` with these arguments in an empty folder, and return its exit code and both streams."""
+    """Run `sleb` with these arguments in an empty folder, and return its exit code and both
+    streams.
+    """
 
     def run(*arguments: object) -> Result:
         capfd.readouterr()
@@ -130,11 +138,17 @@ def run_sleb(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
 
 
 @pytest.fixture
-def search(run_sleb: Callable[..., Result], tiny_llama: Path, text_file: Path) -> Callable[..., Result]:
+def search(
+    run_sleb: Callable[..., Result], tiny_llama: Path, text_file: Path
+) -> Callable[..., Result]:
     """Search a tiny model on a short text, and require an exit code."""
 
     def run(
-        *options: object, model: Path = tiny_llama, text: object = text_file, samples: int = 4, code: int = 0
+        *options: object,
+        model: Path = tiny_llama,
+        text: object = text_file,
+        samples: int = 4,
+        code: int = 0,
     ) -> Result:
         result = run_sleb("search", model, *calibration(text, samples), *options)
         assert result.exit_code == code, result.stderr
@@ -155,8 +169,12 @@ def found(search: Callable[..., Result], tmp_path: Path) -> Callable[..., Plan]:
 
 
 @pytest.fixture
-def simulate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., simulated_device.Backend]]:
-    """Make the simulated accelerator available as `--device sim`, here and in processes that the test starts."""
+def simulate(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., simulated_device.Backend]]:
+    """Make the simulated accelerator available as `--device sim`, here and in processes that the
+    test starts.
+    """
     if reason := simulated_device.why_not():
         pytest.skip(reason)
     with ExitStack() as until_the_end, pytest.MonkeyPatch.context() as patch:
@@ -175,7 +193,11 @@ def spread(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[object]]:
     """Return options that spread a model over so many devices, CPU memory and disk."""
 
     def options(model: Path, devices: int = 2) -> list[object]:
-        size = 4 * sum(tensor.numel() for file in model.glob("*.safetensors") for tensor in load_file(file).values())
+        size = 4 * sum(
+            tensor.numel()
+            for file in model.glob("*.safetensors")
+            for tensor in load_file(file).values()
+        )
         room = dict.fromkeys([*range(devices), "cpu"], size // 2)
         monkeypatch.setattr(accelerate, "accelerate_max_memory", lambda asked=None: dict(room))
         return ["--device-map", "sequential"]
@@ -219,7 +241,10 @@ def apply(sleb: Callable[..., Result]) -> Callable[..., Result]:
 def prose(sentences: int, seed: int = 0) -> str:
     """Return text that looks like sentences, the same for the same seed."""
     rng = random.Random(seed)
-    lines = [" ".join(rng.choices(WORDS, k=rng.randint(5, 12))).capitalize() + "." for _ in range(sentences)]
+    lines = [
+        " ".join(rng.choices(WORDS, k=rng.randint(5, 12))).capitalize() + "."
+        for _ in range(sentences)
+    ]
     return "\n".join(" ".join(lines[start : start + 6]) for start in range(0, sentences, 6))
 
 
@@ -238,11 +263,16 @@ def train_tokenizer(*, bos: bool) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=320,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator([prose(200)], trainer)
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
@@ -262,7 +292,9 @@ def shortage_at(free: int) -> Callable[..., str | None]:
     return lambda needed, device, of="memory", **whole: shortage(needed, free, of)
 
 
-def save_model(folder: Path, config: Any, *, seed: int = 0, bos: bool = False, **options: Any) -> Path:
+def save_model(
+    folder: Path, config: Any, *, seed: int = 0, bos: bool = False, **options: Any
+) -> Path:
     """Save a random model of the real class, with weights large enough that every block matters."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
@@ -278,7 +310,9 @@ def save_model(folder: Path, config: Any, *, seed: int = 0, bos: bool = False, *
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a checkpoint by name, however many files hold them, which may be written over."""
+    """Return the tensors of a checkpoint by name, however many files hold them, which may be
+    written over.
+    """
     files = folder.glob("model*.safetensors")
     return {name: tensor.clone() for path in files for name, tensor in load_file(path).items()}
 
@@ -294,7 +328,9 @@ def beside_weights(names: Iterable[str]) -> set[str]:
 
 
 def random_model(config: Any) -> Any:
-    """Return a random model of the real class in memory, with weights large enough that every block matters."""
+    """Return a random model of the real class in memory, with weights large enough that every block
+    matters.
+    """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
@@ -323,7 +359,13 @@ def opt_config(blocks: int = 5) -> OPTConfig:
 def gpt2_config(blocks: int = 5, n_positions: int = 128) -> GPT2Config:
     """A GPT-2 of some thousand parameters: no adapter claims it, and its count key is n_layer."""
     return GPT2Config(
-        vocab_size=320, n_embd=32, n_layer=blocks, n_head=4, n_positions=n_positions, bos_token_id=0, eos_token_id=1
+        vocab_size=320,
+        n_embd=32,
+        n_layer=blocks,
+        n_head=4,
+        n_positions=n_positions,
+        bos_token_id=0,
+        eos_token_id=1,
     )
 
 
@@ -346,9 +388,22 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def _found_plan(tiny_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def _found_plan(
+    tiny_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     plan = tmp_path_factory.mktemp("plans") / "llama-plan.json"
-    words = ["search", tiny_llama, "--remove", 2, *calibration(text_file), "-o", plan, "-q", "--sample-tokens", 6]
+    words = [
+        "search",
+        tiny_llama,
+        "--remove",
+        2,
+        *calibration(text_file),
+        "-o",
+        plan,
+        "-q",
+        "--sample-tokens",
+        6,
+    ]
     assert main([str(word) for word in words]) == 0
     return plan
 
@@ -372,7 +427,9 @@ def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         module = import_module(f"sleb_cli.engine.{name}")
         for size, value in sizes.items():
             usual = getattr(module, size)
-            monkeypatch.setattr(module, size, replace(usual, **value) if isinstance(value, dict) else value)
+            monkeypatch.setattr(
+                module, size, replace(usual, **value) if isinstance(value, dict) else value
+            )
 
 
 @pytest.fixture
@@ -381,7 +438,9 @@ def as_plugins(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def add(*names: str) -> None:
         ours = [EntryPoint(name, name, "sleb") for name in names]
-        monkeypatch.setattr(plugin_manager, "entry_points", lambda group: [*entry_points(group=group), *ours])
+        monkeypatch.setattr(
+            plugin_manager, "entry_points", lambda group: [*entry_points(group=group), *ours]
+        )
 
     return add
 
@@ -399,7 +458,9 @@ def slow(value: Any) -> Any:
 
 
 def write_task(folder: Path, name: str, rows: Iterable[dict[str, Any]], **settings: Any) -> Path:
-    """Write a task file and its items as lm-eval reads them; by default, multiple choice of q, choices and gold."""
+    """Write a task file and its items as lm-eval reads them; by default, multiple choice of q,
+    choices and gold.
+    """
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = {
@@ -415,7 +476,11 @@ def write_task(folder: Path, name: str, rows: Iterable[dict[str, Any]], **settin
         "metadata": {"version": 1.0},
     } | settings
     file = folder / f"{name}.yaml"
-    file.write_text(yaml.safe_dump({key: value for key, value in task.items() if value is not None}, sort_keys=False))
+    file.write_text(
+        yaml.safe_dump(
+            {key: value for key, value in task.items() if value is not None}, sort_keys=False
+        )
+    )
     return file
 
 
@@ -439,7 +504,9 @@ def calibration_sequences(
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real text, tasks and models beside the checkout; without them, tests that need them are skipped."""
+    """Real text, tasks and models beside the checkout; without them, tests that need them are
+    skipped.
+    """
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("the shared data folder does not lie beside this checkout")
@@ -448,7 +515,9 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The trained 135M model, if `sleb search demo` has fetched it; otherwise, tests that need it are skipped."""
+    """The trained 135M model, if `sleb search demo` has fetched it; otherwise, tests that need it
+    are skipped.
+    """
     if not any(USERS_CACHE.glob("demo-gguf-*/*.gguf")):
         pytest.skip("the demo model is not in the cache: run `sleb search demo --ratio 0.2` once")
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,6 @@
-"""A tiny config for every causal language model in transformers, with what each needs beside the common sizes."""
+"""A tiny config for every causal language model in transformers, with what each needs beside the
+common sizes.
+"""
 
 import inspect
 from typing import Any
@@ -26,18 +28,37 @@ HALF = {
 }  # fmt: skip
 """The decoder of an encoder-decoder model, alone."""
 
-SSM = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
-DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-INKLING = {"unpadded_vocab_size": 320, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_head_dim": 8}
+SSM = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+}
+DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+INKLING = {
+    "unpadded_vocab_size": 320,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4,
+    "swa_head_dim": 8,
+}
 MIXED = ["sliding_attention", "full_attention"] * 3
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys("bert bert-generation camembert data2vec-text electra ernie megatron-bert roberta roberta-prelayernorm roformer xlm-roberta xlm-roberta-xl".split(), DECODER),
+    **dict.fromkeys("bert bert-generation camembert data2vec-text electra ernie megatron-bert "
+                    "roberta roberta-prelayernorm roformer xlm-roberta xlm-roberta-xl".split(), DECODER),
     **dict.fromkeys("bart blenderbot blenderbot-small marian mbart mvp pegasus plbart".split(), HALF),
     **dict.fromkeys("qwen3_5_moe_text qwen3_5_text qwen3_next".split(), DELTA),
     **{key: {"layer_types": MIXED} for key in "cohere2 exaone4 gemma3_text".split()},
-    **{key: {"first_k_dense_replace": 2} for key in "deepseek_v2 deepseek_v3 dots1 glm4_moe sarvam_mla sarvam_moe".split()},
-    **{key: {"num_kv_shared_layers": 0, "global_head_dim": 8} for key in "gemma4_text gemma4_unified_text".split()},
+    **{key: {"first_k_dense_replace": 2} for key in "deepseek_v2 deepseek_v3 dots1 glm4_moe "
+                                                    "sarvam_mla sarvam_moe".split()},
+    **{key: {"num_kv_shared_layers": 0, "global_head_dim": 8} for key in "gemma4_text "
+                                                                         "gemma4_unified_text".split()},
     **dict.fromkeys("inkling_text inkling2_text".split(), INKLING),
     "bailing_hybrid": {"layer_group_size": 4, "first_k_dense_replace": 1},
     "bamba": {**SSM, "attn_layer_indices": [2, 4]},
@@ -120,14 +141,18 @@ ON_THE_HUB = {
     "a count, glm4_moe_lite": ("glm4_moe_lite", {}, {"mlp_layer_types": None, "first_k_dense_replace": 1}),
     "the last block by -1, ernie4_5_moe": ("ernie4_5_moe", {"moe_layer_end_index": -1}, {"moe_layer_end_index": -1}),
 }  # fmt: skip
-"""Configs of Hub checkpoints that differ from what transformers saves: type, settings, changes to config.json."""
+"""Configs of Hub checkpoints that differ from what transformers saves: type, settings, changes to
+config.json.
+"""
 
 NOT_ONLY_TEXT = {
     "blt", "dots3_note", "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_assistant", "gemma4_unified",
     "gemma4_unified_assistant", "git", "got_ocr2", "llama4", "mllama", "moss_transcribe_diarize", "musicgen",
     "musicgen_melody", "phi4_multimodal", "qwen3_5", "qwen3_5_moe", "qwen4_exp",
 }  # fmt: skip
-"""Models that also see or hear, draft for another model, or read bytes: not a single stack of blocks."""
+"""Models that also see or hear, draft for another model, or read bytes: not a single stack of
+blocks.
+"""
 
 FAMILIES = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - NOT_ONLY_TEXT)
 
@@ -140,7 +165,11 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
         *inspect.signature(kind.__init__).parameters,
         *kind.attribute_map,
     }
-    settings = {key: value for key, value in COMMON.items() if key in known} | SETTINGS.get(model_type, {}) | changes
+    settings = (
+        {key: value for key, value in COMMON.items() if key in known}
+        | SETTINGS.get(model_type, {})
+        | changes
+    )
     return kind(**{key: value for key, value in settings.items() if value is not None})
 
 
@@ -153,7 +182,10 @@ WITH_EXPERTS = """
     qwen4_exp_text sarvam_mla sarvam_moe solar_open zaya
 """.split()
 
-EIGHT = {**dict.fromkeys("num_experts num_local_experts n_routed_experts moe_num_experts".split(), 8), "n_group": 2}
+EIGHT = {
+    **dict.fromkeys("num_experts num_local_experts n_routed_experts moe_num_experts".split(), 8),
+    "n_group": 2,
+}
 EXPERTS: dict[str, dict[str, Any]] = {
     "dbrx": {"ffn_config": SETTINGS["dbrx"]["ffn_config"] | {"moe_num_experts": 8}},
     "gemma4_text": {"enable_moe_block": True, "top_k_experts": 2, "moe_intermediate_size": 32},
@@ -171,6 +203,8 @@ def experts_config(model_type: str, **changes: Any) -> Any:
 def counts_experts(config: Any) -> bool:
     """Whether a setting counts some experts."""
     return any(
-        counts_experts(value) if isinstance(value, dict) else "expert" in str(key) and type(value) is int and value > 1
+        counts_experts(value)
+        if isinstance(value, dict)
+        else "expert" in str(key) and type(value) is int and value > 1
         for key, value in config.items()
     )

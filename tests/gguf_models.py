@@ -27,18 +27,30 @@ def write_llama_gguf(
     architecture: str = "llama",
     config: Any = None,
 ) -> Path:
-    """Write a random Llama with its tokenizer, and leave it as a checkpoint in the folder `origin` beside it too.
+    """Write a random Llama with its tokenizer, and leave it as a checkpoint in the folder `origin`
+    beside it too.
 
-    Another architecture whose tensors are those of a Llama goes too, with a config of the same sizes.
+    Another architecture whose tensors are those of a Llama goes too, with a config of the same
+    sizes.
     """
-    folder = save_model(path.parent / "origin", config or llama_config(blocks, num_key_value_heads=kv_heads))
+    folder = save_model(
+        path.parent / "origin", config or llama_config(blocks, num_key_value_heads=kv_heads)
+    )
     return convert_llama(folder, path, type_, architecture=architecture)
 
 
-def convert_llama(folder: Path, path: Path, type_: Type = Type.F32, *, architecture: str = "llama") -> Path:
-    """Write the Llama, or the Qwen3 or gpt-oss with experts, in a folder as a GGUF file with its byte-level BPE."""
+def convert_llama(
+    folder: Path, path: Path, type_: Type = Type.F32, *, architecture: str = "llama"
+) -> Path:
+    """Write the Llama, or the Qwen3 or gpt-oss with experts, in a folder as a GGUF file with its
+    byte-level BPE.
+    """
     config = AutoConfig.from_pretrained(folder)
-    heads, kv_heads, blocks = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
+    heads, kv_heads, blocks = (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.num_hidden_layers,
+    )
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
     writer.add_license("apache-2.0")
@@ -59,7 +71,9 @@ def convert_llama(folder: Path, path: Path, type_: Type = Type.F32, *, architect
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([*tokens, *unused])
-    writer.add_token_types([3 if token in ("<s>", "</s>") else 1 for token in tokens] + [5] * len(unused))
+    writer.add_token_types(
+        [3 if token in ("<s>", "</s>") else 1 for token in tokens] + [5] * len(unused)
+    )
     writer.add_token_merges([" ".join(merge) for merge in vocabulary["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
@@ -69,7 +83,9 @@ def convert_llama(folder: Path, path: Path, type_: Type = Type.F32, *, architect
         writer.add_key_length(config.hidden_size // heads)
         writer.add_expert_count(config.num_local_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
-        writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
+        writer.add_expert_feed_forward_length(
+            getattr(config, "moe_intermediate_size", config.intermediate_size)
+        )
         writer.add_sliding_window(config.sliding_window or 0)
     names = gguf.get_tensor_name_map(kind_of_experts or gguf.MODEL_ARCH.LLAMA, blocks)
     for file in sorted(folder.glob("*.safetensors")):
@@ -78,15 +94,21 @@ def convert_llama(folder: Path, path: Path, type_: Type = Type.F32, *, architect
             # Without experts, GGUF stores the rotary halves interleaved.
             if not kind_of_experts and ("q_proj" in name or "k_proj" in name):
                 count = heads if "q_proj" in name else kv_heads
-                array = array.reshape(count, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+                array = (
+                    array.reshape(count, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+                )
             own = names.get_name(name, try_suffixes=(".weight", ".bias"))
             kind = Type.F32 if array.ndim == 1 else type_
-            writer.add_tensor(own, gguf.quants.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
+            writer.add_tensor(
+                own, gguf.quants.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind
+            )
     return finish(writer, path)
 
 
 def _with_experts_stacked(tensors: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield tensors with all experts of a block in one; those of gpt-oss, which has them so, as GGUF files do."""
+    """Yield tensors with all experts of a block in one; those of gpt-oss, which has them so, as
+    GGUF files do.
+    """
     stacked: dict[str, Any] = {}
     for name in sorted(tensors):
         stacked.setdefault(re.sub(r"(?<=experts\.)\d+\.", "", name), []).append(tensors[name])
@@ -112,7 +134,9 @@ def write_gguf(
     alignment: int | None = None,
     more: dict[str, tuple[int, ...]] | None = None,
 ) -> Path:
-    """Write a file of an architecture with two small tensors a block and `more`, and `values` under its own keys."""
+    """Write a file of an architecture with two small tensors a block and `more`, and `values` under
+    its own keys.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     if alignment:
         writer.add_custom_alignment(alignment)
@@ -146,7 +170,9 @@ def finish(writer: gguf.GGUFWriter, path: Path) -> Path:
 
 
 def tensors_of(path: Path) -> dict[str, tuple[Any, ...]]:
-    """Return each tensor's type, shape and bytes, in the file's order, as the format's own library reads them."""
+    """Return each tensor's type, shape and bytes, in the file's order, as the format's own library
+    reads them.
+    """
     return {
         tensor.name: (tensor.tensor_type, tensor.shape.tolist(), tensor.data.tobytes())
         for tensor in gguf.GGUFReader(path).tensors
@@ -156,4 +182,6 @@ def tensors_of(path: Path) -> dict[str, tuple[Any, ...]]:
 def metadata_of(path: Path) -> dict[str, Any]:
     """Return the metadata, in the file's order, as the format's own library reads it."""
     fields = gguf.GGUFReader(path).fields
-    return {name: field.contents() for name, field in fields.items() if not name.startswith("GGUF.")}
+    return {
+        name: field.contents() for name, field in fields.items() if not name.startswith("GGUF.")
+    }

@@ -52,7 +52,9 @@ def make_plan(
 ) -> Plan:  # fmt: skip
     """Return a plan in which blocks of the middle cost least."""
     rng = random.Random(seed)
-    cost = {b: 0.02 + 0.1 * abs(b / blocks - 0.6) ** 2 + rng.uniform(0, 0.03) for b in range(blocks)}
+    cost = {
+        b: 0.02 + 0.1 * abs(b / blocks - 0.6) ** 2 + rng.uniform(0, 0.03) for b in range(blocks)
+    }
     if blocks > 3:
         cost[1] = 1.5
     removed: list[int] = []
@@ -63,14 +65,28 @@ def make_plan(
         ranked = sorted(scores, key=scores.__getitem__)
         block, count = ranked[0], max(1, len(ranked) // 3) if raced else len(ranked)
         behind = {b: scores[b] - scores[block] for b in ranked[count:]}
-        dropped = {b: DropRecord(sequences=4, behind=score, errors=3.5) for b, score in behind.items()}
+        dropped = {
+            b: DropRecord(sequences=4, behind=score, errors=3.5) for b, score in behind.items()
+        }
         loss = scores[block]
         removed.append(block)
         race = RaceRecord(margin=0.01, dropped=dropped) if raced else None
         kind = ("mamba" if block % 3 else "attention") if kinds else ""
-        held_out = _held_out(loss + 0.03 * size, overfits=size > 4, generalization_gap=0.02 * size, standard_error=0.02)
+        held_out = _held_out(
+            loss + 0.03 * size,
+            overfits=size > 4,
+            generalization_gap=0.02 * size,
+            standard_error=0.02,
+        )
         measured = {b: scores[b] for b in sorted(ranked[:count])}
-        step = Step(block=block, kind=kind, score=loss, perplexity=math.exp(loss), scores=measured, race=race)
+        step = Step(
+            block=block,
+            kind=kind,
+            score=loss,
+            perplexity=math.exp(loss),
+            scores=measured,
+            race=race,
+        )
         steps.append(step.model_copy(update={"held_out": held_out}))
     return Plan(
         schema_version=1,
@@ -91,11 +107,13 @@ def make_plan(
         removals=tuple(removed),
         steps=tuple(steps),
         sample_generation=SampleGeneration(
-            prompt="The river", new_tokens=16, dense=" flows past the old mill and into the sea, where",
+            prompt="The river", new_tokens=16, dense=" flows past the old mill and into the sea, "
+                                                     "where",
             pruned=" flows past the mill and the mill and the mill and", dense_repetition=0.0, pruned_repetition=0.6,
         ),
         environment=EnvironmentRecord(
-            python="3.11.9", torch="2.6.0", transformers="5.0.0", platform="Linux", processor="A processor",
+            python="3.11.9", torch="2.6.0", transformers="5.0.0", platform="Linux", processor="A "
+                                                                                              "processor",
             plugins={}, started="2025-05-01T10:00:00+00:00", seconds=93.2,
         ),
     )  # fmt: skip
@@ -166,7 +184,13 @@ def _task(name: str, sizes: tuple[tuple[int, ...], ...], items: int, seed: int) 
     def pruned(removals: tuple[int, ...]) -> PrunedTaskScores:
         lost, gained = (int(share * len(removals) * items) for share in (0.025, 0.008))
         difference = (gained - lost) / items
-        flip = FlipRecord(doc_id=3, prompt="To open a jar,", target=" twist it", dense=" twist it", pruned=" hit it")
+        flip = FlipRecord(
+            doc_id=3,
+            prompt="To open a jar,",
+            target=" twist it",
+            dense=" twist it",
+            pruned=" hit it",
+        )
         return PrunedTaskScores(
             **scores(right + gained - lost), removals=removals, difference=difference, standard_error=0.02,
             retention=(right + gained - lost) / right, difference_interval=_around(difference, 0.04),
@@ -185,16 +209,25 @@ def make_benchmark(
     plan: Plan, *, every: int = 2, iterations: int = 20, batches: tuple[int, ...] = (1, 8),
     workloads: Sequence[tuple[str, int, int, int]] = (),
 ) -> BenchResult:  # fmt: skip
-    """Return what `sleb bench --every` could say of a plan: of workloads by name, batch, prompt and new tokens."""
+    """Return what `sleb bench --every` could say of a plan: of workloads by name, batch, prompt and
+    new tokens.
+    """
     sizes = _sizes(plan, every)
-    workloads = workloads or [("prompt", 1, 512, 0), *(("generation", batch, 64, 32) for batch in batches)]
+    workloads = workloads or [
+        ("prompt", 1, 512, 0),
+        *(("generation", batch, 64, 32) for batch in batches),
+    ]
     per_block, rest = 3_540_000, 28_300_000
 
     def size(removals: tuple[int, ...]) -> ModelSize:
         blocks = plan.model.blocks - len(removals)
         parameters = rest + per_block * blocks
         return ModelSize(
-            removals=removals, blocks=blocks, parameters=parameters, weights_bytes=2 * parameters, load_seconds=0.4
+            removals=removals,
+            blocks=blocks,
+            parameters=parameters,
+            weights_bytes=2 * parameters,
+            load_seconds=0.4,
         )
 
     return BenchResult(
@@ -206,14 +239,23 @@ def make_benchmark(
 
 
 def _workload(
-    plan: Plan, sizes: tuple[tuple[int, ...], ...], iterations: int, name: str, batch: int, prompt: int, new: int
+    plan: Plan,
+    sizes: tuple[tuple[int, ...], ...],
+    iterations: int,
+    name: str,
+    batch: int,
+    prompt: int,
+    new: int,
 ) -> WorkloadResult:
     rng = random.Random(f"{name}{batch}x{prompt}")
     blocks, models = plan.model.blocks, ((), *sizes)
 
     def run(removals: tuple[int, ...]) -> TimedRun:
         base = (0.2 + 0.02 * batch) * (1 - 0.88 * len(removals) / blocks)
-        times = [base * rng.lognormvariate(0, 0.015), *(base / 8 * rng.lognormvariate(0, 0.03) for _ in range(new - 1))]
+        times = [
+            base * rng.lognormvariate(0, 0.015),
+            *(base / 8 * rng.lognormvariate(0, 0.03) for _ in range(new - 1)),
+        ]
         arrivals = tuple(accumulate(times))
         return TimedRun(arrivals[-1], arrivals if new else ())
 
@@ -221,7 +263,9 @@ def _workload(
         kept, rest = blocks - len(removals), 250_000_000
         weights, cache = 2 * (28_300_000 + 3_540_000 * kept), kept * 1_000_000 * batch
         peak = weights + cache + rest
-        return MemoryRecord(peak_bytes=peak, weights_bytes=weights, kv_cache_bytes=cache, rest_bytes=rest)
+        return MemoryRecord(
+            peak_bytes=peak, weights_bytes=weights, kv_cache_bytes=cache, rest_bytes=rest
+        )
 
     workload = Workload(
         name=name, engine="transformers", batch_size=batch, prompt_length=prompt, new_tokens=new,
@@ -234,7 +278,11 @@ def _workload(
 
 
 def write_measured(
-    folder: Path, plan: Plan, *, evaluation: EvalResult | None = None, benchmark: BenchResult | None = None
+    folder: Path,
+    plan: Plan,
+    *,
+    evaluation: EvalResult | None = None,
+    benchmark: BenchResult | None = None,
 ) -> Path:
     """Write a plan and what was measured of it, and return the plan's file."""
     file = folder / "plan.json"

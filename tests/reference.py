@@ -8,8 +8,12 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
-def plain_loss(model: Any, blocks: nn.ModuleList, sequences: Tensor, skipped: set[int], kinds: Any = None) -> float:
-    """Return the mean over sequences of the mean cross entropy, with these blocks returning their input."""
+def plain_loss(
+    model: Any, blocks: nn.ModuleList, sequences: Tensor, skipped: set[int], kinds: Any = None
+) -> float:
+    """Return the mean over sequences of the mean cross entropy, with these blocks returning their
+    input.
+    """
     kinds = kinds or output_kinds(model, blocks, sequences)
     before = {index: vars(blocks[index]).pop("forward", None) for index in skipped}
     try:
@@ -56,14 +60,24 @@ def passing_through(kind: type, length: int) -> Any:
 
 
 def plain_search(
-    model: Any, blocks: nn.ModuleList, sequences: Tensor, remove: int, *, removed: Sequence[int] = ()
+    model: Any,
+    blocks: nn.ModuleList,
+    sequences: Tensor,
+    remove: int,
+    *,
+    removed: Sequence[int] = (),
 ) -> tuple[list[int], list[dict[int, float]]]:
-    """Return the removals in order, and the loss of every candidate per step; protects the first and last block."""
+    """Return the removals in order, and the loss of every candidate per step; protects the first
+    and last block.
+    """
     gone, kinds = list(removed), output_kinds(model, blocks, sequences)
     steps = []
     while len(gone) < remove:
         remaining: Sequence[int] = [index for index in range(len(blocks)) if index not in gone]
-        losses = {index: plain_loss(model, blocks, sequences, {*gone, index}, kinds) for index in remaining[1:-1]}
+        losses = {
+            index: plain_loss(model, blocks, sequences, {*gone, index}, kinds)
+            for index in remaining[1:-1]
+        }
         gone.append(min(losses, key=lambda index: (losses[index], index)))
         steps.append(losses)
     return gone, steps
@@ -72,6 +86,9 @@ def plain_search(
 @torch.no_grad()
 def log_likelihood(model: Any, tokenizer: Any, prompt: str, continuation: str) -> float:
     """Return the summed log-probability of what follows a prompt."""
-    given, ids = len(tokenizer(prompt).input_ids), torch.tensor([tokenizer(prompt + continuation).input_ids])
+    given, ids = (
+        len(tokenizer(prompt).input_ids),
+        torch.tensor([tokenizer(prompt + continuation).input_ids]),
+    )
     scores = model(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
     return float(scores.gather(1, ids[0, 1:, None])[given - 1 :].sum())

@@ -1,12 +1,15 @@
-"""A simulated accelerator, "sim": two devices that compute what the CPU computes, and refuse what a GPU refuses.
+"""A simulated accelerator, "sim": two devices that compute what the CPU computes, and refuse what a
+GPU refuses.
 
-Each of its tensors wraps a tensor of the CPU, so its results are the CPU's, bit for bit. Like a GPU, each device has a
-memory and a random generator of its own, and raises an error if tensors of several devices meet, if numpy asks for its
-memory, or if that memory is full. Like Apple's, it may have no float64.
+Each of its tensors wraps a tensor of the CPU, so its results are the CPU's, bit for bit. Like a
+GPU, each device has a memory and a random generator of its own, and raises an error if tensors of
+several devices meet, if numpy asks for its memory, or if that memory is full. Like Apple's, it may
+have no float64.
 
-PyTorch reserves the device type PrivateUse1 for backends that it does not know, and lets a process register one, once
-and for good. While nobody uses the simulated device (`simulate`), it reports that it is not available. In the process
-of a command that a test starts, it is available from the start if `for_children` prepared the environment.
+PyTorch reserves the device type PrivateUse1 for backends that it does not know, and lets a process
+register one, once and for good. While nobody uses the simulated device (`simulate`), it reports
+that it is not available. In the process of a command that a test starts, it is available from the
+start if `for_children` prepared the environment.
 """
 
 import atexit
@@ -38,7 +41,10 @@ _aten = torch.ops.aten
 
 @dataclass
 class _Device:
-    """The state of one device. Its allocator keeps what was freed until it is told to empty its cache."""
+    """The state of one device.
+
+    Its allocator keeps what was freed until it is told to empty its cache.
+    """
 
     allocated: int = 0
     reserved: int = 0
@@ -83,7 +89,10 @@ class Backend:
         self._refused.append(error)
 
     def run_backward(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a backward pass. Torch would end the process if one of our operations raised an error in it."""
+        """Run a backward pass.
+
+        Torch would end the process if one of our operations raised an error in it.
+        """
         self._refused = refused = []
         try:
             result = run(*args, **kwargs)
@@ -174,11 +183,19 @@ class SimulatedTensor(Tensor):
     def __new__(
         cls, payload: Tensor, device: torch.device | None = None, *, requires_grad: bool = False
     ) -> "SimulatedTensor":
-        if device is None:  # accelerate makes a parameter of a parameter's class, wherever the values are
+        if (
+            device is None
+        ):  # accelerate makes a parameter of a parameter's class, wherever the values are
             return torch.nn.Parameter(payload, requires_grad)
         if payload.dtype is torch.float64 and not backend.float64:
-            backend.refuse(TypeError("Cannot convert a MPS Tensor: the MPS framework doesn't support float64."))
-        layout = {"strides": payload.stride(), "storage_offset": payload.storage_offset(), "dtype": payload.dtype}
+            backend.refuse(
+                TypeError("Cannot convert a MPS Tensor: the MPS framework doesn't support float64.")
+            )
+        layout = {
+            "strides": payload.stride(),
+            "storage_offset": payload.storage_offset(),
+            "dtype": payload.dtype,
+        }
         made = Tensor._make_wrapper_subclass(cls, payload.size(), device=device, **layout)
         made.payload = payload
         made._allocation = backend.allocation(payload, device)
@@ -209,7 +226,9 @@ class SimulatedTensor(Tensor):
 
     def numpy(self, *, force: bool = False) -> Any:
         if not force:
-            raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first.")
+            raise TypeError(
+                f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first."
+            )
         return self.detach().cpu().numpy()
 
     @property
@@ -228,7 +247,13 @@ def _placed(device: Any) -> torch.device:
 
 
 _ACROSS = {"aten::copy_", "aten::_to_copy"}
-_INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
+_INDEXED = {
+    "aten::index",
+    "aten::index_put",
+    "aten::index_put_",
+    "aten::_index_put_impl_",
+    "aten::_unsafe_index",
+}
 _MOVING = {"aten::to", "aten::type_as", "aten::_to_cpu", "aten::_has_compatible_shallow_copy_type"}
 
 
@@ -243,7 +268,9 @@ _INSTEAD = {"aten::histc": _histc}
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operation on the CPU, and return its result where a GPU would."""
     name = func._schema.name
-    if name in _MOVING:  # in inference mode, torch hands them over whole; otherwise as a copy, or not at all
+    if (
+        name in _MOVING
+    ):  # in inference mode, torch hands them over whole; otherwise as a copy, or not at all
         return func.decompose(*args, **kwargs)
     tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
     if name not in _ACROSS:
@@ -253,7 +280,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if "device" in kwargs:
         kwargs = kwargs | {"device": _CPU}
     if kwargs.get("generator") is not None:
-        backend.refuse(RuntimeError(f"Expected a '{KIND}' device type for generator but found 'cpu'"))
+        backend.refuse(
+            RuntimeError(f"Expected a '{KIND}' device type for generator but found 'cpu'")
+        )
     known = {id(tensor.payload): tensor for tensor in mine}
 
     def placed(value: Tensor) -> Tensor:
@@ -264,7 +293,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return own  # operations in place return the tensor that they were given
 
     draws = device.type == KIND and torch.Tag.nondeterministic_seeded in func.tags
-    # Views of tensors made outside inference mode are no inference tensors; to make none at all is simplest.
+    # Views of tensors made outside inference mode are no inference tensors; to make none at all is
+    # simplest.
     with torch.inference_mode(False), _generator_of(device) if draws else nullcontext():
         args, kwargs = tree_map_only(SimulatedTensor, _payload, (args, kwargs))
         return tree_map_only(Tensor, placed, _INSTEAD.get(name, func)(*args, **kwargs))
@@ -275,13 +305,21 @@ def _payload(tensor: SimulatedTensor) -> Tensor:
 
 
 def _require_one_device(name: str, tensors: list[Tensor]) -> None:
-    """Raise torch's error if tensors of several devices meet; only numbers of the CPU may, and its indices."""
+    """Raise torch's error if tensors of several devices meet; only numbers of the CPU may, and its
+    indices.
+    """
     if name in _INDEXED and tensors[0].device.type == KIND:
         tensors = [tensors[0], *(tensor for tensor in tensors[1:] if tensor.device.type != "cpu")]
-    devices = {str(tensor.device) for tensor in tensors if tensor.dim() or tensor.device.type != "cpu"}
+    devices = {
+        str(tensor.device) for tensor in tensors if tensor.dim() or tensor.device.type != "cpu"
+    }
     if len(devices) > 1:
         found = " and ".join(sorted(devices))
-        backend.refuse(RuntimeError(f"Expected all tensors to be on the same device, but found {found}! (in {name})"))
+        backend.refuse(
+            RuntimeError(
+                f"Expected all tensors to be on the same device, but found {found}! (in {name})"
+            )
+        )
 
 
 @contextmanager
@@ -297,11 +335,17 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
     *, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Compute attention by the kernel that the CPU would choose; torch chooses another for devices unknown to it."""
+    """Compute attention by the kernel that the CPU would choose; torch chooses another for devices
+    unknown to it.
+    """
     options = {"scale": scale, "enable_gqa": enable_gqa}
-    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))):
+    if not (
+        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    ):
         with torch._C._AutoDispatchBelowAutograd():
-            return _aten.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+            return _aten.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, **options
+            )
     states = [tensor.payload for tensor in (query, key, value)]
     mask = None if attn_mask is None else attn_mask.payload
     flash = torch._fused_sdp_choice(*states, mask, dropout_p, is_causal, **options) == 1
@@ -309,15 +353,23 @@ def _attention(
         plain = _aten._scaled_dot_product_attention_math
         return plain(query, key, value, attn_mask, dropout_p, is_causal, **options)[0]
     if attn_mask is not None and attn_mask.dtype is torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
+            ~attn_mask, -torch.inf
+        )
     flashed = _aten._scaled_dot_product_flash_attention_for_cpu
     return flashed(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
-def _empty(size: Any, *strides: Any, dtype: Any = None, device: Any = None, **options: Any) -> Tensor:
+def _empty(
+    size: Any, *strides: Any, dtype: Any = None, device: Any = None, **options: Any
+) -> Tensor:
     """Make a tensor: what every other way of making one on a device leads to."""
     with torch.inference_mode(False):
-        made = torch.empty_strided(size, *strides, dtype=dtype) if strides else torch.empty(size, dtype=dtype)
+        made = (
+            torch.empty_strided(size, *strides, dtype=dtype)
+            if strides
+            else torch.empty(size, dtype=dtype)
+        )
         return SimulatedTensor(made, _placed(device or KIND))
 
 
@@ -348,10 +400,15 @@ def register() -> None:
     library.impl("empty_strided", _empty, "PrivateUse1")
     library.impl("_copy_from", _copy_from, "PrivateUse1")
     library.impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")
-    # What the CPU computes by a kernel of its own, and torch would take apart for a device without one.
+    # What the CPU computes by a kernel of its own, and torch would take apart for a device without
+    # one.
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in torch._C._dispatch_get_all_op_names():
-        if name.startswith("aten::") and has_kernel(name, "CompositeImplicitAutograd") and has_kernel(name, "CPU"):
+        if (
+            name.startswith("aten::")
+            and has_kernel(name, "CompositeImplicitAutograd")
+            and has_kernel(name, "CPU")
+        ):
             library.impl(name, _whole(name), "PrivateUse1")
     _library.append(library)  # its kernels last as long as it does
 
@@ -372,11 +429,14 @@ def simulate(*, memory: int = 2**33, float64: bool = True) -> Iterator[Backend]:
     backend.available, backend.memory, backend.float64 = True, memory, float64
     backend.devices[:] = [_Device() for _ in range(DEVICES)]
     try:
-        # Torch starts a thread for each device that computes gradients, but takes ours to be a single one. A module
-        # that moves to the device keeps its parameters, as on a GPU, so that tied weights stay tied.
+        # Torch starts a thread for each device that computes gradients, but takes ours to be a
+        # single one. A module that moves to the device keeps its parameters, as on a GPU, so that
+        # tied weights stay tied.
         with (
             torch.autograd.set_multithreading_enabled(False),
-            mock.patch.object(torch.autograd, "_engine_run_backward", partial(backend.run_backward, _ENGINE)),
+            mock.patch.object(
+                torch.autograd, "_engine_run_backward", partial(backend.run_backward, _ENGINE)
+            ),
             mock.patch.object(torch.__future__, "_swap_module_params_on_conversion", True),
         ):
             yield backend
@@ -398,12 +458,16 @@ def for_children(folder: Path, patch: Any, **settings: Any) -> None:
     (package / "entry_points.txt").write_text("[torch.backends]\nsim = simulated_device:start\n")
     patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
     patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-    patch.syspath_prepend(folder)  # processes that multiprocessing starts take over the path of this one
+    patch.syspath_prepend(
+        folder
+    )  # processes that multiprocessing starts take over the path of this one
     patch.setenv(_SETTINGS, json.dumps(settings))
 
 
 def start() -> None:
-    """Make the devices available in this process until it ends, with the settings in the environment."""
+    """Make the devices available in this process until it ends, with the settings in the
+    environment.
+    """
     lasting = ExitStack()
     lasting.enter_context(simulate(**json.loads(os.environ[_SETTINGS])))
     atexit.register(lasting.close)

@@ -37,14 +37,23 @@ COUNTS = r"(\d+) tried, (\d+) work, (\d+) are refused"
 
 
 def survey(model_type: str, work: Path) -> str:
-    """Search, apply, reload, compare and generate with a tiny model, or check that it is refused before any work.
+    """Search, apply, reload, compare and generate with a tiny model, or check that it is refused
+    before any work.
 
-    Returns the family's row in one of the tables of docs/reference/families.md: of those that work, or are refused.
+    Returns the family's row in one of the tables of docs/reference/families.md: of those that work,
+    or are refused.
     """
     folder = save_model(work / "model", tiny_config(model_type))
     (work / "text.txt").write_text(prose(60))
     code, out, err = run(
-        "search", folder, "--remove", 2, *calibration(work / "text.txt", 2, 24), "-o", work / "plan.json", "--json"
+        "search",
+        folder,
+        "--remove",
+        2,
+        *calibration(work / "text.txt", 2, 24),
+        "-o",
+        work / "plan.json",
+        "--json",
     )
     if code:
         assert code == 4, err
@@ -54,9 +63,13 @@ def survey(model_type: str, work: Path) -> str:
     architecture = architecture_of(folder)
     check_checkpoint(architecture, work / "found", str(work / "plan.json"))
     mixed = mixed_removals(architecture)
-    check_checkpoint(architecture, work / "mixed", str(folder), "--blocks", ",".join(map(str, mixed)))
+    check_checkpoint(
+        architecture, work / "mixed", str(folder), "--blocks", ",".join(map(str, mixed))
+    )
     pruned = BlockCut(architecture, tuple(mixed)).settings(CONFIG, architecture.source.raw_config)
-    changed = sorted(key for key, value in pruned.items() if architecture.source.raw_config.get(key) != value)
+    changed = sorted(
+        key for key, value in pruned.items() if architecture.source.raw_config.get(key) != value
+    )
     keys = ", ".join(f"`{key}`" for key in changed)
     kinds = "; ".join(dict.fromkeys(kind for kind in architecture.kinds if kind))
     if stays := re.search(r"^Blocks? .*? stays?: without block \d+, (.*)\.$", err, re.MULTILINE):
@@ -74,7 +87,9 @@ def run(*arguments: object) -> tuple[int, str, str]:
 
 
 def mixed_removals(architecture: Architecture) -> list[int]:
-    """Choose two blocks, of two kinds if the model has several, so that every list by block must change."""
+    """Choose two blocks, of two kinds if the model has several, so that every list by block must
+    change.
+    """
     free = Removable(architecture, Protection(1, 1), ignore)
     for first in free.candidates(()):
         try:
@@ -89,19 +104,28 @@ def mixed_removals(architecture: Architecture) -> list[int]:
 
 @torch.inference_mode()
 def check_checkpoint(architecture: Architecture, folder: Path, *subject: str) -> None:
-    """Apply, and check the checkpoint without sleb, and the same model as `eval` builds it in memory."""
+    """Apply, and check the checkpoint without sleb, and the same model as `eval` builds it in
+    memory.
+    """
     code, out, err = run("apply", *subject, "-o", folder, "--json")
     assert code == 0, err
     applied = json.loads(out)
     assert applied["proof"]["logits_difference"] == 0
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32
+    )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     model.eval()
     ids = torch.randint(2, 300, (2, 40), generator=torch.Generator().manual_seed(1))
     expected = skipped_logits(architecture, applied["removals"], ids)
-    torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected, atol=1e-5, rtol=0)
-    with_cache, without = (greedy(model, ids[:1], use_cache=use_cache) for use_cache in (True, False))
-    # On some CPUs, states of linear attention carried from token to token differ by 1.02e-3 from those in chunks.
+    torch.testing.assert_close(
+        model(input_ids=ids, use_cache=False).logits, expected, atol=1e-5, rtol=0
+    )
+    with_cache, without = (
+        greedy(model, ids[:1], use_cache=use_cache) for use_cache in (True, False)
+    )
+    # On some CPUs, states of linear attention carried from token to token differ by 1.02e-3 from
+    # those in chunks.
     torch.testing.assert_close(with_cache, without, atol=2e-3, rtol=0)
     model.save_pretrained(folder / "again")
     again = AutoModelForCausalLM.from_pretrained(folder / "again", dtype=torch.float32)
@@ -112,9 +136,13 @@ def check_checkpoint(architecture: Architecture, folder: Path, *subject: str) ->
         assert all(torch.equal(tensor, other[key]) for key, tensor in model.state_dict().items())
 
 
-def skipped_logits(architecture: Architecture, removals: list[int], ids: torch.Tensor) -> torch.Tensor:
+def skipped_logits(
+    architecture: Architecture, removals: list[int], ids: torch.Tensor
+) -> torch.Tensor:
     """Return the logits of the dense model whose removed blocks return their input."""
-    dense = AutoModelForCausalLM.from_pretrained(architecture.source.folder, dtype=torch.float32).eval()
+    dense = AutoModelForCausalLM.from_pretrained(
+        architecture.source.folder, dtype=torch.float32
+    ).eval()
     blocks = architecture.blocks_of(dense)
     kinds = output_kinds(dense, blocks, ids)
     for block in removals:
@@ -134,26 +162,39 @@ def greedy(model: Any, ids: torch.Tensor, *, use_cache: bool) -> torch.Tensor:
 
 
 def _reason(stderr: str, folder: Path) -> str:
-    message = next(line for line in stderr.splitlines() if line.startswith("error: ")).removeprefix("error: ")
+    message = next(line for line in stderr.splitlines() if line.startswith("error: ")).removeprefix(
+        "error: "
+    )
     message = message.replace(f"{folder} ", "").rstrip(".")
     because = re.search(r", because (.*)|can be removed: without block \d+, (.*)", message)
     return (because[1] or because[2]) if because else message
 
 
 def example(model_type: str) -> str:
-    """Return the checkpoint that the documentation of transformers names for the family, or an empty string."""
+    """Return the checkpoint that the documentation of transformers names for the family, or an
+    empty string.
+    """
     kind = CONFIG_MAPPING[model_type]
     source = inspect.getsource(inspect.getmodule(kind))
-    found = re.search(rf'checkpoint="([^"]+)"\)(?:\s*@\w+(?:\([^)]*\))?)*\s*class {kind.__name__}\b', source)
+    found = re.search(
+        rf'checkpoint="([^"]+)"\)(?:\s*@\w+(?:\([^)]*\))?)*\s*class {kind.__name__}\b', source
+    )
     return found[1] if found else ""
 
 
 def document(page: str, rows: list[str]) -> str:
-    """Return docs/reference/families.md with these rows in its two tables, and their numbers in its text."""
-    works, refused = ([row for row in rows if (row.count(" | ") == 2) == is_refused] for is_refused in (False, True))
+    """Return docs/reference/families.md with these rows in its two tables, and their numbers in its
+    text.
+    """
+    works, refused = (
+        [row for row in rows if (row.count(" | ") == 2) == is_refused]
+        for is_refused in (False, True)
+    )
     counts = f"{len(rows)} tried, {len(works)} work, {len(refused)} are refused"
     before, between, after = re.split(r"(?<=---\|\n)(?:\| .*\n)+", re.sub(COUNTS, counts, page))
-    return "".join([before, *(f"{row}\n" for row in works), between, *(f"{row}\n" for row in refused), after])
+    return "".join(
+        [before, *(f"{row}\n" for row in works), between, *(f"{row}\n" for row in refused), after]
+    )
 
 
 def survey_experts(work: Path) -> str:
@@ -180,5 +221,7 @@ if __name__ == "__main__":
     if not sys.argv[1:]:
         with TemporaryDirectory() as work:
             section = survey_experts(Path(work))
-        page = re.sub(r"## Experts\n.*?\n(?=\n## )", lambda _: section, DOCUMENT.read_text(), flags=re.DOTALL)
+        page = re.sub(
+            r"## Experts\n.*?\n(?=\n## )", lambda _: section, DOCUMENT.read_text(), flags=re.DOTALL
+        )
         DOCUMENT.write_text(document(page, found))

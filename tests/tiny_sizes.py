@@ -1,13 +1,17 @@
 """Sizes at which the program takes another path, so small that tiny models cross all of them.
 
-The fixture `tiny_sizes` gives them to a test instead of the usual ones. Nothing that a user sees may depend on them.
+The fixture `tiny_sizes` gives them to a test instead of the usual ones. Nothing that a user sees
+may depend on them.
 
 Not here are
-- limits above which something is refused: what is over them does not go another way, and tests/faults crosses them;
-- numbers that the documents or a record name, or that decide a result: samples and lengths by default, the proof's
-  prompt, looks of a race, resamples, ranks, ridges, the tokens of a batch that recovery fits or trains on, or that is
-  sampled at once;
-- what the machine decides: alignments, and how much memory is free, for which tests give `--memory`;
+- limits above which something is refused: what is over them does not go another way, and
+tests/faults crosses them;
+- numbers that the documents or a record name, or that decide a result: samples and lengths by
+default, the proof's
+  prompt, looks of a race, resamples, ranks, ridges, the tokens of a batch that recovery fits or
+  trains on, or that is sampled at once;
+- what the machine decides: alignments, and how much memory is free, for which tests give
+`--memory`;
 - how much is shown: lines of a message, columns of a chart, tables of a report.
 """
 
@@ -23,7 +27,8 @@ TINY: Mapping[str, Mapping[str, Any]] = {
     # Files: what is read, copied, compared and written at a time.
     "files.copying": {"BUFFER_BYTES": 64},
     "output.proof": {"MAX_SHARD_BYTES": 10_000},
-    # Forward passes: sequences in a batch, positions and rows of logits at a time, what is kept and checked.
+    # Forward passes: sequences in a batch, positions and rows of logits at a time, what is kept and
+    # checked.
     "forward.fork_check": {"CHECKED_CANDIDATES": 2, "CHECKED_SEQUENCES": 1, "CHECKED_POSITIONS": 6},
     "forward.stores": {"MAX_SHARED": 1},
     "forward.memory_budget": {"CPU_SETTINGS": _OF_A_DEVICE, "MIN_POSITIONS": 3},

@@ -1,4 +1,6 @@
-"""Draw docs/experiments/quality.svg from the table in quality.md: python docs/experiments/draw_quality.py [FILE]."""
+"""Draw docs/experiments/quality.svg from the table in quality.md: python
+docs/experiments/draw_quality.py [FILE].
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,12 @@ def read_rows(page: str) -> list[Row]:
         for size, cell in cells.items():
             values = (methods[SLEB][size] if cell == "=" else cell).split(", ")
             if cell:
-                estimates = {text: (float(value), None) for text, value in zip(TEXTS, values, strict=True)}
-                rows.append({"metric": method, "removed": size, "removed from": "30 blocks"} | estimates)
+                estimates = {
+                    text: (float(value), None) for text, value in zip(TEXTS, values, strict=True)
+                }
+                rows.append(
+                    {"metric": method, "removed": size, "removed from": "30 blocks"} | estimates
+                )
     return rows
 
 
@@ -36,7 +42,9 @@ def main() -> None:
     """Write the figure."""
     file = Path(sys.argv[1]) if sys.argv[1:] else PAGE.with_suffix(".svg")
     rows = read_rows(PAGE.read_text(encoding="utf-8"))
-    file.write_text(draw_figure(PlanTable(rows, dict.fromkeys(TEXTS, format_perplexity))), encoding="utf-8")
+    file.write_text(
+        draw_figure(PlanTable(rows, dict.fromkeys(TEXTS, format_perplexity))), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Options that do not go together, of all commands, in one table.
 
-Options are fields of a request, with spaces between them, or `field=pattern` for some values: `warmup=0`.
+Options are fields of a request, with spaces between them, or `field=pattern` for some values:
+`warmup=0`.
 """
 
 from __future__ import annotations
@@ -36,12 +37,16 @@ class Clash:
         one = given(request, self.options)[:1]
         other = [option for option in given(request, self.others) if option not in one][:1]
         if one and other:
-            raise UsageError(f"{one[0]} and {other[0]} cannot be combined: {self.because}.", hint=self.hint)
+            raise UsageError(
+                f"{one[0]} and {other[0]} cannot be combined: {self.because}.", hint=self.hint
+            )
 
 
 @dataclass(frozen=True)
 class Need:
-    """Each of `options` does nothing without one of `needed`, or does nothing `beside` another option alone."""
+    """Each of `options` does nothing without one of `needed`, or does nothing `beside` another
+    option alone.
+    """
 
     options: str
     needed: str
@@ -51,9 +56,15 @@ class Need:
     def check(self, request: Request) -> None:
         """Check that none of the options is idle."""
         idle = given(request, self.options)
-        if idle and not given(request, self.needed) and (self.beside is None or given(request, self.beside)):
+        if (
+            idle
+            and not given(request, self.needed)
+            and (self.beside is None or given(request, self.beside))
+        ):
             needed = " or ".join(map(option_of, self.needed.split()))
-            raise UsageError(f"{idle[0]} requires {needed}.", hint=f"Use both, or leave out {idle[0]}.")
+            raise UsageError(
+                f"{idle[0]} requires {needed}.", hint=f"Use both, or leave out {idle[0]}."
+            )
 
 
 def given(request: Request, options: str) -> list[str]:
@@ -93,18 +104,21 @@ CLASHES: tuple[Clash | Need, ...] = (
     Clash("unit=experts", "target_speedup max_perplexity_ratio extend",
           "one walk ranks all experts, for a number of them that is known before",
           "Use --ratio, --remove, --target-params or --target-memory.", SearchRequest),
-    Clash("unit=experts", "device_map", "experts are watched and left out where weights are loaded by sleb",
+    Clash("unit=experts", "device_map", "experts are watched and left out where weights are loaded "
+                                        "by sleb",
           "Use --stream.", SearchRequest),
     Clash("compare", "metric extend", "each search has its own metric, and begins with all blocks",
           "Leave out --metric and --extend."),
-    Clash("compare", "target_speedup max_perplexity_ratio", "plans of one size are compared, which these do not fix",
+    Clash("compare", "target_speedup max_perplexity_ratio", "plans of one size are compared, which "
+                                                            "these do not fix",
           "Use --remove, --ratio, --target-params or --target-memory."),
     Clash("stream device_map", "target_speedup", "the whole model is timed on one device",
           "Use another target, such as --ratio."),
     Clash("device_map", "stream", "each runs a model that does not fit",
           "Use one of them: --stream reads each block once a step, a device map once a pass."),
     Clash("device_map", "device", "the device map chooses the devices", _ONE),
-    Clash("heal", "device_map stream", "healing trains the model, so all weights must be on one device",
+    Clash("heal", "device_map stream", "healing trains the model, so all weights must be on one "
+                                       "device",
           "Use a device with enough memory, or recover without training: --recover."),
     Clash("heal_minutes", "heal_tokens", "each says when healing stops", _ONE),
     Need("heal_minutes heal_tokens", "heal"),
@@ -113,22 +127,27 @@ CLASHES: tuple[Clash | Need, ...] = (
     Need("device", _RECOVERIES, ApplyRequest),
     Clash("keep_failed", "no_verify", "what is not proven cannot fail", _ONE),
     Clash(_GGUF, _RECOVERIES, "new values are written to a checkpoint, not to a GGUF file",
-          "Choose a folder with -o, without --source, and convert it with llama.cpp's convert_hf_to_gguf.py.",
+          "Choose a folder with -o, without --source, and convert it with llama.cpp's "
+          "convert_hf_to_gguf.py.",
           ApplyRequest),
     Clash(_GGUF, FOR_CHECKPOINTS, "the tensors of a GGUF file are copied as they are",
           "Write a checkpoint of the model instead: choose a folder with -o, without --source.", ApplyRequest),
     Clash("source", "model", "only the plan and the GGUF file are read", "Leave out --model.", ApplyRequest),
     Clash("experts_per_token", "blocks", "each names what is compared with the dense model",
           "Measure one after the other.", SizesRequest),
-    Clash("experts_per_token", _RECOVERIES, "blocks are fitted to what the dense model computes with all its experts",
+    Clash("experts_per_token", _RECOVERIES, "blocks are fitted to what the dense model computes "
+                                            "with all its experts",
           "Recover first, and apply the setting to that checkpoint.", ApplyRequest),
     Clash("every", "remove", "each names the sizes", "Use --every 2, or --remove 2,4,6."),
     Clash("tasks", "stream", "each batch of requests would read the whole model again",
-          "Leave out --stream, or measure --perplexity alone. --device-map auto runs tasks, slowly."),
+          "Leave out --stream, or measure --perplexity alone. --device-map auto runs tasks, "
+          "slowly."),
     Need("limit num_fewshot apply_chat_template include_path run_code show_flips", "tasks"),
-    Need("sequence_length max_windows bos", "perplexity", beside="tasks"),  # alone, a text is read by default
+    # alone, a text is read by default
+    Need("sequence_length max_windows bos", "perplexity", beside="tasks"),
     Need("new_tokens", "generation", beside="prompt"),
     Need("source", "engine", BenchRequest),
-    Clash("engine", "device compile", "these are of transformers alone", "Leave out --device and --compile."),
+    Clash("engine", "device compile", "these are of transformers alone", "Leave out --device and "
+                                                                         "--compile."),
     Clash("compile", "warmup=0", "the compilation would be timed", "Use --warmup 1 or more."),
 )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Mixtures of calibration texts: which sources, how much of each, and in which order. Pure arithmetic."""
+"""Mixtures of calibration texts: which sources, how much of each, and in which order.
+
+Pure arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,14 @@ from sleb_plugins import UsageError
 
 
 def parse_mixture(text: str) -> dict[str, Fraction]:
-    """Parse "wikitext2:0.5,c4:0.5" or one source without a share; return each source's share of the sequences.
+    """Parse "wikitext2:0.5,c4:0.5" or one source without a share; return each source's share of the
+    sequences.
 
     A local file of exactly this name takes precedence.
 
     Raises:
-        UsageError: a share is missing or invalid, the shares do not sum to 1, or a source is named twice.
+        UsageError: a share is missing or invalid, the shares do not sum to 1, or a source is named
+            twice.
     """
     entries = [_parse_entry(entry.strip()) for entry in text.split(",")]
     if Path(text).exists() or [share for _, share in entries] == [None]:
@@ -29,11 +34,14 @@ def parse_mixture(text: str) -> dict[str, Fraction]:
                 hint="Write the share of each source: --calibration wikitext2:0.5,c4:0.5.",
             )
         if source in shares:
-            raise UsageError(f"{text!r} names {source} twice.", hint="Name it once, with the sum of its shares.")
+            raise UsageError(
+                f"{text!r} names {source} twice.", hint="Name it once, with the sum of its shares."
+            )
         shares[source] = share
     if (total := sum(shares.values())) != 1:
         raise UsageError(
-            f"The shares of {text!r} sum to {float(total):g}, not to 1.", hint="Thirds can be written as 1/3."
+            f"The shares of {text!r} sum to {float(total):g}, not to 1.",
+            hint="Thirds can be written as 1/3.",
         )
     return shares
 
@@ -49,12 +57,15 @@ def _parse_entry(text: str) -> tuple[str, Fraction | None]:
 
 
 def divide(count: int, shares: Sequence[Fraction]) -> list[int]:
-    """Divide `count` into whole numbers by shares that sum to 1, rounding up the largest remainders.
+    """Divide `count` into whole numbers by shares that sum to 1, rounding up the largest
+    remainders.
 
     Ties go to the earlier share.
     """
     whole = [math.floor(count * share) for share in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda index: (whole[index] - count * shares[index], index))
+    by_remainder = sorted(
+        range(len(shares)), key=lambda index: (whole[index] - count * shares[index], index)
+    )
     for index in by_remainder[: count - sum(whole)]:
         whole[index] += 1
     return whole
@@ -63,8 +74,12 @@ def divide(count: int, shares: Sequence[Fraction]) -> list[int]:
 def interleave(counts: Sequence[int]) -> list[int]:
     """Return an order of rows, stored source after source, that spreads each source evenly.
 
-    Any run of the order holds about its share of each source, and the last k rows are the last rows of k sources. Rows
-    of a source keep their order.
+    Any run of the order holds about its share of each source, and the last k rows are the last rows
+    of k sources. Rows of a source keep their order.
     """
-    keys = [(Fraction(row + 1, count), source) for source, count in enumerate(counts) for row in range(count)]
+    keys = [
+        (Fraction(row + 1, count), source)
+        for source, count in enumerate(counts)
+        for row in range(count)
+    ]
     return sorted(range(len(keys)), key=lambda row: keys[row])

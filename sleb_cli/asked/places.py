@@ -13,18 +13,24 @@ def require_new_place(place: Path, gguf: Path | None, *, force: bool) -> None:
 
     Raises:
         UsageError: the name of a GGUF file ends otherwise.
-        OutputError: it exists (without `force`), is no checkpoint, cannot be written, or is the source itself.
+        OutputError: it exists (without `force`), is no checkpoint, cannot be written, or is the
+            source itself.
     """
     if gguf is not None:
         if place.suffix != ".gguf":
             raise UsageError(f"{place} does not end in .gguf.", hint="Add .gguf to the name.")
         if are_the_same(place, gguf):
-            raise OutputError(f"{place} is the source file itself.", hint="Choose another name with -o.")
+            raise OutputError(
+                f"{place} is the source file itself.", hint="Choose another name with -o."
+            )
         require_new_file(place, force=force)
         return
     remove_leftovers(place)
     if place.exists() and not force:
-        raise OutputError(f"{place} already exists.", hint="Choose another folder with -o, or replace it with --force.")
+        raise OutputError(
+            f"{place} already exists.",
+            hint="Choose another folder with -o, or replace it with --force.",
+        )
     is_empty = place.is_dir() and not any(place.iterdir())
     if place.exists() and not is_empty and not (place / "config.json").is_file():
         raise OutputError(

@@ -1,4 +1,6 @@
-"""What `search` is asked for: how far it goes, how blocks are chosen, and where the plan is written."""
+"""What `search` is asked for: how far it goes, how blocks are chosen, and where the plan is
+written.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ class AskedSearch:
     def named(self) -> NamedSubject:
         """The model, which must be the extended plan's."""
         extended = self.extended and self.extended.model_copy(update={"base_model": None})
-        return NamedSubject(self.request, self.request.model, (), plan=extended, file=self.request.extend)
+        return NamedSubject(
+            self.request, self.request.model, (), plan=extended, file=self.request.extend
+        )
 
 
 def check_search(request: SearchRequest, registry: Registry) -> AskedSearch:
@@ -86,7 +90,10 @@ def check_search(request: SearchRequest, registry: Registry) -> AskedSearch:
     goal_of(request)
     extended = read_plan(request.extend) if request.extend is not None else None
     request = _fill_gaps(request, extended)
-    metric, strategy = registry.metric(str(request.metric)), strategy_name(request.strategy or "oneshot")
+    metric, strategy = (
+        registry.metric(str(request.metric)),
+        strategy_name(request.strategy or "oneshot"),
+    )
     if request.fast is None:
         # The demo is a first impression: it must not take long.
         request = replace(request, fast=request.model == DEMO and _can_race(metric, strategy))
@@ -106,10 +113,15 @@ def check_comparison(request: SearchRequest, registry: Registry) -> list[AskedSe
         UsageError: the entries cannot be compared.
         SlebError: a subclass that fits, if one of the searches is impossible.
     """
-    requests = [_search_for(request, metric, strategy, registry) for metric, strategy in _entries(request)]
+    requests = [
+        _search_for(request, metric, strategy, registry) for metric, strategy in _entries(request)
+    ]
     if is_main_process():
-        # An unfinished comparison was allowed to write the plan, and may have been killed just after it did.
-        replaces = request.resume and any(journal_of(search.plan_file).exists() for search in requests)
+        # An unfinished comparison was allowed to write the plan, and may have been killed just
+        # after it did.
+        replaces = request.resume and any(
+            journal_of(search.plan_file).exists() for search in requests
+        )
         requests = [replace(search, force=request.force or replaces) for search in requests]
         require_new_file(request.plan_file, force=request.force or replaces)
     return [check_search(search, registry) for search in requests]
@@ -118,7 +130,9 @@ def check_comparison(request: SearchRequest, registry: Registry) -> list[AskedSe
 def _entries(request: SearchRequest) -> list[tuple[str, StrategyName]]:
     """Read the entries of `--compare`: a metric, and the strategy to search with."""
     usual = request.strategy or DEFAULT_STRATEGY
-    pairs = [(text if "@" in text else f"{text}@{usual}").rpartition("@") for text in request.compare]
+    pairs = [
+        (text if "@" in text else f"{text}@{usual}").rpartition("@") for text in request.compare
+    ]
     entries = [(metric, strategy_name(strategy)) for metric, _, strategy in pairs]
     if len(entries) < 2 or len(set(entries)) < len(entries):
         problem = "names an entry twice" if len(entries) > 1 else "needs at least two entries"
@@ -129,8 +143,12 @@ def _entries(request: SearchRequest) -> list[tuple[str, StrategyName]]:
     return entries
 
 
-def _search_for(request: SearchRequest, metric: str, strategy: StrategyName, registry: Registry) -> SearchRequest:
-    """Return the request of one compared search, with `--fast` only where candidates can race, and its own plan."""
+def _search_for(
+    request: SearchRequest, metric: str, strategy: StrategyName, registry: Registry
+) -> SearchRequest:
+    """Return the request of one compared search, with `--fast` only where candidates can race, and
+    its own plan.
+    """
     name = re.sub(r"[^\w.+@-]", "-", f"{metric}@{strategy}")
     return replace(
         request,
@@ -161,7 +179,9 @@ def goal_of(request: SearchRequest) -> tuple[TargetName, Fraction | float]:
     Raises:
         UsageError: none is given, or it is not a number.
     """
-    given = [(name, str(value)) for name in TARGET_NAMES if (value := getattr(request, name)) is not None]
+    given = [
+        (name, str(value)) for name in TARGET_NAMES if (value := getattr(request, name)) is not None
+    ]
     if not given:
         raise UsageError(
             f"No target given: one of {', '.join(map(option_of, TARGET_NAMES))} is needed.",
@@ -179,7 +199,8 @@ def _parse_multiple(text: str, option: str, minimum: float) -> float:
         number = math.nan
     if not (minimum <= number < math.inf):
         raise UsageError(
-            f"{option} {text} is not a number of {minimum:g} or more.", hint=f"For example: {minimum + 0.25:g}."
+            f"{option} {text} is not a number of {minimum:g} or more.",
+            hint=f"For example: {minimum + 0.25:g}.",
         )
     return number
 
@@ -206,7 +227,12 @@ def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
         "seed": 0,
     }
     if request.unit == "experts":
-        values = {"metric": DEFAULT_EXPERT_METRIC, "holdout": DEFAULT_EXPERT_HOLDOUT, "seed": 0, "fast": False}
+        values = {
+            "metric": DEFAULT_EXPERT_METRIC,
+            "holdout": DEFAULT_EXPERT_HOLDOUT,
+            "seed": 0,
+            "fast": False,
+        }
     if extended is not None:
         search, text = extended.search, extended.calibration
         of_search = {*values, "fast", "dtype", "batch_size"} - {"seed"}
@@ -215,7 +241,9 @@ def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
         values |= {"calibration": text.source, "protect": search.protect or None}
         if text.source not in REFERENCE_PRESETS:  # whose samples count rows of text, not sequences
             values["samples"] = text.sequences
-    return replace(request, **{name: value for name, value in values.items() if getattr(request, name) is None})
+    return replace(
+        request, **{name: value for name, value in values.items() if getattr(request, name) is None}
+    )
 
 
 def _can_race(metric: Metric, strategy: StrategyName) -> bool:
@@ -226,13 +254,20 @@ def _can_race(metric: Metric, strategy: StrategyName) -> bool:
 def _require_fitting(request: SearchRequest, metric: Metric, strategy: StrategyName) -> None:
     """Check that the metric, the unit, the strategy and the way to search fit together."""
     of_blocks = (LogitMetric, HiddenStateMetric, WeightMetric, ModelMetric)
-    usual, kinds = (DEFAULT_EXPERT_METRIC, ExpertMetric) if request.unit == "experts" else (DEFAULT_METRIC, of_blocks)
+    usual, kinds = (
+        (DEFAULT_EXPERT_METRIC, ExpertMetric)
+        if request.unit == "experts"
+        else (DEFAULT_METRIC, of_blocks)
+    )
     if not isinstance(metric, kinds):
-        raise UsageError(f"{metric.name} does not score {request.unit}.", hint=f"Use another, such as {usual}.")
+        raise UsageError(
+            f"{metric.name} does not score {request.unit}.", hint=f"Use another, such as {usual}."
+        )
     if request.fast and not _can_race(metric, strategy):
         unfit = f"--strategy {strategy}" if isinstance(metric, LogitMetric) else metric.name
         raise UsageError(
-            f"--fast does not apply to {unfit}, which does not compare candidates sequence by sequence.",
+            f"--fast does not apply to {unfit}, which does not compare candidates sequence by "
+            f"sequence.",
             hint="Leave out --fast.",
         )
     if strategy == "refine" and not isinstance(metric, LogitMetric | ModelMetric):
@@ -250,10 +285,12 @@ def _require_fitting(request: SearchRequest, metric: Metric, strategy: StrategyN
 def _require_writable_plan(request: SearchRequest) -> None:
     """Check that the plan can be written and overwrites nothing."""
     journal = journal_of(request.plan_file)
-    # An unfinished search was allowed to write the plan, and may have been killed just after it did.
+    # An unfinished search was allowed to write the plan, and may have been killed just after it
+    # did.
     replaces = request.plan_file == request.extend or (request.resume and journal.exists())
     require_new_file(request.plan_file, force=request.force or replaces)
     if journal.exists() and not (request.resume or request.force):
         raise OutputError(
-            f"{journal} holds an unfinished search.", hint="Continue it with --resume, or start over with --force."
+            f"{journal} holds an unfinished search.",
+            hint="Continue it with --resume, or start over with --force.",
         )

@@ -1,4 +1,6 @@
-"""What `apply`, `eval`, `bench` and `export` work on, as the user named it: a plan, or a model and its blocks."""
+"""What `apply`, `eval`, `bench` and `export` work on, as the user named it: a plan, or a model and
+its blocks.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,22 @@ from typing import Any
 
 from sleb_cli.asked.clashes import given
 from sleb_cli.plan import Plan, read_plan
-from sleb_cli.requests import DEFAULT_PLAN, DEMO, OneSizeRequest, SearchRequest, SizesRequest, SubjectRequest, Unit
+from sleb_cli.requests import (
+    DEFAULT_PLAN,
+    DEMO,
+    OneSizeRequest,
+    SearchRequest,
+    SizesRequest,
+    SubjectRequest,
+    Unit,
+)
 from sleb_plugins import PlanError, UsageError
 from sleb_plugins.errors import did_you_mean
 
 _FOR_BLOCKS = "recover heal device_map"
-"""Options that do not suit experts: gaps between blocks are refitted, and accelerate replaces routers as they run."""
+"""Options that do not suit experts: gaps between blocks are refitted, and accelerate replaces
+routers as they run.
+"""
 
 
 @dataclass(frozen=True)
@@ -45,18 +57,29 @@ class NamedSubject:
     def others(self) -> dict[str, Any]:
         """What goes besides blocks, by the names of `KINDS`."""
         cuts = {"experts": self.plan and self.plan.experts and self.plan.experts.removed}
-        cuts |= {option: getattr(self.request, option, None) for option in ("experts_per_token", "scripts")}
+        cuts |= {
+            option: getattr(self.request, option, None)
+            for option in ("experts_per_token", "scripts")
+        }
         return {kind: value for kind, value in cuts.items() if value}
 
 
-def read_subject(request: OneSizeRequest | SizesRequest, *, needs_removals: bool = False) -> NamedSubject:
+def read_subject(
+    request: OneSizeRequest | SizesRequest, *, needs_removals: bool = False
+) -> NamedSubject:
     """Read the plan, or the blocks of a model.
 
     Raises:
         PlanError: the plan is unreadable, or does not say where its model is.
-        UsageError: the blocks or their number do not fit, or none are given although some are needed.
+        UsageError: the blocks or their number do not fit, or none are given although some are
+            needed.
     """
-    model, revision, removals, plan = fspath(request.subject or DEFAULT_PLAN), request.revision, request.blocks, None
+    model, revision, removals, plan = (
+        fspath(request.subject or DEFAULT_PLAN),
+        request.revision,
+        request.blocks,
+        None,
+    )
     path = Path(model)
     if is_plan(path):
         plan = read_named_plan(path, request)
@@ -64,7 +87,9 @@ def read_subject(request: OneSizeRequest | SizesRequest, *, needs_removals: bool
         _require_applicable(request, path, plan)
         model, revision = _locate_model(path, plan, request.model, revision)
     elif request.model is not None:
-        raise UsageError(f"--model applies to a plan, but {model} is a model.", hint="Leave out --model.")
+        raise UsageError(
+            f"--model applies to a plan, but {model} is a model.", hint="Leave out --model."
+        )
     elif removals is not None:
         removals = first_removals(removals, _max_removals(request), "--blocks")
     elif needs_removals or _max_removals(request) is not None:
@@ -73,7 +98,9 @@ def read_subject(request: OneSizeRequest | SizesRequest, *, needs_removals: bool
         replace(request, revision=revision),
         model,
         (plan.removals if plan else removals) or (),
-        sizes=_sizes(request, len(removals or ()), plan) if isinstance(request, SizesRequest) else (),
+        sizes=_sizes(request, len(removals or ()), plan)
+        if isinstance(request, SizesRequest)
+        else (),
         plan=plan,
         file=path if plan else None,
         any_model=request.any_model,
@@ -83,9 +110,12 @@ def read_subject(request: OneSizeRequest | SizesRequest, *, needs_removals: bool
 def _require_applicable(request: SubjectRequest, path: Path, plan: Plan) -> None:
     """Check that the options fit what a plan removes."""
     unfit = given(request, _FOR_BLOCKS) if plan.experts else []
-    if unfit or (isinstance(request, SizesRequest) and (unfit := given(request, "experts_per_token"))):
+    if unfit or (
+        isinstance(request, SizesRequest) and (unfit := given(request, "experts_per_token"))
+    ):
         raise UsageError(
-            f"{unfit[0]} does not apply to {path}, a plan that removes {plan.unit}.", hint=f"Leave out {unfit[0]}."
+            f"{unfit[0]} does not apply to {path}, a plan that removes {plan.unit}.",
+            hint=f"Leave out {unfit[0]}.",
         )
 
 
@@ -93,19 +123,29 @@ def _no_blocks_error(path: Path) -> UsageError:
     hint = "Name a plan, or use --blocks 5,4,9."
     if path.exists():
         return UsageError(f"No blocks given for {path}.", hint=hint)
-    hint = did_you_mean(path.name, [file.name for file in path.parent.glob("*.json")], otherwise=hint)
+    hint = did_you_mean(
+        path.name, [file.name for file in path.parent.glob("*.json")], otherwise=hint
+    )
     return UsageError(f"There is no plan {path}, and no blocks are given.", hint=hint)
 
 
-def _locate_model(path: Path, plan: Plan, named: str | None, revision: str | None) -> tuple[str, str | None]:
+def _locate_model(
+    path: Path, plan: Plan, named: str | None, revision: str | None
+) -> tuple[str, str | None]:
     """Return the place and the revision of a plan's model; what the user named takes precedence."""
     model = plan.made_for
     if named is not None:
         return named, revision
     # A plan from a checkpoint, which has only the name of a local model, must not lead to the Hub.
-    if model.revision is None and model.id != DEMO and not Path(model.id).is_absolute() and not Path(model.id).exists():
+    if (
+        model.revision is None
+        and model.id != DEMO
+        and not Path(model.id).is_absolute()
+        and not Path(model.id).exists()
+    ):
         raise PlanError(
-            f"{path} was made for {model.id}, and does not say where that is.", hint="Name its folder with --model."
+            f"{path} was made for {model.id}, and does not say where that is.",
+            hint="Name its folder with --model.",
         )
     return model.id, revision or (None if Path(model.id).exists() else model.revision)
 
@@ -124,7 +164,8 @@ def read_named_plan(path: Path, request: OneSizeRequest | SizesRequest) -> Plan:
     """
     if request.blocks is not None:
         raise UsageError(
-            f"--blocks applies to a model, but {path} is a plan with its own blocks.", hint="Leave out --blocks."
+            f"--blocks applies to a model, but {path} is a plan with its own blocks.",
+            hint="Leave out --blocks.",
         )
     plan = read_plan(path)
     count = len(first_removals(plan.largest, _max_removals(request), str(path), plan.unit))
@@ -136,12 +177,15 @@ def _require_whole_groups(plan: Plan | None, count: int) -> None:
     """Check that as many experts go of each group, where a model has groups."""
     if plan and plan.experts and count % plan.experts.groups:
         raise UsageError(
-            f"Cannot remove {count} experts: {plan.model.id} has {plan.experts.groups} groups of experts.",
+            f"Cannot remove {count} experts: {plan.model.id} has {plan.experts.groups} groups of "
+            f"experts.",
             hint=f"Use a multiple of {plan.experts.groups}.",
         )
 
 
-def first_removals(removals: tuple[int, ...], count: int | None, where: str, unit: Unit = "blocks") -> tuple[int, ...]:
+def first_removals(
+    removals: tuple[int, ...], count: int | None, where: str, unit: Unit = "blocks"
+) -> tuple[int, ...]:
     """Return the first `count` removals of `where`; all of them by default.
 
     Raises:
@@ -151,14 +195,17 @@ def first_removals(removals: tuple[int, ...], count: int | None, where: str, uni
         return removals
     if not 1 <= count <= len(removals):
         raise UsageError(
-            f"Cannot remove {count} {unit}: {where} names {len(removals)}.", hint=f"Use --remove 1 to {len(removals)}."
+            f"Cannot remove {count} {unit}: {where} names {len(removals)}.",
+            hint=f"Use --remove 1 to {len(removals)}.",
         )
     return removals[:count]
 
 
 def _max_removals(request: OneSizeRequest | SizesRequest) -> int | None:
     """Return the number of removals of the smallest requested model; None for all."""
-    return max(request.remove, default=None) if isinstance(request, SizesRequest) else request.remove
+    return (
+        max(request.remove, default=None) if isinstance(request, SizesRequest) else request.remove
+    )
 
 
 def _sizes(request: SizesRequest, most: int, plan: Plan | None) -> tuple[int, ...]:

@@ -1,4 +1,6 @@
-"""How texts are named: presets, local files, data sets on the Hub, and what the model writes itself."""
+"""How texts are named: presets, local files, data sets on the Hub, and what the model writes
+itself.
+"""
 
 from __future__ import annotations
 
@@ -39,11 +41,16 @@ def is_file(source: str) -> bool:
     path = Path(source)
     if source in PRESETS or writes_conversations(source):
         return False
-    return path.exists() or path.suffix in {".txt", ".jsonl", ".md", ".json"} or source.startswith((".", "/", "~"))
+    return (
+        path.exists()
+        or path.suffix in {".txt", ".jsonl", ".md", ".json"}
+        or source.startswith((".", "/", "~"))
+    )
 
 
 def require_mixture(text: str | None) -> None:
-    """Check that the sources of a calibration text are named as they must be, and that its files are there.
+    """Check that the sources of a calibration text are named as they must be, and that its files
+    are there.
 
     Raises:
         UsageError: the mixture is invalid.
@@ -53,7 +60,8 @@ def require_mixture(text: str | None) -> None:
 
 
 def require_sources(sources: Iterable[str], *, measured: bool = False) -> None:
-    """Check that these are sources, to calibrate on or to be `measured`, and that local files are there.
+    """Check that these are sources, to calibrate on or to be `measured`, and that local files are
+    there.
 
     Raises:
         DataError: one is not.
@@ -64,12 +72,18 @@ def require_sources(sources: Iterable[str], *, measured: bool = False) -> None:
         if measured and (is_written(source) or source in REFERENCE_PRESETS):
             raise DataError(
                 f"{source} is text to calibrate on.",
-                hint="Use wikitext2, c4, a .txt or .jsonl file, or a data set: org/name[:config][:split][:column].",
+                hint="Use wikitext2, c4, a .txt or .jsonl file, or a data set: "
+                "org/name[:config][:split][:column].",
             )
         if file != source or is_file(source):
             if not local_path(file).exists():
                 raise DataError(f"There is no file {file}.", hint="Check the path.")
-        elif source not in PRESETS and not is_written(source) and ("/" not in path or len(parts) > 3):
+        elif (
+            source not in PRESETS and not is_written(source) and ("/" not in path or len(parts) > 3)
+        ):
             every = "Use wikitext2, c4, self, a .txt or .jsonl file, or org/name[:config][:split][:column]."
             known = [*sorted(PRESETS), *([] if measured else [SELF, SELF_CHAT])]
-            raise DataError(f"Unknown text source {source!r}.", hint=did_you_mean(source, known, otherwise=every))
+            raise DataError(
+                f"Unknown text source {source!r}.",
+                hint=did_you_mean(source, known, otherwise=every),
+            )

@@ -10,7 +10,13 @@ from typing import Any
 
 from sleb_cli.asked.clashes import FOR_CHECKPOINTS, given
 from sleb_cli.asked.places import require_new_place
-from sleb_cli.asked.subjects import NamedSubject, first_removals, is_plan, read_named_plan, read_subject
+from sleb_cli.asked.subjects import (
+    NamedSubject,
+    first_removals,
+    is_plan,
+    read_named_plan,
+    read_subject,
+)
 from sleb_cli.asked.text_names import require_mixture, require_sources
 from sleb_cli.atomic import require_new_file
 from sleb_cli.plan import CHECKPOINT_PLAN
@@ -47,14 +53,18 @@ def check_apply(request: ApplyRequest, registry: Registry) -> NamedSubject:
         removals = first_removals(request.blocks, request.remove, "--blocks")
         subject = NamedSubject(request, str(request.source), removals)
     else:
-        subject = read_subject(request, needs_removals=not (request.scripts or request.experts_per_token))
+        subject = read_subject(
+            request, needs_removals=not (request.scripts or request.experts_per_token)
+        )
     gguf = _gguf_to_cut(request, Path(subject.model))
     dtype_in_full(request.dtype or AUTO)
     require_mixture(request.calibration)
     parse_shard_size(request)
     if is_main_process():
         if (failed := request.keep_failed) and failed.exists():
-            raise OutputError(f"{failed} already exists.", hint="Choose another folder with --keep-failed.")
+            raise OutputError(
+                f"{failed} already exists.", hint="Choose another folder with --keep-failed."
+            )
         if request.output is not None:
             require_new_place(request.output, gguf, force=request.force)
     return replace(subject, gguf=gguf)
@@ -72,7 +82,8 @@ def parse_shard_size(request: ApplyRequest) -> int:
 def _gguf_to_cut(request: ApplyRequest, model: Path) -> Path | None:
     """Return the GGUF file to remove blocks from; None if a checkpoint is to be written.
 
-    A GGUF file is written from --source or a GGUF model, unless the output or another option asks for a checkpoint.
+    A GGUF file is written from --source or a GGUF model, unless the output or another option asks
+    for a checkpoint.
     """
     gguf_model = model if model.suffix == ".gguf" and not model.is_dir() else None
     names_file = request.output is not None and request.output.suffix == ".gguf"
@@ -81,7 +92,9 @@ def _gguf_to_cut(request: ApplyRequest, model: Path) -> Path | None:
             f"{request.output} can only be made from a GGUF file of the model.",
             hint="Name that file with --source, or choose a folder with -o.",
         )
-    is_checkpoint = (request.output is not None and not names_file) or given(request, FOR_CHECKPOINTS)
+    is_checkpoint = (request.output is not None and not names_file) or given(
+        request, FOR_CHECKPOINTS
+    )
     return request.source or (None if is_checkpoint else gguf_model)
 
 
@@ -112,7 +125,9 @@ def parse_batch_size(asked: str | int) -> int | None:
     if asked == AUTO:
         return None
     if not re.fullmatch(r"[1-9]\d{,11}", str(asked), re.ASCII):
-        raise UsageError(f"--batch-size {asked} is not a number of 1 to 999,999,999,999.", hint="Use 8, or auto.")
+        raise UsageError(
+            f"--batch-size {asked} is not a number of 1 to 999,999,999,999.", hint="Use 8, or auto."
+        )
     return int(asked)
 
 
@@ -128,7 +143,9 @@ def check_bench(request: BenchRequest, registry: Registry) -> tuple[NamedSubject
     _require_new(request)
     engine: Engine | None = registry.choose("engine", request.engine).value
     if engine and (unused := given(request, "dtype" if engine.reads == "gguf" else "source")):
-        raise UsageError(f"{unused[0]} does not apply to --engine {engine.name}.", hint=f"Leave out {unused[0]}.")
+        raise UsageError(
+            f"{unused[0]} does not apply to --engine {engine.name}.", hint=f"Leave out {unused[0]}."
+        )
     dtype_in_full(request.dtype or AUTO)
     points_of(request)
     subject = read_subject(request)
@@ -138,7 +155,8 @@ def check_bench(request: BenchRequest, registry: Registry) -> tuple[NamedSubject
 
 
 def points_of(request: BenchRequest) -> list[BenchRequest]:
-    """Return a request for each combination of the sweep's values; without a sweep, the request itself.
+    """Return a request for each combination of the sweep's values; without a sweep, the request
+    itself.
 
     Raises:
         UsageError: the sweep is unreadable, or sets what another option sets.
@@ -147,7 +165,9 @@ def points_of(request: BenchRequest) -> list[BenchRequest]:
     for entry in " ".join(request.sweep).split():
         name, _, numbers = entry.partition("=")
         if name not in _SWEPT:
-            hint = did_you_mean(name, list(_SWEPT), otherwise="Write it like batch=1,8,32 prompt=128,2048 new=64.")
+            hint = did_you_mean(
+                name, list(_SWEPT), otherwise="Write it like batch=1,8,32 prompt=128,2048 new=64."
+            )
             raise UsageError(f"--sweep cannot vary {name!r}.", hint=hint)
         field = _SWEPT[name]
         if field in values or getattr(request, field) is not None:
@@ -157,24 +177,30 @@ def points_of(request: BenchRequest) -> list[BenchRequest]:
             values[field] = list(map(int, numbers.split(",")))
         except ValueError as error:
             raise UsageError(
-                f"--sweep {entry!r} is not a name and a list of numbers.", hint="Write it like batch=1,8,32."
+                f"--sweep {entry!r} is not a name and a list of numbers.",
+                hint="Write it like batch=1,8,32.",
             ) from error
-    points: list[dict[str, Any]] = [dict(zip(values, point, strict=True)) for point in product(*values.values())]
+    points: list[dict[str, Any]] = [
+        dict(zip(values, point, strict=True)) for point in product(*values.values())
+    ]
     return [replace(request, **point) for point in points]
 
 
 def check_export(request: ExportRequest, registry: Registry) -> tuple[list[NamedSubject], Exporter]:
-    """Check a request; return what it names, and the format. A format that needs no model gets no more than plans.
+    """Check a request; return what it names, and the format. A format that needs no model gets no
+    more than plans.
 
     Raises:
-        UsageError: the format does not use the given source file, or describes only plans or only one, or no block is
-            removed.
+        UsageError: the format does not use the given source file, or describes only plans or only
+            one, or no block is removed.
         PlanError: the plan is unreadable.
         OutputError: the output exists, or cannot be written.
     """
     exporter: Exporter = registry.choose("exporter", request.to).value
     if request.source is not None and not exporter.uses_source:
-        raise UsageError(f"--source does not apply to --to {exporter.name}.", hint="Leave out --source.")
+        raise UsageError(
+            f"--source does not apply to --to {exporter.name}.", hint="Leave out --source."
+        )
     if request.more and (exporter.needs_model or not exporter.several):
         raise UsageError(
             f"--to {exporter.name} describes one plan, not {1 + len(request.more)}.",
@@ -185,19 +211,24 @@ def check_export(request: ExportRequest, registry: Registry) -> tuple[list[Named
         subject = read_subject(request, needs_removals=True)
         if subject.plan and subject.plan.experts:
             raise UsageError(
-                f"--to {exporter.name} describes a removal of blocks, but {subject.file} removes experts.",
+                f"--to {exporter.name} describes a removal of blocks, but {subject.file} removes "
+                f"experts.",
                 hint="Use --to report or table, or write the checkpoint with `sleb apply`.",
             )
         return [subject], exporter
     # The model may be on another machine.
-    return [_plan_alone(request, Path(name)) for name in (request.subject or DEFAULT_PLAN, *request.more)], exporter
+    return [
+        _plan_alone(request, Path(name))
+        for name in (request.subject or DEFAULT_PLAN, *request.more)
+    ], exporter
 
 
 def _plan_alone(request: ExportRequest, named: Path) -> NamedSubject:
     file = named / CHECKPOINT_PLAN if (named / CHECKPOINT_PLAN).is_file() else named
     if not is_plan(file):
         raise UsageError(
-            f"--to {request.to} describes a plan, but {named} is a model.", hint="Name a plan of `sleb search`."
+            f"--to {request.to} describes a plan, but {named} is a model.",
+            hint="Name a plan of `sleb search`.",
         )
     plan = read_named_plan(file, request)
     return NamedSubject(request, plan.model.id, plan.removals, plan=plan, file=file)

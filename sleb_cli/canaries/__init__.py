@@ -1,8 +1,8 @@
 """Our own lm-eval tasks for what depth pruning breaks first; `--tasks canaries` runs them.
 
-A model without some of its blocks may no longer add, copy or do as it is told. Perplexity and multiple choice hide
-that: Shrestha et al., arXiv:2602.01997; ShortOPD, arXiv:2607.13124. lm-eval's own command runs them, too:
-`lm-eval run --include_path FOLDER --tasks sleb_canaries`.
+A model without some of its blocks may no longer add, copy or do as it is told. Perplexity and
+multiple choice hide that: Shrestha et al., arXiv:2602.01997; ShortOPD, arXiv:2607.13124. lm-eval's
+own command runs them, too: `lm-eval run --include_path FOLDER --tasks sleb_canaries`.
 """
 
 from pathlib import Path

@@ -46,21 +46,35 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
         if option is None:
             raise UsageError(
                 f"{path} has {key!r}, which is not an option of `{context.command_path}`.",
-                hint=did_you_mean(key, list(options), otherwise=f"`{context.command_path} --help` lists them."),
+                hint=did_you_mean(
+                    key, list(options), otherwise=f"`{context.command_path} --help` lists them."
+                ),
             )
         if option.name in found:
-            raise UsageError(f"{path} has {key!r} twice, or under two names.", hint="Keep one of them.")
+            raise UsageError(
+                f"{path} has {key!r} twice, or under two names.", hint="Keep one of them."
+            )
         found.add(option.name)
         if value is not None:
             text = _text(value, repeated=option.multiple or option.nargs < 0)
-            if getattr(option, "is_flag", False) and text.lower() not in ("true", "false", "yes", "no"):
-                raise UsageError(f"{path} has {key!r}, which is true or false, not {text!r}.", hint="Use one of these.")
+            if getattr(option, "is_flag", False) and text.lower() not in (
+                "true",
+                "false",
+                "yes",
+                "no",
+            ):
+                raise UsageError(
+                    f"{path} has {key!r}, which is true or false, not {text!r}.",
+                    hint="Use one of these.",
+                )
             context.default_map[option.name] = text
     return path
 
 
 def _options(context: typer.Context) -> dict[str, Any]:
-    """Return the parameters that a file may hold, by the names of their fields and options without dashes."""
+    """Return the parameters that a file may hold, by the names of their fields and options without
+    dashes.
+    """
     return {
         name.lstrip("-").replace("_", "-"): parameter
         for parameter in context.command.params
@@ -70,7 +84,9 @@ def _options(context: typer.Context) -> dict[str, Any]:
 
 
 def _of_yaml(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield names and values as text, which options read as if it were typed: in YAML, `yes` is true and 010 is 8."""
+    """Yield names and values as text, which options read as if it were typed: in YAML, `yes` is
+    true and 010 is 8.
+    """
     import yaml
 
     from sleb_cli.records import UnreadableRecord, read_text
@@ -90,8 +106,14 @@ def _of_yaml(path: Path) -> Iterator[tuple[str, Any]]:
     for key, node in root.value if root else ():
         values = node.value if isinstance(node, yaml.SequenceNode) else [node]
         if not all(isinstance(each, yaml.ScalarNode) for each in (key, *values)):
-            raise UsageError(f"{path} has more than names with values or lists of values.", hint=_EXAMPLE)
-        is_null = isinstance(node, yaml.ScalarNode) and node.style is None and node.value in ("", "~", "null")
+            raise UsageError(
+                f"{path} has more than names with values or lists of values.", hint=_EXAMPLE
+            )
+        is_null = (
+            isinstance(node, yaml.ScalarNode)
+            and node.style is None
+            and node.value in ("", "~", "null")
+        )
         yield key.value, None if is_null else [each.value for each in values]
 
 
@@ -103,8 +125,12 @@ def _text(value: Any, *, repeated: bool) -> Any:
 
 def drop_overridden(context: typer.Context, values: dict[str, Any]) -> None:
     """Leave out the options of a file that a typed one takes the place of, such as another target."""
-    sources = {name: source.name for name in values if (source := context.get_parameter_source(name))}
-    for name in _OVERRIDES.keys() & {name for name, source in sources.items() if source == "COMMANDLINE"}:
+    sources = {
+        name: source.name for name in values if (source := context.get_parameter_source(name))
+    }
+    for name in _OVERRIDES.keys() & {
+        name for name, source in sources.items() if source == "COMMANDLINE"
+    }:
         for other in _OVERRIDES[name]:
             if sources.get(other) == "DEFAULT_MAP":
                 values[other] = None
@@ -116,6 +142,7 @@ ConfigOption = Annotated[
         "--config",
         callback=_read,
         is_eager=True,
-        help="Read options from a YAML file, or those of a search from its plan. Typed options take precedence.",
+        help="Read options from a YAML file, or those of a search from its plan. Typed options "
+        "take precedence.",
     ),
 ]

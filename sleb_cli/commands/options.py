@@ -18,7 +18,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print only the result,
 
 MAX_RANGE = 4096
 
-_NUMBERS = {int: ("a whole number", "Write it in digits."), float: ("a number", "Write it in digits.")}
+_NUMBERS = {
+    int: ("a whole number", "Write it in digits."),
+    float: ("a number", "Write it in digits."),
+}
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,12 @@ class How:
     config: ConfigOption = None
 
 
-def options_from(request_type: type[Any]) -> Callable[[Callable[[Any, How], None]], Callable[..., None]]:
-    """Let a command take the fields of `request_type` as arguments and options, and hand it the request."""
+def options_from(
+    request_type: type[Any],
+) -> Callable[[Callable[[Any, How], None]], Callable[..., None]]:
+    """Let a command take the fields of `request_type` as arguments and options, and hand it the
+    request.
+    """
 
     def decorate(run: Callable[[Any, How], None]) -> Callable[..., None]:
         kinds, of_run = get_type_hints(request_type), get_type_hints(How, include_extras=True)
@@ -55,7 +62,9 @@ def options_from(request_type: type[Any]) -> Callable[[Callable[[Any, How], None
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
 
 
 class _Option:
@@ -68,7 +77,9 @@ class _Option:
         # What may be text or a number is text on the command line.
         self.kind = str if str in kinds else kinds[0]
         self.item = get_args(self.kind)[0] if get_origin(self.kind) is tuple else None
-        self.choices: tuple[str, ...] = get_args(self.kind) if get_origin(self.kind) is Literal else ()
+        self.choices: tuple[str, ...] = (
+            get_args(self.kind) if get_origin(self.kind) is Literal else ()
+        )
         self.flag = option_of(field.name)
 
     @property
@@ -77,16 +88,26 @@ class _Option:
         as_text = self.choices or self.item or self.kind in _NUMBERS
         kind: Any = list[str] if self.doc.repeated else str if as_text else self.kind
         default = (
-            inspect.Parameter.empty if self.field.default is MISSING else None if self.item else self.field.default
+            inspect.Parameter.empty
+            if self.field.default is MISSING
+            else None
+            if self.item
+            else self.field.default
         )
-        return _keyword(self.field.name, Annotated[kind | None if default is None else kind, self._info()], default)
+        return _keyword(
+            self.field.name,
+            Annotated[kind | None if default is None else kind, self._info()],
+            default,
+        )
 
     def _info(self) -> Any:
         if self.doc.argument:
             return typer.Argument(metavar=self.doc.metavar, help=self.doc.help, show_default=False)
         shown = self.field.default if self.doc.default is None else self.doc.default
         has_default = not any(shown is each for each in (MISSING, None, False, ()))
-        negative = f"/--no-{self.field.name}" if self.kind is bool and self.field.default is None else ""
+        negative = (
+            f"/--no-{self.field.name}" if self.kind is bool and self.field.default is None else ""
+        )
         return typer.Option(
             self.flag + negative,
             *(["-o"] if self.field.name == "output" else []),
@@ -106,19 +127,28 @@ class _Option:
         """Return the field's value for what Typer read.
 
         Raises:
-            UsageError: it is not one of the choices, or no number or list of numbers where one is needed.
+            UsageError: it is not one of the choices, or no number or list of numbers where one is
+                needed.
         """
         if value is None:
             return self.field.default
         if self.choices and value not in self.choices:
-            raise UsageError(f"Unknown value {value!r} for {self.flag}.", hint=did_you_mean(value, self.choices))
+            raise UsageError(
+                f"Unknown value {value!r} for {self.flag}.", hint=did_you_mean(value, self.choices)
+            )
         try:
             if self.item:
                 parts = value if self.doc.repeated else [part.strip() for part in value.split(",")]
-                return tuple(number for part in parts for number in _range(part)) if self.item is int else tuple(parts)
+                return (
+                    tuple(number for part in parts for number in _range(part))
+                    if self.item is int
+                    else tuple(parts)
+                )
             return self.kind(value) if self.kind in _NUMBERS else value
         except ValueError as error:
-            what, hint = _NUMBERS.get(self.kind, ("a list of numbers", "Write it like 5,4,9 or 12-15."))
+            what, hint = _NUMBERS.get(
+                self.kind, ("a list of numbers", "Write it like 5,4,9 or 12-15.")
+            )
             raise UsageError(f"{self.flag} {value!r} is not {what}.", hint=hint) from error
 
 

@@ -59,15 +59,20 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"Unknown device {name!r}.", hint="Use auto, cpu, cuda, cuda:1, mps, xpu or npu.") from error
+        raise UsageError(
+            f"Unknown device {name!r}.", hint="Use auto, cpu, cuda, cuda:1, mps, xpu or npu."
+        ) from error
     if device.type == "cpu":
         return device
     if kind is None or device.type != kind.type:
-        raise MachineError(f"This machine has no usable {name} device.", hint="Use --device auto, or cpu.")
+        raise MachineError(
+            f"This machine has no usable {name} device.", hint="Use --device auto, or cpu."
+        )
     count = torch.get_device_module(device.type).device_count()
     if (device.index or 0) >= count:
         raise MachineError(
-            f"There is no {name}: this machine has {count} {device.type} device{'' if count == 1 else 's'}.",
+            f"There is no {name}: this machine has {count} {device.type} "
+            f"device{'' if count == 1 else 's'}.",
             hint=f"They are numbered from {device.type}:0.",
         )
     return device
@@ -111,15 +116,21 @@ _UNITS = {torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"},
 def cpu_units() -> frozenset[str]:
     """Return this processor's units for bfloat16 and float16."""
     if hasattr(torch.cpu, "get_capabilities"):
-        has = {name for name, supported in torch.cpu.get_capabilities().items() if supported is True}
+        has = {
+            name for name, supported in torch.cpu.get_capabilities().items() if supported is True
+        }
     else:  # torch 2.10
         checks = {"avx512_bf16": "avx512_bf16", "amx_bf16": "amx_tile", "amx_fp16": "amx_fp16"}
-        has = {name for name, check in checks.items() if getattr(torch.cpu, f"_is_{check}_supported")()}
+        has = {
+            name for name, check in checks.items() if getattr(torch.cpu, f"_is_{check}_supported")()
+        }
     return frozenset(has & set().union(*_UNITS.values()))
 
 
 def cpu_dtypes() -> frozenset[torch.dtype]:
-    """Return the data types that this processor computes in; torch emulates others, several times slower."""
+    """Return the data types that this processor computes in; torch emulates others, several times
+    slower.
+    """
     native = (dtype for dtype, any_of in _UNITS.items() if cpu_units() & any_of)
     return frozenset({torch.float32, torch.float64, *native})
 

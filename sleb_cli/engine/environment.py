@@ -14,7 +14,9 @@ from sleb_cli.units import plural
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
-def environment_record(plugins: dict[str, str], device: torch.device, seconds: float) -> EnvironmentRecord:
+def environment_record(
+    plugins: dict[str, str], device: torch.device, seconds: float
+) -> EnvironmentRecord:
     """Describe where a search ran and how long it took."""
     return EnvironmentRecord(
         python=platform.python_version(),
@@ -36,11 +38,17 @@ def processor_name(device: torch.device) -> str:
 
 def chip_name(device: torch.device) -> str:
     """Return the name of the GPU or CPU."""
-    named = None if device.type == "cpu" else getattr(torch.get_device_module(device.type), "get_device_name", None)
+    named = (
+        None
+        if device.type == "cpu"
+        else getattr(torch.get_device_module(device.type), "get_device_name", None)
+    )
     if named is not None:
         return str(named(device))
     info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    lines = (
+        info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    )
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(models, None) or platform.processor() or platform.machine()
 

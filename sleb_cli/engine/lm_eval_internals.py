@@ -1,4 +1,6 @@
-"""What we take from inside lm-eval, which may move it in any release; tests/unit/test_internals.py tells."""
+"""What we take from inside lm-eval, which may move it in any release; tests/unit/test_internals.py
+tells.
+"""
 
 from sleb_cli.engine.third_party import internals
 

@@ -16,7 +16,9 @@ T = TypeVar("T")
 S = TypeVar("S")
 
 
-def memory_shortage(needed: int, device: torch.device, of: str = "memory", *, whole: bool = False) -> str | None:
+def memory_shortage(
+    needed: int, device: torch.device, of: str = "memory", *, whole: bool = False
+) -> str | None:
     """Return a clause on the memory needed and free, or None if there is enough."""
     # Processes share the memory of a machine: `whole` is for work that only one of them does.
     return shortage(needed, free_bytes(device) if whole else free_bytes_per_process(device), of)
@@ -24,7 +26,11 @@ def memory_shortage(needed: int, device: torch.device, of: str = "memory", *, wh
 
 def shortage(needed: int, free: int, of: str) -> str | None:
     """Return a clause on the bytes needed and free, or None if there are enough."""
-    return None if needed <= free else f"{format_bytes(needed)} of {of}, but only {format_bytes(free)} is free"
+    return (
+        None
+        if needed <= free
+        else f"{format_bytes(needed)} of {of}, but only {format_bytes(free)} is free"
+    )
 
 
 class SmallerPieces(Generic[S]):
@@ -34,11 +40,13 @@ class SmallerPieces(Generic[S]):
             with pieces:
                 work(size)
 
-    `smaller` returns the next size, or None after the smallest, whose error is raised; `notify` is called with each new
-    size, before the work is repeated.
+    `smaller` returns the next size, or None after the smallest, whose error is raised; `notify` is
+    called with each new size, before the work is repeated.
     """
 
-    def __init__(self, size: S, smaller: Callable[[S], S | None], notify: Callable[[S], object]) -> None:
+    def __init__(
+        self, size: S, smaller: Callable[[S], S | None], notify: Callable[[S], object]
+    ) -> None:
         self._size, self._smaller, self._notify = size, smaller, notify
         self._failed = False
 
@@ -54,14 +62,20 @@ class SmallerPieces(Generic[S]):
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
-        smaller = self._smaller(self._size) if error is not None and is_out_of_memory(error) else None
+        smaller = (
+            self._smaller(self._size) if error is not None and is_out_of_memory(error) else None
+        )
         if smaller is not None:
             self._size, self._failed = smaller, True
         return self._failed
 
 
 def in_smaller_pieces(
-    run: Callable[[int], T], size: int, device: torch.device = CPU, notify: Notify = ignore, doing: str = ""
+    run: Callable[[int], T],
+    size: int,
+    device: torch.device = CPU,
+    notify: Notify = ignore,
+    doing: str = "",
 ) -> T:
     """Call `run` with this size, halved as often as memory runs out, and return its result.
 

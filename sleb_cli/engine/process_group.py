@@ -1,7 +1,8 @@
 """Communication and shutdown of the processes that a launcher started together.
 
-Objects and tensors go through `torch.distributed`. If a process ends, the exchanges of the others fail, and the
-launcher stops them. A process that fails leaves its error in the launcher's key-value store for the main one.
+Objects and tensors go through `torch.distributed`. If a process ends, the exchanges of the others
+fail, and the launcher stops them. A process that fails leaves its error in the launcher's key-value
+store for the main one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Far beyond any step: a process that ends is noticed at once, so this only bounds a step that hangs.
+# Far beyond any step: a process that ends is noticed at once, so this only bounds a step that
+# hangs.
 MAX_STEP = timedelta(hours=24)
 STARTING_TIME = timedelta(minutes=10)
 
@@ -35,7 +37,9 @@ Turn = list[list[T]]
 
 
 def deal(items: Sequence[T], processes: int) -> Iterator[Turn[T]]:
-    """Deal one item to each process, turn after turn; the same items always go to the same processes."""
+    """Deal one item to each process, turn after turn; the same items always go to the same
+    processes.
+    """
     for first in range(0, len(items), processes):
         yield [list(items[number : number + 1]) for number in range(first, first + processes)]
 
@@ -51,7 +55,9 @@ class PeerLost(Exception):
 
 
 class ProcessGroup:
-    """Communication between the processes; all of them must call the same methods in the same order."""
+    """Communication between the processes; all of them must call the same methods in the same
+    order.
+    """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
@@ -108,7 +114,9 @@ class ProcessGroup:
                 yield from gathered
 
     def main_first(self, do: Callable[[], T]) -> T:
-        """Call `do` in one process of each machine before the others, which find its work in the cache."""
+        """Call `do` in one process of each machine before the others, which find its work in the
+        cache.
+        """
         results = [] if local_rank() else [do()]
         self.gather(None)
         return results[0] if results else do()
@@ -116,7 +124,8 @@ class ProcessGroup:
 
 @contextmanager
 def join_processes() -> Iterator[ProcessGroup]:
-    """Yield the processes that a launcher started with this one, or this one alone; if one fails, all end.
+    """Yield the processes that a launcher started with this one, or this one alone; if one fails,
+    all end.
 
     Raises:
         WorkerFinished: the body failed in another process than the main one, which reports it.
@@ -133,7 +142,9 @@ def join_processes() -> Iterator[ProcessGroup]:
     refused = error_saying(MachineError, "This process cannot connect to the others", hint)
     with translate_errors(refused), _default_signal_handlers():
         store = next(iter(rendezvous("env://", timeout=STARTING_TIME)))[0]
-        dist.init_process_group(_backends(), store=store, rank=group.rank, world_size=group.size, timeout=MAX_STEP)
+        dist.init_process_group(
+            _backends(), store=store, rank=group.rank, world_size=group.size, timeout=MAX_STEP
+        )
     try:
         yield group
     except WorkerFinished:
@@ -154,7 +165,9 @@ def _default_signal_handlers() -> Iterator[None]:
         yield
         return
     # torch waits without hearing Python's handlers, and there is nothing to clean up.
-    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {
+        number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
@@ -163,9 +176,13 @@ def _default_signal_handlers() -> Iterator[None]:
 
 
 def _error_to_raise(error: BaseException, group: ProcessGroup, store: Any) -> BaseException:
-    """Return the error that this process ends with: the cause in the main one; the others end quietly."""
+    """Return the error that this process ends with: the cause in the main one; the others end
+    quietly.
+    """
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, while this process says why it ends
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # the launcher's, while this process says why it ends
     is_cause = isinstance(error, Exception) and not isinstance(error, PeerLost)
     with suppress(RuntimeError):  # the store is gone, and with it the process that kept it
         if is_cause and not group.is_main:
@@ -180,7 +197,8 @@ def _error_to_raise(error: BaseException, group: ProcessGroup, store: Any) -> Ba
     if isinstance(error, PeerLost | SystemExit) and group.is_main:
         return MachineError(
             f"One of the {group.size} processes has died or was stopped.",
-            hint="Memory may have run out. Run the command again (a search with --resume): nothing is measured again.",
+            hint="Memory may have run out. Run the command again (a search with --resume): nothing "
+            "is measured again.",
         )
     return error if group.is_main or not isinstance(error, Exception) else WorkerFinished(1)
 

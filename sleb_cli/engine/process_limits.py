@@ -1,4 +1,6 @@
-"""How much memory and how many processors a container, a batch system or a shell leaves to this process."""
+"""How much memory and how many processors a container, a batch system or a shell leaves to this
+process.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,17 @@ UNLIMITED = 2**63
 
 
 _FILES = {
-    1: (["memory.limit_in_bytes"], "memory.usage_in_bytes", ["total_active_file", "total_inactive_file"]),
+    1: (
+        ["memory.limit_in_bytes"],
+        "memory.usage_in_bytes",
+        ["total_active_file", "total_inactive_file"],
+    ),
     # A process above `memory.high` is slowed down until it hardly moves.
     2: (["memory.max", "memory.high"], "memory.current", ["active_file", "inactive_file"]),
 }
-"""The files of a control group of each version: its limits, its use, and the fields of its page cache."""
+"""The files of a control group of each version: its limits, its use, and the fields of its page
+cache.
+"""
 
 
 def left_under_limits() -> int:
@@ -65,10 +73,16 @@ def _memory_left_by_ulimit() -> Iterator[int]:
 
 def _memory_left(folder: Path, version: int) -> int:
     limits, usage, page_cache = _FILES[version]
-    with suppress(OSError, ValueError):  # the uppermost group has no limit, so it lacks some of the files
-        limit = min(int(text) for name in limits if (text := (folder / name).read_text().strip()) != "max")
+    with suppress(
+        OSError, ValueError
+    ):  # the uppermost group has no limit, so it lacks some of the files
+        limit = min(
+            int(text) for name in limits if (text := (folder / name).read_text().strip()) != "max"
+        )
         used = int((folder / usage).read_text())
-        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        statistics = dict(
+            line.split() for line in (folder / "memory.stat").read_text().splitlines()
+        )
         # The page cache counts as used, but the system frees it when memory is needed.
         return max(0, limit - used + sum(int(statistics.get(pages, 0)) for pages in page_cache))
     return UNLIMITED
@@ -85,5 +99,7 @@ def _control_groups(controller: str) -> Iterator[tuple[Path, int]]:
         if controllers and controller not in controllers.split(","):
             continue
         mount, version = (GROUPS / controller, 1) if controllers else (GROUPS, 2)
-        inside = Path(path.lstrip("/"))  # in a container, this may be the group's name outside, which is not found here
+        inside = Path(
+            path.lstrip("/")
+        )  # in a container, this may be the group's name outside, which is not found here
         yield from ((mount / above, version) for above in (inside, *inside.parents))

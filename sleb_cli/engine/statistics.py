@@ -1,4 +1,6 @@
-"""Errors and intervals of proportions, means, paired differences and ratios of medians: plain arithmetic."""
+"""Errors and intervals of proportions, means, paired differences and ratios of medians: plain
+arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,10 @@ class Estimate:
 
 
 def wilson_interval(right: int, count: int) -> Interval:
-    """Return Wilson's score interval of a proportion (J. Am. Stat. Assoc. 22, 1927), which also suits 0 and 1."""
+    """Return Wilson's score interval of a proportion (J.
+
+    Am. Stat. Assoc. 22, 1927), which also suits 0 and 1.
+    """
     from scipy import stats  # slow to import, and only tasks need it
 
     bounds = stats.binomtest(right, count).proportion_ci(CONFIDENCE, method="wilson")
@@ -50,16 +55,24 @@ def _student(mean: float, error: float, count: int) -> Estimate:
 
 
 def paired_difference(before: Sequence[float], after: Sequence[float]) -> Estimate:
-    """Estimate the mean of `after - before` over the same items (Miller, arXiv 2411.00640, section 4.2).
+    """Estimate the mean of `after - before` over the same items (Miller, arXiv 2411.00640, section
+    4.2).
 
     The interval is Student's, or for 0 and 1 as of `paired_proportions_interval`.
     """
     differences = [second - first for first, second in zip(before, after, strict=True)]
     mean, count = fmean(differences), len(differences)
-    estimate = Estimate(mean, None, None) if count < 2 else _student(mean, stdev(differences) / math.sqrt(count), count)
+    estimate = (
+        Estimate(mean, None, None)
+        if count < 2
+        else _student(mean, stdev(differences) / math.sqrt(count), count)
+    )
     if not is_binary((*before, *after)):
         return estimate
-    return replace(estimate, interval=paired_proportions_interval(differences.count(-1), differences.count(1), count))
+    return replace(
+        estimate,
+        interval=paired_proportions_interval(differences.count(-1), differences.count(1), count),
+    )
 
 
 def is_binary(scores: Sequence[float]) -> bool:
@@ -68,41 +81,54 @@ def is_binary(scores: Sequence[float]) -> bool:
 
 
 def clustered_mean(values: Tensor, clusters: Tensor) -> Estimate:
-    """Estimate the mean of values, [n], of which each cluster is one observation (Miller, section 2.2)."""
+    """Estimate the mean of values, [n], of which each cluster is one observation (Miller, section
+    2.2).
+    """
     values = values.double()
     mean = float(values.mean())
     cluster_of = torch.unique(clusters, return_inverse=True)[1]
-    residuals = torch.zeros(int(cluster_of.max()) + 1, dtype=torch.float64).index_add(0, cluster_of, values - mean)
+    residuals = torch.zeros(int(cluster_of.max()) + 1, dtype=torch.float64).index_add(
+        0, cluster_of, values - mean
+    )
     count = len(residuals)
     if count < 2:
         return Estimate(mean, None, None)
-    return _student(mean, math.sqrt(count / (count - 1) * float(residuals.square().sum())) / len(values), count)
+    return _student(
+        mean, math.sqrt(count / (count - 1) * float(residuals.square().sum())) / len(values), count
+    )
 
 
 def paired_proportions_interval(lost: int, gained: int, count: int) -> Interval:
-    """Return the interval of the difference of two proportions of the same items, `(gained - lost) / count`.
+    """Return the interval of the difference of two proportions of the same items, `(gained - lost)
+    / count`.
 
-    This is the Wald interval with one more lost and one more gained item (Bonett and Price, J. Educ. Behav. Stat. 37,
-    2012). Without them, models that agree on a few items would seem to agree on all.
+    This is the Wald interval with one more lost and one more gained item (Bonett and Price, J.
+    Educ. Behav. Stat. 37, 2012). Without them, models that agree on a few items would seem to agree
+    on all.
     """
     gains, losses = (gained + 1) / (count + 2), (lost + 1) / (count + 2)
     difference = gains - losses
-    interval = normal_interval(difference, math.sqrt((gains + losses - difference**2) / (count + 2)))
+    interval = normal_interval(
+        difference, math.sqrt((gains + losses - difference**2) / (count + 2))
+    )
     return Interval(low=max(-1.0, interval.low), high=min(1.0, interval.high))
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """Return the p-value of the exact McNemar test (Psychometrika 12, 1947): would chance split the flips so?"""
+    """Return the p-value of the exact McNemar test (Psychometrika 12, 1947): would chance split the
+    flips so?
+    """
     from scipy import stats
 
     return float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
 
 
 def items_needed(deviation: float) -> int | None:
-    """Return the number of items that shows a change of a hundredth with 95% confidence and 80% power.
+    """Return the number of items that shows a change of a hundredth with 95% confidence and 80%
+    power.
 
-    `deviation` is of the paired difference; without any, None. Source: Miller, arXiv 2411.00640, equation 9, where one
-    answer per item leaves the variance of the paired difference.
+    `deviation` is of the paired difference; without any, None. Source: Miller, arXiv 2411.00640,
+    equation 9, where one answer per item leaves the variance of the paired difference.
     """
     if not deviation:
         return None
@@ -115,16 +141,20 @@ MIN_ROUNDS = 5
 
 
 def median_ratio_interval(first: Sequence[float], second: Sequence[float]) -> Interval | None:
-    """Return the 95% interval of median(first) / median(second), from the same rounds; None if too few."""
+    """Return the 95% interval of median(first) / median(second), from the same rounds; None if too
+    few.
+    """
     rounds = len(first)
     if rounds < MIN_ROUNDS:
         return None
     # Whole rounds are drawn, because what slows a machine for a while slows both runs of a round.
     chosen = np.random.default_rng(0).integers(rounds, size=(RESAMPLES, rounds))
-    ratios = np.median(np.asarray(first)[chosen], axis=1) / np.median(np.asarray(second)[chosen], axis=1)
-    # The percentiles of a small sample's bootstrap are too narrow, so they move apart as Student's t demands
-    # (Hesterberg, "What Teachers Should Know About the Bootstrap", section 5.3). The root: a bootstrap's variance
-    # divides by the number of rounds, Student's by one less.
+    ratios = np.median(np.asarray(first)[chosen], axis=1) / np.median(
+        np.asarray(second)[chosen], axis=1
+    )
+    # The percentiles of a small sample's bootstrap are too narrow, so they move apart as Student's
+    # t demands (Hesterberg, "What Teachers Should Know About the Bootstrap", section 5.3). The
+    # root: a bootstrap's variance divides by the number of rounds, Student's by one less.
     reach = special.stdtrit(rounds - 1, (1 + CONFIDENCE) / 2)
     tail = special.ndtr(-np.sqrt(rounds / (rounds - 1)) * reach)
     low, high = np.quantile(ratios, (tail, 1 - tail))
@@ -137,7 +167,9 @@ def relative_deviation(sample: Sequence[float]) -> float:
 
 
 def count_outliers(sample: Sequence[float]) -> int:
-    """Count the values beyond Tukey's fences: 1.5 interquartile ranges below or above the quartiles."""
+    """Count the values beyond Tukey's fences: 1.5 interquartile ranges below or above the
+    quartiles.
+    """
     low, high = np.percentile(sample, (25, 75))
     margin = 1.5 * (high - low)
     return sum(not low - margin <= value <= high + margin for value in sample)

@@ -26,7 +26,9 @@ def quiet_libraries() -> None:
 
 
 class _FromOurCode(BaseException):
-    """Carries an exception of our own code through third-party code, out of reach of its `except Exception`."""
+    """Carries an exception of our own code through third-party code, out of reach of its `except
+    Exception`.
+    """
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -34,7 +36,9 @@ class _FromOurCode(BaseException):
 
 @contextmanager
 def pass_errors_through() -> Iterator[None]:
-    """Run our own or a plugin's code inside a third-party call: `translate_errors` raises its exceptions unchanged."""
+    """Run our own or a plugin's code inside a third-party call: `translate_errors` raises its
+    exceptions unchanged.
+    """
     try:
         yield
     except Exception as error:
@@ -47,8 +51,9 @@ def pass_errors_through() -> Iterator[None]:
 def translate_errors(sentence: Callable[[str], SlebError]) -> Iterator[None]:
     """Turn any exception of a third-party call into the error that `sentence` makes of its message.
 
-    The body must hold nothing but the call, or a bug of ours would be blamed on the files. Our own code inside the call
-    runs under `pass_errors_through`. Running out of memory is raised unchanged.
+    The body must hold nothing but the call, or a bug of ours would be blamed on the files. Our own
+    code inside the call runs under `pass_errors_through`. Running out of memory is raised
+    unchanged.
     """
     try:
         yield
@@ -80,7 +85,8 @@ def saving(path: Path) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise OutputError(
-            f"Cannot write {path}: {first_line(error)}.", hint="Free some space, or choose another place."
+            f"Cannot write {path}: {first_line(error)}.",
+            hint="Free some space, or choose another place.",
         ) from error
 
 
@@ -102,8 +108,16 @@ _NO_FAILURE = {None, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 def disk_error(error: BaseException | None) -> OSError | None:
     """Return the error of the disk that an exception is, or was raised for; None if there is none."""
     while error is not None:
-        os_error = error if isinstance(error, OSError) and error.errno is not None else _parse_os_error(error)
-        if os_error and os_error.errno not in _NO_FAILURE and not isinstance(os_error, ConnectionError):
+        os_error = (
+            error
+            if isinstance(error, OSError) and error.errno is not None
+            else _parse_os_error(error)
+        )
+        if (
+            os_error
+            and os_error.errno not in _NO_FAILURE
+            and not isinstance(os_error, ConnectionError)
+        ):
             return os_error
         error = error.__cause__ or error.__context__
     return None
@@ -122,7 +136,9 @@ def _parse_os_error(error: BaseException) -> OSError | None:
 
 @contextmanager
 def translate_transformers_errors(what: str) -> Iterator[None]:
-    """Translate the errors of transformers while it reads a user's files into a MachineError or ModelError."""
+    """Translate the errors of transformers while it reads a user's files into a MachineError or
+    ModelError.
+    """
     hint = "Check the files, or upgrade with `pip install --upgrade transformers`."
     with translate_errors(error_saying(ModelError, f"transformers cannot read {what}", hint)):
         try:
@@ -147,7 +163,9 @@ def internals(package: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return an exception's message on one line, without secrets or full stop; a single word follows its class."""
+    """Return an exception's message on one line, without secrets or full stop; a single word
+    follows its class.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     words = without_secrets(" ".join(lines[:2]).rstrip("."))
     return words if " " in words else f"{type(error).__name__} {words}".strip()

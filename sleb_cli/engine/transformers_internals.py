@@ -1,4 +1,6 @@
-"""What we take from inside transformers, which may move it in any release; tests/unit/test_internals.py tells."""
+"""What we take from inside transformers, which may move it in any release;
+tests/unit/test_internals.py tells.
+"""
 
 from functools import partial
 from inspect import signature
@@ -22,5 +24,9 @@ try:
 except ImportError:  # before versions that read the tokens apart
     get_gguf_tokenizer = None
 
-if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters:  # before transformers 5.16
-    convert_and_load_state_dict_in_model = partial(convert_and_load_state_dict_in_model, tp_plan=None)
+if (
+    "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters
+):  # before transformers 5.16
+    convert_and_load_state_dict_in_model = partial(
+        convert_and_load_state_dict_in_model, tp_plan=None
+    )

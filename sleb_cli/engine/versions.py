@@ -18,7 +18,9 @@ def describe_installation() -> Iterator[str]:
     yield from (f"plugin {plugin}" for plugin in third_party_plugins())
     yield f"Python {platform.python_version()}, {platform.platform()}"
     try:
-        yield from (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
+        yield from (
+            f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")
+        )
         yield from _devices()
     except Exception as error:  # whatever is broken here is why the report is read
         yield without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))
@@ -32,6 +34,8 @@ def _devices() -> Iterator[str]:
 
     units = ", ".join(sorted(cpu_units())) or "no units for bfloat16 or float16"
     yield f"cpu: {chip_name(CPU)} ({units}), {format_bytes(free_bytes(CPU))} free"
-    for number in range(torch.accelerator.device_count()) if torch.accelerator.is_available() else ():
+    for number in (
+        range(torch.accelerator.device_count()) if torch.accelerator.is_available() else ()
+    ):
         device = torch.device(str(torch.accelerator.current_accelerator()), number)
         yield f"{device}: {chip_name(device)}, {format_bytes(free_bytes(device))} free"

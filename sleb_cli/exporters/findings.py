@@ -22,7 +22,14 @@ from sleb_cli.results import (
     TextResult,
     WorkloadResult,
 )
-from sleb_cli.tables.quality import Estimate, is_canary, main_tasks, retention, task_names, text_names
+from sleb_cli.tables.quality import (
+    Estimate,
+    is_canary,
+    main_tasks,
+    retention,
+    task_names,
+    text_names,
+)
 from sleb_cli.tables.speed import workload_name
 from sleb_cli.tables.table import Scored, by_model
 from sleb_cli.units import in_shell
@@ -76,14 +83,22 @@ class Findings:
         from sleb_cli.engine.text.overlap import is_known  # which imports datasets
 
         recovery = self.plan.recovery
-        used = {"searched on": self.plan.calibration} | ({"recovered on": recovery.train_text} if recovery else {})
-        return [use for use, record in used.items() if is_known(text.text, text.tokens_sha256, record)]
+        used = {"searched on": self.plan.calibration} | (
+            {"recovered on": recovery.train_text} if recovery else {}
+        )
+        return [
+            use for use, record in used.items() if is_known(text.text, text.tokens_sha256, record)
+        ]
 
     @cached_property
     def text_scores(self) -> list[tuple[str, TextResult, PrunedTextScores]]:
         """Each text with its name and its scores at the plan's size."""
         named = zip(self.text_names, self.texts, strict=True)
-        return [(name, text, scores) for name, text in named if (scores := self.at_plan_size(text.pruned))]
+        return [
+            (name, text, scores)
+            for name, text in named
+            if (scores := self.at_plan_size(text.pruned))
+        ]
 
     @cached_property
     def scored(self) -> dict[str, list[Scored]]:
@@ -105,12 +120,16 @@ class Findings:
 
         Their main metric counts right items; canaries, which break first, are left out.
         """
-        main = main_tasks(task for task in self.tasks if self.at_plan_size(task.pruned) and not is_canary(task))
+        main = main_tasks(
+            task for task in self.tasks if self.at_plan_size(task.pruned) and not is_canary(task)
+        )
         scored = [(task, scores) for task in main if (scores := self.at_plan_size(task.pruned))]
         return [(task, scores) for task, scores in scored if scores.lost is not None]
 
     def retention(self, removals: Removals) -> Estimate | None:
-        """Return the mean accuracy as a share of the dense model's; None if a task was not measured at this size."""
+        """Return the mean accuracy as a share of the dense model's; None if a task was not measured
+        at this size.
+        """
         return retention([task for task, _ in self.accuracy_tasks], removals)
 
     @property
@@ -126,10 +145,19 @@ class Findings:
             result, timing = timed
             workload = result.workload
             # The most tokens: a small workload mostly measures the overhead around the blocks.
-            return timing.interval is None, -workload.batch_size * (workload.prompt_length + workload.new_tokens)
+            return timing.interval is None, -workload.batch_size * (
+                workload.prompt_length + workload.new_tokens
+            )
 
-        timed = [(result, timing) for result in self.workloads if (timing := self.at_plan_size(result.pruned))]
-        by_name = ([pair for pair in timed if pair[0].workload.name == name] for name in ("generation", "prompt"))
+        timed = [
+            (result, timing)
+            for result in self.workloads
+            if (timing := self.at_plan_size(result.pruned))
+        ]
+        by_name = (
+            [pair for pair in timed if pair[0].workload.name == name]
+            for name in ("generation", "prompt")
+        )
         return [min(pairs, key=order) for pairs in by_name if pairs]
 
     @property
@@ -147,7 +175,11 @@ class Findings:
             (self.text_scores, "perplexity and divergence on text", f"sleb eval {name}{sizes}"),
             (self.tasks, "accuracy on tasks", f"sleb eval {name}{sizes} --tasks piqa,arc_easy"),
             (self.main_workloads, "speed and memory", f"sleb bench {name} --every 2"),
-            (self.plan.dense.held_out, "loss on held-out text", f"sleb search {model} --holdout 0.2 …"),
+            (
+                self.plan.dense.held_out,
+                "loss on held-out text",
+                f"sleb search {model} --holdout 0.2 …",
+            ),
             (self.plan.sample_generation, "what both models say", f"sleb search {model} …"),
         ]
         return [(name, command) for measured, name, command in gaps if not measured]
@@ -160,7 +192,9 @@ def read_findings(pruning: Pruning) -> Findings:
         UsageError: it describes no plan.
     """
     if pruning.plan is None or pruning.plan_file is None:
-        raise UsageError(f"{pruning.model} has no plan to describe.", hint="Name a plan of `sleb search`.")
+        raise UsageError(
+            f"{pruning.model} has no plan to describe.", hint="Name a plan of `sleb search`."
+        )
     evaluation, benchmark = pruning.evaluation, pruning.benchmark
     return Findings(
         Plan.model_validate_json(to_json(pruning.plan)),

@@ -14,7 +14,9 @@ def sentences(findings: Findings) -> list[str]:
     removed_parts = parts if findings.plan.experts else f"transformer {parts}"
     how = "and the others were given new weights" if findings.plan.recovery else "without training"
     were = "was" if count == 1 else "were"
-    removed = f"{count} of {whole} {removed_parts} {were} removed ({format_share(count / whole)}), {how}"
+    removed = (
+        f"{count} of {whole} {removed_parts} {were} removed ({format_share(count / whole)}), {how}"
+    )
     if findings.sizes:
         before, after = (format_count(size.parameters) for size in findings.sizes)
         removed += f": {after} parameters remain of {before}"
@@ -22,19 +24,32 @@ def sentences(findings: Findings) -> list[str]:
     if findings.plan.experts:
         lines.append(UNUSED)
     if findings.main_workloads and (benchmark := findings.benchmark):
-        lines.append(f"Timed on {benchmark.processor if benchmark.device == 'cpu' else benchmark.device}.")
+        lines.append(
+            f"Timed on {benchmark.processor if benchmark.device == 'cpu' else benchmark.device}."
+        )
     if tasks := findings.accuracy_tasks:
-        lost, gained = (sum(getattr(entry, kind) for _, entry in tasks) for kind in ("lost", "gained"))
+        lost, gained = (
+            sum(getattr(entry, kind) for _, entry in tasks) for kind in ("lost", "gained")
+        )
         items = plural(sum(len(task.doc_ids) for task, _ in tasks), "item")
-        lines.append(f"Of {items} in tasks, {lost:,} went from right to wrong and {gained:,} from wrong to right.")
+        lines.append(
+            f"Of {items} in tasks, {lost:,} went from right to wrong and {gained:,} from wrong to "
+            f"right."
+        )
     return lines
 
 
 def advice(findings: Findings) -> list[str]:
-    """Recommend this size, or a smaller one that was measured; nothing if there were too few items to tell."""
+    """Recommend this size, or a smaller one that was measured; nothing if there were too few items
+    to tell.
+    """
     size, most, unit = findings.plan.largest, f"{ENOUGH:.0%}", findings.plan.unit
     measured = {scores.removals for task in findings.tasks for scores in task.pruned}
-    shares = {removals: findings.retention(removals) for removals in measured if len(removals) <= len(size)}
+    shares = {
+        removals: findings.retention(removals)
+        for removals in measured
+        if len(removals) <= len(size)
+    }
     verdicts = {removals: keeps_enough(share[1]) for removals, share in shares.items() if share}
     if verdicts.get(size) is None:
         return []
@@ -42,10 +57,17 @@ def advice(findings: Findings) -> list[str]:
         return [f"Use it where {most} of the accuracy is enough."]
     if enough := [removals for removals, is_enough in verdicts.items() if is_enough]:
         fewer = plural(max(map(len, enough)), unit.removesuffix("s"))
-        return [f"To keep {most} of the accuracy, remove {fewer}, the most of any measured size that keeps it."]
+        return [
+            f"To keep {most} of the accuracy, remove {fewer}, the most of any measured size that "
+            f"keeps it."
+        ]
     if None in verdicts.values():
         return []
-    recover = "" if findings.plan.recovery or findings.plan.experts else ", or apply the plan with --recover and --heal"
+    recover = (
+        ""
+        if findings.plan.recovery or findings.plan.experts
+        else ", or apply the plan with --recover and --heal"
+    )
     return [f"To keep {most} of the accuracy, remove fewer {unit} than were measured{recover}."]
 
 
@@ -56,12 +78,14 @@ def warnings(findings: Findings) -> list[str]:
     if last and last.overfits:
         reasons.append(
             "The search overfits its calibration text: on held-out text, the loss grew by "
-            f"{last.generalization_gap:.3f} nats per token more. More or different calibration text may help."
+            f"{last.generalization_gap:.3f} nats per token more. More or different calibration "
+            f"text may help."
         )
     unstable = sum(lines.warmup.stable is False for lines in findings.workloads)
     if unstable:
         reasons.append(
-            f"The times of {plural(unstable, 'workload')} were not stable after the warm-up: another program may have "
+            f"The times of {plural(unstable, 'workload')} were not stable after the warm-up: "
+            f"another program may have "
             "used the machine."
         )
     return reasons

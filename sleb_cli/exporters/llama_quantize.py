@@ -19,7 +19,8 @@ class LlamaQuantize(Exporter):
         """Return the command, quoted for a shell.
 
         Raises:
-            UnsupportedModelError: `llama-quantize` would leave some metadata of the source file wrong.
+            UnsupportedModelError: `llama-quantize` would leave some metadata of the source file
+                wrong.
         """
         source = pruning.source_file
         if source is not None:
@@ -27,7 +28,9 @@ class LlamaQuantize(Exporter):
         source = source or Path(f"{Path(pruning.model).name}.gguf")
         remaining = pruning.blocks - len(pruning.removals)
         files = f"{in_shell(str(source))} {in_shell(f'{source.stem}-sleb-{remaining}-blocks.gguf')}"
-        return f"llama-quantize --prune-layers {','.join(map(str, pruning.removals))} {files} COPY\n"
+        return (
+            f"llama-quantize --prune-layers {','.join(map(str, pruning.removals))} {files} COPY\n"
+        )
 
 
 def _require_only_count_changes(source: Path, removals: tuple[int, ...]) -> None:
@@ -39,9 +42,12 @@ def _require_only_count_changes(source: Path, removals: tuple[int, ...]) -> None
     pruned = plan_gguf_surgery(file, removals).pruned()
     before = set(file.entries)
     corrected = (REMOVED_BLOCKS, f"{file.architecture}.block_count")
-    others = [entry.key for entry in pruned.entries if entry not in before and entry.key not in corrected]
+    others = [
+        entry.key for entry in pruned.entries if entry not in before and entry.key not in corrected
+    ]
     if others:
         raise UnsupportedModelError(
-            f"llama-quantize would renumber the blocks of {source} but not correct {', '.join(others)}.",
+            f"llama-quantize would renumber the blocks of {source} but not correct "
+            f"{', '.join(others)}.",
             hint="Use `sleb apply --source`, which corrects it.",
         )

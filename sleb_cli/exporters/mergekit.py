@@ -17,8 +17,13 @@ class MergekitRecipe(Exporter):
     def export(self, pruning: Pruning) -> str:
         """Return the recipe as YAML, with a slice for each run of remaining blocks."""
         model: Any = f"{pruning.model}@{pruning.revision}" if pruning.revision else pruning.model
-        if set(pruning.model) & set("@+"):  # in a plain name, mergekit reads them as a revision and an adapter
+        if set(pruning.model) & set(
+            "@+"
+        ):  # in a plain name, mergekit reads them as a revision and an adapter
             model = {"model": {"path": pruning.model, "revision": pruning.revision}}
-        slices = [{"sources": [{"model": model, "layer_range": [low, high]}]} for low, high in pruning.kept_ranges]
+        slices = [
+            {"sources": [{"model": model, "layer_range": [low, high]}]}
+            for low, high in pruning.kept_ranges
+        ]
         recipe = {"slices": slices, "merge_method": "passthrough", "dtype": pruning.dtype}
         return str(yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None))

@@ -37,11 +37,13 @@ def check_clauses(proof: Proof, dense: str = "the dense model") -> list[str]:
         close = f"within {proof.logits_difference:.1g} of the largest (allowed: {proof.logits_tolerance:.1g}) of those"
     words: dict[Check, str] = {
         "complete": "every planned file is there and complete, and no other",
-        "same bytes": f"the bytes of every weight are those of {dense}{' or the new values' if is_recovered else ''}",
+        "same bytes": f"the bytes of every weight are those of "
+        f"{dense}{' or the new values' if is_recovered else ''}",
         "same tokens": "text of the scripts that stay gets the same tokens",
         "spells others": "other text still encodes, and decodes as before",
         "loads": "stock transformers finds every weight of the config in the files, and no other",
-        "same logits": f"its logits on {proof.prompt_tokens} prompt tokens ({proof.prompt}) are {close} of {compared}",
+        "same logits": f"its logits on {proof.prompt_tokens} prompt tokens ({proof.prompt}) are "
+        f"{close} of {compared}",
         "every expert": "each expert, used by force, gives what it gave before",
         "generates": "it generates with the KV cache",
         "saves again": "transformers saves it again, with the same weights",

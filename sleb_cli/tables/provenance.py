@@ -31,12 +31,18 @@ def search_settings(plan: Plan) -> Table:
         ("metric", search.metric + package),
         ("strategy", search.strategy),
         ("candidates raced", "yes" if search.fast else "no"),
-        ("protected blocks", protected + (f", and {spans(search.protect)}" if search.protect else "")),
+        (
+            "protected blocks",
+            protected + (f", and {spans(search.protect)}" if search.protect else ""),
+        ),
         ("calibration", f"{text}{held_out}"),
         ("seed", str(text.seed)),
         ("BOS before each sequence", "yes" if text.bos else "no"),
         ("hash of the tokens", text.tokens_sha256[:16]),
-        ("data type and device", f"{model.computed_in(search.dtype)} on {search.device}, batch {search.batch_size}"),
+        (
+            "data type and device",
+            f"{model.computed_in(search.dtype)} on {search.device}, batch {search.batch_size}",
+        ),
         ("engine", search.engine + (f": {search.engine_reason}" if search.engine_reason else "")),
         ("started", environment.started),
         ("took", format_seconds(environment.seconds)),
@@ -51,19 +57,27 @@ def result_settings(result: EvalResult | BenchResult) -> Table:
     tasks = result.tasks if isinstance(result, EvalResult) else ()
     lm_eval = sorted({task.lm_eval for task in tasks if task.lm_eval})
     rows: list[tuple[str, str | None]] = [
-        ("data type and device", f"{result.model.computed_in(result.dtype)} on {result.device}, {result.processor}"),
+        (
+            "data type and device",
+            f"{result.model.computed_in(result.dtype)} on {result.device}, {result.processor}",
+        ),
         ("versions", _list_versions(result.versions)),
         ("lm-eval", " and ".join(lm_eval)),
     ]
     if isinstance(result, EvalResult):
-        return _settings_table("Evaluation", [*rows, *(("command", command) for command in result.commands)])
+        return _settings_table(
+            "Evaluation", [*rows, *(("command", command) for command in result.commands)]
+        )
     rows.append(("clock governor", result.governor))
     for measured in result.workloads:
         workload, warmup = measured.workload, measured.warmup
-        deviation = "" if warmup.deviation is None else f", last deviation {format_share(warmup.deviation)}"
+        deviation = (
+            "" if warmup.deviation is None else f", last deviation {format_share(warmup.deviation)}"
+        )
         unstable = ", not enough for stable times" if warmup.stable is False else ""
         details = [
-            f"{workload.iterations} runs of each after {warmup.runs} to warm up{deviation}{unstable}",
+            f"{workload.iterations} runs of each after {warmup.runs} to warm "
+            f"up{deviation}{unstable}",
             f"{workload.engine} {measured.engine_version or ''}".strip(),
             f"{measured.attention} attention" if measured.attention else "",
         ]

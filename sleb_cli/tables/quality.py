@@ -7,9 +7,23 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from sleb_cli.names import public_source
-from sleb_cli.results import DivergenceRecord, Interval, PrunedTextScores, Removals, TaskResult, TextResult, main_metric
+from sleb_cli.results import (
+    DivergenceRecord,
+    Interval,
+    PrunedTextScores,
+    Removals,
+    TaskResult,
+    TextResult,
+    main_metric,
+)
 from sleb_cli.tables.table import PERPLEXITY, Columns, Scored, Table, between, model_name, tabulate
-from sleb_cli.units import format_change, format_perplexity, format_probability, format_share, plural
+from sleb_cli.units import (
+    format_change,
+    format_perplexity,
+    format_probability,
+    format_share,
+    plural,
+)
 
 Estimate = tuple[float, Interval | None]
 """A number, with its 95% interval if it has one."""
@@ -43,10 +57,14 @@ def text_names(
     ]  # fmt: skip
     names, public = list[str](), [public_source(text.text) for text in texts]
     for text, name, row in zip(texts, public, details, strict=True):
-        namesakes = [other for other_name, other in zip(public, details, strict=True) if other_name == name]
+        namesakes = [
+            other for other_name, other in zip(public, details, strict=True) if other_name == name
+        ]
         differing = [len(set(column)) > 1 for column in zip(*namesakes, strict=True)]
         remarks = ["answers"] * (text.clustered_by == "conversations")
-        remarks += [detail for detail, differs in zip(row, differing, strict=True) if detail and differs]
+        remarks += [
+            detail for detail, differs in zip(row, differing, strict=True) if detail and differs
+        ]
         remarks += remarks_on(text)
         names.append(name + (f" ({', '.join(remarks)})" if remarks else ""))
     return names
@@ -65,13 +83,24 @@ def task_name(task: TaskResult) -> str:
 
 
 def task_names(tasks: Sequence[TaskResult]) -> list[str]:
-    """Name each task, with its number of items, or their hash, if it was run on several sets of them."""
+    """Name each task, with its number of items, or their hash, if it was run on several sets of
+    them.
+    """
     names = list(map(task_name, tasks))
     # A group has no items of its own, but a hash of its tasks' items.
-    items = [plural(len(task.doc_ids), "item") if task.doc_ids else f"items {task.items_sha256}"[:14] for task in tasks]
-    names = [f"{name}, {count}" if names.count(name) > 1 else name for name, count in zip(names, items, strict=True)]
+    items = [
+        plural(len(task.doc_ids), "item") if task.doc_ids else f"items {task.items_sha256}"[:14]
+        for task in tasks
+    ]
+    names = [
+        f"{name}, {count}" if names.count(name) > 1 else name
+        for name, count in zip(names, items, strict=True)
+    ]
     hashes = [f" {task.items_sha256}"[:9] for task in tasks]
-    return [name + digits if names.count(name) > 1 else name for name, digits in zip(names, hashes, strict=True)]
+    return [
+        name + digits if names.count(name) > 1 else name
+        for name, digits in zip(names, hashes, strict=True)
+    ]
 
 
 def perplexities(scored: Iterable[Scored]) -> Table:
@@ -85,7 +114,10 @@ def perplexities(scored: Iterable[Scored]) -> Table:
         change = perplexity_change(scores) if isinstance(scores, PrunedTextScores) else (None, None)
         rows.append([name, model, scores.perplexity, *change])
     compared = any(row[3] is not None for row in rows)
-    notes = [PERPLEXITY, *["95%: interval of the change; both models read the same tokens."] * compared]
+    notes = [
+        PERPLEXITY,
+        *["95%: interval of the change; both models read the same tokens."] * compared,
+    ]
     return tabulate("Perplexity", columns, rows, notes)
 
 
@@ -103,7 +135,8 @@ def divergences(scored: Iterable[Scored]) -> Table:
         if isinstance(scores, PrunedTextScores)
     ]
     notes = [
-        "KL: how far from dense, in nats per token. same top: positions with the same first choice. accepted: "
+        "KL: how far from dense, in nats per token. same top: positions with the same first "
+        "choice. accepted: "
         "sampled tokens that the dense model keeps if this one drafts for it."
     ]
     return tabulate("Divergence from the dense model", columns, rows, notes)
@@ -140,7 +173,10 @@ def tasks(scored: Iterable[Scored]) -> Table:
         [name, model, scores.value, *(getattr(scores, field, None) for field in compared)]
         for name, model, scores in scored
     ]
-    notes = ["lost: items that went from right to wrong; gained: from wrong to right; p: exact McNemar test."]
+    notes = [
+        "lost: items that went from right to wrong; gained: from wrong to right; p: exact McNemar "
+        "test."
+    ]
     return tabulate("Tasks", columns, rows, notes)
 
 
@@ -152,7 +188,11 @@ def is_canary(task: TaskResult) -> bool:
 def _use(task: TaskResult) -> str:
     if is_canary(task):
         return "instructions" if task.task == "sleb_instructions" else "canaries"
-    names = {"choosing": "choosing an answer", "programs": "writing programs", "writing": "writing answers"}
+    names = {
+        "choosing": "choosing an answer",
+        "programs": "writing programs",
+        "writing": "writing answers",
+    }
     return names[task.use] if task.use else ""
 
 
@@ -175,8 +215,12 @@ def by_use(tasks: Iterable[TaskResult]) -> dict[str, list[TaskResult]]:
 
 
 def retention(tasks: Sequence[TaskResult], removals: Removals) -> Estimate | None:
-    """Return the mean score as a share of the dense model's; None if a task was not measured at this size."""
-    entries = [entry for task in tasks for entry in task.pruned if set(entry.removals) == set(removals)]
+    """Return the mean score as a share of the dense model's; None if a task was not measured at
+    this size.
+    """
+    entries = [
+        entry for task in tasks for entry in task.pruned if set(entry.removals) == set(removals)
+    ]
     dense = sum(task.dense.value for task in tasks)
     if not tasks or len(entries) < len(tasks) or dense <= 0:
         return None
@@ -202,7 +246,10 @@ def verdicts(tasks: Iterable[TaskResult]) -> Table:
         for removals in dict.fromkeys(entry.removals for task in of_use for entry in task.pruned)
         if (share := retention(of_use, removals))
     ]
-    notes = ["kept: the mean score as a share of the dense model's. When choosing, guessing alone keeps much of it."]
+    notes = [
+        "kept: the mean score as a share of the dense model's. When choosing, guessing alone keeps "
+        "much of it."
+    ]
     return tabulate("Verdict by kind of use", columns, rows, notes)
 
 
@@ -221,4 +268,8 @@ def _verdict(share: float, interval: Interval | None) -> str:
     if interval.high < 1:
         return f"{1 - share:.0%} lost"
     lost = 1 - interval.low
-    return f"no loss shown, at most {lost:.0%}" if lost < _MAX_POSSIBLE_LOSS else "too few items to tell"
+    return (
+        f"no loss shown, at most {lost:.0%}"
+        if lost < _MAX_POSSIBLE_LOSS
+        else "too few items to tell"
+    )

@@ -13,7 +13,9 @@ from sleb_cli.tables.table import PERPLEXITY, Columns, Table, tabulate
 from sleb_cli.units import format_bytes, format_change, format_count, format_perplexity, spans
 
 MAX_ADDED_REPETITION = 0.2
-"""How much more than the dense model the pruned one may repeat itself before it is suspected of collapse."""
+"""How much more than the dense model the pruned one may repeat itself before it is suspected of
+collapse.
+"""
 
 UNUSED = "What the text of the search does not use may be gone: measure other uses before you rely on them."
 """Said wherever experts were removed."""
@@ -25,14 +27,25 @@ _PERPLEXITY: Columns = [("perplexity", format_perplexity), ("change", format_cha
 
 
 def steps(plan: Plan) -> Table:
-    """List the perplexity of the dense model and after each step, also on held-out sequences, if any."""
+    """List the perplexity of the dense model and after each step, also on held-out sequences, if
+    any.
+    """
     metric, dense, nested = plan.search.metric, plan.dense, plan.nested
     columns: Columns = [
         ("step", str), ("block", "{}".format) if nested else ("blocks", str), ("kind", str), (metric, "{:.4f}".format),
         *_PERPLEXITY, ("held out", format_perplexity), ("change", format_change),
     ]  # fmt: skip
     loss = dense.loss if metric == "nll" else None
-    rows = [["dense", None, None, loss, *_change(dense, dense), *_change(dense.held_out, dense.held_out)]]
+    rows = [
+        [
+            "dense",
+            None,
+            None,
+            loss,
+            *_change(dense, dense),
+            *_change(dense.held_out, dense.held_out),
+        ]
+    ]
     for number, (removals, step) in enumerate(zip(plan.by_size, plan.steps, strict=True), start=1):
         removed = [step.block, step.kind] if nested else [spans(removals), None]
         changes = [*_change(step, dense), *_change(step.held_out, dense.held_out)]
@@ -50,19 +63,30 @@ def perplexities(plan: Plan) -> dict[str, list[float]]:
     """Return the perplexity of the dense model and at each size, by set of sequences."""
     records: tuple[Any, ...] = (plan.dense, *plan.steps) if plan.steps else ()
     held_out = [record.held_out.perplexity for record in records if record.held_out]
-    series = {"searched on": [record.perplexity for record in records], "held out of the search": held_out}
+    series = {
+        "searched on": [record.perplexity for record in records],
+        "held out of the search": held_out,
+    }
     return {name: values for name, values in series.items() if values}
 
 
 def _summarize(plan: Plan) -> str:
-    search, dtype, seconds = plan.search, plan.model.computed_in(plan.search.dtype), plan.environment.seconds
+    search, dtype, seconds = (
+        plan.search,
+        plan.model.computed_in(plan.search.dtype),
+        plan.environment.seconds,
+    )
     held_out = f" ({search.held_out} of them held out)" if search.held_out else ""
-    calibrated = f"calibrated on {plan.calibration}{held_out}, {dtype} on {search.device}, {seconds:.0f} s"
+    calibrated = (
+        f"calibrated on {plan.calibration}{held_out}, {dtype} on {search.device}, {seconds:.0f} s"
+    )
     return f"{search.strategy} search by {search.metric}{', raced' if search.fast else ''}; {calibrated}"
 
 
 def expert_texts(plan: Plan, experts: ExpertPlan) -> Table:
-    """List the perplexity of each text with and without the removed experts, and how much it uses them."""
+    """List the perplexity of each text with and without the removed experts, and how much it uses
+    them.
+    """
     columns: Columns = [
         ("text", str), ("dense", format_perplexity), *_PERPLEXITY, ("energy kept", "{:.1%}".format),
         ("unused", "{:,}".format),
@@ -80,13 +104,19 @@ def expert_texts(plan: Plan, experts: ExpertPlan) -> Table:
     ]
     total = f"{experts.count * len(experts.blocks):,}"
     return tabulate(
-        "The texts", columns, rows, [PERPLEXITY, _summarize(plan), f"unused: experts that no token chose, of {total}"]
+        "The texts",
+        columns,
+        rows,
+        [PERPLEXITY, _summarize(plan), f"unused: experts that no token chose, of {total}"],
     )
 
 
 def expert_sizes(experts: ExpertPlan) -> list[str]:
     """Say how many parameters and bytes the model has before and after."""
-    whole, used = (" to ".join(map(format_count, sizes)) for sizes in (experts.parameters, experts.active_parameters))
+    whole, used = (
+        " to ".join(map(format_count, sizes))
+        for sizes in (experts.parameters, experts.active_parameters)
+    )
     stored = " to ".join(map(format_bytes, experts.weights_bytes))
     return [f"parameters {whole}, used by a token {used}; weights {stored}"]
 
@@ -98,22 +128,38 @@ def comparison(result: CompareResult) -> Table:
         ("seconds", "{:.0f}".format),
     ]  # fmt: skip
     dense = result.dense_perplexity
-    rows: list[Sequence[Any]] = [["dense", None, None, dense, None, result.dense_held_out_perplexity, None]]
+    rows: list[Sequence[Any]] = [
+        ["dense", None, None, dense, None, result.dense_held_out_perplexity, None]
+    ]
     for search in result.compared:
-        numbers = [search.perplexity, search.perplexity / dense - 1, search.held_out_perplexity, search.seconds]
+        numbers = [
+            search.perplexity,
+            search.perplexity / dense - 1,
+            search.held_out_perplexity,
+            search.seconds,
+        ]
         blocks = spans(search.removals) if result.unit == "blocks" else None
         rows.append([search.metric, search.strategy, blocks, *numbers])
     caveat = (
-        "Ranked on the text they were searched on, which favours a metric that is fitted to it, such as nll. "
+        "Ranked on the text they were searched on, which favours a metric that is fitted to it, "
+        "such as nll. "
         "--holdout 0.2 ranks them on text that none has seen."
     )
-    return tabulate("The searches", columns, rows, [caveat] if result.dense_held_out_perplexity is None else [])
+    return tabulate(
+        "The searches", columns, rows, [caveat] if result.dense_held_out_perplexity is None else []
+    )
 
 
 def recovery(record: RecoveryRecord) -> Table:
     """List the losses of a recovered model on held-out text."""
     rows = [
-        [name, math.exp(losses.loss), losses.loss, losses.divergence, of_answers and of_answers.divergence]
+        [
+            name,
+            math.exp(losses.loss),
+            losses.loss,
+            losses.divergence,
+            of_answers and of_answers.divergence,
+        ]
         for name, losses, of_answers in record.models
     ]
     columns: Columns = [
@@ -141,7 +187,8 @@ def collapse_warnings(sample: SampleGeneration | None) -> list[str]:
         return []
     return [
         f"The pruned model repeats itself: {sample.pruned_repetition:.0%} of its text, against "
-        f"{sample.dense_repetition:.0%} of the dense model's. It may have collapsed, whatever its perplexity."
+        f"{sample.dense_repetition:.0%} of the dense model's. It may have collapsed, whatever its "
+        f"perplexity."
     ]
 
 
@@ -152,14 +199,18 @@ def removed_kinds(plan: Plan) -> dict[int, str]:
 
 
 def block_strip(blocks: int, removed: Mapping[int, str], width: int) -> list[str]:
-    """Draw the blocks in order above a ruler: a bar for each remaining block, a mark for each removed one."""
+    """Draw the blocks in order above a ruler: a bar for each remaining block, a mark for each
+    removed one.
+    """
     kinds: Iterable[str] = sorted(set(removed.values()))
     marks = {kind: REMOVED_MARKS[number % len(REMOVED_MARKS)] for number, kind in enumerate(kinds)}
     per_row = max(10, (width - 2) // 10 * 10)
     lines = []
     for start in range(0, blocks, per_row):
         row = range(start, min(start + per_row, blocks))
-        lines.append("  " + "".join(marks[removed[block]] if block in removed else "█" for block in row))
+        lines.append(
+            "  " + "".join(marks[removed[block]] if block in removed else "█" for block in row)
+        )
         lines.append("  " + "".join(f"{block:<10}" for block in row[::10]).rstrip())
     legend = [f"{mark} {f'{kind} ' if kind else ''}removed" for kind, mark in marks.items()]
     return [*lines, "   ".join(["  █ kept", *legend])]

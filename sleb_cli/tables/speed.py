@@ -22,7 +22,9 @@ def workload_name(result: WorkloadResult) -> str:
 
 
 def speeds(timed: Iterable[Scored], blocks: int | None) -> Table:
-    """List the speedup of each workload; `blocks` is the dense model's count, or None if no block was removed."""
+    """List the speedup of each workload; `blocks` is the dense model's count, or None if no block
+    was removed.
+    """
     columns: Columns = [
         ("workload", str), ("model", str), ("median", format_milliseconds), ("tokens/s", "{:,.1f}".format),
         ("speedup", _TIMES), ("95%", partial(between, form="{:.2f}".format)), ("blocks", _TIMES),
@@ -31,7 +33,11 @@ def speeds(timed: Iterable[Scored], blocks: int | None) -> Table:
     for workload, model, timing in timed:
         speedups: list[Any] = [None] * 3
         if isinstance(timing, PrunedTiming):
-            speedups = [timing.speedup, timing.interval, blocks and blocks / (blocks - len(timing.removals))]
+            speedups = [
+                timing.speedup,
+                timing.interval,
+                blocks and blocks / (blocks - len(timing.removals)),
+            ]
         rows.append([workload, model, timing.e2el_ms.median, timing.tokens_per_second, *speedups])
     notes = ["Workloads: batch x prompt tokens + new tokens."]
     if blocks:
@@ -48,8 +54,14 @@ def latencies(timed: Iterable[Scored]) -> Table:
         for ttft, itl, tpot in [(timing.ttft_ms, timing.itl_ms, timing.tpot_ms)]
         if itl and tpot
     ]
-    columns: Columns = [("workload", str), ("model", str), *((name, format_milliseconds) for name in names)]
-    notes = ["TTFT: time to first token; ITL: between tokens; TPOT: mean time per token after the first."]
+    columns: Columns = [
+        ("workload", str),
+        ("model", str),
+        *((name, format_milliseconds) for name in names),
+    ]
+    notes = [
+        "TTFT: time to first token; ITL: between tokens; TPOT: mean time per token after the first."
+    ]
     return tabulate("Latency", columns, rows, notes)
 
 
@@ -75,7 +87,13 @@ def sizes(result: BenchResult) -> Table:
         ("loads in", lambda seconds: format_milliseconds(1000 * seconds)),
     ]  # fmt: skip
     rows = [
-        [name, None if result.experts else size.blocks, size.parameters, size.weights_bytes, size.load_seconds]
+        [
+            name,
+            None if result.experts else size.blocks,
+            size.parameters,
+            size.weights_bytes,
+            size.load_seconds,
+        ]
         for size in (result.dense, *result.pruned)
         for name in [model_name(size.removals, alone=not result.pruned)]
     ]

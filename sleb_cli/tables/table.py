@@ -16,7 +16,9 @@ Scored = tuple[str, str, Any]
 Columns = Sequence[tuple[str, Callable[[Any], str]]]
 """The name of each column, and the function that formats its values."""
 
-PERPLEXITY = "perplexity: how surprised a model is by the text; lower is better. dense: the original model."
+PERPLEXITY = (
+    "perplexity: how surprised a model is by the text; lower is better. dense: the original model."
+)
 """The note of a table that may be the first to use both words."""
 
 
@@ -35,11 +37,22 @@ class Table:
         return number == 0 or self.columns[number] in self.words
 
 
-def tabulate(title: str, columns: Columns, rows: Iterable[Sequence[Any]], notes: Sequence[str] = ()) -> Table:
-    """Format values by column, None as an empty cell, and drop empty columns; those formatted by `str` hold words."""
+def tabulate(
+    title: str, columns: Columns, rows: Iterable[Sequence[Any]], notes: Sequence[str] = ()
+) -> Table:
+    """Format values by column, None as an empty cell, and drop empty columns; those formatted by
+    `str` hold words.
+    """
     rows = list(rows)
-    used = [number for number in range(len(columns)) if any(row[number] not in (None, "") for row in rows)]
-    cells = [["" if row[number] is None else columns[number][1](row[number]) for number in used] for row in rows]
+    used = [
+        number
+        for number in range(len(columns))
+        if any(row[number] not in (None, "") for row in rows)
+    ]
+    cells = [
+        ["" if row[number] is None else columns[number][1](row[number]) for number in used]
+        for row in rows
+    ]
     words = {name for name, form in columns if form is str}
     return Table(title, [columns[number][0] for number in used], cells, notes, words)
 

@@ -24,8 +24,8 @@ from sleb_plugins import OutputError, SlebError
 class Outlet:
     """A standard stream that outlives its reader, such as a closed terminal or `| head -1`.
 
-    Output is then discarded (`is_gone`), and work continues, since its result may go to a file. Any other error is
-    raised only on the stream that holds the result.
+    Output is then discarded (`is_gone`), and work continues, since its result may go to a file. Any
+    other error is raised only on the stream that holds the result.
     """
 
     def __init__(self, stream: TextIO, *, holds_result: bool) -> None:
@@ -51,7 +51,8 @@ class Outlet:
         try:
             yield
         except OSError as error:
-            # Python flushes the buffer again at exit, and libraries keep printing: let that reach /dev/null.
+            # Python flushes the buffer again at exit, and libraries keep printing: let that reach
+            # /dev/null.
             devnull = os.open(os.devnull, os.O_WRONLY)
             os.dup2(devnull, self._stream.fileno())
             os.close(devnull)
@@ -64,15 +65,19 @@ class Outlet:
                 ) from error
 
 
-# Model cards and file names come from strangers: a control character could rewrite the screen, and an override of the
-# writing direction could disguise a name. Tab and newline are harmless.
-_UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Model cards and file names come from strangers: a control character could rewrite the screen, and
+# an override of the writing direction could disguise a name. Tab and newline are harmless.
+_UNSAFE = re.compile(
+    "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 class InertConsole(Console):
     """A console that shows control characters as escapes."""
 
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
         """Render with control characters escaped."""
         for segment in super().render(renderable, options):
             # A control segment holds Rich's own codes.
@@ -96,7 +101,9 @@ _IN_ASCII = {
 def _replace_unencodable(error: UnicodeError) -> tuple[str, int]:
     assert isinstance(error, UnicodeEncodeError)
     missing = error.object[error.start : error.end]
-    substitutes = (_IN_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode("ascii") for c in missing)
+    substitutes = (
+        _IN_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode("ascii") for c in missing
+    )
     return "".join(substitutes), error.end
 
 
@@ -119,7 +126,8 @@ def stdout() -> Console:
 
 def stderr() -> Console:
     """Return a console on the current stderr, quiet in all but the main process."""
-    # With `stderr=True`, Rich looks sys.stderr up at each print, so silencing a library would silence our bars.
+    # With `stderr=True`, Rich looks sys.stderr up at each print, so silencing a library would
+    # silence our bars.
     return InertConsole(file=sys.stderr, highlight=False, emoji=False, quiet=not is_main_process())
 
 

@@ -34,11 +34,15 @@ def show_plan(plan: Plan, output: Path) -> None:
     if plan.experts:
         _show_experts(plan, plan.experts, output)
         return
-    print_title(f"{short_name(plan.model.id)}: {search.remove} of {plan.model.blocks} blocks removed")
+    print_title(
+        f"{short_name(plan.model.id)}: {search.remove} of {plan.model.blocks} blocks removed"
+    )
     show_table(tables.steps(plan), title=False)
     if len(plan.steps) >= CHART_STEPS:
         console.print(perplexity_chart(plan, min(console.width, CHART_WIDTH)))
-    strip = Text("\n".join(tables.block_strip(plan.model.blocks, tables.removed_kinds(plan), console.width)))
+    strip = Text(
+        "\n".join(tables.block_strip(plan.model.blocks, tables.removed_kinds(plan), console.width))
+    )
     strip.highlight_regex("█+( kept)?", "green")
     strip.highlight_regex(f"[{tables.REMOVED_MARKS}]+( .*removed)?", "red")
     console.print(strip)
@@ -78,7 +82,10 @@ def _show_next(plan: Plan, output: Path) -> None:
 def _show_experts(plan: Plan, experts: ExpertPlan, output: Path) -> None:
     from sleb_cli.tables import search_results as tables
 
-    print_title(f"{short_name(plan.model.id)}: {experts.fewer} of the {experts.count} experts of each block removed")
+    print_title(
+        f"{short_name(plan.model.id)}: {experts.fewer} of the {experts.count} experts of each "
+        f"block removed"
+    )
     show_table(tables.expert_texts(plan, experts), title=False)
     for line in tables.expert_sizes(experts):
         print_line(line)
@@ -94,14 +101,20 @@ def _show_sample(plan: Plan) -> None:
         print_line(f'both models continue "{sample.prompt}"')
         for name, repeated, text in tables.sample_rows(sample):
             line = " ".join(text.split())
-            line = line if len(line) <= SAMPLE_CHARACTERS else f"{line[: SAMPLE_CHARACTERS - 2].rstrip()} …"
+            line = (
+                line
+                if len(line) <= SAMPLE_CHARACTERS
+                else f"{line[: SAMPLE_CHARACTERS - 2].rstrip()} …"
+            )
             print_line(f"  {name:6} ({repeated}): {line}")
         for warning in tables.collapse_warnings(sample):
             print_prose(stdout(), f"[yellow]{warning}[/]")
 
 
 def perplexity_chart(plan: Plan, width: int) -> Text:
-    """Draw the perplexity at each size on a logarithmic scale, on the searched and the held-out sequences."""
+    """Draw the perplexity at each size on a logarithmic scale, on the searched and the held-out
+    sequences.
+    """
     from sleb_cli.tables.search_results import perplexities
 
     drawn = zip((("●", "cyan"), ("○", "yellow")), perplexities(plan).values(), strict=False)
@@ -111,7 +124,9 @@ def perplexity_chart(plan: Plan, width: int) -> Text:
         legend.append("   ● searched on", "cyan").append("   ○ held out", "yellow")
     points = [value for line in lines for value in line.values]
     low, high = min(points), max(points)
-    lowest, middle, highest = (format_perplexity(math.exp(value)) for value in (low, (low + high) / 2, high))
+    lowest, middle, highest = (
+        format_perplexity(math.exp(value)) for value in (low, (low + high) / 2, high)
+    )
     return Text("\n").join([legend, draw_lines(lines, (lowest, middle, highest), width)])
 
 
@@ -126,7 +141,9 @@ def race_summary(plan: Plan) -> str:
             done += len(step.scores) * sequences + sum(drop.sequences for drop in dropped)
             whole += (len(step.scores) + len(dropped)) * sequences
             margins = (step.race.margin, *(drop.behind for drop in dropped))
-            leads.append((min((lead for lead in margins if lead is not None), default=math.inf), number))
+            leads.append(
+                (min((lead for lead in margins if lead is not None), default=math.inf), number)
+            )
     lead, number = min(leads)
     return f"raced: {done / whole:.0%} of the evaluations; the closest lead was {lead:.4f}, in step {number}"
 
@@ -140,7 +157,11 @@ def show_comparison(result: CompareResult, output: Path) -> None:
     size = blocks if result.unit == "blocks" else f"{removed} experts of each block"
     print_title(f"{short_name(result.model.id)}: {size} removed")
     show_table(tables.comparison(result), title=False)
-    text = "the calibration text" if result.dense_held_out_perplexity is None else "the held-out sequences"
+    text = (
+        "the calibration text"
+        if result.dense_held_out_perplexity is None
+        else "the held-out sequences"
+    )
     print_to_copy(f"wrote {output}: the plan of {result.best}, best on {text}")
     for search in result.compared:
         if search.file != str(output):
@@ -150,21 +171,31 @@ def show_comparison(result: CompareResult, output: Path) -> None:
 def target_summary(target: TargetRecord, plan: Plan) -> str:
     """Say what the target was, how much of it was reached, and at what cost."""
     goal = plan.request.get(target.name)
-    cost = f"it cost {math.log(plan.steps[-1].perplexity / plan.dense.perplexity):.4f} nats per token"
+    cost = (
+        f"it cost {math.log(plan.steps[-1].perplexity / plan.dense.perplexity):.4f} nats per token"
+    )
     match target.name:
         case "target_params":
             remain = f"{format_count(target.reached)} of {format_count(target.dense)} remain"
             return f"target: {goal} parameters; {remain}; {cost}"
         case "target_memory":
-            needs = (
-                f"weights and {target.kv_cache} take {format_bytes(target.reached)}, not {format_bytes(target.dense)}"
-            )
+            needs = f"weights and {target.kv_cache} take {format_bytes(target.reached)}, not {format_bytes(target.dense)}"
             return f"target: {goal}; {needs}; {cost}"
         case "target_speedup":
-            missed = "" if target.reached >= target.limit else ", below the target: remove more with --extend"
+            missed = (
+                ""
+                if target.reached >= target.limit
+                else ", below the target: remove more with --extend"
+            )
             measured = f"{target.reached:.2f}x measured ({target.predicted:.2f}x predicted){missed}"
             timed = f"timed in transformers, {plan.search.dtype} on {plan.search.device}"
             return f"target: {target.limit:g}x at generation, {timed}; {measured}; {cost}"
-    more = f"one more removal: {target.next:.4f}" if target.next is not None else "no other block can be removed"
-    reached = f"{target.reached:.4f} with {len(plan.removals)} of {plan.model.blocks} blocks removed"
+    more = (
+        f"one more removal: {target.next:.4f}"
+        if target.next is not None
+        else "no other block can be removed"
+    )
+    reached = (
+        f"{target.reached:.4f} with {len(plan.removals)} of {plan.model.blocks} blocks removed"
+    )
     return f"target: at most {target.limit:g}x the dense perplexity; {reached}; {more}"

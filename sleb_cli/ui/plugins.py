@@ -17,9 +17,18 @@ def show_plugins(registry: Registry, *, as_json: bool) -> None:
              "reason": failure.reason}
             for failure in registry.failures
         ]  # fmt: skip
-        print_json({"offers": _offers(registry), "failures": failures, "collisions": list(registry.collisions)})
+        print_json(
+            {
+                "offers": _offers(registry),
+                "failures": failures,
+                "collisions": list(registry.collisions),
+            }
+        )
         return
-    rows = [[row["kind"], _usage(row), row["what"], row["package"], row["version"]] for row in _offers(registry)]
+    rows = [
+        [row["kind"], _usage(row), row["what"], row["package"], row["version"]]
+        for row in _offers(registry)
+    ]
     columns: Columns = [(name, str) for name in ("kind", "name", "what", "package", "version")]
     show_table(tabulate("", columns, rows), title=False)
     for collision in registry.collisions:
@@ -49,5 +58,9 @@ def _usage(offer: dict[str, str]) -> str:
 
 def _describe(offer: Any) -> str:
     if isinstance(offer, FamilyAdapter):
-        return f"refused, because {offer.refusal}" if offer.refusal else ", ".join(sorted(offer.model_types))
+        return (
+            f"refused, because {offer.refusal}"
+            if offer.refusal
+            else ", ".join(sorted(offer.model_types))
+        )
     return offer.description if offer else "transformers, without a plugin; the default"

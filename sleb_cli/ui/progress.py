@@ -95,7 +95,11 @@ class _Done(DownloadColumn):
     def render(self, task: Task) -> Text:
         if task.total is None or not task.fields["unit"]:
             return Text("")
-        return super().render(task) if task.fields["unit"] == "B" else MofNCompleteColumn().render(task)
+        return (
+            super().render(task)
+            if task.fields["unit"] == "B"
+            else MofNCompleteColumn().render(task)
+        )
 
 
 class _BarListener:
@@ -113,7 +117,9 @@ class _BarListener:
                 self._progress.update(self._tasks[task], advance=done)
                 if note:
                     self._progress.update(self._tasks[task], note=note)
-            case TaskFinished(task) if task == SCORING_TASK:  # once a step; the bar of the search stays
+            case TaskFinished(task) if (
+                task == SCORING_TASK
+            ):  # once a step; the bar of the search stays
                 self._progress.remove_task(self._tasks.pop(task))
             case TaskFinished(task):
                 total = self._totals[task] or 1
@@ -134,7 +140,9 @@ class _BarListener:
             self._progress.remove_task(self._tasks.pop(_STARTING))
         self._totals[task] = total
         width = self._progress.console.width
-        others = 1 + 14 + 2 * 7 + 5  # the spinner, "123456/1234567", two durations, and the space between six columns
+        others = (
+            1 + 14 + 2 * 7 + 5
+        )  # the spinner, "123456/1234567", two durations, and the space between six columns
         description = elide(short_name(task), max(8, width - _bar_width(width) - others))
         self._tasks[task] = self._progress.add_task(description, total=total, unit=unit, note="")
 
@@ -146,7 +154,9 @@ def _print_sentence(event: Event, console: Console) -> None:
         case Warned(text):
             print_warning(text, console)
         case BlocksSwapped(restored, removed, before, after):
-            blocks = f"{', '.join(map(str, restored))} restored, {', '.join(map(str, removed))} removed"
+            blocks = (
+                f"{', '.join(map(str, restored))} restored, {', '.join(map(str, removed))} removed"
+            )
             print_prose(console, f"swapped: {blocks}; score {before:.4f} -> {after:.4f}")
 
 
@@ -196,7 +206,11 @@ class _LogListener:
                 after = f", {done} of them already removed" if done else ""
                 text = f"Search: {remove} of {blocks} blocks{after} …"
             case BlockRemoved(step, block, score, perplexity, removals):
-                removed = f"block {block}" if removals is None else f"blocks {', '.join(map(str, removals))}"
+                removed = (
+                    f"block {block}"
+                    if removals is None
+                    else f"blocks {', '.join(map(str, removals))}"
+                )
                 scores = f"score {score:.4f}, perplexity {perplexity:.2f}"
                 text = f"step {step} of {self._remove}: {removed} removed, {scores}"
             case _:

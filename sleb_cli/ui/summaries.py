@@ -24,7 +24,8 @@ if TYPE_CHECKING:
         TaskResult,
     )
 
-# Tables import the records, and so pydantic, which `sleb --help` must not wait for: functions import them.
+# Tables import the records, and so pydantic, which `sleb --help` must not wait for: functions
+# import them.
 
 
 def show_evaluation(result: EvalResult, output: Path | None) -> None:
@@ -32,7 +33,11 @@ def show_evaluation(result: EvalResult, output: Path | None) -> None:
     from sleb_cli.tables import quality
 
     removals = result.sizes[-1] if result.sizes else ()
-    without = result.experts.size(len(removals)) if result.experts else f"without blocks {spans(removals)}"
+    without = (
+        result.experts.size(len(removals))
+        if result.experts
+        else f"without blocks {spans(removals)}"
+    )
     print_title(short_name(result.model.id) + (f" {without}" if removals else ""))
     names = quality.text_names(result.texts)
     scored = by_model(result.texts, names)
@@ -47,7 +52,11 @@ def show_evaluation(result: EvalResult, output: Path | None) -> None:
         show_table(table)
     for task in result.tasks:
         for size in task.pruned:
-            removed = result.experts.size if result.experts else lambda count: f"{plural(count, 'block')} removed"
+            removed = (
+                result.experts.size
+                if result.experts
+                else lambda count: f"{plural(count, 'block')} removed"
+            )
             _show_flips(task, size, removed(len(size.removals)))
     print_line(f"{result.model.computed_in(result.dtype)} on {result.device}")
     print_written(output)
@@ -55,7 +64,9 @@ def show_evaluation(result: EvalResult, output: Path | None) -> None:
 
 def _show_flips(task: TaskResult, size: PrunedTaskScores, removed: str) -> None:
     for flip in size.flips:
-        print_title(f"\n{task.task}, item {flip.doc_id}, which only one model gets right ({removed})")
+        print_title(
+            f"\n{task.task}, item {flip.doc_id}, which only one model gets right ({removed})"
+        )
         print_line(f"  {' '.join(flip.prompt.split())[-300:]}")
         for name, text in (("right", flip.target), ("dense", flip.dense), ("pruned", flip.pruned)):
             print_line(f"  {name:6} {' '.join(text.split())[:160]}")
@@ -100,7 +111,10 @@ def show_applied(result: ApplyResult | GgufResult) -> None:
     if not is_verified:
         print_line("not verified (--no-verify)")
     elif missing := proof.partial if proof else f"logits not compared: {unproven}":
-        print_prose(stdout(), f"[yellow]partially proven[/]{where}: {escape('; '.join([*clauses, missing]))}")
+        print_prose(
+            stdout(),
+            f"[yellow]partially proven[/]{where}: {escape('; '.join([*clauses, missing]))}",
+        )
     elif proof:
         print_prose(stdout(), f"[green]proven[/]{where}: {match_clause(proof.reference)}")
     if result.kind == "gguf":
@@ -109,7 +123,10 @@ def show_applied(result: ApplyResult | GgufResult) -> None:
         return
     folder = in_shell(result.folder)
     if result.removals and not result.recovery:
-        print_line("--recover would win back a fifth to three fifths of what was lost, in minutes to an hour")
+        print_line(
+            "--recover would win back a fifth to three fifths of what was lost, in minutes to an "
+            "hour"
+        )
     print_to_copy(f"to run it: transformers serve {folder}, or vllm serve {folder}")
     print_to_copy(f"to publish it: hf upload ORG/NAME {folder} --private")
 

@@ -32,10 +32,14 @@ def lay_out(table: Table, width: int) -> RichTable | Text:
     """Lay out a table for a screen of this width, on a very narrow one as a line for each cell."""
     if width < _MIN_COLUMN_WIDTH * len(table.columns):
         rows = (zip(table.columns, row, strict=True) for row in table.rows)
-        return Text("\n\n".join("\n".join(f"{name}: {cell}" for name, cell in row if cell) for row in rows))
+        return Text(
+            "\n\n".join("\n".join(f"{name}: {cell}" for name, cell in row if cell) for row in rows)
+        )
     rich = RichTable(header_style="bold")
     for number, column in enumerate(table.columns):
-        rich.add_column(Text(column), justify="left" if table.is_words(number) else "right", overflow="fold")
+        rich.add_column(
+            Text(column), justify="left" if table.is_words(number) else "right", overflow="fold"
+        )
     # Consecutive rows about one text or task form a section, which names it once.
     repeated = [False, *(row[0] == before[0] for before, row in pairwise(table.rows))]
     for row, again, goes_on in zip(table.rows, repeated, [*repeated[1:], True], strict=True):

@@ -6,7 +6,8 @@ from sleb_plugins.hookspecs import hookimpl
 LLAMA = FamilyAdapter("llama", frozenset({"llama"}), blocks_path="model.layers")
 OPT = FamilyAdapter("opt", frozenset({"opt"}), blocks_path="model.decoder.layers")
 
-# Standalone decoders of encoder-decoder families, in which `num_hidden_layers` counts the encoder's blocks.
+# Standalone decoders of encoder-decoder families, in which `num_hidden_layers` counts the encoder's
+# blocks.
 BART = FamilyAdapter(
     "bart",
     frozenset({
@@ -17,11 +18,17 @@ BART = FamilyAdapter(
     count_key="decoder_layers",
 )  # fmt: skip
 
-LONGCAT = FamilyAdapter("longcat", frozenset({"longcat_flash"}), blocks_path="model.layers", count_key="num_layers")
-XLSTM = FamilyAdapter("xlstm", frozenset({"xlstm"}), blocks_path="backbone.blocks", count_key="num_blocks")
+LONGCAT = FamilyAdapter(
+    "longcat", frozenset({"longcat_flash"}), blocks_path="model.layers", count_key="num_layers"
+)
+XLSTM = FamilyAdapter(
+    "xlstm", frozenset({"xlstm"}), blocks_path="backbone.blocks", count_key="num_blocks"
+)
 
 _CACHE_DIFFERS = "transformers decodes it differently with a KV cache than without one"
-_EARLIER_GROUPS = "its blocks attend to what groups of earlier blocks made, and the groups are counted by number"
+_EARLIER_GROUPS = (
+    "its blocks attend to what groups of earlier blocks made, and the groups are counted by number"
+)
 
 REFUSED = {
     "cpmant": _CACHE_DIFFERS,
@@ -32,12 +39,15 @@ REFUSED = {
     "inkling2_loop_text": _EARLIER_GROUPS,
     "inkling2_text": _EARLIER_GROUPS,
     "moshi": _CACHE_DIFFERS,
-    "paligemma": "it attends to its prompt in both directions, so a text has no loss token by token",
+    "paligemma": "it attends to its prompt in both directions, so a text has no loss token by "
+    "token",
     "prophetnet": "transformers does not decode it with a KV cache",
     "reformer": "its blocks are reversible: each takes and gives two streams of hidden states",
     "zaya": "the router of each block reads what the router of the block before it made",
 }
-"""Families from which no block can be removed, and why; most others of that sort are detected by their structure."""
+"""Families from which no block can be removed, and why; most others of that sort are detected by
+their structure.
+"""
 
 
 @hookimpl

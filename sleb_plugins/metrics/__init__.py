@@ -14,5 +14,11 @@ from sleb_plugins.metrics.random import RandomScore
 @hookimpl
 def sleb_metrics() -> list[Metric]:
     """Offer the metrics that ship with `sleb`."""
-    block_metrics = [NegativeLogLikelihood(), KlDivergence(), CosineDistance(), AngularDistance(), Magnitude()]
+    block_metrics = [
+        NegativeLogLikelihood(),
+        KlDivergence(),
+        CosineDistance(),
+        AngularDistance(),
+        Magnitude(),
+    ]
     return [*block_metrics, Energy(), Reap(), Frequency(), RandomScore()]

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 
 class CosineDistance(HiddenStateMetric):
-    """One minus the cosine between a block's input and output (Men et al., ShortGPT, arXiv 2403.03853)."""
+    """One minus the cosine between a block's input and output (Men et al., ShortGPT, arXiv
+    2403.03853).
+    """
 
     name = "cosine"
     description = "1 - cosine similarity of the block's input and output"

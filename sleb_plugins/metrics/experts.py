@@ -1,4 +1,6 @@
-"""Metrics of experts: how much of what a block's experts add to the hidden states comes from each one."""
+"""Metrics of experts: how much of what a block's experts add to the hidden states comes from each
+one.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,9 @@ if TYPE_CHECKING:
 class Energy(ExpertMetric):
     """The sum of (gate x norm of the output)^2 over the tokens that chose the expert.
 
-    If the outputs of different experts are about orthogonal, it is the squared error that the hidden states would have
-    without the expert. On the text that it is summed on, it finds about what an exact search by the loss finds.
+    If the outputs of different experts are about orthogonal, it is the squared error that the
+    hidden states would have without the expert. On the text that it is summed on, it finds about
+    what an exact search by the loss finds.
     """
 
     name = "energy"
@@ -26,7 +29,8 @@ class Energy(ExpertMetric):
 
 
 class Reap(ExpertMetric):
-    """The mean of gate x norm of the output, over the tokens that chose the expert (REAP, arXiv 2510.13999, section 4).
+    """The mean of gate x norm of the output, over the tokens that chose the expert (REAP, arXiv
+    2510.13999, section 4).
 
     A mean spares rare experts, which costs more on the text of the search, and less on others.
     """

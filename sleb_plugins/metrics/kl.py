@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 class KlDivergence(LogitMetric):
     """KL(dense || pruned) = sum over the vocabulary of p (log p - log q), in nats per token.
 
-    p is the dense model's prediction, q the prediction without the candidate and all earlier removals. The metric sees
-    every change of the predictions, even for tokens that the text does not contain. It is 0 for the dense model; on
-    text that the dense model wrote it is, up to a constant, the expected loss. This is the loss of knowledge
-    distillation (Hinton et al., arXiv 1503.02531, section 2) at temperature 1, used as a pruning criterion.
+    p is the dense model's prediction, q the prediction without the candidate and all earlier
+    removals. The metric sees every change of the predictions, even for tokens that the text does
+    not contain. It is 0 for the dense model; on text that the dense model wrote it is, up to a
+    constant, the expected loss. This is the loss of knowledge distillation (Hinton et al., arXiv
+    1503.02531, section 2) at temperature 1, used as a pruning criterion.
     """
 
     name = "kl"
@@ -31,7 +32,9 @@ class KlDivergence(LogitMetric):
 
 
 class Comparison(NamedTuple):
-    """KL(p || q) of each position in nats, both distributions [..., vocabulary], and the logsumexp of q's logits."""
+    """KL(p || q) of each position in nats, both distributions [..., vocabulary], and the logsumexp
+    of q's logits.
+    """
 
     divergence: Tensor
     p: Tensor
@@ -47,7 +50,8 @@ def compare_logits(logits_p: Tensor, logits_q: Tensor) -> Comparison:
     """
     p, log_sum_p = _normalized(logits_p)
     q, log_sum_q = _normalized(logits_q)
-    # Where a family masks a token, both logits are -inf: their difference is NaN, and nothing is lost.
+    # Where a family masks a token, both logits are -inf: their difference is NaN, and nothing is
+    # lost.
     difference = (logits_p - logits_q).nan_to_num_(0.0, posinf=math.inf, neginf=-math.inf)
     # A product of two vectors by matrix multiplication takes torch ten times as long on two cores.
     values = difference.mul_(p).sum(-1)
@@ -57,5 +61,6 @@ def compare_logits(logits_p: Tensor, logits_q: Tensor) -> Comparison:
 def _normalized(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return the softmax of logits and their logsumexp."""
     probabilities = logits.softmax(-1)
-    # log p = logit - logsumexp, of the likeliest token: a maximum is quicker than another pass of exponentials.
+    # log p = logit - logsumexp, of the likeliest token: a maximum is quicker than another pass of
+    # exponentials.
     return probabilities, logits.amax(-1) - probabilities.amax(-1).log()

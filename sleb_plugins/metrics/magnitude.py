@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 class Magnitude(WeightMetric):
     """The sum of |w| over all parameters of the block (the L1 norm), in the units of the weights.
 
-    "Mag" of Kim et al., Shortened LLaMA (arXiv 2402.02834), where block-level importance is evaluated; it uses no text.
-    They found that it fails on LLaMA, whose first blocks have the smallest weights: a baseline.
+    "Mag" of Kim et al., Shortened LLaMA (arXiv 2402.02834), where block-level importance is
+    evaluated; it uses no text. They found that it fails on LLaMA, whose first blocks have the
+    smallest weights: a baseline.
     """
 
     name = "magnitude"
@@ -34,5 +35,6 @@ def _require_plain_weights(metric: str, block: nn.Module) -> None:
         if tensor.dim() > 1 and str(tensor.dtype) != "torch.bool" and not is_plain:
             raise UsageError(
                 f"{metric} reads the weights, but {name} is packed ({tensor.dtype}).",
-                hint="Use a metric of what the model computes, such as nll, or search the model it was quantized from.",
+                hint="Use a metric of what the model computes, such as nll, or search the model it "
+                "was quantized from.",
             )

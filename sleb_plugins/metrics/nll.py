@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 
 class NegativeLogLikelihood(LogitMetric):
-    """Mean negative log-likelihood in nats per token (Song et al., ICML 2024, section 3.2, metric 3)."""
+    """Mean negative log-likelihood in nats per token (Song et al., ICML 2024, section 3.2, metric
+    3).
+    """
 
     name = "nll"
     description = "calibration loss without the block, in nats per token"

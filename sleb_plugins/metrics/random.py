@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 class RandomScore(WeightMetric, ExpertMetric):
-    """A number between 0 and 1 for each block, or each expert of one, drawn from the seed and its number alone."""
+    """A number between 0 and 1 for each block, or each expert of one, drawn from the seed and its
+    number alone.
+    """
 
     name = "random"
     description = "random number from a seed (default: 0) and the number of the block or expert"
@@ -31,7 +33,10 @@ class RandomScore(WeightMetric, ExpertMetric):
             UsageError: it is not a whole number of 0 or more.
         """
         if not (argument.isascii() and argument.isdigit()):
-            raise UsageError(f"The seed of random:{argument} is not a whole number.", hint="Write it like random:7.")
+            raise UsageError(
+                f"The seed of random:{argument} is not a whole number.",
+                hint="Write it like random:7.",
+            )
         return RandomScore(int(argument))
 
     def score_block(self, block: nn.Module, number: int) -> float:
@@ -40,5 +45,8 @@ class RandomScore(WeightMetric, ExpertMetric):
 
     def score_experts(self, use: ExpertUse, block: int) -> Tensor:
         """Return a random number for each expert of a block."""
-        drawn = [random.Random(f"{self.seed}:{block}:{expert}").random() for expert in range(len(use.tokens))]
+        drawn = [
+            random.Random(f"{self.seed}:{block}:{expert}").random()
+            for expert in range(len(use.tokens))
+        ]
         return use.tokens.new_tensor(drawn)

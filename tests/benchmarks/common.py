@@ -21,11 +21,14 @@ from sleb_cli.plugin_manager import load_plugins
 
 
 def parser(doc: str | None, *places: str, **defaults: Any) -> argparse.ArgumentParser:
-    """Return a parser of these positional arguments, and of an option for each default, of its type.
+    """Return a parser of these positional arguments, and of an option for each default, of its
+    type.
 
     False makes a flag, and a list an option whose values are separated by commas.
     """
-    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for place in places:
         found.add_argument(place)
     for name, default in defaults.items():
@@ -34,9 +37,13 @@ def parser(doc: str | None, *places: str, **defaults: Any) -> argparse.ArgumentP
             found.add_argument(flag, action="store_true")
         elif isinstance(default, list):
             kind = type(default[0])
-            found.add_argument(flag, type=lambda text, kind=kind: [*map(kind, text.split(","))], default=default)
+            found.add_argument(
+                flag, type=lambda text, kind=kind: [*map(kind, text.split(","))], default=default
+            )
         else:
-            found.add_argument(flag, type=type(default), default=default, help=f"default: {default}")
+            found.add_argument(
+                flag, type=type(default), default=default, help=f"default: {default}"
+            )
     return found
 
 
@@ -54,7 +61,9 @@ def calibrated(name: str, text: str, samples: int, length: int) -> tuple[Any, An
     computed = place_model(architecture, CPU, "auto", ignore, stream=False).dtype
     model = load_dense(architecture, Placement(CPU, computed), ignore)
     settings = resolve_calibration(architecture, text, samples, length, 0)
-    (calibration,) = calibrate([settings], load_tokenizer(architecture.source), lambda: model, ignore)
+    (calibration,) = calibrate(
+        [settings], load_tokenizer(architecture.source), lambda: model, ignore
+    )
     return model, architecture.blocks_of(model), calibration
 
 

@@ -1,8 +1,10 @@
-"""What it costs to count how a text uses the experts of a model: a walk that counts, beside one that does not.
+"""What it costs to count how a text uses the experts of a model: a walk that counts, beside one
+that does not.
 
     python tests/benchmarks/experts.py MODEL TEXT [--samples 4] [--length 256] [--runs 3]
 
-The experts run twice in a walk that counts. Both run in turn on the same batches; the best time of each counts.
+The experts run twice in a walk that counts. Both run in turn on the same batches; the best time of
+each counts.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 def main() -> None:
     options = parser(__doc__, "model", "text", samples=4, length=256, runs=3).parse_args()
-    model, blocks, calibration = calibrated(options.model, options.text, options.samples, options.length)
+    model, blocks, calibration = calibrated(
+        options.model, options.text, options.samples, options.length
+    )
     experts = architecture_of(options.model).experts
     seconds: dict[bool, list[float]] = {False: [], True: []}
     with SkippableModel(model, blocks) as skippable, torch.inference_mode():
@@ -37,7 +41,9 @@ def main() -> None:
         jobs = [(batch, ()) for batch in passes.numbers]
         for _ in range(options.runs):
             for counts in seconds:
-                counting = watch_routing(experts, [*blocks], lambda _, routing: sum_expert_use(routing, experts.count))
+                counting = watch_routing(
+                    experts, [*blocks], lambda _, routing: sum_expert_use(routing, experts.count)
+                )
                 with counting if counts else nullcontext():
                     started = time.perf_counter()
                     for _ in passes.score(NegativeLogLikelihood(), (), jobs):
@@ -45,7 +51,8 @@ def main() -> None:
                     seconds[counts].append(time.perf_counter() - started)
     plain, counted = min(seconds[False]), min(seconds[True])
     print(
-        f"{calibration.sequences.numel():,} tokens in {dtype_name(model.dtype)}, {experts.count} experts in each block"
+        f"{calibration.sequences.numel():,} tokens in {dtype_name(model.dtype)}, {experts.count} "
+        f"experts in each block"
     )
     print(f"a walk: {plain:.1f} s; one that counts: {counted:.1f} s, {counted / plain:.2f}x")
 

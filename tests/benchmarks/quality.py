@@ -1,10 +1,13 @@
-"""Quality of the pruned model by metric and strategy, on one model and calibration text, as a table and a figure.
+"""Quality of the pruned model by metric and strategy, on one model and calibration text, as a table
+and a figure.
 
-    python tests/benchmarks/quality.py MODEL DATA [--sizes 3,6,9] [--methods nll,cosine@oneshot] [--items 300]
+    python tests/benchmarks/quality.py MODEL DATA [--sizes 3,6,9] [--methods nll,cosine@oneshot]
+    [--items 300]
 
-DATA is a folder with text/enwiki_train.txt (calibration), text/enwiki_test.txt and text/c4_50.jsonl (perplexity), and
-tasks/{piqa,arc_easy,winogrande,socialiqa}.jsonl with make_tasks.py (zero-shot accuracy). Methods are entries of
-`sleb search --compare`. Plans and what was measured are kept in WORK, and the same command resumes a stopped run. With
+DATA is a folder with text/enwiki_train.txt (calibration), text/enwiki_test.txt and text/c4_50.jsonl
+(perplexity), and tasks/{piqa,arc_easy,winogrande,socialiqa}.jsonl with make_tasks.py (zero-shot
+accuracy). Methods are entries of `sleb search --compare`. Plans and what was measured are kept in
+WORK, and the same command resumes a stopped run. With
 --items 0, no tasks run. The table is printed, and the figure is WORK/quality.svg.
 """
 
@@ -44,31 +47,86 @@ def searched(options: argparse.Namespace, size: int) -> list[str]:
     """Search by every method, and return the plans."""
     found, plan = options.work / f"{size}.compared", options.work / f"{size}.json"
     if not found.exists():
-        given = ["--samples", options.samples, "--sequence-length", options.length, "--dtype", options.dtype]
-        given += ["--fast"] * options.fast + ["--resume"] * any(options.work.glob(f"{size}.*.journal"))
-        given += ["--calibration", options.data / "text/enwiki_train.txt", "--compare", ",".join(options.methods)]
+        given = [
+            "--samples",
+            options.samples,
+            "--sequence-length",
+            options.length,
+            "--dtype",
+            options.dtype,
+        ]
+        given += ["--fast"] * options.fast + ["--resume"] * any(
+            options.work.glob(f"{size}.*.journal")
+        )
+        given += [
+            "--calibration",
+            options.data / "text/enwiki_train.txt",
+            "--compare",
+            ",".join(options.methods),
+        ]
         given += ["-o", plan, "--force", "--json", "-q"]
         write_text(found, sleb("search", options.model, "--remove", size, *given))
-    return [each.file for each in CompareResult.model_validate_json(found.read_text(encoding="utf-8")).compared]
+    return [
+        each.file
+        for each in CompareResult.model_validate_json(found.read_text(encoding="utf-8")).compared
+    ]
 
 
 def measures(options: argparse.Namespace) -> Iterator[object]:
     """Yield the options of `sleb eval`, which keeps what it measured beside each plan."""
-    yield from ("--perplexity", ",".join(str(options.data / text) for text in TEXTS), "--dtype", options.dtype)
-    yield from ("--sequence-length", options.window_length, "--max-windows", options.windows, "-q", "--json")
+    yield from (
+        "--perplexity",
+        ",".join(str(options.data / text) for text in TEXTS),
+        "--dtype",
+        options.dtype,
+    )
+    yield from (
+        "--sequence-length",
+        options.window_length,
+        "--max-windows",
+        options.windows,
+        "-q",
+        "--json",
+    )
     if options.items:
-        subprocess.run([sys.executable, options.data / "make_tasks.py", options.work / "tasks"], check=True)
-        yield from ("--tasks", TASKS, "--limit", options.items, "--include-path", options.work / "tasks")
+        subprocess.run(
+            [sys.executable, options.data / "make_tasks.py", options.work / "tasks"], check=True
+        )
+        yield from (
+            "--tasks",
+            TASKS,
+            "--limit",
+            options.items,
+            "--include-path",
+            options.work / "tasks",
+        )
 
 
 def main() -> None:
-    sizes = {"samples": 16, "length": 256, "windows": 24, "window_length": 512, "items": 300, "sizes": [3, 6, 9]}
+    sizes = {
+        "samples": 16,
+        "length": 256,
+        "windows": 24,
+        "window_length": 512,
+        "items": 300,
+        "sizes": [3, 6, 9],
+    }
     options = parser(
-        __doc__, "model", "data", **sizes, dtype="bfloat16", methods=METHODS, fast=False, work="quality"
+        __doc__,
+        "model",
+        "data",
+        **sizes,
+        dtype="bfloat16",
+        methods=METHODS,
+        fast=False,
+        work="quality",
     ).parse_args()
     options.work, options.data = Path(options.work), Path(options.data)
     options.work.mkdir(parents=True, exist_ok=True)
-    plans, given = [plan for size in options.sizes for plan in searched(options, size)], [*measures(options)]
+    plans, given = (
+        [plan for size in options.sizes for plan in searched(options, size)],
+        [*measures(options)],
+    )
     for plan in plans:
         sleb("eval", plan, *given)
     sleb("export", *plans, "--to", "table", "-o", options.work / "quality.svg", "--force")

@@ -1,9 +1,12 @@
-"""What `--fast` saves and what it costs: races replayed on the exact scores of a search, in many orders.
+"""What `--fast` saves and what it costs: races replayed on the exact scores of a search, in many
+orders.
 
-    python tests/benchmarks/race.py MODEL TEXT [--samples 32] [--length 64] [--remove 4] [--orders 40]
+    python tests/benchmarks/race.py MODEL TEXT [--samples 32] [--length 64] [--remove 4] [--orders
+    40]
 
-Each step is that of the exact search, so that errors do not add up. It prints the share of the evaluations, how often
-the races kept the block that scores best on all sequences, and by how much the score of another pick was worse.
+Each step is that of the exact search, so that errors do not add up. It prints the share of the
+evaluations, how often the races kept the block that scores best on all sequences, and by how much
+the score of another pick was worse.
 """
 
 from __future__ import annotations
@@ -34,20 +37,28 @@ Scores = Mapping[int, Sequence[float]]
 
 
 def main() -> None:
-    options = parser(__doc__, "model", "text", samples=32, length=64, remove=4, orders=40).parse_args()
-    model, blocks, calibration = calibrated(options.model, options.text, options.samples, options.length)
+    options = parser(
+        __doc__, "model", "text", samples=32, length=64, remove=4, orders=40
+    ).parse_args()
+    model, blocks, calibration = calibrated(
+        options.model, options.text, options.samples, options.length
+    )
     with SkippableModel(model, blocks) as skippable:
         passes, reason = prepare_passes(skippable, calibration.sequences, ignore)
         assert reason is None, reason
         journal = Journal()
         scoring = Scoring(NegativeLogLikelihood(), passes, journal, None, ignore)
-        problem = Problem(scoring.score, partial(Protection(1, 1).candidates, len(blocks)), options.remove)
+        problem = Problem(
+            scoring.score, partial(Protection(1, 1).candidates, len(blocks)), options.remove
+        )
         removals = [choice.block for choice in greedy(problem)]
     batches = range(len(passes.batches))
     steps = []
     for step, gone in enumerate(removals):
         candidates = problem.candidates(removals[:step])
-        steps.append({block: journal.scores(removals[:step], block, batches) for block in candidates})
+        steps.append(
+            {block: journal.scores(removals[:step], block, batches) for block in candidates}
+        )
         print(f"step {step + 1}: block {gone}")
     print(report(steps, options.orders))
 
@@ -63,19 +74,24 @@ def report(steps: Sequence[Scores], orders: int) -> str:
     by_step = ", ".join(f"{fmean(share):.0%}" for share in shares)
     return (
         f"{fmean(map(fmean, shares)):.1%} of the evaluations ({by_step}), the exact block in "
-        f"{costs.count(0)} of {len(costs)} steps, {fmean(costs):.5f} worse on average, {max(costs):.4f} at most"
+        f"{costs.count(0)} of {len(costs)} steps, {fmean(costs):.5f} worse on average, "
+        f"{max(costs):.4f} at most"
     )
 
 
 def replay(steps: Sequence[Scores], rng: random.Random) -> list[tuple[Race, float]]:
-    """Race through the steps of a search in a random order of sequences; return the races and what each pick costs."""
+    """Race through the steps of a search in a random order of sequences; return the races and what
+    each pick costs.
+    """
     sequences = len(next(iter(steps[0].values())))
     order = rng.sample(range(sequences), sequences)
     races: list[tuple[Race, float]] = []
     for scores in steps:
         race = Race(list(scores), sequences, races[-1][0] if races else None)
         for seen in range(1, sequences + 1):
-            race.drop_beaten({block: [scores[block][i] for i in order[:seen]] for block in race.contenders})
+            race.drop_beaten(
+                {block: [scores[block][i] for i in order[:seen]] for block in race.contenders}
+            )
         means = {block: fmean(scores[block]) for block in scores}
         best = race.outcome({block: means[block] for block in race.contenders}).best
         races.append((race, means[best] - min(means.values())))

@@ -1,9 +1,12 @@
-"""Show that two versions of sleb compute the same: plans, losses, recovery, and the hashes of files.
+"""Show that two versions of sleb compute the same: plans, losses, recovery, and the hashes of
+files.
 
-    python tests/benchmarks/same_numbers.py MODEL... --text FILE -o numbers.json          # before a change
-    python tests/benchmarks/same_numbers.py MODEL... --text FILE --against numbers.json   # after it
+    python tests/benchmarks/same_numbers.py MODEL... --text FILE -o numbers.json          # before a
+    change python tests/benchmarks/same_numbers.py MODEL... --text FILE --against numbers.json   #
+    after it
 
-It runs `sleb` as it is installed where this script runs, or the one named with --sleb. A number that differs is named.
+It runs `sleb` as it is installed where this script runs, or the one named with --sleb. A number
+that differs is named.
 """
 
 from __future__ import annotations
@@ -41,11 +44,17 @@ APPLIES = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--text", type=Path, required=True, help="calibration and evaluation text")
     parser.add_argument("--sleb", default="sleb", help="the program")
-    parser.add_argument("--only", default=",".join([*SEARCHES, *APPLIES, "tasks"]), help="these runs, besides greedy")
+    parser.add_argument(
+        "--only",
+        default=",".join([*SEARCHES, *APPLIES, "tasks"]),
+        help="these runs, besides greedy",
+    )
     parser.add_argument("-o", dest="output", type=Path)
     parser.add_argument("--against", type=Path)
     asked = parser.parse_args()
@@ -56,7 +65,9 @@ def main() -> int:
     if not asked.against:
         return 0
     expected = json.loads(asked.against.read_text())
-    differing = list(differences(json.loads(json.dumps(found)), {name: expected[name] for name in found}, ""))
+    differing = list(
+        differences(json.loads(json.dumps(found)), {name: expected[name] for name in found}, "")
+    )
     print("\n".join(differing) or "The same numbers and hashes.")
     return bool(differing)
 
@@ -68,7 +79,9 @@ def numbers(sleb: str, model: Path, text: Path, only: list[str]) -> dict:
 
         def run(*arguments: object) -> None:
             print("sleb", *arguments, file=sys.stderr, flush=True)
-            done = subprocess.run([sleb, *map(str, arguments)], cwd=folder, capture_output=True, text=True)
+            done = subprocess.run(
+                [sleb, *map(str, arguments)], cwd=folder, capture_output=True, text=True
+            )
             if done.returncode:
                 raise SystemExit(done.stderr)
 
@@ -89,20 +102,41 @@ def numbers(sleb: str, model: Path, text: Path, only: list[str]) -> dict:
         if model.suffix == ".gguf":
             run("apply", "greedy.json", "-o", "cut.gguf")
             found["apply gguf"] = hashlib.sha256((folder / "cut.gguf").read_bytes()).hexdigest()
-        windows = ["--perplexity", text, "--max-windows", 4, "--sequence-length", 128, "--dtype", "float32"]
+        windows = [
+            "--perplexity",
+            text,
+            "--max-windows",
+            4,
+            "--sequence-length",
+            128,
+            "--dtype",
+            "float32",
+        ]
         run("eval", "greedy.json", *windows, "-o", "quality.json")
         measured = json.loads((folder / "quality.json").read_text())["texts"][0]
         found["eval"] = {name: measured[name] for name in ("dense", "pruned") if name in measured}
         if "tasks" not in only:
             return found
-        run("eval", "greedy.json", "--tasks", "sleb_sums,sleb_lists", "--limit", 8, "-o", "tasks.json")
+        run(
+            "eval",
+            "greedy.json",
+            "--tasks",
+            "sleb_sums,sleb_lists",
+            "--limit",
+            8,
+            "-o",
+            "tasks.json",
+        )
         found["tasks"] = json.loads((folder / "tasks.json").read_text())["tasks"]
     return found
 
 
 def of_plan(plan: dict) -> dict:
     """Return what a search found, without what describes the machine."""
-    steps = [{name: step[name] for name in ("block", "score", "perplexity", "scores")} for step in plan["steps"]]
+    steps = [
+        {name: step[name] for name in ("block", "score", "perplexity", "scores")}
+        for step in plan["steps"]
+    ]
     return {"dense": plan["dense"], "steps": steps, "tokens": plan["calibration"]["tokens_sha256"]}
 
 

@@ -1,7 +1,8 @@
-"""What a large model costs: `sleb apply` against `cp -r`, and a search with `--stream` against the same one in memory.
+"""What a large model costs: `sleb apply` against `cp -r`, and a search with `--stream` against the
+same one in memory.
 
-Each process is timed from its start until its output is on disk (`sync -f`), and both sides find the model in the page
-cache if that is large enough. `all.py` runs both.
+Each process is timed from its start until its output is on disk (`sync -f`), and both sides find
+the model in the page cache if that is large enough. `all.py` runs both.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def make_model(folder: Path, gib: float) -> None:
         hidden_size=hidden, intermediate_size=wide, vocab_size=vocabulary, num_attention_heads=hidden // 128,
         num_hidden_layers=max(4, round((gib * 2**29 - 2 * vocabulary * hidden) / block)),
     )  # fmt: skip
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="1GB")
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(
+        folder, max_shard_size="1GB"
+    )
 
 
 # A run
@@ -63,12 +66,16 @@ def run(command: Sequence[object]) -> Run:
     """
     start, marks = time.perf_counter(), []
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen([*map(str, command)], stdout=output, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [*map(str, command)], stdout=output, stderr=subprocess.PIPE, text=True
+        )
         for line in process.stderr:
             marks.append((line.strip(), time.perf_counter() - start))
         if process.wait():
             last = "\n".join(line for line, _ in marks[-8:])
-            raise SystemExit(f"{' '.join(map(str, command))} ended with {process.returncode}:\n{last}")
+            raise SystemExit(
+                f"{' '.join(map(str, command))} ended with {process.returncode}:\n{last}"
+            )
         seconds = time.perf_counter() - start
         output.seek(0)
         return Run(output.read(), marks, seconds)
@@ -107,13 +114,37 @@ def copy(gib: float, place: Path) -> float:
 
 
 def crossover(model: str, place: Path) -> float:
-    """Time the search of a model that fits, in memory and streamed; require the same plan, return the ratio."""
+    """Time the search of a model that fits, in memory and streamed; require the same plan, return
+    the ratio.
+    """
     seconds: dict[str, list[float]] = {"--no-stream": [], "--stream": []}
     plans = []
     (place / "text.txt").write_text(" ".join(random.Random(0).choices(WORDS, k=100_000)))
-    settings = ["--calibration", place / "text.txt", "--samples", 4, "--sequence-length", 256, "--remove", 2, "--json"]
+    settings = [
+        "--calibration",
+        place / "text.txt",
+        "--samples",
+        4,
+        "--sequence-length",
+        256,
+        "--remove",
+        2,
+        "--json",
+    ]
     for flag in seconds:
-        found = run([*SLEB, "search", model, flag, *settings, "--sample-tokens", 0, "-o", place / f"{flag}.json"])
+        found = run(
+            [
+                *SLEB,
+                "search",
+                model,
+                flag,
+                *settings,
+                "--sample-tokens",
+                0,
+                "-o",
+                place / f"{flag}.json",
+            ]
+        )
         seconds[flag].append(found.at("step 2 of 2") - found.at("Search:"))
         plans.append({**json.loads(found.output), "environment": None})
     assert plans[0] == plans[1]

@@ -5,11 +5,12 @@
 
 With --fast, candidates race.
 
-The plain algorithm (`tests/reference.py`) runs one sequence and one candidate at a time through the whole model without
-the candidate. It runs one step on --plain-sequences (0: all), from which its time is estimated: a step costs as many
-block passes as there are sequences, candidates and other blocks, and a head pass for each candidate and sequence. A
-block pass is one sequence through one block, a head pass one sequence through the head. The bound is the time of the
-matrix products of our passes alone, in calls of the same size.
+The plain algorithm (`tests/reference.py`) runs one sequence and one candidate at a time through the
+whole model without the candidate. It runs one step on --plain-sequences (0: all), from which its
+time is estimated: a step costs as many block passes as there are sequences, candidates and other
+blocks, and a head pass for each candidate and sequence. A block pass is one sequence through one
+block, a head pass one sequence through the head. The bound is the time of the matrix products of
+our passes alone, in calls of the same size.
 """
 
 from __future__ import annotations
@@ -63,10 +64,15 @@ def main() -> None:
 
 def report(options: Any) -> dict[str, str]:
     """Measure both; return the ratios in words."""
-    model, blocks, calibration = calibrated(options.model, options.text, options.samples, options.length)
+    model, blocks, calibration = calibrated(
+        options.model, options.text, options.samples, options.length
+    )
     sequences = (calibration.shuffled() if options.fast else calibration).sequences
     count, steps = len(blocks), options.remove
-    print(f"{len(sequences)} x {options.length} tokens, {steps} of {count} blocks, {model.dtype}", flush=True)
+    print(
+        f"{len(sequences)} x {options.length} tokens, {steps} of {count} blocks, {model.dtype}",
+        flush=True,
+    )
 
     ours, removals, batch = search(model, blocks, sequences, steps, fast=options.fast)
     show("ours", ours, removals)
@@ -78,10 +84,14 @@ def report(options: Any) -> dict[str, str]:
     removed, _ = plain_search(model, blocks, timed, 1)
     plain.seconds.append(time.perf_counter() - start)
     plain.head_passes = sum((count - 2 - step) * len(sequences) for step in range(steps))
-    plain.block_passes = sum((count - 2 - step) * (count - 1 - step) * len(sequences) for step in range(steps))
+    plain.block_passes = sum(
+        (count - 2 - step) * (count - 1 - step) * len(sequences) for step in range(steps)
+    )
     show("plain", plain, removed)
     if len(timed) == len(sequences):
-        print(f"        first removals {'agree' if removals[:1] == removed else 'DIFFER'}", flush=True)
+        print(
+            f"        first removals {'agree' if removals[:1] == removed else 'DIFFER'}", flush=True
+        )
 
     # The head counts as blocks by its time, as in the bound.
     of_step = len(timed) * (count - 2) * (count - 1 + head)
@@ -97,13 +107,20 @@ def report(options: Any) -> dict[str, str]:
 
 
 @torch.inference_mode()
-def bare_seconds(model: Any, blocks: nn.ModuleList, ours: Side, batch: torch.Size) -> tuple[float, float]:
-    """Time the matrix products of all our passes alone; also return how many block passes a head pass costs."""
+def bare_seconds(
+    model: Any, blocks: nn.ModuleList, ours: Side, batch: torch.Size
+) -> tuple[float, float]:
+    """Time the matrix products of all our passes alone; also return how many block passes a head
+    pass costs.
+    """
     config, length = model.config.get_text_config(), batch[1]
     weights = [part.weight for part in blocks[0].modules() if isinstance(part, nn.Linear)]
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = torch.randn(batch[0], config.num_attention_heads, length, width, dtype=model.dtype)
-    inputs = {size: torch.randn(batch.numel(), size, dtype=model.dtype) for size in {w.shape[1] for w in weights}}
+    inputs = {
+        size: torch.randn(batch.numel(), size, dtype=model.dtype)
+        for size in {w.shape[1] for w in weights}
+    }
     head, few = model.get_output_embeddings().weight, settings_for(CPU).head_positions
     rows = torch.randn(few, head.shape[1], dtype=model.dtype)
 
@@ -130,11 +147,15 @@ def search(
     with SkippableModel(model, blocks) as skippable:
         count_passes(skippable, side, sequences.shape[1])
         start = time.perf_counter()
-        passes, reason = prepare_passes(skippable, sequences, ignore, min_batches=LOOKS if fast else 1)
+        passes, reason = prepare_passes(
+            skippable, sequences, ignore, min_batches=LOOKS if fast else 1
+        )
         assert reason is None, reason
         # Greedily by the loss, with the first and the last block protected.
         score = Scoring(NegativeLogLikelihood(), passes, Journal(), None, ignore, fast=fast).score
-        for choice in greedy(Problem(score, partial(Protection(1, 1).candidates, len(blocks)), remove)):
+        for choice in greedy(
+            Problem(score, partial(Protection(1, 1).candidates, len(blocks)), remove)
+        ):
             removals.append(choice.block)
             side.seconds.append(time.perf_counter() - start)
             start = time.perf_counter()
@@ -159,7 +180,10 @@ def count_passes(skippable: SkippableModel, side: Side, length: int) -> None:
 def show(name: str, side: Side, removals: list[int]) -> None:
     seconds = " + ".join(f"{step:.0f}" for step in side.seconds)
     print(f"{name:7} removes {removals} in {sum(side.seconds):.1f} s ({seconds})")
-    print(f"        {side.block_passes:,} block passes, {side.head_passes:,.0f} head passes", flush=True)
+    print(
+        f"        {side.block_passes:,} block passes, {side.head_passes:,.0f} head passes",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""What it takes to measure several sizes together, beside plain transformers and lm-eval on one after the other.
+"""What it takes to measure several sizes together, beside plain transformers and lm-eval on one
+after the other.
 
-    python tests/benchmarks/sizes.py PLAN TEXT [--every 2] [--windows 16] [--tasks NAME --include-path TASKS]
+    python tests/benchmarks/sizes.py PLAN TEXT [--every 2] [--windows 16] [--tasks NAME
+    --include-path TASKS]
 
-All models are loaded beforehand, and share weights. Plain transformers sums up the loss alone; sleb adds how far each
-model diverges from the dense one.
+All models are loaded beforehand, and share weights. Plain transformers sums up the loss alone; sleb
+adds how far each model diverges from the dense one.
 """
 
 from __future__ import annotations
@@ -31,7 +33,15 @@ from sleb_cli.requests import EvalRequest
 
 def main() -> None:
     options = parser(
-        __doc__, "plan", "text", every=2, windows=16, length=512, tasks="", include_path="", limit=100
+        __doc__,
+        "plan",
+        "text",
+        every=2,
+        windows=16,
+        length=512,
+        tasks="",
+        include_path="",
+        limit=100,
     ).parse_args()
     request = EvalRequest(
         options.plan,
@@ -45,10 +55,16 @@ def main() -> None:
     )
     plugins = load_plugins()
     named = check_evaluation(request, plugins)
-    asked = resolve_evaluation(request, named, locate(named, ignore), plugins, ignore, ProcessGroup())
+    asked = resolve_evaluation(
+        request, named, locate(named, ignore), plugins, ignore, ProcessGroup()
+    )
     models = [asked.models.without(size).model for size in [(), *asked.models.sizes]]
     print(f"{len(models)} models, without {', '.join(map(str, asked.models.sizes))}")
-    report(options.text, lambda: measure(asked, tasks=()), lambda: plain_losses(models, asked.texts[0].ids))
+    report(
+        options.text,
+        lambda: measure(asked, tasks=()),
+        lambda: plain_losses(models, asked.texts[0].ids),
+    )
     for task in asked.tasks:
         report(
             task.name,
@@ -60,7 +76,8 @@ def main() -> None:
 def report(what: str, together: Callable[[], Any], plain: Callable[[], Any]) -> None:
     seconds = [seconds_of(do) for do in (plain, together)]
     print(
-        f"{what}: one after the other {seconds[0]:.1f} s, together {seconds[1]:.1f} s, {seconds[1] / seconds[0]:.2f}x"
+        f"{what}: one after the other {seconds[0]:.1f} s, together {seconds[1]:.1f} s, "
+        f"{seconds[1] / seconds[0]:.2f}x"
     )
 
 
@@ -77,7 +94,10 @@ def measure(asked: Evaluation, **what: Any) -> None:
 @torch.inference_mode()
 def plain_losses(models: list[Any], windows: torch.Tensor) -> list[float]:
     return [
-        sum(float(cross_entropy(model(ids[None]).logits[0, :-1].float(), ids[1:])) for ids in windows)
+        sum(
+            float(cross_entropy(model(ids[None]).logits[0, :-1].float(), ids[1:]))
+            for ids in windows
+        )
         for model in models
     ]
 

@@ -22,7 +22,12 @@ def request_for(tiny_llama, text_file):
     """A request that is the same as the command line that found `llama_plan`."""
 
     def make(**options):
-        text = {"calibration": str(text_file), "samples": 4, "sequence_length": 32, "sample_tokens": 6}
+        text = {
+            "calibration": str(text_file),
+            "samples": 4,
+            "sequence_length": 32,
+            "sample_tokens": 6,
+        }
         return sleb.SearchRequest(str(tiny_llama), **(text | options))
 
     return make
@@ -42,34 +47,51 @@ def test_a_search_is_the_command_s(request_for, llama_plan):
 
 
 def test_a_search_without_a_target_or_with_compare_is_refused(request_for):
-    for options, words in (({}, "No target given"), ({"ratio": 0.2, "compare": ("nll", "kl")}, "does not compare")):
+    for options, words in (
+        ({}, "No target given"),
+        ({"ratio": 0.2, "compare": ("nll", "kl")}, "does not compare"),
+    ):
         with pytest.raises(UsageError, match=words):
             sleb.search(request_for(**options))
 
 
 def test_a_request_takes_lists_for_tuples_and_paths_for_texts():
     given = sleb.EvalRequest(Path("plan.json"), tasks=["piqa"], remove=[2, 4], output="found.json")
-    assert given == sleb.EvalRequest("plan.json", tasks=("piqa",), remove=(2, 4), output=Path("found.json"))
+    assert given == sleb.EvalRequest(
+        "plan.json", tasks=("piqa",), remove=(2, 4), output=Path("found.json")
+    )
 
 
 def test_a_plan_is_a_path_while_its_file_is_unchanged(request_for, llama_plan):
     plan = sleb.search(request_for(remove=2, output="found.json"))
     assert sleb.EvalRequest(plan) == sleb.EvalRequest(Path("found.json").absolute())
-    assert sleb.export(sleb.ExportRequest(plan, to="indices")).text == ",".join(map(str, plan.removals)) + "\n"
+    assert (
+        sleb.export(sleb.ExportRequest(plan, to="indices")).text
+        == ",".join(map(str, plan.removals)) + "\n"
+    )
     assert sleb.ApplyRequest(read_plan(llama_plan)).subject == str(llama_plan)
     sleb.search(request_for(remove=1, output="found.json", force=True))
-    for other, words in ((plan, "found.json holds another plan"), (Plan(**dict(plan)), "This plan is in no file")):
+    for other, words in (
+        (plan, "found.json holds another plan"),
+        (Plan(**dict(plan)), "This plan is in no file"),
+    ):
         with pytest.raises(PlanError, match=words):
             sleb.ApplyRequest(other)
 
 
-def test_errors_name_arguments_in_python_and_options_in_the_terminal(request_for, run_sleb, llama_plan):
+def test_errors_name_arguments_in_python_and_options_in_the_terminal(
+    request_for, run_sleb, llama_plan
+):
     with pytest.raises(UsageError, match=r"^remove -1 is too small.\nHint: Use 0 or more.$"):
         request_for(remove=-1)
     request = sleb.ApplyRequest(llama_plan, blocks=[1])
-    with pytest.raises(UsageError, match=r"^blocks applies to a model, but .*\nHint: Leave out blocks.$"):
+    with pytest.raises(
+        UsageError, match=r"^blocks applies to a model, but .*\nHint: Leave out blocks.$"
+    ):
         sleb.apply(request)
-    assert run_sleb("apply", llama_plan, "--blocks", 1).stderr.endswith("hint: Leave out --blocks.\n")
+    assert run_sleb("apply", llama_plan, "--blocks", 1).stderr.endswith(
+        "hint: Leave out --blocks.\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,7 +115,9 @@ def test_the_listener_for_trackio_hears_every_step(tiny_llama, text_file, monkey
     monkeypatch.setitem(sys.modules, "trackio", tracked)
     monkeypatch.setattr(sys, "argv", ["track.py", str(tiny_llama), str(text_file)])
     short = {"samples": 16, "sequence_length": 32}
-    monkeypatch.setattr(sleb, "SearchRequest", partial(sleb.SearchRequest, sample_tokens=6, **short))
+    monkeypatch.setattr(
+        sleb, "SearchRequest", partial(sleb.SearchRequest, sample_tokens=6, **short)
+    )
     monkeypatch.setattr(sleb, "ApplyRequest", partial(sleb.ApplyRequest, heal_tokens=2048, **short))
     runpy.run_path(str(DOCS / "track.py"), run_name="__main__")
     logged = [call.args[0] for call in tracked.log.call_args_list]
@@ -109,9 +133,14 @@ def test_the_listener_for_trackio_hears_every_step(tiny_llama, text_file, monkey
 
 @pytest.mark.parametrize("right", [0, 1])
 def test_fine_tuning_learns_the_task_of_its_page(right, tiny_llama, monkeypatch, capsys, tmp_path):
-    items = [{"prompt": f"the river {n}", "choices": [" stone", " water"], "right": right} for n in range(40)]
+    items = [
+        {"prompt": f"the river {n}", "choices": [" stone", " water"], "right": right}
+        for n in range(40)
+    ]
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
-    monkeypatch.setattr(sys, "argv", ["fine_tune.py", "items.jsonl", "items.jsonl", str(tiny_llama)])
+    monkeypatch.setattr(
+        sys, "argv", ["fine_tune.py", "items.jsonl", "items.jsonl", str(tiny_llama)]
+    )
     script = (DOCS / "fine_tune.py").read_text()
     assert "2e-5" in script
     exec(script.replace("2e-5", "3e-3"), {"__name__": "__main__"})  # the weights are random
@@ -127,6 +156,12 @@ def test_the_example_runs(tiny_llama, text_file, monkeypatch, capsys, tmp_path):
     said = capsys.readouterr().out
     plan = read_plan(tmp_path / "out" / "plan.json")
     assert f"{plan.removals}\n" in said
-    assert f"{6 - len(plan.removals)} blocks, checked: complete, same bytes, loads, same logits" in said
+    assert (
+        f"{6 - len(plan.removals)} blocks, checked: complete, same bytes, loads, same logits"
+        in said
+    )
     assert f"{','.join(map(str, plan.removals))}\n" in said
-    assert json.loads((tmp_path / "out" / "pruned" / "config.json").read_text())["num_hidden_layers"] == 4
+    assert (
+        json.loads((tmp_path / "out" / "pruned" / "config.json").read_text())["num_hidden_layers"]
+        == 4
+    )

@@ -36,7 +36,9 @@ def config_of(folder):
 def write_config(folder, **changes):
     """Change values of a config, or leave them out with None."""
     config = config_of(folder) | changes
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    (folder / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if value is not None})
+    )
 
 
 def change_weights(folder, change):
@@ -62,11 +64,21 @@ def test_the_plan_in_this_folder_is_applied(sleb, apply, llama_plan, tiny_llama,
     assert plan.model_copy(update={"proof": None}) == read_plan(tmp_path / "plan.json").published()
     card = (folder / "README.md").read_text()
     measured = (", ".join(map(str, plan.removals)), f"{plan.dense.perplexity:.2f}")
-    assert all(words in card for words in (*measured, "equal to those of the base model", "saves it again"))
+    assert all(
+        words in card for words in (*measured, "equal to those of the base model", "saves it again")
+    )
     assert "partial" not in card
     assert json.loads(apply("--json").stdout)["proof"] == recorded
     # With its proof the plan is still a plan.
-    apply(folder / "sleb_plan.json", "--model", tiny_llama, "--remove", 1, "--no-verify", output="again")
+    apply(
+        folder / "sleb_plan.json",
+        "--model",
+        tiny_llama,
+        "--remove",
+        1,
+        "--no-verify",
+        output="again",
+    )
     assert read_plan(tmp_path / "again" / "sleb_plan.json").proof is None
 
 
@@ -74,7 +86,8 @@ def test_other_files_come_along_but_not_other_formats(apply, model, tmp_path):
     kept = "LICENSE templates/chat.jinja tekken.json modeling_x.py chat_template.jinja USE_POLICY.md".split()
     kept.append("odd näme [1].txt")
     left = (
-        "original/params.json original/consolidated.00.pth consolidated.safetensors params.json tf_model.h5 old.bin "
+        "original/params.json original/consolidated.00.pth consolidated.safetensors params.json "
+        "tf_model.h5 old.bin "
         "onnx/model.onnx onnx/model.json model.Q4_K_M.gguf pytorch_model.bin.index.json"
     ).split()
     for name in [*kept, *left, "README.md"]:
@@ -86,7 +99,10 @@ def test_other_files_come_along_but_not_other_formats(apply, model, tmp_path):
     assert all((out / name).read_text() == name for name in kept)
     assert not any((out / name).exists() for name in left)
     names = "consolidated.safetensors, model.Q4_K_M.gguf, old.bin, onnx/, original/, params.json, tf_model.h5"
-    assert f"Did not copy files with weights in other formats or of an adapter: {names}." in result.stderr
+    assert (
+        f"Did not copy files with weights in other formats or of an adapter: {names}."
+        in result.stderr
+    )
     assert "chosen by hand" in (out / "README.md").read_text()
 
 
@@ -104,8 +120,12 @@ def test_links_out_of_the_folder_are_not_followed(apply, model, tmp_path):
     result, out = apply(model, "--blocks", "1", "-q"), tmp_path / "out"
     assert not any(b"secret" in path.read_bytes() for path in out.rglob("*") if path.is_file())
     names = "LICENSE, data, templates/key, templates/more"
-    assert f"Did not copy links that lead outside the model's folder: {names}." in " ".join(result.stderr.split())
-    assert (out / "templates" / "chat.jinja").read_text() == (out / "again.jinja").read_text() == "x"
+    assert f"Did not copy links that lead outside the model's folder: {names}." in " ".join(
+        result.stderr.split()
+    )
+    assert (
+        (out / "templates" / "chat.jinja").read_text() == (out / "again.jinja").read_text() == "x"
+    )
 
 
 def test_without_room_nothing_is_written(apply, tiny_llama, tmp_path, monkeypatch):
@@ -163,17 +183,25 @@ def test_a_config_names_one_data_type_in_one_spelling(apply, model, tmp_path, be
         apply(model, "--blocks", "1", "--force", "--no-verify", *options)
         written = config_of(tmp_path / "out")
         places = (written, written["audio_config"]["inner"], written["vision_config"])
-        found = [{key: place[key] for key in ("dtype", "torch_dtype") if key in place} for place in places]
+        found = [
+            {key: place[key] for key in ("dtype", "torch_dtype") if key in place}
+            for place in places
+        ]
         inner = {spelling: dtype} if spelling else {}
         assert found == [inner or ({"dtype": dtype} if options else {}), inner, inner]
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == getattr(torch, dtype)
-        assert {tensor.dtype for tensor in weights_of(tmp_path / "out").values()} == {getattr(torch, dtype)}
+        assert {tensor.dtype for tensor in weights_of(tmp_path / "out").values()} == {
+            getattr(torch, dtype)
+        }
 
 
 def test_a_quantized_checkpoint_keeps_its_packed_tensors(apply, tmp_path):
     folder, out = save_model(tmp_path / "model", llama_config(6)), tmp_path / "out"
     name = "model.layers.{}.mlp.up_proj.qweight".format
-    change_weights(folder, lambda dense: dense | {name(n): torch.tensor([n], dtype=torch.int32) for n in range(6)})
+    change_weights(
+        folder,
+        lambda dense: dense | {name(n): torch.tensor([n], dtype=torch.int32) for n in range(6)},
+    )
 
     def settings(eighth, down):
         extra = {f"model.layers.{eighth}.mlp.up_proj": {"bits": 8}}
@@ -183,12 +211,19 @@ def test_a_quantized_checkpoint_keeps_its_packed_tensors(apply, tmp_path):
     before = settings(4, 5)
     before["extra_config"]["model.layers.2"] = {}
     write_config(folder, quantization_config=before)
-    for file in ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json"):
+    for file in (
+        "quantize_config.json",
+        "quant_config.json",
+        "hf_quant_config.json",
+        "quantization_config.json",
+    ):
         (folder / file).write_text(json.dumps(before))
     apply(folder, "--blocks", "2,0", "--no-verify")
     assert [weights_of(out)[name(n)].tolist() for n in range(4)] == [[1], [3], [4], [5]]
     assert config_of(out)["quantization_config"] == settings(2, 3)
-    assert [json.loads(path.read_text()) for path in out.glob("*quant*.json")] == [settings(2, 3)] * 4
+    assert [json.loads(path.read_text()) for path in out.glob("*quant*.json")] == [
+        settings(2, 3)
+    ] * 4
 
 
 def test_a_checkpoint_of_pickles_becomes_safetensors(apply, model, tmp_path):
@@ -198,23 +233,33 @@ def test_a_checkpoint_of_pickles_becomes_safetensors(apply, model, tmp_path):
         torch.save(tensors, model / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
         apply(model, "--blocks", "2", "--force")
         assert not (tmp_path / "out" / "pytorch_model.bin").exists()
-        found = weights_of(tmp_path / "out")  # the last block is gone, so the others keep their names
+        found = weights_of(
+            tmp_path / "out"
+        )  # the last block is gone, so the others keep their names
         assert found.keys() == {name for name in tensors if "layers.2." not in name}
         assert all(torch.equal(tensor, tensors[name]) for name, tensor in found.items())
 
 
 def test_a_missing_tensor_is_named(apply, model):
-    change_weights(model, lambda tensors: {name: tensors[name] for name in tensors if name != "model.norm.weight"})
+    change_weights(
+        model,
+        lambda tensors: {name: tensors[name] for name in tensors if name != "model.norm.weight"},
+    )
     assert "missing, such as model.norm.weight" in apply(model, "--blocks", "1", code=4).stderr
 
 
 def test_a_model_without_tokenizer_is_proven_on_random_tokens(apply, model):
     for path in model.glob("token*"):
         path.unlink()
-    assert json.loads(apply(model, "--blocks", "1", "--json").stdout)["proof"]["prompt"] == "random tokens"
+    assert (
+        json.loads(apply(model, "--blocks", "1", "--json").stdout)["proof"]["prompt"]
+        == "random tokens"
+    )
 
 
-def test_a_plan_for_another_model_is_refused_unless_told(apply, search, llama_plan, tiny_opt, tiny_llama, tmp_path):
+def test_a_plan_for_another_model_is_refused_unless_told(
+    apply, search, llama_plan, tiny_opt, tiny_llama, tmp_path
+):
     told = apply(llama_plan, "--model", tiny_opt, code=3).stderr
     assert "was made for" in told
     assert "model_type: opt, not llama" in told
@@ -222,13 +267,20 @@ def test_a_plan_for_another_model_is_refused_unless_told(apply, search, llama_pl
     assert "fingerprint" in apply(llama_plan, "--model", other, code=3).stderr
     assert not (tmp_path / "out").exists()
     apply(llama_plan, "--model", other, "--any-model")
-    moved, made = shutil.copytree(tiny_llama, tmp_path / "moved"), tmp_path / "out" / "sleb_plan.json"
+    moved, made = (
+        shutil.copytree(tiny_llama, tmp_path / "moved"),
+        tmp_path / "out" / "sleb_plan.json",
+    )
     apply(llama_plan, "--model", moved, output="same model")
-    # From here on, the plan in the checkpoint is for the other model, but its scores are not that model's.
+    # From here on, the plan in the checkpoint is for the other model, but its scores are not that
+    # model's.
     apply(made, "--model", other, output="again")
     assert "of another model" in (tmp_path / "again" / "README.md").read_text()
     assert "was made for other, but" in apply(made, "--model", moved, output="third", code=3).stderr
-    assert "was made for tiny-llama, but" in search("--extend", made, "--remove", 3, model=other, code=3).stderr
+    assert (
+        "was made for tiny-llama, but"
+        in search("--extend", made, "--remove", 3, model=other, code=3).stderr
+    )
 
 
 def test_only_force_replaces_a_checkpoint_and_nothing_else(apply, model, tmp_path):
@@ -262,7 +314,10 @@ def test_a_partial_proof_that_fails_leaves_nothing(apply, tiny_llama, tmp_path, 
     spoil(monkeypatch, lambda t: t | {UP: torch.nextafter(t[UP], torch.tensor(9.0))})
     monkeypatch.setattr(proof, "memory_shortage", shortage_at(1000))
     told = apply(tiny_llama, "--blocks", "1", code=9).stderr
-    assert f"the bytes of {UP} are not those of model.layers.2.mlp.up_proj.weight in the dense model" in told
+    assert (
+        f"the bytes of {UP} are not those of model.layers.2.mlp.up_proj.weight in the dense model"
+        in told
+    )
     assert os.listdir(tmp_path) == []
     assert "not verified" in apply(tiny_llama, "--blocks", "1", "--no-verify").stdout
 
@@ -271,13 +326,24 @@ def test_a_partial_proof_that_fails_leaves_nothing(apply, tiny_llama, tmp_path, 
     ("name", "where"),
     [
         ("model.embed_tokens.weight", "the input of the first block already differs"),
-        (UP, "its block 1, which is block 2 of the dense model, is the first whose output differs, by"),
-        ("model.norm.weight", "every block's output is the same, so the final norm or the head differs"),
+        (
+            UP,
+            "its block 1, which is block 2 of the dense model, is the first whose output differs, "
+            "by",
+        ),
+        (
+            "model.norm.weight",
+            "every block's output is the same, so the final norm or the head differs",
+        ),
     ],
 )
-def test_a_failed_proof_says_where_and_keeps_the_evidence(apply, tiny_llama, tmp_path, monkeypatch, name, where):
+def test_a_failed_proof_says_where_and_keeps_the_evidence(
+    apply, tiny_llama, tmp_path, monkeypatch, name, where
+):
     spoil(monkeypatch, lambda t: t | {name: t[name] * 1.1})
-    monkeypatch.setattr(proof, "check_files", lambda *arguments: iter(()))  # as if it had been planned so
+    monkeypatch.setattr(
+        proof, "check_files", lambda *arguments: iter(())
+    )  # as if it had been planned so
     command = [tiny_llama, "--blocks", "1", "--keep-failed", "kept/here"]
     told = apply(*command, code=9).stderr
     assert where in told
@@ -296,7 +362,9 @@ def test_logits_that_differ_once_are_compared_again(apply, tiny_llama, tmp_path,
 
 
 @pytest.mark.parametrize("options", [(), ("--dtype", "bf16")])
-def test_a_proof_without_memory_is_partial_and_says_so(apply, llama_plan, tmp_path, monkeypatch, options):
+def test_a_proof_without_memory_is_partial_and_says_so(
+    apply, llama_plan, tmp_path, monkeypatch, options
+):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
     monkeypatch.setattr(proof, "open_dense", None)
     result = apply(llama_plan, *options)
@@ -311,13 +379,19 @@ def test_a_proof_without_memory_is_partial_and_says_so(apply, llama_plan, tmp_pa
     assert "logits" not in card
 
 
-def test_without_room_to_save_it_again_the_proof_is_partial(apply, tiny_llama, tmp_path, monkeypatch):
+def test_without_room_to_save_it_again_the_proof_is_partial(
+    apply, tiny_llama, tmp_path, monkeypatch
+):
     free = [10**9, 1000]  # before the weights are written, and after
-    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free.pop(0)))
+    monkeypatch.setattr(
+        atomic.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free.pop(0))
+    )
     result = apply(tiny_llama, "--blocks", "1")
     reason = r"saving it again needs \d+ kB on the disk, but only 1 kB is free"
     assert re.search(f"partially proven .* are bitwise equal .*; {reason}", result.stdout)
-    assert re.search(rf"\*\*The proof is partial\*\*: {reason}", (tmp_path / "out" / "README.md").read_text())
+    assert re.search(
+        rf"\*\*The proof is partial\*\*: {reason}", (tmp_path / "out" / "README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(
@@ -331,23 +405,39 @@ def test_a_model_that_transformers_refuses_is_not_delivered(
         raise ValueError("layer_types has 6 entries")
 
     monkeypatch.setattr(LlamaForCausalLM, method, refuse)
-    assert f"does not {fails}: layer_types has 6 entries" in apply(tiny_llama, "--blocks", "1", code=code).stderr
+    assert (
+        f"does not {fails}: layer_types has 6 entries"
+        in apply(tiny_llama, "--blocks", "1", code=code).stderr
+    )
     assert os.listdir(tmp_path) == []
 
 
-def test_a_broken_kv_cache_is_the_dense_model_s_fault(apply, search, tiny_llama, tmp_path, monkeypatch):
+def test_a_broken_kv_cache_is_the_dense_model_s_fault(
+    apply, search, tiny_llama, tmp_path, monkeypatch
+):
     update = DynamicLayer.update
     monkeypatch.setattr(
-        DynamicLayer, "update", lambda *given, **options: tuple(2 * x for x in update(*given, **options))
+        DynamicLayer,
+        "update",
+        lambda *given, **options: tuple(2 * x for x in update(*given, **options)),
     )
     said = "does not work with a KV cache"
-    assert f"warning: {tiny_llama} {said}: with the KV cache its logits differ" in search("--remove", 1).stderr
+    assert (
+        f"warning: {tiny_llama} {said}: with the KV cache its logits differ"
+        in search("--remove", 1).stderr
+    )
     told = apply(tmp_path / "plan.json", code=4).stderr
     assert f"{tiny_llama} {said}, whatever is removed" in told
     assert "Try again" not in told
 
 
 def test_a_data_type_too_small_for_the_model_is_named(apply, model):
-    change_weights(model, lambda tensors: tensors | {"model.norm.weight": tensors["model.norm.weight"] * 60_000})
-    assert "computes NaN or infinity in float16" in apply(model, "--blocks", 1, "--dtype", "float16", code=4).stderr
+    change_weights(
+        model,
+        lambda tensors: tensors | {"model.norm.weight": tensors["model.norm.weight"] * 60_000},
+    )
+    assert (
+        "computes NaN or infinity in float16"
+        in apply(model, "--blocks", 1, "--dtype", "float16", code=4).stderr
+    )
     apply(model, "--blocks", 1, "--dtype", "bfloat16")

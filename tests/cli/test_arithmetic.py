@@ -34,7 +34,8 @@ def model(tmp_path):
 
 @pytest.mark.usefixtures("without_memory")
 @pytest.mark.parametrize(
-    ("weights", "processor_has", "computed"), [("bfloat16", [], "float32"), ("float16", [F16], "float16")]
+    ("weights", "processor_has", "computed"),
+    [("bfloat16", [], "float32"), ("float16", [F16], "float16")],
 )
 def test_each_command_computes_in_what_the_processor_has(
     sleb, model, processor, text_file, weights, processor_has, computed
@@ -53,9 +54,17 @@ def test_each_command_computes_in_what_the_processor_has(
     }
     for command, options in commands.items():
         result = json.loads(sleb(command, "plan.json", *options, "--json").stdout)
-        assert (result.get("proof", result)["dtype"], result["model"]["dtype"]) == (computed, weights), command
-    assert {str(tensor.dtype) for tensor in weights_of(Path("out")).values()} == {f"torch.{weights}"}
-    assert "dtype: bfloat16" in sleb("export", "plan.json", "--to", "mergekit").stdout or weights != "bfloat16"
+        assert (result.get("proof", result)["dtype"], result["model"]["dtype"]) == (
+            computed,
+            weights,
+        ), command
+    assert {str(tensor.dtype) for tensor in weights_of(Path("out")).values()} == {
+        f"torch.{weights}"
+    }
+    assert (
+        "dtype: bfloat16" in sleb("export", "plan.json", "--to", "mergekit").stdout
+        or weights != "bfloat16"
+    )
 
 
 def test_the_numbers_are_those_of_the_type_computed_in(sleb, model, processor, text_file):
@@ -66,7 +75,9 @@ def test_the_numbers_are_those_of_the_type_computed_in(sleb, model, processor, t
     assert read_plan(Path("plan.json")).steps == read_plan(Path("named.json")).steps
 
 
-def test_resumed_and_extended_elsewhere_it_keeps_its_type(sleb, model, processor, text_file, monkeypatch):
+def test_resumed_and_extended_elsewhere_it_keeps_its_type(
+    sleb, model, processor, text_file, monkeypatch
+):
     folder, text = model("bfloat16"), calibration(text_file)
     processor()
     with monkeypatch.context() as patch:
@@ -75,7 +86,9 @@ def test_resumed_and_extended_elsewhere_it_keeps_its_type(sleb, model, processor
     processor(BF16)
     assert "Continuing with the" in sleb("search", folder, "--remove", 2, *text, "--resume").stderr
     sleb("search", folder, "--remove", 3, "--extend", "plan.json", "-o", "more.json")
-    assert [read_plan(Path(f"{name}.json")).search.dtype for name in ("plan", "more")] == ["float32"] * 2
+    assert [read_plan(Path(f"{name}.json")).search.dtype for name in ("plan", "more")] == [
+        "float32"
+    ] * 2
 
 
 def test_a_healing_goes_on_in_its_type(sleb, model, processor, tmp_path, monkeypatch):
@@ -91,14 +104,19 @@ def test_a_healing_goes_on_in_its_type(sleb, model, processor, tmp_path, monkeyp
     assert weights_of(Path("out"))["model.norm.weight"].dtype is BF16
 
 
-def test_without_memory_for_float32_it_says_that_it_is_slow(sleb, model, processor, text_file, monkeypatch):
+def test_without_memory_for_float32_it_says_that_it_is_slow(
+    sleb, model, processor, text_file, monkeypatch
+):
     folder = model("bfloat16", 20)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     processor()
     free = [size * 3 // 2]
     monkeypatch.setattr(placement, "memory_shortage", lambda *needed: shortage_at(free[0])(*needed))
     told = sleb("eval", folder, *evaluation(text_file))
-    assert "This will be slow: the processor has no bfloat16 arithmetic, and float32 needs" in told.stderr
+    assert (
+        "This will be slow: the processor has no bfloat16 arithmetic, and float32 needs"
+        in told.stderr
+    )
     assert "bfloat16 on cpu" in told.stdout
     free[0] = size * 9 // 10
     told = sleb("eval", folder, *evaluation(text_file))
@@ -107,12 +125,24 @@ def test_without_memory_for_float32_it_says_that_it_is_slow(sleb, model, process
 
 
 @pytest.mark.parametrize(
-    ("weights", "cast", "more"), [("float32", "bfloat16", []), ("bfloat16", "float16", ["--stream"])]
+    ("weights", "cast", "more"),
+    [("float32", "bfloat16", []), ("bfloat16", "float16", ["--stream"])],
 )
-def test_a_cast_is_proven_and_recovered_as_it_is_read(sleb, model, processor, text_file, tmp_path, weights, cast, more):
+def test_a_cast_is_proven_and_recovered_as_it_is_read(
+    sleb, model, processor, text_file, tmp_path, weights, cast, more
+):
     folder, proven = model(weights), "float16" if cast == "float16" else "float32"
     processor()
-    recover = ["--recover", *calibration(text_file, samples=10), "--dtype", cast, "-o", "out", "--json", *more]
+    recover = [
+        "--recover",
+        *calibration(text_file, samples=10),
+        "--dtype",
+        cast,
+        "-o",
+        "out",
+        "--json",
+        *more,
+    ]
     result = json.loads(sleb("apply", folder, "--blocks", 2, *recover).stdout)
     assert (result["proof"]["dtype"], result["proof"]["logits_difference"]) == (proven, 0)
     reported = tokens_of_test_text(folder, text_file, result["recovery"])

@@ -36,7 +36,10 @@ def test_both_workloads_on_each_size(bench, llama_plan, tmp_path, without_memory
     assert [size["removals"] for size in data["pruned"]] == [removals[:1], removals]
     assert [size["blocks"] for size in (data["dense"], *data["pruned"])] == [6, 5, 4]
     per_block = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32
-    assert [data["dense"]["parameters"] - size["parameters"] for size in data["pruned"]] == [per_block, 2 * per_block]
+    assert [data["dense"]["parameters"] - size["parameters"] for size in data["pruned"]] == [
+        per_block,
+        2 * per_block,
+    ]
     assert data["dense"]["weights_bytes"] == 4 * data["dense"]["parameters"]
     assert [w["workload"]["name"] for w in data["workloads"]] == ["prompt", "generation"]
     for measured, new in zip(data["workloads"], (0, 4), strict=True):
@@ -57,7 +60,9 @@ def test_both_workloads_on_each_size(bench, llama_plan, tmp_path, without_memory
 def check_timing(timing, new):
     assert len(timing["e2els"]) == len(timing["ttfts"]) == 5
     assert timing["tokens_per_second"] == pytest.approx(2 * 5 * (new or 8) / sum(timing["e2els"]))
-    for first, steps, last in zip(timing["ttfts"], timing["itls"], timing["e2els"], strict=bool(new)):
+    for first, steps, last in zip(
+        timing["ttfts"], timing["itls"], timing["e2els"], strict=bool(new)
+    ):
         assert len(steps) == new - 1
         assert 0 < first <= first + sum(steps) <= last
 
@@ -78,34 +83,52 @@ def test_the_memory_is_that_of_a_process_of_its_own(bench, tiny_llama, more):
             memory = timing["memory"]
             assert memory["peak_bytes"] > 10**6 + memory["weights_bytes"]
             assert memory["weights_bytes"] == size["weights_bytes"]
-            # Two sequences of 8 + 3 tokens, keys and values of 16 float32 numbers each, in every block.
+            # Two sequences of 8 + 3 tokens, keys and values of 16 float32 numbers each, in every
+            # block.
             cache = 2 * 11 * 2 * 16 * 4 * size["blocks"] if new else 0
             assert memory["kv_cache_bytes"] == cache
-            assert sum(memory[f"{part}_bytes"] for part in ("weights", "kv_cache", "rest")) == memory["peak_bytes"]
+            assert (
+                sum(memory[f"{part}_bytes"] for part in ("weights", "kv_cache", "rest"))
+                == memory["peak_bytes"]
+            )
 
 
 @pytest.mark.parametrize("workload", ["--prompt", "--generation"])
-def test_a_model_that_cannot_be_compiled_is_said_so(bench, tiny_llama, without_memory, monkeypatch, workload):
+def test_a_model_that_cannot_be_compiled_is_said_so(
+    bench, tiny_llama, without_memory, monkeypatch, workload
+):
     def fail(*arguments, **options):
         raise RuntimeError("no compiler was found\nHere is how to install one")
 
-    compiled = "torch.compile" if workload == "--prompt" else "transformers.PreTrainedModel.get_compiled_call"
+    compiled = (
+        "torch.compile"
+        if workload == "--prompt"
+        else "transformers.PreTrainedModel.get_compiled_call"
+    )
     monkeypatch.setattr(compiled, lambda *given, **options: fail)
     said = bench(tiny_llama, workload, *QUICK, "--compile", code=7).stderr
-    assert "torch.compile does not work for this model on this machine: no compiler was found" in said
+    assert (
+        "torch.compile does not work for this model on this machine: no compiler was found" in said
+    )
 
 
-def test_packed_models_run_in_pairs_and_count_as_unpacked(bench, tmp_path, monkeypatch, without_memory):
+def test_packed_models_run_in_pairs_and_count_as_unpacked(
+    bench, tmp_path, monkeypatch, without_memory
+):
     together = []
     folder = save_model(tmp_path / "model", llama_config(4))
 
     def pack(model):
-        """Put the numbers of each projection into buffers, as GPTQ and AWQ do; one more is not stored."""
+        """Put the numbers of each projection into buffers, as GPTQ and AWQ do; one more is not
+        stored.
+        """
         for module in model.modules():
             if isinstance(module, torch.nn.Linear) and module is not model.lm_head:
                 rows = module.out_features
                 del module.weight
-                module.register_buffer("qweight", torch.zeros(module.in_features // 8, rows, dtype=torch.int32))
+                module.register_buffer(
+                    "qweight", torch.zeros(module.in_features // 8, rows, dtype=torch.int32)
+                )
                 module.register_buffer("scales", torch.zeros(1, rows, dtype=torch.float16))
                 module.register_buffer("workspace", torch.zeros(1000), persistent=False)
         return model
@@ -126,7 +149,11 @@ def test_packed_models_run_in_pairs_and_count_as_unpacked(bench, tmp_path, monke
     (measured,) = data["workloads"]
     assert len(measured["dense"]["e2els"]) == 2
     assert [timing["removals"] for timing in measured["pruned"]] == [[1], [1, 2]]
-    projections, columns, norms = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64, 32 * 2 + 16 * 2 + 64 * 2 + 32, 2 * 32
+    projections, columns, norms = (
+        32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64,
+        32 * 2 + 16 * 2 + 64 * 2 + 32,
+        2 * 32,
+    )
     outside = 2 * 320 * 32 + 32
     for size, blocks in zip((data["dense"], *data["pruned"]), (4, 3, 2), strict=True):
         assert size["parameters"] == blocks * (projections + norms) + outside
@@ -137,8 +164,19 @@ def test_packed_models_run_in_pairs_and_count_as_unpacked(bench, tmp_path, monke
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_while_the_memory_is_measured(tiny_llama, tmp_path, number, code):
-    command = [sys.executable, "-m", "sleb_cli", "bench", str(tiny_llama), "--prompt", "-o", "b.json"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "sleb_cli",
+        "bench",
+        str(tiny_llama),
+        "--prompt",
+        "-o",
+        "b.json",
+    ]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         for line in process.stderr:
             if line.startswith("Peak memory"):
                 os.killpg(process.pid, number)  # as a terminal does: the child is told too
@@ -166,7 +204,9 @@ def test_a_script_without_a_guard_runs_once(tiny_llama, tmp_path):
         f"import sleb_cli as sleb\nfound = sleb.bench(sleb.BenchRequest({request}))\n"
         "print(found.workloads[0].dense.memory.peak_bytes > 0)\n"
     )
-    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert (done.stdout, "Traceback" in done.stderr) == ("True\n", False)
 
 

@@ -24,7 +24,9 @@ def bench(sleb):
     """Run a short benchmark, require an exit code, and give the result."""
 
     def run(*words, **how):
-        return sleb("bench", *words, *SHORT, *([] if "--prompt" in words else ["--new-tokens", 3]), **how)
+        return sleb(
+            "bench", *words, *SHORT, *([] if "--prompt" in words else ["--new-tokens", 3]), **how
+        )
 
     return run
 
@@ -44,7 +46,9 @@ class Recorder(sleb.Engine):
     def load(self, model, settings):
         self.settings.append(settings)
         self.files.append(read_gguf(model))
-        assert len(list(model.parent.glob("*-blocks-fewer.gguf"))) <= 1  # larger ones than fit on a disk together
+        assert (
+            len(list(model.parent.glob("*-blocks-fewer.gguf"))) <= 1
+        )  # larger ones than fit on a disk together
         return RecordedModel(self, len(self.files))
 
 
@@ -75,11 +79,15 @@ def recorder(as_plugins, monkeypatch):
     return engine
 
 
-def test_every_size_is_timed_beside_the_dense_model(bench, steady, llama_plan, tiny_llama, tmp_path, monkeypatch):
+def test_every_size_is_timed_beside_the_dense_model(
+    bench, steady, llama_plan, tiny_llama, tmp_path, monkeypatch
+):
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     data = json.loads(bench(llama_plan, "--every", 1, "--engine", "steady", "--json").stdout)
-    assert list((tmp_path / "scratch").iterdir()) == []  # nothing stays of the files that were written
+    assert (
+        list((tmp_path / "scratch").iterdir()) == []
+    )  # nothing stays of the files that were written
     kept = json.loads(llama_plan.with_suffix(".bench.steady.json").read_text())
     assert kept["workloads"] == data["workloads"]
     assert kept["plugins"] == {"unknown package": "?"}  # the engine's
@@ -89,7 +97,10 @@ def test_every_size_is_timed_beside_the_dense_model(bench, steady, llama_plan, t
     assert [size["blocks"] for size in (data["dense"], *data["pruned"])] == [6, 5, 4]
     stored = sum(tensor.nbytes for tensor in weights_of(tiny_llama).values())
     assert data["dense"]["weights_bytes"] == stored == 4 * data["dense"]["parameters"]
-    assert [measured["workload"]["name"] for measured in data["workloads"]] == ["prompt", "generation"]
+    assert [measured["workload"]["name"] for measured in data["workloads"]] == [
+        "prompt",
+        "generation",
+    ]
     for measured in data["workloads"]:
         assert measured["workload"]["engine"] == "steady"
         assert (measured["attention"], measured["engine_version"]) == (None, None)
@@ -106,12 +117,27 @@ def test_every_size_is_timed_beside_the_dense_model(bench, steady, llama_plan, t
 
 def test_a_gguf_file_is_cut_and_loaded_in_pairs(bench, recorder, tmp_path):
     file = write_llama_gguf(tmp_path / "tiny.gguf", 6)
-    options = ["--blocks", "4,1,2", "--remove", "1,3", "--engine", "recorder", "--prompt", "--threads", 1]
+    options = [
+        "--blocks",
+        "4,1,2",
+        "--remove",
+        "1,3",
+        "--engine",
+        "recorder",
+        "--prompt",
+        "--threads",
+        1,
+    ]
     data = json.loads(bench(file, *options, "--json").stdout)
     assert [block_count(file) for file in recorder.files] == [6, 5, 3]
     assert (data["dtype"], data["device"], data["threads"]) == ("F32", "abacus", 1)
     settings = recorder.settings[0]
-    assert (settings.threads, settings.batch_size, settings.sequence_length, settings.models) == (1, 2, 8, 2)
+    assert (settings.threads, settings.batch_size, settings.sequence_length, settings.models) == (
+        1,
+        2,
+        8,
+        2,
+    )
     (measured,) = data["workloads"]
     assert measured["engine_version"] == "recorder 1.0"
     assert [timing["speedup"] for timing in measured["pruned"]] == [2.0, 3.0]
@@ -139,14 +165,18 @@ def test_an_engine_that_is_missing_or_broken(bench, tiny_llama, monkeypatch, tmp
         said = bench(tiny_llama, "--engine", engine, code=7).stderr
         assert "is not installed" in said
         assert f"pip install 'sleb[{module.replace('_', '-')}]'" in said
-    (tmp_path / "llama_cpp.py").write_text("raise OSError('libgomp.so.1: cannot open shared object file')")
+    (tmp_path / "llama_cpp.py").write_text(
+        "raise OSError('libgomp.so.1: cannot open shared object file')"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "llama_cpp")
     said = bench(tiny_llama, "--engine", "llama.cpp", code=7).stderr
     assert "llama.cpp is installed, but does not load: libgomp.so.1" in said
 
 
-def test_an_engine_is_told_whether_code_of_the_model_may_run(bench, steady, tiny_llama, monkeypatch):
+def test_an_engine_is_told_whether_code_of_the_model_may_run(
+    bench, steady, tiny_llama, monkeypatch
+):
     import sleb_example
 
     told = []
@@ -163,7 +193,9 @@ def test_an_engine_is_told_whether_code_of_the_model_may_run(bench, steady, tiny
 
 def test_vllm_shares_what_is_free_of_a_cpu(monkeypatch):
     free = 20.0
-    monkeypatch.setattr(vllm.psutil, "virtual_memory", lambda: SimpleNamespace(available=free, total=32.0))
+    monkeypatch.setattr(
+        vllm.psutil, "virtual_memory", lambda: SimpleNamespace(available=free, total=32.0)
+    )
     first = 32.0 * vllm._memory_share("cpu", 2, 0)
     free -= first
     second = 32.0 * vllm._memory_share("cpu", 2, 1)
@@ -171,14 +203,18 @@ def test_vllm_shares_what_is_free_of_a_cpu(monkeypatch):
     assert 9 <= second < free
 
 
-needs_llama_cpp = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+needs_llama_cpp = pytest.mark.skipif(
+    find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"
+)
 
 
 @pytest.mark.slow
 @needs_llama_cpp
 def test_llama_cpp_runs_a_gguf_file(bench, tmp_path):
     file = write_llama_gguf(tmp_path / "tiny.gguf", 6)
-    data = json.loads(bench(file, "--blocks", "4,1", "--every", 1, "--engine", "llama.cpp", "--json").stdout)
+    data = json.loads(
+        bench(file, "--blocks", "4,1", "--every", 1, "--engine", "llama.cpp", "--json").stdout
+    )
     for measured in data["workloads"]:
         assert measured["engine_version"].startswith("llama_cpp_python ")
         assert all(seconds > 0 for timing in measured["pruned"] for seconds in timing["e2els"])

@@ -37,7 +37,9 @@ class Checkpoint:
         """What huggingface_hub reads and writes back as it is."""
         card = ModelCard(self.text)
         yaml_text = re.match(r"---\n(.*?)\n---\n", self.text, re.S)[1]
-        assert ModelCard(str(card)).data.to_dict() == card.data.to_dict() == yaml.safe_load(yaml_text)
+        assert (
+            ModelCard(str(card)).data.to_dict() == card.data.to_dict() == yaml.safe_load(yaml_text)
+        )
         return card.data
 
     @property
@@ -52,7 +54,11 @@ def out(apply, text_file, tmp_path):
     return Checkpoint(apply, text_file, tmp_path)
 
 
-PLAIN = {"library_name": "transformers", "tags": ["sleb", "pruned"], "pipeline_tag": "text-generation"}
+PLAIN = {
+    "library_name": "transformers",
+    "tags": ["sleb", "pruned"],
+    "pipeline_tag": "text-generation",
+}
 
 
 @pytest.mark.parametrize(
@@ -60,7 +66,8 @@ PLAIN = {"library_name": "transformers", "tags": ["sleb", "pruned"], "pipeline_t
     [
         (
             "license: other\nlicense_name: llama3.2\nlicense_link: LICENSE\nlanguage:\n- en\n- no\n"
-            "tags:\n- llama\n- base_model:adapter:x/y\npipeline_tag: image-text-to-text\nbase_model: far/away\n"
+            "tags:\n- llama\n- base_model:adapter:x/y\npipeline_tag: "
+            "image-text-to-text\nbase_model: far/away\n"
             "model-index: []\nextra: 1",
             {
                 "license": "other", "license_name": "llama3.2", "license_link": "LICENSE", "language": ["en", "no"],
@@ -88,10 +95,16 @@ def test_a_gguf_file_says_its_licence_and_languages_too(out, tmp_path):
 
 @pytest.fixture
 def measured(llama_plan, text_file):
-    """A plan with what was measured of it kept beside it: on a local text, a data set, two tasks, three workloads."""
+    """A plan with what was measured of it kept beside it: on a local text, a data set, two tasks,
+    three workloads.
+    """
     plan = read_plan(llama_plan)
-    evaluation = make_evaluation(plan, texts=(str(text_file), "wikitext2", "org/words:plain:test"), every=1)
-    evaluation = evaluation.model_copy(update={"lm_eval": (str(text_file.parent / "lm-eval.json"),)})
+    evaluation = make_evaluation(
+        plan, texts=(str(text_file), "wikitext2", "org/words:plain:test"), every=1
+    )
+    evaluation = evaluation.model_copy(
+        update={"lm_eval": (str(text_file.parent / "lm-eval.json"),)}
+    )
     evaluation.write(beside_plan(llama_plan, "eval"))
     benchmark = make_benchmark(plan, every=1)
     benchmark.write(beside_plan(llama_plan, "bench"))
@@ -102,10 +115,15 @@ def measured(llama_plan, text_file):
 def test_the_card_shows_what_was_measured_of_this_size(out, measured, size):
     plan, evaluation, benchmark = measured
     out.apply(plan, "--remove", size)
-    whole, (text, task, workload) = read_plan(plan), (evaluation.texts[1], evaluation.tasks[0], benchmark.workloads[1])
+    whole, (text, task, workload) = (
+        read_plan(plan),
+        (evaluation.texts[1], evaluation.tasks[0], benchmark.workloads[1]),
+    )
     scores, value, timing = (of.pruned[size - 1] for of in (text, task, workload))
     dense, step = whole.dense.perplexity, whole.steps[size - 1].perplexity
-    assert len(out.results) == 1 + len(evaluation.texts) + len(evaluation.tasks) + len(benchmark.workloads)
+    assert len(out.results) == 1 + len(evaluation.texts) + len(evaluation.tasks) + len(
+        benchmark.workloads
+    )
     assert out.results["perplexity, prose.txt (searched on)"] == [
         format_perplexity(dense), format_perplexity(step), format_change(step / dense - 1)
     ]  # fmt: skip
@@ -113,11 +131,18 @@ def test_the_card_shows_what_was_measured_of_this_size(out, measured, size):
         format_perplexity(text.dense.perplexity), format_perplexity(scores.perplexity),
         format_change(math.expm1(scores.log_ratio)),
     ]  # fmt: skip
-    assert out.results["piqa, acc"] == [f"{task.dense.value:.4f}", f"{value.value:.4f}", f"{value.difference:+.4f}"]
+    assert out.results["piqa, acc"] == [
+        f"{task.dense.value:.4f}",
+        f"{value.value:.4f}",
+        f"{value.difference:+.4f}",
+    ]
     assert out.results["generation 1x64+32, tokens a second"] == [
         f"{workload.dense.tokens_per_second:,.1f}", f"{timing.tokens_per_second:,.1f}", f"{timing.speedup:.2f}x"
     ]  # fmt: skip
-    values = [(entry.dataset_name, entry.metric_type, entry.metric_value) for entry in out.data.eval_results]
+    values = [
+        (entry.dataset_name, entry.metric_type, entry.metric_value)
+        for entry in out.data.eval_results
+    ]
     names = ("prose.txt", "wikitext2", "org/words:plain:test")
     assert values == [
         *((name, "perplexity", round(text.pruned[size - 1].perplexity, 4))
@@ -130,7 +155,16 @@ def test_the_card_shows_what_was_measured_of_this_size(out, measured, size):
 
 
 def test_a_recovered_checkpoint_claims_no_earlier_number(out, measured, tmp_path):
-    out.apply(measured[0], "--recover", "--calibration", out.text_file, "--samples", 12, "--sequence-length", 32)
+    out.apply(
+        measured[0],
+        "--recover",
+        "--calibration",
+        out.text_file,
+        "--samples",
+        12,
+        "--sequence-length",
+        32,
+    )
     assert "model-index" not in out.data.to_dict()
     assert "**Recovery**" in out.text
     assert "**Results**" not in out.text
@@ -141,7 +175,13 @@ def test_a_recovered_checkpoint_claims_no_earlier_number(out, measured, tmp_path
     # Nor does one without these values, nor another model of the same plan.
     out.apply(moved / "sleb_plan.json", "--model", read_plan(measured[0]).model.id, "--force")
     assert "model-index" not in out.data.to_dict()
-    out.apply(measured[0], "--model", save_model(tmp_path / "other", llama_config(), seed=1), "--any-model", "--force")
+    out.apply(
+        measured[0],
+        "--model",
+        save_model(tmp_path / "other", llama_config(), seed=1),
+        "--any-model",
+        "--force",
+    )
     assert "model-index" not in out.data.to_dict()
     assert "Found by greedy search of another model" in out.text
     assert "**Results**" not in out.text
@@ -151,18 +191,32 @@ def test_a_recovered_checkpoint_claims_no_earlier_number(out, measured, tmp_path
 def test_no_file_names_a_folder_of_this_machine(out, sleb, search, tmp_path, text_file):
     folder = save_model(tmp_path / "own" / "model", llama_config(4))
     config = json.loads((folder / "config.json").read_text())
-    config |= {"_name_or_path": str(tmp_path / "base"), "vision_config": {"_name_or_path": "org/eyes"}}
-    (folder / "config.json").write_text(json.dumps(config | {"text": {"_name_or_path": f"{tmp_path}/base/"}}))
+    config |= {
+        "_name_or_path": str(tmp_path / "base"),
+        "vision_config": {"_name_or_path": "org/eyes"},
+    }
+    (folder / "config.json").write_text(
+        json.dumps(config | {"text": {"_name_or_path": f"{tmp_path}/base/"}})
+    )
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"name_or_path": str(tmp_path / "base")}))
-    (folder / "plan.eval.json.old").write_text(json.dumps({"sleb_version": "1", "model": str(folder)}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(tokenizer | {"name_or_path": str(tmp_path / "base")})
+    )
+    (folder / "plan.eval.json.old").write_text(
+        json.dumps({"sleb_version": "1", "model": str(folder)})
+    )
     (folder / "adapter_config.json").write_text("{}")
     search("--remove", 1, model=folder, text=f"{text_file}:2/3,self:1/3", samples=6)
     out.apply("plan.json", "--recover", *calibration(text_file, samples=10))
     files = {path.name: path.read_bytes() for path in out.folder.iterdir()}
     assert "adapter_config.json" not in files
-    places = [str(place).encode() for place in (tmp_path.parent, text_file.parent, os.environ["SLEB_CACHE"])]
-    assert [name for name, content in files.items() if any(place in content for place in places)] == []
+    places = [
+        str(place).encode()
+        for place in (tmp_path.parent, text_file.parent, os.environ["SLEB_CACHE"])
+    ]
+    assert [
+        name for name, content in files.items() if any(place in content for place in places)
+    ] == []
     written = json.loads(files["config.json"])
     assert (written["_name_or_path"], written["text"]["_name_or_path"]) == ("base", "base")
     assert written["vision_config"]["_name_or_path"] == "org/eyes"

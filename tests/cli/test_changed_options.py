@@ -1,4 +1,6 @@
-"""What is kept is found again by all that it depends on: with another option than before, a command starts anew."""
+"""What is kept is found again by all that it depends on: with another option than before, a command
+starts anew.
+"""
 
 import json
 import shutil
@@ -12,9 +14,21 @@ from sleb_cli.__main__ import main
 from sleb_cli.engine.recovery import unfinished
 from sleb_cli.engine.recovery.unfinished import Unfinished
 from sleb_cli.engine.search import journal
-from sleb_cli.requests import TARGET_NAMES, ApplyRequest, BenchRequest, EvalRequest, SearchRequest, option_of
+from sleb_cli.requests import (
+    TARGET_NAMES,
+    ApplyRequest,
+    BenchRequest,
+    EvalRequest,
+    SearchRequest,
+    option_of,
+)
 
-REQUESTS = {"search": SearchRequest, "apply": ApplyRequest, "eval": EvalRequest, "bench": BenchRequest}
+REQUESTS = {
+    "search": SearchRequest,
+    "apply": ApplyRequest,
+    "eval": EvalRequest,
+    "bench": BenchRequest,
+}
 
 TEXT = {"calibration": "self:0.5,text.txt:0.5", "sequence_length": 24}
 
@@ -51,7 +65,12 @@ NEXT = {
 TIMED = {"target_speedup", "heal_minutes"}
 """How far these go is for a clock to say."""
 
-CASES = [(command, each.name) for command in REQUESTS for each in fields(REQUESTS[command]) if each.name not in TIMED]
+CASES = [
+    (command, each.name)
+    for command in REQUESTS
+    for each in fields(REQUESTS[command])
+    if each.name not in TIMED
+]
 
 
 def with_step(command, name):
@@ -66,8 +85,12 @@ def with_step(command, name):
 def without_times(value, command):
     """Return a result without what differs from run to run."""
     if isinstance(value, dict):
-        gone = {"environment", "seconds"} | ({"dense", "pruned", "warmup"} if command == "bench" else set())
-        return {name: without_times(each, command) for name, each in value.items() if name not in gone}
+        gone = {"environment", "seconds"} | (
+            {"dense", "pruned", "warmup"} if command == "bench" else set()
+        )
+        return {
+            name: without_times(each, command) for name, each in value.items() if name not in gone
+        }
     if isinstance(value, list):
         return [without_times(each, command) for each in value]
     # The last digits depend on the size of batches, and on whether the model is streamed.
@@ -76,7 +99,9 @@ def without_times(value, command):
 
 @pytest.fixture
 def run(run_sleb, monkeypatch):
-    """Run a command that leaves all that it found, and return its exit code, its result and what it says."""
+    """Run a command that leaves all that it found, and return its exit code, its result and what it
+    says.
+    """
     monkeypatch.setattr(journal, "delete_journal", lambda *of: None)
     monkeypatch.setattr(Unfinished, "delete", lambda self: None)
     monkeypatch.setattr(unfinished, "SECONDS_BETWEEN_SAVES", 0.0)
@@ -102,12 +127,25 @@ def materials(tmp_path_factory):
         save_model(folder / model, llama_config(), seed=seed)
         text = folder / ("other.txt" if seed else "text.txt")
         text.write_text(prose(300, seed=seed))
-        how = ["--calibration", text, "--samples", 2, "--sequence-length", 16, "--sample-tokens", 0, "--quiet"]
+        how = [
+            "--calibration",
+            text,
+            "--samples",
+            2,
+            "--sequence-length",
+            16,
+            "--sample-tokens",
+            0,
+            "--quiet",
+        ]
         words = ["search", folder / model, "--remove", 2, *how, "-o", folder / f"{plan}.json"]
         assert main([str(word) for word in words]) == 0
         for name in ("words", "letters"):
             questions = [(f"{name} {number}", (number + seed) % 3) for number in range(12)]
-            rows = [{"q": q, "choices": ["river", "stone", "mill"], "gold": gold} for q, gold in questions]
+            rows = [
+                {"q": q, "choices": ["river", "stone", "mill"], "gold": gold}
+                for q, gold in questions
+            ]
             write_task(folder / ("other tasks" if seed else "tasks"), name, rows)
     return folder
 

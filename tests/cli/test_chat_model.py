@@ -1,4 +1,6 @@
-"""A chat model through `main()`: it writes conversations to search and recover on, and is judged by its answers."""
+"""A chat model through `main()`: it writes conversations to search and recover on, and is judged by
+its answers.
+"""
 
 import json
 import re
@@ -23,10 +25,14 @@ TEXT = ["--samples", 10, "--sequence-length", 64]
 
 @pytest.fixture
 def chatty(tmp_path):
-    """A random model with a chat template that ends its messages soon: a tenth of all tokens end them."""
+    """A random model with a chat template that ends its messages soon: a tenth of all tokens end
+    them.
+    """
     folder = save_model(tmp_path / "chatty", llama_config())
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    settings = json.loads((folder / "generation_config.json").read_text()) | {"eos_token_id": [1, *range(40, 72)]}
+    settings = json.loads((folder / "generation_config.json").read_text()) | {
+        "eos_token_id": [1, *range(40, 72)]
+    }
     (folder / "generation_config.json").write_text(json.dumps(settings))
     return folder
 
@@ -39,8 +45,13 @@ def test_a_search_reads_what_the_model_wrote_and_finds_it_again(sleb, chatty, tm
         assert re.search(rf"{source}: the model wrote \d+ conversations", first.stderr)
         assert f"{source}: 10 x 64 tokens" in first.stdout
         plan = read_plan(tmp_path / "plan.json")
-        assert "conversations that the model wrote before, from the cache" in sleb(*search, "--chat", "answers").stderr
-        assert read_plan(tmp_path / "plan.json").steps == plan.steps  # the model never writes what the template does
+        assert (
+            "conversations that the model wrote before, from the cache"
+            in sleb(*search, "--chat", "answers").stderr
+        )
+        assert (
+            read_plan(tmp_path / "plan.json").steps == plan.steps
+        )  # the model never writes what the template does
         sleb(*search, "--chat", "all")
         assert read_plan(tmp_path / "plan.json").dense.loss != plan.dense.loss
 
@@ -53,38 +64,67 @@ def test_a_recovery_is_reported_on_answers_too(sleb, chatty, text_file, tmp_path
     recover = ["apply", chatty, "--blocks", "2", "--recover", *TEXT, "-o", "out"]
     shown = sleb(*recover, "--calibration", text_file)
     assert "KL, answers" in shown.stdout
-    assert re.search(r"on answers in its own conversations, \d+% of the divergence is left", shown.stdout)
+    assert re.search(
+        r"on answers in its own conversations, \d+% of the divergence is left", shown.stdout
+    )
     record = recovered(sleb(*recover, "--calibration", text_file, "--force", "--json"))
     assert (record.train_text.chat, record.conversations.text.source) == (None, "self-chat")
     # What decides and what is reported count only the answers, if they are asked for.
-    record = recovered(sleb(*recover, "--calibration", "self-chat", "--chat", "answers", "--force", "--json"))
+    record = recovered(
+        sleb(*recover, "--calibration", "self-chat", "--chat", "answers", "--force", "--json")
+    )
     assert (record.train_text.chat, record.test_text.chat) == ("answers", "answers")
     assert record.closed_form_losses.divergence > 0
 
 
-def test_the_losses_on_answers_are_those_of_a_plain_computation(sleb, chatty, text_file, tmp_path, monkeypatch):
+def test_the_losses_on_answers_are_those_of_a_plain_computation(
+    sleb, chatty, text_file, tmp_path, monkeypatch
+):
     from sleb_cli.engine.text import calibration
 
     talks, cut = [], cut_conversations
-    monkeypatch.setattr(calibration, "cut_conversations", lambda *a, **o: talks.append(cut(*a, **o)) or talks[-1])
-    recover = ["apply", chatty, "--blocks", "2", "--recover", *TEXT, "--calibration", text_file, "-o", "out"]
+    monkeypatch.setattr(
+        calibration, "cut_conversations", lambda *a, **o: talks.append(cut(*a, **o)) or talks[-1]
+    )
+    recover = [
+        "apply",
+        chatty,
+        "--blocks",
+        "2",
+        "--recover",
+        *TEXT,
+        "--calibration",
+        text_file,
+        "-o",
+        "out",
+    ]
     found = recovered(sleb(*recover, "--json")).conversations
     ids, mask = (each[: found.text.sequences] for each in talks[0])
     assert not mask.all()
-    dense, ours = (AutoModelForCausalLM.from_pretrained(folder) for folder in (chatty, tmp_path / "out"))
+    dense, ours = (
+        AutoModelForCausalLM.from_pretrained(folder) for folder in (chatty, tmp_path / "out")
+    )
     with torch.no_grad():
         p, q = (model(ids).logits[:, :-1].log_softmax(-1)[mask[:, 1:]] for model in (dense, ours))
-    assert found.closed_form.divergence == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+    assert found.closed_form.divergence == pytest.approx(
+        (p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4
+    )
     targets = ids[:, 1:][mask[:, 1:]]
-    assert found.closed_form.loss == pytest.approx(-q.gather(-1, targets[:, None]).mean().item(), rel=1e-5)
-    assert plain_losses(dense, ours, ids)[1] != pytest.approx(found.closed_form.divergence, rel=1e-3)
+    assert found.closed_form.loss == pytest.approx(
+        -q.gather(-1, targets[:, None]).mean().item(), rel=1e-5
+    )
+    assert plain_losses(dense, ours, ids)[1] != pytest.approx(
+        found.closed_form.divergence, rel=1e-3
+    )
 
 
 def test_a_quarter_of_the_default_text_is_conversations(sleb, chatty, text_file):
     sleb("search", chatty, "--remove", 1, "--calibration", text_file, *TEXT)
     record = recovered(sleb("apply", "plan.json", "--recover", *TEXT, "-o", "out", "--json"))
     assert record.train_text.title == f"{text_file.name}:0.75,self-chat:0.25"
-    record = recovered(sleb("apply", chatty, "--blocks", "2", "--recover", *TEXT, "-o", "out", "--force", "--json"))
+    record = recovered(
+        sleb("apply", chatty, "--blocks", "2", "--recover", *TEXT, "-o", "out", "--force", "--json")
+    )
     assert record.train_text.title == "self:0.5,self-chat:0.5"
 
 
@@ -93,17 +133,37 @@ def test_a_healing_on_answers_comes_nearer_on_answers(sleb, chatty, tmp_path, mo
     (tmp_path / "asked.txt").write_text("".join(f"{word}\n" for word in WORDS))
     (tmp_path / "text.txt").write_text(prose(400))
     command = ["apply", chatty, "--blocks", "2", "--heal", "--heal-tokens", 4096, *TEXT]
-    command += ["--calibration", "answers:asked.txt:0.25,text.txt:0.75", "--chat", "answers", "-o", "out"]
+    command += [
+        "--calibration",
+        "answers:asked.txt:0.25,text.txt:0.75",
+        "--chat",
+        "answers",
+        "-o",
+        "out",
+    ]
     record = recovered(sleb(*command, "--json"))
     assert record.conversations.healed.divergence < record.conversations.pruned.divergence
 
 
 def test_perplexity_of_conversations_is_that_of_their_answers(sleb, chatty, tmp_path):
     asked = [{"role": "user", "content": f"river {number}"} for number in range(12)]
-    said = [{"role": "assistant", "content": "snow water stone " * (number + 2)} for number in range(12)]
+    said = [
+        {"role": "assistant", "content": "snow water stone " * (number + 2)} for number in range(12)
+    ]
     talks = [list(talk) for talk in zip(asked, said, strict=True)]
-    (tmp_path / "talks.jsonl").write_text("\n".join(json.dumps({"messages": talk}) for talk in talks))
-    evaluate = ["eval", chatty, "--blocks", 2, "--perplexity", "talks.jsonl", "--sequence-length", 64]
+    (tmp_path / "talks.jsonl").write_text(
+        "\n".join(json.dumps({"messages": talk}) for talk in talks)
+    )
+    evaluate = [
+        "eval",
+        chatty,
+        "--blocks",
+        2,
+        "--perplexity",
+        "talks.jsonl",
+        "--sequence-length",
+        64,
+    ]
     assert "talks.jsonl (answers)" in sleb(*evaluate, "--max-windows", 3).stdout
     (text,) = json.loads(sleb(*evaluate, "--json").stdout)["texts"]
     tokenizer = AutoTokenizer.from_pretrained(chatty)
@@ -112,7 +172,9 @@ def test_perplexity_of_conversations_is_that_of_their_answers(sleb, chatty, tmp_
     model = AutoModelForCausalLM.from_pretrained(chatty)
     with torch.no_grad():
         losses = -model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    assert text["dense"]["perplexity"] == pytest.approx(losses[mask[:, 1:]].mean().exp().item(), rel=1e-4)
+    assert text["dense"]["perplexity"] == pytest.approx(
+        losses[mask[:, 1:]].mean().exp().item(), rel=1e-4
+    )
     assert (text["tokens"], text["clustered_by"]) == (int(mask[:, 1:].sum()), "conversations")
     assert "--bos does not apply to conversations" in sleb(*evaluate, "--bos", code=2).stderr
     data_set = tmp_path / "org" / "talks"

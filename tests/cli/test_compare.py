@@ -11,14 +11,18 @@ from sleb_cli.plan import read_plan
 
 @pytest.fixture
 def compare(search):
-    return lambda compared, *options, code=0: search("--remove", 2, "--compare", compared, *options, code=code)
+    return lambda compared, *options, code=0: search(
+        "--remove", 2, "--compare", compared, *options, code=code
+    )
 
 
 @pytest.mark.parametrize("options", [(), ("--holdout", 0.5)])
 def test_each_is_a_search_of_its_own_and_keeps_its_plan(compare, found, tmp_path, options):
     alone = {}
     for metric, strategy in (("nll", "greedy"), ("cosine", "contiguous")):
-        alone[f"{metric}@{strategy}"] = found("--remove", 2, "--metric", metric, "--strategy", strategy, *options)
+        alone[f"{metric}@{strategy}"] = found(
+            "--remove", 2, "--metric", metric, "--strategy", strategy, *options
+        )
     result = compare("nll,cosine@contiguous", *options, "--force", "--json")
     data = json.loads(result.stdout)
     assert result.stderr.count("Loading") == 1
@@ -33,11 +37,16 @@ def test_each_is_a_search_of_its_own_and_keeps_its_plan(compare, found, tmp_path
     assert data["best"] == min(deciding, key=deciding.__getitem__)
     for each, (name, plan) in zip(data["compared"], alone.items(), strict=True):
         assert each["file"] == ("plan.json" if name == data["best"] else f"plan.{name}.json")
-        assert read_plan(tmp_path / each["file"]).model_copy(update={"environment": plan.environment}) == plan
+        assert (
+            read_plan(tmp_path / each["file"]).model_copy(update={"environment": plan.environment})
+            == plan
+        )
     assert sorted(os.listdir(tmp_path)) == sorted(each["file"] for each in data["compared"])
 
 
-def test_only_force_replaces_a_plan_and_removes_the_plans_of_an_earlier_comparison(compare, tmp_path):
+def test_only_force_replaces_a_plan_and_removes_the_plans_of_an_earlier_comparison(
+    compare, tmp_path
+):
     (tmp_path / "plan.cosine@greedy.json").write_text("mine")
     assert "plan.cosine@greedy.json already exists" in compare("nll,cosine", code=8).stderr
     best = json.loads(compare("nll,cosine", "--force", "--json").stdout)["best"]

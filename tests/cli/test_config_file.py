@@ -27,7 +27,11 @@ COMMANDS = {
 
 def another_value(field, kind):
     """Return a value that is not a field's default, as YAML holds it."""
-    kinds = [one for one in (get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)) if one]
+    kinds = [
+        one
+        for one in (get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,))
+        if one
+    ]
     if str in kinds or Path in kinds:
         return "1e3"  # which YAML could take for a number
     if get_origin(kinds[0]) is tuple:
@@ -75,9 +79,17 @@ def test_every_option_may_stand_in_a_file(asked, command, tmp_path):
 
 def test_what_is_typed_wins_and_values_are_read_as_if_typed(asked, tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("model: demo\nsamples: 4\nremove: 3\nprotect: [5, 11]\nprotect_kind: linear\nfast: no\nchat:\n")
+    file.write_text(
+        "model: demo\nsamples: 4\nremove: 3\nprotect: [5, 11]\nprotect_kind: linear\nfast: "
+        "no\nchat:\n"
+    )
     request = asked("search", "--config", file, "--samples", 5)
-    assert (request.model, request.samples, request.remove, request.protect) == ("demo", 5, 3, (5, 11))
+    assert (request.model, request.samples, request.remove, request.protect) == (
+        "demo",
+        5,
+        3,
+        (5, 11),
+    )
     assert (request.protect_kind, request.fast, request.chat) == (("linear",), False, None)
     file.write_text("model: 010\nremove: 3\nrevision: 1.10\nseed: 010\ncalibration: null\n")
     other = asked("search", "--config", file, "--ratio", 0.2)
@@ -90,7 +102,11 @@ def test_a_wrong_file_is_refused(sleb, tmp_path):
     assert "There is no file run.yaml" in sleb(*search, code=2).stderr
     assert "it is a pipe or a device" in sleb("search", "--config", "/dev/zero", code=2).stderr
     for text, message in (
-        ("sampels: 3", "has 'sampels', which is not an option of `sleb search`.\nhint: Did you mean 'samples'?"),
+        (
+            "sampels: 3",
+            "has 'sampels', which is not an option of `sleb search`.\nhint: Did you mean "
+            "'samples'?",
+        ),
         ("json: true", "has 'json', which is not an option"),
         ("1: 2", "has '1', which is not an option"),
         ("samples: x", "--samples 'x' is not a whole number"),
@@ -116,14 +132,27 @@ def test_a_wrong_file_is_refused(sleb, tmp_path):
     "options",
     [
         ("--ratio", "2/5", "--fast", "--seed", 3, "--batch-size", 2),
-        ("--remove", 2, "--strategy", "refine", "--metric", "kl", "--protect", "2,4", "--holdout", 0.25),
+        (
+            "--remove",
+            2,
+            "--strategy",
+            "refine",
+            "--metric",
+            "kl",
+            "--protect",
+            "2,4",
+            "--holdout",
+            0.25,
+        ),
         ("--target-memory", "200KiB", "--serve-length", 16, "--protect-first", 0),
     ],
 )
 def test_a_plan_repeats_its_search_to_the_last_digit(search, sleb, tmp_path, options):
     search(*options)
     said = sleb("search", "--config", "plan.json", "-o", "again.json").stderr
-    assert "The search found the same blocks, in the same order; all scores are identical.\n" in said
+    assert (
+        "The search found the same blocks, in the same order; all scores are identical.\n" in said
+    )
     plan, again = (read_plan(tmp_path / name) for name in ("plan.json", "again.json"))
     assert plan.model_copy(update={"environment": again.environment}).to_data() == again.to_data()
 
@@ -135,7 +164,10 @@ def test_a_repeated_search_says_what_differs(search, sleb, tmp_path, tiny_llama)
     plan = read_plan(tmp_path / "plan.json")
     environment = plan.environment.model_copy(update={"torch": "1.0"})
     plan.model_copy(update={"environment": environment}).write(tmp_path / "older.json")
-    assert "Also different: torch: " in sleb("search", "--config", "older.json", "-o", "1.json", "--json").stderr
+    assert (
+        "Also different: torch: "
+        in sleb("search", "--config", "older.json", "-o", "1.json", "--json").stderr
+    )
     text.write_text(prose(200, seed=9))
     said = sleb("search", other, "--config", "plan.json", "--remove", 2, "-o", "2.json").stderr
     assert "other blocks from step " in said
@@ -147,7 +179,9 @@ def test_a_repeated_search_says_what_differs(search, sleb, tmp_path, tiny_llama)
 def test_a_plan_that_cannot_be_repeated_is_refused(search, sleb, tmp_path):
     search("--remove", 1)
     assert "already exists" in sleb("search", "--config", "plan.json", code=8).stderr
-    assert "There is no plan nowhere.json" in sleb("search", "--config", "nowhere.json", code=3).stderr
+    assert (
+        "There is no plan nowhere.json" in sleb("search", "--config", "nowhere.json", code=3).stderr
+    )
     data = json.loads((tmp_path / "plan.json").read_text())
     for change, code, message in (
         ({"trust_remote_code": True}, 3, "has 'trust_remote_code', which is not an option that"),
@@ -155,5 +189,9 @@ def test_a_plan_that_cannot_be_repeated_is_refused(search, sleb, tmp_path):
         ({"samples": "many"}, 2, "--samples 'many' is not a whole number"),
         ({"model": "/moved"}, 4, "/moved"),
     ):
-        (tmp_path / "plan.json").write_text(json.dumps(data | {"request": data["request"] | change}))
-        assert message in sleb("search", "--config", "plan.json", "-o", "new.json", code=code).stderr
+        (tmp_path / "plan.json").write_text(
+            json.dumps(data | {"request": data["request"] | change})
+        )
+        assert (
+            message in sleb("search", "--config", "plan.json", "-o", "new.json", code=code).stderr
+        )

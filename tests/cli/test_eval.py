@@ -48,7 +48,10 @@ def evaluate(sleb):
 
 def plain_perplexity(folder, text, length, skipped):
     """Tokenize once as a whole, cut, and take the exponential of the mean loss."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+    )
     ids = tokenizer(text.read_text()).input_ids
     windows = torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length)
     path = {"llama": "model.layers", "opt": "model.decoder.layers"}[model.config.model_type]
@@ -57,10 +60,19 @@ def plain_perplexity(folder, text, length, skipped):
 
 @pytest.mark.parametrize(
     ("model", "sizes", "counts"),
-    [("tiny_llama", "--every 2", [2, 3]), ("tiny_llama", "--remove 3,1", [1, 3]), ("tiny_opt", "--every 9", [3])],
+    [
+        ("tiny_llama", "--every 2", [2, 3]),
+        ("tiny_llama", "--remove 3,1", [1, 3]),
+        ("tiny_opt", "--every 9", [3]),
+    ],
 )
-def test_perplexity_is_that_of_the_literature(sleb, request, model, sizes, counts, test_text, tmp_path):
-    folder, text_file = request.getfixturevalue(model), test_text.rename(tmp_path / "a[bold]b[ end].txt")
+def test_perplexity_is_that_of_the_literature(
+    sleb, request, model, sizes, counts, test_text, tmp_path
+):
+    folder, text_file = (
+        request.getfixturevalue(model),
+        test_text.rename(tmp_path / "a[bold]b[ end].txt"),
+    )
     options = ["--perplexity", text_file.name, *SHORT, "--batch-size", 3]
     result = sleb("eval", folder, "--blocks", "3,1,2", *sizes.split(), *options, "-o", "r[x].json")
     measured = json.loads((tmp_path / "r[x].json").read_text())
@@ -73,7 +85,9 @@ def test_perplexity_is_that_of_the_literature(sleb, request, model, sizes, count
         assert size["perplexity"] == pytest.approx(expected, rel=1e-5)
         assert f"{size['perplexity']:.2f}" in result.stdout
     for size in text["pruned"]:
-        assert size["log_ratio"] == pytest.approx(math.log(size["perplexity"] / dense["perplexity"]))
+        assert size["log_ratio"] == pytest.approx(
+            math.log(size["perplexity"] / dense["perplexity"])
+        )
         assert size["interval"]["low"] < size["log_ratio"] < size["interval"]["high"]
     assert text_file.name in result.stdout
     assert "wrote r[x].json" in result.stdout
@@ -94,11 +108,18 @@ def own_task(tmp_path):
 
 def plain_accuracy(folder, limit):
     """Choose the likelier continuation."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+    )
     scores = [
-        [log_likelihood(model, tokenizer, item["q"], choice) for choice in item["choices"]] for item in ITEMS[:limit]
+        [log_likelihood(model, tokenizer, item["q"], choice) for choice in item["choices"]]
+        for item in ITEMS[:limit]
     ]
-    return sum(of.index(max(of)) == item["gold"] for of, item in zip(scores, ITEMS, strict=False)) / limit
+    return (
+        sum(of.index(max(of)) == item["gold"] for of, item in zip(scores, ITEMS, strict=False))
+        / limit
+    )
 
 
 def test_a_task_file_of_ones_own(sleb, tiny_llama, own_task, tmp_path):
@@ -121,19 +142,38 @@ def test_a_task_file_of_ones_own(sleb, tiny_llama, own_task, tmp_path):
 
 def test_a_chat_model_is_asked_and_ends_its_answers_or_not(evaluate, tmp_path):
     folder = save_model(tmp_path / "chat", llama_config(max_position_embeddings=1024))
-    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}!{% endfor %}")
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}!{% endfor %}"
+    )
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+    )
 
     def written(question):
         ids = tokenizer(f"user: {question}!", return_tensors="pt").input_ids
-        return model.generate(ids, do_sample=False, max_new_tokens=200, pad_token_id=0)[0, ids.shape[1] :].tolist()
+        return model.generate(ids, do_sample=False, max_new_tokens=200, pad_token_id=0)[
+            0, ids.shape[1] :
+        ].tolist()
 
-    answers = [set(written(row["question"])) for row in instructions(items=100)["test"].select(range(4))]
+    answers = [
+        set(written(row["question"])) for row in instructions(items=100)["test"].select(range(4))
+    ]
     # Another end token, which some of the answers reach.
     end = min(token for token in answers[0] if sum(token in answer for answer in answers) == 2)
-    settings = json.loads((folder / "generation_config.json").read_text()) | {"eos_token_id": [1, end]}
+    settings = json.loads((folder / "generation_config.json").read_text()) | {
+        "eos_token_id": [1, end]
+    }
     (folder / "generation_config.json").write_text(json.dumps(settings))
-    asked = ["--tasks", "sleb_instructions", "--apply-chat-template", "--limit", 4, "--batch-size", 3]
+    asked = [
+        "--tasks",
+        "sleb_instructions",
+        "--apply-chat-template",
+        "--limit",
+        4,
+        "--batch-size",
+        3,
+    ]
     data, _ = evaluate(folder, *asked)
     found = {task["metric"]: task["dense"]["items"] for task in data["tasks"]}
     assert found["ended"] == [not answer.isdisjoint({1, end}) for answer in answers]
@@ -142,7 +182,9 @@ def test_a_chat_model_is_asked_and_ends_its_answers_or_not(evaluate, tmp_path):
 
 
 def count_passes(monkeypatch, limit=None):
-    """Return a list that grows with each pass of a model with weights; the pass after `limit` is interrupted."""
+    """Return a list that grows with each pass of a model with weights; the pass after `limit` is
+    interrupted.
+    """
     forward, passes = LlamaForCausalLM.forward, []
 
     def counted(self, *given, **options):
@@ -160,12 +202,19 @@ def test_programs_run_only_with_permission(sleb, evaluate, tiny_llama, tmp_path,
     # What the model writes here is the rest of a comment.
     row = {"prompt": "def one():\n    return 1\n# ", "entry_point": "one"}
     rows = [row | {"test": f"def check(f):\n    assert f() == {n}\n"} for n in (1, 2)]
-    own = {"include": str(Path(lm_eval.__file__).parent / "tasks/humaneval/humaneval_instruct.yaml")}
+    own = {
+        "include": str(Path(lm_eval.__file__).parent / "tasks/humaneval/humaneval_instruct.yaml")
+    }
     written = {"max_gen_toks": 1, "do_sample": False, "until": ["\n"]}
     inherited = ("output_type", "doc_to_text", "doc_to_choice", "doc_to_target", "metric_list")
-    write_task(tmp_path, "own_programs", rows, **own, generation_kwargs=written, **dict.fromkeys(inherited))
+    write_task(
+        tmp_path, "own_programs", rows, **own, generation_kwargs=written, **dict.fromkeys(inherited)
+    )
     asked = [tiny_llama, "--blocks", 2, "--tasks", "own_programs", "--include-path", tmp_path]
-    assert "The task own_programs runs programs that the model writes." in sleb("eval", *asked, code=2).stderr
+    assert (
+        "The task own_programs runs programs that the model writes."
+        in sleb("eval", *asked, code=2).stderr
+    )
     (task,) = evaluate(*asked, "--run-code", "unconfined")[0]["tasks"]
     assert (task["metric"], task["dense"]["items"]) == ("pass@1", [1.0, 0.0])
     # A program that is not decided ends the run.
@@ -177,15 +226,25 @@ def test_programs_run_only_with_permission(sleb, evaluate, tiny_llama, tmp_path,
         patch.setenv("PATH", str(tmp_path))
         patch.delattr(LlamaForCausalLM, "forward")
         assert "needs bubblewrap" in sleb("eval", *asked, "--run-code", "confined", code=7).stderr
-    monkeypatch.setattr(written_code, "passes", lambda program, how: ran.append(how) or passes(program, "unconfined"))
+    monkeypatch.setattr(
+        written_code,
+        "passes",
+        lambda program, how: ran.append(how) or passes(program, "unconfined"),
+    )
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
     (confined,) = evaluate(*asked)[0]["tasks"]
-    assert confined.pop("fingerprint") != task.pop("fingerprint")  # what may run decides what passes
+    assert confined.pop("fingerprint") != task.pop(
+        "fingerprint"
+    )  # what may run decides what passes
     assert confined == task
     assert set(ran) == {"confined"}
     (tmp_path / "own_programs.yaml").write_text(
-        "task: own_programs\ninclude: " + own["include"].replace("humaneval_instruct", "humaneval") + "\n"
-        "dataset_path: json\ndataset_kwargs: {data_files: {test: " + str(tmp_path / "own_programs.jsonl") + "}}\n"
+        "task: own_programs\ninclude: "
+        + own["include"].replace("humaneval_instruct", "humaneval")
+        + "\n"
+        "dataset_path: json\ndataset_kwargs: {data_files: {test: "
+        + str(tmp_path / "own_programs.jsonl")
+        + "}}\n"
         "metric_list:\n  - metric: exact_match\n"
     )
     assert "without limits" in sleb("eval", *asked, code=5).stderr
@@ -197,20 +256,30 @@ def test_an_answer_longer_than_the_model_is_refused(sleb, tiny_llama, tmp_path):
     assert "but the model has only 128 positions" in told
 
 
-def test_what_was_measured_before_is_not_measured_again(evaluate, llama_plan, test_text, own_task, monkeypatch):
+def test_what_was_measured_before_is_not_measured_again(
+    evaluate, llama_plan, test_text, own_task, monkeypatch
+):
     options = [llama_plan, "--perplexity", test_text, *SHORT, *own_task, "--max-windows", 4]
     first, _ = evaluate(*options, "--remove", 1)
     passes = count_passes(monkeypatch)
     again, said = evaluate(*options, "--remove", 1)
     assert (again, passes) == (first, [])
-    assert f"Measured before: perplexity on {test_text}, own_weather. --force measures again." in said
+    assert (
+        f"Measured before: perplexity on {test_text}, own_weather. --force measures again." in said
+    )
     assert "Loading" not in said
     same_tokens = ["--sequence-length", 32, "--max-windows", 8]
     changes = (["--every", 1], ["--limit", 3], ["--dtype", "bfloat16"], same_tokens, ["--force"])
     for more in changes:
-        found, _ = evaluate(*options, "--remove", 1, *more) if more[0] != "--every" else evaluate(*options, *more)
+        found, _ = (
+            evaluate(*options, "--remove", 1, *more)
+            if more[0] != "--every"
+            else evaluate(*options, *more)
+        )
         assert passes, more
-        assert found["texts"][0]["pruned"][0]["removals"] == first["texts"][0]["pruned"][0]["removals"]
+        assert (
+            found["texts"][0]["pruned"][0]["removals"] == first["texts"][0]["pruned"][0]["removals"]
+        )
         passes.clear()
     # Tasks may have the model write, by its own settings.
     settings = Path(json.loads(llama_plan.read_text())["model"]["id"]) / "generation_config.json"
@@ -221,7 +290,9 @@ def test_what_was_measured_before_is_not_measured_again(evaluate, llama_plan, te
     assert passes
 
 
-def test_sizes_that_share_work_give_what_each_gives_alone(evaluate, tiny_llama, test_text, own_task, monkeypatch):
+def test_sizes_that_share_work_give_what_each_gives_alone(
+    evaluate, tiny_llama, test_text, own_task, monkeypatch
+):
     options = [tiny_llama, "--perplexity", test_text, *SHORT, "--max-windows", 4, *own_task]
     options += ["--blocks", "3,1", "--every", 1]
     asked, without = [], Models.without
@@ -238,13 +309,19 @@ def test_sizes_that_share_work_give_what_each_gives_alone(evaluate, tiny_llama, 
     for where in (prepare, quality_models):
         monkeypatch.setattr(where, "why_not_fork", lambda *given: "a reason")
     for is_packed in (False, True):  # packed weights need no second copy
-        monkeypatch.setattr(Architecture, "is_quantized", property(lambda self, packed=is_packed: packed))
+        monkeypatch.setattr(
+            Architecture, "is_quantized", property(lambda self, packed=is_packed: packed)
+        )
         alone, _ = evaluate(*options, "--force")
         assert {*asked} == {(), (3,), (3, 1)}
         assert alone["tasks"] == shared["tasks"]
-        for ours, theirs in zip(alone["texts"][0]["pruned"], shared["texts"][0]["pruned"], strict=True):
+        for ours, theirs in zip(
+            alone["texts"][0]["pruned"], shared["texts"][0]["pruned"], strict=True
+        ):
             assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-6)
-            assert ours["divergence"]["mean"] == pytest.approx(theirs["divergence"]["mean"], rel=1e-4)
+            assert ours["divergence"]["mean"] == pytest.approx(
+                theirs["divergence"]["mean"], rel=1e-4
+            )
         asked.clear()
 
 
@@ -265,7 +342,15 @@ def test_the_dense_model_answers_once_for_all_plans(evaluate, tiny_llama, own_ta
 def test_an_interrupted_evaluation_keeps_its_finished_parts(
     sleb, evaluate, tiny_llama, test_text, text_file, own_task, tmp_path, monkeypatch
 ):
-    options = [tiny_llama, "--blocks", "3", "--perplexity", f"{test_text},{text_file}", *SHORT, *own_task]
+    options = [
+        tiny_llama,
+        "--blocks",
+        "3",
+        "--perplexity",
+        f"{test_text},{text_file}",
+        *SHORT,
+        *own_task,
+    ]
     with monkeypatch.context() as patch:
         passes = count_passes(patch)
         whole, _ = evaluate(*options)
@@ -275,12 +360,18 @@ def test_an_interrupted_evaluation_keeps_its_finished_parts(
     unfinished = EvalResult.model_validate_json((tmp_path / "r.unfinished.json").read_text())
     assert [text.text for text in unfinished.texts] == [str(test_text), str(text_file)]
     rest = count_passes(monkeypatch)
-    assert evaluate(*options, "-o", "r.json")[0] == whole == json.loads((tmp_path / "r.json").read_text())
+    assert (
+        evaluate(*options, "-o", "r.json")[0]
+        == whole
+        == json.loads((tmp_path / "r.json").read_text())
+    )
     assert 0 < len(rest) < len(passes) / 2
     assert not (tmp_path / "r.unfinished.json").exists()
 
 
-def test_results_of_runs_are_kept_beside_the_plan(evaluate, llama_plan, test_text, text_file, own_task):
+def test_results_of_runs_are_kept_beside_the_plan(
+    evaluate, llama_plan, test_text, text_file, own_task
+):
     plan = llama_plan.rename(llama_plan.parent / "plan.json")  # which is the default
     short = [*SHORT, "--max-windows", 4, "-q"]
     _, said = evaluate("--perplexity", f"{test_text},{text_file}", "--every", 1, *short)
@@ -303,7 +394,9 @@ def test_results_of_runs_are_kept_beside_the_plan(evaluate, llama_plan, test_tex
     assert file.read_text() == before  # of another model, nothing is kept
 
 
-def test_an_applied_checkpoint_keeps_its_own_results(sleb, evaluate, llama_plan, test_text, tmp_path):
+def test_an_applied_checkpoint_keeps_its_own_results(
+    sleb, evaluate, llama_plan, test_text, tmp_path
+):
     sleb("apply", llama_plan, "-o", "out", "--no-verify", "-q")
     options, file = ["--perplexity", test_text, *SHORT], tmp_path / "out" / "sleb_eval.json"
     planned, _ = evaluate(llama_plan, *options)
@@ -319,7 +412,17 @@ def test_an_applied_checkpoint_keeps_its_own_results(sleb, evaluate, llama_plan,
 
 
 def test_out_of_memory_batches_are_smaller(evaluate, tiny_llama, own_task, text_file, monkeypatch):
-    options = [tiny_llama, *own_task, "--batch-size", 4, "--perplexity", text_file, *SHORT, "--max-windows", 8]
+    options = [
+        tiny_llama,
+        *own_task,
+        "--batch-size",
+        4,
+        "--perplexity",
+        text_file,
+        *SHORT,
+        "--max-windows",
+        8,
+    ]
     expected, _ = evaluate(*options)
     forward, refused = LlamaForCausalLM.forward, []
 
@@ -334,7 +437,9 @@ def test_out_of_memory_batches_are_smaller(evaluate, tiny_llama, own_task, text_
     assert {2, 4} <= set(refused)
     assert "Out of memory on cpu; continuing with" in said
     assert found["tasks"] == expected["tasks"]
-    assert found["texts"][0]["dense"]["losses"] == pytest.approx(expected["texts"][0]["dense"]["losses"], rel=1e-5)
+    assert found["texts"][0]["dense"]["losses"] == pytest.approx(
+        expected["texts"][0]["dense"]["losses"], rel=1e-5
+    )
 
 
 @pytest.fixture
@@ -352,7 +457,10 @@ def test_the_split_is_the_least_known_one_by_default(evaluate, tiny_llama):
     assert "No split given; measuring perplexity on org/corpus::test." in said
     named, said = evaluate(tiny_llama, "--perplexity", "org/corpus::test,org/corpus::train", *SHORT)
     assert "No split given" not in said
-    assert [text["text"] for text in chosen["texts"]] == ["org/corpus::test", "org/corpus::test:text"]
+    assert [text["text"] for text in chosen["texts"]] == [
+        "org/corpus::test",
+        "org/corpus::test:text",
+    ]
     assert [text["text"] for text in named["texts"]] == ["org/corpus::test", "org/corpus::train"]
     assert named["texts"][0] == chosen["texts"][0]
     assert named["texts"][1]["tokens_sha256"] != named["texts"][0]["tokens_sha256"]

@@ -21,7 +21,9 @@ def export(run_sleb):
     def run(subject, blocks, to, *options, code=0, says=""):
         given = [*(["--blocks", blocks] if blocks else []), *(["--to", to] if to else [])]
         result = run_sleb("export", subject, *given, *options)
-        assert (result.exit_code, says in result.stdout + result.stderr) == (code, True), result.stderr
+        assert (result.exit_code, says in result.stdout + result.stderr) == (code, True), (
+            result.stderr
+        )
         return result
 
     return run
@@ -37,7 +39,9 @@ def test_indices_are_what_blocks_takes(export, llama_plan):
 
 def test_help_names_every_format():
     help_of_to = ExportRequest.__dataclass_fields__["to"].metadata["doc"].help
-    assert [name for name in help_of_to.split(", ") if "plugin" not in name] == [each.name for each in sleb_exporters()]
+    assert [name for name in help_of_to.split(", ") if "plugin" not in name] == [
+        each.name for each in sleb_exporters()
+    ]
 
 
 def test_a_mergekit_recipe_stacks_what_is_kept(export, tiny_llama, tmp_path):
@@ -54,11 +58,17 @@ def test_a_mergekit_recipe_stacks_what_is_kept(export, tiny_llama, tmp_path):
 
 
 def test_the_command_for_llama_quantize(export, tiny_llama, tmp_path):
-    expected = "llama-quantize --prune-layers 4,1 tiny-llama.gguf tiny-llama-sleb-4-blocks.gguf COPY\n"
+    expected = (
+        "llama-quantize --prune-layers 4,1 tiny-llama.gguf tiny-llama-sleb-4-blocks.gguf COPY\n"
+    )
     assert export(tiny_llama, "4,1", "llama-quantize", "-q").stdout == expected
     source = write_llama_gguf(tmp_path / "a name.gguf", 6)
     export(source, "4,1", "llama-quantize", "-o", "run.sh")
-    assert shlex.split((tmp_path / "run.sh").read_text())[3:] == [str(source), "a name-sleb-4-blocks.gguf", "COPY"]
+    assert shlex.split((tmp_path / "run.sh").read_text())[3:] == [
+        str(source),
+        "a name-sleb-4-blocks.gguf",
+        "COPY",
+    ]
     source.rename("a blob")
     said = export(tiny_llama, "4,1", "llama-quantize", "--source", "a blob", "-q").stdout
     assert shlex.split(said)[3:] == ["a blob", "a blob-sleb-4-blocks.gguf", "COPY"]
@@ -67,8 +77,18 @@ def test_the_command_for_llama_quantize(export, tiny_llama, tmp_path):
 def test_llama_quantize_is_not_sent_where_it_would_go_wrong(export, tiny_llama, tmp_path):
     for architecture, values, code, message in (
         ("llama", {"attention.head_count": 4}, 0, ""),
-        ("llama", {"attention.head_count_kv": [2] * 5 + [4]}, 4, "not correct llama.attention.head_count_kv"),
-        ("deepseek", {"leading_dense_block_count": 2}, 4, "not correct deepseek.leading_dense_block_count"),
+        (
+            "llama",
+            {"attention.head_count_kv": [2] * 5 + [4]},
+            4,
+            "not correct llama.attention.head_count_kv",
+        ),
+        (
+            "deepseek",
+            {"leading_dense_block_count": 2},
+            4,
+            "not correct deepseek.leading_dense_block_count",
+        ),
         ("gemma2", {}, 4, "the last of every 2 blocks"),
     ):
         write_gguf(tmp_path / "a.gguf", architecture, 6, values)
@@ -77,8 +97,17 @@ def test_llama_quantize_is_not_sent_where_it_would_go_wrong(export, tiny_llama, 
 
 @pytest.mark.parametrize("to", ["mergekit", "llama-quantize"])
 def test_an_exporter_that_only_counts_refuses_blocks_of_several_kinds(export, tmp_path, to):
-    mixed, alike = tiny_config("qwen2"), tiny_config("qwen2", use_sliding_window=False, layer_types=None)
+    mixed, alike = (
+        tiny_config("qwen2"),
+        tiny_config("qwen2", use_sliding_window=False, layer_types=None),
+    )
     model = save_model(tmp_path / "mixed", mixed)  # windows in the last three of six blocks
-    export(model, "1", to, code=4, says=f"{to} would renumber the blocks of {model} but not correct layer_types.")
+    export(
+        model,
+        "1",
+        to,
+        code=4,
+        says=f"{to} would renumber the blocks of {model} but not correct layer_types.",
+    )
     export(model, "4", to)
     export(save_model(tmp_path / "alike", alike), "1", to)

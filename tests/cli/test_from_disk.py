@@ -1,4 +1,6 @@
-"""Weights that stay on disk, by `--stream`, `--device-map` or for lack of memory: the same files and numbers."""
+"""Weights that stay on disk, by `--stream`, `--device-map` or for lack of memory: the same files
+and numbers.
+"""
 
 import gc
 import json
@@ -31,7 +33,9 @@ def plan_of(found):
 
 
 def written(folder):
-    """Return what must not depend on where the weights were: a checkpoint's weights and its plan; and its proof."""
+    """Return what must not depend on where the weights were: a checkpoint's weights and its plan;
+    and its proof.
+    """
     plan = json.loads((folder / "sleb_plan.json").read_text()) | {"environment": None}
     proof = plan.pop("proof", None)
     return (weight_bytes_of(folder), plan), proof
@@ -43,27 +47,43 @@ def written(folder):
         ("streamed", "llama", "nll"),
         ("placed", "llama", "cosine"),
         ("large", "llama", "nll"),
-        *(slow((way, family, "nll")) for family in ("gemma3_text", "mixtral") for way in ("streamed", "placed")),
+        *(
+            slow((way, family, "nll"))
+            for family in ("gemma3_text", "mixtral")
+            for way in ("streamed", "placed")
+        ),
         slow(("placed", "llama", "magnitude")),
     ],
     ids=" ".join,
 )
-def test_plan_checkpoint_and_measurements_are_the_same(sleb, text_file, tmp_path, spread, monkeypatch, case):
+def test_plan_checkpoint_and_measurements_are_the_same(
+    sleb, text_file, tmp_path, spread, monkeypatch, case
+):
     other, family, metric = case
     model = save_model(tmp_path / "model", tiny_config(family, dtype=torch.bfloat16))
-    too_large = "of memory, but only 100 kB is free on cpu. Streaming its blocks from disk (--stream)"
+    too_large = (
+        "of memory, but only 100 kB is free on cpu. Streaming its blocks from disk (--stream)"
+    )
     found = []
     for way in ("in memory", other):
         where = [*(spread(model, 0) if way == "placed" else WAYS[way]), "--force"]
         if way == "large":
             for room in (placement, proof):
                 monkeypatch.setattr(room, "memory_shortage", shortage_at(100_000))
-        searched = sleb("search", model, "--remove", 2, "--metric", metric, *calibration(text_file), *where)
-        applied = sleb("apply", "--recover", *calibration(text_file, samples=20), *where, "-o", "out")
+        searched = sleb(
+            "search", model, "--remove", 2, "--metric", metric, *calibration(text_file), *where
+        )
+        applied = sleb(
+            "apply", "--recover", *calibration(text_file, samples=20), *where, "-o", "out"
+        )
         measured = sleb("eval", "--every", 1, *evaluation(text_file), *where, "--json")
         files, proven = written(tmp_path / "out")
         found.append((*files, json.loads(measured.stdout) | {"commands": None}))
-        assert (proven["checks"], proven["partial"], proven["logits_difference"]) == (COMPLETE, None, 0.0)
+        assert (proven["checks"], proven["partial"], proven["logits_difference"]) == (
+            COMPLETE,
+            None,
+            0.0,
+        )
         for command in (searched, applied, measured):
             assert ("without its blocks" in command.stderr) == (way in ("streamed", "large"))
             assert (too_large in command.stderr) == (way == "large")
@@ -77,7 +97,14 @@ def test_plan_checkpoint_and_measurements_are_the_same(sleb, text_file, tmp_path
 
 
 def test_more_batches_recover_with_no_more_reads(sleb, llama_plan, text_file, visits, monkeypatch):
-    command = ["apply", llama_plan, "--recover", *calibration(text_file, samples=40), "--stream", "--no-verify"]
+    command = [
+        "apply",
+        llama_plan,
+        "--recover",
+        *calibration(text_file, samples=40),
+        "--stream",
+        "--no-verify",
+    ]
     sleb(*command, "-o", "few")
     few = len(visits)
     visits.clear()
@@ -88,7 +115,9 @@ def test_more_batches_recover_with_no_more_reads(sleb, llama_plan, text_file, vi
     assert few <= 40
 
 
-def test_all_parts_and_sizes_of_texts_are_measured_in_one_read(sleb, tiny_llama, text_file, visits, monkeypatch):
+def test_all_parts_and_sizes_of_texts_are_measured_in_one_read(
+    sleb, tiny_llama, text_file, visits, monkeypatch
+):
     monkeypatch.setattr(texts, "TOKENS_PER_PART", 64)
     reads = []
     for blocks, windows in (("1,3", 12), ("1,3,2", 24)):
@@ -100,9 +129,19 @@ def test_all_parts_and_sizes_of_texts_are_measured_in_one_read(sleb, tiny_llama,
     assert reads[0] == reads[1]
 
 
-def test_hidden_states_wait_in_host_memory(sleb, llama_plan, text_file, tmp_path, monkeypatch, simulate):
+def test_hidden_states_wait_in_host_memory(
+    sleb, llama_plan, text_file, tmp_path, monkeypatch, simulate
+):
     simulate()
-    command = ["apply", llama_plan, "--recover", *calibration(text_file, samples=20), "--device", "sim", "--stream"]
+    command = [
+        "apply",
+        llama_plan,
+        "--recover",
+        *calibration(text_file, samples=20),
+        "--device",
+        "sim",
+        "--stream",
+    ]
     sleb(*command, "--no-verify", "-o", "device")
     of_device = iter((0, 2**31))  # for all, and without hidden states
 
@@ -111,14 +150,27 @@ def test_hidden_states_wait_in_host_memory(sleb, llama_plan, text_file, tmp_path
 
     monkeypatch.setattr(door, "memory_shortage", shortage)
     held = []
-    monkeypatch.setattr(depth, "to_cpu", lambda tensor: held.append(tensor.device.type) or tensor.cpu())
+    monkeypatch.setattr(
+        depth, "to_cpu", lambda tensor: held.append(tensor.device.type) or tensor.cpu()
+    )
     sleb(*command, "--no-verify", "-o", "host")
     assert "sim" in held
     assert written(tmp_path / "host") == written(tmp_path / "device")
 
 
 def test_a_streamed_model_writes_no_text(sleb, llama_plan, text_file, tmp_path):
-    command = ["apply", llama_plan, "--stream", "--no-verify", "-o", "out", "--sequence-length", 32, "--samples", 10]
+    command = [
+        "apply",
+        llama_plan,
+        "--stream",
+        "--no-verify",
+        "-o",
+        "out",
+        "--sequence-length",
+        32,
+        "--samples",
+        10,
+    ]
     own_text = sleb(*command, "--recover", "--calibration", "self", code=2).stderr
     assert "A streamed model cannot write its own text" in own_text
     sleb(*command, "--recover")  # by default, on the text of its plan
@@ -132,7 +184,9 @@ def test_a_model_that_is_partly_on_disk_writes_its_own_text(plan_of, tiny_llama,
 
 
 @pytest.mark.parametrize("how", ["auto", slow("balanced"), slow("sequential")])
-def test_accelerate_chooses_the_places_and_may_split_no_block(plan_of, search, tiny_llama, spread, monkeypatch, how):
+def test_accelerate_chooses_the_places_and_may_split_no_block(
+    plan_of, search, tiny_llama, spread, monkeypatch, how
+):
     expected = plan_of()
     spread(tiny_llama, 0)
     assert plan_of("--device-map", how) == expected

@@ -46,7 +46,9 @@ def healed(sleb, llama_plan, tmp_path, monkeypatch):
     monkeypatch.setattr(heal_budget, "PORTION_TOKENS", 1024)
 
     text = calibration("text.txt", samples=10)
-    return lambda *options, of=(llama_plan,), **how: sleb("apply", *of, "--heal", *text, "-o", "out", *options, **how)
+    return lambda *options, of=(llama_plan,), **how: sleb(
+        "apply", *of, "--heal", *text, "-o", "out", *options, **how
+    )
 
 
 def recovery():
@@ -58,25 +60,45 @@ def test_healing_comes_nearer_to_the_dense_model(healed, tiny_llama, tmp_path, m
     monkeypatch.setattr(forecast, "LONG", 0.0)
     result = healed("--recover", *TOKENS)
     assert re.search(
-        r"dense .*\n.* pruned .*\n.* recovered .*\n.* healed .*\n(.*\n)?.*; \d+% of the divergence", result.stdout
+        r"dense .*\n.* pruned .*\n.* recovered .*\n.* healed .*\n(.*\n)?.*; \d+% of the divergence",
+        result.stdout,
     )
     assert "matches the recovered model in memory" in result.stdout
-    for long in (r"Recovery: up to \d blocks? fitted to \d+ tokens in float32: about", "Healing: .*: about \\d+ s"):
+    for long in (
+        r"Recovery: up to \d blocks? fitted to \d+ tokens in float32: about",
+        "Healing: .*: about \\d+ s",
+    ):
         assert re.search(long, result.stderr)
-    told = re.findall(r"healing, (\d+)%: KL to the dense model (\S+), on validation text (\S+)", result.stderr)
+    told = re.findall(
+        r"healing, (\d+)%: KL to the dense model (\S+), on validation text (\S+)", result.stderr
+    )
     assert len(told) >= 8
     assert int(told[-1][0]) >= 100
-    assert float(told[-1][2]) < float(told[0][2])  # the other numbers are of other batches each time
+    assert float(told[-1][2]) < float(
+        told[0][2]
+    )  # the other numbers are of other batches each time
     found, heal = recovery(), recovery().heal
-    assert (heal.token_budget, heal.minutes, heal.stopped, heal.tokens) == (4096, None, "budget", 4096)
+    assert (heal.token_budget, heal.minutes, heal.stopped, heal.tokens) == (
+        4096,
+        None,
+        "budget",
+        4096,
+    )
     assert heal.losses.divergence < found.pruned.divergence
     assert found.models[-1][1] == heal.losses
     assert (
-        f"| healed on 4,096 tokens | {math.exp(heal.losses.loss):.2f} |" in (tmp_path / "out" / "README.md").read_text()
+        f"| healed on 4,096 tokens | {math.exp(heal.losses.loss):.2f} |"
+        in (tmp_path / "out" / "README.md").read_text()
     )
     before, after = weights_of(tiny_llama), weights_of(tmp_path / "out")
-    assert all(torch.equal(before[name], after[name]) for name in after if "embed" in name or "head" in name)
-    assert not torch.equal(before["model.layers.5.mlp.up_proj.weight"], after["model.layers.3.mlp.up_proj.weight"])
+    assert all(
+        torch.equal(before[name], after[name])
+        for name in after
+        if "embed" in name or "head" in name
+    )
+    assert not torch.equal(
+        before["model.layers.5.mlp.up_proj.weight"], after["model.layers.3.mlp.up_proj.weight"]
+    )
 
 
 def test_an_interrupted_healing_resumes_to_the_same_bytes(healed, tmp_path, monkeypatch):
@@ -87,18 +109,31 @@ def test_an_interrupted_healing_resumes_to_the_same_bytes(healed, tmp_path, monk
         interrupt_healing(patches, 6)
         stopped = healed(*command, code=130)
     kept = sum(file.stat().st_size for file in tmp_path.glob(".out.recovery/*/*"))
-    checkpoint = sum(file.stat().st_size for file in tmp_path.glob("whole/*") if file.suffix != ".md")
+    checkpoint = sum(
+        file.stat().st_size for file in tmp_path.glob("whole/*") if file.suffix != ".md"
+    )
     assert kept / 2 < room[0] - checkpoint < 2 * kept
-    assert re.search(r"What was found is saved in \S+: run the same command again to continue", stopped.stderr)
+    assert re.search(
+        r"What was found is saved in \S+: run the same command again to continue", stopped.stderr
+    )
     assert sorted(name for name in os.listdir(tmp_path) if "out" in name) == [".out.recovery"]
-    for change in (["--heal-tokens", 2048], ["--seed", 1]):  # another healing begins anew, and overwrites nothing
+    for change in (
+        ["--heal-tokens", 2048],
+        ["--seed", 1],
+    ):  # another healing begins anew, and overwrites nothing
         with monkeypatch.context() as patches:
             interrupt_healing(patches, 1)
-            assert "Continuing an interrupted healing" not in healed(*command, *change, code=130).stderr
+            assert (
+                "Continuing an interrupted healing"
+                not in healed(*command, *change, code=130).stderr
+            )
     with monkeypatch.context() as patches:
         steps = interrupt_healing(patches, 100)
         failing(writing, "prove", ProofError("It failed.", hint="Try again."))(patches)
-        assert "Continuing an interrupted healing, after 2,560 tokens" in healed(*command, code=9).stderr
+        assert (
+            "Continuing an interrupted healing, after 2,560 tokens"
+            in healed(*command, code=9).stderr
+        )
     assert len(steps) == 3
     with monkeypatch.context() as patches:
         steps = interrupt_healing(patches, 1)
@@ -137,7 +172,9 @@ def test_float16_gradients_are_scaled(overflows):
 
 def first_gradient(dtype, headroom):
     """Return the gradient of a healing's first step, and the scale of the loss before and after it."""
-    teacher, student = (random_model(llama_config(3)).half().to(dtype).requires_grad_(False) for _ in range(2))
+    teacher, student = (
+        random_model(llama_config(3)).half().to(dtype).requires_grad_(False) for _ in range(2)
+    )
     with torch.no_grad():
         student.model.layers[1].mlp.down_proj.weight *= 0.5
     ids = torch.randint(2, 300, (32, 32), generator=torch.Generator().manual_seed(0))
@@ -147,7 +184,10 @@ def first_gradient(dtype, headroom):
     ):
         weight = student.model.layers[2].mlp.down_proj.weight
         trained = LowRank([weight], [weight.detach().clone()], torch.float16)
-        distillation, size = Distillation(Variant(dense), Variant(pruned), 0), training.BATCH_TOKENS // ids.shape[1]
+        distillation, size = (
+            Distillation(Variant(dense), Variant(pruned), 0),
+            training.BATCH_TOKENS // ids.shape[1],
+        )
         job = SimpleNamespace(group=ProcessGroup(), notify=ignore)
         trainer = training.Trainer(job, distillation, trained, size)
         with torch.no_grad():
@@ -171,7 +211,9 @@ def test_it_stops_without_gains_and_keeps_the_best_point(healed, tiny_llama, tmp
     healed(*TOKENS)
     assert (recovery().heal.stopped, recovery().heal.kept_tokens) == ("patience", 0)
     before, after = weights_of(tiny_llama), weights_of(tmp_path / "out")
-    assert torch.equal(before["model.layers.5.mlp.up_proj.weight"], after["model.layers.3.mlp.up_proj.weight"])
+    assert torch.equal(
+        before["model.layers.5.mlp.up_proj.weight"], after["model.layers.3.mlp.up_proj.weight"]
+    )
 
 
 def test_it_starts_from_the_closed_form(healed, monkeypatch):
@@ -193,5 +235,7 @@ def test_blocks_far_below_the_gap_are_shared_and_stay(healed, tmp_path):
     before, after = weights_of(folder), weights_of(tmp_path / "out")
     old = [f"model.layers.{block}.mlp.up_proj.weight" for block in (0, 1, 2, 3, 4, 5, 7, 8)]
     new = [f"model.layers.{block}.mlp.up_proj.weight" for block in range(8)]
-    changed = [block for block in range(8) if not torch.equal(before[old[block]], after[new[block]])]
+    changed = [
+        block for block in range(8) if not torch.equal(before[old[block]], after[new[block]])
+    ]
     assert changed == [2, 3, 4, 5, 6, 7]

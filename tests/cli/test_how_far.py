@@ -34,7 +34,10 @@ def test_parameters_are_those_of_the_checkpoint(search, sleb, tiny_llama, tmp_pa
     assert plan.search.target.reached == OUTSIDE + 4 * BLOCK
     assert "57.63k of 76.19k remain; it cost" in result.stdout
     sleb("apply", "plan.json", "-o", "out")
-    assert sum(p.numel() for p in AutoModelForCausalLM.from_pretrained("out").parameters()) == OUTSIDE + 4 * BLOCK
+    assert (
+        sum(p.numel() for p in AutoModelForCausalLM.from_pretrained("out").parameters())
+        == OUTSIDE + 4 * BLOCK
+    )
     extend = ["search", tiny_llama, "--extend", "plan.json", "--target-params", OUTSIDE + 3 * BLOCK]
     sleb(*extend)
     assert read_plan(tmp_path / "plan.json").removals == full.removals[:3]
@@ -50,15 +53,23 @@ def test_memory_is_weights_and_cache_as_served(search, found):
     assert three.search.target.reached == most
     assert three.search.target.kv_cache == "a KV cache in bfloat16 for 100 tokens"
     result = search("--target-memory", "300kB", "--force")
-    assert "weights in float32 (305 kB) and a KV cache in float32 for 128 tokens (98.3 kB)" in result.stderr
+    assert (
+        "weights in float32 (305 kB) and a KV cache in float32 for 128 tokens (98.3 kB)"
+        in result.stderr
+    )
     assert "a KV cache in float32 for 128 tokens take" in result.stdout
 
 
 def test_memory_does_not_depend_on_what_a_processor_computes_in(search, sleb, tmp_path, processor):
     processor()
-    search("--target-memory", "150kB", model=save_model(tmp_path / "m", llama_config(dtype="bfloat16")))
+    search(
+        "--target-memory", "150kB", model=save_model(tmp_path / "m", llama_config(dtype="bfloat16"))
+    )
     plan = read_plan(tmp_path / "plan.json")
-    assert (plan.search.dtype, plan.search.target.kv_cache) == ("float32", "a KV cache in bfloat16 for 128 tokens")
+    assert (plan.search.dtype, plan.search.target.kv_cache) == (
+        "float32",
+        "a KV cache in bfloat16 for 128 tokens",
+    )
     sleb("search", "--config", "plan.json", "-o", "again.json")
     assert read_plan(tmp_path / "again.json").removals == plan.removals
 
@@ -91,7 +102,14 @@ def test_a_perplexity_ratio_says_what_one_more_would_cost(search, tmp_path, full
 
 
 def test_a_search_for_a_loss_that_was_too_small_goes_on(search, tmp_path):
-    own = ["--calibration", "self", "--sequence-length", 64, "--samples", 16]  # so that each removal costs something
+    own = [
+        "--calibration",
+        "self",
+        "--sequence-length",
+        64,
+        "--samples",
+        16,
+    ]  # so that each removal costs something
     search("--remove", 4, *own, "-o", "full.json")
     full = read_plan(tmp_path / "full.json")
     least = increases(full)[0]
@@ -120,7 +138,9 @@ def test_a_model_that_fails_ends_no_search_as_done(search, tmp_path, monkeypatch
 
 def test_one_block_stays(search, sleb, tiny_llama):
     search("--remove", 5, "--protect-first", 0, "--protect-last", 0)
-    told = sleb("search", tiny_llama, "--extend", "plan.json", "--max-perplexity-ratio", 1e40, code=4).stderr
+    told = sleb(
+        "search", tiny_llama, "--extend", "plan.json", "--max-perplexity-ratio", 1e40, code=4
+    ).stderr
     assert "No block can be removed" in told
 
 
@@ -136,13 +156,21 @@ def test_a_speedup_is_predicted_from_two_depths_and_measured(search, tmp_path, f
     plan = read_plan(tmp_path / "fast.json")
     assert plan.removals == full.removals[:2]  # 10 / 8
     assert timed == [5, 4, 4]
-    assert "90% (1 fewer), 80% (2 fewer) of the dense model's time: 10.0% per block" in result.stderr
+    assert (
+        "90% (1 fewer), 80% (2 fewer) of the dense model's time: 10.0% per block" in result.stderr
+    )
     where = "timed in transformers, float32 on cpu"
     assert f"1.25x at generation, {where}; 1.25x measured (1.25x predicted)" in result.stdout
-    assert "in llama.cpp: sleb bench fast.json --generation --engine llama.cpp --source FILE.gguf\n" in result.stdout
+    assert (
+        "in llama.cpp: sleb bench fast.json --generation --engine llama.cpp --source FILE.gguf\n"
+        in result.stdout
+    )
     search("--target-speedup", 1.3, "-o", "more.json")
     assert read_plan(tmp_path / "more.json").removals == full.removals[:3]
     beyond = search("--target-speedup", 1.7, "-o", "most.json", code=2)
-    assert "At most 4 blocks can be removed, which leaves the model at 1.67x the speed" in beyond.stderr
+    assert (
+        "At most 4 blocks can be removed, which leaves the model at 1.67x the speed"
+        in beyond.stderr
+    )
     monkeypatch.setattr(speedup, "relative_time", lambda *given: 1.0)
     assert "generation does not get faster" in search("--target-speedup", 1.1, code=2).stderr

@@ -33,7 +33,9 @@ def plan_bytes(path):
 
 
 def leaving(run, *options, **how):
-    """Run what searches, and have it leave its journal, as if it were killed once its plan was written."""
+    """Run what searches, and have it leave its journal, as if it were killed once its plan was
+    written.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(journals, "delete_journal", lambda *of: None)
         return run(*options, **how)
@@ -102,16 +104,23 @@ def test_a_journal_of_another_search_is_refused(search, tiny_llama, tiny_gpt2, t
     assert "model.files" in refused
     assert "model.model_type: gpt2, not llama" in refused
     assert journal.read_bytes() == before
-    # What was measured depends neither on where the search will end, nor on what the model does not read, nor on how
-    # much memory is free, which decides how large batches are.
+    # What was measured depends neither on where the search will end, nor on what the model does not
+    # read, nor on how much memory is free, which decides how large batches are.
     (folder / "README.md").write_text("changes nothing")
     search("--remove", 2, "--resume", "--force", model=folder)
     assert read_plan(tmp_path / "plan.json").removals == removals[:2]
 
 
-def test_a_changed_metric_neither_resumes_nor_extends(search, tmp_path, tmp_path_factory, monkeypatch):
-    """Scores of two versions of a metric are not comparable, so they never meet in one search or plan."""
-    base, package = tmp_path_factory.mktemp("acme") / "acme_base.py", SimpleNamespace(name="sleb-acme", version="0.1")
+def test_a_changed_metric_neither_resumes_nor_extends(
+    search, tmp_path, tmp_path_factory, monkeypatch
+):
+    """Scores of two versions of a metric are not comparable, so they never meet in one search or
+    plan.
+    """
+    base, package = (
+        tmp_path_factory.mktemp("acme") / "acme_base.py",
+        SimpleNamespace(name="sleb-acme", version="0.1"),
+    )
     base.write_text("import sleb_plugins\n\n\nclass Base(sleb_plugins.ModelMetric):\n    pass\n")
     monkeypatch.syspath_prepend(base.parent)
 
@@ -127,7 +136,9 @@ def test_a_changed_metric_neither_resumes_nor_extends(search, tmp_path, tmp_path
     plugin, ours = type(sys)("acme"), EntryPoint("acme", "acme", "sleb")._for(package)
     plugin.sleb_metrics = sleb.hookimpl(lambda: [Acme()])
     monkeypatch.setitem(sys.modules, "acme", plugin)
-    monkeypatch.setattr(plugin_manager, "entry_points", lambda group: [*entry_points(group=group), ours])
+    monkeypatch.setattr(
+        plugin_manager, "entry_points", lambda group: [*entry_points(group=group), ours]
+    )
     options, extend = [*LONG, "--metric", "acme", "-q"], ["--extend", "plan.json", *FOUR, "--force"]
     leaving(search, *options)
     paths = (tmp_path / "plan.json", journal_of(tmp_path / "plan.json"))
@@ -189,7 +200,11 @@ def test_an_extended_search_goes_on_where_the_plan_ended(search, extend, tmp_pat
 def test_a_search_unlike_the_plan_does_not_extend_it(search, extend, tiny_gpt2, tmp_path):
     before, three = (tmp_path / "two.json").read_bytes(), ("--remove", 3)
     for changes, code, message in (
-        (("--remove", 2), 2, "already at 4 of 6 blocks without the 2 removed blocks; the target is 4 of 6 blocks"),
+        (
+            ("--remove", 2),
+            2,
+            "already at 4 of 6 blocks without the 2 removed blocks; the target is 4 of 6 blocks",
+        ),
         ((*three, "--metric", "cosine"), 3, "search.metric: cosine, not nll"),
         ((*three, "--seed", 0), 3, "calibration.seed: 0, not 3"),
         ((*three, "--protect-first", 1), 3, "search.protect_first: 1, not 0"),

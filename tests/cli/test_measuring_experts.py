@@ -1,4 +1,6 @@
-"""`sleb eval`, `bench`, `apply` and `export` where experts of a mixture go, or tokens use fewer of them."""
+"""`sleb eval`, `bench`, `apply` and `export` where experts of a mixture go, or tokens use fewer of
+them.
+"""
 
 import csv
 import json
@@ -38,10 +40,13 @@ def plan_of(sleb, text_file, tmp_path):
 
 @pytest.fixture
 def evaluate(sleb, tmp_path):
-    """Run `sleb eval` on a text and a task; return the values of each model, what it prints, and what it says."""
+    """Run `sleb eval` on a text and a task; return the values of each model, what it prints, and
+    what it says.
+    """
     (tmp_path / "text.txt").write_text(prose(60))
     rows = [
-        {"q": prose(1, seed=number), "choices": [" the road", " a ship"], "gold": number % 2} for number in range(8)
+        {"q": prose(1, seed=number), "choices": [" the road", " a ship"], "gold": number % 2}
+        for number in range(8)
     ]
     write_task(tmp_path / "tasks", "mine", rows)
     text = ["--perplexity", tmp_path / "text.txt", "--sequence-length", 32, "--max-windows", 4]
@@ -50,15 +55,23 @@ def evaluate(sleb, tmp_path):
     def run(*words, tasks=True):
         result = sleb("eval", *words, *text, *(task if tasks else []), "--json")
         data = json.loads(result.stdout)
-        found = [(scored["dense"], *scored["pruned"]) for scored in (*data["texts"], *data["tasks"])]
+        found = [
+            (scored["dense"], *scored["pruned"]) for scored in (*data["texts"], *data["tasks"])
+        ]
         keys = ["perplexity", "items"]
-        return [[each[key] for each in of] for key, of in zip(keys, found, strict=False)], data, result.stderr
+        return (
+            [[each[key] for each in of] for key, of in zip(keys, found, strict=False)],
+            data,
+            result.stderr,
+        )
 
     return run
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", slow("qwen3_moe"), slow("gpt_oss")])
-def test_a_plan_measures_what_its_checkpoint_does(evaluate, apply, sleb, plan_of, tmp_path, monkeypatch, model_type):
+def test_a_plan_measures_what_its_checkpoint_does(
+    evaluate, apply, sleb, plan_of, tmp_path, monkeypatch, model_type
+):
     model = save_model(tmp_path / "model", tiny_config(model_type, **EIGHT))
     plan = plan_of(model)
     (texts, items), data, _ = evaluate(plan, "--every", 2)
@@ -74,7 +87,12 @@ def test_a_plan_measures_what_its_checkpoint_does(evaluate, apply, sleb, plan_of
     monkeypatch.setattr(models, "memory_shortage", shortage_at(1000))
     assert evaluate(plan, "--every", 2, "--force")[0] == [streamed[0], items]
     title = "model without 4 of the 8 experts of each block"
-    assert sleb("eval", plan, "--perplexity", tmp_path / "text.txt", "--max-windows", 1).stdout.splitlines()[0] == title
+    assert (
+        sleb(
+            "eval", plan, "--perplexity", tmp_path / "text.txt", "--max-windows", 1
+        ).stdout.splitlines()[0]
+        == title
+    )
 
 
 def test_groups_lose_as_many(evaluate, sleb, plan_of, tmp_path):
@@ -111,10 +129,15 @@ def test_fewer_experts_per_token(evaluate, apply, sleb, plan_of, mixture, tmp_pa
     shown = sleb("bench", mixture, *one, *FAST, "--prompt").stdout
     assert "-1: with 1 expert per token" in shown
     with_plan = sleb("apply", plan_of(mixture), *one, "-o", "both").stdout
-    assert all(words in with_plan for words in ("experts: 8 to 4 in each block", "experts per token: 2 to 1"))
+    assert all(
+        words in with_plan
+        for words in ("experts: 8 to 4 in each block", "experts per token: 2 to 1")
+    )
 
 
-@pytest.mark.parametrize("model_type", ["gemma4_text", slow("dbrx"), slow("kimi_linear"), slow("ernie4_5_moe")])
+@pytest.mark.parametrize(
+    "model_type", ["gemma4_text", slow("dbrx"), slow("kimi_linear"), slow("ernie4_5_moe")]
+)
 def test_families_read_the_setting_in_their_own_ways(apply, tmp_path, model_type):
     model = save_model(tmp_path / "model", experts_config(model_type))
     told = json.loads(apply(model, "--experts-per-token", 1, "--json").stdout)
@@ -125,21 +148,35 @@ def test_families_read_the_setting_in_their_own_ways(apply, tmp_path, model_type
 
 def test_weights_that_depend_on_the_setting_are_refused(sleb, tmp_path):
     model = save_model(tmp_path / "model", experts_config("deepseek_v4"))
-    assert "has weights whose shapes follow" in sleb("eval", model, "--experts-per-token", 1, code=4).stderr
+    assert (
+        "has weights whose shapes follow"
+        in sleb("eval", model, "--experts-per-token", 1, code=4).stderr
+    )
 
 
-def test_what_is_told_of_experts(evaluate, plan_of, apply, sleb, mixture, tmp_path, without_memory, steady):
+def test_what_is_told_of_experts(
+    evaluate, plan_of, apply, sleb, mixture, tmp_path, without_memory, steady
+):
     plan, title = plan_of(mixture), "without 4 of the 8 experts of each block"
     (texts, _), *_ = evaluate(plan, "--every", 2)
     shown = sleb("bench", plan, "--every", 2, *FAST, "--prompt").stdout
     assert f"-4: {title}" in shown
     assert "blocks" not in shown
-    timed = json.loads(sleb("bench", plan, "--every", 2, *FAST, "--engine", "steady", "--json").stdout)
+    timed = json.loads(
+        sleb("bench", plan, "--every", 2, *FAST, "--engine", "steady", "--json").stdout
+    )
     stored = [size["weights_bytes"] for size in (timed["dense"], *timed["pruned"])]
     assert stored == sorted({*stored}, reverse=True)
     apply(plan)
     card = (tmp_path / "out" / "README.md").read_text()
-    told = [f"# model {title}", "chosen by energy on", "(held out)", f"{texts[2]:.2f}", UNUSED, "prompt 1x8, tokens"]
+    told = [
+        f"# model {title}",
+        "chosen by energy on",
+        "(held out)",
+        f"{texts[2]:.2f}",
+        UNUSED,
+        "prompt 1x8, tokens",
+    ]
     assert [words for words in told if words not in card] == []
     assert beside_plan(tmp_path / "out" / "sleb_plan.json", "eval").is_file()
     sleb("export", plan, "--to", "table", "-o", "table.csv")
@@ -149,10 +186,15 @@ def test_what_is_told_of_experts(evaluate, plan_of, apply, sleb, mixture, tmp_pa
     assert rows[1]["removed from"] == "8 experts of each block"
     sleb("export", plan, "--to", "report")
     page = (tmp_path / "plan.report.html").read_text()
-    assert all(words in page for words in ("without 4 of 8 experts of each block", "experts were found", UNUSED))
+    assert all(
+        words in page
+        for words in ("without 4 of 8 experts of each block", "experts were found", UNUSED)
+    )
     assert not re.search(r"blocks (were )?removed|[Rr]emoved blocks", page)
     plan_of(mixture, metric="random")
-    assert "removes other parts, or in another order" in sleb("export", plan, "--to", "table").stderr
+    assert (
+        "removes other parts, or in another order" in sleb("export", plan, "--to", "table").stderr
+    )
 
 
 REFUSED = {
@@ -162,8 +204,14 @@ REFUSED = {
     "eval {model} --experts-per-token 2": "uses 2 experts, so --experts-per-token 2 spares none",
     "eval {model} --experts-per-token 0": "is too small",
     "bench {dense} --experts-per-token 1": "uses 0 experts",
-    **{f"apply {{plan}} --{option}": f"--{option.split()[0]} does not apply" for option in ("heal", "device-map auto")},
-    **{f"export {{plan}} --to {to}": "removes experts" for to in ("indices", "mergekit", "llama-quantize")},
+    **{
+        f"apply {{plan}} --{option}": f"--{option.split()[0]} does not apply"
+        for option in ("heal", "device-map auto")
+    },
+    **{
+        f"export {{plan}} --to {to}": "removes experts"
+        for to in ("indices", "mergekit", "llama-quantize")
+    },
 }
 
 

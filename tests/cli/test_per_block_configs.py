@@ -1,4 +1,6 @@
-"""Models whose blocks are of several kinds, stand in a part of the model, or are named otherwise in files."""
+"""Models whose blocks are of several kinds, stand in a part of the model, or are named otherwise in
+files.
+"""
 
 import json
 import math
@@ -69,12 +71,18 @@ def test_an_extended_search_protects_the_same(search, mixed, tmp_path):
     assert longer.search.protect == (2, 3)
     assert longer.removals[0] == first.removals[0]
     assert set(longer.removals) == {1, 4}
-    assert "search.protect" in search(*extend, 3, "--protect", "3", "-o", "other.json", model=mixed, code=3).stderr
+    assert (
+        "search.protect"
+        in search(*extend, 3, "--protect", "3", "-o", "other.json", model=mixed, code=3).stderr
+    )
 
 
 def test_the_last_attention_block_of_a_hybrid_stays(search, apply, tmp_path):
     folder = save_model(tmp_path / "hybrid", tiny_config("qwen3_next"))
-    assert "Block 3 stays: without block 3, the KV cache would not work" in search("--remove", 2, model=folder).stderr
+    assert (
+        "Block 3 stays: without block 3, the KV cache would not work"
+        in search("--remove", 2, model=folder).stderr
+    )
     assert 3 not in read_plan(tmp_path / "plan.json").steps[0].scores
     spans = ["--strategy", "contiguous", "--max-perplexity-ratio", 1e40, "-o", "spans.json"]
     assert "no other block can be removed" in search(*spans, model=folder).stdout
@@ -87,7 +95,9 @@ def test_the_last_attention_block_of_a_hybrid_stays(search, apply, tmp_path):
 def test_when_no_more_can_go_the_search_says_how_many_did(search, tmp_path):
     """The user protects one block, and the only attention block must stay: two of four can go."""
     kinds = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
-    folder = save_model(tmp_path / "hybrid", tiny_config("qwen3_next", num_hidden_layers=4, layer_types=kinds))
+    folder = save_model(
+        tmp_path / "hybrid", tiny_config("qwen3_next", num_hidden_layers=4, layer_types=kinds)
+    )
     options = ["--protect-first", 1, "--protect-last", 0, "--remove"]
     told = search(*options, 3, model=folder, code=4).stderr
     assert "can be removed after " in told
@@ -103,14 +113,20 @@ JAMBA = {"num_hidden_layers": 12, "attn_layer_period": 4}
     ("model_type", "settings", "said"),
     [
         ("jamba", JAMBA, "by period: attn_layer_period = 4, expert_layer_period = 2"),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "each block divides its attention scores by its number"),
+        (
+            "gpt2",
+            {"scale_attn_by_inverse_layer_idx": True},
+            "each block divides its attention scores by its number",
+        ),
     ],
 )
 def test_what_depends_on_depth_is_refused(search, apply, tmp_path, model_type, settings, said):
     folder = save_model(tmp_path / "model", tiny_config(model_type, **settings))
     told = search("--remove", 2, model=folder, code=4).stderr
     assert (said in told, "Loading" in told) == (True, False)
-    assert "a plugin can prune it: `config_keys` in docs/reference/plugins.md" in " ".join(told.split())
+    assert "a plugin can prune it: `config_keys` in docs/reference/plugins.md" in " ".join(
+        told.split()
+    )
     if model_type == "jamba":  # of which a whole period can go
         assert "matches the original" in apply(folder, "--blocks", "4,5,6,7").stdout
 
@@ -118,7 +134,11 @@ def test_what_depends_on_depth_is_refused(search, apply, tmp_path, model_type, s
 def test_multi_token_prediction_blocks_are_left_out(apply, tmp_path):
     folder = save_model(tmp_path / "glm", tiny_config("glm4_moe"))
     tensors = weights_of(folder)
-    extra = {name.replace("layers.5.", "layers.6."): t.clone() for name, t in tensors.items() if ".layers.5." in name}
+    extra = {
+        name.replace("layers.5.", "layers.6."): t.clone()
+        for name, t in tensors.items()
+        if ".layers.5." in name
+    }
     save_file(tensors | extra, folder / "model.safetensors", metadata={"format": "pt"})
     write_config(folder, num_nextn_predict_layers=1)
     apply(folder, "--blocks", "2")
@@ -141,10 +161,19 @@ def test_embeddings_with_a_slice_for_each_block_are_cut(sleb, apply, text_file, 
     for name, axis in (("embed_tokens_per_layer", 1), ("per_layer_model_projection", 0)):
         slices = dense[f"model.{name}.weight"].chunk(6, axis)
         tensor = found[f"model.{name}.weight"]
-        assert torch.equal(tensor, torch.cat([slices[block] for block in (0, 3, 4, 5)], axis).to(tensor.dtype))
+        assert torch.equal(
+            tensor, torch.cat([slices[block] for block in (0, 3, 4, 5)], axis).to(tensor.dtype)
+        )
 
 
-TWICE = ["gemma3_text", slow("laguna"), slow("qwen3_moe"), "nemotron_h", "runs, gpt_neo", "numbers, lfm2"]
+TWICE = [
+    "gemma3_text",
+    slow("laguna"),
+    slow("qwen3_moe"),
+    "nemotron_h",
+    "runs, gpt_neo",
+    "numbers, lfm2",
+]
 
 
 @pytest.mark.parametrize("name", TWICE)
@@ -152,7 +181,11 @@ def test_pruning_twice_equals_pruning_once(apply, tmp_path, name):
     model_type, settings, changes = ON_THE_HUB.get(name, (name, {}, {}))
     dense = save_model(tmp_path / "dense", tiny_config(model_type, **settings))
     write_config(dense, **changes)
-    for folder, blocks, output in ((dense, "1", "one"), ("one", "3", "two"), (dense, "1,4", "both")):
+    for folder, blocks, output in (
+        (dense, "1", "one"),
+        ("one", "3", "two"),
+        (dense, "1,4", "both"),
+    ):
         apply(folder, "--blocks", blocks, "--no-verify", output=output)
     assert config_of(tmp_path / "two") == config_of(tmp_path / "both")
     two, both = weights_of(tmp_path / "two"), weights_of(tmp_path / "both")
@@ -213,15 +246,24 @@ def test_a_model_that_sees_is_recovered_cast_and_measured(sleb, apply, text_file
     folder = seeing_model(tmp_path / "model", SEEING[name](), torch.bfloat16)
     recover = ["--recover", *calibration(text_file, samples=10), "--dtype", "float16", "--json"]
     for options, output in (([], "out"), (["--stream"], "streamed")):
-        applied = json.loads(apply(folder, "--blocks", "1,3", *recover, *options, output=output).stdout)
+        applied = json.loads(
+            apply(folder, "--blocks", "1,3", *recover, *options, output=output).stdout
+        )
         assert any(fit["kept"] for fit in applied["recovery"]["closed_form"]["fits"])
-        assert (applied["proof"]["reference"], applied["proof"]["logits_difference"]) == ("recovered", 0)
+        assert (applied["proof"]["reference"], applied["proof"]["logits_difference"]) == (
+            "recovered",
+            0,
+        )
     assert {tensor.dtype for tensor in weights_of(tmp_path / "out").values()} == {torch.float16}
     assert weight_bytes_of(tmp_path / "streamed") == weight_bytes_of(tmp_path / "out")
 
-    result = sleb("eval", folder, "--blocks", "1,3", *evaluation(text_file), "--dtype", "float32", "--json")
+    result = sleb(
+        "eval", folder, "--blocks", "1,3", *evaluation(text_file), "--dtype", "float32", "--json"
+    )
     measured = json.loads(result.stdout)["texts"][0]
-    windows = cut_windows(AutoTokenizer.from_pretrained(folder), text_file.read_text(), 32, bos=False)[:4]
+    windows = cut_windows(
+        AutoTokenizer.from_pretrained(folder), text_file.read_text(), 32, bos=False
+    )[:4]
     dense = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     for removed, found in ((set(), measured["dense"]), ({1, 3}, measured["pruned"][0])):
         loss = plain_loss(dense, dense.model.language_model.layers, windows, removed)

@@ -1,6 +1,7 @@
 """Several processes that a launcher started together: the same plan as one, and one end for all.
 
-Most are forked from the test, as a launcher would start them: what a test changes, they have changed.
+Most are forked from the test, as a launcher would start them: what a test changes, they have
+changed.
 """
 
 import multiprocessing
@@ -63,14 +64,29 @@ def together(count, *words):
         child.start()
     for child in children:
         child.join()
-    said = [[Path(f"{rank}.{name}").read_text() for name in ("stdout", "stderr")] for rank in range(count)]
+    said = [
+        [Path(f"{rank}.{name}").read_text() for name in ("stdout", "stderr")]
+        for rank in range(count)
+    ]
     return [Result(child.exitcode, *streams) for child, streams in zip(children, said, strict=True)]
 
 
 @pytest.fixture
 def search(tiny_llama, text_file):
     text = calibration(text_file, samples=7)
-    return ["search", tiny_llama, "--remove", 3, "--batch-size", 1, *text, "--sample-tokens", 4, "--device", "cpu"]
+    return [
+        "search",
+        tiny_llama,
+        "--remove",
+        3,
+        "--batch-size",
+        1,
+        *text,
+        "--sample-tokens",
+        4,
+        "--device",
+        "cpu",
+    ]
 
 
 @pytest.fixture
@@ -85,20 +101,27 @@ def whole(sleb, search, tmp_path):
 
 
 def all_well(ended):
-    assert [(each.exit_code, each.stderr if each.exit_code else "") for each in ended] == [(0, "")] * len(ended)
+    assert [(each.exit_code, each.stderr if each.exit_code else "") for each in ended] == [
+        (0, "")
+    ] * len(ended)
     assert [each.stdout + each.stderr for each in ended[1:]] == [""] * (len(ended) - 1)
     return ended[0]
 
 
 @pytest.mark.parametrize("count", [3, slow(2), slow(8)])
 @pytest.mark.parametrize("options", ["fast", "holdout", *map(slow, [*SEARCHES][2:])])
-def test_processes_find_the_plan_of_one(search, whole, tmp_path, tiny_llama, spread, options, count):
+def test_processes_find_the_plan_of_one(
+    search, whole, tmp_path, tiny_llama, spread, options, count
+):
     if options == "on disk":
         spread(tiny_llama, 0)
     expected = whole(*SEARCHES[options])
     main = all_well(together(count, *search, *SEARCHES[options], "-o", "plan.json"))
     assert plan_bytes(tmp_path / "plan.json") == expected
-    assert options == "comparison" or main.stdout.count("wrote plan.json") == main.stderr.count("step 1 of 3") == 1
+    assert (
+        options == "comparison"
+        or main.stdout.count("wrote plan.json") == main.stderr.count("step 1 of 3") == 1
+    )
     assert not journal_of(tmp_path / "plan.json").exists()
 
 
@@ -162,8 +185,16 @@ def refuse():
 @pytest.mark.parametrize(
     ("fault", "code", "words"),
     [
-        (refuse, DataError.exit_code, ["error: In process 1 of 3: The text has vanished.", "rerun with --resume"]),
-        (lambda: [][0], 1, ["IndexError: list index out of range", "test_processes.py"]),  # a bug keeps its traceback
+        (
+            refuse,
+            DataError.exit_code,
+            ["error: In process 1 of 3: The text has vanished.", "rerun with --resume"],
+        ),
+        (
+            lambda: [][0],
+            1,
+            ["IndexError: list index out of range", "test_processes.py"],
+        ),  # a bug keeps its traceback
     ],
     ids=["an error", "a bug"],
 )
@@ -191,7 +222,14 @@ def test_an_error_in_all_processes_is_said_once():
 
 @pytest.mark.slow
 def test_two_processes_heal_one_model(tiny_llama, text_file, tmp_path):
-    options = ["--heal", "--heal-tokens", 8192, "--device", "cpu", *calibration(text_file, samples=10)]
+    options = [
+        "--heal",
+        "--heal-tokens",
+        8192,
+        "--device",
+        "cpu",
+        *calibration(text_file, samples=10),
+    ]
     main = all_well(together(2, "apply", tiny_llama, "--blocks", "2", *options, "-o", "out"))
     assert main.stdout.count("wrote out") == 1
     assert 1 <= main.stderr.count("healing, 5") <= 2
@@ -223,7 +261,17 @@ def test_three_processes_measure_what_one_does(sleb, text_file, tmp_path, monkey
 )
 def test_launchers_start_the_processes(search, whole, tmp_path, launcher):
     expected = whole()
-    words = [sys.executable, "-m", *launcher.split(), free_port(), "-m", "sleb_cli", *search, "-o", "plan.json"]
+    words = [
+        sys.executable,
+        "-m",
+        *launcher.split(),
+        free_port(),
+        "-m",
+        "sleb_cli",
+        *search,
+        "-o",
+        "plan.json",
+    ]
     ended = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert plan_bytes(tmp_path / "plan.json") == expected
@@ -231,9 +279,18 @@ def test_launchers_start_the_processes(search, whole, tmp_path, launcher):
 
 
 @pytest.mark.parametrize("count", [2, slow(3)])
-def test_processes_recover_to_the_bytes_of_one(sleb, tiny_llama, text_file, tmp_path, monkeypatch, count):
+def test_processes_recover_to_the_bytes_of_one(
+    sleb, tiny_llama, text_file, tmp_path, monkeypatch, count
+):
     monkeypatch.setattr(closed_form, "BATCH_TOKENS", 64)  # 35 batches to fit to, and 10 that decide
-    command = ["apply", tiny_llama, "--blocks", "2,3", "--recover", *calibration(text_file, samples=100)]
+    command = [
+        "apply",
+        tiny_llama,
+        "--blocks",
+        "2,3",
+        "--recover",
+        *calibration(text_file, samples=100),
+    ]
     command += ["--no-verify", "--device", "cpu"]
     sleb(*command, "-o", "alone")
     all_well(together(count, *command, "-o", "together"))

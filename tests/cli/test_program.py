@@ -23,15 +23,21 @@ def test_help(sleb):
 
 
 def broken():
-    raise RuntimeError("driver too old, see https://user:secret@hub.example/?token=abc\nhf_abcdefghijkl")
+    raise RuntimeError(
+        "driver too old, see https://user:secret@hub.example/?token=abc\nhf_abcdefghijkl"
+    )
 
 
-def test_the_version_names_what_a_bug_report_needs_and_no_secret(run_sleb, simulate, as_plugins, monkeypatch):
+def test_the_version_names_what_a_bug_report_needs_and_no_secret(
+    run_sleb, simulate, as_plugins, monkeypatch
+):
     monkeypatch.setattr(device, "cpu_units", lambda: frozenset({"amx_bf16"}))
     simulate()
     lines = run_sleb("--version").stdout.splitlines()
     assert lines[0] == f"sleb {sleb_cli.__version__}"
-    assert [line.split()[0] for line in lines] == "sleb Python torch transformers cpu: sim:0: sim:1:".split()
+    assert [
+        line.split()[0] for line in lines
+    ] == "sleb Python torch transformers cpu: sim:0: sim:1:".split()
     assert "(amx_bf16)" in lines[4]
     as_plugins("acme")  # of which no code runs
     assert run_sleb("--version").stdout.splitlines()[1] == "plugin unknown package ? (acme)"
@@ -46,13 +52,25 @@ NOT_FOR_ALL = ["datasets", "lm_eval", "scipy.stats", "sleb_cli.engine.recovery.r
 NOT_IMPORTED = [
     *(([command, "--help"], [*HEAVY, "sleb_cli.plan"]) for command in COMMANDS),
     (["plugins"], ["torch", "numpy", *NOT_FOR_ALL]),
-    *((f"export PLAN --to {to}".split(), ["torch", *NOT_FOR_ALL]) for to in ("indices", "table", "report")),
+    *(
+        (f"export PLAN --to {to}".split(), ["torch", *NOT_FOR_ALL])
+        for to in ("indices", "table", "report")
+    ),
     (["--version"], ["transformers", *NOT_FOR_ALL]),
-    ("apply MODEL --blocks 1 -o bare --no-verify".split(), ["sleb_cli.engine.text.calibration", *NOT_FOR_ALL]),
+    (
+        "apply MODEL --blocks 1 -o bare --no-verify".split(),
+        ["sleb_cli.engine.text.calibration", *NOT_FOR_ALL],
+    ),
     ("apply MODEL --blocks 1 -o proven".split(), ["sleb_cli.engine.speed.timing", *NOT_FOR_ALL]),
     ("bench MODEL --blocks 1 --prompt --prompt-length 8 --iterations 1".split(), NOT_FOR_ALL),
-    ("eval MODEL --blocks 1 --perplexity TEXT --sequence-length 16".split(), ["sleb_cli.engine.search", *NOT_FOR_ALL]),
-    ("search MODEL --calibration TEXT --samples 2 --remove 1 --sample-tokens 0".split(), NOT_FOR_ALL),
+    (
+        "eval MODEL --blocks 1 --perplexity TEXT --sequence-length 16".split(),
+        ["sleb_cli.engine.search", *NOT_FOR_ALL],
+    ),
+    (
+        "search MODEL --calibration TEXT --samples 2 --remove 1 --sample-tokens 0".split(),
+        NOT_FOR_ALL,
+    ),
 ]
 
 
@@ -66,7 +84,9 @@ def test_a_command_imports_only_what_it_needs(tiny_llama, llama_plan, text_file,
             code += "benchmark.measure_alone = lambda *given: (None, [None] * 99)\n"
         code += f"assert main({words}) == 0, {words}; found = {{*{others}}} & {{*sys.modules}}\n"
         code += f"assert not found, ({words}, found)\n"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -78,7 +98,9 @@ def test_unknown_words(sleb):
 
 
 def test_each_class_of_error_has_an_exit_code_of_its_own():
-    classes = [c for c in vars(errors).values() if isinstance(c, type) and c.__base__ is errors.SlebError]
+    classes = [
+        c for c in vars(errors).values() if isinstance(c, type) and c.__base__ is errors.SlebError
+    ]
     codes = [c.exit_code for c in classes]
     assert sorted(codes) == list(range(2, 10))
 

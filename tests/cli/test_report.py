@@ -93,7 +93,10 @@ def test_a_report_is_one_accessible_file_with_every_number(report):
             assert f" {scores.lost} {scores.gained} " in page.text
     for result in benchmark.workloads:
         for timing in result.pruned:
-            assert f" {timing.speedup:.2f}x {timing.interval.low:.2f} to {timing.interval.high:.2f} " in page.text
+            assert (
+                f" {timing.speedup:.2f}x {timing.interval.low:.2f} to {timing.interval.high:.2f} "
+                in page.text
+            )
     assert "113.3M parameters remain of 134.5M" in page.text
 
 
@@ -112,7 +115,10 @@ def bare(record):
     if not isinstance(record, BaseModel):
         return record
     kinds = {name: get_args(field.annotation) for name, field in type(record).model_fields.items()}
-    values = {name: None if NoneType in kind else bare(getattr(record, name)) for name, kind in kinds.items()}
+    values = {
+        name: None if NoneType in kind else bare(getattr(record, name))
+        for name, kind in kinds.items()
+    }
     return record.model_copy(update=values)
 
 
@@ -122,7 +128,11 @@ def test_results_may_lack_whatever_is_optional(report):
 
     def of_odd_tasks(data):
         data["tasks"][0] |= {"doc_ids": []}
-        data["tasks"][1] |= {"higher_is_better": False, "metric": "repetition", "items_sha256": "0" * 64}
+        data["tasks"][1] |= {
+            "higher_is_better": False,
+            "metric": "repetition",
+            "items_sha256": "0" * 64,
+        }
 
     plan = plan.model_copy(update={"steps": steps})
     evaluation = make_evaluation(plan, items=40, every=1, tasks=("group", "sleb_repetition"))
@@ -143,7 +153,10 @@ def test_names_tell_apart_what_was_measured_twice():
     assert text_names((first, other.model_copy(update={"tokens_sha256": "1" * 64}))) == [
         "test.txt (tokens 00000000)", "test.txt (tokens 11111111)",
     ]  # fmt: skip
-    short = (first.model_copy(update={"sequence_length": 512, "tokens_sha256": digit * 64}) for digit in "12")
+    short = (
+        first.model_copy(update={"sequence_length": 512, "tokens_sha256": digit * 64})
+        for digit in "12"
+    )
     windows = ("2,048, tokens 00000000", "512, tokens 11111111", "512, tokens 22222222")
     assert text_names((first, *short)) == [f"test.txt (windows of {each})" for each in windows]
     names = task_names(both.tasks)
@@ -153,10 +166,18 @@ def test_names_tell_apart_what_was_measured_twice():
 
 def test_a_recovered_plan_says_what_came_back(report):
     plan = make_plan(8, 2)
-    losses = [LossesRecord(loss=loss, divergence=kl) for loss, kl in ((2.0, 0.0), (2.5, 0.4), (2.2, 0.1))]
-    texts = {name: plan.calibration for name in RecoveryRecord.model_fields if name.endswith("text")}
+    losses = [
+        LossesRecord(loss=loss, divergence=kl) for loss, kl in ((2.0, 0.0), (2.5, 0.4), (2.2, 0.1))
+    ]
+    texts = {
+        name: plan.calibration for name in RecoveryRecord.model_fields if name.endswith("text")
+    }
     recovery = RecoveryRecord(
-        **texts, dense=losses[0], pruned=losses[1], closed_form=ClosedFormRecord(fits=()), closed_form_losses=losses[2]
+        **texts,
+        dense=losses[0],
+        pruned=losses[1],
+        closed_form=ClosedFormRecord(fits=()),
+        closed_form_losses=losses[2],
     )
     text = report(plan.model_copy(update={"recovery": recovery})).text
     assert recovery.summary in text
@@ -218,7 +239,10 @@ def test_the_headline_says_what_to_do_where_enough_items_tell(report, lost, widt
         for task in data["tasks"]:
             for entry, loss in zip(task["pruned"], lost, strict=True):
                 middle, half = -loss * task["dense"]["value"], width * task["dense"]["value"] / 2
-                entry |= {"difference": middle, "difference_interval": {"low": middle - half, "high": middle + half}}
+                entry |= {
+                    "difference": middle,
+                    "difference_interval": {"low": middle - half, "high": middle + half},
+                }
 
     text = report(plan, evaluation=changed(make_evaluation(plan, every=1, items=40), differ)).text
     assert [words for words in (USE, FEWER) if words in text] == [
@@ -232,7 +256,10 @@ def test_what_a_text_says_is_never_markup_nor_mathematics(report):
     plan = make_plan(8, 2, name="<script>Tiny<b>")
     sample = plan.sample_generation.model_copy(update={"pruned": evil, "prompt": evil})
     plan = plan.model_copy(update={"sample_generation": sample})
-    page = report(plan, evaluation=make_evaluation(plan, items=40, tasks=(f"task{evil}",), texts=("$x^2$", evil)))
+    page = report(
+        plan,
+        evaluation=make_evaluation(plan, items=40, tasks=(f"task{evil}",), texts=("$x^2$", evil)),
+    )
     assert not any("<b>" in text or "<script" in text for text in (page.html, *page.pictures))
     assert evil in page.text
     assert "$x^2$" in "".join(page.pictures)
@@ -240,15 +267,21 @@ def test_what_a_text_says_is_never_markup_nor_mathematics(report):
 
 def test_local_folders_stay_private(report):
     plan = make_plan(8, 2, name="/home/jane/models/mine", text="/home/jane/texts/diary.txt")
-    page = report(plan, evaluation=make_evaluation(plan, items=40, texts=("/home/jane/texts/other.txt",)))
+    page = report(
+        plan, evaluation=make_evaluation(plan, items=40, texts=("/home/jane/texts/other.txt",))
+    )
     assert "jane" not in page.html
     assert {"diary.txt", "other.txt"} <= set(re.findall(r"\w+\.txt", page.text))
 
 
-@pytest.mark.parametrize(("own", "damaged"), [("0" * 64, "1" * 64), ("{", "")], ids=["another model", "not JSON"])
+@pytest.mark.parametrize(
+    ("own", "damaged"), [("0" * 64, "1" * 64), ("{", "")], ids=["another model", "not JSON"]
+)
 def test_results_that_do_not_belong_are_left_out(exported, tmp_path, own, damaged):
     plan = make_plan(8, 2)
-    results = write_measured(tmp_path, plan, evaluation=make_evaluation(plan, items=40)).with_suffix(".eval.json")
+    results = write_measured(
+        tmp_path, plan, evaluation=make_evaluation(plan, items=40)
+    ).with_suffix(".eval.json")
     results.write_text(results.read_text().replace(own, damaged, 1))
     assert "warning: Ignoring plan.eval.json: " in exported().stderr
     assert "sleb eval plan.json --every 2" in Page(tmp_path / "plan.report.html").text
@@ -257,7 +290,12 @@ def test_results_that_do_not_belong_are_left_out(exported, tmp_path, own, damage
 def test_only_results_of_the_sizes_of_the_plan_count(exported, report, tmp_path):
     plan, other = make_plan(12, 4), make_plan(12, 4, seed=2)
     # Both remove block 7 first, and what was measured of that stays.
-    assert [set(removals) in map(set, plan.by_size) for removals in other.by_size] == [True, False, False, False]
+    assert [set(removals) in map(set, plan.by_size) for removals in other.by_size] == [
+        True,
+        False,
+        False,
+        False,
+    ]
     write_measured(tmp_path, plan, evaluation=make_evaluation(other, items=40, every=1))
     assert "Ignoring 3 sizes in plan.eval.json that plan.json does not have." in exported().stderr
     # A plan that is cut is about fewer.
@@ -278,7 +316,9 @@ def test_only_force_replaces_a_page(exported, tmp_path):
 
 
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
-def test_a_missing_extra_is_an_error_with_the_install_command(exported, tmp_path, monkeypatch, package):
+def test_a_missing_extra_is_an_error_with_the_install_command(
+    exported, tmp_path, monkeypatch, package
+):
     write_measured(tmp_path, make_plan(6, 1))
     monkeypatch.setitem(sys.modules, package, None)
     said = exported(code=7).stderr
@@ -289,4 +329,7 @@ def test_a_missing_extra_is_an_error_with_the_install_command(exported, tmp_path
 def test_a_checkpoint_of_ours_has_a_report(exported, sleb, llama_plan, tmp_path):
     sleb("apply", llama_plan, "-o", "pruned")
     exported("pruned")
-    assert "tiny-llama without 2 of 6 blocks" in Page(tmp_path / "pruned" / "sleb_plan.report.html").text
+    assert (
+        "tiny-llama without 2 of 6 blocks"
+        in Page(tmp_path / "pruned" / "sleb_plan.report.html").text
+    )

@@ -12,7 +12,8 @@ pytestmark = pytest.mark.browser
 
 # Nothing that calls home, and no sandbox, which root may not use.
 ARGUMENTS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
 
@@ -21,7 +22,9 @@ ARGUMENTS = (
 def browser():
     from playwright.sync_api import sync_playwright
 
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    chromium = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     assert chromium, "no Chromium is installed: apt-get install chromium"
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
@@ -34,7 +37,9 @@ def report(tmp_path_factory):
     """A report of a plan of which everything was measured."""
     plan = make_plan(24, 5)
     evaluation, benchmark = make_evaluation(plan, items=100), make_benchmark(plan)
-    file = write_measured(tmp_path_factory.mktemp("browser"), plan, evaluation=evaluation, benchmark=benchmark)
+    file = write_measured(
+        tmp_path_factory.mktemp("browser"), plan, evaluation=evaluation, benchmark=benchmark
+    )
     assert main(["export", str(file), "--to", "report", "-q"]) == 0
     return file.with_suffix(".report.html").as_uri()
 
@@ -69,7 +74,8 @@ def test_a_page_fits_its_screen_and_scheme_and_prints(open_page, width, scheme):
         # A phone scrolls pictures sideways rather than making their words too small.
         assert picture.bounding_box()["width"] >= 640
     colours = page.evaluate(
-        "(style => [style.backgroundColor, style.color])(getComputedStyle(document.documentElement))"
+        "(style => [style.backgroundColor, "
+        "style.color])(getComputedStyle(document.documentElement))"
     )
     paper, ink = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in colours)
     assert (paper > 600 and ink < 200) == (scheme == "light")
@@ -88,7 +94,8 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(open_page):
     for _ in range(60):
         page.keyboard.press("Tab")
         name, outline = page.evaluate(
-            "[document.activeElement.tagName, getComputedStyle(document.activeElement).outlineStyle]"
+            "[document.activeElement.tagName, "
+            "getComputedStyle(document.activeElement).outlineStyle]"
         )
         if name == "BODY":
             break

@@ -14,12 +14,18 @@ from sleb_cli.units import format_perplexity
 def test_a_search_writes_a_plan_and_shows_it(search, tiny_llama, tmp_path):
     result, plan = search("--ratio", "0.3"), read_plan(tmp_path / "plan.json")
     assert len(plan.removals) == 2
-    assert (plan.model.id, plan.model.family, plan.request["ratio"]) == (str(tiny_llama), "llama", "0.3")
+    assert (plan.model.id, plan.model.family, plan.request["ratio"]) == (
+        str(tiny_llama),
+        "llama",
+        "0.3",
+    )
     assert [step.scores[step.block] for step in plan.steps] == [step.score for step in plan.steps]
     for block in plan.removals:
         assert re.search(rf"│\s+{block}\s+│", result.stdout)
     strip = next(line for line in result.stdout.splitlines() if "█" in line)
-    assert [index for index, mark in enumerate(strip.strip()) if mark == "·"] == sorted(plan.removals)
+    assert [index for index, mark in enumerate(strip.strip()) if mark == "·"] == sorted(
+        plan.removals
+    )
     assert "step 2 of 2: block" in result.stderr
     assert "4 x 32 tokens" in result.stdout
     assert "perplexity by blocks removed" not in result.stdout
@@ -42,7 +48,9 @@ def test_three_steps_or_more_are_drawn_as_a_chart(search, tmp_path, monkeypatch)
     assert max(len(line) for line in lines if line[:1] in "┏┃┡│└ ") <= 80
 
 
-def test_a_mixture_is_named_in_the_plan_and_continued(search, sleb, tiny_llama, text_file, tmp_path):
+def test_a_mixture_is_named_in_the_plan_and_continued(
+    search, sleb, tiny_llama, text_file, tmp_path
+):
     mixture = f"self:0.25,{text_file}:0.75"
     shown = search("--remove", 1, "-o", "one.json", text=mixture).stdout
     assert f"calibrated on self:0.25,{text_file.name}:0.75: 4 x 32 tokens" in shown
@@ -54,8 +62,13 @@ def test_a_mixture_is_named_in_the_plan_and_continued(search, sleb, tiny_llama, 
 
 def test_conversations_are_scored_on_their_answers(search, sleb, tmp_path):
     folder = save_model(tmp_path / "chatty", llama_config())
-    (folder / "chat_template.jinja").write_text("{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}")
-    turns = [{"role": "user", "content": "river mountain"}, {"role": "assistant", "content": "snow water stone"}]
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
+    )
+    turns = [
+        {"role": "user", "content": "river mountain"},
+        {"role": "assistant", "content": "snow water stone"},
+    ]
     (tmp_path / "chat.jsonl").write_text("\n".join([json.dumps({"messages": turns})] * 80))
     of_chat, plans = {"model": folder, "text": "chat.jsonl"}, []
     for chat in ("all", "answers"):
@@ -88,8 +101,13 @@ def test_a_race_is_recorded_and_shown(search, found, tmp_path):
         assert set(step.scores) | set(step.race.dropped) == set(other.scores)
         for block, score in step.scores.items():  # over all sequences, as without a race
             assert score == pytest.approx(other.scores[block], abs=1e-5)
-        assert all(0 <= drop.sequences < 32 and drop.behind > 0 for drop in step.race.dropped.values())
-    assert re.search(r"raced: \d+% of the evaluations; the closest lead was \d\.\d{4}, in step [12]", result.stdout)
+        assert all(
+            0 <= drop.sequences < 32 and drop.behind > 0 for drop in step.race.dropped.values()
+        )
+    assert re.search(
+        r"raced: \d+% of the evaluations; the closest lead was \d\.\d{4}, in step [12]",
+        result.stdout,
+    )
 
 
 def test_an_existing_plan_is_not_overwritten(search, tmp_path):
@@ -113,7 +131,9 @@ def test_text_that_does_not_do(search, tmp_path):
 
 def test_too_little_text_for_the_default_is_no_error(sleb, tiny_llama, tmp_path, text_file):
     (tmp_path / "t.txt").write_text(text_file.read_text()[:1500])
-    told = sleb("search", tiny_llama, "--remove", 1, "--calibration", "t.txt", "--sequence-length", 64).stderr
+    told = sleb(
+        "search", tiny_llama, "--remove", 1, "--calibration", "t.txt", "--sequence-length", 64
+    ).stderr
     assert "using all of them" in told
 
 

@@ -1,4 +1,6 @@
-"""`sleb search --unit experts` ranks the experts of each block by how a text uses them, and measures their cut."""
+"""`sleb search --unit experts` ranks the experts of each block by how a text uses them, and
+measures their cut.
+"""
 
 import json
 from itertools import product
@@ -22,7 +24,9 @@ EIGHT = {"num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8}
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("models") / "mixtral", tiny_config("mixtral", **EIGHT))
+    return save_model(
+        tmp_path_factory.mktemp("models") / "mixtral", tiny_config("mixtral", **EIGHT)
+    )
 
 
 @pytest.fixture
@@ -30,7 +34,17 @@ def ranked(sleb, mixtral, text_file, tmp_path):
     """Search the tiny model for experts, and return the plan."""
 
     def run(*options: object, model: object = mixtral, text: object = text_file) -> Plan:
-        words = ["search", model, "--unit", "experts", *calibration(text), "-o", "found.json", "--force", *options]
+        words = [
+            "search",
+            model,
+            "--unit",
+            "experts",
+            *calibration(text),
+            "-o",
+            "found.json",
+            "--force",
+            *options,
+        ]
         sleb(*words)
         return read_plan(tmp_path / "found.json")
 
@@ -42,7 +56,9 @@ def of_search(plan: Plan) -> object:
 
 
 def plain_uses(model, sequences):
-    """Return gate x norm of what each expert makes of each token, 0 if it was not chosen: [blocks, tokens, experts]."""
+    """Return gate x norm of what each expert makes of each token, 0 if it was not chosen: [blocks,
+    tokens, experts].
+    """
     found = []
 
     def note(module, inputs, output):
@@ -64,7 +80,9 @@ def plain_uses(model, sequences):
 
 def test_scores_are_those_of_the_plain_formula(ranked, mixtral, text_file):
     plan = ranked("--remove", 2, "--holdout", 0)
-    model = AutoModelForCausalLM.from_pretrained(mixtral, dtype=torch.float32, experts_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        mixtral, dtype=torch.float32, experts_implementation="eager"
+    )
     uses = plain_uses(model, calibration_sequences(mixtral, text_file)).double()
     for order, each in zip(plan.experts.blocks, uses, strict=True):
         assert order.scores == pytest.approx(each.square().sum(0).tolist(), rel=1e-4)
@@ -84,7 +102,9 @@ def test_the_losses_are_those_of_the_checkpoint(ranked, sleb, text_file, tmp_pat
     assert own.config.num_local_experts == 6
 
 
-@pytest.mark.parametrize("options", [["--stream"], ["--memory", "2MiB"], ["--config", "found.json"]])
+@pytest.mark.parametrize(
+    "options", [["--stream"], ["--memory", "2MiB"], ["--config", "found.json"]]
+)
 def test_the_chosen_experts_do_not_depend_on_how_they_are_scored(ranked, options):
     assert of_search(ranked("--remove", 2)) == of_search(ranked("--remove", 2, *options))
 
@@ -92,15 +112,27 @@ def test_the_chosen_experts_do_not_depend_on_how_they_are_scored(ranked, options
 def as_mixtral(folder, llama, copies):
     """Write a model of Llama's kind as a Mixtral whose experts are copies of each block's network."""
     dense = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    shared = {key: value for key, value in dense.config.to_dict().items() if key in MixtralConfig().to_dict()}
+    shared = {
+        key: value
+        for key, value in dense.config.to_dict().items()
+        if key in MixtralConfig().to_dict()
+    }
     config = MixtralConfig(
         **shared
-        | {"model_type": "mixtral", "architectures": None, "num_local_experts": copies, "num_experts_per_tok": 1}
+        | {
+            "model_type": "mixtral",
+            "architectures": None,
+            "num_local_experts": copies,
+            "num_experts_per_tok": 1,
+        }
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     state = dense.state_dict()
     for number, block in enumerate(model.model.layers):
-        gate, up, down = (state.pop(f"model.layers.{number}.mlp.{name}_proj.weight") for name in ("gate", "up", "down"))
+        gate, up, down = (
+            state.pop(f"model.layers.{number}.mlp.{name}_proj.weight")
+            for name in ("gate", "up", "down")
+        )
         block.mlp.experts.gate_up_proj.data[:] = torch.cat([gate, up])
         block.mlp.experts.down_proj.data[:] = down
     assert not model.load_state_dict(state, strict=False).unexpected_keys
@@ -113,9 +145,14 @@ def test_any_two_of_four_copies_can_go(ranked, tiny_llama, text_file, tmp_path):
     model = as_mixtral(tmp_path / "mixtral", tiny_llama, copies=4)
     dense = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     with torch.no_grad():
-        losses = [dense(row[None], labels=row[None]).loss for row in calibration_sequences(tiny_llama, text_file)]
+        losses = [
+            dense(row[None], labels=row[None]).loss
+            for row in calibration_sequences(tiny_llama, text_file)
+        ]
     loss = torch.stack(losses).mean().item()
-    (text,) = ranked("--remove", 2, "--metric", "random:3", "--holdout", 0, model=model).experts.texts
+    (text,) = ranked(
+        "--remove", 2, "--metric", "random:3", "--holdout", 0, model=model
+    ).experts.texts
     assert (text.dense, text.pruned) == pytest.approx((loss, loss), rel=1e-6)
 
 
@@ -136,7 +173,17 @@ def test_an_interrupted_search_goes_on(ranked, run_sleb, monkeypatch, mixtral, t
         add(self, *given, **named)
 
     monkeypatch.setattr(Journal, "add", interrupted)
-    words = ["search", mixtral, "--unit", "experts", *calibration(text_file), "-o", "found.json", "--remove", 2]
+    words = [
+        "search",
+        mixtral,
+        "--unit",
+        "experts",
+        *calibration(text_file),
+        "-o",
+        "found.json",
+        "--remove",
+        2,
+    ]
     assert run_sleb(*words, "--batch-size", 1).exit_code == 130
     monkeypatch.setattr(Journal, "add", add)
     assert of_search(ranked("--remove", 2, "--batch-size", 1, "--resume")) == of_search(whole)
@@ -161,7 +208,9 @@ def test_memory_that_runs_out_counts_nothing_twice(ranked, monkeypatch):
 def test_each_text_is_told_apart(ranked, tmp_path):
     for name, seed in (("a.txt", 1), ("b.txt", 2)):
         (tmp_path / name).write_text(prose(400, seed))
-    found = ranked("--remove", 2, "--samples", 8, "--holdout", 0.25, text="a.txt:0.5,b.txt:0.5").experts
+    found = ranked(
+        "--remove", 2, "--samples", 8, "--holdout", 0.25, text="a.txt:0.5,b.txt:0.5"
+    ).experts
     assert [(text.text.rpartition("/")[2], text.held_out) for text in found.texts] == [
         ("a.txt", False), ("b.txt", False), ("a.txt", True), ("b.txt", True),
     ]  # fmt: skip
@@ -178,18 +227,37 @@ def test_as_many_of_each_group_go(ranked, tmp_path):
 
 @pytest.mark.parametrize(
     ("goal", "fewer"),
-    [(["--target-params", "300k"], 2), (["--target-memory", "1.2MB", "--serve-length", 64], 2), (["--ratio", 0.3], 3)],
+    [
+        (["--target-params", "300k"], 2),
+        (["--target-memory", "1.2MB", "--serve-length", 64], 2),
+        (["--ratio", 0.3], 3),
+    ],
 )
 def test_a_size_is_met_by_the_fewest_experts(ranked, goal, fewer, mixtral):
     found = ranked(*goal)
     assert found.experts.fewer == fewer
     target = found.search.target
-    assert target is None or target.reached <= target.limit < target.reached + (target.dense - target.reached) / fewer
+    assert (
+        target is None
+        or target.reached <= target.limit < target.reached + (target.dense - target.reached) / fewer
+    )
 
 
 def test_metrics_are_compared(ranked, sleb, mixtral, text_file, tmp_path):
-    words = ["search", mixtral, "--unit", "experts", *calibration(text_file), "--remove", 2, "-o", "best.json"]
-    result = json.loads(sleb(*words, "--compare", "energy,reap,frequency,random:1", "--json").stdout)
+    words = [
+        "search",
+        mixtral,
+        "--unit",
+        "experts",
+        *calibration(text_file),
+        "--remove",
+        2,
+        "-o",
+        "best.json",
+    ]
+    result = json.loads(
+        sleb(*words, "--compare", "energy,reap,frequency,random:1", "--json").stdout
+    )
     held_out = {each["metric"]: each["held_out_perplexity"] for each in result["compared"]}
     best = read_plan(tmp_path / "best.json")
     assert best.experts.perplexity(held_out=True) == min(held_out.values())
@@ -217,10 +285,19 @@ def test_what_makes_no_sense_is_refused(run_sleb, mixtral, text_file, options, s
         (lambda plan: plan["experts"].update(groups=0), "experts.groups"),
         (lambda plan: plan["experts"].update(groups=3), "8 experts cannot be in 3 groups"),
         (lambda plan: plan["experts"].update(active=7), "2 of 8 experts go, and a token uses 7"),
-        (lambda plan: plan["experts"]["blocks"][0].update(removals=[1, 1]), "names an expert twice"),
-        (lambda plan: plan["experts"]["blocks"][0].update(removals=[1, 8]), "other experts than the 8"),
+        (
+            lambda plan: plan["experts"]["blocks"][0].update(removals=[1, 1]),
+            "names an expert twice",
+        ),
+        (
+            lambda plan: plan["experts"]["blocks"][0].update(removals=[1, 8]),
+            "other experts than the 8",
+        ),
         (lambda plan: plan["experts"]["blocks"][0].update(block=1), "a block is named twice"),
-        (lambda plan: plan["experts"]["blocks"][0].update(block=9), "blocks that the model does not have"),
+        (
+            lambda plan: plan["experts"]["blocks"][0].update(block=9),
+            "blocks that the model does not have",
+        ),
         (lambda plan: plan.update(removals=[1]), "or that go"),
     ],
 )
@@ -235,8 +312,13 @@ def test_an_edited_plan_is_refused(ranked, tmp_path, edit, says):
 def test_a_gguf_file_that_was_cut_before_is_another_model(ranked, sleb, tmp_path):
     ranked("--remove", 2)
     more = {"ffn_up_exps.weight": (6, 3), "ffn_gate_inp.weight": (6, 3)}
-    write_gguf(tmp_path / "cut.gguf", "llama", 6, {"expert_count": 6, "expert_used_count": 2}, more=more)
-    assert "has 8 experts in each block, but" in sleb("apply", "found.json", "--source", "cut.gguf", code=3).stderr
+    write_gguf(
+        tmp_path / "cut.gguf", "llama", 6, {"expert_count": 6, "expert_used_count": 2}, more=more
+    )
+    assert (
+        "has 8 experts in each block, but"
+        in sleb("apply", "found.json", "--source", "cut.gguf", code=3).stderr
+    )
 
 
 def test_a_loss_without_a_finite_perplexity_is_an_error(run_sleb, mixtral, text_file, tmp_path):
@@ -244,7 +326,15 @@ def test_a_loss_without_a_finite_perplexity_is_an_error(run_sleb, mixtral, text_
     model.lm_head.weight.data *= 1e6
     model.save_pretrained(tmp_path / "wild")
     AutoTokenizer.from_pretrained(mixtral).save_pretrained(tmp_path / "wild")
-    words = ["search", tmp_path / "wild", "--unit", "experts", *calibration(text_file), "--remove", 2]
+    words = [
+        "search",
+        tmp_path / "wild",
+        "--unit",
+        "experts",
+        *calibration(text_file),
+        "--remove",
+        2,
+    ]
     result = run_sleb(*words)
     assert result.exit_code == 4
     assert "a perplexity that is not finite" in " ".join(result.stderr.split())

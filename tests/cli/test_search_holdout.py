@@ -12,7 +12,9 @@ from sleb_cli.plan import read_plan
 
 
 @pytest.mark.parametrize("options", [("--metric", "cosine"), ("--fast",), ("--strategy", "refine")])
-def test_both_losses_are_those_of_the_model_on_either_part(search, tiny_llama, text_file, tmp_path, options):
+def test_both_losses_are_those_of_the_model_on_either_part(
+    search, tiny_llama, text_file, tmp_path, options
+):
     shown = search("--remove", 2, "--holdout", "0.3", *options, samples=10).stdout
     plan = read_plan(tmp_path / "plan.json")
     assert (plan.search.holdout, plan.search.held_out, plan.calibration.sequences) == (0.3, 3, 10)
@@ -22,11 +24,15 @@ def test_both_losses_are_those_of_the_model_on_either_part(search, tiny_llama, t
     with torch.inference_mode():
         for record, removed in zip([plan.dense, *plan.steps], [(), *plan.by_size], strict=True):
             parts = sequences.split(7)
-            searched, held_out = (plain_loss(model, model.model.layers, part, set(removed)) for part in parts)
+            searched, held_out = (
+                plain_loss(model, model.model.layers, part, set(removed)) for part in parts
+            )
             assert math.log(record.perplexity) == pytest.approx(searched, abs=1e-5)
             assert record.held_out.loss == pytest.approx(held_out, abs=1e-5)
             assert record.held_out.perplexity == pytest.approx(math.exp(held_out), rel=1e-5)
-            grown = (held_out - plan.dense.held_out.loss) - (searched - math.log(plan.dense.perplexity))
+            grown = (held_out - plan.dense.held_out.loss) - (
+                searched - math.log(plan.dense.perplexity)
+            )
             assert record.held_out.generalization_gap == pytest.approx(grown, abs=1e-5)
 
 
@@ -46,13 +52,19 @@ def test_an_extended_plan_keeps_what_it_held_out(search, sleb, tiny_llama, tmp_p
     sleb("search", tiny_llama, "--extend", "two.json", "--remove", 3)
     extended, three = read_plan(tmp_path / "two.json"), read_plan(tmp_path / "three.json")
     assert extended.dense == three.dense
-    assert [step.held_out.loss for step in extended.steps] == [step.held_out.loss for step in three.steps]
-    told = sleb("search", tiny_llama, "--extend", "three.json", "--remove", 4, "--holdout", "0.5", code=3).stderr
+    assert [step.held_out.loss for step in extended.steps] == [
+        step.held_out.loss for step in three.steps
+    ]
+    told = sleb(
+        "search", tiny_llama, "--extend", "three.json", "--remove", 4, "--holdout", "0.5", code=3
+    ).stderr
     assert "search.holdout: 0.5, not 0.2" in told
 
 
 def test_where_the_losses_part_the_search_warns(search, shared_data, tmp_path):
-    """Searched on one word, which is guessed better without a block, and held out is what the model was trained on."""
+    """Searched on one word, which is guessed better without a block, and held out is what the model
+    was trained on.
+    """
     story = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
     (tmp_path / "text.txt").write_text("the " * 1600 + story * 40)
     model = shared_data / "models" / "stories260K"

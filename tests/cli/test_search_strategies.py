@@ -42,7 +42,9 @@ def test_each_size_has_the_perplexity_without_its_blocks(search, loss, strategy)
     for removals, step in zip(plan.by_size, plan.steps, strict=True):
         assert step.perplexity == pytest.approx(math.exp(loss(removals)), rel=1e-4)
         assert step.scores[step.block] == step.score
-    assert plan.nested == all(before == after[:-1] for before, after in itertools.pairwise([(), *plan.by_size]))
+    assert plan.nested == all(
+        before == after[:-1] for before, after in itertools.pairwise([(), *plan.by_size])
+    )
     assert plan.nested or strategy in ("refine", "contiguous")
 
 

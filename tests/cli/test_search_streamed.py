@@ -23,7 +23,9 @@ ONE_BY_ONE = ["--batch-size", 1, "--samples", 12, "--sample-tokens", 0]
 @pytest.fixture
 def plan_of(found):
     def run(*options, **how):
-        return found("--remove", 2, *options, samples=9, **how).model_copy(update={"environment": None})
+        return found("--remove", 2, *options, samples=9, **how).model_copy(
+            update={"environment": None}
+        )
 
     return run
 
@@ -32,7 +34,9 @@ CASES = [*((None, way) for way in WAYS), ("gemma3_text", "race"), ("mixtral", "e
 NIGHTLY = [(None, "held out"), (None, "states"), (None, "weights"), ("gemma3_text", "race")]
 
 
-@pytest.mark.parametrize("case", [slow(case) if case in NIGHTLY else case for case in CASES], ids=str)
+@pytest.mark.parametrize(
+    "case", [slow(case) if case in NIGHTLY else case for case in CASES], ids=str
+)
 def test_the_plan_is_that_of_the_model_in_memory(plan_of, tiny_llama, tmp_path, case):
     family, way = case
     model = save_model(tmp_path / "model", tiny_config(family)) if family else tiny_llama
@@ -42,7 +46,9 @@ def test_the_plan_is_that_of_the_model_in_memory(plan_of, tiny_llama, tmp_path, 
 
 @pytest.mark.parametrize("way", ["race", "kl"])
 def test_candidates_go_through_the_model_in_groups(plan_of, way, visits, monkeypatch):
-    usual = replace(memory_budget.CPU_SETTINGS, head_positions=256, widened_bytes=2 << 20)  # what 760,000 bytes suit
+    usual = replace(
+        memory_budget.CPU_SETTINGS, head_positions=256, widened_bytes=2 << 20
+    )  # what 760,000 bytes suit
     monkeypatch.setattr(memory_budget, "CPU_SETTINGS", usual)
     grouped = plan_of("--stream", *WAYS[way], *ONE_BY_ONE, "--memory", 760_000)
     groups = list(visits)
@@ -53,7 +59,9 @@ def test_candidates_go_through_the_model_in_groups(plan_of, way, visits, monkeyp
 
 
 def test_states_of_one_candidate_must_fit(search):
-    said = search("--remove", 1, "--stream", *ONE_BY_ONE, "--memory", 300_000, samples=9, code=7).stderr
+    said = search(
+        "--remove", 1, "--stream", *ONE_BY_ONE, "--memory", 300_000, samples=9, code=7
+    ).stderr
     assert "The hidden states of all sequences need" in said
 
 

@@ -38,7 +38,9 @@ def test_a_slow_tokenizer_goes_from_plan_to_checkpoint(search, sleb, text_file, 
         result = sleb("eval", each, *evaluation(text_file), "--json")
         measured = json.loads(result.stdout)["texts"][0]
         assert measured["tokens"] == 4 * 31
-        assert measured["dense"]["perplexity"] == pytest.approx(plain_perplexity(each, text_file.read_text()))
+        assert measured["dense"]["perplexity"] == pytest.approx(
+            plain_perplexity(each, text_file.read_text())
+        )
 
 
 def test_tasks_that_write_need_a_token_that_ends_a_text(sleb, tmp_path):

@@ -15,17 +15,24 @@ PLANS = ("a/plan.json", "b/plan.json")
 
 @pytest.fixture
 def measured(tmp_path):
-    """Write two plans, of which the first was measured at three sizes and timed, the second at one size."""
+    """Write two plans, of which the first was measured at three sizes and timed, the second at one
+    size.
+    """
     found = []
     for folder, metric, every in (("a", "nll", 2), ("b", "cosine", 9)):
         (tmp_path / folder).mkdir()
         plan = make_plan(12, 6, text="mine.txt")
-        plan = plan.model_copy(update={"search": plan.search.model_copy(update={"metric": metric, "fast": False})})
+        plan = plan.model_copy(
+            update={"search": plan.search.model_copy(update={"metric": metric, "fast": False})}
+        )
         evaluation = make_evaluation(
             plan, texts=("mine.txt", "c4"), tasks=("piqa", "arc_easy", "sleb_sums"), every=every
         )
         write_measured(
-            tmp_path / folder, plan, evaluation=evaluation, benchmark=make_benchmark(plan) if every == 2 else None
+            tmp_path / folder,
+            plan,
+            evaluation=evaluation,
+            benchmark=make_benchmark(plan) if every == 2 else None,
         )
         found.append(evaluation)
     return found
@@ -38,14 +45,20 @@ def table(sleb):
 
 def test_markdown_has_a_row_per_plan_and_size_and_names_shared_settings_once(table, measured):
     lines = table().stdout.splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines
+        if line.startswith("|")
+    ]
     assert [row[:3] for row in rows[2:]] == [
         ["dense", "", "0"], *(["nll", "greedy", size] for size in "246"), ["cosine", "greedy", "6"]
     ]  # fmt: skip
     dense, cells = (dict(zip(rows[0], rows[at], strict=True)) for at in (2, 5))
     text, task = measured[0].texts[0], measured[0].tasks[0]
     assert dense["perplexity, mine.txt (searched on)"] == f"{text.dense.perplexity:.2f}"
-    assert cells["perplexity, mine.txt (searched on)"].startswith(f"{text.pruned[2].perplexity:.2f} (")
+    assert cells["perplexity, mine.txt (searched on)"].startswith(
+        f"{text.pruned[2].perplexity:.2f} ("
+    )
     assert cells["piqa, acc"].startswith(f"{task.pruned[2].value:.3f} (")
     assert dense["generation 1x64+32, times as fast"] == "1.00x"
     assert cells["plan"] == "a/plan.json"
@@ -60,10 +73,17 @@ def test_csv_has_every_number_with_its_interval_and_every_setting(table, measure
     assert float(own["perplexity, c4"]) == scores.perplexity
     ends = [float(own[f"perplexity, c4 {end}"]) / scores.perplexity for end in ("low", "high")]
     assert ends == pytest.approx([math.exp(-0.012), math.exp(0.012)])
-    assert float(own["mean of tasks"]) == pytest.approx(statistics.fmean(task.pruned[2].value for task in tasks))
+    assert float(own["mean of tasks"]) == pytest.approx(
+        statistics.fmean(task.pruned[2].value for task in tasks)
+    )
     low, high = (float(own[f"piqa, acc {end}"]) for end in ("low", "high"))
-    assert (low, high) == pytest.approx((tasks[0].pruned[2].value - 0.04, tasks[0].pruned[2].value + 0.04))
-    assert (own["calibration"], own["evaluated in"]) == (other["calibration"], "bfloat16 on cpu, A processor")
+    assert (low, high) == pytest.approx(
+        (tasks[0].pruned[2].value - 0.04, tasks[0].pruned[2].value + 0.04)
+    )
+    assert (own["calibration"], own["evaluated in"]) == (
+        other["calibration"],
+        "bfloat16 on cpu, A processor",
+    )
     speed = "generation 1x64+32, times as fast"
     assert (float(own[speed]) > 1, other[speed]) == (True, "")
 
@@ -75,7 +95,9 @@ def test_figures_of_different_texts_have_columns_of_their_own(table, measured, t
     columns = ("piqa, acc, 400 items", "piqa, acc, 20 items", "calibration", "mean")
     assert [name for name in columns if name in lines[0]] == [*columns[:3]]
     tasks = [task.model_copy(update={"items_sha256": "1" * 64}) for task in few.tasks]
-    write_measured(tmp_path / "a", make_plan(12, 6), evaluation=few.model_copy(update={"tasks": tuple(tasks)}))
+    write_measured(
+        tmp_path / "a", make_plan(12, 6), evaluation=few.model_copy(update={"tasks": tuple(tasks)})
+    )
     assert "| piqa, acc, 20 items 11111111 | " in table().stdout
 
 

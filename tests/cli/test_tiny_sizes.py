@@ -1,4 +1,6 @@
-"""What a command finds and writes is the same when its buffers, batches and files are a few bytes long."""
+"""What a command finds and writes is the same when its buffers, batches and files are a few bytes
+long.
+"""
 
 import json
 import re
@@ -8,7 +10,8 @@ import pytest
 from conftest import calibration, write_task
 
 COMMANDS = {
-    "search": "search MODEL --remove 2 TEXT --fast --holdout 0.25 --batch-size 2",  # races look after batches
+    # races look after batches
+    "search": "search MODEL --remove 2 TEXT --fast --holdout 0.25 --batch-size 2",
     "apply": "apply PLAN --max-shard-size 20kB --stream",
     "apply --recover": "apply PLAN --recover --heal --heal-tokens 1024 TEXT",
     "eval": "eval PLAN --every 1 --perplexity FILE --sequence-length 32 --max-windows 8",
@@ -18,7 +21,9 @@ UNLIKE = re.compile("environment|seconds|started|folder|file|batch_size|peak|mem
 
 
 def numbers_of(data, name=""):
-    """Yield the numbers of a document with their names, without those that differ between two equal runs."""
+    """Yield the numbers of a document with their names, without those that differ between two equal
+    runs.
+    """
     if isinstance(data, dict):
         for key, value in data.items():
             if not UNLIKE.search(key):
@@ -34,9 +39,16 @@ def numbers_of(data, name=""):
 def test_results_do_not_depend_on_the_sizes_of_buffers_and_batches(
     sleb, request, tiny_llama, llama_plan, text_file, tmp_path, name
 ):
-    rows = [{"q": f"item {number}", "choices": ["yes", "no"], "gold": number % 2} for number in range(9)]
+    rows = [
+        {"q": f"item {number}", "choices": ["yes", "no"], "gold": number % 2} for number in range(9)
+    ]
     write_task(tmp_path / "tasks", "mine", rows)
-    given = {"MODEL": [tiny_llama], "PLAN": [llama_plan], "FILE": [text_file], "TEXT": calibration(text_file, 24, 32)}
+    given = {
+        "MODEL": [tiny_llama],
+        "PLAN": [llama_plan],
+        "FILE": [text_file],
+        "TEXT": calibration(text_file, 24, 32),
+    }
     words = [part for word in COMMANDS[name].split() for part in given.get(word, [word])]
     found, files = [], []
     for _ in ("usual sizes", "tiny sizes"):

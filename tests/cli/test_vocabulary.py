@@ -1,10 +1,20 @@
-"""`sleb apply --scripts`, through `main()`: real tokenizers of each kind, whose tokens are half Latin, half Greek."""
+"""`sleb apply --scripts`, through `main()`: real tokenizers of each kind, whose tokens are half
+Latin, half Greek.
+"""
 
 import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import calibration, llama_config, prose, save_model, slow
@@ -16,7 +26,16 @@ from sleb_cli.engine.cut.tokens.token_cut import TokenCut
 GREEK = str.maketrans("abcdefghiklmnoprstuwxyz", "αβκδεφγηιχλμνοπρστυωξψζ")
 LATIN_TEXT, GREEK_TEXT = prose(120), prose(120, seed=1).lower().translate(GREEK)
 SPECIAL = ["<pad>", "<end>", "<unk>", "<begin>"]
-CHECKS = ["complete", "same bytes", "same tokens", "spells others", "loads", "same logits", "generates", "saves again"]
+CHECKS = [
+    "complete",
+    "same bytes",
+    "same tokens",
+    "spells others",
+    "loads",
+    "same logits",
+    "generates",
+    "saves again",
+]
 
 
 def tokenizer(kind: str) -> Tokenizer:
@@ -24,35 +43,58 @@ def tokenizer(kind: str) -> Tokenizer:
     in_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
     if kind == "bytes":
         made, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
-        made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=316, initial_alphabet=alphabet, show_progress=False)
+        made.pre_tokenizer, made.decoder = (
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            decoders.ByteLevel(),
+        )
+        trainer = trainers.BpeTrainer(
+            vocab_size=316, initial_alphabet=alphabet, show_progress=False
+        )
     else:
-        made = Tokenizer(models.Unigram() if kind == "unigram" else models.BPE(unk_token="<unk>", byte_fallback=True))
+        made = Tokenizer(
+            models.Unigram()
+            if kind == "unigram"
+            else models.BPE(unk_token="<unk>", byte_fallback=True)
+        )
         # The micro sign, which all scripts have, becomes a Greek letter.
         made.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" ", "▁")])
-        made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        made.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
         trainer = (
-            trainers.UnigramTrainer(vocab_size=316, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False)
+            trainers.UnigramTrainer(
+                vocab_size=316, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False
+            )
             if kind == "unigram"
-            else trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", *in_bytes], show_progress=False)
+            else trainers.BpeTrainer(
+                vocab_size=400, special_tokens=["<unk>", *in_bytes], show_progress=False
+            )
         )
     made.train_from_iterator([LATIN_TEXT, GREEK_TEXT], trainer)
     data = json.loads(made.to_str())  # bytes are no special tokens
-    data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] not in in_bytes]
+    data["added_tokens"] = [
+        token for token in data["added_tokens"] if token["content"] not in in_bytes
+    ]
     made = Tokenizer.from_str(json.dumps(data))
     made.add_special_tokens(SPECIAL)
     begin = made.token_to_id("<begin>")
-    made.post_processor = processors.TemplateProcessing(single="<begin> $A", special_tokens=[("<begin>", begin)])
+    made.post_processor = processors.TemplateProcessing(
+        single="<begin> $A", special_tokens=[("<begin>", begin)]
+    )
     return made
 
 
 def save(folder, kind="bytes", config=None, **changes):
-    """Save a model with such a tokenizer, three rows that no token has, and settings that name tokens by number."""
+    """Save a model with such a tokenizer, three rows that no token has, and settings that name
+    tokens by number.
+    """
     made = tokenizer(kind)
     pad, end, begin = (made.token_to_id(token) for token in ("<pad>", "<end>", "<begin>"))
     named = {"vocab_size": made.get_vocab_size() + 3, "bos_token_id": begin, "eos_token_id": end}
     save_model(folder, config or llama_config(4, **named, **changes))
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<begin>", eos_token="<end>", unk_token="<unk>")
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<begin>", eos_token="<end>", unk_token="<unk>"
+    )
     wrapped.save_pretrained(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings["added_tokens_decoder"] = {str(pad): {"content": "<pad>"}}
@@ -69,7 +111,9 @@ def both(dense, cut):
     return [[loader.from_pretrained(folder) for loader in loaders] for folder in (dense, cut)]
 
 
-@pytest.mark.parametrize(("kind", "tied"), [("bytes", True), ("bytes", False), ("pieces", False), ("unigram", True)])
+@pytest.mark.parametrize(
+    ("kind", "tied"), [("bytes", True), ("bytes", False), ("pieces", False), ("unigram", True)]
+)
 def test_what_stays_computes_the_same(apply, tmp_path, kind, tied):
     dense = save(tmp_path / "model", kind, tie_word_embeddings=tied)
     result = json.loads(apply(dense, "--scripts", "latin", "--json").stdout)
@@ -87,11 +131,19 @@ def test_what_stays_computes_the_same(apply, tmp_path, kind, tied):
     expected = before(torch.tensor([old(LATIN_TEXT[:200]).input_ids])).logits
     kept = old.convert_tokens_to_ids(new.convert_ids_to_tokens(range(rows[1])))
     torch.testing.assert_close(found, expected[..., kept], rtol=1e-6, atol=1e-6)
-    assert (new.decode(new(GREEK_TEXT).input_ids, skip_special_tokens=True) == GREEK_TEXT) == (kind != "unigram")
+    assert (new.decode(new(GREEK_TEXT).input_ids, skip_special_tokens=True) == GREEK_TEXT) == (
+        kind != "unigram"
+    )
     named = {"end": after.config.eos_token_id, "begin": after.config.bos_token_id}
     writes = after.generation_config
-    named |= {"pad": writes.pad_token_id, "begin ": writes.suppress_tokens[0], "end ": writes.steps[0]["end_token_id"]}
-    assert all(new.convert_ids_to_tokens(number) == f"<{name.strip()}>" for name, number in named.items())
+    named |= {
+        "pad": writes.pad_token_id,
+        "begin ": writes.suppress_tokens[0],
+        "end ": writes.steps[0]["end_token_id"],
+    }
+    assert all(
+        new.convert_ids_to_tokens(number) == f"<{name.strip()}>" for name, number in named.items()
+    )
     assert new.convert_ids_to_tokens(writes.eos_token_id) == ["<end>", "<pad>"]
     assert not (tmp_path / "out" / "vocab.json").exists()
 
@@ -99,19 +151,42 @@ def test_what_stays_computes_the_same(apply, tmp_path, kind, tied):
 def test_with_blocks_recovery_and_another_type(apply, sleb, text_file, tmp_path):
     dense = save(tmp_path / "model")
     text = calibration(text_file, 10, 24)
-    result = apply(dense, "--blocks", "1", "--scripts", "latin", "--recover", *text, "--dtype", "bfloat16")
-    out, equal = tmp_path / "out", "those of the recovered model in memory, for the tokens that stay"
+    result = apply(
+        dense, "--blocks", "1", "--scripts", "latin", "--recover", *text, "--dtype", "bfloat16"
+    )
+    out, equal = (
+        tmp_path / "out",
+        "those of the recovered model in memory, for the tokens that stay",
+    )
     assert "matches the recovered model in memory" in " ".join(result.stdout.split())
     assert equal in " ".join((out / "README.md").read_text().split())
-    assert all("only latin; tokens 323 to" in text for text in (result.stdout, (out / "README.md").read_text()))
-    assert sleb("eval", out, "--perplexity", text_file, "--sequence-length", 24, "--max-windows", 2).exit_code == 0
+    assert all(
+        "only latin; tokens 323 to" in text
+        for text in (result.stdout, (out / "README.md").read_text())
+    )
+    assert (
+        sleb(
+            "eval", out, "--perplexity", text_file, "--sequence-length", 24, "--max-windows", 2
+        ).exit_code
+        == 0
+    )
 
 
-def test_a_plan_with_its_recovered_checkpoint_is_not_compared(apply, search, sleb, text_file, tmp_path):
+def test_a_plan_with_its_recovered_checkpoint_is_not_compared(
+    apply, search, sleb, text_file, tmp_path
+):
     dense = save(tmp_path / "model")
     search("--remove", 1, "-o", "plan.json", model=dense)
     apply("plan.json", "--scripts", "latin", "--recover", *calibration(text_file, 10, 24))
-    told = sleb("eval", tmp_path / "out" / "sleb_plan.json", "--model", dense, "--perplexity", text_file, code=3).stderr
+    told = sleb(
+        "eval",
+        tmp_path / "out" / "sleb_plan.json",
+        "--model",
+        dense,
+        "--perplexity",
+        text_file,
+        code=3,
+    ).stderr
     assert "has another vocabulary" in told
 
 
@@ -138,21 +213,40 @@ def test_gguf_files_lose_rows_and_keep_their_bytes(sleb, tmp_path, type_):
     before, after = (reader.fields["tokenizer.ggml.tokens"].contents() for reader in (old, new))
     kept = [before.index(token) for token in after]
     for name in ("token_embd.weight", "output.weight"):
-        theirs, ours = (next(each.data for each in reader.tensors if each.name == name) for reader in (old, new))
+        theirs, ours = (
+            next(each.data for each in reader.tensors if each.name == name) for reader in (old, new)
+        )
         assert (theirs[kept] == ours).all()
     ends = [reader.fields["tokenizer.ggml.eos_token_id"].contents() for reader in (old, new)]
     assert before[ends[0]] == after[ends[1]]
     assert [*result["vocabulary"]["tokens"]] == [len(before), len(after)]
-    folder = json.loads(sleb("apply", file, "--scripts", "latin", "-o", "out", "--json").stdout)  # one token has no row
-    assert (folder["vocabulary"]["tokens"], folder["proof"]["checks"]) == ([len(before), len(after)], CHECKS)
+    folder = json.loads(
+        sleb("apply", file, "--scripts", "latin", "-o", "out", "--json").stdout
+    )  # one token has no row
+    assert (folder["vocabulary"]["tokens"], folder["proof"]["checks"]) == (
+        [len(before), len(after)],
+        CHECKS,
+    )
 
 
 WRONG = {
     "no script": ({}, ["--scripts", "klingon"], "Unicode has no script 'klingon'"),
     "all of it": ({}, ["--scripts", "latin,greek"], "Nothing is gained: 3 of 323 tokens"),
-    "other tables": ({"vocab_size_per_layer_input": 9}, ["--scripts", "latin"], "further tables by token"),
-    "numbers in lists": ({"bad_words_ids": [[3]]}, ["--scripts", "latin"], "bad_words_ids in config.json"),
-    "no gap": ({}, ["--scripts", "latin", "--recover"], "--recover refits the blocks around a gap, but no block"),
+    "other tables": (
+        {"vocab_size_per_layer_input": 9},
+        ["--scripts", "latin"],
+        "further tables by token",
+    ),
+    "numbers in lists": (
+        {"bad_words_ids": [[3]]},
+        ["--scripts", "latin"],
+        "bad_words_ids in config.json",
+    ),
+    "no gap": (
+        {},
+        ["--scripts", "latin", "--recover"],
+        "--recover refits the blocks around a gap, but no block",
+    ),
 }
 
 
@@ -201,13 +295,19 @@ def test_a_tokenizer_that_lacks_something_fails_the_proof(sleb, tmp_path, monkey
 IN_CI = ["gpt2", "qwen3_moe", "gemma3n_text"]
 
 
-@pytest.mark.parametrize("family", [*IN_CI, *(slow(name) for name in FAMILIES if name not in IN_CI)])
+@pytest.mark.parametrize(
+    "family", [*IN_CI, *(slow(name) for name in FAMILIES if name not in IN_CI)]
+)
 def test_every_family_is_cut_and_proven_or_refused(run_sleb, tmp_path, family):
     # GPT-2 has as many positions as tokens here.
     config = tiny_config(family, **{"max_position_embeddings": 320} if family == "gpt2" else {})
-    result = run_sleb("apply", save(tmp_path / "model", config=config), "--scripts", "latin", "--json")
+    result = run_sleb(
+        "apply", save(tmp_path / "model", config=config), "--scripts", "latin", "--json"
+    )
     assert result.exit_code in (0, 4), result.stderr
     # The dense XLM itself computes something else with its KV cache.
-    assert ("does not work with a KV cache, whatever is removed" in result.stderr) == (family == "xlm")
+    assert ("does not work with a KV cache, whatever is removed" in result.stderr) == (
+        family == "xlm"
+    )
     if result.exit_code == 0:
         assert json.loads(result.stdout)["proof"]["logits_difference"] <= TokenCut.tolerance

@@ -1,4 +1,6 @@
-"""A cut of another kind than blocks and tokens is written, proven and described by code that does not know it."""
+"""A cut of another kind than blocks and tokens is written, proven and described by code that does
+not know it.
+"""
 
 import re
 from contextlib import contextmanager
@@ -75,7 +77,9 @@ class Head(Cut):
 
 class GgufHead(GgufCut):
     def header(self, file):
-        return replace(file, tensors=tuple(tensor for tensor in file.tensors if tensor.name != "output.weight"))
+        return replace(
+            file, tensors=tuple(tensor for tensor in file.tensors if tensor.name != "output.weight")
+        )
 
     def for_model(self, architecture):
         return Head()
@@ -94,7 +98,9 @@ def test_a_third_kind_of_cut_is_written_and_proven(architecture, tmp_path, remov
     assert result.proof.checks[-3:] == ("same logits", "generates", "saves again")
     assert result.proof.logits_difference < 1e-5
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert [block.mlp.up_proj.out_features for block in model.model.layers] == [WIDTH // 2] * (4 - len(removals))
+    assert [block.mlp.up_proj.out_features for block in model.model.layers] == [WIDTH // 2] * (
+        4 - len(removals)
+    )
     without = "1 of its 4 blocks" if removals else "half of its neurons"
     assert f"# model without {without}" in (tmp_path / "out" / "README.md").read_text()
 
@@ -104,7 +110,9 @@ def test_a_third_kind_of_cut_of_a_gguf_file_is_proven(architecture, tmp_path):
     surgery = GgufSurgery(file, (GgufBlockCut((1,)), GgufHead()))
     result = prune_gguf(surgery, Output(tmp_path / "out.gguf"), load_plugins(), ignore)
     assert (result.unproven, result.proof.logits_difference) == (None, 0.0)
-    assert "output.weight" not in {tensor.name for tensor in read_gguf(tmp_path / "out.gguf").tensors}
+    assert "output.weight" not in {
+        tensor.name for tensor in read_gguf(tmp_path / "out.gguf").tensors
+    }
 
 
 def test_a_wrong_cut_fails_its_proof(architecture, tmp_path):

@@ -1,4 +1,6 @@
-"""Every causal language model of transformers works, or is refused at once, as docs/reference/families.md says."""
+"""Every causal language model of transformers works, or is refused at once, as
+docs/reference/families.md says.
+"""
 
 import json
 
@@ -38,12 +40,18 @@ def test_configs_as_the_hub_has_them(run_sleb, tmp_path, name):
     pruned = json.loads((tmp_path / "out" / "config.json").read_text())
     # Other engines read other keys: none of these may speak of all blocks any more.
     stale = [
-        key for key, value in pruned.items() if isinstance(value, list | str) and len(value) == 6 and key in changes
+        key
+        for key, value in pruned.items()
+        if isinstance(value, list | str) and len(value) == 6 and key in changes
     ]
     assert stale == []
 
 
 def test_the_document_lists_every_family():
     lines = DOCUMENT.read_text().splitlines()
-    listed = [row.split(" | ")[0].removeprefix("| ") for row in lines if row.startswith("| ") and row.count(" | ") > 1]
+    listed = [
+        row.split(" | ")[0].removeprefix("| ")
+        for row in lines
+        if row.startswith("| ") and row.count(" | ") > 1
+    ]
     assert sorted(name for name in listed if name != "family") == FAMILIES

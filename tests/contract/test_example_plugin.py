@@ -1,4 +1,6 @@
-"""The plugins of docs/reference/plugins.md: the example as pip installs it, and the steps of the first one."""
+"""The plugins of docs/reference/plugins.md: the example as pip installs it, and the steps of the
+first one.
+"""
 
 import json
 import re
@@ -39,8 +41,17 @@ def test_it_is_listed_with_its_package_and_version(sleb_with_plugin):
     result = sleb_with_plugin("plugins", "--json")
     assert result.exit_code == 0, result.stderr
     data = json.loads(result.stdout)
-    ours = [(o["kind"], o["name"]) for o in data["offers"] if (o["package"], o["version"]) == ("sleb-example", "1.2.3")]
-    expected = [("engine", "steady"), ("exporter", "slices"), ("family", "gpt2"), ("metric", "next-token-error")]
+    ours = [
+        (o["kind"], o["name"])
+        for o in data["offers"]
+        if (o["package"], o["version"]) == ("sleb-example", "1.2.3")
+    ]
+    expected = [
+        ("engine", "steady"),
+        ("exporter", "slices"),
+        ("family", "gpt2"),
+        ("metric", "next-token-error"),
+    ]
     assert sorted(ours) == expected
     built_in = {"llama", "opt", "nll", "cosine", "mergekit", "llama.cpp", "vllm"}
     assert {o["name"] for o in data["offers"]} >= built_in
@@ -49,13 +60,20 @@ def test_it_is_listed_with_its_package_and_version(sleb_with_plugin):
 
 def test_its_family_and_its_metric_search(sleb_with_plugin, tiny_gpt2, text_file):
     options = ["--remove", 2, *calibration(text_file), "--json", "--metric"]
-    result = sleb_with_plugin("search", tiny_gpt2, *options, "next-token-error:5", "-o", "five.json")
+    result = sleb_with_plugin(
+        "search", tiny_gpt2, *options, "next-token-error:5", "-o", "five.json"
+    )
     plan = json.loads(result.stdout)
     assert plan["search"]["metric"] == "next-token-error:5"
-    result = sleb_with_plugin("search", tiny_gpt2, "--extend", "five.json", "--remove", 3, "--json", "-o", "three.json")
+    result = sleb_with_plugin(
+        "search", tiny_gpt2, "--extend", "five.json", "--remove", 3, "--json", "-o", "three.json"
+    )
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["search"]["metric"] == "next-token-error:5"
-    assert "'many' is no number" in sleb_with_plugin("search", tiny_gpt2, *options, "next-token-error:many").stderr
+    assert (
+        "'many' is no number"
+        in sleb_with_plugin("search", tiny_gpt2, *options, "next-token-error:many").stderr
+    )
     result = sleb_with_plugin("search", tiny_gpt2, *options, "next-token-error")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["steps"][0]["score"] > plan["steps"][0]["score"]
@@ -78,7 +96,9 @@ def test_its_family_and_its_metric_search(sleb_with_plugin, tiny_gpt2, text_file
 def test_its_export_format_writes(sleb_with_plugin, tiny_gpt2):
     options = [tiny_gpt2, "--blocks", "3,1", "--to", "slices"]
     result = sleb_with_plugin("export", *options, "-q")
-    assert (result.exit_code, result.stdout) == (0, "blocks[0:1] + blocks[2:3] + blocks[4:5]\n"), result.stderr
+    assert (result.exit_code, result.stdout) == (0, "blocks[0:1] + blocks[2:3] + blocks[4:5]\n"), (
+        result.stderr
+    )
     result = sleb_with_plugin("export", *options, "--json")
     assert json.loads(result.stdout)["text"] == "blocks[0:1] + blocks[2:3] + blocks[4:5]\n"
 
@@ -97,6 +117,10 @@ def test_each_step_of_the_first_plugin_loads_and_its_metric_searches(
         data = json.loads(run_sleb("plugins", "--json").stdout)
         assert data["failures"] == []
         built_in = {"sleb", "sleb-example"}
-        assert [offer["name"] for offer in data["offers"] if offer["package"] not in built_in] == offers
-    result = run_sleb("search", tiny_llama, "--remove", 1, *calibration(text_file), "--metric", "change", "--json")
+        assert [
+            offer["name"] for offer in data["offers"] if offer["package"] not in built_in
+        ] == offers
+    result = run_sleb(
+        "search", tiny_llama, "--remove", 1, *calibration(text_file), "--metric", "change", "--json"
+    )
     assert result.exit_code == 0, result.stderr

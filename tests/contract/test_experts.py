@@ -1,4 +1,6 @@
-"""Experts: each family of transformers is cut and proven or is refused, in each form of files; a wrong cut fails."""
+"""Experts: each family of transformers is cut and proven or is refused, in each form of files; a
+wrong cut fails.
+"""
 
 import json
 import re
@@ -9,7 +11,12 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Qwen3VLMoeConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Qwen3VLMoeConfig,
+)
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralTopKRouter
 
 from conftest import architecture_of, calibration, save_model, slow, weights_of
@@ -32,7 +39,9 @@ from sleb_plugins import PlanError, ProofError, UnsupportedModelError
 from survey import DOCUMENT, survey_experts
 
 IN_CI = ["deepseek_v3", "gpt_oss", "llama4_text", "longcat_flash", "mixtral", "qwen3_moe"]
-"""Those that stand for the others: groups, biases, experts scaled at the input, experts of none, each form of files."""
+"""Those that stand for the others: groups, biases, experts scaled at the input, experts of none,
+each form of files.
+"""
 REFUSED = {
     "deepseek_v4": "its blocks keep their experts in different ways",
     "doge": "no setting of its config counts experts",
@@ -47,9 +56,14 @@ OTHERS = [slow(name) for name in WITH_EXPERTS if name not in (*IN_CI, *REFUSED)]
 
 
 def removal(architecture, *gone):
-    """Return these experts of each block, whose number moves on by one from block to block in the same group."""
+    """Return these experts of each block, whose number moves on by one from block to block in the
+    same group.
+    """
     blocks = enumerate(architecture.experts.blocks)
-    return {block: tuple(expert // 4 * 4 + (expert + number) % 4 for expert in gone) for number, block in blocks}
+    return {
+        block: tuple(expert // 4 * 4 + (expert + number) % 4 for expert in gone)
+        for number, block in blocks
+    }
 
 
 def cut(folder, out, removed=(3, 5), *, blocks=(), dtype=torch.float32, notify=ignore, **where):
@@ -68,19 +82,30 @@ def test_each_family_is_cut_and_proven(tmp_path, model_type, dtype):
     result = cut(folder, tmp_path / "out", dtype=dtype)
     assert result.proof.checks[-4:] == ("same logits", "every expert", "generates", "saves again")
     assert result.experts.experts == (8, 6)
-    whole, fewer = (AutoModelForCausalLM.from_pretrained(each, dtype=dtype) for each in (folder, tmp_path / "out"))
+    whole, fewer = (
+        AutoModelForCausalLM.from_pretrained(each, dtype=dtype)
+        for each in (folder, tmp_path / "out")
+    )
     ids = torch.arange(2, 34)[None]
     # What goes mattered, so the proof had something to see.
-    assert (whole(ids).logits - fewer(ids).logits).abs().max() > 0.05 * whole(ids).logits.abs().max()
+    assert (whole(ids).logits - fewer(ids).logits).abs().max() > 0.05 * whole(
+        ids
+    ).logits.abs().max()
 
 
-@pytest.mark.parametrize("model_type", ["deepseek_v3", slow("gemma4_text"), slow("gpt_oss"), slow("llama4_text")])
+@pytest.mark.parametrize(
+    "model_type", ["deepseek_v3", slow("gemma4_text"), slow("gpt_oss"), slow("llama4_text")]
+)
 @pytest.mark.parametrize("where", ["streamed", "on disk", "float16", "inference mode"])
 def test_routers_are_masked_wherever_their_tensors_are(tmp_path, model_type, where):
     folder = save_model(tmp_path / "model", experts_config(model_type))
     architecture = architecture_of(folder)
     on_disk = blocks_on_disk(architecture, architecture.block_count, torch.device("cpu"))
-    how = {"streamed": {"stream": True}, "on disk": {"device_map": on_disk}, "float16": {"dtype": torch.float16}}
+    how = {
+        "streamed": {"stream": True},
+        "on disk": {"device_map": on_disk},
+        "float16": {"dtype": torch.float16},
+    }
     with torch.inference_mode(where == "inference mode"):
         result = cut(folder, tmp_path / "out", **how.get(where, {}))
     assert "every expert" in result.proof.checks
@@ -100,7 +125,9 @@ def test_ties_are_broken_by_number():
     assert found[2].values.tolist() == [[2, 2, 1]]
 
 
-@pytest.mark.parametrize("model_type", [name if name in ("jetmoe", "llama") else slow(name) for name in REFUSED])
+@pytest.mark.parametrize(
+    "model_type", [name if name in ("jetmoe", "llama") else slow(name) for name in REFUSED]
+)
 def test_those_without_experts_to_remove_are_refused(tmp_path, model_type):
     config = tiny_config(model_type) if model_type == "llama" else experts_config(model_type)
     with pytest.raises(UnsupportedModelError, match=REFUSED[model_type]):
@@ -121,7 +148,9 @@ def test_a_router_that_is_part_of_its_block_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_every_family_with_experts_is_listed():
-    assert [name for name in FAMILIES if counts_experts(tiny_config(name).to_dict())] == WITH_EXPERTS
+    assert [
+        name for name in FAMILIES if counts_experts(tiny_config(name).to_dict())
+    ] == WITH_EXPERTS
 
 
 IN_BLOCK_1 = r"model\.layers\.1\.mlp\."
@@ -131,7 +160,11 @@ FAULTS = {
     "two experts change places": (r"experts\.", (1, 0, 2, 3, 5, 6), IT_DIFFERS),
     "two rows of the router do": (r"router\.", (1, 0, 2, 3, 5, 6), IT_DIFFERS),
     "two biases of the router do": (r"router\.bias", (1, 0, 2, 3, 5, 6), IT_DIFFERS),
-    "one that no text reaches is another": (r"experts\.", (0, 1, 2, 2, 5, 6), "the experts of block 1 that stay make"),
+    "one that no text reaches is another": (
+        r"experts\.",
+        (0, 1, 2, 2, 5, 6),
+        "the experts of block 1 that stay make",
+    ),
 }
 
 
@@ -147,7 +180,9 @@ def test_a_wrong_cut_fails_its_proof(tmp_path, monkeypatch, fault):
 
     def wrong(self, name):
         new, slices = right(self, name)
-        return new, replace(slices, kept=kept) if re.match(IN_BLOCK_1 + which, name) and slices else slices
+        return new, replace(slices, kept=kept) if re.match(
+            IN_BLOCK_1 + which, name
+        ) and slices else slices
 
     monkeypatch.setattr(ExpertCut, "tensor", wrong)
     with pytest.raises(ProofError, match=words):
@@ -160,7 +195,10 @@ def test_a_family_whose_router_cannot_be_masked_fails(tmp_path, monkeypatch):
     def elsewhere(self, hidden):
         """Route by a copy of the weights that torch does not see made."""
         router = MixtralTopKRouter.__new__(MixtralTopKRouter)
-        router.__dict__ |= self.__dict__ | {"_parameters": {}, "weight": torch.from_numpy(self.weight.numpy().copy())}
+        router.__dict__ |= self.__dict__ | {
+            "_parameters": {},
+            "weight": torch.from_numpy(self.weight.numpy().copy()),
+        }
         return own(router, hidden)
 
     monkeypatch.setattr(MixtralTopKRouter, "forward", elsewhere)
@@ -169,8 +207,12 @@ def test_a_family_whose_router_cannot_be_masked_fails(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [1e-6, float("nan")])
-def test_a_choice_that_rounding_decides_is_proven_in_a_wider_data_type(tmp_path, monkeypatch, error):
-    """Three experts of each block are scored alike but for the last bits, which the cut router rounds otherwise."""
+def test_a_choice_that_rounding_decides_is_proven_in_a_wider_data_type(
+    tmp_path, monkeypatch, error
+):
+    """Three experts of each block are scored alike but for the last bits, which the cut router
+    rounds otherwise.
+    """
     folder = save_model(tmp_path / "model", experts_config("mixtral"))
     weights = weights_of(folder)
     for gate in (weights[name] for name in weights if name.endswith("gate.weight")):
@@ -209,27 +251,46 @@ def test_files_that_hold_all_experts_of_a_block_in_one_tensor(tmp_path):
     assert weights_of(tmp_path / "out")["model.layers.1.mlp.experts.gate_up_proj"].shape[0] == 6
 
 
-@pytest.mark.parametrize(("model_type", "after"), [("deepseek_v3", "model.layers.6."), ("qwen3_moe", "mtp.layers.0.")])
+@pytest.mark.parametrize(
+    ("model_type", "after"), [("deepseek_v3", "model.layers.6."), ("qwen3_moe", "mtp.layers.0.")]
+)
 def test_prediction_blocks_lose_the_experts_of_the_last_block(tmp_path, model_type, after):
     numbered = {"num_nextn_predict_layers": 1} if "6" in after else {}
-    folder, last = save_model(tmp_path / "model", experts_config(model_type, **numbered)), "model.layers.5."
-    more = {name.replace(last, after): t + 1 for name, t in weights_of(folder).items() if name.startswith(last)}
+    folder, last = (
+        save_model(tmp_path / "model", experts_config(model_type, **numbered)),
+        "model.layers.5.",
+    )
+    more = {
+        name.replace(last, after): t + 1
+        for name, t in weights_of(folder).items()
+        if name.startswith(last)
+    }
     rewrite(folder, lambda weights: weights | more)
     events = []
     cut(folder, tmp_path / "out", notify=events.append)
     assert PREDICTION_NOTE in [getattr(event, "text", None) for event in events]
     written = weights_of(tmp_path / "out")
-    cut_alike = {name.replace(last, after): t + 1 for name, t in written.items() if name.startswith(last)}
+    cut_alike = {
+        name.replace(last, after): t + 1 for name, t in written.items() if name.startswith(last)
+    }
     assert {name for name in written if name.startswith(after)} == {*cut_alike}
     assert all(torch.equal(written[name], tensor) for name, tensor in cut_alike.items())
 
 
-@pytest.mark.parametrize("names", [[], ["num_experts"], ["num_local_experts"], ["num_experts", "num_local_experts"]])
+@pytest.mark.parametrize(
+    "names", [[], ["num_experts"], ["num_local_experts"], ["num_experts", "num_local_experts"]]
+)
 def test_each_name_of_the_count_changes(tmp_path, names):
-    """Files of Qwen3 say `num_experts`, transformers 5.24 writes `num_local_experts`; Mixtral's may leave it out."""
+    """Files of Qwen3 say `num_experts`, transformers 5.24 writes `num_local_experts`; Mixtral's may
+    leave it out.
+    """
     folder = save_model(tmp_path / "model", experts_config("qwen3_moe" if names else "mixtral"))
     path = folder / "config.json"
-    settings = {key: value for key, value in json.loads(path.read_text()).items() if not key.endswith("_experts")}
+    settings = {
+        key: value
+        for key, value in json.loads(path.read_text()).items()
+        if not key.endswith("_experts")
+    }
     path.write_text(json.dumps(settings | dict.fromkeys(names, 8)))
     cut(folder, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -257,8 +318,16 @@ def as_mxfp4(name, tensor):
 def test_a_vision_model_counts_the_blocks_of_its_text_config(tmp_path):
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
     text = experts_config("qwen3_vl_moe_text", rope_parameters=rope)
-    eyes = {"depth": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 64, "out_hidden_size": 32}
-    config = Qwen3VLMoeConfig(text_config=text.to_dict(), vision_config=eyes | {"deepstack_visual_indexes": [0]})
+    eyes = {
+        "depth": 2,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "intermediate_size": 64,
+        "out_hidden_size": 32,
+    }
+    config = Qwen3VLMoeConfig(
+        text_config=text.to_dict(), vision_config=eyes | {"deepstack_visual_indexes": [0]}
+    )
     AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "model")
     assert cut(tmp_path / "model", tmp_path / "out").experts.experts == (8, 6)
     assert AutoConfig.from_pretrained(tmp_path / "out").text_config.num_local_experts == 6
@@ -270,14 +339,21 @@ def test_a_vision_model_counts_the_blocks_of_its_text_config(tmp_path):
 ])  # fmt: skip
 def test_quantized_experts_are_copied_from_the_files(tmp_path, model_type, packed, settings):
     folder = save_model(tmp_path / "model", experts_config(model_type, dtype=torch.bfloat16))
-    rewrite(folder, lambda weights: {k: v for name, t in weights.items() for k, v in packed(name, t).items()})
+    rewrite(
+        folder,
+        lambda weights: {k: v for name, t in weights.items() for k, v in packed(name, t).items()},
+    )
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
     (folder / "config.json").write_text(json.dumps(config))
     architecture = architecture_of(folder)
     removed = dict.fromkeys(architecture.experts.blocks, (0, 4))
     tensors = plan_tensors(plan_surgery(architecture, (), {"experts": removed}))
-    assert all(tensor.ranges is not None for tensor in tensors)  # so none is decoded, and no block is held in memory
-    assert "every expert" in cut(folder, tmp_path / "out", removed, dtype=torch.bfloat16).proof.checks
+    assert all(
+        tensor.ranges is not None for tensor in tensors
+    )  # so none is decoded, and no block is held in memory
+    assert (
+        "every expert" in cut(folder, tmp_path / "out", removed, dtype=torch.bfloat16).proof.checks
+    )
 
 
 def test_decoding_that_routes_otherwise_by_rounding_is_proven_in_a_wider_dtype(tmp_path):
@@ -300,11 +376,14 @@ def test_a_streamed_proof_without_room_for_converted_weights_is_partial(tmp_path
     assert result.proof.checks == ("complete", "same bytes", "loads")
 
 
-@pytest.mark.parametrize("type_", [Type.F32, Type.Q8_0, slow(Type.Q4_0)], ids=lambda type_: type_.name)
+@pytest.mark.parametrize(
+    "type_", [Type.F32, Type.Q8_0, slow(Type.Q4_0)], ids=lambda type_: type_.name
+)
 def test_a_gguf_file_is_cut_and_proven(tmp_path, type_):
     width = {"moe_intermediate_size": 768}  # which transformers takes from no file
     folder = save_model(
-        tmp_path / "model", experts_config("qwen3_moe", decoder_sparse_step=1, mlp_only_layers=[], **width)
+        tmp_path / "model",
+        experts_config("qwen3_moe", decoder_sparse_step=1, mlp_only_layers=[], **width),
     )
     path = convert_llama(folder, tmp_path / "model.gguf", type_, architecture="qwen3moe")
     removed = {block: (5, block) for block in range(4)} | {4: (0, 7), 5: (2, 3)}
@@ -312,19 +391,37 @@ def test_a_gguf_file_is_cut_and_proven(tmp_path, type_):
     surgery = plan_gguf_surgery(read_gguf(path), (), {"experts": removed} | per_token)
     result = prune_gguf(surgery, Output(tmp_path / "out.gguf"), load_plugins(), ignore)
     assert result.unproven is None
-    assert metadata_of(tmp_path / "out.gguf")["qwen3moe.expert_used_count"] == per_token.get("experts_per_token", 2)
+    assert metadata_of(tmp_path / "out.gguf")["qwen3moe.expert_used_count"] == per_token.get(
+        "experts_per_token", 2
+    )
     assert result.proof.checks[-4:] == ("same logits", "every expert", "generates", "saves again")
     parts = {f"ffn_{part}.weight" for part in ("gate_exps", "up_exps", "down_exps", "gate_inp")}
     require_experts(path, tmp_path / "out.gguf", removed, parts)
 
 
 def test_what_only_looks_like_experts_in_a_gguf_file_stays(tmp_path):
-    matrices = ("ffn_gate_up_exps.weight", "ffn_down_exps.weight", "ffn_gate_inp.weight", "ffn_up_exps.bias")
+    matrices = (
+        "ffn_gate_up_exps.weight",
+        "ffn_down_exps.weight",
+        "ffn_gate_inp.weight",
+        "ffn_up_exps.bias",
+    )
     lists = ("ffn_gate_inp.bias", "exp_probs_b.bias", "ffn_down_exps.scale")
     theirs = dict.fromkeys(matrices, (8, 3)) | dict.fromkeys(lists, (8,))
-    others = ("ffn_gate_inp.scale", "ffn_norm_exps.weight", "ffn_gate_inp_shexp.weight", "attn_q_norm.weight")
+    others = (
+        "ffn_gate_inp.scale",
+        "ffn_norm_exps.weight",
+        "ffn_gate_inp_shexp.weight",
+        "attn_q_norm.weight",
+    )
     more = theirs | dict.fromkeys(others, (8,)) | {"ffn_up_shexp.weight": (8, 3)}
-    path = write_gguf(tmp_path / "model.gguf", "acme", 3, {"expert_count": 8, "nextn_predict_layers": 1}, more=more)
+    path = write_gguf(
+        tmp_path / "model.gguf",
+        "acme",
+        3,
+        {"expert_count": 8, "nextn_predict_layers": 1},
+        more=more,
+    )
     removed, events = {0: (5, 3), 1: (0, 7)}, []
     surgery = plan_gguf_surgery(read_gguf(path), (), {"experts": removed})
     result = prune_gguf(surgery, Output(tmp_path / "out.gguf"), load_plugins(), events.append)
@@ -334,9 +431,13 @@ def test_what_only_looks_like_experts_in_a_gguf_file_stays(tmp_path):
 
 
 def require_experts(before, after, removed, names):
-    """Check that in the blocks, the tensors of these names lost exactly the removed experts, and no other did."""
+    """Check that in the blocks, the tensors of these names lost exactly the removed experts, and no
+    other did.
+    """
     old, new = (gguf.GGUFReader(path) for path in (before, after))
-    (count,) = (field.contents() for name, field in new.fields.items() if name.endswith(".expert_count"))
+    (count,) = (
+        field.contents() for name, field in new.fields.items() if name.endswith(".expert_count")
+    )
     assert count == 8 - 2
     for was, now in zip(old.tensors, new.tensors, strict=True):
         _, _, rest = was.name.partition(".")
@@ -354,7 +455,9 @@ def require_experts(before, after, removed, names):
 ])  # fmt: skip
 def test_gguf_files_whose_experts_cannot_be_removed(tmp_path, architecture, count, tensor, words):
     more = {"ffn_up_exps.weight": (count, 3), "ffn_gate_inp.weight": (count, 3), tensor: (count, 3)}
-    file = read_gguf(write_gguf(tmp_path / "model.gguf", architecture, 2, {"expert_count": count}, more=more))
+    file = read_gguf(
+        write_gguf(tmp_path / "model.gguf", architecture, 2, {"expert_count": count}, more=more)
+    )
     with pytest.raises(UnsupportedModelError, match=words):
         plan_gguf_surgery(file, (), {"experts": {0: (5,), 1: (0,)}})
 
@@ -375,7 +478,8 @@ def test_experts_and_blocks_go_one_after_the_other(tmp_path, model_type):
 
 @pytest.mark.parametrize(("gone", "words"), [
     ({2: (1, 4, 0, 5, 2), 3: (1, 4, 0, 5, 2)}, "5 of 8 would go, and at least 4 must stay"),
-    ({2: (0, 4), 3: (0, 1)}, "of block 3, it takes more from some of the 2 groups than from others"),
+    ({2: (0, 4), 3: (0, 1)}, "of block 3, it takes more from some of the 2 groups than from "
+                             "others"),
     ({2: (0, 4), 3: (0, 8)}, r"of block 3, it names \[0, 8\], and not 2 of 8"),
     ({2: (0, 4), 3: (-4, 4)}, "of block 3, it names"),
     ({2: (0, 4), 3: (4, 4)}, "of block 3, it names"),
@@ -389,7 +493,9 @@ def test_removals_that_no_model_computes_with_are_refused(tmp_path, gone, words)
         plan_surgery(architecture_of(folder), (), {"experts": gone})
 
 
-@pytest.mark.parametrize("wrong", [[[*range(7)]] * 6, [[0, 8]] * 6, [[0, 1]] * 5 + [[0]], [[0, 0]] * 6, [[]] * 6])
+@pytest.mark.parametrize(
+    "wrong", [[[*range(7)]] * 6, [[0, 8]] * 6, [[0, 1]] * 5 + [[0]], [[0, 0]] * 6, [[]] * 6]
+)
 def test_a_plan_edited_by_hand_is_refused(sleb, tmp_path, text_file, wrong):
     folder = save_model(tmp_path / "model", experts_config("mixtral"))
     sleb("search", folder, "--unit", "experts", "--remove", 2, *calibration(text_file))

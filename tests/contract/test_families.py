@@ -1,4 +1,6 @@
-"""What every family must pass: same numbers as the plain reference, and a checkpoint that proves itself."""
+"""What every family must pass: same numbers as the plain reference, and a checkpoint that proves
+itself.
+"""
 
 import json
 import re
@@ -37,17 +39,29 @@ FAMILIES = {
 }
 TRAINED = "stories260K, trained"
 CLAIMED = {"llama", "opt"}
-NIGHTLY = {"llama", "mistral, sliding", "qwen2", "qwen3", "gpt_neox, parallel", "phi, parallel, head with bias"}
+NIGHTLY = {
+    "llama",
+    "mistral, sliding",
+    "qwen2",
+    "qwen3",
+    "gpt_neox, parallel",
+    "phi, parallel, head with bias",
+}
 """Those that other tests run too, or that differ little from another."""
 
 
-@pytest.fixture(scope="module", params=[*(slow(name) if name in NIGHTLY else name for name in FAMILIES), TRAINED])
+@pytest.fixture(
+    scope="module",
+    params=[*(slow(name) if name in NIGHTLY else name for name in FAMILIES), TRAINED],
+)
 def folder(request, tmp_path_factory):
     if request.param == TRAINED:
         return request.getfixturevalue("shared_data") / "models" / "stories260K"
     model_type = request.param.partition(",")[0]
     config = tiny_config(model_type, num_hidden_layers=5, **FAMILIES[request.param])
-    return save_model(tmp_path_factory.mktemp("family") / model_type, config, bos=model_type in ("opt", "gemma2"))
+    return save_model(
+        tmp_path_factory.mktemp("family") / model_type, config, bos=model_type in ("opt", "gemma2")
+    )
 
 
 @pytest.fixture
@@ -62,10 +76,14 @@ def require_reference(plan, architecture, text_file):
     sequences = calibration_sequences(folder, text_file, bos=told["bos"])
     assert told["tokens_sha256"] == tokens_sha256(sequences)
     model = load_dense(architecture, Placement(torch.device("cpu"), torch.float32), ignore)
-    removals, steps = plain_search(model, architecture.blocks_of(model), sequences, len(plan["removals"]))
+    removals, steps = plain_search(
+        model, architecture.blocks_of(model), sequences, len(plan["removals"])
+    )
     assert plan["removals"] == removals
     for step, losses in zip(plan["steps"], steps, strict=True):
-        assert step["scores"] == pytest.approx({str(block): loss for block, loss in losses.items()}, abs=1e-5)
+        assert step["scores"] == pytest.approx(
+            {str(block): loss for block, loss in losses.items()}, abs=1e-5
+        )
         assert step["score"] == step["scores"][str(step["block"])]
 
 
@@ -82,9 +100,11 @@ def test_searches_equal_the_plain_reference(run_sleb, folder, architecture, text
     # In little memory: one candidate a walk, nothing remembered, few logits at a time.
     refused = run_sleb("search", folder, *options, "--force", "--memory", "1kB")
     assert refused.exit_code == 7, refused.stderr
-    needed = re.search(r"need ([\d.]+ .B) in addition to the model, but only 1 kB", refused.stderr)[1]
+    needed = re.search(r"need ([\d.]+ .B) in addition to the model, but only 1 kB", refused.stderr)[
+        1
+    ]
     resolve, budgets = prepare.resolve_memory_budget, []
-    watched = lambda *a, **k: budgets.append(resolve(*a, **k)) or budgets[-1]  # noqa: E731
+    watched = lambda *a, **k: budgets.append(resolve(*a, **k)) or budgets[-1]
     monkeypatch.setattr(prepare, "resolve_memory_budget", watched)
     least = parse_bytes(needed, "") + 500
     squeezed = json.loads(run_sleb("search", folder, *options, "--force", "--memory", least).stdout)
@@ -105,7 +125,9 @@ def test_blocks_that_cannot_be_forked_take_whole_passes(run_sleb, tmp_path, text
 
 @pytest.mark.parametrize("blocks", [slow((1,)), slow((3, 0)), (2, 4, 1)])
 @torch.inference_mode()
-def test_the_checkpoint_is_proven_and_the_model_in_memory(run_sleb, folder, architecture, tmp_path, blocks):
+def test_the_checkpoint_is_proven_and_the_model_in_memory(
+    run_sleb, folder, architecture, tmp_path, blocks
+):
     named = ",".join(map(str, blocks))
     result = run_sleb("apply", folder, "--blocks", named, "-o", "out", "--json")
     assert result.exit_code == 0, result.stderr
@@ -113,7 +135,9 @@ def test_the_checkpoint_is_proven_and_the_model_in_memory(run_sleb, folder, arch
     assert (proof["logits_difference"], proof["prompt"]) == (0, "text")
     stored = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert stored.config.num_hidden_layers == 5 - len(blocks)
-    built = load_pruned(plan_surgery(architecture, blocks), Placement(torch.device("cpu"), torch.float32), ignore)
+    built = load_pruned(
+        plan_surgery(architecture, blocks), Placement(torch.device("cpu"), torch.float32), ignore
+    )
     theirs, ours = stored.state_dict(), built.state_dict()
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)

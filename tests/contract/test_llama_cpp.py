@@ -36,7 +36,10 @@ def llama_cpp(tmp_path_factory):
     home = tmp_path_factory.mktemp("llama-cpp")
     venv.create(home, with_pip=True)
     python = home / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--only-binary", ":all:", "xllamacpp"], check=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "--only-binary", ":all:", "xllamacpp"],
+        check=True,
+    )
 
     def generate(path):
         request = json.dumps([str(path), PROMPT, NEW_TOKENS])
@@ -51,7 +54,11 @@ def generate_with_transformers(folder):
     ids = torch.tensor([PROMPT])
     with torch.inference_mode():
         text = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            eos_token_id=None,
         )
     return text[0, len(PROMPT) :].tolist()
 
@@ -60,10 +67,16 @@ def generate_with_transformers(folder):
 @pytest.mark.parametrize(("kv_heads", "type_"), [(4, Type.F32), (2, Type.F32), (4, Type.Q8_0)])
 def test_it_generates_what_transformers_generates(run_sleb, llama_cpp, tmp_path, kv_heads, type_):
     source = write_llama_gguf(tmp_path / "tiny.gguf", 6, type_, kv_heads=kv_heads)
-    assert run_sleb("apply", "--blocks", "4,1", "--source", source, "-o", "small.gguf").exit_code == 0
+    assert (
+        run_sleb("apply", "--blocks", "4,1", "--source", source, "-o", "small.gguf").exit_code == 0
+    )
     assert run_sleb("apply", tmp_path / "origin", "--blocks", "4,1", "-o", "small").exit_code == 0
-    found, expected = llama_cpp(tmp_path / "small.gguf"), generate_with_transformers(tmp_path / "small")
-    # Quantised, near ties fall the other way sooner or later; the first token of a sharp model does not.
+    found, expected = (
+        llama_cpp(tmp_path / "small.gguf"),
+        generate_with_transformers(tmp_path / "small"),
+    )
+    # Quantised, near ties fall the other way sooner or later; the first token of a sharp model does
+    # not.
     compared = NEW_TOKENS if type_ is Type.F32 else 1
     assert found[:compared] == expected[:compared]
     assert llama_cpp(source) != found
@@ -71,8 +84,12 @@ def test_it_generates_what_transformers_generates(run_sleb, llama_cpp, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("removals", [(0, 1, 2, 3), (7,), (5,), (2, 3)])
-def test_settings_depend_on_block_numbers_only_where_the_table_says(run_sleb, llama_cpp, tmp_path, removals):
-    """SmolLM3 in llama.cpp has no rotary positions in the last of every four blocks, whatever a file says."""
+def test_settings_depend_on_block_numbers_only_where_the_table_says(
+    run_sleb, llama_cpp, tmp_path, removals
+):
+    """SmolLM3 in llama.cpp has no rotary positions in the last of every four blocks, whatever a
+    file says.
+    """
     config = SmolLM3Config(
         vocab_size=320, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=4,
         num_hidden_layers=8, max_position_embeddings=128, bos_token_id=0, eos_token_id=1, pad_token_id=1,
@@ -83,7 +100,11 @@ def test_settings_depend_on_block_numbers_only_where_the_table_says(run_sleb, ll
     blocks = ",".join(map(str, removals))
     assert run_sleb("apply", tmp_path / "origin", "--blocks", blocks, "-o", "small").exit_code == 0
     passes = run_sleb("apply", "--blocks", blocks, "--source", source, "--no-verify").exit_code == 0
-    write_gguf(GgufBlockCut(removals).header(read_gguf(source)), tmp_path / "forced.gguf", lambda size: None)
+    write_gguf(
+        GgufBlockCut(removals).header(read_gguf(source)),
+        tmp_path / "forced.gguf",
+        lambda size: None,
+    )
     agrees = llama_cpp(tmp_path / "forced.gguf") == generate_with_transformers(tmp_path / "small")
     assert agrees == passes == (removals in [(0, 1, 2, 3), (7,)])
 
@@ -91,14 +112,34 @@ def test_settings_depend_on_block_numbers_only_where_the_table_says(run_sleb, ll
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["qwen3moe", "gpt-oss"])
 def test_it_runs_a_file_without_some_experts(sleb, llama_cpp, tmp_path, text_file, architecture):
-    sizes = {"decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True}
+    sizes = {
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+    }
     plain = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
-    model_type, settings = {"qwen3moe": ("qwen3_moe", sizes), "gpt-oss": ("gpt_oss", plain)}[architecture]
+    model_type, settings = {"qwen3moe": ("qwen3_moe", sizes), "gpt-oss": ("gpt_oss", plain)}[
+        architecture
+    ]
     folder = save_model(tmp_path / "origin", experts_config(model_type, **settings))
     source = convert_llama(folder, tmp_path / "model.gguf", Type.F32, architecture=architecture)
-    sleb("search", folder, "--unit", "experts", "--remove", 2, *calibration(text_file), "-o", "plan.json")
+    sleb(
+        "search",
+        folder,
+        "--unit",
+        "experts",
+        "--remove",
+        2,
+        *calibration(text_file),
+        "-o",
+        "plan.json",
+    )
     sleb("apply", "plan.json", "-o", "small")
     sleb("apply", "plan.json", "--source", source, "-o", "small.gguf")
-    found, expected = llama_cpp(tmp_path / "small.gguf"), generate_with_transformers(tmp_path / "small")
+    found, expected = (
+        llama_cpp(tmp_path / "small.gguf"),
+        generate_with_transformers(tmp_path / "small"),
+    )
     assert found[:16] == expected[:16]  # rounding decides a choice of experts sooner or later
     assert llama_cpp(source)[:16] != found[:16]

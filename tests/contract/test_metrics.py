@@ -56,7 +56,9 @@ def _this_module_is_a_plugin(as_plugins):
 @pytest.fixture
 def search(search):
     """Search with a metric for two blocks."""
-    return lambda metric, *options, code=0: search("--force", "--metric", metric, "--remove", 2, *options, code=code)
+    return lambda metric, *options, code=0: search(
+        "--force", "--metric", metric, "--remove", 2, *options, code=code
+    )
 
 
 @pytest.fixture
@@ -98,7 +100,10 @@ def test_kl_is_the_divergence_from_the_dense_model(found, model, sequences):
 
 @torch.no_grad()
 def test_magnitude_is_the_sum_of_absolute_weights(found, model):
-    expected = {n: sum(p.abs().sum().item() for p in model.model.layers[n].parameters()) for n in range(1, 5)}
+    expected = {
+        n: sum(p.abs().sum().item() for p in model.model.layers[n].parameters())
+        for n in range(1, 5)
+    }
     assert found("magnitude").steps[0].scores == pytest.approx(expected, rel=1e-5)
 
 
@@ -108,16 +113,21 @@ def test_magnitude_is_the_sum_of_absolute_weights(found, model):
     [("cosine", lambda cosine: 1 - cosine), ("angular", lambda cosine: cosine.arccos() / math.pi)],
     ids=["cosine", "angular"],
 )
-def test_metrics_of_states_are_what_they_say_at_each_step(found, model, sequences, metric, of_cosine):
+def test_metrics_of_states_are_what_they_say_at_each_step(
+    found, model, sequences, metric, of_cosine
+):
     plan, seen = found(metric), {}
     for step, gone in zip(plan.steps, [(), *plan.by_size], strict=False):
         for block in gone:
             skip(model, block)
         for n, layer in enumerate(model.model.layers):
-            layer.register_forward_hook(lambda module, args, output, n=n: seen.update({n: (args[0], output)}))
+            layer.register_forward_hook(
+                lambda module, args, output, n=n: seen.update({n: (args[0], output)})
+            )
         model(sequences, use_cache=False)
         cosines = {
-            n: nn.functional.cosine_similarity(*(x.double() for x in seen[n]), dim=-1) for n in {1, 2, 3, 4} - set(gone)
+            n: nn.functional.cosine_similarity(*(x.double() for x in seen[n]), dim=-1)
+            for n in {1, 2, 3, 4} - set(gone)
         }
         expected = {n: float(of_cosine(cosine).mean()) for n, cosine in cosines.items()}
         assert step.scores == pytest.approx(expected, abs=1e-5)
@@ -158,10 +168,14 @@ def test_random_depends_on_the_seed_and_the_number_alone(found):
         ("one-for-all", 6, "'one-for-all' of unknown package ? returned a float32 Tensor"),
     ],
 )
-def test_a_metric_that_cannot_be_is_refused_in_time(search, tmp_path, monkeypatch, text, code, message):
+def test_a_metric_that_cannot_be_is_refused_in_time(
+    search, tmp_path, monkeypatch, text, code, message
+):
     result = search(text, code=code)
     assert message in result.stderr
-    assert ("tiny-llama …" in result.stderr) == (code == 6)  # only what a metric returns takes a model
+    assert ("tiny-llama …" in result.stderr) == (
+        code == 6
+    )  # only what a metric returns takes a model
     assert not (tmp_path / "plan.json").exists()
 
 

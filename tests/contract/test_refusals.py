@@ -1,4 +1,6 @@
-"""What commands refuse, through `main()`: each row of the table of clashes, and what is wrong with one option."""
+"""What commands refuse, through `main()`: each row of the table of clashes, and what is wrong with
+one option.
+"""
 
 import ast
 import json
@@ -20,7 +22,10 @@ from sleb_cli.asked.clashes import CLASHES, Clash
 
 PACKAGE = Path(sleb_cli.__file__).parent
 
-COMMANDS = {name: getattr(requests, f"{name.capitalize()}Request") for name in "search apply eval bench export".split()}
+COMMANDS = {
+    name: getattr(requests, f"{name.capitalize()}Request")
+    for name in "search apply eval bench export".split()
+}
 
 
 def typed(request, option):
@@ -69,14 +74,16 @@ FIRST = [
     *((command.format(model), 4, says) for command, (model, says) in product(ON_MODELS, NO_MODEL.items())),
     ("search taken/short.txt --remove 1", 4, "is a file, not a model"),
     ("search MODEL --remove 1 --revision main", 2, "--revision does not apply"),
-    ("search elsewhere --remove 1 --trust-remote-code", 4, "names Python code of another repository, org/code"),
+    ("search elsewhere --remove 1 --trust-remote-code", 4, "names Python code of another "
+                                                           "repository, org/code"),
     ("search no/model --remove 1 --metric energy", 2, "energy does not score blocks"),
     ("search no/model --remove 1 --calibration self:0.5,c4", 2, "c4 has no share in the mixture"),
     ("search no/model --remove 1 --calibration c4:0.5,c4:0.5", 2, "names c4 twice"),
     ("search no/model --remove 1 -o half.json", 8, "holds an unfinished search"),
     ("apply bad.gguf --blocks 1 -o bad.gguf", 8, "is the source file itself"),
     ("apply nameless.json", 3, "was made for tiny, and does not say where that is"),
-    ("apply experts.json --recover", 2, "--recover does not apply to experts.json, a plan that removes experts"),
+    ("apply experts.json --recover", 2, "--recover does not apply to experts.json, a plan that "
+                                        "removes experts"),
     ("apply experts.json --remove 1", 2, "has 2 groups of experts"),
     ("export experts.json --to mergekit", 2, "describes a removal of blocks"),
     ("eval PLAN --remove 0,1", 2, "Cannot remove 0 blocks"),
@@ -92,9 +99,12 @@ FIRST = [
     ("search no/model --remove 1 --dtype int3", 2, "Unknown data type 'int3'"),
     ("search no/model --remove 1 --memory lots", 2, "--memory lots is not a size"),
     ("search no/model --remove 1 --metric cosine --fast", 2, "--fast does not apply to cosine"),
-    ("search no/model --remove 1 --strategy oneshot --fast", 2, "--fast does not apply to --strategy oneshot"),
-    ("search no/model --remove 1 --strategy refine --metric cosine", 2, "cosine scores single blocks"),
-    ("search no/model --remove 1 --extend PLAN --strategy refine", 2, "works with --strategy greedy only"),
+    ("search no/model --remove 1 --strategy oneshot --fast", 2, "--fast does not apply to "
+                                                                "--strategy oneshot"),
+    ("search no/model --remove 1 --strategy refine --metric cosine", 2, "cosine scores single "
+                                                                        "blocks"),
+    ("search no/model --remove 1 --extend PLAN --strategy refine", 2, "works with --strategy "
+                                                                      "greedy only"),
     ("search no/model --remove 1 --extend nowhere.json", 3, "no plan nowhere.json"),
     ("search no/model --remove 1 -o no/plan.json", 8, "folder does not exist"),
     ("search no/model --remove 1 -o PLAN", 8, "already exists"),
@@ -137,10 +147,12 @@ FIRST = [
     ("bench no/model --sweep prompts=8", 2, "--sweep cannot vary 'prompts'"),
     ("bench no/model --sweep batch=one", 2, "'batch=one' is not a name and a list of numbers"),
     ("bench no/model --sweep batch=0", 2, "--batch-size 0 is too small"),
-    ("bench no/model --sweep batch=1 --batch-size 2", 2, "--sweep sets batch and so does --batch-size"),
+    ("bench no/model --sweep batch=1 --batch-size 2", 2, "--sweep sets batch and so does "
+                                                         "--batch-size"),
     ("bench no/model --sweep batch=1 --sweep batch=2", 2, "--sweep sets batch twice"),
     ("bench no/model --engine lama.cpp", 2, "Did you mean 'llama.cpp'?"),
-    ("bench no/model --engine llama.cpp --dtype float32", 2, "--dtype does not apply to --engine llama.cpp"),
+    ("bench no/model --engine llama.cpp --dtype float32", 2, "--dtype does not apply to --engine "
+                                                             "llama.cpp"),
     ("bench no/model --engine vllm --source x.gguf", 2, "--source does not apply to --engine vllm"),
     ("export no/model --blocks 1 --to gguf", 2, "`sleb apply` writes GGUF files."),
     ("export no/model --blocks 1 --to ollama", 2, "`FROM ./model.gguf`"),
@@ -163,17 +175,23 @@ FIRST = [
 SHORT = "--samples 4 --sequence-length 32"
 SECOND = [
     (f"search MODEL --ratio 0.9 --calibration TEXT {SHORT}", 2, "At most 4 blocks can be removed"),
-    (f"search MODEL --remove 0 --calibration TEXT {SHORT}", 2, "already at 6 of 6 blocks; the target is 6 of 6 blocks"),
+    (f"search MODEL --remove 0 --calibration TEXT {SHORT}", 2, "already at 6 of 6 blocks; the "
+                                                               "target is 6 of 6 blocks"),
     ("search MODEL --remove 1 --device gpu", 2, "Unknown device 'gpu'"),
     ("search MODEL --remove 1 --sequence-length 129", 2, "128 positions"),
     ("search MODEL --remove 1 --stream --calibration self", 2, "write its own text"),
-    ("search MODEL --remove 1 --chat all --calibration TEXT", 2, "is plain text, but --chat needs conversations"),
-    ("search MODEL --remove 2 --strategy contiguous --protect 2,3", 2, "No 2 consecutive blocks can be removed"),
-    ("search MODEL --target-memory 1MB --serve-length 4096", 2, "--serve-length 4096 exceeds the 128 positions"),
+    ("search MODEL --remove 1 --chat all --calibration TEXT", 2, "is plain text, but --chat needs "
+                                                                 "conversations"),
+    ("search MODEL --remove 2 --strategy contiguous --protect 2,3", 2, "No 2 consecutive blocks "
+                                                                       "can be removed"),
+    ("search MODEL --target-memory 1MB --serve-length 4096", 2, "--serve-length 4096 exceeds the "
+                                                                "128 positions"),
     ("search MODEL --remove 1 --calibration TEXT --samples 9999", 5, "text for"),
     (f"search MODEL --remove 1 --calibration TEXT {SHORT} --memory 1kB", 7, ""),
     ("search MODEL --remove 1 --calibration .", 5, "is a folder"),
-    (f"search MODEL --remove 1 --calibration TEXT {SHORT} --samples 1 --holdout 0.2", 2, "cannot be split"),
+    (f"search MODEL --remove 1 --calibration TEXT {SHORT} --samples 1 --holdout 0.2", 2, "cannot "
+                                                                                         "be "
+                                                                                         "split"),
     ("apply MODEL --blocks 1,1", 2, "named twice"),
     ("apply MODEL --blocks -1", 2, "no block -1"),
     ("apply MODEL --blocks 0,1,2,3,4,5", 2, "All 6 blocks"),
@@ -212,7 +230,9 @@ EXPERTS = {
 @pytest.fixture
 def words(tiny_llama, llama_plan, text_file, tmp_path, monkeypatch):
     # To say that it has no such task, lm-eval reads all of them, which takes ten seconds.
-    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(Path(lm_eval.__file__).parent / "tasks/piqa/none"))
+    monkeypatch.setattr(
+        "lm_eval.tasks.manager.__file__", str(Path(lm_eval.__file__).parent / "tasks/piqa/none")
+    )
     for name, content in FILES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
@@ -221,13 +241,19 @@ def words(tiny_llama, llama_plan, text_file, tmp_path, monkeypatch):
     plan = json.loads(llama_plan.read_text())
     nameless = plan | {"model": plan["model"] | {"id": "tiny"}}
     (tmp_path / "nameless.json").write_text(json.dumps(nameless))
-    (tmp_path / "experts.json").write_text(json.dumps(plan | {"removals": [], "steps": [], "experts": EXPERTS}))
+    (tmp_path / "experts.json").write_text(
+        json.dumps(plan | {"removals": [], "steps": [], "experts": EXPERTS})
+    )
     given = {"MODEL": str(tiny_llama), "PLAN": llama_plan.name, "TEXT": str(text_file)}
-    return lambda line: [given.get(word, word.replace("TEXT", given["TEXT"])) for word in line.split()]
+    return lambda line: [
+        given.get(word, word.replace("TEXT", given["TEXT"])) for word in line.split()
+    ]
 
 
 @pytest.mark.parametrize(("line", "code", "says"), [*FIRST, *SECOND])
-def test_it_is_refused_with_a_hint_and_nothing_is_written(run_sleb, words, tmp_path, line, code, says):
+def test_it_is_refused_with_a_hint_and_nothing_is_written(
+    run_sleb, words, tmp_path, line, code, says
+):
     before = sorted(os.listdir(tmp_path))
     result = run_sleb(*words(line))
     shown = " ".join(result.stderr.split())
@@ -272,7 +298,9 @@ def test_the_natural_wrong_guess_is_told_the_right_word(run_sleb, words, line, h
 
 
 def raises():
-    """Yield the place of each refusal of what is asked for, and of a model's files: what needs no torch."""
+    """Yield the place of each refusal of what is asked for, and of a model's files: what needs no
+    torch.
+    """
     for path in (*(PACKAGE / "asked").glob("*.py"), PACKAGE / "engine" / "model" / "source.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Raise):
@@ -295,7 +323,9 @@ program._report = reporting
 codes = [program.main(words) for words in {lines}]
 print([codes, {{'torch', 'transformers', 'datasets'}} & {{*sys.modules}}, seen])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
     codes, imported, seen = eval(done.stdout)
     assert (codes, imported) == ([code for _, code, _ in FIRST], set()), done.stderr
     missing = sorted({*raises()} - seen)
@@ -313,9 +343,13 @@ def numbers():
 
 
 @pytest.mark.parametrize(("command", "option"), numbers())
-def test_a_number_out_of_reason_is_refused_in_a_sentence(run_sleb, tiny_llama, llama_plan, text_file, command, option):
+def test_a_number_out_of_reason_is_refused_in_a_sentence(
+    run_sleb, tiny_llama, llama_plan, text_file, command, option
+):
     few = calibration(text_file, 8, 16)
-    words = {"search": [tiny_llama, *few], "export": [llama_plan, "--to", "indices"]}.get(command, [llama_plan])
+    words = {"search": [tiny_llama, *few], "export": [llama_plan, "--to", "indices"]}.get(
+        command, [llama_plan]
+    )
     is_target = option[2:].replace("-", "_") in requests.TARGET_NAMES
     words += ["--remove", 1] if command == "search" and not is_target else []
     words = [tiny_llama] if option == "--blocks" and command != "export" else words

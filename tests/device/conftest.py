@@ -8,10 +8,22 @@ import pytest
 
 @pytest.fixture
 def search(run_sleb, text_file, tmp_path):
-    """Search on a device; return the result, and the plan without what may differ: device, machine and time."""
+    """Search on a device; return the result, and the plan without what may differ: device, machine
+    and time.
+    """
 
     def run(model, *options, codes=(0,)):
-        given = ["--remove", 2, "--sample-tokens", 1, "--samples", 4, "--sequence-length", 16, "--force"]
+        given = [
+            "--remove",
+            2,
+            "--sample-tokens",
+            1,
+            "--samples",
+            4,
+            "--sequence-length",
+            16,
+            "--force",
+        ]
         result = run_sleb("search", model, *given, "--calibration", text_file, *options)
         gc.collect()
         assert result.exit_code in codes, result.stderr

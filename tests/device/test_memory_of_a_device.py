@@ -1,9 +1,13 @@
-"""What `sleb` does where the memory of a device does not suffice: smaller pieces and the same plan, or a sentence."""
+"""What `sleb` does where the memory of a device does not suffice: smaller pieces and the same plan,
+or a sentence.
+"""
 
 import pytest
 
 SMALLEST = 2**18
-"""Too little even for the weights of the tiny Llama, of which there are 328,704 bytes with their padding."""
+"""Too little even for the weights of the tiny Llama, of which there are 328,704 bytes with their
+padding.
+"""
 
 
 SIZES = ["--samples", 8, "--sequence-length", 32]
@@ -19,7 +23,9 @@ def test_the_plan_is_the_same_in_smaller_pieces(search, simulate, tiny_llama):
     assert found["removals"] == plan["removals"]
     backend.empty_cache()
     backend.memory = half
-    result, found = search(tiny_llama, *SIZES, "--device", "sim", "--memory", "1GB", "--batch-size", 8)
+    result, found = search(
+        tiny_llama, *SIZES, "--device", "sim", "--memory", "1GB", "--batch-size", 8
+    )
     assert "Out of memory on sim:0; continuing with" in result.stderr
     assert found == plan
 
@@ -29,11 +35,24 @@ def test_the_plan_is_the_same_in_smaller_pieces(search, simulate, tiny_llama):
     [
         ("search", "--remove", 1),
         ("eval", "--perplexity", "test.txt", "--sequence-length", 32),
-        ("apply", "--blocks", "2", "--recover", "--samples", 8, "--sequence-length", 32, "-o", "out"),
+        (
+            "apply",
+            "--blocks",
+            "2",
+            "--recover",
+            "--samples",
+            8,
+            "--sequence-length",
+            32,
+            "-o",
+            "out",
+        ),
     ],
     ids=lambda command: command[0],
 )
-def test_a_model_that_does_not_fit_is_one_sentence(run_sleb, simulate, tiny_llama, text_file, tmp_path, command):
+def test_a_model_that_does_not_fit_is_one_sentence(
+    run_sleb, simulate, tiny_llama, text_file, tmp_path, command
+):
     simulate(memory=SMALLEST)
     (tmp_path / "test.txt").write_text(text_file.read_text())
     calibrated = ["--calibration", text_file] if command[0] in ("search", "apply") else []

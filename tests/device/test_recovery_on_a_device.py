@@ -18,16 +18,24 @@ def apply(run_sleb, text_file, tmp_path):
 
     def run(model, *options):
         text = calibration(text_file, samples=8) if "--recover" in options else []
-        result = run_sleb("apply", model, "--blocks", "1,3", *options, *text, "-o", "out", "--force", "--json")
+        result = run_sleb(
+            "apply", model, "--blocks", "1,3", *options, *text, "-o", "out", "--force", "--json"
+        )
         assert result.exit_code == 0, result.stderr
-        return load_file(tmp_path / "out" / "model.safetensors"), without_times(json.loads(result.stdout))
+        return load_file(tmp_path / "out" / "model.safetensors"), without_times(
+            json.loads(result.stdout)
+        )
 
     return run
 
 
 def without_times(value):
     if isinstance(value, dict):
-        return {key: without_times(item) for key, item in value.items() if key not in ("seconds", "device")}
+        return {
+            key: without_times(item)
+            for key, item in value.items()
+            if key not in ("seconds", "device")
+        }
     return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
@@ -39,8 +47,12 @@ def assert_same(found, expected, *, proof=True):
     assert found[1] == expected[1]
 
 
-@pytest.mark.parametrize(("family", "float64"), [(None, False), pytest.param("gemma2", True, marks=pytest.mark.slow)])
-def test_a_device_writes_the_checkpoint_of_the_cpu(apply, simulate, tiny_llama, tmp_path, family, float64):
+@pytest.mark.parametrize(
+    ("family", "float64"), [(None, False), pytest.param("gemma2", True, marks=pytest.mark.slow)]
+)
+def test_a_device_writes_the_checkpoint_of_the_cpu(
+    apply, simulate, tiny_llama, tmp_path, family, float64
+):
     model = save_model(tmp_path / "dense", tiny_config(family)) if family else tiny_llama
     expected = apply(model, *HEAL, "--device", "cpu")
     simulate(float64=float64)

@@ -1,4 +1,6 @@
-"""`sleb search` on the simulated device writes the plan that it writes on the CPU, to the last digit."""
+"""`sleb search` on the simulated device writes the plan that it writes on the CPU, to the last
+digit.
+"""
 
 import json
 
@@ -61,7 +63,10 @@ def test_auto_chooses_the_device(run_sleb, simulate, tiny_llama, text_file, tmp_
     result = run_sleb("search", tiny_llama, "--remove", 1, *calibration(text_file), "-q")
     assert result.exit_code == 0, result.stderr
     plan = json.loads((tmp_path / "plan.json").read_text())
-    assert (plan["search"]["device"], plan["environment"]["processor"]) == ("sim", "Simulated device")
+    assert (plan["search"]["device"], plan["environment"]["processor"]) == (
+        "sim",
+        "Simulated device",
+    )
     result = run_sleb("search", tiny_llama, "--remove", 1, "--device", "sim:2", "-o", "other.json")
     assert result.exit_code == 7
     assert "There is no sim:2: this machine has 2 sim devices." in result.stderr
@@ -72,7 +77,9 @@ def test_hidden_states_wait_in_host_memory_if_need_be(plan_of, simulate, tiny_ll
     options = ("--stream", "--batch-size", 1, "--samples", 24)
     expected = plan_of(tiny_llama, *options, "--device", "cpu")
     held = []
-    monkeypatch.setattr(prepare, "to_cpu", lambda hidden: held.append(hidden.device.type) or hidden.cpu())
+    monkeypatch.setattr(
+        prepare, "to_cpu", lambda hidden: held.append(hidden.device.type) or hidden.cpu()
+    )
     simulate(memory=600_000)
     assert plan_of(tiny_llama, *options, "--device", "sim") == expected
     assert "sim" in held

@@ -15,7 +15,9 @@ class NextTokenError(sleb.ModelMetric):
 
     def with_argument(self, argument):
         if not argument.isdecimal():
-            raise sleb.UsageError(f"{argument!r} is no number of guesses.", hint="Write next-token-error:5.")
+            raise sleb.UsageError(
+                f"{argument!r} is no number of guesses.", hint="Write next-token-error:5."
+            )
         return NextTokenError(int(argument))
 
     def score_model(self, model, tokenizer, sequences):

@@ -1,4 +1,5 @@
-"""What is done in the process of a run before the program: it is called as if something there were odd or gone.
+"""What is done in the process of a run before the program: it is called as if something there were
+odd or gone.
 
 The server imports this once, so it imports none of the tests.
 """
@@ -95,7 +96,9 @@ def with_a_bug(password, secret):
     def fail(*_):
         held = secret  # a traceback with local variables would show it
         try:
-            raise OSError(f"GET https://jane:{password}@hub.example/x?X-Amz-Signature={password}&b=1 {held}")
+            raise OSError(
+                f"GET https://jane:{password}@hub.example/x?X-Amz-Signature={password}&b=1 {held}"
+            )
         except OSError as error:
             raise RuntimeError(f"Authorization: Bearer {held}") from error
 

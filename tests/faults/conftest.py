@@ -1,4 +1,6 @@
-"""What tests of faults share: the program in a process of its own, a place for its commands, and how much is tried."""
+"""What tests of faults share: the program in a process of its own, a place for its commands, and
+how much is tried.
+"""
 
 import sys
 from collections.abc import Callable, Collection, Iterable
@@ -12,13 +14,19 @@ from faults.program import Program, require
 
 
 def often(names: Iterable[Any], first: Collection[Any]) -> list[Any]:
-    """Return parameters of a test: the first ones in every run, and the others only with `pytest -m faults`."""
-    return [name if name in first else pytest.param(name, marks=pytest.mark.faults) for name in names]
+    """Return parameters of a test: the first ones in every run, and the others only with `pytest -m
+    faults`.
+    """
+    return [
+        name if name in first else pytest.param(name, marks=pytest.mark.faults) for name in names
+    ]
 
 
 @pytest.fixture
 def sleb(run_sleb: Callable[..., Result]) -> Callable[..., Result]:
-    """Run a command in this process, which must end with this exit code, and with a sentence if it is an error."""
+    """Run a command in this process, which must end with this exit code, and with a sentence if it
+    is an error.
+    """
     return lambda *words, code=0: require(run_sleb(*words), (code,))
 
 

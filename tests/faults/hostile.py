@@ -1,4 +1,6 @@
-"""Commands on hostile files: each ends well, or with a sentence, within limits, and touches nothing outside."""
+"""Commands on hostile files: each ends well, or with a sentence, within limits, and touches nothing
+outside.
+"""
 
 import contextlib
 import ctypes
@@ -34,11 +36,16 @@ def _make_sparse(head: bytes, size: int, path: Path) -> None:
 
 
 link, sparse = partial(partial, _make_link), partial(partial, _make_sparse)
-"""Contents: a symbolic link to a target; a file of a head and a size that takes no room on the disk."""
+"""Contents: a symbolic link to a target; a file of a head and a size that takes no room on the
+disk.
+"""
 
 
-def run_case(program: Program, base: Path, words: tuple[Any, ...], files: Mapping[str, Any], **limits: Any) -> Finished:
-    """Run a command in a copy of `base` in which files are replaced by bytes, or by what makes them; None removes one.
+def run_case(
+    program: Program, base: Path, words: tuple[Any, ...], files: Mapping[str, Any], **limits: Any
+) -> Finished:
+    """Run a command in a copy of `base` in which files are replaced by bytes, or by what makes
+    them; None removes one.
 
     Raises:
         AssertionError: it did not end well, or changed or read what it must not.
@@ -60,7 +67,9 @@ def run_case(program: Program, base: Path, words: tuple[Any, ...], files: Mappin
     changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
     wrong += [f"{name} is new or another" for name in changed if not NEW.match(name)]
     wrong += [f"{name} holds what was outside" for name in changed if after.get(name) == "secret"]
-    if re.search(r"[^\n\x20-\x7e\x85\xa0-\u2029\u2030-\u2065\u206a-\ud7ff\ue000-\U0010ffff]", shown):
+    if re.search(
+        r"[^\n\x20-\x7e\x85\xa0-\u2029\u2030-\u2065\u206a-\ud7ff\ue000-\U0010ffff]", shown
+    ):
         wrong.append("control characters")
     if len(ended.stderr) > 5000 or SECRET.decode() in shown:
         wrong.append("too much is said")
@@ -83,7 +92,9 @@ def _write(path: Path, content: Any) -> None:
 
 
 def _content(folder: Path) -> dict[str, str]:
-    """Return a digest of each file of a folder, "secret" for one that holds the canary; links are not followed."""
+    """Return a digest of each file of a folder, "secret" for one that holds the canary; links are
+    not followed.
+    """
     found = {}
     for path in folder.rglob("*"):
         name = str(path.relative_to(folder))
@@ -99,15 +110,21 @@ def _content(folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _touched(folder: Path) -> Iterator[Callable[[], set[bytes]]]:
-    """Ask the kernel which files of a folder are opened, read or changed, by whatever name and library."""
+    """Ask the kernel which files of a folder are opened, read or changed, by whatever name and
+    library.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     fd = libc.inotify_init1(os.O_NONBLOCK)
     events = 0xFE7  # all but that a file was closed
-    assert libc.inotify_add_watch(fd, os.fsencode(folder), events) >= 0, os.strerror(ctypes.get_errno())
+    assert libc.inotify_add_watch(fd, os.fsencode(folder), events) >= 0, os.strerror(
+        ctypes.get_errno()
+    )
 
     def names() -> set[bytes]:
         with contextlib.suppress(BlockingIOError):
-            return set(re.findall(rb"[\w.-]{3,}", os.read(fd, 1 << 20)))  # what lies there, between numbers
+            return set(
+                re.findall(rb"[\w.-]{3,}", os.read(fd, 1 << 20))
+            )  # what lies there, between numbers
         return set()
 
     yield names

@@ -46,7 +46,9 @@ CODES = {UINT32: "<I", INT32: "<i", FLOAT32: "<f", STRING: "<Q", UINT64: "<Q"}
 
 @dataclass(frozen=True)
 class Gguf:
-    """A GGUF file in parts that need not agree: keys, types and values; tensors' names, shapes, types and offsets."""
+    """A GGUF file in parts that need not agree: keys, types and values; tensors' names, shapes,
+    types and offsets.
+    """
 
     entries: tuple[tuple[bytes, int, bytes], ...]
     tensors: tuple[tuple[bytes, tuple[int, ...], int, int], ...]
@@ -58,7 +60,10 @@ class Gguf:
         for key, type_, data in self.entries:
             parts += [text(key), struct.pack("<I", type_), data]
         for name, shape, type_, offset in self.tensors:
-            parts += [text(name), struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, type_, offset)]
+            parts += [
+                text(name),
+                struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, type_, offset),
+            ]
         header = b"".join(parts)
         return header + bytes(-len(header) % 32) + self.values
 
@@ -73,7 +78,12 @@ def gguf_of(path: Path) -> Gguf:
             entries.append((key, int.from_bytes(type_, "little"), b"".join(value)))
     begin = min(tensor.data_offset for tensor in reader.tensors)
     tensors = [
-        (tensor.name.encode(), tuple(map(int, tensor.shape)), int(tensor.tensor_type), int(tensor.data_offset - begin))
+        (
+            tensor.name.encode(),
+            tuple(map(int, tensor.shape)),
+            int(tensor.tensor_type),
+            int(tensor.data_offset - begin),
+        )
         for tensor in reader.tensors
     ]
     return Gguf(tuple(entries), tuple(tensors), path.read_bytes()[begin:])
@@ -109,7 +119,9 @@ def tensor(**changes):
     """Return a function that changes the first tensor of a GGUF file."""
 
     def make(file):
-        first = dict(zip(("name", "shape", "type", "offset"), file.tensors[0], strict=True)) | changes
+        first = (
+            dict(zip(("name", "shape", "type", "offset"), file.tensors[0], strict=True)) | changes
+        )
         return replace(file, tensors=(tuple(first.values()), *file.tensors[1:]))
 
     return make

@@ -1,4 +1,6 @@
-"""Commands in a folder where anything can go wrong: what they leave there is whole, or as it was before."""
+"""Commands in a folder where anything can go wrong: what they leave there is whole, or as it was
+before.
+"""
 
 import os
 import re
@@ -28,9 +30,11 @@ HEAL = (*OVER_OLD, "--heal", "--heal-tokens", 512)
 
 @dataclass(frozen=True)
 class Command:
-    """A command in a folder `work` that delivers `output`, what a second try adds, and in how many processes it runs.
+    """A command in a folder `work` that delivers `output`, what a second try adds, and in how many
+    processes it runs.
 
-    In the folder above lie the model, the GGUF file and the text; `before` is done in its process first.
+    In the folder above lie the model, the GGUF file and the text; `before` is done in its process
+    first.
     """
 
     words: tuple[Any, ...]
@@ -41,14 +45,39 @@ class Command:
 
 
 def search(*more: Any, model: str = "../model", output: str = "new.json") -> tuple[Any, ...]:
-    return ("search", model, "--remove", 1, *TEXT, "--batch-size", 2, "--sample-tokens", 2, "-o", output, *more)
+    return (
+        "search",
+        model,
+        "--remove",
+        1,
+        *TEXT,
+        "--batch-size",
+        2,
+        "--sample-tokens",
+        2,
+        "-o",
+        output,
+        *more,
+    )
 
 
 def evaluate(*more: Any, text: str = "text") -> tuple[Any, ...]:
-    return ("eval", "plan.json", "--perplexity", f"../{text}.txt", "--sequence-length", 32, "--max-windows", 4, *more)
+    return (
+        "eval",
+        "plan.json",
+        "--perplexity",
+        f"../{text}.txt",
+        "--sequence-length",
+        32,
+        "--max-windows",
+        4,
+        *more,
+    )
 
 
-def searching(*more: Any, again: tuple[str, ...] = ("--resume", "--force"), **options: Any) -> Command:
+def searching(
+    *more: Any, again: tuple[str, ...] = ("--resume", "--force"), **options: Any
+) -> Command:
     output = options.setdefault("output", "new.json")
     processes = options.pop("processes", 1)
     return Command(search(*more, **options), output, again, processes=processes)
@@ -63,16 +92,23 @@ COMMANDS = {
     "apply --recover": Command((*OVER_OLD, "--recover"), "old"),
     "apply --heal": Command(HEAL, "old", before=(saving_always,)),
     "eval": Command(evaluate("-o", "scores.json"), "scores.json"),
-    "export": Command(("export", "plan.json", "--to", "mergekit", "-o", "merge.yaml", "--force"), "merge.yaml"),
+    "export": Command(
+        ("export", "plan.json", "--to", "mergekit", "-o", "merge.yaml", "--force"), "merge.yaml"
+    ),
 }
 
 
 class Place:
-    """A folder with a model, a text, and in `work` a plan, a checkpoint and a recipe, which commands replace."""
+    """A folder with a model, a text, and in `work` a plan, a checkpoint and a recipe, which
+    commands replace.
+    """
 
     def __init__(self, program: Program, folder: Path) -> None:
         self.program, self.folder, self.work = program, folder, folder / "work"
-        self.here = {"cwd": self.work, "environment": {"SLEB_CACHE": folder / "cache", "TMPDIR": folder / "tmp"}}
+        self.here = {
+            "cwd": self.work,
+            "environment": {"SLEB_CACHE": folder / "cache", "TMPDIR": folder / "tmp"},
+        }
         self._undisturbed: dict[str, tuple[tuple[Call, ...], dict[str, bytes]]] = {}
         given, begin = folder / "given", folder / "begin"
         save_model(given / "model", llama_config(4))
@@ -114,23 +150,41 @@ class Place:
         }
 
     def undisturbed(self, name: str) -> tuple[tuple[Call, ...], dict[str, bytes]]:
-        """Return the calls of a run of this command that nothing disturbs, and the files that it leaves."""
+        """Return the calls of a run of this command that nothing disturbs, and the files that it
+        leaves.
+        """
         if name not in self._undisturbed:
             self.reset()
-            found = [require(each.wait()) for each in self.launch(COMMANDS[name], fault=Fault(self.folder))]
+            found = [
+                require(each.wait())
+                for each in self.launch(COMMANDS[name], fault=Fault(self.folder))
+            ]
             self._undisturbed[name] = found[0].calls, self.files()
             assert not list(filter(is_leftover, self.files()))
         return self._undisturbed[name]
 
     def wrong(self, name: str, *, done: bool, may_leave: bool) -> Iterator[str]:
-        """Yield what is neither as after a whole run of this command nor, unless it is done, as before."""
+        """Yield what is neither as after a whole run of this command nor, unless it is done, as
+        before.
+        """
         command, whole, left = COMMANDS[name], self.undisturbed(name)[1], self.files()
-        if delivered(command, left) not in (delivered(command, whole), delivered(command, self.start)):
+        if delivered(command, left) not in (
+            delivered(command, whole),
+            delivered(command, self.start),
+        ):
             yield f"a part of {command.output}"
         for file in sorted(self.start.keys() | whole.keys() | left.keys()):
-            known = (left.get(file) == whole.get(file)) or (not done and left.get(file) == self.start.get(file))
-            more = SPARE if done and file not in left else () if done and not may_leave else PROGRESS
-            if not known and not (may_leave and is_leftover(file)) and not any(fnmatch(file, each) for each in more):
+            known = (left.get(file) == whole.get(file)) or (
+                not done and left.get(file) == self.start.get(file)
+            )
+            more = (
+                SPARE if done and file not in left else () if done and not may_leave else PROGRESS
+            )
+            if (
+                not known
+                and not (may_leave and is_leftover(file))
+                and not any(fnmatch(file, each) for each in more)
+            ):
                 yield file
 
     def again(self, name: str, case: object) -> None:
@@ -150,4 +204,6 @@ def delivered(command: Command, files: Mapping[str, bytes]) -> dict[str, bytes]:
 
 def is_leftover(name: str) -> bool:
     """Whether a file lies where an unfinished output is written, or with temporary files."""
-    return name.startswith("tmp/") or any(re.fullmatch(r"\..*(?<!\.recovery)", part) for part in Path(name).parts)
+    return name.startswith("tmp/") or any(
+        re.fullmatch(r"\..*(?<!\.recovery)", part) for part in Path(name).parts
+    )

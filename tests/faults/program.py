@@ -1,6 +1,8 @@
-"""The program `sleb`, imported once and forked for each run, so that thousands of runs take minutes.
+"""The program `sleb`, imported once and forked for each run, so that thousands of runs take
+minutes.
 
-A run is a process of its own, as if typed into a shell: it can be killed, limited, and made to meet faults of the disk.
+A run is a process of its own, as if typed into a shell: it can be killed, limited, and made to meet
+faults of the disk.
 """
 
 import atexit
@@ -56,7 +58,9 @@ class Fault:
 
 
 class Call(NamedTuple):
-    """A call to the file system: its sort, the function of libc, and the path below the folder of the Fault."""
+    """A call to the file system: its sort, the function of libc, and the path below the folder of
+    the Fault.
+    """
 
     sort: Calls
     name: str
@@ -65,7 +69,10 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Finished:
-    """How a run ended. `exit_code` is negative for a signal, None if it took too long; `calls` are what a Fault saw."""
+    """How a run ended.
+
+    `exit_code` is negative for a signal, None if it took too long; `calls` are what a Fault saw.
+    """
 
     exit_code: int | None
     stdout: str
@@ -74,7 +81,9 @@ class Finished:
 
 
 def wrong_ending(code: int | None, said: str, codes: Collection[int]) -> Iterator[str]:
-    """Yield what is wrong with how a run ended: its exit code, a traceback, or no sentence and hint for an error."""
+    """Yield what is wrong with how a run ended: its exit code, a traceback, or no sentence and hint
+    for an error.
+    """
     if code not in codes:
         yield f"exit code {code}, not one of {codes}"
     if "Traceback" in said:
@@ -147,16 +156,30 @@ class Program:
         self._scratch = scratch
         library = scratch / "faulty_io.so"
         compiler = os.environ.get("CC", "cc")
-        subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, HERE / "faulty_io.c", "-ldl"], check=True)
+        subprocess.run(
+            [compiler, "-shared", "-fPIC", "-O1", "-o", library, HERE / "faulty_io.c", "-ldl"],
+            check=True,
+        )
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([__name__, "faults.arrangements"])
-        # The server of Python 3.11 does not set sys.path before it imports what is to be imported once.
+        # The server of Python 3.11 does not set sys.path before it imports what is to be imported
+        # once.
         path = os.pathsep.join(filter(None, sys.path))
         ours = {"LD_PRELOAD": str(library), LIBRARY: str(library), "PYTHONPATH": path}
         with mock.patch.dict(os.environ, ours):
             multiprocessing.forkserver.ensure_running()
 
-    def start(self, *words, cwd, environment=None, fault=None, before=None, memory=None, processor=None, seconds=120):
+    def start(
+        self,
+        *words,
+        cwd,
+        environment=None,
+        fault=None,
+        before=None,
+        memory=None,
+        processor=None,
+        seconds=120,
+    ):
         """Start `sleb` with these words.
 
         Args:
@@ -179,7 +202,9 @@ class Program:
         return Running(process, place, seconds)
 
     def run(self, *words: object, codes: Collection[int] | None = (0,), **options: Any) -> Finished:
-        """Run `sleb` to its end, which must be one of these exit codes, with a sentence if it is an error."""
+        """Run `sleb` to its end, which must be one of these exit codes, with a sentence if it is an
+        error.
+        """
         finished = self.start(*words, **options).wait()
         return finished if codes is None else require(finished, codes)
 
@@ -187,12 +212,19 @@ class Program:
         """Start `sleb` in this many processes, as a launcher does; the first one meets the fault."""
         with socket.create_server(("localhost", 0)) as place:
             port = place.getsockname()[1]
-        shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        shared = {
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": port,
+            "WORLD_SIZE": count,
+            "LOCAL_WORLD_SIZE": count,
+        }
         running = []
         for rank in range(count):
             own = shared | {"RANK": rank, "LOCAL_RANK": rank} if count > 1 else {}
             variables = {**(environment or {}), **own}
-            running.append(self.start(*words, environment=variables, fault=None if rank else fault, **options))
+            running.append(
+                self.start(*words, environment=variables, fault=None if rank else fault, **options)
+            )
         return running
 
 
@@ -204,7 +236,7 @@ def _run(words, place, cwd, variables, fault, before, memory, processor) -> None
     os.setsid()
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    sys.stdin = Path(os.devnull).open()  # noqa: SIM115
+    sys.stdin = Path(os.devnull).open()
     sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False, buffering=1)
     os.environ.clear()
@@ -220,9 +252,15 @@ def _run(words, place, cwd, variables, fault, before, memory, processor) -> None
     code: Any = 1
     try:
         if fault is not None:
-            trace = os.open(place / "calls", os.O_WRONLY | os.O_CREAT | os.O_APPEND) if fault.at == 0 else -1
+            trace = (
+                os.open(place / "calls", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                if fault.at == 0
+                else -1
+            )
             at, folder = ctypes.c_long(fault.at), os.fsencode(fault.folder.resolve())
-            ctypes.CDLL(_LIBRARY).faulty_io(folder, int(fault.calls), at, fault.what, int(fault.lasting), trace)
+            ctypes.CDLL(_LIBRARY).faulty_io(
+                folder, int(fault.calls), at, fault.what, int(fault.lasting), trace
+            )
         if before is not None:
             before[0](*before[1:])
         importlib.import_module("sleb_cli.__main__").run()
@@ -258,7 +296,9 @@ def _import_everything() -> None:
     # No run has to look through all of this again when it collects garbage.
     gc.collect()
     gc.freeze()
-    assert len(os.listdir("/proc/self/task")) == 1, "importing the program started threads, which a fork would lose"
+    assert len(os.listdir("/proc/self/task")) == 1, (
+        "importing the program started threads, which a fork would lose"
+    )
 
 
 if _LIBRARY:  # in the server

@@ -26,13 +26,33 @@ from measured_plans import make_benchmark, make_evaluation, make_plan
 from sleb_cli.atomic import to_json
 
 MODEL, DATA, PLAN, OUTPUT, ANY, FINE = (4,), (5,), (3,), (8,), range(10), (0,)
-TEXT = ("--calibration", "text.txt", "--samples", "2", "--sequence-length", "8", "--sample-tokens", "2")
+TEXT = (
+    "--calibration",
+    "text.txt",
+    "--samples",
+    "2",
+    "--sequence-length",
+    "8",
+    "--sample-tokens",
+    "2",
+)
 CUT = ("apply", "model", "--blocks", "1", "-o", "out", "--no-verify")
 APPLY = CUT[:-1]
 SEARCH = ("search", "model", "--remove", "1", *TEXT, "-o", "out.json")
 ROWS = (*SEARCH, "--calibration", "rows.jsonl")
 CHAT = (*SEARCH, "--calibration", "chat.jsonl", "--chat", "all", "--sequence-length", "128")
-EVAL = ("eval", "model", "--perplexity", "text.txt", "--sequence-length", "8", "--max-windows", "2", "-o", "out.json")
+EVAL = (
+    "eval",
+    "model",
+    "--perplexity",
+    "text.txt",
+    "--sequence-length",
+    "8",
+    "--max-windows",
+    "2",
+    "-o",
+    "out.json",
+)
 TABLE = ("export", "plan.json", "--to", "table")
 RESUME = (*SEARCH, "--resume", "-o", "out.later.json")
 HEAL = (*CUT, "-o", "out.healed", "--heal", "--heal-tokens", "64", *TEXT[:-2], "--samples", "8")
@@ -53,16 +73,25 @@ CODE = b"raise SystemExit('code was run')\n"
 
 @pytest.fixture(scope="session")
 def base(program, tmp_path_factory):
-    """An honest folder in which commands work, with files outside of the model that nothing may touch."""
+    """An honest folder in which commands work, with files outside of the model that nothing may
+    touch.
+    """
     top = tmp_path_factory.mktemp("hostile") / "bases" / "base"
-    small = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     for name, size in (("model", "5GB"), ("shards", "12KB")):
         save_model(top / name, llama_config(3, **small), max_shard_size=size)
     outside = shutil.copytree(top / "model", top / "outside")
     for path in outside.glob("*.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"_note": SECRET.decode()}))
     save_file(
-        load((outside / "model.safetensors").read_bytes()), outside / "model.safetensors", {"note": SECRET.decode()}
+        load((outside / "model.safetensors").read_bytes()),
+        outside / "model.safetensors",
+        {"note": SECRET.decode()},
     )
     (outside / "note.txt").write_bytes(SECRET)
     (outside / "code.py").write_bytes(CODE)
@@ -74,7 +103,9 @@ def base(program, tmp_path_factory):
     (top / "text.txt").write_text(prose(60))
     talk = [{"role": "user", "content": "river"}, {"role": "assistant", "content": prose(3)}]
     (top / "chat.jsonl").write_bytes(b"\n".join([json.dumps({"messages": talk}).encode()] * 4))
-    (top / "rows.jsonl").write_bytes(b"\n".join(json.dumps({"text": line}).encode() for line in LINES))
+    (top / "rows.jsonl").write_bytes(
+        b"\n".join(json.dumps({"text": line}).encode() for line in LINES)
+    )
     plan = make_plan(8, 3, kinds=True)
     records = {"plan": plan, "plan.eval": make_evaluation(plan, items=20),
                "plan.bench": make_benchmark(plan, iterations=3, batches=(1,))}  # fmt: skip
@@ -92,7 +123,9 @@ def base(program, tmp_path_factory):
 
 def changed(file, **changes):
     """Return what changes a document of JSON."""
-    return lambda base: {file: json.dumps(json.loads((base / file).read_bytes()) | changes).encode()}
+    return lambda base: {
+        file: json.dumps(json.loads((base / file).read_bytes()) | changes).encode()
+    }
 
 
 def config(**changes):
@@ -110,7 +143,9 @@ def weights(change):
 
 
 def entry(**changes):
-    return weights(lambda header: header | {"model.norm.weight": header["model.norm.weight"] | changes})
+    return weights(
+        lambda header: header | {"model.norm.weight": header["model.norm.weight"] | changes}
+    )
 
 
 def renamed(name):
@@ -123,12 +158,19 @@ def in_gguf(make):
 
 def named(plan, **model):
     """Return what lets a plan say something else of its model."""
-    return lambda base: changed(plan, model=json.loads((base / plan).read_bytes())["model"] | model)(base)
+    return lambda base: changed(
+        plan, model=json.loads((base / plan).read_bytes())["model"] | model
+    )(base)
 
 
 def special(file):
     """Return what is no file, by its kind."""
-    return {"a pipe": PIPE, "a device": link("/dev/zero"), "a folder": FOLDER, "a loop": link(Path(file).name)}.items()
+    return {
+        "a pipe": PIPE,
+        "a device": link("/dev/zero"),
+        "a folder": FOLDER,
+        "a loop": link(Path(file).name),
+    }.items()
 
 
 SHARD = "model-00001-of-00004.safetensors"
@@ -144,10 +186,14 @@ TERABYTES = [
 VERSIONED = b'{"schema_version": 1, '
 TEMPLATES = [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% include '../x' %}", "{{", "",
-    "{{ cycler.__init__.__globals__.os.system('touch ../outside/x') }}", "{{ raise_exception('\x1b[2Jno') }}",
+    "{{ cycler.__init__.__globals__.os.system('touch ../outside/x') }}", "{{ "
+                                                                         "raise_exception('\x1b[2Jno') }}",
     "{{" + "(" * 5000 + ")" * 5000 + "}}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
 ]  # fmt: skip
-SHOWN = {"\x1b[31mred\x1b]0;title\x07\x9b2J": r"\x1b[31mred\x1b]0;title", "\u202e[bold]a\x00b": r"\u202e[bold]a\x00b"}
+SHOWN = {
+    "\x1b[31mred\x1b]0;title\x07\x9b2J": r"\x1b[31mred\x1b]0;title",
+    "\u202e[bold]a\x00b": r"\u202e[bold]a\x00b",
+}
 TEXTS = {
     "deep.jsonl": b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "number.jsonl": b"NaN", "empty.txt": b"",
     "digits.jsonl": b'{"text": ' + b"9" * 5000 + b"}", "half.jsonl": b'{"text": "\\ud800"}', "latin.txt": b"\xe9" * 100,

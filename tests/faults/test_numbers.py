@@ -1,7 +1,9 @@
-"""Numbers that are not finite, and threads: sequences and candidates are named, left out, or counted as worst.
+"""Numbers that are not finite, and threads: sequences and candidates are named, left out, or
+counted as worst.
 
-Most models here carry a flag through the network: hidden dimension 0, which no block writes and only the embedding of
-one rare token sets, so that what happens to it happens on the sequences that hold this token, and nowhere else.
+Most models here carry a flag through the network: hidden dimension 0, which no block writes and
+only the embedding of one rare token sets, so that what happens to it happens on the sequences that
+hold this token, and nowhere else.
 """
 
 import json
@@ -24,7 +26,9 @@ OVERFLOW = ("--dtype", "float16", "--remove", 1)
 
 def changed(folder, do, config=None):
     """Save a Llama, and change the tensors of its only file."""
-    path = save_model(folder, config or llama_config(tie_word_embeddings=False)) / "model.safetensors"
+    path = (
+        save_model(folder, config or llama_config(tie_word_embeddings=False)) / "model.safetensors"
+    )
     tensors = load(path.read_bytes())
     do(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
@@ -32,7 +36,9 @@ def changed(folder, do, config=None):
 
 
 def flagged(folder, flag=1000.0, more=lambda tensors: None):
-    """Save a Llama whose hidden dimension 0 is `flag` for the rare token, and 0 for all others, at every depth."""
+    """Save a Llama whose hidden dimension 0 is `flag` for the rare token, and 0 for all others, at
+    every depth.
+    """
 
     def do(tensors):
         (token,) = AutoTokenizer.from_pretrained(folder)(RARE).input_ids
@@ -63,7 +69,9 @@ def large_head(tensors):
 def needed(tensors):
     """Have block 2 keep float16 in range: its neighbours add 40,000 each, and it subtracts it."""
     for number in (1, 2, 3):
-        tensors[f"model.layers.{number}.mlp.down_proj.bias"][0] = -40_000.0 if number == 2 else 40_000.0
+        tensors[f"model.layers.{number}.mlp.down_proj.bias"][0] = (
+            -40_000.0 if number == 2 else 40_000.0
+        )
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +93,9 @@ def broken(tmp_path_factory):
 @pytest.fixture(scope="module")
 def needing(tmp_path_factory):
     """A model that overflows without block 2."""
-    return changed(tmp_path_factory.mktemp("models") / "needing", needed, llama_config(mlp_bias=True))
+    return changed(
+        tmp_path_factory.mktemp("models") / "needing", needed, llama_config(mlp_bias=True)
+    )
 
 
 def bad_sequences(model, text):
@@ -98,7 +108,16 @@ def bad_sequences(model, text):
 
 
 def words_of(model, text, *options):
-    return ("search", model, "--remove", 2, *calibration(text, SAMPLES, LENGTH), "--sample-tokens", 0, *options)
+    return (
+        "search",
+        model,
+        "--remove",
+        2,
+        *calibration(text, SAMPLES, LENGTH),
+        "--sample-tokens",
+        0,
+        *options,
+    )
 
 
 @pytest.fixture
@@ -108,7 +127,9 @@ def search(sleb):
 
 def plan_of(path="plan.json"):
     """A plan without what differs between two runs; NaN and infinity are not JSON."""
-    data = json.loads(Path(path).read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    data = json.loads(
+        Path(path).read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON")
+    )
     return data | {"environment": None}
 
 
@@ -125,10 +146,18 @@ def test_a_bad_sequence_is_named_with_its_text_and_the_block(search, tmp_path, t
     model = make(tmp_path / "model")
     bad = bad_sequences(model, text)
     said = search(model, text, "--dtype", dtype, *options, code=4).stderr
-    for part in (dtype, place, f"sequence {bad[0]} of {SAMPLES}", str(text), f"{len(bad) - 1} more"):
+    for part in (
+        dtype,
+        place,
+        f"sequence {bad[0]} of {SAMPLES}",
+        str(text),
+        f"{len(bad) - 1} more",
+    ):
         assert part in said
     assert ("bfloat16" in said) == (dtype != "float32")
-    assert set(os.listdir()) == {"model"}, "what was measured on bad sequences is of no use, and was kept"
+    assert set(os.listdir()) == {"model"}, (
+        "what was measured on bad sequences is of no use, and was kept"
+    )
     if kind == "block":
         search(model, text, "--dtype", "bfloat16", "-o", "better.json")
 
@@ -140,7 +169,9 @@ def test_a_bad_sequence_is_named_with_its_text_and_the_block(search, tmp_path, t
         (("--heal", "--heal-tokens", 4096), 0, "Skipping steps whose gradient is not finite"),
     ],
 )
-def test_recovery_says_that_a_part_of_the_text_overflows(sleb, tmp_path, broken, options, code, said):
+def test_recovery_says_that_a_part_of_the_text_overflows(
+    sleb, tmp_path, broken, options, code, said
+):
     path = tmp_path / "text.txt"
     path.write_text(f"{prose(3)} {RARE} " * 100 + prose(700, seed=1))
     text = calibration(path, 24, LENGTH)
@@ -150,7 +181,9 @@ def test_recovery_says_that_a_part_of_the_text_overflows(sleb, tmp_path, broken,
 
 
 @pytest.mark.parametrize("options", [(), ("--fast",), ("--stream",)], ids=str)
-def test_a_block_without_which_numbers_overflow_is_never_removed(sleb, search, needing, text, options):
+def test_a_block_without_which_numbers_overflow_is_never_removed(
+    sleb, search, needing, text, options
+):
     assert "Without block 2" in search(needing, text, *OVERFLOW, *options).stderr
     (step,) = plan_of()["steps"]
     assert step["block"] != 2
@@ -162,7 +195,15 @@ def test_a_block_without_which_numbers_overflow_is_never_removed(sleb, search, n
 def test_scores_of_one_thread_and_two_agree(search, tiny_llama, text):
     for threads in (2, 1):
         torch.set_num_threads(threads)
-        search(tiny_llama, text, *calibration(text, 16, 32), "--dtype", "float32", "-o", f"{threads}.json")
+        search(
+            tiny_llama,
+            text,
+            *calibration(text, 16, 32),
+            "--dtype",
+            "float32",
+            "-o",
+            f"{threads}.json",
+        )
     one, two = (read_plan(Path(f"{threads}.json")) for threads in (1, 2))
     assert one.removals == two.removals
     for left, right in zip(one.steps, two.steps, strict=True):

@@ -1,7 +1,8 @@
-"""Runs that are killed, whose disk fails, whose model changes, or that are two: a result is whole or absent.
+"""Runs that are killed, whose disk fails, whose model changes, or that are two: a result is whole
+or absent.
 
-The table says what is injected into which command. A run that nothing disturbs is traced first, so that each of its
-calls to the file system can be the one at which it happens.
+The table says what is injected into which command. A run that nothing disturbs is traced first, so
+that each of its calls to the file system can be the one at which it happens.
 """
 
 import errno
@@ -25,7 +26,9 @@ WRITTEN = r"/work/\..*\.partial/.*\.(safetensors|json|gguf)$"
 
 
 def kill(place, name, number, rng):
-    """Kill a command at a call or at a time; what is there is whole, and given again it ends as if undisturbed."""
+    """Kill a command at a call or at a time; what is there is whole, and given again it ends as if
+    undisturbed.
+    """
     calls = place.undisturbed(name)[0]
     place.reset()
     if number % 2:
@@ -37,7 +40,9 @@ def kill(place, name, number, rng):
             if not each.ends_within(1):
                 each.send(signal.SIGTERM)  # as a launcher does
     else:
-        running = place.launch(COMMANDS[name], fault=Fault(place.folder, rng.randint(1, len(calls)), KILL))
+        running = place.launch(
+            COMMANDS[name], fault=Fault(place.folder, rng.randint(1, len(calls)), KILL)
+        )
     ended = [each.wait() for each in running]
     wrong = list(place.wrong(name, done=False, may_leave=True))
     assert not wrong, (wrong, [each.stderr for each in ended])
@@ -46,19 +51,27 @@ def kill(place, name, number, rng):
 
 
 def fail(place, name, number, rng):
-    """Fill the disk, or let a write fail, or a read of what was written: there is a whole result, or one sentence."""
+    """Fill the disk, or let a write fail, or a read of what was written: there is a whole result,
+    or one sentence.
+    """
     command, full = COMMANDS[name], number % 2 == 0
     error, sorts = (errno.ENOSPC, WRITES) if full else (errno.EIO, WRITES | Calls.READS)
     calls = [call for call in place.undisturbed(name)[0] if call.sort & sorts]
     named = [call.sort is Calls.RENAME and call.path.endswith(command.output) for call in calls]
-    ours = [at for at, each in enumerate(calls) if each.sort & WRITES or re.search(WRITTEN, each.path)]
+    ours = [
+        at for at, each in enumerate(calls) if each.sort & WRITES or re.search(WRITTEN, each.path)
+    ]
     at = rng.choice(ours) if number else named.index(True)
     call = calls[at]
     place.reset()
-    (running,) = place.launch(command, fault=Fault(place.folder, at + 1, error, sorts, lasting=full))
+    (running,) = place.launch(
+        command, fault=Fault(place.folder, at + 1, error, sorts, lasting=full)
+    )
     finished = running.wait()
     case = (call, error, finished.stderr)
-    wrong = list(place.wrong(name, done=finished.exit_code == 0, may_leave=".partial.old" in call.path))
+    wrong = list(
+        place.wrong(name, done=finished.exit_code == 0, may_leave=".partial.old" in call.path)
+    )
     assert not wrong, (case, wrong)
     if finished.exit_code:
         require(finished, {OUTPUT})
@@ -95,20 +108,28 @@ CHANGES = {
 
 
 def change(place, name, number, rng):
-    """Change the model while it is read: that is named and nothing delivered, or it came too late to matter."""
+    """Change the model while it is read: that is named and nothing delivered, or it came too late
+    to matter.
+    """
     command, (calls, whole) = COMMANDS[name], place.undisturbed(name)
     source = place.folder / ("tiny.gguf" if "gguf" in name else "model/model.safetensors")
     kind = rng.choice(list(CHANGES))
     reads = [at for at, call in enumerate(calls, start=1) if f"/{source.name}" in call.path]
     # Most changes come just before the file is read once more, after its fingerprint was taken.
-    at = rng.randint(reads[0], len(calls)) if number % 3 == 2 else rng.choice(reads[len(reads) // 2 :])
+    at = (
+        rng.randint(reads[0], len(calls))
+        if number % 3 == 2
+        else rng.choice(reads[len(reads) // 2 :])
+    )
     place.reset()
     (running,) = place.launch(command, fault=Fault(place.folder, at, STOP))
     finished = running.when_stopped(lambda: CHANGES[kind](source))
     found, case = delivered(command, place.files()), (kind, calls[at - 1], finished.stderr)
     if finished.exit_code:
         assert found == delivered(command, place.start), case
-        if kind != "truncate" or finished.exit_code != -signal.SIGBUS:  # a mapped file, of which a part is gone
+        if (
+            kind != "truncate" or finished.exit_code != -signal.SIGBUS
+        ):  # a mapped file, of which a part is gone
             require(finished, (3, 4))
     elif found != delivered(command, whole):  # it only began to read when the file had changed
         shutil.rmtree(place.work)
@@ -141,9 +162,15 @@ def test_a_result_is_whole_or_absent(place, inject, name, count):
 
 @pytest.mark.parametrize("name", often(ON_A_DISK, ["search", "apply", "apply gguf"]))
 def test_a_file_is_flushed_before_it_gets_its_name(place, name):
-    """Whatever was written is flushed before the file or folder that it is in is renamed, and the new name after it."""
+    """Whatever was written is flushed before the file or folder that it is in is renamed, and the
+    new name after it.
+    """
     calls = [(call.sort, Path(call.path)) for call in place.undisturbed(name)[0]]
-    named = [(at, path) for at, (sort, path) in enumerate(calls) if sort is Calls.RENAME and "/." not in str(path)]
+    named = [
+        (at, path)
+        for at, (sort, path) in enumerate(calls)
+        if sort is Calls.RENAME and "/." not in str(path)
+    ]
     assert any(path.name == COMMANDS[name].output for _, path in named)
     for at, path in named:
         beside = re.compile(re.escape(f"{path.parent}/.{path.name}.".replace("//", "/")))
@@ -154,13 +181,19 @@ def test_a_file_is_flushed_before_it_gets_its_name(place, name):
         }
         assert written, path
         for file, last in written.items():
-            assert (Calls.SYNC, file) in calls[last:at], f"{file} is not flushed before {path} has its name"
+            assert (Calls.SYNC, file) in calls[last:at], (
+                f"{file} is not flushed before {path} has its name"
+            )
         assert (Calls.SYNC, path.parent) in calls[at:], f"the name {path} is not flushed"
 
 
 def is_part(file):
-    """Whether a file that is written aside is part of what gets a name: not what a proof writes and deletes."""
-    return not any(part.startswith((".again", ".tmp")) or part.endswith(".checkpoint") for part in file.parts)
+    """Whether a file that is written aside is part of what gets a name: not what a proof writes and
+    deletes.
+    """
+    return not any(
+        part.startswith((".again", ".tmp")) or part.endswith(".checkpoint") for part in file.parts
+    )
 
 
 # What both runs do, or what each does, and then both must end well.
@@ -185,11 +218,16 @@ def test_two_runs_do_not_spoil_each_others_results(place, name, count):
         one = place.program.start(*words[0], **place.here)
         one.ends_within(rng.choice([0, rng.uniform(0, 0.5)]))
         two = place.program.start(*words[-1], **place.here)
-        codes = [require(run.wait(), (0,) if len(words) > 1 else (0, OUTPUT)).exit_code for run in (one, two)]
+        codes = [
+            require(run.wait(), (0,) if len(words) > 1 else (0, OUTPUT)).exit_code
+            for run in (one, two)
+        ]
         assert 0 in codes, seed
         found = place.files()
         assert found.keys() == whole.keys(), seed
-        different = [path for path in whole if found[path] != whole[path] and not path.endswith(".eval.json")]
+        different = [
+            path for path in whole if found[path] != whole[path] and not path.endswith(".eval.json")
+        ]
         assert not different, seed
         if name == "results of one plan":
             texts = json.loads((place.work / "plan.eval.json").read_text())["texts"]

@@ -1,4 +1,5 @@
-"""Whatever is wrong with a checkpoint when `sleb apply` has written it, its proof refuses it, and nothing is delivered.
+"""Whatever is wrong with a checkpoint when `sleb apply` has written it, its proof refuses it, and
+nothing is delivered.
 
 Each kind of damage is done between writing and proof.
 """
@@ -34,7 +35,9 @@ CONFIGS = {
 
 @dataclass(frozen=True)
 class Kind:
-    """What damages a checkpoint at a path, made of a dense one; whether it then computes something else; and where."""
+    """What damages a checkpoint at a path, made of a dense one; whether it then computes something
+    else; and where.
+    """
 
     do: Callable[..., object]
     computes: bool = True
@@ -43,7 +46,9 @@ class Kind:
 
 def renumber(*places):
     """Return the name of the tensor at each block's new place."""
-    return lambda name: BLOCK.sub(lambda match: f"{match[1]}{places[int(match[2])]}{match[3]}", name)
+    return lambda name: BLOCK.sub(
+        lambda match: f"{match[1]}{places[int(match[2])]}{match[3]}", name
+    )
 
 
 def anew(path):
@@ -152,7 +157,9 @@ CHECKPOINTS = {
 
 
 RECOVERED = {
-    "no recovered tensor was written": tensors(lambda held, dense: {n: dense[renumber(*KEPT)(n)] for n in held}),
+    "no recovered tensor was written": tensors(
+        lambda held, dense: {n: dense[renumber(*KEPT)(n)] for n in held}
+    ),
     "another tensor has another value": at(EMBEDDING, lambda values: values * 1.01),
 }
 
@@ -170,7 +177,9 @@ def entry(ending, new):
 
     def change(file):
         kept = [each for each in file.entries if new is not None or not each[0].endswith(ending)]
-        new_entries = [(name, kind, new if name.endswith(ending) else data) for name, kind, data in kept]
+        new_entries = [
+            (name, kind, new if name.endswith(ending) else data) for name, kind, data in kept
+        ]
         return replace(file, entries=tuple(new_entries))
 
     return of_gguf(change)
@@ -213,7 +222,12 @@ def dense(tmp_path_factory):
             write_llama_gguf(path, 6)
             path.write_bytes(number("general.file_type", UINT32, 0)(gguf_of(path)).to_bytes())
             return path
-        save_model(path, CONFIGS[name](), bos=name == "opt", **({"max_shard_size": "60KB"} if name == "shards" else {}))
+        save_model(
+            path,
+            CONFIGS[name](),
+            bos=name == "opt",
+            **({"max_shard_size": "60KB"} if name == "shards" else {}),
+        )
         for file in path.glob("*.safetensors"):
             held = load(file.read_bytes())
             biases = {each: held[each] + 0.1 for each in held if each.endswith("bias")}
@@ -226,7 +240,9 @@ def dense(tmp_path_factory):
 
 @pytest.fixture
 def damaging(monkeypatch):
-    """Damage what was written before it is proven; the proof compares it with the plan, or leaves that out."""
+    """Damage what was written before it is proven; the proof compares it with the plan, or leaves
+    that out.
+    """
 
     def arrange(do, as_planned):
         pending = [do]
@@ -246,9 +262,15 @@ def cut(dense, *options):
     return ("apply", dense, "--blocks", "1,4", "-o", f"out{dense.suffix}", *options)
 
 
-@pytest.mark.parametrize("case", often(DAMAGED, DAMAGED[::3]), ids=lambda case: f"{case[0]}{case[2]}")
-def test_a_damaged_checkpoint_is_refused(sleb, dense, damaging, text_file, tmp_path_factory, monkeypatch, case):
-    """By transformers alone where it then computes something else, as if the plan itself had been wrong."""
+@pytest.mark.parametrize(
+    "case", often(DAMAGED, DAMAGED[::3]), ids=lambda case: f"{case[0]}{case[2]}"
+)
+def test_a_damaged_checkpoint_is_refused(
+    sleb, dense, damaging, text_file, tmp_path_factory, monkeypatch, case
+):
+    """By transformers alone where it then computes something else, as if the plan itself had been
+    wrong.
+    """
     _, kind, suffix, options = case
     shutil.copy(text_file, "text.txt")
     # One cache for all of these tests, so that a GGUF file is converted once.
@@ -281,5 +303,8 @@ def test_a_difference_larger_than_rounding_shows_in_logits(sleb, dense, damaging
 @pytest.mark.parametrize("as_planned", [False, True])
 def test_a_difference_as_small_as_rounding_shows_in_bytes(sleb, dense, damaging, as_planned):
     name = "model.layers.3.input_layernorm.weight"
-    damaging(lambda path: at(name, lambda values: values * (1 + 2**-7))(path, dense("bfloat16")), as_planned)
+    damaging(
+        lambda path: at(name, lambda values: values * (1 + 2**-7))(path, dense("bfloat16")),
+        as_planned,
+    )
     sleb(*cut(dense("bfloat16")), code=0 if as_planned else 9)

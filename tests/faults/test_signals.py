@@ -1,4 +1,6 @@
-"""Asked to end, or with nobody left who reads, the program ends politely and loses nothing that was done."""
+"""Asked to end, or with nobody left who reads, the program ends politely and loses nothing that was
+done.
+"""
 
 import os
 import signal
@@ -7,7 +9,12 @@ from itertools import product
 import pytest
 
 from conftest import calibration, evaluation
-from faults.arrangements import cleaning_up_for_long, into_a_full_disk, stopping_at, without_readers  # fmt: skip
+from faults.arrangements import (  # fmt: skip
+    cleaning_up_for_long,
+    into_a_full_disk,
+    stopping_at,
+    without_readers,
+)
 from faults.program import STOP, Calls, Fault, require
 
 CODES = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 130}
@@ -16,9 +23,19 @@ SHORT = ["--samples", 4, "--sequence-length", 16, "--sample-tokens", 2]
 
 @pytest.fixture
 def commands(tiny_llama, llama_plan, text_file):
-    """Commands that write to the disk, by their verb, each with the words of its log at which it is in the middle."""
+    """Commands that write to the disk, by their verb, each with the words of its log at which it is
+    in the middle.
+    """
     # The journal and the cache are kept on purpose; all else must be whole or absent.
-    searching = ["search", tiny_llama, "--remove", 3, "--batch-size", 1, *calibration(text_file, 8, 32)]
+    searching = [
+        "search",
+        tiny_llama,
+        "--remove",
+        3,
+        "--batch-size",
+        1,
+        *calibration(text_file, 8, 32),
+    ]
     return {
         "search": ([*searching, "-o", "new.json"], "Search: "),
         "apply": (["apply", llama_plan, "-o", "new"], "Writing weights"),
@@ -29,7 +46,9 @@ def commands(tiny_llama, llama_plan, text_file):
 
 @pytest.fixture
 def ended(program, commands, tmp_path):
-    """Start a command, hold it where its log says that it is in the middle, send signals, and let it end."""
+    """Start a command, hold it where its log says that it is in the middle, send signals, and let
+    it end.
+    """
 
     def run(verb, *numbers, ignored=()):
         words, moment = commands[verb]
@@ -67,7 +86,9 @@ def test_under_nohup_a_command_goes_on(ended):
 def test_a_second_ctrl_c_ends_at_once(program, commands, tmp_path, first):
     words, _ = commands["apply"]
     at_the_first_write = Fault(tmp_path / ".new.partial" / "new", 1, STOP, Calls.WRITE)
-    running = program.start(*words, cwd=tmp_path, fault=at_the_first_write, before=(cleaning_up_for_long,))
+    running = program.start(
+        *words, cwd=tmp_path, fault=at_the_first_write, before=(cleaning_up_for_long,)
+    )
     running.wait_until_stopped()
     running.send(first, signal.SIGCONT)
     while "cleaning up" not in running.written("stderr"):
@@ -81,11 +102,20 @@ def test_a_second_ctrl_c_ends_at_once(program, commands, tmp_path, first):
 
 @pytest.mark.parametrize(("verb", "streams"), [("search", (1,)), ("apply", (1, 2)), ("eval", (1,))])
 def test_without_readers_the_result_is_still_written(program, commands, tmp_path, verb, streams):
-    words = [*commands[verb][0], *(SHORT if verb == "search" else ()), *(["--json"] if streams == (1,) else ())]
-    result = program.run(*words, cwd=tmp_path, before=(without_readers, *streams), codes=[128 + signal.SIGPIPE])
+    words = [
+        *commands[verb][0],
+        *(SHORT if verb == "search" else ()),
+        *(["--json"] if streams == (1,) else ()),
+    ]
+    result = program.run(
+        *words, cwd=tmp_path, before=(without_readers, *streams), codes=[128 + signal.SIGPIPE]
+    )
     assert "Exception ignored" not in result.stderr
     assert left() == [words[words.index("-o") + 1]]
 
 
 def test_a_full_disk_behind_stdout_is_an_error(program, tmp_path):
-    assert "stdout" in program.run("--help", cwd=tmp_path, before=(into_a_full_disk,), codes=[8]).stderr
+    assert (
+        "stdout"
+        in program.run("--help", cwd=tmp_path, before=(into_a_full_disk,), codes=[8]).stderr
+    )

@@ -1,4 +1,6 @@
-"""Strange names, places, terminals and locales: each command does its work there, or says in a sentence why not."""
+"""Strange names, places, terminals and locales: each command does its work there, or says in a
+sentence why not.
+"""
 
 import errno
 import json
@@ -28,7 +30,9 @@ def model(tiny_llama, tmp_path):
 
 @pytest.fixture
 def search(sleb, text_file):
-    return lambda model, *options, code=0: sleb("search", model, *calibration(text_file), *QUICK, *options, code=code)
+    return lambda model, *options, code=0: sleb(
+        "search", model, *calibration(text_file), *QUICK, *options, code=code
+    )
 
 
 def files_of(folder):
@@ -37,7 +41,9 @@ def files_of(folder):
 
 @pytest.mark.usefixtures("without_memory")
 def test_every_command_works_at_a_strange_place(sleb, tmp_path, tiny_llama, text_file, monkeypatch):
-    """Relative names at the strange place itself, as people type them; a leading dash needs ./ as everywhere."""
+    """Relative names at the strange place itself, as people type them; a leading dash needs ./ as
+    everywhere.
+    """
     name = NAME
     place = tmp_path / name
     place.mkdir()
@@ -54,10 +60,16 @@ def test_every_command_works_at_a_strange_place(sleb, tmp_path, tiny_llama, text
     _, front, card = (place / f"{name} out" / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "transformers"
     assert re.search("^# .*without 2 of its 6 blocks$", card, re.MULTILINE)
-    assert not re.search(r"(?<!\\)<img", re.sub("`[^`]*`", "", card)), "a name put a tag into the card"
-    assert json.loads(sleb("eval", plan, *evaluation(text), "--json").stdout)["texts"][0]["text"] == str(text)
+    assert not re.search(r"(?<!\\)<img", re.sub("`[^`]*`", "", card)), (
+        "a name put a tag into the card"
+    )
+    assert json.loads(sleb("eval", plan, *evaluation(text), "--json").stdout)["texts"][0][
+        "text"
+    ] == str(text)
     recipe = yaml.safe_load(sleb("export", plan, "--to", "mergekit").stdout)
-    assert {source["model"] for each in recipe["slices"] for source in each["sources"]} == {str(place / name)}
+    assert {source["model"] for each in recipe["slices"] for source in each["sources"]} == {
+        str(place / name)
+    }
     command = shlex.split(sleb("export", plan, "--to", "llama-quantize").stdout)
     assert (command[0], Path(command[3]).name) == ("llama-quantize", f"{name}.gguf")
     assert not any(word.startswith("-") for word in command[3:])
@@ -65,7 +77,20 @@ def test_every_command_works_at_a_strange_place(sleb, tmp_path, tiny_llama, text
     page = (place / "page.html").read_text()
     assert not re.search('<img src=x|"so"', page), "a name put a tag or an attribute into the page"
     sleb("apply", f"./{name}.gguf", "--blocks", "1,2", "-o", f"./{name} small.gguf")
-    sleb("bench", plan, "--prompt-length", 4, "--new-tokens", 1, "--batch-size", 1, "--iterations", 1, "--warmup", 0)
+    sleb(
+        "bench",
+        plan,
+        "--prompt-length",
+        4,
+        "--new-tokens",
+        1,
+        "--batch-size",
+        1,
+        "--iterations",
+        1,
+        "--warmup",
+        0,
+    )
     assert [path for path in place.rglob("*") if ".partial" in path.name] == []
 
 
@@ -83,7 +108,9 @@ REFUSED = [
 ]  # fmt: skip
 
 
-def test_a_name_that_no_file_can_have_is_refused_before_any_work(run_sleb, model, search, monkeypatch):
+def test_a_name_that_no_file_can_have_is_refused_before_any_work(
+    run_sleb, model, search, monkeypatch
+):
     search(model, "-o", "found.json")
     shutil.copytree(model, BAD)
     Path("link").symlink_to(BAD)
@@ -97,18 +124,30 @@ def test_a_name_that_no_file_can_have_is_refused_before_any_work(run_sleb, model
     monkeypatch.setattr(Path, "stat", refusing)
     for words, codes in REFUSED:
         result = run_sleb(*words)
-        assert (result.exit_code in codes, "hint: " in result.stderr, "Measuring" in result.stderr) == (1, 1, 0), words
+        assert (
+            result.exit_code in codes,
+            "hint: " in result.stderr,
+            "Measuring" in result.stderr,
+        ) == (1, 1, 0), words
         assert BAD not in words or "caf\\udce9" in result.stderr
     assert files_of(Path()) == before
     monkeypatch.chdir(BAD)
     search(model, code=2)
 
 
-WAYS = [("model", "."), ("model/sub", ".."), (".", "./model//"), (".", "link/../model"), (".", "~/model")]
+WAYS = [
+    ("model", "."),
+    ("model/sub", ".."),
+    (".", "./model//"),
+    (".", "link/../model"),
+    (".", "~/model"),
+]
 
 
 def test_all_ways_to_name_one_model_make_one_plan(sleb, model, search, monkeypatch, tmp_path):
-    """Nor does what is written into the model's folder make it another model, or part of a checkpoint."""
+    """Nor does what is written into the model's folder make it another model, or part of a
+    checkpoint.
+    """
     (model / "sub").mkdir()
     Path("link").symlink_to("model")
     search(model)
@@ -121,12 +160,16 @@ def test_all_ways_to_name_one_model_make_one_plan(sleb, model, search, monkeypat
         assert (found, found.id) == (read_plan(tmp_path / "plan.json").model, str(model))
     sleb("apply", model / "again.json", "-o", model / "small", "--no-verify")
     assert before.items() <= files_of(model).items()
-    assert "again.json" not in os.listdir(model / "small"), "a checkpoint has a plan that names local folders"
+    assert "again.json" not in os.listdir(model / "small"), (
+        "a checkpoint has a plan that names local folders"
+    )
     assert not any(path.is_symlink() for path in (model / "small").iterdir())
 
 
 def test_an_output_that_is_a_link_is_not_followed(search, model, tmp_path):
-    """A link is not followed out of the named place: the new file takes its name, and what it named stays."""
+    """A link is not followed out of the named place: the new file takes its name, and what it named
+    stays.
+    """
     Path("kept.json").write_text("kept")
     for name, target in (("plan.json", "kept.json"), ("dangling.json", "nowhere/plan.json")):
         Path(name).symlink_to(target)
@@ -137,13 +180,22 @@ def test_an_output_that_is_a_link_is_not_followed(search, model, tmp_path):
     assert not Path("nowhere").exists()
 
 
-# The process: its folder, its streams, its user, its terminal. Each is arranged in the forked process itself.
+# The process: its folder, its streams, its user, its terminal. Each is arranged in the forked
+# process itself.
 
 
 @pytest.fixture
 def arranged(program, model, text_file, tmp_path):
     """Search in a process in which something is arranged."""
-    words = ("search", model, *calibration(text_file), *QUICK, "-o", tmp_path / "plan.json", "--force")
+    words = (
+        "search",
+        model,
+        *calibration(text_file),
+        *QUICK,
+        "-o",
+        tmp_path / "plan.json",
+        "--force",
+    )
     return lambda *before, more=(), codes=(0,), **options: program.run(
         *words, *more, cwd=tmp_path, before=before or None, codes=codes, **options
     )
@@ -154,7 +206,9 @@ def test_a_current_folder_that_is_gone_is_named(arranged):
 
 
 def test_a_search_works_with_closed_streams(arranged, tmp_path):
-    """What would be printed goes nowhere: not to another stream, and not into a file that took its number."""
+    """What would be printed goes nowhere: not to another stream, and not into a file that took its
+    number.
+    """
     result = arranged(without_streams, 0, 1, 2, more=["--json"])
     assert read_plan(tmp_path / "plan.json").removals
     assert result.stdout == result.stderr == ""
@@ -168,7 +222,9 @@ def test_a_search_works_on_streams_that_are_not_utf8(program, tmp_path, model, t
     assert "removed" in said
     assert said.isascii()
     assert "\\U0001f999 \\xe9" in said
-    answer = program.run(*words, "--force", "--json", cwd=tmp_path, before=(with_encoding, "ascii")).stdout
+    answer = program.run(
+        *words, "--force", "--json", cwd=tmp_path, before=(with_encoding, "ascii")
+    ).stdout
     assert json.loads(answer)["model"]["id"] == name
 
 
@@ -178,7 +234,10 @@ def test_a_search_works_without_a_home_to_write_to(program, arranged, tmp_path, 
     home.mkdir()
     gguf = write_llama_gguf(tmp_path / "model.gguf")
     variables = {"HOME": home, "SLEB_CACHE": None, "XDG_CACHE_HOME": None}
-    here = {"environment": variables, "fault": Fault(home, 1, errno.EROFS, Calls.CHANGES, lasting=True)}
+    here = {
+        "environment": variables,
+        "fault": Fault(home, 1, errno.EROFS, Calls.CHANGES, lasting=True),
+    }
     arranged(**here)
     words = ("search", gguf, *calibration(text_file), *QUICK, "--force")
     assert "SLEB_CACHE" in program.run(*words, cwd=tmp_path, codes=[8], **here).stderr

@@ -1,4 +1,6 @@
-"""Nothing from outside runs as code, unless the user said so, and then only the code that was there at the time."""
+"""Nothing from outside runs as code, unless the user said so, and then only the code that was there
+at the time.
+"""
 
 import json
 import subprocess
@@ -34,13 +36,17 @@ def own_code(folder, model_type="mine"):
     """Save a model with code of its own, that leaves a file beside it when it runs."""
     save_model(folder, llama_config(4))
     edit_json(folder / "config.json", model_type=model_type, auto_map=AUTO_MAP)
-    (folder / "mine.py").write_text(CODE.format(canary=str(folder.with_name("canary")), model_type=model_type))
+    (folder / "mine.py").write_text(
+        CODE.format(canary=str(folder.with_name("canary")), model_type=model_type)
+    )
     return folder
 
 
 @pytest.fixture
 def run(program, tmp_path):
-    """Run a command, which must end with this exit code, and say this, and run the model's code or not."""
+    """Run a command, which must end with this exit code, and say this, and run the model's code or
+    not.
+    """
 
     def run(*words, code=0, runs=False, says=""):
         environment = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
@@ -63,13 +69,28 @@ def test_the_code_of_a_plan_is_required_by_every_command(run, text_file, tmp_pat
     search = ["search", folder, "--remove", 1, *calibration(text_file), "--sample-tokens", 4]
     run(*search, code=4)
     run(*search, TRUST, runs=True)
-    apply, extend = ("apply", "plan.json", "-o", "out"), (*search, "--extend", "plan.json", "--remove", 2)
-    evaluate, export = ("eval", "plan.json", *evaluation(text_file)), ("export", "plan.json", "--to", "mergekit")
-    for command in (apply, extend, evaluate, ("bench", "plan.json"), export):  # a plan grants no trust
+    apply, extend = (
+        ("apply", "plan.json", "-o", "out"),
+        (*search, "--extend", "plan.json", "--remove", 2),
+    )
+    evaluate, export = (
+        ("eval", "plan.json", *evaluation(text_file)),
+        ("export", "plan.json", "--to", "mergekit"),
+    )
+    for command in (
+        apply,
+        extend,
+        evaluate,
+        ("bench", "plan.json"),
+        export,
+    ):  # a plan grants no trust
         run(*command, code=4, says=TRUST)
     run(*apply, TRUST, runs=True)
     code = (folder / "mine.py").read_text()
-    for file, content, command in (("mine.py", code + "\n", (*apply, "--force")), ("more.py", "", extend)):
+    for file, content, command in (
+        ("mine.py", code + "\n", (*apply, "--force")),
+        ("more.py", "", extend),
+    ):
         (folder / file).write_text(content)
         run(*command, TRUST, code=3, says="code")
         (folder / file).unlink()
@@ -77,7 +98,10 @@ def test_the_code_of_a_plan_is_required_by_every_command(run, text_file, tmp_pat
     found = json.loads((tmp_path / "plan.json").read_text())["model"]
     edit_json(tmp_path / "plan.json", model=found | {"code": None})
     run(*apply, TRUST, "--force", code=3, says="code")
-    assert json.loads((tmp_path / "out" / "sleb_plan.json").read_text())["model"]["code"] == found["code"]
+    assert (
+        json.loads((tmp_path / "out" / "sleb_plan.json").read_text())["model"]["code"]
+        == found["code"]
+    )
 
 
 def test_code_that_is_not_needed_runs_only_where_it_is_trusted(run, tmp_path):
@@ -87,11 +111,16 @@ def test_code_that_is_not_needed_runs_only_where_it_is_trusted(run, tmp_path):
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 def test_code_of_another_repository_never_runs(run, tmp_path, file):
     folder = own_code(tmp_path / "mine")
-    edit_json(folder / file, auto_map={"AutoConfig": "evil/code--mine.C", "AutoTokenizer": ["evil/code--mine.T", None]})
+    edit_json(
+        folder / file,
+        auto_map={"AutoConfig": "evil/code--mine.C", "AutoTokenizer": ["evil/code--mine.T", None]},
+    )
     run("apply", folder, "--blocks", 1, TRUST, code=4, says="evil/code")
 
 
-@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
+@pytest.mark.parametrize(
+    "key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"]
+)
 def test_a_config_names_no_compiled_code(sleb, tmp_path, key):
     folder = save_model(tmp_path / "model", llama_config(4))
     for value in ("evil/kernel", {"": "sdpa", "text_config": "evil/kernel@main"}):
@@ -102,7 +131,9 @@ def test_a_config_names_no_compiled_code(sleb, tmp_path, key):
 
 @pytest.mark.parametrize("revision", ["main", "../../../x", "a" * 40 + "\n"])
 def test_a_plan_names_a_commit(sleb, llama_plan, revision):
-    edit_json(llama_plan, model=json.loads(llama_plan.read_text())["model"] | {"revision": revision})
+    edit_json(
+        llama_plan, model=json.loads(llama_plan.read_text())["model"] | {"revision": revision}
+    )
     assert "model.revision" in sleb("apply", llama_plan, code=3).stderr
 
 
@@ -110,7 +141,9 @@ def test_a_plan_names_a_commit(sleb, llama_plan, revision):
 def test_a_traceback_holds_no_token(program, tmp_path, token):
     environment = {"HF_TOKEN": None if token == TOKEN else token}
     arranged = (with_a_bug, PASSWORD, token)
-    result = program.run("apply", "plan.json", cwd=tmp_path, environment=environment, before=arranged, codes=None)
+    result = program.run(
+        "apply", "plan.json", cwd=tmp_path, environment=environment, before=arranged, codes=None
+    )
     assert result.exit_code == 1
     assert result.stderr.count("Traceback (most recent call last)") == 2
     assert "hub.example" in result.stderr
@@ -144,10 +177,14 @@ def test_a_failed_download_shows_no_token(program, refusing, tmp_path, answers):
         "HF_ENDPOINT": f"http://jane:{PASSWORD}@127.0.0.1:{port}", "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_CACHE": str(tmp_path / "hub"),
     }  # fmt: skip
-    result = program.run(*words, cwd=tmp_path, environment=environment, before=(with_a_hub,), codes=[4])
+    result = program.run(
+        *words, cwd=tmp_path, environment=environment, before=(with_a_hub,), codes=[4]
+    )
     assert ("127.0.0.1" if answers else "Connection refused") in result.stderr
     assert "Canary" not in result.stdout + result.stderr
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"Canary" in path.read_bytes()]
+    assert not [
+        path for path in tmp_path.rglob("*") if path.is_file() and b"Canary" in path.read_bytes()
+    ]
 
 
 PUBLISHED = """sleb_cli sleb_plugins tests completions docs README.md CONTRIBUTING.md CHANGELOG.md CITATION.cff
@@ -159,7 +196,11 @@ def test_what_is_published_is_the_program_its_tests_and_its_pages(tmp_path):
     subprocess.run(words, cwd=Path(__file__).resolve().parents[2], check=True, capture_output=True)
     (wheel_file,), (sdist_file,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
     wheel = zipfile.ZipFile(wheel_file).namelist()
-    assert {name.partition("/")[0].partition("-")[0] for name in wheel} == {"sleb_cli", "sleb_plugins", "sleb"}
+    assert {name.partition("/")[0].partition("-")[0] for name in wheel} == {
+        "sleb_cli",
+        "sleb_plugins",
+        "sleb",
+    }
     kinds = {Path(name).suffix for name in wheel if name.startswith("sleb_")}
     assert kinds <= {".py", ".typed", ".yaml", "", ".j2", ".css", ".mplstyle", ".js"}
     with tarfile.open(sdist_file) as archive:

@@ -1,4 +1,5 @@
-"""What a machine with a real accelerator can show, in ten minutes: `pytest -m gpu -n0 -s`. See docs/gpu.md.
+"""What a machine with a real accelerator can show, in ten minutes: `pytest -m gpu -n0 -s`. See
+docs/gpu.md.
 
 The same tests run on the simulated device, on a tiny model, with `-m slow`: so they cannot rot.
 """
@@ -25,7 +26,9 @@ REAL = pytest.param("real", marks=pytest.mark.gpu)
 
 @dataclass(frozen=True)
 class Card:
-    """A device and what to run on it: a model, the sequences to calibrate on, and whether its times mean anything."""
+    """A device and what to run on it: a model, the sequences to calibrate on, and whether its times
+    mean anything.
+    """
 
     device: torch.device
     model: Path
@@ -54,9 +57,21 @@ def run(run_sleb, card, text_file, capfd):
     """Run a command on the card; return what it printed as JSON, and the seconds it took."""
 
     def run_command(verb, *options, device=None, model=None):
-        sizes = ["--samples", card.samples, "--sequence-length", card.length] if verb in ("search", "apply") else []
+        sizes = (
+            ["--samples", card.samples, "--sequence-length", card.length]
+            if verb in ("search", "apply")
+            else []
+        )
         text = ["--calibration", text_file] if sizes else []
-        words = [verb, model or card.model, *text, *sizes, *options, "--device", device or card.device]
+        words = [
+            verb,
+            model or card.model,
+            *text,
+            *sizes,
+            *options,
+            "--device",
+            device or card.device,
+        ]
         start = time.perf_counter()
         result = run_sleb(*words, "--json", "-q")
         assert result.exit_code == 0, result.stderr
@@ -110,16 +125,29 @@ def test_a_search_keeps_to_its_memory(run, card, show, dtype):
     card.backend.reset_peak_memory_stats(card.device)
     search(run, "--dtype", dtype, "--memory", f"{allowed // 10**6}MB")
     peak = card.backend.max_memory_allocated(card.device)
-    parameters = sum(weight.numel() for weight in AutoModelForCausalLM.from_pretrained(card.model).parameters())
+    parameters = sum(
+        weight.numel() for weight in AutoModelForCausalLM.from_pretrained(card.model).parameters()
+    )
     weights = parameters * (4 if dtype == "float32" else 2)
-    show(f"{dtype}: {(peak - weights) / 1e6:.1f} MB beside the model, of {allowed / 1e6:.0f} allowed")
+    show(
+        f"{dtype}: {(peak - weights) / 1e6:.1f} MB beside the model, of {allowed / 1e6:.0f} allowed"
+    )
     assert peak > weights
     assert peak <= 1.05 * weights + allowed
 
 
 def test_recovery_and_healing_each_lower_the_divergence(run, card, show, tmp_path):
     tokens = 65536 if card.is_real else 1024
-    options = ["--blocks", "2,3", "--recover", "--heal", "--heal-tokens", tokens, "-o", tmp_path / "out"]
+    options = [
+        "--blocks",
+        "2,3",
+        "--recover",
+        "--heal",
+        "--heal-tokens",
+        tokens,
+        "-o",
+        tmp_path / "out",
+    ]
     data, seconds = run("apply", *options)
     recovery = data["recovery"]
     show(f"recovered and healed in {seconds:.1f} s")
@@ -130,7 +158,9 @@ def test_recovery_and_healing_each_lower_the_divergence(run, card, show, tmp_pat
 @pytest.mark.slow
 def test_the_speedup_is_measured_beside_the_ratio_of_the_blocks(run, card, show):
     few = [] if card.is_real else ["--batch-size", 1, "--prompt-length", 8, "--iterations", 1]
-    data, _ = run("bench", "--blocks", "2,3", *few, *([] if card.is_real else ["--warmup", 0, "--prompt"]))
+    data, _ = run(
+        "bench", "--blocks", "2,3", *few, *([] if card.is_real else ["--warmup", 0, "--prompt"])
+    )
     blocks = data["dense"]["blocks"] / data["pruned"][0]["blocks"]
     for measured in data["workloads"]:
         (pruned,) = measured["pruned"]
@@ -144,17 +174,26 @@ def test_the_speedup_is_measured_beside_the_ratio_of_the_blocks(run, card, show)
 @torch.inference_mode()
 def test_the_search_is_faster_than_the_plain_algorithm(run, card, text_file, show):
     plan, seconds = search(run, "--dtype", "float32", remove=1)
-    model = AutoModelForCausalLM.from_pretrained(card.model, dtype=torch.float32).to(card.device).eval()
-    sequences = calibration_sequences(card.model, text_file, card.samples, card.length).to(card.device)
+    model = (
+        AutoModelForCausalLM.from_pretrained(card.model, dtype=torch.float32).to(card.device).eval()
+    )
+    sequences = calibration_sequences(card.model, text_file, card.samples, card.length).to(
+        card.device
+    )
     candidates = sorted(map(int, plan["steps"][0]["scores"]))
     start = time.perf_counter()
-    losses = {block: plain_loss(model, model.model.layers, sequences, {block}) for block in candidates[:4]}
+    losses = {
+        block: plain_loss(model, model.model.layers, sequences, {block}) for block in candidates[:4]
+    }
     plain_seconds = (time.perf_counter() - start) * len(candidates) / len(losses)
     for block, loss in losses.items():
         assert plan["steps"][0]["scores"][str(block)] == pytest.approx(loss, rel=1e-3)
     tokens = sequences.numel() * len(candidates)
     whole = f"search {tokens / seconds:.0f} tokens/s with loading and its sample"
-    show(f"{whole}; plain algorithm {tokens / plain_seconds:.0f} tokens/s of {candidates[:4]}, without")
+    show(
+        f"{whole}; plain algorithm {tokens / plain_seconds:.0f} tokens/s of {candidates[:4]}, "
+        f"without"
+    )
 
 
 def test_the_second_card_finds_the_same(run, card):
@@ -170,12 +209,40 @@ def test_processes_with_a_card_each_find_what_one_finds(run, card, text_file, tm
     if not card.is_real or count < 2:
         pytest.skip("this machine does not have two accelerators that torch can use")
     alone, _ = search(run, "--batch-size", 2)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    sizes = ["--calibration", text_file, "--samples", card.samples, "--sequence-length", card.length]
-    words = ["search", card.model, "--remove", 2, *sizes, "--sample-tokens", 4, "--batch-size", 2, "-o", "shared.json"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+    ]
+    sizes = [
+        "--calibration",
+        text_file,
+        "--samples",
+        card.samples,
+        "--sequence-length",
+        card.length,
+    ]
+    words = [
+        "search",
+        card.model,
+        "--remove",
+        2,
+        *sizes,
+        "--sample-tokens",
+        4,
+        "--batch-size",
+        2,
+        "-o",
+        "shared.json",
+    ]
     heal = ["apply", "shared.json", "--heal", "--heal-tokens", 16384, *sizes, "-o", "healed"]
     for command in (words, heal):
-        done = subprocess.run([*launch, "-m", "sleb_cli", *map(str, command)], capture_output=True, text=True)
+        done = subprocess.run(
+            [*launch, "-m", "sleb_cli", *map(str, command)], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
     together = json.loads((tmp_path / "shared.json").read_text())
     assert together["removals"] == alone["removals"]

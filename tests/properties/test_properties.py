@@ -1,4 +1,6 @@
-"""What holds for every set of blocks in random tiny models: any data type, first and last block included."""
+"""What holds for every set of blocks in random tiny models: any data type, first and last block
+included.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,23 @@ BLOCKS = 6
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
-    model_type=st.sampled_from(["llama", "opt", "gpt2", "gemma2", "gemma3_text", "qwen3", "phi", "mixtral"]),
+    model_type=st.sampled_from(
+        ["llama", "opt", "gpt2", "gemma2", "gemma3_text", "qwen3", "phi", "mixtral"]
+    ),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    gone=st.lists(st.integers(0, BLOCKS - 1), min_size=1, max_size=BLOCKS - 1, unique=True).map(tuple),
+    gone=st.lists(st.integers(0, BLOCKS - 1), min_size=1, max_size=BLOCKS - 1, unique=True).map(
+        tuple
+    ),
     seed=st.integers(0, 99),
 )
 def test_skipped_shared_written_and_loaded_are_one_model(model_type, dtype, gone, seed):
-    """Blocks switched off in memory, weights shared with the dense model, the files, and stock transformers agree."""
-    ids, cpu = torch.randint(2, 300, (2, 16), generator=torch.Generator().manual_seed(seed)), torch.device("cpu")
+    """Blocks switched off in memory, weights shared with the dense model, the files, and stock
+    transformers agree.
+    """
+    ids, cpu = (
+        torch.randint(2, 300, (2, 16), generator=torch.Generator().manual_seed(seed)),
+        torch.device("cpu"),
+    )
     with tempfile.TemporaryDirectory() as place, torch.inference_mode():
         folder, output = Path(place) / "dense", Path(place) / "out"
         save_model(folder, tiny_config(model_type, dtype=dtype))

@@ -13,7 +13,11 @@ from conftest import architecture_of, prose, train_tokenizer
 from sleb_cli.asked.mixture import parse_mixture
 from sleb_cli.engine.text.calibration import calibrate, draw
 from sleb_cli.engine.text.settings import resolve_calibration
-from sleb_cli.engine.text.sources import calibration_text, evaluation_text, reference_calibration_text
+from sleb_cli.engine.text.sources import (
+    calibration_text,
+    evaluation_text,
+    reference_calibration_text,
+)
 from sleb_cli.engine.text.windows import cut_running_text, tokens_sha256
 from sleb_cli.events import Notice
 from sleb_plugins import DataError, UsageError
@@ -31,14 +35,19 @@ def test_drawing_follows_the_seed_and_keeps_the_texts_order():
     assert rows != draw(20, 5, seed=4)
     assert draw(20, 99, seed=0) == list(range(20))
     # What is drawn is named by the hash of its little-endian int64.
-    assert tokens_sha256(torch.tensor([[1, 2]])) == hashlib.sha256(struct.pack("<2q", 1, 2)).hexdigest()
+    assert (
+        tokens_sha256(torch.tensor([[1, 2]]))
+        == hashlib.sha256(struct.pack("<2q", 1, 2)).hexdigest()
+    )
 
 
 @pytest.fixture
 def hub(monkeypatch):
     """Answer `load_dataset` with a real data set made here, and note what was asked for."""
     asked = []
-    rows = datasets.Dataset.from_dict({"text": [prose(3, seed) for seed in range(1200)], "title": ["t"] * 1200})
+    rows = datasets.Dataset.from_dict(
+        {"text": [prose(3, seed) for seed in range(1200)], "title": ["t"] * 1200}
+    )
 
     def load_dataset(path, name=None, *, split, data_files=None):
         asked.append((path, name, split, data_files))
@@ -70,7 +79,9 @@ def test_each_source_reads_its_own_file_and_split_of_the_hub(hub, source, train,
 def test_texts_follow_their_protocols(hub):
     asked, rows = hub
     shuffled = rows.shuffle(seed=0)["text"][:128]
-    assert reference_calibration_text("wikitext2-sleb", rows=128, seed=0).content == "\n\n".join(shuffled)
+    assert reference_calibration_text("wikitext2-sleb", rows=128, seed=0).content == "\n\n".join(
+        shuffled
+    )
     assert reference_calibration_text("c4-sleb", rows=128, seed=0).content == " ".join(shuffled)
     assert evaluation_text("wikitext2", 2048).content == "\n\n".join(rows["text"])
     c4 = evaluation_text("c4", 2048)
@@ -109,7 +120,9 @@ def test_a_local_file_before_a_data_set_of_that_name(tmp_path):
     (tmp_path / "org").mkdir()
     (tmp_path / "org" / "name").write_text("some text")
     assert calibration_text("org/name", tokens=1, seed=0).content == "some text"
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ("one", "two")))
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(json.dumps({"text": text}) for text in ("one", "two"))
+    )
     assert calibration_text("a.jsonl", tokens=1, seed=0).content == "one\n\ntwo"
     (tmp_path / "a:0.5,b:0.5").write_text("some text")
     assert [*parse_mixture("a:0.5,b:0.5")] == ["a:0.5,b:0.5"]
@@ -120,7 +133,9 @@ def test_a_mixture_interleaves_what_each_source_gives_alone(tmp_path, calibrated
     (tmp_path / "b.txt").write_text(prose(300, seed=2))
     mixed = calibrated("a.txt:0.75,b.txt:0.25", 8)
     a, b = calibrated("a.txt", 6).sequences, calibrated("b.txt", 2).sequences
-    assert torch.equal(mixed.sequences, torch.stack([a[0], a[1], a[2], b[0], a[3], a[4], a[5], b[1]]))
+    assert torch.equal(
+        mixed.sequences, torch.stack([a[0], a[1], a[2], b[0], a[3], a[4], a[5], b[1]])
+    )
     assert mixed.record.source == "a.txt:0.75,b.txt:0.25"
     assert mixed.record.tokens_sha256 == tokens_sha256(mixed.sequences)
 
@@ -141,7 +156,10 @@ def test_a_share_is_at_the_end_of_a_source():
         ("c4:0.5", "sum to 0.5"),
         ("c4,self", "c4 has no share"),
         ("c4:0.5,c4:0.5", "names c4 twice"),
-        ("c4:0.5,wikitext2-sleb:0.5", "wikitext2-sleb cannot be mixed: it is drawn as in the reference"),
+        (
+            "c4:0.5,wikitext2-sleb:0.5",
+            "wikitext2-sleb cannot be mixed: it is drawn as in the reference",
+        ),
         ("c4:0.9,self:0.1", "none would be from self"),
     ],
 )
@@ -160,7 +178,9 @@ def test_the_scarcest_source_limits_a_mixture_by_default(tmp_path, calibrated):
     (notice,) = [event.text for event in events if isinstance(event, Notice)]
     assert f"b.txt has text for only {count} sequences of 64 tokens" in notice
     assert f"{2 * count + 1} sequences, not 16" in notice
-    with pytest.raises(DataError, match=rf"b\.txt has text for {count} sequences of 64 tokens, not for 8"):
+    with pytest.raises(
+        DataError, match=rf"b\.txt has text for {count} sequences of 64 tokens, not for 8"
+    ):
         calibrated("a.txt:0.5,b.txt:0.5", 16)
     with pytest.raises(UsageError, match=r"none would be from a\.txt"):
         calibrated("a.txt:1/100,b.txt:99/100")

@@ -32,7 +32,8 @@ class Oracle(LM):
 
 
 @pytest.mark.parametrize(
-    ("form", "score"), [(" {}\n\nand more", 1), ("", 0), ("nonsense", 0), ("0 0 0 0 0 0 0 0 0 0", 0)]
+    ("form", "score"),
+    [(" {}\n\nand more", 1), ("", 0), ("nonsense", 0), ("0 0 0 0 0 0 0 0 0 0", 0)],
 )
 def test_a_perfect_answer_scores_one_and_a_wrong_one_zero(loaded, form, score):
     for task in loaded["tasks"].values():
@@ -41,7 +42,9 @@ def test_a_perfect_answer_scores_one_and_a_wrong_one_zero(loaded, form, score):
     oracle.form = form
     results = evaluate(lm=oracle, task_dict=loaded, bootstrap_iters=0, log_samples=True)["results"]
     for name in CANARIES:
-        found = {value for key, value in results[name].items() if "," in key and "_stderr" not in key}
+        found = {
+            value for key, value in results[name].items() if "," in key and "_stderr" not in key
+        }
         assert found == {score}, name
 
 
@@ -61,7 +64,13 @@ def test_answers_are_graded_in_part(answer, expected):
 
 @pytest.mark.parametrize(
     ("answer", "expected"),
-    [("a b c", 0), ("a b c d a b c d", 1 / 5), ("a b c d i a b c d", 1 / 6), ("x y " * 50, 95 / 97), ("", 1)],
+    [
+        ("a b c", 0),
+        ("a b c d a b c d", 1 / 5),
+        ("a b c d i a b c d", 1 / 6),
+        ("x y " * 50, 95 / 97),
+        ("", 1),
+    ],
 )
 def test_the_repetition_of_an_answer(answer, expected):
     graded = items.grade_instructions({"kind": "lower case", "answer": ""}, [answer])
@@ -79,16 +88,30 @@ TWO_KEYS = '{"name": "...", "use": "..."}'
         ("lower case", "", "bees make honey. They hum.", False),
         ("last word", "lamp", 'Bees like the "Lamp".\n', True),
         ("last word", "lamp", "Bees like the lamp post.", False),
-        ("list", "5", "Five facts:\n\n1. a\n   - more\n2. b\n3. c\n\n4) d\n5. **e**: f\n\nThat is all.", True),
+        (
+            "list",
+            "5",
+            "Five facts:\n\n1. a\n   - more\n2. b\n3. c\n\n4) d\n5. **e**: f\n\nThat is all.",
+            True,
+        ),
         ("json", TWO_KEYS, '{"use": "wax", "name": {"of": "bee"}}', True),
-        ("json", TWO_KEYS, 'Here it is:\n```json\n{"name": "bee",\n"use": null}\n```\nIt hums.', True),
+        (
+            "json",
+            TWO_KEYS,
+            'Here it is:\n```json\n{"name": "bee",\n"use": null}\n```\nIt hums.',
+            True,
+        ),
         ("json", TWO_KEYS, '{"name": "bee", "use": "wax", "size": 1}', False),
     ],
 )
 def test_whether_an_instruction_is_followed(kind, asked, answer, follows):
     doc = {"question": "", "kind": kind, "answer": asked}
     found = items.grade_instructions(doc, [answer])
-    assert found == {"followed": follows, "words": len(answer.split()), "repetition": found["repetition"]}
+    assert found == {
+        "followed": follows,
+        "words": len(answer.split()),
+        "repetition": found["repetition"],
+    }
 
 
 def test_instructions_ask_for_what_is_graded(manager):
@@ -101,7 +124,10 @@ def test_instructions_ask_for_what_is_graded(manager):
         assert all(row["answer"] in row["question"] for row in of_kind)
         assert len({row["question"] for row in of_kind}) == len(of_kind)
     task.build_all_requests(limit=1)
-    assert task.instances[0].args == (rows[0]["question"], {"do_sample": False, "max_gen_toks": 200, "until": []})
+    assert task.instances[0].args == (
+        rows[0]["question"],
+        {"do_sample": False, "max_gen_toks": 200, "until": []},
+    )
 
 
 def test_the_answers_follow_from_the_questions(loaded):
@@ -111,7 +137,9 @@ def test_the_answers_follow_from_the_questions(loaded):
         assert int(first) + int(second) == int(row["answer"])
     for row in tasks["sleb_repeat_64"]:
         said, between = row["question"].split("\n\n")
-        assert said.removeprefix("Say: ") == f"{row['prefix'].removeprefix('Again: ')} {row['answer']}"
+        assert (
+            said.removeprefix("Say: ") == f"{row['prefix'].removeprefix('Again: ')} {row['answer']}"
+        )
         assert 0.6 * 64 <= len(between.split()) <= 64
 
 
@@ -122,7 +150,11 @@ SUMS, SAID = "Q: What is 61 + 76?\nA: 137\n\nQ: What is 75 + 34?\nA: 109\n\n", "
     ("name", "text", "turns"),
     [
         ("sleb_sums", SUMS, ["Q: ", "A: "] * 8 + ["Q: ", "A:"]),
-        ("sleb_repeat_64", f" in January.\n\nAgain: {SAID}", [f"Say: {SAID} broke ", f"Again: {SAID}"]),
+        (
+            "sleb_repeat_64",
+            f" in January.\n\nAgain: {SAID}",
+            [f"Say: {SAID} broke ", f"Again: {SAID}"],
+        ),
     ],
 )
 def test_in_a_chat_each_question_is_a_turn(loaded, name, text, turns):
@@ -131,9 +163,13 @@ def test_in_a_chat_each_question_is_a_turn(loaded, name, text, turns):
     task.build_all_requests(limit=1)
     assert text in task.instances[0].args[0]
     chat = {"chat_template": lambda messages, **options: rendered.append((messages, options)) or ""}
-    task.build_all_requests(limit=1, apply_chat_template=True, fewshot_as_multiturn=True, tokenizer_name="", **chat)
+    task.build_all_requests(
+        limit=1, apply_chat_template=True, fewshot_as_multiturn=True, tokenizer_name="", **chat
+    )
     ((messages, options),) = rendered
-    assert [message["role"] for message in messages] == (["user", "assistant"] * len(turns))[: len(turns)]
+    assert [message["role"] for message in messages] == (["user", "assistant"] * len(turns))[
+        : len(turns)
+    ]
     assert all(map(str.startswith, [message["content"] for message in messages], turns))
     assert options["add_generation_prompt"] == (messages[-1]["role"] == "user")
     assert all(message["content"] == message["content"].strip() for message in messages)

@@ -55,9 +55,18 @@ KINDS = ["global", "global", "local", "local"]
 @pytest.mark.parametrize(
     ("key", "config", "expected"),
     [
-        # Of 0..5, the odd ones have experts, but 3 is listed as dense: 1 and 5. Of these, 5 stays, as number 3.
-        ("decoder_sparse_step", {"mlp_only_layers": [3]}, {"decoder_sparse_step": 1, "mlp_only_layers": [0, 1, 2]}),
-        ("attention_types", {"attention_layers": ["global", "local"] * 3}, {"attention_types": [[KINDS, 1]]}),
+        # Of 0..5, the odd ones have experts, but 3 is listed as dense: 1 and 5. Of these, 5 stays,
+        # as number 3.
+        (
+            "decoder_sparse_step",
+            {"mlp_only_layers": [3]},
+            {"decoder_sparse_step": 1, "mlp_only_layers": [0, 1, 2]},
+        ),
+        (
+            "attention_types",
+            {"attention_layers": ["global", "local"] * 3},
+            {"attention_types": [[KINDS, 1]]},
+        ),
         ("block_types", {"block_types": ["r", "r", "a"]}, {"block_types": ["r", "a", "r", "a"]}),
         ("scale_depth", {"scale_depth": 1.5**0.5}, {"scale_depth": pytest.approx(1.0, rel=1e-15)}),
     ],

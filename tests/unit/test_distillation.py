@@ -27,33 +27,53 @@ def dense_and_changed(blocks, changed):
     return dense, other
 
 
-@pytest.mark.parametrize("counted", [None, torch.rand(IDS.shape, generator=torch.Generator().manual_seed(1)) < 0.4])
+@pytest.mark.parametrize(
+    "counted", [None, torch.rand(IDS.shape, generator=torch.Generator().manual_seed(1)) < 0.4]
+)
 @pytest.mark.parametrize("positions", [1, 9, 1000])
 def test_gradients_in_slices_are_those_of_all_logits_at_once(positions, counted, monkeypatch):
     monkeypatch.setattr(variant, "POSITIONS", positions)
-    three = replace(settings_for(torch.device("cpu")), widened_bytes=4 * 320 * 3)  # positions in float32 at a time
+    three = replace(
+        settings_for(torch.device("cpu")), widened_bytes=4 * 320 * 3
+    )  # positions in float32 at a time
     monkeypatch.setattr(logits, "settings_for", lambda device: three)
     dense, pruned = dense_and_changed(3, 1)
     pruned.model.layers.requires_grad_(True)
-    ours, theirs = pruned(IDS).logits[:, :-1].log_softmax(-1), dense(IDS).logits[:, :-1].log_softmax(-1)
+    ours, theirs = (
+        pruned(IDS).logits[:, :-1].log_softmax(-1),
+        dense(IDS).logits[:, :-1].log_softmax(-1),
+    )
     every = functional.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
     plain = (every if counted is None else every[counted[:, 1:]]).mean()
     parameters = list(pruned.model.layers.parameters())
     expected = torch.autograd.grad(plain, parameters)
-    with SkippableModel(dense, dense.model.layers) as teacher, SkippableModel(pruned, pruned.model.layers) as student:
+    with (
+        SkippableModel(dense, dense.model.layers) as teacher,
+        SkippableModel(pruned, pruned.model.layers) as student,
+    ):
         with torch.no_grad():
             states = Variant(teacher).entering_and_final_states(IDS, 0)
         mask = torch.ones_like(IDS, dtype=torch.bool) if counted is None else counted
-        found = Distillation(Variant(teacher), Variant(student), 0).add_gradient(Batch(IDS, mask, *states))
+        found = Distillation(Variant(teacher), Variant(student), 0).add_gradient(
+            Batch(IDS, mask, *states)
+        )
         text = Calibration(IDS, None, counted, ())
-        loss, divergence = DenseComparison(Variant(teacher), text, ProcessGroup()).losses(Variant(student))
+        loss, divergence = DenseComparison(Variant(teacher), text, ProcessGroup()).losses(
+            Variant(student)
+        )
     of_tokens = -ours.gather(-1, IDS[:, 1:, None])[..., 0]
-    assert loss == pytest.approx(of_tokens[slice(None) if counted is None else counted[:, 1:]].mean().item(), rel=1e-5)
+    assert loss == pytest.approx(
+        of_tokens[slice(None) if counted is None else counted[:, 1:]].mean().item(), rel=1e-5
+    )
     assert found == pytest.approx(plain.item(), rel=1e-5)
     assert divergence == pytest.approx(plain.item(), rel=1e-5)
     for parameter, gradient in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
-    assert all(parameter.grad is None for name, parameter in pruned.named_parameters() if ".layers." not in name)
+    assert all(
+        parameter.grad is None
+        for name, parameter in pruned.named_parameters()
+        if ".layers." not in name
+    )
 
 
 def test_a_pass_that_starts_at_a_block_gives_the_same_gradients():
@@ -61,7 +81,10 @@ def test_a_pass_that_starts_at_a_block_gives_the_same_gradients():
     parameters = list(pruned.model.layers[2:].parameters())
     pruned.model.layers[2:].requires_grad_(True)
     found = []
-    with SkippableModel(dense, dense.model.layers) as teacher, SkippableModel(pruned, pruned.model.layers) as student:
+    with (
+        SkippableModel(dense, dense.model.layers) as teacher,
+        SkippableModel(pruned, pruned.model.layers) as student,
+    ):
         assert can_share(Variant(teacher), Variant(student), 2, IDS)
         assert not can_share(Variant(teacher), Variant(student), 3, IDS)
         for first in (0, 2):

@@ -14,7 +14,14 @@ import sleb_cli
 import sleb_plugins
 from sleb_cli.__main__ import main
 from sleb_cli.app import app
-from sleb_cli.plan import CalibrationRecord, HeldOutRecord, Plan, SampleGeneration, SearchRecord, Step
+from sleb_cli.plan import (
+    CalibrationRecord,
+    HeldOutRecord,
+    Plan,
+    SampleGeneration,
+    SearchRecord,
+    Step,
+)
 from sleb_cli.requests import TARGET_NAMES, StrategyName
 from sleb_plugins import SlebError, errors, hookspecs
 from sleb_plugins.families import REFUSED
@@ -24,10 +31,14 @@ from survey import COUNTS
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = ROOT / "sleb_cli" / "engine"
 EXPERIMENTS = ROOT / "docs" / "experiments"
-PAGES = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
+PAGES = sorted(
+    str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))
+)
 COMMANDS = typer.main.get_command(app).commands
 PARAMETERS = [parameter for command in COMMANDS.values() for parameter in command.params]
-OPTIONS = {name for parameter in PARAMETERS for name in (*parameter.opts, *parameter.secondary_opts)}
+OPTIONS = {
+    name for parameter in PARAMETERS for name in (*parameter.opts, *parameter.secondary_opts)
+}
 OPTIONS |= {"--help", "--version", "--install-completion"}
 
 
@@ -56,10 +67,16 @@ def inline_code(text):
 
 
 def wrong_arguments(arguments, *, complete):
-    """Parse a command line with the program's own parameters, without running it; one in a sentence may be open."""
+    """Parse a command line with the program's own parameters, without running it; one in a sentence
+    may be open.
+    """
     name, *rest = arguments
     if name.startswith("-") or name == "COMMAND":
-        return [word for word in arguments if word.startswith("-") and word.partition("=")[0] not in OPTIONS]
+        return [
+            word
+            for word in arguments
+            if word.startswith("-") and word.partition("=")[0] not in OPTIONS
+        ]
     if name not in COMMANDS:
         return [f"There is no command {name}."]
     try:
@@ -89,7 +106,9 @@ FOLDERS = "sleb_cli|sleb_plugins|tests|docs|completions|\\.ci|\\.github"
 def slugs_in(text):
     """The names by which links reach the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    return [re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings]
+    return [
+        re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings
+    ]
 
 
 def broken_links(text, page):
@@ -103,8 +122,14 @@ def broken_links(text, page):
 
 def wrong_in(text, page):
     """All that a page names and that is not there."""
-    names = {path.name for folder in ("sleb_cli", "sleb_plugins", "tests") for path in (ROOT / folder).rglob("*.py")}
-    files = [name for code in inline_code(text) for name in re.findall(r"^(?:[a-z_]+/)*(\w+\.py)$", code)]
+    names = {
+        path.name
+        for folder in ("sleb_cli", "sleb_plugins", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    files = [
+        name for code in inline_code(text) for name in re.findall(r"^(?:[a-z_]+/)*(\w+\.py)$", code)
+    ]
     absent = [name for name in files if name not in names]
     named = re.findall(rf"(?<![\w/.-])(?:{FOLDERS})/[\w./-]*", without_cog(text))
     absent += [place for place in named if not (ROOT / place.rstrip(".")).exists()]
@@ -118,8 +143,10 @@ def test_every_path_link_and_command_in_a_page_exists(page):
 
 @pytest.mark.parametrize(
     "text",
-    ["`sleb serch demo`", "`sleb search demo --ratoi 0.2`", "\n    sleb export plan.json\n", "Use `--to-gguf x`.",
-     "\n    pip install . && sleb search demo --no-such\n", "```\nsleb bench --generation \\\n    --nope\n```\n",
+    ["`sleb serch demo`", "`sleb search demo --ratoi 0.2`", "\n    sleb export plan.json\n", "Use "
+                                                                                             "`--to-gguf x`.",
+     "\n    pip install . && sleb search demo --no-such\n", "```\nsleb bench --generation \\\n    "
+                                                            "--nope\n```\n",
      "See tests/no/such.py.", "[a](docs/no.md)", "![a](docs/images/no.svg)", "[a](docs/search.md#no-such-heading)"],
 )  # fmt: skip
 def test_names_of_what_does_not_exist_are_found(text):
@@ -151,7 +178,8 @@ def test_generated_parts_are_what_cog_would_write(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("shell", "name"), [("bash", "sleb.bash"), ("zsh", "_sleb"), ("fish", "sleb.fish"), ("powershell", "sleb.ps1")]
+    ("shell", "name"),
+    [("bash", "sleb.bash"), ("zsh", "_sleb"), ("fish", "sleb.fish"), ("powershell", "sleb.ps1")],
 )
 def test_the_completions_are_what_the_program_prints(monkeypatch, capfd, shell, name):
     monkeypatch.setenv("_SLEB_COMPLETE", f"source_{shell}")
@@ -160,15 +188,37 @@ def test_the_completions_are_what_the_program_prints(monkeypatch, capfd, shell, 
     assert capfd.readouterr().out == read(f"completions/{name}")
 
 
-CLASSES_OF_ERRORS = [c for c in vars(errors).values() if isinstance(c, type) and c.__base__ is SlebError]
+CLASSES_OF_ERRORS = [
+    c for c in vars(errors).values() if isinstance(c, type) and c.__base__ is SlebError
+]
 RECORDS = (CalibrationRecord, SearchRecord, Step, HeldOutRecord, SampleGeneration)
 NAMES = {
-    "hooks": ("plugins.md", r"`{}\(\)`", [name for name in vars(hookspecs) if name.startswith("sleb_")]),
-    "kinds of metric": ("plugins.md", r"\| `{}Metric` \|", ("Logit", "HiddenState", "Weight", "Model", "Expert")),
-    "names for plugins": ("plugins.md", r"\b{}\b", [name for name in sleb_plugins.__all__ if "Error" not in name]),
-    "exit codes": ("exit-codes.md", r"\| {} \|", [f"{c.exit_code} | `{c.__name__}`" for c in CLASSES_OF_ERRORS]),
+    "hooks": (
+        "plugins.md",
+        r"`{}\(\)`",
+        [name for name in vars(hookspecs) if name.startswith("sleb_")],
+    ),
+    "kinds of metric": (
+        "plugins.md",
+        r"\| `{}Metric` \|",
+        ("Logit", "HiddenState", "Weight", "Model", "Expert"),
+    ),
+    "names for plugins": (
+        "plugins.md",
+        r"\b{}\b",
+        [name for name in sleb_plugins.__all__ if "Error" not in name],
+    ),
+    "exit codes": (
+        "exit-codes.md",
+        r"\| {} \|",
+        [f"{c.exit_code} | `{c.__name__}`" for c in CLASSES_OF_ERRORS],
+    ),
     "keys of a plan": ("plan.md", r"\| `{}` \|", Plan.model_fields),
-    "keys of its records": ("plan.md", "`{}`", [key for record in RECORDS for key in record.model_fields]),
+    "keys of its records": (
+        "plan.md",
+        "`{}`",
+        [key for record in RECORDS for key in record.model_fields],
+    ),
     "strategies": ("commands.md", r"\| `{}` \|", get_args(StrategyName)),
     "targets": ("commands.md", "`--{} ", [name.replace("_", "-") for name in TARGET_NAMES]),
     "commands": ("commands.md", "## sleb {}\n", COMMANDS),
@@ -201,33 +251,57 @@ def test_the_architecture_has_every_room():
     rows = re.findall(r"^\| `(\w+)/` \| [^|]+ \|$", page, re.MULTILINE)
     rooms = [path.parent.name for path in ENGINE.glob("*/__init__.py")]
     assert sorted(rows) == sorted(rooms)
-    drawn = re.findall(rf"\b(?:{'|'.join(rooms)})/\w+", " ".join(re.findall(r"```mermaid\n(.*?)```", page, re.DOTALL)))
+    drawn = re.findall(
+        rf"\b(?:{'|'.join(rooms)})/\w+",
+        " ".join(re.findall(r"```mermaid\n(.*?)```", page, re.DOTALL)),
+    )
     assert len(drawn) > 10
     assert [place for place in drawn if not (ENGINE / f"{place}.py").exists()] == []
     source = "\n".join(
-        path.read_text() for name in ("sleb_cli", "sleb_plugins") for path in (ROOT / name).rglob("*.py")
+        path.read_text()
+        for name in ("sleb_cli", "sleb_plugins")
+        for path in (ROOT / name).rglob("*.py")
     )
-    named = [code.rpartition(".")[2] for code in inline_code(page) if re.fullmatch(r"[A-Z]\w+|\w+\.[a-z]+_\w+", code)]
+    named = [
+        code.rpartition(".")[2]
+        for code in inline_code(page)
+        if re.fullmatch(r"[A-Z]\w+|\w+\.[a-z]+_\w+", code)
+    ]
     assert len(named) > 5
-    assert [name for name in named if not re.search(rf"^ *(?:class |def )?{name}\b", source, re.MULTILINE)] == []
+    assert [
+        name
+        for name in named
+        if not re.search(rf"^ *(?:class |def )?{name}\b", source, re.MULTILINE)
+    ] == []
 
 
 def test_the_families_are_counted_as_their_tables_say():
     page = read("docs/reference/families.md")
     works, _, refused = page.partition("## Refused")
     works, refused = (
-        part.count("\n| ") - 1 for part in (works.partition("## Works")[2], refused.partition("## What")[0])
+        part.count("\n| ") - 1
+        for part in (works.partition("## Works")[2], refused.partition("## What")[0])
     )
-    assert [tuple(map(int, found)) for found in re.findall(COUNTS, page)] == [(works + refused, works, refused)]
+    assert [tuple(map(int, found)) for found in re.findall(COUNTS, page)] == [
+        (works + refused, works, refused)
+    ]
     assert f"**{works} families**" in read("README.md")
-    listed = re.findall(r"^\| (\S+) \| (.+) \| [^|]*\|$", page.partition("## Refused")[2], re.MULTILINE)
+    listed = re.findall(
+        r"^\| (\S+) \| (.+) \| [^|]*\|$", page.partition("## Refused")[2], re.MULTILINE
+    )
     assert [name for name, reason in listed if REFUSED.get(name, reason) != reason] == []
 
 
 def test_the_readme_s_python_runs(tiny_llama, text_file, tmp_path, capsys):
-    example = re.search(r"^```python\n(from pathlib.*?)^```", read("README.md"), re.MULTILINE | re.DOTALL)
+    example = re.search(
+        r"^```python\n(from pathlib.*?)^```", read("README.md"), re.MULTILINE | re.DOTALL
+    )
     assert example
-    program = example[1].replace("HuggingFaceTB/SmolLM2-135M", str(tiny_llama)).replace("wikitext2", str(text_file))
+    program = (
+        example[1]
+        .replace("HuggingFaceTB/SmolLM2-135M", str(tiny_llama))
+        .replace("wikitext2", str(text_file))
+    )
     exec(compile(program, "README.md", "exec"), {})
     assert "same logits" in capsys.readouterr().out
     assert (tmp_path / "smaller" / "config.json").exists()

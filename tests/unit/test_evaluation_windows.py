@@ -6,7 +6,12 @@ import pytest
 
 from conftest import prose, train_tokenizer
 from sleb_cli.engine.text.sources import Text
-from sleb_cli.engine.text.windows import choose_length, cut_for_evaluation, cut_running_text, cut_windows
+from sleb_cli.engine.text.windows import (
+    choose_length,
+    cut_for_evaluation,
+    cut_running_text,
+    cut_windows,
+)
 from sleb_cli.requests import DEFAULT_LENGTH
 from sleb_plugins import UsageError
 
@@ -19,13 +24,19 @@ def tokenizer():
 def test_the_tokenizers_bos_begins_the_text_or_each_window(tokenizer):
     other, text = train_tokenizer(bos=True), Text("t", prose(30))
     plain = tokenizer(text.content).input_ids
-    assert cut_windows(tokenizer, text.content, 16, bos=False).flatten().tolist() == plain[: len(plain) // 16 * 16]
+    assert (
+        cut_windows(tokenizer, text.content, 16, bos=False).flatten().tolist()
+        == plain[: len(plain) // 16 * 16]
+    )
     windows = cut_for_evaluation(other, text, 16)
     assert windows.bos == "text"
     for ids in (windows.ids, cut_running_text(other, text.content, 16)):
         assert ids.flatten().tolist() == [0, *plain][: (len(plain) + 1) // 16 * 16]
     other.bos_token = "</s>"  # now the model's BOS is not what the tokenizer adds
-    for ids in (cut_for_evaluation(other, text, 16, bos=True).ids, cut_windows(other, text.content, 16, bos=True)):
+    for ids in (
+        cut_for_evaluation(other, text, 16, bos=True).ids,
+        cut_windows(other, text.content, 16, bos=True),
+    ):
         assert ids[:, 0].tolist() == [1] * len(ids)
         assert ids[:, 1:].flatten().tolist() == plain[: len(plain) // 15 * 15]
     assert cut_windows(other, "river", 16, bos=True).shape == (0, 16)
@@ -40,11 +51,18 @@ def test_tokens_belong_to_the_documents_they_are_from(tokenizer):
     starts = (0, len(parts[0]) + 2, len(parts[0]) + len(parts[1]) + 4)
     windows = cut_for_evaluation(tokenizer, Text("t", "\n\n".join(parts), documents=starts), 16)
     assert windows.clustered_by == "documents"
-    places = [place for place, _ in tokenizer("\n\n".join(parts), return_offsets_mapping=True).offset_mapping]
+    places = [
+        place
+        for place, _ in tokenizer("\n\n".join(parts), return_offsets_mapping=True).offset_mapping
+    ]
     owners = [sum(start <= place for start in starts) - 1 for place in places]
-    assert windows.clusters.tolist() == [owners[row * 16 + 1 : row * 16 + 16] for row in range(len(windows.ids))]
+    assert windows.clusters.tolist() == [
+        owners[row * 16 + 1 : row * 16 + 16] for row in range(len(windows.ids))
+    ]
     for documents in ((), (0,)):
-        alone = cut_for_evaluation(tokenizer, Text("t", "\n\n".join(parts), documents=documents), 16)
+        alone = cut_for_evaluation(
+            tokenizer, Text("t", "\n\n".join(parts), documents=documents), 16
+        )
         assert alone.clustered_by == "windows"
         assert alone.clusters[:, 0].tolist() == list(range(len(alone.ids)))
 

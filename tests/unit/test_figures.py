@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-WRITTEN_BY_A_PROGRAM = ["docs/performance.md"]  # tests/benchmarks/all.py adds a column for each machine
+WRITTEN_BY_A_PROGRAM = [
+    "docs/performance.md"
+]  # tests/benchmarks/all.py adds a column for each machine
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 PAGES = [page for page in PAGES if page not in WRITTEN_BY_A_PROGRAM]
 COUNT = r"\d[\d,]* of \d[\d,]*(?! (?:blocks|experts))"
@@ -31,8 +33,15 @@ def numbers(text):
 
 def prose(text):
     """A page as people read it, without code, what Cog wrote, and links' targets."""
-    text = re.sub(r"^```.*?^```|<!-- \[\[\[cog.*?\[\[\[end\]\]\] -->", "", text, flags=re.DOTALL | re.MULTILINE)
-    return re.sub(r"^ {4}.*$|`[^`\n]*`|\]\([^)\s]*\)|arXiv[\s:]+[\d., ]+", " ", text, flags=re.MULTILINE)
+    text = re.sub(
+        r"^```.*?^```|<!-- \[\[\[cog.*?\[\[\[end\]\]\] -->",
+        "",
+        text,
+        flags=re.DOTALL | re.MULTILINE,
+    )
+    return re.sub(
+        r"^ {4}.*$|`[^`\n]*`|\]\([^)\s]*\)|arXiv[\s:]+[\d., ]+", " ", text, flags=re.MULTILINE
+    )
 
 
 def forms():
@@ -47,13 +56,17 @@ def forms():
 
 
 def not_measured(text, page):
-    """Numbers of a page that `figures.toml` lacks: in tables written by hand, all that look measured."""
+    """Numbers of a page that `figures.toml` lacks: in tables written by hand, all that look
+    measured.
+    """
     constants = [plain(number) for number in figures.CONSTANTS.get(page, [])]
     in_table, in_sentence = [], []
     for line in prose(text).splitlines():
         (in_table if line.lstrip().startswith("|") else in_sentence).extend(numbers(line))
     known = forms()
-    return [n for n in in_table if n not in constants] + [n for n in in_sentence if n not in known.union(constants)]
+    return [n for n in in_table if n not in constants] + [
+        n for n in in_sentence if n not in known.union(constants)
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -64,7 +77,12 @@ def test_a_page_has_no_figure_of_its_own(page):
 @pytest.fixture
 def two_measures(monkeypatch):
     counts = {"all": 70, "half": [50, 59, 83], "half, healed": 58}
-    perplexities = {"half, healed": Decimal("4.31"), "half": Decimal("40.55"), "all": 4, "fewer bits": 2404}
+    perplexities = {
+        "half, healed": Decimal("4.31"),
+        "half": Decimal("40.55"),
+        "all": 4,
+        "fewer bits": 2404,
+    }
     measures = {
         "programs": figures.Measure("programs", "share", counts, "all", 82),
         "code": figures.Measure("perplexity", "perplexity", perplexities, "all", None),
@@ -93,21 +111,28 @@ def test_a_table_of_what_was_not_measured_is_an_error(two_measures, columns, row
     ("text", "found"),
     [("It goes to 40.6 (40.55), and 50 of 82 programs pass, 71% (59 to 83%).", []),
      ("Without 6 of 30 blocks, SmolLM2-1.7B is no 2.5x, `4.3`; arXiv 2402.09025.", ["2.5x"]),
-     ("It goes to 4.32, and 51 of 82 programs pass, 72%.", ["4.32", "51 of 82", "72%"]), ("| half | 40.6 |", ["40.6"])],
+     ("It goes to 4.32, and 51 of 82 programs pass, 72%.", ["4.32", "51 of 82", "72%"]), ("| half "
+                                                                                          "| 40.6 |", ["40.6"])],
 )  # fmt: skip
 def test_figures_that_the_file_lacks_are_found(two_measures, text, found):
     assert not_measured(text, "README.md") == found
 
 
 def test_every_figure_stands_in_a_page():
-    pages = [*PAGES, *(f"docs/experiments/{path.name}" for path in (ROOT / "docs/experiments").glob("*.md"))]
+    pages = [
+        *PAGES,
+        *(f"docs/experiments/{path.name}" for path in (ROOT / "docs/experiments").glob("*.md")),
+    ]
     text = plain("\n".join(map(read, pages)))
     unused = [
         f"{model}.{name}: {row}"
         for model, measures in figures.MEASURES.items()
         for name, measure in measures.items()
         for row in measure.values
-        if not any(re.search(rf"(?<![\d.]){re.escape(plain(form))}(?!\d)", text) for form in measure.forms(row))
+        if not any(
+            re.search(rf"(?<![\d.]){re.escape(plain(form))}(?!\d)", text)
+            for form in measure.forms(row)
+        )
     ]
     assert unused == []
 

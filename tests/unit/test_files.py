@@ -16,7 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sleb_cli import atomic
-from sleb_cli.atomic import claimed, lock_folder, new_file, remove_leftovers, require_new_file, write_text
+from sleb_cli.atomic import (
+    claimed,
+    lock_folder,
+    new_file,
+    remove_leftovers,
+    require_new_file,
+    write_text,
+)
 from sleb_cli.engine.files import tensors
 from sleb_cli.engine.files.copying import links_outside
 from sleb_cli.engine.files.fingerprint import fingerprint_files
@@ -64,7 +71,9 @@ def test_devices_and_pipes_are_never_replaced(tmp_path, force):
         (tmp_path / name).symlink_to(target)
     for name in ("pipe", *links):
         for write in (require_new_file, lambda path, force: write_text(path, "new")):
-            with pytest.raises(OutputError, match="is a device, a pipe or a socket, not a file") as caught:
+            with pytest.raises(
+                OutputError, match="is a device, a pipe or a socket, not a file"
+            ) as caught:
                 write(tmp_path / name, force=force)
             assert "--force" not in caught.value.hint
     assert stat.S_ISFIFO((tmp_path / "pipe").lstat().st_mode)
@@ -73,7 +82,10 @@ def test_devices_and_pipes_are_never_replaced(tmp_path, force):
 
 
 def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path):
-    with pytest.raises(OutputError, match="already exists"), new_file(tmp_path / "a", replace=False) as aside:
+    with (
+        pytest.raises(OutputError, match="already exists"),
+        new_file(tmp_path / "a", replace=False) as aside,
+    ):
         aside.write_text("new")
         (tmp_path / "a").write_text("of someone else")
     assert (tmp_path / "a").read_text() == "of someone else"
@@ -129,7 +141,15 @@ DECIDING = (
     "generation_config.json", "tokenizer.json", "vocab.txt", "merges.txt", "spiece.model", "qwen.tiktoken", "bpe.codes",
     "additional_chat_templates/tool.jinja", "adapter_config.json", "model.py", "sub/more.py",
 )  # fmt: skip
-BESIDE = ("README.md", "log.txt", "plan.json", "plan.eval.json", "sleb_eval.json", "trainer_state.json", "t.py.old")
+BESIDE = (
+    "README.md",
+    "log.txt",
+    "plan.json",
+    "plan.eval.json",
+    "sleb_eval.json",
+    "trainer_state.json",
+    "t.py.old",
+)
 
 
 @pytest.mark.parametrize("name", [*DECIDING, *BESIDE])
@@ -177,10 +197,16 @@ NO_NAMES = (["x"], None, 3, "x", {"a": 1}, {"a": None}, {"a": ["x"]})
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [
-        *(({"a": name}, OUTSIDE) for name in ("../x", "sub/../../x", "away/x", "link", "/etc/passwd", "a\0/b")),
+        *(
+            ({"a": name}, OUTSIDE)
+            for name in ("../x", "sub/../../x", "away/x", "link", "/etc/passwd", "a\0/b")
+        ),
         *((found, "does not map tensors") for found in NO_NAMES),
         ({"a": "x" * 300}, "File name too long"),
-        ({"a": "sub/1.safetensors", "b": "model-2"}, "lacks 1 of its 2 weight files, such as model-2"),
+        (
+            {"a": "sub/1.safetensors", "b": "model-2"},
+            "lacks 1 of its 2 weight files, such as model-2",
+        ),
         ({}, "lists no weight files"),
         ({"a": "sub/1.safetensors", "b": "2.safetensors"}, None),
     ],
@@ -190,7 +216,11 @@ def test_an_index_names_files_of_its_folder(tmp_path, weight_map, message):
     (folder / "sub").mkdir(parents=True)
     for path in (tmp_path / "x", folder / "sub" / "1.safetensors"):
         save_file({"a": torch.ones(1)}, path)
-    for name, target in {"away": tmp_path, "link": tmp_path / "x", "2.safetensors": "sub/1.safetensors"}.items():
+    for name, target in {
+        "away": tmp_path,
+        "link": tmp_path / "x",
+        "2.safetensors": "sub/1.safetensors",
+    }.items():
         (folder / name).symlink_to(target)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     if message:
@@ -205,13 +235,21 @@ def test_links_that_lead_out_of_a_folder_are_found(tmp_path):
     folder.mkdir(parents=True)
     alias.symlink_to(folder)
     (tmp_path / "blobs").mkdir()
-    targets = {"blob": "../../blobs/x", "inside": "sub/y", "out": "../../private", "up": "..", "loop": "loop"}
+    targets = {
+        "blob": "../../blobs/x",
+        "inside": "sub/y",
+        "out": "../../private",
+        "up": "..",
+        "loop": "loop",
+    }
     for name, target in targets.items():
         (folder / name).symlink_to(target)
     for place in (folder, alias):
         assert [name for name in targets if links_outside(place / name, place)] == ["out", "up"]
     (tmp_path / "blobs").rmdir()
-    (tmp_path / "blobs").symlink_to("/")  # as an archive may hold it: everything would be the cache's own
+    (tmp_path / "blobs").symlink_to(
+        "/"
+    )  # as an archive may hold it: everything would be the cache's own
     assert links_outside(folder / "out", folder)
 
 
@@ -222,7 +260,10 @@ def test_links_that_lead_out_of_a_folder_are_found(tmp_path):
         (OSError(errno.ENOENT, os.strerror(errno.ENOENT)), None),  # a library looked for it
         (OSError("Permission denied (os error 13)"), errno.EACCES),
         (SafetensorError("Error while reading: Input/output error (os error 5)"), errno.EIO),
-        (RuntimeError("unable to open file </a> in read-only mode: Input/output error (5)"), errno.EIO),
+        (
+            RuntimeError("unable to open file </a> in read-only mode: Input/output error (5)"),
+            errno.EIO,
+        ),
         (FileNotFoundError(f"No such file or directory: {__file__}"), errno.EIO),  # it is there
         (FileNotFoundError("No such file or directory: /never/there"), None),
         (RuntimeError("the sizes (5) and (13) differ (os error 999)"), None),
@@ -234,17 +275,24 @@ def test_a_disk_error_takes_precedence_over_a_failed_proof(tmp_path, monkeypatch
     assert number in (None, getattr(raised.value, "errno", None))
     if number:  # a model that cannot be opened
         monkeypatch.setattr(tensors, "safe_open", Mock(side_effect=error))
-        with pytest.raises(ModelError, match=f"a.safetensors cannot be read: {os.strerror(number)}"):
+        with pytest.raises(
+            ModelError, match=f"a.safetensors cannot be read: {os.strerror(number)}"
+        ):
             list(tensors.read_tensors(tmp_path / "a.safetensors", ["a"]))
 
 
 def test_a_failed_write_of_safetensors_is_an_error_of_the_output():
-    with pytest.raises(OutputError, match=r"Cannot write a: No space left \(os error 28\)\."), saving(Path("a")):
+    with (
+        pytest.raises(OutputError, match=r"Cannot write a: No space left \(os error 28\)\."),
+        saving(Path("a")),
+    ):
         raise SafetensorError("No space left (os error 28)")
 
 
 @pytest.mark.parametrize(("code", "is_written"), [(errno.EINVAL, True), (errno.EIO, False)])
-def test_a_file_system_that_cannot_flush_folders_is_no_obstacle(tmp_path, monkeypatch, code, is_written):
+def test_a_file_system_that_cannot_flush_folders_is_no_obstacle(
+    tmp_path, monkeypatch, code, is_written
+):
     flush = os.fsync
 
     def refusing(file):

@@ -15,12 +15,16 @@ from sleb_cli.engine.text.settings import CalibrationSettings
 from sleb_cli.events import ignore
 from sleb_plugins import UnsupportedModelError
 
-PENALISED = GenerationConfig(repetition_penalty=5.0, top_p=0.1, temperature=0.2, eos_token_id=[1, 7], do_sample=True)
+PENALISED = GenerationConfig(
+    repetition_penalty=5.0, top_p=0.1, temperature=0.2, eos_token_id=[1, 7], do_sample=True
+)
 
 
 def test_generation_ignores_the_models_own_settings(monkeypatch):
     model, tokenizer = random_model(llama_config(4)), train_tokenizer(bos=True)
-    settings = CalibrationSettings("self", parse_mixture("self"), 3, 24, 0, None, samples_given=True)
+    settings = CalibrationSettings(
+        "self", parse_mixture("self"), 3, 24, 0, None, samples_given=True
+    )
     expected = generate_own_text(model, tokenizer, settings, notify=ignore)
     model.generation_config = PENALISED
     assert torch.equal(generate_own_text(model, tokenizer, settings, notify=ignore), expected)
@@ -28,7 +32,12 @@ def test_generation_ignores_the_models_own_settings(monkeypatch):
     monkeypatch.setattr(model, "forward", Mock(side_effect=ValueError("cannot generate here")))
     with pytest.raises(UnsupportedModelError, match="cannot generate here"):
         settings = GenerationConfig(max_new_tokens=2, pad_token_id=1)
-        generate(model, torch.tensor([[5, 6]]), settings, lambda words: UnsupportedModelError(words, hint=""))
+        generate(
+            model,
+            torch.tensor([[5, 6]]),
+            settings,
+            lambda words: UnsupportedModelError(words, hint=""),
+        )
     assert model.generation_config is PENALISED
 
 

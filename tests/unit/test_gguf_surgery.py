@@ -56,7 +56,9 @@ def test_a_matrix_is_unpacked_as_the_format_s_own_library_does(type_, monkeypatc
     monkeypatch.setattr(quick, "_ROWS", 3)
     width = 2 * gguf.GGML_QUANT_SIZES[type_][1]
     for shape in ((10, width), (2, 4, width), (width,)):
-        packed = np.random.default_rng(0).integers(0x70, size=shape, dtype=np.uint8)  # scales are finite
+        packed = np.random.default_rng(0).integers(
+            0x70, size=shape, dtype=np.uint8
+        )  # scales are finite
         ours, theirs = quick.dequantize(packed, type_), gguf.dequantize(packed, type_)
         assert (ours.shape, ours.tobytes()) == (theirs.shape, theirs.tobytes())
 
@@ -106,21 +108,29 @@ PREDICTING = {  # two more blocks, which stay and move up
 }
 
 
-@pytest.mark.parametrize(("blocks", "values", "alignment"), [(4, BY_BLOCK, 4096), (6, PREDICTING, 8)])
+@pytest.mark.parametrize(
+    ("blocks", "values", "alignment"), [(4, BY_BLOCK, 4096), (6, PREDICTING, 8)]
+)
 def test_only_values_of_single_blocks_are_pruned(tmp_path, blocks, values, alignment):
     before = OTHERS | {key: each for key, (each, _) in values.items()}
     source = write_gguf(tmp_path / "a.gguf", "acme", blocks, before, alignment=alignment)
     small = prune(source, (2, 0), tmp_path / "small.gguf")
     found = {key.removeprefix("acme."): value for key, value in metadata_of(small).items()}
     assert found.pop("tokenizer.ggml.tokens") == [f"t{number}" for number in range(blocks)]
-    expected = OTHERS | {key: pruned for key, (_, pruned) in values.items()} | {"block_count": blocks - 2}
+    expected = (
+        OTHERS | {key: pruned for key, (_, pruned) in values.items()} | {"block_count": blocks - 2}
+    )
     assert {key: found[key] for key in expected} == expected
     assert tensors_of(small) == renamed(tensors_of(source), {0, 2}, blocks)
     reader = gguf.GGUFReader(small)
-    assert (reader.alignment, {tensor.data_offset % alignment for tensor in reader.tensors}) == (alignment, {0})
+    assert (reader.alignment, {tensor.data_offset % alignment for tensor in reader.tensors}) == (
+        alignment,
+        {0},
+    )
 
 
-# What llama.cpp computes with at each block, worked out by hand from its loaders: 1 where the block is set apart.
+# What llama.cpp computes with at each block, worked out by hand from its loaders: 1 where the block
+# is set apart.
 KINDS = {
     "gemma2": "010101010101",
     "gemma3": "000001000001",
@@ -135,7 +145,9 @@ KINDS = {
 @pytest.mark.parametrize("architecture", KINDS)
 def test_a_removal_passes_exactly_if_every_block_keeps_its_kind(tmp_path, architecture):
     kinds = KINDS[architecture]
-    file = read_gguf(write_gguf(tmp_path / "a.gguf", architecture, 12, {"attention.sliding_window": 64}))
+    file = read_gguf(
+        write_gguf(tmp_path / "a.gguf", architecture, 12, {"attention.sliding_window": 64})
+    )
     refused = pytest.raises(UnsupportedModelError, match=f"{architecture}: in llama.cpp")
     for first, end in set(combinations(range(13), 2)) - {(0, 12)}:
         with nullcontext() if kinds.startswith(kinds[:first] + kinds[end:]) else refused:
@@ -159,20 +171,46 @@ THIRDS = WINDOW | {"attention.sliding_window_pattern": 3}
         ("rwkv7", 8, {}, (1,), None),
         # llama.cpp would misread the result.
         ("gemma3", 8, WINDOW, (1,), "the last of every 6 blocks has full attention"),
-        ("llama4", 8, {"interleave_moe_layer_step": 2}, (1, 2, 3), "full attention instead of a window, and block 6"),
-        ("ernie4_5-moe", 8, {"interleave_moe_layer_step": 2}, (1,), "has experts, and block 2 would become block 1"),
-        ("acme", 8, {"full_attention_interval": 4}, (7, 0), "one of every 4 blocks is of another kind"),
+        (
+            "llama4",
+            8,
+            {"interleave_moe_layer_step": 2},
+            (1, 2, 3),
+            "full attention instead of a window, and block 6",
+        ),
+        (
+            "ernie4_5-moe",
+            8,
+            {"interleave_moe_layer_step": 2},
+            (1,),
+            "has experts, and block 2 would become block 1",
+        ),
+        (
+            "acme",
+            8,
+            {"full_attention_interval": 4},
+            (7, 0),
+            "one of every 4 blocks is of another kind",
+        ),
         ("deepseek2", 27, {}, (1, 2), "and 25 selects another than 27"),
         ("gemma4", 8, {"attention.shared_kv_layers": 2}, (1,), "gemma4.attention.shared_kv_layers"),
         ("rwkv7", 8, {}, (0,), "the values of its block 0"),
         ("qwen3vl", 8, {"n_deepstack_layers": 3}, (2,), "additional inputs enter block 2"),
         ("granite", 8, FED, (2, 3), "additional inputs enter block 3"),
         ("llama", 8, {"general.type": "adapter"}, (1,), "general.type is 'adapter'"),
-        ("glm4moe", 6, {"nextn_predict_layers": 2}, (4,), "has 4 blocks, 0 to 3, and 2 for multi-token prediction"),
+        (
+            "glm4moe",
+            6,
+            {"nextn_predict_layers": 2},
+            (4,),
+            "has 4 blocks, 0 to 3, and 2 for multi-token prediction",
+        ),
         ("glm4moe", 6, {"nextn_predict_layers": 2}, (0, 1, 2, 3), "All 4 blocks"),
     ],
 )
-def test_a_removal_that_llama_cpp_would_misread_is_refused(tmp_path, architecture, blocks, values, removals, message):
+def test_a_removal_that_llama_cpp_would_misread_is_refused(
+    tmp_path, architecture, blocks, values, removals, message
+):
     file = read_gguf(write_gguf(tmp_path / "a.gguf", architecture, blocks, values))
     refused = pytest.raises((UnsupportedModelError, UsageError), match=message)
     with refused if message else nullcontext():

@@ -13,11 +13,21 @@ from sleb_cli.engine.text.calibration import Calibration
 
 @pytest.mark.parametrize(
     ("count", "share", "held"),
-    [(16, 0.2, 3), (10, 0.25, 2), (2, 0.01, 1), (2, 0.99, 1), (16, 0.999, 15), (3, 0.5, 2), (4, 0, 0)],
+    [
+        (16, 0.2, 3),
+        (10, 0.25, 2),
+        (2, 0.01, 1),
+        (2, 0.99, 1),
+        (16, 0.999, 15),
+        (3, 0.5, 2),
+        (4, 0, 0),
+    ],
 )
 def test_the_last_are_held_out_and_both_parts_keep_one(count, share, held):
     sequences = torch.arange(2 * count).reshape(count, 2)
-    searched, kept = hold_out(Calibration(sequences, None, sequences % 3 == 0, ("c4",) * count), share)
+    searched, kept = hold_out(
+        Calibration(sequences, None, sequences % 3 == 0, ("c4",) * count), share
+    )
     assert (0 if kept is None else len(kept.sequences)) == held
     parts = [searched, kept] if kept else [searched]
     assert torch.equal(torch.cat([part.sequences for part in parts]), sequences)
@@ -27,7 +37,12 @@ def test_the_last_are_held_out_and_both_parts_keep_one(count, share, held):
 @pytest.mark.parametrize(
     ("searched", "held_out", "error", "overfits"),
     [
-        ([0.1, 0.3, 0.2, 0.4], [0.5, 0.9], math.sqrt(0.13 / 4 * (1 / 4 + 1 / 2)), True),  # 2.88 standard errors
+        (
+            [0.1, 0.3, 0.2, 0.4],
+            [0.5, 0.9],
+            math.sqrt(0.13 / 4 * (1 / 4 + 1 / 2)),
+            True,
+        ),  # 2.88 standard errors
         ([0.5, 0.9], [0.1, 0.3, 0.2, 0.4], math.sqrt(0.13 / 4 * (1 / 4 + 1 / 2)), False),
         ([0.1], [9.0], 0.0, False),  # too few say nothing
         ([0.1, 0.1, 0.1], [9.0], 0.0, False),
@@ -36,7 +51,11 @@ def test_the_last_are_held_out_and_both_parts_keep_one(count, share, held):
 )
 def test_the_gap_and_its_error_are_those_of_students_t(searched, held_out, error, overfits):
     gap = statistics.fmean(held_out) - statistics.fmean(searched)
-    assert overfitting_test(searched, held_out, 0.05) == (pytest.approx(gap), pytest.approx(error), overfits)
+    assert overfitting_test(searched, held_out, 0.05) == (
+        pytest.approx(gap),
+        pytest.approx(error),
+        overfits,
+    )
 
 
 @pytest.mark.parametrize(("searched", "held_out"), [(13, 3), (12, 1)])
@@ -45,7 +64,8 @@ def test_chance_alone_warns_at_the_stated_rate(searched, held_out):
     rounds = 4000
     warned = sum(
         overfitting_test(
-            *([rng.gauss(0.3, 0.1) for _ in range(count)] for count in (searched, held_out)), MAX_ERROR_RATE
+            *([rng.gauss(0.3, 0.1) for _ in range(count)] for count in (searched, held_out)),
+            MAX_ERROR_RATE,
         )[2]
         for _ in range(rounds)
     )

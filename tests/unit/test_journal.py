@@ -44,7 +44,9 @@ def test_measurements_come_back_bit_for_bit(written):
         assert len(journal) == 20
         for removed in ([3, 1], [1, 3]):  # in whatever order
             assert journal.find(removed, block=4, batch=3) == [19 / 7, 1e-17 * 19]
-        assert journal.scores([3, 1], 4, range(9)) == [x for n in (4, 9, 14, 19) for x in (n / 7, 1e-17 * n)]
+        assert journal.scores([3, 1], 4, range(9)) == [
+            x for n in (4, 9, 14, 19) for x in (n / 7, 1e-17 * n)
+        ]
         assert journal.find([3, 4], block=1, batch=3) is None
         assert journal.find([3, 1], block=4) is None
         journal.add([0.5], [3, 1])
@@ -67,13 +69,23 @@ def test_cut_off_anywhere_all_whole_lines_are_there(written):
 def line(damage=0, **changes):
     """Return a line of the file; what is `...` is left out."""
     document = {"removed": [1], "block": 2, "batch": 0, "scores": [1.0, None]} | changes
-    text = json.dumps({name: value for name, value in document.items() if value is not ...}).encode()
+    text = json.dumps(
+        {name: value for name, value in document.items() if value is not ...}
+    ).encode()
     return b"%08x %s\n" % (zlib.crc32(text) ^ damage, text)
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"damage": 1}, {"batch": ...}, {"block": ...}, {"block": True}, {"removed": 1}, {"scores": ["1"]}, {"scores": []}],
+    [
+        {"damage": 1},
+        {"batch": ...},
+        {"block": ...},
+        {"block": True},
+        {"removed": 1},
+        {"scores": ["1"]},
+        {"scores": []},
+    ],
 )
 def test_a_journal_is_read_up_to_the_first_bad_line(written, wrong):
     believed = written.read_bytes() + line()
@@ -82,7 +94,9 @@ def test_a_journal_is_read_up_to_the_first_bad_line(written, wrong):
     assert written.read_bytes() == believed
 
 
-@pytest.mark.parametrize("content", [b"\n", b"{}\n", b"12345678 {}\n", b"\xff\xfe", b"%08x []\n" % zlib.crc32(b"[]")])
+@pytest.mark.parametrize(
+    "content", [b"\n", b"{}\n", b"12345678 {}\n", b"\xff\xfe", b"%08x []\n" % zlib.crc32(b"[]")]
+)
 def test_a_file_that_is_no_journal_is_refused_and_left_alone(path, content):
     path.write_bytes(content)
     with pytest.raises(PlanError, match="is not a sleb journal"):

@@ -1,4 +1,6 @@
-"""What is loaded: one set of weights for two models, the same settings for both, straight to the device."""
+"""What is loaded: one set of weights for two models, the same settings for both, straight to the
+device.
+"""
 
 import json
 from unittest.mock import Mock
@@ -58,7 +60,9 @@ def test_all_three_models_generate_by_the_same_settings(run_sleb, tmp_path):
 
 
 def test_memory_that_ends_while_loading_is_no_verdict(run_sleb, tiny_llama, text_file, monkeypatch):
-    too_large = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"))
+    too_large = Mock(
+        side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+    )
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", too_large)
     result = run_sleb("eval", tiny_llama, "--perplexity", text_file)
     assert result.exit_code == 7

@@ -15,14 +15,21 @@ SHAPES = [(24, 16), (3, 10, 12)]
 
 def plain_pairs(values):
     """Return A and B of each weight, of rank 4, from the flat values, each as a leaf."""
-    shapes = [shape for *stack, rows, columns in SHAPES for shape in ((*stack, 4, columns), (*stack, rows, 4))]
+    shapes = [
+        shape
+        for *stack, rows, columns in SHAPES
+        for shape in ((*stack, 4, columns), (*stack, rows, 4))
+    ]
     parts = values.split([math.prod(shape) for shape in shapes])
-    leaves = [part.view(shape).clone().requires_grad_() for part, shape in zip(parts, shapes, strict=True)]
+    leaves = [
+        part.view(shape).clone().requires_grad_() for part, shape in zip(parts, shapes, strict=True)
+    ]
     return list(zip(leaves[::2], leaves[1::2], strict=True))
 
 
 @pytest.mark.parametrize(
-    ("shape", "rank"), [((576, 1536), 64), ((3, 10, 12), 5), ((100, 4), 2), ((7, 1, 4), 0), ((64,), 0), ((), 0)]
+    ("shape", "rank"),
+    [((576, 1536), 64), ((3, 10, 12), 5), ((100, 4), 2), ((7, 1, 4), 0), ((64,), 0), ((), 0)],
 )
 def test_the_rank_is_at_most_half_of_the_weights_own(shape, rank):
     assert rank_of(shape) == rank
@@ -43,10 +50,17 @@ def test_steps_are_those_of_lora_under_adamw(monkeypatch):
     for step in range(4):
         inputs, scale = [torch.randn(*shape[:-2], 5, shape[-1]) for shape in SHAPES], 10**step / 100
         for _ in range(2):  # gradients of several passes add up
-            sum(scale * (x @ weight.mT).square().sum() for x, weight in zip(inputs, weights, strict=True)).backward()
+            sum(
+                scale * (x @ weight.mT).square().sum()
+                for x, weight in zip(inputs, weights, strict=True)
+            ).backward()
         assert all(weight.grad is None for weight in weights)
-        changed = [c * up @ down + value for c, value, (down, up) in zip(scales, start, pairs, strict=True)]
-        sum(2 * scale * (x @ w.mT).square().sum() for x, w in zip(inputs, changed, strict=True)).backward()
+        changed = [
+            c * up @ down + value for c, value, (down, up) in zip(scales, start, pairs, strict=True)
+        ]
+        sum(
+            2 * scale * (x @ w.mT).square().sum() for x, w in zip(inputs, changed, strict=True)
+        ).backward()
         gradient = trained.take_gradient()
         plain = torch.cat([leaf.grad.flatten() for leaf in leaves])
         torch.testing.assert_close(gradient, plain, rtol=1e-4, atol=1e-4)
@@ -66,7 +80,9 @@ def test_steps_too_small_for_bfloat16_add_up():
     weight = nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16))
     trained = LowRank([weight], [weight.detach().clone()], torch.bfloat16)
     down = trained.values.data[:32].view(4, 8)
-    down.fill_(0.25 * low_rank.REFERENCE_SIZE * low_rank.INITIAL * math.sqrt(8))  # times the scale: 0.25
+    down.fill_(
+        0.25 * low_rank.REFERENCE_SIZE * low_rank.INITIAL * math.sqrt(8)
+    )  # times the scale: 0.25
     for _ in range(100):
         gradient = torch.zeros_like(trained.values)
         gradient[32:] = 1.0

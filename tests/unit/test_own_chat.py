@@ -29,7 +29,8 @@ TURNS = (
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
 WORDS = (
-    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>"
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ "
+    "m.content }}</s>"
     "{% endif %}{% endfor %}"
 )
 SYSTEM = "<s>system: mill</s>" + TURNS
@@ -44,7 +45,9 @@ def model():
 
 
 def settings(source, samples=4, length=48, **changes):
-    own = CalibrationSettings(source, parse_mixture(source), samples, length, 0, None, samples_given=True)
+    own = CalibrationSettings(
+        source, parse_mixture(source), samples, length, 0, None, samples_given=True
+    )
     return replace(own, **changes)
 
 
@@ -53,15 +56,24 @@ def talk(question, answer):
 
 
 def wrote(tokenizer, template_prompts, *says, count=2, length=40, size=4):
-    """Let a model that says these in turn, over and over, write; return the conversations and what it was given."""
+    """Let a model that says these in turn, over and over, write; return the conversations and what
+    it was given.
+    """
     if isinstance(tokenizer, str):
         tokenizer = tokenizer_with(tokenizer)
-    writer, turns, given = _Writer(random_model(llama_config(1)), tokenizer, "self-chat", length), cycle(says), []
+    writer, turns, given = (
+        _Writer(random_model(llama_config(1)), tokenizer, "self-chat", length),
+        cycle(says),
+        [],
+    )
 
     def more(prompts, new, forbidden, ends):
         given.extend(map(tokenizer.decode, prompts))
         said = [tokenizer(next(turns), add_special_tokens=False).input_ids[:new] for _ in prompts]
-        said = [row[: next((at + 1 for at, token in enumerate(row) if token in ends), len(row))] for row in said]
+        said = [
+            row[: next((at + 1 for at, token in enumerate(row) if token in ends), len(row))]
+            for row in said
+        ]
         assert 0 in forbidden  # <s>
         assert all(tokenizer.added_tokens_decoder[token].special for token in forbidden)
         assert not forbidden & {token for row in said for token in row}
@@ -77,13 +89,21 @@ def said_in(talk):
 
 @pytest.mark.parametrize(
     ("model_type", "caches"),
-    [("llama", True), ("gemma3_text", True), ("opt", True), ("mamba", False), ("qwen3_next", False)],
+    [
+        ("llama", True),
+        ("gemma3_text", True),
+        ("opt", True),
+        ("mamba", False),
+        ("qwen3_next", False),
+    ],
 )
 def test_texts_that_have_ended_leave_the_others_as_they_are(monkeypatch, model_type, caches):
     model, ends, calls = random_model(tiny_config(model_type)), {*range(0, 320, 8)}, []
     noise = torch.randn(320, 320, generator=torch.Generator().manual_seed(0))
     # The next token depends on the model and on the last one, and on no other text.
-    monkeypatch.setattr(text_writing, "draw_tokens", lambda ids, scores, forbidden: scores + noise[ids[:, -1]])
+    monkeypatch.setattr(
+        text_writing, "draw_tokens", lambda ids, scores, forbidden: scores + noise[ids[:, -1]]
+    )
 
     def watched(model, ids, *given, **options):
         calls.append((len(ids), bool(options.keys() & {"cache", "past_key_values"})))
@@ -110,7 +130,12 @@ LONG = " ".join(f"snow{number}" for number in range(40))
     ("template", "asked", "answered", "question"),
     [
         (TURNS, "<s>user: ", "<s>user: river</s><s>assistant: ", "river</s>"),
-        (SYSTEM, "<s>system: mill</s><s>user: ", "<s>system: mill</s><s>user: river</s><s>assistant: ", "river</s>"),
+        (
+            SYSTEM,
+            "<s>system: mill</s><s>user: ",
+            "<s>system: mill</s><s>user: river</s><s>assistant: ",
+            "river</s>",
+        ),
         (WORDS, "[INST] ", "[INST] river [/INST]", "river [/INST] and [/INST] more"),
         (
             PUBLISHED["r1"].tokenizer,
@@ -119,7 +144,12 @@ LONG = " ".join(f"snow{number}" for number in range(40))
             "river<｜Assistant｜>",
         ),
     ],
-    ids=["a token ends a message", "a system prompt", "words end a message", "no special token ends a message"],
+    ids=[
+        "a token ends a message",
+        "a system prompt",
+        "words end a message",
+        "no special token ends a message",
+    ],
 )
 def test_the_model_speaks_where_its_template_puts_words(template, asked, answered, question):
     found, given, _ = wrote(template, iter(()), question, LONG, count=1, size=1, length=60)
@@ -131,7 +161,14 @@ def test_the_model_speaks_where_its_template_puts_words(template, asked, answere
 
 
 def test_useless_conversations_are_dropped_and_counted():
-    questions = ["town</s>", "town</s>", "river " * 6 + "</s>", "</s>", "mill stone water", "bridge</s>"]
+    questions = [
+        "town</s>",
+        "town</s>",
+        "river " * 6 + "</s>",
+        "</s>",
+        "mill stone water",
+        "bridge</s>",
+    ]
     found, _, dropped = wrote(TURNS, iter(()), *questions, LONG, LONG, count=2, size=6)
     assert [said_in(talk)[0][1] for talk in found] == ["town", "bridge"]
     assert dropped == 4
@@ -139,7 +176,13 @@ def test_useless_conversations_are_dropped_and_counted():
 
 
 def test_a_short_conversation_gets_a_second_turn():
-    says = ["town</s>", " stone</s>", "fish</s>", LONG, LONG]  # the second question to a new conversation has no end
+    says = [
+        "town</s>",
+        " stone</s>",
+        "fish</s>",
+        LONG,
+        LONG,
+    ]  # the second question to a new conversation has no end
     found, _, _ = wrote(TURNS, iter(()), *says, count=1, length=80, size=1)
     assert [role for role, _ in said_in(found[0])] == ["user", "assistant"] * 2
     tokenizer = tokenizer_with(TURNS)
@@ -148,7 +191,8 @@ def test_a_short_conversation_gets_a_second_turn():
 
 
 ONLY_LAST = (
-    "{% for m in messages %}<s>{{ m.role }}: {% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}</s>"
+    "{% for m in messages %}<s>{{ m.role }}: {% if loop.last or m.role == 'user' %}{{ m.content "
+    "}}{% endif %}</s>"
     "{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
 
@@ -176,14 +220,18 @@ def test_thoughts_and_answers_stay_as_the_model_wrote_them(name):
     answer = answer.replace("</s>", "") if name == "phi4-mini" else answer  # whose template adds it
     asked, tokenizer = [{"role": "user", "content": "mill"}], template.tokenizer
     found, given, _ = wrote(tokenizer, cycle([asked]), answer, count=1, length=120, size=2)
-    assert given[0] == apply_template(tokenizer, asked, "", tokenize=False, add_generation_prompt=True)
+    assert given[0] == apply_template(
+        tokenizer, asked, "", tokenize=False, add_generation_prompt=True
+    )
     assert (given, found) == (given[:1] * len(found), found[:1] * len(given))
     space = "\n" if template.last.endswith("\n") else ""
     assert found[0].tokens == tokens_of(tokenizer, f"{given[0]}⟦{answer}⟧{space}")
 
 
 def test_a_model_that_writes_nothing_usable_is_refused(model, tmp_path):
-    with pytest.raises(UnsupportedModelError, match="none of 64 conversations that the model wrote can be used"):
+    with pytest.raises(
+        UnsupportedModelError, match="none of 64 conversations that the model wrote can be used"
+    ):
         wrote(TURNS, iter(()), "never ends", count=1, size=2)
     (tmp_path / "p.txt").write_text("river " * 60)
     asked = settings("answers:p.txt", chat="answers")
@@ -195,14 +243,24 @@ def test_a_model_that_writes_nothing_usable_is_refused(model, tmp_path):
     ("template", "length", "message"),
     [
         (None, 48, "self-chat needs a chat template, but the tokenizer has none"),
-        (TURNS, 20, "self-chat does not fit sequences of 20 tokens: the chat template alone takes 6"),
+        (
+            TURNS,
+            20,
+            "self-chat does not fit sequences of 20 tokens: the chat template alone takes 6",
+        ),
         ("{{ messages | length }}", 48, "does not show where the words of a user begin"),
-        ("{% for m in messages %}{{ m.content }}</s>{% endfor %}", 48, "does not show where the words of a user begin"),
+        (
+            "{% for m in messages %}{{ m.content }}</s>{% endfor %}",
+            48,
+            "does not show where the words of a user begin",
+        ),
     ],
 )
 def test_a_template_that_cannot_be_used_is_refused(model, template, length, message):
     with pytest.raises(UsageError, match=message):
-        calibrate([settings("self-chat", length=length)], tokenizer_with(template), lambda: model, ignore)
+        calibrate(
+            [settings("self-chat", length=length)], tokenizer_with(template), lambda: model, ignore
+        )
 
 
 def test_learned_positions_end_with_the_sequence():
@@ -211,7 +269,8 @@ def test_learned_positions_end_with_the_sequence():
     written = settings("self-chat", length=length)
     (found,) = calibrate([written], tokenizer_with(TURNS), lambda: model, ignore)
     assert found.sequences.shape == (4, length)
-    # An answer that positions end within its sequence is no answer; that of the longest prompt of a batch is.
+    # An answer that positions end within its sequence is no answer; that of the longest prompt of a
+    # batch is.
     prompts = [[{"role": "user", "content": words}] for words in ("town", "fish " * 15)]
     says = " ".join(f"snow{number}" for number in range(99))
     found, _, dropped = wrote(TURNS, cycle(prompts), says, count=1, length=length, size=2)
@@ -227,7 +286,9 @@ def test_sequences_begin_conversations_and_are_cached_and_split(model):
         assert all(tokenizer.decode(row).startswith("<s>user: ") for row in text.sequences)
         assert text.loss_mask[:, 1:].any(1).all()
         assert not text.loss_mask.all()
-    assert not {*map(tuple, found[0].sequences.tolist())} & {*map(tuple, found[1].sequences.tolist())}
+    assert not {*map(tuple, found[0].sequences.tolist())} & {
+        *map(tuple, found[1].sequences.tolist())
+    }
     told = [event.text for event in events if isinstance(event, Notice)]
     assert re.match(r"self-chat: the model wrote \d+ conversations", told[0])
     assert told[1].endswith("that the model wrote before, from the cache.")
@@ -237,7 +298,9 @@ def test_all_tokens_of_plain_text_count(model, tmp_path):
     (tmp_path / "text.txt").write_text("river snow " * 400)
     mixed = settings("self-chat:0.5,text.txt:0.5", chat="answers")
     (found,) = calibrate([mixed], tokenizer_with(TURNS), lambda: model, ignore)
-    assert [bool(row.all()) for row in found.loss_mask] == [origin == "text.txt" for origin in found.origins]
+    assert [bool(row.all()) for row in found.loss_mask] == [
+        origin == "text.txt" for origin in found.origins
+    ]
 
 
 @pytest.mark.parametrize(
@@ -245,17 +308,28 @@ def test_all_tokens_of_plain_text_count(model, tmp_path):
     [
         ("p.txt", "\n\n".join(f"word{number}" for number in range(20))),
         ("p.jsonl", "\n".join(json.dumps({"prompt": f"word{number}"}) for number in range(20))),
-        ("p.jsonl", "\n".join(json.dumps({"messages": talk(f"word{number}", "no")}) for number in range(20))),
+        (
+            "p.jsonl",
+            "\n".join(
+                json.dumps({"messages": talk(f"word{number}", "no")}) for number in range(20)
+            ),
+        ),
     ],
     ids=["lines", "prompts", "messages"],
 )
 def test_prompts_are_read_and_answered_each_in_one_part(model, tmp_path, name, content):
     (tmp_path / name).write_text(content)
     parts = [read_prompts(f"answers:{name}", TextSplit(*ends)) for ends in ((0, 0.7), (0.7, 1))]
-    assert [[{"role": "user", "content": f"word{number}"}] for number in range(20)] == parts[0] + parts[1]
+    assert [[{"role": "user", "content": f"word{number}"}] for number in range(20)] == parts[
+        0
+    ] + parts[1]
     tokenizer = tokenizer_with(TURNS)
-    splits = [settings(f"answers:{name}", 3, split=TextSplit(*ends)) for ends in ((0, 0.7), (0.7, 1))]
-    for text, prompts in zip(calibrate(splits, tokenizer, lambda: model, ignore), parts, strict=True):
+    splits = [
+        settings(f"answers:{name}", 3, split=TextSplit(*ends)) for ends in ((0, 0.7), (0.7, 1))
+    ]
+    for text, prompts in zip(
+        calibrate(splits, tokenizer, lambda: model, ignore), parts, strict=True
+    ):
         begins = tuple(f"<s>user: {prompt[0]['content']}</s><s>assistant: " for prompt in prompts)
         assert all(tokenizer.decode(row).startswith(begins) for row in text.sequences)
 
@@ -264,8 +338,16 @@ def test_prompts_are_read_and_answered_each_in_one_part(model, tmp_path, name, c
     ("name", "content", "message"),
     [
         ("p.txt", "one\ntwo", r"p\.txt has 2 prompts, but needs at least 10\."),
-        ("p.jsonl", '{"prompt": "a"}\n{"messages": [{"role": "assistant", "content": "a"}]}', r"Line 2 of p\.jsonl"),
-        ("p.jsonl", '{"messages": [{"role": "system", "content": "a"}]}', r"Line 1 of p\.jsonl .* there is no prompt"),
+        (
+            "p.jsonl",
+            '{"prompt": "a"}\n{"messages": [{"role": "assistant", "content": "a"}]}',
+            r"Line 2 of p\.jsonl",
+        ),
+        (
+            "p.jsonl",
+            '{"messages": [{"role": "system", "content": "a"}]}',
+            r"Line 1 of p\.jsonl .* there is no prompt",
+        ),
     ],
 )
 def test_a_file_of_prompts_that_cannot_be_used_is_refused(tmp_path, name, content, message):

@@ -1,4 +1,6 @@
-"""Passes over batches: their scores, what they cost in memory, and what happens when memory runs out."""
+"""Passes over batches: their scores, what they cost in memory, and what happens when memory runs
+out.
+"""
 
 from collections import defaultdict
 from itertools import count
@@ -36,13 +38,17 @@ def sequences():
 def passes_of(skippable, sequences, *budget, **options):
     events = []
     budget = MemoryBudget(*budget) if budget else PLENTY
-    return Passes(skippable, torch.split(sequences, budget.sequences), budget, events.append, **options), events
+    return Passes(
+        skippable, torch.split(sequences, budget.sequences), budget, events.append, **options
+    ), events
 
 
 def score(passes, removed=(), candidates=CANDIDATES, metric=None, ranking=(), advance=no_progress):
     found = defaultdict(list)
     jobs = [(batch, candidates) for batch in range(len(passes.batches))]
-    for _, block, scores in passes.score(metric or NegativeLogLikelihood(), removed, jobs, ranking, advance):
+    for _, block, scores in passes.score(
+        metric or NegativeLogLikelihood(), removed, jobs, ranking, advance
+    ):
         found[block] += scores
     return dict(found)
 
@@ -50,7 +56,9 @@ def score(passes, removed=(), candidates=CANDIDATES, metric=None, ranking=(), ad
 def losses(skippable, sequences, removed, loss_mask):
     """Return the loss of each sequence over the tokens that count, from whole logits."""
     logits = skippable.logits(sequences, removed)[:, :-1]
-    every = torch.nn.functional.cross_entropy(logits.transpose(1, 2), sequences[:, 1:], reduction="none")
+    every = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), sequences[:, 1:], reduction="none"
+    )
     return [float(row[mask].mean()) for row, mask in zip(every, loss_mask[:, 1:], strict=True)]
 
 
@@ -64,7 +72,9 @@ def test_scores_are_those_of_whole_logits(skippable, sequences, candidates, fork
     found = score(passes, (2,), candidates, advance=advanced.append)
     assert list(found) == list(candidates or [BASE])
     for block, scores in found.items():
-        assert scores == pytest.approx(losses(skippable, sequences, {2, block}, loss_mask), abs=1e-5)
+        assert scores == pytest.approx(
+            losses(skippable, sequences, {2, block}, loss_mask), abs=1e-5
+        )
     assert sum(advanced) == pytest.approx(max(1, len(candidates)) * len(sequences))
 
 
@@ -77,8 +87,12 @@ def score_norms(passes):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
-@pytest.mark.parametrize(("how", "first"), [(score, 3), (score_norms, 1)])  # before the third, some have their scores
-def test_batches_are_halved_and_scores_stay_the_same(skippable, sequences, monkeypatch, how, first, error):
+@pytest.mark.parametrize(
+    ("how", "first"), [(score, 3), (score_norms, 1)]
+)  # before the third, some have their scores
+def test_batches_are_halved_and_scores_stay_the_same(
+    skippable, sequences, monkeypatch, how, first, error
+):
     expected = how(passes_of(skippable, sequences)[0])
     passes, events = passes_of(skippable, sequences, 4, 16, 1, 0)
     calls, forward = count(1), skippable.switches[5].forward
@@ -98,7 +112,9 @@ def test_batches_are_halved_and_scores_stay_the_same(skippable, sequences, monke
 def test_states_of_unrelated_removals_are_not_reused(skippable, sequences):
     passes, _ = passes_of(skippable, sequences)
     score(passes, (1,), [2, 3, 4], ranking=[3])
-    assert score(passes, (4,), [1, 2, 3]) == score(passes_of(skippable, sequences)[0], (4,), [1, 2, 3])
+    assert score(passes, (4,), [1, 2, 3]) == score(
+        passes_of(skippable, sequences)[0], (4,), [1, 2, 3]
+    )
 
 
 @torch.inference_mode()
@@ -112,4 +128,6 @@ def test_a_family_whose_fork_has_other_logits_runs_whole(sequences):
     assert not passes.forks
     assert "the fork's logits differ from those of the whole model" in why
     for block, scores in found.items():
-        assert sum(scores) / len(scores) == pytest.approx(plain_loss(model, blocks, sequences, {1, block}), abs=1e-5)
+        assert sum(scores) / len(scores) == pytest.approx(
+            plain_loss(model, blocks, sequences, {1, block}), abs=1e-5
+        )

@@ -16,8 +16,12 @@ SCRIPTS = {
 
 
 def words(svg):
-    """The texts of a picture in order; ids, styles and shapes change with the versions of what draws them."""
-    return re.findall(r"<(?:text|dc:description)\b[^>]*>(.*?)</", svg.read_text(encoding="utf-8"), re.DOTALL)
+    """The texts of a picture in order; ids, styles and shapes change with the versions of what
+    draws them.
+    """
+    return re.findall(
+        r"<(?:text|dc:description)\b[^>]*>(.*?)</", svg.read_text(encoding="utf-8"), re.DOTALL
+    )
 
 
 @pytest.mark.parametrize(("picture", "script"), SCRIPTS.items())
@@ -32,6 +36,8 @@ def test_a_picture_has_the_words_that_its_script_draws(tmp_path, picture, script
 def test_every_picture_is_shown():
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     shown = {
-        (page.parent / path).resolve() for page in pages for path in re.findall(r"!\[.*?\]\((.*?)\)", page.read_text())
+        (page.parent / path).resolve()
+        for page in pages
+        for path in re.findall(r"!\[.*?\]\((.*?)\)", page.read_text())
     }
     assert shown == set((ROOT / "docs").rglob("*.svg"))

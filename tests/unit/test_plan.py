@@ -12,7 +12,11 @@ from sleb_plugins import PlanError
 def test_a_plan_survives_a_round_trip(llama_plan, tmp_path):
     plan = read_plan(llama_plan)
     short = plan.first(1)
-    assert (short.removals, short.steps, short.search.remove) == (plan.removals[:1], plan.steps[:1], 1)
+    assert (short.removals, short.steps, short.search.remove) == (
+        plan.removals[:1],
+        plan.steps[:1],
+        1,
+    )
     plan.write(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == llama_plan.read_bytes()
     assert list(json.loads(llama_plan.read_text())) == [
@@ -30,14 +34,19 @@ def test_a_plan_survives_a_round_trip(llama_plan, tmp_path):
         ("/home/a,b/c:d/notes.txt", "notes.txt"),
         ("/home/jane/corpus:default:test", "corpus:default:test"),
         ("deep/in/corpus/::test", "corpus::test"),
-        ("/home/jane/notes.txt:1/3, deep/notes.jsonl:.5,org/name:a:1/6", "notes.txt:1/3,notes.jsonl:.5,org/name:a:1/6"),
+        (
+            "/home/jane/notes.txt:1/3, deep/notes.jsonl:.5,org/name:a:1/6",
+            "notes.txt:1/3,notes.jsonl:.5,org/name:a:1/6",
+        ),
     ],
 )
 def test_a_title_has_no_folder_of_this_machine(llama_plan, source, title):
     plan = read_plan(llama_plan)
     text = plan.calibration.model_copy(update={"source": source})
     losses = LossesRecord(loss=1.0, divergence=0.0)
-    recovery = RecoveryRecord(train_text=text, validation_text=text, test_text=text, dense=losses, pruned=losses)
+    recovery = RecoveryRecord(
+        train_text=text, validation_text=text, test_text=text, dense=losses, pruned=losses
+    )
     published = plan.model_copy(update={"calibration": text, "recovery": recovery}).published()
     found = published.recovery
     texts = (published.calibration, found.train_text, found.validation_text, found.test_text)
@@ -54,7 +63,10 @@ INVALID = {
     "other removals": ({"removals": [1, 2, 3]}, "do not name the same blocks"),
     "a block too many": ({"model": {"blocks": 2}}, "does not have"),
     "no version": ({"schema_version": None}, "schema_version: should be 1"),
-    "a later version": ({"schema_version": 2, "later": 1}, "schema_version: should be 1.*newer sleb .* upgrade"),
+    "a later version": (
+        {"schema_version": 2, "later": 1},
+        "schema_version: should be 1.*newer sleb .* upgrade",
+    ),
     "bytes": (b"\xff\xfe\x00", "it is not text"),
     "millions of items": (b"[" + b"1," * (1 << 22) + b"1]", "it has more items than any record"),
 }

@@ -20,22 +20,38 @@ def hook(name, body, arguments=""):
 HEAD = "import sleb_plugins as sleb\n"
 FAMILY = hook("families", "return [sleb.FamilyAdapter({name!r}, frozenset({{{type!r}}}), 'a.b')]")
 METRIC = (
-    "class M(sleb.ModelMetric):\n    name = {name!r}\n    def score_model(self, model, tokenizer, sequences):\n"
+    "class M(sleb.ModelMetric):\n    name = {name!r}\n    def score_model(self, model, tokenizer, "
+    "sequences):\n"
     "        return 0\n"
 ) + hook("metrics", "return [M()]")
 
 BROKEN = {
     "import_error": ("import nothing_of_that_name", "ModuleNotFoundError"),
     "leaves": ("import sys\nsys.exit('no licence')", "no licence"),
-    "wrong_type": (hook("metrics", "return ['nll']"), "'nll', which is not a LogitMetric or HiddenStateMetric"),
+    "wrong_type": (
+        hook("metrics", "return ['nll']"),
+        "'nll', which is not a LogitMetric or HiddenStateMetric",
+    ),
     "no_list": (hook("metrics", "pass"), "sleb_metrics returns None, not a list"),
-    "a_class": (METRIC.format(name="m").replace("M()", "M"), "sleb_metrics offers the class M, not an object: M()"),
+    "a_class": (
+        METRIC.format(name="m").replace("M()", "M"),
+        "sleb_metrics offers the class M, not an object: M()",
+    ),
     "no_name": (METRIC.format(name="a:b"), "the metric M has the name 'a:b', which is no word"),
-    "no_functions": (FAMILY.format(name="a", type="b").replace("'a.b'", "'a.b', config_keys=['k']"), "is no mapping"),
+    "no_functions": (
+        FAMILY.format(name="a", type="b").replace("'a.b'", "'a.b', config_keys=['k']"),
+        "is no mapping",
+    ),
     "raises": (hook("families", "raise KeyError('x')"), "KeyError"),
-    "string_of_types": (hook("families", "return [sleb.FamilyAdapter('a', 'llama', 'b')]"), "is a string"),
+    "string_of_types": (
+        hook("families", "return [sleb.FamilyAdapter('a', 'llama', 'b')]"),
+        "is a string",
+    ),
     "unknown_hook": (hook("familys", "return []"), "sleb_familys"),
-    "no_hook": ("class M(sleb.ModelMetric):\n    name = 'm'", "no function of bad_no_hook has @sleb_plugins.hookimpl"),
+    "no_hook": (
+        "class M(sleb.ModelMetric):\n    name = 'm'",
+        "no function of bad_no_hook has @sleb_plugins.hookimpl",
+    ),
     "strange_engine": (
         "class E(sleb.Engine):\n    name, reads = 'e', 'onnx'\n    def load(self, *given): ...\n"
         + hook("engines", "return [E()]"),
@@ -64,7 +80,9 @@ def plugins(tmp_path, monkeypatch):
 def test_a_broken_plugin_hurts_only_itself(plugins, kind):
     source, reason = BROKEN[kind]
     registry = load_plugins(
-        plugins(**{f"bad_{kind}": source, f"good_{kind}": FAMILY.format(name="acme", type="acme_lm")})
+        plugins(
+            **{f"bad_{kind}": source, f"good_{kind}": FAMILY.format(name="acme", type="acme_lm")}
+        )
     )
     assert [failure.plugin.module for failure in registry.failures] == [f"bad_{kind}"]
     assert reason in registry.failures[0].reason
@@ -102,7 +120,9 @@ def test_plugins_are_named_before_broken_plugins(run_sleb, plugins, as_plugins, 
     words = ("search", tiny_llama, "--remove", 1, "--calibration", "self")
     result = run_sleb(*words)
     assert result.exit_code == 6
-    assert result.stderr.startswith("Loading plugins of other packages: unknown package ? (bad_cli)")
+    assert result.stderr.startswith(
+        "Loading plugins of other packages: unknown package ? (bad_cli)"
+    )
     assert result.stderr.count("(bad_cli) failed to load") == 1
     assert "twin_cli" in result.stderr
     assert "It is built in: uninstall unknown package." in result.stderr
@@ -118,8 +138,10 @@ def test_an_adapter_that_points_nowhere_is_named(run_sleb, plugins, as_plugins, 
 
 
 RAISING = (
-    "class M(sleb.ModelMetric):\n    name, argument = 'm', '[N]'\n    def with_argument(self, argument):\n"
-    "        self.n = int(argument)\n        return self\n    def score_model(self, model, tokenizer, sequences):\n"
+    "class M(sleb.ModelMetric):\n    name, argument = 'm', '[N]'\n    def with_argument(self, "
+    "argument):\n"
+    "        self.n = int(argument)\n        return self\n    def score_model(self, model, "
+    "tokenizer, sequences):\n"
     "        raise RuntimeError('boom')\nclass N(sleb.ModelMetric):\n    name = 'nan'\n"
     "    def score_model(self, *_):\n        return float('nan')\n"
 ) + hook("metrics", "return [M(), N()]")
@@ -131,7 +153,11 @@ RAISING = (
         ("m", "raised RuntimeError: boom (raising.py, line 8)"),
         ("m:1", "boom"),
         ("m:x", "ValueError"),
-        ("nan", "as NaN or infinite, such as block 1, although the model without it computes finite numbers"),
+        (
+            "nan",
+            "as NaN or infinite, such as block 1, although the model without it computes finite "
+            "numbers",
+        ),
     ],
 )
 def test_an_error_raised_in_a_plugin_names_the_plugin(
@@ -139,7 +165,9 @@ def test_an_error_raised_in_a_plugin_names_the_plugin(
 ):
     plugins(raising=RAISING)
     as_plugins("raising")
-    result = run_sleb("search", tiny_llama, "--remove", 1, *calibration(text_file), "--metric", metric)
+    result = run_sleb(
+        "search", tiny_llama, "--remove", 1, *calibration(text_file), "--metric", metric
+    )
     assert result.exit_code == 6
     shown = " ".join(result.stderr.split())
     assert f"The metric '{metric[0]}" in shown
@@ -175,7 +203,10 @@ def sleb_metrics():
 
 def test_a_metric_that_copies_itself_keeps_its_argument_and_catches_its_own_errors(plugins):
     registry = load_plugins(plugins(copying=COPYING))
-    scores = {name: registry.metric(name).score_model(None, None, None) for name in ("m", "m:3", "m:5", "m:x")}
+    scores = {
+        name: registry.metric(name).score_model(None, None, None)
+        for name in ("m", "m:3", "m:5", "m:x")
+    }
     assert scores == {"m": 0, "m:3": 3, "m:5": 5, "m:x": 7}
 
 
@@ -199,31 +230,72 @@ RUN = "class L(sleb.LoadedModel):\n        run = close = lambda *_: {}\n    load
         (
             "LogitMetric",
             "score_tokens = lambda _, logits, *more: logits[:, 0] * float('nan')",
-            f"returned a float32 Tensor of shape (4,) with NaN or infinity from score_tokens, {SHAPE} (4,)",
+            f"returned a float32 Tensor of shape (4,) with NaN or infinity from score_tokens, "
+            f"{SHAPE} (4,)",
         ),
-        ("HiddenStateMetric", "score_tokens = lambda *given: given[1]", f"(2, 4, 8) from score_tokens, {SHAPE} (2, 4)"),
-        ("HiddenStateMetric", "score_tokens = lambda *_: [1, 2]", f"returned a list of 2 from score_tokens, {SHAPE}"),
-        ("WeightMetric", "score_block = lambda *_: float('nan')", "returned nan from score_block, not a number"),
-        ("ExpertMetric", "score_experts = lambda _, use, block: use.norms[1:]", "(7,) from score_experts, not a"),
-        ("ModelMetric", "with_argument = score_model = lambda *_: 1", "returned 1 from with_argument, not a metric"),
-        ("ModelMetric", "with_argument = score_model = fingerprint = lambda m, *_: m", "from fingerprint, not a str"),
+        (
+            "HiddenStateMetric",
+            "score_tokens = lambda *given: given[1]",
+            f"(2, 4, 8) from score_tokens, {SHAPE} (2, 4)",
+        ),
+        (
+            "HiddenStateMetric",
+            "score_tokens = lambda *_: [1, 2]",
+            f"returned a list of 2 from score_tokens, {SHAPE}",
+        ),
+        (
+            "WeightMetric",
+            "score_block = lambda *_: float('nan')",
+            "returned nan from score_block, not a number",
+        ),
+        (
+            "ExpertMetric",
+            "score_experts = lambda _, use, block: use.norms[1:]",
+            "(7,) from score_experts, not a",
+        ),
+        (
+            "ModelMetric",
+            "with_argument = score_model = lambda *_: 1",
+            "returned 1 from with_argument, not a metric",
+        ),
+        (
+            "ModelMetric",
+            "with_argument = score_model = fingerprint = lambda m, *_: m",
+            "from fingerprint, not a str",
+        ),
         ("Exporter", "export = lambda *_: b''", "returned b'' from export, not a str"),
         ("Engine", "load = lambda *_: None", "returned None from load, not a LoadedModel"),
-        ("Engine", RUN.format("0.1"), "returned 0.1 from run, not a TimedRun of more than 0 seconds, with 2"),
+        (
+            "Engine",
+            RUN.format("0.1"),
+            "returned 0.1 from run, not a TimedRun of more than 0 seconds, with 2",
+        ),
         ("Engine", RUN.format("sleb.TimedRun(1.0, (0.5,))"), "(0.5,)) from run, not a TimedRun"),
         ("Engine", RUN.format("sleb.TimedRun(0.0, (0.0, 0.0))"), "from run, not a TimedRun"),
-        ("Engine", RUN.format("1 / 0"), "raised ZeroDivisionError: division by zero (mistaken.py, line 6)"),
+        (
+            "Engine",
+            RUN.format("1 / 0"),
+            "raised ZeroDivisionError: division by zero (mistaken.py, line 6)",
+        ),
     ],
 )
 def test_a_wrong_value_from_a_plugin_names_the_plugin(plugins, base, body, said):
     kind = {"Exporter": "exporter", "Engine": "engine"}.get(base, "metric")
     source = f"\nclass M(sleb.{base}):\n    name, reads = 'm', 'gguf'\n    {body}\n"
-    offer = load_plugins(plugins(mistaken=source + hook(f"{kind}s", "return [M()]"))).choose(kind, "m")
-    with pytest.raises(PluginError, match=rf"^The {kind} 'm' of unknown package \? .*{re.escape(said)}"):
+    offer = load_plugins(plugins(mistaken=source + hook(f"{kind}s", "return [M()]"))).choose(
+        kind, "m"
+    )
+    with pytest.raises(
+        PluginError, match=rf"^The {kind} 'm' of unknown package \? .*{re.escape(said)}"
+    ):
         CALLS[base](offer.value)
 
 
 def test_an_error_raised_in_a_family_names_the_family(plugins):
-    source = FAMILY.format(name="f", type="t").replace("'a.b'", "'a.b', config_keys={'k': lambda value, kept: 1 / 0}")
-    with pytest.raises(PluginError, match=r"^The family 'f' of unknown package \? raised ZeroDivisionError"):
+    source = FAMILY.format(name="f", type="t").replace(
+        "'a.b'", "'a.b', config_keys={'k': lambda value, kept: 1 / 0}"
+    )
+    with pytest.raises(
+        PluginError, match=r"^The family 'f' of unknown package \? raised ZeroDivisionError"
+    ):
         load_plugins(plugins(keyed=source)).family("t").config_keys["k"](1, None)

@@ -21,7 +21,9 @@ TOKENIZER, MODEL = train_tokenizer(bos=False), random_model(llama_config(2))
 
 
 def settings(source, samples=10):
-    own = CalibrationSettings(str(source), parse_mixture(str(source)), samples, LENGTH, 3, None, samples_given=True)
+    own = CalibrationSettings(
+        str(source), parse_mixture(str(source)), samples, LENGTH, 3, None, samples_given=True
+    )
     return replace(own, split=TextSplit(0, 0.7))
 
 
@@ -33,8 +35,13 @@ def used(portion):
 def test_all_windows_of_a_file_come_once_the_fitted_ones_last(tmp_path, sizes, processes):
     (tmp_path / "text.txt").write_text(prose(300))
     fitted = settings(tmp_path / "text.txt")
-    seen = {tuple(row.tolist()) for row in calibrate([fitted], TOKENIZER, lambda: None, ignore)[0].sequences}
-    draws = Portions(fitted, lambda portion: sizes[min(portion, len(sizes) - 1)], TOKENIZER, None, processes)
+    seen = {
+        tuple(row.tolist())
+        for row in calibrate([fitted], TOKENIZER, lambda: None, ignore)[0].sequences
+    }
+    draws = Portions(
+        fitted, lambda portion: sizes[min(portion, len(sizes) - 1)], TOKENIZER, None, processes
+    )
     parts = [draws.draw(number, ignore).sequences.tolist() for number in range(400)]
     assert len(parts[-1]) == sizes[-1]
     assert draws.draw(7, ignore, 2).sequences.tolist() == parts[7][:2]
@@ -68,22 +75,31 @@ def test_what_the_model_writes_is_used_twice_far_apart(tmp_path):
     assert drawn(1, enough) == used(other)
     # Each is new, whatever was drawn before it.
     assert not set(used(portion)) & set(used(other))
-    assert used(Portions(source, lambda portion: 32, TOKENIZER, lambda: MODEL).draw(1, ignore)) == used(other)
+    assert used(
+        Portions(source, lambda portion: 32, TOKENIZER, lambda: MODEL).draw(1, ignore)
+    ) == used(other)
 
 
 def test_a_short_text_is_used_whole_and_keeps_the_shares(tmp_path):
     (tmp_path / "short.txt").write_text(prose(60))
-    draws = Portions(settings(tmp_path / "short.txt"), lambda portion: 10_000, TOKENIZER, lambda: None)
+    draws = Portions(
+        settings(tmp_path / "short.txt"), lambda portion: 10_000, TOKENIZER, lambda: None
+    )
     portion = draws.draw(0, ignore)
     assert sorted(portion.order) == list(range(len(portion.sequences)))
     both = settings(f"{tmp_path / 'short.txt'}:0.5,self:0.5")
     mixed = Portions(both, lambda portion: 10_000, TOKENIZER, lambda: MODEL)
     given = len(portion.sequences)
-    assert Counter(row < given for row in mixed.draw(0, ignore).order) == {True: given, False: given + given % 2}
+    assert Counter(row < given for row in mixed.draw(0, ignore).order) == {
+        True: given,
+        False: given + given % 2,
+    }
 
 
 def test_data_sets_are_shuffled_by_the_portions_number(monkeypatch):
-    read = Mock(side_effect=lambda source, *, tokens, seed, split: Text(source, prose(300, seed=seed)))
+    read = Mock(
+        side_effect=lambda source, *, tokens, seed, split: Text(source, prose(300, seed=seed))
+    )
     monkeypatch.setattr(calibration, "calibration_text", read)
     draws = Portions(settings("org/name"), lambda portion: 5, TOKENIZER, lambda: None)
     first, second = used(draws.draw(0, ignore)), used(draws.draw(1, ignore))

@@ -5,7 +5,14 @@ import re
 
 import pytest
 
-from sleb_cli.events import SCORING_TASK, Notice, SearchStarted, TaskAdvanced, TaskFinished, TaskStarted
+from sleb_cli.events import (
+    SCORING_TASK,
+    Notice,
+    SearchStarted,
+    TaskAdvanced,
+    TaskFinished,
+    TaskStarted,
+)
 from sleb_cli.ui import console, progress
 
 
@@ -51,5 +58,7 @@ def test_a_log_reports_the_time_left_less_and_less_often(monkeypatch):
     for now[0] in range(1, 101):
         listen(TaskAdvanced("Timing"))
     assert shown.file.getvalue().splitlines() == [
-        "Timing …", "Timing: 20%, about 80 s left", "Timing: 40%, about 60 s left", "Timing: 80%, about 20 s left",
+        "Timing …", "Timing: 20%, about 80 s left", "Timing: 40%, about 60 s left", "Timing: 80%, "
+                                                                                    "about 20 s "
+                                                                                    "left",
     ]  # fmt: skip

@@ -14,7 +14,9 @@ from sleb_plugins import UnsupportedModelError
 def names(tmp_path_factory):
     """A Llama of 24 blocks without 3, 7 and 12."""
     config = llama_config(24, hidden_size=8, intermediate_size=8)
-    cut = BlockCut(architecture_of(save_model(tmp_path_factory.mktemp("models") / "tall", config)), (7, 3, 12))
+    cut = BlockCut(
+        architecture_of(save_model(tmp_path_factory.mktemp("models") / "tall", config)), (7, 3, 12)
+    )
     return ModuleNames(cut.architecture, "blocks", cut.names.renamed)
 
 
@@ -38,7 +40,9 @@ def names(tmp_path_factory):
 )
 def test_each_way_to_name_modules(names, before, after):
     assert names.in_settings([before]) == ([] if after is None else [after])
-    assert names.in_settings({before: {"bits": 4}}) == ({} if after is None else {after: {"bits": 4}})
+    assert names.in_settings({before: {"bits": 4}}) == (
+        {} if after is None else {after: {"bits": 4}}
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,22 +66,41 @@ def test_names_of_single_experts(tmp_path):
     cut = plan_experts(architecture, dict.fromkeys(architecture.experts.blocks, (0, 4)))
     block = f"model.layers.{architecture.experts.blocks[1]}.mlp"
     stay = ["lm_head", f"{block}.gate", "re:.*mlp.gate$", "re:.*layers[.]99[.].*"]
-    before = [f"{block}.experts.0.up_proj", f"{block}.experts.4", f"{block}.experts.5.up_proj", f"vl.{block}.experts.7"]
+    before = [
+        f"{block}.experts.0.up_proj",
+        f"{block}.experts.4",
+        f"{block}.experts.5.up_proj",
+        f"vl.{block}.experts.7",
+    ]
     after = [f"{block}.experts.3.up_proj", f"vl.{block}.experts.5"]
     config = {"num_experts": 8, "quantization_config": {"ignore": before + stay}}
-    assert cut.settings("config.json", config) == {"num_experts": 6, "quantization_config": {"ignore": after + stay}}
-    assert cut.settings("hf_quant_config.json", {"exclude": before + stay}) == {"exclude": after + stay}
+    assert cut.settings("config.json", config) == {
+        "num_experts": 6,
+        "quantization_config": {"ignore": after + stay},
+    }
+    assert cut.settings("hf_quant_config.json", {"exclude": before + stay}) == {
+        "exclude": after + stay
+    }
     with pytest.raises(UnsupportedModelError, match="which would match other experts"):
         cut.settings("hf_quant_config.json", {"exclude": ["re:.*experts[.][0-3][.].*"]})
 
 
 def test_every_place_of_a_config(names):
-    """Ignored modules and settings by name: see test_a_quantized_checkpoint_keeps_its_packed_tensors."""
+    """Ignored modules and settings by name: see
+    test_a_quantized_checkpoint_keeps_its_packed_tensors.
+    """
 
     def config(groups, skipped):
-        targets = {name: {"targets": [target], "weights": {"num_bits": 8}} for name, target in groups.items()}
+        targets = {
+            name: {"targets": [target], "weights": {"num_bits": 8}}
+            for name, target in groups.items()
+        }
         kinds = [["self_attn.k_proj", "self_attn.v_proj"], ["mlp.up_proj"]]
-        settings = {"config_groups": targets, "modules_in_block_to_quantize": kinds, "shapes": [1, 2.5, True, None]}
+        settings = {
+            "config_groups": targets,
+            "modules_in_block_to_quantize": kinds,
+            "shapes": [1, 2.5, True, None],
+        }
         inner = {"quantization_config": {"llm_int8_skip_modules": skipped}}
         others = {"num_hidden_layers": 24, "architectures": ["model.layers.3"]}
         return others | {"quantization_config": settings, "text_config": inner}

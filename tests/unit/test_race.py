@@ -20,7 +20,9 @@ def run(matrix, *, batch=2, before=None):
     race = Race(list(matrix), total, before)
     for seen in range(batch, total + batch, batch):
         race.drop_beaten({block: matrix[block][:seen] for block in race.contenders})
-    return race, race.outcome({block: statistics.fmean(matrix[block]) for block in race.contenders}).best
+    return race, race.outcome(
+        {block: statistics.fmean(matrix[block]) for block in race.contenders}
+    ).best
 
 
 def looked(matrix, sequences):
@@ -34,7 +36,9 @@ def draws(means, *, sequences=64, seed=0, scatter=0.06):
     """Make scores as real ones are: what a sequence is like, and a little of each candidate's own."""
     rng = random.Random(seed)
     level = [rng.gauss(3, 0.5) for _ in range(sequences)]
-    return {block: [at + mean + rng.gauss(0, scatter) for at in level] for block, mean in means.items()}
+    return {
+        block: [at + mean + rng.gauss(0, scatter) for at in level] for block, mean in means.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -47,7 +51,9 @@ def draws(means, *, sequences=64, seed=0, scatter=0.06):
     ],
 )
 def test_most_work_is_saved_at_a_small_cost(tails, odd):
-    """As in SmolLM2, neighbours in the ranking are .02 nats apart, less than chance on few sequences."""
+    """As in SmolLM2, neighbours in the ranking are .02 nats apart, less than chance on few
+    sequences.
+    """
     rng = np.random.default_rng(0)
     shares, costs = [], []
     for _ in range(100):
@@ -85,32 +91,44 @@ def test_a_candidate_unlikely_to_win_is_dropped(seen, sequences):
     """One look, with no step before: d behind, s the standard error of that over all sequences."""
     scatter = [(-1.0) ** n for n in range(seen - seen % 2)] + [0.0] * (seen % 2)
     own, freedom = statistics.variance(scatter), seen - 1
-    variance = (freedom * own + PRIOR_FREEDOM * own / (1 - 2 / (9 * freedom)) ** 3) / (freedom + PRIOR_FREEDOM)
+    variance = (freedom * own + PRIOR_FREEDOM * own / (1 - 2 / (9 * freedom)) ** 3) / (
+        freedom + PRIOR_FREEDOM
+    )
     error = (variance * (1 / seen - 1 / sequences)) ** 0.5
-    limits = [d for d in np.linspace(0, 6 * error, 2000) if expected_improvement(d, error) < NEGLIGIBLE * d]
+    limits = [
+        d
+        for d in np.linspace(0, 6 * error, 2000)
+        if expected_improvement(d, error) < NEGLIGIBLE * d
+    ]
     for times, drops in ((0.99, []), (1.01, [1])):
         race = looked({0: [0.0] * seen, 1: [times * limits[0] + by for by in scatter]}, sequences)
         assert list(race.dropped) == drops
 
 
-@pytest.mark.parametrize(("behind", "error"), [(0.02, 0.01), (0.0, 0.03), (-0.02, 0.01), (0.5, 0.0), (-0.5, 0.0)])
+@pytest.mark.parametrize(
+    ("behind", "error"), [(0.02, 0.01), (0.0, 0.03), (-0.02, 0.01), (0.5, 0.0), (-0.5, 0.0)]
+)
 def test_expected_improvement_is_the_mean_of_what_is_better(behind, error):
     if error:
-        expected, _ = quad(lambda x: -x * norm.pdf(x, behind, error), -1, 0, points=[behind, behind - error])
+        expected, _ = quad(
+            lambda x: -x * norm.pdf(x, behind, error), -1, 0, points=[behind, behind - error]
+        )
     else:
         expected = max(0.0, -behind)
     assert expected_improvement(behind, error) == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_race_starts_from_the_distances_of_the_step_before():
-    """All were scored on all sequences, so a pair's error is the change of both; the next look weighs it by that."""
+    """All were scored on all sequences, so a pair's error is the change of both; the next look
+    weighs it by that.
+    """
     first = Race(range(6), 3)
     assert first.outcome(dict(enumerate([5.0, 5.5, 6.0, 7.0, 9.0, math.inf]))).race.margin == 0.5
     race = Race(range(1, 6), 64, first)  # 1 leads; the median was 1.5 behind 0
     error = 2**0.5 * DRIFT * 1.5
-    assert {block: (drop.sequences, drop.behind, drop.errors) for block, drop in race.dropped.items()} == {
-        4: (0, pytest.approx(3.5), pytest.approx(3.5 / error))
-    }
+    assert {
+        block: (drop.sequences, drop.behind, drop.errors) for block, drop in race.dropped.items()
+    } == {4: (0, pytest.approx(3.5), pytest.approx(3.5 / error))}
     assert expected_improvement(1.5, error) > NEGLIGIBLE * 1.0 > expected_improvement(3.5, error)
     # 3 was 1.5 behind, and is 3 behind on two sequences, with an error of s.
     race.drop_beaten({1: [1.0, 3.0], 2: [1.0, 3.0], 3: [3.0, 7.0], 5: [math.inf] * 2})

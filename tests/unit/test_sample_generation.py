@@ -18,12 +18,17 @@ NEW_TOKENS = 6
 def sample(model, tokenizer, removed=(1,)):
     events = []
     with SkippableModel(model, model.model.layers) as skippable:
-        return generate_sample(skippable, tokenizer, removed, NEW_TOKENS, None, events.append), events
+        return generate_sample(
+            skippable, tokenizer, removed, NEW_TOKENS, None, events.append
+        ), events
 
 
 def test_both_models_generate_what_transformers_does_greedily(shared_data):
     folder = shared_data / "models" / "stories260K"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     found, _ = sample(model, tokenizer, (2,))
     prompt = tokenizer(PROMPT, return_tensors="pt")
     after = prompt.input_ids.shape[1]
@@ -38,7 +43,10 @@ def test_both_models_generate_what_transformers_does_greedily(shared_data):
         pruned = greedy()
     assert (found.dense, found.pruned) == (tokenizer.decode(dense), tokenizer.decode(pruned))
     assert found.dense != found.pruned
-    assert (found.dense_repetition, found.pruned_repetition) == (repetition(dense), repetition(pruned))
+    assert (found.dense_repetition, found.pruned_repetition) == (
+        repetition(dense),
+        repetition(pruned),
+    )
 
 
 @pytest.mark.parametrize("fault", ["raises", "is wrong"])
@@ -70,7 +78,9 @@ def test_it_ends_where_the_text_ends():
 @pytest.mark.parametrize("case", ["strange tokens", "does not run"])
 def test_a_model_that_cannot_generate_gets_a_notice(case, monkeypatch):
     tokenizer = train_tokenizer(bos=False)
-    model = random_model(llama_config(3, **({"vocab_size": 30} if case == "strange tokens" else {})))
+    model = random_model(
+        llama_config(3, **({"vocab_size": 30} if case == "strange tokens" else {}))
+    )
     if case == "does not run":
         broken = UnsupportedModelError("llama does not run.", hint="")
         monkeypatch.setattr(SkippableModel, "logits", Mock(side_effect=broken))

@@ -24,15 +24,25 @@ def benchmark(*workloads, every=9, iterations=2):
 
 
 def test_sizes_of_a_task_that_has_changed_are_dropped():
-    few, every = (make_evaluation(PLAN, texts=(), tasks=("piqa",), every=number) for number in (9, 1))
-    changed = few.model_copy(update={"tasks": (few.tasks[0].model_copy(update={"fingerprint": "other"}),)})
-    assert few.merged_with(every).tasks[0].pruned == (*every.tasks[0].pruned[:2], *few.tasks[0].pruned)
+    few, every = (
+        make_evaluation(PLAN, texts=(), tasks=("piqa",), every=number) for number in (9, 1)
+    )
+    changed = few.model_copy(
+        update={"tasks": (few.tasks[0].model_copy(update={"fingerprint": "other"}),)}
+    )
+    assert few.merged_with(every).tasks[0].pruned == (
+        *every.tasks[0].pruned[:2],
+        *few.tasks[0].pruned,
+    )
     assert changed.merged_with(every).tasks == changed.tasks
 
 
 @pytest.mark.parametrize(
     ("result", "changes"),
-    [(evaluation("a"), change) for change in [*OTHER_SETTINGS, {"behavior": "other"}, {"sleb_version": "1"}]]
+    [
+        (evaluation("a"), change)
+        for change in [*OTHER_SETTINGS, {"behavior": "other"}, {"sleb_version": "1"}]
+    ]
     + [(benchmark((1, 8)), change) for change in [*OTHER_SETTINGS, {"threads": 1}]],
 )
 def test_results_in_several_settings_are_kept_side_by_side(tmp_path, result, changes):
@@ -61,7 +71,10 @@ def test_files_that_cannot_be_read_or_written_lose_nothing(tmp_path):
     assert (tmp_path / "plan.eval.json.old").read_text() == '{"kind": "eval"}'
     assert (tmp_path / "plan.eval.2.json.old").read_text() == "{}"
     assert read_saved(EvalResult, file, heard.append) is not None
-    assert save_result(evaluation(), tmp_path / "none" / "plan.eval.json", heard.append) == evaluation()
+    assert (
+        save_result(evaluation(), tmp_path / "none" / "plan.eval.json", heard.append)
+        == evaluation()
+    )
     assert "not kept for reports" in heard[-1].text
 
 
@@ -76,13 +89,21 @@ def test_fewer_iterations_do_not_replace_more(tmp_path):
     assert "keeps the earlier 5 runs of prompt 1x8" in notice.text
     assert "use --iterations 5 or more" in notice.text
     again = benchmark((1, 8), iterations=5, every=1)
-    assert save_result(again, file, heard.append).workloads == (again.workloads[0], quick.workloads[1])
+    assert save_result(again, file, heard.append).workloads == (
+        again.workloads[0],
+        quick.workloads[1],
+    )
     assert len(heard) == 1
 
 
-@pytest.mark.parametrize("changes", [{"new_tokens": 4}, {"engine": "vllm"}, {"compiled": True}, {"batch_size": 2}])
+@pytest.mark.parametrize(
+    "changes", [{"new_tokens": 4}, {"engine": "vllm"}, {"compiled": True}, {"batch_size": 2}]
+)
 def test_other_settings_are_another_workload(changes):
     result = benchmark((1, 8))
     (one,) = result.workloads
     other = one.model_copy(update={"workload": one.workload.model_copy(update=changes)})
-    assert result.model_copy(update={"workloads": (other,)}).merged_with(result).workloads == (one, other)
+    assert result.model_copy(update={"workloads": (other,)}).merged_with(result).workloads == (
+        one,
+        other,
+    )

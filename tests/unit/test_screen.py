@@ -21,7 +21,9 @@ def shown(renderable, width):
 
 
 def chart(*lines, labels=("1", "2.5", "4"), width=80):
-    return shown(draw_lines([Line(mark, "", values) for mark, values in lines], labels, width), width + 40)
+    return shown(
+        draw_lines([Line(mark, "", values) for mark, values in lines], labels, width), width + 40
+    )
 
 
 def test_a_chart_has_the_highest_value_on_top():
@@ -29,7 +31,9 @@ def test_a_chart_has_the_highest_value_on_top():
     assert rows[0] == "  4 ┤                   ·●"
     assert rows[ROWS // 2].startswith("2.5 ┤")
     assert rows[-1] == "     0         1         2"
-    assert rows[round((ROWS - 1) * 2 / 3)][15] == "●"  # the middle value stands a third of the way up
+    assert (
+        rows[round((ROWS - 1) * 2 / 3)][15] == "●"
+    )  # the middle value stands a third of the way up
     assert [row.count("●") for row in chart(("●", [2.0] * 4))].count(4) == 1
     # Where lines meet, the first is on top.
     lines = ("●", [1.0, 2.0, 3.0]), ("○", [1.0, 2.0, 3.0])
@@ -57,7 +61,9 @@ def test_a_strip_of_many_blocks_takes_rows_and_kinds_have_marks():
     marks = "".join(row.strip() for row in rows[::2])
     assert [block for block, mark in enumerate(marks) if mark == "·"] == [3, 77, 125]
     assert legend == "  █ kept   · removed"
-    strip, _, legend = block_strip(6, {1: "full_attention", 2: "linear_attention", 5: "full_attention"}, 80)
+    strip, _, legend = block_strip(
+        6, {1: "full_attention", 2: "linear_attention", 5: "full_attention"}, 80
+    )
     assert strip == "  █·○██·"
     assert legend == "  █ kept   · full_attention removed   ○ linear_attention removed"
 
@@ -80,7 +86,9 @@ def test_a_narrow_screen_folds_cells_and_loses_nothing(width):
 
 def test_a_screen_too_narrow_for_a_table_has_whole_numbers():
     rows = shown(lay_out(WIDE, 8), 8)
-    assert [row for row in rows if row in WIDE.rows[0]] == [cell for cell in WIDE.rows[0] if len(cell) <= 8]
+    assert [row for row in rows if row in WIDE.rows[0]] == [
+        cell for cell in WIDE.rows[0] if len(cell) <= 8
+    ]
 
 
 def test_a_name_that_rows_share_stands_in_the_first():
@@ -93,7 +101,11 @@ def test_a_name_that_rows_share_stands_in_the_first():
 
 def test_markdown_shows_names_as_they_are():
     table = Table("", ["text", "perplexity"], [["a|b*[c]\n`d`", "1.5"]])
-    assert to_markdown(table) == ["| text | perplexity |", "| --- | ---: |", r"| a\|b\*\[c\] 'd' | 1.5 |"]
+    assert to_markdown(table) == [
+        "| text | perplexity |",
+        "| --- | ---: |",
+        r"| a\|b\*\[c\] 'd' | 1.5 |",
+    ]
 
 
 @pytest.mark.parametrize(

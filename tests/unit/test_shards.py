@@ -42,7 +42,9 @@ def write(weights, target, max_bytes=10**9, *, keep=None, prefix="", notify=igno
     """Write all tensors or those of these names, and say how many bytes each file holds."""
     keep = weights.tensor_names() if keep is None else keep
     kept = [
-        new_tensor(prefix + stored.name, stored, None, (), None) for stored in weights.stored if stored.name in keep
+        new_tensor(prefix + stored.name, stored, None, (), None)
+        for stored in weights.stored
+        if stored.name in keep
     ]
     planned = plan_shards(weights, kept, max_bytes)
     write_weights(target, planned, notify)
@@ -60,22 +62,28 @@ def test_shards_hold_everything_once_and_no_more_than_they_may(tmp_path, target)
     assert write(save(tmp_path, *parts), target, 1000) == [800, 800, 400] * 2
     index = json.loads((target / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 4000
-    assert index["weight_map"] == {tensor.name: tensor.path.name for tensor in find_weights(target).stored}
+    assert index["weight_map"] == {
+        tensor.name: tensor.path.name for tensor in find_weights(target).stored
+    }
     assert all(header.metadata == {"format": "pt"} for header in find_weights(target).headers)
     require_same(target, tensors)
 
 
 @pytest.mark.parametrize(
-    ("keep", "max_bytes", "sizes"), [("ab", 10**9, [4040]), ("abc", 100, [40, 4000, 40]), ("bc", 100, [4000, 40])]
+    ("keep", "max_bytes", "sizes"),
+    [("ab", 10**9, [4040]), ("abc", 100, [40, 4000, 40]), ("bc", 100, [4000, 40])],
 )
-def test_one_shard_needs_no_index_and_a_large_tensor_its_own(tmp_path, target, keep, max_bytes, sizes):
+def test_one_shard_needs_no_index_and_a_large_tensor_its_own(
+    tmp_path, target, keep, max_bytes, sizes
+):
     weights = save(tmp_path, {"a": torch.ones(10), "b": torch.ones(1000), "c": torch.ones(10)})
     assert write(weights, target, max_bytes, keep=keep) == sizes
     assert (target / "model.safetensors.index.json").exists() == (len(sizes) > 1)
 
 
 def test_any_data_type_goes_through_byte_for_byte(tmp_path, target):
-    # As of a format of next year: F4 has half a byte an element, X3 nobody knows; and one tensor is empty.
+    # As of a format of next year: F4 has half a byte an element, X3 nobody knows; and one tensor is
+    # empty.
     data = random.Random(0).randbytes(64)
     header = {
         "__metadata__": {"format": "pt", "made by": "tomorrow"},
@@ -91,7 +99,10 @@ def test_any_data_type_goes_through_byte_for_byte(tmp_path, target):
     written = read_header(target / "model.safetensors")
     assert written.metadata == {"format": "pt", "made by": "tomorrow"}
     content = (target / "model.safetensors").read_bytes()
-    found = {t.name: (t.dtype, list(t.shape), content[t.start : t.start + t.size]) for t in written.tensors}
+    found = {
+        t.name: (t.dtype, list(t.shape), content[t.start : t.start + t.size])
+        for t in written.tensors
+    }
     expected = {
         f"new.{name}": (entry["dtype"], entry["shape"], data[slice(*entry["data_offsets"])])
         for name, entry in header.items()
@@ -109,7 +120,9 @@ def test_tensors_stay_in_the_files_of_the_source(tmp_path, target, monkeypatch):
     weights = save(tmp_path, *files)
     keep = {*weights.tensor_names()} - {"b.1", *(f"c.{n}" for n in range(4))}
     assert write(weights, target, keep=keep, notify=events.append) == [1600, 1200, 1600]
-    require_same(target, {name: tensor for file in files for name, tensor in file.items() if name in keep})
+    require_same(
+        target, {name: tensor for file in files for name, tensor in file.items() if name in keep}
+    )
     (total,) = [event.total for event in events if isinstance(event, TaskStarted)]
     assert sum(event.done for event in events if isinstance(event, TaskAdvanced)) == total == 4400
 
@@ -133,13 +146,19 @@ def test_slices_and_new_values_are_written_in_the_given_type(tmp_path, target, d
     for name, tensor in tensors.items():
         value = values.get(name, tensor)
         value = value[:, [0, 1, 4, 5]] if value.shape[1:] == (8,) else value
-        expected[f"x.{name}"] = value.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype)
+        expected[f"x.{name}"] = value.to(
+            dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        )
     write_weights(target, plan_shards(weights, planned, 10**9), lambda event: None)
     require_same(target, expected)
 
 
 def test_slices_along_the_first_axis_are_ranges_of_bytes(tmp_path, target, monkeypatch):
-    tensors = {"rows": torch.rand(8, 3), "pairs": torch.rand(16, 2).half(), "columns of one": torch.rand(1, 8)}
+    tensors = {
+        "rows": torch.rand(8, 3),
+        "pairs": torch.rand(16, 2).half(),
+        "columns of one": torch.rand(1, 8),
+    }
     weights, kept, copied = save(tmp_path, tensors), [0, 1, 2, 5, 7], []
 
     def copy(source, start, size, *others):
@@ -148,19 +167,36 @@ def test_slices_along_the_first_axis_are_ranges_of_bytes(tmp_path, target, monke
 
     monkeypatch.setattr(copying, "BUFFER_BYTES", 5)
     monkeypatch.setattr(shards, "copy_range", copy)
-    monkeypatch.setattr(shards, "read_tensors", lambda path, names: pytest.fail("read") if names else iter(()))
-    planned = [new_tensor(t.name, t, None, (Slices("one" in t.name, 8, kept),), None) for t in weights.stored]
+    monkeypatch.setattr(
+        shards, "read_tensors", lambda path, names: pytest.fail("read") if names else iter(())
+    )
+    planned = [
+        new_tensor(t.name, t, None, (Slices("one" in t.name, 8, kept),), None)
+        for t in weights.stored
+    ]
     write_weights(target, plan_shards(weights, planned, 10**9), ignore)
     pairs = tensors["pairs"].reshape(8, 4)[kept].reshape(10, 2)
     require_same(
-        target, {"rows": tensors["rows"][kept], "pairs": pairs, "columns of one": tensors["columns of one"][:, kept]}
+        target,
+        {
+            "rows": tensors["rows"][kept],
+            "pairs": pairs,
+            "columns of one": tensors["columns of one"][:, kept],
+        },
     )
     assert sorted(copied) == sorted([36, 12, 12, 24, 8, 8, 12, 4, 4])
 
 
 def test_tensors_of_a_pickle_are_written_apart_in_their_types(tmp_path, target):
     base = torch.arange(12.0).reshape(3, 4)
-    tensors = {"a": base, "b": base, "c": base.T, "d": base[1], "e": torch.arange(3), "f": torch.tensor(True)}
+    tensors = {
+        "a": base,
+        "b": base,
+        "c": base.T,
+        "d": base[1],
+        "e": torch.arange(3),
+        "f": torch.tensor(True),
+    }
     tensors |= {name: torch.ones(3).to(dtype) for name, dtype in TORCH_DTYPES.items()}
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     write(find_weights(tmp_path), target)
@@ -174,13 +210,24 @@ def test_tensors_that_two_files_hold_come_from_the_later_one(tmp_path, target):
 
 
 WHOLE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
-WRONG = [{"shape": [2]}, {"shape": ["x"]}, {"dtype": 5}, {"data_offsets": [4, 0]}, {"data_offsets": [0, 4.0]}]
+WRONG = [
+    {"shape": [2]},
+    {"shape": ["x"]},
+    {"dtype": 5},
+    {"data_offsets": [4, 0]},
+    {"data_offsets": [0, 4.0]},
+]
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        *(b"", file_of({"a": WHOLE})[:-1], file_of({"a": WHOLE}, data=b"12345"), file_of({"a": WHOLE}, length=10**12)),
+        *(
+            b"",
+            file_of({"a": WHOLE})[:-1],
+            file_of({"a": WHOLE}, data=b"12345"),
+            file_of({"a": WHOLE}, length=10**12),
+        ),
         *(file_of({"a": WHOLE | wrong}) for wrong in WRONG),
         file_of([1]),
         file_of({"a": WHOLE, "b": WHOLE}, data=b"12345678"),
@@ -194,6 +241,9 @@ def test_a_broken_safetensors_file_is_called_one(tmp_path, content):
 
 
 def test_a_type_that_safetensors_cannot_store_is_refused(tmp_path):
-    torch.save({"fine": torch.ones(1), "odd": torch.ones(2, dtype=torch.complex128)}, tmp_path / "pytorch_model.bin")
+    torch.save(
+        {"fine": torch.ones(1), "odd": torch.ones(2, dtype=torch.complex128)},
+        tmp_path / "pytorch_model.bin",
+    )
     with pytest.raises(ModelError, match=r"holds odd as torch\.complex128, torch\.strided, which"):
         find_weights(tmp_path).tensor_names()

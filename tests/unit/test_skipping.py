@@ -1,4 +1,6 @@
-"""Block switches and the forking forward on real blocks: they skip, bit for bit alike, and leave nothing behind."""
+"""Block switches and the forking forward on real blocks: they skip, bit for bit alike, and leave
+nothing behind.
+"""
 
 from unittest.mock import Mock
 
@@ -20,14 +22,22 @@ def bloom_config(blocks=5):
     return BloomConfig(vocab_size=320, hidden_size=32, n_layer=blocks, n_head=4)
 
 
-PATHS = {"llama": "model.layers", "opt": "model.decoder.layers", "gpt2": "transformer.h", "bloom": "transformer.h"}
+PATHS = {
+    "llama": "model.layers",
+    "opt": "model.decoder.layers",
+    "gpt2": "transformer.h",
+    "bloom": "transformer.h",
+}
 
 
 @pytest.fixture(params=[llama_config, opt_config, gpt2_config, bloom_config], ids=PATHS)
 def skippable(request):
     config = request.param()
     model = random_model(config)
-    with torch.inference_mode(), SkippableModel(model, model.get_submodule(PATHS[config.model_type])) as skippable:
+    with (
+        torch.inference_mode(),
+        SkippableModel(model, model.get_submodule(PATHS[config.model_type])) as skippable,
+    ):
         yield skippable
 
 
@@ -73,8 +83,16 @@ def test_everything_is_put_back_after_an_error(small, ids):
 @pytest.mark.parametrize(
     ("cause", "error", "words"),
     [
-        (ValueError("no indices"), UnsupportedModelError, r"llama does not run without blocks \[1\]: no indices"),
-        (torch.OutOfMemoryError("CUDA"), OutOfMemory, "3 sequences of 24 tokens do not fit in the memory of cpu"),
+        (
+            ValueError("no indices"),
+            UnsupportedModelError,
+            r"llama does not run without blocks \[1\]: no indices",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA"),
+            OutOfMemory,
+            "3 sequences of 24 tokens do not fit in the memory of cpu",
+        ),
     ],
 )
 def test_an_error_in_a_block_becomes_a_sentence(small, ids, monkeypatch, cause, error, words):
@@ -98,27 +116,38 @@ def test_a_model_that_calls_a_block_twice_is_refused(small, ids):
 def ran(skippable, monkeypatch):
     """The blocks that run on their own, in order."""
     blocks, run = [], skippable.run_block
-    monkeypatch.setattr(skippable, "run_block", lambda call, hidden: blocks.append(call.block) or run(call, hidden))
+    monkeypatch.setattr(
+        skippable, "run_block", lambda call, hidden: blocks.append(call.block) or run(call, hidden)
+    )
     return blocks
 
 
 def walk(skippable, ids, removed, candidates, states=None, **options):
     """Walk through all blocks; return the walk."""
-    found = Walk(skippable, skippable.calls(ids), states or States(), removed, candidates, **options)
-    assert list(walk_together(skippable, [found])) == list(range(found.start, len(skippable.switches)))
+    found = Walk(
+        skippable, skippable.calls(ids), states or States(), removed, candidates, **options
+    )
+    assert list(walk_together(skippable, [found])) == list(
+        range(found.start, len(skippable.switches))
+    )
     return found
 
 
 @pytest.mark.parametrize("removed", [(), (2,), (3, 1)])
 @pytest.mark.parametrize("size", [9, 1, 2])
 def test_each_branch_is_bitwise_the_model_without_its_block(skippable, ids, removed, size):
-    candidates, states = [block for block in range(len(skippable.switches)) if block not in removed], States()
+    candidates, states = (
+        [block for block in range(len(skippable.switches)) if block not in removed],
+        States(),
+    )
     for first in range(0, len(candidates), size):
         group = candidates[first : first + size]
         branches = walk(skippable, ids, removed, group, states).branches
         assert list(branches) == group
         for block, hidden in branches.items():
-            assert torch.equal(skippable.head(hidden, ids), skippable.logits(ids, {*removed, block}))
+            assert torch.equal(
+                skippable.head(hidden, ids), skippable.logits(ids, {*removed, block})
+            )
 
 
 @pytest.mark.parametrize("size", [9, 2])
@@ -128,7 +157,11 @@ def test_a_walk_does_half_of_the_work_and_drops_the_base(skippable, ids, ran, si
     for first in range(0, len(candidates), size):
         told += walk(skippable, ids, (), candidates[first : first + size], states).block_runs
     # Above the last candidate only the candidates' branches continue; below it, so does the base.
-    below = [block for block in range(count - 2) for _ in range(1 + sum(other < block for other in candidates))]
+    below = [
+        block
+        for block in range(count - 2)
+        for _ in range(1 + sum(other < block for other in candidates))
+    ]
     above = [count - 2] * (len(candidates) - 1) + [count - 1] * len(candidates)
     assert sorted(ran) == below + above
     assert told == len(ran)
@@ -138,12 +171,21 @@ def test_a_walk_does_half_of_the_work_and_drops_the_base(skippable, ids, ran, si
     ("first", "keep", "removed", "candidates", "counts"),
     [
         pytest.param([0, 1, 2, 3], {1: 9, 3: 9}, (3,), [0, 1, 2], [0, 0, 0, 0], id="all are known"),
-        pytest.param([1, 2], {1: 9, 2: 9, 3: 9}, (), [0, 1, 2, 3], None, id="a new one forks off where the base is"),
+        pytest.param(
+            [1, 2],
+            {1: 9, 2: 9, 3: 9},
+            (),
+            [0, 1, 2, 3],
+            None,
+            id="a new one forks off where the base is",
+        ),
         pytest.param([0, 1, 2, 3], {0: 1, 3: 2}, (), [0, 1, 2], [1, 1, 1, 3], id="some are known"),
         pytest.param([1, 2, 3], {2: 9}, (2,), [1, 3], None, id="the removed one is the base"),
     ],
 )
-def test_kept_states_save_work_and_change_no_bit(skippable, ids, ran, first, keep, removed, candidates, counts):
+def test_kept_states_save_work_and_change_no_bit(
+    skippable, ids, ran, first, keep, removed, candidates, counts
+):
     states = States()
     walk(skippable, ids, (), first, states, keep=keep)
     for block in removed:
@@ -165,7 +207,9 @@ def test_sizes_share_a_branch_as_far_as_they_agree(skippable, ids, ran):
     assert list(walk_together(skippable, [found])) == list(range(len(skippable.switches)))
     assert [ran.count(block) for block in range(4)] == [1, 2, 2, 2]
     for size in SIZES:
-        assert torch.equal(skippable.head(found.branches[frozenset(size)], ids), skippable.logits(ids, size))
+        assert torch.equal(
+            skippable.head(found.branches[frozenset(size)], ids), skippable.logits(ids, size)
+        )
 
 
 @pytest.mark.parametrize(("memory", "batches"), [(10**6, 2), (1, 1), (0, 0)])

@@ -26,7 +26,10 @@ def wald(difference, variance, count):
 @pytest.mark.parametrize(
     ("interval", "expected"),
     [
-        (wilson_interval(81, 263), (0.2553, 0.3662)),  # Newcombe, Statist. Med. 17 (1998), Table I, method 3
+        (
+            wilson_interval(81, 263),
+            (0.2553, 0.3662),
+        ),  # Newcombe, Statist. Med. 17 (1998), Table I, method 3
         (wilson_interval(0, 20), (0.0, 0.1611)),
         (wilson_interval(1, 1), (0.2065, 1.0)),
         # 2/12 of 12 items; 4/22 and 2/22 of 22; and what would lie beyond what a difference can be
@@ -52,7 +55,9 @@ def test_a_paired_difference_is_that_of_students_test():
     assert (found.interval.low, found.interval.high) == pytest.approx((interval.low, interval.high))
     alone = paired_difference([1.5], [0.5])
     assert (alone.mean, alone.standard_error, alone.interval) == (-1.0, None, None)
-    assert paired_difference([1.0, 0.0], [0.0, 0.0]).interval == paired_proportions_interval(1, 0, 2)
+    assert paired_difference([1.0, 0.0], [0.0, 0.0]).interval == paired_proportions_interval(
+        1, 0, 2
+    )
 
 
 def test_mcnemars_exact_test():
@@ -62,7 +67,8 @@ def test_mcnemars_exact_test():
 
 
 def test_the_items_needed_show_the_effect_with_its_power():
-    # Miller, arXiv 2411.00640, section 5: (1.96 + 0.84)^2 times the variance over the squared effect.
+    # Miller, arXiv 2411.00640, section 5: (1.96 + 0.84)^2 times the variance over the squared
+    # effect.
     assert items_needed(1 / 3) == math.ceil((1.959964 + 0.841621) ** 2 / 9 / 0.01**2)
     assert items_needed(0.0) is None
 

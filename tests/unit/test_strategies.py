@@ -40,7 +40,9 @@ class Costs:
         rng = random.Random(seed)
         self.blocks = blocks
         self.single = [rng.random() for _ in range(blocks)]
-        self.pair = {pair: pairs * (rng.random() - 0.4) for pair in itertools.combinations(range(blocks), 2)}
+        self.pair = {
+            pair: pairs * (rng.random() - 0.4) for pair in itertools.combinations(range(blocks), 2)
+        }
         self.asked = []
 
     def of(self, gone):
@@ -77,7 +79,9 @@ def test_greedy_removes_the_cheapest_that_is_not_protected(costs, protected, rem
     free = candidates(len(costs), **protected)
     assert search("greedy", score, free, len(removals))[-1].removals == removals
     later = search("greedy", score, free, len(removals), removed=removals[:1])
-    assert [choice.removals for choice in later] == [removals[:size] for size in range(2, len(removals) + 1)]
+    assert [choice.removals for choice in later] == [
+        removals[:size] for size in range(2, len(removals) + 1)
+    ]
 
 
 @SEEDS
@@ -107,18 +111,28 @@ def test_refine_swaps_two_blocks_at_once():
 def test_oneshot_takes_the_lowest_of_one_scoring(seed):
     costs = Costs(9, seed)
     ranked = sorted(range(1, 8), key=lambda block: costs.of({block}))
-    assert [c.removals for c in costs.search("oneshot", 4)] == [tuple(ranked[:size]) for size in range(1, 5)]
+    assert [c.removals for c in costs.search("oneshot", 4)] == [
+        tuple(ranked[:size]) for size in range(1, 5)
+    ]
     assert len(costs.asked) == 7
     second = ranked[1]  # may not follow the first
-    rule = lambda removed: [b for b in range(1, 8) if b not in removed and not (removed and b == second)]  # noqa: E731
+    rule = lambda removed: [  # noqa: E731
+        b for b in range(1, 8) if b not in removed and not (removed and b == second)
+    ]
     assert search("oneshot", costs.score, rule, 2)[-1].removals == (ranked[0], ranked[2])
 
 
 @SEEDS
 def test_contiguous_finds_the_best_span_of_what_may_go(seed):
     costs = Costs(9, seed)
-    for size, choice in enumerate(search("contiguous", costs.score, candidates(9, kept=[2]), 4), start=1):
-        spans = [span for start in range(1, 9 - size) if 2 not in (span := tuple(range(start, start + size)))]
+    for size, choice in enumerate(
+        search("contiguous", costs.score, candidates(9, kept=[2]), 4), start=1
+    ):
+        spans = [
+            span
+            for start in range(1, 9 - size)
+            if 2 not in (span := tuple(range(start, start + size)))
+        ]
         assert choice.removals == min(spans, key=costs.of)
         assert len(choice.outcome.scores) == len(spans)
 
@@ -134,7 +148,9 @@ def test_a_set_that_leaves_no_candidate_is_passed_over():
 
 @EACH
 def test_ties_go_to_the_lowest_blocks(strategy):
-    choices = search(strategy, lambda removed, blocks: Outcome(dict.fromkeys(blocks, 1.0)), candidates(8), 3)
+    choices = search(
+        strategy, lambda removed, blocks: Outcome(dict.fromkeys(blocks, 1.0)), candidates(8), 3
+    )
     assert choices[-1].removals == (1, 2, 3)
 
 

@@ -10,12 +10,26 @@ from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.events import ignore
 from sleb_plugins import SlebError
 
-IN_CI = ["llama", "mixtral", "gemma3_text", "gpt2", "opt", "mamba", "falcon_h1", "qwen3_moe", "bloom", "phi3", "jamba"]
+IN_CI = [
+    "llama",
+    "mixtral",
+    "gemma3_text",
+    "gpt2",
+    "opt",
+    "mamba",
+    "falcon_h1",
+    "qwen3_moe",
+    "bloom",
+    "phi3",
+    "jamba",
+]
 OTHERS = [slow(name) for name in FAMILIES if name not in IN_CI]
 
 
 def open_model(folder, *, stream, dtype):
-    return open_dense(architecture_of(folder), Placement(torch.device("cpu"), dtype, stream=stream), ignore)
+    return open_dense(
+        architecture_of(folder), Placement(torch.device("cpu"), dtype, stream=stream), ignore
+    )
 
 
 @pytest.mark.parametrize("model_type", [*IN_CI, *OTHERS])

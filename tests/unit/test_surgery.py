@@ -15,7 +15,12 @@ from sleb_plugins import FamilyAdapter
 
 
 def test_the_config_loses_the_count_and_the_blocks_own_values():
-    raw = {"n_layer": 4, "layer_types": ["a", "b", "c", "d"], "eos_token_id": [1, 2, 3, 4], "novel": [5, 6, 7, 8]}
+    raw = {
+        "n_layer": 4,
+        "layer_types": ["a", "b", "c", "d"],
+        "eos_token_id": [1, 2, 3, 4],
+        "novel": [5, 6, 7, 8],
+    }
     config = {**raw, "attention_layers": [0, 1, 0, 1], "mine": "abcd"}
     keys = {"mine": lambda text, kept: "".join(text[block] for block in kept.blocks)}
     architecture = Mock(
@@ -34,7 +39,10 @@ TEXT = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 320, "max_window_layers": 6, "rope_theta": 12345.0,
 }  # fmt: skip
-FLAT = TEXT | {"vision_config": IMAGES, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+FLAT = TEXT | {
+    "vision_config": IMAGES,
+    "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+}
 NESTED = {
     "text_config": TEXT | {"model_type": "qwen3_vl_text", "head_dim": 8},
     "vision_config": IMAGES | {"deepstack_visual_indexes": [1, 2]},
@@ -49,13 +57,22 @@ NESTED = {
         ("qwen3_vl", NESTED, 1, "features of images enter the first 2 blocks"),
     ],
 )
-def test_a_vision_model_is_pruned_wherever_its_text_config_is(tmp_path, model_type, config, removed, obstacle):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "architectures": ["X"]} | config))
+def test_a_vision_model_is_pruned_wherever_its_text_config_is(
+    tmp_path, model_type, config, removed, obstacle
+):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": model_type, "architectures": ["X"]} | config)
+    )
     model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(tmp_path))
-    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors")
+    save_file(
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        tmp_path / "model.safetensors",
+    )
     cut = BlockCut(architecture_of(tmp_path), (removed,))
     found = cut.obstacle()
     assert found is None if obstacle is None else found.startswith(obstacle)
-    parsed = cut.architecture.read_config(cut.settings(CONFIG, cut.architecture.source.raw_config)).get_text_config()
+    parsed = cut.architecture.read_config(
+        cut.settings(CONFIG, cut.architecture.source.raw_config)
+    ).get_text_config()
     assert (parsed.num_hidden_layers, parsed.hidden_size) == (5, 32)
     assert parsed.rope_parameters["rope_theta"] == 12345.0

@@ -22,7 +22,9 @@ EQUAL, UNEQUAL = (10.0,) * 10, (10.0, 1.0, 20.0, 2.0, 10.0)
 
 
 def at_most(most, blocks):
-    return SizeTarget("target_params", PerBlock(100, blocks), most, lambda amount: f"{amount:g} parameters")
+    return SizeTarget(
+        "target_params", PerBlock(100, blocks), most, lambda amount: f"{amount:g} parameters"
+    )
 
 
 @pytest.mark.parametrize(
@@ -34,7 +36,13 @@ def at_most(most, blocks):
         (170, EQUAL, range(1, 9), (4, 5), 3),
         # Without block 1, the smallest: 2 and 20 must go for 120, and block 1 does not go twice.
         (130, UNEQUAL, [1, 2, 3], (1,), 3),
-        (170, EQUAL, range(1, 9), (4, 5, 6), "already at 170 .* without the 3 removed blocks; the target is 170"),
+        (
+            170,
+            EQUAL,
+            range(1, 9),
+            (4, 5, 6),
+            "already at 170 .* without the 3 removed blocks; the target is 170",
+        ),
         (100, EQUAL, range(10), (), "At most 9 blocks can be removed"),  # one always stays
     ],
 )
@@ -58,7 +66,8 @@ def target_of(architecture=None, blocks=6, notify=ignore, **asked):
 
 
 @pytest.mark.parametrize(
-    ("ratio", "blocks", "count"), [("0.2", 35, 7), ("0.07", 100, 7), ("0.21", 30, 7), ("1/3", 30, 10)]
+    ("ratio", "blocks", "count"),
+    [("0.2", 35, 7), ("0.07", 100, 7), ("0.21", 30, 7), ("1/3", 30, 10)],
 )
 def test_the_ratio_is_exact(ratio, blocks, count):
     assert target_of(blocks=blocks, ratio=ratio).removals(range(blocks)) == count
@@ -80,7 +89,9 @@ def test_parameters_and_bytes_are_those_of_the_pruned_model(tmp_path, config):
     read = architecture_of(save_model(tmp_path / "m", config))
     for removed in ((), (0,), (1,), (1, 3)):
         pruned = AutoModelForCausalLM.from_config(config)
-        pruned.model.layers = nn.ModuleList(block for n, block in enumerate(pruned.model.layers) if n not in removed)
+        pruned.model.layers = nn.ModuleList(
+            block for n, block in enumerate(pruned.model.layers) if n not in removed
+        )
         expected = sum(parameter.numel() for parameter in pruned.parameters())
         assert count_parameters(read).without(removed) == expected
         assert stored_bytes(read).without(removed) == 4 * expected
@@ -104,7 +115,9 @@ def test_a_window_holds_no_more_than_the_window(tmp_path):
 
 def test_a_family_whose_cache_cannot_be_told_is_refused(tmp_path):
     folder = save_model(tmp_path / "old", tiny_config("openai-gpt"))
-    with pytest.raises(UnsupportedModelError, match="size of the KV cache of openai-gpt is unknown: it is not kept"):
+    with pytest.raises(
+        UnsupportedModelError, match="size of the KV cache of openai-gpt is unknown: it is not kept"
+    ):
         caches(folder, 16)
 
 

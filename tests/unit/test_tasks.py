@@ -35,14 +35,22 @@ def sample(number, score, *, metric="acc", filtered="none", **changes):
     hashes = {f"{part}_hash": f"{part[0]}{number}" for part in ("doc", "prompt", "target")}
     answers = {"arguments": [[f"Q{number}:", " cold"], [f"Q{number}:", " warm"]], "target": 0}
     answers["filtered_resps"] = [[-1.0, False], [-2.0, False]]
-    return {"doc_id": number, "filter": filtered, "metrics": [metric], metric: score} | hashes | answers | changes
+    return (
+        {"doc_id": number, "filter": filtered, "metrics": [metric], metric: score}
+        | hashes
+        | answers
+        | changes
+    )
 
 
 def results_of(samples, values=None, *, task="weather", metric="acc", output_type="x"):
     """Results in lm-eval's schema; without values, the mean of the samples."""
     scores = [one[metric] for one in samples]
     return {
-        "results": {task: values or {f"{metric},none": sum(scores) / len(scores), f"{metric}_stderr,none": 0.1}},
+        "results": {
+            task: values
+            or {f"{metric},none": sum(scores) / len(scores), f"{metric}_stderr,none": 0.1}
+        },
         "group_subtasks": {},
         "configs": {task: {"output_type": output_type, "target_delimiter": " "}},
         "versions": {task: 1.0},
@@ -66,10 +74,23 @@ def test_right_and_wrong_answers_are_compared_item_by_item():
     without = binary(*after)
     random.Random(0).shuffle(without["samples"]["weather"])  # items are matched by their ids
     result, pruned = one_pruned(binary(*before), without)
-    assert (result.task, result.metric, result.filter, result.version) == ("weather", "acc", "none", "1.0")
-    assert (result.num_fewshot, result.higher_is_better, result.doc_ids) == (2, True, (0, 1, 2, 3, 4, 5))
+    assert (result.task, result.metric, result.filter, result.version) == (
+        "weather",
+        "acc",
+        "none",
+        "1.0",
+    )
+    assert (result.num_fewshot, result.higher_is_better, result.doc_ids) == (
+        2,
+        True,
+        (0, 1, 2, 3, 4, 5),
+    )
     assert (result.dense.items, result.dense.interval) == (before, wilson_interval(4, 6))
-    assert (pruned.removals, pruned.items, pruned.interval) == ((2, 1), after, wilson_interval(2, 6))
+    assert (pruned.removals, pruned.items, pruned.interval) == (
+        (2, 1),
+        after,
+        wilson_interval(2, 6),
+    )
     assert pruned.standard_error == pytest.approx(paired_difference(before, after).standard_error)
     assert pruned.difference_interval == paired_proportions_interval(3, 1, 6)
     assert (pruned.mcnemar_p, pruned.lost, pruned.gained) == (mcnemar(3, 1), 3, 1)
@@ -102,23 +123,37 @@ def test_scores_that_are_shares_have_an_error_but_no_flips():
     assert pruned.difference_interval == expected.interval
     assert (pruned.lost, pruned.gained, pruned.mcnemar_p, pruned.flips) == (None, None, None, ())
     # lm-eval's error, since the items are not right or wrong.
-    assert result.dense.interval.high - result.dense.interval.low == pytest.approx(2 * 1.96 * 0.1, rel=1e-3)
+    assert result.dense.interval.high - result.dense.interval.low == pytest.approx(
+        2 * 1.96 * 0.1, rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("score", [[-3.0, 4], 0.7, "text"])
 def test_a_score_that_is_no_mean_has_a_difference_without_error(score):
     values = [{"bleu,none": value, "bleu_stderr,none": "N/A"} for value in (20.0, 15.0)]
-    dense, pruned = (results_of([sample(0, score, metric="bleu")], value, metric="bleu") for value in values)
+    dense, pruned = (
+        results_of([sample(0, score, metric="bleu")], value, metric="bleu") for value in values
+    )
     result, scores = one_pruned(dense, pruned)
     assert (result.dense.items, result.dense.interval, scores.items) == ((), None, ())
     assert (scores.difference, scores.retention) == (-5.0, 0.75)
-    assert (scores.standard_error, scores.difference_interval, scores.items_needed) == (None, None, None)
+    assert (scores.standard_error, scores.difference_interval, scores.items_needed) == (
+        None,
+        None,
+        None,
+    )
 
 
 def test_each_filter_has_its_own_items():
     scores = {"strict": (1.0, 0.0), "flexible": (1.0, 1.0)}
-    samples = [sample(n, score, filtered=name) for name, pair in scores.items() for n, score in enumerate(pair)]
-    results = results_of(samples, {"acc,strict": 0.5, "acc,flexible": 1.0, "alias": "weather", "sample_len": 2})
+    samples = [
+        sample(n, score, filtered=name)
+        for name, pair in scores.items()
+        for n, score in enumerate(pair)
+    ]
+    results = results_of(
+        samples, {"acc,strict": 0.5, "acc,flexible": 1.0, "alias": "weather", "sample_len": 2}
+    )
     found = {result.filter: result for result in compare_task(results, [])}
     assert {name: result.dense.items for name, result in found.items()} == scores
     assert all(result.doc_ids == (0, 1) for result in found.values())
@@ -126,7 +161,10 @@ def test_each_filter_has_its_own_items():
 
 def group(children, shares, scores):
     """Results of a group of these tasks, whose accuracy is the mean of theirs by these shares."""
-    merged, value = {}, sum(share * sum(scores[name]) / len(scores[name]) for name, share in shares.items())
+    merged, value = (
+        {},
+        sum(share * sum(scores[name]) / len(scores[name]) for name, share in shares.items()),
+    )
     for name, items in scores.items():
         for key, part in binary(*items, task=name).items():
             merged[key] = merged.get(key, {}) | part
@@ -136,7 +174,10 @@ def group(children, shares, scores):
 
 @pytest.mark.parametrize(
     ("by_size", "children"),
-    [(True, {"climate": ["rain", "sun"]}), (False, {"climate": ["inner", "sun"], "inner": ["rain"]})],
+    [
+        (True, {"climate": ["rain", "sun"]}),
+        (False, {"climate": ["inner", "sun"], "inner": ["rain"]}),
+    ],
     ids=["flat, by size", "nested, alike"],
 )
 def test_a_groups_difference_has_the_error_of_its_tasks(by_size, children):
@@ -149,12 +190,19 @@ def test_a_groups_difference_has_the_error_of_its_tasks(by_size, children):
     assert len(result.items_sha256) == 64  # of the items of its tasks
     (pruned,) = result.pruned
     changes = {name: paired_difference(before[name], after[name]) for name in shares}
-    assert pruned.difference == pytest.approx(sum(shares[name] * change.mean for name, change in changes.items()))
+    assert pruned.difference == pytest.approx(
+        sum(shares[name] * change.mean for name, change in changes.items())
+    )
     variance = sum((shares[name] * change.standard_error) ** 2 for name, change in changes.items())
     assert pruned.standard_error == pytest.approx(variance**0.5)
     assert pruned.lost is None
-    # Other tasks of the run are none of its own, and tasks with different examples have no one number of them.
-    alone, dense["samples"]["snow"], dense["n-shot"]["snow"] = result.items_sha256, [sample(9, 1.0)], 5
+    # Other tasks of the run are none of its own, and tasks with different examples have no one
+    # number of them.
+    alone, dense["samples"]["snow"], dense["n-shot"]["snow"] = (
+        result.items_sha256,
+        [sample(9, 1.0)],
+        5,
+    )
     result = compare_task(dense, [])[-1]
     assert (result.items_sha256, result.num_fewshot) == (alone, 2)
     dense["n-shot"]["sun"] = 3
@@ -193,7 +241,10 @@ def test_a_flip_shows_both_answers(kind, metric, arguments, answers, expected):
         )
         for score, answer in zip((1.0, 0.0), answers, strict=True)
     )  # fmt: skip
-    (lost,), (gained,) = one_pruned(dense, pruned, show_flips=5)[1].flips, one_pruned(pruned, dense, 1)[1].flips
+    (lost,), (gained,) = (
+        one_pruned(dense, pruned, show_flips=5)[1].flips,
+        one_pruned(pruned, dense, 1)[1].flips,
+    )
     assert (lost.doc_id, lost.prompt, lost.target, lost.dense, lost.pruned) == (0, *expected)
     assert (gained.dense, gained.pruned) == (lost.pruned, lost.dense)
 
@@ -202,10 +253,16 @@ def test_a_flip_shows_both_answers(kind, metric, arguments, answers, expected):
 def folder(tmp_path, monkeypatch):
     """A multiple-choice task with examples, a written one graded by code of its own, and a group."""
     # To find a group, lm-eval reads all its tasks, which takes ten seconds.
-    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(Path(lm_eval.__file__).parent / "tasks/piqa/none"))
+    monkeypatch.setattr(
+        "lm_eval.tasks.manager.__file__", str(Path(lm_eval.__file__).parent / "tasks/piqa/none")
+    )
     folder, rng = tmp_path / "tasks", random.Random(0)
     rows = [
-        {"q": " ".join(rng.choices(WORDS, k=5)), "choices": rng.sample(WORDS, 2), "gold": rng.randint(0, 1)}
+        {
+            "q": " ".join(rng.choices(WORDS, k=5)),
+            "choices": rng.sample(WORDS, 2),
+            "gold": rng.randint(0, 1),
+        }
         for _ in range(12)
     ]
     write_task(folder, "own_chosen", rows, fewshot_split="test", metadata={"version": 3})
@@ -214,7 +271,9 @@ def folder(tmp_path, monkeypatch):
         doc_to_target="{{choices[0]}}", generation_kwargs={"do_sample": False, "max_gen_toks": 5, "until": []},
         metric_list=[{"metric": "length", "aggregation": "mean", "higher_is_better": False}],
     )  # fmt: skip
-    (folder / "graders.py").write_text("def grade(doc, results):\n    return {'length': len(results[0]) / 10}\n")
+    (folder / "graders.py").write_text(
+        "def grade(doc, results):\n    return {'length': len(results[0]) / 10}\n"
+    )
     with written.open("a") as file:
         file.write("process_results: !function graders.grade\n")
     metric = {"metric": "acc", "aggregation": "mean", "weight_by_size": True}
@@ -230,14 +289,18 @@ def task_of(folder, name="own_chosen", **options):
 
 @pytest.fixture(scope="module")
 def loaded(tiny_llama):
-    return AutoModelForCausalLM.from_pretrained(tiny_llama).eval(), AutoTokenizer.from_pretrained(tiny_llama)
+    return AutoModelForCausalLM.from_pretrained(tiny_llama).eval(), AutoTokenizer.from_pretrained(
+        tiny_llama
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "requests", "expected"),
     [("own_chosen", 14, ("acc", "3", True)), ("own_written", 7, ("length", "1.0", False))],
 )
-def test_a_run_tells_its_progress_and_compares_with_itself(folder, loaded, name, requests, expected):
+def test_a_run_tells_its_progress_and_compares_with_itself(
+    folder, loaded, name, requests, expected
+):
     events = []
     result = task_of(folder, name, limit=7).run(*loaded, "dense", events.append, ProcessGroup())
     (started,) = [event for event in events if isinstance(event, TaskStarted)]
@@ -273,7 +336,13 @@ def test_a_fingerprint_changes_with_what_results_depend_on(folder, tmp_path):
     def edit(file, old, new):
         (folder / file).write_text((folder / file).read_text().replace(old, new))
 
-    found = [now(), *(now(**each) for each in ({"limit": 1}, {"num_fewshot": 1}, {"apply_chat_template": True}))]
+    found = [
+        now(),
+        *(
+            now(**each)
+            for each in ({"limit": 1}, {"num_fewshot": 1}, {"apply_chat_template": True})
+        ),
+    ]
     assert now(batch_size=1) == found[0]
     edit("graders.py", "/ 10", "/ 20")
     found += [now(), now("own_both")]
@@ -291,7 +360,10 @@ def test_tasks_of_lm_eval_are_found_without_an_index_of_all():
     manager = find_tasks(["piqa"], [], ())
     assert len(manager.all_tasks) < 50
     assert manager.task_index["piqa"].yaml_path == tasks / "piqa/piqa.yaml"
-    for preset, file in {"leaderboard-v1": "benchmarks/openllm", "leaderboard-v2": "leaderboard/leaderboard"}.items():
+    for preset, file in {
+        "leaderboard-v1": "benchmarks/openllm",
+        "leaderboard-v2": "leaderboard/leaderboard",
+    }.items():
         assert (tasks / f"{file}.yaml").read_text().startswith(f"group: {PRESETS[preset][0]}\n")
 
 
@@ -306,7 +378,12 @@ def measured(name, use, flips, *, metric="acc", items=200, right=100):
     """A task of so many items, of which a removal turns some wrong and others right."""
     lost, gained = flips
     before = (1.0,) * right + (0.0,) * (items - right)
-    after = (0.0,) * lost + (1.0,) * (right - lost) + (1.0,) * gained + (0.0,) * (items - right - gained)
+    after = (
+        (0.0,) * lost
+        + (1.0,) * (right - lost)
+        + (1.0,) * gained
+        + (0.0,) * (items - right - gained)
+    )
     result, _ = one_pruned(binary(*before), binary(*after))
     return result.model_copy(update={"task": name, "use": use, "metric": metric})
 
@@ -331,7 +408,10 @@ def test_a_verdict_is_of_a_kind_of_use():
         ["instructions", "100%", "too few items to tell"],
         ["canaries", "0%", "100% lost"],
     ]
-    assert verdicts([measured("piqa", "choosing", (0, 0)).model_copy(update={"pruned": ()})]).rows == []
+    assert (
+        verdicts([measured("piqa", "choosing", (0, 0)).model_copy(update={"pruned": ()})]).rows
+        == []
+    )
 
 
 def test_a_model_that_is_measured_alone_has_no_name():

@@ -17,7 +17,12 @@ from sleb_cli.engine.text import calibration, writing
 from sleb_cli.engine.text.calibration import calibrate
 from sleb_cli.engine.text.own_text import generate_own_text
 from sleb_cli.engine.text.settings import CalibrationSettings
-from sleb_cli.engine.text.sources import WHOLE, calibration_conversations, calibration_text, reference_calibration_text
+from sleb_cli.engine.text.sources import (
+    WHOLE,
+    calibration_conversations,
+    calibration_text,
+    reference_calibration_text,
+)
 from sleb_cli.events import Notice, ignore
 from sleb_plugins import DataError
 
@@ -30,7 +35,9 @@ def read(source, split, seed=0, tokens=10**6):
 
 
 def test_a_running_text_is_divided_between_its_paragraphs(tmp_path):
-    (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {number}. " + prose(2, number) for number in range(100)))
+    (tmp_path / "text.txt").write_text(
+        "\n\n".join(f"Paragraph {number}. " + prose(2, number) for number in range(100))
+    )
     parts = [read(tmp_path / "text.txt", split) for split in SPLITS]
     assert "".join(parts) == (tmp_path / "text.txt").read_text()
     assert [part.startswith("Paragraph") for part in parts] == [True] * 3
@@ -40,11 +47,17 @@ def test_a_running_text_is_divided_between_its_paragraphs(tmp_path):
 @pytest.mark.parametrize("count", [20, 2])
 def test_documents_of_a_file_stay_whole_unless_few(tmp_path, count):
     documents = [f"{number}: " + "\n\n".join([prose(12, number)] * 5) for number in range(count)]
-    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
+    (tmp_path / "text.jsonl").write_text(
+        "\n".join(json.dumps({"text": text}) for text in documents)
+    )
     parts = [read(tmp_path / "text.jsonl", split) for split in SPLITS]
     assert all(parts)
     if count == 20:
-        assert parts == ["\n\n".join(documents[:14]), "\n\n".join(documents[14:18]), "\n\n".join(documents[18:])]
+        assert parts == [
+            "\n\n".join(documents[:14]),
+            "\n\n".join(documents[14:18]),
+            "\n\n".join(documents[18:]),
+        ]
     else:
         assert "".join(parts) == read(tmp_path / "text.jsonl", WHOLE)
 
@@ -53,7 +66,10 @@ def test_no_seed_moves_a_document_to_another_part(monkeypatch):
     documents = [f"document {number} is about {number % 7}" for number in range(200)]
     rows = datasets.Dataset.from_dict({"text": documents})
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows)
-    seen = [{doc for seed in range(5) for doc in read("org/name", split, seed).split("\n\n")} for split in SPLITS]
+    seen = [
+        {doc for seed in range(5) for doc in read("org/name", split, seed).split("\n\n")}
+        for split in SPLITS
+    ]
     assert [len(found) for found in seen] == [140, 40, 20]
     assert set().union(*seen) == set(documents)
     assert seen[0] != set(documents[:140])  # not by their order
@@ -65,11 +81,18 @@ def test_no_seed_moves_a_document_to_another_part(monkeypatch):
 
 @pytest.mark.parametrize("source", ["chat.jsonl", "org/chat"])
 def test_no_conversation_is_in_two_parts(tmp_path, monkeypatch, source):
-    lines = [{"messages": [{"role": "user", "content": f"question {number}"}]} for number in range(40)]
+    lines = [
+        {"messages": [{"role": "user", "content": f"question {number}"}]} for number in range(40)
+    ]
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: datasets.Dataset.from_list(lines))
-    parts = [calibration_conversations(source, samples=10**4, length=100, seed=3, split=split) for split in SPLITS]
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *args, **options: datasets.Dataset.from_list(lines)
+    )
+    parts = [
+        calibration_conversations(source, samples=10**4, length=100, seed=3, split=split)
+        for split in SPLITS
+    ]
     assert [len(part) for part in parts] == [28, 8, 4]
     assert len({part[0]["content"] for found in parts for part in found}) == 40
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines[:9])))
@@ -87,7 +110,9 @@ def test_a_preset_goes_before_a_file_of_its_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("Dataset scripts are no longer supported"), DatasetGenerationError("broken")], ids=repr
+    "error",
+    [RuntimeError("Dataset scripts are no longer supported"), DatasetGenerationError("broken")],
+    ids=repr,
 )
 def test_a_data_set_that_cannot_be_loaded_is_named(monkeypatch, error):
     monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=error))
@@ -97,13 +122,20 @@ def test_a_data_set_that_cannot_be_loaded_is_named(monkeypatch, error):
 
 def test_a_part_without_text_is_named(tmp_path):
     (tmp_path / "text.txt").write_text("word " * 90)
-    with pytest.raises(DataError, match=r"text.txt from \d+% to \d+% has \d+ tokens, less than one sequence of 32"):
+    with pytest.raises(
+        DataError, match=r"text.txt from \d+% to \d+% has \d+ tokens, less than one sequence of 32"
+    ):
         calibrate(settings(tmp_path / "text.txt", 5, (1, 1, 1)), TOKENIZER, lambda: None, print)
 
 
 def settings(source, samples, counts, length=32):
-    own = CalibrationSettings(str(source), parse_mixture(str(source)), samples, length, 0, None, samples_given=True)
-    return [replace(own, samples=count, split=split) for count, split in zip(counts, SPLITS, strict=True)]
+    own = CalibrationSettings(
+        str(source), parse_mixture(str(source)), samples, length, 0, None, samples_given=True
+    )
+    return [
+        replace(own, samples=count, split=split)
+        for count, split in zip(counts, SPLITS, strict=True)
+    ]
 
 
 def test_a_split_too_small_for_every_source_leaves_some_out(tmp_path):
@@ -112,7 +144,11 @@ def test_a_split_too_small_for_every_source_leaves_some_out(tmp_path):
     mixture = f"{tmp_path / 'rain.txt'}:0.9,{tmp_path / 'sun.txt'}:0.1"
     parts = calibrate(settings(mixture, 20, (14, 4, 2)), TOKENIZER, lambda: None, ignore)
     assert [len(part.sequences) for part in parts] == [14, 4, 2]
-    assert [sum(origin.endswith("sun.txt") for origin in part.origins) for part in parts] == [1, 0, 0]
+    assert [sum(origin.endswith("sun.txt") for origin in part.origins) for part in parts] == [
+        1,
+        0,
+        0,
+    ]
 
 
 def test_the_model_writes_once_for_all_parts(tmp_path, monkeypatch):
@@ -121,9 +157,12 @@ def test_the_model_writes_once_for_all_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "generate_own_text", generate)
     splits = settings(f"{tmp_path / 'text.txt'}:0.75,self:0.25", 20, (14, 4, 2))
     parts = calibrate(splits, TOKENIZER, lambda: MODEL, ignore)
-    # Two sequences have no room for a quarter of the model's own, or half of one: it goes by the largest remainder.
+    # Two sequences have no room for a quarter of the model's own, or half of one: it goes by the
+    # largest remainder.
     assert [len(part.sequences) for part in parts] == [14, 4, 2]
-    assert [call.args[2].samples for call in generate.mock_calls] == [sum(split.counts["self"] for split in splits)]
+    assert [call.args[2].samples for call in generate.mock_calls] == [
+        sum(split.counts["self"] for split in splits)
+    ]
     rows = [tuple(row.tolist()) for part in parts for row in part.sequences]
     assert len(set(rows)) == 20
 
@@ -135,7 +174,9 @@ def test_own_text_is_cached_by_all_that_it_depends_on(monkeypatch):
 
     def texts(writer="one", **changes):
         (own, *_) = settings("self", 4, (4, 0, 0))
-        return generate_own_text(model, TOKENIZER, replace(own, writer=writer, **changes), notify=events.append)
+        return generate_own_text(
+            model, TOKENIZER, replace(own, writer=writer, **changes), notify=events.append
+        )
 
     uncached = texts(None)
     for found in (texts(), texts()):
@@ -166,4 +207,6 @@ def test_out_of_memory_fewer_sequences_are_generated(monkeypatch):
     monkeypatch.setattr(model, "forward", short_of_memory)
     assert generate_own_text(model, TOKENIZER, own, notify=events.append).shape == (8, 32)
     told = [event.text for event in events if isinstance(event, Notice)]
-    assert told == [f"Out of memory on cpu; generating {count} sequences at a time." for count in (4, 2)]
+    assert told == [
+        f"Out of memory on cpu; generating {count} sequences at a time." for count in (4, 2)
+    ]

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from sleb_cli.engine import statistics
-from sleb_cli.engine.speed.timing import WARMUP_LIMIT, Measured, draw_prompts, latencies, time_in_turn, workload_result
+from sleb_cli.engine.speed.timing import (
+    WARMUP_LIMIT,
+    Measured,
+    draw_prompts,
+    latencies,
+    time_in_turn,
+    workload_result,
+)
 from sleb_cli.engine.statistics import MIN_ROUNDS, count_outliers, median_ratio_interval
 from sleb_cli.events import Notice
 from sleb_cli.results import WarmupRecord, Workload
@@ -22,7 +29,9 @@ def workload(**changes):
 
 
 def machine(*seconds, names=("dense", "pruned")):
-    """Return models that run in no time, which of them ran, and on what; each run took the next of `seconds`."""
+    """Return models that run in no time, which of them ran, and on what; each run took the next of
+    `seconds`.
+    """
     runs, prompts = [], []
 
     def model(name):
@@ -78,7 +87,10 @@ def test_the_statistics_have_known_answers():
     assert found["tokens_per_second"] == pytest.approx(16 / 3)
     assert found["ttfts"] == (0.4, 0.8)
     assert found["itls"] == (pytest.approx((0.1, 0.2, 0.2)), pytest.approx((0.2, 0.4, 0.4)))
-    assert (found["ttft_ms"].mean, found["ttft_ms"].median) == (pytest.approx(600), pytest.approx(600))
+    assert (found["ttft_ms"].mean, found["ttft_ms"].median) == (
+        pytest.approx(600),
+        pytest.approx(600),
+    )
     assert found["tpot_ms"].mean == pytest.approx(250)
     assert (found["itl_ms"].median, found["itl_ms"].p90) == (pytest.approx(200), pytest.approx(400))
     assert found["e2el_ms"].p99 == pytest.approx(1990)
@@ -92,7 +104,8 @@ def test_the_first_token_of_a_prompt_is_its_end():
 
 
 @pytest.mark.parametrize(
-    ("sample", "expected"), [([1, 2, 3, 4, 5], 0), ([1, 1, 1, 1, 9], 1), ([0, 10, 10.1, 10.2, 10.3, 30], 2), ([3], 0)]
+    ("sample", "expected"),
+    [([1, 2, 3, 4, 5], 0), ([1, 1, 1, 1, 9], 1), ([0, 10, 10.1, 10.2, 10.3, 30], 2), ([3], 0)],
 )
 def test_outliers_lie_beyond_the_fences(sample, expected):
     assert count_outliers(sample) == expected
@@ -118,7 +131,9 @@ def rounds(kind, count, rng, ratio=1.0):
     return times[:, 0] * ratio, times[:, 1]
 
 
-@pytest.mark.parametrize("kind", ["independent", "correlated", "long phases", "a slow drift", "spikes"])
+@pytest.mark.parametrize(
+    "kind", ["independent", "correlated", "long phases", "a slow drift", "spikes"]
+)
 @pytest.mark.parametrize("runs", [10, 20])
 def test_a_model_is_as_fast_as_itself_in_19_of_20_intervals(kind, runs, monkeypatch):
     monkeypatch.setattr(statistics, "RESAMPLES", 999)
@@ -131,7 +146,9 @@ def test_a_model_is_as_fast_as_itself_in_19_of_20_intervals(kind, runs, monkeypa
 
 def test_a_real_speedup_is_told_from_none():
     rng = np.random.default_rng(0)
-    intervals = [median_ratio_interval(*rounds("correlated", 10, rng, ratio=1.2)) for _ in range(50)]
+    intervals = [
+        median_ratio_interval(*rounds("correlated", 10, rng, ratio=1.2)) for _ in range(50)
+    ]
     assert all(found.low > 1 for found in intervals)
 
 
@@ -146,12 +163,17 @@ def test_an_interval_is_reproducible_and_needs_enough_rounds():
 def test_a_speedup_is_over_the_dense_runs_of_the_same_rounds():
     def measured(warmup, seconds):
         done = {removals: TimedRun(value) for removals, value in seconds.items()}
-        return Measured(WarmupRecord(runs=warmup, deviation=warmup / 100, stable=warmup < 5), [done] * 2)
+        return Measured(
+            WarmupRecord(runs=warmup, deviation=warmup / 100, stable=warmup < 5), [done] * 2
+        )
 
     pairs = [measured(3, {(): 2, (3,): 1}), measured(9, {(): 6, (3, 4): 2})]
     one = workload(name="prompt", new_tokens=0)
     found = workload_result(one, pairs, {}, engine_version=None, attention=None)
     assert found.dense.e2els == (2, 2, 6, 6)
-    assert [(timing.removals, timing.speedup) for timing in found.pruned] == [((3,), 2), ((3, 4), 3)]
+    assert [(timing.removals, timing.speedup) for timing in found.pruned] == [
+        ((3,), 2),
+        ((3, 4), 3),
+    ]
     assert (found.warmup.runs, found.warmup.deviation, found.warmup.stable) == (9, 0.09, False)
     assert found.pruned[0].interval is found.dense.memory is None

@@ -16,7 +16,9 @@ IDS = torch.randint(320, (3, 20), generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="module", params=[True, False], ids=["fork", "whole passes"])
 def scored(request):
-    """A model and the same without block 2 on random tokens: log-probabilities, and the scores of both."""
+    """A model and the same without block 2 on random tokens: log-probabilities, and the scores of
+    both.
+    """
     model = random_model(llama_config())
     with torch.inference_mode(), SkippableModel(model, model.model.layers) as skippable:
         log_p = [skippable.logits(IDS, removed)[:, :-1].log_softmax(-1) for removed in ((), (2,))]
@@ -30,7 +32,9 @@ def test_each_score_is_that_of_whole_logits(scored):
     (p, q), *scores = scored
     for log_p, found in zip((p, q), scores, strict=True):
         torch.testing.assert_close(found["nll"], -log_p.gather(-1, IDS[:, 1:, None])[..., 0])
-    torch.testing.assert_close(scores[1]["divergence"], kl_div(q, p, log_target=True, reduction="none").sum(-1))
+    torch.testing.assert_close(
+        scores[1]["divergence"], kl_div(q, p, log_target=True, reduction="none").sum(-1)
+    )
     assert torch.equal(scores[1]["same_top"], p.argmax(-1) == q.argmax(-1))
     # Half of what two distributions differ by is what neither has of the other.
     torch.testing.assert_close(scores[1]["accepted"], 1 - (p.exp() - q.exp()).abs().sum(-1) / 2)
@@ -48,7 +52,9 @@ def test_the_divergence_is_summarized_over_the_counted_tokens(scored):
     assert found.p90 == pytest.approx(float(values.quantile(0.9)))
     assert found.maximum == float(values.max())
     change = (-pruned["nll"]).exp() - (-dense["nll"]).exp()
-    assert found.probability_change_rms == pytest.approx(float(change.square().mean().sqrt()), rel=1e-4)
+    assert found.probability_change_rms == pytest.approx(
+        float(change.square().mean().sqrt()), rel=1e-4
+    )
     for name in ("same_top", "accepted"):
         assert getattr(found, name) == pytest.approx(float(pruned[name].double().mean()))
     # Three observations of equal size: the ordinary standard error of three means.

@@ -2,7 +2,14 @@
 
 import pytest
 
-from sleb_cli.units import format_bytes, format_change, format_count, in_shell, parse_bytes, parse_count
+from sleb_cli.units import (
+    format_bytes,
+    format_change,
+    format_count,
+    in_shell,
+    parse_bytes,
+    parse_count,
+)
 from sleb_plugins import UsageError
 
 SIZES = {
@@ -20,8 +27,16 @@ def test_quantities_are_read_as_people_write_them(parse, quantities):
 @pytest.mark.parametrize(
     ("parse", "what", "texts"),
     [
-        (parse_bytes, "size", ["", "much", "0", "-1GB", "5XB", "GB", "3 apples", "5GB or so", "5i"]),
-        (parse_count, "number of parameters", ["", "B", "-1B", "0", "nan", "inf", "1.2GiB", "many"]),
+        (
+            parse_bytes,
+            "size",
+            ["", "much", "0", "-1GB", "5XB", "GB", "3 apples", "5GB or so", "5i"],
+        ),
+        (
+            parse_count,
+            "number of parameters",
+            ["", "B", "-1B", "0", "nan", "inf", "1.2GiB", "many"],
+        ),
     ],
 )
 def test_text_that_is_no_quantity_is_refused(parse, what, texts):
@@ -31,8 +46,28 @@ def test_text_that_is_no_quantity_is_refused(parse, what, texts):
 
 
 def test_quantities_are_shown_in_short():
-    assert [format_count(n) for n in (512, 134_515_008, 1_190_000_000)] == ["512", "134.5M", "1.19B"]
-    sizes = {12: "12 B", 1500: "1.5 kB", 98_362_432: "98.4 MB", 999_700_000: "1.00 GB", 2.38e9: "2.38 GB"}
+    assert [format_count(n) for n in (512, 134_515_008, 1_190_000_000)] == [
+        "512",
+        "134.5M",
+        "1.19B",
+    ]
+    sizes = {
+        12: "12 B",
+        1500: "1.5 kB",
+        98_362_432: "98.4 MB",
+        999_700_000: "1.00 GB",
+        2.38e9: "2.38 GB",
+    }
     assert [format_bytes(size) for size in sizes] == [*sizes.values()]
-    assert [format_change(share) for share in (0.39, -0.021, 13.3, 2309)] == ["+39.0%", "-2.1%", "14.3x", "2,310x"]
-    assert [in_shell(name) for name in ("a.json", "-a", "a b", "$(x)")] == ["a.json", "./-a", "'a b'", "'$(x)'"]
+    assert [format_change(share) for share in (0.39, -0.021, 13.3, 2309)] == [
+        "+39.0%",
+        "-2.1%",
+        "14.3x",
+        "2,310x",
+    ]
+    assert [in_shell(name) for name in ("a.json", "-a", "a b", "$(x)")] == [
+        "a.json",
+        "./-a",
+        "'a b'",
+        "'$(x)'",
+    ]

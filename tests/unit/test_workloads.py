@@ -21,7 +21,12 @@ def test_a_sweep_takes_each_shape_in_turn(tiny_llama):
     found = resolve(tiny_llama, sweep=("batch=1,2 prompt=4,8", "new=2,3"), iterations=7).workloads
     assert [workload.label for workload in found] == [
         *(f"prompt {batch}x{length}" for batch in (1, 2) for length in (4, 8)),
-        *(f"generation {batch}x{length}+{new}" for batch in (1, 2) for length in (4, 8) for new in (2, 3)),
+        *(
+            f"generation {batch}x{length}+{new}"
+            for batch in (1, 2)
+            for length in (4, 8)
+            for new in (2, 3)
+        ),
     ]
     assert {workload.iterations for workload in found} == {7}
 
@@ -35,4 +40,7 @@ def test_defaults_suit_the_device_and_the_model(tiny_llama):
     (found,) = resolve(tiny_llama, heard.append, prompt=True, batch_size=3).workloads
     assert (found.label, heard) == ("prompt 3x128", [])
     assert make_workload("generation", torch.device("cuda"), None).label == "generation 64x64+128"
-    assert make_workload("prompt", torch.device("cuda"), 100, least_new_tokens=1).label == "prompt 1x99"
+    assert (
+        make_workload("prompt", torch.device("cuda"), 100, least_new_tokens=1).label
+        == "prompt 1x99"
+    )

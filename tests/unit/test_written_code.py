@@ -18,12 +18,16 @@ from sleb_cli.engine.quality import program_runner, sandbox, written_code
 from sleb_cli.engine.quality.written_code import CodeEval, is_run_by, passes, replace_code_eval
 from sleb_plugins import MachineError
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot limit what a program uses")
+pytestmark = pytest.mark.skipif(
+    sys.platform == "win32", reason="Windows cannot limit what a program uses"
+)
 
 
 @pytest.fixture(scope="session")
 def bubblewrap():
-    """Skip where bubblewrap is missing, or the kernel gives it no namespaces, as in most containers."""
+    """Skip where bubblewrap is missing, or the kernel gives it no namespaces, as in most
+    containers.
+    """
     try:
         passes("", "confined")
     except MachineError as error:
@@ -57,7 +61,10 @@ BUSY = "import time\nwhile time.process_time() < {}: pass"
         ("print('\\ud800')", False),
         ("import numpy; assert numpy.ones(3).sum() == 3", True),
         ("import multiprocessing; assert multiprocessing.Pool(2).map(abs, [-1]) == [1]", True),
-        ("import os, pathlib; assert pathlib.Path.home() == pathlib.Path.cwd(); open('x', 'w')", True),
+        (
+            "import os, pathlib; assert pathlib.Path.home() == pathlib.Path.cwd(); open('x', 'w')",
+            True,
+        ),
     ],
 )
 def test_a_program_passes_if_it_ends_without_error(program, is_right, how):
@@ -71,7 +78,9 @@ def set_in_runner(monkeypatch, tmp_path):
     """Set a constant of the program that runs programs."""
 
     def set_in_runner(name, value):
-        code, count = re.subn(f"(?m)^{name} = .*$", f"{name} = {value}", written_code.PROGRAM_RUNNER.read_text())
+        code, count = re.subn(
+            f"(?m)^{name} = .*$", f"{name} = {value}", written_code.PROGRAM_RUNNER.read_text()
+        )
         assert count == 1
         monkeypatch.setattr(written_code, "PROGRAM_RUNNER", tmp_path / "program_runner.py")
         written_code.PROGRAM_RUNNER.write_text(code)
@@ -102,11 +111,16 @@ def test_sleep_is_a_failure_and_waiting_for_a_processor_is_not(set_in_runner, ho
 def test_a_program_that_got_no_processor_runs_again_alone(monkeypatch, how):
     monkeypatch.setattr(written_code, "SECONDS", 1.0)
     busy = "import time; time.sleep(5)"
-    with patch.object(CodeEval, "how", how), pytest.raises(MachineError, match=r"too busy .* in 1 seconds, alone"):
+    with (
+        patch.object(CodeEval, "how", how),
+        pytest.raises(MachineError, match=r"too busy .* in 1 seconds, alone"),
+    ):
         CodeEval().compute(["", ""], [["x = 1"], [busy]], k=[1])
     answers = iter([True, None, None, False, True, False])
     tried = []
-    monkeypatch.setattr(written_code, "passes", lambda program, how: tried.append(program) or next(answers))
+    monkeypatch.setattr(
+        written_code, "passes", lambda program, how: tried.append(program) or next(answers)
+    )
     monkeypatch.setattr(written_code, "usable_processors", lambda: 1)
     with patch.object(CodeEval, "how", how):
         found = CodeEval().compute(["t"] * 4, [["a"], ["b"], ["c"], ["d"]], k=[1])[1]
@@ -124,7 +138,10 @@ def outside(tmp_path):
         socket.create_server(("127.0.0.1", 0)) as server,
         subprocess.Popen(["sleep", "600"], env={"TOKEN": "secret"}) as process,
     ):
-        spaces = [str(Path("/proc/self/ns", name).readlink()) for name in ("ipc", "mnt", "net", "pid", "user")]
+        spaces = [
+            str(Path("/proc/self/ns", name).readlink())
+            for name in ("ipc", "mnt", "net", "pid", "user")
+        ]
         port = server.getsockname()[1]
         yield {"file": str(file), "port": port, "process": process.pid, "spaces": spaces}
         alive = process.poll() is None
@@ -171,7 +188,9 @@ def test_a_virtual_environment_is_read_only_wherever_it_lies(monkeypatch, place)
         Path(environment, "file").write_text("as it was")
         monkeypatch.setattr(sandbox, "VISIBLE_PATHS", (*sandbox.VISIBLE_PATHS, environment))
         Path(environment).chmod(0o755)  # root's programs are nobody's
-        assert passes(f"assert open('{environment}/file').read() == 'as it was'; open('x', 'w')", "confined")
+        assert passes(
+            f"assert open('{environment}/file').read() == 'as it was'; open('x', 'w')", "confined"
+        )
         assert passes(f"open('{environment}/file', 'w')", "confined") is False
         assert passes(f"open('{environment}/new', 'w')", "confined") is False
 
@@ -189,8 +208,12 @@ def test_nothing_that_a_program_started_stays(set_in_runner, tmp_path):
         "import os\nwhile True: os.fork()",
     ]
     assert [passes(attack, "confined") for attack in attacks] == [True, False, False, False]
-    assert passes(f"import os\nif not os.fork():\n    os.execv('/bin/sleep', [{mark!r}, '60'])", "unconfined")
-    left = [each for each in psutil.process_iter(["cmdline"]) if mark in (each.info["cmdline"] or ())]
+    assert passes(
+        f"import os\nif not os.fork():\n    os.execv('/bin/sleep', [{mark!r}, '60'])", "unconfined"
+    )
+    left = [
+        each for each in psutil.process_iter(["cmdline"]) if mark in (each.info["cmdline"] or ())
+    ]
     assert psutil.wait_procs(left, timeout=10)[1] == []  # what was killed may take a moment
 
 
@@ -219,7 +242,11 @@ def test_no_program_runs_where_bubblewrap_may_not_confine_it(monkeypatch, tmp_pa
 
 def test_macos_confines_nothing_and_cannot_tell_sleep_from_work(monkeypatch, tmp_path):
     monkeypatch.setattr(written_code, "PROGRAM_RUNNER", tmp_path / "program_runner.py")
-    code = Path(program_runner.__file__).read_text().replace("import sys\n", "import sys; sys.platform = 'darwin'\n")
+    code = (
+        Path(program_runner.__file__)
+        .read_text()
+        .replace("import sys\n", "import sys; sys.platform = 'darwin'\n")
+    )
     written_code.PROGRAM_RUNNER.write_text(code)
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(MachineError, match="needs bubblewrap"):

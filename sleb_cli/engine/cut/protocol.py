@@ -1,6 +1,8 @@
-"""What writing, proving and describing a result must know of a cut, the removal of parts of one kind.
+"""What writing, proving and describing a result must know of a cut, the removal of parts of one
+kind.
 
-A cut names parts as in the model that the cuts before it left: blocks go first. By default, a method changes nothing.
+A cut names parts as in the model that the cuts before it left: blocks go first. By default, a
+method changes nothing.
 """
 
 from __future__ import annotations
@@ -27,14 +29,17 @@ class Removal:
     """What cuts of checkpoints and of GGUF files share.
 
     Attributes:
-        removals: the blocks that no longer run, in the order of their removal, which the dense model skips.
+        removals: the blocks that no longer run, in the order of their removal, which the dense
+            model skips.
     """
 
     removals: tuple[int, ...] = ()
 
     @property
     def steps(self) -> Removals:
-        """Its name among the sizes of a plan: the removed blocks, or positions in the order of other parts."""
+        """Its name among the sizes of a plan: the removed blocks, or positions in the order of
+        other parts.
+        """
         return self.removals
 
     @property
@@ -53,7 +58,9 @@ class Removal:
         return ()
 
     def record(self, sizes: Mapping[str, tuple[int, int]]) -> Mapping[str, CutRecord]:
-        """Return its entry in results, under its key there; `sizes` has the model's sizes before and after."""
+        """Return its entry in results, under its key there; `sizes` has the model's sizes before
+        and after.
+        """
         return {}
 
 
@@ -77,7 +84,9 @@ class Cut(Removal, ABC):
 
     @property
     def files(self) -> Mapping[str, Any]:
-        """The contents of JSON files that the checkpoint gets, by name; None for files that it loses."""
+        """The contents of JSON files that the checkpoint gets, by name; None for files that it
+        loses.
+        """
         return {}
 
     def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -99,16 +108,22 @@ class Cut(Removal, ABC):
         """Break ties alike in both models, where rounding would choose."""
         return nullcontext()
 
-    def extra_outputs(self, model: nn.Module, *, pruned: bool) -> AbstractContextManager[Mapping[str, Tensor]]:
+    def extra_outputs(
+        self, model: nn.Module, *, pruned: bool
+    ) -> AbstractContextManager[Mapping[str, Tensor]]:
         """Name tensors that must also agree, once the model has run: logits may not show them."""
         return nullcontext({})
 
     def texts(self, tokenizer: Any) -> Iterable[str]:
-        """Yield texts that the pruned model's tokenizer must split as the dense model's, `tokenizer`, does."""
+        """Yield texts that the pruned model's tokenizer must split as the dense model's,
+        `tokenizer`, does.
+        """
         return ()
 
     def tokenizer_checks(self, pruned: Any, dense: Any, notify: Notify) -> Iterator[Check]:
-        """Compare the tokenizers of the pruned and the dense model, and yield the checks that passed."""
+        """Compare the tokenizers of the pruned and the dense model, and yield the checks that
+        passed.
+        """
         yield from ()
 
 
@@ -133,7 +148,9 @@ Tensors = Iterable[StoredTensor | NewTensor | GgufTensor]
 
 
 def cut_records(cuts: Iterable[Removal], before: Tensors, after: Tensors) -> dict[str, Any]:
-    """Return the entries of these cuts in results, by key, given a model's tensors before and after all cuts."""
+    """Return the entries of these cuts in results, by key, given a model's tensors before and after
+    all cuts.
+    """
 
     def parameters(tensors: Tensors) -> int:
         return sum(math.prod(tensor.shape) for tensor in tensors)

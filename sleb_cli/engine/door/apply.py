@@ -20,7 +20,13 @@ from sleb_cli.engine.door.named_model import resolve_subject
 from sleb_cli.engine.gguf.file import GgufFile
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.apply_gguf import default_file, prune_gguf, require_same_kind_of_model
-from sleb_cli.engine.output.checkpoint import Output, apply_recovered, apply_removals, default_folder, require_apart
+from sleb_cli.engine.output.checkpoint import (
+    Output,
+    apply_recovered,
+    apply_removals,
+    default_folder,
+    require_apart,
+)
 from sleb_cli.engine.output.proof import place_proof
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.unfinished import clear_old
@@ -59,7 +65,8 @@ def resolve_apply(
         return partial(apply_removals, subject, output, notify)
     if not subject.surgery.removals:
         raise UsageError(
-            f"{option_of(request.recoveries[0])} refits the blocks around a gap, but no block is removed.",
+            f"{option_of(request.recoveries[0])} refits the blocks around a gap, but no block is "
+            f"removed.",
             hint="Name a plan, or use --blocks 5,4,9.",
         )
     from sleb_cli.engine.door.recovery import resolve_recovery  # which imports datasets
@@ -89,20 +96,28 @@ def _report_lost_tokens(request: ApplyRequest, subject: Subject, notify: Notify)
         notify(Notice(f"The plan's text was not read: {error.message}"))
         return
     lost = 1 - float(torch.isin(text.sequences, torch.tensor(tokens)).float().mean())
-    notify(Notice(f"{lost:.1%} of the tokens in {text.record.title} go; what they spell will take more tokens."))
+    notify(
+        Notice(
+            f"{lost:.1%} of the tokens in {text.record.title} go; what they spell will take more "
+            f"tokens."
+        )
+    )
 
 
 def _output(request: ApplyRequest, path: Path, gguf: Path | None) -> Output:
     clear_old(path.absolute().parent)
     require_new_place(path, gguf, force=request.force)
-    return Output(path, request.force, verify=not request.no_verify, keep_failed=request.keep_failed)
+    return Output(
+        path, request.force, verify=not request.no_verify, keep_failed=request.keep_failed
+    )
 
 
 def _checkpoint_output(request: ApplyRequest, subject: Subject) -> Output:
     architecture = subject.architecture
     if request.dtype and architecture.is_quantized:
         raise UnsupportedModelError(
-            f"{architecture.source.id} is quantized, so its weights cannot be cast to {request.dtype}.",
+            f"{architecture.source.id} is quantized, so its weights cannot be cast to "
+            f"{request.dtype}.",
             hint="Leave out --dtype to keep them as they are.",
         )
     folder = request.output or default_folder(subject)
@@ -125,7 +140,8 @@ def _require_fitting(
             planned, count = named.plan.experts, file.count("expert_count") or 0
             if planned and planned.count != count:
                 raise PlanError(
-                    f"{named.plan.made_for.id} has {planned.count} experts in each block, but {file.path} has {count}.",
+                    f"{named.plan.made_for.id} has {planned.count} experts in each block, but "
+                    f"{file.path} has {count}.",
                     hint="Name a GGUF file of that model, from which no expert was removed.",
                 )
         elif not are_the_same(file.path, Path(named.model)):

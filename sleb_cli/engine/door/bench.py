@@ -48,7 +48,9 @@ def resolve_bench(
     engine_source = _engine_source(subject, engine, request, notify) if engine else None
     plugins = registry.behind(family=architecture.record.family, engine=request.engine)
     placement = Placement(device, dtype)
-    return Benchmark(subject, pruned, workloads, placement, plugins, request.threads, engine, engine_source)
+    return Benchmark(
+        subject, pruned, workloads, placement, plugins, request.threads, engine, engine_source
+    )
 
 
 def _engine_source(subject: Subject, engine: Engine, request: BenchRequest, notify: Notify) -> Path:
@@ -66,21 +68,29 @@ def _engine_source(subject: Subject, engine: Engine, request: BenchRequest, noti
         return Path(model.id)
     raise UsageError(
         f"{engine.name} reads GGUF files, but {model.id} is a checkpoint.",
-        hint="Name a GGUF file of the model with --source; llama.cpp's convert_hf_to_gguf.py makes one.",
+        hint="Name a GGUF file of the model with --source; llama.cpp's convert_hf_to_gguf.py makes "
+        "one.",
     )
 
 
 def _workloads(
-    request: BenchRequest, engine: Engine | None, device: torch.device, positions: int | None, notify: Notify
+    request: BenchRequest,
+    engine: Engine | None,
+    device: torch.device,
+    positions: int | None,
+    notify: Notify,
 ) -> tuple[Workload, ...]:
     """Return prompt and generation, or the one that is asked for, at every point of the sweep."""
-    # Points that differ only in their new tokens are one prompt workload, so a dict drops repetitions.
+    # Points that differ only in their new tokens are one prompt workload, so a dict drops
+    # repetitions.
     workloads: dict[Workload, None] = {}
     least = engine.least_new_tokens if engine else 0
     for name, point in product(get_args(WorkloadName), points_of(request)):
         if not getattr(point, name) and point.prompt != point.generation:
             continue
-        fields: dict[str, Any] = {field: getattr(point, field) for field in (*_SHAPE, "iterations", "warmup")}
+        fields: dict[str, Any] = {
+            field: getattr(point, field) for field in (*_SHAPE, "iterations", "warmup")
+        }
         given = {field: value for field, value in fields.items() if value is not None}
         if name == "prompt":
             given.pop("new_tokens", None)
@@ -88,5 +98,7 @@ def _workloads(
         workload = make_workload(name, device, positions, least_new_tokens=least, **given)
         workloads[workload] = None
         if device.type == "cpu" and not point.sweep and not given.keys() & {*_SHAPE}:
-            notify(Notice(f"{workload.label}: less than the paper's setting, because this is a CPU."))
+            notify(
+                Notice(f"{workload.label}: less than the paper's setting, because this is a CPU.")
+            )
     return tuple(workloads)

@@ -28,7 +28,12 @@ from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.chat import cut_answers, require_template
 from sleb_cli.engine.text.overlap import is_known
 from sleb_cli.engine.text.sources import evaluation_text
-from sleb_cli.engine.text.windows import EvaluationWindows, choose_length, cut_for_evaluation, tokens_sha256
+from sleb_cli.engine.text.windows import (
+    EvaluationWindows,
+    choose_length,
+    cut_for_evaluation,
+    tokens_sha256,
+)
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plan import CHECKPOINT_PLAN, CalibrationRecord, read_plan
 from sleb_cli.plugin_manager import Registry
@@ -61,28 +66,48 @@ def resolve_evaluation(
     batch_size, flips = parse_batch_size(request.batch_size), request.show_flips or 0
     plugins = registry.behind(family=architecture.record.family)
     return Evaluation(
-        models, tokenizer, texts, tasks, request.command("eval"), plugins, batch_size, flips, request.force
+        models,
+        tokenizer,
+        texts,
+        tasks,
+        request.command("eval"),
+        plugins,
+        batch_size,
+        flips,
+        request.force,
     )
 
 
-def _place_models(subject: Subject, request: EvalRequest, notify: Notify, group: ProcessGroup) -> Placement:
+def _place_models(
+    subject: Subject, request: EvalRequest, notify: Notify, group: ProcessGroup
+) -> Placement:
     architecture = subject.architecture
     device, device_map = choose_device(request.device), request.device_map
     stream, dtype = False if request.tasks else request.stream, request.dtype or AUTO
-    reserved = model_bytes(subject.recovered, parse_dtype(dtype, architecture.dtype)) if subject.recovered else 0
-    choose = partial(place_model, architecture, device, dtype, notify, device_map=device_map, reserved=reserved)
+    reserved = (
+        model_bytes(subject.recovered, parse_dtype(dtype, architecture.dtype))
+        if subject.recovered
+        else 0
+    )
+    choose = partial(
+        place_model, architecture, device, dtype, notify, device_map=device_map, reserved=reserved
+    )
     placement = group.from_main(lambda: choose(stream=stream))
     if subject.recovered and (placement.stream or device_map is not None):
         raise UsageError(
-            f"The weights of {subject.recovered.source.id} are not the dense model's, so both must fit on one device.",
-            hint="Leave out --stream and --device-map, or measure the folder alone: name it instead of its plan.",
+            f"The weights of {subject.recovered.source.id} are not the dense model's, so both must "
+            f"fit on one device.",
+            hint="Leave out --stream and --device-map, or measure the folder alone: name it "
+            "instead of its plan.",
         )
     return replace(placement, device=device)
 
 
 def load_requested(request: EvalRequest) -> tuple[LoadedTask, ...]:
     """Load the tasks that a request names, itself or by a preset."""
-    names = list(dict.fromkeys(name for named in request.tasks for name in PRESETS.get(named, (named,))))
+    names = list(
+        dict.fromkeys(name for named in request.tasks for name in PRESETS.get(named, (named,)))
+    )
     if not names:
         return ()
     folders = [FOLDER, *([request.include_path] if request.include_path else [])]
@@ -96,7 +121,8 @@ def load_requested(request: EvalRequest) -> tuple[LoadedTask, ...]:
             chat=request.apply_chat_template,
             batch_size=parse_batch_size(request.batch_size),
             # The variable by which Hugging Face's evaluate library is allowed to run code.
-            run_code=request.run_code or ("confined" if os.environ.get("HF_ALLOW_CODE_EVAL") == "1" else None),
+            run_code=request.run_code
+            or ("confined" if os.environ.get("HF_ALLOW_CODE_EVAL") == "1" else None),
         )
         for name in names
     )
@@ -109,10 +135,14 @@ def _read_text(
     with task(notify, f"Reading {name}"):
         text = evaluation_text(name, length)
         if not text.conversations:
-            return cut_for_evaluation(tokenizer, text, length, bos=request.bos, most=request.max_windows)
+            return cut_for_evaluation(
+                tokenizer, text, length, bos=request.bos, most=request.max_windows
+            )
         require_template(tokenizer, name)
         if request.bos:
-            raise UsageError(f"--bos does not apply to conversations, as in {name}.", hint="Leave out --bos.")
+            raise UsageError(
+                f"--bos does not apply to conversations, as in {name}.", hint="Leave out --bos."
+            )
         return cut_answers(tokenizer, text, length, request.max_windows)
 
 
@@ -132,7 +162,8 @@ def _notices(texts: Sequence[EvaluationWindows], subject: Subject) -> Iterator[s
                 yield f"{use} on {record.title}, so perplexity on {text.source} may flatter the pruned model."
     if any(windows.bos == "text" for windows in texts):
         yield (
-            "This tokenizer begins a text with BOS. As in the literature, only the first window has it; if the model "
+            "This tokenizer begins a text with BOS. As in the literature, only the first window "
+            "has it; if the model "
             "needs BOS in every window, use --bos."
         )
 

@@ -28,18 +28,24 @@ def resolve_export(
     registry: Registry,
     notify: Notify,
 ) -> tuple[Pruning, Path | None]:
-    """Describe the model or the plans for the format; return also the output file, or None to print."""
+    """Describe the model or the plans for the format; return also the output file, or None to
+    print.
+    """
     (named, *others), subject = asked, None
     if source:
         from sleb_cli.engine.door.named_model import resolve_subject  # which imports torch
 
         subject = resolve_subject(named, source, registry, notify)
     pruning = _pruning(request, named, subject, notify)
-    reads_gguf = exporter.uses_source and pruning.source_file  # whose metadata the format reads itself
+    reads_gguf = (
+        exporter.uses_source and pruning.source_file
+    )  # whose metadata the format reads itself
     if subject and exporter.only_counts and not reads_gguf:
         _require_only_count_changes(subject, exporter, pruning.model)
     if not (pruning.removals or named.others):
-        raise UsageError("Nothing to export: no block is removed.", hint="Name a plan, or use --blocks.")
+        raise UsageError(
+            "Nothing to export: no block is removed.", hint="Name a plan, or use --blocks."
+        )
     output = request.output
     if output is None and exporter.ending:
         output = sibling(pruning.plan_file or Path(Path(pruning.model).name), exporter.ending)
@@ -49,18 +55,24 @@ def resolve_export(
 
 
 def _require_only_count_changes(subject: Subject, exporter: Exporter, model: str) -> None:
-    """Check that renumbering the blocks makes no per-block setting wrong: the other tool corrects none."""
+    """Check that renumbering the blocks makes no per-block setting wrong: the other tool corrects
+    none.
+    """
     from sleb_cli.engine.cut.blocks.block_cut import BlockCut  # which imports torch
 
     if others := BlockCut(subject.architecture, subject.surgery.removals).settings_of_blocks:
         raise UnsupportedModelError(
-            f"{exporter.name} would renumber the blocks of {model} but not correct {', '.join(others)}.",
+            f"{exporter.name} would renumber the blocks of {model} but not correct "
+            f"{', '.join(others)}.",
             hint="Use `sleb apply`, which corrects it.",
         )
 
 
-def _pruning(request: ExportRequest, named: NamedSubject, subject: Subject | None, notify: Notify) -> Pruning:
-    """Describe a model and its removals, with the plan and its results, without names of local folders.
+def _pruning(
+    request: ExportRequest, named: NamedSubject, subject: Subject | None, notify: Notify
+) -> Pruning:
+    """Describe a model and its removals, with the plan and its results, without names of local
+    folders.
 
     Without a subject, the model may be on another machine: then the plan says it all.
     """
@@ -79,7 +91,8 @@ def _pruning(request: ExportRequest, named: NamedSubject, subject: Subject | Non
     source = subject.architecture.source if subject else None
     own_file = Path(model.id) if source and model.id.endswith(".gguf") else None
     return Pruning(
-        # Other tools cannot resolve "demo" or our cache of converted GGUF files, so they get the folder.
+        # Other tools cannot resolve "demo" or our cache of converted GGUF files, so they get the
+        # folder.
         model=str(source.folder) if source and (own_file or model.id == DEMO) else model.id,
         revision=model.revision,
         dtype=model.dtype or dtype,

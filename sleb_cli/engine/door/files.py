@@ -1,4 +1,6 @@
-"""Resolve a name to the files of a model, before torch is imported: a mistake in it is answered at once."""
+"""Resolve a name to the files of a model, before torch is imported: a mistake in it is answered at
+once.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ if TYPE_CHECKING:
 def locate(named: NamedSubject, notify: Notify) -> ModelSource:
     """Find the named model; download or convert it the first time."""
     request = named.request
-    return locate_model(named.model, notify, revision=request.revision, trust_remote_code=request.trust_remote_code)
+    return locate_model(
+        named.model, notify, revision=request.revision, trust_remote_code=request.trust_remote_code
+    )
 
 
 def locate_to_cut(named: NamedSubject, notify: Notify) -> ModelSource | GgufFile:

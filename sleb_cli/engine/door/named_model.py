@@ -32,13 +32,19 @@ def plan_surgeries(subject: Subject, sizes: Sequence[int]) -> tuple[Surgery, ...
     return tuple(plan_surgery(subject.architecture, by_size[size - 1]) for size in sizes)
 
 
-def resolve_subject(named: NamedSubject, source: ModelSource, registry: Registry, notify: Notify) -> Subject:
+def resolve_subject(
+    named: NamedSubject, source: ModelSource, registry: Registry, notify: Notify
+) -> Subject:
     """Read the model, and plan its surgery."""
-    surgery = plan_surgery(read_model(named, source, registry, notify), named.removals, named.others)
+    surgery = plan_surgery(
+        read_model(named, source, registry, notify), named.removals, named.others
+    )
     return Subject(surgery, named.plan, named.file)
 
 
-def read_model(named: NamedSubject, source: ModelSource, registry: Registry, notify: Notify) -> Architecture:
+def read_model(
+    named: NamedSubject, source: ModelSource, registry: Registry, notify: Notify
+) -> Architecture:
     """Read the model, and check that the plan was made for it."""
     quiet_libraries()
     if named.plan is None or named.file is None or named.any_model:
@@ -61,7 +67,8 @@ def with_recovered(subject: Subject, registry: Registry, notify: Notify) -> Subj
     recovered = read_architecture(checkpoint, registry, notify)
     if recovered.text_config.vocab_size != subject.architecture.text_config.vocab_size:
         raise PlanError(
-            f"{checkpoint.id} has another vocabulary than {subject.architecture.source.id}, so their tokens cannot be "
+            f"{checkpoint.id} has another vocabulary than {subject.architecture.source.id}, so "
+            f"their tokens cannot be "
             "compared.",
             hint=f"Measure each by itself: sleb eval {checkpoint.id}.",
         )

@@ -24,7 +24,11 @@ from sleb_cli.engine.recovery.stage import HIDDEN_STATES, RecoverySettings, Stag
 from sleb_cli.engine.recovery.unfinished import Unfinished
 from sleb_cli.engine.surgery.loading import Placement, has_tokenizer, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
-from sleb_cli.engine.text.settings import CalibrationSettings, require_given_text, resolve_calibration
+from sleb_cli.engine.text.settings import (
+    CalibrationSettings,
+    require_given_text,
+    resolve_calibration,
+)
 from sleb_cli.engine.text.sources import TextSplit
 from sleb_cli.events import Notify
 from sleb_cli.requests import (
@@ -48,7 +52,10 @@ MAX_VALIDATION_TOKENS, MAX_TEST_TOKENS = 8192, 8192
 _STAGES: Mapping[str, Callable[[ApplyRequest], Stage]] = {
     "recover": lambda request: ClosedForm(),
     "heal": lambda request: Heal(
-        HealBudget(request.heal_minutes or (None if request.heal_tokens else DEFAULT_HEAL_MINUTES), request.heal_tokens)
+        HealBudget(
+            request.heal_minutes or (None if request.heal_tokens else DEFAULT_HEAL_MINUTES),
+            request.heal_tokens,
+        )
     ),
 }
 """The stage that each option asks for."""
@@ -67,7 +74,8 @@ def resolve_recovery(
             hint="Recover the model it was quantized from, and quantize the result.",
         )
     target = dtype or architecture.dtype or torch.float32
-    # Values are rounded to what every file can hold, which may be narrower than what the config says.
+    # Values are rounded to what every file can hold, which may be narrower than what the config
+    # says.
     written = [dtype] if dtype else float_dtypes(architecture.source.weights)
     stored = min([*written, target], key=lambda dtype: dtype.itemsize)
     stages = tuple(_STAGES[option](request) for option in request.recoveries)
@@ -77,12 +85,18 @@ def resolve_recovery(
     is_wider, device = placement.dtype is not target and not placement.stream, placement.device
     if is_wider and group.from_main(lambda: memory_shortage(sum(needed.values()), device)):
         placement, text, needed = place_in(dtype_name(target))  # takes half of the memory
-    on_host = placement.stream and device != CPU and memory_shortage(sum(needed.values()), device) is not None
+    on_host = (
+        placement.stream
+        and device != CPU
+        and memory_shortage(sum(needed.values()), device) is not None
+    )
     if on_host:
         _require_free(CPU, {HIDDEN_STATES: needed.pop(HIDDEN_STATES)}, stages[-1])
     _require_free(device, needed, stages[-1])
     kept_bytes = max(0, sum(stage.saved_bytes(surgery, stored) for stage in stages) - state.size)
-    return RecoverySettings(surgery, stages, placement, stored, on_host, _splits(text), state, kept_bytes)
+    return RecoverySettings(
+        surgery, stages, placement, stored, on_host, _splits(text), state, kept_bytes
+    )
 
 
 def _place_recovery(
@@ -109,14 +123,20 @@ def _place_recovery(
         )
     )
     text = _resolve_text(request, subject, stream=placement.stream)
-    if placement.rounded:  # rounded weights write other text, which must not be taken from the cache
+    if (
+        placement.rounded
+    ):  # rounded weights write other text, which must not be taken from the cache
         text = replace(text, writer=f"{text.writer} {dtype_name(placement.rounded)}")
     needed = {}
     if placement.device_map is None:  # a map spreads the model over several devices
         weights = "two blocks and what is outside of them" if placement.stream else "the model"
-        needed[weights] = model_bytes(subject.architecture, placement.dtype, stream=placement.stream)
+        needed[weights] = model_bytes(
+            subject.architecture, placement.dtype, stream=placement.stream
+        )
     for stage in stages:
-        needed |= stage.needed_bytes(subject.surgery, placement.dtype, text.samples * text.sequence_length)
+        needed |= stage.needed_bytes(
+            subject.surgery, placement.dtype, text.samples * text.sequence_length
+        )
     return replace(placement, device=device), text, needed
 
 
@@ -129,19 +149,26 @@ def _splits(text: CalibrationSettings) -> list[CalibrationSettings]:
 
 def _require_free(device: torch.device, needed: Mapping[str, int], last: Stage) -> None:
     purposes = ", ".join(f"{format_bytes(size)} for {purpose}" for purpose, size in needed.items())
-    if lacking := memory_shortage(sum(needed.values()), device, f"memory on {device.type} ({purposes})"):
+    if lacking := memory_shortage(
+        sum(needed.values()), device, f"memory on {device.type} ({purposes})"
+    ):
         raise MachineError(
             f"{last.title} needs {lacking}.",
-            hint="Use fewer --samples, leave out --heal or --recover, or use a machine with more memory.",
+            hint="Use fewer --samples, leave out --heal or --recover, or use a machine with more "
+            "memory.",
         )
 
 
 def _resolve_text(request: ApplyRequest, subject: Subject, *, stream: bool) -> CalibrationSettings:
     """Fill unset options with the defaults; fitting weights takes more text than a search."""
     architecture = subject.architecture
-    length = request.sequence_length or min(RECOVERY_LENGTH, architecture.longest_sequence or RECOVERY_LENGTH)
+    length = request.sequence_length or min(
+        RECOVERY_LENGTH, architecture.longest_sequence or RECOVERY_LENGTH
+    )
     source = request.calibration or _default_source(subject, stream=stream)
-    text = resolve_calibration(architecture, source, request.samples, length, request.seed, request.chat)
+    text = resolve_calibration(
+        architecture, source, request.samples, length, request.seed, request.chat
+    )
     if stream:
         require_given_text(text)
     if not (text.samples_given or text.source in REFERENCE_PRESETS):
@@ -149,16 +176,22 @@ def _resolve_text(request: ApplyRequest, subject: Subject, *, stream: bool) -> C
         text = replace(text, samples=max(MIN_SEQUENCES, tokens // length))
     if text.samples < MIN_SEQUENCES:
         raise DataError(
-            f"{plural(text.samples, 'sequence')} cannot be divided into training, validation and test.",
+            f"{plural(text.samples, 'sequence')} cannot be divided into training, validation and "
+            f"test.",
             hint=f"Use --samples {MIN_SEQUENCES} or more.",
         )
     return text
 
 
 def _default_source(subject: Subject, *, stream: bool) -> str:
-    """Return the default text to recover on: the plan's, if it is general, with a quarter of the model's own."""
+    """Return the default text to recover on: the plan's, if it is general, with a quarter of the
+    model's own.
+    """
     # A streamed model writes nothing, since each token would read all of its weights.
-    source, searched = subject.architecture.source, subject.plan.calibration if subject.plan else None
+    source, searched = (
+        subject.architecture.source,
+        subject.plan.calibration if subject.plan else None,
+    )
     is_chat = not stream and has_tokenizer(source) and bool(load_tokenizer(source).chat_template)
     alone = DEFAULT_CALIBRATION if stream else f"{SELF}:0.5,{SELF_CHAT}:0.5" if is_chat else SELF
     if searched is None or searched.chat:
@@ -166,7 +199,9 @@ def _default_source(subject: Subject, *, stream: bool) -> str:
     shares = parse_mixture(searched.source)
     if [*map(is_written, shares)] == [True]:
         return alone
-    is_mixed = len(shares) > 1 or "," in searched.source  # a name with a comma cannot be part of a mixture
+    is_mixed = (
+        len(shares) > 1 or "," in searched.source
+    )  # a name with a comma cannot be part of a mixture
     text = searched.source if is_mixed else next(iter(shares)).removesuffix("-sleb")
     if stream:
         return alone if any(map(is_written, shares)) else text

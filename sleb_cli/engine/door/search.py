@@ -26,14 +26,31 @@ from sleb_cli.engine.search.settings import ExpertMethod, Method, Recording, Sea
 from sleb_cli.engine.search.speedup import time_target
 from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Stop, Target, stop_at
 from sleb_cli.engine.surgery.loading import Placement
-from sleb_cli.engine.text.settings import CalibrationSettings, require_given_text, resolve_calibration
+from sleb_cli.engine.text.settings import (
+    CalibrationSettings,
+    require_given_text,
+    resolve_calibration,
+)
 from sleb_cli.engine.text.windows import choose_length
 from sleb_cli.events import Event, Notice, Notify
 from sleb_cli.plan import MetricRecord, TargetRecord
 from sleb_cli.plugin_manager import Registry
-from sleb_cli.requests import AUTO, DEFAULT_SAMPLE_TOKENS, DEFAULT_SERVE_LENGTH, SearchRequest, journal_of
+from sleb_cli.requests import (
+    AUTO,
+    DEFAULT_SAMPLE_TOKENS,
+    DEFAULT_SERVE_LENGTH,
+    SearchRequest,
+    journal_of,
+)
 from sleb_cli.units import format_bytes, format_count, plural
-from sleb_plugins import ExpertMetric, MachineError, Metric, ModelMetric, UnsupportedModelError, UsageError
+from sleb_plugins import (
+    ExpertMetric,
+    MachineError,
+    Metric,
+    ModelMetric,
+    UnsupportedModelError,
+    UsageError,
+)
 from sleb_plugins.errors import did_you_mean
 
 
@@ -46,13 +63,17 @@ def resolve_search(
     device = choose_device(request.device)
     architecture = group.main_first(lambda: _read_model(asked, source, registry, notify))
     dtype, device_map, stream = request.dtype or AUTO, request.device_map, request.stream
-    choose = partial(place_model, architecture, device, dtype, notify, device_map=device_map, stream=stream)
+    choose = partial(
+        place_model, architecture, device, dtype, notify, device_map=device_map, stream=stream
+    )
     placement = replace(group.from_main(choose), device=device)
     _require_runnable(request, metric, placement)
     text = _calibration_settings(request, architecture, placement)
     implementation = registry.metric_record(metric)
     if isinstance(metric, ExpertMetric) and request.unit == "experts":
-        method: Method | ExpertMethod = _expert_method(request, metric, implementation, architecture, notify)
+        method: Method | ExpertMethod = _expert_method(
+            request, metric, implementation, architecture, notify
+        )
     else:
         removable = Removable(architecture, _protection(request, architecture), notify)
         stop = _stop_condition(asked, removable, placement, group, notify)
@@ -60,18 +81,26 @@ def resolve_search(
         method = Method(metric, implementation, asked.strategy, removable, fast, holdout, stop)
     sample = request.sample_tokens
     if sample is None:
-        sample = 0 if placement.stream else DEFAULT_SAMPLE_TOKENS  # each token would read the whole model
+        sample = (
+            0 if placement.stream else DEFAULT_SAMPLE_TOKENS
+        )  # each token would read the whole model
     return Search(
         SearchedModel(architecture, placement, asked.memory, request.batch_size),
         text,
         method,
         extended,
-        Recording(request.plan_file, request.resume, request.options, registry.third_party(), sample),
+        Recording(
+            request.plan_file, request.resume, request.options, registry.third_party(), sample
+        ),
     )
 
 
 def resolve_comparison(
-    searches: Sequence[AskedSearch], source: ModelSource, registry: Registry, notify: Notify, group: ProcessGroup
+    searches: Sequence[AskedSearch],
+    source: ModelSource,
+    registry: Registry,
+    notify: Notify,
+    group: ProcessGroup,
 ) -> list[Search]:
     """Settle each search of a comparison."""
     notify_once = cache(notify)  # every search repeats the notices about the model
@@ -92,7 +121,8 @@ def _expert_method(
     if architecture.is_quantized:
         raise UnsupportedModelError(
             f"{architecture.source.id} is quantized, so its experts cannot be scored.",
-            hint="Search the model that it was quantized from, and use the plan on this one with --any-model.",
+            hint="Search the model that it was quantized from, and use the plan on this one with "
+            "--any-model.",
         )
     fewer, target = experts_to_remove(request, architecture, notify)
     return ExpertMethod(metric, implementation, fewer, request.holdout or 0.0, target)
@@ -109,7 +139,10 @@ def experts_to_remove(
         step *= _served_dtype(request, architecture).itemsize if name == "target_memory" else 1
         needed = math.ceil((dense - target.limit) / step)
         if needed < 1:
-            raise UsageError(f"The model is already at {target.describe(dense)}.", hint="Nothing needs to be removed.")
+            raise UsageError(
+                f"The model is already at {target.describe(dense)}.",
+                hint="Nothing needs to be removed.",
+            )
     else:
         needed = math.ceil(goal * experts.count) if name == "ratio" else int(goal)
     # Each group loses as many.
@@ -117,46 +150,83 @@ def experts_to_remove(
     limit = (experts.count - 2 * experts.active) // experts.groups * experts.groups
     if fewer > limit:
         raise UsageError(
-            f"Cannot remove {fewer} of the {experts.count} experts of each block: a token uses {experts.active}, and "
+            f"Cannot remove {fewer} of the {experts.count} experts of each block: a token uses "
+            f"{experts.active}, and "
             "at least twice as many must stay.",
-            hint=f"At most {limit} can go." if limit > 0 else "Remove blocks: leave out --unit experts.",
+            hint=f"At most {limit} can go."
+            if limit > 0
+            else "Remove blocks: leave out --unit experts.",
         )
     _note_rounding(experts, needed, fewer, notify)
     if not isinstance(target, SizeTarget):
         return fewer, None
     reached = dense - fewer * step
-    return fewer, TargetRecord(name=name, limit=target.limit, dense=dense, reached=reached, kv_cache=target.kv_cache)
+    return fewer, TargetRecord(
+        name=name, limit=target.limit, dense=dense, reached=reached, kv_cache=target.kv_cache
+    )
 
 
 def _note_rounding(experts: Experts, needed: int, fewer: int, notify: Notify) -> None:
     """Say why more experts go than were asked for, and suggest a power of two close to the rest."""
     if fewer > needed:
-        notify(Notice(f"{fewer} experts of each block go, not {needed}: as many of each of {experts.groups} groups."))
+        notify(
+            Notice(
+                f"{fewer} experts of each block go, not {needed}: as many of each of "
+                f"{experts.groups} groups."
+            )
+        )
     rest = experts.count - fewer
     power = 1 << (rest.bit_length() - 1)
     near = min((power, 2 * power), key=lambda count: abs(count - rest))
-    if rest != near and near < experts.count and abs(near - rest) <= rest / 8 and near >= 2 * experts.active:
-        notify(Notice(f"{rest} experts stay; engines have faster kernels for {near}: --remove {experts.count - near}."))
+    if (
+        rest != near
+        and near < experts.count
+        and abs(near - rest) <= rest / 8
+        and near >= 2 * experts.active
+    ):
+        notify(
+            Notice(
+                f"{rest} experts stay; engines have faster kernels for {near}: --remove "
+                f"{experts.count - near}."
+            )
+        )
 
 
 def _stop_condition(
-    asked: AskedSearch, removable: Removable, placement: Placement, group: ProcessGroup, notify: Notify
+    asked: AskedSearch,
+    removable: Removable,
+    placement: Placement,
+    group: ProcessGroup,
+    notify: Notify,
 ) -> Callable[[Any], Stop]:
     """Return a function of the dense model that says when the search ends."""
     gone = asked.extended.removals if asked.extended else ()
-    settle = partial(stop_at, removable=removable, strategy=asked.strategy, gone=gone, notify=notify)
+    settle = partial(
+        stop_at, removable=removable, strategy=asked.strategy, gone=gone, notify=notify
+    )
     name, goal = goal_of(asked.request)
     # Only a speedup has to wait for the dense model, which must be timed.
-    stop = None if name == "target_speedup" else settle(parse_target(asked.request, removable.architecture, notify))
+    stop = (
+        None
+        if name == "target_speedup"
+        else settle(parse_target(asked.request, removable.architecture, notify))
+    )
     removable.candidates(gone)  # raises now if no block can be removed
-    return lambda dense: stop or settle(time_target(float(goal), removable, placement, dense, group, notify))
+    return lambda dense: (
+        stop or settle(time_target(float(goal), removable, placement, dense, group, notify))
+    )
 
 
 def _calibration_settings(
     request: SearchRequest, architecture: Architecture, placement: Placement
 ) -> CalibrationSettings:
     text = resolve_calibration(
-        architecture, request.calibration, request.samples, request.sequence_length, request.seed, request.chat
+        architecture,
+        request.calibration,
+        request.samples,
+        request.sequence_length,
+        request.seed,
+        request.chat,
     )
     if placement.stream:  # writing each token would read the whole model
         require_given_text(text)
@@ -169,10 +239,14 @@ def _restore_settings(request: SearchRequest) -> SearchRequest:
     if not request.resume:
         return request
     before = recorded_settings(journal_of(request.plan_file), {"dtype": str, "batch_size": int})
-    return replace(request, **{name: value for name, value in before.items() if getattr(request, name) is None})
+    return replace(
+        request, **{name: value for name, value in before.items() if getattr(request, name) is None}
+    )
 
 
-def _read_model(asked: AskedSearch, source: ModelSource, registry: Registry, notify: Notify) -> Architecture:
+def _read_model(
+    asked: AskedSearch, source: ModelSource, registry: Registry, notify: Notify
+) -> Architecture:
     architecture = read_model(asked.named, source, registry, notify)
     if architecture.block_count < 2:
         blocks = plural(architecture.block_count, "block")
@@ -188,7 +262,8 @@ def _protection(request: SearchRequest, architecture: Architecture) -> Protectio
     absent = [block for block in request.protect or () if not 0 <= block < count]
     if absent:
         raise UsageError(
-            f"There is no block {absent[0]} to protect: {architecture.source.id} has {count} blocks, 0 to {count - 1}.",
+            f"There is no block {absent[0]} to protect: {architecture.source.id} has {count} "
+            f"blocks, 0 to {count - 1}.",
             hint="Blocks are numbered from 0.",
         )
     known = sorted({name for kind in kinds for name in (kind, *kind.split(", ")) if name})
@@ -199,7 +274,9 @@ def _protection(request: SearchRequest, architecture: Architecture) -> Protectio
             f"{architecture.source.id} has no blocks of kind {unknown[0]!r}.",
             hint=did_you_mean(unknown[0], known, otherwise),
         )
-    of_kind = [b for b, kind in enumerate(kinds) if {kind, *kind.split(", ")} & set(request.protect_kind)]
+    of_kind = [
+        b for b, kind in enumerate(kinds) if {kind, *kind.split(", ")} & set(request.protect_kind)
+    ]
     named = tuple(sorted({*(request.protect or ()), *of_kind}))
     return Protection(request.protect_first or 0, request.protect_last or 0, named)
 
@@ -213,7 +290,8 @@ def _require_runnable(request: SearchRequest, metric: Metric, placement: Placeme
         )
     if placement.stream and request.target_speedup is not None:
         raise MachineError(
-            "--target-speedup times the whole model, but the model is streamed block by block.", hint="Use --ratio."
+            "--target-speedup times the whole model, but the model is streamed block by block.",
+            hint="Use --ratio.",
         )
 
 
@@ -224,7 +302,9 @@ def parse_target(request: SearchRequest, architecture: Architecture, notify: Not
         blocks = architecture.block_count
         remove = math.ceil(goal * blocks) if name == "ratio" else int(goal)
         count = PerBlock(0, (1,) * blocks)
-        return SizeTarget(name, count, max(0, blocks - remove), lambda n: f"{n:g} of {blocks} blocks")
+        return SizeTarget(
+            name, count, max(0, blocks - remove), lambda n: f"{n:g} of {blocks} blocks"
+        )
     if name == "target_params":
         sizes = count_parameters(architecture)
         return SizeTarget(name, sizes, float(goal), lambda n: f"{format_count(n)} parameters")
@@ -234,18 +314,27 @@ def parse_target(request: SearchRequest, architecture: Architecture, notify: Not
 
 
 def _served_dtype(request: SearchRequest, architecture: Architecture) -> torch.dtype:
-    # The search may compute in a wider data type than the checkpoint's, on a processor without its arithmetic.
+    # The search may compute in a wider data type than the checkpoint's, on a processor without its
+    # arithmetic.
     checkpoint = parse_dtype(AUTO, architecture.dtype)
-    return min(parse_dtype(request.dtype or AUTO, checkpoint), checkpoint, key=lambda dtype: dtype.itemsize)
+    return min(
+        parse_dtype(request.dtype or AUTO, checkpoint), checkpoint, key=lambda dtype: dtype.itemsize
+    )
 
 
-def _memory_target(limit: int, request: SearchRequest, architecture: Architecture, notify: Notify) -> SizeTarget:
+def _memory_target(
+    limit: int, request: SearchRequest, architecture: Architecture, notify: Notify
+) -> SizeTarget:
     """Count the weights and the KV cache of one sequence, as served."""
     served = _served_dtype(request, architecture)
-    length = choose_length(request.serve_length, architecture, DEFAULT_SERVE_LENGTH, "--serve-length")
+    length = choose_length(
+        request.serve_length, architecture, DEFAULT_SERVE_LENGTH, "--serve-length"
+    )
     kv_cache = f"a KV cache in {dtype_name(served)} for {length} tokens"
     packed = architecture.is_quantized
-    weights = stored_bytes(architecture) if packed else count_parameters(architecture) * served.itemsize
+    weights = (
+        stored_bytes(architecture) if packed else count_parameters(architecture) * served.itemsize
+    )
     cache = cache_bytes(architecture, served, length)
     form = "packed as in the checkpoint" if packed else f"in {dtype_name(served)}"
     counted = f"the weights {form} ({format_bytes(weights.without(()))})"

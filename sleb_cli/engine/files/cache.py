@@ -12,7 +12,14 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-from sleb_cli.atomic import lock_folder, new_file, publish, remove_leftovers, scratch_folder, writing
+from sleb_cli.atomic import (
+    lock_folder,
+    new_file,
+    publish,
+    remove_leftovers,
+    scratch_folder,
+    writing,
+)
 from sleb_cli.events import Notice, Notify
 from sleb_cli.keys import Key, name_of
 from sleb_cli.names import local_path
@@ -56,7 +63,9 @@ def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
 
 
 def read_cached(kind: str, key: Key) -> Any:
-    """Read the content that `write_cached` saved under a key; None if there is none, or it is damaged."""
+    """Read the content that `write_cached` saved under a key; None if there is none, or it is
+    damaged.
+    """
     with suppress(OSError, ValueError, EOFError, zlib.error):
         return json.loads(gzip.decompress(_cached(kind, key).read_bytes()))
     return None

@@ -10,12 +10,20 @@ CONFIG = "config.json"
 QUANTIZATION_SETTINGS = (
     "quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json"
 )  # fmt: skip
-SETTINGS = (*QUANTIZATION_SETTINGS, "tokenizer_config.json", "generation_config.json", "processor_config.json")
-"""Files with settings besides `config.json`, which may name parts of the model, or local folders."""
+SETTINGS = (
+    *QUANTIZATION_SETTINGS,
+    "tokenizer_config.json",
+    "generation_config.json",
+    "processor_config.json",
+)
+"""Files with settings besides `config.json`, which may name parts of the model, or local folders.
+"""
 
 
 def map_values(settings: Mapping[str, Any], change: Callable[[str, Any], Any]) -> dict[str, Any]:
-    """Return settings with each value changed, by its key, also in nested settings and lists of them."""
+    """Return settings with each value changed, by its key, also in nested settings and lists of
+    them.
+    """
 
     def changed(key: str, value: Any) -> Any:
         if isinstance(value, Mapping):

@@ -24,9 +24,15 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise ModelError(f"{path.parent} has no {path.name}.", hint="Name a folder that holds a model.") from error
+        raise ModelError(
+            f"{path.parent} has no {path.name}.", hint="Name a folder that holds a model."
+        ) from error
     except OSError as error:
-        hint = "Change its permissions." if isinstance(error, PermissionError) else "Copy or download it again."
+        hint = (
+            "Change its permissions."
+            if isinstance(error, PermissionError)
+            else "Copy or download it again."
+        )
         raise ModelError(f"{path} cannot be read: {error.strerror or error}.", hint=hint) from error
 
 
@@ -34,8 +40,8 @@ def links_outside(path: Path, folder: Path) -> bool:
     """Whether a link leads from an entry of a model's folder to a file elsewhere."""
     # Unlike `Path.resolve`, this never raises, even on loops of links.
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    # The files of a snapshot in the Hub's cache are links to its blobs. An archive may hold folders of these names, and
-    # in place of the blobs a link.
+    # The files of a snapshot in the Hub's cache are links to its blobs. An archive may hold folders
+    # of these names, and in place of the blobs a link.
     blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
     return not any(real.is_relative_to(allowed) for allowed in (home, blobs))
 
@@ -53,7 +59,9 @@ def copy_file(source: Path, target: Path) -> None:
         copy_range(original, 0, os.fstat(original.fileno()).st_size, copy, lambda count: None)
 
 
-def copy_range(source: BinaryIO, start: int, count: int, target: BinaryIO, report: ReportBytes) -> None:
+def copy_range(
+    source: BinaryIO, start: int, count: int, target: BinaryIO, report: ReportBytes
+) -> None:
     """Append `count` bytes of `source`, from byte `start`, to `target`."""
     path = Path(source.name)
     with reading(path):
@@ -63,7 +71,8 @@ def copy_range(source: BinaryIO, start: int, count: int, target: BinaryIO, repor
             chunk = source.read(min(BUFFER_BYTES, count))
         if not chunk:
             raise ModelError(
-                f"{path} became shorter while it was read.", hint="Try again when no program writes to it."
+                f"{path} became shorter while it was read.",
+                hint="Try again when no program writes to it.",
             )
         target.write(chunk)
         report(len(chunk))

@@ -18,11 +18,14 @@ SAMPLES = 256
 _VOLATILE = ("_name_or_path", "transformers_version")
 
 
-def fingerprint_files(paths: Iterable[Path], config: dict[str, object] | None = None, *, header: int = 0) -> str:
-    """Return a SHA-256 over the config and each file's name, size, first MiB (or `header`) and samples of the rest.
+def fingerprint_files(
+    paths: Iterable[Path], config: dict[str, object] | None = None, *, header: int = 0
+) -> str:
+    """Return a SHA-256 over the config and each file's name, size, first MiB (or `header`) and
+    samples of the rest.
 
-    The start of a safetensors file lists every tensor and its offset. The 256 samples of 4 KiB at even distances change
-    with any training, but may miss an edit of single weights.
+    The start of a safetensors file lists every tensor and its offset. The 256 samples of 4 KiB at
+    even distances change with any training, but may miss an edit of single weights.
     """
     digest, head = hashlib.sha256(), max(HEAD_BYTES, header)
     if config is not None:
@@ -65,12 +68,15 @@ class Watch:
         for path, stamp in self._stamps.items():
             if _stamp(path) != stamp:
                 raise ModelError(
-                    f"{path} changed while it was read.", hint="Run the command again when no program writes to it."
+                    f"{path} changed while it was read.",
+                    hint="Run the command again when no program writes to it.",
                 )
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Refuse a result of files that changed meanwhile, and give that as the reason if the work failed."""
+        """Refuse a result of files that changed meanwhile, and give that as the reason if the work
+        failed.
+        """
         try:
             yield
         except SlebError:

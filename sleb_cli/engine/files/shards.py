@@ -1,8 +1,8 @@
 """Plan the weight files of a checkpoint from headers alone, then copy their bytes.
 
-A tensor that stays as it is is not decoded, so any data type can be copied, even an unknown one, in one buffer of
-memory. Only a tensor that is cast, is cut along another axis than the first, has a new value or comes from a pickle is
-held whole.
+A tensor that stays as it is is not decoded, so any data type can be copied, even an unknown one, in
+one buffer of memory. Only a tensor that is cast, is cut along another axis than the first, has a
+new value or comes from a pickle is held whole.
 """
 
 from __future__ import annotations
@@ -48,11 +48,15 @@ class NewTensor:
 
     @property
     def ranges(self) -> list[tuple[int, int]] | None:
-        """The offsets and sizes of its bytes in a safetensors file; None if they are not there as they are."""
+        """The offsets and sizes of its bytes in a safetensors file; None if they are not there as
+        they are.
+        """
         stored = self.stored
         if self.cast or self.value is not None or stored.start is None or len(self.slices) > 1:
             return None
-        ranges = self.slices[0].ranges(stored.shape, stored.size) if self.slices else [(0, stored.size)]
+        ranges = (
+            self.slices[0].ranges(stored.shape, stored.size) if self.slices else [(0, stored.size)]
+        )
         return ranges and [(stored.start + offset, size) for offset, size in ranges]
 
     def changed(self, value: torch.Tensor) -> torch.Tensor:
@@ -93,15 +97,28 @@ class Shard:
 
 
 def new_tensor(
-    name: str, stored: StoredTensor, dtype: torch.dtype | None, slices: tuple[Slices, ...], value: torch.Tensor | None
+    name: str,
+    stored: StoredTensor,
+    dtype: torch.dtype | None,
+    slices: tuple[Slices, ...],
+    value: torch.Tensor | None,
 ) -> NewTensor:
-    """Return the tensor under its new name, cast to `dtype` if it holds floating-point numbers of another type."""
+    """Return the tensor under its new name, cast to `dtype` if it holds floating-point numbers of
+    another type.
+    """
     before = TORCH_DTYPES.get(stored.dtype)
-    changes = dtype is not None and before is not None and before.is_floating_point and before is not dtype
+    changes = (
+        dtype is not None
+        and before is not None
+        and before.is_floating_point
+        and before is not dtype
+    )
     return NewTensor(name, stored, dtype if changes else None, slices, value)
 
 
-def plan_shards(weights: WeightFiles, tensors: Iterable[NewTensor], max_bytes: int) -> dict[str, Shard]:
+def plan_shards(
+    weights: WeightFiles, tensors: Iterable[NewTensor], max_bytes: int
+) -> dict[str, Shard]:
     """Plan files like the source's, split where one exceeds `max_bytes`; return them by name.
 
     A tensor larger than `max_bytes` gets a file of its own.
@@ -121,7 +138,10 @@ def plan_shards(weights: WeightFiles, tensors: Iterable[NewTensor], max_bytes: i
     shards = [Shard(tuple(packed), {"format": "pt"} | header.metadata) for packed, header in files]
     if len(shards) == 1:
         return {SAFETENSORS: shards[0]}
-    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
+    return {
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard
+        for number, shard in enumerate(shards, 1)
+    }
 
 
 def write_weights(folder: Path, shards: Mapping[str, Shard], notify: Notify) -> None:
@@ -138,12 +158,17 @@ def index_of(shards: Mapping[str, Shard]) -> str:
     """Return the text of the index of several weight files."""
     weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard.tensors}
     total = sum(shard.size for shard in shards.values())
-    return to_json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    return to_json(
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    )
 
 
 def _write_shard(path: Path, shard: Shard, report: ReportBytes) -> None:
-    # Widest elements first, as safetensors writes them, so that each tensor is aligned to its element size.
-    tensors = sorted(shard.tensors, key=lambda tensor: -(tensor.size // max(1, math.prod(tensor.shape))))
+    # Widest elements first, as safetensors writes them, so that each tensor is aligned to its
+    # element size.
+    tensors = sorted(
+        shard.tensors, key=lambda tensor: -(tensor.size // max(1, math.prod(tensor.shape)))
+    )
     with path.open("xb") as target:
         target.write(_header(tensors, shard.metadata))
         for source, group in groupby(tensors, key=lambda tensor: tensor.stored.path):
@@ -154,14 +179,22 @@ def _header(tensors: Sequence[NewTensor], metadata: dict[str, str]) -> bytes:
     entries: dict[str, object] = {"__metadata__": metadata}
     offsets_of_all = pairwise(accumulate((tensor.size for tensor in tensors), initial=0))
     for tensor, offsets in zip(tensors, offsets_of_all, strict=True):
-        entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": tensor.shape,
+            "data_offsets": offsets,
+        }
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the first tensor is aligned, too
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_tensors(source: Path, tensors: Sequence[NewTensor], target: BinaryIO, report: ReportBytes) -> None:
-    changed = [tensor.stored.name for tensor in tensors if tensor.ranges is None and tensor.value is None]
+def _write_tensors(
+    source: Path, tensors: Sequence[NewTensor], target: BinaryIO, report: ReportBytes
+) -> None:
+    changed = [
+        tensor.stored.name for tensor in tensors if tensor.ranges is None and tensor.value is None
+    ]
     decoded = read_tensors(source, changed)
     with reading(source):
         original = source.open("rb")
@@ -171,6 +204,10 @@ def _write_tensors(source: Path, tensors: Sequence[NewTensor], target: BinaryIO,
             for start, size in ranges or ():
                 copy_range(original, start, size, target, report)
             if ranges is None:
-                value = tensor.changed(next(decoded) if tensor.value is None else tensor.value).contiguous()
-                target.write(value.reshape(-1).view(torch.uint8).numpy().data if value.numel() else b"")
+                value = tensor.changed(
+                    next(decoded) if tensor.value is None else tensor.value
+                ).contiguous()
+                target.write(
+                    value.reshape(-1).view(torch.uint8).numpy().data if value.numel() else b""
+                )
                 report(tensor.size)

@@ -14,27 +14,43 @@ from sleb_cli.engine.files.weights import DTYPES, StoredTensor, WeightFiles, bro
 from sleb_cli.engine.third_party import prefer_disk_error, translate_errors
 from sleb_plugins import ModelError
 
-TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, (dtype, _) in DTYPES.items()}
-"""The data types of safetensors that torch has too; files may hold others, whose bytes are only copied."""
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, dtype) for name, (dtype, _) in DTYPES.items()
+}
+"""The data types of safetensors that torch has too; files may hold others, whose bytes are only
+copied.
+"""
 
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def float_dtypes(weights: WeightFiles) -> list[torch.dtype]:
-    """Return the data types of the tensors that hold floating-point numbers of two bytes or more, each once."""
-    known = (TORCH_DTYPES.get(name) for name in dict.fromkeys(tensor.dtype for tensor in weights.stored))
+    """Return the data types of the tensors that hold floating-point numbers of two bytes or more,
+    each once.
+    """
+    known = (
+        TORCH_DTYPES.get(name) for name in dict.fromkeys(tensor.dtype for tensor in weights.stored)
+    )
     return [dtype for dtype in known if dtype and dtype.is_floating_point and dtype.itemsize > 1]
 
 
-def read_all(weights: WeightFiles, names: Container[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read every tensor, or only the tensors of these names, in the files' order, one file open at a time."""
+def read_all(
+    weights: WeightFiles, names: Container[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read every tensor, or only the tensors of these names, in the files' order, one file open at
+    a time.
+    """
     for header in weights.headers:
-        to_read = [tensor.name for tensor in header.tensors if names is None or tensor.name in names]
+        to_read = [
+            tensor.name for tensor in header.tensors if names is None or tensor.name in names
+        ]
         yield from zip(to_read, read_tensors(header.path, to_read), strict=True)
 
 
 def read_tensors(path: Path, names: Sequence[str]) -> Iterator[torch.Tensor]:
-    """Read these tensors of a weight file, in this order, by the format's own library; files are memory-mapped."""
+    """Read these tensors of a weight file, in this order, by the format's own library; files are
+    memory-mapped.
+    """
     if not names:
         return
     if path.suffix != ".safetensors":
@@ -56,15 +72,21 @@ def tensors_in_pickle(path: Path) -> Iterator[StoredTensor]:
     for name, tensor in load_pickle(path, values=False).items():
         if tensor.dtype not in DTYPE_NAMES or tensor.layout is not torch.strided:
             raise ModelError(
-                f"{path} holds {name} as {tensor.dtype}, {tensor.layout}, which safetensors cannot store.",
+                f"{path} holds {name} as {tensor.dtype}, {tensor.layout}, which safetensors cannot "
+                f"store.",
                 hint="Load the model with transformers, save it again, and use that copy.",
             )
-        # The bytes of its shape, not of its storage: tensors of a pickle may share storage, or be views.
-        yield StoredTensor(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes, path, None)
+        # The bytes of its shape, not of its storage: tensors of a pickle may share storage, or be
+        # views.
+        yield StoredTensor(
+            name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes, path, None
+        )
 
 
 def load_pickle(path: Path, *, values: bool = True) -> dict[str, torch.Tensor]:
-    """Load the tensors of a pickle, memory-mapped if possible; without `values`, on the meta device."""
+    """Load the tensors of a pickle, memory-mapped if possible; without `values`, on the meta
+    device.
+    """
     unsafe = ModelError(
         f"{path} is not safe to read: it is truncated, or holds more than tensors.",
         hint="If you trust the model, convert it to safetensors; otherwise use another copy.",
@@ -73,9 +95,13 @@ def load_pickle(path: Path, *, values: bool = True) -> dict[str, torch.Tensor]:
         # `weights_only` refuses a pickle that would run code.
         mapped = values and zipfile.is_zipfile(path)
         with reading(path):
-            tensors = torch.load(path, map_location="cpu" if values else "meta", weights_only=True, mmap=mapped)
+            tensors = torch.load(
+                path, map_location="cpu" if values else "meta", weights_only=True, mmap=mapped
+            )
     if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) and not (values and tensor.is_meta)
+        isinstance(name, str)
+        and isinstance(tensor, torch.Tensor)
+        and not (values and tensor.is_meta)
         for name, tensor in tensors.items()
     ):
         raise unsafe

@@ -23,11 +23,14 @@ DTYPES = {
     "BF16": ("bfloat16", 2), "I32": ("int32", 4), "U32": ("uint32", 4), "F32": ("float32", 4), "I64": ("int64", 8),
     "U64": ("uint64", 8), "F64": ("float64", 8), "C64": ("complex64", 8),
 }  # fmt: skip
-"""Torch's name and the bytes of each data type of safetensors that torch has too; files may hold others."""
+"""Torch's name and the bytes of each data type of safetensors that torch has too; files may hold
+others.
+"""
 
 # The limit of safetensors for a header. No other JSON of a checkpoint comes near it.
 _MAX_JSON_BYTES = 100_000_000
-# Lists and objects, of which a header of a million tensors has three each; each takes some 100 bytes of memory.
+# Lists and objects, of which a header of a million tensors has three each; each takes some 100
+# bytes of memory.
 _MAX_CONTAINERS = 4_000_000
 _MAX_DEPTH = 100
 _MAX_INTEGER = 2**63 - 1
@@ -40,7 +43,9 @@ def read_json(path: Path) -> dict[str, Any]:
         with reading(path), path.open("rb") as file:
             value = _parse_json(file.read(_MAX_JSON_BYTES + 1))
     except ValueError as error:
-        raise ModelError(f"{path} is not readable JSON.", hint="Copy or download the model again.") from error
+        raise ModelError(
+            f"{path} is not readable JSON.", hint="Copy or download the model again."
+        ) from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} is not a JSON object.", hint="Copy or download the model again.")
     level: list[Any] = [value]
@@ -56,7 +61,9 @@ def _children(value: Any) -> Iterable[Any]:
 
 
 def _parse_json(raw: bytes) -> Any:
-    """Parse JSON that may be hostile: every fault is a ValueError, even a number too large for Python."""
+    """Parse JSON that may be hostile: every fault is a ValueError, even a number too large for
+    Python.
+    """
     if len(raw) > _MAX_JSON_BYTES or raw.count(b"[") + raw.count(b"{") > _MAX_CONTAINERS:
         raise ValueError("too long")
     try:
@@ -100,14 +107,25 @@ class WeightFiles:
 
     @cached_property
     def headers(self) -> tuple[Header, ...]:
-        """The headers of the files. Each file is opened once; a safetensors file's values are not read."""
+        """The headers of the files.
+
+        Each file is opened once; a safetensors file's values are not read.
+        """
         return tuple(read_header(path) for path in self.paths)
 
     @property
     def stored(self) -> list[StoredTensor]:
-        """All tensors, in the files' order. If two files hold a name, the later one counts, as in transformers."""
+        """All tensors, in the files' order.
+
+        If two files hold a name, the later one counts, as in transformers.
+        """
         last = {tensor.name: tensor for header in self.headers for tensor in header.tensors}
-        return [tensor for header in self.headers for tensor in header.tensors if last[tensor.name] is tensor]
+        return [
+            tensor
+            for header in self.headers
+            for tensor in header.tensors
+            if last[tensor.name] is tensor
+        ]
 
     def tensor_names(self) -> list[str]:
         """Return the names of all tensors."""
@@ -135,8 +153,12 @@ def find_weights(folder: Path) -> WeightFiles:
 def _files_in(index: Path) -> tuple[Path, ...]:
     folder, hint = index.parent, "Copy or download the model again."
     weight_map = read_json(index).get("weight_map", {})
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ModelError(f"The weight_map of {index} does not map tensors to names of files.", hint=hint)
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) for name in weight_map.values()
+    ):
+        raise ModelError(
+            f"The weight_map of {index} does not map tensors to names of files.", hint=hint
+        )
     names = sorted(set(weight_map.values()))
     if not names:
         raise ModelError(f"{index} lists no weight files.", hint=hint)
@@ -144,10 +166,14 @@ def _files_in(index: Path) -> tuple[Path, ...]:
         outside = [name for name in names if "\0" in name or links_outside(folder / name, folder)]
         missing = [name for name in names if not (folder / name).is_file()]
     if outside:
-        raise ModelError(f"{index} names a weight file outside its folder: {outside[0]!r}.", hint=hint)
+        raise ModelError(
+            f"{index} names a weight file outside its folder: {outside[0]!r}.", hint=hint
+        )
     if missing:
         raise ModelError(
-            f"{folder} lacks {len(missing)} of its {len(names)} weight files, such as {missing[0]}.", hint=hint
+            f"{folder} lacks {len(missing)} of its {len(names)} weight files, such as "
+            f"{missing[0]}.",
+            hint=hint,
         )
     return tuple(folder / name for name in names)
 
@@ -166,7 +192,9 @@ def read_header(path: Path) -> Header:
     try:
         entries = _parse_json(raw)
         metadata = entries.pop("__metadata__", None) or {}
-        "".join([*entries, *metadata, *metadata.values()]).encode()  # raises if a name or a text is no Unicode string
+        "".join(
+            [*entries, *metadata, *metadata.values()]
+        ).encode()  # raises if a name or a text is no Unicode string
         tensors = [_stored_tensor(path, name, entry, end) for name, entry in entries.items()]
         tensors.sort(key=lambda tensor: (tensor.start, tensor.size))
         for tensor in tensors:  # no gaps, no overlaps, and nothing after the last tensor
@@ -180,8 +208,15 @@ def read_header(path: Path) -> Header:
 
 def _stored_tensor(path: Path, name: str, entry: dict[str, Any], start: int) -> StoredTensor:
     dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    _require(isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS and begin <= end)
-    _require(all(type(number) is int and 0 <= number <= _MAX_INTEGER for number in (*shape, begin, end)))
+    _require(
+        isinstance(dtype, str)
+        and isinstance(shape, list)
+        and len(shape) <= _MAX_DIMENSIONS
+        and begin <= end
+    )
+    _require(
+        all(type(number) is int and 0 <= number <= _MAX_INTEGER for number in (*shape, begin, end))
+    )
     _, item_bytes = DTYPES.get(dtype, ("", None))
     _require(item_bytes is None or math.prod(shape) * item_bytes == end - begin)
     return StoredTensor(name, dtype, tuple(shape), end - begin, path, start + begin)
@@ -194,4 +229,6 @@ def _require(condition: bool) -> None:
 
 def broken(path: Path) -> ModelError:
     """Return the error for a file of safetensors that cannot be read."""
-    return ModelError(f"{path} is truncated, or is not a safetensors file.", hint="Copy or download it again.")
+    return ModelError(
+        f"{path} is truncated, or is not a safetensors file.", hint="Copy or download it again."
+    )

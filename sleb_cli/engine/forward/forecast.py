@@ -19,13 +19,21 @@ LONG = 60.0
 MIN_PRODUCTS_PER_SECOND = 1e9
 """Of any machine; work that would be short even so is not timed."""
 SECONDS, SHARE = 0.1, 1 / 400
-"""Timing goes on to more tokens until a block takes so long on more than this share of all: each call costs time."""
+"""Timing goes on to more tokens until a block takes so long on more than this share of all: each
+call costs time.
+"""
 
 
 def announce(
-    notify: Notify, title: str, tokens: float, skippable: SkippableModel, ids: Tensor, min_tokens: float | None = None
+    notify: Notify,
+    title: str,
+    tokens: float,
+    skippable: SkippableModel,
+    ids: Tensor,
+    min_tokens: float | None = None,
 ) -> None:
-    """Announce long work, in which so many `tokens` go through a block, or at least `min_tokens` if it may end early.
+    """Announce long work, in which so many `tokens` go through a block, or at least `min_tokens` if
+    it may end early.
 
     The head counts as `head_blocks`; `ids`, [batch, positions], is a batch of the work.
     """
@@ -34,16 +42,23 @@ def announce(
         return
     if not skippable.weights.resident:  # reading streamed blocks may take longer than computing
         return
-    seconds = tokens * in_smaller_pieces(partial(_seconds_per_token, skippable, ids, tokens), ids.numel())
+    seconds = tokens * in_smaller_pieces(
+        partial(_seconds_per_token, skippable, ids, tokens), ids.numel()
+    )
     if seconds > LONG:
         device = "this CPU" if skippable.device.type == "cpu" else skippable.device
-        dtype, min_seconds = dtype_name(skippable.model.dtype), seconds * (min_tokens or tokens) / tokens
+        dtype, min_seconds = (
+            dtype_name(skippable.model.dtype),
+            seconds * (min_tokens or tokens) / tokens,
+        )
         range_of_seconds = dict.fromkeys(map(format_seconds, (min_seconds, seconds)))
         notify(Notice(f"{title} in {dtype}: about {' to '.join(range_of_seconds)} on {device}."))
 
 
 @torch.inference_mode()
-def _seconds_per_token(skippable: SkippableModel, ids: Tensor, tokens: float, batch_tokens: int) -> float:
+def _seconds_per_token(
+    skippable: SkippableModel, ids: Tensor, tokens: float, batch_tokens: int
+) -> float:
     def run() -> None:
         skippable.run_block(call, call.entering)
         synchronize(skippable.device)

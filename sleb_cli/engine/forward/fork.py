@@ -1,14 +1,16 @@
-"""The forking forward: a single walk through the blocks runs the model without each of any number of candidates.
+"""The forking forward: a single walk through the blocks runs the model without each of any number
+of candidates.
 
-To skip a block is to pass its input on, so the model without block j equals the model itself up to j. A walk carries a
-*base* branch; at a candidate's block, the candidate's branch forks off as a copy of the block's input, while the base
-goes through the block. A branch is the hidden states of one batch, [batch, positions, hidden size]. This halves the
-block work, and the rest is done once.
+To skip a block is to pass its input on, so the model without block j equals the model itself up to
+j. A walk carries a
+*base* branch; at a candidate's block, the candidate's branch forks off as a copy of the block's
+input, while the base goes through the block. A branch is the hidden states of one batch, [batch,
+positions, hidden size]. This halves the block work, and the rest is done once.
 
-Every branch goes through a block in a call of its own, in the shape in which the model would run without the candidate.
-So the numbers equal one-at-a-time skipping, bit for bit, whatever other candidates walk along and wherever the walk
-starts; only the size of a batch can change the last bits. Larger calls would gain nothing once a batch fills the
-device's matrix units.
+Every branch goes through a block in a call of its own, in the shape in which the model would run
+without the candidate. So the numbers equal one-at-a-time skipping, bit for bit, whatever other
+candidates walk along and wherever the walk starts; only the size of a batch can change the last
+bits. Larger calls would gain nothing once a batch fills the device's matrix units.
 """
 
 from __future__ import annotations
@@ -26,11 +28,12 @@ from sleb_cli.engine.forward.stores import Store, keep_on_device
 
 
 class Walk:
-    """One batch on its way through the blocks: the base branch, and the candidates' branches that forked off from it.
+    """One batch on its way through the blocks: the base branch, and the candidates' branches that
+    forked off from it.
 
-    Call `advance` for each block from `start` on, in order (`walk_together` does). Without candidates, or with BASE
-    alone, the base goes through all blocks that have a call. `watch` is called before a block runs; `keep` says how
-    many of the lowest branches to keep at a depth.
+    Call `advance` for each block from `start` on, in order (`walk_together` does). Without
+    candidates, or with BASE alone, the base goes through all blocks that have a call. `watch` is
+    called before a block runs; `keep` says how many of the lowest branches to keep at a depth.
     """
 
     def __init__(
@@ -64,7 +67,9 @@ class Walk:
         ends = {BASE: self.forks[-1]} if self.forks else {}
         begins = self.entry_depth | {block: block + 1 for block in self.forks}
         return sum(
-            begin <= block < ends.get(branch, block + 1) for branch, begin in begins.items() for block in staying
+            begin <= block < ends.get(branch, block + 1)
+            for branch, begin in begins.items()
+            for block in staying
         )
 
     def advance(self, block: int) -> None:
@@ -80,12 +85,18 @@ class Walk:
         if block not in self.removed:
             self.watch()
             for branch in [branch for branch in self.branches if branch != block]:
-                self.branches[branch] = self.store(self.skippable.run_block(self.calls[block], self.branches[branch]))
+                self.branches[branch] = self.store(
+                    self.skippable.run_block(self.calls[block], self.branches[branch])
+                )
 
     def enter(self, depth: int) -> None:
-        """Take up the branches whose kept states enter the block at `depth`, or lie behind the last block."""
+        """Take up the branches whose kept states enter the block at `depth`, or lie behind the last
+        block.
+        """
         self.branches |= {
-            branch: self.states.at[depth][branch] for branch, enters in self.entry_depth.items() if enters == depth
+            branch: self.states.at[depth][branch]
+            for branch, enters in self.entry_depth.items()
+            if enters == depth
         }
 
     def share(self, block: int) -> float:
@@ -122,7 +133,11 @@ class SizesWalk:
             if removed not in self.branches:
                 hidden = entering[removed - {block}]
                 runs = block not in size
-                hidden = self.store(self.skippable.run_block(self.calls[block], hidden)) if runs else hidden
+                hidden = (
+                    self.store(self.skippable.run_block(self.calls[block], hidden))
+                    if runs
+                    else hidden
+                )
                 self.branches[removed] = hidden
 
     def enter(self, depth: int) -> None:
@@ -133,7 +148,11 @@ def walk_together(skippable: SkippableModel, walks: Sequence[Walk | SizesWalk]) 
     """Advance walks to the end, block by block, and yield each block after all of them have run it."""
     # Block by block rather than walk by walk, so that streamed weights are read once for all walks.
     blocks = range(min(walk.start for walk in walks), len(walks[0].calls))
-    to_run = [block for block in blocks if any(block >= walk.start and block not in walk.removed for walk in walks)]
+    to_run = [
+        block
+        for block in blocks
+        if any(block >= walk.start and block not in walk.removed for walk in walks)
+    ]
     with closing(skippable.weights.visit(to_run)) as visits:
         for block in blocks:
             if block in to_run:
@@ -149,7 +168,8 @@ def walk_together(skippable: SkippableModel, walks: Sequence[Walk | SizesWalk]) 
 def fork(
     skippable: SkippableModel, ids: Tensor, removed: Collection[int], candidates: Sequence[int]
 ) -> dict[int, Tensor]:
-    """Return the hidden states that leave the last block, by the candidate left out; without candidates, by BASE.
+    """Return the hidden states that leave the last block, by the candidate left out; without
+    candidates, by BASE.
 
     The `candidates` are in ascending order; `ids` is [batch, positions].
     """

@@ -17,14 +17,19 @@ CHECKED_POSITIONS = 64
 
 
 def why_not_fork(skippable: SkippableModel, ids: Tensor) -> str | None:
-    """Compare the fork's logits with whole passes' on a few candidates and sequences; return a clause on a fault."""
+    """Compare the fork's logits with whole passes' on a few candidates and sequences; return a
+    clause on a fault.
+    """
     count = len(skippable.switches)
     if not skippable.weights.resident:
         blocks = [count // 2]  # each whole pass reads all weights
     elif count <= 2 * CHECKED_CANDIDATES:
         blocks = list(range(count))
     else:
-        blocks = [round(step * (count - 1) / (CHECKED_CANDIDATES - 1)) for step in range(CHECKED_CANDIDATES)]
+        blocks = [
+            round(step * (count - 1) / (CHECKED_CANDIDATES - 1))
+            for step in range(CHECKED_CANDIDATES)
+        ]
     try:
         few = min(CHECKED_SEQUENCES, len(ids))
         return in_smaller_pieces(lambda size: _difference(skippable, ids[:size], blocks), few)
@@ -39,7 +44,9 @@ def _difference(skippable: SkippableModel, ids: Tensor, blocks: list[int]) -> st
             return f"{list(ids.shape)} tokens become {list(hidden.shape[:-1])} states"
         # In two slices, since a search also computes logits slice by slice.
         halves = [slice(-checked, -checked // 2), slice(-checked // 2, None)]
-        forked = torch.cat([skippable.head(hidden[:, half], ids[:, half]) for half in halves], dim=1)
+        forked = torch.cat(
+            [skippable.head(hidden[:, half], ids[:, half]) for half in halves], dim=1
+        )
         plain = skippable.logits(ids, {block}, last=checked)
         if not equal_up_to_rounding(plain[:, -checked:], forked):
             return f"without block {block}, the fork's logits differ from those of the whole model"
@@ -57,6 +64,8 @@ def equal_up_to_rounding(left: Tensor, right: Tensor) -> bool:
     finite = left.isfinite()
     if not bool(finite.all()):
         same = torch.equal(finite, right.isfinite())
-        return same and (not bool(finite.any()) or equal_up_to_rounding(left[finite], right[finite]))
+        return same and (
+            not bool(finite.any()) or equal_up_to_rounding(left[finite], right[finite])
+        )
     scale = float(left.abs().max().float())
     return bool((left.float() - right.float()).abs().max() <= tolerance * scale)

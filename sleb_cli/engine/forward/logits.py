@@ -14,7 +14,9 @@ from sleb_plugins import LogitMetric
 
 
 def position_slices(ids: Tensor, positions: int) -> Iterator[slice]:
-    """Slice the predicting positions of `ids`, [batch, positions], so that a slice has at most `positions` logits."""
+    """Slice the predicting positions of `ids`, [batch, positions], so that a slice has at most
+    `positions` logits.
+    """
     step = max(1, positions // len(ids))
     last = ids.shape[1] - 1
     for start in range(0, last, step):
@@ -39,14 +41,16 @@ def score_logits(
 ) -> Tensor:
     """Return each sequence's mean score over the predicted tokens that count, float64 [batch].
 
-    `loss_mask`, bool [batch, positions], says which tokens count as targets. Logits of at most `positions` positions,
-    over all sequences, are computed at once.
+    `loss_mask`, bool [batch, positions], says which tokens count as targets. Logits of at most
+    `positions` positions, over all sequences, are computed at once.
     """
     scores, rows = [], slice(None)
     for columns in position_slices(ids, positions or ids.numel()):
         dense_slice = None if dense is None else dense[rows, columns]
         # The logits at a position predict the token after it.
-        scores.append(score_positions(metric, logits[rows, columns], ids[:, 1:][:, columns], dense_slice))
+        scores.append(
+            score_positions(metric, logits[rows, columns], ids[:, 1:][:, columns], dense_slice)
+        )
     by_token = as_float64(torch.cat(scores, dim=1))  # [batch, positions - 1]
     if loss_mask is None:
         return by_token.mean(1)
@@ -54,8 +58,12 @@ def score_logits(
     return by_token.where(targets, 0.0).sum(1) / targets.sum(1)
 
 
-def score_positions(metric: LogitMetric, logits: Tensor, targets: Tensor, dense: Tensor | None) -> Tensor:
-    """Score logits [batch, positions, vocabulary] slice by slice, and return float32 [batch, positions]."""
+def score_positions(
+    metric: LogitMetric, logits: Tensor, targets: Tensor, dense: Tensor | None
+) -> Tensor:
+    """Score logits [batch, positions, vocabulary] slice by slice, and return float32 [batch,
+    positions].
+    """
     flat, flat_targets = logits.flatten(0, 1), targets.flatten()
     flat_dense = None if dense is None else dense.flatten(0, 1)
     scores = []

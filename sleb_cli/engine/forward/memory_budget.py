@@ -21,7 +21,8 @@ class DeviceSettings:
 
     Attributes:
         head_positions: positions whose logits exist at once, in the model's data type.
-        widened_bytes: bytes of logits that are widened to float32 at a time; on a CPU, as many as stay in its caches.
+        widened_bytes: bytes of logits that are widened to float32 at a time; on a CPU, as many as
+            stay in its caches.
         tokens_per_batch: enough to fill its matrix units, few enough to stay in a CPU's caches.
         min_tokens_per_batch: fewer use it badly, so a race looks less often instead.
         share: of its free memory. Where other programs use the same memory, half of it: never swap.
@@ -37,11 +38,17 @@ class DeviceSettings:
 CPU_SETTINGS = DeviceSettings(head_positions=256, widened_bytes=2 << 20)
 MPS_SETTINGS = DeviceSettings(head_positions=512, widened_bytes=256 << 20)
 ACCELERATOR_SETTINGS = DeviceSettings(
-    tokens_per_batch=8192, min_tokens_per_batch=2048, head_positions=2048, widened_bytes=256 << 20, share=0.9
+    tokens_per_batch=8192,
+    min_tokens_per_batch=2048,
+    head_positions=2048,
+    widened_bytes=256 << 20,
+    share=0.9,
 )
 
 MIN_POSITIONS = 16
-"""Logits of at least this many positions exist at once; if memory is short, batches get fewer sequences instead."""
+"""Logits of at least this many positions exist at once; if memory is short, batches get fewer
+sequences instead.
+"""
 
 
 def settings_for(device: torch.device) -> DeviceSettings:
@@ -66,8 +73,11 @@ class MemoryBudget:
     kept_branches: int
 
     def halved(self) -> MemoryBudget | None:
-        """Return a smaller budget, reduced first where it costs the least time; None if it cannot be smaller."""
-        # These two change no digit. Fewer positions at once, or fewer sequences in a batch, can change the last bits.
+        """Return a smaller budget, reduced first where it costs the least time; None if it cannot
+        be smaller.
+        """
+        # These two change no digit. Fewer positions at once, or fewer sequences in a batch, can
+        # change the last bits.
         if self.kept_branches or self.branches > 1:
             return dataclasses.replace(self, kept_branches=0, branches=max(1, self.branches // 2))
         if self.positions > MIN_POSITIONS:
@@ -87,30 +97,44 @@ def resolve_memory_budget(
 ) -> MemoryBudget:
     """Fit a search on sequences, [sequences, positions], into `available` bytes on their device.
 
-    Unless the user chose a batch size, there are at least `min_batches` batches, as far as they keep a useful size.
+    Unless the user chose a batch size, there are at least `min_batches` batches, as far as they
+    keep a useful size.
     """
     settings, (count, length) = settings_for(sequences.device), sequences.shape
-    min_size, max_size = settings.min_tokens_per_batch // length, settings.tokens_per_batch // length
+    min_size, max_size = (
+        settings.min_tokens_per_batch // length,
+        settings.tokens_per_batch // length,
+    )
     size = min(batch_size or max(1, min(max_size, max(min_size, count // min_batches))), count)
     budget = MemoryBudget(size, settings.head_positions, branches=1, kept_branches=0)
     widened = settings.widened_bytes
-    while (needed := footprint.working_bytes(budget.sequences * length, budget.positions, widened)) > available:
+    while (
+        needed := footprint.working_bytes(budget.sequences * length, budget.positions, widened)
+    ) > available:
         smaller = budget.halved()
         if smaller is None or (batch_size is not None and smaller.sequences < size):
             raise MachineError(
-                f"{budget.sequences} sequences of {length} tokens need {format_bytes(needed)} in addition to the "
+                f"{budget.sequences} sequences of {length} tokens need {format_bytes(needed)} in "
+                f"addition to the "
                 f"model, but only {format_bytes(available)} may be used.",
-                hint="Use a smaller --batch-size or --sequence-length, a narrower --dtype, or a larger --memory.",
+                hint="Use a smaller --batch-size or --sequence-length, a narrower --dtype, or a "
+                "larger --memory.",
             )
         budget = smaller
     spare = (available - needed) // (budget.sequences * length * footprint.branch)
     branches = max(1, min(candidates, 1 + spare))
     batches = -(-count // budget.sequences)
     # While a step's branches are computed, the kept branches of the step before are still there.
-    return dataclasses.replace(budget, branches=branches, kept_branches=(spare - branches + 1) // batches // 2)
+    return dataclasses.replace(
+        budget, branches=branches, kept_branches=(spare - branches + 1) // batches // 2
+    )
 
 
-def available_memory(device: torch.device, group: ProcessGroup | None = None, limit: int | None = None) -> int:
+def available_memory(
+    device: torch.device, group: ProcessGroup | None = None, limit: int | None = None
+) -> int:
     """Return the bytes to use besides the model: `limit`, or else a share of the free memory."""
     usable = limit or int(free_bytes_per_process(device) * settings_for(device).share)
-    return min(group.gather(usable)) if group else usable  # so that all processes have the same batches
+    return (
+        min(group.gather(usable)) if group else usable
+    )  # so that all processes have the same batches

@@ -22,20 +22,32 @@ COPIES_WIDENED = 6
 
 
 def model_bytes(architecture: Architecture, dtype: torch.dtype, *, stream: bool = False) -> int:
-    """Return the bytes of the weights in this data type; packed weights take as many as in the files."""
+    """Return the bytes of the weights in this data type; packed weights take as many as in the
+    files.
+    """
     if not stream:
         return _bytes_as(dtype, *architecture.source.weights.stored)
     by_block, outside = tensors_by_block(architecture)
-    same_dtype = all(TORCH_DTYPES.get(tensor.dtype) is dtype for block in by_block for tensor in block)
+    same_dtype = all(
+        TORCH_DTYPES.get(tensor.dtype) is dtype for block in by_block for tensor in block
+    )
     taken_as_is = same_dtype and not converted_bytes(architecture, dtype)
     read = 0 if taken_as_is else max(sum(tensor.size for tensor in block) for block in by_block)
-    return _bytes_as(dtype, *outside) + 2 * max(_bytes_as(dtype, *block) for block in by_block) + read
+    return (
+        _bytes_as(dtype, *outside) + 2 * max(_bytes_as(dtype, *block) for block in by_block) + read
+    )
 
 
 def converted_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
-    """Return the bytes that transformers writes to disk if the blocks stay there and it stores weights otherwise."""
+    """Return the bytes that transformers writes to disk if the blocks stay there and it stores
+    weights otherwise.
+    """
     plans = get_model_conversion_mapping(architecture.skeleton)
-    return model_bytes(architecture, dtype) if any(isinstance(plan, WeightConverter) for plan in plans) else 0
+    return (
+        model_bytes(architecture, dtype)
+        if any(isinstance(plan, WeightConverter) for plan in plans)
+        else 0
+    )
 
 
 def states_bytes(architecture: Architecture, dtype: torch.dtype, tokens: int) -> int:
@@ -44,7 +56,9 @@ def states_bytes(architecture: Architecture, dtype: torch.dtype, tokens: int) ->
     return tokens * width * dtype.itemsize
 
 
-def tensors_by_block(architecture: Architecture) -> tuple[list[list[StoredTensor]], list[StoredTensor]]:
+def tensors_by_block(
+    architecture: Architecture,
+) -> tuple[list[list[StoredTensor]], list[StoredTensor]]:
     """Return the stored tensors of each block, and the stored tensors outside the blocks."""
     count = architecture.block_count
     names = architecture.names
@@ -54,7 +68,9 @@ def tensors_by_block(architecture: Architecture) -> tuple[list[list[StoredTensor
         block = names.block_of(tensor.name)
         if block is None:
             outside.append(tensor)
-        elif block < count:  # blocks after the last one predict further tokens, and no model loads them
+        elif (
+            block < count
+        ):  # blocks after the last one predict further tokens, and no model loads them
             by_block[block].append(tensor)
     return by_block, outside
 
@@ -70,7 +86,9 @@ def _bytes_as(dtype: torch.dtype, *tensors: StoredTensor) -> int:
 
 @dataclass(frozen=True)
 class Footprint:
-    """The bytes that one token takes: in a branch of hidden states, inside a block, as logits, and while scored."""
+    """The bytes that one token takes: in a branch of hidden states, inside a block, as logits, and
+    while scored.
+    """
 
     branch: int
     block: int
@@ -82,13 +100,16 @@ class Footprint:
 
         Logits of `positions` exist at once, and of `widened` bytes of them in float32.
         """
-        # The base, a candidate's branch and its next states; the inside of a block; a slice of logits, and its scores.
+        # The base, a candidate's branch and its next states; the inside of a block; a slice of
+        # logits, and its scores.
         scored = min(positions * self.scored, COPIES_WIDENED * widened)
         return tokens * (3 * self.branch + self.block) + positions * self.logits + scored
 
 
 def measure_footprint(skippable: SkippableModel, ids: Tensor) -> Footprint:
-    """Measure the bytes that a few tokens take; the inside of a block is estimated from its widest weight."""
+    """Measure the bytes that a few tokens take; the inside of a block is estimated from its widest
+    weight.
+    """
     entering: list[Tensor] = []
     others = range(1, len(skippable.switches))
     skippable.run_with_hook(ids, others, lambda block, before, after: entering.append(before))
@@ -100,7 +121,12 @@ def measure_footprint(skippable: SkippableModel, ids: Tensor) -> Footprint:
     hidden = entering[0]
     logits = skippable.logits(ids, range(len(skippable.switches)))
     width = hidden.shape[-1]
-    widest = max([width, *(_width(module) for switch in skippable.switches for module in switch.block.modules())])
+    widest = max(
+        [
+            width,
+            *(_width(module) for switch in skippable.switches for module in switch.block.modules()),
+        ]
+    )
     return Footprint(
         branch=hidden.nbytes // ids.numel(),
         block=4 * (8 * width + 4 * widest),
@@ -112,4 +138,6 @@ def measure_footprint(skippable: SkippableModel, ids: Tensor) -> Footprint:
 def _width(module: nn.Module) -> int:
     sizes = [max(weight.shape, default=1) for weight in module.parameters(recurse=False)]
     # Attributes come first, because packed weights have other shapes.
-    return max(getattr(module, "in_features", 0), getattr(module, "out_features", 0)) or max(sizes, default=1)
+    return max(getattr(module, "in_features", 0), getattr(module, "out_features", 0)) or max(
+        sizes, default=1
+    )

@@ -1,4 +1,6 @@
-"""Weights that accelerate keeps in CPU memory or on disk, and moves to a device while their module runs."""
+"""Weights that accelerate keeps in CPU memory or on disk, and moves to a device while their module
+runs.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,11 @@ from sleb_cli.engine.forward.block_weights import BlockWeights, aligned
 
 
 class OffloadedValues(ChainMap[str, Tensor]):
-    """The values of a model's offloaded weights by name, from which its modules take them; the stored ones come last.
+    """The values of a model's offloaded weights by name, from which its modules take them; the
+    stored ones come last.
 
-    If `align` is set, all lie at multiples of 64 bytes; otherwise, weights on disk lie as in their file.
+    If `align` is set, all lie at multiples of 64 bytes; otherwise, weights on disk lie as in their
+    file.
     """
 
     align = False
@@ -34,7 +38,9 @@ def align(model: Any) -> None:
 
 
 def offloaded_values(model: Any) -> OffloadedValues | None:
-    """Return the values of a model's offloaded weights, which from then on go through here; None if it has none."""
+    """Return the values of a model's offloaded weights, which from then on go through here; None if
+    it has none.
+    """
     hooks = [hook for module in model.modules() if (hook := _offloading_hook(module))]
     if not hooks:
         return None
@@ -46,7 +52,9 @@ def offloaded_values(model: Any) -> OffloadedValues | None:
 
 
 class OffloadedBlocks(BlockWeights):
-    """Blocks, some of whose weights are in place only while they are visited or accelerate runs them."""
+    """Blocks, some of whose weights are in place only while they are visited or accelerate runs
+    them.
+    """
 
     def __init__(self, values: OffloadedValues, blocks: Sequence[nn.Module]) -> None:
         self._values, self._blocks = values, blocks
@@ -76,7 +84,9 @@ def loaded(module: nn.Module) -> Iterator[None]:
         for submodule in module.modules():
             if hook := _offloading_hook(submodule):
                 hook.pre_forward(submodule)
-                hook.offload = False  # or accelerate would take the weights away when the module has run
+                hook.offload = (
+                    False  # or accelerate would take the weights away when the module has run
+                )
                 placed.append((submodule, hook))
         yield
     finally:

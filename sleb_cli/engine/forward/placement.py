@@ -33,9 +33,9 @@ def place_model(
 ) -> Placement:
     """Choose the data type that a model computes in, and whether its blocks are streamed.
 
-    `dtype` is a name, or auto; `cast` is the data type of the checkpoint to be written, if not the model's own. A
-    `device_map` places modules that are not all on the device. With `stream=None`, a model is streamed that does not
-    fit into memory besides the `reserved` bytes.
+    `dtype` is a name, or auto; `cast` is the data type of the checkpoint to be written, if not the
+    model's own. A `device_map` places modules that are not all on the device. With `stream=None`, a
+    model is streamed that does not fit into memory besides the `reserved` bytes.
     """
     default = cast or architecture.dtype or torch.float32
     if device_map is not None:  # which says where weights are, so that they cannot be rounded first
@@ -54,7 +54,9 @@ def place_model(
     if lacking:
         needs = f"In {dtype_name(chosen)}, {architecture.source.id} needs {lacking} on {device}."
         notify(Notice(f"{needs} Streaming its blocks from disk (--stream)."))
-    return Placement(device, chosen, bool(stream or lacking), rounded=None if cast is chosen else cast)
+    return Placement(
+        device, chosen, bool(stream or lacking), rounded=None if cast is chosen else cast
+    )
 
 
 def choose_dtype(
@@ -65,7 +67,8 @@ def choose_dtype(
     notify: Notify,
     cast: torch.dtype | None = None,
 ) -> torch.dtype:
-    """Choose the data type to compute in: for auto, the weights' own (or `cast`), or float32 where a CPU emulates it.
+    """Choose the data type to compute in: for auto, the weights' own (or `cast`), or float32 where
+    a CPU emulates it.
 
     `lack` says how much memory a data type lacks; if float32 lacks any, the weights' own is chosen.
     """
@@ -76,7 +79,10 @@ def choose_dtype(
     if lacking is None:
         return torch.float32
     notify(
-        Notice(f"This will be slow: the processor has no {dtype_name(dtype)} arithmetic, and float32 needs {lacking}.")
+        Notice(
+            f"This will be slow: the processor has no {dtype_name(dtype)} arithmetic, and float32 "
+            f"needs {lacking}."
+        )
     )
     return dtype
 
@@ -86,8 +92,12 @@ def open_dense(architecture: Architecture, placement: Placement, notify: Notify)
     if placement.stream:
         loading = f"Loading {architecture.source.id} without its blocks"
         with task(notify, loading), explain_oom(architecture.source, placement):
-            streamed = StreamedBlocks(architecture, placement.dtype, placement.device, placement.rounded)
-        return SkippableModel(streamed.model, streamed.modules, device=placement.device, weights=streamed)
+            streamed = StreamedBlocks(
+                architecture, placement.dtype, placement.device, placement.rounded
+            )
+        return SkippableModel(
+            streamed.model, streamed.modules, device=placement.device, weights=streamed
+        )
     model = load_dense(architecture, placement, notify)
     for tensor in model.state_dict().values() if placement.rounded else ():
         if tensor.is_floating_point():
@@ -100,11 +110,15 @@ def open_dense(architecture: Architecture, placement: Placement, notify: Notify)
                 hint="Use --stream, or a device with more memory.",
             )
     values, blocks = offloaded_values(model), architecture.blocks_of(model)
-    return SkippableModel(model, blocks, weights=None if values is None else OffloadedBlocks(values, list(blocks)))
+    return SkippableModel(
+        model, blocks, weights=None if values is None else OffloadedBlocks(values, list(blocks))
+    )
 
 
 def blocks_on_disk(architecture: Architecture, count: int, device: torch.device) -> DeviceMap:
-    """Return a device map of a model of `count` blocks that leaves them in their files, and all else on a device."""
+    """Return a device map of a model of `count` blocks that leaves them in their files, and all
+    else on a device.
+    """
     main = device.type if device.type in ("cpu", "mps") else device.index or 0
     path = architecture.adapter.blocks_path
     places: dict[str, int | str] = {f"{path}.{block}": "disk" for block in range(count)}

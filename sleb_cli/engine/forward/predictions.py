@@ -13,14 +13,18 @@ from sleb_cli.engine.forward.stores import SharedInputs, keep_on_device, to_cpu
 
 
 class Predictions:
-    """The logits of a batch, computed a slice of positions at a time from the states that leave the last block."""
+    """The logits of a batch, computed a slice of positions at a time from the states that leave the
+    last block.
+    """
 
     def __init__(self, skippable: SkippableModel, ids: Tensor, hidden: Tensor) -> None:
         self._skippable, self._ids, self._hidden = skippable, ids, hidden
 
     def __getitem__(self, where: tuple[slice, slice]) -> Tensor:
         """Return logits by sequences and positions, as a tensor of all logits does."""
-        return self._skippable.head(self._hidden[where].to(self._skippable.places[-1]), self._ids[where])
+        return self._skippable.head(
+            self._hidden[where].to(self._skippable.places[-1]), self._ids[where]
+        )
 
     def move_to_cpu(self) -> int:
         """Move the hidden states to host memory, and return their bytes."""
@@ -49,13 +53,17 @@ def predict_together(
 
 
 class SharedPredictions:
-    """Predictions without each of some sets of blocks, asked on the same batches for one set after the other.
+    """Predictions without each of some sets of blocks, asked on the same batches for one set after
+    the other.
 
-    The first set computes all, so that blocks that they share run once. The others wait, as hidden states in up to
-    `memory` bytes of the host; a set for which there is no room is computed when it is asked for.
+    The first set computes all, so that blocks that they share run once. The others wait, as hidden
+    states in up to `memory` bytes of the host; a set for which there is no room is computed when it
+    is asked for.
     """
 
-    def __init__(self, skippable: SkippableModel, sizes: Sequence[Collection[int]], memory: int) -> None:
+    def __init__(
+        self, skippable: SkippableModel, sizes: Sequence[Collection[int]], memory: int
+    ) -> None:
         self._skippable, self._memory = skippable, memory
         self._first, *self._later = [frozenset(size) for size in sizes]
         self._waiting: dict[tuple[frozenset[int], torch.Size, bytes], Predictions] = {}

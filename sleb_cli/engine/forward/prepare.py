@@ -10,7 +10,11 @@ from torch import Tensor
 
 from sleb_cli.engine.device import CPU
 from sleb_cli.engine.forward.fork_check import why_not_fork
-from sleb_cli.engine.forward.memory_budget import available_memory, resolve_memory_budget, settings_for
+from sleb_cli.engine.forward.memory_budget import (
+    available_memory,
+    resolve_memory_budget,
+    settings_for,
+)
 from sleb_cli.engine.forward.memory_needs import Footprint, measure_footprint
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.skipping import SkippableModel
@@ -19,8 +23,8 @@ from sleb_cli.events import Notify
 from sleb_cli.units import format_bytes
 from sleb_plugins import MachineError, UnsupportedModelError
 
-# Held by a streamed step besides the candidates': the input of the first block, the base where the next group starts,
-# the base, and the dense model's or one that is kept.
+# Held by a streamed step besides the candidates': the input of the first block, the base where the
+# next group starts, the base, and the dense model's or one that is kept.
 OTHER_BRANCHES = 4
 
 
@@ -36,18 +40,24 @@ def prepare_passes(
     checked: int | None = None,
     walks_together: bool = False,
 ) -> tuple[Passes, str | None]:
-    """Fit the passes over `sequences`, [sequences, positions], into memory; also return why walks are not shared.
+    """Fit the passes over `sequences`, [sequences, positions], into memory; also return why walks
+    are not shared.
 
-    `loss_mask`, of that shape, is as of `Passes`, and `memory` returns the bytes that may be used on a device in
-    addition to the model. The fork is checked on `checked` tokens of a sequence. With `walks_together`, all sequences
-    go through each streamed block together, so that all their states exist.
+    `loss_mask`, of that shape, is as of `Passes`, and `memory` returns the bytes that may be used
+    on a device in addition to the model. The fork is checked on `checked` tokens of a sequence.
+    With `walks_together`, all sequences go through each streamed block together, so that all their
+    states exist.
     """
     with torch.inference_mode():
         footprint = measure_footprint(skippable, sequences[:1, :2])
-        devices = dict.fromkeys([skippable.device, *skippable.places])  # in the same order in all processes
+        devices = dict.fromkeys(
+            [skippable.device, *skippable.places]
+        )  # in the same order in all processes
         available = min(map(memory, devices))
         candidates = len(skippable.switches)
-        budget = resolve_memory_budget(available, footprint, sequences, candidates, batch_size, min_batches)
+        budget = resolve_memory_budget(
+            available, footprint, sequences, candidates, batch_size, min_batches
+        )
         reason = why_not_fork(skippable, sequences[: budget.sequences, :checked])
     if reason and batch_size is None:  # all logits of a batch exist together
         fitting = available // 4 // (sequences.shape[1] * footprint.logits)
@@ -59,27 +69,38 @@ def prepare_passes(
         return passes, reason
     if reason:
         raise UnsupportedModelError(
-            f"{skippable.model.config.model_type} cannot be streamed: {reason}.", hint="Use a machine with more memory."
+            f"{skippable.model.config.model_type} cannot be streamed: {reason}.",
+            hint="Use a machine with more memory.",
         )
     return _store_all(passes, footprint, available, memory) if walks_together else passes, reason
 
 
-def _store_all(passes: Passes, footprint: Footprint, available: int, memory: Callable[[torch.device], int]) -> Passes:
-    """Choose where the hidden states of all sequences and branches wait, and how many are kept between steps."""
-    # If all candidates' states do not fit into memory, a step goes through the model with a group of them at a time.
+def _store_all(
+    passes: Passes, footprint: Footprint, available: int, memory: Callable[[torch.device], int]
+) -> Passes:
+    """Choose where the hidden states of all sequences and branches wait, and how many are kept
+    between steps.
+    """
+    # If all candidates' states do not fit into memory, a step goes through the model with a group
+    # of them at a time.
     device, skippable = passes.skippable.device, passes.skippable
     count = len(skippable.switches)
     branch_bytes = sum(batch.numel() for batch in passes.batches) * footprint.branch
     largest, widened = passes.batches[0].numel(), settings_for(device).widened_bytes
     room = available - footprint.working_bytes(largest, passes.budget.positions, widened)
-    store = to_cpu if device != CPU and room < (count + OTHER_BRANCHES) * branch_bytes else keep_on_device
+    store = (
+        to_cpu
+        if device != CPU and room < (count + OTHER_BRANCHES) * branch_bytes
+        else keep_on_device
+    )
     if store is to_cpu:
         room = memory(CPU)
     branches = room // branch_bytes - OTHER_BRANCHES
     if branches < 1:
         needed = format_bytes((1 + OTHER_BRANCHES) * branch_bytes)
         raise MachineError(
-            f"The hidden states of all sequences need {needed}, but only {format_bytes(max(0, room))} may be used.",
+            f"The hidden states of all sequences need {needed}, but only "
+            f"{format_bytes(max(0, room))} may be used.",
             hint="Use fewer --samples, a smaller --sequence-length, or a larger --memory.",
         )
     to_keep = 1 + (branches - count) // 2 if branches >= count else 0

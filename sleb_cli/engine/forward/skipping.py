@@ -1,7 +1,8 @@
 """Skip blocks of a model in memory, without touching its family's code.
 
-A block switch takes the place of `forward` on one block *instance*. The list of blocks keeps its length and order, so
-whatever the model looks up by index (masks, rotary tables, layer types) stays right.
+A block switch takes the place of `forward` on one block *instance*. The list of blocks keeps its
+length and order, so whatever the model looks up by index (masks, rotary tables, layer types) stays
+right.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from sleb_plugins.errors import explain_out_of_memory
 
 @dataclass(frozen=True)
 class Call:
-    """The inputs that a model passes to one block: hidden states, and others such as masks and rotary tables."""
+    """The inputs that a model passes to one block: hidden states, and others such as masks and
+    rotary tables.
+    """
 
     block: int
     entering: Tensor
@@ -36,13 +39,17 @@ class Call:
 
 
 class BlockSwitch:
-    """Replaces one block's `forward`: runs it, or returns its input, or returns the hidden states in `inject`.
+    """Replaces one block's `forward`: runs it, or returns its input, or returns the hidden states
+    in `inject`.
 
-    `hook` is called with the states that enter and leave and the other inputs, and `fetch` before the block runs.
-    `wraps` has a function for each class of blocks that makes hidden states a return value of theirs.
+    `hook` is called with the states that enter and leave and the other inputs, and `fetch` before
+    the block runs. `wraps` has a function for each class of blocks that makes hidden states a
+    return value of theirs.
     """
 
-    def __init__(self, block: nn.Module, wraps: dict[type[nn.Module], Callable[[Tensor], Any]]) -> None:
+    def __init__(
+        self, block: nn.Module, wraps: dict[type[nn.Module], Callable[[Tensor], Any]]
+    ) -> None:
         self.block = block
         self.skip = False
         self.inject: Tensor | None = None
@@ -56,7 +63,8 @@ class BlockSwitch:
         """Take the block's own arguments, and return what it would return."""
         entering: Tensor = args[0] if args else kwargs["hidden_states"]
         kind = type(self.block)
-        # The first block of a class runs once even if it is skipped, to find how it wraps hidden states.
+        # The first block of a class runs once even if it is skipped, to find how it wraps hidden
+        # states.
         if not self.skip or kind not in self.wraps:
             if self.fetch is not None:
                 with pass_errors_through():
@@ -73,9 +81,9 @@ class BlockSwitch:
 
 
 def _contiguous(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    # The last position of each sequence is not in one piece. In bfloat16, torch 2.13 then takes 22 s instead of 0.1 s
-    # on a CPU for 16 sequences and a vocabulary of 262,144. One sequence, which takes 0.9 s, only seems to be in one
-    # piece: it still has the strides of the whole.
+    # The last position of each sequence is not in one piece. In bfloat16, torch 2.13 then takes 22
+    # s instead of 0.1 s on a CPU for 16 sequences and a vocabulary of 262,144. One sequence, which
+    # takes 0.9 s, only seems to be in one piece: it still has the strides of the whole.
     return tuple(arg.flatten().view(arg.shape) if isinstance(arg, Tensor) else arg for arg in args)
 
 
@@ -85,7 +93,9 @@ def _hidden_states(output: Any) -> Tensor:
 
 
 def _wrapper_like(output: Any) -> Callable[[Tensor], Any]:
-    """Return a function that wraps hidden states as `output` does: alone, or first in a tuple or list."""
+    """Return a function that wraps hidden states as `output` does: alone, or first in a tuple or
+    list.
+    """
     if not isinstance(output, tuple | list):
         return lambda hidden: hidden
     # The other elements hold extras that were not requested, such as attention weights.
@@ -96,7 +106,8 @@ def _wrapper_like(output: Any) -> Callable[[Tensor], Any]:
 def _require_values(output: Tensor, what: str) -> Tensor:
     if output.is_meta:  # weights on the meta device give a shape, and no error
         raise UnsupportedModelError(
-            f"{what.capitalize()} returns a shape without values: some of its weights stayed on the meta device.",
+            f"{what.capitalize()} returns a shape without values: some of its weights stayed on "
+            f"the meta device.",
             hint="Leave out --device-map.",
         )
     return output
@@ -105,10 +116,12 @@ def _require_values(output: Tensor, what: str) -> Tensor:
 class SkippableModel:
     """A model whose blocks can be skipped; leaving the context restores it.
 
-    Every pass raises UnsupportedModelError if the family's code fails, and OutOfMemory if the device is out of memory.
+    Every pass raises UnsupportedModelError if the family's code fails, and OutOfMemory if the
+    device is out of memory.
 
-    Shapes: `ids` is [batch, positions], hidden states are [batch, positions, hidden size], logits are [batch,
-    positions, vocabulary]. The KV cache is off throughout: a skipped block would leave a hole in it.
+    Shapes: `ids` is [batch, positions], hidden states are [batch, positions, hidden size], logits
+    are [batch, positions, vocabulary]. The KV cache is off throughout: a skipped block would leave
+    a hole in it.
     """
 
     def __init__(
@@ -129,14 +142,20 @@ class SkippableModel:
         """Where each block computes."""
         configs = (model.config, model.generation_config)
         self._head_hook: RemovableHandle | None = None
-        self._cache_settings = [(config, config.use_cache) for config in configs if hasattr(config, "use_cache")]
+        self._cache_settings = [
+            (config, config.use_cache) for config in configs if hasattr(config, "use_cache")
+        ]
 
     @property
     def head_blocks(self) -> float:
         """The weights of the output embeddings, in blocks."""
         output = self.model.get_output_embeddings()
         block = sum(weight.numel() for weight in self.switches[0].block.parameters())
-        return sum(weight.numel() for weight in output.parameters()) / max(block, 1) if output is not None else 0.0
+        return (
+            sum(weight.numel() for weight in output.parameters()) / max(block, 1)
+            if output is not None
+            else 0.0
+        )
 
     def __enter__(self) -> SkippableModel:
         for switch in self.switches:
@@ -144,7 +163,9 @@ class SkippableModel:
         for config, _ in self._cache_settings:
             config.use_cache = False
         output = self.model.get_output_embeddings()
-        self._head_hook = output.register_forward_pre_hook(_contiguous) if output is not None else None
+        self._head_hook = (
+            output.register_forward_pre_hook(_contiguous) if output is not None else None
+        )
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -164,7 +185,9 @@ class SkippableModel:
             switch.inject = switch.hook = switch.fetch = None
 
     def logits(self, ids: Tensor, removed: Collection[int], *, last: int = 0) -> Tensor:
-        """Run the model without the removed blocks; with `last`, for the last positions if the family supports that."""
+        """Run the model without the removed blocks; with `last`, for the last positions if the
+        family supports that.
+        """
         self.skip(removed)
         return self._forward(ids, last=last)
 
@@ -175,10 +198,12 @@ class SkippableModel:
         hook: Callable[[int, Tensor, Tensor], None],
         start: tuple[int, Tensor] | None = None,
     ) -> None:
-        """Run the model without the removed blocks; call `hook` with each other block and its input and output.
+        """Run the model without the removed blocks; call `hook` with each other block and its input
+        and output.
 
-        `start` is a block and the hidden states that enter it: the blocks before it are not run. With a device map, all
-        states are passed on the model's device. An exception raised by `hook` is raised unchanged.
+        `start` is a block and the hidden states that enter it: the blocks before it are not run.
+        With a device map, all states are passed on the model's device. An exception raised by
+        `hook` is raised unchanged.
         """
         first = start[0] if start else 0
         self.skip({*removed, *range(first)})
@@ -186,20 +211,27 @@ class SkippableModel:
             self.switches[first - 1].inject = start[1]
         for index, switch in enumerate(self.switches):
             if index not in removed and index >= first:
-                switch.hook = lambda *states, block=index: hook(block, *(state.to(self.device) for state in states[:2]))
+                switch.hook = lambda *states, block=index: hook(
+                    block, *(state.to(self.device) for state in states[:2])
+                )
         self._forward(ids, last=1)
 
     def calls(self, ids: Tensor) -> list[Call]:
-        """Record the inputs of each block for these tokens; every block is skipped, so it costs little."""
+        """Record the inputs of each block for these tokens; every block is skipped, so it costs
+        little.
+        """
         self.skip(range(len(self.switches)))
         calls: list[Call] = []
         for index, switch in enumerate(self.switches):
-            switch.hook = lambda entering, _, *others, block=index: calls.append(Call(block, entering, *others))
+            switch.hook = lambda entering, _, *others, block=index: calls.append(
+                Call(block, entering, *others)
+            )
         self._forward(ids, last=1)
         self.skip(())
         if [call.block for call in calls] != list(range(len(self.switches))):
             raise UnsupportedModelError(
-                f"{self.model.config.model_type} calls its blocks in the order {[call.block for call in calls]}.",
+                f"{self.model.config.model_type} calls its blocks in the order "
+                f"{[call.block for call in calls]}.",
                 hint="Its blocks cannot be run on their own.",
             )
         return calls
@@ -220,33 +252,45 @@ class SkippableModel:
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """Give parameters new values by name, while the context is open."""
         parameters = {name: self.model.get_parameter(name) for name in values}
-        before = {name: parameter.data for name, parameter in parameters.items() if not parameter.is_meta}
-        with self.weights.replaced(values):  # for weights that are away now, and come with these values
+        before = {
+            name: parameter.data for name, parameter in parameters.items() if not parameter.is_meta
+        }
+        with self.weights.replaced(
+            values
+        ):  # for weights that are away now, and come with these values
             try:
                 for name in before:
-                    parameters[name].data = values[name].to(parameters[name].device, parameters[name].dtype)
+                    parameters[name].data = values[name].to(
+                        parameters[name].device, parameters[name].dtype
+                    )
                 yield
             finally:
                 for name, data in before.items():
                     parameters[name].data = data
 
     def run_block(self, call: Call, hidden: Tensor) -> Tensor:
-        """Run one block alone, as in a pass of the whole model, on hidden states of the recorded shape."""
+        """Run one block alone, as in a pass of the whole model, on hidden states of the recorded
+        shape.
+        """
         hidden = hidden.to(self.places[call.block])  # states may be held where there is more memory
         with self._translate_errors(call.entering.shape, f"block {call.block} alone"):
             output = self.switches[call.block].forward(hidden, *call.args, **call.kwargs)
             return _require_values(_hidden_states(output), f"block {call.block}")
 
     def head(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """Return the logits of hidden states that leave the last block, for a slice of positions with its `ids`."""
-        # The model itself runs, for its final norm, its head, and the family's own steps. Positions do not depend on
-        # each other there, so no logits need to exist beyond the slice.
+        """Return the logits of hidden states that leave the last block, for a slice of positions
+        with its `ids`.
+        """
+        # The model itself runs, for its final norm, its head, and the family's own steps. Positions
+        # do not depend on each other there, so no logits need to exist beyond the slice.
         self.skip(range(len(self.switches)))
         self.switches[-1].inject = hidden
         return self._forward(ids)
 
     def backward(self, states: Tensor, gradient: Tensor) -> None:
-        """Backpropagate the gradient of `states`, which a pass returned, to the trainable parameters."""
+        """Backpropagate the gradient of `states`, which a pass returned, to the trainable
+        parameters.
+        """
         with self._translate_errors(states.shape, "backwards"):
             torch.autograd.backward(states, gradient)
 
@@ -291,7 +335,9 @@ class SkippableModel:
                 hint="If the whole model runs in transformers, report the family to us.",
             )
 
-        too_large = f"{shape[0]} sequences of {shape[1]} tokens do not fit in the memory of {self.device}."
+        too_large = (
+            f"{shape[0]} sequences of {shape[1]} tokens do not fit in the memory of {self.device}."
+        )
         smaller = "Use a smaller --batch-size or --sequence-length, or --device cpu."
         with translate_errors(does_not_run), explain_out_of_memory(too_large, smaller):
             yield

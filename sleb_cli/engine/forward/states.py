@@ -1,7 +1,9 @@
-"""Hidden states that one step of a search keeps for the next, because a removal leaves them unchanged.
+"""Hidden states that one step of a search keeps for the next, because a removal leaves them
+unchanged.
 
-Below r, the model without r and j equals the model without j. So if a step's branches are kept at some depth, and
-nothing below that depth is removed, the next step starts there with all of its branches.
+Below r, the model without r and j equals the model without j. So if a step's branches are kept at
+some depth, and nothing below that depth is removed, the next step starts there with all of its
+branches.
 """
 
 from __future__ import annotations
@@ -11,30 +13,39 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-# The branch of the model as it stands; other branches are named by the candidate that they leave out.
+# The branch of the model as it stands; other branches are named by the candidate that they leave
+# out.
 BASE = -1
 
 
 class States:
-    """Hidden states of one batch, [batch, positions, hidden size], by depth (the block that they enter) and branch."""
+    """Hidden states of one batch, [batch, positions, hidden size], by depth (the block that they
+    enter) and branch.
+    """
 
     def __init__(self) -> None:
         self.at: defaultdict[int, dict[int, Tensor]] = defaultdict(dict)
 
     def deepest(self, branch: int, limit: int) -> int | None:
         """Return the greatest depth up to `limit` at which this branch is kept."""
-        depths = [depth for depth, branches in self.at.items() if depth <= limit and branch in branches]
+        depths = [
+            depth for depth, branches in self.at.items() if depth <= limit and branch in branches
+        ]
         return max(depths, default=None)
 
     def after_removal(self, block: int) -> None:
-        """Drop the states that change when `block` is removed; above it, its own branch stays, as the new base."""
+        """Drop the states that change when `block` is removed; above it, its own branch stays, as
+        the new base.
+        """
         for depth in [depth for depth in self.at if depth > block]:
             branches = self.at.pop(depth)
             if block in branches:
                 self.at[depth] = {BASE: branches[block]}
 
     def shrink(self, limit: int, useful: Sequence[int]) -> None:
-        """Keep at most `limit` branches: of the `useful` depths first, the most useful first, then of the deepest."""
+        """Keep at most `limit` branches: of the `useful` depths first, the most useful first, then
+        of the deepest.
+        """
         count = 0
         for depth in [*useful, *sorted(self.at.keys() - set(useful), reverse=True)]:
             if depth in self.at:
@@ -43,14 +54,18 @@ class States:
                     count -= len(self.at.pop(depth))
 
 
-def depths_to_keep(ranking: Sequence[int], candidates: Sequence[int], limit: int, count: int) -> dict[int, int]:
-    """Choose the depths at which to keep branches for the next step, and how many at each; the most useful come first.
+def depths_to_keep(
+    ranking: Sequence[int], candidates: Sequence[int], limit: int, count: int
+) -> dict[int, int]:
+    """Choose the depths at which to keep branches for the next step, and how many at each; the most
+    useful come first.
 
-    At most `limit` branches are kept in all. `ranking` has the best candidates, the best first, of which `count` are
-    used.
+    At most `limit` branches are kept in all. `ranking` has the best candidates, the best first, of
+    which `count` are used.
     """
-    # The next step starts at the block that this one removes, probably one of the best; without a ranking, depths are
-    # spread evenly. The first candidate's depth comes first, because no step changes the blocks below it.
+    # The next step starts at the block that this one removes, probably one of the best; without a
+    # ranking, depths are spread evenly. The first candidate's depth comes first, because no step
+    # changes the blocks below it.
     spread = candidates[:: max(1, len(candidates) // (2 * count))]
     chosen: dict[int, int] = {}
     for depth in [*candidates[:1], *(ranking[:count] or spread)]:

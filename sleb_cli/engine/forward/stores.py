@@ -1,7 +1,7 @@
 """Where hidden states wait for the next block: where they were computed, or in host memory.
 
-If blocks are streamed, a step needs the hidden states of all calibration sequences and of all branches at once, since
-its weights are read once for all of them.
+If blocks are streamed, a step needs the hidden states of all calibration sequences and of all
+branches at once, since its weights are read once for all of them.
 """
 
 from __future__ import annotations
@@ -41,14 +41,20 @@ class SharedInputs:
         self._shared: list[Tensor] = []
 
     def calls(self, ids: Tensor) -> list[Call]:
-        """Record the calls of the blocks for these tokens, with tensors of earlier calls in place of equal ones."""
+        """Record the calls of the blocks for these tokens, with tensors of earlier calls in place
+        of equal ones.
+        """
         calls, share = self._skippable.calls(ids), partial(tree_map_only, Tensor, cache(self._find))
         entering = self._store(calls[0].entering)
         return [Call(call.block, entering, share(call.args), share(call.kwargs)) for call in calls]
 
     def _find(self, value: Tensor) -> Tensor:
         for shared in self._shared:
-            if shared.shape == value.shape and shared.dtype == value.dtype and torch.equal(shared, value):
+            if (
+                shared.shape == value.shape
+                and shared.dtype == value.dtype
+                and torch.equal(shared, value)
+            ):
                 return shared
         if len(self._shared) < MAX_SHARED:
             self._shared.append(value)

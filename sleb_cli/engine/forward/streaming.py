@@ -1,11 +1,14 @@
-"""A model larger than memory: its blocks stay in the weight files, and are read one at a time as they are visited.
+"""A model larger than memory: its blocks stay in the weight files, and are read one at a time as
+they are visited.
 
-Everything outside the blocks (embeddings, final norm, head) is in memory. While one block computes, a thread reads the
-next one, so there are never more than two blocks in memory. transformers' own loader makes parameters of the tensors in
-the files, since it knows how families rename, stack and cast them.
+Everything outside the blocks (embeddings, final norm, head) is in memory. While one block computes,
+a thread reads the next one, so there are never more than two blocks in memory. transformers' own
+loader makes parameters of the tensors in the files, since it knows how families rename, stack and
+cast them.
 
-Weights come to lie at the same addresses, modulo a page, as where transformers maps the files into memory, because fast
-kernels may round differently at others: so a streamed model gives the same numbers as one in memory.
+Weights come to lie at the same addresses, modulo a page, as where transformers maps the files into
+memory, because fast kernels may round differently at others: so a streamed model gives the same
+numbers as one in memory.
 """
 
 from __future__ import annotations
@@ -47,25 +50,36 @@ def require_streamable(architecture: Architecture) -> None:
     """Refuse quantized weights, which cannot be read block by block."""
     if architecture.is_quantized:
         raise UnsupportedModelError(
-            f"{architecture.source.id} is quantized, so its weights cannot be streamed block by block.",
+            f"{architecture.source.id} is quantized, so its weights cannot be streamed block by "
+            f"block.",
             hint="Stream the original model instead, or leave out --stream.",
         )
 
 
 class StreamedBlocks(BlockWeights):
-    """The blocks of a model in its files; its parameters are on the meta device, but for the block that is visited."""
+    """The blocks of a model in its files; its parameters are on the meta device, but for the block
+    that is visited.
+    """
 
     resident = False
 
     def __init__(
-        self, architecture: Architecture, dtype: torch.dtype, device: torch.device, rounded: torch.dtype | None = None
+        self,
+        architecture: Architecture,
+        dtype: torch.dtype,
+        device: torch.device,
+        rounded: torch.dtype | None = None,
     ) -> None:
         self._architecture, self._device, self._rounded = architecture, device, rounded
-        self._stream = torch.get_device_module(device).Stream(device) if device.type in WITH_STREAMS else None
+        self._stream = (
+            torch.get_device_module(device).Stream(device) if device.type in WITH_STREAMS else None
+        )
         self._as_mapped = device == CPU
         self.model: Any = architecture.build(architecture.config, dtype)
         self.modules = architecture.blocks_of(self.model)
-        self._empty = [block.state_dict(keep_vars=True) for block in self.modules]  # on the meta device
+        self._empty = [
+            block.state_dict(keep_vars=True) for block in self.modules
+        ]  # on the meta device
         self._by_block, outside = tensors_by_block(architecture)
         self._config = LoadStateDictConfig(
             device_map={"": device},
@@ -85,7 +99,10 @@ class StreamedBlocks(BlockWeights):
                 coming = [reader.submit(self._load, block) for block in order[:1]]
                 for number, block in enumerate(order, start=1):
                     coming.pop().result()
-                    coming = [reader.submit(self._load, following) for following in order[number : number + 1]]
+                    coming = [
+                        reader.submit(self._load, following)
+                        for following in order[number : number + 1]
+                    ]
                     self._renew(block)
                     yield block
                     self._drop(block)
@@ -98,7 +115,9 @@ class StreamedBlocks(BlockWeights):
 
     @contextmanager
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Let blocks that are visited while the context is open have these values, by the model's names."""
+        """Let blocks that are visited while the context is open have these values, by the model's
+        names.
+        """
         before = self._new
         self._new = {**before, **values}
         try:
@@ -116,7 +135,9 @@ class StreamedBlocks(BlockWeights):
     def _load(self, block: int) -> None:
         self._put_in_place(self._read(self._by_block[block]))
         self.modules[block].requires_grad_(False)
-        empty = [name for name, tensor in self.modules[block].state_dict().items() if tensor.is_meta]
+        empty = [
+            name for name, tensor in self.modules[block].state_dict().items() if tensor.is_meta
+        ]
         if empty:
             raise self._misfit(f"block {block} has no {empty[0]}")
 
@@ -131,18 +152,24 @@ class StreamedBlocks(BlockWeights):
                 pickled = load_pickle(path)
                 tensors |= {tensor.name: pickled[tensor.name] for tensor in in_file}
         if self._rounded:
-            floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+            floats = {
+                name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()
+            }
             tensors |= {name: tensor.to(self._rounded) for name, tensor in floats.items()}
         if self._stream is None:
             return {name: tensor.to(self._device) for name, tensor in tensors.items()}
         # A stream of its own copies while the device computes the block before.
         with torch.get_device_module(self._device).stream(self._stream):
-            tensors = {name: tensor.to(self._device, non_blocking=True) for name, tensor in tensors.items()}
+            tensors = {
+                name: tensor.to(self._device, non_blocking=True) for name, tensor in tensors.items()
+            }
         self._stream.synchronize()
         return tensors
 
     def _read_tensor(self, file: BufferedReader, tensor: StoredTensor) -> Tensor:
-        """Read a tensor to the address that a mapped file would have, modulo a page, or else to an aligned one."""
+        """Read a tensor to the address that a mapped file would have, modulo a page, or else to an
+        aligned one.
+        """
         dtype, start = TORCH_DTYPES.get(tensor.dtype), tensor.start or 0
         if dtype is None:
             raise UnsupportedModelError(
@@ -150,12 +177,17 @@ class StreamedBlocks(BlockWeights):
                 hint="Convert the weights to a data type that torch supports.",
             )
         room = PAGE if self._as_mapped else 0
-        memory = torch.empty(tensor.size + room, dtype=torch.uint8, pin_memory=self._stream is not None)
+        memory = torch.empty(
+            tensor.size + room, dtype=torch.uint8, pin_memory=self._stream is not None
+        )
         begin = (start - memory.data_ptr()) % room if room else 0
         values = memory[begin : begin + tensor.size]
         file.seek(start)
         if file.readinto(values.numpy().data) < tensor.size:
-            raise ModelError(f"{tensor.path} became shorter while sleb read it.", hint="Copy or download it again.")
+            raise ModelError(
+                f"{tensor.path} became shorter while sleb read it.",
+                hint="Copy or download it again.",
+            )
         # torch views bytes as numbers only at multiples of their size.
         values = values.clone() if begin % dtype.itemsize else values
         return values.view(dtype).view(tensor.shape)
@@ -177,9 +209,13 @@ class StreamedBlocks(BlockWeights):
         return info
 
     def _load_outside(self, stored: Sequence[StoredTensor]) -> None:
-        """Put everything outside the blocks in place, and give the blocks the buffers that no file holds."""
+        """Put everything outside the blocks in place, and give the blocks the buffers that no file
+        holds.
+        """
         info = self._put_in_place(self._read(stored))
-        inside = {f"{self._architecture.adapter.blocks_path}.{name}" for name in self.modules.state_dict()}
+        inside = {
+            f"{self._architecture.adapter.blocks_path}.{name}" for name in self.modules.state_dict()
+        }
         info.missing_keys -= inside
         with translate_transformers_errors(f"the weights of {self._architecture.source.id}"):
             info = self.model._finalize_model_loading(self.model, self._config, info)

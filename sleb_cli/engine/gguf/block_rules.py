@@ -1,9 +1,11 @@
-"""What llama.cpp derives from a block's number, or from the number of blocks, as data from its loaders (late 2026).
+"""What llama.cpp derives from a block's number, or from the number of blocks, as data from its
+loaders (late 2026).
 
-A GGUF file defines most of a block by tensors and by lists with one value per block. llama.cpp derives the rest from
-the block's number: for example, every sixth block of Gemma 3 has full attention. A removal renumbers the later blocks,
-so it is right only if no block gets a number at which llama.cpp builds another kind of block. The blocks for
-multi-token prediction come last in the file, and are not counted here.
+A GGUF file defines most of a block by tensors and by lists with one value per block. llama.cpp
+derives the rest from the block's number: for example, every sixth block of Gemma 3 has full
+attention. A removal renumbers the later blocks, so it is right only if no block gets a number at
+which llama.cpp builds another kind of block. The blocks for multi-token prediction come last in the
+file, and are not counted here.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ class Period:
     """One block in each `period` is of another kind.
 
     Attributes:
-        difference: how that block differs, as in "the last of every 4 blocks has no rotary positions".
+        difference: how that block differs, as in "the last of every 4 blocks has no rotary
+            positions".
         period: llama.cpp's default; 1 (all blocks are alike) if only the file sets it.
         key: the architecture's own key for the period; if it holds a list, numbers do not matter.
         position: which block of a period differs; "one" if unknown.
@@ -48,17 +51,27 @@ class Period:
         """Return a number that two blocks share if llama.cpp builds one kind of block for both."""
         # Which of a period's blocks is special may be unknown: then each must keep its position.
         position = block % period
-        return position if self.position == "one" else position == (0 if self.position == "the first" else period - 1)
+        return (
+            position
+            if self.position == "one"
+            else position == (0 if self.position == "the first" else period - 1)
+        )
 
 
 _WINDOW, _SPARSE = "attention.sliding_window", "interleave_moe_layer_step"
 
 
-def _window(period: int, position: Literal["the last", "the first"] = "the last", only_with: str = "") -> Period:
-    return Period("has full attention instead of a window", period, f"{_WINDOW}_pattern", position, only_with)
+def _window(
+    period: int, position: Literal["the last", "the first"] = "the last", only_with: str = ""
+) -> Period:
+    return Period(
+        "has full attention instead of a window", period, f"{_WINDOW}_pattern", position, only_with
+    )
 
 
-_RECURRENT = Period("has full attention", 4, "full_attention_interval", unless="attention.recurrent_layers")
+_RECURRENT = Period(
+    "has full attention", 4, "full_attention_interval", unless="attention.recurrent_layers"
+)
 _NO_ROPE = Period("has no rotary positions", 4)
 _EXPERTS = Period("has experts", 1, _SPARSE)
 
@@ -81,7 +94,13 @@ PERIODS: Mapping[str, tuple[Period, ...]] = {
 
 _ANY_ARCHITECTURE = (
     Period("is of another kind", 1, f"{_WINDOW}_pattern", "one"),
-    Period("is of another kind", 1, "full_attention_interval", "one", unless="attention.recurrent_layers"),
+    Period(
+        "is of another kind",
+        1,
+        "full_attention_interval",
+        "one",
+        unless="attention.recurrent_layers",
+    ),
     Period("is of another kind", 1, _SPARSE, "one"),
     Period("is of another kind", 1, "moe_every_n_layers", "one"),
 )
@@ -93,7 +112,11 @@ def _deepseek2_form(file: GgufFile, blocks: int) -> str:
     if blocks in (26, 27) or (blocks == 48 and vocabulary == 128256):
         return "without low-rank queries"
     gates = file.setting("expert_gating_func")
-    return "with other gates" if gates is None and blocks in (47, 48) and vocabulary == 154880 else "the usual"
+    return (
+        "with other gates"
+        if gates is None and blocks in (47, 48) and vocabulary == 154880
+        else "the usual"
+    )
 
 
 BY_COUNT: Mapping[str, Callable[[GgufFile, int], object]] = {
@@ -107,14 +130,20 @@ BY_COUNT: Mapping[str, Callable[[GgufFile, int], object]] = {
     "minicpm3": lambda file, blocks: f"a scale by {blocks} blocks",
     "minimax-01": lambda file, blocks: f"slopes by {blocks} blocks",
 }
-"""The variant that llama.cpp infers from the number of blocks alone; a removal must not change it."""
+"""The variant that llama.cpp infers from the number of blocks alone; a removal must not change it.
+"""
 
 _FIRST_STAYS = ("arwkv7", "rwkv7")
 
 _REFUSED: Mapping[str, str] = {
-    **dict.fromkeys(("dflash", "eagle3", "gemma4-assistant"), "it drafts for another model, whose blocks it names"),
+    **dict.fromkeys(
+        ("dflash", "eagle3", "gemma4-assistant"),
+        "it drafts for another model, whose blocks it names",
+    ),
     **dict.fromkeys(("t5", "t5encoder"), "it has an encoder"),
-    **dict.fromkeys(("glm-dsa", "hy-v4"), "its blocks share what they attend to with blocks counted by number"),
+    **dict.fromkeys(
+        ("glm-dsa", "hy-v4"), "its blocks share what they attend to with blocks counted by number"
+    ),
     "gemma3n": "its last blocks share the keys and values of block 18 and 19, by number",
     "graniteswitch": "its last block chooses the adapters of all others",
     "hrm_text": "it runs its blocks in stacks of a fixed size",
@@ -124,7 +153,8 @@ _REFUSED: Mapping[str, str] = {
 }
 
 _REFUSED_WITH: Mapping[str, str] = {
-    "attention.shared_kv_layers": "its last blocks share the keys and values of earlier ones, by number",
+    "attention.shared_kv_layers": "its last blocks share the keys and values of earlier ones, by "
+    "number",
     "decoder_block_count": "it has an encoder",
     "embedding_length_per_layer_input": "each of its blocks has a part in one table of inputs",
     "rescale_every_n_layers": "its weights are scaled by the number of their block",
@@ -138,10 +168,14 @@ LEADING_STAY = "n_deepstack_layers"
 """The own key that counts blocks at the start with an additional input each."""
 
 NOT_PER_BLOCK = ("rope.dimension_sections", "classifier.output_labels", "target_layers")
-"""Own keys whose lists never have one value per block, even if their length is the number of blocks."""
+"""Own keys whose lists never have one value per block, even if their length is the number of
+blocks.
+"""
 
 PER_BLOCK_PREFIX = "xielu."
-"""The prefix of keys that have lists with one value per block but do not start with the architecture's name."""
+"""The prefix of keys that have lists with one value per block but do not start with the
+architecture's name.
+"""
 
 
 _NAMES: Mapping[str, frozenset[str]] = {
@@ -179,7 +213,9 @@ def plain_name(name: str) -> str:
 
 
 def require_same_kinds(file: GgufFile, blocks: int, kept: tuple[int, ...]) -> None:
-    """Refuse a removal after which llama.cpp would build a kept block differently at its new number."""
+    """Refuse a removal after which llama.cpp would build a kept block differently at its new
+    number.
+    """
     architecture = file.architecture
     if architecture in _REFUSED:
         raise _refused(file, _REFUSED[architecture])
@@ -187,14 +223,17 @@ def require_same_kinds(file: GgufFile, blocks: int, kept: tuple[int, ...]) -> No
         if file.setting(key):
             raise _refused(file, f"{reason} ({architecture}.{key})")
     if architecture in _FIRST_STAYS and kept[0] != 0:
-        raise _refused(file, "the values of its block 0 are mixed into all later blocks", "Keep block 0.")
+        raise _refused(
+            file, "the values of its block 0 are mixed into all later blocks", "Keep block 0."
+        )
     if lost := [block for block in _blocks_with_other_inputs(file, blocks) if block not in kept]:
         raise _refused(file, f"additional inputs enter block {lost[0]}", f"Keep block {lost[0]}.")
     after, form = len(kept), BY_COUNT.get(architecture)
     if form and form(file, blocks) != form(file, after):
         raise _refused(
             file,
-            f"llama.cpp tells its variants apart by the number of blocks, and {after} selects another than {blocks}",
+            f"llama.cpp tells its variants apart by the number of blocks, and {after} selects "
+            f"another than {blocks}",
         )
     for rule in PERIODS.get(architecture, _ANY_ARCHITECTURE):
         period = rule.length_in(file)
@@ -202,9 +241,11 @@ def require_same_kinds(file: GgufFile, blocks: int, kept: tuple[int, ...]) -> No
             if rule.kind(old, period) != rule.kind(new, period):
                 raise _refused(
                     file,
-                    f"in llama.cpp, {rule.position} of every {period} blocks {rule.difference}, and block {old} would "
+                    f"in llama.cpp, {rule.position} of every {period} blocks {rule.difference}, "
+                    f"and block {old} would "
                     f"become block {new}, which is of another kind",
-                    f"Remove whole groups of {period} consecutive blocks, or write a checkpoint instead: "
+                    f"Remove whole groups of {period} consecutive blocks, or write a checkpoint "
+                    f"instead: "
                     "`sleb apply -o FOLDER`.",
                 )
 
@@ -219,6 +260,7 @@ def _blocks_with_other_inputs(file: GgufFile, blocks: int) -> list[int]:
 
 def _refused(file: GgufFile, reason: str, hint: str | None = None) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"These blocks cannot be removed from a GGUF file of the architecture {file.architecture}: {reason}.",
+        f"These blocks cannot be removed from a GGUF file of the architecture {file.architecture}: "
+        f"{reason}.",
         hint=hint or "Write a checkpoint instead: `sleb apply -o FOLDER`.",
     )

@@ -27,12 +27,14 @@ def require_blocks(file: GgufFile) -> None:
     kind: Any = file.get("general.type") or "model"
     if kind != "model":
         raise UnsupportedModelError(
-            f"{file.path} is not a model: its general.type is {kind!r}.", hint="Name the file that holds the blocks."
+            f"{file.path} is not a model: its general.type is {kind!r}.",
+            hint="Name the file that holds the blocks.",
         )
     stored = file.count("block_count")
     numbers = {int(match[1]) for tensor in file.tensors if (match := BLOCK.fullmatch(tensor.name))}
     if not numbers or len(numbers) != stored or max(numbers) != stored - 1:
         raise ModelError(
-            f"{file.path} says {stored} blocks ({file.architecture}.block_count), but has tensors of {len(numbers)}.",
+            f"{file.path} says {stored} blocks ({file.architecture}.block_count), but has tensors "
+            f"of {len(numbers)}.",
             hint="Name a GGUF file of a complete decoder-only language model.",
         )

@@ -1,7 +1,8 @@
 """The GGUF format: header values are kept byte for byte, and tensors are copied unchanged.
 
-`gguf.GGUFReader` keeps an array for each item of an array. So it takes half a minute and 600 MB for a vocabulary like
-Llama 3's, and fills the memory if a file lies about its counts. Here, it takes a second.
+`gguf.GGUFReader` keeps an array for each item of an array. So it takes half a minute and 600 MB for
+a vocabulary like Llama 3's, and fills the memory if a file lies about its counts. Here, it takes a
+second.
 """
 
 from __future__ import annotations
@@ -26,7 +27,19 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _INT32, STRING, ARRAY = 5, 8, 9
 # The number types of the format, by the codes that `struct` and NumPy share.
-FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+FORMATS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 
 # No model comes near these limits, so a file that lies takes neither memory nor time.
 _MAX_HEADER_BYTES = 128 << 20
@@ -38,7 +51,9 @@ _MAX_DIMENSIONS = 4
 
 @dataclass(frozen=True)
 class Entry:
-    """One key of the metadata; `data` holds the bytes of its value in the file, after the number of its type."""
+    """One key of the metadata; `data` holds the bytes of its value in the file, after the number of
+    its type.
+    """
 
     key: str
     type: int
@@ -49,7 +64,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor: its `size` in bytes and where they `start` in the file; `rows` to copy, ascending, or all (None)."""
+    """One tensor: its `size` in bytes and where they `start` in the file; `rows` to copy,
+    ascending, or all (None).
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -61,7 +78,12 @@ class GgufTensor:
     def only(self, rows: tuple[int, ...]) -> GgufTensor:
         """Return the tensor with only these rows, or items of a list."""
         count = self.shape[-1]
-        return replace(self, shape=(*self.shape[:-1], len(rows)), size=self.size // count * len(rows), rows=rows)
+        return replace(
+            self,
+            shape=(*self.shape[:-1], len(rows)),
+            size=self.size // count * len(rows),
+            rows=rows,
+        )
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
@@ -100,7 +122,8 @@ class GgufFile:
         # The exact type: a bool is an int, too.
         if count is not None and (type(count) is not int or count < 0):
             raise ModelError(
-                f"{self.path} says {count!s:.60} for {self.architecture}.{key}, which is not a valid count.",
+                f"{self.path} says {count!s:.60} for {self.architecture}.{key}, which is not a "
+                f"valid count.",
                 hint="Download the file again.",
             )
         return count
@@ -108,7 +131,9 @@ class GgufFile:
     def with_count(self, key: str, value: int) -> GgufFile:
         """Return the header with another number under one of the architecture's own keys."""
         key = f"{self.architecture}.{key}"
-        entries = (with_value(entry, value) if entry.key == key else entry for entry in self.entries)
+        entries = (
+            with_value(entry, value) if entry.key == key else entry for entry in self.entries
+        )
         return replace(self, entries=tuple(entries))
 
     @property
@@ -146,7 +171,9 @@ def with_items(entry: Entry, indices: list[int]) -> Entry:
         value = [entry.value[index] for index in indices]
         items = b"".join(map(_text, value))
     # The first four bytes are the type of the items.
-    return replace(entry, data=entry.data[:4] + struct.pack("<Q", len(indices)) + items, value=value)
+    return replace(
+        entry, data=entry.data[:4] + struct.pack("<Q", len(indices)) + items, value=value
+    )
 
 
 class _Cursor:
@@ -155,7 +182,9 @@ class _Cursor:
 
     def require(self, condition: bool) -> None:
         if not condition:
-            raise ModelError(f"{self.path} is truncated, or is not a GGUF file.", hint="Download the file again.")
+            raise ModelError(
+                f"{self.path} is truncated, or is not a GGUF file.", hint="Download the file again."
+            )
 
     def take(self, size: int) -> bytes:
         start, self.offset = self.offset, self.offset + size
@@ -190,18 +219,25 @@ class _Cursor:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read the header of a GGUF file, and check that the file holds all tensors, and that none overlap."""
+    """Read the header of a GGUF file, and check that the file holds all tensors, and that none
+    overlap.
+    """
     if not path.is_file():
         raise ModelError(f"There is no file {path}.", hint="Check the path.")
     with reading(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        data = mmap.mmap(file.fileno(), min(size, _MAX_HEADER_BYTES), access=mmap.ACCESS_READ) if size else b""
+        data = (
+            mmap.mmap(file.fileno(), min(size, _MAX_HEADER_BYTES), access=mmap.ACCESS_READ)
+            if size
+            else b""
+        )
     cursor = _Cursor(data, path)
     cursor.require(cursor.take(4) == _MAGIC)
     version = cursor.number("I")
     if version not in _VERSIONS:
         raise ModelError(
-            f"{path} is a GGUF file of version {version}; sleb reads versions 2 and 3, little-endian.",
+            f"{path} is a GGUF file of version {version}; sleb reads versions 2 and 3, "
+            f"little-endian.",
             hint="Convert the model again with a current llama.cpp.",
         )
     tensor_count, entry_count = cursor.number("Q"), cursor.number("Q")
@@ -218,7 +254,9 @@ def read_gguf(path: Path) -> GgufFile:
     placed = tuple(replace(tensor, start=begin + tensor.start) for tensor in tensors)
     end = 0
     for tensor in sorted(placed, key=lambda tensor: (tensor.start, tensor.size)):
-        cursor.require(end <= tensor.start <= size - tensor.size and not header.padding(tensor.start))
+        cursor.require(
+            end <= tensor.start <= size - tensor.size and not header.padding(tensor.start)
+        )
         end = tensor.start + tensor.size
     return replace(header, tensors=placed)
 
@@ -250,9 +288,11 @@ def _read_tensor(cursor: _Cursor) -> GgufTensor:
     type_, offset = cursor.number("I"), cursor.number("Q")
     if type_ not in GGML_QUANT_SIZES:
         raise ModelError(
-            f"The tensor {name:.60} in {cursor.path} has type {type_}, which the installed gguf package does not "
+            f"The tensor {name:.60} in {cursor.path} has type {type_}, which the installed gguf "
+            f"package does not "
             "support.",
-            hint="Upgrade with `pip install --upgrade gguf`. If that does not help, the file is damaged.",
+            hint="Upgrade with `pip install --upgrade gguf`. If that does not help, the file is "
+            "damaged.",
         )
     packed, packed_bytes = GGML_QUANT_SIZES[type_]
     cursor.require(not shape or shape[0] % packed == 0)
@@ -260,7 +300,9 @@ def _read_tensor(cursor: _Cursor) -> GgufTensor:
 
 
 def write_gguf(file: GgufFile, output: Path, report: ReportBytes) -> None:
-    """Write a file with this header, and copy the values of each tensor from offset `start` of `file.path`."""
+    """Write a file with this header, and copy the values of each tensor from offset `start` of
+    `file.path`.
+    """
     with reading(file.path):
         source = file.path.open("rb")
     with source, output.open("wb") as target:
@@ -273,7 +315,9 @@ def write_gguf(file: GgufFile, output: Path, report: ReportBytes) -> None:
 
 def gguf_size(file: GgufFile) -> int:
     """Return the size in bytes of the file that `write_gguf` writes."""
-    return len(_header(file)) + sum(tensor.size + file.padding(tensor.size) for tensor in file.tensors)
+    return len(_header(file)) + sum(
+        tensor.size + file.padding(tensor.size) for tensor in file.tensors
+    )
 
 
 def _header(file: GgufFile) -> bytes:
@@ -281,10 +325,15 @@ def _header(file: GgufFile) -> bytes:
     parts = [_MAGIC, struct.pack("<IQQ", file.version, len(file.tensors), len(file.entries))]
     for entry in file.entries:
         parts += [_text(entry.key.encode()), struct.pack("<I", entry.type), entry.data]
-    offsets = accumulate((tensor.size + file.padding(tensor.size) for tensor in file.tensors), initial=0)
+    offsets = accumulate(
+        (tensor.size + file.padding(tensor.size) for tensor in file.tensors), initial=0
+    )
     for tensor, offset in zip(file.tensors, offsets, strict=False):
         rank = len(tensor.shape)
-        parts += [_text(tensor.name.encode()), struct.pack(f"<I{rank}QIQ", rank, *tensor.shape, tensor.type, offset)]
+        parts += [
+            _text(tensor.name.encode()),
+            struct.pack(f"<I{rank}QIQ", rank, *tensor.shape, tensor.type, offset),
+        ]
     header = b"".join(parts)
     return header + bytes(file.padding(len(header)))
 

@@ -1,8 +1,8 @@
 """A quicker gguf package, while transformers reads a model's config and weights.
 
-The package keeps an array for each token, which takes ten seconds for a vocabulary like Gemma's, and transformers has
-it read three times. It builds its table of names again for each module, six seconds for thirty blocks. And it unpacks
-on one core.
+The package keeps an array for each token, which takes ten seconds for a vocabulary like Gemma's,
+and transformers has it read three times. It builds its table of names again for each module, six
+seconds for thirty blocks. And it unpacks on one core.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ _DEQUANTIZE = gguf.dequantize
 
 
 class QuickReader(gguf.GGUFReader):  # type: ignore[misc]
-    """The gguf package's reader, which leaves out the items of long lists; the file's header was checked before."""
+    """The gguf package's reader, which leaves out the items of long lists; the file's header was
+    checked before.
+    """
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
         if raw_type != ARRAY:
@@ -65,7 +67,12 @@ def dequantize(data: NDArray[Any], kind: gguf.GGMLQuantizationType) -> Any:
 
 
 def quick_gguf() -> AbstractContextManager[Any]:
-    """Have transformers read files with this reader and this unpacking, and build the table of names once."""
-    # transformers looks the three up in the package whenever it reads a file, so they can be replaced there.
+    """Have transformers read files with this reader and this unpacking, and build the table of
+    names once.
+    """
+    # transformers looks the three up in the package whenever it reads a file, so they can be
+    # replaced there.
     table = cache(gguf.get_tensor_name_map)
-    return mock.patch.multiple(gguf, GGUFReader=QuickReader, dequantize=dequantize, get_tensor_name_map=table)
+    return mock.patch.multiple(
+        gguf, GGUFReader=QuickReader, dequantize=dequantize, get_tensor_name_map=table
+    )

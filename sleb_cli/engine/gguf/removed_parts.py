@@ -16,7 +16,9 @@ REMOVED_EXPERTS = "sleb.removed_experts."
 
 
 def remaining(file: GgufFile, key: str, count: int) -> tuple[list[int], list[int]]:
-    """Read the removals that a key records, in order, and the first numbers of the `count` parts that remain."""
+    """Read the removals that a key records, in order, and the first numbers of the `count` parts
+    that remain.
+    """
     recorded: Any = file.get(key)
     if recorded is None:
         return [], list(range(count))
@@ -26,7 +28,8 @@ def remaining(file: GgufFile, key: str, count: int) -> tuple[list[int], list[int
     numbers = sorted({*range(count + len(earlier))}.difference(earlier))
     if len(numbers) != count:  # a part is named twice or never existed
         raise ModelError(
-            f"{key} of {file.path} is not a list of what was removed.", hint="Prune the original model instead."
+            f"{key} of {file.path} is not a list of what was removed.",
+            hint="Prune the original model instead.",
         )
     return earlier, numbers
 

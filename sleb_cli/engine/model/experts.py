@@ -1,7 +1,7 @@
 """Where does a model keep its experts? Which setting counts them, and which tensors are theirs?
 
-No weight is read, and no family is named: the model is built without weights with fewer experts, and tensors that
-shrink with their number are theirs.
+No weight is read, and no family is named: the model is built without weights with fewer experts,
+and tensors that shrink with their number are theirs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ if TYPE_CHECKING:
 MIN_EXPERTS = 4
 """A model with fewer has none to spare: twice as many as are active must stay, and one must go."""
 
-ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
+ACTIVE = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "top_k_experts",
+    "moe_k",
+)
 """Config keys of the number of experts that a token uses."""
 
 Tensors = Mapping[str, Tensor]
@@ -32,7 +39,9 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor with `units` equal slices along `axis`: first one of each expert, then slices of none, which stay."""
+    """A tensor with `units` equal slices along `axis`: first one of each expert, then slices of
+    none, which stay.
+    """
 
     axis: int
     units: int
@@ -44,10 +53,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of a model. Names of tensors and modules are those in a block: `mlp.experts.gate_up_proj`.
+    """The experts of a model. Names of tensors and modules are those in a block:
+    `mlp.experts.gate_up_proj`.
 
     Attributes:
-        key: the setting of the language model's config that counts them; in some families, in a dictionary there.
+        key: the setting of the language model's config that counts them; in some families, in a
+            dictionary there.
         count: in each block.
         active: used for a token.
         groups: of which the router first chooses some.
@@ -55,7 +66,8 @@ class Experts:
         module: holds their weights.
         router: the tensors by which they are chosen.
         parts: the tensors with a slice of each, by their names in the model and in the files.
-        numbered: what precedes an expert's number in names of tensors of one expert: `mlp.experts.`.
+        numbered: what precedes an expert's number in names of tensors of one expert:
+            `mlp.experts.`.
     """
 
     key: tuple[str, ...]
@@ -71,7 +83,9 @@ class Experts:
     def numbered_in(self, name: str) -> tuple[str, int, str] | None:
         """Split the name of an expert, or of a tensor or module of one, around its number."""
         for before in self.numbered:
-            if name.startswith(before) and (match := re.fullmatch(r"(\d{1,6})(|\..*)", name[len(before) :], re.DOTALL)):
+            if name.startswith(before) and (
+                match := re.fullmatch(r"(\d{1,6})(|\..*)", name[len(before) :], re.DOTALL)
+            ):
                 return before, int(match[1]), match[2]
         return None
 
@@ -84,7 +98,9 @@ def find_experts(architecture: Architecture) -> Experts:
     for key, count in settings.items():
         can_be = "expert" in key[-1] and count >= MIN_EXPERTS and count > 2 * groups
         if can_be and (fewer := _build_with_fewer(architecture, key, count, groups)):
-            first, second = (_shrinking_parts(state, dict(model.state_dict()), less) for model, less in fewer)
+            first, second = (
+                _shrinking_parts(state, dict(model.state_dict()), less) for model, less in fewer
+            )
             # Twice as many less must change the same tensors by twice as much.
             if first and first == second and sum(state[name].ndim > 1 for name in first) > 2:
                 counts[key] = count, first, fewer[0][0]
@@ -93,7 +109,10 @@ def find_experts(architecture: Architecture) -> Experts:
     largest = max(len(parts) for _, parts, _ in counts.values())
     keys = [key for key, (_, parts, _) in counts.items() if len(parts) == largest]
     if len(keys) > 1:
-        raise refusal(architecture, f"several settings count its experts: {', '.join('.'.join(key) for key in keys)}")
+        raise refusal(
+            architecture,
+            f"several settings count its experts: {', '.join('.'.join(key) for key in keys)}",
+        )
     count, parts, fewer_experts = counts[keys[0]]
     split = {name: architecture.names.split(name) for name in parts}
     blocks = sorted({-1 if block is None else block for block, _ in split.values()})
@@ -105,7 +124,9 @@ def find_experts(architecture: Architecture) -> Experts:
     # Beside the count of experts, or else at the top.
     active_keys = ((*around, name) for name in ACTIVE for around in (keys[0][:-1], ()))
     active = next((settings[key] for key in active_keys if key in settings), 1)
-    experts = Experts(keys[0], count, active, groups, tuple(blocks), module, router, by_name | in_files, numbered)
+    experts = Experts(
+        keys[0], count, active, groups, tuple(blocks), module, router, by_name | in_files, numbered
+    )
     return _with_siblings(architecture, experts)
 
 
@@ -121,12 +142,16 @@ def expert_parameters(architecture: Architecture) -> int:
 def refusal(architecture: Architecture, why: str) -> UnsupportedModelError:
     """Return the error for a model whose experts cannot be removed."""
     return UnsupportedModelError(
-        f"No expert can be removed from {architecture.source.id} ({architecture.config.model_type}), because {why}.",
-        hint="Remove blocks: leave out --unit experts. docs/experts.md says which models have experts to remove.",
+        f"No expert can be removed from {architecture.source.id} "
+        f"({architecture.config.model_type}), because {why}.",
+        hint="Remove blocks: leave out --unit experts. docs/experts.md says which models have "
+        "experts to remove.",
     )
 
 
-def integer_settings(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
+def integer_settings(
+    config: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], int]]:
     """Yield each whole number in a config, and the keys that lead to it."""
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -138,7 +163,9 @@ def integer_settings(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> I
 def with_setting(
     architecture: Architecture, raw: Mapping[str, Any], key: tuple[str, ...], value: int
 ) -> dict[str, Any]:
-    """Return a config with this value of a setting of the language model, under each name that the file gives it."""
+    """Return a config with this value of a setting of the language model, under each name that the
+    file gives it.
+    """
     text_keys = (architecture.text_key, *OTHER_TEXT_KEYS) if architecture.text_key else ()
     text = next((text_key for text_key in text_keys if isinstance(raw.get(text_key), dict)), "")
     changed = inner = dict(raw)
@@ -146,7 +173,11 @@ def with_setting(
         # Targets are assigned from left to right: the copy goes into `inner`, and then becomes it.
         inner[step] = inner = dict(inner.get(step) or {})
     aliases = type(architecture.text_config).attribute_map
-    names = [name for name in inner if name == key[-1] or aliases.get(name) == key[-1] or aliases.get(key[-1]) == name]
+    names = [
+        name
+        for name in inner
+        if name == key[-1] or aliases.get(name) == key[-1] or aliases.get(key[-1]) == name
+    ]
     inner |= dict.fromkeys(names or [key[-1]], value)
     return changed
 
@@ -161,9 +192,14 @@ def build_with_setting(architecture: Architecture, key: tuple[str, ...], value: 
 def _build_with_fewer(
     architecture: Architecture, key: tuple[str, ...], count: int, groups: int
 ) -> list[tuple[nn.Module, int]]:
-    """Build the model with one expert less in each group, and with two; return nothing if either cannot be built."""
+    """Build the model with one expert less in each group, and with two; return nothing if either
+    cannot be built.
+    """
     try:
-        return [(build_with_setting(architecture, key, count - less), less) for less in (groups, 2 * groups)]
+        return [
+            (build_with_setting(architecture, key, count - less), less)
+            for less in (groups, 2 * groups)
+        ]
     except ModelError:
         return []
 
@@ -188,7 +224,11 @@ def _shrinking_parts(before: Tensors, after: Tensors, less: int) -> dict[str, Pa
 
 
 def _module_and_router(
-    architecture: Architecture, state: Tensors, parts: Mapping[str, Part], blocks: Sequence[int], count: int
+    architecture: Architecture,
+    state: Tensors,
+    parts: Mapping[str, Part],
+    blocks: Sequence[int],
+    count: int,
 ) -> tuple[str, dict[str, Part]]:
     path = architecture.adapter.blocks_path
     first = {name: state.get(f"{path}.{blocks[0]}.{name}") for name in parts}
@@ -213,7 +253,9 @@ def _module_and_router(
     around = f"{path}.{blocks[0]}.{module.rpartition('.')[0]}".rstrip(".")
     for name, tensor in state.items():
         if name.startswith(f"{around}.") and not tensor.is_floating_point() and tensor.numel() > 1:
-            raise refusal(architecture, f"{name} may hold numbers of experts, as for routing by hash")
+            raise refusal(
+                architecture, f"{name} may hold numbers of experts, as for routing by hash"
+            )
     return module, router
 
 
@@ -222,7 +264,9 @@ def _parts_in_files(
 ) -> tuple[dict[str, Part], frozenset[str]]:
     """Return the parts and `numbered` of `Experts`, by names in files."""
     # transformers may write each expert apart.
-    before, after = (revert_weight_conversion(one, dict(one.state_dict())) for one in (model, fewer))
+    before, after = (
+        revert_weight_conversion(one, dict(one.state_dict())) for one in (model, fewer)
+    )
     names = architecture.names
     parts, numbered = dict[str, Part](), set[str]()
     for name, old in before.items():
@@ -235,20 +279,33 @@ def _parts_in_files(
         elif changed := _shrinking_parts({name: old}, after, less):
             parts[rest] = changed[name]
         else:
-            raise refusal(architecture, f"{name} is stored in a way that no part of it is one expert's")
+            raise refusal(
+                architecture, f"{name} is stored in a way that no part of it is one expert's"
+            )
     return parts, frozenset(numbered)
 
 
 def _with_siblings(architecture: Architecture, experts: Experts) -> Experts:
     """Add the scales and packed values that quantized files hold beside stacked weights."""
     names = architecture.names
-    stems, blocks, parts = [name.removesuffix(".weight") for name in experts.parts], set(), dict(experts.parts)
+    stems, blocks, parts = (
+        [name.removesuffix(".weight") for name in experts.parts],
+        set(),
+        dict(experts.parts),
+    )
     for tensor in architecture.source.weights.stored:
         block, rest = names.split(tensor.name)
-        if rest not in parts and tensor.shape[:1] == (experts.count,) and any(map(rest.startswith, stems)):
+        if (
+            rest not in parts
+            and tensor.shape[:1] == (experts.count,)
+            and any(map(rest.startswith, stems))
+        ):
             parts[rest] = Part(0, experts.count)
         if rest not in experts.router and (rest in parts or experts.numbered_in(rest)):
             blocks.add(block)
     if missing := sorted({*experts.blocks} - blocks):
-        raise refusal(architecture, f"its weight files hold no experts of block {missing[0]} under a known name")
+        raise refusal(
+            architecture,
+            f"its weight files hold no experts of block {missing[0]} under a known name",
+        )
     return replace(experts, parts=parts)

@@ -19,44 +19,73 @@ MAX_ENDED_SHARE = 0.25
 
 
 def generate(
-    model: Any, prompt: Tensor, settings: GenerationConfig, refused: Callable[[str], SlebError], **options: Any
+    model: Any,
+    prompt: Tensor,
+    settings: GenerationConfig,
+    refused: Callable[[str], SlebError],
+    **options: Any,
 ) -> Any:
     """Generate with transformers after `prompt`, [batch, positions], with exactly these settings."""
-    # Without an empty config, transformers fills unset settings from the model's `generation_config.json`: a repetition
-    # penalty or a `top_p` changes the distribution that is sampled, an end token the number of steps that are timed.
+    # Without an empty config, transformers fills unset settings from the model's
+    # `generation_config.json`: a repetition penalty or a `top_p` changes the distribution that is
+    # sampled, an end token the number of steps that are timed.
     options = {"attention_mask": torch.ones_like(prompt)} | options
-    with mock.patch.object(model, "generation_config", GenerationConfig()), translate_errors(refused):
+    with (
+        mock.patch.object(model, "generation_config", GenerationConfig()),
+        translate_errors(refused),
+    ):
         return model.generate(prompt, generation_config=settings, **options)
 
 
 HaveEnded = Callable[[Tensor], Tensor]
-"""Called after every step with all new tokens, [batch, tokens]; returns which texts have ended, bool [batch]."""
+"""Called after every step with all new tokens, [batch, tokens]; returns which texts have ended,
+bool [batch].
+"""
 
 
 def continue_each(
-    run: Callable[..., Any], prompts: Tensor, attended: Tensor, new: int, ended: Callable[[int], HaveEnded]
+    run: Callable[..., Any],
+    prompts: Tensor,
+    attended: Tensor,
+    new: int,
+    ended: Callable[[int], HaveEnded],
 ) -> list[Tensor]:
-    """Return the tokens that follow each prompt, at most `new`; after the end of a text, they are undefined.
+    """Return the tokens that follow each prompt, at most `new`; after the end of a text, they are
+    undefined.
 
     Args:
-        run: transformers' `generate`, given a batch of tokens, settings for a `GenerationConfig`, and other options.
+        run: transformers' `generate`, given a batch of tokens, settings for a `GenerationConfig`,
+            and other options.
         prompts: tokens, padded on the left, [batch, positions].
         attended: 1 for each token that is no padding, of the same shape.
         new: the most tokens that follow.
-        ended: given the size of a batch, returns the function that says which of its texts have ended.
+        ended: given the size of a batch, returns the function that says which of its texts have
+            ended.
     """
     start, ids, cache = prompts.shape[1], prompts, dict[str, Any]()
     written, rows = [prompts[0, :0]] * len(prompts), [*range(len(prompts))]
     while rows and ids.shape[1] < start + new:
         stop = _ManyEnded(start, ended(len(rows)))
-        settings = {"max_new_tokens": start + new - ids.shape[1], "use_cache": True, "return_dict_in_generate": True}
-        output = run(ids, settings, attention_mask=attended, stopping_criteria=StoppingCriteriaList([stop]), **cache)
+        settings = {
+            "max_new_tokens": start + new - ids.shape[1],
+            "use_cache": True,
+            "return_dict_in_generate": True,
+        }
+        output = run(
+            ids,
+            settings,
+            attention_mask=attended,
+            stopping_criteria=StoppingCriteriaList([stop]),
+            **cache,
+        )
         for row, tokens in zip(rows, output.sequences[:, start:], strict=True):
             written[row] = tokens
         going_on = (~stop.ended).nonzero()[:, 0].to(ids.device)
         rows = [rows[at] for at in going_on.tolist()]
         ids = output.sequences[going_on]
-        attended = torch.nn.functional.pad(attended[going_on], (0, ids.shape[1] - attended.shape[1]), value=1)
+        attended = torch.nn.functional.pad(
+            attended[going_on], (0, ids.shape[1] - attended.shape[1]), value=1
+        )
         cache = _cache_option(output, going_on)
     return written
 
@@ -85,12 +114,16 @@ def _cache_option(output: Any, rows: Tensor) -> dict[str, Any]:
 
 @contextmanager
 def with_requires_grad(model: Any) -> Iterator[None]:
-    """Let weights require gradients, as in a model that transformers loads, although none are computed."""
-    # Only then does torch fold a product into one of matrices. Otherwise a head in bfloat16 that reads one position
-    # takes thirty times as long on a CPU, which users of transformers never see.
+    """Let weights require gradients, as in a model that transformers loads, although none are
+    computed.
+    """
+    # Only then does torch fold a product into one of matrices. Otherwise a head in bfloat16 that
+    # reads one position takes thirty times as long on a CPU, which users of transformers never see.
     weights = model.parameters() if getattr(model, "hf_quantizer", None) is None else ()
     changed = [
-        weight.requires_grad_(True) for weight in weights if weight.is_floating_point() and not weight.requires_grad
+        weight.requires_grad_(True)
+        for weight in weights
+        if weight.is_floating_point() and not weight.requires_grad
     ]
     try:
         yield

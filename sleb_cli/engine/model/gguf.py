@@ -23,8 +23,11 @@ def gguf_folder(path: Path, notify: Notify) -> Path:
         with watch.unchanged():
             convert_gguf(path, folder, notify)
 
-    # All that the folder depends on: the file, with its whole header, and the versions of the code that converts it.
+    # All that the folder depends on: the file, with its whole header, and the versions of the code
+    # that converts it.
     header = min((tensor.start for tensor in read_gguf(path).tensors), default=0)
-    made_by = {"conversion": CONVERSION} | {package: version(package) for package in ("transformers", "gguf")}
+    made_by = {"conversion": CONVERSION} | {
+        package: version(package) for package in ("transformers", "gguf")
+    }
     name = name_of({"file": fingerprint_files([path], header=header), **made_by})
     return cached_folder(f"gguf-{name[:16]}", fill)

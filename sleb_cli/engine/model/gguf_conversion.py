@@ -19,7 +19,12 @@ from sleb_cli.engine.gguf.blocks import require_blocks
 from sleb_cli.engine.gguf.file import GgufFile, read_gguf
 from sleb_cli.engine.gguf.quick import quick_gguf
 from sleb_cli.engine.memory import memory_shortage
-from sleb_cli.engine.third_party import error_saying, quiet_libraries, translate_errors, translate_transformers_errors
+from sleb_cli.engine.third_party import (
+    error_saying,
+    quiet_libraries,
+    translate_errors,
+    translate_transformers_errors,
+)
 from sleb_cli.events import Notify, task
 from sleb_plugins import MachineError, OutputError, UnsupportedModelError
 
@@ -31,7 +36,9 @@ _UNQUANTIZED: dict[int, torch.dtype] = {
 
 
 def convert_gguf(path: Path, folder: Path, notify: Notify) -> None:
-    """Write the model in `path` to `folder`, in bfloat16 if it is quantized, else in its own data type."""
+    """Write the model in `path` to `folder`, in bfloat16 if it is quantized, else in its own data
+    type.
+    """
     quiet_libraries()
     with task(notify, f"Converting {path.name}", 2, "steps") as advance:
         file = read_gguf(path)
@@ -48,7 +55,8 @@ def convert_weights(file: GgufFile, folder: Path, dtype: torch.dtype | None = No
     if lacking := memory_shortage(file.parameters * dtype.itemsize, CPU, whole=True):
         raise MachineError(
             f"Unpacking {file.path} takes {lacking}.",
-            hint="Name the original checkpoint (a Hub id or a folder) instead: its blocks can be streamed.",
+            hint="Name the original checkpoint (a Hub id or a folder) instead: its blocks can be "
+            "streamed.",
         )
     model = _load(file, dtype)
     # Some versions of transformers refuse to save a model that was quantized.
@@ -65,7 +73,8 @@ def convert_tokenizer(path: Path, folder: Path) -> None:
 
     quick: AbstractContextManager[Any] = quick_gguf() if get_gguf_tokenizer else nullcontext()
     with translate_transformers_errors(f"the tokenizer in {path}"), quick:
-        # The absolute path, because a file of the same name in the working directory would take precedence.
+        # The absolute path, because a file of the same name in the working directory would take
+        # precedence.
         options = {"trust_remote_code": False, "gguf_file": str(path.absolute())}
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
     with _writing(folder):
@@ -73,7 +82,9 @@ def convert_tokenizer(path: Path, folder: Path) -> None:
 
 
 def _writing(folder: Path) -> AbstractContextManager[None]:
-    return translate_errors(error_saying(OutputError, f"Cannot write {folder}", "Free some space on this disk."))
+    return translate_errors(
+        error_saying(OutputError, f"Cannot write {folder}", "Free some space on this disk.")
+    )
 
 
 def _load(file: GgufFile, dtype: torch.dtype) -> Any:
@@ -86,7 +97,10 @@ def _load(file: GgufFile, dtype: torch.dtype) -> Any:
         if hasattr(transformers, "GgufConfig"):  # versions with it may leave the weights packed
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         # transformers draws a progress bar here that no setting turns off.
-        with translate_transformers_errors(f"the weights in {file.path}"), redirect_stderr(StringIO()):
+        with (
+            translate_transformers_errors(f"the weights in {file.path}"),
+            redirect_stderr(StringIO()),
+        ):
             options |= {"config": config, "dtype": dtype, "output_loading_info": True}
             model, info = AutoModelForCausalLM.from_pretrained(file.path.parent, **options)
     if missing := sorted(info["missing_keys"]):  # it makes them up, such as the experts of gpt-oss
@@ -99,7 +113,9 @@ def _write_card(file: GgufFile, folder: Path) -> None:
     metadata = {"language": file.get("general.languages")}
     for key in ("license", "license.name", "license.link", "tags"):
         metadata[key.replace(".", "_")] = file.get(f"general.{key}")
-    data = yaml.safe_dump({name: value for name, value in metadata.items() if value}, allow_unicode=True)
+    data = yaml.safe_dump(
+        {name: value for name, value in metadata.items() if value}, allow_unicode=True
+    )
     (folder / "README.md").write_text(f"---\n{data}---\n", encoding="utf-8")
 
 
@@ -111,17 +127,25 @@ def transformers_knows(architecture: str) -> bool:
 
 
 def _unreadable(why: str) -> UnsupportedModelError:
-    return UnsupportedModelError(why, hint="Name the original checkpoint (a Hub id or a folder) instead.")
+    return UnsupportedModelError(
+        why, hint="Name the original checkpoint (a Hub id or a folder) instead."
+    )
 
 
 def _require_convertible(file: GgufFile) -> torch.dtype:
     """Check that the file is complete and of a known architecture; return its data type."""
     if not transformers_knows(file.architecture):
-        raise _unreadable(f"transformers cannot read GGUF files of the architecture {file.architecture!r}.")
+        raise _unreadable(
+            f"transformers cannot read GGUF files of the architecture {file.architecture!r}."
+        )
     require_blocks(file)  # transformers trusts the file's number of blocks
     sizes = Counter[int]()
     for tensor in file.tensors:
         sizes[tensor.type] += math.prod(tensor.shape) if len(tensor.shape) > 1 else 0
     types = +sizes  # without types of vectors alone, such as norms, which are often kept in float32
     # Few matrices of an unquantized file may be of another type, such as the routers of experts.
-    return _UNQUANTIZED[types.most_common(1)[0][0]] if types and types.keys() <= _UNQUANTIZED.keys() else torch.bfloat16
+    return (
+        _UNQUANTIZED[types.most_common(1)[0][0]]
+        if types and types.keys() <= _UNQUANTIZED.keys()
+        else torch.bfloat16
+    )

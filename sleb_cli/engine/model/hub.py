@@ -27,8 +27,14 @@ from sleb_cli.events import Advance, Notify, task
 from sleb_cli.units import format_bytes
 from sleb_plugins import ModelError
 
-# A download that breaks off, of the Hub's HTTP library or of its faster transfers (hf_xet), and a full disk.
-_FAILURES: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, OSError, RuntimeError, ValueError)
+# A download that breaks off, of the Hub's HTTP library or of its faster transfers (hf_xet), and a
+# full disk.
+_FAILURES: tuple[type[BaseException], ...] = (
+    *HfHubHTTPError.__bases__,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
 
 # "runs" holds TensorBoard logs.
 _NOT_DOWNLOADED = [
@@ -44,7 +50,9 @@ def download(model: str, revision: str | None, notify: Notify) -> Path:
         validate_repo_id(model)  # before anything is asked of the network
         with task(notify, f"Looking for {model} on the Hub") as advance:
             options: dict[str, Any] = {"revision": revision, "tqdm_class": _silent_bar(advance)}
-            folder = Path(snapshot_download(model, ignore_patterns=[*_NOT_DOWNLOADED, "*.bin"], **options))
+            folder = Path(
+                snapshot_download(model, ignore_patterns=[*_NOT_DOWNLOADED, "*.bin"], **options)
+            )
             with suppress(ModelError):  # it has no safetensors, or not all of them
                 find_weights(folder)
                 return folder
@@ -58,17 +66,22 @@ def _translate_hub_errors(model: str, revision: str | None) -> Iterator[None]:
     except GatedRepoError as error:
         raise ModelError(
             f"{model} is gated: its owner grants access on request.",
-            hint=f"Request access at https://huggingface.co/{model}, then log in with `hf auth login`.",
+            hint=f"Request access at https://huggingface.co/{model}, then log in with `hf auth "
+            f"login`.",
         ) from error
     except RevisionNotFoundError as error:
-        raise ModelError(f"{model} has no revision {revision!r}.", hint="Check --revision.") from error
+        raise ModelError(
+            f"{model} has no revision {revision!r}.", hint="Check --revision."
+        ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelError(
             f"{model} is neither a local folder nor a model on the Hub.",
             hint="Check the name. For a private model, log in with `hf auth login`.",
         ) from error
     except HfHubHTTPError as error:
-        raise ModelError(f"The Hub refused {model}: {first_line(error)}.", hint="Try again later.") from error
+        raise ModelError(
+            f"The Hub refused {model}: {first_line(error)}.", hint="Try again later."
+        ) from error
     except (LocalEntryNotFoundError, ConnectionError) as error:
         raise ModelError(
             f"{model} is neither a local folder nor in the cache, and the Hub cannot be reached: "

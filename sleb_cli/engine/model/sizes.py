@@ -1,4 +1,6 @@
-"""How large is each block: its parameters, bytes of weights, bytes of KV cache? No weights are read."""
+"""How large is each block: its parameters, bytes of weights, bytes of KV cache? No weights are
+read.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class PerBlock:
 
     def without(self, removed: Collection[int]) -> float:
         """Return the quantity in the model without these blocks."""
-        return self.outside + sum(size for block, size in enumerate(self.blocks) if block not in removed)
+        return self.outside + sum(
+            size for block, size in enumerate(self.blocks) if block not in removed
+        )
 
     def __add__(self, other: PerBlock) -> PerBlock:
         pairs = zip(self.blocks, other.blocks, strict=True)
@@ -44,7 +48,9 @@ def count_parameters(architecture: Architecture) -> PerBlock:
 
 def stored_bytes(architecture: Architecture) -> PerBlock:
     """Return the bytes of the tensors in the weight files."""
-    return _by_block(architecture, ((tensor.name, tensor.size) for tensor in architecture.source.weights.stored))
+    return _by_block(
+        architecture, ((tensor.name, tensor.size) for tensor in architecture.source.weights.stored)
+    )
 
 
 def _by_block(architecture: Architecture, sizes: Iterable[tuple[str, int]]) -> PerBlock:
@@ -65,9 +71,9 @@ def _by_block(architecture: Architecture, sizes: Iterable[tuple[str, int]]) -> P
 def cache_bytes(architecture: Architecture, dtype: torch.dtype, length: int) -> PerBlock:
     """Return the bytes of the KV cache that transformers makes for one sequence of `length` tokens.
 
-    The cache is measured after the model, on the meta device, has read such a sequence. This accounts for windows,
-    grouped heads, heads of different sizes, blocks that read another block's keys, and the states of linear attention
-    and convolutions, which do not grow with the length.
+    The cache is measured after the model, on the meta device, has read such a sequence. This
+    accounts for windows, grouped heads, heads of different sizes, blocks that read another block's
+    keys, and the states of linear attention and convolutions, which do not grow with the length.
     """
     model = architecture.build(architecture.config).to(torch.bfloat16).eval()
     text = torch.zeros(1, length, dtype=torch.long, device="meta")
@@ -81,7 +87,9 @@ def cache_bytes(architecture: Architecture, dtype: torch.dtype, length: int) -> 
     if not layers or len(layers) != architecture.block_count:
         raise unknown("it is not kept block by block")
 
-    def stored(tensor: Tensor) -> int:  # recurrent states are kept in float32 whatever the model computes in
+    def stored(
+        tensor: Tensor,
+    ) -> int:  # recurrent states are kept in float32 whatever the model computes in
         return tensor.numel() * (dtype if tensor.dtype is torch.bfloat16 else tensor.dtype).itemsize
 
     return PerBlock(0, tuple(float(sum(map(stored, layer_tensors(layer)))) for layer in layers))
@@ -98,13 +106,25 @@ def layer_tensors(layer: Any) -> list[Tensor]:
     """Return the tensors in one layer of a cache, which may hold them in dictionaries and lists."""
     tensors: dict[int, Tensor] = {}
     for value in vars(layer).values():
-        items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
-        tensors |= {id(item): item for item in items if isinstance(item, Tensor) and item.is_floating_point()}
+        items = (
+            value.values()
+            if isinstance(value, dict)
+            else value
+            if isinstance(value, list | tuple)
+            else (value,)
+        )
+        tensors |= {
+            id(item): item
+            for item in items
+            if isinstance(item, Tensor) and item.is_floating_point()
+        }
     return list(tensors.values())
 
 
 class ConditionsHold(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Lets every condition on values hold that a model on the meta device checks, such as that all input is text."""
+    """Lets every condition on values hold that a model on the meta device checks, such as that all
+    input is text.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:

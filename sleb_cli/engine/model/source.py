@@ -22,8 +22,8 @@ _CHAT_TEMPLATES = "additional_chat_templates"
 
 # The files that sleb reads, and transformers, whose tokenizers have files of any of these kinds.
 _READ = re.compile(r".*\.(json|jinja|txt|model|tiktoken|py|bin|safetensors)|" + _CHAT_TEMPLATES)
-# The files, besides config, weights and code, on which the numbers of a model or the tokens of a text depend. Results,
-# logs and plans, which may lie in the same folder, have other names.
+# The files, besides config, weights and code, on which the numbers of a model or the tokens of a
+# text depend. Results, logs and plans, which may lie in the same folder, have other names.
 _DECIDES = re.compile(
     r"(generation_config|adapter_config|special_tokens_map|added_tokens|emoji|normalizer|byte_maps|word_\w+)\.json"
     r"|.*(tokenizer|vocab|merges|chat_template|processor|tekken).*|dict\.txt|.*\.(jinja|model|tiktoken|codes)"
@@ -75,11 +75,17 @@ class ModelSource:
 
     @cached_property
     def content_hash(self) -> str:
-        """A SHA-256 over all files that decide a number: weights, config, trusted code, tokenizer, generation."""
-        # Saved numbers are saved under this hash. The fingerprint names the model, which is still the same one when its
-        # chat template changes.
+        """A SHA-256 over all files that decide a number: weights, config, trusted code, tokenizer,
+        generation.
+        """
+        # Saved numbers are saved under this hash. The fingerprint names the model, which is still
+        # the same one when its chat template changes.
         templates = self.folder / _CHAT_TEMPLATES
-        files = [path for path in self.folder.iterdir() if _DECIDES.fullmatch(path.name) and path.suffix != ".py"]
+        files = [
+            path
+            for path in self.folder.iterdir()
+            if _DECIDES.fullmatch(path.name) and path.suffix != ".py"
+        ]
         files = [path for path in (*files, *templates.glob("*.jinja")) if path.is_file()]
         self.watch.add(*files)
         parts = (self.fingerprint, str(self.code), hash_files(self.folder, files))
@@ -92,8 +98,10 @@ class ModelSource:
             named = json.dumps(read_json(path).get("auto_map")) if path.is_file() else ""
             if elsewhere := re.search(r'"([^"]*?)--', named):
                 raise ModelError(
-                    f"{self.id} names Python code of another repository, {elsewhere[1]}, which may change at any time.",
-                    hint=f"Copy that code into a local copy of the model, and remove '{elsewhere[1]}--' from "
+                    f"{self.id} names Python code of another repository, {elsewhere[1]}, which may "
+                    f"change at any time.",
+                    hint=f"Copy that code into a local copy of the model, and remove "
+                    f"'{elsewhere[1]}--' from "
                     f"`auto_map` in {name}.",
                 )
 
@@ -126,7 +134,8 @@ def _find_folder(model: str, revision: str | None, notify: Notify) -> tuple[str,
     is_gguf = model.endswith(".gguf") and not path.is_dir()
     if revision and (model == DEMO or is_gguf or path.exists()):
         raise UsageError(
-            f"--revision does not apply to {model}: only Hub models have revisions.", hint="Leave out --revision."
+            f"--revision does not apply to {model}: only Hub models have revisions.",
+            hint="Leave out --revision.",
         )
     if model == DEMO:
         from sleb_cli.engine.model.demo import demo_folder
@@ -140,7 +149,9 @@ def _find_folder(model: str, revision: str | None, notify: Notify) -> tuple[str,
         folder = path.resolve()
         return require_text(str(folder)), folder, None
     if path.exists():
-        raise ModelError(f"{model} is a file, not a model.", hint="Name a folder, a .gguf file or a Hub id.")
+        raise ModelError(
+            f"{model} is a file, not a model.", hint="Name a folder, a .gguf file or a Hub id."
+        )
     from sleb_cli.engine.model.hub import download  # which takes a quarter of a second to import
 
     folder = download(model, revision, notify)
@@ -150,7 +161,9 @@ def _find_folder(model: str, revision: str | None, notify: Notify) -> tuple[str,
 def _report_pickles(source: ModelSource, notify: Notify) -> None:
     if pickles := [path for path in source.weights.paths if path.suffix != ".safetensors"]:
         others = f" and {len(pickles) - 1} more" if len(pickles) > 1 else ""
-        stored = f"{source.id} is stored as pickles ({pickles[0].relative_to(source.folder)}{others})"
+        stored = (
+            f"{source.id} is stored as pickles ({pickles[0].relative_to(source.folder)}{others})"
+        )
         notify(Notice(f"{stored}; sleb reads only tensors from them, and runs no code in them."))
 
 
@@ -165,11 +178,14 @@ def _require_own_files(folder: Path) -> None:
         if links_outside(path, folder):
             raise ModelError(
                 f"{path} links to a file outside the model's folder.",
-                hint="Copy that file into the folder, or name the folder that holds all of the model's files.",
+                hint="Copy that file into the folder, or name the folder that holds all of the "
+                "model's files.",
             )
         with reading(path):
             if path.exists() and not path.is_file() and not path.is_dir():
-                raise ModelError(f"{path} is a pipe or a device, not a file.", hint="Replace it with the file.")
+                raise ModelError(
+                    f"{path} is a pipe or a device, not a file.", hint="Replace it with the file."
+                )
 
 
 def _require_whole_model(source: ModelSource) -> None:
@@ -178,5 +194,6 @@ def _require_whole_model(source: ModelSource) -> None:
         base = read_json(adapter).get("base_model_name_or_path")
         raise ModelError(
             f"{source.id} is a PEFT adapter{f' for {base}' if base else ''}, not a whole model.",
-            hint="Merge it first: load both with peft, call merge_and_unload(), save the result, and name its folder.",
+            hint="Merge it first: load both with peft, call merge_and_unload(), save the result, "
+            "and name its folder.",
         )

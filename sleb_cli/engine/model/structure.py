@@ -1,8 +1,9 @@
 """Would a removal change the remaining blocks? Structures without weights are compared.
 
-A family builds each block from the config and the block's number. If the number decides more than a position (a kind by
-period, a constant that grows with depth), a remaining block may be built differently under its new number. The classes,
-parameters and plain attributes of its modules show it.
+A family builds each block from the config and the block's number. If the number decides more than a
+position (a kind by period, a constant that grows with depth), a remaining block may be built
+differently under its new number. The classes, parameters and plain attributes of its modules show
+it.
 """
 
 from __future__ import annotations
@@ -62,22 +63,34 @@ def block_changes(before: Structure, after: Structure, old: int, kept: Kept) -> 
             return True
         if not _is_number(name, a, b):
             return False
-        # A number relative to its own, the number of a block that it refers to, or the number of blocks.
-        expected = {a + moved, kept.new_number.get(a)} | ({len(kept.blocks)} if a == kept.count else set())
-        return b in expected | {a + count * moved for end, count in NUMBERED_PARTS.items() if name.endswith(end)}
+        # A number relative to its own, the number of a block that it refers to, or the number of
+        # blocks.
+        expected = {a + moved, kept.new_number.get(a)} | (
+            {len(kept.blocks)} if a == kept.count else set()
+        )
+        return b in expected | {
+            a + count * moved for end, count in NUMBERED_PARTS.items() if name.endswith(end)
+        }
 
-    return [*_changes(before.parts, after.parts), *_changes(before.attributes, after.attributes, same)]
+    return [
+        *_changes(before.parts, after.parts),
+        *_changes(before.attributes, after.attributes, same),
+    ]
 
 
 def outer_changes(before: Structure, after: Structure, kept: Kept) -> list[str]:
-    """Return the differences outside the blocks, apart from counts of blocks and lists with one value per block."""
+    """Return the differences outside the blocks, apart from counts of blocks and lists with one
+    value per block.
+    """
 
     def same(name: str, a: Any, b: Any) -> bool:
         if _same(a, b, kept) or _fewer_kinds(a, b):
             return True
         if not (isinstance(a, int) and isinstance(b, int)):
             return False
-        if sliced_axis(f"{name.rpartition('.')[0]}.weight") is not None:  # the width of such a tensor
+        if (
+            sliced_axis(f"{name.rpartition('.')[0]}.weight") is not None
+        ):  # the width of such a tensor
             return a * len(kept.blocks) == b * kept.count
         # The number of blocks, or where a run of them begins.
         return _is_number(name, a, b) and 0 <= a <= kept.count and kept.below(a) == b
@@ -87,10 +100,14 @@ def outer_changes(before: Structure, after: Structure, kept: Kept) -> list[str]:
         if axis is None:
             return bool(a == b)
         wide, slim = list(a), list(b)
-        return bool(wide.pop(axis) * len(kept.blocks) == slim.pop(axis) * kept.count and wide == slim)
+        return bool(
+            wide.pop(axis) * len(kept.blocks) == slim.pop(axis) * kept.count and wide == slim
+        )
 
     common = before.attributes.keys() & after.attributes.keys()
-    was, is_now = ({name: model.attributes[name] for name in sorted(common)} for model in (before, after))
+    was, is_now = (
+        {name: model.attributes[name] for name in sorted(common)} for model in (before, after)
+    )
     return [*_changes(before.parts, after.parts, same_part), *_changes(was, is_now, same)]
 
 
@@ -101,12 +118,17 @@ def shared_weights(blocks: nn.ModuleList) -> bool:
 
 def refine_kinds(blocks: nn.ModuleList, kinds: Sequence[str]) -> list[str]:
     """Add to each block's kind the classes of the parts that differ among blocks of that kind."""
-    classes = [{"": type(b).__name__} | {n: type(m).__name__ for n, m in b.named_children()} for b in blocks]
+    classes = [
+        {"": type(b).__name__} | {n: type(m).__name__ for n, m in b.named_children()}
+        for b in blocks
+    ]
     names = dict.fromkeys(name for parts in classes for name in parts)
     refined = [[kind] for kind in kinds]
     for name in names:
         by_block = [parts.get(name, "") for parts in classes]
-        pairs = {(kind, cls) for kind, cls in zip(kinds, by_block, strict=True) if not _SMALL.search(cls)}
+        pairs = {
+            (kind, cls) for kind, cls in zip(kinds, by_block, strict=True) if not _SMALL.search(cls)
+        }
         # More pairs than kinds: blocks of one kind differ in this part.
         if len(pairs) > len({kind for kind, _ in pairs}):
             for words, cls in zip(refined, by_block, strict=True):
@@ -123,7 +145,11 @@ def _same(a: Any, b: Any, kept: Kept) -> bool:
 
 
 def _is_number(name: str, a: Any, b: Any) -> bool:
-    return isinstance(a, int) and isinstance(b, int) and _NUMBER_NAMES.search(name.rpartition(".")[2]) is not None
+    return (
+        isinstance(a, int)
+        and isinstance(b, int)
+        and _NUMBER_NAMES.search(name.rpartition(".")[2]) is not None
+    )
 
 
 def _fewer_kinds(a: Any, b: Any) -> bool:
@@ -133,7 +159,9 @@ def _fewer_kinds(a: Any, b: Any) -> bool:
 
 
 def _changes(
-    before: Mapping[str, Any], after: Mapping[str, Any], same: Callable[[str, Any, Any], bool] = lambda n, a, b: a == b
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    same: Callable[[str, Any, Any], bool] = lambda n, a, b: a == b,
 ) -> list[str]:
     return [
         f"{name} would be {after.get(name, 'absent')}, not {before.get(name, 'absent')}"

@@ -19,7 +19,11 @@ from sleb_cli.engine.gguf.file import GgufFile, GgufTensor, gguf_size, read_gguf
 from sleb_cli.engine.gguf.quick import QuickReader
 from sleb_cli.engine.memory import memory_shortage, shortage
 from sleb_cli.engine.model.architecture import read_architecture
-from sleb_cli.engine.model.gguf_conversion import convert_tokenizer, convert_weights, transformers_knows
+from sleb_cli.engine.model.gguf_conversion import (
+    convert_tokenizer,
+    convert_weights,
+    transformers_knows,
+)
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.output.checkpoint import Output, move_if_proof_fails, plan_tensors
 from sleb_cli.engine.output.proof import place_proof, prove
@@ -41,18 +45,26 @@ KIND = "GGUF file"
 def default_file(surgery: GgufSurgery) -> Path:
     """Return the path of a pruned file for which the user named none."""
     file, suffixes = surgery.file, [suffix for cut in surgery.cuts for suffix in cut.name_parts]
-    return Path(f"{checkpoint_name(file.path.stem, block_count(file) - len(surgery.removals), suffixes)}.gguf")
+    return Path(
+        f"{checkpoint_name(file.path.stem, block_count(file) - len(surgery.removals), suffixes)}.gguf"
+    )
 
 
-def prune_gguf(surgery: GgufSurgery, output: Output, registry: Registry, notify: Notify) -> GgufResult:
+def prune_gguf(
+    surgery: GgufSurgery, output: Output, registry: Registry, notify: Notify
+) -> GgufResult:
     """Write the pruned file, complete and checked, or nothing."""
     file, pruned = surgery.file, surgery.pruned()
     watch = Watch(file.path)
     with claimed(output.path, replace=output.replace) as aside, watch.unchanged():
         if read_gguf(file.path) != file:
-            raise ModelError(f"{file.path} changed while it was read.", hint="Run the command again.")
+            raise ModelError(
+                f"{file.path} changed while it was read.", hint="Run the command again."
+            )
         require_space(output.path, gguf_size(pruned))
-        with task(notify, "Writing weights", sum(tensor.size for tensor in pruned.tensors), "B") as advance:
+        with task(
+            notify, "Writing weights", sum(tensor.size for tensor in pruned.tensors), "B"
+        ) as advance:
             write_gguf(pruned, aside, advance)
         proof: Proof | None = None
         unproven: str | None = "--no-verify"
@@ -84,14 +96,17 @@ def require_same_kind_of_model(model: ModelRecord, file: GgufFile, notify: Notif
     fits = holds_model_type(file.architecture, model.model_type)
     if fits is False or model.blocks != count:
         raise PlanError(
-            f"The blocks are those of {model.id} ({model.model_type}, {model.blocks} blocks), but {file.path} holds "
+            f"The blocks are those of {model.id} ({model.model_type}, {model.blocks} blocks), but "
+            f"{file.path} holds "
             f"another model ({file.architecture}, {count} blocks).",
-            hint="Name a GGUF file of that model, or remove these blocks from this one with --any-model.",
+            hint="Name a GGUF file of that model, or remove these blocks from this one with "
+            "--any-model.",
         )
     if fits is None:
         notify(
             Notice(
-                f"sleb does not know if GGUF files of {model.model_type} have the architecture {file.architecture}; "
+                f"sleb does not know if GGUF files of {model.model_type} have the architecture "
+                f"{file.architecture}; "
                 "the number of blocks matches."
             )
         )
@@ -102,7 +117,9 @@ def _require_as_planned(pruned: GgufFile, aside: Path) -> None:
     with model_errors_fail_proof(KIND):
         written = read_gguf(aside)
     # The gguf package reads both files: it shares no code with what wrote this one.
-    with translate_errors(lambda words: proof_error(f"the gguf package cannot read it: {words}", KIND)):
+    with translate_errors(
+        lambda words: proof_error(f"the gguf package cannot read it: {words}", KIND)
+    ):
         tensors = QuickReader(aside).tensors
         with reading(pruned.path):
             source = QuickReader(pruned.path).tensors
@@ -116,8 +133,14 @@ def _require_as_planned(pruned: GgufFile, aside: Path) -> None:
         is_planned = (tensor.name, tensor.tensor_type, tuple(tensor.shape)) == (
             expected.name, expected.type, expected.shape
         )  # fmt: skip
-        if not is_planned or original is None or _bytes_of(tensor.data) != _rows_of(original, expected):
-            raise proof_error(f"the tensor {tensor.name} differs from the expected {expected.name}", KIND)
+        if (
+            not is_planned
+            or original is None
+            or _bytes_of(tensor.data) != _rows_of(original, expected)
+        ):
+            raise proof_error(
+                f"the tensor {tensor.name} differs from the expected {expected.name}", KIND
+            )
     if (size := aside.stat().st_size) != gguf_size(pruned):
         raise proof_error(f"it has {size} bytes, not {gguf_size(pruned)}", KIND)
 
@@ -146,7 +169,8 @@ def _rows_of(original: gguf.ReaderTensor, expected: GgufTensor) -> memoryview:
 def _prove_with_transformers(
     surgery: GgufSurgery, aside: Path, registry: Registry, notify: Notify
 ) -> tuple[Proof | None, str | None]:
-    """Compare the pruned file with the source without these blocks, both as transformers reads them.
+    """Compare the pruned file with the source without these blocks, both as transformers reads
+    them.
 
     Returns:
         the proof, or the reason why there is none.
@@ -156,13 +180,18 @@ def _prove_with_transformers(
         return None, reason
     try:
         architecture = read_architecture(locate_model(str(file.path), notify), registry, notify)
-        hf_surgery = Surgery(architecture, tuple(cut.for_model(architecture) for cut in surgery.cuts))
+        hf_surgery = Surgery(
+            architecture, tuple(cut.for_model(architecture) for cut in surgery.cuts)
+        )
     except (ModelError, MachineError, UsageError) as error:
         if disk_error(error):
             raise
         return None, error.message.rstrip(".")
     if architecture.block_count != block_count(file):
-        return None, f"transformers reads {architecture.block_count} blocks in it, not {block_count(file)}"
+        return (
+            None,
+            f"transformers reads {architecture.block_count} blocks in it, not {block_count(file)}",
+        )
     folder = aside.with_name(f"{aside.name}.checkpoint")
     with model_errors_fail_proof(KIND), task(notify, f"Converting {aside.name}"):
         convert_weights(read_gguf(aside), folder, architecture.dtype)
@@ -175,7 +204,8 @@ def _prove_with_transformers(
 def _why_transformers_cannot_read(file: GgufFile, aside: Path) -> str | None:
     if not transformers_knows(file.architecture):
         return f"transformers does not read GGUF files of the architecture {file.architecture}"
-    # It unpacks all weights to float32 before casting them, and they are then written twice, dense and pruned.
+    # It unpacks all weights to float32 before casting them, and they are then written twice, dense
+    # and pruned.
     needed, disk = 8 * file.parameters, free_space(aside.parent)
     lacking = memory_shortage(needed, CPU, whole=True) or shortage(needed, disk, "disk space")
     return lacking and f"transformers needs {lacking}"

@@ -33,12 +33,21 @@ _NOT_IN_HUB_NAME = re.compile(r"[^\w.-]+")
 
 
 def model_card(
-    subject: Subject, written: ApplyResult, evaluation: EvalResult | None, benchmark: BenchResult | None
+    subject: Subject,
+    written: ApplyResult,
+    evaluation: EvalResult | None,
+    benchmark: BenchResult | None,
 ) -> str:
-    """Write the README: base model, removed parts, search, results and proof, without names of local folders."""
+    """Write the README: base model, removed parts, search, results and proof, without names of
+    local folders.
+    """
     source, recovery = subject.architecture.source, written.recovery
     sample = subject.own_plan and subject.own_plan.sample_generation
-    name = f"`{source.id}` at revision `{source.revision}`" if source.revision else in_markdown(source.name)
+    name = (
+        f"`{source.id}` at revision `{source.revision}`"
+        if source.revision
+        else in_markdown(source.name)
+    )
     lines = [
         _front_matter(subject, evaluation),
         f"# {in_markdown(source.name)} without {subject.surgery.cuts[0].description}",
@@ -60,15 +69,18 @@ def _removal(subject: Subject, recovery: RecoveryRecord | None) -> list[str]:
     if removals:
         how = "no training" if recovery is None else "the others given new weights"
         return [
-            f"- Blocks removed, in order, numbered from 0 in the base model: {', '.join(map(str, removals))}",
+            f"- Blocks removed, in order, numbered from 0 in the base model: "
+            f"{', '.join(map(str, removals))}",
             f"{made} (SLEB, arXiv:2402.09025): whole transformer blocks removed, {how}",
             *_search(subject),
         ]
     if plan is None or plan.experts is None:
         return [made]
     return [
-        f"{made}: experts removed, no training (`{CHECKPOINT_PLAN}` has those that went, and every score)",
-        f"- Experts chosen by {in_markdown(plan.search.metric)} on {in_markdown(str(plan.calibration.published()))}",
+        f"{made}: experts removed, no training (`{CHECKPOINT_PLAN}` has those that went, and every "
+        f"score)",
+        f"- Experts chosen by {in_markdown(plan.search.metric)} on "
+        f"{in_markdown(str(plan.calibration.published()))}",
         f"- {search_results.UNUSED}",
     ]
 
@@ -79,7 +91,8 @@ def _front_matter(subject: Subject, evaluation: EvalResult | None) -> str:
     results = [result for _, result in _evaluated(evaluation, removals)] if evaluation else []
     data = ModelCardData(
         base_model=source.id if source.revision else None,
-        # The Hub knows adapter, merge, quantized and finetune: only the last is of the base model's own kind, changed.
+        # The Hub knows adapter, merge, quantized and finetune: only the last is of the base model's
+        # own kind, changed.
         base_model_relation="finetune" if source.revision else None,
         library_name="transformers",
         pipeline_tag=_word(base.get("pipeline_tag")) or "text-generation",
@@ -89,7 +102,11 @@ def _front_matter(subject: Subject, evaluation: EvalResult | None) -> str:
         license_link=_word(base.get("license_link")),
         language=_words(base.get("language")) or None,
         # Some programs write `base_model:` tags, which name the base of the base, not ours.
-        tags=["sleb", "pruned", *(tag for tag in _listed(base.get("tags")) if not tag.startswith("base_model:"))],
+        tags=[
+            "sleb",
+            "pruned",
+            *(tag for tag in _listed(base.get("tags")) if not tag.startswith("base_model:")),
+        ],
         eval_results=results or None,
         model_name=subject.surgery.name if results else None,
     )
@@ -123,26 +140,41 @@ def _search(subject: Subject) -> list[str]:
         return ["- The blocks were chosen by hand."]
     search, where = subject.plan.search, "" if subject.own_plan else " of another model"
     metric = in_markdown(search.metric)
-    return [f"- Found by {search.strategy} search{where}: metric {metric} (`{CHECKPOINT_PLAN}` has every score)"]
+    return [
+        f"- Found by {search.strategy} search{where}: metric {metric} (`{CHECKPOINT_PLAN}` has "
+        f"every score)"
+    ]
 
 
 def _results(
-    subject: Subject, recovery: RecoveryRecord | None, evaluation: EvalResult | None, benchmark: BenchResult | None
+    subject: Subject,
+    recovery: RecoveryRecord | None,
+    evaluation: EvalResult | None,
+    benchmark: BenchResult | None,
 ) -> list[str]:
     removals, plan = subject.surgery.steps, subject.own_plan
     rows, notes = list[list[str]](), dict[str, None]()
     for text, dense, pruned in _searched(plan) if plan and recovery is None else ():
         change = format_change(pruned / dense - 1)
-        rows.append([f"perplexity, {text}", format_perplexity(dense), format_perplexity(pruned), change])
+        rows.append(
+            [f"perplexity, {text}", format_perplexity(dense), format_perplexity(pruned), change]
+        )
     rows += [row for row, _ in _evaluated(evaluation, removals)] if evaluation else []
     for result in benchmark.workloads if benchmark else ():
         if timing := of_size(result.pruned, removals):
             speeds = [f"{timed.tokens_per_second:,.1f}" for timed in (result.dense, timing)]
-            rows.append([f"{workload_name(result)}, tokens a second", *speeds, f"{timing.speedup:.2f}x"])
+            rows.append(
+                [f"{workload_name(result)}, tokens a second", *speeds, f"{timing.speedup:.2f}x"]
+            )
     for run in (evaluation, benchmark):
         if run:
-            notes[f"Measured with sleb {run.sleb_version} in {run.dtype} on {run.device} ({run.processor})."] = None
-    return _table(Table("Results", ["measured", "base model", "this model", "change"], rows, list(notes)))
+            notes[
+                f"Measured with sleb {run.sleb_version} in {run.dtype} on {run.device} "
+                f"({run.processor})."
+            ] = None
+    return _table(
+        Table("Results", ["measured", "base model", "this model", "change"], rows, list(notes))
+    )
 
 
 def _searched(plan: Plan) -> Iterator[tuple[str, float, float]]:
@@ -159,7 +191,11 @@ def _evaluated(evaluation: EvalResult, removals: Removals) -> Iterator[tuple[lis
     for name, text in zip(text_names(evaluation.texts), evaluation.texts, strict=True):
         if pruned := of_size(text.pruned, removals):
             perplexities = [format_perplexity(scores.perplexity) for scores in (text.dense, pruned)]
-            row = [f"perplexity, {name}", *perplexities, format_change(perplexity_change(pruned)[0])]
+            row = [
+                f"perplexity, {name}",
+                *perplexities,
+                format_change(perplexity_change(pruned)[0]),
+            ]
             yield row, _hub_result(public_source(text.text), "perplexity", pruned.perplexity)
     for task in evaluation.tasks:
         if scores := of_size(task.pruned, removals):
@@ -189,9 +225,14 @@ def _sample_generation(sample: SampleGeneration) -> list[str]:
     lines = [f"{who} ({repeated}): {' '.join(text.split())}" for who, repeated, text in rows]
     prompt = in_markdown(sample.prompt)
     return [
-        *(line for warning in search_results.collapse_warnings(sample) for line in ("", f"**{warning}**")),
+        *(
+            line
+            for warning in search_results.collapse_warnings(sample)
+            for line in ("", f"**{warning}**")
+        ),
         "",
-        f'At the end of the search, both models continued "{prompt}" greedily as follows; "repeated" is the '
+        f'At the end of the search, both models continued "{prompt}" greedily as follows; '
+        f'"repeated" is the '
         "share of runs of 4 tokens that occurred before:",
         "",
         "```text",
@@ -213,4 +254,10 @@ def _proof(proof: Proof | None) -> list[str]:
         return ["", "The checkpoint was written without a proof (`--no-verify`)."]
     partial = ["", f"**The proof is partial**: {proof.partial}."] if proof.partial else []
     clauses = [f"- {clause}" for clause in check_clauses(proof, "the base model")]
-    return [*partial, "", f"Checked after saving, in {proof.dtype} on {proof.device}:", "", *clauses]
+    return [
+        *partial,
+        "",
+        f"Checked after saving, in {proof.dtype} on {proof.device}:",
+        "",
+        *clauses,
+    ]

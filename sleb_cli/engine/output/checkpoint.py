@@ -88,11 +88,17 @@ def require_apart(folder: Path, source: ModelSource) -> None:
     """Check that the dense model is not inside the folder to be written."""
     resolved = folder.resolve()
     if resolved == source.folder or resolved in source.folder.parents:
-        raise OutputError(f"{folder} contains the source model.", hint="Choose another folder with -o.")
+        raise OutputError(
+            f"{folder} contains the source model.", hint="Choose another folder with -o."
+        )
 
 
 def apply_recovered(
-    subject: Subject, output: Output, recovery: RecoverySettings, group: ProcessGroup, notify: Notify
+    subject: Subject,
+    output: Output,
+    recovery: RecoverySettings,
+    group: ProcessGroup,
+    notify: Notify,
 ) -> ApplyResult:
     """Write the checkpoint with recovered blocks; all processes recover, and the main one writes."""
     from sleb_cli.engine.recovery.recover import recover  # which imports datasets
@@ -108,11 +114,20 @@ def apply_recovered(
 
 
 def apply_removals(
-    subject: Subject, output: Output, notify: Notify, recover: Callable[[], Recovered] | None = None, reserved: int = 0
+    subject: Subject,
+    output: Output,
+    notify: Notify,
+    recover: Callable[[], Recovered] | None = None,
+    reserved: int = 0,
 ) -> ApplyResult:
-    """Write the pruned checkpoint, complete and proven, or nothing; `reserved` bytes stay free for the recovery."""
+    """Write the pruned checkpoint, complete and proven, or nothing; `reserved` bytes stay free for
+    the recovery.
+    """
     # Claimed before hours of recovery, so that nobody else writes or heals there.
-    with claimed(output.path, replace=output.replace) as aside, subject.architecture.source.watch.unchanged():
+    with (
+        claimed(output.path, replace=output.replace) as aside,
+        subject.architecture.source.watch.unchanged(),
+    ):
         aside.mkdir()
         planned = plan_files(subject.surgery, output)
         weights_bytes = sum(shard.size for shard in planned.weights.values())
@@ -120,7 +135,9 @@ def apply_removals(
         return _write(subject, aside, output, notify, recover() if recover else None)
 
 
-def _write(subject: Subject, aside: Path, output: Output, notify: Notify, recovered: Recovered | None) -> ApplyResult:
+def _write(
+    subject: Subject, aside: Path, output: Output, notify: Notify, recovered: Recovered | None
+) -> ApplyResult:
     surgery = subject.surgery
     planned = plan_files(surgery, output, recovered.tensors if recovered else {})
     _write_files(aside, planned, notify)
@@ -128,7 +145,14 @@ def _write(subject: Subject, aside: Path, output: Output, notify: Notify, recove
     if output.verify:
         placement = output.proof or place_proof(subject.architecture, output.dtype)
         with move_if_proof_fails(aside, output.keep_failed):
-            proof = prove(surgery, aside, planned, placement, notify, recovered.parameters if recovered else None)
+            proof = prove(
+                surgery,
+                aside,
+                planned,
+                placement,
+                notify,
+                recovered.parameters if recovered else None,
+            )
     result = ApplyResult(
         **THIS_VERSION,
         kind="apply",
@@ -146,9 +170,16 @@ def _write(subject: Subject, aside: Path, output: Output, notify: Notify, recove
         notify(Notice(note))
     if planned.left_out:
         names = ", ".join(planned.left_out)
-        notify(Notice(f"Did not copy files with weights in other formats or of an adapter: {names}."))
+        notify(
+            Notice(f"Did not copy files with weights in other formats or of an adapter: {names}.")
+        )
     if planned.outside:
-        notify(Warned(f"Did not copy links that lead outside the model's folder: {', '.join(planned.outside)}."))
+        notify(
+            Warned(
+                f"Did not copy links that lead outside the model's folder: "
+                f"{', '.join(planned.outside)}."
+            )
+        )
     return result
 
 
@@ -161,7 +192,9 @@ def _write_files(folder: Path, planned: Planned, notify: Notify) -> None:
         copy_file(file, folder / name)
 
 
-def plan_files(surgery: Surgery, output: Output, new_values: Mapping[str, Tensor] = MappingProxyType({})) -> Planned:
+def plan_files(
+    surgery: Surgery, output: Output, new_values: Mapping[str, Tensor] = MappingProxyType({})
+) -> Planned:
     """Decide what the checkpoint will hold; new values are by its tensors' names."""
     source, tensors = surgery.architecture.source, plan_tensors(surgery, output.dtype, new_values)
     shard_bytes = output.shard_bytes or parse_bytes(DEFAULT_SHARD_SIZE, "--max-shard-size")
@@ -180,20 +213,27 @@ def move_if_proof_fails(written: Path, folder: Path | None) -> Iterator[None]:
     except ProofError as error:
         if folder is None:
             raise
-        with writing(folder, hint=f"The proof failed: {error.message} Choose another place with --keep-failed."):
+        with writing(
+            folder,
+            hint=f"The proof failed: {error.message} Choose another place with --keep-failed.",
+        ):
             folder.parent.mkdir(parents=True, exist_ok=True)
             if written.is_file():
                 folder.mkdir()
             shutil.move(written, folder)
         raise ProofError(
-            error.message, hint=f"What was written is in {folder}. Do not use it; please report the model."
+            error.message,
+            hint=f"What was written is in {folder}. Do not use it; please report the model.",
         ) from error
 
 
-def _add_card_and_plan(subject: Subject, folder: Path, written: ApplyResult, notify: Notify) -> None:
+def _add_card_and_plan(
+    subject: Subject, folder: Path, written: ApplyResult, notify: Notify
+) -> None:
     """Write the model card, the plan and its results."""
     plan, path = subject.plan, folder / CHECKPOINT_PLAN
-    # The results are of the plan's removals alone, so they do not describe a checkpoint with further changes.
+    # The results are of the plan's removals alone, so they do not describe a checkpoint with
+    # further changes.
     is_other = written.recovery or written.vocabulary or written.experts_per_token
     measured = None if is_other or (plan and plan.recovery) else subject.own_plan
     evaluation, benchmark = None, None
@@ -203,7 +243,9 @@ def _add_card_and_plan(subject: Subject, folder: Path, written: ApplyResult, not
     (folder / CARD).write_text(card, encoding="utf-8")
     if plan:
         base = None if subject.own_plan else written.model
-        described = plan.model_copy(update={"base_model": base, "recovery": written.recovery, "proof": written.proof})
+        described = plan.model_copy(
+            update={"base_model": base, "recovery": written.recovery, "proof": written.proof}
+        )
         path.write_text(to_json(described.published().to_data()), encoding="utf-8")
     if evaluation:
         evaluation.write(beside_plan(path, "eval"))
@@ -212,11 +254,18 @@ def _add_card_and_plan(subject: Subject, folder: Path, written: ApplyResult, not
 
 
 def plan_tensors(
-    surgery: Surgery, dtype: torch.dtype | None = None, new_values: Mapping[str, Tensor] = MappingProxyType({})
+    surgery: Surgery,
+    dtype: torch.dtype | None = None,
+    new_values: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> list[NewTensor]:
-    """List the tensors of the pruned checkpoint, from the headers of the dense one's files and the new values."""
+    """List the tensors of the pruned checkpoint, from the headers of the dense one's files and the
+    new values.
+    """
     stored = ((tensor.name, tensor) for tensor in surgery.architecture.source.weights.stored)
-    return [new_tensor(name, old, dtype, slices, new_values.get(name)) for name, old, slices in surgery.tensors(stored)]
+    return [
+        new_tensor(name, old, dtype, slices, new_values.get(name))
+        for name, old, slices in surgery.tensors(stored)
+    ]
 
 
 def _changed_settings(surgery: Surgery, dtype: torch.dtype | None) -> dict[str, dict[str, Any]]:
@@ -231,31 +280,47 @@ def _changed_settings(surgery: Surgery, dtype: torch.dtype | None) -> dict[str, 
             values = read_json(folder / name)
             if (after := _without_paths(surgery.settings(name, values))) != values:
                 changed[name] = after
-    return changed | {name: values for cut in surgery.cuts for name, values in cut.files.items() if values is not None}
+    return changed | {
+        name: values
+        for cut in surgery.cuts
+        for name, values in cut.files.items()
+        if values is not None
+    }
 
 
 def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
     # The checkpoint may be published, so it must not name folders of this machine.
     def change(key: str, value: Any) -> Any:
-        return without_folders(value) if isinstance(value, str) and key.endswith("name_or_path") else value
+        return (
+            without_folders(value)
+            if isinstance(value, str) and key.endswith("name_or_path")
+            else value
+        )
 
     return map_values(settings, change)
 
 
 def _with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
     """Set the data type, or keep it if `dtype` is None, in nested configs too, in one spelling."""
-    named = {key: _with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
+    named = {
+        key: _with_dtype(value, dtype) if isinstance(value, dict) else value
+        for key, value in config.items()
+    }
     if "dtype" in named and "torch_dtype" in named:  # of the two, transformers reads `dtype`
         other = named.pop("torch_dtype")
         named["dtype"] = named["dtype"] or other
     return named | {key: dtype for key in ("dtype", "torch_dtype") if dtype and key in named}
 
 
-def _find_other_files(source: ModelSource, written: set[str]) -> tuple[dict[str, Path], list[str], list[str]]:
-    """Find the tokenizer, generation config, licence, code, and anything else that belongs to the model.
+def _find_other_files(
+    source: ModelSource, written: set[str]
+) -> tuple[dict[str, Path], list[str], list[str]]:
+    """Find the tokenizer, generation config, licence, code, and anything else that belongs to the
+    model.
 
     Returns:
-        the files to copy by relative path, the names of weights in other formats, and the names of links that lead out
+        the files to copy by relative path, the names of weights in other formats, and the names of
+        links that lead out
         of the folder, maybe to private files: neither of them is copied.
     """
     folder = source.folder
@@ -298,7 +363,9 @@ def _bytes_of(files: Iterable[Path]) -> int:
 
 
 def _entries(folder: Path, skipped: set[str]) -> Iterator[Path]:
-    """Yield the files and links that may belong to the model, and folders of its other formats as a whole."""
+    """Yield the files and links that may belong to the model, and folders of its other formats as a
+    whole.
+    """
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name in skipped or path.name.endswith(".index.json"):
             continue
@@ -306,4 +373,8 @@ def _entries(folder: Path, skipped: set[str]) -> Iterator[Path]:
             yield path
         elif not (path / "config.json").is_file():  # else it is another model
             inner = sorted(path.rglob("*"))
-            yield from (file for file in inner if not any(name[0] == "." for name in file.relative_to(path).parts))
+            yield from (
+                file
+                for file in inner
+                if not any(name[0] == "." for name in file.relative_to(path).parts)
+            )

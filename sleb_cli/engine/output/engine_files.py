@@ -19,8 +19,12 @@ from sleb_cli.plugin_manager import Registry
 
 
 @contextmanager
-def engine_files(dense: Path, registry: Registry, notify: Notify) -> Iterator[Callable[[Surgery], Path]]:
-    """Yield a function that returns the file or folder of a model, writing it first if it is pruned."""
+def engine_files(
+    dense: Path, registry: Registry, notify: Notify
+) -> Iterator[Callable[[Surgery], Path]]:
+    """Yield a function that returns the file or folder of a model, writing it first if it is
+    pruned.
+    """
     with scratch_folder(Path(gettempdir()), "sleb-bench") as folder:
 
         def write(surgery: Surgery) -> Path:
@@ -34,7 +38,10 @@ def engine_files(dense: Path, registry: Registry, notify: Notify) -> Iterator[Ca
                 apply_removals(Subject(surgery, None), output, notify)
             else:
                 prune_gguf(
-                    plan_gguf_surgery(read_gguf(dense), surgery.removals, surgery.others), output, registry, notify
+                    plan_gguf_surgery(read_gguf(dense), surgery.removals, surgery.others),
+                    output,
+                    registry,
+                    notify,
                 )
             return output.path
 

@@ -26,8 +26,12 @@ _LISTS = ("texts", "tasks", "workloads")
 S = TypeVar("S", PrunedTextScores, PrunedTaskScores, PrunedTiming, ModelSize)
 
 
-def read_measurements(path: Path, plan: Plan, notify: Notify) -> tuple[EvalResult | None, BenchResult | None]:
-    """Read the results for the sizes of a plan, without local folders; None for one that is missing or does not fit."""
+def read_measurements(
+    path: Path, plan: Plan, notify: Notify
+) -> tuple[EvalResult | None, BenchResult | None]:
+    """Read the results for the sizes of a plan, without local folders; None for one that is missing
+    or does not fit.
+    """
     return _read(EvalResult, path, plan, notify), _read(BenchResult, path, plan, notify)
 
 
@@ -37,8 +41,12 @@ def _read(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R | None:
     result = read_saved(kind, file, notify)
     if result is None:
         return None
-    if isinstance(result, BenchResult):  # with `-o`, another engine's workloads may have been written there
-        workloads = tuple(timed for timed in result.workloads if timed.workload.engine == TRANSFORMERS)
+    if isinstance(
+        result, BenchResult
+    ):  # with `-o`, another engine's workloads may have been written there
+        workloads = tuple(
+            timed for timed in result.workloads if timed.workload.engine == TRANSFORMERS
+        )
         result = result.model_copy(update={"workloads": workloads})
     if result.model.fingerprint != plan.model.fingerprint:
         notify(Warned(f"Ignoring {file}: it was measured on a different model than {path}."))
@@ -47,18 +55,31 @@ def _read(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R | None:
         notify(Warned(f"Ignoring {file}: {path} removes other parts, or in another order."))
         return None
     if isinstance(result, EvalResult) and plan.recovery and result.recovered is None:
-        notify(Warned(f"Ignoring {file}: it was measured before the blocks of {path} were recovered."))
+        notify(
+            Warned(f"Ignoring {file}: it was measured before the blocks of {path} were recovered.")
+        )
         return None
     planned = set(map(frozenset, plan.by_size))
     entries = [entry for name in _LISTS for entry in getattr(result, name, ())]
     measured = {frozenset(size.removals) for entry in entries for size in entry.pruned}
     # A plan that was cut to fewer removals no longer tells its larger sizes from another plan's.
-    unknown_sizes = {removals for removals in measured - planned if len(removals) <= len(plan.largest)}
+    unknown_sizes = {
+        removals for removals in measured - planned if len(removals) <= len(plan.largest)
+    }
     if unknown_sizes:
-        notify(Warned(f"Ignoring {plural(len(unknown_sizes), 'size')} in {file} that {path} does not have."))
+        notify(
+            Warned(
+                f"Ignoring {plural(len(unknown_sizes), 'size')} in {file} that {path} does not "
+                f"have."
+            )
+        )
     if not measured & planned:
         return None
-    changes = {name: tuple(of_sizes(getattr(result, name), planned)) for name in _LISTS if hasattr(result, name)}
+    changes = {
+        name: tuple(of_sizes(getattr(result, name), planned))
+        for name in _LISTS
+        if hasattr(result, name)
+    }
     if isinstance(result, BenchResult):
         (result,) = of_sizes([result], planned)
     else:

@@ -1,8 +1,9 @@
 """Does the saved checkpoint compute what the dense model computes with these blocks skipped?
 
-(With a recovery: and with the new values.) The checks, in order: the files are as planned; stock transformers loads
-them; the logits are equal; it generates with the KV cache; it saves again. If the dense model does not fit in memory,
-nothing is computed, and the proof says that it is partial. docs/reference/commands.md lists what it cannot see.
+(With a recovery: and with the new values.) The checks, in order: the files are as planned; stock
+transformers loads them; the logits are equal; it generates with the KV cache; it saves again. If
+the dense model does not fit in memory, nothing is computed, and the proof says that it is partial.
+docs/reference/commands.md lists what it cannot see.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from sleb_cli.atomic import free_space
-from sleb_cli.engine.device import CPU, choose_device, dtype_name, free_bytes, free_memory, has_float64
+from sleb_cli.engine.device import (
+    CPU,
+    choose_device,
+    dtype_name,
+    free_bytes,
+    free_memory,
+    has_float64,
+)
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.forward.decoding import CACHE_TOLERANCES, check_decoding, relative_difference
 from sleb_cli.engine.forward.memory_needs import converted_bytes, model_bytes
@@ -67,11 +75,19 @@ MAX_SHARD_BYTES = 5 * 10**9
 TOLERANCES = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
 """The allowed difference of the logits, relative to the largest one; 0 in other data types."""
 
-WIDER_DTYPES = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
-"""The data type in which a proof is repeated if rounding may have changed a choice, such as a router's."""
+WIDER_DTYPES = {
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.float32: torch.float64,
+}
+"""The data type in which a proof is repeated if rounding may have changed a choice, such as a
+router's.
+"""
 
 PEAK_SHARE = 1.2
-"""The memory of a proof, relative to the dense model's weights: the two models are loaded one after the other."""
+"""The memory of a proof, relative to the dense model's weights: the two models are loaded one after
+the other.
+"""
 
 NEW_STREAMED_TOKENS = 2
 """New tokens if blocks stay on the disk: each token reads all blocks."""
@@ -79,7 +95,8 @@ NEW_STREAMED_TOKENS = 2
 
 @dataclass(frozen=True)
 class ProofPlacement(Placement):
-    """Where and in which data type the two models of a proof run; `too_large` says why they cannot, if so.
+    """Where and in which data type the two models of a proof run; `too_large` says why they cannot,
+    if so.
 
     If the dense model is streamed, accelerate leaves the checkpoint's blocks on the disk, too.
     """
@@ -93,24 +110,37 @@ def place_proof(
     device_map: DeviceMap | None = None,
     stream: bool | None = None,
 ) -> ProofPlacement:
-    """Choose the fastest device with enough memory for the dense model, or else for two of its blocks.
+    """Choose the fastest device with enough memory for the dense model, or else for two of its
+    blocks.
 
     `device_map` and `stream` are the user's choices, which take precedence.
     """
 
     def place_on(device: torch.device, *, streamed: bool) -> ProofPlacement:
         lack = partial(_describe_shortage, architecture, device, streamed=streamed)
-        name = "float16" if cast is torch.float16 else AUTO  # only float16 itself overflows as the checkpoint would
+        name = (
+            "float16" if cast is torch.float16 else AUTO
+        )  # only float16 itself overflows as the checkpoint would
         chosen = choose_dtype(architecture, name, device, lack, ignore, cast)
         obstacle = _obstacle(architecture, chosen, device, streamed=streamed)
-        return ProofPlacement(device, chosen, streamed, rounded=None if cast is chosen else cast, too_large=obstacle)
+        return ProofPlacement(
+            device, chosen, streamed, rounded=None if cast is chosen else cast, too_large=obstacle
+        )
 
     if stream:
         require_streamable(architecture)
     if device_map is not None:
-        mapped = place_model(architecture, choose_device(AUTO), AUTO, ignore, device_map=device_map, cast=cast)
+        mapped = place_model(
+            architecture, choose_device(AUTO), AUTO, ignore, device_map=device_map, cast=cast
+        )
         return ProofPlacement(**vars(mapped))
-    ways = [True] if stream else [False] if architecture.is_quantized or stream is False else [False, True]
+    ways = (
+        [True]
+        if stream
+        else [False]
+        if architecture.is_quantized or stream is False
+        else [False, True]
+    )
     for streamed in ways:
         for device in dict.fromkeys([choose_device(AUTO), CPU]):
             placement = place_on(device, streamed=streamed)
@@ -119,13 +149,19 @@ def place_proof(
     return placement
 
 
-def _obstacle(architecture: Architecture, dtype: torch.dtype, device: torch.device, *, streamed: bool) -> str | None:
+def _obstacle(
+    architecture: Architecture, dtype: torch.dtype, device: torch.device, *, streamed: bool
+) -> str | None:
     """Say why the two models of a proof cannot run one after the other, if they cannot."""
     if lacking := _describe_shortage(architecture, device, dtype, streamed=streamed):
         return f"{'two of its blocks at a time need' if streamed else 'the model needs'} {lacking}"
     if not streamed:
         return None
-    lacking = shortage(converted_bytes(architecture, dtype), free_space(cache_root()), "converted weights to the disk")
+    lacking = shortage(
+        converted_bytes(architecture, dtype),
+        free_space(cache_root()),
+        "converted weights to the disk",
+    )
     return lacking and f"transformers would write {lacking}"
 
 
@@ -146,18 +182,23 @@ def prove(
 ) -> Proof:
     """Prove the checkpoint in `folder`, and record each check that passes.
 
-    `new_values` of recovered blocks are by the dense model's parameter names; None without a recovery.
+    `new_values` of recovered blocks are by the dense model's parameter names; None without a
+    recovery.
 
     Raises:
         ProofError: a check failed.
         OSError: the disk failed, which is no verdict about the checkpoint.
     """
-    if placement.stream and not placement.too_large:  # since it was placed, the checkpoint has filled the disk
+    if (
+        placement.stream and not placement.too_large
+    ):  # since it was placed, the checkpoint has filled the disk
         lacking = _obstacle(surgery.architecture, placement.dtype, placement.device, streamed=True)
         placement = replace(placement, too_large=lacking)
     proof = Proof(
         checks=(),
-        reference="recovered" if new_values is not None else next((cut.reference for cut in surgery.cuts), "whole"),
+        reference="recovered"
+        if new_values is not None
+        else next((cut.reference for cut in surgery.cuts), "whole"),
         partial=placement.too_large,
         dtype=dtype_name(placement.dtype),
         device=placement.device.type,
@@ -169,11 +210,22 @@ def prove(
             reason = f"{placement.too_large}. Names, shapes and bytes are checked, but no logits"
             notify(Notice(f"The proof is partial: {reason}."))
         elif placement.stream:
-            notify(Notice("The proof leaves the blocks on disk, so it reads all weights about eight times."))
+            notify(
+                Notice(
+                    "The proof leaves the blocks on disk, so it reads all weights about eight "
+                    "times."
+                )
+            )
         compared = describe_reference(proof.reference)
-        models = _Models(surgery, folder, placement, new_values, compared, tokenizer, planned, notify)
-        for check, values in chain(check_files(surgery, folder, tokenizer, planned, notify), models.checks()):
-            passed = [check] if check and check not in proof.checks else []  # in a wider data type, some pass again
+        models = _Models(
+            surgery, folder, placement, new_values, compared, tokenizer, planned, notify
+        )
+        for check, values in chain(
+            check_files(surgery, folder, tokenizer, planned, notify), models.checks()
+        ):
+            passed = (
+                [check] if check and check not in proof.checks else []
+            )  # in a wider data type, some pass again
             proof = proof.model_copy(update={"checks": (*proof.checks, *passed), **values})
             if not check:
                 notify(Notice(f"The proof is partial: {proof.partial}."))
@@ -181,7 +233,9 @@ def prove(
 
 
 class _RepeatWider(Exception):
-    """Logits differ, maybe by rounding: compare again with `wider`, the models in a wider data type."""
+    """Logits differ, maybe by rounding: compare again with `wider`, the models in a wider data
+    type.
+    """
 
     def __init__(self, wider: _Models) -> None:
         super().__init__()
@@ -190,7 +244,8 @@ class _RepeatWider(Exception):
 
 @dataclass(frozen=True)
 class _Models:
-    """The checkpoint as transformers loads it, and its reference, the dense model with the removed parts skipped.
+    """The checkpoint as transformers loads it, and its reference, the dense model with the removed
+    parts skipped.
 
     For the fields, see `prove`; `reference` describes the reference in messages.
     """
@@ -204,9 +259,12 @@ class _Models:
     planned: Planned
     notify: Notify
 
-    @torch.no_grad()  # not inference mode, in which tensors made outside of it cannot take the place of others
+    # not inference mode, in which tensors made outside of it cannot take the place of others
+    @torch.no_grad()
     def checks(self) -> Iterator[CheckResult]:
-        """Check that the checkpoint loads, computes what its reference computes, generates and saves again."""
+        """Check that the checkpoint loads, computes what its reference computes, generates and
+        saves again.
+        """
         try:
             yield from self._checks()
             return
@@ -227,8 +285,14 @@ class _Models:
             yield "loads", {}
             self._widen(difference, self._allowed)
             if not difference <= self._allowed:  # also if it is NaN
-                # Seen once in many runs, without a cause: other rounding. A wrong checkpoint differs twice.
-                self.notify(Notice(f"Logits differ by {difference:.2g}, maybe by rounding: they are compared again."))
+                # Seen once in many runs, without a cause: other rounding. A wrong checkpoint
+                # differs twice.
+                self.notify(
+                    Notice(
+                        f"Logits differ by {difference:.2g}, maybe by rounding: they are compared "
+                        f"again."
+                    )
+                )
                 del model
                 free_memory()
                 model, difference, outputs, extra = self._compare_logits(ids, pruned_ids)
@@ -245,7 +309,9 @@ class _Models:
             yield from self._compare_extra_outputs(outputs, extra)
             allowed = CACHE_TOLERANCES.get(self.placement.dtype, 0.0)
             with self._break_ties():
-                cache_difference, fault = check_decoding(model, pruned_ids, new_tokens, self.placement.dtype)
+                cache_difference, fault = check_decoding(
+                    model, pruned_ids, new_tokens, self.placement.dtype
+                )
             if cache_difference is not None:  # it generates
                 self._widen(cache_difference, allowed, decoding=True)
             if fault:
@@ -255,9 +321,15 @@ class _Models:
                 raise proof_error(fault)
             yield (
                 "generates",
-                {"new_tokens": new_tokens, "cache_difference": cache_difference, "cache_tolerance": allowed},
+                {
+                    "new_tokens": new_tokens,
+                    "cache_difference": cache_difference,
+                    "cache_tolerance": allowed,
+                },
             )
-            if not self.planned.weights:  # made from a GGUF file, so transformers has saved it already
+            if (
+                not self.planned.weights
+            ):  # made from a GGUF file, so transformers has saved it already
                 yield "saves again", {}
                 return
             if reason := self._no_room_for(model):
@@ -269,13 +341,17 @@ class _Models:
                 free_memory()
                 after = _shapes(replace(self, folder=Path(again))._load())
             if before != after:
-                raise proof_error(f"saved again, it has other weights, such as {min(before ^ after)[0]}")
+                raise proof_error(
+                    f"saved again, it has other weights, such as {min(before ^ after)[0]}"
+                )
             yield "saves again", {}
 
     def _compare_logits(
         self, ids: Tensor, pruned_ids: Tensor
     ) -> tuple[Any, float, list[Mapping[str, Tensor]], list[Mapping[str, Tensor]]]:
-        """Return the loaded checkpoint, how far its logits are from the reference's, and the extra outputs of both."""
+        """Return the loaded checkpoint, how far its logits are from the reference's, and the extra
+        outputs of both.
+        """
         expected, extra = self._expected_logits(ids)
         free_memory()
         model = self._load()
@@ -288,11 +364,16 @@ class _Models:
         return max([allowed, *(cut.tolerance for cut in self.surgery.cuts)])
 
     def _widen(self, difference: float, allowed: float, *, decoding: bool = False) -> None:
-        """Repeat the proof in a wider data type if too much differs, rounding may be why, and there is memory."""
+        """Repeat the proof in a wider data type if too much differs, rounding may be why, and there
+        is memory.
+        """
         placement, architecture = self.placement, self.surgery.architecture
         dtype = WIDER_DTYPES.get(placement.dtype)
-        # Decoding rounds otherwise than a prompt does, which can change a router's choice, whatever was removed.
-        may_round = any(cut.tolerance for cut in self.surgery.cuts) or (decoding and placement.dtype.itemsize < 4)
+        # Decoding rounds otherwise than a prompt does, which can change a router's choice, whatever
+        # was removed.
+        may_round = any(cut.tolerance for cut in self.surgery.cuts) or (
+            decoding and placement.dtype.itemsize < 4
+        )
         fixed = architecture.is_quantized or placement.device_map or not may_round
         if difference <= allowed or fixed or dtype is None:
             return
@@ -301,8 +382,15 @@ class _Models:
         if _obstacle(architecture, dtype, placement.device, streamed=placement.stream):
             return
         name = dtype_name(dtype)
-        self.notify(Notice(f"Logits differ by {difference:.2g}, maybe by rounding: the proof runs again in {name}."))
-        cast = placement.rounded or next((tensor.cast for tensor in self.planned.tensors if tensor.cast), None)
+        self.notify(
+            Notice(
+                f"Logits differ by {difference:.2g}, maybe by rounding: the proof runs again in "
+                f"{name}."
+            )
+        )
+        cast = placement.rounded or next(
+            (tensor.cast for tensor in self.planned.tensors if tensor.cast), None
+        )
         raise _RepeatWider(replace(self, placement=replace(placement, dtype=dtype, rounded=cast)))
 
     def _states(self, model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -310,11 +398,19 @@ class _Models:
             return _block_states(whole, ids)
 
     def _no_room_for(self, model: Any) -> str | None:
-        """Say why the disk has no room to save the model again, if it has none; casts the model to need less."""
-        dtype, stored = self.placement.dtype, self.placement.rounded or self.surgery.architecture.dtype
+        """Say why the disk has no room to save the model again, if it has none; casts the model to
+        need less.
+        """
+        dtype, stored = (
+            self.placement.dtype,
+            self.placement.rounded or self.surgery.architecture.dtype,
+        )
         if (stored or dtype).itemsize < dtype.itemsize and not hasattr(model, "_hf_hook"):
             model.to(stored)  # half of the bytes: only names and shapes are compared
-        needed, free = sum(tensor.nbytes for tensor in model.state_dict().values()), free_space(self.folder)
+        needed, free = (
+            sum(tensor.nbytes for tensor in model.state_dict().values()),
+            free_space(self.folder),
+        )
         if needed <= free:
             return None
         return f"saving it again needs {format_bytes(needed)} on the disk, but only {format_bytes(free)} is free"
@@ -322,10 +418,14 @@ class _Models:
     def _prompt(self) -> tuple[Tensor, int]:
         """Return the ids of the prompt, [1, positions], and the number of new tokens."""
         limit = self.surgery.architecture.longest_sequence or PROMPT_TOKENS + NEW_TOKENS
-        new_tokens = min(NEW_STREAMED_TOKENS if self.placement.stream else NEW_TOKENS, max(1, limit // 2))
+        new_tokens = min(
+            NEW_STREAMED_TOKENS if self.placement.stream else NEW_TOKENS, max(1, limit // 2)
+        )
         room, device = max(1, min(PROMPT_TOKENS, limit - new_tokens)), self.placement.device
         if self.tokenizer is not None:
-            return torch.tensor([self.tokenizer(PROMPT).input_ids[:room]], device=device), new_tokens
+            return torch.tensor(
+                [self.tokenizer(PROMPT).input_ids[:room]], device=device
+            ), new_tokens
         vocabulary = self.surgery.architecture.config.get_text_config().vocab_size
         ids = torch.randint(vocabulary, (1, room), generator=torch.Generator().manual_seed(0))
         return ids.to(device), new_tokens
@@ -351,34 +451,49 @@ class _Models:
 
     @contextmanager
     def _extra_outputs(self, model: Any, *, pruned: bool) -> Iterator[list[Mapping[str, Tensor]]]:
-        """Make both models choose alike; yield, by cut, the outputs that logits may not show, by name."""
+        """Make both models choose alike; yield, by cut, the outputs that logits may not show, by
+        name.
+        """
         with ExitStack() as stack, self._break_ties():
-            yield [stack.enter_context(cut.extra_outputs(model, pruned=pruned)) for cut in self.surgery.cuts]
+            yield [
+                stack.enter_context(cut.extra_outputs(model, pruned=pruned))
+                for cut in self.surgery.cuts
+            ]
 
     def _compare_extra_outputs(
         self, outputs: Sequence[Mapping[str, Tensor]], expected: Sequence[Mapping[str, Tensor]]
     ) -> Iterator[CheckResult]:
         for cut, ours, theirs in zip(self.surgery.cuts, outputs, expected, strict=True):
             for name, output in theirs.items():
-                if not (output.numel() and relative_difference(ours[name], output) <= self._allowed):
-                    raise proof_error(f"{name} that stay make something else than in the dense model")
+                if not (
+                    output.numel() and relative_difference(ours[name], output) <= self._allowed
+                ):
+                    raise proof_error(
+                        f"{name} that stay make something else than in the dense model"
+                    )
             if cut.extra_check:
                 yield cut.extra_check, {}
 
     def _expected_logits(self, ids: Tensor) -> tuple[Tensor, list[Mapping[str, Tensor]]]:
         """Return the logits of the reference, and the outputs that they may not show."""
-        with self._opened_reference() as skippable, self._extra_outputs(skippable.model, pruned=False) as extra:
+        with (
+            self._opened_reference() as skippable,
+            self._extra_outputs(skippable.model, pruned=False) as extra,
+        ):
             expected = skippable.logits(ids, self.surgery.removed)
         if not bool(expected.isfinite().all()):
             dtype = self.placement.dtype
             raise ModelError(
                 f"{self.reference.capitalize()} computes NaN or infinity in {dtype_name(dtype)}.",
-                hint="Choose another data type with --dtype: float16 overflows above 65,504; bfloat16 and float32 do "
+                hint="Choose another data type with --dtype: float16 overflows above 65,504; "
+                "bfloat16 and float32 do "
                 "not."
                 if dtype == torch.float16
                 else "Check the model's weights.",
             )
-        remaining = expected if self.surgery.tokens is None else expected[..., list(self.surgery.tokens)]
+        remaining = (
+            expected if self.surgery.tokens is None else expected[..., list(self.surgery.tokens)]
+        )
         return remaining, extra
 
     def _require_dense_decoding(self, ids: Tensor, new_tokens: int) -> None:
@@ -388,12 +503,16 @@ class _Models:
             _, fault = check_decoding(skippable.model, ids, new_tokens, self.placement.dtype)
         if fault:
             raise ModelError(
-                f"{self.surgery.architecture.source.id} does not work with a KV cache, whatever is removed: {fault}.",
-                hint="Report it to its author or to transformers. --no-verify writes the checkpoint without a proof.",
+                f"{self.surgery.architecture.source.id} does not work with a KV cache, whatever is "
+                f"removed: {fault}.",
+                hint="Report it to its author or to transformers. --no-verify writes the "
+                "checkpoint without a proof.",
             )
 
     def _load(self) -> Any:
-        """Load the checkpoint with stock transformers where the dense model was, or on the meta device."""
+        """Load the checkpoint with stock transformers where the dense model was, or on the meta
+        device.
+        """
         architecture, placement = self.surgery.architecture, self.placement
         if placement.too_large:
             placement = replace(placement, device=torch.device("meta"))
@@ -413,14 +532,20 @@ class _Models:
         return model.eval()
 
     def _is_prediction(self, name: str) -> bool:
-        # transformers does not load modules for multi-token prediction; they stay unless blocks are renumbered.
+        # transformers does not load modules for multi-token prediction; they stay unless blocks are
+        # renumbered.
         block = self.surgery.architecture.block_names(self.surgery.kept).block_of(name)
-        return not self.surgery.removed and bool(PREDICTION.search(name) or (block or 0) >= self.surgery.kept.count)
+        return not self.surgery.removed and bool(
+            PREDICTION.search(name) or (block or 0) >= self.surgery.kept.count
+        )
 
-    def _other_logits(self, difference: float, ids: Tensor, states: Sequence[tuple[Tensor, Tensor]]) -> ProofError:
+    def _other_logits(
+        self, difference: float, ids: Tensor, states: Sequence[tuple[Tensor, Tensor]]
+    ) -> ProofError:
         return proof_error(
             f"its logits differ from those of {self.reference} by {difference:.2g} of the largest "
-            f"({dtype_name(self.placement.dtype)} allows {self._allowed:.2g}); {self._first_difference(ids, states)}"
+            f"({dtype_name(self.placement.dtype)} allows {self._allowed:.2g}); "
+            f"{self._first_difference(ids, states)}"
         )
 
     def _first_difference(self, ids: Tensor, states: Sequence[tuple[Tensor, Tensor]]) -> str:
@@ -429,13 +554,16 @@ class _Models:
             expected = _block_states(skippable, ids, self.surgery.removed)
         if relative_difference(states[0][0], expected[0][0]):
             return "the input of the first block already differs"
-        both = zip(states, expected, strict=False)  # a wrong checkpoint may have another number of blocks
+        both = zip(
+            states, expected, strict=False
+        )  # a wrong checkpoint may have another number of blocks
         differences = [relative_difference(ours[1], theirs[1]) for ours, theirs in both]
         for allowed in (self._allowed, 0.0):
             for block, difference in enumerate(differences):
                 if not difference <= allowed:
                     return (
-                        f"its block {block}, which is block {self.surgery.kept.blocks[block]} of the dense model, is "
+                        f"its block {block}, which is block {self.surgery.kept.blocks[block]} of "
+                        f"the dense model, is "
                         f"the first whose output differs, by {difference:.2g}"
                     )
         return "every block's output is the same, so the final norm or the head differs"
@@ -453,21 +581,32 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     return logits
 
 
-def _block_states(model: SkippableModel, ids: Tensor, removed: Collection[int] = ()) -> list[tuple[Tensor, Tensor]]:
+def _block_states(
+    model: SkippableModel, ids: Tensor, removed: Collection[int] = ()
+) -> list[tuple[Tensor, Tensor]]:
     """Return the hidden states before and after each block but the removed ones, on the CPU."""
     states: list[tuple[Tensor, Tensor]] = []
-    model.run_with_hook(ids, removed, lambda block, entering, leaving: states.append((entering.cpu(), leaving.cpu())))
+    model.run_with_hook(
+        ids,
+        removed,
+        lambda block, entering, leaving: states.append((entering.cpu(), leaving.cpu())),
+    )
     return states
 
 
 def _save(model: Any, folder: Path) -> set[tuple[str, tuple[int, ...]]]:
     """Save the model with stock transformers; return the names and shapes of its weights."""
-    # transformers refuses to save an inconsistent generation config, which would be the dense model's fault.
+    # transformers refuses to save an inconsistent generation config, which would be the dense
+    # model's fault.
     model.generation_config = GenerationConfig()
     with (
-        translate_errors(lambda words: proof_error(f"transformers does not save it again: {words}")),
+        translate_errors(
+            lambda words: proof_error(f"transformers does not save it again: {words}")
+        ),
         saving(folder),
-        warnings.catch_warnings(action="ignore"),  # transformers warns about the memory that a shard takes
+        warnings.catch_warnings(
+            action="ignore"
+        ),  # transformers warns about the memory that a shard takes
     ):
         # While a shard of an offloaded model is written, it is in memory as a whole.
         model.save_pretrained(folder, max_shard_size=min(MAX_SHARD_BYTES, free_bytes(CPU) // 2))

@@ -26,8 +26,10 @@ from sleb_cli.records import Check, differences
 from sleb_plugins import ModelError, ProofError
 
 PROMPT = (
-    "A river begins as snow on a mountain. In spring the water runs down over the rocks, gathers in "
-    "streams, and reaches the plain, where people built mills and towns along its banks. They asked "
+    "A river begins as snow on a mountain. In spring the water runs down over the rocks, gathers "
+    "in "
+    "streams, and reaches the plain, where people built mills and towns along its banks. They "
+    "asked "
     "how deep it was, who owned the fish, and why it flooded every ninth year. Nobody could answer "
     "all three questions, so they wrote down what they saw, measured it, and compared their notes."
 )
@@ -41,7 +43,8 @@ class Planned:
     """The contents of a checkpoint, and what is not copied into it.
 
     Attributes:
-        weights: the weight files by name; empty if it is made from a GGUF file, whose proof covers the rest.
+        weights: the weight files by name; empty if it is made from a GGUF file, whose proof covers
+            the rest.
         texts: the contents of the files with settings, by name.
         copies: the dense model's files that are copied unchanged, by relative path.
         left_out: the names of the dense model's files in other formats.
@@ -71,13 +74,22 @@ def check_files(
 
 
 def _require_files(folder: Path, planned: Planned) -> None:
-    written = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
-    texts = {**planned.texts, **({INDEX: index_of(planned.weights)} if len(planned.weights) > 1 else {})}
+    written = {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_symlink() or path.is_file()
+    }
+    texts = {
+        **planned.texts,
+        **({INDEX: index_of(planned.weights)} if len(planned.weights) > 1 else {}),
+    }
     expected = {*planned.weights, *texts, *planned.copies}
     if missing := sorted(expected - written):
         raise proof_error(f"{_listed(missing)} missing")
     if extra := sorted(written - expected):
-        raise proof_error(f"{_listed(extra)} there, which belong to no pruned checkpoint of this model")
+        raise proof_error(
+            f"{_listed(extra)} there, which belong to no pruned checkpoint of this model"
+        )
     for name, text in texts.items():
         if (content := (folder / name).read_bytes()) != text.encode():
             raise proof_error(f"{name} is not what was written{_difference_clause(content, text)}")
@@ -107,7 +119,9 @@ def _digest(path: Path) -> bytes:
 
 
 def _require_tensors(folder: Path, planned: Planned) -> None:
-    """Check that every tensor is in the planned file, in its shape and data type, and that no file is truncated."""
+    """Check that every tensor is in the planned file, in its shape and data type, and that no file
+    is truncated.
+    """
     with model_errors_fail_proof():
         weights = find_weights(folder)
         written = {tensor.name: (tensor.dtype, tensor.shape) for tensor in weights.stored}
@@ -123,21 +137,32 @@ def _require_tensors(folder: Path, planned: Planned) -> None:
     if planned.weights:
         for header in weights.headers:
             shard = planned.weights[header.path.name]
-            if {tensor.name for tensor in header.tensors} != {tensor.name for tensor in shard.tensors}:
+            if {tensor.name for tensor in header.tensors} != {
+                tensor.name for tensor in shard.tensors
+            }:
                 raise proof_error(f"{header.path.name} holds other tensors than the index says")
             if header.metadata != shard.metadata:
-                raise proof_error(f"the metadata of {header.path.name} are {header.metadata}, not {shard.metadata}")
+                raise proof_error(
+                    f"the metadata of {header.path.name} are {header.metadata}, not "
+                    f"{shard.metadata}"
+                )
 
 
-def _require_same_tokens(surgery: Surgery, folder: Path, theirs: Any, notify: Notify) -> Iterator[CheckResult]:
+def _require_same_tokens(
+    surgery: Surgery, folder: Path, theirs: Any, notify: Notify
+) -> Iterator[CheckResult]:
     """Check that the checkpoint has the dense model's tokenizer and chat template."""
     trust = surgery.architecture.source.trust_remote_code
     with translate_errors(lambda words: proof_error(f"its tokenizer cannot be loaded: {words}")):
         ours = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     texts = [PROMPT, *(text for cut in surgery.cuts for text in cut.texts(theirs))]
-    for text, ids, expected in zip(texts, ours(texts).input_ids, theirs(texts).input_ids, strict=True):
+    for text, ids, expected in zip(
+        texts, ours(texts).input_ids, theirs(texts).input_ids, strict=True
+    ):
         if ids != surgery.token_ids(expected):
-            raise proof_error(f"its tokenizer is not the dense model's, which reads {text[:40]!r} otherwise")
+            raise proof_error(
+                f"its tokenizer is not the dense model's, which reads {text[:40]!r} otherwise"
+            )
     if ours.chat_template != theirs.chat_template:
         raise proof_error("its chat template is not the dense model's")
     for cut in surgery.cuts:
@@ -152,11 +177,15 @@ def _require_same_bytes(folder: Path, planned: Sequence[NewTensor], notify: Noti
     with task(notify, "Comparing weights", sum(tensor.size for tensor in planned), "B") as advance:
         with model_errors_fail_proof():
             written = {tensor.name: tensor.path for tensor in find_weights(folder).stored}
-        for (source, path), group in groupby(planned, key=lambda tensor: (tensor.stored.path, written[tensor.name])):
+        for (source, path), group in groupby(
+            planned, key=lambda tensor: (tensor.stored.path, written[tensor.name])
+        ):
             tensors = list(group)
             if not path.samefile(source):
                 written_values = read_tensors(path, [tensor.name for tensor in tensors])
-                dense = read_tensors(source, [tensor.stored.name for tensor in tensors if tensor.value is None])
+                dense = read_tensors(
+                    source, [tensor.stored.name for tensor in tensors if tensor.value is None]
+                )
                 for tensor in tensors:
                     expected = tensor.changed(next(dense) if tensor.value is None else tensor.value)
                     with model_errors_fail_proof():
@@ -166,8 +195,14 @@ def _require_same_bytes(folder: Path, planned: Sequence[NewTensor], notify: Noti
             advance(sum(tensor.size for tensor in tensors))
     if different:
         first, others = different[0], f" ({len(different)} of {len(planned)} tensors differ)"
-        whose = f"those of {first.stored.name} in the dense model" if first.value is None else "its new values"
-        raise proof_error(f"the bytes of {first.name} are not {whose}{others if len(different) > 1 else ''}")
+        whose = (
+            f"those of {first.stored.name} in the dense model"
+            if first.value is None
+            else "its new values"
+        )
+        raise proof_error(
+            f"the bytes of {first.name} are not {whose}{others if len(different) > 1 else ''}"
+        )
 
 
 def _bits_of(tensor: Tensor) -> Tensor:
@@ -179,7 +214,8 @@ def proof_error(what: str, kind: str = "checkpoint") -> ProofError:
     """Make the error of a failed proof; `kind` is "checkpoint" or "GGUF file"."""
     return ProofError(
         f"The pruned {kind} failed its proof: {what}.",
-        hint="Nothing was written. Try again, in case the disk or another program changed a file. If it fails again, "
+        hint="Nothing was written. Try again, in case the disk or another program changed a file. "
+        "If it fails again, "
         "please report the model; --keep-failed DIR keeps the output.",
     )
 

@@ -26,7 +26,15 @@ from sleb_cli.events import Notice, ignore
 from sleb_cli.keys import Key
 from sleb_cli.names import public_source
 from sleb_cli.records import THIS_VERSION
-from sleb_cli.results import EvalResult, R, Removals, TaskResult, TextResult, merge_results, of_sizes
+from sleb_cli.results import (
+    EvalResult,
+    R,
+    Removals,
+    TaskResult,
+    TextResult,
+    merge_results,
+    of_sizes,
+)
 from sleb_cli.saved_results import find_saved, save_result
 
 
@@ -55,7 +63,8 @@ class Evaluation:
 def evaluate_models(evaluation: Evaluation, file: Path | None) -> EvalResult:
     """Measure the dense model and each size of the pruned one, on the same data.
 
-    The file keeps each text and task as soon as it is finished. Its results in this setting are not measured again.
+    The file keeps each text and task as soon as it is finished. Its results in this setting are not
+    measured again.
 
     Raises:
         DataError: the data of a task is missing or too small.
@@ -63,7 +72,12 @@ def evaluate_models(evaluation: Evaluation, file: Path | None) -> EvalResult:
     """
     models = evaluation.models
     whole, group = _without_parts(evaluation), models.group
-    known = group.from_main(lambda: find_saved(whole, file, ignore) if file and not evaluation.force else None) or whole
+    known = (
+        group.from_main(
+            lambda: find_saved(whole, file, ignore) if file and not evaluation.force else None
+        )
+        or whole
+    )
     results_by_part: dict[str, tuple[Any, ...]] = {"texts": (), "tasks": ()}
     reused = list[str]()
     for field, title, results, measure in _jobs(evaluation, known):
@@ -80,7 +94,9 @@ def evaluate_models(evaluation: Evaluation, file: Path | None) -> EvalResult:
 
 
 class _Job(NamedTuple):
-    """A text or a task: its field in the result, its title, known results, and the function that measures sizes."""
+    """A text or a task: its field in the result, its title, known results, and the function that
+    measures sizes.
+    """
 
     field: str
     title: str
@@ -91,11 +107,15 @@ class _Job(NamedTuple):
 def _jobs(evaluation: Evaluation, known: EvalResult) -> Iterator[_Job]:
     for windows in evaluation.texts:
         measure: Any = partial(_run_text, windows, evaluation)
-        yield _Job("texts", f"perplexity on {windows.text.source}", _known_text(known, windows), measure)
+        yield _Job(
+            "texts", f"perplexity on {windows.text.source}", _known_text(known, windows), measure
+        )
     for task in evaluation.tasks:
         fingerprints = task.fingerprints()
         measure = partial(_run_task, task, fingerprints, evaluation)
-        yield _Job("tasks", task.name, _known_task(known, fingerprints, evaluation.show_flips), measure)
+        yield _Job(
+            "tasks", task.name, _known_task(known, fingerprints, evaluation.show_flips), measure
+        )
 
 
 def _without_parts(evaluation: Evaluation) -> EvalResult:
@@ -125,33 +145,56 @@ def _known_text(known: EvalResult, windows: EvaluationWindows) -> tuple[TextResu
     expected = description(windows)
     # A published result does not name the folder of its text.
     names = (expected["text"], public_source(expected["text"]))
-    results = [text.model_copy(update={"text": names[0]}) for text in known.texts if text.text in names]
-    return tuple(text for text in results if all(getattr(text, name) == value for name, value in expected.items()))[:1]
+    results = [
+        text.model_copy(update={"text": names[0]}) for text in known.texts if text.text in names
+    ]
+    return tuple(
+        text
+        for text in results
+        if all(getattr(text, name) == value for name, value in expected.items())
+    )[:1]
 
 
-def _known_task(known: EvalResult, fingerprints: dict[str, str], show_flips: int) -> tuple[TaskResult, ...]:
-    results = [task for task in known.tasks if task.fingerprint and task.fingerprint == fingerprints.get(task.task)]
+def _known_task(
+    known: EvalResult, fingerprints: dict[str, str], show_flips: int
+) -> tuple[TaskResult, ...]:
+    results = [
+        task
+        for task in known.tasks
+        if task.fingerprint and task.fingerprint == fingerprints.get(task.task)
+    ]
     sizes = [size for task in results for size in task.pruned]
-    has_flips = all(len(size.flips) >= min(show_flips, (size.lost or 0) + (size.gained or 0)) for size in sizes)
-    return tuple(results) if has_flips and {task.task for task in results} == {*fingerprints} else ()
+    has_flips = all(
+        len(size.flips) >= min(show_flips, (size.lost or 0) + (size.gained or 0)) for size in sizes
+    )
+    return (
+        tuple(results) if has_flips and {task.task for task in results} == {*fingerprints} else ()
+    )
 
 
 def _missing_sizes(known: Sequence[R], sizes: Sequence[Removals]) -> tuple[Removals, ...] | None:
     # Besides the dense model; None if not even that is missing.
     if not known:
         return tuple(sizes)
-    measured = set.intersection(*({frozenset(size.removals) for size in result.pruned} for result in known))
+    measured = set.intersection(
+        *({frozenset(size.removals) for size in result.pruned} for result in known)
+    )
     return tuple(size for size in sizes if frozenset(size) not in measured) or None
 
 
-def _run_text(windows: EvaluationWindows, evaluation: Evaluation, sizes: Sequence[Removals]) -> tuple[TextResult]:
+def _run_text(
+    windows: EvaluationWindows, evaluation: Evaluation, sizes: Sequence[Removals]
+) -> tuple[TextResult]:
     result = measure_text(windows, evaluation.models, sizes, evaluation.batch_size)
     evaluation.models.require_unchanged()
     return (result,)
 
 
 def _run_task(
-    task: LoadedTask, fingerprints: dict[str, str], evaluation: Evaluation, sizes: Sequence[Removals]
+    task: LoadedTask,
+    fingerprints: dict[str, str],
+    evaluation: Evaluation,
+    sizes: Sequence[Removals],
 ) -> tuple[TaskResult, ...]:
     models = evaluation.models
     group, key = models.group, _dense_key(evaluation, fingerprints)
@@ -166,17 +209,30 @@ def _run_task(
             title = f"{len(removals)} removed" if removals else "dense"
             predict = partial(predictions.logits, removed=removals) if predictions else None
             with with_requires_grad(model):
-                answers[removals] = task.run(model, evaluation.tokenizer, title, models.notify, group, predict)
+                answers[removals] = task.run(
+                    model, evaluation.tokenizer, title, models.notify, group, predict
+                )
     models.require_unchanged()
     if not known and group.is_main:
-        write_cached("answers", key, answers[()], f"the dense model's answers to {task.name}", models.notify)
-    compared = compare_task(answers[()], [(removals, answers[removals]) for removals in sizes], evaluation.show_flips)
+        write_cached(
+            "answers", key, answers[()], f"the dense model's answers to {task.name}", models.notify
+        )
+    compared = compare_task(
+        answers[()], [(removals, answers[removals]) for removals in sizes], evaluation.show_flips
+    )
     how = {"limit": task.limit, "lm_eval": version("lm_eval")}
-    return tuple(result.model_copy(update={"fingerprint": fingerprints.get(result.task), **how}) for result in compared)
+    return tuple(
+        result.model_copy(update={"fingerprint": fingerprints.get(result.task), **how})
+        for result in compared
+    )
 
 
 def _dense_key(evaluation: Evaluation, fingerprints: dict[str, str]) -> Key:
     # The dense model's answers to a task do not depend on the removal.
     whole = _without_parts(evaluation).model_copy(update={"experts": None, "recovered": None})
-    settings = {"items": fingerprints, "batch_size": evaluation.batch_size, "processes": evaluation.models.group.size}
+    settings = {
+        "items": fingerprints,
+        "batch_size": evaluation.batch_size,
+        "processes": evaluation.models.group.size,
+    }
     return {**whole.key, **settings}

@@ -47,7 +47,12 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         # If the model is spread over devices, tokens may not go in where its first weight is.
-        self._device, self._names, self._notify, self._group = input_device(model), names, notify, group
+        self._device, self._names, self._notify, self._group = (
+            input_device(model),
+            names,
+            notify,
+            group,
+        )
         self._ends = torch.tensor(sorted(end_tokens(model, tokenizer)), device=self._device)
         self._ended: list[bool] = []
         self._predict = predict
@@ -64,7 +69,9 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
         """Return an `Answer` to each prompt."""
         return self._share_out(self._write, requests)
 
-    def _share_out(self, answer: Callable[[Sequence[Any]], list[Any]], requests: Sequence[Any]) -> list[Any]:
+    def _share_out(
+        self, answer: Callable[[Sequence[Any]], list[Any]], requests: Sequence[Any]
+    ) -> list[Any]:
         size = self._group.size
         mine = requests[self._group.rank :: size]
         with task(self._notify, ", ".join(self._names), len(mine), "requests") as advance:
@@ -84,7 +91,8 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
     def _write(self, requests: Sequence[Any]) -> list[Any]:
         ended, advance = defaultdict[str, list[bool]](list), self.cache_hook.add_partial
 
-        # lm-eval tells its cache the answers in the order of batches, and returns them in that of requests.
+        # lm-eval tells its cache the answers in the order of batches, and returns them in that of
+        # requests.
         def answered(kind: str, request: Any, text: str) -> None:
             ended[request[0]].append(self._ended.pop(0))
             advance()
@@ -105,20 +113,31 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
         return super()._loglikelihood_tokens(requests, **options)
 
     def _model_call(self, inps: Tensor, **options: Any) -> Tensor:
-        logits: Tensor = self._predict(inps) if self._predict else super()._model_call(inps, **options)
+        logits: Tensor = (
+            self._predict(inps) if self._predict else super()._model_call(inps, **options)
+        )
         return logits
 
     def _model_generate(
-        self, context: Tensor, max_length: int, stop: list[str], attention_mask: Tensor, **options: Any
+        self,
+        context: Tensor,
+        max_length: int,
+        stop: list[str],
+        attention_mask: Tensor,
+        **options: Any,
     ) -> Tensor:
         if (options.get("num_beams") or self.model.generation_config.num_beams or 1) > 1:
-            whole = super()._model_generate(context, max_length, stop, attention_mask=attention_mask, **options)
+            whole = super()._model_generate(
+                context, max_length, stop, attention_mask=attention_mask, **options
+            )
             return self._remember_ended(context, list(whole[:, context.shape[1] :]))
         if not (options.get("do_sample") or options.get("temperature")):  # as lm-eval takes them
             options |= {"do_sample": False, "temperature": None}
 
         def generate(ids: Tensor, settings: dict[str, Any], **more: Any) -> Any:
-            return self.model.generate(ids, pad_token_id=self.tokenizer.pad_token_id, **options, **settings, **more)
+            return self.model.generate(
+                ids, pad_token_id=self.tokenizer.pad_token_id, **options, **settings, **more
+            )
 
         def stop_criterion(rows: int) -> HaveEnded:
             stops = stop_sequences_criteria(self.tokenizer, stop, 0, rows)
@@ -132,8 +151,11 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
             return have_ended
 
         new = max_length - context.shape[1]
-        # Texts that have ended leave the batch; a text may go on beyond its stop, where lm-eval cuts it.
-        return self._remember_ended(context, continue_each(generate, context, attention_mask, new, stop_criterion))
+        # Texts that have ended leave the batch; a text may go on beyond its stop, where lm-eval
+        # cuts it.
+        return self._remember_ended(
+            context, continue_each(generate, context, attention_mask, new, stop_criterion)
+        )
 
     def _remember_ended(self, context: Tensor, written: list[Tensor]) -> Tensor:
         self._ended += [bool(torch.isin(tokens, self._ends).any()) for tokens in written]

@@ -31,8 +31,8 @@ from sleb_plugins.errors import DataError, UsageError, did_you_mean
 
 # Where lm-eval's own search for the largest batch begins.
 MAX_BATCH = 64
-# On a CPU that search takes long, and too large a batch may end the process. Writing needs the logits of the last
-# position alone, so more fits.
+# On a CPU that search takes long, and too large a batch may end the process. Writing needs the
+# logits of the last position alone, so more fits.
 CPU_BATCH, WRITING_BATCH = 8, 32
 BOOTSTRAP_ITERATIONS = 1000
 
@@ -65,7 +65,13 @@ class LoadedTask:
         batch_size: int | None = None,
         run_code: RunCode | None = None,
     ) -> None:
-        self.name, self._manager, self.limit, self._chat, self._batch_size = name, manager, limit, chat, batch_size
+        self.name, self._manager, self.limit, self._chat, self._batch_size = (
+            name,
+            manager,
+            limit,
+            chat,
+            batch_size,
+        )
         self._run_code = run_code
         loaded = _load(manager, name, run_code)
         self.tasks: Mapping[str, Any] = loaded["tasks"]
@@ -79,7 +85,9 @@ class LoadedTask:
                 with _quietly_loading(name):
                     split = getattr(getattr(task, "fewshot_cfg", None), "split", None)
                     are_items = split is not None and split == task.get_config("test_split")
-                    examples = len(list(task.fewshot_docs())) - are_items  # an item is no example of itself
+                    examples = (
+                        len(list(task.fewshot_docs())) - are_items
+                    )  # an item is no example of itself
                 if num_fewshot > examples:
                     raise UsageError(
                         f"{name} has {plural(examples, 'example')}, not {num_fewshot}.",
@@ -87,7 +95,9 @@ class LoadedTask:
                     )
 
     def fingerprints(self) -> dict[str, str]:
-        """Hash everything that results depend on besides the model, for each task and each group with metrics."""
+        """Hash everything that results depend on besides the model, for each task and each group
+        with metrics.
+        """
         hashes, common = {}, [importlib.metadata.version("lm_eval"), self._chat]
         for name, task in self.tasks.items():
             with _quietly_loading(name):
@@ -96,7 +106,9 @@ class LoadedTask:
             run_code = [self._run_code] if getattr(task, "UNSAFE_CODE", False) else []
             hashes[name] = _hash([*common, *run_code, _settings_of(task), items, examples])
         groups = [
-            (name, group.aggregate_metric_list) for name, group in self._groups.items() if group.aggregate_metric_list
+            (name, group.aggregate_metric_list)
+            for name, group in self._groups.items()
+            if group.aggregate_metric_list
         ]
         return hashes | {name: _hash([hashes, metrics]) for name, metrics in groups}
 
@@ -116,12 +128,12 @@ class LoadedTask:
     ) -> dict[str, Any]:
         """Return lm-eval's results on a model with all samples, as JSON holds them.
 
-        `predict` returns the logits of tokens, [batch, positions], in place of a pass of the model. If the device is
-        out of memory, smaller batches are tried.
+        `predict` returns the logits of tokens, [batch, positions], in place of a pass of the model.
+        If the device is out of memory, smaller batches are tried.
 
         Raises:
-            UsageError: the task needs more positions than the model has, or a chat template or EOS token that the
-                tokenizer lacks.
+            UsageError: the task needs more positions than the model has, or a chat template or EOS
+                token that the tokenizer lacks.
         """
         self._require_tokens(tokenizer)
         device = input_device(model)
@@ -137,7 +149,9 @@ class LoadedTask:
 
             size = first if requests == largest else requests
             names = (self.name, model_name)
-            return self._evaluate(LmEvalModel(model, tokenizer, size, names, notify, group, predict))
+            return self._evaluate(
+                LmEvalModel(model, tokenizer, size, names, notify, group, predict)
+            )
 
         with _quietly_loading(self.name):
             return in_smaller_pieces(run, largest, device, notify, "continuing with {} requests")
@@ -145,28 +159,43 @@ class LoadedTask:
     def _require_tokens(self, tokenizer: Any) -> None:
         if self._chat and not getattr(tokenizer, "chat_template", None):
             raise UsageError(
-                "--apply-chat-template needs a chat template, but the tokenizer has none.", hint="Leave it out."
+                "--apply-chat-template needs a chat template, but the tokenizer has none.",
+                hint="Leave it out.",
             )
-        if tokenizer.eos_token_id is None and (writing := [name for name, task in self.tasks.items() if _writes(task)]):
+        if tokenizer.eos_token_id is None and (
+            writing := [name for name, task in self.tasks.items() if _writes(task)]
+        ):
             raise UsageError(
-                f"{writing[0]} has the model write text, but the tokenizer has no EOS token to end it.",
+                f"{writing[0]} has the model write text, but the tokenizer has no EOS token to end "
+                f"it.",
                 hint="Leave the task out, or set eos_token in tokenizer_config.json.",
             )
 
     def _evaluate(self, lm: Any) -> dict[str, Any]:
-        from sleb_cli.engine.lm_eval_internals import handle_non_serializable, normalize_gen_kwargs, simple_evaluate
+        from sleb_cli.engine.lm_eval_internals import (
+            handle_non_serializable,
+            normalize_gen_kwargs,
+            simple_evaluate,
+        )
 
         for name, task in self.tasks.items():
-            settings = normalize_gen_kwargs(task.get_config("generation_kwargs") or {}) if _writes(task) else {}
+            settings = (
+                normalize_gen_kwargs(task.get_config("generation_kwargs") or {})
+                if _writes(task)
+                else {}
+            )
             if (new := int(settings.get("max_gen_toks", 0))) >= lm.max_length:
                 raise UsageError(
-                    f"{name} has the model write up to {new} tokens, but it has only {lm.max_length} positions.",
+                    f"{name} has the model write up to {new} tokens, but it has only "
+                    f"{lm.max_length} positions.",
                     hint="Leave the task out.",
                 )
         with mock.patch.object(written_code.CodeEval, "how", self._run_code):
             results = simple_evaluate(
                 model=lm,
-                tasks=[self._groups[self.name]] if self.name in self._groups else list(self.tasks.values()),
+                tasks=[self._groups[self.name]]
+                if self.name in self._groups
+                else list(self.tasks.values()),
                 task_manager=self._manager,
                 limit=self.limit,
                 bootstrap_iters=BOOTSTRAP_ITERATIONS,
@@ -192,12 +221,16 @@ def find_tasks(names: Sequence[str], folders: Sequence[Path], also: Iterable[str
     manager = TaskManager(include_path=paths, include_defaults=False)
     # lm-eval takes ten seconds to index all of its folders, so they are searched as text first.
     if missing := set(names) - set(manager.all_subtasks):
-        manager = TaskManager(include_path=[*map(str, _folders_with(missing)), *paths], include_defaults=False)
+        manager = TaskManager(
+            include_path=[*map(str, _folders_with(missing)), *paths], include_defaults=False
+        )
     if not set(names) <= set(manager.all_subtasks):  # a group may name tasks of any folder
         manager = TaskManager(include_path=paths)
     for name in names:
         if name not in manager.all_tasks:
-            hint = did_you_mean(name, [*also, *manager.all_tasks], otherwise="`lm-eval ls tasks` lists them.")
+            hint = did_you_mean(
+                name, [*also, *manager.all_tasks], otherwise="`lm-eval ls tasks` lists them."
+            )
             raise DataError(f"lm-eval has no task {name!r}.", hint=hint)
     return manager
 
@@ -206,7 +239,9 @@ def _folders_with(tasks: set[str]) -> list[Path]:
     folders: dict[str, Path] = {}
     for file in sorted((_lm_eval_folder() / "tasks").rglob("*.yaml")):
         text = file.read_text(encoding="utf-8", errors="ignore")
-        for name in tasks.intersection(re.findall(r"^task:[ \t]*[\"']?([^\s\"'#]+)", text, re.MULTILINE)):
+        for name in tasks.intersection(
+            re.findall(r"^task:[ \t]*[\"']?([^\s\"'#]+)", text, re.MULTILINE)
+        ):
             folders.setdefault(name, file.parent)
     return list(dict.fromkeys(folders.values()))
 
@@ -222,8 +257,14 @@ def _load(manager: Any, name: str, run_code: RunCode | None) -> dict[str, Any]:
             raise DataError(f"The task {task_name} needs images.", hint=elsewhere)
         if not getattr(loaded_task, "UNSAFE_CODE", False):
             continue
-        if not any(written_code.is_run_by(metric["metric"]) for metric in loaded_task.get_config("metric_list") or ()):
-            raise DataError(f"The task {task_name} runs code that the model writes, without limits.", hint=elsewhere)
+        if not any(
+            written_code.is_run_by(metric["metric"])
+            for metric in loaded_task.get_config("metric_list") or ()
+        ):
+            raise DataError(
+                f"The task {task_name} runs code that the model writes, without limits.",
+                hint=elsewhere,
+            )
         if run_code is None:
             raise UsageError(
                 f"The task {task_name} runs programs that the model writes.",
@@ -238,8 +279,13 @@ def _settings_of(task: Any) -> Any:
     settings, code = task.dump_config(), {}
     metadata = dict(settings.get("metadata") or {})
     source = Path(metadata.pop("config_source", ""))
-    if source.is_file() and not source.is_relative_to(_lm_eval_folder()):  # its version stands for its code
-        code = {str(file.relative_to(source.parent)): file.read_bytes().hex() for file in source.parent.rglob("*.py")}
+    if source.is_file() and not source.is_relative_to(
+        _lm_eval_folder()
+    ):  # its version stands for its code
+        code = {
+            str(file.relative_to(source.parent)): file.read_bytes().hex()
+            for file in source.parent.rglob("*.py")
+        }
     return settings | {"metadata": metadata}, code
 
 
@@ -255,7 +301,8 @@ def _writes(task: Any) -> bool:
 
 def _hash(data: Iterable[Any]) -> str:
     text = json.dumps(data, sort_keys=True, default=str)
-    # A function whose source cannot be read is written with its address, which differs from run to run.
+    # A function whose source cannot be read is written with its address, which differs from run to
+    # run.
     return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", text).encode()).hexdigest()[:12]
 
 
@@ -263,12 +310,15 @@ def _hash(data: Iterable[Any]) -> str:
 def _quietly_loading(name: str) -> Iterator[None]:
     from sleb_cli.engine.lm_eval_internals import evaluator
 
-    # lm-eval prints, runs git and a dozen other programs to describe the machine, starts processes that inherit the
-    # model for its bootstrap, and under a launcher returns results in one process of each machine only.
+    # lm-eval prints, runs git and a dozen other programs to describe the machine, starts processes
+    # that inherit the model for its bootstrap, and under a launcher returns results in one process
+    # of each machine only.
     with (
         redirect_stdout(StringIO()),
         redirect_stderr(StringIO()),
-        mock.patch.multiple(evaluator, get_git_commit_hash=lambda: None, add_env_info=lambda results: None),
+        mock.patch.multiple(
+            evaluator, get_git_commit_hash=lambda: None, add_env_info=lambda results: None
+        ),
         mock.patch.dict(os.environ, DISABLE_MULTIPROC="1", LOCAL_RANK="0"),
         loading_data(f"data of {name}", "Check the network, or the paths in your own task file."),
     ):

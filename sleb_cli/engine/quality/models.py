@@ -28,19 +28,30 @@ CHECKED_TOKENS = 64
 
 
 class Models:
-    """The dense model and one for each size, loaded when first needed; they share weights if they can."""
+    """The dense model and one for each size, loaded when first needed; they share weights if they
+    can.
+    """
 
     def __init__(
-        self, subject: Subject, surgeries: Sequence[Surgery], placement: Placement, group: ProcessGroup, notify: Notify
+        self,
+        subject: Subject,
+        surgeries: Sequence[Surgery],
+        placement: Placement,
+        group: ProcessGroup,
+        notify: Notify,
     ) -> None:
         self.subject, self.architecture = subject, subject.architecture
         self.placement, self.group, self.notify = placement, group, notify
         self.surgeries = {surgery.steps: surgery for surgery in surgeries}
         """The surgery of each pruned model, by its size."""
         self.sizes = tuple(self.surgeries)
-        alone = self.architecture.is_quantized or placement.device_map is not None or placement.stream
+        alone = (
+            self.architecture.is_quantized or placement.device_map is not None or placement.stream
+        )
         self.one_at_a_time = alone or group.from_main(self._are_too_large)
-        """Whether only one model is open at a time: no other can share packed, spread or streamed weights with it."""
+        """Whether only one model is open at a time: no other can share packed, spread or streamed
+        weights with it.
+        """
         self._loaded: dict[Removals, SkippableModel] = {}
 
     def name(self, size: Removals) -> str:
@@ -51,7 +62,9 @@ class Models:
         return f"model {experts.size(len(size)) if experts else f'without blocks {blocks}'}"
 
     def without(self, removals: Removals) -> SkippableModel:
-        """Return the model of one of `sizes`, or the dense one; if they share no weights, it replaces the last one."""
+        """Return the model of one of `sizes`, or the dense one; if they share no weights, it
+        replaces the last one.
+        """
         if removals not in self._loaded:
             if self.one_at_a_time:
                 self._loaded.clear()
@@ -62,11 +75,15 @@ class Models:
     @property
     def differ_in_blocks_alone(self) -> bool:
         """Whether each size is the dense model without some of its blocks."""
-        return not self.subject.recovered and not any(surgery.others for surgery in self.surgeries.values())
+        return not self.subject.recovered and not any(
+            surgery.others for surgery in self.surgeries.values()
+        )
 
     @contextmanager
     def in_turn(self, sizes: Sequence[Removals]) -> Iterator[SharedPredictions | None]:
-        """Let sizes that are predicted one after another share work; None if they have none in common."""
+        """Let sizes that are predicted one after another share work; None if they have none in
+        common.
+        """
         if len(sizes) < 2 or not self.differ_in_blocks_alone or not self._runs_by_blocks:
             yield None
             return
@@ -78,7 +95,9 @@ class Models:
         # Whether the dense model computes the same if its blocks run on their own.
         count = min(CHECKED_TOKENS, self.architecture.longest_sequence or CHECKED_TOKENS)
         with torch.inference_mode(), self.without(()) as dense:
-            tokens = torch.arange(count, device=dense.device) % self.architecture.text_config.vocab_size
+            tokens = (
+                torch.arange(count, device=dense.device) % self.architecture.text_config.vocab_size
+            )
             return why_not_fork(dense, tokens[None]) is None
 
     def loaded_first(self, sizes: Sequence[Removals]) -> list[Removals]:

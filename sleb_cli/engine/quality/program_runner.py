@@ -1,7 +1,7 @@
 """Run the Python program on standard input, which a model wrote, within limits.
 
-The exit code says whether the program came to its end. Any other code, and the last line on stderr, say why it did not
-run. This file runs on its own, without the rest of sleb.
+The exit code says whether the program came to its end. Any other code, and the last line on stderr,
+say why it did not run. This file runs on its own, without the rest of sleb.
 """
 
 from __future__ import annotations
@@ -33,8 +33,12 @@ _DIE_WITH_PARENT, _DUMPABLE = 1, 4
 def main(*, confined: bool) -> None:
     """Run the program in a child, and exit."""
     program = sys.stdin.buffer.read()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Linux withholds this one from the first process of a namespace
-    _set_process(_DUMPABLE, 0)  # or the program, which is of the same user, could take this process over
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # Linux withholds this one from the first process of a namespace
+    _set_process(
+        _DUMPABLE, 0
+    )  # or the program, which is of the same user, could take this process over
     has_started, started = os.pipe()
     if not (child := os.fork()):
         run(program, confined=confined, started=started)
@@ -74,7 +78,9 @@ def limit(*, confined: bool) -> None:
 
 
 def watch(program: int, *, confined: bool) -> bool:
-    """Wait for a child, and return whether it comes to its end, rather than to an error, a limit, or a sleep."""
+    """Wait for a child, and return whether it comes to its end, rather than to an error, a limit,
+    or a sleep.
+    """
     checked, asleep = time.monotonic(), 0
     sleb = select.poll()
     sleb.register(sys.stderr, 0)  # which fails once sleb, at the other end, is gone
@@ -97,14 +103,21 @@ def count_files() -> int:
 
 
 def is_asleep(program: int) -> bool:
-    """Whether no thread of the program's session, or of this one, wants a processor or waits for a disk (Linux)."""
+    """Whether no thread of the program's session, or of this one, wants a processor or waits for a
+    disk (Linux).
+    """
     states, sessions = set(), {os.getsid(0), os.getsid(program)}
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended
             if os.getsid(int(process.name)) in sessions and int(process.name) != os.getpid():
                 for thread in (process / "task").iterdir():
                     with suppress(OSError):
-                        states.add((thread / "stat").read_text(errors="replace").rpartition(")")[2].split()[0])
+                        states.add(
+                            (thread / "stat")
+                            .read_text(errors="replace")
+                            .rpartition(")")[2]
+                            .split()[0]
+                        )
     return bool(states) and not states & {"R", "D"}
 
 

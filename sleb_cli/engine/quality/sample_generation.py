@@ -1,4 +1,6 @@
-"""Let the dense and the pruned model write a few words: a sentence shows a collapse that perplexity hides."""
+"""Let the dense and the pruned model write a few words: a sentence shows a collapse that perplexity
+hides.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +33,19 @@ def generate_sample(
     notify: Notify,
     absent: AbstractContextManager[object] | None = None,
 ) -> SampleGeneration | None:
-    """Let both models continue a fixed prompt greedily; None, with a notice, if memory or positions are too few.
+    """Let both models continue a fixed prompt greedily; None, with a notice, if memory or positions
+    are too few.
 
     The pruned model is the dense one without the `removed` blocks, in the context `absent`.
     """
     ids = tokenizer(PROMPT).input_ids
     count = min(new_tokens, (longest or new_tokens + len(ids)) - len(ids))
     if not ids or max(ids) >= skippable.model.get_input_embeddings().num_embeddings or count < 1:
-        notify(Notice("No sample text is shown: the prompt does not fit the model's tokens or positions."))
+        notify(
+            Notice(
+                "No sample text is shown: the prompt does not fit the model's tokens or positions."
+            )
+        )
         return None
     ends = end_tokens(skippable.model, tokenizer)
     prompt = torch.tensor([ids], device=skippable.device)
@@ -46,7 +53,10 @@ def generate_sample(
     with task(notify, "Generating text with both models", 2 * count, "tokens") as advance:
         try:
             with explain_out_of_memory(f"out of memory on {skippable.device}.", hint=""):
-                for skipped, context in (((), nullcontext()), (tuple(removed), absent or nullcontext())):
+                for skipped, context in (
+                    ((), nullcontext()),
+                    (tuple(removed), absent or nullcontext()),
+                ):
                     with context:
                         generated.append(_continue(skippable, prompt, skipped, count, ends))
                     advance(count)
@@ -66,22 +76,34 @@ def generate_sample(
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
     # A model may have more tokens than its tokenizer, and slow tokenizers raise for these.
     known = set(tokenizer.get_vocab().values())
-    return str(tokenizer.decode([token for token in ids if token in known], skip_special_tokens=True))
+    return str(
+        tokenizer.decode([token for token in ids if token in known], skip_special_tokens=True)
+    )
 
 
 @torch.inference_mode()
 def _continue(
-    skippable: SkippableModel, prompt: Tensor, removed: Sequence[int], count: int, ends: Collection[int]
+    skippable: SkippableModel,
+    prompt: Tensor,
+    removed: Sequence[int],
+    count: int,
+    ends: Collection[int],
 ) -> list[int]:
     start = prompt.shape[1]
     greedy = GenerationConfig(
-        do_sample=False, max_new_tokens=count, use_cache=True, eos_token_id=sorted(ends) or None, pad_token_id=0
+        do_sample=False,
+        max_new_tokens=count,
+        use_cache=True,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=0,
     )
     skippable.skip(removed)
-    # One pass without the KV cache checks the tokens that are generated with it. If the cache does not work with
-    # skipped blocks, each token takes such a pass.
+    # One pass without the KV cache checks the tokens that are generated with it. If the cache does
+    # not work with skipped blocks, each token takes such a pass.
     with suppress(UnsupportedModelError):
-        ids = generate(skippable.model, prompt, greedy, lambda words: UnsupportedModelError(words, hint=""))
+        ids = generate(
+            skippable.model, prompt, greedy, lambda words: UnsupportedModelError(words, hint="")
+        )
         new = ids[:, start:]
         logits = skippable.logits(ids[:, :-1], removed)[:, start - 1 :]
         if equal_up_to_rounding(logits.amax(-1), logits.gather(-1, new[..., None])[..., 0]):

@@ -27,11 +27,13 @@ Results = Mapping[str, Any]
 """The results of lm-eval in its `result_schema`, with the samples, as JSON holds them."""
 
 PRESETS: dict[str, tuple[str, ...]] = {
-    # The five of Song et al., SLEB (ICML 2024, arXiv:2402.09025), without examples, which is lm-eval's default.
+    # The five of Song et al., SLEB (ICML 2024, arXiv:2402.09025), without examples, which is
+    # lm-eval's default.
     "sleb": ("piqa", "winogrande", "hellaswag", "arc_challenge", "arc_easy"),
     # What depth pruning breaks first; they need no data set: see `sleb_cli/canaries`.
     "canaries": CANARIES,
-    # lm-eval's groups for the two Open LLM Leaderboards, with the leaderboards' numbers of examples.
+    # lm-eval's groups for the two Open LLM Leaderboards, with the leaderboards' numbers of
+    # examples.
     "leaderboard-v1": ("openllm",),
     "leaderboard-v2": ("leaderboard",),
 }
@@ -41,10 +43,11 @@ PRESETS: dict[str, tuple[str, ...]] = {
 def compare_task(
     dense: Results, pruned: Sequence[tuple[tuple[int, ...], Results]], show_flips: int = 0
 ) -> list[TaskResult]:
-    """Compare the results of a task or group on the dense and each pruned model, named by its removals.
+    """Compare the results of a task or group on the dense and each pruned model, named by its
+    removals.
 
-    Each metric gives one comparison, for each filter of a task. Up to `show_flips` items that only one model gets right
-    are shown.
+    Each metric gives one comparison, for each filter of a task. Up to `show_flips` items that only
+    one model gets right are shown.
     """
     return [_compare(measure, dense, pruned, show_flips) for measure in _measures(dense)]
 
@@ -66,25 +69,35 @@ def _measures(results: Results) -> Iterator[_Measure]:
 
 
 def _compare(
-    measure: _Measure, dense: Results, pruned: Sequence[tuple[tuple[int, ...], Results]], show_flips: int
+    measure: _Measure,
+    dense: Results,
+    pruned: Sequence[tuple[tuple[int, ...], Results]],
+    show_flips: int,
 ) -> TaskResult:
     samples = _samples(dense, measure)
     tasks = sorted(_tasks_of(dense, measure.task))
     seen = samples or [sample for name in tasks for sample in dense["samples"].get(name, ())]
     shots = {int(dense["n-shot"].get(name, 0) or 0) for name in tasks}
-    hashes = "".join(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in seen)
+    hashes = "".join(
+        sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in seen
+    )
     return TaskResult(
         **measure._asdict(),
         version=str(dense["versions"].get(measure.task)),
         num_fewshot=shots.pop() if len(shots) == 1 else 0,
         chat=bool(dense.get("chat_template")),
-        higher_is_better=dense["higher_is_better"].get(measure.task, {}).get(measure.metric) is not False,
+        higher_is_better=dense["higher_is_better"].get(measure.task, {}).get(measure.metric)
+        is not False,
         doc_ids=tuple(sample["doc_id"] for sample in samples),
-        # As lm-eval's `task_hashes`, which joins the samples of all filters, or of all tasks of a group.
+        # As lm-eval's `task_hashes`, which joins the samples of all filters, or of all tasks of a
+        # group.
         items_sha256=hashlib.sha256(hashes.encode()).hexdigest() if seen else None,
         use=_use(dense["configs"].get(measure.task, {})),
         dense=_scores(dense, measure),
-        pruned=tuple(_pruned_scores(measure, dense, results, removals, show_flips) for removals, results in pruned),
+        pruned=tuple(
+            _pruned_scores(measure, dense, results, removals, show_flips)
+            for removals, results in pruned
+        ),
     )
 
 
@@ -100,8 +113,14 @@ def _pruned_scores(
 ) -> PrunedTaskScores:
     before, after = _scores(dense, measure), _scores(results, measure)
     paired = bool(before.items and after.items)
-    change = paired_difference(before.items, after.items) if paired else _group_difference(measure, dense, results)
-    changes = [new - old for old, new in zip(before.items, after.items, strict=True)] if paired else []
+    change = (
+        paired_difference(before.items, after.items)
+        if paired
+        else _group_difference(measure, dense, results)
+    )
+    changes = (
+        [new - old for old, new in zip(before.items, after.items, strict=True)] if paired else []
+    )
     flips: dict[str, Any] = {"mcnemar_p": None, "lost": None, "gained": None}
     if is_binary(before.items) and is_binary(after.items):
         lost, gained = changes.count(-1), changes.count(1)
@@ -111,7 +130,10 @@ def _pruned_scores(
             "mcnemar_p": mcnemar(lost, gained),
             "lost": lost,
             "gained": gained,
-            "flips": tuple(_flip(dense["configs"].get(measure.task, {}), measure.metric, *pair) for pair in flipped),
+            "flips": tuple(
+                _flip(dense["configs"].get(measure.task, {}), measure.metric, *pair)
+                for pair in flipped
+            ),
         }
     return PrunedTaskScores(
         **dict(after),
@@ -127,15 +149,23 @@ def _pruned_scores(
 
 def _samples(results: Results, measure: _Measure) -> list[dict[str, Any]]:
     of_task = results["samples"].get(measure.task, [])
-    samples = [sample for sample in of_task if sample["filter"] == measure.filter and measure.metric in sample]
+    samples = [
+        sample
+        for sample in of_task
+        if sample["filter"] == measure.filter and measure.metric in sample
+    ]
     return sorted(samples, key=lambda sample: int(sample["doc_id"]))
 
 
 def _scores(results: Results, measure: _Measure) -> TaskScores:
     values = results["results"][measure.task]
-    value, stderr = (values.get(f"{measure.metric}{suffix},{measure.filter}") for suffix in ("", "_stderr"))
+    value, stderr = (
+        values.get(f"{measure.metric}{suffix},{measure.filter}") for suffix in ("", "_stderr")
+    )
     if not _is_finite(value):
-        raise ModelError(f"{measure.metric} of {measure.task} is {value}.", hint="Try --dtype float32.")
+        raise ModelError(
+            f"{measure.metric} of {measure.task} is {value}.", hint="Try --dtype float32."
+        )
     scores = [sample[measure.metric] for sample in _samples(results, measure)]
     items = tuple(map(float, scores)) if all(map(_is_finite, scores)) else ()
     # Items are kept only if their mean is the value, which it is not for BLEU.
@@ -153,7 +183,8 @@ def _is_finite(value: Any) -> bool:
 
 
 def _group_difference(measure: _Measure, dense: Results, pruned: Results) -> Estimate:
-    # A group's mean over its tasks can be estimated from their items; otherwise there is no standard error.
+    # A group's mean over its tasks can be estimated from their items; otherwise there is no
+    # standard error.
     difference = _scores(pruned, measure).value - _scores(dense, measure).value
     tasks = [measure._replace(task=name) for name in _tasks_of(dense, measure.task)]
     items = [
@@ -168,7 +199,9 @@ def _group_difference(measure: _Measure, dense: Results, pruned: Results) -> Est
             mean = sum(share * change.mean for share, change in zip(shares, changes, strict=True))
             if math.isclose(mean, difference, rel_tol=1e-9, abs_tol=1e-12):
                 errors = [change.standard_error or 0.0 for change in changes]
-                error = math.hypot(*(share * error for share, error in zip(shares, errors, strict=True)))
+                error = math.hypot(
+                    *(share * error for share, error in zip(shares, errors, strict=True))
+                )
                 return Estimate(mean, error, normal_interval(mean, error))
     return Estimate(difference, None, None)
 
@@ -181,31 +214,56 @@ def _tasks_of(results: Results, name: str) -> Iterator[str]:
         yield from _tasks_of(results, child)
 
 
-def _flip(config: Mapping[str, Any], metric: str, dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> FlipRecord:
+def _flip(
+    config: Mapping[str, Any], metric: str, dense: Mapping[str, Any], pruned: Mapping[str, Any]
+) -> FlipRecord:
     if config.get("output_type") == "multiple_choice":
         prompt, answers = _chosen(config, metric, dense, pruned)
         target = answers[0 if dense[metric] == 1 else 1]
     else:
-        prompt, target, answers = dense["arguments"][0][0], dense["target"], [_written(dense), _written(pruned)]
+        prompt, target, answers = (
+            dense["arguments"][0][0],
+            dense["target"],
+            [_written(dense), _written(pruned)],
+        )
     return FlipRecord(
-        doc_id=dense["doc_id"], prompt=str(prompt), target=str(target), dense=answers[0], pruned=answers[1]
+        doc_id=dense["doc_id"],
+        prompt=str(prompt),
+        target=str(target),
+        dense=answers[0],
+        pruned=answers[1],
     )
 
 
-def _chosen(config: Mapping[str, Any], metric: str, *samples: Mapping[str, Any]) -> tuple[str, list[str]]:
+def _chosen(
+    config: Mapping[str, Any], metric: str, *samples: Mapping[str, Any]
+) -> tuple[str, list[str]]:
     # The prompt is the common beginning of an item's choices.
-    requests = [(str(context), str(continuation)) for context, continuation, *_ in samples[0]["arguments"]]
+    requests = [
+        (str(context), str(continuation)) for context, continuation, *_ in samples[0]["arguments"]
+    ]
     if "acc_mutual_info" in samples[0]["metrics"]:  # the likelihoods without the prompt follow
         requests = requests[: len(requests) // 2]
-    prompt = os.path.commonprefix([context for context, _ in requests])  # noqa: RUF071  by characters
-    choices = [(context[len(prompt) :] + continuation).strip() for context, continuation in requests]
-    bare = [continuation.removeprefix(str(config.get("target_delimiter", ""))) for _, continuation in requests]
-    lengths = {"acc_norm": list(map(len, bare)), "acc_bytes": [len(choice.encode()) for choice in bare]}
+    prompt = os.path.commonprefix([context for context, _ in requests])
+    choices = [
+        (context[len(prompt) :] + continuation).strip() for context, continuation in requests
+    ]
+    bare = [
+        continuation.removeprefix(str(config.get("target_delimiter", "")))
+        for _, continuation in requests
+    ]
+    lengths = {
+        "acc_norm": list(map(len, bare)),
+        "acc_bytes": [len(choice.encode()) for choice in bare],
+    }
     divisors = lengths.get(metric, [1] * len(bare))
 
     def chosen(sample: Mapping[str, Any]) -> str:
         likelihoods = [float(response[0]) for response in sample["filtered_resps"][: len(choices)]]
-        values = [value / length if length else -math.inf for value, length in zip(likelihoods, divisors, strict=True)]
+        values = [
+            value / length if length else -math.inf
+            for value, length in zip(likelihoods, divisors, strict=True)
+        ]
         return choices[max(range(len(choices)), key=values.__getitem__)]
 
     return prompt, [chosen(sample) for sample in samples]

@@ -1,4 +1,6 @@
-"""Perplexity of a text and divergence from the dense model, token by token, for any number of sizes."""
+"""Perplexity of a text and divergence from the dense model, token by token, for any number of
+sizes.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,13 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.process_group import deal
 from sleb_cli.engine.quality.models import CHECKED_TOKENS, Models
-from sleb_cli.engine.quality.token_scores import Scores, divergence_record, join_scores, score_tokens, window_losses
+from sleb_cli.engine.quality.token_scores import (
+    Scores,
+    divergence_record,
+    join_scores,
+    score_tokens,
+    window_losses,
+)
 from sleb_cli.engine.statistics import clustered_mean
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.text.windows import EvaluationWindows, tokens_sha256
@@ -40,12 +48,16 @@ def measure_text(
     If `batch_size` is None, a batch has as many windows as suit the device.
     """
     with ExitStack() as opened:
-        dense, *pruned = _Scorer(models, [(), *sizes], windows.ids, batch_size, opened).scores(windows.text.source)
+        dense, *pruned = _Scorer(models, [(), *sizes], windows.ids, batch_size, opened).scores(
+            windows.text.source
+        )
     counted, clusters = windows.counted, windows.clusters
 
     def compare(removals: Removals, scores: Scores) -> PrunedTextScores:
         # The tokens of a cluster are one observation.
-        change = clustered_mean((scores["nll"].double() - dense["nll"].double())[counted], clusters[counted])
+        change = clustered_mean(
+            (scores["nll"].double() - dense["nll"].double())[counted], clusters[counted]
+        )
         return PrunedTextScores(
             **_summary(scores, windows, models.name(removals)),
             removals=removals,
@@ -80,7 +92,10 @@ def _summary(scores: Scores, windows: EvaluationWindows, model: str) -> dict[str
     counted = windows.counted
     loss = float(scores["nll"][counted].double().mean())
     if not math.isfinite(loss) or loss > math.log(1e300):
-        raise ModelError(f"The loss of the {model} on {windows.text.source} is {loss}.", hint="Try --dtype float32.")
+        raise ModelError(
+            f"The loss of the {model} on {windows.text.source} is {loss}.",
+            hint="Try --dtype float32.",
+        )
     return {"perplexity": math.exp(loss), "losses": window_losses(scores, counted)}
 
 
@@ -88,7 +103,12 @@ class _Scorer:
     """Runs models on the same windows, the dense one first."""
 
     def __init__(
-        self, models: Models, sizes: Sequence[Removals], ids: Tensor, batch_size: int | None, opened: ExitStack
+        self,
+        models: Models,
+        sizes: Sequence[Removals],
+        ids: Tensor,
+        batch_size: int | None,
+        opened: ExitStack,
     ) -> None:
         self.models, self.sizes, self.opened = models, sizes, opened
         self.skippable: dict[Removals, SkippableModel] = {}
@@ -105,26 +125,42 @@ class _Scorer:
             batch_size=batch_size,
             checked=CHECKED_TOKENS,
         )
-        self.forks, self.size, self.positions = passes.forks, passes.budget.sequences, passes.budget.positions
+        self.forks, self.size, self.positions = (
+            passes.forks,
+            passes.budget.sequences,
+            passes.budget.positions,
+        )
 
     def scores(self, source: str) -> list[Scores]:
         group, together = self.models.group, self._parts_together()
-        runs = [range(first, len(self.parts))[:together] for first in range(0, len(self.parts), together)]
+        runs = [
+            range(first, len(self.parts))[:together]
+            for first in range(0, len(self.parts), together)
+        ]
         by_part: dict[int, list[Scores]] = {}
-        with task(self.models.notify, f"Perplexity on {source}", sum(map(len, self.parts)), "windows") as advance:
+        with task(
+            self.models.notify, f"Perplexity on {source}", sum(map(len, self.parts)), "windows"
+        ) as advance:
             for turn in deal(runs, group.size):
                 mine = (scored for run in turn[group.rank] for scored in self._score_parts(run))
                 for number, scores in group.gather_in_order(mine):
                     by_part[number] = scores
                     loss = min(float(scores[0]["nll"].double().mean()), 700)
-                    advance(len(self.parts[number]), f"dense: {math.exp(loss):.2f} in the last windows")
-        return [join_scores(of_size) for of_size in zip(*(by_part[number] for number in sorted(by_part)), strict=True)]
+                    advance(
+                        len(self.parts[number]), f"dense: {math.exp(loss):.2f} in the last windows"
+                    )
+        return [
+            join_scores(of_size)
+            for of_size in zip(*(by_part[number] for number in sorted(by_part)), strict=True)
+        ]
 
     def _parts_together(self) -> int:
         # If blocks are streamed, as many as there is memory for share a read of the weights.
         if self.dense.weights.resident:
             return 1
-        needed = states_bytes(self.models.architecture, self.models.placement.dtype, self.parts[0].numel())
+        needed = states_bytes(
+            self.models.architecture, self.models.placement.dtype, self.parts[0].numel()
+        )
         return max(1, available_memory(CPU, self.models.group) // (needed * (len(self.sizes) + 1)))
 
     @torch.inference_mode()
@@ -137,17 +173,26 @@ class _Scorer:
             batches = [batch for of_part in split for batch in of_part]
             groups = [[batch] for batch in batches] if self.dense.weights.resident else [batches]
             predicted = (of_batch for group in groups for of_batch in self._predict(group))
-            return [[score_tokens(batch, next(predicted), self.positions) for batch in of_part] for of_part in split]
+            return [
+                [score_tokens(batch, next(predicted), self.positions) for batch in of_part]
+                for of_part in split
+            ]
 
         device = self.models.placement.device
-        scored = in_smaller_pieces(score, self.size, device, self.models.notify, "continuing with {} windows")
+        scored = in_smaller_pieces(
+            score, self.size, device, self.models.notify, "continuing with {} windows"
+        )
         for number, batches in zip(numbers, scored, strict=True):
             yield number, [join_scores(of_size) for of_size in zip(*batches, strict=True)]
 
     def _predict(self, batches: Sequence[Tensor]) -> Iterator[list[Logits]]:
         # Models that differ from the dense one in blocks alone walk with it.
-        together = (len(self.sizes) if self.models.differ_in_blocks_alone else 1) if self.forks else 0
-        walks: list[Any] = [predict_together(self.dense, batches, self.sizes[:together])] if together else []
+        together = (
+            (len(self.sizes) if self.models.differ_in_blocks_alone else 1) if self.forks else 0
+        )
+        walks: list[Any] = (
+            [predict_together(self.dense, batches, self.sizes[:together])] if together else []
+        )
         for size in self.sizes[together:]:
             skippable, gone = self._model(size)
             # All batches are predicted in here, since the model is whole again behind it.
@@ -156,10 +201,14 @@ class _Scorer:
                     walks.append(iter(list(predict_together(skippable, batches, [gone.removals]))))
                 else:
                     walks.append(iter([[skippable.logits(ids, gone.removals)] for ids in batches]))
-        return ([logits for walk in of_batch for logits in walk] for of_batch in zip(*walks, strict=True))
+        return (
+            [logits for walk in of_batch for logits in walk]
+            for of_batch in zip(*walks, strict=True)
+        )
 
     def _model(self, removals: Removals) -> tuple[SkippableModel, Surgery]:
-        # If two models may not fit into memory, the dense one stands in, with the surgery to make on it.
+        # If two models may not fit into memory, the dense one stands in, with the surgery to make
+        # on it.
         gone = self.models.surgeries.get(removals) if self.models.one_at_a_time else None
         if (loaded := () if gone else removals) not in self.skippable:
             self.skippable[loaded] = self.opened.enter_context(self.models.without(loaded))

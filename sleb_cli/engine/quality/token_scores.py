@@ -1,4 +1,6 @@
-"""Score each token of a text: how well does a model predict it, and how far is it from the dense model?"""
+"""Score each token of a text: how well does a model predict it, and how far is it from the dense
+model?
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ Scores = Mapping[str, Tensor]
 - `nll`: the negative log-likelihood of the right token, in nats.
 - `divergence`: KL(dense || this model), in nats; not of the dense model.
 - `same_top`: whether the first choice is the dense model's; not of the dense model.
-- `accepted`: the probability that the dense model keeps a token that this one drafts; not of the dense model.
+- `accepted`: the probability that the dense model keeps a token that this one drafts; not of the
+dense model.
 """
 
 
@@ -32,7 +35,9 @@ def join_scores(parts: Sequence[Scores], dim: int = 0) -> Scores:
 
 
 def score_tokens(ids: Tensor, models: Sequence[Logits], positions: int) -> list[Scores]:
-    """Score the dense model, which is first, and others on a batch [batch, positions], a slice of logits at a time."""
+    """Score the dense model, which is first, and others on a batch [batch, positions], a slice of
+    logits at a time.
+    """
     slices = [
         _score_slice([model[:, columns] for model in models], ids[:, 1:][:, columns])
         for columns in position_slices(ids, positions)
@@ -43,9 +48,15 @@ def score_tokens(ids: Tensor, models: Sequence[Logits], positions: int) -> list[
 def _score_slice(logits: Sequence[Tensor], targets: Tensor) -> list[Scores]:
     # Logits are [batch, positions, vocabulary]; small slices of them are widened.
     flat, flat_targets = [model.flatten(0, 1) for model in logits], targets.flatten()
-    rows = [_score_rows([model[piece] for model in flat], flat_targets[piece]) for piece in float32_slices(flat[0])]
+    rows = [
+        _score_rows([model[piece] for model in flat], flat_targets[piece])
+        for piece in float32_slices(flat[0])
+    ]
     whole = [join_scores(parts) for parts in zip(*rows, strict=True)]
-    return [{name: values.view(targets.shape).cpu() for name, values in scores.items()} for scores in whole]
+    return [
+        {name: values.view(targets.shape).cpu() for name, values in scores.items()}
+        for scores in whole
+    ]
 
 
 def _score_rows(logits: Sequence[Tensor], targets: Tensor) -> Iterator[Scores]:
@@ -82,10 +93,14 @@ def window_losses(scores: Scores, counted: Tensor) -> tuple[float, ...]:
     return tuple(losses.tolist())
 
 
-def divergence_record(pruned: Scores, dense: Scores, counted: Tensor, clusters: Tensor) -> DivergenceRecord:
+def divergence_record(
+    pruned: Scores, dense: Scores, counted: Tensor, clusters: Tensor
+) -> DivergenceRecord:
     """Summarize the divergence from the dense model, as `llama-perplexity --kl-divergence` does."""
     divergence = pruned["divergence"][counted].double()
-    change = pruned["nll"][counted].double().neg().exp() - dense["nll"][counted].double().neg().exp()
+    change = (
+        pruned["nll"][counted].double().neg().exp() - dense["nll"][counted].double().neg().exp()
+    )
     mean = clustered_mean(divergence, clusters[counted])
     # torch's own function refuses more than 16 million values.
     middle, p90, p99 = (float(np.quantile(divergence.numpy(), share)) for share in (0.5, 0.9, 0.99))

@@ -1,6 +1,7 @@
 """Run the programs that a model writes in tasks such as HumanEval.
 
-The evaluate library's `code_eval` is fetched from the Hub, and runs them in copies of the process that holds the model.
+The evaluate library's `code_eval` is fetched from the Hub, and runs them in copies of the process
+that holds the model.
 """
 
 from __future__ import annotations
@@ -39,18 +40,25 @@ class CodeEval:
     how: ClassVar[RunCode | None] = None
 
     def compute(
-        self, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Iterable[int] = (1, 10, 100)
+        self,
+        references: Sequence[str],
+        predictions: Sequence[Sequence[str]],
+        k: Iterable[int] = (1, 10, 100),
     ) -> tuple[dict[str, float], dict[int, list[bool]]]:
-        """Run each item's programs, each followed by the item's tests; raise a MachineError if that is impossible.
+        """Run each item's programs, each followed by the item's tests; raise a MachineError if that
+        is impossible.
 
         Returns:
-            The mean pass@k over the items for each k that all have samples for (Chen et al., arXiv 2107.03374, section
+            The mean pass@k over the items for each k that all have samples for (Chen et al., arXiv
+            2107.03374, section
             2.1), and which programs of each item passed.
         """
         if self.how is None:
             return {}, {}  # a task that is being loaded tries the metric
         programs = [
-            f"{program}\n{tests}" for tests, written in zip(references, predictions, strict=True) for program in written
+            f"{program}\n{tests}"
+            for tests, written in zip(references, predictions, strict=True)
+            for program in written
         ]
         with ThreadPoolExecutor(usable_processors()) as pool:
             outcomes = list(pool.map(partial(passes, how=self.how), programs))
@@ -58,7 +66,9 @@ class CodeEval:
             _passes_alone(program, self.how) if run is None else run
             for program, run in zip(programs, outcomes, strict=True)
         )
-        runs = {item: list(islice(passed, len(written))) for item, written in enumerate(predictions)}
+        runs = {
+            item: list(islice(passed, len(written))) for item, written in enumerate(predictions)
+        }
         fewest = min(map(len, runs.values()))
         means = {
             f"pass@{size}": sum(_pass_at(size, results) for results in runs.values()) / len(runs)
@@ -74,14 +84,16 @@ def _pass_at(size: int, runs: Sequence[bool]) -> float:
 
 
 def passes(program: str, how: RunCode) -> bool | None:
-    """Run a program; return whether it ends by itself and without an error, or None if it had too little time.
+    """Run a program; return whether it ends by itself and without an error, or None if it had too
+    little time.
 
     Raises:
         MachineError: this system cannot run it so.
     """
     if sys.platform == "win32":
         raise MachineError(
-            "Windows cannot limit what a program uses, so none is run.", hint="Use WSL, or leave the task out."
+            "Windows cannot limit what a program uses, so none is run.",
+            hint="Use WSL, or leave the task out.",
         )
     from sleb_cli.engine.quality.program_runner import FAILED, PASSED
 
@@ -105,10 +117,13 @@ def passes(program: str, how: RunCode) -> bool | None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, 9)
     if process.returncode not in (PASSED, FAILED):
-        why = (stderr.decode(errors="replace").splitlines() or [f"exit code {process.returncode}"])[-1]
+        why = (stderr.decode(errors="replace").splitlines() or [f"exit code {process.returncode}"])[
+            -1
+        ]
         raise MachineError(
             f"A program that the model wrote cannot be run {how} on this system: {why}.",
-            hint="Use --run-code unconfined in a container or virtual machine of its own, or leave the task out.",
+            hint="Use --run-code unconfined in a container or virtual machine of its own, or leave "
+            "the task out.",
         )
     return process.returncode == PASSED
 
@@ -134,7 +149,9 @@ def _passes_alone(program: str, how: RunCode) -> bool:
 
 def is_run_by(function: Any) -> bool:
     """Whether a metric of a task runs programs by `CodeEval`."""
-    return any(isinstance(value, CodeEval) for value in getattr(function, "__globals__", {}).values())
+    return any(
+        isinstance(value, CodeEval) for value in getattr(function, "__globals__", {}).values()
+    )
 
 
 def replace_code_eval() -> AbstractContextManager[Any]:

@@ -1,4 +1,6 @@
-"""The hidden states at one depth of the dense and of the recovered model, on this process's batches of the text."""
+"""The hidden states at one depth of the dense and of the recovered model, on this process's batches
+of the text.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ JUDGED_POSITIONS = 1024
 PROBED_TOKENS = 512
 """Enough to tell what a block's modules do."""
 GROUPS = 8
-"""A text's batches are summed in this many groups, in order, so that sums do not depend on the number of processes."""
+"""A text's batches are summed in this many groups, in order, so that sums do not depend on the
+number of processes.
+"""
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,17 @@ class Batches:
         self.probes = [shared.calls(ids[:probed]) for ids in self.ids[:1]]
         self.all = range(len(self.ids))
         self.deciding = range(len(train_ids), len(self.ids))
-        self.train_for_gains = [at[: number % GAINS_SHARE == 0] for number, at in enumerate(self.train)]
-        self.judged = [at[: number % JUDGED_SHARE == 0] for number, at in enumerate(self.validation)]
+        self.train_for_gains = [
+            at[: number % GAINS_SHARE == 0] for number, at in enumerate(self.train)
+        ]
+        self.judged = [
+            at[: number % JUDGED_SHARE == 0] for number, at in enumerate(self.validation)
+        ]
 
     def share(self, text: Tensor, size: int, begin: int = 0) -> tuple[list[Tensor], list[range]]:
-        """Return this process's batches of a text, numbered from `begin`, and the range of each group."""
+        """Return this process's batches of a text, numbered from `begin`, and the range of each
+        group.
+        """
         batches, mine, groups = torch.split(text, size), list[Tensor](), list[range]()
         bounds = [len(batches) * number // GROUPS for number in range(GROUPS + 1)]
         for number, (first, last) in enumerate((a, b) for a, b in pairwise(bounds) if a < b):
@@ -75,22 +85,30 @@ class Batches:
             groups.append(range(start, begin + len(mine)))
         return mine, groups
 
-    def run_blocks(self, entering: Sequence[Tensor], blocks: Iterable[int], chosen: Sequence[int]) -> list[Tensor]:
-        """Run these blocks on the chosen batches, reading weights once; return the hidden states of all batches.
+    def run_blocks(
+        self, entering: Sequence[Tensor], blocks: Iterable[int], chosen: Sequence[int]
+    ) -> list[Tensor]:
+        """Run these blocks on the chosen batches, reading weights once; return the hidden states of
+        all batches.
 
-        The states may be two models', one after the other: numbers go on from the first's batches to the second's.
+        The states may be two models', one after the other: numbers go on from the first's batches
+        to the second's.
         """
         states = list(entering)
         if chosen:
             calls = [self.calls[at % len(self.calls)] for at in chosen]
-            leaving = run_blocks(self.skippable, blocks, calls, [states[at] for at in chosen], self.to_store)
+            leaving = run_blocks(
+                self.skippable, blocks, calls, [states[at] for at in chosen], self.to_store
+            )
             for at, hidden in zip(chosen, leaving, strict=True):
                 states[at] = hidden
         return states
 
     def entering(self, block: int) -> DepthPair:
         """Return the hidden states that enter a block before which none is removed."""
-        states = self.run_blocks([calls[0].entering for calls in self.calls], range(block), self.all)
+        states = self.run_blocks(
+            [calls[0].entering for calls in self.calls], range(block), self.all
+        )
         return DepthPair(states, states)
 
     def advance(self, pair: DepthPair, blocks: range, *, only_for_gains: bool = False) -> DepthPair:
@@ -109,16 +127,25 @@ class Judge:
     def __init__(self, job: Job, batches: Batches, size: int) -> None:
         self.batches, self.removed = batches, job.settings.surgery.removed
         self.judged = [at for group in batches.judged for at in group]
-        entering, blocks = [calls[0].entering for calls in batches.calls], range(len(batches.skippable.switches))
+        entering, blocks = (
+            [calls[0].entering for calls in batches.calls],
+            range(len(batches.skippable.switches)),
+        )
         self.dense_final = batches.run_blocks(entering, blocks, self.judged)
         count, length = job.validation.sequences.shape
         judged = min(count, size * math.ceil(len(batches.validation) / JUDGED_SHARE))
         self.every = max(1, judged * (length - 1) // JUDGED_POSITIONS)
-        counted, _ = batches.share(whole_mask(job.validation.sequences, job.validation.loss_mask), size)
+        counted, _ = batches.share(
+            whole_mask(job.validation.sequences, job.validation.loss_mask), size
+        )
         self.counted = dict(zip(batches.deciding, counted, strict=True))
 
-    def divergence(self, pruned: Sequence[Tensor], block: int, values: Mapping[str, Tensor]) -> float:
-        """Return the divergence with these values, given the pruned model's hidden states that enter `block`."""
+    def divergence(
+        self, pruned: Sequence[Tensor], block: int, values: Mapping[str, Tensor]
+    ) -> float:
+        """Return the divergence with these values, given the pruned model's hidden states that
+        enter `block`.
+        """
         batches, skippable = self.batches, self.batches.skippable
         models = Variant(skippable, self.removed, values), Variant(skippable)
         blocks = [at for at in range(block, len(skippable.switches)) if at not in self.removed]
@@ -131,9 +158,14 @@ class Judge:
             return losses.divergence, int(counted[:, 1 :: self.every].sum())
 
         group = batches.group
-        own_sums = [[compare(at) for at in of_group] for of_group in batches.judged[group.rank :: group.size]]
+        own_sums = [
+            [compare(at) for at in of_group]
+            for of_group in batches.judged[group.rank :: group.size]
+        ]
         # Sums are in the order of groups, so that they do not depend on the number of processes.
-        sums = [of_batch for of_group in join_dealt(group.gather(own_sums)) for of_batch in of_group]
+        sums = [
+            of_batch for of_group in join_dealt(group.gather(own_sums)) for of_batch in of_group
+        ]
         return sum(total for total, _ in sums) / max(1, sum(count for _, count in sums))
 
 
@@ -141,6 +173,7 @@ def require_finite(tensors: Iterable[Tensor]) -> None:
     """Raise a ModelError unless these hidden states, or sums over them, are finite."""
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise ModelError(
-            "On the text to recover on, the model computes hidden states that are not finite numbers.",
+            "On the text to recover on, the model computes hidden states that are not finite "
+            "numbers.",
             hint="Use other text, or a data type with a wider range: --dtype bfloat16 or float32.",
         )

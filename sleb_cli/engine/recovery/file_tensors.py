@@ -1,4 +1,6 @@
-"""Turn new values of a model's parameters into tensors of its weight files, which may rename and fuse them."""
+"""Turn new values of a model's parameters into tensors of its weight files, which may rename and
+fuse them.
+"""
 
 from __future__ import annotations
 
@@ -18,28 +20,49 @@ from sleb_plugins import UnsupportedModelError
 
 
 def file_tensors(
-    skippable: SkippableModel, surgery: Surgery, values: Mapping[str, Tensor], rounded: torch.dtype | None = None
+    skippable: SkippableModel,
+    surgery: Surgery,
+    values: Mapping[str, Tensor],
+    rounded: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Return the changed tensors of the pruned checkpoint by their names there, given values by parameter name.
+    """Return the changed tensors of the pruned checkpoint by their names there, given values by
+    parameter name.
 
     `rounded` is the data type that the dense model's values were rounded to, if to any.
 
     Raises:
-        UnsupportedModelError: such a tensor is stored quantized, or not as transformers would write it.
+        UnsupportedModelError: such a tensor is stored quantized, or not as transformers would write
+            it.
     """
-    path, names = surgery.architecture.adapter.blocks_path, surgery.architecture.block_names(surgery.kept)
-    prefixes = {name: name if (block := names.block_of(name)) is None else f"{path}.{block}" for name in values}
+    path, names = (
+        surgery.architecture.adapter.blocks_path,
+        surgery.architecture.block_names(surgery.kept),
+    )
+    prefixes = {
+        name: name if (block := names.block_of(name)) is None else f"{path}.{block}"
+        for name in values
+    }
     changed: dict[str, Tensor] = {}
     for prefix in sorted({*prefixes.values()}):
         new = {name: value for name, value in values.items() if prefixes[name] == prefix}
         block, owner = names.block_of(prefix), prefix.rpartition(".")[0]
-        with loaded(skippable.model.get_submodule(owner)) if block is None else skippable.loaded(block):
-            changed |= _changed_tensors(skippable.model, surgery.architecture.source.weights, prefix, new, rounded)
+        with (
+            loaded(skippable.model.get_submodule(owner))
+            if block is None
+            else skippable.loaded(block)
+        ):
+            changed |= _changed_tensors(
+                skippable.model, surgery.architecture.source.weights, prefix, new, rounded
+            )
     return {name: value for name, value, _ in surgery.tensors(changed.items())}
 
 
 def _changed_tensors(
-    model: Any, weights: WeightFiles, prefix: str, values: Mapping[str, Tensor], rounded: torch.dtype | None
+    model: Any,
+    weights: WeightFiles,
+    prefix: str,
+    values: Mapping[str, Tensor],
+    rounded: torch.dtype | None,
 ) -> dict[str, Tensor]:
     # The prefix is a block, all of whose values are here, or one tensor.
     stored, base = {tensor.name: tensor for tensor in weights.stored}, f"{model.base_model_prefix}."
@@ -47,18 +70,26 @@ def _changed_tensors(
     def to_file_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         # Files may fuse tensors, and their names lack the prefix if they hold a base model.
         converted = revert_weight_conversion(model, tensors).items()
-        return {name if name in stored else name.removeprefix(base): tensor for name, tensor in converted}
+        return {
+            name if name in stored else name.removeprefix(base): tensor
+            for name, tensor in converted
+        }
 
     state = model.state_dict().items()
-    old = {name: tensor for name, tensor in state if name == prefix or name.startswith(f"{prefix}.")}
-    new = old | {name: value.to(old[name].device, old[name].dtype) for name, value in values.items()}
+    old = {
+        name: tensor for name, tensor in state if name == prefix or name.startswith(f"{prefix}.")
+    }
+    new = old | {
+        name: value.to(old[name].device, old[name].dtype) for name, value in values.items()
+    }
     before, after = to_file_names(old), to_file_names(new)
     changed = {name: value for name, value in after.items() if not torch.equal(value, before[name])}
     for name in changed.keys() & stored.keys():
         dtype = TORCH_DTYPES.get(stored[name].dtype)
         if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
             raise UnsupportedModelError(
-                f"{name} is stored quantized ({stored[name].dtype}), so new values cannot be written to it.",
+                f"{name} is stored quantized ({stored[name].dtype}), so new values cannot be "
+                f"written to it.",
                 hint="Recover the model it was quantized from, and quantize the result.",
             )
     # The files must hold the old values under each name, so that it means the same tensor there.
@@ -66,9 +97,12 @@ def _changed_tensors(
     for name in changed:
         dtype = before[name].dtype
         old_value = old_in_files.get(name)
-        if old_value is None or not torch.equal(old_value.to(rounded or dtype).to(dtype), before[name].cpu()):
+        if old_value is None or not torch.equal(
+            old_value.to(rounded or dtype).to(dtype), before[name].cpu()
+        ):
             raise UnsupportedModelError(
-                f"The weight files do not store {name} as transformers writes it, so it cannot take new values.",
+                f"The weight files do not store {name} as transformers writes it, so it cannot "
+                f"take new values.",
                 hint="Load the model with transformers, save it again, and recover that copy.",
             )
     return changed

@@ -1,4 +1,6 @@
-"""`sleb apply --heal`: train the kept blocks to predict what the dense model predicts, within a budget."""
+"""`sleb apply --heal`: train the kept blocks to predict what the dense model predicts, within a
+budget.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,15 @@ from sleb_cli.plan import HealRecord
 from sleb_plugins import UnsupportedModelError
 
 TRAINED_BELOW = 4
-"""Training starts this many blocks below the first gap; the blocks before that keep the dense model's inputs."""
+"""Training starts this many blocks below the first gap; the blocks before that keep the dense
+model's inputs.
+"""
 SHARING_TOLERANCE = 1e-2
 
 TRAINING_BYTES = 32
-"""Bytes per trained number, besides the models, in float32: its value, best value and two moments, and in a step
-three of its gradient and what AdamW computes."""
+"""Bytes per trained number, besides the models, in float32: its value, best value and two moments,
+and in a step three of its gradient and what AdamW computes.
+"""
 SAVED_BYTES = 16
 """Bytes saved per trained number: its value, best value and two moments."""
 
@@ -47,7 +52,9 @@ class Heal(Stage):
     def needed_bytes(self, surgery: Surgery, dtype: torch.dtype, tokens: int) -> dict[str, int]:
         """Return the bytes of the trained weights, and of the training's state."""
         # Both models share the original values, and all else.
-        weights = sum(parameter.numel() for block in kept_blocks(surgery) for parameter in block.parameters())
+        weights = sum(
+            parameter.numel() for block in kept_blocks(surgery) for parameter in block.parameters()
+        )
         state = _max_trained_numbers(kept_blocks(surgery)) * TRAINING_BYTES
         return {"the trained weights": weights * dtype.itemsize, "the state of training": state}
 
@@ -109,7 +116,9 @@ class Heal(Stage):
 
 def _max_trained_numbers(blocks: Sequence[nn.Module]) -> int:
     # Blocks well before the gap are not trained.
-    return sum(trained_numbers(parameter.shape) for block in blocks for parameter in block.parameters())
+    return sum(
+        trained_numbers(parameter.shape) for block in blocks for parameter in block.parameters()
+    )
 
 
 def _student(job: Job, values: Mapping[str, Tensor]) -> tuple[Any, dict[str, nn.Parameter]]:
@@ -119,18 +128,25 @@ def _student(job: Job, values: Mapping[str, Tensor]) -> tuple[Any, dict[str, nn.
     # Names number the blocks as in the dense model.
     parameters = {
         f"{path}.{old}.{name}": parameter
-        for block, old in zip(surgery.architecture.blocks_of(model), surgery.kept.blocks, strict=True)
+        for block, old in zip(
+            surgery.architecture.blocks_of(model), surgery.kept.blocks, strict=True
+        )
         for name, parameter in block.named_parameters()
         if parameter.is_floating_point()
     }
     for name, value in values.items():  # outside the blocks, the names are the same in both models
         parameter = parameters[name] if name in parameters else model.get_parameter(name)
-        parameter.data = value.to(parameter.device, parameter.dtype, copy=True)  # not into the dense model's own
+        parameter.data = value.to(
+            parameter.device, parameter.dtype, copy=True
+        )  # not into the dense model's own
     return model, parameters
 
 
 def _first_trained(job: Job, pruned: SkippableModel, values: Mapping[str, Tensor]) -> int:
-    surgery, ids = job.settings.surgery, job.validation.sequences[:1].to(job.settings.placement.device)
+    surgery, ids = (
+        job.settings.surgery,
+        job.validation.sequences[:1].to(job.settings.placement.device),
+    )
     names = surgery.architecture.block_names(surgery.kept)
     changed = [block for block in map(names.block_of, values) if block is not None]
     first = max(0, min([min(surgery.removed) - TRAINED_BELOW, *changed]))
@@ -138,7 +154,8 @@ def _first_trained(job: Job, pruned: SkippableModel, values: Mapping[str, Tensor
 
 
 def _detach_from_originals(job: Job, weights: Sequence[nn.Parameter]) -> list[Tensor]:
-    # The student shares memory with the dense model where nothing was fitted: that stays, and the weights move out.
+    # The student shares memory with the dense model where nothing was fitted: that stays, and the
+    # weights move out.
     originals = [weight.data for weight in weights]
     for weight, original in zip(weights, originals, strict=True):
         # Each process fitted its own weights, and rounding may differ between them.
@@ -150,7 +167,9 @@ def _detach_from_originals(job: Job, weights: Sequence[nn.Parameter]) -> list[Te
 
 @torch.inference_mode()
 def can_share(dense: Variant, pruned: Variant, first: int, ids: Tensor) -> bool:
-    """Check that the pruned model, started at block `first` with the dense model's hidden states, computes the same."""
+    """Check that the pruned model, started at block `first` with the dense model's hidden states,
+    computes the same.
+    """
     # It does not if blocks take more than hidden states from earlier blocks.
     try:
         entering, _ = dense.entering_and_final_states(ids, first)

@@ -11,8 +11,9 @@ from sleb_cli.requests import DEFAULT_HEAL_MINUTES
 FIRST_PORTION_TOKENS, PORTION_TOKENS = 16384, 65536
 """The tokens that a portion trains on, at first and at most.
 
-A large portion has the model write many sequences at once, which is faster; but a large model takes minutes for it, so
-portions begin small and double, and the last has as much as the rest of the budget can train on.
+A large portion has the model write many sequences at once, which is faster; but a large model takes
+minutes for it, so portions begin small and double, and the last has as much as the rest of the
+budget can train on.
 """
 
 
@@ -34,7 +35,10 @@ class HealBudget:
         if self.tokens is not None:
             first = min(FIRST_PORTION_TOKENS, self.tokens)
         else:
-            first = max(1, round(FIRST_PORTION_TOKENS * min(1.0, (self.minutes or 0) / DEFAULT_HEAL_MINUTES)))
+            first = max(
+                1,
+                round(FIRST_PORTION_TOKENS * min(1.0, (self.minutes or 0) / DEFAULT_HEAL_MINUTES)),
+            )
         return min(first << portion, PORTION_TOKENS)
 
     def used(self, seconds: float, tokens: int) -> float:

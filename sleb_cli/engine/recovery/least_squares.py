@@ -19,15 +19,18 @@ SKETCH_COLUMNS = 64
 
 def ridge_bytes(features: int, outputs: int) -> int:
     """Return the bytes of a ridge regression and the sums to judge it by."""
-    # Two pairs of sums in float64; in float32 the matrix to judge by, one to factor, its factor, and the best so far.
+    # Two pairs of sums in float64; in float32 the matrix to judge by, one to factor, its factor,
+    # and the best so far.
     return 8 * (4 * features * features + 4 * features * outputs)
 
 
 @contextmanager
 def bfloat16_products(on: bool) -> Iterator[None]:
-    """Let the CPU round the factors of float32 products to bfloat16, if it has units for that; sums stay float32."""
-    # oneDNN then computes instead of MKL, and decides: it rounds for AMX. For AVX512_BF16 it does not (torch 2.15), but
-    # still takes half the time on an AMD EPYC.
+    """Let the CPU round the factors of float32 products to bfloat16, if it has units for that; sums
+    stay float32.
+    """
+    # oneDNN then computes instead of MKL, and decides: it rounds for AMX. For AVX512_BF16 it does
+    # not (torch 2.15), but still takes half the time on an AMD EPYC.
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16" if on and torch.bfloat16 in cpu_dtypes() else before
@@ -38,14 +41,18 @@ def bfloat16_products(on: bool) -> Iterator[None]:
 
 
 class Ridge:
-    """Weighted least squares from features X [rows, features] to targets Y [rows, outputs], from running sums.
+    """Weighted least squares from features X [rows, features] to targets Y [rows, outputs], from
+    running sums.
 
-    The sums are X'WX (only its upper half), X'WY and Y'WY, in float64, on the CPU if the device has no float64. The
-    penalty of a coefficient is `ridge` times its feature's own weighted sum of squares, so units of measurement do not
-    matter, and a system is well enough conditioned for float32. With `ridge` 1, a lone feature's coefficient is halved.
+    The sums are X'WX (only its upper half), X'WY and Y'WY, in float64, on the CPU if the device has
+    no float64. The penalty of a coefficient is `ridge` times its feature's own weighted sum of
+    squares, so units of measurement do not matter, and a system is well enough conditioned for
+    float32. With `ridge` 1, a lone feature's coefficient is halved.
     """
 
-    def __init__(self, features: int, outputs: int, device: torch.device = CPU, *, rounded: bool = False) -> None:
+    def __init__(
+        self, features: int, outputs: int, device: torch.device = CPU, *, rounded: bool = False
+    ) -> None:
         self.xx, self.xy = _zeros(device, features, features), _zeros(device, features, outputs)
         self.yy, self._rounded = _zeros(CPU, 1), rounded
 
@@ -88,7 +95,13 @@ class Ridge:
         outputs = self.xy[0].numel()
         if outputs <= SKETCH_COLUMNS:
             return self.xy
-        signs = torch.randint(0, 2, (outputs, SKETCH_COLUMNS), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+        signs = (
+            torch.randint(
+                0, 2, (outputs, SKETCH_COLUMNS), generator=torch.Generator().manual_seed(0)
+            )
+            * 2.0
+            - 1
+        )
         return self.xy @ signs.to(self.xy)
 
 
@@ -96,7 +109,11 @@ class Gains(Ridge):
     """Ridge regression of each channel alone: Y[:, i] from X[:, i]."""
 
     def __init__(self, channels: int, device: torch.device = CPU) -> None:
-        self.xx, self.xy, self.yy = _zeros(device, channels), _zeros(device, channels), _zeros(CPU, 1)
+        self.xx, self.xy, self.yy = (
+            _zeros(device, channels),
+            _zeros(device, channels),
+            _zeros(CPU, 1),
+        )
 
     def add(self, features: Tensor, targets: Tensor, weights: Tensor) -> None:
         """Add some rows; `weights` is [rows]."""
@@ -119,26 +136,37 @@ class Gains(Ridge):
 
 
 def _zeros(device: torch.device, *shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.float64, device=as_float64(torch.empty(0, device=device)).device)
+    return torch.zeros(
+        shape, dtype=torch.float64, device=as_float64(torch.empty(0, device=device)).device
+    )
 
 
-def best_ridge(train: Ridge, validation: Ridge, ridges: tuple[float, ...]) -> tuple[float, float, Tensor]:
-    """Return the ridge with the least error on the validation text, that error, and the coefficients in float64.
+def best_ridge(
+    train: Ridge, validation: Ridge, ridges: tuple[float, ...]
+) -> tuple[float, float, Tensor]:
+    """Return the ridge with the least error on the validation text, that error, and the
+    coefficients in float64.
 
     The error is the weighted sum of squares that is left of the targets.
     """
-    products, train_sketch, validation_sketch = validation.products(), train.sketch(), validation.sketch()
+    products, train_sketch, validation_sketch = (
+        validation.products(),
+        train.sketch(),
+        validation.sketch(),
+    )
 
     def error_change(coefficients: Tensor, xy: Tensor) -> float:
         coefficients = coefficients.double()
-        return float((coefficients * ((products @ coefficients.to(products)).double() - 2 * xy)).sum())
+        return float(
+            (coefficients * ((products @ coefficients.to(products)).double() - 2 * xy)).sum()
+        )
 
     def try_ridge(ridge: float) -> tuple[float, float, Tensor]:
         factor = train.factor(ridge)
         return ridge, error_change(train.solve(factor, train_sketch), validation_sketch), factor
 
-    # The error has one minimum, so ridges are tried from the middle on, towards less error. A sketch of the targets
-    # suffices; only the best ridge is solved for all of them.
+    # The error has one minimum, so ridges are tried from the middle on, towards less error. A
+    # sketch of the targets suffices; only the best ridge is solved for all of them.
     middle = len(ridges) // 2
     best = try_ridge(ridges[middle])
     for side in (ridges[middle + 1 :], ridges[:middle][::-1]):

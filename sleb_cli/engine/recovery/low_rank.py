@@ -21,7 +21,9 @@ CLIP = 1.0
 
 
 def rank_of(shape: Sequence[int]) -> int:
-    """Return the rank of the change to a weight [..., out, in]: at most half its own, and 0 for a vector."""
+    """Return the rank of the change to a weight [..., out, in]: at most half its own, and 0 for a
+    vector.
+    """
     return min(RANK, *(side // 2 for side in shape[-2:])) if len(shape) > 1 else 0
 
 
@@ -31,15 +33,18 @@ def trained_numbers(shape: Sequence[int]) -> int:
 
 
 def _scale_of(weight: Tensor) -> float:
-    # A step of Adam moves each trained entry by about the learning rate, whatever its gradient. Families differ by more
-    # than ten times in the size of their weights, so steps are made relative to the sizes of W and of its inputs.
+    # A step of Adam moves each trained entry by about the learning rate, whatever its gradient.
+    # Families differ by more than ten times in the size of their weights, so steps are made
+    # relative to the sizes of W and of its inputs.
     size = float(weight.detach().float().pow(2).mean().sqrt())
     return size / REFERENCE_SIZE / (math.sqrt(weight.shape[-1]) * INITIAL)
 
 
 @dataclass(frozen=True)
 class _Change:
-    """The change `scale` B A to a weight; A (`down`), B (`up`) and their gradients are views of flat tensors."""
+    """The change `scale` B A to a weight; A (`down`), B (`up`) and their gradients are views of
+    flat tensors.
+    """
 
     scale: float
     weight: nn.Parameter
@@ -57,33 +62,45 @@ class _Change:
 
 
 class LowRank:
-    """Changes B A to some weights, B [..., out, rank] and A [..., rank, in], and the AdamW that moves them, in float32.
+    """Changes B A to some weights, B [..., out, rank] and A [..., rank, in], and the AdamW that
+    moves them, in float32.
 
-    The weights themselves hold W + scale * B A, rounded to `stored`: the model's code runs unchanged, nothing needs
-    merging, and the measured weights are the written ones. The `originals` are the W, and are not changed. Gradients of
-    weights become gradients of B and A one by one, so at most one whole gradient exists. At first every B is 0.
+    The weights themselves hold W + scale * B A, rounded to `stored`: the model's code runs
+    unchanged, nothing needs merging, and the measured weights are the written ones. The `originals`
+    are the W, and are not changed. Gradients of weights become gradients of B and A one by one, so
+    at most one whole gradient exists. At first every B is 0.
     """
 
-    def __init__(self, weights: Sequence[nn.Parameter], originals: Sequence[Tensor], stored: torch.dtype) -> None:
+    def __init__(
+        self, weights: Sequence[nn.Parameter], originals: Sequence[Tensor], stored: torch.dtype
+    ) -> None:
         self._stored, self.dtype = stored, weights[0].dtype
         size = sum(trained_numbers(weight.shape) for weight in weights)
         # One flat tensor for all, so that a fused step is one pass over memory.
         self.values = nn.Parameter(torch.zeros(size, device=weights[0].device))
         self._gradient = torch.zeros_like(self.values)
         self._adam = torch.optim.AdamW([self.values], betas=BETAS, weight_decay=0.0, fused=True)
-        # As its first step makes it, but at once, so that a saved state has the same tensors at any time.
+        # As its first step makes it, but at once, so that a saved state has the same tensors at any
+        # time.
         moments = {name: torch.zeros_like(self.values) for name in ("exp_avg", "exp_avg_sq")}
-        self._adam.state[self.values] = {"step": torch.zeros((), device=self.values.device)} | moments
+        self._adam.state[self.values] = {
+            "step": torch.zeros((), device=self.values.device)
+        } | moments
         self._changes: list[_Change] = []
         start, generator = 0, torch.Generator().manual_seed(0)
         for weight, original in zip(weights, originals, strict=True):
             *stack, rows, columns = weight.shape
             views: list[Tensor] = []
-            for shape in ((*stack, rank_of(weight.shape), columns), (*stack, rows, rank_of(weight.shape))):
+            for shape in (
+                (*stack, rank_of(weight.shape), columns),
+                (*stack, rows, rank_of(weight.shape)),
+            ):
                 span = slice(start, start := start + math.prod(shape))
                 views += [flat[span].view(shape) for flat in (self.values.data, self._gradient)]
             change = _Change(_scale_of(weight), weight, original, *views)
-            change.down.copy_(INITIAL * (2 * torch.rand(change.down.shape, generator=generator) - 1))
+            change.down.copy_(
+                INITIAL * (2 * torch.rand(change.down.shape, generator=generator) - 1)
+            )
             weight.requires_grad_(True)
             weight.register_post_accumulate_grad_hook(change.take_gradient)  # type: ignore[no-untyped-call]
             self._changes.append(change)
@@ -116,5 +133,7 @@ class LowRank:
             rows = ROWS_AT_ONCE if change.weight.dim() == 2 else len(change.weight)
             for at in range(0, len(change.weight), rows):
                 piece = slice(at, at + rows)
-                changed = (change.up[piece] @ change.down).mul_(change.scale).add_(change.original[piece])
+                changed = (
+                    (change.up[piece] @ change.down).mul_(change.scale).add_(change.original[piece])
+                )
                 change.weight[piece].copy_(changed.to(self._stored))

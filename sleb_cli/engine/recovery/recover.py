@@ -31,7 +31,9 @@ from sleb_plugins import DataError, ModelError, UnsupportedModelError, UsageErro
 
 @dataclass(frozen=True)
 class Recovered:
-    """New values of kept blocks, by parameter name in the dense model and by name in the pruned checkpoint's files."""
+    """New values of kept blocks, by parameter name in the dense model and by name in the pruned
+    checkpoint's files.
+    """
 
     parameters: Mapping[str, Tensor]
     tensors: Mapping[str, Tensor]
@@ -53,7 +55,15 @@ def recover(settings: RecoverySettings, group: ProcessGroup, notify: Notify) -> 
     # The dense model goes with this function: the proof needs the memory.
     with open_dense(surgery.architecture, placement, notify) as dense:
         train, validation, *tests = group.from_main(partial(_draw_texts, settings, dense, notify))
-        job = Job(settings, dense, train, validation, _folder_for(settings, train, validation), group, notify)
+        job = Job(
+            settings,
+            dense,
+            train,
+            validation,
+            _folder_for(settings, train, validation),
+            group,
+            notify,
+        )
         whole, pruned = Variant(dense), partial(Variant, dense, surgery.removed)
         measure = partial(_measure, [DenseComparison(whole, text, group) for text in tests], notify)
         measured = {"dense": measure("dense", whole), "pruned": measure("pruned", pruned(values))}
@@ -62,27 +72,38 @@ def recover(settings: RecoverySettings, group: ProcessGroup, notify: Notify) -> 
             measured[stage.measured] = measure(stage.model, pruned(values))
             fields |= fields_with(measured[stage.measured][0])
         tensors = file_tensors(dense, surgery, values, placement.rounded)
-    test, *conversations = ({name: losses[text] for name, losses in measured.items()} for text in range(len(tests)))
+    test, *conversations = (
+        {name: losses[text] for name, losses in measured.items()} for text in range(len(tests))
+    )
     record = RecoveryRecord(
         train_text=train.record,
         validation_text=validation.record,
         test_text=tests[0].record,
         dense=test["dense"],
         pruned=test["pruned"],
-        conversations=ConversationsRecord(text=tests[1].record, **conversations[0]) if conversations else None,
+        conversations=ConversationsRecord(text=tests[1].record, **conversations[0])
+        if conversations
+        else None,
         **fields,
     )
     return Recovered(values, tensors, record)
 
 
-def _draw_texts(settings: RecoverySettings, dense: SkippableModel, notify: Notify) -> list[Calibration]:
+def _draw_texts(
+    settings: RecoverySettings, dense: SkippableModel, notify: Notify
+) -> list[Calibration]:
     tokenizer = load_tokenizer(settings.surgery.architecture.source)
-    draw = partial(calibrate, tokenizer=tokenizer, load_model=partial(whole_model, dense), notify=notify)
+    draw = partial(
+        calibrate, tokenizer=tokenizer, load_model=partial(whole_model, dense), notify=notify
+    )
     texts = draw(settings.splits)
-    # A chat model is also measured on answers that it writes, unless each token would read all of its weights.
+    # A chat model is also measured on answers that it writes, unless each token would read all of
+    # its weights.
     if settings.placement.stream or not getattr(tokenizer, "chat_template", None):
         return texts
-    own_answers = replace(settings.splits[2], source=SELF_CHAT, shares={SELF_CHAT: Fraction(1)}, chat="answers")
+    own_answers = replace(
+        settings.splits[2], source=SELF_CHAT, shares={SELF_CHAT: Fraction(1)}, chat="answers"
+    )
     try:
         return [*texts, *draw([own_answers])]
     except (UnsupportedModelError, UsageError, DataError) as error:
@@ -90,7 +111,9 @@ def _draw_texts(settings: RecoverySettings, dense: SkippableModel, notify: Notif
         return texts
 
 
-def _measure(comparisons: Iterable[DenseComparison], notify: Notify, name: str, variant: Variant) -> list[LossesRecord]:
+def _measure(
+    comparisons: Iterable[DenseComparison], notify: Notify, name: str, variant: Variant
+) -> list[LossesRecord]:
     records = list[LossesRecord]()
     with task(notify, f"Measuring the {name} model"):
         for comparison in comparisons:

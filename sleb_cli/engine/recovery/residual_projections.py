@@ -1,9 +1,11 @@
-"""The modules of a block that add to the hidden states, and can take new weights without changing the family's code.
+"""The modules of a block that add to the hidden states, and can take new weights without changing
+the family's code.
 
-In most families, a block's output is its input plus the output of its last projection. Which module that is, and
-whether there is one, is not looked up by name but tried: noise is added to a module's output, and the module is a
-*residual projection* if the same noise, times a constant, comes out of the block. If a norm is one (Gemma, OLMo 2,
-GLM-4), so is the projection whose output it normalizes.
+In most families, a block's output is its input plus the output of its last projection. Which module
+that is, and whether there is one, is not looked up by name but tried: noise is added to a module's
+output, and the module is a
+*residual projection* if the same noise, times a constant, comes out of the block. If a norm is one
+(Gemma, OLMo 2, GLM-4), so is the projection whose output it normalizes.
 """
 
 from __future__ import annotations
@@ -23,10 +25,15 @@ from sleb_cli.engine.third_party import pass_errors_through
 from sleb_cli.engine.transformers_internals import Conv1D
 
 EXACT = 0.02
-"""How far the response may be from a constant times the noise, as a share of it: the rounding of bfloat16."""
+"""How far the response may be from a constant times the noise, as a share of it: the rounding of
+bfloat16.
+"""
 NEAR = 3.0
-"""Tolerance for a module whose output the rest of the block also reads; other modules are far beyond."""
-# The noise relative to the hidden states: as little as rounding allows, since the response should be linear.
+"""Tolerance for a module whose output the rest of the block also reads; other modules are far
+beyond.
+"""
+# The noise relative to the hidden states: as little as rounding allows, since the response should
+# be linear.
 NOISE = 0.25
 # Enough to tell what enters a norm.
 FEW_POSITIONS = 16
@@ -38,7 +45,8 @@ class ResidualProjection:
 
     Attributes:
         name: the module's name in the block, or in the model for the final norm.
-        kind: its weight is a matrix [out, in], a transposed one [in, out], or a gain for each channel, as in norms.
+        kind: its weight is a matrix [out, in], a transposed one [in, out], or a gain for each
+            channel, as in norms.
         inputs: the number of inputs or channels.
         exact: whether nothing else in the block reads its output.
         norm: the norm between its output and the hidden states, if there is one.
@@ -60,7 +68,8 @@ class ResidualProjection:
         return [self.name, *(self.norm.names if self.norm else [])]
 
     def features(self, root: nn.Module, entering: Mapping[str, Tensor]) -> Tensor:
-        """Return the factors of the module's weights, float32 [positions, in] (gain: [positions, channels]).
+        """Return the factors of the module's weights, float32 [positions, in] (gain: [positions,
+        channels]).
 
         Behind a norm, each position is divided by what the norm divides it by, without its gains.
         """
@@ -72,7 +81,9 @@ class ResidualProjection:
             return features
         before = entering[self.norm.name].flatten(0, -2).float()
         after = self.norm.normalized(root, entering[self.norm.name])
-        divisor = (before * after).sum(-1, keepdim=True) / after.square().sum(-1, keepdim=True).clamp_min(1e-12)
+        divisor = (before * after).sum(-1, keepdim=True) / after.square().sum(
+            -1, keepdim=True
+        ).clamp_min(1e-12)
         return features / divisor.clamp_min(1e-12)
 
     def normalized(self, root: nn.Module, entering: Tensor) -> Tensor:
@@ -88,7 +99,9 @@ def _with_gain(norm: nn.Module, gain: float, like: Tensor) -> nn.Module:
     # The norm's own weights may be away, so a copy gets others, in float32.
     copied = copy.copy(norm)
     vars(copied)["_parameters"] = {
-        name: nn.Parameter(like.new_full(parameter.shape, gain if name == "weight" else 0.0), requires_grad=False)
+        name: nn.Parameter(
+            like.new_full(parameter.shape, gain if name == "weight" else 0.0), requires_grad=False
+        )
         for name, parameter in norm.named_parameters(recurse=False)
     }
     for name in ("forward", "_old_forward", "_hf_hook"):  # with which accelerate moves its weights
@@ -97,12 +110,16 @@ def _with_gain(norm: nn.Module, gain: float, like: Tensor) -> nn.Module:
 
 
 @contextmanager
-def captured(root: nn.Module, names: Iterable[str]) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+def captured(
+    root: nn.Module, names: Iterable[str]
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
     """Collect the inputs and the outputs of these modules, by name, while the context is open."""
     entering: dict[str, Tensor] = {}
     leaving: dict[str, Any] = {}
 
-    def keep(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def keep(
+        name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         with pass_errors_through():
             entering[name] = args[0] if args else next(iter(kwargs.values()))
             leaving[name] = output
@@ -114,8 +131,11 @@ def captured(root: nn.Module, names: Iterable[str]) -> Iterator[tuple[dict[str, 
         yield entering, leaving
 
 
-def find_residual_projections(skippable: SkippableModel, call: Call, hidden: Tensor) -> list[ResidualProjection]:
-    """Return the block's residual projections, inexact ones first, given hidden states [batch, positions, hidden size].
+def find_residual_projections(
+    skippable: SkippableModel, call: Call, hidden: Tensor
+) -> list[ResidualProjection]:
+    """Return the block's residual projections, inexact ones first, given hidden states [batch,
+    positions, hidden size].
 
     All are matrices, but if none is exact, an exact gain may come last.
     """
@@ -126,7 +146,11 @@ def find_residual_projections(skippable: SkippableModel, call: Call, hidden: Ten
     matrices = [projection for projection in candidates if projection.name not in others] + behind
     matrices.sort(key=lambda projection: projection.exact)
     exact_gains = [projection for projection in gains if projection.exact]
-    return matrices if any(projection.exact for projection in matrices) else [*matrices, *exact_gains[-1:]]
+    return (
+        matrices
+        if any(projection.exact for projection in matrices)
+        else [*matrices, *exact_gains[-1:]]
+    )
 
 
 def _behind_norms(
@@ -135,31 +159,49 @@ def _behind_norms(
     block = skippable.switches[call.block].block
     possible = possible_projections(block, hidden.shape[-1])
     matrices = [projection for projection in possible if projection.kind != "gain"]
-    with captured(block, [projection.name for projection in (*norms, *matrices)]) as (entering, leaving):
+    with captured(block, [projection.name for projection in (*norms, *matrices)]) as (
+        entering,
+        leaving,
+    ):
         skippable.run_block(call, hidden)
     for norm in norms:
         for matrix in matrices:
             output: Any = leaving.get(matrix.name)
             is_whole = isinstance(output, Tensor) and output.numel() == hidden.numel()
             if is_whole and torch.equal(output.flatten(), entering[norm.name].flatten()):
-                yield replace(matrix, scale=norm.scale, exact=norm.exact, norm=norm, takes_bias=False)
+                yield replace(
+                    matrix, scale=norm.scale, exact=norm.exact, norm=norm, takes_bias=False
+                )
 
 
 def final_norm(skippable: SkippableModel, hidden: Tensor, ids: Tensor) -> list[ResidualProjection]:
-    """Return the norm, if any, that reads `hidden`, the last block's output [batch, positions, hidden size]."""
-    hidden, ids = hidden[:1, :FEW_POSITIONS], ids[:1, :FEW_POSITIONS]  # the logits of a batch may take gigabytes
+    """Return the norm, if any, that reads `hidden`, the last block's output [batch, positions,
+    hidden size].
+    """
+    hidden, ids = (
+        hidden[:1, :FEW_POSITIONS],
+        ids[:1, :FEW_POSITIONS],
+    )  # the logits of a batch may take gigabytes
     possible = possible_projections(skippable.model, hidden.shape[-1])
     norms = [projection for projection in possible if projection.kind == "gain"]
     with captured(skippable.model, [norm.name for norm in norms]) as (entering, _):
         skippable.head(hidden, ids)
-    return [norm for norm in norms if norm.name in entering and torch.equal(entering[norm.name], hidden)][:1]
+    return [
+        norm for norm in norms if norm.name in entering and torch.equal(entering[norm.name], hidden)
+    ][:1]
 
 
-def _candidates(skippable: SkippableModel, call: Call, hidden: Tensor) -> Iterator[ResidualProjection]:
+def _candidates(
+    skippable: SkippableModel, call: Call, hidden: Tensor
+) -> Iterator[ResidualProjection]:
     block = skippable.switches[call.block].block
     plain = skippable.run_block(call, hidden).float()
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(hidden.shape, generator=generator).to(plain.device) * plain.square().mean().sqrt() * NOISE
+    noise = (
+        torch.randn(hidden.shape, generator=generator).to(plain.device)
+        * plain.square().mean().sqrt()
+        * NOISE
+    )
     for projection in possible_projections(block, hidden.shape[-1]):
         fits: list[bool] = []
 
@@ -174,7 +216,9 @@ def _candidates(skippable: SkippableModel, call: Call, hidden: Tensor) -> Iterat
         if fits != [True]:
             continue
         scale = float((change * noise).sum() / noise.square().sum())
-        error = float((change - scale * noise).norm() / max(abs(scale) * float(noise.norm()), 1e-12))
+        error = float(
+            (change - scale * noise).norm() / max(abs(scale) * float(noise.norm()), 1e-12)
+        )
         if error <= NEAR:
             offset = _offset_of(block, projection) if projection.kind == "gain" else 0.0
             yield replace(projection, scale=scale, exact=error <= EXACT, offset=offset)
@@ -184,7 +228,10 @@ def _offset_of(block: nn.Module, norm: ResidualProjection) -> float:
     module = block.get_submodule(norm.name)
     weight = module.get_parameter("weight")
     states = torch.randn(len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device)
-    without, alone = _with_gain(module, 0.0, states)(states), norm.normalized(block, states[None])[0]
+    without, alone = (
+        _with_gain(module, 0.0, states)(states),
+        norm.normalized(block, states[None])[0],
+    )
     return float((without * alone).sum() / alone.square().sum())
 
 

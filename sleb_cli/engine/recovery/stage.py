@@ -1,7 +1,7 @@
 """The stages of a recovery, each of which gives the kept blocks new values.
 
-A new way to recover is a `Stage` in a file of its own, an option in `requests.py`, a row in `door/recovery.py`, and a
-record in `plan.py`.
+A new way to recover is a `Stage` in a file of its own, an option in `requests.py`, a row in
+`door/recovery.py`, and a record in `plan.py`.
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ class Stage(ABC):
 
     @abstractmethod
     def run(self, job: Job, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Fields]:
-        """Return the new values, `values` of earlier stages included, by the dense model's parameter names."""
+        """Return the new values, `values` of earlier stages included, by the dense model's
+        parameter names.
+        """
 
 
 def kept_blocks(surgery: Surgery) -> list[nn.Module]:

@@ -1,4 +1,6 @@
-"""Train a pruned model until its budget is used, or until it stops improving on the validation text."""
+"""Train a pruned model until its budget is used, or until it stops improving on the validation
+text.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +36,15 @@ BATCH_TOKENS = 512
 CHECKS = 10
 """How many times the validation text is measured over the whole budget."""
 PATIENCE = 3
-"""Training stops after this many checks without a lower divergence, in the second half of the budget: in the first, the
-learning rate is too high to tell."""
+"""Training stops after this many checks without a lower divergence, in the second half of the
+budget: in the first, the learning rate is too high to tell.
+"""
 CHECKED_TOKENS = 2048
 
 SCALE_HEADROOM = 16
-"""How many times the scale of a single token a float16 loss starts with; it is lowered where that overflows."""
+"""How many times the scale of a single token a float16 loss starts with; it is lowered where that
+overflows.
+"""
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 Number = Annotated[float, Field(ge=0, lt=2**62, allow_inf_nan=False)]
@@ -78,32 +83,45 @@ class Trainer:
             self.weights.step(gradient, rate)
         elif not self.has_skipped:
             self.has_skipped = True
-            self.job.notify(Notice("Skipping steps whose gradient is not finite: the model overflows on some text."))
+            self.job.notify(
+                Notice(
+                    "Skipping steps whose gradient is not finite: the model overflows on some text."
+                )
+            )
         return loss, scale
 
     def gradient(self, batch: Batch, scale: float) -> tuple[float, Tensor, float]:
-        """Return the loss, the mean gradient of all processes, and the scale, lower after an overflow."""
+        """Return the loss, the mean gradient of all processes, and the scale, lower after an
+        overflow.
+        """
         before, is_scaled = scale, self.weights.dtype is torch.float16
         while True:
             loss = self._add_gradients(batch, scale)
             gradient = self.job.group.mean(self.weights.take_gradient())
             is_finite = bool(gradient.isfinite().all())
             if is_finite or not is_scaled or scale <= MIN_SCALE:
-                return loss, gradient.div_(scale), scale if is_finite else before  # no scale helps on this text
+                return (
+                    loss,
+                    gradient.div_(scale),
+                    scale if is_finite else before,
+                )  # no scale helps on this text
             scale *= BACKOFF
 
     def _add_gradients(self, batch: Batch, scale: float) -> float:
         def add(size: int) -> float:
             if size < self.micro_batch:
                 self.micro_batch = size
-                self.weights.take_gradient()  # drops gradients of pieces before the one that ran out of memory
+                # drops gradients of pieces before the one that ran out of memory
+                self.weights.take_gradient()
             total, count = 0.0, int(batch.counted[:, 1:].sum())
             for micro_batch in map(Batch, *(torch.split(tensor, size) for tensor in batch)):
                 share = int(micro_batch.counted[:, 1:].sum()) / count
                 total += share * self.distillation.add_gradient(micro_batch, share * scale)
             return total
 
-        return in_smaller_pieces(add, self.micro_batch, batch.ids.device, self.job.notify, "healing {} sequences")
+        return in_smaller_pieces(
+            add, self.micro_batch, batch.ids.device, self.job.notify, "healing {} sequences"
+        )
 
 
 class Training:
@@ -116,7 +134,13 @@ class Training:
     """
 
     def __init__(
-        self, job: Job, budget: HealBudget, distillation: Distillation, weights: LowRank, file: Path, advance: Advance
+        self,
+        job: Job,
+        budget: HealBudget,
+        distillation: Distillation,
+        weights: LowRank,
+        file: Path,
+        advance: Advance,
     ) -> None:
         self.job, self.budget, self.distillation = job, budget, distillation
         self.weights, self.portions = weights, _portions(job, budget)
@@ -124,9 +148,13 @@ class Training:
         self.size = max(1, BATCH_TOKENS // length)
         order = [*range(len(job.validation.sequences))][: max(1, CHECKED_TOKENS // length)]
         text = job.validation.select(order)
-        self.checked = TeacherStates(distillation, Portion(text.sequences, order, text.loss_mask), self.size)
+        self.checked = TeacherStates(
+            distillation, Portion(text.sequences, order, text.loss_mask), self.size
+        )
         self.best = weights.values.detach().clone()
-        state = {f"trained.{name}": tensor for name, tensor in weights.state.items()} | {"best": self.best}
+        state = {f"trained.{name}": tensor for name, tensor in weights.state.items()} | {
+            "best": self.best
+        }
         self.saves = Saves(file, state, job.settings.surgery.architecture.source.watch, job.group)
         scale = starting_scale(weights.dtype, self.size * length * SCALE_HEADROOM)
         restored = self.saves.restore(Progress)
@@ -134,7 +162,9 @@ class Training:
         if restored:
             weights.write_weights()
             if job.group.is_main:
-                job.notify(Notice(f"Continuing an interrupted healing, after {restored.tokens:,} tokens."))
+                job.notify(
+                    Notice(f"Continuing an interrupted healing, after {restored.tokens:,} tokens.")
+                )
         self.trainer = Trainer(job, distillation, weights, self.size)
         self._announce()
         self.clock = Clock(budget, advance, self.progress.seconds)
@@ -144,11 +174,15 @@ class Training:
             return  # the user named the minutes
         teacher, student = self.distillation.teacher.skippable, self.distillation.student.skippable
         left, first = self.budget.tokens - self.progress.tokens, self.distillation.first
-        # Each product of the student's trained part has two more backwards, each of its head has one. Writing text is
-        # not counted.
-        through_blocks = len(teacher.switches) + 3 * (len(student.switches) - first) + 3 * teacher.head_blocks
+        # Each product of the student's trained part has two more backwards, each of its head has
+        # one. Writing text is not counted.
+        through_blocks = (
+            len(teacher.switches) + 3 * (len(student.switches) - first) + 3 * teacher.head_blocks
+        )
         title, batch = f"Healing: {left:,} tokens", self.checked.rows[: self.size]
-        announce(self.job.notify, title, through_blocks * left / self.job.group.size, teacher, batch)
+        announce(
+            self.job.notify, title, through_blocks * left / self.job.group.size, teacher, batch
+        )
 
     def run(self) -> Literal["budget", "patience"]:
         """Train, set the weights to the best values, and return why training stopped."""
@@ -189,7 +223,8 @@ class Training:
         if not (progress.steps or math.isfinite(divergence)):
             raise ModelError(
                 f"On the validation text, the divergence from the dense model is {divergence}.",
-                hint="Use other text, or a data type with a wider range: --dtype bfloat16 or float32.",
+                hint="Use other text, or a data type with a wider range: --dtype bfloat16 or "
+                "float32.",
             )
         used = self._used()
         if divergence < progress.best_divergence:
@@ -203,15 +238,23 @@ class Training:
 
     @torch.inference_mode()
     def _divergence(self) -> float:
-        total = sum(self.distillation.divergence(self.checked.batch(rows)) for rows in self.checked.batches)
+        total = sum(
+            self.distillation.divergence(self.checked.batch(rows)) for rows in self.checked.batches
+        )
         return total / int(self.checked.counted[:, 1:].sum())
 
     def _batches(self) -> Iterator[Batch]:
-        progress, group, length = self.progress, self.job.group, self.job.validation.sequences.shape[1]
+        progress, group, length = (
+            self.progress,
+            self.job.group,
+            self.job.validation.sequences.shape[1],
+        )
         while True:
             number = progress.portion * group.size + group.rank
             # Time passes while text is written.
-            portion = self.portions.draw(number, lambda event: self.clock.tell(progress.tokens), progress.most)
+            portion = self.portions.draw(
+                number, lambda event: self.clock.tell(progress.tokens), progress.most
+            )
             order = portion.order
             states = TeacherStates(self.distillation, portion, self.size)
             while progress.position < len(order):
@@ -232,5 +275,8 @@ def _portions(job: Job, budget: HealBudget) -> Portions:
     def uses(portion: int) -> int:
         return int(min(most, -(-budget.portion_tokens(portion) // text.sequence_length)))
 
-    tokenizer, load_model = load_tokenizer(job.settings.surgery.architecture.source), partial(whole_model, job.dense)
+    tokenizer, load_model = (
+        load_tokenizer(job.settings.surgery.architecture.source),
+        partial(whole_model, job.dense),
+    )
     return Portions(text, uses, tokenizer, load_model, job.group.size, job.train.sequences_of)

@@ -1,7 +1,7 @@
 """The state of a recovery, kept in a hidden folder next to its output until the output is written.
 
-Its subfolders are named after everything that values depend on, so the same command finds them again. Each closed-form
-fit has a file there, and so has a healing.
+Its subfolders are named after everything that values depend on, so the same command finds them
+again. Each closed-form fit has a file there, and so has a healing.
 """
 
 from __future__ import annotations
@@ -51,10 +51,11 @@ def read_saved(file: Path, kind: type[R]) -> tuple[R, dict[str, Tensor]]:
     try:
         with safe_open(file, framework="pt") as opened:
             record = kind.model_validate_json((opened.metadata() or {}).get("record", ""))
-            return record, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+            return record, {name: opened.get_tensor(name) for name in opened.keys()}
     except OSError as error:
         raise PlanError(
-            f"{file} cannot be read: {error.strerror or error}.", hint="Check the disk that it is on."
+            f"{file} cannot be read: {error.strerror or error}.",
+            hint="Check the disk that it is on.",
         ) from error
     except (SafetensorError, ValidationError, KeyError, TypeError, ValueError) as error:
         raise _broken(file) from error
@@ -66,24 +67,36 @@ def write_saved(file: Path, record: BaseModel, tensors: Mapping[str, Tensor]) ->
         file.parent.mkdir(parents=True, exist_ok=True)
     with new_file(file) as aside, saving(file):
         metadata = {"record": record.model_dump_json()}
-        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, aside, metadata=metadata)
+        save_file(
+            {name: tensor.cpu() for name, tensor in tensors.items()}, aside, metadata=metadata
+        )
 
 
 class Saves:
-    """A file to which the main process saves a state about every minute; `watch` guards the dense model's files."""
+    """A file to which the main process saves a state about every minute; `watch` guards the dense
+    model's files.
+    """
 
-    def __init__(self, file: Path, tensors: Mapping[str, Tensor], watch: Watch, group: ProcessGroup) -> None:
+    def __init__(
+        self, file: Path, tensors: Mapping[str, Tensor], watch: Watch, group: ProcessGroup
+    ) -> None:
         self.file, self.tensors, self.watch, self.group = file, tensors, watch, group
         self._saved_at, self._seconds = time.monotonic(), 0.0
 
     def restore(self, kind: type[R]) -> R | None:
-        """Copy the saved values into the tensors, and return the saved record; None if nothing was saved."""
+        """Copy the saved values into the tensors, and return the saved record; None if nothing was
+        saved.
+        """
         if not self.group.from_main(self.file.exists):
             return None
         record, saved = read_saved(self.file, kind)
         for name, tensor in self.tensors.items():
             new = saved.get(name)
-            if new is None or (new.shape, new.dtype) != (tensor.shape, tensor.dtype) or not new.isfinite().all():
+            if (
+                new is None
+                or (new.shape, new.dtype) != (tensor.shape, tensor.dtype)
+                or not new.isfinite().all()
+            ):
                 raise _broken(self.file)
             tensor.copy_(new)
         return record
@@ -111,12 +124,21 @@ class Unfinished:
 
     def folder_for(self, key: Key) -> Path:
         """Return the folder of a key, whose name begins with the data types."""
-        return self.folder / f"{key['dtype']}-{key['stored']}-{name_of({**key, 'format': FORMAT})[:DIGITS]}"
+        return (
+            self.folder
+            / f"{key['dtype']}-{key['stored']}-{name_of({**key, 'format': FORMAT})[:DIGITS]}"
+        )
 
     def dtype(self, stored: str) -> str | None:
-        """Return the data type in which the unfinished healing of `stored` values computes, if there is just one."""
+        """Return the data type in which the unfinished healing of `stored` values computes, if
+        there is just one.
+        """
         folders = {file.parent.name for file in self.folder.glob("*/healing-*.safetensors")}
-        dtypes = {match[1] for name in folders if (match := _STATE_FOLDER.fullmatch(name)) and match[2] == stored}
+        dtypes = {
+            match[1]
+            for name in folders
+            if (match := _STATE_FOLDER.fullmatch(name)) and match[2] == stored
+        }
         return dtypes.pop() if len(dtypes) == 1 else None
 
     @property
@@ -131,14 +153,20 @@ class Unfinished:
             yield
         except BaseException:
             if any(self.folder.glob("*/*.safetensors")):
-                notify(Notice(f"What was found is saved in {self.folder}: run the same command again to continue."))
+                notify(
+                    Notice(
+                        f"What was found is saved in {self.folder}: run the same command again to "
+                        f"continue."
+                    )
+                )
             raise
 
     def require_no_links(self) -> None:
         """Raise an OutputError if a link would have the state saved elsewhere."""
         if self.folder.is_symlink() or any(path.is_symlink() for path in self.folder.rglob("*")):
             raise OutputError(
-                f"{self.folder} is or contains a link, so an unfinished recovery would be saved elsewhere.",
+                f"{self.folder} is or contains a link, so an unfinished recovery would be saved "
+                f"elsewhere.",
                 hint="Remove it, or choose another place with -o.",
             )
 
@@ -164,9 +192,15 @@ def clear_old(parent: Path) -> None:
             files = [*folder.glob("*"), *folder.glob("*/*")]
             names = [path.relative_to(folder).as_posix() for path in files]
             is_ours = not folder.is_symlink() and files and all(map(_STATE_PATH.fullmatch, names))
-            if is_ours and time.time() - max(path.lstat().st_mtime for path in files) > DAYS_KEPT * 86400:
+            if (
+                is_ours
+                and time.time() - max(path.lstat().st_mtime for path in files) > DAYS_KEPT * 86400
+            ):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 def _broken(file: Path) -> PlanError:
-    return PlanError(f"{file} is broken, or was not written by sleb.", hint="Remove it, and run the command again.")
+    return PlanError(
+        f"{file} is broken, or was not written by sleb.",
+        hint="Remove it, and run the command again.",
+    )

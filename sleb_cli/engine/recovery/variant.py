@@ -1,4 +1,6 @@
-"""A model in one of its forms (dense, pruned, recovered), and its loss and its divergence from the dense model."""
+"""A model in one of its forms (dense, pruned, recovered), and its loss and its divergence from the
+dense model.
+"""
 
 from __future__ import annotations
 
@@ -88,10 +90,17 @@ class DenseComparison:
 
     def __init__(self, dense: Variant, text: Calibration, group: ProcessGroup) -> None:
         self.dense, self.group, device = dense, group, dense.skippable.device
-        counted, size = whole_mask(text.sequences, text.loss_mask), max(1, BATCH_TOKENS // text.sequences.shape[1])
+        counted, size = (
+            whole_mask(text.sequences, text.loss_mask),
+            max(1, BATCH_TOKENS // text.sequences.shape[1]),
+        )
         self.count = int(counted[:, 1:].sum())
-        batches = list(zip(torch.split(text.sequences, size), torch.split(counted, size), strict=True))
-        self.batches = [[tensor.to(device) for tensor in batch] for batch in batches[group.rank :: group.size]]
+        batches = list(
+            zip(torch.split(text.sequences, size), torch.split(counted, size), strict=True)
+        )
+        self.batches = [
+            [tensor.to(device) for tensor in batch] for batch in batches[group.rank :: group.size]
+        ]
 
     @cached_property
     def _dense_final(self) -> list[Tensor]:
@@ -118,16 +127,23 @@ class DenseComparison:
         calls = [skippable.calls(ids) for ids, _ in self.batches]
         kept = [block for block in range(len(skippable.switches)) if block not in variant.removed]
         with skippable.replaced(variant.parameters):
-            return run_blocks(skippable, kept, calls, [of_batch[0].entering for of_batch in calls], to_cpu)
+            return run_blocks(
+                skippable, kept, calls, [of_batch[0].entering for of_batch in calls], to_cpu
+            )
 
 
 def summed_losses(
-    models: Sequence[Variant], states: Sequence[Tensor], ids: Tensor, counted: Tensor, every: int = 1
+    models: Sequence[Variant],
+    states: Sequence[Tensor],
+    ids: Tensor,
+    counted: Tensor,
+    every: int = 1,
 ) -> Losses:
     """Compare a model with the dense one at every n-th position of a batch, summed in float64.
 
-    `models` are the model and the dense one, and `states` their final states, [batch, positions, hidden size], on any
-    device. `counted` marks which of the `ids` count as next tokens; both are [batch, positions].
+    `models` are the model and the dense one, and `states` their final states, [batch, positions,
+    hidden size], on any device. `counted` marks which of the `ids` count as next tokens; both are
+    [batch, positions].
     """
     loss = divergence = 0.0
     states = [of_model.to(ids.device) for of_model in states]
@@ -143,6 +159,10 @@ def summed_losses(
         for rows in float32_slices(ours):
             logits = ours[rows].float()
             comparison = compare_logits(theirs[rows].float(), logits)
-            loss += float(as_float64(comparison.log_sum_q - logits.gather(-1, targets[rows, None])[:, 0]).sum())
+            loss += float(
+                as_float64(
+                    comparison.log_sum_q - logits.gather(-1, targets[rows, None])[:, 0]
+                ).sum()
+            )
             divergence += float(as_float64(comparison.divergence).sum())
     return Losses(loss, divergence)

@@ -1,4 +1,6 @@
-"""The scores and the choice of each step (Song et al., ICML 2024, Algorithm 1), independent of any model."""
+"""The scores and the choice of each step (Song et al., ICML 2024, Algorithm 1), independent of any
+model.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +17,26 @@ class NoBlockLeft(UnsupportedModelError):
 
 
 class NoFiniteScore(ModelError):
-    """Without any one of the candidates, such as the last of `removals`, the score is NaN or infinite."""
+    """Without any one of the candidates, such as the last of `removals`, the score is NaN or
+    infinite.
+    """
 
     removals: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The score of each candidate of a step, or of each survivor of a race; infinite if it is not a finite number."""
+    """The score of each candidate of a step, or of each survivor of a race; infinite if it is not a
+    finite number.
+    """
 
     scores: Mapping[int, float]
     race: RaceRecord | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scores", {block: comparable(score) for block, score in self.scores.items()})
+        object.__setattr__(
+            self, "scores", {block: comparable(score) for block, score in self.scores.items()}
+        )
 
     @property
     def best(self) -> int:
@@ -56,7 +64,9 @@ class Choice:
 
 
 Score = Callable[[Sequence[int], Sequence[int]], Outcome]
-"""Takes the blocks removed so far, whose order has no meaning, and the candidates; returns the candidates' scores."""
+"""Takes the blocks removed so far, whose order has no meaning, and the candidates; returns the
+candidates' scores.
+"""
 
 Candidates = Callable[[Sequence[int]], Sequence[int]]
 """Takes the blocks removed so far; returns the blocks that may be removed next, in order."""
@@ -73,7 +83,9 @@ class Protection:
     def candidates(self, count: int, removed: Sequence[int]) -> list[int]:
         """Return the candidates in a model of `count` blocks after `removed`."""
         remaining = [block for block in range(count) if block not in removed]
-        end = max(0, len(remaining) - self.last) if len(remaining) > 1 else 0  # one block always stays
+        end = (
+            max(0, len(remaining) - self.last) if len(remaining) > 1 else 0
+        )  # one block always stays
         return [b for b in remaining[self.first : end] if b not in self.blocks]
 
 
@@ -95,7 +107,8 @@ def require_best(outcome: Outcome, removed: Sequence[int]) -> int:
         blocks = f"block {best}" if len(outcome.scores) == 1 else "any one of the candidates"
         error = NoFiniteScore(
             f"Without {blocks}{without}, the model computes numbers that are not finite.",
-            hint="Use a data type with a wider range: --dtype bfloat16 or float32. No plan was written.",
+            hint="Use a data type with a wider range: --dtype bfloat16 or float32. No plan was "
+            "written.",
         )
         error.removals = (*removed, best)
         raise error

@@ -20,20 +20,27 @@ from sleb_cli.results import ComparedRecord, CompareResult
 def compare_removals(
     searches: Sequence[Search], file: Path, group: ProcessGroup, notify: Notify
 ) -> tuple[CompareResult, list[Plan]]:
-    """Run each search, and return their comparison and the plans, of which the best belongs in `file`.
+    """Run each search, and return their comparison and the plans, of which the best belongs in
+    `file`.
 
-    It has the lowest perplexity, on held-out sequences if there are any. Each search keeps its own journal; delete them
-    once the plans are written.
+    It has the lowest perplexity, on held-out sequences if there are any. Each search keeps its own
+    journal; delete them once the plans are written.
     """
     inputs = load_inputs(searches[0], group, notify)
     plans: list[Plan] = []
     for number, search in enumerate(searches, start=1):
         notify(Notice(f"{number} of {len(searches)}: {_name(search)}"))
-        free_memory()  # each search takes a share of the free memory, where the last one's hidden states still are
+        # each search takes a share of the free memory, where the last one's hidden states still are
+        free_memory()
         plans.append(run_search(search, inputs, time.monotonic()))
-    number = min(range(len(plans)), key=lambda n: plans[n].held_out_perplexity or plans[n].perplexity)
+    number = min(
+        range(len(plans)), key=lambda n: plans[n].held_out_perplexity or plans[n].perplexity
+    )
     best = plans[number]
-    files = [file if plan is best else search.recording.plan_file for search, plan in zip(searches, plans, strict=True)]
+    files = [
+        file if plan is best else search.recording.plan_file
+        for search, plan in zip(searches, plans, strict=True)
+    ]
     result = CompareResult(
         **THIS_VERSION,
         kind="compare",

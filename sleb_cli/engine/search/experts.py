@@ -1,6 +1,8 @@
-"""`sleb search --unit experts`: one walk counts how texts use the experts, another measures the model without some.
+"""`sleb search --unit experts`: one walk counts how texts use the experts, another measures the
+model without some.
 
-No subsets are searched: a sum over a text finds about the experts that an exact search on this text finds.
+No subsets are searched: a sum over a text finds about the experts that an exact search on this text
+finds.
 """
 
 from __future__ import annotations
@@ -27,7 +29,13 @@ from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.experts import expert_parameters
 from sleb_cli.engine.process_group import deal
 from sleb_cli.engine.search.held_out import hold_out
-from sleb_cli.engine.search.inputs import SearchInputs, make_plan, open_search_journal, search_record, write_sample
+from sleb_cli.engine.search.inputs import (
+    SearchInputs,
+    make_plan,
+    open_search_journal,
+    search_record,
+    write_sample,
+)
 from sleb_cli.engine.search.journal import Journal
 from sleb_cli.engine.search.losses import MAX_LOSS
 from sleb_cli.engine.search.settings import ExpertMethod, Search
@@ -57,7 +65,9 @@ class SourceBatches:
     batches: range
 
 
-def search_experts(search: Search, method: ExpertMethod, inputs: SearchInputs, started: float) -> Plan:
+def search_experts(
+    search: Search, method: ExpertMethod, inputs: SearchInputs, started: float
+) -> Plan:
     """Choose which experts of each block go, and measure the model without them."""
     architecture, model = search.model.architecture, inputs.model
     unchanged = architecture.source.watch.unchanged
@@ -74,7 +84,12 @@ def search_experts(search: Search, method: ExpertMethod, inputs: SearchInputs, s
         engine="fork" if passes.forks else "plain",
         engine_reason=reason,
     )
-    with open_search_journal(search, inputs, record) as journal, unchanged(), model, torch.inference_mode():
+    with (
+        open_search_journal(search, inputs, record) as journal,
+        unchanged(),
+        model,
+        torch.inference_mode(),
+    ):
         scoring = _ExpertScoring(architecture, passes, texts, journal, inputs.notify)
         scoring.count_uses()
         orders = tuple(scoring.rank(method, block) for block in architecture.experts.blocks)
@@ -83,11 +98,19 @@ def search_experts(search: Search, method: ExpertMethod, inputs: SearchInputs, s
         with cut.simulate(model.model):
             scoring.measure(cut.steps, f"Measuring without {cut.description}")
         sample = write_sample(search, inputs, (), cut.simulate(model.model))
-    findings = {"dense": scoring.dense_record(), "experts": scoring.plan(orders, cut), "sample_generation": sample}
-    return make_plan(search, inputs, record, started, search=record, removals=(), steps=(), **findings)
+    findings = {
+        "dense": scoring.dense_record(),
+        "experts": scoring.plan(orders, cut),
+        "sample_generation": sample,
+    }
+    return make_plan(
+        search, inputs, record, started, search=record, removals=(), steps=(), **findings
+    )
 
 
-def _passes(search: Search, inputs: SearchInputs, holdout: float) -> tuple[Passes, list[SourceBatches], str | None]:
+def _passes(
+    search: Search, inputs: SearchInputs, holdout: float
+) -> tuple[Passes, list[SourceBatches], str | None]:
     whole = inputs.calibration.to(inputs.model.device)
     prepared, reason = prepare_passes(
         inputs.model,
@@ -106,14 +129,18 @@ def _passes(search: Search, inputs: SearchInputs, holdout: float) -> tuple[Passe
             first, size = len(batches), prepared.budget.sequences
             batches += torch.split(ids, size)
             masks += [] if mask is None else torch.split(mask, size)
-            texts.append(SourceBatches(source, bool(is_held_out), len(ids), range(first, len(batches))))
+            texts.append(
+                SourceBatches(source, bool(is_held_out), len(ids), range(first, len(batches)))
+            )
     budget = replace(prepared.budget, kept_branches=0)
     return replace(prepared, batches=batches, loss_mask=masks or None, budget=budget), texts, reason
 
 
 @dataclass
 class _ExpertScoring:
-    """Measures losses and the use of experts, batch by batch; processes share the work, and the journal."""
+    """Measures losses and the use of experts, batch by batch; processes share the work, and the
+    journal.
+    """
 
     architecture: Architecture
     passes: Passes
@@ -147,10 +174,20 @@ class _ExpertScoring:
         skippable, batches = self.passes.skippable, self.passes.batches
         tokens = sum(batch.numel() for batch in batches) / self.journal.group.size
         walks = (1 + SCORED_WALK) * len(skippable.switches) + 2 * skippable.head_blocks
-        announce(self.notify, f"Search: two walks of {tokens:,.0f} tokens", tokens * walks, skippable, batches[0])
+        announce(
+            self.notify,
+            f"Search: two walks of {tokens:,.0f} tokens",
+            tokens * walks,
+            skippable,
+            batches[0],
+        )
 
     def measure(self, removed: Sequence[int], title: str) -> None:
-        missing = [batch for batch in self.passes.numbers if self.journal.find(removed, None, batch) is None]
+        missing = [
+            batch
+            for batch in self.passes.numbers
+            if self.journal.find(removed, None, batch) is None
+        ]
         group = self.journal.group
         if self.passes.skippable.weights.resident:
             turns = [*deal(missing, group.size)]
@@ -160,7 +197,9 @@ class _ExpertScoring:
         with task(self.notify, title, sequences, "sequences") as advance:
             for turn in turns if missing else ():
                 jobs: list[Job] = [(batch, ()) for batch in turn[group.rank]]
-                for batch, _, losses in self.passes.score(NegativeLogLikelihood(), (), jobs, advance=advance):
+                for batch, _, losses in self.passes.score(
+                    NegativeLogLikelihood(), (), jobs, advance=advance
+                ):
                     self._record(batch, losses, removed)
                 self.journal.exchange()
 
@@ -168,26 +207,39 @@ class _ExpertScoring:
         if not all(loss < MAX_LOSS for loss in losses):
             name, dtype = self.architecture.source.id, self.passes.skippable.model.dtype
             raise ModelError(
-                f"{name} computes NaN, infinity or a perplexity that is not finite in {dtype_name(dtype)}"
+                f"{name} computes NaN, infinity or a perplexity that is not finite in "
+                f"{dtype_name(dtype)}"
                 f"{' without these experts' if removed else ''}.",
                 hint=hint_for_nonfinite(dtype),
             )
         for block, sums in self.sums.pop(batch, {}).items():
             self.journal.add(sums.flatten().tolist(), (), block, batch)
-        self.journal.add(losses, removed, None, batch)  # last, so a batch with losses has its sums, too
+        self.journal.add(
+            losses, removed, None, batch
+        )  # last, so a batch with losses has its sums, too
 
     def loss(self, removed: Sequence[int], texts: Sequence[SourceBatches]) -> float:
-        return fmean(self.journal.scores(removed, None, [batch for text in texts for batch in text.batches]))
+        return fmean(
+            self.journal.scores(removed, None, [batch for text in texts for batch in text.batches])
+        )
 
     def dense_record(self) -> DenseRecord:
-        seen, held_texts = ([text for text in self.texts if text.held_out == is_held] for is_held in (False, True))
+        seen, held_texts = (
+            [text for text in self.texts if text.held_out == is_held] for is_held in (False, True)
+        )
         loss, held_loss = self.loss((), seen), self.loss((), held_texts) if held_texts else None
-        held_out = None if held_loss is None else HeldOutRecord(loss=held_loss, perplexity=math.exp(held_loss))
+        held_out = (
+            None
+            if held_loss is None
+            else HeldOutRecord(loss=held_loss, perplexity=math.exp(held_loss))
+        )
         return DenseRecord(loss=loss, perplexity=math.exp(loss), held_out=held_out)
 
     def use(self, block: int, texts: Iterable[SourceBatches]) -> ExpertUse:
         rows = (self.journal.find((), block, batch) for text in texts for batch in text.batches)
-        return ExpertUse(*torch.tensor([row for row in rows if row], dtype=torch.float64).sum(0).view(6, -1))
+        return ExpertUse(
+            *torch.tensor([row for row in rows if row], dtype=torch.float64).sum(0).view(6, -1)
+        )
 
     def rank(self, method: ExpertMethod, block: int) -> ExpertOrder:
         use = self.use(block, (text for text in self.texts if not text.held_out))
@@ -210,7 +262,10 @@ class _ExpertScoring:
     def text_record(self, text: SourceBatches, cut: ExpertCut) -> ExpertsText:
         uses = {block: self.use(block, [text]) for block in self.architecture.experts.blocks}
         whole = sum(float(use.squared_products.sum()) for use in uses.values())
-        remaining = sum(float(use.squared_products[list(cut.kept_experts(block))].sum()) for block, use in uses.items())
+        remaining = sum(
+            float(use.squared_products[list(cut.kept_experts(block))].sum())
+            for block, use in uses.items()
+        )
         return ExpertsText(
             text=text.source,
             sequences=text.sequences,
@@ -231,20 +286,33 @@ def sum_expert_use(routing: Routing, count: int) -> Sums:
     pieces = zip(*(torch.split(tensor, tokens) for tensor in given), strict=True)
     for hidden, experts, gates in pieces:
         chosen, gate = experts.reshape(-1), gates.reshape(-1).double().abs()
-        norm = routing.run_alone(hidden.repeat_interleave(active, 0), chosen).float().norm(dim=-1).double()
-        values = torch.stack([gate.new_ones(len(gate)), gate, norm, gate * norm, norm**2, (gate * norm) ** 2])
-        used = (chosen < count) & (gate != 0)  # beyond the count, nothing is computed; a gate of 0 is masked
+        norm = (
+            routing.run_alone(hidden.repeat_interleave(active, 0), chosen)
+            .float()
+            .norm(dim=-1)
+            .double()
+        )
+        values = torch.stack(
+            [gate.new_ones(len(gate)), gate, norm, gate * norm, norm**2, (gate * norm) ** 2]
+        )
+        used = (chosen < count) & (
+            gate != 0
+        )  # beyond the count, nothing is computed; a gate of 0 is masked
         sums.index_add_(1, chosen[used].long().cpu(), values[:, used].cpu())
     return sums
 
 
 def rank_by_group(scores: Sequence[float], groups: int) -> tuple[int, ...]:
-    """Rank the experts, the lowest score first and ties by number, taking one from each group in turn.
+    """Rank the experts, the lowest score first and ties by number, taking one from each group in
+    turn.
 
     So any number of whole turns removes equally many of each group.
     """
     size = len(scores) // groups
-    of_groups = [sorted(range(first, first + size), key=scores.__getitem__) for first in range(0, len(scores), size)]
+    of_groups = [
+        sorted(range(first, first + size), key=scores.__getitem__)
+        for first in range(0, len(scores), size)
+    ]
     return tuple(expert for same_rank in zip(*of_groups, strict=True) for expert in same_rank)
 
 
@@ -252,9 +320,13 @@ def _sizes(cut: ExpertCut) -> dict[str, tuple[int, int]]:
     architecture, stored = cut.architecture, cut.architecture.source.weights.stored
     parameters = sum(parameter.numel() for parameter in architecture.skeleton.parameters())
     of_expert = expert_parameters(architecture)
-    active = parameters - of_expert * (cut.count - architecture.experts.active)  # a token uses as many as before
+    active = parameters - of_expert * (
+        cut.count - architecture.experts.active
+    )  # a token uses as many as before
     remaining = Surgery(architecture, (cut,)).tensors((tensor.name, tensor) for tensor in stored)
-    size = sum(new_tensor(name, tensor, None, slices, None).size for name, tensor, slices in remaining)
+    size = sum(
+        new_tensor(name, tensor, None, slices, None).size for name, tensor, slices in remaining
+    )
     return {
         "parameters": (parameters, parameters - of_expert * cut.fewer),
         "active_parameters": (active, active),

@@ -13,7 +13,9 @@ from sleb_cli.plan import Step
 from sleb_plugins import UsageError
 
 MAX_ERROR_RATE = 0.05
-"""At most this share of searches is flagged by chance alone, if differences are normally distributed."""
+"""At most this share of searches is flagged by chance alone, if differences are normally
+distributed.
+"""
 
 # With fewer degrees of freedom, the standard error is too uncertain to conclude anything.
 MIN_DEGREES_OF_FREEDOM = 3
@@ -21,13 +23,15 @@ MIN_DEGREES_OF_FREEDOM = 3
 
 def hold_out(calibration: Calibration, share: float) -> tuple[Calibration, Calibration | None]:
     """Split off the last `share` of the sequences, rounded; both parts keep at least one sequence."""
-    # A mixture is interleaved, so its last sequences include each source if there are enough of them.
+    # A mixture is interleaved, so its last sequences include each source if there are enough of
+    # them.
     if not share:
         return calibration, None
     count = len(calibration.sequences)
     if count < 2:
         raise UsageError(
-            "A single calibration sequence cannot be split.", hint="Leave out --holdout, or use more text."
+            "A single calibration sequence cannot be split.",
+            hint="Leave out --holdout, or use more text.",
         )
     searched = count - min(max(1, round(share * count)), count - 1)
     return calibration.select(range(searched)), calibration.select(range(searched, count))
@@ -40,25 +44,36 @@ def overfitting_note(steps: Sequence[Step]) -> str | None:
         if record is not None and record.overfits:
             return (
                 f"The search overfits its calibration text from step {number}: the loss grew by "
-                f"{record.generalization_gap:.3f} nats per token more on the held-out sequences than on those searched "
+                f"{record.generalization_gap:.3f} nats per token more on the held-out sequences "
+                f"than on those searched "
                 f"({record.generalization_gap / record.standard_error:.1f} standard errors). "
                 "More or different calibration text may help."
             )
     return None
 
 
-def overfitting_test(searched: Sequence[float], held_out: Sequence[float], tail: float) -> tuple[float, float, bool]:
-    """Return the generalization gap, its standard error, and whether it is larger than chance explains.
+def overfitting_test(
+    searched: Sequence[float], held_out: Sequence[float], tail: float
+) -> tuple[float, float, bool]:
+    """Return the generalization gap, its standard error, and whether it is larger than chance
+    explains.
 
-    `searched` and `held_out` are increases of each sequence's loss over the dense model's, in nats per token, so that
-    its difficulty cancels out. If the search favoured neither part, both would have the same variance, so this is
-    Student's t-test of two means with a pooled variance; `tail` is the allowed probability of a false positive.
+    `searched` and `held_out` are increases of each sequence's loss over the dense model's, in nats
+    per token, so that its difficulty cancels out. If the search favoured neither part, both would
+    have the same variance, so this is Student's t-test of two means with a pooled variance; `tail`
+    is the allowed probability of a false positive.
     """
     generalization_gap = fmean(held_out) - fmean(searched)
     freedom = len(searched) + len(held_out) - 2
     if freedom < 1:
         return generalization_gap, 0.0, False
-    squares = sum(sum((value - fmean(growths)) ** 2 for value in growths) for growths in (searched, held_out))
+    squares = sum(
+        sum((value - fmean(growths)) ** 2 for value in growths) for growths in (searched, held_out)
+    )
     error = math.sqrt(squares / freedom * (1 / len(searched) + 1 / len(held_out)))
     limit = float(stdtrit(freedom, 1 - tail)) * error
-    return generalization_gap, error, freedom >= MIN_DEGREES_OF_FREEDOM and 0 < limit < generalization_gap
+    return (
+        generalization_gap,
+        error,
+        freedom >= MIN_DEGREES_OF_FREEDOM and 0 < limit < generalization_gap,
+    )

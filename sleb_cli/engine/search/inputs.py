@@ -50,7 +50,9 @@ def load_inputs(search: Search, group: ProcessGroup, notify: Notify) -> SearchIn
     tokenizer = load_tokenizer(search.model.architecture.source)
     # Loaded at first use, so that a missing text is reported before gigabytes are read.
     model = cache(partial(_open_model, search, group, notify))
-    calibration = group.from_main(lambda: calibrate([search.text], tokenizer, lambda: model().model, notify)[0])
+    calibration = group.from_main(
+        lambda: calibrate([search.text], tokenizer, lambda: model().model, notify)[0]
+    )
     if search.extended:
         _require_continuation(search, search.extended, calibration)
     return SearchInputs(tokenizer, model(), calibration, group, notify)
@@ -59,19 +61,28 @@ def load_inputs(search: Search, group: ProcessGroup, notify: Notify) -> SearchIn
 def _open_model(search: Search, group: ProcessGroup, notify: Notify) -> SkippableModel:
     architecture, placement = search.model.architecture, search.model.placement
     model = open_dense(architecture, placement, notify)
-    # Warn now of a model that does not work with a KV cache, as the proof of `apply` would refuse it. Only the proof
-    # tells where the check would cost a read of the weights, or where rounding may choose other experts.
+    # Warn now of a model that does not work with a KV cache, as the proof of `apply` would refuse
+    # it. Only the proof tells where the check would cost a read of the weights, or where rounding
+    # may choose other experts.
     may_round = placement.dtype.itemsize < 4 and "expert" in str(architecture.text_config)
     if not group.is_main or not model.weights.resident or placement.device_map or may_round:
         return model
     room = max(1, (architecture.longest_sequence or PROMPT_TOKENS + NEW_TOKENS) - NEW_TOKENS)
-    vocabulary = architecture.text_config.vocab_size  # whose first tokens are special in many families
-    ids = (vocabulary // 2 + torch.arange(min(PROMPT_TOKENS, room), device=model.device)[None]) % vocabulary
+    vocabulary = (
+        architecture.text_config.vocab_size
+    )  # whose first tokens are special in many families
+    ids = (
+        vocabulary // 2 + torch.arange(min(PROMPT_TOKENS, room), device=model.device)[None]
+    ) % vocabulary
     _, fault = check_decoding(model.model, ids, NEW_TOKENS, placement.dtype)
     with model:
-        if fault and bool(model.logits(ids, ()).isfinite().all()):  # otherwise the search will say more
+        if fault and bool(
+            model.logits(ids, ()).isfinite().all()
+        ):  # otherwise the search will say more
             needs = "Text that it writes, `sleb bench` and the proof of `sleb apply` need one; the search does not"
-            notify(Warned(f"{architecture.source.id} does not work with a KV cache: {fault}. {needs}."))
+            notify(
+                Warned(f"{architecture.source.id} does not work with a KV cache: {fault}. {needs}.")
+            )
     return model
 
 
@@ -83,8 +94,11 @@ def _require_continuation(search: Search, plan: Plan, calibration: Calibration) 
     current |= {"dtype": dtype_name(search.model.placement.dtype), "protect": protected}
     expected = {name: getattr(plan.search, name) for name in current}
     for settings, implementation in ((current, ours), (expected, plan.search.implementation)):
-        # Another version of sleb can extend the plan, so the code of its own metrics does not count.
-        excluded = {"version", "code"} if implementation and implementation.package == "sleb" else None
+        # Another version of sleb can extend the plan, so the code of its own metrics does not
+        # count.
+        excluded = (
+            {"version", "code"} if implementation and implementation.package == "sleb" else None
+        )
         settings["implementation"] = implementation and implementation.model_dump(exclude=excluded)
     differing = differences(
         {"search": current, "calibration": calibration.record.to_data()},
@@ -93,13 +107,16 @@ def _require_continuation(search: Search, plan: Plan, calibration: Calibration) 
     if differing:
         raise PlanError(
             f"This search cannot continue the plan ({differing}).",
-            hint="Leave out these options so that the plan sets them. Use the text it was calibrated on, and the same "
+            hint="Leave out these options so that the plan sets them. Use the text it was "
+            "calibrated on, and the same "
             "version of the metric.",
         )
 
 
 def search_record(search: Search, passes: Passes, held_out: int, **fields: Any) -> SearchRecord:
-    """Record how a search runs; `held_out` counts sequences, and `fields` differ between blocks and experts."""
+    """Record how a search runs; `held_out` counts sequences, and `fields` differ between blocks and
+    experts.
+    """
     method, placement = search.method, search.model.placement
     return SearchRecord(
         strategy=method.strategy_name,
@@ -114,7 +131,9 @@ def search_record(search: Search, passes: Passes, held_out: int, **fields: Any) 
     )
 
 
-def _repeating_options(search: Search, record: SearchRecord, text: CalibrationRecord) -> dict[str, Any]:
+def _repeating_options(
+    search: Search, record: SearchRecord, text: CalibrationRecord
+) -> dict[str, Any]:
     # Options that the machine chose are named, too: they decide the last digits.
     model = search.model.architecture.record
     decided = {
@@ -128,13 +147,20 @@ def _repeating_options(search: Search, record: SearchRecord, text: CalibrationRe
     }
     if text.source not in REFERENCE_PRESETS:  # their samples are rows of text, not sequences
         decided |= {"samples": text.sequences, "sequence_length": text.sequence_length}
-    return {name: value for name, value in sorted({**search.recording.options, **decided}.items()) if value is not None}
+    return {
+        name: value
+        for name, value in sorted({**search.recording.options, **decided}.items())
+        if value is not None
+    }
 
 
-def open_search_journal(search: Search, inputs: SearchInputs, record: SearchRecord) -> AbstractContextManager[Journal]:
+def open_search_journal(
+    search: Search, inputs: SearchInputs, record: SearchRecord
+) -> AbstractContextManager[Journal]:
     """Open the journal of this search, identified by everything that its measurements depend on."""
     architecture = search.model.architecture
-    # Measurements do not depend on the number of removals, so a search for more blocks continues with this journal.
+    # Measurements do not depend on the number of removals, so a search for more blocks continues
+    # with this journal.
     key = key_of(
         architecture.identity,
         dtype=record.dtype,
@@ -153,7 +179,9 @@ def open_search_journal(search: Search, inputs: SearchInputs, record: SearchReco
     )
 
 
-def make_plan(search: Search, inputs: SearchInputs, record: SearchRecord, started: float, /, **findings: Any) -> Plan:
+def make_plan(
+    search: Search, inputs: SearchInputs, record: SearchRecord, started: float, /, **findings: Any
+) -> Plan:
     """Make the plan of a search that began at `started`."""
     text, took = inputs.calibration.record, time.monotonic() - started
     return Plan(
@@ -161,7 +189,9 @@ def make_plan(search: Search, inputs: SearchInputs, record: SearchRecord, starte
         request=_repeating_options(search, record, text),
         model=search.model.architecture.record,
         calibration=text,
-        environment=environment_record(dict(search.recording.plugins), search.model.placement.device, took),
+        environment=environment_record(
+            dict(search.recording.plugins), search.model.placement.device, took
+        ),
         **findings,
     )
 
@@ -174,5 +204,14 @@ def write_sample(
 ) -> SampleGeneration | None:
     """Let the dense and the pruned model write a few words, if the search is to record any."""
     tokens, longest = search.recording.sample_tokens, search.model.architecture.longest_sequence
-    write = partial(generate_sample, inputs.model, inputs.tokenizer, removals, tokens, longest, inputs.notify, absent)
+    write = partial(
+        generate_sample,
+        inputs.model,
+        inputs.tokenizer,
+        removals,
+        tokens,
+        longest,
+        inputs.notify,
+        absent,
+    )
     return inputs.group.from_main(write) if tokens else None

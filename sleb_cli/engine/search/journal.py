@@ -1,7 +1,9 @@
-"""The journal of a search: every score as it is measured, so that an interrupted search loses nothing.
+"""The journal of a search: every score as it is measured, so that an interrupted search loses
+nothing.
 
-It is a file next to the plan. Each line is a checksum and a JSON document; the first identifies the search, the others
-hold one measurement each. Lines are only appended, so whatever stops the program, earlier lines stay readable.
+It is a file next to the plan. Each line is a checksum and a JSON document; the first identifies the
+search, the others hold one measurement each. Lines are only appended, so whatever stops the
+program, earlier lines stay readable.
 """
 
 from __future__ import annotations
@@ -45,14 +47,20 @@ Measurement = tuple[Name, list[float]]
 
 
 def recorded_settings(journal: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
-    """Read these settings, if they have these types, from an unfinished search's journal; none if it is unreadable."""
+    """Read these settings, if they have these types, from an unfinished search's journal; none if
+    it is unreadable.
+    """
     if journal.is_symlink() or not journal.is_file():  # reading a pipe would wait
         return {}
     try:
         with journal.open("rb") as file:
             begun = from_json(_intact_json(file.readline(MAX_LINE_BYTES)) or b"")
             settings = begun | begun["search"]
-            return {name: settings[name] for name, kind in kinds.items() if isinstance(settings[name], kind)}
+            return {
+                name: settings[name]
+                for name, kind in kinds.items()
+                if isinstance(settings[name], kind)
+            }
     except (OSError, ValueError, LookupError, TypeError):
         return {}
 
@@ -77,10 +85,11 @@ class _Line(Record):
 class Journal:
     """Scores measured so far, by removed blocks, candidate and batch.
 
-    The order of removed blocks has no meaning. If a metric scores `whole_models`, neither does which block is the
-    candidate: 3 after 5 and 5 after 3 are the same model. Without a path, measurements are only in memory. The main
-    process writes the file, and all know its content. `search` identifies the search; `require_valid` raises if a
-    measurement about to be recorded is not of the model that it names.
+    The order of removed blocks has no meaning. If a metric scores `whole_models`, neither does
+    which block is the candidate: 3 after 5 and 5 after 3 are the same model. Without a path,
+    measurements are only in memory. The main process writes the file, and all know its content.
+    `search` identifies the search; `require_valid` raises if a measurement about to be recorded is
+    not of the model that it names.
     """
 
     def __init__(
@@ -114,20 +123,32 @@ class Journal:
     @property
     def evaluations(self) -> int:
         """How many evaluations of a candidate on a sequence are recorded."""
-        return sum(len(scores) for (_, block, _), scores in self._known.items() if block is not None)
+        return sum(
+            len(scores) for (_, block, _), scores in self._known.items() if block is not None
+        )
 
-    def find(self, removed: Sequence[int], block: int | None = None, batch: int | None = None) -> list[float] | None:
+    def find(
+        self, removed: Sequence[int], block: int | None = None, batch: int | None = None
+    ) -> list[float] | None:
         """Return the measurement without `removed` and `block` on this batch, if there is one."""
         return self._known.get(self._key(removed, block, batch))
 
-    def scores(self, removed: Sequence[int], block: int | None, batches: Iterable[int | None]) -> list[float]:
+    def scores(
+        self, removed: Sequence[int], block: int | None, batches: Iterable[int | None]
+    ) -> list[float]:
         """Return the scores on these batches in turn, without batches that were not measured."""
         return [score for batch in batches for score in self.find(removed, block, batch) or ()]
 
     def add(
-        self, scores: Sequence[float], removed: Sequence[int], block: int | None = None, batch: int | None = None
+        self,
+        scores: Sequence[float],
+        removed: Sequence[int],
+        block: int | None = None,
+        batch: int | None = None,
     ) -> None:
-        """Record a measurement; a score that is not finite is null in the file, and infinite when it is read."""
+        """Record a measurement; a score that is not finite is null in the file, and infinite when
+        it is read.
+        """
         self._new.append(((tuple(removed), block, batch), list(scores)))
         self._record(scores, removed, block, batch)
 
@@ -160,7 +181,9 @@ class Journal:
             if not self._known:
                 delete_journal(self._path, ignore)
 
-    def _record(self, scores: Sequence[float], removed: Sequence[int], block: int | None, batch: int | None) -> None:
+    def _record(
+        self, scores: Sequence[float], removed: Sequence[int], block: int | None, batch: int | None
+    ) -> None:
         self._require_valid()
         self._known[self._key(removed, block, batch)] = [comparable(score) for score in scores]
         written = [score if math.isfinite(score) else None for score in scores]
@@ -211,7 +234,8 @@ class Journal:
             if differing := differences(search, begun):
                 raise PlanError(
                     f"{path} belongs to another search ({differing}).",
-                    hint="Use the same model, data, metric and settings, or start over with --force.",
+                    hint="Use the same model, data, metric and settings, or start over with "
+                    "--force.",
                 )
             whole = len(line)
             while (content := _intact_json(line := file.readline(MAX_LINE_BYTES))) is not None:
@@ -245,7 +269,12 @@ class Journal:
 
 @contextmanager
 def open_journal(
-    path: Path, search: Mapping[str, Any], notify: Notify = ignore, *, resume: bool = False, **options: Any
+    path: Path,
+    search: Mapping[str, Any],
+    notify: Notify = ignore,
+    *,
+    resume: bool = False,
+    **options: Any,
 ) -> Iterator[Journal]:
     """Start a journal for `search`, or with `resume`, continue it; for `options`, see `Journal`.
 
@@ -280,7 +309,8 @@ def _lock(file: BinaryIO, path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise OutputError(
-            f"Another search is writing {path}.", hint="Wait until it ends, or choose another plan with -o."
+            f"Another search is writing {path}.",
+            hint="Wait until it ends, or choose another plan with -o.",
         ) from error
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):  # of a file system without locks

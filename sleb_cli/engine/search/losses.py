@@ -20,23 +20,29 @@ MAX_LOSS = math.log(sys.float_info.max)
 
 def measure_dense(scoring: Scoring, name: str) -> DenseRecord:
     """Measure the losses of the dense model, which messages call `name`."""
-    with task(scoring.notify, "Measuring the dense model", scoring.sequences, "sequences") as advance:
+    with task(
+        scoring.notify, "Measuring the dense model", scoring.sequences, "sequences"
+    ) as advance:
         losses = scoring.losses((), advance=advance)
     held_out = scoring.losses((), held_out=True) if scoring.held_out else []
     if not all(map(math.isfinite, (*losses, *held_out))):
         scoring.require_sound()
     opening, loss = f"In {name}", fmean(losses)
     return DenseRecord(
-        loss=loss, perplexity=perplexity(scoring, loss, opening), held_out=measure_held_out(scoring, (), opening)
+        loss=loss,
+        perplexity=perplexity(scoring, loss, opening),
+        held_out=measure_held_out(scoring, (), opening),
     )
 
 
 def measure_held_out(
     scoring: Scoring, removed: tuple[int, ...], opening: str, comparisons: int = 1
 ) -> HeldOutRecord | None:
-    """Measure the loss on the held-out sequences, and whether a pruned model overfits the searched ones.
+    """Measure the loss on the held-out sequences, and whether a pruned model overfits the searched
+    ones.
 
-    If there is none, the chance that any of so many `comparisons` finds overfitting is `MAX_ERROR_RATE`.
+    If there is none, the chance that any of so many `comparisons` finds overfitting is
+    `MAX_ERROR_RATE`.
     """
     if scoring.held_out is None:
         return None
@@ -45,17 +51,24 @@ def measure_held_out(
     if not removed:
         return record
     both = (scoring.losses, partial(scoring.losses, held_out=True))
-    searched, held_out = ([new - old for old, new in zip(losses(()), losses(removed), strict=True)] for losses in both)
+    searched, held_out = (
+        [new - old for old, new in zip(losses(()), losses(removed), strict=True)] for losses in both
+    )
     gap, error, overfits = overfitting_test(searched, held_out, MAX_ERROR_RATE / comparisons)
-    return record.model_copy(update={"generalization_gap": gap, "standard_error": error, "overfits": overfits})
+    return record.model_copy(
+        update={"generalization_gap": gap, "standard_error": error, "overfits": overfits}
+    )
 
 
 def perplexity(scoring: Scoring, loss: float, opening: str) -> float:
-    """Return the perplexity; if it is not finite, raise a ModelError that begins with `opening` ("Without block 5")."""
+    """Return the perplexity; if it is not finite, raise a ModelError that begins with `opening`
+    ("Without block 5").
+    """
     if not loss < MAX_LOSS:
         dtype = scoring.passes.skippable.model.dtype
         raise ModelError(
-            f"{opening}, the calibration loss is {loss} nats per token in {dtype_name(dtype)}, so the perplexity is "
+            f"{opening}, the calibration loss is {loss} nats per token in {dtype_name(dtype)}, so "
+            f"the perplexity is "
             "not finite.",
             hint=hint_for_nonfinite(dtype),
         )

@@ -12,14 +12,18 @@ from sleb_cli.units import plural
 
 
 class Removable:
-    """The candidates of each step, each tried on the model without weights, so that `apply` can remove it."""
+    """The candidates of each step, each tried on the model without weights, so that `apply` can
+    remove it.
+    """
 
     def __init__(self, architecture: Architecture, protection: Protection, notify: Notify) -> None:
         self.architecture, self.protection, self.notify = architecture, protection, notify
         self._known: dict[tuple[int, ...], list[int]] = {}
 
     def candidates(self, removed: Sequence[int]) -> list[int]:
-        """Return the blocks that may be removed after `removed`, in order; raise NoBlockLeft if there is none."""
+        """Return the blocks that may be removed after `removed`, in order; raise NoBlockLeft if
+        there is none.
+        """
         gone = tuple(sorted(removed))
         if gone not in self._known:
             self._known[gone] = self._try(removed)
@@ -31,8 +35,12 @@ class Removable:
         fewer = f"Remove {plural(len(removed), 'block')}. With --resume, nothing is measured again."
         free = self.protection.candidates(architecture.block_count, removed)
         if not free:
-            raise NoBlockLeft(f"No block can be removed{after}.", hint=fewer if removed else "Protect fewer blocks.")
-        # Of blocks of one kind, the outermost are enough: removing the first renumbers all later blocks, the last none.
+            raise NoBlockLeft(
+                f"No block can be removed{after}.",
+                hint=fewer if removed else "Protect fewer blocks.",
+            )
+        # Of blocks of one kind, the outermost are enough: removing the first renumbers all later
+        # blocks, the last none.
         is_uniform = not any(architecture.kinds)
         if is_uniform and not any(self._obstacle(removed, block) for block in (free[0], free[-1])):
             return free
@@ -46,13 +54,18 @@ class Removable:
                 advance()
         if len(obstacles) == len(free):
             raise NoBlockLeft(
-                f"No block of {architecture.source.id} ({architecture.config.model_type}) can be removed{after}: "
+                f"No block of {architecture.source.id} ({architecture.config.model_type}) can be "
+                f"removed{after}: "
                 f"without block {free[0]}, {obstacles[free[0]]}.",
                 hint=fewer if removed else architecture.families_hint,
             )
         if obstacles and not removed:
             block, why = next(iter(obstacles.items()))
-            names = f"Block {block} stays" if len(obstacles) == 1 else f"Blocks {', '.join(map(str, obstacles))} stay"
+            names = (
+                f"Block {block} stays"
+                if len(obstacles) == 1
+                else f"Blocks {', '.join(map(str, obstacles))} stay"
+            )
             self.notify(Notice(f"{names}: without block {block}, {why}."))
         return [block for block in free if block not in obstacles]
 

@@ -1,4 +1,6 @@
-"""`sleb search`: load a model and its text, remove block after block, and record the choices in a plan."""
+"""`sleb search`: load a model and its text, remove block after block, and record the choices in a
+plan.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,16 @@ from sleb_cli.engine.search.settings import ExpertMethod, Method, Search, Search
 from sleb_cli.engine.search.strategies import STRATEGIES, Problem
 from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Stop, perplexity_ratio
 from sleb_cli.engine.text.calibration import Calibration
-from sleb_cli.events import SEARCH_TASK, BlockRemoved, BlocksSwapped, Notice, Notify, SearchStarted, TaskFinished, task
+from sleb_cli.events import (
+    SEARCH_TASK,
+    BlockRemoved,
+    BlocksSwapped,
+    Notice,
+    Notify,
+    SearchStarted,
+    TaskFinished,
+    task,
+)
 from sleb_cli.plan import DenseRecord, Plan, SearchRecord, Step
 from sleb_cli.plugin_calls import REPORT
 from sleb_plugins import HiddenStateMetric, LogitMetric, PluginError, UsageError
@@ -43,7 +54,8 @@ RACED_SEQUENCES = 7
 
 
 def find_removals(search: Search, group: ProcessGroup, notify: Notify) -> Plan:
-    """Search for the blocks or experts that the model can best do without, alone or with other processes.
+    """Search for the blocks or experts that the model can best do without, alone or with other
+    processes.
 
     A journal next to the plan's file keeps measurements; delete it once the plan is written.
     """
@@ -55,7 +67,12 @@ def run_search(search: Search, inputs: SearchInputs, started: float) -> Plan:
     """Run a search that began at `started`, on inputs that it may share with other searches."""
     if isinstance(search.method, ExpertMethod):
         return search_experts(search, search.method, inputs, started)
-    model, method, extended, source = inputs.model, search.method, search.extended, search.model.architecture.source
+    model, method, extended, source = (
+        inputs.model,
+        search.method,
+        search.extended,
+        search.model.architecture.source,
+    )
     stop = method.stop(model.model)
     searched, reserved = hold_out(inputs.calibration.to(model.device), method.holdout)
     with source.watch.unchanged(), model, task(inputs.notify, "Checking the engine"):
@@ -87,7 +104,12 @@ def run_search(search: Search, inputs: SearchInputs, started: float) -> Plan:
 
 
 def _record(
-    search: Search, method: Method, stop: Stop, passes: Passes, held_out: Passes | None, reason: str | None
+    search: Search,
+    method: Method,
+    stop: Stop,
+    passes: Passes,
+    held_out: Passes | None,
+    reason: str | None,
 ) -> SearchRecord:
     protection, metric = method.removable.protection, method.metric
     return search_record(
@@ -108,8 +130,8 @@ def _record(
 class Trace:
     """The course of a search: its steps, and the blocks removed in the end.
 
-    The increases are of the loss over the dense model's, in nats per token; the next removal's is None if none was
-    ruled out.
+    The increases are of the loss over the dense model's, in nats per token; the next removal's is
+    None if none was ruled out.
     """
 
     steps: list[Step]
@@ -118,16 +140,25 @@ class Trace:
     next_increase: float | None = None
 
 
-def _search_to_target(method: Method, stop: Stop, extended: Plan | None, dense: DenseRecord, scoring: Scoring) -> Trace:
+def _search_to_target(
+    method: Method, stop: Stop, extended: Plan | None, dense: DenseRecord, scoring: Scoring
+) -> Trace:
     target = stop.target
     if method.strategy_name == "refine" and isinstance(target, PerplexityTarget):
-        # It swaps only at its last size, which a greedy search finds first; the journal has those measurements.
-        greedy = _search_to_target(replace(method, strategy_name="greedy"), stop, extended, dense, scoring)
-        refined = _remove_blocks(method, replace(stop, remove=len(greedy.removals)), extended, dense, scoring)
+        # It swaps only at its last size, which a greedy search finds first; the journal has those
+        # measurements.
+        greedy = _search_to_target(
+            replace(method, strategy_name="greedy"), stop, extended, dense, scoring
+        )
+        refined = _remove_blocks(
+            method, replace(stop, remove=len(greedy.removals)), extended, dense, scoring
+        )
         # A swap lowers the metric's score, but the target limits the loss.
         if refined.next_increase is None:
             return replace(refined, next_increase=greedy.next_increase)
-        scoring.notify(Notice(f"Kept the greedy result: after swapping, perplexity is over {target.limit:g}x."))
+        scoring.notify(
+            Notice(f"Kept the greedy result: after swapping, perplexity is over {target.limit:g}x.")
+        )
         return greedy
     trace = _remove_blocks(method, stop, extended, dense, scoring)
     gone = extended.removals if extended else ()
@@ -135,13 +166,16 @@ def _search_to_target(method: Method, stop: Stop, extended: Plan | None, dense: 
         assert trace.next_increase is not None
         raise UsageError(
             f"The {'next' if gone else 'first'} removal would raise perplexity to "
-            f"{perplexity_ratio(trace.next_increase):.4g} times the dense model's; the limit is {target.limit:g}.",
+            f"{perplexity_ratio(trace.next_increase):.4g} times the dense model's; the limit is "
+            f"{target.limit:g}.",
             hint="Increase --max-perplexity-ratio. With --resume, no block is scored again.",
         )
     return trace
 
 
-def _remove_blocks(method: Method, stop: Stop, extended: Plan | None, dense: DenseRecord, scoring: Scoring) -> Trace:
+def _remove_blocks(
+    method: Method, stop: Stop, extended: Plan | None, dense: DenseRecord, scoring: Scoring
+) -> Trace:
     target, notify = stop.target, scoring.notify
     trace = Trace(list(extended.steps), extended.removals) if extended else Trace([], ())
     problem = Problem(
@@ -166,7 +200,11 @@ def _remove_blocks(method: Method, stop: Stop, extended: Plan | None, dense: Den
             trace.steps.append(step)
             trace.removals, trace.increase = choice.removals, increase
             scoring.journal.sync()
-            notify(BlockRemoved(len(trace.steps), step.block, step.score, step.perplexity, step.removals))
+            notify(
+                BlockRemoved(
+                    len(trace.steps), step.block, step.score, step.perplexity, step.removals
+                )
+            )
             if target.met(trace.removals):
                 break
     except NoBlockLeft as error:
@@ -184,8 +222,10 @@ def _blame_plugin_metric(method: Method, scoring: Scoring, error: NoFiniteScore)
     plugin, block = method.implementation, error.removals[-1]
     if plugin.package != "sleb" and all(map(math.isfinite, scoring.losses(error.removals))):
         raise PluginError(
-            f"The metric {method.metric.name!r} of {plugin.package} {plugin.version} scores every candidate as NaN or "
-            f"infinite, such as block {block}, although the model without it computes finite numbers.",
+            f"The metric {method.metric.name!r} of {plugin.package} {plugin.version} scores every "
+            f"candidate as NaN or "
+            f"infinite, such as block {block}, although the model without it computes finite "
+            f"numbers.",
             hint=REPORT,
         ) from error
 
@@ -196,7 +236,9 @@ def _announce(method: Method, problem: Problem, scoring: Scoring) -> None:
     if not isinstance(metric, LogitMetric | HiddenStateMetric):
         return  # a metric of weights is fast, and one of the whole model takes an unknown time
     blocks, candidates = len(skippable.switches), len(problem.candidates(problem.removed))
-    sets = STRATEGIES[method.strategy_name].evaluations(candidates, problem.remove - len(problem.removed))
+    sets = STRATEGIES[method.strategy_name].evaluations(
+        candidates, problem.remove - len(problem.removed)
+    )
     left, length = sets * scoring.sequences - scoring.journal.evaluations, ids.shape[1]
     # On average, a candidate of a fork runs half of the blocks.
     of_logits = (blocks / 2 if passes.forks else blocks) + skippable.head_blocks
@@ -204,7 +246,13 @@ def _announce(method: Method, problem: Problem, scoring: Scoring) -> None:
     raced = min(1.0, RACED_SEQUENCES / scoring.sequences) if method.fast else 1.0
     at_most = "at most " if method.fast or method.strategy_name == "refine" else ""
     title = f"Search: {problem.remove} of {blocks} blocks, {at_most}{left:,} evaluations of {length:,} tokens"
-    announce(scoring.notify, title, left * length * raced * blocks_per_evaluation / processes, skippable, ids)
+    announce(
+        scoring.notify,
+        title,
+        left * length * raced * blocks_per_evaluation / processes,
+        skippable,
+        ids,
+    )
 
 
 def _prepare(
@@ -228,7 +276,9 @@ def _scoring(
     @cache
     def require_sound() -> None:
         whole = inputs.calibration.to(inputs.model.device)
-        bad = inputs.group.from_main(lambda: find_bad_sequences(passes.over(whole.sequences, whole.loss_mask)))
+        bad = inputs.group.from_main(
+            lambda: find_bad_sequences(passes.over(whole.sequences, whole.loss_mask))
+        )
         if bad:
             journal.forget()
             name, dtype = search.model.architecture.source.id, search.model.placement.dtype
@@ -248,14 +298,19 @@ def _scoring(
     )
 
 
-def _step(choice: Choice, before: tuple[int, ...], kind: str, scoring: Scoring, remove: int) -> Step:
+def _step(
+    choice: Choice, before: tuple[int, ...], kind: str, scoring: Scoring, remove: int
+) -> Step:
     opening, loss = f"Without block {choice.block}", fmean(scoring.losses(choice.removals))
     return Step(
         block=choice.block,
         kind=kind,
         score=choice.score,
         perplexity=perplexity(scoring, loss, opening),
-        scores={block: score if score < math.inf else None for block, score in choice.outcome.scores.items()},
+        scores={
+            block: score if score < math.inf else None
+            for block, score in choice.outcome.scores.items()
+        },
         race=choice.outcome.race,
         held_out=measure_held_out(scoring, choice.removals, opening, remove),
         removals=None if choice.removals == (*before, choice.block) else choice.removals,

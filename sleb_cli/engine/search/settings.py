@@ -95,7 +95,9 @@ class Recording:
 
 @dataclass(frozen=True)
 class Search:
-    """A search after every check that needs no weights; `extended` is the plan that it continues, if any."""
+    """A search after every check that needs no weights; `extended` is the plan that it continues,
+    if any.
+    """
 
     model: SearchedModel
     text: CalibrationSettings

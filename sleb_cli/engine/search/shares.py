@@ -1,7 +1,8 @@
 """Share measurements out among processes. Pure arithmetic.
 
-Numbers depend on the sequences of a batch, never on which candidates are scored with it. So the batches are the same
-for any number of processes, and only whole batches, or the candidates of one, are shared out.
+Numbers depend on the sequences of a batch, never on which candidates are scored with it. So the
+batches are the same for any number of processes, and only whole batches, or the candidates of one,
+are shared out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ def deal_names(names: Iterable[Name], processes: int, cost: Cost | None) -> Iter
 
     With a `cost`, a last turn of fewer batches than processes is split by candidates.
     """
-    batches = [list(of_batch) for _, of_batch in groupby(names, key=lambda name: name if name[2] is None else name[2])]
+    batches = [
+        list(of_batch)
+        for _, of_batch in groupby(names, key=lambda name: name if name[2] is None else name[2])
+    ]
     whole = len(batches) - (len(batches) % processes if cost else 0)
     for turn in deal(batches[:whole], processes):
         yield [[name for batch in share for name in batch] for share in turn]

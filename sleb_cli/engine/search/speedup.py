@@ -1,4 +1,6 @@
-"""`--target-speedup`: time pruned models, to turn a speed-up into a number of blocks and to check the result."""
+"""`--target-speedup`: time pruned models, to turn a speed-up into a number of blocks and to check
+the result.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class SpeedTarget(SizeTarget):
 
     share: Share
 
-    def record(self, removed: Collection[int], increase: float, following: float | None) -> TargetRecord:
+    def record(
+        self, removed: Collection[int], increase: float, following: float | None
+    ) -> TargetRecord:
         """Return the speed-up reached, timed again without the removed blocks."""
         return TargetRecord(
             name=self.name,
@@ -43,9 +47,16 @@ class SpeedTarget(SizeTarget):
 
 
 def time_target(
-    speedup: float, removable: Removable, placement: Placement, dense: Any, group: ProcessGroup, notify: Notify
+    speedup: float,
+    removable: Removable,
+    placement: Placement,
+    dense: Any,
+    group: ProcessGroup,
+    notify: Notify,
 ) -> SpeedTarget:
-    """Time the model at two depths in turn with the dense one, as `bench` does, and estimate the time per block."""
+    """Time the model at two depths in turn with the dense one, as `bench` does, and estimate the
+    time per block.
+    """
     architecture = removable.architecture
     workload = make_workload(DEFAULT_WORKLOAD, placement.device, architecture.longest_sequence)
 
@@ -63,19 +74,30 @@ def time_target(
     gone = _removable_sample(removable)
     depths = sorted({max(1, len(gone) // 2), len(gone)})
     shares = [share(gone[:depth]) for depth in depths]
-    # A least-squares fit through the dense model: without n blocks, the share of its time is 1 - slope n.
-    slope = sum(n * (1 - s) for n, s in zip(depths, shares, strict=True)) / sum(n * n for n in depths)
+    # A least-squares fit through the dense model: without n blocks, the share of its time is 1 -
+    # slope n.
+    slope = sum(n * (1 - s) for n, s in zip(depths, shares, strict=True)) / sum(
+        n * n for n in depths
+    )
     timed = ", ".join(f"{share:.0%} ({n} fewer)" for n, share in zip(depths, shares, strict=True))
     name = workload.name
-    notify(Notice(f"With fewer blocks, {name} takes {timed} of the dense model's time: {slope:.1%} per block."))
+    notify(
+        Notice(
+            f"With fewer blocks, {name} takes {timed} of the dense model's time: {slope:.1%} per "
+            f"block."
+        )
+    )
     if slope <= 0:
         raise UsageError(
             f"On this machine, {name} does not get faster with fewer blocks.",
-            hint="Try again when nothing else is running, or use --ratio and measure with `sleb bench`.",
+            hint="Try again when nothing else is running, or use --ratio and measure with `sleb "
+            "bench`.",
         )
     blocks = architecture.block_count
     seconds, limit = PerBlock(1 - slope * blocks, (slope,) * blocks), 1 / speedup
-    return SpeedTarget("target_speedup", seconds, limit, lambda left: f"{1 / left:.2f}x the speed", share=share)
+    return SpeedTarget(
+        "target_speedup", seconds, limit, lambda left: f"{1 / left:.2f}x the speed", share=share
+    )
 
 
 def _removable_sample(removable: Removable) -> list[int]:

@@ -1,7 +1,7 @@
 """The search strategies: pure functions of the candidates' scores, independent of any model.
 
-A strategy yields one size after another, each as soon as it is decided, so that the caller may stop early. The order of
-removed blocks has no meaning.
+A strategy yields one size after another, each as soon as it is decided, so that the caller may stop
+early. The order of removed blocks has no meaning.
 """
 
 from __future__ import annotations
@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from itertools import combinations
 from types import MappingProxyType
 
-from sleb_cli.engine.search.choices import Candidates, Choice, NoBlockLeft, Outcome, Score, ranking, require_best
+from sleb_cli.engine.search.choices import (
+    Candidates,
+    Choice,
+    NoBlockLeft,
+    Outcome,
+    Score,
+    ranking,
+    require_best,
+)
 from sleb_cli.plan import SwapRecord
 from sleb_cli.requests import StrategyName
 from sleb_plugins import UsageError
@@ -42,9 +50,11 @@ class Problem:
 
 
 def greedy(problem: Problem) -> Iterator[Choice]:
-    """Repeatedly remove the block whose removal scores lowest (SLEB, Song et al., ICML 2024, Algorithm 1).
+    """Repeatedly remove the block whose removal scores lowest (SLEB, Song et al., ICML 2024,
+    Algorithm 1).
 
-    Ties go to the lower block, so two runs write the same plan. A score that is not finite is worse than any other.
+    Ties go to the lower block, so two runs write the same plan. A score that is not finite is worse
+    than any other.
     """
     gone = problem.removed
     while len(gone) < problem.remove:
@@ -59,10 +69,13 @@ def oneshot(problem: Problem) -> Iterator[Choice]:
     gone: tuple[int, ...] = ()
     while len(gone) < problem.remove:
         allowed = problem.candidates(gone)
-        left = Outcome({block: score for block, score in outcome.scores.items() if block in allowed})
+        left = Outcome(
+            {block: score for block, score in outcome.scores.items() if block in allowed}
+        )
         if not left.scores:
             raise UsageError(
-                f"No scored block can be removed after {', '.join(map(str, gone))}.", hint="Use --strategy greedy."
+                f"No scored block can be removed after {', '.join(map(str, gone))}.",
+                hint="Use --strategy greedy.",
             )
         gone = (*gone, require_best(left, gone))
         yield Choice(gone, left)
@@ -84,7 +97,8 @@ def contiguous(problem: Problem) -> Iterator[Choice]:
 def refine(problem: Problem) -> Iterator[Choice]:
     """Search greedily, then swap removed and kept blocks as long as the score falls.
 
-    Single blocks are swapped first, then pairs of the kept blocks that came closest; after a pair, singles again.
+    Single blocks are swapped first, then pairs of the kept blocks that came closest; after a pair,
+    singles again.
     """
     for choice in greedy(problem):
         yield choice if len(choice.removals) < problem.remove else _swap(problem, choice)
@@ -115,19 +129,27 @@ def _swap_pair(problem: Problem, choice: Choice, near: Sequence[int]) -> Choice:
             if block in _allowed(problem.candidates, stay):
                 pair = (*stay, block)
                 outcome = _score_next(problem, pair, among=near[number + 1 :])
-                if (better := _swap_if_better(problem, choice, restored, pair, outcome)) is not choice:
+                if (
+                    better := _swap_if_better(problem, choice, restored, pair, outcome)
+                ) is not choice:
                     return better
     return choice
 
 
 def _swap_if_better(
-    problem: Problem, choice: Choice, restored: tuple[int, ...], stay: tuple[int, ...], outcome: Outcome
+    problem: Problem,
+    choice: Choice,
+    restored: tuple[int, ...],
+    stay: tuple[int, ...],
+    outcome: Outcome,
 ) -> Choice:
     block = outcome.best if outcome.scores else None
     if block is None or block in choice.removals or not outcome.scores[block] < choice.score:
         return choice
     new = tuple(b for b in (*stay, block) if b not in choice.removals)
-    swap = SwapRecord(restored=restored, removed=new, before=choice.score, after=outcome.scores[block])
+    swap = SwapRecord(
+        restored=restored, removed=new, before=choice.score, after=outcome.scores[block]
+    )
     problem.swapped(swap)
     return Choice((*stay, block), outcome, (*choice.swaps, swap))
 
@@ -137,7 +159,9 @@ def _without(removals: tuple[int, ...], *blocks: int) -> tuple[int, ...]:
 
 
 def free_spans(candidates: Candidates, size: int) -> list[tuple[int, ...]]:
-    """Return the spans of `size` consecutive blocks that may be removed; raise a UsageError if there is none."""
+    """Return the spans of `size` consecutive blocks that may be removed; raise a UsageError if
+    there is none.
+    """
     free = candidates(())
     spans = [tuple(range(start, start + size)) for start in free]
     spans = [s for s in spans if set(s) <= set(free) and s[-1] in _allowed(candidates, s[:-1])]
@@ -156,7 +180,9 @@ def _allowed(candidates: Candidates, removed: tuple[int, ...]) -> Sequence[int]:
         return []  # no error here, since other sets may have some
 
 
-def _score_next(problem: Problem, removed: tuple[int, ...], among: Container[int] | None = None) -> Outcome:
+def _score_next(
+    problem: Problem, removed: tuple[int, ...], among: Container[int] | None = None
+) -> Outcome:
     allowed = _allowed(problem.candidates, removed)
     candidates = [block for block in allowed if among is None or block in among]
     return problem.score(tuple(sorted(removed)), candidates) if candidates else Outcome({})
@@ -169,13 +195,17 @@ def _evaluations_by_size(candidates: int, remove: int) -> int:
 def _evaluations_with_swaps(candidates: int, remove: int) -> int:
     # At most about two rounds of single swaps, and one of pairs.
     one = remove * (candidates - remove)
-    two = remove * (remove - 1) // 2 * min(NEAR_MISSES, candidates - remove) * (NEAR_MISSES - 1) // 2
+    two = (
+        remove * (remove - 1) // 2 * min(NEAR_MISSES, candidates - remove) * (NEAR_MISSES - 1) // 2
+    )
     return _evaluations_by_size(candidates, remove) + 2 * one + two
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """A search strategy, and its evaluations, given the number of candidates and of blocks to remove."""
+    """A search strategy, and its evaluations, given the number of candidates and of blocks to
+    remove.
+    """
 
     search: Callable[[Problem], Iterator[Choice]]
     evaluations: Callable[[int, int], int] = _evaluations_by_size

@@ -1,4 +1,6 @@
-"""When does a search stop? Once the model is small or fast enough, or before its perplexity rises too far."""
+"""When does a search stop? Once the model is small or fast enough, or before its perplexity rises
+too far.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ class SizeTarget:
     """Stop once the model is small enough.
 
     Attributes:
-        sizes: the size of each block in the target's unit: parameters, bytes or a share of the time.
+        sizes: the size of each block in the target's unit: parameters, bytes or a share of the
+            time.
         limit: the largest size that may remain.
         describe: formats a size: "1.19B parameters".
         kv_cache: the KV cache that counts besides the weights, if memory is the target.
@@ -43,7 +46,8 @@ class SizeTarget:
         return self._fits(self.sizes.without(removed))
 
     def removals(self, candidates: Sequence[int], removed: Collection[int] = ()) -> int:
-        """Return the number of removals, `removed` included, that meets the target whichever candidates are removed.
+        """Return the number of removals, `removed` included, that meets the target whichever
+        candidates are removed.
 
         Raises:
             UsageError: the target is already met, or cannot be met.
@@ -61,18 +65,25 @@ class SizeTarget:
         left = list(accumulate(free, lambda rest, block: rest - block, initial=size))
         if not self._fits(left[-1]):
             raise UsageError(
-                f"At most {plural(len(removed) + len(free), 'block')} can be removed, which leaves the model at "
+                f"At most {plural(len(removed) + len(free), 'block')} can be removed, which leaves "
+                f"the model at "
                 f"{self.describe(left[-1])}; the target is {goal}.",
                 hint="Choose a target that can be met, or protect fewer blocks.",
             )
         return len(removed) + next(count for count, rest in enumerate(left) if self._fits(rest))
 
-    def record(self, removed: Collection[int], increase: float, following: float | None) -> TargetRecord | None:
-        """Record the size reached without these blocks; None if the user named a number or ratio of blocks."""
+    def record(
+        self, removed: Collection[int], increase: float, following: float | None
+    ) -> TargetRecord | None:
+        """Record the size reached without these blocks; None if the user named a number or ratio of
+        blocks.
+        """
         if self.name in ("ratio", "remove"):
             return None
         dense, reached = self.sizes.without(()), self.sizes.without(removed)
-        return TargetRecord(name=self.name, limit=self.limit, dense=dense, reached=reached, kv_cache=self.kv_cache)
+        return TargetRecord(
+            name=self.name, limit=self.limit, dense=dense, reached=reached, kv_cache=self.kv_cache
+        )
 
     def _fits(self, amount: float) -> bool:
         return amount <= self.limit * (1 + 1e-12)  # sums of blocks are rounded
@@ -80,7 +91,9 @@ class SizeTarget:
 
 @dataclass(frozen=True)
 class PerplexityTarget:
-    """Stop before the removal that raises the calibration text's perplexity over `limit` times the dense model's."""
+    """Stop before the removal that raises the calibration text's perplexity over `limit` times the
+    dense model's.
+    """
 
     limit: float
     name: TargetName = "max_perplexity_ratio"
@@ -93,10 +106,19 @@ class PerplexityTarget:
         """Whether enough is removed: never, while the loss allows more."""
         return False
 
-    def record(self, removed: Collection[int], increase: float, following: float | None) -> TargetRecord:
-        """Record the ratio reached, and the next removal's, from increases of the loss in nats per token."""
-        beyond, reached = None if following is None else perplexity_ratio(following), perplexity_ratio(increase)
-        return TargetRecord(name=self.name, limit=self.limit, dense=1.0, reached=reached, next=beyond)
+    def record(
+        self, removed: Collection[int], increase: float, following: float | None
+    ) -> TargetRecord:
+        """Record the ratio reached, and the next removal's, from increases of the loss in nats per
+        token.
+        """
+        beyond, reached = (
+            None if following is None else perplexity_ratio(following),
+            perplexity_ratio(increase),
+        )
+        return TargetRecord(
+            name=self.name, limit=self.limit, dense=1.0, reached=reached, next=beyond
+        )
 
 
 Target = SizeTarget | PerplexityTarget
@@ -115,7 +137,13 @@ class Stop:
     remove: int
 
 
-def stop_at(target: Target, removable: Removable, strategy: StrategyName, gone: Sequence[int], notify: Notify) -> Stop:
+def stop_at(
+    target: Target,
+    removable: Removable,
+    strategy: StrategyName,
+    gone: Sequence[int],
+    notify: Notify,
+) -> Stop:
     """Return when a search for a target ends, given the blocks that are `gone` already.
 
     Raises:
@@ -126,7 +154,8 @@ def stop_at(target: Target, removable: Removable, strategy: StrategyName, gone: 
     if isinstance(target, SizeTarget):
         if strategy == "refine" and len(set(target.sizes.blocks)) > 1:
             raise UsageError(
-                f"--strategy refine swaps blocks, and those of this model differ in size, so it may miss "
+                f"--strategy refine swaps blocks, and those of this model differ in size, so it "
+                f"may miss "
                 f"{option_of(target.name)}.",
                 hint="Use --strategy greedy, or --remove.",
             )
@@ -135,10 +164,15 @@ def stop_at(target: Target, removable: Removable, strategy: StrategyName, gone: 
             free_spans(removable.candidates, remove)
         return Stop(target, remove)
     if strategy == "contiguous":
-        # The longest run: as long as blocks are consecutive, they are as far ahead of their place in the list.
+        # The longest run: as long as blocks are consecutive, they are as far ahead of their place
+        # in the list.
         runs = groupby(enumerate(removable.candidates(())), lambda pair: pair[1] - pair[0])
         candidates = max(([block for _, block in run] for _, run in runs), key=len, default=[])
     count = min(len({*candidates, *gone}), blocks - 1)
     limit = f"{target.limit:g}x the dense model's"
-    notify(Notice(f"The search removes up to {count} blocks, and stops before perplexity is over {limit}."))
+    notify(
+        Notice(
+            f"The search removes up to {count} blocks, and stops before perplexity is over {limit}."
+        )
+    )
     return Stop(target, count)

@@ -1,4 +1,6 @@
-"""`sleb bench`: how fast, and how large in memory, are the dense model and the pruned ones on this machine?"""
+"""`sleb bench`: how fast, and how large in memory, are the dense model and the pruned ones on this
+machine?
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ import transformers
 
 from sleb_cli.engine.device import dtype_name, free_memory
 from sleb_cli.engine.environment import cpu_governor, processor_name
-from sleb_cli.engine.speed.loaders import ModelLoader, TimedModel, WriteFiles, load_with_engine, load_with_transformers
+from sleb_cli.engine.speed.loaders import (
+    ModelLoader,
+    TimedModel,
+    WriteFiles,
+    load_with_engine,
+    load_with_transformers,
+)
 from sleb_cli.engine.speed.peak_memory import measure_alone
 from sleb_cli.engine.speed.timing import Measured, time_in_turn, workload_result
 from sleb_cli.engine.speed.transformers_model import prepared
@@ -40,10 +48,12 @@ class _Timings(NamedTuple):
 
 @dataclass(frozen=True)
 class Benchmark:
-    """The job of `sleb bench`: to time each workload on the dense model and on each size of the pruned one.
+    """The job of `sleb bench`: to time each workload on the dense model and on each size of the
+    pruned one.
 
-    An `engine` reads `engine_source`, the model's own file or folder; without one, transformers runs the models.
-    `threads` is None for torch's own number. `plugins` has the versions of other packages that take part.
+    An `engine` reads `engine_source`, the model's own file or folder; without one, transformers
+    runs the models. `threads` is None for torch's own number. `plugins` has the versions of other
+    packages that take part.
     """
 
     subject: Subject
@@ -59,7 +69,10 @@ class Benchmark:
     def settings(self) -> EngineSettings:
         """How the engine loads the models."""
         minimum = self.engine.least_new_tokens if self.engine else 0
-        lengths = (workload.prompt_length + max(minimum, workload.new_tokens) for workload in self.workloads)
+        lengths = (
+            workload.prompt_length + max(minimum, workload.new_tokens)
+            for workload in self.workloads
+        )
         return EngineSettings(
             dtype=dtype_name(self.placement.dtype),
             threads=torch.get_num_threads(),
@@ -71,11 +84,17 @@ class Benchmark:
 
 
 def benchmark(job: Benchmark, notify: Notify, write_files: WriteFiles | None = None) -> BenchResult:
-    """Time each workload on the dense model and on each size of the pruned one; an engine reads written files."""
+    """Time each workload on the dense model and on each size of the pruned one; an engine reads
+    written files.
+    """
     with _torch_threads(job.threads):
         timings = _time_models(job, notify, write_files)
         free_memory()  # the processes that measure memory need room
-        sizes = {removals: size for group_sizes, _ in timings.groups for removals, size in group_sizes.items()}
+        sizes = {
+            removals: size
+            for group_sizes, _ in timings.groups
+            for removals, size in group_sizes.items()
+        }
         memory: dict[Removals, list[MemoryRecord | None]] = {}
         for surgery in [] if job.engine else [Surgery(job.subject.architecture), *job.sizes]:
             removals = surgery.steps
@@ -139,23 +158,37 @@ def _torch_threads(count: int | None) -> Iterator[None]:
 
 
 def _time_together(
-    job: Benchmark, load: ModelLoader, dense: TimedModel, surgeries: Sequence[Surgery], notify: Notify
+    job: Benchmark,
+    load: ModelLoader,
+    dense: TimedModel,
+    surgeries: Sequence[Surgery],
+    notify: Notify,
 ) -> _Group:
     vocabulary, measured = job.subject.architecture.text_config.vocab_size, list[Measured]()
     with ExitStack() as stack:
         models = [dense, *(stack.enter_context(load(surgery, dense)) for surgery in surgeries)]
         for workload in job.workloads:
             with ExitStack() as ready:
-                runs = {model.size.removals: ready.enter_context(model.prepare(workload)).run for model in models}
+                runs = {
+                    model.size.removals: ready.enter_context(model.prepare(workload)).run
+                    for model in models
+                }
                 measured.append(time_in_turn(runs, workload, vocabulary, notify))
     return {model.size.removals: model.size for model in models}, measured
 
 
-def relative_time(workload: Workload, dense: Any, pruned: Any, removals: Removals, notify: Notify) -> float:
+def relative_time(
+    workload: Workload, dense: Any, pruned: Any, removals: Removals, notify: Notify
+) -> float:
     """Return the median time of a pruned transformers model over the dense one's; both run in turn."""
     vocabulary = dense.config.get_text_config().vocab_size
     with ExitStack() as stack:
         models = {(): dense, removals: pruned}
-        runs = {name: stack.enter_context(prepared(model, workload)).run for name, model in models.items()}
+        runs = {
+            name: stack.enter_context(prepared(model, workload)).run
+            for name, model in models.items()
+        }
         rounds = time_in_turn(runs, workload, vocabulary, notify).rounds
-    return median(done[removals].seconds for done in rounds) / median(done[()].seconds for done in rounds)
+    return median(done[removals].seconds for done in rounds) / median(
+        done[()].seconds for done in rounds
+    )

@@ -24,7 +24,9 @@ from sleb_cli.results import ModelSize, Workload
 from sleb_plugins import Engine, EngineSettings, LoadedModel
 
 WriteFiles = Callable[[Surgery], Path]
-"""Write the files that the engine reads of the model after a surgery; without one, return the model's own."""
+"""Write the files that the engine reads of the model after a surgery; without one, return the
+model's own.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,16 @@ class TimedModel:
 
 
 ModelLoader = Callable[[Surgery, TimedModel | None], AbstractContextManager[TimedModel]]
-"""Load the model after a surgery, and free it at the end. The dense one comes first, and is passed for the others."""
+"""Load the model after a surgery, and free it at the end.
+
+The dense one comes first, and is passed for the others.
+"""
 
 
 def load_with_transformers(placement: Placement, notify: Notify) -> ModelLoader:
-    """Return a loader by transformers; pruned models share the dense one's weights, unless they are quantized."""
+    """Return a loader by transformers; pruned models share the dense one's weights, unless they are
+    quantized.
+    """
 
     @contextmanager
     def load(surgery: Surgery, dense: TimedModel | None) -> Iterator[TimedModel]:
@@ -55,13 +62,20 @@ def load_with_transformers(placement: Placement, notify: Notify) -> ModelLoader:
         attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
         size = _size(surgery, weights_bytes(model))
         yield TimedModel(
-            model, size, dtype_name(placement.dtype), placement.device.type, partial(prepared, model), attention
+            model,
+            size,
+            dtype_name(placement.dtype),
+            placement.device.type,
+            partial(prepared, model),
+            attention,
         )
 
     return load
 
 
-def load_with_engine(engine: Engine, write_files: WriteFiles, settings: EngineSettings, notify: Notify) -> ModelLoader:
+def load_with_engine(
+    engine: Engine, write_files: WriteFiles, settings: EngineSettings, notify: Notify
+) -> ModelLoader:
     """Return a loader of models from files into an engine."""
 
     @contextmanager
@@ -74,7 +88,10 @@ def load_with_engine(engine: Engine, write_files: WriteFiles, settings: EngineSe
             seconds = time.perf_counter() - start
         with closing(model):
             if files.is_dir():
-                dtype, stored = settings.dtype, sum(tensor.size for tensor in find_weights(files).stored)
+                dtype, stored = (
+                    settings.dtype,
+                    sum(tensor.size for tensor in find_weights(files).stored),
+                )
             else:
                 dtype, stored = _gguf_dtype_and_bytes(files)
             size = _size(surgery, stored, seconds)

@@ -1,4 +1,6 @@
-"""How much memory does a model take at its peak, and how long does it take to load, in a process of its own?"""
+"""How much memory does a model take at its peak, and how long does it take to load, in a process of
+its own?
+"""
 
 from __future__ import annotations
 
@@ -39,16 +41,20 @@ CutOptions = tuple[Removals, Mapping[str, Any]]
 def measure_alone(
     surgery: Surgery, placement: Placement, workloads: Sequence[Workload], notify: Notify
 ) -> tuple[float | None, list[MemoryRecord | None]]:
-    """Load a model in a process of its own, and run each workload once; return the seconds and memory records.
+    """Load a model in a process of its own, and run each workload once; return the seconds and
+    memory records.
 
-    All are None if the process runs out of memory; a record also is if the accelerator does not report its peak (MPS).
+    All are None if the process runs out of memory; a record also is if the accelerator does not
+    report its peak (MPS).
     """
     source, cuts = surgery.architecture.source, (surgery.removals, surgery.others)
     which = f"without {surgery.description}" if surgery.cuts else "of the dense model"
     with task(notify, f"Peak memory {which}"):
         try:
             with _spawned_process() as process:
-                return process.submit(_measure, source, cuts, placement, workloads, torch.get_num_threads()).result()
+                return process.submit(
+                    _measure, source, cuts, placement, workloads, torch.get_num_threads()
+                ).result()
         except (RuntimeError, MemoryError, OutOfMemory) as error:
             if not (isinstance(error, BrokenProcessPool) or is_out_of_memory(error)):
                 raise
@@ -63,7 +69,10 @@ def _spawned_process() -> Iterator[ProcessPoolExecutor]:
     no_main = mock.patch.multiple(main, __file__=None, __spec__=None, create=True)
     # Ctrl-C reaches the child too, but the parent handles it.
     ignored = signal.SIGINT, signal.SIG_IGN
-    with no_main, ProcessPoolExecutor(1, context, initializer=signal.signal, initargs=ignored) as pool:
+    with (
+        no_main,
+        ProcessPoolExecutor(1, context, initializer=signal.signal, initargs=ignored) as pool,
+    ):
         try:
             yield pool
         except BaseException:
@@ -73,14 +82,20 @@ def _spawned_process() -> Iterator[ProcessPoolExecutor]:
 
 
 def _measure(
-    source: ModelSource, cuts: CutOptions, placement: Placement, workloads: Sequence[Workload], threads: int
+    source: ModelSource,
+    cuts: CutOptions,
+    placement: Placement,
+    workloads: Sequence[Workload],
+    threads: int,
 ) -> tuple[float, list[MemoryRecord | None]]:
     quiet_libraries()
     torch.set_num_threads(threads)
     surgery = plan_surgery(read_architecture(source, load_plugins(), ignore), *cuts)
     start = time.perf_counter()
     model = (
-        load_pruned(surgery, placement, ignore) if surgery.cuts else load_dense(surgery.architecture, placement, ignore)
+        load_pruned(surgery, placement, ignore)
+        if surgery.cuts
+        else load_dense(surgery.architecture, placement, ignore)
     )
     synchronize(placement.device)
     seconds = time.perf_counter() - start
@@ -101,12 +116,16 @@ def _run_memory(model: Any, device: torch.device, workload: Workload) -> MemoryR
         return None
     # On a CPU, the peak is sampled, so it may lie below the sum.
     rest = max(0, peak_bytes - weights - cache)
-    return MemoryRecord(peak_bytes=peak_bytes, weights_bytes=weights, kv_cache_bytes=cache, rest_bytes=rest)
+    return MemoryRecord(
+        peak_bytes=peak_bytes, weights_bytes=weights, kv_cache_bytes=cache, rest_bytes=rest
+    )
 
 
 @contextmanager
 def _watch_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
-    """Watch memory while the body runs; the yielded function returns the peak, or None if it is unknown."""
+    """Watch memory while the body runs; the yielded function returns the peak, or None if it is
+    unknown.
+    """
     if device.type != "cpu":
         backend = torch.get_device_module(device.type)
         known = hasattr(backend, "max_memory_allocated")

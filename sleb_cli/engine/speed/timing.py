@@ -47,11 +47,16 @@ class Measured:
     rounds: Sequence[Round]
 
 
-def time_in_turn(models: Mapping[Removals, Run], workload: Workload, vocabulary: int, notify: Notify) -> Measured:
+def time_in_turn(
+    models: Mapping[Removals, Run], workload: Workload, vocabulary: int, notify: Notify
+) -> Measured:
     """Time the models in turn, after warming up until times are stable."""
     limit = WARMUP_LIMIT if workload.warmup is None else workload.warmup
     total = (limit + workload.iterations) * len(models)
-    with task(notify, f"Timing {workload.label}", total, "runs") as advance, _without_garbage_collection():
+    with (
+        task(notify, f"Timing {workload.label}", total, "runs") as advance,
+        _without_garbage_collection(),
+    ):
         rounds = _rounds(models, workload, vocabulary, advance)
         warmup = _warm_up(rounds, limit, all_rounds=workload.warmup is not None)
         advance(done=(limit - warmup.runs) * len(models))
@@ -62,10 +67,13 @@ def time_in_turn(models: Mapping[Removals, Run], workload: Workload, vocabulary:
     return Measured(warmup, timed)
 
 
-def _rounds(models: Mapping[Removals, Run], workload: Workload, vocabulary: int, advance: Advance) -> Iterator[Round]:
+def _rounds(
+    models: Mapping[Removals, Run], workload: Workload, vocabulary: int, advance: Advance
+) -> Iterator[Round]:
     for number in count():
-        # Each round has its own prompts, so that nothing is answered from a cache. Every other round runs the models in
-        # reverse order (ABBA), so that a machine that slows down affects all of them.
+        # Each round has its own prompts, so that nothing is answered from a cache. Every other
+        # round runs the models in reverse order (ABBA), so that a machine that slows down affects
+        # all of them.
         prompts, order = draw_prompts(workload, vocabulary, number), list(models)
         done: dict[Removals, TimedRun] = {}
         for removals in order[::-1] if number % 2 else order:
@@ -88,7 +96,9 @@ def _warm_up(rounds: Iterator[Round], limit: int, *, all_rounds: bool) -> Warmup
         done.append(next(rounds))
         last = done[-STABLE_RUNS:]
         if len(last) == STABLE_RUNS:
-            deviation = max(relative_deviation([round_[model].seconds for round_ in last]) for model in done[0])
+            deviation = max(
+                relative_deviation([round_[model].seconds for round_ in last]) for model in done[0]
+            )
     stable = None if all_rounds or deviation is None else deviation < STABLE_DEVIATION
     return WarmupRecord(runs=len(done), deviation=deviation, stable=stable)
 
@@ -106,7 +116,10 @@ def _without_garbage_collection() -> Iterator[None]:
 
 
 def workload_result(
-    workload: Workload, measured: Sequence[Measured], memory: Mapping[Removals, MemoryRecord | None], **about: Any
+    workload: Workload,
+    measured: Sequence[Measured],
+    memory: Mapping[Removals, MemoryRecord | None],
+    **about: Any,
 ) -> WorkloadResult:
     """Return the result for models timed together, or each size in turn with the dense model."""
     rounds = [done for group in measured for done in group.rounds]
@@ -150,7 +163,9 @@ def latencies(workload: Workload, runs: Sequence[TimedRun]) -> dict[str, Any]:
     """Return the fields of a `Timing` that follow from its runs."""
     e2els = [run.seconds for run in runs]
     ttfts = [run.token_seconds[0] if run.token_seconds else run.seconds for run in runs]
-    itls = [tuple(np.diff(run.token_seconds).tolist()) for run in runs if len(run.token_seconds) > 1]
+    itls = [
+        tuple(np.diff(run.token_seconds).tolist()) for run in runs if len(run.token_seconds) > 1
+    ]
     tokens = workload.batch_size * (workload.new_tokens or workload.prompt_length) * len(runs)
     return {
         "tokens_per_second": tokens / sum(e2els),
@@ -168,5 +183,8 @@ def latencies(workload: Workload, runs: Sequence[TimedRun]) -> dict[str, Any]:
 def _distribution(seconds: Sequence[float]) -> Distribution | None:
     if not seconds:
         return None
-    mean, (median, p90, p99) = statistics.fmean(seconds), np.percentile(seconds, (50, 90, 99)).tolist()
+    mean, (median, p90, p99) = (
+        statistics.fmean(seconds),
+        np.percentile(seconds, (50, 90, 99)).tolist(),
+    )
     return Distribution(mean=1000 * mean, median=1000 * median, p90=1000 * p90, p99=1000 * p99)

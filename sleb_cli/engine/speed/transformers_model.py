@@ -24,13 +24,17 @@ from sleb_plugins.engine import TimedRun
 MAX_COMPILED = 256
 
 _NOT_COMPILED = error_saying(
-    MachineError, "torch.compile does not work for this model on this machine", "Leave out --compile."
+    MachineError,
+    "torch.compile does not work for this model on this machine",
+    "Leave out --compile.",
 )
 
 
 @contextmanager
 def prepared(model: Any, workload: Workload) -> Iterator[TransformersModel]:
-    """Let a model run a workload as transformers loads it, compiled anew if the workload asks for it."""
+    """Let a model run a workload as transformers loads it, compiled anew if the workload asks for
+    it.
+    """
     with with_requires_grad(model), ExitStack() as stack:
         if workload.compiled:
             torch._dynamo.reset()
@@ -53,10 +57,14 @@ class TransformersModel:
         self._run(ids, new_tokens, streamer=clock)
         synchronize(ids.device)
         seconds = time.perf_counter() - start
-        return TimedRun(seconds, tuple(at - start for at in clock.times[1:]))  # the first are the prompts
+        return TimedRun(
+            seconds, tuple(at - start for at in clock.times[1:])
+        )  # the first are the prompts
 
     def run_for_cache(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> int:
-        """Run the prompts untimed, and return the bytes of the KV cache at its largest; 0 if there is none."""
+        """Run the prompts untimed, and return the bytes of the KV cache at its largest; 0 if there
+        is none.
+        """
         ids = torch.tensor(prompts, device=self._model.device)
         output = self._run(ids, new_tokens, return_dict_in_generate=True)
         layers = cache_layers(output) if new_tokens else []
@@ -67,14 +75,19 @@ class TransformersModel:
         compiled = self._workload.compiled
         if not new_tokens:
             with translate_errors(_NOT_COMPILED) if compiled else nullcontext():
-                return self._forward(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+                return self._forward(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+                )
         settings = GenerationConfig(
             do_sample=False, use_cache=True, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
             pad_token_id=0, eos_token_id=None, disable_compile=not compiled,
             cache_implementation="static" if compiled else None,
             compile_config=_compile_everywhere() if compiled else None,
         )  # fmt: skip
-        sentence, hint = f"{self._model.config.model_type} cannot generate text", "Time the prompt alone: --prompt."
+        sentence, hint = (
+            f"{self._model.config.model_type} cannot generate text",
+            "Time the prompt alone: --prompt.",
+        )
         refused = _NOT_COMPILED if compiled else error_saying(UnsupportedModelError, sentence, hint)
         return generate(self._model, ids, settings, refused, **options)
 
@@ -93,7 +106,11 @@ class _TokenClock(BaseStreamer):  # type: ignore[misc]
 
 def weights_bytes(model: Any) -> int:
     """Return the bytes of all tensors stored in a model, each once; packed weights are buffers."""
-    stored = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, Tensor)}
+    stored = {
+        id(tensor): tensor
+        for tensor in model.state_dict(keep_vars=True).values()
+        if isinstance(tensor, Tensor)
+    }
     return sum(tensor.nbytes for tensor in stored.values())
 
 

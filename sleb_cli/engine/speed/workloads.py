@@ -12,7 +12,8 @@ from sleb_cli.results import Workload
 from sleb_cli.units import plural
 from sleb_plugins import UsageError
 
-# Accelerators use the settings of the paper (Song et al., ICML 2024, section 4.3); CPUs, settings that take minutes.
+# Accelerators use the settings of the paper (Song et al., ICML 2024, section 4.3); CPUs, settings
+# that take minutes.
 _ON_ACCELERATOR: Mapping[WorkloadName, Mapping[str, Any]] = {
     "prompt": {"batch_size": 1, "prompt_length": 2048, "new_tokens": 0, "iterations": 50},
     "generation": {"batch_size": 64, "prompt_length": 64, "new_tokens": 128, "iterations": 10},
@@ -24,11 +25,17 @@ _ON_CPU: Mapping[WorkloadName, Mapping[str, Any]] = {
 
 
 def make_workload(
-    name: WorkloadName, device: torch.device, positions: int | None, *, least_new_tokens: int = 0, **chosen: Any
+    name: WorkloadName,
+    device: torch.device,
+    positions: int | None,
+    *,
+    least_new_tokens: int = 0,
+    **chosen: Any,
 ) -> Workload:
     """Return a workload with the fields `chosen`; the others suit the device and the model.
 
-    It fits into the model's `positions`, with room for at least `least_new_tokens` after every prompt.
+    It fits into the model's `positions`, with room for at least `least_new_tokens` after every
+    prompt.
     """
     defaults = {"engine": TRANSFORMERS, "warmup": None, "compiled": False}
     fields = {**defaults, **(_ON_CPU if device.type == "cpu" else _ON_ACCELERATOR)[name], **chosen}
@@ -38,7 +45,8 @@ def make_workload(
     if positions and fields["prompt_length"] + new_tokens > positions:
         new = f" and {plural(new_tokens, 'new one')}" if new_tokens else ""
         raise UsageError(
-            f"A prompt of {fields['prompt_length']} tokens{new} exceeds the model's {positions} positions.",
+            f"A prompt of {fields['prompt_length']} tokens{new} exceeds the model's {positions} "
+            f"positions.",
             hint="Use a smaller --prompt-length" + (" or --new-tokens." if new else "."),
         )
     return Workload(name=name, **fields)

@@ -1,1 +1,3 @@
-"""The model after its cuts: which tensors and settings remain, and the model that they make in memory."""
+"""The model after its cuts: which tensors and settings remain, and the model that they make in
+memory.
+"""

@@ -33,7 +33,9 @@ class GgufSurgery:
         return reduce(lambda file, cut: cut.header(file), self.cuts, self.file)
 
 
-def plan_gguf_surgery(file: GgufFile, removals: Iterable[int], others: Mapping[str, Any] | None = None) -> GgufSurgery:
+def plan_gguf_surgery(
+    file: GgufFile, removals: Iterable[int], others: Mapping[str, Any] | None = None
+) -> GgufSurgery:
     """Plan the removal of these blocks, and of `others`, the values of options in `KINDS`.
 
     Both are checked against the file, and against how llama.cpp loads the result.
@@ -41,7 +43,9 @@ def plan_gguf_surgery(file: GgufFile, removals: Iterable[int], others: Mapping[s
     blocks = tuple(removals)
     require_blocks(file)
     count, stored = block_count(file), stored_block_count(file)
-    further = f", and {stored - count} for multi-token prediction, which stay" if stored > count else ""
+    further = (
+        f", and {stored - count} for multi-token prediction, which stay" if stored > count else ""
+    )
     require_removable(blocks, count, str(file.path), further=further)
     if blocks:
         require_same_kinds(file, count, kept_blocks(count, blocks).blocks)

@@ -29,7 +29,9 @@ from sleb_plugins import ModelError
 from sleb_plugins.errors import explain_out_of_memory
 
 DeviceMap = str | Mapping[str, int | str]
-"""Where the weights of each module are (the number of an accelerator, "cpu" or "disk"), or how to choose that."""
+"""Where the weights of each module are (the number of an accelerator, "cpu" or "disk"), or how to
+choose that.
+"""
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,10 @@ class Placement:
     """Where a model's weights are, and in which data type it computes.
 
     Attributes:
-        device: where tokens go in and logits come out, and, unless a device map says otherwise, all weights are.
-        rounded: the narrower data type that weights are rounded to first, as in the checkpoint to be written.
+        device: where tokens go in and logits come out, and, unless a device map says otherwise, all
+            weights are.
+        rounded: the narrower data type that weights are rounded to first, as in the checkpoint to
+            be written.
         stream: whether the blocks stay in the files, and are read one at a time.
         device_map: the places of modules, as `accelerate` takes them; None for `device` alone.
     """
@@ -63,10 +67,15 @@ def load_tokenizer(source: ModelSource) -> Any:
     if source.watch in _tokenizers:
         return _tokenizers[source.watch]
     if not has_tokenizer(source):
-        raise ModelError(f"{source.id} has no tokenizer.", hint="Copy the tokenizer's files into the model's folder.")
+        raise ModelError(
+            f"{source.id} has no tokenizer.",
+            hint="Copy the tokenizer's files into the model's folder.",
+        )
     source.watch.add(*(source.folder / name for name in _TOKENIZER_FILES))
     with translate_transformers_errors(f"the tokenizer of {source.id}"):
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.folder, trust_remote_code=source.trust_remote_code
+        )
         tokenizer("a")  # a wrong setting, such as a length that is no number, may only show here
     _tokenizers[source.watch] = tokenizer
     return tokenizer
@@ -83,7 +92,14 @@ def load_dense(architecture: Architecture, placement: Placement, notify: Notify)
     with task(notify, f"Loading {source.id}"), explain_oom(source, placement):
         source.weights.tensor_names()  # its errors name the broken file
         weights, trust = f"the weights of {source.id}", source.trust_remote_code
-        return _load(architecture, placement, architecture.auto_class, source.folder, weights, trust_remote_code=trust)
+        return _load(
+            architecture,
+            placement,
+            architecture.auto_class,
+            source.folder,
+            weights,
+            trust_remote_code=trust,
+        )
 
 
 def load_pretrained(
@@ -91,15 +107,22 @@ def load_pretrained(
 ) -> tuple[Any, dict[str, Any]]:
     """Load a model with transformers, each weight to its place; return it with its loading info."""
     with ExitStack() as stack:
-        # For weights that stay on disk in another form than in the files; the folder goes with the model.
-        offloaded = None if placement.device_map is None else stack.enter_context(scratch_in_cache("offload"))
+        # For weights that stay on disk in another form than in the files; the folder goes with the
+        # model.
+        offloaded = (
+            None
+            if placement.device_map is None
+            else stack.enter_context(scratch_in_cache("offload"))
+        )
         with translate_transformers_errors(what), warnings.catch_warnings():
             # accelerate warns of the names of tensors that belong to no submodule.
             warnings.filterwarnings("ignore", message="The following device_map keys")
             model, info = loader.from_pretrained(
                 folder,
                 dtype=placement.dtype,
-                device_map={"": placement.device} if placement.device_map is None else placement.device_map,
+                device_map={"": placement.device}
+                if placement.device_map is None
+                else placement.device_map,
                 offload_folder=offloaded,
                 output_loading_info=True,
                 **options,
@@ -108,14 +131,20 @@ def load_pretrained(
     return model, info
 
 
-def load_pruned(surgery: Surgery, placement: Placement, notify: Notify, *, dense: Any = None) -> Any:
+def load_pruned(
+    surgery: Surgery, placement: Placement, notify: Notify, *, dense: Any = None
+) -> Any:
     """Load the model that `sleb apply` would write, without writing it.
 
-    With `dense`, the dense model in the same data type on the same device, the two share weights; without it, they are
-    read from the files. A device map names the places of the dense model's modules.
+    With `dense`, the dense model in the same data type on the same device, the two share weights;
+    without it, they are read from the files. A device map names the places of the dense model's
+    modules.
     """
     source = surgery.architecture.source
-    with task(notify, f"Loading {source.id} without {surgery.description}"), explain_oom(source, placement):
+    with (
+        task(notify, f"Loading {source.id} without {surgery.description}"),
+        explain_oom(source, placement),
+    ):
         # Packed weights are taken apart by the code that loads them.
         if dense is not None and not surgery.architecture.is_quantized:
             tensors = _cut(surgery, dense.state_dict().items())
@@ -123,26 +152,41 @@ def load_pruned(surgery: Surgery, placement: Placement, notify: Notify, *, dense
             loaded = model.state_dict()
             pairs = [(loaded.get(name), tensor) for name, tensor in tensors.items()]
             if all(
-                new is not None and (new.data_ptr() == old.data_ptr() or torch.equal(new, old)) for new, old in pairs
+                new is not None and (new.data_ptr() == old.data_ptr() or torch.equal(new, old))
+                for new, old in pairs
             ):
                 return model
-            # transformers converts tensors of this family's files in a way that it does not apply to loaded ones.
+            # transformers converts tensors of this family's files in a way that it does not apply
+            # to loaded ones.
             del model, tensors, loaded, pairs
         return _with_tensors(surgery, _cut(surgery, read_all(source.weights)), placement)
 
 
 def _cut(surgery: Surgery, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     remaining = surgery.tensors(tensors)
-    return {name: reduce(lambda value, axis: axis.cut(value), slices, old) for name, old, slices in remaining}
+    return {
+        name: reduce(lambda value, axis: axis.cut(value), slices, old)
+        for name, old, slices in remaining
+    }
 
 
 def _with_tensors(surgery: Surgery, tensors: dict[str, Tensor], placement: Placement) -> Any:
     architecture = surgery.architecture
     config = architecture.read_config(surgery.prune_config())
     pruned = f"{architecture.source.id} without {surgery.description}"
-    model = _load(architecture, placement, type(architecture.skeleton), None, pruned, config=config, state_dict=tensors)
+    model = _load(
+        architecture,
+        placement,
+        type(architecture.skeleton),
+        None,
+        pruned,
+        config=config,
+        state_dict=tensors,
+    )
     folder = architecture.source.folder
-    if (folder / "generation_config.json").is_file():  # read by transformers only with weights of the same folder
+    if (
+        folder / "generation_config.json"
+    ).is_file():  # read by transformers only with weights of the same folder
         with translate_transformers_errors(f"{folder / 'generation_config.json'}"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
@@ -151,7 +195,8 @@ def _with_tensors(surgery: Surgery, tensors: dict[str, Tensor], placement: Place
 def explain_oom(source: ModelSource, placement: Placement) -> AbstractContextManager[None]:
     """Raise an `OutOfMemory` that names the model and the device if loading runs out of memory."""
     return explain_out_of_memory(
-        f"{source.id} does not fit in the memory of {placement.device} in {dtype_name(placement.dtype)}.",
+        f"{source.id} does not fit in the memory of {placement.device} in "
+        f"{dtype_name(placement.dtype)}.",
         "Use a narrower --dtype, or a device with more memory.",
     )
 
@@ -159,19 +204,29 @@ def explain_oom(source: ModelSource, placement: Placement) -> AbstractContextMan
 def loading_problem(info: dict[str, Any], *kinds: str) -> str | None:
     """Return a clause on the first of `kinds` of weights in transformers' loading info, or None.
 
-    The kinds are "missing" (initialized at random), "unexpected" (not used) and "mismatched" (of another shape).
+    The kinds are "missing" (initialized at random), "unexpected" (not used) and "mismatched" (of
+    another shape).
     """
     for kind in kinds:
-        keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[f"{kind}_keys"])
+        keys = sorted(
+            str(key[0] if isinstance(key, tuple) else key) for key in info[f"{kind}_keys"]
+        )
         if keys:
             return f"{len(keys)} weights are {kind}, such as {keys[0]}"
     return None
 
 
 def _load(
-    architecture: Architecture, placement: Placement, loader: Any, folder: Path | None, what: str, **options: Any
+    architecture: Architecture,
+    placement: Placement,
+    loader: Any,
+    folder: Path | None,
+    what: str,
+    **options: Any,
 ) -> Any:
-    model, info = load_pretrained(loader, folder, what, placement, ignore_mismatched_sizes=True, **options)
+    model, info = load_pretrained(
+        loader, folder, what, placement, ignore_mismatched_sizes=True, **options
+    )
     if problem := loading_problem(info, "missing", "mismatched"):
         raise ModelError(
             f"The weights of {architecture.source.id} do not fit its config: {problem}.",

@@ -17,9 +17,11 @@ from sleb_plugins import PlanError
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, the surgery on it (of no block if only the model was named), and the plan with its file, if any.
+    """A model, the surgery on it (of no block if only the model was named), and the plan with its
+    file, if any.
 
-    `recovered` is the checkpoint of a plan in one whose blocks were recovered: its weights are not the dense model's.
+    `recovered` is the checkpoint of a plan in one whose blocks were recovered: its weights are not
+    the dense model's.
     """
 
     surgery: Surgery
@@ -48,7 +50,9 @@ class Subject:
 
 
 def require_same_code(path: Path, plan: Plan, source: ModelSource) -> None:
-    """Check that a model's own Python code is the code of the plan, which grants trust to nothing else."""
+    """Check that a model's own Python code is the code of the plan, which grants trust to nothing
+    else.
+    """
     planned, current = plan.made_for.code, source.code
     if planned == current:
         return
@@ -66,10 +70,15 @@ def require_same_model(path: Path, plan: Plan, architecture: Architecture) -> No
     planned, named = plan.made_for, architecture.record
 
     def identity(model: ModelRecord) -> dict[str, Any]:
-        return {"model_type": model.model_type, "blocks": model.blocks, "fingerprint": model.fingerprint[:12]}
+        return {
+            "model_type": model.model_type,
+            "blocks": model.blocks,
+            "fingerprint": model.fingerprint[:12],
+        }
 
     if differing := differences(identity(named), identity(planned)):
         raise PlanError(
             f"{path} was made for {planned.id}, but {named.id} is a different model ({differing}).",
-            hint="Name the plan's model with --model, or use the plan on this one with --any-model.",
+            hint="Name the plan's model with --model, or use the plan on this one with "
+            "--any-model.",
         )

@@ -1,4 +1,6 @@
-"""Which tensors and settings of a model remain after a removal of blocks and other parts? No weight is read."""
+"""Which tensors and settings of a model remain after a removal of blocks and other parts? No weight
+is read.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Surgery:
-    """The cuts of one model, on disk or in memory, in order; `others` as `plan_surgery` was given them."""
+    """The cuts of one model, on disk or in memory, in order; `others` as `plan_surgery` was given
+    them.
+    """
 
     architecture: Architecture
     cuts: tuple[Cut, ...] = ()
@@ -77,7 +81,9 @@ class Surgery:
         """Return the `config.json` of the pruned model."""
         return self.settings(CONFIG, self.architecture.source.raw_config)
 
-    def tensors(self, named: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T, tuple[Slices, ...]]]:
+    def tensors(
+        self, named: Iterable[tuple[str, T]]
+    ) -> Iterator[tuple[str, T, tuple[Slices, ...]]]:
         """Drop the tensors that go, rename the others, and add the slices that stay of each."""
         for name, value in named:
             slices: tuple[Slices, ...] = ()
@@ -109,7 +115,9 @@ class Surgery:
 def plan_surgery(
     architecture: Architecture, removals: Iterable[int], others: Mapping[str, Any] | None = None
 ) -> Surgery:
-    """Plan the removal of these blocks, and of `others`, the values of options in `KINDS`, checked on the model."""
+    """Plan the removal of these blocks, and of `others`, the values of options in `KINDS`, checked
+    on the model.
+    """
     blocks = tuple(removals)
     cuts = [plan_blocks(architecture, blocks)] if blocks else []
     planned = (KINDS[option].plan(architecture, value) for option, value in (others or {}).items())

@@ -19,14 +19,19 @@ from sleb_plugins import DataError, UsageError
 # The tag with which a template marks what the model writes.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # The words of an answer, behind a thought.
-_WORDS = re.compile(r"(?:(?:\s*<\w+>)?(?P<thought>.*)</(?:think|thought)\w*>)?\s*(?P<words>.*?)\s*", re.DOTALL)
+_WORDS = re.compile(
+    r"(?:(?:\s*<\w+>)?(?P<thought>.*)</(?:think|thought)\w*>)?\s*(?P<words>.*?)\s*", re.DOTALL
+)
 _FIRST_MARK = 0xF0000
 """The first character of a plane that Unicode leaves to private use, so no text has it."""
 _TODAY = (
-    "{%- macro strftime_now(format) -%}{{ format.replace('%Y', '2025').replace('%m', '01').replace('%d', '01')"
+    "{%- macro strftime_now(format) -%}{{ format.replace('%Y', '2025').replace('%m', "
+    "'01').replace('%d', '01')"
     ".replace('%b', 'Jan').replace('%B', 'January') }}{%- endmacro -%}"
 )
-"""Gives a template a fixed date: tokens that change overnight would keep an interrupted run from continuing."""
+"""Gives a template a fixed date: tokens that change overnight would keep an interrupted run from
+continuing.
+"""
 
 Tokens = list[tuple[int, bool]]
 """Tokens, and whether they count in the loss."""
@@ -42,9 +47,13 @@ def require_template(tokenizer: Any, what: str) -> None:
 
 
 def apply_template(tokenizer: Any, conversation: Conversation, source: str, **options: Any) -> Any:
-    """Write a conversation of this source by the chat template; raise a DataError if the template refuses it."""
+    """Write a conversation of this source by the chat template; raise a DataError if the template
+    refuses it.
+    """
     hint = "Leave it out; many templates need user and assistant to alternate."
-    with translate_errors(error_saying(DataError, f"The chat template refuses a conversation of {source}", hint)):
+    with translate_errors(
+        error_saying(DataError, f"The chat template refuses a conversation of {source}", hint)
+    ):
         template = _TODAY + tokenizer.get_chat_template()
         return tokenizer.apply_chat_template(conversation, chat_template=template, **options)
 
@@ -52,10 +61,12 @@ def apply_template(tokenizer: Any, conversation: Conversation, source: str, **op
 def cut_conversations(
     rendered: Sequence[Tokens], source: str, length: int, *, answers: bool, required: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Cut conversations into sequences, int64 [sequences, length], with a loss mask, bool of the same shape.
+    """Cut conversations into sequences, int64 [sequences, length], with a loss mask, bool of the
+    same shape.
 
-    Each sequence starts with a conversation and holds as many as fit; the rest of the last one is dropped. With
-    `answers`, sequences without any are dropped; else all tokens count, and there is no mask.
+    Each sequence starts with a conversation and holds as many as fit; the rest of the last one is
+    dropped. With `answers`, sequences without any are dropped; else all tokens count, and there is
+    no mask.
 
     Raises:
         DataError: there are fewer sequences than `required`, or none.
@@ -74,7 +85,9 @@ def cut_answers(tokenizer: Any, text: Text, length: int, most: int | None) -> Ev
     Raises:
         DataError: the template refuses a conversation, or there are too few for a window.
     """
-    rendered, seen = tee(render(tokenizer, messages, text.source, answers=True) for messages in text.conversations)
+    rendered, seen = tee(
+        render(tokenizer, messages, text.source, answers=True) for messages in text.conversations
+    )
     most = min(filter(None, (most, text.limit)), default=None)
     packed = torch.tensor([*islice(pack(rendered, length), most)], dtype=torch.int64)
     if not len(packed):
@@ -91,7 +104,8 @@ def cut_answers(tokenizer: Any, text: Text, length: int, most: int | None) -> Ev
 
 
 def pack(rendered: Iterable[Tokens], length: int) -> Iterator[list[tuple[int, bool, int]]]:
-    """Yield sequences of `length` tokens: each token, whether it counts, and the number of its conversation.
+    """Yield sequences of `length` tokens: each token, whether it counts, and the number of its
+    conversation.
 
     A sequence starts with a conversation, and has a token that counts.
     """
@@ -106,14 +120,15 @@ def pack(rendered: Iterable[Tokens], length: int) -> Iterator[list[tuple[int, bo
 
 def _too_few(source: str, rendered: Sequence[Tokens], length: int, *, answers: bool) -> DataError:
     return DataError(
-        f"The conversations of {source} have {sum(map(len, rendered))} tokens, too few for a sequence of {length} "
-        + ("with an answer in it." if answers else "tokens."),
+        f"The conversations of {source} have {sum(map(len, rendered))} tokens, too few for a "
+        f"sequence of {length} " + ("with an answer in it." if answers else "tokens."),
         hint="Use more conversations, or another --sequence-length.",
     )
 
 
 def render(tokenizer: Any, conversation: Conversation, source: str, *, answers: bool) -> Tokens:
-    """Return a conversation as tokens; with `answers`, only answers count, with their end and their thoughts.
+    """Return a conversation as tokens; with `answers`, only answers count, with their end and their
+    thoughts.
 
     Raises:
         DataError: the template refuses the conversation, or changes its words.
@@ -129,19 +144,28 @@ def render(tokenizer: Any, conversation: Conversation, source: str, *, answers: 
         ]
     # Prompt and answer are tokenized separately, as in generation.
     pieces = _split_at_answers(tokenizer, partial(template, tokenize=False), conversation, source)
-    tokens = ((tokenizer(piece, add_special_tokens=False).input_ids, counts) for piece, counts in pieces if piece)
+    tokens = (
+        (tokenizer(piece, add_special_tokens=False).input_ids, counts)
+        for piece, counts in pieces
+        if piece
+    )
     return [(token, counts) for ids, counts in tokens for token in ids]
 
 
 def _split_at_answers(
     tokenizer: Any, template: Callable[..., str], conversation: Conversation, source: str
 ) -> Iterator[tuple[str, bool]]:
-    # Templates may rewrite earlier answers, so words are found by marks: a character in no text for each message.
+    # Templates may rewrite earlier answers, so words are found by marks: a character in no text for
+    # each message.
     marks = [chr(_FIRST_MARK + turn) for turn in range(len(conversation))]
-    marked = [{**message, "content": _mark(message, mark)} for message, mark in zip(conversation, marks, strict=True)]
+    marked = [
+        {**message, "content": _mark(message, mark)}
+        for message, mark in zip(conversation, marks, strict=True)
+    ]
     whole, done, no_marks = template(marked), 0, str.maketrans("", "", "".join(marks))
     unfound = DataError(
-        f"The chat template leaves out or changes words of a conversation of {source}, so its answers cannot be found.",
+        f"The chat template leaves out or changes words of a conversation of {source}, so its "
+        f"answers cannot be found.",
         hint="Leave it out or, to calibrate, use --chat all.",
     )
     if whole.translate(no_marks) != template(conversation):
@@ -154,7 +178,9 @@ def _split_at_answers(
         opened = template(marked[:turn], add_generation_prompt=True).rpartition(prompt_mark)[2]
         answered = template(marked[: turn + 1]).rpartition(prompt_mark)[2].rstrip()
         rest = whole[begin:]
-        start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(opened, rest, strict=False)))
+        start = sum(
+            1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(opened, rest, strict=False))
+        )
         words, end = rest.find(answer_mark), rest.rfind(answer_mark) + 1
         if not begin or not (end if message["content"] else rest.startswith(answered)):
             raise unfound
@@ -163,7 +189,9 @@ def _split_at_answers(
             led = rest[start:words].strip() if rest.count(answer_mark) == 2 else ""
             if led and not _holds_thought(message, led):
                 start = words  # what a template writes where there is no thought
-            end += _ending_length(tokenizer, rest[end:], answered[answered.rfind(answer_mark) + 1 :])
+            end += _ending_length(
+                tokenizer, rest[end:], answered[answered.rfind(answer_mark) + 1 :]
+            )
         else:  # it only calls tools
             end = len(answered)
         yield whole[done : begin + start].translate(no_marks), False
@@ -196,4 +224,6 @@ def _ending_length(tokenizer: Any, text: str, last_ending: str) -> int:
     if text.startswith(last_ending):
         return len(last_ending)
     end, added = text.lstrip(), [token.content for token in tokenizer.added_tokens_decoder.values()]
-    return max((len(text) - len(end) + len(token) for token in added if end.startswith(token)), default=0)
+    return max(
+        (len(text) - len(end) + len(token) for token in added if end.startswith(token)), default=0
+    )

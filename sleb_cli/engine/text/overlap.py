@@ -17,7 +17,10 @@ def is_known(text: str, tokens_sha256: str, record: CalibrationRecord) -> bool:
     path, *split = _origin(text, EVALUATION_PRESETS)
     origins = (_origin(source, CALIBRATION_PRESETS) for source, _ in split_mixture(record.source))
     # A published plan keeps only the name of a file.
-    return any(split == rest and known == (path if "/" in known else Path(path).name) for known, *rest in origins)
+    return any(
+        split == rest and known == (path if "/" in known else Path(path).name)
+        for known, *rest in origins
+    )
 
 
 def _origin(source: str, presets: dict[str, Dataset]) -> tuple[str, str, str]:
@@ -30,4 +33,8 @@ def _origin(source: str, presets: dict[str, Dataset]) -> tuple[str, str, str]:
         return preset.path, preset.config or "", preset.split
     path, config, split = (source, "", "") if is_file(source) else [*source.split(":"), "", ""][:3]
     local = local_path(path)
-    return str(local.resolve()) if local.exists() else path, config, "" if is_file(source) else split or "train"
+    return (
+        str(local.resolve()) if local.exists() else path,
+        config,
+        "" if is_file(source) else split or "train",
+    )

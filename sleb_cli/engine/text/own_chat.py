@@ -1,6 +1,7 @@
 """Conversations that the model writes: it answers given prompts, or prompts of its own.
 
-Given only what its chat template puts before a user's words, a chat model writes such words (Magpie, Xu et al., arXiv
+Given only what its chat template puts before a user's words, a chat model writes such words
+(Magpie, Xu et al., arXiv
 2406.08464, section 2). Both sides are sampled at temperature 1.
 """
 
@@ -35,11 +36,14 @@ MAX_REPETITION = 0.5
 TWO_TURNS = 4
 """Every fourth conversation that leaves room for it gets a second turn."""
 SPARE = 2
-"""How many conversations are begun for each sequence at first: some are dropped, and some are short."""
+"""How many conversations are begun for each sequence at first: some are dropped, and some are
+short.
+"""
 MIN_AT_ONCE = 8
 """At least this many are begun at once: fewer take nearly as long."""
 MAX_FRUITLESS = 64
-"""After so many conversations in a row of which none can be used, the model is taken to write none."""
+"""After so many conversations in a row of which none can be used, the model is taken to write none.
+"""
 MIN_TURN_TOKENS = 32
 """A turn needs room for this many tokens."""
 
@@ -48,8 +52,8 @@ MIN_TURN_TOKENS = 32
 class Draft:
     """A conversation whose answers the model writes.
 
-    `tokens` and `text` end with its last answer. Answers count, and have the tokens that the model wrote; the text is
-    None if the template leaves out some of it, such as a thought.
+    `tokens` and `text` end with its last answer. Answers count, and have the tokens that the model
+    wrote; the text is None if the template leaves out some of it, such as a thought.
     """
 
     messages: Conversation = field(default_factory=list)
@@ -62,8 +66,8 @@ def write_conversations(
 ) -> list[Tokens]:
     """Let the model write conversations for the settings' samples, or find them in the cache.
 
-    Conversations are dropped if a message repeats itself or does not end, unless an answer fills its sequence. Thoughts
-    are part of an answer.
+    Conversations are dropped if a message repeats itself or does not end, unless an answer fills
+    its sequence. Thoughts are part of an answer.
 
     Raises:
         UsageError: sequences are too short for the chat template.
@@ -85,9 +89,17 @@ def write_conversations(
         notify(Notice(f"{message}."))
         return drafts
 
-    key = {"source": source, "drawn": drawn, "prompts": given, "template": tokenizer.chat_template, "tokens": True}
+    key = {
+        "source": source,
+        "drawn": drawn,
+        "prompts": given,
+        "template": tokenizer.chat_template,
+        "tokens": True,
+    }
     seed = int.from_bytes(hashlib.sha256(drawn.encode()).digest()[:7])
-    writing = Writing("Writing conversations", "conversation", SPARE * count, length, seed, settings.writer, key)
+    writing = Writing(
+        "Writing conversations", "conversation", SPARE * count, length, seed, settings.writer, key
+    )
     return write_or_find(model, writing, write, notify)
 
 
@@ -100,19 +112,30 @@ class _Writer:
         self.added = tokenizer.added_tokens_decoder
         self.ends = end_tokens(model, tokenizer)
 
-    def write(self, more: Continue, size: int, count: int, prompts: Iterator[Conversation]) -> list[Draft]:
+    def write(
+        self, more: Continue, size: int, count: int, prompts: Iterator[Conversation]
+    ) -> list[Draft]:
         # At most `size` conversations are written at once, until they fill `count` sequences.
-        drafts, again = list[Draft](), list[int]()  # which of the drafts get a second turn in the next round
+        drafts, again = (
+            list[Draft](),
+            list[int](),
+        )  # which of the drafts get a second turn in the next round
         begun = fruitless = 0
-        while (missing := count - sum(1 for _ in pack((draft.tokens for draft in drafts), self.length))) > 0:
+        while (
+            missing := count - sum(1 for _ in pack((draft.tokens for draft in drafts), self.length))
+        ) > 0:
             # Conversations that a sequence has taken so far.
             for_one = SPARE if missing == count else begun / (count - missing)
             fresh = max(1, min(size, max(MIN_AT_ONCE, math.ceil(for_one * missing))) - len(again))
             begun += fresh
             given = [Draft(prompt) for prompt in islice(prompts, fresh)]
-            opened = given or self._add_message("user", more, [*(drafts[at] for at in again), *([Draft()] * fresh)])
+            opened = given or self._add_message(
+                "user", more, [*(drafts[at] for at in again), *([Draft()] * fresh)]
+            )
             ended = {index: draft for index, draft in enumerate(opened) if draft}
-            answered = dict(zip(ended, self._add_message("assistant", more, [*ended.values()]), strict=True))
+            answered = dict(
+                zip(ended, self._add_message("assistant", more, [*ended.values()]), strict=True)
+            )
             for index, at in enumerate(again):
                 drafts[at] = answered.pop(index, None) or drafts[at]
             complete = [*filter(None, answered.values())]
@@ -120,7 +143,8 @@ class _Writer:
             fruitless = 0 if complete else fruitless + fresh
             if fruitless >= MAX_FRUITLESS:
                 raise UnsupportedModelError(
-                    f"{self.source}: none of {fruitless} conversations that the model wrote can be used, as they do "
+                    f"{self.source}: none of {fruitless} conversations that the model wrote can be "
+                    f"used, as they do "
                     f"not end, repeat themselves, or do not fit {self.length} tokens.",
                     hint=GIVE_TEXT,
                 )
@@ -139,7 +163,8 @@ class _Writer:
         room = self.length - min(filter(None, map(len, prompts)), default=self.length)
         if room < MIN_TURN_TOKENS and asks and not drafts[0].messages:
             raise UsageError(
-                f"{self.source} does not fit sequences of {self.length} tokens: the chat template alone takes "
+                f"{self.source} does not fit sequences of {self.length} tokens: the chat template "
+                f"alone takes "
                 f"{self.length - room}.",
                 hint="Use a larger --sequence-length.",
             )
@@ -155,10 +180,19 @@ class _Writer:
         written = iter(more(begun, new, forbidden=forbidden, ends=ends) if begun else [])
         results = list[Draft | None]()
         for draft, prompt, slot, fit in zip(drafts, prompts, slots, fits, strict=True):
-            text, spoken, has_ended = self._decode(next(written), ends, slot.ending) if fit else ("", [], False)
-            is_whole = has_ended or (not asks and len(prompt) + new >= self.length)  # its sequence cuts it, no limit
+            text, spoken, has_ended = (
+                self._decode(next(written), ends, slot.ending) if fit else ("", [], False)
+            )
+            is_whole = has_ended or (
+                not asks and len(prompt) + new >= self.length
+            )  # its sequence cuts it, no limit
             messages = [*draft.messages, {"role": role, "content": text}]
-            if not is_whole or not text or repetition(text.split()) > MAX_REPETITION or (asks and text in self.prompts):
+            if (
+                not is_whole
+                or not text
+                or repetition(text.split()) > MAX_REPETITION
+                or (asks and text in self.prompts)
+            ):
                 results.append(None)
             elif asks:
                 self.prompts.add(text)
@@ -166,7 +200,11 @@ class _Writer:
             else:
                 # The template's space behind an answer does not count.
                 space = self._ids(slot.after[len(slot.after.rstrip()) :]) if has_ended else []
-                tokens = [*prompt, *((token, True) for token in spoken), *((token, False) for token in space)]
+                tokens = [
+                    *prompt,
+                    *((token, True) for token in spoken),
+                    *((token, False) for token in space),
+                ]
                 ends_as_shown = self.tokenizer.decode(spoken).endswith(slot.ending)
                 results.append(Draft(messages, tokens, slot.shows(text) if ends_as_shown else None))
         return results
@@ -175,12 +213,17 @@ class _Writer:
         # A template that rewrites the text so far leaves nothing to continue.
         if draft.text is None or not slot.prompt.startswith(draft.text):
             return []
-        return [*draft.tokens, *((token, False) for token in self._ids(slot.prompt.removeprefix(draft.text)))]
+        return [
+            *draft.tokens,
+            *((token, False) for token in self._ids(slot.prompt.removeprefix(draft.text))),
+        ]
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def _decode(self, tokens: list[int], ends: set[int], ending: str) -> tuple[str, list[int], bool]:
+    def _decode(
+        self, tokens: list[int], ends: set[int], ending: str
+    ) -> tuple[str, list[int], bool]:
         # The tokens include an end, by a token or by the template's ending; the text does not.
         has_ended = tokens[-1] in ends
         text = self.tokenizer.decode(tokens[: len(tokens) - has_ended])
@@ -196,7 +239,9 @@ class _Writer:
         prompt = self._slot_for(messages, "assistant").prompt
         whole = apply_template(self.tokenizer, [*messages, answer], self.source, tokenize=False)
         named = {token for token, added in self.added.items() if "think" in added.content.lower()}
-        return named | set(self._ids(whole.removeprefix(prompt) if whole.startswith(prompt) else ""))
+        return named | set(
+            self._ids(whole.removeprefix(prompt) if whole.startswith(prompt) else "")
+        )
 
     def _slot_for(self, conversation: Conversation, role: str) -> _Slot:
         messages, asks = [*conversation, {"role": role, "content": MARK}], role == "user"
@@ -204,15 +249,20 @@ class _Writer:
         before, _, after = template(messages, add_generation_prompt=asks).rpartition(MARK)
         if not before:
             raise UsageError(
-                f"The chat template does not show where the words of a {role} begin, so the model cannot write "
+                f"The chat template does not show where the words of a {role} begin, so the model "
+                f"cannot write "
                 f"{self.source}.",
                 hint=GIVE_TEXT,
             )
-        return _Slot(before if asks else template(conversation, add_generation_prompt=True), before, after)
+        return _Slot(
+            before if asks else template(conversation, add_generation_prompt=True), before, after
+        )
 
 
 class _Slot(NamedTuple):
-    """The place of a message's words in a template: the prompt that they continue, and all text around them."""
+    """The place of a message's words in a template: the prompt that they continue, and all text
+    around them.
+    """
 
     prompt: str
     before: str
@@ -224,4 +274,8 @@ class _Slot(NamedTuple):
 
     def shows(self, words: str) -> str | None:
         # None if the template puts something between the prompt and the words.
-        return None if self.before.removeprefix(self.prompt).strip() else f"{self.before}{words}{self.after}"
+        return (
+            None
+            if self.before.removeprefix(self.prompt).strip()
+            else f"{self.before}{words}{self.after}"
+        )

@@ -14,17 +14,23 @@ from sleb_cli.events import Notify
 from sleb_plugins import ModelError
 
 
-def generate_own_text(model: Any, tokenizer: Any, settings: CalibrationSettings, notify: Notify) -> Tensor:
-    """Let the model generate the sequences, sampled from its own distribution after BOS, or find them in the cache.
+def generate_own_text(
+    model: Any, tokenizer: Any, settings: CalibrationSettings, notify: Notify
+) -> Tensor:
+    """Let the model generate the sequences, sampled from its own distribution after BOS, or find
+    them in the cache.
 
     Raises:
         ModelError: the tokenizer has no token to start with.
         UnsupportedModelError: the model cannot generate text.
     """
-    start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None)
+    start = next(
+        (t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None
+    )
     if start is None:
         raise ModelError(
-            "The tokenizer has neither a BOS nor an EOS token, so the model cannot start a text.", hint=GIVE_TEXT
+            "The tokenizer has neither a BOS nor an EOS token, so the model cannot start a text.",
+            hint=GIVE_TEXT,
         )
     begin = [start] if adds_bos(tokenizer) else []  # as in every text of this tokenizer
     count, new = settings.samples, settings.sequence_length - len(begin)
@@ -35,5 +41,7 @@ def generate_own_text(model: Any, tokenizer: Any, settings: CalibrationSettings,
         return [begin + row for batch in batches for row in more([[start]] * batch, new, forbidden)]
 
     key = {"start": start, "bos": bool(begin), "forbidden": forbidden}
-    writing = Writing("Generating calibration text", "sequence", count, new, settings.seed, settings.writer, key)
+    writing = Writing(
+        "Generating calibration text", "sequence", count, new, settings.seed, settings.writer, key
+    )
     return torch.tensor(write_or_find(model, writing, write, notify))

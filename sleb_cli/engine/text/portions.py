@@ -25,13 +25,16 @@ from sleb_cli.engine.text.sources import is_read_whole
 from sleb_cli.events import Notify
 
 USES_OF_OWN_TEXT = 2
-"""How often a sequence that the model wrote is trained on, because writing takes longer than training. Others are used
-once, because repeated text teaches less."""
+"""How often a sequence that the model wrote is trained on, because writing takes longer than
+training. Others are used once, because repeated text teaches less.
+"""
 
 
 @dataclass(frozen=True)
 class Portion:
-    """Sequences, int64 [sequences, length], their rows in the order of training, and their loss mask."""
+    """Sequences, int64 [sequences, length], their rows in the order of training, and their loss
+    mask.
+    """
 
     sequences: Tensor
     order: list[int]
@@ -41,16 +44,16 @@ class Portion:
 class Portions:
     """Draws portions of a text, any of them by its number, in the shares of its sources.
 
-    The sequences of a file or of WikiText-2 all come once before any comes again, in an order of the seed, and the ones
-    that were `fitted` before come last. Other data sets, and text that the model writes, are drawn by the number of the
-    portion.
+    The sequences of a file or of WikiText-2 all come once before any comes again, in an order of
+    the seed, and the ones that were `fitted` before come last. Other data sets, and text that the
+    model writes, are drawn by the number of the portion.
 
     Args:
-        sequences_per_portion: returns how many sequences a process trains on in its portion of this number, from 0; one
-            that is used twice counts twice. Later portions have no fewer.
+        sequences_per_portion: returns how many sequences a process trains on in its portion of this
+            number, from 0; one that is used twice counts twice. Later portions have no fewer.
         processes: how many take portions in turn.
-        written: returns the sequences of a source that the model wrote for the fitted text; the first portions take
-            them, as writing takes minutes.
+        written: returns the sequences of a source that the model wrote for the fitted text; the
+            first portions take them, as writing takes minutes.
     """
 
     def __init__(
@@ -64,22 +67,33 @@ class Portions:
     ) -> None:
         self._fitted, self._processes, self._written = fitted, processes, written
         self._sequences_per_portion = sequences_per_portion
-        self._min_sequences = max(math.ceil(1 / share) for share in fitted.shares.values())  # with some of every source
+        self._min_sequences = max(
+            math.ceil(1 / share) for share in fitted.shares.values()
+        )  # with some of every source
         self._tokenizer, self._load_model = tokenizer, load_model
         self._whole: dict[str, Sequences] = {}
 
     def draw(self, number: int, notify: Notify, most: int = 0) -> Portion:
-        """Draw the portion of this number, from 0, or about `most` sequences of it; raises what `calibrate` raises."""
+        """Draw the portion of this number, from 0, or about `most` sequences of it; raises what
+        `calibrate` raises.
+        """
         seed = self._fitted.seed + 1 + number
         count = self._sequences_in(number)
         settings = replace(self._fitted, samples=count, samples_given=False, seed=seed)
         texts = {source: self._windows(source, settings) for source in settings.given_counts}
         if len(settings.shares) > 1:
-            settings = limit_to_texts(settings, {source: len(rows) for source, (rows, _) in texts.items()}, notify)
-        reduced = replace(settings, samples=min(settings.samples, max(self._min_sequences, most))) if most else settings
+            settings = limit_to_texts(
+                settings, {source: len(rows) for source, (rows, _) in texts.items()}, notify
+            )
+        reduced = (
+            replace(settings, samples=min(settings.samples, max(self._min_sequences, most)))
+            if most
+            else settings
+        )
         counts = reduced.counts
         rows = [
-            self._rows_for(source, text_rows, number, settings, counts[source]) for source, text_rows in texts.items()
+            self._rows_for(source, text_rows, number, settings, counts[source])
+            for source, text_rows in texts.items()
         ]
         given = sum(len(sequences) for sequences, _ in rows)
         for source in filter(is_written, settings.shares):
@@ -89,9 +103,15 @@ class Portions:
             if known is not None and own_rows.stop <= len(known[0]):
                 rows.append(take_sequences(known, own_rows))
             else:
-                rows.append(write_sequences(source, samples, reduced, self._load_model(), self._tokenizer, notify))
+                rows.append(
+                    write_sequences(
+                        source, samples, reduced, self._load_model(), self._tokenizer, notify
+                    )
+                )
         sequences, loss_mask = join_sequences(rows)
-        return Portion(sequences, _order(given, len(sequences), f"{self._fitted.seed}/{number}"), loss_mask)
+        return Portion(
+            sequences, _order(given, len(sequences), f"{self._fitted.seed}/{number}"), loss_mask
+        )
 
     def _sequences_in(self, number: int) -> int:
         return max(self._min_sequences, self._sequences_per_portion(number // self._processes))
@@ -99,7 +119,9 @@ class Portions:
     def _windows(self, source: str, settings: CalibrationSettings) -> Sequences:
         if source in self._whole:
             return self._whole[source]
-        windows, _ = all_rows = read_windows(source, settings.counts[source], settings, self._tokenizer)
+        windows, _ = all_rows = read_windows(
+            source, settings.counts[source], settings, self._tokenizer
+        )
         if is_read_whole(source):
             # Windows that were fitted before come last.
             last = draw(len(windows), self._fitted.counts[source], self._fitted.seed)
@@ -116,14 +138,18 @@ class Portions:
         count = min(most, len(windows))
         if source not in self._whole:
             return take_sequences(rows, draw(len(windows), count, settings.seed))
-        # Earlier portions took the first windows of such a source. A short text limits all portions alike.
+        # Earlier portions took the first windows of such a source. A short text limits all portions
+        # alike.
         samples = (min(self._sequences_in(before), settings.samples) for before in range(number))
-        start = sum(min(replace(settings, samples=size).counts[source], len(windows)) for size in samples)
+        start = sum(
+            min(replace(settings, samples=size).counts[source], len(windows)) for size in samples
+        )
         return take_sequences(rows, [(start + row) % len(windows) for row in range(count)])
 
 
 def _order(given: int, count: int, seed: str) -> list[int]:
-    # The first `given` rows come once; rows that the model wrote come several times, spread over the order.
+    # The first `given` rows come once; rows that the model wrote come several times, spread over
+    # the order.
     shuffle = random.Random(seed)
     once, written = shuffle.sample(range(given), given), list(range(given, count))
     uses = USES_OF_OWN_TEXT if written else 1

@@ -29,10 +29,10 @@ from sleb_plugins import UsageError
 class CalibrationSettings:
     """A calibration request with every option set.
 
-    `shares` are by source. `samples` counts the sequences of all sources together; for a reference preset, it counts
-    rows of text. Sequences are drawn from the part `split` of each source. `writer` identifies the model in the cache
-    of the text that it writes (None: no cache). With `own_answers` and no `chat`, only its answers count in
-    conversations that it writes.
+    `shares` are by source. `samples` counts the sequences of all sources together; for a reference
+    preset, it counts rows of text. Sequences are drawn from the part `split` of each source.
+    `writer` identifies the model in the cache of the text that it writes (None: no cache). With
+    `own_answers` and no `chat`, only its answers count in conversations that it writes.
     """
 
     source: str
@@ -54,7 +54,11 @@ class CalibrationSettings:
     @property
     def given_counts(self) -> dict[str, int]:
         """Samples by source, without sources that have none or that the model writes."""
-        return {source: count for source, count in self.counts.items() if count and not is_written(source)}
+        return {
+            source: count
+            for source, count in self.counts.items()
+            if count and not is_written(source)
+        }
 
     @property
     def is_reference(self) -> bool:
@@ -74,7 +78,8 @@ def resolve_calibration(
 
     Raises:
         DataError: prompts that the model is to answer are missing.
-        UsageError: the samples, their length or the mixture are invalid, or no source holds the conversations.
+        UsageError: the samples, their length or the mixture are invalid, or no source holds the
+            conversations.
     """
     is_demo = architecture.source.id == DEMO
     source = source or (DEMO_CALIBRATION if is_demo else DEFAULT_CALIBRATION)
@@ -82,18 +87,27 @@ def resolve_calibration(
     if chat is not None and not any(map(holds_conversations, shares)):
         raise UsageError(
             f"{source} is plain text, but --chat needs conversations.",
-            hint='Leave out --chat, or name self-chat, or a .jsonl file or data set with "messages": lists of role and '
+            hint="Leave out --chat, or name self-chat, or a .jsonl file or data set with "
+            '"messages": lists of role and '
             "content.",
         )
     for name in shares:
         if name.startswith(ANSWERS):  # missing prompts are found before a model is loaded
             read_prompts(name)
-    default = REFERENCE_ROWS if REFERENCE_PRESETS & shares.keys() else DEMO_SAMPLES if is_demo else DEFAULT_SAMPLES
+    default = (
+        REFERENCE_ROWS
+        if REFERENCE_PRESETS & shares.keys()
+        else DEMO_SAMPLES
+        if is_demo
+        else DEFAULT_SAMPLES
+    )
     settings = CalibrationSettings(
         source=source,
         shares=shares,
         samples=samples or default,
-        sequence_length=choose_length(sequence_length, architecture, DEMO_LENGTH if is_demo else DEFAULT_LENGTH),
+        sequence_length=choose_length(
+            sequence_length, architecture, DEMO_LENGTH if is_demo else DEFAULT_LENGTH
+        ),
         seed=seed or 0,
         chat=chat,
         samples_given=samples is not None,
@@ -114,7 +128,8 @@ def require_mixable(settings: CalibrationSettings, needed: Collection[str]) -> N
             )
         if source in needed and not count:
             raise UsageError(
-                f"Too few sequences ({settings.samples}) for {settings.source!r}: none would be from {source}.",
+                f"Too few sequences ({settings.samples}) for {settings.source!r}: none would be "
+                f"from {source}.",
                 hint="Increase --samples or the share.",
             )
 

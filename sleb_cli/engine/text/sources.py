@@ -36,7 +36,8 @@ MESSAGES = "messages"
 # An upper bound: no tokenizer in use has more characters per token, on average over a text.
 CHARACTERS_PER_TOKEN = 8
 
-# About how much memory a byte of text takes: it is tokenized as a whole, as bytes, characters and tokens at once.
+# About how much memory a byte of text takes: it is tokenized as a whole, as bytes, characters and
+# tokens at once.
 MEMORY_PER_BYTE = 250
 
 
@@ -78,7 +79,9 @@ class Text:
 
 @dataclass(frozen=True)
 class TextSplit:
-    """The part of a source from `begin` to `end`, as shares of it; no document is in two parts that do not overlap."""
+    """The part of a source from `begin` to `end`, as shares of it; no document is in two parts that
+    do not overlap.
+    """
 
     begin: float = 0.0
     end: float = 1.0
@@ -117,7 +120,8 @@ EVALUATION_SPLITS = ("test", "validation", "valid", "dev", "val", "eval", "train
 def calibration_text(source: str, *, tokens: int, seed: int, split: TextSplit = WHOLE) -> Text:
     """Read at least `tokens` tokens of this part of a source, or all of a smaller one.
 
-    `wikitext2` is one running text; documents of `c4` and other data sets are drawn in an order set by `seed`.
+    `wikitext2` is one running text; documents of `c4` and other data sets are drawn in an order set
+    by `seed`.
 
     Raises:
         DataError: the source is missing, unreadable or empty.
@@ -128,35 +132,51 @@ def calibration_text(source: str, *, tokens: int, seed: int, split: TextSplit = 
     if source == "wikitext2":
         documents = _documents(dataset, split)
     else:
-        documents = _take_characters(_documents(dataset, split, shuffle_seed=seed), tokens * CHARACTERS_PER_TOKEN)
+        documents = _take_characters(
+            _documents(dataset, split, shuffle_seed=seed), tokens * CHARACTERS_PER_TOKEN
+        )
     return Text(split.label(source), PARAGRAPHS.join(documents))
 
 
-def reference_calibration_text(source: str, *, rows: int, seed: int, split: TextSplit = WHOLE) -> Text:
+def reference_calibration_text(
+    source: str, *, rows: int, seed: int, split: TextSplit = WHOLE
+) -> Text:
     """Read the text that the reference implementation calibrates on: `rows` shuffled rows, joined."""
     separator = PARAGRAPHS if source.startswith("wikitext2") else " "
-    return Text(source, separator.join(islice(_documents(CALIBRATION_PRESETS[source], split, shuffle_seed=seed), rows)))
+    return Text(
+        source,
+        separator.join(
+            islice(_documents(CALIBRATION_PRESETS[source], split, shuffle_seed=seed), rows)
+        ),
+    )
 
 
 def evaluation_text(source: str, length: int) -> Text:
-    """Read the text or the conversations to measure perplexity on; `wikitext2` and `c4` are as in the literature.
+    """Read the text or the conversations to measure perplexity on; `wikitext2` and `c4` are as in
+    the literature.
 
-    For other data sets, read the named split and column (default: the first of EVALUATION_SPLITS, and `text` or
-    `messages`), and no more of it than its windows of `length` tokens need.
+    For other data sets, read the named split and column (default: the first of EVALUATION_SPLITS,
+    and `text` or `messages`), and no more of it than its windows of `length` tokens need.
 
     Raises:
         DataError: the source is missing, unreadable or empty.
     """
     if source == "wikitext2":  # rows are lines, and an article begins with its title
         lines = _documents(EVALUATION_PRESETS[source])
-        return _joined(source, lines, begins_document=lambda line: bool(_TITLE.fullmatch(line.strip())))
+        return _joined(
+            source, lines, begins_document=lambda line: bool(_TITLE.fullmatch(line.strip()))
+        )
     if source == "c4":
         documents = islice(_documents(EVALUATION_PRESETS[source]), C4_EVALUATION_DOCUMENTS)
         return replace(_joined(source, documents, " "), limit=C4_EVALUATION_WINDOWS)
     if is_file(source):
         content = _read_file(source)
         conversations = _file_conversations(source, content)
-        return Text(source, "", conversations=conversations) if conversations else _file_text(source, content)
+        return (
+            Text(source, "", conversations=conversations)
+            if conversations
+            else _file_text(source, content)
+        )
     import datasets
 
     dataset, split = _parse_dataset(source), None
@@ -165,7 +185,10 @@ def evaluation_text(source: str, length: int) -> Text:
         with _loading(dataset):
             splits = datasets.get_dataset_split_names(dataset.path, dataset.config)
         split = next((name for name in EVALUATION_SPLITS if name in splits), [*splits, "train"][0])
-        dataset, source = replace(dataset, split=split), f"{path}:{config}:{split}:{column}".rstrip(":")
+        dataset, source = (
+            replace(dataset, split=split),
+            f"{path}:{config}:{split}:{column}".rstrip(":"),
+        )
     rows = _load(dataset)
     if not column and dataset.column not in rows.column_names and MESSAGES in rows.column_names:
         dataset = replace(dataset, column=MESSAGES)
@@ -173,7 +196,13 @@ def evaluation_text(source: str, length: int) -> Text:
     first = next(values, "")
     values = chain([first], values)
     if isinstance(first, list):
-        return Text(source, "", limit, split, conversations=tuple(_row_conversations(dataset, values, limit, length)))
+        return Text(
+            source,
+            "",
+            limit,
+            split,
+            conversations=tuple(_row_conversations(dataset, values, limit, length)),
+        )
     texts = _take_characters(map(str, values), limit * length * CHARACTERS_PER_TOKEN)
     return replace(_joined(source, texts), limit=limit, split=split)
 
@@ -187,14 +216,17 @@ def _joined(
 ) -> Text:
     paragraphs = list(paragraphs)
     ends = accumulate((len(paragraph) + len(separator) for paragraph in paragraphs), initial=0)
-    starts = tuple(at for at, paragraph in zip(ends, paragraphs, strict=False) if begins_document(paragraph))
+    starts = tuple(
+        at for at, paragraph in zip(ends, paragraphs, strict=False) if begins_document(paragraph)
+    )
     return Text(source, separator.join(paragraphs), documents=starts if len(starts) > 1 else ())
 
 
 def calibration_conversations(
     source: str, *, samples: int, length: int, seed: int, split: TextSplit = WHOLE
 ) -> list[Conversation]:
-    """Read conversations of this part of a source: all of a .jsonl file, or enough for the samples of a data set.
+    """Read conversations of this part of a source: all of a .jsonl file, or enough for the samples
+    of a data set.
 
     They are in the field or column `messages`: lists of {"role": …, "content": …}.
 
@@ -202,7 +234,9 @@ def calibration_conversations(
         DataError: the source is missing or unreadable, or holds no or too few conversations.
     """
     if is_file(source):
-        conversations = [line.conversation for line in _json_lines(source, _read_file(source), _Messages)]
+        conversations = [
+            line.conversation for line in _json_lines(source, _read_file(source), _Messages)
+        ]
         return _take_split(conversations, split, source, "conversation")
     dataset = _parse_dataset(source, column=MESSAGES)
     values = _values(_load(dataset), dataset, split, shuffle_seed=seed)
@@ -212,13 +246,17 @@ def calibration_conversations(
 def _take_split(items: list[T], split: TextSplit, file: str, what: str) -> list[T]:
     if len(items) < (least := 1 if split == WHOLE else MIN_DOCUMENTS):
         raise DataError(
-            f"{file} has {plural(len(items), what)}, but needs at least {least}.", hint=f"Add more {what}s to it."
+            f"{file} has {plural(len(items), what)}, but needs at least {least}.",
+            hint=f"Add more {what}s to it.",
         )
     return [items[row] for row in split.rows(len(items))]
 
 
-def _row_conversations(dataset: Dataset, values: Iterable[Any], count: int, length: int) -> Iterator[Conversation]:
-    # As many as `count` sequences of `length` tokens need: each ends within a conversation, whose rest is dropped.
+def _row_conversations(
+    dataset: Dataset, values: Iterable[Any], count: int, length: int
+) -> Iterator[Conversation]:
+    # As many as `count` sequences of `length` tokens need: each ends within a conversation, whose
+    # rest is dropped.
     longest = length * CHARACTERS_PER_TOKEN
     missing = 2 * count * longest
     for value in values:
@@ -245,7 +283,8 @@ def _file_conversations(source: str, content: str) -> tuple[Conversation, ...]:
 def read_prompts(source: str, split: TextSplit = WHOLE) -> list[Conversation]:
     """Read the prompts in this part of `answers:FILE`: conversations to be answered.
 
-    The file has a prompt in each line of text, or in the `prompt` or the `messages` of each line of JSON.
+    The file has a prompt in each line of text, or in the `prompt` or the `messages` of each line of
+    JSON.
 
     Raises:
         DataError: it is missing or unreadable, or has too few prompts.
@@ -255,7 +294,11 @@ def read_prompts(source: str, split: TextSplit = WHOLE) -> list[Conversation]:
     if Path(file).suffix == ".jsonl":
         prompts = [line.conversation for line in _json_lines(file, content, _Prompt)]
     else:
-        prompts = [[{"role": "user", "content": line.strip()}] for line in content.splitlines() if line.strip()]
+        prompts = [
+            [{"role": "user", "content": line.strip()}]
+            for line in content.splitlines()
+            if line.strip()
+        ]
     return _take_split(prompts, split, file, "prompt")
 
 
@@ -296,7 +339,11 @@ def _read_file(source: str) -> str:
     path = local_path(source)
     try:
         if reason := why_not_read(path):
-            hint = "Name a .txt or .jsonl file in it." if path.is_dir() else "Write its text to a file, and name that."
+            hint = (
+                "Name a .txt or .jsonl file in it."
+                if path.is_dir()
+                else "Write its text to a file, and name that."
+            )
             raise DataError(f"{source} cannot be read: {reason}.", hint=hint)
         if (size := path.stat().st_size) * MEMORY_PER_BYTE > (free := free_bytes(CPU)):
             raise DataError(
@@ -308,10 +355,13 @@ def _read_file(source: str) -> str:
     except FileNotFoundError as error:
         raise DataError(f"There is no file {source}.", hint="Check the path.") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{source} is not UTF-8 text.", hint="Convert it, for example with iconv.") from error
+        raise DataError(
+            f"{source} is not UTF-8 text.", hint="Convert it, for example with iconv."
+        ) from error
     except OSError as error:
         raise DataError(
-            f"{source} cannot be read: {error.strerror or error}.", hint="Check the path and its permissions."
+            f"{source} cannot be read: {error.strerror or error}.",
+            hint="Check the path and its permissions.",
         ) from error
 
 
@@ -333,7 +383,9 @@ class _Messages(BaseModel):
 
     @property
     def conversation(self) -> Conversation:
-        return [message.model_dump(exclude_none=True) for message in self.messages]  # a data set fills in fields
+        return [
+            message.model_dump(exclude_none=True) for message in self.messages
+        ]  # a data set fills in fields
 
 
 class _Prompt(BaseModel):
@@ -376,7 +428,8 @@ def _naming_faults(where: str) -> Iterator[None]:
     except ValidationError as error:
         raise DataError(
             f"{where} cannot be read: {first_fault(error, 'JSON')}.",
-            hint='Each line needs {"text": "…"}; for answers:FILE, {"prompt": "…"}; for conversations, {"messages": '
+            hint='Each line needs {"text": "…"}; for answers:FILE, {"prompt": "…"}; for '
+            'conversations, {"messages": '
             '[{"role": "…", "content": "…"}]}.',
         ) from error
 
@@ -387,18 +440,24 @@ def _parse_dataset(source: str, column: str = "text") -> Dataset:
     return Dataset(path, config or None, split or "train", named or column)
 
 
-def _documents(dataset: Dataset, split: TextSplit = WHOLE, *, shuffle_seed: int | None = None) -> Iterator[str]:
+def _documents(
+    dataset: Dataset, split: TextSplit = WHOLE, *, shuffle_seed: int | None = None
+) -> Iterator[str]:
     return map(str, _values(_load(dataset), dataset, split, shuffle_seed=shuffle_seed))
 
 
-def _values(rows: Any, dataset: Dataset, split: TextSplit = WHOLE, *, shuffle_seed: int | None = None) -> Iterator[Any]:
+def _values(
+    rows: Any, dataset: Dataset, split: TextSplit = WHOLE, *, shuffle_seed: int | None = None
+) -> Iterator[Any]:
     if dataset.column not in rows.column_names:
         raise DataError(
             f"{dataset} has no column {dataset.column!r}.",
-            hint=f"It has {', '.join(rows.column_names)}; choose one with org/name:config:split:COLUMN.",
+            hint=f"It has {', '.join(rows.column_names)}; choose one with "
+            f"org/name:config:split:COLUMN.",
         )
     if split != WHOLE:
-        # Rows that are read in order are divided in order, since neighbours may belong to one document.
+        # Rows that are read in order are divided in order, since neighbours may belong to one
+        # document.
         ordered = rows if shuffle_seed is None else rows.shuffle(seed=SPLIT_SEED)
         rows = ordered.select(split.rows(len(rows)))
     if shuffle_seed is not None:
@@ -410,7 +469,9 @@ def _load(dataset: Dataset) -> Any:
     import datasets
 
     with _loading(dataset):
-        return datasets.load_dataset(dataset.path, dataset.config, split=dataset.split, data_files=dataset.data_files)
+        return datasets.load_dataset(
+            dataset.path, dataset.config, split=dataset.split, data_files=dataset.data_files
+        )
 
 
 def _loading(dataset: Dataset) -> AbstractContextManager[None]:

@@ -17,9 +17,14 @@ from sleb_plugins import DataError, UsageError
 
 
 def choose_length(
-    requested: int | None, architecture: Architecture, default: int = DEFAULT_LENGTH, option: str = "--sequence-length"
+    requested: int | None,
+    architecture: Architecture,
+    default: int = DEFAULT_LENGTH,
+    option: str = "--sequence-length",
 ) -> int:
-    """Return the sequence length; raise a UsageError, which names the `option`, if it exceeds the model's positions."""
+    """Return the sequence length; raise a UsageError, which names the `option`, if it exceeds the
+    model's positions.
+    """
     limit = architecture.longest_sequence
     if requested is None:
         return min(default, limit) if limit else default
@@ -39,11 +44,14 @@ def adds_bos(tokenizer: Any) -> bool:
 
 def begin_with_bos(tokenizer: Any, sequences: Tensor) -> bool:
     """Whether all of these sequences, [sequences, length], begin with the BOS token."""
-    return tokenizer.bos_token_id is not None and bool((sequences[:, 0] == tokenizer.bos_token_id).all())
+    return tokenizer.bos_token_id is not None and bool(
+        (sequences[:, 0] == tokenizer.bos_token_id).all()
+    )
 
 
 def cut_windows(tokenizer: Any, text: str, length: int, *, bos: bool) -> Tensor:
-    """Cut `text` into consecutive windows, int64 [windows, length], and drop an incomplete last one.
+    """Cut `text` into consecutive windows, int64 [windows, length], and drop an incomplete last
+    one.
 
     With `bos`, every window starts with the BOS token.
     """
@@ -52,7 +60,9 @@ def cut_windows(tokenizer: Any, text: str, length: int, *, bos: bool) -> Tensor:
 
 
 def cut_running_text(tokenizer: Any, text: str, length: int) -> Tensor:
-    """Cut `text` as the literature does: tokenized as a whole, with the BOS that the tokenizer may add at its start."""
+    """Cut `text` as the literature does: tokenized as a whole, with the BOS that the tokenizer may
+    add at its start.
+    """
     return _rows(tokenizer(text).input_ids, length, [])
 
 
@@ -62,8 +72,10 @@ class EvaluationWindows:
 
     Attributes:
         ids: the tokens, int64 [windows, positions].
-        counted: marks the predictions that count, bool [windows, positions - 1]: the first token is not predicted.
-        clusters: the number of each predicted token's document, or else of its window; int64, of the same shape.
+        counted: marks the predictions that count, bool [windows, positions - 1]: the first token is
+            not predicted.
+        clusters: the number of each predicted token's document, or else of its window; int64, of
+            the same shape.
         bos: whether each window begins with the BOS token, only the text does, or neither.
     """
 
@@ -85,7 +97,9 @@ def cut_for_evaluation(
         UsageError: the tokenizer has no BOS token.
     """
     if bos and tokenizer.bos_token_id is None:
-        raise UsageError("--bos needs a BOS token, but the tokenizer has none.", hint="Leave out --bos.")
+        raise UsageError(
+            "--bos needs a BOS token, but the tokenizer has none.", hint="Leave out --bos."
+        )
     width, start = (length - 1, [tokenizer.bos_token_id]) if bos else (length, [])
     # Only fast tokenizers tell where tokens are.
     by_document = bool(text.documents) and getattr(tokenizer, "is_fast", False)
@@ -94,7 +108,9 @@ def cut_for_evaluation(
     ids = require_windows(_rows(tokens.input_ids, width, start)[:most], text, tokenizer, length)
     clusters = torch.arange(len(ids)).unsqueeze(1).expand(-1, length - 1)
     if by_document:
-        documents = _document_numbers(text, tokens.offset_mapping)[: len(ids) * width].view(-1, width)[:, 1 - length :]
+        documents = _document_numbers(text, tokens.offset_mapping)[: len(ids) * width].view(
+            -1, width
+        )[:, 1 - length :]
         by_document = bool((documents != documents[0, 0]).any())
         clusters = documents if by_document else clusters
     return EvaluationWindows(
@@ -119,7 +135,9 @@ def _rows(ids: list[int], length: int, start: list[int]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64).reshape(count, length + len(start))
 
 
-def require_windows(windows: Tensor, text: Text, tokenizer: Any, length: int, required: int | None = None) -> Tensor:
+def require_windows(
+    windows: Tensor, text: Text, tokenizer: Any, length: int, required: int | None = None
+) -> Tensor:
     """Return the windows; raise a DataError if there are none, or fewer than required."""
     if not len(windows):
         tokens = len(tokenizer(text.content, add_special_tokens=False).input_ids)

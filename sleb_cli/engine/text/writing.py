@@ -25,11 +25,13 @@ T = TypeVar("T")
 
 GIVE_TEXT = "Calibrate on a file or a data set: --calibration FILE."
 
-# A larger batch is faster, since it reads the weights once for all its sequences; the KV cache limits it.
+# A larger batch is faster, since it reads the weights once for all its sequences; the KV cache
+# limits it.
 _MIN_BATCH, _MAX_BATCH, _TOKENS_PER_BATCH = 16, 64, 16384
 
 Continue = Callable[..., list[list[int]]]
-"""Continues prompts of any lengths, `(prompts, new tokens at most, forbidden=(), ends=())`; returns the new tokens.
+"""Continues prompts of any lengths, `(prompts, new tokens at most, forbidden=(), ends=())`; returns
+the new tokens.
 
 They end with the first of the tokens in `ends`; `forbidden` ones are never drawn.
 """
@@ -58,10 +60,13 @@ class Writing:
     key: Mapping[str, Any]
 
 
-def write_or_find(model: Any, writing: Writing, write: Callable[[Continue, int], list[T]], notify: Notify) -> list[T]:
+def write_or_find(
+    model: Any, writing: Writing, write: Callable[[Continue, int], list[T]], notify: Notify
+) -> list[T]:
     """Return the items, plain JSON, that `write` makes, or made before, from the cache.
 
-    It takes a function that continues prompts, and how many to continue at once, fewer if memory runs out.
+    It takes a function that continues prompts, and how many to continue at once, fewer if memory
+    runs out.
 
     Raises:
         UnsupportedModelError: the model cannot generate text.
@@ -71,7 +76,12 @@ def write_or_find(model: Any, writing: Writing, write: Callable[[Continue, int],
     key = _key(model, writing, batch)
     cached: list[T] = read_cached("texts", key) or []
     if cached:
-        notify(Notice(f"Using {plural(len(cached), writing.noun)} that the model wrote before, from the cache."))
+        notify(
+            Notice(
+                f"Using {plural(len(cached), writing.noun)} that the model wrote before, from the "
+                f"cache."
+            )
+        )
         return cached
     # MPS cannot tell the state of its random number generator by device.
     devices = [] if device.type in ("cpu", "mps") else [device]
@@ -106,13 +116,20 @@ def _key(model: Any, writing: Writing, batch: int) -> Key:
 
 def _continuing(model: Any, advance: Advance) -> Continue:
     device = input_device(model)
-    refused = error_saying(UnsupportedModelError, f"{model.config.model_type} cannot generate text", GIVE_TEXT)
+    refused = error_saying(
+        UnsupportedModelError, f"{model.config.model_type} cannot generate text", GIVE_TEXT
+    )
 
     def more(
-        prompts: Sequence[Sequence[int]], new: int, forbidden: Collection[int] = (), ends: Collection[int] = ()
+        prompts: Sequence[Sequence[int]],
+        new: int,
+        forbidden: Collection[int] = (),
+        ends: Collection[int] = (),
     ) -> list[list[int]]:
         longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(prompt)) + [*prompt] for prompt in prompts], device=device)
+        ids = torch.tensor(
+            [[0] * (longest - len(prompt)) + [*prompt] for prompt in prompts], device=device
+        )
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         attended = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
         endings = torch.tensor(sorted(ends), dtype=torch.long, device=device)
@@ -124,7 +141,9 @@ def _continuing(model: Any, advance: Advance) -> Continue:
             return torch.isin(added, endings).any(1)
 
         def run(ids: Tensor, settings: dict[str, Any], **options: Any) -> Any:
-            greedy = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=sorted(ends) or None, **settings)
+            greedy = GenerationConfig(
+                do_sample=False, pad_token_id=0, eos_token_id=sorted(ends) or None, **settings
+            )
             drawing = LogitsProcessorList([partial(draw_tokens, forbidden=forbidden)])
             return generate(model, ids, greedy, refused, logits_processor=drawing, **options)
 
@@ -135,7 +154,8 @@ def _continuing(model: Any, advance: Advance) -> Continue:
 
 
 def draw_tokens(input_ids: Tensor, scores: Tensor, *, forbidden: Collection[int]) -> Tensor:
-    """Draw a token that is not forbidden for each row of logits [batch, vocabulary]; return logits that allow no other.
+    """Draw a token that is not forbidden for each row of logits [batch, vocabulary]; return logits
+    that allow no other.
 
     Raises:
         ValueError: the logits are not finite.
@@ -146,9 +166,12 @@ def draw_tokens(input_ids: Tensor, scores: Tensor, *, forbidden: Collection[int]
     ends = as_float64(scores.softmax(-1, dtype=torch.float32)).cumsum(-1)
     if not ends.isfinite().all():
         raise ValueError("its logits are not finite")
-    # One random number for each row: `torch.multinomial` would take one for each token of the vocabulary.
+    # One random number for each row: `torch.multinomial` would take one for each token of the
+    # vocabulary.
     share = torch.rand(len(ends), 1, dtype=torch.float64, device=ends.device)
-    tokens = torch.searchsorted(ends, share * ends[:, -1:], right=True).clamp(max=scores.shape[-1] - 1)
+    tokens = torch.searchsorted(ends, share * ends[:, -1:], right=True).clamp(
+        max=scores.shape[-1] - 1
+    )
     return torch.full_like(scores, -torch.inf).scatter_(-1, tokens.to(scores.device), 0.0)
 
 

@@ -42,11 +42,13 @@ def require_extra() -> None:
         MachineError: jinja2 or matplotlib is not installed.
     """
     try:
-        import jinja2  # noqa: F401
-        import matplotlib.figure  # noqa: F401
+        import jinja2
+        import matplotlib.figure
     except ImportError as error:
         name = (error.name or "").partition(".")[0]
-        raise MachineError(f"This needs {name}.", hint="Install it with: pip install 'sleb[report]'") from error
+        raise MachineError(
+            f"This needs {name}.", hint="Install it with: pip install 'sleb[report]'"
+        ) from error
 
 
 def render_svg(plot: Plot) -> bytes:
@@ -57,7 +59,9 @@ def render_svg(plot: Plot) -> bytes:
     # The defaults come first, so that the user's matplotlibrc does not change the pictures.
     our_style = str(Path(__file__).with_name("pictures.mplstyle"))
     with style.context(["default", our_style]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # such as in a model's name
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing from font"
+        )  # such as in a model's name
         figure = Figure(figsize=(WIDTH / 72, plot.height / 72), dpi=72, layout="constrained")
         plot.draw(figure)
         metadata = {"Title": plot.title, "Description": plot.caption, "Date": None, "Creator": None}
@@ -66,7 +70,9 @@ def render_svg(plot: Plot) -> bytes:
     return file.getvalue()
 
 
-def scale_estimates(values: Sequence[Estimate], scale: float) -> tuple[list[float], list[list[float]]]:
+def scale_estimates(
+    values: Sequence[Estimate], scale: float
+) -> tuple[list[float], list[list[float]]]:
     """Return the scaled values, and the lengths of their error bars below and above."""
     bars = [(value - ends.low, ends.high - value) if ends else (0.0, 0.0) for value, ends in values]
     # matplotlib refuses negative lengths, as of a value outside of its interval.
@@ -75,12 +81,22 @@ def scale_estimates(values: Sequence[Estimate], scale: float) -> tuple[list[floa
 
 
 def draw_series(
-    axis: Axes, number: int, xs: Sequence[float], values: Sequence[Estimate], scale: float, **options: Any
+    axis: Axes,
+    number: int,
+    xs: Sequence[float],
+    values: Sequence[Estimate],
+    scale: float,
+    **options: Any,
 ) -> None:
     """Draw series `number` as points with error bars."""
     ys, bars = scale_estimates(values, scale)
     colour, marker = number % len(SERIES), (number + number // len(SERIES)) % len(MARKERS)
-    options |= {"color": SERIES[colour], "marker": MARKERS[marker], "capsize": 2.5, "elinewidth": 1.2}
+    options |= {
+        "color": SERIES[colour],
+        "marker": MARKERS[marker],
+        "capsize": 2.5,
+        "elinewidth": 1.2,
+    }
     axis.errorbar(xs, ys, yerr=bars, **options)
 
 

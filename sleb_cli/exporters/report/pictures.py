@@ -34,7 +34,8 @@ _MAX_WORKLOADS = len(SERIES)
 _MAX_LABELS = 8
 _LARGE_CHANGE = 300  # percent
 _COLOURS = "cividis_r"  # readable with any colour vision, and in greys
-# The first blocks cost 10 to 10,000 times more than others: a scale up to them would show all others in one colour.
+# The first blocks cost 10 to 10,000 times more than others: a scale up to them would show all
+# others in one colour.
 _COLOUR_QUANTILE = 0.8
 
 Line = tuple[str, dict[int, Estimate]]
@@ -44,7 +45,10 @@ Line = tuple[str, dict[int, Estimate]]
 def text_lines(findings: Findings) -> list[Line]:
     """Return the perplexity change on each measured text by number of removals."""
     return [
-        (fill(name, 32, max_lines=3), {len(scores.removals): perplexity_change(scores) for scores in text.pruned})
+        (
+            fill(name, 32, max_lines=3),
+            {len(scores.removals): perplexity_change(scores) for scores in text.pruned},
+        )
         for name, text in islice(zip(findings.text_names, findings.texts, strict=True), _MAX_TEXTS)
         if text.pruned
     ]
@@ -53,7 +57,13 @@ def text_lines(findings: Findings) -> list[Line]:
 def search_lines(plan: Plan) -> list[Line]:
     """Return the perplexity change on the text of the search and on its held-out sequences, if any."""
     return [
-        (name, {size: (perplexity / dense - 1, None) for size, perplexity in enumerate(pruned, start=1)})
+        (
+            name,
+            {
+                size: (perplexity / dense - 1, None)
+                for size, perplexity in enumerate(pruned, start=1)
+            },
+        )
         for name, (dense, *pruned) in perplexities(plan).items()
     ]
 
@@ -64,17 +74,27 @@ def trade_plot(findings: Findings) -> Plot | None:
         return None
     result, _ = findings.main_workloads[0]
     speeds = {len(timing.removals): (timing.speedup, timing.interval) for timing in result.pruned}
-    accuracy = {len(size): share for size in findings.plan.by_size if (share := findings.retention(size))}
+    accuracy = {
+        len(size): share for size in findings.plan.by_size if (share := findings.retention(size))
+    }
     kinds = {"perplexity": text_lines(findings), "accuracy": [("accuracy", accuracy)]}
-    shown = {kind: lines for kind, lines in kinds.items() if any(speeds.keys() & values for _, values in lines)}
+    shown = {
+        kind: lines
+        for kind, lines in kinds.items()
+        if any(speeds.keys() & values for _, values in lines)
+    }
     if not shown:
         return None
-    caption = f"Each point is a size, named by the {findings.plan.unit} removed; bars are 95% intervals."
+    caption = (
+        f"Each point is a size, named by the {findings.plan.unit} removed; bars are 95% intervals."
+    )
     draw = partial(_draw_trade, shown, speeds, f"speedup, {workload_name(result)}")
     return Plot("Quality against measured speed", caption, 290, draw)
 
 
-def _draw_trade(kinds: dict[str, list[Line]], speeds: dict[int, Estimate], label: str, figure: Figure) -> None:
+def _draw_trade(
+    kinds: dict[str, list[Line]], speeds: dict[int, Estimate], label: str, figure: Figure
+) -> None:
     (axes,) = figure.subplots(1, len(kinds), squeeze=False)
     for axis, (kind, lines) in zip(axes, kinds.items(), strict=True):
         is_change = kind == "perplexity"
@@ -91,9 +111,13 @@ def _draw_trade(kinds: dict[str, list[Line]], speeds: dict[int, Estimate], label
                 for count, x, y in points[::-1][:: -(-len(points) // _MAX_LABELS) or 1]:
                     # On the outer side of the curve, where no line runs.
                     offset = (7, -13) if is_change else (7, 6)
-                    axis.annotate(f"−{count}", (x, y), offset, textcoords="offset points", fontsize=10)
+                    axis.annotate(
+                        f"−{count}", (x, y), offset, textcoords="offset points", fontsize=10
+                    )
         axis.plot([1.0], [start], "*", color=INK, markersize=11, label="dense")
-        axis.set(xlabel=label, ylabel="change in perplexity, %" if is_change else "accuracy kept, %")
+        axis.set(
+            xlabel=label, ylabel="change in perplexity, %" if is_change else "accuracy kept, %"
+        )
         axis.margins(0.1)
         if is_change:
             _spread_large_changes(axis, lines)
@@ -103,9 +127,13 @@ def _draw_trade(kinds: dict[str, list[Line]], speeds: dict[int, Estimate], label
 
 def perplexity_plot(findings: Findings) -> Plot | None:
     """Plot the perplexity change by size."""
-    caption = "Both models read the same tokens, so bars are 95% intervals of the paired difference."
+    caption = (
+        "Both models read the same tokens, so bars are 95% intervals of the paired difference."
+    )
     unit, lines = findings.plan.unit, [*search_lines(findings.plan), *text_lines(findings)]
-    plot = Plot(f"Change in perplexity by {unit} removed", caption, 280, partial(_draw_lines, lines, unit))
+    plot = Plot(
+        f"Change in perplexity by {unit} removed", caption, 280, partial(_draw_lines, lines, unit)
+    )
     return plot if lines else None
 
 
@@ -136,7 +164,12 @@ def speed_plot(findings: Findings) -> Plot | None:
     shown = sorted(results, key=lambda result: result not in main)[:_MAX_WORKLOADS]
     unit, caption = findings.plan.unit, "Points are measured, with 95% intervals"
     caption += "; the dashed line is the ratio of the blocks." if unit == "blocks" else "."
-    return Plot(f"Measured speedup by {unit} removed", caption, 300, partial(_draw_speedups, shown, findings.plan))
+    return Plot(
+        f"Measured speedup by {unit} removed",
+        caption,
+        300,
+        partial(_draw_speedups, shown, findings.plan),
+    )
 
 
 def _draw_speedups(results: list[WorkloadResult], plan: Plan, figure: Figure) -> None:
@@ -162,7 +195,8 @@ def search_plot(plan: Plan) -> Plot | None:
         return None
     row = max(7.0, min(24.0, 420 / len(costs)))
     caption = (
-        "Bright cells are cheap to remove, dark ones costly. A cross marks what a step removed, a dot what was removed "
+        "Bright cells are cheap to remove, dark ones costly. A cross marks what a step removed, a "
+        "dot what was removed "
         "before; hatched blocks are protected."
     )
     draw = partial(_draw_heat_map, plan, costs, row)
@@ -170,10 +204,14 @@ def search_plot(plan: Plan) -> Plot | None:
 
 
 def candidate_costs(plan: Plan) -> list[dict[int, float]]:
-    """Return, by step, how far each candidate was behind the best: infinitely if its score was not finite."""
+    """Return, by step, how far each candidate was behind the best: infinitely if its score was not
+    finite.
+    """
     costs = []
     for step in plan.steps:
-        scores = {block: math.inf if score is None else score for block, score in step.scores.items()}
+        scores = {
+            block: math.inf if score is None else score for block, score in step.scores.items()
+        }
         best = min(scores.values(), default=0.0)
         behind = {block: score - best for block, score in scores.items()}
         dropped = step.race.dropped if step.race else {}
@@ -200,15 +238,21 @@ def _draw_heat_map(plan: Plan, costs: list[dict[int, float]], row: float, figure
     axis.imshow(cells, aspect="auto", interpolation="none", extent=extent, zorder=2)
     size = max(3.0, min(9.0, row * 0.45, 0.5 * WIDTH / blocks))
     removed, rows = [step.block for step in plan.steps], range(1, len(costs) + 1)
-    axis.plot(removed, rows, "x", color="#000000", markersize=size, markeredgewidth=size / 4, zorder=3)
+    axis.plot(
+        removed, rows, "x", color="#000000", markersize=size, markeredgewidth=size / 4, zorder=3
+    )
     axis.set(xlim=extent[:2], ylim=extent[2:], xlabel="block", ylabel="step")
     set_whole_ticks(axis, range(blocks))
     axis.set_yticks(rows[:: max(1, math.ceil(14 / row))])
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     unit = "nats per token" if plan.search.metric == "nll" else plan.search.metric
-    colours = ScalarMappable(norm, colormaps[_COLOURS].resampled(32))  # few, as each is a path of its own
-    scale = figure.colorbar(colours, ax=axis, location="top", shrink=0.5, aspect=40, anchor=(0.0, 0.0), extend="max")
+    colours = ScalarMappable(
+        norm, colormaps[_COLOURS].resampled(32)
+    )  # few, as each is a path of its own
+    scale = figure.colorbar(
+        colours, ax=axis, location="top", shrink=0.5, aspect=40, anchor=(0.0, 0.0), extend="max"
+    )
     ticks = [highest / 16, highest / 4, highest]
     scale.set_ticks([0, *ticks], labels=["0", *(f"{tick:.2g}" for tick in ticks)])
     scale.set_label(f"cost above the removed block's, {unit}", loc="left", fontsize=10)
@@ -223,4 +267,6 @@ def _mark_non_candidates(axis: Axes, plan: Plan, costs: list[dict[int, float]]) 
         axis.plot(dots, [number] * len(dots), ".", color=MUTED, markersize=2.5, zorder=1)
         for block in set(range(plan.model.blocks)) - set(step) - set(removals[:-1]):
             corner = (block - 0.5, number - 0.5)
-            axis.add_patch(Rectangle(corner, 1, 1, fill=False, hatch="////", edgecolor=MUTED, linewidth=0))
+            axis.add_patch(
+                Rectangle(corner, 1, 1, fill=False, hatch="////", edgecolor=MUTED, linewidth=0)
+            )

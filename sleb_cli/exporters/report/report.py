@@ -33,12 +33,21 @@ class Report(Exporter):
         require_extra()
         import jinja2
 
-        findings, loader = read_findings(pruning), jinja2.PackageLoader("sleb_cli.exporters.report", "")
+        findings, loader = (
+            read_findings(pruning),
+            jinja2.PackageLoader("sleb_cli.exporters.report", ""),
+        )
         environment = jinja2.Environment(
-            autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, loader=loader
+            autoescape=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            undefined=jinja2.StrictUndefined,
+            loader=loader,
         )
         # As text in a data URL, an SVG is shorter than in base64.
-        environment.filters["picture"] = lambda plot: quote(render_svg(plot), safe=" !$()*+,/:;=?@[]^{|}~")
+        environment.filters["picture"] = lambda plot: quote(
+            render_svg(plot), safe=" !$()*+,/:;=?@[]^{|}~"
+        )
         sample = findings.plan.sample_generation
         text: str = environment.get_template("page.html.j2").render(
             plan=findings.plan,
@@ -58,13 +67,17 @@ def cards(findings: Findings) -> list[tuple[str, str, str]]:
     numbers = [(parts, f"{whole - count} of {whole}", f"{count} removed")]
     if findings.sizes:
         dense, pruned = (size.parameters for size in findings.sizes)
-        numbers.append(("parameters", format_count(pruned), format_share(pruned / dense - 1, signed=True)))
+        numbers.append(
+            ("parameters", format_count(pruned), format_share(pruned / dense - 1, signed=True))
+        )
     for result, timing in findings.main_workloads:
         runs = plural(len(timing.e2els), "run")
         ends = between(timing.interval, "{:.2f}".format) or f"{runs}, too few for an interval"
         numbers.append((f"{workload_name(result)}, times as fast", f"{timing.speedup:.2f}×", ends))
     for name, text, scores in findings.text_scores[:2]:
-        both = f"{format_perplexity(text.dense.perplexity)} → {format_perplexity(scores.perplexity)}"
+        both = (
+            f"{format_perplexity(text.dense.perplexity)} → {format_perplexity(scores.perplexity)}"
+        )
         numbers.append((f"perplexity, {name}", format_change(perplexity_change(scores)[0]), both))
     if share := findings.retention(findings.plan.largest):
         numbers.append(("accuracy kept", format_share(share[0]), between(share[1], format_share)))

@@ -32,8 +32,14 @@ def sections(findings: Findings) -> list[Section]:
     blocks = None if plan.experts else plan.model.blocks
     gain = [speed.speeds(timed, blocks), speed.latencies(timed), speed.memory(timed)]
     gain += [speed.sizes(benchmark)] if benchmark else []
-    results = [provenance.result_settings(result) for result in (findings.evaluation, benchmark) if result]
-    search = search_results.expert_texts(plan, plan.experts) if plan.experts else search_results.steps(plan)
+    results = [
+        provenance.result_settings(result) for result in (findings.evaluation, benchmark) if result
+    ]
+    search = (
+        search_results.expert_texts(plan, plan.experts)
+        if plan.experts
+        else search_results.steps(plan)
+    )
     recovered = [search_results.recovery(plan.recovery)] if plan.recovery else []
     candidates = [
         Section("trade", "Quality against speed", trade_plot(findings)),

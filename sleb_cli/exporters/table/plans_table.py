@@ -20,7 +20,9 @@ class PlansTable(Exporter):
     """A row for each plan and size: its method, what was measured, and the settings."""
 
     name = "table"
-    description = "what was measured of plans, a row for each size: Markdown, or a .csv or .svg file"
+    description = (
+        "what was measured of plans, a row for each size: Markdown, or a .csv or .svg file"
+    )
     needs_model = False
     several = True
 
@@ -34,7 +36,10 @@ class PlansTable(Exporter):
         formats = {".md": _to_markdown, ".csv": _to_csv, ".svg": draw_figure}
         write = formats.get(pruning.output.suffix if pruning.output else ".md")
         if write is None:
-            raise UsageError(f"A table cannot be {pruning.output}.", hint="Use a name that ends in .md, .csv or .svg.")
+            raise UsageError(
+                f"A table cannot be {pruning.output}.",
+                hint="Use a name that ends in .md, .csv or .svg.",
+            )
         return write(plan_table([read_findings(plan) for plan in (pruning, *pruning.others)]))
 
 
@@ -48,7 +53,9 @@ def _to_markdown(table: PlanTable) -> str:
     rows = [[row.get(name) for name, _ in columns] for row in table.rows]
     note = "In brackets: 95% intervals of the difference from the dense model, on the same tokens, items and runs."
     lines = [*to_markdown(tabulate("", columns, rows)), "", note, ""]
-    return "\n".join([*lines, *(f"- {name}: {in_markdown(value)}" for name, value in shared.items()), ""])
+    return "\n".join(
+        [*lines, *(f"- {name}: {in_markdown(value)}" for name, value in shared.items()), ""]
+    )
 
 
 def _format_estimate(form: Callable[[float], str], estimate: Estimate) -> str:
@@ -60,7 +67,13 @@ def _to_csv(table: PlanTable) -> str:
     # As in RFC 4180, but with plain line ends. Each estimate takes three columns.
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*METHOD, *(name + end for name in table.measured for end in ("", " low", " high")), *SETTINGS])
+    writer.writerow(
+        [
+            *METHOD,
+            *(name + end for name in table.measured for end in ("", " low", " high")),
+            *SETTINGS,
+        ]
+    )
     for row in table.rows:
         numbers = []
         for name in table.measured:

@@ -36,12 +36,23 @@ _OF_SEARCH = {
 }  # fmt: skip
 """The columns for settings of a search, by their names in the report."""
 _OF_PLAN = ("removed from", *_OF_SEARCH, "search seconds", "windows", "items", "lm-eval", "plan")
-SETTINGS = ("model", "revision", *_OF_PLAN[:-1], "evaluated in", "evaluated by", "timed in", "timed by", "plan")
+SETTINGS = (
+    "model",
+    "revision",
+    *_OF_PLAN[:-1],
+    "evaluated in",
+    "evaluated by",
+    "timed in",
+    "timed by",
+    "plan",
+)
 
 
 @dataclass(frozen=True)
 class PlanTable:
-    """Rows with the columns METHOD, `measured` (each with the function that formats it) and SETTINGS."""
+    """Rows with the columns METHOD, `measured` (each with the function that formats it) and
+    SETTINGS.
+    """
 
     rows: Sequence[Row]
     measured: dict[str, Callable[[float], str]]
@@ -55,17 +66,23 @@ class PlanTable:
     def method(self, row: Row) -> str:
         """Name the method of a row, with the settings that not all rows share."""
         settings = [
-            name for name in SETTINGS if name not in {*self.shared, "search seconds", "windows", "items", "plan"}
+            name
+            for name in SETTINGS
+            if name not in {*self.shared, "search seconds", "windows", "items", "plan"}
         ]
         return ", ".join(row[name] for name in (*METHOD[:3], *settings) if name in row)
 
     def dense(self, row: Row) -> Row:
         """Return the dense model that was measured in the same settings as a row."""
-        return next((other for other in self.rows if not other["removed"] and _agree(other, row)), {})
+        return next(
+            (other for other in self.rows if not other["removed"] and _agree(other, row)), {}
+        )
 
 
 def plan_table(plans: Sequence[Findings]) -> PlanTable:
-    """Tabulate measurements of several plans; a column holds one set of tokens or items, or one workload."""
+    """Tabulate measurements of several plans; a column holds one set of tokens or items, or one
+    workload.
+    """
     measures, dense, pruned = _Measures(plans), list[Row](), list[Row]()
     for findings in plans:
         settings = _settings(findings)
@@ -73,10 +90,15 @@ def plan_table(plans: Sequence[Findings]) -> PlanTable:
         if measured := measures.measured_without(findings, ()):
             _add_dense(dense, {"metric": "dense", "removed": 0} | measured | dense_settings)
         for size in findings.plan.by_size:
-            if (measured := measures.measured_without(findings, size)) or size == findings.plan.largest:
+            if (
+                measured := measures.measured_without(findings, size)
+            ) or size == findings.plan.largest:
                 pruned.append(_method(findings, size) | measured | settings)
     rows = [*dense, *pruned]
-    return PlanTable(rows, {name: form for name, form in measures.forms.items() if any(name in row for row in rows)})
+    return PlanTable(
+        rows,
+        {name: form for name, form in measures.forms.items() if any(name in row for row in rows)},
+    )
 
 
 def _add_dense(rows: list[Row], new: Row) -> None:
@@ -103,14 +125,26 @@ def _settings(findings: Findings) -> Row:
     plan, file, (_, whole, parts) = findings.plan, findings.file, findings.removed
     in_report = _by_name(search_settings(plan))
     row: Row = {name: in_report.get(report_name) for name, report_name in _OF_SEARCH.items()}
-    row |= {"model": plan.model.id, "revision": plan.model.revision, "removed from": f"{whole} {parts}"}
-    row |= {"search seconds": f"{plan.environment.seconds:.0f}", "plan": file.name if file.is_absolute() else str(file)}
+    row |= {
+        "model": plan.model.id,
+        "revision": plan.model.revision,
+        "removed from": f"{whole} {parts}",
+    }
+    row |= {
+        "search seconds": f"{plan.environment.seconds:.0f}",
+        "plan": file.name if file.is_absolute() else str(file),
+    }
     windows = [f"{text.windows} of {text.sequence_length} tokens" for text in findings.texts]
     row["windows"] = ", ".join(dict.fromkeys(windows))
-    row["items"] = ", ".join(f"{task.task} {len(task.doc_ids)}" for task in main_tasks(findings.tasks))
+    row["items"] = ", ".join(
+        f"{task.task} {len(task.doc_ids)}" for task in main_tasks(findings.tasks)
+    )
     for done, result in (("evaluated", findings.evaluation), ("timed", findings.benchmark)):
         settings = _by_name(result_settings(result)) if result else {}
-        row |= {f"{done} in": settings.get("data type and device"), f"{done} by": settings.get("versions")}
+        row |= {
+            f"{done} in": settings.get("data type and device"),
+            f"{done} by": settings.get("versions"),
+        }
         row["lm-eval"] = row.get("lm-eval") or settings.get("lm-eval")
     return {name: value for name, value in row.items() if value}
 
@@ -128,25 +162,45 @@ class _Measures:
 
         texts = {text.key: text for findings in plans for text in findings.texts}
         tasks = {task.key: task for findings in plans for task in main_tasks(findings.tasks)}
-        timed = {result.workload.identity: result for findings in plans for result in findings.workloads}
+        timed = {
+            result.workload.identity: result for findings in plans for result in findings.workloads
+        }
         self.averaged = {key for key, task in tasks.items() if _is_averaged(task)}
         kinds: list[tuple[dict[Any, Any], list[str], Callable[[float], str]]] = [
-            (texts, [f"perplexity, {name}" for name in text_names([*texts.values()], seen_in)], format_perplexity),
+            (
+                texts,
+                [f"perplexity, {name}" for name in text_names([*texts.values()], seen_in)],
+                format_perplexity,
+            ),
             (tasks, task_names([*tasks.values()]), "{:.3f}".format),
             ({MEAN: None}, [MEAN], "{:.3f}".format),
-            (timed, [f"{workload_name(result)}, times as fast" for result in timed.values()], "{:.2f}x".format),
+            (
+                timed,
+                [f"{workload_name(result)}, times as fast" for result in timed.values()],
+                "{:.2f}x".format,
+            ),
         ]
-        self.columns = {key: name for results, names, _ in kinds for key, name in zip(results, names, strict=True)}
+        self.columns = {
+            key: name
+            for results, names, _ in kinds
+            for key, name in zip(results, names, strict=True)
+        }
         self.forms = {name: form for _, names, form in kinds for name in names}
 
     def measured_without(self, findings: Findings, removals: Removals) -> Row:
         """Return the measurements of a plan at one size."""
         tasks = main_tasks(findings.tasks)
         averaged = [task for task in tasks if task.key in self.averaged]
-        values: dict[Any, Estimate | None] = {text.key: _perplexity(text, removals) for text in findings.texts}
+        values: dict[Any, Estimate | None] = {
+            text.key: _perplexity(text, removals) for text in findings.texts
+        }
         values |= {task.key: _score(task, removals) for task in tasks}
-        values |= {MEAN: _mean(averaged, removals) if 1 < len(averaged) == len(self.averaged) else None}
-        values |= {result.workload.identity: _speedup(result, removals) for result in findings.workloads}
+        values |= {
+            MEAN: _mean(averaged, removals) if 1 < len(averaged) == len(self.averaged) else None
+        }
+        values |= {
+            result.workload.identity: _speedup(result, removals) for result in findings.workloads
+        }
         return {self.columns[key]: value for key, value in values.items() if value}
 
 
@@ -157,7 +211,9 @@ def _is_averaged(task: TaskResult) -> bool:
 def _perplexity(text: TextResult, removals: Removals) -> Estimate | None:
     dense, scores = text.dense.perplexity, of_size(text.pruned, removals)
     if scores:
-        return scores.perplexity, _map_ends(perplexity_change(scores)[1], lambda change: dense * (1 + change))
+        return scores.perplexity, _map_ends(
+            perplexity_change(scores)[1], lambda change: dense * (1 + change)
+        )
     return None if removals else (dense, None)
 
 
@@ -165,7 +221,9 @@ def _score(task: TaskResult, removals: Removals) -> Estimate | None:
     dense, scores = task.dense.value, of_size(task.pruned, removals)
     if scores:
         low, high = (0.0, 1.0) if scores.lost is not None else (-math.inf, math.inf)
-        return scores.value, _map_ends(scores.difference_interval, lambda change: min(high, max(low, dense + change)))
+        return scores.value, _map_ends(
+            scores.difference_interval, lambda change: min(high, max(low, dense + change))
+        )
     return None if removals else (dense, None)
 
 
@@ -182,4 +240,6 @@ def _speedup(result: WorkloadResult, removals: Removals) -> Estimate | None:
 
 
 def _map_ends(interval: Interval | None, change: Callable[[float], float]) -> Interval | None:
-    return interval and Interval.model_construct(low=change(interval.low), high=change(interval.high))
+    return interval and Interval.model_construct(
+        low=change(interval.low), high=change(interval.high)
+    )

@@ -1,4 +1,6 @@
-"""The cut of blocks: which settings and tensors of a checkpoint remain, under which names? No weight is read."""
+"""The cut of blocks: which settings and tensors of a checkpoint remain, under which names? No
+weight is read.
+"""
 
 from __future__ import annotations
 
@@ -64,19 +66,24 @@ class BlockCut(Cut):
         return self.architecture.block_names(self.kept)
 
     def tensor(self, name: str) -> tuple[str, Slices | None] | None:
-        """Return the new name of a tensor, and the slices that stay of one with a slice for each block."""
+        """Return the new name of a tensor, and the slices that stay of one with a slice for each
+        block.
+        """
         new, axis = self.names.renamed(name), sliced_axis(name)
         slices = None if axis is None else Slices(axis, self.kept.count, self.kept.blocks)
         return None if new is None else (new, slices)
 
     def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:
-        """Return the config with new counts and new values of settings of blocks; other files name modules."""
+        """Return the config with new counts and new values of settings of blocks; other files name
+        modules.
+        """
         modules = ModuleNames(self.architecture, "blocks", self.names.renamed)
         return modules.settings(file, self._config(values) if file == CONFIG else values)
 
     def _config(self, values: dict[str, Any]) -> dict[str, Any]:
         raw = dict(values)
-        # Early configs of multimodal models have the language model's settings elsewhere, or among their own.
+        # Early configs of multimodal models have the language model's settings elsewhere, or among
+        # their own.
         keys = (self.architecture.text_key, *OTHER_TEXT_KEYS) if self.architecture.text_key else ()
         inner = next((key for key in keys if isinstance(raw.get(key), dict)), "")
         text = dict(raw[inner]) if inner else raw
@@ -87,7 +94,8 @@ class BlockCut(Cut):
 
     def _pruned_settings(self, written: dict[str, Any]) -> dict[str, Any]:
         config, adapter, kept = self.architecture.text_config, self.architecture.adapter, self.kept
-        # As transformers parses it: a pattern that the file leaves to a default or a period becomes an explicit list.
+        # As transformers parses it: a pattern that the file leaves to a default or a period becomes
+        # an explicit list.
         understood = config.to_dict()
         settings: dict[str, Any] = {}
         for key in dict.fromkeys((*written, *understood)):
@@ -102,27 +110,41 @@ class BlockCut(Cut):
                 settings[key] = pruned
         for key, rewrite in KEY_REWRITERS.items():
             if key in understood and key not in adapter.config_keys:
-                settings |= rewrite({name: getattr(config, name, None) for name in (*understood, *written)}, kept)
-        aliases = [alias for alias, name in type(config).attribute_map.items() if name == adapter.count_key]
+                settings |= rewrite(
+                    {name: getattr(config, name, None) for name in (*understood, *written)}, kept
+                )
+        aliases = [
+            alias for alias, name in type(config).attribute_map.items() if name == adapter.count_key
+        ]
         counts = [adapter.count_key, *(alias for alias in aliases if alias in written)]
         return settings | dict.fromkeys(counts, len(kept.blocks))
 
     @property
     def settings_of_blocks(self) -> list[str]:
         """The settings that would be wrong for some block if only the number of blocks changed."""
-        before, known = self.architecture.text_config.to_dict(), {self.architecture.adapter.count_key, *REDUNDANT}
+        before, known = (
+            self.architecture.text_config.to_dict(),
+            {self.architecture.adapter.count_key, *REDUNDANT},
+        )
 
         def is_shortened(was: object, after: object) -> bool:
-            return isinstance(was, list | str) and isinstance(after, list | str) and was[: len(after)] == after
+            return (
+                isinstance(was, list | str)
+                and isinstance(after, list | str)
+                and was[: len(after)] == after
+            )
 
         return [
             key
             for key, after in self._pruned_settings({}).items()
-            if key not in known and before.get(key) != after and not is_shortened(before.get(key), after)
+            if key not in known
+            and before.get(key) != after
+            and not is_shortened(before.get(key), after)
         ]
 
     def obstacle(self) -> str | None:
-        """Return a clause on the first change that this removal would make to the kept blocks, or None.
+        """Return a clause on the first change that this removal would make to the kept blocks, or
+        None.
 
         Builds the pruned model without weights, and compares its blocks with the dense model's.
         """
@@ -162,7 +184,11 @@ class BlockCut(Cut):
     def _by_period(self) -> str:
         config = self.architecture.text_config
         values = {key: getattr(config, key, None) for key in PERIOD_KEYS}
-        periods = [f"{key} = {value}" for key, value in values.items() if isinstance(value, int) and value > 1]
+        periods = [
+            f"{key} = {value}"
+            for key, value in values.items()
+            if isinstance(value, int) and value > 1
+        ]
         return f" (the config sets it by period: {', '.join(periods)})" if periods else ""
 
 
@@ -172,12 +198,17 @@ def _rotary_changes(before: Any, after: Any) -> str | None:
         return None
     # By the new keys only, as a kind of block may disappear.
     changed = next((key for key in new if new[key] != old.get(key)), None)
-    return changed and f"its rotary positions would change: {changed} {new[changed]}, not {old.get(changed)}"
+    return (
+        changed
+        and f"its rotary positions would change: {changed} {new[changed]}, not {old.get(changed)}"
+    )
 
 
 def _cache_fault(config: Any) -> str | None:
     try:  # most caches need at least one attention block
-        with translate_errors(lambda words: ModelError(f"the KV cache would not work: {words}", hint="")):
+        with translate_errors(
+            lambda words: ModelError(f"the KV cache would not work: {words}", hint="")
+        ):
             DynamicCache(config=config.get_text_config(decoder=True)).get_seq_length()
     except ModelError as error:
         return error.message
@@ -189,9 +220,14 @@ def plan_blocks(architecture: Architecture, removals: tuple[int, ...]) -> BlockC
     require_removable(removals, architecture.block_count, architecture.source.id)
     cut = BlockCut(architecture, removals)
     if obstacle := cut.obstacle():
-        names = f"block {removals[0]}" if len(removals) == 1 else f"blocks {', '.join(map(str, sorted(removals)))}"
+        names = (
+            f"block {removals[0]}"
+            if len(removals) == 1
+            else f"blocks {', '.join(map(str, sorted(removals)))}"
+        )
         raise UnsupportedModelError(
-            f"Cannot remove {names} from {architecture.source.id} ({architecture.config.model_type}): {obstacle}.",
+            f"Cannot remove {names} from {architecture.source.id} "
+            f"({architecture.config.model_type}): {obstacle}.",
             hint=f"Remove other blocks. {architecture.families_hint}",
         )
     return cut

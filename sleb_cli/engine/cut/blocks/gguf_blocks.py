@@ -26,11 +26,17 @@ class GgufBlockCut(GgufCut):
         return plan_blocks(architecture, self.removals)
 
     def header(self, file: GgufFile) -> GgufFile:
-        """Return the header of the file without these blocks; blocks for multi-token prediction stay."""
+        """Return the header of the file without these blocks; blocks for multi-token prediction
+        stay.
+        """
         count = stored_block_count(file)
         kept = kept_blocks(count, self.removals)
         names = BlockNames("blk", BlockNumbering("blk."), kept)
-        tensors = [replace(tensor, name=new) for tensor in file.tensors if (new := names.renamed(tensor.name))]
+        tensors = [
+            replace(tensor, name=new)
+            for tensor in file.tensors
+            if (new := names.renamed(tensor.name))
+        ]
         entries = [_pruned_entry(file, entry, kept) for entry in file.entries]
         pruned = replace(file, entries=tuple(entries), tensors=tuple(tensors))
         return with_removals(pruned, REMOVED_BLOCKS, count, self.removals)

@@ -46,7 +46,8 @@ class ActiveCut(ActiveRemoval, Cut):
 
     Attributes:
         key: the setting; in some families, in a dictionary of the language model's config.
-        copies: its values in modules, by path and attribute; other modules read the config as they run.
+        copies: its values in modules, by path and attribute; other modules read the config as they
+            run.
     """
 
     architecture: Architecture
@@ -62,7 +63,11 @@ class ActiveCut(ActiveRemoval, Cut):
 
     def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:
         """Return the config with the new number."""
-        return values if file != CONFIG else with_setting(self.architecture, values, self.key, self.after)
+        return (
+            values
+            if file != CONFIG
+            else with_setting(self.architecture, values, self.key, self.after)
+        )
 
     @contextmanager
     def simulate(self, dense: Any) -> Iterator[None]:
@@ -71,7 +76,9 @@ class ActiveCut(ActiveRemoval, Cut):
             for (path, name), value in self.copies.items():
                 stack.enter_context(mock.patch.object(dense.get_submodule(path), name, value))
             if len(self.key) == 1:
-                stack.enter_context(mock.patch.object(dense.config.get_text_config(), self.key[0], self.after))
+                stack.enter_context(
+                    mock.patch.object(dense.config.get_text_config(), self.key[0], self.after)
+                )
             yield
 
 
@@ -99,7 +106,8 @@ def plan_active(architecture: Architecture, after: int) -> ActiveCut:
     dense, changed = ([(name, tensor.shape) for name, tensor in state] for state in states)
     if dense != changed:
         raise UnsupportedModelError(
-            f"{architecture.source.id} has weights whose shapes follow from how many experts a token uses.",
+            f"{architecture.source.id} has weights whose shapes follow from how many experts a "
+            f"token uses.",
             hint="Leave out --experts-per-token.",
         )
     modules = dict(architecture.skeleton.named_modules())
@@ -122,6 +130,7 @@ def plan_gguf_active(file: GgufFile, after: int) -> GgufActiveCut:
 
 def _none_to_spare(model: str, before: int, after: int) -> UsageError:
     return UsageError(
-        f"A token of {model} uses {plural(before, 'expert')}, so --experts-per-token {after} spares none.",
+        f"A token of {model} uses {plural(before, 'expert')}, so --experts-per-token {after} "
+        f"spares none.",
         hint=f"Use {before - 1} or less." if before > 1 else "Leave it out.",
     )

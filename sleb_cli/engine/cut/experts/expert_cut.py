@@ -1,4 +1,6 @@
-"""The cut of experts: which settings and tensors change, and how does the dense model compute without them?"""
+"""The cut of experts: which settings and tensors change, and how does the dense model compute
+without them?
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sleb_cli.engine.cut.experts.routing import Routing, TiesByNumber, watch_routing, without_experts
+from sleb_cli.engine.cut.experts.routing import (
+    Routing,
+    TiesByNumber,
+    watch_routing,
+    without_experts,
+)
 from sleb_cli.engine.cut.protocol import Cut, Removal
 from sleb_cli.engine.cut.quantization import ModuleNames
 from sleb_cli.engine.files.config_files import CONFIG
@@ -29,7 +36,9 @@ Removed = Mapping[int, Sequence[int]]
 
 @dataclass(frozen=True)
 class ExpertRemoval(Removal):
-    """What cuts of experts from checkpoints and from GGUF files share: the `count` in a block, and the `removed`."""
+    """What cuts of experts from checkpoints and from GGUF files share: the `count` in a block, and
+    the `removed`.
+    """
 
     count: int
     removed: Removed
@@ -50,7 +59,9 @@ class ExpertRemoval(Removal):
         return (f"{self.count - self.fewer}-experts",)
 
     def kept_experts(self, block: int) -> tuple[int, ...]:
-        """Return the experts of a block that stay; a block for multi-token prediction keeps the last block's."""
+        """Return the experts of a block that stay; a block for multi-token prediction keeps the
+        last block's.
+        """
         removed = self.removed.get(block, self.removed[max(self.removed)])
         return tuple(sorted({*range(self.count)}.difference(removed)))
 
@@ -77,29 +88,42 @@ class ExpertCut(ExpertRemoval, Cut):
     @property
     def note(self) -> str | None:
         """A note on blocks for multi-token prediction."""
-        blocks = {self._split(name)[0] or 0 for name in self.architecture.source.weights.tensor_names()}
+        blocks = {
+            self._split(name)[0] or 0 for name in self.architecture.source.weights.tensor_names()
+        }
         return PREDICTION_NOTE if max(blocks) >= self.architecture.block_count else None
 
     def _split(self, name: str) -> tuple[int | None, str]:
-        """Return the block of a tensor and its name there; blocks for multi-token prediction follow the last one."""
+        """Return the block of a tensor and its name there; blocks for multi-token prediction follow
+        the last one.
+        """
         block, inner = self.architecture.names.split(name)
         if block is not None or not (match := PREDICTION.search(name)):
             return block, inner
-        # The name in the block may follow a path of any length, so it is the longest end that experts have.
+        # The name in the block may follow a path of any length, so it is the longest end that
+        # experts have.
         steps, experts = match[1].split("."), self.architecture.experts
         ends = (".".join(steps[start:]) for start in range(len(steps)))
-        known = next((end for end in ends if end in experts.parts or experts.numbered_in(end)), None)
+        known = next(
+            (end for end in ends if end in experts.parts or experts.numbered_in(end)), None
+        )
         return (None, name) if known is None else (self.architecture.block_count, known)
 
     def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:
         """Return the config with the new count; any file may name the modules of one expert."""
         if file == CONFIG:
-            values = with_setting(self.architecture, values, self.architecture.experts.key, self.count - self.fewer)
-        modules = ModuleNames(self.architecture, "experts", lambda name: (new := self.tensor(name)) and new[0])
+            values = with_setting(
+                self.architecture, values, self.architecture.experts.key, self.count - self.fewer
+            )
+        modules = ModuleNames(
+            self.architecture, "experts", lambda name: (new := self.tensor(name)) and new[0]
+        )
         return modules.settings(file, values)
 
     def tensor(self, name: str) -> tuple[str, Slices | None] | None:
-        """Return the new name of a tensor of one expert, or the slices that stay of a tensor of all."""
+        """Return the new name of a tensor of one expert, or the slices that stay of a tensor of
+        all.
+        """
         block, inner = self._split(name)
         if block is None or (block < self.architecture.block_count and block not in self.removed):
             return name, None
@@ -118,7 +142,9 @@ class ExpertCut(ExpertRemoval, Cut):
     def simulate(self, dense: nn.Module) -> AbstractContextManager[object]:
         """Have the dense model's routers choose among the experts that stay."""
         blocks = [*self.architecture.blocks_of(dense)]
-        return without_experts(self.architecture.experts, blocks, self.removed, self.architecture.config.model_type)
+        return without_experts(
+            self.architecture.experts, blocks, self.removed, self.architecture.config.model_type
+        )
 
     def break_ties(self) -> AbstractContextManager[object]:
         """Break ties by number, an order that the cut keeps."""
@@ -126,15 +152,21 @@ class ExpertCut(ExpertRemoval, Cut):
 
     @contextmanager
     def extra_outputs(self, model: nn.Module, *, pruned: bool) -> Iterator[Mapping[str, Tensor]]:
-        """Run each expert that stays once on random states, since the proof's text may not reach it."""
+        """Run each expert that stays once on random states, since the proof's text may not reach
+        it.
+        """
         outputs: dict[int, Tensor] = {}
 
         def run_each(block: int, routing: Routing) -> None:
             if block not in outputs and len(routing.hidden):
                 kept, width = self.kept_experts(block), routing.hidden.shape[-1]
                 # Drawn by the number of the block, so that both models get the same states.
-                states = torch.randn(len(kept), width, generator=torch.Generator().manual_seed(block))
-                numbers = torch.tensor(range(len(kept)) if pruned else kept, device=routing.experts.device)
+                states = torch.randn(
+                    len(kept), width, generator=torch.Generator().manual_seed(block)
+                )
+                numbers = torch.tensor(
+                    range(len(kept)) if pruned else kept, device=routing.experts.device
+                )
                 outputs[block] = routing.run_alone(states.to(routing.hidden), numbers).cpu()
 
         named: dict[str, Tensor] = {}
@@ -142,7 +174,10 @@ class ExpertCut(ExpertRemoval, Cut):
         counted = replace(experts, count=self.count - self.fewer) if pruned else experts
         with watch_routing(counted, [*self.architecture.blocks_of(model)], run_each):
             yield named
-        named |= {f"the experts of block {block}": outputs.get(block, torch.empty(0)) for block in experts.blocks}
+        named |= {
+            f"the experts of block {block}": outputs.get(block, torch.empty(0))
+            for block in experts.blocks
+        }
 
 
 def plan_experts(architecture: Architecture, removed: Removed) -> ExpertCut:
@@ -150,11 +185,14 @@ def plan_experts(architecture: Architecture, removed: Removed) -> ExpertCut:
     experts = architecture.experts
     if {*removed} != {*experts.blocks}:
         raise PlanError(
-            f"The plan removes experts of {len(removed)} blocks, but {architecture.source.id} has experts in "
+            f"The plan removes experts of {len(removed)} blocks, but {architecture.source.id} has "
+            f"experts in "
             f"{len(experts.blocks)}, and each must keep as many.",
             hint="Search again.",
         )
-    require_removable(removed, experts.count, experts.active, experts.groups, architecture.source.id)
+    require_removable(
+        removed, experts.count, experts.active, experts.groups, architecture.source.id
+    )
     return ExpertCut(experts.count, removed, architecture)
 
 
@@ -168,6 +206,12 @@ def require_removable(removed: Removed, count: int, active: int, groups: int, na
         if len({*experts} & {*range(count)}) != number or len(experts) != number:
             why = why or f"of block {block}, it names {[*experts]}, and not {number} of {count}"
         if len({sum(expert // size == group for expert in experts) for group in range(groups)}) > 1:
-            why = why or f"of block {block}, it takes more from some of the {groups} groups than from others"
+            why = (
+                why
+                or f"of block {block}, it takes more from some of the {groups} groups than from "
+                f"others"
+            )
     if why:
-        raise PlanError(f"The plan removes experts that {name} cannot do without: {why}.", hint="Search again.")
+        raise PlanError(
+            f"The plan removes experts that {name} cannot do without: {why}.", hint="Search again."
+        )

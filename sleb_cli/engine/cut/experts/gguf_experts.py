@@ -16,11 +16,18 @@ from sleb_cli.engine.cut.experts.expert_cut import (
 from sleb_cli.engine.cut.protocol import GgufCut
 from sleb_cli.engine.gguf.blocks import BLOCK, stored_block_count
 from sleb_cli.engine.gguf.file import GgufFile, GgufTensor
-from sleb_cli.engine.gguf.removed_parts import REMOVED_BLOCKS, REMOVED_EXPERTS, remaining, with_removals
+from sleb_cli.engine.gguf.removed_parts import (
+    REMOVED_BLOCKS,
+    REMOVED_EXPERTS,
+    remaining,
+    with_removals,
+)
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_plugins import PlanError, UnsupportedModelError
 
-_BY_EXPERT = re.compile(r"\.(ffn_(gate|up|down|gate_up)_exps(\.\w+)?|ffn_gate_inp\.(weight|bias)|exp_probs_b(\.bias)?)")
+_BY_EXPERT = re.compile(
+    r"\.(ffn_(gate|up|down|gate_up)_exps(\.\w+)?|ffn_gate_inp\.(weight|bias)|exp_probs_b(\.bias)?)"
+)
 """Tensors with a part of each expert; their shape is checked, too."""
 _MAYBE = re.compile(r"\.(ffn_gate_inp\.\w+|ffn_norm_exps\.\w+)|.*shexp.*")
 """Tensors that may have as many values as there are experts, but belong to none of them."""
@@ -28,12 +35,16 @@ _REFUSED = {
     "ffn_gate_tid2eid": "its routers choose experts by the numbers of tokens",
     "_chexps": "its experts share parts of one another",
 }
-_SPECIAL_COUNTS = {("llama4", 128): "llama.cpp computes attention otherwise for 128 experts than for fewer"}
+_SPECIAL_COUNTS = {
+    ("llama4", 128): "llama.cpp computes attention otherwise for 128 experts than for fewer"
+}
 
 
 @dataclass(frozen=True)
 class GgufExpertCut(ExpertRemoval, GgufCut):
-    """The cut of experts from a GGUF file; `predicts` if it also has experts for multi-token prediction."""
+    """The cut of experts from a GGUF file; `predicts` if it also has experts for multi-token
+    prediction.
+    """
 
     predicts: bool = False
 
@@ -54,7 +65,9 @@ class GgufExpertCut(ExpertRemoval, GgufCut):
             else tensor
             for tensor in file.tensors
         )
-        cut = replace(file.with_count("expert_count", self.count - self.fewer), tensors=tuple(tensors))
+        cut = replace(
+            file.with_count("expert_count", self.count - self.fewer), tensors=tuple(tensors)
+        )
         _, numbers = remaining(file, REMOVED_BLOCKS, stored_block_count(file))
         for block, removed in self.removed.items():
             cut = with_removals(cut, f"{REMOVED_EXPERTS}{numbers[block]}", self.count, removed)
@@ -62,20 +75,35 @@ class GgufExpertCut(ExpertRemoval, GgufCut):
 
 
 def plan_gguf_experts(file: GgufFile, removed: Removed) -> GgufExpertCut:
-    """Plan the removal of these experts, checked against the file and against how llama.cpp loads the result."""
+    """Plan the removal of these experts, checked against the file and against how llama.cpp loads
+    the result.
+    """
     count = file.count("expert_count") or 0
     why = _SPECIAL_COUNTS.get((file.architecture, count))
     for tensor in file.tensors:
-        why = why or next((reason for words, reason in _REFUSED.items() if words in tensor.name), None)
-        if "_exps." in tensor.name and not _MAYBE.search(tensor.name) and _block_with_experts(tensor, count) is None:
+        why = why or next(
+            (reason for words, reason in _REFUSED.items() if words in tensor.name), None
+        )
+        if (
+            "_exps." in tensor.name
+            and not _MAYBE.search(tensor.name)
+            and _block_with_experts(tensor, count) is None
+        ):
             why = why or f"sleb does not know what {tensor.name} holds"
     if why:
-        raise UnsupportedModelError(f"No expert can be removed from {file.path}, because {why}.", hint="Remove blocks.")
-    blocks = {block for tensor in file.tensors if (block := _block_with_experts(tensor, count)) is not None}
+        raise UnsupportedModelError(
+            f"No expert can be removed from {file.path}, because {why}.", hint="Remove blocks."
+        )
+    blocks = {
+        block
+        for tensor in file.tensors
+        if (block := _block_with_experts(tensor, count)) is not None
+    }
     known = blocks & {*removed}
     if {*removed} != known or any(block < max(removed, default=0) for block in blocks - known):
         raise PlanError(
-            f"{file.path} has {count} experts in each of {len(blocks)} blocks, which are not those of the plan.",
+            f"{file.path} has {count} experts in each of {len(blocks)} blocks, which are not those "
+            f"of the plan.",
             hint="Name a GGUF file of the plan's model.",
         )
     active, groups = file.count("expert_used_count") or 1, file.count("expert_group_count") or 1

@@ -1,4 +1,6 @@
-"""Run a model as if some experts could not be chosen, and watch its routers choose, without a family's code."""
+"""Run a model as if some experts could not be chosen, and watch its routers choose, without a
+family's code.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,13 @@ Forward = Callable[..., Any]
 
 @contextmanager
 def without_experts(
-    experts: Experts, blocks: Sequence[nn.Module], removed: Mapping[int, Sequence[int]], model_type: str
+    experts: Experts,
+    blocks: Sequence[nn.Module],
+    removed: Mapping[int, Sequence[int]],
+    model_type: str,
 ) -> Iterator[None]:
-    """Have no router choose these experts, by block: their logits, and their biases of the choice, are -inf.
+    """Have no router choose these experts, by block: their logits, and their biases of the choice,
+    are -inf.
 
     Raises:
         UnsupportedModelError: at the end, if a block has run and its router was not reached.
@@ -35,28 +41,36 @@ def without_experts(
                 prefix = f"{child}."
                 names = (name for name in experts.router if name.startswith(prefix))
                 in_child = {name.removeprefix(prefix): experts.router[name] for name in names}
-                module, numbers = blocks[block].get_submodule(child), torch.tensor(sorted(removed[block]))
+                module, numbers = (
+                    blocks[block].get_submodule(child),
+                    torch.tensor(sorted(removed[block])),
+                )
                 in_block.append(_Masked(module, in_child, numbers))
                 stack.enter_context(_wrapped_forward(module, in_block[-1].around))
         yield
     for block, in_block in modes.items():
         if any(mode.runs for mode in in_block) and not any(mode.hits for mode in in_block):
             raise UnsupportedModelError(
-                f"The experts of {model_type} cannot be left out: sleb does not reach the router of block {block}.",
+                f"The experts of {model_type} cannot be left out: sleb does not reach the router "
+                f"of block {block}.",
                 hint="Open an issue that names this family.",
             )
 
 
 class _Masked(TorchFunctionMode):
-    """Puts -inf on the last axis of results computed with a router's weights, or with casts or views of them.
+    """Puts -inf on the last axis of results computed with a router's weights, or with casts or
+    views of them.
 
-    Biases of the choice, by expert, also get -inf. In a scale by expert, these entries are never read.
+    Biases of the choice, by expert, also get -inf. In a scale by expert, these entries are never
+    read.
     """
 
     def __init__(self, module: nn.Module, router: Mapping[str, Part], removed: Tensor) -> None:
         super().__init__()
         paths = [(name.rpartition("."), part.axis) for name, part in router.items()]
-        self.router = [(module.get_submodule(owner), last, axis) for (owner, _, last), axis in paths]
+        self.router = [
+            (module.get_submodule(owner), last, axis) for (owner, _, last), axis in paths
+        ]
         self.derived, self.removed, self.runs, self.hits = dict[int, Tensor](), removed, 0, 0
 
     def around(self, forward: Forward) -> Forward:
@@ -71,7 +85,10 @@ class _Masked(TorchFunctionMode):
         return masked
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, axes = kwargs or {}, {id(getattr(owner, last)): axis for owner, last, axis in self.router}
+        kwargs, axes = (
+            kwargs or {},
+            {id(getattr(owner, last)): axis for owner, last, axis in self.router},
+        )
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         lists = {
             id(tensor): self._masked(tensor, axis)
@@ -79,11 +96,17 @@ class _Masked(TorchFunctionMode):
             if (axis := axes.get(id(tensor))) is not None and tensor.numel() == tensor.shape[axis]
         }
         args = [lists.get(id(value), value) for value in args]
-        output = func(*args, **{name: lists.get(id(value), value) for name, value in kwargs.items()})
-        from_router = any(id(tensor) in self.derived or id(tensor) in axes.keys() - lists.keys() for tensor in tensors)
+        output = func(
+            *args, **{name: lists.get(id(value), value) for name, value in kwargs.items()}
+        )
+        from_router = any(
+            id(tensor) in self.derived or id(tensor) in axes.keys() - lists.keys()
+            for tensor in tensors
+        )
         if not from_router or not isinstance(output, Tensor) or not output.is_floating_point():
             return output
-        # From one tensor comes a cast or a view of the weights; the product with hidden states has two.
+        # From one tensor comes a cast or a view of the weights; the product with hidden states has
+        # two.
         if len(tensors) == 1:
             self.derived[id(output)] = output  # kept alive, so that no other tensor gets its id
             return output
@@ -95,7 +118,9 @@ class _Masked(TorchFunctionMode):
 
 
 class TiesByNumber(TorchFunctionMode):
-    """Has `topk` take the lower of equals, so that a model and its cut, which keeps their order, choose alike."""
+    """Has `topk` take the lower of equals, so that a model and its cut, which keeps their order,
+    choose alike.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return (_topk if func in (torch.topk, Tensor.topk) else func)(*args, **(kwargs or {}))
@@ -103,7 +128,8 @@ class TiesByNumber(TorchFunctionMode):
 
 def _topk(input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
     """`torch.topk`, with the lower of equals first."""
-    # torch.topk takes any of them, by how many there are; in bfloat16, a router's logits are often equal.
+    # torch.topk takes any of them, by how many there are; in bfloat16, a router's logits are often
+    # equal.
     values, indices = torch.sort(input, dim=dim, descending=largest, stable=True)
     return torch.return_types.topk((values.narrow(dim, 0, k), indices.narrow(dim, 0, k)))
 
@@ -114,10 +140,11 @@ class Routing:
 
     Attributes:
         hidden: the experts' inputs, [tokens, width].
-        experts: their numbers, int64 [tokens, active]; numbers from the count on are experts that compute nothing.
+        experts: their numbers, int64 [tokens, active]; numbers from the count on are experts that
+            compute nothing.
         gates: the weight of each, [tokens, active].
-        run_alone: given other inputs, [tokens, width], and one expert for each, [tokens], returns its outputs by a gate
-        of 1.
+        run_alone: given other inputs, [tokens, width], and one expert for each, [tokens], returns
+            its outputs by a gate of 1.
     """
 
     hidden: Tensor
@@ -133,7 +160,8 @@ def watch_routing(
     """Call `listen` with each block's number and routing; the model computes as before."""
     with ExitStack() as stack:
         for block in experts.blocks:
-            # The experts are called through the module with their weights, or through one around it.
+            # The experts are called through the module with their weights, or through one around
+            # it.
             path = experts.module
             while path:
                 module, all_at_once = blocks[block].get_submodule(path), path == experts.module
@@ -143,12 +171,22 @@ def watch_routing(
         yield
 
 
-def _reporting(count: int, block: int, listen: Callable[[int, Routing], object], *, all_at_once: bool) -> Any:
+def _reporting(
+    count: int, block: int, listen: Callable[[int, Routing], object], *, all_at_once: bool
+) -> Any:
     def call_and_report(forward: Forward, *args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        hidden, *others = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        hidden, *others = (
+            value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)
+        )
         routing = _routing_of_tokens(forward, hidden, others)
-        if routing is None and all_at_once and not others and hidden.ndim == 2 and output.shape == hidden.shape:
+        if (
+            routing is None
+            and all_at_once
+            and not others
+            and hidden.ndim == 2
+            and output.shape == hidden.shape
+        ):
             routing = _routing_of_all(forward, hidden, count)
         if routing is not None:
             listen(block, routing)
@@ -157,13 +195,24 @@ def _reporting(count: int, block: int, listen: Callable[[int, Routing], object],
     return lambda forward: partial(call_and_report, forward)
 
 
-def _routing_of_tokens(forward: Forward, hidden: Tensor, others: Sequence[Tensor]) -> Routing | None:
+def _routing_of_tokens(
+    forward: Forward, hidden: Tensor, others: Sequence[Tensor]
+) -> Routing | None:
     """Read a call that is given the experts of each token and their gates, which differ in type."""
-    numbers = next((tensor for tensor in others if tensor.dtype in (torch.int64, torch.int32)), None)
+    numbers = next(
+        (tensor for tensor in others if tensor.dtype in (torch.int64, torch.int32)), None
+    )
     if numbers is None or numbers.ndim < 2:
         return None
     active, flat = numbers.shape[-1], hidden.reshape(-1, hidden.shape[-1])
-    gates = next((tensor for tensor in others if tensor.is_floating_point() and tensor.shape == numbers.shape), None)
+    gates = next(
+        (
+            tensor
+            for tensor in others
+            if tensor.is_floating_point() and tensor.shape == numbers.shape
+        ),
+        None,
+    )
     if gates is None or numbers.numel() // active != len(flat):
         return None
 
@@ -171,7 +220,10 @@ def _routing_of_tokens(forward: Forward, hidden: Tensor, others: Sequence[Tensor
         ones = gates.new_ones(len(chosen), 1)
         try:
             outputs: Tensor = forward(states, chosen[:, None], ones)
-        except (ValueError, IndexError):  # it takes as many as a token has: the others are the same, by a gate of 0
+        except (
+            ValueError,
+            IndexError,
+        ):  # it takes as many as a token has: the others are the same, by a gate of 0
             gate = torch.cat([ones, gates.new_zeros(len(chosen), active - 1)], 1)
             outputs = forward(states, chosen[:, None].expand(-1, active).contiguous(), gate)
         return outputs
@@ -180,7 +232,9 @@ def _routing_of_tokens(forward: Forward, hidden: Tensor, others: Sequence[Tensor
 
 
 def _routing_of_all(forward: Forward, hidden: Tensor, count: int) -> Routing:
-    """Read a call that is given all tokens for one expert after the other, scaled by gates (0: not chosen)."""
+    """Read a call that is given all tokens for one expert after the other, scaled by gates (0: not
+    chosen).
+    """
 
     def run_alone(states: Tensor, chosen: Tensor) -> Tensor:
         first: Tensor = forward(states.repeat(count, 1)).view(count, len(states), -1)
@@ -190,7 +244,10 @@ def _routing_of_all(forward: Forward, hidden: Tensor, count: int) -> Routing:
     used = (by_expert != 0).any(-1)  # [experts, tokens]
     numbers, tokens = used.nonzero(as_tuple=True)
     return Routing(
-        by_expert[numbers, tokens], numbers[:, None], used.new_ones(len(numbers), 1, dtype=hidden.dtype), run_alone
+        by_expert[numbers, tokens],
+        numbers[:, None],
+        used.new_ones(len(numbers), 1, dtype=hidden.dtype),
+        run_alone,
     )
 
 

@@ -18,7 +18,10 @@ from sleb_cli.results import CutRecord, VocabularyRecord
 from sleb_plugins.errors import UnsupportedModelError, UsageError
 
 _ALWAYS = ("common", "inherited")
-"""Punctuation, digits, symbols and marks, which belong to no single script. ASCII letters stay besides."""
+"""Punctuation, digits, symbols and marks, which belong to no single script.
+
+ASCII letters stay besides.
+"""
 
 _NUMBERS = re.compile(r"(.*[._])?token_(ids?|index)|(begin_)?suppress_tokens")
 """Settings that name tokens by number: one, a list, or none."""
@@ -90,7 +93,9 @@ class TokenRemoval(Removal):
     def record(self, sizes: Mapping[str, tuple[int, int]]) -> Mapping[str, CutRecord]:
         """Return the scripts, the numbers of tokens before and after, and the sizes of the model."""
         tokens = (self.vocabulary.count, len(self.tokens))
-        return {"vocabulary": VocabularyRecord(scripts=self.vocabulary.scripts, tokens=tokens, **sizes)}
+        return {
+            "vocabulary": VocabularyRecord(scripts=self.vocabulary.scripts, tokens=tokens, **sizes)
+        }
 
 
 def characters_of(scripts: Iterable[str], normalize: Callable[[str], str] = str) -> str:
@@ -103,18 +108,25 @@ def characters_of(scripts: Iterable[str], normalize: Callable[[str], str] = str)
             regex.compile(rf"\p{{Script={script}}}")
         except regex.error as error:
             raise UsageError(
-                f"Unicode has no script {script!r}.", hint="For example: --scripts latin,greek,cyrillic."
+                f"Unicode has no script {script!r}.",
+                hint="For example: --scripts latin,greek,cyrillic.",
             ) from error
         classes.append(rf"\p{{Script={script}}}")
-    everything = "".join(map(chr, (*range(_SURROGATES.start), *range(_SURROGATES.stop, sys.maxunicode + 1))))
+    everything = "".join(
+        map(chr, (*range(_SURROGATES.start), *range(_SURROGATES.stop, sys.maxunicode + 1)))
+    )
     matching = set(regex.findall(rf"[\p{{ASCII}}{''.join(classes)}]", everything))
-    # Without characters that the tokenizer would first turn into another script: NFKC makes a Greek letter of the micro
-    # sign.
-    return "".join(sorted(character for character in matching if matching.issuperset(normalize(character))))
+    # Without characters that the tokenizer would first turn into another script: NFKC makes a Greek
+    # letter of the micro sign.
+    return "".join(
+        sorted(character for character in matching if matching.issuperset(normalize(character)))
+    )
 
 
 def text_of(token: str, *, in_bytes: bool) -> str:
-    """Return the text of a token, which may be spelled in bytes; with `INCOMPLETE` for incomplete characters."""
+    """Return the text of a token, which may be spelled in bytes; with `INCOMPLETE` for incomplete
+    characters.
+    """
     return ByteLevel().decode([token]) if in_bytes else token
 
 
@@ -144,15 +156,17 @@ def choose_tokens(
     normalize: Callable[[str], str] = str,
 ) -> Vocabulary:
     """Choose the tokens whose texts are of these scripts, and the tokens in `always`."""
-    # A text of these scripts gets the same tokens as before: every token that it can be merged from is a part of it,
-    # and so stays, as characters of these scripts or as bytes of an incomplete one.
+    # A text of these scripts gets the same tokens as before: every token that it can be merged from
+    # is a part of it, and so stays, as characters of these scripts or as bytes of an incomplete
+    # one.
     characters = characters_of(scripts, normalize)
     staying = {INCOMPLETE, *characters, *normalize(characters)}
     tokens = {number for number, text in texts.items() if staying.issuperset(text)}
     tokens |= {number for number in always if 0 <= number < count}
     if (lost := count - len(tokens)) < _MIN_LOST_SHARE * count:
         raise UsageError(
-            f"Nothing is gained: {lost:,} of {count:,} tokens are of other scripts than {', '.join(scripts)}.",
+            f"Nothing is gained: {lost:,} of {count:,} tokens are of other scripts than "
+            f"{', '.join(scripts)}.",
             hint="Leave out --scripts.",
         )
     return Vocabulary(tuple(scripts), count, tuple(sorted(tokens)), characters)
@@ -160,4 +174,6 @@ def choose_tokens(
 
 def cannot_cut(model: str, why: str) -> UnsupportedModelError:
     """Return the error for a vocabulary of a kind that sleb cannot cut."""
-    return UnsupportedModelError(f"Cannot cut the vocabulary of {model}, because {why}.", hint="Leave out --scripts.")
+    return UnsupportedModelError(
+        f"Cannot cut the vocabulary of {model}, because {why}.", hint="Leave out --scripts."
+    )

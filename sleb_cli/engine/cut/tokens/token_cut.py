@@ -47,7 +47,8 @@ class TokenCut(TokenRemoval, Cut):
     """The cut of a vocabulary from a checkpoint.
 
     Attributes:
-        text_key: the key of the language model's config in `config.json`; empty if it is the whole config.
+        text_key: the key of the language model's config in `config.json`; empty if it is the whole
+            config.
         tables: the names of tensors with a row for each token.
         tokenizer: the contents of the new `tokenizer.json`; None if it comes with a GGUF file.
     """
@@ -74,15 +75,21 @@ class TokenCut(TokenRemoval, Cut):
         added = renumbered.get("added_tokens_decoder")
         if isinstance(added, Mapping):
             new = {str(old): str(number) for old, number in self.vocabulary.new_number.items()}
-            renumbered["added_tokens_decoder"] = {new[old]: token for old, token in added.items() if old in new}
+            renumbered["added_tokens_decoder"] = {
+                new[old]: token for old, token in added.items() if old in new
+            }
         return renumbered
 
     def tensor(self, name: str) -> tuple[str, Slices | None]:
         """Return the name, and the rows that stay of a table."""
-        return name, Slices(0, self.vocabulary.count, self.vocabulary.tokens) if name in self.tables else None
+        return name, Slices(
+            0, self.vocabulary.count, self.vocabulary.tokens
+        ) if name in self.tables else None
 
     def texts(self, tokenizer: Any) -> Iterator[str]:
-        """Yield texts of all tokens and characters that stay, as the dense model's tokenizer decodes them."""
+        """Yield texts of all tokens and characters that stay, as the dense model's tokenizer
+        decodes them.
+        """
         texts = tokenizer.batch_decode(_in_pieces(self.tokens), skip_special_tokens=True)
         characters = self.vocabulary.characters
         # Neighbours that hold incomplete characters may together make one of another script.
@@ -90,7 +97,9 @@ class TokenCut(TokenRemoval, Cut):
         yield from map(" ".join, _in_pieces(characters))
 
     def tokenizer_checks(self, pruned: Any, dense: Any, notify: Notify) -> Iterator[Check]:
-        """Yield the check of `texts`, which has passed, and check that text of lost tokens is decoded as before."""
+        """Yield the check of `texts`, which has passed, and check that text of lost tokens is
+        decoded as before.
+        """
         yield "same tokens"
         lost = sorted({*range(min(self.vocabulary.count, len(dense)))}.difference(self.tokens))
         decoded = dense.batch_decode([[token] for token in lost[:: len(lost) // _LOST_TEXTS + 1]])
@@ -103,7 +112,12 @@ class TokenCut(TokenRemoval, Cut):
         if respelled(pruned) == respelled(dense):
             yield "spells others"
         else:
-            notify(Notice("Text of other scripts does not come back: this tokenizer cannot spell it in bytes."))
+            notify(
+                Notice(
+                    "Text of other scripts does not come back: this tokenizer cannot spell it in "
+                    "bytes."
+                )
+            )
 
 
 def _in_pieces(items: Sequence[Any]) -> list[Sequence[Any]]:
@@ -120,8 +134,12 @@ def plan_tokens(architecture: Architecture, scripts: Sequence[str]) -> TokenCut:
     for name in SETTINGS:
         if holds_file(source.folder, name):
             used |= token_ids_in(read_json(source.folder / name), name)
-    in_bytes = any(decoder.get("type") == "ByteLevel" for decoder in mappings_in(data.get("decoder")))
-    plain = {number: token for token, number in tokens_in(data) if number not in added and number < count}
+    in_bytes = any(
+        decoder.get("type") == "ByteLevel" for decoder in mappings_in(data.get("decoder"))
+    )
+    plain = {
+        number: token for token, number in tokens_in(data) if number not in added and number < count
+    }
     texts = {number: text_of(token, in_bytes=in_bytes) for number, token in plain.items()}
     vocabulary = choose_tokens(scripts, texts, added | used, count, normalize)
     tables = token_tables(architecture, vocabulary)
@@ -135,10 +153,17 @@ def token_tables(architecture: Architecture, vocabulary: Vocabulary) -> frozense
     """
     for config_part in mappings_in(architecture.config.to_dict()):
         for key, value in config_part.items():
-            if value and (_UNKNOWN_TABLES.fullmatch(str(key)) or (key == "vocab_size" and value != vocabulary.count)):
-                raise cannot_cut_tokens(architecture, f"it may have further tables by token ({key} {value})")
+            if value and (
+                _UNKNOWN_TABLES.fullmatch(str(key))
+                or (key == "vocab_size" and value != vocabulary.count)
+            ):
+                raise cannot_cut_tokens(
+                    architecture, f"it may have further tables by token ({key} {value})"
+                )
     skeleton, raw = cast(Any, architecture.skeleton), architecture.source.raw_config
-    config = architecture.read_config(TokenCut(vocabulary, architecture.text_key).settings(CONFIG, raw))
+    config = architecture.read_config(
+        TokenCut(vocabulary, architecture.text_key).settings(CONFIG, raw)
+    )
     shapes, new_shapes = (
         {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         for model in (skeleton, architecture.build(config))
@@ -150,22 +175,38 @@ def token_tables(architecture: Architecture, vocabulary: Vocabulary) -> frozense
         if any(module is embeddings for embeddings in known)
         for name, parameter in module.named_parameters(recurse=False)
     }
-    changed = {name: new_shapes.get(name) for name, shape in shapes.items() if new_shapes.get(name) != shape}
+    changed = {
+        name: new_shapes.get(name)
+        for name, shape in shapes.items()
+        if new_shapes.get(name) != shape
+    }
     if changed != expected:
         other = min({*changed.items()} ^ {*expected.items()})[0]
         raise cannot_cut_tokens(architecture, f"{other} has an entry for each token, too")
     tables = _tables_in_files(architecture, {name: shapes[name] for name in expected})
     if architecture.numbering.extra or not tables:
-        raise cannot_cut_tokens(architecture, "its weight files hold other tables by token than its config says")
+        raise cannot_cut_tokens(
+            architecture, "its weight files hold other tables by token than its config says"
+        )
     return tables
 
 
-def _tables_in_files(architecture: Architecture, tables: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
+def _tables_in_files(
+    architecture: Architecture, tables: Mapping[str, tuple[int, ...]]
+) -> frozenset[str]:
     skeleton, block_of = cast(Any, architecture.skeleton), architecture.names.block_of
     state = skeleton.state_dict().items()
     rest = {name: tensor for name, tensor in state if name not in tables and block_of(name) is None}
-    others, base = {*rest, *revert_weight_conversion(skeleton, rest)}, f"{skeleton.base_model_prefix}."
-    # Names may differ from the model's. But any other tensor of such a shape outside the blocks is known by name.
-    fitting = [tensor.name for tensor in architecture.source.weights.stored if tensor.shape in tables.values()]
+    others, base = (
+        {*rest, *revert_weight_conversion(skeleton, rest)},
+        f"{skeleton.base_model_prefix}.",
+    )
+    # Names may differ from the model's. But any other tensor of such a shape outside the blocks is
+    # known by name.
+    fitting = [
+        tensor.name
+        for tensor in architecture.source.weights.stored
+        if tensor.shape in tables.values()
+    ]
     outside = [name for name in fitting if block_of(name) is None]
     return frozenset(name for name in outside if others.isdisjoint((name, f"{base}{name}")))

@@ -24,7 +24,9 @@ OTHER_FORMATS = frozenset({
 
 
 def read_tokenizer(architecture: Architecture) -> tuple[dict[str, Any], Callable[[str], str]]:
-    """Return the contents of `tokenizer.json`, and the function that normalizes a text before it is split."""
+    """Return the contents of `tokenizer.json`, and the function that normalizes a text before it is
+    split.
+    """
     source = architecture.source
     path = source.folder / TOKENIZER
     if not holds_file(source.folder, TOKENIZER):
@@ -60,17 +62,23 @@ def tokens_in(data: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def cut_tokenizer(data: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
-    """Return the new `tokenizer.json`: the tokens that stay, and the merges that make one of them from two others."""
+    """Return the new `tokenizer.json`: the tokens that stay, and the merges that make one of them
+    from two others.
+    """
     new, model = vocabulary.new_number, dict(data["model"])
     staying = [(token, number) for token, number in tokens_in(data) if number in new]
     if model["type"] == "BPE":
         model["vocab"] = tokens = {token: new[number] for token, number in staying}
-        model["merges"] = [[a, b] for a, b in model["merges"] if a in tokens and b in tokens and a + b in tokens]
+        model["merges"] = [
+            [a, b] for a, b in model["merges"] if a in tokens and b in tokens and a + b in tokens
+        ]
     else:
         model["vocab"] = [model["vocab"][number] for _, number in staying]
         model["unk_id"] = vocabulary.renumbered(model.get("unk_id"))
     # An added token without a row, which the tokenizer of a GGUF file may have, goes.
-    added = [token | {"id": new[token["id"]]} for token in data["added_tokens"] if token["id"] in new]
+    added = [
+        token | {"id": new[token["id"]]} for token in data["added_tokens"] if token["id"] in new
+    ]
     rest = {key: _with_new_ids(data.get(key), new) for key in ("post_processor", "padding")}
     return {**data, "model": model, "added_tokens": added, **rest}
 

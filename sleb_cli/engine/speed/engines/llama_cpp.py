@@ -48,7 +48,9 @@ class _LoadedGguf(LoadedModel):
         self._context = None
         self.device = "gpu" if llama.llama_supports_gpu_offload() else "cpu"
         errors = _collect_errors(llama)  # and silence everything else, now and later
-        self._model = llama.llama_model_load_from_file(str(file).encode(), llama.llama_model_default_params())
+        self._model = llama.llama_model_load_from_file(
+            str(file).encode(), llama.llama_model_default_params()
+        )
         if not self._model:
             raise UnsupportedModelError(
                 f"llama.cpp cannot load {file.name}{_because(errors)}.",
@@ -64,36 +66,49 @@ class _LoadedGguf(LoadedModel):
         if not self._context:
             self.close()
             raise MachineError(
-                f"llama.cpp cannot make a context for {settings.batch_size} x {settings.sequence_length} tokens of "
+                f"llama.cpp cannot make a context for {settings.batch_size} x "
+                f"{settings.sequence_length} tokens of "
                 f"{file.name}{_because(errors)}.",
                 hint="Use a smaller --batch-size or --prompt-length.",
             )
         self._vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> TimedRun:
-        """Process the prompts as llama-bench does, in batches of up to 2,048 tokens, then decode token by token."""
+        """Process the prompts as llama-bench does, in batches of up to 2,048 tokens, then decode
+        token by token.
+        """
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
         entries = [
             _Entry(token, position, sequence, position == len(prompt) - 1)
             for sequence, prompt in enumerate(prompts)
             for position, token in enumerate(prompt)
         ]
-        chunks = [entries[start : start + _BATCH_TOKENS] for start in range(0, len(entries), _BATCH_TOKENS)]
+        chunks = [
+            entries[start : start + _BATCH_TOKENS]
+            for start in range(0, len(entries), _BATCH_TOKENS)
+        ]
         with _filled_batches(self._llama, [*chunks, entries[: len(prompts)]]) as (*prepared, step):
             start = time.perf_counter()
             chosen = [
-                token for batch, chunk in zip(prepared, chunks, strict=True) for token in self._decode(batch, chunk)
+                token
+                for batch, chunk in zip(prepared, chunks, strict=True)
+                for token in self._decode(batch, chunk)
             ]
             arrivals = [time.perf_counter() - start]
             for made in range(new_tokens - 1):
-                rows = [_Entry(chosen[n], len(prompt) + made, n, True) for n, prompt in enumerate(prompts)]
+                rows = [
+                    _Entry(chosen[n], len(prompt) + made, n, True)
+                    for n, prompt in enumerate(prompts)
+                ]
                 _fill(step, rows)
                 chosen = self._decode(step, rows)
                 arrivals.append(time.perf_counter() - start)
         return TimedRun(arrivals[-1], tuple(arrivals) if new_tokens else ())
 
     def _decode(self, batch: Any, entries: Sequence[_Entry]) -> list[int]:
-        """Run one batch, and return the likeliest next token of each sequence whose last token is in it."""
+        """Run one batch, and return the likeliest next token of each sequence whose last token is
+        in it.
+        """
         import numpy as np
 
         llama = self._llama
@@ -106,7 +121,9 @@ class _LoadedGguf(LoadedModel):
         llama.llama_synchronize(self._context)
         rows = [row for row, entry in enumerate(entries) if entry.is_last]
         logits = (llama.llama_get_logits_ith(self._context, row) for row in rows)
-        return [int(np.ctypeslib.as_array(values, (self._vocabulary,)).argmax()) for values in logits]
+        return [
+            int(np.ctypeslib.as_array(values, (self._vocabulary,)).argmax()) for values in logits
+        ]
 
     def close(self) -> None:
         """Free the context and the model."""

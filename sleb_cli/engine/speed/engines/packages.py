@@ -28,7 +28,9 @@ class PackagedEngine(Engine):
     def imported(self) -> Any:
         """Return the module, or say how to install it."""
         if find_spec(self.module) is None:
-            raise MachineError(f"{self.title} is not installed.", hint=f"Run `pip install 'sleb[{self.extra}]'`.")
+            raise MachineError(
+                f"{self.title} is not installed.", hint=f"Run `pip install 'sleb[{self.extra}]'`."
+            )
         failed = f"{self.title} is installed, but does not load"
         with translate_errors(error_saying(MachineError, failed, "Reinstall it for this machine.")):
             return importlib.import_module(self.module)

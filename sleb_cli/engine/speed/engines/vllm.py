@@ -34,12 +34,18 @@ class Vllm(PackagedEngine):
     def load(self, model: Path, settings: EngineSettings) -> LoadedModel:
         """Load a checkpoint folder."""
         vllm = self.imported()
-        hint = "Run `vllm serve` on the folder for more; with less memory, measure one size at a time."
-        with translate_errors(error_saying(MachineError, f"vLLM does not start with {model.name}", hint)):
+        hint = (
+            "Run `vllm serve` on the folder for more; with less memory, measure one size at a time."
+        )
+        with translate_errors(
+            error_saying(MachineError, f"vLLM does not start with {model.name}", hint)
+        ):
             return _LoadedCheckpoint(self, vllm, model, settings)
 
     def imported(self) -> Any:
-        """Return the module, which reads from the environment what it logs and whether it reports its use."""
+        """Return the module, which reads from the environment what it logs and whether it reports
+        its use.
+        """
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         return super().imported()
@@ -68,9 +74,13 @@ class _LoadedCheckpoint(LoadedModel):
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> TimedRun:
         """Submit the prompts at once, and note when the last of them has each new token."""
         max_tokens = max(1, new_tokens)  # vLLM gives at least one
-        sampling = self._vllm.SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+        sampling = self._vllm.SamplingParams(
+            temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
+        )
         engine, self._runs = self._llm.llm_engine, self._runs + 1
-        made: Counter[str] = Counter({f"{self._runs}.{number}": 0 for number in range(len(prompts))})
+        made: Counter[str] = Counter(
+            {f"{self._runs}.{number}": 0 for number in range(len(prompts))}
+        )
         arrivals: list[float] = []
         start = time.perf_counter()
         for name, prompt in zip(made, prompts, strict=True):
