@@ -18,7 +18,7 @@ from sleb_plugins.errors import explain_out_of_memory
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from sleb_cli.asked.subjects import NamedSubject
+    from sleb_cli.checks.subjects import NamedSubject
     from sleb_cli.engine.model.source import ModelSource
     from sleb_cli.engine.process_group import ProcessGroup
     from sleb_cli.engine.surgery.subject import Subject
@@ -60,7 +60,7 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
         SlebError: something failed. A journal next to the plan keeps what was measured, for
             `resume`.
     """
-    from sleb_cli.asked.searches import check_search
+    from sleb_cli.checks.searches import check_search
     from sleb_cli.engine.door.files import locate
 
     if request.compare:
@@ -90,7 +90,7 @@ def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
         WorkerFinished: this process only helped; the main one writes the plan.
         SlebError: something failed; its class tells what.
     """
-    from sleb_cli.asked.searches import check_comparison
+    from sleb_cli.checks.searches import check_comparison
     from sleb_cli.engine.door.files import locate
 
     with _working(
@@ -124,7 +124,7 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
         WorkerFinished: this process only helped to recover; the main one writes the checkpoint.
         SlebError: something failed; its class tells what.
     """
-    from sleb_cli.asked.verbs import check_apply
+    from sleb_cli.checks.verbs import check_apply
     from sleb_cli.engine.door.files import locate_to_cut
 
     alone = not request.recoveries
@@ -146,7 +146,7 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
         SlebError: something failed; its class tells what. Finished texts and tasks are saved next
             to the plan or `request.output`, and a repeated request continues from there.
     """
-    from sleb_cli.asked.verbs import check_evaluation
+    from sleb_cli.checks.verbs import check_evaluation
     from sleb_cli.engine.door.files import locate
 
     with _working(check_evaluation, lambda named: locate(named, notify), request, notify) as work:
@@ -174,7 +174,7 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
         WorkerFinished: this process is one of several, which the main one refuses.
         SlebError: something failed; its class tells what.
     """
-    from sleb_cli.asked.verbs import check_bench
+    from sleb_cli.checks.verbs import check_bench
     from sleb_cli.engine.door.files import locate
     from sleb_cli.saved_results import save_result
 
@@ -213,8 +213,8 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
     Raises:
         SlebError: something failed; its class tells what.
     """
-    from sleb_cli.asked.verbs import check_export
     from sleb_cli.atomic import write_text
+    from sleb_cli.checks.verbs import check_export
     from sleb_cli.engine.door.files import locate
 
     def find(checked: tuple[list[NamedSubject], Exporter]) -> ModelSource | None:
@@ -279,7 +279,7 @@ def _working(
         _require_device(request)
         return registry, checked, find(checked)
 
-    from sleb_cli.asked.clashes import require_coherent
+    from sleb_cli.checks.clashes import require_coherent
     from sleb_cli.engine.process_group import ProcessGroup, join_processes
 
     if alone and not is_main_process():

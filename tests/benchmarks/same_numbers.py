@@ -1,12 +1,10 @@
-"""Show that two versions of sleb compute the same: plans, losses, recovery, and the hashes of
-files.
+"""Show that two versions of sleb compute the same: plans, losses, recovery, and hashes of files.
 
-    python tests/benchmarks/same_numbers.py MODEL... --text FILE -o numbers.json          # before a
-    change python tests/benchmarks/same_numbers.py MODEL... --text FILE --against numbers.json   #
-    after it
+    python tests/benchmarks/same_numbers.py MODEL... --text FILE -o numbers.json
+    python tests/benchmarks/same_numbers.py MODEL... --text FILE --against numbers.json
 
-It runs `sleb` as it is installed where this script runs, or the one named with --sleb. A number
-that differs is named.
+Run the first before a change and the second after it. Both run `sleb` as it is installed where
+this script runs, or the one named with --sleb. A number that differs is named.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import torch
 from common import parser
 from torch.nn.functional import cross_entropy
 
-from sleb_cli.asked.verbs import check_evaluation
+from sleb_cli.checks.verbs import check_evaluation
 from sleb_cli.engine.door.evaluate import resolve_evaluation
 from sleb_cli.engine.door.files import locate
 from sleb_cli.engine.process_group import ProcessGroup

@@ -18,7 +18,7 @@ import pytest
 import sleb_cli
 from conftest import calibration
 from sleb_cli import requests
-from sleb_cli.asked.clashes import CLASHES, Clash
+from sleb_cli.checks.clashes import CLASHES, Clash
 
 PACKAGE = Path(sleb_cli.__file__).parent
 
@@ -301,7 +301,7 @@ def raises():
     """Yield the place of each refusal of what is asked for, and of a model's files: what needs no
     torch.
     """
-    for path in (*(PACKAGE / "asked").glob("*.py"), PACKAGE / "engine" / "model" / "source.py"):
+    for path in (*(PACKAGE / "checks").glob("*.py"), PACKAGE / "engine" / "model" / "source.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Raise):
                 yield str(path), node.lineno

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import architecture_of, prose, train_tokenizer
-from sleb_cli.asked.mixture import parse_mixture
+from sleb_cli.checks.mixture import parse_mixture
 from sleb_cli.engine.text.calibration import calibrate, draw
 from sleb_cli.engine.text.settings import resolve_calibration
 from sleb_cli.engine.text.sources import (

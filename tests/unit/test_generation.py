@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 from conftest import llama_config, random_model, train_tokenizer
-from sleb_cli.asked.mixture import parse_mixture
+from sleb_cli.checks.mixture import parse_mixture
 from sleb_cli.engine.model.generation import end_tokens, generate
 from sleb_cli.engine.text.own_text import generate_own_text
 from sleb_cli.engine.text.settings import CalibrationSettings

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from sleb_cli.asked.mixture import divide, interleave, parse_mixture
+from sleb_cli.checks.mixture import divide, interleave, parse_mixture
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import sleb_cli.engine.text.writing as text_writing
 from chat_templates import PUBLISHED
 from conftest import llama_config, random_model, tokenizer_with
 from families import tiny_config
-from sleb_cli.asked.mixture import parse_mixture
+from sleb_cli.checks.mixture import parse_mixture
 from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.text.calibration import calibrate
 from sleb_cli.engine.text.chat import apply_template

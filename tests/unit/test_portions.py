@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import llama_config, prose, random_model, train_tokenizer
-from sleb_cli.asked.mixture import parse_mixture
+from sleb_cli.checks.mixture import parse_mixture
 from sleb_cli.engine.text import calibration
 from sleb_cli.engine.text.calibration import calibrate
 from sleb_cli.engine.text.portions import Portions

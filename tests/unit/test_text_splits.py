@@ -10,7 +10,7 @@ import torch
 from datasets.exceptions import DatasetGenerationError
 
 from conftest import llama_config, prose, random_model, train_tokenizer
-from sleb_cli.asked.mixture import parse_mixture
+from sleb_cli.checks.mixture import parse_mixture
 from sleb_cli.engine.door.recovery import TEST, TRAIN, VALIDATION
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.text import calibration, writing

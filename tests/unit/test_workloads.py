@@ -2,7 +2,7 @@
 
 import torch
 
-from sleb_cli.asked.verbs import check_bench
+from sleb_cli.checks.verbs import check_bench
 from sleb_cli.engine.door.bench import resolve_bench
 from sleb_cli.engine.door.files import locate
 from sleb_cli.engine.speed.workloads import make_workload

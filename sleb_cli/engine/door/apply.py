@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from sleb_cli.asked.mixture import parse_mixture
-from sleb_cli.asked.places import are_the_same, require_new_place
-from sleb_cli.asked.subjects import NamedSubject
-from sleb_cli.asked.text_names import is_written
-from sleb_cli.asked.verbs import parse_shard_size
+from sleb_cli.checks.mixture import parse_mixture
+from sleb_cli.checks.places import are_the_same, require_new_place
+from sleb_cli.checks.subjects import NamedSubject
+from sleb_cli.checks.text_names import is_written
+from sleb_cli.checks.verbs import parse_shard_size
 from sleb_cli.engine.device import parse_dtype
 from sleb_cli.engine.door.files import locate
 from sleb_cli.engine.door.named_model import resolve_subject

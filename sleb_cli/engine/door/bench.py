@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 import torch
 
-from sleb_cli.asked.subjects import NamedSubject
-from sleb_cli.asked.verbs import points_of
+from sleb_cli.checks.subjects import NamedSubject
+from sleb_cli.checks.verbs import points_of
 from sleb_cli.engine.device import choose_device
 from sleb_cli.engine.door.named_model import plan_surgeries, resolve_subject
 from sleb_cli.engine.forward.placement import place_model

@@ -9,9 +9,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from sleb_cli.asked.subjects import NamedSubject
-from sleb_cli.asked.verbs import parse_batch_size
 from sleb_cli.canaries import FOLDER
+from sleb_cli.checks.subjects import NamedSubject
+from sleb_cli.checks.verbs import parse_batch_size
 from sleb_cli.engine.device import choose_device, parse_dtype
 from sleb_cli.engine.door.named_model import plan_surgeries, resolve_subject, with_recovered
 from sleb_cli.engine.forward.memory_needs import model_bytes

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sleb_cli.asked.subjects import NamedSubject
 from sleb_cli.atomic import require_new_file
+from sleb_cli.checks.subjects import NamedSubject
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.measured import read_measurements
 from sleb_cli.events import Notify

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sleb_cli.asked.subjects import NamedSubject
+from sleb_cli.checks.subjects import NamedSubject
 from sleb_cli.engine.model.source import ModelSource, locate_model
 from sleb_cli.events import Notify
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sleb_cli.asked.subjects import NamedSubject
+from sleb_cli.checks.subjects import NamedSubject
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.source import ModelSource, locate_model
 from sleb_cli.engine.surgery.subject import Subject, require_same_code, require_same_model

@@ -8,8 +8,8 @@ from functools import partial
 
 import torch
 
-from sleb_cli.asked.mixture import parse_mixture
-from sleb_cli.asked.text_names import REFERENCE_PRESETS, SELF, SELF_CHAT, is_written
+from sleb_cli.checks.mixture import parse_mixture
+from sleb_cli.checks.text_names import REFERENCE_PRESETS, SELF, SELF_CHAT, is_written
 from sleb_cli.engine.device import CPU, choose_device, dtype_name
 from sleb_cli.engine.files.tensors import float_dtypes
 from sleb_cli.engine.forward.memory_needs import model_bytes

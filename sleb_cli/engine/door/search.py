@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sleb_cli.asked.searches import AskedSearch, goal_of
+from sleb_cli.checks.searches import CheckedSearch, goal_of
 from sleb_cli.engine.device import choose_device, dtype_name, parse_dtype
 from sleb_cli.engine.door.named_model import read_model
 from sleb_cli.engine.forward.placement import place_model
@@ -55,13 +55,17 @@ from sleb_plugins.errors import did_you_mean
 
 
 def resolve_search(
-    asked: AskedSearch, source: ModelSource, registry: Registry, notify: Notify, group: ProcessGroup
+    checked: CheckedSearch,
+    source: ModelSource,
+    registry: Registry,
+    notify: Notify,
+    group: ProcessGroup,
 ) -> Search:
     """Settle a search by the model's architecture."""
-    asked = replace(asked, request=_restore_settings(asked.request))
-    request, metric, extended = asked.request, asked.metric, asked.extended
+    checked = replace(checked, request=_restore_settings(checked.request))
+    request, metric, extended = checked.request, checked.metric, checked.extended
     device = choose_device(request.device)
-    architecture = group.main_first(lambda: _read_model(asked, source, registry, notify))
+    architecture = group.main_first(lambda: _read_model(checked, source, registry, notify))
     dtype, device_map, stream = request.dtype or AUTO, request.device_map, request.stream
     choose = partial(
         place_model, architecture, device, dtype, notify, device_map=device_map, stream=stream
@@ -76,16 +80,16 @@ def resolve_search(
         )
     else:
         removable = Removable(architecture, _protection(request, architecture), notify)
-        stop = _stop_condition(asked, removable, placement, group, notify)
+        stop = _stop_condition(checked, removable, placement, group, notify)
         fast, holdout = bool(request.fast), request.holdout or 0.0
-        method = Method(metric, implementation, asked.strategy, removable, fast, holdout, stop)
+        method = Method(metric, implementation, checked.strategy, removable, fast, holdout, stop)
     sample = request.sample_tokens
     if sample is None:
         sample = (
             0 if placement.stream else DEFAULT_SAMPLE_TOKENS
         )  # each token would read the whole model
     return Search(
-        SearchedModel(architecture, placement, asked.memory, request.batch_size),
+        SearchedModel(architecture, placement, checked.memory, request.batch_size),
         text,
         method,
         extended,
@@ -96,7 +100,7 @@ def resolve_search(
 
 
 def resolve_comparison(
-    searches: Sequence[AskedSearch],
+    searches: Sequence[CheckedSearch],
     source: ModelSource,
     registry: Registry,
     notify: Notify,
@@ -167,7 +171,7 @@ def experts_to_remove(
 
 
 def _note_rounding(experts: Experts, needed: int, fewer: int, notify: Notify) -> None:
-    """Say why more experts go than were asked for, and suggest a power of two close to the rest."""
+    """Say why more experts go than were checked for, and suggest a power of two close to the rest."""
     if fewer > needed:
         notify(
             Notice(
@@ -193,23 +197,23 @@ def _note_rounding(experts: Experts, needed: int, fewer: int, notify: Notify) ->
 
 
 def _stop_condition(
-    asked: AskedSearch,
+    checked: CheckedSearch,
     removable: Removable,
     placement: Placement,
     group: ProcessGroup,
     notify: Notify,
 ) -> Callable[[Any], Stop]:
     """Return a function of the dense model that says when the search ends."""
-    gone = asked.extended.removals if asked.extended else ()
+    gone = checked.extended.removals if checked.extended else ()
     settle = partial(
-        stop_at, removable=removable, strategy=asked.strategy, gone=gone, notify=notify
+        stop_at, removable=removable, strategy=checked.strategy, gone=gone, notify=notify
     )
-    name, goal = goal_of(asked.request)
+    name, goal = goal_of(checked.request)
     # Only a speedup has to wait for the dense model, which must be timed.
     stop = (
         None
         if name == "target_speedup"
-        else settle(parse_target(asked.request, removable.architecture, notify))
+        else settle(parse_target(checked.request, removable.architecture, notify))
     )
     removable.candidates(gone)  # raises now if no block can be removed
     return lambda dense: (
@@ -245,9 +249,9 @@ def _restore_settings(request: SearchRequest) -> SearchRequest:
 
 
 def _read_model(
-    asked: AskedSearch, source: ModelSource, registry: Registry, notify: Notify
+    checked: CheckedSearch, source: ModelSource, registry: Registry, notify: Notify
 ) -> Architecture:
-    architecture = read_model(asked.named, source, registry, notify)
+    architecture = read_model(checked.named, source, registry, notify)
     if architecture.block_count < 2:
         blocks = plural(architecture.block_count, "block")
         raise UnsupportedModelError(

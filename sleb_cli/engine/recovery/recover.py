@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sleb_cli.asked.text_names import SELF_CHAT
+from sleb_cli.checks.text_names import SELF_CHAT
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.forward.placement import open_dense
 from sleb_cli.engine.forward.skipping import SkippableModel

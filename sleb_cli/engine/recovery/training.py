@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from sleb_cli.asked.text_names import REFERENCE_PRESETS
+from sleb_cli.checks.text_names import REFERENCE_PRESETS
 from sleb_cli.engine.forward.forecast import announce
 from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.recovery.distillation import Batch, Distillation, TeacherStates, learning_rate

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sleb_cli.asked.text_names import REFERENCE_PRESETS
+from sleb_cli.checks.text_names import REFERENCE_PRESETS
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.environment import environment_record
 from sleb_cli.engine.forward.decoding import check_decoding

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleb_cli.asked.mixture import interleave
-from sleb_cli.asked.text_names import SELF, holds_conversations, is_written, writes_conversations
+from sleb_cli.checks.mixture import interleave
+from sleb_cli.checks.text_names import SELF, holds_conversations, is_written, writes_conversations
 from sleb_cli.engine.text.chat import cut_conversations, render, require_template
 from sleb_cli.engine.text.own_chat import write_conversations
 from sleb_cli.engine.text.own_text import generate_own_text

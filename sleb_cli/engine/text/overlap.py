@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sleb_cli.asked.text_names import is_file
+from sleb_cli.checks.text_names import is_file
 from sleb_cli.engine.text.sources import CALIBRATION_PRESETS, EVALUATION_PRESETS, Dataset
 from sleb_cli.names import local_path, split_mixture
 from sleb_cli.plan import CalibrationRecord

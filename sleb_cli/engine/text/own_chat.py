@@ -16,7 +16,7 @@ from functools import partial
 from itertools import compress, cycle, islice
 from typing import Any, NamedTuple
 
-from sleb_cli.asked.text_names import SELF_CHAT
+from sleb_cli.checks.text_names import SELF_CHAT
 from sleb_cli.engine.model.generation import end_tokens
 from sleb_cli.engine.text.chat import Tokens, apply_template, pack
 from sleb_cli.engine.text.settings import CalibrationSettings

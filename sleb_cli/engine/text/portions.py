@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sleb_cli.asked.text_names import is_written
+from sleb_cli.checks.text_names import is_written
 from sleb_cli.engine.text.calibration import (
     Sequences,
     draw,

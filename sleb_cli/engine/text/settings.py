@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from sleb_cli.asked.mixture import divide, parse_mixture
-from sleb_cli.asked.text_names import REFERENCE_PRESETS, holds_conversations, is_written
+from sleb_cli.checks.mixture import divide, parse_mixture
+from sleb_cli.checks.text_names import REFERENCE_PRESETS, holds_conversations, is_written
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.text.sources import REFERENCE_ROWS, WHOLE, TextSplit, read_prompts
 from sleb_cli.engine.text.windows import choose_length

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
-from sleb_cli.asked.text_names import is_file
+from sleb_cli.checks.text_names import is_file
 from sleb_cli.engine.third_party import first_line
 from sleb_cli.names import ANSWERS, local_path
 from sleb_cli.records import first_fault, why_not_read

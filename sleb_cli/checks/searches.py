@@ -12,9 +12,9 @@ from fractions import Fraction
 from functools import partial
 from typing import Any, get_args
 
-from sleb_cli.asked.subjects import NamedSubject
-from sleb_cli.asked.text_names import REFERENCE_PRESETS, require_mixture
 from sleb_cli.atomic import require_new_file
+from sleb_cli.checks.subjects import NamedSubject
+from sleb_cli.checks.text_names import REFERENCE_PRESETS, require_mixture
 from sleb_cli.plan import Plan, read_plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.processes import is_main_process
@@ -52,7 +52,7 @@ _RACE: set[StrategyName] = {"greedy", "refine"}
 
 
 @dataclass(frozen=True)
-class AskedSearch:
+class CheckedSearch:
     """A request that can be met as far as it is known without the model.
 
     Attributes:
@@ -78,7 +78,7 @@ class AskedSearch:
         )
 
 
-def check_search(request: SearchRequest, registry: Registry) -> AskedSearch:
+def check_search(request: SearchRequest, registry: Registry) -> CheckedSearch:
     """Check and complete a request.
 
     Raises:
@@ -103,10 +103,10 @@ def check_search(request: SearchRequest, registry: Registry) -> AskedSearch:
     require_mixture(request.calibration)
     if is_main_process():
         _require_writable_plan(request)
-    return AskedSearch(request, metric, strategy, memory, extended)
+    return CheckedSearch(request, metric, strategy, memory, extended)
 
 
-def check_comparison(request: SearchRequest, registry: Registry) -> list[AskedSearch]:
+def check_comparison(request: SearchRequest, registry: Registry) -> list[CheckedSearch]:
     """Check a request to compare: one search for each entry, each with a journal of its own.
 
     Raises:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from sleb_cli.asked.mixture import parse_mixture
+from sleb_cli.checks.mixture import parse_mixture
 from sleb_cli.names import ANSWERS, local_path
 from sleb_plugins import DataError
 from sleb_plugins.errors import did_you_mean

@@ -9,7 +9,7 @@ from os import fspath
 from pathlib import Path
 from typing import Any
 
-from sleb_cli.asked.clashes import given
+from sleb_cli.checks.clashes import given
 from sleb_cli.plan import Plan, read_plan
 from sleb_cli.requests import (
     DEFAULT_PLAN,

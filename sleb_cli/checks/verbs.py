@@ -8,17 +8,17 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from sleb_cli.asked.clashes import FOR_CHECKPOINTS, given
-from sleb_cli.asked.places import require_new_place
-from sleb_cli.asked.subjects import (
+from sleb_cli.atomic import require_new_file
+from sleb_cli.checks.clashes import FOR_CHECKPOINTS, given
+from sleb_cli.checks.places import require_new_place
+from sleb_cli.checks.subjects import (
     NamedSubject,
     first_removals,
     is_plan,
     read_named_plan,
     read_subject,
 )
-from sleb_cli.asked.text_names import require_mixture, require_sources
-from sleb_cli.atomic import require_new_file
+from sleb_cli.checks.text_names import require_mixture, require_sources
 from sleb_cli.plan import CHECKPOINT_PLAN
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.processes import is_main_process
