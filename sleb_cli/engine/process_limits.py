@@ -1,17 +1,10 @@
-"""How much memory and how many processors a container, a batch system or a shell leaves to this
-process.
-"""
+"""The memory and processors that a container or a batch system leaves to this process."""
 
 from __future__ import annotations
 
 import math
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
-
-import psutil
 
 PROC = Path("/proc/self")
 GROUPS = Path("/sys/fs/cgroup")
@@ -20,86 +13,89 @@ GROUPS = Path("/sys/fs/cgroup")
 UNLIMITED = 2**63
 """More than any machine has."""
 
-
-_FILES = {
-    1: (
-        ["memory.limit_in_bytes"],
-        "memory.usage_in_bytes",
-        ["total_active_file", "total_inactive_file"],
-    ),
+_MEMORY_LIMITS = {
+    1: ["memory.limit_in_bytes"],
     # A process above `memory.high` is slowed down until it hardly moves.
-    2: (["memory.max", "memory.high"], "memory.current", ["active_file", "inactive_file"]),
+    2: ["memory.max", "memory.high"],
 }
-"""The files of a control group of each version: its limits, its use, and the fields of its page
-cache.
-"""
+_MEMORY_USED = {1: "memory.usage_in_bytes", 2: "memory.current"}
+_PAGE_CACHE = {
+    1: ["total_active_file", "total_inactive_file"],
+    2: ["active_file", "inactive_file"],
+}
 
 
 def left_under_limits() -> int:
     """Return the bytes that this process may still take, or `UNLIMITED`."""
-    if sys.platform != "linux":
-        return UNLIMITED
-    group_limits = (_memory_left(*group) for group in _control_groups("memory"))
-    return min([UNLIMITED, *_memory_left_by_ulimit(), *group_limits])
+    left = UNLIMITED
+    for folder, version in _control_groups("memory"):
+        left = min(left, _memory_left(folder, version))
+    return left
 
 
 def usable_processors() -> int:
     """Return the number of processors that this process may keep busy."""
-    if sys.platform != "linux":
+    if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
-    quotas = (_processor_quota(*group) for group in _control_groups("cpu"))
-    return math.ceil(min([len(os.sched_getaffinity(0)), *quotas]))
+    processors: float = len(os.sched_getaffinity(0))
+    for folder, version in _control_groups("cpu"):
+        processors = min(processors, _processor_quota(folder, version))
+    return math.ceil(processors)
 
 
 def _processor_quota(folder: Path, version: int) -> float:
-    names = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    """Return a control group's time on processors in a second, in seconds; infinite if unlimited."""
     try:
-        words = " ".join((folder / name).read_text() for name in names).replace("max", "inf")
-        quota, period = map(float, words.split())
-    except (OSError, ValueError):
+        if version == 2:
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota = (folder / "cpu.cfs_quota_us").read_text().strip()
+            period = (folder / "cpu.cfs_period_us").read_text()
+    except OSError:
         return math.inf
-    return quota / period if quota > 0 else math.inf
-
-
-def _memory_left_by_ulimit() -> Iterator[int]:
-    """`ulimit -v` and `ulimit -d`."""
-    process = psutil.Process()
-    memory = process.memory_info()
-    for resource, used in ((psutil.RLIMIT_AS, memory.vms), (psutil.RLIMIT_DATA, memory.data)):
-        limit, _ = process.rlimit(resource)
-        if limit != psutil.RLIM_INFINITY:
-            yield max(0, limit - used)
+    if quota in ("max", "-1"):
+        return math.inf
+    return int(quota) / int(period)
 
 
 def _memory_left(folder: Path, version: int) -> int:
-    limits, usage, page_cache = _FILES[version]
-    with suppress(
-        OSError, ValueError
-    ):  # the uppermost group has no limit, so it lacks some of the files
-        limit = min(
-            int(text) for name in limits if (text := (folder / name).read_text().strip()) != "max"
-        )
-        used = int((folder / usage).read_text())
-        statistics = dict(
-            line.split() for line in (folder / "memory.stat").read_text().splitlines()
-        )
-        # The page cache counts as used, but the system frees it when memory is needed.
-        return max(0, limit - used + sum(int(statistics.get(pages, 0)) for pages in page_cache))
-    return UNLIMITED
+    limit = UNLIMITED
+    try:
+        for name in _MEMORY_LIMITS[version]:
+            text = (folder / name).read_text().strip()
+            if text != "max":
+                limit = min(limit, int(text))
+        used = int((folder / _MEMORY_USED[version]).read_text())
+        statistics = (folder / "memory.stat").read_text()
+    except OSError:  # the uppermost group has no limit, so it lacks some of the files
+        return UNLIMITED
+    # The page cache counts as used, but the system frees it when memory is needed.
+    for line in statistics.splitlines():
+        name, value = line.split()
+        if name in _PAGE_CACHE[version]:
+            used -= int(value)
+    return max(0, limit - used)
 
 
-def _control_groups(controller: str) -> Iterator[tuple[Path, int]]:
-    """Yield the folder and version of this process's control group, and of all above it."""
+def _control_groups(controller: str) -> list[tuple[Path, int]]:
+    """Return the folder and version of this process's control group, and of all above it."""
     try:
         lines = (PROC / "cgroup").read_text().splitlines()
-    except OSError:
-        return
+    except OSError:  # not Linux
+        return []
+    groups = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
+        if not controllers:
+            mount = GROUPS
+            version = 2
+        elif controller in controllers.split(","):
+            mount = GROUPS / controller
+            version = 1
+        else:
             continue
-        mount, version = (GROUPS / controller, 1) if controllers else (GROUPS, 2)
-        inside = Path(
-            path.lstrip("/")
-        )  # in a container, this may be the group's name outside, which is not found here
-        yield from ((mount / above, version) for above in (inside, *inside.parents))
+        # In a container, this may be the group's name outside, which is not found here.
+        inside = Path(path.lstrip("/"))
+        for above in (inside, *inside.parents):
+            groups.append((mount / above, version))
+    return groups
