@@ -155,7 +155,7 @@ def _open_standard_streams() -> None:
     # it.
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:  # the lowest free number is then its own
-            stream = open(os.devnull, "w" if number else "r", encoding="utf-8")
+            stream = open(os.devnull, "w" if number else "r", encoding="utf-8")  # noqa: SIM115, PTH123
             setattr(sys, name, stream)
 
 

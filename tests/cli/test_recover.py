@@ -231,7 +231,7 @@ def interrupted_fit(patch):
 def fits(monkeypatch):
     """The blocks that are fitted, one after the other."""
     fit, found = closed_form.fit_block, []
-    counted = lambda projections, fit_some, *most: (
+    counted = lambda projections, fit_some, *most: (  # noqa: E731
         found.append(fit_some.__self__.block) or fit(projections, fit_some, *most)
     )
     monkeypatch.setattr(closed_form, "fit_block", counted)

@@ -104,7 +104,7 @@ def test_searches_equal_the_plain_reference(run_sleb, folder, architecture, text
         1
     ]
     resolve, budgets = prepare.resolve_memory_budget, []
-    watched = lambda *a, **k: budgets.append(resolve(*a, **k)) or budgets[-1]
+    watched = lambda *a, **k: budgets.append(resolve(*a, **k)) or budgets[-1]  # noqa: E731
     monkeypatch.setattr(prepare, "resolve_memory_budget", watched)
     least = parse_bytes(needed, "") + 500
     squeezed = json.loads(run_sleb("search", folder, *options, "--force", "--memory", least).stdout)

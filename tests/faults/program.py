@@ -236,7 +236,7 @@ def _run(words, place, cwd, variables, fault, before, memory, processor) -> None
     os.setsid()
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    sys.stdin = Path(os.devnull).open()
+    sys.stdin = Path(os.devnull).open()  # noqa: SIM115
     sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False, buffering=1)
     os.environ.clear()

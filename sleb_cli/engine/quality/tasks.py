@@ -244,7 +244,7 @@ def _chosen(
     ]
     if "acc_mutual_info" in samples[0]["metrics"]:  # the likelihoods without the prompt follow
         requests = requests[: len(requests) // 2]
-    prompt = os.path.commonprefix([context for context, _ in requests])
+    prompt = os.path.commonprefix([context for context, _ in requests])  # noqa: RUF071  by characters
     choices = [
         (context[len(prompt) :] + continuation).strip() for context, continuation in requests
     ]

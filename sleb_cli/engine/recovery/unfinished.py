@@ -51,7 +51,7 @@ def read_saved(file: Path, kind: type[R]) -> tuple[R, dict[str, Tensor]]:
     try:
         with safe_open(file, framework="pt") as opened:
             record = kind.model_validate_json((opened.metadata() or {}).get("record", ""))
-            return record, {name: opened.get_tensor(name) for name in opened.keys()}
+            return record, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
     except OSError as error:
         raise PlanError(
             f"{file} cannot be read: {error.strerror or error}.",

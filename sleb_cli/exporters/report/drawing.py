@@ -42,8 +42,8 @@ def require_extra() -> None:
         MachineError: jinja2 or matplotlib is not installed.
     """
     try:
-        import jinja2
-        import matplotlib.figure
+        import jinja2  # noqa: F401
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         name = (error.name or "").partition(".")[0]
         raise MachineError(
