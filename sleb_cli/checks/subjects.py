@@ -55,7 +55,7 @@ class NamedSubject:
 
     @property
     def others(self) -> dict[str, Any]:
-        """What goes besides blocks, by the names of `KINDS`."""
+        """What goes besides blocks, by the names of `CUTS`."""
         cuts = {"experts": self.plan and self.plan.experts and self.plan.experts.removed}
         cuts |= {
             option: getattr(self.request, option, None)

@@ -70,7 +70,7 @@ def cut(folder, out, removed=(3, 5), *, blocks=(), dtype=torch.float32, notify=i
     """Remove experts (the same of each block, or by block), and return what `apply` says."""
     architecture = architecture_of(folder)
     by_block = removed if isinstance(removed, dict) else removal(architecture, *removed)
-    surgery = plan_surgery(architecture, blocks, {"experts": by_block} if by_block else None)
+    surgery = plan_surgery(architecture, blocks, {"experts": by_block} if by_block else {})
     place = ProofPlacement(torch.device("cpu"), dtype, **where)
     return apply_removals(Subject(surgery, None), Output(out, proof=place), notify)
 

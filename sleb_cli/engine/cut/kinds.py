@@ -1,4 +1,4 @@
-"""All kinds of cuts but blocks, by the option or field of a plan that asks for them."""
+"""The kinds of cuts besides blocks, by the option or the plan's field that asks for them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from sleb_cli.engine.gguf.file import GgufFile
 from sleb_cli.engine.model.architecture import Architecture
 
 
-class Kind(NamedTuple):
+class CutKind(NamedTuple):
     """How the option's value becomes a cut of a checkpoint, and of a GGUF file."""
 
     plan: Callable[[Architecture, Any], Cut]
     plan_gguf: Callable[[GgufFile, Any], GgufCut]
 
 
-KINDS: Mapping[str, Kind] = {
-    "experts": Kind(plan_experts, plan_gguf_experts),
-    "experts_per_token": Kind(plan_active, plan_gguf_active),
-    "scripts": Kind(plan_tokens, plan_gguf_tokens),
+CUTS: Mapping[str, CutKind] = {
+    "experts": CutKind(plan_experts, plan_gguf_experts),
+    "experts_per_token": CutKind(plan_active, plan_gguf_active),
+    "scripts": CutKind(plan_tokens, plan_gguf_tokens),
 }

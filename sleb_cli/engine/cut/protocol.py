@@ -36,10 +36,8 @@ class Removal:
     removals: tuple[int, ...] = ()
 
     @property
-    def steps(self) -> Removals:
-        """Its name among the sizes of a plan: the removed blocks, or positions in the order of
-        other parts.
-        """
+    def size_key(self) -> Removals:
+        """The key of this size in results: the removed blocks, or for n other parts (0, ..., n-1)."""
         return self.removals
 
     @property

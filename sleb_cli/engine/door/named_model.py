@@ -20,10 +20,10 @@ from sleb_plugins import PlanError, UsageError
 
 def plan_surgeries(subject: Subject, sizes: Sequence[int]) -> tuple[Surgery, ...]:
     """Plan the surgery for each size to be measured."""
-    removals, plan = subject.surgery.steps, subject.plan
+    removals, plan = subject.surgery.size_key, subject.plan
     if subject.recovered and tuple(sizes) != (len(removals),):
         raise _has_one_size(subject.recovered.source, len(removals))
-    if not plan and subject.surgery.others:
+    if not plan and subject.surgery.other_cuts:
         return (subject.surgery,)
     by_size = plan.by_size if plan else [removals[:size] for size in range(1, len(removals) + 1)]
     if plan and plan.experts:

@@ -86,7 +86,7 @@ def _removal(subject: Subject, recovery: RecoveryRecord | None) -> list[str]:
 
 
 def _front_matter(subject: Subject, evaluation: EvalResult | None) -> str:
-    source, removals = subject.architecture.source, subject.surgery.steps
+    source, removals = subject.architecture.source, subject.surgery.size_key
     base = _base_front_matter(source.folder)
     results = [result for _, result in _evaluated(evaluation, removals)] if evaluation else []
     data = ModelCardData(
@@ -152,7 +152,7 @@ def _results(
     evaluation: EvalResult | None,
     benchmark: BenchResult | None,
 ) -> list[str]:
-    removals, plan = subject.surgery.steps, subject.own_plan
+    removals, plan = subject.surgery.size_key, subject.own_plan
     rows, notes = list[list[str]](), dict[str, None]()
     for text, dense, pruned in _searched(plan) if plan and recovery is None else ():
         change = format_change(pruned / dense - 1)

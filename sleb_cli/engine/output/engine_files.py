@@ -32,13 +32,13 @@ def engine_files(
                 return dense
             clear(folder)  # pruned models take turns: the last one has been timed
             folder.mkdir()
-            name = f"{len(surgery.steps)}-{'fewer' if surgery.others else 'blocks-fewer'}"
+            name = f"{len(surgery.size_key)}-{'fewer' if surgery.other_cuts else 'blocks-fewer'}"
             output = Output(folder / (name if dense.is_dir() else f"{name}.gguf"), verify=False)
             if dense.is_dir():
                 apply_removals(Subject(surgery, None), output, notify)
             else:
                 prune_gguf(
-                    plan_gguf_surgery(read_gguf(dense), surgery.removals, surgery.others),
+                    plan_gguf_surgery(read_gguf(dense), surgery.removals, surgery.other_cuts),
                     output,
                     registry,
                     notify,

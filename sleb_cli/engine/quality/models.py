@@ -42,7 +42,7 @@ class Models:
     ) -> None:
         self.subject, self.architecture = subject, subject.architecture
         self.placement, self.group, self.notify = placement, group, notify
-        self.surgeries = {surgery.steps: surgery for surgery in surgeries}
+        self.surgeries = {surgery.size_key: surgery for surgery in surgeries}
         """The surgery of each pruned model, by its size."""
         self.sizes = tuple(self.surgeries)
         alone = (
@@ -76,7 +76,7 @@ class Models:
     def differ_in_blocks_alone(self) -> bool:
         """Whether each size is the dense model without some of its blocks."""
         return not self.subject.recovered and not any(
-            surgery.others for surgery in self.surgeries.values()
+            surgery.other_cuts for surgery in self.surgeries.values()
         )
 
     @contextmanager

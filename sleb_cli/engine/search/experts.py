@@ -96,7 +96,7 @@ def search_experts(
         removed = {order.block: order.removals for order in orders}
         cut = ExpertCut(architecture.experts.count, removed, architecture)
         with cut.simulate(model.model):
-            scoring.measure(cut.steps, f"Measuring without {cut.description}")
+            scoring.measure(cut.size_key, f"Measuring without {cut.description}")
         sample = write_sample(search, inputs, (), cut.simulate(model.model))
     findings = {
         "dense": scoring.dense_record(),
@@ -271,7 +271,7 @@ class _ExpertScoring:
             sequences=text.sequences,
             held_out=text.held_out,
             dense=self.loss((), [text]),
-            pruned=self.loss(cut.steps, [text]),
+            pruned=self.loss(cut.size_key, [text]),
             kept=remaining / whole if whole else 0.0,
             unreached=sum(int((use.tokens == 0).sum()) for use in uses.values()),
         )

@@ -97,7 +97,7 @@ def benchmark(job: Benchmark, notify: Notify, write_files: WriteFiles | None = N
         }
         memory: dict[Removals, list[MemoryRecord | None]] = {}
         for surgery in [] if job.engine else [Surgery(job.subject.architecture), *job.sizes]:
-            removals = surgery.steps
+            removals = surgery.size_key
             seconds, memory[removals] = measure_alone(surgery, job.placement, job.workloads, notify)
             sizes[removals] = sizes[removals].model_copy(update={"load_seconds": seconds})
         workloads = (
@@ -124,7 +124,7 @@ def benchmark(job: Benchmark, notify: Notify, write_files: WriteFiles | None = N
             transformers=transformers.__version__,
             plugins=dict(job.plugins),
             dense=sizes[()],
-            pruned=tuple(sizes[surgery.steps] for surgery in job.sizes),
+            pruned=tuple(sizes[surgery.size_key] for surgery in job.sizes),
             workloads=tuple(workloads),
         )
 

@@ -114,7 +114,7 @@ def _size(surgery: Surgery, stored: int, load_seconds: float | None = None) -> M
     if surgery.cuts:
         unpacked = architecture.build(architecture.read_config(surgery.prune_config()))
     return ModelSize(
-        removals=surgery.steps,
+        removals=surgery.size_key,
         blocks=len(surgery.kept.blocks),
         parameters=sum(tensor.numel() for tensor in unpacked.parameters()),
         weights_bytes=stored,

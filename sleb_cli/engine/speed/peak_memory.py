@@ -47,7 +47,7 @@ def measure_alone(
     All are None if the process runs out of memory; a record also is if the accelerator does not
     report its peak (MPS).
     """
-    source, cuts = surgery.architecture.source, (surgery.removals, surgery.others)
+    source, cuts = surgery.architecture.source, (surgery.removals, surgery.other_cuts)
     which = f"without {surgery.description}" if surgery.cuts else "of the dense model"
     with task(notify, f"Peak memory {which}"):
         try:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
+from types import MappingProxyType
 from typing import Any
 
 from sleb_cli.engine.cut.blocks.gguf_blocks import GgufBlockCut
-from sleb_cli.engine.cut.kinds import KINDS
+from sleb_cli.engine.cut.kinds import CUTS
 from sleb_cli.engine.cut.protocol import GgufCut
 from sleb_cli.engine.gguf.block_rules import require_same_kinds
 from sleb_cli.engine.gguf.blocks import block_count, require_blocks, stored_block_count
@@ -34,11 +35,11 @@ class GgufSurgery:
 
 
 def plan_gguf_surgery(
-    file: GgufFile, removals: Iterable[int], others: Mapping[str, Any] | None = None
+    file: GgufFile, removals: Iterable[int], other_cuts: Mapping[str, Any] = MappingProxyType({})
 ) -> GgufSurgery:
-    """Plan the removal of these blocks, and of `others`, the values of options in `KINDS`.
+    """Plan the removal of these blocks and the other cuts, the values of options in `CUTS`.
 
-    Both are checked against the file, and against how llama.cpp loads the result.
+    All are checked against the file, and against how llama.cpp loads the result.
     """
     blocks = tuple(removals)
     require_blocks(file)
@@ -49,6 +50,9 @@ def plan_gguf_surgery(
     require_removable(blocks, count, str(file.path), further=further)
     if blocks:
         require_same_kinds(file, count, kept_blocks(count, blocks).blocks)
-    cuts = [GgufBlockCut(blocks)] if blocks else []
-    planned = (KINDS[option].plan_gguf(file, value) for option, value in (others or {}).items())
-    return GgufSurgery(file, (*cuts, *planned))
+    cuts: list[GgufCut] = []
+    if blocks:
+        cuts.append(GgufBlockCut(blocks))
+    for option, value in other_cuts.items():
+        cuts.append(CUTS[option].plan_gguf(file, value))
+    return GgufSurgery(file, tuple(cuts))

@@ -39,8 +39,8 @@ class Subject:
         """The experts that sizes count; None if they count blocks."""
         if self.plan and self.plan.experts:
             return ExpertSizes(count=self.plan.experts.count, ranking=self.plan.experts.ranking)
-        per_token = self.surgery.others.get("experts_per_token")
-        return ExpertSizes(count=per_token + len(self.surgery.steps)) if per_token else None
+        per_token = self.surgery.other_cuts.get("experts_per_token")
+        return ExpertSizes(count=per_token + len(self.surgery.size_key)) if per_token else None
 
     @property
     def own_plan(self) -> Plan | None:

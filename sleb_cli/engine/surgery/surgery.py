@@ -8,12 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from torch import nn
 
 from sleb_cli.engine.cut.blocks.block_cut import plan_blocks
-from sleb_cli.engine.cut.kinds import KINDS
+from sleb_cli.engine.cut.kinds import CUTS
 from sleb_cli.engine.cut.protocol import Cut
 from sleb_cli.engine.files.config_files import CONFIG
 from sleb_cli.engine.files.slices import Slices
@@ -28,13 +29,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Surgery:
-    """The cuts of one model, on disk or in memory, in order; `others` as `plan_surgery` was given
-    them.
+    """The cuts of one model, on disk or in memory, in order.
+
+    `other_cuts` holds what `plan_surgery` was given besides the blocks.
     """
 
     architecture: Architecture
     cuts: tuple[Cut, ...] = ()
-    others: Mapping[str, Any] = field(default_factory=dict)
+    other_cuts: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def removals(self) -> tuple[int, ...]:
@@ -42,9 +44,9 @@ class Surgery:
         return tuple(block for cut in self.cuts for block in cut.removals)
 
     @cached_property
-    def steps(self) -> Removals:
-        """Its name among the sizes of a plan."""
-        return tuple(step for cut in self.cuts for step in cut.steps)
+    def size_key(self) -> Removals:
+        """The key of this size in results."""
+        return tuple(part for cut in self.cuts for part in cut.size_key)
 
     @property
     def description(self) -> str:
@@ -113,12 +115,18 @@ class Surgery:
 
 
 def plan_surgery(
-    architecture: Architecture, removals: Iterable[int], others: Mapping[str, Any] | None = None
+    architecture: Architecture,
+    removals: Iterable[int],
+    other_cuts: Mapping[str, Any] = MappingProxyType({}),
 ) -> Surgery:
-    """Plan the removal of these blocks, and of `others`, the values of options in `KINDS`, checked
-    on the model.
+    """Plan the removal of these blocks and the other cuts, checked on the model.
+
+    `other_cuts` holds the values of options in `CUTS`.
     """
     blocks = tuple(removals)
-    cuts = [plan_blocks(architecture, blocks)] if blocks else []
-    planned = (KINDS[option].plan(architecture, value) for option, value in (others or {}).items())
-    return Surgery(architecture, (*cuts, *planned), others or {})
+    cuts: list[Cut] = []
+    if blocks:
+        cuts.append(plan_blocks(architecture, blocks))
+    for option, value in other_cuts.items():
+        cuts.append(CUTS[option].plan(architecture, value))
+    return Surgery(architecture, tuple(cuts), dict(other_cuts))

@@ -26,8 +26,8 @@ class ActiveRemoval(Removal):
     after: int
 
     @property
-    def steps(self) -> tuple[int, ...]:
-        """One for each expert that a token no longer uses."""
+    def size_key(self) -> tuple[int, ...]:
+        """(0, ..., n-1), if a token uses n experts fewer."""
         return tuple(range(self.before - self.after))
 
     @property

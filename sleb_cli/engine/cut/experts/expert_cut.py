@@ -49,8 +49,8 @@ class ExpertRemoval(Removal):
         return len(next(iter(self.removed.values())))
 
     @property
-    def steps(self) -> tuple[int, ...]:
-        """Positions in each block's order of removal."""
+    def size_key(self) -> tuple[int, ...]:
+        """(0, ..., n-1), if n experts of each block go."""
         return tuple(range(self.fewer))
 
     @property
