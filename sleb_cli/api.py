@@ -60,24 +60,25 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
         SlebError: something failed. A journal next to the plan keeps what was measured, for
             `resume`.
     """
-    from sleb_cli.checks.searches import check_search
+    from sleb_cli.checks.searches import check_search, claim_plan
     from sleb_cli.engine.door.files import locate
 
     if request.compare:
         raise UsageError("`search` does not compare.", hint="Call `compare` with this request.")
-    with _working(
-        check_search, lambda search: locate(search.named, notify), request, notify
-    ) as work:
-        from sleb_cli.engine.door.search import resolve_search
-        from sleb_cli.engine.search.journal import delete_journal
-        from sleb_cli.engine.search.run import find_removals
+    with claim_plan(request.plan_file):
+        with _working(
+            check_search, lambda search: locate(search.named, notify), request, notify
+        ) as work:
+            from sleb_cli.engine.door.search import resolve_search
+            from sleb_cli.engine.search.journal import delete_journal
+            from sleb_cli.engine.search.run import find_removals
 
-        group, registry, settings, source = work
-        plan = find_removals(
-            resolve_search(settings, source, registry, notify, group), group, notify
-        )
-    _save(plan, request.plan_file)
-    delete_journal(journal_of(request.plan_file), notify)
+            group, registry, settings, source = work
+            plan = find_removals(
+                resolve_search(settings, source, registry, notify, group), group, notify
+            )
+        _save(plan, request.plan_file)
+        delete_journal(journal_of(request.plan_file), notify)
     return plan
 
 

@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from typing import Any, get_args
 
-from sleb_cli.atomic import require_new_file
+from sleb_cli.atomic import require_new_file, writing
 from sleb_cli.checks.subjects import NamedSubject
 from sleb_cli.checks.text_names import REFERENCE_PRESETS, require_mixture
 from sleb_cli.plan import Plan, read_plan
@@ -280,6 +282,37 @@ def _require_fitting(request: SearchRequest, metric: Metric, strategy: StrategyN
             f"--extend works with --strategy greedy only, not with {strategy}.",
             hint="Search again for the number of blocks you want.",
         )
+
+
+@contextmanager
+def claim_plan(plan: Path) -> Iterator[None]:
+    """Keep other searches from writing this plan and its journal, from the first check to the end.
+
+    Raises:
+        OutputError: another search has claimed it, or it cannot be written.
+    """
+    if not is_main_process():
+        yield
+        return
+    from filelock import FileLock, Timeout  # takes 50 ms to import
+
+    require_new_file(plan, force=True)
+    file = plan.parent / f".{plan.name}.lock"
+    claim = FileLock(file, timeout=0)  # the system releases it if this process is killed
+    try:
+        with writing(plan):
+            claim.acquire()
+    except Timeout as error:
+        raise OutputError(
+            f"Another search is writing {plan}.",
+            hint="Wait until it ends, or choose another plan with -o.",
+        ) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows deletes no open file
+            file.unlink()
+        claim.release()
 
 
 def _require_writable_plan(request: SearchRequest) -> None:

@@ -12,12 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 
+import sleb_cli
 import sleb_plugins as sleb
 from sleb_cli import plugin_manager
 from sleb_cli.engine.search import journal as journals
 from sleb_cli.plan import read_plan
-from sleb_cli.requests import journal_of
-from sleb_plugins import PluginError
+from sleb_cli.requests import SearchRequest, journal_of
+from sleb_plugins import OutputError, PluginError
 
 # Enough batches that there is a middle to stop in.
 LONG = ["--remove", "3", "--batch-size", "1"]
@@ -70,6 +71,31 @@ def test_an_unfinished_search_is_not_overwritten_unasked(search, tmp_path):
     assert journal.read_text() == "measured"
     search("--remove", 1, "--force")
     assert not journal.exists()
+
+
+def test_two_searches_never_write_one_plan(search, run_sleb, tiny_llama, text_file, tmp_path):
+    """One that starts while another one runs is refused, whatever the first one has come to."""
+    refused = []
+
+    def search_again(event):
+        if len(refused) < 3:  # while the model is read, loaded, and scored
+            refused.append(run_sleb("search", tiny_llama, "--remove", 2, "--force"))
+
+    request = SearchRequest(
+        str(tiny_llama),
+        calibration=str(text_file),
+        samples=4,
+        sequence_length=32,
+        sample_tokens=6,
+        remove=1,
+        output=tmp_path / "plan.json",
+    )
+    plan = sleb_cli.search(request, search_again)
+    assert {result.exit_code for result in refused} == {OutputError.exit_code}
+    assert all("Another search is writing plan.json" in result.stderr for result in refused)
+    assert read_plan(tmp_path / "plan.json") == plan
+    assert os.listdir(tmp_path) == ["plan.json"]
+    assert "already exists" in search("--remove", 1, code=OutputError.exit_code).stderr
 
 
 @pytest.mark.filterwarnings("ignore:flock not supported")

@@ -8,14 +8,13 @@ program, earlier lines stay readable.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, BinaryIO
@@ -203,14 +202,15 @@ class Journal:
                 f"{path} is a link, a folder, a pipe or a device, not a journal.",
                 hint="Remove it, or choose another plan with -o.",
             )
-        with ExitStack() as on_error:
-            with writing(path):
-                file = on_error.enter_context(path.open("a+b"))
-                _lock(file, path)
+        with writing(path):
+            file = path.open("a+b")
+        try:
             whole = self._read(file, path, search) if resume else 0
             with writing(path):
                 file.truncate(whole)
-            on_error.pop_all()
+        except BaseException:
+            file.close()
+            raise
         self._file = file
         if not whole:
             self._append(search)
@@ -279,7 +279,7 @@ def open_journal(
     """Start a journal for `search`, or with `resume`, continue it; for `options`, see `Journal`.
 
     Raises:
-        OutputError: the file cannot be written, is no journal, or another search is writing it.
+        OutputError: the file cannot be written, or is no journal.
         PlanError: the journal cannot be read, or belongs to another search or version of sleb.
     """
     journal = Journal(path, search, resume=resume, **options)
@@ -298,20 +298,3 @@ def open_journal(
 def _intact_json(line: bytes) -> bytes | None:
     checksum, _, text = line.rstrip(b"\n").partition(b" ")
     return text if line.endswith(b"\n") and checksum == b"%08x" % zlib.crc32(text) else None
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:
-        return  # Windows
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise OutputError(
-            f"Another search is writing {path}.",
-            hint="Wait until it ends, or choose another plan with -o.",
-        ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):  # of a file system without locks
-            raise
