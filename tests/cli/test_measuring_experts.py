@@ -95,6 +95,12 @@ def test_a_plan_measures_what_its_checkpoint_does(
     )
 
 
+def test_tasks_alone_load_a_model_whose_experts_are_stacked(sleb, mixture, evaluate, tmp_path):
+    task = ["--tasks", "mine", "--include-path", tmp_path / "tasks"]
+    result = sleb("eval", mixture, "--blocks", "2", *task, "--json")
+    assert json.loads(result.stdout)["tasks"][0]["pruned"][0]["removals"] == [2]
+
+
 def test_groups_lose_as_many(evaluate, sleb, plan_of, tmp_path):
     model = save_model(tmp_path / "model", tiny_config("deepseek_v3", **EIGHT | {"n_group": 2}))
     plan = plan_of(model)

@@ -94,7 +94,8 @@ class Models:
     def _runs_by_blocks(self) -> bool:
         # Whether the dense model computes the same if its blocks run on their own.
         count = min(CHECKED_TOKENS, self.architecture.longest_sequence or CHECKED_TOKENS)
-        with torch.inference_mode(), self.without(()) as dense:
+        # A model that is loaded in inference mode keeps tensors that refuse `requires_grad`.
+        with self.without(()) as dense, torch.inference_mode():
             tokens = (
                 torch.arange(count, device=dense.device) % self.architecture.text_config.vocab_size
             )

@@ -130,6 +130,9 @@ class _Scorer:
             passes.budget.sequences,
             passes.budget.positions,
         )
+        if not self.forks:
+            for removals in sizes:  # here, since models are not loaded in inference mode
+                self._model(removals)
 
     def scores(self, source: str) -> list[Scores]:
         group, together = self.models.group, self._parts_together()
