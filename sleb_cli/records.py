@@ -176,6 +176,12 @@ class ModelRecord(Record):
         return dtype if self.dtype in (None, dtype) else f"{dtype} (weights: {self.dtype})"
 
 
+def same_fingerprint(one: str, other: str) -> bool:
+    """Whether two fingerprints are of one model; those in older plans lack the part of the tensors."""
+    pairs = zip(one.split("-"), other.split("-"), strict=False)
+    return all(part == other_part for part, other_part in pairs)
+
+
 Check = Literal[
     "complete", "same bytes", "same tokens", "spells others", "loads", "same logits", "every expert", "generates",
     "saves again",

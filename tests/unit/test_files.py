@@ -26,10 +26,11 @@ from sleb_cli.atomic import (
 )
 from sleb_cli.engine.files import tensors
 from sleb_cli.engine.files.copying import links_outside
-from sleb_cli.engine.files.fingerprint import fingerprint_files
+from sleb_cli.engine.files.fingerprint import fingerprint_samples
 from sleb_cli.engine.files.weights import find_weights
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.third_party import prefer_disk_error, saving
+from sleb_cli.records import same_fingerprint
 from sleb_plugins import ModelError, OutputError, ProofError
 
 
@@ -187,7 +188,41 @@ def test_a_fingerprint_stays_so_that_plans_know_their_models(tmp_path, sizes):
             starts = [2**20 + (size - 2**20) * sample // 256 for sample in range(256)]
             digest.update(b"".join(content[start : start + 4096] for start in starts))
     config |= {"_name_or_path": "elsewhere", "transformers_version": "9"}
-    assert fingerprint_files(reversed(paths), config) == digest.hexdigest()
+    assert fingerprint_samples(reversed(paths), config) == digest.hexdigest()
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("changed", ["norm", "router", "first rows", "last rows", "inside"])
+def test_a_fingerprint_knows_weights_that_no_sample_meets(tmp_path, kind, changed):
+    tensors = {
+        "a": torch.zeros(40, 2**17),
+        "norm": torch.ones(64),
+        "router": torch.zeros(8, 64),
+        "z": torch.zeros(40, 2**17),
+    }
+
+    def source():
+        if kind.endswith(".bin"):
+            torch.save(tensors, tmp_path / kind)
+        else:
+            save_file(tensors, tmp_path / kind)
+        (tmp_path / "config.json").write_text("{}")
+        return ModelSource("m", tmp_path)
+
+    before, hashed = source().fingerprint, source().content_hash
+    place = {
+        "norm": tensors["norm"][5:6],
+        "router": tensors["router"][3],
+        "first rows": tensors["z"][0, 900:1000],
+        "last rows": tensors["a"][-1, -900:],
+        "inside": tensors["z"][1, 70_000:70_100],
+    }
+    place[changed].fill_(0.5)
+    after = source()
+    assert same_fingerprint(before, before.split("-")[0]), "a plan that is older knows its model"
+    # A change inside a large tensor may lie between all samples; the time of change tells it.
+    assert same_fingerprint(before, after.fingerprint) == (changed == "inside")
+    assert after.content_hash != hashed
 
 
 OUTSIDE = "names a weight file outside its folder"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sleb_cli.engine.files.copying import reading
+from sleb_cli.engine.files.fingerprint import MAX_WHOLE_BYTES, SAMPLE_BYTES
 from sleb_cli.engine.files.weights import DTYPES, StoredTensor, WeightFiles, broken
 from sleb_cli.engine.third_party import prefer_disk_error, translate_errors
 from sleb_plugins import ModelError
@@ -106,3 +108,17 @@ def load_pickle(path: Path, *, values: bool = True) -> dict[str, torch.Tensor]:
     ):
         raise unsafe
     return tensors
+
+
+def fingerprint_pickle(path: Path) -> str:
+    """Return a SHA-256 over the tensors of a pickle: small ones whole, of others the ends."""
+    digest = hashlib.sha256()
+    for tensor in load_pickle(path).values():
+        values = tensor.reshape(-1).view(torch.uint8)
+        if tensor.nbytes < MAX_WHOLE_BYTES:
+            parts = [values]
+        else:
+            parts = [values[:SAMPLE_BYTES], values[-SAMPLE_BYTES:]]
+        for part in parts:
+            digest.update(part.numpy().tobytes())
+    return digest.hexdigest()

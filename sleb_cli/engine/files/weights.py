@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb_cli.engine.files.copying import links_outside, reading
+from sleb_cli.engine.files.fingerprint import fingerprint_tensors
 from sleb_plugins import ModelError
 
 SAFETENSORS = "model.safetensors"
@@ -204,6 +205,16 @@ def read_header(path: Path) -> Header:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise broken(path) from error
     return Header(path, tuple(tensors), metadata)
+
+
+def fingerprint_weights(header: Header) -> str:
+    """Return a SHA-256 over the tensors of a weight file: small ones whole, of others the ends."""
+    if header.path.suffix != ".safetensors":
+        from sleb_cli.engine.files.tensors import fingerprint_pickle  # which imports torch
+
+        return fingerprint_pickle(header.path)
+    ranges = [(tensor.start or 0, tensor.size) for tensor in header.tensors]
+    return fingerprint_tensors(header.path, ranges)
 
 
 def _stored_tensor(path: Path, name: str, entry: dict[str, Any], start: int) -> StoredTensor:

@@ -4,7 +4,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from sleb_cli.engine.files.cache import cached_folder
-from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files
+from sleb_cli.engine.files.fingerprint import (
+    Watch,
+    fingerprint_samples,
+    fingerprint_tensors,
+    join_fingerprints,
+)
 from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.events import Notify
 from sleb_cli.keys import name_of
@@ -25,9 +30,16 @@ def gguf_folder(path: Path, notify: Notify) -> Path:
 
     # All that the folder depends on: the file, with its whole header, and the versions of the code
     # that converts it.
-    header = min((tensor.start for tensor in read_gguf(path).tensors), default=0)
-    made_by = {"conversion": CONVERSION} | {
-        package: version(package) for package in ("transformers", "gguf")
-    }
-    name = name_of({"file": fingerprint_files([path], header=header), **made_by})
+    tensors = read_gguf(path).tensors
+    header = min((tensor.start for tensor in tensors), default=0)
+    samples = fingerprint_samples([path], header=header)
+    ranges = [(tensor.start, tensor.size) for tensor in tensors]
+    made_by = {package: version(package) for package in ("transformers", "gguf")}
+    name = name_of(
+        {
+            "file": join_fingerprints(samples, [fingerprint_tensors(path, ranges)]),
+            "conversion": CONVERSION,
+            **made_by,
+        }
+    )
     return cached_folder(f"gguf-{name[:16]}", fill)

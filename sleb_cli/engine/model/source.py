@@ -11,8 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from sleb_cli.engine.files.copying import links_outside, reading
-from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files, hash_files
-from sleb_cli.engine.files.weights import WeightFiles, find_weights, read_json
+from sleb_cli.engine.files.fingerprint import (
+    Watch,
+    fingerprint_samples,
+    hash_files,
+    join_fingerprints,
+    stamp_of,
+)
+from sleb_cli.engine.files.weights import WeightFiles, find_weights, fingerprint_weights, read_json
 from sleb_cli.events import Notice, Notify
 from sleb_cli.names import local_path
 from sleb_cli.requests import DEMO, require_text
@@ -61,8 +67,9 @@ class ModelSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A SHA-256 over the config and samples of the weights, independent of the folder."""
-        return fingerprint_files(self.weights.paths, self.raw_config)
+        """A hash of the config and the weights, independent of the folder."""
+        samples = fingerprint_samples(self.weights.paths, self.raw_config)
+        return join_fingerprints(samples, map(fingerprint_weights, self.weights.headers))
 
     @cached_property
     def code(self) -> str | None:
@@ -75,11 +82,11 @@ class ModelSource:
 
     @cached_property
     def content_hash(self) -> str:
-        """A SHA-256 over all files that decide a number: weights, config, trusted code, tokenizer,
-        generation.
+        """A SHA-256 over all that decides a number: weights, config, trusted code, tokenizer.
+
+        Numbers are kept under this hash. The fingerprint names the model, which is still the same
+        one when its chat template changes.
         """
-        # Saved numbers are saved under this hash. The fingerprint names the model, which is still
-        # the same one when its chat template changes.
         templates = self.folder / _CHAT_TEMPLATES
         files = [
             path
@@ -88,7 +95,9 @@ class ModelSource:
         ]
         files = [path for path in (*files, *templates.glob("*.jinja")) if path.is_file()]
         self.watch.add(*files)
-        parts = (self.fingerprint, str(self.code), hash_files(self.folder, files))
+        # A fingerprint reads samples of large tensors. The time of change tells the rest.
+        stamps = [stamp_of(path) for path in self.weights.paths]
+        parts = (self.fingerprint, str(stamps), str(self.code), hash_files(self.folder, files))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def require_own_code(self) -> None:

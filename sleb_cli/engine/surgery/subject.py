@@ -10,7 +10,7 @@ from sleb_cli.engine.model.architecture import Architecture, untrusted_code
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.plan import Plan
-from sleb_cli.records import ModelRecord, differences
+from sleb_cli.records import ModelRecord, differences, same_fingerprint
 from sleb_cli.results import ExpertSizes
 from sleb_plugins import PlanError
 
@@ -45,8 +45,10 @@ class Subject:
     @property
     def own_plan(self) -> Plan | None:
         """The plan, if its numbers were measured on this very model."""
-        is_own = self.plan and self.plan.model.fingerprint == self.architecture.record.fingerprint
-        return self.plan if is_own else None
+        measured = self.architecture.record.fingerprint
+        if self.plan and same_fingerprint(self.plan.model.fingerprint, measured):
+            return self.plan
+        return None
 
 
 def require_same_code(path: Path, plan: Plan, source: ModelSource) -> None:
@@ -69,12 +71,14 @@ def require_same_model(path: Path, plan: Plan, architecture: Architecture) -> No
     """Check that a plan was made for this model, wherever the model is stored now."""
     planned, named = plan.made_for, architecture.record
 
+    is_same = same_fingerprint(planned.fingerprint, named.fingerprint)
+
     def identity(model: ModelRecord) -> dict[str, Any]:
-        return {
-            "model_type": model.model_type,
-            "blocks": model.blocks,
-            "fingerprint": model.fingerprint[:12],
-        }
+        found: dict[str, Any] = {"model_type": model.model_type, "blocks": model.blocks}
+        if not is_same:
+            parts = model.fingerprint.split("-")
+            found["fingerprint"] = "-".join(part[:12] for part in parts)
+        return found
 
     if differing := differences(identity(named), identity(planned)):
         raise PlanError(
