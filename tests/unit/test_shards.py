@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 
 from conftest import weights_of
 from sleb_cli.engine.files import copying, shards
+from sleb_cli.engine.files.pickles import TORCH_DTYPES
 from sleb_cli.engine.files.shards import new_tensor, plan_shards, write_weights
 from sleb_cli.engine.files.slices import Slices
-from sleb_cli.engine.files.tensors import TORCH_DTYPES
 from sleb_cli.engine.files.weights import find_weights, read_header
 from sleb_cli.events import TaskAdvanced, TaskStarted, ignore
 from sleb_plugins import ModelError

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from sleb_cli.engine.files.headers import StoredTensor
 from sleb_cli.engine.files.shards import NewTensor
 from sleb_cli.engine.files.slices import Slices
-from sleb_cli.engine.files.weights import StoredTensor
 from sleb_cli.engine.gguf.file import GgufFile, GgufTensor
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.events import Notify

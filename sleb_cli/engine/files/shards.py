@@ -20,9 +20,11 @@ import torch
 
 from sleb_cli.atomic import to_json
 from sleb_cli.engine.files.copying import ReportBytes, copy_range, reading
+from sleb_cli.engine.files.headers import Header, StoredTensor
+from sleb_cli.engine.files.pickles import DTYPE_NAMES, TORCH_DTYPES
 from sleb_cli.engine.files.slices import Slices
-from sleb_cli.engine.files.tensors import DTYPE_NAMES, TORCH_DTYPES, read_tensors
-from sleb_cli.engine.files.weights import SAFETENSORS, Header, StoredTensor, WeightFiles
+from sleb_cli.engine.files.tensors import read_tensors
+from sleb_cli.engine.files.weights import SAFETENSORS, WeightFiles
 from sleb_cli.events import Notify, task
 
 INDEX = f"{SAFETENSORS}.index.json"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sleb_cli.engine.files.tensors import TORCH_DTYPES
-from sleb_cli.engine.files.weights import StoredTensor
+from sleb_cli.engine.files.headers import StoredTensor
+from sleb_cli.engine.files.pickles import TORCH_DTYPES
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.transformers_internals import WeightConverter, get_model_conversion_mapping

@@ -25,8 +25,8 @@ from transformers import GenerationConfig
 
 from sleb_cli.engine.device import CPU, synchronize
 from sleb_cli.engine.files.copying import reading
-from sleb_cli.engine.files.tensors import TORCH_DTYPES, load_pickle
-from sleb_cli.engine.files.weights import StoredTensor
+from sleb_cli.engine.files.headers import StoredTensor
+from sleb_cli.engine.files.pickles import TORCH_DTYPES, load_pickle
 from sleb_cli.engine.forward.block_weights import BlockWeights
 from sleb_cli.engine.forward.memory_needs import tensors_by_block
 from sleb_cli.engine.model.architecture import Architecture

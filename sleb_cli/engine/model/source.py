@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sleb_cli.engine.files.config_files import read_json
 from sleb_cli.engine.files.copying import links_outside, reading
 from sleb_cli.engine.files.fingerprint import (
     Watch,
@@ -18,7 +19,7 @@ from sleb_cli.engine.files.fingerprint import (
     join_fingerprints,
     stamp_of,
 )
-from sleb_cli.engine.files.weights import WeightFiles, find_weights, fingerprint_weights, read_json
+from sleb_cli.engine.files.weights import WeightFiles, find_weights, fingerprint_weights
 from sleb_cli.events import Notice, Notify
 from sleb_cli.names import local_path
 from sleb_cli.requests import DEMO, require_text

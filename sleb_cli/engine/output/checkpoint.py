@@ -19,10 +19,9 @@ from sleb_cli.atomic import claimed, require_space, to_json, writing
 from sleb_cli.engine.cut.protocol import cut_records
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files import other_formats
-from sleb_cli.engine.files.config_files import CONFIG, SETTINGS, map_values
+from sleb_cli.engine.files.config_files import CONFIG, SETTINGS, map_values, read_json
 from sleb_cli.engine.files.copying import copy_file, holds_file, links_outside, reading
 from sleb_cli.engine.files.shards import NewTensor, new_tensor, plan_shards, write_weights
-from sleb_cli.engine.files.weights import read_json
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.card import CARD, model_card
 from sleb_cli.engine.output.measured import read_measurements

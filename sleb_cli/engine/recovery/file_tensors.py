@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.files.tensors import TORCH_DTYPES, read_all
+from sleb_cli.engine.files.pickles import TORCH_DTYPES
+from sleb_cli.engine.files.tensors import read_all
 from sleb_cli.engine.files.weights import WeightFiles
 from sleb_cli.engine.forward.offload import loaded
 from sleb_cli.engine.forward.skipping import SkippableModel

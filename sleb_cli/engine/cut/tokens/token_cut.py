@@ -25,10 +25,9 @@ from sleb_cli.engine.cut.tokens.tokenizer import (
     read_tokenizer,
     tokens_in,
 )
-from sleb_cli.engine.files.config_files import CONFIG, SETTINGS
+from sleb_cli.engine.files.config_files import CONFIG, SETTINGS, read_json
 from sleb_cli.engine.files.copying import holds_file
 from sleb_cli.engine.files.slices import Slices
-from sleb_cli.engine.files.weights import read_json
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.transformers_internals import revert_weight_conversion
 from sleb_cli.events import Notice, Notify
