@@ -1,4 +1,4 @@
-"""How are models, texts and checkpoints named, also without the folders of this machine?"""
+"""Names of models, texts and checkpoints, also without the folders of this machine."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-ANSWERS = "answers:"
-"""The prefix of a calibration source: the model's answers to the prompts in the file named after
-it.
-"""
-
 _FILE = re.compile(r"\.(txt|jsonl|md|json)$")
+# What comes before the file of some texts: "answers:prompts.txt".
+_KIND = re.compile(r"[a-z]{2,}:(?!//)")
 _SHARE = r":[\d.]+(?:e-?\d+)?(?:/\d+)?"
 _MIXTURE = re.compile(rf"[^,]+{_SHARE}(?:,[^,]+{_SHARE})*")
 
@@ -62,12 +59,13 @@ def split_mixture(source: str) -> list[tuple[str, str]]:
 
 
 def _without_folders(source: str) -> str:
-    if _FILE.search(source):
-        return (
-            ANSWERS * source.startswith(ANSWERS) + source.removeprefix(ANSWERS).rpartition("/")[2]
-        )
-    name, colon, rest = source.partition(":")
-    return without_folders(name) + colon + rest
+    found = _KIND.match(source)
+    kind = found[0] if found else ""
+    named = source.removeprefix(kind)
+    if _FILE.search(named):
+        return kind + named.rpartition("/")[2]
+    name, colon, rest = named.partition(":")
+    return kind + without_folders(name) + colon + rest
 
 
 def short_name(text: str) -> str:

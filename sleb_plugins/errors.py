@@ -36,6 +36,15 @@ def without_secrets(text: str) -> str:
     return text
 
 
+def first_line(error: BaseException) -> str:
+    """Return an exception's message on one line, without secrets or full stop; a single word
+    follows its class.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    words = without_secrets(" ".join(lines[:2]).rstrip("."))
+    return words if " " in words else f"{type(error).__name__} {words}".strip()
+
+
 def in_python(text: str) -> str:
     """Name options as the arguments of a request, but for those of a command in backticks."""
     parts = text.split("`")

@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from sleb_cli.atomic import require_new_file, writing
 from sleb_cli.checks.subjects import NamedSubject
-from sleb_cli.checks.text_names import REFERENCE_PRESETS, require_mixture
+from sleb_cli.checks.text_names import require_mixture
 from sleb_cli.plan import Plan, read_plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.processes import is_main_process
@@ -36,6 +36,7 @@ from sleb_cli.requests import (
     option_of,
     sibling,
 )
+from sleb_cli.texts.named import is_reference
 from sleb_cli.units import dtype_in_full, parse_bytes, parse_count, parse_ratio
 from sleb_plugins import (
     ExpertMetric,
@@ -241,7 +242,7 @@ def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
         values = {name: getattr(search, name) for name in of_search}
         values |= {name: getattr(text, name) for name in ("chat", "seed", "sequence_length")}
         values |= {"calibration": text.source, "protect": search.protect or None}
-        if text.source not in REFERENCE_PRESETS:  # whose samples count rows of text, not sequences
+        if not is_reference(text.source):  # whose samples count rows of text, not sequences
             values["samples"] = text.sequences
     return replace(
         request, **{name: value for name, value in values.items() if getattr(request, name) is None}

@@ -1,89 +1,48 @@
-"""How texts are named: presets, local files, data sets on the Hub, and what the model writes
-itself.
-"""
+"""Check that texts are named as they must be, and that local files are there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 from sleb_cli.checks.mixture import parse_mixture
-from sleb_cli.names import ANSWERS, local_path
+from sleb_cli.texts.data_set import DataSet
+from sleb_cli.texts.named import NAMED, is_reference, is_written, text_source
 from sleb_plugins import DataError
 from sleb_plugins.errors import did_you_mean
 
-SELF, SELF_CHAT = "self", "self-chat"
-"""Text and conversations that the model writes itself."""
-REFERENCE_PRESETS = frozenset({"wikitext2-sleb", "c4-sleb"})
-"""Texts that are drawn as in the reference implementation."""
-PRESETS = frozenset({"wikitext2", "c4"}) | REFERENCE_PRESETS
-
-
-def writes_conversations(source: str) -> bool:
-    """Whether the model is to write conversations."""
-    return source == SELF_CHAT or source.startswith(ANSWERS)
-
-
-def is_written(source: str) -> bool:
-    """Whether the model is to write this source."""
-    return source == SELF or writes_conversations(source)
-
-
-def holds_conversations(source: str) -> bool:
-    """Whether a source can hold conversations: plain text does not."""
-    if writes_conversations(source):
-        return True
-    return Path(source).suffix == ".jsonl" if is_file(source) else "/" in source
-
-
-def is_file(source: str) -> bool:
-    """Whether a source is a local file rather than a preset or a data set."""
-    path = Path(source)
-    if source in PRESETS or writes_conversations(source):
-        return False
-    return (
-        path.exists()
-        or path.suffix in {".txt", ".jsonl", ".md", ".json"}
-        or source.startswith((".", "/", "~"))
-    )
+_FORMS = "a .txt or .jsonl file, or org/name[:config][:split][:column]"
 
 
 def require_mixture(text: str | None) -> None:
-    """Check that the sources of a calibration text are named as they must be, and that its files
-    are there.
+    """Check the texts of a calibration, or of a mixture of them.
 
     Raises:
         UsageError: the mixture is invalid.
-        DataError: a file is missing, or a source is none.
+        DataError: a file is missing, or there is no such text.
     """
-    require_sources(parse_mixture(text) if text else ())
+    for name in parse_mixture(text) if text else ():
+        _require_source(name, [*NAMED], f"Use wikitext2, c4, self, {_FORMS}.")
 
 
-def require_sources(sources: Iterable[str], *, measured: bool = False) -> None:
-    """Check that these are sources, to calibrate on or to be `measured`, and that local files are
-    there.
+def require_evaluation_texts(names: Iterable[str]) -> None:
+    """Check texts to evaluate on.
 
     Raises:
-        DataError: one is not.
+        DataError: a file is missing, there is no such text, or it is made to calibrate on.
     """
-    for source in sources:
-        file = source.removeprefix(ANSWERS)
-        path, *parts = source.split(":")
-        if measured and (is_written(source) or source in REFERENCE_PRESETS):
+    known = [name for name in NAMED if not is_written(name) and not is_reference(name)]
+    for name in names:
+        if is_written(name) or is_reference(name):
             raise DataError(
-                f"{source} is text to calibrate on.",
-                hint="Use wikitext2, c4, a .txt or .jsonl file, or a data set: "
-                "org/name[:config][:split][:column].",
+                f"{name} is text to calibrate on.", hint=f"Use wikitext2, c4, {_FORMS}."
             )
-        if file != source or is_file(source):
-            if not local_path(file).exists():
-                raise DataError(f"There is no file {file}.", hint="Check the path.")
-        elif (
-            source not in PRESETS and not is_written(source) and ("/" not in path or len(parts) > 3)
-        ):
-            every = "Use wikitext2, c4, self, a .txt or .jsonl file, or org/name[:config][:split][:column]."
-            known = [*sorted(PRESETS), *([] if measured else [SELF, SELF_CHAT])]
-            raise DataError(
-                f"Unknown text source {source!r}.",
-                hint=did_you_mean(source, known, otherwise=every),
-            )
+        _require_source(name, known, f"Use wikitext2, c4, {_FORMS}.")
+
+
+def _require_source(name: str, known: Sequence[str], hint: str) -> None:
+    source = text_source(name)
+    if isinstance(source, DataSet) and not source.is_well_formed:
+        raise DataError(
+            f"Unknown text source {name!r}.", hint=did_you_mean(name, known, otherwise=hint)
+        )
+    source.require()

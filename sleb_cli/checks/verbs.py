@@ -18,7 +18,7 @@ from sleb_cli.checks.subjects import (
     read_named_plan,
     read_subject,
 )
-from sleb_cli.checks.text_names import require_mixture, require_sources
+from sleb_cli.checks.text_names import require_evaluation_texts, require_mixture
 from sleb_cli.plan import CHECKPOINT_PLAN
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.processes import is_main_process
@@ -110,7 +110,7 @@ def check_evaluation(request: EvalRequest, registry: Registry) -> NamedSubject:
     _require_new(request)
     parse_batch_size(request.batch_size)
     dtype_in_full(request.dtype or AUTO)
-    require_sources(request.perplexity, measured=True)
+    require_evaluation_texts(request.perplexity)
     if request.include_path is not None and not request.include_path.is_dir():
         raise DataError(f"There is no folder {request.include_path}.", hint="Check --include-path.")
     return read_subject(request)

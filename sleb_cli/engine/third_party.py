@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from sleb_plugins import MachineError, ModelError, OutputError, SlebError
-from sleb_plugins.errors import is_out_of_memory, without_secrets
+from sleb_plugins.errors import first_line, is_out_of_memory
 
 
 def quiet_libraries() -> None:
@@ -160,12 +160,3 @@ def internals(package: str) -> Iterator[None]:
             f"This sleb does not know {package} {version(package)}: {first_line(error)}.",
             hint=f"Install an older {package}, or a newer sleb.",
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return an exception's message on one line, without secrets or full stop; a single word
-    follows its class.
-    """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    words = without_secrets(" ".join(lines[:2]).rstrip("."))
-    return words if " " in words else f"{type(error).__name__} {words}".strip()

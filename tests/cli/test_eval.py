@@ -21,9 +21,9 @@ from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.quality import models as quality_models
 from sleb_cli.engine.quality import written_code
 from sleb_cli.engine.quality.models import Models
-from sleb_cli.engine.text.sources import evaluation_text
 from sleb_cli.results import EvalResult
 from sleb_cli.saved_results import beside_plan
+from sleb_cli.texts.named import text_source
 
 SHORT = ["--sequence-length", 64]
 
@@ -478,7 +478,7 @@ def test_splits_by_other_names(monkeypatch):
         ([], "train"),
     ):
         monkeypatch.setattr(datasets, "get_dataset_split_names", Mock(return_value=splits))
-        assert evaluation_text("org/name:cfg", 2048).source == f"org/name:cfg:{chosen}"
+        assert text_source("org/name:cfg").evaluation_text(2048).source == f"org/name:cfg:{chosen}"
         load.assert_called_with("org/name", "cfg", split=chosen, data_files=None)
 
 

@@ -14,7 +14,8 @@ from conftest import architecture_of, tokenizer_with
 from sleb_cli.engine.text.calibration import calibrate
 from sleb_cli.engine.text.chat import cut_answers, cut_conversations, render
 from sleb_cli.engine.text.settings import resolve_calibration
-from sleb_cli.engine.text.sources import Text, calibration_conversations
+from sleb_cli.texts.named import text_source
+from sleb_cli.texts.source import Text
 from sleb_plugins import DataError
 
 TEMPLATE = (
@@ -227,7 +228,7 @@ def test_conversations_that_cannot_be_cut_are_refused(
 def test_a_line_that_is_no_conversation_is_named(tmp_path, line):
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": CONVERSATION}) + "\n\n" + line)
     with pytest.raises(DataError, match=r"ine 3 of chat\.jsonl"):
-        calibration_conversations("chat.jsonl", samples=1, length=10, seed=0)
+        text_source("chat.jsonl").conversations(samples=1, length=10, seed=0)
 
 
 def test_a_data_set_gives_its_column_of_messages(monkeypatch):
@@ -237,11 +238,11 @@ def test_a_data_set_gives_its_column_of_messages(monkeypatch):
     ]  # a field that other messages lack
     rows = datasets.Dataset.from_dict({"messages": [talk] * 50, "other": [[]] * 50})
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows)
-    found = calibration_conversations("org/chat", samples=1, length=30, seed=0)
+    found = text_source("org/chat").conversations(samples=1, length=30, seed=0)
     characters = sum(len(message["content"]) for message in CONVERSATION)
     assert found == [talk] * -(-2 * 30 * 8 // min(characters, 30 * 8))
     with pytest.raises(DataError, match="A row of org/chat:train:other cannot be read: messages"):
-        calibration_conversations("org/chat:::other", samples=1, length=30, seed=0)
+        text_source("org/chat:::other").conversations(samples=1, length=30, seed=0)
 
 
 def test_the_mask_stays_with_its_sequences(tiny_llama, tmp_path):

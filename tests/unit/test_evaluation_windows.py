@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import prose, train_tokenizer
-from sleb_cli.engine.text.sources import Text
 from sleb_cli.engine.text.windows import (
     choose_length,
     cut_for_evaluation,
@@ -13,6 +12,7 @@ from sleb_cli.engine.text.windows import (
     cut_windows,
 )
 from sleb_cli.requests import DEFAULT_LENGTH
+from sleb_cli.texts.source import Text
 from sleb_plugins import UsageError
 
 

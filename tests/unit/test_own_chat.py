@@ -20,8 +20,9 @@ from sleb_cli.engine.text.calibration import calibrate
 from sleb_cli.engine.text.chat import apply_template
 from sleb_cli.engine.text.own_chat import _Writer
 from sleb_cli.engine.text.settings import CalibrationSettings
-from sleb_cli.engine.text.sources import TextSplit, read_prompts
 from sleb_cli.events import Notice, ignore
+from sleb_cli.texts.named import text_source
+from sleb_cli.texts.source import TextSplit
 from sleb_plugins import DataError, UnsupportedModelError, UsageError
 
 TURNS = (
@@ -319,7 +320,9 @@ def test_all_tokens_of_plain_text_count(model, tmp_path):
 )
 def test_prompts_are_read_and_answered_each_in_one_part(model, tmp_path, name, content):
     (tmp_path / name).write_text(content)
-    parts = [read_prompts(f"answers:{name}", TextSplit(*ends)) for ends in ((0, 0.7), (0.7, 1))]
+    parts = [
+        text_source(f"answers:{name}").prompts(TextSplit(*ends)) for ends in ((0, 0.7), (0.7, 1))
+    ]
     assert [[{"role": "user", "content": f"word{number}"}] for number in range(20)] == parts[
         0
     ] + parts[1]
@@ -353,4 +356,4 @@ def test_prompts_are_read_and_answered_each_in_one_part(model, tmp_path, name, c
 def test_a_file_of_prompts_that_cannot_be_used_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
-        read_prompts(f"answers:{name}", TextSplit(0, 0.7))
+        text_source(f"answers:{name}").prompts(TextSplit(0, 0.7))

@@ -9,12 +9,12 @@ import torch
 
 from conftest import llama_config, prose, random_model, train_tokenizer
 from sleb_cli.checks.mixture import parse_mixture
-from sleb_cli.engine.text import calibration
 from sleb_cli.engine.text.calibration import calibrate
 from sleb_cli.engine.text.portions import Portions
 from sleb_cli.engine.text.settings import CalibrationSettings
-from sleb_cli.engine.text.sources import Text, TextSplit
 from sleb_cli.events import ignore
+from sleb_cli.texts.data_set import DataSet
+from sleb_cli.texts.source import Text, TextSplit
 
 LENGTH = 32
 TOKENIZER, MODEL = train_tokenizer(bos=False), random_model(llama_config(2))
@@ -97,10 +97,8 @@ def test_a_short_text_is_used_whole_and_keeps_the_shares(tmp_path):
 
 
 def test_data_sets_are_shuffled_by_the_portions_number(monkeypatch):
-    read = Mock(
-        side_effect=lambda source, *, tokens, seed, split: Text(source, prose(300, seed=seed))
-    )
-    monkeypatch.setattr(calibration, "calibration_text", read)
+    read = Mock(side_effect=lambda *, tokens, seed, split: Text("org/name", prose(300, seed=seed)))
+    monkeypatch.setattr(DataSet, "text", read)
     draws = Portions(settings("org/name"), lambda portion: 5, TOKENIZER, lambda: None)
     first, second = used(draws.draw(0, ignore)), used(draws.draw(1, ignore))
     assert [call.kwargs["seed"] for call in read.mock_calls] == [4, 5]

@@ -12,7 +12,6 @@ import torch
 from sleb_cli.checks.mixture import parse_mixture
 from sleb_cli.checks.places import are_the_same, require_new_place
 from sleb_cli.checks.subjects import NamedSubject
-from sleb_cli.checks.text_names import is_written
 from sleb_cli.checks.verbs import parse_shard_size
 from sleb_cli.engine.device import parse_dtype
 from sleb_cli.engine.door.files import locate
@@ -39,6 +38,7 @@ from sleb_cli.events import Notice, Notify
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import ApplyRequest, option_of
 from sleb_cli.results import ApplyResult, GgufResult
+from sleb_cli.texts.named import is_written
 from sleb_plugins import DataError, PlanError, UnsupportedModelError, UsageError
 
 

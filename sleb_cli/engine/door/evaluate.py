@@ -27,7 +27,6 @@ from sleb_cli.engine.surgery.loading import Placement, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.chat import cut_answers, require_template
 from sleb_cli.engine.text.overlap import is_known
-from sleb_cli.engine.text.sources import evaluation_text
 from sleb_cli.engine.text.windows import (
     EvaluationWindows,
     choose_length,
@@ -38,6 +37,7 @@ from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plan import CHECKPOINT_PLAN, CalibrationRecord, read_plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import AUTO, DEFAULT_TEXT, EvalRequest
+from sleb_cli.texts.named import text_source
 from sleb_cli.units import in_shell
 from sleb_plugins import PlanError, UsageError
 
@@ -133,7 +133,7 @@ def _read_text(
 ) -> EvaluationWindows:
     length = choose_length(request.sequence_length, architecture)
     with task(notify, f"Reading {name}"):
-        text = evaluation_text(name, length)
+        text = text_source(name).evaluation_text(length)
         if not text.conversations:
             return cut_for_evaluation(
                 tokenizer, text, length, bos=request.bos, most=request.max_windows

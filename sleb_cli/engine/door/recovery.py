@@ -9,7 +9,6 @@ from functools import partial
 import torch
 
 from sleb_cli.checks.mixture import parse_mixture
-from sleb_cli.checks.text_names import REFERENCE_PRESETS, SELF, SELF_CHAT, is_written
 from sleb_cli.engine.device import CPU, choose_device, dtype_name
 from sleb_cli.engine.files.tensors import float_dtypes
 from sleb_cli.engine.forward.memory_needs import model_bytes
@@ -29,7 +28,6 @@ from sleb_cli.engine.text.settings import (
     require_given_text,
     resolve_calibration,
 )
-from sleb_cli.engine.text.sources import TextSplit
 from sleb_cli.events import Notify
 from sleb_cli.requests import (
     AUTO,
@@ -40,6 +38,9 @@ from sleb_cli.requests import (
     RECOVERY_TOKENS,
     ApplyRequest,
 )
+from sleb_cli.texts.named import is_reference, is_written, text_source
+from sleb_cli.texts.source import TextSplit
+from sleb_cli.texts.written import SELF, SELF_CHAT
 from sleb_cli.units import format_bytes, plural
 from sleb_plugins import DataError, MachineError, UnsupportedModelError
 
@@ -171,7 +172,7 @@ def _resolve_text(request: ApplyRequest, subject: Subject, *, stream: bool) -> C
     )
     if stream:
         require_given_text(text)
-    if not (text.samples_given or text.source in REFERENCE_PRESETS):
+    if not (text.samples_given or is_reference(text.source)):
         tokens = RECOVERY_SELF_TOKENS if all(map(is_written, text.shares)) else RECOVERY_TOKENS
         text = replace(text, samples=max(MIN_SEQUENCES, tokens // length))
     if text.samples < MIN_SEQUENCES:
@@ -202,7 +203,7 @@ def _default_source(subject: Subject, *, stream: bool) -> str:
     is_mixed = (
         len(shares) > 1 or "," in searched.source
     )  # a name with a comma cannot be part of a mixture
-    text = searched.source if is_mixed else next(iter(shares)).removesuffix("-sleb")
+    text = searched.source if is_mixed else text_source(next(iter(shares))).in_windows
     if stream:
         return alone if any(map(is_written, shares)) else text
     return text if is_mixed else f"{text}:0.75,{SELF_CHAT if is_chat else SELF}:0.25"

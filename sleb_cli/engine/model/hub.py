@@ -22,10 +22,11 @@ from tqdm.auto import tqdm
 
 from sleb_cli.engine.files import other_formats
 from sleb_cli.engine.files.weights import find_weights
-from sleb_cli.engine.third_party import first_line, quiet_libraries
+from sleb_cli.engine.third_party import quiet_libraries
 from sleb_cli.events import Advance, Notify, task
 from sleb_cli.units import format_bytes
 from sleb_plugins import ModelError
+from sleb_plugins.errors import first_line
 
 # A download that breaks off, of the Hub's HTTP library or of its faster transfers (hf_xet), and a
 # full disk.

@@ -22,10 +22,10 @@ from sleb_cli.engine.device import input_device
 from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality import written_code
-from sleb_cli.engine.text.sources import loading_data
 from sleb_cli.engine.third_party import error_saying, translate_errors
 from sleb_cli.events import Notify
 from sleb_cli.requests import AUTO, RunCode
+from sleb_cli.texts.data_set import loading_data
 from sleb_cli.units import plural
 from sleb_plugins.errors import DataError, UsageError, did_you_mean
 

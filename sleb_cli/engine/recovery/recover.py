@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from sleb_cli.checks.text_names import SELF_CHAT
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.forward.placement import open_dense
 from sleb_cli.engine.forward.skipping import SkippableModel
@@ -26,6 +25,7 @@ from sleb_cli.engine.text.windows import tokens_sha256, whole_mask
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.keys import key_of
 from sleb_cli.plan import ConversationsRecord, LossesRecord, RecoveryRecord
+from sleb_cli.texts.written import SELF_CHAT
 from sleb_plugins import DataError, ModelError, UnsupportedModelError, UsageError
 
 

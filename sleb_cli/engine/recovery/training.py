@@ -14,7 +14,6 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from sleb_cli.checks.text_names import REFERENCE_PRESETS
 from sleb_cli.engine.forward.forecast import announce
 from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.recovery.distillation import Batch, Distillation, TeacherStates, learning_rate
@@ -26,6 +25,7 @@ from sleb_cli.engine.recovery.unfinished import Saves
 from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.text.portions import Portion, Portions
 from sleb_cli.events import Advance, HealChecked, Notice
+from sleb_cli.texts.named import is_reference
 from sleb_plugins import ModelError
 
 LEARNING_RATE = 1.5e-3
@@ -270,7 +270,7 @@ class Training:
 def _portions(job: Job, budget: HealBudget) -> Portions:
     text = job.settings.splits[0]
     # Samples of a reference preset are rows of text: read no more than were fitted to.
-    most = text.samples if text.source in REFERENCE_PRESETS else math.inf
+    most = text.samples if is_reference(text.source) else math.inf
 
     def uses(portion: int) -> int:
         return int(min(most, -(-budget.portion_tokens(portion) // text.sequence_length)))

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from sleb_cli.checks.text_names import REFERENCE_PRESETS
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.environment import environment_record
 from sleb_cli.engine.forward.decoding import check_decoding
@@ -28,6 +27,7 @@ from sleb_cli.keys import key_of
 from sleb_cli.plan import CalibrationRecord, Plan, SampleGeneration, SearchRecord
 from sleb_cli.records import THIS_VERSION, differences
 from sleb_cli.requests import DEMO
+from sleb_cli.texts.named import is_reference
 from sleb_plugins import LogitMetric, ModelMetric, PlanError
 
 PROMPT_TOKENS, NEW_TOKENS = 8, 2
@@ -145,7 +145,7 @@ def _repeating_options(
         "device": record.device,
         "batch_size": record.batch_size,
     }
-    if text.source not in REFERENCE_PRESETS:  # their samples are rows of text, not sequences
+    if not is_reference(text.source):  # their samples are rows of text, not sequences
         decided |= {"samples": text.sequences, "sequence_length": text.sequence_length}
     return {
         name: value

@@ -5,24 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sleb_cli.checks.mixture import interleave
-from sleb_cli.checks.text_names import SELF, holds_conversations, is_written, writes_conversations
 from sleb_cli.engine.text.chat import cut_conversations, render, require_template
 from sleb_cli.engine.text.own_chat import write_conversations
 from sleb_cli.engine.text.own_text import generate_own_text
 from sleb_cli.engine.text.settings import CalibrationSettings, require_mixable
-from sleb_cli.engine.text.sources import (
-    WHOLE,
-    calibration_conversations,
-    calibration_text,
-    reference_calibration_text,
-)
 from sleb_cli.engine.text.windows import (
     adds_bos,
     begin_with_bos,
@@ -33,8 +25,10 @@ from sleb_cli.engine.text.windows import (
     whole_mask,
 )
 from sleb_cli.events import Notice, Notify, ignore, task
-from sleb_cli.names import ANSWERS
 from sleb_cli.plan import CalibrationRecord
+from sleb_cli.texts.data_set import ReferenceText
+from sleb_cli.texts.named import text_source
+from sleb_cli.texts.source import WHOLE
 
 
 @dataclass(frozen=True)
@@ -97,42 +91,59 @@ def calibrate(
         UsageError: no text is left for a part of the mixture.
     """
     first = splits[0]
-    conversations = [source for source in first.shares if writes_conversations(source)]
-    if first.chat is not None or conversations:
-        require_template(tokenizer, conversations[0] if conversations else "--chat")
-    drafts = [
-        _read_texts(split, tokenizer, notify if split is first else ignore) for split in splits
-    ]
+    _require_template_where_needed(first, tokenizer)
+    # Texts are read before the model writes any, since they may be missing or too short.
+    drafts = []
+    for split in splits:
+        drafts.append(_read_texts(split, tokenizer, notify if split is first else ignore))
     if first.samples_given and len(splits) > 1:
-        _require_samples(splits, [rows for _, rows in drafts], tokenizer)
-    for source in filter(is_written, first.shares):
-        counts = [settings.counts[source] for settings, _ in drafts]
-        if source.startswith(ANSWERS):  # prompts are divided like documents
-            for (settings, rows), count in zip(drafts, counts, strict=True):
+        _require_samples(splits, drafts, tokenizer)
+    for name in first.shares:
+        source = text_source(name)
+        counts = [draft.settings.counts[name] for draft in drafts]
+        if source.has_prompts:  # which are divided like documents
+            for draft, count in zip(drafts, counts, strict=True):
                 if count:
-                    rows[source] = write_sequences(
-                        source, count, settings, load_model(), tokenizer, notify
+                    draft.rows[name] = write_sequences(
+                        name, count, draft.settings, load_model(), tokenizer, notify
                     )
-        else:  # for all splits at once: each sequence is a document of its own
-            written = write_sequences(source, sum(counts), first, load_model(), tokenizer, notify)
-            for (_, rows), (begin, end) in zip(
-                drafts, pairwise(accumulate(counts, initial=0)), strict=True
-            ):
-                rows[source] = take_sequences(written, range(begin, end))
-    return [_interleave_sources(settings, rows, tokenizer) for settings, rows in drafts]
+        elif source.is_written:  # for all splits at once: each sequence is a document of its own
+            written = write_sequences(name, sum(counts), first, load_model(), tokenizer, notify)
+            begin = 0
+            for draft, count in zip(drafts, counts, strict=True):
+                draft.rows[name] = take_sequences(written, range(begin, begin + count))
+                begin += count
+    return [_interleave_sources(draft, tokenizer) for draft in drafts]
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """The sequences of a split so far, by source; the settings count no more than there are."""
+
+    settings: CalibrationSettings
+    rows: dict[str, Sequences]
+
+
+def _require_template_where_needed(settings: CalibrationSettings, tokenizer: Any) -> None:
+    for name in settings.shares:
+        source = text_source(name)
+        if source.is_written and source.holds_conversations:
+            require_template(tokenizer, name)
+    if settings.chat is not None:
+        require_template(tokenizer, "--chat")
 
 
 def _require_samples(
-    splits: Sequence[CalibrationSettings],
-    rows_of_splits: Sequence[Mapping[str, Sequences]],
-    tokenizer: Any,
+    splits: Sequence[CalibrationSettings], drafts: Sequence[_Draft], tokenizer: Any
 ) -> None:
     whole = replace(splits[0], samples=sum(split.samples for split in splits), split=WHOLE)
     for source, count in whole.given_counts.items():
-        read = [len(rows[source][0]) if source in rows else 0 for rows in rows_of_splits]
-        # A split may have less than its share, but not all of them together.
-        if any(have < split.counts[source] for split, have in zip(splits, read, strict=True)):
-            read_windows(source, count, whole, tokenizer)
+        for split, draft in zip(splits, drafts, strict=True):
+            read = len(draft.rows[source][0]) if source in draft.rows else 0
+            # A split may have less than its share, but not all of them together.
+            if read < split.counts[source]:
+                read_windows(source, count, whole, tokenizer)
+                break
 
 
 def write_sequences(
@@ -145,7 +156,7 @@ def write_sequences(
 ) -> Sequences:
     """Let the model write sequences of a source; raises what `calibrate` raises."""
     settings = replace(settings, samples=samples)
-    if source == SELF:
+    if not text_source(source).holds_conversations:
         return generate_own_text(model, tokenizer, settings, notify), None
     answers = settings.chat == "answers" or (settings.chat is None and settings.own_answers)
     conversations = write_conversations(model, tokenizer, source, settings, notify)
@@ -171,15 +182,15 @@ def join_sequences(rows: Sequence[Sequences]) -> Sequences:
     return sequences, torch.cat([whole_mask(tokens, mask) for tokens, mask in rows])
 
 
-def _interleave_sources(
-    settings: CalibrationSettings, rows: Mapping[str, Sequences], tokenizer: Any
-) -> Calibration:
-    sources = [source for source in settings.shares if source in rows]
-    counts = [len(rows[source][0]) for source in sources]
-    order = interleave(counts)
-    sequences, loss_mask = take_sequences(
-        join_sequences([rows[source] for source in sources]), order
-    )
+def _interleave_sources(draft: _Draft, tokenizer: Any) -> Calibration:
+    settings = draft.settings
+    sources = [source for source in settings.shares if source in draft.rows]
+    origins = list[str]()
+    for source in sources:
+        origins += [source] * len(draft.rows[source][0])
+    order = interleave([len(draft.rows[source][0]) for source in sources])
+    joined = join_sequences([draft.rows[source] for source in sources])
+    sequences, loss_mask = take_sequences(joined, order)
     record = CalibrationRecord(
         source=settings.source,
         seed=settings.seed,
@@ -189,33 +200,31 @@ def _interleave_sources(
         chat=settings.chat,
         tokens_sha256=tokens_sha256(sequences),
     )
-    origins = [source for source, count in zip(sources, counts, strict=True) for _ in range(count)]
     return Calibration(sequences, record, loss_mask, tuple(origins[row] for row in order))
 
 
-def _read_texts(
-    settings: CalibrationSettings, tokenizer: Any, notify: Notify
-) -> tuple[CalibrationSettings, dict[str, Sequences]]:
-    # Texts are read before the model writes any, since they may be missing or too short. The
-    # settings that are returned have only as many samples as the texts provide.
-    read, is_mixture = dict[str, Sequences](), len(settings.shares) > 1
+def _read_texts(settings: CalibrationSettings, tokenizer: Any, notify: Notify) -> _Draft:
+    read = dict[str, Sequences]()
+    is_mixture = len(settings.shares) > 1
     for source, count in settings.given_counts.items():
         with task(notify, f"Reading {source}"):
-            windows, _ = rows = read_windows(source, count, settings, tokenizer)
-            if len(windows) < count and not is_mixture and not settings.is_reference:
-                notify(Notice(f"{_shortage(source, len(windows), settings)}; using all of them."))
+            rows = read_windows(source, count, settings, tokenizer)
+            available = len(rows[0])
+            if available < count and not is_mixture and not settings.is_reference:
+                notify(Notice(f"{_shortage(source, available, settings)}; using all of them."))
         # A reference preset counts rows of text, and all of their windows are used.
-        drawn = len(windows) if settings.is_reference else count
-        read[source] = take_sequences(rows, draw(len(windows), drawn, settings.seed))
+        drawn = available if settings.is_reference else count
+        read[source] = _draw_rows(rows, drawn, settings.seed)
     if is_mixture:
-        settings = limit_to_texts(
-            settings, {source: len(rows) for source, (rows, _) in read.items()}, notify
-        )
-        read = {
-            source: take_sequences(rows, draw(len(rows[0]), settings.counts[source], settings.seed))
-            for source, rows in read.items()
-        }
-    return settings, read
+        available_counts = {source: len(rows[0]) for source, rows in read.items()}
+        settings = limit_to_texts(settings, available_counts, notify)
+        for source, rows in read.items():
+            read[source] = _draw_rows(rows, settings.counts[source], settings.seed)
+    return _Draft(settings, read)
+
+
+def _draw_rows(rows: Sequences, count: int, seed: int) -> Sequences:
+    return take_sequences(rows, draw(len(rows[0]), count, seed))
 
 
 def limit_to_texts(
@@ -227,14 +236,12 @@ def limit_to_texts(
     Raises:
         UsageError: a source that had sequences would have none.
     """
-    requested, had = (
-        settings.samples,
-        [source for source, count in settings.counts.items() if count],
-    )
+    requested = settings.samples
+    needed = [source for source, count in settings.counts.items() if count]
     while any(settings.counts[source] > count for source, count in available.items()):
         settings = replace(settings, samples=settings.samples - 1)
     if not settings.split.begin:  # the splits for validation and test may lack a source
-        require_mixable(settings, had)
+        require_mixable(settings, needed)
     if settings.samples < requested:
         scarce = min(available, key=lambda source: available[source] / settings.shares[source])
         mixed = f"the mixture has {settings.samples} sequences, not {requested}"
@@ -247,36 +254,31 @@ def _shortage(source: str, count: int, settings: CalibrationSettings) -> str:
 
 
 def read_windows(
-    source: str, samples: int, settings: CalibrationSettings, tokenizer: Any
+    name: str, samples: int, settings: CalibrationSettings, tokenizer: Any
 ) -> Sequences:
     """Cut enough of a text for `samples` windows, or all of a smaller one."""
-    length, seed, split = settings.sequence_length, settings.seed, settings.split
+    source = text_source(name)
+    length, split = settings.sequence_length, settings.split
     # The user's number is for the whole text, of which a split has only about its share.
     required = samples if settings.samples_given and split == WHOLE else None
-    if settings.chat is not None and holds_conversations(source):
-        conversations = calibration_conversations(
-            source, samples=samples, length=length, seed=seed, split=split
-        )
+    if settings.chat is not None and source.holds_conversations:
         answers = settings.chat == "answers"
-        rendered = [
-            render(tokenizer, conversation, source, answers=answers)
-            for conversation in conversations
-        ]
-        return cut_conversations(rendered, source, length, answers=answers, required=required)
-    if settings.is_reference:
-        text = reference_calibration_text(source, rows=samples, seed=seed, split=split)
-        return require_windows(
-            cut_running_text(tokenizer, text.content, length), text, tokenizer, length
-        ), None
-    text = calibration_text(source, tokens=samples * length, seed=seed, split=split)
+        conversations = source.conversations(
+            samples=samples, length=length, seed=settings.seed, split=split
+        )
+        rendered = [render(tokenizer, each, name, answers=answers) for each in conversations]
+        return cut_conversations(rendered, name, length, answers=answers, required=required)
+    if isinstance(source, ReferenceText):
+        text = source.text_of_rows(samples, settings.seed, split)
+        windows = cut_running_text(tokenizer, text.content, length)
+        return require_windows(windows, text, tokenizer, length), None
+    text = source.text(tokens=samples * length, seed=settings.seed, split=split)
     windows = cut_windows(tokenizer, text.content, length, bos=adds_bos(tokenizer))
     return require_windows(windows, text, tokenizer, length, required), None
 
 
 def draw(windows: int, count: int, seed: int) -> list[int]:
     """Draw `count` windows by the seed, in the order of the text; all if there are fewer."""
-    return (
-        list(range(windows))
-        if count >= windows
-        else sorted(random.Random(seed).sample(range(windows), count))
-    )
+    if count >= windows:
+        return list(range(windows))
+    return sorted(random.Random(seed).sample(range(windows), count))

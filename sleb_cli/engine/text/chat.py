@@ -11,9 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.text.sources import Conversation, Text
 from sleb_cli.engine.text.windows import EvaluationWindows, begin_with_bos, require_enough
 from sleb_cli.engine.third_party import error_saying, translate_errors
+from sleb_cli.texts.source import Conversation, Text
 from sleb_plugins import DataError, UsageError
 
 # The tag with which a template marks what the model writes.

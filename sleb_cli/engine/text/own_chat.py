@@ -16,14 +16,14 @@ from functools import partial
 from itertools import compress, cycle, islice
 from typing import Any, NamedTuple
 
-from sleb_cli.checks.text_names import SELF_CHAT
 from sleb_cli.engine.model.generation import end_tokens
 from sleb_cli.engine.text.chat import Tokens, apply_template, pack
 from sleb_cli.engine.text.settings import CalibrationSettings
-from sleb_cli.engine.text.sources import Conversation, read_prompts
 from sleb_cli.engine.text.writing import GIVE_TEXT, Continue, Writing, write_or_find
 from sleb_cli.events import Notice, Notify
 from sleb_cli.repetition import repetition
+from sleb_cli.texts.named import text_source
+from sleb_cli.texts.source import Conversation
 from sleb_cli.units import plural
 from sleb_plugins import UnsupportedModelError, UsageError
 
@@ -73,7 +73,7 @@ def write_conversations(
         UsageError: sequences are too short for the chat template.
         UnsupportedModelError: the model cannot generate text, or nothing that can be used.
     """
-    given = [] if source == SELF_CHAT else read_prompts(source, settings.split)
+    given = text_source(source).prompts(settings.split)
     count, length = settings.samples, settings.sequence_length
     drawn = f"{settings.seed}/{settings.split.begin:g}"
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from sleb_cli.checks.text_names import is_written
 from sleb_cli.engine.text.calibration import (
     Sequences,
     draw,
@@ -21,8 +20,8 @@ from sleb_cli.engine.text.calibration import (
     write_sequences,
 )
 from sleb_cli.engine.text.settings import CalibrationSettings
-from sleb_cli.engine.text.sources import is_read_whole
 from sleb_cli.events import Notify
+from sleb_cli.texts.named import is_written, text_source
 
 USES_OF_OWN_TEXT = 2
 """How often a sequence that the model wrote is trained on, because writing takes longer than
@@ -122,7 +121,7 @@ class Portions:
         windows, _ = all_rows = read_windows(
             source, settings.counts[source], settings, self._tokenizer
         )
-        if is_read_whole(source):
+        if not text_source(source).is_endless:
             # Windows that were fitted before come last.
             last = draw(len(windows), self._fitted.counts[source], self._fitted.seed)
             first = sorted(set(range(len(windows))) - set(last))

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from sleb_cli.checks.mixture import divide, parse_mixture
-from sleb_cli.checks.text_names import REFERENCE_PRESETS, holds_conversations, is_written
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.text.sources import REFERENCE_ROWS, WHOLE, TextSplit, read_prompts
 from sleb_cli.engine.text.windows import choose_length
-from sleb_cli.names import ANSWERS
 from sleb_cli.requests import (
     DEFAULT_CALIBRATION,
     DEFAULT_LENGTH,
@@ -22,6 +19,9 @@ from sleb_cli.requests import (
     DEMO_SAMPLES,
     Chat,
 )
+from sleb_cli.texts.data_set import REFERENCE_ROWS
+from sleb_cli.texts.named import is_reference, is_written, text_source
+from sleb_cli.texts.source import WHOLE, TextSplit
 from sleb_plugins import UsageError
 
 
@@ -63,7 +63,7 @@ class CalibrationSettings:
     @property
     def is_reference(self) -> bool:
         """Whether the text is drawn as the reference implementation does."""
-        return bool(REFERENCE_PRESETS & self.shares.keys())
+        return any(is_reference(source) for source in self.shares)
 
 
 def resolve_calibration(
@@ -84,23 +84,19 @@ def resolve_calibration(
     is_demo = architecture.source.id == DEMO
     source = source or (DEMO_CALIBRATION if is_demo else DEFAULT_CALIBRATION)
     shares = parse_mixture(source)
-    if chat is not None and not any(map(holds_conversations, shares)):
+    sources = [text_source(name) for name in shares]
+    if chat is not None and not any(each.holds_conversations for each in sources):
         raise UsageError(
             f"{source} is plain text, but --chat needs conversations.",
             hint="Leave out --chat, or name self-chat, or a .jsonl file or data set with "
             '"messages": lists of role and '
             "content.",
         )
-    for name in shares:
-        if name.startswith(ANSWERS):  # missing prompts are found before a model is loaded
-            read_prompts(name)
-    default = (
-        REFERENCE_ROWS
-        if REFERENCE_PRESETS & shares.keys()
-        else DEMO_SAMPLES
-        if is_demo
-        else DEFAULT_SAMPLES
-    )
+    for each in sources:
+        each.prompts()  # missing prompts are found before a model is loaded
+    default = DEMO_SAMPLES if is_demo else DEFAULT_SAMPLES
+    if any(each.is_reference for each in sources):
+        default = REFERENCE_ROWS
     settings = CalibrationSettings(
         source=source,
         shares=shares,
@@ -121,10 +117,10 @@ def resolve_calibration(
 def require_mixable(settings: CalibrationSettings, needed: Collection[str]) -> None:
     """Raise a UsageError unless sources can be mixed, and each that is `needed` has a sequence."""
     for source, count in settings.counts.items():
-        if source in REFERENCE_PRESETS:
+        if is_reference(source):
             raise UsageError(
                 f"{source} cannot be mixed: it is drawn as in the reference implementation.",
-                hint=f"Mix {source.removesuffix('-sleb')} instead, which is cut into windows.",
+                hint=f"Mix {text_source(source).in_windows} instead, which is cut into windows.",
             )
         if source in needed and not count:
             raise UsageError(

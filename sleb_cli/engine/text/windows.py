@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.text.sources import Text
 from sleb_cli.requests import DEFAULT_LENGTH
 from sleb_cli.results import Bos, ClusteredBy
+from sleb_cli.texts.source import Text
 from sleb_plugins import DataError, UsageError
 
 
