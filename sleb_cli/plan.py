@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PrivateAttr, model_validator
 
 from sleb_cli.names import public_source
+from sleb_cli.order import Order, SizeKey
 from sleb_cli.records import (
     ModelRecord,
     Perplexity,
@@ -407,7 +408,7 @@ class ExpertPlan(Record):
     weights_bytes: tuple[int, int]
 
     @model_validator(mode="after")
-    def _agree(self) -> ExpertPlan:
+    def _require_order(self) -> ExpertPlan:
         if self.count % self.groups:
             raise ValueError(f"{self.count} experts cannot be in {self.groups} groups")
         if not 0 < self.fewer <= self.count - self.active:
@@ -545,7 +546,7 @@ class Plan(VersionedRecord):
         self._location = _Location(path.absolute())
 
     @model_validator(mode="after")
-    def _agree(self) -> Plan:
+    def _require_counts(self) -> Plan:
         if others := self.request.keys() - REPEATED_OPTIONS:
             raise ValueError(
                 f"request has {min(others)!r}, which is not an option that repeats a search"
@@ -556,7 +557,7 @@ class Plan(VersionedRecord):
             )
         if any((step.held_out is None) != (self.dense.held_out is None) for step in self.steps):
             raise ValueError("some, but not all, of the models were measured on held-out sequences")
-        for size, removals in enumerate(() if self.experts else self.by_size, start=1):
+        for size, removals in enumerate(() if self.parts else self.size_keys, start=1):
             if len(removals) != size or removals[-1] != self.steps[size - 1].block:
                 raise ValueError(f"step {size} names the wrong blocks, or the wrong number of them")
             if len(set(removals)) != size:
@@ -566,13 +567,13 @@ class Plan(VersionedRecord):
                     f"removals contain a block that a model of {self.model.blocks} blocks does not "
                     f"have"
                 )
-        if self.experts and (
+        if self.parts and (
             self.steps
             or self.removals
-            or any(order.block >= self.model.blocks for order in self.experts.blocks)
+            or any(order.block >= self.model.blocks for order in self.parts.blocks)
         ):
             raise ValueError("experts are of blocks that the model does not have, or that go")
-        if not self.experts and self.removals != self.largest:
+        if not self.parts and self.removals != self.largest:
             raise ValueError("removals and steps do not name the same blocks")
         return self
 
@@ -587,37 +588,56 @@ class Plan(VersionedRecord):
         return "experts" if self.experts else "blocks"
 
     @property
-    def largest(self) -> tuple[int, ...]:
-        """What goes at the last size: see `by_size`."""
-        return ((), *self.by_size)[-1]
+    def parts(self) -> ExpertPlan | None:
+        """What the search found of the parts of each block; None if whole blocks go."""
+        return self.experts
+
+    @property
+    def order(self) -> Order:
+        """What goes at each size."""
+        if self.parts is None:
+            return Order(self.unit, self.model.blocks, self.size_keys)
+        return Order(
+            self.unit,
+            self.parts.count,
+            self.size_keys,
+            removed=self.parts.removed,
+            multiple=self.parts.groups,
+            ranking=self.parts.ranking,
+        )
+
+    @property
+    def largest(self) -> SizeKey:
+        """The key of the largest size."""
+        return self.size_keys[-1] if self.size_keys else ()
 
     @property
     def perplexity(self) -> float:
         """The perplexity of the calibration text at the last size."""
-        if self.experts is None:
+        if self.parts is None:
             return self.steps[-1].perplexity if self.steps else self.dense.perplexity
-        found = self.experts.perplexity(held_out=False)
+        found = self.parts.perplexity(held_out=False)
         assert found is not None  # of a plan as it was found, and not of fewer experts
         return found
 
     @property
     def held_out_perplexity(self) -> float | None:
         """The perplexity of the held-out sequences at the last size, if any were held out."""
-        if self.experts:
-            return self.experts.perplexity(held_out=True)
+        if self.parts:
+            return self.parts.perplexity(held_out=True)
         last = self.steps[-1].held_out if self.steps else self.dense.held_out
         return last.perplexity if last else None
 
     @property
-    def by_size(self) -> tuple[tuple[int, ...], ...]:
-        """The removed blocks at each size, fewest first; of experts, the places in the order of
-        each block.
-        """
-        if self.experts:
-            return tuple(tuple(range(count)) for count in range(1, self.experts.fewer + 1))
-        sizes: list[tuple[int, ...]] = []
+    def size_keys(self) -> tuple[SizeKey, ...]:
+        """The key of each size, fewest removals first."""
+        if self.parts:
+            return tuple(tuple(range(count)) for count in range(1, self.parts.fewer + 1))
+        sizes: list[SizeKey] = []
+        removed: SizeKey = ()
         for step in self.steps:
-            sizes.append(step.removals or (*((), *sizes)[-1], step.block))
+            removed = step.removals or (*removed, step.block)
+            sizes.append(removed)
         return tuple(sizes)
 
     @property
@@ -644,18 +664,16 @@ class Plan(VersionedRecord):
         request = {name: value for name, value in self.request.items() if name not in targets} | {
             "remove": count
         }
-        search = self.search.model_copy(update={"remove": count, "target": None})
-        if self.experts:
-            fewer = {"experts": self.experts.first(count), "sample_generation": None}
-            return self.model_copy(update={"request": request, "search": search, **fewer})
-        removals, steps = ((), *self.by_size)[count], self.steps[:count]
         cut = {
             "request": request,
-            "removals": removals,
-            "steps": steps,
-            "search": search,
+            "search": self.search.model_copy(update={"remove": count, "target": None}),
             "sample_generation": None,
         }
+        if self.parts:
+            cut[self.unit] = self.parts.first(count)
+        else:
+            cut["removals"] = self.size_keys[count - 1] if count else ()
+            cut["steps"] = self.steps[:count]
         return self.model_copy(update=cut)
 
     def published(self) -> Self:
@@ -709,19 +727,15 @@ def compare_plans(before: Plan, after: Plan) -> str:
 
 def _sizes(plan: Plan) -> list[Any]:
     """List the removed blocks at each size, or the removed experts of each block."""
-    if plan.experts is None:
-        return [*plan.by_size]
-    return [
-        [order.removals[:count] for order in plan.experts.blocks]
-        for count in range(1, plan.experts.fewer + 1)
-    ]
+    order = plan.order
+    return [order.by_size(size) for size in range(1, len(order.size_keys) + 1)]
 
 
 def _changes(before: Plan, after: Plan) -> Iterator[float]:
     """Yield how far the scores of the same candidates differ, as long as the same blocks are gone."""
     yield abs(before.dense.loss - after.dense.loss)
     for old, new, gone, gone_now in zip(
-        before.steps, after.steps, before.by_size, after.by_size, strict=False
+        before.steps, after.steps, before.size_keys, after.size_keys, strict=False
     ):
         for block, score in old.scores.items():
             again = new.scores.get(block)
@@ -729,9 +743,7 @@ def _changes(before: Plan, after: Plan) -> Iterator[float]:
                 yield abs(score - again)
         if gone != gone_now:
             return
-    texts = zip(
-        *(plan.experts.texts if plan.experts else () for plan in (before, after)), strict=False
-    )
+    texts = zip(*(plan.parts.texts if plan.parts else () for plan in (before, after)), strict=False)
     yield from (abs(old_text.pruned - new_text.pruned) for old_text, new_text in texts)
 
 

@@ -12,18 +12,11 @@ from pydantic import Field
 
 from sleb_cli.keys import Key, key_of
 from sleb_cli.names import public_command, public_source
+from sleb_cli.order import BLOCKS, PER_TOKEN, Order, SizeKey
 from sleb_cli.plan import CalibrationRecord, RecoveryRecord
 from sleb_cli.records import Check, ModelRecord, Perplexity, Proof, Public, Record, VersionedRecord
 from sleb_cli.requests import Unit, WorkloadName
-from sleb_cli.units import format_bytes, plural
-
-Removals = tuple[int, ...]
-"""What names a model among those that are measured together: the removed blocks; the dense one has
-none.
-
-Of a plan that removes experts, it is the places in the order of each block that went: 0 to the
-last.
-"""
+from sleb_cli.units import format_bytes
 
 
 class ExpertSizes(Record):
@@ -36,11 +29,12 @@ class ExpertSizes(Record):
     count: int
     ranking: str | None = None
 
-    def size(self, fewer: int) -> str:
-        """Return what a model of a size is, in words."""
-        if self.ranking is None:
-            return f"with {plural(self.count - fewer, 'expert')} per token"
-        return f"without {fewer} of the {self.count} experts of each block"
+
+def size_fields(order: Order) -> dict[str, Any]:
+    """Return the fields of a result that say what its sizes count; none if they count blocks."""
+    if order.whole_blocks:
+        return {}
+    return {"experts": ExpertSizes(count=order.count, ranking=order.ranking)}
 
 
 class ExpertResult(VersionedRecord):
@@ -80,6 +74,14 @@ class ResultRecord(ExpertResult):
             "transformers": self.transformers,
             **self.plugins,
         }
+
+    @property
+    def order(self) -> Order:
+        """What goes of the model."""
+        if self.experts is None:
+            return Order(BLOCKS, self.model.blocks)
+        unit = "experts" if self.experts.ranking else PER_TOKEN
+        return Order(unit, self.experts.count, ranking=self.experts.ranking)
 
     @property
     def key(self) -> Key:
@@ -195,7 +197,7 @@ class ApplyResult(WrittenResult):
     kind: Literal["apply"]
     model: ModelRecord
     folder: str
-    removals: Removals
+    removals: SizeKey
     blocks: int
     weights_bytes: int
     vocabulary: VocabularyRecord | None = None
@@ -219,7 +221,7 @@ class GgufResult(WrittenResult):
     kind: Literal["gguf"]
     source: str
     architecture: str
-    removals: Removals
+    removals: SizeKey
     file: str
     blocks: int
     file_bytes: int
@@ -252,7 +254,7 @@ class ComparedRecord(Record):
 
     metric: str
     strategy: str
-    removals: Removals
+    removals: SizeKey
     perplexity: Perplexity
     held_out_perplexity: float | None
     seconds: float
@@ -319,7 +321,7 @@ class PrunedTextScores(TextScores):
     takes a document or a window as one observation.
     """
 
-    removals: Removals
+    removals: SizeKey
     log_ratio: float
     standard_error: float | None
     interval: Interval | None
@@ -387,7 +389,7 @@ class PrunedTaskScores(TaskScores):
     point. `flips` are those asked for.
     """
 
-    removals: Removals
+    removals: SizeKey
     retention: float | None
     difference: float
     standard_error: float | None
@@ -462,7 +464,7 @@ class EvalResult(ResultRecord):
     commands: Annotated[tuple[str, ...], Public(public_command)] = ()
     behavior: str | None = None
     recovered: str | None = None
-    sizes: tuple[Removals, ...]
+    sizes: tuple[SizeKey, ...]
     texts: tuple[TextResult, ...]
     tasks: tuple[TaskResult, ...]
 
@@ -616,7 +618,7 @@ class PrunedTiming(Timing):
     `interval` is its 95% bootstrap interval over rounds; null if there are too few for one.
     """
 
-    removals: Removals
+    removals: SizeKey
     speedup: Annotated[float, Field(gt=0)]
     interval: Interval | None
 
@@ -644,7 +646,7 @@ class ModelSize(Record):
     Quantized weights count as the parameters they stand for, and as the bytes they take.
     """
 
-    removals: Removals
+    removals: SizeKey
     blocks: int
     parameters: int
     weights_bytes: int

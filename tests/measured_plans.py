@@ -139,7 +139,7 @@ def make_evaluation(
 
 def _sizes(plan: Plan, every: int) -> tuple[tuple[int, ...], ...]:
     most = len(plan.removals)
-    return tuple(plan.by_size[size - 1] for size in sorted({most, *range(every, most, every)}))
+    return tuple(plan.size_keys[size - 1] for size in sorted({most, *range(every, most, every)}))
 
 
 def _text(name: str, sizes: tuple[tuple[int, ...], ...], seed: int) -> TextResult:

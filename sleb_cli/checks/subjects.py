@@ -54,14 +54,16 @@ class NamedSubject:
     gguf: Path | None = None
 
     @property
-    def others(self) -> dict[str, Any]:
+    def other_cuts(self) -> dict[str, Any]:
         """What goes besides blocks, by the names of `CUTS`."""
-        cuts = {"experts": self.plan and self.plan.experts and self.plan.experts.removed}
-        cuts |= {
-            option: getattr(self.request, option, None)
-            for option in ("experts_per_token", "scripts")
-        }
-        return {kind: value for kind, value in cuts.items() if value}
+        cuts: dict[str, Any] = {}
+        if self.plan:
+            _, cuts = self.plan.order.by_size(len(self.plan.largest))
+        for option in ("experts_per_token", "scripts"):
+            value = getattr(self.request, option, None)
+            if value:
+                cuts[option] = value
+        return cuts
 
 
 def read_subject(
@@ -109,7 +111,7 @@ def read_subject(
 
 def _require_applicable(request: SubjectRequest, path: Path, plan: Plan) -> None:
     """Check that the options fit what a plan removes."""
-    unfit = given(request, _FOR_BLOCKS) if plan.experts else []
+    unfit = [] if plan.order.whole_blocks else given(request, _FOR_BLOCKS)
     if unfit or (
         isinstance(request, SizesRequest) and (unfit := given(request, "experts_per_token"))
     ):
@@ -175,11 +177,12 @@ def read_named_plan(path: Path, request: OneSizeRequest | SizesRequest) -> Plan:
 
 def _require_whole_groups(plan: Plan | None, count: int) -> None:
     """Check that as many experts go of each group, where a model has groups."""
-    if plan and plan.experts and count % plan.experts.groups:
+    order = plan.order if plan else None
+    if plan and order and count % order.multiple:
         raise UsageError(
-            f"Cannot remove {count} experts: {plan.model.id} has {plan.experts.groups} groups of "
-            f"experts.",
-            hint=f"Use a multiple of {plan.experts.groups}.",
+            f"Cannot remove {count} {order.unit}: {plan.model.id} has {order.multiple} groups of "
+            f"{order.unit}.",
+            hint=f"Use a multiple of {order.multiple}.",
         )
 
 

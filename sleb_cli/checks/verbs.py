@@ -209,10 +209,10 @@ def check_export(request: ExportRequest, registry: Registry) -> tuple[list[Named
     _require_new(request)
     if exporter.needs_model:
         subject = read_subject(request, needs_removals=True)
-        if subject.plan and subject.plan.experts:
+        if subject.plan and not subject.plan.order.whole_blocks:
             raise UsageError(
                 f"--to {exporter.name} describes a removal of blocks, but {subject.file} removes "
-                f"experts.",
+                f"{subject.plan.unit}.",
                 hint="Use --to report or table, or write the checkpoint with `sleb apply`.",
             )
         return [subject], exporter

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sleb_cli.atomic import to_json
 from sleb_cli.engine.output.measured import S, of_size
+from sleb_cli.order import SizeKey
 from sleb_cli.plan import Plan
 from sleb_cli.results import (
     BenchResult,
@@ -17,7 +18,6 @@ from sleb_cli.results import (
     PrunedTaskScores,
     PrunedTextScores,
     PrunedTiming,
-    Removals,
     TaskResult,
     TextResult,
     WorkloadResult,
@@ -56,13 +56,6 @@ class Findings:
         """The plan's file name, quoted for a shell."""
         # Without its folder, since a report may be published.
         return in_shell(self.file.name)
-
-    @property
-    def removed(self) -> tuple[int, int, str]:
-        """The numbers of removed parts and of all, and the plural of a part."""
-        if experts := self.plan.experts:
-            return experts.fewer, experts.count, "experts of each block"
-        return len(self.plan.removals), self.plan.model.blocks, "blocks"
 
     def at_plan_size(self, entries: Iterable[S]) -> S | None:
         """Return the entry for the plan's removals, if there is one."""
@@ -126,7 +119,7 @@ class Findings:
         scored = [(task, scores) for task in main if (scores := self.at_plan_size(task.pruned))]
         return [(task, scores) for task, scores in scored if scores.lost is not None]
 
-    def retention(self, removals: Removals) -> Estimate | None:
+    def retention(self, removals: SizeKey) -> Estimate | None:
         """Return the mean accuracy as a share of the dense model's; None if a task was not measured
         at this size.
         """

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from sleb_cli.exporters.findings import Findings
 from sleb_cli.tables.quality import ENOUGH, keeps_enough
-from sleb_cli.tables.search_results import UNUSED, collapse_warnings
+from sleb_cli.tables.search_results import collapse_warnings
 from sleb_cli.units import format_count, format_share, plural
 
 
 def sentences(findings: Findings) -> list[str]:
     """Say what was removed, where it was timed, and how many answers changed."""
-    count, whole, parts = findings.removed
-    removed_parts = parts if findings.plan.experts else f"transformer {parts}"
+    order, count = findings.plan.order, len(findings.plan.largest)
     how = "and the others were given new weights" if findings.plan.recovery else "without training"
     were = "was" if count == 1 else "were"
-    removed = (
-        f"{count} of {whole} {removed_parts} {were} removed ({format_share(count / whole)}), {how}"
-    )
+    removed = f"{order.amount(count)} {were} removed ({format_share(count / order.count)}), {how}"
     if findings.sizes:
         before, after = (format_count(size.parameters) for size in findings.sizes)
         removed += f": {after} parameters remain of {before}"
     lines = [f"{removed}."]
-    if findings.plan.experts:
-        lines.append(UNUSED)
+    if order.caveat:
+        lines.append(order.caveat)
     if findings.main_workloads and (benchmark := findings.benchmark):
         lines.append(
             f"Timed on {benchmark.processor if benchmark.device == 'cpu' else benchmark.device}."
@@ -63,11 +60,9 @@ def advice(findings: Findings) -> list[str]:
         ]
     if None in verdicts.values():
         return []
-    recover = (
-        ""
-        if findings.plan.recovery or findings.plan.experts
-        else ", or apply the plan with --recover and --heal"
-    )
+    recover = ""
+    if findings.plan.order.whole_blocks and not findings.plan.recovery:
+        recover = ", or apply the plan with --recover and --heal"
     return [f"To keep {most} of the accuracy, remove fewer {unit} than were measured{recover}."]
 
 

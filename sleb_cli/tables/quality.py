@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from sleb_cli.names import public_source
+from sleb_cli.order import SizeKey
 from sleb_cli.results import (
     DivergenceRecord,
     Interval,
     PrunedTextScores,
-    Removals,
     TaskResult,
     TextResult,
     main_metric,
@@ -214,7 +214,7 @@ def by_use(tasks: Iterable[TaskResult]) -> dict[str, list[TaskResult]]:
     return uses
 
 
-def retention(tasks: Sequence[TaskResult], removals: Removals) -> Estimate | None:
+def retention(tasks: Sequence[TaskResult], removals: SizeKey) -> Estimate | None:
     """Return the mean score as a share of the dense model's; None if a task was not measured at
     this size.
     """

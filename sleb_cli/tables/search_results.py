@@ -17,16 +17,18 @@ MAX_ADDED_REPETITION = 0.2
 collapse.
 """
 
-UNUSED = "What the text of the search does not use may be gone: measure other uses before you rely on them."
-"""Said wherever experts were removed."""
-
 REMOVED_MARKS = "·○×+~"
 """One for each kind of block."""
 
 _PERPLEXITY: Columns = [("perplexity", format_perplexity), ("change", format_change)]
 
 
-def steps(plan: Plan) -> Table:
+def search(plan: Plan) -> Table:
+    """List what the search measured: its steps, or the texts without the parts that go."""
+    return _parts(plan, plan.parts) if plan.parts else _steps(plan)
+
+
+def _steps(plan: Plan) -> Table:
     """List the perplexity of the dense model and after each step, also on held-out sequences, if
     any.
     """
@@ -46,7 +48,9 @@ def steps(plan: Plan) -> Table:
             *_change(dense.held_out, dense.held_out),
         ]
     ]
-    for number, (removals, step) in enumerate(zip(plan.by_size, plan.steps, strict=True), start=1):
+    for number, (removals, step) in enumerate(
+        zip(plan.size_keys, plan.steps, strict=True), start=1
+    ):
         removed = [step.block, step.kind] if nested else [spans(removals), None]
         changes = [*_change(step, dense), *_change(step.held_out, dense.held_out)]
         rows.append([str(number), *removed, step.score, *changes])
@@ -83,8 +87,8 @@ def _summarize(plan: Plan) -> str:
     return f"{search.strategy} search by {search.metric}{', raced' if search.fast else ''}; {calibrated}"
 
 
-def expert_texts(plan: Plan, experts: ExpertPlan) -> Table:
-    """List the perplexity of each text with and without the removed experts, and how much it uses
+def _parts(plan: Plan, found: ExpertPlan) -> Table:
+    """List the perplexity of each text with and without the parts that go, and how much it uses
     them.
     """
     columns: Columns = [
@@ -100,25 +104,25 @@ def expert_texts(plan: Plan, experts: ExpertPlan) -> Table:
             text.kept,
             text.unreached,
         ]
-        for text in experts.texts
+        for text in found.texts
     ]
-    total = f"{experts.count * len(experts.blocks):,}"
+    total = f"{found.count * len(found.blocks):,}"
     return tabulate(
         "The texts",
         columns,
         rows,
-        [PERPLEXITY, _summarize(plan), f"unused: experts that no token chose, of {total}"],
+        [PERPLEXITY, _summarize(plan), f"unused: {plan.unit} that no token chose, of {total}"],
     )
 
 
-def expert_sizes(experts: ExpertPlan) -> list[str]:
-    """Say how many parameters and bytes the model has before and after."""
-    whole, used = (
-        " to ".join(map(format_count, sizes))
-        for sizes in (experts.parameters, experts.active_parameters)
-    )
-    stored = " to ".join(map(format_bytes, experts.weights_bytes))
-    return [f"parameters {whole}, used by a token {used}; weights {stored}"]
+def sizes(plan: Plan) -> str | None:
+    """Say how many parameters and bytes the model has before and after, if the search counted."""
+    if plan.parts is None:
+        return None
+    parameters = " to ".join(map(format_count, plan.parts.parameters))
+    active = " to ".join(map(format_count, plan.parts.active_parameters))
+    stored = " to ".join(map(format_bytes, plan.parts.weights_bytes))
+    return f"parameters {parameters}, used by a token {active}; weights {stored}"
 
 
 def comparison(result: CompareResult) -> Table:

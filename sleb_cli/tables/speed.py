@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+from sleb_cli.order import Order
 from sleb_cli.requests import TRANSFORMERS
 from sleb_cli.results import BenchResult, PrunedTiming, WorkloadResult
 from sleb_cli.tables.table import Columns, Scored, Table, between, model_name, tabulate
@@ -21,10 +22,8 @@ def workload_name(result: WorkloadResult) -> str:
     return ", ".join([workload.label, *engine, *(["compiled"] if workload.compiled else [])])
 
 
-def speeds(timed: Iterable[Scored], blocks: int | None) -> Table:
-    """List the speedup of each workload; `blocks` is the dense model's count, or None if no block
-    was removed.
-    """
+def speeds(timed: Iterable[Scored], order: Order) -> Table:
+    """List the speedup of each workload, without the parts of `order`."""
     columns: Columns = [
         ("workload", str), ("model", str), ("median", format_milliseconds), ("tokens/s", "{:,.1f}".format),
         ("speedup", _TIMES), ("95%", partial(between, form="{:.2f}".format)), ("blocks", _TIMES),
@@ -36,11 +35,11 @@ def speeds(timed: Iterable[Scored], blocks: int | None) -> Table:
             speedups = [
                 timing.speedup,
                 timing.interval,
-                blocks and blocks / (blocks - len(timing.removals)),
+                order.block_ratio(len(timing.removals)),
             ]
         rows.append([workload, model, timing.e2el_ms.median, timing.tokens_per_second, *speedups])
     notes = ["Workloads: batch x prompt tokens + new tokens."]
-    if blocks:
+    if order.whole_blocks:
         notes[0] += " blocks: dense over remaining blocks, about the speedup of a large model."
     return tabulate("Speed", columns, rows, notes)
 
@@ -89,7 +88,7 @@ def sizes(result: BenchResult) -> Table:
     rows = [
         [
             name,
-            None if result.experts else size.blocks,
+            size.blocks if result.order.whole_blocks else None,
             size.parameters,
             size.weights_bytes,
             size.load_seconds,

@@ -16,7 +16,7 @@ from sleb_cli.ui.tables import print_line, print_title, print_to_copy, print_wri
 from sleb_cli.units import format_bytes, format_count, format_perplexity, in_shell, spans
 
 if TYPE_CHECKING:
-    from sleb_cli.plan import ExpertPlan, Plan, TargetRecord
+    from sleb_cli.plan import Plan, TargetRecord
     from sleb_cli.results import CompareResult
 
 # The plan has the full sample.
@@ -30,14 +30,23 @@ def show_plan(plan: Plan, output: Path) -> None:
     """Show the result of a search and the path of its plan."""
     from sleb_cli.tables import search_results as tables  # pydantic, so here
 
+    print_title(f"{short_name(plan.model.id)}: {plan.order.amount(len(plan.largest))} removed")
+    show_table(tables.search(plan), title=False)
+    if plan.steps:
+        _show_blocks(plan, output)
+    if sizes := tables.sizes(plan):
+        print_line(sizes)
+    _show_sample(plan)
+    if plan.order.caveat:
+        print_line(plan.order.caveat)
+    _show_next(plan, output)
+
+
+def _show_blocks(plan: Plan, output: Path) -> None:
+    """Show which blocks go, what the search did to find them, and its target."""
+    from sleb_cli.tables import search_results as tables
+
     search, console = plan.search, stdout()
-    if plan.experts:
-        _show_experts(plan, plan.experts, output)
-        return
-    print_title(
-        f"{short_name(plan.model.id)}: {search.remove} of {plan.model.blocks} blocks removed"
-    )
-    show_table(tables.steps(plan), title=False)
     if len(plan.steps) >= CHART_STEPS:
         console.print(perplexity_chart(plan, min(console.width, CHART_WIDTH)))
     strip = Text(
@@ -57,8 +66,6 @@ def show_plan(plan: Plan, output: Path) -> None:
         _show_target(search.target, plan, output)
     if search.engine_reason:
         print_line(f"engine {search.engine}: {search.engine_reason}")
-    _show_sample(plan)
-    _show_next(plan, output)
 
 
 def _show_target(target: TargetRecord, plan: Plan, output: Path) -> None:
@@ -72,26 +79,13 @@ def _show_target(target: TargetRecord, plan: Plan, output: Path) -> None:
 def _show_next(plan: Plan, output: Path) -> None:
     from sleb_cli.tables.search_results import collapse_warnings
 
-    groups, count = plan.experts.groups if plan.experts else 1, len(plan.largest)
-    # If the model may have collapsed, suggest half as many.
-    fewer = count // 2 // groups * groups if collapse_warnings(plan.sample_generation) else 0
-    label, option = ("next, a smaller size", f" --remove {fewer}") if fewer else ("next", "")
+    label, option = "next", ""
+    if collapse_warnings(plan.sample_generation):
+        half = len(plan.largest) // 2
+        fewer = half - half % plan.order.multiple
+        if fewer:
+            label, option = "next, a smaller size", f" --remove {fewer}"
     print_to_copy(f"wrote {output}; {label}: sleb apply {in_shell(str(output))}{option}")
-
-
-def _show_experts(plan: Plan, experts: ExpertPlan, output: Path) -> None:
-    from sleb_cli.tables import search_results as tables
-
-    print_title(
-        f"{short_name(plan.model.id)}: {experts.fewer} of the {experts.count} experts of each "
-        f"block removed"
-    )
-    show_table(tables.expert_texts(plan, experts), title=False)
-    for line in tables.expert_sizes(experts):
-        print_line(line)
-    _show_sample(plan)
-    print_line(tables.UNUSED)
-    _show_next(plan, output)
 
 
 def _show_sample(plan: Plan) -> None:

@@ -11,7 +11,7 @@ from sleb_cli.names import short_name
 from sleb_cli.tables.table import by_model
 from sleb_cli.ui.console import escape_controls, print_prose, stdout
 from sleb_cli.ui.tables import print_line, print_title, print_to_copy, print_written, show_table
-from sleb_cli.units import format_bytes, in_shell, plural, spans
+from sleb_cli.units import format_bytes, in_shell
 
 if TYPE_CHECKING:
     from sleb_cli.results import (
@@ -33,12 +33,10 @@ def show_evaluation(result: EvalResult, output: Path | None) -> None:
     from sleb_cli.tables import quality
 
     removals = result.sizes[-1] if result.sizes else ()
-    without = (
-        result.experts.size(len(removals))
-        if result.experts
-        else f"without blocks {spans(removals)}"
-    )
-    print_title(short_name(result.model.id) + (f" {without}" if removals else ""))
+    title = short_name(result.model.id)
+    if removals:
+        title += f" {result.order.describe(removals)}"
+    print_title(title)
     names = quality.text_names(result.texts)
     scored = by_model(result.texts, names)
     tables = [
@@ -52,12 +50,7 @@ def show_evaluation(result: EvalResult, output: Path | None) -> None:
         show_table(table)
     for task in result.tasks:
         for size in task.pruned:
-            removed = (
-                result.experts.size
-                if result.experts
-                else lambda count: f"{plural(count, 'block')} removed"
-            )
-            _show_flips(task, size, removed(len(size.removals)))
+            _show_flips(task, size, result.order.describe(size.removals))
     print_line(f"{result.model.computed_in(result.dtype)} on {result.device}")
     print_written(output)
 
@@ -78,11 +71,9 @@ def show_benchmark(result: BenchResult, output: Path | None) -> None:
 
     print_title(short_name(result.model.id))
     for size in result.pruned:
-        count, without = len(size.removals), f"without blocks {', '.join(map(str, size.removals))}"
-        print_line(f"-{count}: {result.experts.size(count) if result.experts else without}")
+        print_line(f"-{len(size.removals)}: {result.order.describe(size.removals)}")
     timed = by_model(result.workloads, map(speed.workload_name, result.workloads))
-    blocks = None if result.experts else result.model.blocks
-    tables = [speed.sizes(result), speed.speeds(timed, blocks), speed.latencies(timed)]
+    tables = [speed.sizes(result), speed.speeds(timed, result.order), speed.latencies(timed)]
     for table in (*tables, speed.memory(timed), provenance.result_settings(result)):
         show_table(table)
     print_written(output)

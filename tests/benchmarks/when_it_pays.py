@@ -26,12 +26,13 @@ from common import parser
 from draw_when_it_pays import Mark, draw
 
 from sleb_cli.engine.statistics import paired_difference
-from sleb_cli.results import BenchResult, EvalResult, PrunedTaskScores, Removals, TaskResult
+from sleb_cli.order import SizeKey
+from sleb_cli.results import BenchResult, EvalResult, PrunedTaskScores, TaskResult
 from sleb_cli.tables.quality import Estimate, by_use, retention, text_names
 from sleb_cli.tables.table import Table, tabulate, to_markdown
 from sleb_cli.units import format_bytes, format_perplexity
 
-ALONE: Removals = (-1,)
+ALONE: SizeKey = (-1,)
 """Stands for the blocks of a model that was measured without the dense one."""
 
 
@@ -132,7 +133,7 @@ class Bench:
 
 
 def row(
-    name: str, times: BenchResult, removals: Removals, paired: EvalResult, found: EvalResult
+    name: str, times: BenchResult, removals: SizeKey, paired: EvalResult, found: EvalResult
 ) -> Row:
     """Return the row of a model: its uses from what is `paired` with the dense model, its
     perplexities as `found`.

@@ -290,7 +290,7 @@ def test_results_that_do_not_belong_are_left_out(exported, tmp_path, own, damage
 def test_only_results_of_the_sizes_of_the_plan_count(exported, report, tmp_path):
     plan, other = make_plan(12, 4), make_plan(12, 4, seed=2)
     # Both remove block 7 first, and what was measured of that stays.
-    assert [set(removals) in map(set, plan.by_size) for removals in other.by_size] == [
+    assert [set(removals) in map(set, plan.size_keys) for removals in other.size_keys] == [
         True,
         False,
         False,

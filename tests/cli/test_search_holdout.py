@@ -22,7 +22,7 @@ def test_both_losses_are_those_of_the_model_on_either_part(
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     sequences = calibration_sequences(tiny_llama, text_file, 10)
     with torch.inference_mode():
-        for record, removed in zip([plan.dense, *plan.steps], [(), *plan.by_size], strict=True):
+        for record, removed in zip([plan.dense, *plan.steps], [(), *plan.size_keys], strict=True):
             parts = sequences.split(7)
             searched, held_out = (
                 plain_loss(model, model.model.layers, part, set(removed)) for part in parts

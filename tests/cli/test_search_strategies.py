@@ -39,11 +39,11 @@ def test_each_size_has_the_perplexity_without_its_blocks(search, loss, strategy)
     result, plan = search(*THREE, strategy), read_plan(Path("plan.json"))
     assert plan.search.strategy == strategy
     assert strategy != "contiguous" or f"{plan.removals[0]}-{plan.removals[-1]} " in result.stdout
-    for removals, step in zip(plan.by_size, plan.steps, strict=True):
+    for removals, step in zip(plan.size_keys, plan.steps, strict=True):
         assert step.perplexity == pytest.approx(math.exp(loss(removals)), rel=1e-4)
         assert step.scores[step.block] == step.score
     assert plan.nested == all(
-        before == after[:-1] for before, after in itertools.pairwise([(), *plan.by_size])
+        before == after[:-1] for before, after in itertools.pairwise([(), *plan.size_keys])
     )
     assert plan.nested or strategy in ("refine", "contiguous")
 
@@ -80,7 +80,7 @@ def test_swaps_are_recorded_and_shown(search, loss):
 
 def test_remove_takes_the_blocks_of_that_size(found, sleb, tiny_llama, tmp_path):
     plan = found(*THREE, "contiguous")
-    sizes = plan.by_size
+    sizes = plan.size_keys
     assert not plan.nested
     result = sleb("export", "plan.json", "--to", "indices", "--remove", 2)
     assert tuple(map(int, result.stdout.split(","))) == sizes[1]

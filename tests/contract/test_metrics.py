@@ -117,7 +117,7 @@ def test_metrics_of_states_are_what_they_say_at_each_step(
     found, model, sequences, metric, of_cosine
 ):
     plan, seen = found(metric), {}
-    for step, gone in zip(plan.steps, [(), *plan.by_size], strict=False):
+    for step, gone in zip(plan.steps, [(), *plan.size_keys], strict=False):
         for block in gone:
             skip(model, block)
         for n, layer in enumerate(model.model.layers):

@@ -84,7 +84,7 @@ def test_fewer_iterations_do_not_replace_more(tmp_path):
     save_result(long, file, heard.append)
     both = save_result(quick, file, heard.append)
     assert both.workloads == (long.workloads[0], quick.workloads[1])
-    assert [size.removals for size in both.pruned] == list(PLAN.by_size)
+    assert [size.removals for size in both.pruned] == list(PLAN.size_keys)
     (notice,) = heard
     assert "keeps the earlier 5 runs of prompt 1x8" in notice.text
     assert "use --iterations 5 or more" in notice.text

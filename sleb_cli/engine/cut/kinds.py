@@ -16,14 +16,18 @@ from sleb_cli.engine.model.architecture import Architecture
 
 
 class CutKind(NamedTuple):
-    """How the option's value becomes a cut of a checkpoint, and of a GGUF file."""
+    """How the option's value becomes a cut of a checkpoint, and of a GGUF file.
+
+    `gguf_count` is the key of a GGUF file that counts such parts of a block, if there is one.
+    """
 
     plan: Callable[[Architecture, Any], Cut]
     plan_gguf: Callable[[GgufFile, Any], GgufCut]
+    gguf_count: str | None = None
 
 
 CUTS: Mapping[str, CutKind] = {
-    "experts": CutKind(plan_experts, plan_gguf_experts),
+    "experts": CutKind(plan_experts, plan_gguf_experts, "expert_count"),
     "experts_per_token": CutKind(plan_active, plan_gguf_active),
     "scripts": CutKind(plan_tokens, plan_gguf_tokens),
 }

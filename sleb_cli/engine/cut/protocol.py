@@ -21,8 +21,9 @@ from sleb_cli.engine.files.slices import Slices
 from sleb_cli.engine.gguf.file import GgufFile, GgufTensor
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.events import Notify
+from sleb_cli.order import SizeKey
 from sleb_cli.records import Check, Reference
-from sleb_cli.results import CutRecord, Removals
+from sleb_cli.results import CutRecord
 
 
 class Removal:
@@ -36,7 +37,7 @@ class Removal:
     removals: tuple[int, ...] = ()
 
     @property
-    def size_key(self) -> Removals:
+    def size_key(self) -> SizeKey:
         """The key of this size in results: the removed blocks, or for n other parts (0, ..., n-1)."""
         return self.removals
 

@@ -13,6 +13,7 @@ from sleb_cli.checks.mixture import parse_mixture
 from sleb_cli.checks.places import are_the_same, require_new_place
 from sleb_cli.checks.subjects import NamedSubject
 from sleb_cli.checks.verbs import parse_shard_size
+from sleb_cli.engine.cut.kinds import CUTS
 from sleb_cli.engine.device import parse_dtype
 from sleb_cli.engine.door.files import locate
 from sleb_cli.engine.door.named_model import resolve_subject
@@ -35,6 +36,7 @@ from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.settings import resolve_calibration
 from sleb_cli.engine.third_party import quiet_libraries
 from sleb_cli.events import Notice, Notify
+from sleb_cli.plan import Plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import ApplyRequest, option_of
 from sleb_cli.results import ApplyResult, GgufResult
@@ -54,7 +56,7 @@ def resolve_apply(
     quiet_libraries()
     if isinstance(source, GgufFile):
         _require_fitting(request, named, source, registry, notify)
-        surgery = plan_gguf_surgery(source, named.removals, named.others)
+        surgery = plan_gguf_surgery(source, named.removals, named.other_cuts)
         output = _output(request, request.output or default_file(surgery), source.path)
         return partial(prune_gguf, surgery, output, registry, notify)
     subject = group.main_first(lambda: resolve_subject(named, source, registry, notify))
@@ -137,13 +139,22 @@ def _require_fitting(
     elif (named.removals or named.plan) and not request.any_model:
         if named.plan:
             require_same_kind_of_model(named.plan.made_for, file, notify)
-            planned, count = named.plan.experts, file.count("expert_count") or 0
-            if planned and planned.count != count:
-                raise PlanError(
-                    f"{named.plan.made_for.id} has {planned.count} experts in each block, but "
-                    f"{file.path} has {count}.",
-                    hint="Name a GGUF file of that model, from which no expert was removed.",
-                )
+            _require_as_many_parts(named.plan, file)
         elif not are_the_same(file.path, Path(named.model)):
             subject = resolve_subject(named, locate(named, notify), registry, notify)
             require_same_kind_of_model(subject.architecture.record, file, notify)
+
+
+def _require_as_many_parts(plan: Plan, file: GgufFile) -> None:
+    """Check that the blocks in this file have as many parts as those that the plan takes some of."""
+    order = plan.order
+    kind = CUTS.get(order.unit)
+    if kind is None or kind.gguf_count is None:
+        return
+    count = file.count(kind.gguf_count) or 0
+    if count != order.count:
+        raise PlanError(
+            f"{plan.made_for.id} has {order.count} {order.unit} in each block, but {file.path} has "
+            f"{count}.",
+            hint=f"Name a GGUF file of that model, from which no {order.unit} were removed.",
+        )

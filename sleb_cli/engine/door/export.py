@@ -42,7 +42,7 @@ def resolve_export(
     )  # whose metadata the format reads itself
     if subject and exporter.only_counts and not reads_gguf:
         _require_only_count_changes(subject, exporter, pruning.model)
-    if not (pruning.removals or named.others):
+    if not (pruning.removals or named.other_cuts):
         raise UsageError(
             "Nothing to export: no block is removed.", hint="Name a plan, or use --blocks."
         )

@@ -20,16 +20,13 @@ from sleb_plugins import PlanError, UsageError
 
 def plan_surgeries(subject: Subject, sizes: Sequence[int]) -> tuple[Surgery, ...]:
     """Plan the surgery for each size to be measured."""
-    removals, plan = subject.surgery.size_key, subject.plan
-    if subject.recovered and tuple(sizes) != (len(removals),):
-        raise _has_one_size(subject.recovered.source, len(removals))
-    if not plan and subject.surgery.other_cuts:
+    most = len(subject.surgery.size_key)
+    if subject.recovered and tuple(sizes) != (most,):
+        raise _has_one_size(subject.recovered.source, most)
+    if not subject.plan and subject.surgery.other_cuts:
         return (subject.surgery,)
-    by_size = plan.by_size if plan else [removals[:size] for size in range(1, len(removals) + 1)]
-    if plan and plan.experts:
-        experts = [{"experts": plan.experts.first(size).removed} for size in sizes]
-        return tuple(plan_surgery(subject.architecture, (), others) for others in experts)
-    return tuple(plan_surgery(subject.architecture, by_size[size - 1]) for size in sizes)
+    order = subject.order
+    return tuple(plan_surgery(subject.architecture, *order.by_size(size)) for size in sizes)
 
 
 def resolve_subject(
@@ -37,7 +34,7 @@ def resolve_subject(
 ) -> Subject:
     """Read the model, and plan its surgery."""
     surgery = plan_surgery(
-        read_model(named, source, registry, notify), named.removals, named.others
+        read_model(named, source, registry, notify), named.removals, named.other_cuts
     )
     return Subject(surgery, named.plan, named.file)
 

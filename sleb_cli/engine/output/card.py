@@ -16,9 +16,10 @@ from sleb_cli.engine.files.copying import holds_file
 from sleb_cli.engine.output.measured import of_size
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.names import public_source
+from sleb_cli.order import SizeKey
 from sleb_cli.plan import CHECKPOINT_PLAN, Plan, RecoveryRecord, SampleGeneration
 from sleb_cli.records import Proof
-from sleb_cli.results import ApplyResult, BenchResult, EvalResult, Removals
+from sleb_cli.results import ApplyResult, BenchResult, EvalResult
 from sleb_cli.tables import search_results
 from sleb_cli.tables.checks import check_clauses
 from sleb_cli.tables.quality import perplexity_change, task_name, text_names
@@ -74,14 +75,14 @@ def _removal(subject: Subject, recovery: RecoveryRecord | None) -> list[str]:
             f"{made} (SLEB, arXiv:2402.09025): whole transformer blocks removed, {how}",
             *_search(subject),
         ]
-    if plan is None or plan.experts is None:
+    if plan is None or plan.order.whole_blocks:
         return [made]
     return [
-        f"{made}: experts removed, no training (`{CHECKPOINT_PLAN}` has those that went, and every "
-        f"score)",
-        f"- Experts chosen by {in_markdown(plan.search.metric)} on "
+        f"{made}: {plan.unit} removed, no training (`{CHECKPOINT_PLAN}` has those that went, and "
+        f"every score)",
+        f"- {plan.unit.capitalize()} chosen by {in_markdown(plan.search.metric)} on "
         f"{in_markdown(str(plan.calibration.published()))}",
-        f"- {search_results.UNUSED}",
+        f"- {plan.order.caveat}",
     ]
 
 
@@ -179,14 +180,15 @@ def _results(
 
 def _searched(plan: Plan) -> Iterator[tuple[str, float, float]]:
     """Yield each text of the search, with its perplexity, dense and pruned."""
-    if plan.experts is None:
+    if plan.parts is None:
         yield f"{plan.calibration.title} (searched on)", plan.dense.perplexity, plan.perplexity
-    for text in plan.experts.texts if plan.experts else ():
+        return
+    for text in plan.parts.texts:
         role = "held out" if text.held_out else "searched on"
         yield f"{public_source(text.text)} ({role})", math.exp(text.dense), math.exp(text.pruned)
 
 
-def _evaluated(evaluation: EvalResult, removals: Removals) -> Iterator[tuple[list[str], HubResult]]:
+def _evaluated(evaluation: EvalResult, removals: SizeKey) -> Iterator[tuple[list[str], HubResult]]:
     """Yield a row of the table for each text and task, and the result in the Hub's form."""
     for name, text in zip(text_names(evaluation.texts), evaluation.texts, strict=True):
         if pruned := of_size(text.pruned, removals):

@@ -51,7 +51,7 @@ def _read(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R | None:
     if result.model.fingerprint != plan.model.fingerprint:
         notify(Warned(f"Ignoring {file}: it was measured on a different model than {path}."))
         return None
-    if (result.experts and result.experts.ranking) != (plan.experts and plan.experts.ranking):
+    if result.order.ranking != plan.order.ranking:
         notify(Warned(f"Ignoring {file}: {path} removes other parts, or in another order."))
         return None
     if isinstance(result, EvalResult) and plan.recovery and result.recovered is None:
@@ -59,7 +59,7 @@ def _read(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R | None:
             Warned(f"Ignoring {file}: it was measured before the blocks of {path} were recovered.")
         )
         return None
-    planned = set(map(frozenset, plan.by_size))
+    planned = set(map(frozenset, plan.size_keys))
     entries = [entry for name in _LISTS for entry in getattr(result, name, ())]
     measured = {frozenset(size.removals) for entry in entries for size in entry.pruned}
     # A plan that was cut to fewer removals no longer tells its larger sizes from another plan's.

@@ -25,15 +25,16 @@ from sleb_cli.engine.text.windows import EvaluationWindows
 from sleb_cli.events import Notice, ignore
 from sleb_cli.keys import Key
 from sleb_cli.names import public_source
+from sleb_cli.order import SizeKey
 from sleb_cli.records import THIS_VERSION
 from sleb_cli.results import (
     EvalResult,
     R,
-    Removals,
     TaskResult,
     TextResult,
     merge_results,
     of_sizes,
+    size_fields,
 )
 from sleb_cli.saved_results import find_saved, save_result
 
@@ -101,7 +102,7 @@ class _Job(NamedTuple):
     field: str
     title: str
     known: tuple[Any, ...]
-    measure: Callable[[Sequence[Removals]], tuple[Any, ...]]
+    measure: Callable[[Sequence[SizeKey]], tuple[Any, ...]]
 
 
 def _jobs(evaluation: Evaluation, known: EvalResult) -> Iterator[_Job]:
@@ -125,7 +126,7 @@ def _without_parts(evaluation: Evaluation) -> EvalResult:
         **THIS_VERSION,
         kind="eval",
         model=architecture.record,
-        experts=models.subject.experts,
+        **size_fields(models.subject.order),
         behavior=architecture.source.content_hash,
         recovered=recovered.source.content_hash if recovered else None,
         dtype=dtype_name(models.placement.dtype),
@@ -172,7 +173,7 @@ def _known_task(
     )
 
 
-def _missing_sizes(known: Sequence[R], sizes: Sequence[Removals]) -> tuple[Removals, ...] | None:
+def _missing_sizes(known: Sequence[R], sizes: Sequence[SizeKey]) -> tuple[SizeKey, ...] | None:
     # Besides the dense model; None if not even that is missing.
     if not known:
         return tuple(sizes)
@@ -183,7 +184,7 @@ def _missing_sizes(known: Sequence[R], sizes: Sequence[Removals]) -> tuple[Remov
 
 
 def _run_text(
-    windows: EvaluationWindows, evaluation: Evaluation, sizes: Sequence[Removals]
+    windows: EvaluationWindows, evaluation: Evaluation, sizes: Sequence[SizeKey]
 ) -> tuple[TextResult]:
     result = measure_text(windows, evaluation.models, sizes, evaluation.batch_size)
     evaluation.models.require_unchanged()
@@ -194,14 +195,14 @@ def _run_task(
     task: LoadedTask,
     fingerprints: dict[str, str],
     evaluation: Evaluation,
-    sizes: Sequence[Removals],
+    sizes: Sequence[SizeKey],
 ) -> tuple[TaskResult, ...]:
     models = evaluation.models
     group, key = models.group, _dense_key(evaluation, fingerprints)
     known = None if evaluation.force else group.from_main(lambda: read_cached("answers", key))
     if known:
         models.notify(Notice(f"Using the dense model's answers to {task.name}, from the cache."))
-    answers: dict[Removals, dict[str, Any]] = {(): known} if known else {}
+    answers: dict[SizeKey, dict[str, Any]] = {(): known} if known else {}
     missing = [size for size in [(), *sizes] if size not in answers]
     with models.in_turn(missing) if not task.writes else nullcontext() as predictions:
         for removals in missing if predictions else models.loaded_first(missing):

@@ -21,7 +21,7 @@ from sleb_cli.engine.surgery.loading import Placement, load_pruned
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify
-from sleb_cli.results import Removals
+from sleb_cli.order import SizeKey
 
 # Enough tokens to check that the model may be run block by block.
 CHECKED_TOKENS = 64
@@ -52,16 +52,15 @@ class Models:
         """Whether only one model is open at a time: no other can share packed, spread or streamed
         weights with it.
         """
-        self._loaded: dict[Removals, SkippableModel] = {}
+        self._loaded: dict[SizeKey, SkippableModel] = {}
 
-    def name(self, size: Removals) -> str:
+    def name(self, size: SizeKey) -> str:
         """Name a size's model in messages."""
         if not size:
             return "dense model"
-        experts, blocks = self.subject.experts, ", ".join(map(str, size))
-        return f"model {experts.size(len(size)) if experts else f'without blocks {blocks}'}"
+        return f"model {self.subject.order.describe(size)}"
 
-    def without(self, removals: Removals) -> SkippableModel:
+    def without(self, removals: SizeKey) -> SkippableModel:
         """Return the model of one of `sizes`, or the dense one; if they share no weights, it
         replaces the last one.
         """
@@ -80,7 +79,7 @@ class Models:
         )
 
     @contextmanager
-    def in_turn(self, sizes: Sequence[Removals]) -> Iterator[SharedPredictions | None]:
+    def in_turn(self, sizes: Sequence[SizeKey]) -> Iterator[SharedPredictions | None]:
         """Let sizes that are predicted one after another share work; None if they have none in
         common.
         """
@@ -101,17 +100,18 @@ class Models:
             )
             return why_not_fork(dense, tokens[None]) is None
 
-    def loaded_first(self, sizes: Sequence[Removals]) -> list[Removals]:
+    def loaded_first(self, sizes: Sequence[SizeKey]) -> list[SizeKey]:
         """Sort these sizes so that as few models as possible are loaded."""
         return sorted(sizes, key=lambda removals: removals not in self._loaded)
 
     def _are_too_large(self) -> bool:
-        # Models without experts share little with the dense one.
+        # Blocks without some of their parts share little with the dense ones.
+        if self.subject.plan is None or self.subject.order.whole_blocks:
+            return False
         weights = model_bytes(self.architecture, self.placement.dtype) * (1 + len(self.sizes))
-        has_fewer = self.subject.plan and self.subject.plan.experts
-        return bool(has_fewer and memory_shortage(weights, self.placement.device))
+        return bool(memory_shortage(weights, self.placement.device))
 
-    def _load(self, removals: Removals) -> SkippableModel:
+    def _load(self, removals: SizeKey) -> SkippableModel:
         if not removals:
             return open_dense(self.architecture, self.placement, self.notify)
         if self.subject.recovered:

@@ -33,7 +33,8 @@ from sleb_cli.engine.statistics import clustered_mean
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.text.windows import EvaluationWindows, tokens_sha256
 from sleb_cli.events import task
-from sleb_cli.results import PrunedTextScores, Removals, TextResult, TextScores
+from sleb_cli.order import SizeKey
+from sleb_cli.results import PrunedTextScores, TextResult, TextScores
 from sleb_plugins import ModelError
 
 # About how many tokens a process scores before the processes exchange their scores.
@@ -41,7 +42,7 @@ TOKENS_PER_PART = 16_384
 
 
 def measure_text(
-    windows: EvaluationWindows, models: Models, sizes: Sequence[Removals], batch_size: int | None
+    windows: EvaluationWindows, models: Models, sizes: Sequence[SizeKey], batch_size: int | None
 ) -> TextResult:
     """Measure the dense model and some sizes on a text, whose windows processes share out.
 
@@ -53,7 +54,7 @@ def measure_text(
         )
     counted, clusters = windows.counted, windows.clusters
 
-    def compare(removals: Removals, scores: Scores) -> PrunedTextScores:
+    def compare(removals: SizeKey, scores: Scores) -> PrunedTextScores:
         # The tokens of a cluster are one observation.
         change = clustered_mean(
             (scores["nll"].double() - dense["nll"].double())[counted], clusters[counted]
@@ -105,13 +106,13 @@ class _Scorer:
     def __init__(
         self,
         models: Models,
-        sizes: Sequence[Removals],
+        sizes: Sequence[SizeKey],
         ids: Tensor,
         batch_size: int | None,
         opened: ExitStack,
     ) -> None:
         self.models, self.sizes, self.opened = models, sizes, opened
-        self.skippable: dict[Removals, SkippableModel] = {}
+        self.skippable: dict[SizeKey, SkippableModel] = {}
         batch, per_part = batch_size or 1, max(1, TOKENS_PER_PART // ids.shape[1])
         self.parts = torch.split(ids, max(1, per_part // batch) * batch)
         self.dense = self._model(())[0]
@@ -209,7 +210,7 @@ class _Scorer:
             for of_batch in zip(*walks, strict=True)
         )
 
-    def _model(self, removals: Removals) -> tuple[SkippableModel, Surgery]:
+    def _model(self, removals: SizeKey) -> tuple[SkippableModel, Surgery]:
         # If two models may not fit into memory, the dense one stands in, with the surgery to make
         # on it.
         gone = self.models.surgeries.get(removals) if self.models.one_at_a_time else None

@@ -30,11 +30,12 @@ from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify
+from sleb_cli.order import SizeKey
 from sleb_cli.records import THIS_VERSION
-from sleb_cli.results import BenchResult, MemoryRecord, ModelSize, Removals, Workload
+from sleb_cli.results import BenchResult, MemoryRecord, ModelSize, Workload, size_fields
 from sleb_plugins import Engine, EngineSettings
 
-_Group = tuple[dict[Removals, ModelSize], list[Measured]]
+_Group = tuple[dict[SizeKey, ModelSize], list[Measured]]
 """The size of each model that was timed together, and the rounds of each workload."""
 
 
@@ -95,7 +96,7 @@ def benchmark(job: Benchmark, notify: Notify, write_files: WriteFiles | None = N
             for group_sizes, _ in timings.groups
             for removals, size in group_sizes.items()
         }
-        memory: dict[Removals, list[MemoryRecord | None]] = {}
+        memory: dict[SizeKey, list[MemoryRecord | None]] = {}
         for surgery in [] if job.engine else [Surgery(job.subject.architecture), *job.sizes]:
             removals = surgery.size_key
             seconds, memory[removals] = measure_alone(surgery, job.placement, job.workloads, notify)
@@ -114,7 +115,7 @@ def benchmark(job: Benchmark, notify: Notify, write_files: WriteFiles | None = N
             **THIS_VERSION,
             kind="bench",
             model=job.subject.architecture.record,
-            experts=job.subject.experts,
+            **size_fields(job.subject.order),
             dtype=timings.dtype,
             device=timings.device,
             threads=torch.get_num_threads(),
@@ -138,7 +139,9 @@ def _time_models(job: Benchmark, notify: Notify, write_files: WriteFiles | None)
         version = transformers.__version__
     # All sizes together or, if only two models fit, each in turn with the dense one.
     architecture = job.subject.architecture
-    in_pairs = job.sizes and (job.engine or architecture.is_quantized or job.subject.experts)
+    in_pairs = job.sizes and (
+        job.engine or architecture.is_quantized or not job.subject.order.whole_blocks
+    )
     groups = []
     with load(Surgery(architecture), None) as dense:
         for group in [[size] for size in job.sizes] if in_pairs else [job.sizes]:
@@ -178,7 +181,7 @@ def _time_together(
 
 
 def relative_time(
-    workload: Workload, dense: Any, pruned: Any, removals: Removals, notify: Notify
+    workload: Workload, dense: Any, pruned: Any, removals: SizeKey, notify: Notify
 ) -> float:
     """Return the median time of a pruned transformers model over the dense one's; both run in turn."""
     vocabulary = dense.config.get_text_config().vocab_size

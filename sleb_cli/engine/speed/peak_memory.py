@@ -28,13 +28,14 @@ from sleb_cli.engine.surgery.loading import Placement, load_dense, load_pruned
 from sleb_cli.engine.surgery.surgery import Surgery, plan_surgery
 from sleb_cli.engine.third_party import quiet_libraries
 from sleb_cli.events import Notice, Notify, ignore, task
+from sleb_cli.order import SizeKey
 from sleb_cli.plugin_manager import load_plugins
-from sleb_cli.results import MemoryRecord, Removals, Workload
+from sleb_cli.results import MemoryRecord, Workload
 from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
 SAMPLE_SECONDS = 0.002
 
-CutOptions = tuple[Removals, Mapping[str, Any]]
+CutOptions = tuple[SizeKey, Mapping[str, Any]]
 """The removals and other cuts as `plan_surgery` takes them: another process plans them again."""
 
 

@@ -14,11 +14,11 @@ import numpy as np
 
 from sleb_cli.engine.statistics import count_outliers, median_ratio_interval, relative_deviation
 from sleb_cli.events import Advance, Notice, Notify, task
+from sleb_cli.order import SizeKey
 from sleb_cli.results import (
     Distribution,
     MemoryRecord,
     PrunedTiming,
-    Removals,
     Timing,
     WarmupRecord,
     Workload,
@@ -29,7 +29,7 @@ from sleb_plugins.engine import TimedRun
 Run = Callable[[Sequence[Sequence[int]], int], TimedRun]
 """Process the prompts together, and generate this many new tokens for each."""
 
-Round = Mapping[Removals, TimedRun]
+Round = Mapping[SizeKey, TimedRun]
 
 WARMUP_LIMIT = 10
 """Untimed runs of each model, unless the user asks for a number."""
@@ -48,7 +48,7 @@ class Measured:
 
 
 def time_in_turn(
-    models: Mapping[Removals, Run], workload: Workload, vocabulary: int, notify: Notify
+    models: Mapping[SizeKey, Run], workload: Workload, vocabulary: int, notify: Notify
 ) -> Measured:
     """Time the models in turn, after warming up until times are stable."""
     limit = WARMUP_LIMIT if workload.warmup is None else workload.warmup
@@ -68,14 +68,14 @@ def time_in_turn(
 
 
 def _rounds(
-    models: Mapping[Removals, Run], workload: Workload, vocabulary: int, advance: Advance
+    models: Mapping[SizeKey, Run], workload: Workload, vocabulary: int, advance: Advance
 ) -> Iterator[Round]:
     for number in count():
         # Each round has its own prompts, so that nothing is answered from a cache. Every other
         # round runs the models in reverse order (ABBA), so that a machine that slows down affects
         # all of them.
         prompts, order = draw_prompts(workload, vocabulary, number), list(models)
-        done: dict[Removals, TimedRun] = {}
+        done: dict[SizeKey, TimedRun] = {}
         for removals in order[::-1] if number % 2 else order:
             done[removals] = models[removals](prompts, workload.new_tokens)
             name = f"{len(removals)} fewer" if removals else "dense"
@@ -118,17 +118,17 @@ def _without_garbage_collection() -> Iterator[None]:
 def workload_result(
     workload: Workload,
     measured: Sequence[Measured],
-    memory: Mapping[Removals, MemoryRecord | None],
+    memory: Mapping[SizeKey, MemoryRecord | None],
     **about: Any,
 ) -> WorkloadResult:
     """Return the result for models timed together, or each size in turn with the dense model."""
     rounds = [done for group in measured for done in group.rounds]
 
-    def timing(removals: Removals) -> dict[str, Any]:
+    def timing(removals: SizeKey) -> dict[str, Any]:
         runs = [done[removals] for done in rounds if removals in done]
         return {**latencies(workload, runs), "memory": memory.get(removals)}
 
-    def pruned(removals: Removals) -> PrunedTiming:
+    def pruned(removals: SizeKey) -> PrunedTiming:
         fields = timing(removals)
         # The dense model's runs in the same rounds, as the machine may be slower in others.
         dense, seconds = [done[()].seconds for done in rounds if removals in done], fields["e2els"]

@@ -9,9 +9,9 @@ from typing import Any
 from sleb_cli.engine.model.architecture import Architecture, untrusted_code
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.surgery.surgery import Surgery
+from sleb_cli.order import BLOCKS, PER_TOKEN, Order
 from sleb_cli.plan import Plan
 from sleb_cli.records import ModelRecord, differences, same_fingerprint
-from sleb_cli.results import ExpertSizes
 from sleb_plugins import PlanError
 
 
@@ -35,12 +35,16 @@ class Subject:
         return self.surgery.architecture
 
     @property
-    def experts(self) -> ExpertSizes | None:
-        """The experts that sizes count; None if they count blocks."""
-        if self.plan and self.plan.experts:
-            return ExpertSizes(count=self.plan.experts.count, ranking=self.plan.experts.ranking)
+    def order(self) -> Order:
+        """What goes at each size: of the plan, or of the model if only that was named."""
+        if self.plan:
+            return self.plan.order
+        removals = self.surgery.removals
         per_token = self.surgery.other_cuts.get("experts_per_token")
-        return ExpertSizes(count=per_token + len(self.surgery.size_key)) if per_token else None
+        if per_token:
+            return Order(PER_TOKEN, per_token + len(self.surgery.size_key))
+        sizes = tuple(removals[:size] for size in range(1, len(removals) + 1))
+        return Order(BLOCKS, self.architecture.block_count, sizes)
 
     @property
     def own_plan(self) -> Plan | None:

@@ -20,7 +20,7 @@ from sleb_cli.engine.files.config_files import CONFIG
 from sleb_cli.engine.files.slices import Slices
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.names import checkpoint_name
-from sleb_cli.results import Removals
+from sleb_cli.order import SizeKey
 from sleb_cli.units import plural
 from sleb_plugins.config_keys import Kept, kept_blocks
 
@@ -44,7 +44,7 @@ class Surgery:
         return tuple(block for cut in self.cuts for block in cut.removals)
 
     @cached_property
-    def size_key(self) -> Removals:
+    def size_key(self) -> SizeKey:
         """The key of this size in results."""
         return tuple(part for cut in self.cuts for part in cut.size_key)
 

@@ -75,7 +75,7 @@ def trade_plot(findings: Findings) -> Plot | None:
     result, _ = findings.main_workloads[0]
     speeds = {len(timing.removals): (timing.speedup, timing.interval) for timing in result.pruned}
     accuracy = {
-        len(size): share for size in findings.plan.by_size if (share := findings.retention(size))
+        len(size): share for size in findings.plan.size_keys if (share := findings.retention(size))
     }
     kinds = {"perplexity": text_lines(findings), "accuracy": [("accuracy", accuracy)]}
     shown = {
@@ -163,10 +163,11 @@ def speed_plot(findings: Findings) -> Plot | None:
     main = [result for result, _ in findings.main_workloads]
     shown = sorted(results, key=lambda result: result not in main)[:_MAX_WORKLOADS]
     unit, caption = findings.plan.unit, "Points are measured, with 95% intervals"
-    caption += "; the dashed line is the ratio of the blocks." if unit == "blocks" else "."
+    if findings.plan.order.whole_blocks:
+        caption += "; the dashed line is the ratio of the blocks"
     return Plot(
         f"Measured speedup by {unit} removed",
-        caption,
+        f"{caption}.",
         300,
         partial(_draw_speedups, shown, findings.plan),
     )
@@ -179,7 +180,7 @@ def _draw_speedups(results: list[WorkloadResult], plan: Plan, figure: Figure) ->
         measured = [(1.0, None), *((timing.speedup, timing.interval) for timing in result.pruned)]
         draw_series(axis, number, counts, measured, 1, label=workload_name(result))
     sizes = range(max(len(timing.removals) for result in results for timing in result.pruned) + 1)
-    if not plan.experts:
+    if plan.order.whole_blocks:
         ratios = [plan.model.blocks / (plan.model.blocks - size) for size in sizes]
         axis.plot(sizes, ratios, "--", color=MUTED, linewidth=1, label="ratio of the blocks")
     axis.set(xlabel=f"{plan.unit} removed", ylabel="times as fast")
@@ -261,7 +262,7 @@ def _draw_heat_map(plan: Plan, costs: list[dict[int, float]], row: float, figure
 def _mark_non_candidates(axis: Axes, plan: Plan, costs: list[dict[int, float]]) -> None:
     from matplotlib.patches import Rectangle
 
-    for number, (step, removals) in enumerate(zip(costs, plan.by_size, strict=True), start=1):
+    for number, (step, removals) in enumerate(zip(costs, plan.size_keys, strict=True), start=1):
         # Not the earlier steps' blocks: a swap may have changed them.
         dots = [block for block in removals[:-1] if block not in step]
         axis.plot(dots, [number] * len(dots), ".", color=MUTED, markersize=2.5, zorder=1)

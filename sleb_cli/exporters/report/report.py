@@ -63,8 +63,8 @@ class Report(Exporter):
 
 def cards(findings: Findings) -> list[tuple[str, str, str]]:
     """Return the headline numbers: name, value, and a note."""
-    count, whole, parts = findings.removed
-    numbers = [(parts, f"{whole - count} of {whole}", f"{count} removed")]
+    order, count = findings.plan.order, len(findings.plan.largest)
+    numbers = [(order.parts, f"{order.count - count} of {order.count}", f"{count} removed")]
     if findings.sizes:
         dense, pruned = (size.parameters for size in findings.sizes)
         numbers.append(

@@ -29,24 +29,23 @@ def sections(findings: Findings) -> list[Section]:
     cost = [quality.perplexities(texts), quality.divergences(texts), quality.tasks(tasks)]
     cost += [quality.verdicts(findings.tasks)]
     cost += [quality.text_settings(findings.texts, findings.text_names)]
-    blocks = None if plan.experts else plan.model.blocks
-    gain = [speed.speeds(timed, blocks), speed.latencies(timed), speed.memory(timed)]
+    gain = [speed.speeds(timed, plan.order), speed.latencies(timed), speed.memory(timed)]
     gain += [speed.sizes(benchmark)] if benchmark else []
     results = [
         provenance.result_settings(result) for result in (findings.evaluation, benchmark) if result
     ]
-    search = (
-        search_results.expert_texts(plan, plan.experts)
-        if plan.experts
-        else search_results.steps(plan)
-    )
     recovered = [search_results.recovery(plan.recovery)] if plan.recovery else []
     candidates = [
         Section("trade", "Quality against speed", trade_plot(findings)),
         Section("quality", "What it costs", perplexity_plot(findings), tables=cost),
         Section("speed", "What it gains", speed_plot(findings), tables=gain),
         *([Section("said", "What both models say")] if plan.sample_generation else []),
-        Section("search", f"How the {plan.unit} were found", search_plot(plan), tables=[search]),
+        Section(
+            "search",
+            f"How the {plan.unit} were found",
+            search_plot(plan),
+            tables=[search_results.search(plan)],
+        ),
         Section("recovery", "What recovery gave back", tables=recovered),
         Section("settings", "Settings", tables=[provenance.search_settings(plan), *results]),
     ]

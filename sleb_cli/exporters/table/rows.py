@@ -10,7 +10,8 @@ from typing import Any
 
 from sleb_cli.engine.output.measured import of_size
 from sleb_cli.exporters.findings import Findings
-from sleb_cli.results import Interval, Removals, TaskResult, TextResult, WorkloadResult
+from sleb_cli.order import SizeKey
+from sleb_cli.results import Interval, TaskResult, TextResult, WorkloadResult
 from sleb_cli.tables.provenance import result_settings, search_settings
 from sleb_cli.tables.quality import (
     Estimate,
@@ -89,7 +90,7 @@ def plan_table(plans: Sequence[Findings]) -> PlanTable:
         dense_settings = {name: value for name, value in settings.items() if name not in _OF_PLAN}
         if measured := measures.measured_without(findings, ()):
             _add_dense(dense, {"metric": "dense", "removed": 0} | measured | dense_settings)
-        for size in findings.plan.by_size:
+        for size in findings.plan.size_keys:
             if (
                 measured := measures.measured_without(findings, size)
             ) or size == findings.plan.largest:
@@ -113,22 +114,22 @@ def _agree(one: Row, other: Row) -> bool:
     return all(one[name] == other[name] for name in SETTINGS if name in one and name in other)
 
 
-def _method(findings: Findings, removals: Removals) -> Row:
+def _method(findings: Findings, removals: SizeKey) -> Row:
     plan, search = findings.plan, findings.plan.search
     row = {"metric": search.metric, "removed": len(removals)}
-    if not plan.experts:
+    if plan.order.whole_blocks:
         row |= {"strategy": search.strategy + ", raced" * search.fast, "blocks": spans(removals)}
     return row | ({"recovery": plan.recovery.models[-1][0]} if plan.recovery else {})
 
 
 def _settings(findings: Findings) -> Row:
-    plan, file, (_, whole, parts) = findings.plan, findings.file, findings.removed
+    plan, file = findings.plan, findings.file
     in_report = _by_name(search_settings(plan))
     row: Row = {name: in_report.get(report_name) for name, report_name in _OF_SEARCH.items()}
     row |= {
         "model": plan.model.id,
         "revision": plan.model.revision,
-        "removed from": f"{whole} {parts}",
+        "removed from": f"{plan.order.count} {plan.order.parts}",
     }
     row |= {
         "search seconds": f"{plan.environment.seconds:.0f}",
@@ -187,7 +188,7 @@ class _Measures:
         }
         self.forms = {name: form for _, names, form in kinds for name in names}
 
-    def measured_without(self, findings: Findings, removals: Removals) -> Row:
+    def measured_without(self, findings: Findings, removals: SizeKey) -> Row:
         """Return the measurements of a plan at one size."""
         tasks = main_tasks(findings.tasks)
         averaged = [task for task in tasks if task.key in self.averaged]
@@ -208,7 +209,7 @@ def _is_averaged(task: TaskResult) -> bool:
     return not is_canary(task) and all(size.lost is not None for size in task.pruned)
 
 
-def _perplexity(text: TextResult, removals: Removals) -> Estimate | None:
+def _perplexity(text: TextResult, removals: SizeKey) -> Estimate | None:
     dense, scores = text.dense.perplexity, of_size(text.pruned, removals)
     if scores:
         return scores.perplexity, _map_ends(
@@ -217,7 +218,7 @@ def _perplexity(text: TextResult, removals: Removals) -> Estimate | None:
     return None if removals else (dense, None)
 
 
-def _score(task: TaskResult, removals: Removals) -> Estimate | None:
+def _score(task: TaskResult, removals: SizeKey) -> Estimate | None:
     dense, scores = task.dense.value, of_size(task.pruned, removals)
     if scores:
         low, high = (0.0, 1.0) if scores.lost is not None else (-math.inf, math.inf)
@@ -227,14 +228,14 @@ def _score(task: TaskResult, removals: Removals) -> Estimate | None:
     return None if removals else (dense, None)
 
 
-def _mean(tasks: Sequence[TaskResult], removals: Removals) -> Estimate | None:
+def _mean(tasks: Sequence[TaskResult], removals: SizeKey) -> Estimate | None:
     dense = fmean(task.dense.value for task in tasks)
     if removals and (share := retention(tasks, removals)):
         return dense * share[0], _map_ends(share[1], lambda end: min(1.0, max(0.0, dense * end)))
     return None if removals else (dense, None)
 
 
-def _speedup(result: WorkloadResult, removals: Removals) -> Estimate | None:
+def _speedup(result: WorkloadResult, removals: SizeKey) -> Estimate | None:
     timing = of_size(result.pruned, removals)
     return (timing.speedup, timing.interval) if timing else None if removals else (1.0, None)
 
