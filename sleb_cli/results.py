@@ -336,7 +336,7 @@ class TextResult(Record):
 
     `tokens` counts what is predicted, and `clusters` the observations behind each standard error,
     which are `clustered_by` documents or windows, or by conversations, of which only the answers
-    are predicted.
+    are predicted. `clusters_sha256` hashes which tokens count, and the cluster of each.
     """
 
     text: Annotated[str, Public(public_source)]
@@ -347,6 +347,7 @@ class TextResult(Record):
     clusters: int
     clustered_by: ClusteredBy
     tokens_sha256: str
+    clusters_sha256: str | None = None
     dense: TextScores
     pruned: tuple[PrunedTextScores, ...]
 

@@ -290,6 +290,20 @@ def test_what_was_measured_before_is_not_measured_again(
     assert passes
 
 
+def test_an_interval_is_not_reused_where_documents_begin_elsewhere(evaluate, llama_plan, tmp_path):
+    parts, found = [prose(6, seed=seed) for seed in range(4)], []
+    for at in (1, 3):
+        documents = ["\n\n".join(parts[:at]), "\n\n".join(parts[at:])]
+        rows = [json.dumps({"text": document}) for document in documents]
+        (tmp_path / "text.jsonl").write_text("\n".join(rows))
+        data, _ = evaluate(llama_plan, "--perplexity", "text.jsonl", *SHORT, "--remove", 1)
+        found.append(data["texts"][0])
+    first, second = found
+    assert first["tokens_sha256"] == second["tokens_sha256"]
+    assert first["pruned"][0]["losses"] == second["pruned"][0]["losses"]
+    assert first["pruned"][0]["interval"] != second["pruned"][0]["interval"]
+
+
 def test_sizes_that_share_work_give_what_each_gives_alone(
     evaluate, tiny_llama, test_text, own_task, monkeypatch
 ):

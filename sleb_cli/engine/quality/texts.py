@@ -86,6 +86,7 @@ def description(windows: EvaluationWindows) -> dict[str, Any]:
         "clusters": len(set(windows.clusters[windows.counted].tolist())),
         "clustered_by": windows.clustered_by,
         "tokens_sha256": tokens_sha256(windows.ids),
+        "clusters_sha256": tokens_sha256(windows.clusters.where(windows.counted, -1)),
     }
 
 
