@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from sleb_cli.engine.device import CPU
-from sleb_cli.engine.forward.placement import place_model
+from sleb_cli.engine.forward.placement import open_model, place_model
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.surgery.loading import Placement, load_dense, load_tokenizer
+from sleb_cli.engine.surgery.loading import Placement, load_tokenizer
 from sleb_cli.engine.text.calibration import Calibration, calibrate
 from sleb_cli.engine.text.settings import resolve_calibration
 from sleb_cli.engine.third_party import quiet_libraries
@@ -59,7 +59,7 @@ def calibrated(name: str, text: str, samples: int, length: int) -> tuple[Any, An
     quiet_libraries()
     architecture = architecture_of(name)
     computed = place_model(architecture, CPU, "auto", ignore, stream=False).dtype
-    model = load_dense(architecture, Placement(CPU, computed), ignore)
+    model = open_model(architecture, Placement(CPU, computed), ignore).model
     settings = resolve_calibration(architecture, text, samples, length, 0)
     (calibration,) = calibrate(
         [settings], load_tokenizer(architecture.source), lambda: model, ignore

@@ -366,7 +366,7 @@ def test_a_proof_without_memory_is_partial_and_says_so(
     apply, llama_plan, tmp_path, monkeypatch, options
 ):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
-    monkeypatch.setattr(proof, "open_dense", None)
+    monkeypatch.setattr(proof, "open_model", None)
     result = apply(llama_plan, *options)
     reason = r"two of its blocks at a time need \d+ kB of memory, but only 10 kB is free"
     assert re.search(rf"partially proven in \w+ on cpu: every .*; {reason}", result.stdout)

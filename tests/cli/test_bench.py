@@ -138,9 +138,15 @@ def test_packed_models_run_in_pairs_and_count_as_unpacked(
         warmup = WarmupRecord(runs=0, deviation=None, stable=None)
         return Measured(warmup, [dict.fromkeys(models, TimedRun(1.0))])
 
-    load_dense, load_pruned = loaders.load_dense, loaders.load_pruned
+    open_model, load_pruned = loaders.open_model, loaders.load_pruned
     monkeypatch.setattr(Architecture, "is_quantized", True)
-    monkeypatch.setattr(loaders, "load_dense", lambda *given: pack(load_dense(*given)))
+
+    def packed(*given):
+        skippable = open_model(*given)
+        pack(skippable.model)
+        return skippable
+
+    monkeypatch.setattr(loaders, "open_model", packed)
     monkeypatch.setattr(loaders, "load_pruned", lambda *given, dense: pack(load_pruned(*given)))
     monkeypatch.setattr(benchmark, "time_in_turn", instantly)
     result = bench(folder, "--blocks", "1,2", "--remove", "1,2", "--prompt", *QUICK, "--json")

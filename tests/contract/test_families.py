@@ -14,7 +14,8 @@ from families import tiny_config
 from reference import plain_search
 from sleb_cli.engine.forward import prepare
 from sleb_cli.engine.forward.memory_budget import MemoryBudget
-from sleb_cli.engine.surgery.loading import Placement, load_dense, load_pruned
+from sleb_cli.engine.forward.placement import open_model
+from sleb_cli.engine.surgery.loading import Placement, load_pruned
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.engine.text.windows import adds_bos, tokens_sha256
 from sleb_cli.events import ignore
@@ -75,7 +76,7 @@ def require_reference(plan, architecture, text_file):
     assert told["bos"] == adds_bos(AutoTokenizer.from_pretrained(folder))
     sequences = calibration_sequences(folder, text_file, bos=told["bos"])
     assert told["tokens_sha256"] == tokens_sha256(sequences)
-    model = load_dense(architecture, Placement(torch.device("cpu"), torch.float32), ignore)
+    model = open_model(architecture, Placement(torch.device("cpu"), torch.float32), ignore).model
     removals, steps = plain_search(
         model, architecture.blocks_of(model), sequences, len(plan["removals"])
     )

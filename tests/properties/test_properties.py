@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from conftest import save_model
 from families import tiny_config
+from sleb_cli.engine.forward.placement import open_model
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.output.checkpoint import Output, apply_removals
-from sleb_cli.engine.surgery.loading import Placement, load_dense, load_pruned
+from sleb_cli.engine.surgery.loading import Placement, load_pruned
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.events import ignore
@@ -53,7 +54,7 @@ def test_skipped_shared_written_and_loaded_are_one_model(model_type, dtype, gone
         architecture = read_architecture(locate_model(str(folder), ignore), load_plugins(), ignore)
         surgery = plan_surgery(architecture, gone)
         apply_removals(Subject(surgery, None), Output(output, verify=False), ignore)
-        dense = load_dense(architecture, Placement(cpu, dtype), ignore)
+        dense = open_model(architecture, Placement(cpu, dtype), ignore).model
         with SkippableModel(dense, architecture.blocks_of(dense)) as skippable:
             skipped = skippable.logits(ids, gone)
         shared = load_pruned(surgery, Placement(cpu, dtype), ignore, dense=dense)

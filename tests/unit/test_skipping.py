@@ -127,9 +127,7 @@ def walk(skippable, ids, removed, candidates, states=None, **options):
     found = Walk(
         skippable, skippable.calls(ids), states or States(), removed, candidates, **options
     )
-    assert list(walk_together(skippable, [found])) == list(
-        range(found.start, len(skippable.switches))
-    )
+    walk_together(skippable, [found])
     return found
 
 
@@ -204,7 +202,7 @@ SIZES = [(), (3,), (3, 1), (0, 2)]
 
 def test_sizes_share_a_branch_as_far_as_they_agree(skippable, ids, ran):
     found = SizesWalk(skippable, skippable.calls(ids), SIZES)
-    assert list(walk_together(skippable, [found])) == list(range(len(skippable.switches)))
+    walk_together(skippable, [found])
     assert [ran.count(block) for block in range(4)] == [1, 2, 2, 2]
     for size in SIZES:
         assert torch.equal(

@@ -5,7 +5,7 @@ import torch
 
 from conftest import architecture_of, save_model, slow
 from families import FAMILIES, tiny_config
-from sleb_cli.engine.forward.placement import open_dense
+from sleb_cli.engine.forward.placement import open_model
 from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.events import ignore
 from sleb_plugins import SlebError
@@ -26,10 +26,9 @@ IN_CI = [
 OTHERS = [slow(name) for name in FAMILIES if name not in IN_CI]
 
 
-def open_model(folder, *, stream, dtype):
-    return open_dense(
-        architecture_of(folder), Placement(torch.device("cpu"), dtype, stream=stream), ignore
-    )
+def opened(folder, *, stream, dtype):
+    placement = Placement(torch.device("cpu"), dtype, stream=stream)
+    return open_model(architecture_of(folder), placement, ignore)
 
 
 @pytest.mark.parametrize("model_type", [*IN_CI, *OTHERS])
@@ -39,9 +38,9 @@ def test_it_is_the_model_in_memory(tmp_path, model_type, dtype):
     ids = torch.randint(2, 300, (2, 12))
     try:
         folder = save_model(tmp_path / "model", tiny_config(model_type))
-        with open_model(folder, stream=False, dtype=dtype) as resident:
+        with opened(folder, stream=False, dtype=dtype) as resident:
             expected = resident.logits(ids, ())
     except (SlebError, ValueError) as error:
         pytest.skip(f"{model_type} is refused or does not run in {dtype}: {error}")
-    with open_model(folder, stream=True, dtype=dtype) as streamed:
+    with opened(folder, stream=True, dtype=dtype) as streamed:
         assert torch.equal(streamed.logits(ids, ()), expected)

@@ -15,8 +15,7 @@ bits. Larger calls would gain nothing once a batch fills the device's matrix uni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 
@@ -25,15 +24,47 @@ from torch import Tensor
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
 from sleb_cli.engine.forward.states import BASE, States
 from sleb_cli.engine.forward.stores import Store, keep_on_device
+from sleb_cli.events import Advance, no_progress
 
 
-class Walk:
-    """One batch on its way through the blocks: the base branch, and the candidates' branches that
-    forked off from it.
+class BatchWalk:
+    """One batch on its way through the blocks that have a call.
 
-    Call `advance` for each block from `start` on, in order (`walk_together` does). Without
-    candidates, or with BASE alone, the base goes through all blocks that have a call. `watch` is
-    called before a block runs; `keep` says how many of the lowest branches to keep at a depth.
+    `walk_together` calls `advance` for each block from `start` on, in order, then `finish`.
+    """
+
+    start = 0
+
+    def __init__(
+        self,
+        skippable: SkippableModel,
+        calls: Sequence[Call],
+        removed: Collection[int],
+        store: Store = keep_on_device,
+    ) -> None:
+        self.skippable = skippable
+        self.calls = calls
+        self.removed = removed
+        self.store = store
+
+    def run(self, block: int, hidden: Tensor) -> Tensor:
+        """Run one block on the hidden states of a branch."""
+        return self.store(self.skippable.run_block(self.calls[block], hidden))
+
+    def advance(self, block: int) -> None:
+        """Go through one block."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """End the walk behind the last block."""
+
+
+class Walk(BatchWalk):
+    """The base branch of a batch, and the candidates' branches that forked off from it.
+
+    Without candidates, or with BASE alone, the base goes through all blocks that have a call.
+    `watch` is called before a block runs; `keep` says how many of the lowest branches to keep at a
+    depth. The whole walk reports as much `progress` as it is `worth`.
     """
 
     def __init__(
@@ -47,122 +78,130 @@ class Walk:
         keep: Mapping[int, int] = MappingProxyType({}),
         store: Store = keep_on_device,
         watch: Callable[[], object] = lambda: None,
+        progress: Advance = no_progress,
+        worth: float = 1,
     ) -> None:
-        self.skippable, self.calls, self.states, self.removed = skippable, calls, states, removed
-        self.keep, self.store, self.watch = keep, store, watch
+        super().__init__(skippable, calls, removed, store)
+        self.states = states
+        self.keep = keep
+        self.watch = watch
+        self.progress = progress
+        self.worth = worth
         self.branches: dict[int, Tensor] = {}
+        self.forks: list[int] = []
+        """The candidates that fork off on this walk."""
+        self.entry_depth: dict[int, int] = {}
+        """Where the other branches enter, from the kept states."""
         candidates = [block for block in candidates if block != BASE]
-        known = {branch: states.deepest(branch, len(calls)) for branch in candidates}
-        self.forks = [branch for branch, depth in known.items() if depth is None]
-        self.entry_depth = {branch: depth for branch, depth in known.items() if depth is not None}
+        for branch in candidates:
+            depth = states.deepest(branch, len(calls))
+            if depth is None:
+                self.forks.append(branch)
+            else:
+                self.entry_depth[branch] = depth
         if self.forks or not candidates:
             states.at[0].setdefault(BASE, calls[0].entering)
-            self.entry_depth[BASE] = states.deepest(BASE, min(self.forks, default=len(calls))) or 0
+            first_fork = min(self.forks, default=len(calls))
+            self.entry_depth[BASE] = states.deepest(BASE, first_fork) or 0
         self.start = min(self.entry_depth.values())
 
     @cached_property
     def block_runs(self) -> int:
         """How often a branch goes through a block, on the whole walk."""
-        staying = [block for block in range(len(self.calls)) if block not in self.removed]
-        ends = {BASE: self.forks[-1]} if self.forks else {}
-        begins = self.entry_depth | {block: block + 1 for block in self.forks}
-        return sum(
-            begin <= block < ends.get(branch, block + 1)
-            for branch, begin in begins.items()
-            for block in staying
-        )
+        begins = dict(self.entry_depth)
+        for branch in self.forks:
+            begins[branch] = branch + 1
+        runs = 0
+        for branch, begin in begins.items():
+            end = len(self.calls)
+            if branch == BASE and self.forks:
+                end = self.forks[-1]
+            runs += sum(block not in self.removed for block in range(begin, end))
+        return runs
 
     def advance(self, block: int) -> None:
         """Run `block` on every branch of the walk, except the branch that leaves it out."""
         if block in self.keep:
-            lowest = sorted(self.branches)[: self.keep[block]]
-            self.states.at[block] |= {branch: self.branches[branch] for branch in lowest}
-        self.enter(block)
+            for branch in sorted(self.branches)[: self.keep[block]]:
+                self.states.at[block][branch] = self.branches[branch]
+        self._enter(block)
         if block in self.forks:
             self.branches[block] = self.branches[BASE]
             if block == self.forks[-1]:  # no branch forks off later, so the base ends here
                 self.states.at[block][BASE] = self.branches.pop(BASE)
-        if block not in self.removed:
-            self.watch()
-            for branch in [branch for branch in self.branches if branch != block]:
-                self.branches[branch] = self.store(
-                    self.skippable.run_block(self.calls[block], self.branches[branch])
-                )
+        if block in self.removed:
+            return
+        self.watch()
+        runs = 0
+        for branch in self.branches:
+            if branch != block:
+                self.branches[branch] = self.run(block, self.branches[branch])
+                runs += 1
+        if runs > 0:
+            self.progress(self.worth * runs / self.block_runs)
 
-    def enter(self, depth: int) -> None:
-        """Take up the branches whose kept states enter the block at `depth`, or lie behind the last
-        block.
-        """
-        self.branches |= {
-            branch: self.states.at[depth][branch]
-            for branch, enters in self.entry_depth.items()
-            if enters == depth
-        }
+    def finish(self) -> None:
+        """Take up the branches whose kept states lie behind the last block."""
+        self._enter(len(self.calls))
+        if self.block_runs == 0:
+            self.progress(self.worth)
 
-    def share(self, block: int) -> float:
-        """Return this block's share of the walk."""
-        ran = 0 if block in self.removed else len(self.branches) - (block in self.branches)
-        return ran / max(1, self.block_runs)
+    def _enter(self, depth: int) -> None:
+        """Take up the branches whose kept states enter the block at `depth`."""
+        for branch, enters in self.entry_depth.items():
+            if enters == depth:
+                self.branches[branch] = self.states.at[depth][branch]
 
 
-class SizesWalk:
-    """One batch on its way through the model without each of several sets of blocks, the `sizes`.
+class SizesWalk(BatchWalk):
+    """A batch in the model without each of several sets of blocks, the `sizes`.
 
     Sets that agree on the blocks so far share a branch; at last, `branches` has one for each set.
     """
-
-    start = 0
 
     def __init__(
         self,
         skippable: SkippableModel,
         calls: Sequence[Call],
-        sizes: Iterable[Collection[int]],
+        sizes: Sequence[Collection[int]],
         store: Store = keep_on_device,
     ) -> None:
-        self.skippable, self.calls, self.store = skippable, calls, store
         self.sizes = [frozenset(size) for size in sizes]
-        self.removed = frozenset.intersection(*self.sizes)
+        super().__init__(skippable, calls, frozenset.intersection(*self.sizes), store)
         self.branches = {frozenset[int](): calls[0].entering}
 
     def advance(self, block: int) -> None:
         """Run `block` on every branch, except for the sets that have it."""
-        entering, self.branches = self.branches, {}
+        entering = self.branches
+        self.branches = {}
         for size in self.sizes:
             removed = frozenset(number for number in size if number <= block)
-            if removed not in self.branches:
-                hidden = entering[removed - {block}]
-                runs = block not in size
-                hidden = (
-                    self.store(self.skippable.run_block(self.calls[block], hidden))
-                    if runs
-                    else hidden
-                )
-                self.branches[removed] = hidden
-
-    def enter(self, depth: int) -> None:
-        """Take up nothing: all branches come from the first block."""
+            if removed in self.branches:
+                continue
+            hidden = entering[removed - {block}]
+            if block not in size:
+                hidden = self.run(block, hidden)
+            self.branches[removed] = hidden
 
 
-def walk_together(skippable: SkippableModel, walks: Sequence[Walk | SizesWalk]) -> Iterator[int]:
-    """Advance walks to the end, block by block, and yield each block after all of them have run it."""
+def walk_together(skippable: SkippableModel, walks: Sequence[BatchWalk]) -> None:
+    """Advance walks to the end, all of them by one block, then by the next."""
     # Block by block rather than walk by walk, so that streamed weights are read once for all walks.
-    blocks = range(min(walk.start for walk in walks), len(walks[0].calls))
-    to_run = [
-        block
-        for block in blocks
-        if any(block >= walk.start and block not in walk.removed for walk in walks)
-    ]
-    with closing(skippable.weights.visit(to_run)) as visits:
+    first = min(walk.start for walk in walks)
+    blocks = range(first, len(walks[0].calls))
+    to_run = []
+    for block in blocks:
+        if any(block >= walk.start and block not in walk.removed for walk in walks):
+            to_run.append(block)
+    with skippable.weights.visit(to_run) as visit:
         for block in blocks:
             if block in to_run:
-                next(visits)
+                visit.load(block)
             for walk in walks:
                 if block >= walk.start:
                     walk.advance(block)
-            yield block
     for walk in walks:
-        walk.enter(blocks.stop)
+        walk.finish()
 
 
 def fork(
@@ -174,6 +213,5 @@ def fork(
     The `candidates` are in ascending order; `ids` is [batch, positions].
     """
     walk = Walk(skippable, skippable.calls(ids), States(), removed, candidates)
-    for _ in walk_together(skippable, [walk]):
-        pass
+    walk_together(skippable, [walk])
     return walk.branches

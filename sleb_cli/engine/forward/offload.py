@@ -5,13 +5,13 @@ runs.
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from sleb_cli.engine.forward.block_weights import BlockWeights, aligned
+from sleb_cli.engine.forward.block_weights import BlockWeights, Visit, aligned
 
 
 class OffloadedValues(ChainMap[str, Tensor]):
@@ -26,12 +26,15 @@ class OffloadedValues(ChainMap[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         value = super().__getitem__(name)
-        return aligned(value) if self.align else value
+        if self.align:
+            return aligned(value)
+        return value
 
 
 def align(model: Any) -> None:
-    """Align the weights of a model, because fast kernels may round differently at other addresses."""
-    if (offloaded := offloaded_values(model)) is not None:
+    """Align a model's weights, because fast kernels may round differently at other addresses."""
+    offloaded = offloaded_values(model)
+    if offloaded is not None:
         offloaded.align = True
     for parameter in model.parameters():
         parameter.data = aligned(parameter.data)
@@ -41,12 +44,16 @@ def offloaded_values(model: Any) -> OffloadedValues | None:
     """Return the values of a model's offloaded weights, which from then on go through here; None if
     it has none.
     """
-    hooks = [hook for module in model.modules() if (hook := _offloading_hook(module))]
-    if not hooks:
-        return None
-    stored = hooks[0].weights_map.dataset  # shared by all hooks, with a prefix for each
-    values = stored if isinstance(stored, OffloadedValues) else OffloadedValues(stored)
-    for hook in hooks:
+    values: OffloadedValues | None = None
+    for module in model.modules():
+        hook = _offloading_hook(module)
+        if hook is None:
+            continue
+        stored = hook.weights_map.dataset  # shared by all hooks, with a prefix for each
+        if isinstance(stored, OffloadedValues):
+            values = stored
+        elif values is None:
+            values = OffloadedValues(stored)
         hook.weights_map.dataset = values
     return values
 
@@ -57,13 +64,12 @@ class OffloadedBlocks(BlockWeights):
     """
 
     def __init__(self, values: OffloadedValues, blocks: Sequence[nn.Module]) -> None:
-        self._values, self._blocks = values, blocks
+        self._values = values
+        self._blocks = blocks
 
-    def visit(self, blocks: Iterable[int]) -> Generator[int]:
-        """Yield these blocks, each with its weights where it computes."""
-        for block in blocks:
-            with loaded(self._blocks[block]):
-                yield block
+    def visit(self, blocks: Sequence[int]) -> Visit:
+        """Return a visit to these blocks, which puts the weights of each where it computes."""
+        return _OffloadedVisit(self._blocks)
 
     @contextmanager
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
@@ -75,6 +81,19 @@ class OffloadedBlocks(BlockWeights):
             del self._values.maps[0]
 
 
+class _OffloadedVisit(Visit):
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self._blocks = blocks
+        self._loaded = ExitStack()
+
+    def load(self, block: int) -> None:
+        self.close()
+        self._loaded.enter_context(loaded(self._blocks[block]))
+
+    def close(self) -> None:
+        self._loaded.close()
+
+
 @contextmanager
 def loaded(module: nn.Module) -> Iterator[None]:
     """Put the offloaded weights of a module where it runs, while the context is open."""
@@ -82,11 +101,11 @@ def loaded(module: nn.Module) -> Iterator[None]:
     placed: list[tuple[nn.Module, Any]] = []
     try:
         for submodule in module.modules():
-            if hook := _offloading_hook(submodule):
+            hook = _offloading_hook(submodule)
+            if hook is not None:
                 hook.pre_forward(submodule)
-                hook.offload = (
-                    False  # or accelerate would take the weights away when the module has run
-                )
+                # Otherwise accelerate would take the weights away when the module has run.
+                hook.offload = False
                 placed.append((submodule, hook))
         yield
     finally:
@@ -97,4 +116,6 @@ def loaded(module: nn.Module) -> Iterator[None]:
 
 def _offloading_hook(module: nn.Module) -> Any:
     hook = getattr(module, "_hf_hook", None)
-    return hook if getattr(hook, "offload", False) else None
+    if getattr(hook, "offload", False):
+        return hook
+    return None

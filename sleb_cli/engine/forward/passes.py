@@ -1,20 +1,20 @@
-"""Calibration sequences in batches, and how they pass through the model without some of its blocks."""
+"""Calibration sequences in batches, and their passes through the model without some blocks."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.forward.fork import Walk, walk_together
+from sleb_cli.engine.forward.fork import BatchWalk, Walk, walk_together
 from sleb_cli.engine.forward.logits import score_logits
 from sleb_cli.engine.forward.memory_budget import MemoryBudget
 from sleb_cli.engine.forward.predictions import Predictions
-from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.forward.skipping import Call, SkippableModel
 from sleb_cli.engine.forward.states import BASE, States, depths_to_keep
 from sleb_cli.engine.forward.stores import SharedInputs, Store, keep_on_device
 from sleb_cli.engine.memory import SmallerPieces
@@ -43,10 +43,12 @@ class _MicroBatch:
 
     Attributes:
         batch: the number of the batch.
+        is_last: whether it is the last of its batch.
         ids: the tokens, [sequences, positions].
         loss_mask: which of the tokens count as targets; None for all.
         states: hidden states that the next step may begin with.
-        dense: hidden states that leave the last block of the dense model, if a metric needs them.
+        dense: what a metric compares with: the hidden states that leave the last block of the dense
+            model or, if the model runs whole, its logits.
     """
 
     batch: int
@@ -57,11 +59,21 @@ class _MicroBatch:
     dense: Tensor | None = None
 
 
-_Candidates = Mapping[int, Sequence[int]]
-"""The candidates to score on each batch; BASE alone stands for none."""
+_Candidates = Mapping[_MicroBatch, Sequence[int]]
+"""The candidates to score on each micro-batch; BASE alone stands for none."""
 
 _Scored = tuple[_MicroBatch, int, list[float]]
 """The scores of a candidate on a micro-batch."""
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Candidates that are scored together, and the micro-batches that are finished with them, with
+    all of their candidates.
+    """
+
+    candidates: _Candidates
+    finished: _Candidates
 
 
 @dataclass(frozen=True)
@@ -77,8 +89,57 @@ class _Step:
 
 
 @dataclass
+class _SpanScores:
+    """The scores of one micro-batch's sequences, by span, from the states that enter and leave it.
+
+    Spans begin and end with a candidate and have up to `longest` blocks.
+    """
+
+    candidates: Sequence[int]
+    longest: int
+    score: ScoreStates
+    found: dict[Span, list[float]] = field(default_factory=dict, init=False)
+    _entered: dict[int, Tensor] = field(default_factory=dict, init=False)
+    """The states that entered the last candidates."""
+
+    def add(self, block: int, entering: Tensor, leaving: Tensor) -> None:
+        """Score the spans that end with this block, if it is a candidate."""
+        if block not in self.candidates:
+            return
+        self._entered[block] = entering
+        for first in list(self._entered):
+            if block - first < self.longest:
+                self.found[first, block] = self.score(self._entered[first], leaving)
+            else:
+                del self._entered[first]
+
+
+class _SpansWalk(BatchWalk):
+    """A batch in the model as it stands, while its spans are scored."""
+
+    def __init__(
+        self,
+        skippable: SkippableModel,
+        calls: Sequence[Call],
+        removed: Sequence[int],
+        spans: _SpanScores,
+        store: Store,
+    ) -> None:
+        super().__init__(skippable, calls, removed, store)
+        self.spans = spans
+        self.hidden = calls[0].entering
+
+    def advance(self, block: int) -> None:
+        """Run `block`, and score the spans that end with it."""
+        if block not in self.removed:
+            leaving = self.run(block, self.hidden)
+            self.spans.add(block, self.hidden, leaving)
+            self.hidden = leaving
+
+
+@dataclass
 class Passes:
-    """Calibration sequences in batches on the model's device, and how they pass through the model."""
+    """Calibration sequences in batches on the model's device, and their passes through the model."""
 
     skippable: SkippableModel
     batches: Sequence[Tensor]
@@ -133,98 +194,94 @@ class Passes:
 
         `ranking` has the best candidates so far, the best first: the next step probably starts at
         one of them. `advance` counts sequences of a candidate, and fractions of one. If memory runs
-        out, continue in smaller pieces, and score nothing twice.
+        out, go on in smaller pieces with what has no scores yet.
         """
         self._drop_outdated(tuple(removed))
-        run, step = (
-            self._run_walks if self.forks else self._run_whole,
-            _Step(metric, removed, ranking, advance),
-        )
+        step = _Step(metric, removed, ranking, advance)
         unscored = {batch: list(candidates) or [BASE] for batch, candidates in jobs}
-        for _ in (pieces := self._smaller_pieces()):
+        pieces = self._smaller_pieces()
+        for _ in pieces:
             self.watch(None)
-            # Scores of a candidate whose batch was unfinished when memory ran out are dropped, and
-            # made again.
-            to_score = {batch: tuple(blocks) for batch, blocks in unscored.items() if blocks}
+            # A batch that was unfinished when memory ran out begins anew.
             scores: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
             with pieces:
-                for micro, block, micro_scores in run(step, to_score):
-                    scores[micro.batch, block] += micro_scores
-                    if micro.is_last:
-                        unscored[micro.batch].remove(block)
-                        yield micro.batch, block, scores[micro.batch, block]
+                for chunk in self._chunks(unscored):
+                    for micro, block, micro_scores in self._score_chunk(step, chunk):
+                        scores[micro.batch, block] += micro_scores
+                        if micro.is_last:
+                            unscored[micro.batch].remove(block)
+                            yield micro.batch, block, scores[micro.batch, block]
 
-    def _run_walks(self, step: _Step, candidates: _Candidates) -> Iterator[_Scored]:
-        for group in self._walk_groups(candidates):
-            count, size = max(len(candidates[micro.batch]) for micro in group), self.budget.branches
+    def _chunks(self, unscored: Mapping[int, Sequence[int]]) -> list[_Chunk]:
+        """Divide what is unscored into as many candidates at a time as there is memory for."""
+        size = self.budget.branches if self.forks else 1
+        chunks = []
+        for micro_batches in self._walk_groups([batch for batch in unscored if unscored[batch]]):
+            all_candidates = {micro: list(unscored[micro.batch]) for micro in micro_batches}
+            count = max(len(candidates) for candidates in all_candidates.values())
             for start in range(0, count, size):
-                chunk = {
-                    micro: some
-                    for micro in group
-                    if (some := candidates[micro.batch][start : start + size])
-                }
-                walks, dense = self._start_walks(step, chunk)
-                for block in walk_together(self.skippable, [*walks.values(), *dense.values()]):
-                    for micro in walks:
-                        step.advance(walks[micro].share(block) * len(chunk[micro]) * len(micro.ids))
-                for micro in dense:
-                    micro.dense = dense[micro].branches.pop(BASE)
-                for micro in walks:
-                    for block in chunk[micro]:
-                        scores = self._score_final(
-                            step.metric, micro, walks[micro].branches.pop(block)
-                        )
-                        if not walks[micro].block_runs:
-                            step.advance(len(micro.ids))
-                        yield micro, block, scores
-                del walks, dense  # before the next ones are made
-            for (
-                micro
-            ) in group:  # drop states that the next step does not need, or has no memory for
-                micro.states.shrink(
-                    self._branches_to_keep(micro),
-                    [*self._depths(step, micro, candidates[micro.batch])],
-                )
-                micro.dense = micro.dense if self.budget.kept_branches else None
+                some = {}
+                for micro, candidates in all_candidates.items():
+                    if start < len(candidates):
+                        some[micro] = candidates[start : start + size]
+                is_last = start + size >= count
+                chunks.append(_Chunk(some, finished=all_candidates if is_last else {}))
+        return chunks
 
-    def _start_walks(
-        self, step: _Step, chunk: Mapping[_MicroBatch, Sequence[int]]
-    ) -> tuple[dict[_MicroBatch, Walk], dict[_MicroBatch, Walk]]:
-        """Return walks of these candidates, and of the dense model where its states are needed and
-        unknown.
-        """
+    def _score_chunk(self, step: _Step, chunk: _Chunk) -> list[_Scored]:
+        if self.forks:
+            scored = self._score_by_walks(step, chunk.candidates)
+        else:
+            scored = self._score_by_whole_passes(step, chunk.candidates)
+        for micro, candidates in chunk.finished.items():
+            # Drop what the next step does not need, or has no memory for.
+            useful = list(self._depths(step, micro, candidates))
+            micro.states.shrink(self._branches_to_keep(micro), useful)
+            if not self.forks or self.budget.kept_branches == 0:
+                micro.dense = None
+        return scored
+
+    def _score_by_walks(self, step: _Step, candidates: _Candidates) -> list[_Scored]:
         shared = SharedInputs(self.skippable, self.store)
         walks: dict[_MicroBatch, Walk] = {}
         dense: dict[_MicroBatch, Walk] = {}
-        for micro, blocks in chunk.items():
-            watch = partial(self.watch, micro.batch)
+        for micro, blocks in candidates.items():
+            calls = shared.calls(micro.ids)
             start = partial(
-                Walk, self.skippable, shared.calls(micro.ids), store=self.store, watch=watch
+                Walk,
+                self.skippable,
+                calls,
+                store=self.store,
+                watch=partial(self.watch, micro.batch),
             )
             walks[micro] = start(
-                micro.states, step.removed, blocks, keep=self._depths(step, micro, blocks)
+                micro.states,
+                step.removed,
+                blocks,
+                keep=self._depths(step, micro, blocks),
+                progress=step.advance,
+                worth=len(blocks) * len(micro.ids),
             )
             if step.metric.needs_dense_logits and micro.dense is None:
                 dense[micro] = start(States(), (), ())
-        return walks, dense
+        walk_together(self.skippable, [*walks.values(), *dense.values()])
+        for micro, walk in dense.items():
+            micro.dense = walk.branches[BASE]
+        scored = []
+        for micro, walk in walks.items():
+            for block in candidates[micro]:
+                scores = self._score_states(step.metric, micro, walk.branches.pop(block))
+                scored.append((micro, block, scores))
+        return scored
 
-    def _depths(self, step: _Step, micro: _MicroBatch, blocks: Sequence[int]) -> dict[int, int]:
-        return depths_to_keep(step.ranking, blocks, self._branches_to_keep(micro), KEPT_DEPTHS)
-
-    def _branches_to_keep(self, micro: _MicroBatch) -> int:
-        return self.budget.kept_branches - (
-            micro.dense is not None
-        )  # the dense model's states take the room of one
-
-    def _score_final(self, metric: LogitMetric, micro: _MicroBatch, hidden: Tensor) -> list[float]:
+    def _score_states(self, metric: LogitMetric, micro: _MicroBatch, hidden: Tensor) -> list[float]:
         """Return each sequence's score, given the hidden states that leave the last block."""
-        predict = partial(Predictions, self.skippable, micro.ids)
-        dense = (
-            predict(micro.dense) if metric.needs_dense_logits and micro.dense is not None else None
-        )
+        dense = None
+        if metric.needs_dense_logits and micro.dense is not None:
+            dense = Predictions(self.skippable, micro.ids, micro.dense)
         scores = score_logits(
             metric,
-            predict(hidden),
+            Predictions(self.skippable, micro.ids, hidden),
             micro.ids,
             dense,
             loss_mask=micro.loss_mask,
@@ -232,17 +289,29 @@ class Passes:
         )
         return scores.tolist()
 
-    def _run_whole(self, step: _Step, candidates: _Candidates) -> Iterator[_Scored]:
-        for micro in (micro for batch in candidates for micro in self._micro_batches_of(batch)):
+    def _score_by_whole_passes(self, step: _Step, candidates: _Candidates) -> list[_Scored]:
+        scored = []
+        for micro, blocks in candidates.items():
             self.watch(micro.batch)
-            dense = self.skippable.logits(micro.ids, ()) if step.metric.needs_dense_logits else None
-            for block in candidates[micro.batch]:
+            if step.metric.needs_dense_logits and micro.dense is None:
+                micro.dense = self.skippable.logits(micro.ids, ())
+            dense = micro.dense if step.metric.needs_dense_logits else None
+            for block in blocks:
                 logits = self.skippable.logits(micro.ids, {*step.removed, block})
                 scores = score_logits(
                     step.metric, logits, micro.ids, dense, loss_mask=micro.loss_mask
                 )
                 step.advance(len(micro.ids))
-                yield micro, block, scores.tolist()
+                scored.append((micro, block, scores.tolist()))
+        return scored
+
+    def _depths(self, step: _Step, micro: _MicroBatch, blocks: Sequence[int]) -> dict[int, int]:
+        return depths_to_keep(step.ranking, blocks, self._branches_to_keep(micro), KEPT_DEPTHS)
+
+    def _branches_to_keep(self, micro: _MicroBatch) -> int:
+        if micro.dense is None:
+            return self.budget.kept_branches
+        return self.budget.kept_branches - 1  # the dense model's states take the room of one
 
     def score_states(
         self,
@@ -259,107 +328,92 @@ class Passes:
         exist at once. If memory runs out, batches are run again in smaller micro-batches.
         """
         finished: dict[int, dict[Span, list[float]]] = {}
-        for _ in (pieces := self._smaller_pieces()):
-            scores: defaultdict[int, defaultdict[Span, list[float]]] = defaultdict(
-                lambda: defaultdict(list)
-            )
+        pieces = self._smaller_pieces()
+        for _ in pieces:
+            scores: defaultdict[int, dict[Span, list[float]]] = defaultdict(dict)
             with pieces:
-                for group in self._walk_groups(batch for batch in batches if batch not in finished):
-                    for micro, span, micro_scores in self._score_spans(
-                        group, removed, candidates, score, longest
-                    ):
-                        scores[micro.batch][span] += micro_scores
-                    finished.update(
-                        {micro.batch: scores[micro.batch] for micro in group if micro.is_last}
-                    )
+                missing = [batch for batch in batches if batch not in finished]
+                for micro_batches in self._walk_groups(missing):
+                    spans = [_SpanScores(candidates, longest, score) for _ in micro_batches]
+                    self._run_as_it_stands(micro_batches, removed, spans)
+                    for micro, of_micro in zip(micro_batches, spans, strict=True):
+                        of_batch = scores[micro.batch]
+                        for span, micro_scores in of_micro.found.items():
+                            of_batch[span] = of_batch.get(span, []) + micro_scores
+                        if micro.is_last:
+                            finished[micro.batch] = of_batch
         return finished
 
-    def _score_spans(
+    def _run_as_it_stands(
         self,
         micro_batches: Sequence[_MicroBatch],
         removed: Sequence[int],
-        candidates: Sequence[int],
-        score: ScoreStates,
-        longest: int,
-    ) -> list[tuple[_MicroBatch, Span, list[float]]]:
-        entered = {micro: dict[int, Tensor]() for micro in micro_batches}
-        scores = []
-
-        def listen(micro: _MicroBatch, block: int, entering: Tensor, leaving: Tensor) -> None:
-            if block in candidates:
-                near = {
-                    first: state
-                    for first, state in entered[micro].items()
-                    if block - first < longest
-                }
-                entered[micro] = near | {block: entering}
-                for first, state in entered[micro].items():
-                    scores.append((micro, (first, block), score(state, leaving)))
-
+        spans: Sequence[_SpanScores],
+    ) -> None:
+        """Run micro-batches through the model without the removed blocks, and score their spans."""
         if not self.forks:
-            for micro in micro_batches:
-                self.skippable.run_with_hook(micro.ids, removed, partial(listen, micro))
-            return scores
-        device = self.skippable.device
-        store = (
-            (lambda hidden: hidden.to(device)) if self.skippable.weights.resident else self.store
-        )
+            for micro, of_micro in zip(micro_batches, spans, strict=True):
+                self.skippable.run_with_hook(micro.ids, removed, of_micro.add)
+            return
+        store = self.store
+        if self.skippable.weights.resident:
+            store = partial(Tensor.to, device=self.skippable.device)
         shared = SharedInputs(self.skippable, self.store)
-        calls = [shared.calls(micro.ids)[: candidates[-1] + 1] for micro in micro_batches]
-        walks = [
-            Walk(self.skippable, micro_calls, States(), removed, (), store=store)
-            for micro_calls in calls
-        ]
-        entering = [micro_calls[0].entering for micro_calls in calls]
-        for block in walk_together(self.skippable, walks):
-            for number, (micro, walk) in enumerate(zip(micro_batches, walks, strict=True)):
-                listen(micro, block, entering[number], walk.branches[BASE])
-                entering[number] = walk.branches[BASE]
-        return scores
+        walks = []
+        for micro, of_micro in zip(micro_batches, spans, strict=True):
+            calls = shared.calls(micro.ids)[: of_micro.candidates[-1] + 1]
+            walks.append(_SpansWalk(self.skippable, calls, removed, of_micro, store))
+        walk_together(self.skippable, walks)
 
     def _smaller_pieces(self) -> SmallerPieces[MemoryBudget]:
-        def reduce(budget: MemoryBudget) -> None:
-            self.budget = budget
-            self._micro_batches.clear()
-            self.notify(
-                Notice(
-                    f"Out of memory on {self.skippable.device}; continuing with {budget.branches} "
-                    f"candidates, "
-                    f"{budget.sequences} sequences and {budget.positions} positions at a time."
-                )
+        return SmallerPieces(self.budget, MemoryBudget.halved, self._shrink)
+
+    def _shrink(self, budget: MemoryBudget) -> None:
+        self.budget = budget
+        self._micro_batches.clear()
+        self.notify(
+            Notice(
+                f"Out of memory on {self.skippable.device}; continuing with {budget.branches} "
+                f"candidates, {budget.sequences} sequences and {budget.positions} positions at a "
+                "time."
             )
+        )
 
-        return SmallerPieces(self.budget, MemoryBudget.halved, reduce)
-
-    def _walk_groups(self, batches: Iterable[int]) -> list[list[_MicroBatch]]:
-        micro_batches = [micro for batch in batches for micro in self._micro_batches_of(batch)]
+    def _walk_groups(self, batches: Sequence[int]) -> list[list[_MicroBatch]]:
+        """Return the micro-batches of batches, in groups that go through the blocks together."""
+        micro_batches = []
+        for batch in batches:
+            micro_batches += self._micro_batches_of(batch)
         if self.skippable.weights.resident:
             return [[micro] for micro in micro_batches]
+        if not micro_batches:
+            return []
         # All walk through one block after another, so that streamed weights are read once.
-        return [micro_batches] if micro_batches else []
+        return [micro_batches]
 
     def _micro_batches_of(self, batch: int) -> list[_MicroBatch]:
         if batch not in self._micro_batches:
             index = batch - self.first
-            pieces = torch.split(self.batches[index], self.budget.sequences)
-            masks = (
-                torch.split(self.loss_mask[index], self.budget.sequences)
-                if self.loss_mask
-                else [None] * len(pieces)
-            )
-            self._micro_batches[batch] = [
-                _MicroBatch(batch, number == len(pieces), ids, mask)
-                for number, (ids, mask) in enumerate(zip(pieces, masks, strict=True), start=1)
-            ]
+            size = self.budget.sequences
+            count = len(self.batches[index])
+            micro_batches = []
+            for start in range(0, count, size):
+                rows = slice(start, start + size)
+                mask = self.loss_mask[index][rows] if self.loss_mask else None
+                is_last = start + size >= count
+                micro_batches.append(_MicroBatch(batch, is_last, self.batches[index][rows], mask))
+            self._micro_batches[batch] = micro_batches
         return self._micro_batches[batch]
 
     def _drop_outdated(self, removed: tuple[int, ...]) -> None:
-        known = len(self._removed) if removed[: len(self._removed)] == self._removed else None
-        for micro in (
-            micro for micro_batches in self._micro_batches.values() for micro in micro_batches
-        ):
-            if known is None:
-                micro.states.at.clear()
-            for block in removed[known:]:
-                micro.states.after_removal(block)
+        """Drop the kept states that a model without these blocks has not."""
+        known = len(self._removed)
+        follows = removed[:known] == self._removed
+        for micro_batches in self._micro_batches.values():
+            for micro in micro_batches:
+                if not follows:
+                    micro.states.at.clear()
+                    continue
+                for block in removed[known:]:
+                    micro.states.after_removal(block)
         self._removed = removed

@@ -1,4 +1,4 @@
-"""Where are the weights of the dense model while it is searched, measured or recovered?"""
+"""Load the dense model: where its weights are, in which data type, and its blocks to skip."""
 
 from __future__ import annotations
 
@@ -14,10 +14,62 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.streaming import StreamedBlocks, require_streamable
 from sleb_cli.engine.memory import memory_shortage
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.surgery.loading import DeviceMap, Placement, explain_oom, load_dense
+from sleb_cli.engine.surgery.loading import DeviceMap, Placement, explain_oom, load_complete
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.requests import AUTO
 from sleb_plugins import UnsupportedModelError
+
+
+def open_model(architecture: Architecture, placement: Placement, notify: Notify) -> SkippableModel:
+    """Load the dense model; its blocks can be skipped once it is entered as a context."""
+    source = architecture.source
+    blocks_path = architecture.adapter.blocks_path
+
+    # A streamed model: its blocks stay in the files, and are read one at a time.
+    if placement.stream:
+        with (
+            task(notify, f"Loading {source.id} without its blocks"),
+            explain_oom(source, placement),
+        ):
+            streamed = StreamedBlocks(
+                architecture, placement.dtype, placement.device, placement.rounded
+            )
+        return SkippableModel(
+            streamed.model, streamed.modules, device=placement.device, weights=streamed
+        )
+
+    # Any other: transformers puts each weight straight to its place.
+    with task(notify, f"Loading {source.id}"), explain_oom(source, placement):
+        source.weights.tensor_names()  # its errors name the broken file
+        model = load_complete(
+            architecture,
+            architecture.auto_class,
+            source.folder,
+            f"the weights of {source.id}",
+            placement,
+            trust_remote_code=source.trust_remote_code,
+        )
+
+    # It computes as the checkpoint to be written will, which may hold a narrower data type.
+    if placement.rounded:
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.to(placement.rounded))
+
+    # accelerate may have put weights on several devices: blocks must be whole.
+    for name, mapped in getattr(model, "hf_device_map", {}).items():
+        inside = name.removeprefix(f"{blocks_path}.")
+        if inside != name and "." in inside:
+            raise UnsupportedModelError(
+                f"accelerate would split a block across devices: it puts {name} alone on {mapped}.",
+                hint="Use --stream, or a device with more memory.",
+            )
+
+    blocks = architecture.blocks_of(model)
+    values = offloaded_values(model)
+    if values is None:
+        return SkippableModel(model, blocks)
+    return SkippableModel(model, blocks, weights=OffloadedBlocks(values, list(blocks)))
 
 
 def place_model(
@@ -37,26 +89,38 @@ def place_model(
     model's own. A `device_map` places modules that are not all on the device. With `stream=None`, a
     model is streamed that does not fit into memory besides the `reserved` bytes.
     """
-    default = cast or architecture.dtype or torch.float32
     if device_map is not None:  # which says where weights are, so that they cannot be rounded first
         name = dtype_name(cast) if cast else dtype
         chosen = choose_dtype(architecture, name, device, lambda wide: None, notify)
         return Placement(device, chosen, device_map=device_map)
-
-    def lack(wide: torch.dtype, *, streams: bool = False) -> str | None:
-        return memory_shortage(model_bytes(architecture, wide, stream=streams) + reserved, device)
-
-    streams = lack(default) is not None if stream is None else stream
-    chosen = choose_dtype(architecture, dtype, device, partial(lack, streams=streams), notify, cast)
     if stream:
         require_streamable(architecture)
-    lacking = lack(chosen) if stream is None and not architecture.is_quantized else None
+    shortage = partial(_shortage, architecture, device, reserved)
+    streams = bool(stream)
+    if stream is None:
+        streams = shortage(cast or architecture.dtype or torch.float32) is not None
+    lack = partial(shortage, stream=streams)
+    chosen = choose_dtype(architecture, dtype, device, lack, notify, cast)
+    lacking = None
+    if stream is None and not architecture.is_quantized:
+        lacking = shortage(chosen)
     if lacking:
         needs = f"In {dtype_name(chosen)}, {architecture.source.id} needs {lacking} on {device}."
         notify(Notice(f"{needs} Streaming its blocks from disk (--stream)."))
-    return Placement(
-        device, chosen, bool(stream or lacking), rounded=None if cast is chosen else cast
-    )
+    rounded = None if cast is chosen else cast
+    return Placement(device, chosen, stream=bool(stream or lacking), rounded=rounded)
+
+
+def _shortage(
+    architecture: Architecture,
+    device: torch.device,
+    reserved: int,
+    dtype: torch.dtype,
+    *,
+    stream: bool = False,
+) -> str | None:
+    """Return a clause on the memory that the model lacks in this data type, or None."""
+    return memory_shortage(model_bytes(architecture, dtype, stream=stream) + reserved, device)
 
 
 def choose_dtype(
@@ -87,39 +151,13 @@ def choose_dtype(
     return dtype
 
 
-def open_dense(architecture: Architecture, placement: Placement, notify: Notify) -> SkippableModel:
-    """Return the dense model, ready to be entered as a context."""
-    if placement.stream:
-        loading = f"Loading {architecture.source.id} without its blocks"
-        with task(notify, loading), explain_oom(architecture.source, placement):
-            streamed = StreamedBlocks(
-                architecture, placement.dtype, placement.device, placement.rounded
-            )
-        return SkippableModel(
-            streamed.model, streamed.modules, device=placement.device, weights=streamed
-        )
-    model = load_dense(architecture, placement, notify)
-    for tensor in model.state_dict().values() if placement.rounded else ():
-        if tensor.is_floating_point():
-            tensor.copy_(tensor.to(placement.rounded))
-    path = architecture.adapter.blocks_path
-    for name, mapped in getattr(model, "hf_device_map", {}).items():
-        if name.startswith(f"{path}.") and name.removeprefix(f"{path}.").count("."):
-            raise UnsupportedModelError(
-                f"accelerate would split a block across devices: it puts {name} alone on {mapped}.",
-                hint="Use --stream, or a device with more memory.",
-            )
-    values, blocks = offloaded_values(model), architecture.blocks_of(model)
-    return SkippableModel(
-        model, blocks, weights=None if values is None else OffloadedBlocks(values, list(blocks))
-    )
-
-
 def blocks_on_disk(architecture: Architecture, count: int, device: torch.device) -> DeviceMap:
     """Return a device map of a model of `count` blocks that leaves them in their files, and all
     else on a device.
     """
-    main = device.type if device.type in ("cpu", "mps") else device.index or 0
+    main: int | str = device.index or 0
+    if device.type in ("cpu", "mps"):
+        main = device.type
     path = architecture.adapter.blocks_path
     places: dict[str, int | str] = {f"{path}.{block}": "disk" for block in range(count)}
     for name, module in architecture.skeleton.named_modules():
@@ -128,6 +166,8 @@ def blocks_on_disk(architecture: Architecture, count: int, device: torch.device)
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         if tensors and not any(module.children()):
             places[name] = main
-        else:  # a module around others, such as the model itself, may have weights of its own
-            places |= {f"{name}.{tensor}" if name else tensor: main for tensor, _ in tensors}
+            continue
+        # A module around others, such as the model itself, may have weights of its own.
+        for tensor, _ in tensors:
+            places[f"{name}.{tensor}" if name else tensor] = main
     return places

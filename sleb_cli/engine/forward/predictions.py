@@ -46,8 +46,7 @@ def predict_together(
     store = keep_on_device if skippable.weights.resident else to_cpu
     shared = SharedInputs(skippable, store)
     walks = [SizesWalk(skippable, shared.calls(ids), sizes, store) for ids in batches]
-    for _ in walk_together(skippable, walks):
-        pass
+    walk_together(skippable, walks)
     for ids, walk in zip(batches, walks, strict=True):
         yield [Predictions(skippable, ids, walk.branches[removed]) for removed in walk.sizes]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from sleb_cli.engine.device import input_device
 from sleb_cli.engine.forward.block_weights import BlockWeights, execution_device
 from sleb_cli.engine.forward.offload import align
-from sleb_cli.engine.third_party import pass_errors_through, translate_errors
+from sleb_cli.engine.third_party import error_saying, translate_errors
 from sleb_plugins import UnsupportedModelError
 from sleb_plugins.errors import explain_out_of_memory
 
@@ -67,16 +67,17 @@ class BlockSwitch:
         # states.
         if not self.skip or kind not in self.wraps:
             if self.fetch is not None:
-                with pass_errors_through():
-                    self.fetch()
+                self.fetch()
             output = self.forward(*args, **kwargs)
             self.wraps[kind] = _wrapper_like(output)
-        if self.skip:
-            output = self.wraps[kind](entering if self.inject is None else self.inject)
+        if self.skip and self.inject is not None:
+            output = self.wraps[kind](self.inject)
+        elif self.skip:
+            output = self.wraps[kind](entering)
         if self.hook is not None:
-            others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            with pass_errors_through():
-                self.hook(entering, _hidden_states(output), args[1:], others)
+            others = dict(kwargs)
+            others.pop("hidden_states", None)
+            self.hook(entering, _hidden_states(output), args[1:], others)
         return output
 
 
@@ -88,7 +89,9 @@ def _contiguous(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _hidden_states(output: Any) -> Tensor:
-    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
+    if isinstance(output, tuple | list):
+        output = output[0]
+    hidden: Tensor = output
     return hidden
 
 
@@ -99,8 +102,13 @@ def _wrapper_like(output: Any) -> Callable[[Tensor], Any]:
     if not isinstance(output, tuple | list):
         return lambda hidden: hidden
     # The other elements hold extras that were not requested, such as attention weights.
-    kind, others = type(output), [None] * (len(output) - 1)
+    kind = type(output)
+    others = [None] * (len(output) - 1)
     return lambda hidden: kind([hidden, *others])
+
+
+def _count_weights(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
 
 
 def _require_values(output: Tensor, what: str) -> Tensor:
@@ -140,22 +148,19 @@ class SkippableModel:
         self.switches = [BlockSwitch(block, self._wraps) for block in blocks]
         self.places = [execution_device(switch.block) or self.device for switch in self.switches]
         """Where each block computes."""
-        configs = (model.config, model.generation_config)
         self._head_hook: RemovableHandle | None = None
-        self._cache_settings = [
-            (config, config.use_cache) for config in configs if hasattr(config, "use_cache")
-        ]
+        self._cache_settings = []
+        for config in (model.config, model.generation_config):
+            if hasattr(config, "use_cache"):
+                self._cache_settings.append((config, config.use_cache))
 
     @property
     def head_blocks(self) -> float:
         """The weights of the output embeddings, in blocks."""
         output = self.model.get_output_embeddings()
-        block = sum(weight.numel() for weight in self.switches[0].block.parameters())
-        return (
-            sum(weight.numel() for weight in output.parameters()) / max(block, 1)
-            if output is not None
-            else 0.0
-        )
+        if output is None:
+            return 0.0
+        return _count_weights(output) / max(1, _count_weights(self.switches[0].block))
 
     def __enter__(self) -> SkippableModel:
         for switch in self.switches:
@@ -163,9 +168,8 @@ class SkippableModel:
         for config, _ in self._cache_settings:
             config.use_cache = False
         output = self.model.get_output_embeddings()
-        self._head_hook = (
-            output.register_forward_pre_hook(_contiguous) if output is not None else None
-        )
+        if output is not None:
+            self._head_hook = output.register_forward_pre_hook(_contiguous)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -182,7 +186,9 @@ class SkippableModel:
         """Skip exactly these blocks until the next call of any method."""
         for index, switch in enumerate(self.switches):
             switch.skip = index in removed
-            switch.inject = switch.hook = switch.fetch = None
+            switch.inject = None
+            switch.hook = None
+            switch.fetch = None
 
     def logits(self, ids: Tensor, removed: Collection[int], *, last: int = 0) -> Tensor:
         """Run the model without the removed blocks; with `last`, for the last positions if the
@@ -202,19 +208,28 @@ class SkippableModel:
         and output.
 
         `start` is a block and the hidden states that enter it: the blocks before it are not run.
-        With a device map, all states are passed on the model's device. An exception raised by
-        `hook` is raised unchanged.
+        With a device map, all states are passed on the model's device.
         """
-        first = start[0] if start else 0
+        first = 0
+        if start:
+            first = start[0]
         self.skip({*removed, *range(first)})
-        if start and first:
+        if start and first > 0:
             self.switches[first - 1].inject = start[1]
-        for index, switch in enumerate(self.switches):
-            if index not in removed and index >= first:
-                switch.hook = lambda *states, block=index: hook(
-                    block, *(state.to(self.device) for state in states[:2])
-                )
+        for block in range(first, len(self.switches)):
+            if block not in removed:
+                self.switches[block].hook = partial(self._pass_on, hook, block)
         self._forward(ids, last=1)
+
+    def _pass_on(
+        self,
+        hook: Callable[[int, Tensor, Tensor], None],
+        block: int,
+        entering: Tensor,
+        leaving: Tensor,
+        *others: object,
+    ) -> None:
+        hook(block, entering.to(self.device), leaving.to(self.device))
 
     def calls(self, ids: Tensor) -> list[Call]:
         """Record the inputs of each block for these tokens; every block is skipped, so it costs
@@ -222,16 +237,16 @@ class SkippableModel:
         """
         self.skip(range(len(self.switches)))
         calls: list[Call] = []
-        for index, switch in enumerate(self.switches):
-            switch.hook = lambda entering, _, *others, block=index: calls.append(
-                Call(block, entering, *others)
+        for block, switch in enumerate(self.switches):
+            switch.hook = lambda entering, _, args, kwargs, block=block: calls.append(
+                Call(block, entering, args, kwargs)
             )
         self._forward(ids, last=1)
         self.skip(())
-        if [call.block for call in calls] != list(range(len(self.switches))):
+        order = [call.block for call in calls]
+        if order != list(range(len(self.switches))):
             raise UnsupportedModelError(
-                f"{self.model.config.model_type} calls its blocks in the order "
-                f"{[call.block for call in calls]}.",
+                f"{self.model.config.model_type} calls its blocks in the order {order}.",
                 hint="Its blocks cannot be run on their own.",
             )
         return calls
@@ -244,29 +259,26 @@ class SkippableModel:
     @contextmanager
     def loaded(self, block: int) -> Iterator[None]:
         """Have the weights of a block loaded while the context is open."""
-        with closing(self.weights.visit([block])) as visits:
-            next(visits)
+        with self.weights.visit([block]) as visit:
+            visit.load(block)
             yield
 
     @contextmanager
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """Give parameters new values by name, while the context is open."""
-        parameters = {name: self.model.get_parameter(name) for name in values}
-        before = {
-            name: parameter.data for name, parameter in parameters.items() if not parameter.is_meta
-        }
-        with self.weights.replaced(
-            values
-        ):  # for weights that are away now, and come with these values
+        before: list[tuple[nn.Parameter, Tensor]] = []
+        # Weights that are away now come with these values.
+        with self.weights.replaced(values):
             try:
-                for name in before:
-                    parameters[name].data = values[name].to(
-                        parameters[name].device, parameters[name].dtype
-                    )
+                for name, value in values.items():
+                    parameter = self.model.get_parameter(name)
+                    if not parameter.is_meta:
+                        before.append((parameter, parameter.data))
+                        parameter.data = value.to(parameter.device, parameter.dtype)
                 yield
             finally:
-                for name, data in before.items():
-                    parameters[name].data = data
+                for parameter, data in before:
+                    parameter.data = data
 
     def run_block(self, call: Call, hidden: Tensor) -> Tensor:
         """Run one block alone, as in a pass of the whole model, on hidden states of the recorded
@@ -295,46 +307,37 @@ class SkippableModel:
             torch.autograd.backward(states, gradient)
 
     def _forward(self, ids: Tensor, *, last: int = 0) -> Tensor:
-        takes_last = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        options = {"logits_to_keep": last} if last and takes_last else {}
+        options = {}
+        if last and "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            options["logits_to_keep"] = last
         skipped = [index for index, switch in enumerate(self.switches) if switch.skip]
         without = f"without blocks {skipped}" if skipped else ""
-        with self._fetching(), self._translate_errors(ids.shape, without):
+        runs = self._blocks_that_run()
+        with self.weights.visit(runs) as visit, self._translate_errors(ids.shape, without):
+            if not self.weights.resident:
+                for block in runs:
+                    self.switches[block].fetch = partial(visit.load, block)
             logits: Tensor = self.model(input_ids=ids, use_cache=False, **options).logits
         return _require_values(logits, "the model")
 
-    @contextmanager
-    def _fetching(self) -> Iterator[None]:
-        if self.weights.resident:
-            yield
-            return
-        runs, known = [], set(self._wraps)
+    def _blocks_that_run(self) -> list[int]:
+        """Return the blocks that are not skipped, and the first of each class that is not known."""
+        runs = []
+        known = set(self._wraps)
         for index, switch in enumerate(self.switches):
-            if not switch.skip or type(switch.block) not in known:
+            kind = type(switch.block)
+            if not switch.skip or kind not in known:
                 runs.append(index)
-                known.add(type(switch.block))
-        visits = self.weights.visit(runs)
-
-        def fetch(block: int) -> None:
-            if next(visits, None) != block:
-                raise UnsupportedModelError(
-                    f"{self.model.config.model_type} does not call its blocks once each, in order.",
-                    hint="sleb cannot stream it. Use a machine with more memory.",
-                )
-
-        for index in runs:
-            self.switches[index].fetch = partial(fetch, index)
-        with closing(visits):
-            yield
+                known.add(kind)
+        return runs
 
     @contextmanager
     def _translate_errors(self, shape: torch.Size, what: str) -> Iterator[None]:
-        def does_not_run(words: str) -> UnsupportedModelError:
-            return UnsupportedModelError(
-                f"{self.model.config.model_type} does not run{what and ' ' + what}: {words}.",
-                hint="If the whole model runs in transformers, report the family to us.",
-            )
-
+        does_not_run = error_saying(
+            UnsupportedModelError,
+            f"{self.model.config.model_type} does not run {what}".rstrip(),
+            "If the whole model runs in transformers, report the family to us.",
+        )
         too_large = (
             f"{shape[0]} sequences of {shape[1]} tokens do not fit in the memory of {self.device}."
         )

@@ -35,7 +35,7 @@ from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.forward.decoding import CACHE_TOLERANCES, check_decoding, relative_difference
 from sleb_cli.engine.forward.memory_needs import converted_bytes, model_bytes
 from sleb_cli.engine.forward.offload import align
-from sleb_cli.engine.forward.placement import blocks_on_disk, choose_dtype, open_dense, place_model
+from sleb_cli.engine.forward.placement import blocks_on_disk, choose_dtype, open_model, place_model
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.streaming import require_streamable
 from sleb_cli.engine.memory import memory_shortage, shortage
@@ -434,7 +434,7 @@ class _Models:
     def _opened_reference(self) -> Iterator[SkippableModel]:
         """Load the dense model with the new values, and without removed experts and tokens."""
         with (
-            open_dense(self.surgery.architecture, self.placement, self.notify) as skippable,
+            open_model(self.surgery.architecture, self.placement, self.notify) as skippable,
             skippable.replaced(self.new_values or {}),
         ):
             skippable.align()

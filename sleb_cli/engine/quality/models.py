@@ -12,7 +12,7 @@ from sleb_cli.engine.device import CPU, free_memory
 from sleb_cli.engine.forward.fork_check import why_not_fork
 from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.memory_needs import model_bytes
-from sleb_cli.engine.forward.placement import open_dense
+from sleb_cli.engine.forward.placement import open_model
 from sleb_cli.engine.forward.predictions import SharedPredictions
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.memory import memory_shortage
@@ -113,9 +113,9 @@ class Models:
 
     def _load(self, removals: SizeKey) -> SkippableModel:
         if not removals:
-            return open_dense(self.architecture, self.placement, self.notify)
+            return open_model(self.architecture, self.placement, self.notify)
         if self.subject.recovered:
-            return open_dense(self.subject.recovered, self.placement, self.notify)
+            return open_model(self.subject.recovered, self.placement, self.notify)
         dense = None if self.one_at_a_time else self.without(()).model
         model = load_pruned(self.surgeries[removals], self.placement, self.notify, dense=dense)
         return SkippableModel(model, self.architecture.blocks_of(model))

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from sleb_cli.engine.device import dtype_name
-from sleb_cli.engine.forward.placement import open_dense
+from sleb_cli.engine.forward.placement import open_model
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.file_tensors import file_tensors
@@ -53,7 +53,7 @@ def recover(settings: RecoverySettings, group: ProcessGroup, notify: Notify) -> 
     values: dict[str, Tensor] = {}
     fields: dict[str, Any] = {}
     # The dense model goes with this function: the proof needs the memory.
-    with open_dense(surgery.architecture, placement, notify) as dense:
+    with open_model(surgery.architecture, placement, notify) as dense:
         train, validation, *tests = group.from_main(partial(_draw_texts, settings, dense, notify))
         job = Job(
             settings,

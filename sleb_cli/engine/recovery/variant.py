@@ -72,9 +72,12 @@ def run_blocks(
 ) -> list[Tensor]:
     """Run blocks on all batches, reading weights once; return the hidden states."""
     states = list(entering)
-    for block in skippable.weights.visit(blocks):
-        for at, of_batch in enumerate(calls):
-            states[at] = store(skippable.run_block(of_batch[block], states[at]))
+    order = list(blocks)
+    with skippable.weights.visit(order) as visit:
+        for block in order:
+            visit.load(block)
+            for at, of_batch in enumerate(calls):
+                states[at] = store(skippable.run_block(of_batch[block], states[at]))
     return states
 
 

@@ -14,7 +14,7 @@ from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.environment import environment_record
 from sleb_cli.engine.forward.decoding import check_decoding
 from sleb_cli.engine.forward.passes import Passes
-from sleb_cli.engine.forward.placement import open_dense
+from sleb_cli.engine.forward.placement import open_model
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.sample_generation import generate_sample
@@ -60,7 +60,7 @@ def load_inputs(search: Search, group: ProcessGroup, notify: Notify) -> SearchIn
 
 def _open_model(search: Search, group: ProcessGroup, notify: Notify) -> SkippableModel:
     architecture, placement = search.model.architecture, search.model.placement
-    model = open_dense(architecture, placement, notify)
+    model = open_model(architecture, placement, notify)
     # Warn now of a model that does not work with a KV cache, as the proof of `apply` would refuse
     # it. Only the proof tells where the check would cost a read of the weights, or where rounding
     # may choose other experts.

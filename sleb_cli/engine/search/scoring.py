@@ -281,11 +281,14 @@ class Scoring:
     ) -> Mapping[int, float]:
         def compute() -> Mapping[int, float]:
             scores: dict[int, float] = {}
-            for block in self.passes.skippable.weights.visit(candidates):
-                scores[block] = float(
-                    metric.score_block(self.passes.skippable.switches[block].block, block)
-                )
-                advance(self.sequences)
+            skippable = self.passes.skippable
+            with skippable.weights.visit(candidates) as visit:
+                for block in candidates:
+                    visit.load(block)
+                    scores[block] = float(
+                        metric.score_block(skippable.switches[block].block, block)
+                    )
+                    advance(self.sequences)
             return scores
 
         return self.journal.group.from_main(compute)

@@ -15,9 +15,10 @@ import gguf
 
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files.weights import find_weights
+from sleb_cli.engine.forward.placement import open_model
 from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.speed.transformers_model import TransformersModel, prepared, weights_bytes
-from sleb_cli.engine.surgery.loading import Placement, load_dense, load_pruned
+from sleb_cli.engine.surgery.loading import Placement, load_pruned
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify, task
 from sleb_cli.results import ModelSize, Workload
@@ -58,7 +59,7 @@ def load_with_transformers(placement: Placement, notify: Notify) -> ModelLoader:
         if dense:
             model = load_pruned(surgery, placement, notify, dense=dense.model)
         else:
-            model = load_dense(surgery.architecture, placement, notify)
+            model = open_model(surgery.architecture, placement, notify).model
         attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
         size = _size(surgery, weights_bytes(model))
         yield TimedModel(

@@ -20,11 +20,12 @@ import psutil
 import torch
 
 from sleb_cli.engine.device import free_memory, synchronize
+from sleb_cli.engine.forward.placement import open_model
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.speed.timing import draw_prompts
 from sleb_cli.engine.speed.transformers_model import prepared, weights_bytes
-from sleb_cli.engine.surgery.loading import Placement, load_dense, load_pruned
+from sleb_cli.engine.surgery.loading import Placement, load_pruned
 from sleb_cli.engine.surgery.surgery import Surgery, plan_surgery
 from sleb_cli.engine.third_party import quiet_libraries
 from sleb_cli.events import Notice, Notify, ignore, task
@@ -93,11 +94,10 @@ def _measure(
     torch.set_num_threads(threads)
     surgery = plan_surgery(read_architecture(source, load_plugins(), ignore), *cuts)
     start = time.perf_counter()
-    model = (
-        load_pruned(surgery, placement, ignore)
-        if surgery.cuts
-        else load_dense(surgery.architecture, placement, ignore)
-    )
+    if surgery.cuts:
+        model = load_pruned(surgery, placement, ignore)
+    else:
+        model = open_model(surgery.architecture, placement, ignore).model
     synchronize(placement.device)
     seconds = time.perf_counter() - start
     return seconds, [_run_memory(model, placement.device, workload) for workload in workloads]

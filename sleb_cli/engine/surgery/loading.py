@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
 from sleb_cli.engine.device import dtype_name
@@ -86,49 +84,56 @@ def has_tokenizer(source: ModelSource) -> bool:
     return any((source.folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
-def load_dense(architecture: Architecture, placement: Placement, notify: Notify) -> Any:
-    """Load the dense model, its weights straight to their places."""
-    source = architecture.source
-    with task(notify, f"Loading {source.id}"), explain_oom(source, placement):
-        source.weights.tensor_names()  # its errors name the broken file
-        weights, trust = f"the weights of {source.id}", source.trust_remote_code
-        return _load(
-            architecture,
-            placement,
-            architecture.auto_class,
-            source.folder,
-            weights,
-            trust_remote_code=trust,
-        )
-
-
 def load_pretrained(
     loader: Any, folder: Path | None, what: str, placement: Placement, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
     """Load a model with transformers, each weight to its place; return it with its loading info."""
     with ExitStack() as stack:
-        # For weights that stay on disk in another form than in the files; the folder goes with the
-        # model.
-        offloaded = (
-            None
-            if placement.device_map is None
-            else stack.enter_context(scratch_in_cache("offload"))
-        )
+        device_map: Any = {"": placement.device}
+        offload_folder = None
+        if placement.device_map is not None:
+            device_map = placement.device_map
+            # For weights that stay on disk in another form than in the files; the folder goes with
+            # the model.
+            offload_folder = stack.enter_context(scratch_in_cache("offload"))
         with translate_transformers_errors(what), warnings.catch_warnings():
             # accelerate warns of the names of tensors that belong to no submodule.
             warnings.filterwarnings("ignore", message="The following device_map keys")
             model, info = loader.from_pretrained(
                 folder,
                 dtype=placement.dtype,
-                device_map={"": placement.device}
-                if placement.device_map is None
-                else placement.device_map,
-                offload_folder=offloaded,
+                device_map=device_map,
+                offload_folder=offload_folder,
                 output_loading_info=True,
                 **options,
             )
         weakref.finalize(model, stack.pop_all().close)
     return model, info
+
+
+def load_complete(
+    architecture: Architecture,
+    loader: Any,
+    folder: Path | None,
+    what: str,
+    placement: Placement,
+    **options: Any,
+) -> Any:
+    """Load a model with transformers, for inference.
+
+    Raises:
+        ModelError: weights are missing, or have other shapes than the config says.
+    """
+    model, info = load_pretrained(
+        loader, folder, what, placement, ignore_mismatched_sizes=True, **options
+    )
+    problem = loading_problem(info, "missing", "mismatched")
+    if problem:
+        raise misfit(architecture, problem)
+    model.requires_grad_(False)
+    if getattr(model, "hf_quantizer", None) is None and not hasattr(model, "_hf_hook"):
+        model = model.to(placement.device)  # a family's own code may keep tensors elsewhere
+    return model.eval()
 
 
 def load_pruned(
@@ -140,56 +145,42 @@ def load_pruned(
     without it, they are read from the files. A device map names the places of the dense model's
     modules.
     """
-    source = surgery.architecture.source
-    with (
-        task(notify, f"Loading {source.id} without {surgery.description}"),
-        explain_oom(source, placement),
-    ):
-        # Packed weights are taken apart by the code that loads them.
-        if dense is not None and not surgery.architecture.is_quantized:
-            tensors = _cut(surgery, dense.state_dict().items())
-            model = _with_tensors(surgery, tensors, replace(placement, device_map=None))
-            loaded = model.state_dict()
-            pairs = [(loaded.get(name), tensor) for name, tensor in tensors.items()]
-            if all(
-                new is not None and (new.data_ptr() == old.data_ptr() or torch.equal(new, old))
-                for new, old in pairs
-            ):
-                return model
-            # transformers converts tensors of this family's files in a way that it does not apply
-            # to loaded ones.
-            del model, tensors, loaded, pairs
-        return _with_tensors(surgery, _cut(surgery, read_all(source.weights)), placement)
-
-
-def _cut(surgery: Surgery, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    remaining = surgery.tensors(tensors)
-    return {
-        name: reduce(lambda value, axis: axis.cut(value), slices, old)
-        for name, old, slices in remaining
-    }
-
-
-def _with_tensors(surgery: Surgery, tensors: dict[str, Tensor], placement: Placement) -> Any:
     architecture = surgery.architecture
-    config = architecture.read_config(surgery.prune_config())
-    pruned = f"{architecture.source.id} without {surgery.description}"
-    model = _load(
-        architecture,
-        placement,
-        type(architecture.skeleton),
-        None,
-        pruned,
-        config=config,
-        state_dict=tensors,
-    )
-    folder = architecture.source.folder
-    if (
-        folder / "generation_config.json"
-    ).is_file():  # read by transformers only with weights of the same folder
-        with translate_transformers_errors(f"{folder / 'generation_config.json'}"):
+    source = architecture.source
+    pruned = f"{source.id} without {surgery.description}"
+    with task(notify, f"Loading {pruned}"), explain_oom(source, placement):
+        # Packed weights are taken apart by the code that loads them.
+        if dense is not None and not architecture.is_quantized:
+            tensors = dense.state_dict().items()
+            placement = replace(placement, device_map=None)
+        else:
+            tensors = read_all(source.weights)
+        remaining = {}
+        for name, tensor, slices in surgery.tensors(tensors):
+            for axis in slices:
+                tensor = axis.cut(tensor)
+            remaining[name] = tensor
+        config = architecture.read_config(surgery.prune_config())
+        model = load_complete(
+            architecture,
+            type(architecture.skeleton),
+            None,
+            pruned,
+            placement,
+            config=config,
+            state_dict=remaining,
+        )
+        # transformers reads it only with weights of the same folder.
+        read_generation_config(model, source.folder)
+        return model
+
+
+def read_generation_config(model: Any, folder: Path) -> None:
+    """Give a model the generation config of a folder, if there is one."""
+    file = folder / "generation_config.json"
+    if file.is_file():
+        with translate_transformers_errors(str(file)):
             model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
 
 
 def explain_oom(source: ModelSource, placement: Placement) -> AbstractContextManager[None]:
@@ -208,31 +199,18 @@ def loading_problem(info: dict[str, Any], *kinds: str) -> str | None:
     another shape).
     """
     for kind in kinds:
-        keys = sorted(
-            str(key[0] if isinstance(key, tuple) else key) for key in info[f"{kind}_keys"]
-        )
-        if keys:
-            return f"{len(keys)} weights are {kind}, such as {keys[0]}"
+        names = []
+        for key in info[f"{kind}_keys"]:
+            name = key[0] if isinstance(key, tuple) else key
+            names.append(str(name))
+        if names:
+            return f"{len(names)} weights are {kind}, such as {min(names)}"
     return None
 
 
-def _load(
-    architecture: Architecture,
-    placement: Placement,
-    loader: Any,
-    folder: Path | None,
-    what: str,
-    **options: Any,
-) -> Any:
-    model, info = load_pretrained(
-        loader, folder, what, placement, ignore_mismatched_sizes=True, **options
+def misfit(architecture: Architecture, problem: str) -> ModelError:
+    """Return an error that says how the weights do not fit the config."""
+    return ModelError(
+        f"The weights of {architecture.source.id} do not fit its config: {problem}.",
+        hint="Copy or download the model again.",
     )
-    if problem := loading_problem(info, "missing", "mismatched"):
-        raise ModelError(
-            f"The weights of {architecture.source.id} do not fit its config: {problem}.",
-            hint="Copy or download the model again.",
-        )
-    model.requires_grad_(False)
-    if getattr(model, "hf_quantizer", None) is None and not hasattr(model, "_hf_hook"):
-        model = model.to(placement.device)  # a family's own code may keep tensors elsewhere
-    return model.eval()
