@@ -26,6 +26,7 @@ from sleb_cli.__main__ import main
 from sleb_cli.engine.cut.blocks.block_cut import BlockCut
 from sleb_cli.engine.files.config_files import CONFIG
 from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.model.experts import find_experts
 from sleb_cli.engine.search.removable import Protection, Removable
 from sleb_cli.engine.surgery.loading import Placement, load_pruned
 from sleb_cli.engine.surgery.surgery import Surgery
@@ -203,7 +204,7 @@ def survey_experts(work: Path) -> str:
     for name in WITH_EXPERTS:
         folder = save_model(work / name, experts_config(name))
         try:
-            _ = architecture_of(folder).experts
+            find_experts(architecture_of(folder))
         except SlebError as error:
             refused[name] = _reason(f"error: {error.message}", folder)
     works = [name for name in WITH_EXPERTS if name not in refused]

@@ -31,6 +31,7 @@ from transformers import (
 
 from sleb_cli import api
 from sleb_cli.engine.cut.experts.routing import without_experts
+from sleb_cli.engine.model.experts import find_experts
 from sleb_cli.plan import read_plan
 from sleb_cli.requests import EvalRequest, SearchRequest
 
@@ -171,7 +172,7 @@ def losses_of_pairs(
 ) -> dict[int, dict[tuple[int, ...], float]]:
     """Return the loss on a text without each pair of experts of one block alone, by block."""
     architecture = architecture_of(folder)
-    experts = architecture.experts
+    experts = find_experts(architecture)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor(tokenizer(text.read_text()).input_ids[: SAMPLES * LENGTH]).view(
         SAMPLES, LENGTH

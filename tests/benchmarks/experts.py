@@ -24,6 +24,7 @@ from sleb_cli.engine.cut.experts.routing import watch_routing
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.forward.prepare import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.model.experts import find_experts
 from sleb_cli.engine.search.experts import sum_expert_use
 from sleb_cli.events import ignore
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
@@ -34,7 +35,7 @@ def main() -> None:
     model, blocks, calibration = calibrated(
         options.model, options.text, options.samples, options.length
     )
-    experts = architecture_of(options.model).experts
+    experts = find_experts(architecture_of(options.model))
     seconds: dict[bool, list[float]] = {False: [], True: []}
     with SkippableModel(model, blocks) as skippable, torch.inference_mode():
         passes, _ = prepare_passes(skippable, calibration.sequences, ignore)

@@ -26,6 +26,7 @@ from sleb_cli.engine.cut.experts.expert_cut import PREDICTION_NOTE, ExpertCut
 from sleb_cli.engine.cut.experts.routing import TiesByNumber
 from sleb_cli.engine.forward.placement import blocks_on_disk
 from sleb_cli.engine.gguf.file import read_gguf
+from sleb_cli.engine.model.experts import find_experts
 from sleb_cli.engine.output import proof
 from sleb_cli.engine.output.apply_gguf import prune_gguf
 from sleb_cli.engine.output.checkpoint import Output, apply_removals, plan_tensors
@@ -59,7 +60,7 @@ def removal(architecture, *gone):
     """Return these experts of each block, whose number moves on by one from block to block in the
     same group.
     """
-    blocks = enumerate(architecture.experts.blocks)
+    blocks = enumerate(find_experts(architecture).blocks)
     return {
         block: tuple(expert // 4 * 4 + (expert + number) % 4 for expert in gone)
         for number, block in blocks
@@ -346,7 +347,7 @@ def test_quantized_experts_are_copied_from_the_files(tmp_path, model_type, packe
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
     (folder / "config.json").write_text(json.dumps(config))
     architecture = architecture_of(folder)
-    removed = dict.fromkeys(architecture.experts.blocks, (0, 4))
+    removed = dict.fromkeys(find_experts(architecture).blocks, (0, 4))
     tensors = plan_tensors(plan_surgery(architecture, (), {"experts": removed}))
     assert all(
         tensor.ranges is not None for tensor in tensors

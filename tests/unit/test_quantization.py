@@ -7,6 +7,7 @@ from families import experts_config
 from sleb_cli.engine.cut.blocks.block_cut import BlockCut
 from sleb_cli.engine.cut.experts.expert_cut import plan_experts
 from sleb_cli.engine.cut.quantization import ModuleNames
+from sleb_cli.engine.model.experts import find_experts
 from sleb_plugins import UnsupportedModelError
 
 
@@ -63,8 +64,8 @@ def test_a_pattern_that_would_match_other_blocks_is_refused(names, pattern):
 
 def test_names_of_single_experts(tmp_path):
     architecture = architecture_of(save_model(tmp_path / "mixture", experts_config("qwen3_moe")))
-    cut = plan_experts(architecture, dict.fromkeys(architecture.experts.blocks, (0, 4)))
-    block = f"model.layers.{architecture.experts.blocks[1]}.mlp"
+    cut = plan_experts(architecture, dict.fromkeys(find_experts(architecture).blocks, (0, 4)))
+    block = f"model.layers.{find_experts(architecture).blocks[1]}.mlp"
     stay = ["lm_head", f"{block}.gate", "re:.*mlp.gate$", "re:.*layers[.]99[.].*"]
     before = [
         f"{block}.experts.0.up_proj",

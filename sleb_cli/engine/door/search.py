@@ -15,7 +15,7 @@ from sleb_cli.engine.device import choose_device, dtype_name, parse_dtype
 from sleb_cli.engine.door.named_model import read_model
 from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.model.experts import Experts, expert_parameters
+from sleb_cli.engine.model.experts import Experts, expert_parameters, find_experts
 from sleb_cli.engine.model.sizes import PerBlock, cache_bytes, count_parameters, stored_bytes
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.process_group import ProcessGroup
@@ -136,7 +136,7 @@ def experts_to_remove(
     request: SearchRequest, architecture: Architecture, notify: Notify
 ) -> tuple[int, TargetRecord | None]:
     """Return the number of experts to remove from each block, and the target if it is a size."""
-    experts, (name, goal) = architecture.experts, goal_of(request)
+    experts, (name, goal) = find_experts(architecture), goal_of(request)
     target = None if name in ("ratio", "remove") else parse_target(request, architecture, notify)
     if isinstance(target, SizeTarget):
         dense, step = target.sizes.without(()), expert_parameters(architecture)

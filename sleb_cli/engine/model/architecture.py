@@ -1,4 +1,4 @@
-"""Which family does a model belong to, how many blocks does it have, and where are they?"""
+"""Find the family of a model, its blocks and where they are, from its config."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from sleb_cli.atomic import scratch_folder, writing
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files.tensors import float_dtypes
 from sleb_cli.engine.model.block_names import BlockNames, BlockNumbering, find_block_numbering
-from sleb_cli.engine.model.experts import Experts, find_experts
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.model.structure import Structure, refine_kinds, shared_weights, structure_of
 from sleb_cli.engine.third_party import prefer_disk_error, translate_transformers_errors
@@ -56,7 +55,7 @@ download and run.
 _ELSEWHERE = "Free some space, or set the environment variable TMPDIR to another folder."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Architecture:
     """A model that sleb can remove blocks from."""
 
@@ -173,11 +172,6 @@ class Architecture:
     def block_names(self, kept: Kept) -> BlockNames:
         """Return the names of the blocks before and after all but the `kept` ones are removed."""
         return BlockNames(self.adapter.blocks_path, self.numbering, kept)
-
-    @cached_property
-    def experts(self) -> Experts:
-        """The experts of the model."""
-        return find_experts(self)
 
     @cached_property
     def dtype(self) -> torch.dtype | None:

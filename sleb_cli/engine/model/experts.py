@@ -1,4 +1,4 @@
-"""Where does a model keep its experts? Which setting counts them, and which tensors are theirs?
+"""Find a model's experts: the setting that counts them, and the tensors that are theirs.
 
 No weight is read, and no family is named: the model is built without weights with fewer experts,
 and tensors that shrink with their number are theirs.
@@ -7,40 +7,29 @@ and tensors that shrink with their number are theirs.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
 
 from torch import Tensor, nn
 
 from sleb_cli.engine.files.slices import Slices
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.model.expert_settings import ACTIVE, Key, build_with_setting, integer_settings
 from sleb_cli.engine.transformers_internals import revert_weight_conversion
 from sleb_plugins import ModelError, UnsupportedModelError
-from sleb_plugins.config_keys import OTHER_TEXT_KEYS
-
-if TYPE_CHECKING:
-    from sleb_cli.engine.model.architecture import Architecture
 
 MIN_EXPERTS = 4
 """A model with fewer has none to spare: twice as many as are active must stay, and one must go."""
-
-ACTIVE = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "moe_topk",
-    "moe_top_k",
-    "top_k_experts",
-    "moe_k",
-)
-"""Config keys of the number of experts that a token uses."""
 
 Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor with `units` equal slices along `axis`: first one of each expert, then slices of
-    none, which stay.
+    """A tensor with `units` equal slices along `axis`.
+
+    First comes one slice of each expert, then slices of none, which stay.
     """
 
     axis: int
@@ -51,10 +40,14 @@ class Part:
         return Slices(self.axis, self.units, (*experts, *range(count, self.units)))
 
 
+Parts = dict[str, Part]
+
+
 @dataclass(frozen=True)
 class Experts:
-    """The experts of a model. Names of tensors and modules are those in a block:
-    `mlp.experts.gate_up_proj`.
+    """The experts of a model.
+
+    Names of tensors and modules are those in a block: `mlp.experts.gate_up_proj`.
 
     Attributes:
         key: the setting of the language model's config that counts them; in some families, in a
@@ -70,7 +63,7 @@ class Experts:
             `mlp.experts.`.
     """
 
-    key: tuple[str, ...]
+    key: Key
     count: int
     active: int
     groups: int
@@ -83,59 +76,50 @@ class Experts:
     def numbered_in(self, name: str) -> tuple[str, int, str] | None:
         """Split the name of an expert, or of a tensor or module of one, around its number."""
         for before in self.numbered:
-            if name.startswith(before) and (
-                match := re.fullmatch(r"(\d{1,6})(|\..*)", name[len(before) :], re.DOTALL)
-            ):
+            if not name.startswith(before):
+                continue
+            match = re.fullmatch(r"(\d{1,6})(|\..*)", name[len(before) :], re.DOTALL)
+            if match:
                 return before, int(match[1]), match[2]
         return None
 
 
+@lru_cache(maxsize=2)
 def find_experts(architecture: Architecture) -> Experts:
-    """Find the experts of a model."""
-    text, skeleton = architecture.text_config, architecture.skeleton
-    state, groups = dict(skeleton.state_dict()), getattr(text, "n_group", None) or 1
-    counts, settings = {}, dict(integer_settings(text.to_dict()))
-    for key, count in settings.items():
-        can_be = "expert" in key[-1] and count >= MIN_EXPERTS and count > 2 * groups
-        if can_be and (fewer := _build_with_fewer(architecture, key, count, groups)):
-            first, second = (
-                _shrinking_parts(state, dict(model.state_dict()), less) for model, less in fewer
-            )
-            # Twice as many less must change the same tensors by twice as much.
-            if first and first == second and sum(state[name].ndim > 1 for name in first) > 2:
-                counts[key] = count, first, fewer[0][0]
-    if not counts:
-        raise refusal(architecture, "no setting of its config counts experts that its blocks have")
-    largest = max(len(parts) for _, parts, _ in counts.values())
-    keys = [key for key, (_, parts, _) in counts.items() if len(parts) == largest]
-    if len(keys) > 1:
-        raise refusal(
-            architecture,
-            f"several settings count its experts: {', '.join('.'.join(key) for key in keys)}",
-        )
-    count, parts, fewer_experts = counts[keys[0]]
-    split = {name: architecture.names.split(name) for name in parts}
-    blocks = sorted({-1 if block is None else block for block, _ in split.values()})
-    if blocks[0] < 0:
-        raise refusal(architecture, "it has experts outside its blocks, too")
-    by_name = {inner: parts[name] for name, (_, inner) in split.items()}
-    module, router = _module_and_router(architecture, state, by_name, blocks, count)
-    in_files, numbered = _parts_in_files(architecture, skeleton, fewer_experts, groups)
-    # Beside the count of experts, or else at the top.
-    active_keys = ((*around, name) for name in ACTIVE for around in (keys[0][:-1], ()))
-    active = next((settings[key] for key in active_keys if key in settings), 1)
+    """Find the experts of a model.
+
+    Raises:
+        UnsupportedModelError: it has none, or some that cannot be removed.
+    """
+    text = architecture.text_config
+    groups = getattr(text, "n_group", None) or 1
+    settings = integer_settings(text.to_dict())
+    counted = _find_count(architecture, settings, groups)
+    blocks, parts = _parts_in_blocks(architecture, counted.parts)
+    module, router = _module_and_router(architecture, parts, blocks[0], counted.count)
+    in_files, numbered = _parts_in_files(architecture, counted.fewer, groups)
     experts = Experts(
-        keys[0], count, active, groups, tuple(blocks), module, router, by_name | in_files, numbered
+        key=counted.key,
+        count=counted.count,
+        active=_find_active(settings, counted.key),
+        groups=groups,
+        blocks=blocks,
+        module=module,
+        router=router,
+        parts=parts | in_files,
+        numbered=numbered,
     )
     return _with_siblings(architecture, experts)
 
 
 def expert_parameters(architecture: Architecture) -> int:
     """Count the parameters of one expert in each block, with its slice of the router."""
-    split, parts, total = architecture.names.split, architecture.experts.parts, 0
+    parts = find_experts(architecture).parts
+    total = 0
     for name, parameter in architecture.skeleton.named_parameters():
-        if part := parts.get(split(name)[1]):
-            total += parameter.numel() // part.units
+        _, inner = architecture.names.split(name)
+        if inner in parts:
+            total += parameter.numel() // parts[inner].units
     return total
 
 
@@ -149,62 +133,56 @@ def refusal(architecture: Architecture, why: str) -> UnsupportedModelError:
     )
 
 
-def integer_settings(
-    config: Mapping[str, Any], path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Yield each whole number in a config, and the keys that lead to it."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from integer_settings(value, (*path, str(key)))
-        elif type(value) is int:
-            yield (*path, str(key)), value
+@dataclass(frozen=True)
+class _Counted:
+    """A setting that counts experts.
 
-
-def with_setting(
-    architecture: Architecture, raw: Mapping[str, Any], key: tuple[str, ...], value: int
-) -> dict[str, Any]:
-    """Return a config with this value of a setting of the language model, under each name that the
-    file gives it.
+    Attributes:
+        parts: the tensors that shrink with it, by their names in the model.
+        fewer: the model with one expert less in each group, without weights.
     """
-    text_keys = (architecture.text_key, *OTHER_TEXT_KEYS) if architecture.text_key else ()
-    text = next((text_key for text_key in text_keys if isinstance(raw.get(text_key), dict)), "")
-    changed = inner = dict(raw)
-    for step in (*([text] if text else []), *key[:-1]):
-        # Targets are assigned from left to right: the copy goes into `inner`, and then becomes it.
-        inner[step] = inner = dict(inner.get(step) or {})
-    aliases = type(architecture.text_config).attribute_map
-    names = [
-        name
-        for name in inner
-        if name == key[-1] or aliases.get(name) == key[-1] or aliases.get(key[-1]) == name
-    ]
-    inner |= dict.fromkeys(names or [key[-1]], value)
-    return changed
+
+    key: Key
+    count: int
+    parts: Parts
+    fewer: nn.Module
 
 
-def build_with_setting(architecture: Architecture, key: tuple[str, ...], value: int) -> nn.Module:
-    """Build the model without weights, with this value of a setting."""
-    raw = dict(architecture.source.raw_config)
-    raw.pop("quantization_config", None)
-    return architecture.build(architecture.read_config(with_setting(architecture, raw, key, value)))
+def _find_count(architecture: Architecture, settings: Mapping[Key, int], groups: int) -> _Counted:
+    """Find the setting with which the most tensors shrink."""
+    counting = []
+    for key, count in settings.items():
+        if "expert" in key[-1] and count >= MIN_EXPERTS and count > 2 * groups:
+            counted = _try_setting(architecture, key, count, groups)
+            if counted:
+                counting.append(counted)
+    if not counting:
+        raise refusal(architecture, "no setting of its config counts experts that its blocks have")
+    most = max(len(counted.parts) for counted in counting)
+    largest = [counted for counted in counting if len(counted.parts) == most]
+    if len(largest) > 1:
+        names = ", ".join(".".join(counted.key) for counted in largest)
+        raise refusal(architecture, f"several settings count its experts: {names}")
+    return largest[0]
 
 
-def _build_with_fewer(
-    architecture: Architecture, key: tuple[str, ...], count: int, groups: int
-) -> list[tuple[nn.Module, int]]:
-    """Build the model with one expert less in each group, and with two; return nothing if either
-    cannot be built.
-    """
+def _try_setting(architecture: Architecture, key: Key, count: int, groups: int) -> _Counted | None:
+    """Build the model with one expert less in each group, and with two; see what shrinks."""
     try:
-        return [
-            (build_with_setting(architecture, key, count - less), less)
-            for less in (groups, 2 * groups)
-        ]
+        fewer = build_with_setting(architecture, key, count - groups)
+        still_fewer = build_with_setting(architecture, key, count - 2 * groups)
     except ModelError:
-        return []
+        return None
+    state = architecture.skeleton.state_dict()
+    parts = _shrinking_parts(state, fewer.state_dict(), groups)
+    # Twice as many less must change the same tensors by twice as much.
+    if not parts or parts != _shrinking_parts(state, still_fewer.state_dict(), 2 * groups):
+        return None
+    matrices = [name for name in parts if state[name].ndim > 1]
+    return _Counted(key, count, parts, fewer) if len(matrices) > 2 else None
 
 
-def _shrinking_parts(before: Tensors, after: Tensors, less: int) -> dict[str, Part] | None:
+def _shrinking_parts(before: Tensors, after: Tensors, less: int) -> Parts | None:
     """Return the tensors that shrink with the number of experts; None if anything else changes."""
     parts = {}
     for name, old in before.items():
@@ -215,95 +193,121 @@ def _shrinking_parts(before: Tensors, after: Tensors, less: int) -> dict[str, Pa
         if not axes:
             continue
         axis = axes[0]
+        if len(axes) > 1 or any(size != 1 for size in old.shape[:axis]):
+            return None
         width, rest = divmod(old.shape[axis] - new.shape[axis], less)
-        first = all(size == 1 for size in old.shape[:axis])
-        if len(axes) > 1 or not first or rest or width < 1 or old.shape[axis] % width:
+        if rest or width < 1 or old.shape[axis] % width:
             return None
         parts[name] = Part(axis, old.shape[axis] // width)
     return parts
 
 
+def _find_active(settings: Mapping[Key, int], count_key: Key) -> int:
+    """Return how many experts a token uses: a setting beside the count, or else at the top."""
+    for name in ACTIVE:
+        for around in (count_key[:-1], ()):
+            if (*around, name) in settings:
+                return settings[*around, name]
+    return 1
+
+
+def _parts_in_blocks(architecture: Architecture, parts: Parts) -> tuple[tuple[int, ...], Parts]:
+    """Return the blocks that have experts, and the parts by their names in a block."""
+    blocks = set()
+    by_name = {}
+    for name, part in parts.items():
+        block, inner = architecture.names.split(name)
+        if block is None:
+            raise refusal(architecture, "it has experts outside its blocks, too")
+        blocks.add(block)
+        by_name[inner] = part
+    return tuple(sorted(blocks)), by_name
+
+
 def _module_and_router(
-    architecture: Architecture,
-    state: Tensors,
-    parts: Mapping[str, Part],
-    blocks: Sequence[int],
-    count: int,
-) -> tuple[str, dict[str, Part]]:
-    path = architecture.adapter.blocks_path
-    first = {name: state.get(f"{path}.{blocks[0]}.{name}") for name in parts}
-    shapes = {name: tensor.shape for name, tensor in first.items() if tensor is not None}
-    if shapes.keys() != parts.keys():
-        raise refusal(architecture, "its blocks keep their experts in different ways")
-
-    def is_weight(name: str) -> bool:
-        return len(shapes[name]) > 2 or shapes[name][parts[name].axis] > 2 * count
-
-    holders = sorted({name.rpartition(".")[0] for name in parts if is_weight(name)})
+    architecture: Architecture, parts: Parts, first_block: int, count: int
+) -> tuple[str, Parts]:
+    """Return the module that holds the experts' weights, and the parts outside it: the router."""
+    state = architecture.skeleton.state_dict()
+    block = f"{architecture.adapter.blocks_path}.{first_block}"
+    holders = set()
+    for name, part in parts.items():
+        tensor = state.get(f"{block}.{name}")
+        if tensor is None:
+            raise refusal(architecture, "its blocks keep their experts in different ways")
+        if tensor.ndim > 2 or tensor.shape[part.axis] > 2 * count:
+            holders.add(name.rpartition(".")[0])
     if not holders:
         raise refusal(architecture, "none of its tensors holds weights of experts")
-    module = holders[0] if len(holders) == 1 else holders[0].rpartition(".")[0]
-    if any(holder != module and holder.rpartition(".")[0] != module for holder in holders):
-        raise refusal(architecture, f"it has two kinds of experts: {', '.join(holders)}")
+    module = min(holders)
+    if len(holders) > 1:
+        module = module.rpartition(".")[0]
+    if any(module not in (holder, holder.rpartition(".")[0]) for holder in holders):
+        kinds = ", ".join(sorted(holders))
+        raise refusal(architecture, f"it has two kinds of experts: {kinds}")
     router = {name: part for name, part in parts.items() if not name.startswith(f"{module}.")}
     if not router:
         raise refusal(architecture, "it has no router")
     if any("." not in name for name in router):
         raise refusal(architecture, "its blocks hold tensors of their routers themselves")
-    around = f"{path}.{blocks[0]}.{module.rpartition('.')[0]}".rstrip(".")
-    for name, tensor in state.items():
+    _require_no_expert_numbers(architecture, f"{block}.{module}".rpartition(".")[0])
+    return module, router
+
+
+def _require_no_expert_numbers(architecture: Architecture, around: str) -> None:
+    """Refuse tensors of whole numbers beside the experts, which may be numbers of experts."""
+    for name, tensor in architecture.skeleton.state_dict().items():
         if name.startswith(f"{around}.") and not tensor.is_floating_point() and tensor.numel() > 1:
             raise refusal(
                 architecture, f"{name} may hold numbers of experts, as for routing by hash"
             )
-    return module, router
 
 
 def _parts_in_files(
-    architecture: Architecture, model: nn.Module, fewer: nn.Module, less: int
-) -> tuple[dict[str, Part], frozenset[str]]:
+    architecture: Architecture, fewer: nn.Module, less: int
+) -> tuple[Parts, frozenset[str]]:
     """Return the parts and `numbered` of `Experts`, by names in files."""
     # transformers may write each expert apart.
-    before, after = (
-        revert_weight_conversion(one, dict(one.state_dict())) for one in (model, fewer)
-    )
-    names = architecture.names
-    parts, numbered = dict[str, Part](), set[str]()
+    model = architecture.skeleton
+    before = revert_weight_conversion(model, dict(model.state_dict()))
+    after = revert_weight_conversion(fewer, dict(fewer.state_dict()))
+    parts: Parts = {}
+    numbered = set()
     for name, old in before.items():
-        block, rest = names.split(name)
+        block, inner = architecture.names.split(name)
         new = after.get(name)
         if block is None or (new is not None and new.shape == old.shape):
             continue
-        if new is None and (match := re.match(r"(.*?\.)\d+\.", rest)):
-            numbered.add(match[1])  # of the last expert, but its name begins like all others'
-        elif changed := _shrinking_parts({name: old}, after, less):
-            parts[rest] = changed[name]
-        else:
+        of_one_expert = re.match(r"(.*?\.)\d+\.", inner)
+        if new is None and of_one_expert:
+            # Of the last expert, but its name begins like all others'.
+            numbered.add(of_one_expert[1])
+            continue
+        changed = _shrinking_parts({name: old}, after, less)
+        if not changed:
             raise refusal(
                 architecture, f"{name} is stored in a way that no part of it is one expert's"
             )
+        parts[inner] = changed[name]
     return parts, frozenset(numbered)
 
 
 def _with_siblings(architecture: Architecture, experts: Experts) -> Experts:
     """Add the scales and packed values that quantized files hold beside stacked weights."""
-    names = architecture.names
-    stems, blocks, parts = (
-        [name.removesuffix(".weight") for name in experts.parts],
-        set(),
-        dict(experts.parts),
-    )
+    stems = tuple(name.removesuffix(".weight") for name in experts.parts)
+    parts = dict(experts.parts)
+    blocks = set()
     for tensor in architecture.source.weights.stored:
-        block, rest = names.split(tensor.name)
-        if (
-            rest not in parts
-            and tensor.shape[:1] == (experts.count,)
-            and any(map(rest.startswith, stems))
-        ):
-            parts[rest] = Part(0, experts.count)
-        if rest not in experts.router and (rest in parts or experts.numbered_in(rest)):
+        block, inner = architecture.names.split(tensor.name)
+        is_stacked = tensor.shape[:1] == (experts.count,)
+        if inner not in parts and is_stacked and inner.startswith(stems):
+            parts[inner] = Part(0, experts.count)
+        if inner in experts.router:
+            continue
+        if inner in parts or experts.numbered_in(inner):
             blocks.add(block)
-    if missing := sorted({*experts.blocks} - blocks):
+    missing = sorted(set(experts.blocks) - blocks)
+    if missing:
         raise refusal(
             architecture,
             f"its weight files hold no experts of block {missing[0]} under a known name",

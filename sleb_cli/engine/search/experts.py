@@ -26,7 +26,7 @@ from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.passes import Job, Passes
 from sleb_cli.engine.forward.prepare import prepare_passes
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.model.experts import expert_parameters
+from sleb_cli.engine.model.experts import expert_parameters, find_experts
 from sleb_cli.engine.process_group import deal
 from sleb_cli.engine.search.held_out import hold_out
 from sleb_cli.engine.search.inputs import (
@@ -92,9 +92,9 @@ def search_experts(
     ):
         scoring = _ExpertScoring(architecture, passes, texts, journal, inputs.notify)
         scoring.count_uses()
-        orders = tuple(scoring.rank(method, block) for block in architecture.experts.blocks)
+        orders = tuple(scoring.rank(method, block) for block in find_experts(architecture).blocks)
         removed = {order.block: order.removals for order in orders}
-        cut = ExpertCut(architecture.experts.count, removed, architecture)
+        cut = ExpertCut(find_experts(architecture).count, removed, architecture)
         with cut.simulate(model.model):
             scoring.measure(cut.size_key, f"Measuring without {cut.description}")
         sample = write_sample(search, inputs, (), cut.simulate(model.model))
@@ -152,7 +152,7 @@ class _ExpertScoring:
 
     def count_uses(self) -> None:
         self._announce()
-        experts, model, current = self.architecture.experts, self.passes.skippable.model, 0
+        experts, model, current = find_experts(self.architecture), self.passes.skippable.model, 0
 
         def watch(batch: int | None) -> None:
             nonlocal current
@@ -244,12 +244,12 @@ class _ExpertScoring:
     def rank(self, method: ExpertMethod, block: int) -> ExpertOrder:
         use = self.use(block, (text for text in self.texts if not text.held_out))
         values: list[float] = method.metric.score_experts(use, block).tolist()
-        removals = rank_by_group(values, self.architecture.experts.groups)[: method.fewer]
+        removals = rank_by_group(values, find_experts(self.architecture).groups)[: method.fewer]
         tokens = tuple(use.tokens.long().tolist())
         return ExpertOrder(block=block, removals=removals, scores=tuple(values), tokens=tokens)
 
     def plan(self, orders: tuple[ExpertOrder, ...], cut: ExpertCut) -> ExpertPlan:
-        experts = self.architecture.experts
+        experts = find_experts(self.architecture)
         return ExpertPlan(
             count=experts.count,
             active=experts.active,
@@ -260,7 +260,7 @@ class _ExpertScoring:
         )
 
     def text_record(self, text: SourceBatches, cut: ExpertCut) -> ExpertsText:
-        uses = {block: self.use(block, [text]) for block in self.architecture.experts.blocks}
+        uses = {block: self.use(block, [text]) for block in find_experts(self.architecture).blocks}
         whole = sum(float(use.squared_products.sum()) for use in uses.values())
         remaining = sum(
             float(use.squared_products[list(cut.kept_experts(block))].sum())
@@ -321,7 +321,7 @@ def _sizes(cut: ExpertCut) -> dict[str, tuple[int, int]]:
     parameters = sum(parameter.numel() for parameter in architecture.skeleton.parameters())
     of_expert = expert_parameters(architecture)
     active = parameters - of_expert * (
-        cut.count - architecture.experts.active
+        cut.count - find_experts(architecture).active
     )  # a token uses as many as before
     remaining = Surgery(architecture, (cut,)).tensors((tensor.name, tensor) for tensor in stored)
     size = sum(

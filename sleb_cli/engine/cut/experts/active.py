@@ -12,7 +12,13 @@ from sleb_cli.engine.cut.protocol import Cut, GgufCut, Removal
 from sleb_cli.engine.files.config_files import CONFIG
 from sleb_cli.engine.gguf.file import GgufFile
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.model.experts import ACTIVE, build_with_setting, integer_settings, with_setting
+from sleb_cli.engine.model.expert_settings import (
+    ACTIVE,
+    Key,
+    build_with_setting,
+    integer_settings,
+    with_setting,
+)
 from sleb_cli.results import PerTokenRecord
 from sleb_cli.units import plural
 from sleb_plugins import UnsupportedModelError, UsageError
@@ -98,7 +104,13 @@ class GgufActiveCut(ActiveRemoval, GgufCut):
 def plan_active(architecture: Architecture, after: int) -> ActiveCut:
     """Plan the change of the setting to this number."""
     settings = integer_settings(architecture.text_config.to_dict())
-    key, before = next(((path, number) for path, number in settings if path[-1] in ACTIVE), ((), 0))
+    key: Key = ()
+    before = 0
+    for path, number in settings.items():
+        if path[-1] in ACTIVE:
+            key = path
+            before = number
+            break
     if after >= before:
         raise _none_to_spare(architecture.source.id, before, after)
     fewer = build_with_setting(architecture, key, after)

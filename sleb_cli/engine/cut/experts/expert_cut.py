@@ -24,7 +24,8 @@ from sleb_cli.engine.files.config_files import CONFIG
 from sleb_cli.engine.files.slices import Slices
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.block_names import PREDICTION
-from sleb_cli.engine.model.experts import with_setting
+from sleb_cli.engine.model.expert_settings import with_setting
+from sleb_cli.engine.model.experts import find_experts
 from sleb_cli.results import ExpertsRecord
 from sleb_plugins import PlanError
 
@@ -102,7 +103,7 @@ class ExpertCut(ExpertRemoval, Cut):
             return block, inner
         # The name in the block may follow a path of any length, so it is the longest end that
         # experts have.
-        steps, experts = match[1].split("."), self.architecture.experts
+        steps, experts = match[1].split("."), find_experts(self.architecture)
         ends = (".".join(steps[start:]) for start in range(len(steps)))
         known = next(
             (end for end in ends if end in experts.parts or experts.numbered_in(end)), None
@@ -113,7 +114,10 @@ class ExpertCut(ExpertRemoval, Cut):
         """Return the config with the new count; any file may name the modules of one expert."""
         if file == CONFIG:
             values = with_setting(
-                self.architecture, values, self.architecture.experts.key, self.count - self.fewer
+                self.architecture,
+                values,
+                find_experts(self.architecture).key,
+                self.count - self.fewer,
             )
         modules = ModuleNames(
             self.architecture, "experts", lambda name: (new := self.tensor(name)) and new[0]
@@ -127,7 +131,7 @@ class ExpertCut(ExpertRemoval, Cut):
         block, inner = self._split(name)
         if block is None or (block < self.architecture.block_count and block not in self.removed):
             return name, None
-        kept, experts = self.kept_experts(block), self.architecture.experts
+        kept, experts = self.kept_experts(block), find_experts(self.architecture)
         if inner in experts.parts:
             return name, experts.parts[inner].slices_of(kept, self.count)
         if (numbered := experts.numbered_in(inner)) is None:
@@ -143,7 +147,10 @@ class ExpertCut(ExpertRemoval, Cut):
         """Have the dense model's routers choose among the experts that stay."""
         blocks = [*self.architecture.blocks_of(dense)]
         return without_experts(
-            self.architecture.experts, blocks, self.removed, self.architecture.config.model_type
+            find_experts(self.architecture),
+            blocks,
+            self.removed,
+            self.architecture.config.model_type,
         )
 
     def break_ties(self) -> AbstractContextManager[object]:
@@ -170,7 +177,7 @@ class ExpertCut(ExpertRemoval, Cut):
                 outputs[block] = routing.run_alone(states.to(routing.hidden), numbers).cpu()
 
         named: dict[str, Tensor] = {}
-        experts = self.architecture.experts
+        experts = find_experts(self.architecture)
         counted = replace(experts, count=self.count - self.fewer) if pruned else experts
         with watch_routing(counted, [*self.architecture.blocks_of(model)], run_each):
             yield named
@@ -182,7 +189,7 @@ class ExpertCut(ExpertRemoval, Cut):
 
 def plan_experts(architecture: Architecture, removed: Removed) -> ExpertCut:
     """Plan the removal of these experts, checked against the model."""
-    experts = architecture.experts
+    experts = find_experts(architecture)
     if {*removed} != {*experts.blocks}:
         raise PlanError(
             f"The plan removes experts of {len(removed)} blocks, but {architecture.source.id} has "
