@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from sleb_cli.version import __version__
 
 if TYPE_CHECKING:
-    from sleb_cli.api import apply, bench, compare, evaluate, export, search
+    from sleb_cli.api import apply, bench, evaluate, export, search
     from sleb_cli.requests import (
         ApplyRequest,
         BenchRequest,
@@ -24,7 +24,6 @@ __all__ = [
     "__version__",
     "apply",
     "bench",
-    "compare",
     "evaluate",
     "export",
     "search",

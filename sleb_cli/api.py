@@ -25,14 +25,7 @@ if TYPE_CHECKING:
     from sleb_cli.plan import Plan
     from sleb_cli.records import Record
     from sleb_cli.requests import ApplyRequest, ExportRequest, SearchRequest
-    from sleb_cli.results import (
-        ApplyResult,
-        BenchResult,
-        CompareResult,
-        EvalResult,
-        ExportResult,
-        GgufResult,
-    )
+    from sleb_cli.results import ApplyResult, BenchResult, EvalResult, ExportResult, GgufResult
     from sleb_plugins import Exporter
 
 
@@ -60,12 +53,11 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
         SlebError: something failed. A journal next to the plan keeps what was measured, for
             `resume`.
     """
-    from sleb_cli.checks.searches import check_search, claim_plan
+    from sleb_cli.atomic import only_writer
+    from sleb_cli.checks.searches import check_search
     from sleb_cli.engine.door.files import locate
 
-    if request.compare:
-        raise UsageError("`search` does not compare.", hint="Call `compare` with this request.")
-    with claim_plan(request.plan_file):
+    with only_writer(request.plan_file) if is_main_process() else nullcontext():
         with _working(
             check_search, lambda search: locate(search.named, notify), request, notify
         ) as work:
@@ -80,40 +72,6 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
         _save(plan, request.plan_file)
         delete_journal(journal_of(request.plan_file), notify)
     return plan
-
-
-@explain_out_of_memory(None, _SEARCH)
-def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
-    """Search once for each entry of `request.compare`; write the best plan, and the others beside
-    it.
-
-    Raises:
-        WorkerFinished: this process only helped; the main one writes the plan.
-        SlebError: something failed; its class tells what.
-    """
-    from sleb_cli.checks.searches import check_comparison
-    from sleb_cli.engine.door.files import locate
-
-    with _working(
-        check_comparison, lambda searches: locate(searches[0].named, notify), request, notify
-    ) as work:
-        from sleb_cli.engine.door.search import resolve_comparison
-        from sleb_cli.engine.search.compare import compare_removals
-        from sleb_cli.engine.search.journal import delete_journal
-
-        group, registry, checked, source = work
-        searches = resolve_comparison(checked, source, registry, notify, group)
-        result, plans = compare_removals(searches, request.plan_file, group, notify)
-    files = [compared.file for compared in result.compared]
-    for file, plan in zip(files, plans, strict=True):
-        _save(plan, Path(file))
-    for search in searches:
-        if str(search.recording.plan_file) not in files:
-            # The best plan is at `output` alone. This is from an earlier run, in which another
-            # search was the best.
-            search.recording.plan_file.unlink(missing_ok=True)
-        delete_journal(search.recording.journal, notify)
-    return result
 
 
 @explain_out_of_memory(None, _APPLY)

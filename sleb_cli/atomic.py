@@ -143,6 +143,34 @@ def claimed(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Keep other searches from writing `path`, and what belongs to it, until the end.
+
+    Raises:
+        OutputError: another search is writing it, or nothing can be written there.
+    """
+    from filelock import FileLock, Timeout  # takes 50 ms to import
+
+    require_new_file(path, force=True)
+    file = path.parent / f".{path.name}.lock"
+    lock = FileLock(file, timeout=0)  # the system releases it if this process is killed
+    try:
+        with writing(path):
+            lock.acquire()
+    except Timeout as error:
+        raise OutputError(
+            f"Another search is writing {path}.",
+            hint="Wait until it ends, or choose another plan with -o.",
+        ) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows deletes no open file
+            file.unlink()
+        lock.release()
+
+
+@contextmanager
 def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
     """Yield a new hidden folder that is deleted at the end, after leftovers of killed processes."""
     remove_leftovers(parent / name, further=".*")

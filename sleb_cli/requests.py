@@ -16,7 +16,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from sleb_cli.units import in_shell
-from sleb_plugins.errors import UsageError
+from sleb_plugins.errors import UsageError, did_you_mean
 
 
 def sibling(file: Path, suffix: str) -> Path:
@@ -224,6 +224,12 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
             wanted.append(f"a list of {_PLAIN[item][1]}s")
             if isinstance(value, list | tuple):
                 return tuple(_typed(name, part, item) for part in value)
+        elif get_origin(each) is Literal and isinstance(value, str):
+            if value not in get_args(each):
+                raise UsageError(
+                    f"Unknown {name} {value!r}.", hint=did_you_mean(value, get_args(each))
+                )
+            return value
         else:
             plain = str if get_origin(each) is Literal else each
             types, words = _PLAIN[plain]
@@ -337,12 +343,6 @@ class SearchRequest(Request):
         default=DEFAULT_STRATEGY,
         metavar="NAME",
     )
-    compare: tuple[str, ...] = _list(
-        "Search once per METRIC or METRIC@STRATEGY, and write the best plan, and the others beside "
-        "it: "
-        "nll,cosine,angular@contiguous.",
-        _SCORING,
-    )
     fast: bool | None = option(
         "Race the candidates: stop scoring one once little is expected of it.",
         _SCORING,
@@ -440,7 +440,7 @@ class SearchRequest(Request):
 
 
 REPEATED_OPTIONS = {each.name for each in fields(SearchRequest)} - {
-    "compare", "extend", "resume", "output", "force", "trust_remote_code", "memory", "stream", "device_map"
+    "extend", "resume", "output", "force", "trust_remote_code", "memory", "stream", "device_map"
 }  # fmt: skip
 """The options of a search that its plan holds: those that decide what it finds.
 

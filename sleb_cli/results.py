@@ -13,9 +13,9 @@ from pydantic import Field
 from sleb_cli.keys import Key, key_of
 from sleb_cli.names import public_command, public_source
 from sleb_cli.order import BLOCKS, PER_TOKEN, Order, SizeKey
-from sleb_cli.plan import CalibrationRecord, RecoveryRecord
+from sleb_cli.plan import RecoveryRecord
 from sleb_cli.records import Check, ModelRecord, Perplexity, Proof, Public, Record, VersionedRecord
-from sleb_cli.requests import Unit, WorkloadName
+from sleb_cli.requests import WorkloadName
 from sleb_cli.units import format_bytes
 
 
@@ -245,35 +245,6 @@ class ExportResult(VersionedRecord):
     exporter: str
     text: str | None
     file: str | None
-
-
-class ComparedRecord(Record):
-    """One search of a comparison: what was removed, the calibration perplexity without it, and the
-    plan's `file`.
-    """
-
-    metric: str
-    strategy: str
-    removals: SizeKey
-    perplexity: Perplexity
-    held_out_perplexity: float | None
-    seconds: float
-    file: str
-
-
-class CompareResult(VersionedRecord):
-    """Searches of one model on one text; `best` is the metric@strategy of the best plan."""
-
-    kind: Literal["compare"]
-    unit: Unit = "blocks"
-    model: ModelRecord
-    calibration: CalibrationRecord
-    dtype: str
-    device: str
-    dense_perplexity: float
-    dense_held_out_perplexity: float | None
-    compared: tuple[ComparedRecord, ...]
-    best: str
 
 
 class Interval(Record):

@@ -107,11 +107,6 @@ CLASHES: tuple[Clash | Need, ...] = (
     Clash("unit=experts", "device_map", "experts are watched and left out where weights are loaded "
                                         "by sleb",
           "Use --stream.", SearchRequest),
-    Clash("compare", "metric extend", "each search has its own metric, and begins with all blocks",
-          "Leave out --metric and --extend."),
-    Clash("compare", "target_speedup max_perplexity_ratio", "plans of one size are compared, which "
-                                                            "these do not fix",
-          "Use --remove, --ratio, --target-params or --target-memory."),
     Clash("stream device_map", "target_speedup", "the whole model is timed on one device",
           "Use another target, such as --ratio."),
     Clash("device_map", "stream", "each runs a model that does not fit",

@@ -5,16 +5,13 @@ written.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from sleb_cli.atomic import require_new_file, writing
+from sleb_cli.atomic import require_new_file
 from sleb_cli.checks.subjects import NamedSubject
 from sleb_cli.checks.text_names import require_mixture
 from sleb_cli.plan import Plan, read_plan
@@ -34,7 +31,6 @@ from sleb_cli.requests import (
     TargetName,
     journal_of,
     option_of,
-    sibling,
 )
 from sleb_cli.texts.named import is_reference
 from sleb_cli.units import dtype_in_full, parse_bytes, parse_count, parse_ratio
@@ -48,7 +44,6 @@ from sleb_plugins import (
     UsageError,
     WeightMetric,
 )
-from sleb_plugins.errors import did_you_mean
 
 _RACE: set[StrategyName] = {"greedy", "refine"}
 """Strategies for which the scores of the surviving candidates of a race suffice."""
@@ -93,10 +88,8 @@ def check_search(request: SearchRequest, registry: Registry) -> CheckedSearch:
     goal_of(request)
     extended = read_plan(request.extend) if request.extend is not None else None
     request = _fill_gaps(request, extended)
-    metric, strategy = (
-        registry.metric(str(request.metric)),
-        strategy_name(request.strategy or "oneshot"),
-    )
+    metric = registry.metric(str(request.metric))
+    strategy = request.strategy or "oneshot"
     if request.fast is None:
         # The demo is a first impression: it must not take long.
         request = replace(request, fast=request.model == DEMO and _can_race(metric, strategy))
@@ -107,73 +100,6 @@ def check_search(request: SearchRequest, registry: Registry) -> CheckedSearch:
     if is_main_process():
         _require_writable_plan(request)
     return CheckedSearch(request, metric, strategy, memory, extended)
-
-
-def check_comparison(request: SearchRequest, registry: Registry) -> list[CheckedSearch]:
-    """Check a request to compare: one search for each entry, each with a journal of its own.
-
-    Raises:
-        UsageError: the entries cannot be compared.
-        SlebError: a subclass that fits, if one of the searches is impossible.
-    """
-    requests = [
-        _search_for(request, metric, strategy, registry) for metric, strategy in _entries(request)
-    ]
-    if is_main_process():
-        # An unfinished comparison was allowed to write the plan, and may have been killed just
-        # after it did.
-        replaces = request.resume and any(
-            journal_of(search.plan_file).exists() for search in requests
-        )
-        requests = [replace(search, force=request.force or replaces) for search in requests]
-        require_new_file(request.plan_file, force=request.force or replaces)
-    return [check_search(search, registry) for search in requests]
-
-
-def _entries(request: SearchRequest) -> list[tuple[str, StrategyName]]:
-    """Read the entries of `--compare`: a metric, and the strategy to search with."""
-    usual = request.strategy or DEFAULT_STRATEGY
-    pairs = [
-        (text if "@" in text else f"{text}@{usual}").rpartition("@") for text in request.compare
-    ]
-    entries = [(metric, strategy_name(strategy)) for metric, _, strategy in pairs]
-    if len(entries) < 2 or len(set(entries)) < len(entries):
-        problem = "names an entry twice" if len(entries) > 1 else "needs at least two entries"
-        raise UsageError(
-            f"--compare {','.join(request.compare)} {problem}.",
-            hint="For example: --compare nll,cosine,angular@contiguous.",
-        )
-    return entries
-
-
-def _search_for(
-    request: SearchRequest, metric: str, strategy: StrategyName, registry: Registry
-) -> SearchRequest:
-    """Return the request of one compared search, with `--fast` only where candidates can race, and
-    its own plan.
-    """
-    name = re.sub(r"[^\w.+@-]", "-", f"{metric}@{strategy}")
-    return replace(
-        request,
-        metric=metric,
-        strategy=strategy,
-        fast=request.fast if _can_race(registry.metric(metric), strategy) else False,
-        output=sibling(request.plan_file, f".{name}.json"),
-        compare=(),
-    )
-
-
-def strategy_name(text: str) -> StrategyName:
-    """Read the name of a strategy.
-
-    Raises:
-        UsageError: no strategy has this name.
-    """
-    names: tuple[StrategyName, ...] = get_args(StrategyName)
-    for name in names:
-        if name == text:
-            return name
-    raise UsageError(f"Unknown strategy {text!r}.", hint=did_you_mean(text, names))
 
 
 def goal_of(request: SearchRequest) -> tuple[TargetName, Fraction | float]:
@@ -283,37 +209,6 @@ def _require_fitting(request: SearchRequest, metric: Metric, strategy: StrategyN
             f"--extend works with --strategy greedy only, not with {strategy}.",
             hint="Search again for the number of blocks you want.",
         )
-
-
-@contextmanager
-def claim_plan(plan: Path) -> Iterator[None]:
-    """Keep other searches from writing this plan and its journal, from the first check to the end.
-
-    Raises:
-        OutputError: another search has claimed it, or it cannot be written.
-    """
-    if not is_main_process():
-        yield
-        return
-    from filelock import FileLock, Timeout  # takes 50 ms to import
-
-    require_new_file(plan, force=True)
-    file = plan.parent / f".{plan.name}.lock"
-    claim = FileLock(file, timeout=0)  # the system releases it if this process is killed
-    try:
-        with writing(plan):
-            claim.acquire()
-    except Timeout as error:
-        raise OutputError(
-            f"Another search is writing {plan}.",
-            hint="Wait until it ends, or choose another plan with -o.",
-        ) from error
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # Windows deletes no open file
-            file.unlink()
-        claim.release()
 
 
 def _require_writable_plan(request: SearchRequest) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sleb_cli.names import public_source
 from sleb_cli.plan import ExpertPlan, Plan, RecoveryRecord, SampleGeneration
-from sleb_cli.results import CompareResult
 from sleb_cli.tables.table import PERPLEXITY, Columns, Table, tabulate
 from sleb_cli.units import format_bytes, format_change, format_count, format_perplexity, spans
 
@@ -123,35 +122,6 @@ def sizes(plan: Plan) -> str | None:
     active = " to ".join(map(format_count, plan.parts.active_parameters))
     stored = " to ".join(map(format_bytes, plan.parts.weights_bytes))
     return f"parameters {parameters}, used by a token {active}; weights {stored}"
-
-
-def comparison(result: CompareResult) -> Table:
-    """List the searches of a comparison."""
-    columns: Columns = [
-        ("metric", str), ("strategy", str), ("blocks", str), *_PERPLEXITY, ("held out", format_perplexity),
-        ("seconds", "{:.0f}".format),
-    ]  # fmt: skip
-    dense = result.dense_perplexity
-    rows: list[Sequence[Any]] = [
-        ["dense", None, None, dense, None, result.dense_held_out_perplexity, None]
-    ]
-    for search in result.compared:
-        numbers = [
-            search.perplexity,
-            search.perplexity / dense - 1,
-            search.held_out_perplexity,
-            search.seconds,
-        ]
-        blocks = spans(search.removals) if result.unit == "blocks" else None
-        rows.append([search.metric, search.strategy, blocks, *numbers])
-    caveat = (
-        "Ranked on the text they were searched on, which favours a metric that is fitted to it, "
-        "such as nll. "
-        "--holdout 0.2 ranks them on text that none has seen."
-    )
-    return tabulate(
-        "The searches", columns, rows, [caveat] if result.dense_held_out_perplexity is None else []
-    )
 
 
 def recovery(record: RecoveryRecord) -> Table:

@@ -12,12 +12,11 @@ from sleb_cli.names import short_name
 from sleb_cli.requests import DEMO
 from sleb_cli.ui.chart import Line, draw_lines
 from sleb_cli.ui.console import print_prose, stdout
-from sleb_cli.ui.tables import print_line, print_title, print_to_copy, print_written, show_table
+from sleb_cli.ui.tables import print_line, print_title, print_to_copy, show_table
 from sleb_cli.units import format_bytes, format_count, format_perplexity, in_shell, spans
 
 if TYPE_CHECKING:
     from sleb_cli.plan import Plan, TargetRecord
-    from sleb_cli.results import CompareResult
 
 # The plan has the full sample.
 SAMPLE_CHARACTERS = 160
@@ -140,26 +139,6 @@ def race_summary(plan: Plan) -> str:
             )
     lead, number = min(leads)
     return f"raced: {done / whole:.0%} of the evaluations; the closest lead was {lead:.4f}, in step {number}"
-
-
-def show_comparison(result: CompareResult, output: Path) -> None:
-    """Show the searches of a comparison, and which was best."""
-    from sleb_cli.tables import search_results as tables
-
-    removed = len(result.compared[0].removals)
-    blocks = f"{removed} of {result.model.blocks} blocks"
-    size = blocks if result.unit == "blocks" else f"{removed} experts of each block"
-    print_title(f"{short_name(result.model.id)}: {size} removed")
-    show_table(tables.comparison(result), title=False)
-    text = (
-        "the calibration text"
-        if result.dense_held_out_perplexity is None
-        else "the held-out sequences"
-    )
-    print_to_copy(f"wrote {output}: the plan of {result.best}, best on {text}")
-    for search in result.compared:
-        if search.file != str(output):
-            print_written(Path(search.file))
 
 
 def target_summary(target: TargetRecord, plan: Plan) -> str:

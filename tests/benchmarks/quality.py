@@ -6,9 +6,8 @@ and a figure.
 
 DATA is a folder with text/enwiki_train.txt (calibration), text/enwiki_test.txt and text/c4_50.jsonl
 (perplexity), and tasks/{piqa,arc_easy,winogrande,socialiqa}.jsonl with make_tasks.py (zero-shot
-accuracy). Methods are entries of `sleb search --compare`. Plans and what was measured are kept in
-WORK, and the same command resumes a stopped run. With
---items 0, no tasks run. The table is printed, and the figure is WORK/quality.svg.
+accuracy). A method is METRIC or METRIC@STRATEGY. Plans and what was measured are kept in WORK, and
+the same command resumes a stopped run. With --items 0, no tasks run. The table is printed, and the figure is WORK/quality.svg.
 """
 
 from __future__ import annotations
@@ -22,13 +21,14 @@ from pathlib import Path
 
 from common import parser
 
-from sleb_cli.atomic import write_text
-from sleb_cli.results import CompareResult
+from sleb_cli.requests import journal_of
 
 METHODS = [
     "nll", "nll@oneshot", "kl", "cosine", "cosine@oneshot", "angular@contiguous", "magnitude@oneshot", "nll@refine",
     *(f"random:{seed}@oneshot" for seed in range(5)),
 ]  # fmt: skip
+RACED = ("nll", "nll@refine", "kl")
+"""The methods that `--fast` races."""
 TEXTS = ("text/enwiki_test.txt", "text/c4_50.jsonl")
 TASKS = "local_piqa,local_arc_easy,local_winogrande,local_socialiqa"
 
@@ -43,33 +43,20 @@ def sleb(*words: object) -> str:
     return done.stdout
 
 
-def searched(options: argparse.Namespace, size: int) -> list[str]:
-    """Search by every method, and return the plans."""
-    found, plan = options.work / f"{size}.compared", options.work / f"{size}.json"
-    if not found.exists():
-        given = [
-            "--samples",
-            options.samples,
-            "--sequence-length",
-            options.length,
-            "--dtype",
-            options.dtype,
-        ]
-        given += ["--fast"] * options.fast + ["--resume"] * any(
-            options.work.glob(f"{size}.*.journal")
-        )
-        given += [
-            "--calibration",
-            options.data / "text/enwiki_train.txt",
-            "--compare",
-            ",".join(options.methods),
-        ]
-        given += ["-o", plan, "--force", "--json", "-q"]
-        write_text(found, sleb("search", options.model, "--remove", size, *given))
-    return [
-        each.file
-        for each in CompareResult.model_validate_json(found.read_text(encoding="utf-8")).compared
-    ]
+def searched(options: argparse.Namespace, size: int, method: str) -> Path:
+    """Search by a method, unless its plan is there, and return the plan."""
+    metric, _, strategy = method.partition("@")
+    plan: Path = options.work / f"{size}.{method.replace(':', '-')}.json"
+    if not plan.exists():
+        words = ["--metric", metric, "--strategy", strategy or "greedy", "--dtype", options.dtype]
+        words += ["--samples", options.samples, "--sequence-length", options.length]
+        words += ["--calibration", options.data / "text/enwiki_train.txt"]
+        if options.fast and method in RACED:
+            words.append("--fast")
+        if journal_of(plan).exists():
+            words.append("--resume")
+        sleb("search", options.model, "--remove", size, *words, "-o", plan, "-q")
+    return plan
 
 
 def measures(options: argparse.Namespace) -> Iterator[object]:
@@ -123,10 +110,10 @@ def main() -> None:
     ).parse_args()
     options.work, options.data = Path(options.work), Path(options.data)
     options.work.mkdir(parents=True, exist_ok=True)
-    plans, given = (
-        [plan for size in options.sizes for plan in searched(options, size)],
-        [*measures(options)],
-    )
+    plans = [
+        searched(options, size, method) for size in options.sizes for method in options.methods
+    ]
+    given = [*measures(options)]
     for plan in plans:
         sleb("eval", plan, *given)
     sleb("export", *plans, "--to", "table", "-o", options.work / "quality.svg", "--force")

@@ -53,7 +53,7 @@ NEXT = {
     "revision": "main", "include_path": "other tasks", "keep_failed": "failed", "engine": "steady", "dtype": "bfloat16",
     "device": "cpu", "device_map": "auto", "stream": True, "memory": "1GB", "threads": 2, "batch_size": 3,
     "unit": "experts", "ratio": 0.5, "target_params": "40K", "target_memory": "100KB", "max_perplexity_ratio": 3,
-    "serve_length": 64, "metric": "cosine", "strategy": "contiguous", "compare": "nll,cosine", "fast": True,
+    "serve_length": 64, "metric": "cosine", "strategy": "contiguous", "fast": True,
     "calibration": "text.txt", "seed": 1, "chat": "answers", "holdout": 0.4, "blocks": "2,3", "every": 1,
     "protect": "2", "protect_kind": "full_attention", "protect_first": 2, "protect_last": 2, "scripts": "latin",
     "max_shard_size": "20KB", "experts_per_token": 1, "perplexity": "text.txt,other.txt", "tasks": "words,letters",

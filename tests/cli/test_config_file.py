@@ -51,7 +51,7 @@ def asked(monkeypatch):
         found.append(request)
         raise KeyboardInterrupt
 
-    for name in ("search", "compare", "apply", "evaluate", "bench", "export"):
+    for name in ("search", "apply", "evaluate", "bench", "export"):
         monkeypatch.setattr(api, name, stop)
 
     def run(*words):

@@ -243,28 +243,6 @@ def test_a_size_is_met_by_the_fewest_experts(ranked, goal, fewer, mixtral):
     )
 
 
-def test_metrics_are_compared(ranked, sleb, mixtral, text_file, tmp_path):
-    words = [
-        "search",
-        mixtral,
-        "--unit",
-        "experts",
-        *calibration(text_file),
-        "--remove",
-        2,
-        "-o",
-        "best.json",
-    ]
-    result = json.loads(
-        sleb(*words, "--compare", "energy,reap,frequency,random:1", "--json").stdout
-    )
-    held_out = {each["metric"]: each["held_out_perplexity"] for each in result["compared"]}
-    best = read_plan(tmp_path / "best.json")
-    assert best.experts.perplexity(held_out=True) == min(held_out.values())
-    assert result["best"] == f"{best.search.metric}@oneshot"
-    assert ranked("--remove", 2, "--metric", "reap").held_out_perplexity == held_out["reap"]
-
-
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from sleb_cli.engine.text.settings import (
     resolve_calibration,
 )
 from sleb_cli.engine.text.windows import choose_length
-from sleb_cli.events import Event, Notice, Notify
+from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import MetricRecord, TargetRecord
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import (
@@ -97,22 +97,6 @@ def resolve_search(
             request.plan_file, request.resume, request.options, registry.third_party(), sample
         ),
     )
-
-
-def resolve_comparison(
-    searches: Sequence[CheckedSearch],
-    source: ModelSource,
-    registry: Registry,
-    notify: Notify,
-    group: ProcessGroup,
-) -> list[Search]:
-    """Settle each search of a comparison."""
-    notify_once = cache(notify)  # every search repeats the notices about the model
-
-    def tell(event: Event) -> None:
-        notify_once(event) if isinstance(event, Notice) else notify(event)
-
-    return [resolve_search(search, source, registry, tell, group) for search in searches]
 
 
 def _expert_method(

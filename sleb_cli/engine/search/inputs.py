@@ -36,7 +36,7 @@ PROMPT_TOKENS, NEW_TOKENS = 8, 2
 
 @dataclass(frozen=True)
 class SearchInputs:
-    """The inputs of all searches of one model on one text."""
+    """The model and the text of a search, and who runs it and hears of it."""
 
     tokenizer: Any
     model: SkippableModel

@@ -60,11 +60,7 @@ def find_removals(search: Search, group: ProcessGroup, notify: Notify) -> Plan:
     A journal next to the plan's file keeps measurements; delete it once the plan is written.
     """
     started = time.monotonic()
-    return run_search(search, load_inputs(search, group, notify), started)
-
-
-def run_search(search: Search, inputs: SearchInputs, started: float) -> Plan:
-    """Run a search that began at `started`, on inputs that it may share with other searches."""
+    inputs = load_inputs(search, group, notify)
     if isinstance(search.method, ExpertMethod):
         return search_experts(search, search.method, inputs, started)
     model, method, extended, source = (
