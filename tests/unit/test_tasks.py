@@ -10,7 +10,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import WORDS, write_task
+from conftest import WORDS, tokenizer_with, write_task
 from sleb_cli.engine.door.evaluate import load_requested
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.lm_eval_tasks import find_tasks
@@ -26,7 +26,7 @@ from sleb_cli.events import TaskAdvanced, TaskStarted, ignore
 from sleb_cli.requests import EvalRequest
 from sleb_cli.tables.quality import tasks, verdicts
 from sleb_cli.tables.table import by_model
-from sleb_plugins import UsageError
+from sleb_plugins import DataError, UsageError
 
 QUIETLY = ("dense", ignore, ProcessGroup())
 
@@ -330,8 +330,10 @@ def test_as_many_examples_as_asked_stand_before_a_question(folder, loaded):
 
 
 def test_a_fingerprint_changes_with_what_results_depend_on(folder, tmp_path):
+    tokenizer = tokenizer_with("{% for m in messages %}{{ m.content }}{% endfor %}")
+
     def now(name="own_chosen", **options):
-        return task_of(folder, name, **options).fingerprints()[name]
+        return task_of(folder, name, **options).fingerprints(tokenizer)[name]
 
     def edit(file, old, new):
         (folder / file).write_text((folder / file).read_text().replace(old, new))
@@ -350,9 +352,43 @@ def test_a_fingerprint_changes_with_what_results_depend_on(folder, tmp_path):
     found.append(now("own_both"))
     edit("own_chosen.jsonl", '"gold": 1', '"gold": 0')
     found.append(now())
+    edit("own_chosen.jsonl", '"q": "', '"q": "is at 0x12: ')
+    found.append(now())
+    edit("own_chosen.jsonl", "at 0x12", "at 0x13")
+    found.append(now())
     folder = shutil.copytree(folder, tmp_path / "moved")
     assert now() == found[-1]
     assert len(set(found)) == len(found)
+
+
+PROMPT_IN_A_FILE = """
+from pathlib import Path
+from lm_eval.api.task import ConfigurableTask
+
+class Asked(ConfigurableTask):
+    def __init__(self):
+        super().__init__(config={config})
+
+    def doc_to_text(self, doc):
+        return doc["q"] + Path(__file__).with_name("prompt.txt").read_text()
+"""
+
+
+def test_a_fingerprint_changes_with_what_a_class_of_a_task_asks_and_how_it_grades(folder, loaded):
+    config = yaml.safe_load((folder / "own_chosen.yaml").read_text())
+    (folder / "own_class.yaml").write_text("task: own_class\nclass: !function asked.Asked\n")
+    found = []
+    for prompt, more in ((" Answer:", ""), (" Reply:", ""), (" Reply:", "# graded otherwise")):
+        (folder / "prompt.txt").write_text(prompt)
+        (folder / "asked.py").write_text(PROMPT_IN_A_FILE.replace("{config}", repr(config)) + more)
+        found.append(task_of(folder, "own_class").fingerprints(loaded[1])["own_class"])
+    assert len({*found}) == 3
+
+
+def test_models_that_were_asked_other_items_are_not_compared():
+    other = results_of([sample(0, 1.0, prompt_hash="another")])
+    with pytest.raises(DataError, match="not the same for each model"):
+        one_pruned(binary(1.0), other)
 
 
 def test_tasks_of_lm_eval_are_found_without_an_index_of_all():

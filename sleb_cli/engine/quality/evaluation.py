@@ -112,7 +112,7 @@ def _jobs(evaluation: Evaluation, known: EvalResult) -> Iterator[_Job]:
             "texts", f"perplexity on {windows.text.source}", _known_text(known, windows), measure
         )
     for task in evaluation.tasks:
-        fingerprints = task.fingerprints()
+        fingerprints = task.fingerprints(evaluation.tokenizer)
         measure = partial(_run_task, task, fingerprints, evaluation)
         yield _Job(
             "tasks", task.name, _known_task(known, fingerprints, evaluation.show_flips), measure

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
+from importlib.metadata import version
 from io import StringIO
-from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -35,6 +36,7 @@ MAX_BATCH = 64
 # logits of the last position alone, so more fits.
 CPU_BATCH, WRITING_BATCH = 8, 32
 BOOTSTRAP_ITERATIONS = 1000
+FEWSHOT_SEED = 1234
 
 
 class LoadedTask:
@@ -94,23 +96,67 @@ class LoadedTask:
                         hint=f"Use --num-fewshot {examples} or fewer.",
                     )
 
-    def fingerprints(self) -> dict[str, str]:
+    def fingerprints(self, tokenizer: Any) -> dict[str, str]:
         """Hash everything that results depend on besides the model, for each task and each group
         with metrics.
+
+        The requests are built for it, since a task's code may read its prompts from anywhere. The
+        tokenizer only writes chats.
+
+        Raises:
+            UsageError: as of `run`.
         """
-        hashes, common = {}, [importlib.metadata.version("lm_eval"), self._chat]
+        self._require_tokens(tokenizer)
+        hashes = {}
         for name, task in self.tasks.items():
             with _quietly_loading(name):
-                examples = list(task.fewshot_docs()) if task.get_config("num_fewshot") else []
-                items = list(islice(task.eval_docs, self.limit))
-            run_code = [self._run_code] if getattr(task, "UNSAFE_CODE", False) else []
-            hashes[name] = _hash([*common, *run_code, _settings_of(task), items, examples])
-        groups = [
-            (name, group.aggregate_metric_list)
-            for name, group in self._groups.items()
-            if group.aggregate_metric_list
-        ]
-        return hashes | {name: _hash([hashes, metrics]) for name, metrics in groups}
+                requests = self._hash_requests(task, tokenizer)
+            code = self._code_beside(name)
+            depends = [version("lm_eval"), self._chat, _settings_of(task), code, requests]
+            if getattr(task, "UNSAFE_CODE", False):
+                depends.append(self._run_code)
+            hashes[name] = _hash(depends)
+        for name, group in self._groups.items():
+            if group.aggregate_metric_list:
+                hashes[name] = _hash([hashes, group.aggregate_metric_list])
+        return hashes
+
+    def _hash_requests(self, task: Any, tokenizer: Any) -> str:
+        from sleb_cli.engine.lm_eval_internals import HFLM, handle_non_serializable
+
+        write_chat = None
+        if self._chat:
+            lm = SimpleNamespace(tokenizer=tokenizer, chat_template_args={})
+            write_chat = partial(HFLM.apply_chat_template, lm)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        task.build_all_requests(
+            limit=self.limit,
+            apply_chat_template=self._chat,
+            fewshot_as_multiturn=self._chat,
+            chat_template=write_chat,
+        )
+        hashed = hashlib.sha256()
+        for request in task.instances:
+            parts = [
+                request.request_type,
+                request.doc,
+                request.args,
+                task.doc_to_target(request.doc),
+            ]
+            text = json.dumps(parts, sort_keys=True, default=handle_non_serializable)
+            hashed.update(text.encode())
+        return hashed.hexdigest()
+
+    def _code_beside(self, name: str) -> dict[str, str]:
+        # The code beside the file of a task, or of the group that defines it, but not where it is.
+        code = {}
+        for entry in (self._manager.task_index.get(named) for named in (name, self.name)):
+            folder = entry.yaml_path.parent if entry and entry.yaml_path else None
+            # The version of lm-eval stands for its own code.
+            if folder is not None and not folder.is_relative_to(_lm_eval_folder()):
+                for file in folder.rglob("*.py"):
+                    code[str(file.relative_to(folder))] = file.read_bytes().hex()
+        return code
 
     @property
     def writes(self) -> bool:
@@ -201,6 +247,7 @@ class LoadedTask:
                 bootstrap_iters=BOOTSTRAP_ITERATIONS,
                 apply_chat_template=self._chat,
                 fewshot_as_multiturn=self._chat,
+                fewshot_random_seed=FEWSHOT_SEED,
                 confirm_run_unsafe_code=self._run_code is not None,
             )
         results["chat_template"] = lm.chat_template(True) if self._chat else None
@@ -274,19 +321,11 @@ def _load(manager: Any, name: str, run_code: RunCode | None) -> dict[str, Any]:
     return loaded
 
 
-def _settings_of(task: Any) -> Any:
-    # The settings, and the code beside the task's file, but not where they are.
-    settings, code = task.dump_config(), {}
+def _settings_of(task: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = task.dump_config()
     metadata = dict(settings.get("metadata") or {})
-    source = Path(metadata.pop("config_source", ""))
-    if source.is_file() and not source.is_relative_to(
-        _lm_eval_folder()
-    ):  # its version stands for its code
-        code = {
-            str(file.relative_to(source.parent)): file.read_bytes().hex()
-            for file in source.parent.rglob("*.py")
-        }
-    return settings | {"metadata": metadata}, code
+    metadata.pop("config_source", None)  # a task may move
+    return settings | {"metadata": metadata}
 
 
 def _lm_eval_folder() -> Path:

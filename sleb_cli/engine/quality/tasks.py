@@ -21,7 +21,7 @@ from sleb_cli.engine.statistics import (
     wilson_interval,
 )
 from sleb_cli.results import FlipRecord, PrunedTaskScores, TaskResult, TaskScores, Use
-from sleb_plugins import ModelError
+from sleb_plugins import DataError, ModelError
 
 Results = Mapping[str, Any]
 """The results of lm-eval in its `result_schema`, with the samples, as JSON holds them."""
@@ -74,6 +74,12 @@ def _compare(
     pruned: Sequence[tuple[tuple[int, ...], Results]],
     show_flips: int,
 ) -> TaskResult:
+    for _, results in pruned:
+        if _item_hashes(results, measure) != _item_hashes(dense, measure):
+            raise DataError(
+                f"The items of {measure.task} are not the same for each model.",
+                hint="Its prompts may be drawn at random: have the task's code set a seed.",
+            )
     samples = _samples(dense, measure)
     tasks = sorted(_tasks_of(dense, measure.task))
     seen = samples or [sample for name in tasks for sample in dense["samples"].get(name, ())]
@@ -99,6 +105,13 @@ def _compare(
             for removals, results in pruned
         ),
     )
+
+
+def _item_hashes(results: Results, measure: _Measure) -> list[tuple[str, str, str]]:
+    return [
+        (sample["doc_hash"], sample["prompt_hash"], sample["target_hash"])
+        for sample in _samples(results, measure)
+    ]
 
 
 def _use(config: Mapping[str, Any]) -> Use | None:
