@@ -1,4 +1,4 @@
-"""What is known about a plan: its search, evaluation and benchmark."""
+"""A plan, and what was measured of it: its evaluation and benchmark."""
 
 from __future__ import annotations
 
@@ -22,16 +22,7 @@ from sleb_cli.results import (
     TextResult,
     WorkloadResult,
 )
-from sleb_cli.tables.quality import (
-    Estimate,
-    is_canary,
-    main_tasks,
-    retention,
-    task_names,
-    text_names,
-)
-from sleb_cli.tables.speed import workload_name
-from sleb_cli.tables.table import Scored, by_model
+from sleb_cli.tables.quality import Estimate, is_canary, main_tasks, retention, text_names
 from sleb_cli.units import in_shell
 from sleb_plugins.errors import UsageError
 from sleb_plugins.exporter import Pruning
@@ -75,32 +66,23 @@ class Findings:
         """Return where this text was used before: search, recovery."""
         from sleb_cli.engine.text.overlap import is_known  # which imports datasets
 
-        recovery = self.plan.recovery
-        used = {"searched on": self.plan.calibration} | (
-            {"recovered on": recovery.train_text} if recovery else {}
-        )
-        return [
-            use for use, record in used.items() if is_known(text.text, text.tokens_sha256, record)
-        ]
+        plan = self.plan
+        uses = []
+        if is_known(text.text, text.tokens_sha256, plan.calibration):
+            uses.append("searched on")
+        if plan.recovery and is_known(text.text, text.tokens_sha256, plan.recovery.train_text):
+            uses.append("recovered on")
+        return uses
 
     @cached_property
     def text_scores(self) -> list[tuple[str, TextResult, PrunedTextScores]]:
         """Each text with its name and its scores at the plan's size."""
-        named = zip(self.text_names, self.texts, strict=True)
-        return [
-            (name, text, scores)
-            for name, text in named
-            if (scores := self.at_plan_size(text.pruned))
-        ]
-
-    @cached_property
-    def scored(self) -> dict[str, list[Scored]]:
-        """Scores and times on each model: "text", "task" (by metric) and "workload"."""
-        return {
-            "text": by_model(self.texts, self.text_names),
-            "task": by_model(self.tasks, task_names(self.tasks)),
-            "workload": by_model(self.workloads, map(workload_name, self.workloads)),
-        }
+        found = []
+        for name, text in zip(self.text_names, self.texts, strict=True):
+            scores = self.at_plan_size(text.pruned)
+            if scores:
+                found.append((name, text, scores))
+        return found
 
     @property
     def tasks(self) -> Sequence[TaskResult]:
@@ -113,11 +95,13 @@ class Findings:
 
         Their main metric counts right items; canaries, which break first, are left out.
         """
-        main = main_tasks(
-            task for task in self.tasks if self.at_plan_size(task.pruned) and not is_canary(task)
-        )
-        scored = [(task, scores) for task in main if (scores := self.at_plan_size(task.pruned))]
-        return [(task, scores) for task, scores in scored if scores.lost is not None]
+        found = []
+        measured = [task for task in self.tasks if self.at_plan_size(task.pruned)]
+        for task in main_tasks(measured):
+            scores = self.at_plan_size(task.pruned)
+            if scores and scores.lost is not None and not is_canary(task):
+                found.append((task, scores))
+        return found
 
     def retention(self, removals: SizeKey) -> Estimate | None:
         """Return the mean accuracy as a share of the dense model's; None if a task was not measured
@@ -133,49 +117,55 @@ class Findings:
     @cached_property
     def main_workloads(self) -> list[tuple[WorkloadResult, PrunedTiming]]:
         """One generation and one prompt workload, with their times at the plan's size."""
-
-        def order(timed: tuple[WorkloadResult, PrunedTiming]) -> tuple[bool, int]:
-            result, timing = timed
-            workload = result.workload
-            # The most tokens: a small workload mostly measures the overhead around the blocks.
-            return timing.interval is None, -workload.batch_size * (
-                workload.prompt_length + workload.new_tokens
-            )
-
-        timed = [
-            (result, timing)
-            for result in self.workloads
-            if (timing := self.at_plan_size(result.pruned))
-        ]
-        by_name = (
-            [pair for pair in timed if pair[0].workload.name == name]
-            for name in ("generation", "prompt")
-        )
-        return [min(pairs, key=order) for pairs in by_name if pairs]
+        found = []
+        for name in ("generation", "prompt"):
+            timed = []
+            for result in self.workloads:
+                timing = self.at_plan_size(result.pruned)
+                if timing and result.workload.name == name:
+                    timed.append((result, timing))
+            if timed:
+                found.append(min(timed, key=_unlike_a_headline))
+        return found
 
     @property
     def sizes(self) -> tuple[ModelSize, ModelSize] | None:
         """The sizes of the dense and the pruned model, if they were measured."""
-        pruned = self.benchmark and self.at_plan_size(self.benchmark.pruned)
-        return (self.benchmark.dense, pruned) if self.benchmark and pruned else None
+        if self.benchmark is None:
+            return None
+        pruned = self.at_plan_size(self.benchmark.pruned)
+        return (self.benchmark.dense, pruned) if pruned else None
 
     @property
     def missing(self) -> list[tuple[str, str]]:
         """What was not measured, each with the command that measures it."""
-        name, model = self.plan_argument, in_shell(self.plan.model.id)
-        sizes = "" if self.plan.recovery else " --every 2"  # recovered weights fit one size only
-        gaps = [
-            (self.text_scores, "perplexity and divergence on text", f"sleb eval {name}{sizes}"),
-            (self.tasks, "accuracy on tasks", f"sleb eval {name}{sizes} --tasks piqa,arc_easy"),
-            (self.main_workloads, "speed and memory", f"sleb bench {name} --every 2"),
-            (
-                self.plan.dense.held_out,
-                "loss on held-out text",
-                f"sleb search {model} --holdout 0.2 …",
-            ),
-            (self.plan.sample_generation, "what both models say", f"sleb search {model} …"),
-        ]
-        return [(name, command) for measured, name, command in gaps if not measured]
+        plan = self.plan_argument
+        model = in_shell(self.plan.model.id)
+        # Recovered weights fit one size only.
+        evaluate = f"sleb eval {plan}" if self.plan.recovery else f"sleb eval {plan} --every 2"
+        gaps = []
+        if not self.text_scores:
+            gaps.append(("perplexity and divergence on text", evaluate))
+        if not self.tasks:
+            gaps.append(("accuracy on tasks", f"{evaluate} --tasks piqa,arc_easy"))
+        if not self.main_workloads:
+            gaps.append(("speed and memory", f"sleb bench {plan} --every 2"))
+        if not self.plan.dense.held_out:
+            gaps.append(("loss on held-out text", f"sleb search {model} --holdout 0.2 …"))
+        if not self.plan.sample_generation:
+            gaps.append(("what both models say", f"sleb search {model} …"))
+        return gaps
+
+
+def _unlike_a_headline(timed: tuple[WorkloadResult, PrunedTiming]) -> tuple[bool, int]:
+    """Sort workloads: first those with an interval, then those of the most tokens.
+
+    A small workload mostly measures the overhead around the blocks.
+    """
+    result, timing = timed
+    workload = result.workload
+    tokens = workload.batch_size * (workload.prompt_length + workload.new_tokens)
+    return timing.interval is None, -tokens
 
 
 def read_findings(pruning: Pruning) -> Findings:
@@ -188,10 +178,11 @@ def read_findings(pruning: Pruning) -> Findings:
         raise UsageError(
             f"{pruning.model} has no plan to describe.", hint="Name a plan of `sleb search`."
         )
-    evaluation, benchmark = pruning.evaluation, pruning.benchmark
-    return Findings(
-        Plan.model_validate_json(to_json(pruning.plan)),
-        pruning.plan_file,
-        EvalResult.model_validate_json(to_json(evaluation)) if evaluation else None,
-        BenchResult.model_validate_json(to_json(benchmark)) if benchmark else None,
-    )
+    plan = Plan.model_validate_json(to_json(pruning.plan))
+    evaluation = None
+    if pruning.evaluation:
+        evaluation = EvalResult.model_validate_json(to_json(pruning.evaluation))
+    benchmark = None
+    if pruning.benchmark:
+        benchmark = BenchResult.model_validate_json(to_json(pruning.benchmark))
+    return Findings(plan, pruning.plan_file, evaluation, benchmark)

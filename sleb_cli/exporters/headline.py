@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sleb_cli.exporters.findings import Findings
+from sleb_cli.order import SizeKey
 from sleb_cli.tables.quality import ENOUGH, keeps_enough
 from sleb_cli.tables.search_results import collapse_warnings
 from sleb_cli.units import format_count, format_share, plural
@@ -10,60 +11,76 @@ from sleb_cli.units import format_count, format_share, plural
 
 def sentences(findings: Findings) -> list[str]:
     """Say what was removed, where it was timed, and how many answers changed."""
-    order, count = findings.plan.order, len(findings.plan.largest)
-    how = "and the others were given new weights" if findings.plan.recovery else "without training"
-    were = "was" if count == 1 else "were"
-    removed = f"{order.amount(count)} {were} removed ({format_share(count / order.count)}), {how}"
-    if findings.sizes:
-        before, after = (format_count(size.parameters) for size in findings.sizes)
-        removed += f": {after} parameters remain of {before}"
-    lines = [f"{removed}."]
-    if order.caveat:
-        lines.append(order.caveat)
-    if findings.main_workloads and (benchmark := findings.benchmark):
+    lines = [_removal(findings)]
+    if findings.plan.order.caveat:
+        lines.append(findings.plan.order.caveat)
+    benchmark = findings.benchmark
+    if benchmark and findings.main_workloads:
+        machine = benchmark.processor if benchmark.device == "cpu" else benchmark.device
+        lines.append(f"Timed on {machine}.")
+    if findings.accuracy_tasks:
+        items = lost = gained = 0
+        for task, scores in findings.accuracy_tasks:
+            items += len(task.doc_ids)
+            lost += scores.lost or 0
+            gained += scores.gained or 0
         lines.append(
-            f"Timed on {benchmark.processor if benchmark.device == 'cpu' else benchmark.device}."
-        )
-    if tasks := findings.accuracy_tasks:
-        lost, gained = (
-            sum(getattr(entry, kind) for _, entry in tasks) for kind in ("lost", "gained")
-        )
-        items = plural(sum(len(task.doc_ids) for task, _ in tasks), "item")
-        lines.append(
-            f"Of {items} in tasks, {lost:,} went from right to wrong and {gained:,} from wrong to "
-            f"right."
+            f"Of {plural(items, 'item')} in tasks, {lost:,} went from right to wrong and "
+            f"{gained:,} from wrong to right."
         )
     return lines
+
+
+def _removal(findings: Findings) -> str:
+    order = findings.plan.order
+    count = len(findings.plan.largest)
+    were = "was" if count == 1 else "were"
+    how = "and the others were given new weights" if findings.plan.recovery else "without training"
+    share = format_share(count / order.count)
+    removed = f"{order.amount(count)} {were} removed ({share}), {how}"
+    if findings.sizes:
+        dense, pruned = findings.sizes
+        after = format_count(pruned.parameters)
+        removed += f": {after} parameters remain of {format_count(dense.parameters)}"
+    return f"{removed}."
 
 
 def advice(findings: Findings) -> list[str]:
     """Recommend this size, or a smaller one that was measured; nothing if there were too few items
     to tell.
     """
-    size, most, unit = findings.plan.largest, f"{ENOUGH:.0%}", findings.plan.unit
-    measured = {scores.removals for task in findings.tasks for scores in task.pruned}
-    shares = {
-        removals: findings.retention(removals)
-        for removals in measured
-        if len(removals) <= len(size)
-    }
-    verdicts = {removals: keeps_enough(share[1]) for removals, share in shares.items() if share}
-    if verdicts.get(size) is None:
+    plan = findings.plan
+    most = f"{ENOUGH:.0%}"
+    verdicts = _verdicts(findings)
+    verdict = verdicts.get(plan.largest)
+    if verdict is None:
         return []
-    if verdicts[size]:
+    if verdict:
         return [f"Use it where {most} of the accuracy is enough."]
-    if enough := [removals for removals, is_enough in verdicts.items() if is_enough]:
-        fewer = plural(max(map(len, enough)), unit.removesuffix("s"))
+    enough = [len(removals) for removals, is_enough in verdicts.items() if is_enough]
+    if enough:
+        fewer = plural(max(enough), plan.unit.removesuffix("s"))
         return [
             f"To keep {most} of the accuracy, remove {fewer}, the most of any measured size that "
-            f"keeps it."
+            "keeps it."
         ]
     if None in verdicts.values():
         return []
-    recover = ""
-    if findings.plan.order.whole_blocks and not findings.plan.recovery:
-        recover = ", or apply the plan with --recover and --heal"
-    return [f"To keep {most} of the accuracy, remove fewer {unit} than were measured{recover}."]
+    advice = f"To keep {most} of the accuracy, remove fewer {plan.unit} than were measured"
+    if plan.order.whole_blocks and not plan.recovery:
+        advice += ", or apply the plan with --recover and --heal"
+    return [f"{advice}."]
+
+
+def _verdicts(findings: Findings) -> dict[SizeKey, bool | None]:
+    """Return whether each measured size keeps enough accuracy, None where that is uncertain."""
+    verdicts = {}
+    for task in findings.tasks:
+        for scores in task.pruned:
+            share = findings.retention(scores.removals)
+            if share and len(scores.removals) <= len(findings.plan.largest):
+                verdicts[scores.removals] = keeps_enough(share[1])
+    return verdicts
 
 
 def warnings(findings: Findings) -> list[str]:
@@ -74,13 +91,12 @@ def warnings(findings: Findings) -> list[str]:
         reasons.append(
             "The search overfits its calibration text: on held-out text, the loss grew by "
             f"{last.generalization_gap:.3f} nats per token more. More or different calibration "
-            f"text may help."
+            "text may help."
         )
-    unstable = sum(lines.warmup.stable is False for lines in findings.workloads)
+    unstable = sum(result.warmup.stable is False for result in findings.workloads)
     if unstable:
         reasons.append(
             f"The times of {plural(unstable, 'workload')} were not stable after the warm-up: "
-            f"another program may have "
-            "used the machine."
+            "another program may have used the machine."
         )
     return reasons

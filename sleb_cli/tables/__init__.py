@@ -1,3 +1,1 @@
-"""What plans and results say, as tables for every medium: screens, model cards, pages and plain
-text.
-"""
+"""Plans and results as tables for every medium: screens, model cards, pages and plain text."""

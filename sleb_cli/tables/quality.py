@@ -1,4 +1,4 @@
-"""What does a removal cost, on texts and on tasks?"""
+"""What a removal costs, on texts and on tasks."""
 
 from __future__ import annotations
 
@@ -10,13 +10,23 @@ from sleb_cli.names import public_source
 from sleb_cli.order import SizeKey
 from sleb_cli.results import (
     DivergenceRecord,
+    EvalResult,
     Interval,
     PrunedTextScores,
     TaskResult,
     TextResult,
     main_metric,
 )
-from sleb_cli.tables.table import PERPLEXITY, Columns, Scored, Table, between, model_name, tabulate
+from sleb_cli.tables.table import (
+    PERPLEXITY,
+    Column,
+    Scored,
+    Table,
+    between,
+    by_model,
+    model_name,
+    tabulate,
+)
 from sleb_cli.units import (
     format_change,
     format_perplexity,
@@ -36,143 +46,189 @@ _MAX_POSSIBLE_LOSS = 0.25
 
 _BOS = {"none": "no BOS", "text": "BOS before the text", "windows": "BOS in each"}
 
+_USES = {
+    "choosing": "choosing an answer",
+    "programs": "writing programs",
+    "writing": "writing answers",
+}
+
+
+def evaluation_tables(result: EvalResult, names: Sequence[str]) -> list[Table]:
+    """List the scores of each model on each text, of these names, and on each task."""
+    texts = by_model(result.texts, names)
+    return [
+        perplexities(texts),
+        divergences(texts),
+        text_settings(result.texts, names),
+        tasks(by_model(result.tasks, task_names(result.tasks))),
+        verdicts(result.tasks),
+    ]
+
 
 def perplexity_change(scores: PrunedTextScores) -> Estimate:
     """Return the relative change of a text's perplexity."""
+    change = math.expm1(scores.log_ratio)
     ends = scores.interval
-    interval = Interval(low=math.expm1(ends.low), high=math.expm1(ends.high)) if ends else None
-    return math.expm1(scores.log_ratio), interval
+    if ends is None:
+        return change, None
+    return change, Interval(low=math.expm1(ends.low), high=math.expm1(ends.high))
+
+
+def _no_remarks(text: TextResult) -> list[str]:
+    return []
 
 
 def text_names(
-    texts: Sequence[TextResult], remarks_on: Callable[[TextResult], list[str]] = lambda text: []
+    texts: Sequence[TextResult], remarks_on: Callable[[TextResult], list[str]] = _no_remarks
 ) -> list[str]:
     """Name each text, with remarks that tell texts of one name apart."""
-    details = [
-        (
-            f"windows of {text.sequence_length:,}", _BOS[text.bos], f"{text.windows:,} of them",
-            f"tokens {text.tokens_sha256[:8]}",
-        )
-        for text in texts
-    ]  # fmt: skip
-    names, public = list[str](), [public_source(text.text) for text in texts]
-    for text, name, row in zip(texts, public, details, strict=True):
-        namesakes = [
-            other for other_name, other in zip(public, details, strict=True) if other_name == name
-        ]
-        differing = [len(set(column)) > 1 for column in zip(*namesakes, strict=True)]
-        remarks = ["answers"] * (text.clustered_by == "conversations")
-        remarks += [
-            detail for detail, differs in zip(row, differing, strict=True) if detail and differs
-        ]
+    names = []
+    for text in texts:
+        name = public_source(text.text)
+        namesakes = [other for other in texts if public_source(other.text) == name]
+        remarks = []
+        if text.clustered_by == "conversations":
+            remarks.append("answers")
+        for number, detail in enumerate(_text_details(text)):
+            if any(_text_details(other)[number] != detail for other in namesakes):
+                remarks.append(detail)
         remarks += remarks_on(text)
-        names.append(name + (f" ({', '.join(remarks)})" if remarks else ""))
+        names.append(f"{name} ({', '.join(remarks)})" if remarks else name)
     return names
+
+
+def _text_details(text: TextResult) -> list[str]:
+    return [
+        f"windows of {text.sequence_length:,}",
+        _BOS[text.bos],
+        f"{text.windows:,} of them",
+        f"tokens {text.tokens_sha256[:8]}",
+    ]
 
 
 def task_name(task: TaskResult) -> str:
     """Name a task with its metric: piqa, acc, 5-shot, chat."""
-    details = [
-        task.metric,
-        task.filter if task.filter != "none" else "",
-        f"{task.num_fewshot}-shot" if task.num_fewshot else "",
-        "chat" if task.chat else "",
-        "" if task.higher_is_better else "lower is better",
-    ]
-    return ", ".join([task.task, *filter(None, details)])
+    words = [task.task, task.metric]
+    if task.filter not in ("none", ""):
+        words.append(task.filter)
+    if task.num_fewshot:
+        words.append(f"{task.num_fewshot}-shot")
+    if task.chat:
+        words.append("chat")
+    if not task.higher_is_better:
+        words.append("lower is better")
+    return ", ".join(words)
 
 
 def task_names(tasks: Sequence[TaskResult]) -> list[str]:
     """Name each task, with its number of items, or their hash, if it was run on several sets of
     them.
     """
-    names = list(map(task_name, tasks))
-    # A group has no items of its own, but a hash of its tasks' items.
-    items = [
-        plural(len(task.doc_ids), "item") if task.doc_ids else f"items {task.items_sha256}"[:14]
-        for task in tasks
-    ]
-    names = [
-        f"{name}, {count}" if names.count(name) > 1 else name
-        for name, count in zip(names, items, strict=True)
-    ]
-    hashes = [f" {task.items_sha256}"[:9] for task in tasks]
-    return [
-        name + digits if names.count(name) > 1 else name
-        for name, digits in zip(names, hashes, strict=True)
-    ]
+    items = []
+    hashes = []
+    for task in tasks:
+        short_hash = str(task.items_sha256)[:8]
+        hashes.append(f" {short_hash}")
+        # A group has no items of its own, but a hash of its tasks' items.
+        count = plural(len(task.doc_ids), "item") if task.doc_ids else f"items {short_hash}"
+        items.append(f", {count}")
+    names = [task_name(task) for task in tasks]
+    return _tell_apart(_tell_apart(names, items), hashes)
+
+
+def _tell_apart(names: Sequence[str], remarks: Sequence[str]) -> list[str]:
+    """Add its remark to each name that is not the only one of its kind."""
+    told = []
+    for name, remark in zip(names, remarks, strict=True):
+        told.append(name + remark if names.count(name) > 1 else name)
+    return told
 
 
 def perplexities(scored: Iterable[Scored]) -> Table:
     """List the perplexity of each text on each model."""
-    columns: Columns = [
-        ("text", str), ("model", str), ("perplexity", format_perplexity), ("change", format_change),
+    columns: list[Column] = [
+        ("text", str),
+        ("model", str),
+        ("perplexity", format_perplexity),
+        ("change", format_change),
         ("95%", partial(between, form=format_change)),
-    ]  # fmt: skip
+    ]
+    notes = [PERPLEXITY]
     rows = []
     for name, model, scores in scored:
-        change = perplexity_change(scores) if isinstance(scores, PrunedTextScores) else (None, None)
-        rows.append([name, model, scores.perplexity, *change])
-    compared = any(row[3] is not None for row in rows)
-    notes = [
-        PERPLEXITY,
-        *["95%: interval of the change; both models read the same tokens."] * compared,
-    ]
+        change = interval = None
+        if isinstance(scores, PrunedTextScores):
+            change, interval = perplexity_change(scores)
+        rows.append([name, model, scores.perplexity, change, interval])
+    if any(change is not None for *_, change, _ in rows):
+        notes.append("95%: interval of the change; both models read the same tokens.")
     return tabulate("Perplexity", columns, rows, notes)
 
 
 def divergences(scored: Iterable[Scored]) -> Table:
     """List the divergence of the predictions from the dense model's."""
-    precise = "{:.4f}".format
-    columns: Columns = [
-        ("text", str), ("model", str), ("mean KL", _mean), ("median", precise), ("99%", precise),
-        ("same top", format_share), ("accepted", format_share),
-    ]  # fmt: skip
-    fields = ("median", "p99", "same_top", "accepted")
-    rows = [
-        [name, model, scores.divergence, *(getattr(scores.divergence, field) for field in fields)]
-        for name, model, scores in scored
-        if isinstance(scores, PrunedTextScores)
+    columns: list[Column] = [
+        ("text", str),
+        ("model", str),
+        ("mean KL", _format_mean),
+        ("median", "{:.4f}".format),
+        ("99%", "{:.4f}".format),
+        ("same top", format_share),
+        ("accepted", format_share),
     ]
+    rows = []
+    for name, model, scores in scored:
+        if isinstance(scores, PrunedTextScores):
+            kl = scores.divergence
+            rows.append([name, model, kl, kl.median, kl.p99, kl.same_top, kl.accepted])
     notes = [
         "KL: how far from dense, in nats per token. same top: positions with the same first "
-        "choice. accepted: "
-        "sampled tokens that the dense model keeps if this one drafts for it."
+        "choice. accepted: sampled tokens that the dense model keeps if this one drafts for it."
     ]
     return tabulate("Divergence from the dense model", columns, rows, notes)
 
 
-def _mean(kl: DivergenceRecord) -> str:
-    return f"{kl.mean:.4f}" + ("" if kl.standard_error is None else f" ± {kl.standard_error:.4f}")
+def _format_mean(kl: DivergenceRecord) -> str:
+    if kl.standard_error is None:
+        return f"{kl.mean:.4f}"
+    return f"{kl.mean:.4f} ± {kl.standard_error:.4f}"
 
 
 def text_settings(texts: Sequence[TextResult], names: Sequence[str]) -> Table:
     """List the windows and tokens behind each perplexity."""
-    columns: Columns = [
-        ("text", str), ("windows", str), ("predicted tokens", "{:,}".format), ("BOS", str), ("errors are by", str)
-    ]  # fmt: skip
-    rows = [
-        [
-            name, f"{text.windows} windows of {text.sequence_length} tokens", text.tokens, _BOS[text.bos],
-            f"{text.clusters:,} {text.clustered_by}",
-        ]
-        for name, text in zip(names, texts, strict=True)
-    ]  # fmt: skip
+    columns: list[Column] = [
+        ("text", str),
+        ("windows", str),
+        ("predicted tokens", "{:,}".format),
+        ("BOS", str),
+        ("errors are by", str),
+    ]
+    rows = []
+    for name, text in zip(names, texts, strict=True):
+        windows = f"{text.windows} windows of {text.sequence_length} tokens"
+        clusters = f"{text.clusters:,} {text.clustered_by}"
+        rows.append([name, windows, text.tokens, _BOS[text.bos], clusters])
     return tabulate("How perplexity was measured", columns, rows)
 
 
 def tasks(scored: Iterable[Scored]) -> Table:
     """List each metric of each task on each model, in lm-eval's numbers."""
-    score, change, count = "{:.4f}".format, "{:+.4f}".format, "{:,}".format
-    columns: Columns = [
-        ("task", str), ("model", str), ("score", score), ("change", change), ("95%", partial(between, form=change)),
-        ("lost", count), ("gained", count), ("p", format_probability),
-    ]  # fmt: skip
-    compared = ("difference", "difference_interval", "lost", "gained", "mcnemar_p")
-    rows = [
-        [name, model, scores.value, *(getattr(scores, field, None) for field in compared)]
-        for name, model, scores in scored
+    change = "{:+.4f}".format
+    columns: list[Column] = [
+        ("task", str),
+        ("model", str),
+        ("score", "{:.4f}".format),
+        ("change", change),
+        ("95%", partial(between, form=change)),
+        ("lost", "{:,}".format),
+        ("gained", "{:,}".format),
+        ("p", format_probability),
     ]
+    fields = ("value", "difference", "difference_interval", "lost", "gained", "mcnemar_p")
+    rows = []
+    for name, model, scores in scored:
+        # The dense model's scores have only a value.
+        rows.append([name, model, *(getattr(scores, field, None) for field in fields)])
     notes = [
         "lost: items that went from right to wrong; gained: from wrong to right; p: exact McNemar "
         "test."
@@ -181,19 +237,16 @@ def tasks(scored: Iterable[Scored]) -> Table:
 
 
 def is_canary(task: TaskResult) -> bool:
-    """Whether a task is one of ours, which break first and say nothing about a model's knowledge."""
+    """Whether a task is one of ours, which break first and say nothing about knowledge."""
     return task.task.startswith("sleb_")
 
 
 def _use(task: TaskResult) -> str:
+    if task.task == "sleb_instructions":
+        return "instructions"
     if is_canary(task):
-        return "instructions" if task.task == "sleb_instructions" else "canaries"
-    names = {
-        "choosing": "choosing an answer",
-        "programs": "writing programs",
-        "writing": "writing answers",
-    }
-    return names[task.use] if task.use else ""
+        return "canaries"
+    return _USES[task.use] if task.use else ""
 
 
 def main_tasks(tasks: Iterable[TaskResult]) -> list[TaskResult]:
@@ -209,7 +262,8 @@ def by_use(tasks: Iterable[TaskResult]) -> dict[str, list[TaskResult]]:
     """Group the main tasks by kind of use."""
     uses: dict[str, list[TaskResult]] = {}
     for task in main_tasks(tasks):
-        if use := _use(task):
+        use = _use(task)
+        if use:
             uses.setdefault(use, []).append(task)
     return uses
 
@@ -218,34 +272,43 @@ def retention(tasks: Sequence[TaskResult], removals: SizeKey) -> Estimate | None
     """Return the mean score as a share of the dense model's; None if a task was not measured at
     this size.
     """
-    entries = [
-        entry for task in tasks for entry in task.pruned if set(entry.removals) == set(removals)
-    ]
-    dense = sum(task.dense.value for task in tasks)
-    if not tasks or len(entries) < len(tasks) or dense <= 0:
+    dense = 0.0
+    differences = []
+    half_widths = []
+    for task in tasks:
+        dense += task.dense.value
+        for scores in task.pruned:
+            if set(scores.removals) == set(removals):
+                differences.append(scores.difference)
+                ends = scores.difference_interval
+                if ends:
+                    half_widths.append((ends.high - ends.low) / 2)
+    if len(differences) < len(tasks) or dense <= 0:
         return None
-    value = 1 + sum(entry.difference for entry in entries) / dense
-    ends = [entry.difference_interval for entry in entries if entry.difference_interval]
-    if len(ends) < len(entries):
-        return value, None
+    kept = 1 + sum(differences) / dense
+    if len(half_widths) < len(differences):
+        return kept, None
     # Tasks are independent, so the half-widths of their intervals add in quadrature.
-    half_width = math.hypot(*((interval.high - interval.low) / 2 for interval in ends)) / dense
+    half_width = math.hypot(*half_widths) / dense
     # Not validated: intervals in a file can be so wide that this one is infinite.
-    return value, Interval.model_construct(low=value - half_width, high=value + half_width)
+    return kept, Interval.model_construct(low=kept - half_width, high=kept + half_width)
 
 
 def verdicts(tasks: Iterable[TaskResult]) -> Table:
     """Judge each size by its retention for each kind of use."""
-    percent = "{:.0%}".format
-    columns: Columns = [
-        ("use", str), ("model", str), ("kept", percent), ("95%", partial(between, form=percent)), ("verdict", str),
-    ]  # fmt: skip
-    rows = [
-        [use, model_name(removals), *share, _verdict(*share)]
-        for use, of_use in by_use(tasks).items()
-        for removals in dict.fromkeys(entry.removals for task in of_use for entry in task.pruned)
-        if (share := retention(of_use, removals))
+    columns: list[Column] = [
+        ("use", str),
+        ("model", str),
+        ("kept", "{:.0%}".format),
+        ("95%", partial(between, form="{:.0%}".format)),
+        ("verdict", str),
     ]
+    rows = []
+    for use, of_use in by_use(tasks).items():
+        for removals in dict.fromkeys(size.removals for task in of_use for size in task.pruned):
+            share = retention(of_use, removals)
+            if share:
+                rows.append([use, model_name(removals), *share, _verdict(*share)])
     notes = [
         "kept: the mean score as a share of the dense model's. When choosing, guessing alone keeps "
         "much of it."
@@ -267,9 +330,7 @@ def _verdict(share: float, interval: Interval | None) -> str:
         return "kept"
     if interval.high < 1:
         return f"{1 - share:.0%} lost"
-    lost = 1 - interval.low
-    return (
-        f"no loss shown, at most {lost:.0%}"
-        if lost < _MAX_POSSIBLE_LOSS
-        else "too few items to tell"
-    )
+    possible_loss = 1 - interval.low
+    if possible_loss < _MAX_POSSIBLE_LOSS:
+        return f"no loss shown, at most {possible_loss:.0%}"
+    return "too few items to tell"

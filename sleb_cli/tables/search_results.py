@@ -1,14 +1,14 @@
-"""What did a search find? Its steps, the removed blocks, and a text by both models."""
+"""What a search found: its steps, the removed blocks, and a text by both models."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from sleb_cli.names import public_source
 from sleb_cli.plan import ExpertPlan, Plan, RecoveryRecord, SampleGeneration
-from sleb_cli.tables.table import PERPLEXITY, Columns, Table, tabulate
+from sleb_cli.tables.table import PERPLEXITY, Column, Table, tabulate
 from sleb_cli.units import format_bytes, format_change, format_count, format_perplexity, spans
 
 MAX_ADDED_REPETITION = 0.2
@@ -19,7 +19,7 @@ collapse.
 REMOVED_MARKS = "·○×+~"
 """One for each kind of block."""
 
-_PERPLEXITY: Columns = [("perplexity", format_perplexity), ("change", format_change)]
+_PERPLEXITY: list[Column] = [("perplexity", format_perplexity), ("change", format_change)]
 
 
 def search(plan: Plan) -> Table:
@@ -31,87 +31,89 @@ def _steps(plan: Plan) -> Table:
     """List the perplexity of the dense model and after each step, also on held-out sequences, if
     any.
     """
-    metric, dense, nested = plan.search.metric, plan.dense, plan.nested
-    columns: Columns = [
-        ("step", str), ("block", "{}".format) if nested else ("blocks", str), ("kind", str), (metric, "{:.4f}".format),
-        *_PERPLEXITY, ("held out", format_perplexity), ("change", format_change),
-    ]  # fmt: skip
-    loss = dense.loss if metric == "nll" else None
-    rows = [
-        [
-            "dense",
-            None,
-            None,
-            loss,
-            *_change(dense, dense),
-            *_change(dense.held_out, dense.held_out),
-        ]
+    metric = plan.search.metric
+    block: Column = ("block", "{}".format) if plan.nested else ("blocks", str)
+    columns: list[Column] = [
+        ("step", str),
+        block,
+        ("kind", str),
+        (metric, "{:.4f}".format),
+        *_PERPLEXITY,
+        ("held out", format_perplexity),
+        ("change", format_change),
     ]
+    dense = plan.dense
+    held_out = dense.held_out
+    loss = dense.loss if metric == "nll" else None
+    row: list[Any] = ["dense", None, None, loss, dense.perplexity, None]
+    row += [held_out.perplexity, None] if held_out else [None, None]
+    rows = [row]
     for number, (removals, step) in enumerate(
         zip(plan.size_keys, plan.steps, strict=True), start=1
     ):
-        removed = [step.block, step.kind] if nested else [spans(removals), None]
-        changes = [*_change(step, dense), *_change(step.held_out, dense.held_out)]
-        rows.append([str(number), *removed, step.score, *changes])
+        removed = [step.block, step.kind] if plan.nested else [spans(removals), None]
+        row = [str(number), *removed, step.score]
+        row += [step.perplexity, step.perplexity / dense.perplexity - 1]
+        if step.held_out and held_out:
+            perplexity = step.held_out.perplexity
+            row += [perplexity, perplexity / held_out.perplexity - 1]
+        else:
+            row += [None, None]
+        rows.append(row)
     return tabulate("The steps of the search", columns, rows, [PERPLEXITY, _summarize(plan)])
-
-
-def _change(record: Any, dense: Any) -> tuple[float | None, float | None]:
-    if record is None:
-        return None, None
-    return record.perplexity, None if record is dense else record.perplexity / dense.perplexity - 1
 
 
 def perplexities(plan: Plan) -> dict[str, list[float]]:
     """Return the perplexity of the dense model and at each size, by set of sequences."""
-    records: tuple[Any, ...] = (plan.dense, *plan.steps) if plan.steps else ()
-    held_out = [record.held_out.perplexity for record in records if record.held_out]
-    series = {
-        "searched on": [record.perplexity for record in records],
-        "held out of the search": held_out,
-    }
-    return {name: values for name, values in series.items() if values}
+    if not plan.steps:
+        return {}
+    series = {"searched on": [plan.dense.perplexity]}
+    for step in plan.steps:
+        series["searched on"].append(step.perplexity)
+    if plan.dense.held_out:
+        held_out = [plan.dense.held_out.perplexity]
+        for step in plan.steps:
+            if step.held_out:
+                held_out.append(step.held_out.perplexity)
+        series["held out of the search"] = held_out
+    return series
 
 
 def _summarize(plan: Plan) -> str:
-    search, dtype, seconds = (
-        plan.search,
-        plan.model.computed_in(plan.search.dtype),
-        plan.environment.seconds,
-    )
-    held_out = f" ({search.held_out} of them held out)" if search.held_out else ""
-    calibrated = (
-        f"calibrated on {plan.calibration}{held_out}, {dtype} on {search.device}, {seconds:.0f} s"
-    )
-    return f"{search.strategy} search by {search.metric}{', raced' if search.fast else ''}; {calibrated}"
+    search = plan.search
+    words = f"{search.strategy} search by {search.metric}"
+    if search.fast:
+        words += ", raced"
+    words += f"; calibrated on {plan.calibration}"
+    if search.held_out:
+        words += f" ({search.held_out} of them held out)"
+    dtype = plan.model.computed_in(search.dtype)
+    return f"{words}, {dtype} on {search.device}, {plan.environment.seconds:.0f} s"
 
 
 def _parts(plan: Plan, found: ExpertPlan) -> Table:
     """List the perplexity of each text with and without the parts that go, and how much it uses
     them.
     """
-    columns: Columns = [
-        ("text", str), ("dense", format_perplexity), *_PERPLEXITY, ("energy kept", "{:.1%}".format),
+    columns: list[Column] = [
+        ("text", str),
+        ("dense", format_perplexity),
+        *_PERPLEXITY,
+        ("energy kept", "{:.1%}".format),
         ("unused", "{:,}".format),
-    ]  # fmt: skip
-    rows = [
-        [
-            f"{public_source(text.text)}{', held out' if text.held_out else ''}",
-            math.exp(text.dense),
-            math.exp(text.pruned),
-            math.expm1(text.pruned - text.dense),
-            text.kept,
-            text.unreached,
-        ]
-        for text in found.texts
     ]
-    total = f"{found.count * len(found.blocks):,}"
-    return tabulate(
-        "The texts",
-        columns,
-        rows,
-        [PERPLEXITY, _summarize(plan), f"unused: {plan.unit} that no token chose, of {total}"],
-    )
+    rows = []
+    for text in found.texts:
+        name = public_source(text.text)
+        if text.held_out:
+            name += ", held out"
+        dense = math.exp(text.dense)
+        pruned = math.exp(text.pruned)
+        change = math.expm1(text.pruned - text.dense)
+        rows.append([name, dense, pruned, change, text.kept, text.unreached])
+    total = found.count * len(found.blocks)
+    notes = [PERPLEXITY, _summarize(plan), f"unused: {plan.unit} that no token chose, of {total:,}"]
+    return tabulate("The texts", columns, rows, notes)
 
 
 def sizes(plan: Plan) -> str | None:
@@ -126,23 +128,21 @@ def sizes(plan: Plan) -> str | None:
 
 def recovery(record: RecoveryRecord) -> Table:
     """List the losses of a recovered model on held-out text."""
-    rows = [
-        [
-            name,
-            math.exp(losses.loss),
-            losses.loss,
-            losses.divergence,
-            of_answers and of_answers.divergence,
-        ]
-        for name, losses, of_answers in record.models
+    columns: list[Column] = [
+        ("model", str),
+        ("perplexity", format_perplexity),
+        ("loss, nats", "{:.4f}".format),
+        ("KL, nats", "{:.4f}".format),
+        ("KL, answers", "{:.4f}".format),
     ]
-    columns: Columns = [
-        ("model", str), ("perplexity", format_perplexity), ("loss, nats", "{:.4f}".format),
-        ("KL, nats", "{:.4f}".format), ("KL, answers", "{:.4f}".format),
-    ]  # fmt: skip
+    rows = []
+    for name, losses, answers in record.models:
+        on_answers = answers.divergence if answers else None
+        rows.append([name, math.exp(losses.loss), losses.loss, losses.divergence, on_answers])
     notes = [f"{record.summary}, measured on {record.test_text}, held out"]
-    if (talks := record.conversations) and (answers := record.models[-1][2]):
-        left = answers.left_of(talks.pruned)
+    written_on_answers = record.models[-1][2]
+    if record.conversations and written_on_answers:
+        left = written_on_answers.left_of(record.conversations.pruned)
         notes.append(f"on answers in its own conversations, {left:.0%} of the divergence is left")
     return tabulate("Recovery", columns, rows, notes)
 
@@ -168,23 +168,31 @@ def collapse_warnings(sample: SampleGeneration | None) -> list[str]:
 
 def removed_kinds(plan: Plan) -> dict[int, str]:
     """Return the kind of each removed block, "" where it is unknown."""
-    kinds = {step.block: step.kind for step in plan.steps} if plan.nested else {}
-    return {block: kinds.get(block, "") for block in plan.removals}
+    kinds = dict.fromkeys(plan.removals, "")
+    if plan.nested:
+        for step in plan.steps:
+            kinds[step.block] = step.kind
+    return kinds
 
 
 def block_strip(blocks: int, removed: Mapping[int, str], width: int) -> list[str]:
     """Draw the blocks in order above a ruler: a bar for each remaining block, a mark for each
     removed one.
     """
-    kinds: Iterable[str] = sorted(set(removed.values()))
-    marks = {kind: REMOVED_MARKS[number % len(REMOVED_MARKS)] for number, kind in enumerate(kinds)}
-    per_row = max(10, (width - 2) // 10 * 10)
+    legend = "  █ kept"
+    marks: dict[str, str] = {}
+    for number, kind in enumerate(sorted(set(removed.values()))):
+        mark = REMOVED_MARKS[number % len(REMOVED_MARKS)]
+        marks[kind] = mark
+        legend += f"   {mark} {kind} removed" if kind else f"   {mark} removed"
     lines = []
+    per_row = max(10, (width - 2) // 10 * 10)
     for start in range(0, blocks, per_row):
-        row = range(start, min(start + per_row, blocks))
-        lines.append(
-            "  " + "".join(marks[removed[block]] if block in removed else "█" for block in row)
-        )
-        lines.append("  " + "".join(f"{block:<10}" for block in row[::10]).rstrip())
-    legend = [f"{mark} {f'{kind} ' if kind else ''}removed" for kind, mark in marks.items()]
-    return [*lines, "   ".join(["  █ kept", *legend])]
+        bars = "  "
+        ruler = "  "
+        for block in range(start, min(start + per_row, blocks)):
+            bars += marks[removed[block]] if block in removed else "█"
+            if block % 10 == 0:
+                ruler += f"{block:<10}"
+        lines += [bars, ruler.rstrip()]
+    return [*lines, legend]

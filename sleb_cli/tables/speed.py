@@ -1,4 +1,4 @@
-"""What does a removal gain, in speed, latency, memory and size?"""
+"""What a removal gains, in speed, latency, memory and size."""
 
 from __future__ import annotations
 
@@ -9,55 +9,74 @@ from typing import Any
 from sleb_cli.order import Order
 from sleb_cli.requests import TRANSFORMERS
 from sleb_cli.results import BenchResult, PrunedTiming, WorkloadResult
-from sleb_cli.tables.table import Columns, Scored, Table, between, model_name, tabulate
+from sleb_cli.tables.table import Column, Scored, Table, between, by_model, model_name, tabulate
 from sleb_cli.units import format_bytes, format_count, format_milliseconds
 
-_TIMES, _COUNT = "{:.2f}x".format, "{}".format
+_format_times = "{:.2f}x".format
+
+
+def benchmark_tables(result: BenchResult) -> list[Table]:
+    """List the size, speed, latency and memory of each model."""
+    timed = by_model(result.workloads, map(workload_name, result.workloads))
+    return [sizes(result), speeds(timed, result.order), latencies(timed), memory(timed)]
 
 
 def workload_name(result: WorkloadResult) -> str:
     """Name a workload: prompt 1x512, or generation 4x64+32, llama.cpp, compiled."""
     workload = result.workload
-    engine = [] if workload.engine == TRANSFORMERS else [workload.engine]
-    return ", ".join([workload.label, *engine, *(["compiled"] if workload.compiled else [])])
+    name = workload.label
+    if workload.engine != TRANSFORMERS:
+        name += f", {workload.engine}"
+    if workload.compiled:
+        name += ", compiled"
+    return name
 
 
 def speeds(timed: Iterable[Scored], order: Order) -> Table:
     """List the speedup of each workload, without the parts of `order`."""
-    columns: Columns = [
-        ("workload", str), ("model", str), ("median", format_milliseconds), ("tokens/s", "{:,.1f}".format),
-        ("speedup", _TIMES), ("95%", partial(between, form="{:.2f}".format)), ("blocks", _TIMES),
-    ]  # fmt: skip
+    columns: list[Column] = [
+        ("workload", str),
+        ("model", str),
+        ("median", format_milliseconds),
+        ("tokens/s", "{:,.1f}".format),
+        ("speedup", _format_times),
+        ("95%", partial(between, form="{:.2f}".format)),
+        ("blocks", _format_times),
+    ]
     rows = []
     for workload, model, timing in timed:
-        speedups: list[Any] = [None] * 3
+        speedup = interval = ratio = None
         if isinstance(timing, PrunedTiming):
-            speedups = [
-                timing.speedup,
-                timing.interval,
-                order.block_ratio(len(timing.removals)),
-            ]
-        rows.append([workload, model, timing.e2el_ms.median, timing.tokens_per_second, *speedups])
-    notes = ["Workloads: batch x prompt tokens + new tokens."]
+            speedup = timing.speedup
+            interval = timing.interval
+            ratio = order.block_ratio(len(timing.removals))
+        median = timing.e2el_ms.median
+        rows.append([workload, model, median, timing.tokens_per_second, speedup, interval, ratio])
+    note = "Workloads: batch x prompt tokens + new tokens."
     if order.whole_blocks:
-        notes[0] += " blocks: dense over remaining blocks, about the speedup of a large model."
-    return tabulate("Speed", columns, rows, notes)
+        note += " blocks: dense over remaining blocks, about the speedup of a large model."
+    return tabulate("Speed", columns, rows, [note])
 
 
 def latencies(timed: Iterable[Scored]) -> Table:
     """List the latencies of each workload that generates more than one token."""
-    names = ("TTFT", "99%", "ITL", "99%", "TPOT")
-    rows = [
-        [workload, model, ttft.median, ttft.p99, itl.median, itl.p99, tpot.mean]
-        for workload, model, timing in timed
-        for ttft, itl, tpot in [(timing.ttft_ms, timing.itl_ms, timing.tpot_ms)]
-        if itl and tpot
-    ]
-    columns: Columns = [
+    columns: list[Column] = [
         ("workload", str),
         ("model", str),
-        *((name, format_milliseconds) for name in names),
+        ("TTFT", format_milliseconds),
+        ("99%", format_milliseconds),
+        ("ITL", format_milliseconds),
+        ("99%", format_milliseconds),
+        ("TPOT", format_milliseconds),
     ]
+    rows: list[list[Any]] = []
+    for workload, model, timing in timed:
+        first = timing.ttft_ms
+        between_tokens = timing.itl_ms
+        each = timing.tpot_ms
+        if between_tokens and each:
+            row = [workload, model, first.median, first.p99]
+            rows.append([*row, between_tokens.median, between_tokens.p99, each.mean])
     notes = [
         "TTFT: time to first token; ITL: between tokens; TPOT: mean time per token after the first."
     ]
@@ -66,34 +85,40 @@ def latencies(timed: Iterable[Scored]) -> Table:
 
 def memory(timed: Iterable[Scored]) -> Table:
     """List the peak memory of each workload, where it was measured."""
-    columns: Columns = [
-        ("workload", str), ("model", str), ("peak", format_bytes), ("weights", format_bytes),
-        ("KV cache", format_bytes), ("rest", format_bytes),
-    ]  # fmt: skip
-    rows = [
-        [workload, model, peak.peak_bytes, peak.weights_bytes, peak.kv_cache_bytes, peak.rest_bytes]
-        for workload, model, timing in timed
-        if (peak := timing.memory)
+    columns: list[Column] = [
+        ("workload", str),
+        ("model", str),
+        ("peak", format_bytes),
+        ("weights", format_bytes),
+        ("KV cache", format_bytes),
+        ("rest", format_bytes),
     ]
+    rows = []
+    for workload, model, timing in timed:
+        peak = timing.memory
+        if peak:
+            parts = [peak.weights_bytes, peak.kv_cache_bytes, peak.rest_bytes]
+            rows.append([workload, model, peak.peak_bytes, *parts])
     notes = ["rest: activations and, on a CPU, the program itself."]
     return tabulate("Peak memory", columns, rows, notes)
 
 
 def sizes(result: BenchResult) -> Table:
     """List the parameters and bytes of each model."""
-    columns: Columns = [
-        ("model", str), ("blocks", _COUNT), ("parameters", format_count), ("weights", format_bytes),
-        ("loads in", lambda seconds: format_milliseconds(1000 * seconds)),
-    ]  # fmt: skip
-    rows = [
-        [
-            name,
-            size.blocks if result.order.whole_blocks else None,
-            size.parameters,
-            size.weights_bytes,
-            size.load_seconds,
-        ]
-        for size in (result.dense, *result.pruned)
-        for name in [model_name(size.removals, alone=not result.pruned)]
+    columns: list[Column] = [
+        ("model", str),
+        ("blocks", "{}".format),
+        ("parameters", format_count),
+        ("weights", format_bytes),
+        ("loads in", _format_seconds),
     ]
+    rows = []
+    for size in (result.dense, *result.pruned):
+        name = model_name(size.removals, alone=not result.pruned)
+        blocks = size.blocks if result.order.whole_blocks else None
+        rows.append([name, blocks, size.parameters, size.weights_bytes, size.load_seconds])
     return tabulate("Sizes", columns, rows)
+
+
+def _format_seconds(seconds: float) -> str:
+    return format_milliseconds(1000 * seconds)

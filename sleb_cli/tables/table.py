@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 Scored = tuple[str, str, Any]
 """The name of a text, task or workload, the name of a model, and the scores or times."""
 
-Columns = Sequence[tuple[str, Callable[[Any], str]]]
-"""The name of each column, and the function that formats its values."""
+Column = tuple[str, Callable[[Any], str]]
+"""The name of a column, and the function that formats its values; that of words is `str`."""
 
 PERPLEXITY = (
     "perplexity: how surprised a model is by the text; lower is better. dense: the original model."
@@ -38,40 +38,38 @@ class Table:
 
 
 def tabulate(
-    title: str, columns: Columns, rows: Iterable[Sequence[Any]], notes: Sequence[str] = ()
+    title: str, columns: Sequence[Column], rows: Iterable[Sequence[Any]], notes: Sequence[str] = ()
 ) -> Table:
-    """Format values by column, None as an empty cell, and drop empty columns; those formatted by
-    `str` hold words.
-    """
+    """Format values by column, None as an empty cell, and drop empty columns."""
+    names = []
+    filled = []
     rows = list(rows)
-    used = [
-        number
-        for number in range(len(columns))
-        if any(row[number] not in (None, "") for row in rows)
-    ]
-    cells = [
-        ["" if row[number] is None else columns[number][1](row[number]) for number in used]
-        for row in rows
-    ]
-    words = {name for name, form in columns if form is str}
-    return Table(title, [columns[number][0] for number in used], cells, notes, words)
+    for number, (name, form) in enumerate(columns):
+        values = [row[number] for row in rows]
+        if any(value not in (None, "") for value in values):
+            names.append(name)
+            filled.append(["" if value is None else form(value) for value in values])
+    words = [name for name, form in columns if form is str]
+    return Table(title, names, list(zip(*filled, strict=True)), notes, words)
 
 
 def model_name(removals: Sequence[int], *, alone: bool = False) -> str:
     """Name a model in a row: dense, or -6 without 6 blocks."""
-    # A model that was measured alone may well be pruned already, so "dense" could be wrong.
-    return "" if alone else f"-{len(removals)}" if removals else "dense"
+    if alone:
+        return ""  # it may well be pruned already, so "dense" could be wrong
+    return f"-{len(removals)}" if removals else "dense"
 
 
 def by_model(results: Iterable[Any], names: Iterable[str]) -> list[Scored]:
-    """Pair the scores in each result, dense and pruned, with the names of the result and the model."""
+    """Pair the scores in each result with the names of the result and of the model."""
     results = list(results)
     dense = model_name((), alone=not any(result.pruned for result in results))
-    return [
-        (name, model_name(scores.removals) if scores is not result.dense else dense, scores)
-        for result, name in zip(results, names, strict=True)
-        for scores in (result.dense, *result.pruned)
-    ]
+    scored = []
+    for result, name in zip(results, names, strict=True):
+        scored.append((name, dense, result.dense))
+        for scores in result.pruned:
+            scored.append((name, model_name(scores.removals), scores))
+    return scored
 
 
 def between(interval: Interval | None, form: Callable[[float], str]) -> str:
@@ -88,5 +86,11 @@ def in_markdown(text: str) -> str:
 def to_markdown(table: Table) -> list[str]:
     """Return the lines of a Markdown table."""
     rule = ["---" if table.is_words(number) else "---:" for number in range(len(table.columns))]
-    rows = [[in_markdown(cell) for cell in row] for row in (table.columns, *table.rows)]
-    return [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]
+    lines = [_markdown_row(table.columns), f"| {' | '.join(rule)} |"]
+    for row in table.rows:
+        lines.append(_markdown_row(row))
+    return lines
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(map(in_markdown, cells))} |"

@@ -33,7 +33,8 @@ def show_plan(plan: Plan, output: Path) -> None:
     show_table(tables.search(plan), title=False)
     if plan.steps:
         _show_blocks(plan, output)
-    if sizes := tables.sizes(plan):
+    sizes = tables.sizes(plan)
+    if sizes:
         print_line(sizes)
     _show_sample(plan)
     if plan.order.caveat:
@@ -45,12 +46,12 @@ def _show_blocks(plan: Plan, output: Path) -> None:
     """Show which blocks go, what the search did to find them, and its target."""
     from sleb_cli.tables import search_results as tables
 
-    search, console = plan.search, stdout()
+    search = plan.search
+    console = stdout()
     if len(plan.steps) >= CHART_STEPS:
         console.print(perplexity_chart(plan, min(console.width, CHART_WIDTH)))
-    strip = Text(
-        "\n".join(tables.block_strip(plan.model.blocks, tables.removed_kinds(plan), console.width))
-    )
+    lines = tables.block_strip(plan.model.blocks, tables.removed_kinds(plan), console.width)
+    strip = Text("\n".join(lines))
     strip.highlight_regex("█+( kept)?", "green")
     strip.highlight_regex(f"[{tables.REMOVED_MARKS}]+( .*removed)?", "red")
     console.print(strip)
@@ -78,30 +79,32 @@ def _show_target(target: TargetRecord, plan: Plan, output: Path) -> None:
 def _show_next(plan: Plan, output: Path) -> None:
     from sleb_cli.tables.search_results import collapse_warnings
 
-    label, option = "next", ""
+    apply = f"sleb apply {in_shell(str(output))}"
+    label = "next"
     if collapse_warnings(plan.sample_generation):
+        # The model may have collapsed: suggest half as many.
         half = len(plan.largest) // 2
         fewer = half - half % plan.order.multiple
         if fewer:
-            label, option = "next, a smaller size", f" --remove {fewer}"
-    print_to_copy(f"wrote {output}; {label}: sleb apply {in_shell(str(output))}{option}")
+            label = "next, a smaller size"
+            apply += f" --remove {fewer}"
+    print_to_copy(f"wrote {output}; {label}: {apply}")
 
 
 def _show_sample(plan: Plan) -> None:
     from sleb_cli.tables import search_results as tables
 
-    if sample := plan.sample_generation:
-        print_line(f'both models continue "{sample.prompt}"')
-        for name, repeated, text in tables.sample_rows(sample):
-            line = " ".join(text.split())
-            line = (
-                line
-                if len(line) <= SAMPLE_CHARACTERS
-                else f"{line[: SAMPLE_CHARACTERS - 2].rstrip()} …"
-            )
-            print_line(f"  {name:6} ({repeated}): {line}")
-        for warning in tables.collapse_warnings(sample):
-            print_prose(stdout(), f"[yellow]{warning}[/]")
+    sample = plan.sample_generation
+    if sample is None:
+        return
+    print_line(f'both models continue "{sample.prompt}"')
+    for name, repeated, text in tables.sample_rows(sample):
+        line = " ".join(text.split())
+        if len(line) > SAMPLE_CHARACTERS:
+            line = f"{line[: SAMPLE_CHARACTERS - 2].rstrip()} …"
+        print_line(f"  {name:6} ({repeated}): {line}")
+    for warning in tables.collapse_warnings(sample):
+        print_prose(stdout(), f"[yellow]{warning}[/]")
 
 
 def perplexity_chart(plan: Plan, width: int) -> Text:
@@ -110,17 +113,25 @@ def perplexity_chart(plan: Plan, width: int) -> Text:
     """
     from sleb_cli.tables.search_results import perplexities
 
-    drawn = zip((("●", "cyan"), ("○", "yellow")), perplexities(plan).values(), strict=False)
-    lines = [Line(mark, style, list(map(math.log, values))) for (mark, style), values in drawn]
+    marks = [("●", "cyan"), ("○", "yellow")]
+    lines = []
+    points: list[float] = []
+    for (mark, style), values in zip(marks, perplexities(plan).values(), strict=False):
+        logarithms = [math.log(value) for value in values]
+        lines.append(Line(mark, style, logarithms))
+        points += logarithms
     legend = Text("perplexity by blocks removed")
     if plan.dense.held_out:
-        legend.append("   ● searched on", "cyan").append("   ○ held out", "yellow")
-    points = [value for line in lines for value in line.values]
-    low, high = min(points), max(points)
-    lowest, middle, highest = (
-        format_perplexity(math.exp(value)) for value in (low, (low + high) / 2, high)
-    )
-    return Text("\n").join([legend, draw_lines(lines, (lowest, middle, highest), width)])
+        legend.append("   ● searched on", "cyan")
+        legend.append("   ○ held out", "yellow")
+    low = min(points)
+    high = max(points)
+    labels = (_label(low), _label((low + high) / 2), _label(high))
+    return Text("\n").join([legend, draw_lines(lines, labels, width)])
+
+
+def _label(logarithm: float) -> str:
+    return format_perplexity(math.exp(logarithm))
 
 
 def race_summary(plan: Plan) -> str:

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from sleb_cli.plugin_manager import Registry
-from sleb_cli.tables.table import Columns, tabulate
+from sleb_cli.plugin_manager import Offer, Registry
+from sleb_cli.tables.table import Column, tabulate
 from sleb_cli.ui.console import print_json, print_warning
 from sleb_cli.ui.tables import show_table
 from sleb_plugins import FamilyAdapter
@@ -12,55 +12,67 @@ from sleb_plugins import FamilyAdapter
 def show_plugins(registry: Registry, *, as_json: bool) -> None:
     """List every offer with its package; in JSON, also each plugin that failed to load."""
     if as_json:
-        failures = [
-            {"plugin": failure.plugin.module, "package": failure.plugin.package, "version": failure.plugin.version,
-             "reason": failure.reason}
-            for failure in registry.failures
-        ]  # fmt: skip
-        print_json(
-            {
-                "offers": _offers(registry),
-                "failures": failures,
-                "collisions": list(registry.collisions),
-            }
-        )
+        print_json(_to_data(registry))
         return
-    rows = [
-        [row["kind"], _usage(row), row["what"], row["package"], row["version"]]
-        for row in _offers(registry)
+    columns: list[Column] = [
+        ("kind", str),
+        ("name", str),
+        ("what", str),
+        ("package", str),
+        ("version", str),
     ]
-    columns: Columns = [(name, str) for name in ("kind", "name", "what", "package", "version")]
+    rows = []
+    for offer in registry.offers:
+        plugin = offer.plugin
+        what = _describe(offer.value)
+        rows.append([offer.kind, _usage(offer), what, plugin.package, plugin.version])
     show_table(tabulate("", columns, rows), title=False)
     for collision in registry.collisions:
         print_warning(collision)
 
 
-def _offers(registry: Registry) -> list[dict[str, str]]:
-    return [
-        {
-            "kind": offer.kind,
-            "name": offer.name,
-            "argument": offer.value.argument if offer.kind == "metric" else "",
-            "what": _describe(offer.value),
-            "package": offer.plugin.package,
-            "version": offer.plugin.version,
-        }
-        for offer in registry.offers
-    ]
-
-
-def _usage(offer: dict[str, str]) -> str:
-    name, argument = offer["name"], offer["argument"]
-    if argument.startswith("["):  # optional: random[:SEED]
-        return f"{name}[:{argument[1:]}"
-    return f"{name}:{argument}" if argument else name
-
-
-def _describe(offer: Any) -> str:
-    if isinstance(offer, FamilyAdapter):
-        return (
-            f"refused, because {offer.refusal}"
-            if offer.refusal
-            else ", ".join(sorted(offer.model_types))
+def _to_data(registry: Registry) -> dict[str, Any]:
+    offers = []
+    for offer in registry.offers:
+        offers.append(
+            {
+                "kind": offer.kind,
+                "name": offer.name,
+                "argument": _argument(offer),
+                "what": _describe(offer.value),
+                "package": offer.plugin.package,
+                "version": offer.plugin.version,
+            }
         )
-    return offer.description if offer else "transformers, without a plugin; the default"
+    failures = []
+    for failure in registry.failures:
+        failures.append(
+            {
+                "plugin": failure.plugin.module,
+                "package": failure.plugin.package,
+                "version": failure.plugin.version,
+                "reason": failure.reason,
+            }
+        )
+    return {"offers": offers, "failures": failures, "collisions": list(registry.collisions)}
+
+
+def _argument(offer: Offer) -> str:
+    return offer.value.argument if offer.kind == "metric" else ""
+
+
+def _usage(offer: Offer) -> str:
+    argument = _argument(offer)
+    if not argument:
+        return offer.name
+    if argument.startswith("["):  # optional: random[:SEED]
+        return f"{offer.name}[:{argument[1:]}"
+    return f"{offer.name}:{argument}"
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, FamilyAdapter):
+        if value.refusal:
+            return f"refused, because {value.refusal}"
+        return ", ".join(sorted(value.model_types))
+    return value.description if value else "transformers, without a plugin; the default"

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from sleb_cli.names import short_name
-from sleb_cli.tables.table import by_model
 from sleb_cli.ui.console import escape_controls, print_prose, stdout
 from sleb_cli.ui.tables import print_line, print_title, print_to_copy, print_written, show_table
 from sleb_cli.units import format_bytes, in_shell
 
 if TYPE_CHECKING:
+    from sleb_cli.records import Proof
     from sleb_cli.results import (
         ApplyResult,
         BenchResult,
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
         TaskResult,
     )
 
+_NOT_VERIFIED = "not verified (--no-verify)"
+
 # Tables import the records, and so pydantic, which `sleb --help` must not wait for: functions
 # import them.
 
@@ -32,21 +34,11 @@ def show_evaluation(result: EvalResult, output: Path | None) -> None:
     """Show the quality of the dense model and of each size."""
     from sleb_cli.tables import quality
 
-    removals = result.sizes[-1] if result.sizes else ()
     title = short_name(result.model.id)
-    if removals:
-        title += f" {result.order.describe(removals)}"
+    if result.sizes:
+        title += f" {result.order.describe(result.sizes[-1])}"
     print_title(title)
-    names = quality.text_names(result.texts)
-    scored = by_model(result.texts, names)
-    tables = [
-        quality.perplexities(scored),
-        quality.divergences(scored),
-        quality.text_settings(result.texts, names),
-        quality.tasks(by_model(result.tasks, map(quality.task_name, result.tasks))),
-        quality.verdicts(result.tasks),
-    ]
-    for table in tables:
+    for table in quality.evaluation_tables(result, quality.text_names(result.texts)):
         show_table(table)
     for task in result.tasks:
         for size in task.pruned:
@@ -72,54 +64,72 @@ def show_benchmark(result: BenchResult, output: Path | None) -> None:
     print_title(short_name(result.model.id))
     for size in result.pruned:
         print_line(f"-{len(size.removals)}: {result.order.describe(size.removals)}")
-    timed = by_model(result.workloads, map(speed.workload_name, result.workloads))
-    tables = [speed.sizes(result), speed.speeds(timed, result.order), speed.latencies(timed)]
-    for table in (*tables, speed.memory(timed), provenance.result_settings(result)):
+    for table in speed.benchmark_tables(result):
         show_table(table)
+    show_table(provenance.result_settings(result))
     print_written(output)
 
 
 def show_applied(result: ApplyResult | GgufResult) -> None:
     """Show what was written and how far it is proven."""
-    from sleb_cli.tables.checks import check_clauses, match_clause
-    from sleb_cli.tables.search_results import recovery
-
-    proof, clauses = result.proof, check_clauses(result.proof) if result.proof else []
     if result.kind == "apply":
-        path, size, is_verified = result.folder, result.weights_bytes, proof is not None
-        unproven = None
+        _show_written(result.folder, result, result.weights_bytes)
+        _show_checkpoint(result)
     else:
-        path, size, is_verified = result.file, result.file_bytes, result.verified
-        copied = "row" if result.cuts else "tensor"
-        clauses.insert(0, f"every {copied} is a byte-for-byte copy from the source")
-        unproven = result.unproven
+        _show_written(result.file, result, result.file_bytes)
+        _show_gguf(result)
+
+
+def _show_written(path: str, result: ApplyResult | GgufResult, size: int) -> None:
     print_to_copy(f"wrote {path}: {result.blocks} blocks, {format_bytes(size)}")
     for cut in result.cuts:
         print_line(f"{cut.title.lower()}: {cut.change}")
-    if result.kind == "apply" and result.recovery:
+
+
+def _show_checkpoint(result: ApplyResult) -> None:
+    from sleb_cli.tables.search_results import recovery
+
+    if result.recovery:
         show_table(recovery(result.recovery), title=False)
-    where = f" in {proof.dtype} on {proof.device}" if proof else ""
-    if not is_verified:
-        print_line("not verified (--no-verify)")
-    elif missing := proof.partial if proof else f"logits not compared: {unproven}":
-        print_prose(
-            stdout(),
-            f"[yellow]partially proven[/]{where}: {escape('; '.join([*clauses, missing]))}",
-        )
-    elif proof:
-        print_prose(stdout(), f"[green]proven[/]{where}: {match_clause(proof.reference)}")
-    if result.kind == "gguf":
-        file = in_shell(result.file)
-        print_to_copy(f"to run it: llama-cli -m {file}, or lms import {file} (LM Studio)")
-        return
-    folder = in_shell(result.folder)
+    if result.proof:
+        _show_proof(result.proof, [])
+    else:
+        print_line(_NOT_VERIFIED)
     if result.removals and not result.recovery:
         print_line(
             "--recover would win back a fifth to three fifths of what was lost, in minutes to an "
             "hour"
         )
+    folder = in_shell(result.folder)
     print_to_copy(f"to run it: transformers serve {folder}, or vllm serve {folder}")
     print_to_copy(f"to publish it: hf upload ORG/NAME {folder} --private")
+
+
+def _show_gguf(result: GgufResult) -> None:
+    copied = "row" if result.cuts else "tensor"
+    copies = f"every {copied} is a byte-for-byte copy from the source"
+    if not result.verified:
+        print_line(_NOT_VERIFIED)
+    elif result.proof:
+        _show_proof(result.proof, [copies])
+    else:
+        _show_partial("", [copies, f"logits not compared: {result.unproven}"])
+    file = in_shell(result.file)
+    print_to_copy(f"to run it: llama-cli -m {file}, or lms import {file} (LM Studio)")
+
+
+def _show_proof(proof: Proof, clauses: list[str]) -> None:
+    from sleb_cli.tables.checks import check_clauses, match_clause
+
+    where = f" in {proof.dtype} on {proof.device}"
+    if proof.partial:
+        _show_partial(where, [*clauses, *check_clauses(proof), proof.partial])
+    else:
+        print_prose(stdout(), f"[green]proven[/]{where}: {match_clause(proof.reference)}")
+
+
+def _show_partial(where: str, clauses: list[str]) -> None:
+    print_prose(stdout(), f"[yellow]partially proven[/]{where}: {escape('; '.join(clauses))}")
 
 
 def show_exported(result: ExportResult) -> None:

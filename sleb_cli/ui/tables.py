@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
+from typing import Literal
 
 from rich.markup import escape
 from rich.table import Table as RichTable
@@ -31,21 +33,25 @@ def show_table(table: Table, *, title: bool = True) -> None:
 def lay_out(table: Table, width: int) -> RichTable | Text:
     """Lay out a table for a screen of this width, on a very narrow one as a line for each cell."""
     if width < _MIN_COLUMN_WIDTH * len(table.columns):
-        rows = (zip(table.columns, row, strict=True) for row in table.rows)
-        return Text(
-            "\n\n".join("\n".join(f"{name}: {cell}" for name, cell in row if cell) for row in rows)
-        )
+        return Text("\n\n".join(_list_cells(table, row) for row in table.rows))
     rich = RichTable(header_style="bold")
     for number, column in enumerate(table.columns):
-        rich.add_column(
-            Text(column), justify="left" if table.is_words(number) else "right", overflow="fold"
-        )
+        justify: Literal["left", "right"] = "left" if table.is_words(number) else "right"
+        rich.add_column(Text(column), justify=justify, overflow="fold")
     # Consecutive rows about one text or task form a section, which names it once.
-    repeated = [False, *(row[0] == before[0] for before, row in pairwise(table.rows))]
-    for row, again, goes_on in zip(table.rows, repeated, [*repeated[1:], True], strict=True):
-        cells = [Text("" if again and number == 0 else cell) for number, cell in enumerate(row)]
-        rich.add_row(*cells, end_section=any(repeated) and not goes_on)
+    sections = [list(rows) for _, rows in groupby(table.rows, lambda row: row[0])]
+    has_sections = len(sections) < len(table.rows)
+    for rows in sections:
+        for number, (name, *cells) in enumerate(rows):
+            rich.add_row(Text(name if number == 0 else ""), *map(Text, cells))
+        if has_sections:
+            rich.add_section()
     return rich
+
+
+def _list_cells(table: Table, row: Sequence[str]) -> str:
+    named = zip(table.columns, row, strict=True)
+    return "\n".join(f"{name}: {cell}" for name, cell in named if cell)
 
 
 def print_title(title: str) -> None:

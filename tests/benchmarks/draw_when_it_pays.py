@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sleb_cli.exporters.report.drawing import INK, MUTED, SERIES, Plot, render_svg, scale_estimates
+from sleb_cli.exporters.report.drawing import INK, MUTED, SERIES, Plot, error_bars, render_svg
 from sleb_cli.results import Interval
 from sleb_cli.tables.quality import Estimate
 
@@ -173,7 +173,8 @@ def _draw_mark(axis: Axes, mark: Mark, place: float, shape: str, uses: dict[str,
     interval.
     """
     for use, estimate in (mark.kept or {"": (1.0, None)}).items():
-        (value,), reach = scale_estimates([estimate], 1)
+        value, _ = estimate
+        reach = error_bars([estimate])
         colour = uses.get(use, INK)
         axis.errorbar([place], [value], reach, fmt="none", color=colour, elinewidth=1.5, alpha=0.5)
         axis.plot([place], [value], shape, color=colour, markersize=SHAPES[shape])

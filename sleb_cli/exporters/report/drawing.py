@@ -1,10 +1,11 @@
-"""How does every picture look? Drawn by matplotlib, as SVG on white."""
+"""The look of every picture: SVG on white, drawn by matplotlib."""
 
 from __future__ import annotations
 
 import io
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,15 @@ WIDTH = 840
 """In points, one of which is a CSS pixel in a page."""
 
 # The palette of Okabe and Ito, safe for any colour vision.
-INK, MUTED = "#1b1f25", "#5d6673"
+INK = "#1b1f25"
+MUTED = "#5d6673"
 SERIES = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00")
 MARKERS = ("o", "s", "^", "D", "v")
+
+_OFFSET = 0.06
+"""Between the lines at one size, in removals, so that their intervals do not overlap."""
+
+_MAX_TICKS = 20
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,14 @@ class Plot:
     caption: str
     height: float
     draw: Callable[[Figure], None]
+
+
+@dataclass(frozen=True)
+class Line:
+    """Estimates by the number of removals; 0 is the dense model."""
+
+    name: str
+    values: Mapping[int, Estimate]
 
 
 def require_extra() -> None:
@@ -59,9 +74,8 @@ def render_svg(plot: Plot) -> bytes:
     # The defaults come first, so that the user's matplotlibrc does not change the pictures.
     our_style = str(Path(__file__).with_name("pictures.mplstyle"))
     with style.context(["default", our_style]), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph .* missing from font"
-        )  # such as in a model's name
+        # A model's name may hold any character.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(WIDTH / 72, plot.height / 72), dpi=72, layout="constrained")
         plot.draw(figure)
         metadata = {"Title": plot.title, "Description": plot.caption, "Date": None, "Creator": None}
@@ -70,36 +84,57 @@ def render_svg(plot: Plot) -> bytes:
     return file.getvalue()
 
 
-def scale_estimates(
-    values: Sequence[Estimate], scale: float
-) -> tuple[list[float], list[list[float]]]:
-    """Return the scaled values, and the lengths of their error bars below and above."""
-    bars = [(value - ends.low, ends.high - value) if ends else (0.0, 0.0) for value, ends in values]
-    # matplotlib refuses negative lengths, as of a value outside of its interval.
-    sides = [[scale * max(0.0, length) for length in side] for side in zip(*bars, strict=True)]
-    return [scale * value for value, _ in values], sides
+def draw_by_size(axis: Axes, lines: Sequence[Line]) -> None:
+    """Draw lines over the number of removals, with a star for the dense model."""
+    sizes = [0]
+    dense = []
+    for number, line in enumerate(lines):
+        shift = _OFFSET * (number - len(lines) // 2)
+        xs = [size + shift if size else 0.0 for size in line.values]
+        draw_series(axis, number, xs, list(line.values.values()), label=line.name)
+        sizes += line.values
+        if 0 in line.values:
+            dense.append(line.values[0][0])
+    draw_dense(axis, [0.0] * len(dense), dense)
+    set_whole_ticks(axis, max(sizes) + 1)
+    axis.grid()
 
 
 def draw_series(
-    axis: Axes,
-    number: int,
-    xs: Sequence[float],
-    values: Sequence[Estimate],
-    scale: float,
-    **options: Any,
+    axis: Axes, number: int, xs: Sequence[float], values: Sequence[Estimate], **options: Any
 ) -> None:
     """Draw series `number` as points with error bars."""
-    ys, bars = scale_estimates(values, scale)
-    colour, marker = number % len(SERIES), (number + number // len(SERIES)) % len(MARKERS)
-    options |= {
-        "color": SERIES[colour],
-        "marker": MARKERS[marker],
-        "capsize": 2.5,
-        "elinewidth": 1.2,
-    }
-    axis.errorbar(xs, ys, yerr=bars, **options)
+    axis.errorbar(
+        xs,
+        [value for value, _ in values],
+        yerr=error_bars(values),
+        color=SERIES[number % len(SERIES)],
+        # The next round of colours begins with another marker.
+        marker=MARKERS[(number + number // len(SERIES)) % len(MARKERS)],
+        capsize=2.5,
+        elinewidth=1.2,
+        **options,
+    )
 
 
-def set_whole_ticks(axis: Axes, values: Sequence[int]) -> None:
-    """Put x ticks at up to 20 of these whole numbers, evenly spread."""
-    axis.set_xticks(list(values)[:: max(1, -(-len(values) // 20))])
+def draw_dense(axis: Axes, xs: Sequence[float], ys: Sequence[float]) -> None:
+    """Draw stars, which stand for the dense model."""
+    axis.plot(xs, ys, "*", color=INK, markersize=11, label="dense", zorder=3)
+
+
+def error_bars(values: Sequence[Estimate]) -> tuple[list[float], list[float]]:
+    """Return the lengths of the error bars below and above."""
+    below = []
+    above = []
+    for value, ends in values:
+        low = ends.low if ends else value
+        high = ends.high if ends else value
+        # matplotlib refuses negative lengths, as of a value outside of its interval.
+        below.append(max(0.0, value - low))
+        above.append(max(0.0, high - value))
+    return below, above
+
+
+def set_whole_ticks(axis: Axes, count: int) -> None:
+    """Put up to 20 x ticks at the whole numbers below `count`, evenly spread."""
+    axis.set_xticks(range(0, count, math.ceil(count / _MAX_TICKS)))

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import islice
 from textwrap import fill
 from typing import TYPE_CHECKING
 
 from sleb_cli.exporters.findings import Findings
 from sleb_cli.exporters.report.drawing import (
-    INK,
     MUTED,
     SERIES,
     WIDTH,
+    Line,
     Plot,
+    draw_by_size,
+    draw_dense,
     draw_series,
-    scale_estimates,
+    error_bars,
     set_whole_ticks,
 )
 from sleb_cli.plan import Plan
@@ -27,165 +29,198 @@ from sleb_cli.tables.speed import workload_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
+_CHANGE = "change in perplexity"
+_KEPT = "accuracy kept"
 _MAX_TEXTS = 3
 _MAX_WORKLOADS = len(SERIES)
 _MAX_LABELS = 8
-_LARGE_CHANGE = 300  # percent
+_LARGE_CHANGE = 3.0
 _COLOURS = "cividis_r"  # readable with any colour vision, and in greys
+_SHADES = 32  # few, as each is a path of its own
 # The first blocks cost 10 to 10,000 times more than others: a scale up to them would show all
 # others in one colour.
 _COLOUR_QUANTILE = 0.8
 
-Line = tuple[str, dict[int, Estimate]]
-"""A name, and a value for each number of removed blocks."""
-
 
 def text_lines(findings: Findings) -> list[Line]:
-    """Return the perplexity change on each measured text by number of removals."""
-    return [
-        (
-            fill(name, 32, max_lines=3),
-            {len(scores.removals): perplexity_change(scores) for scores in text.pruned},
-        )
-        for name, text in islice(zip(findings.text_names, findings.texts, strict=True), _MAX_TEXTS)
-        if text.pruned
-    ]
+    """Return the perplexity change on each measured text, if it was measured at any size."""
+    lines = []
+    named = zip(findings.text_names, findings.texts, strict=True)
+    for name, text in list(named)[:_MAX_TEXTS]:
+        values: dict[int, Estimate] = {0: (0.0, None)}
+        for scores in text.pruned:
+            values[len(scores.removals)] = perplexity_change(scores)
+        if text.pruned:
+            lines.append(Line(fill(name, 32, max_lines=3), values))
+    return lines
 
 
 def search_lines(plan: Plan) -> list[Line]:
-    """Return the perplexity change on the text of the search and on its held-out sequences, if any."""
-    return [
-        (
-            name,
-            {
-                size: (perplexity / dense - 1, None)
-                for size, perplexity in enumerate(pruned, start=1)
-            },
-        )
-        for name, (dense, *pruned) in perplexities(plan).items()
-    ]
+    """Return the perplexity change on the text of the search and on its held-out sequences."""
+    lines = []
+    for name, series in perplexities(plan).items():
+        values: dict[int, Estimate] = {}
+        for size, perplexity in enumerate(series):
+            values[size] = (perplexity / series[0] - 1, None)
+        lines.append(Line(name, values))
+    return lines
+
+
+def accuracy_line(findings: Findings) -> Line:
+    """Return the share of the dense model's accuracy that is kept."""
+    values: dict[int, Estimate] = {0: (1.0, None)}
+    for removals in findings.plan.size_keys:
+        share = findings.retention(removals)
+        if share:
+            values[len(removals)] = share
+    return Line("accuracy", values)
+
+
+def speed_line(result: WorkloadResult) -> Line:
+    """Return how many times as fast a workload runs."""
+    values: dict[int, Estimate] = {0: (1.0, None)}
+    for timing in result.pruned:
+        values[len(timing.removals)] = (timing.speedup, timing.interval)
+    return Line(workload_name(result), values)
 
 
 def trade_plot(findings: Findings) -> Plot | None:
     """Plot quality against measured speed."""
     if not findings.main_workloads:
         return None
-    result, _ = findings.main_workloads[0]
-    speeds = {len(timing.removals): (timing.speedup, timing.interval) for timing in result.pruned}
-    accuracy = {
-        len(size): share for size in findings.plan.size_keys if (share := findings.retention(size))
-    }
-    kinds = {"perplexity": text_lines(findings), "accuracy": [("accuracy", accuracy)]}
-    shown = {
-        kind: lines
-        for kind, lines in kinds.items()
-        if any(speeds.keys() & values for _, values in lines)
-    }
-    if not shown:
+    speed = speed_line(findings.main_workloads[0][0])
+    measured = {_CHANGE: text_lines(findings), _KEPT: [accuracy_line(findings)]}
+    panels = {}
+    for quality, lines in measured.items():
+        timed = [line for line in lines if len(_timed_sizes(line, speed)) > 1]
+        if timed:
+            panels[quality] = timed
+    if not panels:
         return None
     caption = (
         f"Each point is a size, named by the {findings.plan.unit} removed; bars are 95% intervals."
     )
-    draw = partial(_draw_trade, shown, speeds, f"speedup, {workload_name(result)}")
+    draw = partial(_draw_trade, panels, speed)
     return Plot("Quality against measured speed", caption, 290, draw)
 
 
-def _draw_trade(
-    kinds: dict[str, list[Line]], speeds: dict[int, Estimate], label: str, figure: Figure
-) -> None:
-    (axes,) = figure.subplots(1, len(kinds), squeeze=False)
-    for axis, (kind, lines) in zip(axes, kinds.items(), strict=True):
-        is_change = kind == "perplexity"
-        start = 0.0 if is_change else 100.0
-        for number, (name, values) in enumerate(lines):
-            counts = [count for count in values if count in speeds]
-            xs, bars = scale_estimates([speeds[count] for count in counts], 1)
-            ys = [100 * values[count][0] for count in counts]
-            axis.plot([1.0, *xs], [start, *ys], "-", color=SERIES[number], linewidth=1.2, alpha=0.6)
-            changes = [values[count] for count in counts]
-            draw_series(axis, number, xs, changes, 100, label=name, xerr=bars, linestyle="")
+def _timed_sizes(line: Line, speed: Line) -> list[int]:
+    """Return the sizes of which both quality and speed were measured, the dense model first."""
+    return sorted(line.values.keys() & speed.values.keys())
+
+
+def _draw_trade(panels: Mapping[str, Sequence[Line]], speed: Line, figure: Figure) -> None:
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (quality, lines) in zip(axes, panels.items(), strict=True):
+        is_change = quality == _CHANGE
+        for number, line in enumerate(lines):
+            sizes = _timed_sizes(line, speed)
+            speeds = [speed.values[size] for size in sizes]
+            values = [line.values[size] for size in sizes]
+            xs = [value for value, _ in speeds]
+            draw_series(
+                axis,
+                number,
+                xs,
+                values,
+                xerr=error_bars(speeds),
+                label=line.name,
+                linewidth=1.2,
+            )
             if number == 0:
-                points = list(zip(counts, xs, ys, strict=True))
-                for count, x, y in points[::-1][:: -(-len(points) // _MAX_LABELS) or 1]:
-                    # On the outer side of the curve, where no line runs.
-                    offset = (7, -13) if is_change else (7, 6)
+                draw_dense(axis, xs[:1], [values[0][0]])
+                # On the outer side of the curve, where no line runs.
+                offset = (7, -13) if is_change else (7, 6)
+                for size in _spread(sizes[1:], _MAX_LABELS):
                     axis.annotate(
-                        f"−{count}", (x, y), offset, textcoords="offset points", fontsize=10
+                        f"−{size}",
+                        (speed.values[size][0], line.values[size][0]),
+                        offset,
+                        textcoords="offset points",
+                        fontsize=10,
                     )
-        axis.plot([1.0], [start], "*", color=INK, markersize=11, label="dense")
-        axis.set(
-            xlabel=label, ylabel="change in perplexity, %" if is_change else "accuracy kept, %"
-        )
+        axis.set(xlabel=f"speedup, {speed.name}")
         axis.margins(0.1)
-        if is_change:
-            _spread_large_changes(axis, lines)
         axis.grid()
-        axis.legend(loc="upper left" if is_change else "lower left")
+        if is_change:
+            _label_changes(axis, lines)
+        else:
+            _label_shares(axis, quality)
+            axis.legend(loc="lower left")
+
+
+def _spread(sizes: Sequence[int], count: int) -> Sequence[int]:
+    """Choose up to `count` of the sizes, evenly spread, with the last one."""
+    stride = math.ceil(len(sizes) / count)
+    return sizes[::-1][::stride]
 
 
 def perplexity_plot(findings: Findings) -> Plot | None:
     """Plot the perplexity change by size."""
+    lines = search_lines(findings.plan) + text_lines(findings)
+    if not lines:
+        return None
+    unit = findings.plan.unit
     caption = (
         "Both models read the same tokens, so bars are 95% intervals of the paired difference."
     )
-    unit, lines = findings.plan.unit, [*search_lines(findings.plan), *text_lines(findings)]
-    plot = Plot(
-        f"Change in perplexity by {unit} removed", caption, 280, partial(_draw_lines, lines, unit)
-    )
-    return plot if lines else None
+    draw = partial(_draw_changes, lines, unit)
+    return Plot(f"Change in perplexity by {unit} removed", caption, 280, draw)
 
 
-def _draw_lines(lines: list[Line], unit: str, figure: Figure) -> None:
+def _draw_changes(lines: Sequence[Line], unit: str, figure: Figure) -> None:
     axis = figure.add_subplot()
-    for number, (name, values) in enumerate(lines):
-        draw_series(axis, number, [0, *values], [(0.0, None), *values.values()], 100, label=name)
-    axis.set(xlabel=f"{unit} removed", ylabel="change in perplexity, %")
-    set_whole_ticks(axis, range(max(at for _, values in lines for at in values) + 1))
-    _spread_large_changes(axis, lines)
-    axis.grid()
+    draw_by_size(axis, lines)
+    axis.set_xlabel(f"{unit} removed")
+    _label_changes(axis, lines)
+
+
+def _label_changes(axis: Axes, lines: Sequence[Line]) -> None:
+    _label_shares(axis, _CHANGE)
+    largest = max(value for line in lines for value, _ in line.values.values())
+    if largest >= _LARGE_CHANGE:
+        axis.set_yscale("symlog", linthresh=1)
+        axis.set_ylim(bottom=-0.2)
+        axis.yaxis.set_major_formatter("{x:,.0%}")
     axis.legend(loc="upper left")
 
 
-def _spread_large_changes(axis: Axes, lines: list[Line]) -> None:
-    if 100 * max(value for _, values in lines for value, _ in values.values()) >= _LARGE_CHANGE:
-        axis.set_yscale("symlog", linthresh=100)
-        axis.set_ylim(bottom=-20)
-        axis.yaxis.set_major_formatter("{x:,.0f}")
+def _label_shares(axis: Axes, label: str) -> None:
+    axis.set_ylabel(label)
+    axis.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g}%")
 
 
 def speed_plot(findings: Findings) -> Plot | None:
-    """Plot the speedup of the main workloads by size."""
-    results = [result for result in findings.workloads if findings.at_plan_size(result.pruned)]
-    if not results:
+    """Plot the speedup of workloads by size, first that of the main ones."""
+    shown = [result for result, _ in findings.main_workloads]
+    for result in findings.workloads:
+        if result not in shown and findings.at_plan_size(result.pruned):
+            shown.append(result)
+    if not shown:
         return None
-    main = [result for result, _ in findings.main_workloads]
-    shown = sorted(results, key=lambda result: result not in main)[:_MAX_WORKLOADS]
-    unit, caption = findings.plan.unit, "Points are measured, with 95% intervals"
+    lines = [speed_line(result) for result in shown[:_MAX_WORKLOADS]]
+    unit = findings.plan.unit
+    caption = "Points are measured, with 95% intervals."
     if findings.plan.order.whole_blocks:
-        caption += "; the dashed line is the ratio of the blocks"
-    return Plot(
-        f"Measured speedup by {unit} removed",
-        f"{caption}.",
-        300,
-        partial(_draw_speedups, shown, findings.plan),
-    )
+        caption = (
+            "Points are measured, with 95% intervals; the dashed line is the ratio of the blocks."
+        )
+    draw = partial(_draw_speedups, lines, findings.plan)
+    return Plot(f"Measured speedup by {unit} removed", caption, 300, draw)
 
 
-def _draw_speedups(results: list[WorkloadResult], plan: Plan, figure: Figure) -> None:
+def _draw_speedups(lines: Sequence[Line], plan: Plan, figure: Figure) -> None:
     axis = figure.add_subplot()
-    for number, result in enumerate(results):
-        counts = [0, *(len(timing.removals) for timing in result.pruned)]
-        measured = [(1.0, None), *((timing.speedup, timing.interval) for timing in result.pruned)]
-        draw_series(axis, number, counts, measured, 1, label=workload_name(result))
-    sizes = range(max(len(timing.removals) for result in results for timing in result.pruned) + 1)
+    draw_by_size(axis, lines)
     if plan.order.whole_blocks:
-        ratios = [plan.model.blocks / (plan.model.blocks - size) for size in sizes]
+        blocks = plan.model.blocks
+        sizes = range(max(max(line.values) for line in lines) + 1)
+        ratios = [blocks / (blocks - size) for size in sizes]
         axis.plot(sizes, ratios, "--", color=MUTED, linewidth=1, label="ratio of the blocks")
     axis.set(xlabel=f"{plan.unit} removed", ylabel="times as fast")
-    set_whole_ticks(axis, sizes)
-    axis.grid()
     figure.legend(loc="outside upper left", ncols=3)
 
 
@@ -197,8 +232,7 @@ def search_plot(plan: Plan) -> Plot | None:
     row = max(7.0, min(24.0, 420 / len(costs)))
     caption = (
         "Bright cells are cheap to remove, dark ones costly. A cross marks what a step removed, a "
-        "dot what was removed "
-        "before; hatched blocks are protected."
+        "dot what was removed before; hatched blocks are protected."
     )
     draw = partial(_draw_heat_map, plan, costs, row)
     return Plot("What each candidate would have cost", caption, 125 + row * len(costs), draw)
@@ -210,53 +244,68 @@ def candidate_costs(plan: Plan) -> list[dict[int, float]]:
     """
     costs = []
     for step in plan.steps:
-        scores = {
-            block: math.inf if score is None else score for block, score in step.scores.items()
-        }
+        scores = {}
+        for block, score in step.scores.items():
+            scores[block] = math.inf if score is None else score
         best = min(scores.values(), default=0.0)
         behind = {block: score - best for block, score in scores.items()}
-        dropped = step.race.dropped if step.race else {}
-        costs.append(behind | {block: max(0.0, drop.behind) for block, drop in dropped.items()})
+        if step.race:
+            for block, drop in step.race.dropped.items():
+                behind[block] = max(0.0, drop.behind)
+        costs.append(behind)
     return costs
 
 
 def _draw_heat_map(plan: Plan, costs: list[dict[int, float]], row: float, figure: Figure) -> None:
     import numpy as np
     from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
     from matplotlib.colors import PowerNorm
 
-    axis, blocks = figure.add_subplot(), plan.model.blocks
-    finite = sorted(cost for step in costs for cost in step.values() if 0 < cost < math.inf)
-    highest = finite[int(_COLOUR_QUANTILE * (len(finite) - 1))] if finite else 1.0
+    axis = figure.add_subplot()
+    blocks = plan.model.blocks
+    highest = _highest_shown(costs)
     norm = PowerNorm(0.5, 0.0, highest, clip=True)
-    cells = np.zeros((len(costs), blocks, 4))
+    cells = np.zeros((len(costs), blocks, 4))  # transparent where nothing was scored
     for number, step in enumerate(costs):
         for block, cost in step.items():
             cells[number, block] = colormaps[_COLOURS](norm(cost))
     _mark_non_candidates(axis, plan, costs)
     extent = (-0.5, blocks - 0.5, len(costs) + 0.5, 0.5)
     axis.imshow(cells, aspect="auto", interpolation="none", extent=extent, zorder=2)
+    rows = range(1, len(costs) + 1)
+    removed = [step.block for step in plan.steps]
     size = max(3.0, min(9.0, row * 0.45, 0.5 * WIDTH / blocks))
-    removed, rows = [step.block for step in plan.steps], range(1, len(costs) + 1)
     axis.plot(
         removed, rows, "x", color="#000000", markersize=size, markeredgewidth=size / 4, zorder=3
     )
     axis.set(xlim=extent[:2], ylim=extent[2:], xlabel="block", ylabel="step")
-    set_whole_ticks(axis, range(blocks))
+    set_whole_ticks(axis, blocks)
     axis.set_yticks(rows[:: max(1, math.ceil(14 / row))])
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     unit = "nats per token" if plan.search.metric == "nll" else plan.search.metric
-    colours = ScalarMappable(
-        norm, colormaps[_COLOURS].resampled(32)
-    )  # few, as each is a path of its own
+    _add_scale(figure, axis, norm, highest, f"cost above the removed block's, {unit}")
+
+
+def _highest_shown(costs: list[dict[int, float]]) -> float:
+    """Return the cost that has the darkest colour."""
+    finite = sorted(cost for step in costs for cost in step.values() if 0 < cost < math.inf)
+    if not finite:
+        return 1.0
+    return finite[int(_COLOUR_QUANTILE * (len(finite) - 1))]
+
+
+def _add_scale(figure: Figure, axis: Axes, norm: Normalize, highest: float, label: str) -> None:
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+
+    colours = ScalarMappable(norm, colormaps[_COLOURS].resampled(_SHADES))
     scale = figure.colorbar(
         colours, ax=axis, location="top", shrink=0.5, aspect=40, anchor=(0.0, 0.0), extend="max"
     )
-    ticks = [highest / 16, highest / 4, highest]
-    scale.set_ticks([0, *ticks], labels=["0", *(f"{tick:.2g}" for tick in ticks)])
-    scale.set_label(f"cost above the removed block's, {unit}", loc="left", fontsize=10)
+    ticks = [0.0, highest / 16, highest / 4, highest]
+    scale.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
+    scale.set_label(label, loc="left", fontsize=10)
 
 
 def _mark_non_candidates(axis: Axes, plan: Plan, costs: list[dict[int, float]]) -> None:

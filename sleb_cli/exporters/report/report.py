@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 from sleb_cli.exporters.findings import Findings, read_findings
 from sleb_cli.exporters.headline import advice, sentences, warnings
-from sleb_cli.exporters.report.drawing import render_svg, require_extra
+from sleb_cli.exporters.report.drawing import Plot, render_svg, require_extra
 from sleb_cli.exporters.report.sections import sections
 from sleb_cli.tables.quality import perplexity_change
 from sleb_cli.tables.search_results import sample_rows
@@ -33,27 +33,21 @@ class Report(Exporter):
         require_extra()
         import jinja2
 
-        findings, loader = (
-            read_findings(pruning),
-            jinja2.PackageLoader("sleb_cli.exporters.report", ""),
-        )
+        findings = read_findings(pruning)
         environment = jinja2.Environment(
             autoescape=True,
             trim_blocks=True,
             lstrip_blocks=True,
             undefined=jinja2.StrictUndefined,
-            loader=loader,
+            loader=jinja2.PackageLoader("sleb_cli.exporters.report", ""),
         )
-        # As text in a data URL, an SVG is shorter than in base64.
-        environment.filters["picture"] = lambda plot: quote(
-            render_svg(plot), safe=" !$()*+,/:;=?@[]^{|}~"
-        )
+        environment.filters["picture"] = _to_url
         sample = findings.plan.sample_generation
         text: str = environment.get_template("page.html.j2").render(
             plan=findings.plan,
             findings=findings,
             cards=cards(findings),
-            sentences=[*sentences(findings), *advice(findings)],
+            sentences=sentences(findings) + advice(findings),
             warnings=warnings(findings),
             sections=sections(findings),
             sample_rows=sample_rows(sample) if sample else [],
@@ -61,24 +55,33 @@ class Report(Exporter):
         return text
 
 
+def _to_url(plot: Plot) -> str:
+    # As text in a data URL, an SVG is shorter than in base64.
+    return quote(render_svg(plot), safe=" !$()*+,/:;=?@[]^{|}~")
+
+
 def cards(findings: Findings) -> list[tuple[str, str, str]]:
     """Return the headline numbers: name, value, and a note."""
     order, count = findings.plan.order, len(findings.plan.largest)
     numbers = [(order.parts, f"{order.count - count} of {order.count}", f"{count} removed")]
     if findings.sizes:
-        dense, pruned = (size.parameters for size in findings.sizes)
+        dense, pruned = findings.sizes
+        change = pruned.parameters / dense.parameters - 1
         numbers.append(
-            ("parameters", format_count(pruned), format_share(pruned / dense - 1, signed=True))
+            ("parameters", format_count(pruned.parameters), format_share(change, signed=True))
         )
     for result, timing in findings.main_workloads:
-        runs = plural(len(timing.e2els), "run")
-        ends = between(timing.interval, "{:.2f}".format) or f"{runs}, too few for an interval"
-        numbers.append((f"{workload_name(result)}, times as fast", f"{timing.speedup:.2f}×", ends))
+        note = between(timing.interval, "{:.2f}".format)
+        if not note:
+            note = f"{plural(len(timing.e2els), 'run')}, too few for an interval"
+        numbers.append((f"{workload_name(result)}, times as fast", f"{timing.speedup:.2f}×", note))
     for name, text, scores in findings.text_scores[:2]:
-        both = (
-            f"{format_perplexity(text.dense.perplexity)} → {format_perplexity(scores.perplexity)}"
-        )
-        numbers.append((f"perplexity, {name}", format_change(perplexity_change(scores)[0]), both))
-    if share := findings.retention(findings.plan.largest):
-        numbers.append(("accuracy kept", format_share(share[0]), between(share[1], format_share)))
+        change, _ = perplexity_change(scores)
+        before = format_perplexity(text.dense.perplexity)
+        after = format_perplexity(scores.perplexity)
+        numbers.append((f"perplexity, {name}", format_change(change), f"{before} → {after}"))
+    share = findings.retention(findings.plan.largest)
+    if share:
+        kept, interval = share
+        numbers.append(("accuracy kept", format_share(kept), between(interval, format_share)))
     return numbers

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from textwrap import fill
 from typing import TYPE_CHECKING
 
 from sleb_cli.exporters.report.drawing import (
-    INK,
     WIDTH,
+    Line,
     Plot,
-    draw_series,
+    draw_by_size,
     render_svg,
     require_extra,
-    set_whole_ticks,
 )
-from sleb_cli.exporters.table.rows import PlanTable, Row
+from sleb_cli.exporters.table.rows import PlanTable
 from sleb_cli.units import format_perplexity
 from sleb_plugins.errors import UsageError
 
@@ -28,8 +28,6 @@ _PANEL, _LEGEND = 210, 18
 _LOG_SCALE_RATIO = 4
 """An axis of perplexities is logarithmic if the largest is more than this many times the smallest.
 """
-_OFFSET = 0.06
-"""Between the methods at one size, in blocks, so that their intervals do not overlap."""
 
 
 def draw_figure(table: PlanTable) -> str:
@@ -45,61 +43,50 @@ def draw_figure(table: PlanTable) -> str:
             "Nothing was measured of these plans.",
             hint="Run `sleb eval` or `sleb bench` on each first.",
         )
-    methods: dict[str, list[Row]] = {}
-    for row in sorted(
-        (row for row in table.rows if row["removed"]), key=lambda row: row["removed"]
-    ):
-        methods.setdefault(table.method(row), []).append(row)
-    across = max(1, WIDTH // (6 * max(map(len, methods)) + 60))
-    height = _PANEL * -(-len(table.measured) // 2) + _LEGEND * (1 + len(methods) // across)
+    methods = table.by_method()
+    legend_columns = max(1, WIDTH // (6 * max(map(len, methods), default=0) + 60))
+    panel_rows = math.ceil(len(table.measured) / 2)
+    legend_rows = 1 + len(methods) // legend_columns
+    height = _PANEL * panel_rows + _LEGEND * legend_rows
     caption = "By blocks removed; bars are 95% intervals of the difference from the dense model."
-    return render_svg(
-        Plot("Plans", caption, height, partial(_draw, table, methods, across))
-    ).decode()
+    plot = Plot("Plans", caption, height, partial(_draw, table, panel_rows, legend_columns))
+    return render_svg(plot).decode()
 
 
-def _draw(table: PlanTable, methods: dict[str, list[Row]], across: int, figure: Figure) -> None:
+def _draw(table: PlanTable, panel_rows: int, legend_columns: int, figure: Figure) -> None:
     count = len(table.measured)
-    axes = list(figure.subplots(-(-count // 2), min(2, count), squeeze=False).flat)
+    axes = list(figure.subplots(panel_rows, min(2, count), squeeze=False).flat)
     for spare in axes[count:]:
         spare.remove()
     for axis, name in zip(axes, table.measured, strict=False):
-        for number, (method, rows) in enumerate(methods.items()):
-            _draw_line(
-                axis, table, name, rows, (number, method, _OFFSET * (number - len(methods) // 2))
-            )
-        values = [row[name][0] for row in table.rows if name in row]
-        if table.measured[name] is format_perplexity and max(values) > _LOG_SCALE_RATIO * min(
-            values
-        ):
-            axis.set_yscale("log", subs=(2, 3, 5, 7))
-            axis.yaxis.set_major_formatter("{x:,.0f}")
-            axis.yaxis.set_minor_formatter("{x:,.0f}")
+        lines = _lines(table, name)
+        draw_by_size(axis, lines)
         axis.set_title(fill(name, 50), loc="left", fontsize=11)
-        set_whole_ticks(axis, range(max(row["removed"] for row in table.rows) + 1))
-        axis.grid()
+        if table.measured[name] is format_perplexity:
+            _spread_perplexities(axis, lines)
     whole = table.shared.get("removed from")
     for axis in axes[max(0, count - 2) : count]:
         axis.set_xlabel(f"removed, of {whole}" if whole else "removed")
-    drawn = [axis.get_legend_handles_labels() for axis in axes[:count]]
-    named = {
-        label: line for lines, labels in drawn for line, label in zip(lines, labels, strict=True)
-    }
-    figure.legend(named.values(), named.keys(), loc="outside upper left", ncols=across)
+    # Each panel has a line for each method, if only an empty one.
+    drawn, names = axes[0].get_legend_handles_labels()
+    figure.legend(drawn, names, loc="outside upper left", ncols=legend_columns)
 
 
-def _draw_line(
-    axis: Axes, table: PlanTable, name: str, rows: list[Row], line: tuple[int, str, float]
-) -> None:
-    number, method, offset = line
-    xs, values = (
-        [row["removed"] + offset for row in rows if name in row],
-        [row[name] for row in rows if name in row],
-    )
-    if not values:
-        return
-    if dense := table.dense(rows[0]).get(name):
-        xs, values = [0, *xs], [dense, *values]
-    draw_series(axis, number, xs, values, 1, label=method)
-    if dense:
-        axis.plot([0], [dense[0]], "*", color=INK, markersize=11, label="dense", zorder=3)
+def _lines(table: PlanTable, name: str) -> list[Line]:
+    """Return a line for each method, which is empty if it was not measured."""
+    lines = []
+    for method, rows in table.by_method().items():
+        values = {row["removed"]: row[name] for row in rows if name in row}
+        dense = table.dense(rows[0])
+        if values and name in dense:
+            values = {0: dense[name], **values}
+        lines.append(Line(method, values))
+    return lines
+
+
+def _spread_perplexities(axis: Axes, lines: list[Line]) -> None:
+    values = [value for line in lines for value, _ in line.values.values()]
+    if values and max(values) > _LOG_SCALE_RATIO * min(values):
+        axis.set_yscale("log", subs=(2, 3, 5, 7))
+        axis.yaxis.set_major_formatter("{x:,.0f}")
+        axis.yaxis.set_minor_formatter("{x:,.0f}")

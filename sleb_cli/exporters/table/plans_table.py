@@ -11,7 +11,7 @@ from sleb_cli.exporters.findings import read_findings
 from sleb_cli.exporters.table.figure import draw_figure
 from sleb_cli.exporters.table.rows import METHOD, SETTINGS, PlanTable, plan_table
 from sleb_cli.tables.quality import Estimate
-from sleb_cli.tables.table import Columns, between, in_markdown, tabulate, to_markdown
+from sleb_cli.tables.table import Column, between, in_markdown, tabulate, to_markdown
 from sleb_plugins.errors import UsageError
 from sleb_plugins.exporter import Exporter, Pruning
 
@@ -34,50 +34,59 @@ class PlansTable(Exporter):
             MachineError: the output is a figure, and matplotlib is not installed.
         """
         formats = {".md": _to_markdown, ".csv": _to_csv, ".svg": draw_figure}
-        write = formats.get(pruning.output.suffix if pruning.output else ".md")
-        if write is None:
+        suffix = pruning.output.suffix if pruning.output else ".md"
+        if suffix not in formats:
             raise UsageError(
                 f"A table cannot be {pruning.output}.",
                 hint="Use a name that ends in .md, .csv or .svg.",
             )
-        return write(plan_table([read_findings(plan) for plan in (pruning, *pruning.others)]))
+        plans = [read_findings(plan) for plan in (pruning, *pruning.others)]
+        return formats[suffix](plan_table(plans))
 
 
 def _to_markdown(table: PlanTable) -> str:
     shared = table.shared  # below the table, so that people see what differs
-    columns: Columns = [
-        *((name, str) for name in METHOD),
-        *((name, partial(_format_estimate, form)) for name, form in table.measured.items()),
-        *((name, str) for name in SETTINGS if name not in shared),
-    ]
-    rows = [[row.get(name) for name, _ in columns] for row in table.rows]
-    note = "In brackets: 95% intervals of the difference from the dense model, on the same tokens, items and runs."
-    lines = [*to_markdown(tabulate("", columns, rows)), "", note, ""]
-    return "\n".join(
-        [*lines, *(f"- {name}: {in_markdown(value)}" for name, value in shared.items()), ""]
+    columns: list[Column] = [(name, str) for name in METHOD]
+    for name, form in table.measured.items():
+        columns.append((name, partial(_format_estimate, form)))
+    for name in SETTINGS:
+        if name not in shared:
+            columns.append((name, str))
+    rows = []
+    for row in table.rows:
+        rows.append([row.get(name) for name, _ in columns])
+    lines = to_markdown(tabulate("", columns, rows))
+    lines.append("")
+    lines.append(
+        "In brackets: 95% intervals of the difference from the dense model, on the same tokens, "
+        "items and runs."
     )
+    lines.append("")
+    for name, value in shared.items():
+        lines.append(f"- {name}: {in_markdown(value)}")
+    return "\n".join(lines) + "\n"
 
 
 def _format_estimate(form: Callable[[float], str], estimate: Estimate) -> str:
     value, interval = estimate
-    return form(value) + (f" ({between(interval, form)})" if interval else "")
+    if interval is None:
+        return form(value)
+    return f"{form(value)} ({between(interval, form)})"
 
 
 def _to_csv(table: PlanTable) -> str:
     # As in RFC 4180, but with plain line ends. Each estimate takes three columns.
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        [
-            *METHOD,
-            *(name + end for name in table.measured for end in ("", " low", " high")),
-            *SETTINGS,
-        ]
-    )
+    header = list(METHOD)
+    for name in table.measured:
+        header += [name, f"{name} low", f"{name} high"]
+    writer.writerow([*header, *SETTINGS])
     for row in table.rows:
-        numbers = []
+        cells = [row.get(name) for name in METHOD]
         for name in table.measured:
             value, interval = row.get(name, (None, None))
-            numbers += [value, interval and interval.low, interval and interval.high]
-        writer.writerow([*map(row.get, METHOD), *numbers, *map(row.get, SETTINGS)])
+            cells += [value, interval and interval.low, interval and interval.high]
+        cells += [row.get(name) for name in SETTINGS]
+        writer.writerow(cells)
     return text.getvalue()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -31,22 +30,27 @@ Row = dict[str, Any]
 
 METHOD = ("metric", "strategy", "recovery", "removed", "blocks")
 MEAN = "mean of tasks"
-_OF_SEARCH = {
-    "calibration": "calibration", "seed": "seed", "protected": "protected blocks",
-    "searched in": "data type and device", "searched by": "versions",
-}  # fmt: skip
-"""The columns for settings of a search, by their names in the report."""
-_OF_PLAN = ("removed from", *_OF_SEARCH, "search seconds", "windows", "items", "lm-eval", "plan")
+_OF_DENSE = ("model", "revision", "evaluated in", "evaluated by", "timed in", "timed by")
 SETTINGS = (
     "model",
     "revision",
-    *_OF_PLAN[:-1],
+    "removed from",
+    "calibration",
+    "seed",
+    "protected",
+    "searched in",
+    "searched by",
+    "search seconds",
+    "windows",
+    "items",
+    "lm-eval",
     "evaluated in",
     "evaluated by",
     "timed in",
     "timed by",
     "plan",
 )
+_NOT_IN_METHOD = ("search seconds", "windows", "items", "plan")
 
 
 @dataclass(frozen=True)
@@ -61,53 +65,67 @@ class PlanTable:
     @property
     def shared(self) -> dict[str, str]:
         """The settings that have the same value in every row that has one."""
-        values = {name: {row[name] for row in self.rows if name in row} for name in SETTINGS}
-        return {name: distinct.pop() for name, distinct in values.items() if len(distinct) == 1}
+        shared = {}
+        for name in SETTINGS:
+            values = {row[name] for row in self.rows if name in row}
+            if len(values) == 1:
+                shared[name] = values.pop()
+        return shared
 
-    def method(self, row: Row) -> str:
-        """Name the method of a row, with the settings that not all rows share."""
-        settings = [
-            name
-            for name in SETTINGS
-            if name not in {*self.shared, "search seconds", "windows", "items", "plan"}
-        ]
-        return ", ".join(row[name] for name in (*METHOD[:3], *settings) if name in row)
+    def by_method(self) -> dict[str, list[Row]]:
+        """Return the measured rows of pruned models by their methods, from few removals to many.
+
+        A method is named with the settings that not all rows share.
+        """
+        left_out = {*self.shared, *_NOT_IN_METHOD}
+        told = [name for name in (*METHOD[:3], *SETTINGS) if name not in left_out]
+        methods: dict[str, list[Row]] = {}
+        for row in sorted(self.rows, key=lambda row: row["removed"]):
+            if row["removed"] and any(name in row for name in self.measured):
+                method = ", ".join(row[name] for name in told if name in row)
+                methods.setdefault(method, []).append(row)
+        return methods
 
     def dense(self, row: Row) -> Row:
-        """Return the dense model that was measured in the same settings as a row."""
-        return next(
-            (other for other in self.rows if not other["removed"] and _agree(other, row)), {}
-        )
+        """Return the dense model that was measured in the same settings as a row, if any."""
+        for other in self.rows:
+            if not other["removed"] and _agree(other, row):
+                return other
+        return {}
 
 
 def plan_table(plans: Sequence[Findings]) -> PlanTable:
     """Tabulate measurements of several plans; a column holds one set of tokens or items, or one
     workload.
     """
-    measures, dense, pruned = _Measures(plans), list[Row](), list[Row]()
+    columns = _Columns(plans)
+    dense: list[Row] = []
+    pruned: list[Row] = []
     for findings in plans:
         settings = _settings(findings)
-        dense_settings = {name: value for name, value in settings.items() if name not in _OF_PLAN}
-        if measured := measures.measured_without(findings, ()):
-            _add_dense(dense, {"metric": "dense", "removed": 0} | measured | dense_settings)
+        measured = columns.dense(findings)
+        if measured:
+            of_dense = {name: settings[name] for name in _OF_DENSE if name in settings}
+            _add_dense(dense, {"metric": "dense", "removed": 0, **measured, **of_dense})
         for size in findings.plan.size_keys:
-            if (
-                measured := measures.measured_without(findings, size)
-            ) or size == findings.plan.largest:
-                pruned.append(_method(findings, size) | measured | settings)
+            measured = columns.pruned(findings, size)
+            if measured or size == findings.plan.largest:
+                pruned.append({**_method(findings, size), **measured, **settings})
     rows = [*dense, *pruned]
-    return PlanTable(
-        rows,
-        {name: form for name, form in measures.forms.items() if any(name in row for row in rows)},
-    )
+    measured_anywhere = {}
+    for name, form in columns.forms.items():
+        if any(name in row for row in rows):
+            measured_anywhere[name] = form
+    return PlanTable(rows, measured_anywhere)
 
 
 def _add_dense(rows: list[Row], new: Row) -> None:
     # Several plans may have measured the same dense model, on other texts or tasks.
-    if row := next((row for row in rows if _agree(row, new)), None):
-        row |= new | row
-    else:
-        rows.append(new)
+    for row in rows:
+        if _agree(row, new):
+            row |= new | row
+            return
+    rows.append(new)
 
 
 def _agree(one: Row, other: Row) -> bool:
@@ -115,94 +133,119 @@ def _agree(one: Row, other: Row) -> bool:
 
 
 def _method(findings: Findings, removals: SizeKey) -> Row:
-    plan, search = findings.plan, findings.plan.search
-    row = {"metric": search.metric, "removed": len(removals)}
+    plan = findings.plan
+    row: Row = {"metric": plan.search.metric, "removed": len(removals)}
     if plan.order.whole_blocks:
-        row |= {"strategy": search.strategy + ", raced" * search.fast, "blocks": spans(removals)}
-    return row | ({"recovery": plan.recovery.models[-1][0]} if plan.recovery else {})
+        row["strategy"] = plan.search.strategy + (", raced" if plan.search.fast else "")
+        row["blocks"] = spans(removals)
+    if plan.recovery:
+        row["recovery"] = plan.recovery.models[-1][0]
+    return row
 
 
 def _settings(findings: Findings) -> Row:
-    plan, file = findings.plan, findings.file
-    in_report = _by_name(search_settings(plan))
-    row: Row = {name: in_report.get(report_name) for name, report_name in _OF_SEARCH.items()}
-    row |= {
+    plan = findings.plan
+    search = _by_name(search_settings(plan))
+    windows = [f"{text.windows} of {text.sequence_length} tokens" for text in findings.texts]
+    items = [f"{task.task} {len(task.doc_ids)}" for task in main_tasks(findings.tasks)]
+    settings = {
         "model": plan.model.id,
         "revision": plan.model.revision,
         "removed from": f"{plan.order.count} {plan.order.parts}",
-    }
-    row |= {
+        "calibration": search.get("calibration"),
+        "seed": search.get("seed"),
+        "protected": search.get("protected blocks"),
+        "searched in": search.get("data type and device"),
+        "searched by": search.get("versions"),
         "search seconds": f"{plan.environment.seconds:.0f}",
-        "plan": file.name if file.is_absolute() else str(file),
+        "windows": ", ".join(dict.fromkeys(windows)),
+        "items": ", ".join(items),
+        "plan": findings.file.name if findings.file.is_absolute() else str(findings.file),
     }
-    windows = [f"{text.windows} of {text.sequence_length} tokens" for text in findings.texts]
-    row["windows"] = ", ".join(dict.fromkeys(windows))
-    row["items"] = ", ".join(
-        f"{task.task} {len(task.doc_ids)}" for task in main_tasks(findings.tasks)
-    )
-    for done, result in (("evaluated", findings.evaluation), ("timed", findings.benchmark)):
-        settings = _by_name(result_settings(result)) if result else {}
-        row |= {
-            f"{done} in": settings.get("data type and device"),
-            f"{done} by": settings.get("versions"),
-        }
-        row["lm-eval"] = row.get("lm-eval") or settings.get("lm-eval")
-    return {name: value for name, value in row.items() if value}
+    if findings.evaluation:
+        evaluation = _by_name(result_settings(findings.evaluation))
+        settings["evaluated in"] = evaluation.get("data type and device")
+        settings["evaluated by"] = evaluation.get("versions")
+        settings["lm-eval"] = evaluation.get("lm-eval")
+    if findings.benchmark:
+        benchmark = _by_name(result_settings(findings.benchmark))
+        settings["timed in"] = benchmark.get("data type and device")
+        settings["timed by"] = benchmark.get("versions")
+    return {name: value for name, value in settings.items() if value}
 
 
 def _by_name(settings: Table) -> dict[str, str]:
     return {row[0]: row[1] for row in settings.rows}
 
 
-class _Measures:
-    """The texts, tasks and workloads of several plans, and their columns."""
+class _Columns:
+    """A column for each text, task and workload of several plans, with the numbers in them."""
 
     def __init__(self, plans: Sequence[Findings]) -> None:
+        texts: dict[Any, TextResult] = {}
+        tasks: dict[Any, TaskResult] = {}
+        workloads: dict[Any, WorkloadResult] = {}
+        for findings in plans:
+            for text in findings.texts:
+                texts[text.key] = text
+            for task in main_tasks(findings.tasks):
+                tasks[task.key] = task
+            for workload in findings.workloads:
+                workloads[workload.workload.identity] = workload
+        self._averaged = {key for key, task in tasks.items() if _is_averaged(task)}
+        self._names: dict[Any, str] = {}
+        self.forms: dict[str, Callable[[float], str]] = {}
+
         def seen_in(text: TextResult) -> list[str]:
             return sorted({use for findings in plans for use in findings.seen_in(text)})
 
-        texts = {text.key: text for findings in plans for text in findings.texts}
-        tasks = {task.key: task for findings in plans for task in main_tasks(findings.tasks)}
-        timed = {
-            result.workload.identity: result for findings in plans for result in findings.workloads
-        }
-        self.averaged = {key for key, task in tasks.items() if _is_averaged(task)}
-        kinds: list[tuple[dict[Any, Any], list[str], Callable[[float], str]]] = [
-            (
-                texts,
-                [f"perplexity, {name}" for name in text_names([*texts.values()], seen_in)],
-                format_perplexity,
-            ),
-            (tasks, task_names([*tasks.values()]), "{:.3f}".format),
-            ({MEAN: None}, [MEAN], "{:.3f}".format),
-            (
-                timed,
-                [f"{workload_name(result)}, times as fast" for result in timed.values()],
-                "{:.2f}x".format,
-            ),
-        ]
-        self.columns = {
-            key: name
-            for results, names, _ in kinds
-            for key, name in zip(results, names, strict=True)
-        }
-        self.forms = {name: form for _, names, form in kinds for name in names}
+        for key, name in zip(texts, text_names([*texts.values()], seen_in), strict=True):
+            self._add(key, f"perplexity, {name}", format_perplexity)
+        for key, name in zip(tasks, task_names([*tasks.values()]), strict=True):
+            self._add(key, name, "{:.3f}".format)
+        self._add(MEAN, MEAN, "{:.3f}".format)
+        for key, workload in workloads.items():
+            self._add(key, f"{workload_name(workload)}, times as fast", "{:.2f}x".format)
 
-    def measured_without(self, findings: Findings, removals: SizeKey) -> Row:
+    def _add(self, key: Any, name: str, form: Callable[[float], str]) -> None:
+        self._names[key] = name
+        self.forms[name] = form
+
+    def dense(self, findings: Findings) -> Row:
+        """Return the measurements of a plan's dense model."""
+        row: Row = {}
+        for text in findings.texts:
+            row[self._names[text.key]] = (text.dense.perplexity, None)
+        for task in main_tasks(findings.tasks):
+            row[self._names[task.key]] = (task.dense.value, None)
+        averaged = self._averaged_tasks(findings)
+        if averaged:
+            row[MEAN] = (_dense_mean(averaged), None)
+        for workload in findings.workloads:
+            row[self._names[workload.workload.identity]] = (1.0, None)
+        return row
+
+    def pruned(self, findings: Findings, removals: SizeKey) -> Row:
         """Return the measurements of a plan at one size."""
-        tasks = main_tasks(findings.tasks)
-        averaged = [task for task in tasks if task.key in self.averaged]
-        values: dict[Any, Estimate | None] = {
-            text.key: _perplexity(text, removals) for text in findings.texts
-        }
-        values |= {task.key: _score(task, removals) for task in tasks}
-        values |= {
-            MEAN: _mean(averaged, removals) if 1 < len(averaged) == len(self.averaged) else None
-        }
-        values |= {
-            result.workload.identity: _speedup(result, removals) for result in findings.workloads
-        }
-        return {self.columns[key]: value for key, value in values.items() if value}
+        row: Row = {}
+        for text in findings.texts:
+            row[self._names[text.key]] = _perplexity(text, removals)
+        for task in main_tasks(findings.tasks):
+            row[self._names[task.key]] = _score(task, removals)
+        row[MEAN] = _mean(self._averaged_tasks(findings), removals)
+        for workload in findings.workloads:
+            timing = of_size(workload.pruned, removals)
+            if timing:
+                name = self._names[workload.workload.identity]
+                row[name] = (timing.speedup, timing.interval)
+        return {name: estimate for name, estimate in row.items() if estimate}
+
+    def _averaged_tasks(self, findings: Findings) -> list[TaskResult]:
+        """Return the tasks to average: several, and the same of each plan, or none."""
+        tasks = [task for task in main_tasks(findings.tasks) if task.key in self._averaged]
+        if len(tasks) < max(2, len(self._averaged)):
+            return []
+        return tasks
 
 
 def _is_averaged(task: TaskResult) -> bool:
@@ -210,37 +253,49 @@ def _is_averaged(task: TaskResult) -> bool:
 
 
 def _perplexity(text: TextResult, removals: SizeKey) -> Estimate | None:
-    dense, scores = text.dense.perplexity, of_size(text.pruned, removals)
-    if scores:
-        return scores.perplexity, _map_ends(
-            perplexity_change(scores)[1], lambda change: dense * (1 + change)
-        )
-    return None if removals else (dense, None)
+    scores = of_size(text.pruned, removals)
+    if scores is None:
+        return None
+    _, change = perplexity_change(scores)
+    if change is None:
+        return scores.perplexity, None
+    dense = text.dense.perplexity
+    return scores.perplexity, _interval(dense * (1 + change.low), dense * (1 + change.high))
 
 
 def _score(task: TaskResult, removals: SizeKey) -> Estimate | None:
-    dense, scores = task.dense.value, of_size(task.pruned, removals)
-    if scores:
-        low, high = (0.0, 1.0) if scores.lost is not None else (-math.inf, math.inf)
-        return scores.value, _map_ends(
-            scores.difference_interval, lambda change: min(high, max(low, dense + change))
-        )
-    return None if removals else (dense, None)
+    scores = of_size(task.pruned, removals)
+    if scores is None:
+        return None
+    change = scores.difference_interval
+    if change is None:
+        return scores.value, None
+    ends = _interval(task.dense.value + change.low, task.dense.value + change.high)
+    if scores.lost is not None:
+        ends = _limited(ends)
+    return scores.value, ends
 
 
 def _mean(tasks: Sequence[TaskResult], removals: SizeKey) -> Estimate | None:
-    dense = fmean(task.dense.value for task in tasks)
-    if removals and (share := retention(tasks, removals)):
-        return dense * share[0], _map_ends(share[1], lambda end: min(1.0, max(0.0, dense * end)))
-    return None if removals else (dense, None)
+    share = retention(tasks, removals)
+    if share is None:
+        return None
+    dense = _dense_mean(tasks)
+    kept, ends = share
+    if ends is None:
+        return dense * kept, None
+    return dense * kept, _limited(_interval(dense * ends.low, dense * ends.high))
 
 
-def _speedup(result: WorkloadResult, removals: SizeKey) -> Estimate | None:
-    timing = of_size(result.pruned, removals)
-    return (timing.speedup, timing.interval) if timing else None if removals else (1.0, None)
+def _dense_mean(tasks: Iterable[TaskResult]) -> float:
+    return fmean(task.dense.value for task in tasks)
 
 
-def _map_ends(interval: Interval | None, change: Callable[[float], float]) -> Interval | None:
-    return interval and Interval.model_construct(
-        low=change(interval.low), high=change(interval.high)
-    )
+def _interval(low: float, high: float) -> Interval:
+    # Not validated: intervals in a file can be so wide that this one is infinite.
+    return Interval.model_construct(low=low, high=high)
+
+
+def _limited(ends: Interval) -> Interval:
+    """Limit an interval to the shares that a score can be."""
+    return _interval(min(1.0, max(0.0, ends.low)), min(1.0, max(0.0, ends.high)))
