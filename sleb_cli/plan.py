@@ -71,18 +71,17 @@ class CalibrationRecord(Record):
 class TargetRecord(Record):
     """The target of the search, if it was not a number of blocks, and what was reached.
 
-    The unit of `limit`, `dense` and `reached` follows from `name`: parameters, bytes, speedup, nats
-    per token above the dense model, or a multiple of its perplexity. For a speedup, `predicted` was
-    estimated before the search and `reached` timed after it; for a perplexity, `next` is the value
-    after one more removal. `kv_cache` describes what counts besides the weights for a memory
-    target.
+    The unit of `limit`, `dense` and `reached` follows from `name`: parameters, bytes, or a multiple
+    of the dense model's perplexity. For a perplexity, `next` is the value after one more removal.
+    `kv_cache` describes what counts besides the weights for a memory target. `predicted` is null:
+    older versions of sleb estimated a speedup in it.
     """
 
     name: TargetName
     limit: float
     dense: float
     reached: float
-    predicted: float | None = None
+    predicted: None = None
     next: float | None = None
     kv_cache: str | None = None
 

@@ -52,9 +52,7 @@ StrategyName = Literal["greedy", "refine", "oneshot", "contiguous"]
 Unit = Literal["blocks", "experts"]
 """What a search removes: whole blocks, or the same number of experts from each."""
 
-TargetName = Literal[
-    "ratio", "remove", "target_params", "target_memory", "target_speedup", "max_perplexity_ratio"
-]
+TargetName = Literal["ratio", "remove", "target_params", "target_memory", "max_perplexity_ratio"]
 """The fields that say how far a search goes."""
 
 TARGET_NAMES: tuple[TargetName, ...] = get_args(TargetName)
@@ -321,11 +319,6 @@ class SearchRequest(Request):
         _TARGET,
         default=f"{DEFAULT_SERVE_LENGTH}, or the model's limit",
         minimum=2,
-    )
-    target_speedup: str | float | None = option(
-        "Remove blocks until the model generates this many times as fast, timed here in "
-        "transformers: 1.25.",
-        _TARGET,
     )
     max_perplexity_ratio: str | float | None = option(
         "Remove blocks while perplexity stays within this multiple of the dense model's: 1.2.",

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial
 from typing import Any
 
 from sleb_cli.atomic import require_new_file
@@ -120,18 +119,17 @@ def goal_of(request: SearchRequest) -> tuple[TargetName, Fraction | float]:
     return name, _GOALS[name](text, option_of(name))
 
 
-def _parse_multiple(text: str, option: str, minimum: float) -> float:
+def _parse_perplexity_ratio(text: str, option: str) -> float:
     """Read "1.25" or "1.25x"."""
     try:
-        number = float(text.lower().removesuffix("x"))
+        ratio = float(text.lower().removesuffix("x"))
     except ValueError:
-        number = math.nan
-    if not (minimum <= number < math.inf):
+        ratio = math.nan
+    if not 1 <= ratio < math.inf:
         raise UsageError(
-            f"{option} {text} is not a number of {minimum:g} or more.",
-            hint=f"For example: {minimum + 0.25:g}.",
+            f"{option} {text} is not a number of 1 or more.", hint="For example: 1.25."
         )
-    return number
+    return ratio
 
 
 _GOALS: dict[TargetName, Callable[[str, str], Fraction | float]] = {
@@ -139,8 +137,7 @@ _GOALS: dict[TargetName, Callable[[str, str], Fraction | float]] = {
     "remove": lambda text, option: int(text),
     "target_params": parse_count,
     "target_memory": parse_bytes,
-    "target_speedup": partial(_parse_multiple, minimum=1.01),
-    "max_perplexity_ratio": partial(_parse_multiple, minimum=1),
+    "max_perplexity_ratio": _parse_perplexity_ratio,
 }
 """How the number of each target is read, given the option that sets it."""
 

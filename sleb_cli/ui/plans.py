@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from sleb_cli.names import short_name
-from sleb_cli.requests import DEMO
 from sleb_cli.ui.chart import Line, draw_lines
 from sleb_cli.ui.console import print_prose, stdout
 from sleb_cli.ui.tables import print_line, print_title, print_to_copy, show_table
@@ -32,7 +31,7 @@ def show_plan(plan: Plan, output: Path) -> None:
     print_title(f"{short_name(plan.model.id)}: {plan.order.amount(len(plan.largest))} removed")
     show_table(tables.search(plan), title=False)
     if plan.steps:
-        _show_blocks(plan, output)
+        _show_blocks(plan)
     sizes = tables.sizes(plan)
     if sizes:
         print_line(sizes)
@@ -42,7 +41,7 @@ def show_plan(plan: Plan, output: Path) -> None:
     _show_next(plan, output)
 
 
-def _show_blocks(plan: Plan, output: Path) -> None:
+def _show_blocks(plan: Plan) -> None:
     """Show which blocks go, what the search did to find them, and its target."""
     from sleb_cli.tables import search_results as tables
 
@@ -63,17 +62,9 @@ def _show_blocks(plan: Plan, output: Path) -> None:
     if search.fast:
         print_line(race_summary(plan))
     if search.target is not None:
-        _show_target(search.target, plan, output)
+        print_line(target_summary(search.target, plan))
     if search.engine_reason:
         print_line(f"engine {search.engine}: {search.engine_reason}")
-
-
-def _show_target(target: TargetRecord, plan: Plan, output: Path) -> None:
-    print_line(target_summary(target, plan))
-    if target.name == "target_speedup":
-        has_file = plan.model.id == DEMO or plan.model.id.endswith(".gguf")
-        bench = f"sleb bench {in_shell(str(output))} --generation --engine llama.cpp"
-        print_to_copy(f"in llama.cpp: {bench}{'' if has_file else ' --source FILE.gguf'}")
 
 
 def _show_next(plan: Plan, output: Path) -> None:
@@ -165,15 +156,6 @@ def target_summary(target: TargetRecord, plan: Plan) -> str:
         case "target_memory":
             needs = f"weights and {target.kv_cache} take {format_bytes(target.reached)}, not {format_bytes(target.dense)}"
             return f"target: {goal}; {needs}; {cost}"
-        case "target_speedup":
-            missed = (
-                ""
-                if target.reached >= target.limit
-                else ", below the target: remove more with --extend"
-            )
-            measured = f"{target.reached:.2f}x measured ({target.predicted:.2f}x predicted){missed}"
-            timed = f"timed in transformers, {plan.search.dtype} on {plan.search.device}"
-            return f"target: {target.limit:g}x at generation, {timed}; {measured}; {cost}"
     more = (
         f"one more removal: {target.next:.4f}"
         if target.next is not None

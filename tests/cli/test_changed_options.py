@@ -62,7 +62,7 @@ NEXT = {
 }  # fmt: skip
 """What an option becomes that is neither a flag nor a number of the first run."""
 
-TIMED = {"target_speedup", "heal_minutes"}
+TIMED = {"heal_minutes"}
 """How far these go is for a clock to say."""
 
 CASES = [

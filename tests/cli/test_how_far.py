@@ -6,7 +6,6 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from conftest import llama_config, save_model
-from sleb_cli.engine.search import speedup
 from sleb_cli.engine.search.scoring import Scoring
 from sleb_cli.plan import read_plan
 from sleb_plugins import UnsupportedModelError
@@ -142,35 +141,3 @@ def test_one_block_stays(search, sleb, tiny_llama):
         "search", tiny_llama, "--extend", "plan.json", "--max-perplexity-ratio", 1e40, code=4
     ).stderr
     assert "No block can be removed" in told
-
-
-def test_a_speedup_is_predicted_from_two_depths_and_measured(search, tmp_path, full, monkeypatch):
-    timed = []
-
-    def relative_time(workload, dense, pruned, *given):
-        timed.append(len(pruned.model.layers))
-        return (timed[-1] + 4) / (len(dense.model.layers) + 4)
-
-    monkeypatch.setattr(speedup, "relative_time", relative_time)
-    result = search("--target-speedup", "1.25x", "-o", "fast.json")
-    plan = read_plan(tmp_path / "fast.json")
-    assert plan.removals == full.removals[:2]  # 10 / 8
-    assert timed == [5, 4, 4]
-    assert (
-        "90% (1 fewer), 80% (2 fewer) of the dense model's time: 10.0% per block" in result.stderr
-    )
-    where = "timed in transformers, float32 on cpu"
-    assert f"1.25x at generation, {where}; 1.25x measured (1.25x predicted)" in result.stdout
-    assert (
-        "in llama.cpp: sleb bench fast.json --generation --engine llama.cpp --source FILE.gguf\n"
-        in result.stdout
-    )
-    search("--target-speedup", 1.3, "-o", "more.json")
-    assert read_plan(tmp_path / "more.json").removals == full.removals[:3]
-    beyond = search("--target-speedup", 1.7, "-o", "most.json", code=2)
-    assert (
-        "At most 4 blocks can be removed, which leaves the model at 1.67x the speed"
-        in beyond.stderr
-    )
-    monkeypatch.setattr(speedup, "relative_time", lambda *given: 1.0)
-    assert "generation does not get faster" in search("--target-speedup", 1.1, code=2).stderr

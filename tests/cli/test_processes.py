@@ -21,8 +21,6 @@ from sleb_cli import __main__ as program
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.quality import texts
 from sleb_cli.engine.recovery import closed_form
-from sleb_cli.engine.search import speedup
-from sleb_cli.plan import read_plan
 from sleb_cli.processes import process_rank
 from sleb_cli.requests import journal_of
 from sleb_plugins import DataError
@@ -119,16 +117,6 @@ def test_processes_find_the_plan_of_one(
     assert plan_bytes(tmp_path / "plan.json") == expected
     assert main.stdout.count("wrote plan.json") == main.stderr.count("step 1 of 3") == 1
     assert not journal_of(tmp_path / "plan.json").exists()
-
-
-def test_one_process_times_the_speedup(search, tmp_path, monkeypatch):
-    def timed(*arguments):
-        return 0.6 if process_rank() == 0 else 5.0
-
-    monkeypatch.setattr(speedup, "relative_time", timed)
-    target = [word for word in search if word not in ("--remove", 3)]
-    all_well(together(2, *target, "--target-speedup", 1.3, "-o", "plan.json", "-q"))
-    assert read_plan(tmp_path / "plan.json").search.target.reached == 1 / 0.6
 
 
 @contextmanager

@@ -92,7 +92,6 @@ FIRST = [
     ("search no/model --ratio 20%x", 2, "The ratio 20%x is not between 0 and 1"),
     ("search no/model --ratio 120%", 2, "The ratio 120% is not between 0 and 1"),
     ("search no/model --target-params 1X", 2, "--target-params 1X is not a number of parameters"),
-    ("search no/model --target-speedup 1", 2, "--target-speedup 1 is not a number of 1.01 or more"),
     ("search no/model --max-perplexity-ratio 0.9", 2, "not a number of 1 or more"),
     ("search no/model --remove 1 --metric nl", 2, "Unknown metric 'nl'"),
     ("search no/model --remove 1 --strategy gredy", 2, "Did you mean 'greedy'?"),

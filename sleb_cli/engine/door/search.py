@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -23,8 +21,7 @@ from sleb_cli.engine.search.choices import Protection
 from sleb_cli.engine.search.journal import recorded_settings
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.settings import ExpertMethod, Method, Recording, Search, SearchedModel
-from sleb_cli.engine.search.speedup import time_target
-from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Stop, Target, stop_at
+from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Target, stop_at
 from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.engine.text.settings import (
     CalibrationSettings,
@@ -80,7 +77,10 @@ def resolve_search(
         )
     else:
         removable = Removable(architecture, _protection(request, architecture), notify)
-        stop = _stop_condition(checked, removable, placement, group, notify)
+        gone = extended.removals if extended else ()
+        target = parse_target(request, architecture, notify)
+        stop = stop_at(target, removable, checked.strategy, gone, notify)
+        removable.candidates(gone)  # raises now if no block can be removed
         fast, holdout = bool(request.fast), request.holdout or 0.0
         method = Method(metric, implementation, checked.strategy, removable, fast, holdout, stop)
     sample = request.sample_tokens
@@ -180,31 +180,6 @@ def _note_rounding(experts: Experts, needed: int, fewer: int, notify: Notify) ->
         )
 
 
-def _stop_condition(
-    checked: CheckedSearch,
-    removable: Removable,
-    placement: Placement,
-    group: ProcessGroup,
-    notify: Notify,
-) -> Callable[[Any], Stop]:
-    """Return a function of the dense model that says when the search ends."""
-    gone = checked.extended.removals if checked.extended else ()
-    settle = partial(
-        stop_at, removable=removable, strategy=checked.strategy, gone=gone, notify=notify
-    )
-    name, goal = goal_of(checked.request)
-    # Only a speedup has to wait for the dense model, which must be timed.
-    stop = (
-        None
-        if name == "target_speedup"
-        else settle(parse_target(checked.request, removable.architecture, notify))
-    )
-    removable.candidates(gone)  # raises now if no block can be removed
-    return lambda dense: (
-        stop or settle(time_target(float(goal), removable, placement, dense, group, notify))
-    )
-
-
 def _calibration_settings(
     request: SearchRequest, architecture: Architecture, placement: Placement
 ) -> CalibrationSettings:
@@ -276,15 +251,10 @@ def _require_runnable(request: SearchRequest, metric: Metric, placement: Placeme
             f"{metric.name} runs the whole model, but the model is streamed block by block.",
             hint="Use a machine with more memory, or --device-map.",
         )
-    if placement.stream and request.target_speedup is not None:
-        raise MachineError(
-            "--target-speedup times the whole model, but the model is streamed block by block.",
-            hint="Use --ratio.",
-        )
 
 
 def parse_target(request: SearchRequest, architecture: Architecture, notify: Notify) -> Target:
-    """Return any target but a speedup, which must be timed."""
+    """Return the target, with its sizes by block."""
     name, goal = goal_of(request)
     if name in ("ratio", "remove"):
         blocks = architecture.block_count

@@ -69,7 +69,7 @@ def find_removals(search: Search, group: ProcessGroup, notify: Notify) -> Plan:
         search.extended,
         search.model.architecture.source,
     )
-    stop = method.stop(model.model)
+    stop = method.stop
     searched, reserved = hold_out(inputs.calibration.to(model.device), method.holdout)
     with source.watch.unchanged(), model, task(inputs.notify, "Checking the engine"):
         passes, reason = _prepare(

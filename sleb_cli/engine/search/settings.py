@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,7 +40,7 @@ class Method:
         implementation: the metric's code and versions, on which scores depend.
         fast: whether candidates race.
         holdout: the share of the sequences that is held out.
-        stop: returns when the search ends, given the dense model, on which a speed-up is timed.
+        stop: when the search ends.
     """
 
     metric: Metric
@@ -49,7 +49,7 @@ class Method:
     removable: Removable
     fast: bool
     holdout: float
-    stop: Callable[[Any], Stop]
+    stop: Stop
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""When does a search stop? Once the model is small or fast enough, or before its perplexity rises
+"""The targets of a search: it ends once the model is small enough, or before its perplexity rises
 too far.
 """
 
@@ -24,8 +24,7 @@ class SizeTarget:
     """Stop once the model is small enough.
 
     Attributes:
-        sizes: the size of each block in the target's unit: parameters, bytes or a share of the
-            time.
+        sizes: the size of each block in the target's unit: blocks, parameters or bytes.
         limit: the largest size that may remain.
         describe: formats a size: "1.19B parameters".
         kv_cache: the KV cache that counts besides the weights, if memory is the target.

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -25,7 +24,6 @@ from sleb_cli.engine.speed.loaders import (
 )
 from sleb_cli.engine.speed.peak_memory import measure_alone
 from sleb_cli.engine.speed.timing import Measured, time_in_turn, workload_result
-from sleb_cli.engine.speed.transformers_model import prepared
 from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
@@ -178,20 +176,3 @@ def _time_together(
                 }
                 measured.append(time_in_turn(runs, workload, vocabulary, notify))
     return {model.size.removals: model.size for model in models}, measured
-
-
-def relative_time(
-    workload: Workload, dense: Any, pruned: Any, removals: SizeKey, notify: Notify
-) -> float:
-    """Return the median time of a pruned transformers model over the dense one's; both run in turn."""
-    vocabulary = dense.config.get_text_config().vocab_size
-    with ExitStack() as stack:
-        models = {(): dense, removals: pruned}
-        runs = {
-            name: stack.enter_context(prepared(model, workload)).run
-            for name, model in models.items()
-        }
-        rounds = time_in_turn(runs, workload, vocabulary, notify).rounds
-    return median(done[removals].seconds for done in rounds) / median(
-        done[()].seconds for done in rounds
-    )
