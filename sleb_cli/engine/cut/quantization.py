@@ -1,32 +1,32 @@
-"""Renumber the names of modules in the settings of a quantized checkpoint, and drop the names of
-removed parts.
+"""Renumber the names of modules in the settings of a quantized checkpoint, and drop those that go.
 
 The packed tensors are copied like any others. But every format lists elsewhere which modules were
 quantized in which way: `ignore`, `modules_to_not_convert`, `config_groups.*.targets`, GPTQ's
 `dynamic`, a dictionary by module. So every string is checked. A name is renumbered like a tensor's.
-A pattern (a regex or a glob) stays if it still matches the same modules, and is refused otherwise.
+A pattern (a regex or a glob) stays if it means all blocks alike, and is refused if it has numbers.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from fnmatch import translate
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from sleb_cli.engine.files.config_files import CONFIG, QUANTIZATION_SETTINGS
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_plugins import UnsupportedModelError
 
 _KEYS = {"quantization_config", "compression_config"}
-# Before a regex: in compressed-tensors, and in GPTQ for modules that it includes or excludes.
-_PREFIX = re.compile("re:|[+]:|-:")
 _NAME = re.compile(r"[\w.-]*")
-_ANY_DIGIT = re.compile(r"\[0-9\]|\\d")
-_DOT = r"(?:\\\.|\[\.\])"
+# Before a regex: "re:" in compressed-tensors; in GPTQ, "+:" and "-:" for what it leaves in or out.
+_PATTERN = re.compile(r"(re|[+-]):.*|\S*[*?|()\[\]\\^$]\S*")
+_ANY_DIGIT = re.compile(r"\[0-9\]|\\[a-zA-Z]")
+_NUMBER = re.compile(
+    r"(?<![\w{,])\d"  # not in a name, such as "fc1", or in "{1,3}"
+    r"|(?:\\\.|\[\.\])\.(?:\\\.|\[\.\])|\.\?\."  # any number of one digit
+)
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,10 @@ class ModuleNames:
     """Translates names of modules in the dense model's settings to the pruned model's.
 
     Attributes:
-        unit: the kind of parts that are removed.
         renamed: returns the new name of a module, or None for one that goes.
     """
 
     architecture: Architecture
-    unit: Literal["blocks", "experts"]
     renamed: Callable[[str], str | None]
 
     def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -49,74 +47,60 @@ class ModuleNames:
         return self.in_config(values) if file == CONFIG else values
 
     def in_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a `config.json` whose quantization settings name the modules that stay, in nested
-        configs too.
-        """
-        return {
-            key: self.in_settings(value)
-            if key in _KEYS
-            else self.in_config(value)
-            if isinstance(value, dict)
-            else value
-            for key, value in config.items()
-        }
+        """Return a config whose quantization settings, at any depth, name the modules that stay."""
+        changed = dict(config)
+        for key, value in config.items():
+            if key in _KEYS:
+                changed[key] = self.in_settings(value)
+            elif isinstance(value, dict):
+                changed[key] = self.in_config(value)
+        return changed
 
     def in_settings(self, value: Any) -> Any:
-        """Renumber the modules that settings name anywhere, and drop those that go; None for such a
-        name.
+        """Renumber the modules that settings name anywhere, and drop those that go.
+
+        Returns:
+            None for the name of a module that goes.
         """
         if isinstance(value, str):
             return self._renamed(value)
         if isinstance(value, list):
-            return [
-                new for item in value if (new := self.in_settings(item)) is not None or item is None
-            ]
-        if not isinstance(value, dict):
-            return value
-        result = {}
-        for key, old in value.items():
-            name, new = self._renamed(key), self.in_settings(old)
+            return self._in_list(value)
+        if isinstance(value, dict):
+            return self._in_dict(value)
+        return value
+
+    def _in_list(self, values: list[Any]) -> list[Any]:
+        changed = []
+        for old in values:
+            new = self.in_settings(old)
+            if new is not None or old is None:
+                changed.append(new)
+        return changed
+
+    def _in_dict(self, values: dict[str, Any]) -> dict[str, Any]:
+        changed = {}
+        for key, old in values.items():
+            name = self._renamed(key)
+            new = self.in_settings(old)
+            if name is None or (new is None and old is not None):
+                continue
             # A group of compressed-tensors goes with the last of its targets.
-            lost_its_targets = (
-                isinstance(old, dict) and old.get("targets") and not new.get("targets")
-            )
-            if name is not None and (new is not None or old is None) and not lost_its_targets:
-                result[name] = new
-        return result
+            if isinstance(old, dict) and old.get("targets") and not new.get("targets"):
+                continue
+            changed[name] = new
+        return changed
 
     def _renamed(self, text: str) -> str | None:
         if _NAME.fullmatch(text):
             return self._renamed_module(text)
-        if self._matches_others(_PREFIX.sub("", text, count=1)):
+        if _PATTERN.fullmatch(text) and _NUMBER.search(_ANY_DIGIT.sub("", text)):
             raise UnsupportedModelError(
-                f"The quantization settings name {self.unit} by the pattern {text!r}, which would "
-                f"match other "
-                f"{self.unit}.",
+                f"The quantization settings name modules by number, in the pattern {text!r}, which "
+                f"would match other modules of the pruned model.",
                 hint="Prune the original model first, then quantize it.",
             )
         return text
-
-    def _matches_others(self, pattern: str) -> bool:
-        """Whether the pattern would match other modules than before, by their new names, as a regex
-        or as a glob.
-        """
-        matchers = [re.compile(translate(pattern)).match]
-        with suppress(re.error):  # "*.mlp" is no regex
-            matchers += [re.compile(pattern).match, re.compile(pattern).search]
-        matches = {
-            (bool(match(name)), bool(match(new)))
-            for match in matchers
-            for name, new in self._kept_names
-        }
-        if matches != {(False, False)}:
-            return not matches <= {(False, False), (True, True)}
-        if self.unit == "experts":  # the new names were all there before
-            return False
-        # It may match what engines call parts of a block, such as vLLM's fused `qkv_proj`.
-        blocks = re.escape(self.architecture.adapter.blocks_path.rpartition(".")[2])
-        return bool(
-            re.search(rf"(?:{_DOT}|(?<!\w){blocks}\.)[(?:\[]*\d", _ANY_DIGIT.sub("", pattern))
-        )
 
     def _renamed_module(self, name: str) -> str | None:
         renamed = self.renamed(name)
@@ -133,11 +117,9 @@ class ModuleNames:
     @cached_property
     def _modules(self) -> frozenset[str]:
         """The names of all modules, as in the model and as in the files."""
-        architecture = self.architecture
-        in_files = (name.rpartition(".")[0] for name in architecture.source.weights.tensor_names())
-        return frozenset(in_files) | {name for name, _ in architecture.skeleton.named_modules()}
-
-    @cached_property
-    def _kept_names(self) -> list[tuple[str, str]]:
-        """Pairs of old and new names."""
-        return [(name, new) for name in self._modules if (new := self.renamed(name)) is not None]
+        names = set()
+        for name in self.architecture.source.weights.tensor_names():
+            names.add(name.rpartition(".")[0])
+        for name, _ in self.architecture.skeleton.named_modules():
+            names.add(name)
+        return frozenset(names)

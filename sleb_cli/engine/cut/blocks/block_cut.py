@@ -77,7 +77,7 @@ class BlockCut(Cut):
         """Return the config with new counts and new values of settings of blocks; other files name
         modules.
         """
-        modules = ModuleNames(self.architecture, "blocks", self.names.renamed)
+        modules = ModuleNames(self.architecture, self.names.renamed)
         return modules.settings(file, self._config(values) if file == CONFIG else values)
 
     def _config(self, values: dict[str, Any]) -> dict[str, Any]:

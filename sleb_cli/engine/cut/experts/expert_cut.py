@@ -119,10 +119,11 @@ class ExpertCut(ExpertRemoval, Cut):
                 find_experts(self.architecture).key,
                 self.count - self.fewer,
             )
-        modules = ModuleNames(
-            self.architecture, "experts", lambda name: (new := self.tensor(name)) and new[0]
-        )
-        return modules.settings(file, values)
+        return ModuleNames(self.architecture, self._renamed).settings(file, values)
+
+    def _renamed(self, name: str) -> str | None:
+        kept = self.tensor(name)
+        return None if kept is None else kept[0]
 
     def tensor(self, name: str) -> tuple[str, Slices | None] | None:
         """Return the new name of a tensor of one expert, or the slices that stay of a tensor of
