@@ -1,5 +1,6 @@
-"""Run a model as if some experts could not be chosen, and watch its routers choose, without a
-family's code.
+"""Run a model as if some experts could not be chosen, and watch its routers choose.
+
+No family's code is copied.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sleb_cli.engine.model.experts import Experts, Part
+from sleb_cli.engine.model.experts import Experts
 from sleb_plugins import UnsupportedModelError
 
 Forward = Callable[..., Any]
@@ -27,28 +28,20 @@ def without_experts(
     removed: Mapping[int, Sequence[int]],
     model_type: str,
 ) -> Iterator[None]:
-    """Have no router choose these experts, by block: their logits, and their biases of the choice,
-    are -inf.
+    """Have no router choose these experts, by block: their logits and biases of the choice are -inf.
 
     Raises:
         UnsupportedModelError: at the end, if a block has run and its router was not reached.
     """
-    # A mode, and not new weights: they may come from the disk just before the router runs.
-    modes: dict[int, list[_Masked]] = {block: [] for block in experts.blocks if removed.get(block)}
+    masks: dict[int, list[_Mask]] = {}
     with ExitStack() as stack:
-        for block, in_block in modes.items():
-            for child in sorted({name.partition(".")[0] for name in experts.router}):
-                prefix = f"{child}."
-                names = (name for name in experts.router if name.startswith(prefix))
-                in_child = {name.removeprefix(prefix): experts.router[name] for name in names}
-                module, numbers = (
-                    blocks[block].get_submodule(child),
-                    torch.tensor(sorted(removed[block])),
-                )
-                in_block.append(_Masked(module, in_child, numbers))
-                stack.enter_context(_wrapped_forward(module, in_block[-1].around))
+        for block in experts.blocks:
+            if removed.get(block):
+                masks[block] = _masks_of(experts, blocks[block], removed[block])
+                for mask in masks[block]:
+                    stack.enter_context(_wrapped_forward(mask.module, mask.run))
         yield
-    for block, in_block in modes.items():
+    for block, in_block in masks.items():
         if any(mode.runs for mode in in_block) and not any(mode.hits for mode in in_block):
             raise UnsupportedModelError(
                 f"The experts of {model_type} cannot be left out: sleb does not reach the router "
@@ -57,73 +50,97 @@ def without_experts(
             )
 
 
-class _Masked(TorchFunctionMode):
-    """Puts -inf on the last axis of results computed with a router's weights, or with casts or
-    views of them.
+def _masks_of(experts: Experts, block: nn.Module, removed: Sequence[int]) -> list[_Mask]:
+    """Return a mask for each child of a block that has tensors of the router."""
+    children: dict[str, dict[str, int]] = {}
+    for name, part in experts.router.items():
+        child, _, inner = name.partition(".")
+        children.setdefault(child, {})[inner] = part.axis
+    numbers = torch.tensor(sorted(removed))
+    return [
+        _Mask(block.get_submodule(child), children[child], numbers) for child in sorted(children)
+    ]
+
+
+class _Mask(TorchFunctionMode):
+    """Puts -inf on the last axis of what is computed with a router's weights, or a cast or view.
 
     Biases of the choice, by expert, also get -inf. In a scale by expert, these entries are never
-    read.
+    read. A mode, and not new weights: they may come from the disk just before the router runs.
     """
 
-    def __init__(self, module: nn.Module, router: Mapping[str, Part], removed: Tensor) -> None:
+    def __init__(self, module: nn.Module, axes: Mapping[str, int], removed: Tensor) -> None:
+        """Take the axis of the experts in each tensor of the router, by its name in the module."""
         super().__init__()
-        paths = [(name.rpartition("."), part.axis) for name, part in router.items()]
-        self.router = [
-            (module.get_submodule(owner), last, axis) for (owner, _, last), axis in paths
-        ]
-        self.derived, self.removed, self.runs, self.hits = dict[int, Tensor](), removed, 0, 0
+        self.module = module
+        self.removed = removed
+        self.runs = 0
+        self.hits = 0
+        self._owners = []
+        for name, axis in axes.items():
+            owner, _, last = name.rpartition(".")
+            self._owners.append((module.get_submodule(owner), last, axis))
+        self._copies: list[Tensor] = []
+        """Casts and views of the router's weights, made in this run."""
 
-    def around(self, forward: Forward) -> Forward:
-        def masked(*args: Any, **kwargs: Any) -> Any:
-            self.runs += 1
-            try:
-                with self:
-                    return forward(*args, **kwargs)
-            finally:
-                self.derived.clear()
-
-        return masked
+    def run(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        """Call the module's own `forward`, masked."""
+        self.runs += 1
+        try:
+            with self:
+                return forward(*args, **kwargs)
+        finally:
+            self._copies.clear()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, axes = (
-            kwargs or {},
-            {id(getattr(owner, last)): axis for owner, last, axis in self.router},
-        )
+        kwargs = kwargs or {}
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        lists = {
-            id(tensor): self._masked(tensor, axis)
-            for tensor in tensors
-            if (axis := axes.get(id(tensor))) is not None and tensor.numel() == tensor.shape[axis]
-        }
-        args = [lists.get(id(value), value) for value in args]
-        output = func(
-            *args, **{name: lists.get(id(value), value) for name, value in kwargs.items()}
-        )
-        from_router = any(
-            id(tensor) in self.derived or id(tensor) in axes.keys() - lists.keys()
-            for tensor in tensors
-        )
-        if not from_router or not isinstance(output, Tensor) or not output.is_floating_point():
+        has_weights = any(self._is_weight(tensor) for tensor in tensors)
+        masked_args = [self._masked_list(value) for value in args]
+        masked_kwargs = {name: self._masked_list(value) for name, value in kwargs.items()}
+        output = func(*masked_args, **masked_kwargs)
+        if not has_weights or not isinstance(output, Tensor) or not output.is_floating_point():
             return output
-        # From one tensor comes a cast or a view of the weights; the product with hidden states has
-        # two.
-        if len(tensors) == 1:
-            self.derived[id(output)] = output  # kept alive, so that no other tensor gets its id
+        if len(tensors) == 1:  # a cast or view of the weights; a product with hidden states has two
+            self._copies.append(output)
             return output
         self.hits += 1
         return self._masked(output, -1)
+
+    def _axis(self, value: Any) -> int | None:
+        """Return the axis of the experts in a tensor of the router; None for any other value."""
+        for owner, name, axis in self._owners:
+            if getattr(owner, name) is value:
+                return axis
+        return None
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        if any(copy is tensor for copy in self._copies):
+            return True
+        axis = self._axis(tensor)
+        return axis is not None and tensor.numel() > tensor.shape[axis]
+
+    def _masked_list(self, value: Any) -> Any:
+        """Mask a list with a number for each expert; return any other value as it is."""
+        axis = self._axis(value)
+        if axis is None or value.numel() > value.shape[axis]:
+            return value
+        return self._masked(value, axis)
 
     def _masked(self, tensor: Tensor, axis: int) -> Tensor:
         return tensor.index_fill(axis, self.removed.to(tensor.device), float("-inf"))
 
 
 class TiesByNumber(TorchFunctionMode):
-    """Has `topk` take the lower of equals, so that a model and its cut, which keeps their order,
-    choose alike.
+    """Has `topk` take the lower of equals, so that a model and its cut choose alike.
+
+    A cut keeps the order of the experts.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (_topk if func in (torch.topk, Tensor.topk) else func)(*args, **(kwargs or {}))
+        if func in (torch.topk, Tensor.topk):
+            func = _topk
+        return func(*args, **(kwargs or {}))
 
 
 def _topk(input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
@@ -160,101 +177,104 @@ def watch_routing(
     """Call `listen` with each block's number and routing; the model computes as before."""
     with ExitStack() as stack:
         for block in experts.blocks:
-            # The experts are called through the module with their weights, or through one around
-            # it.
+            # The experts are called through the module with their weights, or one around it.
             path = experts.module
             while path:
-                module, all_at_once = blocks[block].get_submodule(path), path == experts.module
-                report = _reporting(experts.count, block, listen, all_at_once=all_at_once)
-                stack.enter_context(_wrapped_forward(module, report))
+                module = blocks[block].get_submodule(path)
+                count = experts.count if path == experts.module else None
+                watch = partial(_run_and_report, partial(listen, block), count)
+                stack.enter_context(_wrapped_forward(module, watch))
                 path = path.rpartition(".")[0]
         yield
 
 
-def _reporting(
-    count: int, block: int, listen: Callable[[int, Routing], object], *, all_at_once: bool
+def _run_and_report(
+    listen: Callable[[Routing], object],
+    count: int | None,
+    forward: Forward,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    def call_and_report(forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        hidden, *others = (
-            value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)
-        )
-        routing = _routing_of_tokens(forward, hidden, others)
-        if (
-            routing is None
-            and all_at_once
-            and not others
-            and hidden.ndim == 2
-            and output.shape == hidden.shape
-        ):
-            routing = _routing_of_all(forward, hidden, count)
-        if routing is not None:
-            listen(block, routing)
-        return output
+    """Call a module's own `forward`, and report its routing, if it is given one.
 
-    return lambda forward: partial(call_and_report, forward)
+    `count` is the number of experts if the module holds their weights, so that it may be given all
+    tokens for each expert.
+    """
+    output = forward(*args, **kwargs)
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    routing = _routing(forward, count, tensors, output)
+    if routing is not None:
+        listen(routing)
+    return output
+
+
+def _routing(
+    forward: Forward, count: int | None, tensors: Sequence[Tensor], output: Any
+) -> Routing | None:
+    hidden, others = tensors[0], tensors[1:]
+    routing = _routing_of_tokens(forward, hidden, others)
+    if routing is not None or count is None or others or hidden.ndim != 2:
+        return routing
+    if output.shape != hidden.shape:
+        return None
+    return _routing_of_all(forward, hidden, count)
 
 
 def _routing_of_tokens(
     forward: Forward, hidden: Tensor, others: Sequence[Tensor]
 ) -> Routing | None:
     """Read a call that is given the experts of each token and their gates, which differ in type."""
-    numbers = next(
-        (tensor for tensor in others if tensor.dtype in (torch.int64, torch.int32)), None
-    )
+    numbers = next((each for each in others if each.dtype in (torch.int64, torch.int32)), None)
     if numbers is None or numbers.ndim < 2:
         return None
-    active, flat = numbers.shape[-1], hidden.reshape(-1, hidden.shape[-1])
-    gates = next(
-        (
-            tensor
-            for tensor in others
-            if tensor.is_floating_point() and tensor.shape == numbers.shape
-        ),
-        None,
-    )
+    gates = None
+    for tensor in others:
+        if gates is None and tensor.is_floating_point() and tensor.shape == numbers.shape:
+            gates = tensor
+    active = numbers.shape[-1]
+    flat = hidden.reshape(-1, hidden.shape[-1])
     if gates is None or numbers.numel() // active != len(flat):
         return None
+    gates = gates.reshape(-1, active)
+    run_alone = partial(_run_chosen, forward, gates)
+    return Routing(flat, numbers.reshape(-1, active), gates, run_alone)
 
-    def run_alone(states: Tensor, chosen: Tensor) -> Tensor:
-        ones = gates.new_ones(len(chosen), 1)
-        try:
-            outputs: Tensor = forward(states, chosen[:, None], ones)
-        except (
-            ValueError,
-            IndexError,
-        ):  # it takes as many as a token has: the others are the same, by a gate of 0
-            gate = torch.cat([ones, gates.new_zeros(len(chosen), active - 1)], 1)
-            outputs = forward(states, chosen[:, None].expand(-1, active).contiguous(), gate)
-        return outputs
 
-    return Routing(flat, numbers.reshape(-1, active), gates.reshape(-1, active), run_alone)
+def _run_chosen(forward: Forward, gates: Tensor, states: Tensor, chosen: Tensor) -> Tensor:
+    active = gates.shape[-1]
+    ones = gates.new_ones(len(chosen), 1)
+    try:
+        outputs: Tensor = forward(states, chosen[:, None], ones)
+    except (ValueError, IndexError):
+        # It takes as many as a token has: the others are the same, by a gate of 0.
+        gate = torch.cat([ones, gates.new_zeros(len(chosen), active - 1)], 1)
+        outputs = forward(states, chosen[:, None].expand(-1, active).contiguous(), gate)
+    return outputs
 
 
 def _routing_of_all(forward: Forward, hidden: Tensor, count: int) -> Routing:
-    """Read a call that is given all tokens for one expert after the other, scaled by gates (0: not
-    chosen).
+    """Read a call that is given all tokens for one expert after the other.
+
+    They are scaled by gates, which are 0 for an expert that is not chosen.
     """
-
-    def run_alone(states: Tensor, chosen: Tensor) -> Tensor:
-        first: Tensor = forward(states.repeat(count, 1)).view(count, len(states), -1)
-        return first[chosen, torch.arange(len(states), device=chosen.device)]
-
     by_expert = hidden.view(count, -1, hidden.shape[-1])
     used = (by_expert != 0).any(-1)  # [experts, tokens]
     numbers, tokens = used.nonzero(as_tuple=True)
-    return Routing(
-        by_expert[numbers, tokens],
-        numbers[:, None],
-        used.new_ones(len(numbers), 1, dtype=hidden.dtype),
-        run_alone,
-    )
+    gates = used.new_ones(len(numbers), 1, dtype=hidden.dtype)
+    run_alone = partial(_run_all, forward, count)
+    return Routing(by_expert[numbers, tokens], numbers[:, None], gates, run_alone)
+
+
+def _run_all(forward: Forward, count: int, states: Tensor, chosen: Tensor) -> Tensor:
+    outputs: Tensor = forward(states.repeat(count, 1)).view(count, len(states), -1)
+    return outputs[chosen, torch.arange(len(states), device=chosen.device)]
 
 
 @contextmanager
-def _wrapped_forward(module: nn.Module, wrap: Callable[[Forward], Forward]) -> Iterator[None]:
+def _wrapped_forward(module: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
+    """Have a module's calls go to `run`, which is given its own `forward` and the arguments."""
     before = vars(module).get("forward")
-    module.forward = wrap(module.forward)
+    module.forward = partial(run, module.forward)
     try:
         yield
     finally:
