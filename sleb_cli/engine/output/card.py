@@ -1,10 +1,10 @@
-"""What does the README of a pruned checkpoint say?"""
+"""The README of a pruned checkpoint, its model card on the Hub."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,47 +33,61 @@ CARD = "README.md"
 _NOT_IN_HUB_NAME = re.compile(r"[^\w.-]+")
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A row of the table of results, and the result in the Hub's form, if it has one."""
+
+    cells: list[str]
+    hub: HubResult | None = None
+
+
 def model_card(
     subject: Subject,
     written: ApplyResult,
     evaluation: EvalResult | None,
     benchmark: BenchResult | None,
 ) -> str:
-    """Write the README: base model, removed parts, search, results and proof, without names of
-    local folders.
+    """Write the README: base model, removed parts, search, results and proof.
+
+    It names no local folders.
     """
     source, recovery = subject.architecture.source, written.recovery
-    sample = subject.own_plan and subject.own_plan.sample_generation
-    name = (
-        f"`{source.id}` at revision `{source.revision}`"
-        if source.revision
-        else in_markdown(source.name)
-    )
+    rows = _searched(subject.own_plan) if recovery is None else []
+    evaluated = _evaluated(evaluation, subject.surgery.size_key)
+    timed = _timed(benchmark, subject.surgery.size_key)
+    name = in_markdown(source.name)
+    if source.revision:
+        name = f"`{source.id}` at revision `{source.revision}`"
     lines = [
-        _front_matter(subject, evaluation),
+        _front_matter(subject, [row.hub for row in evaluated if row.hub]),
         f"# {in_markdown(source.name)} without {subject.surgery.cuts[0].description}",
         "",
         f"- Base model: {name}",
         *_removal(subject, recovery),
-        *(f"- {cut.title}: {cut.change}" for cut in written.cuts),
-        *_results(subject, recovery, evaluation, benchmark),
-        *(_sample_generation(sample) if sample else []),
-        *(_recovery(recovery) if recovery else []),
-        *_proof(written.proof),
-        "",
     ]
-    return "\n".join(lines)
+    for cut in written.cuts:
+        lines.append(f"- {cut.title}: {cut.change}")
+    cells = [row.cells for row in (*rows, *evaluated, *timed)]
+    columns = ["measured", "base model", "this model", "change"]
+    lines += _table(Table("Results", columns, cells, _conditions(evaluation, benchmark)))
+    if subject.own_plan and subject.own_plan.sample_generation:
+        lines += _sample_generation(subject.own_plan.sample_generation)
+    if recovery:
+        lines += _recovery(recovery)
+    lines += _proof(written.proof)
+    return "\n".join([*lines, ""])
 
 
 def _removal(subject: Subject, recovery: RecoveryRecord | None) -> list[str]:
-    made, removals, plan = f"- Made by sleb {__version__}", subject.surgery.removals, subject.plan
+    made = f"- Made by sleb {__version__}"
+    removals, plan = subject.surgery.removals, subject.plan
     if removals:
         how = "no training" if recovery is None else "the others given new weights"
+        numbers = ", ".join(map(str, removals))
         return [
-            f"- Blocks removed, in order, numbered from 0 in the base model: "
-            f"{', '.join(map(str, removals))}",
+            f"- Blocks removed, in order, numbered from 0 in the base model: {numbers}",
             f"{made} (SLEB, arXiv:2402.09025): whole transformer blocks removed, {how}",
-            *_search(subject),
+            _search(subject),
         ]
     if plan is None or plan.order.whole_blocks:
         return [made]
@@ -86,10 +100,26 @@ def _removal(subject: Subject, recovery: RecoveryRecord | None) -> list[str]:
     ]
 
 
-def _front_matter(subject: Subject, evaluation: EvalResult | None) -> str:
-    source, removals = subject.architecture.source, subject.surgery.size_key
+def _search(subject: Subject) -> str:
+    if subject.plan is None:
+        return "- The blocks were chosen by hand."
+    search = subject.plan.search
+    where = "" if subject.own_plan else " of another model"
+    metric = in_markdown(search.metric)
+    return (
+        f"- Found by {search.strategy} search{where}: metric {metric} (`{CHECKPOINT_PLAN}` has "
+        f"every score)"
+    )
+
+
+def _front_matter(subject: Subject, results: list[HubResult]) -> str:
+    source = subject.architecture.source
     base = _base_front_matter(source.folder)
-    results = [result for _, result in _evaluated(evaluation, removals)] if evaluation else []
+    tags = ["sleb", "pruned"]
+    for tag in _listed(base.get("tags")):
+        # Some programs write `base_model:` tags, which name the base of the base, not ours.
+        if not tag.startswith("base_model:"):
+            tags.append(tag)
     data = ModelCardData(
         base_model=source.id if source.revision else None,
         # The Hub knows adapter, merge, quantized and finetune: only the last is of the base model's
@@ -102,12 +132,7 @@ def _front_matter(subject: Subject, evaluation: EvalResult | None) -> str:
         license_name=_word(base.get("license_name")),
         license_link=_word(base.get("license_link")),
         language=_words(base.get("language")) or None,
-        # Some programs write `base_model:` tags, which name the base of the base, not ours.
-        tags=[
-            "sleb",
-            "pruned",
-            *(tag for tag in _listed(base.get("tags")) if not tag.startswith("base_model:")),
-        ],
+        tags=tags,
         eval_results=results or None,
         model_name=subject.surgery.name if results else None,
     )
@@ -115,8 +140,10 @@ def _front_matter(subject: Subject, evaluation: EvalResult | None) -> str:
 
 
 def _base_front_matter(folder: Path) -> dict[str, Any]:
+    if not holds_file(folder, CARD):
+        return {}
     try:
-        return metadata_load(folder / CARD) or {} if holds_file(folder, CARD) else {}
+        return metadata_load(folder / CARD) or {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
 
@@ -126,83 +153,76 @@ def _word(value: Any) -> str | None:
 
 
 def _listed(value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    # Norwegian is `no`, which YAML takes for false.
-    return [word for word in ("no" if value is False else _word(value) for value in values) if word]
+    words = []
+    for item in value if isinstance(value, list) else [value]:
+        # Norwegian is `no`, which YAML takes for false.
+        word = "no" if item is False else _word(item)
+        if word:
+            words.append(word)
+    return words
 
 
 def _words(value: Any) -> Any:
+    """Return a list for a list, and else a word or None."""
     words = _listed(value)
     return words if isinstance(value, list) else next(iter(words), None)
 
 
-def _search(subject: Subject) -> list[str]:
-    if subject.plan is None:
-        return ["- The blocks were chosen by hand."]
-    search, where = subject.plan.search, "" if subject.own_plan else " of another model"
-    metric = in_markdown(search.metric)
-    return [
-        f"- Found by {search.strategy} search{where}: metric {metric} (`{CHECKPOINT_PLAN}` has "
-        f"every score)"
-    ]
-
-
-def _results(
-    subject: Subject,
-    recovery: RecoveryRecord | None,
-    evaluation: EvalResult | None,
-    benchmark: BenchResult | None,
-) -> list[str]:
-    removals, plan = subject.surgery.size_key, subject.own_plan
-    rows, notes = list[list[str]](), dict[str, None]()
-    for text, dense, pruned in _searched(plan) if plan and recovery is None else ():
-        change = format_change(pruned / dense - 1)
-        rows.append(
-            [f"perplexity, {text}", format_perplexity(dense), format_perplexity(pruned), change]
-        )
-    rows += [row for row, _ in _evaluated(evaluation, removals)] if evaluation else []
-    for result in benchmark.workloads if benchmark else ():
-        if timing := of_size(result.pruned, removals):
-            speeds = [f"{timed.tokens_per_second:,.1f}" for timed in (result.dense, timing)]
-            rows.append(
-                [f"{workload_name(result)}, tokens a second", *speeds, f"{timing.speedup:.2f}x"]
-            )
-    for run in (evaluation, benchmark):
-        if run:
-            notes[
-                f"Measured with sleb {run.sleb_version} in {run.dtype} on {run.device} "
-                f"({run.processor})."
-            ] = None
-    return _table(
-        Table("Results", ["measured", "base model", "this model", "change"], rows, list(notes))
-    )
-
-
-def _searched(plan: Plan) -> Iterator[tuple[str, float, float]]:
-    """Yield each text of the search, with its perplexity, dense and pruned."""
+def _searched(plan: Plan | None) -> list[_Row]:
+    """Return a row for each text of the search."""
+    if plan is None:
+        return []
     if plan.parts is None:
-        yield f"{plan.calibration.title} (searched on)", plan.dense.perplexity, plan.perplexity
-        return
+        title = f"{plan.calibration.title} (searched on)"
+        return [_perplexity_row(title, plan.dense.perplexity, plan.perplexity)]
+    rows = []
     for text in plan.parts.texts:
-        role = "held out" if text.held_out else "searched on"
-        yield f"{public_source(text.text)} ({role})", math.exp(text.dense), math.exp(text.pruned)
+        title = f"{public_source(text.text)} ({'held out' if text.held_out else 'searched on'})"
+        rows.append(_perplexity_row(title, math.exp(text.dense), math.exp(text.pruned)))
+    return rows
 
 
-def _evaluated(evaluation: EvalResult, removals: SizeKey) -> Iterator[tuple[list[str], HubResult]]:
-    """Yield a row of the table for each text and task, and the result in the Hub's form."""
+def _perplexity_row(title: str, dense: float, pruned: float) -> _Row:
+    perplexities = [format_perplexity(dense), format_perplexity(pruned)]
+    return _Row([f"perplexity, {title}", *perplexities, format_change(pruned / dense - 1)])
+
+
+def _evaluated(evaluation: EvalResult | None, size: SizeKey) -> list[_Row]:
+    """Return a row for each text and task that was measured."""
+    if evaluation is None:
+        return []
+    rows = []
     for name, text in zip(text_names(evaluation.texts), evaluation.texts, strict=True):
-        if pruned := of_size(text.pruned, removals):
-            perplexities = [format_perplexity(scores.perplexity) for scores in (text.dense, pruned)]
-            row = [
-                f"perplexity, {name}",
-                *perplexities,
-                format_change(perplexity_change(pruned)[0]),
-            ]
-            yield row, _hub_result(public_source(text.text), "perplexity", pruned.perplexity)
+        if pruned := of_size(text.pruned, size):
+            change = format_change(perplexity_change(pruned)[0])
+            dense = format_perplexity(text.dense.perplexity)
+            cells = [f"perplexity, {name}", dense, format_perplexity(pruned.perplexity), change]
+            dataset = public_source(text.text)
+            rows.append(_Row(cells, _hub_result(dataset, "perplexity", pruned.perplexity)))
     for task in evaluation.tasks:
-        if scores := of_size(task.pruned, removals):
-            values = f"{task.dense.value:.4f}", f"{scores.value:.4f}", f"{scores.difference:+.4f}"
-            yield [task_name(task), *values], _hub_result(task.task, task.metric, scores.value)
+        if scores := of_size(task.pruned, size):
+            cells = [
+                task_name(task),
+                f"{task.dense.value:.4f}",
+                f"{scores.value:.4f}",
+                f"{scores.difference:+.4f}",
+            ]
+            rows.append(_Row(cells, _hub_result(task.task, task.metric, scores.value)))
+    return rows
+
+
+def _timed(benchmark: BenchResult | None, size: SizeKey) -> list[_Row]:
+    """Return a row for each workload that was timed."""
+    if benchmark is None:
+        return []
+    rows = []
+    for result in benchmark.workloads:
+        if timing := of_size(result.pruned, size):
+            dense = f"{result.dense.tokens_per_second:,.1f}"
+            pruned = f"{timing.tokens_per_second:,.1f}"
+            name = f"{workload_name(result)}, tokens a second"
+            rows.append(_Row([name, dense, pruned, f"{timing.speedup:.2f}x"]))
+    return rows
 
 
 def _hub_result(dataset: str, metric: str, value: float) -> HubResult:
@@ -215,51 +235,60 @@ def _hub_result(dataset: str, metric: str, value: float) -> HubResult:
     )
 
 
+def _conditions(*runs: EvalResult | BenchResult | None) -> list[str]:
+    """Say where and in which data type the results were measured, once for those that agree."""
+    notes = []
+    for run in runs:
+        if run:
+            where = f"in {run.dtype} on {run.device} ({run.processor})"
+            notes.append(f"Measured with sleb {run.sleb_version} {where}.")
+    return list(dict.fromkeys(notes))
+
+
 def _table(table: Table) -> list[str]:
     if not table.rows:
         return []
-    notes = [line for note in table.notes for line in ("", in_markdown(note))]
-    return ["", f"**{table.title}**", "", *to_markdown(table), *notes]
+    lines = ["", f"**{table.title}**", "", *to_markdown(table)]
+    for note in table.notes:
+        lines += ["", in_markdown(note)]
+    return lines
 
 
 def _sample_generation(sample: SampleGeneration) -> list[str]:
-    rows = search_results.sample_rows(sample)
-    lines = [f"{who} ({repeated}): {' '.join(text.split())}" for who, repeated, text in rows]
+    lines = []
+    for warning in search_results.collapse_warnings(sample):
+        lines += ["", f"**{warning}**"]
     prompt = in_markdown(sample.prompt)
-    return [
-        *(
-            line
-            for warning in search_results.collapse_warnings(sample)
-            for line in ("", f"**{warning}**")
-        ),
+    lines += [
         "",
         f'At the end of the search, both models continued "{prompt}" greedily as follows; '
-        f'"repeated" is the '
-        "share of runs of 4 tokens that occurred before:",
+        '"repeated" is the share of runs of 4 tokens that occurred before:',
         "",
         "```text",
-        # A text with backticks could close the fence.
-        *(line.replace("`", "'") for line in lines),
-        "```",
     ]
+    for who, repeated, text in search_results.sample_rows(sample):
+        line = f"{who} ({repeated}): {' '.join(text.split())}"
+        lines.append(line.replace("`", "'"))  # or a text could close the fence
+    return [*lines, "```"]
 
 
 def _recovery(recovery: RecoveryRecord) -> list[str]:
     published = recovery.published()
     text = in_markdown(str(published.train_text))
-    about = f"The remaining blocks were given new weights on {text}, to bring the model closer to the base model."
+    about = (
+        f"The remaining blocks were given new weights on {text}, to bring the model closer to the "
+        f"base model."
+    )
     return ["", about, *_table(search_results.recovery(published))]
 
 
 def _proof(proof: Proof | None) -> list[str]:
     if proof is None:
         return ["", "The checkpoint was written without a proof (`--no-verify`)."]
-    partial = ["", f"**The proof is partial**: {proof.partial}."] if proof.partial else []
-    clauses = [f"- {clause}" for clause in check_clauses(proof, "the base model")]
-    return [
-        *partial,
-        "",
-        f"Checked after saving, in {proof.dtype} on {proof.device}:",
-        "",
-        *clauses,
-    ]
+    lines = []
+    if proof.partial:
+        lines += ["", f"**The proof is partial**: {proof.partial}."]
+    lines += ["", f"Checked after saving, in {proof.dtype} on {proof.device}:", ""]
+    for clause in check_clauses(proof, "the base model"):
+        lines.append(f"- {clause}")
+    return lines
