@@ -186,7 +186,10 @@ Check = Literal[
     "complete", "same bytes", "same tokens", "spells others", "loads", "same logits", "every expert", "generates",
     "saves again",
 ]  # fmt: skip
-"""What a proof can check in a checkpoint: see `engine/output/proof.py`."""
+"""What a proof can check in a checkpoint: see `engine/output/proof.py`.
+
+Older versions also checked "saves again".
+"""
 
 Reference = Literal["dense", "recovered", "whole", "fewer experts", "fewer experts per token"]
 """What logits are compared with: see `Proof`."""

@@ -26,7 +26,6 @@ _OF_A_DEVICE = {
 TINY: Mapping[str, Mapping[str, Any]] = {
     # Files: what is read, copied, compared and written at a time.
     "files.copying": {"BUFFER_BYTES": 64},
-    "output.proof": {"MAX_SHARD_BYTES": 10_000},
     # Forward passes: sequences in a batch, positions and rows of logits at a time, what is kept and
     # checked.
     "forward.fork_check": {"CHECKED_CANDIDATES": 2, "CHECKED_SEQUENCES": 1, "CHECKED_POSITIONS": 6},

@@ -19,7 +19,6 @@ from conftest import (
     weights_of,
 )
 from sleb_cli.engine.forward import placement
-from sleb_cli.engine.output import proof
 from sleb_cli.engine.search import journal as journals
 from sleb_cli.plan import read_plan
 
@@ -150,17 +149,3 @@ def test_a_cast_is_proven_and_recovered_as_it_is_read(
     logits = written(reported).logits[:, :-1].log_softmax(-1)
     loss = -logits.gather(-1, reported[:, 1:, None]).mean().item()
     assert result["recovery"]["closed_form_losses"]["loss"] == pytest.approx(loss, rel=1e-6)
-
-
-def test_a_proof_saves_as_many_bytes_as_were_written(sleb, model, processor, monkeypatch):
-    sizes = []
-
-    def watched(model, folder, save=proof._save):
-        saved = save(model, folder)
-        sizes.append(sum(tensor.nbytes for tensor in weights_of(folder).values()))
-        return saved
-
-    monkeypatch.setattr(proof, "_save", watched)
-    processor()
-    sleb("apply", model("bfloat16"), "--blocks", 2, "-o", "out")
-    assert sizes == [sum(tensor.nbytes for tensor in weights_of(Path("out")).values())]

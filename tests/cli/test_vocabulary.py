@@ -34,7 +34,6 @@ CHECKS = [
     "loads",
     "same logits",
     "generates",
-    "saves again",
 ]
 
 

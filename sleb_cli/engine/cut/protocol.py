@@ -1,7 +1,6 @@
-"""What writing, proving and describing a result must know of a cut, the removal of parts of one
-kind.
+"""The protocol of a cut: what writing, proving and describing a result must know of it.
 
-A cut names parts as in the model that the cuts before it left: blocks go first. By default, a
+A cut removes parts of one kind. It names parts as in the model that the cuts before it left: blocks go first. By default, a
 method changes nothing.
 """
 
@@ -9,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -113,17 +112,13 @@ class Cut(Removal, ABC):
         """Name tensors that must also agree, once the model has run: logits may not show them."""
         return nullcontext({})
 
-    def texts(self, tokenizer: Any) -> Iterable[str]:
-        """Yield texts that the pruned model's tokenizer must split as the dense model's,
-        `tokenizer`, does.
-        """
-        return ()
+    def texts(self, tokenizer: Any) -> list[str]:
+        """Return texts that the pruned tokenizer must split as the dense model's `tokenizer` does."""
+        return []
 
-    def tokenizer_checks(self, pruned: Any, dense: Any, notify: Notify) -> Iterator[Check]:
-        """Compare the tokenizers of the pruned and the dense model, and yield the checks that
-        passed.
-        """
-        yield from ()
+    def tokenizer_checks(self, pruned: Any, dense: Any, notify: Notify) -> list[Check]:
+        """Compare the tokenizers of the pruned and the dense model, and return what passed."""
+        return []
 
 
 class GgufCut(Removal, ABC):
@@ -147,19 +142,28 @@ Tensors = Iterable[StoredTensor | NewTensor | GgufTensor]
 
 
 def cut_records(cuts: Iterable[Removal], before: Tensors, after: Tensors) -> dict[str, Any]:
-    """Return the entries of these cuts in results, by key, given a model's tensors before and after
-    all cuts.
+    """Return the entries of these cuts in results, by key.
+
+    `before` and `after` are the model's tensors before and after all cuts.
     """
 
-    def parameters(tensors: Tensors) -> int:
-        return sum(math.prod(tensor.shape) for tensor in tensors)
-
-    def weights_bytes(tensors: Tensors) -> int:
-        return sum(tensor.size for tensor in tensors)
-
-    old, new = list(before), list(after)
+    parameters, weights_bytes = _size(before)
+    parameters_left, weights_bytes_left = _size(after)
     sizes = {
-        "parameters": (parameters(old), parameters(new)),
-        "weights_bytes": (weights_bytes(old), weights_bytes(new)),
+        "parameters": (parameters, parameters_left),
+        "weights_bytes": (weights_bytes, weights_bytes_left),
     }
-    return {key: record for cut in cuts for key, record in cut.record(sizes).items()}
+    records: dict[str, Any] = {}
+    for cut in cuts:
+        records.update(cut.record(sizes))
+    return records
+
+
+def _size(tensors: Tensors) -> tuple[int, int]:
+    """Return the number of parameters, and the bytes."""
+    parameters = 0
+    weights_bytes = 0
+    for tensor in tensors:
+        parameters += math.prod(tensor.shape)
+        weights_bytes += tensor.size
+    return parameters, weights_bytes

@@ -27,7 +27,7 @@ from sleb_cli.engine.output.checkpoint import (
     default_folder,
     require_apart,
 )
-from sleb_cli.engine.output.proof import place_proof
+from sleb_cli.engine.output.proof_placement import place_proof
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.unfinished import clear_old
 from sleb_cli.engine.surgery.gguf_surgery import plan_gguf_surgery

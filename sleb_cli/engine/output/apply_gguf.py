@@ -26,8 +26,9 @@ from sleb_cli.engine.model.gguf_conversion import (
 )
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.output.checkpoint import Output, move_if_proof_fails, plan_tensors
-from sleb_cli.engine.output.proof import place_proof, prove
+from sleb_cli.engine.output.proof import prove
 from sleb_cli.engine.output.proof_of_files import Planned, model_errors_fail_proof, proof_error
+from sleb_cli.engine.output.proof_placement import place_proof
 from sleb_cli.engine.surgery.gguf_surgery import GgufSurgery
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.third_party import disk_error, prefer_disk_error, translate_errors

@@ -25,8 +25,9 @@ from sleb_cli.engine.files.shards import NewTensor, new_tensor, plan_shards, wri
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.card import CARD, model_card
 from sleb_cli.engine.output.measured import read_measurements
-from sleb_cli.engine.output.proof import ProofPlacement, place_proof, prove
+from sleb_cli.engine.output.proof import prove
 from sleb_cli.engine.output.proof_of_files import Planned
+from sleb_cli.engine.output.proof_placement import ProofPlacement, place_proof
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery

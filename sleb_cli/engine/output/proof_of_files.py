@@ -1,4 +1,4 @@
-"""Are the written files the planned ones, byte for byte? The part of a proof that needs no model."""
+"""Check that the written files are the planned ones, byte for byte, which needs no model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from sleb_cli.engine.files.copying import reading
 from sleb_cli.engine.files.shards import INDEX, NewTensor, Shard, index_of
 from sleb_cli.engine.files.tensors import read_tensors
-from sleb_cli.engine.files.weights import find_weights
+from sleb_cli.engine.files.weights import WeightFiles, find_weights
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.third_party import disk_error, translate_errors
 from sleb_cli.events import Notify, task
@@ -27,15 +27,11 @@ from sleb_plugins import ModelError, ProofError
 
 PROMPT = (
     "A river begins as snow on a mountain. In spring the water runs down over the rocks, gathers "
-    "in "
-    "streams, and reaches the plain, where people built mills and towns along its banks. They "
-    "asked "
-    "how deep it was, who owned the fish, and why it flooded every ninth year. Nobody could answer "
-    "all three questions, so they wrote down what they saw, measured it, and compared their notes."
+    "in streams, and reaches the plain, where people built mills and towns along its banks. They "
+    "asked how deep it was, who owned the fish, and why it flooded every ninth year. Nobody could "
+    "answer all three questions, so they wrote down what they saw, measured it, and compared "
+    "their notes."
 )
-
-CheckResult = tuple[Check | None, dict[str, Any]]
-"""A passed check, or None for a skipped one, and its values in the proof's record."""
 
 
 @dataclass(frozen=True)
@@ -61,29 +57,30 @@ class Planned:
 
 def check_files(
     surgery: Surgery, folder: Path, tokenizer: Any, planned: Planned, notify: Notify
-) -> Iterator[CheckResult]:
-    """Check that the folder holds what was planned, byte for byte, even where no model reads it."""
+) -> list[Check]:
+    """Check that the folder holds what was planned, even where no model reads it."""
     if planned.weights:
         _require_files(folder, planned)
-    _require_tensors(folder, planned)
-    yield "complete", {}
-    _require_same_bytes(folder, planned.tensors, notify)
-    yield "same bytes", {}
+    with model_errors_fail_proof():
+        weights = find_weights(folder)
+    _require_names(weights, planned)
+    _require_same_bytes(weights, planned.tensors, notify)
+    checks: list[Check] = ["complete", "same bytes"]
     if surgery.tokens is not None or (tokenizer is not None and planned.weights):
-        yield from _require_same_tokens(surgery, folder, tokenizer, notify)
+        checks += _require_same_tokens(surgery, folder, tokenizer, notify)
+    return checks
 
 
 def _require_files(folder: Path, planned: Planned) -> None:
-    written = {
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_symlink() or path.is_file()
-    }
-    texts = {
-        **planned.texts,
-        **({INDEX: index_of(planned.weights)} if len(planned.weights) > 1 else {}),
-    }
+    """Check that all files are there, and no other, and that those with no weights are as planned."""
+    texts = dict(planned.texts)
+    if len(planned.weights) > 1:
+        texts[INDEX] = index_of(planned.weights)
     expected = {*planned.weights, *texts, *planned.copies}
+    written = set()
+    for path in folder.rglob("*"):
+        if path.is_symlink() or path.is_file():
+            written.add(path.relative_to(folder).as_posix())
     if missing := sorted(expected - written):
         raise proof_error(f"{_listed(missing)} missing")
     if extra := sorted(written - expected):
@@ -91,7 +88,8 @@ def _require_files(folder: Path, planned: Planned) -> None:
             f"{_listed(extra)} there, which belong to no pruned checkpoint of this model"
         )
     for name, text in texts.items():
-        if (content := (folder / name).read_bytes()) != text.encode():
+        content = (folder / name).read_bytes()
+        if content != text.encode():
             raise proof_error(f"{name} is not what was written{_difference_clause(content, text)}")
     for name, original in planned.copies.items():
         with reading(original):
@@ -101,7 +99,9 @@ def _require_files(folder: Path, planned: Planned) -> None:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return f"{names[0]} is" if len(names) == 1 else f"{len(names)} files, such as {names[0]}, are"
+    if len(names) == 1:
+        return f"{names[0]} is"
+    return f"{len(names)} files, such as {names[0]}, are"
 
 
 def _difference_clause(content: bytes, text: str) -> str:
@@ -109,7 +109,8 @@ def _difference_clause(content: bytes, text: str) -> str:
         settings = json.loads(content)
     except (ValueError, RecursionError):
         return ", nor readable JSON"
-    first = differences({"": settings}, {"": json.loads(text)}).partition("; ")[0].removeprefix(".")
+    every = differences({"": settings}, {"": json.loads(text)})
+    first = every.partition("; ")[0].removeprefix(".")
     return f": {first}" if first else ""
 
 
@@ -118,96 +119,92 @@ def _digest(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def _require_tensors(folder: Path, planned: Planned) -> None:
-    """Check that every tensor is in the planned file, in its shape and data type, and that no file
-    is truncated.
-    """
-    with model_errors_fail_proof():
-        weights = find_weights(folder)
-        written = {tensor.name: (tensor.dtype, tensor.shape) for tensor in weights.stored}
-    expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in planned.tensors}
-    both = expected.keys() & written.keys()
-    for fault, names in {
-        "are missing": expected.keys() - both,
-        "have another type or shape": {name for name in both if written[name] != expected[name]},
-        "are unexpected": written.keys() - both,
-    }.items():
-        if names:
-            raise proof_error(f"{len(names)} tensors {fault}, such as {min(names)}")
-    if planned.weights:
-        for header in weights.headers:
-            shard = planned.weights[header.path.name]
-            if {tensor.name for tensor in header.tensors} != {
-                tensor.name for tensor in shard.tensors
-            }:
-                raise proof_error(f"{header.path.name} holds other tensors than the index says")
-            if header.metadata != shard.metadata:
-                raise proof_error(
-                    f"the metadata of {header.path.name} are {header.metadata}, not "
-                    f"{shard.metadata}"
-                )
+def _require_names(weights: WeightFiles, planned: Planned) -> None:
+    """Check that every tensor is there, in the planned file, and no other."""
+    expected = {tensor.name for tensor in planned.tensors}
+    written = {tensor.name for tensor in weights.stored}
+    if missing := expected - written:
+        raise proof_error(f"{len(missing)} tensors are missing, such as {min(missing)}")
+    if unexpected := written - expected:
+        raise proof_error(f"{len(unexpected)} tensors are unexpected, such as {min(unexpected)}")
+    if not planned.weights:
+        return
+    for header in weights.headers:
+        name = header.path.name
+        shard = planned.weights[name]
+        if {tensor.name for tensor in header.tensors} != {tensor.name for tensor in shard.tensors}:
+            raise proof_error(f"{name} holds other tensors than the index says")
+        if header.metadata != shard.metadata:
+            raise proof_error(f"the metadata of {name} are {header.metadata}, not {shard.metadata}")
 
 
-def _require_same_tokens(
-    surgery: Surgery, folder: Path, theirs: Any, notify: Notify
-) -> Iterator[CheckResult]:
-    """Check that the checkpoint has the dense model's tokenizer and chat template."""
-    trust = surgery.architecture.source.trust_remote_code
-    with translate_errors(lambda words: proof_error(f"its tokenizer cannot be loaded: {words}")):
-        ours = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-    texts = [PROMPT, *(text for cut in surgery.cuts for text in cut.texts(theirs))]
-    for text, ids, expected in zip(
-        texts, ours(texts).input_ids, theirs(texts).input_ids, strict=True
-    ):
-        if ids != surgery.token_ids(expected):
-            raise proof_error(
-                f"its tokenizer is not the dense model's, which reads {text[:40]!r} otherwise"
-            )
-    if ours.chat_template != theirs.chat_template:
-        raise proof_error("its chat template is not the dense model's")
-    for cut in surgery.cuts:
-        for check in cut.tokenizer_checks(ours, theirs, notify):
-            yield check, {}
-
-
-def _require_same_bytes(folder: Path, planned: Sequence[NewTensor], notify: Notify) -> None:
+def _require_same_bytes(weights: WeightFiles, planned: Sequence[NewTensor], notify: Notify) -> None:
     """Check that each tensor has the bytes of the dense model's or of its new values."""
     # safetensors reads both sides (torch, pickles): it shares no code with what copied the bytes.
     different: list[NewTensor] = []
+    paths = {tensor.name: tensor.path for tensor in weights.stored}
     with task(notify, "Comparing weights", sum(tensor.size for tensor in planned), "B") as advance:
-        with model_errors_fail_proof():
-            written = {tensor.name: tensor.path for tensor in find_weights(folder).stored}
         for (source, path), group in groupby(
-            planned, key=lambda tensor: (tensor.stored.path, written[tensor.name])
+            planned, key=lambda tensor: (tensor.stored.path, paths[tensor.name])
         ):
             tensors = list(group)
             if not path.samefile(source):
-                written_values = read_tensors(path, [tensor.name for tensor in tensors])
-                dense = read_tensors(
-                    source, [tensor.stored.name for tensor in tensors if tensor.value is None]
-                )
-                for tensor in tensors:
-                    expected = tensor.changed(next(dense) if tensor.value is None else tensor.value)
-                    with model_errors_fail_proof():
-                        ours = next(written_values)
-                    if not torch.equal(_bits_of(ours), _bits_of(expected)):
-                        different.append(tensor)
+                different += _different_tensors(source, path, tensors)
             advance(sum(tensor.size for tensor in tensors))
-    if different:
-        first, others = different[0], f" ({len(different)} of {len(planned)} tensors differ)"
-        whose = (
-            f"those of {first.stored.name} in the dense model"
-            if first.value is None
-            else "its new values"
-        )
-        raise proof_error(
-            f"the bytes of {first.name} are not {whose}{others if len(different) > 1 else ''}"
-        )
+    if not different:
+        return
+    first = different[0]
+    whose = "its new values"
+    if first.value is None:
+        whose = f"those of {first.stored.name} in the dense model"
+    others = ""
+    if len(different) > 1:
+        others = f" ({len(different)} of {len(planned)} tensors differ)"
+    raise proof_error(f"the bytes of {first.name} are not {whose}{others}")
+
+
+def _different_tensors(
+    source: Path, path: Path, tensors: Sequence[NewTensor]
+) -> Iterator[NewTensor]:
+    """Yield the tensors of one file whose bytes, type or shape are not as planned."""
+    written_values = read_tensors(path, [tensor.name for tensor in tensors])
+    kept_names = [tensor.stored.name for tensor in tensors if tensor.value is None]
+    dense_values = read_tensors(source, kept_names)
+    for tensor in tensors:
+        value = next(dense_values) if tensor.value is None else tensor.value
+        expected = tensor.changed(value)
+        with model_errors_fail_proof():
+            written = next(written_values)
+        is_alike = written.dtype is expected.dtype and written.shape == expected.shape
+        if not is_alike or not torch.equal(_bits_of(written), _bits_of(expected)):
+            yield tensor
 
 
 def _bits_of(tensor: Tensor) -> Tensor:
     # Values would not do: NaN is not equal to itself, and -0 is equal to 0.
     return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _require_same_tokens(surgery: Surgery, folder: Path, dense: Any, notify: Notify) -> list[Check]:
+    """Check that the checkpoint has the dense model's tokenizer and chat template."""
+    trust = surgery.architecture.source.trust_remote_code
+    with translate_errors(lambda words: proof_error(f"its tokenizer cannot be loaded: {words}")):
+        pruned = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+    texts = [PROMPT]
+    for cut in surgery.cuts:
+        texts += cut.texts(dense)
+    pruned_ids, dense_ids = pruned(texts).input_ids, dense(texts).input_ids
+    for text, ids, expected in zip(texts, pruned_ids, dense_ids, strict=True):
+        if ids != surgery.token_ids(expected):
+            raise proof_error(
+                f"its tokenizer is not the dense model's, which reads {text[:40]!r} otherwise"
+            )
+    if pruned.chat_template != dense.chat_template:
+        raise proof_error("its chat template is not the dense model's")
+    checks: list[Check] = []
+    for cut in surgery.cuts:
+        checks += cut.tokenizer_checks(pruned, dense, notify)
+    return checks
 
 
 def proof_error(what: str, kind: str = "checkpoint") -> ProofError:

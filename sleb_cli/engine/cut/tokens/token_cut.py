@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -85,38 +85,40 @@ class TokenCut(TokenRemoval, Cut):
             0, self.vocabulary.count, self.vocabulary.tokens
         ) if name in self.tables else None
 
-    def texts(self, tokenizer: Any) -> Iterator[str]:
-        """Yield texts of all tokens and characters that stay, as the dense model's tokenizer
-        decodes them.
-        """
-        texts = tokenizer.batch_decode(_in_pieces(self.tokens), skip_special_tokens=True)
-        characters = self.vocabulary.characters
-        # Neighbours that hold incomplete characters may together make one of another script.
-        yield from filter(set(characters).issuperset, texts)
-        yield from map(" ".join, _in_pieces(characters))
+    def texts(self, tokenizer: Any) -> list[str]:
+        """Return texts of all tokens and characters that stay.
 
-    def tokenizer_checks(self, pruned: Any, dense: Any, notify: Notify) -> Iterator[Check]:
-        """Yield the check of `texts`, which has passed, and check that text of lost tokens is
-        decoded as before.
+        `tokenizer`, the dense model's, decodes the tokens.
         """
-        yield "same tokens"
+        characters = self.vocabulary.characters
+        decoded = tokenizer.batch_decode(_in_pieces(self.tokens), skip_special_tokens=True)
+        # Neighbours that hold incomplete characters may together make one of another script.
+        texts = [text for text in decoded if set(characters).issuperset(text)]
+        for piece in _in_pieces(characters):
+            texts.append(" ".join(piece))
+        return texts
+
+    def tokenizer_checks(self, pruned: Any, dense: Any, notify: Notify) -> list[Check]:
+        """Return the check of `texts`, which has passed, and check text of lost tokens.
+
+        That text must be decoded as before.
+        """
         lost = sorted({*range(min(self.vocabulary.count, len(dense)))}.difference(self.tokens))
         decoded = dense.batch_decode([[token] for token in lost[:: len(lost) // _LOST_TEXTS + 1]])
-        texts = [text for text in decoded if INCOMPLETE not in text] or [*self.texts(dense)]
-
-        def respelled(tokenizer: Any) -> Any:
-            return tokenizer.batch_decode(tokenizer(texts).input_ids, skip_special_tokens=True)
-
+        texts = [text for text in decoded if INCOMPLETE not in text] or self.texts(dense)
         # Not compared with the texts, since some tokenizers change a few characters first.
-        if respelled(pruned) == respelled(dense):
-            yield "spells others"
-        else:
-            notify(
-                Notice(
-                    "Text of other scripts does not come back: this tokenizer cannot spell it in "
-                    "bytes."
-                )
+        if _respelled(pruned, texts) == _respelled(dense, texts):
+            return ["same tokens", "spells others"]
+        notify(
+            Notice(
+                "Text of other scripts does not come back: this tokenizer cannot spell it in bytes."
             )
+        )
+        return ["same tokens"]
+
+
+def _respelled(tokenizer: Any, texts: Sequence[str]) -> Any:
+    return tokenizer.batch_decode(tokenizer(texts).input_ids, skip_special_tokens=True)
 
 
 def _in_pieces(items: Sequence[Any]) -> list[Sequence[Any]]:
