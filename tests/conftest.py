@@ -10,6 +10,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["COLUMNS"] = "120"
 
+import sys
+
+import torch
+
+if not torch.cuda.is_available():
+    # transformers has torch look for triton, which takes a second to import, compiles nothing for
+    # a CPU, and ends the run with two screens about functions that its binding leaked.
+    sys.modules["triton"] = None
+
 import atexit
 import gc
 import json
@@ -26,7 +35,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
