@@ -11,8 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from itertools import accumulate, groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,7 +19,7 @@ import torch
 
 from sleb_cli.atomic import to_json
 from sleb_cli.engine.files.copying import ReportBytes, copy_range, reading
-from sleb_cli.engine.files.headers import Header, StoredTensor
+from sleb_cli.engine.files.headers import StoredTensor
 from sleb_cli.engine.files.pickles import DTYPE_NAMES, TORCH_DTYPES
 from sleb_cli.engine.files.slices import Slices
 from sleb_cli.engine.files.tensors import read_tensors
@@ -50,16 +49,16 @@ class NewTensor:
 
     @property
     def ranges(self) -> list[tuple[int, int]] | None:
-        """The offsets and sizes of its bytes in a safetensors file; None if they are not there as
-        they are.
-        """
+        """The offsets and sizes of its bytes in a file; None if they must be made."""
         stored = self.stored
         if self.cast or self.value is not None or stored.start is None or len(self.slices) > 1:
             return None
-        ranges = (
-            self.slices[0].ranges(stored.shape, stored.size) if self.slices else [(0, stored.size)]
-        )
-        return ranges and [(stored.start + offset, size) for offset, size in ranges]
+        if not self.slices:
+            return [(stored.start, stored.size)]
+        ranges = self.slices[0].ranges(stored.shape, stored.size)
+        if ranges is None:
+            return None
+        return [(stored.start + offset, size) for offset, size in ranges]
 
     def changed(self, value: torch.Tensor) -> torch.Tensor:
         """Return the stored or new value as in the new checkpoint."""
@@ -70,7 +69,10 @@ class NewTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """Its shape after the cuts."""
-        return reduce(lambda shape, slices: slices.shape(shape), self.slices, self.stored.shape)
+        shape = self.stored.shape
+        for slices in self.slices:
+            shape = slices.shape(shape)
+        return shape
 
     @property
     def dtype(self) -> str:
@@ -105,17 +107,13 @@ def new_tensor(
     slices: tuple[Slices, ...],
     value: torch.Tensor | None,
 ) -> NewTensor:
-    """Return the tensor under its new name, cast to `dtype` if it holds floating-point numbers of
-    another type.
+    """Return the tensor under its new name.
+
+    It is cast to `dtype` if it holds floating-point numbers of another type.
     """
     before = TORCH_DTYPES.get(stored.dtype)
-    changes = (
-        dtype is not None
-        and before is not None
-        and before.is_floating_point
-        and before is not dtype
-    )
-    return NewTensor(name, stored, dtype if changes else None, slices, value)
+    is_cast = before is not None and before.is_floating_point and before is not dtype
+    return NewTensor(name, stored, dtype if is_cast else None, slices, value)
 
 
 def plan_shards(
@@ -125,25 +123,33 @@ def plan_shards(
 
     A tensor larger than `max_bytes` gets a file of its own.
     """
-    remaining: dict[Path, list[NewTensor]] = {header.path: [] for header in weights.headers}
+    by_file: dict[Path, list[NewTensor]] = {header.path: [] for header in weights.headers}
     for tensor in tensors:
-        remaining[tensor.stored.path].append(tensor)
-    files: list[tuple[list[NewTensor], Header]] = []
+        by_file[tensor.stored.path].append(tensor)
+    shards = []
     for header in weights.headers:
-        size = math.inf
-        for tensor in remaining[header.path]:
-            if size + tensor.size > max_bytes:
-                files.append(([], header))
-                size = 0
-            files[-1][0].append(tensor)
-            size += tensor.size
-    shards = [Shard(tuple(packed), {"format": "pt"} | header.metadata) for packed, header in files]
+        metadata = {"format": "pt"} | header.metadata
+        for group in _split(by_file[header.path], max_bytes):
+            shards.append(Shard(tuple(group), metadata))
     if len(shards) == 1:
         return {SAFETENSORS: shards[0]}
-    return {
-        f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard
-        for number, shard in enumerate(shards, 1)
-    }
+    named = {}
+    for number, shard in enumerate(shards, start=1):
+        named[f"model-{number:05d}-of-{len(shards):05d}.safetensors"] = shard
+    return named
+
+
+def _split(tensors: Iterable[NewTensor], max_bytes: int) -> list[list[NewTensor]]:
+    """Split tensors into groups of at most `max_bytes`, or of one tensor."""
+    groups: list[list[NewTensor]] = []
+    size = 0
+    for tensor in tensors:
+        if not groups or size + tensor.size > max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.size
+    return groups
 
 
 def write_weights(folder: Path, shards: Mapping[str, Shard], notify: Notify) -> None:
@@ -158,7 +164,10 @@ def write_weights(folder: Path, shards: Mapping[str, Shard], notify: Notify) -> 
 
 def index_of(shards: Mapping[str, Shard]) -> str:
     """Return the text of the index of several weight files."""
-    weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard.tensors}
+    weight_map = {}
+    for name, shard in shards.items():
+        for tensor in shard.tensors:
+            weight_map[tensor.name] = name
     total = sum(shard.size for shard in shards.values())
     return to_json(
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -166,26 +175,29 @@ def index_of(shards: Mapping[str, Shard]) -> str:
 
 
 def _write_shard(path: Path, shard: Shard, report: ReportBytes) -> None:
-    # Widest elements first, as safetensors writes them, so that each tensor is aligned to its
-    # element size.
-    tensors = sorted(
-        shard.tensors, key=lambda tensor: -(tensor.size // max(1, math.prod(tensor.shape)))
-    )
+    # Widest elements first, as safetensors writes them, so each tensor is aligned to its elements.
+    tensors = sorted(shard.tensors, key=_element_bytes, reverse=True)
     with path.open("xb") as target:
         target.write(_header(tensors, shard.metadata))
         for source, group in groupby(tensors, key=lambda tensor: tensor.stored.path):
             _write_tensors(source, list(group), target, report)
 
 
+def _element_bytes(tensor: NewTensor) -> int:
+    return tensor.size // max(1, math.prod(tensor.shape))
+
+
 def _header(tensors: Sequence[NewTensor], metadata: dict[str, str]) -> bytes:
     entries: dict[str, object] = {"__metadata__": metadata}
-    offsets_of_all = pairwise(accumulate((tensor.size for tensor in tensors), initial=0))
-    for tensor, offsets in zip(tensors, offsets_of_all, strict=True):
+    start = 0
+    for tensor in tensors:
+        end = start + tensor.size
         entries[tensor.name] = {
             "dtype": tensor.dtype,
             "shape": tensor.shape,
-            "data_offsets": offsets,
+            "data_offsets": (start, end),
         }
+        start = end
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the first tensor is aligned, too
     return len(text).to_bytes(8, "little") + text
@@ -194,22 +206,25 @@ def _header(tensors: Sequence[NewTensor], metadata: dict[str, str]) -> bytes:
 def _write_tensors(
     source: Path, tensors: Sequence[NewTensor], target: BinaryIO, report: ReportBytes
 ) -> None:
-    changed = [
-        tensor.stored.name for tensor in tensors if tensor.ranges is None and tensor.value is None
-    ]
-    decoded = read_tensors(source, changed)
+    to_decode = []
+    for tensor in tensors:
+        if tensor.ranges is None and tensor.value is None:
+            to_decode.append(tensor.stored.name)
+    decoded = read_tensors(source, to_decode)
     with reading(source):
         original = source.open("rb")
     with original:
         for tensor in tensors:
-            ranges = tensor.ranges
-            for start, size in ranges or ():
-                copy_range(original, start, size, target, report)
-            if ranges is None:
-                value = tensor.changed(
-                    next(decoded) if tensor.value is None else tensor.value
-                ).contiguous()
-                target.write(
-                    value.reshape(-1).view(torch.uint8).numpy().data if value.numel() else b""
-                )
-                report(tensor.size)
+            if tensor.ranges is not None:
+                for start, size in tensor.ranges:
+                    copy_range(original, start, size, target, report)
+                continue
+            value = next(decoded) if tensor.value is None else tensor.value
+            target.write(_bytes_of(tensor.changed(value)))
+            report(tensor.size)
+
+
+def _bytes_of(value: torch.Tensor) -> bytes | memoryview:
+    if not value.numel():
+        return b""
+    return value.contiguous().reshape(-1).view(torch.uint8).numpy().data

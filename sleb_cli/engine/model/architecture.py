@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,19 +37,15 @@ from sleb_plugins.config_keys import KINDS, PREDICTION_BLOCKS, Kept, kept_blocks
 
 BY_STRUCTURE = "structure"
 
-_WHAT_WORKS = "docs/reference/families.md lists the supported models; `sleb plugins` lists the families that plugins add."
+_WHAT_WORKS = (
+    "docs/reference/families.md lists the supported models; `sleb plugins` lists the families that "
+    "plugins add."
+)
 
 _REPORT = "Report it to the author of the plugin, which `sleb plugins` names."
 
-_COUNTS = re.compile(r"(n|num)_(\w+_)?(layers?|blocks?|experts?|labels)|depth")
-"""Config keys that count modules or entries of lists, all of which transformers would make."""
-
-_MAX_COUNT = 4096
-
 _CODE = ("attn_implementation", "implementation_internal", "experts_implementation")
-"""Endings of config keys that may name a repository of compiled code, which transformers would
-download and run.
-"""
+"""Endings of config keys that may name compiled code, which transformers would download and run."""
 
 _ELSEWHERE = "Free some space, or set the environment variable TMPDIR to another folder."
 
@@ -86,21 +81,18 @@ class Architecture:
 
     @property
     def text_key(self) -> str:
-        """The key of `config.json` that holds the language model's config; empty if it is the whole
-        config.
+        """The key of `config.json` that holds the language model's config.
+
+        Empty if it is the whole config.
         """
         text = self.text_config
-        return (
-            ""
-            if text is self.config
-            else next(k for k, value in vars(self.config).items() if value is text)
-        )
+        if text is self.config:
+            return ""
+        return next(str(key) for key, value in vars(self.config).items() if value is text)
 
     @property
     def auto_class(self) -> Any:
-        """The auto class that loads the whole model; None if transformers has no language model of
-        its type.
-        """
+        """The auto class that loads the whole model; None if it is no language model."""
         kind = type(self.config)
         if self.text_config is not self.config and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             return AutoModelForImageTextToText
@@ -130,9 +122,8 @@ class Architecture:
         ):
             (folder / "config.json").write_text(json.dumps(raw))
             with prefer_disk_error(ModelError), translate_transformers_errors("the pruned config"):
-                config = type(self.config).from_pretrained(
-                    folder
-                )  # `from_dict` would not decode infinities
+                # `from_dict` would not decode infinities.
+                config = type(self.config).from_pretrained(folder)
         config.name_or_path = self.config.name_or_path
         return config
 
@@ -144,8 +135,7 @@ class Architecture:
         if not isinstance(blocks, nn.ModuleList):
             raise UnsupportedModelError(
                 f"The family {self.adapter.name} says that {self.config.model_type} keeps its "
-                f"blocks at "
-                f"{self.adapter.blocks_path}, but there is no list there.",
+                f"blocks at {self.adapter.blocks_path}, but there is no list there.",
                 hint=_REPORT,
             )
         return blocks
@@ -182,8 +172,13 @@ class Architecture:
     @property
     def families_hint(self) -> str:
         """Where to read which blocks can be removed, and how a plugin can change that."""
-        by_plugin = " If a setting is the reason, a plugin can prune it: `config_keys` in docs/reference/plugins.md."
-        return f"docs/reference/families.md says what each family allows.{'' if self.claimed_by else by_plugin}"
+        hint = "docs/reference/families.md says what each family allows."
+        if self.claimed_by:
+            return hint
+        return (
+            f"{hint} If a setting is the reason, a plugin can prune it: `config_keys` in "
+            "docs/reference/plugins.md."
+        )
 
     @property
     def is_quantized(self) -> bool:
@@ -195,18 +190,20 @@ class Architecture:
 
     @cached_property
     def kinds(self) -> list[str]:
-        """The kind of each block: the config's word, or the classes that differ; "" if all blocks
-        are alike.
+        """The kind of each block: the config's word, or the classes that differ.
+
+        Empty if all blocks are alike.
         """
-        lists = [getattr(self.text_config, key, None) for key in KINDS]
-        # A list with one value for all blocks tells none apart.
-        distinct = [
-            v for v in lists if v and len(v) == self.block_count and len(set(map(str, v))) > 1
-        ]
-        kinds = [
-            ", ".join(dict.fromkeys(str(v[block]) for v in distinct))
-            for block in range(self.block_count)
-        ]
+        distinct = []
+        for key in KINDS:
+            values = getattr(self.text_config, key, None)
+            # A list with one value for all blocks tells none apart.
+            if values and len(values) == self.block_count and len(set(map(str, values))) > 1:
+                distinct.append([str(value) for value in values])
+        kinds = []
+        for block in range(self.block_count):
+            words = [values[block] for values in distinct]
+            kinds.append(", ".join(dict.fromkeys(words)))
         return refine_kinds(self.blocks_of(self.skeleton), kinds)
 
     @cached_property
@@ -215,9 +212,7 @@ class Architecture:
         return self.structures_of(self.skeleton)
 
     def structures_of(self, model: nn.Module) -> tuple[list[Structure], Structure]:
-        """Return the structure of each block of a model of this family, and of the model outside
-        the blocks.
-        """
+        """Return the structure of each block of a model of this family, and of the rest."""
         blocks = [structure_of(block) for block in self.blocks_of(model)]
         return blocks, structure_of(model, without=self.adapter.blocks_path)
 
@@ -237,9 +232,7 @@ class Architecture:
 
     @property
     def identity(self) -> dict[str, str | None]:
-        """The key of all measurements of the model: its files, and the family that says which its
-        blocks are.
-        """
+        """The key of all measurements of the model: its files, and the family that names its blocks."""
         names = {"model_type": self.config.model_type, "family": self.adapter.name}
         return {"files": self.source.content_hash, **names}
 
@@ -285,8 +278,7 @@ def read_architecture(source: ModelSource, registry: Registry, notify: Notify) -
     if count != architecture.block_count:
         raise UnsupportedModelError(
             f"The config of {source.id} says {count} blocks ({adapter.count_key}), but the model "
-            f"has "
-            f"{architecture.block_count} at {adapter.blocks_path}.",
+            f"has {architecture.block_count} at {adapter.blocks_path}.",
             hint=_REPORT if count is None else "Correct config.json, or download the model again.",
         )
     if not count:
@@ -322,31 +314,24 @@ def _read_config(source: ModelSource) -> Any:
         config: Any = AutoConfig.from_pretrained(
             source.folder, trust_remote_code=source.trust_remote_code
         )
-        config.get_text_config(
-            decoder=True
-        ).to_dict()  # a text_config where the family has none is no config
+        # A text_config where the family has none is no config.
+        config.get_text_config(decoder=True).to_dict()
     return config
 
 
 def _require_harmless(source: ModelSource, settings: dict[str, Any]) -> None:
-    """Refuse a config that names code to run, or counts that would fill the memory, before
-    transformers parses it.
-    """
+    """Refuse a config that names code to run, before transformers parses it."""
     for key, value in settings.items():
         named = value.values() if isinstance(value, dict) else [value]
-        if key.endswith(_CODE) and (code := [name for name in named if "/" in str(name)]):
-            raise ModelError(
-                f"The config of {source.id} names code to be downloaded and run: {key} is "
-                f"{code[0]!r}.",
-                hint=f"Delete {key} from a local copy of its config.json.",
-            )
+        for name in named:
+            if key.endswith(_CODE) and "/" in str(name):
+                raise ModelError(
+                    f"The config of {source.id} names code to be downloaded and run: {key} is "
+                    f"{name!r}.",
+                    hint=f"Delete {key} from a local copy of its config.json.",
+                )
         if isinstance(value, dict):
             _require_harmless(source, value)
-        elif _COUNTS.fullmatch(key) and isinstance(value, int | float) and value > _MAX_COUNT:
-            raise ModelError(
-                f"The config of {source.id} sets {key} to more than {_MAX_COUNT:,}.",
-                hint="Copy or download the model again.",
-            )
 
 
 def untrusted_code(source: ModelSource) -> ModelError:
@@ -359,37 +344,34 @@ def untrusted_code(source: ModelSource) -> ModelError:
 
 def _read_structure(architecture: Architecture) -> FamilyAdapter:
     """Find the list of the configured length that holds most of the language model's parameters."""
-    text, skeleton, model_type = (
-        architecture.text_config,
-        architecture.skeleton,
-        architecture.config.model_type,
-    )
+    text = architecture.text_config
+    model_type = architecture.config.model_type
     count = getattr(text, "num_hidden_layers", None)
-    lists = {
-        module: path
-        for path, module in skeleton.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == count
-        and all(type(block).forward is not nn.Module.forward for block in module)
-    }
-    if not lists:
+    paths = {}
+    for path, module in architecture.skeleton.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and _can_run(module):
+            paths[module] = path
+    if not paths:
         number = "" if count is None else f"{count} "
         raise UnsupportedModelError(
             f"{model_type} has no list of {number}blocks to remove from.", hint=_WHAT_WORKS
         )
-    # In a multimodal model, only lists of the language model count, if transformers says which it
-    # is.
-    decoder = getattr(skeleton, "get_decoder", lambda: None)()
-    inner = (
-        [module for module in decoder.modules() if module in lists]
-        if isinstance(decoder, nn.Module)
-        else []
-    )
+    # In a multimodal model, only lists of the language model count, if transformers names it.
+    decoder = getattr(architecture.skeleton, "get_decoder", lambda: None)()
+    candidates = list(paths)
+    if isinstance(decoder, nn.Module):
+        candidates = [module for module in decoder.modules() if module in paths] or candidates
     return FamilyAdapter(
         name=BY_STRUCTURE,
         model_types=frozenset({model_type}),
-        blocks_path=lists[
-            max(inner or lists, key=lambda module: sum(p.numel() for p in module.parameters()))
-        ],
+        blocks_path=paths[max(candidates, key=_parameter_count)],
         count_key=type(text).attribute_map.get("num_hidden_layers", "num_hidden_layers"),
     )
+
+
+def _can_run(blocks: nn.ModuleList) -> bool:
+    return all(type(block).forward is not nn.Module.forward for block in blocks)
+
+
+def _parameter_count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

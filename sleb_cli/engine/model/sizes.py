@@ -1,6 +1,4 @@
-"""How large is each block: its parameters, bytes of weights, bytes of KV cache? No weights are
-read.
-"""
+"""The size of each block: parameters, bytes of weights, bytes of KV cache. No weights are read."""
 
 from __future__ import annotations
 
@@ -28,9 +26,11 @@ class PerBlock:
 
     def without(self, removed: Collection[int]) -> float:
         """Return the quantity in the model without these blocks."""
-        return self.outside + sum(
-            size for block, size in enumerate(self.blocks) if block not in removed
-        )
+        total = self.outside
+        for block, size in enumerate(self.blocks):
+            if block not in removed:
+                total += size
+        return total
 
     def __add__(self, other: PerBlock) -> PerBlock:
         pairs = zip(self.blocks, other.blocks, strict=True)
@@ -42,15 +42,16 @@ class PerBlock:
 
 def count_parameters(architecture: Architecture) -> PerBlock:
     """Count parameters as `bench` does: tied ones once, and quantized ones as if they were not."""
-    parameters = architecture.skeleton.named_parameters()
-    return _by_block(architecture, ((name, parameter.numel()) for name, parameter in parameters))
+    sizes = []
+    for name, parameter in architecture.skeleton.named_parameters():
+        sizes.append((name, parameter.numel()))
+    return _by_block(architecture, sizes)
 
 
 def stored_bytes(architecture: Architecture) -> PerBlock:
     """Return the bytes of the tensors in the weight files."""
-    return _by_block(
-        architecture, ((tensor.name, tensor.size) for tensor in architecture.source.weights.stored)
-    )
+    stored = architecture.source.weights.stored
+    return _by_block(architecture, [(tensor.name, tensor.size) for tensor in stored])
 
 
 def _by_block(architecture: Architecture, sizes: Iterable[tuple[str, int]]) -> PerBlock:
@@ -87,12 +88,15 @@ def cache_bytes(architecture: Architecture, dtype: torch.dtype, length: int) -> 
     if not layers or len(layers) != architecture.block_count:
         raise unknown("it is not kept block by block")
 
-    def stored(
-        tensor: Tensor,
-    ) -> int:  # recurrent states are kept in float32 whatever the model computes in
-        return tensor.numel() * (dtype if tensor.dtype is torch.bfloat16 else tensor.dtype).itemsize
-
-    return PerBlock(0, tuple(float(sum(map(stored, layer_tensors(layer)))) for layer in layers))
+    blocks = []
+    for layer in layers:
+        size = 0
+        for tensor in layer_tensors(layer):
+            # Recurrent states are kept in float32, whatever the model computes in.
+            kept_in = dtype if tensor.dtype is torch.bfloat16 else tensor.dtype
+            size += tensor.numel() * kept_in.itemsize
+        blocks.append(float(size))
+    return PerBlock(0, tuple(blocks))
 
 
 def cache_layers(output: Any) -> list[Any]:
@@ -106,25 +110,20 @@ def layer_tensors(layer: Any) -> list[Tensor]:
     """Return the tensors in one layer of a cache, which may hold them in dictionaries and lists."""
     tensors: dict[int, Tensor] = {}
     for value in vars(layer).values():
-        items = (
-            value.values()
-            if isinstance(value, dict)
-            else value
-            if isinstance(value, list | tuple)
-            else (value,)
-        )
-        tensors |= {
-            id(item): item
-            for item in items
-            if isinstance(item, Tensor) and item.is_floating_point()
-        }
+        if isinstance(value, dict):
+            items = list(value.values())
+        elif isinstance(value, list | tuple):
+            items = list(value)
+        else:
+            items = [value]
+        for item in items:
+            if isinstance(item, Tensor) and item.is_floating_point():
+                tensors[id(item)] = item
     return list(tensors.values())
 
 
 class ConditionsHold(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Lets every condition on values hold that a model on the meta device checks, such as that all
-    input is text.
-    """
+    """Lets every condition hold that a model checks on the meta device: all input is text."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
