@@ -22,23 +22,16 @@ MEMORY, SECONDS = 2 << 30, 10
 OWN = {"SLEB_CACHE": "cache", "HF_HUB_CACHE": "hub", "HF_MODULES_CACHE": "code", "TMPDIR": "tmp"}
 NEW = re.compile(rf"(\.?out|{'|'.join(OWN.values())})([./]|$)|(plan|own)\.(eval|bench)\.")
 """What a case may change, or make: its output, and folders of its own."""
-PIPE, FOLDER = os.mkfifo, os.mkdir
-"""Contents that are no files: a named pipe that nobody writes to, and an empty folder."""
+PIPE = os.mkfifo
+"""A content that is no file: a named pipe that nobody writes to."""
 
 
 def _make_link(target: str, path: Path) -> None:
     path.symlink_to(target)
 
 
-def _make_sparse(head: bytes, size: int, path: Path) -> None:
-    path.write_bytes(head)
-    os.truncate(path, size)
-
-
-link, sparse = partial(partial, _make_link), partial(partial, _make_sparse)
-"""Contents: a symbolic link to a target; a file of a head and a size that takes no room on the
-disk.
-"""
+link = partial(partial, _make_link)
+"""A content that is a symbolic link to a target."""
 
 
 def run_case(

@@ -89,15 +89,8 @@ def gguf_of(path: Path) -> Gguf:
     return Gguf(tuple(entries), tuple(tensors), path.read_bytes()[begin:])
 
 
-REMOVED = "sleb.removed_blocks"
-
-
 def text(data: bytes) -> bytes:
     return struct.pack("<Q", len(data)) + data
-
-
-def array(type_: int, count: int, data: bytes) -> bytes:
-    return struct.pack("<IQ", type_, count) + data
 
 
 def key(name, type_, data):
@@ -113,33 +106,3 @@ def key(name, type_, data):
 
 def number(name, type_, value):
     return key(name, type_, struct.pack(CODES[type_], value))
-
-
-def tensor(**changes):
-    """Return a function that changes the first tensor of a GGUF file."""
-
-    def make(file):
-        first = (
-            dict(zip(("name", "shape", "type", "offset"), file.tensors[0], strict=True)) | changes
-        )
-        return replace(file, tensors=(tuple(first.values()), *file.tensors[1:]))
-
-    return make
-
-
-NUMBERED = [
-    *(("general.alignment", UINT32, size) for size in (0, 1 << 31)),
-    ("llama.block_count", UINT32, (1 << 31) - 1), ("llama.leading_dense_block_count", UINT64, 1 << 63),
-]  # fmt: skip
-TENSORS = {
-    "a number of 5000 digits": {"name": b"blk." + b"9" * 5000 + b".x"}, "2^256 values": {"shape": (1 << 63,) * 4},
-    "an offset of 2^63": {"offset": 1 << 63}, "a million dimensions": {"shape": ((1 << 64) - 1,) * 1_000_000},
-}  # fmt: skip
-GGUFS = {
-    **{f"{name} is {value}": number(name, type_, value) for name, type_, value in NUMBERED},
-    **{f"a tensor: {name}": tensor(**changes) for name, changes in TENSORS.items()},
-    "a deep list": key("deep", ARRAY, array(ARRAY, 1, b"") * 100_000),
-    "a long list": key(REMOVED, ARRAY, array(UINT64, 1 << 63, b"")),
-    "a tensor twice": lambda file: replace(file, tensors=(*file.tensors, file.tensors[0])),
-}
-"""What makes a GGUF file lie, by name."""

@@ -7,9 +7,6 @@ import json
 import os
 import re
 import shutil
-import struct
-from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +15,8 @@ from safetensors.torch import load, load_file, save_file
 from conftest import llama_config, prose, save_model
 from faults.arrangements import saving_always
 from faults.conftest import often
-from faults.hostile import FOLDER, PIPE, SECRET, link, run_case, sparse
-from faults.lies import GGUFS, STRING, Runs, gguf_of, parse, saved_as, weight_file
+from faults.hostile import PIPE, SECRET, link, run_case
+from faults.lies import Runs, parse, saved_as, weight_file
 from faults.program import KILL, Calls, Fault
 from gguf_models import write_gguf
 from measured_plans import make_benchmark, make_evaluation, make_plan
@@ -128,10 +125,6 @@ def changed(file, **changes):
     }
 
 
-def config(**changes):
-    return changed("model/config.json", **changes)
-
-
 def weights(change):
     """Return what gives the weight file another header."""
 
@@ -152,10 +145,6 @@ def renamed(name):
     return weights(lambda header: header | {name: header.pop("model.norm.weight")})
 
 
-def in_gguf(make):
-    return lambda base: {"whole.gguf": make(gguf_of(base / "whole.gguf")).to_bytes()}
-
-
 def named(plan, **model):
     """Return what lets a plan say something else of its model."""
     return lambda base: changed(
@@ -163,95 +152,97 @@ def named(plan, **model):
     )(base)
 
 
-def special(file):
-    """Return what is no file, by its kind."""
-    return {
-        "a pipe": PIPE,
-        "a device": link("/dev/zero"),
-        "a folder": FOLDER,
-        "a loop": link(Path(file).name),
-    }.items()
-
-
-SHARD = "model-00001-of-00004.safetensors"
-ODD_ROWS = [{"text": line.replace(" ", "\u2028", 3) + "\x85"} for line in LINES]
-ODD_ROWS = "\ufeff" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in ODD_ROWS)
-NESTED = b'{"a":' * 600 + b"1" + b"}" * 600
-DIGITS = int("9" * 4000)
-EMPTY = struct.pack("<4sIQQQ", b"GGUF", 3, 0, 1, 0)
-TERABYTES = [
-    struct.pack("<4sIQQ", b"GGUF", 3, 0, (1 << 64) - 1), struct.pack("<4sIQQ", b"GGUF", 3, (1 << 64) - 1, 0),
-    EMPTY + struct.pack("<IQ", STRING, 1 << 40),
-]  # fmt: skip
 VERSIONED = b'{"schema_version": 1, '
 TEMPLATES = [
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% include '../x' %}", "{{", "",
-    "{{ cycler.__init__.__globals__.os.system('touch ../outside/x') }}", "{{ "
-                                                                         "raise_exception('\x1b[2Jno') }}",
-    "{{" + "(" * 5000 + ")" * 5000 + "}}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-]  # fmt: skip
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{% include '../x' %}",
+    "{{",
+    "{{ cycler.__init__.__globals__.os.system('touch ../outside/x') }}",
+    "{{ raise_exception('\x1b[2Jno') }}",
+]
 SHOWN = {
     "\x1b[31mred\x1b]0;title\x07\x9b2J": r"\x1b[31mred\x1b]0;title",
     "\u202e[bold]a\x00b": r"\u202e[bold]a\x00b",
 }
 TEXTS = {
-    "deep.jsonl": b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "number.jsonl": b"NaN", "empty.txt": b"",
-    "digits.jsonl": b'{"text": ' + b"9" * 5000 + b"}", "half.jsonl": b'{"text": "\\ud800"}', "latin.txt": b"\xe9" * 100,
-    "utf-16.txt": prose(40).encode("utf-16"), "packed.jsonl": b"\x1f\x8b\x08\0" + b"\0" * 100, "pipe.txt": PIPE,
-    "gigabyte.txt": sparse(b"word " * 1000, 1 << 30), "gigabyte.jsonl": sparse(b'{"text": "', 1 << 30),
-}  # fmt: skip
+    "deep.jsonl": b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "number.jsonl": b"NaN",
+    "half.jsonl": b'{"text": "\\ud800"}',
+    "empty.txt": b"",
+    "latin.txt": b"\xe9" * 100,
+}
 PLANS = {
-    "deep lists": b"[" * 1_000_000, "NaN": b"NaN", "nothing": b"",
+    "deep lists": b"[" * 1_000_000,
+    "NaN": b"NaN",
+    "nothing": b"",
     "half of a surrogate pair": VERSIONED + b'"\\ud800": 1}',
-    "a version of 5000 digits": b'{"schema_version": ' + b"9" * 5000 + b"}",
-    "a terabyte": sparse(b"", 1 << 40), **dict(special("plan.json")),
-}  # fmt: skip
+}
 ELSEWHERE = {"id": "../outside", "family": "../outside/code.py", "revision": None}
-# A name, a command, what makes the files, the exit codes, and what is said.
-NAMED = {
-    **{f"honest: {' '.join(words)}": (words, {}, FINE, "") for words in
-       (CUT, APPLY, SEARCH, ROWS, CHAT, EVAL, TABLE, RESUME, HEAL, SHARDS, PICKLE, CUT_GGUF, *OWN_PLAN)},
-    "settings in settings": (APPLY, {"model/processor_config.json": NESTED}, MODEL, "process"),
-    "a block of 5000 digits": (APPLY, renamed(f"model.layers.{'9' * 5000}.weight"), (0, 4), ""),
-    "no blocks": (CUT, config(num_hidden_layers=0), MODEL, "llama"),
-    "a billion blocks": (CUT, config(num_hidden_layers=10**9), MODEL, "num_hidden_layers"),
-    "a number of 4000 digits": (CUT, config(hidden_size=[DIGITS]), MODEL, "config"),
-    "a shape of texts": (CUT, entry(shape=["16"]), MODEL, "model.safetensors"),
-    "a shape whose product takes hours": (CUT, entry(dtype="X", shape=[2**62] * 400_000), MODEL, "model.safetensors"),
-    "commands for a terminal": (APPLY, renamed("model.layers.\x1b[2J\u202e\n.weight"), MODEL, "missing"),
-    "a config by a link": (CUT, {"model/config.json": link("../outside/config.json")}, MODEL, "link"),
-    "templates by a link": (CHAT, {"model/additional_chat_templates": link("../outside")}, MODEL, "link"),
-    "shards outside": (SHARDS, lambda base: {INDEX: json.dumps({"weight_map": dict.fromkeys(
-        json.loads((base / INDEX).read_text())["weight_map"], "../outside/model.safetensors")}).encode()}, MODEL, ""),
-    "a config that is a pipe": (CUT, {"model/config.json": PIPE}, MODEL, "config.json"),
-    "a config without end": (CUT, {"model/config.json": sparse(b"{", 2**40)}, MODEL, "config.json"),
-    **{f"template {t[:40]!r}": (CHAT, {"model/chat_template.jinja": t.encode()}, ANY, "") for t in TEMPLATES},
-    **{f"GGUF: {name}": (CUT_GGUF, in_gguf(make), ANY, "") for name, make in GGUFS.items()},
-    **{f"GGUF: {data}": (CUT_GGUF, {"whole.gguf": data}, MODEL, "whole.gguf") for data in (b"", b"GGUF\3\0\0\0\1")},
-    **{f"GGUF: a terabyte, {number}": (CUT_GGUF, {"whole.gguf": sparse(head, 1 << 41)}, MODEL, "whole.gguf")
-       for number, head in enumerate(TERABYTES)},
-    **{f"GGUF: {name}": (CUT_GGUF, {"whole.gguf": content}, (2, 4), "") for name, content in special("whole.gguf")},
-    **{f"plan: {name}": (TABLE, {"plan.json": content}, PLAN, "plan.json") for name, content in PLANS.items()},
-    "plan: 100,000 steps": (TABLE, changed("plan.json", steps=[{}] * 100_000), PLAN, "plan.json"),
-    "plan: 10^9 blocks": (TABLE, named("plan.json", blocks=10**9), PLAN, "plan.json"),
-    # Beside a plan, they are left out.
-    **{f"{kind}: {name}": (TABLE, {f"plan.{kind}.json": content}, FINE, "")
-       for kind, (name, content) in product(("eval", "bench"), special("x"))},
-    **{f"{words[0]}: {name!r} on the screen": (words, named("plan.json", id=f"/x/{name}", revision=None), MODEL, shown)
-       for (name, shown), words in product(SHOWN.items(), (("apply",), ("export", "--to", "mergekit")))},
+HONEST = (
+    CUT, APPLY, SEARCH, ROWS, CHAT, EVAL, TABLE, RESUME, HEAL, SHARDS, PICKLE, CUT_GGUF, *OWN_PLAN,
+)  # fmt: skip
+CALLS = (
+    (os.system, "touch ../outside/x"),
+    (torch.zeros, 10**13),
+    (open, "../outside/note.txt"),
+)
+
+
+def outside_shards(base):
+    weight_map = json.loads((base / INDEX).read_text())["weight_map"]
+    outside = dict.fromkeys(weight_map, "../outside/model.safetensors")
+    return {INDEX: json.dumps({"weight_map": outside}).encode()}
+
+
+def model_cases():
+    """Yield a name, a command, what makes the files, the exit codes, and what is said."""
+    for words in HONEST:
+        yield f"honest: {' '.join(words)}", words, {}, FINE, ""
+    yield "a shape of texts", CUT, entry(shape=["16"]), MODEL, "model.safetensors"
+    name = "model.layers.\x1b[2J\u202e\n.weight"
+    yield "commands for a terminal", APPLY, renamed(name), MODEL, "missing"
+    config = {"model/config.json": link("../outside/config.json")}
+    yield "a config by a link", CUT, config, MODEL, "link"
+    templates = {"model/additional_chat_templates": link("../outside")}
+    yield "templates by a link", CHAT, templates, MODEL, "link"
+    yield "shards outside", SHARDS, outside_shards, MODEL, ""
+    yield "a config that is a pipe", CUT, {"model/config.json": PIPE}, MODEL, "config.json"
+    yield "a config that is a list", SEARCH, {"model/config.json": b"[1]"}, MODEL, ""
+    yield "half a tokenizer", SEARCH, {"model/tokenizer.json": b'{"a": '}, MODEL, ""
+    for template in TEMPLATES:
+        files = {"model/chat_template.jinja": template.encode()}
+        yield f"template {template[:40]!r}", CHAT, files, ANY, ""
+    for data in (b"", b"GGUF\3\0\0\0\1"):
+        yield f"GGUF: {data}", CUT_GGUF, {"whole.gguf": data}, MODEL, "whole.gguf"
+    for function, *arguments in CALLS:
+        pickle = {"pickle/pytorch_model.bin": saved_as(Runs(function, *arguments))}
+        yield f"a pickle that calls {function.__name__}", PICKLE, pickle, MODEL, ""
+
+
+def other_cases():
+    """Yield cases of plans, texts and what an earlier command left."""
+    for name, content in PLANS.items():
+        yield f"plan: {name}", TABLE, {"plan.json": content}, PLAN, "plan.json"
+    for name, shown in SHOWN.items():
+        for words in (("apply",), ("export", "--to", "mergekit")):
+            plan = named("plan.json", id=f"/x/{name}", revision=None)
+            yield f"{words[0]}: {name!r} on the screen", words, plan, MODEL, shown
     # Whatever a plan names, what a command writes lies where it was started.
-    **{f"{words[0]}: a plan that names places": (words, named("own.json", **ELSEWHERE), ANY, "") for words in OWN_PLAN},
-    **{f"{file} leads outside": (words, {file: link("outside/note.txt")}, OUTPUT, "")
-       for file, words in (("out.json.journal", SEARCH), (".out.recovery", (*HEAL, "-o", "out")))},
-    **{f"a pickle that calls {of[0].__name__}": (PICKLE, {"pickle/pytorch_model.bin": saved_as(Runs(*of))}, MODEL, "")
-       for of in ((os.system, "touch ../outside/x"), (torch.zeros, 10**13), (open, "../outside/note.txt"))},
-    "a state of a recovery": (HEAL, lambda base: {next(base.glob(HEALING)).relative_to(base): bytes(999)}, ANY, ""),
-    **{f"{file}: {data}": (SEARCH, {f"model/{file}": data}, MODEL, "")
-       for file, data in product(("config.json", "tokenizer.json", "tokenizer_config.json"), (b"[1]", b'{"a": '))},
-    "a journal of one line without end": (RESUME, {JOURNAL: sparse(b"00000000 ", 1 << 40)}, PLAN, JOURNAL),
-    **{f"text: {name}": ((*SEARCH, "--calibration", name), {name: data}, DATA, name) for name, data in TEXTS.items()},
-    "what ends a line elsewhere ends none": (ROWS, {"rows.jsonl": ODD_ROWS.encode()}, FINE, ""),
-}  # fmt: skip
+    for words in OWN_PLAN:
+        plan = named("own.json", **ELSEWHERE)
+        yield f"{words[0]}: a plan that names places", words, plan, ANY, ""
+    for file, words in (("out.json.journal", SEARCH), (".out.recovery", (*HEAL, "-o", "out"))):
+        yield f"{file} leads outside", words, {file: link("outside/note.txt")}, OUTPUT, ""
+    yield "a state of a recovery", HEAL, broken_state, ANY, ""
+    for name, data in TEXTS.items():
+        yield f"text: {name}", (*SEARCH, "--calibration", name), {name: data}, DATA, name
+
+
+def broken_state(base):
+    return {next(base.glob(HEALING)).relative_to(base): bytes(999)}
+
+
+NAMED = {name: case for name, *case in (*model_cases(), *other_cases())}
 
 
 @pytest.mark.parametrize("name", often(NAMED, list(NAMED)[::6]), ids=ascii)
