@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import torch
@@ -21,22 +21,22 @@ def memory_shortage(
 ) -> str | None:
     """Return a clause on the memory needed and free, or None if there is enough."""
     # Processes share the memory of a machine: `whole` is for work that only one of them does.
-    return shortage(needed, free_bytes(device) if whole else free_bytes_per_process(device), of)
+    free = free_bytes(device) if whole else free_bytes_per_process(device)
+    return shortage(needed, free, of)
 
 
 def shortage(needed: int, free: int, of: str) -> str | None:
     """Return a clause on the bytes needed and free, or None if there are enough."""
-    return (
-        None
-        if needed <= free
-        else f"{format_bytes(needed)} of {of}, but only {format_bytes(free)} is free"
-    )
+    if needed <= free:
+        return None
+    return f"{format_bytes(needed)} of {of}, but only {format_bytes(free)} is free"
 
 
 class SmallerPieces(Generic[S]):
     """Repeat work in smaller pieces for as long as it runs out of memory.
 
-        for size in (pieces := SmallerPieces(8, lambda size: size // 2 or None, print)):
+        pieces = SmallerPieces(8, halved, print)
+        for size in pieces:
             with pieces:
                 work(size)
 
@@ -47,27 +47,43 @@ class SmallerPieces(Generic[S]):
     def __init__(
         self, size: S, smaller: Callable[[S], S | None], notify: Callable[[S], object]
     ) -> None:
-        self._size, self._smaller, self._notify = size, smaller, notify
+        self._size = size
+        self._smaller = smaller
+        self._notify = notify
+        self._begun = False
         self._failed = False
 
-    def __iter__(self) -> Iterator[S]:
-        yield self._size
-        while self._failed:
-            self._failed = False
-            self._notify(self._size)
-            free_memory()  # only here is the error gone, and with it the tensors of its frames
-            yield self._size
+    def __iter__(self) -> SmallerPieces[S]:
+        return self
+
+    def __next__(self) -> S:
+        if not self._begun:
+            self._begun = True
+            return self._size
+        if not self._failed:
+            raise StopIteration
+        self._failed = False
+        self._notify(self._size)
+        free_memory()  # only here is the error gone, and with it the tensors of its frames
+        return self._size
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
-        smaller = (
-            self._smaller(self._size) if error is not None and is_out_of_memory(error) else None
-        )
-        if smaller is not None:
-            self._size, self._failed = smaller, True
-        return self._failed
+        if error is None or not is_out_of_memory(error):
+            return False
+        smaller = self._smaller(self._size)
+        if smaller is None:
+            return False
+        self._size = smaller
+        self._failed = True
+        return True
+
+
+def halved(size: int) -> int | None:
+    """Return half of a size, None for 1."""
+    return size // 2 or None
 
 
 def in_smaller_pieces(
@@ -85,8 +101,8 @@ def in_smaller_pieces(
     def report(smaller: int) -> None:
         notify(Notice(f"Out of memory on {device}; {doing.format(smaller)} at a time."))
 
-    results: list[T] = []
-    for pieces in (halving := SmallerPieces(size, lambda pieces: pieces // 2 or None, report)):
-        with halving:
-            results.append(run(pieces))
-    return results[0]
+    pieces = SmallerPieces(size, halved, report)
+    for smaller in pieces:
+        with pieces:
+            result = run(smaller)
+    return result

@@ -1,32 +1,31 @@
 """Communication and shutdown of the processes that a launcher started together.
 
 Objects and tensors go through `torch.distributed`. If a process ends, the exchanges of the others
-fail, and the launcher stops them. A process that fails leaves its error in the launcher's key-value
-store for the main one.
+fail, and the launcher stops them. A process that fails says why in the launcher's key-value store,
+for the main one to say.
 """
 
 from __future__ import annotations
 
-import pickle
+import json
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sleb_cli.engine.third_party import error_saying, translate_errors
 from sleb_cli.processes import WorkerFinished, local_rank, process_count, process_rank
-from sleb_plugins import MachineError, SlebError
+from sleb_plugins import MachineError, SlebError, errors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
 
-# Far beyond any step: a process that ends is noticed at once, so this only bounds a step that
-# hangs.
+# A process that ends is noticed at once, so this only bounds a step that hangs.
 MAX_STEP = timedelta(hours=24)
 STARTING_TIME = timedelta(minutes=10)
 
@@ -36,18 +35,23 @@ Turn = list[list[T]]
 """The items of each process in one turn, after which they exchange results."""
 
 
-def deal(items: Sequence[T], processes: int) -> Iterator[Turn[T]]:
+def deal(items: Sequence[T], processes: int) -> list[Turn[T]]:
     """Deal one item to each process, turn after turn; the same items always go to the same
     processes.
     """
+    turns = []
     for first in range(0, len(items), processes):
-        yield [list(items[number : number + 1]) for number in range(first, first + processes)]
+        turns.append(
+            [list(items[number : number + 1]) for number in range(first, first + processes)]
+        )
+    return turns
 
 
 def join_dealt(shares: Sequence[Sequence[T]]) -> list[T]:
     """Return the items of shares that were dealt as `items[rank::size]`, in their order."""
     size = len(shares)
-    return [shares[number % size][number // size] for number in range(sum(map(len, shares)))]
+    count = sum(len(share) for share in shares)
+    return [shares[number % size][number // size] for number in range(count)]
 
 
 class PeerLost(Exception):
@@ -60,7 +64,8 @@ class ProcessGroup:
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+        self.rank = rank
+        self.size = size
 
     @property
     def is_main(self) -> bool:
@@ -75,7 +80,9 @@ class ProcessGroup:
 
     def from_main(self, compute: Callable[[], T]) -> T:
         """Return the result of `compute` in the main process; the others wait for it."""
-        boxed: list[Any] = [compute() if self.is_main else None]
+        boxed: list[Any] = [None]
+        if self.is_main:
+            boxed = [compute()]
         self._exchange("broadcast_object_list", boxed)
         received: T = boxed[0]
         return received
@@ -117,9 +124,13 @@ class ProcessGroup:
         """Call `do` in one process of each machine before the others, which find its work in the
         cache.
         """
-        results = [] if local_rank() else [do()]
-        self.gather(None)
-        return results[0] if results else do()
+        if local_rank() == 0:
+            result = do()
+            self.gather(None)
+        else:
+            self.gather(None)
+            result = do()
+        return result
 
 
 @contextmanager
@@ -135,16 +146,9 @@ def join_processes() -> Iterator[ProcessGroup]:
         yield ProcessGroup()
         return
     import torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous
 
     group = ProcessGroup(process_rank(), process_count())
-    hint = "Start them with `torchrun` or `accelerate launch`; for one alone, unset WORLD_SIZE."
-    refused = error_saying(MachineError, "This process cannot connect to the others", hint)
-    with translate_errors(refused), _default_signal_handlers():
-        store = next(iter(rendezvous("env://", timeout=STARTING_TIME)))[0]
-        dist.init_process_group(
-            _backends(), store=store, rank=group.rank, world_size=group.size, timeout=MAX_STEP
-        )
+    store = _connect(group)
     try:
         yield group
     except WorkerFinished:
@@ -158,6 +162,21 @@ def join_processes() -> Iterator[ProcessGroup]:
         dist.destroy_process_group()
 
 
+def _connect(group: ProcessGroup) -> Any:
+    """Connect this process to the others; return the key-value store of all."""
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    hint = "Start them with `torchrun` or `accelerate launch`; for one alone, unset WORLD_SIZE."
+    refused = error_saying(MachineError, "This process cannot connect to the others", hint)
+    with translate_errors(refused), _default_signal_handlers():
+        store, _, _ = next(iter(rendezvous("env://", timeout=STARTING_TIME)))
+        dist.init_process_group(
+            _backends(), store=store, rank=group.rank, world_size=group.size, timeout=MAX_STEP
+        )
+    return store
+
+
 @contextmanager
 def _default_signal_handlers() -> Iterator[None]:
     """Let signals end this process at once."""
@@ -165,14 +184,13 @@ def _default_signal_handlers() -> Iterator[None]:
         yield
         return
     # torch waits without hearing Python's handlers, and there is nothing to clean up.
-    handlers = {
-        number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    interrupted = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    terminated = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, interrupted)
+        signal.signal(signal.SIGTERM, terminated)
 
 
 def _error_to_raise(error: BaseException, group: ProcessGroup, store: Any) -> BaseException:
@@ -180,27 +198,51 @@ def _error_to_raise(error: BaseException, group: ProcessGroup, store: Any) -> Ba
     quietly.
     """
     if threading.current_thread() is threading.main_thread():
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # the launcher's, while this process says why it ends
+        # The launcher sends SIGTERM while this process says why it ends.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     is_cause = isinstance(error, Exception) and not isinstance(error, PeerLost)
-    with suppress(RuntimeError):  # the store is gone, and with it the process that kept it
-        if is_cause and not group.is_main:
-            if isinstance(error, SlebError):
-                error.message = f"In process {group.rank} of {group.size}: {error.message}"
-            else:  # a bug: the main process raises what this one would print
-                error = RuntimeError("".join(traceback.format_exception(error)))
-            store.set(_FAILURE, pickle.dumps(error))
-        if not is_cause and group.is_main and store.check([_FAILURE]):
-            failure: BaseException = pickle.loads(store.get(_FAILURE))
-            return failure
-    if isinstance(error, PeerLost | SystemExit) and group.is_main:
+    if not group.is_main:
+        if is_cause:
+            _tell_main(error, group, store)
+        return WorkerFinished(1) if isinstance(error, Exception) else error
+    if is_cause:
+        return error
+    failure = _failure_of_another(store)
+    if failure is not None:
+        return failure
+    if isinstance(error, PeerLost | SystemExit):
         return MachineError(
             f"One of the {group.size} processes has died or was stopped.",
             hint="Memory may have run out. Run the command again (a search with --resume): nothing "
             "is measured again.",
         )
-    return error if group.is_main or not isinstance(error, Exception) else WorkerFinished(1)
+    return error
+
+
+def _tell_main(error: BaseException, group: ProcessGroup, store: Any) -> None:
+    """Leave the error of this process in the store."""
+    failure = {"traceback": "".join(traceback.format_exception(error))}
+    if isinstance(error, SlebError):
+        failure = {
+            "class": type(error).__name__,
+            "message": f"In process {group.rank} of {group.size}: {error.message}",
+            "hint": error.hint,
+        }
+    with suppress(RuntimeError):  # the store is gone, and with it the process that kept it
+        store.set(_FAILURE, json.dumps(failure))
+
+
+def _failure_of_another(store: Any) -> Exception | None:
+    """Return the error that another process has left in the store."""
+    with suppress(RuntimeError):
+        if store.check([_FAILURE]):
+            failure: Mapping[str, str] = json.loads(store.get(_FAILURE))
+            if "traceback" in failure:  # a bug, which this process raises as the other would
+                return RuntimeError(failure["traceback"])
+            error_class = getattr(errors, failure["class"], SlebError)
+            error: SlebError = error_class(failure["message"], hint=failure["hint"])
+            return error
+    return None
 
 
 def _backends() -> str:
@@ -209,4 +251,6 @@ def _backends() -> str:
 
     known = dist.Backend.default_device_backend_map
     gpu = torch.accelerator.current_accelerator(check_available=True)
-    return f"cpu:gloo,{gpu.type}:{known[gpu.type]}" if gpu and gpu.type in known else "gloo"
+    if gpu is None or gpu.type not in known:
+        return "gloo"
+    return f"cpu:gloo,{gpu.type}:{known[gpu.type]}"

@@ -334,27 +334,37 @@ class Passes:
             with pieces:
                 missing = [batch for batch in batches if batch not in finished]
                 for micro_batches in self._walk_groups(missing):
-                    spans = [_SpanScores(candidates, longest, score) for _ in micro_batches]
-                    self._run_as_it_stands(micro_batches, removed, spans)
-                    for micro, of_micro in zip(micro_batches, spans, strict=True):
+                    start = partial(_SpanScores, candidates, longest, score)
+                    found = self._score_spans(micro_batches, removed, start)
+                    for micro, of_micro in zip(micro_batches, found, strict=True):
                         of_batch = scores[micro.batch]
-                        for span, micro_scores in of_micro.found.items():
+                        for span, micro_scores in of_micro.items():
                             of_batch[span] = of_batch.get(span, []) + micro_scores
                         if micro.is_last:
                             finished[micro.batch] = of_batch
         return finished
 
-    def _run_as_it_stands(
+    def _score_spans(
+        self,
+        micro_batches: Sequence[_MicroBatch],
+        removed: Sequence[int],
+        start: Callable[[], _SpanScores],
+    ) -> list[dict[Span, list[float]]]:
+        """Run micro-batches through the model as it stands; return the scores of each."""
+        spans = [start() for _ in micro_batches]
+        if self.forks:
+            self._walk_through_spans(micro_batches, removed, spans)
+        else:
+            for micro, of_micro in zip(micro_batches, spans, strict=True):
+                self.skippable.run_with_hook(micro.ids, removed, of_micro.add)
+        return [of_micro.found for of_micro in spans]
+
+    def _walk_through_spans(
         self,
         micro_batches: Sequence[_MicroBatch],
         removed: Sequence[int],
         spans: Sequence[_SpanScores],
     ) -> None:
-        """Run micro-batches through the model without the removed blocks, and score their spans."""
-        if not self.forks:
-            for micro, of_micro in zip(micro_batches, spans, strict=True):
-                self.skippable.run_with_hook(micro.ids, removed, of_micro.add)
-            return
         store = self.store
         if self.skippable.weights.resident:
             store = partial(Tensor.to, device=self.skippable.device)
@@ -370,6 +380,10 @@ class Passes:
 
     def _shrink(self, budget: MemoryBudget) -> None:
         self.budget = budget
+        for micro_batches in self._micro_batches.values():
+            for micro in micro_batches:
+                micro.states.at.clear()
+                micro.dense = None
         self._micro_batches.clear()
         self.notify(
             Notice(
