@@ -1,20 +1,15 @@
-"""How much memory does a model take at its peak, and how long does it take to load, in a process of
-its own?
-"""
+"""Measure the peak memory of a model and how long it takes to load, in a process of its own."""
 
 from __future__ import annotations
 
-import multiprocessing
+import pickle
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from unittest import mock
 
 import psutil
 import torch
@@ -32,7 +27,7 @@ from sleb_cli.events import Notice, Notify, ignore, task
 from sleb_cli.order import SizeKey
 from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.results import MemoryRecord, Workload
-from sleb_plugins.errors import OutOfMemory, is_out_of_memory
+from sleb_plugins.errors import is_out_of_memory
 
 SAMPLE_SECONDS = 0.002
 
@@ -49,38 +44,54 @@ def measure_alone(
     All are None if the process runs out of memory; a record also is if the accelerator does not
     report its peak (MPS).
     """
-    source, cuts = surgery.architecture.source, (surgery.removals, surgery.other_cuts)
+    source = surgery.architecture.source
+    cuts = (surgery.removals, surgery.other_cuts)
+    threads = torch.get_num_threads()
     which = f"without {surgery.description}" if surgery.cuts else "of the dense model"
     with task(notify, f"Peak memory {which}"):
         try:
-            with _spawned_process() as process:
-                return process.submit(
-                    _measure, source, cuts, placement, workloads, torch.get_num_threads()
-                ).result()
-        except (RuntimeError, MemoryError, OutOfMemory) as error:
-            if not (isinstance(error, BrokenProcessPool) or is_out_of_memory(error)):
+            measured: tuple[float, list[MemoryRecord | None]] = _in_another_process(
+                _measure, source, cuts, placement, workloads, threads
+            )
+            return measured
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
             notify(Notice(f"The peak memory {which} is unknown: its process ran out of memory."))
     return None, [None] * len(workloads)
 
 
-@contextmanager
-def _spawned_process() -> Iterator[ProcessPoolExecutor]:
-    context, main = multiprocessing.get_context("spawn"), sys.modules["__main__"]
-    # The process imports the main module; a script that calls sleb without a guard would run again.
-    no_main = mock.patch.multiple(main, __file__=None, __spec__=None, create=True)
-    # Ctrl-C reaches the child too, but the parent handles it.
-    ignored = signal.SIGINT, signal.SIG_IGN
-    with (
-        no_main,
-        ProcessPoolExecutor(1, context, initializer=signal.signal, initargs=ignored) as pool,
-    ):
-        try:
-            yield pool
-        except BaseException:
-            for child in multiprocessing.active_children():
-                child.kill()
-            raise
+def _in_another_process(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Return the result of `work`, or raise its error; a process that died is out of memory."""
+    # multiprocessing would import the main module: a script that calls sleb without a guard would
+    # run again.
+    program = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import answer; answer()"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        input=pickle.dumps((work, arguments)),
+        stdout=subprocess.PIPE,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise MemoryError
+    result = pickle.loads(done.stdout)  # noqa: S301  from our own process
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def answer() -> None:
+    """Do the work that the parent process sends, and send it the result or the error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches this process, too
+    output = sys.stdout.buffer
+    sys.stdout = sys.stderr  # the code of a model may print
+    work, arguments = pickle.load(sys.stdin.buffer)  # noqa: S301  from our own process
+    try:
+        result = work(*arguments)
+    except Exception as error:
+        result = error
+    pickle.dump(result, output)
+    output.flush()
 
 
 def _measure(
@@ -109,12 +120,13 @@ def _run_memory(model: Any, device: torch.device, workload: Workload) -> MemoryR
         if workload.compiled:
             ready.run(prompts, workload.new_tokens)  # compiling takes memory, too, but only once
         free_memory()
-        with _watch_memory(device) as peak:
-            cache = ready.run_for_cache(prompts, workload.new_tokens)
-            synchronize(device)
-    peak_bytes, weights = peak(), weights_bytes(model)
+        peak = _Peak(device)
+        cache = ready.run_for_cache(prompts, workload.new_tokens)
+        synchronize(device)
+        peak_bytes = peak.read()
     if peak_bytes is None:
         return None
+    weights = weights_bytes(model)
     # On a CPU, the peak is sampled, so it may lie below the sum.
     rest = max(0, peak_bytes - weights - cache)
     return MemoryRecord(
@@ -122,28 +134,31 @@ def _run_memory(model: Any, device: torch.device, workload: Workload) -> MemoryR
     )
 
 
-@contextmanager
-def _watch_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
-    """Watch memory while the body runs; the yielded function returns the peak, or None if it is
-    unknown.
-    """
-    if device.type != "cpu":
-        backend = torch.get_device_module(device.type)
-        known = hasattr(backend, "max_memory_allocated")
-        if known:
-            backend.reset_peak_memory_stats(device)
-        yield lambda: int(backend.max_memory_allocated(device)) if known else None
-        return
-    process, done = psutil.Process(), threading.Event()
-    samples = [process.memory_info().rss]
+class _Peak:
+    """The most memory in use from now until it is read."""
 
-    def sample() -> None:
-        while not done.wait(SAMPLE_SECONDS):
-            samples.append(process.memory_info().rss)
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._backend = torch.get_device_module(device.type)
+        if device.type == "cpu":
+            self._process = psutil.Process()
+            self._most = self._process.memory_info().rss
+            self._done = threading.Event()
+            self._watcher = threading.Thread(target=self._sample, daemon=True)
+            self._watcher.start()
+        elif hasattr(self._backend, "reset_peak_memory_stats"):
+            self._backend.reset_peak_memory_stats(device)
 
-    with ThreadPoolExecutor(1) as watcher:
-        watcher.submit(sample)
-        try:
-            yield lambda: max(samples)
-        finally:
-            done.set()
+    def read(self) -> int | None:
+        """Return the peak in bytes; None where the accelerator does not report it."""
+        if self._device.type == "cpu":
+            self._done.set()
+            self._watcher.join()
+            return self._most
+        if not hasattr(self._backend, "max_memory_allocated"):
+            return None
+        return int(self._backend.max_memory_allocated(self._device))
+
+    def _sample(self) -> None:
+        while not self._done.wait(SAMPLE_SECONDS):
+            self._most = max(self._most, self._process.memory_info().rss)
