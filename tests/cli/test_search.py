@@ -6,7 +6,6 @@ import re
 import pytest
 
 from conftest import llama_config, save_model
-from sleb_cli.engine.forward import forecast
 from sleb_cli.plan import read_plan
 from sleb_cli.units import format_perplexity
 
@@ -80,13 +79,6 @@ def test_conversations_are_scored_on_their_answers(search, sleb, tmp_path):
     sleb("search", folder, "--extend", "plan.json", "--remove", 3)
     assert read_plan(tmp_path / "plan.json").steps[:2] == plans[1].steps
     assert "for conversations, " in search("--remove", 1, "--force", code=5, **of_chat).stderr
-
-
-def test_long_work_says_before_what_it_does_and_for_how_long(search, monkeypatch):
-    assert "on this CPU" not in search("--remove", 2).stderr
-    monkeypatch.setattr(forecast, "LONG", 0.0)
-    told = r"^Search: 2 of 6 blocks, 28 evaluations of 32 tokens in float32: about \d+ s on this CPU\.$"
-    assert re.search(told, search("--remove", 2, "--force").stderr, re.MULTILINE)
 
 
 def test_a_race_is_recorded_and_shown(search, found, tmp_path):

@@ -21,7 +21,6 @@ from sleb_cli.engine.cut.experts.expert_cut import ExpertCut
 from sleb_cli.engine.cut.experts.routing import Routing, watch_routing
 from sleb_cli.engine.device import dtype_name, hint_for_nonfinite
 from sleb_cli.engine.files.shards import new_tensor
-from sleb_cli.engine.forward.forecast import announce
 from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.passes import Job, Passes
 from sleb_cli.engine.forward.prepare import prepare_passes
@@ -47,9 +46,6 @@ from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 PIECE_BYTES = 64 << 20
 """About the size of the outputs of single experts that exist at once."""
-
-SCORED_WALK = 1.5
-"""The cost of a walk that counts, in walks that do not: the experts run twice."""
 
 Sums = Tensor
 """The fields of `ExpertUse` of a block, float64 [6, experts]."""
@@ -151,7 +147,6 @@ class _ExpertScoring:
     """The sums of the batches that run now, by block."""
 
     def count_uses(self) -> None:
-        self._announce()
         experts, model, current = find_experts(self.architecture), self.passes.skippable.model, 0
 
         def watch(batch: int | None) -> None:
@@ -169,18 +164,6 @@ class _ExpertScoring:
         with watch_routing(experts, [*self.architecture.blocks_of(model)], add):
             self.measure((), "Counting how experts are used")
         self.passes.watch = lambda batch: None
-
-    def _announce(self) -> None:
-        skippable, batches = self.passes.skippable, self.passes.batches
-        tokens = sum(batch.numel() for batch in batches) / self.journal.group.size
-        walks = (1 + SCORED_WALK) * len(skippable.switches) + 2 * skippable.head_blocks
-        announce(
-            self.notify,
-            f"Search: two walks of {tokens:,.0f} tokens",
-            tokens * walks,
-            skippable,
-            batches[0],
-        )
 
     def measure(self, removed: Sequence[int], title: str) -> None:
         missing = [

@@ -119,13 +119,6 @@ class Journal:
         """Whether this process has written measurements to the file."""
         return self._file is not None and bool(self._known)
 
-    @property
-    def evaluations(self) -> int:
-        """How many evaluations of a candidate on a sequence are recorded."""
-        return sum(
-            len(scores) for (_, block, _), scores in self._known.items() if block is not None
-        )
-
     def find(
         self, removed: Sequence[int], block: int | None = None, batch: int | None = None
     ) -> list[float] | None:

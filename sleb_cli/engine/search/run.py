@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from statistics import fmean
 
-from sleb_cli.engine.forward.forecast import announce
 from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.prepare import prepare_passes
@@ -48,9 +47,6 @@ from sleb_cli.events import (
 from sleb_cli.plan import DenseRecord, Plan, SearchRecord, Step
 from sleb_cli.plugin_calls import REPORT
 from sleb_plugins import HiddenStateMetric, LogitMetric, PluginError, UsageError
-
-RACED_SEQUENCES = 7
-"""About how many sequences a race scores a candidate on, on average."""
 
 
 def find_removals(search: Search, group: ProcessGroup, notify: Notify) -> Plan:
@@ -182,11 +178,10 @@ def _remove_blocks(
         score_spans=partial(scoring.score_spans, longest=stop.remove),
         swapped=lambda swap: notify(BlocksSwapped(**dict(swap))),
     )
-    _announce(method, problem, scoring)
     kinds = method.removable.architecture.kinds
     notify(SearchStarted(len(kinds), stop.remove, len(trace.steps)))
     try:
-        for choice in STRATEGIES[method.strategy_name].search(problem):
+        for choice in STRATEGIES[method.strategy_name](problem):
             loss = fmean(scoring.losses(choice.removals))
             increase = loss - dense.loss
             if not target.allows(increase):
@@ -224,31 +219,6 @@ def _blame_plugin_metric(method: Method, scoring: Scoring, error: NoFiniteScore)
             f"numbers.",
             hint=REPORT,
         ) from error
-
-
-def _announce(method: Method, problem: Problem, scoring: Scoring) -> None:
-    passes, metric, ids = scoring.passes, scoring.metric, scoring.passes.batches[0]
-    skippable, processes = passes.skippable, scoring.journal.group.size
-    if not isinstance(metric, LogitMetric | HiddenStateMetric):
-        return  # a metric of weights is fast, and one of the whole model takes an unknown time
-    blocks, candidates = len(skippable.switches), len(problem.candidates(problem.removed))
-    sets = STRATEGIES[method.strategy_name].evaluations(
-        candidates, problem.remove - len(problem.removed)
-    )
-    left, length = sets * scoring.sequences - scoring.journal.evaluations, ids.shape[1]
-    # On average, a candidate of a fork runs half of the blocks.
-    of_logits = (blocks / 2 if passes.forks else blocks) + skippable.head_blocks
-    blocks_per_evaluation = of_logits if isinstance(metric, LogitMetric) else 1.0
-    raced = min(1.0, RACED_SEQUENCES / scoring.sequences) if method.fast else 1.0
-    at_most = "at most " if method.fast or method.strategy_name == "refine" else ""
-    title = f"Search: {problem.remove} of {blocks} blocks, {at_most}{left:,} evaluations of {length:,} tokens"
-    announce(
-        scoring.notify,
-        title,
-        left * length * raced * blocks_per_evaluation / processes,
-        skippable,
-        ids,
-    )
 
 
 def _prepare(

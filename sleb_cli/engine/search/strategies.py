@@ -188,34 +188,13 @@ def _score_next(
     return problem.score(tuple(sorted(removed)), candidates) if candidates else Outcome({})
 
 
-def _evaluations_by_size(candidates: int, remove: int) -> int:
-    return sum(max(0, candidates - gone) for gone in range(remove))
-
-
-def _evaluations_with_swaps(candidates: int, remove: int) -> int:
-    # At most about two rounds of single swaps, and one of pairs.
-    one = remove * (candidates - remove)
-    two = (
-        remove * (remove - 1) // 2 * min(NEAR_MISSES, candidates - remove) * (NEAR_MISSES - 1) // 2
-    )
-    return _evaluations_by_size(candidates, remove) + 2 * one + two
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """A search strategy, and its evaluations, given the number of candidates and of blocks to
-    remove.
-    """
-
-    search: Callable[[Problem], Iterator[Choice]]
-    evaluations: Callable[[int, int], int] = _evaluations_by_size
-
+Strategy = Callable[[Problem], Iterator[Choice]]
 
 STRATEGIES: Mapping[StrategyName, Strategy] = MappingProxyType(
     {
-        "greedy": Strategy(greedy),
-        "oneshot": Strategy(oneshot, lambda candidates, remove: candidates),
-        "contiguous": Strategy(contiguous),
-        "refine": Strategy(refine, _evaluations_with_swaps),
+        "greedy": greedy,
+        "oneshot": oneshot,
+        "contiguous": contiguous,
+        "refine": refine,
     }
 )
