@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import gettempdir
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import torch
@@ -22,13 +22,13 @@ from transformers import (
     AutoModelForImageTextToText,
 )
 
-from sleb_cli.atomic import scratch_folder, writing
+from sleb_cli.atomic import writing
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files.tensors import float_dtypes
 from sleb_cli.engine.model.block_names import BlockNames, BlockNumbering, find_block_numbering
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.model.structure import Structure, refine_kinds, shared_weights, structure_of
-from sleb_cli.engine.third_party import prefer_disk_error, translate_transformers_errors
+from sleb_cli.engine.third_party import translate_transformers_errors
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import ModelRecord
@@ -115,14 +115,11 @@ class Architecture:
         Raises:
             ModelError: transformers refuses them.
         """
-        temporary = Path(gettempdir())  # transformers reads a file
-        with (
-            writing(temporary, hint=_ELSEWHERE),
-            scratch_folder(temporary, "sleb-config") as folder,
-        ):
-            (folder / "config.json").write_text(json.dumps(raw))
-            with prefer_disk_error(ModelError), translate_transformers_errors("the pruned config"):
-                # `from_dict` would not decode infinities.
+        temporary = Path(gettempdir())
+        with writing(temporary, hint=_ELSEWHERE), TemporaryDirectory(prefix="sleb-") as folder:
+            # transformers reads a file; its `from_dict` would not decode infinities.
+            (Path(folder) / "config.json").write_text(json.dumps(raw))
+            with translate_transformers_errors("the pruned config"):
                 config = type(self.config).from_pretrained(folder)
         config.name_or_path = self.config.name_or_path
         return config
