@@ -154,8 +154,11 @@ class _Option:
 
 def _range(text: str) -> Iterable[int]:
     """Return the numbers of 5, or of 12-15 as screens print them."""
-    first, dash, last = text.partition("-") if text[:1].isdecimal() else (text, "", "")
-    numbers = range(int(first), int(last or first) + 1)
-    if (dash and not last) or not 0 < len(numbers) <= MAX_RANGE:
+    first, dash, last = text.partition("-")
+    if not (first.isdecimal() and dash):
+        return [int(text)]
+    numbers = range(int(first), int(last) + 1)
+    # `len` cannot count numbers beyond those of an index.
+    if not 0 < numbers.stop - numbers.start <= MAX_RANGE:
         raise ValueError(text)
     return numbers

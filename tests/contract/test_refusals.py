@@ -128,6 +128,8 @@ FIRST = [
     ("apply PLAN --source no.gguf -o out", 2, "does not end in .gguf"),
     ("apply no/model --blocks", 2, "requires an argument"),
     ("apply no/model --blocks 9-5", 2, "not a list of numbers"),
+    ("apply no/model --blocks 5-", 2, "not a list of numbers"),
+    ("eval PLAN --remove 1-99999999999999999999", 2, "not a list of numbers"),
     ("apply no/model --blocks 1,x", 2, "not a list of numbers"),
     ("apply no/model --blocks 1,2 --remove 3", 2, "Cannot remove 3 blocks: --blocks names 2"),
     ("apply no/model --blocks 1 --source x.gguf -o no/out.gguf", 8, "folder does not exist"),
