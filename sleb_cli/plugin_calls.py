@@ -1,5 +1,7 @@
-"""Whose mistake is it? What a plugin's method raises, or returns and cannot be used, names the
-plugin.
+"""Errors of plugins name the plugin.
+
+The methods that `sleb_plugins` asks plugins for are called through `_Call`. What they raise, or return by
+mistake, becomes a `PluginError`.
 """
 
 from __future__ import annotations
@@ -7,8 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import copy
-from dataclasses import replace
-from functools import wraps
+from dataclasses import dataclass, replace
 from pathlib import Path
 from traceback import extract_tb
 from typing import Any, TypeVar
@@ -20,106 +21,119 @@ T = TypeVar("T")
 
 REPORT = "Report it to the plugin's author."
 
+_METHODS = (
+    "with_argument", "fingerprint", "score_tokens", "score_block", "score_model", "score_experts",  # metrics
+    "export",  # exporters
+    "version", "load", "run", "close",  # engines, and the models that they load
+)  # fmt: skip
+
+_NUMBER = "a number (float or int)"
+_RETURNED: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "with_argument": (Metric, "a metric"),
+    "fingerprint": (str, "a str"),
+    "score_block": ((int, float), _NUMBER),
+    "score_model": ((int, float), _NUMBER),
+    "export": (str, "a str"),
+    "load": (LoadedModel, "a LoadedModel"),
+}
+"""The type that a method returns, and its name in errors."""
+
 
 def blame(offer: T, who: str) -> T:
     """Return a copy of a plugin's offer whose errors name `who`."""
     if isinstance(offer, FamilyAdapter):
-        return replace(
-            offer,
-            config_keys={key: _wrap(who, pruner) for key, pruner in offer.config_keys.items()},
-        )
-    return _wrap_methods(copy(offer), who)
+        pruners = {key: _Call(who, pruner) for key, pruner in offer.config_keys.items()}
+        return replace(offer, config_keys=pruners)
+    # The calls are bound to the original, so a plugin never meets them in its own object: it may
+    # copy that, and catch what its methods raise.
+    return _with_calls(copy(offer), offer, who)
 
 
-def _wrap_methods(offer: T, who: str) -> T:
-    # Only the methods of the contract: the plugin itself may catch what its other methods raise.
-    bases = [base for base in type(offer).__mro__ if base.__module__.startswith("sleb_plugins.")]
-    for name in {name for base in bases for name, value in vars(base).items() if callable(value)}:
-        if not name.startswith("_"):
-            # A metric that copied itself still has a wrapper that is bound to the original.
-            if hasattr(vars(offer).get(name), "__wrapped__"):
-                object.__delattr__(offer, name)
-            object.__setattr__(offer, name, _wrap(who, getattr(offer, name), name))
-    return offer
+def _with_calls(stand_in: T, offer: T, who: str) -> T:
+    for name in _METHODS:
+        if hasattr(offer, name):
+            object.__setattr__(stand_in, name, _Call(who, getattr(offer, name), name))
+    return stand_in
 
 
-def _wrap(who: str, method: Callable[..., Any], name: str = "") -> Callable[..., Any]:
-    find_fault = _FAULTS.get(name)
+@dataclass(frozen=True)
+class _Call:
+    """A function of a plugin; `name` is its method's, if it is one."""
 
-    @wraps(method)
-    def call(*given: Any, **options: Any) -> Any:
+    who: str
+    function: Callable[..., Any]
+    name: str = ""
+
+    def __call__(self, *given: Any) -> Any:
         try:
-            result = method(*given, **options)
+            result = self.function(*given)
         except Exception as error:
             if isinstance(error, SlebError) or is_out_of_memory(error):
                 raise
-            frames = extract_tb(error.__traceback__)[1:]
-            # The last line of the plugin's own file, even if a library raised further down.
-            last = [frame for frame in frames if frame.filename == frames[0].filename][-1:]
-            where = "".join(
-                f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in last
-            )
-            words = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": .")
-            raise PluginError(f"{who} raised {words}{where}.", hint=REPORT) from error
-        if find_fault and not options and (needed := find_fault(result, *given)):
+            raise PluginError(f"{self.who} raised {_describe(error)}.", hint=REPORT) from error
+        needed = _needed_instead(self.name, result, given)
+        if needed:
+            returned = _in_words(result)
             raise PluginError(
-                f"{who} returned {_in_words(result)} from {name}, not {needed}.", hint=REPORT
+                f"{self.who} returned {returned} from {self.name}, not {needed}.", hint=REPORT
             )
-        return _wrap_methods(result, who) if isinstance(result, LoadedModel) else result
+        if isinstance(result, Metric):
+            return blame(result, self.who)
+        if isinstance(result, LoadedModel):
+            return _with_calls(result, result, self.who)
+        return result
 
-    return call
+
+def _describe(error: Exception) -> str:
+    """Name an error and the last line of the plugin's own file that led to it."""
+    words = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": .")
+    frames = extract_tb(error.__traceback__)[1:]  # the first one is ours
+    if not frames:
+        return words
+    own = [frame for frame in frames if frame.filename == frames[0].filename]
+    return f"{words} ({Path(own[-1].filename).name}, line {own[-1].lineno})"
 
 
-def _fault_of_tokens(result: Any, *given: Any) -> str | None:
+def _needed_instead(name: str, result: Any, given: tuple[Any, ...]) -> str | None:
+    """Describe what a method should have returned, if it returned something else."""
+    if name in _RETURNED:
+        kind, words = _RETURNED[name]
+        # The NaN of a whole model may be the model's fault.
+        is_nan = name == "score_block" and result != result
+        return None if isinstance(result, kind) and not is_nan else words
+    if name == "score_tokens":
+        return _needed_tokens(result, given)
+    if name == "score_experts":
+        shape = given[0].tokens.shape
+        if _has_shape(result, shape) and result.isfinite().all():
+            return None
+        return f"a finite number for each expert: a tensor of shape {(*shape,)}"
+    if name == "run":
+        return _needed_run(result, given[1])
+    return None
+
+
+def _needed_tokens(result: Any, given: tuple[Any, ...]) -> str | None:
     from torch import Tensor
 
-    shape, tensors = given[0].shape[:-1], [value for value in given if isinstance(value, Tensor)]
-    # NaN is only the plugin's fault if the model itself computed finite numbers.
-    if _has_shape(result, shape) and not (
-        result.isnan().any() and all(tensor.isfinite().all() for tensor in tensors)
-    ):
-        return None
+    shape = given[0].shape[:-1]
+    if _has_shape(result, shape):
+        # NaN is only the plugin's fault if the model itself computed finite numbers.
+        tensors = [value for value in given if isinstance(value, Tensor)]
+        if not result.isnan().any() or not all(tensor.isfinite().all() for tensor in tensors):
+            return None
     return f"a number for each position: a tensor of shape {(*shape,)}"
 
 
-def _fault_of_experts(result: Any, use: Any, block: int) -> str | None:
-    if _has_shape(result, use.tokens.shape) and result.isfinite().all():
-        return None
-    return f"a finite number for each expert: a tensor of shape {(*use.tokens.shape,)}"
-
-
-def _fault_of_run(result: Any, prompts: Any, new_tokens: int) -> str | None:
+def _needed_run(result: Any, new_tokens: int) -> str | None:
     if isinstance(result, TimedRun) and new_tokens in (0, len(result.token_seconds)):
         times = (result.seconds, *result.token_seconds)
-        if (
-            all(isinstance(seconds, int | float) and 0 <= seconds < math.inf for seconds in times)
-            and result.seconds
-        ):
+        are_times = all(
+            isinstance(seconds, int | float) and 0 <= seconds < math.inf for seconds in times
+        )
+        if are_times and result.seconds > 0:
             return None
     return f"a TimedRun of more than 0 seconds, with {new_tokens} token_seconds"
-
-
-def _fault_unless(kind: Any, needed: str) -> Callable[..., str | None]:
-    return lambda result, *given: (
-        None if isinstance(result, kind) and result == result else needed
-    )  # NaN is not itself
-
-
-_FAULTS: dict[str, Callable[..., str | None]] = {
-    "with_argument": _fault_unless(Metric, "a metric"),
-    "fingerprint": _fault_unless(str, "a str"),
-    "score_tokens": _fault_of_tokens,
-    "score_block": _fault_unless(int | float, "a number (float or int)"),
-    # NaN may be the model's fault.
-    "score_model": lambda result, *given: (
-        None if isinstance(result, int | float) else "a number (float or int)"
-    ),
-    "score_experts": _fault_of_experts,
-    "export": _fault_unless(str, "a str"),
-    "load": _fault_unless(LoadedModel, "a LoadedModel"),
-    "run": _fault_of_run,
-}
-"""By method: describes what it should have returned, if it returned something else."""
 
 
 def _has_shape(result: Any, shape: Any) -> bool:
@@ -129,12 +143,12 @@ def _has_shape(result: Any, shape: Any) -> bool:
 
 
 def _in_words(result: Any) -> str:
-    if hasattr(result, "shape"):
-        nan = (
-            " with NaN or infinity"
-            if hasattr(result, "isfinite") and not result.isfinite().all()
-            else ""
-        )
-        dtype = str(result.dtype).removeprefix("torch.")
-        return f"a {dtype} {type(result).__name__} of shape {(*result.shape,)}{nan}"
-    return f"a list of {len(result)}" if isinstance(result, list) else repr(result)[:80]
+    if isinstance(result, list):
+        return f"a list of {len(result)}"
+    if not hasattr(result, "shape"):
+        return repr(result)[:80]
+    dtype = str(result.dtype).removeprefix("torch.")
+    words = f"a {dtype} {type(result).__name__} of shape {(*result.shape,)}"
+    if hasattr(result, "isfinite") and not result.isfinite().all():
+        words += " with NaN or infinity"
+    return words

@@ -1,4 +1,4 @@
-"""Which plugins are installed, and what do they offer? Broken ones are set aside."""
+"""The installed plugins, and what they offer. Broken ones are set aside."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pluggy
 
@@ -40,8 +40,6 @@ from sleb_plugins.errors import did_you_mean
 
 if TYPE_CHECKING:
     from sleb_cli.plan import MetricRecord
-
-T = TypeVar("T")
 
 GROUP = "sleb"
 
@@ -105,15 +103,13 @@ class Registry:
     def metric(self, text: str) -> Metric:
         """Return a metric by `NAME` or `NAME:ARGUMENT`."""
         name, colon, argument = text.partition(":")
-        offer = self.choose("metric", name)
-        metric: Metric = offer.value
+        metric: Metric = self.choose("metric", name).value
         if colon:
             parsed = copy(metric.with_argument(argument))
-            if (
-                parsed.name == metric.name
-            ):  # scores are saved by name, which must tell two arguments apart
+            # Scores are saved by name, which must tell two arguments apart.
+            if parsed.name == metric.name:
                 object.__setattr__(parsed, "name", text)
-            return _blame_plugin("metric", parsed, offer.plugin)
+            return parsed
         if metric.argument and not metric.argument.startswith("["):
             raise UsageError(
                 f"The metric {name!r} needs an argument.", hint=f"Write {name}:{metric.argument}."
@@ -122,9 +118,8 @@ class Registry:
 
     def metric_record(self, metric: Metric) -> MetricRecord:
         """Record what the scores of a metric depend on."""
-        from sleb_cli.plan import (
-            MetricRecord,
-        )  # slow: it would double the time to the first word on the screen
+        # slow: it would double the time to the first word on the screen
+        from sleb_cli.plan import MetricRecord
 
         plugin = self.choose("metric", metric.name.partition(":")[0]).plugin
         return MetricRecord(
@@ -151,25 +146,22 @@ class Registry:
 
     def third_party(self) -> dict[str, str]:
         """Return the version of each package but sleb that offers something."""
-        return {
-            o.plugin.package: o.plugin.version for o in self.offers if o.plugin.package != "sleb"
-        }
+        return _other_packages(self.offers)
 
     def behind(self, **names: str | None) -> dict[str, str]:
         """Return the versions of the packages that offer these, by kind: family="acme",
         engine="steady".
         """
-        offers = (offer for offer in self.offers if names.get(offer.kind) == offer.name)
-        return Registry(tuple(offers), ()).third_party()
+        return _other_packages(o for o in self.offers if names.get(o.kind) == o.name)
 
     @property
     def collisions(self) -> tuple[str, ...]:
         """A sentence for each name or model type that two plugins claim."""
-        return tuple(
-            _collision(*claim, rivals).message
-            for claim, rivals in self._claims.items()
-            if len(rivals) > 1
-        )
+        found = []
+        for (kind, name), rivals in self._claims.items():
+            if len(rivals) > 1:
+                found.append(_collision(kind, name, rivals).message)
+        return tuple(found)
 
     @cached_property
     def _claims(self) -> dict[tuple[str, str], list[Offer]]:
@@ -177,8 +169,9 @@ class Registry:
         claims: dict[tuple[str, str], list[Offer]] = defaultdict(list)
         for offer in self.offers:
             claims[offer.kind, offer.name].append(offer)
-            for model_type in offer.value.model_types if offer.kind == "family" else ():
-                claims["model_type", model_type].append(offer)
+            if offer.kind == "family":
+                for model_type in offer.value.model_types:
+                    claims["model_type", model_type].append(offer)
         return claims
 
     def _claimant(self, kind: str, name: str) -> Offer | None:
@@ -190,7 +183,8 @@ class Registry:
 
 def load_registry(notify: Notify) -> Registry:
     """Load the plugins; name other packages before their code runs, and warn about each that fails."""
-    if others := third_party_plugins():
+    others = third_party_plugins()
+    if others:
         notify(Notice(f"Loading plugins of other packages: {', '.join(map(str, others))}."))
     registry = load_plugins()
     for failure in registry.failures:
@@ -202,16 +196,17 @@ def load_registry(notify: Notify) -> Registry:
 
 def third_party_plugins() -> list[Plugin]:
     """List the plugins of other packages, without running their code."""
-    return [
-        plugin for plugin in map(_plugin, entry_points(group=GROUP)) if plugin.package != "sleb"
-    ]
+    plugins = map(_plugin, entry_points(group=GROUP))
+    return [plugin for plugin in plugins if plugin.package != "sleb"]
 
 
 def load_plugins(points: Iterable[EntryPoint] | None = None) -> Registry:
     """Load each installed plugin separately, so that a broken one affects no other."""
     offers: list[Offer] = []
     failures: list[Failure] = []
-    for entry_point in entry_points(group=GROUP) if points is None else points:
+    if points is None:
+        points = entry_points(group=GROUP)
+    for entry_point in points:
         plugin = _plugin(entry_point)
         try:
             offers += _offers(plugin, entry_point.load)
@@ -222,15 +217,17 @@ def load_plugins(points: Iterable[EntryPoint] | None = None) -> Registry:
 
 def _plugin(entry_point: EntryPoint) -> Plugin:
     package = entry_point.dist
-    name, version = (package.name, package.version) if package else ("unknown package", "?")
-    return Plugin(entry_point.name, entry_point.value, name, version)
+    if package is None:
+        return Plugin(entry_point.name, entry_point.value, "unknown package", "?")
+    return Plugin(entry_point.name, entry_point.value, package.name, package.version)
 
 
 def _offers(plugin: Plugin, load: Callable[[], Any]) -> list[Offer]:
     # One manager per plugin, so that a broken plugin cannot disturb the checks of another.
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
-    manager.register(module := load(), plugin.name)
+    module = load()
+    manager.register(module, plugin.name)
     manager.check_pending()
     implemented = {caller.name for caller in manager.get_hookcallers(module) or ()}
     if not implemented:
@@ -238,16 +235,19 @@ def _offers(plugin: Plugin, load: Callable[[], Any]) -> list[Offer]:
             f"no function of {plugin.module} has @sleb_plugins.hookimpl, so it offers nothing"
         )
     offers = []
-    for hook in [hook for hook in _HOOKS if hook in implemented]:
-        kind, values = (
-            _HOOKS[hook][0],
-            next(iter(getattr(manager.hook, hook)()), None),
-        )  # pluggy leaves out None
+    for hook, (kind, _) in _HOOKS.items():
+        if hook not in implemented:
+            continue
+        returned = getattr(manager.hook, hook)()  # of one plugin; pluggy leaves out None
+        values = returned[0] if returned else None
         if not isinstance(values, Iterable):
             raise TypeError(f"{hook} returns {values!r}, not a list")
         for value in values:
             _require_usable(hook, value)
-            offers.append(Offer(kind, value.name, _blame_plugin(kind, value, plugin), plugin))
+            name = value.name
+            if plugin.package != "sleb":  # an error of ours is a bug, which keeps its traceback
+                value = blame(value, f"The {kind} {name!r} of {plugin.package} {plugin.version}")
+            offers.append(Offer(kind, name, value, plugin))
     return offers
 
 
@@ -273,14 +273,6 @@ def _require_usable(hook: str, value: Any) -> None:
         )
 
 
-def _blame_plugin(kind: Kind, value: T, plugin: Plugin) -> T:
-    if plugin.package == "sleb":  # an error of ours is a bug, which keeps its traceback
-        return value
-    return blame(
-        value, f"The {kind} {getattr(value, 'name', '')!r} of {plugin.package} {plugin.version}"
-    )
-
-
 def _hash_of_code(kind: type) -> str:
     """Hash the files that define a class and its bases, except for our own."""
     code = hashlib.sha256()
@@ -291,13 +283,15 @@ def _hash_of_code(kind: type) -> str:
     return code.hexdigest()[:12]
 
 
+def _other_packages(offers: Iterable[Offer]) -> dict[str, str]:
+    """Return the version of each package but sleb that makes one of these offers."""
+    plugins = [offer.plugin for offer in offers]
+    return {plugin.package: plugin.version for plugin in plugins if plugin.package != "sleb"}
+
+
 def _collision(kind: str, name: str, rivals: list[Offer]) -> PluginError:
-    names, packages = (
-        " and ".join(str(offer.plugin) for offer in rivals),
-        {o.plugin.package for o in rivals},
-    )
-    others = ", ".join(packages - {"sleb"})
-    hint = (
-        f"It is built in: uninstall {others}." if "sleb" in packages else "Uninstall one of them."
-    )
+    names = " and ".join(str(offer.plugin) for offer in rivals)
+    hint = "Uninstall one of them."
+    if any(offer.plugin.package == "sleb" for offer in rivals):
+        hint = f"It is built in: uninstall {', '.join(_other_packages(rivals))}."
     return PluginError(f"The {kind} {name!r} is claimed by {names}.", hint=hint)
