@@ -7,12 +7,13 @@ torch, so that `sleb --help` is instant.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from sleb_cli.units import in_shell
@@ -194,50 +195,65 @@ _force = partial(_flag, "Overwrite existing output.", _OUTPUT)
 _result_file = partial(option, "Write the result to this JSON file.", _OUTPUT)
 
 
-_PLAIN: dict[Any, tuple[tuple[type, ...], str]] = {
-    str: ((str, os.PathLike), "text"),
-    os.PathLike[str]: ((os.PathLike,), "plan"),
-    Path: ((str, os.PathLike), "path"),
-    int: ((int,), "whole number"),
-    float: ((int, float), "number"),
-    bool: ((bool,), "True or False"),
+_TYPES: dict[Any, tuple[str, tuple[type, ...]]] = {
+    str: ("a text", (str,)),
+    os.PathLike[str]: ("a plan", (str,)),
+    Path: ("a path", (str,)),
+    int: ("a whole number", (int,)),
+    float: ("a number", (int, float)),
+    bool: ("True or False", (bool,)),
 }
-"""What may be given for a type, and what it is called."""
+"""What errors call the type of a field, and the types of values that it takes, paths being text."""
 
 
-def kinds_of(kind: Any) -> tuple[Any, ...]:
-    """Return the members of a union, or the type alone."""
-    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+def kinds_of(annotation: Any) -> list[Any]:
+    """Return the members of a union but None, or the type alone."""
+    if get_origin(annotation) not in (Union, UnionType):
+        return [annotation]
+    return [kind for kind in get_args(annotation) if kind is not NoneType]
 
 
-def _typed(name: str, value: Any, kind: Any) -> Any:
-    """Convert a value to the type of its field; refuse one of another type."""
+def _typed(name: str, value: Any, annotation: Any) -> Any:
+    """Return a value in the type of its field; refuse one of another type."""
+    if value is None and NoneType in get_args(annotation):
+        return None
+    value = _without_paths(value)
     wanted = []
-    for each in kinds_of(kind):
-        if each is type(None):
-            if value is None:
-                return None
-        elif get_origin(each) is tuple:
-            item = get_args(each)[0]
-            wanted.append(f"a list of {_PLAIN[item][1]}s")
-            if isinstance(value, list | tuple):
-                return tuple(_typed(name, part, item) for part in value)
-        elif get_origin(each) is Literal and isinstance(value, str):
-            if value not in get_args(each):
+    for kind in kinds_of(annotation):
+        if get_origin(kind) is tuple:
+            words, types = _TYPES[get_args(kind)[0]]
+            wanted.append(f"a list of {words.removeprefix('a ')}s")
+            if isinstance(value, tuple) and all(_is_one_of(types, each) for each in value):
+                return value
+        elif get_origin(kind) is Literal:
+            choices = get_args(kind)
+            wanted.append(f"one of {', '.join(choices)}")
+            if value in choices:
+                return value
+            if isinstance(value, str):
                 raise UsageError(
-                    f"Unknown {name} {value!r}.", hint=did_you_mean(value, get_args(each))
+                    f"Unknown value {value!r} for {name}.", hint=did_you_mean(value, choices)
                 )
-            return value
         else:
-            plain = str if get_origin(each) is Literal else each
-            types, words = _PLAIN[plain]
-            wanted.append(words if plain is bool else f"a {words}")
-            if isinstance(value, types) and (plain is bool or not isinstance(value, bool)):
-                found: Any = os.fspath(value) if isinstance(value, os.PathLike) else value
-                return plain(found) if plain is Path else found
-    raise UsageError(
-        f"{name} cannot be {value!r}.", hint=f"Give {' or '.join(dict.fromkeys(wanted))}."
-    )
+            words, types = _TYPES[kind]
+            wanted.append(words)
+            if _is_one_of(types, value):
+                return Path(value) if kind is Path else value
+    raise UsageError(f"{name} cannot be {value!r}.", hint=f"Give {' or '.join(wanted)}.")
+
+
+def _without_paths(value: Any) -> Any:
+    """Return a path, or a plan in a file, as text, and a list as a tuple."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, list | tuple):
+        return tuple(map(_without_paths, value))
+    return value
+
+
+def _is_one_of(types: tuple[type, ...], value: Any) -> bool:
+    """Whether a value has one of these types; True and False are no numbers."""
+    return isinstance(value, types) and (bool in types or not isinstance(value, bool))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,44 +268,50 @@ class Request:
     """
 
     def __post_init__(self) -> None:
-        kinds = get_type_hints(type(self))
+        annotations = get_type_hints(type(self))
         for each in fields(self):
-            doc, value = (
-                each.metadata["doc"],
-                _typed(each.name, getattr(self, each.name), kinds[each.name]),
-            )
-            name = doc.metavar if doc.argument else option_of(each.name)
+            doc: Doc = each.metadata["doc"]
+            name = str(doc.metavar) if doc.argument else option_of(each.name)
+            value = _typed(name, getattr(self, each.name), annotations[each.name])
             object.__setattr__(self, each.name, value)
-            if value == "" or (
-                isinstance(value, tuple) and "" in value
-            ):  # as of a shell's variable that is not set
+            # As of a variable of a shell that is not set.
+            if value == "" or (isinstance(value, tuple) and "" in value):
                 raise UsageError(f"{name} has an empty value.", hint="Write one, or leave it out.")
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or doc.minimum <= value <= doc.maximum
-            ):
-                continue
-            given = f"{name} {f'{value:g}' if isinstance(value, float) else value}"
-            if value > doc.maximum:
-                raise UsageError(f"{given} is too large.", hint=f"Use {doc.maximum:,} or less.")
-            fault = "is too small" if value < doc.minimum else "is not a number"
-            raise UsageError(f"{given} {fault}.", hint=f"Use {doc.minimum:,} or more.")
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                _require_in_range(name, value, doc)
 
     def command(self, verb: str) -> str:
         """Return the command with these options, other than for its output."""
         words = ["sleb", verb]
         for each in fields(self):
-            value, doc = getattr(self, each.name), each.metadata["doc"]
+            value = getattr(self, each.name)
+            doc: Doc = each.metadata["doc"]
             if value == each.default or each.name in ("output", "force"):
                 continue
             if isinstance(value, bool):
                 words.append(option_of(each.name if value else f"no_{each.name}"))
                 continue
-            whole = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            for text in value if doc.repeated else [whole]:
-                words += [*([] if doc.argument else [option_of(each.name)]), in_shell(text)]
+            if not isinstance(value, tuple):
+                texts = [str(value)]
+            elif doc.repeated:
+                texts = list(value)
+            else:
+                texts = [",".join(map(str, value))]
+            for text in texts:
+                if not doc.argument:
+                    words.append(option_of(each.name))
+                words.append(in_shell(text))
         return " ".join(words)
+
+
+def _require_in_range(name: str, value: float, doc: Doc) -> None:
+    given = f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+    if value > doc.maximum:
+        raise UsageError(f"{given} is too large.", hint=f"Use {doc.maximum:,} or less.")
+    if value < doc.minimum:
+        raise UsageError(f"{given} is too small.", hint=f"Use {doc.minimum:,} or more.")
+    if math.isnan(value):
+        raise UsageError(f"{given} is not a number.", hint=f"Use {doc.minimum:,} or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -424,12 +446,12 @@ class SearchRequest(Request):
     @property
     def options(self) -> dict[str, Any]:
         """The options that repeat the search, where they are set."""
-        given = ((each.name, getattr(self, each.name), each.default) for each in fields(self))
-        return {
-            name: value
-            for name, value, unset in given
-            if name in REPEATED_OPTIONS and value != unset
-        }
+        found = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name in REPEATED_OPTIONS and value != each.default:
+                found[each.name] = value
+        return found
 
 
 REPEATED_OPTIONS = {each.name for each in fields(SearchRequest)} - {

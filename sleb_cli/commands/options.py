@@ -1,10 +1,16 @@
-"""From the fields of a request to the arguments and options of its command."""
+"""The options of the commands, made of the fields of their requests.
+
+An option stands in `sleb_cli/requests.py` alone, with its help and default: `--target-memory` is
+the field `target_memory` of `SearchRequest`. `options_from(SearchRequest)` gives a command the
+signature that Typer reads, and makes a request of what was typed.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
@@ -12,16 +18,10 @@ import typer
 from sleb_cli.commands.config_file import ConfigOption, drop_overridden
 from sleb_cli.requests import Doc, kinds_of, option_of
 from sleb_plugins import UsageError
-from sleb_plugins.errors import did_you_mean
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print only the result, as JSON.")]
 
 MAX_RANGE = 4096
-
-_NUMBERS = {
-    int: ("a whole number", "Write it in digits."),
-    float: ("a number", "Write it in digits."),
-}
 
 
 @dataclass(frozen=True)
@@ -39,21 +39,18 @@ def options_from(
     """Let a command take the fields of `request_type` as arguments and options, and hand it the
     request.
     """
+    annotations = get_type_hints(request_type)
+    options = [_Option(each, annotations[each.name]) for each in fields(request_type)]
 
     def decorate(run: Callable[[Any, How], None]) -> Callable[..., None]:
-        kinds, of_run = get_type_hints(request_type), get_type_hints(How, include_extras=True)
-        options = {each.name: _Option(each, kinds[each.name]) for each in fields(request_type)}
-
         def command(context: typer.Context, **values: Any) -> None:
             drop_overridden(context, values)
-            given = {name: option.read(values.pop(name)) for name, option in options.items()}
+            given = {option.name: option.read(values.pop(option.name)) for option in options}
             run(request_type(**given), How(**values))
 
-        arguments_first = sorted(options.values(), key=lambda option: not option.doc.argument)
-        parameters = [_keyword("context", typer.Context, inspect.Parameter.empty)]
-        parameters += [option.parameter for option in arguments_first]
-        parameters += [_keyword(each.name, of_run[each.name], each.default) for each in fields(How)]
-        command.__name__, command.__doc__ = run.__name__, run.__doc__
+        parameters = _signature(options)
+        command.__name__ = run.__name__
+        command.__doc__ = run.__doc__
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return command
@@ -61,7 +58,22 @@ def options_from(
     return decorate
 
 
-def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+def _signature(options: Iterable[_Option]) -> list[inspect.Parameter]:
+    """List what Typer passes to a command: the context, arguments, options, and the fields of
+    `How`.
+    """
+    parameters = [_keyword("context", typer.Context)]
+    for option in sorted(options, key=lambda option: not option.doc.argument):
+        parameters.append(option.parameter)
+    annotations = get_type_hints(How, include_extras=True)
+    for each in fields(How):
+        parameters.append(_keyword(each.name, annotations[each.name], each.default))
+    return parameters
+
+
+def _keyword(
+    name: str, annotation: Any, default: Any = inspect.Parameter.empty
+) -> inspect.Parameter:
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
     )
@@ -70,51 +82,61 @@ def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 class _Option:
     """A field of a request on the command line."""
 
-    def __init__(self, field: Field[Any], kind: Any) -> None:
-        self.field = field
-        self.doc: Doc = field.metadata["doc"]
-        kinds = kinds_of(kind)
-        # What may be text or a number is text on the command line.
-        self.kind = str if str in kinds else kinds[0]
-        self.item = get_args(self.kind)[0] if get_origin(self.kind) is tuple else None
-        self.choices: tuple[str, ...] = (
-            get_args(self.kind) if get_origin(self.kind) is Literal else ()
-        )
+    def __init__(self, field: Field[Any], annotation: Any) -> None:
+        self.name = field.name
         self.flag = option_of(field.name)
+        self.doc: Doc = field.metadata["doc"]
+        self.default = field.default
+        kinds = kinds_of(annotation)
+        # What may be text or a number is text on the command line.
+        kind = str if str in kinds else kinds[0]
+        self.is_list = get_origin(kind) is tuple
+        self.kind = get_args(kind)[0] if self.is_list else kind
+        self.choices: tuple[str, ...] = get_args(kind) if get_origin(kind) is Literal else ()
 
     @property
     def parameter(self) -> inspect.Parameter:
-        """The parameter that Typer reads: a list is text with commas, or a repeated option."""
-        as_text = self.choices or self.item or self.kind in _NUMBERS
-        kind: Any = list[str] if self.doc.repeated else str if as_text else self.kind
-        default = (
-            inspect.Parameter.empty
-            if self.field.default is MISSING
-            else None
-            if self.item
-            else self.field.default
-        )
-        return _keyword(
-            self.field.name,
-            Annotated[kind | None if default is None else kind, self._info()],
-            default,
-        )
+        """The parameter that Typer reads.
 
-    def _info(self) -> Any:
-        if self.doc.argument:
-            return typer.Argument(metavar=self.doc.metavar, help=self.doc.help, show_default=False)
-        shown = self.field.default if self.doc.default is None else self.doc.default
-        has_default = not any(shown is each for each in (MISSING, None, False, ()))
-        negative = (
-            f"/--no-{self.field.name}" if self.kind is bool and self.field.default is None else ""
-        )
+        Numbers, choices and lists with commas are text to it, since `read` explains them better.
+        """
+        kind: Any = str
+        if self.kind in (bool, Path):
+            kind = self.kind
+        elif self.doc.repeated:
+            kind = list[str]
+        default = self.default
+        if default is MISSING:
+            default = inspect.Parameter.empty
+        elif default is None or self.is_list:
+            default = None
+            kind = kind | None
+        info = self._argument() if self.doc.argument else self._option()
+        return _keyword(self.name, Annotated[kind, info], default)
+
+    def _argument(self) -> Any:
+        return typer.Argument(metavar=self.doc.metavar, help=self.doc.help, show_default=False)
+
+    def _option(self) -> Any:
+        flag = self.flag
+        if self.kind is bool and self.default is None:
+            flag += f"/--no-{self.name}"
+        names = [flag]
+        if self.name == "output":
+            names.append("-o")
+        shown = self.default if self.doc.default is None else self.doc.default
+        text = self.doc.help
+        if not (shown is MISSING or shown is None or shown is False or shown == ()):
+            text += f" (default: {shown})"
+        metavar = self.doc.metavar
+        if self.choices:
+            metavar = metavar or "|".join(self.choices)
+        elif self.kind in (int, float):
+            metavar = metavar or f"<{self.kind.__name__}>"
         return typer.Option(
-            self.flag + negative,
-            *(["-o"] if self.field.name == "output" else []),
-            help=self.doc.help + (f" (default: {shown})" if has_default else ""),
-            metavar=self.doc.metavar
-            or "|".join(self.choices)
-            or (f"<{self.kind.__name__}>" if self.kind in _NUMBERS else None),
+            *names,
+            help=text,
+            metavar=metavar,
             autocompletion=self._complete if self.choices else None,
             show_default=False,
             rich_help_panel=self.doc.panel,
@@ -127,28 +149,28 @@ class _Option:
         """Return the field's value for what Typer read.
 
         Raises:
-            UsageError: it is not one of the choices, or no number or list of numbers where one is
-                needed.
+            UsageError: it is no number or list of numbers where one is needed.
         """
         if value is None:
-            return self.field.default
-        if self.choices and value not in self.choices:
-            raise UsageError(
-                f"Unknown value {value!r} for {self.flag}.", hint=did_you_mean(value, self.choices)
-            )
+            return self.default
+        if self.doc.repeated:
+            return tuple(value)
+        parts = [part.strip() for part in value.split(",")] if self.is_list else []
         try:
-            if self.item:
-                parts = value if self.doc.repeated else [part.strip() for part in value.split(",")]
-                return (
-                    tuple(number for part in parts for number in _range(part))
-                    if self.item is int
-                    else tuple(parts)
-                )
-            return self.kind(value) if self.kind in _NUMBERS else value
+            if self.is_list and self.kind is int:
+                numbers: list[int] = []
+                for part in parts:
+                    numbers += _range(part)
+                return tuple(numbers)
+            if self.is_list:
+                return tuple(parts)
+            return self.kind(value) if self.kind in (int, float) else value
         except ValueError as error:
-            what, hint = _NUMBERS.get(
-                self.kind, ("a list of numbers", "Write it like 5,4,9 or 12-15.")
-            )
+            what = "a whole number" if self.kind is int else "a number"
+            hint = "Write it in digits."
+            if self.is_list:
+                what = "a list of numbers"
+                hint = "Write it like 5,4,9 or 12-15."
             raise UsageError(f"{self.flag} {value!r} is not {what}.", hint=hint) from error
 
 
