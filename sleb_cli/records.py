@@ -1,4 +1,4 @@
-"""What do plans and results share? Strict records, the model's identity, and the proof."""
+"""What plans and results share: strict records, the model's identity, and the proof."""
 
 from __future__ import annotations
 
@@ -12,17 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sleb_cli.atomic import to_json, write_text
 from sleb_cli.names import without_folders
-from sleb_cli.units import format_bytes
 from sleb_cli.version import __version__
-
-MAX_BYTES = 64 << 20
-"""The largest record that is read."""
-
-# A list of three bytes takes hundreds in memory, and pydantic keeps an error for each wrong item.
-MAX_CONTAINERS, MAX_ITEMS, MAX_FAULTS = 1 << 19, 1 << 21, 1000
-
-MAX_BLOCKS = 4096
-"""More than any model has."""
 
 Perplexity = Annotated[float, Field(gt=0)]
 
@@ -33,9 +23,8 @@ class UnreadableRecord(ValueError):
     """A file is not a record; the message says why."""
 
 
-def why_not_read(path: Path, limit: int | None = None) -> str | None:
-    """Say why a path should not be opened ("it is a folder"), unless it is a file of at most
-    `limit` bytes.
+def why_not_read(path: Path) -> str | None:
+    """Say why a path should not be opened ("it is a folder"), unless it is a file.
 
     Raises:
         OSError: the file is missing or out of reach.
@@ -45,51 +34,39 @@ def why_not_read(path: Path, limit: int | None = None) -> str | None:
         return "it is a folder"
     if not stat.S_ISREG(status.st_mode):  # opening a pipe can block, and a device can be endless
         return "it is a pipe or a device, not a file"
-    if limit is not None and status.st_size > limit:
-        return (
-            f"it has {format_bytes(status.st_size)}, more than the limit of {format_bytes(limit)}"
-        )
     return None
 
 
-def read_text(path: Path, limit: int = MAX_BYTES) -> str:
-    """Read the text of a record, which may come from a stranger.
+def read_text(path: Path) -> str:
+    """Read the text of a record.
 
     Raises:
         FileNotFoundError: the file is missing.
-        UnreadableRecord: the file cannot be read, is not text, or is too large.
+        UnreadableRecord: the file cannot be read, or is not text.
     """
     try:
-        if reason := why_not_read(path, limit):
+        reason = why_not_read(path)
+        if reason:
             raise UnreadableRecord(reason)
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise
     except OSError as error:
         raise UnreadableRecord(error.strerror or "it cannot be opened") from error
     except UnicodeDecodeError as error:
         raise UnreadableRecord("it is not text") from error
-    if sum(map(text.count, ("{", "[", '":'))) > MAX_CONTAINERS or text.count(",") > MAX_ITEMS:
-        raise UnreadableRecord("it has more items than any record of sleb")
-    return text
 
 
 def first_fault(error: ValidationError, whole: str) -> str:
     """Describe the first fault and its location; `whole` names the data itself."""
-    if error.error_count() > MAX_FAULTS:  # pydantic lists all errors or none
-        return f"{whole} has {error.error_count():,} faults"
     first = error.errors(include_url=False)[0]
-    is_number = (
-        first["type"] == "literal_error"
-        and isinstance(first["input"], int)
-        and abs(first["input"]) < 1000
-    )
-    actual = f", not {first['input']}" if is_number else ""
-    location = [str(key) if len(str(key)) <= 40 else f"{str(key)[:40]}…" for key in first["loc"]]
-    words = _FAULTS.get(first["type"]) or first["msg"].removeprefix("Value error, ").replace(
-        "Input should", "should"
-    )
-    return f"{'.'.join(location) or whole}: {words.rstrip('.')}{actual}"
+    location = ".".join(map(str, first["loc"])) or whole
+    words = _FAULTS.get(first["type"])
+    if words is None:
+        words = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    if first["type"] == "literal_error" and isinstance(first["input"], int):
+        words += f", not {first['input']}"  # of a version
+    return f"{location}: {words.rstrip('.')}"
 
 
 THIS_VERSION: Mapping[str, Any] = {"schema_version": 1, "sleb_version": __version__}
@@ -122,6 +99,8 @@ class Record(BaseModel):
             return cls.model_validate_json(read_text(path))
         except ValidationError as error:
             raise UnreadableRecord(first_fault(error, whole)) from error
+        except (MemoryError, RecursionError) as error:
+            raise UnreadableRecord("it is too large to be read") from error
 
     def to_data(self) -> dict[str, Any]:
         """Return the record as in JSON."""
@@ -144,7 +123,10 @@ def _published(value: Any, metadata: Sequence[object]) -> Any:
         return value.published()
     if isinstance(value, tuple):
         return tuple(_published(item, metadata) for item in value)
-    return next((mark.name(value) for mark in metadata if isinstance(mark, Public)), value)
+    for mark in metadata:
+        if isinstance(mark, Public):
+            return mark.name(value)
+    return value
 
 
 class VersionedRecord(Record):
@@ -167,7 +149,7 @@ class ModelRecord(Record):
     fingerprint: str
     model_type: str
     family: str
-    blocks: Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
+    blocks: Annotated[int, Field(ge=1)]
     code: str | None = None
     dtype: str | None = None
 
@@ -221,20 +203,20 @@ class Proof(Record):
 
 def differences(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     """Describe the differences of two records' data, if any: "search.metric: nll, not cosine; …"."""
-    left, right = _flat(actual), _flat(expected)
-    return "; ".join(
-        f"{name}: {left.get(name)}, not {right.get(name)}"
-        for name in dict.fromkeys([*left, *right])
-        if left.get(name) != right.get(name)
-    )
+    left = _flat(actual)
+    right = _flat(expected)
+    found = []
+    for name in left | right:
+        if left.get(name) != right.get(name):
+            found.append(f"{name}: {left.get(name)}, not {right.get(name)}")
+    return "; ".join(found)
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in data.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.")
-            if isinstance(value, Mapping)
-            else {prefix + name: value}
-        )
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
     return flat

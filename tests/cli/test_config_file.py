@@ -3,8 +3,7 @@
 import json
 from dataclasses import fields
 from pathlib import Path
-from types import UnionType
-from typing import Literal, Union, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
@@ -13,7 +12,14 @@ from conftest import llama_config, prose, save_model
 from sleb_cli import api
 from sleb_cli.__main__ import main
 from sleb_cli.plan import read_plan
-from sleb_cli.requests import ApplyRequest, BenchRequest, EvalRequest, ExportRequest, SearchRequest
+from sleb_cli.requests import (
+    ApplyRequest,
+    BenchRequest,
+    EvalRequest,
+    ExportRequest,
+    SearchRequest,
+    kinds_of,
+)
 
 COMMANDS = {
     "search": (SearchRequest, {"model": "some/model"}),
@@ -25,21 +31,18 @@ COMMANDS = {
 """The request of each command, and what it cannot do without."""
 
 
-def another_value(field, kind):
+def another_value(field, annotation):
     """Return a value that is not a field's default, as YAML holds it."""
-    kinds = [
-        one
-        for one in (get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,))
-        if one
-    ]
+    kinds = kinds_of(annotation)
     if str in kinds or Path in kinds:
         return "1e3"  # which YAML could take for a number
-    if get_origin(kinds[0]) is tuple:
-        return [7, 3] if int in get_args(kinds[0]) else ["wikitext2", "c4"]
-    if get_origin(kinds[0]) is Literal:
-        return get_args(kinds[0])[-1]
+    (kind,) = kinds
+    if get_origin(kind) is tuple:
+        return [7, 3] if int in get_args(kind) else ["wikitext2", "c4"]
+    if get_origin(kind) is Literal:
+        return get_args(kind)[-1]
     minimum = field.metadata["doc"].minimum
-    return {bool: True, int: minimum + 3, float: minimum + 0.25}[kinds[0]]
+    return {bool: True, int: minimum + 3, float: minimum + 0.25}[kind]
 
 
 @pytest.fixture
@@ -97,16 +100,10 @@ def test_what_is_typed_wins_and_values_are_read_as_if_typed(asked, tmp_path):
     assert (other.ratio, other.remove) == ("0.2", None)
 
 
-def test_a_wrong_file_is_refused(sleb, tmp_path):
-    search = ["search", "demo", "--config", "run.yaml"]
-    assert "There is no file run.yaml" in sleb(*search, code=2).stderr
-    assert "it is a pipe or a device" in sleb("search", "--config", "/dev/zero", code=2).stderr
-    for text, message in (
-        (
-            "sampels: 3",
-            "has 'sampels', which is not an option of `sleb search`.\nhint: Did you mean "
-            "'samples'?",
-        ),
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("sampels: 3", "has 'sampels', which is not an option of `sleb search`.\nhint: Did you mean 'samples'?"),
         ("json: true", "has 'json', which is not an option"),
         ("1: 2", "has '1', which is not an option"),
         ("samples: x", "--samples 'x' is not a whole number"),
@@ -116,16 +113,23 @@ def test_a_wrong_file_is_refused(sleb, tmp_path):
         ("[" * 90_000, "is not YAML"),
         ("- a", "holds no options"),
         ("model: [a, b]\nremove: \xff", "cannot be read: it is not text"),
-        ("fast: maybe", "has 'fast', which is true or false, not 'maybe'"),
-        ("remove: 1\nseed: 1\nremove: 2", "has 'remove' twice"),
-        ("protect-kind: a\nprotect_kind: b", "has 'protect_kind' twice, or under two names"),
+        ("fast: maybe", "'--fast'"),
+        ("protect-kind: a\nprotect_kind: b", "has 'protect_kind' under two names"),
         ("protect: [1, [2]]", "has more than names with values"),
         ("protect: {5: 11}", "has more than names with values"),
-        ("model: &a [x, x]\nprotect-kind: [*a, *a]", "has more than names with values"),
-        ("# " + "x" * 100_000, "more than the limit of 100 kB"),
-    ):
-        (tmp_path / "run.yaml").write_bytes(text.encode("latin-1"))
-        assert message in sleb(*search, code=2).stderr
+    ],
+)  # fmt: skip
+def test_a_wrong_file_is_refused(sleb, tmp_path, text, says):
+    (tmp_path / "run.yaml").write_bytes(text.encode("latin-1"))
+    assert says in sleb("search", "demo", "--config", "run.yaml", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [("run.yaml", "There is no file run.yaml"), ("/dev/zero", "it is a pipe or a device")],
+)
+def test_what_is_no_file_is_refused(sleb, file, says):
+    assert says in sleb("search", "demo", "--config", file, code=2).stderr
 
 
 @pytest.mark.parametrize(
