@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
+from io import TextIOWrapper
 from typing import Any, TextIO, cast
 
 import typer
@@ -23,16 +23,8 @@ from sleb_plugins.errors import without_secrets
 INTERRUPTED = 128 + signal.SIGINT
 BROKEN_PIPE = 128 + 13
 MAX_NAME_CHARACTERS = 60
-UNREACHABLE = {
-    errno.ENAMETOOLONG: ("the name is too long for a file", "Use a shorter one."),
-    **dict.fromkeys(
-        [errno.EACCES, errno.EPERM], ("you have no access to its folder", "Check its permissions.")
-    ),
-    **dict.fromkeys(
-        [errno.EIO, errno.ESTALE, errno.ENOTCONN], ("the disk fails or is gone", "Check the disk.")
-    ),
-}
-"""The reason and the hint for each error of a file that cannot even be looked for."""
+UNREACHABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EIO)
+"""The errors of a file that cannot even be looked for."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,34 +32,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     traceback.
     """
     from sleb_cli.app import app
-    from sleb_cli.synonyms import hint_for
     from sleb_cli.ui import console
 
-    console.support_any_encoding()
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        _require_names(sys.argv[1:] if arguments is None else arguments)
-        code = app(args=arguments, prog_name="sleb", standalone_mode=False)
+        for word in words:
+            require_text(word)
+        code = app(args=words, prog_name="sleb", standalone_mode=False)
         sys.stdout.flush()
     except WorkerFinished as finished:
         return finished.exit_code
     except typer.TyperException as error:
-        context = getattr(error, "ctx", None)
-        command = context.command_path if context is not None else "sleb"
-        words, option = (
-            list(sys.argv[1:] if arguments is None else arguments),
-            getattr(error, "option_name", None),
-        )
-        message = error.format_message()
-        known = hint_for(
-            command, message, option, words
-        )  # which is better than what Typer calls possible
-        message = message.partition(" (Possible")[0] if known else message
-        console.print_error(UsageError(message, hint=known or f"See `{command} --help`."))
-        # All processes read the same command line, and a launcher would end the main one before it
-        # has spoken.
-        return UsageError.exit_code if is_main_process() else 0
-    except (SlebError, OSError) as error:
+        return _report_usage(error, words)
+    except SlebError as error:
         return _report(error)
+    except OSError as error:
+        return _report_file(error)
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
     if code == INTERRUPTED:
@@ -75,22 +55,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _report(error: SlebError | OSError) -> int:
-    """Print an error and return its exit code; raise a system error that is not about a file of the
-    user's.
-    """
-    from sleb_cli.names import elide
+def _report_usage(error: typer.TyperException, words: list[str]) -> int:
+    """Print what is wrong with a command line, and return the exit code."""
+    from sleb_cli.synonyms import hint_for
     from sleb_cli.ui import console
 
-    if isinstance(error, OSError):
-        if error.filename is None or error.errno not in UNREACHABLE:
-            raise error
-        why, hint = UNREACHABLE[error.errno]
-        error = UsageError(
-            f"{elide(str(error.filename), MAX_NAME_CHARACTERS)} cannot be used: {why}.", hint=hint
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "sleb"
+    message = error.format_message()
+    hint = hint_for(command, message, getattr(error, "option_name", None), words)
+    if hint:
+        message = message.partition(" (Possible")[0]  # which is no better than ours
+    console.print_error(UsageError(message, hint=hint or f"See `{command} --help`."))
+    # All processes read the same command line, and a launcher would end the main one before it
+    # has spoken.
+    return UsageError.exit_code if is_main_process() else 0
+
+
+def _report_file(error: OSError) -> int:
+    """Print that a file cannot be reached, and return the exit code; raise any other error."""
+    from sleb_cli.names import elide
+
+    if error.filename is None or error.errno not in UNREACHABLE:
+        raise error
+    name = elide(str(error.filename), MAX_NAME_CHARACTERS)
+    return _report(
+        UsageError(
+            f"{name} cannot be used: {error.strerror}.",
+            hint="Check the name, and the permissions of its folder.",
         )
+    )
+
+
+def _report(error: SlebError) -> int:
+    """Print an error and return its exit code."""
+    from sleb_cli.ui import console
+
     if isinstance(error, OutputError) and error.unsaved is not None:
-        with suppress(OutputError):  # stdout may be on the same full disk
+        with suppress(OSError):  # stdout may be on the same full disk
             console.print_json(error.unsaved)
             sys.stdout.flush()
             console.print_warning(
@@ -98,19 +100,6 @@ def _report(error: SlebError | OSError) -> int:
             )
     console.print_error(error)
     return error.exit_code
-
-
-def _require_names(arguments: Sequence[str]) -> None:
-    # Plans and results are UTF-8: the name of a folder that is not text could not be stored after
-    # hours of work.
-    try:
-        here = str(Path.cwd())
-    except FileNotFoundError as error:
-        raise UsageError(
-            "The current folder has been deleted.", hint="Change to another folder."
-        ) from error
-    for name in (here, *arguments):
-        require_text(name)
 
 
 def run() -> None:
@@ -121,24 +110,30 @@ def run() -> None:
 
     codes: list[int] = []
     atexit.register(_exit_fast, codes)  # registered first, so it is called last
-    _open_standard_streams()
-    out, errors = Outlet(sys.stdout, holds_result=True), Outlet(sys.stderr, holds_result=False)
-    sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, errors)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
+    out = Outlet(sys.stdout)
+    errors = Outlet(sys.stderr)
+    sys.stdout = cast(TextIO, out)
+    sys.stderr = cast(TextIO, errors)
     _handle_signals()
     try:
         code = main()
     except KeyboardInterrupt:  # once more, while the first one was being reported
         code = INTERRUPTED
-    # A bug: people post its traceback, so it must hold no tokens. Not by excepthook, which Typer
-    # resets.
     except Exception:
+        # A bug: people post its traceback, so it must hold no tokens. Not by excepthook, which
+        # Typer resets.
         errors.write(without_secrets(traceback.format_exc()))
         code = 1
     finally:
         errors.flush()
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to clean up
-    codes.append(BROKEN_PIPE if out.is_gone and not code else code)
-    sys.exit(codes[0])
+    if out.is_gone and code == 0:
+        code = BROKEN_PIPE
+    codes.append(code)
+    sys.exit(code)
 
 
 def _exit_fast(codes: list[int]) -> None:
@@ -148,15 +143,6 @@ def _exit_fast(codes: list[int]) -> None:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(codes[0])
-
-
-def _open_standard_streams() -> None:
-    # The next file we open would take the number of a closed stream, and libraries would print into
-    # it.
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:  # the lowest free number is then its own
-            stream = open(os.devnull, "w" if number else "r", encoding="utf-8")  # noqa: SIM115, PTH123
-            setattr(sys, name, stream)
 
 
 def _handle_signals() -> None:

@@ -1,4 +1,4 @@
-"""Which of the processes that a launcher (`accelerate launch`, `torchrun`) started is this one?"""
+"""The place of this process among those that `accelerate launch` or `torchrun` started."""
 
 import os
 

@@ -23,14 +23,14 @@ class LlamaQuantize(Exporter):
                 wrong.
         """
         source = pruning.source_file
-        if source is not None:
+        if source is None:
+            source = Path(f"{Path(pruning.model).name}.gguf")
+        else:
             _require_only_count_changes(source, pruning.removals)
-        source = source or Path(f"{Path(pruning.model).name}.gguf")
         remaining = pruning.blocks - len(pruning.removals)
-        files = f"{in_shell(str(source))} {in_shell(f'{source.stem}-sleb-{remaining}-blocks.gguf')}"
-        return (
-            f"llama-quantize --prune-layers {','.join(map(str, pruning.removals))} {files} COPY\n"
-        )
+        target = in_shell(f"{source.stem}-sleb-{remaining}-blocks.gguf")
+        layers = ",".join(map(str, pruning.removals))
+        return f"llama-quantize --prune-layers {layers} {in_shell(str(source))} {target} COPY\n"
 
 
 def _require_only_count_changes(source: Path, removals: tuple[int, ...]) -> None:
@@ -40,14 +40,14 @@ def _require_only_count_changes(source: Path, removals: tuple[int, ...]) -> None
 
     file = read_gguf(source)
     pruned = plan_gguf_surgery(file, removals).pruned()
-    before = set(file.entries)
     corrected = (REMOVED_BLOCKS, f"{file.architecture}.block_count")
-    others = [
-        entry.key for entry in pruned.entries if entry not in before and entry.key not in corrected
-    ]
-    if others:
+    wrong = []
+    for entry in pruned.entries:
+        if entry not in file.entries and entry.key not in corrected:
+            wrong.append(entry.key)
+    if wrong:
         raise UnsupportedModelError(
             f"llama-quantize would renumber the blocks of {source} but not correct "
-            f"{', '.join(others)}.",
+            f"{', '.join(wrong)}.",
             hint="Use `sleb apply --source`, which corrects it.",
         )

@@ -16,14 +16,14 @@ class MergekitRecipe(Exporter):
 
     def export(self, pruning: Pruning) -> str:
         """Return the recipe as YAML, with a slice for each run of remaining blocks."""
-        model: Any = f"{pruning.model}@{pruning.revision}" if pruning.revision else pruning.model
-        if set(pruning.model) & set(
-            "@+"
-        ):  # in a plain name, mergekit reads them as a revision and an adapter
+        model: Any = pruning.model
+        if "@" in pruning.model or "+" in pruning.model:
+            # In a plain name, mergekit reads them as a revision and an adapter.
             model = {"model": {"path": pruning.model, "revision": pruning.revision}}
-        slices = [
-            {"sources": [{"model": model, "layer_range": [low, high]}]}
-            for low, high in pruning.kept_ranges
-        ]
+        elif pruning.revision:
+            model = f"{pruning.model}@{pruning.revision}"
+        slices = []
+        for low, high in pruning.kept_ranges:
+            slices.append({"sources": [{"model": model, "layer_range": [low, high]}]})
         recipe = {"slices": slices, "merge_method": "passthrough", "dtype": pruning.dtype}
         return str(yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None))

@@ -1,15 +1,13 @@
-"""Where does output go? Results to stdout, everything else to stderr."""
+"""The two consoles: results go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
-import codecs
 import errno
 import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -18,18 +16,17 @@ from rich.segment import Segment
 
 from sleb_cli.names import elide
 from sleb_cli.processes import is_main_process
-from sleb_plugins import OutputError, SlebError
+from sleb_plugins import SlebError
 
 
 class Outlet:
     """A standard stream that outlives its reader, such as a closed terminal or `| head -1`.
 
-    Output is then discarded (`is_gone`), and work continues, since its result may go to a file. Any
-    other error is raised only on the stream that holds the result.
+    Output is then discarded (`is_gone`), and work continues, since its result may go to a file.
     """
 
-    def __init__(self, stream: TextIO, *, holds_result: bool) -> None:
-        self._stream, self._holds_result = stream, holds_result
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
         self.is_gone = False
 
     def __getattr__(self, name: str) -> Any:
@@ -37,32 +34,28 @@ class Outlet:
 
     def write(self, text: str) -> int:
         """Write text, or discard it if the reader has gone."""
-        with self._discarding():
+        try:
             self._stream.write(text)
+        except OSError as error:
+            self._discard(error)
         return len(text)
 
     def flush(self) -> None:
         """Write buffered text."""
-        with self._discarding():
-            self._stream.flush()
-
-    @contextmanager
-    def _discarding(self) -> Iterator[None]:
         try:
-            yield
+            self._stream.flush()
         except OSError as error:
-            # Python flushes the buffer again at exit, and libraries keep printing: let that reach
-            # /dev/null.
-            devnull = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(devnull, self._stream.fileno())
-            os.close(devnull)
-            if error.errno in (errno.EPIPE, errno.EIO):
-                self.is_gone = True
-            elif self._holds_result:
-                raise OutputError(
-                    f"Cannot write the result to stdout: {error.strerror}.",
-                    hint="Free some space, or redirect stdout elsewhere.",
-                ) from error
+            self._discard(error)
+
+    def _discard(self, error: OSError) -> None:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise error
+        self.is_gone = True
+        # Python flushes the buffer again at exit, and libraries keep printing: let that reach
+        # /dev/null.
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, self._stream.fileno())
+        os.close(devnull)
 
 
 # Model cards and file names come from strangers: a control character could rewrite the screen, and
@@ -80,9 +73,10 @@ class InertConsole(Console):
     ) -> Iterable[Segment]:
         """Render with control characters escaped."""
         for segment in super().render(renderable, options):
-            # A control segment holds Rich's own codes.
-            is_safe = segment.control or not _UNSAFE.search(segment.text)
-            yield segment if is_safe else segment._replace(text=escape_controls(segment.text))
+            if segment.control:  # it holds Rich's own codes
+                yield segment
+            else:
+                yield segment._replace(text=escape_controls(segment.text))
 
 
 def escape_controls(text: str) -> str:
@@ -92,31 +86,6 @@ def escape_controls(text: str) -> str:
 
 # A file name, or a library's message about one, can be as long as a file.
 _MAX_MESSAGE_CHARACTERS = 2000
-_IN_ASCII = {
-    "…": "...", "·": ".", "×": "x", "█": "#", "○": "o", "●": "*", "→": "->", "±": "+-", "≤": "<=", "≥": ">=", "✓": "v",
-    "Δ": "d", **dict.fromkeys("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "*"),
-}  # fmt: skip
-
-
-def _replace_unencodable(error: UnicodeError) -> tuple[str, int]:
-    assert isinstance(error, UnicodeEncodeError)
-    missing = error.object[error.start : error.end]
-    substitutes = (
-        _IN_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode("ascii") for c in missing
-    )
-    return "".join(substitutes), error.end
-
-
-def support_any_encoding() -> None:
-    """Make every character printable on streams that are not UTF-8."""
-    codecs.register_error("sleb", _replace_unencodable)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure") and not _is_utf8(stream):
-            stream.reconfigure(errors="sleb")
-
-
-def _is_utf8(stream: Any) -> bool:
-    return str(getattr(stream, "encoding", None)).lower().replace("-", "") == "utf8"
 
 
 def stdout() -> Console:
@@ -139,7 +108,8 @@ def print_prose(console: Console, text: str) -> None:
 def print_json(data: Mapping[str, Any]) -> None:
     """Print only JSON on stdout, unwrapped and uncoloured, in the main process."""
     if is_main_process():
-        print(json.dumps(data, ensure_ascii=not _is_utf8(sys.stdout), allow_nan=False))
+        is_utf8 = str(sys.stdout.encoding).lower() == "utf-8"
+        print(json.dumps(data, ensure_ascii=not is_utf8, allow_nan=False))
 
 
 def print_error(error: SlebError) -> None:

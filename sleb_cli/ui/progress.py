@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -50,7 +50,7 @@ FIRST_ESTIMATE_SECONDS = 20.0
 
 @contextmanager
 def show_progress(*, quiet: bool = False) -> Iterator[Notify]:
-    """Yield a listener for the engine's events: silent, bars on a terminal, or log lines elsewhere."""
+    """Yield a listener for the engine's events: silent, bars on a terminal, or log lines."""
     console = stderr()
     if quiet:
         yield _only_warnings
@@ -93,13 +93,12 @@ class _Bars(Progress):
 
 class _Done(DownloadColumn):
     def render(self, task: Task) -> Text:
-        if task.total is None or not task.fields["unit"]:
+        unit = task.fields["unit"]
+        if task.total is None or not unit:
             return Text("")
-        return (
-            super().render(task)
-            if task.fields["unit"] == "B"
-            else MofNCompleteColumn().render(task)
-        )
+        if unit == "B":
+            return super().render(task)
+        return MofNCompleteColumn().render(task)
 
 
 class _BarListener:
@@ -117,9 +116,8 @@ class _BarListener:
                 self._progress.update(self._tasks[task], advance=done)
                 if note:
                     self._progress.update(self._tasks[task], note=note)
-            case TaskFinished(task) if (
-                task == SCORING_TASK
-            ):  # once a step; the bar of the search stays
+            case TaskFinished(task) if task == SCORING_TASK:
+                # It ends once a step; the bar of the search stays.
                 self._progress.remove_task(self._tasks.pop(task))
             case TaskFinished(task):
                 total = self._totals[task] or 1
@@ -140,9 +138,8 @@ class _BarListener:
             self._progress.remove_task(self._tasks.pop(_STARTING))
         self._totals[task] = total
         width = self._progress.console.width
-        others = (
-            1 + 14 + 2 * 7 + 5
-        )  # the spinner, "123456/1234567", two durations, and the space between six columns
+        # The spinner, "123456/1234567", two durations, and the space between six columns.
+        others = 1 + 14 + 2 * 7 + 5
         description = elide(short_name(task), max(8, width - _bar_width(width) - others))
         self._tasks[task] = self._progress.add_task(description, total=total, unit=unit, note="")
 
@@ -154,10 +151,12 @@ def _print_sentence(event: Event, console: Console) -> None:
         case Warned(text):
             print_warning(text, console)
         case BlocksSwapped(restored, removed, before, after):
-            blocks = (
-                f"{', '.join(map(str, restored))} restored, {', '.join(map(str, removed))} removed"
-            )
+            blocks = f"{_list(restored)} restored, {_list(removed)} removed"
             print_prose(console, f"swapped: {blocks}; score {before:.4f} -> {after:.4f}")
+
+
+def _list(blocks: Iterable[int]) -> str:
+    return ", ".join(map(str, blocks))
 
 
 @dataclass
@@ -194,7 +193,9 @@ class _LogListener:
                     self._paces[task] = _Pace(total, time.monotonic())
                 text = f"{task} …"
             case TaskAdvanced(task, done):
-                estimate = self._paces[task].advance(done) if task in self._paces else None
+                if task not in self._paces:
+                    return
+                estimate = self._paces[task].advance(done)
                 if estimate is None:
                     return
                 text = f"{task}: {estimate}"
@@ -203,14 +204,12 @@ class _LogListener:
                 text = f"healing, {share:.0%}: {kl}"
             case SearchStarted(blocks, remove, done):
                 self._remove = remove
-                after = f", {done} of them already removed" if done else ""
-                text = f"Search: {remove} of {blocks} blocks{after} …"
+                text = f"Search: {remove} of {blocks} blocks"
+                if done:
+                    text += f", {done} of them already removed"
+                text += " …"
             case BlockRemoved(step, block, score, perplexity, removals):
-                removed = (
-                    f"block {block}"
-                    if removals is None
-                    else f"blocks {', '.join(map(str, removals))}"
-                )
+                removed = f"block {block}" if removals is None else f"blocks {_list(removals)}"
                 scores = f"score {score:.4f}, perplexity {perplexity:.2f}"
                 text = f"step {step} of {self._remove}: {removed} removed, {scores}"
             case _:

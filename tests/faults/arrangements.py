@@ -7,8 +7,6 @@ The server imports this once, so it imports none of the tests.
 import os
 import signal
 import sys
-import tempfile
-from pathlib import Path
 
 import huggingface_hub
 
@@ -64,24 +62,6 @@ def without_readers(*streams):
     os.close(ours)
     for stream in streams:
         os.dup2(theirs, stream)
-
-
-def into_a_full_disk():
-    """Write stdout to a full disk."""
-    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
-
-
-def in_a_deleted_folder():
-    """Run where the current folder is gone."""
-    os.chdir(tempfile.mkdtemp())
-    Path.cwd().rmdir()
-
-
-def without_streams(*numbers):
-    """Close these of the streams 0, 1 and 2."""
-    for number in numbers:
-        os.close(number)
-        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
 
 
 def with_encoding(encoding):

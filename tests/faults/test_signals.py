@@ -9,12 +9,7 @@ from itertools import product
 import pytest
 
 from conftest import calibration, evaluation
-from faults.arrangements import (  # fmt: skip
-    cleaning_up_for_long,
-    into_a_full_disk,
-    stopping_at,
-    without_readers,
-)
+from faults.arrangements import cleaning_up_for_long, stopping_at, without_readers
 from faults.program import STOP, Calls, Fault, require
 
 CODES = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 130}
@@ -112,10 +107,3 @@ def test_without_readers_the_result_is_still_written(program, commands, tmp_path
     )
     assert "Exception ignored" not in result.stderr
     assert left() == [words[words.index("-o") + 1]]
-
-
-def test_a_full_disk_behind_stdout_is_an_error(program, tmp_path):
-    assert (
-        "stdout"
-        in program.run("--help", cwd=tmp_path, before=(into_a_full_disk,), codes=[8]).stderr
-    )

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from conftest import calibration, evaluation
-from faults.arrangements import in_a_deleted_folder, with_encoding, without_streams
+from faults.arrangements import with_encoding
 from faults.program import Calls, Fault
 from gguf_models import write_llama_gguf
 from sleb_cli.plan import read_plan
@@ -131,8 +131,6 @@ def test_a_name_that_no_file_can_have_is_refused_before_any_work(
         ) == (1, 1, 0), words
         assert BAD not in words or "caf\\udce9" in result.stderr
     assert files_of(Path()) == before
-    monkeypatch.chdir(BAD)
-    search(model, code=2)
 
 
 WAYS = [
@@ -180,7 +178,7 @@ def test_an_output_that_is_a_link_is_not_followed(search, model, tmp_path):
     assert not Path("nowhere").exists()
 
 
-# The process: its folder, its streams, its user, its terminal. Each is arranged in the forked
+# The process: its streams, its user, its terminal, each arranged in the forked
 # process itself.
 
 
@@ -199,20 +197,6 @@ def arranged(program, model, text_file, tmp_path):
     return lambda *before, more=(), codes=(0,), **options: program.run(
         *words, *more, cwd=tmp_path, before=before or None, codes=codes, **options
     )
-
-
-def test_a_current_folder_that_is_gone_is_named(arranged):
-    assert "folder" in arranged(in_a_deleted_folder, codes=[2]).stderr
-
-
-def test_a_search_works_with_closed_streams(arranged, tmp_path):
-    """What would be printed goes nowhere: not to another stream, and not into a file that took its
-    number.
-    """
-    result = arranged(without_streams, 0, 1, 2, more=["--json"])
-    assert read_plan(tmp_path / "plan.json").removals
-    assert result.stdout == result.stderr == ""
-    assert sorted(os.listdir(tmp_path)) == ["model", "plan.json"]
 
 
 def test_a_search_works_on_streams_that_are_not_utf8(program, tmp_path, model, text_file):
