@@ -4,7 +4,6 @@ network.
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import re
@@ -16,127 +15,149 @@ from sleb_cli.repetition import repetition
 Item = dict[str, str]
 """A `question`, the `prefix` that begins its answer, and the rest of the `answer`."""
 
+Draw = Callable[[random.Random, int], Item]
+"""Draws an item from random numbers and how many were drawn before."""
+
 SEED = 2402_09025
 EXAMPLES = 8
 
-NOUNS = (
-    "apple, basket, bottle, bridge, button, candle, chair, cloud, drum, engine, feather, garden, "
-    "glass, hammer, "
-    "jacket, kettle, ladder, lamp, lemon, letter, mirror, mountain, needle, orange, pencil, "
-    "pillow, pocket, rabbit, "
-    "radio, ribbon, river, saddle, shadow, spider, spoon, stone, table, ticket, tower, train, "
-    "turtle, violin, wallet"
-)
+
+def _phrases(text: str) -> list[str]:
+    return [phrase.strip() for phrase in text.split(",")]
+
+
+NOUNS = _phrases("""
+apple, basket, bottle, bridge, button, candle, chair, cloud, drum, engine, feather, garden, glass,
+hammer, jacket, kettle, ladder, lamp, lemon, letter, mirror, mountain, needle, orange, pencil,
+pillow, pocket, rabbit, radio, ribbon, river, saddle, shadow, spider, spoon, stone, table, ticket,
+tower, train, turtle, violin, wallet
+""")
 
 # Parts of a sentence such as "The old farmer sold the lamp near the river."
-ADJECTIVES = "old, young, tall, quiet, happy, tired, brave, lazy, clever, hungry, proud, angry, gentle, poor, rich"
-PEOPLE = "farmer, doctor, teacher, sailor, baker, painter, soldier, hunter, driver, singer, lawyer, nurse, writer, king"
-VERBS = "found, sold, hid, broke, washed, lost, bought, painted, carried, dropped, opened, stole, fixed, kept"
-THINGS = "lamp, book, chair, ring, coat, hammer, basket, letter, clock, bottle, mirror, candle, guitar, saddle, drum"
-PLACES = "river, bridge, garden, forest, market, church, station, harbour, kitchen, tower, school, museum, palace, mill"
+ADJECTIVES = _phrases("""
+old, young, tall, quiet, happy, tired, brave, lazy, clever, hungry, proud, angry, gentle, poor,
+rich
+""")
+PEOPLE = _phrases("""
+farmer, doctor, teacher, sailor, baker, painter, soldier, hunter, driver, singer, lawyer, nurse,
+writer, king
+""")
+VERBS = _phrases("""
+found, sold, hid, broke, washed, lost, bought, painted, carried, dropped, opened, stole, fixed,
+kept
+""")
+THINGS = _phrases("""
+lamp, book, chair, ring, coat, hammer, basket, letter, clock, bottle, mirror, candle, guitar,
+saddle, drum
+""")
+PLACES = _phrases("""
+river, bridge, garden, forest, market, church, station, harbour, kitchen, tower, school, museum,
+palace, mill
+""")
 FUNCTION_WORDS = frozenset({"the", "near"})
 
-BETWEEN = (
-    "Water boils at a hundred degrees. Bees make honey from nectar. Trains run on rails of steel. "
-    "The moon shines at "
-    "night. Bread is baked in an oven. Ice melts in the sun. Birds build nests in trees. Paper is "
-    "made of wood. Cats "
-    "sleep most of the day. Rain falls from grey clouds. Ships sail across the sea. Corn grows in "
-    "the summer. Clocks "
-    "tell us the time. Salt comes from the sea. Dogs like to run and play. Snow covers the hills "
-    "in January. Glass is "
-    "made of sand. Plants need light and air. Iron rusts when it is wet. Children learn to read at "
-    "school."
-)
+BETWEEN = """
+Water boils at a hundred degrees
+Bees make honey from nectar
+Trains run on rails of steel
+The moon shines at night
+Bread is baked in an oven
+Ice melts in the sun
+Birds build nests in trees
+Paper is made of wood
+Cats sleep most of the day
+Rain falls from grey clouds
+Ships sail across the sea
+Corn grows in the summer
+Clocks tell us the time
+Salt comes from the sea
+Dogs like to run and play
+Snow covers the hills in January
+Glass is made of sand
+Plants need light and air
+Iron rusts when it is wet
+Children learn to read at school
+""".strip().splitlines()
 """Twenty sentences of about eight tokens."""
 SENTENCES_BETWEEN = 10
 
-TOPICS = (
-    "apples, autumn, bees, bicycles, books, bread, bridges, buses, butter, candles, cats, chess, "
-    "chocolate, clocks, "
-    "clouds, coffee, dogs, dreams, elephants, farming, fishing, football, forests, gardens, glass, "
-    "guitars, honey, "
-    "horses, hospitals, ice cream, islands, kitchens, lakes, libraries, markets, milk, mirrors, "
-    "mountains, museums, "
-    "music, oranges, painting, paper, penguins, potatoes, rain, restaurants, rice, rivers, roses, "
-    "salt, schools, "
-    "shoes, sleep, snow, soap, soup, spiders, spoons, stars, sugar, swimming, tea, teachers, the "
-    "moon, the sea, "
-    "trains, trees, umbrellas, vegetables, volcanoes, water, whales, windows, winter, wood, wool"
-)
-KEYS = "advice, colour, example, history, kind, name, place, price, size, use"
+TOPICS = _phrases("""
+apples, autumn, bees, bicycles, books, bread, bridges, buses, butter, candles, cats, chess,
+chocolate, clocks, clouds, coffee, dogs, dreams, elephants, farming, fishing, football, forests,
+gardens, glass, guitars, honey, horses, hospitals, ice cream, islands, kitchens, lakes,
+libraries, markets, milk, mirrors, mountains, museums, music, oranges, painting, paper,
+penguins, potatoes, rain, restaurants, rice, rivers, roses, salt, schools, shoes, sleep, snow,
+soap, soup, spiders, spoons, stars, sugar, swimming, tea, teachers, the moon, the sea, trains,
+trees, umbrellas, vegetables, volcanoes, water, whales, windows, winter, wood, wool
+""")
+KEYS = _phrases("advice, colour, example, history, kind, name, place, price, size, use")
 
 
 def sums(items: int, **_: Any) -> dict[str, Any]:
     """Return sums of two numbers with two digits."""
+    return _splits("sums", _draw_sum, items)
 
-    def draw(rng: random.Random) -> Item:
-        first, second = rng.randint(10, 99), rng.randint(10, 99)
-        return {
-            "question": f"Q: What is {first} + {second}?",
-            "prefix": "A:",
-            "answer": str(first + second),
-        }
 
-    return _splits("sums", draw, items)
+def _draw_sum(rng: random.Random, _: int) -> Item:
+    first = rng.randint(10, 99)
+    second = rng.randint(10, 99)
+    question = f"Q: What is {first} + {second}?"
+    return {"question": question, "prefix": "A:", "answer": str(first + second)}
 
 
 def lists(items: int, **_: Any) -> dict[str, Any]:
     """Return lists of eight words, to be copied."""
+    return _splits("lists", _draw_list, items)
 
-    def draw(rng: random.Random) -> Item:
-        words = ", ".join(rng.sample(NOUNS.split(", "), 8))
-        return {"question": f"List: {words}", "prefix": "Copy:", "answer": words}
 
-    return _splits("lists", draw, items)
+def _draw_list(rng: random.Random, _: int) -> Item:
+    words = ", ".join(rng.sample(NOUNS, 8))
+    return {"question": f"List: {words}", "prefix": "Copy:", "answer": words}
 
 
 def repeating(items: int, **_: Any) -> dict[str, Any]:
     """Return a sentence, others after it, and its beginning again, to be completed."""
-    others = BETWEEN.rstrip(".").split(". ")
+    return _splits(f"repeating {SENTENCES_BETWEEN}", _draw_repeated, items)
 
-    def draw(rng: random.Random) -> Item:
-        words = [
-            rng.choice(part.split(", ")) for part in (ADJECTIVES, PEOPLE, VERBS, THINGS, PLACES)
-        ]
-        begin, end = "The {} {}".format(*words), "{2} the {3} near the {4}.".format(*words)
-        text = ". ".join(rng.sample(others, len(others))[:SENTENCES_BETWEEN]) + "."
-        return {
-            "question": f"Say: {begin} {end}\n\n{text}",
-            "prefix": f"Again: {begin}",
-            "answer": end,
-        }
 
-    return _splits(f"repeating {SENTENCES_BETWEEN}", draw, items)
+def _draw_repeated(rng: random.Random, _: int) -> Item:
+    begin = f"The {rng.choice(ADJECTIVES)} {rng.choice(PEOPLE)}"
+    end = f"{rng.choice(VERBS)} the {rng.choice(THINGS)} near the {rng.choice(PLACES)}."
+    between = ". ".join(rng.sample(BETWEEN, len(BETWEEN))[:SENTENCES_BETWEEN])
+    return {
+        "question": f"Say: {begin} {end}\n\n{between}.",
+        "prefix": f"Again: {begin}",
+        "answer": end,
+    }
 
 
 def instructions(items: int, **_: Any) -> dict[str, Any]:
     """Return instructions of each kind in turn; the `answer` is what was asked for."""
-    kinds = itertools.cycle(INSTRUCTIONS)
-
-    def draw(rng: random.Random) -> Item:
-        kind, topic = next(kinds), rng.choice(TOPICS.split(", "))
-        text, asked = INSTRUCTIONS[kind].text, INSTRUCTIONS[kind].draw(rng)
-        return {
-            "question": text.format(topic=topic, asked=asked),
-            "prefix": "",
-            "kind": kind,
-            "answer": asked,
-        }
-
-    return _splits("instructions", draw, items)
+    return _splits("instructions", _draw_instruction, items)
 
 
-def _splits(name: str, draw: Callable[[random.Random], Item], items: int) -> dict[str, Any]:
+def _draw_instruction(rng: random.Random, drawn: int) -> Item:
+    kinds = list(INSTRUCTIONS)
+    kind = kinds[drawn % len(kinds)]
+    instruction = INSTRUCTIONS[kind]
+    topic = rng.choice(TOPICS)
+    asked = instruction.draw(rng)
+    question = instruction.text.format(topic=topic, asked=asked)
+    return {"question": question, "prefix": "", "kind": kind, "answer": asked}
+
+
+def _splits(name: str, draw: Draw, items: int) -> dict[str, Any]:
     """Draw different items: a few examples, which come first in every prompt, and the test."""
     from datasets import Dataset
 
     rng = random.Random(f"{SEED} {name}")
-    drawn: dict[str, Item] = {}
-    while len(drawn) < EXAMPLES + items:
-        item = draw(rng)
-        drawn[item["question"]] = item
-    rows = [*drawn.values()]
+    different: dict[str, Item] = {}
+    drawn = 0
+    while len(different) < EXAMPLES + items:
+        item = draw(rng, drawn)
+        different[item["question"]] = item
+        drawn += 1
+    rows = list(different.values())
     return {
         "examples": Dataset.from_list(rows[:EXAMPLES]),
         "test": Dataset.from_list(rows[EXAMPLES:]),
@@ -150,12 +171,16 @@ def grade(doc: Item, results: Sequence[Any]) -> dict[str, float]:
 
 def grade_words(doc: Item, results: Sequence[Any]) -> dict[str, float]:
     """Return the share of words and numbers that are right and in their place."""
-    expected, found = (re.findall(r"\w+", text) for text in (doc["answer"], _line(results[0])))
-    places = [place for place, word in enumerate(expected) if word not in FUNCTION_WORDS]
-    return {
-        "right_words": sum(found[place : place + 1] == [expected[place]] for place in places)
-        / len(places)
-    }
+    expected = re.findall(r"\w+", doc["answer"])
+    found = re.findall(r"\w+", _line(results[0]))
+    graded = 0
+    right = 0
+    for place, word in enumerate(expected):
+        if word not in FUNCTION_WORDS:
+            graded += 1
+            if place < len(found) and found[place] == word:
+                right += 1
+    return {"right_words": right / graded}
 
 
 def grade_instructions(doc: Item, results: Sequence[Any]) -> dict[str, float]:
@@ -163,25 +188,36 @@ def grade_instructions(doc: Item, results: Sequence[Any]) -> dict[str, float]:
     the model tells.
     """
     answer = results[0]
-    followed = INSTRUCTIONS[doc["kind"]].is_followed(doc["answer"], answer.strip())
-    ended = {"ended": float(answer.ended)} if hasattr(answer, "ended") else {}
+    instruction = INSTRUCTIONS[doc["kind"]]
+    followed = instruction.is_followed(doc["answer"], answer.strip())
+    scores = {"followed": float(followed)}
+    if hasattr(answer, "ended"):
+        scores["ended"] = float(answer.ended)
     signs = re.findall(r"\w+|[^\w\s]|\n", answer)
-    repeated = (
-        repetition(signs) if signs else 1.0
-    )  # no text is no better than one that repeats itself
-    return {
-        "followed": float(followed),
-        **ended,
-        "repetition": repeated,
-        "words": len(answer.split()),
-    }
+    # No text is no better than one that repeats itself.
+    scores["repetition"] = repetition(signs) if signs else 1.0
+    scores["words"] = len(answer.split())
+    return scores
+
+
+def _has_lines(asked: str, answer: str) -> bool:
+    lines = [line for line in answer.splitlines() if line.strip()]
+    return len(lines) == int(asked)
+
+
+def _ends_with(asked: str, answer: str) -> bool:
+    words = re.findall(r"\w+", answer.lower())
+    return words[-1:] == [asked]
 
 
 def _is_list(asked: str, answer: str) -> bool:
     # Indented lines belong to the entry above.
-    return len(re.findall(r"^(?:[-*] +|• *|\*{0,2}\d+[.)] +)\S", answer, re.MULTILINE)) == int(
-        asked
-    )
+    entries = re.findall(r"^(?:[-*] +|• *|\*{0,2}\d+[.)] +)\S", answer, re.MULTILINE)
+    return len(entries) == int(asked)
+
+
+def _draw_json(rng: random.Random) -> str:
+    return json.dumps(dict.fromkeys(rng.sample(KEYS, 2), "..."))
 
 
 def _is_json(asked: str, answer: str) -> bool:
@@ -209,7 +245,7 @@ INSTRUCTIONS = {
     "lines": Instruction(
         "Write exactly {asked} sentences about {topic}, each on a line of its own.",
         lambda rng: str(rng.randint(2, 4)),
-        lambda asked, answer: sum(bool(line.strip()) for line in answer.splitlines()) == int(asked),
+        _has_lines,
     ),
     "lower case": Instruction(
         "Tell me about {topic}. Use only lower case letters.",
@@ -218,13 +254,13 @@ INSTRUCTIONS = {
     ),
     "last word": Instruction(
         'Write a sentence about {topic} that ends with the word "{asked}".',
-        lambda rng: rng.choice(NOUNS.split(", ")),
-        lambda asked, answer: re.findall(r"\w+", answer.lower())[-1:] == [asked],
+        lambda rng: rng.choice(NOUNS),
+        _ends_with,
     ),
     "list": Instruction("List {asked} facts about {topic}.", lambda _: "5", _is_list),
     "json": Instruction(
         "Describe {topic} in JSON like this: {asked}",
-        lambda rng: json.dumps(dict.fromkeys(rng.sample(KEYS.split(", "), 2), "...")),
+        _draw_json,
         _is_json,
     ),
 }
