@@ -106,13 +106,13 @@ def run() -> None:
     """Run as the program `sleb`: signals clean up like Ctrl-C, and work goes on after a pipe is
     closed.
     """
-    from sleb_cli.ui.console import Outlet
+    from sleb_cli.ui.console import Outlet, is_utf8
 
     codes: list[int] = []
     atexit.register(_exit_fast, codes)  # registered first, so it is called last
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
+        if isinstance(stream, TextIOWrapper) and not is_utf8(stream):
+            stream.reconfigure(errors="backslashreplace")
     out = Outlet(sys.stdout)
     errors = Outlet(sys.stderr)
     sys.stdout = cast(TextIO, out)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from sleb_cli.exporters.findings import Findings
-from sleb_cli.order import SizeKey
-from sleb_cli.tables.quality import ENOUGH, keeps_enough
+from sleb_cli.tables.quality import by_use, retention, verdict
 from sleb_cli.tables.search_results import collapse_warnings
 from sleb_cli.units import format_count, format_share, plural
 
@@ -45,42 +44,17 @@ def _removal(findings: Findings) -> str:
     return f"{removed}."
 
 
-def advice(findings: Findings) -> list[str]:
-    """Recommend this size, or a smaller one that was measured; nothing if there were too few items
-    to tell.
-    """
-    plan = findings.plan
-    most = f"{ENOUGH:.0%}"
-    verdicts = _verdicts(findings)
-    verdict = verdicts.get(plan.largest)
-    if verdict is None:
-        return []
-    if verdict:
-        return [f"Use it where {most} of the accuracy is enough."]
-    enough = [len(removals) for removals, is_enough in verdicts.items() if is_enough]
-    if enough:
-        fewer = plural(max(enough), plan.unit.removesuffix("s"))
-        return [
-            f"To keep {most} of the accuracy, remove {fewer}, the most of any measured size that "
-            "keeps it."
-        ]
-    if None in verdicts.values():
-        return []
-    advice = f"To keep {most} of the accuracy, remove fewer {plan.unit} than were measured"
-    if plan.order.whole_blocks and not plan.recovery:
-        advice += ", or apply the plan with --recover and --heal"
-    return [f"{advice}."]
-
-
-def _verdicts(findings: Findings) -> dict[SizeKey, bool | None]:
-    """Return whether each measured size keeps enough accuracy, None where that is uncertain."""
-    verdicts = {}
-    for task in findings.tasks:
-        for scores in task.pruned:
-            share = findings.retention(scores.removals)
-            if share and len(scores.removals) <= len(findings.plan.largest):
-                verdicts[scores.removals] = keeps_enough(share[1])
-    return verdicts
+def verdicts(findings: Findings) -> list[str]:
+    """Judge the plan's size for each kind of use."""
+    lines = []
+    for use, tasks in by_use(findings.tasks).items():
+        share = retention(tasks, findings.plan.largest)
+        if share:
+            kept, interval = share
+            words = verdict(kept, interval)
+            if words:
+                lines.append(f"For {use}: {words}.")
+    return lines
 
 
 def warnings(findings: Findings) -> list[str]:

@@ -308,7 +308,7 @@ def verdicts(tasks: Iterable[TaskResult]) -> Table:
         for removals in dict.fromkeys(size.removals for task in of_use for size in task.pruned):
             share = retention(of_use, removals)
             if share:
-                rows.append([use, model_name(removals), *share, _verdict(*share)])
+                rows.append([use, model_name(removals), *share, verdict(*share)])
     notes = [
         "kept: the mean score as a share of the dense model's. When choosing, guessing alone keeps "
         "much of it."
@@ -316,17 +316,11 @@ def verdicts(tasks: Iterable[TaskResult]) -> Table:
     return tabulate("Verdict by kind of use", columns, rows, notes)
 
 
-def keeps_enough(interval: Interval | None) -> bool | None:
-    """Whether ENOUGH is kept; None if the interval does not tell."""
-    if interval is None or interval.low < ENOUGH <= interval.high:
-        return None
-    return interval.low >= ENOUGH
-
-
-def _verdict(share: float, interval: Interval | None) -> str:
+def verdict(share: float, interval: Interval | None) -> str:
+    """Say what the share of the dense model's score means; nothing without an interval."""
     if interval is None:
         return ""
-    if keeps_enough(interval):
+    if interval.low >= ENOUGH:
         return "kept"
     if interval.high < 1:
         return f"{1 - share:.0%} lost"

@@ -33,15 +33,20 @@ def draw_lines(lines: Sequence[Line], labels: tuple[str, str, str], width: int) 
     # The last number begins under the last step.
     columns = _columns(steps, width - margin - len(_AXIS) - len(str(steps - 1)) + 1)
     cells = _cells(lines, columns)
-    at_rows = dict(zip((ROWS - 1, ROWS // 2, 0), labels, strict=True))
-    rows = []
+    lowest, middle, highest = labels
+    at_rows = {0: highest, ROWS // 2: middle, ROWS - 1: lowest}
+    chart = Text()
     for row in range(ROWS):
-        text = Text(at_rows.get(row, "").rjust(margin) + (_AXIS if row in at_rows else " │"))
+        text = Text(at_rows.get(row, "").rjust(margin))
+        text.append(_AXIS if row in at_rows else " │")
         for column in range(columns[-1] + 1):
-            text.append(*cells.get((row, column), (" ", "")))
+            character, style = cells.get((row, column), (" ", ""))
+            text.append(character, style)
         text.rstrip()
-        rows.append(text)
-    return Text("\n").join([*rows, Text(" " * (margin + len(_AXIS)) + _step_numbers(columns))])
+        chart.append_text(text)
+        chart.append("\n")
+    chart.append(" " * (margin + len(_AXIS)) + _step_numbers(columns))
+    return chart
 
 
 def _columns(steps: int, width: int) -> list[int]:
@@ -52,26 +57,40 @@ def _columns(steps: int, width: int) -> list[int]:
 def _cells(lines: Sequence[Line], columns: Sequence[int]) -> dict[tuple[int, int], tuple[str, str]]:
     """Return the character and style by row and column."""
     values = [value for line in lines for value in line.values]
-    low, span = min(values), max(values) - min(values) or 1.0
-    cells: dict[tuple[int, int], tuple[str, str]] = {}
+    low = min(values)
+    span = max(values) - low or 1.0
+    dots: dict[tuple[int, int], tuple[str, str]] = {}
     marks: dict[tuple[int, int], tuple[str, str]] = {}
     for line in reversed(lines):
-        rows = ((ROWS - 1) * (1 - (value - low) / span) for value in line.values)
+        rows = [(ROWS - 1) * (1 - (value - low) / span) for value in line.values]
         points = list(zip(columns, rows, strict=False))
         for (left, start), (right, end) in pairwise(points):
             for column in range(left + 1, right):
                 row = round(start + (end - start) * (column - left) / (right - left))
-                cells[row, column] = ("·", line.style)
-        marks |= {(round(row), column): (line.mark, line.style) for column, row in points}
-    return cells | marks  # no dot of one line hides a mark of another
+                dots[row, column] = ("·", line.style)
+        for column, exact_row in points:
+            marks[round(exact_row), column] = (line.mark, line.style)
+    return {**dots, **marks}  # no dot of one line hides a mark of another
 
 
 def _step_numbers(columns: Sequence[int]) -> str:
     """Number every 1st, 2nd, 5th, 10th, … step, as there is room."""
-    room = len(str(len(columns) - 1)) + 1
-    strides = (factor * 10**power for power in range(9) for factor in (1, 2, 5))
-    stride = next(stride for stride in strides if stride >= len(columns) or columns[stride] >= room)
+    stride = _stride(columns)
     row = ""
     for step in range(0, len(columns), stride):
         row = row.ljust(columns[step]) + str(step)
     return row
+
+
+def _stride(columns: Sequence[int]) -> int:
+    room = len(str(len(columns) - 1)) + 1
+    stride = 1
+    while stride < len(columns) and columns[stride] < room:
+        stride = _next_round_number(stride)
+    return stride
+
+
+def _next_round_number(number: int) -> int:
+    """Return the next of 1, 2, 5, 10, 20, 50, …"""
+    is_two = str(number).startswith("2")
+    return number * 5 // 2 if is_two else number * 2

@@ -88,6 +88,11 @@ def escape_controls(text: str) -> str:
 _MAX_MESSAGE_CHARACTERS = 2000
 
 
+def is_utf8(stream: TextIO) -> bool:
+    """Whether a stream takes every character."""
+    return str(stream.encoding).lower() == "utf-8"
+
+
 def stdout() -> Console:
     """Return a console on the current stdout, quiet in all but the main process."""
     return InertConsole(highlight=False, emoji=False, quiet=not is_main_process())
@@ -108,8 +113,7 @@ def print_prose(console: Console, text: str) -> None:
 def print_json(data: Mapping[str, Any]) -> None:
     """Print only JSON on stdout, unwrapped and uncoloured, in the main process."""
     if is_main_process():
-        is_utf8 = str(sys.stdout.encoding).lower() == "utf-8"
-        print(json.dumps(data, ensure_ascii=not is_utf8, allow_nan=False))
+        print(json.dumps(data, ensure_ascii=not is_utf8(sys.stdout), allow_nan=False))
 
 
 def print_error(error: SlebError) -> None:

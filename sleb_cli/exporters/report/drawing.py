@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sleb_cli.exporters.lines import Line
 from sleb_cli.tables.quality import Estimate
 from sleb_plugins.errors import MachineError
 
@@ -40,14 +41,6 @@ class Plot:
     caption: str
     height: float
     draw: Callable[[Figure], None]
-
-
-@dataclass(frozen=True)
-class Line:
-    """Estimates by the number of removals; 0 is the dense model."""
-
-    name: str
-    values: Mapping[int, Estimate]
 
 
 def require_extra() -> None:

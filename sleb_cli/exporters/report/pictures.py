@@ -9,11 +9,18 @@ from textwrap import fill
 from typing import TYPE_CHECKING
 
 from sleb_cli.exporters.findings import Findings
+from sleb_cli.exporters.lines import (
+    Line,
+    accuracy_line,
+    changes,
+    search_lines,
+    speed_line,
+    text_line,
+)
 from sleb_cli.exporters.report.drawing import (
     MUTED,
     SERIES,
     WIDTH,
-    Line,
     Plot,
     draw_by_size,
     draw_dense,
@@ -22,10 +29,6 @@ from sleb_cli.exporters.report.drawing import (
     set_whole_ticks,
 )
 from sleb_cli.plan import Plan
-from sleb_cli.results import WorkloadResult
-from sleb_cli.tables.quality import Estimate, perplexity_change
-from sleb_cli.tables.search_results import perplexities
-from sleb_cli.tables.speed import workload_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,46 +48,14 @@ _SHADES = 32  # few, as each is a path of its own
 _COLOUR_QUANTILE = 0.8
 
 
-def text_lines(findings: Findings) -> list[Line]:
-    """Return the perplexity change on each measured text, if it was measured at any size."""
+def text_changes(findings: Findings) -> list[Line]:
+    """Return the perplexity change on each text of which a size was measured."""
     lines = []
     named = zip(findings.text_names, findings.texts, strict=True)
     for name, text in list(named)[:_MAX_TEXTS]:
-        values: dict[int, Estimate] = {0: (0.0, None)}
-        for scores in text.pruned:
-            values[len(scores.removals)] = perplexity_change(scores)
         if text.pruned:
-            lines.append(Line(fill(name, 32, max_lines=3), values))
+            lines.append(changes(text_line(fill(name, 32, max_lines=3), text)))
     return lines
-
-
-def search_lines(plan: Plan) -> list[Line]:
-    """Return the perplexity change on the text of the search and on its held-out sequences."""
-    lines = []
-    for name, series in perplexities(plan).items():
-        values: dict[int, Estimate] = {}
-        for size, perplexity in enumerate(series):
-            values[size] = (perplexity / series[0] - 1, None)
-        lines.append(Line(name, values))
-    return lines
-
-
-def accuracy_line(findings: Findings) -> Line:
-    """Return the share of the dense model's accuracy that is kept."""
-    values: dict[int, Estimate] = {0: (1.0, None)}
-    for removals in findings.plan.size_keys:
-        share = findings.retention(removals)
-        if share:
-            values[len(removals)] = share
-    return Line("accuracy", values)
-
-
-def speed_line(result: WorkloadResult) -> Line:
-    """Return how many times as fast a workload runs."""
-    values: dict[int, Estimate] = {0: (1.0, None)}
-    for timing in result.pruned:
-        values[len(timing.removals)] = (timing.speedup, timing.interval)
-    return Line(workload_name(result), values)
 
 
 def trade_plot(findings: Findings) -> Plot | None:
@@ -92,7 +63,7 @@ def trade_plot(findings: Findings) -> Plot | None:
     if not findings.main_workloads:
         return None
     speed = speed_line(findings.main_workloads[0][0])
-    measured = {_CHANGE: text_lines(findings), _KEPT: [accuracy_line(findings)]}
+    measured = {_CHANGE: text_changes(findings), _KEPT: [accuracy_line(findings)]}
     panels = {}
     for quality, lines in measured.items():
         timed = [line for line in lines if len(_timed_sizes(line, speed)) > 1]
@@ -160,7 +131,8 @@ def _spread(sizes: Sequence[int], count: int) -> Sequence[int]:
 
 def perplexity_plot(findings: Findings) -> Plot | None:
     """Plot the perplexity change by size."""
-    lines = search_lines(findings.plan) + text_lines(findings)
+    lines = [changes(line) for line in search_lines(findings.plan)]
+    lines += text_changes(findings)
     if not lines:
         return None
     unit = findings.plan.unit

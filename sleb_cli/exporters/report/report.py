@@ -5,7 +5,7 @@ from __future__ import annotations
 from urllib.parse import quote
 
 from sleb_cli.exporters.findings import Findings, read_findings
-from sleb_cli.exporters.headline import advice, sentences, warnings
+from sleb_cli.exporters.headline import sentences, verdicts, warnings
 from sleb_cli.exporters.report.drawing import Plot, render_svg, require_extra
 from sleb_cli.exporters.report.sections import sections
 from sleb_cli.tables.quality import perplexity_change
@@ -47,7 +47,7 @@ class Report(Exporter):
             plan=findings.plan,
             findings=findings,
             cards=cards(findings),
-            sentences=sentences(findings) + advice(findings),
+            sentences=sentences(findings) + verdicts(findings),
             warnings=warnings(findings),
             sections=sections(findings),
             sample_rows=sample_rows(sample) if sample else [],

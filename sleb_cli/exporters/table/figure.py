@@ -7,14 +7,8 @@ from functools import partial
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from sleb_cli.exporters.report.drawing import (
-    WIDTH,
-    Line,
-    Plot,
-    draw_by_size,
-    render_svg,
-    require_extra,
-)
+from sleb_cli.exporters.lines import Line
+from sleb_cli.exporters.report.drawing import WIDTH, Plot, draw_by_size, render_svg, require_extra
 from sleb_cli.exporters.table.rows import PlanTable
 from sleb_cli.units import format_perplexity
 from sleb_plugins.errors import UsageError

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
-from sleb_cli.engine.output.measured import of_size
 from sleb_cli.exporters.findings import Findings
+from sleb_cli.exporters.lines import MEAN, Line, mean_line, speed_line, task_line, text_line
 from sleb_cli.order import SizeKey
-from sleb_cli.results import Interval, TaskResult, TextResult, WorkloadResult
+from sleb_cli.results import TaskResult, TextResult
 from sleb_cli.tables.provenance import result_settings, search_settings
-from sleb_cli.tables.quality import (
-    Estimate,
-    is_canary,
-    main_tasks,
-    perplexity_change,
-    retention,
-    task_names,
-    text_names,
-)
+from sleb_cli.tables.quality import is_canary, main_tasks, task_names, text_names
 from sleb_cli.tables.speed import workload_name
-from sleb_cli.tables.table import Table
+from sleb_cli.tables.table import Column, Table
 from sleb_cli.units import format_perplexity, spans
 
 Row = dict[str, Any]
 """Text, numbers and estimates by column; unknown ones are missing."""
 
 METHOD = ("metric", "strategy", "recovery", "removed", "blocks")
-MEAN = "mean of tasks"
 _OF_DENSE = ("model", "revision", "evaluated in", "evaluated by", "timed in", "timed by")
 SETTINGS = (
     "model",
@@ -98,25 +88,75 @@ def plan_table(plans: Sequence[Findings]) -> PlanTable:
     """Tabulate measurements of several plans; a column holds one set of tokens or items, or one
     workload.
     """
-    columns = _Columns(plans)
+    columns = _columns(plans)
+    averaged = {key for findings in plans for key in _averaged(findings)}
     dense: list[Row] = []
     pruned: list[Row] = []
     for findings in plans:
         settings = _settings(findings)
-        measured = columns.dense(findings)
-        if measured:
-            of_dense = {name: settings[name] for name in _OF_DENSE if name in settings}
+        lines = _lines(findings, averaged)
+        of_dense = {name: settings[name] for name in _OF_DENSE if name in settings}
+        if lines:
+            measured = _at_size(lines, 0, columns)
             _add_dense(dense, {"metric": "dense", "removed": 0, **measured, **of_dense})
-        for size in findings.plan.size_keys:
-            measured = columns.pruned(findings, size)
-            if measured or size == findings.plan.largest:
-                pruned.append({**_method(findings, size), **measured, **settings})
+        for key in findings.plan.size_keys:
+            measured = _at_size(lines, len(key), columns)
+            if measured or key == findings.plan.largest:
+                pruned.append({**_method(findings, key), **measured, **settings})
     rows = [*dense, *pruned]
-    measured_anywhere = {}
-    for name, form in columns.forms.items():
-        if any(name in row for row in rows):
-            measured_anywhere[name] = form
-    return PlanTable(rows, measured_anywhere)
+    filled = {name for row in rows for name in row}
+    return PlanTable(rows, {name: form for name, form in columns.values() if name in filled})
+
+
+def _columns(plans: Sequence[Findings]) -> dict[Hashable, Column]:
+    """Return the columns for texts, tasks, their mean and workloads by the keys of their lines."""
+    texts = {text.key: text for findings in plans for text in findings.texts}
+    tasks = {task.key: task for findings in plans for task in main_tasks(findings.tasks)}
+
+    def seen_in(text: TextResult) -> list[str]:
+        return sorted({use for findings in plans for use in findings.seen_in(text)})
+
+    columns: dict[Hashable, Column] = {}
+    for key, name in zip(texts, text_names([*texts.values()], seen_in), strict=True):
+        columns[key] = (f"perplexity, {name}", format_perplexity)
+    for key, name in zip(tasks, task_names([*tasks.values()]), strict=True):
+        columns[key] = (name, "{:.3f}".format)
+    columns[MEAN] = (MEAN, "{:.3f}".format)
+    for findings in plans:
+        for result in findings.workloads:
+            name = f"{workload_name(result)}, times as fast"
+            columns[result.workload.identity] = (name, "{:.2f}x".format)
+    return columns
+
+
+def _lines(findings: Findings, averaged: Collection[Hashable]) -> list[Line]:
+    """Return all that was measured of a plan."""
+    lines = [text_line(text.text, text) for text in findings.texts]
+    lines += [task_line(task) for task in main_tasks(findings.tasks)]
+    tasks = _averaged(findings)
+    # A mean of other tasks would not compare.
+    if len(tasks) == len(averaged) > 1:
+        lines.append(mean_line(findings.plan, list(tasks.values())))
+    lines += [speed_line(result) for result in findings.workloads]
+    return lines
+
+
+def _averaged(findings: Findings) -> dict[Hashable, TaskResult]:
+    """Return the tasks that the mean is taken over, by key: they count right items."""
+    tasks: dict[Hashable, TaskResult] = {}
+    for task in main_tasks(findings.tasks):
+        if not is_canary(task) and all(size.lost is not None for size in task.pruned):
+            tasks[task.key] = task
+    return tasks
+
+
+def _at_size(lines: Sequence[Line], size: int, columns: Mapping[Hashable, Column]) -> Row:
+    row = {}
+    for line in lines:
+        if size in line.values:
+            name, _ = columns[line.key]
+            row[name] = line.values[size]
+    return row
 
 
 def _add_dense(rows: list[Row], new: Row) -> None:
@@ -176,126 +216,3 @@ def _settings(findings: Findings) -> Row:
 
 def _by_name(settings: Table) -> dict[str, str]:
     return {row[0]: row[1] for row in settings.rows}
-
-
-class _Columns:
-    """A column for each text, task and workload of several plans, with the numbers in them."""
-
-    def __init__(self, plans: Sequence[Findings]) -> None:
-        texts: dict[Any, TextResult] = {}
-        tasks: dict[Any, TaskResult] = {}
-        workloads: dict[Any, WorkloadResult] = {}
-        for findings in plans:
-            for text in findings.texts:
-                texts[text.key] = text
-            for task in main_tasks(findings.tasks):
-                tasks[task.key] = task
-            for workload in findings.workloads:
-                workloads[workload.workload.identity] = workload
-        self._averaged = {key for key, task in tasks.items() if _is_averaged(task)}
-        self._names: dict[Any, str] = {}
-        self.forms: dict[str, Callable[[float], str]] = {}
-
-        def seen_in(text: TextResult) -> list[str]:
-            return sorted({use for findings in plans for use in findings.seen_in(text)})
-
-        for key, name in zip(texts, text_names([*texts.values()], seen_in), strict=True):
-            self._add(key, f"perplexity, {name}", format_perplexity)
-        for key, name in zip(tasks, task_names([*tasks.values()]), strict=True):
-            self._add(key, name, "{:.3f}".format)
-        self._add(MEAN, MEAN, "{:.3f}".format)
-        for key, workload in workloads.items():
-            self._add(key, f"{workload_name(workload)}, times as fast", "{:.2f}x".format)
-
-    def _add(self, key: Any, name: str, form: Callable[[float], str]) -> None:
-        self._names[key] = name
-        self.forms[name] = form
-
-    def dense(self, findings: Findings) -> Row:
-        """Return the measurements of a plan's dense model."""
-        row: Row = {}
-        for text in findings.texts:
-            row[self._names[text.key]] = (text.dense.perplexity, None)
-        for task in main_tasks(findings.tasks):
-            row[self._names[task.key]] = (task.dense.value, None)
-        averaged = self._averaged_tasks(findings)
-        if averaged:
-            row[MEAN] = (_dense_mean(averaged), None)
-        for workload in findings.workloads:
-            row[self._names[workload.workload.identity]] = (1.0, None)
-        return row
-
-    def pruned(self, findings: Findings, removals: SizeKey) -> Row:
-        """Return the measurements of a plan at one size."""
-        row: Row = {}
-        for text in findings.texts:
-            row[self._names[text.key]] = _perplexity(text, removals)
-        for task in main_tasks(findings.tasks):
-            row[self._names[task.key]] = _score(task, removals)
-        row[MEAN] = _mean(self._averaged_tasks(findings), removals)
-        for workload in findings.workloads:
-            timing = of_size(workload.pruned, removals)
-            if timing:
-                name = self._names[workload.workload.identity]
-                row[name] = (timing.speedup, timing.interval)
-        return {name: estimate for name, estimate in row.items() if estimate}
-
-    def _averaged_tasks(self, findings: Findings) -> list[TaskResult]:
-        """Return the tasks to average: several, and the same of each plan, or none."""
-        tasks = [task for task in main_tasks(findings.tasks) if task.key in self._averaged]
-        if len(tasks) < max(2, len(self._averaged)):
-            return []
-        return tasks
-
-
-def _is_averaged(task: TaskResult) -> bool:
-    return not is_canary(task) and all(size.lost is not None for size in task.pruned)
-
-
-def _perplexity(text: TextResult, removals: SizeKey) -> Estimate | None:
-    scores = of_size(text.pruned, removals)
-    if scores is None:
-        return None
-    _, change = perplexity_change(scores)
-    if change is None:
-        return scores.perplexity, None
-    dense = text.dense.perplexity
-    return scores.perplexity, _interval(dense * (1 + change.low), dense * (1 + change.high))
-
-
-def _score(task: TaskResult, removals: SizeKey) -> Estimate | None:
-    scores = of_size(task.pruned, removals)
-    if scores is None:
-        return None
-    change = scores.difference_interval
-    if change is None:
-        return scores.value, None
-    ends = _interval(task.dense.value + change.low, task.dense.value + change.high)
-    if scores.lost is not None:
-        ends = _limited(ends)
-    return scores.value, ends
-
-
-def _mean(tasks: Sequence[TaskResult], removals: SizeKey) -> Estimate | None:
-    share = retention(tasks, removals)
-    if share is None:
-        return None
-    dense = _dense_mean(tasks)
-    kept, ends = share
-    if ends is None:
-        return dense * kept, None
-    return dense * kept, _limited(_interval(dense * ends.low, dense * ends.high))
-
-
-def _dense_mean(tasks: Iterable[TaskResult]) -> float:
-    return fmean(task.dense.value for task in tasks)
-
-
-def _interval(low: float, high: float) -> Interval:
-    # Not validated: intervals in a file can be so wide that this one is infinite.
-    return Interval.model_construct(low=low, high=high)
-
-
-def _limited(ends: Interval) -> Interval:
-    """Limit an interval to the shares that a score can be."""
-    return _interval(min(1.0, max(0.0, ends.low)), min(1.0, max(0.0, ends.high)))
