@@ -20,7 +20,7 @@ from faults.conftest import often
 from faults.place import APPLY, APPLY_GGUF, COMMANDS, HEAL, delivered, evaluate, search
 from faults.program import KILL, STOP, Calls, Fault, require
 
-OUTPUT = 8
+MODEL, OUTPUT, PROOF = 4, 8, 9
 WRITES = Calls.CHANGES & ~Calls.REMOVE
 WRITTEN = r"/work/\..*\.partial/.*\.(safetensors|json|gguf)$"
 
@@ -74,9 +74,9 @@ def fail(place, name, number, rng):
     )
     assert not wrong, (case, wrong)
     if finished.exit_code:
-        require(finished, {OUTPUT})
+        require(finished, {OUTPUT} if full else {MODEL, OUTPUT, PROOF})
         (sentence,) = re.findall(r"^error: .*", finished.stderr, re.MULTILINE)
-        places = (command.output, "cache", "work", "tiny.gguf", str(place.folder / "tmp"))
+        places = (command.output, "cache", "work", "tiny.gguf", "proof", str(place.folder / "tmp"))
         assert any(known in sentence for known in places), case
         # The place is claimed once before all work, too.
         is_saving = "Loading" in finished.stderr and f"/.{command.output}" in call.path

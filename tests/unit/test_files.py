@@ -8,7 +8,6 @@ import random
 import stat
 from contextlib import nullcontext
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,14 +23,13 @@ from sleb_cli.atomic import (
     require_new_file,
     write_text,
 )
-from sleb_cli.engine.files import tensors
 from sleb_cli.engine.files.copying import links_outside
 from sleb_cli.engine.files.fingerprint import fingerprint_samples
 from sleb_cli.engine.files.weights import find_weights
 from sleb_cli.engine.model.source import ModelSource
-from sleb_cli.engine.third_party import prefer_disk_error, saving
+from sleb_cli.engine.third_party import saving
 from sleb_cli.records import same_fingerprint
-from sleb_plugins import ModelError, OutputError, ProofError
+from sleb_plugins import ModelError, OutputError
 
 
 def write_claimed(path, text):
@@ -286,34 +284,6 @@ def test_links_that_lead_out_of_a_folder_are_found(tmp_path):
         "/"
     )  # as an archive may hold it: everything would be the cache's own
     assert links_outside(folder / "out", folder)
-
-
-@pytest.mark.parametrize(
-    ("error", "number"),
-    [
-        (OSError(errno.EIO, os.strerror(errno.EIO)), errno.EIO),
-        (OSError(errno.ENOENT, os.strerror(errno.ENOENT)), None),  # a library looked for it
-        (OSError("Permission denied (os error 13)"), errno.EACCES),
-        (SafetensorError("Error while reading: Input/output error (os error 5)"), errno.EIO),
-        (
-            RuntimeError("unable to open file </a> in read-only mode: Input/output error (5)"),
-            errno.EIO,
-        ),
-        (FileNotFoundError(f"No such file or directory: {__file__}"), errno.EIO),  # it is there
-        (FileNotFoundError("No such file or directory: /never/there"), None),
-        (RuntimeError("the sizes (5) and (13) differ (os error 999)"), None),
-    ],
-)
-def test_a_disk_error_takes_precedence_over_a_failed_proof(tmp_path, monkeypatch, error, number):
-    with pytest.raises(OSError if number else ProofError) as raised, prefer_disk_error(ProofError):
-        raise ProofError("It does not run.", hint="") from error
-    assert number in (None, getattr(raised.value, "errno", None))
-    if number:  # a model that cannot be opened
-        monkeypatch.setattr(tensors, "safe_open", Mock(side_effect=error))
-        with pytest.raises(
-            ModelError, match=f"a.safetensors cannot be read: {os.strerror(number)}"
-        ):
-            list(tensors.read_tensors(tmp_path / "a.safetensors", ["a"]))
 
 
 def test_a_failed_write_of_safetensors_is_an_error_of_the_output():

@@ -9,10 +9,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sleb_cli.engine.files.copying import reading
-from sleb_cli.engine.files.headers import broken
 from sleb_cli.engine.files.pickles import TORCH_DTYPES, load_pickle
 from sleb_cli.engine.files.weights import WeightFiles
-from sleb_cli.engine.third_party import prefer_disk_error
+from sleb_cli.engine.third_party import first_line
+from sleb_plugins import ModelError
 
 
 def float_dtypes(weights: WeightFiles) -> list[torch.dtype]:
@@ -48,10 +48,12 @@ def read_tensors(path: Path, names: Sequence[str]) -> Iterator[torch.Tensor]:
             yield tensors[name]
         return
     try:
-        with reading(path), prefer_disk_error(SafetensorError, OSError, RuntimeError):
+        with reading(path):
             opened = safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise broken(path) from error
+        raise ModelError(
+            f"{path} cannot be read: {first_line(error)}.", hint="Copy or download it again."
+        ) from error
     with opened as file:
         for name in names:
             yield file.get_tensor(name)

@@ -31,13 +31,13 @@ from sleb_cli.engine.output.proof_of_files import Planned, model_errors_fail_pro
 from sleb_cli.engine.output.proof_placement import place_proof
 from sleb_cli.engine.surgery.gguf_surgery import GgufSurgery
 from sleb_cli.engine.surgery.surgery import Surgery
-from sleb_cli.engine.third_party import disk_error, prefer_disk_error, translate_errors
+from sleb_cli.engine.third_party import translate_errors
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.names import checkpoint_name
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import THIS_VERSION, ModelRecord, Proof
 from sleb_cli.results import GgufResult
-from sleb_plugins import MachineError, ModelError, PlanError, ProofError, UsageError
+from sleb_plugins import MachineError, ModelError, PlanError, UsageError
 
 KIND = "GGUF file"
 """For messages of a failed proof."""
@@ -70,7 +70,7 @@ def prune_gguf(
         proof: Proof | None = None
         unproven: str | None = "--no-verify"
         if output.verify:
-            with move_if_proof_fails(aside, output.keep_failed), prefer_disk_error(ProofError):
+            with move_if_proof_fails(aside, output.keep_failed):
                 _require_as_planned(pruned, aside)
                 proof, unproven = _prove_with_transformers(surgery, aside, registry, notify)
     for note in filter(None, (cut.note for cut in surgery.cuts)):
@@ -185,8 +185,6 @@ def _prove_with_transformers(
             architecture, tuple(cut.for_model(architecture) for cut in surgery.cuts)
         )
     except (ModelError, MachineError, UsageError) as error:
-        if disk_error(error):
-            raise
         return None, error.message.rstrip(".")
     if architecture.block_count != block_count(file):
         return (

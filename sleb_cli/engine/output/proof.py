@@ -39,7 +39,7 @@ from sleb_cli.engine.surgery.loading import (
     loading_problem,
 )
 from sleb_cli.engine.surgery.surgery import Surgery
-from sleb_cli.engine.third_party import prefer_disk_error, translate_errors
+from sleb_cli.engine.third_party import translate_errors
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.records import Check, Proof, Reference
 from sleb_cli.tables.checks import describe_reference
@@ -80,7 +80,7 @@ def prove(
     if new_values is not None:
         reference = "recovered"
     # Not inference mode, in which tensors made outside of it cannot take the place of others.
-    with prefer_disk_error(ProofError), torch.no_grad():
+    with torch.no_grad():
         tokenizer = None
         if has_tokenizer(architecture.source):
             tokenizer = load_tokenizer(architecture.source)

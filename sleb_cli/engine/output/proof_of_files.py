@@ -20,7 +20,7 @@ from sleb_cli.engine.files.shards import INDEX, NewTensor, Shard, index_of
 from sleb_cli.engine.files.tensors import read_tensors
 from sleb_cli.engine.files.weights import WeightFiles, find_weights
 from sleb_cli.engine.surgery.surgery import Surgery
-from sleb_cli.engine.third_party import disk_error, translate_errors
+from sleb_cli.engine.third_party import translate_errors
 from sleb_cli.events import Notify, task
 from sleb_cli.records import Check, differences
 from sleb_plugins import ModelError, ProofError
@@ -219,8 +219,8 @@ def proof_error(what: str, kind: str = "checkpoint") -> ProofError:
 
 @contextmanager
 def model_errors_fail_proof(kind: str = "checkpoint") -> Iterator[None]:
-    """Turn a `ModelError` about the output into a failed proof, or into the disk error behind it."""
+    """Turn a `ModelError` about the output into a failed proof."""
     try:
         yield
     except ModelError as error:
-        raise disk_error(error) or proof_error(error.message.rstrip("."), kind) from error
+        raise proof_error(error.message.rstrip("."), kind) from error

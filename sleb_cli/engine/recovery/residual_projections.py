@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
-from sleb_cli.engine.third_party import pass_errors_through
 from sleb_cli.engine.transformers_internals import Conv1D
 
 EXACT = 0.02
@@ -120,9 +119,8 @@ def captured(
     def keep(
         name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        with pass_errors_through():
-            entering[name] = args[0] if args else next(iter(kwargs.values()))
-            leaving[name] = output
+        entering[name] = args[0] if args else next(iter(kwargs.values()))
+        leaving[name] = output
 
     with ExitStack() as hooks:
         for name in names:
@@ -207,9 +205,8 @@ def _candidates(
 
         def add_noise(module: nn.Module, args: Any, output: Any, fits: list[bool] = fits) -> Any:
             # Some families flatten sequences before their MLP: [batch * positions, hidden size].
-            with pass_errors_through():
-                fits.append(isinstance(output, Tensor) and output.numel() == hidden.numel())
-                return output + noise.to(output.dtype).view_as(output) if fits[-1] else output
+            fits.append(isinstance(output, Tensor) and output.numel() == hidden.numel())
+            return output + noise.to(output.dtype).view_as(output) if fits[-1] else output
 
         with block.get_submodule(projection.name).register_forward_hook(add_noise):
             change = skippable.run_block(call, hidden).float() - plain

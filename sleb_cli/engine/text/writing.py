@@ -15,7 +15,7 @@ from sleb_cli.engine.device import as_float64, dtype_name, input_device
 from sleb_cli.engine.files.cache import read_cached, write_cached
 from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.model.generation import continue_each, generate
-from sleb_cli.engine.third_party import error_saying, pass_errors_through
+from sleb_cli.engine.third_party import error_saying
 from sleb_cli.events import Advance, Notice, Notify, task
 from sleb_cli.keys import Key, key_of
 from sleb_cli.units import plural
@@ -136,8 +136,7 @@ def _continuing(model: Any, advance: Advance) -> Continue:
 
         def have_ended(added: Tensor) -> Tensor:
             # It is called for each token, so it moves the bar, too.
-            with pass_errors_through():
-                advance(len(added))
+            advance(len(added))
             return torch.isin(added, endings).any(1)
 
         def run(ids: Tensor, settings: dict[str, Any], **options: Any) -> Any:
