@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from sleb_cli.engine.files.copying import reading
 from sleb_cli.engine.files.pickles import TORCH_DTYPES, load_pickle
 from sleb_cli.engine.files.weights import WeightFiles
-from sleb_cli.engine.third_party import first_line
 from sleb_plugins import ModelError
+from sleb_plugins.errors import first_line
 
 
 def float_dtypes(weights: WeightFiles) -> list[torch.dtype]:
