@@ -5,8 +5,9 @@ returns a record.
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from sleb_cli.events import Notify, ignore
 from sleb_cli.plugin_manager import Registry, load_registry
@@ -18,6 +19,7 @@ from sleb_plugins.errors import explain_out_of_memory
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from sleb_cli.checks.searches import CheckedSearch
     from sleb_cli.checks.subjects import NamedSubject
     from sleb_cli.engine.model.source import ModelSource
     from sleb_cli.engine.process_group import ProcessGroup
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from sleb_cli.records import Record
     from sleb_cli.requests import ApplyRequest, ExportRequest, SearchRequest
     from sleb_cli.results import ApplyResult, BenchResult, EvalResult, ExportResult, GgufResult
-    from sleb_plugins import Exporter
+    from sleb_plugins import Engine, Exporter
 
 
 Q = TypeVar("Q", bound=Request)
@@ -57,18 +59,17 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
     from sleb_cli.checks.searches import check_search
     from sleb_cli.engine.door.files import locate
 
+    def find(search: CheckedSearch, notify: Notify) -> ModelSource:
+        return locate(search.named, notify)
+
     with only_writer(request.plan_file) if is_main_process() else nullcontext():
-        with _working(
-            check_search, lambda search: locate(search.named, notify), request, notify
-        ) as work:
+        with _prepared(check_search, find, request, notify) as ready:
             from sleb_cli.engine.door.search import resolve_search
             from sleb_cli.engine.search.journal import delete_journal
             from sleb_cli.engine.search.run import find_removals
 
-            group, registry, settings, source = work
-            plan = find_removals(
-                resolve_search(settings, source, registry, notify, group), group, notify
-            )
+            search = resolve_search(ready.checked, ready.files, ready.registry, notify, ready.group)
+            plan = find_removals(search, ready.group, notify)
         _save(plan, request.plan_file)
         delete_journal(journal_of(request.plan_file), notify)
     return plan
@@ -87,13 +88,13 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
     from sleb_cli.engine.door.files import locate_to_cut
 
     alone = not request.recoveries
-    with _working(
-        check_apply, lambda named: locate_to_cut(named, notify), request, notify, alone=alone
-    ) as work:
+    with _prepared(check_apply, locate_to_cut, request, notify, alone=alone) as ready:
         from sleb_cli.engine.door.apply import resolve_apply
 
-        group, registry, named, source = work
-        return resolve_apply(request, named, source, registry, notify, group)()
+        write = resolve_apply(
+            request, ready.checked, ready.files, ready.registry, notify, ready.group
+        )
+        return write()
 
 
 @explain_out_of_memory(None, _EVALUATE)
@@ -107,21 +108,23 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
     """
     from sleb_cli.checks.verbs import check_evaluation
     from sleb_cli.engine.door.files import locate
+    from sleb_cli.saved_results import delete_results
 
-    with _working(check_evaluation, lambda named: locate(named, notify), request, notify) as work:
+    with _prepared(check_evaluation, locate, request, notify) as ready:
         from sleb_cli.engine.door.evaluate import resolve_evaluation
         from sleb_cli.engine.quality.evaluation import evaluate_models
 
-        group, registry, named, source = work
-        evaluation = resolve_evaluation(request, named, source, registry, notify, group)
-        file = _results_file(evaluation.models.subject, "eval")
-        unfinished = (
-            sibling(request.output, ".unfinished.json") if request.output and not file else None
+        evaluation = resolve_evaluation(
+            request, ready.checked, ready.files, ready.registry, notify, ready.group
         )
-        result = evaluate_models(evaluation, file or unfinished)
+        folder = _results_folder(evaluation.models.subject)
+        unfinished = None
+        if folder is None and request.output is not None:
+            unfinished = sibling(request.output, ".unfinished")
+        result = evaluate_models(evaluation, folder or unfinished)
     _save(result, request.output)
-    if unfinished:
-        unfinished.unlink(missing_ok=True)
+    if unfinished is not None:
+        delete_results(unfinished)
     return result
 
 
@@ -135,33 +138,40 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     """
     from sleb_cli.checks.verbs import check_bench
     from sleb_cli.engine.door.files import locate
-    from sleb_cli.saved_results import save_result
+    from sleb_cli.saved_results import keep_result
 
     count = process_count()
-    if (
-        is_main_process() and count > 1
-    ):  # a launcher gives each process a share of the threads, or an idle device
+    # A launcher gives each process a share of the threads, or an idle device.
+    if is_main_process() and count > 1:
         raise UsageError(
             f"`bench` times models in one process, not in {count}.",
             hint="Run it without the launcher.",
         )
-    with _working(
-        check_bench, lambda checked: locate(checked[0], notify), request, notify, alone=True
-    ) as work:
+
+    def find(checked: tuple[NamedSubject, Engine | None], notify: Notify) -> ModelSource:
+        return locate(checked[0], notify)
+
+    with _prepared(check_bench, find, request, notify, alone=True) as ready:
         from sleb_cli.engine.door.bench import resolve_bench
         from sleb_cli.engine.output.engine_files import engine_files
         from sleb_cli.engine.speed.benchmark import benchmark
 
-        _, registry, (named, engine), source = work
-        settings = resolve_bench(request, named, engine, source, registry, notify)
+        named, engine = ready.checked
+        settings = resolve_bench(request, named, engine, ready.files, ready.registry, notify)
         dense = settings.engine_source
-        files = engine_files(dense, registry, notify) if dense else nullcontext()
+        files = engine_files(dense, ready.registry, notify) if dense else nullcontext()
         with settings.subject.architecture.source.watch.unchanged(), files as write_files:
             result = benchmark(settings, notify, write_files)
     _save(result, request.output)
-    if file := _results_file(settings.subject, "bench"):
-        # Weights and data types may differ between engines, so each has its own file.
-        save_result(result, file.with_suffix(f".{engine.name}.json") if engine else file, notify)
+    folder = _results_folder(settings.subject)
+    if folder is not None:
+        for timed in result.workloads:
+            part = {
+                "workload": timed.workload.to_data(),
+                "engine": timed.engine_version,
+                "attention": timed.attention,
+            }
+            keep_result(result.model_copy(update={"workloads": (timed,)}), part, folder, notify)
     return result
 
 
@@ -176,18 +186,21 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
     from sleb_cli.checks.verbs import check_export
     from sleb_cli.engine.door.files import locate
 
-    def find(checked: tuple[list[NamedSubject], Exporter]) -> ModelSource | None:
-        (named, *_), exporter = checked
-        suffices = not exporter.needs_model or (named.plan and exporter.plan_suffices)
-        return None if suffices else locate(named, notify)
+    def find(checked: tuple[list[NamedSubject], Exporter], notify: Notify) -> ModelSource | None:
+        subjects, exporter = checked
+        if not exporter.needs_model or (subjects[0].plan and exporter.plan_suffices):
+            return None
+        return locate(subjects[0], notify)
 
-    with _working(check_export, find, request, notify, alone=True) as work:
+    with _prepared(check_export, find, request, notify, alone=True) as ready:
         from sleb_cli.engine.door.export import resolve_export
         from sleb_cli.records import THIS_VERSION
         from sleb_cli.results import ExportResult
 
-        _, registry, (named, exporter), source = work
-        pruning, output = resolve_export(request, named, exporter, source, registry, notify)
+        named, exporter = ready.checked
+        pruning, output = resolve_export(
+            request, named, exporter, ready.files, ready.registry, notify
+        )
         text = exporter.export(pruning)
     if output is not None:
         write_text(output, text, replace=request.force)
@@ -197,71 +210,82 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
     )
 
 
-def _results_file(subject: Subject, kind: Literal["eval", "bench"]) -> Path | None:
-    """Return where results are saved: next to their plan, or in the measured checkpoint if sleb
+def _results_folder(subject: Subject) -> Path | None:
+    """Return where results are kept: next to their plan, or in the measured checkpoint if sleb
     wrote it.
     """
     from sleb_cli.plan import CHECKPOINT_PLAN
-    from sleb_cli.saved_results import beside_plan
+    from sleb_cli.saved_results import CHECKPOINT_RESULTS, results_folder
 
     if subject.file is not None:
-        return beside_plan(subject.file, kind) if subject.own_plan else None
+        return results_folder(subject.file) if subject.own_plan else None
     source = subject.architecture.source
-    ours = (
-        not subject.surgery.cuts
-        and source.revision is None
-        and (source.folder / CHECKPOINT_PLAN).is_file()
-    )
-    return source.folder / f"sleb_{kind}.json" if ours else None
+    if subject.surgery.cuts or source.revision is not None:
+        return None
+    is_ours = (source.folder / CHECKPOINT_PLAN).is_file()
+    return source.folder / CHECKPOINT_RESULTS if is_ours else None
+
+
+@dataclass(frozen=True)
+class _Prepared(Generic[Checked, Files]):
+    """A checked request, the files that it names, and the processes that work on it."""
+
+    registry: Registry
+    checked: Checked
+    files: Files
+    group: ProcessGroup
 
 
 @contextmanager
-def _working(
+def _prepared(
     check: Callable[[Q, Registry], Checked],
-    find: Callable[[Checked], Files],
+    find: Callable[[Checked, Notify], Files],
     request: Q,
     notify: Notify,
     *,
     alone: bool = False,
-) -> Iterator[tuple[ProcessGroup, Registry, Checked, Files]]:
+) -> Iterator[_Prepared[Checked, Files]]:
     """Check a request and find its files before torch is imported, and let the processes work
     together.
 
     They end together if one fails. After the body, or with `alone` from the start, only the main
     process goes on.
     """
+    from sleb_cli.checks.clashes import require_coherent
+    from sleb_cli.engine.process_group import ProcessGroup, join_processes
 
-    def prepare() -> tuple[Registry, Checked, Files]:
+    def prepare(group: ProcessGroup) -> _Prepared[Checked, Files]:
         require_coherent(request)  # needs no plugins, which take time to load
         registry = load_registry(notify)
         checked = check(request, registry)
         _require_device(request)
-        return registry, checked, find(checked)
-
-    from sleb_cli.checks.clashes import require_coherent
-    from sleb_cli.engine.process_group import ProcessGroup, join_processes
+        return _Prepared(registry, checked, find(checked, notify), group)
 
     if alone and not is_main_process():
         raise WorkerFinished
-    early = prepare() if alone or process_count() == 1 else None
-    with nullcontext(ProcessGroup()) if early else join_processes() as group:
-        yield group, *(early or group.main_first(prepare))
+    if alone or process_count() == 1:
+        yield prepare(ProcessGroup())
+        return
+    with join_processes() as group:
+        yield group.main_first(lambda: prepare(group))
         if not group.is_main:
             raise WorkerFinished
 
 
 def _require_device(request: Request) -> None:
     """Check that the named device is there, before a model is downloaded for it."""
-    if (device := getattr(request, "device", AUTO)) not in (AUTO, "cpu"):
+    device = getattr(request, "device", AUTO)
+    if device not in (AUTO, "cpu"):
         from sleb_cli.engine.device import choose_device  # which imports torch
 
         choose_device(device)
 
 
 def _save(record: Record, path: Path | None) -> None:
-    if path is not None:
-        try:
-            record.write(path)
-        except OutputError as error:
-            error.unsaved = record.to_data()  # `main` prints it, so that hours of work are not lost
-            raise
+    if path is None:
+        return
+    try:
+        record.write(path)
+    except OutputError as error:
+        error.unsaved = record.to_data()  # `main` prints it, so that hours of work are not lost
+        raise

@@ -4,7 +4,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -445,6 +445,21 @@ class EvalResult(ResultRecord):
         """The rest of the key."""
         return super().depends | {"behavior": self.behavior, "recovered": self.recovered}
 
+    @property
+    def size_keys(self) -> tuple[SizeKey, ...]:
+        """The measured sizes of the pruned model."""
+        return self.sizes
+
+    def of_sizes(self, sizes: Collection[frozenset[int]]) -> EvalResult:
+        """Return the result without other sizes."""
+        return self.model_copy(
+            update={
+                "sizes": tuple(size for size in self.sizes if frozenset(size) in sizes),
+                "texts": with_sizes(self.texts, sizes),
+                "tasks": with_sizes(self.tasks, sizes),
+            }
+        )
+
     def merged_with(self, previous: EvalResult) -> EvalResult:
         """Return both results, of one key, as one: what was measured in both is taken from this
         one.
@@ -461,15 +476,16 @@ class EvalResult(ResultRecord):
 
 
 R = TypeVar("R", TextResult, TaskResult)
-_Sized = TypeVar("_Sized", TextResult, TaskResult, "WorkloadResult", "BenchResult")
+_Sized = TypeVar("_Sized", TextResult, TaskResult, "WorkloadResult")
 
 
-def of_sizes(results: Iterable[_Sized], sizes: Iterable[Iterable[int]]) -> Iterator[_Sized]:
-    """Yield results whose `pruned` have these sizes alone."""
-    wanted = set(map(frozenset, sizes))
+def with_sizes(results: Iterable[_Sized], sizes: Collection[frozenset[int]]) -> tuple[_Sized, ...]:
+    """Return the results with these sizes of the pruned model alone."""
+    found = []
     for result in results:
-        pruned = tuple(size for size in result.pruned if frozenset(size.removals) in wanted)
-        yield result.model_copy(update={"pruned": pruned})
+        pruned = tuple(size for size in result.pruned if frozenset(size.removals) in sizes)
+        found.append(result.model_copy(update={"pruned": pruned}))
+    return tuple(found)
 
 
 def merge_results(old: tuple[R, ...], new: tuple[R, ...]) -> tuple[R, ...]:
@@ -644,6 +660,21 @@ class BenchResult(ResultRecord):
     def depends(self) -> dict[str, Any]:
         """The rest of the key."""
         return super().depends | {"threads": self.threads}
+
+    @property
+    def size_keys(self) -> tuple[SizeKey, ...]:
+        """The measured sizes of the pruned model."""
+        return tuple(size.removals for size in self.pruned)
+
+    def of_sizes(self, sizes: Collection[frozenset[int]]) -> BenchResult:
+        """Return the result without other sizes."""
+        pruned = tuple(size for size in self.pruned if frozenset(size.removals) in sizes)
+        workloads = with_sizes(self.workloads, sizes)
+        return self.model_copy(update={"pruned": pruned, "workloads": workloads})
+
+    def is_by(self, engine: str) -> bool:
+        """Whether this engine ran the workloads."""
+        return all(result.workload.engine == engine for result in self.workloads)
 
     def merged_with(self, previous: BenchResult) -> BenchResult:
         """Return both results, of one key, as one.

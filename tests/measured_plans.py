@@ -2,6 +2,7 @@
 
 import math
 import random
+import shutil
 import statistics
 from collections.abc import Sequence
 from itertools import accumulate
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb_cli.engine.speed.timing import Measured, workload_result
+from sleb_cli.events import ignore
 from sleb_cli.plan import (
     CalibrationRecord,
     DenseRecord,
@@ -40,7 +42,7 @@ from sleb_cli.results import (
     Workload,
     WorkloadResult,
 )
-from sleb_cli.saved_results import beside_plan
+from sleb_cli.saved_results import keep_result, results_folder
 from sleb_plugins.engine import TimedRun
 
 SHA = "0" * 64
@@ -287,8 +289,7 @@ def write_measured(
     """Write a plan and what was measured of it, and return the plan's file."""
     file = folder / "plan.json"
     plan.write(file)
-    if evaluation:
-        evaluation.write(beside_plan(file, "eval"))
-    if benchmark:
-        benchmark.write(beside_plan(file, "bench"))
+    shutil.rmtree(results_folder(file), ignore_errors=True)
+    for result in filter(None, (evaluation, benchmark)):
+        keep_result(result, {}, results_folder(file), ignore)
     return file

@@ -13,8 +13,12 @@ from conftest import weights_of
 from gguf_models import write_llama_gguf
 from sleb_cli.engine.gguf.blocks import block_count
 from sleb_cli.engine.gguf.file import read_gguf
+from sleb_cli.engine.output.measured import read_measurements
 from sleb_cli.engine.speed.engines import vllm
+from sleb_cli.events import ignore
 from sleb_cli.plan import read_plan
+from sleb_cli.results import BenchResult
+from sleb_cli.saved_results import read_results, results_folder
 
 SHORT = ["--batch-size", 2, "--prompt-length", 8, "--iterations", 4, "--warmup", 1]
 
@@ -88,10 +92,12 @@ def test_every_size_is_timed_beside_the_dense_model(
     assert (
         list((tmp_path / "scratch").iterdir()) == []
     )  # nothing stays of the files that were written
-    kept = json.loads(llama_plan.with_suffix(".bench.steady.json").read_text())
-    assert kept["workloads"] == data["workloads"]
-    assert kept["plugins"] == {"unknown package": "?"}  # the engine's
-    assert not llama_plan.with_suffix(".bench.json").exists()
+    kept = read_results(BenchResult, results_folder(llama_plan), ignore).values()
+    workloads = [each.to_data()["workloads"][0] for each in kept]
+    assert sorted(workloads, key=str) == sorted(data["workloads"], key=str)
+    assert all(each.plugins == {"unknown package": "?"} for each in kept)  # the engine's
+    # Reports show transformers alone.
+    assert read_measurements(llama_plan, read_plan(llama_plan), ignore)[1] is None
     removals = list(read_plan(llama_plan).removals)
     assert [size["removals"] for size in data["pruned"]] == [removals[:1], removals]
     assert [size["blocks"] for size in (data["dense"], *data["pruned"])] == [6, 5, 4]

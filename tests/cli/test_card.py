@@ -13,8 +13,9 @@ from huggingface_hub import ModelCard
 from conftest import calibration, llama_config, save_model
 from gguf_models import write_llama_gguf
 from measured_plans import make_benchmark, make_evaluation
+from sleb_cli.events import ignore
 from sleb_cli.plan import read_plan
-from sleb_cli.saved_results import beside_plan
+from sleb_cli.saved_results import keep_result, results_folder
 from sleb_cli.units import format_change, format_perplexity
 
 
@@ -105,9 +106,9 @@ def measured(llama_plan, text_file):
     evaluation = evaluation.model_copy(
         update={"lm_eval": (str(text_file.parent / "lm-eval.json"),)}
     )
-    evaluation.write(beside_plan(llama_plan, "eval"))
     benchmark = make_benchmark(plan, every=1)
-    benchmark.write(beside_plan(llama_plan, "bench"))
+    for result in (evaluation, benchmark):
+        keep_result(result, {}, results_folder(llama_plan), ignore)
     return llama_plan, evaluation, benchmark
 
 
@@ -150,7 +151,7 @@ def test_the_card_shows_what_was_measured_of_this_size(out, measured, size):
         *((task.task, "acc", round(task.pruned[size - 1].value, 4)) for task in evaluation.tasks),
     ]  # fmt: skip
     assert out.data.model_name == f"tiny-llama-sleb-{6 - size}-blocks"
-    files = out.folder.glob("*.[jm][sd]*")
+    files = out.folder.rglob("*.[jm][sd]*")
     assert str(out.text_file.parent) not in "".join(path.read_text() for path in files)
 
 
@@ -168,9 +169,9 @@ def test_a_recovered_checkpoint_claims_no_earlier_number(out, measured, tmp_path
     assert "model-index" not in out.data.to_dict()
     assert "**Recovery**" in out.text
     assert "**Results**" not in out.text
-    assert not list(out.folder.glob("sleb_plan.*.json"))
+    assert not results_folder(out.folder / "sleb_plan.json").exists()
     recovered = measured[1].model_copy(update={"recovered": "weights"})
-    recovered.write(beside_plan(out.folder / "sleb_plan.json", "eval"))
+    keep_result(recovered, {}, results_folder(out.folder / "sleb_plan.json"), ignore)
     moved = shutil.copytree(out.folder, tmp_path / "recovered")
     # Nor does one without these values, nor another model of the same plan.
     out.apply(moved / "sleb_plan.json", "--model", read_plan(measured[0]).model.id, "--force")
@@ -202,9 +203,7 @@ def test_no_file_names_a_folder_of_this_machine(out, sleb, search, tmp_path, tex
     (folder / "tokenizer_config.json").write_text(
         json.dumps(tokenizer | {"name_or_path": str(tmp_path / "base")})
     )
-    (folder / "plan.eval.json.old").write_text(
-        json.dumps({"sleb_version": "1", "model": str(folder)})
-    )
+    (folder / "results.json").write_text(json.dumps({"sleb_version": "1", "model": str(folder)}))
     (folder / "adapter_config.json").write_text("{}")
     search("--remove", 1, model=folder, text=f"{text_file}:2/3,self:1/3", samples=6)
     out.apply("plan.json", "--recover", *calibration(text_file, samples=10))

@@ -18,11 +18,14 @@ from reference import log_likelihood, plain_loss
 from sleb_cli.canaries.items import instructions
 from sleb_cli.engine.forward import prepare
 from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.output.measured import read_measurements
 from sleb_cli.engine.quality import models as quality_models
 from sleb_cli.engine.quality import written_code
 from sleb_cli.engine.quality.models import Models
+from sleb_cli.events import ignore
+from sleb_cli.plan import read_plan
 from sleb_cli.results import EvalResult
-from sleb_cli.saved_results import beside_plan
+from sleb_cli.saved_results import read_results, results_folder
 from sleb_cli.texts.named import text_source
 
 SHORT = ["--sequence-length", 64]
@@ -44,6 +47,11 @@ def evaluate(sleb):
         return json.loads(result.stdout), result.stderr
 
     return run
+
+
+def kept_results(folder):
+    """Return the kept results of evaluations, the oldest first."""
+    return [*read_results(EvalResult, folder, ignore).values()]
 
 
 def plain_perplexity(folder, text, length, skipped):
@@ -371,8 +379,8 @@ def test_an_interrupted_evaluation_keeps_its_finished_parts(
     with monkeypatch.context() as patch:
         count_passes(patch, limit=len(passes))
         sleb("eval", *options, "--force", "-o", "r.json", code=130)
-    unfinished = EvalResult.model_validate_json((tmp_path / "r.unfinished.json").read_text())
-    assert [text.text for text in unfinished.texts] == [str(test_text), str(text_file)]
+    unfinished = kept_results(tmp_path / "r.unfinished")
+    assert [each.texts[0].text for each in unfinished] == [str(test_text), str(text_file)]
     rest = count_passes(monkeypatch)
     assert (
         evaluate(*options, "-o", "r.json")[0]
@@ -380,7 +388,7 @@ def test_an_interrupted_evaluation_keeps_its_finished_parts(
         == json.loads((tmp_path / "r.json").read_text())
     )
     assert 0 < len(rest) < len(passes) / 2
-    assert not (tmp_path / "r.unfinished.json").exists()
+    assert not (tmp_path / "r.unfinished").exists()
 
 
 def test_results_of_runs_are_kept_beside_the_plan(
@@ -391,38 +399,48 @@ def test_results_of_runs_are_kept_beside_the_plan(
     _, said = evaluate("--perplexity", f"{test_text},{text_file}", "--every", 1, *short)
     assert said == ""
     evaluate(plan, "--perplexity", text_file, *own_task, *short)
-    file = beside_plan(plan, "eval")
-    kept = EvalResult.model_validate_json(file.read_text())
-    assert [text.text for text in kept.texts] == [str(test_text), str(text_file)]
-    assert [[len(size.removals) for size in text.pruned] for text in kept.texts] == [[1, 2], [1, 2]]
-    (task,) = kept.tasks
+    folder = results_folder(plan)
+    one, other, last = kept_results(folder)
+    assert [each.texts[0].text for each in (one, other)] == [str(test_text), str(text_file)]
+    assert [len(size) for size in one.sizes] == [1, 2]
+    (task,) = last.tasks
     assert (task.task, task.limit, task.lm_eval) == ("own_weather", 4, version("lm_eval"))
     windows = "--sequence-length 64 --max-windows 4"
     of_task = f"--tasks own_weather --limit 4 --include-path {own_task[3]}"
-    assert kept.commands == (
-        f"sleb eval --every 1 --perplexity {test_text},{text_file} {windows}",
-        f"sleb eval {plan} --perplexity {text_file} {of_task} {windows}",
-    )
-    before, other = file.read_text(), save_model(plan.parent / "other", llama_config(), seed=1)
-    evaluate(plan, "--model", other, "--any-model", "--perplexity", test_text, *short)
-    assert file.read_text() == before  # of another model, nothing is kept
+    (first,) = {*one.commands, *other.commands}
+    assert first == f"sleb eval --every 1 --perplexity {test_text},{text_file} {windows}"
+    second = f"sleb eval {plan} --perplexity {text_file} {of_task} {windows}"
+    assert last.commands == (second,)
+    joined, _ = read_measurements(plan, read_plan(plan), ignore)
+    assert [len(of.pruned) for of in (*joined.texts, *joined.tasks)] == [2, 2, 1]
+    assert len(joined.commands) == 2
+    # Another size is another file, and a report joins them.
+    evaluate(plan, "--perplexity", text_file, *own_task, *short, "--remove", 1)
+    assert len(kept_results(folder)) == 4
+    joined, _ = read_measurements(plan, read_plan(plan), ignore)
+    assert [len(of.pruned) for of in (*joined.texts, *joined.tasks)] == [2, 2, 2]
+    model = save_model(plan.parent / "other", llama_config(), seed=1)
+    evaluate(plan, "--model", model, "--any-model", "--perplexity", test_text, *short)
+    assert len(kept_results(folder)) == 4  # of another model, nothing is kept
 
 
 def test_an_applied_checkpoint_keeps_its_own_results(
     sleb, evaluate, llama_plan, test_text, tmp_path
 ):
     sleb("apply", llama_plan, "-o", "out", "--no-verify", "-q")
-    options, file = ["--perplexity", test_text, *SHORT], tmp_path / "out" / "sleb_eval.json"
+    options = ["--perplexity", test_text, *SHORT]
     planned, _ = evaluate(llama_plan, *options)
-    for _ in range(2):
-        evaluate("out", *options)
-        (kept,) = EvalResult.model_validate_json(file.read_text()).texts
-        assert kept.dense.perplexity == planned["texts"][0]["pruned"][0]["perplexity"]
+    evaluate("out", *options)
+    _, said = evaluate("out", *options)
+    assert "Measured before" in said
+    (file,) = (tmp_path / "out" / "sleb_results").iterdir()
     assert str(tmp_path) not in file.read_text()
+    (kept,) = kept_results(file.parent)
+    dense = kept.texts[0].dense
+    assert dense.perplexity == planned["texts"][0]["pruned"][0]["perplexity"]
     # With further blocks removed, it is another model.
-    file.unlink()
     evaluate("out", "--blocks", 1, *options)
-    assert not file.exists()
+    assert [*file.parent.iterdir()] == [file]
 
 
 def test_out_of_memory_batches_are_smaller(evaluate, tiny_llama, own_task, text_file, monkeypatch):

@@ -15,8 +15,10 @@ import pytest
 from pydantic import BaseModel
 
 from measured_plans import make_benchmark, make_evaluation, make_plan, write_measured
+from sleb_cli.events import ignore
 from sleb_cli.exporters.findings import Findings
 from sleb_cli.plan import ClosedFormRecord, LossesRecord, RecoveryRecord
+from sleb_cli.saved_results import keep_result, results_folder
 from sleb_cli.tables.quality import task_names, text_names
 from sleb_cli.units import format_perplexity
 
@@ -257,11 +259,10 @@ def test_local_folders_stay_private(report):
 )
 def test_results_that_do_not_belong_are_left_out(exported, tmp_path, own, damaged):
     plan = make_plan(8, 2)
-    results = write_measured(
-        tmp_path, plan, evaluation=make_evaluation(plan, items=40)
-    ).with_suffix(".eval.json")
+    file = write_measured(tmp_path, plan, evaluation=make_evaluation(plan, items=40))
+    (results,) = results_folder(file).iterdir()
     results.write_text(results.read_text().replace(own, damaged, 1))
-    assert "warning: Ignoring plan.eval.json: " in exported().stderr
+    assert "warning: Ignoring " in exported().stderr
     assert "sleb eval plan.json --every 2" in Page(tmp_path / "plan.report.html").text
 
 
@@ -274,8 +275,9 @@ def test_only_results_of_the_sizes_of_the_plan_count(exported, report, tmp_path)
         False,
         False,
     ]
-    write_measured(tmp_path, plan, evaluation=make_evaluation(other, items=40, every=1))
-    assert "Ignoring 3 sizes in plan.eval.json that plan.json does not have." in exported().stderr
+    file = write_measured(tmp_path, plan, evaluation=make_evaluation(other, items=40, every=1))
+    keep_result(make_evaluation(other, items=40, every=9), {}, results_folder(file), ignore)
+    assert "Ignoring 1 result in plan.results: " in exported().stderr
     # A plan that is cut is about fewer.
     page = report(plan, "--remove", 2, "--force", evaluation=make_evaluation(plan, items=40))
     assert "Tiny-1B without 2 of 12 blocks" in page.text

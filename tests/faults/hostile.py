@@ -20,7 +20,7 @@ SECRET = b"canary-that-must-stay-where-it-is-"
 """What the files outside hold, so that it is found wherever it goes."""
 MEMORY, SECONDS = 2 << 30, 10
 OWN = {"SLEB_CACHE": "cache", "HF_HUB_CACHE": "hub", "HF_MODULES_CACHE": "code", "TMPDIR": "tmp"}
-NEW = re.compile(rf"(\.?out|{'|'.join(OWN.values())})([./]|$)|(plan|own)\.(eval|bench)\.")
+NEW = re.compile(rf"(\.?out|{'|'.join(OWN.values())})([./]|$)|(plan|own)\.results")
 """What a case may change, or make: its output, and folders of its own."""
 PIPE = os.mkfifo
 """A content that is no file: a named pipe that nobody writes to."""

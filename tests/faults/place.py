@@ -19,7 +19,7 @@ from gguf_models import convert_llama
 TIMES = re.compile(rb'"(started|[a-z_]*seconds[a-z_]*)": ?("[^"]*"|[-0-9.e]+)')
 PROGRESS = ("work/*.journal*", "work/.old.recovery/*")
 """What a run that fails may leave for the next one."""
-SPARE = ("work/plan.eval.json",)
+SPARE = ("work/plan.results/*",)
 """What keeps a result once more."""
 TEXT = calibration(Path("../text.txt"))
 APPLY = ("apply", "plan.json", "-o", "small")

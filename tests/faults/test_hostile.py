@@ -61,6 +61,7 @@ OWN_PLAN = (
     ("search", "model", "--extend", "own.json", "--remove", "2", "-o", "out.json", "--sample-tokens", "0"),
 )  # fmt: skip
 JOURNAL, HEALING = "out.later.json.journal", ".out.healed.recovery/**/healing*.safetensors"
+RESULTS = ("plan.results/eval-0.json", "plan.results/bench-0.json")
 WEIGHTS, INDEX = "model/model.safetensors", "shards/model.safetensors.index.json"
 TEMPLATE = b"{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
 LISTS = {"vocab_size": 4, "attention.head_count_kv": [1, 2, 2, 1]}
@@ -104,10 +105,14 @@ def base(program, tmp_path_factory):
         b"\n".join(json.dumps({"text": line}).encode() for line in LINES)
     )
     plan = make_plan(8, 3, kinds=True)
-    records = {"plan": plan, "plan.eval": make_evaluation(plan, items=20),
-               "plan.bench": make_benchmark(plan, iterations=3, batches=(1,))}  # fmt: skip
+    (top / "plan.results").mkdir()
+    records = {
+        "plan.json": plan,
+        RESULTS[0]: make_evaluation(plan, items=20),
+        RESULTS[1]: make_benchmark(plan, iterations=3, batches=(1,)),
+    }
     for name, record in records.items():
-        (top / f"{name}.json").write_text(to_json(record.to_data()))
+        (top / name).write_text(to_json(record.to_data()))
     write_gguf(top / "whole.gguf", "llama", 4, {**LISTS, "leading_dense_block_count": 1})
     program.run(*SEARCH, "--protect-first", 0, "-o", "own.json", cwd=top)
     # Killed as it gives something its name, a command leaves what it had saved.
@@ -223,6 +228,8 @@ def other_cases():
     """Yield cases of plans, texts and what an earlier command left."""
     for name, content in PLANS.items():
         yield f"plan: {name}", TABLE, {"plan.json": content}, PLAN, "plan.json"
+    for file in RESULTS:  # beside a plan, they are left out
+        yield f"half of {file}", TABLE, {file: b'{"kind": '}, FINE, ""
     for name, shown in SHOWN.items():
         for words in (("apply",), ("export", "--to", "mergekit")):
             plan = named("plan.json", id=f"/x/{name}", revision=None)

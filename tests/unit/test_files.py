@@ -144,8 +144,8 @@ BESIDE = (
     "README.md",
     "log.txt",
     "plan.json",
-    "plan.eval.json",
-    "sleb_eval.json",
+    "plan.results/eval-0.json",
+    "sleb_results/eval-0.json",
     "trainer_state.json",
     "t.py.old",
 )

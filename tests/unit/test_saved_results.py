@@ -1,16 +1,18 @@
-"""Results of several runs in one file: merged by what was measured, and never lost."""
+"""Kept results: a file for each measurement and setting, of which nothing is lost, joined by readers."""
 
 import pytest
 
 from measured_plans import make_benchmark, make_evaluation, make_plan
-from sleb_cli.results import EvalResult
-from sleb_cli.saved_results import find_saved, read_saved, save_result
+from sleb_cli.engine.output.measured import join_results
+from sleb_cli.results import BenchResult, EvalResult
+from sleb_cli.saved_results import delete_results, find_kept, keep_result, read_results
 
 PLAN = make_plan(6, 3)
 OTHER_SETTINGS = [
     {"dtype": "float16"}, {"device": "cuda"}, {"processor": "q"}, {"torch": "3"}, {"transformers": "6"},
     *({"model": PLAN.model.model_copy(update={key: "0"})} for key in ("fingerprint", "code")),
 ]  # fmt: skip
+PART = {"text": "a"}
 
 
 def evaluation(*texts, **options):
@@ -27,13 +29,10 @@ def test_sizes_of_a_task_that_has_changed_are_dropped():
     few, every = (
         make_evaluation(PLAN, texts=(), tasks=("piqa",), every=number) for number in (9, 1)
     )
-    changed = few.model_copy(
-        update={"tasks": (few.tasks[0].model_copy(update={"fingerprint": "other"}),)}
-    )
-    assert few.merged_with(every).tasks[0].pruned == (
-        *every.tasks[0].pruned[:2],
-        *few.tasks[0].pruned,
-    )
+    changed_task = few.tasks[0].model_copy(update={"fingerprint": "other"})
+    changed = few.model_copy(update={"tasks": (changed_task,)})
+    sizes = (*every.tasks[0].pruned[:2], *few.tasks[0].pruned)
+    assert few.merged_with(every).tasks[0].pruned == sizes
     assert changed.merged_with(every).tasks == changed.tasks
 
 
@@ -46,64 +45,67 @@ def test_sizes_of_a_task_that_has_changed_are_dropped():
     + [(benchmark((1, 8)), change) for change in [*OTHER_SETTINGS, {"threads": 1}]],
 )
 def test_results_in_several_settings_are_kept_side_by_side(tmp_path, result, changes):
-    file, heard, other = tmp_path / "kept.json", [], result.model_copy(update=changes)
-    third = result.model_copy(update={"device": "another"})
+    folder, heard, other = tmp_path / "kept", [], result.model_copy(update=changes)
     for _ in range(2):
-        for each in (result, other, third):
-            save_result(each, file, heard.append)
-            assert read_saved(type(result), file, heard.append) == each
-            assert find_saved(each, file, heard.append) == each
-    assert len(list(tmp_path.iterdir())) == 3
-    assert all(find_saved(each, file, heard.append) == each for each in (result, other, third))
-    moved = f"{file} held results for a different model or setting, which are now in kept."
-    assert len(heard) == 5
-    assert all(notice.text.startswith(moved) for notice in heard)
+        for each in (result, other):
+            keep_result(each, PART, folder, heard.append)
+    assert len([*folder.iterdir()]) == 2
+    for each in (result, other):
+        assert find_kept(each, PART, folder, heard.append) == [each]
+        assert find_kept(each, {"text": "b"}, folder, heard.append) == []
+    kept = [*read_results(type(result), folder, heard.append).values()]
+    assert kept == [result, other]
+    assert join_results(kept) == other
+    assert heard == []
+
+
+def test_other_sizes_are_another_file(tmp_path):
+    few, every = evaluation("a", every=9), evaluation("a", every=1)
+    for each in (few, every):
+        keep_result(each, PART, tmp_path, print)
+    assert find_kept(few, PART, tmp_path, print) == [few, every]
+    assert join_results([few, every]).sizes == every.sizes
 
 
 def test_files_that_cannot_be_read_or_written_lose_nothing(tmp_path):
-    file, heard = tmp_path / "plan.eval.json", []
-    file.write_text('{"kind": "eval"}')
-    save_result(evaluation(), file, heard.append)
-    assert "plan.eval.json: this version of sleb cannot read it (schema_version" in heard[0].text
-    assert (tmp_path / "plan.eval.json.old").read_text() == '{"kind": "eval"}'
-    file.write_text("{}")
-    save_result(evaluation(), file, heard.append)
-    assert (tmp_path / "plan.eval.json.old").read_text() == '{"kind": "eval"}'
-    assert (tmp_path / "plan.eval.2.json.old").read_text() == "{}"
-    assert read_saved(EvalResult, file, heard.append) is not None
-    assert (
-        save_result(evaluation(), tmp_path / "none" / "plan.eval.json", heard.append)
-        == evaluation()
-    )
+    heard = []
+    unreadable = tmp_path / "eval-0.json"
+    unreadable.write_text('{"kind": "eval"}')
+    keep_result(evaluation(), PART, tmp_path, heard.append)
+    assert [*read_results(EvalResult, tmp_path, heard.append).values()] == [evaluation()]
+    assert "eval-0.json: this version of sleb cannot read it (schema_version" in heard[0].text
+    assert unreadable.read_text() == '{"kind": "eval"}'
+    keep_result(evaluation(), PART, unreadable, heard.append)
     assert "not kept for reports" in heard[-1].text
+    assert read_results(BenchResult, tmp_path / "none", heard.append) == {}
 
 
-def test_fewer_iterations_do_not_replace_more(tmp_path):
-    file, heard = tmp_path / "plan.bench.json", []
+def test_only_results_are_deleted(tmp_path):
+    for folder, more in ((tmp_path / "ours", []), (tmp_path / "shared", ["mine.json"])):
+        keep_result(evaluation(), PART, folder, print)
+        for name in more:
+            (folder / name).write_text("{}")
+        delete_results(folder)
+        delete_results(folder)
+        assert folder.exists() is bool(more)
+    assert [file.name for file in folder.iterdir()] == more
+
+
+def test_fewer_iterations_do_not_stand_for_more():
     long, quick = benchmark((1, 8), iterations=5), benchmark((1, 8), (1, 4), every=1, iterations=1)
-    save_result(long, file, heard.append)
-    both = save_result(quick, file, heard.append)
+    both = join_results([long, quick])
     assert both.workloads == (long.workloads[0], quick.workloads[1])
     assert [size.removals for size in both.pruned] == list(PLAN.size_keys)
-    (notice,) = heard
-    assert "keeps the earlier 5 runs of prompt 1x8" in notice.text
-    assert "use --iterations 5 or more" in notice.text
     again = benchmark((1, 8), iterations=5, every=1)
-    assert save_result(again, file, heard.append).workloads == (
-        again.workloads[0],
-        quick.workloads[1],
-    )
-    assert len(heard) == 1
+    assert join_results([long, quick, again]).workloads == (again.workloads[0], quick.workloads[1])
 
 
 @pytest.mark.parametrize(
-    "changes", [{"new_tokens": 4}, {"engine": "vllm"}, {"compiled": True}, {"batch_size": 2}]
+    "changes", [{"new_tokens": 4}, {"compiled": True}, {"batch_size": 2}, {"engine": "vllm"}]
 )
 def test_other_settings_are_another_workload(changes):
     result = benchmark((1, 8))
     (one,) = result.workloads
     other = one.model_copy(update={"workload": one.workload.model_copy(update=changes)})
-    assert result.model_copy(update={"workloads": (other,)}).merged_with(result).workloads == (
-        one,
-        other,
-    )
+    joined = result.model_copy(update={"workloads": (other,)}).merged_with(result)
+    assert joined.workloads == (one, other)

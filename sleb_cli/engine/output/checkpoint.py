@@ -24,7 +24,7 @@ from sleb_cli.engine.files.copying import copy_file, holds_file, links_outside, 
 from sleb_cli.engine.files.shards import NewTensor, new_tensor, plan_shards, write_weights
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.card import CARD, model_card
-from sleb_cli.engine.output.measured import read_measurements
+from sleb_cli.engine.output.measured import join_results, results_of_plan
 from sleb_cli.engine.output.proof import prove
 from sleb_cli.engine.output.proof_of_files import Planned
 from sleb_cli.engine.output.proof_placement import ProofPlacement, place_proof
@@ -37,8 +37,8 @@ from sleb_cli.plan import CHECKPOINT_PLAN
 from sleb_cli.processes import WorkerFinished
 from sleb_cli.records import THIS_VERSION
 from sleb_cli.requests import DEFAULT_SHARD_SIZE
-from sleb_cli.results import ApplyResult
-from sleb_cli.saved_results import beside_plan
+from sleb_cli.results import ApplyResult, BenchResult, EvalResult
+from sleb_cli.saved_results import results_folder
 from sleb_cli.units import parse_bytes
 from sleb_plugins import OutputError, ProofError
 
@@ -235,22 +235,24 @@ def _add_card_and_plan(
     # The results are of the plan's removals alone, so they do not describe a checkpoint with
     # further changes.
     is_other = written.recovery or written.vocabulary or written.experts_per_token
-    measured = None if is_other or (plan and plan.recovery) else subject.own_plan
-    evaluation, benchmark = None, None
-    if subject.file and measured:
-        evaluation, benchmark = read_measurements(subject.file, measured, notify)
-    card = model_card(subject, written, evaluation, benchmark)
+    described = None if is_other or (plan and plan.recovery) else subject.own_plan
+    evaluations: dict[Path, EvalResult] = {}
+    benchmarks: dict[Path, BenchResult] = {}
+    if subject.file and described:
+        evaluations = results_of_plan(EvalResult, subject.file, described, notify)
+        benchmarks = results_of_plan(BenchResult, subject.file, described, notify)
+    evaluation = join_results([*evaluations.values()])
+    card = model_card(subject, written, evaluation, join_results([*benchmarks.values()]))
     (folder / CARD).write_text(card, encoding="utf-8")
     if plan:
         base = None if subject.own_plan else written.model
-        described = plan.model_copy(
-            update={"base_model": base, "recovery": written.recovery, "proof": written.proof}
-        )
-        path.write_text(to_json(described.published().to_data()), encoding="utf-8")
-    if evaluation:
-        evaluation.write(beside_plan(path, "eval"))
-    if benchmark:
-        benchmark.write(beside_plan(path, "bench"))
+        changes = {"base_model": base, "recovery": written.recovery, "proof": written.proof}
+        changed = plan.model_copy(update=changes)
+        path.write_text(to_json(changed.published().to_data()), encoding="utf-8")
+    results = results_folder(path)
+    for file, result in {**evaluations, **benchmarks}.items():
+        results.mkdir(exist_ok=True)
+        result.write(results / file.name)
 
 
 def plan_tensors(
@@ -347,7 +349,7 @@ def _find_other_files(
 
 def _is_ours(path: Path) -> bool:
     # Plans, results and journals name local folders, and do not describe the pruned model.
-    if path.name.endswith((".json", ".json.old")):
+    if path.name.endswith(".json"):
         with reading(path), path.open("rb") as file:
             if b'"sleb_version"' in file.read(_START_BYTES):
                 return True

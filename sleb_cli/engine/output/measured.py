@@ -1,8 +1,8 @@
-"""Which results beside a plan describe it? Read for exporters and model cards."""
+"""The kept results of a plan, for exporters and model cards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,12 +16,9 @@ from sleb_cli.results import (
     PrunedTaskScores,
     PrunedTextScores,
     PrunedTiming,
-    of_sizes,
 )
-from sleb_cli.saved_results import R, beside_plan, read_saved
+from sleb_cli.saved_results import R, read_results, results_folder
 from sleb_cli.units import plural
-
-_LISTS = ("texts", "tasks", "workloads")
 
 S = TypeVar("S", PrunedTextScores, PrunedTaskScores, PrunedTiming, ModelSize)
 
@@ -29,62 +26,56 @@ S = TypeVar("S", PrunedTextScores, PrunedTaskScores, PrunedTiming, ModelSize)
 def read_measurements(
     path: Path, plan: Plan, notify: Notify
 ) -> tuple[EvalResult | None, BenchResult | None]:
-    """Read the results for the sizes of a plan, without local folders; None for one that is missing
-    or does not fit.
+    """Read the results for the sizes of a plan, without local folders; None if there are none."""
+    evaluations = results_of_plan(EvalResult, path, plan, notify)
+    benchmarks = results_of_plan(BenchResult, path, plan, notify)
+    return join_results([*evaluations.values()]), join_results([*benchmarks.values()])
+
+
+def results_of_plan(kind: type[R], path: Path, plan: Plan, notify: Notify) -> dict[Path, R]:
+    """Read the results for the sizes of a plan by file, the oldest first, without local folders.
+
+    A report with a gap is better than none, so what does not fit the plan is a warning.
     """
-    return _read(EvalResult, path, plan, notify), _read(BenchResult, path, plan, notify)
-
-
-def _read(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R | None:
-    # A report with a gap is better than none, so what does not fit is a warning, not an error.
-    file = beside_plan(path, "eval" if kind is EvalResult else "bench")
-    result = read_saved(kind, file, notify)
-    if result is None:
-        return None
-    if isinstance(
-        result, BenchResult
-    ):  # with `-o`, another engine's workloads may have been written there
-        workloads = tuple(
-            timed for timed in result.workloads if timed.workload.engine == TRANSFORMERS
-        )
-        result = result.model_copy(update={"workloads": workloads})
-    if result.model.fingerprint != plan.model.fingerprint:
-        notify(Warned(f"Ignoring {file}: it was measured on a different model than {path}."))
-        return None
-    if result.order.ranking != plan.order.ranking:
-        notify(Warned(f"Ignoring {file}: {path} removes other parts, or in another order."))
-        return None
-    if isinstance(result, EvalResult) and plan.recovery and result.recovered is None:
-        notify(
-            Warned(f"Ignoring {file}: it was measured before the blocks of {path} were recovered.")
-        )
-        return None
-    planned = set(map(frozenset, plan.size_keys))
-    entries = [entry for name in _LISTS for entry in getattr(result, name, ())]
-    measured = {frozenset(size.removals) for entry in entries for size in entry.pruned}
-    # A plan that was cut to fewer removals no longer tells its larger sizes from another plan's.
-    unknown_sizes = {
-        removals for removals in measured - planned if len(removals) <= len(plan.largest)
-    }
-    if unknown_sizes:
+    folder = results_folder(path)
+    planned = {frozenset(size) for size in plan.size_keys}
+    fitting, ignored = {}, 0
+    for file, result in read_results(kind, folder, notify).items():
+        same_order = result.order.ranking == plan.order.ranking
+        if result.model.fingerprint != plan.model.fingerprint or not same_order:
+            ignored += 1
+        elif plan.recovery and isinstance(result, EvalResult) and result.recovered is None:
+            ignored += 1  # measured before the blocks were recovered
+        elif any(frozenset(size) in planned for size in result.size_keys):
+            fitting[file] = result.of_sizes(planned).published()
+        elif any(len(size) <= len(plan.largest) for size in result.size_keys):
+            # A plan that was cut to fewer removals does not know its larger sizes any more.
+            ignored += 1
+    if ignored:
         notify(
             Warned(
-                f"Ignoring {plural(len(unknown_sizes), 'size')} in {file} that {path} does not "
-                f"have."
+                f"Ignoring {plural(ignored, 'result')} in {folder}: of another model, before a "
+                f"recovery, or without other parts than {path} removes."
             )
         )
-    if not measured & planned:
-        return None
-    changes = {
-        name: tuple(of_sizes(getattr(result, name), planned))
-        for name in _LISTS
-        if hasattr(result, name)
-    }
-    if isinstance(result, BenchResult):
-        (result,) = of_sizes([result], planned)
-    else:
-        changes["sizes"] = tuple(size for size in result.sizes if frozenset(size) in planned)
-    return result.model_copy(update=changes).published()
+    return fitting
+
+
+def join_results(results: Sequence[R]) -> R | None:
+    """Join the results in the setting of the last one; of a part that is in several, the last
+    counts.
+
+    Of benchmarks, only those of transformers count, since other engines may have other weights.
+    """
+    joined = None
+    for result in reversed(results):
+        if isinstance(result, BenchResult) and not result.is_by(TRANSFORMERS):
+            continue
+        if joined is None:
+            joined = result
+        elif joined.key == result.key:
+            joined = joined.merged_with(result)
+    return joined
 
 
 def of_size(entries: Iterable[S], removals: tuple[int, ...]) -> S | None:

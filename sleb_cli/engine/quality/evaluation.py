@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -29,14 +29,13 @@ from sleb_cli.order import SizeKey
 from sleb_cli.records import THIS_VERSION
 from sleb_cli.results import (
     EvalResult,
-    R,
     TaskResult,
     TextResult,
     merge_results,
-    of_sizes,
     size_fields,
+    with_sizes,
 )
-from sleb_cli.saved_results import find_saved, save_result
+from sleb_cli.saved_results import find_kept, keep_result
 
 
 @dataclass(frozen=True)
@@ -61,65 +60,106 @@ class Evaluation:
     force: bool = False
 
 
-def evaluate_models(evaluation: Evaluation, file: Path | None) -> EvalResult:
+def evaluate_models(evaluation: Evaluation, folder: Path | None) -> EvalResult:
     """Measure the dense model and each size of the pruned one, on the same data.
 
-    The file keeps each text and task as soon as it is finished. Its results in this setting are not
-    measured again.
+    The folder keeps each text and task as soon as it is finished. What it has in this setting is
+    not measured again.
 
     Raises:
         DataError: the data of a task is missing or too small.
         ModelError: a loss is not finite, or the model's files have changed meanwhile.
     """
-    models = evaluation.models
-    whole, group = _without_parts(evaluation), models.group
-    known = (
-        group.from_main(
-            lambda: find_saved(whole, file, ignore) if file and not evaluation.force else None
-        )
-        or whole
-    )
-    results_by_part: dict[str, tuple[Any, ...]] = {"texts": (), "tasks": ()}
-    reused = list[str]()
-    for field, title, results, measure in _jobs(evaluation, known):
-        if (sizes := _missing_sizes(results, models.sizes)) is None:
-            reused.append(title)
-        else:
-            results = merge_results(results, measure(sizes))
-            if file and group.is_main:
-                save_result(whole.model_copy(update={field: results}), file, models.notify)
-        results_by_part[field] += tuple(of_sizes(results, models.sizes))
-    if reused:
-        models.notify(Notice(f"Measured before: {', '.join(reused)}. --force measures again."))
-    return whole.model_copy(update=results_by_part)
-
-
-class _Job(NamedTuple):
-    """A text or a task: its field in the result, its title, known results, and the function that
-    measures sizes.
-    """
-
-    field: str
-    title: str
-    known: tuple[Any, ...]
-    measure: Callable[[Sequence[SizeKey]], tuple[Any, ...]]
-
-
-def _jobs(evaluation: Evaluation, known: EvalResult) -> Iterator[_Job]:
+    run = _Run(evaluation, folder)
+    texts: list[TextResult] = []
     for windows in evaluation.texts:
-        measure: Any = partial(_run_text, windows, evaluation)
-        yield _Job(
-            "texts", f"perplexity on {windows.text.source}", _known_text(known, windows), measure
-        )
+        texts += run.measure_text(windows)
+    tasks: list[TaskResult] = []
     for task in evaluation.tasks:
-        fingerprints = task.fingerprints(evaluation.tokenizer)
-        measure = partial(_run_task, task, fingerprints, evaluation)
-        yield _Job(
-            "tasks", task.name, _known_task(known, fingerprints, evaluation.show_flips), measure
-        )
+        tasks += run.measure_task(task)
+    if run.reused:
+        text = f"Measured before: {', '.join(run.reused)}. --force measures again."
+        evaluation.models.notify(Notice(text))
+    return run.setting.model_copy(update={"texts": tuple(texts), "tasks": tuple(tasks)})
 
 
-def _without_parts(evaluation: Evaluation) -> EvalResult:
+class _Run:
+    """An evaluation, what is kept of it in `folder`, and the titles of what was reused."""
+
+    def __init__(self, evaluation: Evaluation, folder: Path | None) -> None:
+        self.evaluation = evaluation
+        self.models = evaluation.models
+        self.folder = folder
+        self.setting = _setting(evaluation)
+        self.reused: list[str] = []
+
+    def measure_text(self, windows: EvaluationWindows) -> tuple[TextResult, ...]:
+        """Measure a text, or return its kept result."""
+        text = windows.text.source
+        # A published result does not name the folder of its text.
+        part = {"text": description(windows) | {"text": public_source(text)}}
+        known: tuple[TextResult, ...] = ()
+        for kept in self._find(part):
+            named = [result.model_copy(update={"text": text}) for result in kept.texts]
+            known = merge_results(known, tuple(named))
+        missing = self._missing(known, f"perplexity on {text}")
+        if missing is not None:
+            result = measure_text(windows, self.models, missing, self.evaluation.batch_size)
+            self.models.require_unchanged()
+            self._keep({"texts": (result,)}, part, missing)
+            known = merge_results(known, (result,))
+        return with_sizes(known, self.wanted)
+
+    def measure_task(self, task: LoadedTask) -> tuple[TaskResult, ...]:
+        """Measure a task or group, or return its kept results."""
+        fingerprints = task.fingerprints(self.evaluation.tokenizer)
+        part = {"tasks": fingerprints}
+        known: tuple[TaskResult, ...] = ()
+        for kept in self._find(part):
+            if _has_flips(kept, self.evaluation.show_flips):
+                known = merge_results(known, kept.tasks)
+        missing = self._missing(known, task.name)
+        if missing is not None:
+            results = _run_task(task, fingerprints, self.evaluation, missing)
+            self._keep({"tasks": results}, part, missing)
+            known = merge_results(known, results)
+        return with_sizes(known, self.wanted)
+
+    @property
+    def wanted(self) -> set[frozenset[int]]:
+        """The sizes to be measured."""
+        return {frozenset(size) for size in self.models.sizes}
+
+    def _find(self, part: Key) -> list[EvalResult]:
+        if self.folder is None or self.evaluation.force:
+            return []
+        folder = self.folder
+        return self.models.group.from_main(lambda: find_kept(self.setting, part, folder, ignore))
+
+    def _missing(
+        self, known: Sequence[TextResult] | Sequence[TaskResult], title: str
+    ) -> list[SizeKey] | None:
+        """Return the sizes that are not known; None if not even the dense model is missing."""
+        if not known:
+            return list(self.models.sizes)
+        missing = []
+        for size in self.models.sizes:
+            for result in known:
+                if frozenset(size) not in {frozenset(scores.removals) for scores in result.pruned}:
+                    missing.append(size)
+                    break
+        if missing:
+            return missing
+        self.reused.append(title)
+        return None
+
+    def _keep(self, results: dict[str, Any], part: Key, sizes: Sequence[SizeKey]) -> None:
+        if self.folder is not None and self.models.group.is_main:
+            result = self.setting.model_copy(update=results | {"sizes": tuple(sizes)})
+            keep_result(result, part, self.folder, self.models.notify)
+
+
+def _setting(evaluation: Evaluation) -> EvalResult:
     models = evaluation.models
     architecture, recovered = models.architecture, models.subject.recovered
     return EvalResult(
@@ -142,53 +182,14 @@ def _without_parts(evaluation: Evaluation) -> EvalResult:
     )
 
 
-def _known_text(known: EvalResult, windows: EvaluationWindows) -> tuple[TextResult, ...]:
-    expected = description(windows)
-    # A published result does not name the folder of its text.
-    names = (expected["text"], public_source(expected["text"]))
-    results = [
-        text.model_copy(update={"text": names[0]}) for text in known.texts if text.text in names
-    ]
-    return tuple(
-        text
-        for text in results
-        if all(getattr(text, name) == value for name, value in expected.items())
-    )[:1]
-
-
-def _known_task(
-    known: EvalResult, fingerprints: dict[str, str], show_flips: int
-) -> tuple[TaskResult, ...]:
-    results = [
-        task
-        for task in known.tasks
-        if task.fingerprint and task.fingerprint == fingerprints.get(task.task)
-    ]
-    sizes = [size for task in results for size in task.pruned]
-    has_flips = all(
-        len(size.flips) >= min(show_flips, (size.lost or 0) + (size.gained or 0)) for size in sizes
-    )
-    return (
-        tuple(results) if has_flips and {task.task for task in results} == {*fingerprints} else ()
-    )
-
-
-def _missing_sizes(known: Sequence[R], sizes: Sequence[SizeKey]) -> tuple[SizeKey, ...] | None:
-    # Besides the dense model; None if not even that is missing.
-    if not known:
-        return tuple(sizes)
-    measured = set.intersection(
-        *({frozenset(size.removals) for size in result.pruned} for result in known)
-    )
-    return tuple(size for size in sizes if frozenset(size) not in measured) or None
-
-
-def _run_text(
-    windows: EvaluationWindows, evaluation: Evaluation, sizes: Sequence[SizeKey]
-) -> tuple[TextResult]:
-    result = measure_text(windows, evaluation.models, sizes, evaluation.batch_size)
-    evaluation.models.require_unchanged()
-    return (result,)
+def _has_flips(result: EvalResult, count: int) -> bool:
+    # Whether a result shows so many of the items that only one model gets right.
+    for task in result.tasks:
+        for scores in task.pruned:
+            flipped = (scores.lost or 0) + (scores.gained or 0)
+            if len(scores.flips) < min(count, flipped):
+                return False
+    return True
 
 
 def _run_task(
@@ -198,39 +199,47 @@ def _run_task(
     sizes: Sequence[SizeKey],
 ) -> tuple[TaskResult, ...]:
     models = evaluation.models
-    group, key = models.group, _dense_key(evaluation, fingerprints)
-    known = None if evaluation.force else group.from_main(lambda: read_cached("answers", key))
+    answers: dict[SizeKey, dict[str, Any]] = {}
+    key = _dense_key(evaluation, fingerprints)
+    known = None
+    if not evaluation.force:
+        known = models.group.from_main(lambda: read_cached("answers", key))
     if known:
         models.notify(Notice(f"Using the dense model's answers to {task.name}, from the cache."))
-    answers: dict[SizeKey, dict[str, Any]] = {(): known} if known else {}
+        answers[()] = known
     missing = [size for size in [(), *sizes] if size not in answers]
-    with models.in_turn(missing) if not task.writes else nullcontext() as predictions:
-        for removals in missing if predictions else models.loaded_first(missing):
-            model = models.without(() if predictions else removals).model
-            title = f"{len(removals)} removed" if removals else "dense"
-            predict = partial(predictions.logits, removed=removals) if predictions else None
+    with nullcontext() if task.writes else models.in_turn(missing) as predictions:
+        if predictions is None:
+            missing = models.loaded_first(missing)
+        for size in missing:
+            model = models.without(size if predictions is None else ()).model
+            predict = None
+            if predictions is not None:
+                predict = partial(predictions.logits, removed=size)
+            title = f"{len(size)} removed" if size else "dense"
             with with_requires_grad(model):
-                answers[removals] = task.run(
-                    model, evaluation.tokenizer, title, models.notify, group, predict
+                answers[size] = task.run(
+                    model, evaluation.tokenizer, title, models.notify, models.group, predict
                 )
     models.require_unchanged()
-    if not known and group.is_main:
-        write_cached(
-            "answers", key, answers[()], f"the dense model's answers to {task.name}", models.notify
-        )
-    compared = compare_task(
-        answers[()], [(removals, answers[removals]) for removals in sizes], evaluation.show_flips
-    )
-    how = {"limit": task.limit, "lm_eval": version("lm_eval")}
-    return tuple(
-        result.model_copy(update={"fingerprint": fingerprints.get(result.task), **how})
-        for result in compared
-    )
+    if not known and models.group.is_main:
+        what = f"the dense model's answers to {task.name}"
+        write_cached("answers", key, answers[()], what, models.notify)
+    pruned = [(size, answers[size]) for size in sizes]
+    results = []
+    for result in compare_task(answers[()], pruned, evaluation.show_flips):
+        changes = {
+            "fingerprint": fingerprints.get(result.task),
+            "limit": task.limit,
+            "lm_eval": version("lm_eval"),
+        }
+        results.append(result.model_copy(update=changes))
+    return tuple(results)
 
 
 def _dense_key(evaluation: Evaluation, fingerprints: dict[str, str]) -> Key:
     # The dense model's answers to a task do not depend on the removal.
-    whole = _without_parts(evaluation).model_copy(update={"experts": None, "recovered": None})
+    whole = _setting(evaluation).model_copy(update={"experts": None, "recovered": None})
     settings = {
         "items": fingerprints,
         "batch_size": evaluation.batch_size,
