@@ -16,6 +16,7 @@ from sleb_cli.texts.source import (
     PARAGRAPHS,
     WHOLE,
     Conversation,
+    Draw,
     Text,
     TextSource,
     TextSplit,
@@ -67,67 +68,9 @@ class Column:
         return path, self.config or "", self.split
 
 
-WIKITEXT2_TRAIN = Column("Salesforce/wikitext", "wikitext-2-raw-v1", "train")
-WIKITEXT2_TEST = replace(WIKITEXT2_TRAIN, split="test")
-C4_TRAIN = Column("allenai/c4", data_files="en/c4-train.00000-of-01024.json.gz")
-C4_VALIDATION = replace(C4_TRAIN, data_files="en/c4-validation.00000-of-00008.json.gz")
-
-
-class DataSet(TextSource):
-    """`org/name[:config][:split][:column]`, whose documents are drawn in an order of the seed."""
-
-    holds_conversations = True
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        path, *parts = name.split(":")
-        self.is_well_formed = "/" in path and len(parts) <= 3
-        self.path = path
-        self.config, self.split, self.column = [*parts, "", "", ""][:3]
-
-    def text(self, *, tokens: int, seed: int, split: TextSplit = WHOLE) -> Text:
-        """Read documents of this part until there are enough."""
-        documents = read_documents(self._column("text"), split, seed)
-        enough = take_characters(documents, tokens * CHARACTERS_PER_TOKEN)
-        return Text(split.label(self.name), PARAGRAPHS.join(enough))
-
-    def conversations(
-        self, *, samples: int, length: int, seed: int, split: TextSplit = WHOLE
-    ) -> list[Conversation]:
-        """Read conversations of this part until there are enough."""
-        column = self._column(MESSAGES)
-        rows = divide(load(column), column, split, seed)
-        return list(_parse_conversations(column, values_of(rows, column), samples, length))
-
-    def evaluation_text(self, length: int) -> Text:
-        """Read the named split and column, and no more of it than its windows need.
-
-        By default, read the first of EVALUATION_SPLITS, and the column `text` or `messages`.
-        """
-        name, split, column = self.name, None, self._column("text")
-        if not self.split:
-            split = _evaluation_split(column)
-            column = replace(column, split=split)
-            name = f"{self.path}:{self.config}:{split}:{self.column}".rstrip(":")
-        rows = load(column)
-        if not self.column and "text" not in rows.column_names and MESSAGES in rows.column_names:
-            column = replace(column, column=MESSAGES)
-        values = values_of(divide(rows, column), column)
-        limit = MAX_EVALUATION_WINDOWS
-        first = next(values, "")
-        values = chain([first], values)
-        if isinstance(first, list):
-            conversations = tuple(_parse_conversations(column, values, limit, length))
-            return Text(name, "", limit, split, conversations=conversations)
-        documents = take_characters(map(str, values), limit * length * CHARACTERS_PER_TOKEN)
-        return replace(join_documents(name, documents), limit=limit, split=split)
-
-    def origin(self, *, evaluated: bool) -> tuple[str, str, str]:
-        """Return the data set with its config and split."""
-        return self._column("text").origin
-
-    def _column(self, default: str) -> Column:
-        return Column(self.path, self.config or None, self.split or "train", self.column or default)
+WIKITEXT2 = Column("Salesforce/wikitext", "wikitext-2-raw-v1")
+C4 = Column("allenai/c4", data_files="en/c4-train.00000-of-01024.json.gz")
+C4_VALIDATION = replace(C4, data_files="en/c4-validation.00000-of-00008.json.gz")
 
 
 class WikiText2(TextSource):
@@ -135,37 +78,36 @@ class WikiText2(TextSource):
 
     is_endless = False
 
-    def text(self, *, tokens: int, seed: int, split: TextSplit = WHOLE) -> Text:
+    def read(self, draw: Draw) -> Text:
         """Read all of this part."""
-        return Text(split.label(self.name), PARAGRAPHS.join(read_documents(WIKITEXT2_TRAIN, split)))
+        lines = read_documents(WIKITEXT2, draw.split)
+        return Text(draw.split.label(self.name), PARAGRAPHS.join(lines))
 
-    def evaluation_text(self, length: int) -> Text:
-        """Read the text as in the literature; an article begins with its title."""
-        lines = read_documents(WIKITEXT2_TEST)
+    def read_for_evaluation(self, length: int) -> Text:
+        """Read the test text as in the literature; an article begins with its title."""
+        lines = list(read_documents(replace(WIKITEXT2, split="test")))
         return join_documents(self.name, lines, begins_document=_is_title)
 
     def origin(self, *, evaluated: bool) -> tuple[str, str, str]:
         """Return the data set with its config and split."""
-        return WIKITEXT2_TEST.origin if evaluated else WIKITEXT2_TRAIN.origin
+        return replace(WIKITEXT2, split="test" if evaluated else "train").origin
 
 
-class C4(TextSource):
-    """Web pages of C4."""
+class WebPages(TextSource):
+    """C4: web pages."""
 
-    def text(self, *, tokens: int, seed: int, split: TextSplit = WHOLE) -> Text:
+    def read(self, draw: Draw) -> Text:
         """Read documents of this part until there are enough."""
-        documents = read_documents(C4_TRAIN, split, seed)
-        enough = take_characters(documents, tokens * CHARACTERS_PER_TOKEN)
-        return Text(split.label(self.name), PARAGRAPHS.join(enough))
+        return _draw_documents(self.name, C4, draw)
 
-    def evaluation_text(self, length: int) -> Text:
+    def read_for_evaluation(self, length: int) -> Text:
         """Read the first documents for validation, as in the literature."""
-        documents = islice(read_documents(C4_VALIDATION), C4_EVALUATION_DOCUMENTS)
+        documents = list(islice(read_documents(C4_VALIDATION), C4_EVALUATION_DOCUMENTS))
         return replace(join_documents(self.name, documents, " "), limit=MAX_EVALUATION_WINDOWS)
 
     def origin(self, *, evaluated: bool) -> tuple[str, str, str]:
         """Return the data set with its config and split."""
-        return C4_VALIDATION.origin if evaluated else C4_TRAIN.origin
+        return (C4_VALIDATION if evaluated else C4).origin
 
 
 class ReferenceText(TextSource):
@@ -182,14 +124,62 @@ class ReferenceText(TextSource):
         """The name of the same text, cut into windows."""
         return self.name.removesuffix("-sleb")
 
-    def text_of_rows(self, rows: int, seed: int, split: TextSplit = WHOLE) -> Text:
-        """Read so many rows."""
-        documents = islice(read_documents(self.column, split, seed), rows)
-        return Text(self.name, self.separator.join(documents))
+    def read(self, draw: Draw) -> Text:
+        """Read as many rows as samples."""
+        rows = islice(read_documents(self.column, draw.split, draw.seed), draw.samples)
+        return Text(self.name, self.separator.join(rows))
 
     def origin(self, *, evaluated: bool) -> tuple[str, str, str]:
         """Return the data set with its config and split."""
         return self.column.origin
+
+
+class DataSet(TextSource):
+    """`org/name[:config][:split][:column]`."""
+
+    holds_conversations = True
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        path, *parts = name.split(":")
+        self.is_well_formed = "/" in path and len(parts) <= 3
+        config, self.split, self.column = [*parts, "", "", ""][:3]
+        self.text = Column(path, config or None, self.split or "train", self.column or "text")
+
+    def read(self, draw: Draw) -> Text:
+        """Read documents or conversations of this part until there are enough."""
+        if not draw.chat:
+            return _draw_documents(self.name, self.text, draw)
+        column = replace(self.text, column=self.column or MESSAGES)
+        values = read_column(load(column), column, draw.split, draw.seed)
+        return Text(self.name, "", conversations=_take_conversations(column, values, draw))
+
+    def read_for_evaluation(self, length: int) -> Text:
+        """Read the named split and column, and no more of it than its windows need.
+
+        By default, read the first of EVALUATION_SPLITS, and the column `text` or `messages`.
+        """
+        name, split, column = self.name, None, self.text
+        if not self.split:
+            split = _evaluation_split(column)
+            column = replace(column, split=split)
+            name = f"{column.path}:{column.config or ''}:{split}:{self.column}".rstrip(":")
+        rows = load(column)
+        if not self.column and "text" not in rows.column_names and MESSAGES in rows.column_names:
+            column = replace(column, column=MESSAGES)
+        values = read_column(rows, column)
+        limit = MAX_EVALUATION_WINDOWS
+        first = next(values, "")
+        values = chain([first], values)
+        if isinstance(first, list):
+            talks = _take_conversations(column, values, Draw(limit, length))
+            return Text(name, "", limit, split, conversations=talks)
+        documents = take_characters(map(str, values), limit * length * CHARACTERS_PER_TOKEN)
+        return replace(join_documents(name, list(documents)), limit=limit, split=split)
+
+    def origin(self, *, evaluated: bool) -> tuple[str, str, str]:
+        """Return the data set with its config and split."""
+        return self.text.origin
 
 
 def _is_title(line: str) -> bool:
@@ -200,60 +190,60 @@ def _evaluation_split(column: Column) -> str:
     import datasets
 
     with _loading(column):
-        splits = datasets.get_dataset_split_names(column.path, column.config)
-    for split in EVALUATION_SPLITS:
+        splits: list[str] = datasets.get_dataset_split_names(column.path, column.config)
+    for split in (*EVALUATION_SPLITS, *splits):
         if split in splits:
             return split
-    return splits[0] if splits else "train"
+    return "train"
 
 
-def _parse_conversations(
-    column: Column, values: Iterable[Any], count: int, length: int
-) -> Iterator[Conversation]:
-    # As many as `count` sequences of `length` tokens need: each ends within a conversation, whose
-    # rest is dropped.
-    longest = length * CHARACTERS_PER_TOKEN
-    missing = 2 * count * longest
+def _draw_documents(name: str, column: Column, draw: Draw) -> Text:
+    documents = read_documents(column, draw.split, draw.seed)
+    enough = take_characters(documents, draw.samples * draw.length * CHARACTERS_PER_TOKEN)
+    return Text(draw.split.label(name), PARAGRAPHS.join(enough))
+
+
+def _take_conversations(
+    column: Column, values: Iterable[Any], draw: Draw
+) -> tuple[Conversation, ...]:
+    # Each sequence ends within a conversation, whose rest is dropped.
+    longest = draw.length * CHARACTERS_PER_TOKEN
+    missing = 2 * draw.samples * longest
+    taken = []
     for value in values:
         with naming_faults(f"A row of {column}"):
-            conversation = Messages(messages=value).conversation
-        yield conversation
-        missing -= min(longest, sum(len(message["content"]) for message in conversation))
+            taken.append(Messages(messages=value).conversation)
+        missing -= min(longest, sum(len(message["content"]) for message in taken[-1]))
         if missing <= 0:
-            return
+            break
+    return tuple(taken)
 
 
 def read_documents(
     column: Column, split: TextSplit = WHOLE, shuffle_seed: int | None = None
 ) -> Iterator[str]:
     """Read the documents of this part of a data set, in its order or in that of a seed."""
-    return map(str, values_of(divide(load(column), column, split, shuffle_seed), column))
+    return map(str, read_column(load(column), column, split, shuffle_seed))
 
 
-def divide(
+def read_column(
     rows: Any, column: Column, split: TextSplit = WHOLE, shuffle_seed: int | None = None
-) -> Any:
-    """Return the rows of this part of a data set, in its order or in that of a seed."""
+) -> Iterator[Any]:
+    """Return what stands in the column, in the order of the rows or in that of a seed."""
     if column.column not in rows.column_names:
         raise DataError(
             f"{column} has no column {column.column!r}.",
             hint=f"It has {', '.join(rows.column_names)}; choose one with "
             f"org/name:config:split:COLUMN.",
         )
-    if shuffle_seed is None:
-        # Neighbours may belong to one document.
-        return rows if split == WHOLE else rows.select(split.rows(len(rows)))
     if split != WHOLE:
-        rows = rows.shuffle(seed=SPLIT_SEED).select(split.rows(len(rows)))
-    return rows.shuffle(seed=shuffle_seed)
-
-
-def values_of(rows: Any, column: Column) -> Iterator[Any]:
-    """Yield what stands in the column, where something does."""
-    for row in rows:
-        value = row[column.column]
-        if value is not None:
-            yield value
+        # Rows that are read in order are divided in order: neighbours may belong to one document.
+        ordered = rows if shuffle_seed is None else rows.shuffle(seed=SPLIT_SEED)
+        rows = ordered.select(split.rows(len(rows)))
+    if shuffle_seed is not None:
+        rows = rows.shuffle(seed=shuffle_seed)
+    values = (row[column.column] for row in rows)
+    return (value for value in values if value is not None)
 
 
 def load(column: Column) -> Any:

@@ -11,7 +11,7 @@ from sleb_cli.texts.messages import Messages, TextLine, begins_with_messages, pa
 from sleb_cli.texts.source import (
     PARAGRAPHS,
     WHOLE,
-    Conversation,
+    Draw,
     Text,
     TextSource,
     TextSplit,
@@ -35,30 +35,24 @@ class LocalFile(TextSource):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.is_json_lines = Path(name).suffix == ".jsonl"
-        self.holds_conversations = self.is_json_lines
+        self.holds_conversations = Path(name).suffix == ".jsonl"
 
     def require(self) -> None:
         """Raise a DataError unless there is such a file."""
         require_file(self.name)
 
-    def text(self, *, tokens: int, seed: int, split: TextSplit = WHOLE) -> Text:
-        """Read this part of the file."""
-        return self._text(read_file(self.name), split)
+    def read(self, draw: Draw) -> Text:
+        """Read this part of the file, whatever the draw needs of it."""
+        content = read_file(self.name)
+        if draw.chat and self.holds_conversations:
+            return self._conversations(content, draw.split)
+        return self._text(content, draw.split)
 
-    def conversations(
-        self, *, samples: int, length: int, seed: int, split: TextSplit = WHOLE
-    ) -> list[Conversation]:
-        """Read the conversations in this part of the file."""
-        return take_split(
-            self._conversations(read_file(self.name)), split, self.name, "conversation"
-        )
-
-    def evaluation_text(self, length: int) -> Text:
+    def read_for_evaluation(self, length: int) -> Text:
         """Read all of the file: conversations, if its first line has `messages` and no `text`."""
         content = read_file(self.name)
-        if self.is_json_lines and begins_with_messages(content):
-            return Text(self.name, "", conversations=tuple(self._conversations(content)))
+        if self.holds_conversations and begins_with_messages(content):
+            return self._conversations(content, WHOLE)
         return self._text(content, WHOLE)
 
     def origin(self, *, evaluated: bool) -> tuple[str, str, str]:
@@ -66,10 +60,16 @@ class LocalFile(TextSource):
         path = local_path(self.name)
         return str(path.resolve()) if path.exists() else self.name, "", ""
 
+    def _conversations(self, content: str, split: TextSplit) -> Text:
+        lines = take_split(
+            parse_lines(self.name, content, Messages), split, self.name, "conversation"
+        )
+        return Text(self.name, "", conversations=tuple(line.conversation for line in lines))
+
     def _text(self, content: str, split: TextSplit) -> Text:
         name = split.label(self.name)
         documents = list[str]()
-        if self.is_json_lines:
+        if self.holds_conversations:
             documents = [line.text for line in parse_lines(self.name, content, TextLine)]
             if len(documents) >= MIN_DOCUMENTS:
                 documents = [documents[row] for row in split.rows(len(documents))]
@@ -80,9 +80,6 @@ class LocalFile(TextSource):
         if documents and split == WHOLE:
             return join_documents(name, documents)
         return Text(name, content[_boundary(content, split.begin) : _boundary(content, split.end)])
-
-    def _conversations(self, content: str) -> list[Conversation]:
-        return [line.conversation for line in parse_lines(self.name, content, Messages)]
 
 
 def require_file(name: str) -> None:
@@ -95,14 +92,10 @@ def read_file(name: str) -> str:
     """Return the text of a file; raise a DataError if there is none."""
     path = local_path(name)
     try:
+        require_file(name)
         if reason := why_not_read(path):
-            hint = "Write its text to a file, and name that."
-            if path.is_dir():
-                hint = "Name a .txt or .jsonl file in it."
-            raise DataError(f"{name} cannot be read: {reason}.", hint=hint)
+            raise DataError(f"{name} cannot be read: {reason}.", hint="Name a .txt or .jsonl file.")
         return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise DataError(f"There is no file {name}.", hint="Check the path.") from error
     except UnicodeDecodeError as error:
         raise DataError(
             f"{name} is not UTF-8 text.", hint="Convert it, for example with iconv."

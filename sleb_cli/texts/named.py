@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sleb_cli.texts.data_set import C4, C4_TRAIN, WIKITEXT2_TRAIN, DataSet, ReferenceText, WikiText2
+from sleb_cli.texts.data_set import C4, WIKITEXT2, DataSet, ReferenceText, WebPages, WikiText2
 from sleb_cli.texts.local_file import SUFFIXES, LocalFile
 from sleb_cli.texts.source import PARAGRAPHS, TextSource
 from sleb_cli.texts.written import ANSWERS, SELF, SELF_CHAT, Answers, OwnChat, OwnText
@@ -13,9 +13,9 @@ NAMED = {
     source.name: source
     for source in (
         WikiText2("wikitext2"),
-        C4("c4"),
-        ReferenceText("wikitext2-sleb", WIKITEXT2_TRAIN, PARAGRAPHS),
-        ReferenceText("c4-sleb", C4_TRAIN, " "),
+        WebPages("c4"),
+        ReferenceText("wikitext2-sleb", WIKITEXT2, PARAGRAPHS),
+        ReferenceText("c4-sleb", C4, " "),
         OwnText(SELF),
         OwnChat(SELF_CHAT),
     )

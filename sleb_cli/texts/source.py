@@ -57,6 +57,21 @@ class TextSplit:
 WHOLE = TextSplit()
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Which part of a source to read, at least `samples` sequences of `length` tokens of it.
+
+    `seed` orders what has no order of its own. With `chat`, conversations are read from sources
+    that hold some.
+    """
+
+    samples: int
+    length: int
+    seed: int = 0
+    split: TextSplit = WHOLE
+    chat: bool = False
+
+
 class TextSource:
     """A kind of text, by the name that the user gives it; `named.py` lists the kinds.
 
@@ -86,21 +101,19 @@ class TextSource:
     def require(self) -> None:
         """Raise a DataError unless it is there, as far as that is known without reading it."""
 
-    def text(self, *, tokens: int, seed: int, split: TextSplit = WHOLE) -> Text:
-        """Read at least `tokens` tokens of this part to calibrate on, or all of a smaller one.
+    def read(self, draw: Draw) -> Text:
+        """Read text to calibrate on, or all of a smaller one.
 
         Raises:
             DataError: it is missing, unreadable or empty.
         """
         raise NotImplementedError
 
-    def conversations(
-        self, *, samples: int, length: int, seed: int, split: TextSplit = WHOLE
-    ) -> list[Conversation]:
-        """Read conversations of this part, enough for `samples` sequences of `length` tokens.
+    def read_for_evaluation(self, length: int) -> Text:
+        """Read the text, or the conversations, to measure perplexity on in windows of `length`.
 
         Raises:
-            DataError: it is missing or unreadable, or holds no or too few conversations.
+            DataError: it is missing, unreadable or empty.
         """
         raise NotImplementedError
 
@@ -112,27 +125,18 @@ class TextSource:
         """
         return []
 
-    def evaluation_text(self, length: int) -> Text:
-        """Read the text, or the conversations, to measure perplexity on in windows of `length`.
-
-        Raises:
-            DataError: it is missing, unreadable or empty.
-        """
-        raise NotImplementedError
-
     def origin(self, *, evaluated: bool) -> tuple[str, str, str]:
-        """Return the file, or the data set with its config and split, calibrated or `evaluated` on."""
+        """Return the file, or the data set with config and split, to calibrate or evaluate on."""
         return self.name, "", ""
 
 
 def join_documents(
     source: str,
-    documents: Iterable[str],
+    pieces: list[str],
     separator: str = PARAGRAPHS,
     begins_document: Callable[[str], bool] = bool,
 ) -> Text:
-    """Join pieces of text, and note which of them begin a document: by default, all but empty ones."""
-    pieces = list(documents)
+    """Join pieces of text, and note which begin a document: by default, all but empty ones."""
     starts = []
     at = 0
     for piece in pieces:

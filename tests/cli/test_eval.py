@@ -510,7 +510,9 @@ def test_splits_by_other_names(monkeypatch):
         ([], "train"),
     ):
         monkeypatch.setattr(datasets, "get_dataset_split_names", Mock(return_value=splits))
-        assert text_source("org/name:cfg").evaluation_text(2048).source == f"org/name:cfg:{chosen}"
+        assert (
+            text_source("org/name:cfg").read_for_evaluation(2048).source == f"org/name:cfg:{chosen}"
+        )
         load.assert_called_with("org/name", "cfg", split=chosen, data_files=None)
 
 

@@ -16,6 +16,7 @@ from sleb_cli.engine.text.settings import resolve_calibration
 from sleb_cli.engine.text.windows import cut_running_text, tokens_sha256
 from sleb_cli.events import Notice
 from sleb_cli.texts.named import text_source
+from sleb_cli.texts.source import Draw
 from sleb_plugins import DataError, UsageError
 
 
@@ -67,26 +68,26 @@ WIKITEXT2, C4 = ("Salesforce/wikitext", "wikitext-2-raw-v1"), ("allenai/c4", Non
 )  # fmt: skip
 def test_each_source_reads_its_own_file_and_split_of_the_hub(hub, source, train, test):
     asked, _ = hub
-    text_source(source).text(tokens=10, seed=0)
-    text_source(source).evaluation_text(2048)
+    text_source(source).read(Draw(1, 10, 0))
+    text_source(source).read_for_evaluation(2048)
     assert asked == [train, test]
 
 
 def test_texts_follow_their_protocols(hub):
     asked, rows = hub
     shuffled = rows.shuffle(seed=0)["text"][:128]
-    assert text_source("wikitext2-sleb").text_of_rows(128, 0).content == "\n\n".join(shuffled)
-    assert text_source("c4-sleb").text_of_rows(128, 0).content == " ".join(shuffled)
-    assert text_source("wikitext2").evaluation_text(2048).content == "\n\n".join(rows["text"])
-    c4 = text_source("c4").evaluation_text(2048)
+    assert text_source("wikitext2-sleb").read(Draw(128, 1, 0)).content == "\n\n".join(shuffled)
+    assert text_source("c4-sleb").read(Draw(128, 1, 0)).content == " ".join(shuffled)
+    assert text_source("wikitext2").read_for_evaluation(2048).content == "\n\n".join(rows["text"])
+    c4 = text_source("c4").read_for_evaluation(2048)
     assert (c4.content, c4.limit) == (" ".join(rows["text"][:1100]), 256)
     # Documents are taken until there is enough, by default of the part for training.
-    content = text_source("org/name").text(tokens=100, seed=0).content
+    content = text_source("org/name").read(Draw(1, 100, 0)).content
     assert asked[-1] == ("org/name", None, "train", None)
     assert 800 <= len(content) < 800 + 400
-    assert content != text_source("org/name").text(tokens=100, seed=1).content
+    assert content != text_source("org/name").read(Draw(1, 100, 1)).content
     with pytest.raises(DataError, match="no column 'body'") as error:
-        text_source("org/name:::body").text(tokens=10, seed=0)
+        text_source("org/name:::body").read(Draw(1, 10, 0))
     assert "text, title" in error.value.hint
 
 
@@ -105,7 +106,7 @@ def calibrated(tiny_llama, tokenizers):
 @pytest.mark.parametrize("share", ["", ":1"])
 def test_a_preset_calibrates_on_every_window_of_its_text(hub, tokenizers, calibrated, share):
     calibration = calibrated(f"wikitext2-sleb{share}", bos=True)
-    text = text_source("wikitext2-sleb").text_of_rows(128, 0).content
+    text = text_source("wikitext2-sleb").read(Draw(128, 1, 0)).content
     assert torch.equal(calibration.sequences, cut_running_text(tokenizers[True], text, 64))
     assert calibration.record.bos is False
 
@@ -113,11 +114,11 @@ def test_a_preset_calibrates_on_every_window_of_its_text(hub, tokenizers, calibr
 def test_a_local_file_before_a_data_set_of_that_name(tmp_path):
     (tmp_path / "org").mkdir()
     (tmp_path / "org" / "name").write_text("some text")
-    assert text_source("org/name").text(tokens=1, seed=0).content == "some text"
+    assert text_source("org/name").read(Draw(1, 1, 0)).content == "some text"
     (tmp_path / "a.jsonl").write_text(
         "\n".join(json.dumps({"text": text}) for text in ("one", "two"))
     )
-    assert text_source("a.jsonl").text(tokens=1, seed=0).content == "one\n\ntwo"
+    assert text_source("a.jsonl").read(Draw(1, 1, 0)).content == "one\n\ntwo"
     (tmp_path / "a:0.5,b:0.5").write_text("some text")
     assert [*parse_mixture("a:0.5,b:0.5")] == ["a:0.5,b:0.5"]
 

@@ -97,9 +97,9 @@ def test_a_short_text_is_used_whole_and_keeps_the_shares(tmp_path):
 
 
 def test_data_sets_are_shuffled_by_the_portions_number(monkeypatch):
-    read = Mock(side_effect=lambda *, tokens, seed, split: Text("org/name", prose(300, seed=seed)))
-    monkeypatch.setattr(DataSet, "text", read)
+    read = Mock(side_effect=lambda draw: Text("org/name", prose(300, seed=draw.seed)))
+    monkeypatch.setattr(DataSet, "read", read)
     draws = Portions(settings("org/name"), lambda portion: 5, TOKENIZER, lambda: None)
     first, second = used(draws.draw(0, ignore)), used(draws.draw(1, ignore))
-    assert [call.kwargs["seed"] for call in read.mock_calls] == [4, 5]
+    assert [call.args[0].seed for call in read.mock_calls] == [4, 5]
     assert not set(first) & set(second)

@@ -19,7 +19,7 @@ from sleb_cli.engine.text.own_text import generate_own_text
 from sleb_cli.engine.text.settings import CalibrationSettings
 from sleb_cli.events import Notice, ignore
 from sleb_cli.texts.named import text_source
-from sleb_cli.texts.source import WHOLE
+from sleb_cli.texts.source import WHOLE, Draw
 from sleb_plugins import DataError
 
 SPLITS = (TRAIN, VALIDATION, TEST)
@@ -27,7 +27,7 @@ TOKENIZER, MODEL = train_tokenizer(bos=False), random_model(llama_config(2))
 
 
 def read(source, split, seed=0, tokens=10**6):
-    return text_source(str(source)).text(tokens=tokens, seed=seed, split=split).content
+    return text_source(str(source)).read(Draw(1, tokens, seed, split)).content
 
 
 def test_a_running_text_is_divided_between_its_paragraphs(tmp_path):
@@ -69,7 +69,7 @@ def test_no_seed_moves_a_document_to_another_part(monkeypatch):
     assert [len(found) for found in seen] == [140, 40, 20]
     assert set().union(*seen) == set(documents)
     assert seen[0] != set(documents[:140])  # not by their order
-    reported = text_source("c4-sleb").text_of_rows(500, 3, TEST).content
+    reported = text_source("c4-sleb").read(Draw(500, 1, 3, TEST)).content
     assert set(reported.replace(" document", "\ndocument").split("\n")) == seen[2]
     # The lines of a running text stay in theirs.
     assert "\n\n".join(read("wikitext2", split) for split in SPLITS) == read("wikitext2", WHOLE)
@@ -86,14 +86,14 @@ def test_no_conversation_is_in_two_parts(tmp_path, monkeypatch, source):
         datasets, "load_dataset", lambda *args, **options: datasets.Dataset.from_list(lines)
     )
     parts = [
-        text_source(source).conversations(samples=10**4, length=100, seed=3, split=split)
+        text_source(source).read(Draw(10**4, 100, 3, split, chat=True)).conversations
         for split in SPLITS
     ]
     assert [len(part) for part in parts] == [28, 8, 4]
     assert len({part[0]["content"] for found in parts for part in found}) == 40
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines[:9])))
     with pytest.raises(DataError, match=r"chat\.jsonl has 9 conversations, but needs at least 10"):
-        text_source("chat.jsonl").conversations(samples=1, length=100, seed=0, split=TRAIN)
+        text_source("chat.jsonl").read(Draw(1, 100, 0, TRAIN, chat=True))
 
 
 def test_a_preset_goes_before_a_file_of_its_name(tmp_path, monkeypatch):

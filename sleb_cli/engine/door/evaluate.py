@@ -133,7 +133,7 @@ def _read_text(
 ) -> EvaluationWindows:
     length = choose_length(request.sequence_length, architecture)
     with task(notify, f"Reading {name}"):
-        text = text_source(name).evaluation_text(length)
+        text = text_source(name).read_for_evaluation(length)
         if not text.conversations:
             return cut_for_evaluation(
                 tokenizer, text, length, bos=request.bos, most=request.max_windows

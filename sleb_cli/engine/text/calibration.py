@@ -26,9 +26,8 @@ from sleb_cli.engine.text.windows import (
 )
 from sleb_cli.events import Notice, Notify, ignore, task
 from sleb_cli.plan import CalibrationRecord
-from sleb_cli.texts.data_set import ReferenceText
 from sleb_cli.texts.named import text_source
-from sleb_cli.texts.source import WHOLE
+from sleb_cli.texts.source import WHOLE, Draw
 
 
 @dataclass(frozen=True)
@@ -261,19 +260,17 @@ def read_windows(
     length, split = settings.sequence_length, settings.split
     # The user's number is for the whole text, of which a split has only about its share.
     required = samples if settings.samples_given and split == WHOLE else None
-    if settings.chat is not None and source.holds_conversations:
+    chat = settings.chat is not None and source.holds_conversations
+    text = source.read(Draw(samples, length, settings.seed, split, chat))
+    if chat:
         answers = settings.chat == "answers"
-        conversations = source.conversations(
-            samples=samples, length=length, seed=settings.seed, split=split
-        )
-        rendered = [render(tokenizer, each, name, answers=answers) for each in conversations]
+        rendered = [render(tokenizer, each, name, answers=answers) for each in text.conversations]
         return cut_conversations(rendered, name, length, answers=answers, required=required)
-    if isinstance(source, ReferenceText):
-        text = source.text_of_rows(samples, settings.seed, split)
+    if source.is_reference:
         windows = cut_running_text(tokenizer, text.content, length)
-        return require_windows(windows, text, tokenizer, length), None
-    text = source.text(tokens=samples * length, seed=settings.seed, split=split)
-    windows = cut_windows(tokenizer, text.content, length, bos=adds_bos(tokenizer))
+        required = None  # samples count rows of text
+    else:
+        windows = cut_windows(tokenizer, text.content, length, bos=adds_bos(tokenizer))
     return require_windows(windows, text, tokenizer, length, required), None
 
 
