@@ -17,16 +17,15 @@ from sleb_plugins import ModelError
 def generate_own_text(
     model: Any, tokenizer: Any, settings: CalibrationSettings, notify: Notify
 ) -> Tensor:
-    """Let the model generate the sequences, sampled from its own distribution after BOS, or find
-    them in the cache.
+    """Let the model generate the sequences, sampled after BOS, or find them in the cache.
 
     Raises:
         ModelError: the tokenizer has no token to start with.
         UnsupportedModelError: the model cannot generate text.
     """
-    start = next(
-        (t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None
-    )
+    start = tokenizer.bos_token_id
+    if start is None:
+        start = tokenizer.eos_token_id
     if start is None:
         raise ModelError(
             "The tokenizer has neither a BOS nor an EOS token, so the model cannot start a text.",
@@ -37,11 +36,19 @@ def generate_own_text(
     forbidden = sorted({tokenizer.eos_token_id} - {None})  # every sequence is one text
 
     def write(more: Continue, size: int) -> list[list[int]]:
-        batches = (min(size, count - first) for first in range(0, count, size))
-        return [begin + row for batch in batches for row in more([[start]] * batch, new, forbidden)]
+        rows = list[list[int]]()
+        while len(rows) < count:
+            prompts = [[start]] * min(size, count - len(rows))
+            rows += more(prompts, new, forbidden)
+        return [begin + row for row in rows]
 
-    key = {"start": start, "bos": bool(begin), "forbidden": forbidden}
     writing = Writing(
-        "Generating calibration text", "sequence", count, new, settings.seed, settings.writer, key
+        title="Generating calibration text",
+        noun="sequence",
+        count=count,
+        new=new,
+        seed=settings.seed,
+        model=settings.writer,
+        key={"start": start, "bos": bool(begin), "forbidden": forbidden},
     )
     return torch.tensor(write_or_find(model, writing, write, notify))

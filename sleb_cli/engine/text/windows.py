@@ -22,8 +22,10 @@ def choose_length(
     default: int = DEFAULT_LENGTH,
     option: str = "--sequence-length",
 ) -> int:
-    """Return the sequence length; raise a UsageError, which names the `option`, if it exceeds the
-    model's positions.
+    """Return the sequence length, by default what the model has positions for.
+
+    Raises:
+        UsageError: the `option` asks for more positions than there are.
     """
     limit = architecture.longest_sequence
     if requested is None:
@@ -50,20 +52,20 @@ def begin_with_bos(tokenizer: Any, sequences: Tensor) -> bool:
 
 
 def cut_windows(tokenizer: Any, text: str, length: int, *, bos: bool) -> Tensor:
-    """Cut `text` into consecutive windows, int64 [windows, length], and drop an incomplete last
-    one.
+    """Cut a text into consecutive windows, int64 [windows, length]; an incomplete last one is lost.
 
     With `bos`, every window starts with the BOS token.
     """
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    return _rows(ids, length - 1, [tokenizer.bos_token_id]) if bos else _rows(ids, length, [])
+    return _cut(ids, length, [tokenizer.bos_token_id] if bos else [])
 
 
 def cut_running_text(tokenizer: Any, text: str, length: int) -> Tensor:
-    """Cut `text` as the literature does: tokenized as a whole, with the BOS that the tokenizer may
-    add at its start.
+    """Cut a text as the literature does.
+
+    It is tokenized as a whole, with the BOS that the tokenizer may add at its start.
     """
-    return _rows(tokenizer(text).input_ids, length, [])
+    return _cut(tokenizer(text).input_ids, length, [])
 
 
 @dataclass(frozen=True)
@@ -100,26 +102,30 @@ def cut_for_evaluation(
         raise UsageError(
             "--bos needs a BOS token, but the tokenizer has none.", hint="Leave out --bos."
         )
-    width, start = (length - 1, [tokenizer.bos_token_id]) if bos else (length, [])
     # Only fast tokenizers tell where tokens are.
     by_document = bool(text.documents) and getattr(tokenizer, "is_fast", False)
     tokens = tokenizer(text.content, add_special_tokens=not bos, return_offsets_mapping=by_document)
-    most = min(filter(None, (most, text.limit)), default=None)
-    ids = require_windows(_rows(tokens.input_ids, width, start)[:most], text, tokenizer, length)
+    windows = _cut(tokens.input_ids, length, [tokenizer.bos_token_id] if bos else [])
+    for limit in (most, text.limit):
+        if limit:
+            windows = windows[:limit]
+    ids = require_windows(windows, text, tokenizer, length)
     clusters = torch.arange(len(ids)).unsqueeze(1).expand(-1, length - 1)
     if by_document:
-        documents = _document_numbers(text, tokens.offset_mapping)[: len(ids) * width].view(
-            -1, width
-        )[:, 1 - length :]
+        width = length - 1 if bos else length
+        documents = _document_numbers(text, tokens.offset_mapping)[: len(ids) * width]
+        documents = documents.view(-1, width)[:, 1 - length :]
         by_document = bool((documents != documents[0, 0]).any())
-        clusters = documents if by_document else clusters
+        if by_document:
+            clusters = documents
+    begins: Bos = "text" if adds_bos(tokenizer) else "none"
     return EvaluationWindows(
         text=text,
         ids=ids,
         counted=torch.ones_like(clusters, dtype=torch.bool),
         clusters=clusters,
         clustered_by="documents" if by_document else "windows",
-        bos="windows" if bos else "text" if adds_bos(tokenizer) else "none",
+        bos="windows" if bos else begins,
     )
 
 
@@ -129,10 +135,13 @@ def _document_numbers(text: Text, offsets: list[tuple[int, int]]) -> Tensor:
     return (torch.searchsorted(torch.tensor(text.documents), starts, right=True) - 1).clamp(min=0)
 
 
-def _rows(ids: list[int], length: int, start: list[int]) -> Tensor:
-    count = len(ids) // length
-    rows = [start + ids[row * length : (row + 1) * length] for row in range(count)]
-    return torch.tensor(rows, dtype=torch.int64).reshape(count, length + len(start))
+def _cut(ids: list[int], length: int, start: list[int]) -> Tensor:
+    # Each window has `length` tokens, the first ones of which are `start`.
+    width = length - len(start)
+    count = len(ids) // width
+    windows = torch.tensor(ids[: count * width], dtype=torch.int64).view(count, width)
+    first = torch.tensor(start, dtype=torch.int64).expand(count, -1)
+    return torch.cat([first, windows], 1)
 
 
 def require_windows(
@@ -160,9 +169,12 @@ def require_enough(count: int, source: str, length: int, required: int | None) -
 
 def whole_mask(sequences: Tensor, loss_mask: Tensor | None) -> Tensor:
     """Return the loss mask, bool in the shape of the sequences; without one, all tokens count."""
-    return torch.ones_like(sequences, dtype=torch.bool) if loss_mask is None else loss_mask
+    if loss_mask is None:
+        return torch.ones_like(sequences, dtype=torch.bool)
+    return loss_mask
 
 
 def tokens_sha256(windows: Tensor) -> str:
     """Return the SHA-256 of the token ids as little-endian int64."""
-    return hashlib.sha256(windows.cpu().contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+    ids = windows.cpu().contiguous().numpy().astype("<i8")
+    return hashlib.sha256(ids.tobytes()).hexdigest()

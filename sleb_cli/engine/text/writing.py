@@ -17,7 +17,7 @@ from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.model.generation import continue_each, generate
 from sleb_cli.engine.third_party import error_saying
 from sleb_cli.events import Advance, Notice, Notify, task
-from sleb_cli.keys import Key, key_of
+from sleb_cli.keys import key_of
 from sleb_cli.units import plural
 from sleb_plugins import UnsupportedModelError
 
@@ -30,11 +30,7 @@ GIVE_TEXT = "Calibrate on a file or a data set: --calibration FILE."
 _MIN_BATCH, _MAX_BATCH, _TOKENS_PER_BATCH = 16, 64, 16384
 
 Continue = Callable[..., list[list[int]]]
-"""Continues prompts of any lengths, `(prompts, new tokens at most, forbidden=(), ends=())`; returns
-the new tokens.
-
-They end with the first of the tokens in `ends`; `forbidden` ones are never drawn.
-"""
+"""`continue_prompts` of a model."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +67,23 @@ def write_or_find(
     Raises:
         UnsupportedModelError: the model cannot generate text.
     """
-    batch = min(writing.count, _MAX_BATCH, max(_MIN_BATCH, _TOKENS_PER_BATCH // writing.new))
+    batch = max(_MIN_BATCH, _TOKENS_PER_BATCH // writing.new)
+    batch = min(writing.count, _MAX_BATCH, batch)
     device = input_device(model)
-    key = _key(model, writing, batch)
+    key = key_of(
+        {"files": writing.model},
+        dtype=dtype_name(model.dtype),
+        device=device.type,
+        quantization=str(getattr(model.config, "quantization_config", None)),
+        shape=[writing.count, writing.new],
+        seed=writing.seed,
+        batch=batch,
+        **writing.key,
+    )
     cached: list[T] = read_cached("texts", key) or []
     if cached:
-        notify(
-            Notice(
-                f"Using {plural(len(cached), writing.noun)} that the model wrote before, from the "
-                f"cache."
-            )
-        )
+        found = plural(len(cached), writing.noun)
+        notify(Notice(f"Using {found} that the model wrote before, from the cache."))
         return cached
     # MPS cannot tell the state of its random number generator by device.
     devices = [] if device.type in ("cpu", "mps") else [device]
@@ -93,7 +95,7 @@ def write_or_find(
             torch.inference_mode(),
         ):
             torch.manual_seed(writing.seed)
-            return write(_continuing(model, advance), size)
+            return write(partial(continue_prompts, model, advance), size)
 
     texts = in_smaller_pieces(run, batch, device, notify, "generating {} sequences")
     if writing.model is not None:
@@ -101,60 +103,63 @@ def write_or_find(
     return texts
 
 
-def _key(model: Any, writing: Writing, batch: int) -> Key:
-    return key_of(
-        {"files": writing.model},
-        dtype=dtype_name(model.dtype),
-        device=input_device(model).type,
-        quantization=str(getattr(model.config, "quantization_config", None)),
-        shape=[writing.count, writing.new],
-        seed=writing.seed,
-        batch=batch,
-        **writing.key,
-    )
+def continue_prompts(
+    model: Any,
+    advance: Advance,
+    prompts: Sequence[Sequence[int]],
+    new: int,
+    forbidden: Collection[int] = (),
+    ends: Collection[int] = (),
+) -> list[list[int]]:
+    """Continue prompts of any lengths by at most `new` tokens; return the new tokens of each.
 
-
-def _continuing(model: Any, advance: Advance) -> Continue:
+    They end with the first of the tokens in `ends`; `forbidden` ones are never drawn.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    padded, attended = [], []
+    for prompt in prompts:
+        padding = [0] * (longest - len(prompt))
+        padded.append([*padding, *prompt])
+        attended.append([*padding, *[1] * len(prompt)])
     device = input_device(model)
+    endings = torch.tensor(sorted(ends), dtype=torch.long, device=device)
+    written = continue_each(
+        partial(_generate, model, forbidden, ends),
+        torch.tensor(padded, device=device),
+        torch.tensor(attended, device=device),
+        new,
+        lambda rows: partial(_have_ended, endings, advance),
+    )
+    return [_cut_after(tokens.tolist(), ends) for tokens in written]
+
+
+def _have_ended(endings: Tensor, advance: Advance, added: Tensor) -> Tensor:
+    # It is called for each token, so it moves the bar, too.
+    advance(len(added))
+    return torch.isin(added, endings).any(1)
+
+
+def _generate(
+    model: Any,
+    forbidden: Collection[int],
+    ends: Collection[int],
+    ids: Tensor,
+    settings: dict[str, Any],
+    **options: Any,
+) -> Any:
+    # Greedy, since `draw_tokens` leaves one token to choose.
+    greedy = GenerationConfig(
+        do_sample=False, pad_token_id=0, eos_token_id=sorted(ends) or None, **settings
+    )
     refused = error_saying(
         UnsupportedModelError, f"{model.config.model_type} cannot generate text", GIVE_TEXT
     )
-
-    def more(
-        prompts: Sequence[Sequence[int]],
-        new: int,
-        forbidden: Collection[int] = (),
-        ends: Collection[int] = (),
-    ) -> list[list[int]]:
-        longest = max(map(len, prompts))
-        ids = torch.tensor(
-            [[0] * (longest - len(prompt)) + [*prompt] for prompt in prompts], device=device
-        )
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        attended = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
-        endings = torch.tensor(sorted(ends), dtype=torch.long, device=device)
-
-        def have_ended(added: Tensor) -> Tensor:
-            # It is called for each token, so it moves the bar, too.
-            advance(len(added))
-            return torch.isin(added, endings).any(1)
-
-        def run(ids: Tensor, settings: dict[str, Any], **options: Any) -> Any:
-            greedy = GenerationConfig(
-                do_sample=False, pad_token_id=0, eos_token_id=sorted(ends) or None, **settings
-            )
-            drawing = LogitsProcessorList([partial(draw_tokens, forbidden=forbidden)])
-            return generate(model, ids, greedy, refused, logits_processor=drawing, **options)
-
-        written = continue_each(run, ids, attended, new, lambda rows: have_ended)
-        return [_cut_after(tokens.tolist(), ends) for tokens in written]
-
-    return more
+    drawing = LogitsProcessorList([partial(draw_tokens, forbidden=forbidden)])
+    return generate(model, ids, greedy, refused, logits_processor=drawing, **options)
 
 
 def draw_tokens(input_ids: Tensor, scores: Tensor, *, forbidden: Collection[int]) -> Tensor:
-    """Draw a token that is not forbidden for each row of logits [batch, vocabulary]; return logits
-    that allow no other.
+    """Draw a token for each row of logits [batch, vocabulary]; return logits that allow no other.
 
     Raises:
         ValueError: the logits are not finite.
@@ -168,11 +173,13 @@ def draw_tokens(input_ids: Tensor, scores: Tensor, *, forbidden: Collection[int]
     # One random number for each row: `torch.multinomial` would take one for each token of the
     # vocabulary.
     share = torch.rand(len(ends), 1, dtype=torch.float64, device=ends.device)
-    tokens = torch.searchsorted(ends, share * ends[:, -1:], right=True).clamp(
-        max=scores.shape[-1] - 1
-    )
+    tokens = torch.searchsorted(ends, share * ends[:, -1:], right=True)
+    tokens = tokens.clamp(max=scores.shape[-1] - 1)
     return torch.full_like(scores, -torch.inf).scatter_(-1, tokens.to(scores.device), 0.0)
 
 
 def _cut_after(tokens: list[int], ends: Collection[int]) -> list[int]:
-    return next((tokens[: at + 1] for at, token in enumerate(tokens) if token in ends), tokens)
+    for at, token in enumerate(tokens):
+        if token in ends:
+            return tokens[: at + 1]
+    return tokens
