@@ -1,10 +1,9 @@
-"""What published chat templates do to thoughts and answers, in short, and what they make of a
-conversation.
+"""Published chat templates, in short, and what they make of a conversation and its thoughts.
 
-`earlier`, `last` and `thinking` are a turn with more after it, the last one, and the last one with
-a thought; what the model writes of it stands in ⟦⟧.
+What the model writes of a text stands in ⟦⟧.
 """
 
+import re
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
@@ -12,7 +11,10 @@ from transformers import PreTrainedTokenizerFast
 from conftest import train_tokenizer
 
 CONTENT = "{% set words = m.content.split('</think>')[-1].lstrip('\\n') %}"
-IM_START = "{% for m in messages %}{% if m.role != 'assistant' %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>\n"
+IM_START = (
+    "{% for m in messages %}{% if m.role != 'assistant' %}"
+    "<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>\n"
+)
 QWEN3 = (
     "{% set ns = namespace(query=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set "
     "ns.query = loop.index0 %}"
@@ -81,8 +83,12 @@ MISTRAL = (  # the system's words are in the last question
 
 @dataclass(frozen=True)
 class Published:
-    """A template, the tokens that it needs (those in `added` are no special ones), and turns as it
-    writes them.
+    """A template, and turns as it writes them.
+
+    `earlier` is a turn with more after it, `last` the last one; `thinking` is the last one with a
+    thought in the field for it, and `inside` with the thought in the answer's content. The template
+    needs the tokens `special`, and those `added`, which are no special ones. `written` is an answer
+    with a thought as a model writes it.
     """
 
     text: str
@@ -90,20 +96,35 @@ class Published:
     earlier: str
     last: str
     thinking: str
-    """With a thought in the field for it; `inside` is the same with the thought in the answer's
-    content.
-    """
     inside: str
     special: tuple[str, ...]
     added: tuple[str, ...] = ("<think>", "</think>")
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerFast:
+    def written(self) -> str:
+        for text in (self.thinking, self.inside):
+            answer = re.search("⟦(.*)⟧", text, re.DOTALL)[1]
+            if "river" in answer:
+                break
+        if self.text == R1:  # which cuts the thought
+            return "river\n</think>\n\nfield</s>"
+        return answer.replace("<|end|></s>", "<|end|>")  # the template adds the end of the text
+
+    def make_tokenizer(self) -> PreTrainedTokenizerFast:
         tokenizer = train_tokenizer(bos=True)
         tokenizer.chat_template = self.text
         tokenizer.add_special_tokens({"extra_special_tokens": [*self.special]})
         tokenizer.add_tokens([*self.added])
         return tokenizer
+
+
+def tokens_of(tokenizer, text):
+    """Return the tokens of a text, and whether they stand in brackets."""
+    tokens = []
+    for at, piece in enumerate(re.split("[⟦⟧]", text)):
+        ids = tokenizer(piece, add_special_tokens=False).input_ids
+        tokens += [(token, at % 2 == 1) for token in ids]
+    return tokens
 
 
 THOUGHT = "<think>\nriver\n</think>\n\n"
@@ -130,15 +151,16 @@ PUBLISHED = {
     ),
     "r1": Published(
         R1, "<s>stone", "<｜User｜>snow<｜Assistant｜>⟦bridge</s>⟧", R1_LAST, R1_LAST,
-        R1_LAST.replace("field", "\n\nfield"), (), ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"),
+        R1_LAST.replace("field", "\n\nfield"), (),
+        ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"),
     ),
     "gpt-oss": Published(
         GPT_OSS, "<|start|>system<|message|>Current date: "
                  "2025-01-01<|end|><|start|>developer<|message|>stone<|end|>",
         OSS_LAST.replace("mill", "snow") + "<|channel|>final<|message|>⟦bridge<|end|>⟧",
         OSS_LAST + "<|channel|>final<|message|>⟦field<|return|>⟧",
-        OSS_LAST + "⟦<|channel|>analysis<|message|>river<|end|><|start|>assistant<|channel|>final<|message|>field"
-        "<|return|>⟧",
+        OSS_LAST + "⟦<|channel|>analysis<|message|>river<|end|><|start|>assistant"
+                   "<|channel|>final<|message|>field<|return|>⟧",
         OSS_LAST + f"⟦<|channel|>final<|message|>{THOUGHT}field<|return|>⟧",
         ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"), (),
     ),
@@ -150,7 +172,8 @@ PUBLISHED = {
     ),
     "phi4": Published(
         PHI4, "<|im_start|>system<|im_sep|>stone<|im_end|>",
-        PHI4_LAST.replace("mill", "snow") + "⟦bridge<|im_end|>⟧", *[PHI4_LAST + "⟦field<|im_end|>⟧"] * 2,
+        PHI4_LAST.replace("mill", "snow") + "⟦bridge<|im_end|>⟧",
+        *[PHI4_LAST + "⟦field<|im_end|>⟧"] * 2,
         PHI4_LAST + f"⟦{THOUGHT}field<|im_end|>⟧", (*IM, "<|im_sep|>"),
     ),
     "phi4-mini": Published(
@@ -164,3 +187,5 @@ PUBLISHED = {
         f"[INST] stone\n\nmill[/INST]⟦ {THOUGHT}field </s>⟧", ("[INST]", "[/INST]"), (),
     ),
 }  # fmt: skip
+
+PUBLISHED_TOKENIZERS = {name: template.make_tokenizer() for name, template in PUBLISHED.items()}

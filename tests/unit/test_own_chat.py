@@ -8,10 +8,9 @@ from itertools import cycle
 
 import pytest
 import torch
-from test_chat import tokens_of
 
 import sleb_cli.engine.text.writing as text_writing
-from chat_templates import PUBLISHED
+from chat_templates import PUBLISHED, PUBLISHED_TOKENIZERS, tokens_of
 from conftest import llama_config, random_model, tokenizer_with
 from families import tiny_config
 from sleb_cli.checks.mixture import parse_mixture
@@ -25,19 +24,19 @@ from sleb_cli.texts.named import text_source
 from sleb_cli.texts.source import TextSplit
 from sleb_plugins import DataError, UnsupportedModelError, UsageError
 
-TURNS = (
+TURNS = tokenizer_with(
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
-WORDS = (
-    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ "
-    "m.content }}</s>"
-    "{% endif %}{% endfor %}"
+SYSTEM = tokenizer_with("<s>system: mill</s>" + TURNS.chat_template)
+WORDS = tokenizer_with(
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
 )
-SYSTEM = "<s>system: mill</s>" + TURNS
+LONG = " ".join(f"snow{number}" for number in range(99))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model():
     """A random model that ends its messages soon, as a tenth of all tokens end them."""
     model = random_model(llama_config(2))
@@ -52,40 +51,33 @@ def settings(source, samples=4, length=48, **changes):
     return replace(own, **changes)
 
 
-def talk(question, answer):
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+def written(tokenizer, conversations):
+    return [tokenizer.decode([token for token, _ in each]) for each in conversations]
 
 
-def wrote(tokenizer, template_prompts, *says, count=2, length=40, size=4):
-    """Let a model that says these in turn, over and over, write; return the conversations and what
-    it was given.
+def wrote(tokenizer, prompts, *says, count=1, length=60, size=1):
+    """Let a model that says these in turn, over and over, write conversations.
+
+    Return them, what it was given each time, and how many were dropped.
     """
-    if isinstance(tokenizer, str):
-        tokenizer = tokenizer_with(tokenizer)
-    writer, turns, given = (
-        _Writer(random_model(llama_config(1)), tokenizer, "self-chat", length),
-        cycle(says),
-        [],
-    )
+    turns, given = cycle(says), []
 
     def more(prompts, new, forbidden, ends):
         given.extend(map(tokenizer.decode, prompts))
-        said = [tokenizer(next(turns), add_special_tokens=False).input_ids[:new] for _ in prompts]
-        said = [
-            row[: next((at + 1 for at, token in enumerate(row) if token in ends), len(row))]
-            for row in said
-        ]
+        said = []
+        for _ in prompts:
+            row = tokenizer(next(turns), add_special_tokens=False).input_ids[:new]
+            end = next((at for at, token in enumerate(row) if token in ends), len(row))
+            said.append(row[: end + 1])
+            assert not forbidden & {*said[-1]}
         assert 0 in forbidden  # <s>
         assert all(tokenizer.added_tokens_decoder[token].special for token in forbidden)
-        assert not forbidden & {token for row in said for token in row}
         assert 1 <= new <= length - min(map(len, prompts))
         return said
 
-    return writer.write(more, size, count, template_prompts), given, writer.dropped
-
-
-def said_in(talk):
-    return [(message["role"], message["content"]) for message in talk.messages]
+    model = random_model(llama_config(1))
+    writer = _Writer(model, tokenizer, "self-chat", length, more)
+    return writer.write(count, size, prompts), given, writer.dropped
 
 
 @pytest.mark.parametrize(
@@ -112,184 +104,120 @@ def test_texts_that_have_ended_leave_the_others_as_they_are(monkeypatch, model_t
 
     monkeypatch.setattr(text_writing, "generate", watched)
 
-    def written(some):
-        return text_writing._continuing(model, lambda *_: None)(some, 24, ends=ends)
+    def continued(some):
+        return text_writing.continue_prompts(model, lambda *_: None, some, 24, ends=ends)
 
     draws = random.Random(0)
     prompts = [draws.choices(range(320), k=length) for length in (3, 9, 4, 4, 7, 2, 8, 5)]
-    together, (first, *later) = written(prompts), calls
+    together, (first, *later) = continued(prompts), calls
     assert first == (8, False)
     assert later[0][0] < 8
     assert {had_cache for _, had_cache in later} <= {caches}
-    assert together == [written([prompt])[0] for prompt in prompts]
-
-
-LONG = " ".join(f"snow{number}" for number in range(40))
+    assert together == [continued([prompt])[0] for prompt in prompts]
 
 
 @pytest.mark.parametrize(
-    ("template", "asked", "answered", "question"),
+    ("tokenizer", "opening", "asked", "question"),
     [
         (TURNS, "<s>user: ", "<s>user: river</s><s>assistant: ", "river</s>"),
-        (
-            SYSTEM,
-            "<s>system: mill</s><s>user: ",
-            "<s>system: mill</s><s>user: river</s><s>assistant: ",
-            "river</s>",
-        ),
+        (SYSTEM, "<s>system: mill</s><s>user: ", "river</s><s>assistant: ", "river</s>"),
         (WORDS, "[INST] ", "[INST] river [/INST]", "river [/INST] and [/INST] more"),
         (
-            PUBLISHED["r1"].tokenizer,
+            PUBLISHED_TOKENIZERS["r1"],
             "<s><｜User｜>",
-            "<s><｜User｜>river<｜Assistant｜><think>\n",
+            "river<｜Assistant｜><think>\n",
             "river<｜Assistant｜>",
         ),
     ],
-    ids=[
-        "a token ends a message",
-        "a system prompt",
-        "words end a message",
-        "no special token ends a message",
-    ],
+    ids=["a token ends it", "a system prompt", "words end it", "no special token ends it"],
 )
-def test_the_model_speaks_where_its_template_puts_words(template, asked, answered, question):
-    found, given, _ = wrote(template, iter(()), question, LONG, count=1, size=1, length=60)
-    assert given == [asked, answered]
-    of_user, answer = said_in(found[0])
-    assert (len(found), of_user) == (1, ("user", "river"))
-    assert answer[0] == "assistant"
-    assert LONG.startswith(answer[1])
+def test_the_model_speaks_where_its_template_puts_words(tokenizer, opening, asked, question):
+    (found,), given, _ = wrote(tokenizer, iter(()), question, LONG)
+    assert given[0] == opening
+    assert given[1].startswith(opening)
+    assert given[1].endswith(asked)
+    ids = tokenizer(given[1], add_special_tokens=False).input_ids
+    assert found[: len(ids)] == [(token, False) for token in ids]
+    answer = found[len(ids) :]
+    assert all(own for _, own in answer)
+    assert LONG.startswith(tokenizer.decode([token for token, _ in answer]))
 
 
 def test_useless_conversations_are_dropped_and_counted():
-    questions = [
-        "town</s>",
-        "town</s>",
-        "river " * 6 + "</s>",
-        "</s>",
-        "mill stone water",
-        "bridge</s>",
-    ]
-    found, _, dropped = wrote(TURNS, iter(()), *questions, LONG, LONG, count=2, size=6)
-    assert [said_in(talk)[0][1] for talk in found] == ["town", "bridge"]
+    questions = ["town</s>", "town</s>", "river " * 6 + "</s>", "</s>", "mill stone", "bridge</s>"]
+    found, _, dropped = wrote(TURNS, iter(()), *questions, LONG, LONG, count=2, length=40, size=6)
     assert dropped == 4
-    assert all(said_in(talk)[1][1].startswith("snow0 snow1") for talk in found)
-
-
-def test_a_short_conversation_gets_a_second_turn():
-    says = [
-        "town</s>",
-        " stone</s>",
-        "fish</s>",
-        LONG,
-        LONG,
-    ]  # the second question to a new conversation has no end
-    found, _, _ = wrote(TURNS, iter(()), *says, count=1, length=80, size=1)
-    assert [role for role, _ in said_in(found[0])] == ["user", "assistant"] * 2
-    tokenizer = tokenizer_with(TURNS)
-    turns = "<s>user: town</s><s>assistant: ⟦ stone</s>⟧<s>user: fish</s><s>assistant: ⟦" + LONG
-    assert found[0].tokens[:60] == tokens_of(tokenizer, turns)[:60]
-
-
-ONLY_LAST = (
-    "{% for m in messages %}<s>{{ m.role }}: {% if loop.last or m.role == 'user' %}{{ m.content "
-    "}}{% endif %}</s>"
-    "{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
-)
-
-
-@pytest.mark.parametrize(
-    ("template", "end", "answer"),
-    [
-        (ONLY_LAST, "</s>", "stone</s>"),
-        (PUBLISHED["qwen3"].tokenizer, "<|im_end|>", "<think>\nking\n</think>\n\nstone<|im_end|>"),
-        (PUBLISHED["phi4"].tokenizer, "<|im_end|>", "stone</s>"),
-        (PUBLISHED["r1"].tokenizer, "<｜Assistant｜>", "king\n</think>\n\nstone</s>"),
-    ],
-)
-def test_no_second_turn_where_the_template_would_change_the_first(template, end, answer):
-    says = [each for number in range(40) for each in (f"town{number}{end}", answer)]
-    found, _, _ = wrote(template, iter(()), *says, count=2, length=90, size=1)
-    assert {len(talk.messages) for talk in found} == {2}
+    for text, word in zip(written(TURNS, found), ("town", "bridge"), strict=True):
+        assert text.startswith(f"<s>user: {word}</s><s>assistant: snow0 snow1")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_thoughts_and_answers_stay_as_the_model_wrote_them(name):
-    template = PUBLISHED[name]
-    own = [re.search("⟦(.*)⟧", text, re.DOTALL)[1] for text in (template.thinking, template.inside)]
-    answer = "river\n</think>\n\nfield</s>" if name == "r1" else own["river" not in own[0]]
-    answer = answer.replace("</s>", "") if name == "phi4-mini" else answer  # whose template adds it
-    asked, tokenizer = [{"role": "user", "content": "mill"}], template.tokenizer
-    found, given, _ = wrote(tokenizer, cycle([asked]), answer, count=1, length=120, size=2)
-    assert given[0] == apply_template(
-        tokenizer, asked, "", tokenize=False, add_generation_prompt=True
-    )
-    assert (given, found) == (given[:1] * len(found), found[:1] * len(given))
+    template, tokenizer = PUBLISHED[name], PUBLISHED_TOKENIZERS[name]
+    asked = [{"role": "user", "content": "mill"}]
+    found, given, _ = wrote(tokenizer, cycle([asked]), template.written, length=120, size=2)
+    prompt = apply_template(tokenizer, asked, "", tokenize=False, add_generation_prompt=True)
+    assert set(given) == {prompt}
     space = "\n" if template.last.endswith("\n") else ""
-    assert found[0].tokens == tokens_of(tokenizer, f"{given[0]}⟦{answer}⟧{space}")
+    for talk in found:
+        assert talk == tokens_of(tokenizer, f"{prompt}⟦{template.written}⟧{space}")
 
 
 def test_a_model_that_writes_nothing_usable_is_refused(model, tmp_path):
     with pytest.raises(
         UnsupportedModelError, match="none of 64 conversations that the model wrote can be used"
     ):
-        wrote(TURNS, iter(()), "never ends", count=1, size=2)
+        wrote(TURNS, iter(()), "never ends", size=2)
     (tmp_path / "p.txt").write_text("river " * 60)
     asked = settings("answers:p.txt", chat="answers")
     with pytest.raises(UnsupportedModelError, match="or do not fit 48 tokens"):
-        calibrate([asked], tokenizer_with(TURNS), lambda: model, ignore)
+        calibrate([asked], TURNS, lambda: model, ignore)
+
+
+NOT_SHOWN = "does not show where the words of a user begin"
 
 
 @pytest.mark.parametrize(
     ("template", "length", "message"),
     [
         (None, 48, "self-chat needs a chat template, but the tokenizer has none"),
-        (
-            TURNS,
-            20,
-            "self-chat does not fit sequences of 20 tokens: the chat template alone takes 6",
-        ),
-        ("{{ messages | length }}", 48, "does not show where the words of a user begin"),
-        (
-            "{% for m in messages %}{{ m.content }}</s>{% endfor %}",
-            48,
-            "does not show where the words of a user begin",
-        ),
+        (TURNS.chat_template, 20, "of 20 tokens: the chat template alone takes 6"),
+        ("{{ messages | length }}", 48, NOT_SHOWN),
+        ("{% for m in messages %}{{ m.content }}</s>{% endfor %}", 48, NOT_SHOWN),
     ],
 )
 def test_a_template_that_cannot_be_used_is_refused(model, template, length, message):
+    own = settings("self-chat", length=length)
     with pytest.raises(UsageError, match=message):
-        calibrate(
-            [settings("self-chat", length=length)], tokenizer_with(template), lambda: model, ignore
-        )
+        calibrate([own], tokenizer_with(template), lambda: model, ignore)
 
 
 def test_learned_positions_end_with_the_sequence():
     model, length = random_model(tiny_config("gpt2")), 128
     assert model.config.max_position_embeddings == length
-    written = settings("self-chat", length=length)
-    (found,) = calibrate([written], tokenizer_with(TURNS), lambda: model, ignore)
+    (found,) = calibrate([settings("self-chat", length=length)], TURNS, lambda: model, ignore)
     assert found.sequences.shape == (4, length)
     # An answer that positions end within its sequence is no answer; that of the longest prompt of a
     # batch is.
-    prompts = [[{"role": "user", "content": words}] for words in ("town", "fish " * 15)]
-    says = " ".join(f"snow{number}" for number in range(99))
-    found, _, dropped = wrote(TURNS, cycle(prompts), says, count=1, length=length, size=2)
-    assert ([said_in(talk)[0][1] for talk in found], dropped) == ([prompts[1][0]["content"]], 1)
+    long = "fish " * 15
+    prompts = [[{"role": "user", "content": words}] for words in ("town", long)]
+    found, _, dropped = wrote(TURNS, cycle(prompts), LONG, length=length, size=2)
+    (text,) = written(TURNS, found)
+    assert text.startswith(f"<s>user: {long}</s>")
+    assert dropped == 1
 
 
 def test_sequences_begin_conversations_and_are_cached_and_split(model):
-    tokenizer, events = tokenizer_with(TURNS), []
+    events = []
     splits = [settings("self-chat", count, chat="answers", writer="m") for count in (4, 2)]
-    found, again = (calibrate(splits, tokenizer, lambda: model, events.append) for _ in range(2))
+    found, again = (calibrate(splits, TURNS, lambda: model, events.append) for _ in range(2))
     for text, same in zip(found, again, strict=True):
         assert text.sequences.tolist() == same.sequences.tolist()
-        assert all(tokenizer.decode(row).startswith("<s>user: ") for row in text.sequences)
+        assert all(TURNS.decode(row).startswith("<s>user: ") for row in text.sequences)
         assert text.loss_mask[:, 1:].any(1).all()
         assert not text.loss_mask.all()
-    assert not {*map(tuple, found[0].sequences.tolist())} & {
-        *map(tuple, found[1].sequences.tolist())
-    }
+    first, second = ({*map(tuple, text.sequences.tolist())} for text in found)
+    assert not first & second
     told = [event.text for event in events if isinstance(event, Notice)]
     assert re.match(r"self-chat: the model wrote \d+ conversations", told[0])
     assert told[1].endswith("that the model wrote before, from the cache.")
@@ -298,57 +226,47 @@ def test_sequences_begin_conversations_and_are_cached_and_split(model):
 def test_all_tokens_of_plain_text_count(model, tmp_path):
     (tmp_path / "text.txt").write_text("river snow " * 400)
     mixed = settings("self-chat:0.5,text.txt:0.5", chat="answers")
-    (found,) = calibrate([mixed], tokenizer_with(TURNS), lambda: model, ignore)
-    assert [bool(row.all()) for row in found.loss_mask] == [
-        origin == "text.txt" for origin in found.origins
-    ]
+    (found,) = calibrate([mixed], TURNS, lambda: model, ignore)
+    for mask, origin in zip(found.loss_mask, found.origins, strict=True):
+        assert bool(mask.all()) == (origin == "text.txt")
+
+
+def as_lines(*values):
+    return "\n".join(map(json.dumps, values))
+
+
+PROMPTS = [{"role": "user", "content": f"word{number}"} for number in range(20)]
+ANSWER = {"role": "assistant", "content": "no"}
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("p.txt", "\n\n".join(f"word{number}" for number in range(20))),
-        ("p.jsonl", "\n".join(json.dumps({"prompt": f"word{number}"}) for number in range(20))),
-        (
-            "p.jsonl",
-            "\n".join(
-                json.dumps({"messages": talk(f"word{number}", "no")}) for number in range(20)
-            ),
-        ),
+        ("p.txt", "\n\n".join(prompt["content"] for prompt in PROMPTS)),
+        ("p.jsonl", as_lines(*({"prompt": prompt["content"]} for prompt in PROMPTS))),
+        ("p.jsonl", as_lines(*({"messages": [prompt, ANSWER]} for prompt in PROMPTS))),
     ],
     ids=["lines", "prompts", "messages"],
 )
 def test_prompts_are_read_and_answered_each_in_one_part(model, tmp_path, name, content):
     (tmp_path / name).write_text(content)
-    parts = [
-        text_source(f"answers:{name}").prompts(TextSplit(*ends)) for ends in ((0, 0.7), (0.7, 1))
-    ]
-    assert [[{"role": "user", "content": f"word{number}"}] for number in range(20)] == parts[
-        0
-    ] + parts[1]
-    tokenizer = tokenizer_with(TURNS)
-    splits = [
-        settings(f"answers:{name}", 3, split=TextSplit(*ends)) for ends in ((0, 0.7), (0.7, 1))
-    ]
-    for text, prompts in zip(
-        calibrate(splits, tokenizer, lambda: model, ignore), parts, strict=True
-    ):
+    splits = TextSplit(0, 0.7), TextSplit(0.7, 1)
+    parts = [text_source(f"answers:{name}").prompts(split) for split in splits]
+    assert parts[0] + parts[1] == [[prompt] for prompt in PROMPTS]
+    drawn = [settings(f"answers:{name}", 3, split=split) for split in splits]
+    for text, prompts in zip(calibrate(drawn, TURNS, lambda: model, ignore), parts, strict=True):
         begins = tuple(f"<s>user: {prompt[0]['content']}</s><s>assistant: " for prompt in prompts)
-        assert all(tokenizer.decode(row).startswith(begins) for row in text.sequences)
+        assert all(TURNS.decode(row).startswith(begins) for row in text.sequences)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("p.txt", "one\ntwo", r"p\.txt has 2 prompts, but needs at least 10\."),
+        ("p.jsonl", as_lines({"prompt": "a"}, {"messages": [ANSWER]}), r"Line 2 of p\.jsonl"),
         (
             "p.jsonl",
-            '{"prompt": "a"}\n{"messages": [{"role": "assistant", "content": "a"}]}',
-            r"Line 2 of p\.jsonl",
-        ),
-        (
-            "p.jsonl",
-            '{"messages": [{"role": "system", "content": "a"}]}',
+            as_lines({"messages": [{"role": "system", "content": "a"}]}),
             r"Line 1 of p\.jsonl .* there is no prompt",
         ),
     ],
