@@ -40,6 +40,12 @@ def is_written(name: str) -> bool:
     return text_source(name).is_written
 
 
+def writes_conversations(name: str) -> bool:
+    """Whether the model writes conversations for the text of this name."""
+    source = text_source(name)
+    return source.is_written and source.holds_conversations
+
+
 def is_reference(name: str) -> bool:
     """Whether the text of this name is drawn as in the reference implementation."""
     return text_source(name).is_reference

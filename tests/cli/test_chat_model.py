@@ -5,6 +5,7 @@ its answers.
 import json
 import re
 import shutil
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import WORDS, llama_config, prose, save_model
 from sleb_cli.engine.recovery import heal_budget
+from sleb_cli.engine.text import calibration
 from sleb_cli.engine.text.chat import cut_conversations, render
 from sleb_cli.plan import RecoveryRecord, read_plan
+from texts import talk, write_lines
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
@@ -80,26 +83,13 @@ def test_a_recovery_is_reported_on_answers_too(sleb, chatty, text_file, tmp_path
 def test_the_losses_on_answers_are_those_of_a_plain_computation(
     sleb, chatty, text_file, tmp_path, monkeypatch
 ):
-    from sleb_cli.engine.text import calibration
-
-    talks, cut = [], cut_conversations
-    monkeypatch.setattr(
-        calibration, "cut_conversations", lambda *a, **o: talks.append(cut(*a, **o)) or talks[-1]
-    )
-    recover = [
-        "apply",
-        chatty,
-        "--blocks",
-        "2",
-        "--recover",
-        *TEXT,
-        "--calibration",
-        text_file,
-        "-o",
-        "out",
-    ]
-    found = recovered(sleb(*recover, "--json")).conversations
-    ids, mask = (each[: found.text.sequences] for each in talks[0])
+    cut = Mock(side_effect=cut_conversations)
+    monkeypatch.setattr(calibration, "cut_conversations", cut)
+    recover = ["apply", chatty, "--blocks", 2, "--recover", *TEXT, "-o", "out", "--json"]
+    found = recovered(sleb(*recover, "--calibration", text_file)).conversations
+    rendered, _, length = cut.mock_calls[0].args
+    ids, mask = cut_conversations(rendered, "", length, answers=True, required=None)
+    ids, mask = ids[: found.text.sequences], mask[: found.text.sequences]
     assert not mask.all()
     dense, ours = (
         AutoModelForCausalLM.from_pretrained(folder) for folder in (chatty, tmp_path / "out")
@@ -133,41 +123,21 @@ def test_a_healing_on_answers_comes_nearer_on_answers(sleb, chatty, tmp_path, mo
     (tmp_path / "asked.txt").write_text("".join(f"{word}\n" for word in WORDS))
     (tmp_path / "text.txt").write_text(prose(400))
     command = ["apply", chatty, "--blocks", "2", "--heal", "--heal-tokens", 4096, *TEXT]
-    command += [
-        "--calibration",
-        "answers:asked.txt:0.25,text.txt:0.75",
-        "--chat",
-        "answers",
-        "-o",
-        "out",
-    ]
+    command += ["--calibration", "answers:asked.txt:0.25,text.txt:0.75", "--chat", "answers"]
+    command += ["-o", "out"]
     record = recovered(sleb(*command, "--json"))
     assert record.conversations.healed.divergence < record.conversations.pruned.divergence
 
 
 def test_perplexity_of_conversations_is_that_of_their_answers(sleb, chatty, tmp_path):
-    asked = [{"role": "user", "content": f"river {number}"} for number in range(12)]
-    said = [
-        {"role": "assistant", "content": "snow water stone " * (number + 2)} for number in range(12)
-    ]
-    talks = [list(talk) for talk in zip(asked, said, strict=True)]
-    (tmp_path / "talks.jsonl").write_text(
-        "\n".join(json.dumps({"messages": talk}) for talk in talks)
-    )
-    evaluate = [
-        "eval",
-        chatty,
-        "--blocks",
-        2,
-        "--perplexity",
-        "talks.jsonl",
-        "--sequence-length",
-        64,
-    ]
+    talks = [talk(f"river {number}", "snow water stone " * (number + 2)) for number in range(12)]
+    write_lines("talks.jsonl", messages=talks)
+    evaluate = ["eval", chatty, "--blocks", 2, "--sequence-length", 64, "--perplexity"]
+    evaluate += ["talks.jsonl"]
     assert "talks.jsonl (answers)" in sleb(*evaluate, "--max-windows", 3).stdout
     (text,) = json.loads(sleb(*evaluate, "--json").stdout)["texts"]
     tokenizer = AutoTokenizer.from_pretrained(chatty)
-    rendered = [render(tokenizer, talk, "", answers=True) for talk in talks]
+    rendered = [render(tokenizer, each, "", answers=True) for each in talks]
     ids, mask = cut_conversations(rendered, "", 64, answers=True, required=None)
     model = AutoModelForCausalLM.from_pretrained(chatty)
     with torch.no_grad():
@@ -180,11 +150,11 @@ def test_perplexity_of_conversations_is_that_of_their_answers(sleb, chatty, tmp_
     data_set = tmp_path / "org" / "talks"
     data_set.mkdir(parents=True)
     shutil.copy("talks.jsonl", data_set / "test.jsonl")
-    (data_set / "train.jsonl").write_text(json.dumps({"messages": talks[0]}))
-    evaluate[evaluate.index("talks.jsonl")] = "talks.jsonl,org/talks:,org/talks:::messages"
+    write_lines(data_set / "train.jsonl", messages=talks[:1])
+    evaluate[-1] = "talks.jsonl,org/talks:,org/talks:::messages"
     shown = sleb(*evaluate, "--json")
     assert "measuring perplexity on org/talks::test." in shown.stderr
     _, *of_data_set = json.loads(shown.stdout)["texts"]
     assert [{**found, "text": "talks.jsonl"} for found in of_data_set] == [text, text]
-    (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": talks[0]}))
+    write_lines("talks.jsonl", messages=talks[:1])
     assert "too few for a sequence of 64 with an answer" in sleb(*evaluate, code=5).stderr

@@ -1,7 +1,6 @@
 """Sequences of tokens: where they are cut, what begins them, and which are drawn."""
 
 import hashlib
-import json
 import struct
 from fractions import Fraction
 
@@ -18,6 +17,7 @@ from sleb_cli.events import Notice
 from sleb_cli.texts.named import text_source
 from sleb_cli.texts.source import Draw
 from sleb_plugins import DataError, UsageError
+from texts import write_lines
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +55,21 @@ def hub(monkeypatch):
 
 
 WIKITEXT2, C4 = ("Salesforce/wikitext", "wikitext-2-raw-v1"), ("allenai/c4", None, "train")
+C4_TRAIN = (*C4, "en/c4-train.00000-of-01024.json.gz")
+C4_TEST = (*C4, "en/c4-validation.00000-of-00008.json.gz")
+NAMED = ("org/name", "cfg", "test", None)
+OTHER = ("org/name", None, "test", None)
 
 
 @pytest.mark.parametrize(
     ("source", "train", "test"),
     [
         ("wikitext2", (*WIKITEXT2, "train", None), (*WIKITEXT2, "test", None)),
-        ("c4", (*C4, "en/c4-train.00000-of-01024.json.gz"), (*C4, "en/c4-validation.00000-of-00008.json.gz")),
-        ("org/name:cfg:test", ("org/name", "cfg", "test", None), ("org/name", "cfg", "test", None)),
-        ("org/name::test:title", ("org/name", None, "test", None), ("org/name", None, "test", None)),
+        ("c4", C4_TRAIN, C4_TEST),
+        ("org/name:cfg:test", NAMED, NAMED),
+        ("org/name::test:title", OTHER, OTHER),
     ],
-)  # fmt: skip
+)
 def test_each_source_reads_its_own_file_and_split_of_the_hub(hub, source, train, test):
     asked, _ = hub
     text_source(source).read(Draw(1, 10, 0))
@@ -115,9 +119,7 @@ def test_a_local_file_before_a_data_set_of_that_name(tmp_path):
     (tmp_path / "org").mkdir()
     (tmp_path / "org" / "name").write_text("some text")
     assert text_source("org/name").read(Draw(1, 1, 0)).content == "some text"
-    (tmp_path / "a.jsonl").write_text(
-        "\n".join(json.dumps({"text": text}) for text in ("one", "two"))
-    )
+    write_lines("a.jsonl", text=["one", "two"])
     assert text_source("a.jsonl").read(Draw(1, 1, 0)).content == "one\n\ntwo"
     (tmp_path / "a:0.5,b:0.5").write_text("some text")
     assert [*parse_mixture("a:0.5,b:0.5")] == ["a:0.5,b:0.5"]

@@ -1,7 +1,6 @@
 """Conversations as calibration sequences: what the template writes, and which tokens count."""
 
 import json
-from itertools import cycle
 
 import datasets
 import pytest
@@ -14,6 +13,7 @@ from sleb_cli.engine.text.settings import resolve_calibration
 from sleb_cli.texts.named import text_source
 from sleb_cli.texts.source import Draw, Text
 from sleb_plugins import DataError
+from texts import talk, write_lines
 
 PLAIN = (
     "{% for m in messages %}<s>{{ m.role + '\\n' }}"
@@ -23,12 +23,6 @@ PLAIN = (
 )
 MARKED = PLAIN.replace("GENERATION", "{% generation %}").replace("END{", "{% endgeneration %}{")
 PLAIN = PLAIN.replace("GENERATION", "").replace("END{", "{")
-
-
-def talk(*contents, first="user"):
-    """Return a conversation in which the user and the assistant say these in turn."""
-    roles = cycle(["user", "assistant"] if first == "user" else ["assistant", "user"])
-    return [{"role": role, "content": words} for role, words in zip(roles, contents, strict=False)]
 
 
 CONVERSATION = [
@@ -187,13 +181,10 @@ def test_a_data_set_gives_its_column_of_messages(monkeypatch):
         text_source("org/chat:::other").read(Draw(1, 30, chat=True))
 
 
-def test_the_mask_stays_with_its_sequences(tiny_llama, tmp_path):
+def test_the_mask_stays_with_its_sequences(tiny_llama):
     tokenizer = tokenizer_with(PLAIN)
     for name, word in (("a.jsonl", "river"), ("b.jsonl", "snow")):
-        lines = [
-            json.dumps({"messages": talk("mill " * (number % 5), word)}) for number in range(40)
-        ]
-        (tmp_path / name).write_text("\n".join(lines))
+        write_lines(name, messages=[talk("mill " * (number % 5), word) for number in range(40)])
     settings = resolve_calibration(
         architecture_of(tiny_llama), "a.jsonl:0.5,b.jsonl:0.5", 6, 48, chat="answers"
     )

@@ -1,9 +1,7 @@
 """Conversations that a model writes: where its template lets it speak, and what is kept of it."""
 
-import json
 import random
 import re
-from dataclasses import replace
 from itertools import cycle
 
 import pytest
@@ -13,16 +11,15 @@ import sleb_cli.engine.text.writing as text_writing
 from chat_templates import PUBLISHED, PUBLISHED_TOKENIZERS, tokens_of
 from conftest import llama_config, random_model, tokenizer_with
 from families import tiny_config
-from sleb_cli.checks.mixture import parse_mixture
 from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.text.calibration import calibrate
 from sleb_cli.engine.text.chat import apply_template
 from sleb_cli.engine.text.own_chat import _Writer
-from sleb_cli.engine.text.settings import CalibrationSettings
 from sleb_cli.events import Notice, ignore
 from sleb_cli.texts.named import text_source
 from sleb_cli.texts.source import TextSplit
 from sleb_plugins import DataError, UnsupportedModelError, UsageError
+from texts import talk, text_settings, write_lines
 
 TURNS = tokenizer_with(
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
@@ -42,13 +39,6 @@ def model():
     model = random_model(llama_config(2))
     model.generation_config.eos_token_id = [1, *range(40, 80)]
     return model
-
-
-def settings(source, samples=4, length=48, **changes):
-    own = CalibrationSettings(
-        source, parse_mixture(source), samples, length, 0, None, samples_given=True
-    )
-    return replace(own, **changes)
 
 
 def written(tokenizer, conversations):
@@ -154,13 +144,13 @@ def test_useless_conversations_are_dropped_and_counted():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_thoughts_and_answers_stay_as_the_model_wrote_them(name):
     template, tokenizer = PUBLISHED[name], PUBLISHED_TOKENIZERS[name]
-    asked = [{"role": "user", "content": "mill"}]
+    asked = talk("mill")
     found, given, _ = wrote(tokenizer, cycle([asked]), template.written, length=120, size=2)
     prompt = apply_template(tokenizer, asked, "", tokenize=False, add_generation_prompt=True)
     assert set(given) == {prompt}
     space = "\n" if template.last.endswith("\n") else ""
-    for talk in found:
-        assert talk == tokens_of(tokenizer, f"{prompt}⟦{template.written}⟧{space}")
+    for conversation in found:
+        assert conversation == tokens_of(tokenizer, f"{prompt}⟦{template.written}⟧{space}")
 
 
 def test_a_model_that_writes_nothing_usable_is_refused(model, tmp_path):
@@ -169,7 +159,7 @@ def test_a_model_that_writes_nothing_usable_is_refused(model, tmp_path):
     ):
         wrote(TURNS, iter(()), "never ends", size=2)
     (tmp_path / "p.txt").write_text("river " * 60)
-    asked = settings("answers:p.txt", chat="answers")
+    asked = text_settings("answers:p.txt", chat="answers")
     with pytest.raises(UnsupportedModelError, match="or do not fit 48 tokens"):
         calibrate([asked], TURNS, lambda: model, ignore)
 
@@ -187,7 +177,7 @@ NOT_SHOWN = "does not show where the words of a user begin"
     ],
 )
 def test_a_template_that_cannot_be_used_is_refused(model, template, length, message):
-    own = settings("self-chat", length=length)
+    own = text_settings("self-chat", length=length)
     with pytest.raises(UsageError, match=message):
         calibrate([own], tokenizer_with(template), lambda: model, ignore)
 
@@ -195,13 +185,13 @@ def test_a_template_that_cannot_be_used_is_refused(model, template, length, mess
 def test_learned_positions_end_with_the_sequence():
     model, length = random_model(tiny_config("gpt2")), 128
     assert model.config.max_position_embeddings == length
-    (found,) = calibrate([settings("self-chat", length=length)], TURNS, lambda: model, ignore)
+    (found,) = calibrate([text_settings("self-chat", length=length)], TURNS, lambda: model, ignore)
     assert found.sequences.shape == (4, length)
     # An answer that positions end within its sequence is no answer; that of the longest prompt of a
     # batch is.
     long = "fish " * 15
-    prompts = [[{"role": "user", "content": words}] for words in ("town", long)]
-    found, _, dropped = wrote(TURNS, cycle(prompts), LONG, length=length, size=2)
+    prompts = cycle([talk("town"), talk(long)])
+    found, _, dropped = wrote(TURNS, prompts, LONG, length=length, size=2)
     (text,) = written(TURNS, found)
     assert text.startswith(f"<s>user: {long}</s>")
     assert dropped == 1
@@ -209,7 +199,7 @@ def test_learned_positions_end_with_the_sequence():
 
 def test_sequences_begin_conversations_and_are_cached_and_split(model):
     events = []
-    splits = [settings("self-chat", count, chat="answers", writer="m") for count in (4, 2)]
+    splits = [text_settings("self-chat", count, chat="answers", writer="m") for count in (4, 2)]
     found, again = (calibrate(splits, TURNS, lambda: model, events.append) for _ in range(2))
     for text, same in zip(found, again, strict=True):
         assert text.sequences.tolist() == same.sequences.tolist()
@@ -225,48 +215,45 @@ def test_sequences_begin_conversations_and_are_cached_and_split(model):
 
 def test_all_tokens_of_plain_text_count(model, tmp_path):
     (tmp_path / "text.txt").write_text("river snow " * 400)
-    mixed = settings("self-chat:0.5,text.txt:0.5", chat="answers")
+    mixed = text_settings("self-chat:0.5,text.txt:0.5", chat="answers")
     (found,) = calibrate([mixed], TURNS, lambda: model, ignore)
     for mask, origin in zip(found.loss_mask, found.origins, strict=True):
         assert bool(mask.all()) == (origin == "text.txt")
 
 
-def as_lines(*values):
-    return "\n".join(map(json.dumps, values))
+WORDS_ASKED = [f"word{number}" for number in range(20)]
 
 
-PROMPTS = [{"role": "user", "content": f"word{number}"} for number in range(20)]
-ANSWER = {"role": "assistant", "content": "no"}
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("p.txt", "\n\n".join(prompt["content"] for prompt in PROMPTS)),
-        ("p.jsonl", as_lines(*({"prompt": prompt["content"]} for prompt in PROMPTS))),
-        ("p.jsonl", as_lines(*({"messages": [prompt, ANSWER]} for prompt in PROMPTS))),
-    ],
-    ids=["lines", "prompts", "messages"],
-)
-def test_prompts_are_read_and_answered_each_in_one_part(model, tmp_path, name, content):
-    (tmp_path / name).write_text(content)
+def test_prompts_are_read_and_answered_each_in_one_part(model, tmp_path):
+    (tmp_path / "lines.txt").write_text("\n\n".join(WORDS_ASKED))
+    write_lines("prompts.jsonl", prompt=WORDS_ASKED)
+    write_lines("messages.jsonl", messages=[talk(word, "no") for word in WORDS_ASKED])
     splits = TextSplit(0, 0.7), TextSplit(0.7, 1)
-    parts = [text_source(f"answers:{name}").prompts(split) for split in splits]
-    assert parts[0] + parts[1] == [[prompt] for prompt in PROMPTS]
-    drawn = [settings(f"answers:{name}", 3, split=split) for split in splits]
-    for text, prompts in zip(calibrate(drawn, TURNS, lambda: model, ignore), parts, strict=True):
-        begins = tuple(f"<s>user: {prompt[0]['content']}</s><s>assistant: " for prompt in prompts)
-        assert all(TURNS.decode(row).startswith(begins) for row in text.sequences)
+    for source in ("answers:lines.txt", "answers:prompts.jsonl", "answers:messages.jsonl"):
+        parts = [text_source(source).prompts(split) for split in splits]
+        assert parts[0] + parts[1] == [talk(word) for word in WORDS_ASKED]
+        drawn = [text_settings(source, 3, split=split) for split in splits]
+        found = calibrate(drawn, TURNS, lambda: model, ignore)
+        for text, prompts in zip(found, parts, strict=True):
+            begins = tuple(f"<s>user: {asked['content']}</s><s>assistant: " for (asked,) in prompts)
+            assert all(TURNS.decode(row).startswith(begins) for row in text.sequences)
+
+
+NO_PROMPT = '{"messages": [{"role": "ROLE", "content": "a"}]}'
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("p.txt", "one\ntwo", r"p\.txt has 2 prompts, but needs at least 10\."),
-        ("p.jsonl", as_lines({"prompt": "a"}, {"messages": [ANSWER]}), r"Line 2 of p\.jsonl"),
         (
             "p.jsonl",
-            as_lines({"messages": [{"role": "system", "content": "a"}]}),
+            '{"prompt": "a"}\n' + NO_PROMPT.replace("ROLE", "assistant"),
+            r"Line 2 of p\.jsonl",
+        ),
+        (
+            "p.jsonl",
+            NO_PROMPT.replace("ROLE", "system"),
             r"Line 1 of p\.jsonl .* there is no prompt",
         ),
     ],

@@ -1,6 +1,5 @@
 """What is fitted, what decides and what is reported on: no document is in two of them."""
 
-import json
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -10,17 +9,16 @@ import torch
 from datasets.exceptions import DatasetGenerationError
 
 from conftest import llama_config, prose, random_model, train_tokenizer
-from sleb_cli.checks.mixture import parse_mixture
 from sleb_cli.engine.door.recovery import TEST, TRAIN, VALIDATION
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.text import calibration, writing
 from sleb_cli.engine.text.calibration import calibrate
 from sleb_cli.engine.text.own_text import generate_own_text
-from sleb_cli.engine.text.settings import CalibrationSettings
 from sleb_cli.events import Notice, ignore
 from sleb_cli.texts.named import text_source
 from sleb_cli.texts.source import WHOLE, Draw
 from sleb_plugins import DataError
+from texts import talk, text_settings, write_lines
 
 SPLITS = (TRAIN, VALIDATION, TEST)
 TOKENIZER, MODEL = train_tokenizer(bos=False), random_model(llama_config(2))
@@ -43,17 +41,12 @@ def test_a_running_text_is_divided_between_its_paragraphs(tmp_path):
 @pytest.mark.parametrize("count", [20, 2])
 def test_documents_of_a_file_stay_whole_unless_few(tmp_path, count):
     documents = [f"{number}: " + "\n\n".join([prose(12, number)] * 5) for number in range(count)]
-    (tmp_path / "text.jsonl").write_text(
-        "\n".join(json.dumps({"text": text}) for text in documents)
-    )
+    write_lines("text.jsonl", text=documents)
     parts = [read(tmp_path / "text.jsonl", split) for split in SPLITS]
     assert all(parts)
     if count == 20:
-        assert parts == [
-            "\n\n".join(documents[:14]),
-            "\n\n".join(documents[14:18]),
-            "\n\n".join(documents[18:]),
-        ]
+        whole = documents[:14], documents[14:18], documents[18:]
+        assert parts == ["\n\n".join(part) for part in whole]
     else:
         assert "".join(parts) == read(tmp_path / "text.jsonl", WHOLE)
 
@@ -76,22 +69,18 @@ def test_no_seed_moves_a_document_to_another_part(monkeypatch):
 
 
 @pytest.mark.parametrize("source", ["chat.jsonl", "org/chat"])
-def test_no_conversation_is_in_two_parts(tmp_path, monkeypatch, source):
-    lines = [
-        {"messages": [{"role": "user", "content": f"question {number}"}]} for number in range(40)
-    ]
-    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda *args, **options: datasets.Dataset.from_list(lines)
-    )
+def test_no_conversation_is_in_two_parts(monkeypatch, source):
+    talks = [talk(f"question {number}") for number in range(40)]
+    write_lines("chat.jsonl", messages=talks)
+    rows = datasets.Dataset.from_dict({"messages": talks})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows)
     parts = [
         text_source(source).read(Draw(10**4, 100, 3, split, chat=True)).conversations
         for split in SPLITS
     ]
     assert [len(part) for part in parts] == [28, 8, 4]
     assert len({part[0]["content"] for found in parts for part in found}) == 40
-    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines[:9])))
+    write_lines("chat.jsonl", messages=talks[:9])
     with pytest.raises(DataError, match=r"chat\.jsonl has 9 conversations, but needs at least 10"):
         text_source("chat.jsonl").read(Draw(1, 100, 0, TRAIN, chat=True))
 
@@ -121,15 +110,12 @@ def test_a_part_without_text_is_named(tmp_path):
     with pytest.raises(
         DataError, match=r"text.txt from \d+% to \d+% has \d+ tokens, less than one sequence of 32"
     ):
-        calibrate(settings(tmp_path / "text.txt", 5, (1, 1, 1)), TOKENIZER, lambda: None, print)
+        calibrate(settings(tmp_path / "text.txt", (1, 1, 1)), TOKENIZER, lambda: None, print)
 
 
-def settings(source, samples, counts, length=32):
-    own = CalibrationSettings(
-        str(source), parse_mixture(str(source)), samples, length, 0, None, samples_given=True
-    )
+def settings(source, counts, length=32):
     return [
-        replace(own, samples=count, split=split)
+        text_settings(source, count, length, split=split)
         for count, split in zip(counts, SPLITS, strict=True)
     ]
 
@@ -138,7 +124,7 @@ def test_a_split_too_small_for_every_source_leaves_some_out(tmp_path):
     (tmp_path / "rain.txt").write_text(prose(400))
     (tmp_path / "sun.txt").write_text(prose(400, seed=1))
     mixture = f"{tmp_path / 'rain.txt'}:0.9,{tmp_path / 'sun.txt'}:0.1"
-    parts = calibrate(settings(mixture, 20, (14, 4, 2)), TOKENIZER, lambda: None, ignore)
+    parts = calibrate(settings(mixture, (14, 4, 2)), TOKENIZER, lambda: None, ignore)
     assert [len(part.sequences) for part in parts] == [14, 4, 2]
     assert [sum(origin.endswith("sun.txt") for origin in part.origins) for part in parts] == [
         1,
@@ -151,7 +137,7 @@ def test_the_model_writes_once_for_all_parts(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text(prose(400))
     generate = Mock(side_effect=calibration.generate_own_text)
     monkeypatch.setattr(calibration, "generate_own_text", generate)
-    splits = settings(f"{tmp_path / 'text.txt'}:0.75,self:0.25", 20, (14, 4, 2))
+    splits = settings(f"{tmp_path / 'text.txt'}:0.75,self:0.25", (14, 4, 2))
     parts = calibrate(splits, TOKENIZER, lambda: MODEL, ignore)
     # Two sequences have no room for a quarter of the model's own, or half of one: it goes by the
     # largest remainder.
@@ -169,10 +155,8 @@ def test_own_text_is_cached_by_all_that_it_depends_on(monkeypatch):
     monkeypatch.setattr(writing, "generate", generate)
 
     def texts(writer="one", **changes):
-        (own, *_) = settings("self", 4, (4, 0, 0))
-        return generate_own_text(
-            model, TOKENIZER, replace(own, writer=writer, **changes), notify=events.append
-        )
+        own = replace(text_settings("self", length=32, writer=writer), **changes)
+        return generate_own_text(model, TOKENIZER, own, events.append)
 
     uncached = texts(None)
     for found in (texts(), texts()):
@@ -193,7 +177,7 @@ def test_own_text_is_cached_by_all_that_it_depends_on(monkeypatch):
 
 def test_out_of_memory_fewer_sequences_are_generated(monkeypatch):
     model, events = random_model(llama_config(2)), []
-    forward, (own, *_) = model.forward, settings("self", 8, (8, 0, 0))
+    forward, own = model.forward, text_settings("self", 8, 32)
 
     def short_of_memory(*args, **kwargs):
         if len(kwargs["input_ids"]) > 2:

@@ -26,16 +26,16 @@ from sleb_cli.engine.text.windows import (
 )
 from sleb_cli.events import Notice, Notify, ignore, task
 from sleb_cli.plan import CalibrationRecord
-from sleb_cli.texts.named import text_source
+from sleb_cli.texts.named import text_source, writes_conversations
 from sleb_cli.texts.source import WHOLE, Draw
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The calibration sequences, int64 [sequences, length], their record, and the source of each
-    (`origins`).
+    """The calibration sequences, int64 [sequences, length], and their record.
 
     `loss_mask` marks the tokens whose prediction counts, bool of the same shape; None for all.
+    `origins` names the source of each sequence.
     """
 
     sequences: Tensor
@@ -79,11 +79,11 @@ def calibrate(
     load_model: Callable[[], Any],
     notify: Notify,
 ) -> list[Calibration]:
-    """Return the sequences for each of several splits of the same text. Only the first must have
-    some of every source.
+    """Return the sequences for each of several splits of the same text.
 
-    The sources of a mixture are interleaved evenly. If one has too little text, the mixture has
-    fewer sequences, in the same shares. The model is loaded only if it writes some of them.
+    Only the first split must have some of every source. The sources of a mixture are interleaved
+    evenly. If one has too little text, the mixture has fewer sequences, in the same shares. The
+    model is loaded only if it writes some of them.
 
     Raises:
         DataError: the text is missing or too short.
@@ -92,9 +92,8 @@ def calibrate(
     first = splits[0]
     _require_template_where_needed(first, tokenizer)
     # Texts are read before the model writes any, since they may be missing or too short.
-    drafts = []
-    for split in splits:
-        drafts.append(_read_texts(split, tokenizer, notify if split is first else ignore))
+    drafts = [_read_texts(first, tokenizer, notify)]
+    drafts += [_read_texts(split, tokenizer, ignore) for split in splits[1:]]
     if first.samples_given and len(splits) > 1:
         _require_samples(splits, drafts, tokenizer)
     for name in first.shares:
@@ -125,8 +124,7 @@ class _Draft:
 
 def _require_template_where_needed(settings: CalibrationSettings, tokenizer: Any) -> None:
     for name in settings.shares:
-        source = text_source(name)
-        if source.is_written and source.holds_conversations:
+        if writes_conversations(name):
             require_template(tokenizer, name)
     if settings.chat is not None:
         require_template(tokenizer, "--chat")
@@ -138,9 +136,9 @@ def _require_samples(
     whole = replace(splits[0], samples=sum(split.samples for split in splits), split=WHOLE)
     for source, count in whole.given_counts.items():
         for split, draft in zip(splits, drafts, strict=True):
-            read = len(draft.rows[source][0]) if source in draft.rows else 0
             # A split may have less than its share, but not all of them together.
-            if read < split.counts[source]:
+            needed = split.counts[source]
+            if needed and len(draft.rows[source][0]) < needed:
                 read_windows(source, count, whole, tokenizer)
                 break
 
@@ -155,7 +153,7 @@ def write_sequences(
 ) -> Sequences:
     """Let the model write sequences of a source; raises what `calibrate` raises."""
     settings = replace(settings, samples=samples)
-    if not text_source(source).holds_conversations:
+    if not writes_conversations(source):
         return generate_own_text(model, tokenizer, settings, notify), None
     answers = settings.chat == "answers" or (settings.chat is None and settings.own_answers)
     conversations = write_conversations(model, tokenizer, source, settings, notify)
@@ -168,12 +166,15 @@ def write_sequences(
 def take_sequences(rows: Sequences, chosen: Sequence[int]) -> Sequences:
     """Return these sequences, in this order."""
     sequences, loss_mask = rows
-    return sequences[chosen], None if loss_mask is None else loss_mask[chosen]
+    if loss_mask is not None:
+        loss_mask = loss_mask[chosen]
+    return sequences[chosen], loss_mask
 
 
 def join_sequences(rows: Sequence[Sequences]) -> Sequences:
-    """Join the sequences of several sources; where a source has no loss mask, all of its tokens
-    count.
+    """Join the sequences of several sources.
+
+    All tokens of a source without a loss mask count.
     """
     sequences = torch.cat([tokens for tokens, _ in rows])
     if all(mask is None for _, mask in rows):
@@ -183,13 +184,14 @@ def join_sequences(rows: Sequence[Sequences]) -> Sequences:
 
 def _interleave_sources(draft: _Draft, tokenizer: Any) -> Calibration:
     settings = draft.settings
-    sources = [source for source in settings.shares if source in draft.rows]
-    origins = list[str]()
-    for source in sources:
-        origins += [source] * len(draft.rows[source][0])
-    order = interleave([len(draft.rows[source][0]) for source in sources])
-    joined = join_sequences([draft.rows[source] for source in sources])
-    sequences, loss_mask = take_sequences(joined, order)
+    rows, counts, origins = list[Sequences](), list[int](), list[str]()
+    for source in settings.shares:
+        if source in draft.rows:
+            rows.append(draft.rows[source])
+            counts.append(len(rows[-1][0]))
+            origins += [source] * counts[-1]
+    order = interleave(counts)
+    sequences, loss_mask = take_sequences(join_sequences(rows), order)
     record = CalibrationRecord(
         source=settings.source,
         seed=settings.seed,
@@ -229,8 +231,7 @@ def _draw_rows(rows: Sequences, count: int, seed: int) -> Sequences:
 def limit_to_texts(
     settings: CalibrationSettings, available: Mapping[str, int], notify: Notify
 ) -> CalibrationSettings:
-    """Reduce the samples until the `available` sequences of each source suffice, in the given
-    shares.
+    """Reduce the samples, in the given shares, until the `available` sequences suffice.
 
     Raises:
         UsageError: a source that had sequences would have none.

@@ -27,7 +27,7 @@ from sleb_plugins import UsageError
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """A calibration request with every option set.
+    """A request for calibration text with every option set.
 
     `shares` are by source. `samples` counts the sequences of all sources together; for a reference
     preset, it counts rows of text. Sequences are drawn from the part `split` of each source.
@@ -81,29 +81,27 @@ def resolve_calibration(
         UsageError: the samples, their length or the mixture are invalid, or no source holds the
             conversations.
     """
-    is_demo = architecture.source.id == DEMO
-    source = source or (DEMO_CALIBRATION if is_demo else DEFAULT_CALIBRATION)
+    usual, default, length = DEFAULT_CALIBRATION, DEFAULT_SAMPLES, DEFAULT_LENGTH
+    if architecture.source.id == DEMO:
+        usual, default, length = DEMO_CALIBRATION, DEMO_SAMPLES, DEMO_LENGTH
+    source = source or usual
     shares = parse_mixture(source)
     sources = [text_source(name) for name in shares]
     if chat is not None and not any(each.holds_conversations for each in sources):
         raise UsageError(
             f"{source} is plain text, but --chat needs conversations.",
             hint="Leave out --chat, or name self-chat, or a .jsonl file or data set with "
-            '"messages": lists of role and '
-            "content.",
+            '"messages": lists of role and content.',
         )
     for each in sources:
         each.prompts()  # missing prompts are found before a model is loaded
-    default = DEMO_SAMPLES if is_demo else DEFAULT_SAMPLES
     if any(each.is_reference for each in sources):
         default = REFERENCE_ROWS
     settings = CalibrationSettings(
         source=source,
         shares=shares,
         samples=samples or default,
-        sequence_length=choose_length(
-            sequence_length, architecture, DEMO_LENGTH if is_demo else DEFAULT_LENGTH
-        ),
+        sequence_length=choose_length(sequence_length, architecture, length),
         seed=seed or 0,
         chat=chat,
         samples_given=samples is not None,
@@ -132,7 +130,7 @@ def require_mixable(settings: CalibrationSettings, needed: Collection[str]) -> N
 
 def require_given_text(settings: CalibrationSettings) -> None:
     """Raise a UsageError if a streamed model would have to write its text."""
-    if any(map(is_written, settings.shares)):
+    if any(is_written(source) for source in settings.shares):
         raise UsageError(
             "A streamed model cannot write its own text: each token would read all of its weights.",
             hint="Use --calibration wikitext2, or a file.",
