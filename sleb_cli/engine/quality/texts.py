@@ -5,7 +5,7 @@ sizes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from sleb_cli.engine.device import CPU
 from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.memory_needs import states_bytes
-from sleb_cli.engine.forward.predictions import Logits, predict_together
+from sleb_cli.engine.forward.predictions import Logits, Predictions, predict_together
 from sleb_cli.engine.forward.prepare import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.memory import in_smaller_pieces
@@ -25,7 +25,7 @@ from sleb_cli.engine.quality.models import CHECKED_TOKENS, Models
 from sleb_cli.engine.quality.token_scores import (
     Scores,
     divergence_record,
-    join_scores,
+    join_models,
     score_tokens,
     window_losses,
 )
@@ -49,30 +49,27 @@ def measure_text(
     If `batch_size` is None, a batch has as many windows as suit the device.
     """
     with ExitStack() as opened:
-        dense, *pruned = _Scorer(models, [(), *sizes], windows.ids, batch_size, opened).scores(
-            windows.text.source
-        )
-    counted, clusters = windows.counted, windows.clusters
-
-    def compare(removals: SizeKey, scores: Scores) -> PrunedTextScores:
+        scorer = _Scorer(models, [(), *sizes], windows.ids, batch_size, opened)
+        dense, *scored = scorer.score_all(windows.text.source)
+    counted = windows.counted
+    clusters = windows.clusters[counted]
+    pruned = []
+    for size, scores in zip(sizes, scored, strict=True):
         # The tokens of a cluster are one observation.
-        change = clustered_mean(
-            (scores["nll"].double() - dense["nll"].double())[counted], clusters[counted]
+        losses = (scores["nll"].double() - dense["nll"].double())[counted]
+        change = clustered_mean(losses, clusters)
+        pruned.append(
+            PrunedTextScores(
+                **_summary(scores, windows, models.name(size)),
+                removals=size,
+                log_ratio=change.mean,
+                standard_error=change.standard_error,
+                interval=change.interval,
+                divergence=divergence_record(scores, dense, counted, windows.clusters),
+            )
         )
-        return PrunedTextScores(
-            **_summary(scores, windows, models.name(removals)),
-            removals=removals,
-            log_ratio=change.mean,
-            standard_error=change.standard_error,
-            interval=change.interval,
-            divergence=divergence_record(scores, dense, counted, clusters),
-        )
-
-    return TextResult(
-        **description(windows),
-        dense=TextScores(**_summary(dense, windows, models.name(()))),
-        pruned=tuple(map(compare, sizes, pruned)),
-    )
+    summary = TextScores(**_summary(dense, windows, models.name(())))
+    return TextResult(**description(windows), dense=summary, pruned=tuple(pruned))
 
 
 def description(windows: EvaluationWindows) -> dict[str, Any]:
@@ -112,13 +109,16 @@ class _Scorer:
         batch_size: int | None,
         opened: ExitStack,
     ) -> None:
-        self.models, self.sizes, self.opened = models, sizes, opened
+        self.models = models
+        self.sizes = sizes
+        self.opened = opened
         self.skippable: dict[SizeKey, SkippableModel] = {}
-        batch, per_part = batch_size or 1, max(1, TOKENS_PER_PART // ids.shape[1])
-        self.parts = torch.split(ids, max(1, per_part // batch) * batch)
-        self.dense = self._model(())[0]
-        for removals in () if models.differ_in_blocks_alone else sizes:
-            self._model(removals)
+        batch = batch_size or 1
+        windows_per_part = max(1, TOKENS_PER_PART // ids.shape[1])
+        self.parts = torch.split(ids, max(1, windows_per_part // batch) * batch)
+        self.dense, _ = self._model(())
+        if not models.differ_in_blocks_alone:
+            self._load_all()
         passes, _ = prepare_passes(
             self.dense,
             self.parts[0].to(self.dense.device),
@@ -127,94 +127,95 @@ class _Scorer:
             batch_size=batch_size,
             checked=CHECKED_TOKENS,
         )
-        self.forks, self.size, self.positions = (
-            passes.forks,
-            passes.budget.sequences,
-            passes.budget.positions,
-        )
+        self.forks = passes.forks
+        self.size = passes.budget.sequences
+        self.positions = passes.budget.positions
         if not self.forks:
-            for removals in sizes:  # here, since models are not loaded in inference mode
-                self._model(removals)
+            self._load_all()
 
-    def scores(self, source: str) -> list[Scores]:
-        group, together = self.models.group, self._parts_together()
-        runs = [
-            range(first, len(self.parts))[:together]
-            for first in range(0, len(self.parts), together)
-        ]
-        by_part: dict[int, list[Scores]] = {}
-        with task(
-            self.models.notify, f"Perplexity on {source}", sum(map(len, self.parts)), "windows"
-        ) as advance:
+    def score_all(self, source: str) -> list[Scores]:
+        """Return the scores of each model on all windows."""
+        group = self.models.group
+        together = self._parts_together()
+        runs = [self.parts[at : at + together] for at in range(0, len(self.parts), together)]
+        scored = []
+        count = sum(map(len, self.parts))
+        with task(self.models.notify, f"Perplexity on {source}", count, "windows") as advance:
             for turn in deal(runs, group.size):
-                mine = (scored for run in turn[group.rank] for scored in self._score_parts(run))
-                for number, scores in group.gather_in_order(mine):
-                    by_part[number] = scores
-                    loss = min(float(scores[0]["nll"].double().mean()), 700)
-                    advance(
-                        len(self.parts[number]), f"dense: {math.exp(loss):.2f} in the last windows"
-                    )
-        return [
-            join_scores(of_size)
-            for of_size in zip(*(by_part[number] for number in sorted(by_part)), strict=True)
-        ]
+                mine = [self._score_run(run) for run in turn[group.rank]]
+                for scores in group.gather_in_order(mine):
+                    scored.append(scores)
+                    losses = scores[0]["nll"]
+                    loss = min(float(losses.double().mean()), 700)
+                    advance(len(losses), f"dense: {math.exp(loss):.2f} in the last windows")
+        return join_models(scored)
 
     def _parts_together(self) -> int:
         # If blocks are streamed, as many as there is memory for share a read of the weights.
         if self.dense.weights.resident:
             return 1
-        needed = states_bytes(
-            self.models.architecture, self.models.placement.dtype, self.parts[0].numel()
-        )
-        return max(1, available_memory(CPU, self.models.group) // (needed * (len(self.sizes) + 1)))
+        dtype = self.models.placement.dtype
+        needed = states_bytes(self.models.architecture, dtype, self.parts[0].numel())
+        free = available_memory(CPU, self.models.group)
+        return max(1, free // (needed * (len(self.sizes) + 1)))
 
     @torch.inference_mode()
-    def _score_parts(self, numbers: Sequence[int]) -> Iterator[tuple[int, list[Scores]]]:
-        windows = [self.parts[number].to(self.dense.device) for number in numbers]
-
-        def score(size: int) -> list[list[list[Scores]]]:
+    def _score_run(self, parts: Sequence[Tensor]) -> list[Scores]:
+        def score(size: int) -> list[Scores]:
             self.size = size  # later parts begin with the size that fitted
-            split = [torch.split(ids, size) for ids in windows]
-            batches = [batch for of_part in split for batch in of_part]
+            batches: list[Tensor] = []
+            for part in parts:
+                batches += torch.split(part.to(self.dense.device), size)
+            # Streamed weights are read once for all batches.
             groups = [[batch] for batch in batches] if self.dense.weights.resident else [batches]
-            predicted = (of_batch for group in groups for of_batch in self._predict(group))
-            return [
-                [score_tokens(batch, next(predicted), self.positions) for batch in of_part]
-                for of_part in split
-            ]
+            scored = []
+            for group in groups:
+                predict = self._predict if self.forks else self._predict_whole
+                predicted: Sequence[Sequence[Logits]] = predict(group)
+                for ids, logits in zip(group, predicted, strict=True):
+                    scored.append(score_tokens(ids, logits, self.positions))
+            return join_models(scored)
 
         device = self.models.placement.device
-        scored = in_smaller_pieces(
-            score, self.size, device, self.models.notify, "continuing with {} windows"
-        )
-        for number, batches in zip(numbers, scored, strict=True):
-            yield number, [join_scores(of_size) for of_size in zip(*batches, strict=True)]
+        notify = self.models.notify
+        return in_smaller_pieces(score, self.size, device, notify, "continuing with {} windows")
 
-    def _predict(self, batches: Sequence[Tensor]) -> Iterator[list[Logits]]:
-        # Models that differ from the dense one in blocks alone walk with it.
-        together = (
-            (len(self.sizes) if self.models.differ_in_blocks_alone else 1) if self.forks else 0
-        )
-        walks: list[Any] = (
-            [predict_together(self.dense, batches, self.sizes[:together])] if together else []
-        )
-        for size in self.sizes[together:]:
-            skippable, gone = self._model(size)
+    def _predict(self, batches: Sequence[Tensor]) -> list[list[Predictions]]:
+        """Return the predictions of each model for each batch."""
+        if self.models.differ_in_blocks_alone:
+            return list(predict_together(self.dense, batches, self.sizes))
+        predicted = list(predict_together(self.dense, batches, self.sizes[:1]))
+        for size in self.sizes[1:]:
+            skippable, surgery = self._model(size)
             # All batches are predicted in here, since the model is whole again behind it.
-            with gone.simulate(skippable.model):
-                if self.forks:
-                    walks.append(iter(list(predict_together(skippable, batches, [gone.removals]))))
-                else:
-                    walks.append(iter([[skippable.logits(ids, gone.removals)] for ids in batches]))
-        return (
-            [logits for walk in of_batch for logits in walk]
-            for of_batch in zip(*walks, strict=True)
-        )
+            with surgery.simulate(skippable.model):
+                others = list(predict_together(skippable, batches, [surgery.removals]))
+            for of_batch, other in zip(predicted, others, strict=True):
+                of_batch += other
+        return predicted
 
-    def _model(self, removals: SizeKey) -> tuple[SkippableModel, Surgery]:
+    def _predict_whole(self, batches: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Return all logits of each model for each batch; no model runs block by block."""
+        predicted: list[list[Tensor]] = [[] for _ in batches]
+        for size in self.sizes:
+            skippable, surgery = self._model(size)
+            with surgery.simulate(skippable.model):
+                for of_batch, ids in zip(predicted, batches, strict=True):
+                    of_batch.append(skippable.logits(ids, surgery.removals))
+        return predicted
+
+    def _load_all(self) -> None:
+        # Before they run: no model is loaded in inference mode.
+        for size in self.sizes:
+            self._model(size)
+
+    def _model(self, size: SizeKey) -> tuple[SkippableModel, Surgery]:
         # If two models may not fit into memory, the dense one stands in, with the surgery to make
         # on it.
-        gone = self.models.surgeries.get(removals) if self.models.one_at_a_time else None
-        if (loaded := () if gone else removals) not in self.skippable:
-            self.skippable[loaded] = self.opened.enter_context(self.models.without(loaded))
-        return self.skippable[loaded], gone or Surgery(self.models.architecture)
+        surgery = Surgery(self.models.architecture)
+        if self.models.one_at_a_time and size:
+            surgery = self.models.surgeries[size]
+            size = ()
+        if size not in self.skippable:
+            self.skippable[size] = self.opened.enter_context(self.models.without(size))
+        return self.skippable[size], surgery

@@ -5,7 +5,7 @@ model?
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -29,53 +29,55 @@ dense model.
 """
 
 
-def join_scores(parts: Sequence[Scores], dim: int = 0) -> Scores:
-    """Join the scores of several groups of windows, or of positions (`dim` 1)."""
-    return {name: torch.cat([scores[name] for scores in parts], dim) for name in parts[0]}
+def join_models(parts: Sequence[Sequence[Scores]], dim: int = 0) -> list[Scores]:
+    """Join the scores of each model on several groups of windows, or of positions (`dim` 1)."""
+    joined: list[Scores] = []
+    for of_model in zip(*parts, strict=True):
+        names = of_model[0].keys()
+        joined.append({name: torch.cat([part[name] for part in of_model], dim) for name in names})
+    return joined
 
 
 def score_tokens(ids: Tensor, models: Sequence[Logits], positions: int) -> list[Scores]:
     """Score the dense model, which is first, and others on a batch [batch, positions], a slice of
     logits at a time.
     """
-    slices = [
-        _score_slice([model[:, columns] for model in models], ids[:, 1:][:, columns])
-        for columns in position_slices(ids, positions)
-    ]
-    return [join_scores(of_model, dim=1) for of_model in zip(*slices, strict=True)]
+    scored = []
+    for columns in position_slices(ids, positions):
+        targets = ids[:, 1:][:, columns]
+        logits = [model[:, columns].flatten(0, 1) for model in models]
+        rows = []
+        for piece in float32_slices(logits[0]):  # small slices are widened
+            of_piece = [model[piece] for model in logits]
+            rows.append(_score_rows(of_piece, targets.flatten()[piece]))
+        of_slice = []
+        for scores in join_models(rows):
+            shaped = {name: value.view(targets.shape).cpu() for name, value in scores.items()}
+            of_slice.append(shaped)
+        scored.append(of_slice)
+    return join_models(scored, dim=1)
 
 
-def _score_slice(logits: Sequence[Tensor], targets: Tensor) -> list[Scores]:
-    # Logits are [batch, positions, vocabulary]; small slices of them are widened.
-    flat, flat_targets = [model.flatten(0, 1) for model in logits], targets.flatten()
-    rows = [
-        _score_rows([model[piece] for model in flat], flat_targets[piece])
-        for piece in float32_slices(flat[0])
-    ]
-    whole = [join_scores(parts) for parts in zip(*rows, strict=True)]
-    return [
-        {name: values.view(targets.shape).cpu() for name, values in scores.items()}
-        for scores in whole
-    ]
-
-
-def _score_rows(logits: Sequence[Tensor], targets: Tensor) -> Iterator[Scores]:
+def _score_rows(logits: Sequence[Tensor], targets: Tensor) -> list[Scores]:
     # Logits are [rows, vocabulary], the dense model's first.
     log_p = _log_probabilities(logits[0])
+    scored: list[Scores] = [{"nll": _losses(log_p, targets)}]
+    if len(logits) == 1:
+        return scored
+    p = log_p.exp()
+    negative_entropy = torch.linalg.vecdot(p, log_p)
     dense_best = log_p.argmax(-1)
-    yield {"nll": _losses(log_p, targets)}
-    if len(logits) > 1:
-        p = log_p.exp()
-        negative_entropy = torch.linalg.vecdot(p, log_p)
-        for model in logits[1:]:
-            log_q = _log_probabilities(model)
-            yield {
-                "nll": _losses(log_q, targets),
-                # Rounding may leave a little less than zero.
-                "divergence": (negative_entropy - torch.linalg.vecdot(p, log_q)).clamp_(min=0),
-                "same_top": log_q.argmax(-1) == dense_best,
-                "accepted": torch.minimum(p, log_q.exp()).sum(-1),
-            }
+    for model in logits[1:]:
+        log_q = _log_probabilities(model)
+        scores = {
+            "nll": _losses(log_q, targets),
+            # Rounding may leave a little less than zero.
+            "divergence": (negative_entropy - torch.linalg.vecdot(p, log_q)).clamp_(min=0),
+            "same_top": log_q.argmax(-1) == dense_best,
+            "accepted": torch.minimum(p, log_q.exp()).sum(-1),
+        }
+        scored.append(scores)
+    return scored
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:
@@ -98,16 +100,15 @@ def divergence_record(
 ) -> DivergenceRecord:
     """Summarize the divergence from the dense model, as `llama-perplexity --kl-divergence` does."""
     divergence = pruned["divergence"][counted].double()
-    change = (
-        pruned["nll"][counted].double().neg().exp() - dense["nll"][counted].double().neg().exp()
-    )
     mean = clustered_mean(divergence, clusters[counted])
+    before = dense["nll"][counted].double().neg().exp()
+    change = pruned["nll"][counted].double().neg().exp() - before
     # torch's own function refuses more than 16 million values.
-    middle, p90, p99 = (float(np.quantile(divergence.numpy(), share)) for share in (0.5, 0.9, 0.99))
+    median, p90, p99 = np.quantile(divergence.numpy(), (0.5, 0.9, 0.99)).tolist()
     return DivergenceRecord(
         mean=mean.mean,
         standard_error=mean.standard_error,
-        median=middle,
+        median=median,
         p90=p90,
         p99=p99,
         maximum=float(divergence.max()),
