@@ -1,4 +1,4 @@
-"""How is a pruned GGUF file written? Row by row from the source, quantized or not, and proven."""
+"""Write a pruned GGUF file row by row from the source, quantized or not, and prove it."""
 
 from __future__ import annotations
 
@@ -45,17 +45,19 @@ KIND = "GGUF file"
 
 def default_file(surgery: GgufSurgery) -> Path:
     """Return the path of a pruned file for which the user named none."""
-    file, suffixes = surgery.file, [suffix for cut in surgery.cuts for suffix in cut.name_parts]
-    return Path(
-        f"{checkpoint_name(file.path.stem, block_count(file) - len(surgery.removals), suffixes)}.gguf"
-    )
+    suffixes: list[str] = []
+    for cut in surgery.cuts:
+        suffixes += cut.name_parts
+    blocks = block_count(surgery.file) - len(surgery.removals)
+    return Path(f"{checkpoint_name(surgery.file.path.stem, blocks, suffixes)}.gguf")
 
 
 def prune_gguf(
     surgery: GgufSurgery, output: Output, registry: Registry, notify: Notify
 ) -> GgufResult:
     """Write the pruned file, complete and checked, or nothing."""
-    file, pruned = surgery.file, surgery.pruned()
+    file = surgery.file
+    pruned = surgery.pruned()
     watch = Watch(file.path)
     with claimed(output.path, replace=output.replace) as aside, watch.unchanged():
         if read_gguf(file.path) != file:
@@ -63,9 +65,8 @@ def prune_gguf(
                 f"{file.path} changed while it was read.", hint="Run the command again."
             )
         require_space(output.path, gguf_size(pruned))
-        with task(
-            notify, "Writing weights", sum(tensor.size for tensor in pruned.tensors), "B"
-        ) as advance:
+        size = sum(tensor.size for tensor in pruned.tensors)
+        with task(notify, "Writing weights", size, "B") as advance:
             write_gguf(pruned, aside, advance)
         proof: Proof | None = None
         unproven: str | None = "--no-verify"
@@ -73,8 +74,9 @@ def prune_gguf(
             with move_if_proof_fails(aside, output.keep_failed):
                 _require_as_planned(pruned, aside)
                 proof, unproven = _prove_with_transformers(surgery, aside, registry, notify)
-    for note in filter(None, (cut.note for cut in surgery.cuts)):
-        notify(Notice(note))
+    for cut in surgery.cuts:
+        if cut.note:
+            notify(Notice(cut.note))
     return GgufResult(
         **THIS_VERSION,
         kind="gguf",
@@ -98,8 +100,7 @@ def require_same_kind_of_model(model: ModelRecord, file: GgufFile, notify: Notif
     if fits is False or model.blocks != count:
         raise PlanError(
             f"The blocks are those of {model.id} ({model.model_type}, {model.blocks} blocks), but "
-            f"{file.path} holds "
-            f"another model ({file.architecture}, {count} blocks).",
+            f"{file.path} holds another model ({file.architecture}, {count} blocks).",
             hint="Name a GGUF file of that model, or remove these blocks from this one with "
             "--any-model.",
         )
@@ -131,14 +132,9 @@ def _require_as_planned(pruned: GgufFile, aside: Path) -> None:
     originals = {tensor.data_offset: tensor for tensor in source}
     for tensor, expected in zip(tensors, pruned.tensors, strict=True):
         original = originals.get(expected.start)
-        is_planned = (tensor.name, tensor.tensor_type, tuple(tensor.shape)) == (
-            expected.name, expected.type, expected.shape
-        )  # fmt: skip
-        if (
-            not is_planned
-            or original is None
-            or _bytes_of(tensor.data) != _rows_of(original, expected)
-        ):
+        written_as = (tensor.name, tensor.tensor_type, tuple(tensor.shape))
+        is_planned = written_as == (expected.name, expected.type, expected.shape)
+        if not is_planned or original is None or not _is_same(tensor, original, expected):
             raise proof_error(
                 f"the tensor {tensor.name} differs from the expected {expected.name}", KIND
             )
@@ -152,26 +148,34 @@ def _first_difference(written: GgufFile, expected: GgufFile) -> str | None:
         return f"version {written.version}, not {expected.version}"
     entries = {entry.key: entry for entry in written.entries}
     for entry in expected.entries:
-        if (actual := entries.pop(entry.key, None)) != entry:
-            return f"{entry.key} is {'missing' if actual is None else 'different'}"
+        actual = entries.pop(entry.key, None)
+        if actual is None:
+            return f"{entry.key} is missing"
+        if actual != entry:
+            return f"{entry.key} is different"
     if entries:
         return f"{next(iter(entries))} is unexpected"
-    return None if written.entries == expected.entries else "the entries are in a different order"
+    if written.entries != expected.entries:
+        return "the entries are in a different order"
+    return None
+
+
+def _is_same(tensor: gguf.ReaderTensor, original: gguf.ReaderTensor, expected: GgufTensor) -> bool:
+    """Whether the tensor has the bytes of the rows that stay."""
+    rows = original.data
+    if expected.rows is not None:
+        rows = rows[list(expected.rows)]
+    return _bytes_of(tensor.data) == _bytes_of(rows)
 
 
 def _bytes_of(data: Any) -> memoryview:
     return memoryview(data.reshape(-1).view(np.uint8))
 
 
-def _rows_of(original: gguf.ReaderTensor, expected: GgufTensor) -> memoryview:
-    return _bytes_of(original.data if expected.rows is None else original.data[list(expected.rows)])
-
-
 def _prove_with_transformers(
     surgery: GgufSurgery, aside: Path, registry: Registry, notify: Notify
 ) -> tuple[Proof | None, str | None]:
-    """Compare the pruned file with the source without these blocks, both as transformers reads
-    them.
+    """Compare the pruned file with the source without these blocks, as transformers reads both.
 
     Returns:
         the proof, or the reason why there is none.
@@ -181,16 +185,13 @@ def _prove_with_transformers(
         return None, reason
     try:
         architecture = read_architecture(locate_model(str(file.path), notify), registry, notify)
-        hf_surgery = Surgery(
-            architecture, tuple(cut.for_model(architecture) for cut in surgery.cuts)
-        )
+        cuts = [cut.for_model(architecture) for cut in surgery.cuts]
+        hf_surgery = Surgery(architecture, tuple(cuts))
     except (ModelError, MachineError, UsageError) as error:
         return None, error.message.rstrip(".")
     if architecture.block_count != block_count(file):
-        return (
-            None,
-            f"transformers reads {architecture.block_count} blocks in it, not {block_count(file)}",
-        )
+        count = architecture.block_count
+        return None, f"transformers reads {count} blocks in it, not {block_count(file)}"
     folder = aside.with_name(f"{aside.name}.checkpoint")
     with model_errors_fail_proof(KIND), task(notify, f"Converting {aside.name}"):
         convert_weights(read_gguf(aside), folder, architecture.dtype)
@@ -205,6 +206,7 @@ def _why_transformers_cannot_read(file: GgufFile, aside: Path) -> str | None:
         return f"transformers does not read GGUF files of the architecture {file.architecture}"
     # It unpacks all weights to float32 before casting them, and they are then written twice, dense
     # and pruned.
-    needed, disk = 8 * file.parameters, free_space(aside.parent)
+    needed = 8 * file.parameters
+    disk = free_space(aside.parent)
     lacking = memory_shortage(needed, CPU, whole=True) or shortage(needed, disk, "disk space")
     return lacking and f"transformers needs {lacking}"

@@ -1,4 +1,4 @@
-"""How is a pruned checkpoint written? From the dense one's files, and proven before it appears."""
+"""Write a pruned checkpoint from the dense one's files, and prove it before it appears."""
 
 from __future__ import annotations
 
@@ -120,8 +120,9 @@ def apply_removals(
     recover: Callable[[], Recovered] | None = None,
     reserved: int = 0,
 ) -> ApplyResult:
-    """Write the pruned checkpoint, complete and proven, or nothing; `reserved` bytes stay free for
-    the recovery.
+    """Write the pruned checkpoint, complete and proven, or nothing.
+
+    `reserved` bytes stay free for the recovery.
     """
     # Claimed before hours of recovery, so that nobody else writes or heals there.
     with (
@@ -166,20 +167,15 @@ def _write(
         proof=proof,
     )
     _add_card_and_plan(subject, aside, result, notify)
-    for note in filter(None, (cut.note for cut in surgery.cuts)):
-        notify(Notice(note))
+    for cut in surgery.cuts:
+        if cut.note:
+            notify(Notice(cut.note))
     if planned.left_out:
-        names = ", ".join(planned.left_out)
-        notify(
-            Notice(f"Did not copy files with weights in other formats or of an adapter: {names}.")
-        )
+        what = "files with weights in other formats or of an adapter"
+        notify(Notice(f"Did not copy {what}: {', '.join(planned.left_out)}."))
     if planned.outside:
-        notify(
-            Warned(
-                f"Did not copy links that lead outside the model's folder: "
-                f"{', '.join(planned.outside)}."
-            )
-        )
+        what = "links that lead outside the model's folder"
+        notify(Warned(f"Did not copy {what}: {', '.join(planned.outside)}."))
     return result
 
 
@@ -196,12 +192,16 @@ def plan_files(
     surgery: Surgery, output: Output, new_values: Mapping[str, Tensor] = MappingProxyType({})
 ) -> Planned:
     """Decide what the checkpoint will hold; new values are by its tensors' names."""
-    source, tensors = surgery.architecture.source, plan_tensors(surgery, output.dtype, new_values)
+    source = surgery.architecture.source
+    tensors = plan_tensors(surgery, output.dtype, new_values)
     shard_bytes = output.shard_bytes or parse_bytes(DEFAULT_SHARD_SIZE, "--max-shard-size")
-    settings = _changed_settings(surgery, output.dtype)
-    texts = {name: json.dumps(values, indent=2) + "\n" for name, values in settings.items()}
     weights = plan_shards(source.weights, tensors, shard_bytes)
-    replaced = {*texts, *(name for cut in surgery.cuts for name in cut.files)}
+    texts = {}
+    for name, values in _changed_settings(surgery, output.dtype).items():
+        texts[name] = json.dumps(values, indent=2) + "\n"
+    replaced = set(texts)
+    for cut in surgery.cuts:
+        replaced.update(cut.files)
     return Planned(tensors, weights, texts, *_find_other_files(source, replaced))
 
 
@@ -231,7 +231,8 @@ def _add_card_and_plan(
     subject: Subject, folder: Path, written: ApplyResult, notify: Notify
 ) -> None:
     """Write the model card, the plan and its results."""
-    plan, path = subject.plan, folder / CHECKPOINT_PLAN
+    plan = subject.plan
+    path = folder / CHECKPOINT_PLAN
     # The results are of the plan's removals alone, so they do not describe a checkpoint with
     # further changes.
     is_other = written.recovery or written.vocabulary or written.experts_per_token
@@ -260,14 +261,15 @@ def plan_tensors(
     dtype: torch.dtype | None = None,
     new_values: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> list[NewTensor]:
-    """List the tensors of the pruned checkpoint, from the headers of the dense one's files and the
-    new values.
+    """List the tensors of the pruned checkpoint, from the headers of the dense one's files.
+
+    `new_values` take the place of values in the files, by the new names.
     """
-    stored = ((tensor.name, tensor) for tensor in surgery.architecture.source.weights.stored)
-    return [
-        new_tensor(name, old, dtype, slices, new_values.get(name))
-        for name, old, slices in surgery.tensors(stored)
-    ]
+    stored = [(tensor.name, tensor) for tensor in surgery.architecture.source.weights.stored]
+    tensors = []
+    for name, old, slices in surgery.tensors(stored):
+        tensors.append(new_tensor(name, old, dtype, slices, new_values.get(name)))
+    return tensors
 
 
 def _changed_settings(surgery: Surgery, dtype: torch.dtype | None) -> dict[str, dict[str, Any]]:
@@ -276,60 +278,59 @@ def _changed_settings(surgery: Surgery, dtype: torch.dtype | None) -> dict[str, 
     if dtype and "torch_dtype" not in config:
         config = {"dtype": None} | config
     config = _with_dtype(config, dtype_name(dtype) if dtype else None)
-    folder, changed = surgery.architecture.source.folder, {CONFIG: _without_paths(config)}
+    folder = surgery.architecture.source.folder
+    changed = {CONFIG: map_values(config, _without_folders)}
     for name in SETTINGS:
         if holds_file(folder, name):
-            values = read_json(folder / name)
-            if (after := _without_paths(surgery.settings(name, values))) != values:
+            before = read_json(folder / name)
+            after = map_values(surgery.settings(name, before), _without_folders)
+            if after != before:
                 changed[name] = after
-    return changed | {
-        name: values
-        for cut in surgery.cuts
-        for name, values in cut.files.items()
-        if values is not None
-    }
+    for cut in surgery.cuts:
+        for name, values in cut.files.items():
+            if values is not None:
+                changed[name] = values
+    return changed
 
 
-def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
+def _without_folders(key: str, value: Any) -> Any:
     # The checkpoint may be published, so it must not name folders of this machine.
-    def change(key: str, value: Any) -> Any:
-        return (
-            without_folders(value)
-            if isinstance(value, str) and key.endswith("name_or_path")
-            else value
-        )
-
-    return map_values(settings, change)
+    if isinstance(value, str) and key.endswith("name_or_path"):
+        return without_folders(value)
+    return value
 
 
 def _with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
     """Set the data type, or keep it if `dtype` is None, in nested configs too, in one spelling."""
-    named = {
-        key: _with_dtype(value, dtype) if isinstance(value, dict) else value
-        for key, value in config.items()
-    }
+    named = dict(config)
+    for key, value in config.items():
+        if isinstance(value, dict):
+            named[key] = _with_dtype(value, dtype)
     if "dtype" in named and "torch_dtype" in named:  # of the two, transformers reads `dtype`
         other = named.pop("torch_dtype")
         named["dtype"] = named["dtype"] or other
-    return named | {key: dtype for key in ("dtype", "torch_dtype") if dtype and key in named}
+    for key in ("dtype", "torch_dtype"):
+        if dtype and key in named:
+            named[key] = dtype
+    return named
 
 
 def _find_other_files(
     source: ModelSource, written: set[str]
 ) -> tuple[dict[str, Path], list[str], list[str]]:
-    """Find the tokenizer, generation config, licence, code, and anything else that belongs to the
-    model.
+    """Find the tokenizer, licence, code, and anything else that belongs to the model.
 
     Returns:
         the files to copy by relative path, the names of weights in other formats, and the names of
-        links that lead out
-        of the folder, maybe to private files: neither of them is copied.
+        links that lead out of the folder, maybe to private files: neither of them is copied.
     """
     folder = source.folder
     weight_files = {path.relative_to(folder).as_posix() for path in source.weights.paths}
     # Mistral's own format: weights in consolidated.safetensors, settings in params.json.
     in_other_formats = {path.name for path in folder.glob("consolidated*")}
-    in_other_formats |= {_ADAPTER, "params.json"} if in_other_formats else {_ADAPTER}
+    if in_other_formats:
+        in_other_formats.add("params.json")
+    in_other_formats.add(_ADAPTER)
     copies: dict[str, Path] = {}
     left_out: list[str] = []
     outside: list[str] = []
@@ -338,7 +339,8 @@ def _find_other_files(
         if links_outside(path, folder):
             outside.append(inside)
         elif path.is_dir():
-            left_out += [f"{inside}/"] if path.parent == folder else []
+            if path.parent == folder:
+                left_out.append(f"{inside}/")
         elif path.is_file() and not _is_ours(path):
             if not other_formats.WEIGHTS.fullmatch(path.name) and inside not in in_other_formats:
                 copies[inside] = path
@@ -364,19 +366,19 @@ def _bytes_of(files: Iterable[Path]) -> int:
     return total
 
 
-def _entries(folder: Path, skipped: set[str]) -> Iterator[Path]:
-    """Yield the files and links that may belong to the model, and folders of its other formats as a
-    whole.
+def _entries(folder: Path, skipped: set[str]) -> list[Path]:
+    """Return the files and links that may belong to the model.
+
+    Folders of its other formats count as a whole.
     """
+    entries = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name in skipped or path.name.endswith(".index.json"):
             continue
         if links_outside(path, folder) or not path.is_dir() or path.name in other_formats.FOLDERS:
-            yield path
+            entries.append(path)
         elif not (path / "config.json").is_file():  # else it is another model
-            inner = sorted(path.rglob("*"))
-            yield from (
-                file
-                for file in inner
-                if not any(name[0] == "." for name in file.relative_to(path).parts)
-            )
+            for file in sorted(path.rglob("*")):
+                if not any(name[0] == "." for name in file.relative_to(path).parts):
+                    entries.append(file)
+    return entries

@@ -1,4 +1,4 @@
-"""Which files do timed engines read? The model's own, or a pruned copy in a temporary folder."""
+"""The files that timed engines read: the model's own, or a pruned copy in a temporary folder."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from sleb_cli.plugin_manager import Registry
 def engine_files(
     dense: Path, registry: Registry, notify: Notify
 ) -> Iterator[Callable[[Surgery], Path]]:
-    """Yield a function that returns the file or folder of a model, writing it first if it is
-    pruned.
+    """Yield a function that returns the file or folder of a model.
+
+    A pruned model is written first.
     """
     with scratch_folder(Path(gettempdir()), "sleb-bench") as folder:
 
@@ -32,17 +33,17 @@ def engine_files(
                 return dense
             clear(folder)  # pruned models take turns: the last one has been timed
             folder.mkdir()
-            name = f"{len(surgery.size_key)}-{'fewer' if surgery.other_cuts else 'blocks-fewer'}"
-            output = Output(folder / (name if dense.is_dir() else f"{name}.gguf"), verify=False)
+            what = "fewer" if surgery.other_cuts else "blocks-fewer"
+            path = (
+                folder / f"{len(surgery.size_key)}-{what}{dense.suffix if dense.is_file() else ''}"
+            )
+            output = Output(path, verify=False)
             if dense.is_dir():
                 apply_removals(Subject(surgery, None), output, notify)
             else:
-                prune_gguf(
-                    plan_gguf_surgery(read_gguf(dense), surgery.removals, surgery.other_cuts),
-                    output,
-                    registry,
-                    notify,
-                )
-            return output.path
+                file = read_gguf(dense)
+                cuts = plan_gguf_surgery(file, surgery.removals, surgery.other_cuts)
+                prune_gguf(cuts, output, registry, notify)
+            return path
 
         yield write

@@ -1,6 +1,4 @@
-"""The cut of blocks: which settings and tensors of a checkpoint remain, under which names? No
-weight is read.
-"""
+"""The cut of blocks: the settings and tensors of a checkpoint that remain. No weight is read."""
 
 from __future__ import annotations
 
@@ -66,34 +64,42 @@ class BlockCut(Cut):
         return self.architecture.block_names(self.kept)
 
     def tensor(self, name: str) -> tuple[str, Slices | None] | None:
-        """Return the new name of a tensor, and the slices that stay of one with a slice for each
-        block.
-        """
-        new, axis = self.names.renamed(name), sliced_axis(name)
-        slices = None if axis is None else Slices(axis, self.kept.count, self.kept.blocks)
-        return None if new is None else (new, slices)
+        """Return the new name of a tensor, and of one with a slice for each block, what stays."""
+        new = self.names.renamed(name)
+        if new is None:
+            return None
+        axis = sliced_axis(name)
+        if axis is None:
+            return new, None
+        return new, Slices(axis, self.kept.count, self.kept.blocks)
 
     def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:
-        """Return the config with new counts and new values of settings of blocks; other files name
-        modules.
-        """
-        modules = ModuleNames(self.architecture, self.names.renamed)
-        return modules.settings(file, self._config(values) if file == CONFIG else values)
+        """Return the config with new counts and settings of blocks; other files name modules."""
+        if file == CONFIG:
+            values = self._config(values)
+        return ModuleNames(self.architecture, self.names.renamed).settings(file, values)
 
     def _config(self, values: dict[str, Any]) -> dict[str, Any]:
-        raw = dict(values)
+        text_key = self.architecture.text_key
         # Early configs of multimodal models have the language model's settings elsewhere, or among
         # their own.
-        keys = (self.architecture.text_key, *OTHER_TEXT_KEYS) if self.architecture.text_key else ()
-        inner = next((key for key in keys if isinstance(raw.get(key), dict)), "")
-        text = dict(raw[inner]) if inner else raw
-        text |= self._pruned_settings(text)
+        for key in (text_key, *OTHER_TEXT_KEYS):
+            if text_key and isinstance(values.get(key), dict):
+                return values | {key: self._text_config(values[key])}
+        return self._text_config(values)
+
+    def _text_config(self, values: dict[str, Any]) -> dict[str, Any]:
+        text = values | self._pruned_settings(values)
         if self.architecture.numbering.extra:
-            text |= {key: 0 for key in PREDICTION_BLOCKS if text.get(key)}
-        return raw | {inner: text} if inner else text
+            for key in PREDICTION_BLOCKS:
+                if text.get(key):
+                    text[key] = 0
+        return text
 
     def _pruned_settings(self, written: dict[str, Any]) -> dict[str, Any]:
-        config, adapter, kept = self.architecture.text_config, self.architecture.adapter, self.kept
+        config = self.architecture.text_config
+        adapter = self.architecture.adapter
+        kept = self.kept
         # As transformers parses it: a pattern that the file leaves to a default or a period becomes
         # an explicit list.
         understood = config.to_dict()
@@ -110,45 +116,33 @@ class BlockCut(Cut):
                 settings[key] = pruned
         for key, rewrite in KEY_REWRITERS.items():
             if key in understood and key not in adapter.config_keys:
-                settings |= rewrite(
-                    {name: getattr(config, name, None) for name in (*understood, *written)}, kept
-                )
-        aliases = [
-            alias for alias, name in type(config).attribute_map.items() if name == adapter.count_key
-        ]
-        counts = [adapter.count_key, *(alias for alias in aliases if alias in written)]
-        return settings | dict.fromkeys(counts, len(kept.blocks))
+                every = {name: getattr(config, name, None) for name in (*understood, *written)}
+                settings |= rewrite(every, kept)
+        settings[adapter.count_key] = len(kept.blocks)
+        for alias, name in type(config).attribute_map.items():
+            if name == adapter.count_key and alias in written:
+                settings[alias] = len(kept.blocks)
+        return settings
 
     @property
     def settings_of_blocks(self) -> list[str]:
         """The settings that would be wrong for some block if only the number of blocks changed."""
-        before, known = (
-            self.architecture.text_config.to_dict(),
-            {self.architecture.adapter.count_key, *REDUNDANT},
-        )
-
-        def is_shortened(was: object, after: object) -> bool:
-            return (
-                isinstance(was, list | str)
-                and isinstance(after, list | str)
-                and was[: len(after)] == after
-            )
-
-        return [
-            key
-            for key, after in self._pruned_settings({}).items()
-            if key not in known
-            and before.get(key) != after
-            and not is_shortened(before.get(key), after)
-        ]
+        before = self.architecture.text_config.to_dict()
+        wrong = []
+        for key, after in self._pruned_settings({}).items():
+            was = before.get(key)
+            is_known = key == self.architecture.adapter.count_key or key in REDUNDANT
+            if not is_known and was != after and not _is_shortened(was, after):
+                wrong.append(key)
+        return wrong
 
     def obstacle(self) -> str | None:
-        """Return a clause on the first change that this removal would make to the kept blocks, or
-        None.
+        """Return a clause on the first change that this removal would make to the kept blocks.
 
         Builds the pruned model without weights, and compares its blocks with the dense model's.
         """
-        before, kept = self.architecture, self.kept
+        before = self.architecture
+        kept = self.kept
         _ = self.names  # raises here: below, its error would become a clause
         if stated := self._stated_obstacle():
             return stated
@@ -170,38 +164,43 @@ class BlockCut(Cut):
         return None if _cache_fault(before.config) else _cache_fault(config)
 
     def _stated_obstacle(self) -> str | None:
-        config, kept = self.architecture.config, self.kept
+        config = self.architecture.config
         for key, (applies, why) in OBSTACLES.items():
             if applies(getattr(self.architecture.text_config, key, None) or []):
                 return f"{why} ({key})"
         for key, why in LEADING_INPUTS.items():
             configs = (config, getattr(config, "vision_config", None))
             count = max(len(getattr(any_config, key, None) or ()) for any_config in configs)
-            if kept.blocks[:count] != tuple(range(count)):
+            if self.kept.blocks[:count] != tuple(range(count)):
                 return f"{why.format(count=count)}, counted by number ({key})"
         return None
 
     def _by_period(self) -> str:
-        config = self.architecture.text_config
-        values = {key: getattr(config, key, None) for key in PERIOD_KEYS}
-        periods = [
-            f"{key} = {value}"
-            for key, value in values.items()
-            if isinstance(value, int) and value > 1
-        ]
+        periods = []
+        for key in PERIOD_KEYS:
+            value = getattr(self.architecture.text_config, key, None)
+            if isinstance(value, int) and value > 1:
+                periods.append(f"{key} = {value}")
         return f" (the config sets it by period: {', '.join(periods)})" if periods else ""
 
 
+def _is_shortened(before: object, after: object) -> bool:
+    """Whether a list or a text only lost its end."""
+    if not isinstance(before, list | str) or not isinstance(after, list | str):
+        return False
+    return before[: len(after)] == after
+
+
 def _rotary_changes(before: Any, after: Any) -> str | None:
-    old, new = (getattr(config, "rope_parameters", None) for config in (before, after))
+    old = getattr(before, "rope_parameters", None)
+    new = getattr(after, "rope_parameters", None)
     if old == new or not isinstance(old, dict) or not isinstance(new, dict):
         return None
     # By the new keys only, as a kind of block may disappear.
-    changed = next((key for key in new if new[key] != old.get(key)), None)
-    return (
-        changed
-        and f"its rotary positions would change: {changed} {new[changed]}, not {old.get(changed)}"
-    )
+    for key, value in new.items():
+        if value != old.get(key):
+            return f"its rotary positions would change: {key} {value}, not {old.get(key)}"
+    return None
 
 
 def _cache_fault(config: Any) -> str | None:
@@ -220,11 +219,7 @@ def plan_blocks(architecture: Architecture, removals: tuple[int, ...]) -> BlockC
     require_removable(removals, architecture.block_count, architecture.source.id)
     cut = BlockCut(architecture, removals)
     if obstacle := cut.obstacle():
-        names = (
-            f"block {removals[0]}"
-            if len(removals) == 1
-            else f"blocks {', '.join(map(str, sorted(removals)))}"
-        )
+        names = f"block{'s' if len(removals) > 1 else ''} {', '.join(map(str, sorted(removals)))}"
         raise UnsupportedModelError(
             f"Cannot remove {names} from {architecture.source.id} "
             f"({architecture.config.model_type}): {obstacle}.",

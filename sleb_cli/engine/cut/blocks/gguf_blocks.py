@@ -1,4 +1,4 @@
-"""The cut of blocks of a GGUF file: which entries and tensors remain, under which names?"""
+"""The cut of blocks of a GGUF file: the entries and tensors that remain."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class GgufBlockCut(GgufCut):
         count = stored_block_count(file)
         kept = kept_blocks(count, self.removals)
         names = BlockNames("blk", BlockNumbering("blk."), kept)
-        tensors = [
-            replace(tensor, name=new)
-            for tensor in file.tensors
-            if (new := names.renamed(tensor.name))
-        ]
+        tensors = []
+        for tensor in file.tensors:
+            name = names.renamed(tensor.name)
+            if name is not None:
+                tensors.append(replace(tensor, name=name))
         entries = [_pruned_entry(file, entry, kept) for entry in file.entries]
         pruned = replace(file, entries=tuple(entries), tensors=tuple(tensors))
         return with_removals(pruned, REMOVED_BLOCKS, count, self.removals)

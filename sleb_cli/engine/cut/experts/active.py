@@ -69,11 +69,9 @@ class ActiveCut(ActiveRemoval, Cut):
 
     def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:
         """Return the config with the new number."""
-        return (
-            values
-            if file != CONFIG
-            else with_setting(self.architecture, values, self.key, self.after)
-        )
+        if file != CONFIG:
+            return values
+        return with_setting(self.architecture, values, self.key, self.after)
 
     @contextmanager
     def simulate(self, dense: Any) -> Iterator[None]:
@@ -114,22 +112,23 @@ def plan_active(architecture: Architecture, after: int) -> ActiveCut:
     if after >= before:
         raise _none_to_spare(architecture.source.id, before, after)
     fewer = build_with_setting(architecture, key, after)
-    states = (model.state_dict().items() for model in (architecture.skeleton, fewer))
-    dense, changed = ([(name, tensor.shape) for name, tensor in state] for state in states)
-    if dense != changed:
+    if _shapes(architecture.skeleton) != _shapes(fewer):
         raise UnsupportedModelError(
             f"{architecture.source.id} has weights whose shapes follow from how many experts a "
             f"token uses.",
             hint="Leave out --experts-per-token.",
         )
-    modules = dict(architecture.skeleton.named_modules())
-    copies = {
-        (path, name): value
-        for path, module in fewer.named_modules()
-        for name, value in vars(module).items()
-        if type(value) is int and vars(modules[path]).get(name) != value
-    }
+    copies = {}
+    for path, module in fewer.named_modules():
+        before_there = vars(architecture.skeleton.get_submodule(path))
+        for name, value in vars(module).items():
+            if type(value) is int and before_there.get(name) != value:
+                copies[path, name] = value
     return ActiveCut(before, after, architecture, key, copies)
+
+
+def _shapes(model: Any) -> list[tuple[str, Any]]:
+    return [(name, tensor.shape) for name, tensor in model.state_dict().items()]
 
 
 def plan_gguf_active(file: GgufFile, after: int) -> GgufActiveCut:

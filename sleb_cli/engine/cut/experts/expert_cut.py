@@ -1,6 +1,4 @@
-"""The cut of experts: which settings and tensors change, and how does the dense model compute
-without them?
-"""
+"""The cut of experts: the settings and tensors that change, and the dense model without them."""
 
 from __future__ import annotations
 
@@ -37,8 +35,10 @@ Removed = Mapping[int, Sequence[int]]
 
 @dataclass(frozen=True)
 class ExpertRemoval(Removal):
-    """What cuts of experts from checkpoints and from GGUF files share: the `count` in a block, and
-    the `removed`.
+    """What cuts of experts from checkpoints and from GGUF files share.
+
+    Attributes:
+        count: the number of experts in a block.
     """
 
     count: int
@@ -60,8 +60,9 @@ class ExpertRemoval(Removal):
         return (f"{self.count - self.fewer}-experts",)
 
     def kept_experts(self, block: int) -> tuple[int, ...]:
-        """Return the experts of a block that stay; a block for multi-token prediction keeps the
-        last block's.
+        """Return the experts of a block that stay.
+
+        A block for multi-token prediction keeps the last block's.
         """
         removed = self.removed.get(block, self.removed[max(self.removed)])
         return tuple(sorted({*range(self.count)}.difference(removed)))
@@ -89,36 +90,36 @@ class ExpertCut(ExpertRemoval, Cut):
     @property
     def note(self) -> str | None:
         """A note on blocks for multi-token prediction."""
-        blocks = {
-            self._split(name)[0] or 0 for name in self.architecture.source.weights.tensor_names()
-        }
-        return PREDICTION_NOTE if max(blocks) >= self.architecture.block_count else None
+        for name in self.architecture.source.weights.tensor_names():
+            block, _ = self._split(name)
+            if block is not None and block >= self.architecture.block_count:
+                return PREDICTION_NOTE
+        return None
 
     def _split(self, name: str) -> tuple[int | None, str]:
-        """Return the block of a tensor and its name there; blocks for multi-token prediction follow
-        the last one.
+        """Return the block of a tensor and its name there.
+
+        Blocks for multi-token prediction follow the last one.
         """
         block, inner = self.architecture.names.split(name)
-        if block is not None or not (match := PREDICTION.search(name)):
+        prediction = PREDICTION.search(name)
+        if block is not None or prediction is None:
             return block, inner
         # The name in the block may follow a path of any length, so it is the longest end that
         # experts have.
-        steps, experts = match[1].split("."), find_experts(self.architecture)
-        ends = (".".join(steps[start:]) for start in range(len(steps)))
-        known = next(
-            (end for end in ends if end in experts.parts or experts.numbered_in(end)), None
-        )
-        return (None, name) if known is None else (self.architecture.block_count, known)
+        experts = find_experts(self.architecture)
+        end = prediction[1]
+        while end:
+            if end in experts.parts or experts.numbered_in(end):
+                return self.architecture.block_count, end
+            end = end.partition(".")[2]
+        return None, name
 
     def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:
         """Return the config with the new count; any file may name the modules of one expert."""
         if file == CONFIG:
-            values = with_setting(
-                self.architecture,
-                values,
-                find_experts(self.architecture).key,
-                self.count - self.fewer,
-            )
+            key = find_experts(self.architecture).key
+            values = with_setting(self.architecture, values, key, self.count - self.fewer)
         return ModuleNames(self.architecture, self._renamed).settings(file, values)
 
     def _renamed(self, name: str) -> str | None:
@@ -126,23 +127,25 @@ class ExpertCut(ExpertRemoval, Cut):
         return None if kept is None else kept[0]
 
     def tensor(self, name: str) -> tuple[str, Slices | None] | None:
-        """Return the new name of a tensor of one expert, or the slices that stay of a tensor of
-        all.
-        """
+        """Return the new name of a tensor of one expert, or the slices that stay of one of all."""
         block, inner = self._split(name)
         if block is None or (block < self.architecture.block_count and block not in self.removed):
             return name, None
-        kept, experts = self.kept_experts(block), find_experts(self.architecture)
+        kept = self.kept_experts(block)
+        experts = find_experts(self.architecture)
         if inner in experts.parts:
             return name, experts.parts[inner].slices_of(kept, self.count)
-        if (numbered := experts.numbered_in(inner)) is None:
+        numbered = experts.numbered_in(inner)
+        if numbered is None:
             return name, None
-        before, number, after = numbered
-        if number < self.count and number not in kept:
+        before, old, after = numbered
+        if old >= self.count:  # such experts compute nothing, and stay
+            new = old - self.fewer
+        elif old in kept:
+            new = kept.index(old)
+        else:
             return None
-        # From the count on, experts compute nothing, and stay.
-        number = kept.index(number) if number < self.count else number - self.fewer
-        return f"{name.removesuffix(inner)}{before}{number}{after}", None
+        return f"{name.removesuffix(inner)}{before}{new}{after}", None
 
     def simulate(self, dense: nn.Module) -> AbstractContextManager[object]:
         """Have the dense model's routers choose among the experts that stay."""
@@ -160,32 +163,27 @@ class ExpertCut(ExpertRemoval, Cut):
 
     @contextmanager
     def extra_outputs(self, model: nn.Module, *, pruned: bool) -> Iterator[Mapping[str, Tensor]]:
-        """Run each expert that stays once on random states, since the proof's text may not reach
-        it.
-        """
-        outputs: dict[int, Tensor] = {}
+        """Run each expert that stays once on random states: a prompt may not reach it."""
+        experts = find_experts(self.architecture)
+        if pruned:
+            experts = replace(experts, count=self.count - self.fewer)
+        outputs = {f"the experts of block {block}": torch.empty(0) for block in experts.blocks}
 
         def run_each(block: int, routing: Routing) -> None:
-            if block not in outputs and len(routing.hidden):
-                kept, width = self.kept_experts(block), routing.hidden.shape[-1]
-                # Drawn by the number of the block, so that both models get the same states.
-                states = torch.randn(
-                    len(kept), width, generator=torch.Generator().manual_seed(block)
-                )
-                numbers = torch.tensor(
-                    range(len(kept)) if pruned else kept, device=routing.experts.device
-                )
-                outputs[block] = routing.run_alone(states.to(routing.hidden), numbers).cpu()
+            name = f"the experts of block {block}"
+            if outputs[name].numel() or not len(routing.hidden):
+                return
+            kept = self.kept_experts(block)
+            # Drawn by the number of the block, so that both models get the same states.
+            random = torch.Generator().manual_seed(block)
+            states = torch.randn(len(kept), routing.hidden.shape[-1], generator=random)
+            numbers = torch.tensor(range(len(kept)) if pruned else kept)
+            outputs[name] = routing.run_alone(
+                states.to(routing.hidden), numbers.to(routing.experts.device)
+            ).cpu()
 
-        named: dict[str, Tensor] = {}
-        experts = find_experts(self.architecture)
-        counted = replace(experts, count=self.count - self.fewer) if pruned else experts
-        with watch_routing(counted, [*self.architecture.blocks_of(model)], run_each):
-            yield named
-        named |= {
-            f"the experts of block {block}": outputs.get(block, torch.empty(0))
-            for block in experts.blocks
-        }
+        with watch_routing(experts, [*self.architecture.blocks_of(model)], run_each):
+            yield outputs
 
 
 def plan_experts(architecture: Architecture, removed: Removed) -> ExpertCut:
@@ -194,8 +192,7 @@ def plan_experts(architecture: Architecture, removed: Removed) -> ExpertCut:
     if {*removed} != {*experts.blocks}:
         raise PlanError(
             f"The plan removes experts of {len(removed)} blocks, but {architecture.source.id} has "
-            f"experts in "
-            f"{len(experts.blocks)}, and each must keep as many.",
+            f"experts in {len(experts.blocks)}, and each must keep as many.",
             hint="Search again.",
         )
     require_removable(
@@ -206,19 +203,23 @@ def plan_experts(architecture: Architecture, removed: Removed) -> ExpertCut:
 
 def require_removable(removed: Removed, count: int, active: int, groups: int, name: str) -> None:
     """Refuse experts that a model with `count` in each block, in `groups`, cannot do without."""
-    number, size = len(next(iter(removed.values()), ())), count // groups
-    min_kept = max(active, 2 * groups if groups > 1 else 1)  # a group is chosen by its best two
-    is_some = 0 < number <= count - min_kept
-    why = None if is_some else f"{number} of {count} would go, and at least {min_kept} must stay"
+    number = len(next(iter(removed.values()), ()))
+    min_kept = max(active, 1)
+    if groups > 1:
+        min_kept = max(active, 2 * groups)  # a group is chosen by its best two
+    why = None
+    if not 0 < number <= count - min_kept:
+        why = f"{number} of {count} would go, and at least {min_kept} must stay"
     for block, experts in removed.items():
-        if len({*experts} & {*range(count)}) != number or len(experts) != number:
+        by_group = [0] * groups
+        known = {*experts} & {*range(count)}
+        for expert in known:
+            by_group[expert * groups // count] += 1
+        if len(known) != number or len(experts) != number:
             why = why or f"of block {block}, it names {[*experts]}, and not {number} of {count}"
-        if len({sum(expert // size == group for expert in experts) for group in range(groups)}) > 1:
-            why = (
-                why
-                or f"of block {block}, it takes more from some of the {groups} groups than from "
-                f"others"
-            )
+        if len({*by_group}) > 1:
+            more = f"more from some of the {groups} groups than from others"
+            why = why or f"of block {block}, it takes {more}"
     if why:
         raise PlanError(
             f"The plan removes experts that {name} cannot do without: {why}.", hint="Search again."

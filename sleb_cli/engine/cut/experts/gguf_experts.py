@@ -42,8 +42,10 @@ _SPECIAL_COUNTS = {
 
 @dataclass(frozen=True)
 class GgufExpertCut(ExpertRemoval, GgufCut):
-    """The cut of experts from a GGUF file; `predicts` if it also has experts for multi-token
-    prediction.
+    """The cut of experts from a GGUF file.
+
+    Attributes:
+        predicts: whether the file also has experts for multi-token prediction.
     """
 
     predicts: bool = False
@@ -59,15 +61,12 @@ class GgufExpertCut(ExpertRemoval, GgufCut):
 
     def header(self, file: GgufFile) -> GgufFile:
         """Return the header of the file with the experts that stay."""
-        tensors = (
-            tensor.only(self.kept_experts(block))
-            if (block := _block_with_experts(tensor, self.count)) is not None
-            else tensor
-            for tensor in file.tensors
-        )
-        cut = replace(
-            file.with_count("expert_count", self.count - self.fewer), tensors=tuple(tensors)
-        )
+        tensors = []
+        for tensor in file.tensors:
+            block = _block_with_experts(tensor, self.count)
+            tensors.append(tensor if block is None else tensor.only(self.kept_experts(block)))
+        cut = file.with_count("expert_count", self.count - self.fewer)
+        cut = replace(cut, tensors=tuple(tensors))
         _, numbers = remaining(file, REMOVED_BLOCKS, stored_block_count(file))
         for block, removed in self.removed.items():
             cut = with_removals(cut, f"{REMOVED_EXPERTS}{numbers[block]}", self.count, removed)
@@ -75,30 +74,26 @@ class GgufExpertCut(ExpertRemoval, GgufCut):
 
 
 def plan_gguf_experts(file: GgufFile, removed: Removed) -> GgufExpertCut:
-    """Plan the removal of these experts, checked against the file and against how llama.cpp loads
-    the result.
+    """Plan the removal of these experts.
+
+    It is checked against the file, and against how llama.cpp loads the result.
     """
     count = file.count("expert_count") or 0
     why = _SPECIAL_COUNTS.get((file.architecture, count))
+    blocks = set()
     for tensor in file.tensors:
-        why = why or next(
-            (reason for words, reason in _REFUSED.items() if words in tensor.name), None
-        )
-        if (
-            "_exps." in tensor.name
-            and not _MAYBE.search(tensor.name)
-            and _block_with_experts(tensor, count) is None
-        ):
+        for words, reason in _REFUSED.items():
+            if words in tensor.name:
+                why = why or reason
+        block = _block_with_experts(tensor, count)
+        if block is not None:
+            blocks.add(block)
+        elif "_exps." in tensor.name and not _MAYBE.search(tensor.name):
             why = why or f"sleb does not know what {tensor.name} holds"
     if why:
         raise UnsupportedModelError(
             f"No expert can be removed from {file.path}, because {why}.", hint="Remove blocks."
         )
-    blocks = {
-        block
-        for tensor in file.tensors
-        if (block := _block_with_experts(tensor, count)) is not None
-    }
     known = blocks & {*removed}
     if {*removed} != known or any(block < max(removed, default=0) for block in blocks - known):
         raise PlanError(
@@ -106,12 +101,14 @@ def plan_gguf_experts(file: GgufFile, removed: Removed) -> GgufExpertCut:
             f"of the plan.",
             hint="Name a GGUF file of the plan's model.",
         )
-    active, groups = file.count("expert_used_count") or 1, file.count("expert_group_count") or 1
+    active = file.count("expert_used_count") or 1
+    groups = file.count("expert_group_count") or 1
     require_removable(removed, count, active, groups, str(file.path))
     return GgufExpertCut(count, removed, predicts=bool(blocks - known))
 
 
 def _block_with_experts(tensor: GgufTensor, count: int) -> int | None:
     match = BLOCK.fullmatch(tensor.name)
-    is_by_expert = match and _BY_EXPERT.fullmatch(match[2]) and tensor.shape[-1:] == (count,)
-    return int(match[1]) if match and is_by_expert else None
+    if match and _BY_EXPERT.fullmatch(match[2]) and tensor.shape[-1:] == (count,):
+        return int(match[1])
+    return None
