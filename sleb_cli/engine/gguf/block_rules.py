@@ -1,5 +1,4 @@
-"""What llama.cpp derives from a block's number, or from the number of blocks, as data from its
-loaders (late 2026).
+"""What llama.cpp derives from a block's number or the number of blocks, as data (late 2026).
 
 A GGUF file defines most of a block by tensors and by lists with one value per block. llama.cpp
 derives the rest from the block's number: for example, every sixth block of Gemma 3 has full
@@ -49,16 +48,16 @@ class Period:
 
     def kind(self, block: int, period: int) -> int:
         """Return a number that two blocks share if llama.cpp builds one kind of block for both."""
-        # Which of a period's blocks is special may be unknown: then each must keep its position.
         position = block % period
-        return (
-            position
-            if self.position == "one"
-            else position == (0 if self.position == "the first" else period - 1)
-        )
+        if self.position == "the first":
+            return position == 0
+        if self.position == "the last":
+            return position == period - 1
+        return position  # which one is special is unknown, so each must keep its position
 
 
-_WINDOW, _SPARSE = "attention.sliding_window", "interleave_moe_layer_step"
+_WINDOW = "attention.sliding_window"
+_SPARSE = "interleave_moe_layer_step"
 
 
 def _window(
@@ -112,11 +111,9 @@ def _deepseek2_form(file: GgufFile, blocks: int) -> str:
     if blocks in (26, 27) or (blocks == 48 and vocabulary == 128256):
         return "without low-rank queries"
     gates = file.setting("expert_gating_func")
-    return (
-        "with other gates"
-        if gates is None and blocks in (47, 48) and vocabulary == 154880
-        else "the usual"
-    )
+    if gates is None and blocks in (47, 48) and vocabulary == 154880:
+        return "with other gates"
+    return "the usual"
 
 
 BY_COUNT: Mapping[str, Callable[[GgufFile, int], object]] = {
@@ -213,9 +210,7 @@ def plain_name(name: str) -> str:
 
 
 def require_same_kinds(file: GgufFile, blocks: int, kept: tuple[int, ...]) -> None:
-    """Refuse a removal after which llama.cpp would build a kept block differently at its new
-    number.
-    """
+    """Refuse a removal after which llama.cpp would build a kept block differently."""
     architecture = file.architecture
     if architecture in _REFUSED:
         raise _refused(file, _REFUSED[architecture])
@@ -226,36 +221,44 @@ def require_same_kinds(file: GgufFile, blocks: int, kept: tuple[int, ...]) -> No
         raise _refused(
             file, "the values of its block 0 are mixed into all later blocks", "Keep block 0."
         )
-    if lost := [block for block in _blocks_with_other_inputs(file, blocks) if block not in kept]:
-        raise _refused(file, f"additional inputs enter block {lost[0]}", f"Keep block {lost[0]}.")
-    after, form = len(kept), BY_COUNT.get(architecture)
+    for block in _blocks_with_other_inputs(file, blocks):
+        if block not in kept:
+            raise _refused(file, f"additional inputs enter block {block}", f"Keep block {block}.")
+    after = len(kept)
+    form = BY_COUNT.get(architecture)
     if form and form(file, blocks) != form(file, after):
         raise _refused(
             file,
             f"llama.cpp tells its variants apart by the number of blocks, and {after} selects "
             f"another than {blocks}",
         )
-    for rule in PERIODS.get(architecture, _ANY_ARCHITECTURE):
+    _require_same_positions(file, kept)
+
+
+def _require_same_positions(file: GgufFile, kept: tuple[int, ...]) -> None:
+    """Refuse a removal after which a block of a period would be another than it was."""
+    for rule in PERIODS.get(file.architecture, _ANY_ARCHITECTURE):
         period = rule.length_in(file)
         for new, old in enumerate(kept):
             if rule.kind(old, period) != rule.kind(new, period):
                 raise _refused(
                     file,
                     f"in llama.cpp, {rule.position} of every {period} blocks {rule.difference}, "
-                    f"and block {old} would "
-                    f"become block {new}, which is of another kind",
+                    f"and block {old} would become block {new}, which is of another kind",
                     f"Remove whole groups of {period} consecutive blocks, or write a checkpoint "
-                    f"instead: "
-                    "`sleb apply -o FOLDER`.",
+                    f"instead: `sleb apply -o FOLDER`.",
                 )
 
 
 def _blocks_with_other_inputs(file: GgufFile, blocks: int) -> list[int]:
     """Return the blocks that get inputs besides the hidden states: features of images (deepstack)."""
+    fed = list(range(min(file.count(LEADING_STAY) or 0, blocks)))
     mapping = file.setting("deepstack_mapping")
-    named = enumerate(mapping) if isinstance(mapping, list) else ()
-    leading = range(min(file.count(LEADING_STAY) or 0, blocks))
-    return [*leading, *(block for block, entry in named if isinstance(entry, int) and entry >= 0)]
+    if isinstance(mapping, list):
+        for block, entry in enumerate(mapping):
+            if isinstance(entry, int) and entry >= 0:
+                fed.append(block)
+    return fed
 
 
 def _refused(file: GgufFile, reason: str, hint: str | None = None) -> UnsupportedModelError:

@@ -1,4 +1,4 @@
-"""How many blocks does a GGUF file have, by its header and by its tensors?"""
+"""The number of blocks in a GGUF file, by its header and by its tensors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def require_blocks(file: GgufFile) -> None:
             hint="Name the file that holds the blocks.",
         )
     stored = file.count("block_count")
-    numbers = {int(match[1]) for tensor in file.tensors if (match := BLOCK.fullmatch(tensor.name))}
+    numbers = set()
+    for tensor in file.tensors:
+        if match := BLOCK.fullmatch(tensor.name):
+            numbers.add(int(match[1]))
     if not numbers or len(numbers) != stored or max(numbers) != stored - 1:
         raise ModelError(
             f"{file.path} says {stored} blocks ({file.architecture}.block_count), but has tensors "

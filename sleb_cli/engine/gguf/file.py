@@ -13,7 +13,6 @@ import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,9 @@ from sleb_plugins.errors import ModelError
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-_INT32, STRING, ARRAY = 5, 8, 9
+_INT32 = 5
+STRING = 8
+ARRAY = 9
 # The number types of the format, by the codes that `struct` and NumPy share.
 FORMATS = {
     0: "B",
@@ -41,18 +42,15 @@ FORMATS = {
     12: "d",
 }
 
-# No model comes near these limits, so a file that lies takes neither memory nor time.
-_MAX_HEADER_BYTES = 128 << 20
-_MAX_ITEMS = 1 << 22
-_MAX_NAME_BYTES = 256
-_ALIGNMENTS = [1 << power for power in range(21)]
-_MAX_DIMENSIONS = 4
+_DEFAULT_ALIGNMENT = 32
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One key of the metadata; `data` holds the bytes of its value in the file, after the number of
-    its type.
+    """One key of the metadata.
+
+    Attributes:
+        data: the bytes of its value in the file, after the number of its type.
     """
 
     key: str
@@ -64,8 +62,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor: its `size` in bytes and where they `start` in the file; `rows` to copy,
-    ascending, or all (None).
+    """One tensor.
+
+    Attributes:
+        start: the offset of its bytes in the file.
+        size: in bytes.
+        rows: to copy, ascending; None for all.
     """
 
     name: str
@@ -78,12 +80,8 @@ class GgufTensor:
     def only(self, rows: tuple[int, ...]) -> GgufTensor:
         """Return the tensor with only these rows, or items of a list."""
         count = self.shape[-1]
-        return replace(
-            self,
-            shape=(*self.shape[:-1], len(rows)),
-            size=self.size // count * len(rows),
-            rows=rows,
-        )
+        shape = (*self.shape[:-1], len(rows))
+        return replace(self, shape=shape, size=self.size // count * len(rows), rows=rows)
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
@@ -110,7 +108,9 @@ class GgufFile:
             return value.tolist()
         if isinstance(value, list):
             return [text.decode(errors="replace") for text in value]
-        return value.decode(errors="replace") if isinstance(value, bytes) else value
+        if isinstance(value, bytes):
+            return value.decode(errors="replace")
+        return value
 
     def setting(self, key: str) -> Any:
         """Return the value of one of the architecture's own keys, such as "block_count"."""
@@ -131,9 +131,10 @@ class GgufFile:
     def with_count(self, key: str, value: int) -> GgufFile:
         """Return the header with another number under one of the architecture's own keys."""
         key = f"{self.architecture}.{key}"
-        entries = (
-            with_value(entry, value) if entry.key == key else entry for entry in self.entries
-        )
+        entries = list(self.entries)
+        for position, entry in enumerate(entries):
+            if entry.key == key:
+                entries[position] = with_value(entry, value)
         return replace(self, entries=tuple(entries))
 
     @property
@@ -148,7 +149,7 @@ class GgufFile:
 
     def padding(self, size: int) -> int:
         """Return the number of zeros between `size` bytes and the next multiple of the alignment."""
-        return -size % int(self.get("general.alignment") or 32)
+        return -size % int(self.get("general.alignment") or _DEFAULT_ALIGNMENT)
 
 
 def entry_of_integers(key: str, values: Iterable[int]) -> Entry:
@@ -178,7 +179,9 @@ def with_items(entry: Entry, indices: list[int]) -> Entry:
 
 class _Cursor:
     def __init__(self, data: bytes | mmap.mmap, path: Path) -> None:
-        self.data, self.path, self.offset = data, path, 0  # in bytes
+        self.data = data
+        self.path = path
+        self.offset = 0  # in bytes
 
     def require(self, condition: bool) -> None:
         if not condition:
@@ -187,7 +190,8 @@ class _Cursor:
             )
 
     def take(self, size: int) -> bytes:
-        start, self.offset = self.offset, self.offset + size
+        start = self.offset
+        self.offset += size
         self.require(self.offset <= len(self.data))
         return self.data[start : self.offset]
 
@@ -200,7 +204,7 @@ class _Cursor:
     def name(self) -> str:
         raw = self.text()
         name = raw.decode(errors="replace")
-        self.require(len(raw) <= _MAX_NAME_BYTES and name.encode() == raw)
+        self.require(name.encode() == raw)
         return name
 
     def value(self, type_: int) -> Any:
@@ -210,8 +214,9 @@ class _Cursor:
         if type_ in FORMATS:
             return self.number(FORMATS[type_])
         self.require(type_ == ARRAY)
-        element, count = self.number("I"), self.number("Q")
-        self.require(count <= _MAX_ITEMS and (element == STRING or element in FORMATS))
+        element = self.number("I")
+        count = self.number("Q")
+        self.require(element == STRING or element in FORMATS)
         if element == STRING:
             return [self.text() for _ in range(count)]
         kind = np.dtype(f"<{FORMATS[element]}")
@@ -219,18 +224,14 @@ class _Cursor:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read the header of a GGUF file, and check that the file holds all tensors, and that none
-    overlap.
-    """
+    """Read the header of a GGUF file, and check that all tensors are there and none overlap."""
     if not path.is_file():
         raise ModelError(f"There is no file {path}.", hint="Check the path.")
     with reading(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        data = (
-            mmap.mmap(file.fileno(), min(size, _MAX_HEADER_BYTES), access=mmap.ACCESS_READ)
-            if size
-            else b""
-        )
+        data: bytes | mmap.mmap = b""
+        if size:
+            data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     cursor = _Cursor(data, path)
     cursor.require(cursor.take(4) == _MAGIC)
     version = cursor.number("I")
@@ -240,12 +241,14 @@ def read_gguf(path: Path) -> GgufFile:
             f"little-endian.",
             hint="Convert the model again with a current llama.cpp.",
         )
-    tensor_count, entry_count = cursor.number("Q"), cursor.number("Q")
-    entries, tensors = _read_entries(cursor, entry_count), _read_tensors(cursor, tensor_count)
-    header = GgufFile(path, version, entries, ())
-    cursor.require(len(header.architecture) <= _MAX_NAME_BYTES)
-    cursor.require(header.get("general.alignment") in [None, *_ALIGNMENTS])
-    if (parts := header.get("split.count") or 1) != 1:
+    tensor_count = cursor.number("Q")
+    entry_count = cursor.number("Q")
+    header = GgufFile(path, version, _read_entries(cursor, entry_count), ())
+    tensors = _read_tensors(cursor, tensor_count)
+    alignment = header.get("general.alignment")
+    cursor.require(alignment is None or (type(alignment) is int and alignment > 0))
+    parts = header.get("split.count") or 1
+    if parts != 1:
         raise ModelError(
             f"{path} is one of {parts!s:.60} parts of a model.",
             hint="Merge the parts first: `llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf`.",
@@ -254,17 +257,18 @@ def read_gguf(path: Path) -> GgufFile:
     placed = tuple(replace(tensor, start=begin + tensor.start) for tensor in tensors)
     end = 0
     for tensor in sorted(placed, key=lambda tensor: (tensor.start, tensor.size)):
-        cursor.require(
-            end <= tensor.start <= size - tensor.size and not header.padding(tensor.start)
-        )
+        cursor.require(tensor.start >= end and not header.padding(tensor.start))
         end = tensor.start + tensor.size
+    cursor.require(end <= size)
     return replace(header, tensors=placed)
 
 
 def _read_entries(cursor: _Cursor, count: int) -> tuple[Entry, ...]:
     entries: dict[str, Entry] = {}
     for _ in range(count):
-        key, type_, start = cursor.name(), cursor.number("I"), cursor.offset
+        key = cursor.name()
+        type_ = cursor.number("I")
+        start = cursor.offset
         # Names must differ, so a false count fails soon, even in a file of zeros.
         cursor.require(key not in entries)
         value = cursor.value(type_)
@@ -282,15 +286,15 @@ def _read_tensors(cursor: _Cursor, count: int) -> tuple[GgufTensor, ...]:
 
 
 def _read_tensor(cursor: _Cursor) -> GgufTensor:
-    name, rank = cursor.name(), cursor.number("I")
-    cursor.require(rank <= _MAX_DIMENSIONS)
+    name = cursor.name()
+    rank = cursor.number("I")
     shape = tuple(cursor.number("Q") for _ in range(rank))
-    type_, offset = cursor.number("I"), cursor.number("Q")
+    type_ = cursor.number("I")
+    offset = cursor.number("Q")
     if type_ not in GGML_QUANT_SIZES:
         raise ModelError(
             f"The tensor {name:.60} in {cursor.path} has type {type_}, which the installed gguf "
-            f"package does not "
-            "support.",
+            f"package does not support.",
             hint="Upgrade with `pip install --upgrade gguf`. If that does not help, the file is "
             "damaged.",
         )
@@ -300,9 +304,7 @@ def _read_tensor(cursor: _Cursor) -> GgufTensor:
 
 
 def write_gguf(file: GgufFile, output: Path, report: ReportBytes) -> None:
-    """Write a file with this header, and copy the values of each tensor from offset `start` of
-    `file.path`.
-    """
+    """Write a file with this header, and copy the values of each tensor from `file.path`."""
     with reading(file.path):
         source = file.path.open("rb")
     with source, output.open("wb") as target:
@@ -315,9 +317,10 @@ def write_gguf(file: GgufFile, output: Path, report: ReportBytes) -> None:
 
 def gguf_size(file: GgufFile) -> int:
     """Return the size in bytes of the file that `write_gguf` writes."""
-    return len(_header(file)) + sum(
-        tensor.size + file.padding(tensor.size) for tensor in file.tensors
-    )
+    size = len(_header(file))
+    for tensor in file.tensors:
+        size += tensor.size + file.padding(tensor.size)
+    return size
 
 
 def _header(file: GgufFile) -> bytes:
@@ -325,15 +328,14 @@ def _header(file: GgufFile) -> bytes:
     parts = [_MAGIC, struct.pack("<IQQ", file.version, len(file.tensors), len(file.entries))]
     for entry in file.entries:
         parts += [_text(entry.key.encode()), struct.pack("<I", entry.type), entry.data]
-    offsets = accumulate(
-        (tensor.size + file.padding(tensor.size) for tensor in file.tensors), initial=0
-    )
-    for tensor, offset in zip(file.tensors, offsets, strict=False):
+    offset = 0
+    for tensor in file.tensors:
         rank = len(tensor.shape)
         parts += [
             _text(tensor.name.encode()),
             struct.pack(f"<I{rank}QIQ", rank, *tensor.shape, tensor.type, offset),
         ]
+        offset += tensor.size + file.padding(tensor.size)
     header = b"".join(parts)
     return header + bytes(file.padding(len(header)))
 

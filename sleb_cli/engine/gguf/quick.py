@@ -32,14 +32,16 @@ _DEQUANTIZE = gguf.dequantize
 
 
 class QuickReader(gguf.GGUFReader):  # type: ignore[misc]
-    """The gguf package's reader, which leaves out the items of long lists; the file's header was
-    checked before.
+    """The gguf package's reader, which leaves out the items of long lists.
+
+    The file's header was checked before.
     """
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
         if raw_type != ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
-        data, offset = memoryview(self.data), orig_offs + 12
+        data = memoryview(self.data)
+        offset = orig_offs + 12
         kind, count = struct.unpack("<IQ", data[orig_offs:offset])
         if count <= _MAX_LIST_ITEMS:
             return super()._get_field_parts(orig_offs, raw_type)
@@ -56,7 +58,8 @@ def dequantize(data: NDArray[Any], kind: gguf.GGMLQuantizationType) -> Any:
     if data.dtype != np.uint8:
         return _DEQUANTIZE(data, kind)
     out = np.empty(gguf.quant_shape_from_byte_shape(data.shape, kind), np.float32)
-    packed, unpacked = data.reshape(-1, data.shape[-1]), out.reshape(-1, out.shape[-1])
+    packed = data.reshape(-1, data.shape[-1])
+    unpacked = out.reshape(-1, out.shape[-1])
 
     def fill(start: int) -> None:
         unpacked[start : start + _ROWS] = _DEQUANTIZE(packed[start : start + _ROWS], kind)
@@ -67,11 +70,9 @@ def dequantize(data: NDArray[Any], kind: gguf.GGMLQuantizationType) -> Any:
 
 
 def quick_gguf() -> AbstractContextManager[Any]:
-    """Have transformers read files with this reader and this unpacking, and build the table of
-    names once.
-    """
-    # transformers looks the three up in the package whenever it reads a file, so they can be
-    # replaced there.
+    """Have transformers read files with these, and build the table of names once."""
+    # transformers takes no reader, but looks the three up in the package whenever it reads a file:
+    # this is the one place where ours can be.
     table = cache(gguf.get_tensor_name_map)
     return mock.patch.multiple(
         gguf, GGUFReader=QuickReader, dequantize=dequantize, get_tensor_name_map=table

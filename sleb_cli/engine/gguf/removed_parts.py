@@ -1,4 +1,4 @@
-"""Which parts did earlier removals take, as the header of a GGUF file records them?"""
+"""The parts that earlier removals took, as the header of a GGUF file records them."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ REMOVED_EXPERTS = "sleb.removed_experts."
 
 
 def remaining(file: GgufFile, key: str, count: int) -> tuple[list[int], list[int]]:
-    """Read the removals that a key records, in order, and the first numbers of the `count` parts
-    that remain.
+    """Read the removals that a key records, in order.
+
+    Returns:
+        the removals, and the original numbers of the `count` parts that remain.
     """
     recorded: Any = file.get(key)
     if recorded is None:
         return [], list(range(count))
-    # No part has the number -1, so the check below refuses it.
-    is_list = isinstance(recorded, list) and all(type(number) is int for number in recorded)
-    earlier = recorded if is_list else [-1]
-    numbers = sorted({*range(count + len(earlier))}.difference(earlier))
+    numbers = []
+    if isinstance(recorded, list):
+        numbers = sorted({*range(count + len(recorded))}.difference(recorded))
     if len(numbers) != count:  # a part is named twice or never existed
         raise ModelError(
             f"{key} of {file.path} is not a list of what was removed.",
             hint="Prune the original model instead.",
         )
-    return earlier, numbers
+    return recorded, numbers
 
 
 def with_removals(file: GgufFile, key: str, count: int, removals: Sequence[int]) -> GgufFile:

@@ -1,11 +1,10 @@
-"""The cut of the tokens of other scripts of a GGUF file: its lists of tokens, and the rows of its
-tables.
-"""
+"""The cut of the tokens of other scripts of a GGUF file: lists of tokens, and rows of tables."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from sleb_cli.engine.cut.protocol import GgufCut
 from sleb_cli.engine.cut.tokens.scripts import (
@@ -34,50 +33,53 @@ class GgufTokenCut(TokenRemoval, GgufCut):
     """The cut of a vocabulary from a GGUF file."""
 
     def for_model(self, architecture: Architecture) -> TokenCut:
-        """Return the cut of these tokens from the model that transformers reads in the file,
-        tokenizer included.
-        """
-        return TokenCut(
-            self.vocabulary, architecture.text_key, token_tables(architecture, self.vocabulary)
-        )
+        """Return the cut of these tokens from the model that transformers reads in the file."""
+        tables = token_tables(architecture, self.vocabulary)
+        return TokenCut(self.vocabulary, architecture.text_key, tables)
 
     def header(self, file: GgufFile) -> GgufFile:
         """Return the header of the file with the tokens that stay."""
-        entries = tuple(_cut_entry(file, entry, self.vocabulary) for entry in file.entries)
-        tensors = (
-            tensor.only(self.vocabulary.tokens) if tensor.name in _TABLES else tensor
-            for tensor in file.tensors
-        )
-        return replace(file, entries=entries, tensors=tuple(tensors))
+        entries = [_cut_entry(file, entry, self.vocabulary) for entry in file.entries]
+        tensors = list(file.tensors)
+        for position, tensor in enumerate(tensors):
+            if tensor.name in _TABLES:
+                tensors[position] = tensor.only(self.vocabulary.tokens)
+        return replace(file, entries=tuple(entries), tensors=tuple(tensors))
 
 
 def plan_gguf_tokens(file: GgufFile, scripts: Sequence[str]) -> GgufTokenCut:
     """Plan the cut that leaves the tokens of these scripts."""
-    kind, tokens, types, merges = (
-        file.get(_PREFIX + key) for key in ("model", "tokens", "token_type", "merges")
-    )
+    kind = file.get(f"{_PREFIX}model")
+    tokens = file.get(f"{_PREFIX}tokens")
+    types = file.get(f"{_PREFIX}token_type")
+    if obstacle := _obstacle(file, kind, tokens, types):
+        raise cannot_cut(str(file.path), obstacle)
+    texts = {}
+    always = {entry.value for entry in file.entries if _names_token(entry)}
+    for number, type_ in enumerate(types):
+        if type_ == _NORMAL:
+            texts[number] = text_of(tokens[number], in_bytes=_IN_BYTES[kind])
+        else:
+            always.add(number)
+    return GgufTokenCut(choose_tokens(scripts, texts, always, len(tokens)))
+
+
+def _obstacle(file: GgufFile, kind: Any, tokens: Any, types: Any) -> str | None:
+    """Say why the vocabulary cannot be cut, if it cannot."""
     if kind not in _IN_BYTES or file.get("tokenizer.huggingface.json"):
-        raise cannot_cut(
-            str(file.path),
-            f"its tokenizer is of another kind than {' and '.join(_IN_BYTES)} ({kind!s:.60})",
-        )
-    lists = [
-        values for values in (tokens, types, file.get(f"{_PREFIX}scores")) if values is not None
-    ]
-    count = len(tokens) if isinstance(tokens, list) else 0
-    if not types or any(not isinstance(values, list) or len(values) != count for values in lists):
-        raise cannot_cut(str(file.path), "its lists of tokens differ in length")
-    if not all(isinstance(pair, str) and " " in pair for pair in merges or ()):
-        raise cannot_cut(str(file.path), "its merges are not pairs")
-    tables = [tensor for tensor in file.tensors if count in tensor.shape]
-    if not tables or any(
-        tensor.name not in _TABLES or tensor.shape[-1] != count for tensor in tables
-    ):
-        raise cannot_cut(str(file.path), "it has further tables by token, or none")
-    normal = {number for number, type_ in enumerate(types) if type_ == _NORMAL}
-    texts = {number: text_of(tokens[number], in_bytes=_IN_BYTES[kind]) for number in normal}
-    named = {entry.value for entry in file.entries if _names_token(entry)}
-    return GgufTokenCut(choose_tokens(scripts, texts, {*range(count)} - normal | named, count))
+        return f"its tokenizer is of another kind than {' and '.join(_IN_BYTES)} ({kind!s:.60})"
+    scores = file.get(f"{_PREFIX}scores")
+    for values in (tokens, types, tokens if scores is None else scores):
+        if not isinstance(values, list) or len(values) != len(tokens):
+            return "its lists of tokens differ in length"
+    for pair in file.get(f"{_PREFIX}merges") or ():
+        if not isinstance(pair, str) or " " not in pair:
+            return "its merges are not pairs"
+    tables = [tensor for tensor in file.tensors if len(tokens) in tensor.shape]
+    known = [each for each in tables if each.name in _TABLES and each.shape[-1] == len(tokens)]
+    if not tables or known != tables:
+        return "it has further tables by token, or none"
+    return None
 
 
 def _cut_entry(file: GgufFile, entry: Entry, vocabulary: Vocabulary) -> Entry:
@@ -86,10 +88,12 @@ def _cut_entry(file: GgufFile, entry: Entry, vocabulary: Vocabulary) -> Entry:
     if entry.key == f"{_PREFIX}merges":
         tokens = file.get(f"{_PREFIX}tokens")
         stay = {tokens[token] for token in vocabulary.tokens}
-        pairs = [pair.split(" ", 1) for pair in file.get(entry.key)]
-        return with_items(
-            entry, [index for index, (a, b) in enumerate(pairs) if {a, b, a + b} <= stay]
-        )
+        kept = []
+        for index, pair in enumerate(file.get(entry.key)):
+            a, b = pair.split(" ", 1)
+            if {a, b, a + b} <= stay:
+                kept.append(index)
+        return with_items(entry, kept)
     if _names_token(entry):
         return with_value(entry, vocabulary.renumbered(entry.value))
     if entry.key == f"{file.architecture}.vocab_size":

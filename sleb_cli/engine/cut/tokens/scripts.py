@@ -1,4 +1,4 @@
-"""Which tokens of a vocabulary stay, by the scripts of their characters, under which numbers?"""
+"""The tokens of a vocabulary that stay, by the scripts of their characters."""
 
 from __future__ import annotations
 
@@ -60,8 +60,9 @@ class Vocabulary:
         """Return the new number of a token, or of each in a list; any other value stays."""
         if isinstance(numbers, list):
             return [self.renumbered(number) for number in numbers]
-        known = type(numbers) is int and 0 <= numbers < self.count
-        return self.new_number[numbers] if known else numbers
+        if type(numbers) is int and 0 <= numbers < self.count:
+            return self.new_number[numbers]
+        return numbers
 
     def in_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Renumber the tokens that a file of settings names."""
@@ -112,20 +113,19 @@ def characters_of(scripts: Iterable[str], normalize: Callable[[str], str] = str)
                 hint="For example: --scripts latin,greek,cyrillic.",
             ) from error
         classes.append(rf"\p{{Script={script}}}")
-    everything = "".join(
-        map(chr, (*range(_SURROGATES.start), *range(_SURROGATES.stop, sys.maxunicode + 1)))
-    )
+    numbers = (*range(_SURROGATES.start), *range(_SURROGATES.stop, sys.maxunicode + 1))
+    everything = "".join(map(chr, numbers))
     matching = set(regex.findall(rf"[\p{{ASCII}}{''.join(classes)}]", everything))
     # Without characters that the tokenizer would first turn into another script: NFKC makes a Greek
     # letter of the micro sign.
-    return "".join(
-        sorted(character for character in matching if matching.issuperset(normalize(character)))
-    )
+    kept = [character for character in matching if matching.issuperset(normalize(character))]
+    return "".join(sorted(kept))
 
 
 def text_of(token: str, *, in_bytes: bool) -> str:
-    """Return the text of a token, which may be spelled in bytes; with `INCOMPLETE` for incomplete
-    characters.
+    """Return the text of a token, which may be spelled in bytes.
+
+    Incomplete characters become `INCOMPLETE`.
     """
     return ByteLevel().decode([token]) if in_bytes else token
 
@@ -141,8 +141,9 @@ def token_ids_in(settings: Mapping[str, Any], where: str) -> set[int]:
                 hint="Leave out --scripts, or delete that setting from a copy of the model.",
             )
         if _NUMBERS.fullmatch(key):
-            values = value if isinstance(value, list) else [value]
-            numbers.update(number for number in values if type(number) is int)
+            for number in value if isinstance(value, list) else [value]:
+                if type(number) is int:
+                    numbers.add(number)
 
     map_values(settings, note)
     return numbers
@@ -163,7 +164,8 @@ def choose_tokens(
     staying = {INCOMPLETE, *characters, *normalize(characters)}
     tokens = {number for number, text in texts.items() if staying.issuperset(text)}
     tokens |= {number for number in always if 0 <= number < count}
-    if (lost := count - len(tokens)) < _MIN_LOST_SHARE * count:
+    lost = count - len(tokens)
+    if lost < _MIN_LOST_SHARE * count:
         raise UsageError(
             f"Nothing is gained: {lost:,} of {count:,} tokens are of other scripts than "
             f"{', '.join(scripts)}.",

@@ -1,4 +1,4 @@
-"""The cut of the tokens of other scripts: which settings change, and which tensors lose rows?"""
+"""The cut of the tokens of other scripts: the settings that change, the tensors that lose rows."""
 
 from __future__ import annotations
 
@@ -37,8 +37,10 @@ _UNKNOWN_TABLES = re.compile(r".+(?<!type)_vocab_size|vocab_size_.+|.*codebook.*
 """Config keys of further tables by token; `type_vocab_size` counts segments."""
 
 
-_TEXT_TOKENS, _LOST_TEXTS = 32, 256
-"""When a tokenizer is checked: the tokens of a text, and the number of texts of lost tokens."""
+_TEXT_TOKENS = 32
+"""The tokens of a text by which a tokenizer is checked."""
+_LOST_TEXTS = 256
+"""The number of texts of lost tokens by which a tokenizer is checked."""
 
 
 @dataclass(frozen=True)
@@ -73,17 +75,18 @@ class TokenCut(TokenRemoval, Cut):
             text["vocab_size"] = len(self.vocabulary.tokens)
         added = renumbered.get("added_tokens_decoder")
         if isinstance(added, Mapping):
-            new = {str(old): str(number) for old, number in self.vocabulary.new_number.items()}
-            renumbered["added_tokens_decoder"] = {
-                new[old]: token for old, token in added.items() if old in new
-            }
+            kept = {}
+            for old, new in self.vocabulary.new_number.items():
+                if str(old) in added:
+                    kept[str(new)] = added[str(old)]
+            renumbered["added_tokens_decoder"] = kept
         return renumbered
 
     def tensor(self, name: str) -> tuple[str, Slices | None]:
         """Return the name, and the rows that stay of a table."""
-        return name, Slices(
-            0, self.vocabulary.count, self.vocabulary.tokens
-        ) if name in self.tables else None
+        if name not in self.tables:
+            return name, None
+        return name, Slices(0, self.vocabulary.count, self.vocabulary.tokens)
 
     def texts(self, tokenizer: Any) -> list[str]:
         """Return texts of all tokens and characters that stay.
@@ -127,7 +130,8 @@ def _in_pieces(items: Sequence[Any]) -> list[Sequence[Any]]:
 
 def plan_tokens(architecture: Architecture, scripts: Sequence[str]) -> TokenCut:
     """Plan the cut that leaves the tokens of these scripts."""
-    source, skeleton = architecture.source, cast(Any, architecture.skeleton)
+    source = architecture.source
+    skeleton = cast(Any, architecture.skeleton)
     count: int = skeleton.get_input_embeddings().weight.shape[0]
     data, normalize = read_tokenizer(architecture)
     added = {token["id"] for token in data["added_tokens"]}
@@ -135,13 +139,12 @@ def plan_tokens(architecture: Architecture, scripts: Sequence[str]) -> TokenCut:
     for name in SETTINGS:
         if holds_file(source.folder, name):
             used |= token_ids_in(read_json(source.folder / name), name)
-    in_bytes = any(
-        decoder.get("type") == "ByteLevel" for decoder in mappings_in(data.get("decoder"))
-    )
-    plain = {
-        number: token for token, number in tokens_in(data) if number not in added and number < count
-    }
-    texts = {number: text_of(token, in_bytes=in_bytes) for number, token in plain.items()}
+    decoders = mappings_in(data.get("decoder"))
+    in_bytes = any(decoder.get("type") == "ByteLevel" for decoder in decoders)
+    texts = {}
+    for token, number in tokens_in(data):
+        if number not in added and number < count:
+            texts[number] = text_of(token, in_bytes=in_bytes)
     vocabulary = choose_tokens(scripts, texts, added | used, count, normalize)
     tables = token_tables(architecture, vocabulary)
     return TokenCut(vocabulary, architecture.text_key, tables, cut_tokenizer(data, vocabulary))
@@ -152,35 +155,21 @@ def token_tables(architecture: Architecture, vocabulary: Vocabulary) -> frozense
 
     Builds the model with the new number of tokens, without weights, and compares the shapes.
     """
-    for config_part in mappings_in(architecture.config.to_dict()):
-        for key, value in config_part.items():
-            if value and (
-                _UNKNOWN_TABLES.fullmatch(str(key))
-                or (key == "vocab_size" and value != vocabulary.count)
-            ):
-                raise cannot_cut_tokens(
-                    architecture, f"it may have further tables by token ({key} {value})"
-                )
-    skeleton, raw = cast(Any, architecture.skeleton), architecture.source.raw_config
-    config = architecture.read_config(
-        TokenCut(vocabulary, architecture.text_key).settings(CONFIG, raw)
-    )
-    shapes, new_shapes = (
-        {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        for model in (skeleton, architecture.build(config))
-    )
-    known = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
-    expected = {
-        f"{path}.{name}": (len(vocabulary.tokens), *parameter.shape[1:])
-        for path, module in skeleton.named_modules()
-        if any(module is embeddings for embeddings in known)
-        for name, parameter in module.named_parameters(recurse=False)
-    }
-    changed = {
-        name: new_shapes.get(name)
-        for name, shape in shapes.items()
-        if new_shapes.get(name) != shape
-    }
+    _require_known_tables(architecture, vocabulary)
+    skeleton = cast(Any, architecture.skeleton)
+    cut = TokenCut(vocabulary, architecture.text_key)
+    config = architecture.read_config(cut.settings(CONFIG, architecture.source.raw_config))
+    shapes = _shapes(skeleton)
+    new_shapes = _shapes(architecture.build(config))
+    expected = {}
+    for path, module in skeleton.named_modules():
+        if module in (skeleton.get_input_embeddings(), skeleton.get_output_embeddings()):
+            for name, parameter in module.named_parameters(recurse=False):
+                expected[f"{path}.{name}"] = (len(vocabulary.tokens), *parameter.shape[1:])
+    changed = {}
+    for name, shape in shapes.items():
+        if new_shapes.get(name) != shape:
+            changed[name] = new_shapes.get(name)
     if changed != expected:
         other = min({*changed.items()} ^ {*expected.items()})[0]
         raise cannot_cut_tokens(architecture, f"{other} has an entry for each token, too")
@@ -192,22 +181,39 @@ def token_tables(architecture: Architecture, vocabulary: Vocabulary) -> frozense
     return tables
 
 
+def _require_known_tables(architecture: Architecture, vocabulary: Vocabulary) -> None:
+    """Refuse a config that may mean further tables by token."""
+    for config_part in mappings_in(architecture.config.to_dict()):
+        for key, value in config_part.items():
+            is_other_count = key == "vocab_size" and value != vocabulary.count
+            if value and (is_other_count or _UNKNOWN_TABLES.fullmatch(str(key))):
+                raise cannot_cut_tokens(
+                    architecture, f"it may have further tables by token ({key} {value})"
+                )
+
+
+def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
 def _tables_in_files(
     architecture: Architecture, tables: Mapping[str, tuple[int, ...]]
 ) -> frozenset[str]:
-    skeleton, block_of = cast(Any, architecture.skeleton), architecture.names.block_of
-    state = skeleton.state_dict().items()
-    rest = {name: tensor for name, tensor in state if name not in tables and block_of(name) is None}
-    others, base = (
-        {*rest, *revert_weight_conversion(skeleton, rest)},
-        f"{skeleton.base_model_prefix}.",
-    )
-    # Names may differ from the model's. But any other tensor of such a shape outside the blocks is
-    # known by name.
-    fitting = [
-        tensor.name
-        for tensor in architecture.source.weights.stored
-        if tensor.shape in tables.values()
-    ]
-    outside = [name for name in fitting if block_of(name) is None]
-    return frozenset(name for name in outside if others.isdisjoint((name, f"{base}{name}")))
+    """Return the names of the tables in the files, which may differ from the model's.
+
+    But any other tensor of such a shape outside the blocks is known by name.
+    """
+    skeleton = cast(Any, architecture.skeleton)
+    block_of = architecture.names.block_of
+    rest = {}
+    for name, tensor in skeleton.state_dict().items():
+        if name not in tables and block_of(name) is None:
+            rest[name] = tensor
+    others = {*rest, *revert_weight_conversion(skeleton, rest)}
+    found = set()
+    for stored in architecture.source.weights.stored:
+        if stored.shape in tables.values() and block_of(stored.name) is None:
+            in_base = f"{skeleton.base_model_prefix}.{stored.name}"
+            if stored.name not in others and in_base not in others:
+                found.add(stored.name)
+    return frozenset(found)

@@ -1,4 +1,4 @@
-"""How is the tokenizer read, and cut to the tokens that stay?"""
+"""A tokenizer is read, and cut to the tokens that stay."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ OTHER_FORMATS = frozenset({
 
 
 def read_tokenizer(architecture: Architecture) -> tuple[dict[str, Any], Callable[[str], str]]:
-    """Return the contents of `tokenizer.json`, and the function that normalizes a text before it is
-    split.
-    """
+    """Return the contents of `tokenizer.json`, and the function that normalizes a text first."""
     source = architecture.source
     path = source.folder / TOKENIZER
     if not holds_file(source.folder, TOKENIZER):
@@ -35,8 +33,8 @@ def read_tokenizer(architecture: Architecture) -> tuple[dict[str, Any], Callable
     with translate_transformers_errors(f"the tokenizer of {source.id}"):
         tokenizer = Tokenizer.from_file(str(path))
     data: dict[str, Any] = json.loads(tokenizer.to_str())  # with every key
-    kind, prefix = data["model"]["type"], data["model"].get("continuing_subword_prefix")
-    if kind not in ("BPE", "Unigram") or prefix:
+    kind = data["model"]["type"]
+    if kind not in ("BPE", "Unigram") or data["model"].get("continuing_subword_prefix"):
         raise cannot_cut_tokens(architecture, f"its tokenizer is no plain BPE or Unigram ({kind})")
     return data, tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
 
@@ -52,20 +50,21 @@ def mappings_in(settings: Any) -> Iterator[Mapping[str, Any]]:
             yield from mappings_in(value)
 
 
-def tokens_in(data: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Yield each token of a `tokenizer.json` but the added ones, with its number."""
+def tokens_in(data: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Return the tokens of a `tokenizer.json` but the added ones, each with its number."""
     vocabulary = data["model"]["vocab"]
     if isinstance(vocabulary, dict):
-        yield from vocabulary.items()
-    else:
-        yield from ((piece, number) for number, (piece, _) in enumerate(vocabulary))
+        return list(vocabulary.items())
+    return [(piece, number) for number, (piece, _) in enumerate(vocabulary)]
 
 
-def cut_tokenizer(data: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
-    """Return the new `tokenizer.json`: the tokens that stay, and the merges that make one of them
-    from two others.
+def cut_tokenizer(data: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
+    """Return the new `tokenizer.json`.
+
+    It has the tokens that stay, and the merges that make one of them from two others.
     """
-    new, model = vocabulary.new_number, dict(data["model"])
+    new = vocabulary.new_number
+    model = dict(data["model"])
     staying = [(token, number) for token, number in tokens_in(data) if number in new]
     if model["type"] == "BPE":
         model["vocab"] = tokens = {token: new[number] for token, number in staying}
@@ -76,23 +75,33 @@ def cut_tokenizer(data: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, 
         model["vocab"] = [model["vocab"][number] for _, number in staying]
         model["unk_id"] = vocabulary.renumbered(model.get("unk_id"))
     # An added token without a row, which the tokenizer of a GGUF file may have, goes.
-    added = [
-        token | {"id": new[token["id"]]} for token in data["added_tokens"] if token["id"] in new
-    ]
-    rest = {key: _with_new_ids(data.get(key), new) for key in ("post_processor", "padding")}
-    return {**data, "model": model, "added_tokens": added, **rest}
+    added = []
+    for token in data["added_tokens"]:
+        if token["id"] in new:
+            added.append(token | {"id": new[token["id"]]})
+    cut = data | {"model": model, "added_tokens": added}
+    for key in ("post_processor", "padding"):
+        cut[key] = _with_new_ids(data.get(key), new)
+    return cut
 
 
 def _with_new_ids(part: Any, new: Mapping[int, int]) -> Any:
     # Tokens are named by `ids`, `pad_id` or pairs such as ["</s>", 2].
     if isinstance(part, list):
-        pair = len(part) == 2 and isinstance(part[0], str) and type(part[1]) is int
-        return [part[0], new.get(part[1])] if pair else [_with_new_ids(item, new) for item in part]
+        if len(part) == 2 and isinstance(part[0], str) and type(part[1]) is int:
+            return [part[0], new.get(part[1])]
+        return [_with_new_ids(item, new) for item in part]
     if not isinstance(part, Mapping):
         return part
-    changed = {key: _with_new_ids(value, new) for key, value in part.items()}
-    changed |= {"ids": [new.get(number) for number in part["ids"]]} if "ids" in part else {}
-    return changed | ({"pad_id": new.get(part["pad_id"])} if "pad_id" in part else {})
+    changed: dict[str, Any] = {}
+    for key, value in part.items():
+        if key == "ids":
+            changed[key] = [new.get(number) for number in value]
+        elif key == "pad_id":
+            changed[key] = new.get(value)
+        else:
+            changed[key] = _with_new_ids(value, new)
+    return changed
 
 
 def cannot_cut_tokens(architecture: Architecture, why: str) -> UnsupportedModelError:
