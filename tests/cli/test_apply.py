@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.cache_utils import DynamicLayer
 
+from checkpoint_files import change_weights, config_of, write_config
 from conftest import beside_weights, calibration, llama_config, save_model, shortage_at, weights_of
 from sleb_cli import atomic
 from sleb_cli.engine.files import shards
@@ -28,22 +29,6 @@ UP = "model.layers.1.mlp.up_proj.weight"
 @pytest.fixture
 def model(tmp_path):
     return save_model(tmp_path / "model", llama_config(3))
-
-
-def config_of(folder):
-    return json.loads((folder / "config.json").read_text())
-
-
-def write_config(folder, **changes):
-    """Change values of a config, or leave them out with None."""
-    config = config_of(folder) | changes
-    (folder / "config.json").write_text(
-        json.dumps({key: value for key, value in config.items() if value is not None})
-    )
-
-
-def change_weights(folder, change):
-    save_file(change(weights_of(folder)), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_the_plan_in_this_folder_is_applied(sleb, apply, llama_plan, tiny_llama, tmp_path):
@@ -373,15 +358,21 @@ def processor_for_all(monkeypatch):
     monkeypatch.setattr(forward_placement, "cpu_dtypes", lambda: every)
 
 
-@pytest.mark.parametrize("where", ["--no-stream", "--stream", "--device-map"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "wider", "where"),
+    [
+        ("bfloat16", "float32", "--no-stream"),
+        ("float16", "float32", "--stream"),
+        ("bfloat16", "float32", "--device-map"),
+        ("float32", "float64", "--no-stream"),
+    ],
+)
 def test_a_wider_data_type_decides_if_logits_differ(
-    apply, spread, tmp_path, monkeypatch, other_rounding, processor_for_all, dtype, where
+    apply, spread, tmp_path, monkeypatch, other_rounding, processor_for_all, dtype, wider, where
 ):
     model = save_model(tmp_path / "model", llama_config(4, dtype=getattr(torch, dtype)))
     place = spread(model, 0) if where == "--device-map" else [where]
     other_rounding(getattr(torch, dtype))
-    wider = "float64" if dtype == "float32" else "float32"
     result = apply(model, "--blocks", "1", *place, "--json")
     assert f"{wider} decides, in a second comparison" in result.stderr
     found = json.loads(result.stdout)["proof"]

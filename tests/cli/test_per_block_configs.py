@@ -7,8 +7,6 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from test_apply import config_of, write_config
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -19,6 +17,7 @@ from transformers import (
     Qwen2VLConfig,
 )
 
+from checkpoint_files import change_weights, config_of, write_config
 from conftest import (
     calibration,
     evaluation,
@@ -133,13 +132,11 @@ def test_what_depends_on_depth_is_refused(search, apply, tmp_path, model_type, s
 
 def test_multi_token_prediction_blocks_are_left_out(apply, tmp_path):
     folder = save_model(tmp_path / "glm", tiny_config("glm4_moe"))
-    tensors = weights_of(folder)
-    extra = {
-        name.replace("layers.5.", "layers.6."): t.clone()
-        for name, t in tensors.items()
-        if ".layers.5." in name
-    }
-    save_file(tensors | extra, folder / "model.safetensors", metadata={"format": "pt"})
+    extra = {}
+    for name, tensor in weights_of(folder).items():
+        if ".layers.5." in name:
+            extra[name.replace("layers.5.", "layers.6.")] = tensor.clone()
+    change_weights(folder, lambda tensors: tensors | extra)
     write_config(folder, num_nextn_predict_layers=1)
     apply(folder, "--blocks", "2")
     assert config_of(tmp_path / "out")["num_nextn_predict_layers"] == 0
