@@ -143,8 +143,13 @@ def write_gguf(
     writer.add_block_count(blocks)
     for key, value in (values or {}).items():
         own = key if key.startswith(("xielu.", "general.", "split.")) else f"{architecture}.{key}"
-        {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array,
-         str: writer.add_string}[type(value)](own, value)  # fmt: skip
+        {
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            list: writer.add_array,
+            str: writer.add_string,
+        }[type(value)](own, value)
     writer.add_token_list([f"t{number}" for number in range(blocks)])
     rng = np.random.default_rng(0)
 

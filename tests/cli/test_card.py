@@ -71,16 +71,23 @@ PLAIN = {
             "image-text-to-text\nbase_model: far/away\n"
             "model-index: []\nextra: 1",
             {
-                "license": "other", "license_name": "llama3.2", "license_link": "LICENSE", "language": ["en", "no"],
-                "tags": ["sleb", "pruned", "llama"], "pipeline_tag": "image-text-to-text",
+                "license": "other",
+                "license_name": "llama3.2",
+                "license_link": "LICENSE",
+                "language": ["en", "no"],
+                "tags": ["sleb", "pruned", "llama"],
+                "pipeline_tag": "image-text-to-text",
             },
         ),
-        ("license: apache-2.0\nlanguage: en\ntags: [1, pruned]", {"license": "apache-2.0", "language": "en"}),
+        (
+            "license: apache-2.0\nlanguage: en\ntags: [1, pruned]",
+            {"license": "apache-2.0", "language": "en"},
+        ),
         ("license: [", {}),
         ("just words", {}),
         ("license: \xff\xfe", {}),  # not UTF-8
     ],
-)  # fmt: skip
+)
 def test_licence_and_language_of_the_base_model_stay(out, tmp_path, front_matter, inherited):
     folder = save_model(tmp_path / "base", llama_config(4))
     card = f"---\n{front_matter}\n---\n# Base\n---\nlicense: mit\n---\n"
@@ -126,30 +133,37 @@ def test_the_card_shows_what_was_measured_of_this_size(out, measured, size):
         benchmark.workloads
     )
     assert out.results["perplexity, prose.txt (searched on)"] == [
-        format_perplexity(dense), format_perplexity(step), format_change(step / dense - 1)
-    ]  # fmt: skip
+        format_perplexity(dense),
+        format_perplexity(step),
+        format_change(step / dense - 1),
+    ]
     assert out.results["perplexity, wikitext2"] == [
-        format_perplexity(text.dense.perplexity), format_perplexity(scores.perplexity),
+        format_perplexity(text.dense.perplexity),
+        format_perplexity(scores.perplexity),
         format_change(math.expm1(scores.log_ratio)),
-    ]  # fmt: skip
+    ]
     assert out.results["piqa, acc"] == [
         f"{task.dense.value:.4f}",
         f"{value.value:.4f}",
         f"{value.difference:+.4f}",
     ]
     assert out.results["generation 1x64+32, tokens a second"] == [
-        f"{workload.dense.tokens_per_second:,.1f}", f"{timing.tokens_per_second:,.1f}", f"{timing.speedup:.2f}x"
-    ]  # fmt: skip
+        f"{workload.dense.tokens_per_second:,.1f}",
+        f"{timing.tokens_per_second:,.1f}",
+        f"{timing.speedup:.2f}x",
+    ]
     values = [
         (entry.dataset_name, entry.metric_type, entry.metric_value)
         for entry in out.data.eval_results
     ]
     names = ("prose.txt", "wikitext2", "org/words:plain:test")
     assert values == [
-        *((name, "perplexity", round(text.pruned[size - 1].perplexity, 4))
-          for name, text in zip(names, evaluation.texts, strict=True)),
+        *(
+            (name, "perplexity", round(text.pruned[size - 1].perplexity, 4))
+            for name, text in zip(names, evaluation.texts, strict=True)
+        ),
         *((task.task, "acc", round(task.pruned[size - 1].value, 4)) for task in evaluation.tasks),
-    ]  # fmt: skip
+    ]
     assert out.data.model_name == f"tiny-llama-sleb-{6 - size}-blocks"
     files = out.folder.rglob("*.[jm][sd]*")
     assert str(out.text_file.parent) not in "".join(path.read_text() for path in files)

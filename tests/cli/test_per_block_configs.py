@@ -191,25 +191,44 @@ def test_pruning_twice_equals_pruning_once(apply, tmp_path, name):
 
 
 EYES = {
-    "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 6, "image_size": 28,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 6,
+    "image_size": 28,
     "patch_size": 14,
-}  # fmt: skip
+}
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 SEEING = {
     "gemma3": lambda: Gemma3Config(
-        text_config=tiny_config("gemma3_text"), vision_config=EYES, image_token_index=5, mm_tokens_per_image=4,
-        boi_token_index=6, eoi_token_index=7,
+        text_config=tiny_config("gemma3_text"),
+        vision_config=EYES,
+        image_token_index=5,
+        mm_tokens_per_image=4,
+        boi_token_index=6,
+        eoi_token_index=7,
     ),
     "llava, tied": lambda: LlavaConfig(  # outside of the language model, too
-        text_config=llama_config(tie_word_embeddings=True), vision_config=CLIPVisionConfig(**EYES),
-        image_token_index=5, tie_word_embeddings=True,
+        text_config=llama_config(tie_word_embeddings=True),
+        vision_config=CLIPVisionConfig(**EYES),
+        image_token_index=5,
+        tie_word_embeddings=True,
     ),
     "qwen2_vl": lambda: Qwen2VLConfig(
         text_config=tiny_config("qwen2_vl_text", rope_parameters=MROPE),
-        vision_config={"depth": 6, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2},
-        image_token_id=5, video_token_id=6, vision_start_token_id=7, vision_end_token_id=8,
+        vision_config={
+            "depth": 6,
+            "embed_dim": 32,
+            "hidden_size": 32,
+            "num_heads": 4,
+            "mlp_ratio": 2,
+        },
+        image_token_id=5,
+        video_token_id=6,
+        vision_start_token_id=7,
+        vision_end_token_id=8,
     ),
-}  # fmt: skip
+}
 
 
 def seeing_model(folder, config, dtype=torch.float32):

@@ -155,10 +155,11 @@ def test_every_family_with_experts_is_listed():
 
 
 IN_BLOCK_1 = r"model\.layers\.1\.mlp\."
+SWAPPED = "two experts change places"
 IT_DIFFERS = "its block 1, .* is the first whose output differs"
 FAULTS = {
     "another expert is written": (".*", (0, 1, 2, 3, 5, 7), IT_DIFFERS),
-    "two experts change places": (r"experts\.", (1, 0, 2, 3, 5, 6), IT_DIFFERS),
+    SWAPPED: (r"experts\.", (1, 0, 2, 3, 5, 6), IT_DIFFERS),
     "two rows of the router do": (r"router\.", (1, 0, 2, 3, 5, 6), IT_DIFFERS),
     "two biases of the router do": (r"router\.bias", (1, 0, 2, 3, 5, 6), IT_DIFFERS),
     "one that no text reaches is another": (
@@ -169,8 +170,12 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_cut_fails_its_proof(tmp_path, monkeypatch, fault):
+@pytest.mark.parametrize(
+    ("fault", "dtype"),
+    [*((fault, torch.float32) for fault in FAULTS), (SWAPPED, torch.bfloat16)],
+    ids=str,
+)
+def test_a_wrong_cut_fails_its_proof(tmp_path, monkeypatch, fault, dtype):
     """Experts 4 and 7 go; of block 1, no token chooses expert 3."""
     which, kept, words = FAULTS[fault]
     folder = save_model(tmp_path / "model", experts_config("gpt_oss"))
@@ -186,7 +191,7 @@ def test_a_wrong_cut_fails_its_proof(tmp_path, monkeypatch, fault):
 
     monkeypatch.setattr(ExpertCut, "tensor", wrong)
     with pytest.raises(ProofError, match=words):
-        cut(folder, tmp_path / "out", dict.fromkeys(range(6), (4, 7)))
+        cut(folder, tmp_path / "out", dict.fromkeys(range(6), (4, 7)), dtype=dtype)
 
 
 def test_a_family_whose_router_cannot_be_masked_fails(tmp_path, monkeypatch):

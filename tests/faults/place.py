@@ -188,7 +188,7 @@ class Place:
                 yield file
 
     def again(self, name: str, case: object) -> None:
-        """Run a command that began once more, after which all is as if it had never been disturbed."""
+        """Run a command once more, after which all is as if nothing had disturbed it."""
         if self.files() != self.start:
             for running in self.launch(COMMANDS[name], *COMMANDS[name].again):
                 require(running.wait())

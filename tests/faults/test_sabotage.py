@@ -28,9 +28,12 @@ KEPT = (0, 2, 3, 5)
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 BLOCK = re.compile(r"((?:.*layers|blk)\.)(\d+)(\..*)")
 CONFIGS = {
-    "llama": llama_config, "bfloat16": partial(llama_config, dtype=torch.bfloat16), "shards": llama_config,
-    "gemma3": partial(tiny_config, "gemma3_text"), "opt": partial(opt_config, 6),
-}  # fmt: skip
+    "llama": llama_config,
+    "bfloat16": partial(llama_config, dtype=torch.bfloat16),
+    "shards": llama_config,
+    "gemma3": partial(tiny_config, "gemma3_text"),
+    "opt": partial(opt_config, 6),
+}
 
 
 @dataclass(frozen=True)
@@ -128,32 +131,70 @@ quiet = partial(Kind, computes=False)
 MOVED = "two blocks have changed places"
 CHECKPOINTS = {
     MOVED: Kind(taken(renumber(1, 0, 2, 3))),
-    "a block too few": Kind(both(says(CONFIG, num_hidden_layers=3),
-                                 tensors(lambda held, dense: {n: held[n] for n in held if ".layers.3." not in n}))),
+    "a block too few": Kind(
+        both(
+            says(CONFIG, num_hidden_layers=3),
+            tensors(lambda held, dense: {n: held[n] for n in held if ".layers.3." not in n}),
+        )
+    ),
     "a norm is a bit larger": Kind(at(NORM, lambda values: values * 1.001)),
     "a norm differs by the last bit": quiet(at(NORM, last_bit)),
-    "one value is NaN": Kind(at(UP, lambda values: values.index_fill(1, torch.tensor([9]), float("nan")))),
+    "one value is NaN": Kind(
+        at(UP, lambda values: values.index_fill(1, torch.tensor([9]), float("nan")))
+    ),
     "a tensor is missing": Kind(tensors(lambda held, dense: {n: held[n] for n in held if n != UP})),
-    "a tensor is there that no model has": Kind(tensors(lambda held, dense: held | {"model.x": held[UP]})),
-    "a bias is left out": Kind(tensors(lambda held, dense: {name: held[name] for name in held
-                                       if name != "model.decoder.layers.1.fc1.bias"}), model="opt"),
-    "a tied model has a head of its own": Kind(both(says(CONFIG, tie_word_embeddings=False), tensors(
-        lambda held, dense: held | {"lm_head.weight": held[EMBEDDING].roll(1, 0)})), model="gemma3"),
-    "the weights were cast": quiet(tensors(lambda held, dense: {name: held[name].half() for name in held})),
+    "a tensor is there that no model has": Kind(
+        tensors(lambda held, dense: held | {"model.x": held[UP]})
+    ),
+    "a bias is left out": Kind(
+        tensors(
+            lambda held, dense: {
+                name: held[name] for name in held if name != "model.decoder.layers.1.fc1.bias"
+            }
+        ),
+        model="opt",
+    ),
+    "a tied model has a head of its own": Kind(
+        both(
+            says(CONFIG, tie_word_embeddings=False),
+            tensors(lambda held, dense: held | {"lm_head.weight": held[EMBEDDING].roll(1, 0)}),
+        ),
+        model="gemma3",
+    ),
+    "the weights were cast": quiet(
+        tensors(lambda held, dense: {name: held[name].half() for name in held})
+    ),
     "the weights are cut off": Kind(content(WEIGHTS, lambda data, dense: data[:-999])),
     "the config is the dense model's": Kind(copied(CONFIG)),
-    "the kinds of blocks are the first ones": Kind(of_json(CONFIG, lambda data: data | {
-        "layer_types": data["layer_types"][::-1]}), model="gemma3"),
-    "there is code": quiet(both(says(CONFIG, auto_map={"AutoModelForCausalLM": "x.X"}),
-                                content("x.py", lambda data, dense: b"print('here I am')"))),
-    "the tokenizer has other tokens": quiet(of_json("tokenizer.json", lambda data: data | {"added_tokens": []})),
+    "the kinds of blocks are the first ones": Kind(
+        of_json(CONFIG, lambda data: data | {"layer_types": data["layer_types"][::-1]}),
+        model="gemma3",
+    ),
+    "there is code": quiet(
+        both(
+            says(CONFIG, auto_map={"AutoModelForCausalLM": "x.X"}),
+            content("x.py", lambda data, dense: b"print('here I am')"),
+        )
+    ),
+    "the tokenizer has other tokens": quiet(
+        of_json("tokenizer.json", lambda data: data | {"added_tokens": []})
+    ),
     "the license is missing": quiet(missing("LICENSE")),
     "weights of another format are left beside": quiet(copied("pytorch_model.bin", WEIGHTS)),
     "a shard is missing": Kind(missing(SHARD.format(2, 6)), model="shards"),
-    "the index names the wrong shards": quiet(of_json(INDEX, lambda data: {"weight_map": dict(zip(
-        data["weight_map"], reversed(data["weight_map"].values()), strict=True))}), model="shards"),
+    "the index names the wrong shards": quiet(
+        of_json(
+            INDEX,
+            lambda data: {
+                "weight_map": dict(
+                    zip(data["weight_map"], reversed(data["weight_map"].values()), strict=True)
+                )
+            },
+        ),
+        model="shards",
+    ),
     "a tensor is in two shards, differently": quiet(in_two_shards, model="shards"),
-}  # fmt: skip
+}
 
 
 RECOVERED = {

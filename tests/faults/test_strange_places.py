@@ -98,14 +98,25 @@ BAD, ONE = os.fsdecode(b"caf\xe9"), ("--remove", 1)
 REFUSED = [
     # What is not UTF-8, too long, in a closed folder, or a folder where a file should be.
     *((words, (2,)) for words in (("search", BAD), ("search", "link", *ONE))),
-    *((words, (2, 3, 4, 8)) for words in (
-        ("search", "y" * 255, *ONE), ("export", "z/" * 5000), ("search", "model", *ONE, "-o", "n" * 250 + ".json"))),
-    *((words, (2, 3, 4, 5, 8)) for words in (
-        ("apply", "model", "--blocks", 1, "-o", "closed/out"), ("apply", "closed/model", "--blocks", 1),
-        ("export", "closed/plan.json", "--to", "table"),
-        ("search", "model", *ONE, "--calibration", "closed/text.txt"))),
+    *(
+        (words, (2, 3, 4, 8))
+        for words in (
+            ("search", "y" * 255, *ONE),
+            ("export", "z/" * 5000),
+            ("search", "model", *ONE, "-o", "n" * 250 + ".json"),
+        )
+    ),
+    *(
+        (words, (2, 3, 4, 5, 8))
+        for words in (
+            ("apply", "model", "--blocks", 1, "-o", "closed/out"),
+            ("apply", "closed/model", "--blocks", 1),
+            ("export", "closed/plan.json", "--to", "table"),
+            ("search", "model", *ONE, "--calibration", "closed/text.txt"),
+        )
+    ),
     *((("search", "model", *ONE, "-o", output), (8,)) for output in ("", ".", "/")),
-]  # fmt: skip
+]
 
 
 def test_a_name_that_no_file_can_have_is_refused_before_any_work(

@@ -51,12 +51,22 @@ def test_each_way_to_name_modules(names, before, after):
 @pytest.mark.parametrize(
     "pattern",
     [
-        "model.layers.0*", "model.layers.1*", "*layers.?.mlp", "model.layers.4.self_attn*", "*5.mlp*",
-        r"re:model\.layers\.4\..*", r"re:model\.layers\.12\.mlp\..*", r"re:^model[.]layers[.]13[.]mlp",
-        r"re:.*layers\.(1[0-9])\..*", r"re:.*layers\..\.mlp.*", r"re:.*layers\.4\.self_attn\.qkv_proj",
-        r"-:.*\.18\..*gate.*", r"+:.*\.12\..*gate.*", r"-:.*\.(18|19)\..*gate_up_proj.*",
+        "model.layers.0*",
+        "model.layers.1*",
+        "*layers.?.mlp",
+        "model.layers.4.self_attn*",
+        "*5.mlp*",
+        r"re:model\.layers\.4\..*",
+        r"re:model\.layers\.12\.mlp\..*",
+        r"re:^model[.]layers[.]13[.]mlp",
+        r"re:.*layers\.(1[0-9])\..*",
+        r"re:.*layers\..\.mlp.*",
+        r"re:.*layers\.4\.self_attn\.qkv_proj",
+        r"-:.*\.18\..*gate.*",
+        r"+:.*\.12\..*gate.*",
+        r"-:.*\.(18|19)\..*gate_up_proj.*",
     ],
-)  # fmt: skip
+)
 def test_a_pattern_with_the_number_of_a_block_is_refused(names, pattern):
     with pytest.raises(UnsupportedModelError, match="would match other modules") as caught:
         names.in_settings({"ignore": [pattern]})

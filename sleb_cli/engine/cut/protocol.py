@@ -1,7 +1,7 @@
 """The protocol of a cut: what writing, proving and describing a result must know of it.
 
-A cut removes parts of one kind. It names parts as in the model that the cuts before it left: blocks go first. By default, a
-method changes nothing.
+A cut removes parts of one kind, and names them as in the model that the cuts before it left: blocks
+go first. By default, a method changes nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Removal:
 
     @property
     def size_key(self) -> SizeKey:
-        """The key of this size in results: the removed blocks, or for n other parts (0, ..., n-1)."""
+        """The key of this size in results: the blocks, or for n other parts (0, ..., n-1)."""
         return self.removals
 
     @property
@@ -99,7 +99,7 @@ class Cut(Removal, ABC):
         return name, None
 
     def simulate(self, dense: nn.Module) -> AbstractContextManager[object]:
-        """Have the dense model, whose `removals` are skipped, compute as if these parts were gone."""
+        """Have the dense model, whose `removals` are skipped, compute without these parts."""
         return nullcontext()
 
     def break_ties(self) -> AbstractContextManager[object]:
@@ -113,7 +113,7 @@ class Cut(Removal, ABC):
         return nullcontext({})
 
     def texts(self, tokenizer: Any) -> list[str]:
-        """Return texts that the pruned tokenizer must split as the dense model's `tokenizer` does."""
+        """Return texts that both tokenizers must split alike; `tokenizer` is the dense model's."""
         return []
 
     def tokenizer_checks(self, pruned: Any, dense: Any, notify: Notify) -> list[Check]:

@@ -81,8 +81,10 @@ def _report_lost_tokens(request: ApplyRequest, subject: Subject, notify: Notify)
     """Tell which share of the named text, or else of the plan's, the removed tokens have."""
     from sleb_cli.engine.text.calibration import calibrate  # which imports datasets
 
-    tokens, plan = subject.surgery.tokens, subject.plan
-    source = request.calibration or (plan.calibration.source if plan else None)
+    tokens = subject.surgery.tokens
+    source = request.calibration
+    if source is None and subject.plan:
+        source = subject.plan.calibration.source
     # Text that the model writes itself says nothing about the user's languages.
     if tokens is None or source is None or any(map(is_written, parse_mixture(source))):
         return
@@ -146,7 +148,7 @@ def _require_fitting(
 
 
 def _require_as_many_parts(plan: Plan, file: GgufFile) -> None:
-    """Check that the blocks in this file have as many parts as those that the plan takes some of."""
+    """Check that blocks in this file have as many parts as those that the plan takes from."""
     order = plan.order
     kind = CUTS.get(order.unit)
     if kind is None or kind.gguf_count is None:

@@ -28,18 +28,20 @@ def resolve_export(
     registry: Registry,
     notify: Notify,
 ) -> tuple[Pruning, Path | None]:
-    """Describe the model or the plans for the format; return also the output file, or None to
-    print.
+    """Describe the model or the plans for the format.
+
+    Returns:
+        the description, and the output file, or None to print.
     """
-    (named, *others), subject = asked, None
+    named = asked[0]
+    subject = None
     if source:
         from sleb_cli.engine.door.named_model import resolve_subject  # which imports torch
 
         subject = resolve_subject(named, source, registry, notify)
     pruning = _pruning(request, named, subject, notify)
-    reads_gguf = (
-        exporter.uses_source and pruning.source_file
-    )  # whose metadata the format reads itself
+    # The format reads the metadata of a GGUF file itself.
+    reads_gguf = exporter.uses_source and pruning.source_file
     if subject and exporter.only_counts and not reads_gguf:
         _require_only_count_changes(subject, exporter, pruning.model)
     if not (pruning.removals or named.other_cuts):
@@ -50,14 +52,12 @@ def resolve_export(
     if output is None and exporter.ending:
         output = sibling(pruning.plan_file or Path(Path(pruning.model).name), exporter.ending)
         require_new_file(output, force=request.force)
-    more = tuple(_pruning(request, other, None, notify) for other in others)
+    more = tuple(_pruning(request, other, None, notify) for other in asked[1:])
     return replace(pruning, others=more, output=request.output), output
 
 
 def _require_only_count_changes(subject: Subject, exporter: Exporter, model: str) -> None:
-    """Check that renumbering the blocks makes no per-block setting wrong: the other tool corrects
-    none.
-    """
+    """Check that renumbering the blocks makes no setting wrong: the other tool corrects none."""
     from sleb_cli.engine.cut.blocks.block_cut import BlockCut  # which imports torch
 
     if others := BlockCut(subject.architecture, subject.surgery.removals).settings_of_blocks:
@@ -71,14 +71,16 @@ def _require_only_count_changes(subject: Subject, exporter: Exporter, model: str
 def _pruning(
     request: ExportRequest, named: NamedSubject, subject: Subject | None, notify: Notify
 ) -> Pruning:
-    """Describe a model and its removals, with the plan and its results, without names of local
-    folders.
+    """Describe a model and its removals, with the plan and its results.
 
-    Without a subject, the model may be on another machine: then the plan says it all.
+    No local folder is named. Without a subject, the model may be on another machine: then the plan
+    says it all.
     """
     plan_fields: dict[str, Any] = {}
-    if (plan := named.plan) and named.file:
-        model, dtype = plan.model, plan.search.dtype
+    plan = named.plan
+    if plan and named.file:
+        model = plan.model
+        dtype = plan.search.dtype
         evaluation, benchmark = read_measurements(named.file, plan, notify)
         plan_fields = {
             "plan_file": named.file,
@@ -87,7 +89,8 @@ def _pruning(
             "benchmark": benchmark and benchmark.to_data(),
         }
     if subject:
-        model, dtype = subject.architecture.record, "float32"
+        model = subject.architecture.record
+        dtype = "float32"
     source = subject.architecture.source if subject else None
     own_file = Path(model.id) if source and model.id.endswith(".gguf") else None
     return Pruning(

@@ -251,7 +251,7 @@ def _require_same_positions(file: GgufFile, kept: tuple[int, ...]) -> None:
 
 
 def _blocks_with_other_inputs(file: GgufFile, blocks: int) -> list[int]:
-    """Return the blocks that get inputs besides the hidden states: features of images (deepstack)."""
+    """Return the blocks that also get features of images (deepstack)."""
     fed = list(range(min(file.count(LEADING_STAY) or 0, blocks)))
     mapping = file.setting("deepstack_mapping")
     if isinstance(mapping, list):

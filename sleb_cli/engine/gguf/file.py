@@ -148,7 +148,7 @@ class GgufFile:
         return str(self.get("general.architecture") or "")
 
     def padding(self, size: int) -> int:
-        """Return the number of zeros between `size` bytes and the next multiple of the alignment."""
+        """Return the number of zeros from `size` bytes to the next multiple of the alignment."""
         return -size % int(self.get("general.alignment") or _DEFAULT_ALIGNMENT)
 
 
@@ -208,7 +208,7 @@ class _Cursor:
         return name
 
     def value(self, type_: int) -> Any:
-        """Read a number, the bytes of a text, an array of numbers, or a list of the bytes of texts."""
+        """Read a number, a text in bytes, an array of numbers, or a list of texts in bytes."""
         if type_ == STRING:
             return self.text()
         if type_ in FORMATS:

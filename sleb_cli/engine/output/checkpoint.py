@@ -100,7 +100,7 @@ def apply_recovered(
     group: ProcessGroup,
     notify: Notify,
 ) -> ApplyResult:
-    """Write the checkpoint with recovered blocks; all processes recover, and the main one writes."""
+    """Write the checkpoint with recovered blocks."""
     from sleb_cli.engine.recovery.recover import recover  # which imports datasets
 
     run_recovery = partial(recover, recovery, group, notify)
@@ -273,7 +273,7 @@ def plan_tensors(
 
 
 def _changed_settings(surgery: Surgery, dtype: torch.dtype | None) -> dict[str, dict[str, Any]]:
-    """Return the contents of changed files by name: the config, and settings of quantized formats."""
+    """Return the contents of changed files by name: config, settings of quantized formats."""
     config = surgery.prune_config()
     if dtype and "torch_dtype" not in config:
         config = {"dtype": None} | config

@@ -87,35 +87,25 @@ def prove(
         _announce(placement, notify)
         checks = check_files(surgery, folder, tokenizer, planned, notify)
         models = _Models(surgery, folder, placement, new_values or {}, reference, tokenizer, notify)
+        numbers: dict[str, Any] = {}
         if placement.too_large:
             models.load_checkpoint()
-            return Proof(
-                checks=(*checks, "loads"),
-                reference=reference,
-                partial=placement.too_large,
-                dtype=dtype_name(placement.dtype),
-                device=placement.device.type,
-            )
-        cast = next((tensor.cast for tensor in planned.tensors if tensor.cast), None)
-        with task(notify, "Proving the checkpoint"):
-            models, found = _compare(models, cast)
-    checks += ["loads", "same logits"]
-    for cut in surgery.cuts:
-        if cut.extra_check:
-            checks.append(cut.extra_check)
+            checks.append("loads")
+        else:
+            cast = next((tensor.cast for tensor in planned.tensors if tensor.cast), None)
+            with task(notify, "Proving the checkpoint"):
+                models, found = _compare(models, cast)
+            numbers = models.record(found)
+            checks += ["loads", "same logits"]
+            checks += [cut.extra_check for cut in surgery.cuts if cut.extra_check]
+            checks.append("generates")
     return Proof(
-        checks=(*checks, "generates"),
+        checks=tuple(checks),
         reference=reference,
-        partial=None,
+        partial=placement.too_large,
         dtype=dtype_name(models.placement.dtype),
         device=models.placement.device.type,
-        prompt="random tokens" if tokenizer is None else "text",
-        prompt_tokens=models.prompt().shape[1],
-        new_tokens=models.new_tokens,
-        logits_difference=found.logits_difference,
-        logits_tolerance=models.allowed,
-        cache_difference=found.cache_difference,
-        cache_tolerance=models.allowed_with_cache,
+        **numbers,
     )
 
 
@@ -178,7 +168,7 @@ def _compare(models: _Models, cast: torch.dtype | None) -> tuple[_Models, _Compa
 
 @dataclass(frozen=True)
 class _Models:
-    """The checkpoint as transformers loads it, and its reference, the dense model without the parts.
+    """The checkpoint as transformers loads it, and its reference, the dense model.
 
     Only one of them is in memory at a time. For the fields, see `prove`.
     """
@@ -196,11 +186,6 @@ class _Models:
         """The allowed difference of the logits."""
         tolerances = [cut.tolerance for cut in self.surgery.cuts]
         return max([TOLERANCES.get(self.placement.dtype, 0.0), *tolerances])
-
-    @property
-    def allowed_with_cache(self) -> float:
-        """The allowed difference of the logits with the KV cache from those without."""
-        return CACHE_TOLERANCES.get(self.placement.dtype, 0.0)
 
     @property
     def new_tokens(self) -> int:
@@ -225,6 +210,18 @@ class _Models:
         """Return the ids of the prompt in the checkpoint's vocabulary."""
         ids = self.surgery.token_ids(self.prompt()[0].tolist())
         return torch.tensor([ids], device=self.placement.device)
+
+    def record(self, found: _Comparison) -> dict[str, Any]:
+        """Return the numbers of a proof that has passed."""
+        return {
+            "prompt": "random tokens" if self.tokenizer is None else "text",
+            "prompt_tokens": self.prompt().shape[1],
+            "new_tokens": self.new_tokens,
+            "logits_difference": found.logits_difference,
+            "logits_tolerance": self.allowed,
+            "cache_difference": found.cache_difference,
+            "cache_tolerance": CACHE_TOLERANCES.get(self.placement.dtype, 0.0),
+        }
 
     def compare(self) -> _Comparison:
         """Run the reference, then the checkpoint, and compare what they compute."""

@@ -72,7 +72,7 @@ def check_files(
 
 
 def _require_files(folder: Path, planned: Planned) -> None:
-    """Check that all files are there, and no other, and that those with no weights are as planned."""
+    """Check that all files are there and no other, and those without weights as planned."""
     texts = dict(planned.texts)
     if len(planned.weights) > 1:
         texts[INDEX] = index_of(planned.weights)

@@ -154,7 +154,8 @@ class BlockCut(Cut):
         except ModelError as error:
             return error.message.rstrip(".")
         if len(blocks) != len(kept.blocks):
-            return f"with {before.adapter.count_key} {len(kept.blocks)} the model has {len(blocks)} blocks"
+            setting = f"{before.adapter.count_key} {len(kept.blocks)}"
+            return f"with {setting} the model has {len(blocks)} blocks"
         were, outside_before = before.structures
         for old, block in zip(kept.blocks, blocks, strict=True):
             if changes := block_changes(were[old], block, old, kept):

@@ -1,4 +1,4 @@
-"""Fewer experts for each token: one setting of a checkpoint or a GGUF file, and no tensor changes."""
+"""Fewer experts for each token: one setting changes, and no tensor."""
 
 from __future__ import annotations
 

@@ -27,7 +27,10 @@ from sleb_cli.engine.model.experts import find_experts
 from sleb_cli.results import ExpertsRecord
 from sleb_plugins import PlanError
 
-PREDICTION_NOTE = "No text scores the experts for multi-token prediction: those of the last block's numbers stay there."
+PREDICTION_NOTE = (
+    "No text scores the experts for multi-token prediction: those of the last block's numbers stay "
+    "there."
+)
 
 Removed = Mapping[int, Sequence[int]]
 """The experts that go, by block, in the order of their removal: as many of each."""
@@ -68,7 +71,7 @@ class ExpertRemoval(Removal):
         return tuple(sorted({*range(self.count)}.difference(removed)))
 
     def record(self, sizes: Mapping[str, tuple[int, int]]) -> Mapping[str, ExpertsRecord]:
-        """Return the numbers of experts of a block before and after, with the sizes of the model."""
+        """Return a block's numbers of experts before and after, and the sizes of the model."""
         return {"experts": ExpertsRecord(experts=(self.count, self.count - self.fewer), **sizes)}
 
 

@@ -28,7 +28,7 @@ def without_experts(
     removed: Mapping[int, Sequence[int]],
     model_type: str,
 ) -> Iterator[None]:
-    """Have no router choose these experts, by block: their logits and biases of the choice are -inf.
+    """Have no router choose these experts, by block: their logits and biases are -inf.
 
     Raises:
         UnsupportedModelError: at the end, if a block has run and its router was not reached.

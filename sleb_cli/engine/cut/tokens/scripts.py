@@ -92,7 +92,7 @@ class TokenRemoval(Removal):
         return self.vocabulary.scripts
 
     def record(self, sizes: Mapping[str, tuple[int, int]]) -> Mapping[str, CutRecord]:
-        """Return the scripts, the numbers of tokens before and after, and the sizes of the model."""
+        """Return the scripts, and the numbers of tokens and the sizes before and after."""
         tokens = (self.vocabulary.count, len(self.tokens))
         return {
             "vocabulary": VocabularyRecord(scripts=self.vocabulary.scripts, tokens=tokens, **sizes)

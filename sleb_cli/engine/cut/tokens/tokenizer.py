@@ -17,8 +17,8 @@ from sleb_plugins import UnsupportedModelError
 TOKENIZER = "tokenizer.json"
 
 OTHER_FORMATS = frozenset({
-    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.json", "vocab.txt",
-    "merges.txt", "added_tokens.json",
+    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.json",
+    "vocab.txt", "merges.txt", "added_tokens.json",
 })  # fmt: skip
 """The vocabulary in other formats, which `tokenizer.json` replaces."""
 
