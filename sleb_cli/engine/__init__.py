@@ -1,1 +1,1 @@
-"""Everything that touches models. There is no terminal in here: events go to a `notify` callable."""
+"""Everything that touches models. No terminal is in here: events go to a `notify` callable."""

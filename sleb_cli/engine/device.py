@@ -36,7 +36,9 @@ def free_bytes(device: torch.device) -> int:
 def free_bytes_per_process(device: torch.device) -> int:
     """Return this process's share of the free bytes."""
     # Processes on one machine share its main memory, which is also that of Apple's GPU.
-    return free_bytes(device) // (local_count() if device.type in ("cpu", "mps") else 1)
+    if device.type in ("cpu", "mps"):
+        return free_bytes(device) // local_count()
+    return free_bytes(device)
 
 
 def hint_for_nonfinite(dtype: torch.dtype) -> str:
@@ -104,7 +106,9 @@ def has_float64(kind: str) -> bool:
 
 def as_float64(tensor: Tensor) -> Tensor:
     """Return the tensor in float64: on its device, or on the CPU if the device has no float64."""
-    return (tensor if has_float64(tensor.device.type) else tensor.cpu()).double()
+    if not has_float64(tensor.device.type):
+        tensor = tensor.cpu()
+    return tensor.double()
 
 
 _UNITS = {torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"},
@@ -116,29 +120,34 @@ _UNITS = {torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"},
 def cpu_units() -> frozenset[str]:
     """Return this processor's units for bfloat16 and float16."""
     if hasattr(torch.cpu, "get_capabilities"):
-        has = {
-            name for name, supported in torch.cpu.get_capabilities().items() if supported is True
-        }
+        supported = torch.cpu.get_capabilities()
     else:  # torch 2.10
-        checks = {"avx512_bf16": "avx512_bf16", "amx_bf16": "amx_tile", "amx_fp16": "amx_fp16"}
-        has = {
-            name for name, check in checks.items() if getattr(torch.cpu, f"_is_{check}_supported")()
+        supported = {
+            "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+            "amx_bf16": torch.cpu._is_amx_tile_supported(),
+            "amx_fp16": torch.cpu._is_amx_fp16_supported(),
         }
-    return frozenset(has & set().union(*_UNITS.values()))
+    known = frozenset[str]().union(*_UNITS.values())
+    return frozenset(unit for unit in known if supported.get(unit) is True)
 
 
 def cpu_dtypes() -> frozenset[torch.dtype]:
     """Return the data types that this processor computes in; torch emulates others, several times
     slower.
     """
-    native = (dtype for dtype, any_of in _UNITS.items() if cpu_units() & any_of)
-    return frozenset({torch.float32, torch.float64, *native})
+    dtypes = {torch.float32, torch.float64}
+    for dtype, any_of in _UNITS.items():
+        if cpu_units() & any_of:
+            dtypes.add(dtype)
+    return frozenset(dtypes)
 
 
 def parse_dtype(name: str, default: torch.dtype | None) -> torch.dtype:
     """Read the name of a data type; `auto` is the `default`, the checkpoint's own."""
     full = dtype_in_full(name)
-    dtype: torch.dtype = (default or torch.float32) if full == AUTO else getattr(torch, full)
+    if full == AUTO:
+        return default or torch.float32
+    dtype: torch.dtype = getattr(torch, full)
     return dtype
 
 
@@ -150,5 +159,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 def free_memory() -> None:
     """Free the memory of models that nothing refers to any more."""
     gc.collect()  # two models may not fit into memory together
-    if kind := torch.accelerator.current_accelerator(check_available=True):
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if kind is not None:
         torch.get_device_module(kind.type).empty_cache()

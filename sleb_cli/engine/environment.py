@@ -32,29 +32,27 @@ def environment_record(
 
 def processor_name(device: torch.device) -> str:
     """Return the name of the GPU, or of the CPU with its number of threads."""
-    threads = f", {plural(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
-    return f"{chip_name(device)}{threads}"
+    name = chip_name(device)
+    if device.type == "cpu":
+        return f"{name}, {plural(torch.get_num_threads(), 'thread')}"
+    return name
 
 
 def chip_name(device: torch.device) -> str:
     """Return the name of the GPU or CPU."""
-    named = (
-        None
-        if device.type == "cpu"
-        else getattr(torch.get_device_module(device.type), "get_device_name", None)
-    )
-    if named is not None:
-        return str(named(device))
+    backend = torch.get_device_module(device.type)
+    if device.type != "cpu" and hasattr(backend, "get_device_name"):
+        return str(backend.get_device_name(device))
     info = Path("/proc/cpuinfo")
-    lines = (
-        info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
-    )
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, None) or platform.processor() or platform.machine()
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def cpu_governor() -> str | None:
-    """Return the name of the rule that sets the processor's clock; None where the system has none."""
+    """Return the rule that sets the processor's clock; None where the system has none."""
     with suppress(OSError):
         return GOVERNOR.read_text(encoding="utf-8").strip() or None
     return None

@@ -1,6 +1,4 @@
-"""What we take from inside lm-eval, which may move it in any release; tests/unit/test_internals.py
-tells.
-"""
+"""Names from inside lm-eval, which may move in any release (tests/unit/test_internals.py)."""
 
 from sleb_cli.engine.third_party import internals
 

@@ -44,7 +44,7 @@ def usable_processors() -> int:
 
 
 def _processor_quota(folder: Path, version: int) -> float:
-    """Return a control group's time on processors in a second, in seconds; infinite if unlimited."""
+    """Return how many processors a control group may keep busy; infinite if unlimited."""
     try:
         if version == 2:
             quota, period = (folder / "cpu.max").read_text().split()

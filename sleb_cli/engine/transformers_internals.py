@@ -1,6 +1,4 @@
-"""What we take from inside transformers, which may move it in any release;
-tests/unit/test_internals.py tells.
-"""
+"""Names from inside transformers, which may move in any release (tests/unit/test_internals.py)."""
 
 from functools import partial
 from inspect import signature
@@ -24,9 +22,8 @@ try:
 except ImportError:  # before versions that read the tokens apart
     get_gguf_tokenizer = None
 
-if (
-    "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters
-):  # before transformers 5.16
+# before transformers 5.16
+if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters:
     convert_and_load_state_dict_in_model = partial(
         convert_and_load_state_dict_in_model, tp_plan=None
     )

@@ -1,4 +1,4 @@
-"""Does decoding with the KV cache give the logits of passes over the whole text?"""
+"""Check that decoding with the KV cache gives the logits of passes over the whole text."""
 
 from __future__ import annotations
 
@@ -30,11 +30,9 @@ def check_decoding(
 
     Returns:
         the relative difference of logits up to the first different token, None if the model does
-        not generate; and a
-        clause on the fault, if any.
+        not generate; and a clause on the fault, if any.
     """
-    # both with `generate`, because some families count positions differently in a plain forward
-    # pass
+    # Both with `generate`: some families count positions differently in a plain forward pass.
     try:
         cached = _generate(model, ids, new_tokens, "with the KV cache", use_cache=True)
         uncached = _generate(model, ids, new_tokens, "without a KV cache", use_cache=False)
@@ -43,10 +41,11 @@ def check_decoding(
     # After a tie that was broken differently, the two runs continue different texts.
     common = int((cached.argmax(-1) == uncached.argmax(-1)).cumprod(0).sum())
     difference = relative_difference(cached[: common + 1], uncached[: common + 1])
-    fault = (
+    if difference <= CACHE_TOLERANCES.get(dtype, 0.0):
+        return difference, None
+    return difference, (
         f"with the KV cache its logits differ by {difference:.2g} of the largest from those without"
     )
-    return difference, None if difference <= CACHE_TOLERANCES.get(dtype, 0.0) else fault
 
 
 def _generate(model: Any, ids: Tensor, new_tokens: int, how: str, *, use_cache: bool) -> Tensor:

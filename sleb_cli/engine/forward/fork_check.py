@@ -1,4 +1,4 @@
-"""Does the fork give this model's own numbers? If not, candidates are scored one by one."""
+"""Check that the fork gives a model's own numbers; if not, candidates are scored one by one."""
 
 from __future__ import annotations
 
@@ -26,12 +26,10 @@ def why_not_fork(skippable: SkippableModel, ids: Tensor) -> str | None:
     elif count <= 2 * CHECKED_CANDIDATES:
         blocks = list(range(count))
     else:
-        blocks = [
-            round(step * (count - 1) / (CHECKED_CANDIDATES - 1))
-            for step in range(CHECKED_CANDIDATES)
-        ]
+        distance = (count - 1) / (CHECKED_CANDIDATES - 1)
+        blocks = [round(step * distance) for step in range(CHECKED_CANDIDATES)]
+    few = min(CHECKED_SEQUENCES, len(ids))
     try:
-        few = min(CHECKED_SEQUENCES, len(ids))
         return in_smaller_pieces(lambda size: _difference(skippable, ids[:size], blocks), few)
     except UnsupportedModelError as error:
         return error.message.rstrip(".")
@@ -43,10 +41,10 @@ def _difference(skippable: SkippableModel, ids: Tensor, blocks: list[int]) -> st
         if hidden.shape[:2] != ids.shape:
             return f"{list(ids.shape)} tokens become {list(hidden.shape[:-1])} states"
         # In two slices, since a search also computes logits slice by slice.
-        halves = [slice(-checked, -checked // 2), slice(-checked // 2, None)]
-        forked = torch.cat(
-            [skippable.head(hidden[:, half], ids[:, half]) for half in halves], dim=1
-        )
+        middle = -checked // 2
+        first = skippable.head(hidden[:, -checked:middle], ids[:, -checked:middle])
+        second = skippable.head(hidden[:, middle:], ids[:, middle:])
+        forked = torch.cat([first, second], dim=1)
         plain = skippable.logits(ids, {block}, last=checked)
         if not equal_up_to_rounding(plain[:, -checked:], forked):
             return f"without block {block}, the fork's logits differ from those of the whole model"
@@ -58,14 +56,14 @@ def equal_up_to_rounding(left: Tensor, right: Tensor) -> bool:
 
     Logits must be finite in both or in neither; NaN and infinities count as equal.
     """
-    if left.shape != right.shape or torch.equal(left, right):
-        return left.shape == right.shape
-    tolerance = {torch.float32: 1e-4, torch.float64: 1e-8}.get(left.dtype, 3e-2)
+    if left.shape != right.shape:
+        return False
     finite = left.isfinite()
-    if not bool(finite.all()):
-        same = torch.equal(finite, right.isfinite())
-        return same and (
-            not bool(finite.any()) or equal_up_to_rounding(left[finite], right[finite])
-        )
-    scale = float(left.abs().max().float())
-    return bool((left.float() - right.float()).abs().max() <= tolerance * scale)
+    if not torch.equal(finite, right.isfinite()):
+        return False
+    if not bool(finite.any()):
+        return True
+    tolerance = {torch.float32: 1e-4, torch.float64: 1e-8}.get(left.dtype, 3e-2)
+    left = left[finite].float()
+    right = right[finite].float()
+    return bool((left - right).abs().max() <= tolerance * left.abs().max())

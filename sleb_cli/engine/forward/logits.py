@@ -1,8 +1,6 @@
-"""From logits to a score for each sequence, with few logits in memory at a time."""
+"""Score the logits of sequences, with few of them in memory at a time."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -13,21 +11,19 @@ from sleb_cli.engine.forward.predictions import Logits
 from sleb_plugins import LogitMetric
 
 
-def position_slices(ids: Tensor, positions: int) -> Iterator[slice]:
+def position_slices(ids: Tensor, positions: int) -> list[slice]:
     """Slice the predicting positions of `ids`, [batch, positions], so that a slice has at most
     `positions` logits.
     """
     step = max(1, positions // len(ids))
     last = ids.shape[1] - 1
-    for start in range(0, last, step):
-        yield slice(start, min(start + step, last))
+    return [slice(start, min(start + step, last)) for start in range(0, last, step)]
 
 
-def float32_slices(logits: Tensor) -> Iterator[slice]:
+def float32_slices(logits: Tensor) -> list[slice]:
     """Slice logits, [rows, vocabulary], into pieces small enough to widen to float32."""
     step = max(1, settings_for(logits.device).widened_bytes // (4 * logits.shape[-1]))
-    for start in range(0, len(logits), step):
-        yield slice(start, start + step)
+    return [slice(start, start + step) for start in range(0, len(logits), step)]
 
 
 def score_logits(
@@ -44,18 +40,20 @@ def score_logits(
     `loss_mask`, bool [batch, positions], says which tokens count as targets. Logits of at most
     `positions` positions, over all sequences, are computed at once.
     """
-    scores, rows = [], slice(None)
+    scores = []
+    rows = slice(None)
+    targets = ids[:, 1:]  # the logits at a position predict the token after it
     for columns in position_slices(ids, positions or ids.numel()):
-        dense_slice = None if dense is None else dense[rows, columns]
-        # The logits at a position predict the token after it.
-        scores.append(
-            score_positions(metric, logits[rows, columns], ids[:, 1:][:, columns], dense_slice)
-        )
+        dense_slice = None
+        if dense is not None:
+            dense_slice = dense[rows, columns]
+        of_slice = score_positions(metric, logits[rows, columns], targets[:, columns], dense_slice)
+        scores.append(of_slice)
     by_token = as_float64(torch.cat(scores, dim=1))  # [batch, positions - 1]
     if loss_mask is None:
         return by_token.mean(1)
-    targets = loss_mask[:, 1:].to(by_token.device)
-    return by_token.where(targets, 0.0).sum(1) / targets.sum(1)
+    counted = loss_mask[:, 1:].to(by_token.device)
+    return by_token.where(counted, 0.0).sum(1) / counted.sum(1)
 
 
 def score_positions(
@@ -64,10 +62,12 @@ def score_positions(
     """Score logits [batch, positions, vocabulary] slice by slice, and return float32 [batch,
     positions].
     """
-    flat, flat_targets = logits.flatten(0, 1), targets.flatten()
-    flat_dense = None if dense is None else dense.flatten(0, 1)
+    flat = logits.flatten(0, 1)
+    flat_targets = targets.flatten()
     scores = []
     for rows in float32_slices(flat):
-        widened = None if flat_dense is None else flat_dense[rows].float()
+        widened = None
+        if dense is not None:
+            widened = dense.flatten(0, 1)[rows].float()
         scores.append(metric.score_tokens(flat[rows].float(), flat_targets[rows], widened))
     return torch.cat(scores).view(targets.shape)

@@ -52,8 +52,12 @@ sequences instead.
 
 
 def settings_for(device: torch.device) -> DeviceSettings:
-    """Return the settings for this device; all accelerators with memory of their own share theirs."""
-    return {"cpu": CPU_SETTINGS, "mps": MPS_SETTINGS}.get(device.type, ACCELERATOR_SETTINGS)
+    """Return the settings for this device; accelerators with memory of their own share theirs."""
+    if device.type == "cpu":
+        return CPU_SETTINGS
+    if device.type == "mps":
+        return MPS_SETTINGS
+    return ACCELERATOR_SETTINGS
 
 
 @dataclass(frozen=True)
@@ -100,23 +104,25 @@ def resolve_memory_budget(
     Unless the user chose a batch size, there are at least `min_batches` batches, as far as they
     keep a useful size.
     """
-    settings, (count, length) = settings_for(sequences.device), sequences.shape
-    min_size, max_size = (
-        settings.min_tokens_per_batch // length,
-        settings.tokens_per_batch // length,
-    )
-    size = min(batch_size or max(1, min(max_size, max(min_size, count // min_batches))), count)
+    settings = settings_for(sequences.device)
+    count, length = sequences.shape
+    size = batch_size
+    if size is None:
+        size = max(settings.min_tokens_per_batch // length, count // min_batches)
+        size = max(1, min(size, settings.tokens_per_batch // length))
+    size = min(size, count)
     budget = MemoryBudget(size, settings.head_positions, branches=1, kept_branches=0)
-    widened = settings.widened_bytes
-    while (
-        needed := footprint.working_bytes(budget.sequences * length, budget.positions, widened)
-    ) > available:
+    while True:
+        needed = footprint.working_bytes(
+            budget.sequences * length, budget.positions, settings.widened_bytes
+        )
+        if needed <= available:
+            break
         smaller = budget.halved()
         if smaller is None or (batch_size is not None and smaller.sequences < size):
             raise MachineError(
                 f"{budget.sequences} sequences of {length} tokens need {format_bytes(needed)} in "
-                f"addition to the "
-                f"model, but only {format_bytes(available)} may be used.",
+                f"addition to the model, but only {format_bytes(available)} may be used.",
                 hint="Use a smaller --batch-size or --sequence-length, a narrower --dtype, or a "
                 "larger --memory.",
             )
@@ -125,9 +131,8 @@ def resolve_memory_budget(
     branches = max(1, min(candidates, 1 + spare))
     batches = -(-count // budget.sequences)
     # While a step's branches are computed, the kept branches of the step before are still there.
-    return dataclasses.replace(
-        budget, branches=branches, kept_branches=(spare - branches + 1) // batches // 2
-    )
+    kept_branches = (spare - branches + 1) // batches // 2
+    return dataclasses.replace(budget, branches=branches, kept_branches=kept_branches)
 
 
 def available_memory(
@@ -135,6 +140,6 @@ def available_memory(
 ) -> int:
     """Return the bytes to use besides the model: `limit`, or else a share of the free memory."""
     usable = limit or int(free_bytes_per_process(device) * settings_for(device).share)
-    return (
-        min(group.gather(usable)) if group else usable
-    )  # so that all processes have the same batches
+    if group is None:
+        return usable
+    return min(group.gather(usable))  # so that all processes have the same batches

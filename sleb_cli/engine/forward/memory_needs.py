@@ -1,8 +1,9 @@
-"""How many bytes of memory a model and its passes will need."""
+"""Bytes of memory that a model and its passes need."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,28 +27,25 @@ def model_bytes(architecture: Architecture, dtype: torch.dtype, *, stream: bool 
     files.
     """
     if not stream:
-        return _bytes_as(dtype, *architecture.source.weights.stored)
+        return _bytes_as(dtype, architecture.source.weights.stored)
+    # Everything outside the blocks, the block that computes, and the one that is read.
     by_block, outside = tensors_by_block(architecture)
-    same_dtype = all(
-        TORCH_DTYPES.get(tensor.dtype) is dtype for block in by_block for tensor in block
-    )
-    taken_as_is = same_dtype and not converted_bytes(architecture, dtype)
-    read = 0 if taken_as_is else max(sum(tensor.size for tensor in block) for block in by_block)
-    return (
-        _bytes_as(dtype, *outside) + 2 * max(_bytes_as(dtype, *block) for block in by_block) + read
-    )
+    needed = _bytes_as(dtype, outside) + 2 * max(_bytes_as(dtype, block) for block in by_block)
+    dtypes = {TORCH_DTYPES.get(tensor.dtype) for block in by_block for tensor in block}
+    if dtypes == {dtype} and converted_bytes(architecture, dtype) == 0:
+        return needed
+    # Tensors that are converted exist in both forms.
+    return needed + max(sum(tensor.size for tensor in block) for block in by_block)
 
 
 def converted_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
     """Return the bytes that transformers writes to disk if the blocks stay there and it stores
     weights otherwise.
     """
-    plans = get_model_conversion_mapping(architecture.skeleton)
-    return (
-        model_bytes(architecture, dtype)
-        if any(isinstance(plan, WeightConverter) for plan in plans)
-        else 0
-    )
+    for plan in get_model_conversion_mapping(architecture.skeleton):
+        if isinstance(plan, WeightConverter):
+            return model_bytes(architecture, dtype)
+    return 0
 
 
 def states_bytes(architecture: Architecture, dtype: torch.dtype, tokens: int) -> int:
@@ -60,28 +58,26 @@ def tensors_by_block(
     architecture: Architecture,
 ) -> tuple[list[list[StoredTensor]], list[StoredTensor]]:
     """Return the stored tensors of each block, and the stored tensors outside the blocks."""
-    count = architecture.block_count
-    names = architecture.names
-    by_block: list[list[StoredTensor]] = [[] for _ in range(count)]
+    by_block: list[list[StoredTensor]] = [[] for _ in range(architecture.block_count)]
     outside = []
     for tensor in architecture.source.weights.stored:
-        block = names.block_of(tensor.name)
+        block = architecture.names.block_of(tensor.name)
         if block is None:
             outside.append(tensor)
-        elif (
-            block < count
-        ):  # blocks after the last one predict further tokens, and no model loads them
+        elif block < len(by_block):  # those behind predict further tokens, and no model loads them
             by_block[block].append(tensor)
     return by_block, outside
 
 
-def _bytes_as(dtype: torch.dtype, *tensors: StoredTensor) -> int:
-    def size(tensor: StoredTensor) -> int:
+def _bytes_as(dtype: torch.dtype, tensors: Sequence[StoredTensor]) -> int:
+    total = 0
+    for tensor in tensors:
         stored = TORCH_DTYPES.get(tensor.dtype)
-        is_plain = stored is not None and stored.is_floating_point and stored.itemsize > 1
-        return math.prod(tensor.shape) * dtype.itemsize if is_plain else tensor.size
-
-    return sum(map(size, tensors))
+        if stored is not None and stored.is_floating_point and stored.itemsize > 1:
+            total += math.prod(tensor.shape) * dtype.itemsize
+        else:  # whole numbers, and packed weights
+            total += tensor.size
+    return total
 
 
 @dataclass(frozen=True)
@@ -121,12 +117,10 @@ def measure_footprint(skippable: SkippableModel, ids: Tensor) -> Footprint:
     hidden = entering[0]
     logits = skippable.logits(ids, range(len(skippable.switches)))
     width = hidden.shape[-1]
-    widest = max(
-        [
-            width,
-            *(_width(module) for switch in skippable.switches for module in switch.block.modules()),
-        ]
-    )
+    widest = width
+    for switch in skippable.switches:
+        for module in switch.block.modules():
+            widest = max(widest, _width(module))
     return Footprint(
         branch=hidden.nbytes // ids.numel(),
         block=4 * (8 * width + 4 * widest),
@@ -136,8 +130,9 @@ def measure_footprint(skippable: SkippableModel, ids: Tensor) -> Footprint:
 
 
 def _width(module: nn.Module) -> int:
-    sizes = [max(weight.shape, default=1) for weight in module.parameters(recurse=False)]
     # Attributes come first, because packed weights have other shapes.
-    return max(getattr(module, "in_features", 0), getattr(module, "out_features", 0)) or max(
-        sizes, default=1
-    )
+    width: int = max(getattr(module, "in_features", 0), getattr(module, "out_features", 0))
+    if width:
+        return width
+    sizes = [max(weight.shape, default=1) for weight in module.parameters(recurse=False)]
+    return max(sizes, default=1)

@@ -139,7 +139,7 @@ class _SpansWalk(BatchWalk):
 
 @dataclass
 class Passes:
-    """Calibration sequences in batches on the model's device, and their passes through the model."""
+    """Calibration sequences in batches on the model's device, and their passes."""
 
     skippable: SkippableModel
     batches: Sequence[Tensor]

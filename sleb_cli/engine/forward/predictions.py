@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -18,13 +18,14 @@ class Predictions:
     """
 
     def __init__(self, skippable: SkippableModel, ids: Tensor, hidden: Tensor) -> None:
-        self._skippable, self._ids, self._hidden = skippable, ids, hidden
+        self._skippable = skippable
+        self._ids = ids
+        self._hidden = hidden
 
     def __getitem__(self, where: tuple[slice, slice]) -> Tensor:
         """Return logits by sequences and positions, as a tensor of all logits does."""
-        return self._skippable.head(
-            self._hidden[where].to(self._skippable.places[-1]), self._ids[where]
-        )
+        hidden = self._hidden[where].to(self._skippable.places[-1])
+        return self._skippable.head(hidden, self._ids[where])
 
     def move_to_cpu(self) -> int:
         """Move the hidden states to host memory, and return their bytes."""
@@ -38,8 +39,8 @@ Logits = Tensor | Predictions
 
 def predict_together(
     skippable: SkippableModel, batches: Sequence[Tensor], sizes: Sequence[Collection[int]]
-) -> Iterator[list[Predictions]]:
-    """Yield, for each batch, the model's predictions without each of these sets of blocks.
+) -> list[list[Predictions]]:
+    """Return, for each batch, the model's predictions without each of these sets of blocks.
 
     Blocks that these models share are computed once and, if they are streamed, read once.
     """
@@ -47,8 +48,11 @@ def predict_together(
     shared = SharedInputs(skippable, store)
     walks = [SizesWalk(skippable, shared.calls(ids), sizes, store) for ids in batches]
     walk_together(skippable, walks)
+    predictions = []
     for ids, walk in zip(batches, walks, strict=True):
-        yield [Predictions(skippable, ids, walk.branches[removed]) for removed in walk.sizes]
+        of_batch = [Predictions(skippable, ids, walk.branches[removed]) for removed in walk.sizes]
+        predictions.append(of_batch)
+    return predictions
 
 
 class SharedPredictions:
@@ -63,19 +67,24 @@ class SharedPredictions:
     def __init__(
         self, skippable: SkippableModel, sizes: Sequence[Collection[int]], memory: int
     ) -> None:
-        self._skippable, self._memory = skippable, memory
-        self._first, *self._later = [frozenset(size) for size in sizes]
+        self._skippable = skippable
+        self._memory = memory
+        self._sizes = [frozenset(size) for size in sizes]
         self._waiting: dict[tuple[frozenset[int], torch.Size, bytes], Predictions] = {}
 
     @torch.inference_mode()
     def logits(self, ids: Tensor, removed: Collection[int]) -> Tensor:
         """Return all logits of a batch without the `removed` blocks, one of the sets."""
-        size, batch = frozenset(removed), (ids.shape, ids.cpu().numpy().tobytes())
-        predictions = self._waiting.pop((size, *batch), None)
-        if predictions is None:
-            later = self._later if size == self._first and self._memory > 0 else []
-            ((predictions, *others),) = predict_together(self._skippable, [ids], [size, *later])
-            for other, waiting in zip(later, others, strict=True):
-                self._memory -= waiting.move_to_cpu()
-                self._waiting[other, *batch] = waiting
-        return predictions[:, :]
+        size = frozenset(removed)
+        batch = (ids.shape, ids.cpu().numpy().tobytes())
+        waiting = self._waiting.pop((size, *batch), None)
+        if waiting is not None:
+            return waiting[:, :]
+        sizes = [size]
+        if size == self._sizes[0] and self._memory > 0:
+            sizes = self._sizes
+        (predictions,) = predict_together(self._skippable, [ids], sizes)
+        for other, later in zip(sizes[1:], predictions[1:], strict=True):
+            self._memory -= later.move_to_cpu()
+            self._waiting[other, *batch] = later
+        return predictions[0][:, :]

@@ -53,7 +53,7 @@ def prepare_passes(
         devices = dict.fromkeys(
             [skippable.device, *skippable.places]
         )  # in the same order in all processes
-        available = min(map(memory, devices))
+        available = min(memory(device) for device in devices)
         candidates = len(skippable.switches)
         budget = resolve_memory_budget(
             available, footprint, sequences, candidates, batch_size, min_batches
@@ -62,8 +62,10 @@ def prepare_passes(
     if reason and batch_size is None:  # all logits of a batch exist together
         fitting = available // 4 // (sequences.shape[1] * footprint.logits)
         budget = replace(budget, sequences=max(1, min(budget.sequences, fitting)))
-    masks = None if loss_mask is None else torch.split(loss_mask, budget.sequences)
     batches = torch.split(sequences, budget.sequences)
+    masks = None
+    if loss_mask is not None:
+        masks = torch.split(loss_mask, budget.sequences)
     passes = Passes(skippable, batches, budget, notify, forks=reason is None, loss_mask=masks)
     if skippable.weights.resident:
         return passes, reason
@@ -72,7 +74,9 @@ def prepare_passes(
             f"{skippable.model.config.model_type} cannot be streamed: {reason}.",
             hint="Use a machine with more memory.",
         )
-    return _store_all(passes, footprint, available, memory) if walks_together else passes, reason
+    if walks_together:
+        passes = _store_all(passes, footprint, available, memory)
+    return passes, None
 
 
 def _store_all(
@@ -83,17 +87,15 @@ def _store_all(
     """
     # If all candidates' states do not fit into memory, a step goes through the model with a group
     # of them at a time.
-    device, skippable = passes.skippable.device, passes.skippable
-    count = len(skippable.switches)
+    device = passes.skippable.device
+    count = len(passes.skippable.switches)
     branch_bytes = sum(batch.numel() for batch in passes.batches) * footprint.branch
-    largest, widened = passes.batches[0].numel(), settings_for(device).widened_bytes
+    widened = settings_for(device).widened_bytes
+    largest = passes.batches[0].numel()
     room = available - footprint.working_bytes(largest, passes.budget.positions, widened)
-    store = (
-        to_cpu
-        if device != CPU and room < (count + OTHER_BRANCHES) * branch_bytes
-        else keep_on_device
-    )
-    if store is to_cpu:
+    store = keep_on_device
+    if device != CPU and room < (count + OTHER_BRANCHES) * branch_bytes:
+        store = to_cpu
         room = memory(CPU)
     branches = room // branch_bytes - OTHER_BRANCHES
     if branches < 1:
@@ -103,6 +105,8 @@ def _store_all(
             f"{format_bytes(max(0, room))} may be used.",
             hint="Use fewer --samples, a smaller --sequence-length, or a larger --memory.",
         )
-    to_keep = 1 + (branches - count) // 2 if branches >= count else 0
+    to_keep = 0
+    if branches >= count:
+        to_keep = 1 + (branches - count) // 2
     budget = replace(passes.budget, branches=min(branches, count), kept_branches=to_keep)
     return replace(passes, store=store, budget=budget)

@@ -28,16 +28,19 @@ class States:
 
     def deepest(self, branch: int, limit: int) -> int | None:
         """Return the greatest depth up to `limit` at which this branch is kept."""
-        depths = [
-            depth for depth, branches in self.at.items() if depth <= limit and branch in branches
-        ]
-        return max(depths, default=None)
+        deepest = None
+        for depth in sorted(self.at):
+            if depth <= limit and branch in self.at[depth]:
+                deepest = depth
+        return deepest
 
     def after_removal(self, block: int) -> None:
         """Drop the states that change when `block` is removed; above it, its own branch stays, as
         the new base.
         """
-        for depth in [depth for depth in self.at if depth > block]:
+        for depth in list(self.at):
+            if depth <= block:
+                continue
             branches = self.at.pop(depth)
             if block in branches:
                 self.at[depth] = {BASE: branches[block]}
@@ -46,12 +49,14 @@ class States:
         """Keep at most `limit` branches: of the `useful` depths first, the most useful first, then
         of the deepest.
         """
+        others = sorted(self.at.keys() - set(useful), reverse=True)
         count = 0
-        for depth in [*useful, *sorted(self.at.keys() - set(useful), reverse=True)]:
-            if depth in self.at:
-                count += len(self.at[depth])
-                if count > limit:
-                    count -= len(self.at.pop(depth))
+        for depth in [*useful, *others]:
+            branches = len(self.at.get(depth, {}))
+            if count + branches <= limit:
+                count += branches
+            else:
+                self.at.pop(depth, None)
 
 
 def depths_to_keep(
@@ -66,9 +71,11 @@ def depths_to_keep(
     # The next step starts at the block that this one removes, probably one of the best; without a
     # ranking, depths are spread evenly. The first candidate's depth comes first, because no step
     # changes the blocks below it.
-    spread = candidates[:: max(1, len(candidates) // (2 * count))]
+    useful = ranking[:count]
+    if not useful:
+        useful = candidates[:: max(1, len(candidates) // (2 * count))]
     chosen: dict[int, int] = {}
-    for depth in [*candidates[:1], *(ranking[:count] or spread)]:
+    for depth in [*candidates[:1], *useful]:
         # The base, and one branch for every candidate below; the lowest save the most.
         branches = min(1 + sum(block < depth for block in candidates), limit - sum(chosen.values()))
         if branches > 0 and depth not in chosen:

@@ -7,7 +7,7 @@ branches at once, since its weights are read once for all of them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def to_cpu(hidden: Tensor) -> Tensor:
 
 
 class SharedInputs:
-    """The other inputs of blocks, such as masks, held once where several batches have equal ones."""
+    """The other inputs of blocks, such as masks: held once where batches have equal ones."""
 
     def __init__(self, skippable: SkippableModel, store: Store = keep_on_device) -> None:
         self._skippable, self._store = skippable, store
@@ -44,17 +44,20 @@ class SharedInputs:
         """Record the calls of the blocks for these tokens, with tensors of earlier calls in place
         of equal ones.
         """
-        calls, share = self._skippable.calls(ids), partial(tree_map_only, Tensor, cache(self._find))
+        calls = self._skippable.calls(ids)
         entering = self._store(calls[0].entering)
-        return [Call(call.block, entering, share(call.args), share(call.kwargs)) for call in calls]
+        find = cache(self._find)
+        shared = []
+        for call in calls:
+            args = tree_map_only(Tensor, find, call.args)
+            kwargs = tree_map_only(Tensor, find, call.kwargs)
+            shared.append(Call(call.block, entering, args, kwargs))
+        return shared
 
     def _find(self, value: Tensor) -> Tensor:
         for shared in self._shared:
-            if (
-                shared.shape == value.shape
-                and shared.dtype == value.dtype
-                and torch.equal(shared, value)
-            ):
+            same_kind = shared.shape == value.shape and shared.dtype == value.dtype
+            if same_kind and torch.equal(shared, value):
                 return shared
         if len(self._shared) < MAX_SHARED:
             self._shared.append(value)

@@ -194,7 +194,7 @@ class StreamedBlocks(BlockWeights):
         return values.view(dtype).view(tensor.shape)
 
     def _put_in_place(self, tensors: Mapping[str, Tensor]) -> Any:
-        """Let transformers make parameters of these tensors of the files; return its loading info."""
+        """Let transformers make parameters of these tensors; return its loading info."""
         with translate_transformers_errors(f"the weights of {self._architecture.source.id}"):
             info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), self._config)
         problem = loading_problem(info.to_dict(), "mismatched")

@@ -53,8 +53,8 @@ class Placement:
 
 
 _TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
-    "tekken.json",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt",
+    "spiece.model", "tekken.json",
 )  # fmt: skip
 _tokenizers: WeakKeyDictionary[Watch, Any] = WeakKeyDictionary()
 """The tokenizers in use, by the watch over their files."""
