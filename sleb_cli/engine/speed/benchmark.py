@@ -1,14 +1,12 @@
-"""`sleb bench`: how fast, and how large in memory, are the dense model and the pruned ones on this
-machine?
-"""
+"""`sleb bench`: time the dense model and the pruned ones on this machine, and measure their memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import transformers
@@ -33,17 +31,6 @@ from sleb_cli.records import THIS_VERSION
 from sleb_cli.results import BenchResult, MemoryRecord, ModelSize, Workload, size_fields
 from sleb_plugins import Engine, EngineSettings
 
-_Group = tuple[dict[SizeKey, ModelSize], list[Measured]]
-"""The size of each model that was timed together, and the rounds of each workload."""
-
-
-class _Timings(NamedTuple):
-    groups: list[_Group]
-    engine_version: str | None
-    dtype: str
-    device: str
-    attention: str | None
-
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -67,19 +54,30 @@ class Benchmark:
     @property
     def settings(self) -> EngineSettings:
         """How the engine loads the models."""
-        minimum = self.engine.least_new_tokens if self.engine else 0
-        lengths = (
-            workload.prompt_length + max(minimum, workload.new_tokens)
-            for workload in self.workloads
-        )
+        least = self.engine.least_new_tokens if self.engine else 0
+        longest = 0
+        for workload in self.workloads:
+            longest = max(longest, workload.prompt_length + max(least, workload.new_tokens))
         return EngineSettings(
             dtype=dtype_name(self.placement.dtype),
             threads=torch.get_num_threads(),
             batch_size=max(workload.batch_size for workload in self.workloads),
-            sequence_length=max(lengths),
+            sequence_length=longest,
             models=2 if self.sizes else 1,
             trust_remote_code=self.subject.architecture.source.trust_remote_code,
         )
+
+
+@dataclass
+class _Timings:
+    """How models were timed: the size of each, and for each workload the rounds of each group."""
+
+    engine_version: str | None
+    dtype: str
+    device: str
+    attention: str | None
+    sizes: dict[SizeKey, ModelSize]
+    measured: list[list[Measured]]
 
 
 def benchmark(job: Benchmark, notify: Notify, write_files: WriteFiles | None = None) -> BenchResult:
@@ -89,26 +87,25 @@ def benchmark(job: Benchmark, notify: Notify, write_files: WriteFiles | None = N
     with _torch_threads(job.threads):
         timings = _time_models(job, notify, write_files)
         free_memory()  # the processes that measure memory need room
-        sizes = {
-            removals: size
-            for group_sizes, _ in timings.groups
-            for removals, size in group_sizes.items()
-        }
-        memory: dict[SizeKey, list[MemoryRecord | None]] = {}
-        for surgery in [] if job.engine else [Surgery(job.subject.architecture), *job.sizes]:
-            removals = surgery.size_key
-            seconds, memory[removals] = measure_alone(surgery, job.placement, job.workloads, notify)
-            sizes[removals] = sizes[removals].model_copy(update={"load_seconds": seconds})
-        workloads = (
-            workload_result(
+        sizes = dict(timings.sizes)
+        memory: list[dict[SizeKey, MemoryRecord | None]] = [{} for _ in job.workloads]
+        if job.engine is None:
+            for surgery in [Surgery(job.subject.architecture), *job.sizes]:
+                key = surgery.size_key
+                seconds, records = measure_alone(surgery, job.placement, job.workloads, notify)
+                sizes[key] = sizes[key].model_copy(update={"load_seconds": seconds})
+                for of_workload, record in zip(memory, records, strict=True):
+                    of_workload[key] = record
+        workloads = []
+        for number, workload in enumerate(job.workloads):
+            result = workload_result(
                 workload,
-                [measured[number] for _, measured in timings.groups],
-                {removals: by_workload[number] for removals, by_workload in memory.items()},
+                timings.measured[number],
+                memory[number],
                 engine_version=timings.engine_version,
                 attention=timings.attention,
             )
-            for number, workload in enumerate(job.workloads)
-        )
+            workloads.append(result)
         return BenchResult(
             **THIS_VERSION,
             kind="bench",
@@ -129,23 +126,24 @@ def benchmark(job: Benchmark, notify: Notify, write_files: WriteFiles | None = N
 
 
 def _time_models(job: Benchmark, notify: Notify, write_files: WriteFiles | None) -> _Timings:
-    if job.engine and write_files:
-        version: str | None = job.engine.version() or None
-        load = load_with_engine(job.engine, write_files, job.settings, notify)
-    else:
-        load = load_with_transformers(job.placement, notify)
-        version = transformers.__version__
-    # All sizes together or, if only two models fit, each in turn with the dense one.
     architecture = job.subject.architecture
-    in_pairs = job.sizes and (
-        job.engine or architecture.is_quantized or not job.subject.order.whole_blocks
-    )
-    groups = []
+    version: str | None = transformers.__version__
+    load: ModelLoader = partial(load_with_transformers, job.placement, notify)
+    if job.engine and write_files:
+        version = job.engine.version() or None
+        load = partial(load_with_engine, job.engine, write_files, job.settings, notify)
+    groups = [job.sizes]
+    two_fit = job.engine or architecture.is_quantized or not job.subject.order.whole_blocks
+    if job.sizes and two_fit:  # only two models: each in turn with the dense one
+        groups = [(size,) for size in job.sizes]
     with load(Surgery(architecture), None) as dense:
-        for group in [[size] for size in job.sizes] if in_pairs else [job.sizes]:
-            groups.append(_time_together(job, load, dense, group, notify))
+        timings = _Timings(
+            version, dense.dtype, dense.device, dense.attention, {}, [[] for _ in job.workloads]
+        )
+        for group in groups:
+            _time_together(job, load, dense, group, timings, notify)
             free_memory()
-        return _Timings(groups, version, dense.dtype, dense.device, dense.attention)
+    return timings
 
 
 @contextmanager
@@ -163,16 +161,21 @@ def _time_together(
     load: ModelLoader,
     dense: TimedModel,
     surgeries: Sequence[Surgery],
+    timings: _Timings,
     notify: Notify,
-) -> _Group:
-    vocabulary, measured = job.subject.architecture.text_config.vocab_size, list[Measured]()
-    with ExitStack() as stack:
-        models = [dense, *(stack.enter_context(load(surgery, dense)) for surgery in surgeries)]
-        for workload in job.workloads:
+) -> None:
+    """Time the dense model and those after the surgeries in turn."""
+    vocabulary = job.subject.architecture.text_config.vocab_size
+    with ExitStack() as loaded:
+        models = [dense]
+        for surgery in surgeries:
+            models.append(loaded.enter_context(load(surgery, dense)))
+        for model in models:
+            timings.sizes[model.size.removals] = model.size
+        for workload, measured in zip(job.workloads, timings.measured, strict=True):
             with ExitStack() as ready:
-                runs = {
-                    model.size.removals: ready.enter_context(model.prepare(workload)).run
-                    for model in models
-                }
+                runs = {}
+                for model in models:
+                    prepared = ready.enter_context(model.prepare(workload))
+                    runs[model.size.removals] = prepared.run
                 measured.append(time_in_turn(runs, workload, vocabulary, notify))
-    return {model.size.removals: model.size for model in models}, measured

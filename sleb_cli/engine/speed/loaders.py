@@ -49,56 +49,51 @@ The dense one comes first, and is passed for the others.
 """
 
 
-def load_with_transformers(placement: Placement, notify: Notify) -> ModelLoader:
-    """Return a loader by transformers; pruned models share the dense one's weights, unless they are
+@contextmanager
+def load_with_transformers(
+    placement: Placement, notify: Notify, surgery: Surgery, dense: TimedModel | None
+) -> Iterator[TimedModel]:
+    """Load a model with transformers; a pruned one shares the dense one's weights, unless they are
     quantized.
     """
-
-    @contextmanager
-    def load(surgery: Surgery, dense: TimedModel | None) -> Iterator[TimedModel]:
-        if dense:
-            model = load_pruned(surgery, placement, notify, dense=dense.model)
-        else:
-            model = open_model(surgery.architecture, placement, notify).model
-        attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
-        size = _size(surgery, weights_bytes(model))
-        yield TimedModel(
-            model,
-            size,
-            dtype_name(placement.dtype),
-            placement.device.type,
-            partial(prepared, model),
-            attention,
-        )
-
-    return load
+    if dense:
+        model = load_pruned(surgery, placement, notify, dense=dense.model)
+    else:
+        model = open_model(surgery.architecture, placement, notify).model
+    yield TimedModel(
+        model,
+        _size(surgery, weights_bytes(model)),
+        dtype_name(placement.dtype),
+        placement.device.type,
+        partial(prepared, model),
+        getattr(model.config.get_text_config(), "_attn_implementation", None),
+    )
 
 
+@contextmanager
 def load_with_engine(
-    engine: Engine, write_files: WriteFiles, settings: EngineSettings, notify: Notify
-) -> ModelLoader:
-    """Return a loader of models from files into an engine."""
-
-    @contextmanager
-    def load(surgery: Surgery, dense: TimedModel | None) -> Iterator[TimedModel]:
-        files = write_files(surgery)
-        without = f" without {surgery.description}" if surgery.cuts else ""
-        with task(notify, f"Loading {surgery.architecture.source.id}{without} into {engine.name}"):
-            start = time.perf_counter()
-            model = engine.load(files, settings)
-            seconds = time.perf_counter() - start
-        with closing(model):
-            if files.is_dir():
-                dtype, stored = (
-                    settings.dtype,
-                    sum(tensor.size for tensor in find_weights(files).stored),
-                )
-            else:
-                dtype, stored = _gguf_dtype_and_bytes(files)
-            size = _size(surgery, stored, seconds)
-            yield TimedModel(model, size, dtype, model.device, lambda workload: nullcontext(model))
-
-    return load
+    engine: Engine,
+    write_files: WriteFiles,
+    settings: EngineSettings,
+    notify: Notify,
+    surgery: Surgery,
+    dense: TimedModel | None,
+) -> Iterator[TimedModel]:
+    """Load a model from files into an engine."""
+    files = write_files(surgery)
+    without = f" without {surgery.description}" if surgery.cuts else ""
+    with task(notify, f"Loading {surgery.architecture.source.id}{without} into {engine.name}"):
+        start = time.perf_counter()
+        model = engine.load(files, settings)
+        seconds = time.perf_counter() - start
+    with closing(model):
+        if files.is_dir():
+            dtype = settings.dtype
+            stored = sum(tensor.size for tensor in find_weights(files).stored)
+        else:
+            dtype, stored = _gguf_dtype_and_bytes(files)
+        size = _size(surgery, stored, seconds)
+        yield TimedModel(model, size, dtype, model.device, lambda workload: nullcontext(model))
 
 
 def _gguf_dtype_and_bytes(file: Path) -> tuple[str, int]:
@@ -111,7 +106,8 @@ def _gguf_dtype_and_bytes(file: Path) -> tuple[str, int]:
 
 def _size(surgery: Surgery, stored: int, load_seconds: float | None = None) -> ModelSize:
     # The parameters are counted without weights, since packed ones have other shapes.
-    architecture, unpacked = surgery.architecture, surgery.architecture.skeleton
+    architecture = surgery.architecture
+    unpacked = architecture.skeleton
     if surgery.cuts:
         unpacked = architecture.build(architecture.read_config(surgery.prune_config()))
     return ModelSize(

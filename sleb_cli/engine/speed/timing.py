@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -57,50 +57,72 @@ def time_in_turn(
         task(notify, f"Timing {workload.label}", total, "runs") as advance,
         _without_garbage_collection(),
     ):
-        rounds = _rounds(models, workload, vocabulary, advance)
+        rounds = _Rounds(models, workload, vocabulary, advance)
         warmup = _warm_up(rounds, limit, all_rounds=workload.warmup is not None)
         advance(done=(limit - warmup.runs) * len(models))
-        timed = list(islice(rounds, workload.iterations))
+        timed = [rounds.run() for _ in range(workload.iterations)]
     if warmup.stable is False:
         varying = f"times still vary by {warmup.deviation:.1%} after {warmup.runs} warm-up runs"
         notify(Notice(f"{workload.label}: {varying}. Something else may be using this machine."))
     return Measured(warmup, timed)
 
 
-def _rounds(
-    models: Mapping[SizeKey, Run], workload: Workload, vocabulary: int, advance: Advance
-) -> Iterator[Round]:
-    for number in count():
+class _Rounds:
+    """Rounds in which each model runs once."""
+
+    def __init__(
+        self, models: Mapping[SizeKey, Run], workload: Workload, vocabulary: int, advance: Advance
+    ) -> None:
+        self.models = models
+        self.workload = workload
+        self.vocabulary = vocabulary
+        self.advance = advance
+        self.number = 0
+
+    def run(self) -> Round:
+        """Run the next round."""
         # Each round has its own prompts, so that nothing is answered from a cache. Every other
         # round runs the models in reverse order (ABBA), so that a machine that slows down affects
         # all of them.
-        prompts, order = draw_prompts(workload, vocabulary, number), list(models)
+        prompts = draw_prompts(self.workload, self.vocabulary, self.number)
+        order = list(self.models)
+        if self.number % 2 == 1:
+            order.reverse()
+        self.number += 1
         done: dict[SizeKey, TimedRun] = {}
-        for removals in order[::-1] if number % 2 else order:
-            done[removals] = models[removals](prompts, workload.new_tokens)
+        for removals in order:
+            done[removals] = self.models[removals](prompts, self.workload.new_tokens)
             name = f"{len(removals)} fewer" if removals else "dense"
-            advance(note=f"{name}: {done[removals].seconds:.3f} s")
-        yield done
+            self.advance(note=f"{name}: {done[removals].seconds:.3f} s")
+        return done
 
 
 def draw_prompts(workload: Workload, vocabulary: int, number: int) -> list[list[int]]:
     """Return the prompts of a round: random tokens."""
-    shape = workload.batch_size, workload.prompt_length
+    shape = (workload.batch_size, workload.prompt_length)
     return list(np.random.default_rng([0, number]).integers(vocabulary, size=shape).tolist())
 
 
-def _warm_up(rounds: Iterator[Round], limit: int, *, all_rounds: bool) -> WarmupRecord:
+def _warm_up(rounds: _Rounds, limit: int, *, all_rounds: bool) -> WarmupRecord:
+    """Run rounds up to the limit; unless `all_rounds` are asked for, until times are stable."""
     done: list[Round] = []
     deviation: float | None = None
-    while len(done) < limit and (all_rounds or deviation is None or deviation >= STABLE_DEVIATION):
-        done.append(next(rounds))
-        last = done[-STABLE_RUNS:]
-        if len(last) == STABLE_RUNS:
-            deviation = max(
-                relative_deviation([round_[model].seconds for round_ in last]) for model in done[0]
-            )
-    stable = None if all_rounds or deviation is None else deviation < STABLE_DEVIATION
-    return WarmupRecord(runs=len(done), deviation=deviation, stable=stable)
+    stable: bool | None = None
+    while len(done) < limit and (all_rounds or not stable):
+        done.append(rounds.run())
+        if len(done) >= STABLE_RUNS:
+            deviation = _largest_deviation(done[-STABLE_RUNS:])
+            stable = deviation < STABLE_DEVIATION
+    return WarmupRecord(runs=len(done), deviation=deviation, stable=None if all_rounds else stable)
+
+
+def _largest_deviation(rounds: Sequence[Round]) -> float:
+    """Return the relative standard deviation of the model that varies most."""
+    largest = 0.0
+    for model in rounds[0]:
+        seconds = [done[model].seconds for done in rounds]
+        largest = max(largest, relative_deviation(seconds))
+    return largest
 
 
 @contextmanager
@@ -122,31 +144,35 @@ def workload_result(
     **about: Any,
 ) -> WorkloadResult:
     """Return the result for models timed together, or each size in turn with the dense model."""
-    rounds = [done for group in measured for done in group.rounds]
-
-    def timing(removals: SizeKey) -> dict[str, Any]:
-        runs = [done[removals] for done in rounds if removals in done]
-        return {**latencies(workload, runs), "memory": memory.get(removals)}
-
-    def pruned(removals: SizeKey) -> PrunedTiming:
-        fields = timing(removals)
+    rounds: list[Round] = []
+    for group in measured:
+        rounds += group.rounds
+    sizes = {removals for done in rounds for removals in done}
+    pruned = []
+    for removals in sorted(sizes - {()}, key=len):
+        fields = _timing(workload, rounds, removals)
         # The dense model's runs in the same rounds, as the machine may be slower in others.
-        dense, seconds = [done[()].seconds for done in rounds if removals in done], fields["e2els"]
-        return PrunedTiming(
+        dense = [done[()].seconds for done in rounds if removals in done]
+        speedup = statistics.median(dense) / statistics.median(fields["e2els"])
+        timing = PrunedTiming(
             **fields,
+            memory=memory.get(removals),
             removals=removals,
-            speedup=statistics.median(dense) / statistics.median(seconds),
-            interval=median_ratio_interval(dense, seconds),
+            speedup=speedup,
+            interval=median_ratio_interval(dense, fields["e2els"]),
         )
-
-    sizes = sorted({removals for done in rounds for removals in done if removals}, key=len)
+        pruned.append(timing)
     return WorkloadResult(
         workload=workload,
         warmup=_worst([group.warmup for group in measured]),
-        dense=Timing(**timing(())),
-        pruned=tuple(map(pruned, sizes)),
+        dense=Timing(**_timing(workload, rounds, ()), memory=memory.get(())),
+        pruned=tuple(pruned),
         **about,
     )
+
+
+def _timing(workload: Workload, rounds: Sequence[Round], removals: SizeKey) -> dict[str, Any]:
+    return latencies(workload, [done[removals] for done in rounds if removals in done])
 
 
 def _worst(warmups: Sequence[WarmupRecord]) -> WarmupRecord:
@@ -162,16 +188,18 @@ def _worst(warmups: Sequence[WarmupRecord]) -> WarmupRecord:
 def latencies(workload: Workload, runs: Sequence[TimedRun]) -> dict[str, Any]:
     """Return the fields of a `Timing` that follow from its runs."""
     e2els = [run.seconds for run in runs]
-    ttfts = [run.token_seconds[0] if run.token_seconds else run.seconds for run in runs]
-    itls = [
-        tuple(np.diff(run.token_seconds).tolist()) for run in runs if len(run.token_seconds) > 1
-    ]
+    ttfts = []
+    itls = []
+    for run in runs:
+        ttfts.append(run.token_seconds[0] if run.token_seconds else run.seconds)
+        if len(run.token_seconds) > 1:
+            itls.append(tuple(np.diff(run.token_seconds).tolist()))
     tokens = workload.batch_size * (workload.new_tokens or workload.prompt_length) * len(runs)
     return {
         "tokens_per_second": tokens / sum(e2els),
         "ttft_ms": _distribution(ttfts),
         "tpot_ms": _distribution([statistics.fmean(steps) for steps in itls]),
-        "itl_ms": _distribution([seconds for steps in itls for seconds in steps]),
+        "itl_ms": _distribution(list(chain.from_iterable(itls))),
         "e2el_ms": _distribution(e2els),
         "ttfts": tuple(ttfts),
         "itls": tuple(itls),
@@ -183,8 +211,6 @@ def latencies(workload: Workload, runs: Sequence[TimedRun]) -> dict[str, Any]:
 def _distribution(seconds: Sequence[float]) -> Distribution | None:
     if not seconds:
         return None
-    mean, (median, p90, p99) = (
-        statistics.fmean(seconds),
-        np.percentile(seconds, (50, 90, 99)).tolist(),
-    )
+    median, p90, p99 = np.percentile(seconds, (50, 90, 99)).tolist()
+    mean = statistics.fmean(seconds)
     return Distribution(mean=1000 * mean, median=1000 * median, p90=1000 * p90, p99=1000 * p99)

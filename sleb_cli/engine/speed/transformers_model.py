@@ -46,20 +46,23 @@ class TransformersModel:
     """A transformers model with the settings of a workload."""
 
     def __init__(self, model: Any, workload: Workload) -> None:
-        self._model, self._workload = model, workload
-        self._forward = torch.compile(model, dynamic=False) if workload.compiled else model
+        self._model = model
+        self._workload = workload
+        self._forward = model
+        if workload.compiled:
+            self._forward = torch.compile(model, dynamic=False)
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> TimedRun:
         """Process the prompts together and generate `new_tokens` for each."""
-        ids, clock = torch.tensor(prompts, device=self._model.device), _TokenClock()
+        ids = torch.tensor(prompts, device=self._model.device)
+        clock = _TokenClock()
         synchronize(ids.device)
         start = time.perf_counter()
         self._run(ids, new_tokens, streamer=clock)
         synchronize(ids.device)
         seconds = time.perf_counter() - start
-        return TimedRun(
-            seconds, tuple(at - start for at in clock.times[1:])
-        )  # the first are the prompts
+        arrivals = clock.times[1:]  # the first is that of the prompts
+        return TimedRun(seconds, tuple(at - start for at in arrivals))
 
     def run_for_cache(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> int:
         """Run the prompts untimed, and return the bytes of the KV cache at its largest; 0 if there
@@ -67,28 +70,40 @@ class TransformersModel:
         """
         ids = torch.tensor(prompts, device=self._model.device)
         output = self._run(ids, new_tokens, return_dict_in_generate=True)
-        layers = cache_layers(output) if new_tokens else []
-        return sum(tensor.nbytes for layer in layers for tensor in layer_tensors(layer))
+        if not new_tokens:
+            return 0
+        size = 0
+        for layer in cache_layers(output):
+            size += sum(tensor.nbytes for tensor in layer_tensors(layer))
+        return size
 
     @torch.inference_mode()
     def _run(self, ids: Tensor, new_tokens: int, **options: Any) -> Any:
         compiled = self._workload.compiled
         if not new_tokens:
+            mask = torch.ones_like(ids)
             with translate_errors(_NOT_COMPILED) if compiled else nullcontext():
-                return self._forward(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
-                )
+                return self._forward(input_ids=ids, attention_mask=mask, use_cache=False)
         settings = GenerationConfig(
-            do_sample=False, use_cache=True, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
-            pad_token_id=0, eos_token_id=None, disable_compile=not compiled,
-            cache_implementation="static" if compiled else None,
-            compile_config=_compile_everywhere() if compiled else None,
-        )  # fmt: skip
-        sentence, hint = (
+            do_sample=False,
+            use_cache=True,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            pad_token_id=0,
+            eos_token_id=None,
+            disable_compile=not compiled,
+        )
+        refused = error_saying(
+            UnsupportedModelError,
             f"{self._model.config.model_type} cannot generate text",
             "Time the prompt alone: --prompt.",
         )
-        refused = _NOT_COMPILED if compiled else error_saying(UnsupportedModelError, sentence, hint)
+        if compiled:
+            settings.cache_implementation = "static"
+            settings.compile_config = CompileConfig()
+            # By itself, transformers does not compile the decoding on a CPU.
+            settings.compile_config._compile_all_devices = True
+            refused = _NOT_COMPILED
         return generate(self._model, ids, settings, refused, **options)
 
 
@@ -106,15 +121,8 @@ class _TokenClock(BaseStreamer):  # type: ignore[misc]
 
 def weights_bytes(model: Any) -> int:
     """Return the bytes of all tensors stored in a model, each once; packed weights are buffers."""
-    stored = {
-        id(tensor): tensor
-        for tensor in model.state_dict(keep_vars=True).values()
-        if isinstance(tensor, Tensor)
-    }
-    return sum(tensor.nbytes for tensor in stored.values())
-
-
-def _compile_everywhere() -> CompileConfig:
-    config = CompileConfig()  # by itself, transformers does not compile the decoding on a CPU
-    config._compile_all_devices = True
-    return config
+    sizes = {}
+    for tensor in model.state_dict(keep_vars=True).values():
+        if isinstance(tensor, Tensor):
+            sizes[id(tensor)] = tensor.nbytes
+    return sum(sizes.values())

@@ -37,16 +37,20 @@ def make_workload(
     It fits into the model's `positions`, with room for at least `least_new_tokens` after every
     prompt.
     """
-    defaults = {"engine": TRANSFORMERS, "warmup": None, "compiled": False}
-    fields = {**defaults, **(_ON_CPU if device.type == "cpu" else _ON_ACCELERATOR)[name], **chosen}
+    of_device = _ON_CPU if device.type == "cpu" else _ON_ACCELERATOR
+    fields: dict[str, Any] = {"engine": TRANSFORMERS, "warmup": None, "compiled": False}
+    fields |= of_device[name]
+    fields |= chosen
     new_tokens = max(fields["new_tokens"], least_new_tokens)
     if positions and "prompt_length" not in chosen:
         fields["prompt_length"] = max(1, min(fields["prompt_length"], positions - new_tokens))
     if positions and fields["prompt_length"] + new_tokens > positions:
-        new = f" and {plural(new_tokens, 'new one')}" if new_tokens else ""
+        tokens = f"{fields['prompt_length']} tokens"
+        hint = "Use a smaller --prompt-length."
+        if new_tokens:
+            tokens = f"{tokens} and {plural(new_tokens, 'new one')}"
+            hint = "Use a smaller --prompt-length or --new-tokens."
         raise UsageError(
-            f"A prompt of {fields['prompt_length']} tokens{new} exceeds the model's {positions} "
-            f"positions.",
-            hint="Use a smaller --prompt-length" + (" or --new-tokens." if new else "."),
+            f"A prompt of {tokens} exceeds the model's {positions} positions.", hint=hint
         )
     return Workload(name=name, **fields)
