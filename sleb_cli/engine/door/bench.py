@@ -88,16 +88,16 @@ def _workloads(
     for name, point in product(get_args(WorkloadName), points_of(request)):
         if not getattr(point, name) and point.prompt != point.generation:
             continue
-        fields: dict[str, Any] = {
-            field: getattr(point, field) for field in (*_SHAPE, "iterations", "warmup")
-        }
-        given = {field: value for field, value in fields.items() if value is not None}
+        given: dict[str, Any] = {"engine": point.engine, "compiled": point.compile}
+        for field in (*_SHAPE, "iterations", "warmup"):
+            value = getattr(point, field)
+            if value is not None:
+                given[field] = value
         if name == "prompt":
             given.pop("new_tokens", None)
-        given |= {"engine": point.engine, "compiled": point.compile}
         workload = make_workload(name, device, positions, least_new_tokens=least, **given)
         workloads[workload] = None
-        if device.type == "cpu" and not point.sweep and not given.keys() & {*_SHAPE}:
+        if device.type == "cpu" and not point.sweep and given.keys().isdisjoint(_SHAPE):
             notify(
                 Notice(f"{workload.label}: less than the paper's setting, because this is a CPU.")
             )

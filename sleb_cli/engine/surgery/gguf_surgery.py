@@ -1,10 +1,10 @@
-"""Which entries and tensors of a GGUF file remain after a removal of blocks and other parts?"""
+"""The entries and tensors of a GGUF file that remain after a removal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -31,7 +31,10 @@ class GgufSurgery:
 
     def pruned(self) -> GgufFile:
         """Return the header of the pruned file; its tensors have their offsets in `file`."""
-        return reduce(lambda file, cut: cut.header(file), self.cuts, self.file)
+        file = self.file
+        for cut in self.cuts:
+            file = cut.header(file)
+        return file
 
 
 def plan_gguf_surgery(
@@ -43,10 +46,11 @@ def plan_gguf_surgery(
     """
     blocks = tuple(removals)
     require_blocks(file)
-    count, stored = block_count(file), stored_block_count(file)
-    further = (
-        f", and {stored - count} for multi-token prediction, which stay" if stored > count else ""
-    )
+    count = block_count(file)
+    stored = stored_block_count(file)
+    further = ""
+    if stored > count:
+        further = f", and {stored - count} for multi-token prediction, which stay"
     require_removable(blocks, count, str(file.path), further=further)
     if blocks:
         require_same_kinds(file, count, kept_blocks(count, blocks).blocks)

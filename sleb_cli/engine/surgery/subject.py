@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,15 @@ def require_same_code(path: Path, plan: Plan, source: ModelSource) -> None:
     """Check that a model's own Python code is the code of the plan, which grants trust to nothing
     else.
     """
-    planned, current = plan.made_for.code, source.code
+    planned = plan.made_for.code
+    current = source.code
     if planned == current:
         return
     if not source.trust_remote_code and "auto_map" in source.raw_config:
         raise untrusted_code(source)
-    hashes = f" (SHA-256 {current[:12]}, not {planned[:12]})" if current and planned else ""
+    hashes = ""
+    if current and planned:
+        hashes = f" (SHA-256 {current[:12]}, not {planned[:12]})"
     raise PlanError(
         f"The Python code of {source.id} has changed since {path} was made{hashes}.",
         hint="Restore that code, or search again.",
@@ -73,20 +77,22 @@ def require_same_code(path: Path, plan: Plan, source: ModelSource) -> None:
 
 def require_same_model(path: Path, plan: Plan, architecture: Architecture) -> None:
     """Check that a plan was made for this model, wherever the model is stored now."""
-    planned, named = plan.made_for, architecture.record
-
-    is_same = same_fingerprint(planned.fingerprint, named.fingerprint)
-
-    def identity(model: ModelRecord) -> dict[str, Any]:
-        found: dict[str, Any] = {"model_type": model.model_type, "blocks": model.blocks}
-        if not is_same:
-            parts = model.fingerprint.split("-")
-            found["fingerprint"] = "-".join(part[:12] for part in parts)
-        return found
-
-    if differing := differences(identity(named), identity(planned)):
+    planned = plan.made_for
+    named = architecture.record
+    by_fingerprint = not same_fingerprint(planned.fingerprint, named.fingerprint)
+    identity = partial(_identity, by_fingerprint=by_fingerprint)
+    differing = differences(identity(named), identity(planned))
+    if differing:
         raise PlanError(
             f"{path} was made for {planned.id}, but {named.id} is a different model ({differing}).",
             hint="Name the plan's model with --model, or use the plan on this one with "
             "--any-model.",
         )
+
+
+def _identity(model: ModelRecord, *, by_fingerprint: bool) -> dict[str, Any]:
+    identity: dict[str, Any] = {"model_type": model.model_type, "blocks": model.blocks}
+    if by_fingerprint:
+        parts = model.fingerprint.split("-")
+        identity["fingerprint"] = "-".join(part[:12] for part in parts)
+    return identity

@@ -1,13 +1,11 @@
-"""Which tensors and settings of a model remain after a removal of blocks and other parts? No weight
-is read.
-"""
+"""The tensors and settings of a model that remain after a removal. No weight is read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, reduce
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -51,8 +49,13 @@ class Surgery:
     @property
     def description(self) -> str:
         """The parts that go, to be read after "without"."""
-        blocks = [plural(len(self.removals), "block")] if self.removals or not self.cuts else []
-        return " and ".join([*blocks, *(cut.description for cut in self.cuts if not cut.removals)])
+        parts = []
+        if self.removals or not self.cuts:
+            parts.append(plural(len(self.removals), "block"))
+        for cut in self.cuts:
+            if not cut.removals:
+                parts.append(cut.description)
+        return " and ".join(parts)
 
     @property
     def name(self) -> str:
@@ -73,11 +76,17 @@ class Surgery:
     @cached_property
     def tokens(self) -> tuple[int, ...] | None:
         """The tokens that stay, ascending, by their old numbers; None if all do."""
-        return next((cut.tokens for cut in self.cuts if cut.tokens is not None), None)
+        for cut in self.cuts:
+            if cut.tokens is not None:
+                return cut.tokens
+        return None
 
     def settings(self, file: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the contents of a file of settings after all cuts."""
-        return reduce(lambda changed, cut: cut.settings(file, changed), self.cuts, dict(values))
+        changed = dict(values)
+        for cut in self.cuts:
+            changed = cut.settings(file, changed)
+        return changed
 
     def prune_config(self) -> dict[str, Any]:
         """Return the `config.json` of the pruned model."""
@@ -87,15 +96,23 @@ class Surgery:
         self, named: Iterable[tuple[str, T]]
     ) -> Iterator[tuple[str, T, tuple[Slices, ...]]]:
         """Drop the tensors that go, rename the others, and add the slices that stay of each."""
-        for name, value in named:
-            slices: tuple[Slices, ...] = ()
-            for cut in self.cuts:
-                if (remaining := cut.tensor(name)) is None:
-                    break
-                name, cut_slices = remaining
-                slices += (cut_slices,) if cut_slices else ()
-            else:
+        for old_name, value in named:
+            remaining = self._remaining(old_name)
+            if remaining is not None:
+                name, slices = remaining
                 yield name, value, slices
+
+    def _remaining(self, name: str) -> tuple[str, tuple[Slices, ...]] | None:
+        """Return the new name of a tensor, and the slices that stay of it; None if it goes."""
+        slices = []
+        for cut in self.cuts:
+            remaining = cut.tensor(name)
+            if remaining is None:
+                return None
+            name, of_cut = remaining
+            if of_cut:
+                slices.append(of_cut)
+        return name, tuple(slices)
 
     @contextmanager
     def simulate(self, dense: nn.Module) -> Iterator[None]:
@@ -107,7 +124,9 @@ class Surgery:
 
     def token_ids(self, ids: Sequence[int]) -> list[int | None]:
         """Return the new numbers of these tokens, [positions]; None for one that goes."""
-        return [token if self.tokens is None else self._new_token.get(token) for token in ids]
+        if self.tokens is None:
+            return list(ids)
+        return [self._new_token.get(token) for token in ids]
 
     @cached_property
     def _new_token(self) -> dict[int, int]:

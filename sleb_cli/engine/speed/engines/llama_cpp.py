@@ -35,7 +35,9 @@ class LlamaCpp(PackagedEngine):
     name = "llama.cpp"
     description = "llama.cpp, through llama-cpp-python; reads GGUF files"
     reads = "gguf"
-    title, module, extra = "llama.cpp", "llama_cpp", "llama-cpp"
+    title = "llama.cpp"
+    module = "llama_cpp"
+    extra = "llama-cpp"
 
     def load(self, model: Path, settings: EngineSettings) -> LoadedModel:
         """Load a GGUF file, onto the GPU if this build of llama.cpp uses one."""
@@ -67,8 +69,7 @@ class _LoadedGguf(LoadedModel):
             self.close()
             raise MachineError(
                 f"llama.cpp cannot make a context for {settings.batch_size} x "
-                f"{settings.sequence_length} tokens of "
-                f"{file.name}{_because(errors)}.",
+                f"{settings.sequence_length} tokens of {file.name}{_because(errors)}.",
                 hint="Use a smaller --batch-size or --prompt-length.",
             )
         self._vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
@@ -78,28 +79,29 @@ class _LoadedGguf(LoadedModel):
         token by token.
         """
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
-        entries = [
-            _Entry(token, position, sequence, position == len(prompt) - 1)
-            for sequence, prompt in enumerate(prompts)
-            for position, token in enumerate(prompt)
-        ]
-        chunks = [
-            entries[start : start + _BATCH_TOKENS]
-            for start in range(0, len(entries), _BATCH_TOKENS)
-        ]
-        with _filled_batches(self._llama, [*chunks, entries[: len(prompts)]]) as (*prepared, step):
+        entries = []
+        for sequence, prompt in enumerate(prompts):
+            for position, token in enumerate(prompt):
+                is_last = position == len(prompt) - 1
+                entries.append(_Entry(token, position, sequence, is_last))
+        with ExitStack() as made:
+            prepared = []
+            for first in range(0, len(entries), _BATCH_TOKENS):
+                chunk = entries[first : first + _BATCH_TOKENS]
+                batch = made.enter_context(_new_batch(self._llama, len(chunk)))
+                _fill(batch, chunk)
+                prepared.append((batch, chunk))
+            step = made.enter_context(_new_batch(self._llama, len(prompts)))
             start = time.perf_counter()
-            chosen = [
-                token
-                for batch, chunk in zip(prepared, chunks, strict=True)
-                for token in self._decode(batch, chunk)
-            ]
+            chosen: list[int] = []
+            for batch, chunk in prepared:
+                chosen += self._decode(batch, chunk)
             arrivals = [time.perf_counter() - start]
-            for made in range(new_tokens - 1):
-                rows = [
-                    _Entry(chosen[n], len(prompt) + made, n, True)
-                    for n, prompt in enumerate(prompts)
-                ]
+            for decoded in range(new_tokens - 1):
+                rows = []
+                for sequence, prompt in enumerate(prompts):
+                    position = len(prompt) + decoded
+                    rows.append(_Entry(chosen[sequence], position, sequence, True))
                 _fill(step, rows)
                 chosen = self._decode(step, rows)
                 arrivals.append(time.perf_counter() - start)
@@ -119,11 +121,13 @@ class _LoadedGguf(LoadedModel):
                 hint="Use a smaller --batch-size or --prompt-length.",
             )
         llama.llama_synchronize(self._context)
-        rows = [row for row, entry in enumerate(entries) if entry.is_last]
-        logits = (llama.llama_get_logits_ith(self._context, row) for row in rows)
-        return [
-            int(np.ctypeslib.as_array(values, (self._vocabulary,)).argmax()) for values in logits
-        ]
+        chosen = []
+        for row, entry in enumerate(entries):
+            if entry.is_last:
+                values = llama.llama_get_logits_ith(self._context, row)
+                logits = np.ctypeslib.as_array(values, (self._vocabulary,))
+                chosen.append(int(logits.argmax()))
+        return chosen
 
     def close(self) -> None:
         """Free the context and the model."""
@@ -135,13 +139,12 @@ class _LoadedGguf(LoadedModel):
 
 
 @contextmanager
-def _filled_batches(llama: Any, chunks: Sequence[Sequence[_Entry]]) -> Iterator[list[Any]]:
-    with ExitStack() as made:
-        batches = [llama.llama_batch_init(len(chunk), 0, 1) for chunk in chunks]
-        for batch, chunk in zip(batches, chunks, strict=True):
-            made.callback(llama.llama_batch_free, batch)
-            _fill(batch, chunk)
-        yield batches
+def _new_batch(llama: Any, tokens: int) -> Iterator[Any]:
+    batch = llama.llama_batch_init(tokens, 0, 1)
+    try:
+        yield batch
+    finally:
+        llama.llama_batch_free(batch)
 
 
 def _fill(batch: Any, entries: Sequence[_Entry]) -> None:

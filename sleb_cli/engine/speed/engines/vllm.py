@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,19 +26,21 @@ class Vllm(PackagedEngine):
     description = "vLLM; reads checkpoints"
     reads = "checkpoint"
     least_new_tokens = 1
-    title, module, extra = "vLLM", "vllm", "vllm"
+    title = "vLLM"
+    module = "vllm"
+    extra = "vllm"
     loaded = 0
     """How many models are in memory now."""
 
     def load(self, model: Path, settings: EngineSettings) -> LoadedModel:
         """Load a checkpoint folder."""
         vllm = self.imported()
-        hint = (
-            "Run `vllm serve` on the folder for more; with less memory, measure one size at a time."
+        refused = error_saying(
+            MachineError,
+            f"vLLM does not start with {model.name}",
+            "Run `vllm serve` on the folder for more; with less memory, measure one size at a time.",
         )
-        with translate_errors(
-            error_saying(MachineError, f"vLLM does not start with {model.name}", hint)
-        ):
+        with translate_errors(refused):
             return _LoadedCheckpoint(self, vllm, model, settings)
 
     def imported(self) -> Any:
@@ -55,7 +56,8 @@ class _LoadedCheckpoint(LoadedModel):
     def __init__(self, engine: Vllm, vllm: Any, folder: Path, settings: EngineSettings) -> None:
         from vllm.platforms import current_platform
 
-        self._engine, self._vllm = engine, vllm
+        self._engine = engine
+        self._vllm = vllm
         self._runs = 0
         self.device = str(current_platform.device_type)
         self._llm = vllm.LLM(
@@ -77,13 +79,14 @@ class _LoadedCheckpoint(LoadedModel):
         sampling = self._vllm.SamplingParams(
             temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
         )
-        engine, self._runs = self._llm.llm_engine, self._runs + 1
-        made: Counter[str] = Counter(
-            {f"{self._runs}.{number}": 0 for number in range(len(prompts))}
-        )
+        engine = self._llm.llm_engine
+        self._runs += 1
+        made: dict[str, int] = {}
         arrivals: list[float] = []
         start = time.perf_counter()
-        for name, prompt in zip(made, prompts, strict=True):
+        for number, prompt in enumerate(prompts):
+            name = f"{self._runs}.{number}"
+            made[name] = 0
             engine.add_request(name, {"prompt_token_ids": list(prompt)}, sampling)
         while engine.has_unfinished_requests():
             for output in engine.step():
