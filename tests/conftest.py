@@ -425,7 +425,9 @@ def llama_plan(_found_plan: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the processes that measure the memory, most of the time of a tiny benchmark."""
-    monkeypatch.setattr(benchmark, "measure_alone", lambda *given: (None, [None] * 99))
+    monkeypatch.setattr(
+        benchmark, "measure_alone", lambda _, __, workloads, ___: (None, [None] * len(workloads))
+    )
 
 
 @pytest.fixture

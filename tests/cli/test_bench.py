@@ -6,14 +6,17 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from conftest import llama_config, save_model, slow
+from sleb_cli.engine.forward.placement import open_model
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.speed import benchmark, loaders, peak_memory
 from sleb_cli.engine.speed.timing import Measured
+from sleb_cli.engine.surgery.loading import load_pruned
 from sleb_cli.results import WarmupRecord
 from sleb_plugins.engine import TimedRun
 
@@ -36,10 +39,8 @@ def test_both_workloads_on_each_size(bench, llama_plan, tmp_path, without_memory
     assert [size["removals"] for size in data["pruned"]] == [removals[:1], removals]
     assert [size["blocks"] for size in (data["dense"], *data["pruned"])] == [6, 5, 4]
     per_block = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32
-    assert [data["dense"]["parameters"] - size["parameters"] for size in data["pruned"]] == [
-        per_block,
-        2 * per_block,
-    ]
+    fewer = [data["dense"]["parameters"] - size["parameters"] for size in data["pruned"]]
+    assert fewer == [per_block, 2 * per_block]
     assert data["dense"]["weights_bytes"] == 4 * data["dense"]["parameters"]
     assert [w["workload"]["name"] for w in data["workloads"]] == ["prompt", "generation"]
     for measured, new in zip(data["workloads"], (0, 4), strict=True):
@@ -60,11 +61,11 @@ def test_both_workloads_on_each_size(bench, llama_plan, tmp_path, without_memory
 def check_timing(timing, new):
     assert len(timing["e2els"]) == len(timing["ttfts"]) == 5
     assert timing["tokens_per_second"] == pytest.approx(2 * 5 * (new or 8) / sum(timing["e2els"]))
-    for first, steps, last in zip(
-        timing["ttfts"], timing["itls"], timing["e2els"], strict=bool(new)
-    ):
+    assert len(timing["itls"]) == (5 if new else 0)
+    for number, steps in enumerate(timing["itls"]):
+        first = timing["ttfts"][number]
         assert len(steps) == new - 1
-        assert 0 < first <= first + sum(steps) <= last
+        assert 0 < first <= first + sum(steps) <= timing["e2els"][number]
 
 
 @pytest.mark.parametrize("more", [("--generation",), slow(("--blocks", "1,2"))])
@@ -87,29 +88,37 @@ def test_the_memory_is_that_of_a_process_of_its_own(bench, tiny_llama, more):
             # block.
             cache = 2 * 11 * 2 * 16 * 4 * size["blocks"] if new else 0
             assert memory["kv_cache_bytes"] == cache
-            assert (
-                sum(memory[f"{part}_bytes"] for part in ("weights", "kv_cache", "rest"))
-                == memory["peak_bytes"]
-            )
+            parts = memory["weights_bytes"] + cache + memory["rest_bytes"]
+            assert parts == memory["peak_bytes"]
 
 
-@pytest.mark.parametrize("workload", ["--prompt", "--generation"])
+@pytest.mark.parametrize(
+    ("workload", "compiled"),
+    [
+        ("--prompt", "torch.compile"),
+        ("--generation", "transformers.PreTrainedModel.get_compiled_call"),
+    ],
+)
 def test_a_model_that_cannot_be_compiled_is_said_so(
-    bench, tiny_llama, without_memory, monkeypatch, workload
+    bench, tiny_llama, without_memory, monkeypatch, workload, compiled
 ):
-    def fail(*arguments, **options):
-        raise RuntimeError("no compiler was found\nHere is how to install one")
-
-    compiled = (
-        "torch.compile"
-        if workload == "--prompt"
-        else "transformers.PreTrainedModel.get_compiled_call"
-    )
+    fail = Mock(side_effect=RuntimeError("no compiler was found\nHere is how to install one"))
     monkeypatch.setattr(compiled, lambda *given, **options: fail)
     said = bench(tiny_llama, workload, *QUICK, "--compile", code=7).stderr
-    assert (
-        "torch.compile does not work for this model on this machine: no compiler was found" in said
-    )
+    assert "torch.compile does not work for this model on this machine: no compiler was" in said
+
+
+def pack(model):
+    """Put the numbers of projections into buffers, as GPTQ and AWQ do; one more is not stored."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.lm_head:
+            rows = module.out_features
+            packed = torch.zeros(module.in_features // 8, rows, dtype=torch.int32)
+            del module.weight
+            module.register_buffer("qweight", packed)
+            module.register_buffer("scales", torch.zeros(1, rows, dtype=torch.float16))
+            module.register_buffer("workspace", torch.zeros(1000), persistent=False)
+    return model
 
 
 def test_packed_models_run_in_pairs_and_count_as_unpacked(
@@ -118,34 +127,17 @@ def test_packed_models_run_in_pairs_and_count_as_unpacked(
     together = []
     folder = save_model(tmp_path / "model", llama_config(4))
 
-    def pack(model):
-        """Put the numbers of each projection into buffers, as GPTQ and AWQ do; one more is not
-        stored.
-        """
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear) and module is not model.lm_head:
-                rows = module.out_features
-                del module.weight
-                module.register_buffer(
-                    "qweight", torch.zeros(module.in_features // 8, rows, dtype=torch.int32)
-                )
-                module.register_buffer("scales", torch.zeros(1, rows, dtype=torch.float16))
-                module.register_buffer("workspace", torch.zeros(1000), persistent=False)
-        return model
-
     def instantly(models, *given):
         together.append(list(models))
         warmup = WarmupRecord(runs=0, deviation=None, stable=None)
         return Measured(warmup, [dict.fromkeys(models, TimedRun(1.0))])
-
-    open_model, load_pruned = loaders.open_model, loaders.load_pruned
-    monkeypatch.setattr(Architecture, "is_quantized", True)
 
     def packed(*given):
         skippable = open_model(*given)
         pack(skippable.model)
         return skippable
 
+    monkeypatch.setattr(Architecture, "is_quantized", True)
     monkeypatch.setattr(loaders, "open_model", packed)
     monkeypatch.setattr(loaders, "load_pruned", lambda *given, dense: pack(load_pruned(*given)))
     monkeypatch.setattr(benchmark, "time_in_turn", instantly)
@@ -155,33 +147,26 @@ def test_packed_models_run_in_pairs_and_count_as_unpacked(
     (measured,) = data["workloads"]
     assert len(measured["dense"]["e2els"]) == 2
     assert [timing["removals"] for timing in measured["pruned"]] == [[1], [1, 2]]
-    projections, columns, norms = (
-        32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64,
-        32 * 2 + 16 * 2 + 64 * 2 + 32,
-        2 * 32,
-    )
+    projections = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64
+    columns = 32 * 2 + 16 * 2 + 64 * 2 + 32
+    norms = 2 * 32
     outside = 2 * 320 * 32 + 32
     for size, blocks in zip((data["dense"], *data["pruned"]), (4, 3, 2), strict=True):
         assert size["parameters"] == blocks * (projections + norms) + outside
-        packed = projections // 8 * 4 + columns * 2 + norms * 4
-        assert size["weights_bytes"] == blocks * packed + outside * 4
+        of_block = projections // 8 * 4 + columns * 2 + norms * 4
+        assert size["weights_bytes"] == blocks * of_block + outside * 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_while_the_memory_is_measured(tiny_llama, tmp_path, number, code):
-    command = [
-        sys.executable,
-        "-m",
-        "sleb_cli",
-        "bench",
-        str(tiny_llama),
-        "--prompt",
-        "-o",
-        "b.json",
-    ]
+    command = [*"-m sleb_cli bench --prompt -o b.json".split(), str(tiny_llama)]
     with subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, *command],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as process:
         for line in process.stderr:
             if line.startswith("Peak memory"):

@@ -28,9 +28,8 @@ def bench(sleb):
     """Run a short benchmark, require an exit code, and give the result."""
 
     def run(*words, **how):
-        return sleb(
-            "bench", *words, *SHORT, *([] if "--prompt" in words else ["--new-tokens", 3]), **how
-        )
+        new_tokens = [] if "--prompt" in words else ["--new-tokens", 3]
+        return sleb("bench", *words, *SHORT, *new_tokens, **how)
 
     return run
 
@@ -50,9 +49,8 @@ class Recorder(sleb.Engine):
     def load(self, model, settings):
         self.settings.append(settings)
         self.files.append(read_gguf(model))
-        assert (
-            len(list(model.parent.glob("*-blocks-fewer.gguf"))) <= 1
-        )  # larger ones than fit on a disk together
+        # Larger ones may not fit on a disk together.
+        assert len(list(model.parent.glob("*-blocks-fewer.gguf"))) <= 1
         return RecordedModel(self, len(self.files))
 
 
@@ -89,9 +87,7 @@ def test_every_size_is_timed_beside_the_dense_model(
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     data = json.loads(bench(llama_plan, "--every", 1, "--engine", "steady", "--json").stdout)
-    assert (
-        list((tmp_path / "scratch").iterdir()) == []
-    )  # nothing stays of the files that were written
+    assert list((tmp_path / "scratch").iterdir()) == []  # no file that was written stays
     kept = read_results(BenchResult, results_folder(llama_plan), ignore).values()
     workloads = [each.to_data()["workloads"][0] for each in kept]
     assert sorted(workloads, key=str) == sorted(data["workloads"], key=str)
@@ -103,10 +99,8 @@ def test_every_size_is_timed_beside_the_dense_model(
     assert [size["blocks"] for size in (data["dense"], *data["pruned"])] == [6, 5, 4]
     stored = sum(tensor.nbytes for tensor in weights_of(tiny_llama).values())
     assert data["dense"]["weights_bytes"] == stored == 4 * data["dense"]["parameters"]
-    assert [measured["workload"]["name"] for measured in data["workloads"]] == [
-        "prompt",
-        "generation",
-    ]
+    prompt, generation = data["workloads"]
+    assert (prompt["workload"]["name"], generation["workload"]["name"]) == ("prompt", "generation")
     for measured in data["workloads"]:
         assert measured["workload"]["engine"] == "steady"
         assert (measured["attention"], measured["engine_version"]) == (None, None)
@@ -116,34 +110,19 @@ def test_every_size_is_timed_beside_the_dense_model(
             assert timing["memory"] is None
             shares = data["dense"]["weights_bytes"] / size["weights_bytes"]
             assert timing["speedup"] == pytest.approx(shares, rel=0.01)  # a file has a header, too
-    prompt, generation = data["workloads"]
     assert generation["dense"]["ttfts"] == prompt["dense"]["ttfts"]
     assert {len(steps) for steps in generation["dense"]["itls"]} == {2}
 
 
 def test_a_gguf_file_is_cut_and_loaded_in_pairs(bench, recorder, tmp_path):
     file = write_llama_gguf(tmp_path / "tiny.gguf", 6)
-    options = [
-        "--blocks",
-        "4,1,2",
-        "--remove",
-        "1,3",
-        "--engine",
-        "recorder",
-        "--prompt",
-        "--threads",
-        1,
-    ]
-    data = json.loads(bench(file, *options, "--json").stdout)
+    options = "--blocks 4,1,2 --remove 1,3 --engine recorder --prompt --threads 1 --json"
+    data = json.loads(bench(file, *options.split()).stdout)
     assert [block_count(file) for file in recorder.files] == [6, 5, 3]
     assert (data["dtype"], data["device"], data["threads"]) == ("F32", "abacus", 1)
     settings = recorder.settings[0]
-    assert (settings.threads, settings.batch_size, settings.sequence_length, settings.models) == (
-        1,
-        2,
-        8,
-        2,
-    )
+    assert (settings.threads, settings.models) == (1, 2)
+    assert (settings.batch_size, settings.sequence_length) == (2, 8)
     (measured,) = data["workloads"]
     assert measured["engine_version"] == "recorder 1.0"
     assert [timing["speedup"] for timing in measured["pruned"]] == [2.0, 3.0]

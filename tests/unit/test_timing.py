@@ -1,5 +1,6 @@
-"""Timing models in turn, vLLM's statistics of the runs, and intervals that hold what they promise."""
+"""Timing models in turn, statistics of the runs, and intervals that hold what they promise."""
 
+from functools import partial
 from itertools import chain, repeat
 
 import numpy as np
@@ -15,46 +16,54 @@ from sleb_cli.engine.speed.timing import (
     workload_result,
 )
 from sleb_cli.engine.statistics import MIN_ROUNDS, count_outliers, median_ratio_interval
-from sleb_cli.events import Notice
+from sleb_cli.events import Notice, ignore
 from sleb_cli.results import WarmupRecord, Workload
 from sleb_plugins.engine import TimedRun
 
 
-def workload(**changes):
-    given = {
-        "name": "generation", "engine": "transformers", "batch_size": 2, "prompt_length": 8, "new_tokens": 4,
-        "iterations": 4, "warmup": 0, "compiled": False,
-    }  # fmt: skip
-    return Workload(**(given | changes))
+def workload(name="generation", new_tokens=4, iterations=4, warmup=0):
+    return Workload(
+        name=name,
+        engine="transformers",
+        batch_size=2,
+        prompt_length=8,
+        new_tokens=new_tokens,
+        iterations=iterations,
+        warmup=warmup,
+        compiled=False,
+    )
 
 
-def machine(*seconds, names=("dense", "pruned")):
-    """Return models that run in no time, which of them ran, and on what; each run took the next of
-    `seconds`.
-    """
-    runs, prompts = [], []
+PROMPT = workload("prompt", new_tokens=0)
 
-    def model(name):
-        times = chain(seconds, repeat(seconds[-1]))
 
-        def run(given, new_tokens):
-            assert new_tokens == 4
-            runs.append(name)
-            prompts.append(given)
-            return TimedRun(next(times))
+class Machine:
+    """Models that run in no time; each run takes the next of `seconds`, then the last."""
 
-        return run
+    def __init__(self, names, *seconds):
+        self.names = names
+        self.times = {name: chain(seconds, repeat(seconds[-1])) for name in names}
+        self.runs = []
+        self.prompts = []
 
-    return {name: model(name) for name in names}, runs, prompts
+    def run(self, name, prompts, new_tokens):
+        assert new_tokens == 4
+        self.runs.append(name)
+        self.prompts.append(prompts)
+        return TimedRun(next(self.times[name]))
+
+    def time(self, workload, vocabulary, notify=ignore):
+        models = {name: partial(self.run, name) for name in self.names}
+        return time_in_turn(models, workload, vocabulary, notify)
 
 
 def test_every_other_round_is_reversed_and_has_its_own_prompts():
-    models, runs, prompts = machine(1.0, names="abc")
-    measured = time_in_turn(models, workload(iterations=3), 1000, [].append)
-    assert "".join(runs) == "abc" + "cba" + "abc"
+    machine = Machine("abc", 1.0)
+    measured = machine.time(workload(iterations=3), 1000)
+    assert "".join(machine.runs) == "abc" + "cba" + "abc"
     assert measured.rounds == [dict.fromkeys("abc", TimedRun(1.0))] * 3
-    first, *others = prompts[::3], prompts[1::3], prompts[2::3]
-    assert others == [first, first]
+    first = machine.prompts[::3]
+    assert machine.prompts[1::3] == machine.prompts[2::3] == first
     assert len({str(of_round) for of_round in first}) == 3
     assert [len(prompts) for prompts in first[0]] == [8, 8]
     assert all(0 <= token < 1000 for of_round in first for prompt in of_round for token in prompt)
@@ -71,10 +80,11 @@ def test_every_other_round_is_reversed_and_has_its_own_prompts():
     ],
 )
 def test_models_warm_up_until_their_times_are_stable(seconds, asked, runs, stable):
-    (models, ran, _), heard = machine(*seconds), []
-    measured = time_in_turn(models, workload(warmup=asked), 10, heard.append)
+    heard = []
+    machine = Machine(["dense", "pruned"], *seconds)
+    measured = machine.time(workload(warmup=asked), 10, heard.append)
     assert (measured.warmup.runs, measured.warmup.stable) == (runs, stable)
-    assert len(ran) == 2 * (runs + 4)
+    assert len(machine.runs) == 2 * (runs + 4)
     assert len(measured.rounds) == 4
     told = [event.text for event in heard if isinstance(event, Notice)]
     assert len(told) == (stable is False)
@@ -86,18 +96,15 @@ def test_the_statistics_have_known_answers():
     found = latencies(workload(), runs)
     assert found["tokens_per_second"] == pytest.approx(16 / 3)
     assert found["ttfts"] == (0.4, 0.8)
-    assert found["itls"] == (pytest.approx((0.1, 0.2, 0.2)), pytest.approx((0.2, 0.4, 0.4)))
-    assert (found["ttft_ms"].mean, found["ttft_ms"].median) == (
-        pytest.approx(600),
-        pytest.approx(600),
-    )
-    assert found["tpot_ms"].mean == pytest.approx(250)
-    assert (found["itl_ms"].median, found["itl_ms"].p90) == (pytest.approx(200), pytest.approx(400))
+    assert np.array(found["itls"]) == pytest.approx(np.array([(0.1, 0.2, 0.2), (0.2, 0.4, 0.4)]))
+    means = [found[name].mean for name in ("ttft_ms", "tpot_ms")]
+    assert means == pytest.approx([600, 250])
+    assert [found["itl_ms"].median, found["itl_ms"].p90] == pytest.approx([200, 400])
     assert found["e2el_ms"].p99 == pytest.approx(1990)
 
 
 def test_the_first_token_of_a_prompt_is_its_end():
-    found = latencies(workload(name="prompt", new_tokens=0), [TimedRun(1.0), TimedRun(3.0)])
+    found = latencies(PROMPT, [TimedRun(1.0), TimedRun(3.0)])
     assert found["ttfts"] == found["e2els"] == (1.0, 3.0)
     assert found["itl_ms"] is found["tpot_ms"] is None
     assert found["tokens_per_second"] == 2 * 2 * 8 / 4
@@ -161,19 +168,14 @@ def test_an_interval_is_reproducible_and_needs_enough_rounds():
 
 
 def test_a_speedup_is_over_the_dense_runs_of_the_same_rounds():
-    def measured(warmup, seconds):
-        done = {removals: TimedRun(value) for removals, value in seconds.items()}
-        return Measured(
-            WarmupRecord(runs=warmup, deviation=warmup / 100, stable=warmup < 5), [done] * 2
-        )
-
-    pairs = [measured(3, {(): 2, (3,): 1}), measured(9, {(): 6, (3, 4): 2})]
-    one = workload(name="prompt", new_tokens=0)
-    found = workload_result(one, pairs, {}, engine_version=None, attention=None)
-    assert found.dense.e2els == (2, 2, 6, 6)
-    assert [(timing.removals, timing.speedup) for timing in found.pruned] == [
-        ((3,), 2),
-        ((3, 4), 3),
+    steady = WarmupRecord(runs=3, deviation=0.03, stable=True)
+    varying = WarmupRecord(runs=9, deviation=0.09, stable=False)
+    pairs = [
+        Measured(steady, [{(): TimedRun(2), (3,): TimedRun(1)}] * 2),
+        Measured(varying, [{(): TimedRun(6), (3, 4): TimedRun(2)}] * 2),
     ]
+    found = workload_result(PROMPT, pairs, {}, engine_version=None, attention=None)
+    assert found.dense.e2els == (2, 2, 6, 6)
+    assert {timing.removals: timing.speedup for timing in found.pruned} == {(3,): 2, (3, 4): 3}
     assert (found.warmup.runs, found.warmup.deviation, found.warmup.stable) == (9, 0.09, False)
     assert found.pruned[0].interval is found.dense.memory is None
