@@ -148,17 +148,17 @@ def render(tokenizer: Any, conversation: Conversation, source: str, *, answers: 
     """
     template = partial(apply_template, tokenizer, source=source)
     if not answers:
-        return [(token, True) for token in template(conversation, return_dict=True)["input_ids"]]
+        written = template(conversation, return_dict=True)
+        return [(token, True) for token in written["input_ids"]]
     # Only a fast tokenizer knows which tokens the template's own tags enclose.
     if tokenizer.is_fast and _GENERATION.search(str(tokenizer.chat_template)):
         written = template(conversation, return_dict=True, return_assistant_tokens_mask=True)
         mask = [bool(counts) for counts in written["assistant_masks"]]
         return list(zip(written["input_ids"], mask, strict=True))
     tokens = Tokens()
+    pieces = _split_at_answers(tokenizer, partial(template, tokenize=False), conversation, source)
     # Prompt and answer are tokenized separately, as in generation.
-    for piece, counts in _split_at_answers(
-        tokenizer, partial(template, tokenize=False), conversation, source
-    ):
+    for piece, counts in pieces:
         if piece:
             ids = tokenizer(piece, add_special_tokens=False).input_ids
             tokens += [(token, counts) for token in ids]
@@ -175,35 +175,34 @@ def _split_at_answers(
         hint="Leave it out or, to calibrate, use --chat all.",
     )
     marked = _mark_answers(conversation)
+    marks_in = [message["content"].count(_MARK) for message in marked]
     whole = template(marked)
-    if whole.replace(_MARK, "") != template(conversation):
-        raise unfound
     marks = [at for at, character in enumerate(whole) if character == _MARK]
-    if len(marks) != sum(message["content"].count(_MARK) for message in marked):
+    if whole.replace(_MARK, "") != template(conversation) or len(marks) != sum(marks_in):
         raise unfound
     pieces = []
-    done = 0
-    for turn, message in enumerate(conversation):
-        if message["role"] != "assistant" or turn == 0:
-            continue
-        before = sum(earlier["content"].count(_MARK) for earlier in marked[:turn])
-        asked = marks[before - 1] + 1
-        # What the template writes before an answer, and after one that is the last.
-        opening = template(marked[:turn], add_generation_prompt=True).rpartition(_MARK)[2]
-        ending = template(marked[: turn + 1]).rpartition(_MARK)[2].rstrip()
-        begin = asked + _count_common(opening, whole[asked:])
-        if not message["content"]:  # it only calls tools
-            if not whole.startswith(ending, asked):
+    done = 0  # characters in pieces so far
+    seen = 0  # marks in the messages so far
+    for turn, message in enumerate(marked):
+        if message["role"] == "assistant" and turn > 0:
+            asked = marks[seen - 1] + 1
+            # What the template writes before an answer, and after one that is the last.
+            opening = template(marked[:turn], add_generation_prompt=True).rpartition(_MARK)[2]
+            ending = template(marked[: turn + 1]).rpartition(_MARK)[2].rstrip()
+            begin = asked + _count_common(opening, whole[asked:])
+            if marks_in[turn] == 2:
+                words, end = marks[seen : seen + 2]
+                led = whole[begin:words].strip()
+                if led and not _holds_thought(conversation[turn], led):
+                    begin = words  # the template writes this where there is no thought
+                end += 1 + _ending_length(tokenizer, whole[end + 1 :], ending)
+            elif whole.startswith(ending, asked):  # it only calls tools
+                end = asked + len(ending)
+            else:
                 raise unfound
-            end = asked + len(ending)
-        else:
-            words, end_of_words = marks[before : before + 2]
-            led = whole[begin:words].strip()
-            if led and not _holds_thought(message, led):
-                begin = words  # the template writes this where there is no thought
-            end = end_of_words + 1 + _ending_length(tokenizer, whole[end_of_words + 1 :], ending)
-        pieces += [(whole[done:begin], False), (whole[begin:end], True)]
-        done = end
+            pieces += [(whole[done:begin], False), (whole[begin:end], True)]
+            done = end
+        seen += marks_in[turn]
     pieces.append((whole[done:], False))
     return [(text.replace(_MARK, ""), counts) for text, counts in pieces]
 
@@ -214,7 +213,7 @@ def _mark_answers(conversation: Conversation) -> Conversation:
     for message, answer in pairwise(marked):
         if answer["role"] != "assistant":
             continue
-        if message["role"] != "assistant" or _MARK not in message["content"]:
+        if _MARK not in message["content"]:
             message["content"] += _MARK
         content = answer["content"]
         if content:  # a template may ask whether there are words
