@@ -74,7 +74,7 @@ class Order:
         if self.unit == PER_TOKEN:
             return f"with {plural(self.count - len(key), 'expert')} per token"
         if self.whole_blocks:
-            return f"without blocks {spans(key)}"
+            return f"without block{'' if len(key) == 1 else 's'} {spans(key)}"
         return f"without {self.amount(len(key))}"
 
     def amount(self, size: int) -> str:

@@ -2,11 +2,38 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from sleb_cli.plan import LossesRecord, RecoveryRecord, read_plan
 from sleb_plugins import PlanError
+
+
+OLDER = Path(__file__).parents[1] / "older_plans"
+"""Plans that sleb wrote at ba037724, for tiny models; results beside such plans name the ranking."""
+
+EXPERTS = {0: (5, 6), 1: (0, 5), 2: (2, 5), 3: (3, 2), 4: (0, 6), 5: (3, 4)}
+RANKING = "a3f1a8b516c901508e1e8ecee41dae82268834e22cf80dfd19ba6d24caf63f32"
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "goes", "ranking"),
+    [
+        ("blocks", ["without block 1", "without blocks 1, 2"], ((1, 2), {}), None),
+        ("experts", ["without 1 of the 8 experts of each block", "without 2 of the 8 experts of each block"],
+         ((), {"experts": EXPERTS}), RANKING),
+    ],
+)  # fmt: skip
+def test_a_plan_of_an_older_version_is_read_and_written_as_it_was(
+    tmp_path, name, sizes, goes, ranking
+):
+    plan = read_plan(OLDER / f"{name}.json")
+    plan.write(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (OLDER / f"{name}.json").read_bytes()
+    assert [plan.order.describe(key) for key in plan.size_keys] == sizes
+    assert (plan.order.by_size(2), plan.order.ranking) == (goes, ranking)
+    assert plan.first(1).size_keys == plan.size_keys[:1]
 
 
 def test_a_plan_survives_a_round_trip(llama_plan, tmp_path):
