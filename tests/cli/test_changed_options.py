@@ -9,7 +9,7 @@ from typing import get_type_hints
 
 import pytest
 
-from conftest import llama_config, prose, save_model, write_task
+from conftest import calibration, llama_config, prose, save_model, write_task
 from sleb_cli.__main__ import main
 from sleb_cli.engine.recovery import unfinished
 from sleb_cli.engine.recovery.unfinished import Unfinished
@@ -65,6 +65,12 @@ NEXT = {
 TIMED = {"heal_minutes"}
 """How far these go is for a clock to say."""
 
+ANOTHER_SEARCH = {
+    "model", "metric", "strategy", "fast", "calibration", "samples", "sequence_length", "seed", "holdout",
+    "protect_first", "protect_last", "protect", "dtype", "batch_size",
+}  # fmt: skip
+"""The options with which an interrupted search is another one: `--resume` is refused, `--force` begins anew."""
+
 CASES = [
     (command, each.name)
     for command in REQUESTS
@@ -75,22 +81,27 @@ CASES = [
 
 def with_step(command, name):
     """Return the options of the first run with one of them changed."""
-    options, kind = FIRST[command], get_type_hints(REQUESTS[command])[name]
+    options = dict(FIRST[command])
     now = options.get(name, False)
-    value = now + 1 if type(now) is int else not now if kind is bool else NEXT[name]
-    replaced = TARGET_NAMES if name in TARGET_NAMES else ()
-    return {key: value for key, value in options.items() if key not in replaced} | {name: value}
+    if type(now) is int:
+        value = now + 1
+    elif get_type_hints(REQUESTS[command])[name] is bool:
+        value = not now
+    else:
+        value = NEXT[name]
+    if name in TARGET_NAMES:
+        options = {key: each for key, each in options.items() if key not in TARGET_NAMES}
+    return options | {name: value}
 
 
 def without_times(value, command):
     """Return a result without what differs from run to run."""
     if isinstance(value, dict):
-        gone = {"environment", "seconds"} | (
-            {"dense", "pruned", "warmup"} if command == "bench" else set()
-        )
-        return {
-            name: without_times(each, command) for name, each in value.items() if name not in gone
-        }
+        timed = {"environment", "seconds"}
+        if command == "bench":
+            timed |= {"dense", "pruned", "warmup"}
+        kept = value.keys() - timed
+        return {name: without_times(value[name], command) for name in kept}
     if isinstance(value, list):
         return [without_times(each, command) for each in value]
     # The last digits depend on the size of batches, and on whether the model is streamed.
@@ -110,9 +121,12 @@ def run(run_sleb, monkeypatch):
         found = [command]
         for each in fields(REQUESTS[command]):
             value = options.get(each.name, False)
-            if value is not False:
-                found += [] if each.metadata["doc"].argument else [option_of(each.name)]
-                found += [] if value is True else [value]
+            if value is False:
+                continue
+            if not each.metadata["doc"].argument:
+                found.append(option_of(each.name))
+            if value is not True:
+                found.append(value)
         result = run_sleb(*found, "--json")
         return result.exit_code, json.loads(result.stdout or "null"), result.stderr
 
@@ -127,17 +141,7 @@ def materials(tmp_path_factory):
         save_model(folder / model, llama_config(), seed=seed)
         text = folder / ("other.txt" if seed else "text.txt")
         text.write_text(prose(300, seed=seed))
-        how = [
-            "--calibration",
-            text,
-            "--samples",
-            2,
-            "--sequence-length",
-            16,
-            "--sample-tokens",
-            0,
-            "--quiet",
-        ]
+        how = [*calibration(text, samples=2, length=16), "--sample-tokens", 0, "--quiet"]
         words = ["search", folder / model, "--remove", 2, *how, "-o", folder / f"{plan}.json"]
         assert main([str(word) for word in words]) == 0
         for name in ("words", "letters"):
@@ -188,13 +192,17 @@ def after_first(run, enter, materials, tmp_path_factory):
 def test_a_second_run_in_one_process_equals_a_first_run(
     run, enter, after_first, materials, steady, without_memory, command, name
 ):
-    found = []
-    for folder in (after_first(command), materials):
-        enter(folder)
-        again = {"resume": True, "force": True} if command == "search" else {}
-        found.append(run(command, with_step(command, name) | again))
-    (code, result, said), (expected_code, expected, _) = found
-    if "plan.json.journal belongs to another search" in said:
-        return
+    options = with_step(command, name)
+    enter(materials)
+    expected_code, expected, _ = run(command, options)
+    enter(after_first(command))
+    if command == "search":
+        code, result, said = run(command, options | {"resume": True, "force": True})
+        is_another = "plan.json.journal belongs to another search" in said
+        assert is_another == (name in ANOTHER_SEARCH), said
+        if is_another:
+            code, result, said = run(command, options | {"force": True})
+    else:
+        code, result, said = run(command, options)
     assert code == expected_code, said
     assert without_times(result, command) == without_times(expected, command)

@@ -1,8 +1,10 @@
 """What commands refuse, through `main()`: each row of the table of clashes, and what is wrong with
 one option.
+
+A refusal of any room is a row here, with its exit code and a part of what is said: of `FIRST` if it
+comes before torch is imported, else of `SECOND`. Tests of rooms need not repeat it.
 """
 
-import ast
 import json
 import os
 import subprocess
@@ -15,12 +17,9 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import lm_eval
 import pytest
 
-import sleb_cli
 from conftest import calibration
 from sleb_cli import requests
 from sleb_cli.checks.clashes import CLASHES, Clash
-
-PACKAGE = Path(sleb_cli.__file__).parent
 
 COMMANDS = {
     name: getattr(requests, f"{name.capitalize()}Request")
@@ -31,11 +30,12 @@ COMMANDS = {
 def typed(request, option):
     """Return an option with some value, as on the command line."""
     name, _, value = option.partition("=")
-    kind = get_type_hints(request)[name]
-    kinds = {each for each in (kind, *get_args(kind), *map(get_origin, get_args(kind)))}
-    choices = [choice for each in kinds if get_origin(each) is Literal for choice in get_args(each)]
     flag = requests.option_of(name)
-    return [flag] if bool in kinds else [flag, value.replace("*", "x") or str((choices or [3])[0])]
+    kind = requests.kinds_of(get_type_hints(request)[name])[0]
+    if kind is bool:
+        return flag
+    choice = get_args(kind)[0] if get_origin(kind) is Literal else 3
+    return f"{flag} {value.replace('*', 'x') or choice}"
 
 
 def clashing():
@@ -49,8 +49,10 @@ def clashing():
             pair = [each for each in (one, other) if each]
             if one != other and names.issuperset(each.partition("=")[0] for each in pair):
                 says = "cannot be combined: " if isinstance(row, Clash) else "requires "
-                words = [word for each in pair for word in typed(request, each)]
-                yield " ".join([command, "no/model", *words]), says
+                yield (
+                    " ".join([command, "no/model", *(typed(request, each) for each in pair)]),
+                    says,
+                )
 
 
 NO_MODEL = {
@@ -238,10 +240,9 @@ def words(tiny_llama, llama_plan, text_file, tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "piped" / "tokenizer.json")
     plan = json.loads(llama_plan.read_text())
     nameless = plan | {"model": plan["model"] | {"id": "tiny"}}
+    in_groups = plan | {"removals": [], "steps": [], "experts": EXPERTS}
     (tmp_path / "nameless.json").write_text(json.dumps(nameless))
-    (tmp_path / "experts.json").write_text(
-        json.dumps(plan | {"removals": [], "steps": [], "experts": EXPERTS})
-    )
+    (tmp_path / "experts.json").write_text(json.dumps(in_groups))
     given = {"MODEL": str(tiny_llama), "PLAN": llama_plan.name, "TEXT": str(text_file)}
     return lambda line: [
         given.get(word, word.replace("TEXT", given["TEXT"])) for word in line.split()
@@ -295,48 +296,28 @@ def test_the_natural_wrong_guess_is_told_the_right_word(run_sleb, words, line, h
     assert result.exit_code in (2, 5)
 
 
-def raises():
-    """Yield the place of each refusal of what is asked for, and of a model's files: what needs no
-    torch.
-    """
-    for path in (*(PACKAGE / "checks").glob("*.py"), PACKAGE / "engine" / "model" / "source.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Raise):
-                yield str(path), node.lineno
-
-
 def test_what_needs_no_model_is_answered_without_torch(words, tmp_path):
     lines = [words(line) for line, _, _ in FIRST]
     code = f"""
-import sys, traceback
-from sleb_cli import __main__ as program
-seen, report = set(), program._report
-
-def reporting(error):
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    seen.add((frame.filename, frame.lineno))
-    return report(error)
-
-program._report = reporting
-codes = [program.main(words) for words in {lines}]
-print([codes, {{'torch', 'transformers', 'datasets'}} & {{*sys.modules}}, seen])
+import sys
+from sleb_cli.__main__ import main
+codes = [main(words) for words in {lines}]
+print([codes, {{'torch', 'transformers', 'datasets'}} & {{*sys.modules}}])
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
     )
-    codes, imported, seen = eval(done.stdout)
-    assert (codes, imported) == ([code for _, code, _ in FIRST], set()), done.stderr
-    missing = sorted({*raises()} - seen)
-    assert not missing, "\n".join(map(str, missing))  # no row of the table is refused there
+    assert done.stdout == f"{[[code for _, code, _ in FIRST], set()]}\n", done.stderr
 
 
 def numbers():
     """Yield each option that takes a number, or a text that may be one."""
     for command, request in COMMANDS.items():
+        annotations = get_type_hints(request)
         for field in fields(request):
-            kind = get_type_hints(request)[field.name]
-            kinds = {part for each in (kind, *get_args(kind)) for part in (each, *get_args(each))}
-            if kinds & {int, float} and field.default is not MISSING:
+            kinds = requests.kinds_of(annotations[field.name])
+            items = {item for kind in kinds for item in (kind, *get_args(kind))}
+            if items & {int, float} and field.default is not MISSING:
                 yield command, requests.option_of(field.name)
 
 
