@@ -1,4 +1,4 @@
-"""What does the engine report to a listener, which may be a screen, a log, or a list in a test?"""
+"""What the engine reports to a listener: a screen, a log, or a list in a test."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""By which keys are saved numbers found again? By all that they depend on."""
+"""The keys by which saved numbers are found again: all that they depend on."""
 
 from __future__ import annotations
 

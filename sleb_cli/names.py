@@ -34,7 +34,9 @@ def checkpoint_name(base: str, blocks: int, suffixes: Sequence[str] = ()) -> str
 def without_folders(name: str) -> str:
     """Return the last part of a local path; other names, such as Hub ids, stay."""
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-    return name.rstrip("/\\").replace("\\", "/").rpartition("/")[2] if is_path else name
+    if not is_path:
+        return name
+    return name.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
 
 
 def public_source(source: str) -> str:
@@ -44,18 +46,18 @@ def public_source(source: str) -> str:
 
 def public_command(command: str) -> str:
     """Return a command line without the folders of local files."""
-    return shlex.join(
-        ",".join(map(public_source, word.split(","))) for word in shlex.split(command)
-    )
+    words = []
+    for word in shlex.split(command):
+        words.append(",".join(map(public_source, word.split(","))))
+    return shlex.join(words)
 
 
 def split_mixture(source: str) -> list[tuple[str, str]]:
     """Return each source with its share (":0.5"), which is "" for a single source."""
     if not _MIXTURE.fullmatch(source):
         return [(source, "")]
-    return [
-        (name.strip(), share) for name, share in re.findall(rf"([^,]+?)({_SHARE})(?:,|$)", source)
-    ]
+    entries = re.findall(rf"([^,]+?)({_SHARE})(?:,|$)", source)
+    return [(name.strip(), share) for name, share in entries]
 
 
 def _without_folders(source: str) -> str:

@@ -1,11 +1,10 @@
-"""`plan.json`: which blocks to remove, in which order, and everything that led to them."""
+"""`plan.json`: which blocks or experts to remove, in which order, and everything that led to it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -33,7 +32,7 @@ CHECKPOINT_PLAN = "sleb_plan.json"
 
 Block = Annotated[int, Field(ge=0)]
 
-Engine = Literal["fork", "plain", "weights", "model"]
+Method = Literal["fork", "plain", "weights", "model"]
 """How candidates were scored: together in one pass, each in its own pass, by their weights, or as
 whole models.
 """
@@ -62,10 +61,12 @@ class CalibrationRecord(Record):
         return public_source(self.source)
 
     def __str__(self) -> str:
-        counts = {None: "", "all": ", conversations", "answers": ", the answers of conversations"}[
-            self.chat
-        ]
-        return f"{self.title}: {self.sequences} x {self.sequence_length} tokens{counts}"
+        words = f"{self.title}: {self.sequences} x {self.sequence_length} tokens"
+        if self.chat == "all":
+            words += ", conversations"
+        elif self.chat == "answers":
+            words += ", the answers of conversations"
+        return words
 
 
 class TargetRecord(Record):
@@ -121,7 +122,7 @@ class SearchRecord(Record):
     fast: bool = False
     holdout: float = 0.0
     held_out: int = 0
-    engine: Engine
+    engine: Method
     engine_reason: str | None
 
 
@@ -329,18 +330,18 @@ class RecoveryRecord(Record):
         """What each measured model is called, up to the one that was written, and its losses on
         both texts.
         """
-        found: list[tuple[str, LossesRecord | None, str]] = [
-            ("dense", self.dense, "dense"),
-            ("pruned", self.pruned, "pruned"),
-            ("recovered in closed form", self.closed_form_losses, "closed_form"),
+        answers = self.conversations
+        found = [
+            ("dense", self.dense, getattr(answers, "dense", None)),
+            ("pruned", self.pruned, getattr(answers, "pruned", None)),
         ]
+        if self.closed_form_losses:
+            of_answers = getattr(answers, "closed_form", None)
+            found.append(("recovered in closed form", self.closed_form_losses, of_answers))
         if self.heal:
-            found.append((f"healed on {self.heal.tokens:,} tokens", self.heal.losses, "healed"))
-        return [
-            (name, losses, getattr(self.conversations, field, None))
-            for name, losses, field in found
-            if losses
-        ]
+            name = f"healed on {self.heal.tokens:,} tokens"
+            found.append((name, self.heal.losses, getattr(answers, "healed", None)))
+        return found
 
     @property
     def summary(self) -> str:
@@ -350,7 +351,8 @@ class RecoveryRecord(Record):
         Below the dense model's loss, the model has adapted to the kind of text; that hides no
         divergence.
         """
-        written, lost = self.models[-1][1], self.pruned.loss - self.dense.loss
+        _, written, _ = self.models[-1]
+        lost = self.pruned.loss - self.dense.loss
         if lost <= 0:
             nats = "the removal did not raise the loss there"
         elif written.loss < self.dense.loss:
@@ -415,17 +417,16 @@ class ExpertPlan(Record):
                 f"{self.fewer} of {self.count} experts go, and a token uses {self.active}"
             )
         for order in self.blocks:
-            if len(order.removals) != self.fewer or len({*order.removals}) != self.fewer:
+            if len(order.removals) != self.fewer or len(set(order.removals)) != self.fewer:
                 raise ValueError(
                     f"block {order.block} names an expert twice, or the wrong number of them"
                 )
-            if max(order.removals) >= self.count or {len(order.scores), len(order.tokens)} != {
-                self.count
-            }:
+            counts = {len(order.scores), len(order.tokens)}
+            if max(order.removals) >= self.count or counts != {self.count}:
                 raise ValueError(
                     f"block {order.block} names other experts than the {self.count} of each block"
                 )
-        if len({order.block for order in self.blocks}) != len(self.blocks):
+        if len(self.removed) != len(self.blocks):
             raise ValueError("a block is named twice")
         return self
 
@@ -439,10 +440,10 @@ class ExpertPlan(Record):
         others, if any.
         """
         texts = [text for text in self.texts if text.held_out == held_out]
-        total = sum(text.sequences for text in texts)
-        return (
-            math.exp(sum(text.pruned * text.sequences for text in texts) / total) if texts else None
-        )
+        if not texts:
+            return None
+        loss = sum(text.pruned * text.sequences for text in texts)
+        return math.exp(loss / sum(text.sequences for text in texts))
 
     @property
     def removed(self) -> dict[int, tuple[int, ...]]:
@@ -454,12 +455,13 @@ class ExpertPlan(Record):
         """A hash of the order of all experts, however many go: those that stay follow by their
         scores in each group.
         """
-        orders, size = [], self.count // self.groups
+        size = self.count // self.groups
+        orders = []
         for order in sorted(self.blocks, key=lambda order: order.block):
             gone = {expert: place for place, expert in enumerate(order.removals)}
-            places = [
-                (e // size, gone.get(e, self.count), order.scores[e], e) for e in range(self.count)
-            ]
+            places = []
+            for expert, score in enumerate(order.scores):
+                places.append((expert // size, gone.get(expert, self.count), score, expert))
             orders.append((order.block, [expert for *_, expert in sorted(places)]))
         return hashlib.sha256(json.dumps(orders).encode()).hexdigest()
 
@@ -472,15 +474,11 @@ class ExpertPlan(Record):
         blocks = tuple(
             order.model_copy(update={"removals": order.removals[:count]}) for order in self.blocks
         )
-        sizes = {
-            name: getattr(self, name)
-            for name in ("parameters", "active_parameters", "weights_bytes")
-        }
-        left = {
-            name: (was, was - (was - now) * count // self.fewer)
-            for name, (was, now) in sizes.items()
-        }
-        return self.model_copy(update={"blocks": blocks, "texts": (), **left})
+        changes: dict[str, Any] = {"blocks": blocks, "texts": ()}
+        for name in ("parameters", "active_parameters", "weights_bytes"):
+            was, now = getattr(self, name)
+            changes[name] = (was, was - (was - now) * count // self.fewer)
+        return self.model_copy(update=changes)
 
 
 @dataclass(frozen=True)
@@ -709,41 +707,39 @@ def read_plan(path: Path) -> Plan:
 
 def compare_plans(before: Plan, after: Plan) -> str:
     """Say whether a repeated search found what `before` holds, and what else differs."""
-    sizes = enumerate(zip_longest(_sizes(before), _sizes(after)), start=1)
-    other = next((size for size, (old, new) in sizes if old != new), None)
-    blocks = (
-        f"the same {after.unit}, in the same order"
-        if other is None
-        else f"other {after.unit} from step {other} on"
-    )
-    change = max(_changes(before, after))
+    found = f"the same {after.unit}, in the same order"
+    sizes = zip_longest(_sizes(before), _sizes(after))
+    for size, (old, new) in enumerate(sizes, start=1):
+        if old != new:
+            found = f"other {after.unit} from step {size} on"
+            break
+    change = _largest_change(before, after)
     scores = f"scores differ by at most {change:.2g}" if change else "all scores are identical"
+    said = f"The search found {found}; {scores}."
     differing = differences(_circumstances(after), _circumstances(before))
-    return f"The search found {blocks}; {scores}." + (
-        f" Also different: {differing}." if differing else ""
-    )
+    return f"{said} Also different: {differing}." if differing else said
 
 
 def _sizes(plan: Plan) -> list[Any]:
-    """List the removed blocks at each size, or the removed experts of each block."""
+    """List what goes at each size."""
     order = plan.order
     return [order.by_size(size) for size in range(1, len(order.size_keys) + 1)]
 
 
-def _changes(before: Plan, after: Plan) -> Iterator[float]:
-    """Yield how far the scores of the same candidates differ, as long as the same blocks are gone."""
-    yield abs(before.dense.loss - after.dense.loss)
-    for old, new, gone, gone_now in zip(
-        before.steps, after.steps, before.size_keys, after.size_keys, strict=False
-    ):
+def _largest_change(before: Plan, after: Plan) -> float:
+    """Return how far losses and scores differ at most, as long as the same blocks are gone."""
+    changes = [abs(before.dense.loss - after.dense.loss)]
+    for old, new in zip(before.steps, after.steps, strict=False):
         for block, score in old.scores.items():
             again = new.scores.get(block)
             if score is not None and again is not None:
-                yield abs(score - again)
-        if gone != gone_now:
-            return
-    texts = zip(*(plan.parts.texts if plan.parts else () for plan in (before, after)), strict=False)
-    yield from (abs(old_text.pruned - new_text.pruned) for old_text, new_text in texts)
+                changes.append(abs(score - again))
+        if (old.block, old.removals) != (new.block, new.removals):
+            break
+    if before.parts and after.parts:
+        for old_text, new_text in zip(before.parts.texts, after.parts.texts, strict=False):
+            changes.append(abs(old_text.pruned - new_text.pruned))
+    return max(changes)
 
 
 def _circumstances(plan: Plan) -> dict[str, Any]:

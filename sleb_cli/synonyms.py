@@ -1,4 +1,4 @@
-"""What do people type who have not read the help, and what should they type here?"""
+"""What people type who have not read the help, and what they should type here."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def hint_for(command: str, message: str, option: str | None, words: list[str]) -
     """Return the hint for a command line that cannot be read; `option` is the unknown one."""
     verb = command.removeprefix("sleb").strip()
     if "No such command" in message and words:
-        is_model = words[0] == "demo" or "/" in words[0] or words[0].endswith(".gguf")
-        return (
-            f"Write `sleb search {words[0]} --ratio 0.2`." if is_model else SYNONYMS.get(words[0])
-        )
+        first = words[0]
+        if first == "demo" or "/" in first or first.endswith(".gguf"):
+            return f"Write `sleb search {first} --ratio 0.2`."
+        return SYNONYMS.get(first)
     return SYNONYMS.get(f"{verb} {option}") or SYNONYMS.get(option or message)

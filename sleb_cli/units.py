@@ -1,4 +1,4 @@
-"""How are quantities read and written, in options, tables, sentences and pictures?"""
+"""Quantities as options read them, and as tables, sentences and pictures show them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _BYTES = re.compile(r"(\d*\.?\d+)\s*(?:([kmgtpe])(i?))?b?", re.ASCII)
 
 def parse_count(text: str, option: str) -> float:
     """Read "1.2B", "600M" or "135000000"; `option` names it in an error."""
-    unit = text[-1:].lower()
+    factor = _COUNTS.get(text[-1:].lower())
     try:
-        count = float(text[:-1] if unit in _COUNTS else text) * _COUNTS.get(unit, 1)
+        count = float(text) if factor is None else float(text[:-1]) * factor
     except ValueError:
         count = math.nan
     if not (0 < count < math.inf):
@@ -35,12 +35,12 @@ def parse_bytes(text: str, option: str) -> int:
     """Read "5GB", "500 MB" (powers of ten), "8GiB", "8Gi" (powers of two) or a plain number of
     bytes.
     """
+    count = 0.0
     match = _BYTES.fullmatch(text.strip().lower())
-    count = (
-        float(match[1]) * (1024 if match[3] else 1000) ** " kmgtpe".index(match[2] or " ")
-        if match
-        else 0.0
-    )
+    if match:
+        number, prefix, is_binary = match.groups()
+        base = 1024 if is_binary else 1000
+        count = float(number) * base ** " kmgtpe".index(prefix or " ")
     if not 1 <= count < math.inf:
         raise UsageError(f"{option} {text} is not a size.", hint="Write it like 8GiB or 500MB.")
     return int(count)
@@ -50,10 +50,12 @@ def parse_ratio(text: str) -> Fraction:
     """Read a ratio exactly, so that 0.2 of 35 blocks is 7: 0.2, 20%, 1/5."""
     try:
         # A float's repr has the same digits, and Fraction("1e-999999999") would compute for hours.
-        share = text.removesuffix("%")
-        ratio = Fraction(text if "/" in text else repr(float(share))) / (
-            100 if text.endswith("%") else 1
-        )
+        if "/" in text:
+            ratio = Fraction(text)
+        elif text.endswith("%"):
+            ratio = Fraction(repr(float(text[:-1]))) / 100
+        else:
+            ratio = Fraction(repr(float(text)))
     except (ValueError, ZeroDivisionError):
         ratio = Fraction(0)
     if not 0 < ratio < 1:
@@ -96,7 +98,10 @@ def spans(blocks: Collection[int]) -> str:
     # In a run, a block minus its index is constant.
     for _, numbered in groupby(enumerate(sorted(blocks)), lambda pair: pair[1] - pair[0]):
         run = [block for _, block in numbered]
-        parts += [f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run)
+        if len(run) > 2:
+            parts.append(f"{run[0]}-{run[-1]}")
+        else:
+            parts += map(str, run)
     return ", ".join(parts)
 
 
@@ -109,38 +114,42 @@ def format_milliseconds(value: float) -> str:
     """Write milliseconds with three digits, or seconds: 4.21 ms, 312 ms, 1.85 s."""
     if value >= 1000:
         return f"{value / 1000:.2f} s"
-    return (
-        f"{value:.0f} ms"
-        if value >= 100
-        else f"{value:.1f} ms"
-        if value >= 10
-        else f"{value:.2f} ms"
-    )
+    if value >= 100:
+        return f"{value:.0f} ms"
+    if value >= 10:
+        return f"{value:.1f} ms"
+    return f"{value:.2f} ms"
 
 
 def format_seconds(value: float) -> str:
     """Write seconds: 48 s, 12 min, 3.2 h."""
     if value < 120:
         return f"{value:.0f} s"
-    return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
+    if value < 7200:
+        return f"{value / 60:.0f} min"
+    return f"{value / 3600:.1f} h"
 
 
 def format_share(share: float, *, signed: bool = False) -> str:
     """Write a share in percent, with one decimal below 100%: 93.4%, +212%."""
+    sign = "+" if signed else ""
     digits = 1 if abs(share) < 0.9995 else 0
-    return f"{share:{'+' if signed else ''}.{digits}%}"
+    return f"{share:{sign}.{digits}%}"
 
 
 def format_change(change: float) -> str:
     """Write a relative change: +39.0%, -2.1%, or 14.3x from 200% on."""
     if change < 2:
         return format_share(change, signed=True)
-    return f"{1 + change:.3g}x" if 1 + change < 99.95 else f"{1 + change:,.0f}x"
+    factor = 1 + change
+    return f"{factor:.3g}x" if factor < 99.95 else f"{factor:,.0f}x"
 
 
 def format_probability(value: float) -> str:
     """Write a p-value: 0.031, < 0.001."""
-    return "< 0.001" if value < 0.001 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
+    if value < 0.001:
+        return "< 0.001"
+    return f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
 
 
 def in_shell(name: str) -> str:

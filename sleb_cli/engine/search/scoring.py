@@ -24,12 +24,12 @@ from sleb_cli.engine.search.journal import Journal, Measurement, Name
 from sleb_cli.engine.search.race import Race, rounds
 from sleb_cli.engine.search.shares import Cost, deal_names
 from sleb_cli.events import SCORING_TASK, Advance, Notice, Notify, no_progress, task
-from sleb_cli.plan import Engine
+from sleb_cli.plan import Method
 from sleb_plugins import HiddenStateMetric, LogitMetric, Metric, ModelMetric, WeightMetric
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 
-def engine_of(metric: Metric, passes: Passes) -> Engine:
+def engine_of(metric: Metric, passes: Passes) -> Method:
     """Name the way in which candidates are scored by this metric."""
     if isinstance(metric, WeightMetric):
         return "weights"
