@@ -9,7 +9,6 @@ import pytest
 from sleb_cli.plan import LossesRecord, RecoveryRecord, read_plan
 from sleb_plugins import PlanError
 
-
 OLDER = Path(__file__).parents[1] / "older_plans"
 """Plans that sleb wrote at ba037724, for tiny models; results beside such plans name the ranking."""
 
