@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
@@ -48,8 +48,19 @@ def compare_task(
 
     Each metric gives one comparison, for each filter of a task. Up to `show_flips` items that only
     one model gets right are shown.
+
+    Raises:
+        DataError: the models were asked different items.
+        ModelError: a score is not finite.
     """
-    return [_compare(measure, dense, pruned, show_flips) for measure in _measures(dense)]
+    compared = []
+    for task, values in dense["results"].items():
+        for key, value in values.items():
+            metric, comma, filtered = key.partition(",")
+            if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
+                measure = _Measure(task, metric, filtered)
+                compared.append(_compare(measure, dense, pruned, show_flips))
+    return compared
 
 
 class _Measure(NamedTuple):
@@ -60,58 +71,46 @@ class _Measure(NamedTuple):
     filter: str
 
 
-def _measures(results: Results) -> Iterator[_Measure]:
-    for name, values in results["results"].items():
-        for key, value in values.items():
-            metric, comma, filtered = key.partition(",")
-            if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
-                yield _Measure(name, metric, filtered)
-
-
 def _compare(
     measure: _Measure,
     dense: Results,
     pruned: Sequence[tuple[tuple[int, ...], Results]],
     show_flips: int,
 ) -> TaskResult:
-    for _, results in pruned:
-        if _item_hashes(results, measure) != _item_hashes(dense, measure):
+    samples = _samples(dense, measure)
+    items = [_hashes(sample) for sample in samples]
+    compared = []
+    for removals, results in pruned:
+        if [_hashes(sample) for sample in _samples(results, measure)] != items:
             raise DataError(
                 f"The items of {measure.task} are not the same for each model.",
                 hint="Its prompts may be drawn at random: have the task's code set a seed.",
             )
-    samples = _samples(dense, measure)
+        compared.append(_pruned_scores(measure, dense, results, removals, show_flips))
     tasks = sorted(_tasks_of(dense, measure.task))
-    seen = samples or [sample for name in tasks for sample in dense["samples"].get(name, ())]
-    shots = {int(dense["n-shot"].get(name, 0) or 0) for name in tasks}
-    hashes = "".join(
-        sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in seen
-    )
+    if not items:  # a group has those of its tasks
+        for task in tasks:
+            items += [_hashes(sample) for sample in dense["samples"].get(task, ())]
+    shots = {int(dense["n-shot"].get(task, 0) or 0) for task in tasks}
+    higher_is_better = dense["higher_is_better"].get(measure.task, {}).get(measure.metric)
     return TaskResult(
         **measure._asdict(),
         version=str(dense["versions"].get(measure.task)),
         num_fewshot=shots.pop() if len(shots) == 1 else 0,
         chat=bool(dense.get("chat_template")),
-        higher_is_better=dense["higher_is_better"].get(measure.task, {}).get(measure.metric)
-        is not False,
+        higher_is_better=higher_is_better is not False,
         doc_ids=tuple(sample["doc_id"] for sample in samples),
         # As lm-eval's `task_hashes`, which joins the samples of all filters, or of all tasks of a
         # group.
-        items_sha256=hashlib.sha256(hashes.encode()).hexdigest() if seen else None,
+        items_sha256=hashlib.sha256("".join(items).encode()).hexdigest() if items else None,
         use=_use(dense["configs"].get(measure.task, {})),
         dense=_scores(dense, measure),
-        pruned=tuple(
-            _pruned_scores(measure, dense, results, removals, show_flips)
-            for removals, results in pruned
-        ),
+        pruned=tuple(compared),
     )
 
 
-def _item_hashes(results: Results, measure: _Measure) -> list[tuple[str, str, str]]:
-    return [
-        (sample["doc_hash"], sample["prompt_hash"], sample["target_hash"])
-        for sample in _samples(results, measure)
-    ]
+def _hashes(sample: Mapping[str, Any]) -> str:
+    return str(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"])
 
 
 def _use(config: Mapping[str, Any]) -> Use | None:
@@ -124,29 +123,27 @@ def _use(config: Mapping[str, Any]) -> Use | None:
 def _pruned_scores(
     measure: _Measure, dense: Results, results: Results, removals: tuple[int, ...], show_flips: int
 ) -> PrunedTaskScores:
-    before, after = _scores(dense, measure), _scores(results, measure)
-    paired = bool(before.items and after.items)
-    change = (
-        paired_difference(before.items, after.items)
-        if paired
-        else _group_difference(measure, dense, results)
-    )
-    changes = (
-        [new - old for old, new in zip(before.items, after.items, strict=True)] if paired else []
-    )
+    before = _scores(dense, measure)
+    after = _scores(results, measure)
+    changes: list[float] = []
+    if before.items and after.items:
+        change = paired_difference(before.items, after.items)
+        changes = [new - old for old, new in zip(before.items, after.items, strict=True)]
+    else:
+        change = _group_difference(measure, dense, results)
     flips: dict[str, Any] = {"mcnemar_p": None, "lost": None, "gained": None}
     if is_binary(before.items) and is_binary(after.items):
-        lost, gained = changes.count(-1), changes.count(1)
-        items = zip(_samples(dense, measure), _samples(results, measure), changes, strict=True)
-        flipped = [(old, new) for old, new, change in items if change][:show_flips]
+        lost = changes.count(-1)
+        gained = changes.count(1)
+        config = dense["configs"].get(measure.task, {})
+        pairs = zip(_samples(dense, measure), _samples(results, measure), strict=True)
+        flipped = [pair for pair, change in zip(pairs, changes, strict=True) if change]
+        shown = [_flip(config, measure.metric, *pair) for pair in flipped[:show_flips]]
         flips = {
             "mcnemar_p": mcnemar(lost, gained),
             "lost": lost,
             "gained": gained,
-            "flips": tuple(
-                _flip(dense["configs"].get(measure.task, {}), measure.metric, *pair)
-                for pair in flipped
-            ),
+            "flips": tuple(shown),
         }
     return PrunedTaskScores(
         **dict(after),
@@ -161,33 +158,34 @@ def _pruned_scores(
 
 
 def _samples(results: Results, measure: _Measure) -> list[dict[str, Any]]:
-    of_task = results["samples"].get(measure.task, [])
-    samples = [
-        sample
-        for sample in of_task
-        if sample["filter"] == measure.filter and measure.metric in sample
-    ]
+    samples = []
+    for sample in results["samples"].get(measure.task, ()):
+        if sample["filter"] == measure.filter and measure.metric in sample:
+            samples.append(sample)
     return sorted(samples, key=lambda sample: int(sample["doc_id"]))
 
 
 def _scores(results: Results, measure: _Measure) -> TaskScores:
     values = results["results"][measure.task]
-    value, stderr = (
-        values.get(f"{measure.metric}{suffix},{measure.filter}") for suffix in ("", "_stderr")
-    )
+    value = values.get(f"{measure.metric},{measure.filter}")
     if not _is_finite(value):
         raise ModelError(
             f"{measure.metric} of {measure.task} is {value}.", hint="Try --dtype float32."
         )
     scores = [sample[measure.metric] for sample in _samples(results, measure)]
-    items = tuple(map(float, scores)) if all(map(_is_finite, scores)) else ()
+    items: tuple[float, ...] = ()
+    if scores and all(map(_is_finite, scores)):
+        items = tuple(map(float, scores))
     # Items are kept only if their mean is the value, which it is not for BLEU.
-    if not items or not math.isclose(fmean(items), value, rel_tol=1e-9, abs_tol=1e-12):
+    if items and not math.isclose(fmean(items), value, rel_tol=1e-9, abs_tol=1e-12):
         items = ()
+    stderr = values.get(f"{measure.metric}_stderr,{measure.filter}")
     stderr = float(stderr) if _is_finite(stderr) else None
-    interval = None if stderr is None else normal_interval(float(value), stderr)
+    interval = None
     if is_binary(items):
         interval = wilson_interval(round(sum(items)), len(items))
+    elif stderr is not None:
+        interval = normal_interval(float(value), stderr)
     return TaskScores(value=float(value), stderr=stderr, interval=interval, items=items)
 
 
@@ -199,46 +197,54 @@ def _group_difference(measure: _Measure, dense: Results, pruned: Results) -> Est
     # A group's mean over its tasks can be estimated from their items; otherwise there is no
     # standard error.
     difference = _scores(pruned, measure).value - _scores(dense, measure).value
-    tasks = [measure._replace(task=name) for name in _tasks_of(dense, measure.task)]
-    items = [
-        (_scores(dense, task).items, _scores(pruned, task).items) for task in tasks
-        if f"{measure.metric},{measure.filter}" in dense["results"][task.task]
-    ]  # fmt: skip
-    if items and all(len(before) > 1 and after for before, after in items):
-        changes = [paired_difference(before, after) for before, after in items]
-        # lm-eval weighs the tasks of a group by their items or alike, and does not tell which.
-        for weights in ([len(before) for before, _ in items], [1] * len(items)):
-            shares = [weight / sum(weights) for weight in weights]
-            mean = sum(share * change.mean for share, change in zip(shares, changes, strict=True))
-            if math.isclose(mean, difference, rel_tol=1e-9, abs_tol=1e-12):
-                errors = [change.standard_error or 0.0 for change in changes]
-                error = math.hypot(
-                    *(share * error for share, error in zip(shares, errors, strict=True))
-                )
-                return Estimate(mean, error, normal_interval(mean, error))
-    return Estimate(difference, None, None)
+    unknown = Estimate(difference, None, None)
+    changes = []
+    counts = []
+    for name in _tasks_of(dense, measure.task):
+        task = measure._replace(task=name)
+        if f"{measure.metric},{measure.filter}" not in dense["results"][name]:
+            continue
+        before = _scores(dense, task).items
+        after = _scores(pruned, task).items
+        if len(before) < 2 or not after:
+            return unknown
+        changes.append(paired_difference(before, after))
+        counts.append(len(before))
+    # lm-eval weighs the tasks of a group by their items or alike, and does not tell which.
+    for weights in (counts, [1] * len(counts)):
+        mean = 0.0
+        errors = []
+        for weight, change in zip(weights, changes, strict=True):
+            share = weight / sum(weights)
+            mean += share * change.mean
+            errors.append(share * (change.standard_error or 0.0))
+        if changes and math.isclose(mean, difference, rel_tol=1e-9, abs_tol=1e-12):
+            error = math.hypot(*errors)
+            return Estimate(mean, error, normal_interval(mean, error))
+    return unknown
 
 
-def _tasks_of(results: Results, name: str) -> Iterator[str]:
+def _tasks_of(results: Results, name: str) -> list[str]:
     children = results["group_subtasks"].get(name)
     if children is None:
-        yield name
-    for child in children or ():
-        yield from _tasks_of(results, child)
+        return [name]
+    tasks = []
+    for child in children:
+        tasks += _tasks_of(results, child)
+    return tasks
 
 
 def _flip(
     config: Mapping[str, Any], metric: str, dense: Mapping[str, Any], pruned: Mapping[str, Any]
 ) -> FlipRecord:
     if config.get("output_type") == "multiple_choice":
-        prompt, answers = _chosen(config, metric, dense, pruned)
-        target = answers[0 if dense[metric] == 1 else 1]
+        prompt, choices, divisors = _choices(config, metric, dense)
+        answers = [choices[_chosen(sample, divisors)] for sample in (dense, pruned)]
+        target = answers[0] if dense[metric] == 1 else answers[1]
     else:
-        prompt, target, answers = (
-            dense["arguments"][0][0],
-            dense["target"],
-            [_written(dense), _written(pruned)],
-        )
+        prompt = dense["arguments"][0][0]
+        answers = [_written(dense), _written(pruned)]
+        target = dense["target"]
     return FlipRecord(
         doc_id=dense["doc_id"],
         prompt=str(prompt),
@@ -248,38 +254,35 @@ def _flip(
     )
 
 
-def _chosen(
-    config: Mapping[str, Any], metric: str, *samples: Mapping[str, Any]
-) -> tuple[str, list[str]]:
-    # The prompt is the common beginning of an item's choices.
-    requests = [
-        (str(context), str(continuation)) for context, continuation, *_ in samples[0]["arguments"]
-    ]
-    if "acc_mutual_info" in samples[0]["metrics"]:  # the likelihoods without the prompt follow
+def _choices(
+    config: Mapping[str, Any], metric: str, sample: Mapping[str, Any]
+) -> tuple[str, list[str], list[int]]:
+    """Return an item's prompt, its choices, and what the metric divides their likelihoods by."""
+    requests = sample["arguments"]
+    if "acc_mutual_info" in sample["metrics"]:  # the likelihoods without the prompt follow
         requests = requests[: len(requests) // 2]
-    prompt = os.path.commonprefix([context for context, _ in requests])  # noqa: RUF071  by characters
-    choices = [
-        (context[len(prompt) :] + continuation).strip() for context, continuation in requests
-    ]
-    bare = [
-        continuation.removeprefix(str(config.get("target_delimiter", "")))
-        for _, continuation in requests
-    ]
-    lengths = {
-        "acc_norm": list(map(len, bare)),
-        "acc_bytes": [len(choice.encode()) for choice in bare],
-    }
-    divisors = lengths.get(metric, [1] * len(bare))
+    # The prompt is the common beginning of an item's choices.
+    prompt = os.path.commonprefix([str(context) for context, *_ in requests])  # noqa: RUF071  by characters
+    delimiter = str(config.get("target_delimiter", ""))
+    choices = []
+    divisors = []
+    for context, continuation, *_ in requests:
+        choice = (str(context)[len(prompt) :] + str(continuation)).strip()
+        choices.append(choice)
+        if metric == "acc_norm":
+            divisors.append(len(str(continuation).removeprefix(delimiter)))
+        elif metric == "acc_bytes":
+            divisors.append(len(choice.encode()))
+        else:
+            divisors.append(1)
+    return prompt, choices, divisors
 
-    def chosen(sample: Mapping[str, Any]) -> str:
-        likelihoods = [float(response[0]) for response in sample["filtered_resps"][: len(choices)]]
-        values = [
-            value / length if length else -math.inf
-            for value, length in zip(likelihoods, divisors, strict=True)
-        ]
-        return choices[max(range(len(choices)), key=values.__getitem__)]
 
-    return prompt, [chosen(sample) for sample in samples]
+def _chosen(sample: Mapping[str, Any], divisors: Sequence[int]) -> int:
+    values = []
+    for response, divisor in zip(sample["filtered_resps"], divisors, strict=False):
+        values.append(float(response[0]) / divisor if divisor else -math.inf)
+    return values.index(max(values))
 
 
 def _written(sample: Mapping[str, Any]) -> str:
