@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from sleb_cli.events import Notify, ignore
 from sleb_cli.plugin_manager import Registry, load_registry
 from sleb_cli.processes import WorkerFinished, is_main_process, process_count
-from sleb_cli.requests import AUTO, BenchRequest, EvalRequest, Request, journal_of, sibling
+from sleb_cli.requests import (
+    AUTO,
+    BenchRequest,
+    EvalRequest,
+    Request,
+    journal_of,
+    option_of,
+    sibling,
+)
 from sleb_plugins import OutputError, UsageError
 from sleb_plugins.errors import explain_out_of_memory
 
@@ -81,19 +89,23 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
     measured.
 
     Raises:
-        WorkerFinished: this process only helped to recover; the main one writes the checkpoint.
+        WorkerFinished: this process is one of several, of which only the main one works.
         SlebError: something failed; its class tells what.
     """
     from sleb_cli.checks.verbs import check_apply
     from sleb_cli.engine.door.files import locate_to_cut
 
-    alone = not request.recoveries
-    with _prepared(check_apply, locate_to_cut, request, notify, alone=alone) as ready:
+    count = process_count()
+    if request.recoveries and is_main_process() and count > 1:
+        raise UsageError(
+            f"{option_of(request.recoveries[0])} works in one process, not in {count}.",
+            hint="Run it without the launcher. A model that does not fit on one device is trained "
+            "with TRL and accelerate instead: see docs/fine-tune.md.",
+        )
+    with _prepared(check_apply, locate_to_cut, request, notify, alone=True) as ready:
         from sleb_cli.engine.door.apply import resolve_apply
 
-        write = resolve_apply(
-            request, ready.checked, ready.files, ready.registry, notify, ready.group
-        )
+        write = resolve_apply(request, ready.checked, ready.files, ready.registry, notify)
         return write()
 
 

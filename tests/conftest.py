@@ -60,7 +60,7 @@ from sleb_cli.engine.memory import shortage
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.demo import demo_folder
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.recovery import unfinished
+from sleb_cli.engine.recovery import saved_state
 from sleb_cli.engine.recovery.distillation import Distillation
 from sleb_cli.engine.speed import benchmark
 from sleb_cli.engine.text.calibration import draw
@@ -537,8 +537,8 @@ def smollm2() -> Path:
 
 def interrupt_healing(monkeypatch, step):
     """Have healing save after every step, and end like Ctrl-C before the given one."""
-    monkeypatch.setattr(unfinished, "SECONDS_BETWEEN_SAVES", 0.0)
-    monkeypatch.setattr(unfinished, "MAX_SAVING_SHARE", math.inf)
+    monkeypatch.setattr(saved_state, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(saved_state, "MAX_SAVING_SHARE", math.inf)
     add_gradient, steps = Distillation.add_gradient, []
 
     def few(*arguments):

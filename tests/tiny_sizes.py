@@ -34,8 +34,7 @@ TINY: Mapping[str, Mapping[str, Any]] = {
     "forward.passes": {"KEPT_DEPTHS": 1},
     "quality.texts": {"CHECKED_TOKENS": 6, "TOKENS_PER_PART": 100},
     "quality.lm_eval_tasks": {"MAX_BATCH": 2, "CPU_BATCH": 2, "WRITING_BATCH": 3},
-    # Recovery: positions and columns at a time, portions of text.
-    "recovery.heal_budget": {"PORTION_TOKENS": 1_024},
+    # Recovery: positions and columns at a time.
     "recovery.least_squares": {"PANEL_COLUMNS": 7},
     "recovery.low_rank": {"ROWS_AT_ONCE": 7},
     "recovery.variant": {"POSITIONS": 24, "BATCH_TOKENS": 48},

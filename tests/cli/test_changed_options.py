@@ -11,8 +11,7 @@ import pytest
 
 from conftest import calibration, llama_config, prose, save_model, write_task
 from sleb_cli.__main__ import main
-from sleb_cli.engine.recovery import unfinished
-from sleb_cli.engine.recovery.unfinished import Unfinished
+from sleb_cli.engine.recovery import saved_state
 from sleb_cli.engine.search import journal
 from sleb_cli.requests import (
     TARGET_NAMES,
@@ -114,8 +113,8 @@ def run(run_sleb, monkeypatch):
     says.
     """
     monkeypatch.setattr(journal, "delete_journal", lambda *of: None)
-    monkeypatch.setattr(Unfinished, "delete", lambda self: None)
-    monkeypatch.setattr(unfinished, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(saved_state, "delete_states", lambda output: None)
+    monkeypatch.setattr(saved_state, "SECONDS_BETWEEN_SAVES", 0.0)
 
     def run(command, options):
         found = [command]

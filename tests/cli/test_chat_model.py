@@ -13,7 +13,6 @@ from test_recover import plain_losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import WORDS, llama_config, prose, save_model
-from sleb_cli.engine.recovery import heal_budget
 from sleb_cli.engine.text import calibration
 from sleb_cli.engine.text.chat import cut_conversations, render
 from sleb_cli.plan import RecoveryRecord, read_plan
@@ -119,7 +118,6 @@ def test_a_quarter_of_the_default_text_is_conversations(sleb, chatty, text_file)
 
 
 def test_a_healing_on_answers_comes_nearer_on_answers(sleb, chatty, tmp_path, monkeypatch):
-    monkeypatch.setattr(heal_budget, "PORTION_TOKENS", 1024)
     (tmp_path / "asked.txt").write_text("".join(f"{word}\n" for word in WORDS))
     (tmp_path / "text.txt").write_text(prose(400))
     command = ["apply", chatty, "--blocks", "2", "--heal", "--heal-tokens", 4096, *TEXT]

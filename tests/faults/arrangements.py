@@ -11,12 +11,13 @@ import sys
 import huggingface_hub
 
 from sleb_cli import api, atomic
-from sleb_cli.engine.recovery import unfinished
+from sleb_cli.engine.recovery import saved_state
 
 
 def saving_always():
     """Save unfinished healings and walks whenever that is possible."""
-    unfinished.SECONDS_BETWEEN_SAVES, unfinished.MAX_SAVING_SHARE = 0.0, 1e9
+    saved_state.SECONDS_BETWEEN_SAVES = 0.0
+    saved_state.MAX_SAVING_SHARE = 1e9
 
 
 def with_a_hub():

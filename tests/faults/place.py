@@ -17,7 +17,7 @@ from faults.program import Call, Fault, Finished, Program, Running, require
 from gguf_models import convert_llama
 
 TIMES = re.compile(rb'"(started|[a-z_]*seconds[a-z_]*)": ?("[^"]*"|[-0-9.e]+)')
-PROGRESS = ("work/*.journal*", "work/.old.recovery/*")
+PROGRESS = ("work/*.journal*", "work/.old.*.recovery")
 """What a run that fails may leave for the next one."""
 SPARE = ("work/plan.results/*",)
 """What keeps a result once more."""

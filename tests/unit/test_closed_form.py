@@ -14,13 +14,14 @@ import torch
 from conftest import llama_config, random_model
 from families import tiny_config
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.recovery import block_fit, least_squares
-from sleb_cli.engine.recovery.block_fit import RIDGES
+from sleb_cli.engine.files.fingerprint import Watch
+from sleb_cli.engine.recovery import block_regression, least_squares
+from sleb_cli.engine.recovery.block_regression import RIDGES
 from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
 from sleb_cli.engine.recovery.depth import PROBED_TOKENS, Judge
 from sleb_cli.engine.recovery.least_squares import Ridge, best_ridge
 from sleb_cli.engine.recovery.residual_projections import captured, find_residual_projections
+from sleb_cli.engine.recovery.saved_state import SavedState
 from sleb_cli.engine.recovery.stage import Job
 from sleb_cli.engine.recovery.variant import DenseComparison, Variant
 from sleb_cli.engine.text.calibration import Calibration
@@ -54,15 +55,14 @@ def recovered(skippable, removed, text, fitted, notify=ignore):
     surgery = SimpleNamespace(removed=removed, kept=kept)
     decided = SimpleNamespace(surgery=surgery, stored=skippable.model.dtype, on_host=False)
     texts = [Calibration(part, None, None, ()) for part in (text[:fitted], text[fitted:])]
-    with skippable, TemporaryDirectory() as saved:
-        return recover_in_closed_form(Job(decided, skippable, *texts, Path(saved), notify=notify))
+    with skippable, TemporaryDirectory() as folder:
+        state = SavedState(Path(folder) / "out", {}, Watch())
+        return recover_in_closed_form(Job(decided, skippable, *texts, state, notify))
 
 
 def divergence(skippable, removed, text, values=()):
     with skippable:
-        comparison = DenseComparison(
-            Variant(skippable), Calibration(text, None, None, ()), ProcessGroup()
-        )
+        comparison = DenseComparison(Variant(skippable), Calibration(text, None, None, ()))
         return comparison.losses(Variant(skippable, removed, dict(values))).divergence
 
 
@@ -110,10 +110,10 @@ def test_the_best_ridge_solves_the_normal_equations(monkeypatch, outputs, rounde
         summed((x, y, weights), *bounds, rounded=rounded)
         for bounds in ((0, 50, 51, 60), (60, 70, 90))
     )
-    ridge, error, found = best_ridge(*parts, RIDGES)
+    found = best_ridge(*parts, RIDGES)
     expected, best, solution = min(map(direct, RIDGES))
-    assert (ridge, error) == (best, pytest.approx(expected, rel=10 * near))
-    torch.testing.assert_close(found, solution, rtol=10 * near, atol=near)
+    assert (found.ridge, found.error) == (best, pytest.approx(expected, rel=10 * near))
+    torch.testing.assert_close(found.coefficients, solution, rtol=10 * near, atol=near)
     assert torch.backends.mkldnn.matmul.fp32_precision == "none"
 
 
@@ -155,7 +155,7 @@ def test_weights_that_write_to_the_hidden_states_are_found(model_type, near, exa
 
 def test_the_fits_equal_a_direct_computation(monkeypatch):
     # One ridge, and whatever is fitted is taken for a gain.
-    monkeypatch.setattr(block_fit, "RIDGES", (0.3,))
+    monkeypatch.setattr(block_regression, "RIDGES", (0.3,))
     falling, rounds = iter(range(100, 0, -1)), []
     monkeypatch.setattr(
         least_squares, "bfloat16_products", lambda on: rounds.append(on) or nullcontext()

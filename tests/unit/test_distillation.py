@@ -10,9 +10,8 @@ from conftest import llama_config, random_model
 from sleb_cli.engine.forward import logits
 from sleb_cli.engine.forward.memory_budget import settings_for
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery import variant
-from sleb_cli.engine.recovery.distillation import Batch, Distillation
+from sleb_cli.engine.recovery.distillation import Distillation
 from sleb_cli.engine.recovery.heal import can_share
 from sleb_cli.engine.recovery.variant import DenseComparison, Variant
 from sleb_cli.engine.text.calibration import Calibration
@@ -51,16 +50,11 @@ def test_gradients_in_slices_are_those_of_all_logits_at_once(positions, counted,
         SkippableModel(dense, dense.model.layers) as teacher,
         SkippableModel(pruned, pruned.model.layers) as student,
     ):
-        with torch.no_grad():
-            states = Variant(teacher).entering_and_final_states(IDS, 0)
         mask = torch.ones_like(IDS, dtype=torch.bool) if counted is None else counted
-        found = Distillation(Variant(teacher), Variant(student), 0).add_gradient(
-            Batch(IDS, mask, *states)
-        )
+        distillation = Distillation(Variant(teacher), Variant(student), 0)
+        found = distillation.add_gradient(distillation.batch(IDS, mask))
         text = Calibration(IDS, None, counted, ())
-        loss, divergence = DenseComparison(Variant(teacher), text, ProcessGroup()).losses(
-            Variant(student)
-        )
+        loss, divergence = DenseComparison(Variant(teacher), text).losses(Variant(student))
     of_tokens = -ours.gather(-1, IDS[:, 1:, None])[..., 0]
     assert loss == pytest.approx(
         of_tokens[slice(None) if counted is None else counted[:, 1:]].mean().item(), rel=1e-5
@@ -88,8 +82,8 @@ def test_a_pass_that_starts_at_a_block_gives_the_same_gradients():
         assert can_share(Variant(teacher), Variant(student), 2, IDS)
         assert not can_share(Variant(teacher), Variant(student), 3, IDS)
         for first in (0, 2):
-            batch = Batch(IDS, IDS >= 0, *Variant(teacher).entering_and_final_states(IDS, first))
-            Distillation(Variant(teacher), Variant(student), first).add_gradient(batch)
+            distillation = Distillation(Variant(teacher), Variant(student), first)
+            distillation.add_gradient(distillation.batch(IDS, IDS >= 0))
             found.append([parameter.grad.clone() for parameter in parameters])
             pruned.zero_grad()
     for whole, shared in zip(*found, strict=True):

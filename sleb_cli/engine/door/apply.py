@@ -28,8 +28,7 @@ from sleb_cli.engine.output.checkpoint import (
     require_apart,
 )
 from sleb_cli.engine.output.proof_placement import place_proof
-from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.recovery.unfinished import clear_old
+from sleb_cli.engine.recovery.saved_state import clear_old
 from sleb_cli.engine.surgery.gguf_surgery import plan_gguf_surgery
 from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
@@ -50,7 +49,6 @@ def resolve_apply(
     source: ModelSource | GgufFile,
     registry: Registry,
     notify: Notify,
-    group: ProcessGroup,
 ) -> Callable[[], ApplyResult | GgufResult]:
     """Check that the checkpoint or GGUF file can be made; return the job that writes it."""
     quiet_libraries()
@@ -59,9 +57,9 @@ def resolve_apply(
         surgery = plan_gguf_surgery(source, named.removals, named.other_cuts)
         output = _output(request, request.output or default_file(surgery), source.path)
         return partial(prune_gguf, surgery, output, registry, notify)
-    subject = group.main_first(lambda: resolve_subject(named, source, registry, notify))
+    subject = resolve_subject(named, source, registry, notify)
     output = _checkpoint_output(request, subject)
-    if subject.surgery.tokens is not None and group.is_main:
+    if subject.surgery.tokens is not None:
         _report_lost_tokens(request, subject, notify)
     if not request.recoveries:
         return partial(apply_removals, subject, output, notify)
@@ -73,8 +71,8 @@ def resolve_apply(
         )
     from sleb_cli.engine.door.recovery import resolve_recovery  # which imports datasets
 
-    recovery = resolve_recovery(subject, request, output, group, notify)
-    return partial(apply_recovered, subject, output, recovery, group, notify)
+    recovery = resolve_recovery(subject, request, output, notify)
+    return partial(apply_recovered, subject, output, recovery, notify)
 
 
 def _report_lost_tokens(request: ApplyRequest, subject: Subject, notify: Notify) -> None:

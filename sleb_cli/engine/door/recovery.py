@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 
 from sleb_cli.checks.mixture import parse_mixture
-from sleb_cli.engine.device import CPU, choose_device, dtype_name
+from sleb_cli.engine.device import CPU, choose_device, cpu_dtypes, dtype_name
 from sleb_cli.engine.files.tensors import float_dtypes
 from sleb_cli.engine.forward.memory_needs import model_bytes
 from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.memory import memory_shortage
 from sleb_cli.engine.output.checkpoint import Output
-from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.closed_form import ClosedForm
 from sleb_cli.engine.recovery.heal import Heal
 from sleb_cli.engine.recovery.heal_budget import HealBudget
+from sleb_cli.engine.recovery.saved_state import saved_bytes
 from sleb_cli.engine.recovery.stage import HIDDEN_STATES, RecoverySettings, Stage
-from sleb_cli.engine.recovery.unfinished import Unfinished
 from sleb_cli.engine.surgery.loading import Placement, has_tokenizer, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.settings import (
@@ -50,95 +48,106 @@ MIN_SEQUENCES = 5
 MAX_VALIDATION_TOKENS, MAX_TEST_TOKENS = 8192, 8192
 """Every fit runs the model on all of the validation text, so it must be short."""
 
-_STAGES: Mapping[str, Callable[[ApplyRequest], Stage]] = {
-    "recover": lambda request: ClosedForm(),
-    "heal": lambda request: Heal(
-        HealBudget(
-            request.heal_minutes or (None if request.heal_tokens else DEFAULT_HEAL_MINUTES),
-            request.heal_tokens,
-        )
-    ),
-}
+
+def _closed_form(request: ApplyRequest) -> Stage:
+    return ClosedForm()
+
+
+def _heal(request: ApplyRequest) -> Stage:
+    minutes = request.heal_minutes
+    if minutes is None and request.heal_tokens is None:
+        minutes = DEFAULT_HEAL_MINUTES
+    return Heal(HealBudget(minutes, request.heal_tokens))
+
+
+_STAGES: Mapping[str, Callable[[ApplyRequest], Stage]] = {"recover": _closed_form, "heal": _heal}
 """The stage that each option asks for."""
 
 
 def resolve_recovery(
-    subject: Subject, request: ApplyRequest, output: Output, group: ProcessGroup, notify: Notify
+    subject: Subject, request: ApplyRequest, output: Output, notify: Notify
 ) -> RecoverySettings:
     """Decide on which text, in which data type and where a model is recovered."""
-    architecture, surgery, dtype = subject.architecture, subject.surgery, output.dtype
-    state = Unfinished(output.path)
-    state.require_no_links()
+    architecture, surgery = subject.architecture, subject.surgery
     if architecture.is_quantized:
         raise UnsupportedModelError(
             f"{architecture.source.id} is quantized, so its blocks cannot be recovered.",
             hint="Recover the model it was quantized from, and quantize the result.",
         )
-    target = dtype or architecture.dtype or torch.float32
+    target = output.dtype or architecture.dtype or torch.float32
     # Values are rounded to what every file can hold, which may be narrower than what the config
     # says.
-    written = [dtype] if dtype else float_dtypes(architecture.source.weights)
+    written = [output.dtype] if output.dtype else float_dtypes(architecture.source.weights)
     stored = min([*written, target], key=lambda dtype: dtype.itemsize)
     stages = tuple(_STAGES[option](request) for option in request.recoveries)
-    place_in = partial(_place_recovery, subject, request, stages, dtype, group, notify)
-    # An unfinished healing goes on in the data type that it began in.
-    placement, text, needed = place_in(state.dtype(dtype_name(stored)) or AUTO)
-    is_wider, device = placement.dtype is not target and not placement.stream, placement.device
-    if is_wider and group.from_main(lambda: memory_shortage(sum(needed.values()), device)):
-        placement, text, needed = place_in(dtype_name(target))  # takes half of the memory
-    on_host = (
-        placement.stream
-        and device != CPU
-        and memory_shortage(sum(needed.values()), device) is not None
-    )
-    if on_host:
-        _require_free(CPU, {HIDDEN_STATES: needed.pop(HIDDEN_STATES)}, stages[-1])
-    _require_free(device, needed, stages[-1])
-    kept_bytes = max(0, sum(stage.saved_bytes(surgery, stored) for stage in stages) - state.size)
+
+    placement = _place(subject, request, stages, target, output.dtype, notify)
+    text = _resolve_text(request, subject, stream=placement.stream)
+    if placement.rounded:
+        # Rounded weights write other text, which must not be taken from the cache.
+        text = replace(text, writer=f"{text.writer} {dtype_name(placement.rounded)}")
+    on_host = _check_memory(subject, stages, placement, text)
+    saved = sum(stage.saved_bytes(surgery, stored) for stage in stages)
+    kept_bytes = max(0, saved - saved_bytes(output.path))
     return RecoverySettings(
-        surgery, stages, placement, stored, on_host, _splits(text), state, kept_bytes
+        surgery, stages, placement, stored, on_host, _splits(text), output.path, kept_bytes
     )
 
 
-def _place_recovery(
+def _place(
     subject: Subject,
     request: ApplyRequest,
     stages: Sequence[Stage],
+    target: torch.dtype,
     cast: torch.dtype | None,
-    group: ProcessGroup,
     notify: Notify,
-    dtype: str,
-) -> tuple[Placement, CalibrationSettings, dict[str, int]]:
-    """Place the model in this data type; return also the text, and the bytes of memory by purpose."""
+) -> Placement:
+    """Place the dense model, which computes in bfloat16 or float32, beside what the stages need."""
     device = choose_device(request.device or AUTO)
-    placement = group.from_main(
-        lambda: place_model(
-            subject.architecture,
-            device,
-            dtype,
-            notify,
-            device_map=request.device_map,
-            stream=request.stream if all(stage.streams for stage in stages) else False,
-            reserved=sum(stage.reserved_bytes(subject.surgery) for stage in stages),
-            cast=cast,
-        )
+    dtype = AUTO
+    widest = target
+    if target is torch.float16:  # gradients and sums may leave its range
+        dtype = "float32"
+    if target is torch.float16 or (device.type == "cpu" and target not in cpu_dtypes()):
+        widest = torch.float32
+    reserved = 0
+    for stage in stages:
+        # Hidden states are left out: if there is no room for them, they wait on the host.
+        reserved += sum(stage.needed_bytes(subject.surgery, widest, tokens=0).values())
+    placement = place_model(
+        subject.architecture,
+        device,
+        dtype,
+        notify,
+        device_map=request.device_map,
+        stream=request.stream if all(stage.streams for stage in stages) else False,
+        reserved=reserved,
+        cast=cast,
     )
-    text = _resolve_text(request, subject, stream=placement.stream)
-    if (
-        placement.rounded
-    ):  # rounded weights write other text, which must not be taken from the cache
-        text = replace(text, writer=f"{text.writer} {dtype_name(placement.rounded)}")
-    needed = {}
+    return replace(placement, device=device)
+
+
+def _check_memory(
+    subject: Subject, stages: Sequence[Stage], placement: Placement, text: CalibrationSettings
+) -> bool:
+    """Check that the memory suffices; return whether hidden states must wait on the host."""
+    needed: dict[str, int] = {}
     if placement.device_map is None:  # a map spreads the model over several devices
         weights = "two blocks and what is outside of them" if placement.stream else "the model"
         needed[weights] = model_bytes(
             subject.architecture, placement.dtype, stream=placement.stream
         )
+    tokens = text.samples * text.sequence_length
     for stage in stages:
-        needed |= stage.needed_bytes(
-            subject.surgery, placement.dtype, text.samples * text.sequence_length
-        )
-    return replace(placement, device=device), text, needed
+        needed |= stage.needed_bytes(subject.surgery, placement.dtype, tokens)
+    device = placement.device
+    on_host = False
+    if placement.stream and device != CPU and memory_shortage(sum(needed.values()), device):
+        on_host = True
+        _require_free(CPU, {HIDDEN_STATES: needed[HIDDEN_STATES]}, stages[-1])
+        del needed[HIDDEN_STATES]
+    _require_free(device, needed, stages[-1])
+    return on_host
 
 
 def _splits(text: CalibrationSettings) -> list[CalibrationSettings]:
@@ -155,8 +164,8 @@ def _require_free(device: torch.device, needed: Mapping[str, int], last: Stage) 
     ):
         raise MachineError(
             f"{last.title} needs {lacking}.",
-            hint="Use fewer --samples, leave out --heal or --recover, or use a machine with more "
-            "memory.",
+            hint="Use fewer --samples, leave out --heal or --recover, write narrower weights with "
+            "--dtype bfloat16, or use a machine with more memory.",
         )
 
 
@@ -189,21 +198,23 @@ def _default_source(subject: Subject, *, stream: bool) -> str:
     model's own.
     """
     # A streamed model writes nothing, since each token would read all of its weights.
-    source, searched = (
-        subject.architecture.source,
-        subject.plan.calibration if subject.plan else None,
-    )
+    source = subject.architecture.source
     is_chat = not stream and has_tokenizer(source) and bool(load_tokenizer(source).chat_template)
-    alone = DEFAULT_CALIBRATION if stream else f"{SELF}:0.5,{SELF_CHAT}:0.5" if is_chat else SELF
+    if stream:
+        alone = DEFAULT_CALIBRATION
+    elif is_chat:
+        alone = f"{SELF}:0.5,{SELF_CHAT}:0.5"
+    else:
+        alone = SELF
+    searched = subject.plan.calibration if subject.plan else None
     if searched is None or searched.chat:
         return alone
     shares = parse_mixture(searched.source)
-    if [*map(is_written, shares)] == [True]:
+    written = [name for name in shares if is_written(name)]
+    if written and (stream or len(shares) == 1):
         return alone
-    is_mixed = (
-        len(shares) > 1 or "," in searched.source
-    )  # a name with a comma cannot be part of a mixture
-    text = searched.source if is_mixed else text_source(next(iter(shares))).in_windows
-    if stream:
-        return alone if any(map(is_written, shares)) else text
-    return text if is_mixed else f"{text}:0.75,{SELF_CHAT if is_chat else SELF}:0.25"
+    # A name with a comma cannot be part of a mixture.
+    if len(shares) > 1 or "," in searched.source:
+        return searched.source
+    text = text_source(next(iter(shares))).in_windows
+    return text if stream else f"{text}:0.75,{SELF_CHAT if is_chat else SELF}:0.25"

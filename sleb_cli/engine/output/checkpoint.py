@@ -28,13 +28,11 @@ from sleb_cli.engine.output.measured import join_results, results_of_plan
 from sleb_cli.engine.output.proof import prove
 from sleb_cli.engine.output.proof_of_files import Planned
 from sleb_cli.engine.output.proof_placement import ProofPlacement, place_proof
-from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notice, Notify, Warned
 from sleb_cli.names import without_folders
 from sleb_cli.plan import CHECKPOINT_PLAN
-from sleb_cli.processes import WorkerFinished
 from sleb_cli.records import THIS_VERSION
 from sleb_cli.requests import DEFAULT_SHARD_SIZE
 from sleb_cli.results import ApplyResult, BenchResult, EvalResult
@@ -94,22 +92,16 @@ def require_apart(folder: Path, source: ModelSource) -> None:
 
 
 def apply_recovered(
-    subject: Subject,
-    output: Output,
-    recovery: RecoverySettings,
-    group: ProcessGroup,
-    notify: Notify,
+    subject: Subject, output: Output, recovery: RecoverySettings, notify: Notify
 ) -> ApplyResult:
-    """Write the checkpoint with recovered blocks."""
+    """Recover the kept blocks, and write the checkpoint with their new values."""
     from sleb_cli.engine.recovery.recover import recover  # which imports datasets
+    from sleb_cli.engine.recovery.saved_state import delete_states, explain_resume_on_failure
 
-    run_recovery = partial(recover, recovery, group, notify)
-    if not group.is_main:
-        run_recovery()
-        raise WorkerFinished
-    with recovery.state.explain_resume_on_failure(notify):
+    run_recovery = partial(recover, recovery, notify)
+    with explain_resume_on_failure(output.path, notify):
         result = apply_removals(subject, output, notify, run_recovery, recovery.kept_bytes)
-    recovery.state.delete()
+    delete_states(output.path)
     return result
 
 

@@ -35,26 +35,26 @@ def file_tensors(
         UnsupportedModelError: such a tensor is stored quantized, or not as transformers would write
             it.
     """
-    path, names = (
-        surgery.architecture.adapter.blocks_path,
-        surgery.architecture.block_names(surgery.kept),
-    )
-    prefixes = {
-        name: name if (block := names.block_of(name)) is None else f"{path}.{block}"
-        for name in values
-    }
+    architecture = surgery.architecture
+    path = architecture.adapter.blocks_path
+    names = architecture.block_names(surgery.kept)
+    weights = architecture.source.weights
+    by_prefix: dict[str, dict[str, Tensor]] = {}  # by block, or by tensor outside the blocks
+    for name, value in values.items():
+        block = names.block_of(name)
+        prefix = name if block is None else f"{path}.{block}"
+        by_prefix.setdefault(prefix, {})[name] = value
     changed: dict[str, Tensor] = {}
-    for prefix in sorted({*prefixes.values()}):
-        new = {name: value for name, value in values.items() if prefixes[name] == prefix}
-        block, owner = names.block_of(prefix), prefix.rpartition(".")[0]
-        with (
-            loaded(skippable.model.get_submodule(owner))
-            if block is None
-            else skippable.loaded(block)
-        ):
-            changed |= _changed_tensors(
-                skippable.model, surgery.architecture.source.weights, prefix, new, rounded
-            )
+    for prefix in sorted(by_prefix):
+        new = by_prefix[prefix]
+        block = names.block_of(prefix)
+        if block is None:
+            module = skippable.model.get_submodule(prefix.rpartition(".")[0])
+            with loaded(module):
+                changed |= _changed_tensors(skippable.model, weights, prefix, new, rounded)
+        else:
+            with skippable.loaded(block):
+                changed |= _changed_tensors(skippable.model, weights, prefix, new, rounded)
     return {name: value for name, value, _ in surgery.tensors(changed.items())}
 
 
@@ -66,35 +66,27 @@ def _changed_tensors(
     rounded: torch.dtype | None,
 ) -> dict[str, Tensor]:
     # The prefix is a block, all of whose values are here, or one tensor.
-    stored, base = {tensor.name: tensor for tensor in weights.stored}, f"{model.base_model_prefix}."
-
-    def to_file_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        # Files may fuse tensors, and their names lack the prefix if they hold a base model.
-        converted = revert_weight_conversion(model, tensors).items()
-        return {
-            name if name in stored else name.removeprefix(base): tensor
-            for name, tensor in converted
-        }
-
-    state = model.state_dict().items()
-    old = {
-        name: tensor for name, tensor in state if name == prefix or name.startswith(f"{prefix}.")
-    }
-    new = old | {
-        name: value.to(old[name].device, old[name].dtype) for name, value in values.items()
-    }
-    before, after = to_file_names(old), to_file_names(new)
+    old: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if name == prefix or name.startswith(f"{prefix}."):
+            old[name] = tensor
+    new = dict(old)
+    for name, value in values.items():
+        new[name] = value.to(old[name].device, old[name].dtype)
+    before = _by_file_names(model, weights, old)
+    after = _by_file_names(model, weights, new)
     changed = {name: value for name, value in after.items() if not torch.equal(value, before[name])}
-    for name in changed.keys() & stored.keys():
-        dtype = TORCH_DTYPES.get(stored[name].dtype)
+    stored = {tensor.name: tensor for tensor in weights.stored if tensor.name in changed}
+    for name, tensor in stored.items():
+        dtype = TORCH_DTYPES.get(tensor.dtype)
         if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
             raise UnsupportedModelError(
-                f"{name} is stored quantized ({stored[name].dtype}), so new values cannot be "
-                f"written to it.",
+                f"{name} is stored quantized ({tensor.dtype}), so new values cannot be written to "
+                f"it.",
                 hint="Recover the model it was quantized from, and quantize the result.",
             )
     # The files must hold the old values under each name, so that it means the same tensor there.
-    old_in_files = dict(read_all(weights, changed.keys() & stored.keys()))
+    old_in_files = dict(read_all(weights, stored.keys()))
     for name in changed:
         dtype = before[name].dtype
         old_value = old_in_files.get(name)
@@ -107,3 +99,15 @@ def _changed_tensors(
                 hint="Load the model with transformers, save it again, and recover that copy.",
             )
     return changed
+
+
+def _by_file_names(
+    model: Any, weights: WeightFiles, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    # Files may fuse tensors, and their names lack the prefix if they hold a base model.
+    stored = {tensor.name for tensor in weights.stored}
+    named: dict[str, Tensor] = {}
+    for name, tensor in revert_weight_conversion(model, tensors).items():
+        in_file = name if name in stored else name.removeprefix(f"{model.base_model_prefix}.")
+        named[in_file] = tensor
+    return named

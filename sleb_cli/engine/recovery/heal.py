@@ -4,10 +4,9 @@ budget.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +15,15 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.recovery.distillation import Distillation
 from sleb_cli.engine.recovery.heal_budget import HealBudget
 from sleb_cli.engine.recovery.low_rank import RANK, LowRank, rank_of, trained_numbers
-from sleb_cli.engine.recovery.stage import Fields, Job, Stage, kept_blocks
-from sleb_cli.engine.recovery.training import LEARNING_RATE, Training
-from sleb_cli.engine.recovery.unfinished import DIGITS
+from sleb_cli.engine.recovery.saved_state import DIGITS
+from sleb_cli.engine.recovery.stage import Job, Stage, kept_blocks
+from sleb_cli.engine.recovery.training import LEARNING_RATE, Progress, Training
 from sleb_cli.engine.recovery.variant import Variant
 from sleb_cli.engine.surgery.loading import load_pruned
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import HEAL_TASK, task
 from sleb_cli.keys import name_of
-from sleb_cli.plan import HealRecord
+from sleb_cli.plan import HealRecord, LossesRecord
 from sleb_plugins import UnsupportedModelError
 
 TRAINED_BELOW = 4
@@ -47,122 +46,138 @@ class Heal(Stage):
 
     budget: HealBudget
 
-    title, model, measured, streams = "Healing", "healed", "healed", False
+    title = "Healing"
+    model = "healed"
+    key = "healed"
+    streams = False
 
     def needed_bytes(self, surgery: Surgery, dtype: torch.dtype, tokens: int) -> dict[str, int]:
         """Return the bytes of the trained weights, and of the training's state."""
         # Both models share the original values, and all else.
-        weights = sum(
-            parameter.numel() for block in kept_blocks(surgery) for parameter in block.parameters()
-        )
-        state = _max_trained_numbers(kept_blocks(surgery)) * TRAINING_BYTES
+        blocks = kept_blocks(surgery)
+        weights = sum(parameter.numel() for block in blocks for parameter in block.parameters())
+        state = _max_trained_numbers(surgery) * TRAINING_BYTES
         return {"the trained weights": weights * dtype.itemsize, "the state of training": state}
 
     def saved_bytes(self, surgery: Surgery, stored: torch.dtype) -> int:
         """Return the bytes of the saved training at most."""
-        return _max_trained_numbers(kept_blocks(surgery)) * SAVED_BYTES
+        return _max_trained_numbers(surgery) * SAVED_BYTES
 
-    def run(self, job: Job, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Fields]:
+    def run(self, job: Job, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], _Done]:
         """Distill the dense model into the pruned one with these values."""
-        surgery, budget = job.settings.surgery, self.budget
-        architecture = surgery.architecture
+        architecture = job.settings.surgery.architecture
+        names = architecture.block_names(job.settings.surgery.kept)
         model, parameters = _student(job, values)
         with SkippableModel(model, architecture.blocks_of(model)) as pruned:
             first = _first_trained(job, pruned, values)
-            names = architecture.block_names(surgery.kept)
-            weights = {
-                name: parameter
-                for name, parameter in parameters.items()
-                if rank_of(parameter.shape) and (names.block_of(name) or 0) >= first
-            }
-            originals = _detach_from_originals(job, [*weights.values()])
-            trained = LowRank([*weights.values()], originals, job.settings.stored)
+            weights: dict[str, nn.Parameter] = {}
+            for name, parameter in parameters.items():
+                block = names.block_of(name) or 0
+                if block >= first and rank_of(parameter.shape):
+                    weights[name] = parameter
+            # The student shares memory with the dense model where nothing was fitted: that stays,
+            # and the weights move out.
+            originals = [weight.data for weight in weights.values()]
+            for weight in weights.values():
+                weight.data = weight.data.clone()
+            trained = LowRank(list(weights.values()), originals, job.settings.stored)
             distillation = Distillation(Variant(job.dense), Variant(pruned), first)
-            file = job.saved / f"healing-{self._identity(job)}.safetensors"
-            unit = "tokens" if budget.tokens is not None else "s"
-            with task(job.notify, HEAL_TASK, budget.total, unit) as advance:
-                training = Training(job, budget, distillation, trained, file, advance)
+            unit = "s" if self.budget.tokens is None else "tokens"
+            with task(job.notify, HEAL_TASK, self.budget.total, unit) as advance:
+                training = Training(
+                    job, self.budget, distillation, trained, self._name_in_state(job), advance
+                )
                 stopped = training.run()
-        progress = training.progress
-        record = partial(
-            HealRecord,
-            minutes=budget.minutes,
-            token_budget=budget.tokens,
-            sequence_length=job.validation.sequences.shape[1],
-            batch_size=training.size * job.group.size,
+        healed = {name: weight.detach() for name, weight in weights.items()}
+        length = job.validation.sequences.shape[1]
+        done = _Done(length, training.size, training.progress, stopped)
+        return {**values, **healed}, done
+
+    def fields(self, done: _Done, losses: LossesRecord) -> dict[str, Any]:
+        """Return the record of the training."""
+        progress = done.progress
+        record = HealRecord(
+            minutes=self.budget.minutes,
+            token_budget=self.budget.tokens,
+            sequence_length=done.sequence_length,
+            batch_size=done.batch_size,
             learning_rate=LEARNING_RATE,
             rank=RANK,
+            tokens=progress.tokens,
             kept_tokens=progress.best_tokens,
-            stopped=stopped,
-            **progress.model_dump(include={"tokens", "steps", "seconds"}),
+            steps=progress.steps,
+            seconds=progress.seconds,
+            stopped=done.stopped,
+            losses=losses,
         )
-        all_values = {**values, **{name: weight.detach() for name, weight in weights.items()}}
-        return all_values, lambda losses: {"heal": record(losses=losses)}
+        return {"heal": record}
 
-    def _identity(self, job: Job) -> str:
-        # The folder is named after all else that a healing depends on.
-        text, stages = job.settings.splits[0], job.settings.stages
+    def _name_in_state(self, job: Job) -> str:
+        # The file is named after all else that a healing depends on.
+        text = job.settings.splits[0]
+        stages = job.settings.stages
         depends = {
-            "before": [stage.measured for stage in stages[: stages.index(self)]],
+            "before": [stage.key for stage in stages[: stages.index(self)]],
             "calibration": text.source,
             "samples": text.samples,
             "seed": text.seed,
             "minutes": self.budget.minutes,
             "tokens": self.budget.tokens,
-            "processes": job.group.size,
         }
-        return name_of(depends)[:DIGITS]
+        return f"healing {name_of(depends)[:DIGITS]}"
 
 
-def _max_trained_numbers(blocks: Sequence[nn.Module]) -> int:
+@dataclass(frozen=True)
+class _Done:
+    """A training that has ended."""
+
+    sequence_length: int
+    batch_size: int
+    progress: Progress
+    stopped: Literal["budget", "patience"]
+
+
+def _max_trained_numbers(surgery: Surgery) -> int:
     # Blocks well before the gap are not trained.
+    blocks = kept_blocks(surgery)
     return sum(
         trained_numbers(parameter.shape) for block in blocks for parameter in block.parameters()
     )
 
 
 def _student(job: Job, values: Mapping[str, Tensor]) -> tuple[Any, dict[str, nn.Parameter]]:
-    surgery, placement = job.settings.surgery, job.settings.placement
+    """Return the pruned model with these values, and the parameters of its blocks, by their names
+    in the dense model.
+    """
+    surgery = job.settings.surgery
     path = surgery.architecture.adapter.blocks_path
-    model = load_pruned(surgery, placement, job.notify, dense=job.dense.model)
-    # Names number the blocks as in the dense model.
-    parameters = {
-        f"{path}.{old}.{name}": parameter
-        for block, old in zip(
-            surgery.architecture.blocks_of(model), surgery.kept.blocks, strict=True
-        )
-        for name, parameter in block.named_parameters()
-        if parameter.is_floating_point()
-    }
-    for name, value in values.items():  # outside the blocks, the names are the same in both models
+    model = load_pruned(surgery, job.settings.placement, job.notify, dense=job.dense.model)
+    blocks = surgery.architecture.blocks_of(model)
+    parameters: dict[str, nn.Parameter] = {}
+    for block, old in zip(blocks, surgery.kept.blocks, strict=True):
+        for name, parameter in block.named_parameters():
+            if parameter.is_floating_point():
+                parameters[f"{path}.{old}.{name}"] = parameter
+    for name, value in values.items():
+        # Outside the blocks, the names are the same in both models.
         parameter = parameters[name] if name in parameters else model.get_parameter(name)
-        parameter.data = value.to(
-            parameter.device, parameter.dtype, copy=True
-        )  # not into the dense model's own
+        # A copy, so that the dense model's own value stays.
+        parameter.data = value.to(parameter.device, parameter.dtype, copy=True)
     return model, parameters
 
 
 def _first_trained(job: Job, pruned: SkippableModel, values: Mapping[str, Tensor]) -> int:
-    surgery, ids = (
-        job.settings.surgery,
-        job.validation.sequences[:1].to(job.settings.placement.device),
-    )
+    surgery = job.settings.surgery
     names = surgery.architecture.block_names(surgery.kept)
-    changed = [block for block in map(names.block_of, values) if block is not None]
-    first = max(0, min([min(surgery.removed) - TRAINED_BELOW, *changed]))
-    return first if first and can_share(Variant(job.dense), Variant(pruned), first, ids) else 0
-
-
-def _detach_from_originals(job: Job, weights: Sequence[nn.Parameter]) -> list[Tensor]:
-    # The student shares memory with the dense model where nothing was fitted: that stays, and the
-    # weights move out.
-    originals = [weight.data for weight in weights]
-    for weight, original in zip(weights, originals, strict=True):
-        # Each process fitted its own weights, and rounding may differ between them.
-        weight.data = job.group.broadcast(original.clone())
-        if not torch.equal(original, weight.data):
-            original.copy_(weight.data)
-    return originals
+    first = min(surgery.removed) - TRAINED_BELOW
+    for name in values:
+        block = names.block_of(name)
+        if block is not None:
+            first = min(first, block)
+    if first <= 0:
+        return 0
+    ids = job.validation.sequences[:1].to(job.settings.placement.device)
+    return first if can_share(Variant(job.dense), Variant(pruned), first, ids) else 0
 
 
 @torch.inference_mode()
@@ -173,7 +188,9 @@ def can_share(dense: Variant, pruned: Variant, first: int, ids: Tensor) -> bool:
     # It does not if blocks take more than hidden states from earlier blocks.
     try:
         entering, _ = dense.entering_and_final_states(ids, first)
-        shared, expected = pruned.final_states(ids, (first, entering)), pruned.final_states(ids)
+        shared = pruned.final_states(ids, (first, entering))
+        expected = pruned.final_states(ids)
     except UnsupportedModelError:
         return False
-    return float((shared - expected).float().norm() / expected.float().norm()) < SHARING_TOLERANCE
+    difference = (shared - expected).float().norm()
+    return float(difference / expected.float().norm()) < SHARING_TOLERANCE

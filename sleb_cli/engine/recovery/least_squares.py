@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,18 +54,21 @@ class Ridge:
     def __init__(
         self, features: int, outputs: int, device: torch.device = CPU, *, rounded: bool = False
     ) -> None:
-        self.xx, self.xy = _zeros(device, features, features), _zeros(device, features, outputs)
-        self.yy, self._rounded = _zeros(CPU, 1), rounded
+        self.xx = _zeros(device, features, features)
+        self.xy = _zeros(device, features, outputs)
+        self.yy = _zeros(CPU, 1)
+        self._rounded = rounded
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The sums, which others may add to in place."""
+        """The sums."""
         return self.xx, self.xy, self.yy
 
     def add(self, features: Tensor, targets: Tensor, weights: Tensor) -> None:
         """Add some rows; `weights` is [rows]."""
         root = weights.sqrt()[:, None]
-        x, y = features * root, targets * root
+        x = features * root
+        y = targets * root
         with bfloat16_products(self._rounded):
             for start in range(0, x.shape[1], PANEL_COLUMNS):
                 panel = slice(start, start + PANEL_COLUMNS)
@@ -95,13 +99,9 @@ class Ridge:
         outputs = self.xy[0].numel()
         if outputs <= SKETCH_COLUMNS:
             return self.xy
-        signs = (
-            torch.randint(
-                0, 2, (outputs, SKETCH_COLUMNS), generator=torch.Generator().manual_seed(0)
-            )
-            * 2.0
-            - 1
-        )
+        generator = torch.Generator().manual_seed(0)
+        bits = torch.randint(0, 2, (outputs, SKETCH_COLUMNS), generator=generator)
+        signs = bits * 2.0 - 1
         return self.xy @ signs.to(self.xy)
 
 
@@ -109,15 +109,15 @@ class Gains(Ridge):
     """Ridge regression of each channel alone: Y[:, i] from X[:, i]."""
 
     def __init__(self, channels: int, device: torch.device = CPU) -> None:
-        self.xx, self.xy, self.yy = (
-            _zeros(device, channels),
-            _zeros(device, channels),
-            _zeros(CPU, 1),
-        )
+        self.xx = _zeros(device, channels)
+        self.xy = _zeros(device, channels)
+        self.yy = _zeros(CPU, 1)
 
     def add(self, features: Tensor, targets: Tensor, weights: Tensor) -> None:
         """Add some rows; `weights` is [rows]."""
-        x, y, w = as_float64(features), as_float64(targets), as_float64(weights)[:, None]
+        x = as_float64(features)
+        y = as_float64(targets)
+        w = as_float64(weights)[:, None]
         self.xx += (w * x * x).sum(0)
         self.xy += (w * x * y).sum(0)
         self.yy += float((w * y * y).sum())
@@ -136,46 +136,59 @@ class Gains(Ridge):
 
 
 def _zeros(device: torch.device, *shape: int) -> Tensor:
-    return torch.zeros(
-        shape, dtype=torch.float64, device=as_float64(torch.empty(0, device=device)).device
-    )
+    place = as_float64(torch.empty(0, device=device)).device
+    return torch.zeros(shape, dtype=torch.float64, device=place)
 
 
-def best_ridge(
-    train: Ridge, validation: Ridge, ridges: tuple[float, ...]
-) -> tuple[float, float, Tensor]:
-    """Return the ridge with the least error on the validation text, that error, and the
-    coefficients in float64.
+@dataclass(frozen=True)
+class BestRidge:
+    """The ridge with the least error on the validation text, and its coefficients in float64.
 
     The error is the weighted sum of squares that is left of the targets.
     """
-    products, train_sketch, validation_sketch = (
-        validation.products(),
-        train.sketch(),
-        validation.sketch(),
-    )
 
-    def error_change(coefficients: Tensor, xy: Tensor) -> float:
-        coefficients = coefficients.double()
-        return float(
-            (coefficients * ((products @ coefficients.to(products)).double() - 2 * xy)).sum()
-        )
+    ridge: float
+    error: float
+    coefficients: Tensor
 
-    def try_ridge(ridge: float) -> tuple[float, float, Tensor]:
+
+@dataclass(frozen=True)
+class _Attempt:
+    ridge: float
+    error_change: float
+    factor: Tensor
+
+
+def best_ridge(train: Ridge, validation: Ridge, ridges: tuple[float, ...]) -> BestRidge:
+    """Return the best of these ridges, which are in ascending order."""
+    products = validation.products()
+    train_sketch = train.sketch()
+    validation_sketch = validation.sketch()
+
+    def attempt(ridge: float) -> _Attempt:
         factor = train.factor(ridge)
-        return ridge, error_change(train.solve(factor, train_sketch), validation_sketch), factor
+        coefficients = train.solve(factor, train_sketch)
+        return _Attempt(ridge, _error_change(products, coefficients, validation_sketch), factor)
 
     # The error has one minimum, so ridges are tried from the middle on, towards less error. A
     # sketch of the targets suffices; only the best ridge is solved for all of them.
     middle = len(ridges) // 2
-    best = try_ridge(ridges[middle])
+    best = attempt(ridges[middle])
     for side in (ridges[middle + 1 :], ridges[:middle][::-1]):
-        if best[0] == ridges[middle]:
-            for ridge in side:
-                candidate = try_ridge(ridge)
-                if candidate[1] >= best[1]:
-                    break
-                best = candidate
-            candidate = best  # frees the other factor, which is as large as the sums
-    fitted = train.solve(best[2], train.xy).double()
-    return best[0], float(validation.yy) + error_change(fitted, validation.xy), fitted
+        if best.ridge != ridges[middle]:
+            break  # the minimum is on the other side
+        for ridge in side:
+            candidate = attempt(ridge)
+            if candidate.error_change >= best.error_change:
+                break
+            best = candidate
+        candidate = best  # frees the other factor, which is as large as the sums
+    coefficients = train.solve(best.factor, train.xy).double()
+    error = float(validation.yy) + _error_change(products, coefficients, validation.xy)
+    return BestRidge(best.ridge, error, coefficients)
+
+
+def _error_change(products: Tensor, coefficients: Tensor, xy: Tensor) -> float:
+    coefficients = coefficients.double()
+    change = (products @ coefficients.to(products)).double() - 2 * xy
+    return float((coefficients * change).sum())

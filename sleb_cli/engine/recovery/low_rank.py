@@ -24,7 +24,9 @@ def rank_of(shape: Sequence[int]) -> int:
     """Return the rank of the change to a weight [..., out, in]: at most half its own, and 0 for a
     vector.
     """
-    return min(RANK, *(side // 2 for side in shape[-2:])) if len(shape) > 1 else 0
+    if len(shape) < 2:
+        return 0
+    return min(RANK, shape[-2] // 2, shape[-1] // 2)
 
 
 def trained_numbers(shape: Sequence[int]) -> int:
@@ -55,7 +57,8 @@ class _Change:
     up_gradient: Tensor
 
     def take_gradient(self, weight: nn.Parameter) -> None:
-        gradient, weight.grad = weight.grad, None
+        gradient = weight.grad
+        weight.grad = None
         assert gradient is not None
         self.down_gradient.add_(self.up.mT.to(gradient.dtype) @ gradient, alpha=self.scale)
         self.up_gradient.add_(gradient @ self.down.mT.to(gradient.dtype), alpha=self.scale)
@@ -74,7 +77,7 @@ class LowRank:
     def __init__(
         self, weights: Sequence[nn.Parameter], originals: Sequence[Tensor], stored: torch.dtype
     ) -> None:
-        self._stored, self.dtype = stored, weights[0].dtype
+        self._stored = stored
         size = sum(trained_numbers(weight.shape) for weight in weights)
         # One flat tensor for all, so that a fused step is one pass over memory.
         self.values = nn.Parameter(torch.zeros(size, device=weights[0].device))
@@ -82,28 +85,32 @@ class LowRank:
         self._adam = torch.optim.AdamW([self.values], betas=BETAS, weight_decay=0.0, fused=True)
         # As its first step makes it, but at once, so that a saved state has the same tensors at any
         # time.
-        moments = {name: torch.zeros_like(self.values) for name in ("exp_avg", "exp_avg_sq")}
         self._adam.state[self.values] = {
-            "step": torch.zeros((), device=self.values.device)
-        } | moments
+            "step": torch.zeros((), device=self.values.device),
+            "exp_avg": torch.zeros_like(self.values),
+            "exp_avg_sq": torch.zeros_like(self.values),
+        }
         self._changes: list[_Change] = []
-        start, generator = 0, torch.Generator().manual_seed(0)
+        self._taken = 0
+        generator = torch.Generator().manual_seed(0)
         for weight, original in zip(weights, originals, strict=True):
             *stack, rows, columns = weight.shape
-            views: list[Tensor] = []
-            for shape in (
-                (*stack, rank_of(weight.shape), columns),
-                (*stack, rows, rank_of(weight.shape)),
-            ):
-                span = slice(start, start := start + math.prod(shape))
-                views += [flat[span].view(shape) for flat in (self.values.data, self._gradient)]
-            change = _Change(_scale_of(weight), weight, original, *views)
-            change.down.copy_(
-                INITIAL * (2 * torch.rand(change.down.shape, generator=generator) - 1)
+            rank = rank_of(weight.shape)
+            down, down_gradient = self._take(*stack, rank, columns)
+            up, up_gradient = self._take(*stack, rows, rank)
+            down.copy_(INITIAL * (2 * torch.rand(down.shape, generator=generator) - 1))
+            change = _Change(
+                _scale_of(weight), weight, original, down, down_gradient, up, up_gradient
             )
             weight.requires_grad_(True)
             weight.register_post_accumulate_grad_hook(change.take_gradient)  # type: ignore[no-untyped-call]
             self._changes.append(change)
+
+    def _take(self, *shape: int) -> tuple[Tensor, Tensor]:
+        """Return the next part of the flat values and of their gradient in this shape."""
+        span = slice(self._taken, self._taken + math.prod(shape))
+        self._taken = span.stop
+        return self.values.data[span].view(shape), self._gradient[span].view(shape)
 
     def take_gradient(self) -> Tensor:
         """Return the sum of the gradients since the last call, float32 in the order of `values`."""
@@ -133,7 +140,6 @@ class LowRank:
             rows = ROWS_AT_ONCE if change.weight.dim() == 2 else len(change.weight)
             for at in range(0, len(change.weight), rows):
                 piece = slice(at, at + rows)
-                changed = (
-                    (change.up[piece] @ change.down).mul_(change.scale).add_(change.original[piece])
-                )
+                changed = (change.up[piece] @ change.down).mul_(change.scale)
+                changed.add_(change.original[piece])
                 change.weight[piece].copy_(changed.to(self._stored))

@@ -7,8 +7,8 @@ A new way to recover is a `Stage` in a file of its own, an option in `requests.p
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.recovery.unfinished import Unfinished
+from sleb_cli.engine.recovery.saved_state import SavedState
 from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.text.calibration import Calibration
@@ -38,8 +37,8 @@ class RecoverySettings:
         stored: the data type to which values are rounded.
         on_host: whether hidden states wait in the CPU's memory, because the device has too little.
         splits: the texts for training, validation and test.
-        state: the folder that keeps values until the output is written.
-        kept_bytes: how many bytes that folder may still take.
+        output: the folder to be written; the state of the recovery is saved next to it.
+        kept_bytes: how many bytes that state may still take.
     """
 
     surgery: Surgery
@@ -48,32 +47,27 @@ class RecoverySettings:
     stored: torch.dtype
     on_host: bool
     splits: Sequence[CalibrationSettings]
-    state: Unfinished
+    output: Path
     kept_bytes: int
 
 
 @dataclass(frozen=True)
 class Job:
-    """A recovery at work: the models, texts and files that each stage takes.
+    """A recovery at work: the model, texts and saved state that each stage takes.
 
     Attributes:
         dense: the dense model, as an entered context; a stage leaves its parameters as they were.
         train: the text to fit to.
         validation: the text that decides, and is never fitted to.
-        saved: the folder where a stage keeps its values, and finds those of an interrupted run.
+        state: where a stage keeps its values, and finds those of an interrupted run.
     """
 
     settings: RecoverySettings
     dense: SkippableModel
     train: Calibration
     validation: Calibration
-    saved: Path
-    group: ProcessGroup = field(default_factory=ProcessGroup)
+    state: SavedState
     notify: Notify = ignore
-
-
-Fields = Callable[[LossesRecord], dict[str, Any]]
-"""Returns a stage's fields of a `RecoveryRecord`, given the losses with its values."""
 
 
 class Stage(ABC):
@@ -81,19 +75,15 @@ class Stage(ABC):
 
     Attributes:
         title: its name in messages.
-        model: their name for the model that has its values.
-        measured: the name of that model's losses in a `ConversationsRecord`.
+        model: the name of the model with its values in messages.
+        key: the field of `ConversationsRecord` for that model's losses.
         streams: whether the blocks may stay in the files.
     """
 
     title: ClassVar[str]
     model: ClassVar[str]
-    measured: ClassVar[str]
+    key: ClassVar[str]
     streams: ClassVar[bool]
-
-    def reserved_bytes(self, surgery: Surgery) -> int:
-        """Return the bytes to leave free when the model's place and data type are chosen."""
-        return 0
 
     @abstractmethod
     def needed_bytes(self, surgery: Surgery, dtype: torch.dtype, tokens: int) -> dict[str, int]:
@@ -104,10 +94,15 @@ class Stage(ABC):
         """Return the bytes that it keeps on the disk at most."""
 
     @abstractmethod
-    def run(self, job: Job, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Fields]:
-        """Return the new values, `values` of earlier stages included, by the dense model's
-        parameter names.
+    def run(self, job: Job, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
+        """Return new values by parameter name in the dense model, and what is to be recorded.
+
+        `values` are those of earlier stages, and are among the new ones.
         """
+
+    @abstractmethod
+    def fields(self, done: Any, losses: LossesRecord) -> dict[str, Any]:
+        """Return its fields of a `RecoveryRecord`, from what `run` recorded and the new losses."""
 
 
 def kept_blocks(surgery: Surgery) -> list[nn.Module]:

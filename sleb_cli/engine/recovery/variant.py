@@ -1,4 +1,4 @@
-"""A model in one of its forms (dense, pruned, recovered), and its loss and its divergence from the
+"""A model in one of its forms (dense, pruned, recovered): its loss, and its divergence from the
 dense model.
 """
 
@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -16,13 +15,12 @@ from sleb_cli.engine.device import as_float64
 from sleb_cli.engine.forward.logits import float32_slices
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
 from sleb_cli.engine.forward.stores import Store, to_cpu
-from sleb_cli.engine.process_group import ProcessGroup, join_dealt
 from sleb_cli.engine.text.calibration import Calibration
 from sleb_cli.engine.text.windows import whole_mask
 from sleb_plugins.metrics.kl import compare_logits
 
-# How many positions' logits exist at once, over all sequences of a batch.
 POSITIONS = 256
+"""How many positions' logits exist at once, over all sequences of a batch."""
 BATCH_TOKENS = 1024
 """A call of this many tokens takes a CPU two thirds of the time of calls of one short sequence."""
 
@@ -76,8 +74,8 @@ def run_blocks(
     with skippable.weights.visit(order) as visit:
         for block in order:
             visit.load(block)
-            for at, of_batch in enumerate(calls):
-                states[at] = store(skippable.run_block(of_batch[block], states[at]))
+            for batch, calls_of_batch in enumerate(calls):
+                states[batch] = store(skippable.run_block(calls_of_batch[block], states[batch]))
     return states
 
 
@@ -91,53 +89,46 @@ class Losses(NamedTuple):
 class DenseComparison:
     """Compares variants of a model with the dense one on a text, which the dense one reads once."""
 
-    def __init__(self, dense: Variant, text: Calibration, group: ProcessGroup) -> None:
-        self.dense, self.group, device = dense, group, dense.skippable.device
-        counted, size = (
-            whole_mask(text.sequences, text.loss_mask),
-            max(1, BATCH_TOKENS // text.sequences.shape[1]),
-        )
+    def __init__(self, dense: Variant, text: Calibration) -> None:
+        self.dense = dense
+        device = dense.skippable.device
+        counted = whole_mask(text.sequences, text.loss_mask)
+        size = max(1, BATCH_TOKENS // text.sequences.shape[1])
         self.count = int(counted[:, 1:].sum())
-        batches = list(
-            zip(torch.split(text.sequences, size), torch.split(counted, size), strict=True)
-        )
-        self.batches = [
-            [tensor.to(device) for tensor in batch] for batch in batches[group.rank :: group.size]
-        ]
-
-    @cached_property
-    def _dense_final(self) -> list[Tensor]:
-        return self._final_states(self.dense)
+        self.ids = [ids.to(device) for ids in torch.split(text.sequences, size)]
+        self.counted = [mask.to(device) for mask in torch.split(counted, size)]
+        self.dense_final = self._final_states(dense)
 
     @torch.inference_mode()
     def losses(self, variant: Variant) -> Losses:
         """Return means over the next tokens that count."""
-        final = self._dense_final if variant is self.dense else self._final_states(variant)
-        own_losses = [
-            summed_losses((variant, self.dense), states, ids, counted)
-            for *states, (ids, counted) in zip(final, self._dense_final, self.batches, strict=True)
-        ]
-        # Sums are in the order of batches, so that they do not depend on the number of processes.
-        in_order = zip(*join_dealt(self.group.gather(own_losses)), strict=True)
-        return Losses(*(sum(values) / self.count for values in in_order))
+        final = self.dense_final
+        if variant is not self.dense:
+            final = self._final_states(variant)
+        loss = divergence = 0.0
+        for batch, ids in enumerate(self.ids):
+            states = (final[batch], self.dense_final[batch])
+            of_batch = summed_losses((variant, self.dense), states, ids, self.counted[batch])
+            loss += of_batch.loss
+            divergence += of_batch.divergence
+        return Losses(loss / self.count, divergence / self.count)
 
     @torch.inference_mode()
     def _final_states(self, variant: Variant) -> list[Tensor]:
         skippable = variant.skippable
         if skippable.weights.resident:
-            return [to_cpu(variant.final_states(ids)) for ids, _ in self.batches]
+            return [to_cpu(variant.final_states(ids)) for ids in self.ids]
         # Streamed weights are read once for all batches.
-        calls = [skippable.calls(ids) for ids, _ in self.batches]
+        calls = [skippable.calls(ids) for ids in self.ids]
+        entering = [calls_of_batch[0].entering for calls_of_batch in calls]
         kept = [block for block in range(len(skippable.switches)) if block not in variant.removed]
         with skippable.replaced(variant.parameters):
-            return run_blocks(
-                skippable, kept, calls, [of_batch[0].entering for of_batch in calls], to_cpu
-            )
+            return run_blocks(skippable, kept, calls, entering, to_cpu)
 
 
 def summed_losses(
-    models: Sequence[Variant],
-    states: Sequence[Tensor],
+    models: tuple[Variant, Variant],
+    states: tuple[Tensor, Tensor],
     ids: Tensor,
     counted: Tensor,
     every: int = 1,
@@ -148,24 +139,23 @@ def summed_losses(
     hidden size], on any device. `counted` marks which of the `ids` count as next tokens; both are
     [batch, positions].
     """
+    model, dense = models
+    model_states, dense_states = (of_model.to(ids.device) for of_model in states)
     loss = divergence = 0.0
-    states = [of_model.to(ids.device) for of_model in states]
     positions = torch.arange(0, ids.shape[1] - 1, every, device=ids.device)
     for chunk in torch.split(positions, max(1, POSITIONS // len(ids))):
-        targets, chosen = ids[:, chunk + 1].flatten(), counted[:, chunk + 1].flatten()
-        ours, theirs = (
-            model.logits(of_model[:, chunk], ids[:, chunk]).flatten(0, 1)
-            for model, of_model in zip(models, states, strict=True)
-        )
+        targets = ids[:, chunk + 1].flatten()
+        chosen = counted[:, chunk + 1].flatten()
+        ours = model.logits(model_states[:, chunk], ids[:, chunk]).flatten(0, 1)
+        theirs = dense.logits(dense_states[:, chunk], ids[:, chunk]).flatten(0, 1)
         if not chosen.all():  # indexing copies
-            ours, theirs, targets = ours[chosen], theirs[chosen], targets[chosen]
+            ours = ours[chosen]
+            theirs = theirs[chosen]
+            targets = targets[chosen]
         for rows in float32_slices(ours):
             logits = ours[rows].float()
             comparison = compare_logits(theirs[rows].float(), logits)
-            loss += float(
-                as_float64(
-                    comparison.log_sum_q - logits.gather(-1, targets[rows, None])[:, 0]
-                ).sum()
-            )
+            target_logits = logits.gather(-1, targets[rows, None])[:, 0]
+            loss += float(as_float64(comparison.log_sum_q - target_logits).sum())
             divergence += float(as_float64(comparison.divergence).sum())
     return Losses(loss, divergence)

@@ -1,0 +1,269 @@
+"""Fit a block: change its last weights so that the hidden states behind its gap come close to the
+dense model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sleb_cli.engine.device import as_float64
+from sleb_cli.engine.forward.offload import loaded
+from sleb_cli.engine.recovery.depth import Batches, DepthPair, require_finite
+from sleb_cli.engine.recovery.least_squares import Gains, Ridge, best_ridge
+from sleb_cli.engine.recovery.residual_projections import (
+    ResidualProjection,
+    captured,
+    final_norm,
+    find_residual_projections,
+)
+from sleb_cli.units import format_bytes
+from sleb_plugins import MachineError
+from sleb_plugins.errors import explain_out_of_memory
+
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+MIN_GAIN_SHARE = 0.01
+"""Channels that a norm multiplies by less than this share of the mean are not fitted."""
+
+Rows = tuple[Tensor, Tensor, Tensor]
+"""Features [positions, features], targets [positions, outputs] and weights [positions]."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """New values by parameter name; the errors are weighted sums of squares on the validation text."""
+
+    ridge: float
+    values: dict[str, Tensor]
+    error_before: float
+    error_after: float
+
+
+@dataclass(frozen=True)
+class BlockRegression:
+    """The regressions of a block (None: of the final norm).
+
+    Attributes:
+        pair: the dense model's states at the end of the gap, and the recovered model's before the
+            block.
+        values: new values of the blocks before it.
+        stored: the data type to which values are rounded.
+    """
+
+    batches: Batches
+    pair: DepthPair
+    block: int | None
+    values: Mapping[str, Tensor]
+    stored: torch.dtype
+
+    @property
+    def _root(self) -> nn.Module:
+        skippable = self.batches.skippable
+        return skippable.model if self.block is None else skippable.switches[self.block].block
+
+    def find_projections(self) -> list[ResidualProjection]:
+        """Find the modules to fit."""
+        skippable = self.batches.skippable
+        first = self.pair.pruned[0]
+        if self.block is None:
+            return final_norm(skippable, first.to(skippable.device), self.batches.ids[0])
+        call = self.batches.probe[self.block]
+        with skippable.loaded(self.block), skippable.replaced(self.values):
+            return find_residual_projections(skippable, call, first[: len(call.entering)])
+
+    def loaded(self, projections: Sequence[ResidualProjection]) -> AbstractContextManager[None]:
+        """Have the weights to fit in memory within a context, as they may be streamed."""
+        if self.block is None:
+            return loaded(self._root.get_submodule(projections[0].name))
+        return self.batches.skippable.loaded(self.block)
+
+    def solve(
+        self, projections: Sequence[ResidualProjection], fitted_before: Mapping[str, Tensor]
+    ) -> Solution:
+        """Fit these projections at once, given the block's values so far; choose the ridge on the
+        validation text.
+        """
+        root = self._root
+        values = {**self.values, **fitted_before}
+        gains_only = projections[0].kind == "gain"
+        train_batches = self.batches.train_for_gains if gains_only else self.batches.train
+        train = self._sums(projections, values, train_batches)
+        validation = self._sums(projections, values, self.batches.validation)
+        require_finite((*train.tensors, *validation.tensors))
+        # A smaller batch would not help.
+        with explain_out_of_memory(
+            f"Fitting {' and '.join(projection.name for projection in projections)} needs about "
+            f"{format_bytes(4 * (train.xx.nbytes + train.xy.nbytes))} of memory for its sums.",
+            "Leave out --recover, or use a machine or a --device with more memory.",
+            MachineError,
+        ):
+            best = best_ridge(train, validation, RIDGES)
+            prefix = _prefix_of(self.batches.skippable.model, root)
+            old = {}
+            for name in _changed_parameters(projections):
+                old[name] = values.get(prefix + name, root.get_parameter(name))
+            new: dict[str, Tensor] = {}
+            for name, change in _weight_changes(projections, best.coefficients, old).items():
+                changed = as_float64(old[name]).to(change.device) + change
+                device = root.get_parameter(name).device
+                rounded = changed.to(device, self.stored).contiguous()
+                new[prefix + name] = self.batches.to_store(rounded)
+        return Solution(best.ridge, new, float(validation.yy), best.error)
+
+    def _sums(
+        self,
+        projections: Sequence[ResidualProjection],
+        values: Mapping[str, Tensor],
+        batches: Iterable[int],
+    ) -> Ridge:
+        skippable = self.batches.skippable
+        device = skippable.device if self.block is None else skippable.places[self.block]
+        inputs = sum(projection.inputs for projection in projections)
+        sums: Ridge
+        if projections[0].kind == "gain":
+            sums = Gains(inputs, device)
+        else:
+            has_bias = any(projection.takes_bias for projection in projections)
+            outputs = skippable.model.config.get_text_config().hidden_size
+            # In bfloat16, the features are rounded already.
+            rounded = skippable.model.dtype is torch.bfloat16
+            sums = Ridge(inputs + has_bias, outputs, device, rounded=rounded)
+        for batch in batches:
+            if self.block is None:
+                sums.add(*self._rows_of_norm(projections[0], batch))
+            else:
+                sums.add(*self._rows(self.block, projections, values, batch))
+        return sums
+
+    def _rows(
+        self,
+        block: int,
+        projections: Sequence[ResidualProjection],
+        values: Mapping[str, Tensor],
+        batch: int,
+    ) -> Rows:
+        skippable = self.batches.skippable
+        root = self._root
+        names = [name for projection in projections for name in projection.names]
+        call = self.batches.calls[batch][block]
+        with skippable.replaced(values), captured(root, names) as (entering, _):
+            states = skippable.run_block(call, self.pair.pruned[batch]).float()
+            target = self.pair.dense[batch].to(states.device).float()
+            missing = (target - states).flatten(0, -2)
+            features = [projection.features(root, entering) for projection in projections]
+        with_bias = _with_bias(projections)
+        if with_bias:
+            features.append(missing.new_full((len(missing), 1), with_bias.scale))
+        # Norms divide hidden states by their size before anything reads them, so errors count
+        # relative to it. Otherwise the few positions whose states are a thousand times larger,
+        # often the first, would decide.
+        weights = 1 / target.square().mean(-1).flatten().clamp_min(1e-12)
+        return torch.cat(features, dim=1), missing, weights
+
+    def _rows_of_norm(self, norm: ResidualProjection, batch: int) -> Rows:
+        skippable = self.batches.skippable
+        device = skippable.device
+        module = skippable.model.get_submodule(norm.name)
+        dense = self.pair.dense[batch].to(device)
+        pruned = self.pair.pruned[batch].to(device)
+        target = module(dense).float().flatten(0, -2).to(device)
+        output = module(pruned).float().flatten(0, -2).to(device)
+        # The outputs of a norm are all of one size, so all positions weigh the same.
+        weights = torch.ones(len(output), device=device)
+        return norm.normalized(skippable.model, pruned), target - output, weights
+
+
+def fit_in_rounds(
+    projections: Sequence[ResidualProjection],
+    fit: Callable[[Sequence[ResidualProjection], Mapping[str, Tensor]], Solution],
+    max_rounds: int | None = None,
+) -> list[Solution]:
+    """Fit all projections of a block in rounds; return the block's solution after each.
+
+    `fit` fits some projections at once, given the values so far.
+    """
+    exact = [projection for projection in projections if projection.exact]
+    near = [projection for projection in projections if not projection.exact]
+    together = [projection for projection in exact if projection.kind != "gain"] + near
+    rounds = []
+    if near:
+        # An output that the rest of the block reads (attention's, which the MLP reads) is fitted as
+        # though nothing responded to it, with the others, so that none adds what another can add
+        # better.
+        rounds.append(together)
+    if exact:
+        # These make up for the response.
+        rounds.append(exact)
+    if any(projection.norm for projection in exact):
+        # Through a norm, a matrix W adds gain * W x / s for an input x, where s is the size of W x:
+        # linear in W only for a fixed s. What a fit makes smaller, the norm makes larger again. So
+        # each round fits W, then the gains, which is exact, and a last one both, with the new s.
+        rounds.append(exact)
+    solutions: list[Solution] = []
+    values: dict[str, Tensor] = {}
+    for fitted in rounds[:max_rounds]:
+        solution = fit(fitted, values)
+        values = values | solution.values
+        error_after = solution.error_after
+        for projection in fitted:
+            if projection.norm is None:
+                continue
+            gains = fit([projection.norm], values)
+            error_after = min(gains.error_before, gains.error_after)
+            if gains.error_after < gains.error_before:
+                values = values | gains.values
+        error_before = solutions[0].error_before if solutions else solution.error_before
+        solutions.append(Solution(solution.ridge, values, error_before, error_after))
+    return solutions
+
+
+def _prefix_of(model: nn.Module, root: nn.Module) -> str:
+    names = {module: name for name, module in model.named_modules()}
+    return f"{names[root]}." if names[root] else ""
+
+
+def _with_bias(projections: Sequence[ResidualProjection]) -> ResidualProjection | None:
+    # One constant is enough: all projections add to the same hidden states.
+    for projection in projections:
+        if projection.takes_bias:
+            return projection
+    return None
+
+
+def _changed_parameters(projections: Sequence[ResidualProjection]) -> list[str]:
+    names = []
+    for projection in projections:
+        names.append(f"{projection.name}.weight")
+        if projection.norm:
+            names.append(f"{projection.norm.name}.weight")
+    with_bias = _with_bias(projections)
+    if with_bias:
+        names.append(f"{with_bias.name}.bias")
+    return names
+
+
+def _weight_changes(
+    projections: Sequence[ResidualProjection], fitted: Tensor, old: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    changes: dict[str, Tensor] = {}
+    start = 0
+    for projection in projections:
+        change = fitted[start : start + projection.inputs]
+        start += projection.inputs
+        norm = projection.norm
+        if norm:
+            multipliers = as_float64(old[f"{norm.name}.weight"]) + norm.offset
+            # Infinity where a norm multiplies by next to nothing.
+            silent = multipliers.abs() < MIN_GAIN_SHARE * multipliers.abs().mean()
+            change = change / multipliers.masked_fill(silent, torch.inf).to(change.device)
+        if projection.kind == "matrix":
+            change = change.T
+        changes[f"{projection.name}.weight"] = change
+    with_bias = _with_bias(projections)
+    if with_bias:
+        changes[f"{with_bias.name}.bias"] = fitted[start]
+    return changes
