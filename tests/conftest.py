@@ -22,7 +22,6 @@ if not torch.cuda.is_available():
 import atexit
 import gc
 import json
-import math
 import random
 import shutil
 import signal
@@ -60,8 +59,6 @@ from sleb_cli.engine.memory import shortage
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.demo import demo_folder
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.recovery import saved_state
-from sleb_cli.engine.recovery.distillation import Distillation
 from sleb_cli.engine.speed import benchmark
 from sleb_cli.engine.text.calibration import draw
 from sleb_cli.engine.text.windows import cut_windows, tokens_sha256
@@ -533,22 +530,6 @@ def smollm2() -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLEB_CACHE", str(USERS_CACHE))
         return demo_folder(ignore)
-
-
-def interrupt_healing(monkeypatch, step):
-    """Have healing save after every step, and end like Ctrl-C before the given one."""
-    monkeypatch.setattr(saved_state, "SECONDS_BETWEEN_SAVES", 0.0)
-    monkeypatch.setattr(saved_state, "MAX_SAVING_SHARE", math.inf)
-    add_gradient, steps = Distillation.add_gradient, []
-
-    def few(*arguments):
-        steps.append(1)
-        if len(steps) == step:
-            raise KeyboardInterrupt
-        return add_gradient(*arguments)
-
-    monkeypatch.setattr(Distillation, "add_gradient", few)
-    return steps
 
 
 def tokens_of_test_text(model, text, record):

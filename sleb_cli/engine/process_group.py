@@ -1,6 +1,6 @@
 """Communication and shutdown of the processes that a launcher started together.
 
-Objects and tensors go through `torch.distributed`. If a process ends, the exchanges of the others
+Objects go through `torch.distributed`. If a process ends, the exchanges of the others
 fail, and the launcher stops them. A process that fails says why in the launcher's key-value store,
 for the main one to say.
 """
@@ -14,14 +14,11 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from sleb_cli.engine.third_party import error_saying, translate_errors
 from sleb_cli.processes import WorkerFinished, local_rank, process_count, process_rank
 from sleb_plugins import MachineError, SlebError, errors
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -86,19 +83,6 @@ class ProcessGroup:
         self._exchange("broadcast_object_list", boxed)
         received: T = boxed[0]
         return received
-
-    def mean(self, tensor: Tensor) -> Tensor:
-        """Return the mean of all processes' tensors."""
-        if self.size == 1:
-            return tensor
-        total = tensor.clone()
-        self._exchange("all_reduce", total)
-        return total / self.size
-
-    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
-        """Return the tensor of the process `source`, and overwrite the others' with it."""
-        self._exchange("broadcast", tensor, source)
-        return tensor
 
     def _exchange(self, collective: str, *arguments: Any) -> None:
         if self.size > 1:

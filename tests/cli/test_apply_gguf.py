@@ -9,12 +9,12 @@ import psutil
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from test_recover import plain_losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import calibration, save_model, slow, tokens_of_test_text
 from families import experts_config
 from gguf_models import convert_llama, metadata_of, tensors_of, write_gguf, write_llama_gguf
+from recovering import plain_losses
 from sleb_cli import atomic
 from sleb_cli.engine.files import fingerprint
 from sleb_cli.engine.files.cache import cache_root

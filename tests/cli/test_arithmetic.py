@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 from conftest import (
     calibration,
     evaluation,
-    interrupt_healing,
     llama_config,
     prose,
     save_model,
@@ -18,6 +17,7 @@ from conftest import (
     tokens_of_test_text,
     weights_of,
 )
+from recovering import interrupt_healing
 from sleb_cli.engine.forward import placement
 from sleb_cli.engine.search import journal as journals
 from sleb_cli.plan import read_plan

@@ -9,10 +9,10 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from test_recover import plain_losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import WORDS, llama_config, prose, save_model
+from recovering import plain_losses
 from sleb_cli.engine.text import calibration
 from sleb_cli.engine.text.chat import cut_conversations, render
 from sleb_cli.plan import RecoveryRecord, read_plan

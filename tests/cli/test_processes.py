@@ -16,11 +16,10 @@ from pathlib import Path
 import pytest
 from test_interrupted import plan_bytes
 
-from conftest import Result, calibration, llama_config, save_model, slow, weight_bytes_of
+from conftest import Result, calibration, llama_config, save_model, slow
 from sleb_cli import __main__ as program
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.quality import texts
-from sleb_cli.engine.recovery import closed_form
 from sleb_cli.processes import process_rank
 from sleb_cli.requests import journal_of
 from sleb_plugins import DataError
@@ -196,29 +195,17 @@ def test_an_error_in_all_processes_is_said_once():
         (["search", "nowhere", "--remove", 1], 4, "nowhere is neither a local folder nor"),
         (["search", "nowhere", "--removee", 1], 2, "No such option: --removee"),
         (["apply", "nowhere", "--blocks", "1"], 4, "nowhere is neither a local folder nor"),
+        (
+            ["apply", "nowhere", "--blocks", "1", "--recover"],
+            2,
+            "--recover works in one process, not",
+        ),
         (["bench", "nowhere", "--blocks", "1"], 2, "`bench` times models in one process, not in 2"),
     ):
         main, other = together(2, *command)
         assert main.exit_code == code
         assert main.stderr.count(words) == main.stderr.count("error: ") == 1
         assert not other.stdout + other.stderr
-
-
-@pytest.mark.slow
-def test_two_processes_heal_one_model(tiny_llama, text_file, tmp_path):
-    options = [
-        "--heal",
-        "--heal-tokens",
-        8192,
-        "--device",
-        "cpu",
-        *calibration(text_file, samples=10),
-    ]
-    main = all_well(together(2, "apply", tiny_llama, "--blocks", "2", *options, "-o", "out"))
-    assert main.stdout.count("wrote out") == 1
-    assert 1 <= main.stderr.count("healing, 5") <= 2
-    assert weight_bytes_of(tmp_path / "out")
-    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("what", ["texts", slow("tasks")])
@@ -260,22 +247,3 @@ def test_launchers_start_the_processes(search, whole, tmp_path, launcher):
     assert ended.returncode == 0, ended.stderr
     assert plan_bytes(tmp_path / "plan.json") == expected
     assert ended.stdout.count("wrote plan.json") == ended.stderr.count("step 1 of 3") == 1
-
-
-@pytest.mark.parametrize("count", [2, slow(3)])
-def test_processes_recover_to_the_bytes_of_one(
-    sleb, tiny_llama, text_file, tmp_path, monkeypatch, count
-):
-    monkeypatch.setattr(closed_form, "BATCH_TOKENS", 64)  # 35 batches to fit to, and 10 that decide
-    command = [
-        "apply",
-        tiny_llama,
-        "--blocks",
-        "2,3",
-        "--recover",
-        *calibration(text_file, samples=100),
-    ]
-    command += ["--no-verify", "--device", "cpu"]
-    sleb(*command, "-o", "alone")
-    all_well(together(count, *command, "-o", "together"))
-    assert weight_bytes_of(tmp_path / "together") == weight_bytes_of(tmp_path / "alone")

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 from itertools import cycle
-from types import SimpleNamespace
 from unittest.mock import DEFAULT, Mock
 
 import pytest
@@ -25,34 +24,17 @@ from conftest import (
     weights_of,
 )
 from families import tiny_config
+from recovering import failing, save_always, standing_in
 from sleb_cli.engine.door import recovery as door
 from sleb_cli.engine.files.tensors import read_all
 from sleb_cli.engine.files.weights import find_weights
-from sleb_cli.engine.forward import forecast
-from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.output import checkpoint as engine
-from sleb_cli.engine.recovery import closed_form, depth
-from sleb_cli.plan import ClosedFormRecord, read_plan
+from sleb_cli.engine.recovery import closed_form
+from sleb_cli.engine.recovery import recover as recover_module
+from sleb_cli.plan import read_plan
 from sleb_plugins import ProofError
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
-
-
-def standing_in(monkeypatch, names):
-    """Let something stand in for the closed form: a tenth more for the parameters that are named."""
-    asked = SimpleNamespace(names=names, calls=[])
-
-    def recover_in_closed_form(job):
-        asked.calls.append(
-            (sorted(job.settings.surgery.removed), job.train.sequences, job.validation.sequences)
-        )
-        own, stored = dict(job.dense.model.named_parameters()), job.settings.stored
-        return {
-            name: (own[name] * 1.1).detach().to(stored) for name in asked.names
-        }, ClosedFormRecord(fits=())
-
-    monkeypatch.setattr(closed_form, "recover_in_closed_form", recover_in_closed_form)
-    return asked
 
 
 @pytest.fixture
@@ -83,33 +65,39 @@ def test_new_values_are_written_proven_and_recorded(
 ):
     loads = Mock(wraps=AutoTokenizer.from_pretrained)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", loads)
-    result, out = recover(llama_plan), tmp_path / "out"
-    assert sorted(call.args[0] == tiny_llama for call in loads.mock_calls) == [
-        False,
-        True,
-    ]  # what was written, too
+    result = recover(llama_plan)
+    out = tmp_path / "out"
+    loaded = [call.args[0] for call in loads.mock_calls]
+    assert loaded.count(tiny_llama) == 1
+    assert len(loaded) == 2  # what was written, too
     plan = read_plan(out / "sleb_plan.json")
-    (removed, fitted, validation), record = fit.calls[0], plan.recovery
+    record = plan.recovery
+    removed, fitted, validation = fit.calls[0]
     assert (removed, fitted.shape, validation.shape) == (sorted(plan.removals), (7, 32), (2, 32))
     texts = (record.train_text, record.validation_text, record.test_text)
     assert [text.sequences for text in texts] == [7, 2, 1]
     assert len({text.tokens_sha256 for text in texts}) == 3
     assert (record.dense.divergence, plan.proof.reference) == (0.0, "recovered")
-    proven = "bitwise equal to those of the recovered model in memory"
-    assert "matches the recovered model in memory" in result.stdout
-    perplexities = [
-        f"{math.exp(losses.loss):.2f}" for losses in (record.pruned, record.models[-1][1])
-    ]
-    assert all(perplexity in result.stdout for perplexity in perplexities)
-    assert record.summary in result.stdout
+    pruned, recovered = (math.exp(each.loss) for each in (record.pruned, record.models[-1][1]))
+    for words in (
+        "matches the recovered model in memory",
+        f"{pruned:.2f}",
+        f"{recovered:.2f}",
+        record.summary,
+    ):
+        assert words in result.stdout
     card = (out / "README.md").read_text()
     assert str(text_file.parent) not in card
-    row = f"| recovered in closed form | {perplexities[1]} |"
-    assert all(
-        words in card for words in (text_file.name, proven, row, "the others given new weights")
-    )
+    for words in (
+        text_file.name,
+        "bitwise equal to those of the recovered model in memory",
+        f"| recovered in closed form | {recovered:.2f} |",
+        "the others given new weights",
+    ):
+        assert words in card
 
-    before, after = weights_of(tiny_llama), weights_of(out)
+    before = weights_of(tiny_llama)
+    after = weights_of(out)
     changed = {DOWN, "model.layers.3.mlp.down_proj.weight", "model.norm.weight"}
     assert torch.equal(after[DOWN], before[DOWN] * 1.1)
     old = [block for block in range(6) if block not in plan.removals]
@@ -130,22 +118,20 @@ def test_new_values_are_written_proven_and_recorded(
 def test_config_and_files_may_name_different_data_types(
     recover, tiny_llama, fit, tmp_path, config, weights, norms
 ):
-    folder, types = shutil.copytree(tiny_llama, tmp_path / "model"), {True: norms, False: weights}
-    change_weights(
-        folder, lambda dense: {n: dense[n].to(getattr(torch, types["norm" in n])) for n in dense}
-    )
-    dense = weights_of(folder)
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    dense = {}
+    for name, tensor in weights_of(folder).items():
+        dense[name] = tensor.to(getattr(torch, norms if "norm" in name else weights))
+    change_weights(folder, lambda _: dense)
     write_config(folder, dtype=config)
     proof = json.loads(recover(folder, "--blocks", "3", "--json").stdout)["proof"]
     assert proof["logits_difference"] == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype
-    assert proof["dtype"] == {torch.float16: "float32"}.get(
-        loaded, str(loaded).removeprefix("torch.")
-    )
+    computed = torch.float32 if loaded is torch.float16 else loaded
+    assert proof["dtype"] == str(computed).removeprefix("torch.")
     written = weights_of(tmp_path / "out")
-    assert {name: tensor.dtype for name, tensor in written.items()} == {
-        name: dense[name].dtype for name in written
-    }
+    for name, tensor in written.items():
+        assert tensor.dtype is dense[name].dtype, name
     assert not torch.equal(written[DOWN], dense[DOWN])
 
 
@@ -161,14 +147,6 @@ def test_a_block_may_lie_in_two_files(recover, tiny_llama, fit, tmp_path, option
     for folder, output in ((sharded, "one"), (tiny_llama, "two")):
         recover(folder, "--blocks", "1,3", *options, output=output)
     assert same_weights(tmp_path / "one", tmp_path / "two")
-
-
-def plain_losses(dense, ours, tokens):
-    """Return the loss of a model, and the divergence from the dense one, from whole logits."""
-    p, q = (model(tokens).logits[:, :-1].float().log_softmax(-1) for model in (dense, ours))
-    return -q.gather(-1, tokens[:, 1:, None]).mean().item(), (p.exp() * (p - q)).sum(
-        -1
-    ).mean().item()
 
 
 def test_a_checkpoint_of_merged_experts_takes_new_values(recover, fit, tmp_path):
@@ -201,40 +179,43 @@ def test_files_of_a_base_model_alone_take_new_values(recover, tiny_gpt2, fit, tm
         assert torch.equal(after[new], stored[old] * 1.1)
 
 
-def test_half_precision_on_a_cpu_keeps_every_stored_digit(recover, tmp_path):
+@pytest.mark.parametrize("stage", [("--recover",), ("--heal", "--heal-tokens", 1024)])
+def test_float16_is_recovered_in_float32_and_keeps_every_stored_digit(
+    apply, text_file, tmp_path, processor, monkeypatch, stage
+):
+    processor(torch.float16)
+    opened = Mock(wraps=recover_module.open_model)
+    monkeypatch.setattr(recover_module, "open_model", opened)
     folder = save_model(tmp_path / "half", llama_config(4, dtype=torch.float16))
-    recover(folder, "--blocks", "2", samples=40)
+    apply(folder, "--blocks", "2", *stage, *calibration(text_file, 40))
+    assert opened.mock_calls[0].args[1].dtype is torch.float32
     before, after = weights_of(folder), weights_of(tmp_path / "out")
-    changed = [
-        n for n, tensor in after.items() if ".layers.1." in n and not torch.equal(tensor, before[n])
-    ]
+    changed = []
+    for name, tensor in after.items():
+        if ".layers.1." in name and not torch.equal(tensor, before[name]):
+            changed.append(tensor)
     assert changed
-    assert {after[name].dtype for name in changed} == {torch.float16}
-    assert not any(torch.equal(after[name].bfloat16().half(), after[name]) for name in changed)
-
-
-def failing(module, name, error):
-    """Return a function that lets a function of a module fail."""
-
-    def fail(*arguments):
-        raise error
-
-    return lambda patch: patch.setattr(module, name, fail)
+    assert {tensor.dtype for tensor in changed} == {torch.float16}
+    assert not any(torch.equal(tensor.bfloat16().half(), tensor) for tensor in changed)
 
 
 def interrupted_fit(patch):
     turns = cycle([DEFAULT, DEFAULT, KeyboardInterrupt])
-    patch.setattr(closed_form, "fit_block", Mock(wraps=closed_form.fit_block, side_effect=turns))
+    fit = Mock(wraps=closed_form.fit_in_rounds, side_effect=turns)
+    patch.setattr(closed_form, "fit_in_rounds", fit)
 
 
 @pytest.fixture
 def fits(monkeypatch):
-    """The blocks that are fitted, one after the other."""
-    fit, found = closed_form.fit_block, []
-    counted = lambda projections, fit_some, *most: (  # noqa: E731
-        found.append(fit_some.__self__.block) or fit(projections, fit_some, *most)
-    )
-    monkeypatch.setattr(closed_form, "fit_block", counted)
+    """The blocks that are fitted, one after the other; each is saved."""
+    fit, found = closed_form.fit_in_rounds, []
+
+    def counted(projections, solve, *most):
+        found.append(solve.__self__.block)
+        return fit(projections, solve, *most)
+
+    save_always(monkeypatch)
+    monkeypatch.setattr(closed_form, "fit_in_rounds", counted)
     return found
 
 
@@ -305,48 +286,15 @@ def test_a_fit_is_not_continued_with_another_setting(
     assert same_weights(tmp_path / "undisturbed", tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("stops", "end"), [({"MIN_GAIN": 1.0}, 0), ({"PATIENCE": 99}, -1)], ids=["fewest", "most"]
-)
-def test_a_forecast_counts_what_runs(recover, tmp_path, monkeypatch, stops, end):
-    run, ran = SkippableModel.run_block, []
-
-    def counted(self, call, entering):
-        ran.append(entering.shape[:2].numel())
-        return run(self, call, entering)
-
-    def timed(once, **how):
-        ran.clear()
-        once()
-        return [10.0 + ran.pop()]  # a call takes as long as ten tokens
-
-    monkeypatch.setattr(SkippableModel, "run_block", counted)
-    for name, value in (stops | {"BATCH_TOKENS": 32}).items():
-        monkeypatch.setattr(closed_form, name, value)
-    monkeypatch.setattr(depth, "PROBED_TOKENS", 32)
-    monkeypatch.setattr(forecast, "LONG", 0.0)
-    monkeypatch.setattr(forecast.timeit, "repeat", timed)
-    told = recover(
-        save_model(tmp_path / "deep", llama_config(20)), "--blocks", "6", "--no-verify", samples=20
-    ).stderr
-    hours = re.findall(r"([\d.]+) h ", told)
-    assert 1 / 2 < float(hours[end]) * 3600 / sum(ran) < 2
-
-
 def test_what_nobody_continued_is_cleared_later(sleb, tiny_llama, tmp_path):
-    kept = {"ours": "block-3.safetensors", "fresh": "block-3.safetensors", "not ours": "notes.txt"}
-    for name, file in kept.items():
-        folder = tmp_path / f".{name}.recovery" / "float32-float32-0123456789abcdef"
-        folder.mkdir(parents=True)
-        (
-            folder / ".block-2.safetensors.01234567.partial"
-        ).touch()  # of a process that was killed while it saved
-        for saved in (file, "closed-form.safetensors"):
-            (folder / saved).touch()
-        for path in [] if name == "fresh" else [*folder.iterdir(), folder]:
-            os.utime(path, (0, 0))
+    names = {"ours": ".ours.0123456789abcdef.recovery", "other": ".not ours.recovery"}
+    for name in names.values():
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (0, 0))
+    fresh = ".fresh.0123456789abcdef.recovery"
+    (tmp_path / fresh).touch()
     sleb("apply", tiny_llama, "--blocks", "2", "-o", "out")
-    assert {path.name for path in tmp_path.glob(".*")} == {".fresh.recovery", ".not ours.recovery"}
+    assert {path.name for path in tmp_path.glob(".*")} == {fresh, names["other"]}
 
 
 def test_a_quantized_model_is_refused(recover, tiny_llama, fit, tmp_path):

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ OWN_PLAN = (
     ("eval", "own.json", *EVAL[2:]),
     ("search", "model", "--extend", "own.json", "--remove", "2", "-o", "out.json", "--sample-tokens", "0"),
 )  # fmt: skip
-JOURNAL, HEALING = "out.later.json.journal", ".out.healed.recovery/**/healing*.safetensors"
+JOURNAL, HEALING = "out.later.json.journal", ".out.healed.*.recovery"
 RESULTS = ("plan.results/eval-0.json", "plan.results/bench-0.json")
 WEIGHTS, INDEX = "model/model.safetensors", "shards/model.safetensors.index.json"
 TEMPLATE = b"{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
@@ -238,15 +239,17 @@ def other_cases():
     for words in OWN_PLAN:
         plan = named("own.json", **ELSEWHERE)
         yield f"{words[0]}: a plan that names places", words, plan, ANY, ""
-    for file, words in (("out.json.journal", SEARCH), (".out.recovery", (*HEAL, "-o", "out"))):
-        yield f"{file} leads outside", words, {file: link("outside/note.txt")}, OUTPUT, ""
-    yield "a state of a recovery", HEAL, broken_state, ANY, ""
+    journal = {"out.json.journal": link("outside/note.txt")}
+    yield "a journal leads outside", SEARCH, journal, OUTPUT, ""
+    contents = {"is broken": bytes(999), "leads outside": link("outside/note.txt")}
+    for name, content in contents.items():
+        yield f"a state of a recovery {name}", HEAL, partial(state, content), PLAN, ""
     for name, data in TEXTS.items():
         yield f"text: {name}", (*SEARCH, "--calibration", name), {name: data}, DATA, name
 
 
-def broken_state(base):
-    return {next(base.glob(HEALING)).relative_to(base): bytes(999)}
+def state(content, base):
+    return {next(base.glob(HEALING)).relative_to(base): content}
 
 
 NAMED = {name: case for name, *case in (*model_cases(), *other_cases())}

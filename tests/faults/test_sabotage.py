@@ -11,6 +11,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from functools import partial
 
 import pytest
@@ -321,7 +322,8 @@ def test_a_damaged_checkpoint_is_refused(
     result = sleb(*cut(model, *options), code=9)
     assert len(re.findall(r"^error: .*\nhint: ", result.stderr, re.MULTILINE)) == 1
     assert not result.stdout
-    assert set(os.listdir()) <= {".out.recovery", "hub", "text.txt"}
+    left = {name for name in os.listdir() if not fnmatch(name, ".out.*.recovery")}
+    assert left <= {"hub", "text.txt"}
 
 
 @pytest.mark.parametrize("model", often([*CONFIGS, "llama.gguf"], ["llama", "llama.gguf"]))

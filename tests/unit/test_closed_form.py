@@ -13,8 +13,8 @@ import torch
 
 from conftest import llama_config, random_model
 from families import tiny_config
-from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.files.fingerprint import Watch
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.recovery import block_regression, least_squares
 from sleb_cli.engine.recovery.block_regression import RIDGES
 from sleb_cli.engine.recovery.closed_form import recover_in_closed_form

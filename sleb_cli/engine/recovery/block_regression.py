@@ -35,7 +35,10 @@ Rows = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Solution:
-    """New values by parameter name; the errors are weighted sums of squares on the validation text."""
+    """New values by parameter name.
+
+    The errors are weighted sums of squares on the validation text.
+    """
 
     ridge: float
     values: dict[str, Tensor]
@@ -102,17 +105,49 @@ class BlockRegression:
             MachineError,
         ):
             best = best_ridge(train, validation, RIDGES)
-            prefix = _prefix_of(self.batches.skippable.model, root)
-            old = {}
-            for name in _changed_parameters(projections):
-                old[name] = values.get(prefix + name, root.get_parameter(name))
             new: dict[str, Tensor] = {}
-            for name, change in _weight_changes(projections, best.coefficients, old).items():
-                changed = as_float64(old[name]).to(change.device) + change
+            for name, change in self._changes(projections, best.coefficients, values).items():
+                changed = as_float64(self._value(name, values)).to(change.device) + change
                 device = root.get_parameter(name).device
                 rounded = changed.to(device, self.stored).contiguous()
-                new[prefix + name] = self.batches.to_store(rounded)
+                new[self._prefix + name] = self.batches.to_store(rounded)
         return Solution(best.ridge, new, float(validation.yy), best.error)
+
+    @property
+    def _prefix(self) -> str:
+        for name, module in self.batches.skippable.model.named_modules():
+            if module is self._root and name:
+                return f"{name}."
+        return ""
+
+    def _value(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
+        return values.get(self._prefix + name, self._root.get_parameter(name))
+
+    def _changes(
+        self,
+        projections: Sequence[ResidualProjection],
+        fitted: Tensor,
+        values: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Return the changes of parameters by their names in the block, in float64."""
+        changes: dict[str, Tensor] = {}
+        start = 0
+        for projection in projections:
+            change = fitted[start : start + projection.inputs]
+            start += projection.inputs
+            norm = projection.norm
+            if norm:
+                gains = as_float64(self._value(f"{norm.name}.weight", values)) + norm.offset
+                # Infinity where a norm multiplies by next to nothing.
+                silent = gains.abs() < MIN_GAIN_SHARE * gains.abs().mean()
+                change = change / gains.masked_fill(silent, torch.inf).to(change.device)
+            if projection.kind == "matrix":
+                change = change.T
+            changes[f"{projection.name}.weight"] = change
+        with_bias = _with_bias(projections)
+        if with_bias:
+            changes[f"{with_bias.name}.bias"] = fitted[start]
+        return changes
 
     def _sums(
         self,
@@ -221,49 +256,9 @@ def fit_in_rounds(
     return solutions
 
 
-def _prefix_of(model: nn.Module, root: nn.Module) -> str:
-    names = {module: name for name, module in model.named_modules()}
-    return f"{names[root]}." if names[root] else ""
-
-
 def _with_bias(projections: Sequence[ResidualProjection]) -> ResidualProjection | None:
     # One constant is enough: all projections add to the same hidden states.
     for projection in projections:
         if projection.takes_bias:
             return projection
     return None
-
-
-def _changed_parameters(projections: Sequence[ResidualProjection]) -> list[str]:
-    names = []
-    for projection in projections:
-        names.append(f"{projection.name}.weight")
-        if projection.norm:
-            names.append(f"{projection.norm.name}.weight")
-    with_bias = _with_bias(projections)
-    if with_bias:
-        names.append(f"{with_bias.name}.bias")
-    return names
-
-
-def _weight_changes(
-    projections: Sequence[ResidualProjection], fitted: Tensor, old: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    changes: dict[str, Tensor] = {}
-    start = 0
-    for projection in projections:
-        change = fitted[start : start + projection.inputs]
-        start += projection.inputs
-        norm = projection.norm
-        if norm:
-            multipliers = as_float64(old[f"{norm.name}.weight"]) + norm.offset
-            # Infinity where a norm multiplies by next to nothing.
-            silent = multipliers.abs() < MIN_GAIN_SHARE * multipliers.abs().mean()
-            change = change / multipliers.masked_fill(silent, torch.inf).to(change.device)
-        if projection.kind == "matrix":
-            change = change.T
-        changes[f"{projection.name}.weight"] = change
-    with_bias = _with_bias(projections)
-    if with_bias:
-        changes[f"{with_bias.name}.bias"] = fitted[start]
-    return changes

@@ -62,7 +62,7 @@ class SavedFits(BaseModel, strict=True, extra="forbid"):
 
 @dataclass(frozen=True)
 class ClosedForm(Stage):
-    """The recovery in closed form, always the first stage: it starts from the dense model's values."""
+    """The recovery in closed form, always the first stage: it starts from the dense values."""
 
     title = "Recovery"
     model = "recovered"

@@ -1,4 +1,4 @@
-"""The hidden states of the dense and of the recovered model at one depth, on batches of the text."""
+"""Hidden states of the dense and of the recovered model at one depth, on batches of the text."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Batches:
         probe: the calls of the blocks on a few sequences of the first batch.
         train: the numbers of the training batches.
         validation: the numbers of the validation batches.
-        train_for_gains: the training batches that gains, one number for each channel, are fitted to.
+        train_for_gains: the training batches that gains are fitted to, which are few numbers.
         judged: the validation batches that two fits are compared on.
         final_norm_needs: the batches that the final norm is found on and fitted to.
     """
@@ -100,7 +100,7 @@ def _first_and_middle(batches: range) -> list[int]:
 
 
 class Judge:
-    """Measures the recovered model's divergence from the dense one on some of the validation text."""
+    """Measures the divergence from the dense model on some of the validation text."""
 
     def __init__(self, job: Job, batches: Batches, size: int) -> None:
         self.batches = batches

@@ -1,4 +1,4 @@
-"""`sleb apply --recover` and `--heal`: new values for the kept blocks, and how much they recover."""
+"""Run `sleb apply --recover` and `--heal`: find new values for kept blocks, and measure them."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class SavedState:
                     prefix = f"{stage}/"
                     self._tensors[stage] = {
                         name.removeprefix(prefix): opened.get_tensor(name)
-                        for name in opened.keys()
+                        for name in opened.keys()  # noqa: SIM118 (no mapping)
                         if name.startswith(prefix)
                     }
         except OSError as error:

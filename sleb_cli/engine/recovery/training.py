@@ -74,14 +74,15 @@ class Training:
         self.budget = budget
         self.distillation = distillation
         self.weights = weights
+        length = job.validation.sequences.shape[1]
+        self.size = max(1, BATCH_TOKENS // length)
         self.text = TrainingText(
             job.settings.splits[0],
             job.train,
+            self.size,
             load_tokenizer(job.settings.surgery.architecture.source),
             partial(whole_model, job.dense),
         )
-        length = job.validation.sequences.shape[1]
-        self.size = max(1, BATCH_TOKENS // length)
         self.micro_batch = self.size
         self.has_skipped = False
         self.checked = self._checked_batches(max(1, CHECKED_TOKENS // length))
@@ -172,7 +173,7 @@ class Training:
         return loss
 
     def _add_gradient(self, batch: Batch, size: int) -> float:
-        """Add the gradient of the mean divergence, from `size` sequences at once; return the mean."""
+        """Add the gradient of the mean divergence, `size` sequences at once; return the mean."""
         if size < self.micro_batch:
             self.micro_batch = size
             self.weights.take_gradient()  # drops those of pieces before memory ran out

@@ -37,8 +37,9 @@ class TrainingText:
     for the fitted text, as writing takes minutes.
 
     Args:
-        settings: of the fitted text; a portion has as many sequences as that.
-        fitted: the text that values were fitted to.
+        settings: of the fitted text.
+        fitted: the text that values were fitted to; a portion has about as many sequences.
+        step: how many sequences a step of the training takes.
         load_model: returns the model that writes.
     """
 
@@ -46,13 +47,15 @@ class TrainingText:
         self,
         settings: CalibrationSettings,
         fitted: Calibration,
+        step: int,
         tokenizer: Any,
         load_model: Callable[[], Any],
     ) -> None:
         self._fitted_settings = settings
+        self._size = max(step, len(fitted.sequences) // step * step)
         # Samples of a reference preset are rows of text.
-        size = settings.samples if settings.is_reference else len(fitted.sequences)
-        self._settings = replace(settings, samples=size, samples_given=False)
+        samples = settings.samples if settings.is_reference else self._size
+        self._settings = replace(settings, samples=samples, samples_given=False)
         self._fitted = fitted
         self._tokenizer = tokenizer
         self._load_model = load_model
@@ -79,8 +82,9 @@ class TrainingText:
                 middle = len(drawn) // 2
                 first_half.append(take_sequences(rows, drawn[:middle]))
                 second_half.append(take_sequences(rows, drawn[middle:]))
-        halves = [_shuffle(half, shuffle) for half in (first_half, second_half)]
-        return join_sequences(halves)
+        halves = [_shuffle(first_half, shuffle), _shuffle(second_half, shuffle)]
+        sequences = join_sequences(halves)
+        return take_sequences(sequences, range(min(self._size, len(sequences[0]))))
 
     def _given(self, source: str, count: int, number: int) -> Sequences:
         if not text_source(source).is_endless:

@@ -27,7 +27,7 @@ BATCH_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Variant:
-    """A model, as an entered context, without some blocks and with new values of some parameters."""
+    """A model (an entered context) without some blocks, with new values of some parameters."""
 
     skippable: SkippableModel
     removed: Collection[int] = ()

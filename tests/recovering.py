@@ -1,0 +1,61 @@
+"""Stand-ins, faults and direct computations for tests of `sleb apply --recover` and `--heal`."""
+
+from types import SimpleNamespace
+
+from sleb_cli.engine.recovery import closed_form, saved_state
+from sleb_cli.engine.recovery.distillation import Distillation
+from sleb_cli.plan import ClosedFormRecord
+
+
+def standing_in(monkeypatch, names):
+    """Let something stand in for the closed form: a tenth more for the parameters that are named."""
+    asked = SimpleNamespace(names=names, calls=[])
+
+    def recover_in_closed_form(job):
+        removed = sorted(job.settings.surgery.removed)
+        asked.calls.append((removed, job.train.sequences, job.validation.sequences))
+        own = dict(job.dense.model.named_parameters())
+        stored = job.settings.stored
+        values = {name: (own[name] * 1.1).detach().to(stored) for name in asked.names}
+        return values, ClosedFormRecord(fits=())
+
+    monkeypatch.setattr(closed_form, "recover_in_closed_form", recover_in_closed_form)
+    return asked
+
+
+def failing(module, name, error):
+    """Return a function that lets a function of a module fail."""
+
+    def fail(*arguments):
+        raise error
+
+    return lambda patch: patch.setattr(module, name, fail)
+
+
+def save_always(monkeypatch):
+    """Have a recovery save whenever it can."""
+    monkeypatch.setattr(saved_state, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(saved_state, "MAX_SAVING_SHARE", float("inf"))
+
+
+def interrupt_healing(monkeypatch, step):
+    """Have healing save after every step, and end like Ctrl-C before the given one."""
+    save_always(monkeypatch)
+    add_gradient, steps = Distillation.add_gradient, []
+
+    def few(*arguments):
+        steps.append(1)
+        if len(steps) == step:
+            raise KeyboardInterrupt
+        return add_gradient(*arguments)
+
+    monkeypatch.setattr(Distillation, "add_gradient", few)
+    return steps
+
+
+def plain_losses(dense, ours, tokens):
+    """Return the loss of a model, and the divergence from the dense one, from whole logits."""
+    p, q = (model(tokens).logits[:, :-1].float().log_softmax(-1) for model in (dense, ours))
+    loss = -q.gather(-1, tokens[:, 1:, None]).mean()
+    divergence = (p.exp() * (p - q)).sum(-1).mean()
+    return loss.item(), divergence.item()
