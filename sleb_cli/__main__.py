@@ -61,7 +61,7 @@ def _report_usage(error: typer.TyperException, words: list[str]) -> int:
     from sleb_cli.ui import console
 
     context = getattr(error, "ctx", None)
-    command = context.command_path if context is not None else "sleb"
+    command = getattr(context, "command_path", "sleb")
     message = error.format_message()
     hint = hint_for(command, message, getattr(error, "option_name", None), words)
     if hint:

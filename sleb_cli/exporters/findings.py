@@ -141,8 +141,9 @@ class Findings:
         """What was not measured, each with the command that measures it."""
         plan = self.plan_argument
         model = in_shell(self.plan.model.id)
-        # Recovered weights fit one size only.
-        evaluate = f"sleb eval {plan}" if self.plan.recovery else f"sleb eval {plan} --every 2"
+        evaluate = f"sleb eval {plan}"
+        if not self.plan.recovery:  # recovered weights fit one size only
+            evaluate += " --every 2"
         gaps = []
         if not self.text_scores:
             gaps.append(("perplexity and divergence on text", evaluate))

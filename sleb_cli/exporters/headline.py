@@ -34,7 +34,9 @@ def _removal(findings: Findings) -> str:
     order = findings.plan.order
     count = len(findings.plan.largest)
     were = "was" if count == 1 else "were"
-    how = "and the others were given new weights" if findings.plan.recovery else "without training"
+    how = "without training"
+    if findings.plan.recovery:
+        how = "and the others were given new weights"
     share = format_share(count / order.count)
     removed = f"{order.amount(count)} {were} removed ({share}), {how}"
     if findings.sizes:

@@ -27,6 +27,16 @@ class Line:
     values: Mapping[int, Estimate]
     key: Hashable = None
 
+    @property
+    def smallest(self) -> float:
+        """The smallest value."""
+        return min(value for value, _ in self.values.values())
+
+    @property
+    def largest(self) -> float:
+        """The largest value."""
+        return max(value for value, _ in self.values.values())
+
 
 def search_lines(plan: Plan) -> list[Line]:
     """Return the perplexity of the text of the search and of its held-out sequences."""

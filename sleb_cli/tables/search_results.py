@@ -46,7 +46,7 @@ def _steps(plan: Plan) -> Table:
     held_out = dense.held_out
     loss = dense.loss if metric == "nll" else None
     row: list[Any] = ["dense", None, None, loss, dense.perplexity, None]
-    row += [held_out.perplexity, None] if held_out else [None, None]
+    row += [held_out and held_out.perplexity, None]
     rows = [row]
     for number, (removals, step) in enumerate(
         zip(plan.size_keys, plan.steps, strict=True), start=1

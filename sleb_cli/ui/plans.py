@@ -128,40 +128,42 @@ def _label(logarithm: float) -> str:
 def race_summary(plan: Plan) -> str:
     """Say which share of the evaluations the races made, and which step had the closest lead."""
     sequences = plan.calibration.sequences - plan.search.held_out
-    done = whole = 0
-    leads: list[tuple[float, int]] = []
+    done = 0
+    whole = 0
+    closest = math.inf
+    closest_step = 1
     for number, step in enumerate(plan.steps, start=1):
-        if step.race is not None:
-            dropped = step.race.dropped.values()
-            done += len(step.scores) * sequences + sum(drop.sequences for drop in dropped)
-            whole += (len(step.scores) + len(dropped)) * sequences
-            margins = (step.race.margin, *(drop.behind for drop in dropped))
-            leads.append(
-                (min((lead for lead in margins if lead is not None), default=math.inf), number)
-            )
-    lead, number = min(leads)
-    return f"raced: {done / whole:.0%} of the evaluations; the closest lead was {lead:.4f}, in step {number}"
+        if step.race is None:
+            continue
+        dropped = step.race.dropped.values()
+        done += len(step.scores) * sequences + sum(drop.sequences for drop in dropped)
+        whole += (len(step.scores) + len(dropped)) * sequences
+        leads = [drop.behind for drop in dropped]
+        if step.race.margin is not None:
+            leads.append(step.race.margin)
+        if leads and min(leads) < closest:
+            closest = min(leads)
+            closest_step = number
+    return (
+        f"raced: {done / whole:.0%} of the evaluations; the closest lead was {closest:.4f}, in "
+        f"step {closest_step}"
+    )
 
 
 def target_summary(target: TargetRecord, plan: Plan) -> str:
     """Say what the target was, how much of it was reached, and at what cost."""
     goal = plan.request.get(target.name)
-    cost = (
-        f"it cost {math.log(plan.steps[-1].perplexity / plan.dense.perplexity):.4f} nats per token"
-    )
-    match target.name:
-        case "target_params":
-            remain = f"{format_count(target.reached)} of {format_count(target.dense)} remain"
-            return f"target: {goal} parameters; {remain}; {cost}"
-        case "target_memory":
-            needs = f"weights and {target.kv_cache} take {format_bytes(target.reached)}, not {format_bytes(target.dense)}"
-            return f"target: {goal}; {needs}; {cost}"
-    more = (
-        f"one more removal: {target.next:.4f}"
-        if target.next is not None
-        else "no other block can be removed"
-    )
-    reached = (
-        f"{target.reached:.4f} with {len(plan.removals)} of {plan.model.blocks} blocks removed"
-    )
+    nats = math.log(plan.steps[-1].perplexity / plan.dense.perplexity)
+    cost = f"it cost {nats:.4f} nats per token"
+    if target.name == "target_params":
+        remain = f"{format_count(target.reached)} of {format_count(target.dense)} remain"
+        return f"target: {goal} parameters; {remain}; {cost}"
+    if target.name == "target_memory":
+        before = format_bytes(target.dense)
+        after = format_bytes(target.reached)
+        return f"target: {goal}; weights and {target.kv_cache} take {after}, not {before}; {cost}"
+    more = "no other block can be removed"
+    if target.next is not None:
+        more = f"one more removal: {target.next:.4f}"
+    reached = f"{target.reached:.4f} with {plan.order.amount(len(plan.removals))} removed"
     return f"target: at most {target.limit:g}x the dense perplexity; {reached}; {more}"

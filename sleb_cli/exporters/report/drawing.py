@@ -120,11 +120,13 @@ def error_bars(values: Sequence[Estimate]) -> tuple[list[float], list[float]]:
     below = []
     above = []
     for value, ends in values:
-        low = ends.low if ends else value
-        high = ends.high if ends else value
+        if ends is None:
+            below.append(0.0)
+            above.append(0.0)
+            continue
         # matplotlib refuses negative lengths, as of a value outside of its interval.
-        below.append(max(0.0, value - low))
-        above.append(max(0.0, high - value))
+        below.append(max(0.0, value - ends.low))
+        above.append(max(0.0, ends.high - value))
     return below, above
 
 

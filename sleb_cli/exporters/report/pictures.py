@@ -86,47 +86,34 @@ def _timed_sizes(line: Line, speed: Line) -> list[int]:
 def _draw_trade(panels: Mapping[str, Sequence[Line]], speed: Line, figure: Figure) -> None:
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (quality, lines) in zip(axes, panels.items(), strict=True):
-        is_change = quality == _CHANGE
         for number, line in enumerate(lines):
             sizes = _timed_sizes(line, speed)
-            speeds = [speed.values[size] for size in sizes]
-            values = [line.values[size] for size in sizes]
-            xs = [value for value, _ in speeds]
-            draw_series(
-                axis,
-                number,
-                xs,
-                values,
-                xerr=error_bars(speeds),
-                label=line.name,
-                linewidth=1.2,
-            )
-            if number == 0:
-                draw_dense(axis, xs[:1], [values[0][0]])
-                # On the outer side of the curve, where no line runs.
-                offset = (7, -13) if is_change else (7, 6)
-                for size in _spread(sizes[1:], _MAX_LABELS):
-                    axis.annotate(
-                        f"−{size}",
-                        (speed.values[size][0], line.values[size][0]),
-                        offset,
-                        textcoords="offset points",
-                        fontsize=10,
-                    )
+            xs = [speed.values[size] for size in sizes]
+            ys = [line.values[size] for size in sizes]
+            speeds = [value for value, _ in xs]
+            bars = error_bars(xs)
+            draw_series(axis, number, speeds, ys, xerr=bars, label=line.name, linewidth=1.2)
+        draw_dense(axis, [1.0], [lines[0].values[0][0]])
         axis.set(xlabel=f"speedup, {speed.name}")
         axis.margins(0.1)
         axis.grid()
-        if is_change:
+        # Labels stand on the outer side of the curve, where no line runs.
+        if quality == _CHANGE:
+            _name_sizes(axis, lines[0], speed, (7, -13))
             _label_changes(axis, lines)
         else:
+            _name_sizes(axis, lines[0], speed, (7, 6))
             _label_shares(axis, quality)
             axis.legend(loc="lower left")
 
 
-def _spread(sizes: Sequence[int], count: int) -> Sequence[int]:
-    """Choose up to `count` of the sizes, evenly spread, with the last one."""
-    stride = math.ceil(len(sizes) / count)
-    return sizes[::-1][::stride]
+def _name_sizes(axis: Axes, line: Line, speed: Line, offset: tuple[int, int]) -> None:
+    """Write the size at up to _MAX_LABELS points, evenly spread, with the last one."""
+    sizes = _timed_sizes(line, speed)[1:]
+    stride = math.ceil(len(sizes) / _MAX_LABELS)
+    for size in sizes[::-1][::stride]:
+        point = (speed.values[size][0], line.values[size][0])
+        axis.annotate(f"−{size}", point, offset, textcoords="offset points", fontsize=10)
 
 
 def perplexity_plot(findings: Findings) -> Plot | None:
@@ -152,8 +139,7 @@ def _draw_changes(lines: Sequence[Line], unit: str, figure: Figure) -> None:
 
 def _label_changes(axis: Axes, lines: Sequence[Line]) -> None:
     _label_shares(axis, _CHANGE)
-    largest = max(value for line in lines for value, _ in line.values.values())
-    if largest >= _LARGE_CHANGE:
+    if max(line.largest for line in lines) >= _LARGE_CHANGE:
         axis.set_yscale("symlog", linthresh=1)
         axis.set_ylim(bottom=-0.2)
         axis.yaxis.set_major_formatter("{x:,.0%}")
@@ -261,10 +247,12 @@ def _draw_heat_map(plan: Plan, costs: list[dict[int, float]], row: float, figure
 
 def _highest_shown(costs: list[dict[int, float]]) -> float:
     """Return the cost that has the darkest colour."""
-    finite = sorted(cost for step in costs for cost in step.values() if 0 < cost < math.inf)
+    finite: list[float] = []
+    for step in costs:
+        finite += [cost for cost in step.values() if 0 < cost < math.inf]
     if not finite:
         return 1.0
-    return finite[int(_COLOUR_QUANTILE * (len(finite) - 1))]
+    return sorted(finite)[int(_COLOUR_QUANTILE * (len(finite) - 1))]
 
 
 def _add_scale(figure: Figure, axis: Axes, norm: Normalize, highest: float, label: str) -> None:

@@ -79,8 +79,11 @@ def _lines(table: PlanTable, name: str) -> list[Line]:
 
 
 def _spread_perplexities(axis: Axes, lines: list[Line]) -> None:
-    values = [value for line in lines for value, _ in line.values.values()]
-    if values and max(values) > _LOG_SCALE_RATIO * min(values):
+    drawn = [line for line in lines if line.values]
+    if not drawn:
+        return
+    smallest = min(line.smallest for line in drawn)
+    if max(line.largest for line in drawn) > _LOG_SCALE_RATIO * smallest:
         axis.set_yscale("log", subs=(2, 3, 5, 7))
         axis.yaxis.set_major_formatter("{x:,.0f}")
         axis.yaxis.set_minor_formatter("{x:,.0f}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sleb_cli.exporters.findings import Findings
@@ -89,7 +90,9 @@ def plan_table(plans: Sequence[Findings]) -> PlanTable:
     workload.
     """
     columns = _columns(plans)
-    averaged = {key for findings in plans for key in _averaged(findings)}
+    averaged: set[Hashable] = set()
+    for findings in plans:
+        averaged.update(_averaged(findings))
     dense: list[Row] = []
     pruned: list[Row] = []
     for findings in plans:
@@ -104,29 +107,39 @@ def plan_table(plans: Sequence[Findings]) -> PlanTable:
             if measured or key == findings.plan.largest:
                 pruned.append({**_method(findings, key), **measured, **settings})
     rows = [*dense, *pruned]
-    filled = {name for row in rows for name in row}
+    filled = set().union(*rows)
     return PlanTable(rows, {name: form for name, form in columns.values() if name in filled})
 
 
 def _columns(plans: Sequence[Findings]) -> dict[Hashable, Column]:
     """Return the columns for texts, tasks, their mean and workloads by the keys of their lines."""
-    texts = {text.key: text for findings in plans for text in findings.texts}
-    tasks = {task.key: task for findings in plans for task in main_tasks(findings.tasks)}
-
-    def seen_in(text: TextResult) -> list[str]:
-        return sorted({use for findings in plans for use in findings.seen_in(text)})
-
-    columns: dict[Hashable, Column] = {}
-    for key, name in zip(texts, text_names([*texts.values()], seen_in), strict=True):
-        columns[key] = (f"perplexity, {name}", format_perplexity)
-    for key, name in zip(tasks, task_names([*tasks.values()]), strict=True):
-        columns[key] = (name, "{:.3f}".format)
-    columns[MEAN] = (MEAN, "{:.3f}".format)
+    texts: dict[Hashable, TextResult] = {}
+    tasks: dict[Hashable, TaskResult] = {}
+    speeds: dict[Hashable, Column] = {}
     for findings in plans:
+        for text in findings.texts:
+            texts[text.key] = text
+        for task in main_tasks(findings.tasks):
+            tasks[task.key] = task
         for result in findings.workloads:
             name = f"{workload_name(result)}, times as fast"
-            columns[result.workload.identity] = (name, "{:.2f}x".format)
-    return columns
+            speeds[result.workload.identity] = (name, "{:.2f}x".format)
+    columns: dict[Hashable, Column] = {}
+    names = text_names(list(texts.values()), partial(_seen_in, plans))
+    for key, name in zip(texts, names, strict=True):
+        columns[key] = (f"perplexity, {name}", format_perplexity)
+    for key, name in zip(tasks, task_names(list(tasks.values())), strict=True):
+        columns[key] = (name, "{:.3f}".format)
+    columns[MEAN] = (MEAN, "{:.3f}".format)
+    return {**columns, **speeds}
+
+
+def _seen_in(plans: Sequence[Findings], text: TextResult) -> list[str]:
+    """Return where any of the plans used a text before."""
+    uses: set[str] = set()
+    for findings in plans:
+        uses.update(findings.seen_in(text))
+    return sorted(uses)
 
 
 def _lines(findings: Findings, averaged: Collection[Hashable]) -> list[Line]:
