@@ -150,16 +150,18 @@ def test_names_tell_apart_what_was_measured_twice():
     all_items = make_evaluation(plan, items=400, texts=("a/test.txt", "b/test.txt"))
     some = make_evaluation(plan, items=100, texts=())
     both = all_items.model_copy(update={"tasks": (*all_items.tasks, *some.tasks)})
-    (_, other), first = both.texts, both.texts[0]
+    first, other = both.texts
     assert text_names((first, other.model_copy(update={"tokens_sha256": "1" * 64}))) == [
-        "test.txt (tokens 00000000)", "test.txt (tokens 11111111)",
-    ]  # fmt: skip
-    short = (
-        first.model_copy(update={"sequence_length": 512, "tokens_sha256": digit * 64})
-        for digit in "12"
-    )
-    windows = ("2,048, tokens 00000000", "512, tokens 11111111", "512, tokens 22222222")
-    assert text_names((first, *short)) == [f"test.txt (windows of {each})" for each in windows]
+        "test.txt (tokens 00000000)",
+        "test.txt (tokens 11111111)",
+    ]
+    short = first.model_copy(update={"sequence_length": 512, "tokens_sha256": "1" * 64})
+    again = short.model_copy(update={"tokens_sha256": "2" * 64})
+    assert text_names((first, short, again)) == [
+        "test.txt (windows of 2,048, tokens 00000000)",
+        "test.txt (windows of 512, tokens 11111111)",
+        "test.txt (windows of 512, tokens 22222222)",
+    ]
     names = task_names(both.tasks)
     assert len(set(names)) == len(names)
     assert any(name.endswith(", 400 items") for name in names)
@@ -167,18 +169,14 @@ def test_names_tell_apart_what_was_measured_twice():
 
 def test_a_recovered_plan_says_what_came_back(report):
     plan = make_plan(8, 2)
-    losses = [
-        LossesRecord(loss=loss, divergence=kl) for loss, kl in ((2.0, 0.0), (2.5, 0.4), (2.2, 0.1))
-    ]
-    texts = {
-        name: plan.calibration for name in RecoveryRecord.model_fields if name.endswith("text")
-    }
     recovery = RecoveryRecord(
-        **texts,
-        dense=losses[0],
-        pruned=losses[1],
+        train_text=plan.calibration,
+        validation_text=plan.calibration,
+        test_text=plan.calibration,
+        dense=LossesRecord(loss=2.0, divergence=0.0),
+        pruned=LossesRecord(loss=2.5, divergence=0.4),
         closed_form=ClosedFormRecord(fits=()),
-        closed_form_losses=losses[2],
+        closed_form_losses=LossesRecord(loss=2.2, divergence=0.1),
     )
     text = report(plan.model_copy(update={"recovery": recovery})).text
     assert recovery.summary in text
@@ -186,38 +184,48 @@ def test_a_recovered_plan_says_what_came_back(report):
     assert "the others were given new weights" in text
 
 
-def test_a_text_that_was_searched_on_is_called_so():
-    for searched_on, measured_on, remark in (
-        ("wikitext2", "wikitext2", ""),  # of which calibration reads another split
-        ("Salesforce/wikitext:wikitext-2-raw-v1:test", "wikitext2", " (searched on)"),
-        ("wikitext2-sleb", "Salesforce/wikitext:wikitext-2-raw-v1:train", " (searched on)"),
-        ("allenai/c4:en:validation", "c4", " (searched on)"),
-        ("c4", "diary.txt", ""),
-        ("diary.txt", "/home/jane/diary.txt", " (searched on)"),
-        ("self:0.5,diary.txt:0.5", "diary.txt", " (searched on)"),
-        ("acme/news::train", "acme/news", " (searched on)"),
-        ("acme/news", "acme/news::test", ""),
-    ):
-        plan = make_plan(8, 2, text=searched_on)
-        evaluation = make_evaluation(plan, items=40, tasks=(), texts=(measured_on,))
-        (name,) = Findings(plan, Path("plan.json"), evaluation, None).text_names
-        assert name == measured_on.rpartition("jane/")[2] + remark
+@pytest.mark.parametrize(
+    ("searched_on", "measured_on", "is_same"),
+    [
+        ("wikitext2", "wikitext2", False),  # of which calibration reads another split
+        ("Salesforce/wikitext:wikitext-2-raw-v1:test", "wikitext2", True),
+        ("wikitext2-sleb", "Salesforce/wikitext:wikitext-2-raw-v1:train", True),
+        ("allenai/c4:en:validation", "c4", True),
+        ("c4", "diary.txt", False),
+        ("diary.txt", "/home/jane/diary.txt", True),
+        ("self:0.5,diary.txt:0.5", "diary.txt", True),
+        ("acme/news::train", "acme/news", True),
+        ("acme/news", "acme/news::test", False),
+    ],
+)
+def test_a_text_that_was_searched_on_is_called_so(searched_on, measured_on, is_same):
+    plan = make_plan(8, 2, text=searched_on)
+    evaluation = make_evaluation(plan, items=40, tasks=(), texts=(measured_on,))
+    (name,) = Findings(plan, Path("plan.json"), evaluation, None).text_names
+    remark = " (searched on)" if is_same else ""
+    assert name == measured_on.removeprefix("/home/jane/") + remark
 
 
-def test_the_headline_names_the_largest_workload_with_an_interval(report):
+@pytest.mark.parametrize(
+    ("runs", "label"),
+    [((5, 5, 5), "1x256+8"), ((5, 5, 1), "1x64+8"), ((1, 3, 3), "1x256+8")],
+)
+def test_the_headline_names_the_largest_workload_with_an_interval(runs, label):
     plan = make_plan(8, 2)
-    for runs, label in (
-        ({4: 5, 64: 5, 256: 5}, "1x256+8"), ({4: 5, 64: 5, 256: 1}, "1x64+8"), ({4: 1, 64: 3, 256: 3}, "1x256+8"),
-    ):  # fmt: skip
-        swept = [
-            make_benchmark(plan, iterations=count, workloads=[("generation", 1, length, 8)])
-            for length, count in runs.items()
-        ]
-        workloads = tuple(result for benchmark in swept for result in benchmark.workloads)
-        benchmark = swept[0].model_copy(update={"workloads": workloads})
-        ((result, _),) = Findings(plan, Path("plan.json"), None, benchmark).main_workloads
-        assert result.workload.label.endswith(label)
-    assert "3 runs, too few for an interval" in report(plan, benchmark=benchmark).text
+    workloads = []
+    for length, count in zip((4, 64, 256), runs, strict=True):
+        shape = ("generation", 1, length, 8)
+        workloads += make_benchmark(plan, iterations=count, workloads=[shape]).workloads
+    benchmark = make_benchmark(plan).model_copy(update={"workloads": tuple(workloads)})
+    ((result, timing),) = Findings(plan, Path("plan.json"), None, benchmark).main_workloads
+    assert result.workload.label.endswith(label)
+    assert (timing.interval is None) == (max(runs) < 5)
+
+
+def test_too_few_runs_have_no_interval(report):
+    plan = make_plan(8, 2)
+    page = report(plan, benchmark=make_benchmark(plan, iterations=3))
+    assert "3 runs, too few for an interval" in page.text
 
 
 def test_the_headline_judges_each_kind_of_use(report):

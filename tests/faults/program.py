@@ -20,7 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import IntFlag
 from pathlib import Path
@@ -80,22 +80,26 @@ class Finished:
     calls: tuple[Call, ...]
 
 
-def wrong_ending(code: int | None, said: str, codes: Collection[int]) -> Iterator[str]:
-    """Yield what is wrong with how a run ended: its exit code, a traceback, or no sentence and hint
+def wrong_ending(code: int | None, said: str, codes: Collection[int]) -> list[str]:
+    """List what is wrong with how a run ended: its exit code, a traceback, or no sentence and hint
     for an error.
     """
+    wrong = []
     if code not in codes:
-        yield f"exit code {code}, not one of {codes}"
+        wrong.append(f"exit code {code}, not one of {codes}")
     if "Traceback" in said:
-        yield "a traceback"
-    errors = re.findall(r"^error: \S.*(?:\nhint: \S.*\n\Z)?", said, re.MULTILINE)
-    if [error.count("\nhint: ") for error in errors] != ([1] if 1 <= (code or 0) <= 9 else []):
-        yield "not one sentence and a hint"
+        wrong.append("a traceback")
+    errors = re.findall(r"^error: \S", said, re.MULTILINE)
+    with_hints = re.findall(r"^error: \S.*\nhint: \S.*\n\Z", said, re.MULTILINE)
+    expected = 1 if code in range(1, 10) else 0
+    if not len(errors) == len(with_hints) == expected:
+        wrong.append("not one sentence and a hint")
+    return wrong
 
 
 def require(ended: Any, codes: Collection[int] = (0,)) -> Any:
     """Require that a run, in this process or another, ended well."""
-    wrong = list(wrong_ending(ended.exit_code, ended.stderr, codes))
+    wrong = wrong_ending(ended.exit_code, ended.stderr, codes)
     assert not wrong, f"{wrong}: {ended.stderr[-3000:]}"
     return ended
 
@@ -132,14 +136,17 @@ class Running:
 
     def wait(self) -> Finished:
         """Wait for its end; one that takes longer than its limit is killed."""
-        late = not self.ends_within(self._seconds)
-        if late:
+        code = None
+        if self.ends_within(self._seconds):
+            code = self._process.exitcode
+        else:
             self._process.kill()
             self._process.join()
-        traced = [line.split(" ", 2) for line in self.written("calls").splitlines()]
-        calls = tuple(Call(Calls(int(sort)), name, path) for sort, name, path in traced)
-        code = None if late else self._process.exitcode
-        return Finished(code, self.written("stdout"), self.written("stderr"), calls)
+        calls = []
+        for line in self.written("calls").splitlines():
+            sort, name, path = line.split(" ", 2)
+            calls.append(Call(Calls(int(sort)), name, path))
+        return Finished(code, self.written("stdout"), self.written("stderr"), tuple(calls))
 
     def when_stopped(self, do: Callable[[], object]) -> Finished:
         """Do something when it has met STOP, let it go on, and wait for its end."""
@@ -193,8 +200,11 @@ class Program:
             seconds: its limit by the clock.
         """
         place = Path(tempfile.mkdtemp(dir=self._scratch))
-        typed, given = tuple(str(word) for word in words), {**os.environ, **(environment or {})}
-        variables = {name: str(value) for name, value in given.items() if value is not None}
+        typed = tuple(map(str, words))
+        variables = {}
+        for name, value in {**os.environ, **(environment or {})}.items():
+            if value is not None:
+                variables[name] = str(value)
         process = self._context.Process(
             target=_run, args=(typed, place, cwd, variables, fault, before, memory, processor)
         )
@@ -209,22 +219,19 @@ class Program:
         return finished if codes is None else require(finished, codes)
 
     def launch(self, count, *words, fault=None, environment=None, **options) -> list[Running]:
-        """Start `sleb` in this many processes, as a launcher does; the first one meets the fault."""
+        """Start `sleb` in so many processes, as a launcher does; the first one meets the fault."""
         with socket.create_server(("localhost", 0)) as place:
             port = place.getsockname()[1]
-        shared = {
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": port,
-            "WORLD_SIZE": count,
-            "LOCAL_WORLD_SIZE": count,
-        }
         running = []
         for rank in range(count):
-            own = shared | {"RANK": rank, "LOCAL_RANK": rank} if count > 1 else {}
-            variables = {**(environment or {}), **own}
-            running.append(
-                self.start(*words, environment=variables, fault=None if rank else fault, **options)
-            )
+            variables = dict(environment or {})
+            if count > 1:
+                variables["MASTER_ADDR"] = "localhost"
+                variables["MASTER_PORT"] = port
+                variables["WORLD_SIZE"] = variables["LOCAL_WORLD_SIZE"] = count
+                variables["RANK"] = variables["LOCAL_RANK"] = rank
+            met = fault if rank == 0 else None
+            running.append(self.start(*words, environment=variables, fault=met, **options))
         return running
 
 
@@ -252,15 +259,7 @@ def _run(words, place, cwd, variables, fault, before, memory, processor) -> None
     code: Any = 1
     try:
         if fault is not None:
-            trace = (
-                os.open(place / "calls", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                if fault.at == 0
-                else -1
-            )
-            at, folder = ctypes.c_long(fault.at), os.fsencode(fault.folder.resolve())
-            ctypes.CDLL(_LIBRARY).faulty_io(
-                folder, int(fault.calls), at, fault.what, int(fault.lasting), trace
-            )
+            _arrange(fault, place)
         if before is not None:
             before[0](*before[1:])
         importlib.import_module("sleb_cli.__main__").run()
@@ -274,6 +273,16 @@ def _run(words, place, cwd, variables, fault, before, memory, processor) -> None
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 stream.flush()
         os._exit(code)
+
+
+def _arrange(fault: Fault, place: Path) -> None:
+    trace = -1
+    if fault.at == 0:
+        trace = os.open(place / "calls", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    folder = os.fsencode(fault.folder.resolve())
+    at = ctypes.c_long(fault.at)
+    library = ctypes.CDLL(_LIBRARY)
+    library.faulty_io(folder, int(fault.calls), at, fault.what, int(fault.lasting), trace)
 
 
 _LIBRARY = os.environ.get(LIBRARY, "")

@@ -94,9 +94,8 @@ def test_a_screen_too_narrow_for_a_table_has_whole_numbers():
 def test_a_name_that_rows_share_stands_in_the_first():
     rows = [["a", 1, None], ["a", 2, None], ["b", 3, None]]
     table = tabulate("", [("x", str), ("y", "{}".format), ("empty", str)], rows)
-    assert [row.split() for row in shown(lay_out(table, 80), 80) if row.startswith("│")] == [
-        ["│", "a", "│", "1", "│"], ["│", "│", "2", "│"], ["│", "b", "│", "3", "│"],
-    ]  # fmt: skip
+    rows = [row for row in shown(lay_out(table, 80), 80) if row.startswith("│")]
+    assert rows == ["│ a │ 1 │", "│   │ 2 │", "│ b │ 3 │"]
 
 
 def test_markdown_shows_names_as_they_are():
