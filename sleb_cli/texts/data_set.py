@@ -117,7 +117,8 @@ class ReferenceText(TextSource):
 
     def __init__(self, name: str, column: Column, separator: str) -> None:
         super().__init__(name)
-        self.column, self.separator = column, separator
+        self.column = column
+        self.separator = separator
 
     @property
     def in_windows(self) -> str:
@@ -159,7 +160,9 @@ class DataSet(TextSource):
 
         By default, read the first of EVALUATION_SPLITS, and the column `text` or `messages`.
         """
-        name, split, column = self.name, None, self.text
+        name = self.name
+        split = None
+        column = self.text
         if not self.split:
             split = _evaluation_split(column)
             column = replace(column, split=split)

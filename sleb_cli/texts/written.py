@@ -8,7 +8,8 @@ from sleb_cli.texts.local_file import read_file, require_file, take_split
 from sleb_cli.texts.messages import Prompt, parse_lines
 from sleb_cli.texts.source import WHOLE, Conversation, TextSource, TextSplit
 
-SELF, SELF_CHAT = "self", "self-chat"
+SELF = "self"
+SELF_CHAT = "self-chat"
 ANSWERS = "answers:"
 
 

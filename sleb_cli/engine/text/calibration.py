@@ -65,7 +65,9 @@ class Calibration:
 
     def to(self, device: torch.device) -> Calibration:
         """Move the tokens to a device."""
-        loss_mask = None if self.loss_mask is None else self.loss_mask.to(device)
+        loss_mask = self.loss_mask
+        if loss_mask is not None:
+            loss_mask = loss_mask.to(device)
         return replace(self, sequences=self.sequences.to(device), loss_mask=loss_mask)
 
 
@@ -184,7 +186,9 @@ def join_sequences(rows: Sequence[Sequences]) -> Sequences:
 
 def _interleave_sources(draft: _Draft, tokenizer: Any) -> Calibration:
     settings = draft.settings
-    rows, counts, origins = list[Sequences](), list[int](), list[str]()
+    rows = list[Sequences]()
+    counts = list[int]()
+    origins = list[str]()
     for source in settings.shares:
         if source in draft.rows:
             rows.append(draft.rows[source])
@@ -258,7 +262,8 @@ def read_windows(
 ) -> Sequences:
     """Cut enough of a text for `samples` windows, or all of a smaller one."""
     source = text_source(name)
-    length, split = settings.sequence_length, settings.split
+    length = settings.sequence_length
+    split = settings.split
     # The user's number is for the whole text, of which a split has only about its share.
     required = samples if settings.samples_given and split == WHOLE else None
     chat = settings.chat is not None and source.holds_conversations

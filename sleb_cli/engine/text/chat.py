@@ -79,8 +79,10 @@ def cut_conversations(
         raise _too_few(source, rendered, length, answers=answers)
     require_enough(len(sequences), source, length, required)
     packed = torch.tensor(sequences, dtype=torch.int64)
-    ids, counts = packed[..., 0].contiguous(), packed[..., 1].bool()
-    return ids, counts if answers else None
+    ids = packed[..., 0].contiguous()
+    if not answers:
+        return ids, None
+    return ids, packed[..., 1].bool()
 
 
 def cut_answers(tokenizer: Any, text: Text, length: int, most: int | None) -> EvaluationWindows:

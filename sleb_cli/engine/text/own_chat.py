@@ -25,8 +25,10 @@ from sleb_cli.texts.source import Conversation
 from sleb_cli.units import plural
 from sleb_plugins import UnsupportedModelError, UsageError
 
-MARK, OTHER_MARK = "WORDS", "OTHERS"
-"""Stand for messages, to find a template's text around them."""
+MARK = "WORDS"
+"""Stands for a message, to find a template's text around it."""
+QUESTION = "QUESTION"
+"""Stands for the question before an answer."""
 
 MAX_REPETITION = 0.5
 """A message that repeats more of its words is dropped."""
@@ -169,7 +171,7 @@ class _Writer:
                 prompts.append(prompt)
         if not prompts:
             return []
-        question = {"role": "user", "content": OTHER_MARK}
+        question = {"role": "user", "content": QUESTION}
         _, after = self._find_words([question], "assistant")
         ending = _first_line(after)
         space = self._encode(after[len(after.rstrip()) :])

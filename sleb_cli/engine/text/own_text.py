@@ -32,7 +32,8 @@ def generate_own_text(
             hint=GIVE_TEXT,
         )
     begin = [start] if adds_bos(tokenizer) else []  # as in every text of this tokenizer
-    count, new = settings.samples, settings.sequence_length - len(begin)
+    count = settings.samples
+    new = settings.sequence_length - len(begin)
     forbidden = sorted({tokenizer.eos_token_id} - {None})  # every sequence is one text
 
     def write(more: Continue, size: int) -> list[list[int]]:

@@ -27,7 +27,9 @@ GIVE_TEXT = "Calibrate on a file or a data set: --calibration FILE."
 
 # A larger batch is faster, since it reads the weights once for all its sequences; the KV cache
 # limits it.
-_MIN_BATCH, _MAX_BATCH, _TOKENS_PER_BATCH = 16, 64, 16384
+_MIN_BATCH = 16
+_MAX_BATCH = 64
+_TOKENS_PER_BATCH = 16384
 
 Continue = Callable[..., list[list[int]]]
 """`continue_prompts` of a model."""
@@ -116,7 +118,8 @@ def continue_prompts(
     They end with the first of the tokens in `ends`; `forbidden` ones are never drawn.
     """
     longest = max(len(prompt) for prompt in prompts)
-    padded, attended = [], []
+    padded = []
+    attended = []
     for prompt in prompts:
         padding = [0] * (longest - len(prompt))
         padded.append([*padding, *prompt])
