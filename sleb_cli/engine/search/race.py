@@ -1,4 +1,4 @@
-"""Racing: stop scoring a candidate once little is at stake. Pure arithmetic.
+"""Racing: a candidate is no longer scored once little is at stake. Pure arithmetic.
 
 The mean over *all* sequences decides, and they come in random order, without replacement. At each
 look, candidates are compared with the leader, sequence by sequence, which cancels out how hard a
@@ -9,10 +9,9 @@ sequences, and near ties end early, since it hardly matters which of them goes. 
 most of few sequences:
 
 - From one step to the next, distances change little. So the distances of the step before count as
-well, by their
-  precision, and a candidate that no such change would bring back is not scored at all.
+  well, by their precision, and a candidate that no such change would bring back is not scored.
 - The variance of a pair is mixed with the median pair's, and this one with the median pair's at the
-first look.
+  first look.
 
 `tests/benchmarks/race.py` measures what this costs. It fails where a few sequences decide: if
 differences are very skewed, or if the true winner scatters several times as much as the others.
@@ -58,6 +57,17 @@ median pair's.
 """
 
 
+@dataclass(frozen=True)
+class _Estimate:
+    """How far each column's block is behind each row's over all sequences, [blocks, blocks].
+
+    `precision` is the inverse of the variance of that.
+    """
+
+    behind: np.ndarray
+    precision: np.ndarray
+
+
 @dataclass
 class Race:
     """The race of a step's candidates, in the order of the blocks; `before` is the race of the step
@@ -76,7 +86,8 @@ class Race:
 
     def __post_init__(self) -> None:
         if self.before is not None:
-            self._spread, self._behind = self.before._spread, dict(self.before._behind)
+            self._spread = self.before._spread
+            self._behind = dict(self.before._behind)
             known = [block for block in self.candidates if block in self._behind]
             self._look(known, np.empty((len(known), 0)))
 
@@ -90,17 +101,15 @@ class Race:
         """The evaluations of a candidate on a sequence that this step takes if no other candidate
         drops out.
         """
-        return len(self.contenders) * self.sequences + sum(
-            drop.sequences for drop in self.dropped.values()
-        )
+        saw = sum(drop.sequences for drop in self.dropped.values())
+        return len(self.contenders) * self.sequences + saw
 
     def drop_beaten(self, scores: Mapping[int, Sequence[float]]) -> None:
         """Drop each contender that is too far behind; `scores` has all scores so far, in the order
         of the sequences.
         """
-        blocks = [
-            block for block in self.contenders if fmean(scores[block]) < math.inf
-        ]  # differences must be numbers
+        # Differences must be numbers.
+        blocks = [block for block in self.contenders if fmean(scores[block]) < math.inf]
         seen = len(scores[blocks[0]]) if blocks else 0
         due = any(self._looked < look <= seen for look in look_schedule(self.sequences))
         if due and seen < LAST_LOOK * self.sequences:
@@ -108,70 +117,70 @@ class Race:
             self._look(blocks, np.array([scores[block] for block in blocks]))
 
     def _look(self, blocks: Sequence[int], scores: np.ndarray) -> None:
+        """Drop who is too far behind, given this step's scores so far, [blocks, sequences]."""
         if len(blocks) < 2:
             return
-        behind, variance = self._compare(blocks, scores)
+        seen = scores.shape[1]
+        estimates = [self._prior(blocks)]
+        if seen:
+            estimates.append(self._observed(scores))
+        found = _combine(estimates)
         # Each pair is estimated by itself, so no row may be ahead of all; the one that is least
         # behind anyone leads.
-        leader = int(np.argmax(behind.min(1)))
-        standings = dict(
-            zip(
-                blocks,
-                zip(behind[leader].tolist(), variance[leader].tolist(), strict=True),
-                strict=True,
-            )
-        )
-        self._behind |= standings
+        leader = int(np.argmax(found.behind.min(1)))
+        for number, block in enumerate(blocks):
+            variance = 1 / found.precision[leader, number]
+            self._behind[block] = (float(found.behind[leader, number]), float(variance))
         negligible = NEGLIGIBLE * _median_distance(self._behind)
-        for block, (distance, squared) in standings.items():
-            error = math.sqrt(squared)
+        for block in blocks:
+            distance, variance = self._behind[block]
+            error = math.sqrt(variance)
             if block != blocks[leader] and expected_improvement(distance, error) < negligible:
                 errors = min(distance / error, 1e9) if error else 1e9  # infinity is no JSON
-                self.dropped[block] = DropRecord(
-                    sequences=scores.shape[1], behind=distance, errors=errors
-                )
+                self.dropped[block] = DropRecord(sequences=seen, behind=distance, errors=errors)
 
-    def _compare(self, blocks: Sequence[int], scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        # Returns how far each column's block is behind each row's over all sequences, and its
-        # variance. The step before and this step's scores each estimate it, and count by their
-        # precision.
+    def _prior(self, blocks: Sequence[int]) -> _Estimate:
+        """Estimate by the step before, which knows distances to its leader.
+
+        Their difference is the pair's, and both ends have drifted since.
+        """
         known = self.before._behind if self.before else {}
         drift = DRIFT * _median_distance(known)
-        # The step before knows distances to its leader; their difference is the pair's, and both
-        # ends have drifted.
-        level, squared = np.array([known.get(block, (0.0, math.inf)) for block in blocks]).T
-        precision = _precision(squared + squared[:, None] + 2 * drift**2)
-        weighted = precision * (level - level[:, None])
-        if seen := scores.shape[1]:
-            means, variance = scores.mean(1), (scores - scores[:, None]).var(-1, ddof=1)
-            freedom = seen - 1
-            # Estimates of a variance scatter as chi-squared does, whose median Wilson and Hilferty
-            # approximate.
-            median_pair = (
-                float(np.median(variance[np.triu_indices(len(blocks), 1)]))
-                / (1 - 2 / (9 * freedom)) ** 3
-            )
-            self._spread = self._spread or median_pair
-            variance = _shrink(variance, _shrink(median_pair, self._spread, freedom), freedom)
-            # Drawn without replacement: once all sequences are seen, the mean is known exactly.
-            new_precision = _precision(variance * (1 / seen - 1 / self.sequences))
-            precision, weighted = (
-                precision + new_precision,
-                weighted + new_precision * (means - means[:, None]),
-            )
-        return weighted / precision, 1 / precision
+        unknown = (0.0, math.inf)
+        distances, variances = np.array([known.get(block, unknown) for block in blocks]).T
+        variance = variances + variances[:, None] + 2 * drift**2
+        return _Estimate(distances - distances[:, None], _precision(variance))
+
+    def _observed(self, scores: np.ndarray) -> _Estimate:
+        """Estimate by this step's scores so far, [blocks, sequences].
+
+        They are drawn without replacement, so the mean is known exactly once all are seen (the
+        finite population correction of Cochran, Sampling Techniques, 1977, section 2.6).
+        """
+        seen = scores.shape[1]
+        freedom = seen - 1
+        means = scores.mean(1)
+        variance = (scores - scores[:, None]).var(-1, ddof=1)
+        # Estimates of a variance scatter as chi-squared does, whose median is about
+        # (1 - 2 / (9 freedom))^3 of its mean (Wilson and Hilferty, 1931).
+        typical = float(np.median(variance[np.triu_indices(len(scores), 1)]))
+        median_pair = typical / (1 - 2 / (9 * freedom)) ** 3
+        if not self._spread:
+            self._spread = median_pair
+        expected = _shrink(median_pair, self._spread, freedom)
+        variance = _shrink(variance, expected, freedom) * (1 / seen - 1 / self.sequences)
+        return _Estimate(means - means[:, None], _precision(variance))
 
     def outcome(self, scores: Mapping[int, float]) -> Outcome:
         """Return the outcome, given the score of each survivor over all sequences."""
-        best, *others = ranking(scores)
-        self._behind |= {
-            block: (score - scores[best], 0.0)
-            for block, score in scores.items()
-            if score < math.inf
-        }
-        margin = (
-            scores[others[0]] - scores[best] if others and scores[others[0]] < math.inf else None
-        )
+        order = ranking(scores)
+        best = scores[order[0]]
+        for block, score in scores.items():
+            if score < math.inf:
+                self._behind[block] = (score - best, 0.0)
+        margin = None
+        if len(order) > 1 and scores[order[1]] < math.inf:
+            margin = scores[order[1]] - best
         return Outcome(scores, RaceRecord(margin=margin, dropped=self.dropped))
 
 
@@ -179,7 +188,8 @@ def look_schedule(sequences: int) -> list[int]:
     """Return the numbers of sequences after which candidates may drop out: each time a quarter
     more.
     """
-    looks, look = [], float(FIRST_LOOK)
+    looks = []
+    look = float(FIRST_LOOK)
     while look < LAST_LOOK * sequences:
         looks.append(int(look))
         look *= GROWTH
@@ -192,19 +202,24 @@ def rounds(batches: Sequence[int], *, few: bool = False) -> list[range]:
     With `few`, for models that each round has to read, they end after an eighth of the sequences
     and after half. That scores ahead of most looks, but the same candidates drop out.
     """
-    looks, ends, looked, seen = look_schedule(sum(batches)), [0], 0, 0
+    total = sum(batches)
+    looks = look_schedule(total)
+    seen_by = {0: 0}
+    """The sequences seen at the end of each round, which is a number of batches."""
+    looked = 0
+    seen = 0
     for batch, size in enumerate(batches):
         seen += size
-        if seen < LAST_LOOK * sum(batches) and any(looked < look <= seen for look in looks):
+        if seen < LAST_LOOK * total and any(looked < look <= seen for look in looks):
             looked = seen
-            ends.append(batch + 1)
+            seen_by[batch + 1] = seen
+    ends = list(seen_by)
     if few:
-        shares = {end: sum(batches[:end]) / sum(batches) for end in ends}
-        first = [
-            min((end for end in ends if shares[end] >= least), default=ends[-1])
-            for least in (1 / 8, 1 / 2)
-        ]
-        ends = sorted({0, *first})
+        chosen = {0}
+        for share in (1 / 8, 1 / 2):
+            late = [end for end in ends if seen_by[end] / total >= share]
+            chosen.add(late[0] if late else ends[-1])
+        ends = sorted(chosen)
     return [range(*bounds) for bounds in pairwise([*ends, len(batches)])]
 
 
@@ -218,8 +233,16 @@ def expected_improvement(behind: float, error: float) -> float:
     return error * (math.exp(-z * z / 2) / math.sqrt(2 * math.pi) - z * float(ndtr(-z)))
 
 
+def _combine(estimates: Sequence[_Estimate]) -> _Estimate:
+    """Average independent estimates, each weighted by its precision (Cochran, 1954)."""
+    precision = sum(estimate.precision for estimate in estimates)
+    weighted = sum(estimate.precision * estimate.behind for estimate in estimates)
+    return _Estimate(weighted / precision, np.asarray(precision))
+
+
 def _median_distance(behind: Mapping[int, tuple[float, float]]) -> float:
-    return median([distance for distance, _ in behind.values() if distance > 0] or [0.0])
+    distances = [distance for distance, _ in behind.values() if distance > 0]
+    return median(distances) if distances else 0.0
 
 
 def _shrink(variance: Any, towards: float, freedom: int) -> Any:

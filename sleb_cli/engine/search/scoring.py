@@ -1,16 +1,15 @@
-"""Score the removal of each candidate block, for each of the four kinds of metric.
+"""The scores of candidates, for each of the four kinds of metric of blocks.
 
-Only scores that the journal lacks are measured. Processes share that work, and exchange
-measurements after each turn, so they decide alike.
+Only scores that the journal lacks are measured. Processes share that work: they deal it, measure,
+and exchange their scores after each turn, so they decide alike.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
 from statistics import fmean
 from typing import Any
 
@@ -20,9 +19,9 @@ from torch import Tensor
 from sleb_cli.engine.device import as_float64
 from sleb_cli.engine.forward.passes import Job, Passes
 from sleb_cli.engine.search.choices import Outcome, ranking
-from sleb_cli.engine.search.journal import Journal, Measurement, Name
+from sleb_cli.engine.search.journal import Journal, Name
 from sleb_cli.engine.search.race import Race, rounds
-from sleb_cli.engine.search.shares import Cost, deal_names
+from sleb_cli.engine.search.shares import own_shares
 from sleb_cli.events import SCORING_TASK, Advance, Notice, Notify, no_progress, task
 from sleb_cli.plan import Method
 from sleb_plugins import HiddenStateMetric, LogitMetric, Metric, ModelMetric, WeightMetric
@@ -33,7 +32,9 @@ def engine_of(metric: Metric, passes: Passes) -> Method:
     """Name the way in which candidates are scored by this metric."""
     if isinstance(metric, WeightMetric):
         return "weights"
-    return "model" if isinstance(metric, ModelMetric) else "fork" if passes.forks else "plain"
+    if isinstance(metric, ModelMetric):
+        return "model"
+    return "fork" if passes.forks else "plain"
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ class Scoring:
         token.
         """
         removed = tuple(removed)
-        # The scores of the last removed block by `nll` are these losses.
-        if removed and self.metric.name == "nll" and not held_out:
+        if removed and not held_out and type(self.metric) is NegativeLogLikelihood:
+            # The scores of the last removed block are these losses.
             scores = self.journal.scores(removed[:-1], removed[-1], self._batches)
             if len(scores) == self.sequences:
                 return scores
@@ -82,105 +83,58 @@ class Scoring:
         self._score_tokens(passes, NegativeLogLikelihood(), removed, (), passes.numbers, advance)
         return self.journal.scores(removed, None, passes.numbers)
 
-    def _shares(
-        self,
-        wanted: Iterable[Name],
-        advance: Advance,
-        cost: Cost | None = None,
-        *,
-        count_own: bool = True,
-    ) -> Iterator[list[Name]]:
-        """Yield this process's share of each turn of the missing measurements, and exchange scores
-        after it.
-
-        The bar advances by recorded measurements, then by new ones; by this process's own only if
-        `count_own`.
-        """
-        known, group = {name: self.journal.find(*name) for name in wanted}, self.journal.group
-        advance(sum(self._evaluations((name, scores)) for name, scores in known.items() if scores))
-        missing = {name: None for name, scores in known.items() if not scores}
-        shares = [turn[group.rank] for turn in deal_names(missing, group.size, cost)]
-        if (
-            shares and not self.passes.skippable.weights.resident
-        ):  # a single turn reads streamed weights once
-            shares = [[name for share in shares for name in share]]
-        for share in shares:
-            yield share
-            for rank, measured in enumerate(self.journal.exchange()):
-                if count_own or rank != group.rank:
-                    advance(sum(self._evaluations(item) for item in measured if item[0] in missing))
-
-    def _evaluations(self, measurement: Measurement) -> int:
-        (_, _, batch), scores = measurement
-        return self.sequences if batch is None else len(scores)
-
-    @property
-    def _batches(self) -> Sequence[int | None]:
-        return [None] if isinstance(self.metric, ModelMetric) else self.passes.numbers
-
-    def _mean_scores(self, removed: Sequence[int], blocks: Sequence[int]) -> dict[int, float]:
-        scores_of = {block: self.journal.scores(removed, block, self._batches) for block in blocks}
-        return {block: fmean(scores) for block, scores in scores_of.items() if scores}
-
     def score(self, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
         """Score each candidate after these removals; of a race, return the survivors' scores.
 
         Raises:
             ModelError: the dense model computes numbers that are not finite.
         """
-        removed, metric = tuple(removed), self.metric
-        with task(
-            self.notify, SCORING_TASK, len(candidates) * self.sequences, "evaluations"
-        ) as advance:
+        removed = tuple(removed)
+        metric = self.metric
+        evaluations = len(candidates) * self.sequences
+        with task(self.notify, SCORING_TASK, evaluations, "evaluations") as advance:
             if isinstance(metric, LogitMetric):
                 outcome = self._score_logits(metric, removed, candidates, advance)
             elif isinstance(metric, HiddenStateMetric):
-                outcome = self._score_states(
-                    metric, removed, [(block,) for block in candidates], 1, advance
-                )
+                spans = [(block,) for block in candidates]
+                outcome = self._score_states(metric, removed, spans, 1, advance)
             elif isinstance(metric, WeightMetric):
                 outcome = Outcome(self._score_weights(metric, candidates, advance))
             else:
                 assert isinstance(metric, ModelMetric)
                 outcome = self._score_models(metric, removed, candidates, advance)
-        return self._rank_nonfinite_last(outcome, removed)
+        self._report_nonfinite(outcome, removed)
+        return outcome
 
     def score_spans(self, spans: Sequence[tuple[int, ...]], longest: int) -> Outcome:
         """Score the model without each span of blocks, which will have up to `longest`."""
         metric = self.metric
         if not isinstance(metric, HiddenStateMetric | WeightMetric):
-            return Outcome(
-                {span[-1]: self.score(span[:-1], span[-1:]).scores[span[-1]] for span in spans}
-            )
-        with task(self.notify, SCORING_TASK, len(spans) * self.sequences, "evaluations") as advance:
+            scores = {}
+            for span in spans:
+                scores[span[-1]] = self.score(span[:-1], span[-1:]).scores[span[-1]]
+            return Outcome(scores)
+        evaluations = len(spans) * self.sequences
+        with task(self.notify, SCORING_TASK, evaluations, "evaluations") as advance:
             if isinstance(metric, HiddenStateMetric):
                 outcome = self._score_states(metric, (), spans, longest, advance)
             else:
-                if new := sorted(
-                    {block for span in spans for block in span} - self._weight_scores.keys()
-                ):
-                    self._weight_scores.update(
-                        Outcome(self._score_weights(metric, new, advance)).scores
-                    )
-                # A span's weights score as much as its blocks together.
-                outcome = Outcome(
-                    {span[-1]: math.fsum(self._weight_scores[b] for b in span) for span in spans}
-                )
-        return self._rank_nonfinite_last(outcome, ())
-
-    def _rank_nonfinite_last(self, outcome: Outcome, removed: Sequence[int]) -> Outcome:
-        if worst := [block for block, score in outcome.scores.items() if score == math.inf]:
-            self.require_sound()
-            after = f" (with {', '.join(map(str, removed))} removed)" if removed else ""
-            which = (
-                f"block {worst[0]}"
-                if len(worst) == 1
-                else f"any of the blocks {', '.join(map(str, worst))}"
-            )
-            self.notify(
-                Notice(f"Without {which}{after}, scores are NaN or infinite, so they rank last.")
-            )
+                outcome = self._add_weight_scores(metric, spans, advance)
+        self._report_nonfinite(outcome, ())
         return outcome
+
+    def _report_nonfinite(self, outcome: Outcome, removed: Sequence[int]) -> None:
+        """Name the candidates whose scores are NaN or infinite, unless the model is to blame."""
+        worst = [block for block, score in outcome.scores.items() if score == math.inf]
+        if not worst:
+            return
+        self.require_sound()
+        which = f"block {worst[0]}"
+        if len(worst) > 1:
+            which = f"any of the blocks {', '.join(map(str, worst))}"
+        if removed:
+            which += f" (with {', '.join(map(str, removed))} removed)"
+        self.notify(Notice(f"Without {which}, scores are NaN or infinite, so they rank last."))
 
     @torch.inference_mode()
     def _score_logits(
@@ -190,22 +144,33 @@ class Scoring:
         candidates: Sequence[int],
         advance: Advance,
     ) -> Outcome:
-        if not self.fast:
-            self._score_tokens(self.passes, metric, removed, candidates, self._batches, advance)
-            return Outcome(self._mean_scores(removed, candidates))
-        race = Race(candidates, self.sequences, self._races.get(removed[:-1]) if removed else None)
+        if self.fast:
+            return self._race(metric, removed, candidates, advance)
+        self._score_tokens(self.passes, metric, removed, candidates, self._batches, advance)
+        return Outcome(self._mean_scores(removed, candidates))
+
+    def _race(
+        self,
+        metric: LogitMetric,
+        removed: tuple[int, ...],
+        candidates: Sequence[int],
+        advance: Advance,
+    ) -> Outcome:
+        before = self._races.get(removed[:-1]) if removed else None
+        race = Race(candidates, self.sequences, before)
         sizes = [len(batch) for batch in self.passes.batches]
         for batches in rounds(sizes, few=not self.passes.skippable.weights.resident):
             self._score_tokens(self.passes, metric, removed, race.contenders, batches, advance)
             for batch in batches:
-                expected, seen = race.evaluations, range(batch + 1)
-                race.drop_beaten(
-                    {block: self.journal.scores(removed, block, seen) for block in race.contenders}
-                )
+                expected = race.evaluations
+                seen = range(batch + 1)
+                scores = {}
+                for block in race.contenders:
+                    scores[block] = self.journal.scores(removed, block, seen)
+                race.drop_beaten(scores)
                 leader = self._leader(removed, race.contenders)
-                advance(
-                    expected - race.evaluations, f"{leader}, {len(race.contenders)} still racing"
-                )
+                note = f"{leader}, {len(race.contenders)} still racing"
+                advance(expected - race.evaluations, note)
         self._races[removed] = race
         return race.outcome(self._mean_scores(removed, race.contenders))
 
@@ -219,37 +184,31 @@ class Scoring:
         batches: Iterable[int | None],
         advance: Advance,
     ) -> None:
-        # Without candidates, the model without the removed blocks is scored.
+        """Score batches without each candidate or, if there are none, without `removed` alone."""
         blocks: Sequence[int | None] = candidates or [None]
-        depth = len(self.passes.skippable.switches) + self.passes.skippable.head_blocks
-
-        def cost(block: int) -> float:
-            # A fork runs only the blocks behind the candidate, and shares those before it with
-            # other candidates.
-            return depth - block if passes.forks else 1.0
-
-        names = [(removed, block, batch) for batch in batches for block in blocks]
-        for mine in self._shares(names, advance, cost if candidates else None, count_own=False):
-            jobs: list[Job] = [
-                (batch, [block for _, block, _ in of_batch if block is not None])
-                for batch, of_batch in groupby(mine, key=lambda name: name[2] or 0)
-            ]
+        missing = self._missing([(removed, block, n) for n in batches for block in blocks], advance)
+        costs = self._costs(passes, candidates)
+        for share in self._deal(missing, costs):
+            jobs = _jobs(share)
             # Keep the branches of the best: the next step probably starts at one. At first, the
             # step before tells them.
-            best = ranking(
-                self._mean_scores(removed, candidates)
-                or self._mean_scores(removed[:-1], candidates)
-            )
+            means = self._mean_scores(removed, candidates)
+            best = ranking(means or self._mean_scores(removed[:-1], candidates))
             for batch, block, scores in passes.score(metric, removed, jobs, best, advance):
                 self.journal.add(scores, removed, block if candidates else None, batch)
                 if candidates and block == candidates[-1]:
                     advance(0, self._leader(removed, candidates))
+            self._exchange(missing, advance, own_are_counted=True)
 
-    def _leader(self, removed: Sequence[int], candidates: Sequence[int]) -> str:
-        means = self._mean_scores(removed, candidates)
-        return (
-            f"best so far: block {(best := ranking(means)[0])} ({means[best]:.4f})" if means else ""
-        )
+    def _costs(self, passes: Passes, candidates: Sequence[int]) -> dict[int, float]:
+        """Estimate how long each candidate takes on a batch, in runs of a block."""
+        depth = len(self.passes.skippable.switches) + self.passes.skippable.head_blocks
+        costs = {}
+        for block in candidates:
+            # A fork runs only the blocks behind the candidate, and shares those before it with
+            # other candidates.
+            costs[block] = depth - block if passes.forks else 1.0
+        return costs
 
     @torch.inference_mode()
     def _score_states(
@@ -264,34 +223,49 @@ class Scoring:
         # and after each.
         blocks = sorted({block for span in spans for block in span})
         gone = {span[-1]: (*removed, *span[:-1]) for span in spans}
-        for mine in self._shares(
-            [(gone[last], last, batch) for batch in self._batches for last in gone], advance
-        ):
-            batches = list(dict.fromkeys(batch for _, _, batch in mine if batch is not None))
-            scores_of = self.passes.score_states(
-                batches, removed, blocks, partial(_mean_over_tokens, metric), longest
-            )
+        names = [(gone[last], last, batch) for batch in self._batches for last in gone]
+        missing = self._missing(names, advance)
+        for share in self._deal(missing):
+            batches = list(dict.fromkeys(batch for _, _, batch in share if batch is not None))
+            score = partial(_mean_over_tokens, metric)
+            scores_of = self.passes.score_states(batches, removed, blocks, score, longest)
             for batch, scores in scores_of.items():
                 for (first, last), of_span in scores.items():
                     self.journal.add(of_span, (*removed, *range(first, last)), last, batch)
+            self._exchange(missing, advance)
         return Outcome({last: self._mean_scores(gone[last], [last])[last] for last in gone})
 
     def _score_weights(
         self, metric: WeightMetric, candidates: Sequence[int], advance: Advance
     ) -> Mapping[int, float]:
+        """Score the candidates in the main process."""
+        skippable = self.passes.skippable
+
         def compute() -> Mapping[int, float]:
-            scores: dict[int, float] = {}
-            skippable = self.passes.skippable
+            scores = {}
             with skippable.weights.visit(candidates) as visit:
                 for block in candidates:
                     visit.load(block)
-                    scores[block] = float(
-                        metric.score_block(skippable.switches[block].block, block)
-                    )
+                    module = skippable.switches[block].block
+                    scores[block] = float(metric.score_block(module, block))
                     advance(self.sequences)
             return scores
 
         return self.journal.group.from_main(compute)
+
+    def _add_weight_scores(
+        self, metric: WeightMetric, spans: Sequence[tuple[int, ...]], advance: Advance
+    ) -> Outcome:
+        """Score the weights of spans, which score as much as their blocks together."""
+        blocks = {block for span in spans for block in span}
+        new = sorted(blocks - self._weight_scores.keys())
+        if new:
+            scores = self._score_weights(metric, new, advance)
+            self._weight_scores.update(Outcome(scores).scores)
+        sums = {}
+        for span in spans:
+            sums[span[-1]] = math.fsum(self._weight_scores[block] for block in span)
+        return Outcome(sums)
 
     @torch.inference_mode()
     def _score_models(
@@ -301,13 +275,81 @@ class Scoring:
         candidates: Sequence[int],
         advance: Advance,
     ) -> Outcome:
+        skippable = self.passes.skippable
         sequences = torch.cat(tuple(self.passes.batches))
-        for mine in self._shares([(removed, block, None) for block in candidates], advance):
-            for block in (block for _, block, _ in mine if block is not None):
-                self.passes.skippable.skip({*removed, block})
-                score = metric.score_model(self.passes.skippable.model, self.tokenizer, sequences)
+        missing = self._missing([(removed, block, None) for block in candidates], advance)
+        for share in self._deal(missing):
+            for _, block, _ in share:
+                assert block is not None
+                skippable.skip({*removed, block})
+                score = metric.score_model(skippable.model, self.tokenizer, sequences)
                 self.journal.add([float(score)], removed, block)
+            self._exchange(missing, advance)
         return Outcome(self._mean_scores(removed, candidates))
+
+    def _missing(self, names: Iterable[Name], advance: Advance) -> dict[Name, None]:
+        """Return those of the measurements that the journal lacks; the bar counts the others."""
+        missing: dict[Name, None] = {}
+        known = 0
+        for name in names:
+            scores = self.journal.find(*name)
+            if scores:
+                known += self._evaluations(name, scores)
+            else:
+                missing[name] = None
+        advance(known)
+        return missing
+
+    def _deal(
+        self, missing: Mapping[Name, None], costs: Mapping[int, float] | None = None
+    ) -> list[list[Name]]:
+        """Return this process's share of each turn; one turn reads streamed weights once."""
+        at_once = not self.passes.skippable.weights.resident
+        return own_shares(list(missing), self.journal.group, costs, at_once=at_once)
+
+    def _exchange(
+        self, missing: Mapping[Name, None], advance: Advance, *, own_are_counted: bool = False
+    ) -> None:
+        """Share the scores of this turn with the other processes, and count them."""
+        for rank, measured in enumerate(self.journal.exchange()):
+            if own_are_counted and rank == self.journal.group.rank:
+                continue
+            wanted = [item for item in measured if item[0] in missing]
+            advance(sum(self._evaluations(name, scores) for name, scores in wanted))
+
+    def _evaluations(self, name: Name, scores: Sequence[float]) -> int:
+        _, _, batch = name
+        return self.sequences if batch is None else len(scores)
+
+    @property
+    def _batches(self) -> Sequence[int | None]:
+        return [None] if isinstance(self.metric, ModelMetric) else self.passes.numbers
+
+    def _mean_scores(self, removed: Sequence[int], blocks: Sequence[int]) -> dict[int, float]:
+        means = {}
+        for block in blocks:
+            scores = self.journal.scores(removed, block, self._batches)
+            if scores:
+                means[block] = fmean(scores)
+        return means
+
+    def _leader(self, removed: Sequence[int], candidates: Sequence[int]) -> str:
+        means = self._mean_scores(removed, candidates)
+        if not means:
+            return ""
+        best = ranking(means)[0]
+        return f"best so far: block {best} ({means[best]:.4f})"
+
+
+def _jobs(names: Iterable[Name]) -> list[Job]:
+    """Return each batch of these measurements, with its candidates."""
+    candidates: dict[int, list[int]] = {}
+    for _, block, batch in names:
+        assert batch is not None
+        of_batch = candidates.setdefault(batch, [])
+        if block is not None:
+            of_batch.append(block)
+    return list(candidates.items())
 
 
 def _mean_over_tokens(metric: HiddenStateMetric, entering: Tensor, leaving: Tensor) -> list[float]:

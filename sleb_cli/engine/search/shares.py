@@ -1,4 +1,4 @@
-"""Share measurements out among processes. Pure arithmetic.
+"""Measurements are shared out among the processes. Pure arithmetic.
 
 Numbers depend on the sequences of a batch, never on which candidates are scored with it. So the
 batches are the same for any number of processes, and only whole batches, or the candidates of one,
@@ -7,38 +7,60 @@ are shared out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Mapping, Sequence
 
-from sleb_cli.engine.process_group import Turn, deal
+from sleb_cli.engine.process_group import ProcessGroup, Turn, deal
 from sleb_cli.engine.search.journal import Name
 
-Cost = Callable[[int], float]
-"""Estimates how long a candidate takes, in any unit."""
 
+def own_shares(
+    names: Sequence[Name],
+    group: ProcessGroup,
+    costs: Mapping[int, float] | None = None,
+    *,
+    at_once: bool = False,
+) -> list[list[Name]]:
+    """Return what this process measures in each turn, after which all exchange their scores.
 
-def deal_names(names: Iterable[Name], processes: int, cost: Cost | None) -> Iterator[Turn[Name]]:
-    """Deal whole batches in turns, or candidates where there are no batches.
-
-    With a `cost`, a last turn of fewer batches than processes is split by candidates.
+    `names` come batch by batch. `costs` say how long each candidate takes, in any unit: with them,
+    batches that are too few for all processes are split by candidates. `at_once` makes one turn of
+    all.
     """
-    batches = [
-        list(of_batch)
-        for _, of_batch in groupby(names, key=lambda name: name if name[2] is None else name[2])
-    ]
-    whole = len(batches) - (len(batches) % processes if cost else 0)
-    for turn in deal(batches[:whole], processes):
-        yield [[name for batch in share for name in batch] for share in turn]
-    if cost and whole < len(batches):
-        yield split([name for batch in batches[whole:] for name in batch], processes, cost)
+    shares = [turn[group.rank] for turn in _deal_batches(names, group.size, costs)]
+    if at_once and shares:
+        return [[name for share in shares for name in share]]
+    return shares
 
 
-def split(names: Sequence[Name], processes: int, cost: Cost) -> Turn[Name]:
+def _deal_batches(
+    names: Sequence[Name], processes: int, costs: Mapping[int, float] | None
+) -> list[Turn[Name]]:
+    batches: dict[object, list[Name]] = {}
+    for name in names:
+        _, _, batch = name
+        key = name if batch is None else batch  # a measurement on no batch is dealt by itself
+        batches.setdefault(key, []).append(name)
+    to_deal = list(batches.values())
+    to_split: list[Name] = []
+    if costs:
+        for _ in range(len(to_deal) % processes):
+            to_split = to_deal.pop() + to_split
+    turns: list[Turn[Name]] = []
+    for turn in deal(to_deal, processes):
+        turns.append([share[0] if share else [] for share in turn])
+    if costs and to_split:
+        turns.append(_split(to_split, processes, costs))
+    return turns
+
+
+def _split(names: Sequence[Name], processes: int, costs: Mapping[int, float]) -> Turn[Name]:
     """Cut candidates, in their order, into shares of about equal cost, which may cross batches."""
-    costs = [cost(block) for _, block, _ in names if block is not None]
     shares: Turn[Name] = [[] for _ in range(processes)]
+    candidates = [block for _, block, _ in names if block is not None]
+    total = sum(costs[block] for block in candidates)
     done = 0.0
-    for name, candidate_cost in zip(names, costs, strict=True):
-        shares[int((done + candidate_cost / 2) / sum(costs) * processes)].append(name)
-        done += candidate_cost
+    for name, block in zip(names, candidates, strict=True):
+        middle = done + costs[block] / 2
+        shares[int(middle / total * processes)].append(name)
+        done += costs[block]
     return shares
