@@ -220,7 +220,7 @@ def test_an_extended_search_goes_on_where_the_plan_ended(search, extend, tmp_pat
     leaving(extend, "--ratio", "0.5")
     assert read_plan(tmp_path / "two.json").steps == four.steps[:3]
     lines = journal_of(tmp_path / "two.json").read_text().splitlines()[1:]
-    assert {tuple(json.loads(line[9:])["removed"]) for line in lines} == {two.removals}
+    assert {tuple(json.loads(line)["removed"]) for line in lines} == {two.removals}
 
 
 def test_a_search_unlike_the_plan_does_not_extend_it(search, extend, tiny_gpt2, tmp_path):

@@ -201,10 +201,9 @@ def _restore_settings(request: SearchRequest) -> SearchRequest:
     # Free memory decides these two options, and may be another when a search is resumed.
     if not request.resume:
         return request
-    before = recorded_settings(journal_of(request.plan_file), {"dtype": str, "batch_size": int})
-    return replace(
-        request, **{name: value for name, value in before.items() if getattr(request, name) is None}
-    )
+    before = recorded_settings(journal_of(request.plan_file))
+    unset = {name: value for name, value in before.items() if getattr(request, name) is None}
+    return replace(request, **unset)
 
 
 def _read_model(

@@ -1,9 +1,9 @@
 """The journal of a search: every score as it is measured, so that an interrupted search loses
 nothing.
 
-It is a file next to the plan. Each line is a checksum and a JSON document; the first identifies the
-search, the others hold one measurement each. Lines are only appended, so whatever stops the
-program, earlier lines stay readable.
+It is a file next to the plan. Each line is a JSON document; the first identifies the search, the
+others hold one measurement each. Lines are only appended, so whatever stops the program, earlier
+lines stay readable.
 """
 
 from __future__ import annotations
@@ -12,31 +12,23 @@ import json
 import math
 import os
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
-from typing import Annotated, Any, BinaryIO
-
-from pydantic import Field, ValidationError
-from pydantic_core import from_json
+from typing import Any, BinaryIO
 
 from sleb_cli.atomic import writing
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.choices import comparable
 from sleb_cli.events import Notice, Notify, Warned, ignore
-from sleb_cli.records import Record, differences
+from sleb_cli.records import differences
 from sleb_plugins.errors import OutputError, PlanError
 
 # A crash of the program loses nothing; a crash of the machine loses at most this many seconds.
 SECONDS_BETWEEN_SYNCS = 5.0
 
 # Raise it when the same document would mean something else.
-FORMAT = 1
-
-# No batch has enough sequences for its scores to take more.
-MAX_LINE_BYTES = 16 << 20
+FORMAT = 2
 
 Name = tuple[tuple[int, ...], int | None, int | None]
 """The removed blocks, the candidate, and the batch of a measurement."""
@@ -45,23 +37,14 @@ Measurement = tuple[Name, list[float]]
 """Its name, and the score of each sequence."""
 
 
-def recorded_settings(journal: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
-    """Read these settings, if they have these types, from an unfinished search's journal; none if
-    it is unreadable.
-    """
-    if journal.is_symlink() or not journal.is_file():  # reading a pipe would wait
-        return {}
+def recorded_settings(journal: Path) -> dict[str, Any]:
+    """Read the data type and the batch size of the search in a journal, if there is one."""
     try:
         with journal.open("rb") as file:
-            begun = from_json(_intact_json(file.readline(MAX_LINE_BYTES)) or b"")
-            settings = begun | begun["search"]
-            return {
-                name: settings[name]
-                for name, kind in kinds.items()
-                if isinstance(settings[name], kind)
-            }
+            search = json.loads(file.readline())
+        return {"dtype": search["dtype"], "batch_size": search["search"]["batch_size"]}
     except (OSError, ValueError, LookupError, TypeError):
-        return {}
+        return {}  # opening it to continue says more
 
 
 def delete_journal(path: Path, notify: Notify) -> None:
@@ -72,44 +55,31 @@ def delete_journal(path: Path, notify: Notify) -> None:
         notify(Warned(f"{path} is no longer needed, but cannot be deleted: {error.strerror}."))
 
 
-class _Line(Record):
-    """A line of the file; null stands for a score that is not finite."""
-
-    removed: tuple[int, ...]
-    block: int | None
-    batch: int | None
-    scores: Annotated[tuple[float | None, ...], Field(min_length=1)]
-
-
 class Journal:
     """Scores measured so far, by removed blocks, candidate and batch.
 
     The order of removed blocks has no meaning. If a metric scores `whole_models`, neither does
-    which block is the candidate: 3 after 5 and 5 after 3 are the same model. Without a path,
-    measurements are only in memory. The main process writes the file, and all know its content.
-    `search` identifies the search; `require_valid` raises if a measurement about to be recorded is
-    not of the model that it names.
+    which block is the candidate: 3 after 5 and 5 after 3 are the same model. Measurements are in
+    memory until a file is opened for them. The main process writes the file, and all know its
+    content. `require_valid` raises if a measurement about to be recorded is not of the model that
+    it names.
     """
 
     def __init__(
         self,
-        path: Path | None = None,
-        search: Mapping[str, Any] = MappingProxyType({}),
-        *,
-        resume: bool = False,
         group: ProcessGroup | None = None,
+        *,
         whole_models: bool = False,
         require_valid: Callable[[], object] = lambda: None,
     ) -> None:
-        self._path, self._whole_models, self._require_valid = path, whole_models, require_valid
+        self.group = group or ProcessGroup()
+        self._whole_models = whole_models
+        self._require_valid = require_valid
         self._known: dict[Name, list[float]] = {}
         self._new: list[Measurement] = []
+        self._path = Path()
         self._file: BinaryIO | None = None
         self._synced = 0.0
-        self.group = group or ProcessGroup()
-        if path is not None and self.group.is_main:
-            self._open(path, {"format": FORMAT} | dict(search), resume=resume)
-        self._known = self.group.from_main(lambda: self._known)
 
     def __len__(self) -> int:
         return len(self._known)
@@ -129,7 +99,10 @@ class Journal:
         self, removed: Sequence[int], block: int | None, batches: Iterable[int | None]
     ) -> list[float]:
         """Return the scores on these batches in turn, without batches that were not measured."""
-        return [score for batch in batches for score in self.find(removed, block, batch) or ()]
+        found = []
+        for batch in batches:
+            found += self.find(removed, block, batch) or []
+        return found
 
     def add(
         self,
@@ -149,24 +122,56 @@ class Journal:
         measured = self.group.gather(self._new)
         self._new = []
         for rank, theirs in enumerate(measured):
-            for name, scores in theirs if rank != self.group.rank else ():
-                self._record(scores, *name)
+            if rank != self.group.rank:
+                for name, scores in theirs:
+                    self._record(scores, *name)
         return measured
 
     def forget(self) -> None:
         """Drop all measurements, because they turned out to be worthless."""
         self._known.clear()
 
+    def open(self, path: Path, search: Mapping[str, Any], *, resume: bool) -> None:
+        """Write to this file from now on; with `resume`, go on after what it holds."""
+        if path.is_symlink():
+            raise OutputError(
+                f"{path} is a link, not a journal.",
+                hint="Remove it, or choose another plan with -o.",
+            )
+        with writing(path):
+            file = path.open("a+b")
+        try:
+            whole = 0
+            if resume:
+                with writing(path):
+                    file.seek(0)
+                    content = file.read()
+                whole = self._read(content, path, search)
+            with writing(path):
+                file.truncate(whole)
+        except BaseException:
+            file.close()
+            raise
+        self._path = path
+        self._file = file
+        if whole == 0:
+            self._append(search)
+            self.sync()
+
+    def know_alike(self) -> None:
+        """Let all processes know what the main one has read."""
+        self._known = self.group.from_main(lambda: self._known)
+
     def sync(self) -> None:
         """Flush the journal to disk."""
-        if self._file is not None and self._path is not None:
+        if self._file is not None:
             with writing(self._path):
                 os.fsync(self._file.fileno())
             self._synced = time.monotonic()
 
     def close(self) -> None:
         """Close the file; delete it if it has no measurement."""
-        if self._file is not None and self._path is not None:
+        if self._file is not None:
             self.sync()
             with writing(self._path):
                 self._file.close()
@@ -186,77 +191,32 @@ class Journal:
     def _key(self, removed: Sequence[int], block: int | None, batch: int | None) -> Name:
         gone = sorted(removed)
         if self._whole_models and block is not None:
-            *gone, block = sorted([*removed, block])
+            gone = sorted([*removed, block])
+            block = gone.pop()
         return tuple(gone), block, batch
 
-    def _open(self, path: Path, search: Mapping[str, Any], *, resume: bool) -> None:
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise OutputError(
-                f"{path} is a link, a folder, a pipe or a device, not a journal.",
-                hint="Remove it, or choose another plan with -o.",
-            )
-        with writing(path):
-            file = path.open("a+b")
-        try:
-            whole = self._read(file, path, search) if resume else 0
-            with writing(path):
-                file.truncate(whole)
-        except BaseException:
-            file.close()
-            raise
-        self._file = file
-        if not whole:
-            self._append(search)
-            self.sync()
-
-    def _read(self, file: BinaryIO, path: Path, search: Mapping[str, Any]) -> int:
-        # Returns the length in bytes of the complete lines, up to the first that is damaged.
-        try:
-            file.seek(0)
-            line = file.readline(MAX_LINE_BYTES)
-            if not line:
-                return 0
-            begun = from_json(_intact_json(line) or b"")
-            if not isinstance(begun, dict):
-                raise ValueError
-            if begun.get("format") != search["format"]:
-                raise PlanError(
-                    f"Another version of sleb began the search in {path}.",
-                    hint="Finish it with that version, or start over with --force.",
-                )
-            if differing := differences(search, begun):
-                raise PlanError(
-                    f"{path} belongs to another search ({differing}).",
-                    hint="Use the same model, data, metric and settings, or start over with "
-                    "--force.",
-                )
-            whole = len(line)
-            while (content := _intact_json(line := file.readline(MAX_LINE_BYTES))) is not None:
-                try:
-                    parsed = _Line.model_validate_json(content)
-                except ValidationError:
-                    break
-                scores = [math.inf if score is None else score for score in parsed.scores]
-                self._known[self._key(parsed.removed, parsed.block, parsed.batch)] = scores
-                whole += len(line)
-            return whole
-        except ValueError as error:
-            raise PlanError(
-                f"{path} is not a sleb journal, or its first line is damaged.",
-                hint="Delete it, or start over with --force.",
-            ) from error
-        except OSError as error:
-            raise PlanError(
-                f"The journal {path} cannot be read: {error.strerror}.",
-                hint="Check the disk that it is on, or start over with --force.",
-            ) from error
+    def _read(self, content: bytes, path: Path, search: Mapping[str, Any]) -> int:
+        """Read the measurements up to the first damaged line; return the length of what is whole."""
+        if not content:
+            return 0
+        header, *lines = content.splitlines(keepends=True)
+        _check_header(header, path, search)
+        whole = len(header)
+        for line in lines:
+            measurement = _parse_measurement(line)
+            if measurement is None:
+                break
+            name, scores = measurement
+            self._known[self._key(*name)] = scores
+            whole += len(line)
+        return whole
 
     def _append(self, document: Mapping[str, Any]) -> None:
-        if self._file is not None and self._path is not None:
+        if self._file is not None:
             # In one write, so that a crash leaves at most an incomplete last line.
-            text = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
+            text = json.dumps(document, separators=(",", ":"), allow_nan=False)
             with writing(self._path):
-                self._file.write(b"%08x %s\n" % (zlib.crc32(text), text))
+                self._file.write(f"{text}\n".encode())
                 self._file.flush()
 
 
@@ -272,10 +232,13 @@ def open_journal(
     """Start a journal for `search`, or with `resume`, continue it; for `options`, see `Journal`.
 
     Raises:
-        OutputError: the file cannot be written, or is no journal.
-        PlanError: the journal cannot be read, or belongs to another search or version of sleb.
+        OutputError: the file cannot be written.
+        PlanError: the file is no journal, or belongs to another search or version of sleb.
     """
-    journal = Journal(path, search, resume=resume, **options)
+    journal = Journal(**options)
+    if journal.group.is_main:
+        journal.open(path, {"format": FORMAT, **search}, resume=resume)
+    journal.know_alike()
     if journal.is_saved:
         notify(Notice(f"Continuing with the {len(journal)} measurements in {path}."))
     try:
@@ -288,6 +251,38 @@ def open_journal(
         journal.close()
 
 
-def _intact_json(line: bytes) -> bytes | None:
-    checksum, _, text = line.rstrip(b"\n").partition(b" ")
-    return text if line.endswith(b"\n") and checksum == b"%08x" % zlib.crc32(text) else None
+def _check_header(line: bytes, path: Path, search: Mapping[str, Any]) -> None:
+    """Check that a journal's first line is of this search."""
+    try:
+        begun = json.loads(line)
+    except ValueError:
+        begun = None
+    if not isinstance(begun, dict) or not line.endswith(b"\n"):
+        raise PlanError(
+            f"{path} is not a sleb journal, or its first line is damaged.",
+            hint="Delete it, or start over with --force.",
+        )
+    if begun.get("format") != search["format"]:
+        raise PlanError(
+            f"Another version of sleb began the search in {path}.",
+            hint="Finish it with that version, or start over with --force.",
+        )
+    differing = differences(search, begun)
+    if differing:
+        raise PlanError(
+            f"{path} belongs to another search ({differing}).",
+            hint="Use the same model, data, metric and settings, or start over with --force.",
+        )
+
+
+def _parse_measurement(line: bytes) -> Measurement | None:
+    """Read a line, if it is whole."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        document = json.loads(line)
+        name = (tuple(document["removed"]), document["block"], document["batch"])
+        scores = [math.inf if score is None else score for score in document["scores"]]
+    except (ValueError, LookupError, TypeError):
+        return None
+    return name, scores
