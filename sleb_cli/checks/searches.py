@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import Any
 
 from sleb_cli.atomic import require_new_file
+from sleb_cli.checks.strategies import ONESHOT, STRATEGIES, Strategy
 from sleb_cli.checks.subjects import NamedSubject
 from sleb_cli.checks.text_names import require_mixture
 from sleb_cli.plan import Plan, read_plan
@@ -26,7 +27,6 @@ from sleb_cli.requests import (
     DEMO,
     TARGET_NAMES,
     SearchRequest,
-    StrategyName,
     TargetName,
     journal_of,
     option_of,
@@ -44,9 +44,6 @@ from sleb_plugins import (
     WeightMetric,
 )
 
-_RACE: set[StrategyName] = {"greedy", "refine"}
-"""Strategies for which the scores of the surviving candidates of a race suffice."""
-
 
 @dataclass(frozen=True)
 class CheckedSearch:
@@ -62,7 +59,7 @@ class CheckedSearch:
 
     request: SearchRequest
     metric: Metric
-    strategy: StrategyName
+    strategy: Strategy
     memory: int | None
     extended: Plan | None
 
@@ -88,7 +85,7 @@ def check_search(request: SearchRequest, registry: Registry) -> CheckedSearch:
     extended = read_plan(request.extend) if request.extend is not None else None
     request = _fill_gaps(request, extended)
     metric = registry.metric(str(request.metric))
-    strategy = request.strategy or "oneshot"
+    strategy = STRATEGIES[request.strategy] if request.strategy else ONESHOT
     if request.fast is None:
         # The demo is a first impression: it must not take long.
         request = replace(request, fast=request.model == DEMO and _can_race(metric, strategy))
@@ -172,38 +169,40 @@ def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
     )
 
 
-def _can_race(metric: Metric, strategy: StrategyName) -> bool:
+def _can_race(metric: Metric, strategy: Strategy) -> bool:
     """Whether candidates can be compared sequence by sequence until one wins."""
-    return isinstance(metric, LogitMetric) and strategy in _RACE
+    return isinstance(metric, LogitMetric) and strategy.can_race
 
 
-def _require_fitting(request: SearchRequest, metric: Metric, strategy: StrategyName) -> None:
+def _require_fitting(request: SearchRequest, metric: Metric, strategy: Strategy) -> None:
     """Check that the metric, the unit, the strategy and the way to search fit together."""
-    of_blocks = (LogitMetric, HiddenStateMetric, WeightMetric, ModelMetric)
-    usual, kinds = (
-        (DEFAULT_EXPERT_METRIC, ExpertMetric)
-        if request.unit == "experts"
-        else (DEFAULT_METRIC, of_blocks)
-    )
+    usual = DEFAULT_METRIC
+    kinds: tuple[type[Metric], ...] = (LogitMetric, HiddenStateMetric, WeightMetric, ModelMetric)
+    if request.unit == "experts":
+        usual = DEFAULT_EXPERT_METRIC
+        kinds = (ExpertMetric,)
     if not isinstance(metric, kinds):
         raise UsageError(
             f"{metric.name} does not score {request.unit}.", hint=f"Use another, such as {usual}."
         )
     if request.fast and not _can_race(metric, strategy):
-        unfit = f"--strategy {strategy}" if isinstance(metric, LogitMetric) else metric.name
+        unfit = metric.name
+        if isinstance(metric, LogitMetric):
+            unfit = f"--strategy {strategy.name}"
         raise UsageError(
             f"--fast does not apply to {unfit}, which does not compare candidates sequence by "
             f"sequence.",
             hint="Leave out --fast.",
         )
-    if strategy == "refine" and not isinstance(metric, LogitMetric | ModelMetric):
+    if strategy.swaps and not isinstance(metric, LogitMetric | ModelMetric):
         raise UsageError(
-            f"--strategy refine compares sets of blocks, but {metric.name} scores single blocks.",
+            f"--strategy {strategy.name} compares sets of blocks, but {metric.name} scores single "
+            f"blocks.",
             hint="Use a metric of the whole model, such as nll, or --strategy greedy.",
         )
-    if request.extend is not None and strategy != "greedy":
+    if request.extend is not None and not strategy.can_extend:
         raise UsageError(
-            f"--extend works with --strategy greedy only, not with {strategy}.",
+            f"--extend works with --strategy greedy only, not with {strategy.name}.",
             hint="Search again for the number of blocks you want.",
         )
 

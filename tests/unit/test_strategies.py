@@ -6,10 +6,10 @@ import random
 import pytest
 
 from sleb_cli.engine.search.choices import NoBlockLeft, Outcome, Protection
-from sleb_cli.engine.search.strategies import STRATEGIES, Problem
+from sleb_cli.engine.search.strategies import ALGORITHMS, Problem
 
 SEEDS = pytest.mark.parametrize("seed", range(10))
-EACH = pytest.mark.parametrize("strategy", STRATEGIES)
+EACH = pytest.mark.parametrize("strategy", ALGORITHMS)
 
 
 def candidates(blocks, first=1, last=1, kept=()):
@@ -21,7 +21,7 @@ def search(strategy, score, candidates, remove, **options):
         return Outcome({span[-1]: score(span[:-1], span[-1:]).scores[span[-1]] for span in spans})
 
     problem = Problem(score, candidates, remove, score_spans=score_spans, **options)
-    choices = list(STRATEGIES[strategy](problem))
+    choices = list(ALGORITHMS[strategy](problem))
     for choice in choices:
         assert len(set(choice.removals)) == len(choice.removals)
         assert choice.outcome.scores[choice.block] == choice.score

@@ -119,7 +119,7 @@ def search_record(search: Search, passes: Passes, held_out: int, **fields: Any) 
     """
     method, placement = search.method, search.model.placement
     return SearchRecord(
-        strategy=method.strategy_name,
+        strategy=method.strategy.name,
         metric=method.metric.name,
         implementation=method.implementation,
         dtype=dtype_name(placement.dtype),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from statistics import fmean
 
+from sleb_cli.checks.strategies import GREEDY
 from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.prepare import prepare_passes
@@ -31,7 +32,7 @@ from sleb_cli.engine.search.losses import measure_dense, measure_held_out, perpl
 from sleb_cli.engine.search.race import LOOKS
 from sleb_cli.engine.search.scoring import Scoring, engine_of
 from sleb_cli.engine.search.settings import ExpertMethod, Method, Search, SearchedModel
-from sleb_cli.engine.search.strategies import STRATEGIES, Problem
+from sleb_cli.engine.search.strategies import ALGORITHMS, Problem
 from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Stop, perplexity_ratio
 from sleb_cli.engine.text.calibration import Calibration
 from sleb_cli.events import (
@@ -136,12 +137,10 @@ def _search_to_target(
     method: Method, stop: Stop, extended: Plan | None, dense: DenseRecord, scoring: Scoring
 ) -> Trace:
     target = stop.target
-    if method.strategy_name == "refine" and isinstance(target, PerplexityTarget):
+    if method.strategy.swaps and isinstance(target, PerplexityTarget):
         # It swaps only at its last size, which a greedy search finds first; the journal has those
         # measurements.
-        greedy = _search_to_target(
-            replace(method, strategy_name="greedy"), stop, extended, dense, scoring
-        )
+        greedy = _search_to_target(replace(method, strategy=GREEDY), stop, extended, dense, scoring)
         refined = _remove_blocks(
             method, replace(stop, remove=len(greedy.removals)), extended, dense, scoring
         )
@@ -181,7 +180,7 @@ def _remove_blocks(
     kinds = method.removable.architecture.kinds
     notify(SearchStarted(len(kinds), stop.remove, len(trace.steps)))
     try:
-        for choice in STRATEGIES[method.strategy_name](problem):
+        for choice in ALGORITHMS[method.strategy.name](problem):
             loss = fmean(scoring.losses(choice.removals))
             increase = loss - dense.loss
             if not target.allows(increase):

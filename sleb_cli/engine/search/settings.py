@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from sleb_cli.checks.strategies import ONESHOT, Strategy
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.targets import Stop
 from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.engine.text.settings import CalibrationSettings
 from sleb_cli.plan import MetricRecord, Plan, TargetRecord
-from sleb_cli.requests import StrategyName, journal_of
+from sleb_cli.requests import journal_of
 from sleb_plugins import ExpertMetric, Metric
 
 
@@ -45,7 +46,7 @@ class Method:
 
     metric: Metric
     implementation: MetricRecord
-    strategy_name: StrategyName
+    strategy: Strategy
     removable: Removable
     fast: bool
     holdout: float
@@ -68,7 +69,7 @@ class ExpertMethod:
     fewer: int
     holdout: float
     target: TargetRecord | None
-    strategy_name: ClassVar[StrategyName] = "oneshot"
+    strategy: ClassVar[Strategy] = ONESHOT
 
 
 @dataclass(frozen=True)

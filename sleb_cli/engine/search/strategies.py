@@ -1,5 +1,7 @@
 """The search strategies: pure functions of the candidates' scores, independent of any model.
 
+`greedy` is Algorithm 1 of the paper; `tests/reference.py` is all of the paper on one page.
+
 A strategy yields one size after another, each as soon as it is decided, so that the caller may stop
 early. The order of removed blocks has no meaning.
 """
@@ -188,9 +190,7 @@ def _score_next(
     return problem.score(tuple(sorted(removed)), candidates) if candidates else Outcome({})
 
 
-Strategy = Callable[[Problem], Iterator[Choice]]
-
-STRATEGIES: Mapping[StrategyName, Strategy] = MappingProxyType(
+ALGORITHMS: Mapping[StrategyName, Callable[[Problem], Iterator[Choice]]] = MappingProxyType(
     {
         "greedy": greedy,
         "oneshot": oneshot,

@@ -9,12 +9,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 
+from sleb_cli.checks.strategies import Strategy
 from sleb_cli.engine.model.sizes import PerBlock
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.strategies import free_spans
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import TargetRecord
-from sleb_cli.requests import StrategyName, TargetName, option_of
+from sleb_cli.requests import TargetName, option_of
 from sleb_cli.units import plural
 from sleb_plugins import UsageError
 
@@ -139,7 +140,7 @@ class Stop:
 def stop_at(
     target: Target,
     removable: Removable,
-    strategy: StrategyName,
+    strategy: Strategy,
     gone: Sequence[int],
     notify: Notify,
 ) -> Stop:
@@ -151,18 +152,18 @@ def stop_at(
     blocks = removable.architecture.block_count
     candidates = removable.protection.candidates(blocks, ())
     if isinstance(target, SizeTarget):
-        if strategy == "refine" and len(set(target.sizes.blocks)) > 1:
+        if strategy.swaps and len(set(target.sizes.blocks)) > 1:
             raise UsageError(
-                f"--strategy refine swaps blocks, and those of this model differ in size, so it "
+                f"--strategy {strategy.name} swaps blocks, and those of this model differ in size, so it "
                 f"may miss "
                 f"{option_of(target.name)}.",
                 hint="Use --strategy greedy, or --remove.",
             )
         remove = target.removals(candidates, gone)
-        if strategy == "contiguous":
+        if strategy.removes_spans:
             free_spans(removable.candidates, remove)
         return Stop(target, remove)
-    if strategy == "contiguous":
+    if strategy.removes_spans:
         # The longest run: as long as blocks are consecutive, they are as far ahead of their place
         # in the list.
         runs = groupby(enumerate(removable.candidates(())), lambda pair: pair[1] - pair[0])

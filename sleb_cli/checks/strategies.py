@@ -1,0 +1,37 @@
+"""The search strategies, and what each can do. `engine/search/strategies.py` has their algorithms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from sleb_cli.requests import StrategyName
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What a strategy can do, and what it needs.
+
+    Attributes:
+        can_race: the scores of the surviving candidates of a race suffice.
+        can_extend: it can start from the removals of a plan.
+        swaps: at the last size it also swaps removed and kept blocks, so the metric must score sets.
+        removes_spans: what it removes is consecutive.
+    """
+
+    name: StrategyName
+    can_race: bool = False
+    can_extend: bool = False
+    swaps: bool = False
+    removes_spans: bool = False
+
+
+GREEDY = Strategy("greedy", can_race=True, can_extend=True)
+ONESHOT = Strategy("oneshot")
+CONTIGUOUS = Strategy("contiguous", removes_spans=True)
+REFINE = Strategy("refine", can_race=True, swaps=True)
+
+STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
+    {strategy.name: strategy for strategy in (GREEDY, ONESHOT, CONTIGUOUS, REFINE)}
+)
