@@ -22,6 +22,8 @@ class Metric(ABC):
 
     name: str
     description: str = ""
+    unit: str = ""
+    """What scores count, as written beside an axis: "nats per token"; by default the name."""
     argument: ClassVar[str] = ""
     """The argument after the name and a colon, as shown in help: `TASK`, or `[SEED]` if it is
     optional.

@@ -10,6 +10,7 @@ from sleb_cli.names import public_source
 from sleb_cli.plan import ExpertPlan, Plan, RecoveryRecord, SampleGeneration
 from sleb_cli.tables.table import PERPLEXITY, Column, Table, tabulate
 from sleb_cli.units import format_bytes, format_change, format_count, format_perplexity, spans
+from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 MAX_ADDED_REPETITION = 0.2
 """How much more than the dense model the pruned one may repeat itself before it is suspected of
@@ -44,7 +45,7 @@ def _steps(plan: Plan) -> Table:
     ]
     dense = plan.dense
     held_out = dense.held_out
-    loss = dense.loss if metric == "nll" else None
+    loss = dense.loss if metric == NegativeLogLikelihood.name else None
     row: list[Any] = ["dense", None, None, loss, dense.perplexity, None]
     row += [held_out and held_out.perplexity, None]
     rows = [row]

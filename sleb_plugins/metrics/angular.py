@@ -22,6 +22,7 @@ class AngularDistance(HiddenStateMetric):
 
     name = "angular"
     description = "angle between the block's input and output, in half-turns"
+    unit = "half-turns"
 
     def score_tokens(self, entering: Tensor, leaving: Tensor) -> Tensor:
         """Return the angle in half-turns, [batch, positions]."""

@@ -23,6 +23,7 @@ class KlDivergence(LogitMetric):
 
     name = "kl"
     description = "KL divergence from the dense model's predictions, in nats per token"
+    unit = "nats per token"
     needs_dense_logits = True
 
     def score_tokens(self, logits: Tensor, targets: Tensor, dense_logits: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ class NegativeLogLikelihood(LogitMetric):
 
     name = "nll"
     description = "calibration loss without the block, in nats per token"
+    unit = "nats per token"
 
     def score_tokens(self, logits: Tensor, targets: Tensor, dense_logits: Tensor | None) -> Tensor:
         """Return -log p(target), [positions]."""
