@@ -47,12 +47,10 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         # If the model is spread over devices, tokens may not go in where its first weight is.
-        self._device, self._names, self._notify, self._group = (
-            input_device(model),
-            names,
-            notify,
-            group,
-        )
+        self._device = input_device(model)
+        self._names = names
+        self._notify = notify
+        self._group = group
         self._ends = torch.tensor(sorted(end_tokens(model, tokenizer)), device=self._device)
         self._ended: list[bool] = []
         self._predict = predict
@@ -89,22 +87,23 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
         return join_dealt(shares)
 
     def _write(self, requests: Sequence[Any]) -> list[Any]:
-        ended, advance = defaultdict[str, list[bool]](list), self.cache_hook.add_partial
+        advance = self.cache_hook.add_partial
+        answers = defaultdict[str, list[Answer]](list)
 
-        # lm-eval tells its cache the answers in the order of batches, and returns them in that of
-        # requests.
-        def answered(kind: str, request: Any, text: str) -> None:
-            ended[request[0]].append(self._ended.pop(0))
+        # lm-eval tells its cache each answer in the order of batches, which is that of `_ended`.
+        def keep(kind: str, request: Any, text: str) -> None:
+            answer = Answer(text)
+            answer.ended = self._ended.pop(0)
+            answers[request[0]].append(answer)
             advance()
 
-        self.cache_hook.add_partial = answered
-        answers = list(map(Answer, super().generate_until(requests)))
-        for request, answer in zip(requests, answers, strict=True):
-            answer.ended = ended[request.args[0]].pop(0)
-        return answers
+        self.cache_hook.add_partial = keep
+        super().generate_until(requests)
+        return [answers[request.args[0]].pop(0) for request in requests]
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **options: Any) -> Any:
-        if (longest := max((len(answer) for *_, answer in requests), default=0)) > self.max_length:
+        longest = max((len(answer) for *_, answer in requests), default=0)
+        if longest > self.max_length:
             raise UsageError(
                 f"{self._names[0]} has an answer of {longest} tokens, but the model has only "
                 f"{self.max_length} positions.",
@@ -113,9 +112,9 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
         return super()._loglikelihood_tokens(requests, **options)
 
     def _model_call(self, inps: Tensor, **options: Any) -> Tensor:
-        logits: Tensor = (
-            self._predict(inps) if self._predict else super()._model_call(inps, **options)
-        )
+        if self._predict is not None:
+            return self._predict(inps)
+        logits: Tensor = super()._model_call(inps, **options)
         return logits
 
     def _model_generate(

@@ -67,13 +67,11 @@ class LoadedTask:
         batch_size: int | None = None,
         run_code: RunCode | None = None,
     ) -> None:
-        self.name, self._manager, self.limit, self._chat, self._batch_size = (
-            name,
-            manager,
-            limit,
-            chat,
-            batch_size,
-        )
+        self.name = name
+        self._manager = manager
+        self.limit = limit
+        self._chat = chat
+        self._batch_size = batch_size
         self._run_code = run_code
         loaded = _load(manager, name, run_code)
         self.tasks: Mapping[str, Any] = loaded["tasks"]
@@ -84,17 +82,19 @@ class LoadedTask:
             if configured is None or (configured and num_fewshot is not None):
                 task.set_config(key="num_fewshot", value=num_fewshot or 0)
             if num_fewshot and task.get_config("num_fewshot"):
-                with _quietly_loading(name):
-                    split = getattr(getattr(task, "fewshot_cfg", None), "split", None)
-                    are_items = split is not None and split == task.get_config("test_split")
-                    examples = (
-                        len(list(task.fewshot_docs())) - are_items
-                    )  # an item is no example of itself
-                if num_fewshot > examples:
-                    raise UsageError(
-                        f"{name} has {plural(examples, 'example')}, not {num_fewshot}.",
-                        hint=f"Use --num-fewshot {examples} or fewer.",
-                    )
+                self._require_examples(task, num_fewshot)
+
+    def _require_examples(self, task: Any, num_fewshot: int) -> None:
+        with _quietly_loading(self.name):
+            examples = len(list(task.fewshot_docs()))
+        split = getattr(getattr(task, "fewshot_cfg", None), "split", None)
+        if split is not None and split == task.get_config("test_split"):
+            examples -= 1  # an item is no example of itself
+        if num_fewshot > examples:
+            raise UsageError(
+                f"{self.name} has {plural(examples, 'example')}, not {num_fewshot}.",
+                hint=f"Use --num-fewshot {examples} or fewer.",
+            )
 
     def fingerprints(self, tokenizer: Any) -> dict[str, str]:
         """Hash everything that results depend on besides the model, for each task and each group
@@ -208,14 +208,13 @@ class LoadedTask:
                 "--apply-chat-template needs a chat template, but the tokenizer has none.",
                 hint="Leave it out.",
             )
-        if tokenizer.eos_token_id is None and (
-            writing := [name for name, task in self.tasks.items() if _writes(task)]
-        ):
-            raise UsageError(
-                f"{writing[0]} has the model write text, but the tokenizer has no EOS token to end "
-                f"it.",
-                hint="Leave the task out, or set eos_token in tokenizer_config.json.",
-            )
+        for name, task in self.tasks.items():
+            if tokenizer.eos_token_id is None and _writes(task):
+                raise UsageError(
+                    f"{name} has the model write text, but the tokenizer has no EOS token to end "
+                    f"it.",
+                    hint="Leave the task out, or set eos_token in tokenizer_config.json.",
+                )
 
     def _evaluate(self, lm: Any) -> dict[str, Any]:
         from sleb_cli.engine.lm_eval_internals import (
@@ -225,23 +224,23 @@ class LoadedTask:
         )
 
         for name, task in self.tasks.items():
-            settings = (
-                normalize_gen_kwargs(task.get_config("generation_kwargs") or {})
-                if _writes(task)
-                else {}
-            )
-            if (new := int(settings.get("max_gen_toks", 0))) >= lm.max_length:
+            if not _writes(task):
+                continue
+            settings = normalize_gen_kwargs(task.get_config("generation_kwargs") or {})
+            new = int(settings.get("max_gen_toks", 0))
+            if new >= lm.max_length:
                 raise UsageError(
                     f"{name} has the model write up to {new} tokens, but it has only "
                     f"{lm.max_length} positions.",
                     hint="Leave the task out.",
                 )
+        tasks = list(self.tasks.values())
+        if self.name in self._groups:
+            tasks = [self._groups[self.name]]
         with mock.patch.object(written_code.CodeEval, "how", self._run_code):
             results = simple_evaluate(
                 model=lm,
-                tasks=[self._groups[self.name]]
-                if self.name in self._groups
-                else list(self.tasks.values()),
+                tasks=tasks,
                 task_manager=self._manager,
                 limit=self.limit,
                 bootstrap_iters=BOOTSTRAP_ITERATIONS,
@@ -284,11 +283,10 @@ def find_tasks(names: Sequence[str], folders: Sequence[Path], also: Iterable[str
 
 def _folders_with(tasks: set[str]) -> list[Path]:
     folders: dict[str, Path] = {}
+    named = re.compile(r"^task:[ \t]*[\"']?([^\s\"'#]+)", re.MULTILINE)
     for file in sorted((_lm_eval_folder() / "tasks").rglob("*.yaml")):
         text = file.read_text(encoding="utf-8", errors="ignore")
-        for name in tasks.intersection(
-            re.findall(r"^task:[ \t]*[\"']?([^\s\"'#]+)", text, re.MULTILINE)
-        ):
+        for name in tasks.intersection(named.findall(text)):
             folders.setdefault(name, file.parent)
     return list(dict.fromkeys(folders.values()))
 
