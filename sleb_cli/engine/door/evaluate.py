@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -51,30 +51,34 @@ def resolve_evaluation(
     group: ProcessGroup,
 ) -> Evaluation:
     """Read the model, texts and tasks; no weight is loaded."""
-    resolved = partial(resolve_subject, named, source, registry, notify)
-    subject = group.main_first(lambda: with_recovered(resolved(), registry, notify))
+
+    def resolve() -> Subject:
+        subject = resolve_subject(named, source, registry, notify)
+        return with_recovered(subject, registry, notify)
+
+    subject = group.main_first(resolve)
     placement = _place_models(subject, request, notify, group)
     models = Models(subject, plan_surgeries(subject, named.sizes), placement, group, notify)
     tasks = load_requested(request)
     architecture = subject.architecture
     tokenizer = load_tokenizer(architecture.source)
-    names = request.perplexity or (() if request.tasks else (DEFAULT_TEXT,))
+    names = request.perplexity
+    if not names and not request.tasks:
+        names = (DEFAULT_TEXT,)
     read = partial(_read_text, request, tokenizer, architecture, notify)
     texts = group.main_first(lambda: tuple(map(read, names)))
     for sentence in _notices(texts, subject):
         notify(Notice(sentence))
-    batch_size, flips = parse_batch_size(request.batch_size), request.show_flips or 0
-    plugins = registry.behind(family=architecture.record.family)
     return Evaluation(
-        models,
-        tokenizer,
-        texts,
-        tasks,
-        request.command("eval"),
-        plugins,
-        batch_size,
-        flips,
-        request.force,
+        models=models,
+        tokenizer=tokenizer,
+        texts=texts,
+        tasks=tasks,
+        command=request.command("eval"),
+        plugins=registry.behind(family=architecture.record.family),
+        batch_size=parse_batch_size(request.batch_size),
+        show_flips=request.show_flips or 0,
+        force=request.force,
     )
 
 
@@ -82,18 +86,23 @@ def _place_models(
     subject: Subject, request: EvalRequest, notify: Notify, group: ProcessGroup
 ) -> Placement:
     architecture = subject.architecture
-    device, device_map = choose_device(request.device), request.device_map
-    stream, dtype = False if request.tasks else request.stream, request.dtype or AUTO
-    reserved = (
-        model_bytes(subject.recovered, parse_dtype(dtype, architecture.dtype))
-        if subject.recovered
-        else 0
-    )
+    device = choose_device(request.device)
+    dtype = request.dtype or AUTO
+    reserved = 0
+    if subject.recovered:
+        reserved = model_bytes(subject.recovered, parse_dtype(dtype, architecture.dtype))
     choose = partial(
-        place_model, architecture, device, dtype, notify, device_map=device_map, reserved=reserved
+        place_model,
+        architecture,
+        device,
+        dtype,
+        notify,
+        stream=False if request.tasks else request.stream,
+        device_map=request.device_map,
+        reserved=reserved,
     )
-    placement = group.from_main(lambda: choose(stream=stream))
-    if subject.recovered and (placement.stream or device_map is not None):
+    placement = group.from_main(choose)
+    if subject.recovered and (placement.stream or request.device_map is not None):
         raise UsageError(
             f"The weights of {subject.recovered.source.id} are not the dense model's, so both must "
             f"fit on one device.",
@@ -105,27 +114,32 @@ def _place_models(
 
 def load_requested(request: EvalRequest) -> tuple[LoadedTask, ...]:
     """Load the tasks that a request names, itself or by a preset."""
-    names = list(
-        dict.fromkeys(name for named in request.tasks for name in PRESETS.get(named, (named,)))
-    )
+    names: dict[str, None] = {}
+    for named in request.tasks:
+        names |= dict.fromkeys(PRESETS.get(named, (named,)))
     if not names:
         return ()
-    folders = [FOLDER, *([request.include_path] if request.include_path else [])]
-    manager = find_tasks(names, folders, also=PRESETS)
-    return tuple(
-        LoadedTask(
+    folders = [FOLDER]
+    if request.include_path is not None:
+        folders.append(request.include_path)
+    run_code = request.run_code
+    # The variable by which Hugging Face's evaluate library is allowed to run code.
+    if run_code is None and os.environ.get("HF_ALLOW_CODE_EVAL") == "1":
+        run_code = "confined"
+    manager = find_tasks(list(names), folders, also=PRESETS)
+    tasks = []
+    for name in names:
+        loaded = LoadedTask(
             name,
             manager,
             limit=request.limit,
             num_fewshot=request.num_fewshot,
             chat=request.apply_chat_template,
             batch_size=parse_batch_size(request.batch_size),
-            # The variable by which Hugging Face's evaluate library is allowed to run code.
-            run_code=request.run_code
-            or ("confined" if os.environ.get("HF_ALLOW_CODE_EVAL") == "1" else None),
+            run_code=run_code,
         )
-        for name in names
-    )
+        tasks.append(loaded)
+    return tuple(tasks)
 
 
 def _read_text(
@@ -146,34 +160,43 @@ def _read_text(
         return cut_answers(tokenizer, text, length, request.max_windows)
 
 
-def _notices(texts: Sequence[EvaluationWindows], subject: Subject) -> Iterator[str]:
-    """Yield notices on the choice of model and text, and on texts that the pruned model has seen."""
+def _notices(texts: Sequence[EvaluationWindows], subject: Subject) -> list[str]:
+    """Return notices on the choice of model and text, and on texts that the pruned model has seen."""
+    notices = []
     plan = subject.architecture.source.folder / CHECKPOINT_PLAN
     if subject.plan is None and not subject.surgery.cuts and plan.is_file():
-        yield f"Measured alone: `sleb eval {in_shell(str(plan))}` compares it with the dense model."
+        command = f"sleb eval {in_shell(str(plan))}"
+        notices.append(f"Measured alone: `{command}` compares it with the dense model.")
     if subject.recovered:
-        yield f"The pruned model is {subject.recovered.source.id}, with its recovered weights."
+        name = subject.recovered.source.id
+        notices.append(f"The pruned model is {name}, with its recovered weights.")
+    used = _texts_used(subject)
     for windows in texts:
         text = windows.text
         if text.split is not None:
-            yield f"No split given; measuring perplexity on {text.source}."
-        for use, record in _texts_used(subject):
+            notices.append(f"No split given; measuring perplexity on {text.source}.")
+        for use, record in used:
             if is_known(text.source, tokens_sha256(windows.ids), record):
-                yield f"{use} on {record.title}, so perplexity on {text.source} may flatter the pruned model."
+                notices.append(
+                    f"{use} on {record.title}, so perplexity on {text.source} may flatter the "
+                    f"pruned model."
+                )
     if any(windows.bos == "text" for windows in texts):
-        yield (
+        notices.append(
             "This tokenizer begins a text with BOS. As in the literature, only the first window "
-            "has it; if the model "
-            "needs BOS in every window, use --bos."
+            "has it; if the model needs BOS in every window, use --bos."
         )
+    return notices
 
 
-def _texts_used(subject: Subject) -> Iterator[tuple[str, CalibrationRecord]]:
-    """Yield the texts of the search and recovery, with a clause on each."""
+def _texts_used(subject: Subject) -> list[tuple[str, CalibrationRecord]]:
+    """Return the texts of the search and recovery, with a clause on each."""
     plans = [] if subject.plan is None else [subject.plan]
     with suppress(PlanError):  # the model need not be a checkpoint of ours
         plans.append(read_plan(subject.architecture.source.folder / CHECKPOINT_PLAN))
+    used = []
     for plan in plans:
-        yield f"{plan.unit.capitalize()} were chosen", plan.calibration
+        used.append((f"{plan.unit.capitalize()} were chosen", plan.calibration))
         if plan.recovery:
-            yield "The remaining blocks were recovered", plan.recovery.train_text
+            used.append(("The remaining blocks were recovered", plan.recovery.train_text))
+    return used

@@ -40,8 +40,11 @@ class Models:
         group: ProcessGroup,
         notify: Notify,
     ) -> None:
-        self.subject, self.architecture = subject, subject.architecture
-        self.placement, self.group, self.notify = placement, group, notify
+        self.subject = subject
+        self.architecture = subject.architecture
+        self.placement = placement
+        self.group = group
+        self.notify = notify
         self.surgeries = {surgery.size_key: surgery for surgery in surgeries}
         """The surgery of each pruned model, by its size."""
         self.sizes = tuple(self.surgeries)

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from functools import partial
-from itertools import islice
 from math import comb
 from pathlib import Path
 from typing import Any, ClassVar
@@ -55,26 +54,23 @@ class CodeEval:
         """
         if self.how is None:
             return {}, {}  # a task that is being loaded tries the metric
-        programs = [
-            f"{program}\n{tests}"
-            for tests, written in zip(references, predictions, strict=True)
-            for program in written
-        ]
+        programs: list[str] = []
+        items: list[int] = []
+        for item, written in enumerate(predictions):
+            for program in written:
+                programs.append(f"{program}\n{references[item]}")
+                items.append(item)
         with ThreadPoolExecutor(usable_processors()) as pool:
             outcomes = list(pool.map(partial(passes, how=self.how), programs))
-        passed = (
-            _passes_alone(program, self.how) if run is None else run
-            for program, run in zip(programs, outcomes, strict=True)
-        )
-        runs = {
-            item: list(islice(passed, len(written))) for item, written in enumerate(predictions)
-        }
+        runs: dict[int, list[bool]] = {item: [] for item in range(len(predictions))}
+        for item, program, passed in zip(items, programs, outcomes, strict=True):
+            runs[item].append(_passes_alone(program, self.how) if passed is None else passed)
         fewest = min(map(len, runs.values()))
-        means = {
-            f"pass@{size}": sum(_pass_at(size, results) for results in runs.values()) / len(runs)
-            for size in k
-            if size <= fewest
-        }
+        means = {}
+        for size in k:
+            if size <= fewest:
+                total = sum(_pass_at(size, results) for results in runs.values())
+                means[f"pass@{size}"] = total / len(runs)
         return means, runs
 
 
@@ -117,9 +113,8 @@ def passes(program: str, how: RunCode) -> bool | None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, 9)
     if process.returncode not in (PASSED, FAILED):
-        why = (stderr.decode(errors="replace").splitlines() or [f"exit code {process.returncode}"])[
-            -1
-        ]
+        lines = stderr.decode(errors="replace").splitlines()
+        why = lines[-1] if lines else f"exit code {process.returncode}"
         raise MachineError(
             f"A program that the model wrote cannot be run {how} on this system: {why}.",
             hint="Use --run-code unconfined in a container or virtual machine of its own, or leave "
@@ -138,7 +133,8 @@ def _command(how: RunCode) -> list[str]:
 
 
 def _passes_alone(program: str, how: RunCode) -> bool:
-    if (passed := passes(program, how)) is None:
+    passed = passes(program, how)
+    if passed is None:
         raise MachineError(
             "This machine is too busy to tell whether a program that the model wrote is right: in "
             f"{SECONDS:.0f} seconds, alone, it neither ended nor used up its time.",
