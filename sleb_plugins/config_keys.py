@@ -90,14 +90,14 @@ def numbers_from_one(values: Any, kept: Kept) -> Any:
     """
     if not isinstance(values, dict):
         return values
-    return {
-        key: [kept.blocks.index(number - 1) + 1 for number in value if number - 1 in kept.blocks]
-        if key.endswith("_layers")
-        and isinstance(value, list)
-        and all(isinstance(number, int) for number in value)
-        else value
-        for key, value in values.items()
-    }
+    renumbered = {}
+    for key, value in values.items():
+        is_list = key.endswith("_layers") and isinstance(value, list)
+        if is_list and all(isinstance(number, int) for number in value):
+            from_zero = block_numbers([number - 1 for number in value], kept)
+            value = [number + 1 for number in from_zero]
+        renumbered[key] = value
+    return renumbered
 
 
 def keyed_by_block(values: Any, kept: Kept) -> Any:
@@ -110,17 +110,23 @@ def keyed_by_block(values: Any, kept: Kept) -> Any:
 
 def leading_blocks(count: Any, kept: Kept) -> Any:
     """Prune a count of blocks at the start; a count beyond the last block is returned unchanged."""
-    return kept.below(count) if isinstance(count, int) and count <= kept.count else count
+    if not isinstance(count, int) or count > kept.count:
+        return count
+    return kept.below(count)
 
 
 def trailing_blocks(count: Any, kept: Kept) -> Any:
     """Prune a count of blocks at the end."""
-    return len(kept.blocks) - kept.below(kept.count - count) if isinstance(count, int) else count
+    if not isinstance(count, int):
+        return count
+    return len(kept.blocks) - kept.below(kept.count - count)
 
 
 def last_block(number: Any, kept: Kept) -> Any:
     """Renumber the last block of a run, which may itself be removed; -1 means the last of all."""
-    return kept.below(number + 1) - 1 if isinstance(number, int) and number >= 0 else number
+    if not isinstance(number, int) or number < 0:
+        return number
+    return kept.below(number + 1) - 1
 
 
 _PRUNED_BY: Mapping[KeyPruner, Sequence[str]] = {
@@ -151,7 +157,7 @@ KEY_PRUNERS: Mapping[str, KeyPruner] = {
 precedence.
 """
 
-KINDS = ("layer_types", "layers_block_type", "attention_layers", "mlp_layer_types")
+KINDS_BY_BLOCK = ("layer_types", "layers_block_type", "attention_layers", "mlp_layer_types")
 """Keys that list the kind of each block."""
 
 REDUNDANT = ("max_window_layers",)
@@ -233,7 +239,8 @@ def explicit_experts(config: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
     """Replace `decoder_sparse_step` (Qwen-MoE), by which every n-th block has experts, with
     `mlp_only_layers`.
     """
-    step, dense = config["decoder_sparse_step"], config["mlp_only_layers"] or []
+    step = config["decoder_sparse_step"]
+    dense = config["mlp_only_layers"] or []
     numbers = [new for new, old in enumerate(kept.blocks) if old in dense or (old + 1) % step]
     return {"decoder_sparse_step": 1, "mlp_only_layers": numbers}
 

@@ -155,8 +155,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def explain_out_of_memory(
     message: str | None, hint: str, error_class: type[MachineError] = OutOfMemory
 ) -> Iterator[None]:
-    """Turn running out of memory into an error that says what did not fit; without a `message`,
-    what was said of it.
+    """Turn running out of memory into an error that says what did not fit.
+
+    Without a `message`, the library's own first line is quoted.
 
     Raises:
         MachineError: the body ran out of memory; by default an OutOfMemory, after which smaller

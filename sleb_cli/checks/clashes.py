@@ -34,11 +34,11 @@ class Clash:
 
     def check(self, request: Request) -> None:
         """Check that a request does not have both."""
-        one = given(request, self.options)[:1]
-        other = [option for option in given(request, self.others) if option not in one][:1]
-        if one and other:
+        options = given(request, self.options)
+        others = [other for other in given(request, self.others) if other not in options[:1]]
+        if options and others:
             raise UsageError(
-                f"{one[0]} and {other[0]} cannot be combined: {self.because}.", hint=self.hint
+                f"{options[0]} and {others[0]} cannot be combined: {self.because}.", hint=self.hint
             )
 
 

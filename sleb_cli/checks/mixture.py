@@ -38,7 +38,8 @@ def parse_mixture(text: str) -> dict[str, Fraction]:
                 f"{text!r} names {source} twice.", hint="Name it once, with the sum of its shares."
             )
         shares[source] = share
-    if (total := sum(shares.values())) != 1:
+    total = sum(shares.values())
+    if total != 1:
         raise UsageError(
             f"The shares of {text!r} sum to {float(total):g}, not to 1.",
             hint="Thirds can be written as 1/3.",
@@ -52,8 +53,10 @@ def _parse_entry(text: str) -> tuple[str, Fraction | None]:
     try:
         share = Fraction(end if "/" in end else repr(float(end)))  # as in `parse_ratio`
     except (ValueError, ZeroDivisionError):
-        share = Fraction(0)
-    return (source, share) if colon and 0 < share <= 1 else (text, None)
+        return text, None
+    if not (colon and 0 < share <= 1):
+        return text, None
+    return source, share
 
 
 def divide(count: int, shares: Sequence[Fraction]) -> list[int]:
@@ -63,9 +66,8 @@ def divide(count: int, shares: Sequence[Fraction]) -> list[int]:
     Ties go to the earlier share.
     """
     whole = [math.floor(count * share) for share in shares]
-    by_remainder = sorted(
-        range(len(shares)), key=lambda index: (whole[index] - count * shares[index], index)
-    )
+    remainders = [count * share - number for share, number in zip(shares, whole, strict=True)]
+    by_remainder = sorted(range(len(shares)), key=lambda index: (-remainders[index], index))
     for index in by_remainder[: count - sum(whole)]:
         whole[index] += 1
     return whole
@@ -77,9 +79,8 @@ def interleave(counts: Sequence[int]) -> list[int]:
     Any run of the order holds about its share of each source, and the last k rows are the last rows
     of k sources. Rows of a source keep their order.
     """
-    keys = [
-        (Fraction(row + 1, count), source)
-        for source, count in enumerate(counts)
-        for row in range(count)
-    ]
+    keys = []
+    for source, count in enumerate(counts):
+        for row in range(count):
+            keys.append((Fraction(row + 1, count), source))
     return sorted(range(len(keys)), key=lambda row: keys[row])

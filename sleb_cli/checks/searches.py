@@ -33,16 +33,7 @@ from sleb_cli.requests import (
 )
 from sleb_cli.texts.named import is_reference
 from sleb_cli.units import dtype_in_full, parse_bytes, parse_count, parse_ratio
-from sleb_plugins import (
-    ExpertMetric,
-    HiddenStateMetric,
-    LogitMetric,
-    Metric,
-    ModelMetric,
-    OutputError,
-    UsageError,
-    WeightMetric,
-)
+from sleb_plugins import ExpertMetric, LogitMetric, Metric, ModelMetric, OutputError, UsageError
 
 
 @dataclass(frozen=True)
@@ -104,16 +95,14 @@ def goal_of(request: SearchRequest) -> tuple[TargetName, Fraction | float]:
     Raises:
         UsageError: none is given, or it is not a number.
     """
-    given = [
-        (name, str(value)) for name in TARGET_NAMES if (value := getattr(request, name)) is not None
-    ]
-    if not given:
-        raise UsageError(
-            f"No target given: one of {', '.join(map(option_of, TARGET_NAMES))} is needed.",
-            hint="For example: --ratio 0.2.",
-        )
-    ((name, text),) = given
-    return name, _GOALS[name](text, option_of(name))
+    for name in TARGET_NAMES:
+        value = getattr(request, name)
+        if value is not None:
+            return name, _GOALS[name](str(value), option_of(name))
+    raise UsageError(
+        f"No target given: one of {', '.join(map(option_of, TARGET_NAMES))} is needed.",
+        hint="For example: --ratio 0.2.",
+    )
 
 
 def _parse_perplexity_ratio(text: str, option: str) -> float:
@@ -157,16 +146,16 @@ def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
             "fast": False,
         }
     if extended is not None:
-        search, text = extended.search, extended.calibration
+        search = extended.search
+        text = extended.calibration
         of_search = {*values, "fast", "dtype", "batch_size"} - {"seed"}
         values = {name: getattr(search, name) for name in of_search}
         values |= {name: getattr(text, name) for name in ("chat", "seed", "sequence_length")}
         values |= {"calibration": text.source, "protect": search.protect or None}
         if not is_reference(text.source):  # whose samples count rows of text, not sequences
             values["samples"] = text.sequences
-    return replace(
-        request, **{name: value for name, value in values.items() if getattr(request, name) is None}
-    )
+    unset = {name: value for name, value in values.items() if getattr(request, name) is None}
+    return replace(request, **unset)
 
 
 def _can_race(metric: Metric, strategy: Strategy) -> bool:
@@ -176,12 +165,8 @@ def _can_race(metric: Metric, strategy: Strategy) -> bool:
 
 def _require_fitting(request: SearchRequest, metric: Metric, strategy: Strategy) -> None:
     """Check that the metric, the unit, the strategy and the way to search fit together."""
-    usual = DEFAULT_METRIC
-    kinds: tuple[type[Metric], ...] = (LogitMetric, HiddenStateMetric, WeightMetric, ModelMetric)
-    if request.unit == "experts":
-        usual = DEFAULT_EXPERT_METRIC
-        kinds = (ExpertMetric,)
-    if not isinstance(metric, kinds):
+    if isinstance(metric, ExpertMetric) != (request.unit == "experts"):
+        usual = DEFAULT_EXPERT_METRIC if request.unit == "experts" else DEFAULT_METRIC
         raise UsageError(
             f"{metric.name} does not score {request.unit}.", hint=f"Use another, such as {usual}."
         )

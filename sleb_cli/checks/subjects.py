@@ -76,45 +76,46 @@ def read_subject(
         UsageError: the blocks or their number do not fit, or none are given although some are
             needed.
     """
-    model, revision, removals, plan = (
-        fspath(request.subject or DEFAULT_PLAN),
-        request.revision,
-        request.blocks,
-        None,
-    )
+    model = fspath(request.subject or DEFAULT_PLAN)
     path = Path(model)
     if is_plan(path):
-        plan = read_named_plan(path, request)
-        removals = plan.largest
-        _require_applicable(request, path, plan)
-        model, revision = _locate_model(path, plan, request.model, revision)
-    elif request.model is not None:
+        return _read_planned(request, path)
+    if request.model is not None:
         raise UsageError(
             f"--model applies to a plan, but {model} is a model.", hint="Leave out --model."
         )
-    elif removals is not None:
-        removals = first_removals(removals, _max_removals(request), "--blocks")
+    removals: tuple[int, ...] = ()
+    if request.blocks is not None:
+        removals = first_removals(request.blocks, _max_removals(request), "--blocks")
     elif needs_removals or _max_removals(request) is not None:
         raise _no_blocks_error(path)
+    sizes = _sizes(request, len(removals), None)
+    return NamedSubject(request, model, removals, sizes, any_model=request.any_model)
+
+
+def _read_planned(request: OneSizeRequest | SizesRequest, file: Path) -> NamedSubject:
+    plan = read_named_plan(file, request)
+    _require_applicable(request, file, plan)
+    model, revision = _locate_model(file, plan, request.model, request.revision)
     return NamedSubject(
         replace(request, revision=revision),
         model,
-        (plan.removals if plan else removals) or (),
-        sizes=_sizes(request, len(removals or ()), plan)
-        if isinstance(request, SizesRequest)
-        else (),
+        plan.removals,
+        _sizes(request, len(plan.largest), plan),
         plan=plan,
-        file=path if plan else None,
+        file=file,
         any_model=request.any_model,
     )
 
 
 def _require_applicable(request: SubjectRequest, path: Path, plan: Plan) -> None:
     """Check that the options fit what a plan removes."""
-    unfit = [] if plan.order.whole_blocks else given(request, _FOR_BLOCKS)
-    if unfit or (
-        isinstance(request, SizesRequest) and (unfit := given(request, "experts_per_token"))
-    ):
+    unfit = []
+    if not plan.order.whole_blocks:
+        unfit += given(request, _FOR_BLOCKS)
+    if isinstance(request, SizesRequest):
+        unfit += given(request, "experts_per_token")
+    if unfit:
         raise UsageError(
             f"{unfit[0]} does not apply to {path}, a plan that removes {plan.unit}.",
             hint=f"Leave out {unfit[0]}.",
@@ -149,7 +150,9 @@ def _locate_model(
             f"{path} was made for {model.id}, and does not say where that is.",
             hint="Name its folder with --model.",
         )
-    return model.id, revision or (None if Path(model.id).exists() else model.revision)
+    if revision is None and not Path(model.id).exists():
+        revision = model.revision
+    return model.id, revision
 
 
 def is_plan(path: Path) -> bool:
@@ -175,10 +178,10 @@ def read_named_plan(path: Path, request: OneSizeRequest | SizesRequest) -> Plan:
     return plan.first(count)
 
 
-def _require_whole_groups(plan: Plan | None, count: int) -> None:
+def _require_whole_groups(plan: Plan, count: int) -> None:
     """Check that as many experts go of each group, where a model has groups."""
-    order = plan.order if plan else None
-    if plan and order and count % order.multiple:
+    order = plan.order
+    if count % order.multiple:
         raise UsageError(
             f"Cannot remove {count} {order.unit}: {plan.model.id} has {order.multiple} groups of "
             f"{order.unit}.",
@@ -206,24 +209,28 @@ def first_removals(
 
 def _max_removals(request: OneSizeRequest | SizesRequest) -> int | None:
     """Return the number of removals of the smallest requested model; None for all."""
-    return (
-        max(request.remove, default=None) if isinstance(request, SizesRequest) else request.remove
-    )
+    if isinstance(request, SizesRequest):
+        return max(request.remove, default=None)
+    return request.remove
 
 
-def _sizes(request: SizesRequest, most: int, plan: Plan | None) -> tuple[int, ...]:
-    if not most and request.every is not None:
-        raise UsageError(
-            f"--every {request.every} needs a plan or --blocks.",
-            hint="Name a plan, or the blocks of the model: --blocks 5,4,9.",
-        )
+def _sizes(request: OneSizeRequest | SizesRequest, most: int, plan: Plan | None) -> tuple[int, ...]:
+    """Return how many parts go of each model to be measured, ascending."""
+    if not isinstance(request, SizesRequest):
+        return ()
     if not most:
+        if request.every is not None:
+            raise UsageError(
+                f"--every {request.every} needs a plan or --blocks.",
+                hint="Name a plan, or the blocks of the model: --blocks 5,4,9.",
+            )
         return ()
     every = request.every or most
     sizes = set(request.remove) or {most, *range(every, most, every)}
     if min(sizes) < 1:
         unit = plan.unit if plan else "blocks"
         raise UsageError(f"Cannot remove {min(sizes)} {unit}.", hint=f"Use --remove 1 to {most}.")
-    for size in sizes:
-        _require_whole_groups(plan, size)
+    if plan:
+        for size in sizes:
+            _require_whole_groups(plan, size)
     return tuple(sorted(sizes))

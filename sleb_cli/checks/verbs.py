@@ -61,7 +61,8 @@ def check_apply(request: ApplyRequest, registry: Registry) -> NamedSubject:
     require_mixture(request.calibration)
     parse_shard_size(request)
     if is_main_process():
-        if (failed := request.keep_failed) and failed.exists():
+        failed = request.keep_failed
+        if failed is not None and failed.exists():
             raise OutputError(
                 f"{failed} already exists.", hint="Choose another folder with --keep-failed."
             )
@@ -92,10 +93,12 @@ def _gguf_to_cut(request: ApplyRequest, model: Path) -> Path | None:
             f"{request.output} can only be made from a GGUF file of the model.",
             hint="Name that file with --source, or choose a folder with -o.",
         )
-    is_checkpoint = (request.output is not None and not names_file) or given(
-        request, FOR_CHECKPOINTS
-    )
-    return request.source or (None if is_checkpoint else gguf_model)
+    if request.source is not None:
+        return request.source
+    names_folder = request.output is not None and not names_file
+    if names_folder or given(request, FOR_CHECKPOINTS):
+        return None
+    return gguf_model
 
 
 def check_evaluation(request: EvalRequest, registry: Registry) -> NamedSubject:
@@ -180,10 +183,11 @@ def points_of(request: BenchRequest) -> list[BenchRequest]:
                 f"--sweep {entry!r} is not a name and a list of numbers.",
                 hint="Write it like batch=1,8,32.",
             ) from error
-    points: list[dict[str, Any]] = [
-        dict(zip(values, point, strict=True)) for point in product(*values.values())
-    ]
-    return [replace(request, **point) for point in points]
+    requests = []
+    for point in product(*values.values()):
+        fields: dict[str, Any] = dict(zip(values, point, strict=True))
+        requests.append(replace(request, **fields))
+    return requests
 
 
 def check_export(request: ExportRequest, registry: Registry) -> tuple[list[NamedSubject], Exporter]:
@@ -217,14 +221,13 @@ def check_export(request: ExportRequest, registry: Registry) -> tuple[list[Named
             )
         return [subject], exporter
     # The model may be on another machine.
-    return [
-        _plan_alone(request, Path(name))
-        for name in (request.subject or DEFAULT_PLAN, *request.more)
-    ], exporter
+    names = (request.subject or DEFAULT_PLAN, *request.more)
+    return [_plan_alone(request, Path(name)) for name in names], exporter
 
 
 def _plan_alone(request: ExportRequest, named: Path) -> NamedSubject:
-    file = named / CHECKPOINT_PLAN if (named / CHECKPOINT_PLAN).is_file() else named
+    inside = named / CHECKPOINT_PLAN
+    file = inside if inside.is_file() else named
     if not is_plan(file):
         raise UsageError(
             f"--to {request.to} describes a plan, but {named} is a model.",

@@ -41,18 +41,14 @@ def test_it_is_listed_with_its_package_and_version(sleb_with_plugin):
     result = sleb_with_plugin("plugins", "--json")
     assert result.exit_code == 0, result.stderr
     data = json.loads(result.stdout)
-    ours = [
-        (o["kind"], o["name"])
-        for o in data["offers"]
-        if (o["package"], o["version"]) == ("sleb-example", "1.2.3")
-    ]
-    expected = [
-        ("engine", "steady"),
-        ("exporter", "slices"),
-        ("family", "gpt2"),
-        ("metric", "next-token-error"),
-    ]
-    assert sorted(ours) == expected
+    ours = {o["kind"]: o["name"] for o in data["offers"] if o["package"] == "sleb-example"}
+    assert ours == {
+        "engine": "steady",
+        "exporter": "slices",
+        "family": "gpt2",
+        "metric": "next-token-error",
+    }
+    assert {o["version"] for o in data["offers"] if o["package"] == "sleb-example"} == {"1.2.3"}
     built_in = {"llama", "opt", "nll", "cosine", "mergekit", "llama.cpp", "vllm"}
     assert {o["name"] for o in data["offers"]} >= built_in
     assert data["failures"] == []

@@ -6,9 +6,13 @@ from sleb_cli.units import (
     format_bytes,
     format_change,
     format_count,
+    format_milliseconds,
+    format_probability,
+    format_seconds,
     in_shell,
     parse_bytes,
     parse_count,
+    spans,
 )
 from sleb_plugins import UsageError
 
@@ -45,29 +49,19 @@ def test_text_that_is_no_quantity_is_refused(parse, what, texts):
             parse(text, "--option")
 
 
-def test_quantities_are_shown_in_short():
-    assert [format_count(n) for n in (512, 134_515_008, 1_190_000_000)] == [
-        "512",
-        "134.5M",
-        "1.19B",
-    ]
-    sizes = {
-        12: "12 B",
-        1500: "1.5 kB",
-        98_362_432: "98.4 MB",
-        999_700_000: "1.00 GB",
-        2.38e9: "2.38 GB",
-    }
-    assert [format_bytes(size) for size in sizes] == [*sizes.values()]
-    assert [format_change(share) for share in (0.39, -0.021, 13.3, 2309)] == [
-        "+39.0%",
-        "-2.1%",
-        "14.3x",
-        "2,310x",
-    ]
-    assert [in_shell(name) for name in ("a.json", "-a", "a b", "$(x)")] == [
-        "a.json",
-        "./-a",
-        "'a b'",
-        "'$(x)'",
-    ]
+SHOWN = {
+    format_count: {512: "512", 134_515_008: "134.5M", 1_190_000_000: "1.19B"},
+    format_bytes: {12: "12 B", 1500: "1.5 kB", 98_362_432: "98.4 MB", 999_700_000: "1.00 GB", 2.38e9: "2.38 GB"},
+    format_change: {0.39: "+39.0%", -0.021: "-2.1%", 13.3: "14.3x", 2309: "2,310x"},
+    format_milliseconds: {4.207: "4.21 ms", 42.1: "42.1 ms", 312: "312 ms", 1850: "1.85 s"},
+    format_seconds: {48: "48 s", 720: "12 min", 11_520: "3.2 h"},
+    format_probability: {0.0001: "< 0.001", 0.031: "0.031", 0.25: "0.25"},
+    spans: {(3, 10, 14, 11, 13, 12): "3, 10-14", (7, 8): "7, 8"},
+    in_shell: {"a.json": "a.json", "-a": "./-a", "a b": "'a b'", "$(x)": "'$(x)'"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("write", SHOWN)
+def test_quantities_are_shown_in_short(write):
+    for value, shown in SHOWN[write].items():
+        assert write(value) == shown

@@ -33,7 +33,7 @@ from sleb_cli.events import Notice, Notify
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import ModelRecord
 from sleb_plugins import FamilyAdapter, ModelError, UnsupportedModelError
-from sleb_plugins.config_keys import KINDS, PREDICTION_BLOCKS, Kept, kept_blocks
+from sleb_plugins.config_keys import KINDS_BY_BLOCK, PREDICTION_BLOCKS, Kept, kept_blocks
 
 BY_STRUCTURE = "structure"
 
@@ -192,7 +192,7 @@ class Architecture:
         Empty if all blocks are alike.
         """
         distinct = []
-        for key in KINDS:
+        for key in KINDS_BY_BLOCK:
             values = getattr(self.text_config, key, None)
             # A list with one value for all blocks tells none apart.
             if values and len(values) == self.block_count and len(set(map(str, values))) > 1:
