@@ -52,7 +52,9 @@ def model_card(
     It names no local folders.
     """
     source, recovery = subject.architecture.source, written.recovery
-    rows = _searched(subject.own_plan) if recovery is None else []
+    rows = []
+    if recovery is None:
+        rows = _searched(subject.own_plan)
     evaluated = _evaluated(evaluation, subject.surgery.size_key)
     timed = _timed(benchmark, subject.surgery.size_key)
     name = in_markdown(source.name)

@@ -32,7 +32,7 @@ from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notice, Notify, Warned
 from sleb_cli.names import without_folders
-from sleb_cli.plan import CHECKPOINT_PLAN
+from sleb_cli.plan import CHECKPOINT_PLAN, RecoveryRecord
 from sleb_cli.records import THIS_VERSION
 from sleb_cli.requests import DEFAULT_SHARD_SIZE
 from sleb_cli.results import ApplyResult, BenchResult, EvalResult
@@ -125,27 +125,30 @@ def apply_removals(
         planned = plan_files(subject.surgery, output)
         weights_bytes = sum(shard.size for shard in planned.weights.values())
         require_space(output.path, _bytes_of(planned.copies.values()) + weights_bytes + reserved)
-        return _write(subject, aside, output, notify, recover() if recover else None)
+        recovered = None
+        if recover:
+            recovered = recover()
+        return _write(subject, aside, output, notify, recovered)
 
 
 def _write(
     subject: Subject, aside: Path, output: Output, notify: Notify, recovered: Recovered | None
 ) -> ApplyResult:
     surgery = subject.surgery
-    planned = plan_files(surgery, output, recovered.tensors if recovered else {})
+    new_values: Mapping[str, Tensor] = {}
+    parameters: Mapping[str, Tensor] | None = None
+    record: RecoveryRecord | None = None
+    if recovered:
+        new_values = recovered.tensors
+        parameters = recovered.parameters
+        record = recovered.record
+    planned = plan_files(surgery, output, new_values)
     _write_files(aside, planned, notify)
     proof = None
     if output.verify:
         placement = output.proof or place_proof(subject.architecture, output.dtype)
         with move_if_proof_fails(aside, output.keep_failed):
-            proof = prove(
-                surgery,
-                aside,
-                planned,
-                placement,
-                notify,
-                recovered.parameters if recovered else None,
-            )
+            proof = prove(surgery, aside, planned, placement, notify, parameters)
     result = ApplyResult(
         **THIS_VERSION,
         kind="apply",
@@ -155,7 +158,7 @@ def _write(
         blocks=len(surgery.kept.blocks),
         weights_bytes=sum(shard.size for shard in planned.weights.values()),
         **cut_records(surgery.cuts, subject.architecture.source.weights.stored, planned.tensors),
-        recovery=recovered.record if recovered else None,
+        recovery=record,
         proof=proof,
     )
     _add_card_and_plan(subject, aside, result, notify)

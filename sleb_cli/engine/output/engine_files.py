@@ -34,16 +34,15 @@ def engine_files(
             clear(folder)  # pruned models take turns: the last one has been timed
             folder.mkdir()
             what = "fewer" if surgery.other_cuts else "blocks-fewer"
-            path = (
-                folder / f"{len(surgery.size_key)}-{what}{dense.suffix if dense.is_file() else ''}"
-            )
-            output = Output(path, verify=False)
+            name = f"{len(surgery.size_key)}-{what}"
             if dense.is_dir():
-                apply_removals(Subject(surgery, None), output, notify)
+                path = folder / name
+                apply_removals(Subject(surgery, None), Output(path, verify=False), notify)
             else:
+                path = folder / f"{name}.gguf"
                 file = read_gguf(dense)
                 cuts = plan_gguf_surgery(file, surgery.removals, surgery.other_cuts)
-                prune_gguf(cuts, output, registry, notify)
+                prune_gguf(cuts, Output(path, verify=False), registry, notify)
             return path
 
         yield write

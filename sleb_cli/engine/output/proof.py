@@ -191,13 +191,15 @@ class _Models:
     def new_tokens(self) -> int:
         """The number of tokens to generate."""
         new_tokens = NEW_STREAMED_TOKENS if self.placement.stream else NEW_TOKENS
-        limit = self.surgery.architecture.longest_sequence
-        return min(new_tokens, max(1, limit // 2)) if limit else new_tokens
+        return min(new_tokens, max(1, self._limit // 2))
+
+    @property
+    def _limit(self) -> int:
+        return self.surgery.architecture.longest_sequence or PROMPT_TOKENS + NEW_TOKENS
 
     def prompt(self) -> Tensor:
         """Return the ids of the prompt, [1, positions]."""
-        limit = self.surgery.architecture.longest_sequence
-        room = min(PROMPT_TOKENS, max(1, limit - self.new_tokens)) if limit else PROMPT_TOKENS
+        room = min(PROMPT_TOKENS, max(1, self._limit - self.new_tokens))
         if self.tokenizer is not None:
             ids = torch.tensor([self.tokenizer(PROMPT).input_ids[:room]])
         else:
@@ -241,7 +243,8 @@ class _Models:
             cache_difference, clause = check_decoding(
                 model, ids, self.new_tokens, self.placement.dtype
             )
-            fault = _Fault("generates", clause) if clause else None
+            if clause:
+                fault = _Fault("generates", clause)
             return _Comparison(difference, cache_difference, fault)
 
     def _run(
