@@ -2,7 +2,9 @@
 
 import hashlib
 import struct
+from dataclasses import fields
 from fractions import Fraction
+from pathlib import Path
 
 import datasets
 import pytest
@@ -14,10 +16,13 @@ from sleb_cli.engine.text.calibration import calibrate, draw
 from sleb_cli.engine.text.settings import resolve_calibration
 from sleb_cli.engine.text.windows import cut_running_text, tokens_sha256
 from sleb_cli.events import Notice
-from sleb_cli.texts.named import text_source
+from sleb_cli.requests import SearchRequest
+from sleb_cli.texts.named import NAMED, text_source
 from sleb_cli.texts.source import Draw
 from sleb_plugins import DataError, UsageError
 from texts import write_lines
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +62,7 @@ def hub(monkeypatch):
 WIKITEXT2, C4 = ("Salesforce/wikitext", "wikitext-2-raw-v1"), ("allenai/c4", None, "train")
 C4_TRAIN = (*C4, "en/c4-train.00000-of-01024.json.gz")
 C4_TEST = (*C4, "en/c4-validation.00000-of-00008.json.gz")
-NAMED = ("org/name", "cfg", "test", None)
+CONFIG = ("org/name", "cfg", "test", None)
 OTHER = ("org/name", None, "test", None)
 
 
@@ -66,7 +71,7 @@ OTHER = ("org/name", None, "test", None)
     [
         ("wikitext2", (*WIKITEXT2, "train", None), (*WIKITEXT2, "test", None)),
         ("c4", C4_TRAIN, C4_TEST),
-        ("org/name:cfg:test", NAMED, NAMED),
+        ("org/name:cfg:test", CONFIG, CONFIG),
         ("org/name::test:title", OTHER, OTHER),
     ],
 )
@@ -75,6 +80,14 @@ def test_each_source_reads_its_own_file_and_split_of_the_hub(hub, source, train,
     text_source(source).read(Draw(1, 10, 0))
     text_source(source).read_for_evaluation(2048)
     assert asked == [train, test]
+
+
+def test_every_kind_of_text_is_in_help_and_on_its_page():
+    page = (ROOT / "docs/calibration.md").read_text()
+    (option,) = [each for each in fields(SearchRequest) if each.name == "calibration"]
+    for name in [*NAMED, "answers:", ".txt", ".jsonl", "org/name"]:
+        assert name in page
+        assert name in str(option.metadata)
 
 
 def test_texts_follow_their_protocols(hub):
@@ -116,18 +129,18 @@ def test_a_preset_calibrates_on_every_window_of_its_text(hub, tokenizers, calibr
 
 
 def test_a_local_file_before_a_data_set_of_that_name(tmp_path):
-    (tmp_path / "org").mkdir()
+    Path("org").mkdir()
     (tmp_path / "org" / "name").write_text("some text")
     assert text_source("org/name").read(Draw(1, 1, 0)).content == "some text"
     write_lines("a.jsonl", text=["one", "two"])
     assert text_source("a.jsonl").read(Draw(1, 1, 0)).content == "one\n\ntwo"
-    (tmp_path / "a:0.5,b:0.5").write_text("some text")
+    Path("a:0.5,b:0.5").write_text("some text")
     assert [*parse_mixture("a:0.5,b:0.5")] == ["a:0.5,b:0.5"]
 
 
-def test_a_mixture_interleaves_what_each_source_gives_alone(tmp_path, calibrated):
-    (tmp_path / "a.txt").write_text(prose(300, seed=1))
-    (tmp_path / "b.txt").write_text(prose(300, seed=2))
+def test_a_mixture_interleaves_what_each_source_gives_alone(calibrated):
+    Path("a.txt").write_text(prose(300, seed=1))
+    Path("b.txt").write_text(prose(300, seed=2))
     mixed = calibrated("a.txt:0.75,b.txt:0.25", 8)
     a, b = calibrated("a.txt", 6).sequences, calibrated("b.txt", 2).sequences
     assert torch.equal(
@@ -165,9 +178,9 @@ def test_an_invalid_mixture_is_refused(calibrated, source, message):
         calibrated(source, 2)
 
 
-def test_the_scarcest_source_limits_a_mixture_by_default(tmp_path, calibrated):
-    (tmp_path / "a.txt").write_text(prose(300, seed=1))
-    (tmp_path / "b.txt").write_text(prose(20, seed=2))
+def test_the_scarcest_source_limits_a_mixture_by_default(calibrated):
+    Path("a.txt").write_text(prose(300, seed=1))
+    Path("b.txt").write_text(prose(20, seed=2))
     count, events = len(calibrated("b.txt").sequences), []
     assert 1 < count < 8
     mixed = calibrated("a.txt:0.5,b.txt:0.5", notify=events.append)

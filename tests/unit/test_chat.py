@@ -1,6 +1,7 @@
 """Conversations as calibration sequences: what the template writes, and which tokens count."""
 
 import json
+from pathlib import Path
 
 import datasets
 import pytest
@@ -163,8 +164,8 @@ def test_conversations_that_cannot_be_cut_are_refused(template, conversations, o
         '{"messages": [{"role": "user", "content": "\\ud800"}]}',
     ],
 )
-def test_a_line_that_is_no_conversation_is_named(tmp_path, line):
-    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": CONVERSATION}) + "\n\n" + line)
+def test_a_line_that_is_no_conversation_is_named(line):
+    Path("chat.jsonl").write_text(json.dumps({"messages": CONVERSATION}) + "\n\n" + line)
     with pytest.raises(DataError, match=r"ine 3 of chat\.jsonl"):
         text_source("chat.jsonl").read(Draw(1, 10, chat=True))
 

@@ -3,6 +3,7 @@
 import random
 import re
 from itertools import cycle
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,12 +154,12 @@ def test_thoughts_and_answers_stay_as_the_model_wrote_them(name):
         assert conversation == tokens_of(tokenizer, f"{prompt}⟦{template.written}⟧{space}")
 
 
-def test_a_model_that_writes_nothing_usable_is_refused(model, tmp_path):
+def test_a_model_that_writes_nothing_usable_is_refused(model):
     with pytest.raises(
         UnsupportedModelError, match="none of 64 conversations that the model wrote can be used"
     ):
         wrote(TURNS, iter(()), "never ends", size=2)
-    (tmp_path / "p.txt").write_text("river " * 60)
+    Path("p.txt").write_text("river " * 60)
     asked = text_settings("answers:p.txt", chat="answers")
     with pytest.raises(UnsupportedModelError, match="or do not fit 48 tokens"):
         calibrate([asked], TURNS, lambda: model, ignore)
@@ -213,8 +214,8 @@ def test_sequences_begin_conversations_and_are_cached_and_split(model):
     assert told[1].endswith("that the model wrote before, from the cache.")
 
 
-def test_all_tokens_of_plain_text_count(model, tmp_path):
-    (tmp_path / "text.txt").write_text("river snow " * 400)
+def test_all_tokens_of_plain_text_count(model):
+    Path("text.txt").write_text("river snow " * 400)
     mixed = text_settings("self-chat:0.5,text.txt:0.5", chat="answers")
     (found,) = calibrate([mixed], TURNS, lambda: model, ignore)
     for mask, origin in zip(found.loss_mask, found.origins, strict=True):
@@ -224,8 +225,8 @@ def test_all_tokens_of_plain_text_count(model, tmp_path):
 WORDS_ASKED = [f"word{number}" for number in range(20)]
 
 
-def test_prompts_are_read_and_answered_each_in_one_part(model, tmp_path):
-    (tmp_path / "lines.txt").write_text("\n\n".join(WORDS_ASKED))
+def test_prompts_are_read_and_answered_each_in_one_part(model):
+    Path("lines.txt").write_text("\n\n".join(WORDS_ASKED))
     write_lines("prompts.jsonl", prompt=WORDS_ASKED)
     write_lines("messages.jsonl", messages=[talk(word, "no") for word in WORDS_ASKED])
     splits = TextSplit(0, 0.7), TextSplit(0.7, 1)
@@ -258,7 +259,7 @@ NO_PROMPT = '{"messages": [{"role": "ROLE", "content": "a"}]}'
         ),
     ],
 )
-def test_a_file_of_prompts_that_cannot_be_used_is_refused(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
+def test_a_file_of_prompts_that_cannot_be_used_is_refused(name, content, message):
+    Path(name).write_text(content)
     with pytest.raises(DataError, match=message):
         text_source(f"answers:{name}").prompts(TextSplit(0, 0.7))

@@ -1,6 +1,7 @@
 """What is fitted, what decides and what is reported on: no document is in two of them."""
 
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import Mock
 
 import datasets
@@ -28,27 +29,27 @@ def read(source, split, seed=0, tokens=10**6):
     return text_source(str(source)).read(Draw(1, tokens, seed, split)).content
 
 
-def test_a_running_text_is_divided_between_its_paragraphs(tmp_path):
-    (tmp_path / "text.txt").write_text(
+def test_a_running_text_is_divided_between_its_paragraphs():
+    Path("text.txt").write_text(
         "\n\n".join(f"Paragraph {number}. " + prose(2, number) for number in range(100))
     )
-    parts = [read(tmp_path / "text.txt", split) for split in SPLITS]
-    assert "".join(parts) == (tmp_path / "text.txt").read_text()
+    parts = [read("text.txt", split) for split in SPLITS]
+    assert "".join(parts) == Path("text.txt").read_text()
     assert [part.startswith("Paragraph") for part in parts] == [True] * 3
     assert len(parts[0]) / len(parts[2]) == pytest.approx(7, rel=0.2)
 
 
 @pytest.mark.parametrize("count", [20, 2])
-def test_documents_of_a_file_stay_whole_unless_few(tmp_path, count):
+def test_documents_of_a_file_stay_whole_unless_few(count):
     documents = [f"{number}: " + "\n\n".join([prose(12, number)] * 5) for number in range(count)]
     write_lines("text.jsonl", text=documents)
-    parts = [read(tmp_path / "text.jsonl", split) for split in SPLITS]
+    parts = [read("text.jsonl", split) for split in SPLITS]
     assert all(parts)
     if count == 20:
         whole = documents[:14], documents[14:18], documents[18:]
         assert parts == ["\n\n".join(part) for part in whole]
     else:
-        assert "".join(parts) == read(tmp_path / "text.jsonl", WHOLE)
+        assert "".join(parts) == read("text.jsonl", WHOLE)
 
 
 def test_no_seed_moves_a_document_to_another_part(monkeypatch):
@@ -86,7 +87,7 @@ def test_no_conversation_is_in_two_parts(monkeypatch, source):
 
 
 def test_a_preset_goes_before_a_file_of_its_name(tmp_path, monkeypatch):
-    (tmp_path / "c4").write_text("a file")
+    Path("c4").write_text("a file")
     monkeypatch.chdir(tmp_path)
     rows = datasets.Dataset.from_dict({"text": ["river", None, "stone"]})
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows)
@@ -105,12 +106,12 @@ def test_a_data_set_that_cannot_be_loaded_is_named(monkeypatch, error):
         read("org/name", WHOLE)
 
 
-def test_a_part_without_text_is_named(tmp_path):
-    (tmp_path / "text.txt").write_text("word " * 90)
+def test_a_part_without_text_is_named():
+    Path("text.txt").write_text("word " * 90)
     with pytest.raises(
         DataError, match=r"text.txt from \d+% to \d+% has \d+ tokens, less than one sequence of 32"
     ):
-        calibrate(settings(tmp_path / "text.txt", (1, 1, 1)), TOKENIZER, lambda: None, print)
+        calibrate(settings("text.txt", (1, 1, 1)), TOKENIZER, lambda: None, print)
 
 
 def settings(source, counts, length=32):
@@ -120,24 +121,20 @@ def settings(source, counts, length=32):
     ]
 
 
-def test_a_split_too_small_for_every_source_leaves_some_out(tmp_path):
-    (tmp_path / "rain.txt").write_text(prose(400))
-    (tmp_path / "sun.txt").write_text(prose(400, seed=1))
-    mixture = f"{tmp_path / 'rain.txt'}:0.9,{tmp_path / 'sun.txt'}:0.1"
+def test_a_split_too_small_for_every_source_leaves_some_out():
+    Path("rain.txt").write_text(prose(400))
+    Path("sun.txt").write_text(prose(400, seed=1))
+    mixture = "rain.txt:0.9,sun.txt:0.1"
     parts = calibrate(settings(mixture, (14, 4, 2)), TOKENIZER, lambda: None, ignore)
     assert [len(part.sequences) for part in parts] == [14, 4, 2]
-    assert [sum(origin.endswith("sun.txt") for origin in part.origins) for part in parts] == [
-        1,
-        0,
-        0,
-    ]
+    assert [part.origins.count("sun.txt") for part in parts] == [1, 0, 0]
 
 
-def test_the_model_writes_once_for_all_parts(tmp_path, monkeypatch):
-    (tmp_path / "text.txt").write_text(prose(400))
+def test_the_model_writes_once_for_all_parts(monkeypatch):
+    Path("text.txt").write_text(prose(400))
     generate = Mock(side_effect=calibration.generate_own_text)
     monkeypatch.setattr(calibration, "generate_own_text", generate)
-    splits = settings(f"{tmp_path / 'text.txt'}:0.75,self:0.25", (14, 4, 2))
+    splits = settings("text.txt:0.75,self:0.25", (14, 4, 2))
     parts = calibrate(splits, TOKENIZER, lambda: MODEL, ignore)
     # Two sequences have no room for a quarter of the model's own, or half of one: it goes by the
     # largest remainder.
