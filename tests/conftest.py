@@ -25,7 +25,7 @@ import json
 import random
 import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -54,6 +54,7 @@ from sleb_cli.__main__ import main
 from sleb_cli.engine import device as engine_device
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.forward import placement
+from sleb_cli.engine.forward.block_weights import Visit
 from sleb_cli.engine.forward.streaming import StreamedBlocks
 from sleb_cli.engine.memory import shortage
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
@@ -216,9 +217,9 @@ def visits(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     visited: list[list[int]] = []
     visit = StreamedBlocks.visit
 
-    def counted(self: StreamedBlocks, blocks: Iterable[int]) -> Iterator[int]:
-        blocks = list(blocks)
-        visited.extend([blocks] if blocks else [])
+    def counted(self: StreamedBlocks, blocks: Sequence[int]) -> Visit:
+        if blocks:
+            visited.append(list(blocks))
         return visit(self, blocks)
 
     monkeypatch.setattr(StreamedBlocks, "visit", counted)
