@@ -13,17 +13,7 @@ def search(run_sleb, text_file, tmp_path):
     """
 
     def run(model, *options, codes=(0,)):
-        given = [
-            "--remove",
-            2,
-            "--sample-tokens",
-            1,
-            "--samples",
-            4,
-            "--sequence-length",
-            16,
-            "--force",
-        ]
+        given = "--remove 2 --sample-tokens 1 --samples 4 --sequence-length 16 --force".split()
         result = run_sleb("search", model, *given, "--calibration", text_file, *options)
         gc.collect()
         assert result.exit_code in codes, result.stderr

@@ -13,17 +13,10 @@ def evaluate(run_sleb, tmp_path):
     (tmp_path / "test.txt").write_text(prose(60, seed=5))
 
     def run(model, *options):
-        text = [
-            "--perplexity",
-            tmp_path / "test.txt",
-            "--sequence-length",
-            32,
-            "--batch-size",
-            3,
-            "--max-windows",
-            5,
-        ]
-        result = run_sleb("eval", model, "--blocks", "1,2", *text, *options, "--json", "-q")
+        given = (
+            "--blocks 1,2 --perplexity test.txt --sequence-length 32 --batch-size 3 --max-windows 5"
+        )
+        result = run_sleb("eval", model, *given.split(), *options, "--json", "-q")
         assert (result.exit_code, result.stderr) == (0, "")
         data = json.loads(result.stdout)
         assert data.pop("device") == ("cpu" if "cpu" in options else "sim")

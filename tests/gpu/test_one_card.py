@@ -40,6 +40,10 @@ class Card:
     def backend(self) -> Any:
         return torch.get_device_module(self.device.type)
 
+    def calibration(self, text_file):
+        sizes = ["--samples", self.samples, "--sequence-length", self.length]
+        return ["--calibration", text_file, *sizes]
+
 
 @pytest.fixture(params=[REAL, pytest.param("simulated", marks=pytest.mark.slow)])
 def card(request, tiny_llama):
@@ -56,22 +60,10 @@ def card(request, tiny_llama):
 def run(run_sleb, card, text_file, capfd):
     """Run a command on the card; return what it printed as JSON, and the seconds it took."""
 
-    def run_command(verb, *options, device=None, model=None):
-        sizes = (
-            ["--samples", card.samples, "--sequence-length", card.length]
-            if verb in ("search", "apply")
-            else []
-        )
-        text = ["--calibration", text_file] if sizes else []
-        words = [
-            verb,
-            model or card.model,
-            *text,
-            *sizes,
-            *options,
-            "--device",
-            device or card.device,
-        ]
+    def run_command(verb, *options, device=None):
+        words = [verb, card.model, *options, "--device", device or card.device]
+        if verb in ("search", "apply"):
+            words += card.calibration(text_file)
         start = time.perf_counter()
         result = run_sleb(*words, "--json", "-q")
         assert result.exit_code == 0, result.stderr
@@ -138,17 +130,8 @@ def test_a_search_keeps_to_its_memory(run, card, show, dtype):
 
 def test_recovery_and_healing_each_lower_the_divergence(run, card, show, tmp_path):
     tokens = 65536 if card.is_real else 1024
-    options = [
-        "--blocks",
-        "2,3",
-        "--recover",
-        "--heal",
-        "--heal-tokens",
-        tokens,
-        "-o",
-        tmp_path / "out",
-    ]
-    data, seconds = run("apply", *options)
+    options = f"--blocks 2,3 --recover --heal --heal-tokens {tokens} -o out"
+    data, seconds = run("apply", *options.split())
     recovery = data["recovery"]
     show(f"recovered and healed in {seconds:.1f} s")
     if card.is_real:
@@ -157,10 +140,8 @@ def test_recovery_and_healing_each_lower_the_divergence(run, card, show, tmp_pat
 
 @pytest.mark.slow
 def test_the_speedup_is_measured_beside_the_ratio_of_the_blocks(run, card, show):
-    few = [] if card.is_real else ["--batch-size", 1, "--prompt-length", 8, "--iterations", 1]
-    data, _ = run(
-        "bench", "--blocks", "2,3", *few, *([] if card.is_real else ["--warmup", 0, "--prompt"])
-    )
+    few = "--batch-size 1 --prompt-length 8 --iterations 1 --warmup 0 --prompt".split()
+    data, _ = run("bench", "--blocks", "2,3", *([] if card.is_real else few))
     blocks = data["dense"]["blocks"] / data["pruned"][0]["blocks"]
     for measured in data["workloads"]:
         (pruned,) = measured["pruned"]
@@ -208,38 +189,11 @@ def test_processes_with_a_card_each_find_what_one_finds(run, card, text_file, tm
     if not card.is_real or count < 2:
         pytest.skip("this machine does not have two accelerators that torch can use")
     alone, _ = search(run, "--batch-size", 2)
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(count),
-    ]
-    sizes = [
-        "--calibration",
-        text_file,
-        "--samples",
-        card.samples,
-        "--sequence-length",
-        card.length,
-    ]
-    words = [
-        "search",
-        card.model,
-        "--remove",
-        2,
-        *sizes,
-        "--sample-tokens",
-        4,
-        "--batch-size",
-        2,
-        "-o",
-        "shared.json",
-    ]
-    done = subprocess.run(
-        [*launch, "-m", "sleb_cli", *map(str, words)], capture_output=True, text=True
-    )
+    launch = f"-m torch.distributed.run --standalone --nproc-per-node {count} -m sleb_cli search"
+    options = "--remove 2 --sample-tokens 4 --batch-size 2 -o shared.json"
+    words = [*launch.split(), card.model, *card.calibration(text_file), *options.split()]
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     together = json.loads((tmp_path / "shared.json").read_text())
     assert together["removals"] == alone["removals"]
