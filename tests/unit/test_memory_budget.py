@@ -1,5 +1,7 @@
 """How a search fits into memory."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -28,19 +30,10 @@ def fit(available, **options):
         pytest.param({"length": 4096}, 1, id="at least one"),
         pytest.param({"length": 8, "sequences": 3}, 3, id="at most all"),
         pytest.param({"batch_size": 5}, 5, id="as the user chose"),
-        pytest.param(
-            {"sequences": 128, "length": 256, "min_batches": 32}, 4, id="many batches for a race"
-        ),
-        pytest.param(
-            {"sequences": 24, "length": 64, "min_batches": 32},
-            4,
-            id="but none too small for the device",
-        ),
-        pytest.param(
-            {"sequences": 16, "length": 2048, "min_batches": 32},
-            1,
-            id="or with less than a sequence",
-        ),
+        # Many batches for a race, but none too small for the device, or of less than a sequence.
+        ({"sequences": 128, "length": 256, "min_batches": 32}, 4),
+        ({"sequences": 24, "length": 64, "min_batches": 32}, 4),
+        ({"sequences": 16, "length": 2048, "min_batches": 32}, 1),
     ],
 )
 def test_with_plenty_all_candidates_share_a_walk(shape, sequences):
@@ -66,13 +59,10 @@ def test_a_budget_that_is_too_small_is_refused_with_the_bytes_needed():
 
 
 def test_a_cpu_is_never_filled(monkeypatch):
-    monkeypatch.setattr(
-        device.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})()
-    )
+    monkeypatch.setattr(device.psutil, "virtual_memory", lambda: Mock(available=1000))
     monkeypatch.setattr(device, "left_under_limits", lambda: 600)
     assert available_memory(CPU) == 300
-    monkeypatch.setenv(
-        "LOCAL_WORLD_SIZE", "4"
-    )  # processes share the memory of a machine, not that of an accelerator
+    # Processes share the memory of a machine, not that of an accelerator.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr(device, "free_bytes", lambda device: 1000)
     assert [available_memory(torch.device(kind)) for kind in ("cpu", "cuda")] == [125, 900]

@@ -38,9 +38,8 @@ def sequences():
 def passes_of(skippable, sequences, *budget, **options):
     events = []
     budget = MemoryBudget(*budget) if budget else PLENTY
-    return Passes(
-        skippable, torch.split(sequences, budget.sequences), budget, events.append, **options
-    ), events
+    batches = torch.split(sequences, budget.sequences)
+    return Passes(skippable, batches, budget, events.append, **options), events
 
 
 def score(passes, removed=(), candidates=CANDIDATES, metric=None, ranking=(), advance=no_progress):
@@ -55,11 +54,10 @@ def score(passes, removed=(), candidates=CANDIDATES, metric=None, ranking=(), ad
 
 def losses(skippable, sequences, removed, loss_mask):
     """Return the loss of each sequence over the tokens that count, from whole logits."""
-    logits = skippable.logits(sequences, removed)[:, :-1]
-    every = torch.nn.functional.cross_entropy(
-        logits.transpose(1, 2), sequences[:, 1:], reduction="none"
-    )
-    return [float(row[mask].mean()) for row, mask in zip(every, loss_mask[:, 1:], strict=True)]
+    logits = skippable.logits(sequences, removed)[:, :-1].transpose(1, 2)
+    every = torch.nn.functional.cross_entropy(logits, sequences[:, 1:], reduction="none")
+    counted = loss_mask[:, 1:]
+    return ((every * counted).sum(1) / counted.sum(1)).tolist()
 
 
 @pytest.mark.parametrize("forks", [True, False], ids=["fork", "whole passes"])
@@ -72,9 +70,8 @@ def test_scores_are_those_of_whole_logits(skippable, sequences, candidates, fork
     found = score(passes, (2,), candidates, advance=advanced.append)
     assert list(found) == list(candidates or [BASE])
     for block, scores in found.items():
-        assert scores == pytest.approx(
-            losses(skippable, sequences, {2, block}, loss_mask), abs=1e-5
-        )
+        expected = losses(skippable, sequences, {2, block}, loss_mask)
+        assert scores == pytest.approx(expected, abs=1e-5)
     assert sum(advanced) == pytest.approx(max(1, len(candidates)) * len(sequences))
 
 
@@ -110,11 +107,10 @@ def test_batches_are_halved_and_scores_stay_the_same(
 
 
 def test_states_of_unrelated_removals_are_not_reused(skippable, sequences):
-    passes, _ = passes_of(skippable, sequences)
-    score(passes, (1,), [2, 3, 4], ranking=[3])
-    assert score(passes, (4,), [1, 2, 3]) == score(
-        passes_of(skippable, sequences)[0], (4,), [1, 2, 3]
-    )
+    used, _ = passes_of(skippable, sequences)
+    fresh, _ = passes_of(skippable, sequences)
+    score(used, (1,), [2, 3, 4], ranking=[3])
+    assert score(used, (4,), [1, 2, 3]) == score(fresh, (4,), [1, 2, 3])
 
 
 @torch.inference_mode()
@@ -128,6 +124,5 @@ def test_a_family_whose_fork_has_other_logits_runs_whole(sequences):
     assert not passes.forks
     assert "the fork's logits differ from those of the whole model" in why
     for block, scores in found.items():
-        assert sum(scores) / len(scores) == pytest.approx(
-            plain_loss(model, blocks, sequences, {1, block}), abs=1e-5
-        )
+        expected = plain_loss(model, blocks, sequences, {1, block})
+        assert sum(scores) / len(scores) == pytest.approx(expected, abs=1e-5)

@@ -64,15 +64,12 @@ def test_a_vision_model_is_pruned_wherever_its_text_config_is(
         json.dumps({"model_type": model_type, "architectures": ["X"]} | config)
     )
     model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(tmp_path))
-    save_file(
-        {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        tmp_path / "model.safetensors",
-    )
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(tensors, tmp_path / "model.safetensors")
     cut = BlockCut(architecture_of(tmp_path), (removed,))
     found = cut.obstacle()
     assert found is None if obstacle is None else found.startswith(obstacle)
-    parsed = cut.architecture.read_config(
-        cut.settings(CONFIG, cut.architecture.source.raw_config)
-    ).get_text_config()
+    pruned = cut.settings(CONFIG, cut.architecture.source.raw_config)
+    parsed = cut.architecture.read_config(pruned).get_text_config()
     assert (parsed.num_hidden_layers, parsed.hidden_size) == (5, 32)
     assert parsed.rope_parameters["rope_theta"] == 12345.0
