@@ -15,16 +15,22 @@ SHAPES = [(24, 16), (3, 10, 12)]
 
 def plain_pairs(values):
     """Return A and B of each weight, of rank 4, from the flat values, each as a leaf."""
-    shapes = [
-        shape
-        for *stack, rows, columns in SHAPES
-        for shape in ((*stack, 4, columns), (*stack, rows, 4))
-    ]
-    parts = values.split([math.prod(shape) for shape in shapes])
-    leaves = [
-        part.view(shape).clone().requires_grad_() for part, shape in zip(parts, shapes, strict=True)
-    ]
-    return list(zip(leaves[::2], leaves[1::2], strict=True))
+    pairs = []
+    start = 0
+    for *stack, rows, columns in SHAPES:
+        pair = []
+        for shape in ((*stack, 4, columns), (*stack, rows, 4)):
+            part = values[start : start + math.prod(shape)]
+            start += len(part)
+            pair.append(part.view(shape).clone().requires_grad_())
+        pairs.append(pair)
+    return pairs
+
+
+def backward(weights, inputs, scale):
+    """Add the gradient of a loss that several weights have."""
+    for x, weight in zip(inputs, weights, strict=True):
+        (scale * (x @ weight.mT).square().sum()).backward()
 
 
 @pytest.mark.parametrize(
@@ -48,19 +54,15 @@ def test_steps_are_those_of_lora_under_adamw(monkeypatch):
     leaves = [leaf for pair in pairs for leaf in pair]
     optimizer = torch.optim.AdamW(leaves, lr=0.01, betas=BETAS, weight_decay=0.0)
     for step in range(4):
-        inputs, scale = [torch.randn(*shape[:-2], 5, shape[-1]) for shape in SHAPES], 10**step / 100
+        inputs = [torch.randn(*shape[:-2], 5, shape[-1]) for shape in SHAPES]
+        scale = 10**step / 100
         for _ in range(2):  # gradients of several passes add up
-            sum(
-                scale * (x @ weight.mT).square().sum()
-                for x, weight in zip(inputs, weights, strict=True)
-            ).backward()
+            backward(weights, inputs, scale)
         assert all(weight.grad is None for weight in weights)
-        changed = [
-            c * up @ down + value for c, value, (down, up) in zip(scales, start, pairs, strict=True)
-        ]
-        sum(
-            2 * scale * (x @ w.mT).square().sum() for x, w in zip(inputs, changed, strict=True)
-        ).backward()
+        changed = []
+        for c, value, (down, up) in zip(scales, start, pairs, strict=True):
+            changed.append(c * up @ down + value)
+        backward(changed, inputs, 2 * scale)
         gradient = trained.take_gradient()
         plain = torch.cat([leaf.grad.flatten() for leaf in leaves])
         torch.testing.assert_close(gradient, plain, rtol=1e-4, atol=1e-4)

@@ -76,7 +76,7 @@ class Stage(ABC):
     Attributes:
         title: its name in messages.
         model: the name of the model with its values in messages.
-        key: the field of `ConversationsRecord` for that model's losses.
+        key: the field of `ConversationsRecord` that this stage fills.
         streams: whether the blocks may stay in the files.
     """
 
