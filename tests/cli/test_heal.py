@@ -99,7 +99,7 @@ def test_an_interrupted_healing_resumes_to_the_same_bytes(healed, tmp_path, monk
         r"What was found is saved in \S+: run the same command again to continue", stopped.stderr
     )
     (left,) = tmp_path.glob(".*")
-    assert re.fullmatch(r"\.out\.[0-9a-f]{16}\.recovery", left.name)
+    assert re.fullmatch(r"\.out\.float32-float32-[0-9a-f]{16}\.recovery", left.name)
     assert not (tmp_path / "out").exists()
     for change in (
         ["--heal-tokens", 2048],

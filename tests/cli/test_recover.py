@@ -287,11 +287,14 @@ def test_a_fit_is_not_continued_with_another_setting(
 
 
 def test_what_nobody_continued_is_cleared_later(sleb, tiny_llama, tmp_path):
-    names = {"ours": ".ours.0123456789abcdef.recovery", "other": ".not ours.recovery"}
+    names = {
+        "ours": ".ours.float32-float32-0123456789abcdef.recovery",
+        "other": ".not ours.recovery",
+    }
     for name in names.values():
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (0, 0))
-    fresh = ".fresh.0123456789abcdef.recovery"
+    fresh = ".fresh.float32-float32-0123456789abcdef.recovery"
     (tmp_path / fresh).touch()
     sleb("apply", tiny_llama, "--blocks", "2", "-o", "out")
     assert {path.name for path in tmp_path.glob(".*")} == {fresh, names["other"]}

@@ -56,7 +56,7 @@ def recovered(skippable, removed, text, fitted, notify=ignore):
     decided = SimpleNamespace(surgery=surgery, stored=skippable.model.dtype, on_host=False)
     texts = [Calibration(part, None, None, ()) for part in (text[:fitted], text[fitted:])]
     with skippable, TemporaryDirectory() as folder:
-        state = SavedState(Path(folder) / "out", {}, Watch())
+        state = SavedState(Path(folder) / "out", {"dtype": "", "stored": ""}, Watch())
         return recover_in_closed_form(Job(decided, skippable, *texts, state, notify))
 
 

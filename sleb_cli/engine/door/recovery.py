@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from sleb_cli.checks.mixture import parse_mixture
-from sleb_cli.engine.device import CPU, choose_device, cpu_dtypes, dtype_name
+from sleb_cli.engine.device import CPU, choose_device, cpu_dtypes, dtype_name, parse_dtype
 from sleb_cli.engine.files.tensors import float_dtypes
 from sleb_cli.engine.forward.memory_needs import model_bytes
 from sleb_cli.engine.forward.placement import place_model
@@ -17,7 +17,7 @@ from sleb_cli.engine.output.checkpoint import Output
 from sleb_cli.engine.recovery.closed_form import ClosedForm
 from sleb_cli.engine.recovery.heal import Heal
 from sleb_cli.engine.recovery.heal_budget import HealBudget
-from sleb_cli.engine.recovery.saved_state import saved_bytes
+from sleb_cli.engine.recovery.saved_state import begun_dtype, saved_bytes
 from sleb_cli.engine.recovery.stage import HIDDEN_STATES, RecoverySettings, Stage
 from sleb_cli.engine.surgery.loading import Placement, has_tokenizer, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
@@ -81,7 +81,11 @@ def resolve_recovery(
     stored = min([*written, target], key=lambda dtype: dtype.itemsize)
     stages = tuple(_STAGES[option](request) for option in request.recoveries)
 
-    placement = _place(subject, request, stages, target, output.dtype, notify)
+    # An unfinished recovery goes on in the data type that it began in.
+    dtype = begun_dtype(output.path, dtype_name(stored)) or AUTO
+    if target is torch.float16:  # gradients and sums may leave its range
+        dtype = "float32"
+    placement = _place(subject, request, stages, output, dtype, notify)
     text = _resolve_text(request, subject, stream=placement.stream)
     if placement.rounded:
         # Rounded weights write other text, which must not be taken from the cache.
@@ -98,17 +102,14 @@ def _place(
     subject: Subject,
     request: ApplyRequest,
     stages: Sequence[Stage],
-    target: torch.dtype,
-    cast: torch.dtype | None,
+    output: Output,
+    dtype: str,
     notify: Notify,
 ) -> Placement:
     """Place the dense model, which computes in bfloat16 or float32, beside what the stages need."""
     device = choose_device(request.device or AUTO)
-    dtype = AUTO
-    widest = target
-    if target is torch.float16:  # gradients and sums may leave its range
-        dtype = "float32"
-    if target is torch.float16 or (device.type == "cpu" and target not in cpu_dtypes()):
+    widest = parse_dtype(dtype, output.dtype or subject.architecture.dtype)
+    if device.type == "cpu" and widest not in cpu_dtypes():
         widest = torch.float32
     reserved = 0
     for stage in stages:
@@ -122,7 +123,7 @@ def _place(
         device_map=request.device_map,
         stream=request.stream if all(stage.streams for stage in stages) else False,
         reserved=reserved,
-        cast=cast,
+        cast=output.dtype,
     )
     return replace(placement, device=device)
 

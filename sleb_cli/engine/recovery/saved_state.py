@@ -1,6 +1,6 @@
 """The file that keeps what an unfinished recovery has found, next to its output.
 
-Its name has a hash of all that the values depend on, so the same command finds it again.
+Its name has the data types, and a hash of all that the values depend on: the same command finds it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DAYS_KEPT = 30
 SECONDS_BETWEEN_SAVES = 60.0
 MAX_SAVING_SHARE = 0.05
 """The largest share of the time that saves may take; slow ones are further apart."""
-_FILE_NAME = re.compile(rf"\..+\.[0-9a-f]{{{DIGITS}}}{re.escape(SUFFIX)}")
+_FILE_NAME = re.compile(rf"\..+\.(\w+)-(\w+)-[0-9a-f]{{{DIGITS}}}{re.escape(SUFFIX)}")
 
 
 class SavedState:
@@ -47,7 +47,8 @@ class SavedState:
     """
 
     def __init__(self, output: Path, key: Key, watch: Watch) -> None:
-        name = name_of({**key, "format": FORMAT})[:DIGITS]
+        digits = name_of({**key, "format": FORMAT})[:DIGITS]
+        name = f"{key['dtype']}-{key['stored']}-{digits}"
         self.file = output.absolute().with_name(f".{output.name}.{name}{SUFFIX}")
         self._watch = watch
         self._records: dict[str, str] = {}
@@ -135,6 +136,18 @@ class SavedState:
         pause = max(SECONDS_BETWEEN_SAVES, self._seconds / MAX_SAVING_SHARE)
         if time.monotonic() - self._saved_at >= pause:
             self.save(stage, record, tensors)
+
+
+def begun_dtype(output: Path, stored: str) -> str | None:
+    """Return the data type in which an unfinished recovery to `stored` values computes, if there
+    is just one.
+    """
+    dtypes: set[str] = set()
+    for file in _files_of(output):
+        match = _FILE_NAME.fullmatch(file.name)
+        if match and match[2] == stored:
+            dtypes.add(match[1])
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def saved_bytes(output: Path) -> int:
