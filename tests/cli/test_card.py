@@ -123,15 +123,12 @@ def measured(llama_plan, text_file):
 def test_the_card_shows_what_was_measured_of_this_size(out, measured, size):
     plan, evaluation, benchmark = measured
     out.apply(plan, "--remove", size)
-    whole, (text, task, workload) = (
-        read_plan(plan),
-        (evaluation.texts[1], evaluation.tasks[0], benchmark.workloads[1]),
-    )
+    whole, text = read_plan(plan), evaluation.texts[1]
+    task, workload = evaluation.tasks[0], benchmark.workloads[1]
     scores, value, timing = (of.pruned[size - 1] for of in (text, task, workload))
     dense, step = whole.dense.perplexity, whole.steps[size - 1].perplexity
-    assert len(out.results) == 1 + len(evaluation.texts) + len(evaluation.tasks) + len(
-        benchmark.workloads
-    )
+    entries = [*evaluation.texts, *evaluation.tasks, *benchmark.workloads]
+    assert len(out.results) == 1 + len(entries)
     assert out.results["perplexity, prose.txt (searched on)"] == [
         format_perplexity(dense),
         format_perplexity(step),
@@ -170,16 +167,7 @@ def test_the_card_shows_what_was_measured_of_this_size(out, measured, size):
 
 
 def test_a_recovered_checkpoint_claims_no_earlier_number(out, measured, tmp_path):
-    out.apply(
-        measured[0],
-        "--recover",
-        "--calibration",
-        out.text_file,
-        "--samples",
-        12,
-        "--sequence-length",
-        32,
-    )
+    out.apply(measured[0], "--recover", *calibration(out.text_file, samples=12))
     assert "model-index" not in out.data.to_dict()
     assert "**Recovery**" in out.text
     assert "**Results**" not in out.text
