@@ -48,7 +48,10 @@ _SEARCH = (
     "--dtype, or --device cpu. "
     "With --resume, nothing is measured again."
 )
-_APPLY = "Leave out --recover or --heal, use a smaller --sequence-length or fewer --samples, or a larger machine."
+_APPLY = (
+    "Leave out --recover or --heal, use a smaller --sequence-length or fewer --samples, or a larger "
+    "machine."
+)
 _EXPORT = "Use a machine with more memory."
 _EVALUATE = "Use a smaller --batch-size or --sequence-length, a narrower --dtype, or --device cpu."
 _BENCH = "Use a smaller --batch-size or --prompt-length, a narrower --dtype, or --device cpu."

@@ -25,7 +25,7 @@ _QUANTILE = float(special.ndtri((1 + CONFIDENCE) / 2))
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, its standard error and its 95% interval; both None if there is only one observation."""
+    """A mean, its standard error and 95% interval; both None if there is only one observation."""
 
     mean: float
     standard_error: float | None

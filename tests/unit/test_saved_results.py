@@ -1,4 +1,4 @@
-"""Kept results: a file for each measurement and setting, of which nothing is lost, joined by readers."""
+"""Kept results: a file for each measurement and setting, which readers join."""
 
 import pytest
 
@@ -9,9 +9,14 @@ from sleb_cli.saved_results import delete_results, find_kept, keep_result, read_
 
 PLAN = make_plan(6, 3)
 OTHER_SETTINGS = [
-    {"dtype": "float16"}, {"device": "cuda"}, {"processor": "q"}, {"torch": "3"}, {"transformers": "6"},
-    *({"model": PLAN.model.model_copy(update={key: "0"})} for key in ("fingerprint", "code")),
-]  # fmt: skip
+    {"dtype": "float16"},
+    {"device": "cuda"},
+    {"processor": "q"},
+    {"torch": "3"},
+    {"transformers": "6"},
+    {"model": PLAN.model.model_copy(update={"fingerprint": "0"})},
+    {"model": PLAN.model.model_copy(update={"code": "0"})},
+]
 PART = {"text": "a"}
 
 

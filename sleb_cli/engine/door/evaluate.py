@@ -161,7 +161,7 @@ def _read_text(
 
 
 def _notices(texts: Sequence[EvaluationWindows], subject: Subject) -> list[str]:
-    """Return notices on the choice of model and text, and on texts that the pruned model has seen."""
+    """Return notices on the choice of model and text, and on texts the pruned model has seen."""
     notices = []
     plan = subject.architecture.source.folder / CHECKPOINT_PLAN
     if subject.plan is None and not subject.surgery.cuts and plan.is_file():

@@ -1,4 +1,4 @@
-"""`sleb eval`: measure texts and tasks on the dense and the pruned models, with paired statistics."""
+"""`sleb eval`: texts and tasks on the dense and the pruned models, with paired statistics."""
 
 from __future__ import annotations
 
