@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import random
-import sysconfig
-from pathlib import Path
 from typing import Any
 
 from sleb_cli.engine.device import CPU
@@ -45,13 +42,6 @@ def parser(doc: str | None, *places: str, **defaults: Any) -> argparse.ArgumentP
                 flag, type=type(default), default=default, help=f"default: {default}"
             )
     return found
-
-
-def library_code() -> str:
-    """Return the code of Python's own library, in an order that mixes its subjects."""
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    random.Random(0).shuffle(files)
-    return "\n\n".join(file.read_text(errors="ignore") for file in files)
 
 
 def calibrated(name: str, text: str, samples: int, length: int) -> tuple[Any, Any, Calibration]:

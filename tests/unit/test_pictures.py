@@ -10,7 +10,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {
     "images/search.svg": "docs/images/draw_search.py",
-    "images/when-it-pays.svg": "tests/benchmarks/draw_when_it_pays.py",
     "experiments/quality.svg": "docs/experiments/draw_quality.py",
 }
 
