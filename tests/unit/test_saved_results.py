@@ -3,7 +3,7 @@
 import pytest
 
 from measured_plans import make_benchmark, make_evaluation, make_plan
-from sleb_cli.engine.output.measured import join_results
+from sleb_cli.engine.output.measured import join_results, read_measurements
 from sleb_cli.results import BenchResult, EvalResult
 from sleb_cli.saved_results import delete_results, find_kept, keep_result, read_results
 
@@ -114,3 +114,15 @@ def test_other_settings_are_another_workload(changes):
     other = one.model_copy(update={"workload": one.workload.model_copy(update=changes)})
     joined = result.model_copy(update={"workloads": (other,)}).merged_with(result)
     assert joined.workloads == (one, other)
+
+
+@pytest.mark.parametrize(("tensors", "is_read"), [("", True), ("-1", True), ("-2", False)])
+def test_results_of_a_plan_are_of_its_model(tmp_path, tensors, is_read):
+    fingerprint = f"{PLAN.model.fingerprint}{tensors}"  # an older plan has the first part alone
+    model = PLAN.model.model_copy(update={"fingerprint": fingerprint})
+    plan = PLAN.model_copy(update={"model": model})
+    measured = model.model_copy(update={"fingerprint": f"{PLAN.model.fingerprint}-1"})
+    result = evaluation("a").model_copy(update={"model": measured})
+    keep_result(result, PART, tmp_path / "plan.results", [].append)
+    found, _ = read_measurements(tmp_path / "plan.json", plan, [].append)
+    assert (found is not None) == is_read

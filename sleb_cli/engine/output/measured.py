@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from sleb_cli.events import Notify, Warned
 from sleb_cli.plan import Plan
+from sleb_cli.records import same_fingerprint
 from sleb_cli.requests import TRANSFORMERS
 from sleb_cli.results import (
     BenchResult,
@@ -42,7 +43,8 @@ def results_of_plan(kind: type[R], path: Path, plan: Plan, notify: Notify) -> di
     fitting, ignored = {}, 0
     for file, result in read_results(kind, folder, notify).items():
         same_order = result.order.ranking == plan.order.ranking
-        if result.model.fingerprint != plan.model.fingerprint or not same_order:
+        same_model = same_fingerprint(result.model.fingerprint, plan.model.fingerprint)
+        if not same_model or not same_order:
             ignored += 1
         elif plan.recovery and isinstance(result, EvalResult) and result.recovered is None:
             ignored += 1  # measured before the blocks were recovered
