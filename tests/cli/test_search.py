@@ -6,6 +6,7 @@ import re
 import pytest
 
 from conftest import llama_config, save_model
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.plan import read_plan
 from sleb_cli.units import format_perplexity
 
@@ -132,3 +133,17 @@ def test_too_little_text_for_the_default_is_no_error(sleb, tiny_llama, tmp_path,
 def test_a_model_with_one_block(search, tmp_path):
     folder = save_model(tmp_path / "one", llama_config(1))
     assert "which has 1 block." in search("--remove", 1, model=folder, code=4).stderr
+
+
+def test_a_search_runs_at_most_so_many_blocks(search, monkeypatch):
+    """The dense model, two steps that fork, and the check of the engine: a bound on its work."""
+    runs = []
+    run_block = SkippableModel.run_block
+
+    def counted(self, *given):
+        runs.append(given)
+        return run_block(self, *given)
+
+    monkeypatch.setattr(SkippableModel, "run_block", counted)
+    search("--remove", 2, "--batch-size", 4, "--sample-tokens", 0)
+    assert len(runs) <= 47
