@@ -206,6 +206,9 @@ def test_no_file_names_a_folder_of_this_machine(out, sleb, search, tmp_path, tex
         json.dumps(tokenizer | {"name_or_path": str(tmp_path / "base")})
     )
     (folder / "results.json").write_text(json.dumps({"sleb_version": "1", "model": str(folder)}))
+    # An earlier version put aside what it could not read.
+    for name in ("plan.eval.json.old", "plan.eval.2.json.old", "sleb_plan.bench.json"):
+        (folder / name).write_text(json.dumps({"model": str(folder)}))
     (folder / "adapter_config.json").write_text("{}")
     search("--remove", 1, model=folder, text=f"{text_file}:2/3,self:1/3", samples=6)
     out.apply("plan.json", "--recover", *calibration(text_file, samples=10))

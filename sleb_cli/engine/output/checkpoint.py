@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -49,6 +50,9 @@ _REWRITTEN = {CARD, CHECKPOINT_PLAN}
 
 _START_BYTES = 200
 """Our records name the version of sleb that wrote them within these first bytes."""
+
+_RECORDS = re.compile(r".*\.journal|.*\.(eval|bench)(\.\d+)?\.json(\.old)?")
+"""The names of journals, and of the results of earlier versions, also of those put aside."""
 
 # Not copied: transformers would look for the adapter's weights beside it.
 _ADAPTER = "adapter_config.json"
@@ -350,7 +354,7 @@ def _is_ours(path: Path) -> bool:
         with reading(path), path.open("rb") as file:
             if b'"sleb_version"' in file.read(_START_BYTES):
                 return True
-    return path.suffix == ".journal"
+    return bool(_RECORDS.fullmatch(path.name))
 
 
 def _bytes_of(files: Iterable[Path]) -> int:
