@@ -1,4 +1,4 @@
-"""How are files and folders written? Completely or not at all."""
+"""Write files and folders completely or not at all."""
 
 import errno
 import json

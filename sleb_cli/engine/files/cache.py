@@ -29,7 +29,7 @@ _ELSEWHERE = "Set the environment variable SLEB_CACHE to another folder."
 
 
 def cache_root() -> Path:
-    """Return the user's cache folder for `sleb`; the environment variable SLEB_CACHE overrides it."""
+    """Return the cache folder of `sleb`; the environment variable SLEB_CACHE overrides it."""
     chosen = os.environ.get("SLEB_CACHE")
     return local_path(chosen).absolute() if chosen else user_cache_path("sleb")
 
@@ -46,7 +46,7 @@ def scratch_in_cache(name: str) -> Iterator[Path]:
 
 
 def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
-    """Return the cached folder `name`; if it is missing, `fill` it first, completely or not at all."""
+    """Return the cached folder `name`; if it is missing, `fill` it first, whole or not at all."""
     folder = cache_root() / name
     remove_leftovers(folder)
     if not folder.is_dir():
@@ -63,16 +63,14 @@ def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
 
 
 def read_cached(kind: str, key: Key) -> Any:
-    """Read the content that `write_cached` saved under a key; None if there is none, or it is
-    damaged.
-    """
+    """Read what `write_cached` saved under a key; None if it is missing or damaged."""
     with suppress(OSError, ValueError, EOFError, zlib.error):
         return json.loads(gzip.decompress(_cached(kind, key).read_bytes()))
     return None
 
 
 def write_cached(kind: str, key: Key, content: Any, title: str, notify: Notify) -> None:
-    """Save content that JSON can hold, called `title`; if the disk does not take it, only say so."""
+    """Save content that JSON can hold, called `title`; if the disk refuses, only say so."""
     file = _cached(kind, key)
     try:
         with writing(file, hint=_ELSEWHERE):

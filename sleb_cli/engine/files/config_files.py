@@ -24,7 +24,7 @@ SETTINGS = (
     "generation_config.json",
     "processor_config.json",
 )
-"""Files with settings besides `config.json`, which may name parts of the model, or local folders."""
+"""Files with settings besides `config.json`, which may name parts of the model or folders."""
 
 MAX_JSON_BYTES = 100_000_000
 """The limit of safetensors for a header. No other JSON of a checkpoint comes near it."""

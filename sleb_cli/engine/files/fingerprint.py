@@ -99,7 +99,7 @@ class Watch:
                 self._stamps[path] = stamp_of(path)
 
     def require_unchanged(self) -> None:
-        """Refuse to go on if a file was replaced, edited, removed or added since the watch began."""
+        """Refuse to go on if a file was edited, removed or added since the watch began."""
         for path, stamp in self._stamps.items():
             if stamp_of(path) != stamp:
                 raise ModelError(

@@ -19,8 +19,7 @@ DTYPES = {
     "F32": ("float32", 4), "I64": ("int64", 8), "U64": ("uint64", 8), "F64": ("float64", 8),
     "C64": ("complex64", 8),
 }  # fmt: skip
-"""Torch's name and the bytes of each data type of safetensors that torch has; files may hold others.
-"""
+"""Torch's name and the bytes of the data types that torch has; files may hold others."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from sleb_plugins import ModelError
 TORCH_DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, torch_name) for name, (torch_name, _) in DTYPES.items()
 }
-"""The data types of safetensors that torch has; files may hold others, whose bytes are only copied.
-"""
+"""The data types that torch has, by their names in safetensors."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 

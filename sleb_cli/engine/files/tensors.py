@@ -16,7 +16,7 @@ from sleb_plugins.errors import first_line
 
 
 def float_dtypes(weights: WeightFiles) -> list[torch.dtype]:
-    """Return the floating-point data types of two bytes or more that the tensors have, each once."""
+    """Return the floating-point data types of the tensors, each once, if of two bytes or more."""
     found = []
     for tensor in weights.stored:
         dtype = TORCH_DTYPES.get(tensor.dtype)

@@ -18,7 +18,7 @@ PICKLE = "pytorch_model.bin"
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The weight files of a folder, in order: safetensors if there are any, else PyTorch pickles."""
+    """The weight files of a folder: safetensors if there are any, else PyTorch pickles."""
 
     paths: tuple[Path, ...]
 

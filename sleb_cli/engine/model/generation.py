@@ -25,7 +25,7 @@ def generate(
     refused: Callable[[str], SlebError],
     **options: Any,
 ) -> Any:
-    """Generate with transformers after `prompt`, [batch, positions], with exactly these settings."""
+    """Generate after `prompt`, [batch, positions], with exactly these settings."""
     # Without an empty config, transformers fills unset settings from the model's
     # `generation_config.json`: a repetition penalty or a `top_p` changes the distribution that is
     # sampled, an end token the number of steps that are timed.
@@ -133,7 +133,7 @@ def with_requires_grad(model: Any) -> Iterator[None]:
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Return the tokens that end a text, by the tokenizer and by the model's generation settings."""
+    """Return the tokens that end a text, by the tokenizer and by the generation settings."""
     setting = getattr(model.generation_config, "eos_token_id", None)
     listed = setting if isinstance(setting, list | tuple) else [setting]
     return {token for token in (tokenizer.eos_token_id, *listed) if isinstance(token, int)}

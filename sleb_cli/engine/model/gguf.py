@@ -1,4 +1,4 @@
-"""The Hugging Face folder of a GGUF file, converted once, so that all other code reads one format."""
+"""A GGUF file as a Hugging Face folder, converted once, so that other code reads one format."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ CONVERSION = 3
 
 
 def gguf_folder(path: Path, notify: Notify) -> Path:
-    """Return the Hugging Face folder of a GGUF file, converted on first use and kept in the cache."""
+    """Return the folder of a GGUF file, converted on first use and kept in the cache."""
     watch = Watch(path)
 
     def fill(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which folder with a config, weights and a tokenizer does a user mean by MODEL?"""
+"""Find the folder with a config, weights and a tokenizer that MODEL names."""
 
 from __future__ import annotations
 
