@@ -64,20 +64,17 @@ def test_a_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path):
 
 @pytest.mark.parametrize("force", [False, True])
 def test_devices_and_pipes_are_never_replaced(tmp_path, force):
-    os.mkfifo(tmp_path / "pipe")
-    links = {"device": Path("/dev/null"), "stdout": Path("/proc/self/fd/1")}
-    for name, target in links.items():
-        (tmp_path / name).symlink_to(target)
-    for name in ("pipe", *links):
+    os.mkfifo("pipe")
+    Path("device").symlink_to("/dev/null")
+    Path("stdout").symlink_to("/proc/self/fd/1")
+    for name in ("pipe", "device", "stdout"):
         for write in (require_new_file, lambda path, force: write_text(path, "new")):
-            with pytest.raises(
-                OutputError, match="is a device, a pipe or a socket, not a file"
-            ) as caught:
+            with pytest.raises(OutputError, match="is a device, a pipe or a socket") as caught:
                 write(tmp_path / name, force=force)
             assert "--force" not in caught.value.hint
-    assert stat.S_ISFIFO((tmp_path / "pipe").lstat().st_mode)
-    assert {name: (tmp_path / name).readlink() for name in links} == links
-    assert sorted(os.listdir(tmp_path)) == ["device", "pipe", "stdout"]
+    assert stat.S_ISFIFO(Path("pipe").lstat().st_mode)
+    assert Path("device").readlink() == Path("/dev/null")
+    assert sorted(os.listdir()) == ["device", "pipe", "stdout"]
 
 
 def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path):
@@ -136,37 +133,28 @@ def test_links_and_folders_of_other_programs_are_never_emptied(tmp_path):
     assert os.listdir(tmp_path / ".b.partial") == ["of another program"]
 
 
-DECIDING = (
-    "generation_config.json", "tokenizer.json", "vocab.txt", "merges.txt", "spiece.model", "qwen.tiktoken", "bpe.codes",
-    "additional_chat_templates/tool.jinja", "adapter_config.json", "model.py", "sub/more.py",
-)  # fmt: skip
-BESIDE = (
-    "README.md",
-    "log.txt",
-    "plan.json",
-    "plan.results/eval-0.json",
-    "sleb_results/eval-0.json",
-    "trainer_state.json",
-    "t.py.old",
-)
+DECIDING = """generation_config.json tokenizer.json vocab.txt merges.txt spiece.model qwen.tiktoken
+    bpe.codes additional_chat_templates/tool.jinja adapter_config.json model.py sub/more.py"""
+BESIDE = """README.md log.txt plan.json plan.results/eval-0.json sleb_results/eval-0.json
+    trainer_state.json t.py.old"""
 
 
-@pytest.mark.parametrize("name", [*DECIDING, *BESIDE])
+@pytest.mark.parametrize("name", [*DECIDING.split(), *BESIDE.split()])
 @pytest.mark.parametrize("trusted", [True, False])
 def test_the_content_hash_covers_every_file_that_affects_results(tmp_path, name, trusted):
     save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / name).parent.mkdir(exist_ok=True)
-    decides = name in DECIDING and (trusted or not name.endswith(".py"))
-    behaviors, fingerprints, sources = [], [], []
+    sources = []
+    hashes = set()
     for content in (None, "one", "three"):
         if content:
             (tmp_path / name).write_text(content)
         sources.append(ModelSource("m", tmp_path, trust_remote_code=trusted))
-        behaviors.append(sources[-1].content_hash)
-        fingerprints.append(sources[-1].fingerprint)
-    assert len(set(behaviors)) == (3 if decides else 1)
-    assert len(set(fingerprints)) == 1, "a plan stays that of this model"
+        hashes.add(sources[-1].content_hash)
+    decides = name in DECIDING.split() and (trusted or not name.endswith(".py"))
+    assert len(hashes) == (3 if decides else 1)
+    assert len({source.fingerprint for source in sources}) == 1, "a plan stays that of this model"
     if decides:
         with pytest.raises(ModelError, match="changed while it was read"):
             sources[1].watch.require_unchanged()
@@ -192,97 +180,94 @@ def test_a_fingerprint_stays_so_that_plans_know_their_models(tmp_path, sizes):
 @pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
 @pytest.mark.parametrize("changed", ["norm", "router", "first rows", "last rows", "inside"])
 def test_a_fingerprint_knows_weights_that_no_sample_meets(tmp_path, kind, changed):
-    tensors = {
-        "a": torch.zeros(40, 2**17),
-        "norm": torch.ones(64),
-        "router": torch.zeros(8, 64),
-        "z": torch.zeros(40, 2**17),
-    }
+    # The first and the last mebibyte of a file are read whole; between, there are samples.
+    first = torch.zeros(12, 2**17)
+    norm = torch.ones(64)
+    router = torch.zeros(8, 64)
+    last = torch.zeros(12, 2**17)
+    tensors = {"a": first, "norm": norm, "router": router, "z": last}
 
     def source():
-        if kind.endswith(".bin"):
-            torch.save(tensors, tmp_path / kind)
-        else:
-            save_file(tensors, tmp_path / kind)
+        write = torch.save if kind.endswith(".bin") else save_file
+        write(tensors, tmp_path / kind)
         (tmp_path / "config.json").write_text("{}")
         return ModelSource("m", tmp_path)
 
-    before, hashed = source().fingerprint, source().content_hash
-    place = {
-        "norm": tensors["norm"][5:6],
-        "router": tensors["router"][3],
-        "first rows": tensors["z"][0, 900:1000],
-        "last rows": tensors["a"][-1, -900:],
-        "inside": tensors["z"][1, 70_000:70_100],
+    before = source()
+    known = (before.fingerprint, before.content_hash)
+    places = {
+        "norm": norm[5:6],
+        "router": router[3],
+        "first rows": last[0, 900:1000],
+        "last rows": first[-1, -900:],
+        "inside": last[1, 70_000:70_100],
     }
-    place[changed].fill_(0.5)
+    places[changed].fill_(0.5)
     after = source()
-    assert same_fingerprint(before, before.split("-")[0]), "a plan that is older knows its model"
+    assert same_fingerprint(known[0], known[0].split("-")[0]), "an older plan knows its model"
     # A change inside a large tensor may lie between all samples; the time of change tells it.
-    assert same_fingerprint(before, after.fingerprint) == (changed == "inside")
-    assert after.content_hash != hashed
-
-
-OUTSIDE = "names a weight file outside its folder"
-NO_NAMES = (["x"], None, 3, "x", {"a": 1}, {"a": None}, {"a": ["x"]})
+    assert same_fingerprint(known[0], after.fingerprint) == (changed == "inside")
+    assert after.content_hash != known[1]
 
 
 @pytest.mark.parametrize(
-    ("weight_map", "message"),
+    ("message", "maps"),
     [
-        *(
-            ({"a": name}, OUTSIDE)
-            for name in ("../x", "sub/../../x", "away/x", "link", "/etc/passwd", "a\0/b")
-        ),
-        *((found, "does not map tensors") for found in NO_NAMES),
-        ({"a": "x" * 300}, "File name too long"),
         (
-            {"a": "sub/1.safetensors", "b": "model-2"},
-            "lacks 1 of its 2 weight files, such as model-2",
+            "names a weight file outside its folder",
+            [
+                {"a": "../x"},
+                {"a": "sub/../../x"},
+                {"a": "away/x"},
+                {"a": "link"},
+                {"a": "/etc/passwd"},
+                {"a": "a\0/b"},
+            ],
         ),
-        ({}, "lists no weight files"),
-        ({"a": "sub/1.safetensors", "b": "2.safetensors"}, None),
+        ("does not map tensors", [["x"], None, 3, "x", {"a": 1}, {"a": None}, {"a": ["x"]}]),
+        ("File name too long", [{"a": "x" * 300}]),
+        ("lacks 1 of its 2 weight files, such as no", [{"a": "sub/1.safetensors", "b": "no"}]),
+        ("lists no weight files", [{}]),
     ],
 )
-def test_an_index_names_files_of_its_folder(tmp_path, weight_map, message):
+def test_an_index_names_files_of_its_folder(tmp_path, message, maps):
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
-    for path in (tmp_path / "x", folder / "sub" / "1.safetensors"):
-        save_file({"a": torch.ones(1)}, path)
-    for name, target in {
-        "away": tmp_path,
-        "link": tmp_path / "x",
-        "2.safetensors": "sub/1.safetensors",
-    }.items():
-        (folder / name).symlink_to(target)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    if message:
+    save_file({"a": torch.ones(1)}, tmp_path / "x")
+    save_file({"a": torch.ones(1)}, folder / "sub" / "1.safetensors")
+    (folder / "away").symlink_to(tmp_path)
+    (folder / "link").symlink_to(tmp_path / "x")
+    (folder / "2.safetensors").symlink_to("sub/1.safetensors")
+    index = folder / "model.safetensors.index.json"
+    for wrong in maps:
+        index.write_text(json.dumps({"weight_map": wrong}))
         with pytest.raises(ModelError, match=message):
             find_weights(folder)
-    else:
-        assert find_weights(folder).tensor_names() == ["a"]
+    inside = {"a": "sub/1.safetensors", "b": "2.safetensors"}
+    index.write_text(json.dumps({"weight_map": inside}))
+    assert find_weights(folder).tensor_names() == ["a"]
 
 
 def test_links_that_lead_out_of_a_folder_are_found(tmp_path):
-    folder, alias = tmp_path / "snapshots" / "abc", tmp_path / "alias"
+    folder = tmp_path / "snapshots" / "abc"
+    alias = tmp_path / "alias"
+    blobs = tmp_path / "blobs"
     folder.mkdir(parents=True)
     alias.symlink_to(folder)
-    (tmp_path / "blobs").mkdir()
-    targets = {
-        "blob": "../../blobs/x",
-        "inside": "sub/y",
-        "out": "../../private",
-        "up": "..",
-        "loop": "loop",
-    }
-    for name, target in targets.items():
+    blobs.mkdir()
+    for name, target, is_out in [
+        ("blob", "../../blobs/x", False),
+        ("inside", "sub/y", False),
+        ("loop", "loop", False),
+        ("up", "..", True),
+        ("out", "../../private", True),
+    ]:
         (folder / name).symlink_to(target)
-    for place in (folder, alias):
-        assert [name for name in targets if links_outside(place / name, place)] == ["out", "up"]
-    (tmp_path / "blobs").rmdir()
-    (tmp_path / "blobs").symlink_to(
-        "/"
-    )  # as an archive may hold it: everything would be the cache's own
+        assert links_outside(folder / name, folder) is is_out
+        assert links_outside(alias / name, alias) is is_out
+    # As an archive may hold it: everything would be the cache's own.
+    blobs.rmdir()
+    blobs.symlink_to("/")
     assert links_outside(folder / "out", folder)
 
 
