@@ -11,6 +11,7 @@ from conftest import architecture_of, tokenizer_with
 from sleb_cli.engine.text.calibration import calibrate
 from sleb_cli.engine.text.chat import cut_answers, cut_conversations, render
 from sleb_cli.engine.text.settings import resolve_calibration
+from sleb_cli.events import ignore
 from sleb_cli.texts.named import text_source
 from sleb_cli.texts.source import Draw, Text
 from sleb_plugins import DataError
@@ -64,24 +65,26 @@ def test_answers_are_found_in_published_templates(name):
     system = []
     if "stone" in template.opening + template.last:
         system = [{"role": "system", "content": "stone"}]
+
+    def check(text, *messages):
+        found = render(tokenizer, [*system, *messages], "", answers=True)
+        assert found == tokens_of(tokenizer, template.opening + text)
+
+    earlier = talk("snow", "bridge")
+    thought = talk("snow", "bridge")
+    thought[1]["thinking"] = "king"
+    if "</think>" in template.text:
+        thought[1]["content"] = "<think>\nking\n</think>bridge"
+    noted = talk("mill", "field")
     # Older transformers does not take one of these fields for the other.
-    noted = {"reasoning_content": "river", "thinking": "river"}
-    cut = "<think>\nking\n</think>bridge" if "</think>" in template.text else "bridge"
-    for expected, last, first in [
-        (template.last, {"content": "field"}, {"content": "bridge"}),
-        (template.thinking, {"content": "field", **noted}, {"content": "bridge"}),
-        (
-            template.inside,
-            {"content": "<think>\nriver\n</think>\n\nfield"},
-            {"content": cut, "thinking": "king"},
-        ),
+    noted[1] |= {"reasoning_content": "river", "thinking": "river"}
+    for expected, turn, last in [
+        (template.last, earlier, talk("mill", "field")),
+        (template.thinking, earlier, noted),
+        (template.inside, thought, talk("mill", "<think>\nriver\n</think>\n\nfield")),
     ]:
-        turn = [{"role": "user", "content": "snow"}, {"role": "assistant", **first}]
-        later = [{"role": "user", "content": "mill"}, {"role": "assistant", **last}]
-        one, several = [*system, *later], [*system, *turn, *later]
-        for messages, text in ((one, expected), (several, template.earlier + expected)):
-            found = render(tokenizer, messages, "", answers=True)
-            assert found == tokens_of(tokenizer, template.opening + text)
+        check(expected, *last)
+        check(template.earlier + expected, *turn, *last)
 
 
 ONLY_THOUGHT = "<think>\nriver\n</think>"
@@ -108,34 +111,36 @@ def test_all_of_an_answer_counts_whatever_its_words(name, messages, text):
 
 @pytest.mark.parametrize(("most", "found"), [(None, 3), (2, 2), (9, 3)])
 def test_windows_of_answers_know_their_conversations(most, found):
-    tokenizer, talks = tokenizer_with(PLAIN), [CONVERSATION[:3], CONVERSATION] * 9
-    rendered = [render(tokenizer, each, "", answers=True) for each in talks]
-    size = len(rendered[0]) + len(rendered[1])
-    text = Text("talks", "", limit=3, conversations=tuple(talks))
-    windows = cut_answers(tokenizer, text, size - 1, most)
+    tokenizer = tokenizer_with(PLAIN)
+    talks = (CONVERSATION[:3], CONVERSATION) * 9
+    first = render(tokenizer, talks[0], "", answers=True)
+    both = [*first, *render(tokenizer, talks[1], "", answers=True)][:-1]
+    ids = [token for token, _ in both]
+    counted = [own for _, own in both[1:]]
+    text = Text("talks", "", limit=3, conversations=talks)
+    windows = cut_answers(tokenizer, text, len(ids), most)
+    assert windows.ids.tolist() == [ids] * found
+    assert windows.counted.tolist() == [counted] * found
+    own = len(first) - 1
+    clusters = [0] * own + [1] * (len(counted) - own)
     for row in range(found):
-        pair = [*rendered[2 * row], *rendered[2 * row + 1]][:-1]
-        assert windows.ids[row].tolist() == [token for token, _ in pair]
-        assert windows.counted[row].tolist() == [own for _, own in pair[1:]]
-        first = len(rendered[0]) - 1
-        numbers = [2 * row] * first + [2 * row + 1] * (size - 2 - first)
-        assert windows.clusters[row].tolist() == numbers
-    assert (len(windows.ids), windows.bos) == (found, "windows")
+        assert windows.clusters[row].tolist() == [2 * row + number for number in clusters]
+    assert windows.bos == "windows"
     with pytest.raises(DataError, match="too few for a sequence of 9000 with an answer in it"):
         cut_answers(tokenizer, text, 9000, most)
 
 
 def test_each_sequence_begins_a_conversation_and_has_an_answer():
-    tokenizer, short = tokenizer_with(PLAIN), talk("snow", "water")
-
-    def ids(*talks):
-        return [token for each in talks for token, _ in render(tokenizer, each, "", answers=True)]
-
+    tokenizer = tokenizer_with(PLAIN)
+    short = talk("snow", "water")
     sequences, loss_mask = cut(PLAIN, [short, short, LONG, short, CONVERSATION, short], 60)
-    assert sequences.tolist() == [ids(short, short, LONG)[:60], ids(short, CONVERSATION)[:60]]
+    found = [tokenizer.decode(row) for row in sequences]
+    question = "<s>user\nsnow</s>\n<s>assistant\nwater</s>\n"
+    assert found[0].startswith(question * 2 + "<s>user\nriver river")
+    assert found[1].startswith(question + "<s>system\nriver mountain</s>")
     assert loss_mask[:, 1:].any(1).all()
-    only_questions, _ = cut(PLAIN, [LONG, CONVERSATION], 60)
-    assert only_questions.tolist() == [ids(CONVERSATION)[:60]]
+    (only_questions_before,), _ = cut(PLAIN, [LONG, CONVERSATION], 60)
+    assert tokenizer.decode(only_questions_before).startswith("<s>system\nriver mountain</s>")
 
 
 @pytest.mark.parametrize(
@@ -189,16 +194,15 @@ def test_the_mask_stays_with_its_sequences(tiny_llama):
     settings = resolve_calibration(
         architecture_of(tiny_llama), "a.jsonl:0.5,b.jsonl:0.5", 6, 48, chat="answers"
     )
-    (calibration,) = calibrate([settings], tokenizer, pytest.fail, lambda event: None)
+    (calibration,) = calibrate([settings], tokenizer, pytest.fail, ignore)
     assert (calibration.record.bos, calibration.record.chat) == (True, "answers")
-    answers = [
-        tokenizer.decode(ids[own]).split("</s>")[0]
-        for ids, own in zip(calibration.sequences, calibration.loss_mask, strict=True)
-    ]
-    assert answers == ["river", "snow"] * 3
-    pairs = []
-    for each in (calibration, calibration.shuffled()):
-        pairs.append([*zip(each.sequences.tolist(), each.loss_mask.tolist(), strict=True)])
-    assert len({str(own) for _, own in pairs[0]}) > 2
-    assert pairs[0] != pairs[1]
-    assert sorted(pairs[0]) == sorted(pairs[1])
+
+    def answers(text):
+        pairs = zip(text.sequences, text.loss_mask, strict=True)
+        return [tokenizer.decode(ids[own]) for ids, own in pairs]
+
+    found = answers(calibration)
+    assert [answer.split("</s>")[0] for answer in found] == ["river", "snow"] * 3
+    shuffled = answers(calibration.shuffled())
+    assert found != shuffled
+    assert sorted(found) == sorted(shuffled)

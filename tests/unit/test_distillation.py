@@ -1,5 +1,6 @@
 """The gradient and the steps of healing, against direct computations."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -19,72 +20,54 @@ from sleb_cli.engine.text.calibration import Calibration
 IDS = torch.randint(320, (3, 20), generator=torch.Generator().manual_seed(0))
 
 
+@contextmanager
 def dense_and_changed(blocks, changed):
-    """Return a model, and another that differs from it in one block."""
-    dense, other = (random_model(llama_config(blocks)).requires_grad_(False) for _ in range(2))
+    """Yield a model, and another that differs from it in one block from which on it is trained."""
+    dense = random_model(llama_config(blocks)).requires_grad_(False)
+    other = random_model(llama_config(blocks)).requires_grad_(False)
     other.model.layers[changed].mlp.down_proj.weight *= 0.5
-    return dense, other
-
-
-@pytest.mark.parametrize(
-    "counted", [None, torch.rand(IDS.shape, generator=torch.Generator().manual_seed(1)) < 0.4]
-)
-@pytest.mark.parametrize("positions", [1, 9, 1000])
-def test_gradients_in_slices_are_those_of_all_logits_at_once(positions, counted, monkeypatch):
-    monkeypatch.setattr(variant, "POSITIONS", positions)
-    three = replace(
-        settings_for(torch.device("cpu")), widened_bytes=4 * 320 * 3
-    )  # positions in float32 at a time
-    monkeypatch.setattr(logits, "settings_for", lambda device: three)
-    dense, pruned = dense_and_changed(3, 1)
-    pruned.model.layers.requires_grad_(True)
-    ours, theirs = (
-        pruned(IDS).logits[:, :-1].log_softmax(-1),
-        dense(IDS).logits[:, :-1].log_softmax(-1),
-    )
-    every = functional.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
-    plain = (every if counted is None else every[counted[:, 1:]]).mean()
-    parameters = list(pruned.model.layers.parameters())
-    expected = torch.autograd.grad(plain, parameters)
+    other.model.layers[changed:].requires_grad_(True)
     with (
         SkippableModel(dense, dense.model.layers) as teacher,
-        SkippableModel(pruned, pruned.model.layers) as student,
+        SkippableModel(other, other.model.layers) as student,
     ):
-        mask = torch.ones_like(IDS, dtype=torch.bool) if counted is None else counted
-        distillation = Distillation(Variant(teacher), Variant(student), 0)
+        yield Variant(teacher), Variant(student), list(other.model.layers[changed:].parameters())
+
+
+@pytest.mark.parametrize("share", [1.0, 0.4])
+@pytest.mark.parametrize("positions", [1, 9, 1000])
+def test_gradients_in_slices_are_those_of_all_logits_at_once(positions, share, monkeypatch):
+    monkeypatch.setattr(variant, "POSITIONS", positions)
+    settings = replace(settings_for(torch.device("cpu")), widened_bytes=4 * 320 * 3)
+    monkeypatch.setattr(logits, "settings_for", lambda device: settings)  # three in float32
+    mask = torch.rand(IDS.shape, generator=torch.Generator().manual_seed(1)) < share
+    counted = mask[:, 1:]
+    with dense_and_changed(3, 0) as (teacher, student, parameters):
+        theirs = teacher.skippable.model(IDS).logits[:, :-1].log_softmax(-1)
+        ours = student.skippable.model(IDS).logits[:, :-1].log_softmax(-1)
+        every = functional.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
+        plain = every[counted].mean()
+        expected = torch.autograd.grad(plain, parameters)
+        distillation = Distillation(teacher, student, 0)
         found = distillation.add_gradient(distillation.batch(IDS, mask))
-        text = Calibration(IDS, None, counted, ())
-        loss, divergence = DenseComparison(Variant(teacher), text).losses(Variant(student))
-    of_tokens = -ours.gather(-1, IDS[:, 1:, None])[..., 0]
-    assert loss == pytest.approx(
-        of_tokens[slice(None) if counted is None else counted[:, 1:]].mean().item(), rel=1e-5
-    )
+        comparison = DenseComparison(teacher, Calibration(IDS, None, mask, ()))
+        losses = comparison.losses(student)
+    loss = -ours.gather(-1, IDS[:, 1:, None])[..., 0][counted].mean().item()
+    assert losses == pytest.approx((loss, plain.item()), rel=1e-5)
     assert found == pytest.approx(plain.item(), rel=1e-5)
-    assert divergence == pytest.approx(plain.item(), rel=1e-5)
     for parameter, gradient in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
-    assert all(
-        parameter.grad is None
-        for name, parameter in pruned.named_parameters()
-        if ".layers." not in name
-    )
+    assert student.skippable.model.lm_head.weight.grad is None
 
 
 def test_a_pass_that_starts_at_a_block_gives_the_same_gradients():
-    dense, pruned = dense_and_changed(4, 2)
-    parameters = list(pruned.model.layers[2:].parameters())
-    pruned.model.layers[2:].requires_grad_(True)
     found = []
-    with (
-        SkippableModel(dense, dense.model.layers) as teacher,
-        SkippableModel(pruned, pruned.model.layers) as student,
-    ):
-        assert can_share(Variant(teacher), Variant(student), 2, IDS)
-        assert not can_share(Variant(teacher), Variant(student), 3, IDS)
+    with dense_and_changed(4, 2) as (teacher, student, parameters):
+        assert can_share(teacher, student, 2, IDS)
+        assert not can_share(teacher, student, 3, IDS)
         for first in (0, 2):
-            distillation = Distillation(Variant(teacher), Variant(student), first)
+            distillation = Distillation(teacher, student, first)
             distillation.add_gradient(distillation.batch(IDS, IDS >= 0))
             found.append([parameter.grad.clone() for parameter in parameters])
-            pruned.zero_grad()
-    for whole, shared in zip(*found, strict=True):
-        torch.testing.assert_close(whole, shared)
+            student.skippable.model.zero_grad()
+    torch.testing.assert_close(*found)

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from conftest import prose, train_tokenizer
 from sleb_cli.engine.text.windows import (
@@ -22,23 +23,23 @@ def tokenizer():
 
 
 def test_the_tokenizers_bos_begins_the_text_or_each_window(tokenizer):
-    other, text = train_tokenizer(bos=True), Text("t", prose(30))
-    plain = tokenizer(text.content).input_ids
-    assert (
-        cut_windows(tokenizer, text.content, 16, bos=False).flatten().tolist()
-        == plain[: len(plain) // 16 * 16]
-    )
+    words = prose(30)
+    text = Text("t", words)
+    plain = torch.tensor(tokenizer(words).input_ids)
+    count = len(plain)
+    without = cut_windows(tokenizer, words, 16, bos=False)
+    assert torch.equal(without.flatten(), plain[: count // 16 * 16])
+    other = train_tokenizer(bos=True)
     windows = cut_for_evaluation(other, text, 16)
     assert windows.bos == "text"
-    for ids in (windows.ids, cut_running_text(other, text.content, 16)):
-        assert ids.flatten().tolist() == [0, *plain][: (len(plain) + 1) // 16 * 16]
+    assert torch.equal(windows.ids, cut_running_text(other, words, 16))
+    assert torch.equal(windows.ids.flatten()[1:], plain[: (count + 1) // 16 * 16 - 1])
+    assert windows.ids[0, 0] == 0
     other.bos_token = "</s>"  # now the model's BOS is not what the tokenizer adds
-    for ids in (
-        cut_for_evaluation(other, text, 16, bos=True).ids,
-        cut_windows(other, text.content, 16, bos=True),
-    ):
-        assert ids[:, 0].tolist() == [1] * len(ids)
-        assert ids[:, 1:].flatten().tolist() == plain[: len(plain) // 15 * 15]
+    ids = cut_windows(other, words, 16, bos=True)
+    assert torch.equal(ids, cut_for_evaluation(other, text, 16, bos=True).ids)
+    assert set(ids[:, 0].tolist()) == {1}
+    assert torch.equal(ids[:, 1:].flatten(), plain[: count // 15 * 15])
     assert cut_windows(other, "river", 16, bos=True).shape == (0, 16)
     other.bos_token = None
     assert cut_for_evaluation(other, text, 16).bos == "none"
@@ -47,22 +48,17 @@ def test_the_tokenizers_bos_begins_the_text_or_each_window(tokenizer):
 
 
 def test_tokens_belong_to_the_documents_they_are_from(tokenizer):
-    parts = [prose(6, seed=1), prose(9, seed=2), prose(4, seed=3)]
-    starts = (0, len(parts[0]) + 2, len(parts[0]) + len(parts[1]) + 4)
-    windows = cut_for_evaluation(tokenizer, Text("t", "\n\n".join(parts), documents=starts), 16)
+    text = prose(19)
+    starts = (0, text.index(".") + 2, text.rindex("\n") + 1)
+    windows = cut_for_evaluation(tokenizer, Text("t", text, documents=starts), 16)
     assert windows.clustered_by == "documents"
-    places = [
-        place
-        for place, _ in tokenizer("\n\n".join(parts), return_offsets_mapping=True).offset_mapping
-    ]
-    owners = [sum(start <= place for start in starts) - 1 for place in places]
-    assert windows.clusters.tolist() == [
-        owners[row * 16 + 1 : row * 16 + 16] for row in range(len(windows.ids))
-    ]
+    owners = []
+    for place, _ in tokenizer(text, return_offsets_mapping=True).offset_mapping:
+        owners.append(sum(start <= place for start in starts) - 1)
+    rows = torch.tensor(owners[: windows.ids.numel()]).view_as(windows.ids)
+    assert torch.equal(windows.clusters, rows[:, 1:])
     for documents in ((), (0,)):
-        alone = cut_for_evaluation(
-            tokenizer, Text("t", "\n\n".join(parts), documents=documents), 16
-        )
+        alone = cut_for_evaluation(tokenizer, Text("t", text, documents=documents), 16)
         assert alone.clustered_by == "windows"
         assert alone.clusters[:, 0].tolist() == list(range(len(alone.ids)))
 

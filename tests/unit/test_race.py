@@ -1,7 +1,6 @@
 """The racing rule on plain numbers."""
 
 import math
-import random
 import statistics
 
 import numpy as np
@@ -14,95 +13,63 @@ from sleb_cli.engine.search.race import DRIFT, NEGLIGIBLE, PRIOR_FREEDOM, Race, 
 FIELD = [0.02 * block for block in range(28)]
 
 
-def run(matrix, *, batch=2, before=None):
-    """Race candidates whose scores on all sequences are known; return the race and its winner."""
-    total = len(next(iter(matrix.values())))
-    race = Race(list(matrix), total, before)
-    for seen in range(batch, total + batch, batch):
+def run(matrix):
+    """Race candidates whose 64 scores are known; return the race and its winner."""
+    race = Race(list(matrix), 64)
+    for seen in range(2, 66, 2):
         race.drop_beaten({block: matrix[block][:seen] for block in race.contenders})
-    return race, race.outcome(
-        {block: statistics.fmean(matrix[block]) for block in race.contenders}
-    ).best
+    means = {block: statistics.fmean(matrix[block]) for block in race.contenders}
+    return race, race.outcome(means).best
 
 
-def looked(matrix, sequences):
-    """Let a race look once at these scores, of which there will be more."""
-    race = Race(list(matrix), sequences)
-    race.drop_beaten(matrix)
-    return race
+DRAWS = {
+    "normal": lambda rng: rng.standard_normal((28, 64)),
+    "skewed": lambda rng: rng.standard_exponential((28, 64)),
+    "heavy tails, where a few sequences decide": lambda rng: rng.standard_t(3, (28, 64)),
+    "a winner that scatters five times as much": lambda rng: rng.normal(0, OF_THE_WINNER, (28, 64)),
+}
+OF_THE_WINNER = np.array([[5.0]] + [[1.0]] * 27)
 
 
-def draws(means, *, sequences=64, seed=0, scatter=0.06):
-    """Make scores as real ones are: what a sequence is like, and a little of each candidate's own."""
-    rng = random.Random(seed)
-    level = [rng.gauss(3, 0.5) for _ in range(sequences)]
-    return {
-        block: [at + mean + rng.gauss(0, scatter) for at in level] for block, mean in means.items()
-    }
-
-
-@pytest.mark.parametrize(
-    ("tails", "odd"),
-    [
-        pytest.param("standard_normal", None, id="normal"),
-        pytest.param("standard_exponential", None, id="skewed"),
-        pytest.param("standard_t", None, id="heavy tails, where a few sequences decide"),
-        pytest.param("standard_normal", 0, id="a winner that scatters five times as much"),
-    ],
-)
-def test_most_work_is_saved_at_a_small_cost(tails, odd):
-    """As in SmolLM2, neighbours in the ranking are .02 nats apart, less than chance on few
-    sequences.
-    """
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_most_work_is_saved_at_a_small_cost(draw):
+    """As in SmolLM2, neighbours are .02 nats apart, less than chance on few sequences."""
     rng = np.random.default_rng(0)
-    shares, costs = [], []
+    field = 0.02 * np.arange(28)
+    shares = []
+    costs = []
     for _ in range(100):
-        scores = getattr(rng, tails)(*([3] if tails == "standard_t" else []), size=(28, 64))
-        scores *= 0.1 / scores.std()
-        if odd is not None:
-            scores[odd] *= 5
-        scores += np.array(FIELD)[:, None] - scores.mean(1, keepdims=True)
-        race, best = run(dict(enumerate((3 + rng.standard_normal(64) / 2 + scores).tolist())))
+        scores = draw(rng)
+        scores *= 0.1 / scores[1:].std()
+        scores += field[:, None] - scores.mean(1, keepdims=True)
+        level = 3 + rng.standard_normal(64) / 2  # what a sequence is like
+        race, best = run(dict(enumerate((level + scores).tolist())))
         shares.append(race.evaluations / (28 * 64))
-        costs.append(FIELD[best])
+        costs.append(field[best])
     assert statistics.fmean(shares) < 0.15
     assert costs.count(0) > 60
     assert statistics.fmean(costs) < 0.01  # half of what neighbours differ by
 
 
+# Of these sequences, the second is 0.1 worse on average, with an error of 0.02 on all of them.
+CLEARLY = {0: [1.0, 2.0, 3.0, 4.0] * 4, 1: [1.2, 2.0, 3.2, 4.0] * 4}
+
+
 @pytest.mark.parametrize(
     ("matrix", "sequences", "drops"),
     [
-        (draws({0: 0.0, 1: 3.0}, sequences=58), 64, []),  # near the end, little is saved
+        (CLEARLY, 64, [1]),
+        (CLEARLY, 17, []),  # near the end, little is saved
+        ({0: [1.0, 3.0] * 2, 1: [2.0, 2.1] * 2}, 64, []),  # behind by less than chance
         ({0: [1.0], 1: [9.0]}, 64, []),  # one sequence says nothing of chance
         ({block: [1.0] * 7 for block in range(4)}, 16, []),  # equal scores
         ({0: [1.0] * 2, 1: [2.0] * 2}, 16, [1]),  # a constant lead is certain at once
     ],
 )
 def test_one_look_drops_who_is_behind_for_certain(matrix, sequences, drops):
-    race = looked(matrix, sequences)
+    race = Race(list(matrix), sequences)
+    race.drop_beaten(matrix)
     assert list(race.dropped) == drops
-    assert all(drop.errors == 1e9 for drop in race.dropped.values())
-
-
-@pytest.mark.parametrize("sequences", [60, 10_000])
-@pytest.mark.parametrize("seen", [2, 5, 16, 40])
-def test_a_candidate_unlikely_to_win_is_dropped(seen, sequences):
-    """One look, with no step before: d behind, s the standard error of that over all sequences."""
-    scatter = [(-1.0) ** n for n in range(seen - seen % 2)] + [0.0] * (seen % 2)
-    own, freedom = statistics.variance(scatter), seen - 1
-    variance = (freedom * own + PRIOR_FREEDOM * own / (1 - 2 / (9 * freedom)) ** 3) / (
-        freedom + PRIOR_FREEDOM
-    )
-    error = (variance * (1 / seen - 1 / sequences)) ** 0.5
-    limits = [
-        d
-        for d in np.linspace(0, 6 * error, 2000)
-        if expected_improvement(d, error) < NEGLIGIBLE * d
-    ]
-    for times, drops in ((0.99, []), (1.01, [1])):
-        race = looked({0: [0.0] * seen, 1: [times * limits[0] + by for by in scatter]}, sequences)
-        assert list(race.dropped) == drops
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Scores by token against plain arithmetic on whole logits."""
 
-import math
-
 import pytest
 import torch
 from torch.nn.functional import kl_div
@@ -46,17 +44,18 @@ def test_the_divergence_is_summarized_over_the_counted_tokens(scored):
     counted = torch.ones(3, 19, dtype=torch.bool)
     clusters = torch.arange(3)[:, None].expand(3, 19)
     found = divergence_record(pruned, dense, counted, clusters)
-    values = pruned["divergence"].flatten().double()
-    assert found.mean == pytest.approx(float(values.mean()))
-    assert found.median == pytest.approx(float(values.quantile(0.5)))
-    assert found.p90 == pytest.approx(float(values.quantile(0.9)))
-    assert found.maximum == float(values.max())
+    values = pruned["divergence"].double()
     change = (-pruned["nll"]).exp() - (-dense["nll"]).exp()
-    assert found.probability_change_rms == pytest.approx(
-        float(change.square().mean().sqrt()), rel=1e-4
-    )
-    for name in ("same_top", "accepted"):
-        assert getattr(found, name) == pytest.approx(float(pruned[name].double().mean()))
-    # Three observations of equal size: the ordinary standard error of three means.
-    means = pruned["divergence"].double().mean(1)
-    assert found.standard_error == pytest.approx(float(means.std() / math.sqrt(3)))
+    expected = {
+        "mean": values.mean(),
+        "median": values.quantile(0.5),
+        "p90": values.quantile(0.9),
+        "maximum": values.max(),
+        # Three observations of equal size: the ordinary standard error of three means.
+        "standard_error": values.mean(1).std() / 3**0.5,
+        "probability_change_rms": change.square().mean().sqrt(),
+        "same_top": pruned["same_top"].double().mean(),
+        "accepted": pruned["accepted"].mean(),
+    }
+    for name, value in expected.items():
+        assert getattr(found, name) == pytest.approx(float(value), rel=1e-4)
