@@ -27,7 +27,6 @@ from sleb_plugins.errors import explain_out_of_memory
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from sleb_cli.checks.searches import CheckedSearch
     from sleb_cli.checks.subjects import NamedSubject
     from sleb_cli.engine.model.source import ModelSource
     from sleb_cli.engine.process_group import ProcessGroup
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from sleb_cli.records import Record
     from sleb_cli.requests import ApplyRequest, ExportRequest, SearchRequest
     from sleb_cli.results import ApplyResult, BenchResult, EvalResult, ExportResult, GgufResult
-    from sleb_plugins import Engine, Exporter
+    from sleb_plugins import Exporter
 
 
 Q = TypeVar("Q", bound=Request)
@@ -70,11 +69,10 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
     from sleb_cli.checks.searches import check_search
     from sleb_cli.engine.door.files import locate
 
-    def find(search: CheckedSearch, notify: Notify) -> ModelSource:
-        return locate(search.named, notify)
-
     with only_writer(request.plan_file) if is_main_process() else nullcontext():
-        with _prepared(check_search, find, request, notify) as ready:
+        with _prepared(
+            check_search, lambda search, notify: locate(search.named, notify), request, notify
+        ) as ready:
             from sleb_cli.engine.door.search import resolve_search
             from sleb_cli.engine.search.journal import delete_journal
             from sleb_cli.engine.search.run import find_removals
@@ -163,10 +161,9 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
             hint="Run it without the launcher.",
         )
 
-    def find(checked: tuple[NamedSubject, Engine | None], notify: Notify) -> ModelSource:
-        return locate(checked[0], notify)
-
-    with _prepared(check_bench, find, request, notify, alone=True) as ready:
+    with _prepared(
+        check_bench, lambda checked, notify: locate(checked[0], notify), request, notify, alone=True
+    ) as ready:
         from sleb_cli.engine.door.bench import resolve_bench
         from sleb_cli.engine.output.engine_files import engine_files
         from sleb_cli.engine.speed.benchmark import benchmark
@@ -219,9 +216,12 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
         text = exporter.export(pruning)
     if output is not None:
         write_text(output, text, replace=request.force)
-    file, shown = (str(output), None) if output else (None, text)
     return ExportResult(
-        **THIS_VERSION, kind="export", exporter=exporter.name, text=shown, file=file
+        **THIS_VERSION,
+        kind="export",
+        exporter=exporter.name,
+        text=None if output else text,
+        file=str(output) if output else None,
     )
 
 
@@ -273,7 +273,11 @@ def _prepared(
         require_coherent(request)  # needs no plugins, which take time to load
         registry = load_registry(notify)
         checked = check(request, registry)
-        _require_device(request)
+        device = getattr(request, "device", AUTO)
+        if device not in (AUTO, "cpu"):  # before a model is downloaded for it
+            from sleb_cli.engine.device import choose_device  # which imports torch
+
+            choose_device(device)
         return _Prepared(registry, checked, find(checked, notify), group)
 
     if alone and not is_main_process():
@@ -285,15 +289,6 @@ def _prepared(
         yield group.main_first(lambda: prepare(group))
         if not group.is_main:
             raise WorkerFinished
-
-
-def _require_device(request: Request) -> None:
-    """Check that the named device is there, before a model is downloaded for it."""
-    device = getattr(request, "device", AUTO)
-    if device not in (AUTO, "cpu"):
-        from sleb_cli.engine.device import choose_device  # which imports torch
-
-        choose_device(device)
 
 
 def _save(record: Record, path: Path | None) -> None:

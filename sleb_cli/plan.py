@@ -435,13 +435,11 @@ class ExpertPlan(Record):
         """How many experts of each block go."""
         return len(self.blocks[0].removals)
 
-    def perplexity(self, *, held_out: bool) -> float | None:
-        """Return the perplexity without these experts, of the texts that were held out or of the
-        others, if any.
-        """
-        texts = [text for text in self.texts if text.held_out == held_out]
-        if not texts:
-            return None
+    @property
+    def perplexity(self) -> float:
+        """The perplexity of the texts that were not held out, without these experts."""
+        # A plan as it was found has some, and one of fewer experts has none.
+        texts = [text for text in self.texts if not text.held_out]
         loss = sum(text.pruned * text.sequences for text in texts)
         return math.exp(loss / sum(text.sequences for text in texts))
 
@@ -503,6 +501,8 @@ class Plan(VersionedRecord):
     That copy may be published, so it names local models and texts without their folders.
     """
 
+    left_out_if_none = frozenset({"base_model", "recovery", "proof", "experts"})
+
     request: dict[str, str | int | float | bool | tuple[int | str, ...]]
     model: ModelRecord
     calibration: CalibrationRecord
@@ -530,12 +530,10 @@ class Plan(VersionedRecord):
         none.
         """
         file = self._location.file
-        if file is None or read_plan(file) != self:
-            where = (
-                f"{file} holds another plan than this one" if file else "This plan is in no file"
-            )
-            raise PlanError(f"{where}.", hint='Write it first: plan.write(Path("plan.json")).')
-        return str(file)
+        if file is not None and read_plan(file) == self:
+            return str(file)
+        where = f"{file} holds another plan than this one" if file else "This plan is in no file"
+        raise PlanError(f"{where}.", hint='Write it first: plan.write(Path("plan.json")).')
 
     def write(self, path: Path) -> None:
         """Write the plan atomically, and remember where."""
@@ -613,17 +611,7 @@ class Plan(VersionedRecord):
         """The perplexity of the calibration text at the last size."""
         if self.parts is None:
             return self.steps[-1].perplexity if self.steps else self.dense.perplexity
-        found = self.parts.perplexity(held_out=False)
-        assert found is not None  # of a plan as it was found, and not of fewer experts
-        return found
-
-    @property
-    def held_out_perplexity(self) -> float | None:
-        """The perplexity of the held-out sequences at the last size, if any were held out."""
-        if self.parts:
-            return self.parts.perplexity(held_out=True)
-        last = self.steps[-1].held_out if self.steps else self.dense.held_out
-        return last.perplexity if last else None
+        return self.parts.perplexity
 
     @property
     def size_keys(self) -> tuple[SizeKey, ...]:
@@ -642,15 +630,6 @@ class Plan(VersionedRecord):
         """Whether each size removes the blocks of the previous size and one more."""
         return all(step.removals is None for step in self.steps)
 
-    def to_data(self) -> dict[str, Any]:
-        """Return the plan as in JSON, without what only some plans have."""
-        of_some = {"base_model", "recovery", "proof", "experts"}
-        return {
-            key: value
-            for key, value in super().to_data().items()
-            if key not in of_some or value is not None
-        }
-
     def first(self, count: int) -> Plan:
         """Return the plan of a search stopped after `count` removals; the sample generation is kept
         only for all.
@@ -658,11 +637,9 @@ class Plan(VersionedRecord):
         if count == len(self.largest):
             return self
         targets = {*TARGET_NAMES, "serve_length"}
-        request = {name: value for name, value in self.request.items() if name not in targets} | {
-            "remove": count
-        }
+        request = {name: value for name, value in self.request.items() if name not in targets}
         cut = {
-            "request": request,
+            "request": {**request, "remove": count},
             "search": self.search.model_copy(update={"remove": count, "target": None}),
             "sample_generation": None,
         }
@@ -713,7 +690,7 @@ def compare_plans(before: Plan, after: Plan) -> str:
         if old != new:
             found = f"other {after.unit} from step {size} on"
             break
-    change = _largest_change(before, after)
+    change = max(_changes(before, after))
     scores = f"scores differ by at most {change:.2g}" if change else "all scores are identical"
     said = f"The search found {found}; {scores}."
     differing = differences(_circumstances(after), _circumstances(before))
@@ -726,8 +703,8 @@ def _sizes(plan: Plan) -> list[Any]:
     return [order.by_size(size) for size in range(1, len(order.size_keys) + 1)]
 
 
-def _largest_change(before: Plan, after: Plan) -> float:
-    """Return how far losses and scores differ at most, as long as the same blocks are gone."""
+def _changes(before: Plan, after: Plan) -> list[float]:
+    """Return how far losses and scores differ, as long as the same blocks are gone."""
     changes = [abs(before.dense.loss - after.dense.loss)]
     for old, new in zip(before.steps, after.steps, strict=False):
         for block, score in old.scores.items():
@@ -739,7 +716,7 @@ def _largest_change(before: Plan, after: Plan) -> float:
     if before.parts and after.parts:
         for old_text, new_text in zip(before.parts.texts, after.parts.texts, strict=False):
             changes.append(abs(old_text.pruned - new_text.pruned))
-    return max(changes)
+    return changes
 
 
 def _circumstances(plan: Plan) -> dict[str, Any]:

@@ -79,12 +79,6 @@ class Offer:
     plugin: Plugin
 
 
-_TRANSFORMERS = Offer(
-    "engine", TRANSFORMERS, None, Plugin(TRANSFORMERS, "sleb_cli.engine.speed", "sleb", __version__)
-)
-"""The engine that is built in."""
-
-
 @dataclass(frozen=True)
 class Failure:
     """A plugin that could not be loaded, and why."""
@@ -131,7 +125,8 @@ class Registry:
 
     def choose(self, kind: Kind, name: str) -> Offer:
         """Return the offer of this name; refuse one that no plugin makes, or two."""
-        if offer := self._claimant(kind, name):
+        offer = self._claimant(kind, name)
+        if offer:
             return offer
         names = sorted(known for known_kind, known in self._claims if known_kind == kind)
         raise UsageError(
@@ -204,6 +199,7 @@ def load_plugins(points: Iterable[EntryPoint] | None = None) -> Registry:
     """Load each installed plugin separately, so that a broken one affects no other."""
     offers: list[Offer] = []
     failures: list[Failure] = []
+    own = Plugin(TRANSFORMERS, "sleb_cli.engine.speed", "sleb", __version__)
     if points is None:
         points = entry_points(group=GROUP)
     for entry_point in points:
@@ -212,7 +208,8 @@ def load_plugins(points: Iterable[EntryPoint] | None = None) -> Registry:
             offers += _offers(plugin, entry_point.load)
         except (Exception, SystemExit) as error:  # a plugin can raise anything on import
             failures.append(Failure(plugin, f"{type(error).__name__}: {error}"))
-    return Registry((*offers, _TRANSFORMERS), tuple(failures))
+    offers.append(Offer("engine", TRANSFORMERS, None, own))
+    return Registry(tuple(offers), tuple(failures))
 
 
 def _plugin(entry_point: EntryPoint) -> Plugin:

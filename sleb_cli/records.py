@@ -6,7 +6,7 @@ import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -132,8 +132,19 @@ def _published(value: Any, metadata: Sequence[object]) -> Any:
 class VersionedRecord(Record):
     """A record that is a file of its own."""
 
+    left_out_if_none: ClassVar[frozenset[str]] = frozenset()
+    """Fields that only some files have."""
+
     schema_version: Literal[1]
     sleb_version: str
+
+    def to_data(self) -> dict[str, Any]:
+        """Return the record as in JSON."""
+        data = super().to_data()
+        for name in self.left_out_if_none:
+            if data[name] is None:
+                del data[name]
+        return data
 
 
 class ModelRecord(Record):

@@ -37,24 +37,14 @@ def size_fields(order: Order) -> dict[str, Any]:
     return {"experts": ExpertSizes(count=order.count, ranking=order.ranking)}
 
 
-class ExpertResult(VersionedRecord):
-    """A result that tells of experts, if they are what changes."""
-
-    def to_data(self) -> dict[str, Any]:
-        """Return the result as in JSON, without fields of experts that are None."""
-        return {
-            name: value
-            for name, value in super().to_data().items()
-            if value or not name.startswith("experts")
-        }
-
-
-class ResultRecord(ExpertResult):
+class ResultRecord(VersionedRecord):
     """What evaluations and benchmarks share: the model, and where and by what it ran.
 
     If `experts` is there, it says what the numbers in `sizes` and `removals` count. `plugins` has
     the version of each other package that took part.
     """
+
+    left_out_if_none = frozenset({"experts"})
 
     model: ModelRecord
     experts: ExpertSizes | None = None
@@ -126,11 +116,8 @@ class VocabularyRecord(CutRecord):
     @property
     def change(self) -> str:
         """What went with the tokens, and any blocks: "only latin; tokens 49,152 to 30,000; …"."""
-        tokens, parameters = (
-            f"{before:,} to {after:,}" for before, after in (self.tokens, self.parameters)
-        )
-        before, after = map(format_bytes, self.weights_bytes)
-        return f"only {', '.join(self.scripts)}; tokens {tokens}; parameters {parameters}; {before} to {after}"
+        tokens = "{:,} to {:,}".format(*self.tokens)
+        return f"only {', '.join(self.scripts)}; tokens {tokens}; {_smaller(self)}"
 
 
 class ExpertsRecord(CutRecord):
@@ -147,9 +134,12 @@ class ExpertsRecord(CutRecord):
     @property
     def change(self) -> str:
         """What went: "128 to 96 in each block; parameters …"."""
-        (before, after), parameters = self.experts, "{:,} to {:,}".format(*self.parameters)
-        bytes_before, bytes_after = map(format_bytes, self.weights_bytes)
-        return f"{before} to {after} in each block; parameters {parameters}; {bytes_before} to {bytes_after}"
+        return f"{self.experts[0]} to {self.experts[1]} in each block; {_smaller(self)}"
+
+
+def _smaller(cut: VocabularyRecord | ExpertsRecord) -> str:
+    parameters = "{:,} to {:,}".format(*cut.parameters)
+    return f"parameters {parameters}; {' to '.join(map(format_bytes, cut.weights_bytes))}"
 
 
 class PerTokenRecord(CutRecord):
@@ -165,10 +155,12 @@ class PerTokenRecord(CutRecord):
         return "{} to {}".format(*self.experts)
 
 
-class WrittenResult(ExpertResult):
+class WrittenResult(VersionedRecord):
     """A model that was written without some of its parts; what went besides blocks has a field for
     each kind.
     """
+
+    left_out_if_none = frozenset({"experts", "experts_per_token"})
 
     @property
     def path(self) -> Path:
@@ -531,14 +523,7 @@ class Workload(Record):
     @property
     def identity(self) -> tuple[object, ...]:
         """What identifies the workload, however often it is run."""
-        return (
-            self.name,
-            self.engine,
-            self.batch_size,
-            self.prompt_length,
-            self.new_tokens,
-            self.compiled,
-        )
+        return tuple(value for name, value in self if name not in ("iterations", "warmup"))
 
 
 class WarmupRecord(Record):
@@ -671,10 +656,6 @@ class BenchResult(ResultRecord):
         pruned = tuple(size for size in self.pruned if frozenset(size.removals) in sizes)
         workloads = with_sizes(self.workloads, sizes)
         return self.model_copy(update={"pruned": pruned, "workloads": workloads})
-
-    def is_by(self, engine: str) -> bool:
-        """Whether this engine ran the workloads."""
-        return all(result.workload.engine == engine for result in self.workloads)
 
     def merged_with(self, previous: BenchResult) -> BenchResult:
         """Return both results, of one key, as one.

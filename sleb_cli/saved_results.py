@@ -55,7 +55,8 @@ def read_results(
     kind: type[R], folder: Path, notify: Notify, prefix: str | None = None
 ) -> dict[Path, R]:
     """Read the results of a kind by file, the oldest first; what cannot be read is a warning."""
-    prefix = prefix or f"{_kind(kind)}-"
+    if prefix is None:
+        prefix = "eval-" if kind is EvalResult else "bench-"
     files = sorted(folder.glob(f"{prefix}*.json"), key=lambda file: file.lstat().st_mtime_ns)
     results = {}
     for file in files:
@@ -74,10 +75,6 @@ def delete_results(folder: Path) -> None:
         file.unlink()
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-
-
-def _kind(kind: type[EvalResult] | type[BenchResult]) -> str:
-    return "eval" if kind is EvalResult else "bench"
 
 
 def _name(result: EvalResult | BenchResult, part: Key) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from sleb_cli.requests import StrategyName
 
@@ -29,9 +28,10 @@ class Strategy:
 
 GREEDY = Strategy("greedy", can_race=True, can_extend=True)
 ONESHOT = Strategy("oneshot")
-CONTIGUOUS = Strategy("contiguous", removes_spans=True)
-REFINE = Strategy("refine", can_race=True, swaps=True)
 
-STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
-    {strategy.name: strategy for strategy in (GREEDY, ONESHOT, CONTIGUOUS, REFINE)}
-)
+STRATEGIES: Mapping[str, Strategy] = {
+    "greedy": GREEDY,
+    "oneshot": ONESHOT,
+    "contiguous": Strategy("contiguous", removes_spans=True),
+    "refine": Strategy("refine", can_race=True, swaps=True),
+}

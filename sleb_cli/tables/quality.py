@@ -74,12 +74,8 @@ def perplexity_change(scores: PrunedTextScores) -> Estimate:
     return change, Interval(low=math.expm1(ends.low), high=math.expm1(ends.high))
 
 
-def _no_remarks(text: TextResult) -> list[str]:
-    return []
-
-
 def text_names(
-    texts: Sequence[TextResult], remarks_on: Callable[[TextResult], list[str]] = _no_remarks
+    texts: Sequence[TextResult], remarks_on: Callable[[TextResult], list[str]] | None = None
 ) -> list[str]:
     """Name each text, with remarks that tell texts of one name apart."""
     names = []
@@ -92,7 +88,8 @@ def text_names(
         for number, detail in enumerate(_text_details(text)):
             if any(_text_details(other)[number] != detail for other in namesakes):
                 remarks.append(detail)
-        remarks += remarks_on(text)
+        if remarks_on:
+            remarks += remarks_on(text)
         names.append(f"{name} ({', '.join(remarks)})" if remarks else name)
     return names
 

@@ -75,22 +75,12 @@ def _cells(lines: Sequence[Line], columns: Sequence[int]) -> dict[tuple[int, int
 
 def _step_numbers(columns: Sequence[int]) -> str:
     """Number every 1st, 2nd, 5th, 10th, … step, as there is room."""
-    stride = _stride(columns)
+    room = len(str(len(columns) - 1)) + 1
+    stride = 1
+    while stride < len(columns) and columns[stride] < room:
+        is_two = str(stride).startswith("2")
+        stride = stride * 5 // 2 if is_two else stride * 2
     row = ""
     for step in range(0, len(columns), stride):
         row = row.ljust(columns[step]) + str(step)
     return row
-
-
-def _stride(columns: Sequence[int]) -> int:
-    room = len(str(len(columns) - 1)) + 1
-    stride = 1
-    while stride < len(columns) and columns[stride] < room:
-        stride = _next_round_number(stride)
-    return stride
-
-
-def _next_round_number(number: int) -> int:
-    """Return the next of 1, 2, 5, 10, 20, 50, …"""
-    is_two = str(number).startswith("2")
-    return number * 5 // 2 if is_two else number * 2

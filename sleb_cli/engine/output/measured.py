@@ -71,7 +71,9 @@ def join_results(results: Sequence[R]) -> R | None:
     """
     joined = None
     for result in reversed(results):
-        if isinstance(result, BenchResult) and not result.is_by(TRANSFORMERS):
+        if isinstance(result, BenchResult) and any(
+            timed.workload.engine != TRANSFORMERS for timed in result.workloads
+        ):
             continue
         if joined is None:
             joined = result
