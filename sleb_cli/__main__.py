@@ -22,7 +22,6 @@ from sleb_plugins.errors import without_secrets
 
 INTERRUPTED = 128 + signal.SIGINT
 BROKEN_PIPE = 128 + 13
-MAX_NAME_CHARACTERS = 60
 UNREACHABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EIO)
 """The errors of a file that cannot even be looked for."""
 
@@ -78,7 +77,7 @@ def _report_file(error: OSError) -> int:
 
     if error.filename is None or error.errno not in UNREACHABLE:
         raise error
-    name = elide(str(error.filename), MAX_NAME_CHARACTERS)
+    name = elide(str(error.filename), 60)
     return _report(
         UsageError(
             f"{name} cannot be used: {error.strerror}.",

@@ -1,7 +1,5 @@
 """The keys by which saved numbers are found again: all that they depend on."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

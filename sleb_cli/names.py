@@ -1,7 +1,5 @@
 """Names of models, texts and checkpoints, also without the folders of this machine."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Sequence

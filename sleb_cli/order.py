@@ -4,8 +4,6 @@ A plan and a result each have an `Order`. What reads them asks it, and need not 
 parts goes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -4,8 +4,6 @@ The methods that `sleb_plugins` asks plugins for are called through `_Call`. Wha
 mistake, becomes a `PluginError`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from copy import copy

@@ -1,7 +1,5 @@
 """What plans and results share: strict records, the model's identity, and the proof."""
 
-from __future__ import annotations
-
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

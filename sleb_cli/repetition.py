@@ -1,7 +1,5 @@
 """How much a text repeats itself."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 
 RUN_LENGTH = 4

@@ -5,8 +5,6 @@ plan that is extended, to the model, or to the default that the help names. Noth
 torch, so that `sleb --help` is instant.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import sys
@@ -194,15 +192,15 @@ _force = partial(_flag, "Overwrite existing output.", _OUTPUT)
 _result_file = partial(option, "Write the result to this JSON file.", _OUTPUT)
 
 
-_TYPES: dict[Any, tuple[str, tuple[type, ...]]] = {
-    str: ("a text", (str,)),
-    os.PathLike[str]: ("a plan", (str,)),
-    Path: ("a path", (str,)),
-    int: ("a whole number", (int,)),
-    float: ("a number", (int, float)),
-    bool: ("True or False", (bool,)),
+_TYPES: dict[Any, tuple[str, Any]] = {
+    str: ("a text", str),
+    os.PathLike[str]: ("a plan", str),
+    Path: ("a path", str),
+    int: ("a whole number", int),
+    float: ("a number", int | float),
+    bool: ("True or False", bool),
 }
-"""What errors call the type of a field, and the types of values that it takes, paths being text."""
+"""What errors call the type of a field, and the type of values that it takes, paths being text."""
 
 
 def kinds_of(annotation: Any) -> list[Any]:
@@ -220,9 +218,9 @@ def _typed(name: str, value: Any, annotation: Any) -> Any:
     wanted = []
     for kind in kinds_of(annotation):
         if get_origin(kind) is tuple:
-            words, types = _TYPES[get_args(kind)[0]]
+            words, type_ = _TYPES[get_args(kind)[0]]
             wanted.append(f"a list of {words.removeprefix('a ')}s")
-            if isinstance(value, tuple) and all(_is_one_of(types, each) for each in value):
+            if isinstance(value, tuple) and all(_has_type(each, type_) for each in value):
                 return value
         elif get_origin(kind) is Literal:
             choices = get_args(kind)
@@ -234,9 +232,9 @@ def _typed(name: str, value: Any, annotation: Any) -> Any:
                     f"Unknown value {value!r} for {name}.", hint=did_you_mean(value, choices)
                 )
         else:
-            words, types = _TYPES[kind]
+            words, type_ = _TYPES[kind]
             wanted.append(words)
-            if _is_one_of(types, value):
+            if _has_type(value, type_):
                 return Path(value) if kind is Path else value
     raise UsageError(f"{name} cannot be {value!r}.", hint=f"Give {' or '.join(wanted)}.")
 
@@ -250,9 +248,9 @@ def _without_paths(value: Any) -> Any:
     return value
 
 
-def _is_one_of(types: tuple[type, ...], value: Any) -> bool:
-    """Whether a value has one of these types; True and False are no numbers."""
-    return isinstance(value, types) and (bool in types or not isinstance(value, bool))
+def _has_type(value: Any, type_: Any) -> bool:
+    """Whether a value has this type; True and False are no numbers."""
+    return isinstance(value, type_) and (type_ is bool or not isinstance(value, bool))
 
 
 @dataclass(frozen=True, kw_only=True)

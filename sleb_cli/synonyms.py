@@ -1,7 +1,5 @@
 """What people type who have not read the help, and what they should type here."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 _SEARCH = (

@@ -1,7 +1,5 @@
 """Quantities as options read them, and as tables, sentences and pictures show them."""
 
-from __future__ import annotations
-
 import math
 import re
 import shlex

@@ -5,8 +5,6 @@ config. A value that is not of the key's type is returned unchanged: transformer
 model reads it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Inference engines that `sleb bench --engine NAME` times: what runs a model beside transformers."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Options are fields of a request, with spaces between them, or `field=pattern` fo
 `warmup=0`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 

@@ -3,8 +3,6 @@
 Pure arithmetic.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from fractions import Fraction

@@ -1,7 +1,5 @@
 """Places that a checkpoint or GGUF file may be written to."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from sleb_cli.atomic import remove_leftovers, require_new_file, require_writable

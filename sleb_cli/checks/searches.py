@@ -2,8 +2,6 @@
 written.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -85,7 +83,16 @@ def check_search(request: SearchRequest, registry: Registry) -> CheckedSearch:
     dtype_in_full(request.dtype or AUTO)
     require_mixture(request.calibration)
     if is_main_process():
-        _require_writable_plan(request)
+        journal = journal_of(request.plan_file)
+        # An unfinished search was allowed to write the plan, and may have been killed just after
+        # it did.
+        replaces = request.plan_file == request.extend or (request.resume and journal.exists())
+        require_new_file(request.plan_file, force=request.force or replaces)
+        if journal.exists() and not (request.resume or request.force):
+            raise OutputError(
+                f"{journal} holds an unfinished search.",
+                hint="Continue it with --resume, or start over with --force.",
+            )
     return CheckedSearch(request, metric, strategy, memory, extended)
 
 
@@ -189,18 +196,4 @@ def _require_fitting(request: SearchRequest, metric: Metric, strategy: Strategy)
         raise UsageError(
             f"--extend works with --strategy greedy only, not with {strategy.name}.",
             hint="Search again for the number of blocks you want.",
-        )
-
-
-def _require_writable_plan(request: SearchRequest) -> None:
-    """Check that the plan can be written and overwrites nothing."""
-    journal = journal_of(request.plan_file)
-    # An unfinished search was allowed to write the plan, and may have been killed just after it
-    # did.
-    replaces = request.plan_file == request.extend or (request.resume and journal.exists())
-    require_new_file(request.plan_file, force=request.force or replaces)
-    if journal.exists() and not (request.resume or request.force):
-        raise OutputError(
-            f"{journal} holds an unfinished search.",
-            hint="Continue it with --resume, or start over with --force.",
         )

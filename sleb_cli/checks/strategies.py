@@ -1,7 +1,5 @@
 """The search strategies, and what each can do. `engine/search/strategies.py` has their algorithms."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -2,8 +2,6 @@
 its blocks.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from os import fspath
 from pathlib import Path
@@ -79,7 +77,18 @@ def read_subject(
     model = fspath(request.subject or DEFAULT_PLAN)
     path = Path(model)
     if is_plan(path):
-        return _read_planned(request, path)
+        plan = read_named_plan(path, request)
+        _require_applicable(request, path, plan)
+        model, revision = _locate_model(path, plan, request.model, request.revision)
+        return NamedSubject(
+            replace(request, revision=revision),
+            model,
+            plan.removals,
+            _sizes(request, len(plan.largest), plan),
+            plan=plan,
+            file=path,
+            any_model=request.any_model,
+        )
     if request.model is not None:
         raise UsageError(
             f"--model applies to a plan, but {model} is a model.", hint="Leave out --model."
@@ -91,21 +100,6 @@ def read_subject(
         raise _no_blocks_error(path)
     sizes = _sizes(request, len(removals), None)
     return NamedSubject(request, model, removals, sizes, any_model=request.any_model)
-
-
-def _read_planned(request: OneSizeRequest | SizesRequest, file: Path) -> NamedSubject:
-    plan = read_named_plan(file, request)
-    _require_applicable(request, file, plan)
-    model, revision = _locate_model(file, plan, request.model, request.revision)
-    return NamedSubject(
-        replace(request, revision=revision),
-        model,
-        plan.removals,
-        _sizes(request, len(plan.largest), plan),
-        plan=plan,
-        file=file,
-        any_model=request.any_model,
-    )
 
 
 def _require_applicable(request: SubjectRequest, path: Path, plan: Plan) -> None:

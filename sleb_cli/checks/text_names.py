@@ -1,7 +1,5 @@
 """Check that texts are named as they must be, and that local files are there."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from sleb_cli.checks.mixture import parse_mixture

@@ -1,7 +1,5 @@
 """What `apply`, `eval`, `bench` and `export` are asked for, checked before the model is looked for."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from itertools import product
@@ -220,21 +218,19 @@ def check_export(request: ExportRequest, registry: Registry) -> tuple[list[Named
                 hint="Use --to report or table, or write the checkpoint with `sleb apply`.",
             )
         return [subject], exporter
-    # The model may be on another machine.
-    names = (request.subject or DEFAULT_PLAN, *request.more)
-    return [_plan_alone(request, Path(name)) for name in names], exporter
-
-
-def _plan_alone(request: ExportRequest, named: Path) -> NamedSubject:
-    inside = named / CHECKPOINT_PLAN
-    file = inside if inside.is_file() else named
-    if not is_plan(file):
-        raise UsageError(
-            f"--to {request.to} describes a plan, but {named} is a model.",
-            hint="Name a plan of `sleb search`.",
-        )
-    plan = read_named_plan(file, request)
-    return NamedSubject(request, plan.model.id, plan.removals, plan=plan, file=file)
+    subjects = []
+    for named in (request.subject or DEFAULT_PLAN, *request.more):
+        inside = Path(named) / CHECKPOINT_PLAN
+        file = inside if inside.is_file() else Path(named)
+        if not is_plan(file):
+            raise UsageError(
+                f"--to {request.to} describes a plan, but {file} is a model.",
+                hint="Name a plan of `sleb search`.",
+            )
+        plan = read_named_plan(file, request)
+        # Not looked for: the model may be on another machine.
+        subjects.append(NamedSubject(request, plan.model.id, plan.removals, plan=plan, file=file))
+    return subjects, exporter
 
 
 def _require_new(request: EvalRequest | BenchRequest | ExportRequest) -> None:

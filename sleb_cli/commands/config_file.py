@@ -1,7 +1,5 @@
 """`--config`: the options of a command from a YAML file, or those of a search from its plan."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any

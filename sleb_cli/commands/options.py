@@ -111,11 +111,10 @@ class _Option:
         elif default is None or self.is_list:
             default = None
             kind = kind | None
-        info = self._argument() if self.doc.argument else self._option()
+        info = self._option()
+        if self.doc.argument:
+            info = typer.Argument(metavar=self.doc.metavar, help=self.doc.help, show_default=False)
         return _keyword(self.name, Annotated[kind, info], default)
-
-    def _argument(self) -> Any:
-        return typer.Argument(metavar=self.doc.metavar, help=self.doc.help, show_default=False)
 
     def _option(self) -> Any:
         flag = self.flag

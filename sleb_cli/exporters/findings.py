@@ -1,7 +1,5 @@
 """A plan, and what was measured of it: its evaluation and benchmark."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +22,6 @@ from sleb_cli.results import (
 )
 from sleb_cli.tables.quality import Estimate, is_canary, main_tasks, retention, text_names
 from sleb_cli.units import in_shell
-from sleb_plugins.errors import UsageError
 from sleb_plugins.exporter import Pruning
 
 
@@ -170,15 +167,9 @@ def _unlike_a_headline(timed: tuple[WorkloadResult, PrunedTiming]) -> tuple[bool
 
 
 def read_findings(pruning: Pruning) -> Findings:
-    """Read the plan and results in an exporter's input back into records.
-
-    Raises:
-        UsageError: it describes no plan.
-    """
-    if pruning.plan is None or pruning.plan_file is None:
-        raise UsageError(
-            f"{pruning.model} has no plan to describe.", hint="Name a plan of `sleb search`."
-        )
+    """Read the plan and results in an exporter's input back into records."""
+    assert pruning.plan is not None  # `needs_model` is false
+    assert pruning.plan_file is not None
     plan = Plan.model_validate_json(to_json(pruning.plan))
     evaluation = None
     if pruning.evaluation:

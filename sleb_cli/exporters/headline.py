@@ -1,7 +1,5 @@
 """The findings in a few plain sentences."""
 
-from __future__ import annotations
-
 from sleb_cli.exporters.findings import Findings
 from sleb_cli.tables.quality import by_use, retention, verdict
 from sleb_cli.tables.search_results import collapse_warnings

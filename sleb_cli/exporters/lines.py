@@ -1,7 +1,5 @@
 """What was measured of a plan, as lines by the number of removals."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean

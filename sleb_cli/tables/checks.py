@@ -1,7 +1,5 @@
 """The proof of a checkpoint, in words."""
 
-from __future__ import annotations
-
 from sleb_cli.records import Check, Proof, Reference
 
 

@@ -1,7 +1,5 @@
 """The settings of searches, evaluations and benchmarks, on which their numbers depend."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from sleb_cli.plan import Plan

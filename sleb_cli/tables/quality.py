@@ -1,7 +1,5 @@
 """What a removal costs, on texts and on tasks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial

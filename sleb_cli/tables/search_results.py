@@ -1,7 +1,5 @@
 """What a search found: its steps, the removed blocks, and a text by both models."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """What a removal gains, in speed, latency, memory and size."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Data sets on the Hub, among them the presets of the literature and of the reference."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager

@@ -1,7 +1,5 @@
 """Texts in local files: running text, or lines of JSON."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TypeVar
 

@@ -1,7 +1,5 @@
 """The kinds of text, and the one place where a name becomes a text."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from sleb_cli.texts.data_set import C4, WIKITEXT2, DataSet, ReferenceText, WebPages, WikiText2

@@ -1,7 +1,5 @@
 """What every kind of text has in common."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any

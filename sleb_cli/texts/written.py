@@ -1,7 +1,5 @@
 """Texts that the model writes itself; `engine/text/` has it write them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from sleb_cli.texts.local_file import read_file, require_file, take_split

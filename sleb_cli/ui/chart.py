@@ -1,7 +1,5 @@
 """Charts of values by step, drawn in text."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """The two consoles: results go to stdout, everything else to stderr."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """Show the engine's events: as bars on a terminal, as plain lines in a log."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

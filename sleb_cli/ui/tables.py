@@ -1,7 +1,5 @@
 """Tables and lines that several commands share."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path

@@ -24,17 +24,13 @@ class Magnitude(WeightMetric):
 
     def score_block(self, block: nn.Module, number: int) -> float:
         """Return the sum of |w|."""
-        _require_plain_weights(self.name, block)
+        # The bytes of a packed matrix are no weights, so their sum would mean nothing.
+        for name, tensor in block.state_dict().items():
+            is_plain = tensor.is_floating_point() and tensor.dtype.itemsize > 1
+            if tensor.dim() > 1 and str(tensor.dtype) != "torch.bool" and not is_plain:
+                raise UsageError(
+                    f"{self.name} reads the weights, but {name} is packed ({tensor.dtype}).",
+                    hint="Use a metric of what the model computes, such as nll, or search the model "
+                    "it was quantized from.",
+                )
         return sum(weight.detach().float().abs().sum().item() for weight in block.parameters())
-
-
-def _require_plain_weights(metric: str, block: nn.Module) -> None:
-    # The bytes of a packed matrix are no weights, so their sum would mean nothing.
-    for name, tensor in block.state_dict().items():
-        is_plain = tensor.is_floating_point() and tensor.dtype.itemsize > 1
-        if tensor.dim() > 1 and str(tensor.dtype) != "torch.bool" and not is_plain:
-            raise UsageError(
-                f"{metric} reads the weights, but {name} is packed ({tensor.dtype}).",
-                hint="Use a metric of what the model computes, such as nll, or search the model it "
-                "was quantized from.",
-            )

@@ -1,7 +1,5 @@
 """Export a report: one HTML page that needs no network and no script."""
 
-from __future__ import annotations
-
 from urllib.parse import quote
 
 from sleb_cli.exporters.findings import Findings, read_findings

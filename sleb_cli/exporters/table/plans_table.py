@@ -1,7 +1,5 @@
 """Export the measurements of several plans as one table or figure."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Callable
 from functools import partial

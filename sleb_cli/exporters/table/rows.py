@@ -1,7 +1,5 @@
 """The rows of a table of plans: dense models, and each measured size of a plan."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
