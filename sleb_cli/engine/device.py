@@ -14,7 +14,7 @@ from torch import Tensor
 from sleb_cli.engine.process_limits import left_under_limits
 from sleb_cli.processes import local_count, local_rank, process_count
 from sleb_cli.requests import AUTO
-from sleb_cli.units import dtype_in_full
+from sleb_cli.units import dtype_in_full, plural
 from sleb_plugins import MachineError, UsageError
 
 T = TypeVar("T")
@@ -73,8 +73,7 @@ def choose_device(name: str) -> torch.device:
     count = torch.get_device_module(device.type).device_count()
     if (device.index or 0) >= count:
         raise MachineError(
-            f"There is no {name}: this machine has {count} {device.type} "
-            f"device{'' if count == 1 else 's'}.",
+            f"There is no {name}: this machine has {plural(count, f'{device.type} device')}.",
             hint=f"They are numbered from {device.type}:0.",
         )
     return device
@@ -127,7 +126,7 @@ def cpu_units() -> frozenset[str]:
             "amx_bf16": torch.cpu._is_amx_tile_supported(),
             "amx_fp16": torch.cpu._is_amx_fp16_supported(),
         }
-    known = frozenset[str]().union(*_UNITS.values())
+    known = set().union(*_UNITS.values())
     return frozenset(unit for unit in known if supported.get(unit) is True)
 
 

@@ -38,16 +38,15 @@ def deal(items: Sequence[T], processes: int) -> list[Turn[T]]:
     """
     turns = []
     for first in range(0, len(items), processes):
-        turns.append(
-            [list(items[number : number + 1]) for number in range(first, first + processes)]
-        )
+        turn = [list(items[number : number + 1]) for number in range(first, first + processes)]
+        turns.append(turn)
     return turns
 
 
 def join_dealt(shares: Sequence[Sequence[T]]) -> list[T]:
     """Return the items of shares that were dealt as `items[rank::size]`, in their order."""
     size = len(shares)
-    count = sum(len(share) for share in shares)
+    count = sum(map(len, shares))
     return [shares[number % size][number // size] for number in range(count)]
 
 

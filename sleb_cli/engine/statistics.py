@@ -61,18 +61,16 @@ def paired_difference(before: Sequence[float], after: Sequence[float]) -> Estima
     The interval is Student's, or for 0 and 1 as of `paired_proportions_interval`.
     """
     differences = [second - first for first, second in zip(before, after, strict=True)]
-    mean, count = fmean(differences), len(differences)
-    estimate = (
-        Estimate(mean, None, None)
-        if count < 2
-        else _student(mean, stdev(differences) / math.sqrt(count), count)
-    )
-    if not is_binary((*before, *after)):
-        return estimate
-    return replace(
-        estimate,
-        interval=paired_proportions_interval(differences.count(-1), differences.count(1), count),
-    )
+    mean = fmean(differences)
+    count = len(differences)
+    estimate = Estimate(mean, None, None)
+    if count > 1:
+        estimate = _student(mean, stdev(differences) / math.sqrt(count), count)
+    if is_binary((*before, *after)):
+        lost = differences.count(-1)
+        interval = paired_proportions_interval(lost, differences.count(1), count)
+        return replace(estimate, interval=interval)
+    return estimate
 
 
 def is_binary(scores: Sequence[float]) -> bool:
@@ -93,9 +91,8 @@ def clustered_mean(values: Tensor, clusters: Tensor) -> Estimate:
     count = len(residuals)
     if count < 2:
         return Estimate(mean, None, None)
-    return _student(
-        mean, math.sqrt(count / (count - 1) * float(residuals.square().sum())) / len(values), count
-    )
+    variance = count / (count - 1) * float(residuals.square().sum())
+    return _student(mean, math.sqrt(variance) / len(values), count)
 
 
 def paired_proportions_interval(lost: int, gained: int, count: int) -> Interval:
@@ -106,11 +103,12 @@ def paired_proportions_interval(lost: int, gained: int, count: int) -> Interval:
     Educ. Behav. Stat. 37, 2012). Without them, models that agree on a few items would seem to agree
     on all.
     """
-    gains, losses = (gained + 1) / (count + 2), (lost + 1) / (count + 2)
+    count += 2
+    gains = (gained + 1) / count
+    losses = (lost + 1) / count
     difference = gains - losses
-    interval = normal_interval(
-        difference, math.sqrt((gains + losses - difference**2) / (count + 2))
-    )
+    error = math.sqrt((gains + losses - difference**2) / count)
+    interval = normal_interval(difference, error)
     return Interval(low=max(-1.0, interval.low), high=min(1.0, interval.high))
 
 
@@ -120,7 +118,9 @@ def mcnemar(lost: int, gained: int) -> float:
     """
     from scipy import stats
 
-    return float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
+    if not lost + gained:
+        return 1.0
+    return float(stats.binomtest(lost, lost + gained).pvalue)
 
 
 def items_needed(deviation: float) -> int | None:
@@ -149,9 +149,8 @@ def median_ratio_interval(first: Sequence[float], second: Sequence[float]) -> In
         return None
     # Whole rounds are drawn, because what slows a machine for a while slows both runs of a round.
     chosen = np.random.default_rng(0).integers(rounds, size=(RESAMPLES, rounds))
-    ratios = np.median(np.asarray(first)[chosen], axis=1) / np.median(
-        np.asarray(second)[chosen], axis=1
-    )
+    above = np.median(np.asarray(first)[chosen], axis=1)
+    ratios = above / np.median(np.asarray(second)[chosen], axis=1)
     # The percentiles of a small sample's bootstrap are too narrow, so they move apart as Student's
     # t demands (Hesterberg, "What Teachers Should Know About the Bootstrap", section 5.3). The
     # root: a bootstrap's variance divides by the number of rounds, Student's by one less.

@@ -66,7 +66,7 @@ def resolve_apply(
     if not subject.surgery.removals:
         raise UsageError(
             f"{option_of(request.recoveries[0])} refits the blocks around a gap, but no block is "
-            f"removed.",
+            "removed.",
             hint="Name a plan, or use --blocks 5,4,9.",
         )
     from sleb_cli.engine.door.recovery import resolve_recovery  # which imports datasets

@@ -45,7 +45,9 @@ def resolve_bench(
     workloads = _workloads(request, engine, device, architecture.longest_sequence, notify)
     pruned = plan_surgeries(subject, named.sizes)
     dtype = place_model(architecture, device, request.dtype or AUTO, notify, stream=False).dtype
-    engine_source = _engine_source(subject, engine, request, notify) if engine else None
+    engine_source = None
+    if engine:
+        engine_source = _engine_source(subject, engine, request, notify)
     plugins = registry.behind(family=architecture.record.family, engine=request.engine)
     placement = Placement(device, dtype)
     return Benchmark(

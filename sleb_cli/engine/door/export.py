@@ -88,19 +88,23 @@ def _pruning(
             "evaluation": evaluation and evaluation.to_data(),
             "benchmark": benchmark and benchmark.to_data(),
         }
+    source_file = request.source
+    folder = None
     if subject:
         model = subject.architecture.record
         dtype = "float32"
-    source = subject.architecture.source if subject else None
-    own_file = Path(model.id) if source and model.id.endswith(".gguf") else None
+        own_file = model.id.endswith(".gguf")
+        # Other tools cannot resolve "demo" or our cache of converted GGUF files.
+        if own_file or model.id == DEMO:
+            folder = str(subject.architecture.source.folder)
+        if own_file:
+            source_file = source_file or Path(model.id)
     return Pruning(
-        # Other tools cannot resolve "demo" or our cache of converted GGUF files, so they get the
-        # folder.
-        model=str(source.folder) if source and (own_file or model.id == DEMO) else model.id,
+        model=folder or model.id,
         revision=model.revision,
         dtype=model.dtype or dtype,
         blocks=model.blocks,
         removals=named.removals,
-        source_file=request.source or own_file,
+        source_file=source_file,
         **plan_fields,
     )

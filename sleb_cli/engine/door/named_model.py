@@ -54,7 +54,8 @@ def read_model(
 
 def with_recovered(subject: Subject, registry: Registry, notify: Notify) -> Subject:
     """Add the checkpoint that holds the plan, if its blocks were recovered."""
-    plan, file = subject.plan, subject.file
+    plan = subject.plan
+    file = subject.file
     if plan is None or plan.recovery is None or file is None or file.name != CHECKPOINT_PLAN:
         return subject
     trusts_code = subject.architecture.source.trust_remote_code
@@ -65,8 +66,7 @@ def with_recovered(subject: Subject, registry: Registry, notify: Notify) -> Subj
     if recovered.text_config.vocab_size != subject.architecture.text_config.vocab_size:
         raise PlanError(
             f"{checkpoint.id} has another vocabulary than {subject.architecture.source.id}, so "
-            f"their tokens cannot be "
-            "compared.",
+            "their tokens cannot be compared.",
             hint=f"Measure each by itself: sleb eval {checkpoint.id}.",
         )
     return replace(subject, recovered=recovered)

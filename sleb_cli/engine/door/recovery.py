@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -26,6 +26,7 @@ from sleb_cli.engine.text.settings import (
     require_given_text,
     resolve_calibration,
 )
+from sleb_cli.engine.text.windows import choose_length
 from sleb_cli.events import Notify
 from sleb_cli.requests import (
     AUTO,
@@ -45,30 +46,16 @@ from sleb_plugins import DataError, MachineError, UnsupportedModelError
 TRAIN, VALIDATION, TEST = TextSplit(0, 0.7), TextSplit(0.7, 0.9), TextSplit(0.9, 1)
 """Values are fitted to the first split, chosen by the second, and measured on the third."""
 MIN_SEQUENCES = 5
-MAX_VALIDATION_TOKENS, MAX_TEST_TOKENS = 8192, 8192
-"""Every fit runs the model on all of the validation text, so it must be short."""
-
-
-def _closed_form(request: ApplyRequest) -> Stage:
-    return ClosedForm()
-
-
-def _heal(request: ApplyRequest) -> Stage:
-    minutes = request.heal_minutes
-    if minutes is None and request.heal_tokens is None:
-        minutes = DEFAULT_HEAL_MINUTES
-    return Heal(HealBudget(minutes, request.heal_tokens))
-
-
-_STAGES: Mapping[str, Callable[[ApplyRequest], Stage]] = {"recover": _closed_form, "heal": _heal}
-"""The stage that each option asks for."""
+MAX_TOKENS_HELD_OUT = 8192
+"""Of validation and of test: every fit runs the model on all of the validation text."""
 
 
 def resolve_recovery(
     subject: Subject, request: ApplyRequest, output: Output, notify: Notify
 ) -> RecoverySettings:
     """Decide on which text, in which data type and where a model is recovered."""
-    architecture, surgery = subject.architecture, subject.surgery
+    architecture = subject.architecture
+    surgery = subject.surgery
     if architecture.is_quantized:
         raise UnsupportedModelError(
             f"{architecture.source.id} is quantized, so its blocks cannot be recovered.",
@@ -79,7 +66,7 @@ def resolve_recovery(
     # says.
     written = [output.dtype] if output.dtype else float_dtypes(architecture.source.weights)
     stored = min([*written, target], key=lambda dtype: dtype.itemsize)
-    stages = tuple(_STAGES[option](request) for option in request.recoveries)
+    stages = _stages(request)
 
     # An unfinished recovery goes on in the data type that it began in.
     dtype = begun_dtype(output.path, dtype_name(stored)) or AUTO
@@ -96,6 +83,18 @@ def resolve_recovery(
     return RecoverySettings(
         surgery, stages, placement, stored, on_host, _splits(text), output.path, kept_bytes
     )
+
+
+def _stages(request: ApplyRequest) -> tuple[Stage, ...]:
+    stages: list[Stage] = []
+    if request.recover:
+        stages.append(ClosedForm())
+    if request.heal:
+        minutes = request.heal_minutes
+        if minutes is None and request.heal_tokens is None:
+            minutes = DEFAULT_HEAL_MINUTES
+        stages.append(Heal(HealBudget(minutes, request.heal_tokens)))
+    return tuple(stages)
 
 
 def _place(
@@ -152,8 +151,9 @@ def _check_memory(
 
 
 def _splits(text: CalibrationSettings) -> list[CalibrationSettings]:
-    validation = max(1, min(text.samples // 5, MAX_VALIDATION_TOKENS // text.sequence_length))
-    test = max(1, min(text.samples // 10, MAX_TEST_TOKENS // text.sequence_length))
+    most = MAX_TOKENS_HELD_OUT // text.sequence_length
+    validation = max(1, min(text.samples // 5, most))
+    test = max(1, min(text.samples // 10, most))
     counts = {TRAIN: text.samples - validation - test, VALIDATION: validation, TEST: test}
     return [replace(text, samples=samples, split=split) for split, samples in counts.items()]
 
@@ -173,9 +173,7 @@ def _require_free(device: torch.device, needed: Mapping[str, int], last: Stage) 
 def _resolve_text(request: ApplyRequest, subject: Subject, *, stream: bool) -> CalibrationSettings:
     """Fill unset options with the defaults; fitting weights takes more text than a search."""
     architecture = subject.architecture
-    length = request.sequence_length or min(
-        RECOVERY_LENGTH, architecture.longest_sequence or RECOVERY_LENGTH
-    )
+    length = request.sequence_length or choose_length(None, architecture, RECOVERY_LENGTH)
     source = request.calibration or _default_source(subject, stream=stream)
     text = resolve_calibration(
         architecture, source, request.samples, length, request.seed, request.chat
@@ -200,22 +198,23 @@ def _default_source(subject: Subject, *, stream: bool) -> str:
     """
     # A streamed model writes nothing, since each token would read all of its weights.
     source = subject.architecture.source
-    is_chat = not stream and has_tokenizer(source) and bool(load_tokenizer(source).chat_template)
+    own = SELF
+    alone = SELF
     if stream:
         alone = DEFAULT_CALIBRATION
-    elif is_chat:
+    elif has_tokenizer(source) and load_tokenizer(source).chat_template:
+        own = SELF_CHAT
         alone = f"{SELF}:0.5,{SELF_CHAT}:0.5"
-    else:
-        alone = SELF
-    searched = subject.plan.calibration if subject.plan else None
-    if searched is None or searched.chat:
+    if subject.plan is None or subject.plan.calibration.chat:
         return alone
-    shares = parse_mixture(searched.source)
-    written = [name for name in shares if is_written(name)]
-    if written and (stream or len(shares) == 1):
+    searched = subject.plan.calibration.source
+    shares = parse_mixture(searched)
+    if any(map(is_written, shares)) and (stream or len(shares) == 1):
         return alone
     # A name with a comma cannot be part of a mixture.
-    if len(shares) > 1 or "," in searched.source:
-        return searched.source
+    if len(shares) > 1 or "," in searched:
+        return searched
     text = text_source(next(iter(shares))).in_windows
-    return text if stream else f"{text}:0.75,{SELF_CHAT if is_chat else SELF}:0.25"
+    if stream:
+        return text
+    return f"{text}:0.75,{own}:0.25"

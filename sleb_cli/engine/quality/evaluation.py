@@ -133,8 +133,8 @@ class _Run:
     def _find(self, part: Key) -> list[EvalResult]:
         if self.folder is None or self.evaluation.force:
             return []
-        folder = self.folder
-        return self.models.group.from_main(lambda: find_kept(self.setting, part, folder, ignore))
+        find = partial(find_kept, self.setting, part, self.folder, ignore)
+        return self.models.group.from_main(find)
 
     def _missing(
         self, known: Sequence[TextResult] | Sequence[TaskResult], title: str
@@ -161,7 +161,8 @@ class _Run:
 
 def _setting(evaluation: Evaluation) -> EvalResult:
     models = evaluation.models
-    architecture, recovered = models.architecture, models.subject.recovered
+    architecture = models.architecture
+    recovered = models.subject.recovered
     return EvalResult(
         **THIS_VERSION,
         kind="eval",
@@ -240,9 +241,9 @@ def _run_task(
 def _dense_key(evaluation: Evaluation, fingerprints: dict[str, str]) -> Key:
     # The dense model's answers to a task do not depend on the removal.
     whole = _setting(evaluation).model_copy(update={"experts": None, "recovered": None})
-    settings = {
+    return {
+        **whole.key,
         "items": fingerprints,
         "batch_size": evaluation.batch_size,
         "processes": evaluation.models.group.size,
     }
-    return {**whole.key, **settings}

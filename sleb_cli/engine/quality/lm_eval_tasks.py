@@ -137,12 +137,8 @@ class LoadedTask:
         )
         hashed = hashlib.sha256()
         for request in task.instances:
-            parts = [
-                request.request_type,
-                request.doc,
-                request.args,
-                task.doc_to_target(request.doc),
-            ]
+            target = task.doc_to_target(request.doc)
+            parts = [request.request_type, request.doc, request.args, target]
             text = json.dumps(parts, sort_keys=True, default=handle_non_serializable)
             hashed.update(text.encode())
         return hashed.hexdigest()
@@ -150,10 +146,13 @@ class LoadedTask:
     def _code_beside(self, name: str) -> dict[str, str]:
         # The code beside the file of a task, or of the group that defines it, but not where it is.
         code = {}
-        for entry in (self._manager.task_index.get(named) for named in (name, self.name)):
-            folder = entry.yaml_path.parent if entry and entry.yaml_path else None
+        for named in (name, self.name):
+            entry = self._manager.task_index.get(named)
+            if not (entry and entry.yaml_path):
+                continue
+            folder = entry.yaml_path.parent
             # The version of lm-eval stands for its own code.
-            if folder is not None and not folder.is_relative_to(_lm_eval_folder()):
+            if not folder.is_relative_to(_lm_eval_folder()):
                 for file in folder.rglob("*.py"):
                     code[str(file.relative_to(folder))] = file.read_bytes().hex()
         return code
@@ -195,9 +194,8 @@ class LoadedTask:
 
             size = first if requests == largest else requests
             names = (self.name, model_name)
-            return self._evaluate(
-                LmEvalModel(model, tokenizer, size, names, notify, group, predict)
-            )
+            lm = LmEvalModel(model, tokenizer, size, names, notify, group, predict)
+            return self._evaluate(lm)
 
         with _quietly_loading(self.name):
             return in_smaller_pieces(run, largest, device, notify, "continuing with {} requests")
@@ -302,10 +300,8 @@ def _load(manager: Any, name: str, run_code: RunCode | None) -> dict[str, Any]:
             raise DataError(f"The task {task_name} needs images.", hint=elsewhere)
         if not getattr(loaded_task, "UNSAFE_CODE", False):
             continue
-        if not any(
-            written_code.is_run_by(metric["metric"])
-            for metric in loaded_task.get_config("metric_list") or ()
-        ):
+        metrics = loaded_task.get_config("metric_list") or ()
+        if not any(written_code.is_run_by(metric["metric"]) for metric in metrics):
             raise DataError(
                 f"The task {task_name} runs code that the model writes, without limits.",
                 hint=elsewhere,

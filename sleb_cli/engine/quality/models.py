@@ -48,10 +48,12 @@ class Models:
         self.surgeries = {surgery.size_key: surgery for surgery in surgeries}
         """The surgery of each pruned model, by its size."""
         self.sizes = tuple(self.surgeries)
-        alone = (
-            self.architecture.is_quantized or placement.device_map is not None or placement.stream
+        self.one_at_a_time = (
+            self.architecture.is_quantized
+            or placement.device_map is not None
+            or placement.stream
+            or group.from_main(self._are_too_large)
         )
-        self.one_at_a_time = alone or group.from_main(self._are_too_large)
         """Whether only one model is open at a time: no other can share packed, spread or streamed
         weights with it.
         """
@@ -96,12 +98,10 @@ class Models:
     def _runs_by_blocks(self) -> bool:
         # Whether the dense model computes the same if its blocks run on their own.
         count = min(CHECKED_TOKENS, self.architecture.longest_sequence or CHECKED_TOKENS)
+        tokens = torch.arange(count) % self.architecture.text_config.vocab_size
         # A model that is loaded in inference mode keeps tensors that refuse `requires_grad`.
         with self.without(()) as dense, torch.inference_mode():
-            tokens = (
-                torch.arange(count, device=dense.device) % self.architecture.text_config.vocab_size
-            )
-            return why_not_fork(dense, tokens[None]) is None
+            return why_not_fork(dense, tokens[None].to(dense.device)) is None
 
     def loaded_first(self, sizes: Sequence[SizeKey]) -> list[SizeKey]:
         """Sort these sizes so that as few models as possible are loaded."""

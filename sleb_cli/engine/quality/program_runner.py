@@ -33,14 +33,13 @@ _DIE_WITH_PARENT, _DUMPABLE = 1, 4
 def main(*, confined: bool) -> None:
     """Run the program in a child, and exit."""
     program = sys.stdin.buffer.read()
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # Linux withholds this one from the first process of a namespace
-    _set_process(
-        _DUMPABLE, 0
-    )  # or the program, which is of the same user, could take this process over
+    # Linux withholds this one from the first process of a namespace.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Or the program, which is of the same user, could take this process over.
+    _set_process(_DUMPABLE, 0)
     has_started, started = os.pipe()
-    if not (child := os.fork()):
+    child = os.fork()
+    if not child:
         run(program, confined=confined, started=started)
     os.close(started)
     if not os.read(has_started, 1):
@@ -81,7 +80,8 @@ def watch(program: int, *, confined: bool) -> bool:
     """Wait for a child, and return whether it comes to its end, rather than to an error, a limit,
     or a sleep.
     """
-    checked, asleep = time.monotonic(), 0
+    checked = time.monotonic()
+    asleep = 0
     sleb = select.poll()
     sleb.register(sys.stderr, 0)  # which fails once sleb, at the other end, is gone
     while asleep < SECONDS_ASLEEP and not sleb.poll(0):
@@ -92,7 +92,8 @@ def watch(program: int, *, confined: bool) -> bool:
             return os.waitstatus_to_exitcode(status) == PASSED
         time.sleep(0.005)
         if time.monotonic() > checked + 1:
-            checked, asleep = time.monotonic(), asleep + is_asleep(program)
+            checked = time.monotonic()
+            asleep += is_asleep(program)
     return False
 
 
@@ -106,18 +107,15 @@ def is_asleep(program: int) -> bool:
     """Whether no thread of the program's session, or of this one, wants a processor or waits for a
     disk (Linux).
     """
-    states, sessions = set(), {os.getsid(0), os.getsid(program)}
+    states = set()
+    sessions = {os.getsid(0), os.getsid(program)}
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended
             if os.getsid(int(process.name)) in sessions and int(process.name) != os.getpid():
                 for thread in (process / "task").iterdir():
                     with suppress(OSError):
-                        states.add(
-                            (thread / "stat")
-                            .read_text(errors="replace")
-                            .rpartition(")")[2]
-                            .split()[0]
-                        )
+                        text = (thread / "stat").read_text(errors="replace")
+                        states.add(text.rpartition(")")[2].split()[0])
     return bool(states) and not states & {"R", "D"}
 
 

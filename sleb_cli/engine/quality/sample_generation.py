@@ -41,35 +41,29 @@ def generate_sample(
     ids = tokenizer(PROMPT).input_ids
     count = min(new_tokens, (longest or new_tokens + len(ids)) - len(ids))
     if not ids or max(ids) >= skippable.model.get_input_embeddings().num_embeddings or count < 1:
-        notify(
-            Notice(
-                "No sample text is shown: the prompt does not fit the model's tokens or positions."
-            )
-        )
+        why = "the prompt does not fit the model's tokens or positions"
+        notify(Notice(f"No sample text is shown: {why}."))
         return None
     ends = end_tokens(skippable.model, tokenizer)
     prompt = torch.tensor([ids], device=skippable.device)
-    generated = []
     with task(notify, "Generating text with both models", 2 * count, "tokens") as advance:
         try:
             with explain_out_of_memory(f"out of memory on {skippable.device}.", hint=""):
-                for skipped, context in (
-                    ((), nullcontext()),
-                    (tuple(removed), absent or nullcontext()),
-                ):
-                    with context:
-                        generated.append(_continue(skippable, prompt, skipped, count, ends))
-                    advance(count)
+                dense = _continue(skippable, prompt, (), count, ends)
+                advance(count)
+                with absent or nullcontext():
+                    pruned = _continue(skippable, prompt, tuple(removed), count, ends)
+                advance(count)
         except (UnsupportedModelError, OutOfMemory) as error:
             notify(Notice(f"No sample text is shown: {error.message}"))
             return None
     return SampleGeneration(
         prompt=PROMPT,
         new_tokens=count,
-        dense=_decode(tokenizer, generated[0]),
-        pruned=_decode(tokenizer, generated[1]),
-        dense_repetition=repetition(generated[0]),
-        pruned_repetition=repetition(generated[1]),
+        dense=_decode(tokenizer, dense),
+        pruned=_decode(tokenizer, pruned),
+        dense_repetition=repetition(dense),
+        pruned_repetition=repetition(pruned),
     )
 
 

@@ -14,18 +14,17 @@ FOLDER_BYTES = 32 << 20  # of /tmp, and of /dev/shm
 NOBODY = 65534
 
 VISIBLE_PATHS = (
-    *(
-        "/usr",
-        "/bin",
-        "/sbin",
-        "/lib",
-        "/lib64",
-        "/nix/store",
-        "/gnu/store",
-        "/etc/ld.so.cache",
-        "/etc/alternatives",
-    ),
-    *(sys.base_prefix, sys.prefix),
+    "/usr",
+    "/bin",
+    "/sbin",
+    "/lib",
+    "/lib64",
+    "/nix/store",
+    "/gnu/store",
+    "/etc/ld.so.cache",
+    "/etc/alternatives",
+    sys.base_prefix,
+    sys.prefix,
 )
 """The paths of this machine that a confined program may read."""
 
@@ -47,8 +46,7 @@ def confining_command() -> list[str]:
         raise MachineError(
             "--run-code confined needs bubblewrap (Linux), whose bwrap is not on the PATH.",
             hint="Use `apt install bubblewrap` or `dnf install bubblewrap`; on other systems, "
-            "--run-code unconfined in "
-            "a container.",
+            "--run-code unconfined in a container.",
         )
     read_only = ("--proc", "/proc", "--remount-ro", "/proc", "--remount-ro", "/", "--chdir", "/tmp")
     confined = [
@@ -66,18 +64,8 @@ def confining_command() -> list[str]:
     # Linux does not limit root's processes, so root's programs are nobody's, who may not enter all
     # of root's folders.
     nobody = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
-    return [
-        bwrap,
-        "--die-with-parent",
-        "--bind",
-        "/proc",
-        "/proc",
-        "--dir",
-        "/tmp",
-        *_visible(),
-        *nobody,
-        *confined,
-    ]
+    outer = ("--die-with-parent", "--bind", "/proc", "/proc", "--dir", "/tmp")
+    return [bwrap, *outer, *_visible(), *nobody, *confined]
 
 
 def _visible() -> Iterator[str]:

@@ -239,18 +239,20 @@ def _flip(
 ) -> FlipRecord:
     if config.get("output_type") == "multiple_choice":
         prompt, choices, divisors = _choices(config, metric, dense)
-        answers = [choices[_chosen(sample, divisors)] for sample in (dense, pruned)]
-        target = answers[0] if dense[metric] == 1 else answers[1]
+        before = choices[_chosen(dense, divisors)]
+        after = choices[_chosen(pruned, divisors)]
+        target = before if dense[metric] == 1 else after
     else:
         prompt = dense["arguments"][0][0]
-        answers = [_written(dense), _written(pruned)]
+        before = _written(dense)
+        after = _written(pruned)
         target = dense["target"]
     return FlipRecord(
         doc_id=dense["doc_id"],
         prompt=str(prompt),
         target=str(target),
-        dense=answers[0],
-        pruned=answers[1],
+        dense=before,
+        pruned=after,
     )
 
 

@@ -114,8 +114,8 @@ class _Scorer:
         self.opened = opened
         self.skippable: dict[SizeKey, SkippableModel] = {}
         batch = batch_size or 1
-        windows_per_part = max(1, TOKENS_PER_PART // ids.shape[1])
-        self.parts = torch.split(ids, max(1, windows_per_part // batch) * batch)
+        batches_per_part = max(1, TOKENS_PER_PART // ids.shape[1] // batch)
+        self.parts = torch.split(ids, batches_per_part * batch)
         self.dense, _ = self._model(())
         if not models.differ_in_blocks_alone:
             self._load_all()

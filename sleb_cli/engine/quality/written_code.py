@@ -145,9 +145,8 @@ def _passes_alone(program: str, how: RunCode) -> bool:
 
 def is_run_by(function: Any) -> bool:
     """Whether a metric of a task runs programs by `CodeEval`."""
-    return any(
-        isinstance(value, CodeEval) for value in getattr(function, "__globals__", {}).values()
-    )
+    values = getattr(function, "__globals__", {}).values()
+    return any(isinstance(value, CodeEval) for value in values)
 
 
 def replace_code_eval() -> AbstractContextManager[Any]:

@@ -46,12 +46,8 @@ class Calibration:
     def select(self, rows: Sequence[int]) -> Calibration:
         """Return these sequences, in this order."""
         sequences, loss_mask = take_sequences((self.sequences, self.loss_mask), rows)
-        return replace(
-            self,
-            sequences=sequences,
-            loss_mask=loss_mask,
-            origins=tuple(self.origins[row] for row in rows),
-        )
+        origins = tuple(self.origins[row] for row in rows)
+        return Calibration(sequences, self.record, loss_mask, origins)
 
     def sequences_of(self, source: str) -> Sequences:
         """Return the sequences of a source, and their loss mask."""
@@ -95,7 +91,8 @@ def calibrate(
     _require_template_where_needed(first, tokenizer)
     # Texts are read before the model writes any, since they may be missing or too short.
     drafts = [_read_texts(first, tokenizer, notify)]
-    drafts += [_read_texts(split, tokenizer, ignore) for split in splits[1:]]
+    for split in splits[1:]:
+        drafts.append(_read_texts(split, tokenizer, ignore))
     if first.samples_given and len(splits) > 1:
         _require_samples(splits, drafts, tokenizer)
     for name in first.shares:

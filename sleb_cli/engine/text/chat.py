@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -92,8 +93,7 @@ def cut_answers(tokenizer: Any, text: Text, length: int, most: int | None) -> Ev
         DataError: the template refuses a conversation, or there are too few for a window.
     """
     rendered = (render(tokenizer, each, text.source, answers=True) for each in text.conversations)
-    limits = [limit for limit in (most, text.limit) if limit]
-    windows = pack(rendered, length, min(limits, default=None))
+    windows = pack(rendered, length, min(filter(None, (most, text.limit)), default=None))
     if not windows:
         seen = [render(tokenizer, each, text.source, answers=True) for each in text.conversations]
         raise _too_few(text.source, seen, length, answers=True)
@@ -120,7 +120,8 @@ def pack(
     sequences = []
     sequence = list[tuple[int, bool, int]]()
     for number, conversation in enumerate(rendered):
-        sequence += [(token, counts, number) for token, counts in conversation]
+        for token, counts in conversation:
+            sequence.append((token, counts, number))
         if len(sequence) < length:
             continue
         if any(counts for _, counts, _ in sequence[1:length]):
@@ -155,15 +156,14 @@ def render(tokenizer: Any, conversation: Conversation, source: str, *, answers: 
     # Only a fast tokenizer knows which tokens the template's own tags enclose.
     if tokenizer.is_fast and _GENERATION.search(str(tokenizer.chat_template)):
         written = template(conversation, return_dict=True, return_assistant_tokens_mask=True)
-        mask = [bool(counts) for counts in written["assistant_masks"]]
-        return list(zip(written["input_ids"], mask, strict=True))
+        return list(zip(written["input_ids"], map(bool, written["assistant_masks"]), strict=True))
     tokens = Tokens()
     pieces = _split_at_answers(tokenizer, partial(template, tokenize=False), conversation, source)
     # Prompt and answer are tokenized separately, as in generation.
     for piece, counts in pieces:
         if piece:
-            ids = tokenizer(piece, add_special_tokens=False).input_ids
-            tokens += [(token, counts) for token in ids]
+            for token in tokenizer(piece, add_special_tokens=False).input_ids:
+                tokens.append((token, counts))
     return tokens
 
 
@@ -179,7 +179,7 @@ def _split_at_answers(
     marked = _mark_answers(conversation)
     marks_in = [message["content"].count(_MARK) for message in marked]
     whole = template(marked)
-    marks = [at for at, character in enumerate(whole) if character == _MARK]
+    marks = [found.start() for found in re.finditer(_MARK, whole)]
     if whole.replace(_MARK, "") != template(conversation) or len(marks) != sum(marks_in):
         raise unfound
     pieces = []
@@ -191,7 +191,7 @@ def _split_at_answers(
             # What the template writes before an answer, and after one that is the last.
             opening = template(marked[:turn], add_generation_prompt=True).rpartition(_MARK)[2]
             ending = template(marked[: turn + 1]).rpartition(_MARK)[2].rstrip()
-            begin = asked + _count_common(opening, whole[asked:])
+            begin = asked + len(os.path.commonprefix([opening, whole[asked:]]))  # noqa: RUF071
             if marks_in[turn] == 2:
                 words, end = marks[seen : seen + 2]
                 led = whole[begin:words].strip()
@@ -230,16 +230,6 @@ def _parse_answer(content: str) -> re.Match[str]:
     found = _ANSWER.fullmatch(content)
     assert found  # any text matches
     return found
-
-
-def _count_common(one: str, other: str) -> int:
-    """Return how many characters two texts begin with alike."""
-    count = 0
-    for character, other_character in zip(one, other, strict=False):
-        if character != other_character:
-            break
-        count += 1
-    return count
 
 
 def _holds_thought(message: Mapping[str, Any], text: str) -> bool:

@@ -108,7 +108,7 @@ class _Writer:
         self.length = length
         self.more = more
         self.dropped = 0
-        self.asked = set[str]()
+        self.asked: set[str] = set()
         self.added: dict[int, Any] = tokenizer.added_tokens_decoder
         self.special = {token for token, added in self.added.items() if added.special}
         self.render = partial(apply_template, tokenizer, source=source, tokenize=False)
@@ -119,7 +119,8 @@ class _Writer:
         The model answers the prompts or, without any, questions of its own.
         """
         written = list[Tokens]()
-        begun = fruitless = 0
+        begun = 0
+        fruitless = 0
         while True:
             missing = count - len(pack(written, self.length))
             if missing <= 0:
@@ -177,7 +178,7 @@ class _Writer:
         space = self._encode(after[len(after.rstrip()) :])
         ends = self._find_ends(ending)
         forbidden = self.special - ends - self._find_tokens_of_thoughts()
-        lengths = [len(prompt) for prompt in prompts]
+        lengths = list(map(len, prompts))
         new = self._limit(self.length - min(lengths), max(lengths))
         answered = []
         answers = self.more(prompts, new, forbidden=forbidden, ends=ends)

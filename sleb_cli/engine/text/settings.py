@@ -54,16 +54,16 @@ class CalibrationSettings:
     @property
     def given_counts(self) -> dict[str, int]:
         """Samples by source, without sources that have none or that the model writes."""
-        return {
-            source: count
-            for source, count in self.counts.items()
-            if count and not is_written(source)
-        }
+        counts = {}
+        for source, count in self.counts.items():
+            if count and not is_written(source):
+                counts[source] = count
+        return counts
 
     @property
     def is_reference(self) -> bool:
         """Whether the text is drawn as the reference implementation does."""
-        return any(is_reference(source) for source in self.shares)
+        return any(map(is_reference, self.shares))
 
 
 def resolve_calibration(
@@ -130,7 +130,7 @@ def require_mixable(settings: CalibrationSettings, needed: Collection[str]) -> N
 
 def require_given_text(settings: CalibrationSettings) -> None:
     """Raise a UsageError if a streamed model would have to write its text."""
-    if any(is_written(source) for source in settings.shares):
+    if any(map(is_written, settings.shares)):
         raise UsageError(
             "A streamed model cannot write its own text: each token would read all of its weights.",
             hint="Use --calibration wikitext2, or a file.",

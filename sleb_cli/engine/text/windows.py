@@ -46,9 +46,8 @@ def adds_bos(tokenizer: Any) -> bool:
 
 def begin_with_bos(tokenizer: Any, sequences: Tensor) -> bool:
     """Whether all of these sequences, [sequences, length], begin with the BOS token."""
-    return tokenizer.bos_token_id is not None and bool(
-        (sequences[:, 0] == tokenizer.bos_token_id).all()
-    )
+    bos = tokenizer.bos_token_id
+    return bos is not None and bool((sequences[:, 0] == bos).all())
 
 
 def cut_windows(tokenizer: Any, text: str, length: int, *, bos: bool) -> Tensor:
@@ -106,9 +105,7 @@ def cut_for_evaluation(
     by_document = bool(text.documents) and getattr(tokenizer, "is_fast", False)
     tokens = tokenizer(text.content, add_special_tokens=not bos, return_offsets_mapping=by_document)
     windows = _cut(tokens.input_ids, length, [tokenizer.bos_token_id] if bos else [])
-    for limit in (most, text.limit):
-        if limit:
-            windows = windows[:limit]
+    windows = windows[:most][: text.limit]
     ids = require_windows(windows, text, tokenizer, length)
     clusters = torch.arange(len(ids)).unsqueeze(1).expand(-1, length - 1)
     if by_document:
@@ -131,7 +128,7 @@ def cut_for_evaluation(
 
 def _document_numbers(text: Text, offsets: list[tuple[int, int]]) -> Tensor:
     # A token without text, such as a BOS, belongs to the document before.
-    starts = torch.tensor([start for start, _ in offsets], dtype=torch.int64).cummax(0).values
+    starts = torch.tensor(offsets, dtype=torch.int64)[:, 0].cummax(0).values
     return (torch.searchsorted(torch.tensor(text.documents), starts, right=True) - 1).clamp(min=0)
 
 

@@ -117,7 +117,7 @@ def continue_prompts(
 
     They end with the first of the tokens in `ends`; `forbidden` ones are never drawn.
     """
-    longest = max(len(prompt) for prompt in prompts)
+    longest = max(map(len, prompts))
     padded = []
     attended = []
     for prompt in prompts:
