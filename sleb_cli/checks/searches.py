@@ -31,7 +31,18 @@ from sleb_cli.requests import (
 )
 from sleb_cli.texts.named import is_reference
 from sleb_cli.units import dtype_in_full, parse_bytes, parse_count, parse_ratio
-from sleb_plugins import ExpertMetric, LogitMetric, Metric, ModelMetric, OutputError, UsageError
+from sleb_plugins import (
+    ExpertMetric,
+    HiddenStateMetric,
+    LogitMetric,
+    Metric,
+    ModelMetric,
+    OutputError,
+    UsageError,
+    WeightMetric,
+)
+
+OF_BLOCKS = (LogitMetric, HiddenStateMetric, WeightMetric, ModelMetric)
 
 
 @dataclass(frozen=True)
@@ -172,8 +183,13 @@ def _can_race(metric: Metric, strategy: Strategy) -> bool:
 
 def _require_fitting(request: SearchRequest, metric: Metric, strategy: Strategy) -> None:
     """Check that the metric, the unit, the strategy and the way to search fit together."""
-    if isinstance(metric, ExpertMetric) != (request.unit == "experts"):
-        usual = DEFAULT_EXPERT_METRIC if request.unit == "experts" else DEFAULT_METRIC
+    if request.unit == "experts":
+        usual = DEFAULT_EXPERT_METRIC
+        can_score = isinstance(metric, ExpertMetric)
+    else:
+        usual = DEFAULT_METRIC
+        can_score = isinstance(metric, OF_BLOCKS)
+    if not can_score:
         raise UsageError(
             f"{metric.name} does not score {request.unit}.", hint=f"Use another, such as {usual}."
         )
