@@ -30,93 +30,78 @@ def installed(tmp_path_factory):
     return target
 
 
-@pytest.fixture
-def sleb_with_plugin(run_sleb, installed, monkeypatch):
+@pytest.fixture(autouse=True)
+def _with_plugin(installed, monkeypatch):
     monkeypatch.syspath_prepend(installed)
     monkeypatch.delitem(sys.modules, "sleb_example", raising=False)
-    return run_sleb
 
 
-def test_it_is_listed_with_its_package_and_version(sleb_with_plugin):
-    result = sleb_with_plugin("plugins", "--json")
-    assert result.exit_code == 0, result.stderr
-    data = json.loads(result.stdout)
-    ours = {o["kind"]: o["name"] for o in data["offers"] if o["package"] == "sleb-example"}
+@pytest.fixture
+def answer(sleb):
+    """Run a command, and return what it says as JSON."""
+    return lambda *words: json.loads(sleb(*words, "--json").stdout)
+
+
+def test_it_is_listed_with_its_package_and_version(answer):
+    data = answer("plugins")
+    ours = set()
+    for offer in data["offers"]:
+        if offer["package"] == "sleb-example":
+            ours.add((offer["kind"], offer["name"], offer["version"]))
     assert ours == {
-        "engine": "steady",
-        "exporter": "slices",
-        "family": "gpt2",
-        "metric": "next-token-error",
+        ("engine", "steady", "1.2.3"),
+        ("exporter", "slices", "1.2.3"),
+        ("family", "gpt2", "1.2.3"),
+        ("metric", "next-token-error", "1.2.3"),
     }
-    assert {o["version"] for o in data["offers"] if o["package"] == "sleb-example"} == {"1.2.3"}
     built_in = {"llama", "opt", "nll", "cosine", "mergekit", "llama.cpp", "vllm"}
-    assert {o["name"] for o in data["offers"]} >= built_in
+    assert {offer["name"] for offer in data["offers"]} >= built_in
     assert data["failures"] == []
 
 
-def test_its_family_and_its_metric_search(sleb_with_plugin, tiny_gpt2, text_file):
-    options = ["--remove", 2, *calibration(text_file), "--json", "--metric"]
-    result = sleb_with_plugin(
-        "search", tiny_gpt2, *options, "next-token-error:5", "-o", "five.json"
-    )
-    plan = json.loads(result.stdout)
-    assert plan["search"]["metric"] == "next-token-error:5"
-    result = sleb_with_plugin(
-        "search", tiny_gpt2, "--extend", "five.json", "--remove", 3, "--json", "-o", "three.json"
-    )
-    assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout)["search"]["metric"] == "next-token-error:5"
-    assert (
-        "'many' is no number"
-        in sleb_with_plugin("search", tiny_gpt2, *options, "next-token-error:many").stderr
-    )
-    result = sleb_with_plugin("search", tiny_gpt2, *options, "next-token-error")
-    assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout)["steps"][0]["score"] > plan["steps"][0]["score"]
-    plan = json.loads(result.stdout)
-    assert plan["model"]["family"] == "gpt2"
-    assert plan["search"]["engine"] == "model"
+def test_its_family_and_its_metric_search(answer, sleb, tiny_gpt2, text_file):
+    search = ("search", tiny_gpt2, "--remove", 2, *calibration(text_file), "--metric")
+    five = answer(*search, "next-token-error:5", "-o", "five.json")
+    three = answer("search", tiny_gpt2, "--extend", "five.json", "--remove", 3, "-o", "three.json")
+    for plan in (five, three):
+        assert plan["search"]["metric"] == "next-token-error:5"
+    assert "'many' is no number" in sleb(*search, "next-token-error:many", code=2).stderr
+    plan = answer(*search, "next-token-error")
+    assert plan["steps"][0]["score"] > five["steps"][0]["score"]
+    assert (plan["model"]["family"], plan["search"]["engine"]) == ("gpt2", "model")
     rows = dict(search_settings(read_plan(Path("plan.json"))).rows)
     assert rows["metric"] == "next-token-error of sleb-example 1.2.3"
-    assert plan["environment"]["plugins"] == {"sleb-example": "1.2.3"}
     predicted = 4 * 31
     for step in plan["steps"]:
         errors = [score * predicted for score in step["scores"].values()]
         assert errors == pytest.approx([round(count) for count in errors], abs=1e-3)
-    result = sleb_with_plugin("eval", "--perplexity", text_file, "--max-windows", 1, "--json")
-    assert json.loads(result.stdout)["plugins"] == {"sleb-example": "1.2.3"}
-    result = sleb_with_plugin("apply", "-o", "out")
-    assert result.exit_code == 0, result.stderr
+    evaluation = answer("eval", "--perplexity", text_file, "--max-windows", 1)
+    assert plan["environment"]["plugins"] == evaluation["plugins"] == {"sleb-example": "1.2.3"}
+    sleb("apply", "-o", "out")
 
 
-def test_its_export_format_writes(sleb_with_plugin, tiny_gpt2):
-    options = [tiny_gpt2, "--blocks", "3,1", "--to", "slices"]
-    result = sleb_with_plugin("export", *options, "-q")
-    assert (result.exit_code, result.stdout) == (0, "blocks[0:1] + blocks[2:3] + blocks[4:5]\n"), (
-        result.stderr
-    )
-    result = sleb_with_plugin("export", *options, "--json")
-    assert json.loads(result.stdout)["text"] == "blocks[0:1] + blocks[2:3] + blocks[4:5]\n"
+def test_its_export_format_writes(answer, sleb, tiny_gpt2):
+    export = ("export", tiny_gpt2, "--blocks", "3,1", "--to", "slices")
+    slices = "blocks[0:1] + blocks[2:3] + blocks[4:5]\n"
+    assert sleb(*export, "-q").stdout == slices
+    assert answer(*export)["text"] == slices
+
+
+STEPS = re.compile(r"^```python\n(import sleb_plugins.*?|\"\"\"A metric.*?)^```", re.M | re.S)
 
 
 def test_each_step_of_the_first_plugin_loads_and_its_metric_searches(
-    run_sleb, as_plugins, monkeypatch, tmp_path, tiny_llama, text_file
+    answer, search, as_plugins, monkeypatch, tmp_path
 ):
     monkeypatch.syspath_prepend(tmp_path)
     as_plugins("sleb_change")
-    first, second = re.findall(
-        r"^```python\n(import sleb_plugins.*?|\"\"\"A metric.*?)^```", PAGE.read_text(), re.M | re.S
-    )
+    first, second = STEPS.findall(PAGE.read_text())
     for step, offers in ((first, []), (second, ["change"])):
         monkeypatch.delitem(sys.modules, "sleb_change", raising=False)
         (tmp_path / "sleb_change.py").write_text(step)
-        data = json.loads(run_sleb("plugins", "--json").stdout)
+        data = answer("plugins")
         assert data["failures"] == []
-        built_in = {"sleb", "sleb-example"}
-        assert [
-            offer["name"] for offer in data["offers"] if offer["package"] not in built_in
-        ] == offers
-    result = run_sleb(
-        "search", tiny_llama, "--remove", 1, *calibration(text_file), "--metric", "change", "--json"
-    )
-    assert result.exit_code == 0, result.stderr
+        packages = {offer["name"]: offer["package"] for offer in data["offers"]}
+        ours = [name for name in packages if not packages[name].startswith("sleb")]
+        assert ours == offers
+    search("--remove", 1, "--metric", "change")

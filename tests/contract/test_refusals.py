@@ -17,7 +17,6 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import lm_eval
 import pytest
 
-from conftest import calibration
 from sleb_cli import requests
 from sleb_cli.checks.clashes import CLASHES, Clash
 
@@ -39,20 +38,25 @@ def typed(request, option):
 
 
 def clashing():
-    """Yield a command for each way in which a row forbids it."""
+    """Return a command for each way in which a row forbids it, and what is said of it."""
+    commands = []
     for row, (command, request) in product(CLASHES, COMMANDS.items()):
-        names = {each.name for each in fields(request)}
         if not issubclass(request, row.request_type):
             continue
-        others = row.others.split() if isinstance(row, Clash) else [row.beside]
+        if isinstance(row, Clash):
+            others = row.others.split()
+            says = "cannot be combined: "
+        else:
+            others = [row.beside]
+            says = "requires "
+        names = {field.name for field in fields(request)}
         for one, other in product(row.options.split(), others):
             pair = [each for each in (one, other) if each]
-            if one != other and names.issuperset(each.partition("=")[0] for each in pair):
-                says = "cannot be combined: " if isinstance(row, Clash) else "requires "
-                yield (
-                    " ".join([command, "no/model", *(typed(request, each) for each in pair)]),
-                    says,
-                )
+            is_there = names.issuperset(each.partition("=")[0] for each in pair)
+            if one != other and is_there:
+                options = " ".join(typed(request, each) for each in pair)
+                commands.append((f"{command} no/model {options}", 2, says))
+    return commands
 
 
 NO_MODEL = {
@@ -68,28 +72,34 @@ NO_MODEL = {
 }
 """What is no model, or not all of one, and what is said of it."""
 
-ON_MODELS = "search {} --remove 1; apply {} --blocks 1; eval {}; bench {}; export {} --blocks 1 --to mergekit".split(
-    "; "
+ON_MODELS = (
+    "search {} --remove 1",
+    "apply {} --blocks 1",
+    "eval {}",
+    "bench {}",
+    "export {} --blocks 1 --to mergekit",
 )
+OF_NO_MODEL = [
+    (command.format(model), 4, says)
+    for command, (model, says) in product(ON_MODELS, NO_MODEL.items())
+]
 
 FIRST = [
-    *((command.format(model), 4, says) for command, (model, says) in product(ON_MODELS, NO_MODEL.items())),
+    *OF_NO_MODEL,
+    *clashing(),
     ("search taken/short.txt --remove 1", 4, "is a file, not a model"),
     ("search MODEL --remove 1 --revision main", 2, "--revision does not apply"),
-    ("search elsewhere --remove 1 --trust-remote-code", 4, "names Python code of another "
-                                                           "repository, org/code"),
+    ("search elsewhere --remove 1 --trust-remote-code", 4, "code of another repository, org/code"),
     ("search no/model --remove 1 --metric energy", 2, "energy does not score blocks"),
     ("search no/model --remove 1 --calibration self:0.5,c4", 2, "c4 has no share in the mixture"),
     ("search no/model --remove 1 --calibration c4:0.5,c4:0.5", 2, "names c4 twice"),
     ("search no/model --remove 1 -o half.json", 8, "holds an unfinished search"),
     ("apply bad.gguf --blocks 1 -o bad.gguf", 8, "is the source file itself"),
     ("apply nameless.json", 3, "was made for tiny, and does not say where that is"),
-    ("apply experts.json --recover", 2, "--recover does not apply to experts.json, a plan that "
-                                        "removes experts"),
+    ("apply experts.json --recover", 2, "does not apply to experts.json, a plan that"),
     ("apply experts.json --remove 1", 2, "has 2 groups of experts"),
     ("export experts.json --to mergekit", 2, "describes a removal of blocks"),
     ("eval PLAN --remove 0,1", 2, "Cannot remove 0 blocks"),
-    *((words, 2, says) for words, says in clashing()),
     ("search no/model", 2, "No target given: one of --ratio, --remove, --target-params"),
     ("search no/model --ratio 20%x", 2, "The ratio 20%x is not between 0 and 1"),
     ("search no/model --ratio 120%", 2, "The ratio 120% is not between 0 and 1"),
@@ -100,12 +110,9 @@ FIRST = [
     ("search no/model --remove 1 --dtype int3", 2, "Unknown data type 'int3'"),
     ("search no/model --remove 1 --memory lots", 2, "--memory lots is not a size"),
     ("search no/model --remove 1 --metric cosine --fast", 2, "--fast does not apply to cosine"),
-    ("search no/model --remove 1 --strategy oneshot --fast", 2, "--fast does not apply to "
-                                                                "--strategy oneshot"),
-    ("search no/model --remove 1 --strategy refine --metric cosine", 2, "cosine scores single "
-                                                                        "blocks"),
-    ("search no/model --remove 1 --extend PLAN --strategy refine", 2, "works with --strategy "
-                                                                      "greedy only"),
+    ("search no/model --remove 1 --strategy oneshot --fast", 2, "--fast does not apply to"),
+    ("search no/model --remove 1 --strategy refine --metric cosine", 2, "cosine scores single"),
+    ("search no/model --remove 1 --extend PLAN --strategy refine", 2, "--strategy greedy only"),
     ("search no/model --remove 1 --extend nowhere.json", 3, "no plan nowhere.json"),
     ("search no/model --remove 1 -o no/plan.json", 8, "folder does not exist"),
     ("search no/model --remove 1 -o PLAN", 8, "already exists"),
@@ -147,13 +154,11 @@ FIRST = [
     ("bench no/model --sweep prompts=8", 2, "--sweep cannot vary 'prompts'"),
     ("bench no/model --sweep batch=one", 2, "'batch=one' is not a name and a list of numbers"),
     ("bench no/model --sweep batch=0", 2, "--batch-size 0 is too small"),
-    ("bench no/model --sweep batch=1 --batch-size 2", 2, "--sweep sets batch and so does "
-                                                         "--batch-size"),
+    ("bench no/model --sweep batch=1 --batch-size 2", 2, "and so does --batch-size"),
     ("bench no/model --sweep batch=1 --sweep batch=2", 2, "--sweep sets batch twice"),
     ("bench no/model --engine lama.cpp", 2, "Did you mean 'llama.cpp'?"),
-    ("bench no/model --engine llama.cpp --dtype float32", 2, "--dtype does not apply to --engine "
-                                                             "llama.cpp"),
-    ("bench no/model --engine vllm --source x.gguf", 2, "--source does not apply to --engine vllm"),
+    ("bench no/model --engine llama.cpp --dtype float32", 2, "--dtype does not apply to"),
+    ("bench no/model --engine vllm --source x.gguf", 2, "--source does not apply to"),
     ("export no/model --blocks 1 --to gguf", 2, "`sleb apply` writes GGUF files."),
     ("export no/model --blocks 1 --to ollama", 2, "`FROM ./model.gguf`"),
     ("export no/model --blocks 1 --to mergekit -o PLAN", 8, "already exists"),
@@ -169,29 +174,27 @@ FIRST = [
     ("apply MODEL --blocks 1 -o no/out", 8, "folder does not exist"),
     ("apply MODEL --blocks 1 -o /proc/out", 8, "Cannot write /proc/out"),
     ("eval MODEL --perplexity self", 5, "self is text to calibrate on"),
-]  # fmt: skip
+]
 """What is answered before torch is imported: no model is looked for."""
 
 SHORT = "--samples 4 --sequence-length 32"
 SECOND = [
     (f"search MODEL --ratio 0.9 --calibration TEXT {SHORT}", 2, "At most 4 blocks can be removed"),
-    (f"search MODEL --remove 0 --calibration TEXT {SHORT}", 2, "already at 6 of 6 blocks; the "
-                                                               "target is 6 of 6 blocks"),
+    (f"search MODEL --remove 0 --calibration TEXT {SHORT}", 2, "already at 6 of 6 blocks"),
     ("search MODEL --remove 1 --device gpu", 2, "Unknown device 'gpu'"),
     ("search MODEL --remove 1 --sequence-length 129", 2, "128 positions"),
     ("search MODEL --remove 1 --stream --calibration self", 2, "write its own text"),
-    ("search MODEL --remove 1 --chat all --calibration TEXT", 2, "is plain text, but --chat needs "
-                                                                 "conversations"),
-    ("search MODEL --remove 2 --strategy contiguous --protect 2,3", 2, "No 2 consecutive blocks "
-                                                                       "can be removed"),
-    ("search MODEL --target-memory 1MB --serve-length 4096", 2, "--serve-length 4096 exceeds the "
-                                                                "128 positions"),
+    ("search MODEL --remove 1 --chat all --calibration TEXT", 2, "--chat needs conversations"),
+    ("search MODEL --remove 2 --strategy contiguous --protect 2,3", 2, "No 2 consecutive blocks"),
+    ("search MODEL --target-memory 1MB --serve-length 4096", 2, "exceeds the 128 positions"),
     ("search MODEL --remove 1 --calibration TEXT --samples 9999", 5, "text for"),
     (f"search MODEL --remove 1 --calibration TEXT {SHORT} --memory 1kB", 7, ""),
     ("search MODEL --remove 1 --calibration .", 5, "is a folder"),
-    (f"search MODEL --remove 1 --calibration TEXT {SHORT} --samples 1 --holdout 0.2", 2, "cannot "
-                                                                                         "be "
-                                                                                         "split"),
+    (
+        f"search MODEL --remove 1 --calibration TEXT {SHORT} --samples 1 --holdout 0.2",
+        2,
+        "be split",
+    ),
     ("apply MODEL --blocks 1,1", 2, "named twice"),
     ("apply MODEL --blocks -1", 2, "no block -1"),
     ("apply MODEL --blocks 0,1,2,3,4,5", 2, "All 6 blocks"),
@@ -204,7 +207,7 @@ SECOND = [
     ("eval MODEL --perplexity TEXT --sequence-length 999", 2, "128 positions"),
     ("bench MODEL --prompt-length 100 --new-tokens 100", 2, "exceeds the model's 128 positions"),
     ("bench MODEL --sweep prompt=8,2048", 2, "A prompt of 2048 tokens exceeds"),
-]  # fmt: skip
+]
 """What the model, the text or the machine do not allow."""
 
 
@@ -222,31 +225,39 @@ FILES = {
     "elsewhere/config.json": '{"auto_map": {"AutoConfig": "org/code--x.C"}}',
 }
 EXPERTS = {
-    "count": 8, "active": 2, "groups": 2, "parameters": [9, 8], "active_parameters": [9, 9], "weights_bytes": [9, 8],
-    "blocks": [{"block": 0, "removals": [0, 4], "scores": [1.0] * 8, "tokens": [1] * 8}], "texts": [],
-}  # fmt: skip
+    "count": 8,
+    "active": 2,
+    "groups": 2,
+    "parameters": [9, 8],
+    "active_parameters": [9, 9],
+    "weights_bytes": [9, 8],
+    "blocks": [{"block": 0, "removals": [0, 4], "scores": [1.0] * 8, "tokens": [1] * 8}],
+    "texts": [],
+}
 
 
 @pytest.fixture
 def words(tiny_llama, llama_plan, text_file, tmp_path, monkeypatch):
+    """Write the files that lines name, and split a line into its words."""
     # To say that it has no such task, lm-eval reads all of them, which takes ten seconds.
-    monkeypatch.setattr(
-        "lm_eval.tasks.manager.__file__", str(Path(lm_eval.__file__).parent / "tasks/piqa/none")
-    )
+    tasks = Path(lm_eval.__file__).parent / "tasks/piqa/none"
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tasks))
     for name, content in FILES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
-    (tmp_path / "linked" / "tokenizer.json").symlink_to(__file__)
-    os.mkfifo(tmp_path / "piped" / "tokenizer.json")
+    Path("linked/tokenizer.json").symlink_to(__file__)
+    os.mkfifo("piped/tokenizer.json")
     plan = json.loads(llama_plan.read_text())
     nameless = plan | {"model": plan["model"] | {"id": "tiny"}}
     in_groups = plan | {"removals": [], "steps": [], "experts": EXPERTS}
-    (tmp_path / "nameless.json").write_text(json.dumps(nameless))
-    (tmp_path / "experts.json").write_text(json.dumps(in_groups))
-    given = {"MODEL": str(tiny_llama), "PLAN": llama_plan.name, "TEXT": str(text_file)}
-    return lambda line: [
-        given.get(word, word.replace("TEXT", given["TEXT"])) for word in line.split()
-    ]
+    Path("nameless.json").write_text(json.dumps(nameless))
+    Path("experts.json").write_text(json.dumps(in_groups))
+
+    def split(line):
+        line = line.replace("MODEL", str(tiny_llama)).replace("TEXT", str(text_file))
+        return line.replace("PLAN", llama_plan.name).split()
+
+    return split
 
 
 @pytest.mark.parametrize(("line", "code", "says"), [*FIRST, *SECOND])
@@ -296,43 +307,49 @@ def test_the_natural_wrong_guess_is_told_the_right_word(run_sleb, words, line, h
     assert result.exit_code in (2, 5)
 
 
-def test_what_needs_no_model_is_answered_without_torch(words, tmp_path):
-    lines = [words(line) for line, _, _ in FIRST]
-    code = f"""
+ALONE = """
 import sys
 from sleb_cli.__main__ import main
 codes = [main(words) for words in {lines}]
 print([codes, {{'torch', 'transformers', 'datasets'}} & {{*sys.modules}}])
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.stdout == f"{[[code for _, code, _ in FIRST], set()]}\n", done.stderr
+
+
+def test_what_needs_no_model_is_answered_without_torch(words):
+    code = ALONE.format(lines=[words(line) for line, _, _ in FIRST])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    codes = [code for _, code, _ in FIRST]
+    assert done.stdout == f"{[codes, set()]}\n", done.stderr
 
 
 def numbers():
-    """Yield each option that takes a number, or a text that may be one."""
+    """Return each command and option that takes a number, or a text that may be one."""
+    found = []
     for command, request in COMMANDS.items():
         annotations = get_type_hints(request)
         for field in fields(request):
-            kinds = requests.kinds_of(annotations[field.name])
-            items = {item for kind in kinds for item in (kind, *get_args(kind))}
-            if items & {int, float} and field.default is not MISSING:
-                yield command, requests.option_of(field.name)
+            kinds = {*requests.kinds_of(annotations[field.name])}
+            for kind in [*kinds]:
+                kinds.update(get_args(kind))
+            if kinds & {int, float} and field.default is not MISSING:
+                found.append((command, requests.option_of(field.name)))
+    return found
+
+
+OUT_OF_REASON = ("nan", "inf", "-inf", "-1", "9" * (sys.int_info.default_max_str_digits + 1))
+TARGETS = [requests.option_of(name) for name in requests.TARGET_NAMES]
 
 
 @pytest.mark.parametrize(("command", "option"), numbers())
-def test_a_number_out_of_reason_is_refused_in_a_sentence(
-    run_sleb, tiny_llama, llama_plan, text_file, command, option
-):
-    few = calibration(text_file, 8, 16)
-    words = {"search": [tiny_llama, *few], "export": [llama_plan, "--to", "indices"]}.get(
-        command, [llama_plan]
-    )
-    is_target = option[2:].replace("-", "_") in requests.TARGET_NAMES
-    words += ["--remove", 1] if command == "search" and not is_target else []
-    words = [tiny_llama] if option == "--blocks" and command != "export" else words
-    for value in ("nan", "inf", "-inf", "-1", "9" * (sys.int_info.default_max_str_digits + 1)):
-        result = run_sleb(command, *words, option, value)
+def test_a_number_out_of_reason_is_refused_in_a_sentence(run_sleb, words, command, option):
+    subject = "MODEL" if option == "--blocks" else "PLAN"
+    if command == "search":
+        subject = "MODEL --calibration TEXT --samples 8 --sequence-length 16"
+        if option not in TARGETS:
+            subject += " --remove 1"
+    elif command == "export":
+        subject = "PLAN --to indices"
+    for value in OUT_OF_REASON:
+        result = run_sleb(command, *words(subject), option, value)
         assert result.exit_code == 2, (value[:40], result.stderr)
         assert "error: " in result.stderr
