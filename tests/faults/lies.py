@@ -21,9 +21,9 @@ class Runs:
         return self.call
 
 
-def saved_as(content: Any, **options: Any) -> bytes:
+def saved_as(content: Any) -> bytes:
     file = io.BytesIO()
-    torch.save(content, file, **options)
+    torch.save(content, file)
     return file.getvalue()
 
 
@@ -38,12 +38,6 @@ def weight_file(header: Any, body: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + body
 
 
-# GGUF files.
-
-UINT32, INT32, FLOAT32, STRING, ARRAY, UINT64 = 4, 5, 6, 8, 9, 10
-CODES = {UINT32: "<I", INT32: "<i", FLOAT32: "<f", STRING: "<Q", UINT64: "<Q"}
-
-
 @dataclass(frozen=True)
 class Gguf:
     """A GGUF file in parts that need not agree: keys, types and values; tensors' names, shapes,
@@ -53,18 +47,14 @@ class Gguf:
     entries: tuple[tuple[bytes, int, bytes], ...]
     tensors: tuple[tuple[bytes, tuple[int, ...], int, int], ...]
     values: bytes
-    version: int = 3
 
     def to_bytes(self) -> bytes:
-        parts = [b"GGUF", struct.pack("<IQQ", self.version, len(self.tensors), len(self.entries))]
+        header = b"GGUF" + struct.pack("<IQQ", 3, len(self.tensors), len(self.entries))
         for key, type_, data in self.entries:
-            parts += [text(key), struct.pack("<I", type_), data]
+            header += _text(key) + struct.pack("<I", type_) + data
         for name, shape, type_, offset in self.tensors:
-            parts += [
-                text(name),
-                struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, type_, offset),
-            ]
-        header = b"".join(parts)
+            numbers = (len(shape), *shape, type_, offset)
+            header += _text(name) + struct.pack(f"<I{len(shape)}QIQ", *numbers)
         return header + bytes(-len(header) % 32) + self.values
 
 
@@ -77,32 +67,20 @@ def gguf_of(path: Path) -> Gguf:
             _, key, type_, *value = [bytes(part.tobytes()) for part in field.parts]
             entries.append((key, int.from_bytes(type_, "little"), b"".join(value)))
     begin = min(tensor.data_offset for tensor in reader.tensors)
-    tensors = [
-        (
-            tensor.name.encode(),
-            tuple(map(int, tensor.shape)),
-            int(tensor.tensor_type),
-            int(tensor.data_offset - begin),
-        )
-        for tensor in reader.tensors
-    ]
+    tensors = []
+    for tensor in reader.tensors:
+        shape = tuple(map(int, tensor.shape))
+        offset = int(tensor.data_offset - begin)
+        tensors.append((tensor.name.encode(), shape, int(tensor.tensor_type), offset))
     return Gguf(tuple(entries), tuple(tensors), path.read_bytes()[begin:])
 
 
-def text(data: bytes) -> bytes:
+def _text(data: bytes) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def key(name, type_, data):
-    """Return a function that gives a GGUF file this key, in the place of one of that name."""
-    name = name.encode()
-
-    def make(file):
-        entries = {each[0]: each for each in file.entries} | {name: (name, type_, data)}
-        return replace(file, entries=tuple(entries.values()))
-
-    return make
-
-
-def number(name, type_, value):
-    return key(name, type_, struct.pack(CODES[type_], value))
+def with_number(file: Gguf, name: str, value: int) -> Gguf:
+    """Give a file this number, in place of the one of that name."""
+    entries = {entry[0]: entry for entry in file.entries}
+    entries[name.encode()] = (name.encode(), gguf.GGUFValueType.UINT32, struct.pack("<I", value))
+    return replace(file, entries=tuple(entries.values()))
