@@ -42,21 +42,12 @@ Q = TypeVar("Q", bound=Request)
 Checked = TypeVar("Checked")
 Files = TypeVar("Files")
 
-_SEARCH = (
+
+@explain_out_of_memory(
+    None,
     "Use a smaller --memory, --batch-size or --sequence-length, fewer --samples, a narrower "
-    "--dtype, or --device cpu. "
-    "With --resume, nothing is measured again."
+    "--dtype, or --device cpu. With --resume, nothing is measured again.",
 )
-_APPLY = (
-    "Leave out --recover or --heal, use a smaller --sequence-length or fewer --samples, or a larger "
-    "machine."
-)
-_EXPORT = "Use a machine with more memory."
-_EVALUATE = "Use a smaller --batch-size or --sequence-length, a narrower --dtype, or --device cpu."
-_BENCH = "Use a smaller --batch-size or --prompt-length, a narrower --dtype, or --device cpu."
-
-
-@explain_out_of_memory(None, _SEARCH)
 def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
     """Find the blocks or experts that a model needs least, and write them to a plan.
 
@@ -84,7 +75,11 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
     return plan
 
 
-@explain_out_of_memory(None, _APPLY)
+@explain_out_of_memory(
+    None,
+    "Leave out --recover or --heal, use a smaller --sequence-length or fewer --samples, or a "
+    "larger machine.",
+)
 def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufResult:
     """Write the pruned checkpoint or GGUF file, and prove that it computes what the search
     measured.
@@ -110,7 +105,10 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
         return write()
 
 
-@explain_out_of_memory(None, _EVALUATE)
+@explain_out_of_memory(
+    None,
+    "Use a smaller --batch-size or --sequence-length, a narrower --dtype, or --device cpu.",
+)
 def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
     """Measure the quality of a model, dense and pruned: perplexity and lm-eval tasks.
 
@@ -141,7 +139,10 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
     return result
 
 
-@explain_out_of_memory(None, _BENCH)
+@explain_out_of_memory(
+    None,
+    "Use a smaller --batch-size or --prompt-length, a narrower --dtype, or --device cpu.",
+)
 def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     """Measure the speed and memory of a model, dense and pruned in turn.
 
@@ -187,7 +188,10 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     return result
 
 
-@explain_out_of_memory(None, _EXPORT)
+@explain_out_of_memory(
+    None,
+    "Use a machine with more memory.",
+)
 def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
     """Export a report, a table of plans, or the removals for another tool.
 

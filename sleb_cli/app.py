@@ -14,7 +14,6 @@ from sleb_cli.plugin_manager import load_registry
 from sleb_cli.requests import ApplyRequest, BenchRequest, EvalRequest, ExportRequest, SearchRequest
 from sleb_cli.ui import summaries
 from sleb_cli.ui.console import print_json
-from sleb_cli.ui.plans import show_plan
 from sleb_cli.ui.plugins import show_plugins
 from sleb_cli.ui.progress import show_progress
 from sleb_cli.ui.tables import print_to_copy
@@ -97,6 +96,8 @@ def _search_like(config: Path | None) -> Callable[[SearchRequest, Notify], Plan]
 @options_from(SearchRequest)
 def search(request: SearchRequest, how: How) -> None:
     """Find the blocks or experts that MODEL needs least, and write them to a plan."""
+    from sleb_cli.ui.plans import show_plan  # with pydantic, which `sleb --help` does not wait for
+
     _run(_search_like(how.config), request, lambda plan: show_plan(plan, request.plan_file), how)
 
 

@@ -65,7 +65,8 @@ class SlebError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, hint: str) -> None:
-        self.message, self.hint = without_secrets(message), without_secrets(hint)
+        self.message = without_secrets(message)
+        self.hint = without_secrets(hint)
         super().__init__(in_python(self.message))
         self.add_note(f"Hint: {in_python(self.hint)}")
 

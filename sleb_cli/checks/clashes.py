@@ -89,7 +89,8 @@ def require_coherent(request: Request) -> None:
             row.check(request)
 
 
-_RECOVERIES, _GGUF = " ".join(RECOVERIES), "source output=*.gguf"
+_RECOVERIES = " ".join(RECOVERIES)
+_GGUF = "source output=*.gguf"
 FOR_CHECKPOINTS = f"{_RECOVERIES} device_map stream dtype max_shard_size"
 """Options of `apply` that a GGUF file cannot follow."""
 _ONE = "Use one of them."
@@ -102,14 +103,13 @@ CLASHES: tuple[Clash | Need, ...] = (
     Clash("unit=experts", "max_perplexity_ratio extend",
           "one walk ranks all experts, for a number of them that is known before",
           "Use --ratio, --remove, --target-params or --target-memory.", SearchRequest),
-    Clash("unit=experts", "device_map", "experts are watched and left out where weights are loaded "
-                                        "by sleb",
-          "Use --stream.", SearchRequest),
+    Clash("unit=experts", "device_map",
+          "experts are watched and left out where weights are loaded by sleb", "Use --stream.", SearchRequest),
     Clash("device_map", "stream", "each runs a model that does not fit",
           "Use one of them: --stream reads each block once a step, a device map once a pass."),
     Clash("device_map", "device", "the device map chooses the devices", _ONE),
-    Clash("heal", "device_map stream", "healing trains the model, so all weights must be on one "
-                                       "device",
+    Clash("heal", "device_map stream",
+          "healing trains the model, so all weights must be on one device",
           "Use a device with enough memory, or recover without training: --recover."),
     Clash("heal_minutes", "heal_tokens", "each says when healing stops", _ONE),
     Need("heal_minutes heal_tokens", "heal"),
@@ -126,8 +126,8 @@ CLASHES: tuple[Clash | Need, ...] = (
     Clash("source", "model", "only the plan and the GGUF file are read", "Leave out --model.", ApplyRequest),
     Clash("experts_per_token", "blocks", "each names what is compared with the dense model",
           "Measure one after the other.", SizesRequest),
-    Clash("experts_per_token", _RECOVERIES, "blocks are fitted to what the dense model computes "
-                                            "with all its experts",
+    Clash("experts_per_token", _RECOVERIES,
+          "blocks are fitted to what the dense model computes with all its experts",
           "Recover first, and apply the setting to that checkpoint.", ApplyRequest),
     Clash("every", "remove", "each names the sizes", "Use --every 2, or --remove 2,4,6."),
     Clash("tasks", "stream", "each batch of requests would read the whole model again",
@@ -138,7 +138,7 @@ CLASHES: tuple[Clash | Need, ...] = (
     Need("sequence_length max_windows bos", "perplexity", beside="tasks"),
     Need("new_tokens", "generation", beside="prompt"),
     Need("source", "engine", BenchRequest),
-    Clash("engine", "device compile", "these are of transformers alone", "Leave out --device and "
-                                                                         "--compile."),
+    Clash("engine", "device compile",
+          "these are of transformers alone", "Leave out --device and --compile."),
     Clash("compile", "warmup=0", "the compilation would be timed", "Use --warmup 1 or more."),
 )  # fmt: skip

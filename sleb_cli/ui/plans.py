@@ -1,21 +1,17 @@
 """Show the result of `sleb search`."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from sleb_cli.names import short_name
+from sleb_cli.plan import Plan, TargetRecord
+from sleb_cli.tables import search_results as tables
 from sleb_cli.ui.chart import Line, draw_lines
 from sleb_cli.ui.console import print_prose, stdout
 from sleb_cli.ui.tables import print_line, print_title, print_to_copy, show_table
 from sleb_cli.units import format_bytes, format_count, format_perplexity, in_shell, spans
-
-if TYPE_CHECKING:
-    from sleb_cli.plan import Plan, TargetRecord
 
 # The plan has the full sample.
 SAMPLE_CHARACTERS = 160
@@ -26,8 +22,6 @@ CHART_WIDTH = 80
 
 def show_plan(plan: Plan, output: Path) -> None:
     """Show the result of a search and the path of its plan."""
-    from sleb_cli.tables import search_results as tables  # pydantic, so here
-
     print_title(f"{short_name(plan.model.id)}: {plan.order.amount(len(plan.largest))} removed")
     show_table(tables.search(plan), title=False)
     if plan.steps:
@@ -43,8 +37,6 @@ def show_plan(plan: Plan, output: Path) -> None:
 
 def _show_blocks(plan: Plan) -> None:
     """Show which blocks go, what the search did to find them, and its target."""
-    from sleb_cli.tables import search_results as tables
-
     search = plan.search
     console = stdout()
     if len(plan.steps) >= CHART_STEPS:
@@ -68,11 +60,9 @@ def _show_blocks(plan: Plan) -> None:
 
 
 def _show_next(plan: Plan, output: Path) -> None:
-    from sleb_cli.tables.search_results import collapse_warnings
-
     apply = f"sleb apply {in_shell(str(output))}"
     label = "next"
-    if collapse_warnings(plan.sample_generation):
+    if tables.collapse_warnings(plan.sample_generation):
         # The model may have collapsed: suggest half as many.
         half = len(plan.largest) // 2
         fewer = half - half % plan.order.multiple
@@ -83,8 +73,6 @@ def _show_next(plan: Plan, output: Path) -> None:
 
 
 def _show_sample(plan: Plan) -> None:
-    from sleb_cli.tables import search_results as tables
-
     sample = plan.sample_generation
     if sample is None:
         return
@@ -102,12 +90,10 @@ def perplexity_chart(plan: Plan, width: int) -> Text:
     """Draw the perplexity at each size on a logarithmic scale, on the searched and the held-out
     sequences.
     """
-    from sleb_cli.tables.search_results import perplexities
-
     marks = [("●", "cyan"), ("○", "yellow")]
     lines = []
     points: list[float] = []
-    for (mark, style), values in zip(marks, perplexities(plan).values(), strict=False):
+    for (mark, style), values in zip(marks, tables.perplexities(plan).values(), strict=False):
         logarithms = [math.log(value) for value in values]
         lines.append(Line(mark, style, logarithms))
         points += logarithms

@@ -60,7 +60,8 @@ def _to_url(plot: Plot) -> str:
 
 def cards(findings: Findings) -> list[tuple[str, str, str]]:
     """Return the headline numbers: name, value, and a note."""
-    order, count = findings.plan.order, len(findings.plan.largest)
+    order = findings.plan.order
+    count = len(findings.plan.largest)
     numbers = [(order.parts, f"{order.count - count} of {order.count}", f"{count} removed")]
     if findings.sizes:
         dense, pruned = findings.sizes

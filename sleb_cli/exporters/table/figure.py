@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_PANEL, _LEGEND = 210, 18
-"""The heights of a row of panels and of the legend, in points."""
+_PANEL = 210
+_LEGEND = 18
+"""The heights of a row of panels and of one of the legend, in points."""
 _LOG_SCALE_RATIO = 4
 """An axis of perplexities is logarithmic if the largest is more than this many times the smallest.
 """
