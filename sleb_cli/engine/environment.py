@@ -11,8 +11,6 @@ import torch
 from sleb_cli.plan import EnvironmentRecord
 from sleb_cli.units import plural
 
-GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-
 
 def environment_record(
     plugins: dict[str, str], device: torch.device, seconds: float
@@ -53,6 +51,7 @@ def chip_name(device: torch.device) -> str:
 
 def cpu_governor() -> str | None:
     """Return the rule that sets the processor's clock; None where the system has none."""
+    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     with suppress(OSError):
-        return GOVERNOR.read_text(encoding="utf-8").strip() or None
+        return governor.read_text(encoding="utf-8").strip() or None
     return None

@@ -35,7 +35,7 @@ def shortage(needed: int, free: int, of: str) -> str | None:
 class SmallerPieces(Generic[S]):
     """Repeat work in smaller pieces for as long as it runs out of memory.
 
-        pieces = SmallerPieces(8, halved, print)
+        pieces = SmallerPieces(8, lambda size: size // 2 or None, print)
         for size in pieces:
             with pieces:
                 work(size)
@@ -81,11 +81,6 @@ class SmallerPieces(Generic[S]):
         return True
 
 
-def halved(size: int) -> int | None:
-    """Return half of a size, None for 1."""
-    return size // 2 or None
-
-
 def in_smaller_pieces(
     run: Callable[[int], T],
     size: int,
@@ -101,7 +96,7 @@ def in_smaller_pieces(
     def report(smaller: int) -> None:
         notify(Notice(f"Out of memory on {device}; {doing.format(smaller)} at a time."))
 
-    pieces = SmallerPieces(size, halved, report)
+    pieces = SmallerPieces(size, lambda size: size // 2 or None, report)
     for smaller in pieces:
         with pieces:
             result = run(smaller)

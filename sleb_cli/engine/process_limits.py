@@ -13,17 +13,6 @@ GROUPS = Path("/sys/fs/cgroup")
 UNLIMITED = 2**63
 """More than any machine has."""
 
-_MEMORY_LIMITS = {
-    1: ["memory.limit_in_bytes"],
-    # A process above `memory.high` is slowed down until it hardly moves.
-    2: ["memory.max", "memory.high"],
-}
-_MEMORY_USED = {1: "memory.usage_in_bytes", 2: "memory.current"}
-_PAGE_CACHE = {
-    1: ["total_active_file", "total_inactive_file"],
-    2: ["active_file", "inactive_file"],
-}
-
 
 def left_under_limits() -> int:
     """Return the bytes that this process may still take, or `UNLIMITED`."""
@@ -59,20 +48,28 @@ def _processor_quota(folder: Path, version: int) -> float:
 
 
 def _memory_left(folder: Path, version: int) -> int:
+    limits = ["memory.limit_in_bytes"]
+    current = "memory.usage_in_bytes"
+    page_cache = ["total_active_file", "total_inactive_file"]
+    if version == 2:
+        # A process above `memory.high` is slowed down until it hardly moves.
+        limits = ["memory.max", "memory.high"]
+        current = "memory.current"
+        page_cache = ["active_file", "inactive_file"]
     limit = UNLIMITED
     try:
-        for name in _MEMORY_LIMITS[version]:
+        for name in limits:
             text = (folder / name).read_text().strip()
             if text != "max":
                 limit = min(limit, int(text))
-        used = int((folder / _MEMORY_USED[version]).read_text())
+        used = int((folder / current).read_text())
         statistics = (folder / "memory.stat").read_text()
     except OSError:  # the uppermost group has no limit, so it lacks some of the files
         return UNLIMITED
     # The page cache counts as used, but the system frees it when memory is needed.
     for line in statistics.splitlines():
         name, value = line.split()
-        if name in _PAGE_CACHE[version]:
+        if name in page_cache:
             used -= int(value)
     return max(0, limit - used)
 

@@ -92,6 +92,7 @@ class _Run:
         self.folder = folder
         self.setting = _setting(evaluation)
         self.reused: list[str] = []
+        self.wanted = {frozenset(size) for size in evaluation.models.sizes}
 
     def measure_text(self, windows: EvaluationWindows) -> tuple[TextResult, ...]:
         """Measure a text, or return its kept result."""
@@ -124,11 +125,6 @@ class _Run:
             self._keep({"tasks": results}, part, missing)
             known = merge_results(known, results)
         return with_sizes(known, self.wanted)
-
-    @property
-    def wanted(self) -> set[frozenset[int]]:
-        """The sizes to be measured."""
-        return {frozenset(size) for size in self.models.sizes}
 
     def _find(self, part: Key) -> list[EvalResult]:
         if self.folder is None or self.evaluation.force:
