@@ -13,7 +13,8 @@ def drawn(scores, forbidden=()):
 
 def test_each_token_is_drawn_as_often_as_its_probability_says():
     torch.manual_seed(0)
-    draws, scores = 40_000, torch.randn(100).mul(2)
+    draws = 40_000
+    scores = torch.randn(100).mul(2)
     probabilities = scores.softmax(-1)
     found = torch.bincount(drawn(scores.repeat(draws, 1)), minlength=100) / draws
     error = (probabilities * (1 - probabilities) / draws).sqrt()
@@ -22,12 +23,11 @@ def test_each_token_is_drawn_as_often_as_its_probability_says():
 
 def test_rare_tokens_of_a_large_vocabulary_are_drawn():
     torch.manual_seed(0)
-    scores = torch.zeros(250, 262_144)
-    scores[:, 7] = math.log(0.74 / 0.26 * 262_143)
-    tokens = torch.cat([drawn(part) for part in scores.split(50)])
-    rare = int((tokens != 7).sum())
-    assert 40 < rare < 90  # 26 % of 250
-    assert len(set(tokens.tolist())) > rare * 0.95
+    scores = torch.zeros(60, 262_144)
+    scores[:, 7] = math.log(262_143)
+    tokens = torch.cat([drawn(part) for part in scores.split(30)]).tolist()
+    assert 18 < tokens.count(7) < 42  # half of 60
+    assert len(set(tokens)) > 0.95 * (60 - tokens.count(7))
 
 
 def test_rows_are_independent_and_forbidden_tokens_never_drawn():

@@ -4,6 +4,7 @@ import random
 import re
 from itertools import cycle
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -51,16 +52,20 @@ def wrote(tokenizer, prompts, *says, count=1, length=60, size=1):
 
     Return them, what it was given each time, and how many were dropped.
     """
-    turns, given = cycle(says), []
+    turns = cycle(says)
+    given = []
 
     def more(prompts, new, forbidden, ends):
         given.extend(map(tokenizer.decode, prompts))
         said = []
         for _ in prompts:
-            row = tokenizer(next(turns), add_special_tokens=False).input_ids[:new]
-            end = next((at for at, token in enumerate(row) if token in ends), len(row))
-            said.append(row[: end + 1])
-            assert not forbidden & {*said[-1]}
+            words = []
+            for token in tokenizer(next(turns), add_special_tokens=False).input_ids[:new]:
+                words.append(token)
+                if token in ends:
+                    break
+            said.append(words)
+            assert not forbidden & set(words)
         assert 0 in forbidden  # <s>
         assert all(tokenizer.added_tokens_decoder[token].special for token in forbidden)
         assert 1 <= new <= length - min(map(len, prompts))
@@ -71,39 +76,27 @@ def wrote(tokenizer, prompts, *says, count=1, length=60, size=1):
     return writer.write(count, size, prompts), given, writer.dropped
 
 
-@pytest.mark.parametrize(
-    ("model_type", "caches"),
-    [
-        ("llama", True),
-        ("gemma3_text", True),
-        ("opt", True),
-        ("mamba", False),
-        ("qwen3_next", False),
-    ],
-)
-def test_texts_that_have_ended_leave_the_others_as_they_are(monkeypatch, model_type, caches):
-    model, ends, calls = random_model(tiny_config(model_type)), {*range(0, 320, 8)}, []
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "opt", "mamba", "qwen3_next"])
+def test_texts_that_have_ended_leave_the_others_as_they_are(monkeypatch, model_type):
+    model = random_model(tiny_config(model_type))
     noise = torch.randn(320, 320, generator=torch.Generator().manual_seed(0))
     # The next token depends on the model and on the last one, and on no other text.
-    monkeypatch.setattr(
-        text_writing, "draw_tokens", lambda ids, scores, forbidden: scores + noise[ids[:, -1]]
-    )
-
-    def watched(model, ids, *given, **options):
-        calls.append((len(ids), bool(options.keys() & {"cache", "past_key_values"})))
-        return generate(model, ids, *given, **options)
-
+    draw = lambda ids, scores, forbidden: scores + noise[ids[:, -1]]  # noqa: E731
+    monkeypatch.setattr(text_writing, "draw_tokens", draw)
+    watched = Mock(side_effect=generate)
     monkeypatch.setattr(text_writing, "generate", watched)
 
-    def continued(some):
-        return text_writing.continue_prompts(model, lambda *_: None, some, 24, ends=ends)
+    def continued(prompts):
+        ends = set(range(0, 320, 8))
+        return text_writing.continue_prompts(model, lambda *_: None, prompts, 24, ends=ends)
 
     draws = random.Random(0)
     prompts = [draws.choices(range(320), k=length) for length in (3, 9, 4, 4, 7, 2, 8, 5)]
-    together, (first, *later) = continued(prompts), calls
-    assert first == (8, False)
-    assert later[0][0] < 8
-    assert {had_cache for _, had_cache in later} <= {caches}
+    together = continued(prompts)
+    _, *later = watched.mock_calls
+    assert len(later[0].args[1]) < 8
+    has_cache = not later[0].kwargs.keys().isdisjoint({"cache", "past_key_values"})
+    assert has_cache == (model_type not in ("mamba", "qwen3_next"))
     assert together == [continued([prompt])[0] for prompt in prompts]
 
 
@@ -123,15 +116,14 @@ def test_texts_that_have_ended_leave_the_others_as_they_are(monkeypatch, model_t
     ids=["a token ends it", "a system prompt", "words end it", "no special token ends it"],
 )
 def test_the_model_speaks_where_its_template_puts_words(tokenizer, opening, asked, question):
-    (found,), given, _ = wrote(tokenizer, iter(()), question, LONG)
-    assert given[0] == opening
-    assert given[1].startswith(opening)
-    assert given[1].endswith(asked)
-    ids = tokenizer(given[1], add_special_tokens=False).input_ids
-    assert found[: len(ids)] == [(token, False) for token in ids]
-    answer = found[len(ids) :]
-    assert all(own for _, own in answer)
-    assert LONG.startswith(tokenizer.decode([token for token, _ in answer]))
+    (found,), (first, second), _ = wrote(tokenizer, iter(()), question, LONG)
+    assert first == opening
+    assert second.startswith(opening)
+    assert second.endswith(asked)
+    assert tokenizer.decode([token for token, own in found if not own]) == second
+    answer = tokenizer.decode([token for token, own in found if own])
+    assert LONG.startswith(answer)
+    assert tokenizer.decode([token for token, _ in found]) == second + answer
 
 
 def test_useless_conversations_are_dropped_and_counted():
@@ -184,34 +176,35 @@ def test_a_template_that_cannot_be_used_is_refused(model, template, length, mess
 
 
 def test_learned_positions_end_with_the_sequence():
-    model, length = random_model(tiny_config("gpt2")), 128
-    assert model.config.max_position_embeddings == length
-    (found,) = calibrate([text_settings("self-chat", length=length)], TURNS, lambda: model, ignore)
-    assert found.sequences.shape == (4, length)
+    model = random_model(tiny_config("gpt2"))
+    assert model.config.max_position_embeddings == 128
+    (found,) = calibrate([text_settings("self-chat", length=128)], TURNS, lambda: model, ignore)
+    assert found.sequences.shape == (4, 128)
     # An answer that positions end within its sequence is no answer; that of the longest prompt of a
     # batch is.
     long = "fish " * 15
     prompts = cycle([talk("town"), talk(long)])
-    found, _, dropped = wrote(TURNS, prompts, LONG, length=length, size=2)
-    (text,) = written(TURNS, found)
-    assert text.startswith(f"<s>user: {long}</s>")
+    found, _, dropped = wrote(TURNS, prompts, LONG, length=128, size=2)
+    assert written(TURNS, found)[0].startswith(f"<s>user: {long}</s>")
     assert dropped == 1
 
 
 def test_sequences_begin_conversations_and_are_cached_and_split(model):
     events = []
     splits = [text_settings("self-chat", count, chat="answers", writer="m") for count in (4, 2)]
-    found, again = (calibrate(splits, TURNS, lambda: model, events.append) for _ in range(2))
-    for text, same in zip(found, again, strict=True):
-        assert text.sequences.tolist() == same.sequences.tolist()
-        assert all(TURNS.decode(row).startswith("<s>user: ") for row in text.sequences)
+    found = calibrate(splits, TURNS, lambda: model, events.append)
+    again = calibrate(splits, TURNS, lambda: model, events.append)
+    rows = torch.cat([text.sequences for text in found])
+    assert torch.equal(rows, torch.cat([text.sequences for text in again]))
+    texts = {TURNS.decode(row) for row in rows}
+    assert len(texts) == 6
+    assert all(text.startswith("<s>user: ") for text in texts)
+    for text in found:
         assert text.loss_mask[:, 1:].any(1).all()
         assert not text.loss_mask.all()
-    first, second = ({*map(tuple, text.sequences.tolist())} for text in found)
-    assert not first & second
-    told = [event.text for event in events if isinstance(event, Notice)]
-    assert re.match(r"self-chat: the model wrote \d+ conversations", told[0])
-    assert told[1].endswith("that the model wrote before, from the cache.")
+    wrote, read = [event.text for event in events if isinstance(event, Notice)]
+    assert re.match(r"self-chat: the model wrote \d+ conversations", wrote)
+    assert read.endswith("that the model wrote before, from the cache.")
 
 
 def test_all_tokens_of_plain_text_count(model):
@@ -222,41 +215,34 @@ def test_all_tokens_of_plain_text_count(model):
         assert bool(mask.all()) == (origin == "text.txt")
 
 
-WORDS_ASKED = [f"word{number}" for number in range(20)]
+@pytest.mark.parametrize("name", ["lines.txt", "prompts.jsonl", "messages.jsonl"])
+def test_prompts_are_read_and_answered_each_in_one_part(model, name):
+    words = [f"word{number}" for number in range(20)]
+    Path("lines.txt").write_text("\n\n".join(words))
+    write_lines("prompts.jsonl", prompt=words)
+    write_lines("messages.jsonl", messages=[talk(word, "no") for word in words])
+    read = []
+    for split in (TextSplit(0, 0.7), TextSplit(0.7, 1)):
+        prompts = text_source(f"answers:{name}").prompts(split)
+        read += prompts
+        drawn = text_settings(f"answers:{name}", 3, split=split)
+        (text,) = calibrate([drawn], TURNS, lambda: model, ignore)
+        begins = tuple(f"<s>user: {asked['content']}</s><s>assistant: " for (asked,) in prompts)
+        assert all(TURNS.decode(row).startswith(begins) for row in text.sequences)
+    assert read == [talk(word) for word in words]
 
 
-def test_prompts_are_read_and_answered_each_in_one_part(model):
-    Path("lines.txt").write_text("\n\n".join(WORDS_ASKED))
-    write_lines("prompts.jsonl", prompt=WORDS_ASKED)
-    write_lines("messages.jsonl", messages=[talk(word, "no") for word in WORDS_ASKED])
-    splits = TextSplit(0, 0.7), TextSplit(0.7, 1)
-    for source in ("answers:lines.txt", "answers:prompts.jsonl", "answers:messages.jsonl"):
-        parts = [text_source(source).prompts(split) for split in splits]
-        assert parts[0] + parts[1] == [talk(word) for word in WORDS_ASKED]
-        drawn = [text_settings(source, 3, split=split) for split in splits]
-        found = calibrate(drawn, TURNS, lambda: model, ignore)
-        for text, prompts in zip(found, parts, strict=True):
-            begins = tuple(f"<s>user: {asked['content']}</s><s>assistant: " for (asked,) in prompts)
-            assert all(TURNS.decode(row).startswith(begins) for row in text.sequences)
-
-
-NO_PROMPT = '{"messages": [{"role": "ROLE", "content": "a"}]}'
+LINE = '{"messages": [{"role": "ROLE", "content": "a"}]}'
+OF_ASSISTANT = '{"prompt": "a"}\n' + LINE.replace("ROLE", "assistant")
+OF_SYSTEM = LINE.replace("ROLE", "system")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("p.txt", "one\ntwo", r"p\.txt has 2 prompts, but needs at least 10\."),
-        (
-            "p.jsonl",
-            '{"prompt": "a"}\n' + NO_PROMPT.replace("ROLE", "assistant"),
-            r"Line 2 of p\.jsonl",
-        ),
-        (
-            "p.jsonl",
-            NO_PROMPT.replace("ROLE", "system"),
-            r"Line 1 of p\.jsonl .* there is no prompt",
-        ),
+        ("p.jsonl", OF_ASSISTANT, r"Line 2 of p\.jsonl"),
+        ("p.jsonl", OF_SYSTEM, r"Line 1 of p\.jsonl .* there is no prompt"),
     ],
 )
 def test_a_file_of_prompts_that_cannot_be_used_is_refused(name, content, message):
