@@ -102,7 +102,7 @@ PHI4_AGAIN = "⟦town<|im_end|>⟧<|im_start|>assistant<|im_sep|>⟦field<|im_en
         ("phi4", talk("mill", "", "snow", "field"), f"⟦<|im_end|>⟧{PHI4_ASKED}⟦field<|im_end|>⟧"),
         ("phi4", [*talk("mill", "town"), *talk("field", first="assistant")], PHI4_AGAIN),
     ],
-)  # fmt: skip
+)
 def test_all_of_an_answer_counts_whatever_its_words(name, messages, text):
     tokenizer = PUBLISHED_TOKENIZERS[name]
     opened = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)

@@ -42,9 +42,14 @@ def own_text(model, sequences):
     torch.manual_seed(0)
     start = torch.randint(2, 300, (sequences, 1))
     return model.generate(
-        start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, max_new_tokens=31, min_new_tokens=31,
+        start,
+        attention_mask=torch.ones_like(start),
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=31,
+        min_new_tokens=31,
         pad_token_id=1,
-    )  # fmt: skip
+    )
 
 
 def recovered(skippable, removed, text, fitted, notify=ignore):

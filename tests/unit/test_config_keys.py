@@ -26,8 +26,11 @@ KEPT = Kept((0, 2, 3, 5), 6)  # without 1 and 4
         (by_block, list("abc"), list("abc")),
         (block_numbers, [0, 1, 3, 4, 5], [0, 2, 3]),
         (by_block, "M-M*-E", "MM*E"),
-        (numbers_from_one, {"kda_layers": [1, 2, 4, 5], "full_attn_layers": [3, 6], "head_dim": 8},
-         {"kda_layers": [1, 3], "full_attn_layers": [2, 4], "head_dim": 8}),
+        (
+            numbers_from_one,
+            {"kda_layers": [1, 2, 4, 5], "full_attn_layers": [3, 6], "head_dim": 8},
+            {"kda_layers": [1, 3], "full_attn_layers": [2, 4], "head_dim": 8},
+        ),
         (keyed_by_block, {"1": "a", "2": "b", 5: "c"}, {"1": "b", "3": "c"}),
         (leading_blocks, 1, 1),
         (leading_blocks, 2, 1),
@@ -39,7 +42,7 @@ KEPT = Kept((0, 2, 3, 5), 6)  # without 1 and 4
         (block_numbers, [[1], "x"], []),
         (numbers_from_one, {"kda_layers": ["x"]}, {"kda_layers": ["x"]}),
     ],
-)  # fmt: skip
+)
 def test_values_of_known_keys_are_pruned(prune, value, pruned):
     assert prune(value, KEPT) == pruned
 

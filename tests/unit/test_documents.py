@@ -52,7 +52,7 @@ def without_cog(text):
 
 
 def code_lines(text):
-    """The lines of all code blocks, fenced or indented; those that end with a backslash are joined."""
+    """Return the lines of all code blocks; those that end with a backslash are joined."""
     fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     indented = re.findall(r"(?:^\n)((?:^ {4}.*\n)+)", text, re.MULTILINE)
     return "".join((*fenced, *indented)).replace("\\\n", " ").splitlines()
@@ -143,12 +143,19 @@ def test_every_path_link_and_command_in_a_page_exists(page):
 
 @pytest.mark.parametrize(
     "text",
-    ["`sleb serch demo`", "`sleb search demo --ratoi 0.2`", "\n    sleb export plan.json\n", "Use "
-                                                                                             "`--to-gguf x`.",
-     "\n    pip install . && sleb search demo --no-such\n", "```\nsleb bench --generation \\\n    "
-                                                            "--nope\n```\n",
-     "See tests/no/such.py.", "[a](docs/no.md)", "![a](docs/images/no.svg)", "[a](docs/search.md#no-such-heading)"],
-)  # fmt: skip
+    [
+        "`sleb serch demo`",
+        "`sleb search demo --ratoi 0.2`",
+        "\n    sleb export plan.json\n",
+        "Use `--to-gguf x`.",
+        "\n    pip install . && sleb search demo --no-such\n",
+        "```\nsleb bench --generation \\\n    --nope\n```\n",
+        "See tests/no/such.py.",
+        "[a](docs/no.md)",
+        "![a](docs/images/no.svg)",
+        "[a](docs/search.md#no-such-heading)",
+    ],
+)
 def test_names_of_what_does_not_exist_are_found(text):
     assert wrong_in(text, "README.md") != []
 

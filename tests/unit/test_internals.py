@@ -31,6 +31,6 @@ def test_a_name_that_has_moved_is_an_error_of_the_machine(monkeypatch):
     adapter = f"sleb_cli.engine.{ADAPTERS['transformers']}"
     monkeypatch.delattr("transformers.modeling_utils.LoadStateDictConfig")
     monkeypatch.delitem(sys.modules, adapter, raising=False)
-    said = f"This sleb does not know transformers {version('transformers')}: cannot import name 'LoadStateDictConfig'"
+    said = f"This sleb does not know transformers {version('transformers')}: cannot import name"
     with pytest.raises(MachineError, match=re.escape(said)):
         importlib.import_module(adapter)

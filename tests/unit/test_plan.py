@@ -10,7 +10,7 @@ from sleb_cli.plan import LossesRecord, RecoveryRecord, read_plan
 from sleb_plugins import PlanError
 
 OLDER = Path(__file__).parents[1] / "older_plans"
-"""Plans that sleb wrote at ba037724, for tiny models; results beside such plans name the ranking."""
+"""Plans that sleb wrote at ba037724, for tiny models; results beside them name the ranking."""
 
 EXPERTS = {0: (5, 6), 1: (0, 5), 2: (2, 5), 3: (3, 2), 4: (0, 6), 5: (3, 4)}
 RANKING = "a3f1a8b516c901508e1e8ecee41dae82268834e22cf80dfd19ba6d24caf63f32"
@@ -20,10 +20,17 @@ RANKING = "a3f1a8b516c901508e1e8ecee41dae82268834e22cf80dfd19ba6d24caf63f32"
     ("name", "sizes", "goes", "ranking"),
     [
         ("blocks", ["without block 1", "without blocks 1, 2"], ((1, 2), {}), None),
-        ("experts", ["without 1 of the 8 experts of each block", "without 2 of the 8 experts of each block"],
-         ((), {"experts": EXPERTS}), RANKING),
+        (
+            "experts",
+            [
+                "without 1 of the 8 experts of each block",
+                "without 2 of the 8 experts of each block",
+            ],
+            ((), {"experts": EXPERTS}),
+            RANKING,
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_plan_of_an_older_version_is_read_and_written_as_it_was(
     tmp_path, name, sizes, goes, ranking
 ):
@@ -46,9 +53,18 @@ def test_a_plan_survives_a_round_trip(llama_plan, tmp_path):
     plan.write(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == llama_plan.read_bytes()
     assert list(json.loads(llama_plan.read_text())) == [
-        "schema_version", "sleb_version", "request", "model", "calibration", "search", "dense", "removals", "steps",
-        "sample_generation", "environment",
-    ]  # fmt: skip
+        "schema_version",
+        "sleb_version",
+        "request",
+        "model",
+        "calibration",
+        "search",
+        "dense",
+        "removals",
+        "steps",
+        "sample_generation",
+        "environment",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -30,14 +30,18 @@ PATHS = {
 }
 
 
-@pytest.fixture(params=[llama_config, opt_config, gpt2_config, bloom_config], ids=PATHS)
-def skippable(request):
-    config = request.param()
-    model = random_model(config)
-    with (
-        torch.inference_mode(),
-        SkippableModel(model, model.get_submodule(PATHS[config.model_type])) as skippable,
-    ):
+def blocks_of(model):
+    return model.get_submodule(PATHS[model.config.model_type])
+
+
+@pytest.fixture(scope="module", params=[llama_config, opt_config, gpt2_config, bloom_config])
+def model(request):
+    return random_model(request.param())
+
+
+@pytest.fixture
+def skippable(model):
+    with torch.inference_mode(), SkippableModel(model, blocks_of(model)) as skippable:
         yield skippable
 
 
@@ -57,12 +61,13 @@ def ids():
 def test_the_head_gets_the_last_positions_in_one_piece(skippable, ids):
     """As a slice, they take bfloat16 on a CPU hundreds of times as long."""
     seen = []
-    skippable.model.lm_head.register_forward_pre_hook(
+    hook = skippable.model.lm_head.register_forward_pre_hook(
         lambda module, args: seen.append((len(args[0]), args[0].stride()))
     )
     skippable.logits(ids, (), last=2)
     skippable.calls(ids)
     skippable.logits(ids[:1], (), last=1)
+    hook.remove()
     assert seen == [(3, (64, 32, 1)), (3, (32, 32, 1)), (1, (32, 32, 1))]
 
 
@@ -160,18 +165,12 @@ def test_a_walk_does_half_of_the_work_and_drops_the_base(skippable, ids, ran, si
 @pytest.mark.parametrize(
     ("first", "keep", "removed", "candidates", "counts"),
     [
-        pytest.param([0, 1, 2, 3], {1: 9, 3: 9}, (3,), [0, 1, 2], [0, 0, 0, 0], id="all are known"),
-        pytest.param(
-            [1, 2],
-            {1: 9, 2: 9, 3: 9},
-            (),
-            [0, 1, 2, 3],
-            None,
-            id="a new one forks off where the base is",
-        ),
-        pytest.param([0, 1, 2, 3], {0: 1, 3: 2}, (), [0, 1, 2], [1, 1, 1, 3], id="some are known"),
-        pytest.param([1, 2, 3], {2: 9}, (2,), [1, 3], None, id="the removed one is the base"),
+        ([0, 1, 2, 3], {1: 9, 3: 9}, (3,), [0, 1, 2], [0, 0, 0, 0]),
+        ([1, 2], {1: 9, 2: 9, 3: 9}, (), [0, 1, 2, 3], None),
+        ([0, 1, 2, 3], {0: 1, 3: 2}, (), [0, 1, 2], [1, 1, 1, 3]),
+        ([1, 2, 3], {2: 9}, (2,), [1, 3], None),
     ],
+    ids=["all are known", "a new one", "some are known", "the removed one is the base"],
 )
 def test_kept_states_save_work_and_change_no_bit(
     skippable, ids, ran, first, keep, removed, candidates, counts

@@ -19,7 +19,7 @@ from sleb_cli.engine.statistics import (
 
 
 def wald(difference, variance, count):
-    """Return Bonett and Price's interval of a mean difference, from items of which two were added."""
+    """Return Bonett and Price's interval of a mean difference, with two items added."""
     return difference - 1.96 * variance**0.5 / count, difference + 1.96 * variance**0.5 / count
 
 

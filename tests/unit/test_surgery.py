@@ -24,21 +24,34 @@ def test_the_config_loses_the_count_and_the_blocks_own_values():
     config = {**raw, "attention_layers": [0, 1, 0, 1], "mine": "abcd"}
     keys = {"mine": lambda text, kept: "".join(text[block] for block in kept.blocks)}
     architecture = Mock(
-        block_count=4, text_key="", source=Mock(raw_config=raw), numbering=BlockNumbering("h."),
+        block_count=4,
+        text_key="",
+        source=Mock(raw_config=raw),
+        numbering=BlockNumbering("h."),
         adapter=FamilyAdapter("x", frozenset({"x"}), "h", count_key="n_layer", config_keys=keys),
         text_config=type("Text", (), {"attribute_map": {}, "to_dict": lambda text: config})(),
-    )  # fmt: skip
+    )
     assert BlockCut(architecture, (1, 3)).settings(CONFIG, raw) == {
-        "n_layer": 2, "layer_types": ["a", "c"], "eos_token_id": [1, 2, 3, 4], "attention_layers": [0, 0],
-        "novel": [5, 7], "mine": "ac",
-    }  # fmt: skip
+        "n_layer": 2,
+        "layer_types": ["a", "c"],
+        "eos_token_id": [1, 2, 3, 4],
+        "attention_layers": [0, 0],
+        "novel": [5, 7],
+        "mine": "ac",
+    }
 
 
 IMAGES = {"depth": 4, "hidden_size": 32, "num_heads": 4, "intermediate_size": 64}
 TEXT = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 320, "max_window_layers": 6, "rope_theta": 12345.0,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "max_window_layers": 6,
+    "rope_theta": 12345.0,
+}
 FLAT = TEXT | {
     "vision_config": IMAGES,
     "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},

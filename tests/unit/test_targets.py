@@ -103,11 +103,19 @@ def caches(folder, length):
 
 def test_a_window_holds_no_more_than_the_window(tmp_path):
     config = Gemma3TextConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, sliding_window=16,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"], bos_token_id=0, eos_token_id=1,
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        bos_token_id=0,
+        eos_token_id=1,
         pad_token_id=1,
-    )  # fmt: skip
+    )
     blocks, a_token = caches(save_model(tmp_path / "g", config), 100).blocks, 2 * 2 * 2 * 8
     assert blocks[1] == 100 * a_token
     assert 15 * a_token <= blocks[0] == blocks[2] <= 16 * a_token
