@@ -5,7 +5,7 @@ before.
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -44,49 +44,23 @@ class Command:
     processes: int = 1
 
 
-def search(*more: Any, model: str = "../model", output: str = "new.json") -> tuple[Any, ...]:
-    return (
-        "search",
-        model,
-        "--remove",
-        1,
-        *TEXT,
-        "--batch-size",
-        2,
-        "--sample-tokens",
-        2,
-        "-o",
-        output,
-        *more,
-    )
+def search(
+    *more: Any, model: str = "../model", remove: int = 1, output: str = "new.json"
+) -> tuple[Any, ...]:
+    quick = ("--batch-size", 2, "--sample-tokens", 2)
+    return ("search", model, "--remove", remove, *TEXT, *quick, "-o", output, *more)
 
 
 def evaluate(*more: Any, text: str = "text") -> tuple[Any, ...]:
-    return (
-        "eval",
-        "plan.json",
-        "--perplexity",
-        f"../{text}.txt",
-        "--sequence-length",
-        32,
-        "--max-windows",
-        4,
-        *more,
-    )
+    few = ("--sequence-length", 32, "--max-windows", 4)
+    return ("eval", "plan.json", "--perplexity", f"../{text}.txt", *few, *more)
 
 
-def searching(
-    *more: Any, again: tuple[str, ...] = ("--resume", "--force"), **options: Any
-) -> Command:
-    output = options.setdefault("output", "new.json")
-    processes = options.pop("processes", 1)
-    return Command(search(*more, **options), output, again, processes=processes)
-
-
+RESUMED = ("--resume", "--force")
 COMMANDS = {
-    "search": searching("--remove", 2),
-    "search gguf": searching("--holdout", "0.4", model="../tiny.gguf"),
-    "search, two processes": searching("--device", "cpu", processes=2),
+    "search": Command(search(remove=2), "new.json", RESUMED),
+    "search gguf": Command(search("--holdout", "0.4", model="../tiny.gguf"), "new.json", RESUMED),
+    "search, two processes": Command(search("--device", "cpu"), "new.json", RESUMED, processes=2),
     "apply": Command((*APPLY, "--max-shard-size", "100kB"), "small"),
     "apply gguf": Command(APPLY_GGUF, "small.gguf"),
     "apply --recover": Command((*OVER_OLD, "--recover"), "old"),
@@ -104,20 +78,21 @@ class Place:
     """
 
     def __init__(self, program: Program, folder: Path) -> None:
-        self.program, self.folder, self.work = program, folder, folder / "work"
-        self.here = {
-            "cwd": self.work,
-            "environment": {"SLEB_CACHE": folder / "cache", "TMPDIR": folder / "tmp"},
-        }
+        self.program = program
+        self.folder = folder
+        self.work = folder / "work"
+        environment = {"SLEB_CACHE": folder / "cache", "TMPDIR": folder / "tmp"}
+        self.here = {"cwd": self.work, "environment": environment}
         self._undisturbed: dict[str, tuple[tuple[Call, ...], dict[str, bytes]]] = {}
-        given, begin = folder / "given", folder / "begin"
+        given = folder / "given"
+        begin = folder / "begin"
         save_model(given / "model", llama_config(4))
         convert_llama(given / "model", given / "tiny.gguf")
         for seed, name in enumerate(("text.txt", "other.txt")):
             (given / name).write_text(prose(120, seed=seed))
         begin.mkdir()
         self.reset()
-        self.run(*search("--remove", 2, output="plan.json"))
+        self.run(*search(remove=2, output="plan.json"))
         self.run("apply", "plan.json", "--remove", 1, "-o", "old")
         (self.work / "merge.yaml").write_text("older\n")
         shutil.copytree(self.work, begin, dirs_exist_ok=True)
@@ -142,12 +117,13 @@ class Place:
 
     def files(self) -> dict[str, bytes]:
         """Return what lies there beside what was given, without the time that it took."""
-        return {
-            str(path.relative_to(self.folder)): TIMES.sub(b"", path.read_bytes())
-            for name in ("work", "cache", "tmp")
-            for path in sorted((self.folder / name).rglob("*"))
-            if path.is_file()
-        }
+        found = {}
+        for name in ("work", "cache", "tmp"):
+            for path in sorted((self.folder / name).rglob("*")):
+                if path.is_file():
+                    content = TIMES.sub(b"", path.read_bytes())
+                    found[str(path.relative_to(self.folder))] = content
+        return found
 
     def undisturbed(self, name: str) -> tuple[tuple[Call, ...], dict[str, bytes]]:
         """Return the calls of a run of this command that nothing disturbs, and the files that it
@@ -155,44 +131,45 @@ class Place:
         """
         if name not in self._undisturbed:
             self.reset()
-            found = [
-                require(each.wait())
-                for each in self.launch(COMMANDS[name], fault=Fault(self.folder))
-            ]
-            self._undisturbed[name] = found[0].calls, self.files()
+            running = self.launch(COMMANDS[name], fault=Fault(self.folder))
+            ended = [require(each.wait()) for each in running]
+            self._undisturbed[name] = ended[0].calls, self.files()
             assert not list(filter(is_leftover, self.files()))
         return self._undisturbed[name]
 
-    def wrong(self, name: str, *, done: bool, may_leave: bool) -> Iterator[str]:
-        """Yield what is neither as after a whole run of this command nor, unless it is done, as
+    def wrong(self, name: str, *, done: bool, may_leave: bool) -> list[str]:
+        """List what is neither as after a whole run of this command nor, unless it is done, as
         before.
         """
-        command, whole, left = COMMANDS[name], self.undisturbed(name)[1], self.files()
-        if delivered(command, left) not in (
-            delivered(command, whole),
-            delivered(command, self.start),
-        ):
-            yield f"a part of {command.output}"
+        command = COMMANDS[name]
+        whole = self.undisturbed(name)[1]
+        left = self.files()
+        wrong = []
+        expected = (delivered(command, whole), delivered(command, self.start))
+        if delivered(command, left) not in expected:
+            wrong.append(f"a part of {command.output}")
         for file in sorted(self.start.keys() | whole.keys() | left.keys()):
-            known = (left.get(file) == whole.get(file)) or (
-                not done and left.get(file) == self.start.get(file)
-            )
-            more = (
-                SPARE if done and file not in left else () if done and not may_leave else PROGRESS
-            )
-            if (
-                not known
-                and not (may_leave and is_leftover(file))
-                and not any(fnmatch(file, each) for each in more)
-            ):
-                yield file
+            content = left.get(file)
+            if content == whole.get(file) or (not done and content == self.start.get(file)):
+                continue
+            if may_leave and is_leftover(file):
+                continue
+            if done and content is None:
+                allowed = SPARE
+            elif done and not may_leave:
+                allowed = ()
+            else:
+                allowed = PROGRESS
+            if not any(fnmatch(file, each) for each in allowed):
+                wrong.append(file)
+        return wrong
 
     def again(self, name: str, case: object) -> None:
         """Run a command once more, after which all is as if nothing had disturbed it."""
         if self.files() != self.start:
             for running in self.launch(COMMANDS[name], *COMMANDS[name].again):
                 require(running.wait())
-            wrong = list(self.wrong(name, done=True, may_leave=True))
+            wrong = self.wrong(name, done=True, may_leave=True)
             assert not wrong, (case, wrong)
 
 

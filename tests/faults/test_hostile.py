@@ -23,50 +23,45 @@ from gguf_models import write_gguf
 from measured_plans import make_benchmark, make_evaluation, make_plan
 from sleb_cli.atomic import to_json
 
-MODEL, DATA, PLAN, OUTPUT, ANY, FINE = (4,), (5,), (3,), (8,), range(10), (0,)
-TEXT = (
-    "--calibration",
-    "text.txt",
-    "--samples",
-    "2",
-    "--sequence-length",
-    "8",
-    "--sample-tokens",
-    "2",
-)
-CUT = ("apply", "model", "--blocks", "1", "-o", "out", "--no-verify")
-APPLY = CUT[:-1]
-SEARCH = ("search", "model", "--remove", "1", *TEXT, "-o", "out.json")
+MODEL = (4,)
+DATA = (5,)
+PLAN = (3,)
+OUTPUT = (8,)
+FINE = (0,)
+ANY = range(10)
+
+
+def split(line):
+    return tuple(line.split())
+
+
+TEXT = split("--calibration text.txt --sequence-length 8")
+FEW = split("--samples 2 --sample-tokens 2")
+CUT = split("apply model --blocks 1 -o out --no-verify")
+APPLY = split("apply model --blocks 1 -o out")
+SEARCH = (*split("search model --remove 1 -o out.json"), *TEXT, *FEW)
 ROWS = (*SEARCH, "--calibration", "rows.jsonl")
-CHAT = (*SEARCH, "--calibration", "chat.jsonl", "--chat", "all", "--sequence-length", "128")
-EVAL = (
-    "eval",
-    "model",
-    "--perplexity",
-    "text.txt",
-    "--sequence-length",
-    "8",
-    "--max-windows",
-    "2",
-    "-o",
-    "out.json",
-)
-TABLE = ("export", "plan.json", "--to", "table")
+CHAT = (*SEARCH, *split("--calibration chat.jsonl --chat all --sequence-length 128"))
+MEASURE = split("--perplexity text.txt --sequence-length 8 --max-windows 2 -o out.json")
+EVAL = ("eval", "model", *MEASURE)
+TABLE = split("export plan.json --to table")
 RESUME = (*SEARCH, "--resume", "-o", "out.later.json")
-HEAL = (*CUT, "-o", "out.healed", "--heal", "--heal-tokens", "64", *TEXT[:-2], "--samples", "8")
-SHARDS, PICKLE = (("apply", model, *CUT[2:]) for model in ("shards", "pickle"))
-CUT_GGUF = ("apply", "whole.gguf", "--blocks", "1", "-o", "out.gguf", "--no-verify")
+HEAL = (*CUT, "-o", "out.healed", *split("--heal --heal-tokens 64 --samples 8"), *TEXT)
+SHARDS = split("apply shards --blocks 1 -o out --no-verify")
+PICKLE = split("apply pickle --blocks 1 -o out --no-verify")
+CUT_GGUF = split("apply whole.gguf --blocks 1 -o out.gguf --no-verify")
 OWN_PLAN = (
-    ("apply", "own.json", "-o", "out", "--no-verify"), ("export", "own.json", "--to", "indices"),
-    ("eval", "own.json", *EVAL[2:]),
-    ("search", "model", "--extend", "own.json", "--remove", "2", "-o", "out.json", "--sample-tokens", "0"),
-)  # fmt: skip
-JOURNAL, HEALING = "out.later.json.journal", ".out.healed.*.recovery"
+    split("apply own.json -o out --no-verify"),
+    split("export own.json --to indices"),
+    ("eval", "own.json", *MEASURE),
+    split("search model --extend own.json --remove 2 -o out.json --sample-tokens 0"),
+)
+HEALING = ".out.healed.*.recovery"
 RESULTS = ("plan.results/eval-0.json", "plan.results/bench-0.json")
-WEIGHTS, INDEX = "model/model.safetensors", "shards/model.safetensors.index.json"
+WEIGHTS = "model/model.safetensors"
+INDEX = "shards/model.safetensors.index.json"
 TEMPLATE = b"{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
 LISTS = {"vocab_size": 4, "attention.head_count_kv": [1, 2, 2, 1]}
-LINES = [prose(3, seed) for seed in range(12)]
 CODE = b"raise SystemExit('code was run')\n"
 
 
@@ -76,22 +71,15 @@ def base(program, tmp_path_factory):
     touch.
     """
     top = tmp_path_factory.mktemp("hostile") / "bases" / "base"
-    small = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-    }
+    small = {"hidden_size": 16, "intermediate_size": 24}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 1}
     for name, size in (("model", "5GB"), ("shards", "12KB")):
         save_model(top / name, llama_config(3, **small), max_shard_size=size)
     outside = shutil.copytree(top / "model", top / "outside")
     for path in outside.glob("*.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"_note": SECRET.decode()}))
-    save_file(
-        load((outside / "model.safetensors").read_bytes()),
-        outside / "model.safetensors",
-        {"note": SECRET.decode()},
-    )
+    tensors = load((outside / "model.safetensors").read_bytes())
+    save_file(tensors, outside / "model.safetensors", {"note": SECRET.decode()})
     (outside / "note.txt").write_bytes(SECRET)
     (outside / "code.py").write_bytes(CODE)
     pickle = shutil.copytree(top / "model", top / "pickle")
@@ -102,9 +90,8 @@ def base(program, tmp_path_factory):
     (top / "text.txt").write_text(prose(60))
     talk = [{"role": "user", "content": "river"}, {"role": "assistant", "content": prose(3)}]
     (top / "chat.jsonl").write_bytes(b"\n".join([json.dumps({"messages": talk}).encode()] * 4))
-    (top / "rows.jsonl").write_bytes(
-        b"\n".join(json.dumps({"text": line}).encode() for line in LINES)
-    )
+    rows = [json.dumps({"text": prose(3, seed)}) for seed in range(12)]
+    (top / "rows.jsonl").write_text("\n".join(rows))
     plan = make_plan(8, 3, kinds=True)
     (top / "plan.results").mkdir()
     records = {
@@ -118,9 +105,8 @@ def base(program, tmp_path_factory):
     program.run(*SEARCH, "--protect-first", 0, "-o", "own.json", cwd=top)
     # Killed as it gives something its name, a command leaves what it had saved.
     for command, at in ((RESUME, 1), (HEAL, 3)):
-        program.run(
-            *command, cwd=top, fault=Fault(top, at, KILL, Calls.RENAME), before=(saving_always,), codes=[-9]
-        )  # fmt: skip
+        fault = Fault(top, at, KILL, Calls.RENAME)
+        program.run(*command, cwd=top, fault=fault, before=(saving_always,), codes=[-9])
     return top
 
 
@@ -184,9 +170,8 @@ PLANS = {
     "half of a surrogate pair": VERSIONED + b'"\\ud800": 1}',
 }
 ELSEWHERE = {"id": "../outside", "family": "../outside/code.py", "revision": None}
-HONEST = (
-    CUT, APPLY, SEARCH, ROWS, CHAT, EVAL, TABLE, RESUME, HEAL, SHARDS, PICKLE, CUT_GGUF, *OWN_PLAN,
-)  # fmt: skip
+HONEST = [CUT, APPLY, SEARCH, ROWS, CHAT, EVAL, TABLE, RESUME, HEAL, SHARDS, PICKLE, CUT_GGUF]
+HONEST += OWN_PLAN
 CALLS = (
     (os.system, "touch ../outside/x"),
     (torch.zeros, 10**13),

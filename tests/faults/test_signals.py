@@ -4,7 +4,6 @@ done.
 
 import os
 import signal
-from itertools import product
 
 import pytest
 
@@ -22,20 +21,15 @@ def commands(tiny_llama, llama_plan, text_file):
     in the middle.
     """
     # The journal and the cache are kept on purpose; all else must be whole or absent.
-    searching = [
-        "search",
-        tiny_llama,
-        "--remove",
-        3,
-        "--batch-size",
-        1,
-        *calibration(text_file, 8, 32),
-    ]
+    few = ("--remove", 3, "--batch-size", 1, *calibration(text_file, 8, 32))
+    searching = ("search", tiny_llama, *few, "-o", "new.json")
+    applying = ("apply", llama_plan, "-o", "new")
+    evaluating = ("eval", llama_plan, *evaluation(text_file), "-o", "new.json")
     return {
-        "search": ([*searching, "-o", "new.json"], "Search: "),
-        "apply": (["apply", llama_plan, "-o", "new"], "Writing weights"),
-        "apply, proving": (["apply", llama_plan, "-o", "new"], "Proving the checkpoint"),
-        "eval": (["eval", llama_plan, *evaluation(text_file), "-o", "new.json"], "Loading"),
+        "search": (searching, "Search: "),
+        "apply": (applying, "Writing weights"),
+        "apply, proving": (applying, "Proving the checkpoint"),
+        "eval": (evaluating, "Loading"),
     }
 
 
@@ -58,9 +52,14 @@ def left():
 
 
 ENDS = [
-    *product(["search"], CODES, [1]), ("apply", signal.SIGTERM, 5), ("apply", signal.SIGHUP, 5),
-    ("apply, proving", signal.SIGTERM, 1), ("eval", signal.SIGINT, 1),
-]  # fmt: skip
+    ("search", signal.SIGTERM, 1),
+    ("search", signal.SIGHUP, 1),
+    ("search", signal.SIGINT, 1),
+    ("apply", signal.SIGTERM, 5),
+    ("apply", signal.SIGHUP, 5),
+    ("apply, proving", signal.SIGTERM, 1),
+    ("eval", signal.SIGINT, 1),
+]
 
 
 @pytest.mark.parametrize(("verb", "number", "times"), ENDS)
@@ -80,10 +79,9 @@ def test_under_nohup_a_command_goes_on(ended):
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_ctrl_c_ends_at_once(program, commands, tmp_path, first):
     words, _ = commands["apply"]
-    at_the_first_write = Fault(tmp_path / ".new.partial" / "new", 1, STOP, Calls.WRITE)
-    running = program.start(
-        *words, cwd=tmp_path, fault=at_the_first_write, before=(cleaning_up_for_long,)
-    )
+    first_write = Fault(tmp_path / ".new.partial" / "new", 1, STOP, Calls.WRITE)
+    arranged = {"fault": first_write, "before": (cleaning_up_for_long,)}
+    running = program.start(*words, cwd=tmp_path, **arranged)
     running.wait_until_stopped()
     running.send(first, signal.SIGCONT)
     while "cleaning up" not in running.written("stderr"):
@@ -95,15 +93,19 @@ def test_a_second_ctrl_c_ends_at_once(program, commands, tmp_path, first):
     assert left() == ["new"]
 
 
-@pytest.mark.parametrize(("verb", "streams"), [("search", (1,)), ("apply", (1, 2)), ("eval", (1,))])
-def test_without_readers_the_result_is_still_written(program, commands, tmp_path, verb, streams):
-    words = [
-        *commands[verb][0],
-        *(SHORT if verb == "search" else ()),
-        *(["--json"] if streams == (1,) else ()),
-    ]
-    result = program.run(
-        *words, cwd=tmp_path, before=(without_readers, *streams), codes=[128 + signal.SIGPIPE]
-    )
+@pytest.mark.parametrize(
+    ("verb", "streams", "more"),
+    [
+        ("search", (1,), [*SHORT, "--json"]),
+        ("apply", (1, 2), []),
+        ("eval", (1,), ["--json"]),
+    ],
+)
+def test_without_readers_the_result_is_still_written(
+    program, commands, tmp_path, verb, streams, more
+):
+    words, _ = commands[verb]
+    arranged = {"cwd": tmp_path, "before": (without_readers, *streams)}
+    result = program.run(*words, *more, codes=[128 + signal.SIGPIPE], **arranged)
     assert "Exception ignored" not in result.stderr
-    assert left() == [words[words.index("-o") + 1]]
+    assert left() == [words[-1]]

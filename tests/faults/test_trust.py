@@ -3,6 +3,7 @@ at the time.
 """
 
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -16,7 +17,8 @@ import pytest
 from conftest import calibration, evaluation, llama_config, save_model
 from faults.arrangements import with_a_bug, with_a_hub
 
-TOKEN, PASSWORD = "hf_" + "Canary" * 5, "s3cretCanary"
+TOKEN = "hf_" + "Canary" * 5
+PASSWORD = "s3cretCanary"
 TRUST = "--trust-remote-code"
 
 
@@ -69,39 +71,26 @@ def test_the_code_of_a_plan_is_required_by_every_command(run, text_file, tmp_pat
     search = ["search", folder, "--remove", 1, *calibration(text_file), "--sample-tokens", 4]
     run(*search, code=4)
     run(*search, TRUST, runs=True)
-    apply, extend = (
-        ("apply", "plan.json", "-o", "out"),
-        (*search, "--extend", "plan.json", "--remove", 2),
-    )
-    evaluate, export = (
-        ("eval", "plan.json", *evaluation(text_file)),
-        ("export", "plan.json", "--to", "mergekit"),
-    )
-    for command in (
-        apply,
-        extend,
-        evaluate,
-        ("bench", "plan.json"),
-        export,
-    ):  # a plan grants no trust
+    apply = ("apply", "plan.json", "-o", "out")
+    extend = (*search, "--extend", "plan.json", "--remove", 2)
+    evaluate = ("eval", "plan.json", *evaluation(text_file))
+    export = ("export", "plan.json", "--to", "mergekit")
+    # A plan grants no trust.
+    for command in (apply, extend, evaluate, ("bench", "plan.json"), export):
         run(*command, code=4, says=TRUST)
     run(*apply, TRUST, runs=True)
-    code = (folder / "mine.py").read_text()
-    for file, content, command in (
-        ("mine.py", code + "\n", (*apply, "--force")),
-        ("more.py", "", extend),
-    ):
-        (folder / file).write_text(content)
-        run(*command, TRUST, code=3, says="code")
-        (folder / file).unlink()
-        (folder / "mine.py").write_text(code)
-    found = json.loads((tmp_path / "plan.json").read_text())["model"]
-    edit_json(tmp_path / "plan.json", model=found | {"code": None})
+    own = (folder / "mine.py").read_text()
+    (folder / "mine.py").write_text(own + "\n")
     run(*apply, TRUST, "--force", code=3, says="code")
-    assert (
-        json.loads((tmp_path / "out" / "sleb_plan.json").read_text())["model"]["code"]
-        == found["code"]
-    )
+    (folder / "mine.py").write_text(own)
+    (folder / "more.py").write_text("")
+    run(*extend, TRUST, code=3, says="code")
+    (folder / "more.py").unlink()
+    found = json.loads(Path("plan.json").read_text())["model"]
+    edit_json(Path("plan.json"), model=found | {"code": None})
+    run(*apply, TRUST, "--force", code=3, says="code")
+    applied = json.loads(Path("out/sleb_plan.json").read_text())
+    assert applied["model"]["code"] == found["code"]
 
 
 def test_code_that_is_not_needed_runs_only_where_it_is_trusted(run, tmp_path):
@@ -111,10 +100,8 @@ def test_code_that_is_not_needed_runs_only_where_it_is_trusted(run, tmp_path):
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 def test_code_of_another_repository_never_runs(run, tmp_path, file):
     folder = own_code(tmp_path / "mine")
-    edit_json(
-        folder / file,
-        auto_map={"AutoConfig": "evil/code--mine.C", "AutoTokenizer": ["evil/code--mine.T", None]},
-    )
+    elsewhere = {"AutoConfig": "evil/code--mine.C", "AutoTokenizer": ["evil/code--mine.T", None]}
+    edit_json(folder / file, auto_map=elsewhere)
     run("apply", folder, "--blocks", 1, TRUST, code=4, says="evil/code")
 
 
@@ -131,9 +118,8 @@ def test_a_config_names_no_compiled_code(sleb, tmp_path, key):
 
 @pytest.mark.parametrize("revision", ["main", "../../../x", "a" * 40 + "\n"])
 def test_a_plan_names_a_commit(sleb, llama_plan, revision):
-    edit_json(
-        llama_plan, model=json.loads(llama_plan.read_text())["model"] | {"revision": revision}
-    )
+    model = json.loads(llama_plan.read_text())["model"]
+    edit_json(llama_plan, model=model | {"revision": revision})
     assert "model.revision" in sleb("apply", llama_plan, code=3).stderr
 
 
@@ -172,38 +158,38 @@ def refusing():
 
 @pytest.mark.parametrize("answers", [False, True])
 def test_a_failed_download_shows_no_token(program, refusing, tmp_path, answers):
-    words, port = ("apply", "org/model", "--blocks", 1), refusing if answers else 9
+    port = refusing if answers else 9
     environment = {
-        "HF_ENDPOINT": f"http://jane:{PASSWORD}@127.0.0.1:{port}", "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home"),
+        "HF_ENDPOINT": f"http://jane:{PASSWORD}@127.0.0.1:{port}",
+        "HF_TOKEN": TOKEN,
+        "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_CACHE": str(tmp_path / "hub"),
-    }  # fmt: skip
-    result = program.run(
-        *words, cwd=tmp_path, environment=environment, before=(with_a_hub,), codes=[4]
-    )
+    }
+    where = {"cwd": tmp_path, "environment": environment, "before": (with_a_hub,)}
+    result = program.run("apply", "org/model", "--blocks", 1, codes=[4], **where)
     assert ("127.0.0.1" if answers else "Connection refused") in result.stderr
     assert "Canary" not in result.stdout + result.stderr
-    assert not [
-        path for path in tmp_path.rglob("*") if path.is_file() and b"Canary" in path.read_bytes()
-    ]
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or b"Canary" not in path.read_bytes()
 
 
-PUBLISHED = """sleb_cli sleb_plugins tests completions docs README.md CONTRIBUTING.md CHANGELOG.md CITATION.cff
-SECURITY.md LICENSE pyproject.toml .gitignore PKG-INFO""".split()
+PUBLISHED = """
+sleb_cli sleb_plugins tests completions docs pyproject.toml .gitignore PKG-INFO
+README.md CONTRIBUTING.md CHANGELOG.md CITATION.cff SECURITY.md LICENSE
+""".split()
 
 
 def test_what_is_published_is_the_program_its_tests_and_its_pages(tmp_path):
     words = (sys.executable, "-m", "hatchling", "build", "-d", tmp_path)
     subprocess.run(words, cwd=Path(__file__).resolve().parents[2], check=True, capture_output=True)
-    (wheel_file,), (sdist_file,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    (wheel_file,) = tmp_path.glob("*.whl")
+    (sdist_file,) = tmp_path.glob("*.tar.gz")
     wheel = zipfile.ZipFile(wheel_file).namelist()
-    assert {name.partition("/")[0].partition("-")[0] for name in wheel} == {
-        "sleb_cli",
-        "sleb_plugins",
-        "sleb",
-    }
+    packages = {re.split("[-/]", name)[0] for name in wheel}
+    assert packages == {"sleb_cli", "sleb_plugins", "sleb"}
     kinds = {Path(name).suffix for name in wheel if name.startswith("sleb_")}
     assert kinds <= {".py", ".typed", ".yaml", "", ".j2", ".css", ".mplstyle", ".js"}
     with tarfile.open(sdist_file) as archive:
         names = archive.getnames()
     assert {name.split("/")[1] for name in names} == {*PUBLISHED}
-    assert [name for name in (*wheel, *names) if "__pycache__" in name] == []
+    assert not any("__pycache__" in name for name in [*wheel, *names])
