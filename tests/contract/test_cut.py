@@ -2,7 +2,6 @@
 not know it.
 """
 
-import re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -42,16 +41,18 @@ class Neurons(Cut):
         return values | {"intermediate_size": len(self.kept)} if file == CONFIG else values
 
     def tensor(self, name):
-        found = re.search(r"mlp\.(down)?", name)
-        return name, Slices(1 if found[1] else 0, WIDTH, self.kept) if found else None
+        if ".mlp." not in name:
+            return name, None
+        axis = 1 if "down" in name else 0
+        return name, Slices(axis, WIDTH, self.kept)
 
     @contextmanager
     def simulate(self, dense):
-        mask = torch.tensor([float(neuron in range(WIDTH // 2)) for neuron in range(WIDTH)])
-        hooks = [
-            block.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: (inputs[0] * mask,))
-            for block in dense.model.layers
-        ]
+        mask = (torch.arange(WIDTH) < WIDTH // 2).float()
+        hooks = []
+        for block in dense.model.layers:
+            hook = block.mlp.down_proj.register_forward_pre_hook(lambda _, given: given[0] * mask)
+            hooks.append(hook)
         yield
         for hook in hooks:
             hook.remove()
@@ -70,16 +71,16 @@ class Head(Cut):
 
     @contextmanager
     def simulate(self, dense):
-        own, dense.lm_head.weight = dense.lm_head.weight, dense.model.embed_tokens.weight
+        own = dense.lm_head.weight
+        dense.lm_head.weight = dense.model.embed_tokens.weight
         yield
         dense.lm_head.weight = own
 
 
 class GgufHead(GgufCut):
     def header(self, file):
-        return replace(
-            file, tensors=tuple(tensor for tensor in file.tensors if tensor.name != "output.weight")
-        )
+        kept = [tensor for tensor in file.tensors if tensor.name != "output.weight"]
+        return replace(file, tensors=tuple(kept))
 
     def for_model(self, architecture):
         return Head()
@@ -98,9 +99,8 @@ def test_a_third_kind_of_cut_is_written_and_proven(architecture, tmp_path, remov
     assert result.proof.checks[-2:] == ("same logits", "generates")
     assert result.proof.logits_difference < 1e-5
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert [block.mlp.up_proj.out_features for block in model.model.layers] == [WIDTH // 2] * (
-        4 - len(removals)
-    )
+    assert len(model.model.layers) == 4 - len(removals)
+    assert {block.mlp.up_proj.out_features for block in model.model.layers} == {WIDTH // 2}
     without = "1 of its 4 blocks" if removals else "half of its neurons"
     assert f"# model without {without}" in (tmp_path / "out" / "README.md").read_text()
 
@@ -110,9 +110,8 @@ def test_a_third_kind_of_cut_of_a_gguf_file_is_proven(architecture, tmp_path):
     surgery = GgufSurgery(file, (GgufBlockCut((1,)), GgufHead()))
     result = prune_gguf(surgery, Output(tmp_path / "out.gguf"), load_plugins(), ignore)
     assert (result.unproven, result.proof.logits_difference) == (None, 0.0)
-    assert "output.weight" not in {
-        tensor.name for tensor in read_gguf(tmp_path / "out.gguf").tensors
-    }
+    written = read_gguf(tmp_path / "out.gguf").tensors
+    assert "output.weight" not in [tensor.name for tensor in written]
 
 
 def test_a_wrong_cut_fails_its_proof(architecture, tmp_path):

@@ -39,15 +39,10 @@ FAMILIES = {
     "bloom, masks carry the batch size": {},
 }
 TRAINED = "stories260K, trained"
+ON_CPU = Placement(torch.device("cpu"), torch.float32)
 CLAIMED = {"llama", "opt"}
-NIGHTLY = {
-    "llama",
-    "mistral, sliding",
-    "qwen2",
-    "qwen3",
-    "gpt_neox, parallel",
-    "phi, parallel, head with bias",
-}
+NIGHTLY = {"llama", "mistral, sliding", "qwen2", "qwen3", "gpt_neox, parallel"}
+NIGHTLY |= {"phi, parallel, head with bias"}
 """Those that other tests run too, or that differ little from another."""
 
 
@@ -72,26 +67,33 @@ def architecture(folder):
 
 def require_reference(plan, architecture, text_file):
     """Cut the text and search the slow way, and hold a plan against it."""
-    told, folder = plan["calibration"], architecture.source.folder
+    told = plan["calibration"]
+    folder = architecture.source.folder
     assert told["bos"] == adds_bos(AutoTokenizer.from_pretrained(folder))
     sequences = calibration_sequences(folder, text_file, bos=told["bos"])
     assert told["tokens_sha256"] == tokens_sha256(sequences)
-    model = open_model(architecture, Placement(torch.device("cpu"), torch.float32), ignore).model
-    removals, steps = plain_search(
-        model, architecture.blocks_of(model), sequences, len(plan["removals"])
-    )
+    model = open_model(architecture, ON_CPU, ignore).model
+    count = len(plan["removals"])
+    removals, steps = plain_search(model, architecture.blocks_of(model), sequences, count)
     assert plan["removals"] == removals
     for step, losses in zip(plan["steps"], steps, strict=True):
-        assert step["scores"] == pytest.approx(
-            {str(block): loss for block, loss in losses.items()}, abs=1e-5
-        )
+        expected = {str(block): loss for block, loss in losses.items()}
+        assert step["scores"] == pytest.approx(expected, abs=1e-5)
         assert step["score"] == step["scores"][str(step["block"])]
 
 
-def test_searches_equal_the_plain_reference(run_sleb, folder, architecture, text_file, monkeypatch):
-    options = ["--remove", 3, *calibration(text_file), "--batch-size", 2, "--json"]
-    result = run_sleb("search", folder, *options)
-    assert result.exit_code == 0, result.stderr
+def test_searches_equal_the_plain_reference(sleb, folder, architecture, text_file, monkeypatch):
+    options = (
+        "search",
+        folder,
+        "--remove",
+        3,
+        *calibration(text_file),
+        "--batch-size",
+        2,
+        "--json",
+    )
+    result = sleb(*options)
     plan = json.loads(result.stdout)
     assert (plan["model"]["family"] in CLAIMED) == (plan["model"]["model_type"] in CLAIMED)
     assert "not been tested" not in result.stderr
@@ -99,26 +101,26 @@ def test_searches_equal_the_plain_reference(run_sleb, folder, architecture, text
     require_reference(plan, architecture, text_file)
 
     # In little memory: one candidate a walk, nothing remembered, few logits at a time.
-    refused = run_sleb("search", folder, *options, "--force", "--memory", "1kB")
-    assert refused.exit_code == 7, refused.stderr
-    needed = re.search(r"need ([\d.]+ .B) in addition to the model, but only 1 kB", refused.stderr)[
-        1
-    ]
-    resolve, budgets = prepare.resolve_memory_budget, []
-    watched = lambda *a, **k: budgets.append(resolve(*a, **k)) or budgets[-1]  # noqa: E731
-    monkeypatch.setattr(prepare, "resolve_memory_budget", watched)
+    refused = sleb(*options, "--force", "--memory", "1kB", code=7).stderr
+    needed = re.search(r"need ([\d.]+ .B) in addition to the model, but only 1 kB", refused)[1]
     least = parse_bytes(needed, "") + 500
-    squeezed = json.loads(run_sleb("search", folder, *options, "--force", "--memory", least).stdout)
+    budgets = []
+    resolve = prepare.resolve_memory_budget
+
+    def watched(*arguments, **settings):
+        budgets.append(resolve(*arguments, **settings))
+        return budgets[-1]
+
+    monkeypatch.setattr(prepare, "resolve_memory_budget", watched)
+    squeezed = json.loads(sleb(*options, "--force", "--memory", least).stdout)
     assert budgets == [MemoryBudget(sequences=2, positions=16, branches=1, kept_branches=0)]
     require_reference(squeezed, architecture, text_file)
 
 
-def test_blocks_that_cannot_be_forked_take_whole_passes(run_sleb, tmp_path, text_file):
+def test_blocks_that_cannot_be_forked_take_whole_passes(search, tmp_path, text_file):
     """XLNet swaps sequences and positions before its blocks."""
     folder = save_model(tmp_path / "xlnet", tiny_config("xlnet"))
-    result = run_sleb("search", folder, "--remove", 2, *calibration(text_file), "--json")
-    assert result.exit_code == 0, result.stderr
-    plan = json.loads(result.stdout)
+    plan = json.loads(search("--remove", 2, "--json", model=folder).stdout)
     assert plan["search"]["engine"] == "plain"
     assert "[2, 32] tokens become [32, 2] states" in plan["search"]["engine_reason"]
     require_reference(plan, architecture_of(folder), text_file)
@@ -127,20 +129,19 @@ def test_blocks_that_cannot_be_forked_take_whole_passes(run_sleb, tmp_path, text
 @pytest.mark.parametrize("blocks", [slow((1,)), slow((3, 0)), (2, 4, 1)])
 @torch.inference_mode()
 def test_the_checkpoint_is_proven_and_the_model_in_memory(
-    run_sleb, folder, architecture, tmp_path, blocks
+    sleb, folder, architecture, tmp_path, blocks
 ):
     named = ",".join(map(str, blocks))
-    result = run_sleb("apply", folder, "--blocks", named, "-o", "out", "--json")
-    assert result.exit_code == 0, result.stderr
+    result = sleb("apply", folder, "--blocks", named, "-o", "out", "--json")
     proof = json.loads(result.stdout)["proof"]
     assert (proof["logits_difference"], proof["prompt"]) == (0, "text")
     stored = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert stored.config.num_hidden_layers == 5 - len(blocks)
-    built = load_pruned(
-        plan_surgery(architecture, blocks), Placement(torch.device("cpu"), torch.float32), ignore
-    )
-    theirs, ours = stored.state_dict(), built.state_dict()
+    built = load_pruned(plan_surgery(architecture, blocks), ON_CPU, ignore)
+    theirs = stored.state_dict()
+    ours = built.state_dict()
     assert theirs.keys() == ours.keys()
-    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    for name, tensor in theirs.items():
+        assert torch.equal(tensor, ours[name])
     ids = torch.arange(2, 42)[None]
     assert torch.equal(stored(ids).logits, built(ids).logits)

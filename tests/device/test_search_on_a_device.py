@@ -10,15 +10,19 @@ from conftest import calibration, save_model, slow
 from families import tiny_config
 from sleb_cli.engine.forward import prepare
 
-SEARCHES = {
-    "nll": (),
-    "kl": ("--metric", "kl"),
-    "cosine": ("--metric", "cosine"),
-    "held out, fast": ("--holdout", 0.25, "--fast", "--batch-size", 1),
-    "a sample": ("--sample-tokens", 6),
-    "streamed spans": ("--stream", "--metric", "angular", "--strategy", "contiguous"),
-    "bfloat16": ("--dtype", "bfloat16"),
-}
+CASES = [
+    # A family, or None for the tiny Llama, and options.
+    (None, ""),
+    slow((None, "--remove 1 --metric kl")),
+    (None, "--remove 1 --metric cosine"),
+    (None, "--holdout 0.25 --fast --batch-size 1"),
+    slow((None, "--sample-tokens 6")),
+    (None, "--stream --metric angular --strategy contiguous"),
+    slow((None, "--remove 1 --dtype bfloat16")),
+    ("mixtral", "--remove 1"),
+    ("xlnet", "--remove 1"),  # searched by whole passes
+]
+ON_ONE = ("--device", "sim:1")
 
 
 @pytest.fixture
@@ -34,40 +38,27 @@ def plan_of(search, tmp_path, text_file):
     return run_search
 
 
-ON_ONE = ["--device", "sim:1"]
-NIGHTLY = ["kl", "a sample", "bfloat16"]
-ONE_STEP = ["kl", "cosine", "bfloat16"]
-# The last is searched by whole passes.
-FAMILIES = [("mixtral", "nll"), ("xlnet", "nll")]
-
-
-CASES = [*(slow((None, name)) if name in NIGHTLY else (None, name) for name in SEARCHES), *FAMILIES]
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_plan_is_the_cpus(plan_of, simulate, tiny_llama, tmp_path, spread, case):
-    family, name = case
+    family, options = case
+    options = options.split()
     model = save_model(tmp_path / family, tiny_config(family)) if family else tiny_llama
-    options = [*SEARCHES[name], *(["--remove", 1] if family or name in ONE_STEP else [])]
     expected = plan_of(model, *options, "--device", "cpu")
     simulate(float64=False)
     assert plan_of(model, *options, *ON_ONE) == expected
-    if (family, name) == (None, "nll"):
+    if case == (None, ""):
         simulate(float64=True)
-        assert plan_of(model, *options, *ON_ONE) == expected
-        assert plan_of(model, *options, *spread(model)) == expected
+        assert plan_of(model, *ON_ONE) == expected
+        assert plan_of(model, *spread(model)) == expected
 
 
-def test_auto_chooses_the_device(run_sleb, simulate, tiny_llama, text_file, tmp_path):
+def test_auto_chooses_the_device(run_sleb, simulate, tiny_llama, text_file):
     simulate()
-    result = run_sleb("search", tiny_llama, "--remove", 1, *calibration(text_file), "-q")
-    assert result.exit_code == 0, result.stderr
-    plan = json.loads((tmp_path / "plan.json").read_text())
-    assert (plan["search"]["device"], plan["environment"]["processor"]) == (
-        "sim",
-        "Simulated device",
-    )
-    result = run_sleb("search", tiny_llama, "--remove", 1, "--device", "sim:2", "-o", "other.json")
+    words = ("search", tiny_llama, "--remove", 1, *calibration(text_file), "--json")
+    plan = json.loads(run_sleb(*words).stdout)
+    assert plan["search"]["device"] == "sim"
+    assert plan["environment"]["processor"] == "Simulated device"
+    result = run_sleb(*words, "--device", "sim:2", "-o", "other.json")
     assert result.exit_code == 7
     assert "There is no sim:2: this machine has 2 sim devices." in result.stderr
 
@@ -77,9 +68,12 @@ def test_hidden_states_wait_in_host_memory_if_need_be(plan_of, simulate, tiny_ll
     options = ("--stream", "--batch-size", 1, "--samples", 24)
     expected = plan_of(tiny_llama, *options, "--device", "cpu")
     held = []
-    monkeypatch.setattr(
-        prepare, "to_cpu", lambda hidden: held.append(hidden.device.type) or hidden.cpu()
-    )
+
+    def to_cpu(hidden):
+        held.append(hidden.device.type)
+        return hidden.cpu()
+
+    monkeypatch.setattr(prepare, "to_cpu", to_cpu)
     simulate(memory=600_000)
     assert plan_of(tiny_llama, *options, "--device", "sim") == expected
     assert "sim" in held

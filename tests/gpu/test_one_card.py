@@ -57,7 +57,7 @@ def card(request, tiny_llama):
 
 
 @pytest.fixture
-def run(run_sleb, card, text_file, capfd):
+def run(run_sleb, card, text_file):
     """Run a command on the card; return what it printed as JSON, and the seconds it took."""
 
     def run_command(verb, *options, device=None):
@@ -117,13 +117,10 @@ def test_a_search_keeps_to_its_memory(run, card, show, dtype):
     card.backend.reset_peak_memory_stats(card.device)
     search(run, "--dtype", dtype, "--memory", f"{allowed // 10**6}MB")
     peak = card.backend.max_memory_allocated(card.device)
-    parameters = sum(
-        weight.numel() for weight in AutoModelForCausalLM.from_pretrained(card.model).parameters()
-    )
+    parameters = AutoModelForCausalLM.from_pretrained(card.model).num_parameters()
     weights = parameters * (4 if dtype == "float32" else 2)
-    show(
-        f"{dtype}: {(peak - weights) / 1e6:.1f} MB beside the model, of {allowed / 1e6:.0f} allowed"
-    )
+    beside = (peak - weights) / 1e6
+    show(f"{dtype}: {beside:.1f} MB beside the model, of {allowed / 1e6:.0f} allowed")
     assert peak > weights
     assert peak <= 1.05 * weights + allowed
 
@@ -140,13 +137,17 @@ def test_recovery_and_healing_each_lower_the_divergence(run, card, show, tmp_pat
 
 @pytest.mark.slow
 def test_the_speedup_is_measured_beside_the_ratio_of_the_blocks(run, card, show):
-    few = "--batch-size 1 --prompt-length 8 --iterations 1 --warmup 0 --prompt".split()
-    data, _ = run("bench", "--blocks", "2,3", *([] if card.is_real else few))
+    options = ["--blocks", "2,3"]
+    if not card.is_real:
+        few = "--batch-size 1 --prompt-length 8 --iterations 1 --warmup 0 --prompt"
+        options += few.split()
+    data, _ = run("bench", *options)
     blocks = data["dense"]["blocks"] / data["pruned"][0]["blocks"]
     for measured in data["workloads"]:
         (pruned,) = measured["pruned"]
         assert pruned["memory"]["weights_bytes"] == data["pruned"][0]["weights_bytes"]
-        interval, label = pruned["interval"], measured["workload"]["name"]
+        label = measured["workload"]["name"]
+        interval = pruned["interval"]
         between = f" ({interval['low']:.3f} to {interval['high']:.3f})" if interval else ""
         show(f"{label}: {pruned['speedup']:.3f} times as fast{between}; {blocks:.3f} by blocks")
         assert pruned["speedup"] > 0
@@ -155,32 +156,27 @@ def test_the_speedup_is_measured_beside_the_ratio_of_the_blocks(run, card, show)
 @torch.inference_mode()
 def test_the_search_is_faster_than_the_plain_algorithm(run, card, text_file, show):
     plan, seconds = search(run, "--dtype", "float32", remove=1)
-    model = (
-        AutoModelForCausalLM.from_pretrained(card.model, dtype=torch.float32).to(card.device).eval()
-    )
-    sequences = calibration_sequences(card.model, text_file, card.samples, card.length).to(
-        card.device
-    )
-    candidates = sorted(map(int, plan["steps"][0]["scores"]))
+    loaded = AutoModelForCausalLM.from_pretrained(card.model, dtype=torch.float32)
+    model = loaded.to(card.device).eval()
+    sequences = calibration_sequences(card.model, text_file, card.samples, card.length)
+    sequences = sequences.to(card.device)
+    scores = plan["steps"][0]["scores"]
+    measured = sorted(scores, key=int)[:4]
     start = time.perf_counter()
-    losses = {
-        block: plain_loss(model, model.model.layers, sequences, {block}) for block in candidates[:4]
-    }
-    plain_seconds = (time.perf_counter() - start) * len(candidates) / len(losses)
-    for block, loss in losses.items():
-        assert plan["steps"][0]["scores"][str(block)] == pytest.approx(loss, rel=1e-3)
-    tokens = sequences.numel() * len(candidates)
-    whole = f"search {tokens / seconds:.0f} tokens/s with loading and its sample"
-    show(
-        f"{whole}; plain algorithm {tokens / plain_seconds:.0f} tokens/s of {candidates[:4]}, "
-        f"without"
-    )
+    for block in measured:
+        loss = plain_loss(model, model.model.layers, sequences, {int(block)})
+        assert scores[block] == pytest.approx(loss, rel=1e-3)
+    plain_seconds = (time.perf_counter() - start) / len(measured)
+    searched = sequences.numel() * len(scores) / seconds
+    show(f"search: {searched:.0f} tokens/s with loading and its sample")
+    show(f"plain algorithm, without: {sequences.numel() / plain_seconds:.0f} tokens/s")
 
 
 def test_the_second_card_finds_the_same(run, card):
     if card.backend.device_count() < 2:
         pytest.skip("this machine has one accelerator")
-    first, second = (search(run, device=f"{card.device.type}:{index}")[0] for index in (0, 1))
+    first, _ = search(run, device=f"{card.device.type}:0")
+    second, _ = search(run, device=f"{card.device.type}:1")
     assert first["removals"] == second["removals"]
 
 

@@ -12,53 +12,46 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from conftest import save_model
+from conftest import architecture_of, save_model
 from families import tiny_config
 from sleb_cli.engine.forward.placement import open_model
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.model.architecture import read_architecture
-from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.output.checkpoint import Output, apply_removals
 from sleb_cli.engine.surgery.loading import Placement, load_pruned
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.events import ignore
-from sleb_cli.plugin_manager import load_plugins
 
 BLOCKS = 6
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
-    model_type=st.sampled_from(
-        ["llama", "opt", "gpt2", "gemma2", "gemma3_text", "qwen3", "phi", "mixtral"]
-    ),
+    model_type=st.sampled_from("llama opt gpt2 gemma2 gemma3_text qwen3 phi mixtral".split()),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    gone=st.lists(st.integers(0, BLOCKS - 1), min_size=1, max_size=BLOCKS - 1, unique=True).map(
-        tuple
-    ),
+    gone=st.lists(st.integers(0, BLOCKS - 1), min_size=1, max_size=BLOCKS - 1, unique=True),
     seed=st.integers(0, 99),
 )
 def test_skipped_shared_written_and_loaded_are_one_model(model_type, dtype, gone, seed):
     """Blocks switched off in memory, weights shared with the dense model, the files, and stock
     transformers agree.
     """
-    ids, cpu = (
-        torch.randint(2, 300, (2, 16), generator=torch.Generator().manual_seed(seed)),
-        torch.device("cpu"),
-    )
-    with tempfile.TemporaryDirectory() as place, torch.inference_mode():
-        folder, output = Path(place) / "dense", Path(place) / "out"
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, 300, (2, 16), generator=random)
+    place = Placement(torch.device("cpu"), dtype)
+    with tempfile.TemporaryDirectory() as home, torch.inference_mode():
+        folder = Path(home) / "dense"
+        output = Path(home) / "out"
         save_model(folder, tiny_config(model_type, dtype=dtype))
         AutoModelForCausalLM.from_pretrained(folder).to(dtype).save_pretrained(folder)
-        architecture = read_architecture(locate_model(str(folder), ignore), load_plugins(), ignore)
-        surgery = plan_surgery(architecture, gone)
+        architecture = architecture_of(folder)
+        surgery = plan_surgery(architecture, tuple(gone))
         apply_removals(Subject(surgery, None), Output(output, verify=False), ignore)
-        dense = open_model(architecture, Placement(cpu, dtype), ignore).model
+        dense = open_model(architecture, place, ignore).model
         with SkippableModel(dense, architecture.blocks_of(dense)) as skippable:
             skipped = skippable.logits(ids, gone)
-        shared = load_pruned(surgery, Placement(cpu, dtype), ignore, dense=dense)
-        read = load_pruned(surgery, Placement(cpu, dtype), ignore)
+        shared = load_pruned(surgery, place, ignore, dense=dense)
+        read = load_pruned(surgery, place, ignore)
         written = AutoModelForCausalLM.from_pretrained(output, dtype=dtype).eval()
         assert written.dtype is dtype
         for model in (shared, read, written):
