@@ -240,7 +240,7 @@ def sleb(run_sleb: Callable[..., Result]) -> Callable[..., Result]:
 
 @pytest.fixture
 def apply(sleb: Callable[..., Result]) -> Callable[..., Result]:
-    """Apply something, by default to the folder `out`, require an exit code, and give the result."""
+    """Apply something, by default to the folder `out`, and require an exit code."""
     return lambda *words, output="out", **how: sleb("apply", *words, "-o", output, **how)
 
 
@@ -348,18 +348,32 @@ def random_model(config: Any) -> Any:
 def llama_config(blocks: int = 6, **changes: Any) -> LlamaConfig:
     """A Llama of some thousand parameters."""
     settings = {
-        "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1,
-    }  # fmt: skip
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
     return LlamaConfig(num_hidden_layers=blocks, **(settings | changes))
 
 
 def opt_config(blocks: int = 5) -> OPTConfig:
     """An OPT of some thousand parameters, with learned positions."""
     return OPTConfig(
-        vocab_size=320, hidden_size=32, ffn_dim=64, num_attention_heads=4, word_embed_proj_dim=32,
-        num_hidden_layers=blocks, max_position_embeddings=128, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
+        vocab_size=320,
+        hidden_size=32,
+        ffn_dim=64,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        num_hidden_layers=blocks,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
 
 
 def gpt2_config(blocks: int = 5, n_positions: int = 128) -> GPT2Config:
@@ -398,18 +412,8 @@ def _found_plan(
     tiny_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     plan = tmp_path_factory.mktemp("plans") / "llama-plan.json"
-    words = [
-        "search",
-        tiny_llama,
-        "--remove",
-        2,
-        *calibration(text_file),
-        "-o",
-        plan,
-        "-q",
-        "--sample-tokens",
-        6,
-    ]
+    few = ["--sample-tokens", 6, "-q"]
+    words = ["search", tiny_llama, "--remove", 2, *calibration(text_file), "-o", plan, *few]
     assert main([str(word) for word in words]) == 0
     return plan
 
@@ -484,11 +488,8 @@ def write_task(folder: Path, name: str, rows: Iterable[dict[str, Any]], **settin
         "metadata": {"version": 1.0},
     } | settings
     file = folder / f"{name}.yaml"
-    file.write_text(
-        yaml.safe_dump(
-            {key: value for key, value in task.items() if value is not None}, sort_keys=False
-        )
-    )
+    written = {key: value for key, value in task.items() if value is not None}
+    file.write_text(yaml.safe_dump(written, sort_keys=False))
     return file
 
 
@@ -534,7 +535,7 @@ def smollm2() -> Path:
 
 
 def tokens_of_test_text(model, text, record):
-    """Return the tokens of the last tenth of the text that the record is about, cut the slow way."""
+    """Return the tokens of the last tenth of the text of a record, cut the slow way."""
     content = text.read_text()
     start = content.index("\n", round(0.9 * len(content))) + 1
     windows = cut_windows(AutoTokenizer.from_pretrained(model), content[start:], 32, bos=False)

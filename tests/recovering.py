@@ -8,7 +8,7 @@ from sleb_cli.plan import ClosedFormRecord
 
 
 def standing_in(monkeypatch, names):
-    """Let something stand in for the closed form: a tenth more for the parameters that are named."""
+    """Let something stand in for the closed form: it makes the named parameters a tenth larger."""
     asked = SimpleNamespace(names=names, calls=[])
 
     def recover_in_closed_form(job):
@@ -41,7 +41,8 @@ def save_always(monkeypatch):
 def interrupt_healing(monkeypatch, step):
     """Have healing save after every step, and end like Ctrl-C before the given one."""
     save_always(monkeypatch)
-    add_gradient, steps = Distillation.add_gradient, []
+    add_gradient = Distillation.add_gradient
+    steps = []
 
     def few(*arguments):
         steps.append(1)

@@ -33,7 +33,7 @@ def plain_loss(
 
 @torch.no_grad()
 def output_kinds(model: Any, blocks: nn.ModuleList, sequences: Tensor) -> list[tuple[type, int]]:
-    """Return what each block returns, seen by hooks: the type, and the length of a tuple or list."""
+    """Return what each block returns: its type, and the length of a tuple or list."""
     kinds: dict[int, tuple[type, int]] = {}
 
     def record(index: int, output: Any) -> None:
@@ -70,14 +70,14 @@ def plain_search(
     """Return the removals in order, and the loss of every candidate per step; protects the first
     and last block.
     """
-    gone, kinds = list(removed), output_kinds(model, blocks, sequences)
+    gone = list(removed)
+    kinds = output_kinds(model, blocks, sequences)
     steps = []
     while len(gone) < remove:
         remaining: Sequence[int] = [index for index in range(len(blocks)) if index not in gone]
-        losses = {
-            index: plain_loss(model, blocks, sequences, {*gone, index}, kinds)
-            for index in remaining[1:-1]
-        }
+        losses = {}
+        for index in remaining[1:-1]:
+            losses[index] = plain_loss(model, blocks, sequences, {*gone, index}, kinds)
         gone.append(min(losses, key=lambda index: (losses[index], index)))
         steps.append(losses)
     return gone, steps
@@ -86,9 +86,7 @@ def plain_search(
 @torch.no_grad()
 def log_likelihood(model: Any, tokenizer: Any, prompt: str, continuation: str) -> float:
     """Return the summed log-probability of what follows a prompt."""
-    given, ids = (
-        len(tokenizer(prompt).input_ids),
-        torch.tensor([tokenizer(prompt + continuation).input_ids]),
-    )
+    given = len(tokenizer(prompt).input_ids)
+    ids = torch.tensor([tokenizer(prompt + continuation).input_ids])
     scores = model(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
     return float(scores.gather(1, ids[0, 1:, None])[given - 1 :].sum())

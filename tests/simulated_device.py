@@ -60,7 +60,8 @@ class _Allocation:
         if size > free:
             text = f"{KIND.upper()} out of memory. Tried to allocate {size} bytes; {free} are free."
             backend.refuse(torch.OutOfMemoryError(text))
-        self._device, self.size = device, size
+        self._device = device
+        self.size = size
         device.allocated += size
         device.reserved = max(device.reserved, device.allocated)
         device.peak = max(device.peak, device.allocated)
@@ -77,7 +78,9 @@ class Backend:
     """
 
     def __init__(self) -> None:
-        self.available, self.memory, self.float64 = False, 0, True
+        self.available = False
+        self.memory = 0
+        self.float64 = True
         self.devices = [_Device() for _ in range(DEVICES)]
         self._allocations: WeakValueDictionary[int, _Allocation] = WeakValueDictionary()
         self._refused: list[Exception] | None = None
@@ -183,14 +186,12 @@ class SimulatedTensor(Tensor):
     def __new__(
         cls, payload: Tensor, device: torch.device | None = None, *, requires_grad: bool = False
     ) -> "SimulatedTensor":
-        if (
-            device is None
-        ):  # accelerate makes a parameter of a parameter's class, wherever the values are
+        # accelerate makes a parameter of a parameter's class, wherever the values are.
+        if device is None:
             return torch.nn.Parameter(payload, requires_grad)
         if payload.dtype is torch.float64 and not backend.float64:
-            backend.refuse(
-                TypeError("Cannot convert a MPS Tensor: the MPS framework doesn't support float64.")
-            )
+            text = "Cannot convert a MPS Tensor: the MPS framework doesn't support float64."
+            backend.refuse(TypeError(text))
         layout = {
             "strides": payload.stride(),
             "storage_offset": payload.storage_offset(),
@@ -268,9 +269,8 @@ _INSTEAD = {"aten::histc": _histc}
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operation on the CPU, and return its result where a GPU would."""
     name = func._schema.name
-    if (
-        name in _MOVING
-    ):  # in inference mode, torch hands them over whole; otherwise as a copy, or not at all
+    # In inference mode, torch hands them over whole; otherwise as a copy, or not at all.
+    if name in _MOVING:
         return func.decompose(*args, **kwargs)
     tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
     if name not in _ACROSS:
@@ -280,13 +280,13 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if "device" in kwargs:
         kwargs = kwargs | {"device": _CPU}
     if kwargs.get("generator") is not None:
-        backend.refuse(
-            RuntimeError(f"Expected a '{KIND}' device type for generator but found 'cpu'")
-        )
+        text = f"Expected a '{KIND}' device type for generator but found 'cpu'"
+        backend.refuse(RuntimeError(text))
     known = {id(tensor.payload): tensor for tensor in mine}
 
     def placed(value: Tensor) -> Tensor:
-        if (own := known.get(id(value))) is None:
+        own = known.get(id(value))
+        if own is None:
             return SimulatedTensor(value, device) if device.type == KIND else value.to(device)
         if own.shape != value.shape:  # the operation resized what it was to write to
             own.data = SimulatedTensor(value, device)
@@ -310,16 +310,14 @@ def _require_one_device(name: str, tensors: list[Tensor]) -> None:
     """
     if name in _INDEXED and tensors[0].device.type == KIND:
         tensors = [tensors[0], *(tensor for tensor in tensors[1:] if tensor.device.type != "cpu")]
-    devices = {
-        str(tensor.device) for tensor in tensors if tensor.dim() or tensor.device.type != "cpu"
-    }
+    devices = set()
+    for tensor in tensors:
+        if tensor.dim() or tensor.device.type != "cpu":
+            devices.add(str(tensor.device))
     if len(devices) > 1:
         found = " and ".join(sorted(devices))
-        backend.refuse(
-            RuntimeError(
-                f"Expected all tensors to be on the same device, but found {found}! (in {name})"
-            )
-        )
+        text = f"Expected all tensors to be on the same device, but found {found}! (in {name})"
+        backend.refuse(RuntimeError(text))
 
 
 @contextmanager
@@ -332,32 +330,38 @@ def _generator_of(device: torch.device) -> Iterator[None]:
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
-    *, scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     """Compute attention by the kernel that the CPU would choose; torch chooses another for devices
     unknown to it.
     """
     options = {"scale": scale, "enable_gqa": enable_gqa}
-    if not (
-        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    ):
+    states = (query, key, value)
+    settings = (dropout_p, is_causal)
+    needs_gradient = torch.is_grad_enabled() and any(state.requires_grad for state in states)
+    if not needs_gradient:
         with torch._C._AutoDispatchBelowAutograd():
-            return _aten.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, **options
-            )
-    states = [tensor.payload for tensor in (query, key, value)]
+            compute = _aten.scaled_dot_product_attention
+            return compute(*states, attn_mask, *settings, **options)
     mask = None if attn_mask is None else attn_mask.payload
-    flash = torch._fused_sdp_choice(*states, mask, dropout_p, is_causal, **options) == 1
-    if not flash:
+    payloads = [state.payload for state in states]
+    is_flash = torch._fused_sdp_choice(*payloads, mask, *settings, **options) == 1
+    if not is_flash:
         plain = _aten._scaled_dot_product_attention_math
-        return plain(query, key, value, attn_mask, dropout_p, is_causal, **options)[0]
+        return plain(*states, attn_mask, *settings, **options)[0]
     if attn_mask is not None and attn_mask.dtype is torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
-            ~attn_mask, -torch.inf
-        )
-    flashed = _aten._scaled_dot_product_flash_attention_for_cpu
-    return flashed(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+        added = torch.zeros_like(attn_mask, dtype=query.dtype)
+        attn_mask = added.masked_fill_(~attn_mask, -torch.inf)
+    flash = _aten._scaled_dot_product_flash_attention_for_cpu
+    return flash(*states, *settings, attn_mask=attn_mask, scale=scale)[0]
 
 
 def _empty(
@@ -365,11 +369,10 @@ def _empty(
 ) -> Tensor:
     """Make a tensor: what every other way of making one on a device leads to."""
     with torch.inference_mode(False):
-        made = (
-            torch.empty_strided(size, *strides, dtype=dtype)
-            if strides
-            else torch.empty(size, dtype=dtype)
-        )
+        if strides:
+            made = torch.empty_strided(size, *strides, dtype=dtype)
+        else:
+            made = torch.empty(size, dtype=dtype)
         return SimulatedTensor(made, _placed(device or KIND))
 
 
@@ -404,11 +407,8 @@ def register() -> None:
     # one.
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in torch._C._dispatch_get_all_op_names():
-        if (
-            name.startswith("aten::")
-            and has_kernel(name, "CompositeImplicitAutograd")
-            and has_kernel(name, "CPU")
-        ):
+        is_ours = name.startswith("aten::") and has_kernel(name, "CPU")
+        if is_ours and has_kernel(name, "CompositeImplicitAutograd"):
             library.impl(name, _whole(name), "PrivateUse1")
     _library.append(library)  # its kernels last as long as it does
 
@@ -426,19 +426,20 @@ def why_not() -> str | None:
 def simulate(*, memory: int = 2**33, float64: bool = True) -> Iterator[Backend]:
     """Make the devices available, empty and of this kind, while the body runs."""
     register()
-    backend.available, backend.memory, backend.float64 = True, memory, float64
+    backend.available = True
+    backend.memory = memory
+    backend.float64 = float64
     backend.devices[:] = [_Device() for _ in range(DEVICES)]
+    # Torch starts a thread for each device that computes gradients, but takes ours to be a single
+    # one.
+    with_one_thread = torch.autograd.set_multithreading_enabled(False)
+    run = partial(backend.run_backward, _ENGINE)
+    with_our_errors = mock.patch.object(torch.autograd, "_engine_run_backward", run)
+    # A module that moves to the device keeps its parameters, as on a GPU: tied weights stay tied.
+    name = "_swap_module_params_on_conversion"
+    with_ties = mock.patch.object(torch.__future__, name, True)
     try:
-        # Torch starts a thread for each device that computes gradients, but takes ours to be a
-        # single one. A module that moves to the device keeps its parameters, as on a GPU, so that
-        # tied weights stay tied.
-        with (
-            torch.autograd.set_multithreading_enabled(False),
-            mock.patch.object(
-                torch.autograd, "_engine_run_backward", partial(backend.run_backward, _ENGINE)
-            ),
-            mock.patch.object(torch.__future__, "_swap_module_params_on_conversion", True),
-        ):
+        with with_one_thread, with_our_errors, with_ties:
             yield backend
     finally:
         backend.available = False
@@ -458,9 +459,8 @@ def for_children(folder: Path, patch: Any, **settings: Any) -> None:
     (package / "entry_points.txt").write_text("[torch.backends]\nsim = simulated_device:start\n")
     patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
     patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-    patch.syspath_prepend(
-        folder
-    )  # processes that multiprocessing starts take over the path of this one
+    # Processes that multiprocessing starts take over the path of this one.
+    patch.syspath_prepend(folder)
     patch.setenv(_SETTINGS, json.dumps(settings))
 
 

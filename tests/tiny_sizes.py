@@ -20,8 +20,11 @@ from typing import Any
 
 # The logits of 24 positions at a time, and of those, 7 of the tiny models' 320 tokens in float32.
 _OF_A_DEVICE = {
-    "tokens_per_batch": 64, "min_tokens_per_batch": 32, "head_positions": 24, "widened_bytes": 7 * 4 * 320
-}  # fmt: skip
+    "tokens_per_batch": 64,
+    "min_tokens_per_batch": 32,
+    "head_positions": 24,
+    "widened_bytes": 7 * 4 * 320,
+}
 
 TINY: Mapping[str, Mapping[str, Any]] = {
     # Files: what is read, copied, compared and written at a time.
@@ -40,5 +43,5 @@ TINY: Mapping[str, Mapping[str, Any]] = {
     "recovery.variant": {"POSITIONS": 24, "BATCH_TOKENS": 48},
     # What is saved after a while is saved at once.
     "search.journal": {"SECONDS_BETWEEN_SYNCS": 0.0},
-}  # fmt: skip
+}
 """The tiny values by module of the engine and name; a mapping changes fields of a dataclass."""

@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def machine() -> str:
-    """Return the processor's name and threads, and the type that bfloat16 weights are computed in."""
+    """Return the processor's name and threads, and the type that computes bfloat16 weights."""
     units = (
         "bfloat16"
         if torch.bfloat16 in cpu_dtypes()

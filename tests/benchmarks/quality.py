@@ -7,7 +7,8 @@ and a figure.
 DATA is a folder with text/enwiki_train.txt (calibration), text/enwiki_test.txt and text/c4_50.jsonl
 (perplexity), and tasks/{piqa,arc_easy,winogrande,socialiqa}.jsonl with make_tasks.py (zero-shot
 accuracy). A method is METRIC or METRIC@STRATEGY. Plans and what was measured are kept in WORK, and
-the same command resumes a stopped run. With --items 0, no tasks run. The table is printed, and the figure is WORK/quality.svg.
+the same command resumes a stopped run. With --items 0, no tasks run. The table is printed, and the
+figure is WORK/quality.svg.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from common import parser
 
 from sleb_cli.requests import journal_of
 
-METHODS = [
-    "nll", "nll@oneshot", "kl", "cosine", "cosine@oneshot", "angular@contiguous", "magnitude@oneshot", "nll@refine",
-    *(f"random:{seed}@oneshot" for seed in range(5)),
-]  # fmt: skip
+METHODS = """
+nll nll@oneshot kl cosine cosine@oneshot
+angular@contiguous magnitude@oneshot nll@refine random:{seed}@oneshot
+""".split()
 RACED = ("nll", "nll@refine", "kl")
 """The methods that `--fast` races."""
 TEXTS = ("text/enwiki_test.txt", "text/c4_50.jsonl")

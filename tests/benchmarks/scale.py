@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 SLEB = (sys.executable, "-m", "sleb_cli")
-WORDS = "river mountain snow water stone bridge town mill fish field winter spring road horse letter king".split()
+WORDS = "river mountain snow water stone bridge town mill fish field winter road horse king".split()
 
 
 # The model
@@ -34,9 +34,12 @@ def make_model(folder: Path, gib: float) -> None:
     hidden, wide, vocabulary = 2048, 5504, 32000
     block = 4 * hidden**2 + 3 * hidden * wide
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=wide, vocab_size=vocabulary, num_attention_heads=hidden // 128,
+        hidden_size=hidden,
+        intermediate_size=wide,
+        vocab_size=vocabulary,
+        num_attention_heads=hidden // 128,
         num_hidden_layers=max(4, round((gib * 2**29 - 2 * vocabulary * hidden) / block)),
-    )  # fmt: skip
+    )
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(
         folder, max_shard_size="1GB"
     )
@@ -47,7 +50,7 @@ def make_model(folder: Path, gib: float) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """What a process did; `marks` are the lines that it wrote to stderr, with the second of each."""
+    """What a process did; `marks` are the lines that it wrote to stderr, each with its second."""
 
     output: str
     marks: list[tuple[str, float]]

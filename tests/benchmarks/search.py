@@ -141,7 +141,7 @@ def median_seconds(run: Callable[[], object]) -> float:
 def search(
     model: Any, blocks: nn.ModuleList, sequences: torch.Tensor, remove: int, *, fast: bool = False
 ) -> tuple[Side, list[int], torch.Size]:
-    """Run our search as `sleb search` does, and count its passes; also return the shape of a batch."""
+    """Run our search as `sleb search` does and count its passes; also return a batch's shape."""
     removals = []
     side = Side()
     with SkippableModel(model, blocks) as skippable:
