@@ -46,31 +46,43 @@ class Solution:
     error_after: float
 
 
-@dataclass(frozen=True)
 class BlockRegression:
     """The regressions of a block (None: of the final norm).
 
-    Attributes:
+    Args:
         pair: the dense model's states at the end of the gap, and the recovered model's before the
             block.
         values: new values of the blocks before it.
         stored: the data type to which values are rounded.
     """
 
-    batches: Batches
-    pair: DepthPair
-    block: int | None
-    values: Mapping[str, Tensor]
-    stored: torch.dtype
-
-    @property
-    def _root(self) -> nn.Module:
-        skippable = self.batches.skippable
-        return skippable.model if self.block is None else skippable.switches[self.block].block
+    def __init__(
+        self,
+        batches: Batches,
+        pair: DepthPair,
+        block: int | None,
+        values: Mapping[str, Tensor],
+        stored: torch.dtype,
+    ) -> None:
+        self.batches = batches
+        self.pair = pair
+        self.block = block
+        self.values = values
+        self.stored = stored
+        self.skippable = batches.skippable
+        self._root: nn.Module = self.skippable.model
+        self._prefix = ""
+        self._device = self.skippable.device
+        if block is not None:
+            self._root = self.skippable.switches[block].block
+            self._device = self.skippable.places[block]
+            for name, module in self.skippable.model.named_modules():
+                if module is self._root:
+                    self._prefix = f"{name}."
 
     def find_projections(self) -> list[ResidualProjection]:
         """Find the modules to fit."""
-        skippable = self.batches.skippable
+        skippable = self.skippable
         first = self.pair.pruned[0]
         if self.block is None:
             return final_norm(skippable, first.to(skippable.device), self.batches.ids[0])
@@ -82,7 +94,7 @@ class BlockRegression:
         """Have the weights to fit in memory within a context, as they may be streamed."""
         if self.block is None:
             return loaded(self._root.get_submodule(projections[0].name))
-        return self.batches.skippable.loaded(self.block)
+        return self.skippable.loaded(self.block)
 
     def solve(
         self, projections: Sequence[ResidualProjection], fitted_before: Mapping[str, Tensor]
@@ -90,35 +102,32 @@ class BlockRegression:
         """Fit these projections at once, given the block's values so far; choose the ridge on the
         validation text.
         """
-        root = self._root
         values = {**self.values, **fitted_before}
         gains_only = projections[0].kind == "gain"
-        train_batches = self.batches.train_for_gains if gains_only else self.batches.train
+        train_batches: Sequence[int] = self.batches.train
+        if gains_only:
+            train_batches = self.batches.train_for_gains
         train = self._sums(projections, values, train_batches)
         validation = self._sums(projections, values, self.batches.validation)
         require_finite((*train.tensors, *validation.tensors))
+        names = " and ".join(projection.name for projection in projections)
+        sums_bytes = 4 * (train.xx.nbytes + train.xy.nbytes)
         # A smaller batch would not help.
         with explain_out_of_memory(
-            f"Fitting {' and '.join(projection.name for projection in projections)} needs about "
-            f"{format_bytes(4 * (train.xx.nbytes + train.xy.nbytes))} of memory for its sums.",
+            f"Fitting {names} needs about {format_bytes(sums_bytes)} of memory for its sums.",
             "Leave out --recover, or use a machine or a --device with more memory.",
             MachineError,
         ):
             best = best_ridge(train, validation, RIDGES)
             new: dict[str, Tensor] = {}
-            for name, change in self._changes(projections, best.coefficients, values).items():
-                changed = as_float64(self._value(name, values)).to(change.device) + change
-                device = root.get_parameter(name).device
+            changes = self._changes(projections, best.coefficients, values)
+            for name, change in changes.items():
+                before = as_float64(self._value(name, values))
+                changed = before.to(change.device) + change
+                device = self._root.get_parameter(name).device
                 rounded = changed.to(device, self.stored).contiguous()
                 new[self._prefix + name] = self.batches.to_store(rounded)
         return Solution(best.ridge, new, float(validation.yy), best.error)
-
-    @property
-    def _prefix(self) -> str:
-        for name, module in self.batches.skippable.model.named_modules():
-            if module is self._root and name:
-                return f"{name}."
-        return ""
 
     def _value(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
         return values.get(self._prefix + name, self._root.get_parameter(name))
@@ -137,10 +146,13 @@ class BlockRegression:
             start += projection.inputs
             norm = projection.norm
             if norm:
-                gains = as_float64(self._value(f"{norm.name}.weight", values)) + norm.offset
+                weight = self._value(f"{norm.name}.weight", values)
+                gains = as_float64(weight) + norm.offset
+                sizes = gains.abs()
+                silent = sizes < MIN_GAIN_SHARE * sizes.mean()
                 # Infinity where a norm multiplies by next to nothing.
-                silent = gains.abs() < MIN_GAIN_SHARE * gains.abs().mean()
-                change = change / gains.masked_fill(silent, torch.inf).to(change.device)
+                divisors = gains.masked_fill(silent, torch.inf)
+                change = change / divisors.to(change.device)
             if projection.kind == "matrix":
                 change = change.T
             changes[f"{projection.name}.weight"] = change
@@ -155,18 +167,17 @@ class BlockRegression:
         values: Mapping[str, Tensor],
         batches: Iterable[int],
     ) -> Ridge:
-        skippable = self.batches.skippable
-        device = skippable.device if self.block is None else skippable.places[self.block]
         inputs = sum(projection.inputs for projection in projections)
         sums: Ridge
         if projections[0].kind == "gain":
-            sums = Gains(inputs, device)
+            sums = Gains(inputs, self._device)
         else:
             has_bias = any(projection.takes_bias for projection in projections)
-            outputs = skippable.model.config.get_text_config().hidden_size
+            model = self.skippable.model
+            outputs = model.config.get_text_config().hidden_size
             # In bfloat16, the features are rounded already.
-            rounded = skippable.model.dtype is torch.bfloat16
-            sums = Ridge(inputs + has_bias, outputs, device, rounded=rounded)
+            rounded = model.dtype is torch.bfloat16
+            sums = Ridge(inputs + has_bias, outputs, self._device, rounded=rounded)
         for batch in batches:
             if self.block is None:
                 sums.add(*self._rows_of_norm(projections[0], batch))
@@ -181,9 +192,11 @@ class BlockRegression:
         values: Mapping[str, Tensor],
         batch: int,
     ) -> Rows:
-        skippable = self.batches.skippable
+        skippable = self.skippable
         root = self._root
-        names = [name for projection in projections for name in projection.names]
+        names: list[str] = []
+        for projection in projections:
+            names += projection.names
         call = self.batches.calls[batch][block]
         with skippable.replaced(values), captured(root, names) as (entering, _):
             states = skippable.run_block(call, self.pair.pruned[batch]).float()
@@ -196,20 +209,22 @@ class BlockRegression:
         # Norms divide hidden states by their size before anything reads them, so errors count
         # relative to it. Otherwise the few positions whose states are a thousand times larger,
         # often the first, would decide.
-        weights = 1 / target.square().mean(-1).flatten().clamp_min(1e-12)
+        squares = target.square().mean(-1).flatten()
+        weights = 1 / squares.clamp_min(1e-12)
         return torch.cat(features, dim=1), missing, weights
 
     def _rows_of_norm(self, norm: ResidualProjection, batch: int) -> Rows:
-        skippable = self.batches.skippable
-        device = skippable.device
-        module = skippable.model.get_submodule(norm.name)
+        device = self._device
+        module = self._root.get_submodule(norm.name)
         dense = self.pair.dense[batch].to(device)
         pruned = self.pair.pruned[batch].to(device)
-        target = module(dense).float().flatten(0, -2).to(device)
-        output = module(pruned).float().flatten(0, -2).to(device)
+        target = module(dense).float().to(device)
+        output = module(pruned).float().to(device)
+        missing = (target - output).flatten(0, -2)
+        features = norm.normalized(self._root, pruned)
         # The outputs of a norm are all of one size, so all positions weigh the same.
-        weights = torch.ones(len(output), device=device)
-        return norm.normalized(skippable.model, pruned), target - output, weights
+        weights = torch.ones(len(missing), device=device)
+        return features, missing, weights
 
 
 def fit_in_rounds(
@@ -223,7 +238,8 @@ def fit_in_rounds(
     """
     exact = [projection for projection in projections if projection.exact]
     near = [projection for projection in projections if not projection.exact]
-    together = [projection for projection in exact if projection.kind != "gain"] + near
+    together = [projection for projection in exact if projection.kind != "gain"]
+    together += near
     rounds = []
     if near:
         # An output that the rest of the block reads (attention's, which the MLP reads) is fitted as

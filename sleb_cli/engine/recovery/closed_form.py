@@ -32,7 +32,7 @@ from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.recovery.block_regression import BlockRegression, fit_in_rounds
 from sleb_cli.engine.recovery.depth import Batches, DepthPair, Judge, require_finite
 from sleb_cli.engine.recovery.least_squares import ridge_bytes
-from sleb_cli.engine.recovery.residual_projections import possible_projections
+from sleb_cli.engine.recovery.residual_projections import possible_matrices
 from sleb_cli.engine.recovery.stage import HIDDEN_STATES, Job, Stage, kept_blocks
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notice, task
@@ -133,8 +133,11 @@ def _fit_all_blocks(job: Job, size: int) -> FittedBlocks:
     ends = dict(pairwise([*kept, count]))  # where the gap behind a block ends
     # The block before the first gap; without one, the first that stays makes up for what was
     # before it.
-    block = max((block for block in kept if block < min(removed)), default=kept[0])
-    begin = block if 0 in kept else 0
+    block = kept[0]
+    begin = 0
+    if 0 not in removed:
+        block = min(removed) - 1
+        begin = block
     fruitless = 0
     with task(job.notify, "Recovering in closed form", count, "blocks") as advance:
         batches = Batches(job, size)
@@ -153,11 +156,16 @@ def _fit_all_blocks(job: Job, size: int) -> FittedBlocks:
             else:
                 # While the block is fitted, the dense model is behind the gap, and the pruned one
                 # before it.
-                pair = DepthPair(batches.run(pair.dense, range(begin, end)), pair.pruned)
+                dense = batches.run(pair.dense, range(begin, end))
+                pair = DepthPair(dense, pair.pruned)
                 has_gained = fitted.refit(pair, block, gap)
-                fruitless = 0 if has_gained or gap else fruitless + 1
+                if has_gained or gap:
+                    fruitless = 0
+                else:
+                    fruitless += 1
                 with job.dense.replaced(fitted.values):
-                    pair = DepthPair(pair.dense, batches.run(pair.pruned, [block]))
+                    pruned = batches.run(pair.pruned, [block])
+                pair = DepthPair(dense, pruned)
             advance(end - begin, note=f"divergence {fitted.divergence:.4f}")
             begin = end
             block = end
@@ -185,10 +193,13 @@ class FittedBlocks:
         self.values: dict[str, Tensor] = {}
         self.records: list[FitRecord] = []
         self.divergence = judge.divergence(batches.entering(), 0, {})
-        saved = job.state.find(_SAVED, SavedFits)
-        self._saved_fits = {fit.block: fit for fit in saved[0].fits} if saved else {}
+        self._saved_fits: dict[int | None, FitRecord] = {}
         # By the fitted block and the parameter's name: "3/model.layers.3.mlp.down_proj.weight".
-        self._tensors = dict(saved[1]) if saved else {}
+        self._tensors: dict[str, Tensor] = {}
+        if saved := job.state.find(_SAVED, SavedFits):
+            record, tensors = saved
+            self._saved_fits = {fit.block: fit for fit in record.fits}
+            self._tensors = dict(tensors)
 
     def refit(self, pair: DepthPair, block: int | None, gap: int = 0) -> bool:
         """Fit a block to the dense states at the end of its gap (None: the final norm); return
@@ -216,7 +227,9 @@ class FittedBlocks:
     def _saved_values(self, block: int | None) -> dict[str, Tensor]:
         # The values go where weights lie, since fast kernels may round differently at other
         # addresses.
-        device = self.job.dense.device if block is None else self.job.dense.places[block]
+        device = self.job.dense.device
+        if block is not None:
+            device = self.job.dense.places[block]
         values = {}
         for key, value in self._tensors.items():
             of_block, _, name = key.partition("/")
@@ -234,22 +247,26 @@ class FittedBlocks:
                 why = "none of its weights write to the residual stream"
                 job.notify(Notice(f"The gap at block {block} is not recovered: {why}."))
             return
-        max_rounds = None if gap or block is None else ROUNDS_BEHIND
+        max_rounds = None
+        if block is not None and not gap:
+            max_rounds = ROUNDS_BEHIND
         with regression.loaded(projections):
             solutions = fit_in_rounds(projections, regression.solve, max_rounds)
         exact = [projection.exact for projection in projections]
         if len(solutions) > 1 and any(exact) and not all(exact):
             solutions = solutions[1:]  # how the rest of the block responds was not yet known
         solution = min(solutions, key=lambda solution: solution.error_after)
-        behind = len(job.dense.switches) if block is None else block
         new_values = {**self.values, **solution.values}
-        divergence = self.judge.divergence(pair.pruned, behind, new_values)
+        divergence = self.judge.divergence(pair.pruned, block, new_values)
         if not math.isfinite(divergence):  # the values overflow float16
             return
+        weights: list[str] = []
+        for projection in projections:
+            weights += projection.names
         record = FitRecord(
             block=block,
             gap=gap,
-            weights=tuple(name for projection in projections for name in projection.names),
+            weights=tuple(weights),
             exact=all(exact),
             ridge=solution.ridge,
             error_left=solution.error_after / max(solution.error_before, 1e-30),
@@ -266,6 +283,5 @@ class FittedBlocks:
 
 def _fitted_features(block: nn.Module, width: int) -> int:
     # A round fits attention's and the MLP's inputs at once.
-    projections = possible_projections(block, width)
-    inputs = [projection.inputs for projection in projections if projection.kind != "gain"]
-    return sum(sorted(inputs)[-2:])
+    inputs = sorted(matrix.inputs for matrix in possible_matrices(block, width))
+    return sum(inputs[-2:])

@@ -45,9 +45,10 @@ class Batches:
     def __init__(self, job: Job, size: int) -> None:
         self.skippable = job.dense
         self.to_store = to_cpu if job.settings.on_host else keep_on_device
-        train = torch.split(job.train.sequences, size)
-        validation = torch.split(job.validation.sequences, size)
-        self.ids = [ids.to(self.skippable.device) for ids in (*train, *validation)]
+        device = self.skippable.device
+        train = torch.split(job.train.sequences.to(device), size)
+        validation = torch.split(job.validation.sequences.to(device), size)
+        self.ids = [*train, *validation]
         shared = SharedInputs(self.skippable, self.to_store)
         self.calls = [shared.calls(ids) for ids in self.ids]
         probed = max(1, PROBED_TOKENS // job.validation.sequences.shape[1])
@@ -88,15 +89,17 @@ class Batches:
                 visit.load(block)
                 for batch in batches:
                     call = self.calls[batch][block]
-                    dense[batch] = self.to_store(self.skippable.run_block(call, dense[batch]))
-                    pruned[batch] = self.to_store(self.skippable.run_block(call, pruned[batch]))
+                    for states in (dense, pruned):
+                        leaving = self.skippable.run_block(call, states[batch])
+                        states[batch] = self.to_store(leaving)
         return DepthPair(dense, pruned)
 
 
 def _first_and_middle(batches: range) -> list[int]:
     if len(batches) <= 4:
         return [batches[0]]
-    return [batches[0], batches[max(4, len(batches) // 2)]]
+    middle = max(4, len(batches) // 2)
+    return [batches[0], batches[middle]]
 
 
 class Judge:
@@ -109,32 +112,37 @@ class Judge:
         blocks = range(len(batches.skippable.switches))
         self.dense_final = batches.run_judged(batches.entering(), blocks)
         sequences = job.validation.sequences
-        counted = torch.split(whole_mask(sequences, job.validation.loss_mask), size)
+        mask = whole_mask(sequences, job.validation.loss_mask)
+        counted = torch.split(mask.to(batches.skippable.device), size)
         first = batches.validation[0]
-        device = batches.skippable.device
-        self.counted = [counted[batch - first].to(device) for batch in batches.judged]
+        self.counted = [counted[batch - first] for batch in batches.judged]
         judged = min(len(sequences), size * len(batches.judged))
-        self.every = max(1, judged * (sequences.shape[1] - 1) // JUDGED_POSITIONS)
+        positions = judged * (sequences.shape[1] - 1)
+        self.every = max(1, positions // JUDGED_POSITIONS)
 
     def divergence(
-        self, pruned: Sequence[Tensor], block: int, values: Mapping[str, Tensor]
+        self, pruned: Sequence[Tensor], block: int | None, values: Mapping[str, Tensor]
     ) -> float:
         """Return the divergence with these values, given the pruned model's hidden states that
-        enter `block`.
+        enter `block` (None: the final norm).
         """
         skippable = self.batches.skippable
         model = Variant(skippable, self.removed, values)
-        later = range(block, len(skippable.switches))
-        kept = [number for number in later if number not in self.removed]
+        kept: list[int] = []
+        if block is not None:
+            later = range(block, len(skippable.switches))
+            kept = [number for number in later if number not in self.removed]
         with skippable.replaced(values):
             final = self.batches.run_judged(pruned, kept)
+        models = (model, self.dense)
         total = 0.0
         count = 0
         for number, batch in enumerate(self.batches.judged):
             states = (final[number], self.dense_final[number])
             ids = self.batches.ids[batch]
             counted = self.counted[number]
-            total += summed_losses((model, self.dense), states, ids, counted, self.every).divergence
+            summed = summed_losses(models, states, ids, counted, self.every)
+            total += summed.divergence
             count += int(counted[:, 1 :: self.every].sum())
         return total / max(1, count)
 

@@ -35,7 +35,8 @@ def divergence_and_gradient(
         comparison = compare_logits(theirs[rows].float(), ours[rows].float())
         chosen = counted.flatten()[rows]
         total += comparison.divergence.mul_(chosen).sum()
-        gradient[rows] = comparison.q.sub_(comparison.p).mul_(scale).mul_(chosen[:, None])
+        difference = comparison.q.sub_(comparison.p)
+        gradient[rows] = difference.mul_(scale).mul_(chosen[:, None])
     return float(total), gradient.view_as(student)
 
 

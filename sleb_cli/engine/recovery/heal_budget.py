@@ -24,7 +24,9 @@ class HealBudget:
 
     def used(self, seconds: float, tokens: int) -> float:
         """Return what is used: seconds, or tokens where the budget is tokens."""
-        return seconds if self.tokens is None else float(tokens)
+        if self.tokens is not None:
+            return float(tokens)
+        return seconds
 
 
 class Clock:

@@ -34,7 +34,8 @@ def bfloat16_products(on: bool) -> Iterator[None]:
     # not (torch 2.15), but still takes half the time on an AMD EPYC.
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16" if on and torch.bfloat16 in cpu_dtypes() else before
+    if on and torch.bfloat16 in cpu_dtypes():
+        matmul.fp32_precision = "bf16"
     try:
         yield
     finally:
@@ -72,16 +73,20 @@ class Ridge:
         with bfloat16_products(self._rounded):
             for start in range(0, x.shape[1], PANEL_COLUMNS):
                 panel = slice(start, start + PANEL_COLUMNS)
-                self.xx[panel, start:] += (x[:, panel].T @ x[:, start:]).to(self.xx.device)
-            self.xy += (x.T @ y).to(self.xy.device)
-        self.yy += float(as_float64(y.square().sum(1)).sum())
+                products = x[:, panel].T @ x[:, start:]
+                self.xx[panel, start:] += products.to(self.xx.device)
+            products = x.T @ y
+            self.xy += products.to(self.xy.device)
+        squares = y.square().sum(1)
+        self.yy += float(as_float64(squares).sum())
 
     def factor(self, ridge: float) -> Tensor:
         """Return the upper Cholesky factor of the penalized X'WX, for `solve`."""
         squares = self.xx.diagonal()
         penalized = self.xx.float()
         # A feature that is always zero would make the matrix singular; its coefficient is 0.
-        penalized.diagonal().copy_(squares * (1 + ridge) + squares.mean().clamp_min(1e-20) * 1e-9)
+        least = squares.mean().clamp_min(1e-20) * 1e-9
+        penalized.diagonal().copy_(squares * (1 + ridge) + least)
         factor: Tensor = torch.linalg.cholesky(penalized, upper=True)
         return factor
 
@@ -190,5 +195,7 @@ def best_ridge(train: Ridge, validation: Ridge, ridges: tuple[float, ...]) -> Be
 
 def _error_change(products: Tensor, coefficients: Tensor, xy: Tensor) -> float:
     coefficients = coefficients.double()
-    change = (products @ coefficients.to(products)).double() - 2 * xy
+    # The sum over outputs of b'X'WXb - 2b'X'WY: |Y - Xb|^2 - |Y|^2 with the weights W.
+    fitted = (products @ coefficients.to(products)).double()
+    change = fitted - 2 * xy
     return float((coefficients * change).sum())

@@ -38,8 +38,9 @@ def _scale_of(weight: Tensor) -> float:
     # A step of Adam moves each trained entry by about the learning rate, whatever its gradient.
     # Families differ by more than ten times in the size of their weights, so steps are made
     # relative to the sizes of W and of its inputs.
-    size = float(weight.detach().float().pow(2).mean().sqrt())
-    return size / REFERENCE_SIZE / (math.sqrt(weight.shape[-1]) * INITIAL)
+    root_mean_square = float(weight.detach().float().pow(2).mean().sqrt())
+    input_size = math.sqrt(weight.shape[-1]) * INITIAL
+    return root_mean_square / REFERENCE_SIZE / input_size
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,10 @@ class _Change:
         gradient = weight.grad
         weight.grad = None
         assert gradient is not None
-        self.down_gradient.add_(self.up.mT.to(gradient.dtype) @ gradient, alpha=self.scale)
-        self.up_gradient.add_(gradient @ self.down.mT.to(gradient.dtype), alpha=self.scale)
+        up = self.up.to(gradient.dtype)
+        down = self.down.to(gradient.dtype)
+        self.down_gradient.add_(up.mT @ gradient, alpha=self.scale)
+        self.up_gradient.add_(gradient @ down.mT, alpha=self.scale)
 
 
 class LowRank:
@@ -79,14 +82,15 @@ class LowRank:
     ) -> None:
         self._stored = stored
         size = sum(trained_numbers(weight.shape) for weight in weights)
+        device = weights[0].device
         # One flat tensor for all, so that a fused step is one pass over memory.
-        self.values = nn.Parameter(torch.zeros(size, device=weights[0].device))
+        self.values = nn.Parameter(torch.zeros(size, device=device))
         self._gradient = torch.zeros_like(self.values)
         self._adam = torch.optim.AdamW([self.values], betas=BETAS, weight_decay=0.0, fused=True)
         # As its first step makes it, but at once, so that a saved state has the same tensors at any
         # time.
         self._adam.state[self.values] = {
-            "step": torch.zeros((), device=self.values.device),
+            "step": torch.zeros((), device=device),
             "exp_avg": torch.zeros_like(self.values),
             "exp_avg_sq": torch.zeros_like(self.values),
         }
@@ -98,7 +102,8 @@ class LowRank:
             rank = rank_of(weight.shape)
             down, down_gradient = self._take(*stack, rank, columns)
             up, up_gradient = self._take(*stack, rows, rank)
-            down.copy_(INITIAL * (2 * torch.rand(down.shape, generator=generator) - 1))
+            uniform = 2 * torch.rand(down.shape, generator=generator) - 1
+            down.copy_(INITIAL * uniform)
             change = _Change(
                 _scale_of(weight), weight, original, down, down_gradient, up, up_gradient
             )
@@ -121,7 +126,8 @@ class LowRank:
     @torch.no_grad()
     def step(self, gradient: Tensor, rate: float) -> None:
         """Take a step of AdamW without decay (Loshchilov and Hutter, 2019)."""
-        self.values.grad = gradient * min(1.0, CLIP / (float(gradient.norm()) + 1e-6))
+        norm = float(gradient.norm())
+        self.values.grad = gradient * min(1.0, CLIP / (norm + 1e-6))
         self._adam.param_groups[0]["lr"] = rate
         self._adam.step()
         self.values.grad = None
@@ -137,9 +143,13 @@ class LowRank:
         """Update the weights after a change of `values`."""
         for change in self._changes:
             # A matrix in pieces, whose intermediate results stay in the cache of the processor.
-            rows = ROWS_AT_ONCE if change.weight.dim() == 2 else len(change.weight)
-            for at in range(0, len(change.weight), rows):
-                piece = slice(at, at + rows)
-                changed = (change.up[piece] @ change.down).mul_(change.scale)
+            size = len(change.weight)
+            rows = size
+            if change.weight.dim() == 2:
+                rows = ROWS_AT_ONCE
+            for start in range(0, size, rows):
+                piece = slice(start, start + rows)
+                changed = change.up[piece] @ change.down
+                changed.mul_(change.scale)
                 changed.add_(change.original[piece])
                 change.weight[piece].copy_(changed.to(self._stored))

@@ -48,13 +48,16 @@ def recover(settings: RecoverySettings, notify: Notify) -> Recovered:
         DataError: the text is too short.
         PlanError: an interrupted run's file is broken.
     """
-    surgery, placement = settings.surgery, settings.placement
+    surgery = settings.surgery
+    placement = settings.placement
     # The dense model goes with this function: the proof needs the memory.
     with open_model(surgery.architecture, placement, notify) as dense:
         train, validation, test, conversations = _draw_texts(settings, dense, notify)
         state = _find_state(settings, train, validation)
         job = Job(settings, dense, train, validation, state, notify)
-        texts = [test, conversations] if conversations else [test]
+        texts = [test]
+        if conversations:
+            texts.append(conversations)
         measurements = _Measurements(dense, texts, notify)
 
         values: dict[str, Tensor] = {}
@@ -130,8 +133,8 @@ class _Measurements:
 def _find_state(
     settings: RecoverySettings, train: Calibration, validation: Calibration
 ) -> SavedState:
-    surgery, placement = settings.surgery, settings.placement
-    source = surgery.architecture.source
+    surgery = settings.surgery
+    placement = settings.placement
     key = key_of(
         surgery.architecture.identity,
         dtype=dtype_name(placement.dtype),
@@ -142,7 +145,7 @@ def _find_state(
         texts=[_text_key(train), _text_key(validation)],
         chat=settings.splits[0].chat,
     )
-    return SavedState(settings.output, key, source.watch)
+    return SavedState(settings.output, key, surgery.architecture.source.watch)
 
 
 def _text_key(text: Calibration) -> list[str | int]:

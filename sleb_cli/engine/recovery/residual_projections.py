@@ -64,7 +64,9 @@ class ResidualProjection:
     @property
     def names(self) -> list[str]:
         """The modules whose inputs `features` takes."""
-        return [self.name, *(self.norm.names if self.norm else [])]
+        if self.norm is None:
+            return [self.name]
+        return [self.name, self.norm.name]
 
     def features(self, root: nn.Module, entering: Mapping[str, Tensor]) -> Tensor:
         """Return the factors of the module's weights, float32 [positions, in] (gain: [positions,
@@ -78,10 +80,12 @@ class ResidualProjection:
         features = states.flatten(0, -2).float() * self.scale
         if self.norm is None:
             return features
-        before = entering[self.norm.name].flatten(0, -2).float()
-        after = self.norm.normalized(root, entering[self.norm.name])
-        squares = after.square().sum(-1, keepdim=True).clamp_min(1e-12)
-        divisor = (before * after).sum(-1, keepdim=True) / squares
+        entering_norm = entering[self.norm.name]
+        before = entering_norm.flatten(0, -2).float()
+        after = self.norm.normalized(root, entering_norm)
+        products = (before * after).sum(-1, keepdim=True)
+        squares = after.square().sum(-1, keepdim=True)
+        divisor = products / squares.clamp_min(1e-12)
         return features / divisor.clamp_min(1e-12)
 
     def normalized(self, root: nn.Module, entering: Tensor) -> Tensor:
@@ -125,7 +129,8 @@ def captured(
     with ExitStack() as hooks:
         for name in names:
             module = root.get_submodule(name)
-            hooks.enter_context(module.register_forward_hook(partial(keep, name), with_kwargs=True))
+            hook = module.register_forward_hook(partial(keep, name), with_kwargs=True)
+            hooks.enter_context(hook)
         yield entering, leaving
 
 
@@ -137,25 +142,38 @@ def find_residual_projections(
 
     All are matrices, but if none is exact, an exact gain may come last.
     """
-    candidates = _candidates(skippable, call, hidden)
-    gains = [projection for projection in candidates if projection.kind == "gain"]
-    behind = _behind_norms(skippable, call, hidden, gains)
-    others = {projection.name for projection in [*gains, *behind]}
-    matrices = [projection for projection in candidates if projection.name not in others]
-    matrices += behind
-    matrices.sort(key=lambda projection: projection.exact)
-    if any(projection.exact for projection in matrices):
-        return matrices
-    exact_gains = [projection for projection in gains if projection.exact]
-    return [*matrices, *exact_gains[-1:]]
+    block = skippable.switches[call.block].block
+    width = hidden.shape[-1]
+    possible = possible_matrices(block, width)
+    norms = possible_gains(block, width)
+    adding = _that_add(skippable, call, hidden, [*possible, *norms])
+    gains = []
+    matrices = {}
+    for projection in adding:
+        if projection.kind == "gain":
+            gains.append(projection)
+        else:
+            matrices[projection.name] = projection
+    behind = _behind_norms(skippable, call, hidden, gains, possible)
+    for projection in behind:
+        matrices.pop(projection.name, None)
+    found = [*matrices.values(), *behind]
+    found.sort(key=lambda projection: projection.exact)
+    if not any(projection.exact for projection in found):
+        exact_gains = [gain for gain in gains if gain.exact]
+        found += exact_gains[-1:]
+    return found
 
 
 def _behind_norms(
-    skippable: SkippableModel, call: Call, hidden: Tensor, norms: Sequence[ResidualProjection]
+    skippable: SkippableModel,
+    call: Call,
+    hidden: Tensor,
+    norms: Sequence[ResidualProjection],
+    matrices: Sequence[ResidualProjection],
 ) -> list[ResidualProjection]:
+    """Return the matrices whose output one of these norms takes, each with its norm."""
     block = skippable.switches[call.block].block
-    possible = possible_projections(block, hidden.shape[-1])
-    matrices = [projection for projection in possible if projection.kind != "gain"]
     names = [projection.name for projection in (*norms, *matrices)]
     with captured(block, names) as (entering, leaving):
         skippable.run_block(call, hidden)
@@ -179,8 +197,7 @@ def final_norm(skippable: SkippableModel, hidden: Tensor, ids: Tensor) -> list[R
     """
     hidden = hidden[:1, :FEW_POSITIONS]  # the logits of a batch may take gigabytes
     ids = ids[:1, :FEW_POSITIONS]
-    possible = possible_projections(skippable.model, hidden.shape[-1])
-    norms = [projection for projection in possible if projection.kind == "gain"]
+    norms = possible_gains(skippable.model, hidden.shape[-1])
     with captured(skippable.model, [norm.name for norm in norms]) as (entering, _):
         skippable.head(hidden, ids)
     for norm in norms:
@@ -189,25 +206,36 @@ def final_norm(skippable: SkippableModel, hidden: Tensor, ids: Tensor) -> list[R
     return []
 
 
-def _candidates(skippable: SkippableModel, call: Call, hidden: Tensor) -> list[ResidualProjection]:
+def _that_add(
+    skippable: SkippableModel,
+    call: Call,
+    hidden: Tensor,
+    possible: Sequence[ResidualProjection],
+) -> list[ResidualProjection]:
+    """Return those of these modules whose output reaches the block's, times a constant."""
     block = skippable.switches[call.block].block
     plain = skippable.run_block(call, hidden).float()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(hidden.shape, generator=generator).to(plain.device)
-    noise = noise * plain.square().mean().sqrt() * NOISE
+    size = plain.square().mean().sqrt()
+    noise = noise * size * NOISE
     found = []
-    for projection in possible_projections(block, hidden.shape[-1]):
+    for projection in possible:
         noisy = _run_with_noise(skippable, call, hidden, projection.name, noise)
         if noisy is None:
             continue
         change = noisy - plain
         scale = float((change * noise).sum() / noise.square().sum())
         expected = max(abs(scale) * float(noise.norm()), 1e-12)
-        error = float((change - scale * noise).norm() / expected)
-        if error <= NEAR:
-            offset = _offset_of(block, projection) if projection.kind == "gain" else 0.0
-            exact = error <= EXACT
-            found.append(replace(projection, scale=scale, exact=exact, offset=offset))
+        missed = change - scale * noise
+        error = float(missed.norm() / expected)
+        if error > NEAR:
+            continue
+        offset = 0.0
+        if projection.kind == "gain":
+            offset = _offset_of(block, projection)
+        exact = error <= EXACT
+        found.append(replace(projection, scale=scale, exact=exact, offset=offset))
     return found
 
 
@@ -222,7 +250,9 @@ def _run_with_noise(
     def add_noise(module: nn.Module, args: Any, output: Any) -> Any:
         # Some families flatten sequences before their MLP: [batch * positions, hidden size].
         fits.append(isinstance(output, Tensor) and output.numel() == hidden.numel())
-        return output + noise.to(output.dtype).view_as(output) if fits[-1] else output
+        if not fits[-1]:
+            return output
+        return output + noise.to(output.dtype).view_as(output)
 
     module = skippable.switches[call.block].block.get_submodule(name)
     with module.register_forward_hook(add_noise):
@@ -233,24 +263,35 @@ def _run_with_noise(
 def _offset_of(block: nn.Module, norm: ResidualProjection) -> float:
     module = block.get_submodule(norm.name)
     weight = module.get_parameter("weight")
-    states = torch.randn(len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device)
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(len(weight), generator=generator).to(weight.device)
     without = _with_gain(module, 0.0, states)(states)
     alone = norm.normalized(block, states[None])[0]
     return float((without * alone).sum() / alone.square().sum())
 
 
-def possible_projections(root: nn.Module, width: int) -> list[ResidualProjection]:
-    """Return the modules that might write hidden states of this width, judged by their shape."""
+def possible_matrices(root: nn.Module, width: int) -> list[ResidualProjection]:
+    """Return the linear maps that might write hidden states of this width, by their shape."""
+    found = []
+    for name, module in root.named_modules():
+        if not isinstance(module, (nn.Linear, Conv1D)) or not module.weight.is_floating_point():
+            continue
+        rows, columns = module.weight.shape
+        has_bias = module.bias is not None
+        if isinstance(module, Conv1D):
+            if columns == width:
+                found.append(ResidualProjection(name, "transposed", rows, has_bias))
+        elif rows == width:
+            found.append(ResidualProjection(name, "matrix", columns, has_bias))
+    return found
+
+
+def possible_gains(root: nn.Module, width: int) -> list[ResidualProjection]:
+    """Return the norms of this width."""
     found = []
     for name, module in root.named_modules():
         weight = getattr(module, "weight", None)
-        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
-            continue
-        has_bias = getattr(module, "bias", None) is not None
-        if isinstance(module, nn.Linear) and weight.shape[0] == width:
-            found.append(ResidualProjection(name, "matrix", weight.shape[1], has_bias))
-        elif isinstance(module, Conv1D) and weight.shape[1] == width:
-            found.append(ResidualProjection(name, "transposed", weight.shape[0], has_bias))
-        elif weight.shape == (width,) and "norm" in type(module).__name__.lower():
+        is_norm = "norm" in type(module).__name__.lower()
+        if is_norm and isinstance(weight, nn.Parameter) and weight.shape == (width,):
             found.append(ResidualProjection(name, "gain", width, takes_bias=False))
     return found

@@ -1,6 +1,6 @@
 """The stages of a recovery, each of which gives the kept blocks new values.
 
-A new way to recover is a `Stage` in a file of its own, an option in `requests.py`, a row in
+A new way to recover is a `Stage` in a file of its own, an option in `requests.py`, a branch in
 `door/recovery.py`, and a record in `plan.py`.
 """
 

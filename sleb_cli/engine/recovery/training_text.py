@@ -78,8 +78,9 @@ class TrainingText:
                 second_half.append(rows)  # again, long after the first time
             else:
                 rows = self._given(source, count, number)
-                drawn = shuffle.sample(range(len(rows[0])), len(rows[0]))
-                middle = len(drawn) // 2
+                available = len(rows[0])
+                drawn = shuffle.sample(range(available), available)
+                middle = available // 2
                 first_half.append(take_sequences(rows, drawn[:middle]))
                 second_half.append(take_sequences(rows, drawn[middle:]))
         halves = [_shuffle(first_half, shuffle), _shuffle(second_half, shuffle)]
@@ -90,7 +91,8 @@ class TrainingText:
         if not text_source(source).is_endless:
             rows = self._read_shuffled(source)
             available = len(rows[0])
-            return take_sequences(rows, [(number * count + at) % available for at in range(count)])
+            start = number * count
+            return take_sequences(rows, [at % available for at in range(start, start + count)])
         settings = replace(self._settings, seed=self._settings.seed + 1 + number)
         rows = read_windows(source, count, settings, self._tokenizer)
         return take_sequences(rows, draw(len(rows[0]), count, settings.seed))
@@ -104,7 +106,8 @@ class TrainingText:
             fitted = draw(available, fitted_count, settings.seed)
             unseen = sorted(set(range(available)).difference(fitted))
             shuffle = random.Random(settings.seed)
-            order = shuffle.sample(unseen, len(unseen)) + shuffle.sample(fitted, len(fitted))
+            order = shuffle.sample(unseen, len(unseen))
+            order += shuffle.sample(fitted, len(fitted))
             self._shuffled[source] = take_sequences(rows, order)
         return self._shuffled[source]
 

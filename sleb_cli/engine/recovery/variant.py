@@ -75,7 +75,8 @@ def run_blocks(
         for block in order:
             visit.load(block)
             for batch, calls_of_batch in enumerate(calls):
-                states[batch] = store(skippable.run_block(calls_of_batch[block], states[batch]))
+                leaving = skippable.run_block(calls_of_batch[block], states[batch])
+                states[batch] = store(leaving)
     return states
 
 
@@ -95,8 +96,8 @@ class DenseComparison:
         counted = whole_mask(text.sequences, text.loss_mask)
         size = max(1, BATCH_TOKENS // text.sequences.shape[1])
         self.count = int(counted[:, 1:].sum())
-        self.ids = [ids.to(device) for ids in torch.split(text.sequences, size)]
-        self.counted = [mask.to(device) for mask in torch.split(counted, size)]
+        self.ids = torch.split(text.sequences.to(device), size)
+        self.counted = torch.split(counted.to(device), size)
         self.dense_final = self._final_states(dense)
 
     @torch.inference_mode()
@@ -105,10 +106,12 @@ class DenseComparison:
         final = self.dense_final
         if variant is not self.dense:
             final = self._final_states(variant)
-        loss = divergence = 0.0
+        models = (variant, self.dense)
+        loss = 0.0
+        divergence = 0.0
         for batch, ids in enumerate(self.ids):
             states = (final[batch], self.dense_final[batch])
-            of_batch = summed_losses((variant, self.dense), states, ids, self.counted[batch])
+            of_batch = summed_losses(models, states, ids, self.counted[batch])
             loss += of_batch.loss
             divergence += of_batch.divergence
         return Losses(loss / self.count, divergence / self.count)
@@ -140,14 +143,18 @@ def summed_losses(
     [batch, positions].
     """
     model, dense = models
-    model_states, dense_states = (of_model.to(ids.device) for of_model in states)
-    loss = divergence = 0.0
+    model_states = states[0].to(ids.device)
+    dense_states = states[1].to(ids.device)
+    loss = 0.0
+    divergence = 0.0
     positions = torch.arange(0, ids.shape[1] - 1, every, device=ids.device)
-    for chunk in torch.split(positions, max(1, POSITIONS // len(ids))):
+    positions_at_once = max(1, POSITIONS // len(ids))
+    for chunk in torch.split(positions, positions_at_once):
+        tokens = ids[:, chunk]
         targets = ids[:, chunk + 1].flatten()
         chosen = counted[:, chunk + 1].flatten()
-        ours = model.logits(model_states[:, chunk], ids[:, chunk]).flatten(0, 1)
-        theirs = dense.logits(dense_states[:, chunk], ids[:, chunk]).flatten(0, 1)
+        ours = model.logits(model_states[:, chunk], tokens).flatten(0, 1)
+        theirs = dense.logits(dense_states[:, chunk], tokens).flatten(0, 1)
         if not chosen.all():  # indexing copies
             ours = ours[chosen]
             theirs = theirs[chosen]
@@ -156,6 +163,7 @@ def summed_losses(
             logits = ours[rows].float()
             comparison = compare_logits(theirs[rows].float(), logits)
             target_logits = logits.gather(-1, targets[rows, None])[:, 0]
-            loss += float(as_float64(comparison.log_sum_q - target_logits).sum())
+            losses = comparison.log_sum_q - target_logits
+            loss += float(as_float64(losses).sum())
             divergence += float(as_float64(comparison.divergence).sum())
     return Losses(loss, divergence)
