@@ -94,6 +94,27 @@ class Result:
     stdout: str
     stderr: str
 
+    @property
+    def data(self) -> Any:
+        """What `--json` prints."""
+        return json.loads(self.stdout)
+
+    @property
+    def said(self) -> str:
+        """What stderr says, however its lines are broken."""
+        return " ".join(self.stderr.split())
+
+
+def as_typed(arguments: Iterable[object]) -> list[str]:
+    """Return the words of a command: the first text and options may hold several, as typed."""
+    words: list[str] = []
+    for argument in arguments:
+        if isinstance(argument, str) and (not words or argument.startswith("-")):
+            words += argument.split()
+        else:
+            words.append(str(argument))
+    return words
+
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,13 +147,13 @@ def _little_to_collect() -> None:
 
 @pytest.fixture
 def run_sleb(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """Run `sleb` with these arguments in an empty folder, and return its exit code and both
-    streams.
+    """Run `sleb` with these arguments, as `as_typed` takes them, in an empty folder, and return its
+    exit code and both streams.
     """
 
     def run(*arguments: object) -> Result:
         capfd.readouterr()
-        words = [str(argument) for argument in arguments]
+        words = as_typed(arguments)
         if words[:1] == ["search"] and "--sample-tokens" not in words:
             words += ["--sample-tokens", "6"]  # a whole sample takes longer than some searches
         code = main(words)
@@ -422,6 +443,14 @@ def _found_plan(
 def llama_plan(_found_plan: Path, tmp_path: Path) -> Path:
     """A plan of two removals for the tiny Llama, found by a real search."""
     return Path(shutil.copy(_found_plan, tmp_path))
+
+
+def plan_bytes(path: Path) -> list[bytes]:
+    """Return the plan as it stands in the file, without the two lines that tell the time."""
+    lines = path.read_bytes().splitlines()
+    kept = [line for line in lines if not line.strip().startswith((b'"started"', b'"seconds"'))]
+    assert len(lines) == len(kept) + 2
+    return kept
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def test_errors_name_arguments_in_python_and_options_in_the_terminal(
         UsageError, match=r"^blocks applies to a model, but .*\nHint: Leave out blocks.$"
     ):
         sleb.apply(request)
-    assert run_sleb("apply", llama_plan, "--blocks", 1).stderr.endswith(
+    assert run_sleb("apply", llama_plan, "--blocks 1").stderr.endswith(
         "hint: Leave out --blocks.\n"
     )
 

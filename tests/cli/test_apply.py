@@ -52,15 +52,13 @@ def test_the_plan_in_this_folder_is_applied(sleb, apply, llama_plan, tiny_llama,
     measured = (", ".join(map(str, plan.removals)), f"{plan.dense.perplexity:.2f}")
     assert all(words in card for words in (*measured, "equal to those of the base model"))
     assert "partial" not in card
-    assert json.loads(apply("--json").stdout)["proof"] == recorded
+    assert apply("--json").data["proof"] == recorded
     # With its proof the plan is still a plan.
     apply(
         folder / "sleb_plan.json",
         "--model",
         tiny_llama,
-        "--remove",
-        1,
-        "--no-verify",
+        "--remove 1 --no-verify",
         output="again",
     )
     assert read_plan(tmp_path / "again" / "sleb_plan.json").proof is None
@@ -76,7 +74,7 @@ def test_other_files_come_along_but_not_other_formats(apply, model, tmp_path):
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text(name)
     write_config(model, time_step_limit=[0.0, float("inf")])
-    result, out = apply(model, "--blocks", "1"), tmp_path / "out"
+    result, out = apply(model, "--blocks 1"), tmp_path / "out"
     assert config_of(out)["time_step_limit"] == [0.0, float("inf")]
     assert all((out / name).read_text() == name for name in kept)
     assert not any((out / name).exists() for name in left)
@@ -103,7 +101,7 @@ def test_links_out_of_the_folder_are_not_followed(apply, model, tmp_path):
         "again.jinja": "templates/chat.jinja",
     }.items():
         (model / name).symlink_to(target)
-    result, out = apply(model, "--blocks", "1", "-q"), tmp_path / "out"
+    result, out = apply(model, "--blocks 1 -q"), tmp_path / "out"
     assert not any(b"secret" in path.read_bytes() for path in out.rglob("*") if path.is_file())
     names = "LICENSE, data, templates/key, templates/more"
     assert f"Did not copy links that lead outside the model's folder: {names}." in " ".join(
@@ -118,7 +116,7 @@ def test_without_room_nothing_is_written(apply, tiny_llama, tmp_path, monkeypatc
     half = (tiny_llama / "model.safetensors").stat().st_size // 2
     monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: SimpleNamespace(free=half))
     monkeypatch.setattr(shards, "_write_shard", None)
-    told = apply(tiny_llama, "--blocks", "1", code=8).stderr
+    told = apply(tiny_llama, "--blocks 1", code=8).stderr
     assert re.search(r"\S+ kB must be written, but the disk of /\S+ has only \S+ kB free", told)
     assert os.listdir(tmp_path) == []
 
@@ -142,8 +140,8 @@ def test_a_tied_head_stays_tied_in_another_data_type(apply, tmp_path, stored, ca
     assert (embeddings.dtype, "lm_head.weight" in alone) == (getattr(torch, stored), False)
     for number, tensors in enumerate((alone, {**alone, "lm_head.weight": embeddings.clone()})):
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        result = apply(folder, "--blocks", "1", "--dtype", cast, "--json", output=f"out{number}")
-        found = json.loads(result.stdout)
+        result = apply(folder, "--blocks 1 --dtype", cast, "--json", output=f"out{number}")
+        found = result.data
         assert (found["proof"]["dtype"], found["proof"]["logits_difference"]) == (cast, 0)
         model = AutoModelForCausalLM.from_pretrained(tmp_path / f"out{number}", dtype="auto")
         assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -166,7 +164,7 @@ def test_a_config_names_one_data_type_in_one_spelling(apply, model, tmp_path, be
     nested = {"audio_config": before | {"inner": before}, "vision_config": before}
     (model / "config.json").write_text(json.dumps(config | before | nested))
     for dtype, *options in (("float32",), ("bfloat16", "--dtype", "bf16")):
-        apply(model, "--blocks", "1", "--force", "--no-verify", *options)
+        apply(model, "--blocks 1 --force --no-verify", *options)
         written = config_of(tmp_path / "out")
         places = (written, written["audio_config"]["inner"], written["vision_config"])
         found = [
@@ -204,7 +202,7 @@ def test_a_quantized_checkpoint_keeps_its_packed_tensors(apply, tmp_path):
         "quantization_config.json",
     ):
         (folder / file).write_text(json.dumps(before))
-    apply(folder, "--blocks", "2,0", "--no-verify")
+    apply(folder, "--blocks 2,0 --no-verify")
     assert [weights_of(out)[name(n)].tolist() for n in range(4)] == [[1], [3], [4], [5]]
     assert config_of(out)["quantization_config"] == settings(2, 3)
     assert [json.loads(path.read_text()) for path in out.glob("*quant*.json")] == [
@@ -217,7 +215,7 @@ def test_a_checkpoint_of_pickles_becomes_safetensors(apply, model, tmp_path):
     (model / "model.safetensors").unlink()
     for legacy in (False, True):
         torch.save(tensors, model / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
-        apply(model, "--blocks", "2", "--force")
+        apply(model, "--blocks 2 --force")
         assert not (tmp_path / "out" / "pytorch_model.bin").exists()
         found = weights_of(
             tmp_path / "out"
@@ -231,16 +229,13 @@ def test_a_missing_tensor_is_named(apply, model):
         model,
         lambda tensors: {name: tensors[name] for name in tensors if name != "model.norm.weight"},
     )
-    assert "missing, such as model.norm.weight" in apply(model, "--blocks", "1", code=4).stderr
+    assert "missing, such as model.norm.weight" in apply(model, "--blocks 1", code=4).stderr
 
 
 def test_a_model_without_tokenizer_is_proven_on_random_tokens(apply, model):
     for path in model.glob("token*"):
         path.unlink()
-    assert (
-        json.loads(apply(model, "--blocks", "1", "--json").stdout)["proof"]["prompt"]
-        == "random tokens"
-    )
+    assert apply(model, "--blocks 1 --json").data["proof"]["prompt"] == "random tokens"
 
 
 def test_a_plan_for_another_model_is_refused_unless_told(
@@ -265,7 +260,7 @@ def test_a_plan_for_another_model_is_refused_unless_told(
     assert "was made for other, but" in apply(made, "--model", moved, output="third", code=3).stderr
     assert (
         "was made for tiny-llama, but"
-        in search("--extend", made, "--remove", 3, model=other, code=3).stderr
+        in search("--extend", made, "--remove 3", model=other, code=3).stderr
     )
 
 
@@ -299,13 +294,13 @@ def spoil(monkeypatch, change):
 def test_a_partial_proof_that_fails_leaves_nothing(apply, tiny_llama, tmp_path, monkeypatch):
     spoil(monkeypatch, lambda t: t | {UP: torch.nextafter(t[UP], torch.tensor(9.0))})
     monkeypatch.setattr(proof_placement, "memory_shortage", shortage_at(1000))
-    told = apply(tiny_llama, "--blocks", "1", code=9).stderr
+    told = apply(tiny_llama, "--blocks 1", code=9).stderr
     assert (
         f"the bytes of {UP} are not those of model.layers.2.mlp.up_proj.weight in the dense model"
         in told
     )
     assert os.listdir(tmp_path) == []
-    assert "not verified" in apply(tiny_llama, "--blocks", "1", "--no-verify").stdout
+    assert "not verified" in apply(tiny_llama, "--blocks 1 --no-verify").stdout
 
 
 @pytest.mark.parametrize(
@@ -328,7 +323,7 @@ def test_a_failed_proof_says_where_and_keeps_the_evidence(
 ):
     spoil(monkeypatch, lambda t: t | {name: t[name] * 1.1})
     monkeypatch.setattr(proof, "check_files", lambda *arguments: [])  # as if it had been planned so
-    command = [tiny_llama, "--blocks", "1", "--keep-failed", "kept/here"]
+    command = [tiny_llama, "--blocks 1 --keep-failed kept/here"]
     told = apply(*command, code=9).stderr
     assert where in told
     assert "What was written is in kept/here." in told
@@ -375,13 +370,13 @@ def test_a_wider_data_type_decides_if_logits_differ(
     model = save_model(tmp_path / "model", llama_config(4, dtype=getattr(torch, dtype)))
     place = spread(model, 0) if where == "--device-map" else [where]
     other_rounding(getattr(torch, dtype))
-    result = apply(model, "--blocks", "1", *place, "--json")
+    result = apply(model, "--blocks 1", *place, "--json")
     assert f"{wider} decides, in a second comparison" in result.stderr
-    found = json.loads(result.stdout)["proof"]
+    found = result.data["proof"]
     assert (found["dtype"], found["logits_difference"]) == (wider, 0)
     monkeypatch.setattr(proof, "check_files", lambda *arguments: [])  # as if it had been planned
     spoil(monkeypatch, lambda t: t | {UP: t[UP] * 1.01})
-    told = apply(model, "--blocks", "1", *place, "--force", code=9).stderr
+    told = apply(model, "--blocks 1", *place, "--force", code=9).stderr
     assert re.search(r"differ .*float\d\d allows 0\).* its block 1, .* block 2 of the dense", told)
 
 
@@ -390,7 +385,7 @@ def test_without_memory_for_a_wider_data_type_a_difference_fails(
 ):
     other_rounding(torch.float32)
     monkeypatch.setattr(proof_placement, "has_float64", lambda device: False)
-    told = apply(tiny_llama, "--blocks", "1", code=9).stderr
+    told = apply(tiny_llama, "--blocks 1", code=9).stderr
     said = "float64, which would tell rounding from a fault, is out of reach: cpu does not compute"
     assert said in told
 
@@ -403,7 +398,7 @@ def test_a_recovery_is_compared_in_a_wider_data_type(
     model = save_model(tmp_path / "model", config)
     other_rounding(torch.bfloat16)
     recover = ("--recover", *calibration(text_file, samples=20), *cast)
-    found = json.loads(apply(model, "--blocks", "1", *recover, "--json").stdout)["proof"]
+    found = apply(model, "--blocks 1", *recover, "--json").data["proof"]
     assert (found["dtype"], found["logits_difference"]) == ("float32", 0)
 
 
@@ -430,7 +425,7 @@ def test_a_model_that_does_not_generate_is_not_delivered(apply, tiny_llama, tmp_
         raise ValueError("layer_types has 6 entries")
 
     monkeypatch.setattr(LlamaForCausalLM, "generate", refuse)
-    told = apply(tiny_llama, "--blocks", "1", code=4).stderr
+    told = apply(tiny_llama, "--blocks 1", code=4).stderr
     assert "does not generate with the KV cache: layer_types has 6 entries" in told
     assert os.listdir(tmp_path) == []
 
@@ -447,7 +442,7 @@ def test_a_broken_kv_cache_is_the_dense_model_s_fault(
     said = "does not work with a KV cache"
     assert (
         f"warning: {tiny_llama} {said}: with the KV cache its logits differ"
-        in search("--remove", 1).stderr
+        in search("--remove 1").stderr
     )
     told = apply(tmp_path / "plan.json", code=4).stderr
     assert f"{tiny_llama} {said}, whatever is removed" in told
@@ -461,6 +456,6 @@ def test_a_data_type_too_small_for_the_model_is_named(apply, model):
     )
     assert (
         "computes NaN or infinity in float16"
-        in apply(model, "--blocks", 1, "--dtype", "float16", code=4).stderr
+        in apply(model, "--blocks 1 --dtype float16", code=4).stderr
     )
-    apply(model, "--blocks", 1, "--dtype", "bfloat16")
+    apply(model, "--blocks 1 --dtype bfloat16")

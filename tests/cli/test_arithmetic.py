@@ -41,18 +41,18 @@ def test_each_command_computes_in_what_the_processor_has(
 ):
     folder, text = model(weights), calibration(text_file)
     processor(*processor_has)
-    said = sleb("search", folder, "--remove", 1, *text).stdout
+    said = sleb("search", folder, "--remove 1", *text).stdout
     shown = computed if weights == computed else f"{computed} (weights: {weights})"
     assert f"{shown} on cpu" in " ".join(said.split())
     plan = json.loads(Path("plan.json").read_text())
     assert (plan["search"]["dtype"], plan["model"]["dtype"]) == (computed, weights)
     commands = {
-        "apply": ["--recover", *calibration(text_file, samples=10), "-o", "out"],
+        "apply": ["--recover", *calibration(text_file, samples=10), "-o out"],
         "eval": evaluation(text_file),
-        "bench": ["--prompt", "--prompt-length", 8, "--iterations", 1],
+        "bench": ["--prompt --prompt-length 8 --iterations 1"],
     }
     for command, options in commands.items():
-        result = json.loads(sleb(command, "plan.json", *options, "--json").stdout)
+        result = sleb(command, "plan.json", *options, "--json").data
         assert (result.get("proof", result)["dtype"], result["model"]["dtype"]) == (
             computed,
             weights,
@@ -61,14 +61,13 @@ def test_each_command_computes_in_what_the_processor_has(
         f"torch.{weights}"
     }
     assert (
-        "dtype: bfloat16" in sleb("export", "plan.json", "--to", "mergekit").stdout
-        or weights != "bfloat16"
+        "dtype: bfloat16" in sleb("export plan.json --to mergekit").stdout or weights != "bfloat16"
     )
 
 
 def test_the_numbers_are_those_of_the_type_computed_in(sleb, model, processor, text_file):
-    folder, options = model("bfloat16"), ["--remove", 2, *calibration(text_file)]
-    sleb("search", folder, *options, "--dtype", "float32", "-o", "named.json")
+    folder, options = model("bfloat16"), ["--remove 2", *calibration(text_file)]
+    sleb("search", folder, *options, "--dtype float32 -o named.json")
     processor()
     sleb("search", folder, *options)
     assert read_plan(Path("plan.json")).steps == read_plan(Path("named.json")).steps
@@ -81,10 +80,10 @@ def test_resumed_and_extended_elsewhere_it_keeps_its_type(
     processor()
     with monkeypatch.context() as patch:
         patch.setattr(journals, "delete_journal", lambda *of: None)
-        sleb("search", folder, "--remove", 2, *text)
+        sleb("search", folder, "--remove 2", *text)
     processor(BF16)
-    assert "Continuing with the" in sleb("search", folder, "--remove", 2, *text, "--resume").stderr
-    sleb("search", folder, "--remove", 3, "--extend", "plan.json", "-o", "more.json")
+    assert "Continuing with the" in sleb("search", folder, "--remove 2", *text, "--resume").stderr
+    sleb("search", folder, "--remove 3 --extend plan.json -o more.json")
     assert [read_plan(Path(f"{name}.json")).search.dtype for name in ("plan", "more")] == [
         "float32"
     ] * 2
@@ -92,8 +91,8 @@ def test_resumed_and_extended_elsewhere_it_keeps_its_type(
 
 def test_a_healing_goes_on_in_its_type(sleb, model, processor, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text(prose(400))
-    healing = ["--heal", "--heal-tokens", 4096, *calibration("text.txt", samples=10), "-o", "out"]
-    command = ["apply", model("bfloat16"), "--blocks", 2, *healing]
+    healing = ["--heal --heal-tokens 4096", *calibration("text.txt", samples=10), "-o out"]
+    command = ["apply", model("bfloat16"), "--blocks 2", *healing]
     processor()
     with monkeypatch.context() as patch:
         interrupt_healing(patch, 2)
@@ -137,12 +136,10 @@ def test_a_cast_is_proven_and_recovered_as_it_is_read(
         *calibration(text_file, samples=10),
         "--dtype",
         cast,
-        "-o",
-        "out",
-        "--json",
+        "-o out --json",
         *more,
     ]
-    result = json.loads(sleb("apply", folder, "--blocks", 2, *recover).stdout)
+    result = sleb("apply", folder, "--blocks 2", *recover).data
     assert (result["proof"]["dtype"], result["proof"]["logits_difference"]) == (proven, 0)
     reported = tokens_of_test_text(folder, text_file, result["recovery"])
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)

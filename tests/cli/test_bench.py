@@ -20,7 +20,7 @@ from sleb_cli.engine.surgery.loading import load_pruned
 from sleb_cli.results import WarmupRecord
 from sleb_plugins.engine import TimedRun
 
-QUICK = ["--iterations", 5, "--warmup", 1, "--batch-size", 2, "--prompt-length", 8]
+QUICK = ["--iterations 5 --warmup 1 --batch-size 2 --prompt-length 8"]
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def bench(sleb):
 def test_both_workloads_on_each_size(bench, llama_plan, tmp_path, without_memory, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     llama_plan.rename(tmp_path / "plan.json")
-    result = bench("--every", 1, *QUICK, "--new-tokens", 4, "-o", "b.json")
+    result = bench("--every 1", *QUICK, "--new-tokens 4 -o b.json")
     data = json.loads((tmp_path / "b.json").read_text())
     removals = json.loads((tmp_path / "plan.json").read_text())["removals"]
     assert [size["removals"] for size in data["pruned"]] == [removals[:1], removals]
@@ -71,10 +71,10 @@ def check_timing(timing, new):
 @pytest.mark.parametrize("more", [("--generation",), slow(("--blocks", "1,2"))])
 def test_the_memory_is_that_of_a_process_of_its_own(bench, tiny_llama, more):
     before = torch.get_num_threads()
-    options = [*QUICK, "--new-tokens", 4, "--threads", before + 1, "--json", "-q"]
+    options = [*QUICK, "--new-tokens 4 --threads", before + 1, "--json -q"]
     result = bench(tiny_llama, *more, *options)
     assert result.stderr == ""
-    data = json.loads(result.stdout)
+    data = result.data
     assert (data["threads"], torch.get_num_threads()) == (before + 1, before)
     sizes = (data["dense"], *data["pruned"])
     assert all(size["load_seconds"] > 0 for size in sizes)
@@ -141,9 +141,9 @@ def test_packed_models_run_in_pairs_and_count_as_unpacked(
     monkeypatch.setattr(loaders, "open_model", packed)
     monkeypatch.setattr(loaders, "load_pruned", lambda *given, dense: pack(load_pruned(*given)))
     monkeypatch.setattr(benchmark, "time_in_turn", instantly)
-    result = bench(folder, "--blocks", "1,2", "--remove", "1,2", "--prompt", *QUICK, "--json")
+    result = bench(folder, "--blocks 1,2 --remove 1,2 --prompt", *QUICK, "--json")
     assert together == [[(), (1,)], [(), (1, 2)]]
-    data = json.loads(result.stdout)
+    data = result.data
     (measured,) = data["workloads"]
     assert len(measured["dense"]["e2els"]) == 2
     assert [timing["removals"] for timing in measured["pruned"]] == [[1], [1, 2]]
@@ -206,7 +206,7 @@ def test_a_script_without_a_guard_runs_once(tiny_llama, tmp_path):
 def test_times_are_kept_if_the_process_for_memory_ends(bench, tiny_llama, monkeypatch, measure):
     monkeypatch.setattr(peak_memory, "_measure", measure)
     result = bench(tiny_llama, "--prompt", *QUICK, "--json")
-    timing = json.loads(result.stdout)["workloads"][0]["dense"]
+    timing = result.data["workloads"][0]["dense"]
     assert timing["memory"] is None
     assert len(timing["e2els"]) == 5
     assert "of the dense model is unknown: its process ran out of memory" in result.stderr

@@ -1,6 +1,7 @@
 """`sleb bench --engine`: other engines than transformers, through `main()`."""
 
 import json
+import re
 import sys
 import tempfile
 from importlib.util import find_spec
@@ -9,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 import sleb_plugins as sleb
-from conftest import weights_of
-from gguf_models import write_llama_gguf
+from conftest import as_typed, weights_of
+from gguf_models import write_gguf, write_llama_gguf
 from sleb_cli.engine.gguf.blocks import block_count
 from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.output.measured import read_measurements
@@ -20,7 +21,7 @@ from sleb_cli.plan import read_plan
 from sleb_cli.results import BenchResult
 from sleb_cli.saved_results import read_results, results_folder
 
-SHORT = ["--batch-size", 2, "--prompt-length", 8, "--iterations", 4, "--warmup", 1]
+SHORT = ["--batch-size 2 --prompt-length 8 --iterations 4 --warmup 1"]
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def bench(sleb):
     """Run a short benchmark, require an exit code, and give the result."""
 
     def run(*words, **how):
-        new_tokens = [] if "--prompt" in words else ["--new-tokens", 3]
+        new_tokens = [] if "--prompt" in as_typed(words) else ["--new-tokens 3"]
         return sleb("bench", *words, *SHORT, *new_tokens, **how)
 
     return run
@@ -86,29 +87,29 @@ def test_every_size_is_timed_beside_the_dense_model(
 ):
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
-    data = json.loads(bench(llama_plan, "--every", 1, "--engine", "steady", "--json").stdout)
+    data = bench(llama_plan, "--every 1 --engine steady --json").data
     assert list((tmp_path / "scratch").iterdir()) == []  # no file that was written stays
     kept = read_results(BenchResult, results_folder(llama_plan), ignore).values()
     workloads = [each.to_data()["workloads"][0] for each in kept]
     assert sorted(workloads, key=str) == sorted(data["workloads"], key=str)
     assert all(each.plugins == {"unknown package": "?"} for each in kept)  # the engine's
     # Reports show transformers alone.
-    assert read_measurements(llama_plan, read_plan(llama_plan), ignore)[1] is None
-    removals = list(read_plan(llama_plan).removals)
-    assert [size["removals"] for size in data["pruned"]] == [removals[:1], removals]
-    assert [size["blocks"] for size in (data["dense"], *data["pruned"])] == [6, 5, 4]
+    plan = read_plan(llama_plan)
+    assert read_measurements(llama_plan, plan, ignore)[1] is None
+    dense, sizes = data["dense"], data["pruned"]
+    assert [size["removals"] for size in sizes] == list(map(list, plan.size_keys))
+    assert [size["blocks"] for size in (dense, *sizes)] == [6, 5, 4]
     stored = sum(tensor.nbytes for tensor in weights_of(tiny_llama).values())
-    assert data["dense"]["weights_bytes"] == stored == 4 * data["dense"]["parameters"]
+    assert dense["weights_bytes"] == stored == 4 * dense["parameters"]
     prompt, generation = data["workloads"]
     assert (prompt["workload"]["name"], generation["workload"]["name"]) == ("prompt", "generation")
     for measured in data["workloads"]:
         assert measured["workload"]["engine"] == "steady"
         assert (measured["attention"], measured["engine_version"]) == (None, None)
         assert len(measured["dense"]["e2els"]) == 4 * 2  # it runs beside each size
-        for size, timing in zip(data["pruned"], measured["pruned"], strict=True):
-            assert timing["removals"] == size["removals"]
-            assert timing["memory"] is None
-            shares = data["dense"]["weights_bytes"] / size["weights_bytes"]
+        for size, timing in zip(sizes, measured["pruned"], strict=True):
+            assert (timing["removals"], timing["memory"]) == (size["removals"], None)
+            shares = dense["weights_bytes"] / size["weights_bytes"]
             assert timing["speedup"] == pytest.approx(shares, rel=0.01)  # a file has a header, too
     assert generation["dense"]["ttfts"] == prompt["dense"]["ttfts"]
     assert {len(steps) for steps in generation["dense"]["itls"]} == {2}
@@ -117,7 +118,7 @@ def test_every_size_is_timed_beside_the_dense_model(
 def test_a_gguf_file_is_cut_and_loaded_in_pairs(bench, recorder, tmp_path):
     file = write_llama_gguf(tmp_path / "tiny.gguf", 6)
     options = "--blocks 4,1,2 --remove 1,3 --engine recorder --prompt --threads 1 --json"
-    data = json.loads(bench(file, *options.split()).stdout)
+    data = bench(file, options).data
     assert [block_count(file) for file in recorder.files] == [6, 5, 3]
     assert (data["dtype"], data["device"], data["threads"]) == ("F32", "abacus", 1)
     settings = recorder.settings[0]
@@ -127,35 +128,35 @@ def test_a_gguf_file_is_cut_and_loaded_in_pairs(bench, recorder, tmp_path):
     assert measured["engine_version"] == "recorder 1.0"
     assert [timing["speedup"] for timing in measured["pruned"]] == [2.0, 3.0]
     assert recorder.running == []
-    assert [number for number, _ in recorder.prompts[:10]] == [1, 2, 2, 1, 1, 2, 2, 1, 1, 2]
+    of_first_size = recorder.prompts[:10]
+    assert [number for number, _ in of_first_size] == [1, 2, 2, 1, 1, 2, 2, 1, 1, 2]
     # Both models of a round read the same prompts, which no other round of the two repeats.
-    assert len({json.dumps(prompts) for _, prompts in recorder.prompts[:10]}) == 5
+    assert len({json.dumps(prompts) for _, prompts in of_first_size}) == 5
 
 
 def test_the_gguf_file_of_a_checkpoint_is_named(bench, recorder, tmp_path):
     file = write_llama_gguf(tmp_path / "tiny.gguf", 6)
-    command = [tmp_path / "origin", "--blocks", "1", "--engine", "recorder", "--prompt"]
-    said = bench(*command, code=2).stderr
-    assert "recorder reads GGUF files" in said
-    assert "--source" in said
+    command = [tmp_path / "origin", "--blocks 1 --engine recorder --prompt"]
+    assert re.search("recorder reads GGUF files(.|\n)*--source", bench(*command, code=2).stderr)
     bench(*command, "--source", file)
-    (tmp_path / "other").mkdir()
-    other = write_llama_gguf(tmp_path / "other" / "other.gguf", 4)
-    assert "holds another model" in bench(*command, "--source", other, code=3).stderr
+    write_gguf(tmp_path / "other.gguf", "gemma", 4)
+    assert "holds another model" in bench(*command, "--source other.gguf", code=3).stderr
 
 
-def test_an_engine_that_is_missing_or_broken(bench, tiny_llama, monkeypatch, tmp_path):
-    for engine, module in (("vllm", "vllm"), ("llama.cpp", "llama_cpp")):
-        monkeypatch.setitem(sys.modules, module, None)
-        said = bench(tiny_llama, "--engine", engine, code=7).stderr
-        assert "is not installed" in said
-        assert f"pip install 'sleb[{module.replace('_', '-')}]'" in said
-    (tmp_path / "llama_cpp.py").write_text(
-        "raise OSError('libgomp.so.1: cannot open shared object file')"
-    )
+@pytest.mark.parametrize(("engine", "module"), [("vllm", "vllm"), ("llama.cpp", "llama_cpp")])
+def test_an_engine_that_is_missing(bench, tiny_llama, monkeypatch, engine, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    said = bench(tiny_llama, "--engine", engine, code=7).stderr
+    assert "is not installed" in said
+    assert f"pip install 'sleb[{module.replace('_', '-')}]'" in said
+
+
+def test_an_engine_that_is_broken(bench, tiny_llama, monkeypatch, tmp_path):
+    broken = "raise OSError('libgomp.so.1: cannot open shared object file')"
+    (tmp_path / "llama_cpp.py").write_text(broken)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "llama_cpp")
-    said = bench(tiny_llama, "--engine", "llama.cpp", code=7).stderr
+    monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
+    said = bench(tiny_llama, "--engine llama.cpp", code=7).stderr
     assert "llama.cpp is installed, but does not load: libgomp.so.1" in said
 
 
@@ -172,20 +173,17 @@ def test_an_engine_is_told_whether_code_of_the_model_may_run(
 
     monkeypatch.setattr(sleb_example.SteadyEngine, "load", load)
     for words in ([], ["--trust-remote-code"]):
-        bench(tiny_llama, "--engine", "steady", *words)
+        bench(tiny_llama, "--engine steady", *words)
     assert told == [False, True]
 
 
 def test_vllm_shares_what_is_free_of_a_cpu(monkeypatch):
-    free = 20.0
-    monkeypatch.setattr(
-        vllm.psutil, "virtual_memory", lambda: SimpleNamespace(available=free, total=32.0)
-    )
+    memory = SimpleNamespace(available=20.0, total=32.0)
+    monkeypatch.setattr(vllm.psutil, "virtual_memory", lambda: memory)
     first = 32.0 * vllm._memory_share("cpu", 2, 0)
-    free -= first
-    second = 32.0 * vllm._memory_share("cpu", 2, 1)
     assert first == pytest.approx(9)
-    assert 9 <= second < free
+    memory.available -= first
+    assert 9 <= 32.0 * vllm._memory_share("cpu", 2, 1) < memory.available
 
 
 needs_llama_cpp = pytest.mark.skipif(
@@ -197,12 +195,10 @@ needs_llama_cpp = pytest.mark.skipif(
 @needs_llama_cpp
 def test_llama_cpp_runs_a_gguf_file(bench, tmp_path):
     file = write_llama_gguf(tmp_path / "tiny.gguf", 6)
-    data = json.loads(
-        bench(file, "--blocks", "4,1", "--every", 1, "--engine", "llama.cpp", "--json").stdout
-    )
+    data = bench(file, "--blocks 4,1 --every 1 --engine llama.cpp --json").data
     for measured in data["workloads"]:
         assert measured["engine_version"].startswith("llama_cpp_python ")
-        assert all(seconds > 0 for timing in measured["pruned"] for seconds in timing["e2els"])
+        assert all(min(timing["e2els"]) > 0 for timing in measured["pruned"])
     generation = data["workloads"][1]
     assert {len(steps) for steps in generation["dense"]["itls"]} == {2}
 

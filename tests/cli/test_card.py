@@ -92,12 +92,12 @@ def test_licence_and_language_of_the_base_model_stay(out, tmp_path, front_matter
     folder = save_model(tmp_path / "base", llama_config(4))
     card = f"---\n{front_matter}\n---\n# Base\n---\nlicense: mit\n---\n"
     (folder / "README.md").write_text(card, encoding="latin-1")
-    out.apply(folder, "--blocks", "1")
+    out.apply(folder, "--blocks 1")
     assert out.data.to_dict() == PLAIN | inherited
 
 
 def test_a_gguf_file_says_its_licence_and_languages_too(out, tmp_path):
-    out.apply(write_llama_gguf(tmp_path / "tiny.gguf"), "--blocks", "1")
+    out.apply(write_llama_gguf(tmp_path / "tiny.gguf"), "--blocks 1")
     assert (out.data.license, out.data.language) == ("apache-2.0", ["en", "no"])
 
 
@@ -182,8 +182,7 @@ def test_a_recovered_checkpoint_claims_no_earlier_number(out, measured, tmp_path
         measured[0],
         "--model",
         save_model(tmp_path / "other", llama_config(), seed=1),
-        "--any-model",
-        "--force",
+        "--any-model --force",
     )
     assert "model-index" not in out.data.to_dict()
     assert "Found by greedy search of another model" in out.text
@@ -210,7 +209,7 @@ def test_no_file_names_a_folder_of_this_machine(out, sleb, search, tmp_path, tex
     for name in ("plan.eval.json.old", "plan.eval.2.json.old", "sleb_plan.bench.json"):
         (folder / name).write_text(json.dumps({"model": str(folder)}))
     (folder / "adapter_config.json").write_text("{}")
-    search("--remove", 1, model=folder, text=f"{text_file}:2/3,self:1/3", samples=6)
+    search("--remove 1", model=folder, text=f"{text_file}:2/3,self:1/3", samples=6)
     out.apply("plan.json", "--recover", *calibration(text_file, samples=10))
     files = {path.name: path.read_bytes() for path in out.folder.iterdir()}
     assert "adapter_config.json" not in files
@@ -228,5 +227,5 @@ def test_no_file_names_a_folder_of_this_machine(out, sleb, search, tmp_path, tex
     plan = read_plan(out.folder / "sleb_plan.json")
     assert (plan.model.id, plan.calibration.source) == ("model", "prose.txt:2/3,self:1/3")
     # It is still a plan for that model, wherever that is, and nobody looks for "model" on the Hub.
-    told = sleb("apply", "out/sleb_plan.json", "-o", "again", code=3).stderr
+    told = sleb("apply", "out/sleb_plan.json", "-o again", code=3).stderr
     assert "was made for model, and does not say where that is" in told

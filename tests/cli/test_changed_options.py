@@ -9,7 +9,7 @@ from typing import get_type_hints
 
 import pytest
 
-from conftest import calibration, llama_config, prose, save_model, write_task
+from conftest import as_typed, calibration, llama_config, prose, save_model, write_task
 from sleb_cli.__main__ import main
 from sleb_cli.engine.recovery import saved_state
 from sleb_cli.engine.search import journal
@@ -32,43 +32,104 @@ REQUESTS = {
 TEXT = {"calibration": "self:0.5,text.txt:0.5", "sequence_length": 24}
 
 FIRST = {
-    "search": {"model": "model", "remove": 2, "samples": 8, "holdout": 0.25, "sample_tokens": 4, **TEXT},
+    "search": {
+        "model": "model",
+        "remove": 2,
+        "samples": 8,
+        "holdout": 0.25,
+        "sample_tokens": 4,
+        **TEXT,
+    },
     "apply": {
-        "subject": "found.json", "recover": True, "heal": True, "heal_tokens": 512, "samples": 20, "output": "out",
+        "subject": "found.json",
+        "recover": True,
+        "heal": True,
+        "heal_tokens": 512,
+        "samples": 20,
+        "output": "out",
         **TEXT,
     },
     "eval": {
-        "subject": "found.json", "perplexity": "text.txt", "sequence_length": 24, "max_windows": 4, "tasks": "words",
-        "include_path": "tasks", "limit": 6,
+        "subject": "found.json",
+        "perplexity": "text.txt",
+        "sequence_length": 24,
+        "max_windows": 4,
+        "tasks": "words",
+        "include_path": "tasks",
+        "limit": 6,
     },
     "bench": {
-        "subject": "found.json", "prompt": True, "batch_size": 1, "prompt_length": 8, "iterations": 2, "warmup": 0,
+        "subject": "found.json",
+        "prompt": True,
+        "batch_size": 1,
+        "prompt_length": 8,
+        "iterations": 2,
+        "warmup": 0,
     },
-}  # fmt: skip
+}
 """The options of the first run, which leaves all that it can."""
 
-NEXT = {
-    "model": "other", "subject": "other.json", "output": "elsewhere", "extend": "other.json", "source": "no.gguf",
-    "revision": "main", "include_path": "other tasks", "keep_failed": "failed", "engine": "steady", "dtype": "bfloat16",
-    "device": "cpu", "device_map": "auto", "stream": True, "memory": "1GB", "threads": 2, "batch_size": 3,
-    "unit": "experts", "ratio": 0.5, "target_params": "40K", "target_memory": "100KB", "max_perplexity_ratio": 3,
-    "serve_length": 64, "metric": "cosine", "strategy": "contiguous", "fast": True,
-    "calibration": "text.txt", "seed": 1, "chat": "answers", "holdout": 0.4, "blocks": "2,3", "every": 1,
-    "protect": "2", "protect_kind": "full_attention", "protect_first": 2, "protect_last": 2, "scripts": "latin",
-    "max_shard_size": "20KB", "experts_per_token": 1, "perplexity": "text.txt,other.txt", "tasks": "words,letters",
-    "num_fewshot": 1, "run_code": "confined", "show_flips": 3, "sweep": "batch=1,2 prompt=8", "new_tokens": 3,
-    "remove": 1,
-}  # fmt: skip
+NEXT = dict(
+    line.strip().split(" = ")
+    for line in """
+    model = other
+    subject = other.json
+    output = elsewhere
+    extend = other.json
+    source = no.gguf
+    revision = main
+    include_path = other tasks
+    keep_failed = failed
+    engine = steady
+    dtype = bfloat16
+    device = cpu
+    device_map = auto
+    memory = 1GB
+    threads = 2
+    batch_size = 3
+    unit = experts
+    ratio = 0.5
+    target_params = 40K
+    target_memory = 100KB
+    max_perplexity_ratio = 3
+    serve_length = 64
+    metric = cosine
+    strategy = contiguous
+    calibration = text.txt
+    seed = 1
+    chat = answers
+    holdout = 0.4
+    blocks = 2,3
+    every = 1
+    protect = 2
+    protect_kind = full_attention
+    protect_first = 2
+    protect_last = 2
+    scripts = latin
+    max_shard_size = 20KB
+    experts_per_token = 1
+    perplexity = text.txt,other.txt
+    tasks = words,letters
+    num_fewshot = 1
+    run_code = confined
+    show_flips = 3
+    sweep = batch=1,2 prompt=8
+    new_tokens = 3
+    remove = 1
+    """.strip().splitlines()
+)
 """What an option becomes that is neither a flag nor a number of the first run."""
 
 TIMED = {"heal_minutes"}
 """How far these go is for a clock to say."""
 
-ANOTHER_SEARCH = {
-    "model", "metric", "strategy", "fast", "calibration", "samples", "sequence_length", "seed", "holdout",
-    "protect_first", "protect_last", "protect", "dtype", "batch_size",
-}  # fmt: skip
-"""The options with which an interrupted search is another one: `--resume` is refused, `--force` begins anew."""
+ANOTHER_SEARCH = (
+    "model metric strategy fast calibration samples sequence_length seed holdout "
+    "protect_first protect_last protect dtype batch_size"
+).split()
+"""The options with which an interrupted search is another one: `--resume` is refused, `--force`
+begins anew.
+"""
 
 CASES = [
     (command, each.name)
@@ -140,9 +201,9 @@ def materials(tmp_path_factory):
         save_model(folder / model, llama_config(), seed=seed)
         text = folder / ("other.txt" if seed else "text.txt")
         text.write_text(prose(300, seed=seed))
-        how = [*calibration(text, samples=2, length=16), "--sample-tokens", 0, "--quiet"]
-        words = ["search", folder / model, "--remove", 2, *how, "-o", folder / f"{plan}.json"]
-        assert main([str(word) for word in words]) == 0
+        how = [*calibration(text, samples=2, length=16), "--sample-tokens 0 --quiet"]
+        words = ["search", folder / model, "--remove 2", *how, "-o", folder / f"{plan}.json"]
+        assert main(as_typed(words)) == 0
         for name in ("words", "letters"):
             questions = [(f"{name} {number}", (number + seed) % 3) for number in range(12)]
             rows = [

@@ -22,7 +22,7 @@ TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
-TEXT = ["--samples", 10, "--sequence-length", 64]
+TEXT = ["--samples 10 --sequence-length 64"]
 
 
 @pytest.fixture
@@ -42,39 +42,37 @@ def chatty(tmp_path):
 def test_a_search_reads_what_the_model_wrote_and_finds_it_again(sleb, chatty, tmp_path):
     (tmp_path / "asked.txt").write_text("\n".join(prose(30).split(". ")))
     for source in ("self-chat", "answers:asked.txt"):
-        search = ["search", chatty, "--remove", 1, "--calibration", source, *TEXT, "--force"]
+        search = ["search", chatty, "--remove 1 --calibration", source, *TEXT, "--force"]
         first = sleb(*search)
         assert re.search(rf"{source}: the model wrote \d+ conversations", first.stderr)
         assert f"{source}: 10 x 64 tokens" in first.stdout
         plan = read_plan(tmp_path / "plan.json")
         assert (
             "conversations that the model wrote before, from the cache"
-            in sleb(*search, "--chat", "answers").stderr
+            in sleb(*search, "--chat answers").stderr
         )
         assert (
             read_plan(tmp_path / "plan.json").steps == plan.steps
         )  # the model never writes what the template does
-        sleb(*search, "--chat", "all")
+        sleb(*search, "--chat all")
         assert read_plan(tmp_path / "plan.json").dense.loss != plan.dense.loss
 
 
 def recovered(result):
-    return RecoveryRecord.model_validate_json(json.dumps(json.loads(result.stdout)["recovery"]))
+    return RecoveryRecord.model_validate_json(json.dumps(result.data["recovery"]))
 
 
 def test_a_recovery_is_reported_on_answers_too(sleb, chatty, text_file, tmp_path):
-    recover = ["apply", chatty, "--blocks", "2", "--recover", *TEXT, "-o", "out"]
+    recover = ["apply", chatty, "--blocks 2 --recover", *TEXT, "-o out"]
     shown = sleb(*recover, "--calibration", text_file)
     assert "KL, answers" in shown.stdout
     assert re.search(
         r"on answers in its own conversations, \d+% of the divergence is left", shown.stdout
     )
-    record = recovered(sleb(*recover, "--calibration", text_file, "--force", "--json"))
+    record = recovered(sleb(*recover, "--calibration", text_file, "--force --json"))
     assert (record.train_text.chat, record.conversations.text.source) == (None, "self-chat")
     # What decides and what is reported count only the answers, if they are asked for.
-    record = recovered(
-        sleb(*recover, "--calibration", "self-chat", "--chat", "answers", "--force", "--json")
-    )
+    record = recovered(sleb(*recover, "--calibration self-chat --chat answers --force --json"))
     assert (record.train_text.chat, record.test_text.chat) == ("answers", "answers")
     assert record.closed_form_losses.divergence > 0
 
@@ -84,7 +82,7 @@ def test_the_losses_on_answers_are_those_of_a_plain_computation(
 ):
     cut = Mock(side_effect=cut_conversations)
     monkeypatch.setattr(calibration, "cut_conversations", cut)
-    recover = ["apply", chatty, "--blocks", 2, "--recover", *TEXT, "-o", "out", "--json"]
+    recover = ["apply", chatty, "--blocks 2 --recover", *TEXT, "-o out --json"]
     found = recovered(sleb(*recover, "--calibration", text_file)).conversations
     rendered, _, length = cut.mock_calls[0].args
     ids, mask = cut_conversations(rendered, "", length, answers=True, required=None)
@@ -108,11 +106,11 @@ def test_the_losses_on_answers_are_those_of_a_plain_computation(
 
 
 def test_a_quarter_of_the_default_text_is_conversations(sleb, chatty, text_file):
-    sleb("search", chatty, "--remove", 1, "--calibration", text_file, *TEXT)
-    record = recovered(sleb("apply", "plan.json", "--recover", *TEXT, "-o", "out", "--json"))
+    sleb("search", chatty, "--remove 1 --calibration", text_file, *TEXT)
+    record = recovered(sleb("apply plan.json --recover", *TEXT, "-o out --json"))
     assert record.train_text.title == f"{text_file.name}:0.75,self-chat:0.25"
     record = recovered(
-        sleb("apply", chatty, "--blocks", "2", "--recover", *TEXT, "-o", "out", "--force", "--json")
+        sleb("apply", chatty, "--blocks 2 --recover", *TEXT, "-o out --force --json")
     )
     assert record.train_text.title == "self:0.5,self-chat:0.5"
 
@@ -120,9 +118,9 @@ def test_a_quarter_of_the_default_text_is_conversations(sleb, chatty, text_file)
 def test_a_healing_on_answers_comes_nearer_on_answers(sleb, chatty, tmp_path, monkeypatch):
     (tmp_path / "asked.txt").write_text("".join(f"{word}\n" for word in WORDS))
     (tmp_path / "text.txt").write_text(prose(400))
-    command = ["apply", chatty, "--blocks", "2", "--heal", "--heal-tokens", 4096, *TEXT]
-    command += ["--calibration", "answers:asked.txt:0.25,text.txt:0.75", "--chat", "answers"]
-    command += ["-o", "out"]
+    command = ["apply", chatty, "--blocks 2 --heal --heal-tokens 4096", *TEXT]
+    command += ["--calibration answers:asked.txt:0.25,text.txt:0.75 --chat answers"]
+    command += ["-o out"]
     record = recovered(sleb(*command, "--json"))
     assert record.conversations.healed.divergence < record.conversations.pruned.divergence
 
@@ -130,10 +128,10 @@ def test_a_healing_on_answers_comes_nearer_on_answers(sleb, chatty, tmp_path, mo
 def test_perplexity_of_conversations_is_that_of_their_answers(sleb, chatty, tmp_path):
     talks = [talk(f"river {number}", "snow water stone " * (number + 2)) for number in range(12)]
     write_lines("talks.jsonl", messages=talks)
-    evaluate = ["eval", chatty, "--blocks", 2, "--sequence-length", 64, "--perplexity"]
+    evaluate = ["eval", chatty, "--blocks 2 --sequence-length 64 --perplexity"]
     evaluate += ["talks.jsonl"]
-    assert "talks.jsonl (answers)" in sleb(*evaluate, "--max-windows", 3).stdout
-    (text,) = json.loads(sleb(*evaluate, "--json").stdout)["texts"]
+    assert "talks.jsonl (answers)" in sleb(*evaluate, "--max-windows 3").stdout
+    (text,) = sleb(*evaluate, "--json").data["texts"]
     tokenizer = AutoTokenizer.from_pretrained(chatty)
     rendered = [render(tokenizer, each, "", answers=True) for each in talks]
     ids, mask = cut_conversations(rendered, "", 64, answers=True, required=None)
@@ -152,7 +150,7 @@ def test_perplexity_of_conversations_is_that_of_their_answers(sleb, chatty, tmp_
     evaluate[-1] = "talks.jsonl,org/talks:,org/talks:::messages"
     shown = sleb(*evaluate, "--json")
     assert "measuring perplexity on org/talks::test." in shown.stderr
-    _, *of_data_set = json.loads(shown.stdout)["texts"]
+    _, *of_data_set = shown.data["texts"]
     assert [{**found, "text": "talks.jsonl"} for found in of_data_set] == [text, text]
     write_lines("talks.jsonl", messages=talks[:1])
     assert "too few for a sequence of 64 with an answer" in sleb(*evaluate, code=5).stderr

@@ -8,7 +8,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import pytest
 import yaml
 
-from conftest import llama_config, prose, save_model
+from conftest import as_typed, llama_config, prose, save_model
 from sleb_cli import api
 from sleb_cli.__main__ import main
 from sleb_cli.plan import read_plan
@@ -58,7 +58,7 @@ def asked(monkeypatch):
         monkeypatch.setattr(api, name, stop)
 
     def run(*words):
-        assert main([str(word) for word in words]) == 130
+        assert main(as_typed(words)) == 130
         return found.pop()
 
     return run
@@ -73,7 +73,7 @@ def test_every_option_may_stand_in_a_file(asked, command, tmp_path):
             continue
         value = another_value(each, kinds[each.name])
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(needed | {each.name: value}))
-        found = getattr(asked(command, "--config", "run.yaml"), each.name)
+        found = getattr(asked(command, "--config run.yaml"), each.name)
         assert found != each.default
         assert (str(found) if isinstance(found, Path) else found) == (
             tuple(value) if isinstance(value, list) else value
@@ -86,7 +86,7 @@ def test_what_is_typed_wins_and_values_are_read_as_if_typed(asked, tmp_path):
         "model: demo\nsamples: 4\nremove: 3\nprotect: [5, 11]\nprotect_kind: linear\nfast: "
         "no\nchat:\n"
     )
-    request = asked("search", "--config", file, "--samples", 5)
+    request = asked("search", "--config", file, "--samples 5")
     assert (request.model, request.samples, request.remove, request.protect) == (
         "demo",
         5,
@@ -95,7 +95,7 @@ def test_what_is_typed_wins_and_values_are_read_as_if_typed(asked, tmp_path):
     )
     assert (request.protect_kind, request.fast, request.chat) == (("linear",), False, None)
     file.write_text("model: 010\nremove: 3\nrevision: 1.10\nseed: 010\ncalibration: null\n")
-    other = asked("search", "--config", file, "--ratio", 0.2)
+    other = asked("search", "--config", file, "--ratio 0.2")
     assert (other.model, other.revision, other.seed, other.calibration) == ("010", "1.10", 10, None)
     assert (other.ratio, other.remove) == ("0.2", None)
 
@@ -103,7 +103,7 @@ def test_what_is_typed_wins_and_values_are_read_as_if_typed(asked, tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("sampels: 3", "has 'sampels', which is not an option of `sleb search`.\nhint: Did you mean 'samples'?"),
+        ("sampels: 3", "of `sleb search`.\nhint: Did you mean 'samples'?"),
         ("json: true", "has 'json', which is not an option"),
         ("1: 2", "has '1', which is not an option"),
         ("samples: x", "--samples 'x' is not a whole number"),
@@ -118,18 +118,10 @@ def test_what_is_typed_wins_and_values_are_read_as_if_typed(asked, tmp_path):
         ("protect: [1, [2]]", "has more than names with values"),
         ("protect: {5: 11}", "has more than names with values"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_file_is_refused(sleb, tmp_path, text, says):
     (tmp_path / "run.yaml").write_bytes(text.encode("latin-1"))
-    assert says in sleb("search", "demo", "--config", "run.yaml", code=2).stderr
-
-
-@pytest.mark.parametrize(
-    ("file", "says"),
-    [("run.yaml", "There is no file run.yaml"), ("/dev/zero", "it is a pipe or a device")],
-)
-def test_what_is_no_file_is_refused(sleb, file, says):
-    assert says in sleb("search", "demo", "--config", file, code=2).stderr
+    assert says in sleb("search demo --config run.yaml", code=2).stderr
 
 
 @pytest.mark.parametrize(
@@ -153,7 +145,7 @@ def test_what_is_no_file_is_refused(sleb, file, says):
 )
 def test_a_plan_repeats_its_search_to_the_last_digit(search, sleb, tmp_path, options):
     search(*options)
-    said = sleb("search", "--config", "plan.json", "-o", "again.json").stderr
+    said = sleb("search --config plan.json -o again.json").stderr
     assert (
         "The search found the same blocks, in the same order; all scores are identical.\n" in said
     )
@@ -164,16 +156,13 @@ def test_a_plan_repeats_its_search_to_the_last_digit(search, sleb, tmp_path, opt
 def test_a_repeated_search_says_what_differs(search, sleb, tmp_path, tiny_llama):
     text, other = tmp_path / "own.txt", save_model(tmp_path / "other", llama_config(), seed=1)
     text.write_text(prose(200))
-    search("--remove", 3, text=text)
+    search("--remove 3", text=text)
     plan = read_plan(tmp_path / "plan.json")
     environment = plan.environment.model_copy(update={"torch": "1.0"})
     plan.model_copy(update={"environment": environment}).write(tmp_path / "older.json")
-    assert (
-        "Also different: torch: "
-        in sleb("search", "--config", "older.json", "-o", "1.json", "--json").stderr
-    )
+    assert "Also different: torch: " in sleb("search --config older.json -o 1.json --json").stderr
     text.write_text(prose(200, seed=9))
-    said = sleb("search", other, "--config", "plan.json", "--remove", 2, "-o", "2.json").stderr
+    said = sleb("search", other, "--config plan.json --remove 2 -o 2.json").stderr
     assert "other blocks from step " in said
     assert "scores differ by at most " in said
     assert all(f"{name}: " in said for name in ("tokens", "weights", "options.remove"))
@@ -181,11 +170,8 @@ def test_a_repeated_search_says_what_differs(search, sleb, tmp_path, tiny_llama)
 
 
 def test_a_plan_that_cannot_be_repeated_is_refused(search, sleb, tmp_path):
-    search("--remove", 1)
-    assert "already exists" in sleb("search", "--config", "plan.json", code=8).stderr
-    assert (
-        "There is no plan nowhere.json" in sleb("search", "--config", "nowhere.json", code=3).stderr
-    )
+    search("--remove 1")
+    assert "already exists" in sleb("search --config plan.json", code=8).stderr
     data = json.loads((tmp_path / "plan.json").read_text())
     for change, code, message in (
         ({"trust_remote_code": True}, 3, "has 'trust_remote_code', which is not an option that"),
@@ -196,6 +182,4 @@ def test_a_plan_that_cannot_be_repeated_is_refused(search, sleb, tmp_path):
         (tmp_path / "plan.json").write_text(
             json.dumps(data | {"request": data["request"] | change})
         )
-        assert (
-            message in sleb("search", "--config", "plan.json", "-o", "new.json", code=code).stderr
-        )
+        assert message in sleb("search --config plan.json -o new.json", code=code).stderr

@@ -33,7 +33,7 @@ def test_indices_are_what_blocks_takes(export, llama_plan):
     result = export(llama_plan, None, "indices", "-q")
     removals = json.loads(llama_plan.read_text())["removals"]
     assert (result.stdout, result.stderr) == (",".join(map(str, removals)) + "\n", "")
-    data = json.loads(export(llama_plan, None, "indices", "--json").stdout)
+    data = export(llama_plan, None, "indices", "--json").data
     assert (data["exporter"], data["text"], data["file"]) == ("indices", result.stdout, None)
 
 

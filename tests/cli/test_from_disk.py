@@ -27,7 +27,7 @@ def plan_of(found):
     """Search, and give the plan without the machine and its times."""
 
     def run(*options, **how):
-        return found("--remove", 2, *options, **how).model_copy(update={"environment": None})
+        return found("--remove 2", *options, **how).model_copy(update={"environment": None})
 
     return run
 
@@ -71,14 +71,12 @@ def test_plan_checkpoint_and_measurements_are_the_same(
             for room in (placement, proof_placement):
                 monkeypatch.setattr(room, "memory_shortage", shortage_at(100_000))
         searched = sleb(
-            "search", model, "--remove", 2, "--metric", metric, *calibration(text_file), *where
+            "search", model, "--remove 2 --metric", metric, *calibration(text_file), *where
         )
-        applied = sleb(
-            "apply", "--recover", *calibration(text_file, samples=20), *where, "-o", "out"
-        )
-        measured = sleb("eval", "--every", 1, *evaluation(text_file), *where, "--json")
+        applied = sleb("apply --recover", *calibration(text_file, samples=20), *where, "-o out")
+        measured = sleb("eval --every 1", *evaluation(text_file), *where, "--json")
         files, proven = written(tmp_path / "out")
-        found.append((*files, json.loads(measured.stdout) | {"commands": None}))
+        found.append((*files, measured.data | {"commands": None}))
         assert (proven["checks"], proven["partial"], proven["logits_difference"]) == (
             COMPLETE,
             None,
@@ -102,14 +100,13 @@ def test_more_batches_recover_with_no_more_reads(sleb, llama_plan, text_file, vi
         llama_plan,
         "--recover",
         *calibration(text_file, samples=40),
-        "--stream",
-        "--no-verify",
+        "--stream --no-verify",
     ]
-    sleb(*command, "-o", "few")
+    sleb(*command, "-o few")
     few = len(visits)
     visits.clear()
     monkeypatch.setattr(closed_form, "BATCH_TOKENS", 64)
-    sleb(*command, "-o", "many")
+    sleb(*command, "-o many")
     # Which fits are kept may differ with the last bits of their sums, and so where fitting stops.
     assert abs(len(visits) - few) <= 4
     assert few <= 40
@@ -122,8 +119,8 @@ def test_all_parts_and_sizes_of_texts_are_measured_in_one_read(
     reads = []
     for blocks, windows in (("1,3", 12), ("1,3,2", 24)):
         visits.clear()
-        text = ["--perplexity", text_file, "--sequence-length", 32, "--max-windows", windows]
-        sleb("eval", tiny_llama, "--blocks", blocks, "--every", 1, *text, "--stream")
+        text = ["--perplexity", text_file, "--sequence-length 32 --max-windows", windows]
+        sleb("eval", tiny_llama, "--blocks", blocks, "--every 1", *text, "--stream")
         assert visits[-1] == list(range(6))
         reads.append(len(visits))
     assert reads[0] == reads[1]
@@ -138,11 +135,9 @@ def test_hidden_states_wait_in_host_memory(
         llama_plan,
         "--recover",
         *calibration(text_file, samples=20),
-        "--device",
-        "sim",
-        "--stream",
+        "--device sim --stream",
     ]
-    sleb(*command, "--no-verify", "-o", "device")
+    sleb(*command, "--no-verify -o device")
     of_device = iter((0, 2**31))  # for all, and without hidden states
 
     def shortage(needed, device, *of):
@@ -153,25 +148,14 @@ def test_hidden_states_wait_in_host_memory(
     monkeypatch.setattr(
         depth, "to_cpu", lambda tensor: held.append(tensor.device.type) or tensor.cpu()
     )
-    sleb(*command, "--no-verify", "-o", "host")
+    sleb(*command, "--no-verify -o host")
     assert "sim" in held
     assert written(tmp_path / "host") == written(tmp_path / "device")
 
 
 def test_a_streamed_model_writes_no_text(sleb, llama_plan, text_file, tmp_path):
-    command = [
-        "apply",
-        llama_plan,
-        "--stream",
-        "--no-verify",
-        "-o",
-        "out",
-        "--sequence-length",
-        32,
-        "--samples",
-        10,
-    ]
-    own_text = sleb(*command, "--recover", "--calibration", "self", code=2).stderr
+    command = ["apply", llama_plan, "--stream --no-verify -o out --sequence-length 32 --samples 10"]
+    own_text = sleb(*command, "--recover --calibration self", code=2).stderr
     assert "A streamed model cannot write its own text" in own_text
     sleb(*command, "--recover")  # by default, on the text of its plan
     (_, plan), _ = written(tmp_path / "out")
@@ -191,5 +175,5 @@ def test_accelerate_chooses_the_places_and_may_split_no_block(
     spread(tiny_llama, 0)
     assert plan_of("--device-map", how) == expected
     monkeypatch.setattr(LlamaPreTrainedModel, "_no_split_modules", None)
-    said = search("--remove", 2, "--device-map", how, "--force", code=4).stderr
+    said = search("--remove 2 --device-map", how, "--force", code=4).stderr
     assert "accelerate would split a block across devices: it puts model.layers." in said

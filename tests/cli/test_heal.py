@@ -25,7 +25,7 @@ from sleb_cli.engine.recovery.distillation import Distillation
 from sleb_cli.plan import read_plan
 from sleb_plugins import ProofError
 
-TOKENS = ["--heal-tokens", 4096]
+TOKENS = ["--heal-tokens 4096"]
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def healed(sleb, llama_plan, tmp_path):
 
     text = calibration("text.txt", samples=10)
     return lambda *options, of=(llama_plan,), **how: sleb(
-        "apply", *of, "--heal", *text, "-o", "out", *options, **how
+        "apply", *of, "--heal", *text, "-o out", *options, **how
     )
 
 
@@ -86,7 +86,7 @@ def test_healing_comes_nearer_to_the_dense_model(healed, tiny_llama, tmp_path):
 def test_an_interrupted_healing_resumes_to_the_same_bytes(healed, tmp_path, monkeypatch):
     command, room = ["--recover", *TOKENS], []
     monkeypatch.setattr(writing, "require_space", lambda place, needed: room.append(needed))
-    healed(*command, "-o", "whole")
+    healed(*command, "-o whole")
     with monkeypatch.context() as patches:
         interrupt_healing(patches, 6)
         stopped = healed(*command, code=130)
@@ -102,8 +102,8 @@ def test_an_interrupted_healing_resumes_to_the_same_bytes(healed, tmp_path, monk
     assert re.fullmatch(r"\.out\.float32-float32-[0-9a-f]{16}\.recovery", left.name)
     assert not (tmp_path / "out").exists()
     for change in (
-        ["--heal-tokens", 2048],
-        ["--seed", 1],
+        ["--heal-tokens 2048"],
+        ["--seed 1"],
     ):  # another healing begins anew, and overwrites nothing
         with monkeypatch.context() as patches:
             interrupt_healing(patches, 1)
@@ -138,7 +138,7 @@ def test_out_of_memory_heals_fewer_sequences_at_once(healed, monkeypatch):
         return add_gradient(distillation, batch, scale)
 
     monkeypatch.setattr(Distillation, "add_gradient", short_of_memory)
-    said = healed("--heal-tokens", 2048).stderr
+    said = healed("--heal-tokens 2048").stderr
     assert failed == [16, 8]
     assert "Out of memory on cpu; healing 4 sequences at a time." in said
     assert recovery().heal.losses.divergence < recovery().pruned.divergence
@@ -146,7 +146,7 @@ def test_out_of_memory_heals_fewer_sequences_at_once(healed, monkeypatch):
 
 def test_a_budget_of_minutes_ends(healed, monkeypatch):
     monkeypatch.setattr(training, "PATIENCE", training.CHECKS + 2)  # more checks than there are
-    healed("--heal-minutes", 0.02)
+    healed("--heal-minutes 0.02")
     heal = recovery().heal
     assert (heal.stopped, heal.minutes, heal.token_budget) == ("budget", 0.02, None)
     assert 1 <= heal.seconds < 60
@@ -166,19 +166,22 @@ def test_it_stops_without_gains_and_keeps_the_best_point(healed, tiny_llama, tmp
 def test_it_starts_from_the_closed_form(healed, monkeypatch):
     standing_in(monkeypatch, ["model.layers.5.mlp.down_proj.weight", "model.norm.weight"])
     monkeypatch.setattr(training, "LEARNING_RATE", 0.0)
-    healed("--recover", "--heal-tokens", 512)
+    healed("--recover --heal-tokens 512")
     assert recovery().heal.losses == recovery().closed_form_losses != recovery().pruned
 
 
 def test_without_the_memory_it_is_refused(healed, monkeypatch):
     monkeypatch.setattr(door, "memory_shortage", shortage_at(500_000))
-    needed = r"Healing needs \S+ MB of memory on cpu \(.* trained weights, \S+ kB for the state of training"
+    needed = (
+        r"Healing needs \S+ MB of memory on cpu \(.* trained weights, "
+        r"\S+ kB for the state of training"
+    )
     assert re.search(needed, healed(*TOKENS, code=7).stderr)
 
 
 def test_blocks_far_below_the_gap_are_shared_and_stay(healed, tmp_path):
     folder = save_model(tmp_path / "model", llama_config(9))
-    healed("--heal-tokens", 2048, of=[folder, "--blocks", "6"])
+    healed("--heal-tokens 2048", of=[folder, "--blocks 6"])
     before, after = weights_of(folder), weights_of(tmp_path / "out")
     old = [f"model.layers.{block}.mlp.up_proj.weight" for block in (0, 1, 2, 3, 4, 5, 7, 8)]
     new = [f"model.layers.{block}.mlp.up_proj.weight" for block in range(8)]

@@ -11,7 +11,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from conftest import prose, random_model, train_tokenizer, write_task
+from conftest import as_typed, prose, random_model, train_tokenizer, write_task
 from families import tiny_config
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.lm_eval_model import LmEvalModel
@@ -32,44 +32,16 @@ def folder(tmp_path):
 
 @pytest.mark.slow
 def test_lm_evals_own_command_agrees_with_ours_item_by_item(sleb, llama_plan, folder, tmp_path):
-    sleb("apply", llama_plan, "-o", "applied", "-q")
-    asked = [
-        "--tasks",
-        "own_words",
-        "--include-path",
-        folder,
-        "--batch-size",
-        1,
-        "-o",
-        "ours.json",
-        "-q",
-    ]
+    sleb("apply", llama_plan, "-o applied -q")
+    asked = ["--tasks own_words --include-path", folder, "--batch-size 1 -o ours.json -q"]
     sleb("eval", llama_plan, *asked)
     (ours,) = json.loads((tmp_path / "ours.json").read_text())["tasks"]
     out = tmp_path / "theirs"
-    options = [
-        "--tasks",
-        "own_words",
-        "--include_path",
-        folder,
-        "--output_path",
-        out / "r.json",
-        "--log_samples",
-    ]
+    options = ["--tasks own_words --include_path", folder]
+    options += ["--output_path", out / "r.json", "--log_samples"]
     args = f"pretrained={tmp_path / 'applied'},dtype=float32"
-    command = [
-        sys.executable,
-        "-m",
-        "lm_eval",
-        "run",
-        "--model",
-        "hf",
-        "--model_args",
-        args,
-        "--device",
-        "cpu",
-    ]
-    subprocess.run(list(map(str, [*command, *options])), check=True)
+    command = ["-m lm_eval run --model hf --model_args", args, "--device cpu"]
+    subprocess.run([sys.executable, *as_typed([*command, *options])], check=True)
     (results,), (samples,) = (list(out.glob(f"{name}_*")) for name in ("r", "samples"))
     theirs = list(map(json.loads, samples.read_text().splitlines()))
     assert [sample["acc"] for sample in theirs] == ours["pruned"][0]["items"]

@@ -10,9 +10,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from test_apply import write_config
 from transformers import AutoModelForCausalLM, BertConfig, T5Config, ViTConfig
 
+from checkpoint_files import write_config
 from conftest import gpt2_config, llama_config, save_model
 from gguf_models import write_gguf, write_llama_gguf
 from sleb_cli.engine.model import demo, hub, source
@@ -31,13 +31,6 @@ def refused(sleb):
         assert "hint:" in told
 
     return run
-
-
-def test_no_such_folder_or_file(refused):
-    refused("/nowhere/at/all", 4, "/nowhere/at/all is neither a local folder nor")
-    refused("org/model", 4, "nor in the cache, and the Hub cannot be reached: ")
-    refused("nowhere.gguf", 4, "no file nowhere.gguf")
-    refused(__file__, 4, "is a file, not a model")
 
 
 def test_no_such_hub_model(refused, monkeypatch):

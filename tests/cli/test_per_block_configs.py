@@ -50,18 +50,6 @@ def test_blocks_are_protected_by_kind_and_by_number(search, mixed, tmp_path):
     assert read_plan(tmp_path / "plan.json").steps[0].kind == ""
 
 
-def test_what_cannot_be_protected(search, mixed, tiny_llama):
-    few = "At most 1 block can be removed, which leaves the model at 5 of 6 blocks"
-    for model, options, message in (
-        (mixed, ["--protect-kind", "full_atention"], "Did you mean 'full_attention'?"),
-        (mixed, ["--protect-kind", "full_attention", "--protect", "2"], few),
-        (mixed, ["--protect", "6"], "There is no block 6 to protect"),
-        (mixed, ["--protect", "x"], "--protect 'x' is not a list of numbers"),
-        (tiny_llama, ["--protect-kind", "mamba"], "All its blocks are of one kind"),
-    ):
-        assert message in search("--remove", 2, *options, model=model, code=2).stderr
-
-
 def test_an_extended_search_protects_the_same(search, mixed, tmp_path):
     search("--protect", "2,3", "--remove", 1, model=mixed)
     first, extend = read_plan(tmp_path / "plan.json"), ["--extend", "plan.json", "--remove"]

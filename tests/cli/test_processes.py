@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_interrupted import plan_bytes
 
-from conftest import Result, calibration, llama_config, save_model, slow
+from conftest import Result, calibration, llama_config, plan_bytes, save_model, slow
 from sleb_cli import __main__ as program
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.quality import texts

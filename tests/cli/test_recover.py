@@ -11,9 +11,9 @@ from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
-from test_apply import change_weights, write_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from checkpoint_files import change_weights, write_config
 from conftest import (
     calibration,
     evaluation,
@@ -310,19 +310,12 @@ def test_a_quantized_model_is_refused(recover, tiny_llama, fit, tmp_path):
     assert not fit.calls
 
 
-def test_what_cannot_be_is_refused(recover, search, llama_plan, text_file, fit):
-    assert "4 sequences cannot be divided" in recover(llama_plan, samples=4, code=5).stderr
-    too_much = recover(llama_plan, samples=5000, code=5).stderr
-    assert (
-        search("--remove", 1, samples=5000, code=5).stderr.splitlines()[-2:]
-        == too_much.splitlines()[-2:]
-    )
-    assert "no usable cuda:77" in recover(llama_plan, "--device", "cuda:77", code=7).stderr
-
-
 def test_without_the_memory_for_the_model_it_is_refused(recover, llama_plan, fit, monkeypatch):
     monkeypatch.setattr(door, "memory_shortage", shortage_at(1000))
-    needed = r"Recovery needs \S+ [kM]B of memory on cpu \(\S+ kB for the model, .* for regression sums\)"
+    needed = (
+        r"Recovery needs \S+ [kM]B of memory on cpu "
+        r"\(\S+ kB for the model, .* for regression sums\)"
+    )
     assert re.search(needed, recover(llama_plan, code=7).stderr)
 
 

@@ -50,7 +50,7 @@ def test_each_size_has_the_perplexity_without_its_blocks(search, loss, strategy)
 
 @torch.no_grad()
 def test_spans_score_by_what_enters_first_and_leaves_last(found, model, sequences):
-    plan = found(*THREE, "contiguous", "--metric", "cosine")
+    plan = found(*THREE, "contiguous", "--metric cosine")
     states = []
     for layer in model.model.layers:
         layer.register_forward_hook(lambda module, args, output: states.append((args[0], output)))
@@ -64,7 +64,7 @@ def test_spans_score_by_what_enters_first_and_leaves_last(found, model, sequence
 
 def test_swaps_are_recorded_and_shown(search, loss):
     for first in range(4):  # some protected block makes greedy go wrong
-        ends = ["--protect-first", 0, "--protect-last", 0]
+        ends = ["--protect-first 0 --protect-last 0"]
         result = search(*THREE, "refine", *ends, "--protect", first, "--force")
         plan = read_plan(Path("plan.json"))
         if plan.steps[-1].swaps:
@@ -82,12 +82,12 @@ def test_remove_takes_the_blocks_of_that_size(found, sleb, tiny_llama, tmp_path)
     plan = found(*THREE, "contiguous")
     sizes = plan.size_keys
     assert not plan.nested
-    result = sleb("export", "plan.json", "--to", "indices", "--remove", 2)
+    result = sleb("export plan.json --to indices --remove 2")
     assert tuple(map(int, result.stdout.split(","))) == sizes[1]
-    sleb("apply", "plan.json", "--remove", 2, "-o", "two")
+    sleb("apply plan.json --remove 2 -o two")
     assert read_plan(tmp_path / "two" / "sleb_plan.json").removals == sizes[1]
     assert ", ".join(map(str, sizes[1])) in (tmp_path / "two" / "README.md").read_text()
-    refused = sleb("search", tiny_llama, "--extend", "plan.json", "--remove", 4, code=2)
+    refused = sleb("search", tiny_llama, "--extend plan.json --remove 4", code=2)
     assert "works with --strategy greedy only, not with contiguous" in refused.stderr
     data = json.loads((tmp_path / "plan.json").read_text())
     for wrong, message in (

@@ -31,12 +31,12 @@ def test_a_slow_tokenizer_goes_from_plan_to_checkpoint(search, sleb, text_file, 
     """The model has more tokens than its tokenizer, which cannot decode them."""
     config = llama_config(5, vocab_size=400, bos_token_id=None)
     folder = with_tokenizer(save_model(tmp_path / "bytes", config), ByT5Tokenizer())
-    search("--remove", 2, "--sample-tokens", 20, model=folder)
+    search("--remove 2 --sample-tokens 20", model=folder)
     assert read_plan(tmp_path / "plan.json").sample_generation
-    sleb("apply", "-o", "out", "--recover", *calibration(text_file, samples=10))
+    sleb("apply -o out --recover", *calibration(text_file, samples=10))
     for each in (folder, tmp_path / "out"):
         result = sleb("eval", each, *evaluation(text_file), "--json")
-        measured = json.loads(result.stdout)["texts"][0]
+        measured = result.data["texts"][0]
         assert measured["tokens"] == 4 * 31
         assert measured["dense"]["perplexity"] == pytest.approx(
             plain_perplexity(each, text_file.read_text())
@@ -49,5 +49,5 @@ def test_tasks_that_write_need_a_token_that_ends_a_text(sleb, tmp_path):
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
     letters = CTRLTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
     folder = with_tokenizer(save_model(tmp_path / "letters", llama_config(3)), letters)
-    result = sleb("eval", folder, "--tasks", "sleb_sums", "--limit", 2, code=2)
+    result = sleb("eval", folder, "--tasks sleb_sums --limit 2", code=2)
     assert "sleb_sums has the model write text, but the tokenizer has no EOS token" in result.stderr

@@ -34,7 +34,7 @@ def measured(tmp_path):
 def table(sleb):
     """Export the table of both plans."""
     return lambda *options: (
-        sleb("export", "a/plan.json", "b/plan.json", "--to", "table", *options).stdout
+        sleb("export", "a/plan.json", "b/plan.json", "--to table", *options).stdout
     )
 
 

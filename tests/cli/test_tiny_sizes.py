@@ -2,7 +2,6 @@
 long.
 """
 
-import json
 import re
 
 import pytest
@@ -52,7 +51,7 @@ def test_results_do_not_depend_on_the_sizes_of_buffers_and_batches(
     words = [part for word in COMMANDS[name].split() for part in given.get(word, [word])]
     found, files = [], []
     for _ in ("usual sizes", "tiny sizes"):
-        found.append(dict(numbers_of(json.loads(sleb(*words, "--force", "--json").stdout))))
+        found.append(dict(numbers_of(sleb(*words, "--force --json").data)))
         weights = sorted(tmp_path.glob("*/model*.safetensors"))
         files.append({path.name: path.read_bytes() for path in weights})
         request.getfixturevalue("tiny_sizes")

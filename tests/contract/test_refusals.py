@@ -17,6 +17,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import lm_eval
 import pytest
 
+from conftest import save_model
+from families import experts_config, tiny_config
 from sleb_cli import requests
 from sleb_cli.checks.clashes import CLASHES, Clash
 
@@ -99,6 +101,16 @@ FIRST = [
     ("apply experts.json --recover", 2, "does not apply to experts.json, a plan that"),
     ("apply experts.json --remove 1", 2, "has 2 groups of experts"),
     ("export experts.json --to mergekit", 2, "describes a removal of blocks"),
+    ("eval experts.json --experts-per-token 1", 2, "--experts-per-token does not apply to"),
+    ("apply experts.json --heal", 2, "--heal does not apply"),
+    ("apply experts.json --device-map auto", 2, "--device-map does not apply"),
+    ("export experts.json --to indices", 2, "removes experts"),
+    ("export experts.json --to llama-quantize", 2, "removes experts"),
+    ("search demo --config nowhere.yaml", 2, "There is no file nowhere.yaml"),
+    ("search demo --config /dev/zero", 2, "it is a pipe or a device"),
+    ("search --config nowhere.json", 3, "There is no plan nowhere.json"),
+    ("search no/model --remove 1 --protect x", 2, "--protect 'x' is not a list of numbers"),
+    ("eval no/model --experts-per-token 0", 2, "is too small"),
     ("eval PLAN --remove 0,1", 2, "Cannot remove 0 blocks"),
     ("search no/model", 2, "No target given: one of --ratio, --remove, --target-params"),
     ("search no/model --ratio 20%x", 2, "The ratio 20%x is not between 0 and 1"),
@@ -195,6 +207,23 @@ SECOND = [
         2,
         "be split",
     ),
+    ("search MODEL --remove 2 --protect 6", 2, "There is no block 6 to protect"),
+    ("search MODEL --remove 2 --protect-kind mamba", 2, "All its blocks are of one kind"),
+    ("search MIXED --remove 2 --protect-kind full_atention", 2, "Did you mean 'full_attention'?"),
+    ("search MIXED --remove 2 --protect-kind full_attention --protect 2", 2, "At most 1 block"),
+    (f"search MIXTURE --unit experts --remove 5 --calibration TEXT {SHORT}", 2, "must stay"),
+    (
+        f"search MIXTURE --unit experts --target-params 10M --calibration TEXT {SHORT}",
+        2,
+        "The model is already at",
+    ),
+    ("search MIXTURE --unit experts --remove 2 --metric nll", 2, "nll does not score experts"),
+    ("eval MIXTURE --experts-per-token 2", 2, "so --experts-per-token 2 spares none"),
+    ("bench MIXTURE --blocks 2 --experts-per-token 1", 2, "each names what is compared"),
+    ("bench MODEL --experts-per-token 1", 2, "uses 0 experts"),
+    (f"apply MODEL --blocks 1 --recover --calibration TEXT {SHORT}", 5, "cannot be divided"),
+    ("apply MODEL --blocks 1 --recover --calibration TEXT --samples 9999", 5, "text for"),
+    ("apply MODEL --blocks 1 --recover --device cuda:77", 7, "no usable cuda:77"),
     ("apply MODEL --blocks 1,1", 2, "named twice"),
     ("apply MODEL --blocks -1", 2, "no block -1"),
     ("apply MODEL --blocks 0,1,2,3,4,5", 2, "All 6 blocks"),
@@ -236,8 +265,18 @@ EXPERTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def of_kinds(tmp_path_factory):
+    """Models with experts, and with blocks of two kinds."""
+    folder = tmp_path_factory.mktemp("kinds")
+    return {
+        "MIXTURE": str(save_model(folder / "mixture", experts_config("mixtral"))),
+        "MIXED": str(save_model(folder / "mixed", tiny_config("gemma3_text"))),
+    }
+
+
 @pytest.fixture
-def words(tiny_llama, llama_plan, text_file, tmp_path, monkeypatch):
+def words(tiny_llama, llama_plan, of_kinds, text_file, tmp_path, monkeypatch):
     """Write the files that lines name, and split a line into its words."""
     # To say that it has no such task, lm-eval reads all of them, which takes ten seconds.
     tasks = Path(lm_eval.__file__).parent / "tasks/piqa/none"
@@ -255,6 +294,8 @@ def words(tiny_llama, llama_plan, text_file, tmp_path, monkeypatch):
 
     def split(line):
         line = line.replace("MODEL", str(tiny_llama)).replace("TEXT", str(text_file))
+        for name, model in of_kinds.items():
+            line = line.replace(name, model)
         return line.replace("PLAN", llama_plan.name).split()
 
     return split
