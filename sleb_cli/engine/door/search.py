@@ -21,7 +21,7 @@ from sleb_cli.engine.search.choices import Protection
 from sleb_cli.engine.search.journal import recorded_settings
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.settings import ExpertMethod, Method, Recording, Search, SearchedModel
-from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Target, stop_at
+from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Target, most_removals
 from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.engine.text.settings import (
     CalibrationSettings,
@@ -79,22 +79,33 @@ def resolve_search(
         removable = Removable(architecture, _protection(request, architecture), notify)
         gone = extended.removals if extended else ()
         target = parse_target(request, architecture, notify)
-        stop = stop_at(target, removable, checked.strategy, gone, notify)
+        remove = most_removals(target, removable, checked.strategy, gone, notify)
         removable.candidates(gone)  # raises now if no block can be removed
-        fast, holdout = bool(request.fast), request.holdout or 0.0
-        method = Method(metric, implementation, checked.strategy, removable, fast, holdout, stop)
-    sample = request.sample_tokens
-    if sample is None:
-        sample = (
-            0 if placement.stream else DEFAULT_SAMPLE_TOKENS
-        )  # each token would read the whole model
+        method = Method(
+            metric,
+            implementation,
+            checked.strategy,
+            removable,
+            bool(request.fast),
+            request.holdout or 0.0,
+            target,
+            remove,
+        )
+    sample_tokens = request.sample_tokens
+    if sample_tokens is None:
+        # A streamed model would be read whole for each token.
+        sample_tokens = 0 if placement.stream else DEFAULT_SAMPLE_TOKENS
     return Search(
         SearchedModel(architecture, placement, checked.memory, request.batch_size),
         text,
         method,
         extended,
         Recording(
-            request.plan_file, request.resume, request.options, registry.third_party(), sample
+            request.plan_file,
+            request.resume,
+            request.options,
+            registry.third_party(),
+            sample_tokens,
         ),
     )
 
@@ -155,7 +166,7 @@ def experts_to_remove(
 
 
 def _note_rounding(experts: Experts, needed: int, fewer: int, notify: Notify) -> None:
-    """Say why more experts go than were checked for, and suggest a power of two close to the rest."""
+    """Say why more experts go than were asked for, and suggest a power of two for the rest."""
     if fewer > needed:
         notify(
             Notice(

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import dtype_name, hint_for_nonfinite
-from sleb_cli.engine.forward.passes import Passes
+from sleb_cli.engine.forward.passes import Passes, Span
 from sleb_cli.engine.text.calibration import Calibration
 from sleb_plugins import ModelError
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 # How much of a sequence is quoted to find it in its text.
-QUOTED_TOKENS, QUOTED_CHARACTERS = 16, 40
+QUOTED_TOKENS = 16
+QUOTED_CHARACTERS = 40
 
 
 @torch.inference_mode()
@@ -24,32 +25,38 @@ def find_bad_sequences(passes: Passes) -> list[tuple[int, str]]:
     """Return the rows whose hidden states or loss are not finite in the dense model, and where that
     begins.
     """
-    states = passes.score_states(
-        passes.numbers, (), range(len(passes.skippable.switches)), _finite_sides
-    )
-    starts = []
-    for batch, _, losses in passes.score(
-        NegativeLogLikelihood(), (), [(batch, ()) for batch in passes.numbers]
-    ):
+    blocks = range(len(passes.skippable.switches))
+    finite = passes.score_states(passes.numbers, (), blocks, _finite_sides)
+    bad = []
+    first_row = 0
+    jobs = [(batch, ()) for batch in passes.numbers]
+    for batch, _, losses in passes.score(NegativeLogLikelihood(), (), jobs):
         for row, loss in enumerate(losses):
-            first = next(
-                (block for (block, _), sides in states[batch].items() if sides[row] < 2), None
-            )
-            if first is not None:
-                starts.append(
-                    f"block {first}" if states[batch][first, first][row] else "the embeddings"
-                )
-            else:
-                starts.append("" if math.isfinite(loss) else "the head")
-    return [(row, where) for row, where in enumerate(starts) if where]
+            where = _first_nonfinite(finite[batch], row)
+            if where is None and not math.isfinite(loss):
+                where = "the head"
+            if where is not None:
+                bad.append((first_row + row, where))
+        first_row += len(losses)
+    return bad
 
 
 def _finite_sides(entering: Tensor, leaving: Tensor) -> list[float]:
     # For each sequence 2 if its states before and after the block are finite, 1 if only those
     # before are, else 0.
-    before, after = (states.isfinite().flatten(1).all(1) for states in (entering, leaving))
+    before = entering.isfinite().flatten(1).all(1)
+    after = leaving.isfinite().flatten(1).all(1)
     sides: list[float] = (before.float() + (before & after).float()).tolist()
     return sides
+
+
+def _first_nonfinite(finite: Mapping[Span, Sequence[float]], row: int) -> str | None:
+    for (block, _), sides in finite.items():
+        if sides[row] == 0:
+            return "the embeddings"
+        if sides[row] == 1:
+            return f"block {block}"
+    return None
 
 
 def bad_sequences_error(
@@ -62,14 +69,14 @@ def bad_sequences_error(
     """Name the first of the sequences on which the model computes NaN or infinity, and where, in an
     error.
     """
-    count, (row, where) = len(calibration.sequences), bad[0]
-    text = tokenizer.decode(calibration.sequences[row, :QUOTED_TOKENS].tolist())[:QUOTED_CHARACTERS]
-    others = f" {len(bad) - 1} more of the {count} sequences are like this." if len(bad) > 1 else ""
-    return ModelError(
+    row, where = bad[0]
+    count = len(calibration.sequences)
+    text = tokenizer.decode(calibration.sequences[row, :QUOTED_TOKENS].tolist())
+    message = (
         f"{model} computes NaN or infinity in {dtype_name(dtype)}, before any removal: in {where}, "
-        f"on "
-        f"calibration sequence {row + 1} of {count}, which is from {calibration.origins[row]} and "
-        f"begins "
-        f"{text!r}.{others}",
-        hint=hint_for_nonfinite(dtype),
+        f"on calibration sequence {row + 1} of {count}, which is from {calibration.origins[row]} "
+        f"and begins {text[:QUOTED_CHARACTERS]!r}."
     )
+    if len(bad) > 1:
+        message += f" {len(bad) - 1} more of the {count} sequences are like this."
+    return ModelError(message, hint=hint_for_nonfinite(dtype))

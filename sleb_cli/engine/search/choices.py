@@ -83,14 +83,14 @@ class Protection:
     def candidates(self, count: int, removed: Sequence[int]) -> list[int]:
         """Return the candidates in a model of `count` blocks after `removed`."""
         remaining = [block for block in range(count) if block not in removed]
-        end = (
-            max(0, len(remaining) - self.last) if len(remaining) > 1 else 0
-        )  # one block always stays
-        return [b for b in remaining[self.first : end] if b not in self.blocks]
+        if len(remaining) == 1:
+            return []  # one block always stays
+        end = max(0, len(remaining) - self.last)
+        return [block for block in remaining[self.first : end] if block not in self.blocks]
 
 
 def comparable(score: float) -> float:
-    """Return the score, or infinity in place of NaN or minus infinity: worse than any finite score."""
+    """Return the score, or infinity in place of NaN or minus infinity, so that it ranks last."""
     return score if math.isfinite(score) else math.inf
 
 
@@ -102,14 +102,17 @@ def ranking(scores: Mapping[int, float]) -> list[int]:
 def require_best(outcome: Outcome, removed: Sequence[int]) -> int:
     """Return the candidate with the lowest score; raise NoFiniteScore if it is infinite."""
     best = outcome.best
-    if outcome.scores[best] == math.inf:
-        without = f" (with {', '.join(map(str, removed))} already removed)" if removed else ""
-        blocks = f"block {best}" if len(outcome.scores) == 1 else "any one of the candidates"
-        error = NoFiniteScore(
-            f"Without {blocks}{without}, the model computes numbers that are not finite.",
-            hint="Use a data type with a wider range: --dtype bfloat16 or float32. No plan was "
-            "written.",
-        )
-        error.removals = (*removed, best)
-        raise error
-    return best
+    if outcome.scores[best] < math.inf:
+        return best
+    which = "any one of the candidates"
+    if len(outcome.scores) == 1:
+        which = f"block {best}"
+    if removed:
+        which += f" (with {', '.join(map(str, removed))} already removed)"
+    error = NoFiniteScore(
+        f"Without {which}, the model computes numbers that are not finite.",
+        hint="Use a data type with a wider range: --dtype bfloat16 or float32. "
+        "No plan was written.",
+    )
+    error.removals = (*removed, best)
+    raise error

@@ -94,13 +94,16 @@ def search_experts(
         with cut.simulate(model.model):
             scoring.measure(cut.size_key, f"Measuring without {cut.description}")
         sample = write_sample(search, inputs, (), cut.simulate(model.model))
-    findings = {
-        "dense": scoring.dense_record(),
-        "experts": scoring.plan(orders, cut),
-        "sample_generation": sample,
-    }
     return make_plan(
-        search, inputs, record, started, search=record, removals=(), steps=(), **findings
+        search,
+        inputs,
+        started,
+        record,
+        dense=scoring.dense_record(),
+        removals=(),
+        steps=(),
+        experts=scoring.plan(orders, cut),
+        sample_generation=sample,
     )
 
 

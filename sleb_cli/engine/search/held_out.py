@@ -1,4 +1,4 @@
-"""Does a search overfit its text? Calibration sequences that are held out tell."""
+"""Calibration sequences that are held out tell whether a search overfits its text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIN_DEGREES_OF_FREEDOM = 3
 
 
 def hold_out(calibration: Calibration, share: float) -> tuple[Calibration, Calibration | None]:
-    """Split off the last `share` of the sequences, rounded; both parts keep at least one sequence."""
+    """Split off the last `share` of the sequences, rounded; both parts keep at least one."""
     # A mixture is interleaved, so its last sequences include each source if there are enough of
     # them.
     if not share:
@@ -45,7 +45,7 @@ def overfitting_note(steps: Sequence[Step]) -> str | None:
             return (
                 f"The search overfits its calibration text from step {number}: the loss grew by "
                 f"{record.generalization_gap:.3f} nats per token more on the held-out sequences "
-                f"than on those searched "
+                "than on those searched "
                 f"({record.generalization_gap / record.standard_error:.1f} standard errors). "
                 "More or different calibration text may help."
             )
@@ -67,13 +67,11 @@ def overfitting_test(
     freedom = len(searched) + len(held_out) - 2
     if freedom < 1:
         return generalization_gap, 0.0, False
-    squares = sum(
-        sum((value - fmean(growths)) ** 2 for value in growths) for growths in (searched, held_out)
-    )
+    squares = 0.0
+    for increases in (searched, held_out):
+        mean = fmean(increases)
+        squares += sum((increase - mean) ** 2 for increase in increases)
     error = math.sqrt(squares / freedom * (1 / len(searched) + 1 / len(held_out)))
     limit = float(stdtrit(freedom, 1 - tail)) * error
-    return (
-        generalization_gap,
-        error,
-        freedom >= MIN_DEGREES_OF_FREEDOM and 0 < limit < generalization_gap,
-    )
+    overfits = freedom >= MIN_DEGREES_OF_FREEDOM and 0 < limit < generalization_gap
+    return generalization_gap, error, overfits

@@ -19,19 +19,20 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.sample_generation import generate_sample
 from sleb_cli.engine.search.journal import Journal, open_journal
-from sleb_cli.engine.search.settings import Method, Search
+from sleb_cli.engine.search.settings import Method, Search, SearchedModel
 from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.text.calibration import Calibration, calibrate
 from sleb_cli.events import Notify, Warned
 from sleb_cli.keys import key_of
-from sleb_cli.plan import CalibrationRecord, Plan, SampleGeneration, SearchRecord
+from sleb_cli.plan import CalibrationRecord, MetricRecord, Plan, SampleGeneration, SearchRecord
 from sleb_cli.records import THIS_VERSION, differences
 from sleb_cli.requests import DEMO
 from sleb_cli.texts.named import is_reference
 from sleb_plugins import LogitMetric, ModelMetric, PlanError
 
-PROMPT_TOKENS, NEW_TOKENS = 8, 2
-"""Enough tokens to show whether a model works with a KV cache."""
+# Enough tokens to show whether a model works with a KV cache.
+PROMPT_TOKENS = 8
+NEW_TOKENS = 2
 
 
 @dataclass(frozen=True)
@@ -59,47 +60,51 @@ def load_inputs(search: Search, group: ProcessGroup, notify: Notify) -> SearchIn
 
 
 def _open_model(search: Search, group: ProcessGroup, notify: Notify) -> SkippableModel:
-    architecture, placement = search.model.architecture, search.model.placement
+    architecture = search.model.architecture
+    placement = search.model.placement
     model = open_model(architecture, placement, notify)
-    # Warn now of a model that does not work with a KV cache, as the proof of `apply` would refuse
-    # it. Only the proof tells where the check would cost a read of the weights, or where rounding
-    # may choose other experts.
+    # Where the check would cost a read of the weights, or where rounding may choose other experts,
+    # only the proof of `apply` tells.
     may_round = placement.dtype.itemsize < 4 and "expert" in str(architecture.text_config)
-    if not group.is_main or not model.weights.resident or placement.device_map or may_round:
-        return model
-    room = max(1, (architecture.longest_sequence or PROMPT_TOKENS + NEW_TOKENS) - NEW_TOKENS)
-    vocabulary = (
-        architecture.text_config.vocab_size
-    )  # whose first tokens are special in many families
-    ids = (
-        vocabulary // 2 + torch.arange(min(PROMPT_TOKENS, room), device=model.device)[None]
-    ) % vocabulary
-    _, fault = check_decoding(model.model, ids, NEW_TOKENS, placement.dtype)
-    with model:
-        if fault and bool(
-            model.logits(ids, ()).isfinite().all()
-        ):  # otherwise the search will say more
-            needs = "Text that it writes, `sleb bench` and the proof of `sleb apply` need one; the search does not"
-            notify(
-                Warned(f"{architecture.source.id} does not work with a KV cache: {fault}. {needs}.")
-            )
+    if group.is_main and model.weights.resident and not placement.device_map and not may_round:
+        _warn_without_kv_cache(model, search.model, notify)
     return model
 
 
-def _require_continuation(search: Search, plan: Plan, calibration: Calibration) -> None:
-    names = ("metric", "strategy", "protect_first", "protect_last", "fast", "holdout")
-    current: dict[str, Any] = {name: search.recording.options.get(name) for name in names}
-    assert isinstance(search.method, Method)
-    protected, ours = search.method.removable.protection.blocks, search.method.implementation
-    current |= {"dtype": dtype_name(search.model.placement.dtype), "protect": protected}
-    expected = {name: getattr(plan.search, name) for name in current}
-    for settings, implementation in ((current, ours), (expected, plan.search.implementation)):
-        # Another version of sleb can extend the plan, so the code of its own metrics does not
-        # count.
-        excluded = (
-            {"version", "code"} if implementation and implementation.package == "sleb" else None
+def _warn_without_kv_cache(model: SkippableModel, searched: SearchedModel, notify: Notify) -> None:
+    """Warn now of a model that the proof of `apply` would refuse."""
+    architecture = searched.architecture
+    length = PROMPT_TOKENS
+    if architecture.longest_sequence:
+        length = min(length, max(1, architecture.longest_sequence - NEW_TOKENS))
+    # The first tokens are special in many families.
+    vocabulary = architecture.text_config.vocab_size
+    ids = (vocabulary // 2 + torch.arange(length, device=model.device)[None]) % vocabulary
+    _, fault = check_decoding(model.model, ids, NEW_TOKENS, searched.placement.dtype)
+    if not fault:
+        return
+    with model:
+        is_sound = bool(model.logits(ids, ()).isfinite().all())
+    if is_sound:  # otherwise the search says more
+        notify(
+            Warned(
+                f"{architecture.source.id} does not work with a KV cache: {fault}. Text that it "
+                "writes, `sleb bench` and the proof of `sleb apply` need one; the search does not."
+            )
         )
-        settings["implementation"] = implementation and implementation.model_dump(exclude=excluded)
+
+
+def _require_continuation(search: Search, plan: Plan, calibration: Calibration) -> None:
+    method = search.method
+    assert isinstance(method, Method)
+    current: dict[str, Any] = {}
+    for name in ("metric", "strategy", "protect_first", "protect_last", "fast", "holdout"):
+        current[name] = search.recording.options.get(name)
+    current["dtype"] = dtype_name(search.model.placement.dtype)
+    current["protect"] = method.removable.protection.blocks
+    expected = {name: getattr(plan.search, name) for name in current}
+    current["implementation"] = _comparable(method.implementation)
+    expected["implementation"] = _comparable(plan.search.implementation)
     differing = differences(
         {"search": current, "calibration": calibration.record.to_data()},
         {"search": expected, "calibration": plan.calibration.to_data()},
@@ -108,16 +113,26 @@ def _require_continuation(search: Search, plan: Plan, calibration: Calibration) 
         raise PlanError(
             f"This search cannot continue the plan ({differing}).",
             hint="Leave out these options so that the plan sets them. Use the text it was "
-            "calibrated on, and the same "
-            "version of the metric.",
+            "calibrated on, and the same version of the metric.",
         )
+
+
+def _comparable(implementation: MetricRecord | None) -> dict[str, Any] | None:
+    if implementation is None:
+        return None
+    if implementation.package == "sleb":
+        # Another version of sleb can extend the plan, so the code of its own metrics does not
+        # count.
+        return implementation.model_dump(exclude={"version", "code"})
+    return implementation.model_dump()
 
 
 def search_record(search: Search, passes: Passes, held_out: int, **fields: Any) -> SearchRecord:
     """Record how a search runs; `held_out` counts sequences, and `fields` differ between blocks and
     experts.
     """
-    method, placement = search.method, search.model.placement
+    method = search.method
+    placement = search.model.placement
     return SearchRecord(
         strategy=method.strategy.name,
         metric=method.metric.name,
@@ -146,12 +161,10 @@ def _repeating_options(
         "batch_size": record.batch_size,
     }
     if not is_reference(text.source):  # their samples are rows of text, not sequences
-        decided |= {"samples": text.sequences, "sequence_length": text.sequence_length}
-    return {
-        name: value
-        for name, value in sorted({**search.recording.options, **decided}.items())
-        if value is not None
-    }
+        decided["samples"] = text.sequences
+        decided["sequence_length"] = text.sequence_length
+    options = {**search.recording.options, **decided}
+    return {name: options[name] for name in sorted(options) if options[name] is not None}
 
 
 def open_search_journal(
@@ -180,18 +193,19 @@ def open_search_journal(
 
 
 def make_plan(
-    search: Search, inputs: SearchInputs, record: SearchRecord, started: float, /, **findings: Any
+    search: Search, inputs: SearchInputs, started: float, record: SearchRecord, **findings: Any
 ) -> Plan:
     """Make the plan of a search that began at `started`."""
-    text, took = inputs.calibration.record, time.monotonic() - started
+    text = inputs.calibration.record
+    seconds = time.monotonic() - started
+    plugins = dict(search.recording.plugins)
     return Plan(
         **THIS_VERSION,
         request=_repeating_options(search, record, text),
         model=search.model.architecture.record,
         calibration=text,
-        environment=environment_record(
-            dict(search.recording.plugins), search.model.placement.device, took
-        ),
+        environment=environment_record(plugins, search.model.placement.device, seconds),
+        search=record,
         **findings,
     )
 
@@ -203,15 +217,17 @@ def write_sample(
     absent: AbstractContextManager[object] | None = None,
 ) -> SampleGeneration | None:
     """Let the dense and the pruned model write a few words, if the search is to record any."""
-    tokens, longest = search.recording.sample_tokens, search.model.architecture.longest_sequence
-    write = partial(
-        generate_sample,
-        inputs.model,
-        inputs.tokenizer,
-        removals,
-        tokens,
-        longest,
-        inputs.notify,
-        absent,
+    tokens = search.recording.sample_tokens
+    if not tokens:
+        return None
+    return inputs.group.from_main(
+        lambda: generate_sample(
+            inputs.model,
+            inputs.tokenizer,
+            removals,
+            tokens,
+            search.model.architecture.longest_sequence,
+            inputs.notify,
+            absent,
+        )
     )
-    return inputs.group.from_main(write) if tokens else None

@@ -196,7 +196,7 @@ class Journal:
         return tuple(gone), block, batch
 
     def _read(self, content: bytes, path: Path, search: Mapping[str, Any]) -> int:
-        """Read the measurements up to the first damaged line; return the length of what is whole."""
+        """Read the measurements up to the first damaged line; return the length of what is read."""
         if not content:
             return 0
         header, *lines = content.splitlines(keepends=True)

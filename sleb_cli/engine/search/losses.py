@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from functools import partial
+from collections.abc import Sequence
 from statistics import fmean
 
 from sleb_cli.engine.device import dtype_name, hint_for_nonfinite
@@ -24,10 +24,13 @@ def measure_dense(scoring: Scoring, name: str) -> DenseRecord:
         scoring.notify, "Measuring the dense model", scoring.sequences, "sequences"
     ) as advance:
         losses = scoring.losses((), advance=advance)
-    held_out = scoring.losses((), held_out=True) if scoring.held_out else []
-    if not all(map(math.isfinite, (*losses, *held_out))):
+    measured = list(losses)
+    if scoring.held_out:
+        measured += scoring.losses((), held_out=True)
+    if not all(math.isfinite(loss) for loss in measured):
         scoring.require_sound()
-    opening, loss = f"In {name}", fmean(losses)
+    opening = f"In {name}"
+    loss = fmean(losses)
     return DenseRecord(
         loss=loss,
         perplexity=perplexity(scoring, loss, opening),
@@ -46,18 +49,21 @@ def measure_held_out(
     """
     if scoring.held_out is None:
         return None
-    loss = fmean(scoring.losses(removed, held_out=True))
+    losses = scoring.losses(removed, held_out=True)
+    loss = fmean(losses)
     record = HeldOutRecord(loss=loss, perplexity=perplexity(scoring, loss, opening))
     if not removed:
         return record
-    both = (scoring.losses, partial(scoring.losses, held_out=True))
-    searched, held_out = (
-        [new - old for old, new in zip(losses(()), losses(removed), strict=True)] for losses in both
-    )
+    searched = _increases(scoring.losses(()), scoring.losses(removed))
+    held_out = _increases(scoring.losses((), held_out=True), losses)
     gap, error, overfits = overfitting_test(searched, held_out, MAX_ERROR_RATE / comparisons)
     return record.model_copy(
         update={"generalization_gap": gap, "standard_error": error, "overfits": overfits}
     )
+
+
+def _increases(dense: Sequence[float], pruned: Sequence[float]) -> list[float]:
+    return [after - before for before, after in zip(dense, pruned, strict=True)]
 
 
 def perplexity(scoring: Scoring, loss: float, opening: str) -> float:
@@ -68,8 +74,7 @@ def perplexity(scoring: Scoring, loss: float, opening: str) -> float:
         dtype = scoring.passes.skippable.model.dtype
         raise ModelError(
             f"{opening}, the calibration loss is {loss} nats per token in {dtype_name(dtype)}, so "
-            f"the perplexity is "
-            "not finite.",
+            "the perplexity is not finite.",
             hint=hint_for_nonfinite(dtype),
         )
     return math.exp(loss)

@@ -1,4 +1,4 @@
-"""Which blocks may be removed next? They are not protected, and no other block depends on them."""
+"""The blocks that may be removed next: not protected, and no other block depends on them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ class Removable:
     """
 
     def __init__(self, architecture: Architecture, protection: Protection, notify: Notify) -> None:
-        self.architecture, self.protection, self.notify = architecture, protection, notify
+        self.architecture = architecture
+        self.protection = protection
+        self.notify = notify
         self._known: dict[tuple[int, ...], list[int]] = {}
 
     def candidates(self, removed: Sequence[int]) -> list[int]:
@@ -31,42 +33,44 @@ class Removable:
 
     def _try(self, removed: Sequence[int]) -> list[int]:
         architecture = self.architecture
-        after = f" after {', '.join(map(str, removed))}" if removed else ""
-        fewer = f"Remove {plural(len(removed), 'block')}. With --resume, nothing is measured again."
+        after = ""
+        remove_fewer = None
+        if removed:
+            after = f" after {', '.join(map(str, removed))}"
+            blocks = plural(len(removed), "block")
+            remove_fewer = f"Remove {blocks}. With --resume, nothing is measured again."
         free = self.protection.candidates(architecture.block_count, removed)
         if not free:
             raise NoBlockLeft(
-                f"No block can be removed{after}.",
-                hint=fewer if removed else "Protect fewer blocks.",
+                f"No block can be removed{after}.", hint=remove_fewer or "Protect fewer blocks."
             )
         # Of blocks of one kind, the outermost are enough: removing the first renumbers all later
         # blocks, the last none.
         is_uniform = not any(architecture.kinds)
-        if is_uniform and not any(self._obstacle(removed, block) for block in (free[0], free[-1])):
+        outermost = (free[0], free[-1])
+        if is_uniform and not any(self._obstacle(removed, block) for block in outermost):
             return free
         obstacles = {}
         # The first step takes some seconds on a deep model.
         notify = ignore if removed else self.notify
         with task(notify, "Checking which blocks can be removed", len(free), "blocks") as advance:
             for block in free:
-                if why := self._obstacle(removed, block):
-                    obstacles[block] = why
+                obstacle = self._obstacle(removed, block)
+                if obstacle:
+                    obstacles[block] = obstacle
                 advance()
         if len(obstacles) == len(free):
             raise NoBlockLeft(
                 f"No block of {architecture.source.id} ({architecture.config.model_type}) can be "
-                f"removed{after}: "
-                f"without block {free[0]}, {obstacles[free[0]]}.",
-                hint=fewer if removed else architecture.families_hint,
+                f"removed{after}: without block {free[0]}, {obstacles[free[0]]}.",
+                hint=remove_fewer or architecture.families_hint,
             )
         if obstacles and not removed:
-            block, why = next(iter(obstacles.items()))
-            names = (
-                f"Block {block} stays"
-                if len(obstacles) == 1
-                else f"Blocks {', '.join(map(str, obstacles))} stay"
-            )
-            self.notify(Notice(f"{names}: without block {block}, {why}."))
+            first = min(obstacles)
+            which = f"Block {first} stays"
+            if len(obstacles) > 1:
+                which = f"Blocks {', '.join(map(str, obstacles))} stay"
+            self.notify(Notice(f"{which}: without block {first}, {obstacles[first]}."))
         return [block for block in free if block not in obstacles]
 
     def _obstacle(self, removed: Sequence[int], block: int) -> str | None:

@@ -31,10 +31,9 @@ from sleb_cli.engine.search.journal import Journal
 from sleb_cli.engine.search.losses import measure_dense, measure_held_out, perplexity
 from sleb_cli.engine.search.race import LOOKS
 from sleb_cli.engine.search.scoring import Scoring, engine_of
-from sleb_cli.engine.search.settings import ExpertMethod, Method, Search, SearchedModel
+from sleb_cli.engine.search.settings import ExpertMethod, Method, Search
 from sleb_cli.engine.search.strategies import ALGORITHMS, Problem
-from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Stop, perplexity_ratio
-from sleb_cli.engine.text.calibration import Calibration
+from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, perplexity_ratio
 from sleb_cli.events import (
     SEARCH_TASK,
     BlockRemoved,
@@ -60,35 +59,45 @@ def find_removals(search: Search, group: ProcessGroup, notify: Notify) -> Plan:
     inputs = load_inputs(search, group, notify)
     if isinstance(search.method, ExpertMethod):
         return search_experts(search, search.method, inputs, started)
-    model, method, extended, source = (
-        inputs.model,
-        search.method,
-        search.extended,
-        search.model.architecture.source,
-    )
-    stop = method.stop
+    return _search_blocks(search, search.method, inputs, started)
+
+
+def _search_blocks(search: Search, method: Method, inputs: SearchInputs, started: float) -> Plan:
+    model = inputs.model
+    source = search.model.architecture.source
     searched, reserved = hold_out(inputs.calibration.to(model.device), method.holdout)
+    if method.fast:
+        searched = searched.shuffled()
     with source.watch.unchanged(), model, task(inputs.notify, "Checking the engine"):
-        passes, reason = _prepare(
-            search.model, inputs, searched.shuffled() if method.fast else searched, fast=method.fast
+        passes, reason = prepare_passes(
+            model,
+            searched.sequences,
+            inputs.notify,
+            loss_mask=searched.loss_mask,
+            memory=partial(available_memory, group=inputs.group, limit=search.model.memory),
+            batch_size=search.model.batch_size,
+            min_batches=LOOKS if method.fast else 1,
+            walks_together=True,
         )
-    held_out = passes.over(reserved.sequences, reserved.loss_mask) if reserved else None
-    record = _record(search, method, stop, passes, held_out, reason)
-    with open_search_journal(search, inputs, record) as journal, source.watch.unchanged():
-        with model:
-            scoring = _scoring(search, inputs, passes, held_out, journal)
-            dense = extended.dense if extended else measure_dense(scoring, source.id)
-            trace = _search_to_target(method, stop, extended, dense, scoring)
-            if warning := overfitting_note(trace.steps):
-                inputs.notify(Notice(warning))
-            sample = write_sample(search, inputs, trace.removals)
-        target = stop.target.record(trace.removals, trace.increase, trace.next_increase)
+    held_out = None
+    if reserved is not None:
+        held_out = passes.over(reserved.sequences, reserved.loss_mask)
+    record = _record(search, method, passes, held_out, reason)
+    with open_search_journal(search, inputs, record) as journal, source.watch.unchanged(), model:
+        scoring = _scoring(search, method, inputs, passes, held_out, journal)
+        extended = search.extended
+        dense = extended.dense if extended else measure_dense(scoring, source.id)
+        trace = _search_to_target(method, extended, dense, scoring)
+        warning = overfitting_note(trace.steps)
+        if warning:
+            inputs.notify(Notice(warning))
+        sample = write_sample(search, inputs, trace.removals)
+    target = method.target.record(trace.removals, trace.increase, trace.next_increase)
     return make_plan(
         search,
         inputs,
-        record,
         started,
-        search=record.model_copy(update={"remove": len(trace.removals), "target": target}),
+        record.model_copy(update={"remove": len(trace.removals), "target": target}),
         dense=dense,
         removals=trace.removals,
         steps=tuple(trace.steps),
@@ -97,19 +106,18 @@ def find_removals(search: Search, group: ProcessGroup, notify: Notify) -> Plan:
 
 
 def _record(
-    search: Search,
-    method: Method,
-    stop: Stop,
-    passes: Passes,
-    held_out: Passes | None,
-    reason: str | None,
+    search: Search, method: Method, passes: Passes, held_out: Passes | None, reason: str | None
 ) -> SearchRecord:
-    protection, metric = method.removable.protection, method.metric
+    protection = method.removable.protection
+    metric = method.metric
+    held_out_sequences = 0
+    if held_out is not None:
+        held_out_sequences = sum(len(batch) for batch in held_out.batches)
     return search_record(
         search,
         passes,
-        sum(map(len, held_out.batches)) if held_out else 0,
-        remove=stop.remove,
+        held_out_sequences,
+        remove=method.remove,
         protect_first=protection.first,
         protect_last=protection.last,
         protect=protection.blocks,
@@ -134,16 +142,15 @@ class Trace:
 
 
 def _search_to_target(
-    method: Method, stop: Stop, extended: Plan | None, dense: DenseRecord, scoring: Scoring
+    method: Method, extended: Plan | None, dense: DenseRecord, scoring: Scoring
 ) -> Trace:
-    target = stop.target
+    target = method.target
     if method.strategy.swaps and isinstance(target, PerplexityTarget):
         # It swaps only at its last size, which a greedy search finds first; the journal has those
         # measurements.
-        greedy = _search_to_target(replace(method, strategy=GREEDY), stop, extended, dense, scoring)
-        refined = _remove_blocks(
-            method, replace(stop, remove=len(greedy.removals)), extended, dense, scoring
-        )
+        greedy = _search_to_target(replace(method, strategy=GREEDY), extended, dense, scoring)
+        as_many = replace(method, remove=len(greedy.removals))
+        refined = _remove_blocks(as_many, extended, dense, scoring)
         # A swap lowers the metric's score, but the target limits the loss.
         if refined.next_increase is None:
             return replace(refined, next_increase=greedy.next_increase)
@@ -151,7 +158,7 @@ def _search_to_target(
             Notice(f"Kept the greedy result: after swapping, perplexity is over {target.limit:g}x.")
         )
         return greedy
-    trace = _remove_blocks(method, stop, extended, dense, scoring)
+    trace = _remove_blocks(method, extended, dense, scoring)
     gone = extended.removals if extended else ()
     if isinstance(target, PerplexityTarget) and len(trace.removals) == len(gone):
         assert trace.next_increase is not None
@@ -165,30 +172,33 @@ def _search_to_target(
 
 
 def _remove_blocks(
-    method: Method, stop: Stop, extended: Plan | None, dense: DenseRecord, scoring: Scoring
+    method: Method, extended: Plan | None, dense: DenseRecord, scoring: Scoring
 ) -> Trace:
-    target, notify = stop.target, scoring.notify
-    trace = Trace(list(extended.steps), extended.removals) if extended else Trace([], ())
+    target = method.target
+    notify = scoring.notify
+    trace = Trace([], ())
+    if extended:
+        trace = Trace(list(extended.steps), extended.removals)
     problem = Problem(
         scoring.score,
         method.removable.candidates,
-        stop.remove,
+        method.remove,
         removed=trace.removals,
-        score_spans=partial(scoring.score_spans, longest=stop.remove),
+        score_spans=partial(scoring.score_spans, longest=method.remove),
         swapped=lambda swap: notify(BlocksSwapped(**dict(swap))),
     )
     kinds = method.removable.architecture.kinds
-    notify(SearchStarted(len(kinds), stop.remove, len(trace.steps)))
+    notify(SearchStarted(len(kinds), method.remove, len(trace.steps)))
     try:
         for choice in ALGORITHMS[method.strategy.name](problem):
-            loss = fmean(scoring.losses(choice.removals))
-            increase = loss - dense.loss
+            increase = fmean(scoring.losses(choice.removals)) - dense.loss
             if not target.allows(increase):
                 trace.next_increase = increase
                 break
-            step = _step(choice, trace.removals, kinds[choice.block], scoring, stop.remove)
+            step = _step(choice, trace.removals, method, scoring)
             trace.steps.append(step)
-            trace.removals, trace.increase = choice.removals, increase
+            trace.removals = choice.removals
+            trace.increase = increase
             scoring.journal.sync()
             notify(
                 BlockRemoved(
@@ -209,34 +219,25 @@ def _remove_blocks(
 
 
 def _blame_plugin_metric(method: Method, scoring: Scoring, error: NoFiniteScore) -> None:
-    plugin, block = method.implementation, error.removals[-1]
-    if plugin.package != "sleb" and all(map(math.isfinite, scoring.losses(error.removals))):
+    plugin = method.implementation
+    if plugin.package == "sleb":
+        return
+    if all(math.isfinite(loss) for loss in scoring.losses(error.removals)):
         raise PluginError(
             f"The metric {method.metric.name!r} of {plugin.package} {plugin.version} scores every "
-            f"candidate as NaN or "
-            f"infinite, such as block {block}, although the model without it computes finite "
-            f"numbers.",
+            f"candidate as NaN or infinite, such as block {error.removals[-1]}, although the model "
+            "without it computes finite numbers.",
             hint=REPORT,
         ) from error
 
 
-def _prepare(
-    model: SearchedModel, inputs: SearchInputs, calibration: Calibration, *, fast: bool
-) -> tuple[Passes, str | None]:
-    return prepare_passes(
-        inputs.model,
-        calibration.sequences,
-        inputs.notify,
-        loss_mask=calibration.loss_mask,
-        memory=partial(available_memory, group=inputs.group, limit=model.memory),
-        batch_size=model.batch_size,
-        min_batches=LOOKS if fast else 1,
-        walks_together=True,
-    )
-
-
 def _scoring(
-    search: Search, inputs: SearchInputs, passes: Passes, held_out: Passes | None, journal: Journal
+    search: Search,
+    method: Method,
+    inputs: SearchInputs,
+    passes: Passes,
+    held_out: Passes | None,
+    journal: Journal,
 ) -> Scoring:
     @cache
     def require_sound() -> None:
@@ -246,11 +247,14 @@ def _scoring(
         )
         if bad:
             journal.forget()
-            name, dtype = search.model.architecture.source.id, search.model.placement.dtype
-            raise bad_sequences_error(name, dtype, inputs.calibration, inputs.tokenizer, bad)
+            raise bad_sequences_error(
+                search.model.architecture.source.id,
+                search.model.placement.dtype,
+                inputs.calibration,
+                inputs.tokenizer,
+                bad,
+            )
 
-    method = search.method
-    assert isinstance(method, Method)
     return Scoring(
         method.metric,
         passes,
@@ -263,21 +267,22 @@ def _scoring(
     )
 
 
-def _step(
-    choice: Choice, before: tuple[int, ...], kind: str, scoring: Scoring, remove: int
-) -> Step:
-    opening, loss = f"Without block {choice.block}", fmean(scoring.losses(choice.removals))
+def _step(choice: Choice, before: tuple[int, ...], method: Method, scoring: Scoring) -> Step:
+    block = choice.block
+    opening = f"Without block {block}"
+    loss = fmean(scoring.losses(choice.removals))
+    scores: dict[int, float | None] = {}
+    for candidate, score in choice.outcome.scores.items():
+        scores[candidate] = score if score < math.inf else None
+    only_added = choice.removals == (*before, block)
     return Step(
-        block=choice.block,
-        kind=kind,
+        block=block,
+        kind=method.removable.architecture.kinds[block],
         score=choice.score,
         perplexity=perplexity(scoring, loss, opening),
-        scores={
-            block: score if score < math.inf else None
-            for block, score in choice.outcome.scores.items()
-        },
+        scores=scores,
         race=choice.outcome.race,
-        held_out=measure_held_out(scoring, choice.removals, opening, remove),
-        removals=None if choice.removals == (*before, choice.block) else choice.removals,
+        held_out=measure_held_out(scoring, choice.removals, opening, method.remove),
+        removals=None if only_added else choice.removals,
         swaps=choice.swaps,
     )

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from sleb_cli.checks.strategies import ONESHOT, Strategy
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.search.removable import Removable
-from sleb_cli.engine.search.targets import Stop
+from sleb_cli.engine.search.targets import Target
 from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.engine.text.settings import CalibrationSettings
 from sleb_cli.plan import MetricRecord, Plan, TargetRecord
@@ -41,7 +41,8 @@ class Method:
         implementation: the metric's code and versions, on which scores depend.
         fast: whether candidates race.
         holdout: the share of the sequences that is held out.
-        stop: when the search ends.
+        target: where the search ends.
+        remove: the largest number of removals that it may need.
     """
 
     metric: Metric
@@ -50,7 +51,8 @@ class Method:
     removable: Removable
     fast: bool
     holdout: float
-    stop: Stop
+    target: Target
+    remove: int
 
 
 @dataclass(frozen=True)

@@ -103,14 +103,18 @@ def refine(problem: Problem) -> Iterator[Choice]:
     singles again.
     """
     for choice in greedy(problem):
-        yield choice if len(choice.removals) < problem.remove else _swap(problem, choice)
+        if len(choice.removals) < problem.remove:
+            yield choice
+        else:
+            yield _swap(problem, choice)
 
 
 def _swap(problem: Problem, choice: Choice) -> Choice:
     # This ends, since every swap lowers the score.
     before: Choice | None = None
     while choice is not before:
-        before, closest = choice, dict[int, float]()
+        before = choice
+        closest: dict[int, float] = {}
         for restored in before.removals:
             stay = _without(choice.removals, restored)
             outcome = _score_next(problem, stay)
@@ -128,13 +132,13 @@ def _swap_pair(problem: Problem, choice: Choice, near: Sequence[int]) -> Choice:
     for restored in combinations(sorted(choice.removals), 2):
         stay = _without(choice.removals, *restored)
         for number, block in enumerate(near[:-1]):
-            if block in _allowed(problem.candidates, stay):
-                pair = (*stay, block)
-                outcome = _score_next(problem, pair, among=near[number + 1 :])
-                if (
-                    better := _swap_if_better(problem, choice, restored, pair, outcome)
-                ) is not choice:
-                    return better
+            if block not in _allowed(problem.candidates, stay):
+                continue
+            pair = (*stay, block)
+            outcome = _score_next(problem, pair, among=near[number + 1 :])
+            better = _swap_if_better(problem, choice, restored, pair, outcome)
+            if better is not choice:
+                return better
     return choice
 
 
@@ -145,15 +149,17 @@ def _swap_if_better(
     stay: tuple[int, ...],
     outcome: Outcome,
 ) -> Choice:
-    block = outcome.best if outcome.scores else None
-    if block is None or block in choice.removals or not outcome.scores[block] < choice.score:
+    if not outcome.scores:
         return choice
-    new = tuple(b for b in (*stay, block) if b not in choice.removals)
-    swap = SwapRecord(
-        restored=restored, removed=new, before=choice.score, after=outcome.scores[block]
-    )
+    block = outcome.best
+    score = outcome.scores[block]
+    if block in choice.removals or score >= choice.score:
+        return choice
+    removals = (*stay, block)
+    new = _without(removals, *choice.removals)
+    swap = SwapRecord(restored=restored, removed=new, before=choice.score, after=score)
     problem.swapped(swap)
-    return Choice((*stay, block), outcome, (*choice.swaps, swap))
+    return Choice(removals, outcome, (*choice.swaps, swap))
 
 
 def _without(removals: tuple[int, ...], *blocks: int) -> tuple[int, ...]:
@@ -165,8 +171,11 @@ def free_spans(candidates: Candidates, size: int) -> list[tuple[int, ...]]:
     there is none.
     """
     free = candidates(())
-    spans = [tuple(range(start, start + size)) for start in free]
-    spans = [s for s in spans if set(s) <= set(free) and s[-1] in _allowed(candidates, s[:-1])]
+    spans = []
+    for first in free:
+        span = tuple(range(first, first + size))
+        if set(span) <= set(free) and span[-1] in _allowed(candidates, span[:-1]):
+            spans.append(span)
     if not spans:
         raise UsageError(
             f"No {size} consecutive blocks can be removed.",
@@ -185,9 +194,12 @@ def _allowed(candidates: Candidates, removed: tuple[int, ...]) -> Sequence[int]:
 def _score_next(
     problem: Problem, removed: tuple[int, ...], among: Container[int] | None = None
 ) -> Outcome:
-    allowed = _allowed(problem.candidates, removed)
-    candidates = [block for block in allowed if among is None or block in among]
-    return problem.score(tuple(sorted(removed)), candidates) if candidates else Outcome({})
+    candidates = _allowed(problem.candidates, removed)
+    if among is not None:
+        candidates = [block for block in candidates if block in among]
+    if not candidates:
+        return Outcome({})
+    return problem.score(sorted(removed), candidates)
 
 
 ALGORITHMS: Mapping[StrategyName, Callable[[Problem], Iterator[Choice]]] = MappingProxyType(

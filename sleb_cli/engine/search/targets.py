@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
 
 from sleb_cli.checks.strategies import Strategy
 from sleb_cli.engine.model.sizes import PerBlock
@@ -52,9 +51,12 @@ class SizeTarget:
         Raises:
             UsageError: the target is already met, or cannot be met.
         """
-        size, goal = self.sizes.without(removed), self.describe(self.limit)
+        size = self.sizes.without(removed)
+        goal = self.describe(self.limit)
         if self._fits(size):
-            so_far = f" without the {len(removed)} removed blocks" if removed else ""
+            so_far = ""
+            if removed:
+                so_far = f" without the {len(removed)} removed blocks"
             raise UsageError(
                 f"The model is already at {self.describe(size)}{so_far}; the target is {goal}.",
                 hint="Nothing needs to be removed.",
@@ -62,15 +64,17 @@ class SizeTarget:
         # Removing the smallest blocks first is the worst case; one block always stays.
         free = sorted(self.sizes.blocks[block] for block in candidates if block not in removed)
         free = free[: len(self.sizes.blocks) - 1 - len(removed)]
-        left = list(accumulate(free, lambda rest, block: rest - block, initial=size))
-        if not self._fits(left[-1]):
-            raise UsageError(
-                f"At most {plural(len(removed) + len(free), 'block')} can be removed, which leaves "
-                f"the model at "
-                f"{self.describe(left[-1])}; the target is {goal}.",
-                hint="Choose a target that can be met, or protect fewer blocks.",
-            )
-        return len(removed) + next(count for count, rest in enumerate(left) if self._fits(rest))
+        count = len(removed)
+        for block in free:
+            size -= block
+            count += 1
+            if self._fits(size):
+                return count
+        raise UsageError(
+            f"At most {plural(count, 'block')} can be removed, which leaves the model at "
+            f"{self.describe(size)}; the target is {goal}.",
+            hint="Choose a target that can be met, or protect fewer blocks.",
+        )
 
     def record(
         self, removed: Collection[int], increase: float, following: float | None
@@ -80,9 +84,12 @@ class SizeTarget:
         """
         if self.name in ("ratio", "remove"):
             return None
-        dense, reached = self.sizes.without(()), self.sizes.without(removed)
         return TargetRecord(
-            name=self.name, limit=self.limit, dense=dense, reached=reached, kv_cache=self.kv_cache
+            name=self.name,
+            limit=self.limit,
+            dense=self.sizes.without(()),
+            reached=self.sizes.without(removed),
+            kv_cache=self.kv_cache,
         )
 
     def _fits(self, amount: float) -> bool:
@@ -112,12 +119,15 @@ class PerplexityTarget:
         """Record the ratio reached, and the next removal's, from increases of the loss in nats per
         token.
         """
-        beyond, reached = (
-            None if following is None else perplexity_ratio(following),
-            perplexity_ratio(increase),
-        )
+        beyond = None
+        if following is not None:
+            beyond = perplexity_ratio(following)
         return TargetRecord(
-            name=self.name, limit=self.limit, dense=1.0, reached=reached, next=beyond
+            name=self.name,
+            limit=self.limit,
+            dense=1.0,
+            reached=perplexity_ratio(increase),
+            next=beyond,
         )
 
 
@@ -125,54 +135,54 @@ Target = SizeTarget | PerplexityTarget
 
 
 def perplexity_ratio(increase: float) -> float:
-    """Return the factor by which perplexity rises if the loss rises by `increase` nats per token."""
+    """Return the factor by which perplexity rises with the loss, in nats per token."""
     return math.exp(min(increase, 700))
 
 
-@dataclass(frozen=True)
-class Stop:
-    """When a search ends: at its target, or at the largest number of removals that it may need."""
-
-    target: Target
-    remove: int
-
-
-def stop_at(
+def most_removals(
     target: Target,
     removable: Removable,
     strategy: Strategy,
     gone: Sequence[int],
     notify: Notify,
-) -> Stop:
-    """Return when a search for a target ends, given the blocks that are `gone` already.
+) -> int:
+    """Return the largest number of removals that a target may need; `gone` are removed already.
 
     Raises:
         UsageError: the target is already met, cannot be met, or does not fit the strategy.
     """
     blocks = removable.architecture.block_count
-    candidates = removable.protection.candidates(blocks, ())
+    free = removable.protection.candidates(blocks, ())
     if isinstance(target, SizeTarget):
         if strategy.swaps and len(set(target.sizes.blocks)) > 1:
             raise UsageError(
-                f"--strategy {strategy.name} swaps blocks, and those of this model differ in size, so it "
-                f"may miss "
-                f"{option_of(target.name)}.",
+                f"--strategy {strategy.name} swaps blocks, and those of this model differ in size, "
+                f"so it may miss {option_of(target.name)}.",
                 hint="Use --strategy greedy, or --remove.",
             )
-        remove = target.removals(candidates, gone)
+        remove = target.removals(free, gone)
         if strategy.removes_spans:
-            free_spans(removable.candidates, remove)
-        return Stop(target, remove)
+            free_spans(removable.candidates, remove)  # raises if there is none
+        return remove
     if strategy.removes_spans:
-        # The longest run: as long as blocks are consecutive, they are as far ahead of their place
-        # in the list.
-        runs = groupby(enumerate(removable.candidates(())), lambda pair: pair[1] - pair[0])
-        candidates = max(([block for _, block in run] for _, run in runs), key=len, default=[])
-    count = min(len({*candidates, *gone}), blocks - 1)
+        count = _longest_run(removable.candidates(()))
+    else:
+        count = len({*free, *gone})
+    count = min(count, blocks - 1)
     limit = f"{target.limit:g}x the dense model's"
     notify(
         Notice(
             f"The search removes up to {count} blocks, and stops before perplexity is over {limit}."
         )
     )
-    return Stop(target, count)
+    return count
+
+
+def _longest_run(blocks: Sequence[int]) -> int:
+    """Return the largest number of consecutive blocks among these, which are in order."""
+    longest = 0
+    length = 0
+    for block in blocks:
+        length = length + 1 if block - 1 in blocks else 1
+        longest = max(longest, length)
+    return longest
