@@ -131,37 +131,47 @@ def experts_to_remove(
     request: SearchRequest, architecture: Architecture, notify: Notify
 ) -> tuple[int, TargetRecord | None]:
     """Return the number of experts to remove from each block, and the target if it is a size."""
-    experts, (name, goal) = find_experts(architecture), goal_of(request)
-    target = None if name in ("ratio", "remove") else parse_target(request, architecture, notify)
-    if isinstance(target, SizeTarget):
-        dense, step = target.sizes.without(()), expert_parameters(architecture)
-        step *= _served_dtype(request, architecture).itemsize if name == "target_memory" else 1
+    experts = find_experts(architecture)
+    name, goal = goal_of(request)
+    target: Target | None = None
+    if name == "ratio":
+        needed = math.ceil(goal * experts.count)
+    elif name == "remove":
+        needed = int(goal)
+    else:
+        target = parse_target(request, architecture, notify)
+        assert isinstance(target, SizeTarget)
+        dense = target.sizes.without(())
+        step = expert_parameters(architecture)
+        if name == "target_memory":
+            step *= _served_dtype(request, architecture).itemsize
         needed = math.ceil((dense - target.limit) / step)
         if needed < 1:
             raise UsageError(
                 f"The model is already at {target.describe(dense)}.",
                 hint="Nothing needs to be removed.",
             )
-    else:
-        needed = math.ceil(goal * experts.count) if name == "ratio" else int(goal)
     # Each group loses as many.
     fewer = math.ceil(needed / experts.groups) * experts.groups
     limit = (experts.count - 2 * experts.active) // experts.groups * experts.groups
     if fewer > limit:
+        hint = "Remove blocks: leave out --unit experts."
+        if limit > 0:
+            hint = f"At most {limit} can go."
         raise UsageError(
             f"Cannot remove {fewer} of the {experts.count} experts of each block: a token uses "
-            f"{experts.active}, and "
-            "at least twice as many must stay.",
-            hint=f"At most {limit} can go."
-            if limit > 0
-            else "Remove blocks: leave out --unit experts.",
+            f"{experts.active}, and at least twice as many must stay.",
+            hint=hint,
         )
     _note_rounding(experts, needed, fewer, notify)
     if not isinstance(target, SizeTarget):
         return fewer, None
-    reached = dense - fewer * step
     return fewer, TargetRecord(
-        name=name, limit=target.limit, dense=dense, reached=reached, kv_cache=target.kv_cache
+        name=name,
+        limit=target.limit,
+        dense=dense,
+        reached=dense - fewer * step,
+        kv_cache=target.kv_cache,
     )
 
 
@@ -177,12 +187,8 @@ def _note_rounding(experts: Experts, needed: int, fewer: int, notify: Notify) ->
     rest = experts.count - fewer
     power = 1 << (rest.bit_length() - 1)
     near = min((power, 2 * power), key=lambda count: abs(count - rest))
-    if (
-        rest != near
-        and near < experts.count
-        and abs(near - rest) <= rest / 8
-        and near >= 2 * experts.active
-    ):
+    is_close = 0 < abs(near - rest) <= rest / 8
+    if is_close and 2 * experts.active <= near < experts.count:
         notify(
             Notice(
                 f"{rest} experts stay; engines have faster kernels for {near}: --remove "
@@ -231,7 +237,7 @@ def _read_model(
 
 
 def _protection(request: SearchRequest, architecture: Architecture) -> Protection:
-    count, kinds = architecture.block_count, architecture.kinds
+    count = architecture.block_count
     absent = [block for block in request.protect or () if not 0 <= block < count]
     if absent:
         raise UsageError(
@@ -239,25 +245,31 @@ def _protection(request: SearchRequest, architecture: Architecture) -> Protectio
             f"blocks, 0 to {count - 1}.",
             hint="Blocks are numbered from 0.",
         )
-    known = sorted({name for kind in kinds for name in (kind, *kind.split(", ")) if name})
+    names_of = [{kind, *kind.split(", ")} for kind in architecture.kinds]
+    known = sorted(set().union(*names_of) - {""})
     unknown = [kind for kind in request.protect_kind if kind not in known]
     if unknown:
-        otherwise = None if known else "All its blocks are of one kind: use --protect 5,11."
+        otherwise = None
+        if not known:
+            otherwise = "All its blocks are of one kind: use --protect 5,11."
         raise UsageError(
             f"{architecture.source.id} has no blocks of kind {unknown[0]!r}.",
             hint=did_you_mean(unknown[0], known, otherwise),
         )
-    of_kind = [
-        b for b, kind in enumerate(kinds) if {kind, *kind.split(", ")} & set(request.protect_kind)
-    ]
-    named = tuple(sorted({*(request.protect or ()), *of_kind}))
-    return Protection(request.protect_first or 0, request.protect_last or 0, named)
+    protected = set(request.protect or ())
+    for block, names in enumerate(names_of):
+        if names.intersection(request.protect_kind):
+            protected.add(block)
+    return Protection(
+        request.protect_first or 0, request.protect_last or 0, tuple(sorted(protected))
+    )
 
 
 def _require_runnable(request: SearchRequest, metric: Metric, placement: Placement) -> None:
     """Check that nothing needs the whole model in memory, if its blocks are streamed."""
     if placement.stream and isinstance(metric, ModelMetric):
-        raise (UsageError if request.stream else MachineError)(
+        error = UsageError if request.stream else MachineError
+        raise error(
             f"{metric.name} runs the whole model, but the model is streamed block by block.",
             hint="Use a machine with more memory, or --device-map.",
         )
@@ -268,11 +280,11 @@ def parse_target(request: SearchRequest, architecture: Architecture, notify: Not
     name, goal = goal_of(request)
     if name in ("ratio", "remove"):
         blocks = architecture.block_count
-        remove = math.ceil(goal * blocks) if name == "ratio" else int(goal)
+        if name == "ratio":
+            goal *= blocks
+        remaining = max(0, blocks - math.ceil(goal))
         count = PerBlock(0, (1,) * blocks)
-        return SizeTarget(
-            name, count, max(0, blocks - remove), lambda n: f"{n:g} of {blocks} blocks"
-        )
+        return SizeTarget(name, count, remaining, lambda n: f"{n:g} of {blocks} blocks")
     if name == "target_params":
         sizes = count_parameters(architecture)
         return SizeTarget(name, sizes, float(goal), lambda n: f"{format_count(n)} parameters")
@@ -285,9 +297,8 @@ def _served_dtype(request: SearchRequest, architecture: Architecture) -> torch.d
     # The search may compute in a wider data type than the checkpoint's, on a processor without its
     # arithmetic.
     checkpoint = parse_dtype(AUTO, architecture.dtype)
-    return min(
-        parse_dtype(request.dtype or AUTO, checkpoint), checkpoint, key=lambda dtype: dtype.itemsize
-    )
+    computed = parse_dtype(request.dtype or AUTO, checkpoint)
+    return min(computed, checkpoint, key=lambda dtype: dtype.itemsize)
 
 
 def _memory_target(
@@ -299,12 +310,13 @@ def _memory_target(
         request.serve_length, architecture, DEFAULT_SERVE_LENGTH, "--serve-length"
     )
     kv_cache = f"a KV cache in {dtype_name(served)} for {length} tokens"
-    packed = architecture.is_quantized
-    weights = (
-        stored_bytes(architecture) if packed else count_parameters(architecture) * served.itemsize
-    )
+    if architecture.is_quantized:
+        weights = stored_bytes(architecture)
+        form = "packed as in the checkpoint"
+    else:
+        weights = count_parameters(architecture) * served.itemsize
+        form = f"in {dtype_name(served)}"
     cache = cache_bytes(architecture, served, length)
-    form = "packed as in the checkpoint" if packed else f"in {dtype_name(served)}"
     counted = f"the weights {form} ({format_bytes(weights.without(()))})"
     notify(Notice(f"Memory counts {counted} and {kv_cache} ({format_bytes(cache.without(()))})."))
     return SizeTarget("target_memory", weights + cache, limit, format_bytes, kv_cache)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import fmean
@@ -22,11 +22,10 @@ from sleb_cli.engine.cut.experts.routing import Routing, watch_routing
 from sleb_cli.engine.device import dtype_name, hint_for_nonfinite
 from sleb_cli.engine.files.shards import new_tensor
 from sleb_cli.engine.forward.memory_budget import available_memory
-from sleb_cli.engine.forward.passes import Job, Passes
+from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.prepare import prepare_passes
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.model.experts import expert_parameters, find_experts
-from sleb_cli.engine.process_group import deal
+from sleb_cli.engine.model.experts import Experts, expert_parameters, find_experts
 from sleb_cli.engine.search.held_out import hold_out
 from sleb_cli.engine.search.inputs import (
     SearchInputs,
@@ -35,9 +34,11 @@ from sleb_cli.engine.search.inputs import (
     search_record,
     write_sample,
 )
-from sleb_cli.engine.search.journal import Journal
+from sleb_cli.engine.search.journal import Journal, Name
 from sleb_cli.engine.search.losses import MAX_LOSS
+from sleb_cli.engine.search.scoring import jobs_of
 from sleb_cli.engine.search.settings import ExpertMethod, Search
+from sleb_cli.engine.search.shares import own_shares
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify, task
 from sleb_cli.plan import DenseRecord, ExpertOrder, ExpertPlan, ExpertsText, HeldOutRecord, Plan
@@ -65,10 +66,12 @@ def search_experts(
     search: Search, method: ExpertMethod, inputs: SearchInputs, started: float
 ) -> Plan:
     """Choose which experts of each block go, and measure the model without them."""
-    architecture, model = search.model.architecture, inputs.model
+    architecture = search.model.architecture
+    experts = find_experts(architecture)
+    model = inputs.model
     unchanged = architecture.source.watch.unchanged
     with unchanged(), model, task(inputs.notify, "Checking the engine"):
-        passes, texts, reason = _passes(search, inputs, method.holdout)
+        passes, texts, reason = _prepare(search, inputs, method.holdout)
     record = search_record(
         search,
         passes,
@@ -86,11 +89,11 @@ def search_experts(
         model,
         torch.inference_mode(),
     ):
-        scoring = _ExpertScoring(architecture, passes, texts, journal, inputs.notify)
+        scoring = _ExpertScoring(architecture, experts, passes, texts, journal, inputs.notify)
         scoring.count_uses()
-        orders = tuple(scoring.rank(method, block) for block in find_experts(architecture).blocks)
+        orders = tuple(scoring.rank(method, block) for block in experts.blocks)
         removed = {order.block: order.removals for order in orders}
-        cut = ExpertCut(find_experts(architecture).count, removed, architecture)
+        cut = ExpertCut(experts.count, removed, architecture)
         with cut.simulate(model.model):
             scoring.measure(cut.size_key, f"Measuring without {cut.description}")
         sample = write_sample(search, inputs, (), cut.simulate(model.model))
@@ -107,9 +110,10 @@ def search_experts(
     )
 
 
-def _passes(
+def _prepare(
     search: Search, inputs: SearchInputs, holdout: float
 ) -> tuple[Passes, list[SourceBatches], str | None]:
+    """Prepare passes whose batches each belong to one text."""
     whole = inputs.calibration.to(inputs.model.device)
     prepared, reason = prepare_passes(
         inputs.model,
@@ -120,19 +124,25 @@ def _passes(
         batch_size=search.model.batch_size,
         walks_together=True,
     )
-    texts, batches, masks = list[SourceBatches](), list[Tensor](), list[Tensor]()
-    # Each batch belongs to one text.
-    for is_held_out, calibration in enumerate(filter(None, hold_out(whole, holdout))):
+    size = prepared.budget.sequences
+    searched, held_out = hold_out(whole, holdout)
+    texts: list[SourceBatches] = []
+    batches: list[Tensor] = []
+    masks: list[Tensor] = []
+    for calibration in (searched, held_out):
+        if calibration is None:
+            continue
         for source in dict.fromkeys(calibration.origins):
             ids, mask = calibration.sequences_of(source)
-            first, size = len(batches), prepared.budget.sequences
+            first = len(batches)
             batches += torch.split(ids, size)
-            masks += [] if mask is None else torch.split(mask, size)
-            texts.append(
-                SourceBatches(source, bool(is_held_out), len(ids), range(first, len(batches)))
-            )
+            if mask is not None:
+                masks += torch.split(mask, size)
+            numbers = range(first, len(batches))
+            texts.append(SourceBatches(source, calibration is held_out, len(ids), numbers))
     budget = replace(prepared.budget, kept_branches=0)
-    return replace(prepared, batches=batches, loss_mask=masks or None, budget=budget), texts, reason
+    passes = replace(prepared, batches=batches, loss_mask=masks or None, budget=budget)
+    return passes, texts, reason
 
 
 @dataclass
@@ -142,148 +152,161 @@ class _ExpertScoring:
     """
 
     architecture: Architecture
+    experts: Experts
     passes: Passes
     texts: Sequence[SourceBatches]
     journal: Journal
     notify: Notify
-    sums: dict[int, dict[int, Sums]] = field(default_factory=lambda: defaultdict(dict), init=False)
-    """The sums of the batches that run now, by block."""
+    _batch: int = field(default=0, init=False)
+    """The batch that runs now."""
+    _sums: dict[int, dict[int, Sums]] = field(default_factory=lambda: defaultdict(dict), init=False)
+    """The sums of the batches that are not finished, by block."""
 
     def count_uses(self) -> None:
-        experts, model, current = find_experts(self.architecture), self.passes.skippable.model, 0
-
-        def watch(batch: int | None) -> None:
-            nonlocal current
-            if batch is None:
-                self.sums.clear()
-            else:
-                current = batch
-
-        def add(block: int, routing: Routing) -> None:
-            of_batch = self.sums[current]
-            of_batch[block] = sum_expert_use(routing, experts.count) + of_batch.get(block, 0)
-
-        self.passes.watch = watch
-        with watch_routing(experts, [*self.architecture.blocks_of(model)], add):
+        self.passes.watch = self._begin
+        blocks = list(self.architecture.blocks_of(self.passes.skippable.model))
+        with watch_routing(self.experts, blocks, self._add_use):
             self.measure((), "Counting how experts are used")
-        self.passes.watch = lambda batch: None
 
-    def measure(self, removed: Sequence[int], title: str) -> None:
-        missing = [
-            batch
-            for batch in self.passes.numbers
-            if self.journal.find(removed, None, batch) is None
-        ]
-        group = self.journal.group
-        if self.passes.skippable.weights.resident:
-            turns = [*deal(missing, group.size)]
-        else:  # a single turn reads streamed weights once
-            turns = [[missing[rank :: group.size] for rank in range(group.size)]]
-        sequences = sum(len(self.passes.batches[batch]) for batch in missing)
+    def _begin(self, batch: int | None) -> None:
+        if batch is None:
+            self._sums.clear()
+        else:
+            self._batch = batch
+
+    def _add_use(self, block: int, routing: Routing) -> None:
+        of_batch = self._sums[self._batch]
+        sums = sum_expert_use(routing, self.experts.count)
+        of_batch[block] = sums + of_batch.get(block, 0)
+
+    def measure(self, removed: tuple[int, ...], title: str) -> None:
+        missing: list[Name] = []
+        sequences = 0
+        for batch in self.passes.numbers:
+            if self.journal.find(removed, None, batch) is None:
+                missing.append((removed, None, batch))
+                sequences += len(self.passes.batches[batch])
+        # A single turn reads streamed weights once.
+        at_once = not self.passes.skippable.weights.resident
         with task(self.notify, title, sequences, "sequences") as advance:
-            for turn in turns if missing else ():
-                jobs: list[Job] = [(batch, ()) for batch in turn[group.rank]]
-                for batch, _, losses in self.passes.score(
-                    NegativeLogLikelihood(), (), jobs, advance=advance
-                ):
+            for share in own_shares(missing, self.journal.group, at_once=at_once):
+                scored = self.passes.score(
+                    NegativeLogLikelihood(), (), jobs_of(share), advance=advance
+                )
+                for batch, _, losses in scored:
                     self._record(batch, losses, removed)
                 self.journal.exchange()
 
     def _record(self, batch: int, losses: list[float], removed: Sequence[int]) -> None:
         if not all(loss < MAX_LOSS for loss in losses):
-            name, dtype = self.architecture.source.id, self.passes.skippable.model.dtype
-            raise ModelError(
-                f"{name} computes NaN, infinity or a perplexity that is not finite in "
-                f"{dtype_name(dtype)}"
-                f"{' without these experts' if removed else ''}.",
-                hint=hint_for_nonfinite(dtype),
+            dtype = self.passes.skippable.model.dtype
+            message = (
+                f"{self.architecture.source.id} computes NaN, infinity or a perplexity that is not "
+                f"finite in {dtype_name(dtype)}"
             )
-        for block, sums in self.sums.pop(batch, {}).items():
+            if removed:
+                message += " without these experts"
+            raise ModelError(f"{message}.", hint=hint_for_nonfinite(dtype))
+        for block, sums in self._sums.pop(batch, {}).items():
             self.journal.add(sums.flatten().tolist(), (), block, batch)
-        self.journal.add(
-            losses, removed, None, batch
-        )  # last, so a batch with losses has its sums, too
+        # Last, so that a batch with losses has its sums, too.
+        self.journal.add(losses, removed, None, batch)
 
     def loss(self, removed: Sequence[int], texts: Sequence[SourceBatches]) -> float:
-        return fmean(
-            self.journal.scores(removed, None, [batch for text in texts for batch in text.batches])
-        )
+        return fmean(self.journal.scores(removed, None, _batches_of(texts)))
 
     def dense_record(self) -> DenseRecord:
-        seen, held_texts = (
-            [text for text in self.texts if text.held_out == is_held] for is_held in (False, True)
-        )
-        loss, held_loss = self.loss((), seen), self.loss((), held_texts) if held_texts else None
-        held_out = (
-            None
-            if held_loss is None
-            else HeldOutRecord(loss=held_loss, perplexity=math.exp(held_loss))
-        )
+        held_out = None
+        held_out_texts = [text for text in self.texts if text.held_out]
+        if held_out_texts:
+            loss = self.loss((), held_out_texts)
+            held_out = HeldOutRecord(loss=loss, perplexity=math.exp(loss))
+        loss = self.loss((), self._searched())
         return DenseRecord(loss=loss, perplexity=math.exp(loss), held_out=held_out)
 
-    def use(self, block: int, texts: Iterable[SourceBatches]) -> ExpertUse:
-        rows = (self.journal.find((), block, batch) for text in texts for batch in text.batches)
-        return ExpertUse(
-            *torch.tensor([row for row in rows if row], dtype=torch.float64).sum(0).view(6, -1)
-        )
+    def _searched(self) -> list[SourceBatches]:
+        return [text for text in self.texts if not text.held_out]
+
+    def use(self, block: int, texts: Sequence[SourceBatches]) -> ExpertUse:
+        of_batches = self.journal.scores((), block, _batches_of(texts))
+        sums = torch.tensor(of_batches, dtype=torch.float64).view(-1, 6, self.experts.count)
+        return ExpertUse(*sums.sum(0))
 
     def rank(self, method: ExpertMethod, block: int) -> ExpertOrder:
-        use = self.use(block, (text for text in self.texts if not text.held_out))
-        values: list[float] = method.metric.score_experts(use, block).tolist()
-        removals = rank_by_group(values, find_experts(self.architecture).groups)[: method.fewer]
-        tokens = tuple(use.tokens.long().tolist())
-        return ExpertOrder(block=block, removals=removals, scores=tuple(values), tokens=tokens)
+        use = self.use(block, self._searched())
+        scores: list[float] = method.metric.score_experts(use, block).tolist()
+        ranked = rank_by_group(scores, self.experts.groups)
+        return ExpertOrder(
+            block=block,
+            removals=ranked[: method.fewer],
+            scores=tuple(scores),
+            tokens=tuple(use.tokens.long().tolist()),
+        )
 
     def plan(self, orders: tuple[ExpertOrder, ...], cut: ExpertCut) -> ExpertPlan:
-        experts = find_experts(self.architecture)
+        skeleton = self.architecture.skeleton
+        parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+        of_expert = expert_parameters(self.architecture)
+        # A token uses as many as before.
+        active = parameters - of_expert * (self.experts.count - self.experts.active)
         return ExpertPlan(
-            count=experts.count,
-            active=experts.active,
-            groups=experts.groups,
+            count=self.experts.count,
+            active=self.experts.active,
+            groups=self.experts.groups,
             blocks=orders,
-            texts=tuple(self.text_record(text, cut) for text in self.texts),
-            **_sizes(cut),
+            texts=tuple(self._text_record(text, cut) for text in self.texts),
+            parameters=(parameters, parameters - of_expert * cut.fewer),
+            active_parameters=(active, active),
+            weights_bytes=_weights_bytes(cut),
         )
 
-    def text_record(self, text: SourceBatches, cut: ExpertCut) -> ExpertsText:
-        uses = {block: self.use(block, [text]) for block in find_experts(self.architecture).blocks}
-        whole = sum(float(use.squared_products.sum()) for use in uses.values())
-        remaining = sum(
-            float(use.squared_products[list(cut.kept_experts(block))].sum())
-            for block, use in uses.items()
-        )
+    def _text_record(self, text: SourceBatches, cut: ExpertCut) -> ExpertsText:
+        whole = []
+        remaining = []
+        unreached = 0
+        for block in self.experts.blocks:
+            use = self.use(block, [text])
+            kept = list(cut.kept_experts(block))
+            whole.append(float(use.squared_products.sum()))
+            remaining.append(float(use.squared_products[kept].sum()))
+            unreached += int((use.tokens == 0).sum())
+        total = sum(whole)
         return ExpertsText(
             text=text.source,
             sequences=text.sequences,
             held_out=text.held_out,
             dense=self.loss((), [text]),
             pruned=self.loss(cut.size_key, [text]),
-            kept=remaining / whole if whole else 0.0,
-            unreached=sum(int((use.tokens == 0).sum()) for use in uses.values()),
+            kept=sum(remaining) / total if total else 0.0,
+            unreached=unreached,
         )
+
+
+def _batches_of(texts: Sequence[SourceBatches]) -> list[int]:
+    return [batch for text in texts for batch in text.batches]
 
 
 def sum_expert_use(routing: Routing, count: int) -> Sums:
     """Add up how tokens use the experts: the fields of `ExpertUse`, float64 [6, experts]."""
     sums = torch.zeros(6, count, dtype=torch.float64)
-    active, width = routing.experts.shape[-1], routing.hidden.shape[-1]
+    active = routing.experts.shape[-1]
+    width = routing.hidden.shape[-1]
     tokens = max(1, PIECE_BYTES // (active * width * 4))
-    given = (routing.hidden, routing.experts, routing.gates)
-    pieces = zip(*(torch.split(tensor, tokens) for tensor in given), strict=True)
+    pieces = zip(
+        torch.split(routing.hidden, tokens),
+        torch.split(routing.experts, tokens),
+        torch.split(routing.gates, tokens),
+        strict=True,
+    )
     for hidden, experts, gates in pieces:
-        chosen, gate = experts.reshape(-1), gates.reshape(-1).double().abs()
-        norm = (
-            routing.run_alone(hidden.repeat_interleave(active, 0), chosen)
-            .float()
-            .norm(dim=-1)
-            .double()
-        )
-        values = torch.stack(
-            [gate.new_ones(len(gate)), gate, norm, gate * norm, norm**2, (gate * norm) ** 2]
-        )
-        used = (chosen < count) & (
-            gate != 0
-        )  # beyond the count, nothing is computed; a gate of 0 is masked
+        chosen = experts.reshape(-1)
+        gate = gates.reshape(-1).double().abs()
+        outputs = routing.run_alone(hidden.repeat_interleave(active, 0), chosen)
+        norm = outputs.float().norm(dim=-1).double()
+        product = gate * norm
+        values = torch.stack([torch.ones_like(gate), gate, norm, product, norm**2, product**2])
+        # Beyond the count, nothing is computed; a gate of 0 is masked.
+        used = (chosen < count) & (gate != 0)
         sums.index_add_(1, chosen[used].long().cpu(), values[:, used].cpu())
     return sums
 
@@ -295,26 +318,18 @@ def rank_by_group(scores: Sequence[float], groups: int) -> tuple[int, ...]:
     So any number of whole turns removes equally many of each group.
     """
     size = len(scores) // groups
-    of_groups = [
-        sorted(range(first, first + size), key=scores.__getitem__)
-        for first in range(0, len(scores), size)
-    ]
-    return tuple(expert for same_rank in zip(*of_groups, strict=True) for expert in same_rank)
+    of_groups = []
+    for first in range(0, len(scores), size):
+        group = range(first, first + size)
+        of_groups.append(sorted(group, key=lambda expert: scores[expert]))
+    return tuple(ranked[turn] for turn in range(size) for ranked in of_groups)
 
 
-def _sizes(cut: ExpertCut) -> dict[str, tuple[int, int]]:
-    architecture, stored = cut.architecture, cut.architecture.source.weights.stored
-    parameters = sum(parameter.numel() for parameter in architecture.skeleton.parameters())
-    of_expert = expert_parameters(architecture)
-    active = parameters - of_expert * (
-        cut.count - find_experts(architecture).active
-    )  # a token uses as many as before
-    remaining = Surgery(architecture, (cut,)).tensors((tensor.name, tensor) for tensor in stored)
-    size = sum(
-        new_tensor(name, tensor, None, slices, None).size for name, tensor, slices in remaining
-    )
-    return {
-        "parameters": (parameters, parameters - of_expert * cut.fewer),
-        "active_parameters": (active, active),
-        "weights_bytes": (sum(tensor.size for tensor in stored), size),
-    }
+def _weights_bytes(cut: ExpertCut) -> tuple[int, int]:
+    """Return the size of the stored weights before and after the cut."""
+    stored = cut.architecture.source.weights.stored
+    surgery = Surgery(cut.architecture, (cut,))
+    after = 0
+    for name, tensor, slices in surgery.tensors((tensor.name, tensor) for tensor in stored):
+        after += new_tensor(name, tensor, None, slices, None).size
+    return sum(tensor.size for tensor in stored), after

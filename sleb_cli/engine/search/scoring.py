@@ -189,7 +189,7 @@ class Scoring:
         missing = self._missing([(removed, block, n) for n in batches for block in blocks], advance)
         costs = self._costs(passes, candidates)
         for share in self._deal(missing, costs):
-            jobs = _jobs(share)
+            jobs = jobs_of(share)
             # Keep the branches of the best: the next step probably starts at one. At first, the
             # step before tells them.
             means = self._mean_scores(removed, candidates)
@@ -341,7 +341,7 @@ class Scoring:
         return f"best so far: block {best} ({means[best]:.4f})"
 
 
-def _jobs(names: Iterable[Name]) -> list[Job]:
+def jobs_of(names: Iterable[Name]) -> list[Job]:
     """Return each batch of these measurements, with its candidates."""
     candidates: dict[int, list[int]] = {}
     for _, block, batch in names:
