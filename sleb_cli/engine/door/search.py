@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import partial
 
 import torch
 
@@ -20,7 +19,7 @@ from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.choices import Protection
 from sleb_cli.engine.search.journal import recorded_settings
 from sleb_cli.engine.search.removable import Removable
-from sleb_cli.engine.search.settings import ExpertMethod, Method, Recording, Search, SearchedModel
+from sleb_cli.engine.search.settings import ExpertMethod, Method, Search
 from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Target, most_removals
 from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.engine.text.settings import (
@@ -40,14 +39,7 @@ from sleb_cli.requests import (
     journal_of,
 )
 from sleb_cli.units import format_bytes, format_count, plural
-from sleb_plugins import (
-    ExpertMetric,
-    MachineError,
-    Metric,
-    ModelMetric,
-    UnsupportedModelError,
-    UsageError,
-)
+from sleb_plugins import ExpertMetric, MachineError, ModelMetric, UnsupportedModelError, UsageError
 from sleb_plugins.errors import did_you_mean
 
 
@@ -59,16 +51,27 @@ def resolve_search(
     group: ProcessGroup,
 ) -> Search:
     """Settle a search by the model's architecture."""
-    checked = replace(checked, request=_restore_settings(checked.request))
-    request, metric, extended = checked.request, checked.metric, checked.extended
+    request = _restore_settings(checked.request)
+    metric = checked.metric
     device = choose_device(request.device)
     architecture = group.main_first(lambda: _read_model(checked, source, registry, notify))
-    dtype, device_map, stream = request.dtype or AUTO, request.device_map, request.stream
-    choose = partial(
-        place_model, architecture, device, dtype, notify, device_map=device_map, stream=stream
+    placement = group.from_main(
+        lambda: place_model(
+            architecture,
+            device,
+            request.dtype or AUTO,
+            notify,
+            device_map=request.device_map,
+            stream=request.stream,
+        )
     )
-    placement = replace(group.from_main(choose), device=device)
-    _require_runnable(request, metric, placement)
+    placement = replace(placement, device=device)
+    if placement.stream and isinstance(metric, ModelMetric):
+        error = UsageError if request.stream else MachineError
+        raise error(
+            f"{metric.name} runs the whole model, but the model is streamed block by block.",
+            hint="Use a machine with more memory, or --device-map.",
+        )
     text = _calibration_settings(request, architecture, placement)
     implementation = registry.metric_record(metric)
     if isinstance(metric, ExpertMetric) and request.unit == "experts":
@@ -77,7 +80,7 @@ def resolve_search(
         )
     else:
         removable = Removable(architecture, _protection(request, architecture), notify)
-        gone = extended.removals if extended else ()
+        gone = checked.extended.removals if checked.extended else ()
         target = parse_target(request, architecture, notify)
         remove = most_removals(target, removable, checked.strategy, gone, notify)
         removable.candidates(gone)  # raises now if no block can be removed
@@ -96,17 +99,18 @@ def resolve_search(
         # A streamed model would be read whole for each token.
         sample_tokens = 0 if placement.stream else DEFAULT_SAMPLE_TOKENS
     return Search(
-        SearchedModel(architecture, placement, checked.memory, request.batch_size),
+        architecture,
+        placement,
+        checked.memory,
+        request.batch_size,
         text,
         method,
-        extended,
-        Recording(
-            request.plan_file,
-            request.resume,
-            request.options,
-            registry.third_party(),
-            sample_tokens,
-        ),
+        checked.extended,
+        request.plan_file,
+        request.resume,
+        request.options,
+        registry.third_party(),
+        sample_tokens,
     )
 
 
@@ -263,16 +267,6 @@ def _protection(request: SearchRequest, architecture: Architecture) -> Protectio
     return Protection(
         request.protect_first or 0, request.protect_last or 0, tuple(sorted(protected))
     )
-
-
-def _require_runnable(request: SearchRequest, metric: Metric, placement: Placement) -> None:
-    """Check that nothing needs the whole model in memory, if its blocks are streamed."""
-    if placement.stream and isinstance(metric, ModelMetric):
-        error = UsageError if request.stream else MachineError
-        raise error(
-            f"{metric.name} runs the whole model, but the model is streamed block by block.",
-            hint="Use a machine with more memory, or --device-map.",
-        )
 
 
 def parse_target(request: SearchRequest, architecture: Architecture, notify: Notify) -> Target:

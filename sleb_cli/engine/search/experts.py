@@ -11,7 +11,6 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from statistics import fmean
 
 import torch
@@ -21,9 +20,7 @@ from sleb_cli.engine.cut.experts.expert_cut import ExpertCut
 from sleb_cli.engine.cut.experts.routing import Routing, watch_routing
 from sleb_cli.engine.device import dtype_name, hint_for_nonfinite
 from sleb_cli.engine.files.shards import new_tensor
-from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.passes import Passes
-from sleb_cli.engine.forward.prepare import prepare_passes
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.experts import Experts, expert_parameters, find_experts
 from sleb_cli.engine.search.held_out import hold_out
@@ -31,6 +28,7 @@ from sleb_cli.engine.search.inputs import (
     SearchInputs,
     make_plan,
     open_search_journal,
+    prepare_search,
     search_record,
     write_sample,
 )
@@ -62,11 +60,9 @@ class SourceBatches:
     batches: range
 
 
-def search_experts(
-    search: Search, method: ExpertMethod, inputs: SearchInputs, started: float
-) -> Plan:
+def search_experts(search: Search, method: ExpertMethod, inputs: SearchInputs) -> Plan:
     """Choose which experts of each block go, and measure the model without them."""
-    architecture = search.model.architecture
+    architecture = search.architecture
     experts = find_experts(architecture)
     model = inputs.model
     unchanged = architecture.source.watch.unchanged
@@ -100,7 +96,6 @@ def search_experts(
     return make_plan(
         search,
         inputs,
-        started,
         record,
         dense=scoring.dense_record(),
         removals=(),
@@ -115,15 +110,7 @@ def _prepare(
 ) -> tuple[Passes, list[SourceBatches], str | None]:
     """Prepare passes whose batches each belong to one text."""
     whole = inputs.calibration.to(inputs.model.device)
-    prepared, reason = prepare_passes(
-        inputs.model,
-        whole.sequences,
-        inputs.notify,
-        loss_mask=whole.loss_mask,
-        memory=partial(available_memory, group=inputs.group, limit=search.model.memory),
-        batch_size=search.model.batch_size,
-        walks_together=True,
-    )
+    prepared, reason = prepare_search(search, inputs, whole)
     size = prepared.budget.sequences
     searched, held_out = hold_out(whole, holdout)
     texts: list[SourceBatches] = []

@@ -13,20 +13,22 @@ import torch
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.environment import environment_record
 from sleb_cli.engine.forward.decoding import check_decoding
+from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.placement import open_model
+from sleb_cli.engine.forward.prepare import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.sample_generation import generate_sample
 from sleb_cli.engine.search.journal import Journal, open_journal
-from sleb_cli.engine.search.settings import Method, Search, SearchedModel
+from sleb_cli.engine.search.settings import Method, Search
 from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.text.calibration import Calibration, calibrate
 from sleb_cli.events import Notify, Warned
 from sleb_cli.keys import key_of
 from sleb_cli.plan import CalibrationRecord, MetricRecord, Plan, SampleGeneration, SearchRecord
 from sleb_cli.records import THIS_VERSION, differences
-from sleb_cli.requests import DEMO
+from sleb_cli.requests import DEMO, journal_of
 from sleb_cli.texts.named import is_reference
 from sleb_plugins import LogitMetric, ModelMetric, PlanError
 
@@ -37,8 +39,9 @@ NEW_TOKENS = 2
 
 @dataclass(frozen=True)
 class SearchInputs:
-    """The model and the text of a search, and who runs it and hears of it."""
+    """The model and the text of a search, when it began, and who runs it and hears of it."""
 
+    started: float
     tokenizer: Any
     model: SkippableModel
     calibration: Calibration
@@ -48,7 +51,8 @@ class SearchInputs:
 
 def load_inputs(search: Search, group: ProcessGroup, notify: Notify) -> SearchInputs:
     """Load the tokenizer, the text and the model."""
-    tokenizer = load_tokenizer(search.model.architecture.source)
+    started = time.monotonic()
+    tokenizer = load_tokenizer(search.architecture.source)
     # Loaded at first use, so that a missing text is reported before gigabytes are read.
     model = cache(partial(_open_model, search, group, notify))
     calibration = group.from_main(
@@ -56,31 +60,31 @@ def load_inputs(search: Search, group: ProcessGroup, notify: Notify) -> SearchIn
     )
     if search.extended:
         _require_continuation(search, search.extended, calibration)
-    return SearchInputs(tokenizer, model(), calibration, group, notify)
+    return SearchInputs(started, tokenizer, model(), calibration, group, notify)
 
 
 def _open_model(search: Search, group: ProcessGroup, notify: Notify) -> SkippableModel:
-    architecture = search.model.architecture
-    placement = search.model.placement
+    architecture = search.architecture
+    placement = search.placement
     model = open_model(architecture, placement, notify)
     # Where the check would cost a read of the weights, or where rounding may choose other experts,
     # only the proof of `apply` tells.
     may_round = placement.dtype.itemsize < 4 and "expert" in str(architecture.text_config)
     if group.is_main and model.weights.resident and not placement.device_map and not may_round:
-        _warn_without_kv_cache(model, search.model, notify)
+        _warn_without_kv_cache(model, search, notify)
     return model
 
 
-def _warn_without_kv_cache(model: SkippableModel, searched: SearchedModel, notify: Notify) -> None:
+def _warn_without_kv_cache(model: SkippableModel, search: Search, notify: Notify) -> None:
     """Warn now of a model that the proof of `apply` would refuse."""
-    architecture = searched.architecture
+    architecture = search.architecture
     length = PROMPT_TOKENS
     if architecture.longest_sequence:
         length = min(length, max(1, architecture.longest_sequence - NEW_TOKENS))
     # The first tokens are special in many families.
     vocabulary = architecture.text_config.vocab_size
     ids = (vocabulary // 2 + torch.arange(length, device=model.device)[None]) % vocabulary
-    _, fault = check_decoding(model.model, ids, NEW_TOKENS, searched.placement.dtype)
+    _, fault = check_decoding(model.model, ids, NEW_TOKENS, search.placement.dtype)
     if not fault:
         return
     with model:
@@ -99,8 +103,8 @@ def _require_continuation(search: Search, plan: Plan, calibration: Calibration) 
     assert isinstance(method, Method)
     current: dict[str, Any] = {}
     for name in ("metric", "strategy", "protect_first", "protect_last", "fast", "holdout"):
-        current[name] = search.recording.options.get(name)
-    current["dtype"] = dtype_name(search.model.placement.dtype)
+        current[name] = search.options.get(name)
+    current["dtype"] = dtype_name(search.placement.dtype)
     current["protect"] = method.removable.protection.blocks
     expected = {name: getattr(plan.search, name) for name in current}
     current["implementation"] = _comparable(method.implementation)
@@ -127,12 +131,28 @@ def _comparable(implementation: MetricRecord | None) -> dict[str, Any] | None:
     return implementation.model_dump()
 
 
+def prepare_search(
+    search: Search, inputs: SearchInputs, calibration: Calibration, min_batches: int = 1
+) -> tuple[Passes, str | None]:
+    """Prepare passes over these sequences; also return why candidates share no walk, if so."""
+    return prepare_passes(
+        inputs.model,
+        calibration.sequences,
+        inputs.notify,
+        loss_mask=calibration.loss_mask,
+        memory=partial(available_memory, group=inputs.group, limit=search.memory),
+        batch_size=search.batch_size,
+        min_batches=min_batches,
+        walks_together=True,
+    )
+
+
 def search_record(search: Search, passes: Passes, held_out: int, **fields: Any) -> SearchRecord:
     """Record how a search runs; `held_out` counts sequences, and `fields` differ between blocks and
     experts.
     """
     method = search.method
-    placement = search.model.placement
+    placement = search.placement
     return SearchRecord(
         strategy=method.strategy.name,
         metric=method.metric.name,
@@ -150,12 +170,12 @@ def _repeating_options(
     search: Search, record: SearchRecord, text: CalibrationRecord
 ) -> dict[str, Any]:
     # Options that the machine chose are named, too: they decide the last digits.
-    model = search.model.architecture.record
+    model = search.architecture.record
     decided = {
         "model": model.id,
         "revision": None if model.id == DEMO else model.revision,
         "calibration": text.source,
-        "sample_tokens": search.recording.sample_tokens,
+        "sample_tokens": search.sample_tokens,
         "dtype": record.dtype,
         "device": record.device,
         "batch_size": record.batch_size,
@@ -163,7 +183,7 @@ def _repeating_options(
     if not is_reference(text.source):  # their samples are rows of text, not sequences
         decided["samples"] = text.sequences
         decided["sequence_length"] = text.sequence_length
-    options = {**search.recording.options, **decided}
+    options = {**search.options, **decided}
     return {name: options[name] for name in sorted(options) if options[name] is not None}
 
 
@@ -171,7 +191,7 @@ def open_search_journal(
     search: Search, inputs: SearchInputs, record: SearchRecord
 ) -> AbstractContextManager[Journal]:
     """Open the journal of this search, identified by everything that its measurements depend on."""
-    architecture = search.model.architecture
+    architecture = search.architecture
     # Measurements do not depend on the number of removals, so a search for more blocks continues
     # with this journal.
     key = key_of(
@@ -182,29 +202,26 @@ def open_search_journal(
         search=record.model_dump(mode="json", exclude={"remove", "target", "dtype", "device"}),
     )
     return open_journal(
-        search.recording.journal,
+        journal_of(search.plan_file),
         key,
         inputs.notify,
-        resume=search.recording.resume,
+        resume=search.resume,
         group=inputs.group,
         whole_models=isinstance(search.method.metric, LogitMetric | ModelMetric),
         require_valid=architecture.source.watch.require_unchanged,
     )
 
 
-def make_plan(
-    search: Search, inputs: SearchInputs, started: float, record: SearchRecord, **findings: Any
-) -> Plan:
-    """Make the plan of a search that began at `started`."""
+def make_plan(search: Search, inputs: SearchInputs, record: SearchRecord, **findings: Any) -> Plan:
+    """Make the plan of a search."""
     text = inputs.calibration.record
-    seconds = time.monotonic() - started
-    plugins = dict(search.recording.plugins)
+    seconds = time.monotonic() - inputs.started
     return Plan(
         **THIS_VERSION,
         request=_repeating_options(search, record, text),
-        model=search.model.architecture.record,
+        model=search.architecture.record,
         calibration=text,
-        environment=environment_record(plugins, search.model.placement.device, seconds),
+        environment=environment_record(dict(search.plugins), search.placement.device, seconds),
         search=record,
         **findings,
     )
@@ -217,7 +234,7 @@ def write_sample(
     absent: AbstractContextManager[object] | None = None,
 ) -> SampleGeneration | None:
     """Let the dense and the pruned model write a few words, if the search is to record any."""
-    tokens = search.recording.sample_tokens
+    tokens = search.sample_tokens
     if not tokens:
         return None
     return inputs.group.from_main(
@@ -226,7 +243,7 @@ def write_sample(
             inputs.tokenizer,
             removals,
             tokens,
-            search.model.architecture.longest_sequence,
+            search.architecture.longest_sequence,
             inputs.notify,
             absent,
         )

@@ -5,15 +5,12 @@ plan.
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from statistics import fmean
 
 from sleb_cli.checks.strategies import GREEDY
-from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.passes import Passes
-from sleb_cli.engine.forward.prepare import prepare_passes
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.bad_sequences import bad_sequences_error, find_bad_sequences
 from sleb_cli.engine.search.choices import Choice, NoBlockLeft, NoFiniteScore
@@ -24,6 +21,7 @@ from sleb_cli.engine.search.inputs import (
     load_inputs,
     make_plan,
     open_search_journal,
+    prepare_search,
     search_record,
     write_sample,
 )
@@ -55,30 +53,21 @@ def find_removals(search: Search, group: ProcessGroup, notify: Notify) -> Plan:
 
     A journal next to the plan's file keeps measurements; delete it once the plan is written.
     """
-    started = time.monotonic()
     inputs = load_inputs(search, group, notify)
     if isinstance(search.method, ExpertMethod):
-        return search_experts(search, search.method, inputs, started)
-    return _search_blocks(search, search.method, inputs, started)
+        return search_experts(search, search.method, inputs)
+    return _search_blocks(search, search.method, inputs)
 
 
-def _search_blocks(search: Search, method: Method, inputs: SearchInputs, started: float) -> Plan:
+def _search_blocks(search: Search, method: Method, inputs: SearchInputs) -> Plan:
     model = inputs.model
-    source = search.model.architecture.source
+    source = search.architecture.source
     searched, reserved = hold_out(inputs.calibration.to(model.device), method.holdout)
     if method.fast:
         searched = searched.shuffled()
     with source.watch.unchanged(), model, task(inputs.notify, "Checking the engine"):
-        passes, reason = prepare_passes(
-            model,
-            searched.sequences,
-            inputs.notify,
-            loss_mask=searched.loss_mask,
-            memory=partial(available_memory, group=inputs.group, limit=search.model.memory),
-            batch_size=search.model.batch_size,
-            min_batches=LOOKS if method.fast else 1,
-            walks_together=True,
-        )
+        min_batches = LOOKS if method.fast else 1
+        passes, reason = prepare_search(search, inputs, searched, min_batches)
     held_out = None
     if reserved is not None:
         held_out = passes.over(reserved.sequences, reserved.loss_mask)
@@ -96,7 +85,6 @@ def _search_blocks(search: Search, method: Method, inputs: SearchInputs, started
     return make_plan(
         search,
         inputs,
-        started,
         record.model_copy(update={"remove": len(trace.removals), "target": target}),
         dense=dense,
         removals=trace.removals,
@@ -248,8 +236,8 @@ def _scoring(
         if bad:
             journal.forget()
             raise bad_sequences_error(
-                search.model.architecture.source.id,
-                search.model.placement.dtype,
+                search.architecture.source.id,
+                search.placement.dtype,
                 inputs.calibration,
                 inputs.tokenizer,
                 bad,

@@ -14,23 +14,7 @@ from sleb_cli.engine.search.targets import Target
 from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.engine.text.settings import CalibrationSettings
 from sleb_cli.plan import MetricRecord, Plan, TargetRecord
-from sleb_cli.requests import journal_of
 from sleb_plugins import ExpertMetric, Metric
-
-
-@dataclass(frozen=True)
-class SearchedModel:
-    """The model, and how it runs.
-
-    Attributes:
-        memory: bytes for the search in addition to the model; None for a share of the free ones.
-        batch_size: sequences in a batch; None chooses by the device.
-    """
-
-    architecture: Architecture
-    placement: Placement
-    memory: int | None
-    batch_size: int | None
 
 
 @dataclass(frozen=True)
@@ -75,35 +59,27 @@ class ExpertMethod:
 
 
 @dataclass(frozen=True)
-class Recording:
-    """The files of a search, and the options and versions recorded in them.
+class Search:
+    """A search after every check that needs no weights.
 
     Attributes:
+        memory: bytes for the search in addition to the model; None for a share of the free ones.
+        batch_size: sequences in a batch; None chooses by the device.
+        extended: the plan that it continues, if any.
         options: the options that repeat the search, by field, where they have a value.
         plugins: the versions of other packages that offer plugins.
         sample_tokens: how many tokens both models generate at the end.
     """
 
+    architecture: Architecture
+    placement: Placement
+    memory: int | None
+    batch_size: int | None
+    text: CalibrationSettings
+    method: Method | ExpertMethod
+    extended: Plan | None
     plan_file: Path
     resume: bool
     options: Mapping[str, Any]
     plugins: Mapping[str, str]
     sample_tokens: int
-
-    @property
-    def journal(self) -> Path:
-        """The file beside the plan's that keeps every score until the plan is written."""
-        return journal_of(self.plan_file)
-
-
-@dataclass(frozen=True)
-class Search:
-    """A search after every check that needs no weights; `extended` is the plan that it continues,
-    if any.
-    """
-
-    model: SearchedModel
-    text: CalibrationSettings
-    method: Method | ExpertMethod
-    extended: Plan | None
-    recording: Recording
