@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import dtype_name, hint_for_nonfinite
 from sleb_cli.engine.forward.passes import Passes, Span
-from sleb_cli.engine.text.calibration import Calibration
+from sleb_cli.engine.search.inputs import SearchInputs
+from sleb_cli.engine.search.journal import Journal
+from sleb_cli.engine.search.settings import Search
 from sleb_plugins import ModelError
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
@@ -20,8 +21,36 @@ QUOTED_TOKENS = 16
 QUOTED_CHARACTERS = 40
 
 
+def require_sound(search: Search, inputs: SearchInputs, passes: Passes, journal: Journal) -> None:
+    """Check that the dense model computes finite numbers; otherwise forget what was measured.
+
+    Raises:
+        ModelError: it does not. The error names the first such sequence, and where that begins.
+    """
+    calibration = inputs.calibration
+    whole = calibration.to(inputs.model.device)
+    bad = inputs.group.from_main(
+        lambda: _find_bad_sequences(passes.over(whole.sequences, whole.loss_mask))
+    )
+    if not bad:
+        return
+    journal.forget()
+    row, where = bad[0]
+    count = len(calibration.sequences)
+    dtype = search.placement.dtype
+    text = inputs.tokenizer.decode(calibration.sequences[row, :QUOTED_TOKENS].tolist())
+    message = (
+        f"{search.architecture.source.id} computes NaN or infinity in {dtype_name(dtype)}, before "
+        f"any removal: in {where}, on calibration sequence {row + 1} of {count}, which is from "
+        f"{calibration.origins[row]} and begins {text[:QUOTED_CHARACTERS]!r}."
+    )
+    if len(bad) > 1:
+        message += f" {len(bad) - 1} more of the {count} sequences are like this."
+    raise ModelError(message, hint=hint_for_nonfinite(dtype))
+
+
 @torch.inference_mode()
-def find_bad_sequences(passes: Passes) -> list[tuple[int, str]]:
+def _find_bad_sequences(passes: Passes) -> list[tuple[int, str]]:
     """Return the rows whose hidden states or loss are not finite in the dense model, and where that
     begins.
     """
@@ -57,26 +86,3 @@ def _first_nonfinite(finite: Mapping[Span, Sequence[float]], row: int) -> str | 
         if sides[row] == 1:
             return f"block {block}"
     return None
-
-
-def bad_sequences_error(
-    model: str,
-    dtype: torch.dtype,
-    calibration: Calibration,
-    tokenizer: Any,
-    bad: Sequence[tuple[int, str]],
-) -> ModelError:
-    """Name the first of the sequences on which the model computes NaN or infinity, and where, in an
-    error.
-    """
-    row, where = bad[0]
-    count = len(calibration.sequences)
-    text = tokenizer.decode(calibration.sequences[row, :QUOTED_TOKENS].tolist())
-    message = (
-        f"{model} computes NaN or infinity in {dtype_name(dtype)}, before any removal: in {where}, "
-        f"on calibration sequence {row + 1} of {count}, which is from {calibration.origins[row]} "
-        f"and begins {text[:QUOTED_CHARACTERS]!r}."
-    )
-    if len(bad) > 1:
-        message += f" {len(bad) - 1} more of the {count} sequences are like this."
-    return ModelError(message, hint=hint_for_nonfinite(dtype))

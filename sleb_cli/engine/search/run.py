@@ -12,7 +12,7 @@ from statistics import fmean
 from sleb_cli.checks.strategies import GREEDY
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.search.bad_sequences import bad_sequences_error, find_bad_sequences
+from sleb_cli.engine.search.bad_sequences import require_sound
 from sleb_cli.engine.search.choices import Choice, NoBlockLeft, NoFiniteScore
 from sleb_cli.engine.search.experts import search_experts
 from sleb_cli.engine.search.held_out import hold_out, overfitting_note
@@ -25,7 +25,6 @@ from sleb_cli.engine.search.inputs import (
     search_record,
     write_sample,
 )
-from sleb_cli.engine.search.journal import Journal
 from sleb_cli.engine.search.losses import measure_dense, measure_held_out, perplexity
 from sleb_cli.engine.search.race import LOOKS
 from sleb_cli.engine.search.scoring import Scoring, engine_of
@@ -73,7 +72,16 @@ def _search_blocks(search: Search, method: Method, inputs: SearchInputs) -> Plan
         held_out = passes.over(reserved.sequences, reserved.loss_mask)
     record = _record(search, method, passes, held_out, reason)
     with open_search_journal(search, inputs, record) as journal, source.watch.unchanged(), model:
-        scoring = _scoring(search, method, inputs, passes, held_out, journal)
+        scoring = Scoring(
+            method.metric,
+            passes,
+            journal,
+            inputs.tokenizer,
+            inputs.notify,
+            fast=method.fast,
+            held_out=held_out,
+            require_sound=cache(partial(require_sound, search, inputs, passes, journal)),
+        )
         extended = search.extended
         dense = extended.dense if extended else measure_dense(scoring, source.id)
         trace = _search_to_target(method, extended, dense, scoring)
@@ -217,42 +225,6 @@ def _blame_plugin_metric(method: Method, scoring: Scoring, error: NoFiniteScore)
             "without it computes finite numbers.",
             hint=REPORT,
         ) from error
-
-
-def _scoring(
-    search: Search,
-    method: Method,
-    inputs: SearchInputs,
-    passes: Passes,
-    held_out: Passes | None,
-    journal: Journal,
-) -> Scoring:
-    @cache
-    def require_sound() -> None:
-        whole = inputs.calibration.to(inputs.model.device)
-        bad = inputs.group.from_main(
-            lambda: find_bad_sequences(passes.over(whole.sequences, whole.loss_mask))
-        )
-        if bad:
-            journal.forget()
-            raise bad_sequences_error(
-                search.architecture.source.id,
-                search.placement.dtype,
-                inputs.calibration,
-                inputs.tokenizer,
-                bad,
-            )
-
-    return Scoring(
-        method.metric,
-        passes,
-        journal,
-        inputs.tokenizer,
-        inputs.notify,
-        fast=method.fast,
-        held_out=held_out,
-        require_sound=require_sound,
-    )
 
 
 def _step(choice: Choice, before: tuple[int, ...], method: Method, scoring: Scoring) -> Step:
