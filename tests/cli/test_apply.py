@@ -115,7 +115,7 @@ def test_links_out_of_the_folder_are_not_followed(apply, model, tmp_path):
 def test_without_room_nothing_is_written(apply, tiny_llama, tmp_path, monkeypatch):
     half = (tiny_llama / "model.safetensors").stat().st_size // 2
     monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: SimpleNamespace(free=half))
-    monkeypatch.setattr(shards, "_write_shard", None)
+    monkeypatch.setattr(shards, "_write_tensors", None)
     told = apply(tiny_llama, "--blocks 1", code=8).stderr
     assert re.search(r"\S+ kB must be written, but the disk of /\S+ has only \S+ kB free", told)
     assert os.listdir(tmp_path) == []

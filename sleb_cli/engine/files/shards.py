@@ -157,7 +157,13 @@ def write_weights(folder: Path, shards: Mapping[str, Shard], notify: Notify) -> 
     total = sum(shard.size for shard in shards.values())
     with task(notify, "Writing weights", total, "B") as advance:
         for name, shard in shards.items():
-            _write_shard(folder / name, shard, advance)
+            # Widest elements first, as safetensors writes them, so each tensor is aligned to its
+            # elements.
+            tensors = sorted(shard.tensors, key=_element_bytes, reverse=True)
+            with (folder / name).open("xb") as target:
+                target.write(_header(tensors, shard.metadata))
+                for source, group in groupby(tensors, key=lambda tensor: tensor.stored.path):
+                    _write_tensors(source, list(group), target, advance)
         if len(shards) > 1:
             (folder / INDEX).write_text(index_of(shards), encoding="utf-8", newline="\n")
 
@@ -172,15 +178,6 @@ def index_of(shards: Mapping[str, Shard]) -> str:
     return to_json(
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     )
-
-
-def _write_shard(path: Path, shard: Shard, report: ReportBytes) -> None:
-    # Widest elements first, as safetensors writes them, so each tensor is aligned to its elements.
-    tensors = sorted(shard.tensors, key=_element_bytes, reverse=True)
-    with path.open("xb") as target:
-        target.write(_header(tensors, shard.metadata))
-        for source, group in groupby(tensors, key=lambda tensor: tensor.stored.path):
-            _write_tensors(source, list(group), target, report)
 
 
 def _element_bytes(tensor: NewTensor) -> int:

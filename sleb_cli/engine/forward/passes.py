@@ -353,27 +353,19 @@ class Passes:
         """Run micro-batches through the model as it stands; return the scores of each."""
         spans = [start() for _ in micro_batches]
         if self.forks:
-            self._walk_through_spans(micro_batches, removed, spans)
+            store = self.store
+            if self.skippable.weights.resident:
+                store = partial(Tensor.to, device=self.skippable.device)
+            shared = SharedInputs(self.skippable, self.store)
+            walks = []
+            for micro, of_micro in zip(micro_batches, spans, strict=True):
+                calls = shared.calls(micro.ids)[: of_micro.candidates[-1] + 1]
+                walks.append(_SpansWalk(self.skippable, calls, removed, of_micro, store))
+            walk_together(self.skippable, walks)
         else:
             for micro, of_micro in zip(micro_batches, spans, strict=True):
                 self.skippable.run_with_hook(micro.ids, removed, of_micro.add)
         return [of_micro.found for of_micro in spans]
-
-    def _walk_through_spans(
-        self,
-        micro_batches: Sequence[_MicroBatch],
-        removed: Sequence[int],
-        spans: Sequence[_SpanScores],
-    ) -> None:
-        store = self.store
-        if self.skippable.weights.resident:
-            store = partial(Tensor.to, device=self.skippable.device)
-        shared = SharedInputs(self.skippable, self.store)
-        walks = []
-        for micro, of_micro in zip(micro_batches, spans, strict=True):
-            calls = shared.calls(micro.ids)[: of_micro.candidates[-1] + 1]
-            walks.append(_SpansWalk(self.skippable, calls, removed, of_micro, store))
-        walk_together(self.skippable, walks)
 
     def _smaller_pieces(self) -> SmallerPieces[MemoryBudget]:
         return SmallerPieces(self.budget, MemoryBudget.halved, self._shrink)

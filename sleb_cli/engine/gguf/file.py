@@ -279,28 +279,24 @@ def _read_entries(cursor: _Cursor, count: int) -> tuple[Entry, ...]:
 def _read_tensors(cursor: _Cursor, count: int) -> tuple[GgufTensor, ...]:
     tensors: dict[str, GgufTensor] = {}
     for _ in range(count):
-        tensor = _read_tensor(cursor)
-        cursor.require(tensor.name not in tensors)
-        tensors[tensor.name] = tensor
+        name = cursor.name()
+        rank = cursor.number("I")
+        shape = tuple(cursor.number("Q") for _ in range(rank))
+        type_ = cursor.number("I")
+        offset = cursor.number("Q")
+        if type_ not in GGML_QUANT_SIZES:
+            raise ModelError(
+                f"The tensor {name:.60} in {cursor.path} has type {type_}, which the installed "
+                "gguf package does not support.",
+                hint="Upgrade with `pip install --upgrade gguf`. If that does not help, the file "
+                "is damaged.",
+            )
+        packed, packed_bytes = GGML_QUANT_SIZES[type_]
+        cursor.require(not shape or shape[0] % packed == 0)
+        cursor.require(name not in tensors)
+        size = math.prod(shape) * packed_bytes // packed
+        tensors[name] = GgufTensor(name, shape, type_, offset, size)
     return tuple(tensors.values())
-
-
-def _read_tensor(cursor: _Cursor) -> GgufTensor:
-    name = cursor.name()
-    rank = cursor.number("I")
-    shape = tuple(cursor.number("Q") for _ in range(rank))
-    type_ = cursor.number("I")
-    offset = cursor.number("Q")
-    if type_ not in GGML_QUANT_SIZES:
-        raise ModelError(
-            f"The tensor {name:.60} in {cursor.path} has type {type_}, which the installed gguf "
-            f"package does not support.",
-            hint="Upgrade with `pip install --upgrade gguf`. If that does not help, the file is "
-            "damaged.",
-        )
-    packed, packed_bytes = GGML_QUANT_SIZES[type_]
-    cursor.require(not shape or shape[0] % packed == 0)
-    return GgufTensor(name, shape, type_, offset, math.prod(shape) * packed_bytes // packed)
 
 
 def write_gguf(file: GgufFile, output: Path, report: ReportBytes) -> None:

@@ -346,7 +346,9 @@ def _read_structure(architecture: Architecture) -> FamilyAdapter:
     count = getattr(text, "num_hidden_layers", None)
     paths = {}
     for path, module in architecture.skeleton.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and _can_run(module):
+        if not isinstance(module, nn.ModuleList) or len(module) != count:
+            continue
+        if all(type(block).forward is not nn.Module.forward for block in module):
             paths[module] = path
     if not paths:
         number = "" if count is None else f"{count} "
@@ -364,10 +366,6 @@ def _read_structure(architecture: Architecture) -> FamilyAdapter:
         blocks_path=paths[max(candidates, key=_parameter_count)],
         count_key=type(text).attribute_map.get("num_hidden_layers", "num_hidden_layers"),
     )
-
-
-def _can_run(blocks: nn.ModuleList) -> bool:
-    return all(type(block).forward is not nn.Module.forward for block in blocks)
 
 
 def _parameter_count(module: nn.Module) -> int:

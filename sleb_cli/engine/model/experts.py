@@ -7,13 +7,12 @@ and tensors that shrink with their number are theirs.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from torch import Tensor, nn
 
-from sleb_cli.engine.files.slices import Slices
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.expert_settings import ACTIVE, Key, build_with_setting, integer_settings
 from sleb_cli.engine.transformers_internals import revert_weight_conversion
@@ -34,10 +33,6 @@ class Part:
 
     axis: int
     units: int
-
-    def slices_of(self, experts: Sequence[int], count: int) -> Slices:
-        """Return the slices of these experts, of `count`."""
-        return Slices(self.axis, self.units, (*experts, *range(count, self.units)))
 
 
 Parts = dict[str, Part]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ _NOT_DOWNLOADED = [
 def download(model: str, revision: str | None, notify: Notify) -> Path:
     """Download a model with its safetensors, or with its pickles if it has none."""
     quiet_libraries()
-    with _translate_hub_errors(model, revision):
+    try:
         validate_repo_id(model)  # before anything is asked of the network
         with task(notify, f"Looking for {model} on the Hub") as advance:
             options: dict[str, Any] = {"revision": revision, "tqdm_class": _silent_bar(advance)}
@@ -58,12 +57,6 @@ def download(model: str, revision: str | None, notify: Notify) -> Path:
                 find_weights(folder)
                 return folder
             return Path(snapshot_download(model, ignore_patterns=_NOT_DOWNLOADED, **options))
-
-
-@contextmanager
-def _translate_hub_errors(model: str, revision: str | None) -> Iterator[None]:
-    try:
-        yield
     except GatedRepoError as error:
         raise ModelError(
             f"{model} is gated: its owner grants access on request.",

@@ -128,13 +128,23 @@ def locate_model(
     """
     name, folder, revision = _find_folder(model, revision, notify)
     source = ModelSource(name, folder, revision, trust_remote_code)
-    _require_own_files(source.folder)
-    _require_whole_model(source)
+    _require_own_files(folder)
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file() and not (folder / "config.json").is_file():
+        base = read_json(adapter).get("base_model_name_or_path")
+        raise ModelError(
+            f"{name} is a PEFT adapter{f' for {base}' if base else ''}, not a whole model.",
+            hint="Merge it first: load both with peft, call merge_and_unload(), save the result, "
+            "and name its folder.",
+        )
     if trust_remote_code:
         source.require_own_code()
     # Read both now, to report missing files before any long work.
     _ = source.raw_config, source.weights
-    _report_pickles(source, notify)
+    if pickles := [path for path in source.weights.paths if path.suffix != ".safetensors"]:
+        others = f" and {len(pickles) - 1} more" if len(pickles) > 1 else ""
+        stored = f"{name} is stored as pickles ({pickles[0].relative_to(folder)}{others})"
+        notify(Notice(f"{stored}; sleb reads only tensors from them, and runs no code in them."))
     return source
 
 
@@ -168,15 +178,6 @@ def _find_folder(model: str, revision: str | None, notify: Notify) -> tuple[str,
     return model, folder, folder.name
 
 
-def _report_pickles(source: ModelSource, notify: Notify) -> None:
-    if pickles := [path for path in source.weights.paths if path.suffix != ".safetensors"]:
-        others = f" and {len(pickles) - 1} more" if len(pickles) > 1 else ""
-        stored = (
-            f"{source.id} is stored as pickles ({pickles[0].relative_to(source.folder)}{others})"
-        )
-        notify(Notice(f"{stored}; sleb reads only tensors from them, and runs no code in them."))
-
-
 def _require_own_files(folder: Path) -> None:
     """Refuse links out of the model's folder, pipes and devices among the files that are read."""
     # A file elsewhere would become part of a checkpoint that may be published.
@@ -196,14 +197,3 @@ def _require_own_files(folder: Path) -> None:
                 raise ModelError(
                     f"{path} is a pipe or a device, not a file.", hint="Replace it with the file."
                 )
-
-
-def _require_whole_model(source: ModelSource) -> None:
-    adapter = source.folder / "adapter_config.json"
-    if adapter.is_file() and not (source.folder / "config.json").is_file():
-        base = read_json(adapter).get("base_model_name_or_path")
-        raise ModelError(
-            f"{source.id} is a PEFT adapter{f' for {base}' if base else ''}, not a whole model.",
-            hint="Merge it first: load both with peft, call merge_and_unload(), save the result, "
-            "and name its folder.",
-        )

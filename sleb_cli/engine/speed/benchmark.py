@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,7 +84,9 @@ def benchmark(job: Benchmark, notify: Notify, write_files: WriteFiles | None = N
     """Time each workload on the dense model and on each size of the pruned one; an engine reads
     written files.
     """
-    with _torch_threads(job.threads):
+    with ExitStack() as restored:
+        restored.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(job.threads or torch.get_num_threads())
         timings = _time_models(job, notify, write_files)
         free_memory()  # the processes that measure memory need room
         sizes = dict(timings.sizes)
@@ -144,16 +146,6 @@ def _time_models(job: Benchmark, notify: Notify, write_files: WriteFiles | None)
             _time_together(job, load, dense, group, timings, notify)
             free_memory()
     return timings
-
-
-@contextmanager
-def _torch_threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _time_together(

@@ -31,9 +31,6 @@ from sleb_plugins.errors import is_out_of_memory
 
 SAMPLE_SECONDS = 0.002
 
-CutOptions = tuple[SizeKey, Mapping[str, Any]]
-"""The removals and other cuts as `plan_surgery` takes them: another process plans them again."""
-
 
 def measure_alone(
     surgery: Surgery, placement: Placement, workloads: Sequence[Workload], notify: Notify
@@ -96,7 +93,7 @@ def answer() -> None:
 
 def _measure(
     source: ModelSource,
-    cuts: CutOptions,
+    cuts: tuple[SizeKey, Mapping[str, Any]],
     placement: Placement,
     workloads: Sequence[Workload],
     threads: int,

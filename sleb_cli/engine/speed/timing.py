@@ -111,18 +111,12 @@ def _warm_up(rounds: _Rounds, limit: int, *, all_rounds: bool) -> WarmupRecord:
     while len(done) < limit and (all_rounds or not stable):
         done.append(rounds.run())
         if len(done) >= STABLE_RUNS:
-            deviation = _largest_deviation(done[-STABLE_RUNS:])
+            deviation = 0.0  # of the model that varies most
+            for model in done[0]:
+                seconds = [round[model].seconds for round in done[-STABLE_RUNS:]]
+                deviation = max(deviation, relative_deviation(seconds))
             stable = deviation < STABLE_DEVIATION
     return WarmupRecord(runs=len(done), deviation=deviation, stable=None if all_rounds else stable)
-
-
-def _largest_deviation(rounds: Sequence[Round]) -> float:
-    """Return the relative standard deviation of the model that varies most."""
-    largest = 0.0
-    for model in rounds[0]:
-        seconds = [done[model].seconds for done in rounds]
-        largest = max(largest, relative_deviation(seconds))
-    return largest
 
 
 @contextmanager

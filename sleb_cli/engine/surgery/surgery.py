@@ -97,22 +97,17 @@ class Surgery:
     ) -> Iterator[tuple[str, T, tuple[Slices, ...]]]:
         """Drop the tensors that go, rename the others, and add the slices that stay of each."""
         for old_name, value in named:
-            remaining = self._remaining(old_name)
-            if remaining is not None:
-                name, slices = remaining
-                yield name, value, slices
-
-    def _remaining(self, name: str) -> tuple[str, tuple[Slices, ...]] | None:
-        """Return the new name of a tensor, and the slices that stay of it; None if it goes."""
-        slices = []
-        for cut in self.cuts:
-            remaining = cut.tensor(name)
-            if remaining is None:
-                return None
-            name, of_cut = remaining
-            if of_cut:
-                slices.append(of_cut)
-        return name, tuple(slices)
+            name = old_name
+            slices = []
+            for cut in self.cuts:
+                remaining = cut.tensor(name)
+                if remaining is None:  # it goes
+                    break
+                name, of_cut = remaining
+                if of_cut:
+                    slices.append(of_cut)
+            else:
+                yield name, value, tuple(slices)
 
     @contextmanager
     def simulate(self, dense: nn.Module) -> Iterator[None]:

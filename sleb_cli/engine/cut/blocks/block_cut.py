@@ -132,7 +132,10 @@ class BlockCut(Cut):
         for key, after in self._pruned_settings({}).items():
             was = before.get(key)
             is_known = key == self.architecture.adapter.count_key or key in REDUNDANT
-            if not is_known and was != after and not _is_shortened(was, after):
+            is_shortened = False  # at its end
+            if isinstance(was, list | str) and isinstance(after, list | str):
+                is_shortened = was[: len(after)] == after
+            if not is_known and not is_shortened and was != after:
                 wrong.append(key)
         return wrong
 
@@ -183,13 +186,6 @@ class BlockCut(Cut):
             if isinstance(value, int) and value > 1:
                 periods.append(f"{key} = {value}")
         return f" (the config sets it by period: {', '.join(periods)})" if periods else ""
-
-
-def _is_shortened(before: object, after: object) -> bool:
-    """Whether a list or a text only lost its end."""
-    if not isinstance(before, list | str) or not isinstance(after, list | str):
-        return False
-    return before[: len(after)] == after
 
 
 def _rotary_changes(before: Any, after: Any) -> str | None:

@@ -137,7 +137,8 @@ class ExpertCut(ExpertRemoval, Cut):
         kept = self.kept_experts(block)
         experts = find_experts(self.architecture)
         if inner in experts.parts:
-            return name, experts.parts[inner].slices_of(kept, self.count)
+            part = experts.parts[inner]
+            return name, Slices(part.axis, part.units, (*kept, *range(self.count, part.units)))
         numbered = experts.numbered_in(inner)
         if numbered is None:
             return name, None
