@@ -54,6 +54,11 @@ def structure_of(module: nn.Module, without: str | None = None) -> Structure:
     return Structure(parts, attributes)
 
 
+def tensor_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a module's parameters and buffers, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
 def block_changes(before: Structure, after: Structure, old: int, kept: Kept) -> list[str]:
     """Return the differences in block `old` after the removal, one clause each."""
 

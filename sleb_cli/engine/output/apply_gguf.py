@@ -181,8 +181,16 @@ def _prove_with_transformers(
         the proof, or the reason why there is none.
     """
     file = surgery.file
-    if reason := _why_transformers_cannot_read(file, aside):
-        return None, reason
+    if not transformers_knows(file.architecture):
+        what = f"GGUF files of the architecture {file.architecture}"
+        return None, f"transformers does not read {what}"
+    # It unpacks all weights to float32 before casting them, and they are then written twice, dense
+    # and pruned.
+    needed = 8 * file.parameters
+    disk = free_space(aside.parent)
+    lacking = memory_shortage(needed, CPU, whole=True) or shortage(needed, disk, "disk space")
+    if lacking:
+        return None, f"transformers needs {lacking}"
     try:
         architecture = read_architecture(locate_model(str(file.path), notify), registry, notify)
         cuts = [cut.for_model(architecture) for cut in surgery.cuts]
@@ -199,14 +207,3 @@ def _prove_with_transformers(
             convert_tokenizer(aside, folder)
     planned = Planned(plan_tensors(hf_surgery))
     return prove(hf_surgery, folder, planned, place_proof(architecture, None), notify), None
-
-
-def _why_transformers_cannot_read(file: GgufFile, aside: Path) -> str | None:
-    if not transformers_knows(file.architecture):
-        return f"transformers does not read GGUF files of the architecture {file.architecture}"
-    # It unpacks all weights to float32 before casting them, and they are then written twice, dense
-    # and pruned.
-    needed = 8 * file.parameters
-    disk = free_space(aside.parent)
-    lacking = memory_shortage(needed, CPU, whole=True) or shortage(needed, disk, "disk space")
-    return lacking and f"transformers needs {lacking}"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -116,7 +116,10 @@ def _search(subject: Subject) -> str:
 
 def _front_matter(subject: Subject, results: list[HubResult]) -> str:
     source = subject.architecture.source
-    base = _base_front_matter(source.folder)
+    base: dict[str, Any] = {}
+    if holds_file(source.folder, CARD):
+        with suppress(OSError, ValueError, yaml.YAMLError):
+            base = metadata_load(source.folder / CARD) or {}
     tags = ["sleb", "pruned"]
     for tag in _listed(base.get("tags")):
         # Some programs write `base_model:` tags, which name the base of the base, not ours.
@@ -139,15 +142,6 @@ def _front_matter(subject: Subject, results: list[HubResult]) -> str:
         model_name=subject.surgery.name if results else None,
     )
     return f"---\n{data.to_yaml()}\n---\n"
-
-
-def _base_front_matter(folder: Path) -> dict[str, Any]:
-    if not holds_file(folder, CARD):
-        return {}
-    try:
-        return metadata_load(folder / CARD) or {}
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
 
 
 def _word(value: Any) -> str | None:

@@ -147,7 +147,12 @@ def _write(
         parameters = recovered.parameters
         record = recovered.record
     planned = plan_files(surgery, output, new_values)
-    _write_files(aside, planned, notify)
+    write_weights(aside, planned.weights, notify)
+    for name, text in planned.texts.items():
+        (aside / name).write_text(text, encoding="utf-8", newline="\n")
+    for name, file in planned.copies.items():
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(file, aside / name)
     proof = None
     if output.verify:
         placement = output.proof or place_proof(subject.architecture, output.dtype)
@@ -176,15 +181,6 @@ def _write(
         what = "links that lead outside the model's folder"
         notify(Warned(f"Did not copy {what}: {', '.join(planned.outside)}."))
     return result
-
-
-def _write_files(folder: Path, planned: Planned, notify: Notify) -> None:
-    write_weights(folder, planned.weights, notify)
-    for name, text in planned.texts.items():
-        (folder / name).write_text(text, encoding="utf-8", newline="\n")
-    for name, file in planned.copies.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        copy_file(file, folder / name)
 
 
 def plan_files(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.device import dtype_name, free_memory
+from sleb_cli.engine.device import dtype_name, free_memory, hint_for_nonfinite
 from sleb_cli.engine.forward.decoding import CACHE_TOLERANCES, check_decoding, relative_difference
 from sleb_cli.engine.forward.offload import align
 from sleb_cli.engine.forward.placement import blocks_on_disk, open_model
@@ -84,7 +84,12 @@ def prove(
         tokenizer = None
         if has_tokenizer(architecture.source):
             tokenizer = load_tokenizer(architecture.source)
-        _announce(placement, notify)
+        if placement.too_large:
+            reason = f"{placement.too_large}. Names, shapes and bytes are checked, but no logits"
+            notify(Notice(f"The proof is partial: {reason}."))
+        elif placement.stream:
+            how = "leaves the blocks on disk, so it reads all weights about eight times"
+            notify(Notice(f"The proof {how}."))
         checks = check_files(surgery, folder, tokenizer, planned, notify)
         models = _Models(surgery, folder, placement, new_values or {}, reference, tokenizer, notify)
         numbers: dict[str, Any] = {}
@@ -95,7 +100,15 @@ def prove(
             cast = next((tensor.cast for tensor in planned.tensors if tensor.cast), None)
             with task(notify, "Proving the checkpoint"):
                 models, found = _compare(models, cast)
-            numbers = models.record(found)
+            numbers = {
+                "prompt": "random tokens" if tokenizer is None else "text",
+                "prompt_tokens": models.prompt().shape[1],
+                "new_tokens": models.new_tokens,
+                "logits_difference": found.logits_difference,
+                "logits_tolerance": models.allowed,
+                "cache_difference": found.cache_difference,
+                "cache_tolerance": CACHE_TOLERANCES.get(models.placement.dtype, 0.0),
+            }
             checks += ["loads", "same logits"]
             checks += [cut.extra_check for cut in surgery.cuts if cut.extra_check]
             checks.append("generates")
@@ -109,36 +122,20 @@ def prove(
     )
 
 
-def _announce(placement: ProofPlacement, notify: Notify) -> None:
-    if placement.too_large:
-        reason = f"{placement.too_large}. Names, shapes and bytes are checked, but no logits"
-        notify(Notice(f"The proof is partial: {reason}."))
-    elif placement.stream:
-        notify(
-            Notice(
-                "The proof leaves the blocks on disk, so it reads all weights about eight times."
-            )
-        )
-
-
-@dataclass(frozen=True)
-class _Fault:
-    """The check that failed, and a clause that says how."""
-
-    check: Check
-    clause: str
-
-
 @dataclass(frozen=True)
 class _Comparison:
     """What both models have shown in one data type; differences are relative to the largest logit.
 
-    `cache_difference` is None if the checkpoint was not asked to generate, or does not.
+    Attributes:
+        cache_difference: None if the checkpoint was not asked to generate, or does not.
+        failed: the check that failed, if any.
+        fault: a clause that says how.
     """
 
     logits_difference: float
     cache_difference: float | None = None
-    fault: _Fault | None = None
+    failed: Check | None = None
+    fault: str = ""
 
 
 def _compare(models: _Models, cast: torch.dtype | None) -> tuple[_Models, _Comparison]:
@@ -148,19 +145,16 @@ def _compare(models: _Models, cast: torch.dtype | None) -> tuple[_Models, _Compa
         ProofError: they differ in the widest data type.
     """
     found = models.compare()
-    while found.fault:
+    while found.failed:
         wider = place_wider(models.surgery.architecture, models.placement, cast)
         if wider is None:
-            raise models.error(found.fault)
+            raise models.error(found)
         name = dtype_name(wider.dtype)
         if wider.too_large:
             cannot = f"{name}, which would tell rounding from a fault, is out of reach"
-            raise models.error(found.fault, f"{cannot}: {wider.too_large}")
-        models.notify(
-            Notice(
-                f"Maybe by rounding, {found.fault.clause}: {name} decides, in a second comparison."
-            )
-        )
+            raise models.error(found, f"{cannot}: {wider.too_large}")
+        decides = f"{name} decides, in a second comparison"
+        models.notify(Notice(f"Maybe by rounding, {found.fault}: {decides}."))
         models = replace(models, placement=wider)
         found = models.compare()
     return models, found
@@ -213,18 +207,6 @@ class _Models:
         ids = self.surgery.token_ids(self.prompt()[0].tolist())
         return torch.tensor([ids], device=self.placement.device)
 
-    def record(self, found: _Comparison) -> dict[str, Any]:
-        """Return the numbers of a proof that has passed."""
-        return {
-            "prompt": "random tokens" if self.tokenizer is None else "text",
-            "prompt_tokens": self.prompt().shape[1],
-            "new_tokens": self.new_tokens,
-            "logits_difference": found.logits_difference,
-            "logits_tolerance": self.allowed,
-            "cache_difference": found.cache_difference,
-            "cache_tolerance": CACHE_TOLERANCES.get(self.placement.dtype, 0.0),
-        }
-
     def compare(self) -> _Comparison:
         """Run the reference, then the checkpoint, and compare what they compute."""
         with ExitStack() as stack:
@@ -235,17 +217,23 @@ class _Models:
             ids = self.pruned_prompt()
             logits, outputs = self._run(model, lambda: _logits(model, ids), pruned=True)
             difference = relative_difference(logits, expected)
-            fault = self._fault_of_logits(difference)
-            if fault is None:
-                fault = self._fault_of_outputs(outputs, expected_outputs)
-            if fault is not None:
-                return _Comparison(difference, fault=fault)
-            cache_difference, clause = check_decoding(
-                model, ids, self.new_tokens, self.placement.dtype
-            )
+            dtype = self.placement.dtype
+            if not difference <= self.allowed:  # or it is NaN
+                fault = (
+                    f"its logits differ from those of {describe_reference(self.reference)} by "
+                    f"{difference:.2g} of the largest ({dtype_name(dtype)} allows "
+                    f"{self.allowed:.2g})"
+                )
+                return _Comparison(difference, None, "same logits", fault)
+            for name, output in expected_outputs.items():
+                is_run = output.numel() > 0
+                if not is_run or not relative_difference(outputs[name], output) <= self.allowed:
+                    fault = f"{name} that stay make something else than in the dense model"
+                    return _Comparison(difference, None, "every expert", fault)
+            cached, clause = check_decoding(model, ids, self.new_tokens, dtype)
             if clause:
-                fault = _Fault("generates", clause)
-            return _Comparison(difference, cache_difference, fault)
+                return _Comparison(difference, cached, "generates", clause)
+            return _Comparison(difference, cached)
 
     def _run(
         self, model: Any, logits_of: Callable[[], Tensor], *, pruned: bool
@@ -268,43 +256,15 @@ class _Models:
                 dense.model, lambda: dense.logits(ids, self.surgery.removed), pruned=False
             )
         if not bool(logits.isfinite().all()):
-            raise self._overflow()
+            reference = describe_reference(self.reference).capitalize()
+            dtype = self.placement.dtype
+            raise ModelError(
+                f"{reference} computes NaN or infinity in {dtype_name(dtype)}.",
+                hint=hint_for_nonfinite(dtype),
+            )
         if self.surgery.tokens is not None:
             logits = logits[..., list(self.surgery.tokens)]
         return logits, outputs
-
-    def _overflow(self) -> ModelError:
-        dtype = self.placement.dtype
-        hint = "Check the model's weights."
-        if dtype is torch.float16:
-            hint = (
-                "Choose another data type with --dtype: float16 overflows above 65,504; bfloat16 "
-                "and float32 do not."
-            )
-        reference = describe_reference(self.reference).capitalize()
-        return ModelError(
-            f"{reference} computes NaN or infinity in {dtype_name(dtype)}.", hint=hint
-        )
-
-    def _fault_of_logits(self, difference: float) -> _Fault | None:
-        if difference <= self.allowed:  # not if it is NaN
-            return None
-        return _Fault(
-            "same logits",
-            f"its logits differ from those of {describe_reference(self.reference)} by "
-            f"{difference:.2g} of the largest ({dtype_name(self.placement.dtype)} allows "
-            f"{self.allowed:.2g})",
-        )
-
-    def _fault_of_outputs(
-        self, outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-    ) -> _Fault | None:
-        for name, output in expected.items():
-            is_same = output.numel() and relative_difference(outputs[name], output) <= self.allowed
-            if not is_same:
-                clause = f"{name} that stay make something else than in the dense model"
-                return _Fault("every expert", clause)
-        return None
 
     @contextmanager
     def _opened_reference(self) -> Iterator[SkippableModel]:
@@ -353,16 +313,16 @@ class _Models:
         block = self.surgery.architecture.block_names(kept).block_of(name) or 0
         return bool(PREDICTION.search(name)) or block >= kept.count
 
-    def error(self, fault: _Fault, besides: str = "") -> ProofError:
+    def error(self, found: _Comparison, besides: str = "") -> ProofError:
         """Return the error of a fault that decides, with where the models begin to differ.
 
         Raises:
             ModelError: the dense model does not generate either, so the checkpoint is not to blame.
         """
-        clauses = [fault.clause]
-        if fault.check == "same logits":
+        clauses = [found.fault]
+        if found.failed == "same logits":
             clauses.append(self._first_difference())
-        if fault.check == "generates":
+        if found.failed == "generates":
             self._require_dense_decoding()
         if besides:
             clauses.append(besides)

@@ -91,17 +91,13 @@ def load_with_engine(
             dtype = settings.dtype
             stored = sum(tensor.size for tensor in find_weights(files).stored)
         else:
-            dtype, stored = _gguf_dtype_and_bytes(files)
+            by_type: Counter[str] = Counter()
+            for tensor in read_gguf(files).tensors:
+                by_type[gguf.GGMLQuantizationType(tensor.type).name] += tensor.size
+            dtype = by_type.most_common(1)[0][0]  # of most bytes, such as "Q4_1"
+            stored = by_type.total()
         size = _size(surgery, stored, seconds)
         yield TimedModel(model, size, dtype, model.device, lambda workload: nullcontext(model))
-
-
-def _gguf_dtype_and_bytes(file: Path) -> tuple[str, int]:
-    """Return the data type with most bytes, such as "Q4_1", and the bytes of all tensors."""
-    by_type: Counter[str] = Counter()
-    for tensor in read_gguf(file).tensors:
-        by_type[gguf.GGMLQuantizationType(tensor.type).name] += tensor.size
-    return by_type.most_common(1)[0][0], by_type.total()
 
 
 def _size(surgery: Surgery, stored: int, load_seconds: float | None = None) -> ModelSize:

@@ -19,6 +19,7 @@ from sleb_cli.engine.model.expert_settings import (
     integer_settings,
     with_setting,
 )
+from sleb_cli.engine.model.structure import tensor_shapes
 from sleb_cli.results import PerTokenRecord
 from sleb_cli.units import plural
 from sleb_plugins import UnsupportedModelError, UsageError
@@ -112,7 +113,7 @@ def plan_active(architecture: Architecture, after: int) -> ActiveCut:
     if after >= before:
         raise _none_to_spare(architecture.source.id, before, after)
     fewer = build_with_setting(architecture, key, after)
-    if _shapes(architecture.skeleton) != _shapes(fewer):
+    if tensor_shapes(architecture.skeleton) != tensor_shapes(fewer):
         raise UnsupportedModelError(
             f"{architecture.source.id} has weights whose shapes follow from how many experts a "
             f"token uses.",
@@ -125,10 +126,6 @@ def plan_active(architecture: Architecture, after: int) -> ActiveCut:
             if type(value) is int and before_there.get(name) != value:
                 copies[path, name] = value
     return ActiveCut(before, after, architecture, key, copies)
-
-
-def _shapes(model: Any) -> list[tuple[str, Any]]:
-    return [(name, tensor.shape) for name, tensor in model.state_dict().items()]
 
 
 def plan_gguf_active(file: GgufFile, after: int) -> GgufActiveCut:

@@ -201,23 +201,13 @@ def _run_and_report(
     tokens for each expert.
     """
     output = forward(*args, **kwargs)
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    routing = _routing(forward, count, tensors, output)
+    hidden, *others = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    routing = _routing_of_tokens(forward, hidden, others)
+    if routing is None and count is not None and not others:
+        routing = _routing_of_all(forward, hidden, count, output)
     if routing is not None:
         listen(routing)
     return output
-
-
-def _routing(
-    forward: Forward, count: int | None, tensors: Sequence[Tensor], output: Any
-) -> Routing | None:
-    hidden, others = tensors[0], tensors[1:]
-    routing = _routing_of_tokens(forward, hidden, others)
-    if routing is not None or count is None or others or hidden.ndim != 2:
-        return routing
-    if output.shape != hidden.shape:
-        return None
-    return _routing_of_all(forward, hidden, count)
 
 
 def _routing_of_tokens(
@@ -252,11 +242,13 @@ def _run_chosen(forward: Forward, gates: Tensor, states: Tensor, chosen: Tensor)
     return outputs
 
 
-def _routing_of_all(forward: Forward, hidden: Tensor, count: int) -> Routing:
+def _routing_of_all(forward: Forward, hidden: Tensor, count: int, output: Any) -> Routing | None:
     """Read a call that is given all tokens for one expert after the other.
 
     They are scaled by gates, which are 0 for an expert that is not chosen.
     """
+    if hidden.ndim != 2 or output.shape != hidden.shape:
+        return None
     by_expert = hidden.view(count, -1, hidden.shape[-1])
     used = (by_expert != 0).any(-1)  # [experts, tokens]
     numbers, tokens = used.nonzero(as_tuple=True)

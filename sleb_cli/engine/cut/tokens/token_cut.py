@@ -29,6 +29,7 @@ from sleb_cli.engine.files.config_files import CONFIG, SETTINGS, read_json
 from sleb_cli.engine.files.copying import holds_file
 from sleb_cli.engine.files.slices import Slices
 from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.model.structure import tensor_shapes
 from sleb_cli.engine.transformers_internals import revert_weight_conversion
 from sleb_cli.events import Notice, Notify
 from sleb_cli.records import Check
@@ -159,8 +160,8 @@ def token_tables(architecture: Architecture, vocabulary: Vocabulary) -> frozense
     skeleton = cast(Any, architecture.skeleton)
     cut = TokenCut(vocabulary, architecture.text_key)
     config = architecture.read_config(cut.settings(CONFIG, architecture.source.raw_config))
-    shapes = _shapes(skeleton)
-    new_shapes = _shapes(architecture.build(config))
+    shapes = tensor_shapes(skeleton)
+    new_shapes = tensor_shapes(architecture.build(config))
     expected = {}
     for path, module in skeleton.named_modules():
         if module in (skeleton.get_input_embeddings(), skeleton.get_output_embeddings()):
@@ -190,10 +191,6 @@ def _require_known_tables(architecture: Architecture, vocabulary: Vocabulary) ->
                 raise cannot_cut_tokens(
                     architecture, f"it may have further tables by token ({key} {value})"
                 )
-
-
-def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _tables_in_files(
