@@ -124,7 +124,7 @@ def ran(skippable, monkeypatch):
 def walk(skippable, ids, removed, candidates, states=None, **options):
     """Walk through all blocks; return the walk."""
     calls = skippable.calls(ids)
-    found = Walk(skippable, calls, states or States(), removed, candidates, **options)
+    found = Walk(skippable, calls, removed, states or States(), candidates, **options)
     walk_together(skippable, [found])
     return found
 

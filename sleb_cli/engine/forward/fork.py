@@ -16,8 +16,8 @@ bits. Larger calls would gain nothing once a batch fills the device's matrix uni
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
-from types import MappingProxyType
 
 from torch import Tensor
 
@@ -27,25 +27,19 @@ from sleb_cli.engine.forward.stores import Store, keep_on_device
 from sleb_cli.events import Advance, no_progress
 
 
+@dataclass(eq=False)
 class BatchWalk:
     """One batch on its way through the blocks that have a call.
 
     `walk_together` calls `advance` for each block from `start` on, in order, then `finish`.
     """
 
-    start = 0
-
-    def __init__(
-        self,
-        skippable: SkippableModel,
-        calls: Sequence[Call],
-        removed: Collection[int],
-        store: Store = keep_on_device,
-    ) -> None:
-        self.skippable = skippable
-        self.calls = calls
-        self.removed = removed
-        self.store = store
+    skippable: SkippableModel
+    calls: Sequence[Call]
+    removed: Collection[int]
+    _: KW_ONLY
+    store: Store = keep_on_device
+    start: int = field(default=0, init=False)
 
     def run(self, block: int, hidden: Tensor) -> Tensor:
         """Run one block on the hidden states of a branch."""
@@ -59,6 +53,7 @@ class BatchWalk:
         """End the walk behind the last block."""
 
 
+@dataclass(eq=False)
 class Walk(BatchWalk):
     """The base branch of a batch, and the candidates' branches that forked off from it.
 
@@ -67,32 +62,23 @@ class Walk(BatchWalk):
     depth. The whole walk reports as much `progress` as it is `worth`.
     """
 
-    def __init__(
-        self,
-        skippable: SkippableModel,
-        calls: Sequence[Call],
-        states: States,
-        removed: Collection[int],
-        candidates: Sequence[int],
-        *,
-        keep: Mapping[int, int] = MappingProxyType({}),
-        store: Store = keep_on_device,
-        watch: Callable[[], object] = lambda: None,
-        progress: Advance = no_progress,
-        worth: float = 1,
-    ) -> None:
-        super().__init__(skippable, calls, removed, store)
-        self.states = states
-        self.keep = keep
-        self.watch = watch
-        self.progress = progress
-        self.worth = worth
-        self.branches: dict[int, Tensor] = {}
-        self.forks: list[int] = []
-        """The candidates that fork off on this walk."""
-        self.entry_depth: dict[int, int] = {}
-        """Where the other branches enter, from the kept states."""
-        candidates = [block for block in candidates if block != BASE]
+    states: States
+    candidates: Sequence[int]
+    _: KW_ONLY
+    keep: Mapping[int, int] = field(default_factory=dict)
+    watch: Callable[[], object] = lambda: None
+    progress: Advance = no_progress
+    worth: float = 1
+    branches: dict[int, Tensor] = field(default_factory=dict, init=False)
+    forks: list[int] = field(default_factory=list, init=False)
+    """The candidates that fork off on this walk."""
+    entry_depth: dict[int, int] = field(default_factory=dict, init=False)
+    """Where the other branches enter, from the kept states."""
+
+    def __post_init__(self) -> None:
+        calls = self.calls
+        states = self.states
+        candidates = [block for block in self.candidates if block != BASE]
         for branch in candidates:
             depth = states.deepest(branch, len(calls))
             if depth is None:
@@ -167,7 +153,8 @@ class SizesWalk(BatchWalk):
         store: Store = keep_on_device,
     ) -> None:
         self.sizes = [frozenset(size) for size in sizes]
-        super().__init__(skippable, calls, frozenset.intersection(*self.sizes), store)
+        removed = frozenset.intersection(*self.sizes)
+        super().__init__(skippable, calls, removed, store=store)
         self.branches = {frozenset[int](): calls[0].entering}
 
     def advance(self, block: int) -> None:
@@ -212,6 +199,6 @@ def fork(
 
     The `candidates` are in ascending order; `ids` is [batch, positions].
     """
-    walk = Walk(skippable, skippable.calls(ids), States(), removed, candidates)
+    walk = Walk(skippable, skippable.calls(ids), removed, States(), candidates)
     walk_together(skippable, [walk])
     return walk.branches

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,37 +59,37 @@ def offloaded_values(model: Any) -> OffloadedValues | None:
     return values
 
 
+@dataclass
 class OffloadedBlocks(BlockWeights):
     """Blocks, some of whose weights are in place only while they are visited or accelerate runs
     them.
     """
 
-    def __init__(self, values: OffloadedValues, blocks: Sequence[nn.Module]) -> None:
-        self._values = values
-        self._blocks = blocks
+    values: OffloadedValues
+    blocks: Sequence[nn.Module]
 
     def visit(self, blocks: Sequence[int]) -> Visit:
         """Return a visit to these blocks, which puts the weights of each where it computes."""
-        return _OffloadedVisit(self._blocks)
+        return _OffloadedVisit(self.blocks)
 
     @contextmanager
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """Run modules with new values, by name, while the context is open."""
-        self._values.maps.insert(0, dict(values))
+        self.values.maps.insert(0, dict(values))
         try:
             yield
         finally:
-            del self._values.maps[0]
+            del self.values.maps[0]
 
 
+@dataclass
 class _OffloadedVisit(Visit):
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        self._blocks = blocks
-        self._loaded = ExitStack()
+    blocks: Sequence[nn.Module]
+    _loaded: ExitStack = field(default_factory=ExitStack, init=False)
 
     def load(self, block: int) -> None:
         self.close()
-        self._loaded.enter_context(loaded(self._blocks[block]))
+        self._loaded.enter_context(loaded(self.blocks[block]))
 
     def close(self) -> None:
         self._loaded.close()

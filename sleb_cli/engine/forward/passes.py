@@ -14,7 +14,7 @@ from sleb_cli.engine.forward.fork import BatchWalk, Walk, walk_together
 from sleb_cli.engine.forward.logits import score_logits
 from sleb_cli.engine.forward.memory_budget import MemoryBudget
 from sleb_cli.engine.forward.predictions import Predictions
-from sleb_cli.engine.forward.skipping import Call, SkippableModel
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.states import BASE, States, depths_to_keep
 from sleb_cli.engine.forward.stores import SharedInputs, Store, keep_on_device
 from sleb_cli.engine.memory import SmallerPieces
@@ -114,20 +114,14 @@ class _SpanScores:
                 del self._entered[first]
 
 
+@dataclass(eq=False)
 class _SpansWalk(BatchWalk):
     """A batch in the model as it stands, while its spans are scored."""
 
-    def __init__(
-        self,
-        skippable: SkippableModel,
-        calls: Sequence[Call],
-        removed: Sequence[int],
-        spans: _SpanScores,
-        store: Store,
-    ) -> None:
-        super().__init__(skippable, calls, removed, store)
-        self.spans = spans
-        self.hidden = calls[0].entering
+    spans: _SpanScores
+
+    def __post_init__(self) -> None:
+        self.hidden = self.calls[0].entering
 
     def advance(self, block: int) -> None:
         """Run `block`, and score the spans that end with it."""
@@ -255,15 +249,15 @@ class Passes:
                 watch=partial(self.watch, micro.batch),
             )
             walks[micro] = start(
-                micro.states,
                 step.removed,
+                micro.states,
                 blocks,
                 keep=self._depths(step, micro, blocks),
                 progress=step.advance,
                 worth=len(blocks) * len(micro.ids),
             )
             if step.metric.needs_dense_logits and micro.dense is None:
-                dense[micro] = start(States(), (), ())
+                dense[micro] = start((), States(), ())
         walk_together(self.skippable, [*walks.values(), *dense.values()])
         for micro, walk in dense.items():
             micro.dense = walk.branches[BASE]
@@ -360,7 +354,7 @@ class Passes:
             walks = []
             for micro, of_micro in zip(micro_batches, spans, strict=True):
                 calls = shared.calls(micro.ids)[: of_micro.candidates[-1] + 1]
-                walks.append(_SpansWalk(self.skippable, calls, removed, of_micro, store))
+                walks.append(_SpansWalk(self.skippable, calls, removed, of_micro, store=store))
             walk_together(self.skippable, walks)
         else:
             for micro, of_micro in zip(micro_batches, spans, strict=True):

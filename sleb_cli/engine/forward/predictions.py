@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,25 +13,20 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.stores import SharedInputs, keep_on_device, to_cpu
 
 
+@dataclass(eq=False)
 class Predictions:
     """The logits of a batch, computed a slice of positions at a time from the states that leave the
     last block.
     """
 
-    def __init__(self, skippable: SkippableModel, ids: Tensor, hidden: Tensor) -> None:
-        self._skippable = skippable
-        self._ids = ids
-        self._hidden = hidden
+    skippable: SkippableModel
+    ids: Tensor
+    hidden: Tensor
 
     def __getitem__(self, where: tuple[slice, slice]) -> Tensor:
         """Return logits by sequences and positions, as a tensor of all logits does."""
-        hidden = self._hidden[where].to(self._skippable.places[-1])
-        return self._skippable.head(hidden, self._ids[where])
-
-    def move_to_cpu(self) -> int:
-        """Move the hidden states to host memory, and return their bytes."""
-        self._hidden = to_cpu(self._hidden)
-        return self._hidden.nbytes
+        hidden = self.hidden[where].to(self.skippable.places[-1])
+        return self.skippable.head(hidden, self.ids[where])
 
 
 Logits = Tensor | Predictions
@@ -85,6 +81,7 @@ class SharedPredictions:
             sizes = self._sizes
         (predictions,) = predict_together(self._skippable, [ids], sizes)
         for other, later in zip(sizes[1:], predictions[1:], strict=True):
-            self._memory -= later.move_to_cpu()
+            later.hidden = to_cpu(later.hidden)
+            self._memory -= later.hidden.nbytes
             self._waiting[other, *batch] = later
         return predictions[0][:, :]

@@ -38,6 +38,7 @@ class Call:
     kwargs: dict[str, Any]
 
 
+@dataclass(eq=False)
 class BlockSwitch:
     """Replaces one block's `forward`: runs it, or returns its input, or returns the hidden states
     in `inject`.
@@ -47,17 +48,16 @@ class BlockSwitch:
     return value of theirs.
     """
 
-    def __init__(
-        self, block: nn.Module, wraps: dict[type[nn.Module], Callable[[Tensor], Any]]
-    ) -> None:
-        self.block = block
-        self.skip = False
-        self.inject: Tensor | None = None
-        self.hook: Callable[[Tensor, Tensor, tuple[Any, ...], dict[str, Any]], None] | None = None
-        self.fetch: Callable[[], object] | None = None
-        self.wraps = wraps
-        self.forward = block.forward
-        self.instance_forward = vars(block).get("forward")  # such as accelerate's
+    block: nn.Module
+    wraps: dict[type[nn.Module], Callable[[Tensor], Any]]
+    skip: bool = False
+    inject: Tensor | None = None
+    hook: Callable[[Tensor, Tensor, tuple[Any, ...], dict[str, Any]], None] | None = None
+    fetch: Callable[[], object] | None = None
+
+    def __post_init__(self) -> None:
+        self.forward = self.block.forward
+        self.instance_forward = vars(self.block).get("forward")  # such as accelerate's
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take the block's own arguments, and return what it would return."""

@@ -7,6 +7,7 @@ branches at once, since its weights are read once for all of them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -33,19 +34,20 @@ def to_cpu(hidden: Tensor) -> Tensor:
     return hidden.to(CPU)
 
 
+@dataclass(eq=False)
 class SharedInputs:
     """The other inputs of blocks, such as masks: held once where batches have equal ones."""
 
-    def __init__(self, skippable: SkippableModel, store: Store = keep_on_device) -> None:
-        self._skippable, self._store = skippable, store
-        self._shared: list[Tensor] = []
+    skippable: SkippableModel
+    store: Store
+    _shared: list[Tensor] = field(default_factory=list, init=False)
 
     def calls(self, ids: Tensor) -> list[Call]:
         """Record the calls of the blocks for these tokens, with tensors of earlier calls in place
         of equal ones.
         """
-        calls = self._skippable.calls(ids)
-        entering = self._store(calls[0].entering)
+        calls = self.skippable.calls(ids)
+        entering = self.store(calls[0].entering)
         find = cache(self._find)
         shared = []
         for call in calls:

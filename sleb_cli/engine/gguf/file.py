@@ -177,11 +177,11 @@ def with_items(entry: Entry, indices: list[int]) -> Entry:
     )
 
 
+@dataclass
 class _Cursor:
-    def __init__(self, data: bytes | mmap.mmap, path: Path) -> None:
-        self.data = data
-        self.path = path
-        self.offset = 0  # in bytes
+    data: bytes | mmap.mmap
+    path: Path
+    offset: int = 0  # in bytes
 
     def require(self, condition: bool) -> None:
         if not condition:

@@ -67,17 +67,15 @@ def time_in_turn(
     return Measured(warmup, timed)
 
 
+@dataclass
 class _Rounds:
     """Rounds in which each model runs once."""
 
-    def __init__(
-        self, models: Mapping[SizeKey, Run], workload: Workload, vocabulary: int, advance: Advance
-    ) -> None:
-        self.models = models
-        self.workload = workload
-        self.vocabulary = vocabulary
-        self.advance = advance
-        self.number = 0
+    models: Mapping[SizeKey, Run]
+    workload: Workload
+    vocabulary: int
+    advance: Advance
+    number: int = 0
 
     def run(self) -> Round:
         """Run the next round."""
