@@ -20,13 +20,7 @@ from sleb_cli.engine.door.named_model import resolve_subject
 from sleb_cli.engine.gguf.file import GgufFile
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.apply_gguf import default_file, prune_gguf, require_same_kind_of_model
-from sleb_cli.engine.output.checkpoint import (
-    Output,
-    apply_recovered,
-    apply_removals,
-    default_folder,
-    require_apart,
-)
+from sleb_cli.engine.output.checkpoint import Output, apply_recovered, apply_removals, require_apart
 from sleb_cli.engine.output.proof_placement import place_proof
 from sleb_cli.engine.recovery.saved_state import clear_old
 from sleb_cli.engine.surgery.gguf_surgery import plan_gguf_surgery
@@ -122,7 +116,7 @@ def _checkpoint_output(request: ApplyRequest, subject: Subject) -> Output:
             f"{request.dtype}.",
             hint="Leave out --dtype to keep them as they are.",
         )
-    folder = request.output or default_folder(subject)
+    folder = request.output or Path(subject.surgery.name)
     require_apart(folder, architecture.source)
     output = _output(request, folder, None)
     dtype = parse_dtype(request.dtype, architecture.dtype) if request.dtype else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ def predict_together(
     return predictions
 
 
+@dataclass(eq=False)
 class SharedPredictions:
     """Predictions without each of some sets of blocks, asked on the same batches for one set after
     the other.
@@ -60,13 +61,12 @@ class SharedPredictions:
     is asked for.
     """
 
-    def __init__(
-        self, skippable: SkippableModel, sizes: Sequence[Collection[int]], memory: int
-    ) -> None:
-        self._skippable = skippable
-        self._memory = memory
-        self._sizes = [frozenset(size) for size in sizes]
-        self._waiting: dict[tuple[frozenset[int], torch.Size, bytes], Predictions] = {}
+    skippable: SkippableModel
+    sizes: Sequence[Collection[int]]
+    memory: int
+    _waiting: dict[tuple[frozenset[int], torch.Size, bytes], Predictions] = field(
+        default_factory=dict, init=False
+    )
 
     @torch.inference_mode()
     def logits(self, ids: Tensor, removed: Collection[int]) -> Tensor:
@@ -77,11 +77,11 @@ class SharedPredictions:
         if waiting is not None:
             return waiting[:, :]
         sizes = [size]
-        if size == self._sizes[0] and self._memory > 0:
-            sizes = self._sizes
-        (predictions,) = predict_together(self._skippable, [ids], sizes)
+        if size == frozenset(self.sizes[0]) and self.memory > 0:
+            sizes = [frozenset(each) for each in self.sizes]
+        (predictions,) = predict_together(self.skippable, [ids], sizes)
         for other, later in zip(sizes[1:], predictions[1:], strict=True):
             later.hidden = to_cpu(later.hidden)
-            self._memory -= later.hidden.nbytes
+            self.memory -= later.hidden.nbytes
             self._waiting[other, *batch] = later
         return predictions[0][:, :]

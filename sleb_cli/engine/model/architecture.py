@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,7 +34,13 @@ from sleb_cli.events import Notice, Notify
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import ModelRecord
 from sleb_plugins import FamilyAdapter, ModelError, UnsupportedModelError
-from sleb_plugins.config_keys import KINDS_BY_BLOCK, PREDICTION_BLOCKS, Kept, kept_blocks
+from sleb_plugins.config_keys import (
+    KINDS_BY_BLOCK,
+    OTHER_TEXT_KEYS,
+    PREDICTION_BLOCKS,
+    Kept,
+    kept_blocks,
+)
 
 BY_STRUCTURE = "structure"
 
@@ -89,6 +96,16 @@ class Architecture:
         if text is self.config:
             return ""
         return next(str(key) for key, value in vars(self.config).items() if value is text)
+
+    def text_key_in(self, raw: Mapping[str, Any]) -> str:
+        """Return the key of the language model's config in a `config.json`; empty if it is all.
+
+        Early configs of multimodal models have it under another key, or among their own settings.
+        """
+        for key in (self.text_key, *OTHER_TEXT_KEYS):
+            if self.text_key and isinstance(raw.get(key), dict):
+                return key
+        return ""
 
     @property
     def auto_class(self) -> Any:

@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_plugins.config_keys import OTHER_TEXT_KEYS
 
 ACTIVE = (
     "num_experts_per_tok",
@@ -44,11 +43,9 @@ def with_setting(
     The setting changes under each name that the file gives it.
     """
     *path, name = key
-    if architecture.text_key:
-        for text_key in (architecture.text_key, *OTHER_TEXT_KEYS):
-            if isinstance(raw.get(text_key), dict):
-                path.insert(0, text_key)
-                break
+    text_key = architecture.text_key_in(raw)
+    if text_key:
+        path.insert(0, text_key)
     changed = dict(raw)
     settings = changed
     for step in path:

@@ -81,11 +81,6 @@ class Output:
     proof: ProofPlacement | None = None
 
 
-def default_folder(subject: Subject) -> Path:
-    """Return the folder of a checkpoint for which the user named none."""
-    return Path(subject.surgery.name)
-
-
 def require_apart(folder: Path, source: ModelSource) -> None:
     """Check that the dense model is not inside the folder to be written."""
     resolved = folder.resolve()

@@ -22,7 +22,6 @@ from sleb_plugins.config_keys import (
     KEY_REWRITERS,
     LEADING_INPUTS,
     OBSTACLES,
-    OTHER_TEXT_KEYS,
     PERIOD_KEYS,
     PREDICTION_BLOCKS,
     REDUNDANT,
@@ -76,17 +75,12 @@ class BlockCut(Cut):
     def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:
         """Return the config with new counts and settings of blocks; other files name modules."""
         if file == CONFIG:
-            values = self._config(values)
+            key = self.architecture.text_key_in(values)
+            if key:
+                values = values | {key: self._text_config(values[key])}
+            else:
+                values = self._text_config(values)
         return ModuleNames(self.architecture, self.names.renamed).settings(file, values)
-
-    def _config(self, values: dict[str, Any]) -> dict[str, Any]:
-        text_key = self.architecture.text_key
-        # Early configs of multimodal models have the language model's settings elsewhere, or among
-        # their own.
-        for key in (text_key, *OTHER_TEXT_KEYS):
-            if text_key and isinstance(values.get(key), dict):
-                return values | {key: self._text_config(values[key])}
-        return self._text_config(values)
 
     def _text_config(self, values: dict[str, Any]) -> dict[str, Any]:
         text = values | self._pruned_settings(values)
