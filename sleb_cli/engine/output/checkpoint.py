@@ -232,8 +232,8 @@ def _add_card_and_plan(
     if subject.file and described:
         evaluations = results_of_plan(EvalResult, subject.file, described, notify)
         benchmarks = results_of_plan(BenchResult, subject.file, described, notify)
-    evaluation = join_results([*evaluations.values()])
-    card = model_card(subject, written, evaluation, join_results([*benchmarks.values()]))
+    evaluation = join_results(evaluations.values())
+    card = model_card(subject, written, evaluation, join_results(benchmarks.values()))
     (folder / CARD).write_text(card, encoding="utf-8")
     if plan:
         base = None if subject.own_plan else written.model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Reversible
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,7 +30,7 @@ def read_measurements(
     """Read the results for the sizes of a plan, without local folders; None if there are none."""
     evaluations = results_of_plan(EvalResult, path, plan, notify)
     benchmarks = results_of_plan(BenchResult, path, plan, notify)
-    return join_results([*evaluations.values()]), join_results([*benchmarks.values()])
+    return join_results(evaluations.values()), join_results(benchmarks.values())
 
 
 def results_of_plan(kind: type[R], path: Path, plan: Plan, notify: Notify) -> dict[Path, R]:
@@ -63,7 +63,7 @@ def results_of_plan(kind: type[R], path: Path, plan: Plan, notify: Notify) -> di
     return fitting
 
 
-def join_results(results: Sequence[R]) -> R | None:
+def join_results(results: Reversible[R]) -> R | None:
     """Join the results in the setting of the last one; of a part that is in several, the last
     counts.
 
