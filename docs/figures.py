@@ -123,7 +123,7 @@ def all_rows(model: str, names: list[str]) -> list[str]:
 
 
 def label(row: str, above: list[str]) -> str:
-    """Shorten "24 blocks, recovered" to "and recovered" below "24 blocks" and others that begin so."""
+    """Shorten "24 blocks, recovered" to "and recovered" below a row that begins "24 blocks"."""
     for at, other in reversed([*enumerate(above)]):
         if all(between.startswith(f"{other}, ") for between in [*above[at + 1 :], row]):
             return f"and {row.removeprefix(other)[2:]}"

@@ -141,7 +141,7 @@ class HeldOutRecord(Record):
 
 
 class DenseRecord(Record):
-    """The loss of the dense model on the searched sequences, in nats per token, and its perplexity."""
+    """The dense model's loss on the searched sequences, in nats per token, and its perplexity."""
 
     loss: float
     perplexity: Perplexity
@@ -359,7 +359,8 @@ class RecoveryRecord(Record):
             nats = "all of the lost nats are back, and more, by adapting to the text"
         else:
             nats = f"{(self.pruned.loss - written.loss) / lost:.0%} of the lost nats are back"
-        return f"{nats}; {written.left_of(self.pruned):.0%} of the divergence from the dense model is left"
+        left = written.left_of(self.pruned)
+        return f"{nats}; {left:.0%} of the divergence from the dense model is left"
 
 
 class ExpertOrder(Record):

@@ -1,7 +1,7 @@
 """Errors of plugins name the plugin.
 
-The methods that `sleb_plugins` asks plugins for are called through `_Call`. What they raise, or return by
-mistake, becomes a `PluginError`.
+The methods that `sleb_plugins` asks plugins for are called through `_Call`. What they raise, or
+return by mistake, becomes a `PluginError`.
 """
 
 import math
@@ -20,7 +20,8 @@ T = TypeVar("T")
 REPORT = "Report it to the plugin's author."
 
 _METHODS = (
-    "with_argument", "fingerprint", "score_tokens", "score_block", "score_model", "score_experts",  # metrics
+    # Metrics.
+    "with_argument", "fingerprint", "score_tokens", "score_block", "score_model", "score_experts",
     "export",  # exporters
     "version", "load", "run", "close",  # engines, and the models that they load
 )  # fmt: skip

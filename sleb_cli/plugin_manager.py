@@ -89,7 +89,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Registry:
-    """Everything that plugins offer. A name that two plugins claim is refused when it is asked for."""
+    """Everything that plugins offer; a name that two plugins claim is refused when it is used."""
 
     offers: tuple[Offer, ...]
     failures: tuple[Failure, ...]
@@ -177,7 +177,7 @@ class Registry:
 
 
 def load_registry(notify: Notify) -> Registry:
-    """Load the plugins; name other packages before their code runs, and warn about each that fails."""
+    """Load the plugins; name other packages before their code runs, and warn of each failure."""
     others = third_party_plugins()
     if others:
         notify(Notice(f"Loading plugins of other packages: {', '.join(map(str, others))}."))

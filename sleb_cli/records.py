@@ -168,13 +168,14 @@ class ModelRecord(Record):
 
 
 def same_fingerprint(one: str, other: str) -> bool:
-    """Whether two fingerprints are of one model; those in older plans lack the part of the tensors."""
+    """Whether two fingerprints are of one model; those in older plans lack the second part."""
     pairs = zip(one.split("-"), other.split("-"), strict=False)
     return all(part == other_part for part, other_part in pairs)
 
 
 Check = Literal[
-    "complete", "same bytes", "same tokens", "spells others", "loads", "same logits", "every expert", "generates",
+    "complete", "same bytes", "same tokens", "spells others", "loads", "same logits",
+    "every expert", "generates",
     "saves again",
 ]  # fmt: skip
 """What a proof can check in a checkpoint: see `engine/output/proof.py`.
@@ -211,7 +212,7 @@ class Proof(Record):
 
 
 def differences(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    """Describe the differences of two records' data, if any: "search.metric: nll, not cosine; …"."""
+    """Describe how the data of two records differ: "search.metric: nll, not cosine; …"."""
     left = _flat(actual)
     right = _flat(expected)
     found = []

@@ -313,7 +313,7 @@ def _require_in_range(name: str, value: float, doc: Doc) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRequest(Request):
-    """Which blocks to search for: how many, by one field of `TARGET_NAMES`, how, and on which text."""
+    """How many blocks to search for, by one field of `TARGET_NAMES`, how, and on which text."""
 
     model: str = field(
         kw_only=False, metadata=_argument("A Hub id, a folder, a .gguf file, or demo.", "MODEL")
@@ -437,7 +437,7 @@ class SearchRequest(Request):
 
     @property
     def plan_file(self) -> Path:
-        """Where the plan is written; an extended plan may replace the old one, which it contains."""
+        """Where the plan is written; an extended plan may replace the one that it contains."""
         return self.output or self.extend or DEFAULT_PLAN
 
     @property

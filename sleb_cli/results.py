@@ -258,7 +258,7 @@ class TextScores(Record):
 
 
 class DivergenceRecord(Record):
-    """How far a model's predictions are from the dense model's: KL(dense || pruned) at each position, in nats.
+    """How far a model's predictions are from the dense model's: KL(dense || pruned), in nats.
 
     `probability_change_rms` is the root mean square of the change of the right token's probability,
     and `same_top` the share of positions with the same first choice. `accepted` is the share of

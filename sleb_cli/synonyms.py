@@ -9,7 +9,10 @@ _COUNT = "Use --remove 6, a number of blocks."
 _SHARE = "Use --ratio 0.2, a share of the blocks."
 _TEXT = "Use --calibration, with wikitext2, c4 or a file."
 _MEASURED = "Use --perplexity, with wikitext2, c4 or a file."
-_WRITTEN = "Name the file: -o model.gguf. It is made from a GGUF file: the plan's model, or --source FILE.gguf."
+_WRITTEN = (
+    "Name the file: -o model.gguf. It is made from a GGUF file: the plan's model, or --source "
+    "FILE.gguf."
+)
 
 SYNONYMS: Mapping[str, str] = {
     **dict.fromkeys(["prune", "compress", "shrink", "drop", "cut"], _SEARCH),

@@ -135,8 +135,9 @@ _PRUNED_BY: Mapping[KeyPruner, Sequence[str]] = {
         "hybrid_override_pattern",
     ),
     block_numbers: (
-        "mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices", "cross_attention_layers",
-        "rope_scaling_layers", "ple_layer_ids", "local_layer_ids", "global_attention_blocks",
+        "mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices",
+        "cross_attention_layers", "rope_scaling_layers", "ple_layer_ids", "local_layer_ids",
+        "global_attention_blocks",
     ),
     leading_blocks: (
         "first_k_dense_replace", "num_dense_layers", "max_window_layers", "num_hash_layers",
@@ -177,8 +178,9 @@ def sliced_axis(name: str) -> int | None:
 
 PERIOD_KEYS = (
     "full_attention_interval", "attn_layer_period", "expert_layer_period", "decoder_sparse_step",
-    "interleave_moe_layer_step", "no_rope_layer_interval", "sliding_window_pattern", "global_attn_every_n_layers",
-    "moe_layer_interval", "moe_layer_freq", "layer_group_size", "cross_attention_interval",
+    "interleave_moe_layer_step", "no_rope_layer_interval", "sliding_window_pattern",
+    "global_attn_every_n_layers", "moe_layer_interval", "moe_layer_freq", "layer_group_size",
+    "cross_attention_interval",
 )  # fmt: skip
 """Keys that derive a block's kind from its number, in configs without a list of kinds."""
 
@@ -187,8 +189,8 @@ PREDICTION_BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers", "n_predict")
 """
 
 NOT_BY_BLOCK = (
-    "_token_id", "_token_ids", "_tokens", "_section", "_limit", "_multipliers", "_group_size", "_sizes",
-    "architectures",
+    "_token_id", "_token_ids", "_tokens", "_section", "_limit", "_multipliers", "_group_size",
+    "_sizes", "architectures",
 )  # fmt: skip
 """Suffixes of keys whose lists never have one value per block, whatever their length."""
 

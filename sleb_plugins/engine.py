@@ -1,4 +1,4 @@
-"""Inference engines that `sleb bench --engine NAME` times: what runs a model beside transformers."""
+"""Inference engines that `sleb bench --engine NAME` times beside transformers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

@@ -100,7 +100,7 @@ class UnsupportedModelError(ModelError):
 
 
 class DataError(SlebError):
-    """A text, data set or task for calibration or evaluation is missing, unreadable or too small."""
+    """A text, data set or task is missing, unreadable or too small."""
 
     exit_code = 5
 

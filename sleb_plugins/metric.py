@@ -97,7 +97,7 @@ class WeightMetric(Metric):
 
     @abstractmethod
     def score_block(self, block: nn.Module, number: int) -> float:
-        """Score one block: low if it matters little. `number` is its number in the original model."""
+        """Score one block, low if it matters little; `number` is that in the original model."""
 
 
 class ModelMetric(Metric):

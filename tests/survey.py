@@ -155,8 +155,8 @@ def skipped_logits(
 def greedy(model: Any, ids: torch.Tensor, *, use_cache: bool) -> torch.Tensor:
     """Return the logits of 6 greedy steps."""
     settings = GenerationConfig(
-        do_sample=False, use_cache=use_cache, max_new_tokens=6, min_new_tokens=6, output_logits=True,
-        return_dict_in_generate=True, pad_token_id=0, eos_token_id=None,
+        do_sample=False, use_cache=use_cache, max_new_tokens=6, min_new_tokens=6,
+        output_logits=True, return_dict_in_generate=True, pad_token_id=0, eos_token_id=None,
     )  # fmt: skip
     found = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
     return torch.cat(found.logits)
@@ -208,7 +208,8 @@ def survey_experts(work: Path) -> str:
         except SlebError as error:
             refused[name] = _reason(f"error: {error.message}", folder)
     works = [name for name in WITH_EXPERTS if name not in refused]
-    counts = f"Of {len(WITH_EXPERTS)} families with experts, {len(works)} [can lose some](../experts.md):"
+    able = f"{len(works)} [can lose some](../experts.md)"
+    counts = f"Of {len(WITH_EXPERTS)} families with experts, {able}:"
     reasons = "; ".join(f"{name} ({why})" for name, why in refused.items())
     return f"## Experts\n\n{counts} {', '.join(works)}.\n\nRefused: {reasons}.\n"
 

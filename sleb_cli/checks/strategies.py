@@ -1,4 +1,4 @@
-"""The search strategies, and what each can do. `engine/search/strategies.py` has their algorithms."""
+"""The search strategies and what each can do; `engine/search/strategies.py` has the algorithms."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class Strategy:
     Attributes:
         can_race: the scores of the surviving candidates of a race suffice.
         can_extend: it can start from the removals of a plan.
-        swaps: at the last size it also swaps removed and kept blocks, so the metric must score sets.
+        swaps: at the last size it swaps removed and kept blocks, so the metric must score sets.
         removes_spans: what it removes is consecutive.
     """
 

@@ -1,4 +1,4 @@
-"""What `apply`, `eval`, `bench` and `export` are asked for, checked before the model is looked for."""
+"""Check requests of `apply`, `eval`, `bench` and `export` before the model is looked for."""
 
 import re
 from dataclasses import replace

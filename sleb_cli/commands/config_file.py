@@ -101,7 +101,7 @@ def _read_yaml(path: Path) -> dict[str, str | list[str]]:
 
 
 def drop_overridden(context: typer.Context, values: dict[str, Any]) -> None:
-    """Leave out the options of a file that a typed one takes the place of, such as another target."""
+    """Leave out the options of a file that a typed one replaces, such as another target."""
     sources = {}
     for name in values:
         source = context.get_parameter_source(name)

@@ -11,8 +11,8 @@ OPT = FamilyAdapter("opt", frozenset({"opt"}), blocks_path="model.decoder.layers
 BART = FamilyAdapter(
     "bart",
     frozenset({
-        "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart",
-        "trocr", "whisper",
+        "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp",
+        "pegasus", "plbart", "trocr", "whisper",
     }),
     blocks_path="model.decoder.layers",
     count_key="decoder_layers",

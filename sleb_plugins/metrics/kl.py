@@ -46,8 +46,8 @@ class Comparison(NamedTuple):
 def compare_logits(logits_p: Tensor, logits_q: Tensor) -> Comparison:
     """Compare two models' predictions, from the logits of both, [..., vocabulary].
 
-    KL(p || q) is sum p (logits_p - logits_q) - (logsumexp(logits_p) - logsumexp(logits_q)): fewer passes over the
-    vocabulary than two log_softmax and an exponential take.
+    KL(p || q) is sum p (logits_p - logits_q) - (logsumexp(logits_p) - logsumexp(logits_q)): fewer
+    passes over the vocabulary than two log_softmax and an exponential take.
     """
     p, log_sum_p = _normalized(logits_p)
     q, log_sum_q = _normalized(logits_q)

@@ -30,7 +30,7 @@ class Magnitude(WeightMetric):
             if tensor.dim() > 1 and str(tensor.dtype) != "torch.bool" and not is_plain:
                 raise UsageError(
                     f"{self.name} reads the weights, but {name} is packed ({tensor.dtype}).",
-                    hint="Use a metric of what the model computes, such as nll, or search the model "
-                    "it was quantized from.",
+                    hint="Use a metric of what the model computes, such as nll, or search the "
+                    "model it was quantized from.",
                 )
         return sum(weight.detach().float().abs().sum().item() for weight in block.parameters())

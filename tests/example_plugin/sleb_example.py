@@ -4,7 +4,7 @@ import sleb_plugins as sleb
 
 
 class NextTokenError(sleb.ModelMetric):
-    """Counts the calibration tokens that the model would not have guessed in a number of guesses."""
+    """Counts the calibration tokens that the model would not guess in a number of guesses."""
 
     name = "next-token-error"
     description = "share of calibration tokens that are not among the model's first guesses"

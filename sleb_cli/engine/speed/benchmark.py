@@ -1,4 +1,4 @@
-"""`sleb bench`: time the dense model and the pruned ones on this machine, and measure their memory."""
+"""`sleb bench`: time the dense and the pruned models on this machine, and measure their memory."""
 
 from __future__ import annotations
 

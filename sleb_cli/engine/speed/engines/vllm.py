@@ -38,7 +38,7 @@ class Vllm(PackagedEngine):
         refused = error_saying(
             MachineError,
             f"vLLM does not start with {model.name}",
-            "Run `vllm serve` on the folder for more; with less memory, measure one size at a time.",
+            "Run `vllm serve` on the folder for more; with less memory, measure one at a time.",
         )
         with translate_errors(refused):
             return _LoadedCheckpoint(self, vllm, model, settings)
