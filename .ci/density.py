@@ -42,8 +42,8 @@ class Density:
 
 
 CEILINGS = {
-    ("sleb_cli", "sleb_plugins"): Density(10.0, 6.8, 4.4, 2.2, 128, 93),
-    ("tests",): Density(12.0, 8.7, 1.8, 2.4, 31, 147),
+    ("sleb_cli", "sleb_plugins"): Density(8.2, 3.0, 1.6, 0.1, 66, 40),
+    ("tests",): Density(9.6, 6.2, 1.2, 1.1, 24, 129),
 }
 
 
