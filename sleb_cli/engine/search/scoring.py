@@ -1,7 +1,8 @@
 """The scores of candidates, for each of the four kinds of metric of blocks.
 
-Only scores that the journal lacks are measured. Processes share that work: they deal it, measure,
-and exchange their scores after each turn, so they decide alike.
+Only scores that the journal lacks are measured, but for those of weights, which it never holds.
+Processes share that work: they deal it, measure, and exchange their scores after each turn, so they
+decide alike.
 """
 
 from __future__ import annotations
@@ -220,10 +221,12 @@ class Scoring:
         advance: Advance,
     ) -> Outcome:
         # One run of the model measures all spans of up to `longest` blocks, by the states before
-        # and after each.
+        # and after each. A span is named by its last block, which goes after its others.
         blocks = sorted({block for span in spans for block in span})
-        gone = {span[-1]: (*removed, *span[:-1]) for span in spans}
-        names = [(gone[last], last, batch) for batch in self._batches for last in gone]
+        before_last = {span[-1]: (*removed, *span[:-1]) for span in spans}
+        names = [
+            (before_last[last], last, batch) for batch in self._batches for last in before_last
+        ]
         missing = self._missing(names, advance)
         for share in self._deal(missing):
             batches = list(dict.fromkeys(batch for _, _, batch in share if batch is not None))
@@ -233,7 +236,9 @@ class Scoring:
                 for (first, last), of_span in scores.items():
                     self.journal.add(of_span, (*removed, *range(first, last)), last, batch)
             self._exchange(missing, advance)
-        return Outcome({last: self._mean_scores(gone[last], [last])[last] for last in gone})
+        return Outcome(
+            {last: self._mean_scores(before_last[last], [last])[last] for last in before_last}
+        )
 
     def _score_weights(
         self, metric: WeightMetric, candidates: Sequence[int], advance: Advance

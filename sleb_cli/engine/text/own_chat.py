@@ -128,7 +128,9 @@ class _Writer:
             # Conversations that a sequence has taken so far.
             for_one = SPARE if missing == count else begun / (count - missing)
             fresh = min(size, max(MIN_AT_ONCE, math.ceil(for_one * missing)))
-            questions = list(islice(prompts, fresh)) or self._write_questions(fresh)
+            questions = list(islice(prompts, fresh))
+            if not questions:  # no prompts were given
+                questions = self._write_questions(fresh)
             complete = self._write_answers(questions)
             written += complete
             begun += fresh
