@@ -145,7 +145,7 @@ def with_step(command, name):
     now = options.get(name, False)
     if type(now) is int:
         value = now + 1
-    elif get_type_hints(REQUESTS[command])[name] is bool:
+    elif get_type_hints(REQUESTS[command])[name] in (bool, bool | None):
         value = not now
     else:
         value = NEXT[name]

@@ -25,7 +25,7 @@ def test_the_config_loses_the_count_and_the_blocks_own_values():
     keys = {"mine": lambda text, kept: "".join(text[block] for block in kept.blocks)}
     architecture = Mock(
         block_count=4,
-        text_key="",
+        text_key_in=lambda values: "",
         source=Mock(raw_config=raw),
         numbering=BlockNumbering("h."),
         adapter=FamilyAdapter("x", frozenset({"x"}), "h", count_key="n_layer", config_keys=keys),
