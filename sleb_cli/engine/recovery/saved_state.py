@@ -55,6 +55,8 @@ class SavedState:
         self._tensors: dict[str, Mapping[str, Tensor]] = {}
         self._saved_at = time.monotonic()
         self._seconds = 0.0
+        if self.file.is_symlink():  # it may lead anywhere
+            raise self._broken()
         if self.file.exists():
             self._read()
 
