@@ -88,7 +88,7 @@ def accuracy_line(findings: Findings) -> Line:
 
 
 def speed_line(result: WorkloadResult) -> Line:
-    """Return how many times as fast a workload runs."""
+    """Return the speedup of a workload."""
     values: dict[int, Estimate] = {0: (1.0, None)}
     for timing in result.pruned:
         values[len(timing.removals)] = (timing.speedup, timing.interval)

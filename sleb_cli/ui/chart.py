@@ -13,7 +13,7 @@ _AXIS = " ┤"
 
 
 @dataclass(frozen=True)
-class Line:
+class Curve:
     """A value for each of the steps 0, 1, 2, …; each is drawn as `mark`."""
 
     mark: str
@@ -21,7 +21,7 @@ class Line:
     values: Sequence[float]
 
 
-def draw_lines(lines: Sequence[Line], labels: tuple[str, str, str], width: int) -> Text:
+def draw_lines(lines: Sequence[Curve], labels: tuple[str, str, str], width: int) -> Text:
     """Draw lines above the step numbers, with `labels` for the lowest, middle and highest value.
 
     Where lines meet, the first is on top.
@@ -52,7 +52,9 @@ def _columns(steps: int, width: int) -> list[int]:
     return [round(step * last / max(1, steps - 1)) for step in range(steps)]
 
 
-def _cells(lines: Sequence[Line], columns: Sequence[int]) -> dict[tuple[int, int], tuple[str, str]]:
+def _cells(
+    lines: Sequence[Curve], columns: Sequence[int]
+) -> dict[tuple[int, int], tuple[str, str]]:
     """Return the character and style by row and column."""
     values = [value for line in lines for value in line.values]
     low = min(values)

@@ -8,7 +8,7 @@ from rich.text import Text
 from sleb_cli.names import short_name
 from sleb_cli.plan import Plan, TargetRecord
 from sleb_cli.tables import search_results as tables
-from sleb_cli.ui.chart import Line, draw_lines
+from sleb_cli.ui.chart import Curve, draw_lines
 from sleb_cli.ui.console import print_prose, stdout
 from sleb_cli.ui.tables import print_line, print_title, print_to_copy, show_table
 from sleb_cli.units import format_bytes, format_count, format_perplexity, in_shell, spans
@@ -95,7 +95,7 @@ def perplexity_chart(plan: Plan, width: int) -> Text:
     points: list[float] = []
     for (mark, style), values in zip(marks, tables.perplexities(plan).values(), strict=False):
         logarithms = [math.log(value) for value in values]
-        lines.append(Line(mark, style, logarithms))
+        lines.append(Curve(mark, style, logarithms))
         points += logarithms
     legend = Text("perplexity by blocks removed")
     if plan.dense.held_out:

@@ -10,7 +10,7 @@ from rich.console import Console
 from sleb_cli.names import short_name
 from sleb_cli.tables.search_results import block_strip
 from sleb_cli.tables.table import Table, tabulate, to_markdown
-from sleb_cli.ui.chart import ROWS, Line, draw_lines
+from sleb_cli.ui.chart import ROWS, Curve, draw_lines
 from sleb_cli.ui.tables import lay_out
 
 
@@ -22,7 +22,7 @@ def shown(renderable, width):
 
 def chart(*lines, labels=("1", "2.5", "4"), width=80):
     return shown(
-        draw_lines([Line(mark, "", values) for mark, values in lines], labels, width), width + 40
+        draw_lines([Curve(mark, "", values) for mark, values in lines], labels, width), width + 40
     )
 
 

@@ -67,7 +67,7 @@ def fingerprint_tensors(path: Path, tensors: Iterable[Range]) -> str:
 
 
 def join_fingerprints(samples: str, tensors: Iterable[str]) -> str:
-    """Return the fingerprint of a model: that of its samples, a dash, and that of its tensors.
+    """Join the hash of a model's samples and the hashes of its tensors into its fingerprint.
 
     The first part alone is what older plans hold.
     """

@@ -198,7 +198,7 @@ def _shrinking_parts(before: Tensors, after: Tensors, less: int) -> Parts | None
 
 
 def _find_active(settings: Mapping[Key, int], count_key: Key) -> int:
-    """Return how many experts a token uses: a setting beside the count, or else at the top."""
+    """Return the number of experts per token: a setting beside the count, or else at the top."""
     for name in ACTIVE:
         for around in (count_key[:-1], ()):
             if (*around, name) in settings:

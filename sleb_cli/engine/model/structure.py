@@ -74,7 +74,7 @@ def block_changes(before: Structure, after: Structure, old: int, kept: Kept) -> 
 
 
 def _expected_numbers(name: str, number: int, old: int, kept: Kept) -> set[int | None]:
-    """Return what a number that block `old` keeps may be after the removal."""
+    """Return the values that a number of block `old` may have after the removal."""
     moved = kept.new_number[old] - old
     # A number relative to its own, or the number of a block that it refers to.
     expected = {number + moved, kept.new_number.get(number)}

@@ -139,11 +139,7 @@ class _Comparison:
 
 
 def _compare(models: _Models, cast: torch.dtype | None) -> tuple[_Models, _Comparison]:
-    """Compare both models, and while they differ, again in a wider data type, which decides.
-
-    Raises:
-        ProofError: they differ in the widest data type.
-    """
+    """Compare both models, and while they differ, again in a wider data type, which decides."""
     found = models.compare()
     while found.failed:
         wider = place_wider(models.surgery.architecture, models.placement, cast)

@@ -63,7 +63,9 @@ class Heal(Stage):
         """Return the bytes of the saved training at most."""
         return _max_trained_numbers(surgery) * SAVED_BYTES
 
-    def run(self, job: Job, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], _Done]:
+    def run(
+        self, job: Job, values: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], _EndedTraining]:
         """Distill the dense model into the pruned one with these values."""
         architecture = job.settings.surgery.architecture
         names = architecture.block_names(job.settings.surgery.kept)
@@ -90,10 +92,10 @@ class Heal(Stage):
                 stopped = training.run()
         healed = {name: weight.detach() for name, weight in weights.items()}
         length = job.validation.sequences.shape[1]
-        done = _Done(length, training.size, training.progress, stopped)
+        done = _EndedTraining(length, training.size, training.progress, stopped)
         return {**values, **healed}, done
 
-    def fields(self, done: _Done, losses: LossesRecord) -> dict[str, Any]:
+    def fields(self, done: _EndedTraining, losses: LossesRecord) -> dict[str, Any]:
         """Return the record of the training."""
         progress = done.progress
         record = HealRecord(
@@ -128,7 +130,7 @@ class Heal(Stage):
 
 
 @dataclass(frozen=True)
-class _Done:
+class _EndedTraining:
     """A training that has ended."""
 
     sequence_length: int

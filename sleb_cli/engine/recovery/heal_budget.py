@@ -23,7 +23,7 @@ class HealBudget:
         return max(1, round(60 * (self.minutes or 0)))
 
     def used(self, seconds: float, tokens: int) -> float:
-        """Return what is used: seconds, or tokens where the budget is tokens."""
+        """Return the seconds used, or the tokens where the budget is tokens."""
         if self.tokens is not None:
             return float(tokens)
         return seconds

@@ -95,7 +95,7 @@ class Stage(ABC):
 
     @abstractmethod
     def run(self, job: Job, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
-        """Return new values by parameter name in the dense model, and what is to be recorded.
+        """Return new values by parameter name in the dense model, and the record of the stage.
 
         `values` are those of earlier stages, and are among the new ones.
         """

@@ -20,7 +20,7 @@ def own_shares(
     *,
     at_once: bool = False,
 ) -> list[list[Name]]:
-    """Return what this process measures in each turn, after which all exchange their scores.
+    """Return this process's measurements for each turn; after a turn, all exchange their scores.
 
     `names` come batch by batch. `costs` say how long each candidate takes, in any unit: with them,
     batches that are too few for all processes are split by candidates. `at_once` makes one turn of

@@ -240,7 +240,7 @@ class _Writer:
         return tokens
 
     def _find_words(self, before: Conversation, role: str) -> tuple[str, str]:
-        """Return what the template writes before and after the words of a message."""
+        """Split a template's text into the parts before and after the words of a message."""
         message = {"role": role, "content": MARK}
         whole = self.render([*before, message], add_generation_prompt=role == "user")
         text_before, _, text_after = whole.rpartition(MARK)
