@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,31 @@ MIN_GAIN_SHARE = 0.01
 
 Rows = tuple[Tensor, Tensor, Tensor]
 """Features [positions, features], targets [positions, outputs] and weights [positions]."""
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Neighboring columns of the features: the factors of one parameter."""
+
+    projection: ResidualProjection
+    parameter: Literal["weight", "bias"]
+    count: int
+
+    @property
+    def name(self) -> str:
+        """The name of the parameter in the block."""
+        return f"{self.projection.name}.{self.parameter}"
+
+
+def _columns(projections: Sequence[ResidualProjection]) -> list[_Columns]:
+    """Return the columns of the features in order: each projection's inputs, then a constant."""
+    columns = [_Columns(projection, "weight", projection.inputs) for projection in projections]
+    for projection in projections:
+        if projection.takes_bias:
+            # One constant is enough: all projections add to the same hidden states.
+            columns.append(_Columns(projection, "bias", 1))
+            break
+    return columns
 
 
 @dataclass(frozen=True)
@@ -135,31 +161,33 @@ class BlockRegression:
     def _changes(
         self,
         projections: Sequence[ResidualProjection],
-        fitted: Tensor,
+        coefficients: Tensor,
         values: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         """Return the changes of parameters by their names in the block, in float64."""
+        all_columns = _columns(projections)
+        counts = [columns.count for columns in all_columns]
         changes: dict[str, Tensor] = {}
-        start = 0
-        for projection in projections:
-            change = fitted[start : start + projection.inputs]
-            start += projection.inputs
-            norm = projection.norm
-            if norm:
-                weight = self._value(f"{norm.name}.weight", values)
-                gains = as_float64(weight) + norm.offset
-                sizes = gains.abs()
-                silent = sizes < MIN_GAIN_SHARE * sizes.mean()
-                # Infinity where a norm multiplies by next to nothing.
-                divisors = gains.masked_fill(silent, torch.inf)
+        for columns, change in zip(all_columns, coefficients.split_with_sizes(counts), strict=True):
+            projection = columns.projection
+            if columns.parameter == "bias":
+                changes[columns.name] = change[0]
+                continue
+            if projection.norm:
+                divisors = self._divisors(projection.norm, values)
                 change = change / divisors.to(change.device)
             if projection.kind == "matrix":
                 change = change.T
-            changes[f"{projection.name}.weight"] = change
-        with_bias = _with_bias(projections)
-        if with_bias:
-            changes[f"{with_bias.name}.bias"] = fitted[start]
+            changes[columns.name] = change
         return changes
+
+    def _divisors(self, norm: ResidualProjection, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the gains of a norm, and infinity where it multiplies by next to nothing."""
+        weight = self._value(f"{norm.name}.weight", values)
+        gains = as_float64(weight) + norm.offset
+        sizes = gains.abs()
+        silent = sizes < MIN_GAIN_SHARE * sizes.mean()
+        return gains.masked_fill(silent, torch.inf)
 
     def _sums(
         self,
@@ -167,23 +195,24 @@ class BlockRegression:
         values: Mapping[str, Tensor],
         batches: Iterable[int],
     ) -> Ridge:
-        inputs = sum(projection.inputs for projection in projections)
-        sums: Ridge
-        if projections[0].kind == "gain":
-            sums = Gains(inputs, self._device)
-        else:
-            has_bias = any(projection.takes_bias for projection in projections)
-            model = self.skippable.model
-            outputs = model.config.get_text_config().hidden_size
-            # In bfloat16, the features are rounded already.
-            rounded = model.dtype is torch.bfloat16
-            sums = Ridge(inputs + has_bias, outputs, self._device, rounded=rounded)
+        """Return the sums of the regression over these batches."""
+        sums = self._empty_sums(projections)
         for batch in batches:
             if self.block is None:
                 sums.add(*self._rows_of_norm(projections[0], batch))
             else:
                 sums.add(*self._rows(self.block, projections, values, batch))
         return sums
+
+    def _empty_sums(self, projections: Sequence[ResidualProjection]) -> Ridge:
+        features = sum(columns.count for columns in _columns(projections))
+        if projections[0].kind == "gain":
+            return Gains(features, self._device)
+        model = self.skippable.model
+        outputs = model.config.get_text_config().hidden_size
+        # In bfloat16, the features are rounded already.
+        rounded = model.dtype is torch.bfloat16
+        return Ridge(features, outputs, self._device, rounded=rounded)
 
     def _rows(
         self,
@@ -192,20 +221,24 @@ class BlockRegression:
         values: Mapping[str, Tensor],
         batch: int,
     ) -> Rows:
+        """Return what a batch adds to the regression of a block."""
         skippable = self.skippable
         root = self._root
         names: list[str] = []
         for projection in projections:
             names += projection.names
         call = self.batches.calls[batch][block]
+        features: list[Tensor] = []
         with skippable.replaced(values), captured(root, names) as (entering, _):
             states = skippable.run_block(call, self.pair.pruned[batch]).float()
             target = self.pair.dense[batch].to(states.device).float()
             missing = (target - states).flatten(0, -2)
-            features = [projection.features(root, entering) for projection in projections]
-        with_bias = _with_bias(projections)
-        if with_bias:
-            features.append(missing.new_full((len(missing), 1), with_bias.scale))
+            for columns in _columns(projections):
+                projection = columns.projection
+                if columns.parameter == "weight":
+                    features.append(projection.features(root, entering))
+                else:
+                    features.append(missing.new_full((len(missing), 1), projection.scale))
         # Norms divide hidden states by their size before anything reads them, so errors count
         # relative to it. Otherwise the few positions whose states are a thousand times larger,
         # often the first, would decide.
@@ -214,6 +247,7 @@ class BlockRegression:
         return torch.cat(features, dim=1), missing, weights
 
     def _rows_of_norm(self, norm: ResidualProjection, batch: int) -> Rows:
+        """Return what a batch adds to the regression of the final norm."""
         device = self._device
         module = self._root.get_submodule(norm.name)
         dense = self.pair.dense[batch].to(device)
@@ -227,25 +261,39 @@ class BlockRegression:
         return features, missing, weights
 
 
-def fit_in_rounds(
-    projections: Sequence[ResidualProjection],
-    fit: Callable[[Sequence[ResidualProjection], Mapping[str, Tensor]], Solution],
-    max_rounds: int | None = None,
-) -> list[Solution]:
-    """Fit all projections of a block in rounds; return the block's solution after each.
+Fit = Callable[[Sequence[ResidualProjection], Mapping[str, Tensor]], Solution]
+"""Fits some projections at once, given the block's values so far."""
 
-    `fit` fits some projections at once, given the values so far.
-    """
+
+def fit_in_rounds(
+    projections: Sequence[ResidualProjection], fit: Fit, max_rounds: int | None = None
+) -> list[Solution]:
+    """Fit all projections of a block in rounds; return the block's solution after each."""
+    solutions: list[Solution] = []
+    values: dict[str, Tensor] = {}
+    for together in _rounds(projections)[:max_rounds]:
+        solution = fit(together, values)
+        values = values | solution.values
+        error_after = solution.error_after
+        for projection in together:
+            if projection.norm:
+                values, error_after = _fit_gains(projection.norm, fit, values)
+        error_before = solutions[0].error_before if solutions else solution.error_before
+        solutions.append(Solution(solution.ridge, values, error_before, error_after))
+    return solutions
+
+
+def _rounds(projections: Sequence[ResidualProjection]) -> list[list[ResidualProjection]]:
+    """Return which projections are fitted together, in order."""
     exact = [projection for projection in projections if projection.exact]
     near = [projection for projection in projections if not projection.exact]
-    together = [projection for projection in exact if projection.kind != "gain"]
-    together += near
     rounds = []
     if near:
         # An output that the rest of the block reads (attention's, which the MLP reads) is fitted as
         # though nothing responded to it, with the others, so that none adds what another can add
         # better.
-        rounds.append(together)
+        exact_matrices = [projection for projection in exact if projection.kind != "gain"]
+        rounds.append(exact_matrices + near)
     if exact:
         # These make up for the response.
         rounds.append(exact)
@@ -254,27 +302,14 @@ def fit_in_rounds(
         # linear in W only for a fixed s. What a fit makes smaller, the norm makes larger again. So
         # each round fits W, then the gains, which is exact, and a last one both, with the new s.
         rounds.append(exact)
-    solutions: list[Solution] = []
-    values: dict[str, Tensor] = {}
-    for fitted in rounds[:max_rounds]:
-        solution = fit(fitted, values)
-        values = values | solution.values
-        error_after = solution.error_after
-        for projection in fitted:
-            if projection.norm is None:
-                continue
-            gains = fit([projection.norm], values)
-            error_after = min(gains.error_before, gains.error_after)
-            if gains.error_after < gains.error_before:
-                values = values | gains.values
-        error_before = solutions[0].error_before if solutions else solution.error_before
-        solutions.append(Solution(solution.ridge, values, error_before, error_after))
-    return solutions
+    return rounds
 
 
-def _with_bias(projections: Sequence[ResidualProjection]) -> ResidualProjection | None:
-    # One constant is enough: all projections add to the same hidden states.
-    for projection in projections:
-        if projection.takes_bias:
-            return projection
-    return None
+def _fit_gains(
+    norm: ResidualProjection, fit: Fit, values: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], float]:
+    """Fit a norm's gains; return the block's values and error, unchanged if that does not help."""
+    gains = fit([norm], values)
+    if gains.error_after < gains.error_before:
+        return values | gains.values, gains.error_after
+    return values, gains.error_before
