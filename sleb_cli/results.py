@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from sleb_cli.keys import Key, key_of
 from sleb_cli.names import public_command, public_source
@@ -19,13 +19,14 @@ from sleb_cli.requests import WorkloadName
 from sleb_cli.units import format_bytes
 
 
-class ExpertSizes(Record):
-    """What sizes count that are not of blocks: how many fewer of `count` experts.
+class PartSizes(Record):
+    """What sizes count that are not of blocks: how many fewer of `count`, of this `unit`.
 
     Of each block, they go in the order whose hash is `ranking`; if it is null, none goes, and a
-    token uses fewer.
+    token uses fewer. `unit` is null in older results, which are of experts.
     """
 
+    unit: str | None = None
     count: int
     ranking: str | None = None
 
@@ -34,20 +35,21 @@ def size_fields(order: Order) -> dict[str, Any]:
     """Return the fields of a result that say what its sizes count; none if they count blocks."""
     if order.whole_blocks:
         return {}
-    return {"experts": ExpertSizes(count=order.count, ranking=order.ranking)}
+    sizes = PartSizes(unit=order.unit, count=order.count, ranking=order.ranking)
+    return {"parts": sizes}
 
 
 class ResultRecord(VersionedRecord):
     """What evaluations and benchmarks share: the model, and where and by what it ran.
 
-    If `experts` is there, it says what the numbers in `sizes` and `removals` count. `plugins` has
-    the version of each other package that took part.
+    If `parts` is there, it says what the numbers in `sizes` and `removals` count; older results
+    call it `experts`. `plugins` has the version of each other package that took part.
     """
 
-    left_out_if_none = frozenset({"experts"})
+    left_out_if_none = frozenset({"parts"})
 
     model: ModelRecord
-    experts: ExpertSizes | None = None
+    parts: PartSizes | None = Field(None, validation_alias=AliasChoices("parts", "experts"))
     dtype: str
     device: str
     processor: str
@@ -68,10 +70,11 @@ class ResultRecord(VersionedRecord):
     @property
     def order(self) -> Order:
         """What goes of the model."""
-        if self.experts is None:
+        parts = self.parts
+        if parts is None:
             return Order(BLOCKS, self.model.blocks)
-        unit = "experts" if self.experts.ranking else PER_TOKEN
-        return Order(unit, self.experts.count, ranking=self.experts.ranking)
+        older = "experts" if parts.ranking else PER_TOKEN
+        return Order(parts.unit or older, parts.count, ranking=parts.ranking)
 
     @property
     def key(self) -> Key:
@@ -87,7 +90,7 @@ class ResultRecord(VersionedRecord):
     @property
     def depends(self) -> dict[str, Any]:
         """The rest of the key."""
-        return {"processor": self.processor, "experts": self.experts and self.experts.to_data()}
+        return {"processor": self.processor, "parts": self.parts and self.parts.to_data()}
 
 
 class CutRecord(Record):

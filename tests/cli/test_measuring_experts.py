@@ -124,7 +124,8 @@ def test_results_of_another_order_are_others(evaluate, plan_of, mixture, tmp_pat
 def test_fewer_experts_per_token(evaluate, apply, sleb, plan_of, mixture, tmp_path, without_memory):
     one = ["--experts-per-token 1"]
     (texts, items), data, _ = evaluate(mixture, *one)
-    assert (data["experts"], data["sizes"]) == ({"count": 2, "ranking": None}, [[0]])
+    sizes = {"unit": "experts per token", "count": 2, "ranking": None}
+    assert (data["parts"], data["sizes"]) == (sizes, [[0]])
     assert texts[0] != texts[1]
     assert evaluate(mixture, *one, "--stream", tasks=False)[0] == [texts]
     told = apply(mixture, *one).stdout

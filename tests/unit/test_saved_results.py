@@ -1,5 +1,7 @@
 """Kept results: a file for each measurement and setting, which readers join."""
 
+import json
+
 import pytest
 
 from measured_plans import make_benchmark, make_evaluation, make_plan
@@ -126,3 +128,12 @@ def test_results_of_a_plan_are_of_its_model(tmp_path, tensors, is_read):
     keep_result(result, PART, tmp_path / "plan.results", [].append)
     found, _ = read_measurements(tmp_path / "plan.json", plan, [].append)
     assert (found is not None) == is_read
+
+
+@pytest.mark.parametrize(("ranking", "unit"), [("0", "experts"), (None, "experts per token")])
+def test_a_result_of_an_older_version_counts_experts(tmp_path, ranking, unit):
+    data = evaluation("a").to_data() | {"experts": {"count": 8, "ranking": ranking}}
+    file = tmp_path / "eval-0.json"
+    file.write_text(json.dumps(data))
+    order = read_results(EvalResult, tmp_path, print)[file].order
+    assert (order.unit, order.count, order.ranking) == (unit, 8, ranking)

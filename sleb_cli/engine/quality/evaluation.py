@@ -236,7 +236,7 @@ def _run_task(
 
 def _dense_key(evaluation: Evaluation, fingerprints: dict[str, str]) -> Key:
     # The dense model's answers to a task do not depend on the removal.
-    whole = _setting(evaluation).model_copy(update={"experts": None, "recovered": None})
+    whole = _setting(evaluation).model_copy(update={"parts": None, "recovered": None})
     return {
         **whole.key,
         "items": fingerprints,
