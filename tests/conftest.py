@@ -1,7 +1,16 @@
 """Real models, tiny; a real tokenizer; and the real command line, driven through `main()`."""
 
 import os
+import sys
 import tempfile
+from pathlib import Path
+
+if sys.dont_write_bytecode:
+    # Tests start many processes, and each would compile torch and transformers anew.
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="sleb-tests-")
@@ -9,8 +18,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Tiny models gain nothing from threads, and each core runs one test at a time.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["COLUMNS"] = "120"
-
-import sys
 
 import torch
 
@@ -30,7 +37,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from typing import Any
 
 import pytest
